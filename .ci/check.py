@@ -1,0 +1,58 @@
+"""All checks, in order, from the checkout this file lies in: `python .ci/check.py` (`make test` calls it).
+
+1. `nbdev_export` changes nothing    2. `nbdev_clean` changes nothing    3. README.md is what nbs/index.ipynb makes
+4. `pytest -q`: the rules, then the notebooks in one process, then the rest (tests/conftest.py holds that order)
+
+Steps 1-3 work on a copy in a temporary folder and compare files: your working tree, committed or not, is only read.
+"""
+import hashlib, os, shutil, subprocess, sys, tempfile, time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+COPIED = "nbs", "leverplus", "README.md", "settings.ini", "setup.py"
+ENV = {**os.environ, "HF_HUB_OFFLINE": "1", "MPLBACKEND": "Agg", "PYTHONDONTWRITEBYTECODE": "1"}
+ENV.pop("IN_TEST", None)  # nbdev_export does nothing where it is set
+ENV.setdefault("OMP_NUM_THREADS", "2")
+REMEDY = "run `make export`, look at the change, commit it (edit the notebook, never the generated file)"
+
+STEPS = {
+    "nbdev_export": ["-c", "from nbdev.doclinks import nbdev_export; nbdev_export()"],
+    "nbdev_clean": ["-c", "from nbdev.clean import nbdev_clean; nbdev_clean()"],
+    "README": [str(ROOT/".ci"/"readme.py"), "--root", "."],
+}
+
+def copy_tree(to):
+    "Copy what the three steps read and write into folder `to`"
+    skip = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", "_*.ipynb")
+    for name in COPIED:
+        p = ROOT/name
+        if p.is_dir(): shutil.copytree(p, to/name, ignore=skip)
+        elif p.exists(): shutil.copy2(p, to/name)
+
+def hashes(root):
+    "Relative path -> sha256 of every file below `root`"
+    files = (p for p in sorted(root.rglob("*")) if p.is_file() and "__pycache__" not in p.parts)
+    return {p.relative_to(root).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+def changed(before, after):
+    "Lines that name the files in which two `hashes` differ"
+    word = lambda k: "missing from the checkout" if k not in before else "should not be there" if k not in after else "differs"
+    return [f"  {k}: {word(k)}" for k in sorted(before.keys() | after.keys()) if before.get(k) != after.get(k)]
+
+def no_diff(name, args):
+    "Run one step in a fresh copy; the files it changed, as lines"
+    with tempfile.TemporaryDirectory() as d:
+        d = Path(d); copy_tree(d); before = hashes(d)
+        r = subprocess.run([sys.executable, *args], cwd=d, env={**ENV, "PYTHONPATH": str(d)}, stdin=subprocess.DEVNULL,
+                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        if r.returncode: sys.exit(f"{name} failed:\n{r.stdout}")
+        return changed(before, hashes(d))
+
+def main():
+    for name, args in STEPS.items():
+        t = time.time(); lines = no_diff(name, args)
+        if lines: sys.exit("\n".join([f"{name} changes files of this checkout:", *lines, f"To do: {REMEDY}."]))
+        print(f"{name}: no difference ({time.time() - t:.0f} s)", flush=True)
+    sys.exit(subprocess.run([sys.executable, "-m", "pytest", "-q", *sys.argv[1:]], cwd=ROOT, env=ENV, stdin=subprocess.DEVNULL).returncode)
+
+if __name__ == "__main__": main()

@@ -1,0 +1,40 @@
+# VENV=path reuses an environment instead of setting up .venv; a path is relative to this folder.
+VENV ?= .venv
+PY := $(VENV)/bin/python
+NB ?=
+
+.PHONY: venv demo test notebooks export clean bench help
+
+help:
+	@echo 'make venv                  set up $(VENV) with everything that development needs (VENV=path: reuse one)'
+	@echo 'make demo                  the whole road on the embedded world; writes runs/demo/'
+	@echo 'make test                  all checks: exports, clean notebooks, README, rules, notebooks, tests'
+	@echo 'make notebooks [NB="..."]  execute all (or the named) notebooks, store their outputs, then make export'
+	@echo 'make export                notebooks -> leverplus/*.py and README.md; strips notebook metadata'
+	@echo 'make bench                 run bench/*.py'
+	@echo 'make clean                 remove caches and build leftovers; keeps $(VENV) and runs/'
+
+venv:
+	@.ci/venv '$(VENV)'
+
+demo: venv
+	@$(PY) -m leverplus.demo
+
+test: venv
+	@$(PY) .ci/check.py
+
+notebooks: venv
+	@$(PY) -c 'from nbdev.doclinks import nbdev_export; nbdev_export()'
+	@$(PY) .ci/notebooks.py $(NB)
+	@$(PY) .ci/readme.py
+
+export: venv
+	@$(PY) -c 'from nbdev.doclinks import nbdev_export; from nbdev.clean import nbdev_clean; nbdev_export(); nbdev_clean()'
+	@$(PY) .ci/readme.py
+
+bench: venv
+	@set -e; for f in bench/*.py; do [ -e "$$f" ] || { echo 'bench/ holds no *.py yet'; break; }; echo "== $$f"; $(PY) "$$f"; done
+
+clean:
+	@rm -rf build dist _docs _proc .pytest_cache .hypothesis
+	@find leverplus nbs tests .ci bench \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +

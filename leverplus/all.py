@@ -1,0 +1,24 @@
+"""Everything at once, for people at a prompt: `from leverplus.all import *`
+
+Written by hand, in the order of the notebooks. Library code imports from the modules by name.
+"""
+from leverplus.core import *
+from leverplus.runs import *
+from leverplus.toy import *
+from leverplus.synth import *
+from leverplus.data import *
+from leverplus.vqa import *
+from leverplus.embed import *
+from leverplus.pools import *
+from leverplus.prompt import *
+from leverplus.lvlm import *
+from leverplus.groups import *
+from leverplus.rewards import *
+from leverplus.dls import *
+from leverplus.selector import *
+from leverplus.losses import *
+from leverplus.callback_core import *
+from leverplus.callback_rce import *
+from leverplus.callback_grpo import *
+from leverplus.evaluate import *
+from leverplus.report import *

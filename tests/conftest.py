@@ -1,0 +1,37 @@
+"Every test: this checkout's leverplus, no window, no network, the same draws each time; rules first, then notebooks"
+import os, sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+os.environ.update(HF_HUB_OFFLINE="1", MPLBACKEND="Agg", TQDM_DISABLE="1")
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+sys.path.insert(0, str(ROOT))
+
+import matplotlib, pytest
+from hypothesis import HealthCheck, settings
+matplotlib.use("Agg")
+
+settings.register_profile("leverplus", derandomize=True, database=None, deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("leverplus")
+
+FIRST = "test_rules.py", "test_nbs.py"
+
+def pytest_collection_modifyitems(items):
+    "Cheap rules first, then the notebooks, then the rest, whatever order they were collected in"
+    items.sort(key=lambda it: FIRST.index(it.path.name) if it.path.name in FIRST else len(FIRST))
+
+@pytest.fixture(autouse=True)
+def quiet_neighbours():
+    "No test inherits another's random state or open figures, nor its working folder"
+    import matplotlib.pyplot as plt
+    from leverplus.core import seed_all
+    seed_all(0); cwd = os.getcwd()
+    yield
+    plt.close("all"); os.chdir(cwd)
+
+@pytest.fixture(scope="session")
+def okvqa():
+    "Folder of the real OKVQA text files beside the checkout; the test is skipped where there is none"
+    path = ROOT.parent/"shared"/"data"/"okvqa"
+    if not path.is_dir(): pytest.skip("no OKVQA files in ../shared/data/okvqa")
+    return path

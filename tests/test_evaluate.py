@@ -1,0 +1,263 @@
+"Statistics and baselines: against brute force, a plain loop, and planted effects"
+import math, time
+from itertools import permutations
+import numpy as np, pandas as pd, pytest, torch
+from hypothesis import given, settings, strategies as st
+from leverplus.core import rng
+from leverplus.embed import EmbedStore
+from leverplus.evaluate import (TABLE, Interval, boot_means, bootstrap_mean, changed, check_facts, compare_seeds, detectable, differs, failures,
+    gap_closed, mde, paired_bootstrap, paired_table, pick_model, pick_oracle, pick_random, pick_similar, pick_zero, picks_frame, plot_results,
+    result_table, score_picks, seed_matrix, subsets, unasked, verdict)
+from leverplus.pools import Pool
+
+def make_pool(n=12, K=4, seed=0):
+    g = rng("test pool", seed)
+    return Pool({q: tuple(int(i) for i in 1000 + g.choice(40, K, replace=False)) for q in range(n)}, {"sampler": "random", "K": K, "seed": seed})
+
+def make_store(n=12, seed=0):
+    g = torch.Generator().manual_seed(seed); ids = [*range(n), *range(1000, 1040)]
+    return EmbedStore(ids, torch.randn(len(ids), 5, generator=g), torch.randn(len(ids), 6, generator=g), {})
+
+def make_facts(pool, shots=(0, 1, 2), seed=0):
+    g = rng("test facts", seed); rows = [(q, p) for q in pool.ids for s in shots for p in permutations(pool[q], s)]
+    acc = g.choice([0, .3, .6, 1], len(rows)); ans = g.choice(list("abc"), len(rows))
+    return pd.DataFrame(dict(question_id=[q for q, _ in rows], pointer=[p for _, p in rows], vqa_acc_score=acc, vqa_gt_prob=g.random(len(rows)).round(1),
+                             vqa_pred_answer=ans))
+
+POOL, STORE = make_pool(), make_store(); DATA = make_facts(POOL)
+
+# ---- picks ----------------------------------------------------------------------------------------------------------
+
+def test_random_is_uniform_seeded_and_stable_under_subsets():
+    a = pick_random(POOL, 2, draws=3)
+    assert a.equals(pick_random(POOL, 2, draws=3)) and not a.equals(pick_random(POOL, 2, draws=3, seed=1))
+    part = pick_random(Pool({q: POOL[q] for q in (3, 5)}, POOL.recipe), 2, draws=3)
+    whole = a.set_index(["draw", "question_id"]).pointer
+    assert all(whole[d, q] == p for d, q, p in zip(part.draw, part.question_id, part.pointer))
+    assert all(set(p) <= set(POOL[q]) and len(set(p)) == 2 for q, p in zip(a.question_id, a.pointer))
+    one = Pool({0: (1, 2, 3)}, {}); n = pick_random(one, 2, draws=3000).pointer.value_counts()
+    assert len(n) == 6 and n.between(420, 580).all()
+
+@pytest.mark.parametrize("kind", ["image", "text", "mixed"])
+def test_similar_is_brute_force_and_blind_to_the_pool_order(kind):
+    got = pick_similar(POOL, STORE, 3, kind).set_index("question_id").pointer
+    for q, c in POOL.ids.items():
+        cos = {i: round(float(STORE.get([i], kind)[0] @ STORE.get([q], kind)[0]), 6) for i in c}
+        assert got[q] == tuple(sorted(c, key=lambda i: (-cos[i], i))[:3][::-1])
+    turned = Pool({q: c[::-1] for q, c in POOL.ids.items()}, POOL.recipe)
+    assert pick_similar(turned, STORE, 3, kind).set_index("question_id").pointer.equals(got)
+
+class LastK(torch.nn.Module):
+    "Picks the last real candidates, and remembers in which mode it was asked"
+    def __init__(self): super().__init__(); self.w, self.modes = torch.nn.Parameter(torch.zeros(1)), []
+    def encode(self, query, cands, cand_mask): self.modes.append(self.training); self.d = query.shape[-1], cands.shape[-1]; return cand_mask.sum(1)
+    def greedy(self, enc, S): return enc[:, None] - 1 - torch.arange(S)
+
+@pytest.mark.parametrize("bs", [1, 5, 256])
+def test_model_picks_on_ragged_pools_in_eval_mode(bs):
+    ragged = Pool({q: c[:2 + q % 3] for q, c in POOL.ids.items()}, {}); m = LastK().train()
+    got = pick_model(m, ragged, STORE, 2, "text", name="last", draw=7, bs=bs)
+    assert [p == ragged[q][::-1][:2] for q, p in zip(got.question_id, got.pointer)] == [True]*12
+    assert m.training and not any(m.modes) and m.d == (6, 6) and set(got.draw) == {7}
+
+def test_bad_picks_are_named():
+    with pytest.raises(ValueError, match="question 5"): picks_frame("x", {4: (1, 2), 5: (1, 1)}, 2)
+    with pytest.raises(ValueError, match="pool of 4"): pick_random(POOL, 5)
+    assert pick_zero(POOL).pointer.map(len).max() == 0
+
+@given(st.integers(0, 10_000), st.sampled_from(["vqa_acc_score", "vqa_gt_prob"]), st.sampled_from([1, 2]))
+@settings(max_examples=25, deadline=None)
+def test_oracle_is_brute_force(seed, by, S):
+    f = make_facts(POOL, seed=seed).sample(frac=1, random_state=seed); other = {"vqa_acc_score": "vqa_gt_prob", "vqa_gt_prob": "vqa_acc_score"}[by]
+    got = pick_oracle(f, S, POOL, by)
+    for q, p, exact in zip(got.question_id, got.pointer, got.exact):
+        rows = f[(f.question_id == q) & (f.pointer.map(len) == S)].to_dict("records")
+        assert p == min(rows, key=lambda r: (-r[by], -r[other], r["pointer"]))["pointer"] and exact
+    drop = f[(f.question_id == 3) & (f.pointer.map(len) == S)].index[0]
+    few = pick_oracle(f.drop(index=drop), S, POOL, by).set_index("question_id").exact
+    assert not few[3] and few.drop(3).all() and not pick_oracle(f, S).exact.any()
+
+def test_oracle_stays_in_the_pool_and_skips_failures():
+    alien = pd.DataFrame([dict(question_id=0, pointer=(1, 2), vqa_acc_score=1., vqa_gt_prob=2., vqa_pred_answer="a")])
+    assert pick_oracle(pd.concat([DATA, alien]), 2, POOL).equals(pick_oracle(DATA, 2, POOL))
+    best = pick_oracle(DATA, 2, POOL).pointer[0]; f = DATA.assign(eval_failed=(DATA.question_id == 0) & (DATA.pointer == best))
+    got = pick_oracle(f, 2, POOL).iloc[0]
+    assert got.pointer != best and not got.exact
+    with pytest.raises(ValueError, match=r"1 queries.*\[4\]"): pick_oracle(DATA[DATA.question_id != 4], 2, POOL)
+
+# ---- scoring --------------------------------------------------------------------------------------------------------
+
+PICKS = pd.concat([pick_zero(POOL), pick_random(POOL, 2), pick_similar(POOL, STORE, 2), pick_oracle(DATA, 2, POOL)])
+
+def test_missing_facts_are_counted_and_named():
+    gone = DATA[DATA.question_id != 5]; todo = unasked(PICKS, gone)
+    assert set(todo.question_id) == {5} and not todo.duplicated().any() and len(unasked(PICKS, DATA)) == 0
+    with pytest.raises(LookupError, match=r"8 of 96 picks have no fact, first: zero_shot, question 5"): score_picks(PICKS, gone)
+    as_stored = DATA.assign(pointer=[np.array(p, dtype=np.int64) for p in DATA.pointer]) # what parquet gives back
+    assert score_picks(PICKS, as_stored).equals(score_picks(PICKS, DATA))
+
+def test_failures_are_excluded_and_counted():
+    f = DATA.assign(eval_failed=(DATA.question_id == 2) & (DATA.pointer.map(len) == 0)); f.loc[f.eval_failed, "vqa_acc_score"] = 0.
+    s = score_picks(PICKS, f); n = failures(s).set_index("selector")
+    assert n.failed["zero_shot"] == 1 and n.failed.sum() == 1 and n.of["random"] == 60 and s.vqa_acc_score.isna().sum() == 1
+    t = result_table(s, n_boot=200); row = t.set_index("selector").loc["zero_shot"]; good = f[(f.pointer.map(len) == 0) & ~f.eval_failed]
+    assert row.n == 11 and row.acc == pytest.approx(good.vqa_acc_score.mean()) and t.attrs["failed"] == 1
+
+def test_contradictions_and_mixtures_are_refused():
+    with pytest.raises(ValueError, match="contradict"): check_facts(pd.concat([DATA, DATA.head(1).assign(vqa_gt_prob=9.)]))
+    with pytest.raises(ValueError, match="2 scorers"): check_facts(DATA.assign(scorer=["a", "b"]*(len(DATA)//2)))
+    with pytest.raises(ValueError, match="lack a number on 1 of"): check_facts(DATA.assign(vqa_acc_score=DATA.vqa_acc_score.where(DATA.index > 0)))
+    with pytest.raises(ValueError, match="vqa_gt_prob"): check_facts(DATA.drop(columns="vqa_gt_prob"))
+    with pytest.raises(ValueError, match="picks twice"): score_picks(pd.concat([PICKS, PICKS.head(1)]), DATA)
+    assert len(check_facts(pd.concat([DATA, DATA]))) == len(DATA)
+
+# ---- bootstrap ------------------------------------------------------------------------------------------------------
+
+def loop_means(x, cluster, n_boot, seed):
+    "The same resamples, one query at a time"
+    groups = pd.Series(range(len(x))).groupby(pd.factorize(np.asarray(cluster))[0]).apply(list).tolist(); g = rng("bootstrap", seed)
+    draws = g.integers(len(groups), size=(n_boot, len(groups))); out = []
+    for d in draws:
+        v = [x[i] for c in d for i in groups[c] if not np.isnan(x[i])]
+        out.append(sum(v)/len(v))
+    return np.array(out)
+
+@given(st.integers(0, 10_000), st.integers(12, 40), st.booleans(), st.booleans())
+@settings(max_examples=25, deadline=None)
+def test_bootstrap_is_a_plain_loop(seed, n, clustered, holes):
+    g = np.random.default_rng(seed); x = g.random((n, 3)); cluster = g.integers(8, size=n) if clustered else np.arange(n)
+    if holes: x[:2, 1] = np.nan
+    got = boot_means(x, cluster if clustered else None, n_boot=20, seed=seed)
+    for k in range(3): assert np.allclose(got[:, k], loop_means(x[:, k], cluster, 20, seed))
+
+def test_blocks_cover_all_resamples():
+    x = rng("blocks").random(7000) # 2e6/7000 = 285 resamples a block
+    m = boot_means(x, n_boot=1000)[:, 0]
+    assert len(m) == 1000 and len(set(m)) == 1000 and m.std() == pytest.approx(x.std()/7000**.5, rel=.15)
+
+def test_interval_has_the_textbook_width_and_is_reproducible():
+    x = rng("width").choice([0, .6, 1], 5046, p=[.45, .10, .45]); est = bootstrap_mean(x, n_boot=3000)
+    assert est == bootstrap_mean(x, n_boot=3000) and (est.hi - est.lo)/2 == pytest.approx(1.96*x.std()/5046**.5, rel=.06) # +-1.3 points
+    delta, lo, hi = paired_bootstrap(x, x[::-1], n_boot=500)
+    assert lo <= delta <= hi and paired_bootstrap(x, x, n_boot=100) == Interval(0, 0, 0)
+
+def test_clustering_matters():
+    g = rng("cluster"); x = np.repeat(g.random(100), 9); image = np.repeat(np.arange(100), 9); zero = np.zeros(900)
+    wide, narrow = (np.diff(paired_bootstrap(x, zero, c, 2000)[1:])[0] for c in (image, None))
+    assert wide/narrow == pytest.approx(3, rel=.15) and mde(x, zero, image)/mde(x, zero) == pytest.approx(3, rel=.02)
+    assert mde(x, zero, np.arange(900)) == pytest.approx(mde(x, zero))
+
+@pytest.mark.parametrize("n,f,points", [(800, .02, 1.19), (800, .05, 1.88), (800, .10, 2.66), (800, .20, 3.76), (5000, .05, .75), (5000, .10, 1.06)])
+def test_mde_matches_the_planning_table(n, f, points):
+    d = np.zeros(n); k = round(n*f/2); d[:k], d[k:2*k] = .72**.5, -.72**.5
+    assert 100*mde(d, 0*d) == pytest.approx(points, abs=.01)
+
+def test_mde_is_the_effect_found_four_times_in_five():
+    g, n, reps = rng("power"), 400, 600; base = g.normal(size=(n, reps))
+    a = base + g.normal(size=(n, reps)); least = np.mean([mde(a[:, i], base[:, i]) for i in range(50)]); a += least
+    found = [(lambda d: d.mean() > 1.96*d.std(ddof=1)/n**.5)(a[:, i] - base[:, i]) for i in range(reps)]
+    assert np.mean(found) == pytest.approx(.8, abs=.05)
+
+def test_planted_effects_are_judged_right():
+    g, n = rng("planted"), 500; said = []
+    for i in range(200): # two selectors of equal worth that disagree on a fifth of the queries
+        a = g.choice([0, .6, 1], n, p=[.45, .1, .45]); b = np.where(g.random(n) < .2, g.permutation(a), a)
+        est = paired_bootstrap(a, b, n_boot=400, seed=i)
+        said.append((verdict(est, mde(a, b)).endswith("no difference shown"), est.lo <= 0 <= est.hi))
+    quiet, covered = np.mean(said, axis=0)
+    assert quiet >= .94 and covered >= .90 # the interval alone covers 95 %, less the noise of 200 repetitions
+    a = g.choice([0, 1.], n); better = np.where((a == 0) & (g.random(n) < .2), 1, a) # half of the queries can gain, a fifth of them do
+    text = verdict(paired_bootstrap(better, a), mde(better, a), a="new", b="old")
+    assert text.endswith("better") and text.startswith("new - old: +") and verdict(paired_bootstrap(a, better), mde(a, better)).endswith("worse")
+
+def test_differs_needs_both_conditions():
+    assert differs(Interval(.1, .01, .2), .1) and not differs(Interval(.1, .01, .2), .11) and not differs(Interval(.1, -.01, .2), .05)
+    x = rng("detect").normal(size=2000); z = 0*x
+    assert detectable(paired_bootstrap(x, z)) == pytest.approx(mde(x, z), rel=.06)
+
+# ---- gap, table, seeds ----------------------------------------------------------------------------------------------
+
+@given(st.integers(0, 10_000))
+@settings(max_examples=20, deadline=None)
+def test_gap_closed_runs_from_random_to_oracle(seed):
+    g = np.random.default_rng(seed); r = g.random(40); o = r + g.random(40)
+    for w in (0, .25, 1): assert gap_closed(r + w*(o - r), r, o, n_boot=50) == pytest.approx((w, w, w))
+    est = gap_closed(g.random(40), r, o, n_boot=300)
+    assert est.lo <= est.value <= est.hi
+
+def test_gap_is_a_ratio_of_means_and_knows_when_it_is_not_defined():
+    r, o = np.array([0., 0, 1, .5]), np.array([1., 0, 1, .5]) # most queries have no gap of their own
+    assert gap_closed([1., 0, .5, .5], r, o, n_boot=0).value == pytest.approx(.5)
+    assert math.isnan(gap_closed(r, o, r).value) and math.isnan(gap_closed(o, r, o, n_boot=200).lo) # the gap rests on one query
+    assert gap_closed([1, np.nan, .5, .5], r, o, n_boot=0).value == pytest.approx(.5)
+
+def test_table_is_what_the_parts_say():
+    items = pd.DataFrame(dict(image_id=np.arange(12)//2), index=range(12)); s = score_picks(PICKS, DATA); t = result_table(s, items, n_boot=500)
+    assert list(t) == TABLE and list(t.selector) == ["zero_shot", "random", "similar_mixed", "oracle"] and t.attrs["failed"] == 0
+    row = t.set_index("selector"); rand = s[s.selector == "random"].groupby("question_id").vqa_acc_score.mean()
+    assert row.acc["random"] == pytest.approx(rand.mean()) and row.gap_closed[["random", "oracle"]].tolist() == [0, 1] and row.changed["similar_mixed"] == 0
+    assert math.isnan(row.gap_closed["zero_shot"]) and math.isnan(row.changed["zero_shot"]) and row.shots.tolist() == [0, 2, 2, 2]
+    est = bootstrap_mean(rand, items.image_id, 500)
+    assert (row.lo["random"], row.hi["random"]) == pytest.approx(est[1:]) and ((t.lo <= t.acc) & (t.acc <= t.hi)).all()
+    asked = result_table(s, items, n_boot=100, zero_at=2).set_index("selector"); m = row.acc
+    assert asked.gap_closed["zero_shot"] == pytest.approx((m["zero_shot"] - m["random"])/(m["oracle"] - m["random"])) and asked.changed["zero_shot"] > 0
+    with pytest.raises(ValueError, match="similar_text"): result_table(s, changed_from="similar_text")
+    assert result_table(s[s.selector != "oracle"], oracle=None, n_boot=50).gap_closed.isna().all()
+
+def test_table_over_several_shots():
+    picks = pd.concat([PICKS, pick_random(POOL, 1), pick_similar(POOL, STORE, 1), pick_oracle(DATA, 1, POOL)]); t = result_table(score_picks(picks, DATA), n_boot=50)
+    assert t.shots.tolist() == [0, 1, 1, 1, 2, 2, 2] and t[t.selector == "oracle"].gap_closed.tolist() == [1, 1]
+
+def test_changed_counts_answers_not_picks():
+    def f(name, answers, draw=0):
+        return pd.DataFrame(dict(selector=name, shots=2, draw=draw, question_id=range(4), pointer=[(1, 2)]*4, vqa_acc_score=1., vqa_gt_prob=1.,
+                                 vqa_pred_answer=list(answers), eval_failed=False))
+    s = pd.concat([f("ref", "aaaa"), f("x", "aaab"), f("y", "aabb"), f("y", "aaaa", 1)])
+    assert changed(s, "x", 2, "ref") == .25 and changed(s, "y", 2, "ref") == .25 and changed(s, "ref", 2, "ref") == 0
+    s.loc[(s.selector == "x") & (s.question_id == 3), "eval_failed"] = True
+    assert changed(s, "x", 2, "ref") == 0 and changed(s, "ref", 2, "x") == 0
+
+def test_paired_table_says_the_verdict():
+    t = paired_table(score_picks(PICKS, DATA), against=["random", "similar_mixed"], n_boot=500)
+    assert len(t) == 4 and set(t.verdict) <= {"better", "worse", "no difference shown"} and (t.selector != t.against).all()
+    o = t[(t.selector == "oracle") & (t.against == "random")].iloc[0]; s = score_picks(PICKS, DATA)
+    d = s[s.selector == "oracle"].set_index("question_id").vqa_acc_score - s[s.selector == "random"].groupby("question_id").vqa_acc_score.mean()
+    assert o.delta == pytest.approx(d.mean()) and o.mde == pytest.approx(mde(d, 0*d)) and o.verdict == "better"
+
+def seeded(name, effect, k, noise, g, n=400):
+    "`k` training seeds whose true quality varies by `noise`"
+    return pd.concat([pd.DataFrame(dict(selector=name, shots=2, draw=i, question_id=range(n), pointer=[(1, 2)]*n, vqa_acc_score=.5 + effect + e + .1*g.normal(size=n),
+                      vqa_gt_prob=.5, vqa_pred_answer="a", eval_failed=False)) for i, e in enumerate(g.normal(0, noise, k))])
+
+def test_seeds_widen_the_interval():
+    g = rng("seeds test"); s = pd.concat([seeded("a", .02, 5, .05, g), seeded("b", 0, 5, .05, g), seeded("fixed", 0, 1, 0, g)])
+    both, mean = compare_seeds(s, "a", "b", 2, n_boot=4000), seed_matrix(s, "a", 2).mean(axis=1) - seed_matrix(s, "b", 2).mean(axis=1)
+    only_queries = bootstrap_mean(mean, n_boot=4000)
+    assert both.value == pytest.approx(only_queries.value) and both.hi - both.lo > 4*(only_queries.hi - only_queries.lo)
+    sd = [seed_matrix(s, x, 2).mean().std(ddof=1)/5**.5 for x in "ab"] # what seeds alone contribute
+    assert (both.hi - both.lo)/3.92 == pytest.approx(math.hypot(*sd), rel=.1)
+    one = compare_seeds(s, "fixed", "fixed", 2, n_boot=200)
+    assert one == Interval(0, 0, 0)
+
+def test_paired_seeds_cancel_what_they_share():
+    g = rng("paired seeds"); a = seeded("a", 0, 6, .05, g); b = a.assign(selector="b", vqa_acc_score=a.vqa_acc_score - .03); s = pd.concat([a, b])
+    est = compare_seeds(s, "a", "b", 2, paired=True, n_boot=500); loose = compare_seeds(s, "a", "b", 2, n_boot=500)
+    assert est == pytest.approx((.03, .03, .03)) and loose.lo < 0 < loose.hi
+    with pytest.raises(ValueError, match="paired=False"): compare_seeds(s[(s.selector == "a") | (s.draw < 3)], "a", "b", 2, paired=True)
+
+@given(st.sets(st.integers(0, 10**9), min_size=10, max_size=60), st.integers(0, 99))
+@settings(max_examples=25, deadline=None)
+def test_subsets_are_nested_and_blind_to_order(ids, seed):
+    a = subsets(list(ids), (2, 5, "all"), seed); b = subsets(sorted(ids, reverse=True), ("all", 5, 2), seed)
+    assert set(a[2]) < set(a[5]) < set(a["all"]) == ids and a == b and len(a[5]) == 5
+    with pytest.raises(ValueError, match="1000"): subsets(ids, (1000,))
+
+def test_ten_thousand_resamples_of_the_real_size_take_seconds():
+    x = rng("speed").random((5046, 20)); t = time.perf_counter(); m = boot_means(x)
+    assert m.shape == (10_000, 20) and time.perf_counter() - t < 30 # about two seconds on a free core
+
+def test_plot_takes_and_returns_axes():
+    import matplotlib; matplotlib.use("Agg"); import matplotlib.pyplot as plt
+    s = score_picks(PICKS, DATA); ax = plt.subplots()[1]
+    assert plot_results(result_table(s, n_boot=50), ax) is ax and [t.get_text() for t in ax.get_yticklabels()] == ["zero_shot", "random", "similar_mixed", "oracle"]
+    plt.close("all")

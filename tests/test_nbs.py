@@ -1,0 +1,32 @@
+"Every notebook runs from top to bottom: nbdev's runner, one process, without the cells flagged in settings.ini"
+import configparser, os, sys
+from pathlib import Path
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent; NBS = ROOT/"nbs"
+NOTEBOOKS = [p for d in (NBS, NBS/"tutorials") for p in sorted(d.glob("*.ipynb")) if p.name[0] not in "_."]
+
+def flags():
+    "The cell flags that tests skip, from settings.ini"
+    cfg = configparser.ConfigParser(delimiters=["="]); cfg.read(ROOT/"settings.ini", encoding="utf8")
+    return cfg["DEFAULT"]["tst_flags"].split()
+
+@pytest.fixture
+def clean_process():
+    "Put back what a notebook run changes in this process: main module, paths, environment, plot backend, torch's switches"
+    import fastai.basics # it patches torch.Tensor (test_eq on tensors!), so have it there for every notebook, in any order
+    import matplotlib, torch
+    from IPython.core.interactiveshell import InteractiveShell
+    main, path, env, instance = sys.modules["__main__"], list(sys.path), dict(os.environ), InteractiveShell._instance
+    rc, hooks, threads = matplotlib.rcParams.copy(), (sys.displayhook, sys.excepthook), torch.get_num_threads()
+    yield
+    InteractiveShell._instance = instance
+    sys.modules["__main__"] = main; sys.path[:] = path; sys.displayhook, sys.excepthook = hooks
+    os.environ.clear(); os.environ.update(env); matplotlib.use("Agg", force=True); matplotlib.rcParams.update(rc)
+    torch.set_num_threads(threads); torch.set_grad_enabled(True)
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.relative_to(NBS).with_suffix("").as_posix())
+def test_notebook(path, clean_process, capsys):
+    from nbdev.test import test_nb
+    ok, _ = test_nb(path, skip_flags=flags(), basepath=ROOT)
+    assert ok, f"{path.relative_to(ROOT)} failed:\n{capsys.readouterr().err[-6000:]}"

@@ -1,0 +1,340 @@
+"The pointer selector: probabilities, invariances, decoders, gradients, checkpoints"
+import itertools, json, math, subprocess, sys
+import pytest, torch
+from hypothesis import given, settings, strategies as st
+from safetensors.torch import load_file, save_file
+from leverplus.core import frozen
+from leverplus.selector import PointerSelector, check_room, check_seqs, gumbel_given_max
+
+D, H = 6, 10
+close = lambda a, b, tol=1e-5: torch.testing.assert_close(a, b, atol=tol, rtol=tol)
+states = pytest.mark.parametrize("state", ["gate", "none"])
+
+def selector(seed=0, state="gate", prior=True, stir=True, **kw):
+    "A selector; `stir` moves everything that starts at 0, so that no term is switched off"
+    torch.manual_seed(seed)
+    m = PointerSelector(D, H, state=state, prior=prior, n_heads=2, **kw)
+    if stir:
+        with torch.no_grad():
+            for p in m.parameters(): p.add_(.3*torch.randn_like(p))
+            if prior: m.gains.copy_(torch.tensor([.3, .5]))
+    return m.eval()
+
+def pools(seed=0, B=3, K=5, pad=1):
+    "Queries with pools of K, of which the last rows have `pad` fewer candidates"
+    g = torch.Generator().manual_seed(seed)
+    mask = torch.ones(B, K, dtype=torch.bool)
+    if pad: mask[1:, K-pad:] = False
+    return torch.randn(B, D, generator=g), torch.randn(B, K, D, generator=g), mask
+
+def groups(mask, N, S, seed=0):
+    "Valid sequences of unequal length, some of them wholly padding"
+    g = torch.Generator().manual_seed(seed)
+    seqs = torch.rand(*mask.shape[:1], N, mask.shape[1], generator=g).masked_fill(~mask[:, None], -1).topk(S, -1).indices
+    n = torch.randint(0, S+1, seqs.shape[:2], generator=g); n[:, 0] = S
+    seq_mask = torch.arange(S) < n[..., None]
+    return seqs.masked_fill(~seq_mask, 0), seq_mask
+
+def every(K, S): return torch.tensor(list(itertools.permutations(range(K), S)))
+
+# --- probabilities ---------------------------------------------------------------------------------------------------
+
+@states
+@pytest.mark.parametrize("prior", [True, False])
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 10**6), S=st.integers(1, 3), pad=st.integers(0, 1))
+def test_probabilities_sum_to_one(state, prior, seed, S, pad):
+    m, (q, c, mask) = selector(seed, state, prior), pools(seed, K=5, pad=pad)
+    enc = m.encode(q, c, mask); seqs, lp = m.enumerate(enc, S)
+    assert seqs.shape == (3, math.perm(5, S), S)
+    close(lp.exp().sum(-1), torch.ones(3))
+    close(m.logp(enc, seqs), lp)
+    assert torch.equal(lp.isfinite().sum(-1), torch.tensor([math.perm(int(k), S) for k in mask.sum(-1)]))
+
+@states
+def test_enumerate_is_every_permutation_once(state):
+    m, (q, c, mask) = selector(1, state), pools(1)
+    seqs, lp = m.enumerate(m.encode(q, c, mask), 3)
+    assert torch.equal(seqs[0], every(5, 3))
+    with pytest.raises(ValueError, match="15,249,024 sequences"): m.enumerate(m.encode(q, torch.randn(3, 64, D)), 4)
+
+def test_step_logp_agrees_with_teacher_forcing():
+    m, (q, c, mask) = selector(2), pools(2)
+    enc = m.encode(q, c, mask); seqs, seq_mask = groups(mask, 4, 3)
+    lps = m.step_logps(enc, seqs, seq_mask)
+    for t in range(3):
+        want = m.step_logp(enc, seqs[..., :t])
+        real = seq_mask[..., t]
+        close(lps[:, :, t][real].exp(), want[real].exp())
+    assert m.step_logp(enc, torch.zeros(3, 7, 0, dtype=torch.long)).shape == (3, 7, 5)
+    close(m.step_logp(enc, seqs[..., :0]).exp().sum(-1), torch.ones(3, 4))
+
+# --- invariances -----------------------------------------------------------------------------------------------------
+
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 10**6))
+def test_batched_equals_one_by_one_and_padding_changes_nothing(seed):
+    m, (q, c, mask) = selector(seed), pools(seed, pad=1)
+    seqs, seq_mask = groups(mask, 4, 3, seed)
+    lp = m(q, c, mask, seqs, seq_mask)
+    for b in range(3):
+        k = int(mask[b].sum())
+        for n in range(4):
+            s = seqs[b, n][seq_mask[b, n]]
+            alone = m(q[b:b+1], c[b:b+1, :k], mask[b:b+1, :k], s[None, None]) if len(s) else torch.zeros(1, 1)
+            close(lp[b, n], alone[0, 0])
+    wide = torch.cat([c, torch.full((3, 2, D), 7.)], 1), torch.cat([mask, torch.zeros(3, 2, dtype=torch.bool)], 1)
+    more = torch.nn.functional.pad(seqs, (0, 1, 0, 2)), torch.nn.functional.pad(seq_mask, (0, 1, 0, 2))
+    out = m(q, *wide, *more)
+    close(out[:, :4], lp); assert (out[:, 4:] == 0).all()
+
+@states
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 10**6))
+def test_permuting_candidates_permutes_everything(state, seed):
+    m, (q, c, mask) = selector(seed, state), pools(seed)
+    perm = torch.randperm(5, generator=torch.Generator().manual_seed(seed)); back = perm.argsort()
+    seqs, seq_mask = groups(mask, 4, 2, seed); moved = back[seqs].masked_fill(~seq_mask, 0)
+    a, b = m.encode(q, c, mask), m.encode(q, c[:, perm], mask[:, perm])
+    close(m.logp(b, moved, seq_mask), m.logp(a, seqs, seq_mask))
+    close(m.step_logp(b, moved[:, :1, :1]).exp(), m.step_logp(a, seqs[:, :1, :1])[..., perm].exp())
+    assert torch.equal(perm[m.greedy(b, 2)], m.greedy(a, 2))
+
+def test_norms_do_not_matter():
+    m, (q, c, mask) = selector(3), pools(3); seqs = every(4, 2).expand(3, -1, -1)
+    close(m(7*q, .1*c, mask, seqs), m(q, c, mask, seqs))
+
+# --- dependence on what was picked -----------------------------------------------------------------------------------
+
+def renormalised(lp, pick): return lp.index_fill(-1, torch.tensor([pick]), -torch.inf).log_softmax(-1)
+
+def test_gate_depends_on_the_pick_and_none_only_masks():
+    for state in ("gate", "none"):
+        m, (q, c, mask) = selector(4, state), pools(4, pad=0); enc = m.encode(q, c, mask)
+        one = m.step_logp(enc, torch.zeros(3, 1, 0, dtype=torch.long))[:, 0]
+        gap = [(m.step_logp(enc, torch.full((3, 1, 1), k))[:, 0].exp() - renormalised(one, k).exp()).abs().max().item() for k in range(5)]
+        assert (min(gap) > 1e-3) if state == "gate" else (max(gap) < 1e-6)
+
+def test_step_embedding_alone_is_not_the_dependence():
+    m, (q, c, mask) = selector(5), pools(5, pad=0)
+    with torch.no_grad(): m.step_emb.zero_()
+    enc = m.encode(q, c, mask)
+    two = [m.step_logp(enc, torch.full((3, 1, 1), k))[:, 0] for k in (0, 1)]
+    rest = [x[:, 2:].softmax(-1) for x in two]   # the three candidates free in both
+    assert (rest[0] - rest[1]).abs().max() > 1e-3
+
+# --- the untrained policy is retrieval -------------------------------------------------------------------------------
+
+@states
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 10**6))
+def test_untrained_is_similarity_order(state, seed):
+    m, (q, c, mask) = selector(seed, state, stir=False), pools(seed, K=6)
+    cos = torch.nn.functional.cosine_similarity(q[:, None], c, dim=-1).masked_fill(~mask, -torch.inf)
+    assert torch.equal(m.greedy(m.encode(q, c, mask), 4), cos.topk(4).indices)
+    close(m.step_logp(m.encode(q, c, mask), torch.zeros(3, 1, 0, dtype=torch.long))[:, 0].exp(), (10*cos).softmax(-1))
+
+def test_one_model_serves_all_shots():
+    m, (q, c, mask) = selector(6), pools(6, K=7); enc = m.encode(q, c, mask)
+    picks = [m.greedy(enc, S) for S in (1, 2, 3, 4)]
+    for a, b in zip(picks, picks[1:]): assert torch.equal(a, b[:, :-1])
+    for S in (0, 5):
+        with pytest.raises(ValueError, match=r"1\.\.4"): m.greedy(enc, S)
+
+# --- decoding --------------------------------------------------------------------------------------------------------
+
+def slow_beam(m, q, c, S, W):
+    "Beam search of one query in plain Python"
+    beams, enc = [((), 0.)], m.encode(q[None], c[None])
+    for t in range(S):
+        grown = []
+        for s, lp in beams:
+            step = m.step_logp(enc, torch.tensor(s, dtype=torch.long).view(1, 1, t))[0, 0]
+            grown += [((*s, k), lp + step[k].item()) for k in range(len(c)) if k not in s]
+        beams = sorted(grown, key=lambda x: -x[1])[:W]
+    return beams
+
+@states
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 10**6), S=st.integers(1, 3))
+def test_beam_equals_brute_force(state, seed, S):
+    m, (q, c, mask) = selector(seed, state), pools(seed, K=5, pad=1)
+    enc = m.encode(q, c, mask)
+    W = math.perm(4, S); seqs, lp = m.beam(enc, S, math.perm(5, S))       # wide enough to lose nothing
+    close(lp[:, :W], m.enumerate(enc, S)[1].topk(W, -1).values)
+    close(m.logp(enc, seqs[:, :W]), lp[:, :W])
+    assert torch.equal(lp[1:].isfinite().sum(-1), torch.full((2,), W))    # what a padded pool does not have is -inf
+    check_seqs(seqs[:, :W], None, mask)
+    seqs, lp = m.beam(enc, S, 3)                                          # and a narrow one
+    for b in range(3):
+        want = slow_beam(m, q[b], c[b, mask[b]], S, 3)
+        assert [tuple(s) for s in seqs[b].tolist()] == [s for s, _ in want]
+        close(lp[b], torch.tensor([x for _, x in want]))
+    assert torch.equal(m.beam(enc, S, 1)[0][:, 0], m.greedy(enc, S))
+
+def test_decoders_refuse_too_much():
+    m, (q, c, mask) = selector(7), pools(7, K=3, pad=1); enc = m.encode(q, c, mask)
+    for f in (lambda: m.greedy(enc, 2), lambda: m.sample(enc, 2, 1), lambda: m.sample(enc, 2, 1, distinct=False)):
+        with pytest.raises(ValueError, match="row 1 has 2 candidates for S = 2"): f()
+    with pytest.raises(ValueError, match="width 4"): m.beam(enc, 1, 4)
+    with pytest.raises(ValueError, match="smallest pool has 2"): m.sample(enc, 1, 3)
+    check_room(mask, 1)
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 10**6), S=st.integers(1, 3), temperature=st.sampled_from([.5, 1., 2.]))
+def test_distinct_samples(seed, S, temperature):
+    m, (q, c, mask) = selector(seed), pools(seed, K=5, pad=1); enc = m.encode(q, c, mask)
+    n = math.perm(4, S); g = torch.Generator().manual_seed(seed)
+    seqs, lp = m.sample(enc, S, n, temperature, generator=g)
+    assert all(len(set(map(tuple, s.tolist()))) == n for s in seqs)
+    check_seqs(seqs, None, mask); assert lp.isfinite().all()
+    if temperature == 1: close(m.logp(enc, seqs), lp, 1e-4)
+    again, _ = m.sample(enc, S, n, temperature, generator=torch.Generator().manual_seed(seed))
+    assert torch.equal(seqs, again)
+    if n <= math.perm(4, S): assert torch.equal(seqs[1:].sort(1).values.sum(), seqs[1:].sum())   # all of them, once
+    close(lp[1:].exp().sum(-1), torch.ones(2), 1e-4)                                             # a padded pool was drawn empty
+
+@pytest.mark.parametrize("distinct", [True, False])
+@pytest.mark.parametrize("temperature", [1., 2.])
+def test_first_draw_has_the_policys_frequencies(distinct, temperature):
+    m, (q, c, mask) = selector(8, prior_scale=2., temperature=1.), pools(8, B=2, K=4, pad=1)
+    n = 6000; q, c, mask = (x[1:].expand(n, *x.shape[1:]) for x in (q, c, mask))
+    enc = m.encode(q, c, mask)
+    seqs, lp = m.sample(enc, 2, 3 if distinct else 1, temperature, distinct, torch.Generator().manual_seed(0))
+    small = m.encode(q[:1], c[:1], mask[:1]); all_seqs = every(3, 2)
+    st0 = m.start(small)
+    p = {}
+    for s in all_seqs.tolist():
+        st1 = m.take(small, st0, torch.tensor([[s[0]]]))
+        p[tuple(s)] = (m.point(small, st0, 0, temperature)[0, 0, s[0]] + m.point(small, st1, 1, temperature)[0, 0, s[1]]).exp().item()
+    assert abs(sum(p.values()) - 1) < 1e-5
+    drawn = [tuple(s) for s in seqs[:, 0].tolist()]
+    for s, want in p.items():
+        assert abs(drawn.count(s)/n - want) < 4*math.sqrt(want*(1-want)/n) + 1e-3, (s, want)
+    close(lp[:, 0].exp(), torch.tensor([p[s] for s in drawn]))
+    if distinct:   # second draws follow the policy renormalised without the first (Plackett-Luce)
+        second = [tuple(s) for s in seqs[:, 1].tolist()]
+        for s in p:
+            want = sum(p[f] * p[s]/(1-p[f]) for f in p if f != s)
+            assert abs(second.count(s)/n - want) < 4*math.sqrt(want*(1-want)/n) + 1e-3
+
+def test_gumbel_given_max_has_that_maximum():
+    phi = torch.tensor([[.1, -torch.inf, -3., .4]], dtype=torch.float64); top = torch.tensor([.7], dtype=torch.float64)
+    g = gumbel_given_max(phi, top, torch.randn(1, 4, dtype=torch.float64))
+    close(g.amax(-1), top); assert g[0, 1] == -torch.inf and not g.isnan().any()
+
+# --- gradients -------------------------------------------------------------------------------------------------------
+
+@states
+def test_gradients_are_finite_with_padding_everywhere(state):
+    m, (q, c, mask) = selector(9, state).train(), pools(9, K=5, pad=2)
+    seqs, seq_mask = groups(mask, 6, 3)
+    c = c.masked_fill(~mask[..., None], 0.)
+    lp = m(q, c, mask, seqs, seq_mask); assert lp.isfinite().all()
+    lp.sum().backward()
+    assert all(p.grad.isfinite().all() for p in m.parameters())
+    m.zero_grad(); m.enumerate(m.encode(q, c, mask), 2)[1].exp().square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in m.parameters())
+
+@states
+@pytest.mark.parametrize("prior", [True, False])
+def test_every_parameter_learns(state, prior):
+    m, (q, c, mask) = selector(10, state, prior, stir=False, n_layers=2, max_shots=2).train(), pools(10, B=8, K=6)
+    start = frozen(m); opt = torch.optim.Adam(m.parameters(), 1e-2); seqs, seq_mask = groups(mask, 4, 2)
+    for step in range(3):
+        opt.zero_grad(); m(q, c, mask, seqs, seq_mask).mean().neg().backward()
+        live = {n for n, p in m.named_parameters() if p.grad.abs().sum() > 0}
+        if step == 0 and prior: assert live == {"gains"}   # ReZero: the gain first, then everything
+        opt.step()
+    assert live == {n for n, _ in m.named_parameters()}
+    for (n, a), b in zip(m.named_parameters(), start.parameters()): assert (a - b).abs().max() > 1e-4, n
+
+def test_learns_a_rule_that_similarity_gets_wrong():
+    m = PointerSelector(D, 16, dropout=0.); torch.manual_seed(0); opt = torch.optim.Adam(m.parameters(), 1e-2)
+    batch = lambda B=64: (torch.randn(B, D), torch.randn(B, 6, D))
+    target = lambda q, c: (torch.nn.functional.normalize(c, dim=-1) * q.flip(-1)[:, None]).sum(-1).topk(2).indices   # similar to the *reversed* query
+    q0, c0 = batch(256); hit = lambda: (m.eval().greedy(m.encode(q0, c0), 2) == target(q0, c0)).float().mean().item()
+    before = hit()
+    for _ in range(250):
+        q, c = batch(); opt.zero_grad()
+        m.train()(q, c, None, target(q, c)[:, None]).mean().neg().backward(); opt.step()
+    assert before < .35 and hit() > .7
+
+# --- checks and errors -----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("seq, what", [([0, 0], "repeated index"), ([4, 0], "padded candidate"), ([5, 0], "outside 0..4"), ([-1, 0], "outside 0..4")])
+def test_check_seqs_names_what_is_wrong(seq, what):
+    _, _, mask = pools(); seqs = torch.tensor([[[0, 1], [2, 3]]]*3)
+    assert check_seqs(seqs, None, mask) is seqs
+    seqs = seqs.clone(); seqs[2, 1] = torch.tensor(seq)
+    with pytest.raises(ValueError, match=f"query 77, sequence 1 .*{what}"): check_seqs(seqs, None, mask, names=[5, 6, 77])
+    real = torch.ones_like(seqs, dtype=torch.bool); real[2, 1] = False
+    check_seqs(seqs, real, mask)                                     # padding may hold anything
+    real[2, 1, 1] = True
+    with pytest.raises(ValueError, match="after a padded one"): check_seqs(seqs, real, mask)
+
+def test_impossible_sequences_have_probability_zero_not_nan():
+    m, (q, c, mask) = selector(11), pools(11)
+    bad = torch.tensor([[[0, 0], [1, 2]]]*3)
+    lp = m(q, c, mask, bad); assert (lp[:, 0] == -torch.inf).all() and lp[:, 1].isfinite().all()
+
+def test_shapes_are_refused_with_a_sentence():
+    m, (q, c, mask) = selector(), pools()
+    for f, what in ((lambda: m.encode(q[:, :4], c), "D = 6"), (lambda: m.encode(q, c[0]), r"\[B,K,D\]"), (lambda: m.encode(q, c, mask.float()), "bool"),
+                    (lambda: m.encode(q, c, torch.zeros_like(mask)), "row 0"), (lambda: PointerSelector(4, state="gru"), "'gru'"),
+                    (lambda: PointerSelector(4, temperature=0.), "temperature")):
+        with pytest.raises(ValueError, match=what): f()
+
+# --- checkpoints -----------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def ckpt(tmp_path):
+    m = selector(12, "gate", max_shots=3); d = tmp_path/"ckpt"
+    m.save_pretrained(d, info=dict(pool=dict(sampler="random", K=16), data="abc", metrics=dict(regret=.1)))
+    return m, d
+
+def test_roundtrip(ckpt):
+    m, d = ckpt; q, c, mask = pools(); seqs = every(4, 2).expand(3, -1, -1)
+    back = PointerSelector.from_pretrained(d)
+    assert torch.equal(back(q, c, mask, seqs), m(q, c, mask, seqs)) and not back.training
+    assert back.config == m.config and back.info["pool"]["K"] == 16
+    assert json.loads((d/"config.json").read_text())["class"] == "PointerSelector"
+    back.save_pretrained(d); assert PointerSelector.from_pretrained(d).info == back.info   # info survives a second save
+    copy = frozen(m); close(copy(q, c, mask, seqs), m(q, c, mask, seqs))
+
+def edit_config(d, **kw):
+    c = json.loads((d/"config.json").read_text()); c.update(kw); (d/"config.json").write_text(json.dumps({k: v for k, v in c.items() if v != "DROP"}))
+
+def test_strict_weights(ckpt):
+    m, d = ckpt; w = load_file(d/"model.safetensors")
+    save_file({k.replace("query_proj", "q_proj"): v for k, v in w.items()}, d/"model.safetensors")
+    with pytest.raises(ValueError, match=r"missing: query_proj.bias, query_proj.weight; unexpected: q_proj.bias, q_proj.weight"): PointerSelector.from_pretrained(d)
+    save_file({k: v for k, v in w.items() if k != "gains"}, d/"model.safetensors")
+    with pytest.raises(ValueError, match="missing: gains"): PointerSelector.from_pretrained(d)
+    save_file({**w, "step_emb": torch.zeros(9, H)}, d/"model.safetensors")
+    with pytest.raises(ValueError, match=r"misshaped: step_emb \[9, 10\] for \[3, 10\]"): PointerSelector.from_pretrained(d)
+    save_file(w, d/"model.safetensors"); edit_config(d, n_layers=2)
+    with pytest.raises(ValueError, match="missing: layers.1.attn"): PointerSelector.from_pretrained(d)
+
+def test_strict_config(ckpt):
+    _, d = ckpt
+    edit_config(d, surprise=1)
+    with pytest.raises(ValueError, match="unknown: surprise"): PointerSelector.from_pretrained(d)
+    edit_config(d, surprise="DROP", state="DROP")
+    with pytest.raises(ValueError, match="missing: state"): PointerSelector.from_pretrained(d)
+    edit_config(d, state="gate", **{"class": "PointerSelectorV3"})
+    with pytest.raises(ValueError, match="checkpoint of 'PointerSelectorV3'"): PointerSelector.from_pretrained(d)
+    (d/"config.json").unlink()
+    with pytest.raises(FileNotFoundError, match="config.json"): PointerSelector.from_pretrained(d)
+
+def test_incomplete_and_odd(ckpt):
+    m, d = ckpt
+    with pytest.raises(TypeError, match="colour"): PointerSelector.from_pretrained(d, colour="red")
+    with pytest.raises(TypeError): m.save_pretrained(d, info=dict(x=torch.ones(1)))
+    PointerSelector.from_pretrained(d)                               # a refused save left the checkpoint whole
+    (d/"model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="model.safetensors"): PointerSelector.from_pretrained(d)
+
+def test_imports_without_fastai():
+    code = "import sys; sys.modules['fastai'] = sys.modules['fastcore'] = None; import leverplus.selector; assert not any(m.startswith('transformers') for m in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
