@@ -11,7 +11,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent; NBS = ROOT/"nbs"
 SKIP = "skip-execution"  # nbclient's tag
 ENV = {"PYTHONHASHSEED": "0", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "JUPYTER_PREFER_ENV_PATH": "1", "MPLBACKEND": "module://matplotlib_inline.backend_inline",
-       "PYTHONWARNINGS": "ignore::FutureWarning:torch.jit._script",  # import fastai: not ours, and it would store a path of this machine
+       # `import fastai` and `tqdm.auto` warn; neither is ours, and both would store a path of this machine
+       "PYTHONWARNINGS": "ignore::FutureWarning:torch.jit._script,ignore:IProgress not found",
        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
 
 def find(names):

@@ -14,11 +14,17 @@ from leverplus.prompt import *
 from leverplus.lvlm import *
 from leverplus.groups import *
 from leverplus.rewards import *
+from leverplus.rldata_generate import *
 from leverplus.dls import *
 from leverplus.selector import *
 from leverplus.losses import *
 from leverplus.callback_core import *
 from leverplus.callback_rce import *
 from leverplus.callback_grpo import *
+from leverplus.callback_kl import *
+from leverplus.callback_schedule import *
+from leverplus.callback_track import *
+from leverplus.learner import *
 from leverplus.evaluate import *
+from leverplus.world import *
 from leverplus.report import *

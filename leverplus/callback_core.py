@@ -16,16 +16,17 @@ from fastai.callback.core import Callback, CancelBatchException
 from fastai.learner import Learner, ValueMetric
 from .losses import live_groups
 
-# %% ../nbs/61_callback_core.ipynb #0847b958
-LOOP_NAMES = set("""xb yb x y pred loss loss_grad smooth_loss epoch iter n_iter n_epoch train_iter pct_train training dl opt cbs
-    logger create_mbar final_record lock""".split())
+# %% ../nbs/61_callback_core.ipynb #62fc4d2e
+LOOP_NAMES = set("""xb yb x y pred loss loss_grad smooth_loss epoch iter n_iter n_epoch train_iter pct_train training
+    dl opt cbs logger create_mbar final_record lock""".split())
 
 def check_name(
     name:str, # snake-case name under which a callback would be stored
 )->str: # `name`; ValueError if the Learner or its loop uses it
     "Refuse callback names that would replace something of the Learner"
     taken = set(dir(Learner)) | set(inspect.signature(Learner.__init__).parameters) | LOOP_NAMES
-    if name in taken: raise ValueError(f"a callback named {name!r} would replace `learn.{name}`: rename the class, or give it a class attribute `name`")
+    if name in taken:
+        raise ValueError(f"a callback named {name!r} would replace `learn.{name}`: rename the class, or set its `name`")
     return name
 
 class StageCallback(Callback):
@@ -40,21 +41,23 @@ class StageCallback(Callback):
         for cb in self.learn.cbs:
             if isinstance(cb, Stats): cb.add(n, kw)
 
-# %% ../nbs/61_callback_core.ipynb #8e0fd4d7
+# %% ../nbs/61_callback_core.ipynb #1f77d2a1
 class Objective(StageCallback):
     "Swap the training loss for `objective(logp, rewards, mask)`; `valid_loss` stays the Learner's own"
     order = 0
     def before_fit(self):
         names = [type(cb).__name__ for cb in self.learn.cbs if isinstance(cb, Objective)]
-        if len(names) > 1: raise ValueError(f"this fit has {len(names)} objectives ({', '.join(names)}): the last would win; pass one per fit")
+        if len(names) > 1:
+            raise ValueError(f"this fit has {len(names)} objectives ({', '.join(names)}): pass one per fit")
 
-    def objective(self, logp, rewards, mask): raise NotImplementedError(f"{type(self).__name__} needs a method `objective(logp, rewards, mask)`")
+    def objective(self, logp, rewards, mask):
+        raise NotImplementedError(f"{type(self).__name__} needs a method `objective(logp, rewards, mask)`")
 
     def after_loss(self):
         self.learn.loss_grad = self.objective(self.pred, *self.yb)
         self.learn.loss = self.loss_grad.detach().clone()
 
-# %% ../nbs/61_callback_core.ipynb #14bd9666
+# %% ../nbs/61_callback_core.ipynb #1feab177
 class Stats(StageCallback):
     "Collect train-time scalars; `mean(k)` of the epoch, `metrics(*ks)` as columns"
     order, name = 48, "stats"
@@ -62,7 +65,8 @@ class Stats(StageCallback):
     def before_train(self): self.buf.clear()
     def add(self, n, values):
         "Add one batch's `values` (name -> scalar), each a mean over `n` things; nan and n = 0 are left out"
-        for k, v in values.items(): self.buf[k].append(torch.stack([torch.as_tensor(x, dtype=torch.float64, device="cpu").detach() for x in (v, n)]))
+        number = lambda x: x.item() if isinstance(x, torch.Tensor) else float(x)
+        for k, v in values.items(): self.buf[k].append(torch.tensor([number(v), number(n)], dtype=torch.float64))
     def mean(self, k):
         "Mean of `k` over this epoch's training batches; nan where nobody logged it"
         v, n = torch.stack(self.buf[k]).T if self.buf.get(k) else torch.zeros(2, 1, dtype=torch.float64)
@@ -71,7 +75,7 @@ class Stats(StageCallback):
     def means(self): return {k: self.mean(k) for k in self.buf}
     def metrics(self, *ks): return [ValueMetric(partial(self.mean, k), k) for k in ks]
 
-# %% ../nbs/61_callback_core.ipynb #236a392d
+# %% ../nbs/61_callback_core.ipynb #7437d97d
 class SkipFlat(StageCallback):
     "Drop groups without reward differences from the training loss; log the share `live` of the others"
     order = Objective.order-2
@@ -92,14 +96,15 @@ class SkipFlat(StageCallback):
         if not self.yb[1].any(): raise CancelBatchException()
 
     def after_train(self):
-        if self.n_live < self.warn*self.n: warnings.warn(f"SkipFlat: {self.n_live} of {self.n} groups have any reward difference; "
-            "little or nothing can be learned. Use a softer reward, or collect sequences that differ.")
+        if self.n_live < self.warn*self.n:
+            warnings.warn(f"SkipFlat: {self.n_live} of {self.n} groups have any reward difference; "
+                          "little or nothing can be learned. Use a softer reward, or collect sequences that differ.")
 
-# %% ../nbs/61_callback_core.ipynb #54c36b86
+# %% ../nbs/61_callback_core.ipynb #c1788977
 def active_dropout(
     model:nn.Module, # any module
 )->list: # names of submodules that drop something as the model stands now (training mode and p > 0)
     "Dropout that is switched on"
-    drops = {n: m.p if isinstance(m, nn.modules.dropout._DropoutNd) else getattr(m, "dropout", 0.) for n, m in model.named_modules()
-             if isinstance(m, (nn.modules.dropout._DropoutNd, nn.MultiheadAttention, nn.RNNBase)) and m.training}
-    return [n for n, p in drops.items() if p > 0]
+    kinds = nn.modules.dropout._DropoutNd, nn.MultiheadAttention, nn.RNNBase
+    on = {n: m for n, m in model.named_modules() if isinstance(m, kinds) and m.training}
+    return [n for n, m in on.items() if getattr(m, "p", getattr(m, "dropout", 0.)) > 0]

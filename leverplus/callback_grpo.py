@@ -12,7 +12,7 @@ from .core import frozen
 from .losses import advantage, clipped_surrogate, clip_shares, log_ratio
 from .callback_core import Objective, active_dropout
 
-# %% ../nbs/63_callback_grpo.ipynb #63b0bb48
+# %% ../nbs/63_callback_grpo.ipynb #4a3a0915
 class GRPO(Objective):
     "Group-relative policy optimisation: clipped sequence ratios times advantages over the whole group"
     _stateattrs = ("old",)
@@ -24,13 +24,14 @@ class GRPO(Objective):
         clip_low:float=.2, # ratios below 1 - clip_low stop pulling
         clip_high:float=.28, # ratios above 1 + clip_high stop pulling
         dual:float|None=3., # bound of the dual clip, > 1; None = off
-        refresh:str|int="epoch", # when the old policy becomes the current one: "epoch" | "never" | every so many batches
+        refresh:str|int="epoch", # when the old policy is renewed: "epoch" | "never" | every so many batches
         old=None, # an old policy to begin with instead of the current one (module); makes sense with refresh="never"
         strict:bool=True, # errors for active dropout and ratios off 1; False makes them warnings
     ):
         if refresh not in ("epoch", "never") and not (isinstance(refresh, int) and refresh > 0):
             raise ValueError(f"GRPO: refresh {refresh!r}, wanted 'epoch', 'never' or a number of batches >= 1")
-        self.adv_kw, self.clip_kw = dict(how=how, scale=scale, min_std=min_std, clip=adv_clip), dict(clip_low=clip_low, clip_high=clip_high)
+        self.adv_kw = dict(how=how, scale=scale, min_std=min_std, clip=adv_clip)
+        self.clip_kw = dict(clip_low=clip_low, clip_high=clip_high)
         self.dual, self.refresh, self.given, self.strict = dual, refresh, None if old is None else frozen(old), strict
         self.old, self.adv, self.fresh, self.n_step = self.given, None, True, 0
 
@@ -43,8 +44,9 @@ class GRPO(Objective):
         warnings.warn(msg)
 
     def before_train(self):
-        if (drop := active_dropout(self.model)): self.complain(f"GRPO: dropout is active in {', '.join(drop)}: old and new "
-            "log-probabilities differ before any update. Add `NoDropout()` to cbs, or build the model with dropout=0")
+        if (drop := active_dropout(self.model)):
+            self.complain(f"GRPO: dropout is active in {', '.join(drop)}: old and new log-probabilities "
+                          "differ before any update. Add `NoDropout()` to cbs, or build the model with dropout=0")
         if self.old is None or (self.refresh == "epoch" and not (self.given and self.epoch == 0)): self.renew()
 
     def before_batch(self):
@@ -61,9 +63,9 @@ class GRPO(Objective):
         "Ratios must be 1 right after a refresh"
         self.fresh, off = False, (log_ratio(logp.detach(), old, mask).exp() - 1).abs().max().item()
         self.log(ratio_off=off)
-        if off > 1e-4: self.complain(f"GRPO: ratio is off 1 by up to {off:.3g} at the first step. " + (
-            "The old policy given is not this policy: leave `old` out, or expect the clip to silence what differs" if self.given else
-            "Something in the forward pass is random, or differs between training and evaluation (dropout, BatchNorm): add `NoDropout()` to cbs"))
+        why = "The forward pass is random or not in eval mode (dropout, BatchNorm): add `NoDropout()` to cbs"
+        if self.given: why = "The old policy given is not this policy: leave `old` out, or the clip silences what differs"
+        if off > 1e-4: self.complain(f"GRPO: ratio is off 1 by up to {off:.3g} at the first step. {why}")
 
     def record(self, logp, old, mask):
         "Log live share of all groups, spread of live advantages, and clip shares by sign of the advantage"

@@ -13,7 +13,7 @@ from .core import frozen, masked_mean
 from .losses import kl_steps
 from .callback_core import StageCallback, Objective, active_dropout
 
-# %% ../nbs/64_callback_kl.ipynb #0835a30f
+# %% ../nbs/64_callback_kl.ipynb #de1081a3
 class KLToRef(StageCallback):
     "Add `beta` times the exact KL to a reference policy to what is differentiated"
     order, _stateattrs = Objective.order+1, ("ref",)
@@ -24,20 +24,22 @@ class KLToRef(StageCallback):
         shots:int|None=None, # steps that count; None = as many as the batch's sequences have
         limit:int=5000, # most prefixes per query, see `kl_steps`
     ):
-        if not (ref == "start" or isinstance(ref, nn.Module)): raise ValueError(f"KLToRef: ref {ref!r}, wanted 'start' or a module")
+        if not (isinstance(ref, nn.Module) or ref == "start"):
+            raise ValueError(f"KLToRef: ref {ref!r}, not 'start' or a module")
         if on not in ("all", "live"): raise ValueError(f"KLToRef: on {on!r}, wanted 'all' or 'live'")
-        self.given, self.beta, self.on, self.shots, self.limit = None if ref == "start" else frozen(ref), beta, on, shots, limit
-        self.ref = self.given
+        self.beta, self.on, self.shots, self.limit = beta, on, shots, limit
+        self.ref = self.given = None if ref == "start" else frozen(ref)
 
     def before_fit(self):
         lacks = [m for m in ("encode", "step_logp") if not callable(getattr(self.model, m, None))]
-        if lacks: raise ValueError(f"KLToRef needs a model with {' and '.join(lacks)}; {type(self.model).__name__} has none")
+        if lacks: raise ValueError(f"KLToRef needs {' and '.join(lacks)}; {type(self.model).__name__} has none")
         self.ref = self.given
 
     def before_train(self):
         if self.ref is None: self.ref = frozen(self.model)
         if self.epoch == 0 and (drop := active_dropout(self.model)):
-            warnings.warn(f"KLToRef: dropout is active in {', '.join(drop)}, so the KL is not 0 even at the reference; add `NoDropout()` to cbs")
+            warnings.warn(f"KLToRef: dropout is active in {', '.join(drop)}, so the KL is not 0 even at the reference; "
+                          "add `NoDropout()` to cbs")
 
     def steps_of(self, model):
         enc = model.encode(*self.xb[:3])
@@ -53,4 +55,6 @@ class KLToRef(StageCallback):
         some = self.yb[1].any(-1) if self.on == "live" else torch.ones_like(counts[:, 0])
         kl = masked_mean(kls.masked_fill(~counts, 0.).sum(-1), some)
         self.learn.loss_grad = self.loss_grad + self.beta*kl
-        self.log(some.sum(), kl=kl, beta=self.beta, **{f"kl_{t+1}": masked_mean(kls[:, t], some & counts[:, t]) for t in range(S)})
+        self.log(some.sum(), kl=kl.detach(), beta=self.beta)
+        for t, c in enumerate((counts & some[:, None]).T):
+            self.log(c.sum(), **{f"kl_{t+1}": masked_mean(kls[:, t].detach(), c)})

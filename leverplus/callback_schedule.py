@@ -9,9 +9,9 @@ __all__ = ['TempSchedule', 'NoDropout', 'Freeze']
 from fastai.callback.schedule import SchedLin, SchedCos
 from .callback_core import StageCallback, Objective
 
-# %% ../nbs/65_callback_schedule.ipynb #404f8e0a
+# %% ../nbs/65_callback_schedule.ipynb #d04f38bb
 class TempSchedule(StageCallback):
-    "Move attributes of another callback along schedules of the fit's progress, e.g. `TempSchedule('rce', temp=SchedLin(2., .5))`"
+    "Move attributes of another callback with the progress of the fit: `TempSchedule('rce', temp=SchedLin(2., .5))`"
     order = Objective.order-3
     def __init__(self,
         cb:str, # name of the callback on the Learner: "rce", "grpo", "kl_to_ref", ...
@@ -20,9 +20,10 @@ class TempSchedule(StageCallback):
 
     def before_fit(self):
         target = next((cb for cb in self.learn.cbs if cb.name == self.cb), None)
-        if target is None: raise ValueError(f"TempSchedule: no callback {self.cb!r} in this fit; there are {', '.join(cb.name for cb in self.learn.cbs)}")
-        missing = [k for k in self.scheds if k not in vars(target)]
-        if missing: raise ValueError(f"TempSchedule: {type(target).__name__} has no {', '.join(missing)}; it has {', '.join(vars(target))}")
+        names = ", ".join(cb.name for cb in self.learn.cbs)
+        if target is None: raise ValueError(f"TempSchedule: no callback {self.cb!r} in this fit; there are {names}")
+        missing, has = ", ".join(k for k in self.scheds if k not in vars(target)), ", ".join(vars(target))
+        if missing: raise ValueError(f"TempSchedule: {type(target).__name__} has no {missing}; it has {has}")
         self.target = target
 
     def before_batch(self):
@@ -34,7 +35,7 @@ class NoDropout(StageCallback):
     order = -9
     def before_train(self): self.model.eval()
 
-# %% ../nbs/65_callback_schedule.ipynb #d055ee12
+# %% ../nbs/65_callback_schedule.ipynb #8924d809
 class Freeze(StageCallback):
     "Hold parts of the model still during a fit"
     order, name = -8, "freeze_stage"
@@ -45,10 +46,11 @@ class Freeze(StageCallback):
     def before_fit(self):
         params = dict(self.model.named_parameters())
         of = {part: [p for n, p in params.items() if n == part or n.startswith(part + ".")] for part in self.parts}
-        empty = [part for part, ps in of.items() if not ps]
-        if empty: raise ValueError(f"Freeze: no parameters under {', '.join(empty)}; there are {', '.join(dict.fromkeys(n.split('.')[0] for n in params))}")
+        empty = ", ".join(part for part, ps in of.items() if not ps)
+        there = ", ".join(dict.fromkeys(n.split(".")[0] for n in params))
+        if empty: raise ValueError(f"Freeze: no parameters under {empty}; there are {there}")
         self.held = list({id(p): p for ps in of.values() for p in ps}.values())
-        if len(self.held) == len(params): raise ValueError("Freeze: every parameter is frozen, nothing can be learned; leave something out")
+        if len(self.held) == len(params): raise ValueError("Freeze: every parameter is frozen, nothing can be learned")
         self.drop_grad()
 
     def drop_grad(self):

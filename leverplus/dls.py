@@ -16,7 +16,7 @@ from .groups import RLData
 from .pools import Pool
 from .rewards import reward as reward_of
 
-# %% ../nbs/40_dls.ipynb #686f13e0
+# %% ../nbs/40_dls.ipynb #d409563f
 def _usable(rows, rewards):
     "Rows that did not fail, after refusing missing rewards: bool [n]"
     r = np.asarray(rewards, dtype=np.float64)
@@ -69,7 +69,7 @@ class GroupDataset:
         self.seqs = torch.as_tensor(local) # [rows, S], -1 = padding
 
     def _vectors(self, store):
-        ids, _ = pad_rows([np.asarray(self.pool[q]) for q in self.question_ids], fill=-1)
+        ids = pad_rows([np.asarray(self.pool[q]) for q in self.question_ids], fill=-1)[0].numpy()
         own = np.unique(ids[ids >= 0]); vecs = store.get(own, self.kind)
         self.query = store.get(self.question_ids, self.kind)
         self.vecs = torch.cat([vecs, torch.zeros_like(vecs[:1])]) # one row per demonstration, the last for padding

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np, pandas as pd, torch, matplotlib.pyplot as plt
 from .core import atomic_path, fingerprint, read_json, repo_path, write_json
 
-# %% ../nbs/12_embed.ipynb #983b9d16
+# %% ../nbs/12_embed.ipynb #711428ba
 KINDS = ("image", "text", "mixed")
 
 def unit(
@@ -21,29 +21,35 @@ def unit(
     "Scale vectors to length 1"
     x = x.float(); n = x.norm(dim=-1, keepdim=True)
     bad = ~(n.isfinite() & (n > 0)).squeeze(-1)
-    if bad.any(): raise ValueError(f"{int(bad.sum())} of {bad.numel()} vectors have length 0, inf or nan and no direction; first at row {int(bad.flatten().nonzero()[0])}")
+    if bad.any():
+        raise ValueError(f"{int(bad.sum())} of {bad.numel()} vectors have length 0, inf or nan and no direction; "
+                         f"first at row {int(bad.flatten().nonzero()[0])}")
     return x / n
 
-# %% ../nbs/12_embed.ipynb #4e8c22fd
+# %% ../nbs/12_embed.ipynb #4a5531ef
 class EmbedStore:
     "Unit vectors of items, keyed by `question_id`"
     def __init__(self,
         ids, # [n] distinct question_ids; ValueError names a repeated one
         image:torch.Tensor, # [n, D] picture vectors; normalised here
         text:torch.Tensor, # [n, D'] question vectors; normalised here
-        meta:dict|None=None, # what made them, JSON-able; its entry `source` goes into the fingerprint, default the vectors themselves
+        meta:dict|None=None, # what made them, JSON-able; its entry `source` (default the vectors) is fingerprinted
     ):
         self.ids = pd.Index(np.asarray(ids, dtype=np.int64))
-        if self.ids.has_duplicates: raise ValueError(f"question_id {self.ids[self.ids.duplicated()][0]} occurs twice: a store has one row per id")
+        if self.ids.has_duplicates:
+            raise ValueError(f"question_id {self.ids[self.ids.duplicated()][0]} occurs twice: a store has one row "
+                             "per id")
         if not len(self.ids) == len(image) == len(text):
-            raise ValueError(f"{len(self.ids)} ids, {len(image)} image vectors, {len(text)} text vectors: the three must agree")
+            raise ValueError(f"{len(self.ids)} ids, {len(image)} image vectors, {len(text)} text vectors: the "
+                             "three must agree")
         self.image, self.text, self.meta = unit(torch.as_tensor(image)), unit(torch.as_tensor(text)), dict(meta or {})
         self.meta.setdefault("source", {"vectors": self._digest()})
 
     def _digest(self): return fingerprint(self.ids.to_numpy(), self.image, self.text)
     def __len__(self): return len(self.ids)
     def __contains__(self, question_id): return question_id in self.ids
-    def __repr__(self): return f"EmbedStore({len(self)} items, image {self.dim('image')}, text {self.dim('text')}, {self.fingerprint})"
+    def __repr__(self):
+        return f"EmbedStore({len(self)} items, image {self.dim('image')}, text {self.dim('text')}, {self.fingerprint})"
 
     @property
     def fingerprint(self)->str:
@@ -57,7 +63,8 @@ class EmbedStore:
         a = np.asarray(ids, dtype=np.int64); r = self.ids.get_indexer(a.ravel())
         if (r < 0).any():
             miss = np.unique(a.ravel()[r < 0])
-            raise KeyError(f"question_id {', '.join(map(str, miss[:5]))} not in this store of {len(self)} items ({len(miss)} unknown): embed these items too")
+            raise KeyError(f"question_id {', '.join(map(str, miss[:5]))} not in this store of {len(self)} items "
+                           f"({len(miss)} unknown): embed these items too")
         return r.reshape(a.shape)
 
     def get(self,
@@ -76,7 +83,7 @@ class EmbedStore:
         if kind not in KINDS: raise ValueError(f"kind {kind!r}: choose one of {', '.join(KINDS)}")
         return sum(getattr(self, k).shape[1] for k in (KINDS[:2] if kind == "mixed" else [kind]))
 
-# %% ../nbs/12_embed.ipynb #26c00ad3
+# %% ../nbs/12_embed.ipynb #dec9432c
 def save_store(
     self:EmbedStore, # the store
     path, # folder, made if absent
@@ -84,8 +91,10 @@ def save_store(
     "Write `embed.safetensors` and `embed.json`, atomically"
     from safetensors.torch import save_file
     path = Path(path)
-    with atomic_path(path/"embed.safetensors") as tmp: save_file({"image": self.image.contiguous(), "text": self.text.contiguous()}, tmp)
-    write_json(path/"embed.json", dict(fingerprint=self.fingerprint, digest=self._digest(), meta=self.meta, ids=self.ids.tolist()), indent=None)
+    with atomic_path(path/"embed.safetensors") as tmp:
+        save_file({"image": self.image.contiguous(), "text": self.text.contiguous()}, tmp)
+    head = dict(fingerprint=self.fingerprint, digest=self._digest(), meta=self.meta, ids=self.ids.tolist())
+    write_json(path/"embed.json", head, indent=None)
     return path
 
 def load_store(
@@ -95,22 +104,29 @@ def load_store(
     "Read a saved store and check that its two files belong together"
     from safetensors.torch import load_file
     path = Path(path); d = read_json(path/"embed.json")
-    if not (path/"embed.safetensors").exists(): raise FileNotFoundError(f"{path/'embed.safetensors'}: no such file, though embed.json is there")
+    if not (path/"embed.safetensors").exists():
+        raise FileNotFoundError(f"{path/'embed.safetensors'}: no such file, though embed.json is there")
     v = load_file(path/"embed.safetensors"); self = cls.__new__(cls)
-    self.ids, self.image, self.text, self.meta = pd.Index(np.asarray(d["ids"], dtype=np.int64)), v["image"], v["text"], d["meta"]
-    if self._digest() != d["digest"]: raise ValueError(f"{path}: embed.safetensors and embed.json are of different stores; write the store again")
-    if self.fingerprint != d["fingerprint"]: raise ValueError(f"{path}/embed.json: fingerprint {d['fingerprint']} but its content gives {self.fingerprint}; was it edited?")
+    self.ids = pd.Index(np.asarray(d["ids"], dtype=np.int64))
+    self.image, self.text, self.meta = v["image"], v["text"], d["meta"]
+    if self._digest() != d["digest"]:
+        raise ValueError(f"{path}: embed.safetensors and embed.json are of different stores; write the store again")
+    if self.fingerprint != d["fingerprint"]:
+        raise ValueError(f"{path}/embed.json: fingerprint {d['fingerprint']} but its content gives "
+                         f"{self.fingerprint}; was it edited?")
     return self
 
 EmbedStore.save, EmbedStore.load = save_store, classmethod(load_store)
 
-# %% ../nbs/12_embed.ipynb #930d921f
+# %% ../nbs/12_embed.ipynb #ba465207
 def image_bytes(
     path, # image file
     question_id=None, # who wants it, for the message
 )->bytes: # the file
     "Read an image file; errors name file and `question_id`"
-    if pd.isna(path): raise ValueError(f"question_id {question_id} has no image_path: read the items with `images=` set to the image folder")
+    if pd.isna(path):
+        raise ValueError(f"question_id {question_id} has no image_path: read the items with `images=` set to the "
+                         "image folder")
     if not Path(path).is_file(): raise FileNotFoundError(f"{path}: image of question_id {question_id} does not exist")
     return Path(path).read_bytes()
 
@@ -129,15 +145,18 @@ def decode_image(
     from PIL import Image
     try: return Image.open(io.BytesIO(b)).convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as err:
-        raise ValueError(f"{path}: image of question_id {question_id} is broken ({err}); copy it again or leave the item out") from err
+        raise ValueError(f"{path}: image of question_id {question_id} is broken ({err}); copy it again or leave "
+                         "the item out") from err
 
-# %% ../nbs/12_embed.ipynb #f7ed35b6
+# %% ../nbs/12_embed.ipynb #945ff642
 class Clip:
     "A CLIP with its preprocessing: pictures and questions to unit vectors"
     def __init__(self, model, tokenizer, image_processor, name):
-        self.model, self.tokenizer, self.image_processor, self.name = model.eval().requires_grad_(False), tokenizer, image_processor, name
+        self.model, self.name = model.eval().requires_grad_(False), name
+        self.tokenizer, self.image_processor = tokenizer, image_processor
         self.max_length = model.config.text_config.max_position_embeddings
-        self.fingerprint = fingerprint("clip", _weights_print(model), _processor_settings(tokenizer, image_processor), self.max_length)
+        settings = _processor_settings(tokenizer, image_processor)
+        self.fingerprint = fingerprint("clip", _weights_print(model), settings, self.max_length)
 
     def _unit(self, out):
         "transformers 4 gives the projected tensor, 5 an output object that holds it as `pooler_output`"
@@ -156,19 +175,22 @@ class Clip:
         texts, # list of n str; what exceeds the text tower's positions is cut off
     )->torch.Tensor: # [n, D] float32, length 1
         "Encode texts"
-        x = self.tokenizer(list(texts), padding=True, truncation=True, max_length=self.max_length, return_tensors="pt").to(self.model.device)
+        x = self.tokenizer(list(texts), padding=True, truncation=True, max_length=self.max_length, return_tensors="pt")
+        x = x.to(self.model.device)
         return self._unit(self.model.get_text_features(input_ids=x["input_ids"], attention_mask=x["attention_mask"]))
 
 def _weights_print(model):
     c = model.config.to_dict()
-    say = {t: {k: c[t].get(k) for k in ("hidden_act", "layer_norm_eps", "num_attention_heads", "image_size", "patch_size", "eos_token_id")}
-           for t in ("text_config", "vision_config")}
+    keep = ("hidden_act", "layer_norm_eps", "num_attention_heads", "image_size", "patch_size", "eos_token_id")
+    say = {t: {k: c[t].get(k) for k in keep} for t in ("text_config", "vision_config")}
     return fingerprint(say, {k: v.float() for k, v in model.state_dict().items()})
 
 def _processor_settings(tokenizer, image_processor):
     im, tok = json.loads(image_processor.to_json_string()), json.loads(tokenizer.backend_tokenizer.to_str())
-    keep = ("size", "crop_size", "resample", "rescale_factor", "image_mean", "image_std", "do_resize", "do_center_crop", "do_rescale", "do_normalize")
-    return {"image": {k: im.get(k) for k in keep}, "text": fingerprint({k: v for k, v in tok.items() if k not in ("padding", "truncation")})}
+    keep = ("size", "crop_size", "resample", "rescale_factor", "image_mean", "image_std",
+            "do_resize", "do_center_crop", "do_rescale", "do_normalize")
+    tok = {k: v for k, v in tok.items() if k not in ("padding", "truncation")} # these two follow the last call
+    return {"image": {k: im.get(k) for k in keep}, "text": fingerprint(tok)}
 
 def load_clip(
     model=None, # folder or hub name of a transformers CLIPModel, or a `Clip`; None: models/tiny-clip of the checkout
@@ -178,19 +200,21 @@ def load_clip(
     if isinstance(model, Clip): return model
     from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
     name = str(repo_path("models", "tiny-clip") if model is None else model)
-    if Path(name).is_absolute() and not (Path(name)/"config.json").exists(): raise FileNotFoundError(f"{name}: no CLIP here (config.json is missing)")
+    if Path(name).is_absolute() and not (Path(name)/"config.json").exists():
+        raise FileNotFoundError(f"{name}: no CLIP here (config.json is missing)")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     net = CLIPModel.from_pretrained(name, dtype=torch.float32).to(device)
-    return Clip(net, AutoTokenizer.from_pretrained(name), AutoImageProcessor.from_pretrained(name), Path(name).name if Path(name).exists() else name)
+    tokenizer, image_processor = AutoTokenizer.from_pretrained(name), AutoImageProcessor.from_pretrained(name)
+    return Clip(net, tokenizer, image_processor, Path(name).name if Path(name).exists() else name)
 
-# %% ../nbs/12_embed.ipynb #efd2de96
+# %% ../nbs/12_embed.ipynb #94394d8c
 def _encode(items, fn, batch_size, progress, desc):
-    from tqdm.auto import tqdm
+    from tqdm import tqdm
     parts = [items[i:i+batch_size] for i in range(0, len(items), batch_size)]
     return torch.cat([fn(p) for p in tqdm(parts, desc=desc, disable=not progress)])
 
 def _hashes(items, progress):
-    from tqdm.auto import tqdm
+    from tqdm import tqdm
     first = items.drop_duplicates("image_path")
     it = tqdm(zip(first.image_path, first.question_id), total=len(first), desc="read images", disable=not progress)
     h = {p: content_hash(image_bytes(p, q)) for p, q in it}
@@ -203,26 +227,27 @@ def embed_items(
     device=None, # torch device; None: cuda if there is one, else cpu
     progress:bool=True, # show a bar
 )->EmbedStore: # one row per item, in the order of `items`
-    "Encode pictures and questions of `items` with a CLIP; a missing or broken picture is an error that names file and question_id"
+    "Encode pictures and questions of `items` with a CLIP; a missing or broken picture is an error that names it"
     miss = [c for c in ("question_id", "image_path", "question") if c not in items]
-    if miss: raise ValueError(f"items has no column {', '.join(miss)}: read them with `images=` set to the image folder")
+    if miss:
+        raise ValueError(f"items has no column {', '.join(miss)}: read them with `images=` set to the image folder")
     if not len(items): raise ValueError("embed_items got no items")
     clip, hashes = load_clip(model, device), _hashes(items, progress)
-    pics = pd.DataFrame(dict(hash=hashes, path=items.image_path.to_numpy(), qid=items.question_id.to_numpy())).drop_duplicates("hash")
+    pics = items[["image_path", "question_id"]].assign(hash=hashes).drop_duplicates("hash")
     see = lambda rows: clip.images([decode_image(image_bytes(p, q), p, q) for p, q in rows])
-    image = _encode(list(zip(pics.path, pics.qid)), see, batch_size, progress, "images")
+    image = _encode(list(zip(pics.image_path, pics.question_id)), see, batch_size, progress, "images")
     words = pd.Index(items.question.unique())
     text = _encode(words.tolist(), clip.texts, batch_size, progress, "questions")
     r, w = pd.Index(pics["hash"]).get_indexer(hashes), words.get_indexer(items.question)
-    meta = dict(model=clip.name, source=dict(clip=clip.fingerprint, items=fingerprint(hashes.tolist(), items.question.tolist())),
-                image_hash=hashes.tolist(), cut_short=_cut_short(clip, words.tolist()))
+    source = dict(clip=clip.fingerprint, items=fingerprint(hashes.tolist(), items.question.tolist()))
+    meta = dict(model=clip.name, source=source, image_hash=hashes.tolist(), cut_short=_cut_short(clip, words.tolist()))
     return EmbedStore(items.question_id, image[r], text[w], meta)
 
 def _cut_short(clip, words):
     n = clip.tokenizer(words, truncation=False, padding=False, verbose=False)["input_ids"]
     return sum(len(x) > clip.max_length for x in n)
 
-# %% ../nbs/12_embed.ipynb #dc0dbb83
+# %% ../nbs/12_embed.ipynb #df5660b4
 def nearest(
     store:EmbedStore, # holds `question_id` and `among`
     question_id:int, # whose neighbours
@@ -231,7 +256,8 @@ def nearest(
     among=None, # question_ids to choose from; default the whole store
 )->pd.Series: # cosines, largest first, indexed by question_id; equal ones by id
     "Nearest items of `question_id`, itself left out"
-    among = np.asarray(store.ids if among is None else among, dtype=np.int64); among = np.sort(among[among != question_id])
+    among = np.asarray(store.ids if among is None else among, dtype=np.int64)
+    among = np.sort(among[among != question_id])
     cos = pd.Series((store.get(among, kind) @ store.get(question_id, kind)).numpy(), index=among)
     return cos.round(6).sort_values(ascending=False, kind="stable").head(k)
 

@@ -27,7 +27,7 @@ RECORD = {**PROPOSAL_COLUMNS, **{c: FACT_COLUMNS[c] for c in (
     "vqa_pred_answer", "vqa_raw_generation", "vqa_correct", "vqa_acc_score", "vqa_gt_prob", "vqa_gt_logprobs", "vqa_rel_token_f1",
     "vqa_rel_edit_sim", "vqa_rel_score", "vqa_eval_mode", "eval_failed", "error", "scorer")}}
 
-# %% ../nbs/30_groups.ipynb #4ac8a377
+# %% ../nbs/30_groups.ipynb #20fcd115
 _STR = pd.StringDtype(na_value=np.nan)
 _ARROW = dict(int=pa.int64(), ints=pa.list_(pa.int64()), str=pa.string(), float=pa.float64(), floats=pa.list_(pa.float64()), bool=pa.bool_())
 _DTYPE = dict(int="int64", ints=object, str=_STR, float="float64", floats=object, bool="bool")
@@ -45,9 +45,22 @@ def _objects(xs):
     out = np.empty(len(xs), dtype=object); out[:] = xs
     return out
 
-def _exact(values, kind, name):
-    if kind in ("ints", "floats"):
+def _tuples(col):
+    col = col.combine_chunks(); cut = col.offsets.to_numpy().tolist()
+    flat = col.values.to_numpy(zero_copy_only=False).tolist()
+    rows = [tuple(flat[a:b]) for a, b in zip(cut[:-1], cut[1:])]
+    return _objects(rows if not col.null_count else [r if ok else None for r, ok in zip(rows, col.is_valid().to_pylist())])
+
+def _lists(values, kind, name):
+    "Column-wise where arrow takes the values as they are, one by one (with an error that shows the value) where not"
+    try: col = pa.array(np.asarray(values, dtype=object), type=None if kind == "ints" else _ARROW[kind], from_pandas=True) # told int64, arrow would cut 1.5 to 1
+    except (pa.ArrowInvalid, pa.ArrowTypeError, ValueError): col = None
+    if col is None or col.type != _ARROW[kind] or kind == "ints" and (col.null_count or col.values.null_count):
         return _objects([_tuple(x, int if kind == "ints" else float, name) for x in values])
+    return _tuples(pa.chunked_array([col]))
+
+def _exact(values, kind, name):
+    if kind in ("ints", "floats"): return _lists(values, kind, name)
     if kind in ("int", "bool") and pd.isna(values).any(): raise ValueError(f"column {name!r} has missing values: it must be known for every row")
     if kind == "int" and (np.asarray(values) != np.asarray(values).astype("int64")).any(): raise ValueError(f"column {name!r} holds numbers that are not integers")
     return pd.Series(np.asarray(values, dtype=object) if kind == "str" else np.asarray(values)).astype(_DTYPE[kind]).array
@@ -62,19 +75,13 @@ def as_record(
     col = lambda c, k: _exact(frame[c] if c in frame else _missing(k, len(frame), c), k, c)
     return pd.DataFrame({c: col(c, k) for c, k in columns.items()}, index=pd.RangeIndex(len(frame)))
 
-# %% ../nbs/30_groups.ipynb #7882e849
+# %% ../nbs/30_groups.ipynb #0891aa08
 def pack(
     frame:pd.DataFrame, # columns as `as_record` makes them
     columns:dict=RECORD, # {name: kind}
 )->pa.Table: # one column each, missing = null
     "Turn a record frame into an arrow table with exact types"
     return pa.table({c: pa.array(frame[c].to_numpy(dtype=object) if k == "str" else frame[c].to_numpy(), type=_ARROW[k], from_pandas=True) for c, k in columns.items()})
-
-def _tuples(col):
-    col = col.combine_chunks(); cut = col.offsets.to_numpy().tolist()
-    flat = col.values.to_numpy(zero_copy_only=False).tolist()
-    rows = [tuple(flat[a:b]) for a, b in zip(cut[:-1], cut[1:])]
-    return _objects(rows if not col.null_count else [r if ok else None for r, ok in zip(rows, col.is_valid().to_pylist())])
 
 def unpack(
     table:pa.Table, # with the columns of `columns`

@@ -25,7 +25,7 @@ from .callback_kl import KLToRef
 from .callback_schedule import TempSchedule, NoDropout
 from .callback_track import History, RLStats, Best
 
-# %% ../nbs/70_learner.ipynb #2cdf90b1
+# %% ../nbs/70_learner.ipynb #33476367
 def selector_learner(
     dls, # DataLoaders of `group_dls` or `synth_dls`
     model=None, # a policy, e.g. of `load_selector`; default a new `PointerSelector`
@@ -37,15 +37,17 @@ def selector_learner(
     **model_kw, # of a new `PointerSelector`: `d_hidden, n_layers, dropout, state, prior, ...`
 )->Learner:
     "Learner of a pointer selector whose loss is regret"
-    if model is not None and model_kw: raise ValueError(f"selector_learner: a model and settings for a new one ({', '.join(model_kw)}): pass either")
-    if getattr(dls, "n_inp", None) != 5: raise ValueError("selector_learner: batches need five inputs and (rewards, mask); make them with `group_dls` or `synth_dls`")
+    if model is not None and model_kw:
+        raise ValueError(f"selector_learner: a model and settings for a new one ({', '.join(model_kw)}): pass either")
+    if getattr(dls, "n_inp", None) != 5:
+        raise ValueError("selector_learner: batches need five inputs and (rewards, mask): `group_dls`, `synth_dls`")
     seed_all(seed)
     if model is None: model = PointerSelector(dls.valid.one_batch()[0].shape[-1], **model_kw)
     stats = RLStats()
     return Learner(dls, model, loss_func=regret, wd=wd, train_bn=False, path=path, cbs=[stats, History(), *L(cbs)],
                    metrics=[*L(metrics), *stats.metrics("live", "mass", "kl")])
 
-# %% ../nbs/70_learner.ipynb #63ba954c
+# %% ../nbs/70_learner.ipynb #af7a5674
 @patch
 def fit_stage(self:Learner,
     n_epoch:int, # epochs, >= 0; 0 says so and changes nothing
@@ -60,7 +62,9 @@ def fit_stage(self:Learner,
     if n_epoch < 0: raise ValueError(f"fit_stage: {n_epoch} epochs, wanted 0 or more")
     if n_epoch == 0: warnings.warn(f"0 epochs asked of the stage ({name}): the policy stays as it is"); return self
     for p in self.model.parameters(): p.grad = None   # what an interrupted fit may have left
-    more = [ParamScheduler({"lr": SchedCos(lr, 0.)})] + [SkipFlat()]*skip_flat + ([] if max_norm is None else [GradientClip(max_norm)])
+    more = [ParamScheduler({"lr": SchedCos(lr, 0.)})]
+    if skip_flat: more.append(SkipFlat())
+    if max_norm is not None: more.append(GradientClip(max_norm))
     if best: more.append(Best() if best is True else best)
     self.fit(n_epoch, lr, cbs=[*L(cbs), *more], reset_opt=True)
     return self
@@ -94,7 +98,7 @@ def fit_grpo(self:Learner,
     kl = [KLToRef(ref, beta)] if beta > 0 else []
     return self.fit_stage(n_epoch, lr, [NoDropout(), GRPO(**grpo_kw), *kl, *L(cbs)], max_norm, skip_flat, best)
 
-# %% ../nbs/70_learner.ipynb #56c5a06a
+# %% ../nbs/70_learner.ipynb #c0a39c76
 @patch
 def save_selector(self:Learner,
     path, # folder; made if needed
@@ -109,4 +113,6 @@ def load_selector(
     path, # folder of `save_selector`, or a name on the hub
 )->PointerSelector: # in eval mode, with what was saved as `info` in `.info`
     "Load a selector, strictly"
+    if not Path(path).is_dir() and (isinstance(path, Path) or str(path).count("/") != 1):
+        raise FileNotFoundError(f"{path}: no such folder; give one of `save_selector`, or 'owner/name' on the hub")
     return PointerSelector.from_pretrained(path)

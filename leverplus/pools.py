@@ -13,29 +13,33 @@ from .core import atomic_path, fingerprint, read_json, rng, write_json
 from .data import items_fingerprint
 from .embed import EmbedStore, content_hash, image_bytes
 
-# %% ../nbs/13_pools.ipynb #4bb784f5
+# %% ../nbs/13_pools.ipynb #20b1b122
 class Pool:
     "Candidate demonstrations of every query, in a fixed order that carries no information"
     def __init__(self,
-        ids:dict, # {question_id: sequence of K distinct candidate question_ids}; ValueError names the query whose pool is wrong
+        ids:dict, # {question_id: K distinct candidate question_ids}; ValueError names the query whose pool is wrong
         recipe:dict|None=None, # how it was made, JSON-able; see `make_pool`
     ):
         self.ids = {int(q): tuple(map(int, c)) for q, c in ids.items()}
         self.recipe = dict(recipe or {"sampler": "given"})
         for q, c in self.ids.items():
             if not c: raise ValueError(f"query {q} has an empty pool")
-            if len(set(c)) < len(c): raise ValueError(f"query {q}: its pool names a candidate twice; candidates must be distinct")
+            if len(set(c)) < len(c):
+                raise ValueError(f"query {q}: its pool names a candidate twice; candidates must be distinct")
             if q in c: raise ValueError(f"query {q} is its own candidate; leave it out of its pool")
 
     def __getitem__(self, question_id):
         try: return self.ids[int(question_id)]
-        except KeyError: raise KeyError(f"question_id {question_id} has no pool here ({len(self)} queries): make the pool for these queries") from None
+        except KeyError:
+            raise KeyError(f"question_id {question_id} has no pool here ({len(self)} queries): "
+                           "make the pool for these queries") from None
     def __len__(self): return len(self.ids)
     def __iter__(self): return iter(self.ids)
     def __contains__(self, question_id): return question_id in self.ids
     def __eq__(self, other): return isinstance(other, Pool) and self.ids == other.ids and self.recipe == other.recipe
     __hash__ = None
-    def __repr__(self): return f"Pool({len(self)} queries, K={self.K}, sampler {self.recipe.get('sampler')}, {self.fingerprint})"
+    def __repr__(self):
+        return f"Pool({len(self)} queries, K={self.K}, sampler {self.recipe.get('sampler')}, {self.fingerprint})"
 
     @property
     def K(self)->int:
@@ -78,7 +82,7 @@ class Pool:
         "The pool of some of the queries"
         return Pool({int(q): self[q] for q in question_ids}, self.recipe)
 
-# %% ../nbs/13_pools.ipynb #a0d6c2c7
+# %% ../nbs/13_pools.ipynb #b21ec592
 def _table(pool, question_ids):
     "[n, K] candidate ids of `question_ids`, -1 = padding"
     q = np.asarray(question_ids, dtype=np.int64); u, inv = np.unique(q, return_inverse=True)
@@ -89,13 +93,14 @@ def _table(pool, question_ids):
 def _padded(rows):
     lens = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
     out = np.full((len(rows), lens.max(initial=0)), -1, dtype=np.int64)
-    out[np.arange(out.shape[1]) < lens[:, None]] = np.fromiter((int(v) for r in rows for v in r), dtype=np.int64, count=lens.sum())
+    flat = np.fromiter((int(v) for r in rows for v in r), dtype=np.int64, count=lens.sum())
+    out[np.arange(out.shape[1]) < lens[:, None]] = flat
     return out
 
 def local_rows(
     self:Pool, # the pool
     question_ids, # [n] queries, repeats allowed
-    pointers, # n sequences of candidate question_ids, lengths may differ; ValueError names query and id outside its pool
+    pointers, # n sequences of candidate question_ids of any length; ValueError names query and id outside its pool
 )->np.ndarray: # int64 [n, S max] local indices, -1 = padding
     "Local indices of a column of pointers"
     ptr = _padded(list(pointers)); q, t = _table(self, question_ids)
@@ -122,14 +127,14 @@ def ids_rows(
 
 Pool.local_rows, Pool.ids_rows = local_rows, ids_rows
 
-# %% ../nbs/13_pools.ipynb #ea806401
+# %% ../nbs/13_pools.ipynb #c6bc3e0e
 def save_pool(
     self:Pool, # the pool
     path, # folder, made if absent; it may hold other things
 )->Path: # the folder
     "Write `pool.parquet` and `pool.json`, atomically"
-    path = Path(path); df = pd.DataFrame({"question_id": list(self.ids), "candidates": [list(c) for c in self.ids.values()]})
-    with atomic_path(path/"pool.parquet") as tmp: df.to_parquet(tmp, index=False)
+    path = Path(path); ids = {"question_id": list(self.ids), "candidates": [list(c) for c in self.ids.values()]}
+    with atomic_path(path/"pool.parquet") as tmp: pd.DataFrame(ids).to_parquet(tmp, index=False)
     write_json(path/"pool.json", dict(fingerprint=self.fingerprint, queries=len(self), K=self.K, recipe=self.recipe))
     return path
 
@@ -139,15 +144,18 @@ def load_pool(
 )->Pool: # equal ids, recipe and fingerprint
     "Read a saved pool and check its fingerprint"
     path = Path(path); d = read_json(path/"pool.json")
-    if not (path/"pool.parquet").exists(): raise FileNotFoundError(f"{path/'pool.parquet'}: no such file, though pool.json is there")
-    df = pd.read_parquet(path/"pool.parquet"); pool = cls(dict(zip(df.question_id.tolist(), df.candidates)), d["recipe"])
+    if not (path/"pool.parquet").exists():
+        raise FileNotFoundError(f"{path/'pool.parquet'}: no such file, though pool.json is there")
+    df = pd.read_parquet(path/"pool.parquet")
+    pool = cls(dict(zip(df.question_id.tolist(), df.candidates)), d["recipe"])
     if pool.fingerprint != d["fingerprint"]:
-        raise ValueError(f"{path}: pool.json says fingerprint {d['fingerprint']}, the content gives {pool.fingerprint}; the two files are not of one pool, or one was edited")
+        raise ValueError(f"{path}: pool.json says fingerprint {d['fingerprint']}, the content gives "
+                         f"{pool.fingerprint}; the two files are not of one pool, or one was edited")
     return pool
 
 Pool.save, Pool.load = save_pool, classmethod(load_pool)
 
-# %% ../nbs/13_pools.ipynb #e3fa0bb6
+# %% ../nbs/13_pools.ipynb #1838e982
 def _byte_labels(items):
     "Equal labels for byte-identical image files; only files of equal size are read"
     first = items[items.image_path.notna()].drop_duplicates("image_path")
@@ -155,7 +163,8 @@ def _byte_labels(items):
         if not Path(p).is_file(): image_bytes(p, q)
     size = pd.Series([Path(p).stat().st_size for p in first.image_path], index=first.index, dtype="int64")
     twin = size.duplicated(keep=False)
-    key = {p: content_hash(image_bytes(p, q)) if t else str(p) for p, q, t in zip(first.image_path, first.question_id, twin)}
+    rows = zip(first.image_path, first.question_id, twin)
+    key = {p: content_hash(image_bytes(p, q)) if t else str(p) for p, q, t in rows}
     return np.array([key[p] if pd.notna(p) else f"#{i}" for i, p in enumerate(items.image_path)], dtype=object)
 
 def image_groups(
@@ -198,15 +207,16 @@ def draw_block(
         taken.scatter_(1, pick, True); picks.append(pick)
     return torch.cat(picks, 1)
 
-# %% ../nbs/13_pools.ipynb #e98b88a4
-def _items_print(items): return items_fingerprint(items if "answers" in items else items.assign(answers=[[]] * len(items)))
+# %% ../nbs/13_pools.ipynb #b4750552
+def _items_print(items):
+    return items_fingerprint(items if "answers" in items else items.assign(answers=[[]] * len(items)))
 
 def _check_items(items, what):
     miss = [c for c in ("question_id", "image_id", "question") if c not in items]
     if miss: raise ValueError(f"{what} has no column {', '.join(miss)}")
     if not len(items): raise ValueError(f"{what} is empty")
     dup = items.question_id[items.question_id.duplicated()]
-    if len(dup): raise ValueError(f"{what}: question_id {dup.iloc[0]} occurs {int((items.question_id == dup.iloc[0]).sum())} times; ids must be distinct")
+    if len(dup): raise ValueError(f"{what}: question_id {dup.iloc[0]} occurs more than once; ids must be distinct")
     return items.sort_values("question_id", kind="stable").reset_index(drop=True)
 
 def _similarities(store, kinds, q, cand):
@@ -217,8 +227,9 @@ def _bar(q, c, gq, gc, K):
     barred = (gq[:, None] == gc[None]) | (q[:, None] == c[None]); free = (~barred).sum(1)
     if (free < K).any():
         i = int(free.argmin())
-        raise ValueError(f"query {q[i]}: {free[i]} candidates are available (of {len(c)} demonstrations, {int(barred[i].sum())} barred) but K={K}; "
-                         "choose a smaller K or give more demonstrations")
+        raise ValueError(f"query {q[i]}: {free[i]} candidates are available ({len(c)} demonstrations, "
+                         f"{len(c) - free[i]} "
+                         f"barred) but K={K}; choose a smaller K or give more demonstrations")
     return barred
 
 def make_pool(
@@ -231,14 +242,16 @@ def make_pool(
 )->Pool: # K distinct candidates for every query; ValueError names a query with fewer than K left
     "Draw the candidates of every query; same seed and data, same pool"
     parts = sampler_parts(sampler, K); kinds = [k for k in parts if k != "random"]
-    if kinds and store is None: raise ValueError(f"sampler {sampler!r} needs `store`: embed queries and demonstrations first (embed_items)")
+    if kinds and store is None:
+        raise ValueError(f"sampler {sampler!r} needs `store`: embed queries and demonstrations first (embed_items)")
     order, Q, C = list(queries.question_id), _check_items(queries, "queries"), _check_items(demos, "demos")
     both = pd.concat([Q, C], ignore_index=True); groups = image_groups(both)
     twin = pd.DataFrame(dict(g=groups[len(Q):], t=C.question)).duplicated().to_numpy()
-    q, c, gq, gc = Q.question_id.to_numpy(np.int64), C.question_id.to_numpy(np.int64)[~twin], groups[:len(Q)], groups[len(Q):][~twin]
-    ids = _draw(q, c, gq, gc, K, parts, store, kinds, seed)
-    recipe = dict(sampler=sampler, K=K, parts=parts, seed=seed, order="shuffled", clip=store.meta["source"].get("clip") if kinds else None,
-                  store=store.fingerprint if kinds else None, queries=_items_print(Q), demos=_items_print(C), n_queries=len(Q), n_demos=len(C),
+    q, c = Q.question_id.to_numpy(np.int64), C.question_id.to_numpy(np.int64)[~twin]
+    ids = _draw(q, c, groups[:len(Q)], groups[len(Q):][~twin], K, parts, store, kinds, seed)
+    clip, made = (store.meta["source"].get("clip"), store.fingerprint) if kinds else (None, None)
+    recipe = dict(sampler=sampler, K=K, parts=parts, seed=seed, order="shuffled", clip=clip, store=made,
+                  queries=_items_print(Q), demos=_items_print(C), n_queries=len(Q), n_demos=len(C),
                   excluded=_count(Q, C, groups) | {"twin_demos": int(twin.sum())})
     return Pool({i: ids[i] for i in map(int, order)}, recipe)
 
@@ -254,10 +267,11 @@ def _draw(q, c, gq, gc, K, parts, store, kinds, seed):
 def _count(Q, C, groups):
     "Pairs (query, demonstration) that each rule bars; each pair counts once, under the first rule that bars it"
     def pairs(a, b): return int(pd.Series(b).value_counts().reindex(a).fillna(0).sum())
-    own, by_id, by_bytes = pairs(Q.question_id, C.question_id), pairs(Q.image_id, C.image_id), pairs(groups[:len(Q)], groups[len(Q):])
+    own, by_id = pairs(Q.question_id, C.question_id), pairs(Q.image_id, C.image_id)
+    by_bytes = pairs(groups[:len(Q)], groups[len(Q):])
     return {"self": own, "same_image_id": by_id - own, "same_image_bytes": by_bytes - by_id}
 
-# %% ../nbs/13_pools.ipynb #d6c3179a
+# %% ../nbs/13_pools.ipynb #d0afa113
 def validate_pool(
     self:Pool, # the pool
     items:pd.DataFrame, # demonstrations (and queries, if `queries` is None): question_id, image_id, image_path if there
@@ -266,19 +280,23 @@ def validate_pool(
     "Check that every query and candidate is known and that no candidate shows its query's picture"
     both = items if queries is None else pd.concat([queries, items], ignore_index=True).drop_duplicates("question_id")
     label = pd.Series(image_groups(both), index=both.question_id.to_numpy())
-    q, t = _table(self, list(self.ids)); known = {"query": (queries if queries is not None else items).question_id, "candidate": items.question_id}
-    for what, ids in (("query", q), ("candidate", t[t >= 0])):
-        bad = np.setdiff1d(ids, known[what].to_numpy())
-        if len(bad): raise KeyError(f"{what} {bad[0]} of the pool is not among the items ({len(bad)} unknown): give the items that the pool was made of")
-    lab = np.where(t >= 0, label.reindex(t.ravel()).to_numpy().reshape(t.shape), -1); same = lab == label.reindex(q).to_numpy()[:, None]
+    q, t = _table(self, list(self.ids)); asked = items if queries is None else queries
+    for what, ids, known in (("query", q, asked), ("candidate", t[t >= 0], items)):
+        bad = np.setdiff1d(ids, known.question_id.to_numpy())
+        if len(bad):
+            raise KeyError(f"{what} {bad[0]} of the pool is not among the items ({len(bad)} unknown): give the "
+                           "items that the pool was made of")
+    lab = np.where(t >= 0, label.reindex(t.ravel()).to_numpy().reshape(t.shape), -1)
+    same = lab == label.reindex(q).to_numpy()[:, None]
     if same.any():
         i, j = np.argwhere(same)[0]
-        raise ValueError(f"query {q[i]}: candidate {t[i, j]} shows the same picture ({int(same.sum())} such pairs); make the pool again with make_pool")
+        raise ValueError(f"query {q[i]}: candidate {t[i, j]} shows the same picture ({int(same.sum())} such "
+                         "pairs); make the pool again with make_pool")
     return self
 
 Pool.validate = validate_pool
 
-# %% ../nbs/13_pools.ipynb #89a289f1
+# %% ../nbs/13_pools.ipynb #96f788fe
 def pool_similarity(
     pool:Pool, # any pool
     store:EmbedStore, # embeddings of its queries and candidates
@@ -296,6 +314,7 @@ def plot_pools(
 ): # the axes
     "Box plot of candidate-query cosines, a box per pool (whiskers: 5 % and 95 %)"
     ax = plt.subplots(figsize=(5, 3))[1] if ax is None else ax
-    ax.boxplot([pool_similarity(p, store, kind) for p in pools.values()], whis=(5, 95), showfliers=False, tick_labels=list(pools))
+    cos = [pool_similarity(p, store, kind) for p in pools.values()]
+    ax.boxplot(cos, whis=(5, 95), showfliers=False, tick_labels=list(pools))
     ax.set(xlabel="sampler", ylabel=f"cosine to the query ({kind})")
     return ax

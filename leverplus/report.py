@@ -6,16 +6,18 @@
 __all__ = ['CURVES', 'MARKS', 'STYLE', 'curves_in', 'plot_curves', 'cases', 'mark', 'truth', 'picture', 'plot_examples',
            'data_uri', 'table_html', 'case_html', 'comparisons_html', 'write_report']
 
-# %% ../nbs/90_report.ipynb #7c25073f
-import base64, html, io, math, textwrap
+# %% ../nbs/90_report.ipynb #5c92850d
+import base64, html, io, json, math, textwrap
 from pathlib import Path
 import numpy as np, pandas as pd
 from .core import atomic_path, read_json, rng
 from .evaluate import Interval, plot_results, verdict
 
-# %% ../nbs/90_report.ipynb #61b5cd2a
-CURVES = dict(train_loss="training loss", valid_loss="validation regret", kl="KL to reference (nats)", live="share of live groups",
-              clipped="share of clipped ratios", temp="temperature", beta="KL weight beta")
+# %% ../nbs/90_report.ipynb #104321ce
+CURVES = dict(
+    train_loss="training loss", valid_loss="validation regret", kl="KL to reference (nats)", entropy="policy entropy, 0..1",
+    mass="policy mass on the group", live="share of live groups", clipped="share of clipped ratios",
+    clip_pos="clipped, advantage > 0", clip_neg="clipped, advantage < 0", temp="temperature", beta="KL weight beta")
 
 def curves_in(
     history:pd.DataFrame, # one row per epoch
@@ -24,7 +26,7 @@ def curves_in(
     return [c for c in CURVES if c in history and history[c].notna().any()]
 
 def plot_curves(
-    history:pd.DataFrame, # rows in training order; `stage, epoch, train_loss, valid_loss`, optional others of `CURVES`, optional `seed` (a line each)
+    history:pd.DataFrame, # rows in training order: `stage`, any columns of `CURVES`, optional `seed` (a line each)
     axs=None, # at least one matplotlib axes per curve, in the order of `curves_in`; None makes a grid, three across
 ):# array of the axes that were drawn on
     "Training curves, one panel per quantity and one colour per stage"
@@ -46,9 +48,8 @@ def _curve(ax, history, col):
     colour = {s: f"C{i}" for i, s in enumerate(dict.fromkeys(history.stage))}
     runs = [history] if "seed" not in history else [h for _, h in history.groupby("seed", sort=False)]
     for h in runs:
-        h = h.assign(step=range(1, len(h) + 1)).dropna(subset=[col])
-        for s, part in h.groupby("stage", sort=False):
-            ax.plot(part.step, part[col], marker="." if len(h) < 30 else "", lw=1.5 if len(runs) == 1 else .8, color=colour[s], label=s)
+        h = h.assign(step=range(1, len(h) + 1)).dropna(subset=[col]); look = dict(marker="." * (len(h) < 30), lw=1.5 if len(runs) == 1 else .8)
+        for s, part in h.groupby("stage", sort=False): ax.plot(part.step, part[col], color=colour[s], label=s, **look)
     ax.set_xlabel("epoch, all stages"); ax.set_ylabel(CURVES[col]); ax.spines[["top", "right"]].set_visible(False); ax.grid(alpha=.3)
     ax.xaxis.get_major_locator().set_params(integer=True)
 
@@ -115,7 +116,7 @@ def picture(
     if not Path(path).exists(): raise FileNotFoundError(f"image of question {question_id} is not at {path}")
     with Image.open(path) as im: im = im.convert("RGB"); im.thumbnail((size, size)); return im
 
-# %% ../nbs/90_report.ipynb #7e848373
+# %% ../nbs/90_report.ipynb #556fd97c
 def plot_examples(
     items:pd.DataFrame, # queries and demonstrations by question_id: `question, answer, answers, image_path`
     scored:pd.DataFrame, # from `evaluate.score_picks`
@@ -146,7 +147,8 @@ def _item(ax, items, q, head, answer, edge="#b0b7bf"):
     im = picture(items, q)
     if im is None: ax.text(.5, .5, "(images not read)", ha="center", va="center", fontsize=8, color="grey"); ax.set_aspect(1)
     else: ax.imshow(im, interpolation="nearest" if max(im.size) < 128 else "antialiased")
-    ax.set_title(head, fontsize=8, color="#57606a", pad=3); ax.set_xlabel(f"{_wrap(items.question[q])}\n{_wrap(answer, lines=2)}", fontsize=9, labelpad=3)
+    ax.set_title(head, fontsize=8, color="#57606a", pad=3)
+    ax.set_xlabel(f"{_wrap(items.question[q])}\n{_wrap(answer, lines=2)}", fontsize=9, labelpad=3)
     ax.set_xticks([]); ax.set_yticks([]); ax.spines[:].set(color=edge, linewidth=1.5)
 
 def _said(ax, items, r):
@@ -157,16 +159,19 @@ def _said(ax, items, r):
     ax.text(0, .46, _wrap(word, 22, 2), fontsize=9, color=colour, transform=ax.transAxes, va="top")
     ax.text(0, .26, "truth: " + _wrap(truth(items.answers[r.question_id]), 22, 3), fontsize=9, transform=ax.transAxes, va="top")
 
-# %% ../nbs/90_report.ipynb #8f8fa54a
+# %% ../nbs/90_report.ipynb #1789bb4f
 STYLE = """
 :root{color-scheme:light} *{box-sizing:border-box}
 body{font:16px/1.5 system-ui,sans-serif;color:#1f2328;background:#fff;max-width:46rem;margin:0 auto;padding:1rem}
-h1{font-size:1.5rem;line-height:1.2} h2{font-size:1.15rem;margin:2rem 0 .5rem;border-bottom:1px solid #d0d7de} small,.dim{color:#57606a}
-.wide{overflow-x:auto} table{border-collapse:collapse;font-size:.85rem;white-space:nowrap} th,td{padding:.3rem .4rem;text-align:right;border-bottom:1px solid #e5e8eb}
-th:first-child,td:first-child{text-align:left} .plot{max-width:100%;height:auto;display:block;margin:1rem 0} .curve{width:20rem;max-width:100%}
+h1{font-size:1.5rem;line-height:1.2} h2{font-size:1.15rem;margin:2rem 0 .5rem;border-bottom:1px solid #d0d7de}
+small,.dim{color:#57606a} .wide{overflow-x:auto}
+table{border-collapse:collapse;font-size:.85rem;white-space:nowrap} th,td{padding:.3rem .4rem;text-align:right;border-bottom:1px solid #e5e8eb}
+th:first-child,td:first-child{text-align:left}
+.plot{max-width:100%;height:auto;display:block;margin:1rem 0} .curve{width:20rem;max-width:100%}
 .case{border:1px solid #d0d7de;border-radius:8px;padding:.7rem;margin:.8rem 0} .strip{display:flex;flex-wrap:wrap;gap:.7rem}
-figure{margin:0;width:clamp(5.6rem,29%,8.2rem)} figure img{width:100%;display:block;border:2px solid #d0d7de;border-radius:4px} .query img{border-color:#1f2328}
-.tiny{image-rendering:pixelated} figcaption{font-size:.82rem;line-height:1.3;overflow-wrap:anywhere} .says{margin:.5rem 0 0;overflow-wrap:anywhere} pre{white-space:pre-wrap;overflow-wrap:anywhere;font-size:.8rem}
+figure{margin:0;width:clamp(5.6rem,29%,8.2rem)} figure img{width:100%;display:block;border:2px solid #d0d7de;border-radius:4px}
+.query img{border-color:#1f2328} .tiny{image-rendering:pixelated} figcaption{font-size:.82rem;line-height:1.3}
+.says{margin:.5rem 0 0} .says,figcaption,pre,h1{overflow-wrap:anywhere} pre{white-space:pre-wrap;font-size:.8rem}
 """.strip()
 
 def data_uri(
@@ -176,7 +181,8 @@ def data_uri(
     if isinstance(image, bytes): kind, raw = "png", image
     elif isinstance(image, (str, Path)): kind, raw = "png", Path(image).read_bytes()
     else:
-        kind, buf = "png" if max(image.size) < 128 else "jpeg", io.BytesIO(); image.save(buf, format=kind, quality=85); raw = buf.getvalue()
+        kind, buf = "png" if max(image.size) < 128 else "jpeg", io.BytesIO()
+        image.save(buf, format=kind, quality=85); raw = buf.getvalue()
     return f"data:image/{kind};base64,{base64.b64encode(raw).decode()}"
 
 def _esc(x): return html.escape(str(x))
@@ -192,12 +198,14 @@ def table_html(
                    f"<td>{_num(r.gap_closed, 1, 2)}</td><td>{_num(r.changed)}</td><td>{r.n}</td></tr>" for r in table.itertuples())
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
-# %% ../nbs/90_report.ipynb #3dfdd9e2
-def _figure(items, q, head, answer, cls=""):
+# %% ../nbs/90_report.ipynb #b313cc59
+def _figure(items, q, head, answer, cls="demo"):
+    "Image, question and answer of one item"
     im = picture(items, q)
     img = '<div class="dim">(images not read)</div>' if im is None else (
         f'<img{" class=tiny"*(max(im.size) < 128)} src="{data_uri(im)}" alt="image of question {int(q)}">')
-    return f'<figure class="{cls}"><small>{head}</small>{img}<figcaption>{_esc(items.question[q])}<br>A: <b>{_esc(answer)}</b></figcaption></figure>'
+    text = f"{_esc(items.question[q])}<br>A: <b>{_esc(answer)}</b>"
+    return f'<figure class="{cls}"><small>{head}</small>{img}<figcaption>{text}</figcaption></figure>'
 
 def case_html(
     items:pd.DataFrame, # queries and demonstrations by question_id
@@ -205,18 +213,19 @@ def case_html(
 )->str: # an HTML section
     "One case for a page"
     word, colour = mark(row); q = row.question_id; said = "" if row.eval_failed else f"“{_esc(row.vqa_pred_answer)}” "
-    strip = "".join(_figure(items, d, f"demonstration {i + 1}", items.answer[d]) for i, d in enumerate(row.pointer)) + _figure(items, q, "query", "?", "query")
-    return (f'<section class="case"><div class="strip">{strip}</div><p class="says">The LVLM says <b style="color:{colour}">{said}{_esc(word)}</b><br>'
-            f'<span class="dim">truth: {_esc(truth(items.answers[q]))} · question {int(q)}</span></p></section>')
+    strip = [_figure(items, d, f"demonstration {i + 1}", items.answer[d]) for i, d in enumerate(row.pointer)]
+    strip = "".join(strip) + _figure(items, q, "query", "?", "query")
+    return (f'<section class="case"><div class="strip">{strip}</div><p class="says">The LVLM says '
+            f'<b style="color:{colour}">{said}{_esc(word)}</b><br><span class="dim">truth: {_esc(truth(items.answers[q]))} · question {int(q)}</span></p></section>')
 
 def comparisons_html(
     paired:pd.DataFrame, # from `evaluate.paired_table`
 )->str: # an HTML list with one verdict per line
     "Differences in words for a page"
-    line = lambda r: f"{r.shots} shot{'s' if r.shots > 1 else ''}, {r.n} queries: " + verdict(Interval(r.delta, r.lo, r.hi), r.mde, r.selector, r.against)
+    line = lambda r: f"S = {r.shots}, {r.n} queries: " + verdict(Interval(r.delta, r.lo, r.hi), r.mde, r.selector, r.against)
     return "<ul>" + "".join(f"<li>{_esc(line(r))}</li>" for r in paired.itertuples()) + "</ul>"
 
-# %% ../nbs/90_report.ipynb #2a4cd3e0
+# %% ../nbs/90_report.ipynb #e3fc9038
 def _save_fig(path, ax):
     "Write the figure of `ax` as PNG, atomically, and close it"
     import matplotlib.pyplot as plt
@@ -242,9 +251,11 @@ def write_report(
     "Write tables, figures and a self-contained page about a run into its folder"
     run_dir = Path(run_dir); run_dir.mkdir(parents=True, exist_ok=True)
     with atomic_path(run_dir/"results.csv") as tmp: table.to_csv(tmp, index=False, float_format="%.6g")
-    parts = [_intro(run_dir, title, notes, table), "<h2>Results</h2>", table_html(table), _plot(_save_fig(run_dir/"results.png", plot_results(table)), "accuracy by selector")]
+    parts = [_intro(run_dir, title, notes, table), "<h2>Results</h2>", table_html(table)]
+    parts += [_plot(_save_fig(run_dir/"results.png", plot_results(table)), "accuracy by selector")]
     if paired is not None: parts += ["<h2>Differences</h2>", comparisons_html(paired)]
-    if history is not None: _save_fig(run_dir/"curves.png", plot_curves(history)); parts += ["<h2>Training</h2>", _curves_html(history)]
+    if history is not None:
+        _save_fig(run_dir/"curves.png", plot_curves(history)); parts += ["<h2>Training</h2>", _curves_html(history)]
     if scored is not None and items is not None: parts += _cases_part(run_dir, table, scored, items, selector, shots, n, seed)
     parts += _settings_part(run_dir)
     with atomic_path(run_dir/"report.html") as tmp: tmp.write_text(_page(title or run_dir.name, parts), encoding="utf8")
@@ -255,16 +266,20 @@ def _curves_html(history):
     import matplotlib.pyplot as plt
     out = []
     for c in curves_in(history):
-        fig, ax = plt.subplots(figsize=(3.6, 2.4), layout="constrained"); plot_curves(history[[k for k in ("stage", "seed", c) if k in history]], [ax])
-        buf = io.BytesIO(); fig.savefig(buf, format="png", dpi=110); plt.close(fig); out.append(_plot(buf.getvalue(), CURVES[c], "curve"))
+        fig, ax = plt.subplots(figsize=(3.6, 2.4), layout="constrained"); buf = io.BytesIO()
+        plot_curves(history[[k for k in ("stage", "seed", c) if k in history]], [ax])
+        fig.savefig(buf, format="png", dpi=110); plt.close(fig); out.append(_plot(buf.getvalue(), CURVES[c], "curve"))
     return f'<div class="strip">{"".join(out)}</div>'
 
 def _page(title, parts):
-    return ('<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
+    "The whole page around its parts"
+    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
+    return (f'<!DOCTYPE html>\n<html lang="en"><head>{head}'
             f"<title>{_esc(title)}</title><style>{STYLE}</style></head><body>\n" + "\n".join(parts) + "\n</body></html>\n")
 
 def _intro(run_dir, title, notes, table):
-    lost = table.attrs.get("failed", 0); notes = [*notes, *([f"Failed evaluations: {lost}. They are left out of every number below."] if lost else [])]
+    "Title, notes, and how many evaluations failed"
+    if lost := table.attrs.get("failed", 0): notes = [*notes, f"Failed evaluations: {lost}. They are left out of every number below."]
     return f"<h1>{_esc(title or run_dir.name)}</h1>" + "".join(f"<p>{_esc(s)}</p>" for s in notes)
 
 def _cases_part(run_dir, table, scored, items, selector, shots, n, seed):
@@ -272,11 +287,11 @@ def _cases_part(run_dir, table, scored, items, selector, shots, n, seed):
     names = [s for s in dict.fromkeys(table.selector) if s != "oracle"]; sel = selector or names[-1]
     S = scored.shots[scored.selector == sel].max() if shots is None else shots; rows = cases(scored, n, sel, S, seed=seed)
     _save_fig(run_dir/"examples.png", plot_examples(items, scored, min(n, 4), sel, S, seed=seed))
-    return [f"<h2>Cases: {_esc(sel)}, {S} shots</h2>", '<p class="dim">Right and wrong ones in turn, otherwise chosen at random. Demonstrations stand in prompt order.</p>',
-            *(case_html(items, r) for _, r in rows.iterrows())]
+    how = '<p class="dim">Right and wrong ones in turn, otherwise chosen at random. Demonstrations stand in prompt order.</p>'
+    return [f"<h2>Cases: {_esc(sel)}, {S} shots</h2>", how, *(case_html(items, r) for _, r in rows.iterrows())]
 
 def _settings_part(run_dir):
     "The run's settings.json, folded, if there is one"
-    import json
     if not (run_dir/"settings.json").exists(): return []
-    return [f"<h2>Settings</h2><details><summary>settings.json</summary><pre>{_esc(json.dumps(read_json(run_dir/'settings.json'), indent=1, ensure_ascii=False))}</pre></details>"]
+    text = json.dumps(read_json(run_dir/"settings.json"), indent=1, ensure_ascii=False)
+    return [f"<h2>Settings</h2><details><summary>settings.json</summary><pre>{_esc(text)}</pre></details>"]

@@ -226,7 +226,7 @@ def content_keys(items, question_ids, pointers):
     ids = np.unique(np.concatenate([q, ptr[real]])); h = item_hashes(items, ids); at = lambda x: h[np.searchsorted(ids, x).clip(max=len(ids)-1)]
     return (_fold(at(q), at(ptr), size) >> np.uint64(1)).astype(np.int64) | 1
 
-# %% ../nbs/32_rldata_generate.ipynb #b6a882c1
+# %% ../nbs/32_rldata_generate.ipynb #c7dd27dc
 class FactCache:
     "Facts by (scorer fingerprint, query, ordered pointer)"
     def __init__(self,
@@ -254,7 +254,10 @@ class FactCache:
 
     def _push(self, frame):
         keys = pd.Index(pair_keys(frame.question_id, frame.pointer.to_numpy(), frame.scorer)); new = ~keys.duplicated(keep="last")
-        self.parts.append((keys[new], frame[new]))
+        for i, (old, had) in enumerate(self.parts): # what is newer replaces what is there
+            at = old.get_indexer(keys[new]); at = at[at >= 0]
+            if len(at): self.parts[i] = (old.delete(at), had.drop(had.index[at]))
+        self.parts.append((keys[new], frame[new].reset_index(drop=True)))
         while len(self.parts) > 1 and len(self.parts[-2][1]) <= 2 * len(self.parts[-1][1]): # few parts, each much longer than the next
             last = pd.concat([self.parts.pop(-2)[1], self.parts.pop()[1]], ignore_index=True); self._push(last)
 

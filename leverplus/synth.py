@@ -126,7 +126,7 @@ class ToySelector(nn.Module):
         "Log-probability [B,N] of the sequences of a batch"
         return self.logp(self.encode(query, cands, cand_mask), seqs, seq_mask)
 
-# %% ../nbs/03_synth.ipynb #d1ba062e
+# %% ../nbs/03_synth.ipynb #4bb61231
 def toy_learner(
     loss_func, # `(logp [B,N], rewards [B,N], mask [B,N]) -> scalar`
     dls:DataLoaders|None=None, # default `synth_dls(seed=seed)`
@@ -145,7 +145,5 @@ def quiet(
     learn:Learner, # any learner
 ):
     "No progress bars and no printed rows inside the block"
-    with contextlib.ExitStack() as st:
-        st.enter_context(learn.no_logging())
-        if any(type(cb).__name__ == "ProgressCallback" for cb in learn.cbs): st.enter_context(learn.no_bar())
-        yield learn
+    bars = [cb for cb in learn.cbs if type(cb).__name__ == "ProgressCallback"]
+    with learn.no_logging(), learn.no_mbar(), learn.removed_cbs(bars): yield learn

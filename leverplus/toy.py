@@ -49,18 +49,19 @@ def say(
     w = words[scene.island]
     return {"shape": w[scene.shape], "colour": w[scene.colour], "both": f"{w[scene.colour]} {w[scene.shape]}"}[ask]
 
-# %% ../nbs/02_toy.ipynb #5b80c3e8
+# %% ../nbs/02_toy.ipynb #f0fba8af
 SIZE = 56 # pixels
 _HUES = dict(red=0., green=1/3, blue=.62, yellow=.15)
 
+_SOIL = dict(Albion=(236, 236, 240), Koro=(236, 212, 160), Mirel=(136, 146, 170), Tavu=(172, 224, 204))
+
 def _ground(g, island):
-    base, dark = g.integers(195, 240), g.integers(25, 60)
     yy, xx = np.mgrid[:SIZE, :SIZE] + g.integers(0, 8)
     step = g.integers(6, 9)
     on = {"Albion": np.zeros_like(xx, bool), "Koro": yy % step < step//2, "Mirel": (xx//step + yy//step) % 2 == 0,
           "Tavu": (xx % step < 3) & (yy % step < 3)}[island]
-    tint = g.integers(-8, 9, 3)
-    return np.clip((base - dark*on)[..., None] + tint, 0, 255).astype(np.uint8)
+    soil = np.array(_SOIL[island]) + g.integers(-12, 13, 3)
+    return np.clip(soil - (g.integers(15, 40)*on)[..., None], 0, 255).astype(np.uint8)
 
 def _outline(shape, x, y, r):
     t = r//3

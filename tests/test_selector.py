@@ -191,7 +191,6 @@ def test_distinct_samples(seed, S, temperature):
     if temperature == 1: close(m.logp(enc, seqs), lp, 1e-4)
     again, _ = m.sample(enc, S, n, temperature, generator=torch.Generator().manual_seed(seed))
     assert torch.equal(seqs, again)
-    if n <= math.perm(4, S): assert torch.equal(seqs[1:].sort(1).values.sum(), seqs[1:].sum())   # all of them, once
     close(lp[1:].exp().sum(-1), torch.ones(2), 1e-4)                                             # a padded pool was drawn empty
 
 @pytest.mark.parametrize("distinct", [True, False])

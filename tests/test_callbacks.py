@@ -1,0 +1,320 @@
+"Callbacks on the tensor world: each does its thing, composes, and leaves nothing behind"
+import copy, warnings
+import pandas as pd, pytest, torch
+from torch import nn
+from fastai.callback.core import Callback
+from fastai.callback.schedule import SchedCos, SchedLin
+from fastai.callback.training import GradientAccumulation, GradientClip
+from fastai.learner import Learner
+from leverplus.core import frozen
+from leverplus.losses import advantage, kl_exact, live_groups, rce_loss, regret
+from leverplus.synth import ToySelector, quiet, synth_dls, toy_learner
+from leverplus.callback_core import Objective, SkipFlat, StageCallback, Stats, active_dropout, check_name
+from leverplus.callback_rce import RCE
+from leverplus.callback_grpo import GRPO
+from leverplus.callback_kl import KLToRef
+from leverplus.callback_schedule import Freeze, NoDropout, TempSchedule
+from leverplus.callback_track import Best, History, RLStats, plot_history, valid_loss
+
+RAGGED = dict(K=(4, 7), N=(2, 6), shots=(1, 2))
+
+def learner(n=64, bs=16, seed=0, **kw): return toy_learner(regret, synth_dls(n, 32, bs, seed=seed, **RAGGED), seed=seed, **kw)
+def fit(learn, n, cbs, **kw):
+    with quiet(learn): learn.fit(n, cbs=cbs, **kw)
+    return learn
+def weights(learn): return {k: v.detach().clone() for k, v in learn.model.state_dict().items()}
+def same(a, b): return all(torch.equal(a[k], b[k]) for k in a)
+
+class Spy(StageCallback):
+    "Calls `f(self)` at an event"
+    order = 5
+    def __init__(self, **at): self.at, self.seen = at, []
+    def after_loss(self): self.seen.append(self.at["after_loss"](self)) if "after_loss" in self.at else None
+    def before_step(self): self.seen.append(self.at["before_step"](self)) if "before_step" in self.at else None
+
+class Interrupt(StageCallback):
+    "Ctrl-C in the third batch"
+    order = 7
+    def after_backward(self):
+        if self.train_iter == 2: raise KeyboardInterrupt
+
+def rce_stage(): return [RCE(.5), TempSchedule("rce", temp=SchedLin(2., .5)), SkipFlat(), Freeze("after"), KLToRef(), Best(), GradientClip(1.)]
+def grpo_stage(): return [NoDropout(), GRPO(), SkipFlat(), KLToRef(beta=.1), Best(), GradientClip(.5)]
+
+# --- names (T3), order (T12) --------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["Freeze", "Loss", "FreezeToCallback", "Model", "Opt", "Pred", "Fit"])
+def test_names_that_would_replace_something(name):
+    with pytest.raises(ValueError, match="would replace"): type(name, (StageCallback,), {})
+    assert type(name, (StageCallback,), dict(name="my_" + name.lower())).name.startswith("my_")
+
+def test_names_are_free_and_freeze_survives():
+    for cb in (RCE, GRPO, KLToRef, TempSchedule, NoDropout, Freeze, SkipFlat, History, Best, Stats, RLStats):
+        assert check_name(cb.name if isinstance(cb.name, str) else cb().name if cb is not TempSchedule else "temp_schedule")
+    learn = fit(learner(), 1, [RCE(), Freeze("match")])
+    assert learn.freeze.__func__ is Learner.freeze
+
+def test_order(capsys):
+    learn = learner()
+    with learn.added_cbs([GradientClip(1.), KLToRef(), GRPO(), SkipFlat(), NoDropout(), TempSchedule("grpo")]): learn.show_training_loop()
+    lines = {l.split(":")[0].strip(" -"): l for l in capsys.readouterr().out.splitlines() if ":" in l}
+    def before(line, a, b): assert lines[line].index(a) < lines[line].index(b)
+    before("before_batch", "TempSchedule", "SkipFlat"); before("before_batch", "SkipFlat", "GRPO")
+    before("after_loss", "GRPO", "KLToRef"); before("before_train", "TrainEvalCallback", "NoDropout"); before("before_train", "NoDropout", "GRPO")
+
+# --- objectives ------------------------------------------------------------------------------------------------------
+def test_objective_changes_train_only():
+    class Zero(Objective):
+        def objective(self, logp, r, m): return 0*logp.masked_fill(~m, 0).sum() + 7.
+    learn = learner(wd=0.); w = weights(learn); fit(learn, 1, Zero())
+    train, valid = learn.recorder.values[-1][:2]
+    assert train == pytest.approx(7.) and same(w, weights(learn)) and valid == pytest.approx(valid_loss(learn), abs=1e-6)
+    assert learn.loss_func is regret
+
+def test_one_objective_per_fit():
+    with pytest.raises(ValueError, match="2 objectives"): fit(learner(), 1, [RCE(), GRPO()])
+
+def test_rce_is_its_formula():
+    learn, seen = learner(), []
+    spy = Spy(after_loss=lambda s: (s.loss_grad.item(), rce_loss(s.pred, *s.yb, .7).item(), s.loss.item()))
+    fit(learn, 1, [RCE(.7), spy])
+    for a, b, c in spy.seen: assert a == b == c
+
+@pytest.mark.parametrize("cbs", [lambda: [RCE(.3), SkipFlat()], lambda: [NoDropout(), GRPO(), SkipFlat()], lambda: [RCE(.3, "zscore")],
+                                 lambda: [NoDropout(), GRPO("loo", "batch"), SkipFlat()], lambda: [NoDropout(), GRPO("rank", refresh=3)]])
+def test_objectives_reduce_regret(cbs):
+    learn = learner(128); v0 = valid_loss(learn); fit(learn, 5, cbs())
+    assert valid_loss(learn) < v0 - .01
+
+def test_skip_flat_leaves_loss_and_denominator():
+    learn = learner(); n, live = 0, 0
+    spy = Spy(after_loss=lambda s: (s.yb[1].any(-1).sum().item(), s.loss_grad.item(), rce_loss(s.pred, *s.yb, .5).item()))
+    fit(learn, 1, [RCE(.5), skip := SkipFlat(), spy, ])
+    n_live = sum(int(r.max() - r.min() > 1e-6) for *_, r in learn.dls.train_ds.rows)
+    assert skip.n == 64 and skip.n_live == n_live == sum(s[0] for s in spy.seen) and 0 < n_live < 64
+    assert all(a == b for _, a, b in spy.seen)
+
+def test_all_flat_batch_moves_nothing_even_with_momentum():
+    learn = learner(wd=.1); fit(learn, 1, RCE())
+    rows = learn.dls.train_ds.rows; learn.dls.train_ds.rows = [(*row, torch.ones_like(r)) for *row, r in rows]; w = weights(learn)
+    with pytest.warns(UserWarning, match="0 of 64 groups"): fit(learn, 1, [RCE(), SkipFlat(), KLToRef()])
+    assert same(w, weights(learn))
+    with pytest.warns(UserWarning): fit(learn, 1, [NoDropout(), GRPO(), SkipFlat()], reset_opt=True)
+    assert same(w, weights(learn))
+
+def test_zero_variance_gives_zero_grpo_gradient_without_skipping():
+    learn = learner(); learn.dls.train_ds.rows = [(*row, torch.full_like(r, .6)) for *row, r in learn.dls.train_ds.rows]
+    spy = Spy(before_step=lambda s: max(float(p.grad.abs().max()) for p in s.model.parameters()))
+    fit(learn, 1, [NoDropout(), GRPO(), spy]); assert spy.seen and max(spy.seen) == 0
+
+# --- GRPO ------------------------------------------------------------------------------------------------------------
+def test_ratio_is_one_and_kl_zero_at_the_first_step():
+    learn = learner(dropout=.3, cbs=Stats())
+    grads = []
+    spy = Spy(after_loss=lambda s: s.learn.loss_grad.item())
+    fit(learn, 1, [NoDropout(), SkipFlat(), GRPO(), KLToRef(beta=5.), spy])
+    assert learn.stats.mean("ratio_off") <= 1e-5 and learn.stats.buf["kl"][0][0] == pytest.approx(0., abs=1e-7)
+    assert spy.seen[0] == pytest.approx(0., abs=1e-6)   # centred advantages at ratio 1, and no KL
+
+def test_first_grpo_gradient_is_policy_gradient():
+    learn = learner(); grabbed = {}
+    def grab(s):
+        if not grabbed: grabbed.update(g=[p.grad.clone() for p in s.model.parameters()], xb=s.xb, yb=s.yb, m=copy.deepcopy(s.model))
+    fit(learn, 1, [NoDropout(), GRPO(), Spy(before_step=grab)])
+    r, m = grabbed["yb"]; model = grabbed["m"]; model.zero_grad()
+    from leverplus.losses import group_mean
+    (-group_mean(advantage(r, m, clip=5.) * model(*grabbed["xb"]), m)).backward()
+    for p, g in zip(model.parameters(), grabbed["g"]): assert torch.allclose(p.grad, g, atol=1e-6)
+
+def test_grpo_refuses_dropout():
+    with pytest.raises(ValueError, match=r"drop.*NoDropout\(\)"): fit(learner(dropout=.1), 1, GRPO())
+    with pytest.warns(UserWarning) as ws: fit(learner(dropout=.1), 1, GRPO(strict=False))
+    assert any("dropout is active" in str(w.message) for w in ws) and any("off 1 by up to" in str(w.message) for w in ws)
+
+def test_grpo_notices_other_randomness():
+    class Noisy(ToySelector):
+        def encode(self, q, c, m): return super().encode(q + .1*torch.randn_like(q), c, m)
+    learn = learner(); learn.model = Noisy(8)
+    with pytest.raises(ValueError, match="off 1 by up to"): fit(learn, 1, [NoDropout(), GRPO()])
+
+def test_grpo_names_a_foreign_old_policy():
+    with pytest.raises(ValueError, match="old policy given is not this policy"): fit(learner(), 1, [NoDropout(), GRPO(old=ToySelector(8), refresh="never")])
+    with pytest.warns(UserWarning, match="off 1"): fit(learner(), 1, [NoDropout(), GRPO(old=ToySelector(8), refresh="never", strict=False)])
+
+def test_advantages_see_the_whole_group():
+    class TopOne(StageCallback):
+        order = Objective.order+1
+        def before_batch(self):
+            r, m = self.yb; top = r.masked_fill(~m, -1) >= r.masked_fill(~m, -1).amax(-1, keepdim=True)
+            self.learn.yb = r, m & top
+    spy = Spy(after_loss=lambda s: (s.grpo.adv, s.yb[0], s.yb[1])); fit(learner(), 1, [NoDropout(), SkipFlat(), TopOne(), GRPO(), spy])
+    assert all((a.masked_fill(m, 0) < 0).any() and (a[m] > 0).all() for a, r, m in spy.seen)
+
+def test_refresh_every_k_batches():
+    class Count(GRPO):
+        def renew(self): super().renew(); Count.n += 1
+    for refresh, want in (("epoch", 2), ("never", 1), (1, 8), (3, 3)):
+        Count.n = 0; fit(learner(), 2, [NoDropout(), Count(refresh=refresh)]); assert Count.n == want, refresh
+    with pytest.raises(ValueError, match="refresh"): GRPO(refresh="always")
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_grpo_beats_its_start_and_a_stale_old_policy(seed):
+    def run(**kw):
+        learn = toy_learner(regret, synth_dls(128, 64, 32, seed=seed), seed=seed); before = frozen(learn.model)
+        fit(learn, 3, [RCE(.3), SkipFlat()]); start = valid_loss(learn)
+        if "old" in kw: kw["old"] = before
+        fit(learn, 10, [NoDropout(), SkipFlat(), GRPO(**kw)], reset_opt=True, lr=2e-2)
+        return start, valid_loss(learn)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        (start, fresh), (_, stale), (_, older) = run(), run(refresh="never"), run(refresh="never", old=True, strict=False)
+    assert fresh < start - .02 and fresh < stale - .01 and fresh < older - .01
+
+# --- KL --------------------------------------------------------------------------------------------------------------
+def test_kl_is_exact_and_only_loss_grad_changes():
+    learn = learner(cbs=Stats()); ref = ToySelector(8); learn.model.train()
+    def look(s):
+        m, q = s.model, s.kl_to_ref.ref; S = s.xb[3].shape[-1]; n = s.xb[4].sum(-1).amax(-1)
+        ep, eq = m.encode(*s.xb[:3]), q.encode(*s.xb[:3]); kl = [kl_exact(lambda p: m.step_logp(ep, p), lambda p: q.step_logp(eq, p), s.xb[2], t+1) for t in range(S)]
+        kl = torch.stack(kl, -1).gather(1, (n-1)[:, None]).mean()   # each query as long as its longest sequence
+        return float(s.loss_grad), float(s.loss), float(kl)
+    spy = Spy(after_loss=look); fit(learn, 1, [RCE(), KLToRef(ref, beta=3.), spy])
+    for g, l, kl in spy.seen: assert g == pytest.approx(l + 3*kl, rel=1e-4)
+    assert learn.stats.mean("kl") == pytest.approx(sum(s[2] for s in spy.seen)/4, rel=1e-4)
+
+def test_kl_holds_the_policy_and_the_reference_stands_still():
+    def moved(beta):
+        learn = learner(cbs=Stats()); ref = KLToRef(learn.model, beta); w = weights(learn)
+        fit(learn, 3, [RCE(.2), ref]); assert same(w, ref.ref.state_dict()) and not same(w, weights(learn))
+        return learn.stats.mean("kl")
+    assert moved(20.) < .5*moved(0.)
+
+def test_kl_start_is_taken_anew_each_fit():
+    learn = learner(cbs=Stats()); cb = KLToRef("start"); fit(learn, 2, [RCE(.3), cb]); w = weights(learn)
+    spy = Spy(after_loss=lambda s: {k: v.clone() for k, v in s.kl_to_ref.ref.state_dict().items()})
+    fit(learn, 1, [RCE(.3), cb, spy]); assert same(spy.seen[0], w)
+
+def test_kl_says_what_it_needs():
+    class Plain(nn.Module):
+        def __init__(self): super().__init__(); self.w = nn.Linear(8, 1)
+        def forward(self, q, c, cm, s, sm): return self.w(q).expand(s.shape[:2])
+    learn = learner(); learn.model = Plain()
+    with pytest.raises(ValueError, match="encode and step_logp"): fit(learn, 1, [RCE(), KLToRef()])
+    with pytest.raises(ValueError, match="'all' or 'live'"): KLToRef(on="some")
+    with pytest.warns(UserWarning, match="KL is not 0"): fit(learner(dropout=.2), 1, [RCE(), KLToRef()])
+
+# --- schedules, dropout, freezing (T1, T2, T4) ---------------------------------------------------------------------------
+def test_temp_schedule_acts_before_the_objective():
+    spy = Spy(after_loss=lambda s: (s.rce.temp, s.pct_train)); fit(learner(), 3, [RCE(9.), TempSchedule("rce", temp=SchedCos(2., .5)), spy])
+    assert [t for t, _ in spy.seen] == pytest.approx([SchedCos(2., .5)(p) for _, p in spy.seen]) and spy.seen[0][0] == 2.
+
+def test_temp_schedule_moves_beta_and_refuses_unknown():
+    spy = Spy(after_loss=lambda s: s.kl_to_ref.beta); fit(learner(), 2, [RCE(), KLToRef(), TempSchedule("kl_to_ref", beta=SchedLin(1., 0.)), spy])
+    assert spy.seen == pytest.approx([1 - i/8 for i in range(8)])
+    with pytest.raises(ValueError, match="no callback 'grpo'"): fit(learner(), 1, [RCE(), TempSchedule("grpo", x=SchedLin(0, 1))])
+    with pytest.raises(ValueError, match="has no tau"): fit(learner(), 1, [RCE(), TempSchedule("rce", tau=SchedLin(0, 1))])
+
+def test_no_dropout_every_epoch():
+    spy = Spy(after_loss=lambda s: (active_dropout(s.model), s.learn.training)); fit(learner(dropout=.5), 2, [RCE(), NoDropout(), spy])
+    assert spy.seen == [([], True)]*8
+
+class Normed(ToySelector):
+    def __init__(self): super().__init__(8); self.norm = nn.LayerNorm(8)
+    def encode(self, q, c, m): return self.norm(super().encode(q, c, m)[0]), c, m
+
+@pytest.mark.parametrize("part", ["norm", "match", "after", "match.weight"])
+def test_freeze_really_freezes(part):
+    learn = learner(wd=.1); learn.model = Normed(); fit(learn, 1, RCE()); w = weights(learn)
+    spy = Spy(before_step=lambda s: [n for n, p in s.model.named_parameters() if p.grad is not None])
+    fit(learn, 2, [RCE(), Freeze(part), spy, GradientClip(1.)]); now = weights(learn); held = [k for k in w if k == part or k.startswith(part + ".")]
+    assert held and all(torch.equal(w[k], now[k]) for k in held) and all(not torch.equal(w[k], now[k]) for k in w if k not in held)
+    assert all(not set(held) & set(s) for s in spy.seen)
+    fit(learn, 1, RCE()); assert all(not torch.equal(now[k], v) for k, v in weights(learn).items())
+
+def test_freeze_refuses():
+    with pytest.raises(ValueError, match="there are match, after"): fit(learner(), 1, [RCE(), Freeze("mat")])
+    with pytest.raises(ValueError, match="every parameter"): fit(learner(), 1, [RCE(), Freeze("match", "after")])
+
+# --- tracking (T7) -----------------------------------------------------------------------------------------------------
+def test_history_survives_everything():
+    learn = learner(cbs=[Stats(), History()]); fit(learn, 2, [RCE(), SkipFlat()])
+    with quiet(learn): learn.validate(); learn.get_preds(); learn.get_preds(with_loss=True)
+    with pytest.raises(KeyboardInterrupt): fit(learn, 2, [RCE(), SkipFlat(), Interrupt()])
+    fit(learn, 1, [NoDropout(), GRPO(), KLToRef()]); f = learn.history.frame
+    assert f.stage.tolist() == ["rce", "rce", "grpo"] and f.epoch.tolist() == [0, 1, 0] and f.fit.tolist() == [1, 1, 3]
+    assert f.kl.notna().tolist() == [False, False, True] and f.live.notna().tolist() == [True, True, False]
+    assert f.valid_loss.iloc[-1] == pytest.approx(valid_loss(learn), abs=1e-6)
+    with pytest.raises(ValueError, match="no column nothing"): plot_history(f, "nothing")
+
+def test_best_counts_the_start_and_restores():
+    class Worst(RCE):
+        def objective(self, *a): return -super().objective(*a)
+    learn = learner(); w = weights(learn); best = Best(); fit(learn, 2, [Worst(), best])
+    assert same(w, weights(learn)) and best.best_epoch == -1
+    learn = learner(); fit(learn, 3, [RCE(.3), best := Best()])
+    assert best.value == pytest.approx(valid_loss(learn), abs=1e-6) and best.value <= min(r[1] for r in learn.recorder.values) + 1e-7
+    calls = []
+    def score(l): calls.append(1); return float(len(calls) != 2)   # the first epoch is best
+    learn = learner(); fit(learn, 3, [RCE(.3), best := Best(score)]); assert len(calls) == 4 and best.best_epoch == 0
+
+def test_best_attached_to_the_learner_is_harmless():
+    learn = learner(cbs=Best()); fit(learn, 2, RCE(.3)); w = weights(learn)
+    with quiet(learn): learn.validate(); learn.get_preds()
+    assert same(w, weights(learn))
+
+def test_best_after_an_interrupt():
+    learn = learner(); best = Best(); w = weights(learn)
+    with pytest.raises(KeyboardInterrupt): fit(learn, 2, [RCE(), best, Interrupt()])
+    assert not same(w, weights(learn)); best.restore(learn.model); assert same(w, weights(learn))
+
+def test_stats_weighted_and_reset():
+    st = Stats(); st.add(1, dict(a=1.)); st.add(3, dict(a=torch.tensor(2.))); st.add(5, dict(a=float("nan")))
+    assert st.mean("a") == 1.75 and st.mean("b") != st.mean("b")
+    st.before_train(); assert st.means() == {}
+
+def test_rl_stats_columns():
+    learn = learner(); learn.add_cb(st := RLStats()); learn.metrics = st.metrics(); fit(learn, 1, grpo_stage())
+    row = dict(zip(learn.recorder.metric_names[1:], learn.recorder.values[-1]))
+    assert set(RLStats.columns) <= set(row) and 0 < row["mass"] < 2 and 0 < row["entropy"] <= 1 and row["kl"] >= 0 and 0 < row["live"] < 1
+
+# --- residue, composition ----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("stage", [rce_stage, grpo_stage])
+@pytest.mark.parametrize("how", ["fit", "validate", "get_preds", "interrupt"])
+def test_no_residue(stage, how):
+    learn = learner(dropout=.2, cbs=[Stats(), History()]); ids, names, loss, logger = [id(c) for c in learn.cbs], set(vars(learn)), learn.loss_func, learn.logger
+    with warnings.catch_warnings(), quiet(learn):
+        warnings.simplefilter("ignore")
+        if how == "fit": learn.fit(1, cbs=stage())
+        elif how == "interrupt":
+            with pytest.raises(KeyboardInterrupt): learn.fit(1, cbs=stage() + [Interrupt()])
+        elif how == "validate": v = learn.validate(cbs=stage())[0]; assert v == pytest.approx(valid_loss(learn), abs=1e-6)
+        else: learn.get_preds(cbs=stage())
+    assert sorted(id(c) for c in learn.cbs) == sorted(ids) and learn.loss_func is loss and learn.logger == logger
+    assert all(p.requires_grad for p in learn.model.parameters()) and learn.freeze.__func__ is Learner.freeze
+    left = set(vars(learn)) - names
+    assert not left & {"rce", "grpo", "kl_to_ref", "best", "skip_flat", "freeze_stage", "no_dropout", "temp_schedule", "objective"}
+    with quiet(learn): fit(learn, 1, RCE(), reset_opt=True)   # and the next fit works as if nothing had been
+    assert learn.recorder.values
+
+def test_a_fit_after_another_is_the_same_as_alone():
+    "Two learners with the same weights and batches: what ran before on one of them does not matter"
+    a, b = learner(), learner(); fit(a, 1, grpo_stage()); b.model.load_state_dict(a.model.state_dict())
+    with pytest.raises(KeyboardInterrupt): fit(b, 1, rce_stage() + [Interrupt()])
+    b.model.load_state_dict(a.model.state_dict()); [setattr(p, "grad", None) for p in b.model.parameters()]
+    import random; a.dls.train.rng, b.dls.train.rng = random.Random(1), random.Random(1)
+    fit(a, 1, grpo_stage(), reset_opt=True); fit(b, 1, grpo_stage(), reset_opt=True)
+    assert same(weights(a), weights(b))
+
+def test_same_seed_same_weights():
+    a, b = (fit(learner(dropout=.3), 2, [RCE(.3), SkipFlat()]) for _ in range(2)); assert same(weights(a), weights(b))
+
+@pytest.mark.parametrize("extra", [lambda: GradientClip(.1), lambda: GradientAccumulation(32)])
+def test_composes(extra):
+    learn = learner(cbs=Stats()); fit(learn, 2, [*grpo_stage()[:-1], extra()])
+    assert all(v.isfinite().all() for v in weights(learn).values()) and learn.stats.mean("kl") >= 0
+
+def test_stats_are_optional(): fit(learner(), 1, grpo_stage())
+
+def test_bare_exceptions_have_words():
+    "T5: an exception without arguments in a callback surfaces as IndexError; ours all carry a message"
+    import inspect, leverplus.callback_core as c, leverplus.callback_grpo as g, leverplus.callback_kl as k, leverplus.callback_schedule as s, leverplus.callback_track as t
+    for mod in (c, g, k, s, t): assert "assert " not in inspect.getsource(mod)
