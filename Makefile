@@ -18,7 +18,7 @@ venv:
 	@.ci/venv '$(VENV)'
 
 demo: venv
-	@$(PY) -m leverplus.demo
+	@$(PY) -c 'from leverplus.demo import main; main()'
 
 test: venv
 	@$(PY) .ci/check.py

@@ -12,7 +12,7 @@ from .core import frozen
 from .losses import advantage, clipped_surrogate, clip_shares, log_ratio
 from .callback_core import Objective, active_dropout
 
-# %% ../nbs/63_callback_grpo.ipynb #4a3a0915
+# %% ../nbs/63_callback_grpo.ipynb #7f460b0e
 class GRPO(Objective):
     "Group-relative policy optimisation: clipped sequence ratios times advantages over the whole group"
     _stateattrs = ("old",)
@@ -64,7 +64,7 @@ class GRPO(Objective):
         self.fresh, off = False, (log_ratio(logp.detach(), old, mask).exp() - 1).abs().max().item()
         self.log(ratio_off=off)
         why = "The forward pass is random or not in eval mode (dropout, BatchNorm): add `NoDropout()` to cbs"
-        if self.given: why = "The old policy given is not this policy: leave `old` out, or the clip silences what differs"
+        if self.given: why = "The old policy given is not this policy: leave `old` out, or the clip silences it"
         if off > 1e-4: self.complain(f"GRPO: ratio is off 1 by up to {off:.3g} at the first step. {why}")
 
     def record(self, logp, old, mask):

@@ -255,7 +255,7 @@ def in_context_accuracy(
     lessons = [item_lesson(g, *episode(g, n_demos, ISLANDS[1:], (ask,), p_help), style=style) for _ in range(n)]
     return float(teach(lvlm, lessons, g, bank)[1].float().mean())
 
-# %% ../nbs/22_tiny.ipynb #470ee110
+# %% ../nbs/22_tiny.ipynb #12d05cc5
 def _clip_texts(g):
     "A text per scene and which scenes it fits: [64] str, bool [64, 64]"
     scenes = [Scene(i, s, c) for i in ISLANDS for s in SHAPES for c in COLOURS]
@@ -291,8 +291,8 @@ def tiny_clip(
 
 def train_clip(
     model, tok, image_processor, # of `tiny_clip`; the model is trained in place
-    steps:int=600, # batches of 64 scenes
-    lr:float=2e-3, # of AdamW, with a cosine to 0
+    steps:int=1000, # batches of 64 scenes
+    lr:float=1e-3, # peak, of AdamW under a one-cycle schedule
     seed:int=0, # decides batches
 )->pd.DataFrame: # log: step, loss above the best possible
     "Train the tiny CLIP"
