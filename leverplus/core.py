@@ -90,7 +90,7 @@ def read_json(
     try: return json.loads(path.read_text(encoding="utf8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as e: raise ValueError(f"{path}: not valid JSON ({e}); was the download or copy cut short?") from e
 
-# %% ../nbs/00_core.ipynb #2c2a4a32
+# %% ../nbs/00_core.ipynb #a7c6da1d
 def masked_mean(
     x:torch.Tensor, # any shape
     mask:torch.Tensor, # bool, broadcastable to `x`; True = counts
@@ -107,7 +107,7 @@ def masked_log_softmax(
 )->torch.Tensor: # [..., n] log-probabilities, -inf where masked
     "`log_softmax` over the True entries of `mask`"
     dead = ~mask.any(dim, keepdim=True)
-    lp = x.masked_fill(~mask & ~dead, -torch.inf).log_softmax(dim)
+    lp = x.masked_fill(dead, 0.).masked_fill(~mask & ~dead, -torch.inf).log_softmax(dim)
     return lp.masked_fill(~mask, -torch.inf)
 
 def masked_softmax(x, mask, dim=-1):

@@ -17,13 +17,13 @@ from .evaluate import compare_seeds, paired_table, pick_model, pick_oracle, pick
 from .report import write_report
 from .world import World, load_world
 
-# %% ../nbs/92_demo.ipynb #bb8d7bb7
+# %% ../nbs/92_demo.ipynb #21760adb
 SETTINGS = dict(
     train_queries=600, dev_queries=250, # how many queries get a group
     shots=2, # demonstrations per sequence in training
     reward="hard_plus_soft", kind="mixed", counts=COUNTS, # reward mode, embedding, proposals per query
     model=dict(d_hidden=128, dropout=.1), bs=32,
-    rce=dict(n_epoch=10, lr=1e-3), grpo=dict(n_epoch=5, lr=3e-4, beta=.02))
+    rce=dict(n_epoch=10, lr=3e-3), grpo=dict(n_epoch=5, lr=1e-3, beta=.02))
 
 # %% ../nbs/92_demo.ipynb #0c9c01f3
 def make_groups(

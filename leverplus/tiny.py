@@ -239,7 +239,7 @@ def train_lvlm(
     lvlm.model.eval().requires_grad_(False)
     return pd.DataFrame(log)
 
-# %% ../nbs/22_tiny.ipynb #8d566d07
+# %% ../nbs/22_tiny.ipynb #da3be3c7
 @torch.no_grad()
 def in_context_accuracy(
     lvlm:LVLM, # the model
@@ -253,7 +253,7 @@ def in_context_accuracy(
     "Accuracy on episodes with fresh dictionaries"
     g, bank = rng("icl", seed, n_demos, ask, p_help), image_bank(lvlm.image_processor, per=4, seed=12345)
     lessons = [item_lesson(g, *episode(g, n_demos, ISLANDS[1:], (ask,), p_help), style=style) for _ in range(n)]
-    return float(teach(lvlm, lessons, g, bank)[1].float().mean())
+    return round(float(teach(lvlm, lessons, g, bank)[1].double().mean()), 4)
 
 # %% ../nbs/22_tiny.ipynb #12d05cc5
 def _clip_texts(g):
