@@ -82,13 +82,13 @@ def render(
     else: d.polygon(_outline(scene.shape, x, y, r), fill=fill)
     return im
 
-# %% ../nbs/02_toy.ipynb #b97857d9
+# %% ../nbs/02_toy.ipynb #b9c2a7d5
 def annotators(
     rng:np.random.Generator, # decides who dissents
     scene:Scene, # what is seen
     ask:str, # one of ASKS
     words:dict, # the dictionary
-)->list: # 10 answers; the true one is always the most frequent
+)->list: # 10 answers; nothing is said more often than the truth (three of ten may tie with it)
     "What ten annotators say"
     true = say(scene, ask, words)
     others = [say(Scene(i, scene.shape, scene.colour), ask, words) for i in ISLANDS if i != scene.island]

@@ -17,9 +17,9 @@ def test_dictionary_has_a_word_per_meaning(seed):
     assert sorted(foreign) == sorted(NONCE) and all(words[ISLANDS[0]][m] == m for m in SHAPES + COLOURS)
 
 @given(seeds, scenes, st.sampled_from(ASKS))
-def test_truth_is_the_majority_and_scores_at_least_nine_tenths(seed, scene, ask):
+def test_nothing_is_said_more_often_than_the_truth_which_scores_at_least_nine_tenths(seed, scene, ask):
     words = random_dictionary(rng(seed)); answers = annotators(rng(seed, "a"), scene, ask, words); true = say(scene, ask, words)
-    assert len(answers) == 10 and Counter(answers).most_common(1)[0][0] == true and vqa_accuracy(true, answers) >= .9 - 1e-9
+    assert len(answers) == 10 and Counter(answers)[true] == max(Counter(answers).values()) >= 3 and vqa_accuracy(true, answers) >= .9 - 1e-9
 
 def test_all_official_accuracies_occur():
     seen = {round(vqa_accuracy(a, answers), 1) for k in range(400) for answers in [annotators(rng(k), Scene("Koro", "circle", "red"), "both", dataset_dictionary())] for a in set(answers)}
