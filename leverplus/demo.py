@@ -59,7 +59,7 @@ def train_selectors(
         learn.fit_grpo(**(grpo or {}))
     return learn, dict(rce=after_rce, rce_grpo=frozen(learn.model))
 
-# %% ../nbs/92_demo.ipynb #12816602
+# %% ../nbs/92_demo.ipynb #474609a8
 def pick_all(
     world:World, # pools and embeddings
     selectors:dict, # {name: selector}
@@ -73,10 +73,11 @@ def pick_all(
     pool, out = world.pools["test"], []
     for s in shots:
         out += [pick_model(m, pool, world.store, s, kind, name=n, draw=draw) for n, m in selectors.items()]
-        if baselines: out += [pick_random(pool, s, draws=5, seed=0), *(pick_similar(pool, world.store, s, k) for k in ("image", "text", "mixed")), pick_oracle(facts, s, pool)]
+        similar = [pick_similar(pool, world.store, s, k) for k in ("image", "text", "mixed")]
+        if baselines: out += [pick_random(pool, s, draws=5, seed=0), *similar, pick_oracle(facts, s, pool)]
     return pd.concat([pick_zero(pool)]*baselines + out, ignore_index=True)
 
-# %% ../nbs/92_demo.ipynb #447de665
+# %% ../nbs/92_demo.ipynb #5e369176
 def run_demo(
     path="runs/demo", # run folder; continued if its settings are the same
     seed:int=0, # of proposals, weights and batches
@@ -95,11 +96,12 @@ def run_demo(
     facts = world.facts(); scored = score_picks(pick_all(world, selectors, facts, kind=cfg["kind"]), facts)
     run.save_frame("predictions.parquet", scored.assign(pointer=scored.pointer.map(list)))
     table, paired = result_table(scored, world.items), paired_table(scored, world.items)
-    write_report(run.path, table, scored, world.items, learn.history.frame, paired, selector="rce_grpo", shots=2, title="leverplus on the embedded world")
+    write_report(run.path, table, scored, world.items, learn.history.frame, paired, selector="rce_grpo", shots=2,
+                 title="leverplus on the embedded world")
     run.finish(acc=float(table.set_index(["selector", "shots"]).acc["rce_grpo", 2]))
     return table
 
-# %% ../nbs/92_demo.ipynb #e53da253
+# %% ../nbs/92_demo.ipynb #64e65c29
 def run_seeds(
     seeds=range(5), # seeds of proposals, weights and batches
     folder=None, # where groups are kept and continued; None: a temporary folder
@@ -119,7 +121,7 @@ def seeds_report(
     scored:pd.DataFrame, # of `run_seeds`
     items:pd.DataFrame, # for clustering by image
     shots:int=2, # shot count
-    pairs=(("rce", "random"), ("rce", "similar_mixed"), ("rce", "oracle"), ("rce_grpo", "random"), ("rce_grpo", "similar_mixed"), ("rce_grpo", "oracle"), ("rce_grpo", "rce")),
+    pairs=(*((a, b) for a in ("rce", "rce_grpo") for b in ("random", "similar_mixed", "oracle")), ("rce_grpo", "rce")),
 )->pd.DataFrame: # a, b, delta, lo, hi, shown (does the interval exclude 0?)
     "Paired differences with 95 % intervals over queries and seeds"
     rows = [(a, b, compare_seeds(scored, a, b, shots, paired=(a, b) == ("rce_grpo", "rce"), items=items)) for a, b in pairs]

@@ -103,7 +103,7 @@ def _scored(prompt, target, logprobs=(), text=None, n_decode=0):
 
 def _failed(prompt, e): return Scored(prompt.question_id, prompt.pointer, error=f"{type(e).__name__}: {e}")
 
-# %% ../nbs/21_lvlm.ipynb #76299752
+# %% ../nbs/21_lvlm.ipynb #aec2e913
 MAX_NEW_TOKENS = 10 # longest greedy answer, end token included
 
 def _targets(prompts, targets):
@@ -148,7 +148,8 @@ class NaiveScorer:
         return [s for p, t in zip(prompts, targets) for s in self._batch([p], [t], generate)]
 
     def _inputs(self, texts, images):
-        return self.lvlm.processor(text=texts, images=[im for ims in images for im in ims], padding=True, padding_side="left", return_tensors="pt").to(self.lvlm.device)
+        flat = [im for ims in images for im in ims]
+        return self.lvlm.processor(text=texts, images=flat, padding=True, padding_side="left", return_tensors="pt").to(self.lvlm.device)
 
     def _score(self, prompts, targets, generate):
         from qwen_vl_utils import process_vision_info
@@ -176,7 +177,8 @@ class NaiveScorer:
         ids = [tok(a + end, add_special_tokens=False)["input_ids"] for _, a in rows]
         for (k, a), i, full in zip(rows, ids, x["input_ids"].tolist()): # the answer must be tokenised as it would be alone
             joint = tok(texts[k] + a + end, add_special_tokens=False)["input_ids"]
-            if full[-len(i):] != i or joint != tok(texts[k], add_special_tokens=False)["input_ids"] + i: raise ValueError(f"answer {a!r} is tokenised differently behind the prompt")
+            if full[-len(i):] != i or joint != tok(texts[k], add_special_tokens=False)["input_ids"] + i:
+                raise ValueError(f"answer {a!r} is tokenised differently behind the prompt")
         n = max(map(len, ids))
         lp = self.lvlm.model(**x, logits_to_keep=n + 1).logits[:, :-1].float().log_softmax(-1)
         lp = lp.gather(-1, x["input_ids"][:, -n:, None])[..., 0]
@@ -336,7 +338,7 @@ def _row(self:SharedScorer, prompt, target):
 
 SharedScorer._token_ids, SharedScorer._row = _token_ids, _row
 
-# %% ../nbs/21_lvlm.ipynb #0e43716a
+# %% ../nbs/21_lvlm.ipynb #2e59c7e8
 def _prefill(self:SharedScorer, rows):
     from transformers import DynamicCache
     lv, lm, L = self.lvlm, self.lvlm.model.model.language_model, max(len(r.ids) for r in rows)
@@ -351,8 +353,9 @@ def _prefill(self:SharedScorer, rows):
 
 def _mask4(self:SharedScorer, sees):
     "[B, Q, T] bool to what the attention wants"
-    sees = sees[:, None]
-    return sees if self.lvlm.attn != "eager" else torch.zeros(sees.shape, dtype=self.lvlm.model.dtype, device=sees.device).masked_fill(~sees, torch.finfo(self.lvlm.model.dtype).min)
+    sees, dtype = sees[:, None], self.lvlm.model.dtype
+    if self.lvlm.attn != "eager": return sees
+    return torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill(~sees, torch.finfo(dtype).min)
 
 def _tree(self:SharedScorer, rows, tries, cache, mask):
     lv, Q = self.lvlm, max(len(t.tokens) for t in tries)
@@ -369,7 +372,7 @@ def _tree(self:SharedScorer, rows, tries, cache, mask):
 
 SharedScorer._prefill, SharedScorer._mask4, SharedScorer._tree = _prefill, _mask4, _tree
 
-# %% ../nbs/21_lvlm.ipynb #2a4e0c4f
+# %% ../nbs/21_lvlm.ipynb #824841ae
 @torch.no_grad()
 def _score(self:SharedScorer, rows, generate):
     first, cache, mask = self._prefill(rows); end = self.lvlm.end_id
@@ -380,7 +383,7 @@ def _score(self:SharedScorer, rows, generate):
             for d in [[b]]*(b != end) + r.drafts: t.add(d)
     node = self._tree(rows, tries, cache, mask) if any(t.tokens for t in tries) else None
     root = first.log_softmax(-1); node_lp = None if node is None else node.log_softmax(-1)
-    lps = [[self._path_lp(root[b], node_lp[b], t, p) for p in ps] for b, (t, ps) in enumerate(zip(tries, paths))] if node is not None else [[]]*len(rows)
+    lps = [[self._path_lp(root[b], node_lp[b], t, p) for p in ps] for b, (t, ps) in enumerate(zip(tries, paths))]
     says = self._greedy(rows, tries, best, node, cache, mask) if generate else [(None, 0)]*len(rows)
     return [_scored(r.prompt, r.target, l, s, n) for r, l, (s, n) in zip(rows, lps, says)]
 
@@ -393,7 +396,8 @@ def _greedy(self:SharedScorer, rows, tries, best, node, cache, mask):
     nxt = None if node is None else node.argmax(-1).tolist()
     for b, t in enumerate(tries):
         walk, at, tok = [], -1, best[b]
-        while tok != end and (at, tok) in t.child and len(walk) < self.max_new_tokens: at = t.child[at, tok]; walk.append(tok); tok = nxt[b][at]
+        while tok != end and (at, tok) in t.child and len(walk) < self.max_new_tokens:
+            at = t.child[at, tok]; walk.append(tok); tok = nxt[b][at]
         walks.append(walk)
         if tok != end and len(walk) < self.max_new_tokens: walk.append(tok); off.append(b)
     steps = self._decode([rows[b] for b in off], [walks[b] for b in off], off, cache, mask) if off else 0
@@ -403,7 +407,8 @@ def _greedy(self:SharedScorer, rows, tries, best, node, cache, mask):
 def _decode(self:SharedScorer, rows, walks, which, cache, mask):
     "Continue answers that left the tree: feed what is known, then what is said; extends `walks` in place"
     lv, lm, end = self.lvlm, self.lvlm.model.model.language_model, self.lvlm.end_id
-    sel = torch.tensor(which, device=lv.device); cache.batch_select_indices(sel); mask, k, done = mask[sel], 0, [False]*len(rows)
+    sel = torch.tensor(which, device=lv.device); cache.batch_select_indices(sel)
+    mask, k, done = mask[sel], 0, [False]*len(rows)
     while not all(done):
         tok = torch.tensor([[w[k] if k < len(w) else end] for w in walks], device=lv.device)
         pos = torch.tensor([[r.next_pos + k] for r in rows], device=lv.device); mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)

@@ -69,7 +69,7 @@ def messages(
     if prompt.style not in STYLES: raise ValueError(f"question {prompt.question_id}: prompt style {prompt.style!r}, wanted one of {STYLES}")
     return (_interleaved if prompt.style == "interleaved" else _chat)(prompt)
 
-# %% ../nbs/20_prompt.ipynb #ed6fb5e1
+# %% ../nbs/20_prompt.ipynb #4ec9b4b5
 def prompter(
     items, # pandas frame of `leverplus.data`: queries and demonstrations; question_id, image_path, question, answer
     style:str="interleaved", # one of STYLES
@@ -80,7 +80,9 @@ def prompter(
     demos = {int(i): Demo(int(i), im, q, a) for i, im, q, a in zip(*cols)}
     def make(question_id, pointer=()):
         try: q, ds = demos[int(question_id)], tuple(demos[int(d)] for d in pointer)
-        except KeyError as e: raise KeyError(f"question {question_id}: id {e.args[0]} is not among the {len(demos)} items; pass queries and demonstrations in one frame") from None
+        except KeyError as e: 
+            raise KeyError(f"question {question_id}: id {e.args[0]} is not among the {len(demos)} items; "
+                           "pass queries and demonstrations in one frame") from None
         if len({q.question_id, *(d.question_id for d in ds)}) != 1 + len(ds):
             raise ValueError(f"question {question_id}: pointer {tuple(pointer)} repeats an item or shows the query itself")
         return Prompt(q.question_id, q.image, q.question, ds, style)
@@ -95,7 +97,7 @@ def make_prompt(
     "One prompt (for many, keep a `prompter`)"
     return prompter(items[items.question_id.isin([question_id, *pointer])], style)(question_id, pointer)
 
-# %% ../nbs/20_prompt.ipynb #917189ce
+# %% ../nbs/20_prompt.ipynb #c95a0ab1
 IMAGE_MARK = "<|image_pad|>" # what stands for an image in rendered text, once per image before expansion
 
 def check_prompt(
@@ -106,8 +108,11 @@ def check_prompt(
     at = 0
     for text in [t for d in prompt.demos for t in (d.question, d.answer)] + [prompt.question]:
         found = rendered.find(text, at)
-        if found < 0: raise ValueError(f"question {prompt.question_id}, pointer {prompt.pointer}: {text!r} is not where it belongs in the rendered prompt {rendered[:300]!r}; is the chat template's placeholder filled?")
+        if found < 0:
+            raise ValueError(f"question {prompt.question_id}, pointer {prompt.pointer}: {text!r} is not where it belongs in the "
+                             f"rendered prompt {rendered[:300]!r}; is the chat template's placeholder filled?")
         at = found + len(text)
     n = rendered.count(IMAGE_MARK)
-    if n != len(prompt.images): raise ValueError(f"question {prompt.question_id}: {n} image marks for {len(prompt.images)} images in {rendered[:300]!r}")
+    if n != len(prompt.images):
+        raise ValueError(f"question {prompt.question_id}: {n} image marks for {len(prompt.images)} images in {rendered[:300]!r}")
     return rendered

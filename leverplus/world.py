@@ -18,7 +18,7 @@ from .pools import Pool, make_pool
 from .lvlm import SharedScorer, load_lvlm
 from .rldata_generate import FactCache, ask, facts_fingerprint
 
-# %% ../nbs/82_world.ipynb #df043bfa
+# %% ../nbs/82_world.ipynb #29a601ff
 K = 16 # pool size of the embedded world
 SPLITS = ("train", "dev", "test")
 
@@ -40,7 +40,8 @@ class World:
     def facts(self)->pd.DataFrame:
         "Exhaustive facts of the test split; ValueError if they are of another model or prompt"
         have, want = FactCache(self.facts_file), facts_fingerprint(self.scorer)
-        if have.scorers != [want]: raise ValueError(f"{self.facts_file.name}: facts of scorer {have.scorers}, but this one is {want}; run `make_facts` again")
+        if have.scorers != [want]:
+            raise ValueError(f"{self.facts_file.name}: facts of scorer {have.scorers}, but this one is {want}; run `make_facts` again")
         return have.to_frame()
 
 def read_islands(
