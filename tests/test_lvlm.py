@@ -137,6 +137,17 @@ def test_fingerprint_tells_models_apart(lvlm):
     assert NaiveScorer(lvlm).fingerprint == SharedScorer(lvlm).fingerprint != NaiveScorer(lvlm, max_new_tokens=5).fingerprint
     assert tiny_qwen(seed=2).fingerprint != tiny_qwen(seed=3).fingerprint == tiny_qwen(seed=3).fingerprint
 
+@pytest.mark.parametrize("name,value", [("image_mean", [.4, .5, .5]), ("image_std", [.2, .3, .3]), ("size", dict(shortest_edge=3136, longest_edge=99*28*28)), ("do_normalize", False)])
+def test_fingerprint_sees_the_image_processor(name, value):
+    lv = tiny_qwen(seed=2); was = lv.fingerprint; del lv.fingerprint
+    setattr(lv.image_processor, name, value)
+    assert lv.fingerprint != was
+
+def test_fingerprint_ignores_settings_that_change_no_number():
+    lv = tiny_qwen(seed=2); was = lv.fingerprint; del lv.fingerprint
+    lv.image_processor.some_new_option = 3
+    assert lv.fingerprint == was
+
 def test_other_models_are_refused(tmp_path):
     (tmp_path/"config.json").write_text('{"model_type": "clip"}')
     with pytest.raises(TypeError, match="clip model"): load_lvlm(tmp_path)

@@ -204,7 +204,7 @@ def test_no_machine_paths():
 def test_rules_would_notice():
     "The rules' own instruments, on small wrong examples"
     home = "/" + "home/me/data"
-    assert MACHINE_PATH.search(f'"{home}"') and not MACHINE_PATH.search("https://x.org" + home) and not MACHINE_PATH.search("../shared/work/a")
+    assert MACHINE_PATH.search(f'"{home}"') and not MACHINE_PATH.search("https://x.org" + home) and not MACHINE_PATH.search("../shared/" + "work/a")
     assert not any(map(defines, ast.parse("print(1)\nfor i in x: pass\ny = open('f')\nz.fit()").body))
     assert all(map(defines, ast.parse("import os\nA = re.compile('a')\nB: int = 3\ndef f(): print(1)").body))
     assert list(leverplus_modules(ast.parse("def f():\n from leverplus.vqa import a\n import leverplus.data, os\nfrom leverplus import x"))) == ["x", "vqa", "data"]
