@@ -127,11 +127,6 @@ def test_injected_failure_fails_one_prompt_only(lvlm, images, monkeypatch):
     monkeypatch.setattr(s, "_score", score)
     assert [r.error for r in s.run(ps)] == [None, "RuntimeError: out of memory", None]
 
-def test_feature_cache_keeps_its_budget_and_its_numbers(lvlm, images):
-    small, big = SharedScorer(lvlm, cache_bytes=1), SharedScorer(lvlm); ps = [prompt(images, 20 + k, (1, 2, 3), at=k) for k in range(5)]; t = [Targets(("dax",), (1.,))]
-    a, b = [small.run([p], t)[0] for p in ps], [big.run([p], t)[0] for p in ps]
-    assert_same(a, b); assert len(small._features) <= 4 < len(big._features) + 1
-
 def test_fingerprint_tells_models_apart(lvlm):
     assert lvlm.fingerprint == load_lvlm(lvlm.name).fingerprint != load_lvlm(lvlm.name, attn="eager").fingerprint
     assert NaiveScorer(lvlm).fingerprint == SharedScorer(lvlm).fingerprint != NaiveScorer(lvlm, max_new_tokens=5).fingerprint
