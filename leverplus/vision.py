@@ -49,19 +49,27 @@ def image_features(
     parts = [out.pooler_output, *(getattr(out, "deepstack_features", None) or [])]
     return [torch.cat(f, -1) if len(f) > 1 else f[0] for f in zip(*parts)]
 
-# %% ../nbs/17_vision.ipynb #05d76da3
+# %% ../nbs/17_vision.ipynb #e14058b9
 GROUPED = "flash_grouped_sdpa" # the name must contain "flash": see above
 
-def grouped_sdpa(module, query, key, value, attention_mask=None, scaling=None, dropout=0., cu_seq_lens_q=None, **kwargs):
-    "Attention inside segments given by their borders `cu_seq_lens_q`: one call per distinct length; q, k, v [1,H,L,d] -> ([1,L,H,d], None)"
-    borders = cu_seq_lens_q.tolist(); by_length = {}
-    for a, b in zip(borders, borders[1:]): by_length.setdefault(b - a, []).append(a)
-    qkv = torch.stack([query[0], key[0], value[0]]); out = torch.empty_like(query[0])
-    for n, starts in by_length.items():
-        at = (torch.tensor(starts, device=query.device)[:, None] + torch.arange(n, device=query.device)).flatten()
-        q, k, v = qkv[:, :, at].unflatten(2, (len(starts), n)).transpose(1, 2)
-        out[:, at] = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scaling).transpose(0, 1).flatten(1, 2)
-    return out.transpose(0, 1)[None], None
+def _segments(borders):
+    "Segments by length: [(how many, their length, places of their tokens)]"
+    cuts, by_length = borders.tolist(), {}
+    for a, b in zip(cuts, cuts[1:]): by_length.setdefault(b - a, []).append(a)
+    places = lambda n, starts: (torch.tensor(starts)[:, None] + torch.arange(n)).flatten().to(borders.device)
+    return [(len(starts), n, places(n, starts)) for n, starts in by_length.items()]
+
+def grouped_sdpa(
+    q:torch.Tensor, k:torch.Tensor, v:torch.Tensor, # [1, H, L, d]
+    segments:list, # of `_segments`
+    scale:float|None=None, # of the scores; None: 1/sqrt(d)
+)->torch.Tensor: # [1, L, H, d]
+    "Attention inside segments: one call per distinct length"
+    qkv = torch.cat([q, k, v]); out = torch.empty_like(q[0])
+    for m, n, at in segments:
+        x = qkv[:, :, at].unflatten(2, (m, n)).transpose(1, 2)
+        out[:, at] = torch.nn.functional.scaled_dot_product_attention(*x, scale=scale).transpose(0, 1).flatten(1, 2)
+    return out.transpose(0, 1)[None]
 
 @contextlib.contextmanager
 def grouped_windows(
@@ -69,10 +77,13 @@ def grouped_windows(
 ):
     "Within the block, windows of equal length share an attention call"
     from transformers import AttentionInterface
-    AttentionInterface.register(GROUPED, grouped_sdpa)
-    was = visual.config._attn_implementation; visual.config._attn_implementation = GROUPED
+    seen, was = {}, visual.config._attn_implementation # borders are the same for all layers of a kind
+    def attention(module, query, key, value, attention_mask=None, scaling=None, dropout=0., cu_seq_lens_q=None, **kwargs):
+        if id(cu_seq_lens_q) not in seen: seen[id(cu_seq_lens_q)] = cu_seq_lens_q, _segments(cu_seq_lens_q)
+        return grouped_sdpa(query, key, value, seen[id(cu_seq_lens_q)][1], scaling), None
+    AttentionInterface.register(GROUPED, attention); visual.config._attn_implementation = GROUPED
     try: yield
-    finally: visual.config._attn_implementation = was
+    finally: visual.config._attn_implementation = was; seen.clear()
 
 # %% ../nbs/17_vision.ipynb #b8433273
 class VisionCache:

@@ -18,7 +18,7 @@ from .pools import Pool, make_pool
 from .lvlm import SharedScorer, load_lvlm
 from .rldata_generate import FactCache, ask, facts_fingerprint
 
-# %% ../nbs/82_world.ipynb #29a601ff
+# %% ../nbs/82_world.ipynb #63db9a1d
 K = 16 # pool size of the embedded world
 SPLITS = ("train", "dev", "test")
 
@@ -63,7 +63,7 @@ def load_world(
     items = read_islands(); store = embed_items(items, repo_path(clip), progress=False)
     of = lambda s: items[items.split == s]
     pools = {s: make_pool(of(s), of("train"), K, "random", seed=seed) for s in SPLITS}
-    return World(items, store, pools, SharedScorer(load_lvlm(lvlm)), repo_path(DATASET, "facts.parquet"))
+    return World(items, store, pools, SharedScorer(load_lvlm(lvlm), prefix_cache="global"), repo_path(DATASET, "facts.parquet"))
 
 # %% ../nbs/82_world.ipynb #a3ffedd6
 def all_pointers(

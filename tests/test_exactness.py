@@ -207,7 +207,7 @@ def test_interrupt_goes_through_and_the_scorer_lives_on(lvlm, oracle, world, mon
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_stays_within_its_rounding(tmp_path, images, dtype):
     "Not by equality: rounding depends on the shape of a batch"
-    folder = save_lvlm(tiny_qwen(seed=1), tmp_path); lv = load_lvlm(folder, dtype=dtype); assert lv.tolerance == .25 and lv.model.dtype == dtype
+    folder = save_lvlm(tiny_qwen(seed=1), tmp_path); lv = load_lvlm(folder, dtype=dtype); assert lv.tolerance == .5 and lv.model.dtype == dtype
     ps = [prompt(images, 20 + k, tuple(range(k % 4))) for k in range(8)]; ts = [goals("dax", "yes", "yes it is")]*8
     naive = NaiveScorer(lv).run(ps, ts); exact = NaiveScorer(load_lvlm(folder)).run(ps, ts)
     for kw in ({}, dict(prefix_cache="global", prefix_depth=2)):

@@ -49,7 +49,7 @@ def _lv(): return _cache.setdefault("lv", tiny_qwen(seed=1))
 
 def test_grouping_that_does_not_hold_is_switched_off_with_a_warning(lv, pictures, monkeypatch):
     import leverplus.vision as mod
-    monkeypatch.setattr(mod, "grouped_sdpa", lambda m, q, *a, **k: (q.transpose(1, 2), None)); enc = encoder(lv)
+    monkeypatch.setattr(mod, "grouped_sdpa", lambda q, *a, **k: q.transpose(1, 2)); enc = encoder(lv)
     with pytest.warns(UserWarning, match="switched off"): out = enc(pictures[:3])
     assert not enc.group and close(out[pictures[0]][0], by_hand(lv, pictures[0])[0])
 
