@@ -40,10 +40,12 @@ def seed_all(
     random.seed(seed); np.random.seed(seed % 2**32); torch.manual_seed(seed)
     return seed
 
-# %% ../nbs/00_core.ipynb #0588fdcc
+# %% ../nbs/00_core.ipynb #d6a806a6
+_AS_IS = {int, float, str, bool, type(None)} # what JSON writes as it is
+
 def _canon(o):
     if isinstance(o, dict): return {str(k): _canon(v) for k, v in sorted(o.items(), key=lambda kv: str(kv[0]))}
-    if isinstance(o, (list, tuple)): return [_canon(v) for v in o]
+    if isinstance(o, (list, tuple)): return list(o) if set(map(type, o)) <= _AS_IS else [_canon(v) for v in o]
     if isinstance(o, torch.Tensor): o = o.detach().cpu().numpy()
     if isinstance(o, np.ndarray): return [str(o.dtype), list(o.shape), hashlib.sha256(np.ascontiguousarray(o).tobytes()).hexdigest()]
     if isinstance(o, np.generic): return o.item()

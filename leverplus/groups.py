@@ -4,9 +4,12 @@
 
 # %% auto #0
 __all__ = ['SCHEMA', 'METHODS', 'TEXT_FACTS', 'PROB_FACTS', 'PROPOSAL_COLUMNS', 'FACT_COLUMNS', 'RECORD', 'as_record', 'pack',
-           'unpack', 'write_part', 'read_part', 'pointer_matrix', 'count_rows', 'RLData', 'finish_manifest', 'Group']
+           'unpack', 'write_part', 'read_part', 'pointer_matrix', 'count_rows', 'RLData', 'check_shard', 'shard_tag',
+           'shard_files', 'finish_manifest', 'differing', 'join_checks', 'Group']
 
-# %% ../nbs/30_groups.ipynb #6e3e2049
+# %% ../nbs/30_groups.ipynb #d8fbe2b0
+import re, shutil
+from collections import Counter
 from itertools import chain
 from pathlib import Path
 import numpy as np, pandas as pd, pyarrow as pa, pyarrow.parquet as pq
@@ -14,7 +17,7 @@ from fastcore.basics import patch
 from .core import fingerprint, atomic_path, write_json, read_json
 from .pools import Pool
 
-# %% ../nbs/30_groups.ipynb #90e915fd
+# %% ../nbs/30_groups.ipynb #665efbe7
 SCHEMA = 1
 METHODS = ("beam", "retrieval", "sample", "random", "policy", "mined")
 TEXT_FACTS = dict(vqa_pred_answer="str", vqa_raw_generation="str", vqa_correct="float", vqa_acc_score="float",
@@ -27,7 +30,7 @@ RECORD = {**PROPOSAL_COLUMNS, **{c: FACT_COLUMNS[c] for c in (
     "vqa_pred_answer", "vqa_raw_generation", "vqa_correct", "vqa_acc_score", "vqa_gt_prob", "vqa_gt_logprobs", "vqa_rel_token_f1",
     "vqa_rel_edit_sim", "vqa_rel_score", "vqa_eval_mode", "eval_failed", "error", "scorer")}}
 
-# %% ../nbs/30_groups.ipynb #20fcd115
+# %% ../nbs/30_groups.ipynb #0b3fb4b4
 _STR = pd.StringDtype(na_value=np.nan)
 _ARROW = dict(int=pa.int64(), ints=pa.list_(pa.int64()), str=pa.string(), float=pa.float64(), floats=pa.list_(pa.float64()), bool=pa.bool_())
 _DTYPE = dict(int="int64", ints=object, str=_STR, float="float64", floats=object, bool="bool")
@@ -75,7 +78,7 @@ def as_record(
     col = lambda c, k: _exact(frame[c] if c in frame else _missing(k, len(frame), c), k, c)
     return pd.DataFrame({c: col(c, k) for c, k in columns.items()}, index=pd.RangeIndex(len(frame)))
 
-# %% ../nbs/30_groups.ipynb #0891aa08
+# %% ../nbs/30_groups.ipynb #8a1f6833
 def pack(
     frame:pd.DataFrame, # columns as `as_record` makes them
     columns:dict=RECORD, # {name: kind}
@@ -91,7 +94,7 @@ def unpack(
     col = lambda c, k: _tuples(c) if k in ("ints", "floats") else c.to_pandas().astype(_DTYPE[k]).array
     return pd.DataFrame({c: col(table[c].cast(_ARROW[k]), k) for c, k in columns.items()}, index=pd.RangeIndex(len(table)))
 
-# %% ../nbs/30_groups.ipynb #7be93952
+# %% ../nbs/30_groups.ipynb #4b391294
 def write_part(
     path, # the parquet file
     frame:pd.DataFrame, # as `as_record` makes it
@@ -119,7 +122,7 @@ def read_part(
     for c in lacks: table = table.append_column(c, pa.array(np.zeros(len(table), columns[c])) if columns[c] in ("int", "bool") else pa.nulls(len(table), _ARROW[columns[c]]))
     return unpack(table, columns)
 
-# %% ../nbs/30_groups.ipynb #04daff5c
+# %% ../nbs/30_groups.ipynb #8da70aef
 def pointer_matrix(
     pointers, # n tuples of ints, lengths may differ
 )->tuple: # (int64 [n, longest] padded with -1, lengths [n])
@@ -161,7 +164,7 @@ def _fact_problems(rows):
         yield (rows[c] < 0).to_numpy() | (rows[c] > 1 + 1e-6).to_numpy(), f"{c} {{{c}}} is not within 0..1"
     yield ~rows.gen_method.isin(METHODS).to_numpy(), f"gen_method {{gen_method!r}} is not one of {', '.join(METHODS)}"
 
-# %% ../nbs/30_groups.ipynb #f7e3c681
+# %% ../nbs/30_groups.ipynb #f9c0f087
 def count_rows(
     rows:pd.DataFrame, # record frame
 )->dict: # rows, queries, failed, and rows per shot count and per method; JSON-ready
@@ -177,7 +180,7 @@ class RLData:
         pool:Pool, # who may be picked for each query
         manifest:dict|None=None, # settings, seed, fingerprints: whatever made the rows; JSON-ready
     ):
-        self.rows, self.pool, self.manifest, self.path = as_record(rows), pool, dict(manifest or {}), None
+        self.rows, self.pool, self.manifest, self.path, self.order = as_record(rows), pool, dict(manifest or {}), None, None
 
     @classmethod
     def from_frame(cls, rows, pool, manifest=None):
@@ -210,10 +213,11 @@ class RLData:
         "Rows by query in order of first appearance: a pandas group-by, iterate for (question_id, frame)"
         return self.rows.groupby("question_id", sort=False)
 
-# %% ../nbs/30_groups.ipynb #3d78ddc4
+# %% ../nbs/30_groups.ipynb #dfe4bbc9
 def _where(self, i):
     "Name the part that holds row `i`"
     if self.path is None: return f"row {i}"
+    i = i if self.order is None else int(self.order[i]) # its place among the parts, laid end to end
     ends = np.cumsum([p["rows"] for p in self.manifest.get("parts", [])]); k = int(np.searchsorted(ends, i, side="right"))
     return f"{self.path/self.manifest['parts'][k]['file']}" if k < len(ends) else f"{self.path} row {i}"
 
@@ -236,31 +240,74 @@ def validate(self:RLData,
         raise ValueError(f"{_where(self, i)}: question_id {row.question_id}: {what.format(lacks=lacks, **row)} ({int(bad.sum())} such rows)")
     return self
 
-# %% ../nbs/30_groups.ipynb #23578324
+# %% ../nbs/30_groups.ipynb #33faae10
+def check_shard(
+    shard, # (i, n) or None
+)->tuple|None: # (i, n) as ints; ValueError if not 0 <= i < n
+    "Check the name of a shard"
+    if shard is None: return None
+    if not isinstance(shard, (tuple, list)) or len(shard) != 2: raise ValueError(f"shard {shard!r}: wanted (i, n), part i of n")
+    i, n = map(int, shard)
+    if not 0 <= i < n: raise ValueError(f"shard {i}/{n}: wanted 0 <= i < n; the first of {max(n, 1)} is 0/{max(n, 1)}")
+    return i, n
+
+def shard_tag(
+    shard:tuple|None=None, # (i, n), or None: not divided
+)->str: # "-003of008" or ""
+    "What the file names of a shard carry"
+    return "" if shard is None else "-{:03d}of{:03d}".format(*shard)
+
+def shard_files(
+    path, # the data's directory
+)->dict: # {(i, n): its manifest's Path}, ascending
+    "Find the shards that lie in a directory"
+    found = [(re.fullmatch(r"manifest-(\d+)of(\d+)\.json", p.name), p) for p in Path(path).glob("manifest-*.json")]
+    return dict(sorted(((int(m[1]), int(m[2])), p) for m, p in found if m))
+
+def _own_parts(path, shard):
+    "Parts in `path` that carry the tag of `shard`, or none where it is None"
+    tag = lambda p: re.match(r"part(-\d+of\d+)?-", p.name)[1] or ""
+    return [p for p in Path(path).glob("part-*.parquet") if tag(p) == shard_tag(shard)]
+
+def _keep_pool(pool, path, tag):
+    "Save the pool beside the parts; shards share one folder"
+    home, tmp = path/f"pool-{pool.fingerprint}", path/f".pool-{pool.fingerprint}{tag}"
+    if not tag: pool.save(home)
+    elif not (home/"pool.json").exists():
+        shutil.rmtree(tmp, ignore_errors=True); pool.save(tmp)
+        try: tmp.rename(home)
+        except OSError:
+            if not (home/"pool.json").exists(): raise
+            shutil.rmtree(tmp) # another shard was faster
+    return home.name
+
+# %% ../nbs/30_groups.ipynb #31ae122a
 def finish_manifest(
     path, # the data's directory
     manifest:dict, # settings and whatever else is to be kept
     parts:list, # of `{"file": name, "rows": n}`, in order
     rows:pd.DataFrame, # all rows, for the counts
     pool:Pool, # saved beside the parts
+    shard:tuple|None=None, # (i, n): the manifest of one shard
 )->dict: # the manifest as written
-    "Write the pool, then `manifest.json`: from here on the directory is valid; then remove parts that no longer belong"
-    path, home = Path(path), f"pool-{pool.fingerprint}"; pool.save(path/home)
+    "Write the pool, then the manifest: from here on the directory is valid; then remove parts that no longer belong"
+    path, tag = Path(path), shard_tag(shard); home = _keep_pool(pool, path, tag)
     out = dict(manifest, schema=SCHEMA, complete=True, pool=dict(folder=home, fingerprint=pool.fingerprint), parts=parts,
                counts=count_rows(rows), scorers=sorted(rows.scorer.dropna().unique().tolist()))
-    write_json(path/"manifest.json", out)
-    for p in path.glob("part-*.parquet"):
+    write_json(path/f"manifest{tag}.json", out)
+    for p in _own_parts(path, shard):
         if p.name not in {q["file"] for q in parts}: p.unlink()
     return out
 
 @patch
 def save(self:RLData,
-    path, # directory; made if absent. Data that lie there are replaced, an unfinished generation is refused
+    path, # directory; made if absent. Data that lie there are replaced, an unfinished or divided generation is refused
     part_rows:int=250_000, # rows per part, > 0
 )->Path: # `path`
     "Write parts, pool and manifest; a kill at any moment leaves the old or the new content, never a mixture"
     path = Path(path); old = read_json(path/"manifest.json") if (path/"manifest.json").exists() else {}
     if not old.get("complete", True): raise ValueError(f"{path}: an unfinished generation lies here; finish it, or save elsewhere")
+    if shard_files(path): raise ValueError(f"{path}: shards lie here ({', '.join(p.name for p in shard_files(path).values())}); save elsewhere")
     tag = self.fingerprint; parts = []
     for i, a in enumerate(range(0, max(len(self.rows), 1), part_rows)):
         part = self.rows.iloc[a:a+part_rows]; parts.append(dict(file=f"part-{i:05d}-{tag}.parquet", rows=len(part)))
@@ -268,21 +315,81 @@ def save(self:RLData,
     finish_manifest(path, self.manifest, parts, self.rows, self.pool)
     return path
 
+# %% ../nbs/30_groups.ipynb #e2ab5148
+def differing(
+    there:dict, here:dict, # settings, JSON-ready
+)->str: # "seed: there 0, here 1; window: there 8, here 16", empty if they agree
+    "Say in what two settings differ"
+    keys = sorted(k for k in {*there, *here} if there.get(k) != here.get(k))
+    return "; ".join(f"{k}: there {there.get(k)}, here {here.get(k)}" for k in keys)
+
+def _manifest(file):
+    m = read_json(file)
+    if m.get("schema") != SCHEMA: raise ValueError(f"{file}: schema {m.get('schema')}, this version reads {SCHEMA}")
+    return m
+
+def _union(path, files):
+    "Manifests of all shards, in order; ValueError names those that are missing, unfinished, or of other settings"
+    n = max(n for _, n in files); name = lambda i: f"{i}/{n}"
+    def need(bad, why, then):
+        if bad: raise ValueError(f"{path}: {why}: {', '.join(bad)}. {then}")
+    need([p.name for (_, k), p in files.items() if k != n], f"shards of different divisions, beside those of {n}", "Keep one division per directory")
+    lost = [name(i) for i in range(n) if (i, n) not in files]
+    need(lost, f"{len(lost)} of {n} shards missing", "Copy their directories into this one, or generate them with `shard=`")
+    ms = {i: _manifest(p) for (i, _), p in files.items()}
+    need([f"{files[i, n].name} says {m.get('shard')}" for i, m in ms.items() if m.get("shard") != [i, n]], "renamed manifests", "Give them their names back")
+    usual = Counter(fingerprint(m["settings"]) for m in ms.values()).most_common(1)[0][0]
+    base = next(m for m in ms.values() if fingerprint(m["settings"]) == usual)
+    other = [f"{name(i)} ({d})" for i, m in ms.items() if (d := differing(base["settings"], m["settings"]))]
+    need(other, f"shards of other settings than {name(base['shard'][0])}", "They are not parts of one generation")
+    todo = [name(i) for i, m in ms.items() if not m.get("complete")]
+    need(todo, f"{len(todo)} of {n} shards not finished", "Run `generate` on them again with the same settings, it continues")
+    return list(ms.values())
+
+def join_checks(
+    checks, # `verify` entries of manifests, see `rldata_generate`
+)->dict: # one such entry: counts added, differences the largest
+    "Unite what was verified"
+    checks = list(checks); total = lambda k: sum(c[k] for c in checks); most = lambda k: max(c[k] for c in checks)
+    return dict(drawn=total("drawn"), asked=total("asked"), logprob=most("logprob"), text=total("text"), tolerance=most("tolerance"),
+                rows=[r for c in checks for r in c["rows"]])
+
+def _one_manifest(ms):
+    "The manifest of a union, short of what its rows say"
+    out = {k: v for k, v in ms[0].items() if k not in ("shard", "verify", "counts", "scorers", "parts")}
+    if any("verify" in m for m in ms): out["verify"] = join_checks(m["verify"] for m in ms if "verify" in m)
+    return dict(out, shards=len(ms), parts=[p for m in ms for p in m["parts"]])
+
+# %% ../nbs/30_groups.ipynb #7c624ce2
+def _read_rows(path, parts):
+    frames = [read_part(path/p["file"], rows=p["rows"]) for p in parts]
+    return pd.concat(frames, ignore_index=True) if frames else as_record(pd.DataFrame(dict(question_id=[], pointer=[])))
+
+def _in_order(self):
+    "Put the rows of a union into the order of the pool's queries; each must be there"
+    at = pd.Index(list(self.pool.ids)).get_indexer(self.rows.question_id); lost = np.setdiff1d(list(self.pool.ids), self.rows.question_id)
+    if len(lost): raise ValueError(f"{self.path}: question_id {lost[0]} has no rows in any shard ({len(lost)} such queries): was a part list edited?")
+    self.order = np.argsort(at, kind="stable"); self.rows = self.rows.iloc[self.order].reset_index(drop=True)
+
 @patch(cls_method=True)
 def load(cls:RLData,
-    path, # directory written by `save` or by `generate`
+    path, # directory written by `save` or by `generate`, or a union of all its shards
     check:bool=True, # hold the rows to `validate`
+    shard:tuple|None=None, # (i, n): only this shard of a divided generation
 )->RLData: # with `.path` and `.manifest` as found
     "Open data; errors name the file, and the id where there is one"
-    path = Path(path); m = read_json(path/"manifest.json")
-    if m.get("schema") != SCHEMA: raise ValueError(f"{path/'manifest.json'}: schema {m.get('schema')}, this version reads {SCHEMA}")
+    path, shard = Path(path), check_shard(shard); files = shard_files(path); union = shard is None and bool(files)
+    if union and (path/"manifest.json").exists():
+        raise ValueError(f"{path}: manifest.json and {len(files)} shards lie here; keep them in directories of their own")
+    m = _one_manifest(_union(path, files)) if union else _manifest(path/f"manifest{shard_tag(shard)}.json")
     if not m.get("complete"): raise ValueError(f"{path}: generation is not finished; run `generate` again with the same settings, it continues")
-    rows = pd.concat([read_part(path/p["file"], rows=p["rows"]) for p in m["parts"]], ignore_index=True); pool = Pool.load(path/m["pool"]["folder"])
+    rows, pool = _read_rows(path, m["parts"]), Pool.load(path/m["pool"]["folder"])
     if pool.fingerprint != m["pool"]["fingerprint"]: raise ValueError(f"{path/m['pool']['folder']}: fingerprint {pool.fingerprint}, manifest says {m['pool']['fingerprint']}")
-    self = cls.__new__(cls); self.rows, self.pool, self.manifest, self.path = rows, pool, m, path
+    self = cls.__new__(cls); self.rows, self.pool, self.manifest, self.path, self.order = rows, pool, m, path, None
+    if union: _in_order(self); m.update(counts=count_rows(self.rows), scorers=sorted(self.rows.scorer.dropna().unique().tolist()))
     return self.validate() if check else self
 
-# %% ../nbs/30_groups.ipynb #4f391b8e
+# %% ../nbs/30_groups.ipynb #e03d4b7a
 class Group:
     "All rows of one query, best `vqa_gt_prob` first, for people to read"
     def __init__(self,

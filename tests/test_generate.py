@@ -1,5 +1,5 @@
-"Proposals, facts, cache, and runs that survive kill -9"
-import itertools, math, os, subprocess, sys, textwrap
+"Proposals, facts, cache, and runs that survive kill -9, in one process or in shards"
+import itertools, json, math, os, shutil, subprocess, sys, textwrap
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -10,8 +10,8 @@ from leverplus.embed import EmbedStore
 from leverplus.groups import PROPOSAL_COLUMNS, RLData
 from leverplus.lvlm import MockScorer
 from leverplus.pools import Pool
-from leverplus.rldata_generate import (COUNTS, FactCache, SimilarityPrior, ask, best_sequences, check_counts, content_keys, facts_fingerprint, flat_queries, generate,
-                                       item_hashes, nearest_sets, pair_keys, propose, self_test)
+from leverplus.rldata_generate import (COUNTS, Busy, FactCache, Generation, NotVerified, SimilarityPrior, ask, best_sequences, check_counts, content_keys, facts_fingerprint, flat_queries, generate,
+                                       item_hashes, nearest_sets, pair_keys, propose, run_lock, self_test, shard_queries)
 from leverplus.selector import PointerSelector
 
 def world(n_q=12, n_d=30, K=8, D=6, seed=0):
@@ -302,3 +302,179 @@ def test_kill_9_at_random_points(tmp_path):
     straight = generate(tmp_path/"straight", QS, ITEMS, POOL, MockScorer(), STORE, **RUN | dict(window=1, test=4))
     resumed = generate(tmp_path/"killed", QS, ITEMS, POOL, MockScorer(), STORE, **RUN | dict(window=1, test=4))
     pd.testing.assert_frame_equal(resumed.rows, straight.rows); assert resumed.fingerprint == straight.fingerprint and not list((tmp_path/"killed").rglob("*.tmp"))
+
+# ---- shards -----------------------------------------------------------------------------------------------------------
+
+PART = RUN | dict(test=0)
+
+@given(st.lists(st.integers(0, 2**62), unique=True, max_size=60), st.integers(1, 9))
+def test_shards_partition_the_queries(queries, n):
+    parts = [shard_queries(queries, (i, n)) for i in range(n)]; assert sorted(sum(parts, [])) == sorted(queries)
+    for p in parts: assert p == [q for q in queries if q in set(p)] # order kept
+    assert [shard_queries(queries[::-1], (i, n)) for i in range(n)] == [p[::-1] for p in parts] # nobody's company matters
+
+def test_shards_are_even_and_the_same_everywhere():
+    sizes = [len(shard_queries(range(8000), (i, 8))) for i in range(8)]; assert min(sizes) > 880 and max(sizes) < 1120 # 4 standard deviations of 1000
+    assert shard_queries(range(20), (0, 3)) == [1, 2, 5, 7, 9, 13, 14, 15, 16], "another hash would tear running jobs apart"
+
+@pytest.mark.parametrize("bad", [(2, 2), (-1, 2), (0, 0), 3, (1, 2, 3)])
+def test_bad_shards(tmp_path, bad):
+    with pytest.raises(ValueError, match="shard"): generate(tmp_path/"r", QS, ITEMS, POOL, MockScorer(), STORE, shard=bad, **PART)
+    assert not (tmp_path/"r").exists()
+
+@settings(max_examples=5)
+@given(st.integers(1, 14), st.integers(2, 5), st.data())
+def test_any_division_is_the_undivided_run(tmp_path_factory, n, window, data):
+    tmp = tmp_path_factory.mktemp("d"); kw = PART | dict(window=window); qs = data.draw(st.permutations(QS))
+    straight = generate(tmp/"straight", qs, ITEMS, POOL, MockScorer(), STORE, **kw)
+    for i in data.draw(st.permutations(range(n))):
+        where = tmp/data.draw(st.sampled_from(["a", "b"])); own = generate(where, qs, ITEMS, POOL, MockScorer(), STORE, shard=(i, n), **kw) # some shards have no queries
+        assert own.queries == shard_queries(qs, (i, n)) and own.pool == POOL.only(qs)
+    for d in ("a", "b"):
+        if (tmp/d).exists(): shutil.copytree(tmp/d, tmp/"all", dirs_exist_ok=True)
+    union = RLData.load(tmp/"all"); pd.testing.assert_frame_equal(union.rows, straight.rows)
+    assert union.fingerprint == straight.fingerprint and union.manifest["counts"] == straight.manifest["counts"] and union.manifest["settings"] == straight.manifest["settings"]
+    assert list(union.pool.ids) == list(straight.pool.ids) and sum(p["rows"] for p in union.manifest["parts"]) == len(union) and union.manifest["shards"] == n
+    pd.testing.assert_frame_equal(RLData.load(union.save(tmp/"one")).rows, straight.rows) # and one file again
+
+def shards(path, n=3, **kw):
+    for i in range(n): generate(path, QS, ITEMS, POOL, MockScorer(), STORE, **PART | dict(shard=(i, n)) | kw)
+    return path
+
+def test_missing_unfinished_and_foreign_shards(tmp_path):
+    d = shards(tmp_path/"d"); m = d/"manifest-001of003.json"; text = m.read_text(); whole = RLData.load(d)
+    def refused(*says):
+        with pytest.raises(ValueError) as e: RLData.load(d)
+        assert all(s in str(e.value) for s in says), str(e.value)
+    m.unlink(); refused("1 of 3 shards missing: 1/3")
+    m.write_text(json.dumps(json.loads(text) | dict(complete=False))); refused("1 of 3 shards not finished: 1/3")
+    m.write_text(json.dumps(json.loads(text) | dict(shard=[2, 3]))); refused("manifest-001of003.json", "renamed", "[2, 3]")
+    old = json.loads(text); m.write_text(json.dumps(old | dict(settings=old["settings"] | dict(seed=4)))); refused("1/3 (seed: there 0, here 4)", "not parts of one generation")
+    m.write_text(json.dumps(old | dict(parts=[]))); refused("has no rows in any shard")
+    m.write_text(text); pd.testing.assert_frame_equal(RLData.load(d).rows, whole.rows)
+    shutil.copy(m, d/"manifest-000of002.json"); refused("different divisions", "manifest-000of002.json"); (d/"manifest-000of002.json").unlink()
+    shutil.copy(m, d/"manifest.json"); refused("manifest.json and 3 shards"); (d/"manifest.json").unlink()
+    with pytest.raises(ValueError, match="shards lie here"): whole.save(d)
+    part = next(d.glob("part-002of003-*")); keep = part.read_bytes(); part.unlink()
+    with pytest.raises(FileNotFoundError, match=part.name): RLData.load(d)
+    part.write_bytes(keep); assert len(RLData.load(d)) == len(whole) and RLData.load(d, shard=(2, 3)).queries == shard_queries(QS, (2, 3))
+
+def test_a_wrong_row_is_found_in_its_own_part(tmp_path):
+    from leverplus.groups import read_part, write_part
+    d = shards(tmp_path/"d"); part = sorted(d.glob("part-001of003-*"))[-1]; rows = read_part(part); rows.loc[3, "vqa_acc_score"] = 7.; write_part(part, rows)
+    with pytest.raises(ValueError, match=f"{part.name}: question_id {rows.question_id[3]}: vqa_acc_score 7.0"): RLData.load(d)
+
+def test_divisions_and_settings_do_not_mix_in_a_directory(tmp_path):
+    one = lambda path, **kw: generate(path, QS, ITEMS, POOL, MockScorer(), STORE, **PART | kw)
+    one(tmp_path/"d", shard=(0, 3))
+    for kw, says in [(dict(), "shards of a generation lie here"), (dict(shard=(1, 4)), "divides this run otherwise"), (dict(shard=(1, 3), seed=1), "seed: there 0, here 1"), (dict(shard=(0, 3), seed=1), "seed: there 0")]:
+        with pytest.raises(ValueError, match=says): one(tmp_path/"d", **kw)
+    one(tmp_path/"u")
+    with pytest.raises(ValueError, match="a generation without shards lies here"): one(tmp_path/"u", shard=(0, 3))
+    assert sorted(p.name for p in tmp_path.glob("*/manifest*")) == ["manifest-000of003.json", "manifest.json"]
+
+def child(code, path, **kw):
+    "A process of its own that runs `code`"
+    paths = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+    head = f"import sys; sys.path[:0] = {paths!r}\nimport torch; torch.set_num_threads(1)\nfrom test_generate import *\npath = {str(path)!r}\n"
+    return subprocess.Popen([sys.executable, "-c", head + textwrap.dedent(code)], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=dict(os.environ, OMP_NUM_THREADS="1", TQDM_DISABLE="1"), **kw)
+
+def test_a_lock_is_held_by_the_living_only(tmp_path):
+    "Another process holds shard 0; nobody else can have it, but shard 1 is free; kill -9, and it is free again"
+    p = child("with run_lock(path, (0, 2)): print('held', flush=True); sys.stdin.read()", tmp_path/"d"); assert p.stdout.readline() == "held\n"
+    run = lambda i: generate(tmp_path/"d", QS, ITEMS, POOL, MockScorer(), STORE, shard=(i, 2), **PART)
+    with pytest.raises(Busy, match=f"process {p.pid} on .* is writing this shard"): run(0)
+    run(1); p.kill(); p.wait(); p.stdout.close(); p.stdin.close(); run(0); assert RLData.load(tmp_path/"d").queries == QS
+    with run_lock(tmp_path/"d"), pytest.raises(Busy, match="this run"):
+        with run_lock(tmp_path/"d"): pass
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_kill_9_inside_a_shard(tmp_path):
+    "One shard is killed again and again while the other is made beside it, in the same directory"
+    code = textwrap.dedent(KILLED).replace("test=4)", "test=4, shard=(0, 2))").replace("randint(1, 60)", "randint(1, 20)")
+    code = code.format(paths=[str(Path(__file__).parent), str(Path(__file__).parent.parent)], path=str(tmp_path/"killed"))
+    p = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=dict(os.environ, OMP_NUM_THREADS="1", TQDM_DISABLE="1"))
+    kw = RUN | dict(window=1, test=4); generate(tmp_path/"killed", QS, ITEMS, POOL, MockScorer(), STORE, shard=(1, 2), **kw)
+    kills, status = map(int, p.communicate(timeout=300)[0].split()); assert kills >= 3 and status == 0
+    union = RLData.load(tmp_path/"killed"); straight = generate(tmp_path/"straight", QS, ITEMS, POOL, MockScorer(), STORE, **kw)
+    pd.testing.assert_frame_equal(union.rows, straight.rows); assert not list((tmp_path/"killed").rglob("*.tmp"))
+
+def test_shards_of_a_real_model_agree_to_rounding(tmp_path):
+    from leverplus.embed import embed_items
+    from leverplus.lvlm import SharedScorer, load_lvlm
+    from leverplus.pools import make_pool
+    from leverplus.world import read_islands
+    items = read_islands(splits=("train",))[:60]; store = embed_items(items, progress=False); pool = make_pool(items, items, 6, seed=0); scorer = SharedScorer(load_lvlm(device="cpu"))
+    kw = dict(window=4, test=0, progress=False, counts=dict(beam=2, random=2)); qs = items.question_id.tolist()[:12]
+    straight = generate(tmp_path/"s", qs, items, pool, scorer, store, **kw)
+    for i in range(2): generate(tmp_path/"d", qs, items, pool, scorer, store, shard=(i, 2), verify=1, **kw)
+    union = RLData.load(tmp_path/"d"); soft = ["vqa_gt_prob", "vqa_gt_logprobs"]
+    pd.testing.assert_frame_equal(union.rows.drop(columns=soft), straight.rows.drop(columns=soft)); np.testing.assert_allclose(union.rows.vqa_gt_prob, straight.rows.vqa_gt_prob, atol=1e-4)
+    v = union.manifest["verify"]; assert v["asked"] == v["drawn"] == 2 and v["text"] == 0 and 0 < v["logprob"] < scorer.tolerance == 1e-3
+
+# ---- verify -----------------------------------------------------------------------------------------------------------
+
+class Tampered(Scripted):
+    "Spoils the prompts of query `bad`; its reference does not"
+    def __init__(self, bad=None, logprob=0., text=None, tolerance=1e-3, failing=False):
+        super().__init__(); self.bad, self.logprob, self.says, self.tolerance, self.failing, self.checked = bad, logprob, text, tolerance, failing, []
+    def reference(self):
+        outer = self
+        class Reference:
+            def run(self, prompts, targets, generate=True, progress=False):
+                assert generate; outer.checked += [p.question_id for p in prompts]; out = outer.inner.run(prompts, targets)
+                return [replace(s, text=None, logprobs=(), error="OSError: gone") for s in out] if outer.failing else out
+        return Reference()
+    def run(self, *a, **k):
+        spoil = lambda s: replace(s, text=self.says or s.text, logprobs=tuple(l + self.logprob for l in s.logprobs)) if s.question_id == self.bad else s
+        return [spoil(s) for s in super().run(*a, **k)]
+
+def drawn(k): return sorted(Generation("x", QS, ITEMS, POOL, None, STORE, verify=k).drawn)
+
+def test_verify_draws_by_seed_and_passes(tmp_path):
+    s = Tampered(); data = generate(tmp_path/"r", QS, ITEMS, POOL, s, STORE, verify=5, **RUN); v = data.manifest["verify"]
+    assert sorted(s.checked) == drawn(5) and len(set(s.checked)) == 5 and [r["question_id"] for r in v.pop("rows")] == s.checked
+    assert v == dict(drawn=5, asked=5, logprob=0., text=0, tolerance=1e-3)
+    pd.testing.assert_frame_equal(data.rows, generate(tmp_path/"plain", QS, ITEMS, POOL, MockScorer(), STORE, **RUN).rows)
+    assert set(drawn(5)) < set(drawn(8)) and drawn(99) == QS # more is more of the same
+
+@pytest.mark.parametrize("how, says", [
+    (dict(logprob=.002), r"log P may differ by 0.001 and the text not at all"), (dict(text="nonsense"), "the scorer says 'nonsense' and log P"), (dict(logprob=math.nan), "log P nan"),
+    (dict(text="nonsense", logprob=.3, tolerance=.25), "log P may differ by 0.25[.]"), (dict(failing=True), "OSError: gone")])
+def test_verify_stops_before_the_part_is_written(tmp_path, how, says):
+    bad = drawn(1)[0]; at = QS.index(bad)//RUN["window"]; run = lambda s: generate(tmp_path/"r", QS, ITEMS, POOL, s, STORE, verify=1, **PART)
+    with pytest.raises(NotVerified, match=f"question_id {bad}, pointer .*{says}") as e: run(Tampered(bad, **how))
+    assert "Nothing of this window was written" in str(e.value) and len(list((tmp_path/"r").glob("part-*"))) == at and "verify" not in json.loads((tmp_path/"r"/"manifest.json").read_text())
+    mended = run(Tampered()); assert mended.manifest["verify"]["asked"] == 1
+    pd.testing.assert_frame_equal(mended.rows, generate(tmp_path/"plain", QS, ITEMS, POOL, MockScorer(), STORE, **PART).rows)
+
+def test_half_precision_may_flip_a_text_but_not_move_far(tmp_path):
+    v = generate(tmp_path/"r", QS, ITEMS, POOL, Tampered(drawn(1)[0], logprob=.2, text="flipped", tolerance=.25), STORE, verify=1, **PART).manifest["verify"]
+    assert (v["asked"], v["text"], v["tolerance"]) == (1, 1, .25) and abs(v["logprob"] - .2) < 1e-9
+
+def test_only_what_is_wrong_is_noticed(tmp_path):
+    "A spoilt query that is not drawn passes: verification is a sample"
+    generate(tmp_path/"r", QS, ITEMS, POOL, Tampered(next(q for q in QS if q not in drawn(3)), logprob=1.), STORE, verify=3, **PART)
+
+def test_resumes_keep_what_was_verified(tmp_path):
+    class Stops(Tampered):
+        def run(self, prompts, *a, **k):
+            if len(self.asked) > 150: raise KeyboardInterrupt
+            return super().run(prompts, *a, **k)
+    run = lambda s, k: generate(tmp_path/"r", QS, ITEMS, POOL, s, STORE, verify=k, **PART); first, second, third, fourth = Stops(), Tampered(), Tampered(), Tampered()
+    with pytest.raises(KeyboardInterrupt): run(first, 8)
+    held = [r["question_id"] for r in json.loads((tmp_path/"r"/"manifest.json").read_text())["verify"]["rows"]]; assert held == first.checked and 0 < len(held) < 8
+    run(second, 8); assert sorted(held + second.checked) == drawn(8) # each once
+    more = run(third, 12); assert sorted(third.checked) == sorted(set(QS) - set(drawn(8))) and not third.asked and more.manifest["verify"]["asked"] == 12 # rows on disk, verified where they lie
+    assert run(fourth, 0).manifest["verify"]["asked"] == 12 and not fourth.checked and not fourth.asked
+    with pytest.raises(NotVerified, match="part-0000. holds it|part-0000..parquet holds it"): # facts on disk that the reference does not confirm
+        generate(tmp_path/"w", QS, ITEMS, POOL, Tampered(drawn(1)[0], logprob=1.), STORE, **PART); generate(tmp_path/"w", QS, ITEMS, POOL, Tampered(), STORE, verify=1, **PART)
+
+def test_failed_rows_are_not_verified(tmp_path):
+    bad = drawn(1)[0]; spoil = lambda s: replace(s, text=None, logprobs=(), gt_prob=math.nan, error="OSError: truncated") if s.question_id == bad else s
+    s = Tampered(); s.spoil = spoil; data = generate(tmp_path/"r", QS, ITEMS, POOL, s, STORE, verify=1, **PART); assert not s.checked and "verify" not in data.manifest
+    mended = Tampered(); again = generate(tmp_path/"r", QS, ITEMS, POOL, mended, STORE, verify=1, **PART); assert mended.checked == [bad] and again.manifest["verify"]["asked"] == 1
+
+def test_verification_of_shards_adds_up(tmp_path):
+    v = RLData.load(shards(tmp_path/"d", verify=2)).manifest["verify"]; own = [shard_queries(QS, (i, 3)) for i in range(3)]
+    assert v["asked"] == v["drawn"] == sum(min(2, len(q)) for q in own) == len(v["rows"]) and v["logprob"] == 0

@@ -2,7 +2,8 @@
 import json, shutil
 import numpy as np, pandas as pd, pytest
 from hypothesis import given, strategies as st
-from leverplus.groups import FACT_COLUMNS, PROB_FACTS, RECORD, TEXT_FACTS, RLData, as_record, pack, pointer_matrix, read_part, unpack, write_part
+from leverplus.groups import (FACT_COLUMNS, PROB_FACTS, RECORD, TEXT_FACTS, RLData, as_record, check_shard, differing, finish_manifest, pack, pointer_matrix, read_part,
+                              shard_files, shard_tag, unpack, write_part)
 from leverplus.pools import Pool
 
 POOL = Pool({7: (1, 2, 3, 4), 8: (1, 3, 5, 6)}, dict(sampler="by hand"))
@@ -132,3 +133,39 @@ def test_fingerprint_follows_facts_and_order():
 def test_to_frame_is_a_copy():
     data = RLData(tried(), POOL); frame = data.to_frame(); frame.loc[0, "vqa_acc_score"] = 9
     assert data.rows.vqa_acc_score[0] == 1 and set(FACT_COLUMNS) < set(data.to_frame())
+
+# ---- shards (made by `generate`: tests/test_generate.py) --------------------------------------------------------------
+
+def shard(path, i, n, rows, pool=POOL, settings=dict(seed=0)):
+    part = write_part(path/f"part{shard_tag((i, n))}-00000.parquet", as_record(rows)); return finish_manifest(path, dict(settings=settings, shard=[i, n]), [dict(file=part.name, rows=len(rows))], rows, pool, (i, n))
+
+@given(st.integers(0, 2000), st.integers(1, 2000))
+def test_shard_names_are_told_apart_and_read_back(i, k):
+    import tempfile
+    from pathlib import Path
+    n = i + k; assert check_shard([i, n]) == (i, n)
+    with tempfile.TemporaryDirectory() as d:
+        for s in ((i, n), (n - 1, n)): (Path(d)/f"manifest{shard_tag(s)}.json").touch()
+        (Path(d)/"manifest.json").touch(); assert set(shard_files(d)) == {(i, n), (n - 1, n)}
+
+def test_a_shard_cleans_up_behind_itself_only(tmp_path):
+    rec = as_record(tried())
+    for name in ("part-00000.parquet", "part-000of002-00007.parquet", "part-001of002-00007.parquet"): write_part(tmp_path/name, rec)
+    shard(tmp_path, 0, 2, rec[:3]); assert {p.name for p in tmp_path.glob("part-*")} == {"part-000of002-00000.parquet", "part-00000.parquet", "part-001of002-00007.parquet"}
+    finish_manifest(tmp_path, {}, [], rec, POOL); assert {p.name for p in tmp_path.glob("part-*")} == {"part-000of002-00000.parquet", "part-001of002-00007.parquet"}
+
+def test_a_union_by_hand(tmp_path):
+    rows = as_record(tried()); shard(tmp_path, 1, 2, rows[:3]); shard(tmp_path, 0, 2, rows[3:]); data = RLData.load(tmp_path); want = RLData.from_frame(rows, POOL)
+    pd.testing.assert_frame_equal(data.rows, want.rows); assert data.fingerprint == want.fingerprint and data.manifest["counts"]["queries"] == 2 and data.manifest["scorers"] == ["a1b2"]
+    back = Pool({8: POOL[8], 7: POOL[7]}, POOL.recipe); other = tmp_path/"other"; shard(other, 1, 2, rows[:3], back); shard(other, 0, 2, rows[3:], back)
+    assert RLData.load(other).rows.question_id.tolist() == [8, 7, 7, 7] # the order of the pool's queries
+    assert RLData.load(tmp_path, shard=(0, 2)).queries == [8]; whole = data.save(tmp_path/"whole"); assert sorted(p.name for p in whole.glob("manifest*")) == ["manifest.json"]
+
+def test_many_shards_write_one_pool(tmp_path):
+    from concurrent.futures import ThreadPoolExecutor
+    rows = as_record(tried())[:0]
+    with ThreadPoolExecutor(8) as ex: list(ex.map(lambda i: shard(tmp_path, i, 40, rows), range(40)))
+    assert [p.name for p in tmp_path.glob("pool-*")] == [f"pool-{POOL.fingerprint}"] and Pool.load(tmp_path/f"pool-{POOL.fingerprint}") == POOL and not list(tmp_path.glob(".pool-*"))
+
+def test_differing_names_both_sides():
+    assert differing(dict(a=1, b=2), dict(b=3, c=None)) == "a: there 1, here None; b: there 2, here 3" and differing(dict(a=[1]), dict(a=[1])) == ""
