@@ -1,9 +1,8 @@
 """What a second worker brings: 1 and 2 processes with `--shard`, 1 and 2 Ray actors, one thread each, on the embedded world; equal rows asserted.
 
-`python bench/ray_workers.py [questions] [repeats]` prints a table of medians. The four ways take turns, so ratios compare neighbours in time, and
-each waits for an idle machine, some minutes at most. Start-up is reported
-apart: until Ray is there, then until the last worker asks its first prompt. The steady rate is taken while all workers are at it. Ray's workers run at the
-niceness of everything else here (its own default is 15).
+`python bench/ray_workers.py [questions] [repeats]` prints a table of medians. The four ways take turns, so ratios compare neighbours in time, and each run
+waits for an idle machine, some minutes at most. Start-up is reported apart: until Ray is there, then until the last worker asks its first prompt. The steady
+rate is taken while all workers are at it. Ray's workers run at the niceness of everything else here (its own default is 15).
 """
 import json, os, statistics, subprocess, sys, tempfile, time
 from dataclasses import asdict

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['FIELDS', 'shard_arg', 'counts_arg', 'add_generate', 'do_generate', 'parser', 'main']
 
-# %% ../nbs/95_cli.ipynb #c174c92b
+# %% ../nbs/95_cli.ipynb #ee06d17a
 import argparse, json, sys, textwrap
 from .data import BadItems
 from .pools import SAMPLERS
 from .prompt import STYLES
 from .lvlm import PREFIX_CACHES
 from .groups import check_shard
-from .rldata_generate import Busy, NotVerified
+from .rldata_generate import Busy, NotVerified, TooManyFailures
 from .rldata_scale import DTYPES, READERS, Job, generate_ray
 
 # %% ../nbs/95_cli.ipynb #769974a9
@@ -32,7 +32,7 @@ def counts_arg(
     if not isinstance(out, dict): raise argparse.ArgumentTypeError(f"{text!r}: wanted an object such as {{\"beam\": 5, \"random\": 3}}")
     return out
 
-# %% ../nbs/95_cli.ipynb #20ca3e1f
+# %% ../nbs/95_cli.ipynb #19a309a9
 def _flag(group, name, help, default=None, **kw):
     "A flag for a field of `Job`: default and name from there"
     shown = getattr(Job(), name) if default is None else default
@@ -64,6 +64,7 @@ def add_generate(
     _flag(g, "pool_seed", "seed of the pools", type=int, metavar="N"); _flag(g, "seed", "seed of the proposals", type=int, metavar="N")
     _flag(g, "shots", "demonstrations per sequence, one or more numbers", "2", type=int, nargs="+", metavar="N")
     _flag(g, "counts", "proposals per question, JSON", type=counts_arg, metavar="JSON")
+    _flag(g, "second", "two stages: which of them get a text, JSON such as '{\"top\": 8, \"low\": 2, \"random\": 2}'", "all get one", type=counts_arg, metavar="JSON")
 
     g = p.add_argument_group("model")
     _flag(g, "lvlm", "folder or hub name; 'mock' draws facts by hash, to try a set-up", metavar="MODEL")
@@ -77,6 +78,7 @@ def add_generate(
     g = p.add_argument_group("run")
     _flag(g, "window", "questions per part, what a kill can cost", type=int, metavar="N")
     _flag(g, "test", "questions of the self-test, 0: none", type=int, metavar="N")
+    _flag(g, "max_failed", "share of rows that may fail before the run stops", type=float, metavar="X")
     g.add_argument("--verify", type=int, default=0, metavar="K",
                    help="questions of which one row is asked again of the naive scorer; the run stops if it disagrees (default: 0)")
     g.add_argument("--shard", type=shard_arg, metavar="I/N", help="only part I of N, 0 <= I < N; copy the directories of all parts into one")
@@ -85,9 +87,9 @@ def add_generate(
     g.add_argument("--gpus", type=float, default=0, metavar="X", help="GPUs of a Ray actor (default: 0)")
     g.add_argument("--quiet", action="store_true", help="no progress bar")
 
-# %% ../nbs/95_cli.ipynb #4b0c1189
+# %% ../nbs/95_cli.ipynb #8e64632c
 FIELDS = ("data reader split candidates images limit clip store K sampler pool_seed shots counts seed lvlm dtype device attn style batch_tokens "
-          "prefix_cache vision_dir window test").split()
+          "prefix_cache vision_dir window test second max_failed").split()
 
 def do_generate(args, bad):
     "Make the job and run it; `bad` ends the program with a sentence about the arguments"
@@ -101,7 +103,7 @@ def do_generate(args, bad):
         said["verified"] = f"{v['asked']} of {v['drawn']}, log P within {v['logprob']:.1g} (allowed {v['tolerance']:g}), {v['text']} other texts"
     print(f"{args.out}: " + ", ".join(f"{k} {v}" for k, v in said.items()))
 
-# %% ../nbs/95_cli.ipynb #89abb166
+# %% ../nbs/95_cli.ipynb #a36f05f9
 def parser()->argparse.ArgumentParser:
     "The parser of all subcommands"
     p = argparse.ArgumentParser(prog="leverplus", description="Learn which demonstrations to show a vision-language model, and in which order.")
@@ -115,7 +117,7 @@ def main(
     p = parser(); args = p.parse_args(argv)
     try: args.do(args, p.error)
     except (FileNotFoundError, BadItems) as e: p.error(str(e))
-    except (Busy, NotVerified, ValueError, ImportError) as e:
+    except (Busy, NotVerified, TooManyFailures, ValueError, ImportError) as e:
         print(f"leverplus: {e}", file=sys.stderr)
         return 1
     return 0

@@ -159,11 +159,11 @@ def reweigh(
     out = np.full(len(frame), np.nan); out[has] = np.bincount(row, mass, len(have))
     return out
 
-# %% ../nbs/31_rewards.ipynb #9e040b4c
+# %% ../nbs/31_rewards.ipynb #7c98abd4
 REWARDS = {f.__name__: f for f in (hard_plus_soft, gtprob, hard_only, soft_only, hard_plus_soft_v2, separated, hard01_plus_gtprob,
                                    hard01_plus_gtprob_separated, hard_plus_gtprob_plus_rel, legacy, hybrid, expected_acc)}
 _SCORER = "run the scorer with {}, or choose another reward"
-_SOURCES = dict(dict.fromkeys(("vqa_correct", "vqa_acc_score", "vqa_rel_score"), _SCORER.format("generate=True")),
+_SOURCES = dict(dict.fromkeys(("vqa_correct", "vqa_acc_score", "vqa_rel_score"), _SCORER.format("generate=True") + " (of data made in two stages keep `evaluated(data)`)"),
                 vqa_gt_prob=_SCORER.format("Targets for each query"),
                 logprob_score="only beam, sample and random rows have it; keep those, or set alpha=0",
                 info_score="add it with `frame.assign(info_score=info_score(frame, zero))`, or set alpha=0")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['READERS', 'DTYPES', 'Job', 'RayWorker', 'generate_ray', 'plan_run']
 
-# %% ../nbs/36_rldata_scale.ipynb #3915e3e8
+# %% ../nbs/36_rldata_scale.ipynb #f1427be7
 import json, math, os, platform, time, traceback
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -21,9 +21,9 @@ from .pools import SAMPLERS, Pool, make_pool
 from .prompt import STYLES
 from .lvlm import PREFIX_CACHES, MockScorer, SharedScorer, load_lvlm
 from .groups import RLData, shard_tag
-from .rldata_generate import COUNTS, Generation, check_counts, flat_queries
+from .rldata_generate import COUNTS, Generation, check_counts, check_second, tally
 
-# %% ../nbs/36_rldata_scale.ipynb #089d4c57
+# %% ../nbs/36_rldata_scale.ipynb #a29430c0
 READERS = dict(okvqa=read_okvqa, vqav2=read_vqav2, soft_labels=read_soft_labels)
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -59,9 +59,12 @@ class Job:
     seed:int=0 # of the proposals
     window:int=16 # whole questions per part
     test:int=32 # questions of the self-test; 0: none
+    second:dict|None=None # two stages, see `choose`: {"top": n, "low": n, "random": n}; None: all sequences get a text
+    max_failed:float=.2 # share of rows that may fail
 
     def __post_init__(self):
         object.__setattr__(self, "shots", tuple(self.shots)); object.__setattr__(self, "counts", check_counts(self.counts))
+        if self.second is not None: object.__setattr__(self, "second", check_second(self.second))
         for name, among in dict(reader=READERS, sampler=SAMPLERS, style=STYLES, dtype=(None, *DTYPES), attn=("sdpa", "eager"), prefix_cache=PREFIX_CACHES,
                                 kind=KINDS, check=VERIFY).items(): _one_of(name, getattr(self, name), among)
         for name in ("K", "window", "batch_tokens", *(["limit"] if self.limit is not None else [])):
@@ -117,7 +120,7 @@ def open(self:Job)->tuple: # (items, EmbedStore, Pool, scorer)
     "Read, embed, draw, load"
     return *self.inputs(), self.scorer()
 
-# %% ../nbs/36_rldata_scale.ipynb #1f186cee
+# %% ../nbs/36_rldata_scale.ipynb #9d47c992
 @patch
 def generation(self:Job,
     path, # directory of the run
@@ -128,7 +131,7 @@ def generation(self:Job,
     "Make this job's generation ready"
     items, store, pool = self.inputs(); queries = items.question_id[items.split == self.split][:self.limit].tolist()
     return Generation(path, queries, items, pool, self.scorer() if asks else None, store, shots=self.shots, counts=self.counts, seed=self.seed, kind=self.kind,
-                      window=self.window, style=self.style, test=self.test, shard=shard, verify=verify)
+                      window=self.window, style=self.style, test=self.test, shard=shard, verify=verify, second=self.second, max_failed=self.max_failed)
 
 @patch
 def run(self:Job,
@@ -140,7 +143,7 @@ def run(self:Job,
     "Run this job in this process, see `generate`"
     return self.generation(path, shard, verify).run(progress)
 
-# %% ../nbs/36_rldata_scale.ipynb #4aaedda1
+# %% ../nbs/36_rldata_scale.ipynb #1713e4ae
 def _ray():
     try: return import_module("ray"), import_module("ray.data")
     except ImportError as e:
@@ -163,21 +166,21 @@ class RayWorker:
 
     def __call__(self,
         batch:dict, # {"window": [n] window numbers}
-    )->dict: # n entries per key: window, worker, start, end, rows, failed, flat, seen (JSON), error
+    )->dict: # n entries per key: window, worker, start, end, tally (JSON), seen (JSON), error
         "Make windows"
         rows = [self._window(int(i)) for i in batch["window"]]
         return {k: [r[k] for r in rows] for k in rows[0]}
 
     def _window(self, i):
-        out = dict(window=i, worker=f"{platform.node()}-{os.getpid()}", start=time.time(), end=0., rows=0, failed=0, flat=0, seen="[]", error=self.error or "")
+        out = dict(window=i, worker=f"{platform.node()}-{os.getpid()}", start=time.time(), end=0., tally="{}", seen="[]", error=self.error or "")
         if self.error is None:
             try:
                 rows, seen = self.run.window(i)
-                out.update(rows=len(rows), failed=int(rows.eval_failed.sum()), flat=flat_queries(rows), seen=json.dumps(seen))
+                out.update(tally=json.dumps(tally(rows)), seen=json.dumps(seen))
             except Exception: out["error"] = traceback.format_exc()
         return out | dict(end=time.time())
 
-# %% ../nbs/36_rldata_scale.ipynb #948ae270
+# %% ../nbs/36_rldata_scale.ipynb #f275747a
 @contextmanager
 def _cluster(ray, cpus, gpus):
     "A connected cluster with enough room; one that was not there before is left again"
@@ -222,7 +225,7 @@ def generate_ray(
             for k, out in enumerate(_stream(data, todo, workers, threads, gpus, (job, str(run.path), threads), dict(shard=run.shard, verify=verify))):
                 if out["error"]: raise RuntimeError(f"{out['worker']}, window {out['window']}: {out['error'].strip().splitlines()[-1]}\n\n{out['error']}")
                 if not k: run.look() # a worker has begun
-                run.note(json.loads(out["seen"])); step(out["window"], out["failed"], out["flat"])
+                run.note(json.loads(out["seen"])); step(out["window"], **json.loads(out["tally"]))
                 if each is not None: each(out)
         return run.finish()
 

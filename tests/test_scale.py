@@ -95,9 +95,9 @@ def test_settings_that_change_no_fact_may_change_on_the_way(tmp_path, tiny):
 # ---- workers ----------------------------------------------------------------------------------------------------------
 
 def test_a_worker_makes_windows_and_reports_errors_as_rows(tmp_path, mock):
-    w = RayWorker(mock, tmp_path/"r", verify=3); out = w(dict(window=np.array([0, 5]))); assert out["rows"] == [30, 30] and out["error"] == ["", ""] and len(list((tmp_path/"r").glob("part-*"))) == 2
+    w = RayWorker(mock, tmp_path/"r", verify=3); out = w(dict(window=np.array([0, 5]))); assert [json.loads(t)["rows"] for t in out["tally"]] == [30, 30] and out["error"] == ["", ""] and len(list((tmp_path/"r").glob("part-*"))) == 2
     assert out["end"][0] >= out["start"][0] and sum(len(json.loads(s)) for s in out["seen"]) <= 3 and len(set(map(len, out.values()))) == 1
-    bad = RayWorker(replace(mock, seed=1), tmp_path/"r")(dict(window=[1])); assert "seed: there 0, here 1" in bad["error"][0] and bad["rows"] == [0] and len(list((tmp_path/"r").glob("part-*"))) == 2
+    bad = RayWorker(replace(mock, seed=1), tmp_path/"r")(dict(window=[1])); assert "seed: there 0, here 1" in bad["error"][0] and bad["tally"] == ["{}"] and len(list((tmp_path/"r").glob("part-*"))) == 2
     gone = RayWorker(replace(mock, lvlm=str(tmp_path/"no-model")), tmp_path/"x")(dict(window=[0])); assert "no-model" in gone["error"][0]
     late = RayWorker(mock, tmp_path/"r"); late.run.items = late.run.items.drop(late.run.windows[3][0]); assert "KeyError" in late(dict(window=[3]))["error"][0]
 
