@@ -42,7 +42,7 @@ def speed(lvlm, prompts, targets, repeats):
         c = compare(out, ref); assert not c["failed"] and not c["text"] and c["logprob"] < 1e-3, (k, c)
     one, batched = med["naive, one prompt at a time"], min(t for k, t in med.items() if k.startswith("naive, batches"))
     rows = [(k, len(prompts)/med[k], one/med[k], batched/med[k], one/max(t), one/min(t)) for k, t in times.items()]
-    return pd.DataFrame(rows, columns=["scorer", "prompts/s", "ratio to one at a time", "to batched", "(slowest run)", "(fastest run)"])
+    return pd.DataFrame(rows, columns=["scorer", "prompts/s", "x one at a time", "x batched", "slowest x", "fastest x"])
 
 def groups(lvlm, repeats, queries=6):
     "Seconds to generate the demo's groups for some queries, files and all"
@@ -55,7 +55,7 @@ def groups(lvlm, repeats, queries=6):
                 times.setdefault(k, []).append(time.perf_counter() - t); rows[k] = out.rows
     assert all((r.vqa_gt_prob - rows["shared"].vqa_gt_prob).abs().max() < 1e-4 and (r.vqa_raw_generation == rows["shared"].vqa_raw_generation).all() for r in rows.values())
     med = {k: statistics.median(t) for k, t in times.items()}; one = med["naive, one prompt at a time"]
-    return pd.DataFrame([(k, len(rows[k])/t, one/t, med["naive, batches of 16"]/t) for k, t in med.items()], columns=["groups of the demo", "rows/s", "ratio to one at a time", "to batched"])
+    return pd.DataFrame([(k, len(rows[k])/t, one/t, med["naive, batches of 16"]/t) for k, t in med.items()], columns=["groups of the demo", "rows/s", "x one at a time", "x batched"])
 
 def large(n=6, side=476):
     "A copy of the embedded model that takes images of 289 visual tokens, and n prompts of three of them, eight answers each"
@@ -83,7 +83,7 @@ def flops(cases):
             rows.append((name, k, f/n/1e6, f/least, st.padded/st.ran - 1, st.padded_nodes/st.nodes - 1))
         f = count_flops(lambda: naive.run(prompts[:3], targets[:3]))/3 # the reference is dear: three prompts stand for all
         rows.append((name, "naive", f/1e6, f*n/(prefill + vision), 0., 0.))
-    return pd.DataFrame(rows, columns=["prompts", "scorer", "MFLOP/prompt", "of vision + one prefill", "prompt padding", "node padding"])
+    return pd.DataFrame(rows, columns=["prompts", "scorer", "MFLOP/prompt", "of the least", "prompt padding", "node padding"])
 
 def peak(way, n):
     "Most memory of a process that scores n prompts one way, beyond what it has with the model loaded: MB"
