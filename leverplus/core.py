@@ -6,8 +6,8 @@
 __all__ = ['repo_path', 'stable_hash', 'rng', 'seed_all', 'fingerprint', 'atomic_path', 'write_json', 'read_json', 'masked_mean',
            'masked_log_softmax', 'masked_softmax', 'spread', 'pad_rows', 'frozen']
 
-# %% ../nbs/00_core.ipynb #116f6bc0
-import contextlib, hashlib, json, os, random
+# %% ../nbs/00_core.ipynb #f91ab82d
+import contextlib, hashlib, json, os, random, uuid
 from copy import deepcopy
 from pathlib import Path
 import numpy as np, torch
@@ -60,14 +60,14 @@ def fingerprint(
     "Fingerprint of `parts`: equal content, equal fingerprint (sha256 of canonical JSON)"
     return hashlib.sha256(json.dumps(_canon(parts), sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]
 
-# %% ../nbs/00_core.ipynb #cce34aae
+# %% ../nbs/00_core.ipynb #b34cd3c2
 @contextlib.contextmanager
 def atomic_path(
     path, # the file that is to exist afterwards; its folder is made
 ):
     "Write to the yielded temporary path; it replaces `path` if the block ends well and vanishes if not"
     path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    tmp = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp") # process ids repeat on other machines
     try:
         yield tmp
         with open(tmp, "rb+") as f: os.fsync(f.fileno())

@@ -33,7 +33,7 @@ def plan_prefixes(
             if k in made and k not in plan: plan[k] = base(path[:j])
     return sorted(plan.items(), key=lambda kb: depth[kb[0]]), [base(path) for path in paths]
 
-# %% ../nbs/18_prefix.ipynb #c676f57f
+# %% ../nbs/18_prefix.ipynb #1106a93a
 class PrefixStore:
     "Keys and values of prompt beginnings: a dictionary with a byte budget"
     def __init__(self,
@@ -43,16 +43,16 @@ class PrefixStore:
     def __len__(self): return len(self._entries)
     def __contains__(self, key): return key in self._entries
     def __iter__(self): return iter(self._entries)
-    def __repr__(self): return f"PrefixStore({len(self)} beginnings, {self.nbytes/1e6:.1f} of {self.max_bytes/1e6:.1f} MB)"
+    def __repr__(self): return f"PrefixStore({len(self)} beginnings, {self.nbytes/1e3:,.1f} of {self.max_bytes/1e3:,.1f} kB)"
 
     def __getitem__(self, key):
-        "KV [layers, 2, heads, tokens, width] of a beginning; KeyError if it is not there"
+        "Keys and values of a beginning, see `put`; KeyError if it is not there"
         self._entries.move_to_end(key)
         return self._entries[key]
 
     def put(self,
         key, # hashable name of a beginning
-        kv:torch.Tensor, # [layers, 2, heads, tokens, width]
+        kv:torch.Tensor, # [layers, 2 (keys, values), key/value heads, tokens, width of a head]
     ):
         "Keep a beginning"
         self.drop(key); self._entries[key] = kv; self.nbytes += kv.nbytes; self.trim()

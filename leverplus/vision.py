@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['GROUPED', 'patch_side', 'open_image', 'image_features', 'grouped_sdpa', 'grouped_windows', 'VisionCache',
-           'out_of_memory', 'VisionEncoder']
+           'out_of_memory', 'device_is_lost', 'VisionEncoder']
 
-# %% ../nbs/17_vision.ipynb #28de4b98
-import contextlib, hashlib, io, json, os, warnings
+# %% ../nbs/17_vision.ipynb #ad1a6d00
+import contextlib, hashlib, io, json, os, threading, warnings
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -85,7 +85,7 @@ def grouped_windows(
     try: yield
     finally: visual.config._attn_implementation = was; seen.clear()
 
-# %% ../nbs/17_vision.ipynb #b8433273
+# %% ../nbs/17_vision.ipynb #479ba4bb
 class VisionCache:
     "Image features by content key: a memory tier with a byte budget, and shards on disk if there is a folder"
     def __init__(self,
@@ -101,7 +101,7 @@ class VisionCache:
         self.refresh()
 
     def __len__(self): return len(self._memory.keys() | self._disk.keys())
-    def __repr__(self): return (f"VisionCache({self.owner}): {len(self._memory)} images in memory ({self._bytes/1e6:.1f} MB), "
+    def __repr__(self): return (f"VisionCache({self.owner}): {len(self._memory)} images in memory ({self._bytes/1e3:,.0f} kB), "
                                 f"{len(self._disk)} on disk")
 
     def refresh(self):
@@ -118,6 +118,7 @@ class VisionCache:
         if key in self._memory: self._memory.move_to_end(key); return *self._memory[key], "memory"
         if key not in self._disk: return None
         file, grid = self._disk[key]
+        if not file.exists(): self._disk = {k: d for k, d in self._disk.items() if d[0] != file}; self._shards.discard(file); return None # deleted meanwhile
         with _shard(file) as s: self._remember(key, s.get_tensor(key).to(self.device), grid)
         return *self._memory[key], "disk"
 
@@ -125,13 +126,14 @@ class VisionCache:
         key:str, # content key
         features:torch.Tensor, # [n, D]
         grid:tuple, # (t, h, w) in visual tokens, t x h x w = n
-    ):
+    )->torch.Tensor: # the features as kept
         "Keep an image's features"
         features = features.clone() # a slice of a batch would keep the whole batch alive
         self._remember(key, features, grid)
         if self.folder is not None and key not in self._disk:
             self._new[key] = (features.cpu(), grid)
             if sum(f.nbytes for f, _ in self._new.values()) >= self.shard_bytes: self.flush()
+        return features
 
     def _remember(self, key, features, grid):
         if key in self._memory: self._bytes -= self._memory.pop(key)[0].nbytes
@@ -154,12 +156,19 @@ def _shard(file):
     except Exception as e: raise ValueError(f"{file}: not a readable shard of image features ({e}); delete it, its images will be encoded again") from e
     with s: yield s
 
-# %% ../nbs/17_vision.ipynb #80f2e31f
+# %% ../nbs/17_vision.ipynb #7f45769d
 def out_of_memory(
     e:BaseException, # what was raised
 )->bool: # did a device, or this machine, run out of memory?
     "Tell running out of memory from other errors"
-    return isinstance(e, (torch.OutOfMemoryError, MemoryError)) or isinstance(e, RuntimeError) and "can't allocate memory" in str(e)
+    says = ("can't allocate memory", "out of memory", "ALLOC_FAILED") # CPU; CUDA; CUDA's libraries
+    return isinstance(e, (torch.OutOfMemoryError, MemoryError)) or isinstance(e, RuntimeError) and any(s in str(e) for s in says)
+
+def device_is_lost(
+    e:BaseException, # what was raised
+)->bool: # will everything fail from here on? Then a run must stop, not go on with failed rows
+    "Tell errors that leave a device unusable"
+    return not out_of_memory(e) and isinstance(e, getattr(torch, "AcceleratorError", ())) or "device-side assert" in str(e) or "illegal memory access" in str(e)
 
 class VisionEncoder:
     "Paths to features through a `VisionCache`"
@@ -168,90 +177,111 @@ class VisionEncoder:
         image_processor, # its image processor
         cache:VisionCache, # of the same model and processor
         patches:int=1 << 15, # patches per run of the tower, > 0; halved when memory runs out
-        group:bool=True, # put windows of equal length into one attention call? Tried and compared on the first image
-        threads:int|None=None, # that open images; default the number of cores, at most 8
+        group:bool=True, # put windows of equal length into one attention call? Tried and compared first
+        threads:int|None=None, # that read and decode images; default the number of cores, at most 8
     ):
-        self.model, self.image_processor, self.cache, self.patches = model, image_processor, cache, patches
-        self.group, self._tried = group, not group
+        self.model, self.image_processor, self.cache, self.patches, self.most = model, image_processor, cache, patches, patches
+        self.group, self._tried, self._clean, self._lock = group, not group, 0, threading.Lock()
         self.threads, self._keys = threads or min(8, os.cpu_count() or 1), {}
         self.counts = dict(memory=0, disk=0, encoded=0, failed=0)
 
     def key(self,
         path, # image file; OSError names it if it cannot be read
-    )->tuple: # (content key, bytes of the file or None if they were not read this time)
-        "Hash a file's bytes, once per size and time of the file"
-        try: st = os.stat(path); mark = (st.st_mtime_ns, st.st_size)
+    )->str: # content key
+        "Hash a file's bytes, once per size and times of the file"
+        try:
+            st = os.stat(path); mark = (st.st_mtime_ns, st.st_ctime_ns, st.st_size, st.st_ino)
+            if self._keys.get(path, (None, None))[0] != mark: self._keys[path] = (mark, _content_key(Path(path).read_bytes()))
         except OSError as e: raise OSError(f"{path}: cannot be read as an image ({type(e).__name__}: {e})") from e
-        if self._keys.get(path, (None, None))[0] == mark: return self._keys[path][1], None
-        b = Path(path).read_bytes(); self._keys[path] = (mark, hashlib.sha256(b).hexdigest()[:32])
-        return self._keys[path][1], b
+        return self._keys[path][1]
 
     def __call__(self,
         paths, # image files
-    )->dict: # path -> (features [n, D], (t, h, w), key), or the exception that says why there are none
+    )->dict: # path -> (features [n, D], (t, h, w), key), or the exception that says why there are none; features beyond the cache's budget lie on the CPU
         "Features of every distinct path"
-        out, todo = {}, OrderedDict()
+        with self._lock, ThreadPoolExecutor(self.threads) as pool: # one call at a time: the tower's settings are the model's
+            return self._features(list(dict.fromkeys(paths)), pool)
+
+    def _features(self, paths, pool):
+        out, todo, room = {}, {}, self.cache.max_bytes
         if self.cache.folder is not None: self.cache.refresh()
-        for p in dict.fromkeys(paths):
-            try: key, b = self.key(p)
-            except Exception as e: out[p] = e; self.counts["failed"] += 1; continue
-            if key in todo: todo[key][1].append(p); continue
-            hit = self.cache.get(key)
-            if hit: out[p] = (hit[0], hit[1], key); self.counts[hit[2]] += 1
-            else: todo[key] = (b, [p])
-        for key, found in self._encode_all(todo):
-            for p in todo[key][1]: out[p] = found if isinstance(found, Exception) else (*found, key)
+        def keep(p, f, grid, key):
+            nonlocal room
+            room -= f.nbytes; out[p] = (f if room >= 0 else f.cpu(), grid, key)
+        for p, key in zip(paths, pool.map(lambda p: _or_error(self.key, p), paths)):
+            if isinstance(key, Exception): out[p] = key; self.counts["failed"] += 1
+            elif key in todo: todo[key].append(p)
+            elif hit := self.cache.get(key): keep(p, hit[0], hit[1], key); self.counts[hit[2]] += 1
+            else: todo[key] = [p]
+        for key, found in self._encode_all(todo, pool):
+            for p in todo[key]:
+                if isinstance(found, Exception): out[p] = found
+                else: keep(p, *found, key)
         self.cache.flush()
         return out
 
-    def _prepare(self, job):
-        key, (b, paths) = job
-        try: x = self.image_processor(images=[open_image(b or paths[0], patch_side(self.image_processor), paths[0])], return_tensors="pt")
-        except Exception as e: return key, e
-        return key, (x["pixel_values"], x["image_grid_thw"])
+    def _prepare(self, key, path):
+        b = Path(path).read_bytes()
+        if _content_key(b) != key: raise OSError(f"{path}: changed while it was being read; run again")
+        x = self.image_processor(images=[open_image(b, patch_side(self.image_processor), path)], return_tensors="pt")
+        return x["pixel_values"], x["image_grid_thw"]
 
-    def _encode_all(self, todo, chunk=256):
-        jobs = list(todo.items())
-        with ThreadPoolExecutor(self.threads) as pool:
-            for i in range(0, len(jobs), chunk): # so that not all pixels are in memory at once
-                ready = list(pool.map(self._prepare, jobs[i:i+chunk])); good = [r for r in ready if not isinstance(r[1], Exception)]
-                for key, e in ready:
-                    if isinstance(e, Exception): self.counts["failed"] += 1; yield key, e
-                while good:
-                    n = self._fits(good); yield from self._tower(good[:n]); good = good[n:]
+    def _encode_all(self, todo, pool, chunk=256):
+        "Yield (key, (features, grid) or exception)"
+        jobs = [(key, ps[0]) for key, ps in todo.items()]
+        for i in range(0, len(jobs), chunk): # so that not all pixels are in memory at once
+            done = list(pool.map(lambda j: _or_error(self._prepare, *j), jobs[i:i+chunk]))
+            good = [(*j, *x) for j, x in zip(jobs[i:i+chunk], done) if not isinstance(x, Exception)]
+            for (key, _), x in zip(jobs[i:i+chunk], done):
+                if isinstance(x, Exception): self.counts["failed"] += 1; yield key, x
+            while good: n = self._fits(good); yield from self._tower(good[:n]); good = good[n:]
 
     def _fits(self, ready):
         n, total = 0, 0
-        while n < len(ready) and (n == 0 or total + len(ready[n][1][0]) <= self.patches): total += len(ready[n][1][0]); n += 1
+        while n < len(ready) and (n == 0 or total + len(ready[n][2]) <= self.patches): total += len(ready[n][2]); n += 1
         return n
 
     def _tower(self, ready):
-        if not self._tried: self._try_grouping(*ready[0][1])
-        out, lack = self._attempt(ready) # nothing of a failed attempt is held here, so its memory is free again
-        if out is None and len(ready) == 1:
-            self.counts["failed"] += 1
-            return [(ready[0][0], MemoryError(f"the vision tower ran out of memory on one image of {len(ready[0][1][0])} patches ({lack})"))]
+        out, error, memory = self._attempt(ready) # nothing of a failed attempt is held here, so its memory is free again
+        if out is None and len(ready) > 1:
+            if memory: self.patches, self._clean = max(1, min(self.patches, sum(len(x) for _, _, x, _ in ready))//2), 0
+            return self._tower(ready[:len(ready)//2]) + self._tower(ready[len(ready)//2:])
         if out is None:
-            if torch.cuda.is_available(): torch.cuda.empty_cache()
-            self.patches = max(1, min(self.patches, sum(len(x) for _, (x, _) in ready))//2); half = len(ready)//2
-            return self._tower(ready[:half]) + self._tower(ready[half:])
-        self.counts["encoded"] += len(ready); m = self.image_processor.merge_size
-        for (key, (_, g)), f in zip(ready, out): t, h, w = g[0].tolist(); self.cache.put(key, f, (t, h//m, w//m))
-        return [(key, (f, (int(g[0, 0]), int(g[0, 1])//m, int(g[0, 2])//m))) for (key, (_, g)), f in zip(ready, out)]
+            key, path, x, _ = ready[0]; self.counts["failed"] += 1; kind = MemoryError if memory else RuntimeError
+            return [(key, kind(f"{path}: the vision tower failed on this image of {len(x)} patches ({error})"))]
+        self._clean += 1; self.counts["encoded"] += len(ready); m, found = self.image_processor.merge_size, []
+        if self._clean >= 20: self.patches, self._clean = min(self.most, self.patches + self.patches//4 + 1), 0
+        for (key, _, _, g), f in zip(ready, out):
+            t, h, w = g[0].tolist(); grid = (t, h//m, w//m); found.append((key, (self.cache.put(key, f, grid), grid)))
+        return found
 
     def _attempt(self, ready):
-        try: return self._run(torch.cat([x for _, (x, _) in ready]), torch.cat([g for _, (_, g) in ready])), None
+        try:
+            if not self._tried: self._try_grouping(ready[0][2].shape[1])
+            return self._run(torch.cat([x for _, _, x, _ in ready]), torch.cat([g for _, _, _, g in ready])), None, False
         except Exception as e:
-            if not out_of_memory(e): raise
-            return None, str(e).splitlines()[0]
+            if device_is_lost(e): raise
+            memory, error = out_of_memory(e), f"{type(e).__name__}: {e}".splitlines()[0]
+        if memory and torch.cuda.is_available(): torch.cuda.empty_cache()
+        return None, error, memory
 
     def _run(self, px, grids):
         with grouped_windows(self.model.model.visual) if self.group else contextlib.nullcontext(): return image_features(self.model, px, grids)
 
-    def _try_grouping(self, px, grid):
-        "Does the grouped attention give what the loop gives?"
-        self._tried, plain = True, image_features(self.model, px, grid)[0].float(); why = None
-        try: d = float((self._run(px, grid)[0].float() - plain).abs().max() / plain.abs().max().clamp(min=1e-6))
-        except Exception as e: why = f"{type(e).__name__}: {e}"
+    def _try_grouping(self, width):
+        "Does the grouped attention give what the loop gives? Two made-up images with windows of several lengths"
+        s = max(4, getattr(self.model.config.vision_config, "window_size", 0)//patch_side(self.image_processor)//2*2)
+        grids = torch.tensor([[1, s, 2*s + 2], [1, s + 2, s]]); px = torch.randn(int(grids.prod(1).sum()), width, generator=torch.Generator().manual_seed(0))
+        try: plain = torch.cat(image_features(self.model, px, grids)).float(); d = float((torch.cat(self._run(px, grids)).float() - plain).abs().max()/plain.abs().max())
+        except Exception as e:
+            if device_is_lost(e) or out_of_memory(e): raise
+            why = f"{type(e).__name__}: {e}"
         else: why = None if d < (1e-4 if self.model.dtype == torch.float32 else .05) else f"features differ by {d:.1e} of their size"
+        self._tried = True
         if why: self.group = False; warnings.warn(f"grouped window attention is switched off for this model ({why}); the tower runs as usual, only slower")
+
+def _content_key(b): return hashlib.sha256(b).hexdigest()[:32]
+
+def _or_error(f, *args):
+    try: return f(*args)
+    except Exception as e: return e

@@ -165,8 +165,8 @@ def test_out_of_memory_splits_and_loses_nothing(lvlm, oracle, world, monkeypatch
     n = len(tried); s.run(*world); assert max(tried[n:]) <= 600 # the smaller budget is kept
 
 def test_budget_grows_again_after_clean_batches(lvlm, world, monkeypatch):
-    s = SharedScorer(lvlm, batch_tokens=1000); s.budget = 400; s._clean = 49; s.run(world[0][:1]); assert s.budget == 441
-    for _ in range(20): s._clean = 49; s.run(world[0][:1])
+    s = SharedScorer(lvlm, batch_tokens=1000); s.budget = 400; s._clean = 19; s.run(world[0][:1]); assert s.budget == 501
+    for _ in range(20): s._clean = 19; s.run(world[0][:1])
     assert s.budget == 1000
 
 def test_prompt_that_never_fits_is_a_failed_row(lvlm, oracle, images, monkeypatch):
@@ -264,6 +264,46 @@ def test_answer_that_would_be_cut_differently_fails_by_name(lvlm, images, monkey
     monkeypatch.setattr(s.lvlm.tokenizer.__class__, "__call__", tokenise)
     a, b = s.run([prompt(images, 20, (0,)), prompt(images, 21, (0,))], [goals("dax"), goals("wug")])
     assert "answer 'dax' is tokenised differently" in a.error and b.error is None
+
+@pytest.mark.parametrize("generate", [True, False])
+def test_numbers_that_are_none_are_failed_rows(tmp_path, images, generate):
+    "As where float16 overflows: an answer made of such logits is no answer"
+    lv = load_lvlm(save_lvlm(tiny_qwen(seed=1), tmp_path)); ps = [prompt(images, 20 + k, (0,)) for k in range(3)]
+    with torch.no_grad(): lv.model.lm_head.weight[7] = math.nan
+    for s in (SharedScorer(lv), SharedScorer(lv, prefix_cache="global")):
+        for out in (s.run(ps, generate=generate), s.run(ps, [goals("dax")]*3, generate=generate)): assert all("not finite" in r.error and r.text is None and not r.logprobs for r in out)
+    assert all("not finite" in r.error for r in NaiveScorer(lv).run(ps, [goals("dax")]*3))
+
+def test_compare_sees_nan(lvlm, images):
+    a = SharedScorer(lvlm).run([prompt(images, 20, ())], [goals("dax", "yes")]); b = [replace(a[0], logprobs=(math.nan, a[0].logprobs[1]))]
+    assert math.isnan(compare(a, b)["logprob"])
+
+def test_a_demonstration_without_an_answer(lvlm, oracle, images):
+    p = prompt(images, 20, (1, 2)); p = replace(p, demos=(replace(p.demos[0], answer=""), p.demos[1])); t = [goals("dax")]
+    assert_same(SharedScorer(lvlm).run([p], t), oracle.run([p], t))
+
+def test_answers_of_the_same_tokens_are_refused(lvlm, images):
+    out = SharedScorer(lvlm).run([prompt(images, 20, ()), prompt(images, 21, ())], [goals("caf\u00e9", "cafe\u0301"), goals("dax")])
+    assert "same tokens" in out[0].error and out[1].error is None
+
+def test_a_lost_device_stops_the_run(lvlm, world, monkeypatch):
+    s = SharedScorer(lvlm); monkeypatch.setattr(s, "_score", lambda *a: (_ for _ in ()).throw(RuntimeError("CUDA error: device-side assert triggered")))
+    with pytest.raises(RuntimeError, match="device-side"): s.run(*world)
+
+CHANGES = dict(rope=("text", "rope_parameters", {"rope_theta": 50.}), eps=("text", "rms_norm_eps", 1e-2), act=("text", "hidden_act", "gelu"), windows=("vision", "window_size", 112),
+               full=("vision", "fullatt_block_indexes", [0, 1]))
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_fingerprint_sees_what_weights_do_not_show(change):
+    lv = tiny_qwen(seed=2); was, eyes = lv.fingerprint, lv.vision_fingerprint; del lv.fingerprint, lv.vision_fingerprint
+    part, name, value = CHANGES[change]; c = lv.model.config.get_text_config() if part == "text" else lv.model.config.vision_config
+    setattr(c, name, {**getattr(c, name), **value} if isinstance(value, dict) else value)
+    assert lv.fingerprint != was and (lv.vision_fingerprint != eyes) == (part == "vision")
+
+def test_fingerprint_sees_the_tokenizer_but_not_its_last_call():
+    lv = tiny_qwen(seed=2); was = lv.fingerprint; del lv.fingerprint
+    lv.tokenizer(["a", "some longer text"], padding=True, truncation=True, max_length=3); assert lv.fingerprint == was; del lv.fingerprint
+    lv.tokenizer.add_tokens(["island"]); assert lv.fingerprint != was
 
 def test_compare_refuses_different_prompts(lvlm, images):
     s = SharedScorer(lvlm); a = s.run([prompt(images, 20, ())], [goals("dax")])

@@ -110,14 +110,57 @@ def test_memory_runs_out_and_comes_back(lv, pictures, monkeypatch):
     monkeypatch.setattr(enc, "_run", run); out = enc(pictures)
     for p in pictures:
         f, grid = by_hand(lv, p)
-        if grid[1]*grid[2] > 60: assert isinstance(out[p], MemoryError) and "one image" in str(out[p])
+        if grid[1]*grid[2] > 60: assert isinstance(out[p], MemoryError) and p in str(out[p])
         else: assert close(out[p][0], f)
     assert enc.patches <= 60 and any(isinstance(o, MemoryError) for o in out.values())
 
-def test_other_errors_are_not_taken_for_memory(lv, pictures, monkeypatch):
-    enc = encoder(lv, group=False); monkeypatch.setattr(enc, "_run", lambda *a: (_ for _ in ()).throw(RuntimeError("shape mismatch")))
-    with pytest.raises(RuntimeError, match="shape mismatch"): enc(pictures[:1])
-    assert [out_of_memory(e) for e in (torch.OutOfMemoryError("x"), MemoryError(), RuntimeError("x"), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"))] == [True, True, False, True]
+def test_a_budget_that_shrank_grows_again(lv, pictures):
+    enc = encoder(lv, max_bytes=1); enc.patches = 20
+    for _ in range(12): enc(pictures)
+    assert enc.patches > 40 and enc.counts["failed"] == 0
+
+def test_other_errors_cost_one_image_and_name_it(lv, pictures, monkeypatch):
+    enc = encoder(lv, group=False); real = enc._run
+    def run(px, grids):
+        if (grids == torch.tensor([1, 10, 4])).all(1).any(): raise RuntimeError("shape mismatch")
+        return real(px, grids)
+    monkeypatch.setattr(enc, "_run", run); out = enc(pictures); bad = [p for p in pictures if isinstance(out[p], Exception)]
+    assert bad == [pictures[3]] and "shape mismatch" in str(out[bad[0]]) and bad[0] in str(out[bad[0]]) and not isinstance(out[bad[0]], MemoryError)
+
+def test_a_lost_device_stops_the_run(lv, pictures, monkeypatch):
+    enc = encoder(lv, group=False); monkeypatch.setattr(enc, "_run", lambda *a: (_ for _ in ()).throw(RuntimeError("CUDA error: device-side assert triggered")))
+    with pytest.raises(RuntimeError, match="device-side assert"): enc(pictures[:3])
+
+@pytest.mark.parametrize("e,memory", [(torch.OutOfMemoryError("x"), True), (MemoryError(), True), (RuntimeError("x"), False), (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), True),
+                                      (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), True), (RuntimeError("CUDA driver error: out of memory"), True), (ValueError("out of memory"), False)])
+def test_what_counts_as_memory(e, memory): assert out_of_memory(e) is memory
+
+def test_grouping_wrong_only_between_windows_is_found_out(lv, pictures, monkeypatch):
+    "Attention over everything is right for images of one window, and these come first here"
+    import leverplus.vision as mod
+    monkeypatch.setattr(mod, "grouped_sdpa", lambda q, k, v, *a, **kw: torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)); enc = encoder(lv)
+    with pytest.warns(UserWarning, match="switched off"): out = enc([pictures[0], pictures[3]])
+    assert close(out[pictures[3]][0], by_hand(lv, pictures[3])[0])
+
+def test_features_beyond_the_budget_do_not_pile_up_on_the_device(lv, pictures):
+    enc = encoder(lv); out = enc(pictures); kept = {f.data_ptr() for f, _ in enc.cache._memory.values()}
+    assert {out[p][0].data_ptr() for p in pictures} <= kept # the cache's own tensors, not a second copy
+
+def test_a_shard_that_is_deleted_meanwhile_is_made_again(lv, pictures, tmp_path):
+    encoder(lv, folder=tmp_path)(pictures[:3]); enc = encoder(lv, folder=tmp_path); next(tmp_path.rglob("*.safetensors")).unlink()
+    assert close(enc(pictures[:3])[pictures[0]][0], by_hand(lv, pictures[0])[0]) and enc.counts["encoded"] == 3
+
+def test_a_file_that_changes_under_way_is_not_stored_under_the_wrong_key(lv, pictures, tmp_path, monkeypatch):
+    import leverplus.vision as mod
+    f = tmp_path/"a.png"; f.write_bytes(open(pictures[3], "rb").read()); enc = encoder(lv); real = mod.VisionEncoder.key
+    def key(self, path): k = real(self, path); f.write_bytes(open(pictures[4], "rb").read()); return k
+    monkeypatch.setattr(mod.VisionEncoder, "key", key); out = enc([str(f)]); assert "changed while" in str(out[str(f)]) and len(enc.cache) == 0
+
+def test_threads_take_turns(lv, pictures):
+    from concurrent.futures import ThreadPoolExecutor
+    enc = encoder(lv, max_bytes=1)
+    with ThreadPoolExecutor(4) as pool: outs = list(pool.map(enc, [pictures]*8))
+    assert all(close(o[p][0], outs[0][p][0]) for o in outs for p in pictures) and lv.model.model.visual.config._attn_implementation == "sdpa"
 
 def test_patch_side_reads_both_spellings(lv):
     class P: patch_size = (16, 16)
