@@ -16,10 +16,10 @@ class Failing(Scripted):
     def __init__(self, seed, fails=()): super().__init__(seed=seed); self.inner = MockScorer(seed, fails)
 
 def loop(path, s, seed=0, cache=None):
-    "(one stage, two stages, mined, merged, kept) with one memory"
-    cache = FactCache() if cache is None else cache; kw = dict(seed=seed, test=0, progress=False, window=5, cache=cache, max_failed=1.)
-    one = generate(path/"one", QS, ITEMS, POOL, s, STORE, counts=dict(beam=3, random=3), **kw)
-    two = generate(path/"two", QS, ITEMS, POOL, s, STORE, counts=MANY, second=dict(SECOND, top=2), **kw)
+    "(one stage, two stages, mined, merged, kept), with one memory for all, or without one for the first"
+    first, cache = cache, FactCache() if cache is None else cache; kw = dict(seed=seed, test=0, progress=False, window=5, max_failed=1.)
+    one = generate(path/"one", QS, ITEMS, POOL, s, STORE, counts=dict(beam=3, random=3), cache=first, **kw)
+    two = generate(path/"two", QS, ITEMS, POOL, s, STORE, counts=MANY, second=dict(SECOND, top=2), cache=cache, **kw)
     mined, log = mine(two, ITEMS, s, STORE, tries=3, top=2, rounds=2, seed=seed, cache=cache, progress=False)
     rich = drop_failed(evaluated(merge(one, mined)))
     return one, two, mined, log, rich, balance(by_gap(rich, lo=.1), positive_share=.4, max_contrast=4)
