@@ -30,7 +30,7 @@ RECORD = {**PROPOSAL_COLUMNS, **{c: FACT_COLUMNS[c] for c in (
     "vqa_pred_answer", "vqa_raw_generation", "vqa_correct", "vqa_acc_score", "vqa_gt_prob", "vqa_gt_logprobs", "vqa_rel_token_f1",
     "vqa_rel_edit_sim", "vqa_rel_score", "vqa_eval_mode", "eval_failed", "error", "scorer")}}
 
-# %% ../nbs/30_groups.ipynb #0b3fb4b4
+# %% ../nbs/30_groups.ipynb #db2f7b26
 _STR = pd.StringDtype(na_value=np.nan)
 _ARROW = dict(int=pa.int64(), ints=pa.list_(pa.int64()), str=pa.string(), float=pa.float64(), floats=pa.list_(pa.float64()), bool=pa.bool_())
 _DTYPE = dict(int="int64", ints=object, str=_STR, float="float64", floats=object, bool="bool")
@@ -49,10 +49,13 @@ def _objects(xs):
     return out
 
 def _tuples(col):
-    col = col.combine_chunks(); cut = col.offsets.to_numpy().tolist()
-    flat = col.values.to_numpy(zero_copy_only=False).tolist()
-    rows = [tuple(flat[a:b]) for a, b in zip(cut[:-1], cut[1:])]
-    return _objects(rows if not col.null_count else [r if ok else None for r, ok in zip(rows, col.is_valid().to_pylist())])
+    col = col.combine_chunks(); start, flat = col.offsets.to_numpy()[:-1], col.values.to_numpy(zero_copy_only=False)
+    size, out = np.diff(col.offsets.to_numpy()), np.empty(len(col), dtype=object)
+    for n in np.unique(size): # one length after the other: `zip` makes its tuples at once
+        i = np.flatnonzero(size == n); columns = [flat[start[i] + k].tolist() for k in range(n)]
+        out[i] = _objects(list(zip(*columns)) if n else [()]*len(i))
+    if col.null_count: out[~col.is_valid().to_numpy(zero_copy_only=False)] = None
+    return out
 
 def _lists(values, kind, name):
     "Column-wise where arrow takes the values as they are, one by one (with an error that shows the value) where not"
@@ -122,7 +125,7 @@ def read_part(
     for c in lacks: table = table.append_column(c, pa.array(np.zeros(len(table), columns[c])) if columns[c] in ("int", "bool") else pa.nulls(len(table), _ARROW[columns[c]]))
     return unpack(table, columns)
 
-# %% ../nbs/30_groups.ipynb #8da70aef
+# %% ../nbs/30_groups.ipynb #69c42d81
 def pointer_matrix(
     pointers, # n tuples of ints, lengths may differ
 )->tuple: # (int64 [n, longest] padded with -1, lengths [n])
@@ -146,7 +149,8 @@ def _pointer_problems(rows, pool):
     qid, (ptr, size) = rows.question_id.to_numpy(), pointer_matrix(rows.pointer.to_numpy()); real = np.arange(ptr.shape[1]) < size[:, None]
     known = np.isin(qid, list(pool.ids)); yield ~known, "has no pool: generate it with the pool that holds it, or drop its rows"
     yield size == 0, "pointer is empty: a sequence has at least one demonstration"
-    yield size >= np.array([len(pool.ids[q]) for q in qid.tolist()]), "the pool is not larger than the pointer: make a larger pool (K > S)"
+    keys, pools = np.fromiter(pool.ids, np.int64, len(pool)), np.fromiter(map(len, pool.ids.values()), np.int64, len(pool))
+    yield size >= pools[pd.Index(keys).get_indexer(qid)], "the pool is not larger than the pointer: make a larger pool (K > S)"
     s = np.sort(np.where(real, ptr, -1 - np.arange(ptr.shape[1])), 1); yield (s[:, 1:] == s[:, :-1]).any(1), "pointer {pointer} repeats an id"
     yield _outside(qid, ptr, real, pool), "pointer {pointer} leaves the pool of its query"
     yield pd.DataFrame(ptr).assign(q=qid).duplicated().to_numpy(), "pointer {pointer} occurs twice in the same order: keep one of the rows"

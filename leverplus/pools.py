@@ -6,21 +6,22 @@
 __all__ = ['SAMPLERS', 'Pool', 'local_rows', 'ids_rows', 'save_pool', 'load_pool', 'image_groups', 'sampler_parts', 'draw_block',
            'make_pool', 'validate_pool', 'pool_similarity', 'plot_pools']
 
-# %% ../nbs/13_pools.ipynb #8e0beb10
+# %% ../nbs/13_pools.ipynb #1dd4240c
+from itertools import chain
 from pathlib import Path
 import numpy as np, pandas as pd, torch, matplotlib.pyplot as plt
 from .core import atomic_path, fingerprint, read_json, rng, write_json
 from .data import items_fingerprint
 from .embed import EmbedStore, content_hash, image_bytes
 
-# %% ../nbs/13_pools.ipynb #20b1b122
+# %% ../nbs/13_pools.ipynb #4fee26b9
 class Pool:
     "Candidate demonstrations of every query, in a fixed order that carries no information"
     def __init__(self,
         ids:dict, # {question_id: K distinct candidate question_ids}; ValueError names the query whose pool is wrong
         recipe:dict|None=None, # how it was made, JSON-able; see `make_pool`
     ):
-        self.ids = {int(q): tuple(map(int, c)) for q, c in ids.items()}
+        self.ids = {int(q): tuple(c.tolist() if isinstance(c, np.ndarray) and c.dtype.kind == "i" else map(int, c)) for q, c in ids.items()}
         self.recipe = dict(recipe or {"sampler": "given"})
         for q, c in self.ids.items():
             if not c: raise ValueError(f"query {q} has an empty pool")
@@ -49,8 +50,9 @@ class Pool:
     @property
     def fingerprint(self)->str:
         "Fingerprint of ids and recipe; the order of queries does not matter"
-        q = sorted(self.ids)
-        return fingerprint("pool", q, [self.ids[i] for i in q], self.recipe)
+        q = sorted(self.ids); size = np.fromiter((len(self.ids[i]) for i in q), np.int64, len(q))
+        flat = np.fromiter(chain.from_iterable(self.ids[i] for i in q), np.int64, size.sum())
+        return fingerprint("pool", np.asarray(q, np.int64), size, flat, self.recipe)
 
     @property
     def rule(self)->dict:
