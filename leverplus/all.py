@@ -24,6 +24,7 @@ from leverplus.rldata_merge import *
 from leverplus.rldata_scale import *
 from leverplus.rldata_json import *
 from leverplus.dls import *
+from leverplus.blocks import *
 from leverplus.selector import *
 from leverplus.losses import *
 from leverplus.callback_core import *
@@ -32,7 +33,11 @@ from leverplus.callback_grpo import *
 from leverplus.callback_kl import *
 from leverplus.callback_schedule import *
 from leverplus.callback_track import *
+from leverplus.callback_listwise import *
+from leverplus.diagnose import *
 from leverplus.learner import *
+from leverplus.infer import *
 from leverplus.evaluate import *
 from leverplus.world import *
+from leverplus.replays import *
 from leverplus.report import *

@@ -5,19 +5,23 @@
 # %% auto #0
 __all__ = ['RCE']
 
-# %% ../nbs/62_callback_rce.ipynb #52102972
-from .losses import rce_loss, rce_weights, ess
+# %% ../nbs/62_callback_rce.ipynb #a6b8c058
+import torch
+from .losses import ess, imitation_loss, rce_weights
 from .callback_core import Objective
 
-# %% ../nbs/62_callback_rce.ipynb #94042a1a
+# %% ../nbs/62_callback_rce.ipynb #39f1321f
 class RCE(Objective):
     "Reward-conditioned estimation: `-sum softmax(r/temp) log pi` over each group"
     def __init__(self,
-        temp:float=1., # tau > 0 in units of the (normalised) reward; `TempSchedule` moves it
+        temp:float=1., # tau > 0 in units of the (normalised) reward, or of ranks 0..1; `TempSchedule` moves it
         norm:str="raw", # "raw" rewards | "zscore" within each group
-    ): self.temp, self.norm = temp, norm
+        weights:str="softmax", # "softmax" of rewards | "rank" | "top1", see `rce_weights`
+    ):
+        rce_weights(torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool), temp, norm, weights)   # refuses here what it would there
+        self.temp, self.norm, self.weights = temp, norm, weights
 
     def objective(self, logp, rewards, mask):
-        w, some = rce_weights(rewards, mask, self.temp, self.norm), mask.any(-1)
+        w, some = rce_weights(rewards, mask, self.temp, self.norm, self.weights), mask.any(-1)
         self.log(some.sum(), temp=self.temp, ess=ess(w, mask)[some].mean())
-        return rce_loss(logp, rewards, mask, self.temp, self.norm)
+        return imitation_loss(logp, w, mask)

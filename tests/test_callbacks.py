@@ -2,17 +2,19 @@
 import copy, warnings
 import pandas as pd, pytest, torch
 from torch import nn
-from fastai.callback.core import Callback
+from fastai.callback.core import Callback, CancelFitException
+from fastai.callback.fp16 import AMPMode, MixedPrecision
 from fastai.callback.schedule import SchedCos, SchedLin
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.learner import Learner
 from leverplus.core import frozen
-from leverplus.losses import advantage, kl_exact, live_groups, rce_loss, regret
+from leverplus.losses import advantage, entropy_steps, kl_exact, kl_k3, listwise_loss, live_groups, merge_orders, policy_gradient, rce_loss, regret
 from leverplus.synth import ToySelector, quiet, synth_dls, toy_learner
-from leverplus.callback_core import Objective, SkipFlat, StageCallback, Stats, active_dropout, check_name
+from leverplus.callback_core import Objective, SkipFlat, StageCallback, Stats, active_dropout, check_name, find_reference, set_anchor, survey_groups
 from leverplus.callback_rce import RCE
-from leverplus.callback_grpo import GRPO
-from leverplus.callback_kl import KLToRef
+from leverplus.callback_grpo import GRPO, RLOO
+from leverplus.callback_kl import AdaptiveKL, EntropyFloor, KLToRef
+from leverplus.callback_listwise import SFT, Listwise
 from leverplus.callback_schedule import Freeze, NoDropout, TempSchedule
 from leverplus.callback_track import Best, History, RLStats, plot_history, valid_loss
 
@@ -40,6 +42,9 @@ class Interrupt(StageCallback):
 
 def rce_stage(): return [RCE(.5), TempSchedule("rce", temp=SchedLin(2., .5)), SkipFlat(), Freeze("after"), KLToRef(), Best(), GradientClip(1.)]
 def grpo_stage(): return [NoDropout(), GRPO(), SkipFlat(), KLToRef(beta=.1), Best(), GradientClip(.5)]
+def listwise_stage(): return [Listwise(), SkipFlat(), KLToRef(beta=.1), AdaptiveKL(.0, .01, limits=(.01, 1.)), EntropyFloor(.9), Best(), GradientClip(1.)]
+def sft_stage(): return [SFT(top=2), KLToRef(how="k3"), Best(), GradientClip(1.)]
+def rloo_stage(): return [NoDropout(), RLOO(min_positive=.2, positive=.5), KLToRef(on="live"), EntropyFloor(.9), Best(), GradientClip(.5)]
 
 # --- names (T3), order (T12) --------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", ["Freeze", "Loss", "FreezeToCallback", "Model", "Opt", "Pred", "Fit"])
@@ -48,7 +53,7 @@ def test_names_that_would_replace_something(name):
     assert type(name, (StageCallback,), dict(name="my_" + name.lower())).name.startswith("my_")
 
 def test_names_are_free_and_freeze_survives():
-    for cb in (RCE, GRPO, KLToRef, TempSchedule, NoDropout, Freeze, SkipFlat, History, Best, Stats, RLStats):
+    for cb in (RCE, GRPO, RLOO, Listwise, SFT, KLToRef, AdaptiveKL, EntropyFloor, TempSchedule, NoDropout, Freeze, SkipFlat, History, Best, Stats, RLStats):
         assert check_name(cb.name if isinstance(cb.name, str) else cb().name if cb is not TempSchedule else "temp_schedule")
     learn = fit(learner(), 1, [RCE(), Freeze("match")])
     assert learn.freeze.__func__ is Learner.freeze
@@ -79,7 +84,8 @@ def test_rce_is_its_formula():
     fit(learn, 1, [RCE(.7), spy])
     for a, b, c in spy.seen: assert a == b == c
 
-@pytest.mark.parametrize("cbs", [lambda: [RCE(.3), SkipFlat()], lambda: [NoDropout(), GRPO(), SkipFlat()], lambda: [RCE(.3, "zscore")],
+@pytest.mark.parametrize("cbs", [lambda: [RCE(.3), SkipFlat()], lambda: [NoDropout(), GRPO(), SkipFlat()], lambda: [RCE(.3, "zscore")], lambda: [RCE(.3, weights="rank")],
+                                 lambda: [Listwise(), SkipFlat()], lambda: [Listwise("none", tau=.2)], lambda: [SFT()], lambda: [SFT(top=None, temp=.2, least=.3)], lambda: [NoDropout(), RLOO()],
                                  lambda: [NoDropout(), GRPO("loo", "batch"), SkipFlat()], lambda: [NoDropout(), GRPO("rank", refresh=3)]])
 def test_objectives_reduce_regret(cbs):
     learn = learner(128); v0 = valid_loss(learn); fit(learn, 5, cbs())
@@ -98,13 +104,13 @@ def test_all_flat_batch_moves_nothing_even_with_momentum():
     rows = learn.dls.train_ds.rows; learn.dls.train_ds.rows = [(*row, torch.ones_like(r)) for *row, r in rows]; w = weights(learn)
     with pytest.warns(UserWarning, match="0 of 64 groups"): fit(learn, 1, [RCE(), SkipFlat(), KLToRef()])
     assert same(w, weights(learn))
-    with pytest.warns(UserWarning): fit(learn, 1, [NoDropout(), GRPO(), SkipFlat()], reset_opt=True)
+    with pytest.warns(UserWarning): fit(learn, 1, [NoDropout(), GRPO(min_live=0.), SkipFlat()], reset_opt=True)
     assert same(w, weights(learn))
 
 def test_zero_variance_gives_zero_grpo_gradient_without_skipping():
     learn = learner(); learn.dls.train_ds.rows = [(*row, torch.full_like(r, .6)) for *row, r in learn.dls.train_ds.rows]
     spy = Spy(before_step=lambda s: max(float(p.grad.abs().max()) for p in s.model.parameters()))
-    fit(learn, 1, [NoDropout(), GRPO(), spy]); assert spy.seen and max(spy.seen) == 0
+    fit(learn, 1, [NoDropout(), GRPO(min_live=0.), spy]); assert spy.seen and max(spy.seen) == 0
 
 # --- GRPO ------------------------------------------------------------------------------------------------------------
 def test_ratio_is_one_and_kl_zero_at_the_first_step():
@@ -169,6 +175,103 @@ def test_grpo_beats_its_start_and_a_stale_old_policy(seed):
         (start, fresh), (_, stale), (_, older) = run(), run(refresh="never"), run(refresh="never", old=True, strict=False)
     assert fresh < start - .02 and fresh < stale - .01 and fresh < older - .01
 
+def relabel(learn, f):
+    "Replace the training rewards of group i by `f(rewards, i)`"
+    learn.dls.train_ds.rows = [(*row, f(r, i)) for i, (*row, r) in enumerate(learn.dls.train_ds.rows)]; return learn
+
+def test_survey_reads_all_groups_and_leaves_the_order_alone():
+    import random
+    a, b = learner(), learner(); found = survey_groups(a.dls.train, .5); rows = [r for *_, r in a.dls.train_ds.rows]
+    assert found["live"].tolist() == [bool(r.max() - r.min() > 1e-6) for r in rows] and not found["centred"].any()
+    assert found["positive"].tolist() == pytest.approx([float((r > .5).double().mean()) for r in rows])
+    assert all(torch.equal(x[5], y[5]) for x, y in zip(a.dls.train, b.dls.train))   # the shuffled batches come as they would have
+    random.seed(1); survey_groups(a.dls.train); x = random.random(); random.seed(1); assert x == random.random()
+
+@pytest.mark.parametrize("RL", [GRPO, RLOO])
+def test_rl_refuses_groups_that_cannot_teach(RL):
+    dead = lambda: relabel(learner(), lambda r, i: r if live_groups(r[None], torch.ones(1, len(r)).bool()) and i < 4 else 0*r)
+    with pytest.raises(ValueError, match=f"{RL.__name__}: [1-4] of 64 groups .* wanted 5% .*min_live=0"): fit(dead(), 1, [NoDropout(), RL()])
+    learn = dead(); w = weights(learn)
+    with pytest.warns(UserWarning, match="the stage is skipped"): fit(learn, 3, [RL(few="skip"), NoDropout(), SkipFlat(), Best(), KLToRef()])
+    assert same(w, weights(learn)) and not set(vars(learn)) & {"grpo", "rloo", "best"}
+    with warnings.catch_warnings(): warnings.simplefilter("ignore"); fit(learn, 1, [NoDropout(), RL(min_live=0.), SkipFlat()])   # told so, it goes on
+    assert not same(w, weights(learn))
+    with pytest.raises(ValueError, match="'raise' or 'skip'"): RL(few="none")
+
+def test_conditional_rl_trains_on_groups_with_enough_positives():
+    spy = Spy(after_loss=lambda s: (s.yb, s.grpo.adv)); learn = learner(cbs=Stats()); fit(learn, 1, [NoDropout(), GRPO(min_positive=.4, positive=.5), spy])
+    used = 0
+    for (r, m), adv in spy.seen:
+        real = torch.stack([(r > .5) & m], 0)[0].sum(-1) / m.sum(-1).clamp(min=1); assert (real[m.any(-1)] >= .4).all(); used += int(m.any(-1).sum())
+    want = [float((r > .5).double().mean()) >= .4 for *_, r in learn.dls.train_ds.rows]
+    assert used == sum(want) < 64 and learn.stats.mean("conditional") == pytest.approx(sum(want)/64)
+    with pytest.raises(ValueError, match="at least 90% positive"): fit(learner(), 1, [NoDropout(), GRPO(min_positive=.9, positive=.9)])
+
+def test_rewards_are_normalised_once():
+    one = lambda r: torch.ones(1, len(r)).bool()
+    for norm in ("zscore", "rank"):
+        z = lambda: relabel(learner(), lambda r, i: advantage(r[None], one(r), norm)[0])
+        for cb in (lambda: GRPO(), lambda: GRPO("rank"), lambda: RLOO()):
+            with pytest.raises(ValueError, match="would do it twice"): fit(z(), 1, [NoDropout(), cb()])
+        fit(z(), 1, [NoDropout(), GRPO("center")])
+    fit(relabel(learner(), lambda r, i: r - .4), 1, [NoDropout(), GRPO()])   # an offset alone is no normalisation
+
+def test_rloo_is_the_policy_gradient():
+    spy = Spy(after_loss=lambda s: (s.loss_grad.item(), policy_gradient(s.pred, advantage(*s.yb, "loo", "batch", clip=5.), s.yb[1]).item()))
+    fit(learner(), 1, [NoDropout(), SkipFlat(), RLOO(), spy]); assert all(a == pytest.approx(b, abs=1e-7) for a, b in spy.seen)
+    with pytest.raises(ValueError, match="RLOO: dropout"): fit(learner(dropout=.1), 1, RLOO())
+
+# --- listwise, SFT -----------------------------------------------------------------------------------------------------
+def test_listwise_is_its_formula_and_starts_at_its_start():
+    learn = learner(cbs=Stats()); start = frozen(learn.model)
+    spy = Spy(after_loss=lambda s: (s.loss_grad.item(), listwise_loss(s.pred, *s.yb, start(*s.xb)).item(), s.listwise.ref is start))
+    fit(learn, 2, [Listwise(), SkipFlat(), spy]); assert all(a == pytest.approx(b, rel=1e-5) and not c for a, b, c in spy.seen)
+    first = {k: float(learn.stats.buf[k][0][0]) for k in ("tau", "kl_target")}; assert .02 <= first["tau"] <= 1 and first["kl_target"] > 0
+    assert learn.stats.mean("ess") < 1 and all(not p.requires_grad for p in Listwise(learn.model).given.parameters())
+
+def test_listwise_references():
+    learn = learner(); set_anchor(learn, "sft"); fit(learn, 1, RCE(.3)); kept = learn.anchors["sft"]
+    for ref, want in (("sft", kept), ("none", None), (kept, kept)):
+        spy = Spy(after_loss=lambda s: (s.loss_grad.item(), listwise_loss(s.pred, *s.yb, None if want is None else want(*s.xb), .3).item()))
+        fit(learn, 1, [Listwise(ref, tau=.3), spy]); assert all(a == pytest.approx(b, rel=1e-4) for a, b in spy.seen), ref
+    with pytest.raises(ValueError, match="Listwise: ref 'rce' is neither .*there are: sft"): fit(learn, 1, Listwise("rce"))
+    with pytest.raises(ValueError, match="means something else"): set_anchor(learn, "start")
+    with pytest.raises(ValueError, match="over='set' needs a model with `logp_set`"): fit(learn, 1, Listwise(over="set"))
+    for kw in (dict(tau=-1.), dict(ess=2.), dict(over="pair")):
+        with pytest.raises(ValueError): Listwise(**kw)
+
+class Sets(ToySelector):
+    "Probability of pairs and singles in any order"
+    def logp_set(self, enc, seqs, seq_mask):
+        two = seq_mask[..., 1:2] if seqs.shape[-1] > 1 else seq_mask & False
+        a, b = self.logp(enc, seqs, seq_mask), self.logp(enc, torch.where(two, seqs.flip(-1), seqs), seq_mask)
+        return torch.where(two[..., 0], torch.logaddexp(a, b), a)
+
+def test_listwise_over_sets_does_not_see_the_order():
+    def run(flip):
+        learn = learner(); learn.model = Sets(8); learn.model.load_state_dict(learner().model.state_dict())
+        if flip: learn.dls.train_ds.rows = [(q, c, [tuple(reversed(s)) for s in seqs], r) for q, c, seqs, r in learn.dls.train_ds.rows]
+        fit(learn, 2, [Listwise(over="set"), SkipFlat()]); return weights(learn)
+    a, b = run(False), run(True); assert all(torch.allclose(a[k], b[k], atol=1e-5) for k in a)
+    learn = learner(); learn.model = Sets(8); learn.dls.train_ds.rows = [(q, c, [(0, 1), (1, 0), (0, 2)], torch.tensor([1., .2, .3])) for q, c, *_ in learn.dls.train_ds.rows]
+    lp = lambda s: s.model.logp_set(s.model.encode(*s.xb[:3]), *s.xb[3:])[:, ::2]   # two sets, the first worth .6
+    spy = Spy(after_loss=lambda s: (s.loss_grad.item(), listwise_loss(lp(s), torch.tensor([[.6, .3]]).expand(len(s.pred), 2), torch.ones(len(s.pred), 2).bool(), tau=.2).item()))
+    fit(learn, 1, [Listwise("none", tau=.2, over="set"), spy]); assert all(x == pytest.approx(y, rel=1e-4) for x, y in spy.seen)
+
+def test_sft_imitates_what_it_is_told():
+    seen = {}
+    for name, cb in dict(best=SFT(), two=SFT(top=2), lever_lm=SFT(top=None, least=.3), soft=SFT(top=2, temp=.2)).items():
+        spy = Spy(after_loss=lambda s: (s.yb, s.loss_grad, s.pred)); fit(learner(), 1, [cb, spy]); seen[name] = spy.seen[0]
+    def by_hand(name, pick):
+        (r, m), loss, lp = seen[name]; each = []
+        for b in range(len(r)):
+            w = pick(r[b][m[b]]); each += [-(w/w.sum() * lp[b][m[b]]).sum()] if w.sum() > 0 else []
+        assert torch.stack(each).mean().item() == pytest.approx(loss.item(), rel=1e-4), name
+    by_hand("best", lambda r: (r == r.max()).float()); by_hand("lever_lm", lambda r: (r >= .3).float())
+    def two(r):
+        last = r.sort(descending=True).values[:2][-1]; above, tied = r > last, r == last; return above + tied*(min(2, len(r)) - above.sum())/tied.sum()
+    by_hand("two", two); by_hand("soft", lambda r: two(r)*(r/.2).exp())
+
 # --- KL --------------------------------------------------------------------------------------------------------------
 def test_kl_is_exact_and_only_loss_grad_changes():
     learn = learner(cbs=Stats()); ref = ToySelector(8); learn.model.train()
@@ -176,7 +279,7 @@ def test_kl_is_exact_and_only_loss_grad_changes():
         m, q = s.model, s.kl_to_ref.ref; S = s.xb[3].shape[-1]; n = s.xb[4].sum(-1).amax(-1)
         ep, eq = m.encode(*s.xb[:3]), q.encode(*s.xb[:3]); kl = [kl_exact(lambda p: m.step_logp(ep, p), lambda p: q.step_logp(eq, p), s.xb[2], t+1) for t in range(S)]
         kl = torch.stack(kl, -1).gather(1, (n-1)[:, None]).mean()   # each query as long as its longest sequence
-        return float(s.loss_grad), float(s.loss), float(kl)
+        return s.loss_grad.item(), s.loss.item(), kl.item()
     spy = Spy(after_loss=look); fit(learn, 1, [RCE(), KLToRef(ref, beta=3.), spy])
     for g, l, kl in spy.seen: assert g == pytest.approx(l + 3*kl, rel=1e-4)
     assert learn.stats.mean("kl") == pytest.approx(sum(s[2] for s in spy.seen)/4, rel=1e-4)
@@ -187,6 +290,51 @@ def test_kl_holds_the_policy_and_the_reference_stands_still():
         fit(learn, 3, [RCE(.2), ref]); assert same(w, ref.ref.state_dict()) and not same(w, weights(learn))
         return learn.stats.mean("kl")
     assert moved(20.) < .5*moved(0.)
+
+def test_k3_of_the_reports_stands_beside_it_and_can_be_trained_with():
+    learn = learner(cbs=Stats()); ref = ToySelector(8)
+    spy = Spy(after_loss=lambda s: (s.loss_grad.item(), s.loss.item(), kl_k3(ref(*s.xb), s.pred, s.xb[4].any(-1)).item()))
+    fit(learn, 1, [RCE(), SkipFlat(), KLToRef(ref, 2., how="k3"), spy])
+    for g, l, k3 in spy.seen: assert g == pytest.approx(l + 2*k3, rel=1e-4)
+    assert [float(v) for v, _ in learn.stats.buf["k3"]] == pytest.approx([k for *_, k in spy.seen], rel=1e-5) and learn.stats.mean("kl") > 0
+
+def test_kl_references_by_name_and_by_folder(tmp_path):
+    from leverplus.selector import PointerSelector
+    learn = learner(cbs=Stats()); learn.model = PointerSelector(8, d_hidden=8, dropout=0.); set_anchor(learn, "sft"); learn.model.save_pretrained(tmp_path/"ck"); w = weights(learn)
+    fit(learn, 1, RCE(.3)); found = {}
+    for ref in ("sft", str(tmp_path/"ck"), tmp_path/"ck"):
+        fit(learn, 1, [RCE(.3), cb := KLToRef(ref)]); assert same(w, cb.ref.state_dict()) and learn.stats.mean("kl") > 0
+    with pytest.raises(ValueError, match="neither 'start' nor a module.*sft.*nor the folder"): fit(learn, 1, [RCE(), KLToRef("stf")])
+    for kw in (dict(ref=3), dict(how="k2"), dict(beta=-1.)):
+        with pytest.raises(ValueError, match="KLToRef"): KLToRef(**kw)
+
+def test_adaptive_kl_looks_once_per_epoch_at_the_mean():
+    learn = learner(cbs=Stats(), lr=5e-2); spy = Spy(after_loss=lambda s: (s.epoch, s.kl_to_ref.beta))
+    fit(learn, 4, [RCE(.1), kl := KLToRef(beta=.01), ad := AdaptiveKL(.0, 1e-4, 2., (1e-3, .05)), spy])
+    betas = {}; [betas.setdefault(e, set()).add(b) for e, b in spy.seen]
+    assert [sorted(b) for b in betas.values()] == [[.01], [.02], [.04], [.05]]   # never inside an epoch, never over the limit
+    assert ad.trace[-1][0] == pytest.approx(learn.stats.mean("kl"), rel=1e-5) and [b for _, b in ad.trace] == [.01, .02, .04, .05]
+    fit(learner(), 2, [RCE(), kl := KLToRef(beta=.1), AdaptiveKL(5., 6.)]); assert kl.beta == pytest.approx(.1/1.5**2)
+    with pytest.warns(UserWarning, match="beta is at its limit"): fit(learner(), 2, [RCE(), KLToRef(beta=1.), AdaptiveKL(.0, 1e-9)])
+    with pytest.raises(ValueError, match="this fit has none"): fit(learner(), 1, [RCE(), AdaptiveKL()])
+    with pytest.raises(ValueError, match="outside the limits"): fit(learner(), 1, [RCE(), KLToRef(beta=0.), AdaptiveKL()])
+    for kw in (dict(low=2.), dict(factor=1.), dict(limits=(0., 1.))):
+        with pytest.raises(ValueError, match="AdaptiveKL"): AdaptiveKL(**kw)
+
+def test_entropy_floor_is_exact_and_silent_above_it():
+    def h(s):
+        enc = s.model.encode(*s.xb[:3]); S = s.xb[3].shape[-1]; n = s.xb[4].sum(-1).amax(-1)
+        e = entropy_steps(lambda p: s.model.step_logp(enc, p), s.xb[2], S, normed=True); c = torch.arange(S) < n[:, None]
+        return s.loss_grad.item() - s.loss.item(), ((e*c).sum(-1)/c.sum(-1)).mean().item()
+    for floor in (.05, .999):
+        spy = Spy(after_loss=h); fit(learner(), 1, [RCE(.1), EntropyFloor(floor, .5), spy])
+        for d, e in spy.seen: assert d == pytest.approx(.5*max(floor - e, 0.), abs=1e-6)
+    fit(learner(), 3, [RCE(), up := EntropyFloor(.999, .5)]); fit(learner(), 3, [RCE(), down := EntropyFloor(.05, .5)]); fit(learner(), 3, [RCE(), still := EntropyFloor(.999, .5, adaptive=False)])
+    assert up.alpha == pytest.approx(.5*1.5**3) and down.alpha == pytest.approx(.5/1.5**3) and still.alpha == .5
+    free, held = learner(lr=.1, cbs=Stats()), learner(lr=.1, cbs=Stats()); fit(free, 5, [RCE(.02), EntropyFloor(.9, 1e-3, False)]); fit(held, 5, [RCE(.02), EntropyFloor(.9, 5.), KLToRef()])
+    assert held.stats.mean("entropy_exact") > free.stats.mean("entropy_exact") + .01
+    for kw in (dict(floor=0.), dict(alpha=99.), dict(factor=.5)):
+        with pytest.raises(ValueError, match="EntropyFloor"): EntropyFloor(**kw)
 
 def test_kl_start_is_taken_anew_each_fit():
     learn = learner(cbs=Stats()); cb = KLToRef("start"); fit(learn, 2, [RCE(.3), cb]); w = weights(learn)
@@ -277,13 +425,20 @@ def test_rl_stats_columns():
     assert set(RLStats.columns) <= set(row) and 0 < row["mass"] < 2 and 0 < row["entropy"] <= 1 and row["kl"] >= 0 and 0 < row["live"] < 1
 
 # --- residue, composition ----------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("stage", [rce_stage, grpo_stage])
-@pytest.mark.parametrize("how", ["fit", "validate", "get_preds", "interrupt"])
+class Cancel(StageCallback):
+    "Another callback ends the fit in the third batch"
+    order = 7
+    def after_backward(self):
+        if self.train_iter == 2: raise CancelFitException("enough")
+
+@pytest.mark.parametrize("stage", [rce_stage, grpo_stage, listwise_stage, sft_stage, rloo_stage])
+@pytest.mark.parametrize("how", ["fit", "validate", "get_preds", "interrupt", "cancel"])
 def test_no_residue(stage, how):
     learn = learner(dropout=.2, cbs=[Stats(), History()]); ids, names, loss, logger = [id(c) for c in learn.cbs], set(vars(learn)), learn.loss_func, learn.logger
     with warnings.catch_warnings(), quiet(learn):
         warnings.simplefilter("ignore")
         if how == "fit": learn.fit(1, cbs=stage())
+        elif how == "cancel": learn.fit(1, cbs=stage() + [Cancel()])
         elif how == "interrupt":
             with pytest.raises(KeyboardInterrupt): learn.fit(1, cbs=stage() + [Interrupt()])
         elif how == "validate": v = learn.validate(cbs=stage())[0]; assert v == pytest.approx(valid_loss(learn), abs=1e-6)
@@ -291,7 +446,7 @@ def test_no_residue(stage, how):
     assert sorted(id(c) for c in learn.cbs) == sorted(ids) and learn.loss_func is loss and learn.logger == logger
     assert all(p.requires_grad for p in learn.model.parameters()) and learn.freeze.__func__ is Learner.freeze
     left = set(vars(learn)) - names
-    assert not left & {"rce", "grpo", "kl_to_ref", "best", "skip_flat", "freeze_stage", "no_dropout", "temp_schedule", "objective"}
+    assert not left & {"rce", "grpo", "kl_to_ref", "best", "skip_flat", "freeze_stage", "no_dropout", "temp_schedule", "objective", "listwise", "sft", "rloo", "adaptive_kl", "entropy_floor", "anchors"}
     with quiet(learn): fit(learn, 1, RCE(), reset_opt=True)   # and the next fit works as if nothing had been
     assert learn.recorder.values
 
@@ -312,9 +467,29 @@ def test_composes(extra):
     learn = learner(cbs=Stats()); fit(learn, 2, [*grpo_stage()[:-1], extra()])
     assert all(v.isfinite().all() for v in weights(learn).values()) and learn.stats.mean("kl") >= 0
 
+class Autocast(StageCallback):
+    "What fastai's MixedPrecision does on a GPU, on the CPU, in bfloat16"
+    order = 10
+    def before_batch(self): self.autocast = torch.autocast("cpu", torch.bfloat16); self.autocast.__enter__()
+    def after_pred(self): self.learn.pred = self.pred.float()
+    def after_loss(self): self.autocast.__exit__(None, None, None)
+
+@pytest.mark.parametrize("stage", [rce_stage, grpo_stage, listwise_stage, sft_stage, rloo_stage])
+def test_composes_with_mixed_precision(stage):
+    "bfloat16 changes the weights and nothing else: ratio 1 and KL 0 at the first step hold in it, too"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        learn = learner(cbs=Stats()); w = weights(learn)
+        fit(learn, 1, [*stage(), Autocast(), Spy(after_loss=lambda s: torch.is_autocast_enabled("cpu"))]); assert not torch.is_autocast_enabled("cpu")
+        if "kl" in learn.stats.buf: assert float(learn.stats.buf["kl"][0][0]) == pytest.approx(0., abs=1e-6)
+        if "ratio_off" in learn.stats.buf: assert learn.stats.mean("ratio_off") < 1e-4
+        assert not same(w, weights(learn)) and all(v.isfinite().all() and v.dtype == torch.float32 for v in weights(learn).values())
+        fit(learn, 1, [*stage(), MixedPrecision(AMPMode.BF16)], reset_opt=True)   # without a GPU fastai's own does nothing, and breaks nothing
+
 def test_stats_are_optional(): fit(learner(), 1, grpo_stage())
 
 def test_bare_exceptions_have_words():
     "T5: an exception without arguments in a callback surfaces as IndexError; ours all carry a message"
     import inspect, leverplus.callback_core as c, leverplus.callback_grpo as g, leverplus.callback_kl as k, leverplus.callback_schedule as s, leverplus.callback_track as t
-    for mod in (c, g, k, s, t): assert "assert " not in inspect.getsource(mod)
+    import leverplus.callback_listwise as l, leverplus.callback_rce as r
+    for mod in (c, g, k, l, r, s, t): assert "assert " not in inspect.getsource(mod)

@@ -1,14 +1,18 @@
 "Statistics and baselines: against brute force, a plain loop, and planted effects"
-import math, time
+import math
 from itertools import permutations
+from statistics import NormalDist
 import numpy as np, pandas as pd, pytest, torch
 from hypothesis import given, settings, strategies as st
 from leverplus.core import rng
 from leverplus.embed import EmbedStore
-from leverplus.evaluate import (TABLE, Interval, boot_means, bootstrap_mean, changed, check_facts, compare_seeds, detectable, differs, failures,
-    gap_closed, mde, paired_bootstrap, paired_table, pick_model, pick_oracle, pick_random, pick_similar, pick_zero, picks_frame, plot_results,
-    result_table, score_picks, seed_matrix, subsets, unasked, verdict)
+from leverplus.evaluate import (TABLE, Interval, agreement, behaviour, best_fixed, boot_means, bootstrap_mean, changed, check_facts, compare_runs, compare_seeds, detectable, differs,
+    expected_best, failures, fixed_pairs, gap_closed, gap_table, gini, holm, load_subsets, look, majority_vote, mcnemar, mde, mode_table, oracle_note, over_shots, paired_bootstrap, paired_p,
+    paired_table, paired_tests, pick_baselines, pick_model, pick_oracle, pick_random, pick_similar, pick_zero, picks_frame, plan_mde, plan_power, plot_results, result_table, save_subsets,
+    score_picks, seed_matrix, shots_table, size_table, subsets, table_text, type_table, unasked, verdict)
 from leverplus.pools import Pool
+from leverplus.runs import Run
+from leverplus.vqa import normalise, vqa_accuracy
 
 def make_pool(n=12, K=4, seed=0):
     g = rng("test pool", seed)
@@ -24,6 +28,7 @@ def make_facts(pool, shots=(0, 1, 2), seed=0):
     return pd.DataFrame(dict(question_id=[q for q, _ in rows], pointer=[p for _, p in rows], vqa_acc_score=acc, vqa_gt_prob=g.random(len(rows)).round(1),
                              vqa_pred_answer=ans))
 
+Z = NormalDist()
 POOL, STORE = make_pool(), make_store(); DATA = make_facts(POOL)
 
 # ---- picks ----------------------------------------------------------------------------------------------------------
@@ -164,17 +169,21 @@ def test_mde_is_the_effect_found_four_times_in_five():
     found = [(lambda d: d.mean() > 1.96*d.std(ddof=1)/n**.5)(a[:, i] - base[:, i]) for i in range(reps)]
     assert np.mean(found) == pytest.approx(.8, abs=.05)
 
+def two_names(effect, g, n=500):
+    "Two evaluations of policies whose answers are drawn independently, per query: the second is `effect` better; two queries an image share their difficulty"
+    easy = np.repeat(g.beta(.35, .35, n//2), 2); p = [np.clip(easy + shift, 0, 1) for shift in (0, effect)] # chance of a right answer
+    rows = [pd.DataFrame(dict(selector=s, shots=2, draw=0, question_id=range(n), pointer=[(1, 2)]*n, vqa_acc_score=np.where(g.random(n) < q, g.choice([.6, 1], n, p=[.2, .8]), 0.),
+                              vqa_gt_prob=.5, vqa_pred_answer=g.choice(list("ab"), n), eval_failed=False)) for s, q in zip(("old", "new"), p)]
+    return pd.concat(rows, ignore_index=True), pd.DataFrame(dict(image_id=np.arange(n)//2), index=range(n))
+
 def test_planted_effects_are_judged_right():
-    g, n = rng("planted"), 500; said = []
-    for i in range(200): # two selectors of equal worth that disagree on a fifth of the queries
-        a = g.choice([0, .6, 1], n, p=[.45, .1, .45]); b = np.where(g.random(n) < .2, g.permutation(a), a)
-        est = paired_bootstrap(a, b, n_boot=400, seed=i)
-        said.append((verdict(est, mde(a, b)).endswith("no difference shown"), est.lo <= 0 <= est.hi))
-    quiet, covered = np.mean(said, axis=0)
-    assert quiet >= .94 and covered >= .90 # the interval alone covers 95 %, less the noise of 200 repetitions
-    a = g.choice([0, 1.], n); better = np.where((a == 0) & (g.random(n) < .2), 1, a) # half of the queries can gain, a fifth of them do
-    text = verdict(paired_bootstrap(better, a), mde(better, a), a="new", b="old")
-    assert text.endswith("better") and text.startswith("new - old: +") and verdict(paired_bootstrap(a, better), mde(a, better)).endswith("worse")
+    g, said = rng("planted"), []
+    for i in range(200): # the same policy under two names
+        s, items = two_names(0., g); t = paired_table(s, items, ["old"], n_boot=300, seed=i).iloc[0]; said.append((t.verdict == "no difference shown", t.lo <= 0 <= t.hi, t.mde))
+    quiet, covered, least = np.mean(said, axis=0); assert quiet >= .94 and covered >= .90
+    true = np.mean([(lambda x: x[1] - x[0])(two_names(.13, g)[0].groupby("selector", sort=False).vqa_acc_score.mean().to_numpy()) for _ in range(40)]); assert true == pytest.approx(.10, abs=.01) # +10 points
+    found = [paired_tests(*two_names(.13, g), [("new", "old")], n_boot=300).iloc[0] for _ in range(40)]; power = Z.cdf((true - least)/(least/2.8016)) # it has to reach `mde`
+    assert power > .9 and np.mean([f.verdict == "better" for f in found]) >= power - .1 and not any(f.verdict == "worse" for f in found)
 
 def test_differs_needs_both_conditions():
     assert differs(Interval(.1, .01, .2), .1) and not differs(Interval(.1, .01, .2), .11) and not differs(Interval(.1, -.01, .2), .05)
@@ -258,12 +267,130 @@ def test_subsets_are_nested_and_blind_to_order(ids, seed):
     assert set(a[2]) < set(a[5]) < set(a["all"]) == ids and a == b and len(a[5]) == 5
     with pytest.raises(ValueError, match="1000"): subsets(ids, (1000,))
 
-def test_ten_thousand_resamples_of_the_real_size_take_seconds():
-    x = rng("speed").random((5046, 20)); t = time.process_time(); m = boot_means(x)
-    assert m.shape == (10_000, 20) and time.process_time() - t < 15 # about two seconds of one core; CPU time, as the machine may be busy
-
 def test_plot_takes_and_returns_axes():
     import matplotlib; matplotlib.use("Agg"); import matplotlib.pyplot as plt
     s = score_picks(PICKS, DATA); ax = plt.subplots()[1]
     assert plot_results(result_table(s, n_boot=50), ax) is ax and [t.get_text() for t in ax.get_yticklabels()] == ["zero_shot", "random", "similar_mixed", "oracle"]
     plt.close("all")
+
+# ---- exact tests, families, planning --------------------------------------------------------------------------------
+
+@given(st.integers(0, 60), st.integers(0, 60), st.integers(0, 5))
+@settings(max_examples=40)
+def test_mcnemar_is_the_exact_binomial(up, down, same):
+    from scipy.stats import binomtest
+    if up + down + same == 0: return
+    got = mcnemar([1.]*up + [0.]*down + [.6]*same, [.6]*up + [.6]*down + [.6]*same)
+    assert got[:3] == (up, down, same) and got.p == pytest.approx(binomtest(up, up + down).pvalue if up + down else 1., rel=1e-9)
+
+@given(st.lists(st.floats(1e-6, 1), min_size=1, max_size=8), st.floats(.01, .3))
+@settings(max_examples=60)
+def test_holm_rejects_as_the_textbook_does(p, level):
+    order = sorted(range(len(p)), key=lambda i: p[i]); rejected = set()
+    for k, i in enumerate(order):
+        if p[i]*(len(p) - k) > level: break
+        rejected.add(i)
+    adj = holm(p); assert {i for i in range(len(p)) if adj[i] <= level} == rejected and (adj >= np.array(p) - 1e-15).all() and (adj <= 1).all()
+
+def test_a_family_of_equals_is_left_alone_and_each_test_alone_is_not_enough():
+    g, any_alone, any_holm = rng("family"), 0, 0
+    for _ in range(150): # ten tests of nothing: alone they cry wolf
+        p = [2*Z.cdf(-abs(z)) for z in g.normal(size=10)]; any_alone += min(p) < .05; any_holm += holm(p).min() < .05
+    assert any_alone/150 > .3 and any_holm/150 < .10
+    x = g.choice([0, .6, 1], 400); y = g.choice([0, .6, 1], 400); d = x - y
+    assert paired_p(x, y) == pytest.approx(2*Z.cdf(-abs(d.mean())/(d.std(ddof=1)/20))) and paired_p(x, x) == 1
+
+@pytest.mark.parametrize("n,f,points", [(800, .02, 1.19), (800, .05, 1.88), (800, .10, 2.66), (800, .20, 3.76), (5046, .05, .75), (5046, .10, 1.06)])
+def test_planning_matches_the_planning_table(n, f, points):
+    assert 100*plan_mde(n, f) == pytest.approx(points, abs=.006) and abs(plan_power(plan_mde(n, f), f) - n) <= 1 and plan_power(.01, f, design=2.) == pytest.approx(2*plan_power(.01, f), abs=1)
+    assert plan_power(.0038, .05) == pytest.approx(19_500, rel=.01) and plan_power(.0038, .10) == pytest.approx(39_000, rel=.01)
+    with pytest.raises(ValueError, match="delta > 0"): plan_power(0, f)
+
+# ---- rows and behaviour ---------------------------------------------------------------------------------------------
+
+IDS = [*range(12), *range(1000, 1040)]
+ITEMS = pd.DataFrame(dict(question_id=IDS, image_id=[i if i > 99 else i//2 for i in IDS], answer=["abc"[i % 3] for i in IDS], answers=[["abc"[i % 3]]*8 + ["The b", "b."] for i in IDS],
+                          question_type=[f"type {i % 2}" for i in IDS], answer_type="other"), index=IDS)
+
+def test_majority_vote_is_brute_force():
+    picks = pd.concat([pick_similar(POOL, STORE, s) for s in (1, 2, 3, 4)]); got = majority_vote(picks, ITEMS)
+    for r in got.itertuples():
+        said = [ITEMS.answer[d] for d in r.pointer]; n = {a: said.count(a) for a in said}; best = [a for a in said if n[a] == max(n.values())][-1]
+        assert r.vqa_pred_answer == best and r.vqa_acc_score == vqa_accuracy(best, ITEMS.answers[r.question_id])
+    with pytest.raises(ValueError, match="no demonstration to vote"): majority_vote(pick_zero(POOL), ITEMS)
+    one = score_picks(PICKS, DATA); t = result_table(pd.concat([one, got[got.shots == 2]]), metric="vqa_gt_prob", n_boot=50); assert "majority_vote" not in set(t.selector)
+
+def test_the_best_fixed_sequence_is_brute_force():
+    pairs = fixed_pairs(POOL, 2, 9); g = rng("fixed test"); f = pairs.assign(vqa_acc_score=g.choice([0, .6, 1], len(pairs)), vqa_gt_prob=.5, vqa_pred_answer="a")
+    best, acc, n = best_fixed(f, 2); mean = f.groupby("pointer").vqa_acc_score.mean(); assert acc == mean.max() and mean[best] == acc and n == 12 and pairs.groupby("pointer").size().eq(12).all()
+    assert best_fixed(f[(f.pointer != best) | (f.question_id != 3)], 2)[0] != best # not asked of everybody: not a candidate
+    with pytest.raises(ValueError, match="fixed_pairs"): best_fixed(DATA, 2)
+
+def test_all_baselines_are_there_and_the_oracle_says_what_it_is():
+    p = pick_baselines(POOL, STORE, (1, 2), fixed={2: (1000, 1001)}, items=ITEMS); n = p.groupby(["selector", "shots"]).draw.nunique()
+    assert set(p.selector) == {"zero_shot", "random", "similar_image", "similar_text", "similar_mixed", "mmr", "fixed"} and n["random", 1] == n["random", 2] == 5 and not p.duplicated(["selector", "shots", "draw", "question_id"]).any()
+    part = DATA.drop(index=DATA[(DATA.question_id == 3) & (DATA.pointer.map(len) == 2)].index[0]); s = score_picks(pd.concat([PICKS[PICKS.selector != "oracle"], pick_oracle(part, 2, POOL)]), part)
+    assert "exact for 11 of 12" in table_text(result_table(s, n_boot=50)) and "exact: every" in table_text(result_table(score_picks(PICKS, DATA), n_boot=50)) and oracle_note(pick_zero(POOL)) == {}
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=12))
+def test_gini_is_the_mean_difference(x):
+    if not sum(x): assert math.isnan(gini(x)); return
+    n = len(x); assert gini(x) == pytest.approx(sum(abs(a - b) for a in x for b in x)/(2*n*sum(x)))
+
+def test_behaviour_and_agreement_are_brute_force():
+    s = score_picks(PICKS, DATA); b = behaviour(s, ITEMS, POOL).set_index("selector"); every = {d for c in POOL.ids.values() for d in c}
+    for sel, g in s[s.shots == 2].groupby("selector"):
+        used = [d for p in g.pointer for d in p]; copy = [normalise(a) == normalise(ITEMS.answer[p[-1]]) for a, p in zip(g.vqa_pred_answer, g.pointer)]
+        assert b.unique[sel] == len(set(used)) and b["copy"][sel] == pytest.approx(np.mean(copy)) and b.gini[sel] == pytest.approx(gini([used.count(d) for d in every]))
+    a, o = (s[s.selector == x].set_index("question_id").pointer for x in ("similar_mixed", "oracle"))
+    assert agreement(s, "similar_mixed", "oracle", 2) == np.mean([a[q] == o[q] for q in POOL]) <= agreement(s, "oracle", "similar_mixed", 2, order=False) == np.mean([set(a[q]) == set(o[q]) for q in POOL])
+    assert agreement(s, "oracle", "oracle", 2) == 1 and math.isnan(agreement(s, "oracle", "nobody", 2))
+
+# ---- families, sizes, modes, looks, runs ----------------------------------------------------------------------------
+
+def test_paired_tests_agree_with_their_parts():
+    s = score_picks(PICKS, DATA); pairs = [("oracle", "random"), ("similar_mixed", "random"), ("oracle", "similar_mixed")]; t = paired_tests(s, ITEMS, pairs, n_boot=300); alone = paired_table(s, ITEMS, n_boot=300)
+    for r in t.itertuples():
+        m = s[(s.shots == 2)].groupby(["question_id", "selector"]).vqa_acc_score.mean().unstack(); up = (m[r.selector] - m[r.against]).round(9)
+        assert (r.better, r.worse) == ((up > 0).sum(), (up < 0).sum()) and r.changed == pytest.approx(changed(s, r.selector, 2, r.against)) and r.p_holm >= r.p
+        one = alone[(alone.selector == r.selector) & (alone.against == r.against)].iloc[0]; assert (r.delta, r.lo, r.hi, r.mde) == pytest.approx((one.delta, one.lo, one.hi, one.mde))
+        assert r.verdict == one.verdict or (r.verdict == "no difference shown" and r.p_holm > .05)
+    with pytest.raises(ValueError, match="no rows of .*'sft'"): paired_tests(s, None, [("sft", "random")])
+
+def test_the_mean_over_shots_is_per_query():
+    picks = pd.concat([PICKS, pick_random(POOL, 1), pick_oracle(DATA, 1, POOL), pick_similar(POOL, STORE, 1)]); s = score_picks(picks, DATA); t = paired_tests(over_shots(s), ITEMS, [("oracle", "random")], n_boot=50).iloc[0]
+    acc = s[s.shots > 0].groupby(["selector", "shots", "draw"]).vqa_acc_score.mean(); assert t.shots == "mean" and t.n == 12 and t.delta == pytest.approx(acc["oracle"].mean() - acc["random"].mean())
+    wide = shots_table(result_table(s, n_boot=20)); assert wide.loc["oracle", "mean"] == pytest.approx(wide.loc["oracle", [1, 2]].mean()) and math.isnan(wide.loc["zero_shot", "mean"])
+    with pytest.raises(ValueError, match=r"similar_mixed has no rows with \[1\]"): over_shots(s[(s.selector != "similar_mixed") | (s.shots == 2)])
+
+def test_tables_by_gap_size_type_and_mode(tmp_path):
+    s = score_picks(PICKS, DATA); sub = subsets(POOL, (4, 8, "all")); t = size_table(s, sub, 2, ITEMS); save_subsets(tmp_path/"s.json", sub)
+    assert load_subsets(tmp_path/"s.json") == sub and t.loc["all", "oracle"] == pytest.approx(result_table(s, n_boot=20).set_index("selector").acc["oracle"]) and list(t.index) == [4, 8, "all"]
+    with pytest.raises(ValueError, match="other subsets lie there"): save_subsets(tmp_path/"s.json", subsets(POOL, (4,), seed=1))
+    with pytest.raises(ValueError, match="1 of its 12 queries were not scored"): size_table(s[s.question_id != 5], sub, 2)
+    gap = gap_table(s, ITEMS, n_boot=100).set_index("selector"); assert gap.gap["similar_mixed"] == pytest.approx(result_table(s, n_boot=20).set_index("selector").gap_closed["similar_mixed"])
+    by = type_table(s, ITEMS); odd = s[(s.selector == "oracle") & (s.question_id % 2 == 1)]; assert by.loc[("oracle", 2), "type 1"] == pytest.approx(odd.vqa_acc_score.mean()) and by.loc[("queries", 0)].tolist() == [6, 6]
+    m = mode_table(s.assign(vqa_pred_answer="The b"), ITEMS).set_index(["selector", "shots"]).loc[("oracle", 2)]
+    for mode in ("official", "lmms", "openflamingo"): assert m[mode] == pytest.approx(np.mean([vqa_accuracy("The b", ITEMS.answers[q], mode) for q in POOL]))
+    with pytest.raises(ValueError, match="no column 'colour'"): type_table(s, ITEMS, "colour")
+
+def test_looks_are_counted_once_each(tmp_path):
+    s = score_picks(PICKS, DATA); n = [look(tmp_path, s), look(tmp_path, s.sample(frac=1, random_state=1)), look(tmp_path, s, "dev"), look(tmp_path, s.assign(vqa_acc_score=0.)), look(tmp_path, s)]
+    assert n == [1, 1, 1, 2, 2] and "looks at test: 2; the best of 2" in table_text(result_table(s, n_boot=20), 2) and "looks at test: not counted" in table_text(result_table(s, n_boot=20))
+    assert [expected_best(m) for m in (5, 20)] == pytest.approx([1.163, 1.867], abs=.001)
+
+def test_runs_are_compared_only_if_they_are_alike(tmp_path):
+    s = score_picks(PICKS, DATA)
+    def made(name, sel, drop=(), **kw):
+        run = Run.create(tmp_path/name, dict(split=kw.pop("split", "test")), 0, dict(dict(pool="p", scorer="s", selector=name), **kw)); f = s[s.selector.isin(sel) & ~s.question_id.isin(drop)].drop(columns="exact")
+        run.save_frame("predictions.parquet", f.assign(pointer=f.pointer.map(list), image_id=f.question_id//2)); return run.path
+    a, b = made("a", ["oracle"]), made("b", ["random"]); got = compare_runs(a, b, n_boot=300).iloc[0]; want = paired_tests(s, ITEMS, [("oracle", "random")], n_boot=300).iloc[0]
+    assert (got.delta, got.lo, got.hi, got.mde, got.better, got.changed) == pytest.approx((want.delta, want.lo, want.hi, want.mde, want.better, want.changed)) and (got.selector, got.against) == ("a: oracle", "b: random")
+    assert compare_runs(a, a).iloc[0].verdict == "no difference shown"
+    for name, kw, words in [("c", dict(pool="q"), "pool: p and q"), ("d", dict(scorer="t"), "scorer: s and t"), ("e", dict(split="dev"), "split: test and dev"), ("f", dict(drop=[3, 4]), "queries: 12 questions and 10")]:
+        c = made(name, ["random"], **kw); key = words.split(":")[0]
+        with pytest.raises(ValueError, match=words): compare_runs(a, c)
+        assert compare_runs(a, c, other=(key,), n_boot=50).n.iloc[0] == (10 if key == "queries" else 12)
+    both = made("both", ["random", "oracle"])
+    with pytest.raises(ValueError, match="name one"): compare_runs(a, both)
+    assert compare_runs(a, both, selector_b="oracle", n_boot=50).iloc[0].agree == 1

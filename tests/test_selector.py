@@ -4,7 +4,8 @@ import pytest, torch
 from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file, save_file
 from leverplus.core import frozen
-from leverplus.selector import PointerSelector, check_room, check_seqs, gumbel_given_max
+from leverplus.losses import entropy_steps, kl_exact
+from leverplus.selector import PointerSelector, Shared, check_room, check_seqs, gumbel_given_max
 
 D, H = 6, 10
 close = lambda a, b, tol=1e-5: torch.testing.assert_close(a, b, atol=tol, rtol=tol)
@@ -259,6 +260,127 @@ def test_learns_a_rule_that_similarity_gets_wrong():
         m.train()(q, c, None, target(q, c)[:, None]).mean().neg().backward(); opt.step()
     assert before < .35 and hit() > .7
 
+# --- parts by argument -----------------------------------------------------------------------------------------------
+
+BLOCKS = [dict(state="scalar"), dict(state="gru"), dict(scorer="additive"), dict(scorer="bilinear"), dict(scorer="heads"), dict(scorer="and"), dict(cand_layers=2),
+          dict(match="heads", n_match=3), dict(match="and", n_match=2), dict(prior="match", match="heads", n_match=1), dict(diversity="mmr"), dict(diversity="coverage"), dict(diversity="dpp"), dict(stop=True),
+          dict(state="gru", scorer="and", cand_layers=1, match="heads", n_match=2, diversity="coverage", stop=True, max_shots=3)]
+blocks = pytest.mark.parametrize("kw", BLOCKS, ids=lambda kw: ",".join(f"{k}={v}" for k, v in kw.items()))
+
+@blocks
+@pytest.mark.parametrize("prior", [True, False])
+def test_blocks_make_one_policy(kw, prior):
+    m, (q, c, mask) = selector(13, **{"prior": prior, **kw}), pools(13, K=5); stop = None if m.stop else 2
+    enc = m.encode(q, c, mask); seqs, lp, *real = m.enumerate(enc, stop); real = real[0] if real else None
+    close(lp.exp().sum(-1), torch.ones(3)); ok = lp.isfinite()
+    close(m.logp(enc, seqs, real)[ok], lp[ok]); close(m.encode(7*q, .1*c, mask).sim, enc.sim)
+    _, lp_top, *_ = m.beam(enc, stop, lp.shape[1]); close(lp_top, lp.sort(-1, descending=True).values)   # wide enough to lose nothing
+    for distinct in (True, False):
+        drawn, lp_drawn, *mk = m.sample(enc, stop, 6, distinct=distinct, generator=torch.Generator().manual_seed(0)); close(m.logp(enc, drawn, *mk), lp_drawn, 1e-4)
+    perm = torch.tensor([3, 0, 4, 1, 2]); back = perm.argsort(); moved = m.encode(q, c[:, perm], mask[:, perm])      # other names for the candidates
+    close(m.logp(moved, back[seqs] if real is None else back[seqs].masked_fill(~real, 0), real)[ok], lp[ok])
+    wide = m.encode(q, torch.cat([c, torch.full((3, 2, D), 7.)], 1), torch.cat([mask, torch.zeros(3, 2, dtype=torch.bool)], 1)); close(m.logp(wide, seqs, real)[ok], lp[ok])
+    alone = torch.cat([m.logp(m.encode(q[b:b+1], c[b:b+1, :k], mask[b:b+1, :k]), seqs[b:b+1] % k, None if real is None else real[b:b+1]) for b, k in enumerate(mask.sum(-1).tolist())])
+    close(alone[ok], lp[ok])
+
+@blocks
+def test_blocks_start_as_retrieval_and_every_parameter_learns(kw):
+    kw = {"max_shots": 2, **kw}; m, (q, c, mask) = selector(10, stir=False, **{"state": "gate", **kw}), pools(10, B=8, K=6)
+    if not m.stop: close(m(q, c, mask, every(5, 2).expand(8, -1, -1)), selector(10, "none", stir=False)(q, c, mask, every(5, 2).expand(8, -1, -1)))
+    start, opt = frozen(m), torch.optim.Adam(m.train().parameters(), 1e-2); seqs, seq_mask = groups(mask, 5, m.max_shots); seq_mask[:, 1, 1:] = False
+    for step in range(4):
+        opt.zero_grad(); m(q, c, mask, seqs, seq_mask).mean().neg().backward()
+        live = {n for n, p in m.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+        if step == 0 and m.prior is True: assert live <= {"gains", "match_gain", "diversity.weight", "stop.weight", "stop.bias"}, live   # only gains, then everything
+        opt.step()
+    assert live == {n for n, _ in m.named_parameters()}
+    for (n, a), b in zip(m.named_parameters(), start.parameters()): assert (a - b).abs().max() > 1e-4, n
+
+@blocks
+def test_blocks_through_a_checkpoint(kw, tmp_path):
+    m, (q, c, mask) = selector(14, **{"state": "gate", **kw}), pools(14); m.save_pretrained(tmp_path); back = PointerSelector.from_pretrained(tmp_path)
+    assert back.config == m.config and torch.equal(back(q, c, mask, every(4, 2).expand(3, -1, -1)), m(q, c, mask, every(4, 2).expand(3, -1, -1)))
+    names = sorted(n for ns in m.groups().values() for n in ns); assert names == sorted(n for n, _ in m.named_parameters())     # each once
+
+@blocks
+def test_one_pool_shared_pools_and_coarse_to_fine_give_the_same(kw):
+    m = selector(15, **{"state": "gate", **kw}); torch.manual_seed(15); q, vecs = torch.randn(4, D), torch.randn(9, D); S = None if m.stop else 2
+    index = torch.stack([torch.randperm(9)[:6] for _ in range(4)]); mask = torch.ones(4, 6, dtype=torch.bool); mask[0, 4:] = False
+    plain = m.encode(q, vecs[index], mask)
+    def same(a, b):
+        for x, y in zip(m.beam(a, S, 6), m.beam(b, S, 6)): close(x, y, 1e-4)
+        seqs = every(4, 2).expand(4, -1, -1); close(m.logp(a, seqs), m.logp(b, seqs), 1e-4); close(m.step_logp(a, seqs[..., :1]).exp(), m.step_logp(b, seqs[..., :1]).exp(), 1e-4)
+    same(plain, m.encode(q, Shared(vecs, index), mask)); same(plain, m.encode(q, vecs[index], mask, top_m=6)); same(plain, m.encode(q, Shared(vecs, index), mask, top_m=6))
+    m.fold = True; same(plain, m.encode(q, vecs[index], mask)); m.fold = False
+    for own in (torch.ones(4, 9, dtype=torch.bool), torch.arange(9) != torch.arange(4)[:, None]):       # all alike, and each without one
+        one = m.encode(q, vecs, own); same(one, m.encode(q, vecs.expand(4, -1, -1), own)); assert len(one.cands) == 1 or kw.get("cand_layers")
+        a, b = (m.encode(q, x, own, top_m=5) for x in (vecs, vecs.expand(4, -1, -1))); best = torch.nn.functional.cosine_similarity(q[:, None], vecs, dim=-1).masked_fill(~own, -9.).topk(5).indices
+        for x, y in zip(m.beam(a, S, 6), m.beam(b, S, 6)): close(x, y, 1e-4)
+        seqs, lp, *real = m.beam(a, S, 6); close(m.logp(a, seqs, *real), lp, 1e-4); real = real[0] if real else torch.ones_like(seqs, dtype=torch.bool)
+        assert ((seqs[..., None] == best[:, None, None]).any(-1) | ~real).all()
+        two = m.step_logp(a, torch.zeros(4, 1, 0, dtype=torch.long))[:, 0, :9].isfinite(); assert torch.equal(two.nonzero()[:, 1].view(4, 5), best.sort(-1).values)
+
+def test_gradients_agree_between_the_forms():
+    torch.manual_seed(0); vecs, q, index = torch.randn(30, D), torch.randn(4, D), torch.stack([torch.randperm(30)[:9] for _ in range(4)]); seqs = every(4, 2).expand(4, -1, -1)
+    grads = []
+    for fold, pool in ((False, vecs[index]), (True, vecs[index]), (False, Shared(vecs, index))):
+        m = selector(16); m.fold = fold; m(q, pool, None, seqs).square().mean().backward(); grads.append([p.grad for p in m.parameters()])
+    for g in grads[1:]:
+        for a, b in zip(g, grads[0]): close(a, b, 1e-3)
+
+def test_a_stored_sequence_from_outside_is_refused():
+    m, (q, c, mask) = selector(17), pools(17); enc = m.encode(q, c, mask, top_m=2); out = enc.sim.new_tensor(0)
+    full = m.encode(q, c, mask); worst = full.sim.masked_fill(~mask, 9.).argmin(-1)
+    with pytest.raises(ValueError, match=f"query 0, sequence 0: candidate {int(worst[0])} is not among the 2 most similar"): m.logp(enc, worst[:, None, None])
+
+# --- STOP ------------------------------------------------------------------------------------------------------------
+
+@settings(max_examples=8, deadline=None)
+@given(seed=st.integers(0, 10**6), pad=st.integers(0, 2))
+def test_stop_sequences_of_all_lengths_sum_to_one(seed, pad):
+    m, (q, c, mask) = selector(seed, stop=True, max_shots=3), pools(seed, K=4, pad=pad); enc = m.encode(q, c, mask)
+    seqs, lp, real = m.enumerate(enc, None); assert seqs.shape[1] == 4 + 12 + 24
+    close(lp.exp().sum(-1), torch.ones(3)); assert (real.sum(-1) >= 1).all() and (seqs[~real] == 0).all()
+    seqs2, lp2 = m.enumerate(enc, 2); close(lp2.exp().sum(-1), torch.ones(3)); close(m.logp(enc, seqs2, stop=False), lp2)       # barred from stopping
+    by_hand = []
+    for s, n in zip(seqs[0].tolist(), real[0].sum(-1).tolist()):
+        steps = [m.step_logp(enc, torch.tensor(s[:t]).view(1, 1, t).expand(3, -1, -1))[0, 0] for t in range(min(n+1, 3))]
+        by_hand.append(sum(steps[t][s[t]] for t in range(n)) + (steps[n][4] if n < 3 else 0.))
+    close(torch.stack(by_hand), lp[0]); close(m.logp(enc, seqs[:1].expand(3, -1, -1), real[:1].expand(3, -1, -1))[0], lp[0])
+    assert (m.logp(enc, torch.zeros(3, 1, 2, dtype=torch.long), torch.zeros(3, 1, 2, dtype=torch.bool)) == 0).all()             # wholly padding
+
+def test_stop_samples_have_the_policys_lengths():
+    m, (q, c, mask) = selector(18, stop=True, max_shots=3, prior_scale=2., temperature=1.), pools(18, B=1, K=4, pad=0)
+    with torch.no_grad(): m.stop.bias.zero_(); m.stop.weight.zero_()
+    n = 4000; enc = m.encode(q.expand(n, -1), c.expand(n, -1, -1)); g = torch.Generator().manual_seed(0)
+    for distinct in (True, False):
+        real = m.sample(enc, None, 3 if distinct else 1, 1., distinct, g)[2][:, 0].sum(-1)
+        close(torch.bincount(real, minlength=4)[1:] / n, torch.tensor([.5, .25, .25]), .04)
+    with torch.no_grad(): m.stop.bias[:] = torch.tensor([-3., 3.])
+    seqs, real = m.greedy(enc.rows(slice(0, 2)), None); assert real.sum(-1).tolist() == [2, 2] and torch.equal(seqs[:, :2], m.greedy(enc.rows(slice(0, 2)), 2))
+    plain = selector(18)
+    for f in (lambda: plain.greedy(plain.encode(q, c), None), lambda: plain.beam(plain.encode(q, c), None, 1), lambda: plain.logp(plain.encode(q, c), torch.zeros(1, 1, 1, dtype=torch.long), stop=True)):
+        with pytest.raises(ValueError, match="never stops by itself"): f()
+
+def test_exact_kl_and_entropy_count_stop():
+    a, b, (q, c, mask) = selector(19, stop=True, max_shots=3), selector(20, stop=True, max_shots=3), pools(19, K=4)
+    ea, eb = a.encode(q, c, mask), b.encode(q, c, mask); seqs, la, real = a.enumerate(ea, None); lb = b.logp(eb, seqs, real); ok = la.isfinite()
+    want = (la.exp() * (la.masked_fill(~ok, 0.) - lb.masked_fill(~ok, 0.))).sum(-1)
+    close(kl_exact(lambda p: a.step_logp(ea, p), lambda p: b.step_logp(eb, p), mask, 3), want, 1e-4)
+    close(entropy_steps(lambda p: a.step_logp(ea, p), mask, 3).sum(-1), -(la.exp() * la.masked_fill(~ok, 0.)).sum(-1), 1e-4)
+
+# --- sets ------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("stop", [False, True])
+def test_logp_set_is_the_sum_over_orders(stop):
+    m, (q, c, mask) = selector(21, stop=stop), pools(21, K=6); seqs, real = groups(mask, 5, 4, 21); got = m.logp_set(m.encode(q, c, mask), seqs, real)
+    for b, n in itertools.product(range(3), range(5)):
+        k = int(real[b, n].sum()); orders = torch.tensor(list(itertools.permutations(seqs[b, n, :k].tolist())), dtype=torch.long)
+        close(got[b, n], m(q[b:b+1], c[b:b+1], mask[b:b+1], orders[None])[0].logsumexp(-1) if k else torch.tensor(0.))
+    close(m.logp_set(m.encode(q, c, mask), seqs.flip(-1)[:, :1], real.flip(-1)[:, :1]), got[:, :1])                             # any order
+    got.sum().backward(); assert all(p.grad.isfinite().all() for p in m.parameters()) and m.gains.grad.abs().sum() > 0
+    with pytest.raises(ValueError, match="at most 4"): m.logp_set(m.encode(q, c, mask), torch.zeros(3, 1, 5, dtype=torch.long))
+
 # --- checks and errors -----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("seq, what", [([0, 0], "repeated index"), ([4, 0], "padded candidate"), ([5, 0], "outside 0..4"), ([-1, 0], "outside 0..4")])
@@ -279,9 +401,12 @@ def test_impossible_sequences_have_probability_zero_not_nan():
 
 def test_shapes_are_refused_with_a_sentence():
     m, (q, c, mask) = selector(), pools()
-    for f, what in ((lambda: m.encode(q[:, :4], c), "D = 6"), (lambda: m.encode(q, c[0]), r"\[B,K,D\]"), (lambda: m.encode(q, c, mask.float()), "bool"),
-                    (lambda: m.encode(q, c, torch.zeros_like(mask)), "row 0"), (lambda: PointerSelector(4, state="gru"), "'gru'"),
-                    (lambda: PointerSelector(4, temperature=0.), "temperature")):
+    for f, what in ((lambda: m.encode(q[:, :4], c), "D = 6"), (lambda: m.encode(q, c[0, 0]), r"\[B,K,D\]"), (lambda: m.encode(q, c, mask.float()), "bool"),
+                    (lambda: m.encode(q, c, torch.zeros_like(mask)), "row 0"), (lambda: PointerSelector(4, state="lstm"), "'gru'"),
+                    (lambda: PointerSelector(4, temperature=0.), "temperature"), (lambda: PointerSelector(4, scorer="dot"), "'bilinear'"),
+                    (lambda: PointerSelector(4, diversity="x"), "'coverage'"), (lambda: PointerSelector(4, match="x"), "'heads'"), (lambda: PointerSelector(4, prior="match"), "wanted match='heads'"),
+                    (lambda: PointerSelector(4, stop=True, max_shots=1), "max_shots >= 2"), (lambda: m.encode(q, c, mask, top_m=0), "top_m 0"),
+                    (lambda: m.encode(q, Shared(c[0], torch.tensor([[0, 5]]*3))), r"index 0\.\.5 into 5 vecs")):
         with pytest.raises(ValueError, match=what): f()
 
 # --- checkpoints -----------------------------------------------------------------------------------------------------
