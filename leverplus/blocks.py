@@ -28,7 +28,7 @@ def picked(
     "Rows of the picked candidates"
     return c[0][i] if len(c) < len(i) else c.gather(1, i[..., None].expand(*i.shape, c.shape[-1]))
 
-# %% ../nbs/49_blocks.ipynb #4252c173
+# %% ../nbs/49_blocks.ipynb #030fe689
 def near_identity(
     n:int, # width
     noise:float=.01, # standard deviation of what is added to the identity, >= 0
@@ -50,7 +50,7 @@ class CrossAttend(nn.Module):
         self.drop = nn.Dropout(dropout)
 
     def forward(self, q, c, mask, fold=False, before=None):
-        "q [B,n], c [B,K,n] or [1,K,n], mask bool [B,K] -> [B,n]; one pool for all is always folded, and so are candidates [B,K,d] `before` a linear map"
+        "q [B,n], c [B,K,n] or [1,K,n], mask bool [B,K] -> [B,n]; one pool for all is always folded; `before` is for `folded` alone"
         if fold or len(c) < len(q): x = self.folded(q, c, mask, before)
         else: x = self.attn(q[:, None], c, c, key_padding_mask=~mask, need_weights=False)[0][:, 0]
         return self.norm(q + self.drop(x))

@@ -20,11 +20,11 @@ from safetensors.torch import load_file, save_file
 from .core import atomic_path, masked_log_softmax, write_json
 from .blocks import STATES, SCORERS, DIVERSITY, CrossAttend, Heads, SelfAttend, Stop, dots, near_identity, picked, with_stop
 
-# %% ../nbs/50_selector.ipynb #b769ddfe
+# %% ../nbs/50_selector.ipynb #acb23e4c
 @dataclass
 class Shared:
     "Pools with common members: candidate k of query b is `vecs[index[b, k]]`"
-    vecs:torch.Tensor # [U,D] embeddings; rows that no pool uses cost nothing
+    vecs:torch.Tensor # [U,D] embeddings on any device; rows that no pool uses cost nothing
     index:torch.Tensor # int [B,K], 0..U-1; anything in range where `cand_mask` is False
     @property
     def shape(self): return (*self.index.shape, self.vecs.shape[-1])
@@ -61,7 +61,7 @@ class State:
         else: f = lambda x: x.gather(1, parent) if x.ndim == 2 else x.gather(1, parent[..., None].expand(*parent.shape, x.shape[-1]))
         return State(f(self.query), f(self.free), tuple(map(f, self.memory)), None if self.done is None else f(self.done))
 
-# %% ../nbs/50_selector.ipynb #232329b1
+# %% ../nbs/50_selector.ipynb #487d46d1
 def _checked_pool(query, cands, mask, d_in):
     "Mask [B,K] of the candidates, after refusing what cannot be encoded"
     shape, B = list(cands.shape), len(query)
@@ -69,7 +69,8 @@ def _checked_pool(query, cands, mask, d_in):
         raise ValueError(f"query {list(query.shape)} and cands {shape}: wanted [B,D] and [B,K,D], or [K,D] for one pool, with D = {d_in}, "
                          "the d_in of this selector; were they embedded as another kind?")
     if isinstance(cands, Shared) and cands.index.numel() and not 0 <= int(cands.index.min()) <= int(cands.index.max()) < len(cands.vecs):
-        raise ValueError(f"Shared: index {int(cands.index.min())}..{int(cands.index.max())} into {len(cands.vecs)} vecs: wanted 0..{len(cands.vecs)-1}, also where masked")
+        raise ValueError(f"Shared: index {int(cands.index.min())}..{int(cands.index.max())} into {len(cands.vecs)} vecs: "
+                         f"wanted 0..{len(cands.vecs)-1}, also where masked")
     want = (B, shape[-2])
     if mask is None: mask = torch.ones(want, dtype=torch.bool, device=query.device)
     if mask.dtype != torch.bool or tuple(mask.shape) not in (want, want[1:] if len(shape) == 2 else want):
@@ -82,15 +83,15 @@ def _look(x, index):
     "Rows of the distinct demonstrations `x` [1,U,n] at `index` [B,K]; `x` itself where there is no index"
     return x if index is None or x is None else x[0].index_select(0, index.flatten()).unflatten(0, index.shape)
 
-def _units(cands):
+def _units(cands, device):
     "Unit vectors [B,K,D], [1,K,D] or [1,U,D] of a pool in any form, and the index [B,K] that belongs to the last"
     if not isinstance(cands, Shared): return F.normalize(cands if cands.ndim == 3 else cands[None], dim=-1), None
     used, index = cands.index.unique(return_inverse=True)
-    return F.normalize(cands.vecs[used], dim=-1)[None], index
+    return F.normalize(cands.vecs[used.to(cands.vecs.device)].to(device), dim=-1)[None], index.to(device)
 
 def _compare(f, index): return f[:, 0] if index is None else f[:, 0].gather(1, index) # f [B,1,K] or [B,1,U] -> [B,K]
 
-# %% ../nbs/50_selector.ipynb #03740f3a
+# %% ../nbs/50_selector.ipynb #d6847489
 def _choice(what, name, choices):
     if name not in choices: raise ValueError(f"{what} {name!r}: wanted {', '.join(map(repr, choices))}")
     return choices[name]
@@ -105,9 +106,10 @@ class PointerNet(nn.Module):
         update, score = _choice("state", state, STATES), _choice("scorer", scorer, SCORERS)
         match, div = _choice("match", match, dict(none=None, heads=False, **{"and": True})), _choice("diversity", diversity, DIVERSITY)
         if prior not in (True, False, "match"): raise ValueError(f"prior {prior!r}: wanted True, False or 'match'")
-        if prior == "match" and match is None: raise ValueError("prior='match' with match='none': wanted match='heads' or 'and', with n_match=1 for plain cosine at the start")
+        if prior == "match" and match is None:
+            raise ValueError("prior='match' with match='none': wanted match='heads' or 'and'; heads with n_match=1 is the plain cosine at the start")
         if temperature <= 0: raise ValueError(f"temperature {temperature}: wanted > 0")
-        if stop and max_shots < 2: raise ValueError(f"stop=True with max_shots {max_shots}: STOP is offered from the second step on; wanted max_shots >= 2")
+        if stop and max_shots < 2: raise ValueError(f"stop=True, max_shots {max_shots}: STOP is offered from the second step on; wanted max_shots >= 2")
         self.d_in, self.temperature, self.prior, self.prior_scale, self.max_shots = d_in, temperature, prior, prior_scale, max_shots
         self.input_proj = nn.Identity() if d_in == d_hidden else nn.Linear(d_in, d_hidden)
         if d_in != d_hidden: nn.init.orthogonal_(self.input_proj.weight); nn.init.zeros_(self.input_proj.bias)
@@ -133,7 +135,7 @@ class PointerNet(nn.Module):
         mask = _checked_pool(query, cands, cand_mask, self.d_in)
         query = F.normalize(query, dim=-1)
         if top_m is not None and top_m < mask.shape[1]: return self._coarse(query, cands, mask, top_m)
-        x, index = _units(cands); own = index is None and len(x) == len(query); fold = self.fold or not own
+        x, index = _units(cands, query.device); own = index is None and len(x) == len(query); fold = self.fold or not own
         match = None if self.match is None else _compare(self.match(query[:, None], self.match.keys(x)), index)
         feats = None if self.diversity is None else _look(self.diversity.prepare(x), index)
         q = self.drop(self.input_proj(query * self.d_in**.5))
@@ -165,17 +167,18 @@ class PointerNet(nn.Module):
     def _coarse(self, query, cands, mask, M):
         "`encode` of the M most similar candidates of each pool, in the pool's order"
         if M < 1: raise ValueError(f"top_m {M}: wanted 1..K or None")
-        x, index = _units(cands)
+        x, index = _units(cands, query.device)
         sim = torch.einsum("bd,bkd->bk", query, x) if index is None and x.shape[:1] == query.shape[:1] else _compare(dots(query[:, None], x), index)
         top = sim.masked_fill(~mask, -torch.inf).topk(M, -1).indices.sort(-1).values
-        if isinstance(cands, Shared): few = Shared(cands.vecs, cands.index.gather(1, top))
+        if isinstance(cands, Shared): few = Shared(cands.vecs, cands.index.to(top.device).gather(1, top))
         else: few = Shared(cands, top) if cands.ndim == 2 else picked(cands, top)
         return replace(self.encode(query, few, mask.gather(1, top)), index=top, size=mask.shape[1])
 
     def start(self, enc, P=1):
         "State of `P` empty prefixes per query"
         free = enc.mask[:, None].expand(-1, P, -1)
-        return State(enc.query[:, None].expand(-1, P, -1), free, (), None if self.stop is None else torch.zeros(free.shape[:2], dtype=torch.bool, device=free.device))
+        done = None if self.stop is None else torch.zeros(free.shape[:2], dtype=torch.bool, device=free.device)
+        return State(enc.query[:, None].expand(-1, P, -1), free, (), done)
 
     def asking(self, state, t):
         "The state [B,P,H] as step `t` sees it"
@@ -244,7 +247,7 @@ def check_seqs(
                              "its probability is 0; drop or repair it before training")
     return seqs
 
-# %% ../nbs/50_selector.ipynb #95b6dbf4
+# %% ../nbs/50_selector.ipynb #f0823ae3
 def _at(lp, seqs): return lp.gather(-1, seqs[..., None])[..., 0] # lp [...,K] at seqs [...] -> [...]
 
 def _among(enc, seqs, real=None):
@@ -254,8 +257,8 @@ def _among(enc, seqs, real=None):
     there = hit.any(-1).view_as(seqs) if real is None else hit.any(-1).view_as(seqs) | ~real
     if not there.all():
         b, n, t = (~there).nonzero()[0].tolist()
-        raise ValueError(f"query {b}, sequence {n}: candidate {int(seqs[b, n, t])} is not among the {enc.index.shape[1]} most similar (top_m), so its probability "
-                         "is 0; encode without top_m where stored sequences are scored")
+        raise ValueError(f"query {b}, sequence {n}: candidate {int(seqs[b, n, t])} is not among the {enc.index.shape[1]} most similar (top_m), so "
+                         "its probability is 0; encode without top_m where stored sequences are scored")
     return hit.int().argmax(-1).view_as(seqs)
 
 class PointerPolicy(PointerNet):
