@@ -110,7 +110,7 @@ def _set_rng_state(dls, s):
     np.random.set_state((n[0], n[1].cpu().numpy().astype("uint32"), *n[2:]))
     for dl, r in zip(dls.loaders, s["loaders"]): dl.rng.setstate(r)
 
-# %% ../nbs/70_learner.ipynb #df073460
+# %% ../nbs/70_learner.ipynb #58a2f5dd
 def _describe(v, depth=0):
     "Settings as JSON: modules and tensors by fingerprint, functions by name, objects by class and what they hold"
     if v is None or isinstance(v, (bool, int, float, str)): return v
@@ -163,7 +163,7 @@ class Resume(StageCallback):
     def before_epoch(self):
         if self.dirty: self.save()
     def after_fit(self):
-        if not self.ready and self.state is not None: self.restore()
+        if not self.ready and self.state is not None: self.restore(); self.model.eval(); self.learn.training = False
         if self.run_dir is not None and (self.dirty or not (self.state or {}).get("finished")): self.save(finished=True)
 
     def cbs_by_name(self): return {cb.name: cb for cb in self.learn.cbs if isinstance(cb, StageCallback) and cb is not self}

@@ -1,10 +1,11 @@
 "The learner of the real selector: stages, identities of the policy in training, checkpoints"
-import json, warnings
+import json, os, random, signal, subprocess, sys, warnings
 import pytest, torch
-from leverplus.callback_core import Stats
-from leverplus.callback_schedule import Freeze
-from leverplus.callback_track import Best, valid_loss
-from leverplus.learner import load_selector, quiet, selector_learner
+from leverplus.callback_core import StageCallback, Stats
+from leverplus.callback_kl import AdaptiveKL, EntropyFloor, KLToRef
+from leverplus.callback_schedule import Freeze, Phases, TopKCurriculum
+from leverplus.callback_track import Best, missed, regrets, valid_loss
+from leverplus.learner import Resume, load_selector, quiet, selector_learner
 from leverplus.losses import kl_exact, regret
 from leverplus.selector import PointerSelector
 from leverplus.synth import ToySelector, synth_dls
@@ -110,3 +111,134 @@ def test_save_and_load(tmp_path):
     cfg = json.loads((tmp_path/"a"/"config.json").read_text()); (tmp_path/"a"/"config.json").write_text(json.dumps({**cfg, "d_hidden": 8}))
     with pytest.raises((ValueError, RuntimeError), match="query_proj"): load_selector(tmp_path/"a")
     with pytest.raises(FileNotFoundError): load_selector(tmp_path/"nowhere")
+
+# --- the other stages, shots, results -------------------------------------------------------------------------------------
+@pytest.mark.parametrize("stage,kw", [("fit_listwise", {}), ("fit_listwise", dict(tau=(.5, .1), beta=.1)), ("fit_listwise", dict(ref="none", ess=.5)), ("fit_sft", {}),
+                                      ("fit_sft", dict(top=None, temp=.2, least=.1)), ("fit_rce", dict(temp="sharp", weights="rank"))])
+def test_first_stages_reduce_regret(stage, kw):
+    learn = learner(128); v0 = valid_loss(learn)
+    with quiet(learn): getattr(learn, stage)(4, 2e-2, **kw)
+    f = learn.history.frame; assert valid_loss(learn) < v0 and set(f.stage) == {stage.removeprefix("fit_")} and f.same_as_start.iloc[-1] < 1
+    if "tau" in kw: assert f.tau.iloc[0] > .3 > f.tau.iloc[-1] and f.kl.notna().all()
+
+@pytest.mark.parametrize("split", [False, True])
+def test_one_model_for_one_to_four_shots(split):
+    joint = selector_learner(synth_dls(192, 32, 32, K=7, N=12, shots=(1, 2, 3, 4)), d_hidden=16); start = {k: v.clone() for k, v in joint.model.state_dict().items()}
+    each = {s: selector_learner(synth_dls(8, 96, K=7, N=6, shots=(s,)), joint.model) for s in (1, 2, 3, 4)}; v0 = {s: valid_loss(l) for s, l in each.items()}
+    with quiet(joint): joint.fit_rce(6, 2e-2, temp=.3, split_shots=split).fit_grpo(1, 1e-3, split_shots=split)
+    assert all(valid_loss(l) < v0[s] for s, l in each.items()) and not same(start, weights(joint))
+    assert all(joint.model.greedy(joint.model.encode(*l.dls.valid.one_batch()[:3]), s).shape[1] == s for s, l in each.items())
+
+def test_new_parts_of_the_selector_pass_through():
+    learn = learner(scorer="bilinear", state="gru"); assert learn.model.config["scorer"] == "bilinear" and learn.model.config["state"] == "gru"
+    with quiet(learn): learn.fit_rce(1)
+    with pytest.raises(TypeError, match="colour"): learner(colour=3)
+
+def test_show_results_is_what_the_policy_does():
+    learn = learner(); w, state = weights(learn), (torch.get_rng_state(), random.getstate(), learn.dls.valid.rng.getstate())
+    f = learn.show_results(max_n=5); *xb, r, m = learn.dls.valid.one_batch(); lp = learn.model.eval()(*xb)
+    assert len(f) == 5 and list(f) == ["query", "picks", "expected", "best", "likeliest"]
+    assert (f.best - f.expected).tolist() == pytest.approx(regrets(learn)[:5].tolist(), abs=1e-6) and (f.best - f.likeliest).tolist() == pytest.approx(missed(learn)[:5].tolist(), abs=1e-6)
+    assert f.picks.tolist() == learn.model.greedy(learn.model.encode(*xb[:3]), 2)[:5].tolist() and same(w, weights(learn))
+    assert len(learn.show_results(0, max_n=3, shots=1).picks[0]) == 1
+
+# --- going on after a kill ------------------------------------------------------------------------------------------------
+def stages(name): # every callback that remembers something, in the stage where it belongs
+    if name == "rce": return "fit_rce", dict(n_epoch=4, lr=1e-2, cbs=[KLToRef(beta=.05), AdaptiveKL(.001, .01), Phases(dict(few=(range(20), 2), all=(None, 2)))])
+    if name == "grpo": return "fit_grpo", dict(n_epoch=4, lr=5e-3, refresh=3, cbs=[EntropyFloor(.99), TopKCurriculum((3, 4))], best=Best(promote="paired", patience=3))
+    if name == "never": return "fit_grpo", dict(n_epoch=4, lr=5e-3, refresh="never", best=False, strict=False)
+    return "fit_listwise", dict(n_epoch=4, lr=1e-2, best=Best(missed, patience=2))
+
+class Die(StageCallback):
+    "Breaks the fit off in the backward pass of batch `Die.at`, once"
+    order, at = 7, None
+    def after_backward(self):
+        if self.train_iter == Die.at: Die.at = None; raise SystemExit("killed")
+
+def train(name, folder=None, at=None, **more):
+    Die.at = at; learn = learner(48, dropout=.3); stage, kw = stages(name); kw["cbs"] = [*kw.get("cbs", ()), Die()]
+    with quiet(learn), warnings.catch_warnings(): warnings.simplefilter("ignore"); getattr(learn, stage)(**kw | more, resume=folder)
+    return learn
+
+def equal(a, b):
+    "Same weights, optimiser, history and random state"
+    fa, fb = (l.history.frame.drop(columns="seconds") for l in (a, b))
+    assert same(weights(a), weights(b)) and fa.equals(fb) and torch.equal(torch.get_rng_state(), equal.rng)
+    assert [list(map(str, r)) for r in a.recorder.values] == [list(map(str, r)) for r in b.recorder.values] and a.dls.train.rng.getstate() == b.dls.train.rng.getstate()
+    for x, y in zip(*(l.opt.state_dict()["state"] for l in (a, b))): assert x.keys() == y.keys() and all(torch.equal(torch.as_tensor(x[k]), torch.as_tensor(y[k])) for k in x)
+
+@pytest.mark.parametrize("name,at", [("rce", (1, 6)), ("grpo", (4, 7)), ("never", (8,)), ("listwise", (4,))])
+def test_resumed_is_uninterrupted(tmp_path, name, at):
+    whole = train(name, tmp_path/"whole"); equal.rng = torch.get_rng_state(); plain = train(name)
+    assert same(weights(whole), weights(plain))   # writing the state changes nothing
+    for i in at:
+        with pytest.raises(SystemExit): train(name, tmp_path/"run", at=i)
+    equal(whole, train(name, tmp_path/"run"))
+    again = train(name, tmp_path/"run", at=0); equal(whole, again); assert Die.at == 0   # finished: nothing is trained, all is restored
+    assert not again.model.training and sorted(p.name for p in (tmp_path/"run").iterdir() if p.name[0] != ".") == ["history.csv", "settings.json", "state.pt"]
+
+KILL = """
+import os, signal, sys, torch
+sys.path[:0] = [{tests!r}]
+import test_learner as t
+class Kill(t.Die):
+    name = "die"
+    def after_backward(self):
+        if self.train_iter == {at}: os.kill(os.getpid(), signal.SIGKILL)
+t.Die = Kill; torch.set_num_threads({threads}); t.train("rce", {folder!r})
+"""
+def test_kill_minus_nine(tmp_path):
+    at = random.Random(0).randrange(3, 8); code = KILL.format(tests=os.path.dirname(__file__), at=at, threads=torch.get_num_threads(), folder=str(tmp_path/"run"))
+    r = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True); assert r.returncode == -signal.SIGKILL, r.stderr[-2000:]
+    assert (tmp_path/"run"/"state.pt").exists() and not list((tmp_path/"run").glob(".*.tmp"))
+    assert same(weights(train("rce", tmp_path/"run")), weights(train("rce")))
+
+def test_a_state_that_was_cut_short_is_never_the_state(tmp_path):
+    "A kill while the file is written leaves the one before"
+    import leverplus.learner as l
+    def half(state, path): path.write_bytes(b"PK"); raise SystemExit("killed while writing")
+    keep, n = torch.save, []
+    def save(*a, **k): n.append(1); return half(*a) if len(n) == 2 else keep(*a, **k)
+    l.torch.save = save
+    try:
+        with pytest.raises(SystemExit): train("rce", tmp_path/"run")
+    finally: l.torch.save = keep
+    assert same(weights(train("rce", tmp_path/"run")), weights(train("rce")))
+
+@pytest.mark.parametrize("more,said", [(dict(lr=2e-2), "optimiser.lr"), (dict(n_epoch=5, cbs=[Die()]), "n_epoch"), (dict(max_norm=2.), "max_norm"), (dict(temp=.3), "rce.temp"), (dict(cbs=[Die()]), "kl_to_ref")])
+def test_another_run_is_refused(tmp_path, more, said):
+    with pytest.raises(SystemExit): train("rce", tmp_path/"run", at=4)
+    before = (tmp_path/"run"/"state.pt").read_bytes()
+    with pytest.raises(ValueError, match=f"holds a run with other settings(.|\n)*{said}"): train("rce", tmp_path/"run", **more)
+    assert (tmp_path/"run"/"state.pt").read_bytes() == before
+
+def test_other_data_and_weights_are_refused(tmp_path):
+    def go(seed=0, n=32):
+        learn = selector_learner(synth_dls(n, 16, 16), seed=seed, d_hidden=16)
+        with quiet(learn): learn.fit_rce(1, resume=tmp_path/"run")
+    go()
+    with pytest.raises(ValueError, match="seed: 0 there, 1 now(.|\n)*fingerprint of start"): go(seed=1)
+    with pytest.raises(ValueError, match="fingerprint of data"): go(n=33)
+
+def test_resume_leaves_validation_alone(tmp_path):
+    learn = train("rce", tmp_path/"run"); w = {k: torch.zeros_like(v) for k, v in weights(learn).items()}; learn.model.load_state_dict(w)
+    with quiet(learn): learn.validate(cbs=Resume(tmp_path/"run")); learn.get_preds(cbs=Resume(tmp_path/"run"))
+    assert same(w, weights(learn))
+
+def test_two_stages_go_on(tmp_path):
+    def go(die=False):
+        learn = learner(48, dropout=.2)
+        with quiet(learn):
+            learn.fit_rce(2, 1e-2, resume=tmp_path/"rce" if go.folder else None)
+            Die.at = 4 if die else None; learn.fit_grpo(2, 1e-3, cbs=Die(), resume=tmp_path/"grpo" if go.folder else None)
+        return learn
+    go.folder = False; whole = go(); go.folder = True
+    with pytest.raises(SystemExit): go(die=True)
+    again = go(); assert same(weights(whole), weights(again)) and again.history.frame.stage.tolist() == ["rce", "rce", "grpo", "grpo"] and again.history.frame.fit.tolist() == [1, 1, 2, 2]
+
+def test_a_stage_is_watched():
+    learn = learner(64)
+    learn.dls.train_ds.rows = [(*row, torch.zeros_like(r)) for *row, r in learn.dls.train_ds.rows]
+    with quiet(learn), pytest.warns(UserWarning, match="after one epoch: Few groups can teach"): learn.fit_rce(1)
+    with quiet(learn), pytest.raises(ValueError, match="Few groups"): learn.fit_rce(3, watch="raise")
+    with quiet(learn), warnings.catch_warnings(): warnings.simplefilter("error"); learn.fit_rce(1, watch=None, skip_flat=False)
