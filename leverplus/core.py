@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['repo_path', 'stable_hash', 'rng', 'seed_all', 'fingerprint', 'atomic_path', 'write_json', 'read_json', 'masked_mean',
-           'masked_log_softmax', 'masked_softmax', 'spread', 'pad_rows', 'frozen']
+           'masked_log_softmax', 'masked_softmax', 'spread', 'pad_rows', 'frozen', 'gini']
 
 # %% ../nbs/00_core.ipynb #f91ab82d
 import contextlib, hashlib, json, os, random, uuid
@@ -144,3 +144,11 @@ def frozen(
 )->torch.nn.Module: # a copy that shares nothing with it
     "Copy of `model` in eval mode, without gradients"
     return deepcopy(model).eval().requires_grad_(False)
+
+# %% ../nbs/00_core.ipynb #e6c1c149
+def gini(
+    counts, # [n] how often each was picked, >= 0, zeros included; array or tensor
+)->float: # 0 = all equally often .. nearly 1 = always the same few; nan if none was picked
+    "Gini coefficient of counts"
+    x = torch.as_tensor(counts).double().flatten().sort().values; n = len(x)
+    return (((2*torch.arange(1, n+1, device=x.device) - n - 1) * x).sum() / (n * x.sum())).item() if n and x.sum() else float("nan")

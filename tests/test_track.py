@@ -10,7 +10,8 @@ from leverplus.callback_kl import EntropyFloor, KLToRef
 from leverplus.callback_rce import RCE
 from leverplus.callback_schedule import (SCHEDULES, Freeze, NoDropout, Phases, SplitShots, TempSchedule, TopKCurriculum, as_schedule, keep_k,
                                          part_of, phase_rows)
-from leverplus.callback_track import Best, History, RLStats, candidate_ids, gini, greedy_picks, missed, paired_p, regrets, valid_loss
+from leverplus.callback_track import Best, History, RLStats, candidate_ids, greedy_picks, missed, promotion_p, regrets, valid_loss
+from leverplus.core import gini
 from leverplus.losses import advantage, group_mass, live_groups, regret
 from leverplus.synth import ToySelector, quiet, synth_dls, toy_learner
 
@@ -134,8 +135,8 @@ def test_scores_per_query():
 @settings(max_examples=20)
 def test_paired_p(seed):
     g = np.random.default_rng(seed); a, d = g.normal(size=40), g.normal(size=40)
-    assert paired_p(a, a) == 1 and paired_p(a, a - 1) < 1e-3 and paired_p(a, a + 1) == 1 and paired_p(a, a - d, seed=seed) == paired_p(a, a - d, seed=seed)
-    z = d.mean() / (d.std() / 40**.5); p = .5 * math.erfc(z / 2**.5); assert abs(paired_p(a, a - d) - p) < .06
+    assert promotion_p(a, a) == 1 and promotion_p(a, a - 1) < 1e-3 and promotion_p(a, a + 1) == 1 and promotion_p(a, a - d, seed=seed) == promotion_p(a, a - d, seed=seed)
+    z = d.mean() / (d.std() / 40**.5); p = .5 * math.erfc(z / 2**.5); assert abs(promotion_p(a, a - d) - p) < .06
 
 def test_paired_promotion_needs_more_than_luck():
     values = iter([torch.zeros(20), torch.tensor([-1., .99]).repeat(10), -torch.ones(20), -torch.ones(20) - .001*torch.tensor([5., -4.]).repeat(10)])
