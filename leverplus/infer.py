@@ -382,7 +382,7 @@ def pick(
     else: p = pick_mmr(pool, store, S, kind) if how == "mmr" else pick_similar(pool, store, S, how.removeprefix("similar_"))
     return p[["question_id", "pointer"]].assign(rank=0, logp=math.nan)
 
-# %% ../nbs/80_infer.ipynb #7c14b183
+# %% ../nbs/80_infer.ipynb #e0493ccc
 def _rowed(p, facts): return pd.concat([p.reset_index(drop=True), facts.drop(columns=["question_id", "pointer"]).reset_index(drop=True)], axis=1)
 
 class _Inference:
@@ -444,14 +444,15 @@ def predict(
     progress:bool=True, # show bars?
 )->Run: # with predictions.json (official format) and predictions.parquet (a row per question), candidates.parquet if there were several
     "Predict a split: pick, ask, choose, write; ValueError names questions without an answer, which the next run asks again"
-    several, label = isinstance(S, (tuple, list)), name or "+".join([how, *([by if isinstance(by, str) else by.__name__] if by else []), *(["adaptive"] if isinstance(S, (tuple, list)) else [])])
-    sure = several or "confidence" in (by, weight) or callable(by); picking = dict(how=how, model=model, store=store, width=width, temperature=temperature, fixed=fixed, kind=kind, seed=seed, other_pool=other_pool)
+    several, rule = isinstance(S, (tuple, list)), by if by is None or isinstance(by, str) else by.__name__
+    label = name or "+".join([how, *filter(None, [rule]), *["adaptive"]*several]); sure = several or "confidence" in (by, weight) or callable(by)
+    picking = dict(how=how, model=model, store=store, width=width, temperature=temperature, fixed=fixed, kind=kind, seed=seed, other_pool=other_pool)
     if how in ("beam", "samples") and by is None: by = "logp"
     if model is not None: check_pool(model, pool, other_pool) # before anything is written
     if how not in PICKERS: raise ValueError(f"how={how!r}: choose one of {', '.join(PICKERS)}")
     asked = dict(style=style, mode=mode, weight=target_weight)
-    settings = dict(split=split, how=how, shots=S, name=label, by=by if by is None or isinstance(by, str) else by.__name__, weight=weight, threshold=threshold, width=width,
-                    temperature=temperature, fixed=fixed, kind=kind, other_pool=other_pool, **{f"ask_{k}": v for k, v in asked.items()})
+    settings = dict(split=split, how=how, shots=S, name=label, by=rule, weight=weight, threshold=threshold, width=width, temperature=temperature, fixed=fixed,
+                    kind=kind, other_pool=other_pool, **{f"ask_{k}": v for k, v in asked.items()})
     run = Run.create(path, settings, seed, _prints(pool, items, scorer, store, model, asked), overwrite=overwrite)
     step = _Inference(run, pool, items, scorer, FactCache(run.path/"facts") if cache is None else cache, dict(asked, window=window, progress=progress), by, weight, sure, picking)
     rows = _adaptive(step, sorted(S), threshold) if several else step(S)
