@@ -6,12 +6,12 @@
 __all__ = ['TABLE', 'BASELINES', 'pick_baselines', 'check_facts', 'fixed_pairs', 'best_fixed', 'pick_oracle', 'oracle_note',
            'unasked', 'score_picks', 'failures', 'majority_vote', 'Interval', 'boot_means', 'bootstrap_mean',
            'paired_bootstrap', 'mde', 'plan_power', 'plan_mde', 'verdict', 'detectable', 'differs', 'Signs', 'mcnemar',
-           'paired_p', 'holm', 'gap_closed', 'changed', 'agreement', 'gini', 'behaviour', 'score_matrix',
-           'result_table', 'shots_table', 'gap_table', 'paired_table', 'over_shots', 'paired_tests', 'seed_matrix',
-           'compare_seeds', 'subsets', 'save_subsets', 'load_subsets', 'size_table', 'mode_table', 'type_table', 'look',
-           'table_text', 'expected_best', 'compare_runs', 'plot_results']
+           'paired_p', 'holm', 'gap_closed', 'changed', 'agreement', 'behaviour', 'score_matrix', 'result_table',
+           'shots_table', 'gap_table', 'paired_table', 'over_shots', 'paired_tests', 'seed_matrix', 'compare_seeds',
+           'subsets', 'save_subsets', 'load_subsets', 'size_table', 'mode_table', 'type_table', 'look', 'table_text',
+           'expected_best', 'compare_runs', 'plot_results']
 
-# %% ../nbs/81_evaluate.ipynb #b4d508cb
+# %% ../nbs/81_evaluate.ipynb #291d6c92
 import math
 from collections import Counter
 from datetime import datetime, timezone
@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import NamedTuple
 import numpy as np, pandas as pd
-from .core import fingerprint, read_json, rng, write_json
+from .core import fingerprint, gini, read_json, rng, write_json
 from .runs import Run, settings_diff
 from .vqa import normalise, vqa_accuracies
 from .infer import PICKS, as_pointer, pick_fixed, pick_mmr, pick_model, pick_random, pick_similar, pick_zero, picks_frame
@@ -370,7 +370,7 @@ def changed(
     other = (both.vqa_pred_answer_x != both.vqa_pred_answer_y).astype(float)
     return float(other.groupby(both.question_id).mean().mean())
 
-# %% ../nbs/81_evaluate.ipynb #a2c1c06a
+# %% ../nbs/81_evaluate.ipynb #ebbde58c
 def agreement(
     scored:pd.DataFrame, # picks or scored picks
     a:str, b:str, # two selectors
@@ -382,13 +382,6 @@ def agreement(
     key = tuple if order else frozenset
     same = pd.Series([key(x) == key(y) for x, y in zip(both.pointer_x, both.pointer_y)], dtype=float)
     return float(same.groupby(both.question_id).mean().mean()) if len(both) else math.nan
-
-def gini(
-    counts, # how often each demonstration was picked, zeros included
-)->float: # 0 = all equally often, near 1 = always the same few; NaN if none was picked
-    "Gini coefficient"
-    x = np.sort(np.asarray(counts, dtype=float)); n = len(x)
-    return float(((2*np.arange(1, n + 1) - n - 1)*x).sum() / (n*x.sum())) if n and x.sum() else math.nan
 
 def behaviour(
     scored:pd.DataFrame, # from `score_picks`

@@ -73,7 +73,7 @@ def selector_learner(
     learn.seed = seed
     return learn
 
-# %% ../nbs/70_learner.ipynb #ae47f3b0
+# %% ../nbs/70_learner.ipynb #df93d8fd
 class _Skip: "Stands for what cannot be kept"
 
 def _pack(v):
@@ -88,7 +88,7 @@ def _pack(v):
     return {"_state": _pack(v.state_dict())} if isinstance(v, nn.Module) else _Skip
 
 def _memory(cb): # what a callback remembers
-    leave = {"learn", "buf", "run", "run_train", "run_valid", *vars(type(cb)).get("transient", ())}
+    leave = {"learn", "buf", "run", "run_train", "run_valid", *getattr(type(cb), "transient", ())}
     packed = {k: _pack(v) for k, v in vars(cb).items() if k not in leave}
     return {k: v for k, v in packed.items() if v is not _Skip}
 

@@ -332,11 +332,6 @@ def test_all_baselines_are_there_and_the_oracle_says_what_it_is():
     part = DATA.drop(index=DATA[(DATA.question_id == 3) & (DATA.pointer.map(len) == 2)].index[0]); s = score_picks(pd.concat([PICKS[PICKS.selector != "oracle"], pick_oracle(part, 2, POOL)]), part)
     assert "exact for 11 of 12" in table_text(result_table(s, n_boot=50)) and "exact: every" in table_text(result_table(score_picks(PICKS, DATA), n_boot=50)) and oracle_note(pick_zero(POOL)) == {}
 
-@given(st.lists(st.integers(0, 9), min_size=1, max_size=12))
-def test_gini_is_the_mean_difference(x):
-    if not sum(x): assert math.isnan(gini(x)); return
-    n = len(x); assert gini(x) == pytest.approx(sum(abs(a - b) for a in x for b in x)/(2*n*sum(x)))
-
 def test_behaviour_and_agreement_are_brute_force():
     s = score_picks(PICKS, DATA); b = behaviour(s, ITEMS, POOL).set_index("selector"); every = {d for c in POOL.ids.values() for d in c}
     for sel, g in s[s.shots == 2].groupby("selector"):

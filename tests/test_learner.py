@@ -123,8 +123,8 @@ def test_first_stages_reduce_regret(stage, kw):
 
 @pytest.mark.parametrize("split", [False, True])
 def test_one_model_for_one_to_four_shots(split):
-    joint = selector_learner(synth_dls(160, 32, 32, K=6, N=10, shots=(1, 2, 3, 4)), d_hidden=16); start = {k: v.clone() for k, v in joint.model.state_dict().items()}
-    each = {s: selector_learner(synth_dls(8, 96, K=6, N=5, shots=(s,)), joint.model) for s in (1, 2, 3, 4)}; v0 = {s: valid_loss(l) for s, l in each.items()}
+    joint = selector_learner(synth_dls(160, 32, 32, K=7, N=12, shots=(1, 2, 3, 4)), d_hidden=16, prior=False); start = {k: v.clone() for k, v in joint.model.state_dict().items()}
+    each = {s: selector_learner(synth_dls(8, 128, K=7, N=6, shots=(s,)), joint.model) for s in (1, 2, 3, 4)}; v0 = {s: valid_loss(l) for s, l in each.items()}
     with quiet(joint): joint.fit_rce(5, 2e-2, temp=.3, split_shots=split).fit_grpo(1, 1e-3, split_shots=split)
     assert all(valid_loss(l) < v0[s] for s, l in each.items()) and not same(start, weights(joint))
     assert all(joint.model.greedy(joint.model.encode(*l.dls.valid.one_batch()[:3]), s).shape[1] == s for s, l in each.items())
