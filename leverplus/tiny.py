@@ -255,7 +255,7 @@ def in_context_accuracy(
     lessons = [item_lesson(g, *episode(g, n_demos, ISLANDS[1:], (ask,), p_help), style=style) for _ in range(n)]
     return round(float(teach(lvlm, lessons, g, bank)[1].double().mean()), 4)
 
-# %% ../nbs/22_tiny.ipynb #12d05cc5
+# %% ../nbs/22_tiny.ipynb #19b0c491
 def _clip_texts(g):
     "A text per scene and which scenes it fits: [64] str, bool [64, 64]"
     scenes = [Scene(i, s, c) for i in ISLANDS for s in SHAPES for c in COLOURS]
@@ -291,12 +291,13 @@ def tiny_clip(
 
 def train_clip(
     model, tok, image_processor, # of `tiny_clip`; the model is trained in place
-    steps:int=1000, # batches of 64 scenes
+    steps:int=2000, # batches of 64 scenes
+    per:int=300, # images per scene to draw them from; with 40 it learns them by heart
     lr:float=1e-3, # peak, of AdamW under a one-cycle schedule
     seed:int=0, # decides batches
 )->pd.DataFrame: # log: step, loss above the best possible
     "Train the tiny CLIP"
-    bank, g, log = image_bank(image_processor, per=40, seed=seed + 1), rng("clip", seed), []
+    bank, g, log = image_bank(image_processor, per=per, seed=seed + 1), rng("clip", seed), []
     opt = torch.optim.AdamW(model.train().parameters(), lr=lr, weight_decay=.01)
     sched = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps)
     for k in range(steps):
