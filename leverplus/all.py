@@ -24,6 +24,7 @@ from leverplus.rldata_merge import *
 from leverplus.rldata_scale import *
 from leverplus.rldata_json import *
 from leverplus.dls import *
+from leverplus.warmup import *
 from leverplus.blocks import *
 from leverplus.selector import *
 from leverplus.losses import *

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SelectorLearner', 'selector_learner', 'Resume', 'load_selector']
 
-# %% ../nbs/70_learner.ipynb #a67060ba
+# %% ../nbs/70_learner.ipynb #7d6db5fe
 import random, warnings
 from pathlib import Path
 import numpy as np, pandas as pd, torch
@@ -20,6 +20,7 @@ from fastai.callback.training import GradientClip
 from .core import atomic_path, fingerprint, frozen, seed_all
 from .runs import Run
 from .synth import quiet
+from .warmup import warmup_dls
 from .selector import PointerSelector
 from .losses import regret
 from .callback_core import SkipFlat, StageCallback, Stats
@@ -196,7 +197,7 @@ class Resume(StageCallback):
         if "scaler" in s: self.learn.mixed_precision.scaler.load_state_dict(s["scaler"])
         _set_rng_state(self.dls, s["rng"])
 
-# %% ../nbs/70_learner.ipynb #87c8e954
+# %% ../nbs/70_learner.ipynb #241f01ea
 @patch
 def fit_stage(self:Learner,
     n_epoch:int, # epochs, >= 0; 0 says so and changes nothing
@@ -256,6 +257,26 @@ def fit_listwise(self:Learner,
     f = None if tau is None else as_schedule(tau)
     move = [] if f is None else [TempSchedule("listwise", tau=f)]
     return self.fit_stage(n_epoch, lr, [Listwise(ref, None if f is None else float(f(0.)), ess, limits, over), *move, *_kl(beta, "start"), *L(cbs)], **kw)
+
+@patch
+def fit_warmup(self:Learner,
+    items, # training items: frame with `question_id, image_id, answer`; no validation query among them
+    store, # their embeddings
+    n_epoch:int=15, # epochs of about `steps` batches
+    lr:float=1e-2, # peak learning rate
+    tau=.1, # temperature of the target, in shares of the answer's words
+    cbs=(), # more callbacks of this stage
+    K:int|None=None, # pool size; None = that of the training groups
+    shots=None, # shot counts of the drawn sequences; None = those of the training groups
+    n:int=256, bs:int=64, steps:int=100, seed:int|None=None, # see `warmup_dls`; seed None = the Learner's
+    **kw, # `max_norm, skip_flat, best, watch, resume` of `fit_stage`
+)->Learner:
+    "Stage without the LVLM: fresh pools of training items, rewarded by the words of the answer that the picks contain; see `41_warmup`"
+    own, ds = self.dls, self.dls.train_ds
+    if shots is None: shots = sorted(set((ds.seqs >= 0).sum(-1).tolist()))
+    self.dls = warmup_dls(own, items, store, K or ds.cands.shape[1], shots, n, bs, steps, getattr(self, "seed", 0) if seed is None else seed)
+    try: return self.fit_listwise(n_epoch, lr, "none", tau, cbs=cbs, **kw)
+    finally: self.dls = own
 
 @patch
 def fit_sft(self:Learner,

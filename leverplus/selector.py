@@ -7,7 +7,7 @@ __all__ = ['Shared', 'Encoded', 'State', 'PointerNet', 'check_seqs', 'PointerPol
            'beam_search', 'gumbel_given_max', 'sample_distinct', 'sample_plain', 'load_strict', 'PointerSelector',
            'plot_steps']
 
-# %% ../nbs/50_selector.ipynb #26340e05
+# %% ../nbs/50_selector.ipynb #1db16602
 import inspect, json, math
 from dataclasses import dataclass, fields, replace
 from itertools import permutations
@@ -18,9 +18,9 @@ from torch.nn import functional as F
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
 from safetensors.torch import load_file, save_file
 from .core import atomic_path, masked_log_softmax, write_json
-from .blocks import STATES, SCORERS, DIVERSITY, CrossAttend, Heads, SelfAttend, Stop, dots, near_identity, picked, with_stop
+from .blocks import STATES, SCORERS, MATCHES, DIVERSITY, CrossAttend, Heads, MatchNet, SelfAttend, Stop, dots, near_identity, picked, with_stop
 
-# %% ../nbs/50_selector.ipynb #acb23e4c
+# %% ../nbs/50_selector.ipynb #d02861c4
 @dataclass
 class Shared:
     "Pools with common members: candidate k of query b is `vecs[index[b, k]]`"
@@ -38,7 +38,9 @@ class Encoded:
     mask:torch.Tensor # bool [B,K], True = a real candidate
     keys:torch.Tensor # [B,K,m] what the scorer compares with
     feats:torch.Tensor|None=None # [B,K,n] what the diversity term compares
-    match:torch.Tensor|None=None # [B,K] attribute-wise match of the raw embeddings
+    match:torch.Tensor|None=None # [B,K] attribute-wise match of the raw embeddings; [B,K,n] what `MatchNet` knows before the first pick
+    traits:torch.Tensor|None=None # [B,K,n] what it remembers of a pick
+    views:torch.Tensor|None=None # [B,K,n] what it compares with picks
     index:torch.Tensor|None=None # int [B,K] places in the pool, if `top_m` left candidates out
     size:int|None=None # the pool's own K in that case
 
@@ -52,7 +54,7 @@ class State:
     "Where `P` prefixes per query stand"
     query:torch.Tensor # [B,P,H] unit norm
     free:torch.Tensor # bool [B,P,K], True = may be picked
-    memory:tuple=() # of the diversity term: tensors [B,P,...]; empty before the first pick
+    memory:tuple=() # of `MatchNet`, then of the diversity term: tensors [B,P,...]; empty before the first pick
     done:torch.Tensor|None=None # bool [B,P], True = has stopped; None where that is not offered
 
     def at(self, parent:torch.Tensor):
@@ -91,7 +93,7 @@ def _units(cands, device):
 
 def _compare(f, index): return f[:, 0] if index is None else f[:, 0].gather(1, index) # f [B,1,K] or [B,1,U] -> [B,K]
 
-# %% ../nbs/50_selector.ipynb #d6847489
+# %% ../nbs/50_selector.ipynb #035503f5
 def _choice(what, name, choices):
     if name not in choices: raise ValueError(f"{what} {name!r}: wanted {', '.join(map(repr, choices))}")
     return choices[name]
@@ -104,10 +106,10 @@ class PointerNet(nn.Module):
                  diversity_weight=0., stop=False):
         super().__init__()
         update, score = _choice("state", state, STATES), _choice("scorer", scorer, SCORERS)
-        match, div = _choice("match", match, dict(none=None, heads=False, **{"and": True})), _choice("diversity", diversity, DIVERSITY)
+        match, div = _choice("match", match, MATCHES), _choice("diversity", diversity, DIVERSITY)
         if prior not in (True, False, "match"): raise ValueError(f"prior {prior!r}: wanted True, False or 'match'")
-        if prior == "match" and match is None:
-            raise ValueError("prior='match' with match='none': wanted match='heads' or 'and'; heads with n_match=1 is the plain cosine at the start")
+        if prior == "match" and match in (None, MatchNet):
+            raise ValueError("prior='match' wanted match='heads' or 'and', which start as a similarity; heads with n_match=1 is the plain cosine at the start")
         if temperature <= 0: raise ValueError(f"temperature {temperature}: wanted > 0")
         if stop and max_shots < 2: raise ValueError(f"stop=True, max_shots {max_shots}: STOP is offered from the second step on; wanted max_shots >= 2")
         self.d_in, self.temperature, self.prior, self.prior_scale, self.max_shots = d_in, temperature, prior, prior_scale, max_shots
@@ -120,8 +122,8 @@ class PointerNet(nn.Module):
         self.gains = nn.Parameter(torch.tensor([float(prior is True), 0.])) if prior else None # alpha of the prior, gamma of the pointer
         self.scorer = score(d_hidden)
         self.mixers = nn.ModuleList(SelfAttend(d_hidden, n_heads, dropout) for _ in range(cand_layers))
-        self.match = None if match is None else Heads(d_in, n_match, match)
-        self.match_gain = None if match is None else nn.Parameter(torch.tensor(float(prior is not True))) # mu
+        self.match = match and match(d_in, n_match)
+        self.match_gain = None if match in (None, MatchNet) else nn.Parameter(torch.tensor(float(prior is not True))) # mu
         self.diversity = div and div(d_in, d_hidden, diversity_weight)
         self.stop = Stop(d_hidden, max_shots) if stop else None
 
@@ -136,7 +138,7 @@ class PointerNet(nn.Module):
         query = F.normalize(query, dim=-1)
         if top_m is not None and top_m < mask.shape[1]: return self._coarse(query, cands, mask, top_m)
         x, index = _units(cands, query.device); own = index is None and len(x) == len(query); fold = self.fold or not own
-        match = None if self.match is None else _compare(self.match(query[:, None], self.match.keys(x)), index)
+        match = self._matched(query, x, index)
         feats = None if self.diversity is None else _look(self.diversity.prepare(x), index)
         q = self.drop(self.input_proj(query * self.d_in**.5))
         if fold and self._linear(x): # two linear maps in a row are one
@@ -151,7 +153,15 @@ class PointerNet(nn.Module):
         for layer in self.layers: q = layer(q, pool, mask, fold, before)
         q, hat = F.normalize(self.query_proj(q), dim=-1), F.normalize(self.cand_proj(c) if hat is None else hat, dim=-1)
         keys = self.scorer.keys(hat); same = keys is hat; hat = _look(hat, index)
-        return Encoded(q, hat, sim, mask, hat if same else _look(keys, index), feats, match)
+        return Encoded(q, hat, sim, mask, hat if same else _look(keys, index), feats, *match)
+
+    def _matched(self, query, x, index):
+        "`match, traits, views` of `Encoded`"
+        if self.match is None: return None, None, None
+        keys = self.match.keys(x)
+        if isinstance(self.match, Heads): return _compare(self.match(query[:, None], keys), index), None, None
+        views = _look(keys, index).expand(len(query), -1, -1)
+        return *self.match.read(query, views), views
 
     def _linear(self, x):
         "Is nothing between the raw candidates and their last projection but linear maps, and is it worth multiplying those first?"
@@ -180,6 +190,9 @@ class PointerNet(nn.Module):
         done = None if self.stop is None else torch.zeros(free.shape[:2], dtype=torch.bool, device=free.device)
         return State(enc.query[:, None].expand(-1, P, -1), free, (), done)
 
+    @property
+    def n_seen(self): return 2 * isinstance(self.match, MatchNet) # how much of a state's memory is the match's
+
     def asking(self, state, t):
         "The state [B,P,H] as step `t` sees it"
         return state.query if self.step_emb is None else F.normalize(state.query + self.step_emb[t], dim=-1)
@@ -189,8 +202,10 @@ class PointerNet(nn.Module):
         out, f = {}, self.scorer(self.asking(state, t), enc.keys) / self.temperature
         if self.prior: out["prior"] = self.gains[0] * self.prior_scale * enc.sim[:, None]
         out["pointer"] = self.gains[1] * f if self.prior else f
-        if self.match is not None: out["match"] = self.match_gain * self.prior_scale * enc.match[:, None]
-        if state.memory: out["diversity"] = self.diversity(state.memory, enc.feats, enc.query)
+        seen, kept = state.memory[:self.n_seen], state.memory[self.n_seen:]
+        if self.match_gain is not None: out["match"] = self.match_gain * self.prior_scale * enc.match[:, None]
+        elif self.match is not None: out["match"] = self.match(seen, enc.match)
+        if kept: out["diversity"] = self.diversity(kept, enc.feats, enc.query)
         return out
 
     def parts(self, enc, state, t):
@@ -218,8 +233,10 @@ class PointerNet(nn.Module):
         i = pick[..., None]
         gone = torch.zeros_like(i, dtype=torch.bool) if real is None else ~real[..., None] & state.free.gather(-1, i)
         q = state.query if self.update is None else self.update(state.query, picked(enc.cands, pick))
-        memory = () if self.diversity is None else self.diversity.update(state.memory, enc.feats, pick)
-        return State(q, state.free.scatter(-1, i, gone), memory, done)
+        seen, kept = state.memory[:self.n_seen], state.memory[self.n_seen:]
+        if self.n_seen: seen = self.match.update(seen, enc.views, enc.traits, pick)
+        if self.diversity is not None: kept = self.diversity.update(kept, enc.feats, pick)
+        return State(q, state.free.scatter(-1, i, gone), (*seen, *kept), done)
 
 # %% ../nbs/50_selector.ipynb #973bb209
 def check_seqs(
@@ -247,7 +264,7 @@ def check_seqs(
                              "its probability is 0; drop or repair it before training")
     return seqs
 
-# %% ../nbs/50_selector.ipynb #f0823ae3
+# %% ../nbs/50_selector.ipynb #8e217190
 def _at(lp, seqs): return lp.gather(-1, seqs[..., None])[..., 0] # lp [...,K] at seqs [...] -> [...]
 
 def _among(enc, seqs, real=None):
@@ -285,10 +302,28 @@ class PointerPolicy(PointerNet):
     )->torch.Tensor: # [B,N,S,K] log-probabilities at every step of every sequence, -inf for who is picked already or padding
         "Distributions along all sequences, in one teacher-forced pass; with `top_m`, over the candidates it kept"
         S = seqs.shape[-1]; self._check_shots(S)
+        if self._alike(enc, seqs, seq_mask): return self._tree_logps(enc, seqs, stop)
         st, out, seqs, T = self.start(enc, seqs.shape[1]), [], _among(enc, seqs, seq_mask), S + (self.stops(stop) and S < self.max_shots)
         for t in range(T):
             out.append(self.point(enc, st, t, stop=stop))
             if t < T-1: st = self.take(enc, st, seqs[..., t], None if seq_mask is None else seq_mask[..., t])
+        return torch.stack(out, 2)
+
+    def _alike(self, enc, seqs, seq_mask):
+        "Are these more sequences than candidates, the same for every query and of one length? Then they share beginnings"
+        _, N, S = seqs.shape
+        return S > 1 and N > enc.mask.shape[1] and enc.index is None and (seq_mask is None or bool(seq_mask.all())) and bool((seqs == seqs[:1]).all())
+
+    def _tree_logps(self, enc, seqs, stop):
+        "`step_logps` of sequences that all queries share: every distinct beginning is computed once"
+        _, N, S = seqs.shape; T = S + (self.stops(stop) and S < self.max_shots)
+        st, out, at, row = self.start(enc), [], torch.zeros(N, dtype=torch.long, device=seqs.device), torch.arange(N, device=seqs.device)
+        for t in range(T):
+            out.append(self.point(enc, st, t, stop=stop)[:, at]) # `at`: which beginning every sequence has
+            if t == T-1: break
+            now, at = at, torch.stack([at, seqs[0, :, t]], -1).unique(dim=0, return_inverse=True)[1]
+            one = row.new_full((int(at.max())+1,), N).scatter_reduce(0, at, row, "amin") # a sequence of each
+            st = self.take(enc, st.at(now[one]), seqs[:, one, t])
         return torch.stack(out, 2)
 
     def logp(self,
@@ -481,7 +516,7 @@ def _checked_config(cls, config, where):
     if any(wrong.values()): raise ValueError(f"{where}: not the settings of {name}: " + "; ".join(f"{w}: {', '.join(k)}" for w, k in wrong.items() if k))
     return config, info
 
-# %% ../nbs/50_selector.ipynb #738892f3
+# %% ../nbs/50_selector.ipynb #093e84e0
 class PointerSelector(PointerPolicy, PyTorchModelHubMixin, library_name="leverplus"):
     "Policy over ordered sequences of demonstrations: encode once, then `logp`, `greedy`, `beam`, `sample` or `enumerate`"
     def __init__(self,
@@ -497,7 +532,7 @@ class PointerSelector(PointerPolicy, PyTorchModelHubMixin, library_name="leverpl
         max_shots:int=4, # the longest sequence, S <= max_shots
         scorer:str="cosine", # state against candidate: cosine | additive | bilinear | heads | and
         cand_layers:int=0, # rounds of self-attention among the candidates, >= 0
-        match:str="none", # attribute-wise match of the raw embeddings, beside the prior: none | heads (a sum) | and
+        match:str="none", # attribute-wise match of the raw embeddings, beside the prior: none | heads (a sum) | and | net (a network that also sees the picks)
         n_match:int=8, # attributes of `match`, 1..D
         diversity:str="none", # what a pick takes from the others: none | mmr | coverage | dpp
         diversity_weight:float=0., # where its learned weight starts; 0 keeps the untrained policy as it is

@@ -264,6 +264,7 @@ def test_learns_a_rule_that_similarity_gets_wrong():
 
 BLOCKS = [dict(state="scalar"), dict(state="gru"), dict(scorer="additive"), dict(scorer="bilinear"), dict(scorer="heads"), dict(scorer="and"), dict(cand_layers=2),
           dict(match="heads", n_match=3), dict(match="and", n_match=2), dict(prior="match", match="heads", n_match=1), dict(diversity="mmr"), dict(diversity="coverage"), dict(diversity="dpp"), dict(stop=True),
+          dict(match="net", n_match=3), dict(state="none", match="net", n_match=2, diversity="dpp", stop=True, max_shots=3),
           dict(state="gru", scorer="and", cand_layers=1, match="heads", n_match=2, diversity="coverage", stop=True, max_shots=3)]
 blocks = pytest.mark.parametrize("kw", BLOCKS, ids=lambda kw: ",".join(f"{k}={v}" for k, v in kw.items()))
 
@@ -291,7 +292,7 @@ def test_blocks_start_as_retrieval_and_every_parameter_learns(kw):
     for step in range(4):
         opt.zero_grad(); m(q, c, mask, seqs, seq_mask).mean().neg().backward()
         live = {n for n, p in m.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
-        if step == 0 and m.prior is True: assert live <= {"gains", "match_gain", "diversity.weight", "stop.weight", "stop.bias"}, live   # only gains, then everything
+        if step == 0 and m.prior is True: assert live <= {"gains", "match_gain", "diversity.weight", "stop.weight", "stop.bias", "match.out.weight"}, live   # only gains, then everything
         opt.step()
     assert live == {n for n, _ in m.named_parameters()}
     for (n, a), b in zip(m.named_parameters(), start.parameters()): assert (a - b).abs().max() > 1e-4, n
@@ -319,6 +320,13 @@ def test_one_pool_shared_pools_and_coarse_to_fine_give_the_same(kw):
         seqs, lp, *real = m.beam(a, S, 6); close(m.logp(a, seqs, *real), lp, 1e-4); real = real[0] if real else torch.ones_like(seqs, dtype=torch.bool)
         assert ((seqs[..., None] == best[:, None, None]).any(-1) | ~real).all()
         two = m.step_logp(a, torch.zeros(4, 1, 0, dtype=torch.long))[:, 0, :9].isfinite(); assert torch.equal(two.nonzero()[:, 1].view(4, 5), best.sort(-1).values)
+
+@blocks
+def test_shared_beginnings_change_nothing(kw):
+    m, (q, c, mask) = selector(17, **{"state": "gate", **kw}), pools(17, pad=0); seqs = every(c.shape[1], 2).expand(3, -1, -1)
+    assert m._alike(enc := m.encode(q, c, mask), seqs, None); one = m.step_logps(enc, seqs); few = m.step_logps(enc, torch.cat([seqs, seqs.flip(0)[:, :1].flip(-1)], 1))
+    mixed = seqs.clone(); mixed[0] = mixed[0].flip(0); assert not m._alike(enc, mixed, None); plain = m.step_logps(enc, mixed)
+    close(one[1:].exp(), plain[1:].exp()); close(one[0].exp(), plain[0].flip(0).exp()); close(few[:, :-1].exp(), one.exp())
 
 def test_gradients_agree_between_the_forms():
     torch.manual_seed(0); vecs, q, index = torch.randn(30, D), torch.randn(4, D), torch.stack([torch.randperm(30)[:9] for _ in range(4)]); seqs = every(4, 2).expand(4, -1, -1)
