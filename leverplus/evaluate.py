@@ -8,8 +8,8 @@ __all__ = ['TABLE', 'BASELINES', 'pick_baselines', 'check_facts', 'fixed_pairs',
            'paired_bootstrap', 'mde', 'plan_power', 'plan_mde', 'verdict', 'detectable', 'differs', 'Signs', 'mcnemar',
            'paired_p', 'holm', 'gap_closed', 'changed', 'agreement', 'behaviour', 'score_matrix', 'result_table',
            'shots_table', 'gap_table', 'paired_table', 'over_shots', 'paired_tests', 'seed_matrix', 'compare_seeds',
-           'subsets', 'save_subsets', 'load_subsets', 'size_table', 'mode_table', 'type_table', 'look', 'table_text',
-           'expected_best', 'compare_runs', 'plot_results']
+           'seeds_table', 'subsets', 'save_subsets', 'load_subsets', 'size_table', 'mode_table', 'type_table', 'look',
+           'table_text', 'expected_best', 'compare_runs', 'plot_results']
 
 # %% ../nbs/81_evaluate.ipynb #291d6c92
 import math
@@ -575,6 +575,35 @@ def compare_seeds(
     wa = _seed_weights(g, n_boot, k); wb = wa if paired else _seed_weights(g, n_boot, B.shape[1])
     col = x.mean().to_numpy()
     return Interval(float(col[:k].mean() - col[k:].mean()), *_bounds((wa*m[:, :k]).sum(1) - (wb*m[:, k:]).sum(1), .95))
+
+# %% ../nbs/81_evaluate.ipynb #e5a4f10a
+def seeds_table(
+    scored:pd.DataFrame, # from `score_picks`; `draw` is the training seed
+    shots:int, # one shot count
+    items:pd.DataFrame|None=None, # items by question_id, for clustering
+    against=(), # selectors over which a lead is wanted
+    reference:str="random", oracle:str="oracle", # gap 0 and gap 1
+    cluster:str="image_id", # column of `items`
+    n_boot:int=10_000, seed:int=0, # resamples, and their seed
+    metric:str="vqa_acc_score", # any numeric column of `scored`
+)->pd.DataFrame: # index selector, worst first: draws, acc, gap, lo, hi, sd (of the gap over draws; NaN for one), and per name in `against` lead, lo, hi in shares of the gap
+    "Trained selectors over seeds: gap closed and leads, with 95 % intervals"
+    mats = {m: seed_matrix(scored, m, shots, metric) for m in dict.fromkeys(scored.selector[scored.shots == shots])}
+    if lost := {reference, oracle, *against} - mats.keys(): raise ValueError(f"no rows of {sorted(lost)} with {shots} shots; there are {sorted(mats)}")
+    low, high = (mats[n].mean(axis=1) for n in (reference, oracle)); wide = float((high - low).mean()); rows = {}
+    if not wide > 0: raise ValueError(f"{oracle} is no better than {reference} ({wide:+.3f}): there is no gap to close")
+    for m, x in mats.items():
+        z = pd.concat([x, low, high], axis=1, join="inner").dropna(); k = x.shape[1]; v = z.to_numpy()
+        b = boot_means(v, _clusters(items, z.index, cluster), n_boot, seed); w = _seed_weights(rng("seeds", seed), n_boot, k)
+        part = lambda y: (y - v[:, k].mean()) / (v[:, k+1].mean() - v[:, k].mean()); each = part(v[:, :k].mean(0))
+        row = dict(draws=k, acc=v[:, :k].mean(), gap=each.mean()) | dict(zip(("lo", "hi"), _bounds(((w*b[:, :k]).sum(1) - b[:, k]) / (b[:, k+1] - b[:, k]), .95)))
+        row["sd"] = each.std(ddof=1) if k > 1 else math.nan
+        for o in against:
+            if o == m: row |= {f"over {o}": 0., f"{o} lo": math.nan, f"{o} hi": math.nan}; continue
+            d = compare_seeds(scored, m, o, shots, k > 1 and list(x) == list(mats[o]), items, cluster, n_boot, seed, metric)
+            row |= {f"over {o}": d[0]/wide, f"{o} lo": d[1]/wide, f"{o} hi": d[2]/wide}
+        rows[m] = row
+    return pd.DataFrame.from_dict(rows, orient="index").sort_values("gap", kind="stable").rename_axis("selector")
 
 # %% ../nbs/81_evaluate.ipynb #ec48db73
 def subsets(

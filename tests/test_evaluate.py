@@ -6,7 +6,7 @@ import numpy as np, pandas as pd, pytest, torch
 from hypothesis import given, settings, strategies as st
 from leverplus.core import rng
 from leverplus.embed import EmbedStore
-from leverplus.evaluate import (TABLE, Interval, agreement, behaviour, best_fixed, boot_means, bootstrap_mean, changed, check_facts, compare_runs, compare_seeds, detectable, differs,
+from leverplus.evaluate import (TABLE, Interval, agreement, behaviour, best_fixed, boot_means, bootstrap_mean, changed, check_facts, compare_runs, compare_seeds, seeds_table, detectable, differs,
     expected_best, failures, fixed_pairs, gap_closed, gap_table, gini, holm, load_subsets, look, majority_vote, mcnemar, mde, mode_table, oracle_note, over_shots, paired_bootstrap, paired_p,
     paired_table, paired_tests, pick_baselines, pick_model, pick_oracle, pick_random, pick_similar, pick_zero, picks_frame, plan_mde, plan_power, plot_results, result_table, save_subsets,
     score_picks, seed_matrix, shots_table, size_table, subsets, table_text, type_table, unasked, verdict)
@@ -389,3 +389,15 @@ def test_runs_are_compared_only_if_they_are_alike(tmp_path):
     both = made("both", ["random", "oracle"])
     with pytest.raises(ValueError, match="name one"): compare_runs(a, both)
     assert compare_runs(a, both, selector_b="oracle", n_boot=50).iloc[0].agree == 1
+
+def test_seeds_table_agrees_with_the_plain_numbers():
+    g = np.random.default_rng(0); n, ids = 120, np.arange(120); rows = lambda name, a, d: pd.DataFrame(dict(question_id=ids, selector=name, shots=2, draw=d, pointer=[(1, 2)]*n,
+        vqa_acc_score=a.astype(float), vqa_gt_prob=.5, vqa_pred_answer="x", eval_failed=False))
+    oracle, low = (g.random(n) < .8), g.random(n) < .2; good = [np.where(g.random(n) < .6, oracle, low) for _ in range(4)]
+    s = pd.concat([rows("oracle", oracle, 0), rows("random", low, 0), rows("weak", low, 0), *(rows(m, a, d) for m in ("a", "twin") for d, a in enumerate(good))], ignore_index=True)
+    t = seeds_table(s, 2, against=("random", "a"), n_boot=2000); gap = lambda v: (v.mean() - low.mean()) / (oracle.mean() - low.mean())
+    assert t.gap["oracle"] == 1 and t.gap["random"] == 0 == t["over random"]["weak"] and t.draws["a"] == 4 and list(t.index)[-1] == "oracle"
+    assert t.gap["a"] == pytest.approx(np.mean([gap(a) for a in good])) and t.sd["a"] == pytest.approx(np.std([gap(a) for a in good], ddof=1)) and t.lo["a"] < t.gap["a"] < t.hi["a"]
+    assert t["over random"]["a"] == pytest.approx(t.gap["a"]) and t["random lo"]["a"] > 0 and t["over a"]["twin"] == t["a lo"]["twin"] == t["a hi"]["twin"] == 0
+    with pytest.raises(ValueError, match="no rows of .'sft'."): seeds_table(s, 2, against=["sft"])
+    with pytest.raises(ValueError, match="no gap to close"): seeds_table(s, 2, oracle="random")
