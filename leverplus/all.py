@@ -37,6 +37,7 @@ from leverplus.callback_track import *
 from leverplus.callback_listwise import *
 from leverplus.diagnose import *
 from leverplus.learner import *
+from leverplus.recipes import *
 from leverplus.infer import *
 from leverplus.evaluate import *
 from leverplus.world import *

@@ -1,0 +1,174 @@
+"""What each objective learns: one table, the same stored groups for all, seeds of proposals, weights and batches.
+
+`python bench/learning.py OUT [--seeds 0 1 2 3 4] [--suites ...] [--methods ...] [--shots 1 2 3 4]` trains every method on every suite of the embedded world
+and appends what it picks on dev and on test, with the LVLM's verdicts, to OUT/picks/*.parquet, one file per (suite, method, seed); what is there is not done
+again, so several processes may share OUT once the groups of a seed are made. `python bench/learning.py OUT --table dev` prints the gap closed on dev with
+intervals over queries and seeds; `--table test` the same on test, and counts the look. Settings of the methods were chosen on dev.
+
+Suites, 900 training and 400 dev queries, K = 16, S = 2: `dense-soft` 12 sequences per query, half of the similarity prior, half random, reward = probability of the
+truth; `sparse-hard` 12 random ones, reward 0/1; `starved` reward 0/1, live groups are 1 % of all; `ragged` 2..40 sequences per query, reward as dense-soft.
+`joint` holds 12 sequences of each of 1, 2, 3 and 4 shots.
+"""
+import argparse, contextlib, os, time, warnings
+from pathlib import Path
+import numpy as np, pandas as pd, torch
+from leverplus.core import atomic_path, rng
+from leverplus.dls import group_dls
+from leverplus.evaluate import look, pick_oracle, score_picks, seeds_table
+from leverplus.groups import RLData
+from leverplus.infer import pick_mmr, pick_model, pick_random, pick_similar
+from leverplus.learner import selector_learner
+from leverplus.recipes import fit_recipe, recipe_learner
+from leverplus.rldata_generate import FactCache, ask, generate
+from leverplus.world import all_pointers, load_world
+
+SUITES = {"dense-soft": "soft_only", "sparse-hard": "hard_only", "starved": "hard_only", "ragged": "soft_only", "joint": "soft_only"}
+NET = dict(d_hidden=64, n_layers=0, state="none", match="net", n_match=8)
+
+def base_groups(world, out, seed, split, shots=(2,), n=20):
+    "Up to 20 sequences of the prior and 20 random ones per query, and of each shot count"
+    return generate(out/"groups"/f"{split}-{'-'.join(map(str, shots))}-{seed}", world.ids(split), world.items, world.pools[split], world.scorer, world.store,
+                    shots=shots, counts=dict(temperature={1.: n}, random=n), seed=seed, cache=FactCache(out/"facts"/split))
+
+def cut(data, keep): return RLData(data.rows[np.asarray(keep)].reset_index(drop=True), data.pool)
+
+def number(data):
+    "Each row's place among the rows of its query, method and shot count"
+    return data.rows.groupby(["question_id", "gen_method", data.rows.pointer.map(len)]).cumcount().to_numpy()
+
+def suite(name, train, dev, seed):
+    "The groups (train, dev) of a suite"
+    how = lambda d: d.rows.gen_method.to_numpy()
+    dense = lambda d: cut(d, number(d) < 6)
+    if name in ("dense-soft", "joint"): return dense(train), dense(dev)
+    if name == "sparse-hard": return cut(train, (number(train) < 12) & (how(train) == "random")), dense(dev)
+    g = rng("learning", name, seed)
+    if name == "ragged":
+        n = {q: g.integers(2, 41) for q in train.queries}; order = train.rows.assign(u=g.random(len(train.rows))).groupby("question_id").u.rank(method="first")
+        return cut(train, order.to_numpy() <= train.rows.question_id.map(n).to_numpy()), dense(dev)
+    data = dense(train); spread = data.rows.groupby("question_id").vqa_acc_score.agg(lambda a: a.max() > a.min())
+    flat = spread.index[~spread]; live = g.permutation(spread.index[spread])[:max(1, round(len(flat) / 99))]
+    return cut(data, data.rows.question_id.isin([*flat, *live])), dense(dev)
+
+class Trial:
+    "One suite and seed: what the methods below start from"
+    def __init__(self, world, out, name, seed):
+        self.world, self.out, self.name, self.seed, self.mode = world, out, name, seed, SUITES[name]
+        shots = (1, 2, 3, 4) if name == "joint" else (2,); n = 6 if name == "joint" else 20
+        self.train, self.dev = suite(name, base_groups(world, out, seed, "train", shots, n), base_groups(world, out, seed, "dev", shots, n), seed)
+        self.split = dict(split_shots=True) if name == "joint" else {}
+
+    def learner(self, mode=None, **model):
+        return selector_learner(group_dls(self.train, self.dev, self.world.store, mode or self.mode, bs=64, seed=self.seed), seed=self.seed, wd=.05, **model)
+
+    def recipe(self, name, **changes):
+        learn = recipe_learner(name, self.train, self.dev, self.world.store, self.seed, data=dict(reward=self.mode), **changes)
+        return fit_recipe(learn, name, data=dict(reward=self.mode), **changes)
+
+    def warm(self):
+        "A learner after the warm-up, which knows nothing of the groups but their shot counts; made once per seed"
+        file = self.out/"warm"/f"{'joint' if self.split else 'pairs'}-{self.seed}.pt"; learn = self.learner(**NET)
+        if file.exists(): learn.model.load_state_dict(torch.load(file)); return learn
+        items = self.world.items; items = items[items.split == "train"]
+        learn.fit_warmup(items, self.world.store, 15, best=False)
+        with atomic_path(file) as tmp: torch.save(learn.model.state_dict(), tmp)
+        return learn
+
+def listwise(t, learn, n_epoch=20, lr=3e-3, tau=.2): return learn.fit_listwise(n_epoch, lr, tau=tau, **t.split)
+
+METHODS = {
+    "sft": lambda t: t.learner().fit_sft(20, 1e-3, **t.split),
+    "rce (reports)": lambda t: t.recipe("rce-only"),
+    "rce + grpo (reports)": lambda t: t.recipe("plan5-as-run", stage=dict(n_epoch=3)),
+    "rce": lambda t: t.learner().fit_rce(10, 3e-3, temp=.1, **t.split),
+    "rce + grpo": lambda t: t.learner().fit_rce(10, 3e-3, temp=.1, **t.split).fit_grpo(10, 1e-3, **t.split),
+    "listwise hard": lambda t: listwise(t, t.learner("hard_only")),
+    "listwise soft": lambda t: listwise(t, t.learner("soft_only")),
+    "net, listwise": lambda t: listwise(t, t.learner(**NET)),
+    "warm-up": lambda t: t.warm(),
+    "warm-up, sft": lambda t: t.warm().fit_sft(20, 1e-3, **t.split),
+    "warm-up, rce": lambda t: t.warm().fit_rce(10, 1e-3, temp=.1, **t.split),
+    "warm-up, grpo": lambda t: t.warm().fit_grpo(20, 1e-3, **t.split),
+    "warm-up, listwise": lambda t: listwise(t, t.warm()),
+}
+
+def everything(world, out, split, _made={}):
+    "Exhaustive facts of dev or test, one and two shots"
+    if split not in _made:
+        file = world.facts_file if split == "test" else out/"facts"/f"{split}.parquet"
+        if not file.exists():
+            cache = FactCache(); ask(all_pointers(world.pools[split], (1, 2)), world.scorer, world.items, cache, window=4096, progress=True); cache.save(file)
+        _made[split] = FactCache(file).to_frame()
+    return _made[split]
+
+def judge(world, out, split, picks):
+    "Picks of one shot count with the LVLM's verdicts"
+    if picks.shots.iloc[0] <= 2: return score_picks(picks, everything(world, out, split)).assign(split=split)
+    cache = FactCache(out/"facts"/f"{split}-more"); ask(picks, world.scorer, world.items, cache)
+    return score_picks(picks, cache.to_frame()).assign(split=split)
+
+def mean_of(facts, S, split):
+    "Random demonstrations, exactly: the mean over all sequences"
+    f = facts[facts.pointer.map(len) == S]; m = f.groupby("question_id")[["vqa_acc_score", "vqa_gt_prob"]].mean().reset_index()
+    return m.assign(selector="random", shots=S, draw=0, pointer=[()]*len(m), vqa_pred_answer="", eval_failed=False, split=split)
+
+def save(file, frames):
+    frame = pd.concat(frames, ignore_index=True)
+    with atomic_path(file) as tmp: frame.assign(pointer=frame.pointer.map(list)).to_parquet(tmp)
+
+def baselines(world, out):
+    "What needs no training, once"
+    if (file := out/"picks"/"baselines.parquet").exists(): return
+    done = []
+    for split in ("dev", "test"):
+        pool, facts = world.pools[split], everything(world, out, split)
+        for S in (1, 2, 3, 4):
+            done += [judge(world, out, split, f) for f in (*(pick_similar(pool, world.store, S, k) for k in ("image", "text", "mixed")), pick_mmr(pool, world.store, S))]
+            if S <= 2: done += [judge(world, out, split, pick_oracle(facts, S, pool)), mean_of(facts, S, split)]
+            else: done += [judge(world, out, split, pick_random(pool, S, draws=5))]
+    save(file, done)
+
+def run(world, out, seeds, suites, methods):
+    baselines(world, out)
+    for seed in seeds:
+        for name in suites:
+            trial = None
+            for m in methods:
+                if (file := out/"picks"/f"{name}_{m.replace(', ', '-').replace(' ', '_')}_{seed}.parquet").exists(): continue
+                trial, start, done = trial or Trial(world, out, name, seed), time.perf_counter(), []
+                with warnings.catch_warnings(), open(os.devnull, "w") as null, contextlib.redirect_stdout(null): # a line per epoch, elsewhere welcome
+                    warnings.simplefilter("ignore"); model = METHODS[m](trial).model.eval()
+                took = time.perf_counter() - start
+                for split in ("dev", "test"):
+                    for S in ((1, 2, 3, 4) if name == "joint" else (2,)):
+                        done.append(judge(world, out, split, pick_model(model, world.pools[split], world.store, S, name=m, draw=seed)).assign(suite=name, seconds=took))
+                save(file, done); print(f"{name:12} {m:22} seed {seed}: dev accuracy {100*done[0].vqa_acc_score.mean():.1f}, {took:.0f} s", flush=True)
+
+def load(out, split):
+    "All picks of a split; baselines belong to every suite"
+    f = pd.concat([pd.read_parquet(p) for p in sorted((out/"picks").glob("*.parquet"))], ignore_index=True); f = f[f.split == split]
+    return f.assign(pointer=f.pointer.map(tuple))
+
+def store(out, file):
+    "The scores alone, small enough to be kept beside the pages"
+    f = pd.concat([load(out, s) for s in ("dev", "test")], ignore_index=True)[["suite", "selector", "shots", "draw", "split", "question_id", "vqa_acc_score", "eval_failed", "seconds"]]
+    with atomic_path(file) as tmp: f.astype(dict(suite="category", selector="category", split="category", shots="int8", draw="int8", vqa_acc_score="float32")).to_parquet(tmp, compression="zstd")
+
+def of_suite(scored, suite): return scored[scored.suite.isna() | (scored.suite == suite)]
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("out", type=Path); p.add_argument("--seeds", type=int, nargs="+", default=list(range(5))); p.add_argument("--threads", type=int, default=1)
+    p.add_argument("--suites", nargs="+", default=list(SUITES)[:4], choices=list(SUITES)); p.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    p.add_argument("--store", type=Path, help="write what the tables need into this parquet file, and stop")
+    p.add_argument("--table", choices=["dev", "test"]); a = p.parse_args(); torch.set_num_threads(a.threads); world = load_world()
+    if a.store: return store(a.out, a.store)
+    if a.table is None: return run(world, a.out, a.seeds, a.suites, a.methods)
+    scored = load(a.out, a.table)
+    if a.table == "test": print(f"look number {look(a.out, scored)} at the test split")
+    for name in a.suites:
+        for S in ((1, 2) if name == "joint" else (2,)):
+            t = seeds_table(of_suite(scored, name), S, world.items, [m for m in ("sft", "rce (reports)", "rce + grpo (reports)") if m in set(of_suite(scored, name).selector)])
+            print(f"\n{name}, S = {S}\n{t.round(3).to_string()}")
+
+if __name__ == "__main__": main()
