@@ -1,13 +1,16 @@
 "Figures and the page: right words, right colours, nothing from outside, nothing unescaped"
-import base64, io, re, shutil, subprocess
+import base64, html, io, json, re, shutil, subprocess
 from html.parser import HTMLParser
 import matplotlib; matplotlib.use("Agg")
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest
 from matplotlib.colors import to_hex
 from PIL import Image
-from leverplus.evaluate import paired_table, pick_zero, picks_frame, result_table, score_picks
+from leverplus.evaluate import look, paired_table, pick_zero, picks_frame, result_table, score_picks
+from leverplus.groups import RLData
 from leverplus.pools import Pool
-from leverplus.report import CURVES, MARKS, case_html, cases, curves_in, data_uri, mark, picture, plot_curves, plot_examples, truth, write_report
+from leverplus.report import (CURVES, MARKS, OUTCOMES, Pictures, browser_html, case_html, cases, compare_many, curves_in, data_uri, described_items, diagnoses, mark, outcomes,
+                              picture, plot_curves, plot_examples, plot_gap, plot_shots, read_scored, report, runs_differ, truth, write_report)
+from leverplus.runs import Run
 
 @pytest.fixture(autouse=True)
 def close_figures(): yield; plt.close("all")
@@ -18,6 +21,7 @@ def world(tmp_path_factory):
     d = tmp_path_factory.mktemp("images"); ids = [*range(8), *range(100, 106)]
     for i in ids: Image.new("RGB", (56, 56) if i < 100 else (400, 300), (2*i % 256, 80, 160)).save(d/f"{i}.png")
     ask = ["<script>alert('x')</script> & \"why\" $5 is_it $ " if i == 2 else f"what is number {i}?" for i in ids]
+    ask[3] = "endless" * 40 # no place to break a line
     items = pd.DataFrame(dict(question_id=ids, image_id=ids, image_path=[str(d/f"{i}.png") for i in ids], question=ask, answer=[f"word{i}" for i in ids],
                               answers=[[f"word{i}"]*7 + ["<b>"]*3 for i in ids]), index=ids)
     pool = Pool({q: tuple(range(100, 106)) for q in range(8)}, {})
@@ -58,6 +62,14 @@ def test_cases_take_right_and_wrong_in_turn(world):
     with pytest.raises(ValueError, match="grpo"): cases(s, selector="grpo")
     with pytest.raises(KeyError, match="question 55"): cases(s, selector="rce", ids=[55])
 
+def test_outcomes_tell_won_from_lost(world):
+    _, s = world; o = outcomes(s, "rce", 2, "random")
+    assert o.tolist() == ["unchanged", "won", "unchanged", "unchanged", "lost", "unchanged", "won", "failed"] # .3 against 1 is lost
+    back = outcomes(s, "random", 2, "rce").map(dict(won="lost", lost="won", unchanged="unchanged", failed="failed"))
+    assert back.equals(o) and outcomes(s, "rce", 2, "zero_shot")[1] == "won" # zero-shot has no shots
+    c = cases(s, 5, "rce", against="random"); assert [o[q] for q in c.question_id] == ["won", "lost", "unchanged", "failed", "won"]
+    with pytest.raises(ValueError, match="mmr"): outcomes(s, "rce", 2, "mmr")
+
 @pytest.mark.parametrize("acc,failed,word", [(1., False, "right"), (.95, False, "right"), (.6, False, "partly"), (0., False, "wrong"), (np.nan, True, "failed")])
 def test_marks(acc, failed, word):
     text, colour = mark(dict(vqa_acc_score=acc, eval_failed=failed))
@@ -92,6 +104,24 @@ def test_pictures_fail_by_name_or_say_that_there_are_none(world, tmp_path):
     with pytest.raises(FileNotFoundError, match="question 3"): picture(items.assign(image_path=str(tmp_path/"no.png")), 3)
     with pytest.raises(KeyError, match="question 9"): picture(items, 9)
 
+# ---- figures of the table -------------------------------------------------------------------------------------------
+
+def test_shots_and_gap_figures():
+    t = pd.DataFrame([("zero_shot", 0, .1), ("random", 1, .2), ("rce", 1, .3), ("random", 2, .2), ("rce", 2, .4)], columns=["selector", "shots", "acc"]).assign(lo=lambda d: d.acc - .1, hi=lambda d: d.acc + .1)
+    ax = plt.subplots()[1]; assert plot_shots(t, ax) is ax and {a.get_text() for a in ax.texts} == {"zero_shot", "random", "rce"}
+    heights = {a.get_text(): a.get_position()[1] for a in ax.texts}; assert heights["zero_shot"] < heights["random"] < heights["rce"]
+    close = plot_shots(t.assign(acc=.3, lo=.2, hi=.5)); y = sorted(a.get_position()[1] for a in close.texts); lo, hi = close.get_ylim()
+    assert min(np.diff(y)) > .06*(hi - lo) # names do not cover each other
+    with pytest.raises(ValueError, match="no curve"): plot_shots(t[t.shots == 0])
+    g = pd.DataFrame([("rce", 1, .5, .4, .6), ("rce", 2, -.1, -.3, .2)], columns=["selector", "shots", "gap", "lo", "hi"])
+    assert sorted(b.get_width() for b in plot_gap(g).patches if b.get_height() < .5) == [-.1, .5]
+    with pytest.raises(ValueError, match="no rows"): plot_gap(g[:0])
+
+def test_diagnoses_go_by_fit_and_seed():
+    h = history().assign(live_before=[.6]*3 + [.01]*3)
+    assert [(d.stage, d.alarms) for d in diagnoses(h)] == [("rce, 3 epochs", []), ("grpo, 3 epochs", ["live"])] # stages stand for fits
+    assert [d.stage for d in diagnoses(pd.concat([h.assign(seed=0), h.assign(seed=7)]))][-1] == "seed 7, grpo, 3 epochs"
+
 # ---- the page -------------------------------------------------------------------------------------------------------
 
 class Page(HTMLParser):
@@ -99,50 +129,132 @@ class Page(HTMLParser):
     def __init__(self, text): super().__init__(); self.tags, self.stack, self.words = [], [], []; self.feed(text); assert not self.stack
     def handle_starttag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
-        if tag not in ("meta", "img", "br"): self.stack.append(tag)
+        if tag not in ("meta", "img", "br", "input"): self.stack.append(tag)
     def handle_endtag(self, tag): assert self.stack.pop() == tag
     def handle_data(self, data): self.words += [] if self.stack and self.stack[-1] == "style" else [data]
     def all(self, tag): return [a for t, a in self.tags if t == tag]
 
+def sound(text):
+    "A page that needs nothing, hides nothing from a screen reader, and points nowhere else"
+    p = Page(text); ids = [a["id"] for _, a in p.tags if "id" in a]; assert len(ids) == len(set(ids))
+    assert not {t for t, _ in p.tags} & {"script", "link", "iframe", "i", "s"} and not re.search(r"https?:|url\(|src=\"(?!data:)", text)
+    assert any(m.get("name") == "viewport" for m in p.all("meta")) and p.all("html")[0]["lang"] == "en"
+    levels = [int(t[1]) for t, _ in p.tags if re.fullmatch("h[1-6]", t)]; assert levels[0] == 1 and levels.count(1) == 1 and max(np.diff(levels)) <= 1
+    used = [a["href"] for a in p.all("use")]; assert {u[1:] for u in used} == {a["id"] for a in p.all("symbol")} and {a["href"][1:] for a in p.all("a")} <= set(ids)
+    assert all(a["alt"] for a in p.all("img")) and all(a["aria-label"] for a in p.all("svg") if a.get("role") == "img") and p.stack == []
+    for uri in [a["src"] for a in p.all("img")] + [a["href"] for a in p.all("image")]:
+        kind, raw = re.fullmatch(r"data:image/(png|jpeg|svg\+xml);base64,(.+)", uri).groups(); raw = base64.b64decode(raw)
+        assert b"<svg" in raw if kind == "svg+xml" else Image.open(io.BytesIO(raw)).format == kind.upper()
+    return p
+
 @pytest.fixture(scope="module")
 def run(world, tmp_path_factory):
     items, s = world; d = tmp_path_factory.mktemp("runs")/"my <run>"; d.mkdir(); (d/"settings.json").write_text('{"note": "<s>tau"}')
-    table = result_table(s, items, changed_from="random", n_boot=200)
-    path = write_report(d, table, s, items, history(), paired_table(s, items, ["random"], n_boot=200), n=8, notes=["a & b"])
+    table = result_table(s, items, changed_from="random", n_boot=200); look(d, s)
+    path = write_report(d, table, s, items, history(), paired_table(s, items, ["random"], n_boot=200), notes=["a & b"], n_boot=200)
     return d, table, path
 
-def test_page_is_self_contained_and_escaped(run):
-    d, _, path = run; text = path.read_text(); p = Page(text); words = "".join(p.words)
-    assert not {t for t, _ in p.tags} & {"script", "link", "iframe", "i", "s"} and "http" not in text and str(d.parent) not in text
-    assert any(m.get("name") == "viewport" for m in p.all("meta")) and p.all("html")[0]["lang"] == "en"
-    for im in p.all("img"):
-        kind, raw = re.fullmatch(r"data:image/(png|jpeg);base64,(.+)", im["src"]).groups()
-        assert im["alt"] and Image.open(io.BytesIO(base64.b64decode(raw))).format == kind.upper()
+def test_page_is_sound_and_escaped(run):
+    d, _, path = run; text = path.read_text(); p = sound(text); words = "".join(p.words)
+    assert str(d.parent) not in text and len(text) < 500_000
     assert "my <run>" in words and "a & b" in words and "<script>alert('x')</script>" in words and "<i>said" in words and "<b> ×3" in words and "<s>tau" in words
-    assert "Failed evaluations: 1." in words and "no difference shown" in words and len(text) < 500_000
+    assert "no difference shown" in words and "1 evaluations failed" in words and "looks at test: 1" in words
+    assert len(p.all("symbol")) == 8 + 6 < len(p.all("use")) # each picture once, however often it is shown
 
 def test_page_says_what_the_table_says(run):
     d, table, path = run; p = Page(path.read_text()); words = "".join(p.words); back = pd.read_csv(d/"results.csv")
     assert list(back) == ["selector", "shots", "n", "acc", "lo", "hi", "gap_closed", "changed"] and np.allclose(back.acc, table.acc)
     for r in table.itertuples(): assert r.selector in words and f"{100*r.acc:.1f} [{100*r.lo:.1f}, {100*r.hi:.1f}]" in words
-    assert "Cases: rce, 2 shots" in words and words.count("The LVLM says") == len(p.all("section")) == 8
-    assert {f.name for f in d.iterdir()} == {"results.csv", "results.png", "curves.png", "examples.png", "report.html", "settings.json"}
-    assert all(Image.open(d/f).size[0] > 300 for f in ("results.png", "curves.png", "examples.png"))
+    assert "Cases: rce, 2 shots" in words and words.count("The LVLM says") == len(p.all("article")) == 8
+    assert {f.name for f in d.iterdir()} == {"results.csv", "results.png", "gap.png", "curves.png", "rl.png", "examples.png", "report.html", "settings.json", "looks.json"}
+    assert all(Image.open(f).size[0] > 250 for f in d.glob("*.png"))
+
+def test_a_case_shows_what_the_others_would_have_chosen(run, world):
+    _, s = world; p = Page(run[2].read_text()); text = "".join(p.words); one = text[text.index("Question 6"):]; one = one[:one.index("Question", 9)] if "Question" in one[9:] else one
+    assert "won against random" in one and "unchanged against zero_shot" not in one and "probability of the right answer 0.50" in one and "truth: word6 ×7" in one
+    assert one.index("demonstration 1") < one.index("word103") < one.index("word102") < one.rindex("what is number 6?") # prompt order, then the query
+    assert one.index("no demonstration") < one.index("word100") < one.index("word104") # zero-shot, random, the oracle last
 
 def test_page_leaves_out_what_was_not_given(world, tmp_path):
-    _, s = world; path = write_report(tmp_path/"r", result_table(s, changed_from=None, n_boot=50), title="bare"); words = "".join(Page(path.read_text()).words)
-    assert not re.search("Training|Cases|Differences|Settings", words) and "bare" in words and not (tmp_path/"r"/"curves.png").exists()
+    _, s = world; path = write_report(tmp_path/"r", result_table(s, changed_from=None, n_boot=50), title="bare"); words = "".join(sound(path.read_text()).words)
+    assert not re.search("Training|Cases|Differences|Settings|Data", words) and "bare" in words and not (tmp_path/"r"/"curves.png").exists() and "not counted" in words
 
-def test_images_embed_small(world):
-    photo = Image.fromarray(np.random.default_rng(0).integers(0, 255, (200, 300, 3), dtype=np.uint8))
-    assert data_uri(photo).startswith("data:image/jpeg") and data_uri(Image.new("RGB", (56, 56))).startswith("data:image/png")
+def test_pictures_fit_their_budget(tmp_path):
+    ids = list(range(12)); noise = np.random.default_rng(0)
+    for i in ids: Image.fromarray(noise.integers(0, 255, (300, 400, 3), dtype=np.uint8)).save(tmp_path/f"{i}.png")
+    items = pd.DataFrame(dict(image_path=[str(tmp_path/f"{i}.png") for i in ids]), index=ids); pics, wide = Pictures(160_000), Pictures()
+    for i in ids: pics.show(items, i, 80); pics.show(items, i); wide.show(items, i)
+    assert len(pics.html()) < 170_000 < len(wide.html()) and pics.html().count("image/jpeg") == 12 and Pictures().html().count("<symbol") == 0
+    assert data_uri(Image.new("RGB", (56, 56))).startswith("data:image/png") # a drawing stays exact
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "firefox"))), None)
-@pytest.mark.skipif(not BROWSER or "firefox" in BROWSER, reason="no headless browser here")
-def test_a_phone_shows_the_page(run, tmp_path):
-    "Rendered at 390 pixels: there is ink, and nothing runs out of the right edge"
-    shot = tmp_path/"phone.png"
-    subprocess.run([BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={tmp_path/'profile'}", "--window-size=500,3000",
-                    f"--screenshot={shot}", run[2].as_uri()], check=True, capture_output=True, timeout=120)
-    im = np.asarray(Image.open(shot).convert("L"))
-    assert im.shape == (3000, 500) and (im < 128).mean() > .01 and (im[:, -6:] > 250).all()
+# ---- run folders ----------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def quick(monkeypatch):
+    "Pages without drawing: what is drawn is tested above"
+    img = f'<img class="plot" alt="a figure" src="{data_uri(Image.new("RGB", (2, 2)))}">'
+    monkeypatch.setattr("leverplus.report._svg", lambda ax, alt: plt.close(np.ravel(ax)[0].figure) or img)
+    monkeypatch.setattr("leverplus.runs.git_state", lambda root=None: None)
+    monkeypatch.setattr("leverplus.report._save_fig", lambda path, ax: plt.close(np.ravel(ax)[0].figure) or path)
+
+def make_run(path, scored, seed=0, pool="p", **settings):
+    r = Run.create(path, dict(split="test", **settings), seed, dict(pool=pool)); r.save_frame("predictions.parquet", scored.assign(pointer=scored.pointer.map(list)))
+    return r.finish(acc=.5)
+
+def test_a_run_folder_is_enough(world, tmp_path, quick):
+    items, s = world; r = make_run(tmp_path/"one", s); r.save_history(history()); text = report(r.path, items, n_boot=100).read_text(); words = "".join(sound(text).words)
+    assert "Training" not in report(make_run(tmp_path/"two", s), items, tmp_path/"there.html", n=1, n_boot=100).read_text() and (tmp_path/"there.html").exists()
+    assert read_scored(r).pointer.tolist() == s.pointer.tolist() and "Cases: rce" in words and "Training" in words and "fingerprints" in words and (r.path/"results.csv").exists()
+    assert report(r, n_boot=100).read_text().count("<article") == 0 # no items, nothing described: no cases
+    axs = r.show_results(items, 2, "rce", 2); assert axs.shape == (2, 4)
+
+def test_described_predictions_need_no_items(world, tmp_path, quick):
+    items, s = world; one = s[s.selector == "rce"]; say = lambda c: [[items.at[d, c] for d in p] for p in one.pointer]
+    r = make_run(tmp_path/"d", one.assign(image_id=one.question_id, question=items.question[one.question_id].to_numpy(), answers=items.answers[one.question_id].to_numpy(),
+                                          demo_questions=say("question"), demo_answers=say("answer")))
+    known = described_items(read_scored(r)); assert known.answer[103] == "word103" and known.answer[4] == "word4" and described_items(s) is None
+    words = "".join(sound(report(r, n_boot=100).read_text()).words); assert "(images not read)" in words and "Cases: rce" in words and "Differences" not in words
+
+def test_data_that_cannot_be_read_is_told(world, tmp_path, quick):
+    items, s = world; r = make_run(tmp_path/"bad", s); d = r.path/"groups"/"train"; d.mkdir(parents=True); (d/"manifest.json").write_text('{"format": 99}')
+    assert "train was not read: " in report(r, items, n=1, n_boot=100).read_text()
+    with pytest.raises(ValueError, match="belong to one run"): report([r, r], items, facts={})
+
+def test_several_runs_are_compared_or_refused_in_words(world, tmp_path, quick):
+    items, s = world; runs = [make_run(tmp_path/"a", s), make_run(tmp_path/"b", s, 1), make_run(tmp_path/"c", s, pool="other", tau=2)]; (runs[2].path/"predictions.parquet").rename(tmp_path/"x")
+    d = runs_differ(runs); assert d.index.tolist() == ["seed", "setting.tau", "fingerprint.pool"] and d.loc["setting.tau"].tolist() == ["absent", "absent", "2"]
+    words = "".join(sound(report(runs, items, n=4, n_boot=100).read_text()).words)
+    assert "c against a: run 'c' has no predictions.parquet" in words and "b: rce - a: rce: +0.0 points" in words and (tmp_path/"report.html").exists()
+    assert "Over seeds" not in words and "Over seeds" in report(runs[:2], items, tmp_path/"two.html", n=2, n_boot=100).read_text()
+    (tmp_path/"x").rename(runs[2].path/"predictions.parquet"); tests, refused = compare_many(runs, items=items, n_boot=100)
+    assert len(refused) == 1 and "not comparable: pool" in refused[0] and set(tests.verdict) == {"no difference shown"}
+    tests, refused = compare_many(runs, items=items, n_boot=100, other=("pool",)); assert not refused and len(tests) == 2
+    with pytest.raises(FileNotFoundError, match="not a run folder"): report(tmp_path/"nowhere")
+    with pytest.raises(ValueError, match="no runs"): report([])
+
+# ---- in a browser ---------------------------------------------------------------------------------------------------
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "chromium-headless-shell", "microsoft-edge"))), None)
+WIDTHS = 390, 1200
+ASK = """<script>onload = () => { document.title = JSON.stringify([...document.querySelectorAll('iframe')].map(f => {
+  const d = f.contentDocument, seen = () => [...d.querySelectorAll('.case')].filter(c => c.getClientRects().length).length;
+  const click = c => { const b = d.querySelector(c); if (b) b.checked = true; return seen() };
+  return {width: d.documentElement.scrollWidth, room: d.documentElement.clientWidth, ink: d.body.innerText.length, all: seen(),
+          cut: [...d.querySelectorAll('h1,h2,h3,p,li,figure,img,fieldset,summary')].filter(e => !e.closest('.wide') && e.getBoundingClientRect().right > f.clientWidth + 1).length,
+          won: click('.f-won-0'), lost: click('.f-lost-0'), unchanged: click('.f-unchanged-0'), back: click('.f-all')} })) }</script>"""
+
+def browse(tmp_path, page, *args):
+    return subprocess.run([BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={tmp_path/'profile'}", *args, page.as_uri()],
+                          check=True, capture_output=True, timeout=120, text=True).stdout
+
+@pytest.mark.skipif(not BROWSER, reason="no headless Chromium or Chrome on this machine")
+def test_a_browser_shows_the_page(run, world, tmp_path):
+    "At a phone's and a desk's width nothing runs out of the right edge, there is ink, and the filter filters"
+    text = html.escape(run[2].read_text(), quote=True); frames = "".join(f'<iframe srcdoc="{text}" style="width:{w}px;height:900px;border:0"></iframe>' for w in WIDTHS)
+    both = tmp_path/"both.html"; both.write_text(f"<!DOCTYPE html><meta charset=utf-8><title>-</title>{ASK}{frames}", encoding="utf8")
+    told = json.loads(html.unescape(re.search("<title>(.*?)</title>", browse(tmp_path, both, "--virtual-time-budget=5000", "--dump-dom"))[1])); o = outcomes(world[1], "rce", 2, "random").value_counts()
+    for w, t in zip(WIDTHS, told):
+        assert t["room"] == w and t["width"] <= w and t["cut"] == 0 and t["ink"] > 1000, t
+        assert t["all"] == t["back"] == 8 and [t[k] for k in OUTCOMES[:3]] == [o[k] for k in OUTCOMES[:3]], t
+    shot = tmp_path/"phone.png"; browse(tmp_path, run[2], "--window-size=500,3000", f"--screenshot={shot}"); im = np.asarray(Image.open(shot).convert("L"))
+    assert im.shape == (3000, 500) and .01 < (im < 128).mean() < .5 and (im[:, -6:] > 250).all()
