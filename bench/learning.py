@@ -1,13 +1,13 @@
 """What each objective learns: one table, the same stored groups for all, seeds of proposals, weights and batches.
 
-`python bench/learning.py OUT [--seeds 0 1 2 3 4] [--suites ...] [--methods ...] [--shots 1 2 3 4]` trains every method on every suite of the embedded world
+`python bench/learning.py OUT [--seeds 0 1 2 3 4] [--suites ...] [--methods ...]` trains every method on every suite of the embedded world
 and appends what it picks on dev and on test, with the LVLM's verdicts, to OUT/picks/*.parquet, one file per (suite, method, seed); what is there is not done
 again, so several processes may share OUT once the groups of a seed are made. `python bench/learning.py OUT --table dev` prints the gap closed on dev with
 intervals over queries and seeds; `--table test` the same on test, and counts the look. Settings of the methods were chosen on dev.
 
-Suites, 900 training and 400 dev queries, K = 16, S = 2: `dense-soft` 12 sequences per query, half of the similarity prior, half random, reward = probability of the
+Suites, 900 training and 250 dev queries, K = 16, S = 2: `dense-soft` 12 sequences per query, half of the similarity prior, half random, reward = probability of the
 truth; `sparse-hard` 12 random ones, reward 0/1; `starved` reward 0/1, live groups are 1 % of all; `ragged` 2..40 sequences per query, reward as dense-soft.
-`joint` holds 12 sequences of each of 1, 2, 3 and 4 shots.
+`joint` holds 12 sequences of each of 1, 2, 3 and 4 shots for 450 training queries.
 """
 import argparse, contextlib, os, time, warnings
 from pathlib import Path
@@ -25,9 +25,9 @@ from leverplus.world import all_pointers, load_world
 SUITES = {"dense-soft": "soft_only", "sparse-hard": "hard_only", "starved": "hard_only", "ragged": "soft_only", "joint": "soft_only"}
 NET = dict(d_hidden=64, n_layers=0, state="none", match="net", n_match=8)
 
-def base_groups(world, out, seed, split, shots=(2,), n=20):
+def base_groups(world, out, seed, split, shots=(2,), n=20, queries=None):
     "Up to 20 sequences of the prior and 20 random ones per query, and of each shot count"
-    return generate(out/"groups"/f"{split}-{'-'.join(map(str, shots))}-{seed}", world.ids(split), world.items, world.pools[split], world.scorer, world.store,
+    return generate(out/"groups"/f"{split}-{'-'.join(map(str, shots))}-{seed}", world.ids(split)[:queries], world.items, world.pools[split], world.scorer, world.store,
                     shots=shots, counts=dict(temperature={1.: n}, random=n), seed=seed, cache=FactCache(out/"facts"/split))
 
 def cut(data, keep): return RLData(data.rows[np.asarray(keep)].reset_index(drop=True), data.pool)
@@ -54,9 +54,9 @@ class Trial:
     "One suite and seed: what the methods below start from"
     def __init__(self, world, out, name, seed):
         self.world, self.out, self.name, self.seed, self.mode = world, out, name, seed, SUITES[name]
-        shots = (1, 2, 3, 4) if name == "joint" else (2,); n = 6 if name == "joint" else 20
-        self.train, self.dev = suite(name, base_groups(world, out, seed, "train", shots, n), base_groups(world, out, seed, "dev", shots, n), seed)
-        self.split = dict(split_shots=True) if name == "joint" else {}
+        many = ((1, 2, 3, 4), 6, 450) if name == "joint" else ((2,), 20)
+        self.train, self.dev = suite(name, *(base_groups(world, out, seed, split, *many) for split in ("train", "dev")), seed)
+        self.split, self.epochs = (dict(split_shots=True), 8) if name == "joint" else ({}, 20) # `joint` has twice the rows
 
     def learner(self, mode=None, **model):
         return selector_learner(group_dls(self.train, self.dev, self.world.store, mode or self.mode, bs=64, seed=self.seed), seed=self.seed, wd=.05, **model)
@@ -74,10 +74,14 @@ class Trial:
         with atomic_path(file) as tmp: torch.save(learn.model.state_dict(), tmp)
         return learn
 
-def listwise(t, learn, n_epoch=20, lr=3e-3, tau=.2): return learn.fit_listwise(n_epoch, lr, tau=tau, **t.split)
+def listwise(t, learn): return learn.fit_listwise(t.epochs, 3e-3, tau=.2, **t.split)
+def on_policy(t, learn, objective, lr, rounds=10, G=12):
+    "As many different questions to the LVLM as the stored groups have rows, at most"
+    w = t.world; return learn.fit_onpolicy(w.scorer, w.items, w.store, rounds, lr, objective, G=G, queries_per_round=len(t.train.queries)//rounds, bs=32, reward=t.mode,
+                                           patience=None, cache=FactCache(t.out/"facts"/"train"), seed=t.seed)
 
 METHODS = {
-    "sft": lambda t: t.learner().fit_sft(20, 1e-3, **t.split),
+    "sft": lambda t: t.learner().fit_sft(t.epochs, 1e-3, **t.split),
     "rce (reports)": lambda t: t.recipe("rce-only"),
     "rce + grpo (reports)": lambda t: t.recipe("plan5-as-run", stage=dict(n_epoch=3)),
     "rce": lambda t: t.learner().fit_rce(10, 3e-3, temp=.1, **t.split),
@@ -86,10 +90,14 @@ METHODS = {
     "listwise soft": lambda t: listwise(t, t.learner("soft_only")),
     "net, listwise": lambda t: listwise(t, t.learner(**NET)),
     "warm-up": lambda t: t.warm(),
-    "warm-up, sft": lambda t: t.warm().fit_sft(20, 1e-3, **t.split),
+    "warm-up, sft": lambda t: t.warm().fit_sft(t.epochs, 1e-3, **t.split),
     "warm-up, rce": lambda t: t.warm().fit_rce(10, 1e-3, temp=.1, **t.split),
     "warm-up, grpo": lambda t: t.warm().fit_grpo(20, 1e-3, **t.split),
     "warm-up, listwise": lambda t: listwise(t, t.warm()),
+    "on-policy rloo": lambda t: on_policy(t, t.learner(), "rloo", 1e-3),
+    "on-policy grpo": lambda t: on_policy(t, t.learner(), "grpo", 1e-3),
+    "warm-up, on-policy": lambda t: on_policy(t, t.warm(), "rloo", 1e-3),
+    "warm-up, listwise, on-policy": lambda t: on_policy(t, listwise(t, t.warm()), "rloo", 3e-4),
 }
 
 def everything(world, out, split, _made={}):

@@ -22,6 +22,7 @@ from leverplus.rldata_check import *
 from leverplus.rldata_mine import *
 from leverplus.rldata_merge import *
 from leverplus.rldata_scale import *
+from leverplus.rldata_infoscore import *
 from leverplus.rldata_json import *
 from leverplus.dls import *
 from leverplus.warmup import *
@@ -35,6 +36,7 @@ from leverplus.callback_kl import *
 from leverplus.callback_schedule import *
 from leverplus.callback_track import *
 from leverplus.callback_listwise import *
+from leverplus.callback_onpolicy import *
 from leverplus.diagnose import *
 from leverplus.learner import *
 from leverplus.recipes import *

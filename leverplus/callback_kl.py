@@ -13,7 +13,7 @@ from .core import frozen, masked_mean
 from .losses import entropy_steps, kl_k3, kl_steps
 from .callback_core import StageCallback, Objective, active_dropout, find_reference
 
-# %% ../nbs/64_callback_kl.ipynb #2de5297f
+# %% ../nbs/64_callback_kl.ipynb #4b397837
 class StepTerm(StageCallback):
     "Base of added terms that are sums over the exact distributions of each step"
     order = Objective.order+1
@@ -24,10 +24,18 @@ class StepTerm(StageCallback):
 
     def steps_of(self, model, enc): return lambda prefix: model.step_logp(enc, prefix)
 
+    @property
+    def ends(self): return getattr(self.model, "stop", None) is not None   # then a step follows the last pick: STOP, or go on
+
+    @property
+    def steps(self): # how many are summed
+        S = self.xb[4].shape[-1]
+        return self.shots or (min(S+1, self.model.max_shots) if self.ends else S)
+
     def counted(self, S, on="all"):
-        "Steps that count [B,S]: those of the query's longest sequence; with `on='live'` only of groups in the loss"
-        seq_mask = self.xb[4]
-        counts = torch.arange(S, device=seq_mask.device) < seq_mask.sum(-1).amax(-1, keepdim=True)
+        "Steps that count [B,S]: those of the query's longest sequence, STOP included; with `on='live'` only of groups in the loss"
+        n = self.xb[4].sum(-1).amax(-1, keepdim=True)
+        counts = torch.arange(S, device=n.device) < n + (self.ends & (n > 0))
         return counts & self.yb[1].any(-1, keepdim=True) if on == "live" else counts
 
 class KLToRef(StepTerm):
@@ -38,7 +46,7 @@ class KLToRef(StepTerm):
         beta:float=.02, # weight, >= 0, loss units per nat; `AdaptiveKL` or `TempSchedule` may move it
         on:str="all", # mean over "all" queries of the batch | "live" ones, whose group is in the loss
         how:str="exact", # what is added: "exact" KL | "k3" of the reports; both are logged
-        shots:int|None=None, # steps that count; None = as many as the batch's sequences have
+        shots:int|None=None, # steps that count; None = as many as the batch's sequences have, and one more for STOP
         limit:int=5000, # most prefixes per query, see `kl_steps`
     ):
         if not isinstance(ref, (nn.Module, str)) and not hasattr(ref, "__fspath__"):
@@ -65,7 +73,7 @@ class KLToRef(StepTerm):
     def mean_kl(self): return self.sum / self.n if self.n else float("nan") # over the queries of this epoch so far
 
     def after_loss(self):
-        S = self.shots or self.xb[4].shape[-1]; enc = self.model.encode(*self.xb[:3])
+        S = self.steps; enc = self.model.encode(*self.xb[:3])
         with torch.no_grad():
             ref_enc = self.ref.encode(*self.xb[:3]); ref_logp = self.ref.logp(ref_enc, self.xb[3], self.xb[4])
         ref = self.steps_of(self.ref, ref_enc)
@@ -115,7 +123,7 @@ class AdaptiveKL(StageCallback):
             warnings.warn(f"AdaptiveKL: the KL was {kl:.3g} nats, outside {self.low:g}..{self.high:g}, and beta is at its limit {was:g}: the penalty "
                           "no longer steers. " + ("Lower the learning rate or raise the limit" if kl > self.high else "Nothing pulls away from the reference"))
 
-# %% ../nbs/64_callback_kl.ipynb #0596888f
+# %% ../nbs/64_callback_kl.ipynb #b95c9797
 class EntropyFloor(StepTerm):
     "Penalise a mean normalised entropy of the step distributions below `floor`"
     def __init__(self,
@@ -124,7 +132,7 @@ class EntropyFloor(StepTerm):
         adaptive:bool=True, # move alpha once per epoch
         factor:float=1.5, # by what, > 1
         limits:tuple=(1e-3, 10.), # smallest and largest alpha
-        shots:int|None=None, # steps that count; None = as many as the batch's sequences have
+        shots:int|None=None, # steps that count; None = as many as the batch's sequences have, and one more for STOP
         limit:int=5000, # most prefixes per query, see `kl_steps`
     ):
         if not 0 < floor <= 1: raise ValueError(f"EntropyFloor: floor {floor}, wanted a share in (0,1]")
@@ -136,7 +144,7 @@ class EntropyFloor(StepTerm):
     def before_train(self): self.sum = self.n = 0.
 
     def after_loss(self):
-        S = self.shots or self.xb[4].shape[-1]; counts = self.counted(S)
+        S = self.steps; counts = self.counted(S)
         hs = entropy_steps(self.steps_of(self.model, self.model.encode(*self.xb[:3])), self.xb[2], S, self.limit, normed=True)
         h = masked_mean(masked_mean(hs, counts, -1), counts.any(-1))
         self.learn.loss_grad = self.loss_grad + self.alpha*(self.floor - h).relu()

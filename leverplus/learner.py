@@ -309,6 +309,35 @@ def fit_grpo(self:Learner,
     "Stage of group-relative policy optimisation, without dropout, near a reference"
     return self.fit_stage(n_epoch, lr, [NoDropout(), GRPO(**grpo_kw), *_kl(beta, ref), *L(cbs)], max_norm, skip_flat, best, watch, resume, split_shots)
 
+# %% ../nbs/70_learner.ipynb #c8619a5b
+from .callback_grpo import RLOO
+from .callback_onpolicy import DistinctPG, OnPolicy
+
+@patch
+def fit_onpolicy(self:Learner,
+    scorer, # see `ask`; None: all facts are in `cache=`
+    items:pd.DataFrame, # queries and demonstrations, indexed by question_id
+    store, # `EmbedStore` of queries and demonstrations
+    rounds:int=10, # at most; an epoch each
+    lr:float=3e-4, # peak learning rate
+    objective="rloo", # "rloo" | "grpo" on the groups of a round | "distinct": drawn without replacement | an objective of your own
+    beta:float=0., # weight of the exact KL to `ref`, loss units per nat; 0 = no KL
+    ref="start", # reference of the KL, as in `fit_grpo`
+    cbs=(), # more callbacks of this stage
+    skip_flat:bool|None=None, # as in `fit_stage`; None: yes, but for "distinct", whose flat groups count
+    stage:dict|None=None, # `max_norm, best, watch, resume` of `fit_stage`
+    **kw, # of `OnPolicy`: `G, shots, queries_per_round, every, passes, patience, reward, cache, seed, ...`
+)->Learner: # `learn.onpolicy` is its `OnPolicy`: the `table` of rounds, and `data()`, what was drawn
+    "Stage of rounds: draw groups from the policy as it is, ask the scorer, update; ends early without less headroom"
+    known = dict(rloo=(lambda: RLOO(min_live=0), {}), grpo=(lambda: GRPO(min_live=0, refresh="epoch" if kw["every"] == "round" else 1), dict(every="round")),
+                 distinct=(DistinctPG, dict(distinct=True)))
+    if isinstance(objective, str):
+        if objective not in known: raise ValueError(f"fit_onpolicy: objective {objective!r}, wanted {', '.join(map(repr, known))} or an objective")
+        make, need = known[objective]; kw = need | kw; objective = make()
+    if skip_flat is None: skip_flat = not isinstance(objective, DistinctPG)
+    self.onpolicy = OnPolicy(scorer, items, store, **kw)
+    return self.fit_stage(rounds, lr, [NoDropout(), objective, self.onpolicy, *_kl(beta, ref), *L(cbs)], skip_flat=skip_flat, **(stage or {}))
+
 # %% ../nbs/70_learner.ipynb #c0a39c76
 @patch
 def save_selector(self:Learner,

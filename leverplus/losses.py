@@ -262,7 +262,7 @@ def clip_shares(logp, old, adv, mask, clip_low=.2, clip_high=.28):
         share.append((on & mask & out).sum() / (on & mask).sum())
     return tuple(share)
 
-# %% ../nbs/60_losses.ipynb #2cea5917
+# %% ../nbs/60_losses.ipynb #ecb40f93
 def _walk(step, cand_mask, shots, limit):
     "Yield per step: probability of each prefix [B,P], prefixes [B,P,t], log-probabilities of the next pick [B,P,K]"
     B, K = cand_mask.shape
@@ -292,6 +292,8 @@ def kl_steps(
     out = []
     for w, prefix, lp in _walk(step_p, cand_mask, shots, limit):
         can, lq = lp > -torch.inf, step_q(prefix)
+        if lq.shape != lp.shape:
+            raise ValueError(f"kl: {lp.shape[-1]} options per step against {lq.shape[-1]} of the reference: have both STOP, or neither?")
         if (can & (lq == -torch.inf)).any():
             raise ValueError("kl: the reference gives probability 0 to a candidate that the policy may pick; "
                              "are pools and masks the same?")
@@ -308,14 +310,15 @@ def entropy_steps(
     cand_mask:Tensor, # bool [B,K]
     shots:int, # S
     limit:int=5000, # as in `kl_steps`
-    normed:bool=False, # divide each step by its maximum, ln(candidates left): 1 = uniform, 0 = certain
+    normed:bool=False, # each step over its maximum, ln(options left, STOP too where offered) x share that gets there: 1 = uniform, 0 = certain
 )->Tensor: # [B,S]
     "Exact expected entropy of each step"
     out, n = [], cand_mask.sum(-1)
     for t, (w, _, lp) in enumerate(_walk(step_p, cand_mask, shots, limit)):
         can = lp > -torch.inf; lp = lp.masked_fill(~can, 0.)
         h = -(w * (lp.exp() * lp).masked_fill(~can, 0.).sum(-1)).sum(-1)
-        out.append(h / (n - t).clamp(min=2).log() if normed else h)
+        stop = can[..., cand_mask.shape[1]:].flatten(1).any(-1)   # a column beyond the candidates
+        out.append(h / ((n - t + stop).clamp(min=2).log() * w.sum(-1).clamp(min=1e-12)) if normed else h)
     return torch.stack(out, -1)
 
 def entropy_exact(step_p, cand_mask, shots, limit=5000):

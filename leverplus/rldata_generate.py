@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['COUNTS', 'CACHE_COLUMNS', 'SECOND', 'EXACT', 'SimilarityPrior', 'best_sequences', 'nearest_sets', 'check_counts',
            'propose', 'plot_proposals', 'pair_keys', 'item_hashes', 'content_keys', 'FactCache', 'facts_fingerprint',
-           'ask', 'self_test', 'check_second', 'choose', 'evaluated', 'policy_fingerprint', 'shard_queries', 'Busy',
-           'run_lock', 'Generation', 'flat_queries', 'tally', 'TooManyFailures', 'NotVerified', 'generate']
+           'ask', 'as_cache', 'self_test', 'check_second', 'choose', 'evaluated', 'policy_fingerprint', 'shard_queries',
+           'Busy', 'run_lock', 'Generation', 'flat_queries', 'tally', 'TooManyFailures', 'NotVerified', 'generate']
 
-# %% ../nbs/32_rldata_generate.ipynb #18f1765a
+# %% ../nbs/32_rldata_generate.ipynb #cd289e1c
 import contextlib, json, math, os, platform
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import combinations
 from pathlib import Path
 import numpy as np, pandas as pd, torch
@@ -41,7 +41,7 @@ class SimilarityPrior:
         "Log-probabilities [B,P,K] of the next pick after prefix [B,P,t]"
         return enc[:, None].expand(-1, prefix.shape[1], -1).scatter(-1, prefix, -torch.inf).log_softmax(-1)
 
-# %% ../nbs/32_rldata_generate.ipynb #2d13e012
+# %% ../nbs/32_rldata_generate.ipynb #bad1e201
 def _device(policy):
     p = next(policy.parameters(), None) if isinstance(policy, torch.nn.Module) else None
     return p.device if p is not None else torch.device("cpu")
@@ -51,25 +51,30 @@ def _conditioned(top, g):
     top = top[..., None]; v = top - g + torch.log(-torch.expm1(g - g.amax(-1, keepdim=True)))
     return top - v.clamp(min=0) - torch.log1p(torch.exp(-v.abs()))
 
+def _step(policy):
+    "`step_logp` over candidates alone: sequences of a given length never ask a policy with STOP whether it would end"
+    return policy.step_logp if getattr(policy, "stop", None) is None else partial(policy.step_logp, stop=False)
+
 def best_sequences(
-    policy, # has `step_logp`
+    policy, # has `step_logp`; its STOP, if it has one, is not offered
     enc, # from `policy.encode`, B queries
     B:int, # queries
     S:int, # shots
     width:int, # sequences per query, > 0
     temperature:float=1., # > 0; divides the step logits
     noise:torch.Tensor|None=None, # [B,S,width,K] standard Gumbel draws: sample without replacement; None: beam search
-)->tuple: # (local indices [B,W,S], log-probability [B,W], -inf where a pool has fewer sequences), best or first drawn first
+    keys:bool=False, # return the keys by which sequences were kept, too
+)->tuple: # (local indices [B,W,S], log-probability [B,W], -inf where a pool has fewer sequences), best or first drawn first; keys [B,W]
     "Beam search, or exact sampling without replacement, through any policy"
-    logp = key = torch.zeros(B, 1, dtype=torch.float64); seqs = torch.zeros(B, 1, 0, dtype=torch.long)
+    ask_step = _step(policy); logp = key = torch.zeros(B, 1, dtype=torch.float64); seqs = torch.zeros(B, 1, 0, dtype=torch.long)
     for t in range(S):
-        step = policy.step_logp(enc, seqs.to(_device(policy))).detach().cpu().double()
+        step = ask_step(enc, seqs.to(_device(policy))).detach().cpu().double()
         child = logp[..., None] + (step if temperature == 1 else (step / temperature).log_softmax(-1))
         child = torch.where(child.isnan(), -torch.inf, child); P, K = child.shape[1:]
         score = child if noise is None else _conditioned(key, child + noise[:, t, :P]).masked_fill(child == -torch.inf, -torch.inf)
         key, top = (x[:, :width] for x in score.flatten(1).sort(descending=True, stable=True)); row = top // K
         logp = child.flatten(1).gather(1, top); seqs = torch.cat([seqs.gather(1, row[..., None].expand(-1, -1, t)), (top % K)[..., None]], -1)
-    return seqs, logp
+    return (seqs, logp, key) if keys else (seqs, logp)
 
 # %% ../nbs/32_rldata_generate.ipynb #cb5d5e4e
 def nearest_sets(
@@ -83,7 +88,7 @@ def nearest_sets(
     total, best = (x[:, :n] for x in top[:, sets].sum(-1).sort(dim=-1, descending=True, stable=True))
     return order.gather(1, sets[best].flatten(1)).view(len(cos), -1, S), total
 
-# %% ../nbs/32_rldata_generate.ipynb #096a08a1
+# %% ../nbs/32_rldata_generate.ipynb #8a7d2eb9
 COUNTS = dict(beam=5, temperature={1.0: 2, 1.3: 2}, random=1, retrieval=5)
 
 def check_counts(
@@ -98,10 +103,13 @@ def check_counts(
     if any(t <= 0 for t in out["temperature"]): raise ValueError(f"proposal temperatures {list(out['temperature'])}: wanted numbers > 0")
     return out
 
-def _gumbel(queries, sizes, S, width, *name):
-    "[B,S,width,K] noise; each query draws for its own pool size"
-    out = torch.zeros(len(queries), S, width, max(sizes), dtype=torch.float64)
-    for b, (q, k) in enumerate(zip(queries, sizes)): out[b, ..., :k] = torch.from_numpy(rng("propose", q, S, *name).gumbel(size=(S, width, k)))
+def _gumbel(queries, sizes, S, width, *name, more=0):
+    "[B,S,width+more,K] noise; each query draws for its own pool size; what `more` adds changes nothing of the rest"
+    out = torch.zeros(len(queries), S, width + more, max(sizes), dtype=torch.float64)
+    for b, (q, k) in enumerate(zip(queries, sizes)):
+        draw = lambda n, *key: torch.from_numpy(rng("propose", q, S, *name, *key).gumbel(size=(S, n, k)))
+        out[b, :, :width, :k] = draw(width)
+        if more: out[b, :, width:, :k] = draw(more, "more")
     return out
 
 def _embedded(pool, store, queries, S, kind):
@@ -111,19 +119,22 @@ def _embedded(pool, store, queries, S, kind):
     cand = np.array([pool[q] + (pool[q][0],)*(max(sizes) - k) for q, k in zip(queries, sizes)], dtype=np.int64)
     return cand, torch.arange(max(sizes)) < torch.tensor(sizes)[:, None], store.get(queries, kind), store.get(cand, kind)
 
-# %% ../nbs/32_rldata_generate.ipynb #463959db
+# %% ../nbs/32_rldata_generate.ipynb #358e8d4c
 class _Proposals:
-    def __init__(self, K): self.K, self.blocks, self.names = K, [], []
+    def __init__(self, K): self.K, self.blocks, self.names, self.kappas = K, [], [], []
 
     def codes(self, seqs): return (seqs * self.K ** torch.arange(seqs.shape[-1])).sum(-1)
 
     def add(self, n, find, method, temperature=math.nan, scored=True):
-        "Keep the first `n` sequences of `find(width)` that no earlier block holds"
+        "Keep the first `n` sequences of `find(width)` that no earlier block holds; a third thing found are their keys, one more than `width`"
         if not n: return
         had = torch.cat([torch.where(ok, self.codes(s), -1) for s, _, ok in self.blocks], 1) if self.blocks else None
-        seqs, score = find(n + (0 if had is None else had.shape[1])); ok = score > -torch.inf
+        seqs, score, *key = find(n + (0 if had is None else had.shape[1])); ok = score > -torch.inf
         if had is not None: ok = ok & ~(self.codes(seqs)[..., None] == had[:, None]).any(-1)
-        ok, at = (x[:, :n] for x in ok.sort(dim=1, descending=True, stable=True))
+        ok, at = ok.sort(dim=1, descending=True, stable=True)
+        if key and n < at.shape[1]: kappa = key[0].gather(1, at[:, n:n+1]).masked_fill(~ok[:, n:n+1], -torch.inf) # of the first that was left out
+        else: kappa = torch.full((len(seqs), 1), -torch.inf if key else math.nan, dtype=torch.float64)
+        ok, at = ok[:, :n], at[:, :n]; self.kappas.append(kappa.expand(at.shape))
         logp = score.gather(1, at).double() if scored else torch.full(at.shape, math.nan, dtype=torch.float64)
         self.blocks.append((seqs.gather(1, at[..., None].expand(-1, -1, seqs.shape[-1])), logp, ok))
         self.names += [(method, i if method == "beam" else math.nan, temperature) for i in range(at.shape[1])]
@@ -133,20 +144,22 @@ class _Proposals:
         seqs, logp, ok = (torch.cat(x, 1) for x in zip(*self.blocks)); b, j = (x.numpy() for x in ok.nonzero(as_tuple=True)); pick = seqs[b, j].numpy()
         meta = pd.DataFrame(self.names, columns=["gen_method", "beam_rank", "temperature"]).iloc[j].reset_index(drop=True)
         return meta.assign(question_id=np.array(queries)[b], pointer=list(map(tuple, cand[b[:, None], pick].tolist())), logprob_score=logp[b, j].numpy(),
-                           similarity_score=cos.numpy()[b[:, None], pick].mean(1))[list(PROPOSAL_COLUMNS)]
+                           similarity_score=cos.numpy()[b[:, None], pick].mean(1))[list(PROPOSAL_COLUMNS)].assign(kappa=torch.cat(self.kappas, 1)[b, j].numpy())
 
-def _propose_batch(pool, store, queries, S, policy, counts, seed, kind):
+def _propose_batch(pool, store, queries, S, policy, counts, seed, kind, kappa):
     cand, mask, query, cands = _embedded(pool, store, queries, S, kind); B, K = cand.shape; sizes = mask.sum(1).tolist(); dev = _device(policy)
     enc, cos = policy.encode(query.to(dev), cands.to(dev), mask.to(dev)), torch.einsum("bd,bkd->bk", query, cands).masked_fill(~mask, -torch.inf)
     even = SimilarityPrior(0.); flat = even.encode(query, cands, mask); out = _Proposals(K)
+    def draw(policy, enc, w, T, *name): return best_sequences(policy, enc, B, S, w + kappa, T, _gumbel(queries, sizes, S, w, seed, *name, more=int(kappa)), keys=kappa)
     out.add(counts["beam"], lambda w: best_sequences(policy, enc, B, S, w), "beam")
     out.add(counts["retrieval"], lambda w: nearest_sets(cos, S, w), "retrieval", scored=False)
     for T, n in counts["temperature"].items():
-        out.add(n, lambda w: best_sequences(policy, enc, B, S, w, T, _gumbel(queries, sizes, S, w, seed, "sample", T)), "sample", T)
-    out.add(counts["random"], lambda w: best_sequences(even, flat, B, S, w, 1., _gumbel(queries, sizes, S, w, seed, "random")), "random")
-    return out.frame(queries, cand, cos)
+        out.add(n, lambda w: draw(policy, enc, w, T, "sample", T), "sample", T)
+    out.add(counts["random"], lambda w: draw(even, flat, w, 1., "random"), "random")
+    rows = out.frame(queries, cand, cos)
+    return rows if kappa else rows.drop(columns="kappa")
 
-# %% ../nbs/32_rldata_generate.ipynb #a014029d
+# %% ../nbs/32_rldata_generate.ipynb #938af6e3
 @contextlib.contextmanager
 def _deciding(policy):
     "Dropout off, no gradients; the mode is put back afterwards"
@@ -168,13 +181,14 @@ def propose(
     kind:str="mixed", # embeddings that the policy reads: image | text | mixed
     scale:float=10., # sharpness of the prior, if there is no policy
     batch_size:int=256, # queries at once; changes no proposal
+    kappa:bool=False, # a further column `kappa`, see above; changes no proposal
 )->pd.DataFrame: # columns of PROPOSAL_COLUMNS; distinct ordered sequences per query, queries in the given order
     "Choose the sequences that are to be tried"
     queries, counts, policy = [int(q) for q in queries], check_counts(counts), SimilarityPrior(scale) if policy is None else policy
     if len(set(queries)) < len(queries): raise ValueError(f"question_id {pd.Series(queries)[pd.Series(queries).duplicated()].iloc[0]} stands twice among the queries: pass each once")
     if not queries or S < 1: raise ValueError(f"propose got {len(queries)} queries and S={S}: pass at least one query and S >= 1")
     with _deciding(policy):
-        return pd.concat([_propose_batch(pool, store, queries[i:i+batch_size], S, policy, counts, seed, kind) for i in range(0, len(queries), batch_size)], ignore_index=True)
+        return pd.concat([_propose_batch(pool, store, queries[i:i+batch_size], S, policy, counts, seed, kind, kappa) for i in range(0, len(queries), batch_size)], ignore_index=True)
 
 # %% ../nbs/32_rldata_generate.ipynb #e2b1daed
 def plot_proposals(
@@ -339,10 +353,10 @@ def _ask_window(pairs, scorer, make, items, mode, weight, generate, who):
     if want != got: raise ValueError(f"scorer {type(scorer).__name__} was asked {len(want)} prompts from {want[:1]} and answered {len(got)} from {got[:1]}: it must answer all, in order")
     return _facts(pairs, scored, answers, mode, generate, who)
 
-# %% ../nbs/32_rldata_generate.ipynb #f1e431ee
+# %% ../nbs/32_rldata_generate.ipynb #c1d6765d
 def ask(
     pairs:pd.DataFrame, # question_id, pointer (tuple of ids in prompt order; empty = zero-shot); repeats are asked once
-    scorer, # `run(prompts, targets, generate, progress) -> list of Scored`, and `fingerprint`
+    scorer, # `run(prompts, targets, generate, progress) -> list of Scored`, and `fingerprint`; None: the cache must know all, KeyError names what it lacks
     items:pd.DataFrame, # queries and demonstrations, indexed by question_id
     cache:FactCache|None=None, # looked up first, added to after each window; None: none
     style:str="interleaved", # prompt style: interleaved | chat
@@ -353,9 +367,10 @@ def ask(
     progress:bool=False, # show a bar over prompts
 )->pd.DataFrame: # question_id, pointer and the columns of FACT_COLUMNS; same rows and order as `pairs`
     "Turn (query, pointer) pairs into facts"
-    pairs = as_record(pairs[["question_id", "pointer"]], {"question_id": "int", "pointer": "ints"}); who = facts_fingerprint(scorer, style, mode, weight)
-    keys = pd.Index(pair_keys(pairs.question_id, pairs.pointer.to_numpy(), who)); content = content_keys(items, pairs.question_id, pairs.pointer.to_numpy())
-    cache = FactCache() if cache is None else cache; have = cache.lookup(pairs, who, content, "vqa_acc_score" if generate else "vqa_gt_prob")
+    pairs = as_record(pairs[["question_id", "pointer"]], {"question_id": "int", "pointer": "ints"}); need = "vqa_acc_score" if generate else "vqa_gt_prob"
+    if scorer is None: return _known(pairs, items, cache, need)
+    who = facts_fingerprint(scorer, style, mode, weight); keys = pd.Index(pair_keys(pairs.question_id, pairs.pointer.to_numpy(), who)); content = content_keys(items, pairs.question_id, pairs.pointer.to_numpy())
+    cache = FactCache() if cache is None else cache; have = cache.lookup(pairs, who, content, need)
     todo = pairs[~pairs.index.isin(have.index) & ~keys.duplicated()]; make, frames = prompter(_needed(items, todo), style), [have.drop(columns="content").set_axis(keys[have.index])]
     with tqdm(total=len(todo), disable=not progress, desc="asking", unit="prompt") as bar:
         for i in range(0, len(todo), window):
@@ -364,10 +379,29 @@ def ask(
     known = pd.concat([f for f in frames if len(f)] or frames[:1]); known = known[~known.index.duplicated()]
     return known.loc[keys].reset_index(drop=True)
 
+def _known(pairs, items, cache, need):
+    "Facts that are there, in the order of `pairs`; KeyError names what is not"
+    if cache is None or len(cache.scorers) != 1:
+        raise ValueError(f"nobody to ask and facts of {0 if cache is None else len(cache.scorers)} scorers in the cache: pass a scorer, or a `FactCache` with the facts of one (`as_cache`)")
+    have = cache.lookup(pairs, cache.scorers[0], None if items is None else content_keys(items, pairs.question_id, pairs.pointer.to_numpy()), need)
+    if len(lost := pairs.index.difference(have.index)):
+        raise KeyError(f"question_id {pairs.question_id[lost[0]]}, pointer {pairs.pointer[lost[0]]}: not among the {len(cache)} known facts "
+                       f"({len(lost)} of {len(pairs)} pairs), and there is no scorer to ask")
+    return have.drop(columns="content").reset_index(drop=True)
+
 def _needed(items, pairs):
     "The items that `pairs` mention"
     ids = set(pairs.question_id).union(*pairs.pointer) if len(pairs) else set()
     return items[items.index.isin(list(ids))]
+
+# %% ../nbs/32_rldata_generate.ipynb #cc763a66
+def as_cache(
+    facts, # `FactCache` | frame with question_id, pointer and facts of one scorer | None: an empty cache
+)->FactCache: # a `FactCache` as it is; a frame becomes a cache in memory, its failed rows left out
+    "Facts as a cache"
+    if facts is None or isinstance(facts, FactCache): return FactCache() if facts is None else facts
+    cache = FactCache(); cache.add(facts[[c for c in facts if c in CACHE_COLUMNS]])
+    return cache
 
 # %% ../nbs/32_rldata_generate.ipynb #b134a5ff
 def _other_text(said, seed):

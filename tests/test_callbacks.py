@@ -9,6 +9,7 @@ from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.learner import Learner
 from leverplus.core import frozen
 from leverplus.losses import advantage, entropy_steps, kl_exact, kl_k3, listwise_loss, live_groups, merge_orders, policy_gradient, rce_loss, regret
+from leverplus.selector import PointerSelector
 from leverplus.synth import ToySelector, quiet, synth_dls, toy_learner
 from leverplus.callback_core import Objective, SkipFlat, StageCallback, Stats, active_dropout, check_name, find_reference, set_anchor, survey_groups
 from leverplus.callback_rce import RCE
@@ -283,6 +284,17 @@ def test_kl_is_exact_and_only_loss_grad_changes():
     spy = Spy(after_loss=look); fit(learn, 1, [RCE(), KLToRef(ref, beta=3.), spy])
     for g, l, kl in spy.seen: assert g == pytest.approx(l + 3*kl, rel=1e-4)
     assert learn.stats.mean("kl") == pytest.approx(sum(s[2] for s in spy.seen)/4, rel=1e-4)
+
+@pytest.mark.parametrize("S", [1, 2])
+def test_kl_counts_the_step_at_which_a_policy_may_stop(S):
+    "Stored sequences of S < max_shots picks end with STOP, so that step is in the KL: with S + 1 = max_shots all sequences are"
+    torch.manual_seed(0); dls = synth_dls(8, 8, 8, K=5, N=3, shots=(S,)); make = lambda: PointerSelector(8, d_hidden=8, max_shots=S+1, stop=True, dropout=0.)
+    p, q = make(), make()
+    for m, b in ((p, 1.), (q, -1.)): torch.nn.init.constant_(m.stop.bias, b)
+    learn = Learner(dls, p, regret, lr=0., cbs=Stats()); xb = dls.train.one_batch()[:3]; ep, eq = p.encode(*xb), q.encode(*xb)
+    with torch.no_grad(): seqs, lp, mask = p.enumerate(ep, None); lq = q.logp(eq, seqs, mask)
+    fit(learn, 1, [KLToRef(q, beta=.1), EntropyFloor(.9)]); assert abs(learn.stats.mean("kl") - float((lp.exp()*(lp - lq)).sum(-1).mean())) < 1e-4
+    assert learn.stats.mean(f"kl_{S+1}") > .1
 
 def test_kl_holds_the_policy_and_the_reference_stands_still():
     def moved(beta):

@@ -149,6 +149,16 @@ def test_exact_kl_and_entropy_are_brute_force(S, B):
     assert (kl_exact(p, p, cm, S).abs() < 1e-12).all()
     norm = entropy_steps(p, cm, S, normed=True); assert ((norm >= 0) & (norm <= 1 + 1e-9)).all()
 
+def test_stop_is_an_option_of_the_entropy():
+    K, mask = 4, torch.tensor([[True]*4, [True]*3 + [False]])
+    def step(prefix, odds=1.): # all options alike, but STOP, from the second step on, `odds` times as likely
+        B, P, t = prefix.shape; w = (mask[:, None].expand(-1, P, -1).scatter(-1, prefix, False)).double()
+        w = torch.cat([w, torch.full((B, P, 1), odds if t else 0., dtype=torch.float64)], -1); return (w / w.sum(-1, keepdim=True)).log()
+    assert torch.allclose(entropy_steps(step, mask, 3, normed=True), torch.ones(2, 3, dtype=torch.float64))
+    assert torch.allclose(entropy_steps(step, mask, 3)[0], torch.tensor([4., 4., 3.], dtype=torch.float64).log() * torch.tensor([1., 1., .75], dtype=torch.float64))
+    often = entropy_steps(lambda p: step(p, 9.), mask, 3, normed=True); assert torch.allclose(often[:, 0], torch.ones(2, dtype=torch.float64)) and (often[:, 1:] < .9).all()
+    with pytest.raises(ValueError, match="5 options per step against 4"): kl_steps(step, lambda p: step(p)[..., :4], mask, 2)
+
 def test_uniform_policy_has_all_the_entropy():
     cm = torch.ones(2, 6, dtype=torch.bool); cm[1, 4:] = False; flat, _ = table_policy(0, 2, 6, 2, cm, scale=0.)
     assert torch.allclose(entropy_exact(flat, cm, 2), torch.tensor([30., 12.]).double().log())
