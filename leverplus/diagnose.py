@@ -79,7 +79,7 @@ def data_facts(
     return dict(queries=len(live), queries_valid=sum(len(b[0]) for b in valid), live=live.double().mean().item(),
                 pool_train=mean(train), pool_valid=mean(valid), shots=lengths, spearman=soft)
 
-# %% ../nbs/69_diagnose.ipynb #082c9f3c
+# %% ../nbs/69_diagnose.ipynb #91050dc1
 class Rule(NamedTuple):
     "One failure: how it looks, where it comes from, what to do"
     row:str; symptom:str; wanted:str; cause:str; remedy:str
@@ -108,7 +108,7 @@ RULES = dict(
     soft=Rule("8", "the soft reward does not follow accuracy", "rank correlation {soft:g} or more", "the scored tokens are not those of the answer", "hold the scorer to its reference (`health` of the data) before any run"),
     pool=Rule("11", "pools differ between training and validation", "the same size", "pools were made in different ways, so the tasks differ", "one pool rule for all splits"),
     uniform=Rule("12", "the policy is uniform", "{uniform:g} nats or more", "nothing was learned: its distribution is that of a policy that knows nothing", "treat as untrained: learning rate, temperature, live groups"),
-    unchanged=Rule("15", "picks are those of the start", "{unchanged:.0%} unchanged or less", "no change that matters: too small a learning rate, too strong a penalty, or nothing to learn from",
+    unchanged=Rule("15", "picks are those of the start", "at most {unchanged:.1%} of them", "no change that matters: too small a learning rate, too strong a penalty, or nothing to learn from",
         "say so and stop; do not compare this run with its start"),
     overfit=Rule("18", "better in training only", "a gap of {overfit:g} standard errors or less", "few queries for this many steps or parameters", "keep the best (`Best(promote='paired')`), fewer epochs (`patience`), weight decay, the similarity prior"),
     collapse=Rule("23", "one answer for all", "entropy {entropy:g}, unique picks {unique:.0%} or more", "the policy collapsed on a few demonstrations", "`EntropyFloor`, a smaller learning rate, a penalty on hubs"),
