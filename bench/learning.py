@@ -70,7 +70,7 @@ class Trial:
         file = self.out/"warm"/f"{'joint' if self.split else 'pairs'}-{self.seed}.pt"; learn = self.learner(**NET)
         if file.exists(): learn.model.load_state_dict(torch.load(file)); return learn
         items = self.world.items; items = items[items.split == "train"]
-        learn.fit_warmup(items, self.world.store, 15, best=False)
+        learn.fit_warmup(items, self.world.store, 15, best=False, n=64 if self.split else 256)
         with atomic_path(file) as tmp: torch.save(learn.model.state_dict(), tmp)
         return learn
 
