@@ -44,4 +44,6 @@ from leverplus.infer import *
 from leverplus.evaluate import *
 from leverplus.world import *
 from leverplus.replays import *
+from leverplus.loops import *
+from leverplus.sweep import *
 from leverplus.report import *
