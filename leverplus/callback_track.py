@@ -172,7 +172,7 @@ def candidate_ids(
     ids = torch.full_like(keys, -1); ids[cand_mask] = keys[cand_mask].unique(return_inverse=True)[1]
     return ids
 
-# %% ../nbs/66_callback_track.ipynb #56ec4174
+# %% ../nbs/66_callback_track.ipynb #4908e41f
 def _telling(cb, stats):
     "`after_loss` of `cb` that also shows `stats` what it did to the loss"
     inner = type(cb).after_loss
@@ -239,9 +239,8 @@ class RLStats(Stats):
         enc, cand_mask, S = self.model.encode(*self.xb[:3]), self.xb[2], self.xb[3].shape[-1]
         n = cand_mask.sum(-1, keepdim=True); most = (n - torch.arange(S, device=n.device)).clamp(min=1).log()
         S = next((s for s in range(S, 0, -1) if cand_mask.shape[1]**(s-1) <= 1000), 1)   # steps that are cheap to sum
-        h = entropy_steps(lambda prefix: self.model.step_logp(enc, prefix), cand_mask, S); self.model.train(was)
-        left = (n - torch.arange(S, device=n.device)).clamp(min=2).log()
-        self.log(entropy=(h / left).mean(), above_uniform=(most[:, :S] - h).sum(-1).mean(), kl_bound=most.sum(-1).mean())
+        h, part = (entropy_steps(lambda prefix: self.model.step_logp(enc, prefix), cand_mask, S, normed=normed) for normed in (False, True)); self.model.train(was)
+        self.log(entropy=part.mean(), above_uniform=(most[:, :S] - h).sum(-1).mean(), kl_bound=most.sum(-1).mean())
 
     def log_shares(self):
         ps = [p for p in self.model.parameters() if p.requires_grad]
