@@ -34,7 +34,7 @@ def neighbours(
     turned = [tuple(pointer[{i: j, j: i}.get(k, k)] for k in range(len(pointer))) for i, j in combinations(range(len(pointer)), 2)]
     return new + turned
 
-# %% ../nbs/34_rldata_mine.ipynb #f4d59a2d
+# %% ../nbs/34_rldata_mine.ipynb #daaef48c
 def _rank(rows, lacks):
     "Rows by query, best in the direction of the search first: gt_prob up for a positive, down for a contrast"
     way = np.where(rows.question_id.map(lacks) == "positive", -1., 1.)
@@ -85,11 +85,12 @@ def mine(
             if not todo or budget is not None and spent >= budget: break
             swaps = _swaps(rows, data.pool, lacks, tried, tries, seed); sample = _samples(store, data.pool, lacks, tried, data.shots, tries, policy, seed + k, kind, scale)
             new = pd.concat([swaps, sample], ignore_index=True).assign(gen_method="mined"); new = new[~new.duplicated(["question_id", "pointer"])].reset_index(drop=True)
-            if budget is not None: new = new.sample(frac=1, random_state=seed).head(max(0, budget - spent)).sort_index().reset_index(drop=True)
-            if not len(new): break # every sequence of these pools was tried
+            if budget is not None: # a probability for each, and texts for the first `top` of a query
+                new = new.sample(frac=1, random_state=seed); price = 1 + (new.groupby("question_id").cumcount() < top)
+                new = new[price.cumsum() <= budget - spent].sort_index().reset_index(drop=True)
+            if not len(new): break # every sequence of these pools was tried, or the budget is spent
             new = new.reindex(columns=list(PROPOSAL_COLUMNS)); first = _with_facts(new, ask(new, scorer, items, cache, generate=False, **asking)); spent += len(new)
             best = _rank(first[~first.eval_failed], lacks).groupby("question_id", sort=False).head(top).sort_index()
-            if budget is not None: best = best.head(max(0, budget - spent))
             full = _with_facts(new.loc[best.index], ask(best, scorer, items, cache, **asking)).set_axis(best.index); spent += len(best)
             first = pd.concat([first.drop(best.index), full]).sort_index(); rows = pd.concat([rows, first], ignore_index=True)
             for q, p in zip(first.question_id, first.pointer): tried[q].add(p)

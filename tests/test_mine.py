@@ -50,7 +50,7 @@ def test_rows_are_new_marked_and_within_the_budget(tmp_path_factory, world, trie
     old, new = out.rows[:len(data)], out.rows[len(data):]
     pd.testing.assert_frame_equal(old, data.rows); assert (new.gen_method == "mined").all() and not new.eval_failed.any()
     assert not out.rows.duplicated(["question_id", "pointer"]).any() and set(new.question_id) <= set(lacking(data)[lambda x: x != ""].index)
-    asked = log.asked.sum() + log.texts.sum(); assert budget is None or asked <= budget
+    asked = log.asked.sum() + log.texts.sum(); assert budget is None or asked <= budget; assert ((log.texts > 0) | (log.failed > 0)).all()
     assert len(s.asked) == asked and log.asked.sum() == len(new) and log.texts.sum() == new.vqa_acc_score.notna().sum()
     s.asked.clear(); again, _ = mine(data, items, s, store, tries=tries, top=top, rounds=rounds, budget=budget, seed=seed, cache=cache, progress=False)
     assert not s.asked and again.fingerprint == out.fingerprint # the cache knows it all
