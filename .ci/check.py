@@ -1,7 +1,7 @@
 """All checks, in order, from the checkout this file lies in: `python .ci/check.py` (`make test` calls it).
 
 1. `nbdev_export` changes nothing    2. `nbdev_clean` changes nothing    3. README.md is what nbs/index.ipynb makes
-4. `pytest -q`: the rules, then the notebooks in one process, then the rest (tests/conftest.py holds that order)
+4. `pytest -q` in two processes where there are two cores, a file never in both: the rules, the notebooks, then the rest (tests/conftest.py holds that order)
 
 Steps 1-3 work on a copy in a temporary folder and compare files: your working tree, committed or not, is only read.
 """
@@ -12,7 +12,8 @@ ROOT = Path(__file__).resolve().parent.parent
 COPIED = "nbs", "leverplus", "README.md", "settings.ini", "setup.py"
 ENV = {**os.environ, "HF_HUB_OFFLINE": "1", "MPLBACKEND": "Agg", "PYTHONDONTWRITEBYTECODE": "1"}
 ENV.pop("IN_TEST", None)  # nbdev_export does nothing where it is set
-ENV.setdefault("OMP_NUM_THREADS", "2")
+CORES = min(2, os.cpu_count() or 1)
+ENV.setdefault("OMP_NUM_THREADS", "1")
 REMEDY = "run `make export`, look at the change, commit it (edit the notebook, never the generated file)"
 
 STEPS = {
@@ -53,6 +54,6 @@ def main():
         t = time.time(); lines = no_diff(name, args)
         if lines: sys.exit("\n".join([f"{name} changes files of this checkout:", *lines, f"To do: {REMEDY}."]))
         print(f"{name}: no difference ({time.time() - t:.0f} s)", flush=True)
-    sys.exit(subprocess.run([sys.executable, "-m", "pytest", "-q", *sys.argv[1:]], cwd=ROOT, env=ENV, stdin=subprocess.DEVNULL).returncode)
+    sys.exit(subprocess.run([sys.executable, "-m", "pytest", "-q", *(["-n", str(CORES), "--dist", "loadfile"] if CORES > 1 else []), *sys.argv[1:]], cwd=ROOT, env=ENV, stdin=subprocess.DEVNULL).returncode)
 
 if __name__ == "__main__": main()
