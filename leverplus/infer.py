@@ -177,7 +177,7 @@ def pick_model(
         out.update({q: [pool[q][j] for j in row[:m]] for q, row, m in zip(qs, seqs.tolist(), n)})
     return picks_frame(name, out, most, draw, fewer=S is None)
 
-# %% ../nbs/80_infer.ipynb #4caad51c
+# %% ../nbs/80_infer.ipynb #bd8dc20e
 def candidates(
     model, # has `encode` and `step_logp(enc, prefix)`: a selector, or `SimilarityPrior`
     pool, # `Pool`
@@ -200,15 +200,10 @@ def candidates(
             rows += [(q, tuple(pool[q][j] for j in s[:n]), r, l) for r, (s, l, n) in enumerate(zip(ss, ls, ns)) if l > -math.inf]
     return pd.DataFrame(rows, columns=["question_id", "pointer", "rank", "logp"])
 
-class _NoStop(torch.nn.Module):
-    "A selector with STOP, asked for sequences of a given length"
-    def __init__(self, model): super().__init__(); self.model = model
-    def step_logp(self, enc, prefix): return self.model.step_logp(enc, prefix, stop=False)
-
 def _of_length(model, enc, pool, qs, S, width, how, temperature, seed):
     "(sequences, log-probabilities, real picks of each) of S shots"
     noise, T = (_noise(pool, qs, S, width, seed, temperature), temperature) if how == "samples" else (None, 1.)
-    seqs, logp = best_sequences(_NoStop(model) if _stops(model) else model, enc, len(qs), S, width, T, noise)
+    seqs, logp = best_sequences(model, enc, len(qs), S, width, T, noise)
     return seqs, logp, [[S]*seqs.shape[1]]*len(qs)
 
 def _until_stop(model, enc, pool, qs, S, width, how, temperature, seed):
