@@ -13,7 +13,7 @@ COPIED = "nbs", "leverplus", "README.md", "settings.ini", "setup.py"
 ENV = {**os.environ, "HF_HUB_OFFLINE": "1", "MPLBACKEND": "Agg", "PYTHONDONTWRITEBYTECODE": "1"}
 ENV.pop("IN_TEST", None)  # nbdev_export does nothing where it is set
 CORES = min(2, os.cpu_count() or 1)
-ENV.setdefault("OMP_NUM_THREADS", "1")
+if CORES > 1: ENV["OMP_NUM_THREADS"] = "1" # two processes with two threads each on two cores wait for each other: ten times slower
 REMEDY = "run `make export`, look at the change, commit it (edit the notebook, never the generated file)"
 
 STEPS = {

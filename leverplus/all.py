@@ -40,6 +40,7 @@ from leverplus.callback_onpolicy import *
 from leverplus.diagnose import *
 from leverplus.learner import *
 from leverplus.recipes import *
+from leverplus.offpolicy import *
 from leverplus.infer import *
 from leverplus.evaluate import *
 from leverplus.world import *

@@ -171,7 +171,7 @@ class Feedback:
                            "What was answered is in the cache: mend the cause and start again")
         return r
 
-# %% ../nbs/68_callback_onpolicy.ipynb #fa7e989c
+# %% ../nbs/68_callback_onpolicy.ipynb #b8e696c8
 class OnPolicy(StageCallback):
     "Groups drawn by the policy of the moment, in rounds of one epoch"
     order = Objective.order-9.5   # before everything that reads a batch or a loader, after `Resume`
@@ -298,7 +298,7 @@ class OnPolicy(StageCallback):
 
     def data(self,
         rounds=None, # which, e.g. `[3]`; None: all
-    )->RLData: # each (query, pointer) once, where it came first; the manifest's "onpolicy" has settings, and `round` and `kappa` row by row
+    )->RLData: # each (query, pointer) once, where it came first; the manifest's "onpolicy" has settings, and `round` row by row
         "What was drawn (method \"policy\"), and greedy sequences that nobody drew (\"beam\")"
         store, pool, _ = self.world(); rows = pd.DataFrame(self.tried, columns=["gen_method", "round", "question_id", "pointer", "logprob_score", "kappa"])
         rows = rows.sort_values("gen_method", ascending=False, kind="stable").drop_duplicates(["question_id", "pointer"]).sort_index()
@@ -307,9 +307,9 @@ class OnPolicy(StageCallback):
         rows = rows.reset_index(drop=True); known = self.feedback.known; facts = self.feedback.facts(rows)[list(FACT_COLUMNS)]; self.feedback.known = known
         q = store.get(rows.question_id.tolist(), self.kind); near = [float((store.get(list(p), self.kind) @ v).mean()) for p, v in zip(rows.pointer, q)]
         how = dict({k: getattr(self, k) for k in ("G", "shots", "every", "distinct", "kind")}, seed=self.draw_seed)
-        how |= dict(round=rows["round"].tolist(), kappa=[None if pd.isna(k) or k == -np.inf else k for k in rows.kappa])
+        how |= dict(round=rows["round"].tolist())
         drawn = rows.gen_method == "policy"; rows["temperature"], rows["beam_rank"] = np.where(drawn, 1., np.nan), np.where(drawn, np.nan, 0.)
-        rows = rows.drop(columns=["round", "kappa"]).assign(similarity_score=near).join(facts)
+        rows = rows.drop(columns="round").astype(dict(kappa=float)).assign(similarity_score=near).join(facts)
         return RLData(as_record(rows), pool.only(dict.fromkeys(rows.question_id)), dict(onpolicy=how))
 
 # %% ../nbs/68_callback_onpolicy.ipynb #bc65b5d6

@@ -7,7 +7,7 @@ __all__ = ['POLICY_COUNTS', 'LIMITS', 'ADVICE', 'loop_queries', 'oracle_ranks', 
            'compare_oracle', 'Check', 'data_checks', 'advise', 'needed', 'ClosedLoop', 'closed_loop', 'Rounds',
            'rounds', 'plot_rounds']
 
-# %% ../nbs/84_loops.ipynb #13c5f675
+# %% ../nbs/84_loops.ipynb #877327ac
 import math
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from .rldata_mine import mine
 from .rldata_merge import merge
 from .dls import GroupDataset, group_dls
 from .learner import load_selector, selector_learner
+from .offpolicy import sequence_logp
 from .infer import as_pointer, candidates, check_picks, pick_random, picks_frame
 from .evaluate import (Interval, agreement, bootstrap_mean, differs, mde, paired_bootstrap, pick_oracle, plan_power,
                                 expected_best, score_matrix, score_picks, verdict)
@@ -50,16 +51,7 @@ def loop_queries(
         if k < 2 or len(ids) < k: raise ValueError(f"loop_queries: {name}={k}, but {len(ids)} questions are there for it; wanted 2..{len(ids)}")
     return {k: [int(q) for q in v] for k, v in dict(train=train[:n], valid=choose, dev=judges).items()}
 
-# %% ../nbs/84_loops.ipynb #821250bf
-def _sequence_logp(policy, b):
-    "Log-probabilities [B,N] of the sequences of a batch, for a policy that has `encode` and `step_logp` alone too"
-    if isinstance(policy, torch.nn.Module): return policy(*b[:5])
-    enc, (seqs, real) = policy.encode(*b[:3]), b[3:5]; out = torch.zeros(seqs.shape[:2], dtype=torch.float64)
-    for t in range(seqs.shape[-1]):
-        lp = policy.step_logp(enc, seqs[..., :t]).gather(-1, seqs[..., t:t+1])[..., 0]
-        out = out + lp.masked_fill(~real[..., t], 0.)
-    return out
-
+# %% ../nbs/84_loops.ipynb #c45c988e
 def oracle_ranks(
     policy, # has `encode` and `step_logp`: a selector, or `SimilarityPrior`
     data:RLData, # groups of one shot count
@@ -78,7 +70,7 @@ def oracle_ranks(
         with torch.no_grad():
             for i in range(0, len(ds), bs):
                 b = [x if p is None else x.to(p.device) for x in ds.batch(range(i, min(i+bs, len(ds))))]
-                out.append(_ranks(_sequence_logp(policy, b).double(), *b[5:]).cpu())
+                out.append(_ranks(sequence_logp(policy, b).double(), *b[5:]).cpu())
     finally:
         if was: policy.train()
     n, m, rank = torch.cat(out, 1).numpy()

@@ -88,7 +88,7 @@ def nearest_sets(
     total, best = (x[:, :n] for x in top[:, sets].sum(-1).sort(dim=-1, descending=True, stable=True))
     return order.gather(1, sets[best].flatten(1)).view(len(cos), -1, S), total
 
-# %% ../nbs/32_rldata_generate.ipynb #8a7d2eb9
+# %% ../nbs/32_rldata_generate.ipynb #96f84988
 COUNTS = dict(beam=5, temperature={1.0: 2, 1.3: 2}, random=1, retrieval=5)
 
 def check_counts(
@@ -103,13 +103,12 @@ def check_counts(
     if any(t <= 0 for t in out["temperature"]): raise ValueError(f"proposal temperatures {list(out['temperature'])}: wanted numbers > 0")
     return out
 
-def _gumbel(queries, sizes, S, width, *name, more=0):
-    "[B,S,width+more,K] noise; each query draws for its own pool size; what `more` adds changes nothing of the rest"
-    out = torch.zeros(len(queries), S, width + more, max(sizes), dtype=torch.float64)
+def _gumbel(queries, sizes, S, width, *name):
+    "[B,S,width+1,K] noise, the last for `kappa`; each query draws for its own pool size"
+    out = torch.zeros(len(queries), S, width + 1, max(sizes), dtype=torch.float64)
     for b, (q, k) in enumerate(zip(queries, sizes)):
         draw = lambda n, *key: torch.from_numpy(rng("propose", q, S, *name, *key).gumbel(size=(S, n, k)))
-        out[b, :, :width, :k] = draw(width)
-        if more: out[b, :, width:, :k] = draw(more, "more")
+        out[b, :, :width, :k], out[b, :, width:, :k] = draw(width), draw(1, "more")
     return out
 
 def _embedded(pool, store, queries, S, kind):
@@ -119,7 +118,7 @@ def _embedded(pool, store, queries, S, kind):
     cand = np.array([pool[q] + (pool[q][0],)*(max(sizes) - k) for q, k in zip(queries, sizes)], dtype=np.int64)
     return cand, torch.arange(max(sizes)) < torch.tensor(sizes)[:, None], store.get(queries, kind), store.get(cand, kind)
 
-# %% ../nbs/32_rldata_generate.ipynb #358e8d4c
+# %% ../nbs/32_rldata_generate.ipynb #c1fe55e6
 class _Proposals:
     def __init__(self, K): self.K, self.blocks, self.names, self.kappas = K, [], [], []
 
@@ -144,22 +143,21 @@ class _Proposals:
         seqs, logp, ok = (torch.cat(x, 1) for x in zip(*self.blocks)); b, j = (x.numpy() for x in ok.nonzero(as_tuple=True)); pick = seqs[b, j].numpy()
         meta = pd.DataFrame(self.names, columns=["gen_method", "beam_rank", "temperature"]).iloc[j].reset_index(drop=True)
         return meta.assign(question_id=np.array(queries)[b], pointer=list(map(tuple, cand[b[:, None], pick].tolist())), logprob_score=logp[b, j].numpy(),
-                           similarity_score=cos.numpy()[b[:, None], pick].mean(1))[list(PROPOSAL_COLUMNS)].assign(kappa=torch.cat(self.kappas, 1)[b, j].numpy())
+                           similarity_score=cos.numpy()[b[:, None], pick].mean(1), kappa=torch.cat(self.kappas, 1)[b, j].numpy())[list(PROPOSAL_COLUMNS)]
 
-def _propose_batch(pool, store, queries, S, policy, counts, seed, kind, kappa):
+def _propose_batch(pool, store, queries, S, policy, counts, seed, kind):
     cand, mask, query, cands = _embedded(pool, store, queries, S, kind); B, K = cand.shape; sizes = mask.sum(1).tolist(); dev = _device(policy)
     enc, cos = policy.encode(query.to(dev), cands.to(dev), mask.to(dev)), torch.einsum("bd,bkd->bk", query, cands).masked_fill(~mask, -torch.inf)
     even = SimilarityPrior(0.); flat = even.encode(query, cands, mask); out = _Proposals(K)
-    def draw(policy, enc, w, T, *name): return best_sequences(policy, enc, B, S, w + kappa, T, _gumbel(queries, sizes, S, w, seed, *name, more=int(kappa)), keys=kappa)
+    def draw(policy, enc, w, T, *name): return best_sequences(policy, enc, B, S, w + 1, T, _gumbel(queries, sizes, S, w, seed, *name), keys=True)
     out.add(counts["beam"], lambda w: best_sequences(policy, enc, B, S, w), "beam")
     out.add(counts["retrieval"], lambda w: nearest_sets(cos, S, w), "retrieval", scored=False)
     for T, n in counts["temperature"].items():
         out.add(n, lambda w: draw(policy, enc, w, T, "sample", T), "sample", T)
     out.add(counts["random"], lambda w: draw(even, flat, w, 1., "random"), "random")
-    rows = out.frame(queries, cand, cos)
-    return rows if kappa else rows.drop(columns="kappa")
+    return out.frame(queries, cand, cos)
 
-# %% ../nbs/32_rldata_generate.ipynb #938af6e3
+# %% ../nbs/32_rldata_generate.ipynb #a014029d
 @contextlib.contextmanager
 def _deciding(policy):
     "Dropout off, no gradients; the mode is put back afterwards"
@@ -181,14 +179,13 @@ def propose(
     kind:str="mixed", # embeddings that the policy reads: image | text | mixed
     scale:float=10., # sharpness of the prior, if there is no policy
     batch_size:int=256, # queries at once; changes no proposal
-    kappa:bool=False, # a further column `kappa`, see above; changes no proposal
 )->pd.DataFrame: # columns of PROPOSAL_COLUMNS; distinct ordered sequences per query, queries in the given order
     "Choose the sequences that are to be tried"
     queries, counts, policy = [int(q) for q in queries], check_counts(counts), SimilarityPrior(scale) if policy is None else policy
     if len(set(queries)) < len(queries): raise ValueError(f"question_id {pd.Series(queries)[pd.Series(queries).duplicated()].iloc[0]} stands twice among the queries: pass each once")
     if not queries or S < 1: raise ValueError(f"propose got {len(queries)} queries and S={S}: pass at least one query and S >= 1")
     with _deciding(policy):
-        return pd.concat([_propose_batch(pool, store, queries[i:i+batch_size], S, policy, counts, seed, kind, kappa) for i in range(0, len(queries), batch_size)], ignore_index=True)
+        return pd.concat([_propose_batch(pool, store, queries[i:i+batch_size], S, policy, counts, seed, kind) for i in range(0, len(queries), batch_size)], ignore_index=True)
 
 # %% ../nbs/32_rldata_generate.ipynb #e2b1daed
 def plot_proposals(

@@ -391,10 +391,10 @@ def from_json(cls:RLData,
     try: return out.validate() if items is None else out.validate(items.set_index("question_id", drop=False))
     except ValueError as e: raise ValueError(f"{f.path}: {e}") from e
 
-# %% ../nbs/38_rldata_json.ipynb #ef6d5d66
+# %% ../nbs/38_rldata_json.ipynb #16b4edc1
 _V1_HOLDS = {"question_id", "pointer", "gen_method", "beam_rank", "temperature", "logprob_score", "vqa_pred_answer", "vqa_correct",
              "vqa_acc_score", "vqa_eval_mode", "eval_failed"}
-_V4_HOLDS = set(RECORD) - {"vqa_gt_logprobs", "error", "scorer"}
+_V4_HOLDS = set(RECORD) - {"kappa", "vqa_gt_logprobs", "error", "scorer"}
 HOLDS = dict(v1=_V1_HOLDS, merged=_V4_HOLDS, v4=_V4_HOLDS, k64=_V4_HOLDS,
              balanced={"question_id", "pointer", "vqa_pred_answer", "vqa_correct", "vqa_acc_score", "eval_failed"})
 # balanced files have neither vqa_correct nor eval_failed: these follow from accuracy, and from its absence

@@ -124,20 +124,20 @@ def test_a_selector_proposes_what_it_decodes():
 
 def test_a_selector_with_stop_proposes_sequences_of_the_asked_length():
     torch.manual_seed(0); model = PointerSelector(STORE.dim("mixed"), d_hidden=8, max_shots=4, stop=True).eval(); torch.nn.init.normal_(model.stop.bias)
-    rows = propose(POOL, STORE, QS[:3], S=3, policy=model, kappa=True); assert (rows.groupby("question_id").size() == 15).all() and (rows.pointer.map(len) == 3).all()
+    rows = propose(POOL, STORE, QS[:3], S=3, policy=model); assert (rows.groupby("question_id").size() == 15).all() and (rows.pointer.map(len) == 3).all()
     enc = model.encode(STORE.get(QS[:3]), STORE.get([POOL[q] for q in QS[:3]]), torch.ones(3, 8, dtype=torch.bool)); one = rows[rows.temperature == 1.]
     loc = torch.tensor([POOL.local(q, p) for q, p in zip(one.question_id, one.pointer)]).view(3, 2, 3)
     with torch.no_grad(): np.testing.assert_allclose(model.logp(enc, loc, stop=False).flatten().numpy(), one.logprob_score, atol=1e-4)
 
-def test_kappa_weighs_what_was_drawn_and_changes_nothing():
+def test_kappa_weighs_what_was_drawn():
     n = 1500; store = EmbedStore([*range(n), *range(5000, 5005)], *[torch.cat([torch.ones(n, 4), torch.randn(5, 4, generator=torch.Generator().manual_seed(1))])]*2)
     pool, how = Pool({q: tuple(range(5000, 5005)) for q in range(n)}), dict(counts=dict(beam=2, temperature={1.3: 3}, random=2), scale=2.)
-    rows = propose(pool, store, range(n), kappa=True, **how); pd.testing.assert_frame_equal(rows.drop(columns="kappa"), propose(pool, store, range(n), **how))
+    rows = propose(pool, store, range(n), **how)
     assert rows.kappa.isna().equals(rows.gen_method == "beam"); drawn = rows[rows.temperature == 1.3]
     p = np.exp(drawn.logprob_score); w = (p / np.exp(inclusion_logp(torch.tensor(drawn.logprob_score.to_numpy()), torch.tensor(drawn.kappa.to_numpy())).numpy())).groupby(drawn.question_id).sum()
     cos = (store.get(pool[0]).double() @ store.get(0).double()).numpy(); every = all_logp(2*cos, 2, 1.3); beams = rows[(rows.question_id == 0) & (rows.gen_method == "beam")].pointer
     left = 1 - sum(math.exp(every[pool.local(0, b)]) for b in beams); assert abs(w.mean() - left) < 5*w.std()/n**.5 # what was left to draw, without bias
-    whole = propose(pool, store, [0], counts=dict(random=20), kappa=True); assert (whole.kappa == -np.inf).all()
+    whole = propose(pool, store, [0], counts=dict(random=20)); assert (whole.kappa == -np.inf).all()
 
 @pytest.mark.parametrize("call, says", [
     (lambda: propose(POOL, STORE, [0], S=8), "question_id 0: its pool has 8"), (lambda: propose(POOL, STORE, [0, 0]), "question_id 0 stands twice"),

@@ -18,7 +18,7 @@ def tried(**over):
     return rows.assign(**over)
 
 def test_columns_are_those_of_the_record():
-    assert list(RECORD) == ("question_id pointer gen_method beam_rank temperature logprob_score similarity_score vqa_pred_answer vqa_raw_generation vqa_correct "
+    assert list(RECORD) == ("question_id pointer gen_method beam_rank temperature logprob_score similarity_score kappa vqa_pred_answer vqa_raw_generation vqa_correct "
         "vqa_acc_score vqa_gt_prob vqa_gt_logprobs vqa_rel_token_f1 vqa_rel_edit_sim vqa_rel_score vqa_eval_mode eval_failed error scorer").split()
     rec = as_record(tried())
     assert list(rec.columns) == list(RECORD) and rec.question_id.dtype == "int64" and rec.eval_failed.dtype == bool and rec.vqa_correct.dtype == "float64"
@@ -118,6 +118,16 @@ def test_foreign_columns(tmp_path):
     pq.write_table(pack(as_record(tried())).append_column("extra", [[1, 2, 3, 4]]), tmp_path/"x.parquet")
     with pytest.raises(ValueError, match="unknown \\['extra'\\]"): read_part(tmp_path/"x.parquet")
     assert len(read_part(tmp_path/"x.parquet", ignore=("extra",))) == 4
+
+def test_parts_of_earlier_versions_have_no_kappa(tmp_path):
+    import pyarrow.parquet as pq
+    d = tmp_path/"d"; rows = tried().assign(kappa=[-1., -np.inf, np.nan, np.nan], logprob_score=-2.); RLData.from_frame(rows, POOL).save(d); assert RLData.load(d).rows.kappa.equals(as_record(rows).kappa)
+    part = next(d.glob("part-*.parquet")); pq.write_table(pq.read_table(part).drop_columns(["kappa"]), part)
+    old = RLData.load(d).rows; assert list(old) == list(RECORD) and old.kappa.isna().all() and old.kappa.dtype == "float64"
+
+@pytest.mark.parametrize("odd", [dict(kappa=np.inf, logprob_score=-2.), dict(kappa=-1., logprob_score=np.nan)])
+def test_a_threshold_belongs_to_a_draw(odd):
+    with pytest.raises(ValueError, match="question_id 7: kappa .* belongs to a draw of known probability"): RLData.from_frame(tried().assign(**odd), POOL)
 
 def test_groups_and_repr():
     data = RLData.from_frame(tried(), POOL); assert [(q, len(f)) for q, f in data.groups()] == [(7, 3), (8, 1)] and data.shots == (1, 2) and data.queries == [7, 8]

@@ -162,8 +162,8 @@ def test_refusals(cbs, says):
 def test_what_was_drawn_becomes_a_record(tmp_path):
     from leverplus.rldata_merge import merge
     fit(learner(), 2, [DistinctPG(), cb := policy(Counting(), distinct=True)]); d = cb.data().validate(ITEMS); r = d.rows; how = d.manifest["onpolicy"]
-    assert set(r.gen_method) <= {"policy", "beam"} and len(r) == cb.table.pairs.iloc[-1] and len(how["round"]) == len(how["kappa"]) == len(r) and json.loads(json.dumps(how, allow_nan=False)) == how
-    drawn = r.gen_method == "policy"; assert r.logprob_score[drawn].notna().all() and r.logprob_score[~drawn].isna().all(); assert sum(map(len, (cb.data([0]), cb.data([1])))) == len(d)
+    assert set(r.gen_method) <= {"policy", "beam"} and len(r) == cb.table.pairs.iloc[-1] and len(how["round"]) == len(r) and json.loads(json.dumps(how, allow_nan=False)) == how
+    drawn = r.gen_method == "policy"; assert r[["logprob_score", "kappa"]][drawn].notna().all(axis=None) and r[["logprob_score", "kappa"]][~drawn].isna().all(axis=None); assert sum(map(len, (cb.data([0]), cb.data([1])))) == len(d)
     cos = [float((STORE.get(list(p)) @ STORE.get([q])[0]).mean()) for q, p in zip(r.question_id, r.pointer)]; assert np.allclose(cos, r.similarity_score, atol=1e-6)
     d.save(tmp_path/"d"); stored = RLData.load(tmp_path/"d"); assert stored.rows.equals(r)
     both = merge(RLData(d.rows[:5], d.pool), d); assert len(both) == len(d)   # appended to groups that hold some of them
