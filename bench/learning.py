@@ -5,9 +5,10 @@ and appends what it picks on dev and on test, with the LVLM's verdicts, to OUT/p
 again, so several processes may share OUT once the groups of a seed are made. `python bench/learning.py OUT --table dev` prints the gap closed on dev with
 intervals over queries and seeds; `--table test` the same on test, and counts the look. Settings of the methods were chosen on dev.
 
-Suites, 900 training and 250 dev queries, K = 16, S = 2: `dense-soft` 12 sequences per query, half of the similarity prior, half random, reward = probability of the
-truth; `sparse-hard` 12 random ones, reward 0/1; `starved` reward 0/1, live groups are 1 % of all; `ragged` 2..40 sequences per query, reward as dense-soft.
-`joint` holds 12 sequences of each of 1, 2, 3 and 4 shots for 450 training queries.
+Suites, 900 training and 250 dev queries, K = 16, S = 2: `dense-soft` 12 sequences per query, half of the similarity prior, half random, reward = VQA accuracy with its
+parts; `sparse-hard` 12 random ones, reward 0/1; `starved` reward 0/1, live groups are 1 % of all; `ragged` 2..40 sequences per query, reward as dense-soft.
+`joint` is dense-soft with 12 sequences of each of 1, 2, 3 and 4 shots for 450 training queries, one model for all; `joint sparse-hard`, `joint starved` and `joint ragged` alike.
+For one and two shots the oracle is exact; for three and four it is the best that `best_found` finds, a lower bound.
 """
 import argparse, contextlib, os, time, warnings
 from pathlib import Path
@@ -22,12 +23,13 @@ from leverplus.recipes import fit_recipe, recipe_learner
 from leverplus.rldata_generate import FactCache, ask, generate
 from leverplus.world import all_pointers, load_world
 
-SUITES = {"dense-soft": "soft_only", "sparse-hard": "hard_only", "starved": "hard_only", "ragged": "soft_only", "joint": "soft_only"}
+SUITES = {"dense-soft": "soft_only", "sparse-hard": "hard_only", "starved": "hard_only", "ragged": "soft_only"}
+SUITES |= {"joint": "soft_only"} | {f"joint {s}": how for s, how in SUITES.items() if s != "dense-soft"}
 NET = dict(d_hidden=64, n_layers=0, state="none", match="net", n_match=8)
 
 def base_groups(world, out, seed, split, shots=(2,), n=20, queries=None):
     "Up to 20 sequences of the prior and 20 random ones per query, and of each shot count"
-    return generate(out/"groups"/f"{split}-{'-'.join(map(str, shots))}-{seed}", world.ids(split)[:queries], world.items, world.pools[split], world.scorer, world.store,
+    return generate(out/"groups"/f"{split}-{'-'.join(map(str, shots))}-{n}-{seed}", world.ids(split)[:queries], world.items, world.pools[split], world.scorer, world.store,
                     shots=shots, counts=dict(temperature={1.: n}, random=n), seed=seed, cache=FactCache(out/"facts"/split))
 
 def cut(data, keep): return RLData(data.rows[np.asarray(keep)].reset_index(drop=True), data.pool)
@@ -39,9 +41,11 @@ def number(data):
 def suite(name, train, dev, seed):
     "The groups (train, dev) of a suite"
     how = lambda d: d.rows.gen_method.to_numpy()
-    dense = lambda d: cut(d, number(d) < 6)
+    alone = lambda d: (d.rows.groupby(["question_id", d.rows.pointer.map(len)]).gen_method.transform("nunique") == 1).to_numpy() # one shot: the prior has drawn every candidate
+    dense = lambda d: cut(d, number(d) < np.where(alone(d), 12, 6))
+    if name.startswith("joint "): return _joint(name.removeprefix("joint "), train, dev, seed)
     if name in ("dense-soft", "joint"): return dense(train), dense(dev)
-    if name == "sparse-hard": return cut(train, (number(train) < 12) & (how(train) == "random")), dense(dev)
+    if name == "sparse-hard": return cut(train, (number(train) < 12) & ((how(train) == "random") | alone(train))), dense(dev)
     g = rng("learning", name, seed)
     if name == "ragged":
         n = {q: g.integers(2, 41) for q in train.queries}; order = train.rows.assign(u=g.random(len(train.rows))).groupby("question_id").u.rank(method="first")
@@ -50,13 +54,18 @@ def suite(name, train, dev, seed):
     flat = spread.index[~spread]; live = g.permutation(spread.index[spread])[:max(1, round(len(flat) / 99))]
     return cut(data, data.rows.question_id.isin([*flat, *live])), dense(dev)
 
+def _joint(name, train, dev, seed):
+    "The same suite for each shot count, one behind the other"
+    per = [suite(name, *(cut(d, d.rows.pointer.map(len) == S) for d in (train, dev)), seed) for S in train.shots]
+    return [RLData(pd.concat([x[i].rows for x in per], ignore_index=True), d.pool) for i, d in enumerate((train, dev))]
+
 class Trial:
     "One suite and seed: what the methods below start from"
     def __init__(self, world, out, name, seed):
         self.world, self.out, self.name, self.seed, self.mode = world, out, name, seed, SUITES[name]
-        many = ((1, 2, 3, 4), 6, 450) if name == "joint" else ((2,), 20)
+        joint = name.startswith("joint"); many = ((1, 2, 3, 4), 6 if name == "joint" else 20, 450) if joint else ((2,), 20)
         self.train, self.dev = suite(name, *(base_groups(world, out, seed, split, *many) for split in ("train", "dev")), seed)
-        self.split, self.epochs = (dict(split_shots=True), 8) if name == "joint" else ({}, 20) # `joint` has twice the rows
+        self.split, self.epochs = (dict(split_shots=True), 8) if joint else ({}, 20) # `joint` has twice the rows
 
     def learner(self, mode=None, **model):
         return selector_learner(group_dls(self.train, self.dev, self.world.store, mode or self.mode, bs=64, seed=self.seed), seed=self.seed, wd=.05, **model)
@@ -115,6 +124,18 @@ def judge(world, out, split, picks):
     cache = FactCache(out/"facts"/f"{split}-more"); ask(picks, world.scorer, world.items, cache)
     return score_picks(picks, cache.to_frame()).assign(split=split)
 
+def best_found(world, out, split, S, width=8):
+    "Facts of what a search finds: the best sequences of S-1, with every other candidate before and behind; a query whose accuracy is 1 is not searched any further"
+    parents = everything(world, out, split) if S == 3 else best_found(world, out, split, S-1, width); parents = parents[parents.pointer.map(len) == S-1]
+    parents = parents.sort_values(["vqa_acc_score", "vqa_gt_prob"], ascending=False, kind="stable").groupby("question_id").head(width)
+    place, pool, cache, solved = parents.groupby("question_id").cumcount(), world.pools[split], FactCache(out/"facts"/f"{split}-search"), set(); found = []
+    for lot in range(0, width, 2):
+        todo = parents[place.isin((lot, lot+1)) & ~parents.question_id.isin(solved)]
+        pairs = [(q, s) for q, p in zip(todo.question_id, todo.pointer) for c in pool[q] if c not in p for s in ((c, *p), (*p, c))]
+        pairs = pd.DataFrame(list(dict.fromkeys(pairs)), columns=["question_id", "pointer"]); found.append(ask(pairs, world.scorer, world.items, cache, window=4096, progress=True))
+        solved |= set(found[-1].question_id[found[-1].vqa_acc_score == 1])
+    return pd.concat(found, ignore_index=True).drop_duplicates(["question_id", "pointer"], ignore_index=True)
+
 def mean_of(facts, S, split):
     "Random demonstrations, exactly: the mean over all sequences"
     f = facts[facts.pointer.map(len) == S]; m = f.groupby("question_id")[["vqa_acc_score", "vqa_gt_prob"]].mean().reset_index()
@@ -133,7 +154,7 @@ def baselines(world, out):
         for S in (1, 2, 3, 4):
             done += [judge(world, out, split, f) for f in (*(pick_similar(pool, world.store, S, k) for k in ("image", "text", "mixed")), pick_mmr(pool, world.store, S))]
             if S <= 2: done += [judge(world, out, split, pick_oracle(facts, S, pool)), mean_of(facts, S, split)]
-            else: done += [judge(world, out, split, pick_random(pool, S, draws=5))]
+            else: done += [judge(world, out, split, pick_random(pool, S, draws=5)), score_picks(pick_oracle(more := best_found(world, out, split, S), S), more).assign(split=split)]
     save(file, done)
 
 def run(world, out, seeds, suites, methods):
@@ -148,7 +169,7 @@ def run(world, out, seeds, suites, methods):
                     warnings.simplefilter("ignore"); model = METHODS[m](trial).model.eval()
                 took = time.perf_counter() - start
                 for split in ("dev", "test"):
-                    for S in ((1, 2, 3, 4) if name == "joint" else (2,)):
+                    for S in ((1, 2, 3, 4) if name.startswith("joint") else (2,)):
                         done.append(judge(world, out, split, pick_model(model, world.pools[split], world.store, S, name=m, draw=seed)).assign(suite=name, seconds=took))
                 save(file, done); print(f"{name:12} {m:22} seed {seed}: dev accuracy {100*done[0].vqa_acc_score.mean():.1f}, {took:.0f} s", flush=True)
 
@@ -175,7 +196,7 @@ def main():
     scored = load(a.out, a.table)
     if a.table == "test": print(f"look number {look(a.out, scored)} at the test split")
     for name in a.suites:
-        for S in ((1, 2) if name == "joint" else (2,)):
+        for S in ((1, 2, 3, 4) if name.startswith("joint") else (2,)):
             t = seeds_table(of_suite(scored, name), S, world.items, [m for m in ("sft", "rce (reports)", "rce + grpo (reports)") if m in set(of_suite(scored, name).selector)])
             print(f"\n{name}, S = {S}\n{t.round(3).to_string()}")
 

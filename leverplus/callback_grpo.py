@@ -13,7 +13,7 @@ from .core import frozen
 from .losses import advantage, clipped_surrogate, clip_shares, log_ratio, policy_gradient
 from .callback_core import Objective, active_dropout, survey_groups
 
-# %% ../nbs/63_callback_grpo.ipynb #16eaf744
+# %% ../nbs/63_callback_grpo.ipynb #86ae62e6
 class PolicyGradient(Objective):
     "Base of objectives that weight sequences by their advantage over the group"
     def __init__(self,
@@ -47,7 +47,8 @@ class PolicyGradient(Objective):
         if self.epoch == 0: self.check_groups()
 
     def check_groups(self):
-        "Refuse groups that cannot teach, or that were normalised before"
+        "Refuse groups that cannot teach, or that were normalised before; where somebody draws groups, the stored ones are not what is learned from"
+        if any(getattr(cb, "draws", False) for cb in self.learn.cbs): return
         found = survey_groups(self.dls.train, self.positive); live, n = found["live"], len(found["live"])
         useful = live & (found["positive"] >= self.min_positive)
         if useful.sum() < self.min_live*n:

@@ -171,11 +171,11 @@ class Feedback:
                            "What was answered is in the cache: mend the cause and start again")
         return r
 
-# %% ../nbs/68_callback_onpolicy.ipynb #b8e696c8
+# %% ../nbs/68_callback_onpolicy.ipynb #c347dffa
 class OnPolicy(StageCallback):
     "Groups drawn by the policy of the moment, in rounds of one epoch"
     order = Objective.order-9.5   # before everything that reads a batch or a loader, after `Resume`
-    transient = ("acc", "now", "drawn", "kappa")
+    transient, draws = ("acc", "now", "drawn", "kappa"), True
     def __init__(self,
         scorer, # see `ask`; None: all facts are in `cache`
         items:pd.DataFrame, # queries and demonstrations, indexed by question_id
@@ -223,7 +223,7 @@ class OnPolicy(StageCallback):
         "Refuse objectives and callbacks that would take these groups for others"
         cbs = list(self.learn.cbs); obj = next((cb for cb in cbs if isinstance(cb, Objective)), None); name = type(obj).__name__
         if obj is None:
-            raise ValueError("OnPolicy draws groups, and somebody must learn from them: add an objective (`RLOO(min_live=0)`, `GRPO(min_live=0)`) to cbs")
+            raise ValueError("OnPolicy draws groups, and somebody must learn from them: add an objective (`RLOO()`, `GRPO()`) to cbs")
         if any(isinstance(cb, Phases) for cb in cbs): raise ValueError("OnPolicy and Phases both choose the queries of an epoch: pass one of them")
         if isinstance(obj, RLOO) and self.distinct: raise ValueError("RLOO on distinct samples is biased: pass distinct=False, or DistinctPG as the objective")
         if isinstance(obj, RLOO) and self.every != "batch":

@@ -172,7 +172,7 @@ def candidate_ids(
     ids = torch.full_like(keys, -1); ids[cand_mask] = keys[cand_mask].unique(return_inverse=True)[1]
     return ids
 
-# %% ../nbs/66_callback_track.ipynb #4908e41f
+# %% ../nbs/66_callback_track.ipynb #445a96b1
 def _telling(cb, stats):
     "`after_loss` of `cb` that also shows `stats` what it did to the loss"
     inner = type(cb).after_loss
@@ -229,7 +229,8 @@ class RLStats(Stats):
         n = raw.sum(-1); self.log(len(n), adv_std_all=(self.obj.adv.square().sum(-1) / (n-1).clamp(min=1)).sqrt().mean())
 
     def log_mass(self, logp, mask):
-        n = self.xb[4].sum(-1); same = [mask & (n == s) for s in n[mask].unique()]
+        own = self.xb[3].masked_fill(~self.xb[4], -1); again = (own[:, :, None] == own[:, None]).all(-1).tril(-1).any(-1) # the same sequence, drawn twice
+        n = self.xb[4].sum(-1); mask = mask & ~again; same = [mask & (n == s) for s in n[mask].unique()]
         each = torch.stack([group_mass(logp, m).masked_fill(~m.any(-1), torch.nan) for m in same]) if same else logp[:0]
         self.log(mask.any(-1).sum(), mass=each.nanmean(0).nanmean())
 

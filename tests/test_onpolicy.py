@@ -105,7 +105,7 @@ def test_distinct_advantage_is_unbiased(N):
     assert torch.equal(wide[:, :N], A) and (wide[:, N:] == 0).all()
 
 # --- on policy ----------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("objective, kw, every", [(lambda: RLOO(min_live=0), {}, 1), (DistinctPG, dict(distinct=True), 1), (lambda: GRPO(min_live=0, refresh=1), {}, 1), (lambda: GRPO(min_live=0), dict(every="round", passes=2), 4)])
+@pytest.mark.parametrize("objective, kw, every", [(lambda: RLOO(), {}, 1), (DistinctPG, dict(distinct=True), 1), (lambda: GRPO(refresh=1), {}, 1), (lambda: GRPO(), dict(every="round", passes=2), 4)])
 def test_the_ratio_is_one_where_it_must_be(objective, kw, every):
     "At every batch that is drawn when its turn comes; at the first of a round's otherwise, and not later"
     learn, cb = learner(dropout=.3), policy(**kw); spy = Spy(cb); fit(learn, 2, [NoDropout(), objective(), cb, spy])
@@ -127,33 +127,33 @@ def test_it_learns_what_pays():
         assert {"headroom", "prompts_new", "kl"} <= set(learn.history.frame)
 
 def test_prompts_are_counted_and_asked_once():
-    s, cache = Counting(), FactCache(); learn = fit(learner(), 3, [RLOO(min_live=0), a := policy(s, cache=cache)]); t = a.table
+    s, cache = Counting(), FactCache(); learn = fit(learner(), 3, [RLOO(), a := policy(s, cache=cache)]); t = a.table
     assert t.new.sum() == len(s.asked) == len(set(s.asked)) == len(cache) == t.pairs.iloc[-1] and t.queries.tolist() == [8, 8, 8] and t.known.sum() > 0
-    again, b = Counting(), None; other = fit(learner(), 3, [RLOO(min_live=0), b := policy(again, cache=cache)])
+    again, b = Counting(), None; other = fit(learner(), 3, [RLOO(), b := policy(again, cache=cache)])
     assert not again.asked and b.tried == a.tried and torch.equal(weights(learn), weights(other)) and b.table.known.sum() == t.new.sum() + t.known.sum()
     assert learn.history.frame.prompts_new.tolist() == t.new.tolist(); asked = [set(a.round_queries(k)) for k in range(3)]; assert asked[0] | asked[1] == set(QS) and len(asked[2]) == 8
-    table = fit(learner(), 3, [RLOO(min_live=0), c := policy()]); assert torch.equal(weights(table), weights(learn)) and c.table.new.sum() == 0
+    table = fit(learner(), 3, [RLOO(), c := policy()]); assert torch.equal(weights(table), weights(learn)) and c.table.new.sum() == 0
 
 def test_rounds_end_without_less_headroom():
     flat = FACTS.assign(vqa_acc_score=1., vqa_correct=1.); learn, cb = learner(), policy(patience=2, cache=flat)
-    with warnings.catch_warnings(): warnings.simplefilter("ignore"); fit(learn, 9, [RLOO(min_live=0), SkipFlat(), cb])
+    with warnings.catch_warnings(): warnings.simplefilter("ignore"); fit(learn, 9, [RLOO(), SkipFlat(), cb])
     assert len(cb.table) == 3 and (cb.table.headroom == 0).all() and (cb.table.live == 0).all() and not learn.model.training
 
 # --- failures -------------------------------------------------------------------------------------------------------------------
 def test_a_sequence_without_reward_stops_everything_by_name():
     bad = lambda s: replace(s, error="OSError: no image", text=None, logprobs=(), gt_prob=float("nan")) if s.question_id == 3 else s
     cache = FactCache(); s = Counting(bad); learn = learner()
-    with pytest.raises(NoReward, match=r"question_id 3, pointer \(1\d\d, 1\d\d\): OSError: no image"): fit(learn, 2, [RLOO(min_live=0), policy(s, cache=cache, queries=QS)])
+    with pytest.raises(NoReward, match=r"question_id 3, pointer \(1\d\d, 1\d\d\): OSError: no image"): fit(learn, 2, [RLOO(), policy(s, cache=cache, queries=QS)])
     kept = len(cache); assert kept and "on_policy" not in {c.name for c in learn.cbs}
-    mended = Counting(); fit(learner(), 2, [RLOO(min_live=0), cb := policy(mended, cache=cache, queries=QS)]); assert cb.table.pairs.iloc[-1] == kept + len(mended.asked) and any(q == 3 for q, _ in mended.asked)
+    mended = Counting(); fit(learner(), 2, [RLOO(), cb := policy(mended, cache=cache, queries=QS)]); assert cb.table.pairs.iloc[-1] == kept + len(mended.asked) and any(q == 3 for q, _ in mended.asked)
 
 def test_a_table_that_lacks_a_pair_names_it():
-    with pytest.raises(KeyError, match=r"question_id \d+, pointer .* no scorer to ask"): fit(learner(), 2, [RLOO(min_live=0), policy(cache=FACTS[FACTS.question_id != 3])])
+    with pytest.raises(KeyError, match=r"question_id \d+, pointer .* no scorer to ask"): fit(learner(), 2, [RLOO(), policy(cache=FACTS[FACTS.question_id != 3])])
 
 @pytest.mark.parametrize("cbs, says", [
-    (lambda: [policy()], "add an objective"), (lambda: [RLOO(min_live=0), policy(distinct=True)], "biased"), (lambda: [RLOO(min_live=0), policy(every="round")], "no ratio"),
-    (lambda: [GRPO(min_live=0), policy()], "refresh=1"), (lambda: [GRPO(min_live=0, refresh="never"), policy(every="round")], "refresh='epoch'"), (lambda: [DistinctPG()], "without replacement"),
-    (lambda: [RLOO(min_live=0), Phases({"a": (None, 1)}), policy()], "Phases"), (lambda: [RLOO(min_live=0), policy(shots=None)], "without STOP"), (lambda: [RLOO(min_live=0), policy(shots=3)], "pool has 3 candidates"),
+    (lambda: [policy()], "add an objective"), (lambda: [RLOO(), policy(distinct=True)], "biased"), (lambda: [RLOO(), policy(every="round")], "no ratio"),
+    (lambda: [GRPO(), policy()], "refresh=1"), (lambda: [GRPO(refresh="never"), policy(every="round")], "refresh='epoch'"), (lambda: [DistinctPG()], "without replacement"),
+    (lambda: [RLOO(), Phases({"a": (None, 1)}), policy()], "Phases"), (lambda: [RLOO(), policy(shots=None)], "without STOP"), (lambda: [RLOO(), policy(shots=3)], "pool has 3 candidates"),
     (lambda: [policy(passes=2)], "every='round'"), (lambda: [policy(G=1)], "G >= 2"), (lambda: [policy(cache=None)], "pass a scorer"), (lambda: [policy(reward="nice")], "nice")])
 def test_refusals(cbs, says):
     with pytest.raises(ValueError, match=says): fit(learner(), 1, cbs())
@@ -170,9 +170,27 @@ def test_what_was_drawn_becomes_a_record(tmp_path):
 
 def test_a_killed_run_goes_on(tmp_path):
     "Killed in the third round and started again: the weights, rounds and samples of a run without a break, and no prompt twice"
-    def run(scorer, folder, cache): learn = learner(); return fit(learn, 4, [RLOO(min_live=0), cb := policy(scorer, cache=FactCache(cache)), Resume(folder)]), cb
+    def run(scorer, folder, cache): learn = learner(); return fit(learn, 4, [RLOO(), cb := policy(scorer, cache=FactCache(cache)), Resume(folder)]), cb
     s = Counting(); whole, a = run(s, tmp_path/"a", tmp_path/"fa"); stop = int(a.table.new[:2].sum()) + 1; first, rest = Counting(stop=stop), Counting()
     with pytest.raises(KeyboardInterrupt): run(first, tmp_path/"b", tmp_path/"fb")
     got, b = run(rest, tmp_path/"b", tmp_path/"fb")
     assert torch.equal(weights(got), weights(whole)) and b.tried == a.tried and b.seen == a.seen and set(first.asked).isdisjoint(rest.asked) and len(first.asked) + len(rest.asked) == len(s.asked)
     drop = ["new", "known"]; pd.testing.assert_frame_equal(b.table.drop(columns=drop), a.table.drop(columns=drop))
+
+# --- beside stored groups ---------------------------------------------------------------------------------------------------------
+def test_stored_groups_that_cannot_teach_do_not_matter():
+    def flat():
+        rows = FACTS.groupby("question_id").head(1); ds = lambda qs: GroupDataset(r := rows[rows.question_id.isin(qs)], POOL.only(qs), STORE, r.vqa_gt_prob)
+        return selector_learner(DataLoaders(GroupDL(ds(QS), 5, shuffle=True), GroupDL(ds(range(16, 24)), 8)), selector())
+    with pytest.raises(ValueError, match="RLOO: 0 of 16 groups have any reward difference"): fit(flat(), 1, [RLOO()])
+    learn = flat(); before = weights(learn); fit(learn, 1, [RLOO(), policy()]); assert not torch.equal(weights(learn), before)
+
+def test_a_sequence_that_was_drawn_twice_has_its_mass_once():
+    class Mass(StageCallback):
+        order = 5
+        def before_fit(self): self.seen, self.repeated = [], 0
+        def after_loss(self):
+            for lp, s, m in zip(self.pred.detach().exp().tolist(), self.xb[3].tolist(), self.yb[1].tolist()):
+                once = {tuple(x): p for p, x, ok in zip(lp, s, m) if ok}; self.seen.append(sum(once.values())); self.repeated += sum(m) - len(once)
+    learn = learner(); fit(learn, 1, [RLOO(), policy(G=9), spy := Mass()]); assert spy.repeated > 20
+    assert learn.history.frame.mass.iloc[0] == pytest.approx(np.mean(spy.seen), rel=1e-4) and max(spy.seen) <= 1 + 1e-5
