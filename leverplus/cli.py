@@ -12,8 +12,8 @@ __all__ = ['STATUS', 'DATA', 'POOL', 'MODEL', 'FIELDS', 'RATES', 'ROW_BYTES', 'O
            'add_eval', 'do_report', 'add_report', 'grid_of', 'do_sweep', 'add_sweep', 'do_demo', 'add_demo', 'parser',
            'main']
 
-# %% ../nbs/95_cli.ipynb #2462420b
-import argparse, json, math, shutil, sys, textwrap, traceback, warnings
+# %% ../nbs/95_cli.ipynb #479bab27
+import argparse, json, math, re, shutil, sys, textwrap, traceback, warnings
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -32,7 +32,7 @@ from .groups import FACT_COLUMNS, TEXT_FACTS, RLData, check_shard, shard_files, 
 from .rewards import REWARDS, reward_facts
 from .rldata_generate import (Busy, FactCache, NotVerified, TooManyFailures, ask, content_keys, evaluated, facts_fingerprint, policy_fingerprint,
                                        run_lock, shard_queries)
-from .rldata_scale import DTYPES, READERS, Job, generate_ray
+from .rldata_scale import DTYPES, READERS, Job, expected_rate, generate_ray
 
 # %% ../nbs/95_cli.ipynb #1461e79e
 STATUS = {0: "done", 1: "the work failed: rows, a check, the machine", 2: "a flag, a file or an id is wrong, and nothing was begun with it",
@@ -187,9 +187,8 @@ def add_door(
     p.set_defaults(do=do, command=name)
     return p
 
-# %% ../nbs/95_cli.ipynb #befd01f1
-RATES = {"models/tiny-qwen2.5-vl": (320., "measured on one CPU core, page 36"),
-         "Qwen/Qwen2.5-VL-3B-Instruct": (62., "ASSUMED, not measured: 35 % of an H100's peak, page 36")}
+# %% ../nbs/95_cli.ipynb #3f263329
+RATES = {"models/tiny-qwen2.5-vl": (320., "measured on one CPU core, page 36")}
 ROW_BYTES = 65 # of a stored sequence, measured on page 36; real answers are longer
 
 def measured_rate(
@@ -222,10 +221,17 @@ def size_text(
     "Say how large something is"
     return f"{n/1e9:.2g} GB" if n >= 1e9 else f"{n/1e6:.2g} MB" if n >= 1e5 else f"{n/1e3:.2g} kB"
 
+def _expected(args):
+    "(rate, why) of a released model on the items of a door, or (None, "")"
+    size = re.search(r"Qwen2\.5-VL-([37]B)\b", args.lvlm)
+    if not size: return None, ""
+    shots = [s for s in np.atleast_1d(getattr(args, "shots", None) or 2).tolist() if isinstance(s, int)] or [2]
+    e = expected_rate(job_of(args, DATA).items(), shots, size[1].lower()); return e["prompts_per_second"], e["why"]
+
 def _asking_costs(args, calls, rows=None):
     "Lines of a plan about asking the LVLM"
     here = measured_rate(args.out) if args.rate is None else None
-    rate, why = (args.rate, "given") if args.rate else (here, f"measured in {args.out}") if here else RATES.get(args.lvlm, (None, ""))
+    rate, why = (args.rate, "given") if args.rate else (here, f"measured in {args.out}") if here else RATES.get(args.lvlm) or _expected(args)
     rows = calls if rows is None else rows
     return {"LVLM calls": f"{calls:,}" if not calls else f"at most {calls:,}", "time": time_text(calls, rate, why=why),
             "disk": f"about {size_text(rows*ROW_BYTES)} in {args.out}"}

@@ -74,6 +74,7 @@ def test_dry_runs_ask_nothing_and_write_nothing(there, monkeypatch):
     assert calls["generate --data data/islands --out runs/x"] == 900*15 + 32 and calls[ROAD[3]] == 0 and calls[ROAD[9]] == 12 and calls["eval --out runs/x --fixed 0 --exact-oracle"] == 250*240
     slow = go("generate --out runs/x --rate 0.5 --dry-run --shard 0/3"); assert "h at 0.5 prompts/s (given)" in slow and "part 0 of 3" in slow
     assert "not known: give --rate" in go("generate --out runs/x --lvlm somebody/else --dry-run")
+    big = go("generate --out runs/x --lvlm Qwen/Qwen2.5-VL-7B-Instruct --dry-run"); assert "prompts/s (ASSUMED, not measured: 35% of a H100's peak, images of 4 tokens, 1" in big, big
     assert cli.measured_rate("runs/x") is None and cli.measured_rate("runs/nowhere") is None
 
 def test_the_rate_of_a_run_is_measured(tmp_path):

@@ -168,3 +168,19 @@ def test_a_plan_by_hand():
 @given(st.floats(1, 1e4), st.integers(1, 10**7), st.integers(1, 64))
 def test_more_gpus_never_take_longer_and_never_less_than_their_share(rate, queries, sequences):
     h = plan_run(rate, queries, sequences, (1, 2, 8, 64)).hours; assert (h.diff().dropna() <= 1e-9*h[1]).all() and (h*h.index >= h[1]*(1 - 1e-9)).all()
+
+# --- a rate before there is one ---------------------------------------------------------------------------------------------------
+def test_a_rate_from_sizes_and_answers(tmp_path):
+    from PIL import Image
+    from leverplus.cost import PEAKS, prompt_flops, qwen_config
+    from leverplus.rldata_scale import expected_rate, visual_tokens
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+    made = Qwen2VLImageProcessorPil(patch_size=14, merge_size=2, size=dict(shortest_edge=3136, longest_edge=12_845_056))
+    for size in ((640, 480), (37, 200), (56, 56), (1200, 801)): # as the processor has it
+        assert visual_tokens(*size) == int(made(Image.new("RGB", size), return_tensors="pt")["image_grid_thw"].prod()) // 4
+    for q, size in enumerate(((640, 480), (480, 640))): Image.new("RGB", size).save(tmp_path/f"{q}.png")
+    items = pd.DataFrame(dict(question_id=[0, 1], image_path=[str(tmp_path/f"{q}.png") for q in (0, 1)], answers=[["a", "a", "b"], ["a", "b", "c", "d"]]))
+    e = expected_rate(items, (1, 3), "7b", "A100", .5); cost = lambda S: prompt_flops(qwen_config("7b"), [391]*(S+1), 20*(S+1), answers=3, known_images=1.).total
+    assert e["image_tokens"] == 391 and e["answers"] == 3 and e["prompts_per_second"] == pytest.approx(.5*PEAKS["A100"]*2/(cost(1) + cost(3)))
+    (tmp_path/"1.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match="question_id 1: image .*1.png cannot be opened"): expected_rate(items)
