@@ -12,8 +12,8 @@ __all__ = ['STATUS', 'DATA', 'POOL', 'MODEL', 'FIELDS', 'RATES', 'ROW_BYTES', 'O
            'add_eval', 'do_report', 'add_report', 'grid_of', 'do_sweep', 'add_sweep', 'do_demo', 'add_demo', 'parser',
            'main']
 
-# %% ../nbs/95_cli.ipynb #479bab27
-import argparse, json, math, re, shutil, sys, textwrap, traceback, warnings
+# %% ../nbs/95_cli.ipynb #8dcbc91a
+import argparse, contextlib, json, math, re, shutil, sys, textwrap, traceback, warnings
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -1042,7 +1042,7 @@ def add_demo(commands):
     p.set_defaults(lvlm="models/tiny-qwen2.5-vl")
     _run_flags(p).add_argument("--overwrite", action="store_true", help="empty a folder with other settings")
 
-# %% ../nbs/95_cli.ipynb #4e08e9e0
+# %% ../nbs/95_cli.ipynb #ac957d22
 DOORS = (add_demo, add_embed, add_pools, add_generate, add_check, add_mine, add_merge, add_train, add_infer, add_eval, add_report, add_sweep)
 
 def parser()->argparse.ArgumentParser:
@@ -1061,13 +1061,22 @@ def _warn(args):
     "Warnings as one line each"
     return lambda text, *rest, **kw: print(f"leverplus {args.command}: warning: {one_line(ValueError(text))}", file=sys.stderr)
 
+@contextlib.contextmanager
+def _bars(show):
+    "The bars of transformers, shown or not"
+    from transformers.utils import logging as t
+    was = t.is_progress_bar_enabled()
+    if not show: t.disable_progress_bar()
+    try: yield
+    finally: (t.enable_progress_bar if was else t.disable_progress_bar)()
+
 def main(
     argv=None, # words; None: those of the command line
 )->int: # exit status, one of `STATUS`
     "`leverplus ...`"
     args = parser().parse_args(argv)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _bars(not getattr(args, "quiet", False)):
             if not args.debug: warnings.simplefilter("ignore", FutureWarning); warnings.showwarning = _warn(args)
             return args.do(args) or 0
     except (Exception, KeyboardInterrupt) as e:
