@@ -938,7 +938,7 @@ def add_report(commands):
     p.add_argument("--debug", action="store_true", help="show the traceback of an error")
     _data_flags(p, [], limit=False, nargs="+", help="splits whose pictures are shown (default: none, cases in words)")
 
-# %% ../nbs/95_cli.ipynb #ba6930a9
+# %% ../nbs/95_cli.ipynb #e9a2fa73
 def grid_of(
     texts, # each a JSON file, a name in `GRIDS` of page 85, or "key=a,b"
 )->dict: # {key: values}; `Bad` or an error that names the file
@@ -963,7 +963,6 @@ def _value(text):
 def do_sweep(args):
     "Train every combination with every seed"
     from leverplus.sweep import expand_grid, plot_sweep, read_rows, sweep, sweep_table, sweep_text
-    if args.style != "interleaved": raise Bad(f"--style {args.style}: a sweep asks with style interleaved")
     grid, base = grid_of(args.grid), {k: v[0] for k, v in grid_of(args.base).items()}; n = len(expand_grid(grid, base))*len(args.seeds)
     _to_resume(args, "cells*.jsonl")
     groups = dict(train=RLData.load(args.run), dev=RLData.load(args.dev)) | (dict(valid=RLData.load(args.valid)) if args.valid else {})
@@ -978,7 +977,7 @@ def do_sweep(args):
     items, store, _ = job.inputs()
     for d in groups.values(): d.validate(items)
     world = SimpleNamespace(items=items, store=store, scorer=job.scorer())
-    run = sweep(args.out, grid, groups, world, args.seeds, base, shots=args.shots, shard=args.shard, progress=not args.quiet)
+    run = sweep(args.out, grid, groups, world, args.seeds, base, shots=args.shots, shard=args.shard, progress=not args.quiet, style=args.style)
     print(_swept(Path(args.out), run, items, sweep_table, sweep_text, plot_sweep))
     if (bad := run[run.status == "failed"]).size:
         raise Failed(f"{args.out}: {len(bad)} of {len(run)} cells failed, the first with: {bad.error.iloc[0]}; the same command tries them again")

@@ -79,13 +79,14 @@ def expand_grid(
         raise ValueError(f"{idle}: no combination uses them; names are {sorted(FIXED)}, reward.WEIGHT, model.ARGUMENT, STAGE.ARGUMENT of its objectives")
     return [s for i, s in enumerate(out) if all(plain(s) != plain(t) for t in out[:i])]
 
-# %% ../nbs/85_sweep.ipynb #ebba7484
+# %% ../nbs/85_sweep.ipynb #0c38ae5a
 def data_fingerprint(
     groups:dict, # {"train": RLData, "dev": RLData}, and maybe "valid"
     world, # with `store` and `scorer`
+    style:str="interleaved", # prompt style
 )->str: # 16 hexadecimal digits
     "What all cells of a sweep share"
-    return fingerprint("sweep", {k: d.fingerprint for k, d in groups.items()}, world.store.fingerprint, facts_fingerprint(world.scorer))
+    return fingerprint("sweep", {k: d.fingerprint for k, d in groups.items()}, world.store.fingerprint, facts_fingerprint(world.scorer, style))
 
 def cell_id(
     settings:dict, # a combination of `expand_grid`
@@ -99,9 +100,9 @@ def cell_id(
 
 def _section(settings, name): return {k.partition(".")[2]: v for k, v in settings.items() if k.startswith(f"{name}.")}
 
-def _with_info(data, world, cache):
+def _with_info(data, world, cache, style):
     "Groups with the column `info_score`, which only some rewards need"
-    zero = ask(pd.DataFrame(dict(question_id=data.queries, pointer=[()]*len(data.queries))), world.scorer, world.items, cache)
+    zero = ask(pd.DataFrame(dict(question_id=data.queries, pointer=[()]*len(data.queries))), world.scorer, world.items, cache, style)
     out = copy(data); out.rows = data.rows.assign(info_score=info_score(data.rows, dict(zip(zero.question_id, zero.vqa_gt_prob))))
     return out
 
@@ -112,11 +113,12 @@ def train_cell(
     world, # `World`, or anything with `items, store, scorer`
     cache:FactCache, # shared facts
     stages:dict|None=None, # objectives of your own
+    style:str="interleaved", # prompt style
 )->tuple: # (Learner, its regret on the groups that choose, in units of its reward)
     "Train one cell"
     mode, own = _reward(settings["reward"]); weights = own | _section(settings, "reward")
     parts = [evaluated(groups["train"]), evaluated(groups.get("valid", groups["dev"]))]
-    if "info_score" in reward_facts(mode, **weights)[0]: parts = [_with_info(d, world, cache) for d in parts]
+    if "info_score" in reward_facts(mode, **weights)[0]: parts = [_with_info(d, world, cache, style) for d in parts]
     dls = group_dls(*parts, world.store, mode, settings["kind"], settings["bs"], seed, **weights)
     learn = selector_learner(dls, seed=seed, **_section(settings, "model"))
     with quiet(learn):
@@ -125,23 +127,23 @@ def train_cell(
             else: getattr(learn, f"fit_{n}")(**_section(settings, n))
     return learn, float(valid_loss(learn))
 
-def _answers(learn, settings, seed, groups, world, shots, cache):
+def _answers(learn, settings, seed, groups, world, shots, cache, style):
     "What the selector picks for the development questions, and what came of it"
     dev = groups["dev"]
     p = pick_model(learn.model, dev.pool.only(dev.queries), world.store, shots, settings["kind"], draw=seed)
     check_picks(p, world.items)
-    return score_picks(p, ask(p, world.scorer, world.items, cache))
+    return score_picks(p, ask(p, world.scorer, world.items, cache, style))
 
 def run_cell(
-    settings:dict, seed:int, groups:dict, world, shots:int, cache:FactCache, stages:dict|None=None, # as in `train_cell`; `shots` of the picks
+    settings:dict, seed:int, groups:dict, world, shots:int, cache:FactCache, stages:dict|None=None, style:str="interleaved", # as in `train_cell`; `shots` of the picks
 )->dict: # a row, JSON-ready; an exception of the cell is part of it
     "Train and judge one cell, whatever happens"
     start, out = time.perf_counter(), dict(status="failed", settings=plain(settings), seed=int(seed), shots=shots)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         try:
-            learn, regret = train_cell(settings, seed, groups, world, cache, stages)
-            f = _answers(learn, settings, seed, groups, world, shots, cache)
+            learn, regret = train_cell(settings, seed, groups, world, cache, stages, style)
+            f = _answers(learn, settings, seed, groups, world, shots, cache, style)
             out |= dict(status="done", acc=float(f.vqa_acc_score.mean()), gt_prob=float(f.vqa_gt_prob.mean()), regret=regret,
                         epochs=len(learn.history.frame), failed_rows=int(f.eval_failed.sum()),
                         scored={c: f[c].map(list).tolist() if c == "pointer" else f[c].tolist() for c in _SCORED})
@@ -187,7 +189,7 @@ def _cells(path):
             if r["status"] == "done" or rows.get(r["cell"], {}).get("status") != "done": rows[r["cell"]] = r
     return rows
 
-# %% ../nbs/85_sweep.ipynb #ed7a1d27
+# %% ../nbs/85_sweep.ipynb #16c9c431
 def _show(v):
     "A setting as a table shows it"
     if isinstance(v, dict): return ", ".join(f"{k}={_show(x)}" for k, x in v.items())
@@ -213,6 +215,7 @@ def sweep(
     cache:FactCache|None=None, # shared facts; None: those in the folder
     shard:tuple|None=None, # (i, n): only part i of n
     progress:bool=False, # show a bar over cells?
+    style:str="interleaved", # prompt style in which picks are asked
 )->pd.DataFrame: # a row per cell, the default first: config, the settings, seed, status, acc, gt_prob, regret, epochs, seconds, error, cell
     "Train every combination with every seed on the same groups, and judge it on the development questions"
     path, seeds, stages = Path(path), [int(s) for s in seeds], stages or {}
@@ -221,7 +224,7 @@ def sweep(
     if not seeds or len(set(seeds)) < len(seeds): raise ValueError(f"sweep: seeds {seeds}; wanted one or more, each once")
     if shots is None and len(groups["train"].shots) != 1:
         raise ValueError(f"sweep: sequences of {groups['train'].shots} shots are stored; say how many `shots` the judged picks have")
-    configs, shots, data = expand_grid(grid, base, stages), shots or groups["train"].shots[0], data_fingerprint(groups, world)
+    configs, shots, data = expand_grid(grid, base, stages), shots or groups["train"].shots[0], data_fingerprint(groups, world, style)
     shard = check_shard(shard)
     todo = {cell_id(c | dict(_shots=shots), s, data, stages): (c, s) for c in configs for s in seeds}
     file = path/f"cells{shard_tag(shard)}.jsonl"
@@ -231,7 +234,7 @@ def sweep(
         left = [k for k in todo if have.get(k, {}).get("status") != "done" and (shard is None or int(k, 16) % shard[1] == shard[0])]
         with tqdm(total=len(left), disable=not progress, desc=path.name, unit="cell") as bar:
             for k in left:
-                have[k] = dict(cell=k, data=data, made=made) | run_cell(*todo[k], groups, world, shots, cache, stages)
+                have[k] = dict(cell=k, data=data, made=made) | run_cell(*todo[k], groups, world, shots, cache, stages, style)
                 append_row(file, have[k]); bar.update()
     columns = list(dict.fromkeys([*(k for k in grid), *(k for c in configs for k in c if k in (base or {}))]))
     frame = pd.DataFrame([_row(c, s, k, have.get(k), columns) for k, (c, s) in todo.items()])

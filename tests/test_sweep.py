@@ -4,7 +4,7 @@ import numpy as np, pandas as pd, pytest, torch
 from hypothesis import given, settings, strategies as st
 from leverplus.core import fingerprint
 from leverplus.groups import RLData
-from leverplus.rldata_generate import Busy, FactCache, generate, run_lock
+from leverplus.rldata_generate import Busy, FactCache, facts_fingerprint, generate, run_lock
 from leverplus.runs import plain
 from leverplus.sweep import (FIXED, GRIDS, append_row, cell_id, data_fingerprint, expand_grid, plot_sweep, read_rows, sweep, sweep_scores, sweep_table, sweep_text)
 from test_loops import Scripted, make_world
@@ -84,6 +84,10 @@ def test_numbers_are_those_of_the_facts_and_no_test_question_is_asked(data, tmp_
     assert frame.set_index("cell").acc.to_dict() == pytest.approx(scored.groupby("selector").vqa_acc_score.mean().to_dict()) and set(scored.question_id) == set(groups["dev"].queries)
     assert len(s.asked) == len(set(s.asked)) and {q for q, _ in s.asked} <= set(groups["dev"].queries) # facts are shared among cells
     for r in scored.sample(5, random_state=0).itertuples(): assert s.inner.fingerprint and set(r.pointer) <= set(groups["dev"].pool[r.question_id]) and len(r.pointer) == 2
+
+def test_facts_are_asked_in_the_style_that_was_asked_for(data, tmp_path):
+    w, groups = data; s = make_world(Scripted()); cells = {how: sweep(tmp_path/"s", {"mine.lr": [1e-2]}, groups, s, [0], MINE, STAGES, style=how).cell[0] for how in ("interleaved", "chat")}
+    assert cells["interleaved"] != cells["chat"]; assert set(FactCache(tmp_path/"s"/"facts").scorers) == {facts_fingerprint(s.scorer, how) for how in cells}
 
 def test_a_failed_cell_is_recorded_and_tried_again_and_a_kill_costs_one_cell(data, tmp_path, monkeypatch):
     w, groups = data; CALLS.clear(); grid = {"mine.spoil": [False, True], "mine.lr": [1e-2, 2e-2]}; f = sweep(tmp_path/"s", grid, groups, w, [0], MINE, STAGES)
