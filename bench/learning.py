@@ -63,8 +63,9 @@ class Trial:
     "One suite and seed: what the methods below start from"
     def __init__(self, world, out, name, seed):
         self.world, self.out, self.name, self.seed, self.mode = world, out, name, seed, SUITES[name]
-        joint = name.startswith("joint"); many = ((1, 2, 3, 4), 6 if name == "joint" else 20, 450) if joint else ((2,), 20)
-        self.train, self.dev = suite(name, *(base_groups(world, out, seed, split, *many) for split in ("train", "dev")), seed)
+        joint = name.startswith("joint"); shots, queries = ((1, 2, 3, 4), 450) if joint else ((2,), None); n = 6 if name == "joint" else 20
+        groups = [base_groups(world, out, seed, split, shots, 6 if joint and split == "dev" else n, queries) for split in ("train", "dev")]
+        self.train, self.dev = suite(name, *groups, seed)
         self.split, self.epochs = (dict(split_shots=True), 8) if joint else ({}, 20) # `joint` has twice the rows
 
     def learner(self, mode=None, **model):

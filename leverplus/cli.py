@@ -6,11 +6,11 @@
 __all__ = ['STATUS', 'DATA', 'POOL', 'MODEL', 'FIELDS', 'RATES', 'ROW_BYTES', 'OBJECTIVES', 'EPOCHS', 'DOORS', 'Bad', 'Failed',
            'status_of', 'one_line', 'shard_arg', 'counts_arg', 'number_arg', 'named_arg', 'shots_arg', 'job_of',
            'add_door', 'measured_rate', 'time_text', 'size_text', 'gather_stores', 'embed_place', 'do_embed',
-           'add_embed', 'do_pools', 'add_pools', 'add_generate', 'do_generate', 'sequences_of', 'do_check', 'add_check',
-           'weights_of', 'same_scorer', 'do_mine', 'add_mine', 'do_merge', 'add_merge', 'open_selector', 'with_text',
-           'do_train', 'add_train', 'load_models', 'do_infer', 'add_infer', 'known_facts', 'ask_around', 'do_eval',
-           'add_eval', 'do_report', 'add_report', 'grid_of', 'do_sweep', 'add_sweep', 'do_demo', 'add_demo', 'parser',
-           'main']
+           'add_embed', 'do_pools', 'add_pools', 'add_generate', 'do_generate', 'sequences_of', 'do_check', 'judged',
+           'add_check', 'weights_of', 'same_scorer', 'do_mine', 'add_mine', 'do_merge', 'add_merge', 'open_selector',
+           'with_text', 'do_train', 'add_train', 'load_models', 'do_infer', 'add_infer', 'known_facts', 'ask_around',
+           'do_eval', 'add_eval', 'do_report', 'add_report', 'grid_of', 'do_sweep', 'add_sweep', 'do_demo', 'add_demo',
+           'parser', 'main']
 
 # %% ../nbs/95_cli.ipynb #8dcbc91a
 import argparse, contextlib, json, math, re, shutil, sys, textwrap, traceback, warnings
@@ -409,24 +409,43 @@ def _plan_generate(args, job):
                + ("" if job.second is None else f"; of each shot count at most {sum(job.second.values())} get a text"),
                **_asking_costs(args, (len(mine) - there)*each + (job.test + args.verify)*(there < len(mine)), len(mine)*each))
 
-# %% ../nbs/95_cli.ipynb #067be6c2
+# %% ../nbs/95_cli.ipynb #3f2d538b
 def do_check(args):
     "Print the health of runs"
     from leverplus.rldata_check import health
     seen = health({p: RLData.load(p) for p in args.runs}, args.reward, weights_of(args))
     print(seen)
     if args.csv: print(f"tables: {seen.to_csv(args.csv)}")
+    if args.selector: print(*judged(args), sep="\n")
     if args.strict and seen.verdict: raise Failed(f"{len(seen.verdict)} alarms: " + ", ".join(f"{a.file}: {a.cause}" for a in seen.verdict))
+
+def judged(
+    args:argparse.Namespace, # of `check`: runs, selector, reward, weights, and where the embeddings lie
+)->list: # of texts, one per run and selector
+    "What selectors would earn on runs, from the stored rows alone"
+    from leverplus.dls import GroupDataset
+    from leverplus.offpolicy import off_policy, summarise
+    from leverplus.rewards import reward
+    models, w, out = load_models(args.selector), weights_of(args), []; _, store, _ = job_of(args).inputs()
+    for p in args.runs:
+        data = with_text(RLData.load(p), args.reward, w)
+        for name, m in models.items():
+            flatters = ", WHICH WAS TRAINED ON THESE ROWS: the estimate flatters it" if (m.info.get("data") or {}).get("train") == data.fingerprint else ""
+            ds = GroupDataset(data.rows, data.pool, store, reward(data.rows, args.reward, **w), m.info.get("kind", "mixed"))
+            out.append(f"\n{p}, judging {name}{flatters}\n{summarise(off_policy(m, ds)).round(3).to_string()}")
+    return out
 
 def add_check(commands):
     "Add `leverplus check`"
     p = add_door(commands, "check", do_check, "say what tried sequences can teach, and if they cannot, why", "runs of generate, mine or merge",
-                 "metrics, alarms and what to do about them, on the screen; tables in --csv",
-                 "check runs/groups/train runs/groups/dev", "check runs/okvqa --reward hard_plus_soft --strict --csv runs/okvqa-health",
+                 "metrics, alarms and what to do about them, on the screen; tables in --csv; what a --selector would earn, source by source, without a question to the LVLM",
+                 "check runs/groups/train runs/groups/dev", "check runs/okvqa --reward hard_plus_soft --strict --csv runs/okvqa-health", "check runs/groups/dev --selector runs/rce --split dev",
                  usage="RUN [RUN ...] [options]")
     p.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run"); _reward_flags(p)
     p.add_argument("--csv", metavar="DIR", help="write all tables there")
     p.add_argument("--strict", action="store_true", help="exit status 1 if there is an alarm")
+    p.add_argument("--selector", type=named_arg, action="append", metavar="[NAME=]DIR", help="judge a run of train, or a checkpoint, by the rows of these runs (page 72); needs their embeddings")
+    _data_flags(p, "train", limit=False)
     p.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 def weights_of(

@@ -228,3 +228,9 @@ def test_the_console_script_is_declared():
     import configparser
     cfg = configparser.ConfigParser(delimiters=["="]); cfg.read(ROOT/"settings.ini", encoding="utf8"); cfg = cfg["DEFAULT"]
     assert "leverplus=leverplus.cli:main" in cfg["console_scripts"].split() and "leverplus-demo=leverplus.demo:main" in cfg["console_scripts"].split() and cfg["ray_requirements"].startswith("ray[data]>=")
+
+def test_a_selector_is_judged_by_stored_rows(there):
+    said = go("check runs/dev --selector runs/rce --selector again=runs/rce --split dev"); assert said.count("runs/dev, judging ") == 2 and "judging again\n" in said
+    table = said[said.index("judging again"):]; assert re.search(r"^2 +sample, T = 1 +12 ", table, re.M) and re.search(r"^ +all +12 ", table, re.M) and "unbiased se" in table
+    assert "judging rce, WHICH WAS TRAINED ON THESE ROWS" in go("check runs/all --selector rce=runs/rce") and "WHICH WAS" not in said
+    assert "judging" not in go("check runs/dev") and go("check runs/dev --selector runs/none --split dev", 2).startswith("leverplus check: runs/none")
