@@ -45,7 +45,7 @@ def stored_logp(
         if was: policy.train()
     return torch.cat(out).numpy()
 
-# %% ../nbs/72_offpolicy.ipynb #5a073b62
+# %% ../nbs/72_offpolicy.ipynb #4d49888d
 def _sources(rows):
     "Name of the source of each row"
     heat = rows.temperature.map(lambda t: "" if t != t else f", T = {t:g}"); return rows.gen_method.astype(object) + heat
@@ -65,7 +65,7 @@ def off_policy(
     cut:float|None=5., # largest weight, relative to the mean weight of a draw; None = no cut
     floor:float=.3, # smallest effective share that is trusted
     bs:int=256, # queries at once; changes nothing
-)->pd.DataFrame: # per query, shot count and draw: source, n (rows drawn), mass (probability of what stood before, 0..1), ess (0..1), value (self-normalised; NaN: no estimate), unbiased, trust
+)->pd.DataFrame: # per query, shot count and draw: source, n (rows drawn), mass (probability of what stood before, 0..1), ess (0..1), value (self-normalised; NaN: no estimate), unbiased, trust (a single row is never trusted: its share is 1 whatever its weight)
     "Expected reward of a policy per draw, from stored groups; ValueError if nothing in them was drawn with a known probability"
     rows = ds.rows
     if "kappa" not in rows or not rows.kappa.notna().any():
@@ -77,7 +77,7 @@ def off_policy(
     logp, r = pick(stored_logp(policy, ds, False, bs)), pick(ds.rewards.numpy()); v = off_policy_value(logp, r, mask, logmu, det, cut, floor)
     plain = ((logp - logmu.masked_fill(det, 0.)).exp().masked_fill(~mask, 0.) * r).sum(-1); one = rows.iloc[order[first]]
     return pd.DataFrame(dict(question_id=one.question_id.to_numpy(), shots=one.pointer.map(len).to_numpy(), source=_sources(one).to_numpy(), n=end - first,
-                             mass=v.mass.numpy(), ess=v.ess.numpy(), value=v.value.numpy(), unbiased=plain.numpy(), trust=v.trust.numpy()))
+                             mass=v.mass.numpy(), ess=v.ess.numpy(), value=v.value.numpy(), unbiased=plain.numpy(), trust=v.trust.numpy() & ((end - first > 1) | (v.mass.numpy() > 1 - 1e-6))))
 
 # %% ../nbs/72_offpolicy.ipynb #6e554f5f
 def _all_sources(f):

@@ -73,17 +73,19 @@ def test_failed_rows_are_no_rows():
     rows = groups(dict(temperature={1.: 4}, random=2), queries=range(3)); rows["eval_failed"] = False; rows.loc[rows.question_id == 1, "eval_failed"] = [True]*5 + [False]
     f = off_policy(SimilarityPrior(1.), GroupDataset(rows, POOL, STORE, rows.pointer.map(pays).where(~rows.eval_failed)))
     assert f[f.question_id == 1][["source", "n"]].to_numpy().tolist() == [["random", 1]] and len(f) == 5
+    assert f.trust[f.n == 1].tolist() == [False] and f.ess[f.n == 1].tolist() == [1.]   # one row says nothing about its own weight
 
 def learner(seed=0):
     record = lambda ids: RLData((r := groups(dict(beam=1, temperature={1.: 3}, random=3), queries=ids)).assign(
-        vqa_gt_prob=r.pointer.map(pays), vqa_acc_score=0., scorer="x"), POOL.only(list(ids)))
+        vqa_gt_prob=r.pointer.map(pays), vqa_acc_score=r.pointer.map(pays), scorer="x"), POOL.only(list(ids)))
     return selector_learner(group_dls(record(range(40)), record(range(40, 60)), STORE, "soft_only", bs=16), seed=seed, d_hidden=8, n_layers=0)
 
 def test_the_callback_watches_and_changes_nothing():
     plain, watched = learner(), learner()
     for l, cbs in ((plain, []), (watched, [OffPolicyStats(every=2)])):
         with quiet(l): l.fit_rce(4, 3e-3, cbs=cbs, best=False)
-    assert all(torch.equal(a, b) for a, b in zip(plain.model.state_dict().values(), watched.model.state_dict().values()))
+    start, ends = learner().model.state_dict(), [l.model.state_dict() for l in (plain, watched)]; assert all(torch.equal(a, b) for a, b in zip(*(e.values() for e in ends)))
+    assert not all(torch.equal(a, b) for a, b in zip(start.values(), ends[0].values()))
     h = watched.history.frame; assert h.off_value.notna().tolist() == [False, True]*2 and set(h) - set(plain.history.frame) == {"off_value", "off_unbiased", "off_ess", "off_trusted"}
     f = off_policy(watched.model, watched.dls.valid_ds); assert h.off_unbiased.iloc[-1] == pytest.approx(summarise(f).loc[(2, "all"), "unbiased"])
     assert not any(isinstance(cb, OffPolicyStats) for cb in watched.cbs)
