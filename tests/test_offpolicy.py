@@ -81,9 +81,11 @@ def learner(seed=0):
     return selector_learner(group_dls(record(range(40)), record(range(40, 60)), STORE, "soft_only", bs=16), seed=seed, d_hidden=8, n_layers=0)
 
 def test_the_callback_watches_and_changes_nothing():
-    plain, watched = learner(), learner()
-    for l, cbs in ((plain, []), (watched, [OffPolicyStats(every=2)])):
+    def trained(*cbs):
+        l = learner()
         with quiet(l): l.fit_rce(4, 3e-3, cbs=cbs, best=False)
+        return l
+    plain, watched = trained(), trained(OffPolicyStats(every=2))
     start, ends = learner().model.state_dict(), [l.model.state_dict() for l in (plain, watched)]; assert all(torch.equal(a, b) for a, b in zip(*(e.values() for e in ends)))
     assert not all(torch.equal(a, b) for a, b in zip(start.values(), ends[0].values()))
     h = watched.history.frame; assert h.off_value.notna().tolist() == [False, True]*2 and set(h) - set(plain.history.frame) == {"off_value", "off_unbiased", "off_ess", "off_trusted"}
