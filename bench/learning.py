@@ -7,7 +7,8 @@ intervals over queries and seeds; `--table test` the same on test, and counts th
 
 Suites, 900 training and 250 dev queries, K = 16, S = 2: `dense-soft` 12 sequences per query, half of the similarity prior, half random, reward = VQA accuracy with its
 parts; `sparse-hard` 12 random ones, reward 0/1; `starved` reward 0/1, live groups are 1 % of all; `ragged` 2..40 sequences per query, reward as dense-soft.
-`joint` is dense-soft with 12 sequences of each of 1, 2, 3 and 4 shots for 450 training queries, one model for all; `joint sparse-hard`, `joint starved` and `joint ragged` alike.
+`joint` is dense-soft with 12 sequences of each of 1, 2, 3 and 4 shots for 450 training queries, one model for all; `joint sparse-hard`, `joint starved` and `joint ragged` alike
+(of one shot the prior draws every candidate, so there the first 12 of its draws stand for random ones).
 For one and two shots the oracle is exact; for three and four it is the best that `best_found` finds, a lower bound.
 """
 import argparse, contextlib, os, time, warnings

@@ -21,7 +21,7 @@ from .callback_core import Objective, StageCallback
 from .callback_grpo import GRPO, RLOO
 from .callback_schedule import Phases
 
-# %% ../nbs/68_callback_onpolicy.ipynb #b5bd0c44
+# %% ../nbs/68_callback_onpolicy.ipynb #8d6f4b0c
 def _inputs(pool, store, queries, kind):
     "Query [B,D], candidates [B,K,D], mask [B,K]"
     flat = store.get([i for q in queries for i in pool[q]], kind); cands, mask = pad_rows(list(flat.split([len(pool[q]) for q in queries])), 0.)
@@ -39,16 +39,16 @@ class _Open:
     def __init__(self, policy, device): self.policy, self.device = policy, device
     def step_logp(self, enc, prefix): return self.policy.step_logp(enc, prefix.to(self.device)).cpu().double()
 
-def _independent(policy, enc, noise):
+def _independent(policy, enc, noise, root):
     B, T, G, _ = noise.shape; seqs, logp = torch.zeros(B, G, 0, dtype=torch.long), torch.zeros(B, G, dtype=torch.float64)
     for t in range(T):
         lp = policy.step_logp(enc, seqs); pick = (lp + noise[:, t, :, :lp.shape[-1]]).argmax(-1, keepdim=True)
         seqs, logp = torch.cat([seqs, pick], -1), logp + lp.gather(-1, pick)[..., 0]
     return seqs, logp, None
 
-def _distinct(policy, enc, noise):
+def _distinct(policy, enc, noise, root):
     B, T, W, _ = noise.shape; K = policy.step_logp(enc, torch.zeros(B, 1, 0, dtype=torch.long)).shape[-1]
-    seqs, logp, key = best_sequences(policy, enc, B, T, W, noise=noise[..., :K], keys=True)
+    seqs, logp, key = best_sequences(policy, enc, B, T, W, noise=noise[..., :K], root=root)
     kappa = key[:, W-1] if key.shape[1] == W else torch.full((B,), -torch.inf, dtype=torch.float64)
     return seqs[:, :W-1], logp[:, :W-1], kappa
 
@@ -84,8 +84,8 @@ def draw_groups(
     p = next(policy.parameters(), None); device = torch.device("cpu") if p is None else p.device; was = policy.training; policy.eval()
     try:
         xb = _inputs(pool, store, queries, kind); enc = policy.encode(*(x.to(device) for x in xb))
-        noise = _noise(queries, sizes, T, G + distinct, key)
-        seqs, logp, kappa = (_distinct if distinct else _independent)(_Open(policy, device), enc, noise)
+        noise, root = _noise(queries, sizes, T, G + distinct, key), torch.tensor([rng("on-policy root", *key, q).gumbel() for q in queries], dtype=torch.float64)
+        seqs, logp, kappa = (_distinct if distinct else _independent)(_Open(policy, device), enc, noise, root)
         greedy, real = _greedy(policy, enc, len(queries), shots, device)
     finally: policy.train(was)
     K, mask = max(sizes), logp > -torch.inf; seq_mask = (seqs < K) & mask[..., None]
@@ -171,7 +171,7 @@ class Feedback:
                            "What was answered is in the cache: mend the cause and start again")
         return r
 
-# %% ../nbs/68_callback_onpolicy.ipynb #c347dffa
+# %% ../nbs/68_callback_onpolicy.ipynb #27610bf7
 class OnPolicy(StageCallback):
     "Groups drawn by the policy of the moment, in rounds of one epoch"
     order = Objective.order-9.5   # before everything that reads a batch or a loader, after `Resume`
@@ -298,18 +298,19 @@ class OnPolicy(StageCallback):
 
     def data(self,
         rounds=None, # which, e.g. `[3]`; None: all
-    )->RLData: # each (query, pointer) once, where it came first; the manifest's "onpolicy" has settings, and `round` row by row
+    )->RLData: # each (query, pointer) once, where it came first; `kappa` for queries of one round; the manifest's "onpolicy" has settings, and `round` row by row
         "What was drawn (method \"policy\"), and greedy sequences that nobody drew (\"beam\")"
         store, pool, _ = self.world(); rows = pd.DataFrame(self.tried, columns=["gen_method", "round", "question_id", "pointer", "logprob_score", "kappa"])
-        rows = rows.sort_values("gen_method", ascending=False, kind="stable").drop_duplicates(["question_id", "pointer"]).sort_index()
         if rounds is not None: rows = rows[rows["round"].isin(list(rounds))]
+        again = rows.groupby("question_id")["round"].transform("nunique") > 1; rows["kappa"] = rows.kappa.astype(float).mask(again) # a later draw shows only what is new
+        rows = rows.sort_values("gen_method", ascending=False, kind="stable").drop_duplicates(["question_id", "pointer"]).sort_index()
         if not len(rows): raise ValueError("OnPolicy: nothing was drawn in these rounds; pass it to a `fit` first")
         rows = rows.reset_index(drop=True); known = self.feedback.known; facts = self.feedback.facts(rows)[list(FACT_COLUMNS)]; self.feedback.known = known
         q = store.get(rows.question_id.tolist(), self.kind); near = [float((store.get(list(p), self.kind) @ v).mean()) for p, v in zip(rows.pointer, q)]
         how = dict({k: getattr(self, k) for k in ("G", "shots", "every", "distinct", "kind")}, seed=self.draw_seed)
         how |= dict(round=rows["round"].tolist())
         drawn = rows.gen_method == "policy"; rows["temperature"], rows["beam_rank"] = np.where(drawn, 1., np.nan), np.where(drawn, np.nan, 0.)
-        rows = rows.drop(columns="round").astype(dict(kappa=float)).assign(similarity_score=near).join(facts)
+        rows = rows.drop(columns="round").assign(similarity_score=near).join(facts)
         return RLData(as_record(rows), pool.only(dict.fromkeys(rows.question_id)), dict(onpolicy=how))
 
 # %% ../nbs/68_callback_onpolicy.ipynb #bc65b5d6

@@ -187,9 +187,9 @@ def add_door(
     p.set_defaults(do=do, command=name)
     return p
 
-# %% ../nbs/95_cli.ipynb #3f263329
+# %% ../nbs/95_cli.ipynb #d8ea5dc2
 RATES = {"models/tiny-qwen2.5-vl": (320., "measured on one CPU core, page 36")}
-ROW_BYTES = 65 # of a stored sequence, measured on page 36; real answers are longer
+ROW_BYTES = 68 # of a stored sequence, measured on page 36; real answers are longer
 
 def measured_rate(
     path, # folder of a run of `generate`

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCHEMA', 'METHODS', 'TEXT_FACTS', 'PROB_FACTS', 'PROPOSAL_COLUMNS', 'LATER', 'FACT_COLUMNS', 'RECORD', 'as_record',
-           'pack', 'unpack', 'write_part', 'read_part', 'pointer_matrix', 'count_rows', 'RLData', 'check_shard',
-           'shard_tag', 'shard_files', 'finish_manifest', 'differing', 'join_checks', 'Group']
+           'pack', 'unpack', 'write_part', 'read_part', 'pointer_matrix', 'count_rows', 'RLData', 'whole_draws',
+           'check_shard', 'shard_tag', 'shard_files', 'finish_manifest', 'differing', 'join_checks', 'Group']
 
 # %% ../nbs/30_groups.ipynb #d8fbe2b0
 import re, shutil
@@ -245,6 +245,21 @@ def validate(self:RLData,
         i = int(bad.argmax()); row = self.rows.iloc[i]; lacks = ", ".join(c for c in TEXT_FACTS if pd.isna(row[c]))
         raise ValueError(f"{_where(self, i)}: question_id {row.question_id}: {what.format(lacks=lacks, **row)} ({int(bad.sum())} such rows)")
     return self
+
+# %% ../nbs/30_groups.ipynb #8d77b512
+def whole_draws(
+    rows:pd.DataFrame, # record frame
+    pool:Pool, # who may be picked for its queries
+    *parents, # `RLData` that the rows come from
+)->pd.DataFrame: # `rows`, with `kappa` only where all sequences of a query with so many shots came along, from one parent, in the pool that they were drawn from
+    "Forget thresholds of draws that are no longer whole: nobody can tell the missing from the unlikely"
+    if not rows.kappa.notna().any(): return rows
+    key = lambda r: [r.question_id.to_numpy(), r.pointer.map(len).to_numpy()]; count = lambda r: r.groupby(key(r)).size()
+    there = pd.concat([count(d.rows) for d in parents]); came = there.groupby(level=[0, 1]).agg(["sum", "size"])
+    moved = {q for d in parents if d.pool is not pool for q in set(d.rows.question_id) if pool.ids.get(q) != d.pool.ids.get(q)}
+    at = pd.MultiIndex.from_arrays(key(rows)); now = count(rows).reindex(at).to_numpy(); was = came.reindex(at)
+    whole = (now == was["sum"].to_numpy()) & (was["size"].to_numpy() == 1) & ~rows.question_id.isin(moved).to_numpy()
+    return rows.assign(kappa=rows.kappa.where(whole))
 
 # %% ../nbs/30_groups.ipynb #33faae10
 def check_shard(

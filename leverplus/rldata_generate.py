@@ -8,7 +8,7 @@ __all__ = ['COUNTS', 'CACHE_COLUMNS', 'SECOND', 'EXACT', 'SimilarityPrior', 'bes
            'ask', 'as_cache', 'self_test', 'check_second', 'choose', 'evaluated', 'policy_fingerprint', 'shard_queries',
            'Busy', 'run_lock', 'Generation', 'flat_queries', 'tally', 'TooManyFailures', 'NotVerified', 'generate']
 
-# %% ../nbs/32_rldata_generate.ipynb #cd289e1c
+# %% ../nbs/32_rldata_generate.ipynb #3a6f44c7
 import contextlib, json, math, os, platform
 from functools import cached_property, partial
 from itertools import combinations
@@ -23,7 +23,7 @@ from .vqa import answer_targets, postprocess, relevances, vqa_accuracies
 from .prompt import prompter
 from .lvlm import Scored, Targets, compare
 from .groups import (FACT_COLUMNS, PROPOSAL_COLUMNS, RECORD, SCHEMA, RLData, as_record, check_shard, differing, finish_manifest, pointer_matrix,
-                              read_part, shard_files, shard_tag, write_part)
+                              read_part, shard_files, shard_tag, whole_draws, write_part)
 
 # %% ../nbs/32_rldata_generate.ipynb #ba8332df
 class SimilarityPrior:
@@ -41,7 +41,7 @@ class SimilarityPrior:
         "Log-probabilities [B,P,K] of the next pick after prefix [B,P,t]"
         return enc[:, None].expand(-1, prefix.shape[1], -1).scatter(-1, prefix, -torch.inf).log_softmax(-1)
 
-# %% ../nbs/32_rldata_generate.ipynb #bad1e201
+# %% ../nbs/32_rldata_generate.ipynb #09f01321
 def _device(policy):
     p = next(policy.parameters(), None) if isinstance(policy, torch.nn.Module) else None
     return p.device if p is not None else torch.device("cpu")
@@ -63,7 +63,7 @@ def best_sequences(
     width:int, # sequences per query, > 0
     temperature:float=1., # > 0; divides the step logits
     noise:torch.Tensor|None=None, # [B,S,width,K] standard Gumbel draws: sample without replacement; None: beam search
-    keys:bool=False, # return the keys by which sequences were kept, too
+    root:torch.Tensor|None=None, # [B] standard Gumbel draws: return the keys by which sequences were kept, too
 )->tuple: # (local indices [B,W,S], log-probability [B,W], -inf where a pool has fewer sequences), best or first drawn first; keys [B,W]
     "Beam search, or exact sampling without replacement, through any policy"
     ask_step = _step(policy); logp = key = torch.zeros(B, 1, dtype=torch.float64); seqs = torch.zeros(B, 1, 0, dtype=torch.long)
@@ -74,7 +74,8 @@ def best_sequences(
         score = child if noise is None else _conditioned(key, child + noise[:, t, :P]).masked_fill(child == -torch.inf, -torch.inf)
         key, top = (x[:, :width] for x in score.flatten(1).sort(descending=True, stable=True)); row = top // K
         logp = child.flatten(1).gather(1, top); seqs = torch.cat([seqs.gather(1, row[..., None].expand(-1, -1, t)), (top % K)[..., None]], -1)
-    return (seqs, logp, key) if keys else (seqs, logp)
+    if root is None: return seqs, logp
+    return seqs, logp, key - torch.log1p(torch.expm1(-root)[:, None] * key.exp()) # so far the largest key of a query was 0, which chooses the same sequences; now it is `root`
 
 # %% ../nbs/32_rldata_generate.ipynb #cb5d5e4e
 def nearest_sets(
@@ -88,7 +89,7 @@ def nearest_sets(
     total, best = (x[:, :n] for x in top[:, sets].sum(-1).sort(dim=-1, descending=True, stable=True))
     return order.gather(1, sets[best].flatten(1)).view(len(cos), -1, S), total
 
-# %% ../nbs/32_rldata_generate.ipynb #96f84988
+# %% ../nbs/32_rldata_generate.ipynb #894e02ac
 COUNTS = dict(beam=5, temperature={1.0: 2, 1.3: 2}, random=1, retrieval=5)
 
 def check_counts(
@@ -104,12 +105,13 @@ def check_counts(
     return out
 
 def _gumbel(queries, sizes, S, width, *name):
-    "[B,S,width+1,K] noise, the last for `kappa`; each query draws for its own pool size"
+    "([B,S,width+1,K] noise, the last for `kappa`; [B] noise of the root); each query draws for its own pool size"
+    root = torch.tensor([rng("propose", q, S, *name, "root").gumbel() for q in queries], dtype=torch.float64)
     out = torch.zeros(len(queries), S, width + 1, max(sizes), dtype=torch.float64)
     for b, (q, k) in enumerate(zip(queries, sizes)):
         draw = lambda n, *key: torch.from_numpy(rng("propose", q, S, *name, *key).gumbel(size=(S, n, k)))
         out[b, :, :width, :k], out[b, :, width:, :k] = draw(width), draw(1, "more")
-    return out
+    return out, root
 
 def _embedded(pool, store, queries, S, kind):
     "(candidate ids [B,K], mask [B,K], query [B,D], cands [B,K,D]); padding repeats the first candidate"
@@ -118,7 +120,7 @@ def _embedded(pool, store, queries, S, kind):
     cand = np.array([pool[q] + (pool[q][0],)*(max(sizes) - k) for q, k in zip(queries, sizes)], dtype=np.int64)
     return cand, torch.arange(max(sizes)) < torch.tensor(sizes)[:, None], store.get(queries, kind), store.get(cand, kind)
 
-# %% ../nbs/32_rldata_generate.ipynb #c1fe55e6
+# %% ../nbs/32_rldata_generate.ipynb #e5bacf11
 class _Proposals:
     def __init__(self, K): self.K, self.blocks, self.names, self.kappas = K, [], [], []
 
@@ -149,7 +151,7 @@ def _propose_batch(pool, store, queries, S, policy, counts, seed, kind):
     cand, mask, query, cands = _embedded(pool, store, queries, S, kind); B, K = cand.shape; sizes = mask.sum(1).tolist(); dev = _device(policy)
     enc, cos = policy.encode(query.to(dev), cands.to(dev), mask.to(dev)), torch.einsum("bd,bkd->bk", query, cands).masked_fill(~mask, -torch.inf)
     even = SimilarityPrior(0.); flat = even.encode(query, cands, mask); out = _Proposals(K)
-    def draw(policy, enc, w, T, *name): return best_sequences(policy, enc, B, S, w + 1, T, _gumbel(queries, sizes, S, w, seed, *name), keys=True)
+    def draw(policy, enc, w, T, *name): return best_sequences(policy, enc, B, S, w + 1, T, *_gumbel(queries, sizes, S, w, seed, *name))
     out.add(counts["beam"], lambda w: best_sequences(policy, enc, B, S, w), "beam")
     out.add(counts["retrieval"], lambda w: nearest_sets(cos, S, w), "retrieval", scored=False)
     for T, n in counts["temperature"].items():
@@ -431,7 +433,7 @@ def self_test(
     return dict(asked=len(pairs), failed=int(facts.eval_failed.sum()), compared=len(scored), greedy_wins=_number(wins), prompt=make(*pairs.iloc[0])._repr_markdown_(),
                 spearman=_number(good.vqa_gt_prob.rank().corr(good.vqa_acc_score.rank()) if varied else None))
 
-# %% ../nbs/32_rldata_generate.ipynb #176e23c8
+# %% ../nbs/32_rldata_generate.ipynb #ef804742
 SECOND = dict(top=8, low=2, random=2)
 
 def check_second(
@@ -460,7 +462,8 @@ def evaluated(
     data:RLData, # groups
 )->RLData: # rows of which a text was generated, and failed ones
     "Leave out the rows that have probabilities alone"
-    return RLData(data.rows[data.rows.eval_failed | data.rows.vqa_acc_score.notna()], data.pool, data.manifest)
+    rows = data.rows[data.rows.eval_failed | data.rows.vqa_acc_score.notna()]
+    return RLData(whole_draws(rows, data.pool, data), data.pool, data.manifest)
 
 # %% ../nbs/32_rldata_generate.ipynb #5fd08881
 def policy_fingerprint(

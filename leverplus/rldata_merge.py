@@ -7,17 +7,17 @@ __all__ = ['TIERS', 'PHASES', 'sources', 'derive', 'row_reward', 'label_rows', '
            'require_positive_query', 'drop_failed', 'skip_fallback', 'tiers', 'phases', 'row_lots', 'balance', 'split',
            'sample_queries', 'scorer_ranks', 'merge_pools', 'merge', 'dedupe', 'plot_balance']
 
-# %% ../nbs/35_rldata_merge.ipynb #03aee8a7
+# %% ../nbs/35_rldata_merge.ipynb #e3e94e6d
 import inspect
 from copy import copy
 import numpy as np, pandas as pd
 from fastcore.basics import patch
 from .core import stable_hash
-from .groups import PROB_FACTS, RECORD, TEXT_FACTS, RLData, pointer_matrix
+from .groups import PROB_FACTS, RECORD, TEXT_FACTS, RLData, pointer_matrix, whole_draws
 from .pools import Pool, image_groups
 from .rewards import reward as reward_of, reward_facts
 
-# %% ../nbs/35_rldata_merge.ipynb #4d651f0e
+# %% ../nbs/35_rldata_merge.ipynb #57334da1
 _ON_DISK = ("schema", "complete", "parts", "counts", "pool", "shard", "shards", "sources", "history")
 
 def sources(
@@ -42,7 +42,7 @@ def derive(
     if n != len(rows) + sum(dropped.values()):
         raise RuntimeError(f"{step}: {n} rows came in, {len(rows)} stay, {dropped} dropped: some are not accounted for")
     came = len(set().union(*(d.rows.question_id.unique().tolist() for d in parents)))
-    out = copy(parents[0]); out.rows, out.pool, out.path, out.order = rows.reset_index(drop=True), pool, None, None
+    out = copy(parents[0]); out.rows, out.pool, out.path, out.order = whole_draws(rows.reset_index(drop=True), pool, *parents), pool, None, None
     entry = dict(step=step, rows=[n, len(rows)], queries=[came, int(rows.question_id.nunique())], dropped=dropped, note=note)
     out.manifest = dict(sources=_unique([s for d in parents for s in sources(d)]),
                         history=[*_unique([h for d in parents for h in d.manifest.get("history", [])]), entry])

@@ -34,7 +34,7 @@ def neighbours(
     turned = [tuple(pointer[{i: j, j: i}.get(k, k)] for k in range(len(pointer))) for i, j in combinations(range(len(pointer)), 2)]
     return new + turned
 
-# %% ../nbs/34_rldata_mine.ipynb #daaef48c
+# %% ../nbs/34_rldata_mine.ipynb #3d3b7646
 def _rank(rows, lacks):
     "Rows by query, best in the direction of the search first: gt_prob up for a positive, down for a contrast"
     way = np.where(rows.question_id.map(lacks) == "positive", -1., 1.)
@@ -84,7 +84,7 @@ def mine(
             now = RLData(rows, data.pool); lacks = lacking(now, positive); lacks = lacks[lacks != ""]; todo = len(lacks)
             if not todo or budget is not None and spent >= budget: break
             swaps = _swaps(rows, data.pool, lacks, tried, tries, seed); sample = _samples(store, data.pool, lacks, tried, data.shots, tries, policy, seed + k, kind, scale)
-            new = pd.concat([swaps, sample], ignore_index=True).assign(gen_method="mined"); new = new[~new.duplicated(["question_id", "pointer"])].reset_index(drop=True)
+            new = pd.concat([swaps, sample], ignore_index=True).assign(gen_method="mined", kappa=np.nan); new = new[~new.duplicated(["question_id", "pointer"])].reset_index(drop=True)
             if budget is not None: # a probability for each, and texts for the first `top` of a query
                 new = new.sample(frac=1, random_state=seed); price = 1 + (new.groupby("question_id").cumcount() < top)
                 new = new[price.cumsum() <= budget - spent].sort_index().reset_index(drop=True)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['READERS', 'DTYPES', 'Job', 'RayWorker', 'generate_ray', 'plan_run', 'visual_tokens', 'expected_rate']
 
-# %% ../nbs/36_rldata_scale.ipynb #cbf684f5
+# %% ../nbs/36_rldata_scale.ipynb #580b0f59
 import json, math, os, platform, time, traceback
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -18,6 +18,7 @@ from .core import fingerprint, repo_path, rng
 from .data import VERIFY, check_splits, items_fingerprint, read_okvqa, read_soft_labels, read_vqav2
 from .embed import KINDS, EmbedStore, embed_items
 from .pools import SAMPLERS, Pool, make_pool
+from .vqa import answer_targets
 from .cost import PEAKS, feature_bytes, prompt_flops, qwen_config
 from .prompt import STYLES
 from .lvlm import PREFIX_CACHES, MockScorer, SharedScorer, load_lvlm
@@ -246,7 +247,7 @@ def plan_run(
     disk = dict(rows_gb=queries*sequences*bytes_per_row/1e9, features_gb=images*feature_bytes/1e9)
     return pd.DataFrame(dict(hours=hours, gpu_hours=queries*sequences/prompts_per_second/3600, **disk), index=pd.Index(gpus, name="gpus"))
 
-# %% ../nbs/36_rldata_scale.ipynb #31515f49
+# %% ../nbs/36_rldata_scale.ipynb #36a5dfa0
 def visual_tokens(
     width:int, height:int, # pixels
     side:int=28, # of the square that becomes one token: 28 for Qwen2-VL and Qwen2.5-VL
@@ -269,12 +270,13 @@ def expected_rate(
 )->dict: # prompts_per_second; tflop (of a prompt), image_tokens and answers (means over what was looked at), why (in words)
     "Prompts per second that a GPU would answer about such items: assumed, not measured"
     from PIL import Image, UnidentifiedImageError
+    if not len(items): raise ValueError("expected_rate: no items")
     some = items.iloc[rng("expected rate", seed).permutation(len(items))[:n]]; tokens = []
     for q, path in zip(some.question_id, some.image_path):
         try: tokens.append(visual_tokens(*Image.open(path).size))
-        except (OSError, UnidentifiedImageError) as e: raise ValueError(f"question_id {q}: image {path} cannot be opened ({e}): give a rate instead, or mend the file") from e
-    image, answers = sum(tokens)/len(tokens), sum(len(set(a)) for a in some.answers)/len(some)
+        except (OSError, ValueError, UnidentifiedImageError) as e: raise ValueError(f"question_id {q}: image {path} cannot be opened, or is no picture ({e}): give a rate instead, or mend the file") from e
+    image, answers = sum(tokens)/len(tokens), sum(len(answer_targets(a)[0]) for a in some.answers)/len(some)
     cost = lambda S: prompt_flops(qwen_config(size), [image]*(S + 1), text_tokens*(S + 1), answers=answers, known_images=1.).total
     flops = sum(map(cost, shots))/len(shots)
     return dict(prompts_per_second=share*PEAKS[gpu]/flops, tflop=flops/1e12, image_tokens=image, answers=answers,
-                why=f"ASSUMED, not measured: {share:.0%} of a {gpu}'s peak, images of {image:.0f} tokens, {answers:.1f} answers")
+                why=f"ASSUMED, not measured: {share:.0%} of a {gpu}'s peak, images of {image:.0f} tokens, encoded before, {answers:.1f} answers")

@@ -184,3 +184,4 @@ def test_a_rate_from_sizes_and_answers(tmp_path):
     assert e["image_tokens"] == 391 and e["answers"] == 3 and e["prompts_per_second"] == pytest.approx(.5*PEAKS["A100"]*2/(cost(1) + cost(3)))
     (tmp_path/"1.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match="question_id 1: image .*1.png cannot be opened"): expected_rate(items)
+    with pytest.raises(ValueError, match="no items"): expected_rate(items[:0])
