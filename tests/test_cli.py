@@ -74,7 +74,7 @@ def test_dry_runs_ask_nothing_and_write_nothing(there, monkeypatch):
     assert calls["generate --data data/islands --out runs/x"] == 900*15 + 32 and calls[ROAD[3]] == 0 and calls[ROAD[9]] == 12 and calls["eval --out runs/x --fixed 0 --exact-oracle"] == 250*240
     slow = go("generate --out runs/x --rate 0.5 --dry-run --shard 0/3"); assert "h at 0.5 prompts/s (given)" in slow and "part 0 of 3" in slow
     assert "not known: give --rate" in go("generate --out runs/x --lvlm somebody/else --dry-run")
-    big = go("generate --out runs/x --lvlm Qwen/Qwen2.5-VL-7B-Instruct --dry-run"); assert "prompts/s (ASSUMED, not measured: 35% of a H100's peak, images of 4 tokens, 1" in big, big
+    big = go("generate --out runs/x --lvlm Qwen/Qwen2.5-VL-7B-Instruct --dry-run"); assert "prompts/s (ASSUMED, not measured: 35% of a H100's peak, images of 4 tokens, encoded before, 1." in big, big
     assert cli.measured_rate("runs/x") is None and cli.measured_rate("runs/nowhere") is None
 
 def test_the_rate_of_a_run_is_measured(tmp_path):
@@ -232,5 +232,6 @@ def test_the_console_script_is_declared():
 def test_a_selector_is_judged_by_stored_rows(there):
     said = go("check runs/dev --selector runs/rce --selector again=runs/rce --split dev"); assert said.count("runs/dev, judging ") == 2 and "judging again\n" in said
     table = said[said.index("judging again"):]; assert re.search(r"^2 +sample, T = 1 +12 ", table, re.M) and re.search(r"^ +all +12 ", table, re.M) and "unbiased se" in table
-    assert "judging rce, WHICH WAS TRAINED ON THESE ROWS" in go("check runs/all --selector rce=runs/rce") and "WHICH WAS" not in said
+    go("train runs/train --dev runs/dev --out runs/own --epochs 1 --bs 4"); assert "judging own, WHICH WAS TRAINED ON THESE ROWS" in go("check runs/train --selector own=runs/own") and "WHICH WAS" not in said
+    assert "forgets its threshold" in go("check runs/all --selector runs/rce", 2)   # a merged run: its draws are not whole
     assert "judging" not in go("check runs/dev") and go("check runs/dev --selector runs/none --split dev", 2).startswith("leverplus check: runs/none")
