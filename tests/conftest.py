@@ -14,7 +14,7 @@ matplotlib.use("Agg")
 settings.register_profile("leverplus", derandomize=True, database=None, deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("leverplus")
 
-FIRST = "test_rules.py", "test_nbs.py"
+FIRST = "test_rules.py", "test_nbs.py", "test_tutorials.py"
 
 def pytest_collection_modifyitems(items):
     "Cheap rules first, then the notebooks, then the rest, whatever order they were collected in"

@@ -1,10 +1,12 @@
-"Every notebook runs from top to bottom: nbdev's runner, one process, without the cells flagged in settings.ini"
+"Every notebook runs from top to bottom: nbdev's runner, one process, without the cells flagged in settings.ini (`test_tutorials.py`: the long ones)"
 import configparser, os, sys
 from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent; NBS = ROOT/"nbs"
 NOTEBOOKS = [p for d in (NBS, NBS/"tutorials") for p in sorted(d.glob("*.ipynb")) if p.name[0] not in "_."]
+LONG = [p for p in NOTEBOOKS if p.parent.name == "tutorials" or p.stem in ("index", "92_demo")]
+page = lambda p: p.relative_to(NBS).with_suffix("").as_posix()
 
 def flags():
     "The cell flags that tests skip, from settings.ini"
@@ -25,8 +27,10 @@ def clean_process():
     os.environ.clear(); os.environ.update(env); matplotlib.use("Agg", force=True); matplotlib.rcParams.update(rc)
     torch.set_num_threads(threads); torch.set_grad_enabled(True)
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.relative_to(NBS).with_suffix("").as_posix())
-def test_notebook(path, clean_process, capsys):
+def walk(path, capsys):
     from nbdev.test import test_nb
     ok, _ = test_nb(path, skip_flags=flags(), basepath=ROOT)
     assert ok, f"{path.relative_to(ROOT)} failed:\n{capsys.readouterr().err[-6000:]}"
+
+@pytest.mark.parametrize("path", [p for p in NOTEBOOKS if p not in LONG], ids=page)
+def test_notebook(path, clean_process, capsys): walk(path, capsys)
