@@ -187,7 +187,7 @@ def add_door(
     p.set_defaults(do=do, command=name)
     return p
 
-# %% ../nbs/95_cli.ipynb #d8ea5dc2
+# %% ../nbs/95_cli.ipynb #2277fcee
 RATES = {"models/tiny-qwen2.5-vl": (320., "measured on one CPU core, page 36")}
 ROW_BYTES = 68 # of a stored sequence, measured on page 36; real answers are longer
 
@@ -221,17 +221,17 @@ def size_text(
     "Say how large something is"
     return f"{n/1e9:.2g} GB" if n >= 1e9 else f"{n/1e6:.2g} MB" if n >= 1e5 else f"{n/1e3:.2g} kB"
 
-def _expected(args):
+def _expected(args, shots=None):
     "(rate, why) of a released model on the items of a door, or (None, "")"
     size = re.search(r"Qwen2\.5-VL-([37]B)\b", args.lvlm)
     if not size: return None, ""
-    shots = [s for s in np.atleast_1d(getattr(args, "shots", None) or 2).tolist() if isinstance(s, int)] or [2]
+    shots = [s for s in np.atleast_1d(shots or getattr(args, "shots", None) or 2).tolist() if isinstance(s, int)] or [2]
     e = expected_rate(job_of(args, DATA).items(), shots, size[1].lower()); return e["prompts_per_second"], e["why"]
 
-def _asking_costs(args, calls, rows=None):
+def _asking_costs(args, calls, rows=None, shots=None):
     "Lines of a plan about asking the LVLM"
     here = measured_rate(args.out) if args.rate is None else None
-    rate, why = (args.rate, "given") if args.rate else (here, f"measured in {args.out}") if here else RATES.get(args.lvlm) or _expected(args)
+    rate, why = (args.rate, "given") if args.rate else (here, f"measured in {args.out}") if here else RATES.get(args.lvlm) or _expected(args, shots)
     rows = calls if rows is None else rows
     return {"LVLM calls": f"{calls:,}" if not calls else f"at most {calls:,}", "time": time_text(calls, rate, why=why),
             "disk": f"about {size_text(rows*ROW_BYTES)} in {args.out}"}
@@ -461,7 +461,7 @@ def _reward_flags(p):
                 help=f"how facts become rewards: {', '.join(REWARDS)} (default: hard_plus_soft)")
     p.add_argument("--weights", type=counts_arg, metavar="JSON", help="its weights, such as '{\"hard_weight\": 2}' (default: its own)")
 
-# %% ../nbs/95_cli.ipynb #6de37beb
+# %% ../nbs/95_cli.ipynb #9d7107bc
 def same_scorer(
     data:RLData, # facts that are there
     scorer, # who is to be asked
@@ -482,7 +482,7 @@ def do_mine(args):
         calls = len(lacks)*(2*args.tries*len(data.shots) + args.top)*args.rounds
         what = ", ".join(f"{n:,} a {w}" for w, n in lacks.value_counts().items())
         return _print_plan(args, questions=f"{len(lacks):,} of {len(data.queries):,} lack something: {what}",
-                          rounds=args.rounds, **_asking_costs(args, calls if args.budget is None else min(calls, args.budget)))
+                          rounds=args.rounds, **_asking_costs(args, calls if args.budget is None else min(calls, args.budget), shots=data.shots))
     if Path(args.out).resolve() == Path(args.run).resolve(): raise Bad(f"--out {args.out} is the run itself: give it a folder of its own")
     job = job_of(args); items, store, _ = job.inputs(); data.validate(items); scorer = job.scorer(); same_scorer(data, scorer, args.style)
     with run_lock(args.out):
@@ -957,7 +957,7 @@ def add_report(commands):
     p.add_argument("--debug", action="store_true", help="show the traceback of an error")
     _data_flags(p, [], limit=False, nargs="+", help="splits whose pictures are shown (default: none, cases in words)")
 
-# %% ../nbs/95_cli.ipynb #e9a2fa73
+# %% ../nbs/95_cli.ipynb #1addd4db
 def grid_of(
     texts, # each a JSON file, a name in `GRIDS` of page 85, or "key=a,b"
 )->dict: # {key: values}; `Bad` or an error that names the file
@@ -992,7 +992,7 @@ def do_sweep(args):
         return _print_plan(args, cells=f"{n} = {n//len(args.seeds)} combinations x {len(args.seeds)} seeds"
                            + (f", some {mine} of them here" if args.shard else "") + f"; {done} lie in {args.out}",
                           training=f"{len(groups['train'].queries):,} questions, {len(groups['train']):,} sequences per cell",
-                          **_asking_costs(args, mine*len(groups["dev"].queries)))
+                          **_asking_costs(args, mine*len(groups["dev"].queries), shots=args.shots or groups["dev"].shots))
     items, store, _ = job.inputs()
     for d in groups.values(): d.validate(items)
     world = SimpleNamespace(items=items, store=store, scorer=job.scorer())
