@@ -187,7 +187,7 @@ def add_door(
     p.set_defaults(do=do, command=name)
     return p
 
-# %% ../nbs/95_cli.ipynb #2277fcee
+# %% ../nbs/95_cli.ipynb #a2cf5015
 RATES = {"models/tiny-qwen2.5-vl": (320., "measured on one CPU core, page 36")}
 ROW_BYTES = 68 # of a stored sequence, measured on page 36; real answers are longer
 
@@ -222,7 +222,7 @@ def size_text(
     return f"{n/1e9:.2g} GB" if n >= 1e9 else f"{n/1e6:.2g} MB" if n >= 1e5 else f"{n/1e3:.2g} kB"
 
 def _expected(args, shots=None):
-    "(rate, why) of a released model on the items of a door, or (None, "")"
+    "(rate, why) of a released model on the items of a door; rate None for others"
     size = re.search(r"Qwen2\.5-VL-([37]B)\b", args.lvlm)
     if not size: return None, ""
     shots = [s for s in np.atleast_1d(shots or getattr(args, "shots", None) or 2).tolist() if isinstance(s, int)] or [2]

@@ -309,7 +309,7 @@ def fit_grpo(self:Learner,
     "Stage of group-relative policy optimisation, without dropout, near a reference"
     return self.fit_stage(n_epoch, lr, [NoDropout(), GRPO(**grpo_kw), *_kl(beta, ref), *L(cbs)], max_norm, skip_flat, best, watch, resume, split_shots)
 
-# %% ../nbs/70_learner.ipynb #7f619f5d
+# %% ../nbs/70_learner.ipynb #e80e23b4
 from .callback_grpo import RLOO
 from .callback_onpolicy import DistinctPG, OnPolicy
 
@@ -329,7 +329,7 @@ def fit_onpolicy(self:Learner,
     **kw, # of `OnPolicy`: `G, shots, queries_per_round, every, passes, patience, reward, cache, seed, ...`
 )->Learner: # `learn.onpolicy` is its `OnPolicy`: the `table` of rounds, and `data()`, what was drawn
     "Stage of rounds: draw groups from the policy as it is, ask the scorer, update; ends early without less headroom"
-    known = dict(rloo=(lambda: RLOO(), {}), grpo=(lambda: GRPO(refresh="epoch" if kw["every"] == "round" else 1), dict(every="round")),
+    known = dict(rloo=(RLOO, {}), grpo=(lambda: GRPO(refresh="epoch" if kw["every"] == "round" else 1), dict(every="round")),
                  distinct=(DistinctPG, dict(distinct=True)))
     if isinstance(objective, str):
         if objective not in known: raise ValueError(f"fit_onpolicy: objective {objective!r}, wanted {', '.join(map(repr, known))} or an objective")

@@ -7,7 +7,7 @@ __all__ = ['POLICY_COUNTS', 'LIMITS', 'ADVICE', 'loop_queries', 'oracle_ranks', 
            'compare_oracle', 'Check', 'data_checks', 'advise', 'needed', 'ClosedLoop', 'closed_loop', 'Rounds',
            'rounds', 'plot_rounds']
 
-# %% ../nbs/84_loops.ipynb #877327ac
+# %% ../nbs/84_loops.ipynb #9fba8a5f
 import math
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from .rldata_mine import mine
 from .rldata_merge import merge
 from .dls import GroupDataset, group_dls
 from .learner import load_selector, selector_learner
-from .offpolicy import sequence_logp
+from .offpolicy import batch_logp
 from .infer import as_pointer, candidates, check_picks, pick_random, picks_frame
 from .evaluate import (Interval, agreement, bootstrap_mean, differs, mde, paired_bootstrap, pick_oracle, plan_power,
                                 expected_best, score_matrix, score_picks, verdict)
@@ -51,7 +51,7 @@ def loop_queries(
         if k < 2 or len(ids) < k: raise ValueError(f"loop_queries: {name}={k}, but {len(ids)} questions are there for it; wanted 2..{len(ids)}")
     return {k: [int(q) for q in v] for k, v in dict(train=train[:n], valid=choose, dev=judges).items()}
 
-# %% ../nbs/84_loops.ipynb #c45c988e
+# %% ../nbs/84_loops.ipynb #a4e7c4e7
 def oracle_ranks(
     policy, # has `encode` and `step_logp`: a selector, or `SimilarityPrior`
     data:RLData, # groups of one shot count
@@ -62,18 +62,9 @@ def oracle_ranks(
 )->pd.DataFrame: # question_id, sequences, best (how many share the top), rank (1 = the policy's first), chance; live groups only
     "Rank of each query's best stored sequence under a policy"
     if len(data.shots) > 1: raise ValueError(f"oracle_ranks: sequences of {data.shots} shots have no common ranking: pass one shot count")
-    rows = data.rows[data.rows.eval_failed | data.rows[by].notna()]; rows, out = rows.reset_index(drop=True), []
-    ds = GroupDataset(rows, data.pool, store, rows[by].to_numpy(float), kind); was = getattr(policy, "training", False)
-    p = next(policy.parameters(), None) if isinstance(policy, torch.nn.Module) else None
-    if was: policy.eval()
-    try:
-        with torch.no_grad():
-            for i in range(0, len(ds), bs):
-                b = [x if p is None else x.to(p.device) for x in ds.batch(range(i, min(i+bs, len(ds))))]
-                out.append(_ranks(sequence_logp(policy, b).double(), *b[5:]).cpu())
-    finally:
-        if was: policy.train()
-    n, m, rank = torch.cat(out, 1).numpy()
+    rows = data.rows[data.rows.eval_failed | data.rows[by].notna()]; rows = rows.reset_index(drop=True)
+    ds = GroupDataset(rows, data.pool, store, rows[by].to_numpy(float), kind)
+    n, m, rank = torch.cat([_ranks(*b) for b in batch_logp(policy, ds, bs=bs)], 1).numpy()
     f = pd.DataFrame(dict(question_id=ds.question_ids, sequences=n.astype(int), best=m.astype(int), rank=rank.astype(int)))
     return f.assign(chance=(n + 1)/(m + 1))[m < n].reset_index(drop=True)
 

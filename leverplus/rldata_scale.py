@@ -247,7 +247,7 @@ def plan_run(
     disk = dict(rows_gb=queries*sequences*bytes_per_row/1e9, features_gb=images*feature_bytes/1e9)
     return pd.DataFrame(dict(hours=hours, gpu_hours=queries*sequences/prompts_per_second/3600, **disk), index=pd.Index(gpus, name="gpus"))
 
-# %% ../nbs/36_rldata_scale.ipynb #36a5dfa0
+# %% ../nbs/36_rldata_scale.ipynb #41f121dd
 def visual_tokens(
     width:int, height:int, # pixels
     side:int=28, # of the square that becomes one token: 28 for Qwen2-VL and Qwen2.5-VL
@@ -269,12 +269,13 @@ def expected_rate(
     seed:int=0, # of their draw
 )->dict: # prompts_per_second; tflop (of a prompt), image_tokens and answers (means over what was looked at), why (in words)
     "Prompts per second that a GPU would answer about such items: assumed, not measured"
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
     if not len(items): raise ValueError("expected_rate: no items")
     some = items.iloc[rng("expected rate", seed).permutation(len(items))[:n]]; tokens = []
     for q, path in zip(some.question_id, some.image_path):
-        try: tokens.append(visual_tokens(*Image.open(path).size))
-        except (OSError, ValueError, UnidentifiedImageError) as e: raise ValueError(f"question_id {q}: image {path} cannot be opened, or is no picture ({e}): give a rate instead, or mend the file") from e
+        try:
+            with Image.open(path) as im: tokens.append(visual_tokens(*im.size))
+        except (OSError, ValueError) as e: raise ValueError(f"question_id {q}: image {path} cannot be opened, or is no picture ({e}): give a rate instead, or mend the file") from e
     image, answers = sum(tokens)/len(tokens), sum(len(answer_targets(a)[0]) for a in some.answers)/len(some)
     cost = lambda S: prompt_flops(qwen_config(size), [image]*(S + 1), text_tokens*(S + 1), answers=answers, known_images=1.).total
     flops = sum(map(cost, shots))/len(shots)
