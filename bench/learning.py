@@ -6,9 +6,8 @@ again, so several processes may share OUT once the groups of a seed are made. `p
 intervals over queries and seeds; `--table test` the same on test, and counts the look. Settings of the methods were chosen on dev.
 
 Suites, 900 training and 250 dev queries, K = 16, S = 2: `dense-soft` 12 sequences per query, half of the similarity prior, half random, reward = VQA accuracy with its
-parts; `sparse-hard` 12 random ones, reward 0/1; `starved` reward 0/1, live groups are 1 % of all; `ragged` 2..40 sequences per query, reward as dense-soft.
-`joint` is dense-soft with 12 sequences of each of 1, 2, 3 and 4 shots for 450 training queries, one model for all; `joint sparse-hard`, `joint starved` and `joint ragged` alike
-(of one shot the prior draws every candidate, so there the first 12 of its draws stand for random ones).
+parts; `sparse-hard` 12 drawn uniformly, reward 0/1; `starved` reward 0/1, live groups are 1 % of all; `ragged` 2..40 sequences per query, reward as dense-soft.
+`joint` is dense-soft with 12 sequences of each of 1, 2, 3 and 4 shots for 450 training queries, one model for all; `joint sparse-hard`, `joint starved` and `joint ragged` alike.
 For one and two shots the oracle is exact; for three and four it is the best that `best_found` finds, a lower bound.
 """
 import argparse, contextlib, os, time, warnings
@@ -20,7 +19,7 @@ from leverplus.evaluate import look, pick_oracle, score_picks, seeds_table
 from leverplus.groups import RLData
 from leverplus.infer import pick_mmr, pick_model, pick_random, pick_similar
 from leverplus.learner import selector_learner
-from leverplus.recipes import fit_recipe, recipe_learner
+from leverplus.recipes import fit_recipe, recipe, recipe_learner
 from leverplus.rldata_generate import FactCache, ask, generate
 from leverplus.world import all_pointers, load_world
 
@@ -28,10 +27,10 @@ SUITES = {"dense-soft": "soft_only", "sparse-hard": "hard_only", "starved": "har
 SUITES |= {"joint": "soft_only"} | {f"joint {s}": how for s, how in SUITES.items() if s != "dense-soft"}
 NET = dict(d_hidden=64, n_layers=0, state="none", match="net", n_match=8)
 
-def base_groups(world, out, seed, split, shots=(2,), n=20, queries=None):
-    "Up to 20 sequences of the prior and 20 random ones per query, and of each shot count"
-    return generate(out/"groups"/f"{split}-{'-'.join(map(str, shots))}-{n}-{seed}", world.ids(split)[:queries], world.items, world.pools[split], world.scorer, world.store,
-                    shots=shots, counts=dict(temperature={1.: n}, random=n), seed=seed, cache=FactCache(out/"facts"/split))
+def base_groups(world, out, seed, split, shots=(2,), n=20, queries=None, prior=True):
+    "Up to n sequences of the prior and n random ones that it has not drawn, per query and of each shot count; or n random ones alone"
+    return generate(out/"groups"/f"{split}-{'-'.join(map(str, shots))}-{n}-{seed}{'' if prior else '-random'}", world.ids(split)[:queries], world.items, world.pools[split],
+                    world.scorer, world.store, shots=shots, counts=dict(temperature={1.: n}, random=n) if prior else dict(random=n), seed=seed, cache=FactCache(out/"facts"/split))
 
 def cut(data, keep): return RLData(data.rows[np.asarray(keep)].reset_index(drop=True), data.pool)
 
@@ -41,12 +40,11 @@ def number(data):
 
 def suite(name, train, dev, seed):
     "The groups (train, dev) of a suite"
-    how = lambda d: d.rows.gen_method.to_numpy()
     alone = lambda d: (d.rows.groupby(["question_id", d.rows.pointer.map(len)]).gen_method.transform("nunique") == 1).to_numpy() # one shot: the prior has drawn every candidate
     dense = lambda d: cut(d, number(d) < np.where(alone(d), 12, 6))
     if name.startswith("joint "): return _joint(name.removeprefix("joint "), train, dev, seed)
     if name in ("dense-soft", "joint"): return dense(train), dense(dev)
-    if name == "sparse-hard": return cut(train, (number(train) < 12) & ((how(train) == "random") | alone(train))), dense(dev)
+    if name == "sparse-hard": return train, dense(dev)
     g = rng("learning", name, seed)
     if name == "ragged":
         n = {q: g.integers(2, 41) for q in train.queries}; order = train.rows.assign(u=g.random(len(train.rows))).groupby("question_id").u.rank(method="first")
@@ -65,7 +63,8 @@ class Trial:
     def __init__(self, world, out, name, seed):
         self.world, self.out, self.name, self.seed, self.mode = world, out, name, seed, SUITES[name]
         joint = name.startswith("joint"); shots, queries = ((1, 2, 3, 4), 450) if joint else ((2,), None); n = 6 if name == "joint" else 20
-        groups = [base_groups(world, out, seed, split, shots, 6 if joint and split == "dev" else n, queries) for split in ("train", "dev")]
+        groups = [base_groups(world, out, seed, "train", *((shots, 12, queries, False) if "sparse-hard" in name else (shots, n, queries))),
+                  base_groups(world, out, seed, "dev", shots, 6 if joint else n, queries)]
         self.train, self.dev = suite(name, *groups, seed)
         self.split, self.epochs = (dict(split_shots=True), 8) if joint else ({}, 20) # `joint` has twice the rows
 
@@ -91,6 +90,15 @@ def on_policy(t, learn, objective, lr, rounds=10, G=12):
     w = t.world; return learn.fit_onpolicy(w.scorer, w.items, w.store, rounds, lr, objective, G=G, queries_per_round=len(t.train.queries)//rounds, bs=32, reward=t.mode,
                                            patience=None, cache=FactCache(t.out/"facts"/"train"), seed=t.seed)
 
+def mended(t, cbs={}, **stage):
+    "The reports' RCE + GRPO with callbacks of the second stage exchanged by name (None takes one out), and other settings of that stage"
+    by_name = {c if isinstance(c, str) else c[0]: c for c in recipe("plan5-as-run")["stages"][1]["cbs"]}
+    new = {k: v if v is None or isinstance(v, str) else [k, by_name[k][1] | v] for k, v in cbs.items()}
+    return t.recipe("plan5-as-run", stage=dict(n_epoch=3, cbs=[c for c in (by_name | new).values() if c], **stage))
+
+FRESH = dict(GRPO=dict(old=None, refresh="epoch"), KLToRef=dict(ref="start", how="exact"))
+WHOLE = dict(TopKFirst=None, NoDropout="NoDropout")
+
 METHODS = {
     "sft": lambda t: t.learner().fit_sft(t.epochs, 1e-3, **t.split),
     "rce (reports)": lambda t: t.recipe("rce-only"),
@@ -109,6 +117,10 @@ METHODS = {
     "on-policy grpo": lambda t: on_policy(t, t.learner(), "grpo", 1e-3),
     "warm-up, on-policy": lambda t: on_policy(t, t.warm(), "rloo", 1e-3),
     "warm-up, listwise, on-policy": lambda t: on_policy(t, listwise(t, t.warm()), "rloo", 3e-4),
+    "reports, old policy and KL": lambda t: mended(t, FRESH),
+    "reports, no cut, no dropout": lambda t: mended(t, WHOLE),
+    "reports, all four": lambda t: mended(t, FRESH | WHOLE),
+    "reports, best epoch": lambda t: mended(t, best=True),
 }
 
 def everything(world, out, split, _made={}):
