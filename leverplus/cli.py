@@ -12,10 +12,10 @@ __all__ = ['STATUS', 'DATA', 'POOL', 'MODEL', 'FIELDS', 'RATES', 'ROW_BYTES', 'O
            'do_eval', 'add_eval', 'do_report', 'add_report', 'grid_of', 'do_sweep', 'add_sweep', 'do_demo', 'add_demo',
            'parser', 'main']
 
-# %% ../nbs/95_cli.ipynb #8dcbc91a
+# %% ../nbs/95_cli.ipynb #13b07304
 import argparse, contextlib, json, math, re, shutil, sys, textwrap, traceback, warnings
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 import numpy as np, pandas as pd, torch
@@ -348,7 +348,7 @@ def add_pools(commands):
     _pool_flags(p.add_argument_group("pools"))
     p.add_argument("--device", metavar="NAME", help="torch device (default: a GPU if there is one)"); _run_flags(p, rate=None)
 
-# %% ../nbs/95_cli.ipynb #d5256784
+# %% ../nbs/95_cli.ipynb #84079001
 def add_generate(
     commands, # what `add_subparsers` returned
 ):
@@ -359,13 +359,16 @@ def add_generate(
         "answers. A run that was killed goes on when the same command is started again; a part (--window) is the most that a kill can cost",
         "generate --limit 100 --out runs/groups/train", "generate --split dev --limit 50 --out runs/groups/dev",
         "generate --data ~/okvqa --clip openai/clip-vit-large-patch14 "
-        "--lvlm Qwen/Qwen2.5-VL-3B-Instruct --K 64 --verify 8 --shard 0/4 --out runs/okvqa", usage="--out DIR [options]")
+        "--lvlm Qwen/Qwen2.5-VL-3B-Instruct --K 64 --verify 8 --shard 0/4 --out runs/okvqa",
+        "generate --selector runs/rce --limit 100 --out runs/groups/second", usage="--out DIR [options]")
     p.add_argument("--out", required=True, metavar="DIR", help="directory of the run; continued if it is there")
     _data_flags(p, "train")
     g = p.add_argument_group("who may be picked, and who is tried"); _pool_flags(g)
     _flag(g, "seed", "seed of the proposals", type=int, metavar="N")
     _flag(g, "shots", "demonstrations per sequence, one or more numbers", "2", type=int, nargs="+", metavar="N")
     _flag(g, "counts", "proposals per question, JSON", type=counts_arg, metavar="JSON")
+    g.add_argument("--selector", metavar="DIR", help="run of train, or a checkpoint, that proposes beams and samples (default: the similarity of embeddings)")
+    g.add_argument("--other-pool", action="store_true", help="take pools of another kind than the selector was trained on")
     _flag(g, "second", "two stages: which of them get a text, JSON such as '{\"top\": 8, \"low\": 2, \"random\": 2}'", "all get one",
           type=counts_arg, metavar="JSON")
     _model_flags(p)
@@ -379,13 +382,23 @@ def add_generate(
     g.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads of a Ray actor (default: 1)")
     g.add_argument("--gpus", type=float, default=0, metavar="X", help="GPUs of a Ray actor (default: 0)")
 
+def _proposer(args, job):
+    "(the job as the selector wants it, the selector or None)"
+    if args.selector is None: return job, None
+    model = open_selector(args.selector); job = replace(job, kind=(model.info or {}).get("kind") or job.kind)
+    if max(job.shots) > model.max_shots: raise Bad(f"--shots {max(job.shots)}: the selector in {args.selector} picks at most {model.max_shots} (max_shots)")
+    if not args.dry_run and not args.other_pool:
+        from leverplus.infer import check_pool
+        check_pool(model, job.inputs()[2])
+    return job, model
+
 def do_generate(args):
     "Make the job and run it"
     if args.verify < 0 or (args.ray is not None and args.ray < 1): raise Bad("--verify wants a number >= 0, --ray one >= 1")
-    job = job_of(args, FIELDS); _to_resume(args, f"manifest{shard_tag(args.shard)}.json")
+    job = job_of(args, FIELDS); _to_resume(args, f"manifest{shard_tag(args.shard)}.json"); job, model = _proposer(args, job)
     if args.dry_run: return _plan_generate(args, job)
-    if args.ray is None: data = job.run(args.out, args.shard, args.verify, not args.quiet)
-    else: data = generate_ray(job, args.out, args.ray, args.threads, args.gpus, args.shard, args.verify, not args.quiet)
+    if args.ray is None: data = job.run(args.out, args.shard, args.verify, not args.quiet, model)
+    else: data = generate_ray(job, args.out, args.ray, args.threads, args.gpus, args.shard, args.verify, not args.quiet, policy=model)
     said = {"rows": len(data), "queries": len(data.queries), "failed": int(data.rows.eval_failed.sum()), "fingerprint": data.fingerprint}
     if v := data.manifest.get("verify"):
         said["verified"] = f"{v['asked']} of {v['drawn']}, log P within {v['logprob']:.1g} (allowed {v['tolerance']:g}), {v['text']} other texts"

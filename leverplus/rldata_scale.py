@@ -122,17 +122,18 @@ def open(self:Job)->tuple: # (items, EmbedStore, Pool, scorer)
     "Read, embed, draw, load"
     return *self.inputs(), self.scorer()
 
-# %% ../nbs/36_rldata_scale.ipynb #9d47c992
+# %% ../nbs/36_rldata_scale.ipynb #e1abcc67
 @patch
 def generation(self:Job,
     path, # directory of the run
     shard:tuple|None=None, # (i, n): part i of n
     verify:int=0, # queries of which one row is asked again, of the reference scorer
     asks:bool=True, # False: without a scorer, to see what is to be done, and to finish
+    policy=None, # who proposes, e.g. a trained selector (it reads `kind`); None: the similarity prior
 )->Generation:
     "Make this job's generation ready"
     items, store, pool = self.inputs(); queries = items.question_id[items.split == self.split][:self.limit].tolist()
-    return Generation(path, queries, items, pool, self.scorer() if asks else None, store, shots=self.shots, counts=self.counts, seed=self.seed, kind=self.kind,
+    return Generation(path, queries, items, pool, self.scorer() if asks else None, store, policy, shots=self.shots, counts=self.counts, seed=self.seed, kind=self.kind,
                       window=self.window, style=self.style, test=self.test, shard=shard, verify=verify, second=self.second, max_failed=self.max_failed)
 
 @patch
@@ -141,11 +142,12 @@ def run(self:Job,
     shard:tuple|None=None, # (i, n): part i of n
     verify:int=0, # queries of which one row is asked again, of the reference scorer
     progress:bool=True, # show a bar
+    policy=None, # who proposes, see `Job.generation`
 )->RLData: # what lies in `path` when all is done; with `shard`, the rows of that shard
     "Run this job in this process, see `generate`"
-    return self.generation(path, shard, verify).run(progress)
+    return self.generation(path, shard, verify, policy=policy).run(progress)
 
-# %% ../nbs/36_rldata_scale.ipynb #1713e4ae
+# %% ../nbs/36_rldata_scale.ipynb #fbefe6b0
 def _ray():
     try: return import_module("ray"), import_module("ray.data")
     except ImportError as e:
@@ -158,7 +160,7 @@ class RayWorker:
         job:Job, # what to open
         path, # directory of the run
         threads:int=1, # of torch
-        **kw, # `shard` and `verify` of `Job.generation`
+        **kw, # `shard`, `verify` and `policy` of `Job.generation`
     ):
         self.run = self.error = None
         try:
@@ -182,7 +184,7 @@ class RayWorker:
             except Exception: out["error"] = traceback.format_exc()
         return out | dict(end=time.time())
 
-# %% ../nbs/36_rldata_scale.ipynb #f275747a
+# %% ../nbs/36_rldata_scale.ipynb #49169e91
 @contextmanager
 def _cluster(ray, cpus, gpus):
     "A connected cluster with enough room; one that was not there before is left again"
@@ -216,15 +218,16 @@ def generate_ray(
     verify:int=0, # queries of which one row is asked again, of the reference scorer
     progress:bool=True, # show a bar
     each=None, # called with the dict of every finished window, see `RayWorker`
+    policy=None, # who proposes, see `Job.generation`; every actor gets a copy
 )->RLData: # the rows that one process would make
     "Run a job on a pool of Ray actors; ImportError without Ray, RuntimeError with a worker's traceback if one fails"
     ray, data = _ray(); path = Path(path).expanduser().absolute()
     if job.store is None: job = replace(job, store=str(path/"inputs")) # embedded here, once, and not by every worker
-    run = job.generation(path, shard, verify, asks=False)
+    run = job.generation(path, shard, verify, asks=False, policy=policy)
     with run.lock(), _cluster(ray, workers*threads, workers*gpus):
         todo = run.todo() or [0] # with nothing to do, a window is opened all the same: its worker compares the settings
         with run.bar(progress, skip=set(range(len(run.windows))) - set(todo)) as step:
-            for k, out in enumerate(_stream(data, todo, workers, threads, gpus, (job, str(run.path), threads), dict(shard=run.shard, verify=verify))):
+            for k, out in enumerate(_stream(data, todo, workers, threads, gpus, (job, str(run.path), threads), dict(shard=run.shard, verify=verify, policy=policy))):
                 if out["error"]: raise RuntimeError(f"{out['worker']}, window {out['window']}: {out['error'].strip().splitlines()[-1]}\n\n{out['error']}")
                 if not k: run.look() # a worker has begun
                 run.note(json.loads(out["seen"])); step(out["window"], **json.loads(out["tally"]))

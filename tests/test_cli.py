@@ -111,6 +111,20 @@ def test_shards_of_predictions_make_the_whole(there):
     assert (compare_runs("runs/union", "runs/whole").delta == 0).all()
     assert "still to come" not in go(line + "union --shard 2/3") and "shards: 3 there, 2 now" in go(line + "union --shard 0/2", 2)
 
+def test_a_selector_proposes(there):
+    "Beams of a selector, in one process or in shards; not mixed with those of similarity, and only from pools that it knows"
+    import torch; from leverplus.learner import load_selector; from leverplus.rldata_generate import policy_fingerprint, propose
+    model = load_selector("runs/rce/checkpoint"); torch.manual_seed(0)
+    with torch.no_grad(): [p.add_(torch.randn_like(p)*p.std().nan_to_num(0.).clamp(min=.1)) for p in model.parameters()]
+    model.save_pretrained("runs/wild", info=model.info); line = 'generate --lvlm mock --limit 12 --test 0 --quiet --window 2 --counts {"beam":4} --out runs/'
+    go(line + "second --selector runs/wild"); rows = RLData.load("runs/second"); go(line + "similar"); assert RLData.load("runs/similar").rows.pointer.tolist() != rows.rows.pointer.tolist()
+    job = Job(store="runs/store"); _, store, pool = job.inputs(); want = propose(pool, store, rows.queries, 2, policy=model, counts=dict(beam=4))
+    assert rows.rows.pointer.tolist() == want.pointer.tolist() and rows.manifest["settings"]["policy"] == policy_fingerprint(model)
+    for i in (0, 1): go(line + f"shards --selector runs/wild --shard {i}/2")
+    pd.testing.assert_frame_equal(RLData.load("runs/shards").rows, rows.rows); assert "policy" in go(line + "second", 2)
+    assert "K: 16 in the checkpoint, 8 here" in go(line + "few --selector runs/wild --K 8", 2) and not Path("runs/few").exists(); go(line + "few --selector runs/wild --K 8 --other-pool")
+    assert "at most 4" in go(line + "long --selector runs/wild --shots 5", 2) and "runs/nobody" in go(line + "long --selector runs/nobody", 2); assert "4 per question" in go(line + "long --selector runs/wild --dry-run")
+
 def test_generation_goes_on_after_an_interrupt(tmp_path, monkeypatch):
     from leverplus.rldata_generate import Generation
     window = Generation.window; stop = lambda self, i: window(self, i) if i < 1 else (_ for _ in ()).throw(KeyboardInterrupt())

@@ -113,16 +113,20 @@ def ray():
         m.setenv("RAY_worker_niceness", "0"); ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100_000_000); yield ray; ray.shutdown()
 
 def test_two_ray_actors_make_what_one_process_makes(tmp_path, mock, ray):
-    whole, seen = mock.run(tmp_path/"one", verify=4, progress=False), []; data = generate_ray(mock, tmp_path/"ray", workers=2, verify=4, progress=False, each=seen.append)
+    "Here what a selector proposes, which goes along to the actors"
+    from leverplus.selector import PointerSelector; items, store, pool = mock.inputs(); import torch; torch.manual_seed(0)
+    policy = PointerSelector(store.get(items.question_id.tolist()[:1], "mixed").shape[-1], d_hidden=16, prior=False).eval()
+    whole, seen = mock.run(tmp_path/"one", verify=4, progress=False, policy=policy), []; data = generate_ray(mock, tmp_path/"ray", workers=2, verify=4, progress=False, each=seen.append, policy=policy)
     pd.testing.assert_frame_equal(data.rows, whole.rows); assert data.fingerprint == whole.fingerprint and data.manifest["settings"] == whole.manifest["settings"]
     assert sorted(p.name for p in (tmp_path/"ray").glob("part-*")) == sorted(p.name for p in (tmp_path/"one").glob("part-*")) and data.manifest["parts"] == whole.manifest["parts"]
     a, b = (sorted(d.manifest["verify"]["rows"], key=lambda r: r["question_id"]) for d in (data, whole)); assert a == b and len(a) == 4 and data.manifest["self_test"] == whole.manifest["self_test"]
     assert sorted(s["window"] for s in seen) == list(range(12)) and len({s["worker"] for s in seen}) == 2 and ray.is_initialized()
     # continued: two windows are lost, and only they are made again; too many workers are refused
     for i in (3, 7): (tmp_path/"ray"/f"part-{i:05d}.parquet").unlink()
-    again = generate_ray(mock, tmp_path/"ray", workers=1, progress=False, each=(more := []).append); pd.testing.assert_frame_equal(again.rows, whole.rows)
+    again = generate_ray(mock, tmp_path/"ray", workers=1, progress=False, each=(more := []).append, policy=policy); pd.testing.assert_frame_equal(again.rows, whole.rows)
     assert sorted(s["window"] for s in more) == [3, 7] and again.manifest["verify"]["asked"] == 4
     with pytest.raises(ValueError, match="ask for 3 CPUs"): generate_ray(mock, tmp_path/"ray", workers=3, progress=False)
+    with pytest.raises(RuntimeError, match="policy: there"): generate_ray(mock, tmp_path/"ray", workers=1, progress=False) # similarity does not go on where a selector began
 
 def test_what_a_worker_cannot_do_stops_the_driver(tmp_path, mock, ray, monkeypatch):
     "Workers in this process, behind the driver's own door"
