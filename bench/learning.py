@@ -4,27 +4,32 @@
 and appends what it picks on dev and on test, with the LVLM's verdicts, to OUT/picks/*.parquet, one file per (suite, method, seed); what is there is not done
 again, so several processes may share OUT once the groups of a seed are made. `python bench/learning.py OUT --table dev` prints the gap closed on dev with
 intervals over queries and seeds; `--table test` the same on test, and counts the look. Settings of the methods were chosen on dev.
+A method's name with ", by accuracy" behind it (`--methods "sft, by accuracy"`) chooses its epochs by the accuracy of greedy picks on dev.
 
 Suites, 900 training and 250 dev queries, K = 16, S = 2: `dense-soft` 12 sequences per query, half of the similarity prior, half random, reward = VQA accuracy with its
 parts; `sparse-hard` 12 drawn uniformly, reward 0/1; `starved` reward 0/1, live groups are 1 % of all; `ragged` 2..40 sequences per query, reward as dense-soft.
 `joint` is dense-soft with 12 sequences of each of 1, 2, 3 and 4 shots for 450 training queries, one model for all; `joint sparse-hard`, `joint starved` and `joint ragged` alike.
+`--sampler mixed` does the same with pools of which a half was retrieved (a quarter by text, a quarter by image).
 For one and two shots the oracle is exact; for three and four it is the best that `best_found` finds, a lower bound.
 """
 import argparse, contextlib, os, time, warnings
 from pathlib import Path
 import numpy as np, pandas as pd, torch
-from leverplus.core import atomic_path, rng
+from leverplus.callback_onpolicy import Feedback, GreedyLoss
+from leverplus.core import atomic_path, read_json, rng, write_json
 from leverplus.dls import group_dls
 from leverplus.evaluate import look, pick_oracle, score_picks, seeds_table
 from leverplus.groups import RLData
 from leverplus.infer import pick_mmr, pick_model, pick_random, pick_similar
 from leverplus.learner import selector_learner
+from leverplus.pools import SAMPLERS
 from leverplus.recipes import fit_recipe, recipe, recipe_learner
 from leverplus.rldata_generate import FactCache, ask, generate
 from leverplus.world import all_pointers, load_world
 
 SUITES = {"dense-soft": "soft_only", "sparse-hard": "hard_only", "starved": "hard_only", "ragged": "soft_only"}
 SUITES |= {"joint": "soft_only"} | {f"joint {s}": how for s, how in SUITES.items() if s != "dense-soft"}
+ACC = ", by accuracy" # behind a method's name: epochs are chosen by the LVLM's accuracy on dev, of what greedy picks, and not by regret on its stored groups
 NET = dict(d_hidden=64, n_layers=0, state="none", match="net", n_match=8)
 
 def base_groups(world, out, seed, split, shots=(2,), n=20, queries=None, prior=True):
@@ -61,18 +66,27 @@ def _joint(name, train, dev, seed):
 class Trial:
     "One suite and seed: what the methods below start from"
     def __init__(self, world, out, name, seed):
-        self.world, self.out, self.name, self.seed, self.mode = world, out, name, seed, SUITES[name]
+        self.world, self.out, self.name, self.seed, self.mode, self.choose_by = world, out, name, seed, SUITES[name], None
         joint = name.startswith("joint"); shots, queries = ((1, 2, 3, 4), 450) if joint else ((2,), None); n = 6 if name == "joint" else 20
         groups = [base_groups(world, out, seed, "train", *((shots, 12, queries, False) if "sparse-hard" in name else (shots, n, queries))),
                   base_groups(world, out, seed, "dev", shots, 6 if joint else n, queries)]
         self.train, self.dev = suite(name, *groups, seed)
         self.split, self.epochs = (dict(split_shots=True), 8) if joint else ({}, 20) # `joint` has twice the rows
 
+    def train_by(self, method):
+        "The learner that a method has trained"
+        name = method.removesuffix(ACC); self.choose_by = None
+        if name != method: # the same facts of dev serve all seeds
+            feedback = Feedback(self.world.scorer, self.world.items, everything(self.world, self.out, "dev"), "soft_only")
+            self.choose_by = GreedyLoss(feedback, self.world.pools["dev"], self.world.store, shots_of(self.name))
+        return METHODS[name](self)
+
     def learner(self, mode=None, **model):
-        return selector_learner(group_dls(self.train, self.dev, self.world.store, mode or self.mode, bs=64, seed=self.seed), seed=self.seed, wd=.05, **model)
+        dls = group_dls(self.train, self.dev, self.world.store, mode or self.mode, bs=64, seed=self.seed)
+        return selector_learner(dls, seed=self.seed, wd=.05, choose_by=self.choose_by, **model)
 
     def recipe(self, name, **changes):
-        learn = recipe_learner(name, self.train, self.dev, self.world.store, self.seed, data=dict(reward=self.mode), **changes)
+        learn = recipe_learner(name, self.train, self.dev, self.world.store, self.seed, choose_by=self.choose_by, data=dict(reward=self.mode), **changes)
         return fit_recipe(learn, name, data=dict(reward=self.mode), **changes)
 
     def warm(self):
@@ -126,7 +140,7 @@ METHODS = {
 def everything(world, out, split, _made={}):
     "Exhaustive facts of dev or test, one and two shots"
     if split not in _made:
-        file = world.facts_file if split == "test" else out/"facts"/f"{split}.parquet"
+        file = world.facts_file if split == "test" and world.pools[split].recipe["sampler"] == "random" else out/"facts"/f"{split}.parquet"
         if not file.exists():
             cache = FactCache(); ask(all_pointers(world.pools[split], (1, 2)), world.scorer, world.items, cache, window=4096, progress=True); cache.save(file)
         _made[split] = FactCache(file).to_frame()
@@ -159,20 +173,22 @@ def save(file, frames):
     frame = pd.concat(frames, ignore_index=True)
     with atomic_path(file) as tmp: frame.assign(pointer=frame.pointer.map(list)).to_parquet(tmp)
 
-def baselines(world, out):
+def baselines(world, out, shots):
     "What needs no training, once"
-    if (file := out/"picks"/"baselines.parquet").exists(): return
-    done = []
-    for split in ("dev", "test"):
-        pool, facts = world.pools[split], everything(world, out, split)
-        for S in (1, 2, 3, 4):
+    for S in shots:
+        if (file := out/"picks"/f"baselines-{S}.parquet").exists(): continue
+        done = []
+        for split in ("dev", "test"):
+            pool, facts = world.pools[split], everything(world, out, split)
             done += [judge(world, out, split, f) for f in (*(pick_similar(pool, world.store, S, k) for k in ("image", "text", "mixed")), pick_mmr(pool, world.store, S))]
             if S <= 2: done += [judge(world, out, split, pick_oracle(facts, S, pool)), mean_of(facts, S, split)]
             else: done += [judge(world, out, split, pick_random(pool, S, draws=5)), score_picks(pick_oracle(more := best_found(world, out, split, S), S), more).assign(split=split)]
-    save(file, done)
+        save(file, done)
+
+def shots_of(suite): return (1, 2, 3, 4) if suite.startswith("joint") else (2,)
 
 def run(world, out, seeds, suites, methods):
-    baselines(world, out)
+    baselines(world, out, sorted({S for s in suites for S in shots_of(s)}))
     for seed in seeds:
         for name in suites:
             trial = None
@@ -180,10 +196,10 @@ def run(world, out, seeds, suites, methods):
                 if (file := out/"picks"/f"{name}_{m.replace(', ', '-').replace(' ', '_')}_{seed}.parquet").exists(): continue
                 trial, start, done = trial or Trial(world, out, name, seed), time.perf_counter(), []
                 with warnings.catch_warnings(), open(os.devnull, "w") as null, contextlib.redirect_stdout(null): # a line per epoch, elsewhere welcome
-                    warnings.simplefilter("ignore"); model = METHODS[m](trial).model.eval()
+                    warnings.simplefilter("ignore"); model = trial.train_by(m).model.eval()
                 took = time.perf_counter() - start
                 for split in ("dev", "test"):
-                    for S in ((1, 2, 3, 4) if name.startswith("joint") else (2,)):
+                    for S in shots_of(name):
                         done.append(judge(world, out, split, pick_model(model, world.pools[split], world.store, S, name=m, draw=seed)).assign(suite=name, seconds=took))
                 save(file, done); print(f"{name:12} {m:22} seed {seed}: dev accuracy {100*done[0].vqa_acc_score.mean():.1f}, {took:.0f} s", flush=True)
 
@@ -202,15 +218,18 @@ def of_suite(scored, suite): return scored[scored.suite.isna() | (scored.suite =
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("out", type=Path); p.add_argument("--seeds", type=int, nargs="+", default=list(range(5))); p.add_argument("--threads", type=int, default=1)
-    p.add_argument("--suites", nargs="+", default=list(SUITES)[:4], choices=list(SUITES)); p.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    p.add_argument("--suites", nargs="+", default=list(SUITES)[:4], choices=list(SUITES)); p.add_argument("--methods", nargs="+", default=list(METHODS), choices=[*METHODS, *(m + ACC for m in METHODS)])
+    p.add_argument("--sampler", default="random", choices=list(SAMPLERS), help="of the pools; other than random in a folder of its own")
     p.add_argument("--store", type=Path, help="write what the tables need into this parquet file, and stop")
-    p.add_argument("--table", choices=["dev", "test"]); a = p.parse_args(); torch.set_num_threads(a.threads); world = load_world()
+    p.add_argument("--table", choices=["dev", "test"]); a = p.parse_args(); torch.set_num_threads(a.threads); world = load_world(sampler=a.sampler)
+    if (was := read_json(a.out/"pools.json") if (a.out/"pools.json").exists() else dict(sampler=a.sampler)) != dict(sampler=a.sampler): p.error(f"{a.out} holds runs with pools {was}: take another folder")
+    write_json(a.out/"pools.json", dict(sampler=a.sampler))
     if a.store: return store(a.out, a.store)
     if a.table is None: return run(world, a.out, a.seeds, a.suites, a.methods)
     scored = load(a.out, a.table)
     if a.table == "test": print(f"look number {look(a.out, scored)} at the test split")
     for name in a.suites:
-        for S in ((1, 2, 3, 4) if name.startswith("joint") else (2,)):
+        for S in shots_of(name):
             t = seeds_table(of_suite(scored, name), S, world.items, [m for m in ("sft", "rce (reports)", "rce + grpo (reports)") if m in set(of_suite(scored, name).selector)])
             print(f"\n{name}, S = {S}\n{t.round(3).to_string()}")
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SelectorLearner', 'selector_learner', 'Resume', 'load_selector']
 
-# %% ../nbs/70_learner.ipynb #7d6db5fe
+# %% ../nbs/70_learner.ipynb #4dbabef8
 import random, warnings
 from pathlib import Path
 import numpy as np, pandas as pd, torch
@@ -28,11 +28,11 @@ from .callback_rce import RCE
 from .callback_grpo import GRPO
 from .callback_kl import KLToRef
 from .callback_schedule import TempSchedule, NoDropout, SplitShots, as_schedule
-from .callback_track import History, RLStats, Best, greedy_picks
+from .callback_track import History, RLStats, Best, greedy_picks, valid_loss
 from .callback_listwise import Listwise, SFT
 from .diagnose import Watch
 
-# %% ../nbs/70_learner.ipynb #9f875085
+# %% ../nbs/70_learner.ipynb #b70d46e0
 class SelectorLearner(Learner):
     "A `Learner` whose `show_results` speaks of picks"
     @torch.no_grad()
@@ -59,6 +59,7 @@ def selector_learner(
     metrics=(), # more columns on the validation split
     cbs=(), # more callbacks that stay on the Learner
     path=None, # folder of the Learner, as in fastai
+    choose_by=None, # score by which stages choose their epoch, such as a `GreedyLoss`; None = regret on the stored groups, which asks nobody
     **model_kw, # of a new `PointerSelector`: `d_hidden, n_layers, dropout, state, scorer, prior, ...`, whatever it knows
 )->SelectorLearner:
     "Learner of a pointer selector whose loss is regret"
@@ -71,7 +72,7 @@ def selector_learner(
     stats = RLStats()
     learn = SelectorLearner(dls, model, loss_func=regret, wd=wd, train_bn=False, path=path, cbs=[stats, History(), *L(cbs)],
                             metrics=[*L(metrics), *stats.metrics("live", "mass", "kl")])
-    learn.seed = seed
+    learn.seed, learn.choose_by = seed, choose_by
     return learn
 
 # %% ../nbs/70_learner.ipynb #df93d8fd
@@ -197,7 +198,7 @@ class Resume(StageCallback):
         if "scaler" in s: self.learn.mixed_precision.scaler.load_state_dict(s["scaler"])
         _set_rng_state(self.dls, s["rng"])
 
-# %% ../nbs/70_learner.ipynb #241f01ea
+# %% ../nbs/70_learner.ipynb #93d53673
 @patch
 def fit_stage(self:Learner,
     n_epoch:int, # epochs, >= 0; 0 says so and changes nothing
@@ -205,7 +206,7 @@ def fit_stage(self:Learner,
     cbs, # what makes the stage: objective, penalties, schedules
     max_norm:float|None=1., # gradients are clipped to this norm; None = not
     skip_flat:bool=True, # leave groups without reward differences out
-    best:bool|Best=True, # keep the best weights by regret; a `Best` of your own; False = keep the last
+    best:bool|Best=True, # keep the best weights by `learn.choose_by`, or else by regret; a `Best` of your own; False = keep the last
     watch:str|Watch|None="warn", # after the first epoch: "warn" | "raise" if nothing can be learned; None = not
     resume=None, # folder of this stage: written after every epoch, continued after a kill; see `Resume`
     split_shots:bool=False, # sequences of different lengths are groups of their own, see `SplitShots`
@@ -219,7 +220,7 @@ def fit_stage(self:Learner,
     if split_shots: more.append(SplitShots())
     if skip_flat: more.append(SkipFlat())
     if max_norm is not None: more.append(GradientClip(max_norm))
-    if best: more.append(Best() if best is True else best)
+    if best: more.append(Best(getattr(self, "choose_by", None) or valid_loss) if best is True else best)
     if watch and any(isinstance(cb, RLStats) for cb in self.cbs): more.append(Watch(watch) if isinstance(watch, str) else watch)
     if resume is not None: more.append(Resume(resume))
     self.fit(n_epoch, lr, cbs=[*L(cbs), *more], reset_opt=True)

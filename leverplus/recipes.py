@@ -330,7 +330,7 @@ def recipes_table(
                          model=_text(model), bs=data.get("bs"), text_vs_code=r.get("text_vs_code", ""), not_done=r.get("not_done", "")))
     return pd.DataFrame(rows).set_index("recipe")
 
-# %% ../nbs/71_recipes.ipynb #2a012a21
+# %% ../nbs/71_recipes.ipynb #9e7e65cd
 def _filtered(data, filters):
     for spec in filters: data = _named(spec, FILTERS, "filter")(data)
     return data
@@ -355,6 +355,7 @@ def recipe_learner(
     zero:dict|None=None, # {question_id: `vqa_gt_prob` of the zero-shot prompt}: for rewards with InfoScore
     device=None, # where batches go
     items:pd.DataFrame|None=None, # training items for a warm-up: `question_id, image_id, answer`
+    choose_by=None, # score by which stages choose their epoch, see `selector_learner`
     **changes, # as in `recipe`
 )->Learner: # `dls.info` records the filters; ready for `fit_recipe`
     "Learner with the data and model settings of a recipe"
@@ -368,7 +369,7 @@ def recipe_learner(
     if zero is not None: train, dev = _with_info(train, zero), _with_info(dev, zero)
     dls = group_dls(train, dev, store, data["reward"], data["kind"], data["bs"], seed, device, **weights)
     dls.info["filters"] = data["filters"]
-    learn = selector_learner(dls, start, seed=seed) if start is not None else selector_learner(dls, seed=seed, **r.get("model", {}))
+    learn = selector_learner(dls, start, seed=seed, choose_by=choose_by, **({} if start is not None else r.get("model", {})))
     if items is not None: learn.warmup_from = items, store
     return learn
 
@@ -421,7 +422,7 @@ def _frozen(learn, groups):
                          "(no encoder where its width is that of the embeddings)")
     return Freeze(*(n for g in groups for n in have[g]))
 
-# %% ../nbs/71_recipes.ipynb #e606e60c
+# %% ../nbs/71_recipes.ipynb #ae842239
 def run_stage(
     learn:Learner, # any whose model has what the stage freezes
     stage:dict, # of a recipe
@@ -436,7 +437,7 @@ def run_stage(
     for given in (kw, *(f.keywords for f in cbs)):
         if isinstance(given.get("old"), str): given["old"] = policy(given["old"])
     cbs = [f() for f in cbs]
-    if best is not None: kw["best"] = Best(**best) if isinstance(best, dict) else best
+    if best is not None: kw["best"] = Best(**(dict(score=learn.choose_by) if getattr(learn, "choose_by", None) else {}) | best) if isinstance(best, dict) else best
     if freeze: cbs.append(_frozen(learn, freeze))
     if queries is not None: ids = _chosen(learn, queries)
     if dry: kw["n_epoch"] = 0
