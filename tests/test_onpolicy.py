@@ -6,7 +6,7 @@ from fastai.data.core import DataLoaders
 from hypothesis import given, settings, strategies as st
 from leverplus.callback_core import SkipFlat, StageCallback, Stats
 from leverplus.callback_grpo import GRPO, RLOO
-from leverplus.callback_onpolicy import DistinctPG, Feedback, NoReward, OnPolicy, distinct_advantage, draw_groups, greedy_rewards
+from leverplus.callback_onpolicy import DistinctPG, Feedback, GreedyLoss, NoReward, OnPolicy, distinct_advantage, draw_groups, greedy_rewards
 from leverplus.callback_schedule import NoDropout, Phases
 from leverplus.core import rng
 from leverplus.dls import GroupDataset, GroupDL
@@ -194,3 +194,44 @@ def test_a_sequence_that_was_drawn_twice_has_its_mass_once():
                 once = {tuple(x): p for p, x, ok in zip(lp, s, m) if ok}; self.seen.append(sum(once.values())); self.repeated += sum(m) - len(once)
     learn = learner(); fit(learn, 1, [RLOO(), policy(G=9), spy := Mass()]); assert spy.repeated > 20
     assert learn.history.frame.mass.iloc[0] == pytest.approx(np.mean(spy.seen), rel=1e-4) and max(spy.seen) <= 1 + 1e-5
+
+# --- choosing an epoch ----------------------------------------------------------------------------------------------------
+DEV = list(range(16, 24))
+def judge(scorer=None, shots=2, **kw): return GreedyLoss(Feedback(scorer, ITEMS, FACTS if scorer is None else None, "soft_only"), POOL, STORE, shots, DEV, **kw)
+
+def test_greedy_loss_is_what_a_table_would_say():
+    "Another way to the same number: picks of `pick_model`, facts looked up one by one; no batch, mode or random state is touched"
+    from leverplus.infer import pick_model
+    m = selector(3); truth = FACTS.set_index(["question_id", "pointer"]).vqa_acc_score; learn = learner(); learn.model = m.train(); state = torch.get_rng_state()
+    picks = pick_model(m, POOL.only(DEV), STORE, 2); want = [1 - truth[q, tuple(p)] for q, p in zip(picks.question_id, picks.pointer)]
+    got = judge()(learn); assert got.dtype == torch.float64 and got.tolist() == pytest.approx(want) and m.training and torch.equal(torch.get_rng_state(), state)
+    assert greedy_rewards(m, POOL, STORE, Feedback(None, ITEMS, FACTS, "soft_only"), queries=DEV, bs=3).tolist() == pytest.approx([1 - w for w in want])
+    both = judge(MockScorer(0), (1, 2))(learn); one = judge(MockScorer(0), 1)(learn); assert both.tolist() == pytest.approx(((one + got)/2).tolist())
+    with pytest.raises(ValueError, match="shots \\(\\)"): judge(shots=())
+    with pytest.raises(ValueError, match="0 queries"): GreedyLoss(Feedback(None, ITEMS, FACTS), POOL, STORE, queries=[])
+    with pytest.raises(NoReward, match=f"question_id {DEV[0]}"): judge(Counting(lambda s: replace(s, error="broken")))(learn)
+
+def test_all_stages_choose_by_it_and_asking_costs_one_prompt_per_new_pick():
+    "`choose_by` decides which weights a stage keeps, and is part of what a resumed stage must have in common"
+    scorer, seen = Counting(), []
+    class Watched(GreedyLoss):
+        def __call__(self, learn): out = super().__call__(learn); seen.append((out.mean().item(), weights(learn))); return out
+    score = Watched(Feedback(scorer, ITEMS, None, "soft_only"), POOL, STORE, 2, DEV); ways = set()
+    for stage, kw in (("fit_rce", {}), ("fit_sft", {}), ("fit_listwise", dict(tau=.1)), ("fit_grpo", dict(min_live=0.)), ("fit_onpolicy", dict(scorer=None, items=ITEMS, store=STORE, rounds=4, cache=FACTS, G=3, queries_per_round=12, patience=None))):
+        kept = {}
+        for by in (score, None):
+            learn = learner(); learn.choose_by = by; seen.clear()
+            with quiet(learn), warnings.catch_warnings(): warnings.simplefilter("ignore"); getattr(learn, stage)(**dict(lr=.1) | (kw if "rounds" in kw else dict(n_epoch=4) | kw))
+            kept[by] = weights(learn)
+            if by is not None: # the first of the smallest, of the start and four epochs
+                losses = [v for v, _ in seen]; assert len(seen) == 5 and torch.equal(kept[by], seen[int(np.argmin(losses))][1])
+        ways.add(torch.equal(kept[score], kept[None]))
+    assert False in ways and len(scorer.asked) == len(set(scorer.asked)) # another choice than regret's somewhere; nothing asked twice
+
+def test_a_stage_is_not_continued_under_another_judge(tmp_path):
+    def run(by):
+        learn = learner(); learn.choose_by = by
+        with quiet(learn): learn.fit_rce(2, .1, resume=tmp_path/"r"); return weights(learn)
+    first = run(judge()); assert torch.equal(first, run(judge()))
+    for other in (None, judge(MockScorer(0), 1)):
+        with pytest.raises(ValueError, match="other settings"): run(other)

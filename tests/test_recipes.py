@@ -159,6 +159,13 @@ def test_resumed_is_uninterrupted(tmp_path, monkeypatch):
     assert sorted(p.name for p in (tmp_path/"run").iterdir()) == [f"{i}-{s['fit']}" for i, s in enumerate(r["stages"], 1)]
     a, b = (x.history.frame.drop(columns="seconds") for x in (whole, again)); pd.testing.assert_frame_equal(a[a.fit == a.fit.max()].reset_index(drop=True), b[b.fit == b.fit.max()].reset_index(drop=True), check_like=True)
 
+def test_stages_of_a_recipe_choose_their_epoch_by_what_the_learner_is_told():
+    "Also where a stage has settings of its own for the choice; here a score that always finds the latest weights better"
+    for best in (None, dict(min_delta=.5), False):
+        asked, r = [], small("rce-only"); r["stages"] = [r["stages"][0] | dict(n_epoch=3) | ({} if best is None else dict(best=best))]
+        learn = make(r, choose_by=lambda l: asked.append(1) or -float(len(asked))); assert learn.choose_by is not None; fit(learn, r)
+        assert len(asked) == (0 if best is False else 4)
+
 def test_a_later_page_can_add_a_stage_and_a_recipe(monkeypatch):
     seen = []
     def warmup(learn, n_epoch, cbs=(), resume=None, size=1): seen.append((n_epoch, size, resume)); return learn
