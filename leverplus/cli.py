@@ -563,7 +563,7 @@ def add_merge(commands):
     g.add_argument("--seed", type=number_arg(0), default=0, metavar="N", help="of the lots (default: 0)")
     _reward_flags(p); _run_flags(p, rate=None)
 
-# %% ../nbs/95_cli.ipynb #743a46c0
+# %% ../nbs/95_cli.ipynb #e4c43057
 OBJECTIVES = dict(rce="fit_rce", listwise="fit_listwise", sft="fit_sft", grpo="fit_grpo")
 EPOCHS = 5 # of an objective, if nothing is said
 
@@ -616,6 +616,14 @@ def _learner(args, train, dev, store, items):
     with warnings.catch_warnings(): warnings.simplefilter("ignore"); fit(Path(args.out), 0) # try the settings, train nothing
     return learn, fit
 
+def _choose_by(args, job, learn, dev, items, store):
+    "The score of `--choose accuracy`, which knows what is stored of dev, and keeps what it asks in the run's folder"
+    from leverplus.callback_onpolicy import Feedback, GreedyLoss
+    scorer, cache = job.scorer(), FactCache(Path(args.out)/"facts"); known = dev.rows[(dev.rows.scorer == facts_fingerprint(scorer, args.style)) & ~dev.rows.eval_failed]
+    if not len(cache) and len(known): cache.add(known[["question_id", "pointer", *FACT_COLUMNS]])
+    shots = None if getattr(learn.model, "stop", None) is not None else dev.shots
+    return GreedyLoss(Feedback(scorer, items, cache, "soft_only", args.style, progress=args.progress), dev.pool, store, shots, dev.queries, learn.dls.info["kind"])
+
 @contextmanager
 def _lines(args, learn):
     "A line per epoch, or nothing, in place of bars"
@@ -640,29 +648,38 @@ def do_train(args):
     try: learn, fit = _learner(args, train, dev, store, items[items.split == job.candidates])
     except TypeError as e: raise Bad(f"--set, --model or --weights: {e}") from e
     own = dict(objective=args.objective, epochs=EPOCHS if args.epochs is None else args.epochs, lr=args.lr, reward=args.reward,
-               weights=args.weights, kind=args.kind, bs=args.bs)
+               weights=args.weights, kind=args.kind, bs=args.bs); chosen = {} if args.choose == "regret" else dict(choose=args.choose)
     what, prints = dict(recipe=args.recipe) if args.recipe else own, dict(train=train.fingerprint, dev=dev.fingerprint, store=store.fingerprint)
     if args.start is not None: prints["start"] = policy_fingerprint(learn.model)
     with run_lock(args.out):
-        run = Run.create(args.out, dict(what, set=args.set, model=args.model), args.seed, prints, overwrite=args.overwrite)
+        run = Run.create(args.out, dict(what, set=args.set, model=args.model, **chosen), args.seed, prints, overwrite=args.overwrite)
+        if chosen: learn.choose_by = _choose_by(args, job, learn, dev, items, store)
         with _lines(args, learn): fit(Path(args.out)/"state")
-        h = learn.history.frame; best = float(h.valid_loss.min()) if len(h) else math.nan
+        h = learn.history.frame; best = float(h.valid_loss.min()) if len(h) else math.nan; acc = dict(dev_accuracy=1 - float(learn.choose_by(learn).mean())) if chosen else {}
         run.save_history(h)
         learn.save_selector(run.checkpoint, info=learn.dls.info | dict(seed=args.seed,
-                    **{k: v for k, v in what.items() if k in ("recipe", "objective")}))
-        run.finish(regret=best, epochs_done=len(h))
-    print(f"{args.out}: epochs {len(h)}, smallest dev regret {best:.4g}, checkpoint {run.checkpoint}")
+                    **{k: v for k, v in what.items() if k in ("recipe", "objective")}, **chosen))
+        run.finish(regret=best, epochs_done=len(h), **acc)
+    kept = f"dev accuracy {acc['dev_accuracy']:.4f} (of what is kept)" if acc else f"smallest dev regret {best:.4g}"
+    print(f"{args.out}: epochs {len(h)}, {kept}, checkpoint {run.checkpoint}")
+
+def _looks(args):
+    "How often `--choose accuracy` asks about every question of dev, at most"
+    if args.choose == "regret": return 0
+    if not args.recipe: return 1 + (EPOCHS if args.epochs is None else args.epochs)
+    from leverplus.recipes import recipe
+    return sum(1 + s["n_epoch"] for s in recipe(args.recipe, **dict(args.set or {}))["stages"] if s.get("best") is not False and s["n_epoch"])
 
 def _plan_train(args, train, dev):
     n = len(train.queries)
     epochs = f"recipe {args.recipe}" if args.recipe else f"{args.objective}, {EPOCHS if args.epochs is None else args.epochs} epochs"
-    total = 0 if args.recipe else n*(EPOCHS if args.epochs is None else args.epochs)
+    total = 0 if args.recipe else n*(EPOCHS if args.epochs is None else args.epochs); looks = _looks(args)*len(dev.queries)*len(dev.shots)
     _print_plan(args, training=f"{n:,} questions, {len(train):,} sequences",
-                development=f"{len(dev.queries):,} questions, {len(dev):,} sequences", stages=epochs, LVLM_calls=0,
+                development=f"{len(dev.queries):,} questions, {len(dev):,} sequences", stages=epochs, LVLM_calls=f"at most {looks:,}, one per question of dev, shot count and epoch" if looks else 0,
                time="not known for a recipe" if args.recipe else time_text(total, args.rate, "questions"),
                disk=f"weights and a state after every epoch in {args.out}")
 
-# %% ../nbs/95_cli.ipynb #8c0a655b
+# %% ../nbs/95_cli.ipynb #8520d1e9
 def add_train(commands):
     "Add `leverplus train`"
     p = add_door(commands, "train", do_train, "train a selector on tried sequences",
@@ -671,6 +688,7 @@ def add_train(commands):
                  "goes on, bit by bit as if it had not been stopped",
                  "train runs/groups/train --dev runs/groups/dev --out runs/rce",
                  "train runs/groups/train --dev runs/groups/dev --objective grpo --start runs/rce --out runs/grpo",
+                 "train runs/groups/train --dev runs/groups/dev --objective sft --choose accuracy --out runs/sft",
                  "train runs/okvqa --dev-share 0.1 --data ~/okvqa --recipe rce-only "
                  "--clip openai/clip-vit-large-patch14 --out runs/okvqa-rce", usage="RUN [RUN ...] --out DIR [options]")
     p.add_argument("runs", nargs="+", metavar="RUN", help="training data; several are merged")
@@ -689,8 +707,9 @@ def add_train(commands):
     _reward_flags(p); g = p.add_argument_group("development")
     g.add_argument("--dev", metavar="RUN", help="data that choose the epoch (default: a share of the training questions)")
     g.add_argument("--dev-share", type=float, default=.2, metavar="X", help="that share, disjoint by picture (default: 0.2)")
-    _data_flags(p, None, limit=False); p.add_argument("--split", metavar="NAME", help="split of the questions of --dev (default: dev)"); _kind_flag(p)
-    p.add_argument("--device", metavar="NAME", help="torch device (default: a GPU if there is one)")
+    g.add_argument("--choose", default="regret", choices=["regret", "accuracy"],
+                help="what an epoch is kept for: least regret on the groups of --dev, or the accuracy of what greedy picks, about which the model is asked (default: regret)")
+    _data_flags(p, None, limit=False); p.add_argument("--split", metavar="NAME", help="split of the questions of --dev (default: dev)"); _kind_flag(p); _model_flags(p)
     g = _run_flags(p, "a state", rate="questions per second, for the plan")
     g.add_argument("--overwrite", action="store_true", help="empty a folder with other settings")
     g.add_argument("--progress", action="store_true", help="a bar per epoch")

@@ -141,6 +141,16 @@ def test_training_goes_on_after_an_interrupt(there, monkeypatch):
     go(line + "cut --resume"); go(line + "uncut"); weights = [Path(f"runs/{n}/checkpoint/model.safetensors").read_bytes() for n in ("cut", "uncut")]; assert weights[0] == weights[1]
     assert "lr: None there, 0.1 now" in go(line + "cut --lr 0.1", 2); go(line + "cut --lr 0.1 --overwrite --quiet")
 
+def test_an_epoch_chosen_by_accuracy(there, monkeypatch):
+    "What is kept has the dev accuracy that `infer` finds; what is stored, or was asked before, is not asked again"
+    from leverplus.lvlm import SharedScorer; from leverplus.runs import Run; asked, run = [], SharedScorer.run
+    monkeypatch.setattr(SharedScorer, "run", lambda self, prompts, *a, **k: asked.extend((p.question_id, tuple(p.pointer)) for p in prompts) or run(self, prompts, *a, **k))
+    line = "train runs/all --dev runs/dev --choose accuracy --objective sft --epochs 2 --bs 4 --lr 0.05 --quiet --out runs/"; said = go(line + "chosen"); acc = Run("runs/chosen").metrics["dev_accuracy"]
+    stored = RLData.load("runs/dev").rows; assert f"dev accuracy {acc:.4f}" in said and len(asked) == len(set(asked)) and not set(asked) & set(zip(stored.question_id, stored.pointer))
+    assert f"accuracy {acc:.4f} (dev)" in go("infer --selector runs/chosen --split dev --n 12 --quiet --out runs/chosen-dev"); asked.clear(); go(line + "chosen --resume"); assert not asked
+    assert "choose" in go(line.replace("accuracy", "regret") + "chosen", 2) and "at most 36, one per question" in go(line + "x --dry-run") and not Path("runs/x").exists()
+    assert "at most 60" in go("train runs/all --dev runs/dev --choose accuracy --recipe ours --set {\"listwise\":{\"n_epoch\":4}} --dry-run --out runs/x") # the warm-up keeps its last epoch
+
 def test_recipes_and_shares(there):
     said = go("train runs/all --dev-share 0.5 --recipe rce-only --set {\"rce\":{\"n_epoch\":1}} --quiet --out runs/recipe"); assert "epochs 1" in said
     assert "epochs 2" in go("train runs/all --dev-share 0.5 --recipe ours --set {\"warmup\":{\"n_epoch\":1,\"steps\":2},\"listwise\":{\"n_epoch\":1}} --quiet --out runs/ours")
