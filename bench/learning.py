@@ -79,7 +79,9 @@ class Trial:
         if name != method: # the same facts of dev serve all seeds
             feedback = Feedback(self.world.scorer, self.world.items, everything(self.world, self.out, "dev"), "soft_only")
             self.choose_by = GreedyLoss(feedback, self.world.pools["dev"], self.world.store, shots_of(self.name))
-        return METHODS[name](self)
+        learn = METHODS[name](self)
+        if self.choose_by is not None and not feedback.known: raise ValueError(f"{method}: no stage of {name} chooses an epoch, so this would be {name} again")
+        return learn
 
     def learner(self, mode=None, **model):
         dls = group_dls(self.train, self.dev, self.world.store, mode or self.mode, bs=64, seed=self.seed)

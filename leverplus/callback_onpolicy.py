@@ -118,7 +118,7 @@ class DistinctPG(Objective):
         self.adv = distinct_advantage(logp, kappa, rewards, mask)
         return -masked_mean((self.adv * logp.masked_fill(~mask, 0.)).sum(-1), mask.any(-1))
 
-# %% ../nbs/68_callback_onpolicy.ipynb #1a855b7c
+# %% ../nbs/68_callback_onpolicy.ipynb #43a400f6
 class NoReward(RuntimeError):
     "A sequence that was drawn has no reward"
 
@@ -162,9 +162,10 @@ class Feedback:
         self.known += len(pairs.drop_duplicates(["question_id", "pointer"])) - (self.new - was)
         return out
 
-    def __call__(self, pairs):
-        "Rewards [n] float64 of `pairs`; `NoReward` names one that has none"
+    def __call__(self, pairs, strict=True):
+        "Rewards [n] float64 of `pairs`; `NoReward` names one that has none, unless `strict` is False, where it is NaN"
         f = self.facts(pairs); r = reward_of(f, self.reward, **self.weights); bad = ~np.isfinite(r)
+        if not strict: return np.where(bad, np.nan, r)
         if bad.any():
             x = f.iloc[int(bad.argmax())]; why = x.error if isinstance(x.error, str) else f"the reward is {r[bad.argmax()]}"
             raise NoReward(f"question_id {x.question_id}, pointer {x.pointer}: {why} ({int(bad.sum())} of {len(f)} sequences have no reward). "
@@ -313,7 +314,7 @@ class OnPolicy(StageCallback):
         rows = rows.drop(columns="round").assign(similarity_score=near).join(facts)
         return RLData(as_record(rows), pool.only(dict.fromkeys(rows.question_id)), dict(onpolicy=how))
 
-# %% ../nbs/68_callback_onpolicy.ipynb #f51264f8
+# %% ../nbs/68_callback_onpolicy.ipynb #c2973b42
 def greedy_rewards(
     policy, # module with `encode` and `step_logp`
     pool, # `Pool`
@@ -323,13 +324,14 @@ def greedy_rewards(
     queries=None, # question_ids; None: all of `pool`
     kind:str="mixed", # embeddings that the policy reads
     bs:int=256, # queries at once; changes no pick
+    strict:bool=True, # `NoReward` for a pick that has none; False: NaN
 )->np.ndarray: # [n] rewards, in the order of the queries
     "Rewards of what the policy picks greedily"
     qs, picks = [int(q) for q in (pool if queries is None else queries)], []
     for i in range(0, len(qs), bs):
         d = draw_groups(policy, pool, store, qs[i:i+bs], shots, 1, kind=kind)
         picks += [tuple(pool[q][j] for j in s[:m]) for q, s, m in zip(qs[i:i+bs], d["greedy"].tolist(), d["greedy_mask"].sum(-1).tolist())]
-    return feedback(pd.DataFrame(dict(question_id=qs, pointer=picks)))
+    return feedback(pd.DataFrame(dict(question_id=qs, pointer=picks)), strict)
 
 class GreedyLoss:
     "What greedy picks miss on a split, by the LVLM: a score for `Best`"
@@ -341,16 +343,22 @@ class GreedyLoss:
         queries=None, # question_ids; None: all of `pool`
         kind:str="mixed", # embeddings that the policy reads
         top:float=1., # the best reward there is
+        max_failed:float=0., # share of picks, 0..1, that may have no reward, such as those with a broken image; they count as reward 0. Past it `NoReward`
     ):
-        self.shots, self.kind, self.top = tuple(shots) if isinstance(shots, (tuple, list)) else (shots,), kind, top
+        self.shots, self.kind, self.top, self.max_failed = (None,) if shots is None else tuple(int(s) for s in np.atleast_1d(shots)), kind, top, max_failed
         queries = [int(q) for q in (pool if queries is None else queries)]
-        if not queries or not self.shots: raise ValueError(f"GreedyLoss: {len(queries)} queries, shots {self.shots}: wanted at least one of each")
+        if not queries or not self.shots or min(s or 1 for s in self.shots) < 1 or 0 in self.shots:
+            raise ValueError(f"GreedyLoss: {len(queries)} queries, shots {self.shots}: wanted at least one of each, and shots >= 1")
         self.world = partial(lambda *x: x, feedback, pool, store, queries) # out of sight of whoever describes a run
-        self.fingerprint = fingerprint("greedy loss", feedback.fingerprint, pool.only(queries).fingerprint, store.fingerprint, queries)
+        self.fingerprint = fingerprint("greedy loss", feedback.fingerprint, pool.only(queries).fingerprint, store.fingerprint, queries, self.shots)
 
     def __call__(self,
         learn, # Learner of a policy
     )->torch.Tensor: # float64 [queries], `top` - reward, mean over `shots`; `NoReward` names a sequence without one
         "Loss per query of the weights as they are"
-        feedback, pool, store, queries = self.world(); each = [greedy_rewards(learn.model, pool, store, feedback, S, queries, self.kind) for S in self.shots]
-        return self.top - torch.as_tensor(np.mean(each, 0), dtype=torch.float64)
+        feedback, pool, store, queries = self.world()
+        each = np.stack([greedy_rewards(learn.model, pool, store, feedback, S, queries, self.kind, strict=self.max_failed == 0) for S in self.shots]); lost = np.isnan(each)
+        if lost.mean() > self.max_failed:
+            raise NoReward(f"{lost.sum()} of {lost.size} greedy picks have no reward, first question_id {queries[lost.any(0).argmax()]}: more than max_failed = {self.max_failed:g}. Mend the cause, "
+                           "or leave these questions out")
+        return self.top - torch.as_tensor(np.where(lost, 0., each).mean(0), dtype=torch.float64)

@@ -34,7 +34,7 @@ from .rldata_generate import (Busy, FactCache, NotVerified, TooManyFailures, ask
                                        run_lock, shard_queries)
 from .rldata_scale import DTYPES, READERS, Job, expected_rate, generate_ray
 
-# %% ../nbs/95_cli.ipynb #1461e79e
+# %% ../nbs/95_cli.ipynb #f2246f37
 STATUS = {0: "done", 1: "the work failed: rows, a check, the machine", 2: "a flag, a file or an id is wrong, and nothing was begun with it",
           3: "somebody else writes there; try later", 130: "interrupted; what is finished is kept, the same command goes on"}
 
@@ -62,7 +62,7 @@ def one_line(
     text = str(e.args[0]) if isinstance(e, KeyError) and e.args else str(e)
     text = "; ".join(l.strip().rstrip(";") for l in text.split("\n\n")[0].splitlines() if l.strip()).replace(":; ",
                 ": ").replace("overwrite=True", "--overwrite").replace("other_pool=True", "--other-pool")
-    known = isinstance(e, (ValueError, LookupError, ImportError, OSError, Busy, Failed, NotVerified, TooManyFailures))
+    known = isinstance(e, (ValueError, LookupError, ImportError, OSError, Busy, Failed, NotVerified, TooManyFailures)) or type(e).__name__ == "NoReward" # of a page that is slow to import
     return text if known and text else f"{type(e).__name__}: {text} (--debug shows where)"
 
 # %% ../nbs/95_cli.ipynb #c80aede4
@@ -348,7 +348,7 @@ def add_pools(commands):
     _pool_flags(p.add_argument_group("pools"))
     p.add_argument("--device", metavar="NAME", help="torch device (default: a GPU if there is one)"); _run_flags(p, rate=None)
 
-# %% ../nbs/95_cli.ipynb #84079001
+# %% ../nbs/95_cli.ipynb #2f5e8751
 def add_generate(
     commands, # what `add_subparsers` returned
 ):
@@ -385,20 +385,15 @@ def add_generate(
 def _proposer(args, job):
     "(the job as the selector wants it, the selector or None)"
     if args.selector is None: return job, None
-    model = open_selector(args.selector); job = replace(job, kind=(model.info or {}).get("kind") or job.kind)
-    if max(job.shots) > model.max_shots: raise Bad(f"--shots {max(job.shots)}: the selector in {args.selector} picks at most {model.max_shots} (max_shots)")
-    if not args.dry_run and not args.other_pool:
-        from leverplus.infer import check_pool
-        check_pool(model, job.inputs()[2])
-    return job, model
+    model = open_selector(args.selector); return replace(job, kind=(model.info or {}).get("kind") or job.kind), model
 
 def do_generate(args):
     "Make the job and run it"
     if args.verify < 0 or (args.ray is not None and args.ray < 1): raise Bad("--verify wants a number >= 0, --ray one >= 1")
     job = job_of(args, FIELDS); _to_resume(args, f"manifest{shard_tag(args.shard)}.json"); job, model = _proposer(args, job)
     if args.dry_run: return _plan_generate(args, job)
-    if args.ray is None: data = job.run(args.out, args.shard, args.verify, not args.quiet, model)
-    else: data = generate_ray(job, args.out, args.ray, args.threads, args.gpus, args.shard, args.verify, not args.quiet, policy=model)
+    if args.ray is None: data = job.run(args.out, args.shard, args.verify, not args.quiet, model, args.other_pool)
+    else: data = generate_ray(job, args.out, args.ray, args.threads, args.gpus, args.shard, args.verify, not args.quiet, policy=model, other_pool=args.other_pool)
     said = {"rows": len(data), "queries": len(data.queries), "failed": int(data.rows.eval_failed.sum()), "fingerprint": data.fingerprint}
     if v := data.manifest.get("verify"):
         said["verified"] = f"{v['asked']} of {v['drawn']}, log P within {v['logprob']:.1g} (allowed {v['tolerance']:g}), {v['text']} other texts"
@@ -563,7 +558,7 @@ def add_merge(commands):
     g.add_argument("--seed", type=number_arg(0), default=0, metavar="N", help="of the lots (default: 0)")
     _reward_flags(p); _run_flags(p, rate=None)
 
-# %% ../nbs/95_cli.ipynb #e4c43057
+# %% ../nbs/95_cli.ipynb #7f46627d
 OBJECTIVES = dict(rce="fit_rce", listwise="fit_listwise", sft="fit_sft", grpo="fit_grpo")
 EPOCHS = 5 # of an objective, if nothing is said
 
@@ -616,13 +611,14 @@ def _learner(args, train, dev, store, items):
     with warnings.catch_warnings(): warnings.simplefilter("ignore"); fit(Path(args.out), 0) # try the settings, train nothing
     return learn, fit
 
-def _choose_by(args, job, learn, dev, items, store):
+def _choose_by(args, scorer, learn, dev, items, store):
     "The score of `--choose accuracy`, which knows what is stored of dev, and keeps what it asks in the run's folder"
     from leverplus.callback_onpolicy import Feedback, GreedyLoss
-    scorer, cache = job.scorer(), FactCache(Path(args.out)/"facts"); known = dev.rows[(dev.rows.scorer == facts_fingerprint(scorer, args.style)) & ~dev.rows.eval_failed]
-    if not len(cache) and len(known): cache.add(known[["question_id", "pointer", *FACT_COLUMNS]])
+    cache, known = FactCache(Path(args.out)/"facts"), dev.rows[~dev.rows.eval_failed]
+    if not len(cache): cache.add(known[["question_id", "pointer", *FACT_COLUMNS]])
     shots = None if getattr(learn.model, "stop", None) is not None else dev.shots
-    return GreedyLoss(Feedback(scorer, items, cache, "soft_only", args.style, progress=args.progress), dev.pool, store, shots, dev.queries, learn.dls.info["kind"])
+    return GreedyLoss(Feedback(scorer, items, cache, "soft_only", args.style, progress=args.progress), dev.pool, store, shots, dev.queries, learn.dls.info["kind"],
+                      max_failed=Job().max_failed)
 
 @contextmanager
 def _lines(args, learn):
@@ -651,35 +647,42 @@ def do_train(args):
                weights=args.weights, kind=args.kind, bs=args.bs); chosen = {} if args.choose == "regret" else dict(choose=args.choose)
     what, prints = dict(recipe=args.recipe) if args.recipe else own, dict(train=train.fingerprint, dev=dev.fingerprint, store=store.fingerprint)
     if args.start is not None: prints["start"] = policy_fingerprint(learn.model)
+    if chosen:
+        if not _looks(args): raise Bad("--choose accuracy, but no stage chooses an epoch (best is false): leave it out, or let a stage keep its best")
+        scorer = job.scorer(); prints["scorer"] = same_scorer(dev, scorer, args.style)
     with run_lock(args.out):
         run = Run.create(args.out, dict(what, set=args.set, model=args.model, **chosen), args.seed, prints, overwrite=args.overwrite)
-        if chosen: learn.choose_by = _choose_by(args, job, learn, dev, items, store)
+        if chosen: learn.choose_by = _choose_by(args, scorer, learn, dev, items, store)
         with _lines(args, learn): fit(Path(args.out)/"state")
         h = learn.history.frame; best = float(h.valid_loss.min()) if len(h) else math.nan; acc = dict(dev_accuracy=1 - float(learn.choose_by(learn).mean())) if chosen else {}
         run.save_history(h)
         learn.save_selector(run.checkpoint, info=learn.dls.info | dict(seed=args.seed,
                     **{k: v for k, v in what.items() if k in ("recipe", "objective")}, **chosen))
-        run.finish(regret=best, epochs_done=len(h), **acc)
+        run.finish(regret=best, epochs_done=len(h), **acc) # the smallest regret of all epochs
     kept = f"dev accuracy {acc['dev_accuracy']:.4f} (of what is kept)" if acc else f"smallest dev regret {best:.4g}"
     print(f"{args.out}: epochs {len(h)}, {kept}, checkpoint {run.checkpoint}")
 
 def _looks(args):
     "How often `--choose accuracy` asks about every question of dev, at most"
     if args.choose == "regret": return 0
-    if not args.recipe: return 1 + (EPOCHS if args.epochs is None else args.epochs)
-    from leverplus.recipes import recipe
-    return sum(1 + s["n_epoch"] for s in recipe(args.recipe, **dict(args.set or {}))["stages"] if s.get("best") is not False and s["n_epoch"])
+    if args.recipe:
+        from leverplus.recipes import recipe
+        stages = recipe(args.recipe, **dict(args.set or {}))["stages"]
+    else: stages = [dict(n_epoch=EPOCHS if args.epochs is None else args.epochs) | dict(args.set or {})]
+    n = sum(1 + s["n_epoch"] for s in stages if s.get("best") is not False and s["n_epoch"])
+    return n + (n > 0 and stages[-1].get("best") is False) # and once more at the end
 
 def _plan_train(args, train, dev):
     n = len(train.queries)
     epochs = f"recipe {args.recipe}" if args.recipe else f"{args.objective}, {EPOCHS if args.epochs is None else args.epochs} epochs"
     total = 0 if args.recipe else n*(EPOCHS if args.epochs is None else args.epochs); looks = _looks(args)*len(dev.queries)*len(dev.shots)
+    asking = _asking_costs(SimpleNamespace(**vars(args) | dict(rate=None)), looks, shots=dev.shots)["time"] if looks else ""
     _print_plan(args, training=f"{n:,} questions, {len(train):,} sequences",
                 development=f"{len(dev.queries):,} questions, {len(dev):,} sequences", stages=epochs, LVLM_calls=f"at most {looks:,}, one per question of dev, shot count and epoch" if looks else 0,
-               time="not known for a recipe" if args.recipe else time_text(total, args.rate, "questions"),
+               time=("not known for a recipe" if args.recipe else time_text(total, args.rate, "questions")) + (f"; asking, at most: {asking}" if looks else ""),
                disk=f"weights and a state after every epoch in {args.out}")
 
-# %% ../nbs/95_cli.ipynb #8520d1e9
+# %% ../nbs/95_cli.ipynb #f4d7d173
 def add_train(commands):
     "Add `leverplus train`"
     p = add_door(commands, "train", do_train, "train a selector on tried sequences",
@@ -708,7 +711,7 @@ def add_train(commands):
     g.add_argument("--dev", metavar="RUN", help="data that choose the epoch (default: a share of the training questions)")
     g.add_argument("--dev-share", type=float, default=.2, metavar="X", help="that share, disjoint by picture (default: 0.2)")
     g.add_argument("--choose", default="regret", choices=["regret", "accuracy"],
-                help="what an epoch is kept for: least regret on the groups of --dev, or the accuracy of what greedy picks, about which the model is asked (default: regret)")
+                help="what an epoch is kept for: least regret on the groups of --dev, or the accuracy of what greedy picks, about which the vision-language model (--lvlm) is asked (default: regret)")
     _data_flags(p, None, limit=False); p.add_argument("--split", metavar="NAME", help="split of the questions of --dev (default: dev)"); _kind_flag(p); _model_flags(p)
     g = _run_flags(p, "a state", rate="questions per second, for the plan")
     g.add_argument("--overwrite", action="store_true", help="empty a folder with other settings")

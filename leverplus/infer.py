@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['PICKS', 'TRUTH', 'PICKERS', 'as_pointer', 'picks_frame', 'pick_zero', 'pick_random', 'pick_similar', 'pick_mmr',
-           'pick_fixed', 'check_pool', 'pick_model', 'candidates', 'OwnAnswer', 'confidence', 'rerank',
-           'adaptive_shots', 'check_results', 'write_results', 'pick', 'check_picks', 'predict']
+           'pick_fixed', 'pick_model', 'candidates', 'OwnAnswer', 'confidence', 'rerank', 'adaptive_shots',
+           'check_results', 'write_results', 'pick', 'check_picks', 'predict']
 
-# %% ../nbs/80_infer.ipynb #3a808475
+# %% ../nbs/80_infer.ipynb #7ed8ca85
 import json, math
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from .core import atomic_path, fingerprint, pad_rows, rng
-from .runs import Run, plain, settings_diff
+from .runs import Run, plain
+from .pools import check_pool
 from .vqa import normalise
 from .lvlm import Scored, Targets
 from .rldata_generate import FactCache, ask, best_sequences, facts_fingerprint, item_hashes, policy_fingerprint
@@ -119,19 +120,7 @@ def pick_fixed(
         raise ValueError(f"{name}: question {clash[0]} shares its picture with the fixed demonstrations {p}: take others, or leave the query out")
     return picks_frame(name, {q: p for q in pool.ids}, len(p))
 
-# %% ../nbs/80_infer.ipynb #fcd91839
-def check_pool(
-    model, # a selector; its `info["pool"]`, if any, is the rule of the pool that it was trained on
-    pool, # `Pool` that it is given
-    other_pool:bool=False, # True: take it all the same
-)->None: # ValueError names what differs
-    "Refuse a pool of another kind than the selector was trained on"
-    was = (getattr(model, "info", None) or {}).get("pool")
-    if was is None or other_pool: return
-    if d := settings_diff(was, plain(pool.rule)):
-        what = "; ".join(f"{k}: {a!r} in the checkpoint, {b!r} here" for k, (a, b) in d.items())
-        raise ValueError(f"the selector was trained on another kind of pool ({what}): make the pool as it says, or pass other_pool=True and say so in the report")
-
+# %% ../nbs/80_infer.ipynb #6fd82717
 def _batch(pool, store, qs, kind, device):
     "Query [B,D], candidates [B,K,D] and mask [B,K] of queries `qs`"
     cs = [pool[q] for q in qs]; flat = store.get([i for c in cs for i in c], kind)

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['SAMPLERS', 'Pool', 'local_rows', 'ids_rows', 'save_pool', 'load_pool', 'image_groups', 'sampler_parts', 'draw_block',
-           'make_pool', 'validate_pool', 'pool_similarity', 'plot_pools']
+           'make_pool', 'validate_pool', 'check_pool', 'pool_similarity', 'plot_pools']
 
-# %% ../nbs/13_pools.ipynb #1dd4240c
+# %% ../nbs/13_pools.ipynb #78d81950
 from itertools import chain
 from pathlib import Path
 import numpy as np, pandas as pd, torch, matplotlib.pyplot as plt
 from .core import atomic_path, fingerprint, read_json, rng, write_json
+from .runs import plain, settings_diff
 from .data import items_fingerprint
 from .embed import EmbedStore, content_hash, image_bytes
 
@@ -297,6 +298,19 @@ def validate_pool(
     return self
 
 Pool.validate = validate_pool
+
+# %% ../nbs/13_pools.ipynb #70569c2f
+def check_pool(
+    model, # a selector; its `info["pool"]`, if any, is the rule of the pool that it was trained on
+    pool, # `Pool` that it is given
+    other_pool:bool=False, # True: take it all the same
+)->None: # ValueError names what differs
+    "Refuse a pool of another kind than the selector was trained on"
+    was = (getattr(model, "info", None) or {}).get("pool")
+    if was is None or other_pool: return
+    if d := settings_diff(was, plain(pool.rule)):
+        what = "; ".join(f"{k}: {a!r} in the checkpoint, {b!r} here" for k, (a, b) in d.items())
+        raise ValueError(f"the selector was trained on another kind of pool ({what}): make the pool as it says, or pass other_pool=True and say so in the report")
 
 # %% ../nbs/13_pools.ipynb #96f788fe
 def pool_similarity(

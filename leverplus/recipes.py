@@ -422,7 +422,7 @@ def _frozen(learn, groups):
                          "(no encoder where its width is that of the embeddings)")
     return Freeze(*(n for g in groups for n in have[g]))
 
-# %% ../nbs/71_recipes.ipynb #ae842239
+# %% ../nbs/71_recipes.ipynb #fa4ddaf7
 def run_stage(
     learn:Learner, # any whose model has what the stage freezes
     stage:dict, # of a recipe
@@ -467,5 +467,6 @@ def fit_recipe(
             try: run_stage(learn, s, dry=True)
             except (TypeError, ValueError) as e: raise ValueError(f"{title}, stage {i} ({s['fit']}): {e}") from e
     learn.recipe = r
+    if getattr(learn, "choose_by", None) and all(s.get("best") is False for s in r["stages"]): warnings.warn(f"{title}: `choose_by` chooses nothing, since every stage keeps its last epoch (best=False)")
     for i, s in enumerate(r["stages"], 1): run_stage(learn, s, None if resume is None or s["n_epoch"] == 0 else Path(resume)/f"{i}-{s['fit']}")
     return learn

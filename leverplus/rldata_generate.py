@@ -470,14 +470,15 @@ def evaluated(
     rows = data.rows[data.rows.eval_failed | data.rows.vqa_acc_score.notna()]
     return RLData(whole_draws(rows, data.pool, data), data.pool, data.manifest)
 
-# %% ../nbs/32_rldata_generate.ipynb #5fd08881
+# %% ../nbs/32_rldata_generate.ipynb #59093d9f
 def policy_fingerprint(
     policy, # has `fingerprint`, or `state_dict`; TypeError if neither
 )->str: # 16 hexadecimal digits
     "Fingerprint of who proposes"
     own = getattr(policy, "fingerprint", None)
     if own is not None: return own() if callable(own) else own
-    if hasattr(policy, "state_dict"): return fingerprint(type(policy).__name__, dict(policy.state_dict()))
+    if hasattr(policy, "state_dict"): # what is no weight, such as a temperature, lies in the config
+        return fingerprint(type(policy).__name__, dict(policy.state_dict()), *([c] if isinstance(c := getattr(policy, "config", None), dict) else []))
     raise TypeError(f"policy {type(policy).__name__} has neither `fingerprint` nor `state_dict`: give it a `fingerprint`, so that a run can tell policies apart")
 
 def _settings(queries, items, pool, scorer, store, policy, shots, counts, seed, kind, scale, window, second, **asking):

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['READERS', 'DTYPES', 'Job', 'RayWorker', 'generate_ray', 'plan_run', 'visual_tokens', 'expected_rate']
 
-# %% ../nbs/36_rldata_scale.ipynb #580b0f59
+# %% ../nbs/36_rldata_scale.ipynb #a5a273f5
 import json, math, os, platform, time, traceback
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
@@ -17,7 +18,7 @@ from filelock import FileLock
 from .core import fingerprint, repo_path, rng
 from .data import VERIFY, check_splits, items_fingerprint, read_okvqa, read_soft_labels, read_vqav2
 from .embed import KINDS, EmbedStore, embed_items
-from .pools import SAMPLERS, Pool, make_pool
+from .pools import SAMPLERS, Pool, check_pool, make_pool
 from .vqa import answer_targets
 from .cost import PEAKS, feature_bytes, prompt_flops, qwen_config
 from .prompt import STYLES
@@ -122,17 +123,32 @@ def open(self:Job)->tuple: # (items, EmbedStore, Pool, scorer)
     "Read, embed, draw, load"
     return *self.inputs(), self.scorer()
 
-# %% ../nbs/36_rldata_scale.ipynb #e1abcc67
+# %% ../nbs/36_rldata_scale.ipynb #6b62b65c
+@patch
+def check_policy(self:Job,
+    policy, # a selector, or anything else that proposes
+    store, pool, # of `inputs`
+    other_pool:bool=False, # see `check_pool`
+)->None: # ValueError says what does not fit
+    "Refuse a selector that reads other embeddings, was trained on other pools, or picks fewer demonstrations"
+    kind, most, width = (getattr(policy, "info", None) or {}).get("kind"), getattr(policy, "max_shots", None), getattr(policy, "d_in", None)
+    if kind not in (None, self.kind): raise ValueError(f"the selector reads embeddings of kind {kind!r}, this job has {self.kind!r}: make it a Job(kind={kind!r})")
+    if width not in (None, store.dim(self.kind)):
+        raise ValueError(f"the selector reads vectors of {width} numbers, {self.kind!r} ones of {Path(self.clip).name} have {store.dim(self.kind)}: take the embedder (clip) that it was trained with")
+    if most is not None and max(self.shots) > most: raise ValueError(f"{max(self.shots)} shots: the selector picks at most {most} (max_shots)")
+    check_pool(policy, pool, other_pool)
+
 @patch
 def generation(self:Job,
     path, # directory of the run
     shard:tuple|None=None, # (i, n): part i of n
     verify:int=0, # queries of which one row is asked again, of the reference scorer
     asks:bool=True, # False: without a scorer, to see what is to be done, and to finish
-    policy=None, # who proposes, e.g. a trained selector (it reads `kind`); None: the similarity prior
-)->Generation:
+    policy=None, # who proposes, e.g. a trained selector; None: the similarity prior
+    other_pool:bool=False, # take pools of another kind than the selector was trained on?
+)->Generation: # ValueError for a selector that is not for this job, before anything is written
     "Make this job's generation ready"
-    items, store, pool = self.inputs(); queries = items.question_id[items.split == self.split][:self.limit].tolist()
+    items, store, pool = self.inputs(); self.check_policy(policy, store, pool, other_pool); queries = items.question_id[items.split == self.split][:self.limit].tolist()
     return Generation(path, queries, items, pool, self.scorer() if asks else None, store, policy, shots=self.shots, counts=self.counts, seed=self.seed, kind=self.kind,
                       window=self.window, style=self.style, test=self.test, shard=shard, verify=verify, second=self.second, max_failed=self.max_failed)
 
@@ -142,12 +158,12 @@ def run(self:Job,
     shard:tuple|None=None, # (i, n): part i of n
     verify:int=0, # queries of which one row is asked again, of the reference scorer
     progress:bool=True, # show a bar
-    policy=None, # who proposes, see `Job.generation`
+    policy=None, other_pool:bool=False, # who proposes, see `Job.generation`
 )->RLData: # what lies in `path` when all is done; with `shard`, the rows of that shard
     "Run this job in this process, see `generate`"
-    return self.generation(path, shard, verify, policy=policy).run(progress)
+    return self.generation(path, shard, verify, policy=policy, other_pool=other_pool).run(progress)
 
-# %% ../nbs/36_rldata_scale.ipynb #fbefe6b0
+# %% ../nbs/36_rldata_scale.ipynb #3d1b354c
 def _ray():
     try: return import_module("ray"), import_module("ray.data")
     except ImportError as e:
@@ -160,7 +176,7 @@ class RayWorker:
         job:Job, # what to open
         path, # directory of the run
         threads:int=1, # of torch
-        **kw, # `shard`, `verify` and `policy` of `Job.generation`
+        **kw, # `shard`, `verify`, `policy` and `other_pool` of `Job.generation`
     ):
         self.run = self.error = None
         try:
@@ -184,7 +200,7 @@ class RayWorker:
             except Exception: out["error"] = traceback.format_exc()
         return out | dict(end=time.time())
 
-# %% ../nbs/36_rldata_scale.ipynb #49169e91
+# %% ../nbs/36_rldata_scale.ipynb #ba912af9
 @contextmanager
 def _cluster(ray, cpus, gpus):
     "A connected cluster with enough room; one that was not there before is left again"
@@ -218,16 +234,17 @@ def generate_ray(
     verify:int=0, # queries of which one row is asked again, of the reference scorer
     progress:bool=True, # show a bar
     each=None, # called with the dict of every finished window, see `RayWorker`
-    policy=None, # who proposes, see `Job.generation`; every actor gets a copy
+    policy=None, other_pool:bool=False, # who proposes, see `Job.generation`; every actor gets a copy, which computes on its CPU
 )->RLData: # the rows that one process would make
     "Run a job on a pool of Ray actors; ImportError without Ray, RuntimeError with a worker's traceback if one fails"
     ray, data = _ray(); path = Path(path).expanduser().absolute()
     if job.store is None: job = replace(job, store=str(path/"inputs")) # embedded here, once, and not by every worker
-    run = job.generation(path, shard, verify, asks=False, policy=policy)
+    who = dict(policy=deepcopy(policy).cpu() if isinstance(policy, torch.nn.Module) else policy, other_pool=other_pool) # an actor may have no GPU
+    run = job.generation(path, shard, verify, asks=False, **who)
     with run.lock(), _cluster(ray, workers*threads, workers*gpus):
         todo = run.todo() or [0] # with nothing to do, a window is opened all the same: its worker compares the settings
         with run.bar(progress, skip=set(range(len(run.windows))) - set(todo)) as step:
-            for k, out in enumerate(_stream(data, todo, workers, threads, gpus, (job, str(run.path), threads), dict(shard=run.shard, verify=verify, policy=policy))):
+            for k, out in enumerate(_stream(data, todo, workers, threads, gpus, (job, str(run.path), threads), dict(shard=run.shard, verify=verify, **who))):
                 if out["error"]: raise RuntimeError(f"{out['worker']}, window {out['window']}: {out['error'].strip().splitlines()[-1]}\n\n{out['error']}")
                 if not k: run.look() # a worker has begun
                 run.note(json.loads(out["seen"])); step(out["window"], **json.loads(out["tally"]))

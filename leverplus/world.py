@@ -18,7 +18,7 @@ from .pools import Pool, make_pool
 from .lvlm import SharedScorer, load_lvlm
 from .rldata_generate import FactCache, ask, facts_fingerprint
 
-# %% ../nbs/82_world.ipynb #239b62e3
+# %% ../nbs/82_world.ipynb #9bef0202
 K = 16 # pool size of the embedded world
 SPLITS = ("train", "dev", "test")
 
@@ -58,7 +58,7 @@ def load_world(
     seed:int=0, # of the pools
     K:int=K, # pool size
     clip="models/tiny-clip", lvlm="models/tiny-qwen2.5-vl", # folders below the checkout
-    sampler:str="random", # of the pools: random | text | image | mixed; `facts` knows every pair of the random ones of seed 0 alone
+    sampler:str="random", # of the pools: random | text | image | mixed; `facts` are of the random ones of the test split, seed 0, K 16
 )->World:
     "Read the embedded world, embed it, draw its pools, load its LVLM"
     items = read_islands(); store = embed_items(items, repo_path(clip), progress=False)

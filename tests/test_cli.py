@@ -149,6 +149,8 @@ def test_an_epoch_chosen_by_accuracy(there, monkeypatch):
     stored = RLData.load("runs/dev").rows; assert f"dev accuracy {acc:.4f}" in said and len(asked) == len(set(asked)) and not set(asked) & set(zip(stored.question_id, stored.pointer))
     assert f"accuracy {acc:.4f} (dev)" in go("infer --selector runs/chosen --split dev --n 12 --quiet --out runs/chosen-dev"); asked.clear(); go(line + "chosen --resume"); assert not asked
     assert "choose" in go(line.replace("accuracy", "regret") + "chosen", 2) and "at most 36, one per question" in go(line + "x --dry-run") and not Path("runs/x").exists()
+    assert "its facts are of scorer" in go(line + "other --lvlm mock", 2) and "its facts are of scorer" in go(line + "chosen --style chat", 2) # another judge than the one that made the data
+    assert "no stage chooses" in go("train runs/all --dev runs/dev --choose accuracy --recipe plan5-as-run --quiet --out runs/other", 2) and not Path("runs/other").exists()
     assert "at most 60" in go("train runs/all --dev runs/dev --choose accuracy --recipe ours --set {\"listwise\":{\"n_epoch\":4}} --dry-run --out runs/x") # the warm-up keeps its last epoch
 
 def test_recipes_and_shares(there):

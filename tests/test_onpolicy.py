@@ -210,6 +210,12 @@ def test_greedy_loss_is_what_a_table_would_say():
     with pytest.raises(ValueError, match="shots \\(\\)"): judge(shots=())
     with pytest.raises(ValueError, match="0 queries"): GreedyLoss(Feedback(None, ITEMS, FACTS), POOL, STORE, queries=[])
     with pytest.raises(NoReward, match=f"question_id {DEV[0]}"): judge(Counting(lambda s: replace(s, error="broken")))(learn)
+    assert judge(shots=range(2, 3)).shots == judge(shots=np.array([2])).shots == (2,) and judge(shots=np.array([2])).fingerprint == judge().fingerprint != judge(shots=(1, 2)).fingerprint
+    class Poor(Counting): # answers all questions but one
+        def run(self, prompts, *a, **k): return [replace(r, error="broken") if p.question_id == DEV[3] else r for p, r in zip(prompts, super().run(prompts, *a, **k))]
+    with pytest.raises(NoReward, match=f"question_id {DEV[3]}"): judge(Poor())(learn)
+    few = judge(Poor(), max_failed=.2)(learn); assert few[3] == 1 and torch.equal(few[:3], got[:3]) and torch.equal(few[4:], got[4:])
+    with pytest.raises(NoReward, match=f"1 of 8 .* first question_id {DEV[3]}"): judge(Poor(), max_failed=.1)(learn)
 
 def test_all_stages_choose_by_it_and_asking_costs_one_prompt_per_new_pick():
     "`choose_by` decides which weights a stage keeps, and is part of what a resumed stage must have in common"

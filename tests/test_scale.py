@@ -101,6 +101,17 @@ def test_a_worker_makes_windows_and_reports_errors_as_rows(tmp_path, mock):
     gone = RayWorker(replace(mock, lvlm=str(tmp_path/"no-model")), tmp_path/"x")(dict(window=[0])); assert "no-model" in gone["error"][0]
     late = RayWorker(mock, tmp_path/"r"); late.run.items = late.run.items.drop(late.run.windows[3][0]); assert "KeyError" in late(dict(window=[3]))["error"][0]
 
+def test_a_selector_that_does_not_fit_is_refused_before_anything_is_written(tmp_path, mock):
+    from leverplus.rldata_generate import policy_fingerprint; from leverplus.runs import plain; from leverplus.selector import PointerSelector
+    _, store, pool = mock.inputs(); make = lambda width=store.dim("mixed"), info=None, **kw: (m := PointerSelector(width, d_hidden=8, **kw), setattr(m, "info", info))[0]; rule = plain(pool.rule)
+    for m, says in [(make(info=dict(kind="image")), "kind 'image', this job has 'mixed'"), (make(7), "vectors of 7 numbers"), (make(max_shots=1), "picks at most 1"), (make(info=dict(pool=rule | dict(K=64))), "K: 64 in the checkpoint")]:
+        with pytest.raises(ValueError, match=says): mock.run(tmp_path/"r", policy=m, progress=False)
+        assert says in RayWorker(mock, tmp_path/"r", policy=m)(dict(window=[0]))["error"][0] and not (tmp_path/"r").exists()
+    good = make(info=dict(kind="mixed", pool=rule)); mock.run(tmp_path/"r", policy=good, progress=False); other = make(info=dict(pool=rule | dict(K=64)))
+    mock.run(tmp_path/"o", policy=other, other_pool=True, progress=False)
+    hot = make(temperature=1.); hot.load_state_dict(good.state_dict()); assert policy_fingerprint(hot) != policy_fingerprint(good) # the same weights, another temperature
+    with pytest.raises(ValueError, match="policy: there"): mock.run(tmp_path/"r", policy=hot, progress=False)
+
 def test_without_ray_it_says_what_to_install(tmp_path, mock, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ImportError, match=r"pip install -e '\.\[ray\]'.*shard=\(i, n\)"): generate_ray(mock, tmp_path/"r")
