@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['draw_groups', 'distinct_advantage', 'DistinctPG', 'NoReward', 'Feedback', 'OnPolicy', 'greedy_rewards', 'GreedyLoss']
 
-# %% ../nbs/68_callback_onpolicy.ipynb #2fc39b06
+# %% ../nbs/68_callback_onpolicy.ipynb #f2fc1f74
 import warnings
 from functools import partial
 import numpy as np, pandas as pd, torch
@@ -15,7 +15,7 @@ from fastai.data.load import DataLoader
 from .core import fingerprint, masked_mean, pad_rows, rng
 from .groups import FACT_COLUMNS, TEXT_FACTS, RLData, as_record
 from .rewards import reward as reward_of, reward_facts
-from .rldata_generate import as_cache, ask, best_sequences, facts_fingerprint
+from .rldata_generate import TooManyFailures, as_cache, ask, best_sequences, facts_fingerprint
 from .losses import inclusion_logp, live_groups
 from .callback_core import Objective, StageCallback
 from .callback_grpo import GRPO, RLOO
@@ -118,8 +118,8 @@ class DistinctPG(Objective):
         self.adv = distinct_advantage(logp, kappa, rewards, mask)
         return -masked_mean((self.adv * logp.masked_fill(~mask, 0.)).sum(-1), mask.any(-1))
 
-# %% ../nbs/68_callback_onpolicy.ipynb #43a400f6
-class NoReward(RuntimeError):
+# %% ../nbs/68_callback_onpolicy.ipynb #1daf8470
+class NoReward(TooManyFailures):
     "A sequence that was drawn has no reward"
 
 class _Counted:
@@ -314,7 +314,7 @@ class OnPolicy(StageCallback):
         rows = rows.drop(columns="round").assign(similarity_score=near).join(facts)
         return RLData(as_record(rows), pool.only(dict.fromkeys(rows.question_id)), dict(onpolicy=how))
 
-# %% ../nbs/68_callback_onpolicy.ipynb #c2973b42
+# %% ../nbs/68_callback_onpolicy.ipynb #aa496d44
 def greedy_rewards(
     policy, # module with `encode` and `step_logp`
     pool, # `Pool`
@@ -343,11 +343,11 @@ class GreedyLoss:
         queries=None, # question_ids; None: all of `pool`
         kind:str="mixed", # embeddings that the policy reads
         top:float=1., # the best reward there is
-        max_failed:float=0., # share of picks, 0..1, that may have no reward, such as those with a broken image; they count as reward 0. Past it `NoReward`
+        max_failed:float=0., # share of picks, 0..1, that may have no reward, such as those with a broken image; they count as reward 0, with a warning. Past it `NoReward`
     ):
         self.shots, self.kind, self.top, self.max_failed = (None,) if shots is None else tuple(int(s) for s in np.atleast_1d(shots)), kind, top, max_failed
         queries = [int(q) for q in (pool if queries is None else queries)]
-        if not queries or not self.shots or min(s or 1 for s in self.shots) < 1 or 0 in self.shots:
+        if not queries or not self.shots or any(s is not None and s < 1 for s in self.shots):
             raise ValueError(f"GreedyLoss: {len(queries)} queries, shots {self.shots}: wanted at least one of each, and shots >= 1")
         self.world = partial(lambda *x: x, feedback, pool, store, queries) # out of sight of whoever describes a run
         self.fingerprint = fingerprint("greedy loss", feedback.fingerprint, pool.only(queries).fingerprint, store.fingerprint, queries, self.shots)
@@ -361,4 +361,5 @@ class GreedyLoss:
         if lost.mean() > self.max_failed:
             raise NoReward(f"{lost.sum()} of {lost.size} greedy picks have no reward, first question_id {queries[lost.any(0).argmax()]}: more than max_failed = {self.max_failed:g}. Mend the cause, "
                            "or leave these questions out")
+        if lost.any(): warnings.warn(f"GreedyLoss: {lost.sum()} of {lost.size} greedy picks have no reward and count as 0, first question_id {queries[lost.any(0).argmax()]}")
         return self.top - torch.as_tensor(np.where(lost, 0., each).mean(0), dtype=torch.float64)

@@ -34,7 +34,7 @@ from .rldata_generate import (Busy, FactCache, NotVerified, TooManyFailures, ask
                                        run_lock, shard_queries)
 from .rldata_scale import DTYPES, READERS, Job, expected_rate, generate_ray
 
-# %% ../nbs/95_cli.ipynb #f2246f37
+# %% ../nbs/95_cli.ipynb #1461e79e
 STATUS = {0: "done", 1: "the work failed: rows, a check, the machine", 2: "a flag, a file or an id is wrong, and nothing was begun with it",
           3: "somebody else writes there; try later", 130: "interrupted; what is finished is kept, the same command goes on"}
 
@@ -62,7 +62,7 @@ def one_line(
     text = str(e.args[0]) if isinstance(e, KeyError) and e.args else str(e)
     text = "; ".join(l.strip().rstrip(";") for l in text.split("\n\n")[0].splitlines() if l.strip()).replace(":; ",
                 ": ").replace("overwrite=True", "--overwrite").replace("other_pool=True", "--other-pool")
-    known = isinstance(e, (ValueError, LookupError, ImportError, OSError, Busy, Failed, NotVerified, TooManyFailures)) or type(e).__name__ == "NoReward" # of a page that is slow to import
+    known = isinstance(e, (ValueError, LookupError, ImportError, OSError, Busy, Failed, NotVerified, TooManyFailures))
     return text if known and text else f"{type(e).__name__}: {text} (--debug shows where)"
 
 # %% ../nbs/95_cli.ipynb #c80aede4
@@ -558,7 +558,7 @@ def add_merge(commands):
     g.add_argument("--seed", type=number_arg(0), default=0, metavar="N", help="of the lots (default: 0)")
     _reward_flags(p); _run_flags(p, rate=None)
 
-# %% ../nbs/95_cli.ipynb #7f46627d
+# %% ../nbs/95_cli.ipynb #80468faa
 OBJECTIVES = dict(rce="fit_rce", listwise="fit_listwise", sft="fit_sft", grpo="fit_grpo")
 EPOCHS = 5 # of an objective, if nothing is said
 
@@ -611,14 +611,14 @@ def _learner(args, train, dev, store, items):
     with warnings.catch_warnings(): warnings.simplefilter("ignore"); fit(Path(args.out), 0) # try the settings, train nothing
     return learn, fit
 
-def _choose_by(args, scorer, learn, dev, items, store):
+def _choose_by(args, job, scorer, learn, dev, items, store):
     "The score of `--choose accuracy`, which knows what is stored of dev, and keeps what it asks in the run's folder"
     from leverplus.callback_onpolicy import Feedback, GreedyLoss
     cache, known = FactCache(Path(args.out)/"facts"), dev.rows[~dev.rows.eval_failed]
     if not len(cache): cache.add(known[["question_id", "pointer", *FACT_COLUMNS]])
     shots = None if getattr(learn.model, "stop", None) is not None else dev.shots
     return GreedyLoss(Feedback(scorer, items, cache, "soft_only", args.style, progress=args.progress), dev.pool, store, shots, dev.queries, learn.dls.info["kind"],
-                      max_failed=Job().max_failed)
+                      max_failed=job.max_failed)
 
 @contextmanager
 def _lines(args, learn):
@@ -652,7 +652,7 @@ def do_train(args):
         scorer = job.scorer(); prints["scorer"] = same_scorer(dev, scorer, args.style)
     with run_lock(args.out):
         run = Run.create(args.out, dict(what, set=args.set, model=args.model, **chosen), args.seed, prints, overwrite=args.overwrite)
-        if chosen: learn.choose_by = _choose_by(args, scorer, learn, dev, items, store)
+        if chosen: learn.choose_by = _choose_by(args, job, scorer, learn, dev, items, store)
         with _lines(args, learn): fit(Path(args.out)/"state")
         h = learn.history.frame; best = float(h.valid_loss.min()) if len(h) else math.nan; acc = dict(dev_accuracy=1 - float(learn.choose_by(learn).mean())) if chosen else {}
         run.save_history(h)

@@ -198,7 +198,7 @@ class Resume(StageCallback):
         if "scaler" in s: self.learn.mixed_precision.scaler.load_state_dict(s["scaler"])
         _set_rng_state(self.dls, s["rng"])
 
-# %% ../nbs/70_learner.ipynb #93d53673
+# %% ../nbs/70_learner.ipynb #5e2f063b
 @patch
 def fit_stage(self:Learner,
     n_epoch:int, # epochs, >= 0; 0 says so and changes nothing
@@ -206,7 +206,7 @@ def fit_stage(self:Learner,
     cbs, # what makes the stage: objective, penalties, schedules
     max_norm:float|None=1., # gradients are clipped to this norm; None = not
     skip_flat:bool=True, # leave groups without reward differences out
-    best:bool|Best=True, # keep the best weights by `learn.choose_by`, or else by regret; a `Best` of your own; False = keep the last
+    best:bool|dict|Best=True, # keep the best weights by `learn.choose_by`, or else by regret; a dict has other settings of `Best`; a `Best` of your own; False = keep the last
     watch:str|Watch|None="warn", # after the first epoch: "warn" | "raise" if nothing can be learned; None = not
     resume=None, # folder of this stage: written after every epoch, continued after a kill; see `Resume`
     split_shots:bool=False, # sequences of different lengths are groups of their own, see `SplitShots`
@@ -214,13 +214,14 @@ def fit_stage(self:Learner,
     "Train one stage with a fresh optimiser; leaves nothing behind but weights and history"
     name = ", ".join(type(cb).__name__ for cb in L(cbs))
     if n_epoch < 0: raise ValueError(f"fit_stage: {n_epoch} epochs, wanted 0 or more")
+    if best is True or isinstance(best, dict): best = Best(**dict(score=getattr(self, "choose_by", None) or valid_loss) | (best if isinstance(best, dict) else {}))
     if n_epoch == 0: warnings.warn(f"0 epochs asked of the stage ({name}): the policy stays as it is"); return self
     for p in self.model.parameters(): p.grad = None   # what an interrupted fit may have left
     more = [ParamScheduler({"lr": SchedCos(lr, 0.)})]
     if split_shots: more.append(SplitShots())
     if skip_flat: more.append(SkipFlat())
     if max_norm is not None: more.append(GradientClip(max_norm))
-    if best: more.append(Best(getattr(self, "choose_by", None) or valid_loss) if best is True else best)
+    if best: more.append(best)
     if watch and any(isinstance(cb, RLStats) for cb in self.cbs): more.append(Watch(watch) if isinstance(watch, str) else watch)
     if resume is not None: more.append(Resume(resume))
     self.fit(n_epoch, lr, cbs=[*L(cbs), *more], reset_opt=True)
@@ -301,7 +302,7 @@ def fit_grpo(self:Learner,
     cbs=(), # more callbacks of this stage, e.g. `AdaptiveKL()`, `EntropyFloor()`, `TopKCurriculum()`
     max_norm:float|None=1., # as in `fit_stage`
     skip_flat:bool=True, # as in `fit_stage`
-    best:bool|Best=True, # as in `fit_stage`
+    best:bool|dict|Best=True, # as in `fit_stage`
     watch:str|Watch|None="warn", # as in `fit_stage`
     resume=None, # as in `fit_stage`
     split_shots:bool=False, # as in `fit_stage`

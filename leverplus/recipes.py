@@ -6,7 +6,7 @@
 __all__ = ['STAGES', 'FILTERS', 'CALLBACKS', 'RECIPES', 'TopKFirst', 'check_recipe', 'recipe', 'save_recipe', 'load_recipe',
            'recipes_table', 'recipe_learner', 'run_stage', 'fit_recipe']
 
-# %% ../nbs/71_recipes.ipynb #18df9e69
+# %% ../nbs/71_recipes.ipynb #250c593f
 import difflib, inspect, warnings
 from copy import copy, deepcopy
 from functools import partial
@@ -25,7 +25,6 @@ from .callback_rce import RCE
 from .callback_grpo import GRPO, RLOO
 from .callback_kl import AdaptiveKL, EntropyFloor, KLToRef
 from .callback_schedule import Freeze, NoDropout, Phases, SplitShots, TempSchedule, TopKCurriculum, keep_k
-from .callback_track import Best
 from .callback_listwise import SFT, Listwise
 from .learner import selector_learner
 
@@ -422,7 +421,7 @@ def _frozen(learn, groups):
                          "(no encoder where its width is that of the embeddings)")
     return Freeze(*(n for g in groups for n in have[g]))
 
-# %% ../nbs/71_recipes.ipynb #fa4ddaf7
+# %% ../nbs/71_recipes.ipynb #9d3e7170
 def run_stage(
     learn:Learner, # any whose model has what the stage freezes
     stage:dict, # of a recipe
@@ -430,14 +429,13 @@ def run_stage(
     dry:bool=False, # try the settings, train nothing
 )->Learner: # the Learner itself
     "Run one stage"
-    kw = dict(stage); fit, anchor, freeze, queries, specs, best = (kw.pop(k, None) for k in ("fit", "anchor", "freeze", "queries", "cbs", "best"))
+    kw = dict(stage); fit, anchor, freeze, queries, specs = (kw.pop(k, None) for k in ("fit", "anchor", "freeze", "queries", "cbs"))
     if anchor and not dry: set_anchor(learn, anchor)
     def policy(ref): return learn.model if dry else find_reference(learn, ref, "GRPO")
     cbs = [_named(spec, CALLBACKS, "callback") for spec in specs or ()]
     for given in (kw, *(f.keywords for f in cbs)):
         if isinstance(given.get("old"), str): given["old"] = policy(given["old"])
     cbs = [f() for f in cbs]
-    if best is not None: kw["best"] = Best(**(dict(score=learn.choose_by) if getattr(learn, "choose_by", None) else {}) | best) if isinstance(best, dict) else best
     if freeze: cbs.append(_frozen(learn, freeze))
     if queries is not None: ids = _chosen(learn, queries)
     if dry: kw["n_epoch"] = 0

@@ -2,7 +2,7 @@
 import json, os, pickle, shutil, signal, subprocess, sys, textwrap, time
 from dataclasses import asdict, replace
 from pathlib import Path
-import numpy as np, pandas as pd, pytest
+import numpy as np, pandas as pd, pytest, torch
 from hypothesis import given, settings, strategies as st
 from leverplus.core import read_json, repo_path
 from leverplus.data import BadItems
@@ -125,8 +125,8 @@ def ray():
 
 def test_two_ray_actors_make_what_one_process_makes(tmp_path, mock, ray):
     "Here what a selector proposes, which goes along to the actors"
-    from leverplus.selector import PointerSelector; items, store, pool = mock.inputs(); import torch; torch.manual_seed(0)
-    policy = PointerSelector(store.get(items.question_id.tolist()[:1], "mixed").shape[-1], d_hidden=16, prior=False).eval()
+    from leverplus.selector import PointerSelector; _, store, _ = mock.inputs(); torch.manual_seed(0)
+    policy = PointerSelector(store.dim("mixed"), d_hidden=16, prior=False).eval()
     whole, seen = mock.run(tmp_path/"one", verify=4, progress=False, policy=policy), []; data = generate_ray(mock, tmp_path/"ray", workers=2, verify=4, progress=False, each=seen.append, policy=policy)
     pd.testing.assert_frame_equal(data.rows, whole.rows); assert data.fingerprint == whole.fingerprint and data.manifest["settings"] == whole.manifest["settings"]
     assert sorted(p.name for p in (tmp_path/"ray").glob("part-*")) == sorted(p.name for p in (tmp_path/"one").glob("part-*")) and data.manifest["parts"] == whole.manifest["parts"]
