@@ -103,8 +103,9 @@ class Trial:
 def listwise(t, learn): return learn.fit_listwise(t.epochs, 3e-3, tau=.2, **t.split)
 def on_policy(t, learn, objective, lr, rounds=10, G=12):
     "As many different questions to the LVLM as the stored groups have rows, at most"
-    w = t.world; return learn.fit_onpolicy(w.scorer, w.items, w.store, rounds, lr, objective, G=G, queries_per_round=len(t.train.queries)//rounds, bs=32, reward=t.mode,
-                                           patience=None, cache=FactCache(t.out/"facts"/"train"), seed=t.seed)
+    w, shots = t.world, shots_of(t.name); shots = shots[0] if len(shots) == 1 else shots; n = int(np.size(shots)) # groups per question
+    return learn.fit_onpolicy(w.scorer, w.items, w.store, rounds, lr, objective, G=G, shots=shots, queries_per_round=len(t.train.queries)//rounds, bs=32//n, reward=t.mode,
+                              patience=None, cache=FactCache(t.out/"facts"/"train"), seed=t.seed)
 
 def mended(t):
     "The reports' RCE + GRPO with four defects of the second stage mended: old policy and reference from its start, an exact KL, no cut by reward, no dropout"

@@ -1,14 +1,14 @@
-"""Training and proposing with the pointer selector, side by side with the plain way: one RCE epoch, and beam-5 proposals from pools of 64 and from a whole split.
+"""Training and proposing with the pointer selector, side by side with the plain way: one RCE epoch, beam-5 proposals from pools of 64 and from a whole split; the KL to a reference.
 
-`python bench/selector.py [threads] [repeats] [queries] [demonstrations]` prints two tables. Setting: 800 queries x 16 stored sequences, S = 2, D = 512, H = 256, 1 layer,
+`python bench/selector.py [threads] [repeats] [queries] [demonstrations]` prints four tables. Setting: 800 queries x 16 stored sequences, S = 2, D = 512, H = 256, 1 layer,
 pools drawn from a training split of 9,009. The plain way trains on one query at a time and encodes its candidates again for every sequence (as one batch of 16, or one after the other); it proposes with a Python loop
-over candidates. It is timed on a part of the queries and scaled. Both sides alternate in one process; losses, gradients, proposals and their log-probabilities must agree.
+over candidates. It is timed on a part of the queries and scaled. The KL of sequences of four is summed over all prefixes, or over 256 that are drawn. Both sides alternate in one process; losses, gradients, proposals and their log-probabilities must agree.
 """
 import ctypes, gc, math, os, statistics, sys, threading, time
 from pathlib import Path
 import torch, pandas as pd
-from leverplus.core import frozen, seed_all
-from leverplus.losses import rce_loss
+from leverplus.core import frozen, rng, seed_all
+from leverplus.losses import kl_steps, rce_loss
 from leverplus.selector import PointerSelector, Shared
 
 D, H, K, N, S, W, BIG = 512, 256, 64, 16, 2, 5, 9009
@@ -83,6 +83,14 @@ def same_beams(plain, found):
         torch.testing.assert_close(l, torch.tensor(lp), atol=1e-3, rtol=1e-4)
         assert [tuple(x) for x in s.tolist()] == seqs or min(abs(x - y) for x, y in zip(lp, lp[1:])) < 1e-4, (s, seqs)
 
+# ---- staying near ---------------------------------------------------------------------------------------------------
+
+def kl(m, ref, xb, limit, seed=0):
+    "Mean KL of sequences of four, and its gradient"
+    enc, old = m.encode(*xb), ref.encode(*xb); mask = torch.ones(xb[1].shape[:2], dtype=torch.bool)
+    out = kl_steps(lambda p: m.step_logp(enc, p), torch.no_grad()(lambda p: ref.step_logp(old, p)), mask, 4, limit, rng("bench", seed)).sum(-1).mean()
+    m.zero_grad(); out.backward(); return out.item()
+
 # ---- timing ---------------------------------------------------------------------------------------------------------
 
 def rss(): return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
@@ -136,5 +144,10 @@ def main(threads=1, repeats=3, Q=800, U=BIG):
         enc = m.encode(query[:2], vecs)
         jobs = [("plain: a loop over candidates, encoded before", 2, lambda: [beam_plain(m, enc, b) for b in range(2)]), ("batched, one pool, with its encoding", Q, lambda: m.beam(m.encode(query, vecs), S, W))]
         print(f"beam-5 proposals, K = {U:,}: the whole split"); table(jobs, repeats, lambda outs: same_beams(outs[0], outs[1]))
+    i, ref = torch.arange(min(32, Q)), policy(); xb = query[i], vecs[index[i, :16]]
+    with torch.no_grad(): ref.gains.copy_(torch.tensor([.5, 1.]))
+    jobs = [(name, len(i), lambda n=n: kl(m, ref, xb, n)) for name, n in (("all 3,360 prefixes", 3360), ("256 of them, drawn", 256), ("64 of them, drawn", 64))]
+    print(f"KL to a reference and its gradient, K = 16, S = 4, a batch of {len(i)}"); table(jobs, repeats)
+    true = kl(m, ref, xb, 3360); print(", ".join(f"{n} drawn: {100*statistics.stdev(kl(m, ref, xb, n, s) for s in range(10))/true:.1f} %" for n in (256, 64)) + " of the KL is the spread of one estimate")
 
 if __name__ == "__main__": main(*map(int, sys.argv[1:]))

@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['StepTerm', 'KLToRef', 'AdaptiveKL', 'EntropyFloor']
 
-# %% ../nbs/64_callback_kl.ipynb #85d7baad
+# %% ../nbs/64_callback_kl.ipynb #16375d6a
 import warnings
 import torch
+import torch.nn.functional as F
 from torch import nn
-from .core import frozen, masked_mean
+from .core import frozen, masked_mean, rng
 from .losses import entropy_steps, kl_k3, kl_steps
 from .callback_core import StageCallback, Objective, active_dropout, find_reference
 
-# %% ../nbs/64_callback_kl.ipynb #4b397837
+# %% ../nbs/64_callback_kl.ipynb #f4d7c7b5
 class StepTerm(StageCallback):
     "Base of added terms that are sums over the exact distributions of each step"
     order = Objective.order+1
@@ -38,8 +39,18 @@ class StepTerm(StageCallback):
         counts = torch.arange(S, device=n.device) < n + (self.ends & (n > 0))
         return counts & self.yb[1].any(-1, keepdim=True) if on == "live" else counts
 
+    def per_step(self, sums, counts):
+        "What `sums(inputs, how many steps)` says of the steps that count [B,S], 0 elsewhere: nobody walks further than its own sequences"
+        n, S = counts.sum(-1), counts.shape[-1]; lengths = n.unique().tolist()
+        if lengths == [S]: return sums(self.xb[:3], S)
+        at = [(n == s).nonzero()[:, 0] for s in lengths]
+        parts = [F.pad(sums([x[i] for x in self.xb[:3]], s), (0, S-s)) if s else self.pred.new_zeros(len(i), S) for s, i in zip(lengths, at)]
+        return torch.cat(parts)[torch.cat(at).argsort()]
+
+    def draw(self): return rng("prefixes", self.epoch, self.iter) # who is looked at, where a step has too many prefixes; leaves the generator of the training alone
+
 class KLToRef(StepTerm):
-    "Add `beta` times the exact KL to a reference policy to what is differentiated"
+    "Add `beta` times the KL to a reference policy to what is differentiated; it is exact while no step has more than `limit` prefixes"
     _stateattrs, needs = ("ref",), ("encode", "step_logp", "logp")
     def __init__(self,
         ref="start", # "start" | the name of an anchor, e.g. "sft" | a module (copied and frozen) | folder of a checkpoint
@@ -47,8 +58,9 @@ class KLToRef(StepTerm):
         on:str="all", # mean over "all" queries of the batch | "live" ones, whose group is in the loss
         how:str="exact", # what is added: "exact" KL | "k3" of the reports; both are logged
         shots:int|None=None, # steps that count; None = as many as the batch's sequences have, and one more for STOP
-        limit:int=5000, # most prefixes per query, see `kl_steps`
+        limit:int=256, # most prefixes per query and step; where there are more, so many are drawn, see `kl_steps`
     ):
+        if limit < 1: raise ValueError(f"KLToRef: limit {limit} prefixes, wanted >= 1")
         if not isinstance(ref, (nn.Module, str)) and not hasattr(ref, "__fspath__"):
             raise ValueError(f"KLToRef: ref {ref!r}, wanted 'start', the name of an anchor, a module or a folder")
         if on not in ("all", "live"): raise ValueError(f"KLToRef: on {on!r}, wanted 'all' or 'live'")
@@ -73,16 +85,13 @@ class KLToRef(StepTerm):
     def mean_kl(self): return self.sum / self.n if self.n else float("nan") # over the queries of this epoch so far
 
     def after_loss(self):
-        S = self.steps; enc = self.model.encode(*self.xb[:3])
-        with torch.no_grad():
-            ref_enc = self.ref.encode(*self.xb[:3]); ref_logp = self.ref.logp(ref_enc, self.xb[3], self.xb[4])
-        ref = self.steps_of(self.ref, ref_enc)
-        def frozen_ref(prefix):
-            with torch.no_grad(): return ref(prefix)
-        with torch.set_grad_enabled(self.how == "exact" and self.beta > 0):
-            kls = kl_steps(self.steps_of(self.model, enc), frozen_ref, self.xb[2], S, self.limit)
-        counts = self.counted(S, self.on); some = counts.any(-1)
-        kl = masked_mean(kls.masked_fill(~counts, 0.).sum(-1), some)
+        counts = self.counted(self.steps, self.on); some = counts.any(-1); draw = self.draw()
+        with torch.no_grad(): whole = self.ref.encode(*self.xb[:3]); ref_logp = self.ref.logp(whole, self.xb[3], self.xb[4])
+        def sums(xb, S):
+            with torch.no_grad(): ref = self.steps_of(self.ref, whole if len(xb[0]) == len(some) else self.ref.encode(*xb))
+            return kl_steps(self.steps_of(self.model, self.model.encode(*xb)), torch.no_grad()(ref), xb[2], S, self.limit, draw)
+        with torch.set_grad_enabled(self.how == "exact" and self.beta > 0): kls = self.per_step(sums, counts)
+        kl = masked_mean(kls.sum(-1), some)
         k3 = kl_k3(ref_logp, self.pred, self.yb[1] if self.on == "live" else self.xb[4].any(-1))
         if self.beta > 0: self.learn.loss_grad = self.loss_grad + self.beta*(kl if self.how == "exact" else k3)
         self.record(kls.detach(), counts, float(kl.detach()), k3.detach())
@@ -123,7 +132,7 @@ class AdaptiveKL(StageCallback):
             warnings.warn(f"AdaptiveKL: the KL was {kl:.3g} nats, outside {self.low:g}..{self.high:g}, and beta is at its limit {was:g}: the penalty "
                           "no longer steers. " + ("Lower the learning rate or raise the limit" if kl > self.high else "Nothing pulls away from the reference"))
 
-# %% ../nbs/64_callback_kl.ipynb #b95c9797
+# %% ../nbs/64_callback_kl.ipynb #ef333b3a
 class EntropyFloor(StepTerm):
     "Penalise a mean normalised entropy of the step distributions below `floor`"
     def __init__(self,
@@ -133,8 +142,9 @@ class EntropyFloor(StepTerm):
         factor:float=1.5, # by what, > 1
         limits:tuple=(1e-3, 10.), # smallest and largest alpha
         shots:int|None=None, # steps that count; None = as many as the batch's sequences have, and one more for STOP
-        limit:int=5000, # most prefixes per query, see `kl_steps`
+        limit:int=256, # most prefixes per query and step, as in `KLToRef`
     ):
+        if limit < 1: raise ValueError(f"EntropyFloor: limit {limit} prefixes, wanted >= 1")
         if not 0 < floor <= 1: raise ValueError(f"EntropyFloor: floor {floor}, wanted a share in (0,1]")
         if not limits[0] <= alpha <= limits[1]: raise ValueError(f"EntropyFloor: alpha {alpha:g} outside the limits {limits[0]:g}..{limits[1]:g}")
         if factor <= 1: raise ValueError(f"EntropyFloor: factor {factor}, wanted > 1")
@@ -144,8 +154,8 @@ class EntropyFloor(StepTerm):
     def before_train(self): self.sum = self.n = 0.
 
     def after_loss(self):
-        S = self.steps; counts = self.counted(S)
-        hs = entropy_steps(self.steps_of(self.model, self.model.encode(*self.xb[:3])), self.xb[2], S, self.limit, normed=True)
+        counts, draw = self.counted(self.steps), self.draw()
+        hs = self.per_step(lambda xb, S: entropy_steps(self.steps_of(self.model, self.model.encode(*xb)), xb[2], S, self.limit, True, draw), counts)
         h = masked_mean(masked_mean(hs, counts, -1), counts.any(-1))
         self.learn.loss_grad = self.loss_grad + self.alpha*(self.floor - h).relu()
         n = int(counts.any(-1).sum()); self.sum, self.n = self.sum + n*float(h.detach()), self.n + n

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['draw_groups', 'distinct_advantage', 'DistinctPG', 'NoReward', 'Feedback', 'OnPolicy', 'greedy_rewards', 'GreedyLoss']
 
-# %% ../nbs/68_callback_onpolicy.ipynb #f2fc1f74
+# %% ../nbs/68_callback_onpolicy.ipynb #79b61d83
 import warnings
 from functools import partial
 import numpy as np, pandas as pd, torch
+import torch.nn.functional as F
 from torch import Tensor
 from fastai.callback.core import CancelFitException
 from fastai.data.load import DataLoader
@@ -172,7 +173,21 @@ class Feedback:
                            "What was answered is in the cache: mend the cause and start again")
         return r
 
-# %% ../nbs/68_callback_onpolicy.ipynb #27610bf7
+# %% ../nbs/68_callback_onpolicy.ipynb #2a0c8d5c
+def _counts(shots, who):
+    "Shot counts as a tuple, (None,) for a policy with STOP"
+    if shots is None: return (None,)
+    out = tuple(np.atleast_1d(shots).tolist())
+    if not out or not all(isinstance(s, int) and s > 0 for s in out) or len(set(out)) < len(out): raise ValueError(f"{who}: shots {shots}, wanted one count or several different ones, each at least one")
+    return out
+
+def _stack(parts):
+    "Tensors one behind the other, padded to the widest; all-False or 0 in the padding"
+    if any(p.shape[1:] != parts[0].shape[1:] for p in parts):
+        most = [max(sizes) for sizes in zip(*(p.shape[1:] for p in parts))]
+        parts = [F.pad(p, [x for size, have in zip(most[::-1], p.shape[:0:-1]) for x in (0, size-have)]) for p in parts]
+    return torch.cat(parts)
+
 class OnPolicy(StageCallback):
     "Groups drawn by the policy of the moment, in rounds of one epoch"
     order = Objective.order-9.5   # before everything that reads a batch or a loader, after `Resume`
@@ -181,15 +196,15 @@ class OnPolicy(StageCallback):
         scorer, # see `ask`; None: all facts are in `cache`
         items:pd.DataFrame, # queries and demonstrations, indexed by question_id
         store, # `EmbedStore` of queries and demonstrations
-        G:int=8, # sequences per query, >= 2
-        shots:int|None=2, # S; None for a selector with STOP
+        G:int=8, # sequences per group, >= 2
+        shots=2, # S, or several, such as `(1, 2, 3, 4)`: a group of each for every query; None for a selector with STOP
         queries_per_round:int|None=64, # at most: rounds are of even size, and each query comes once before any comes again; None: all
         pool=None, # `Pool`; None: that of the training data
         queries=None, # question_ids; None: those of the training data, or of `pool`
         every:str="batch", # "batch" | "round": when groups are drawn
         passes:int=1, # walks over the groups of a round; more than 1 needs every="round"
         distinct:bool=False, # draw without replacement
-        bs:int|None=None, # queries per batch; None: as the training loader has it
+        bs:int|None=None, # queries per batch, each with as many groups as there are shot counts; None: as the training loader has it
         patience:int|None=3, # end after so many rounds in a row without less headroom; None = never
         min_delta:float=0., # less headroom by more than this counts, in units of reward
         reward:str="hard_plus_soft", # mode of `rewards.reward`
@@ -204,7 +219,7 @@ class OnPolicy(StageCallback):
             raise ValueError(f"OnPolicy: G {G}, passes {passes}, patience {patience}: wanted G >= 2, passes >= 1, patience >= 1 or None")
         if passes > 1 and every == "batch":
             raise ValueError("OnPolicy: a second pass is not drawn by the policy of the moment: pass every='round', and GRPO as the objective")
-        self.feedback, self.G, self.shots, self.queries_per_round = Feedback(scorer, items, cache, reward, **asking), G, shots, queries_per_round
+        self.feedback, self.G, self.shots, self.queries_per_round = Feedback(scorer, items, cache, reward, **asking), G, _counts(shots, "OnPolicy"), queries_per_round
         self.every, self.passes, self.distinct = every, passes, distinct
         self.bs, self.patience, self.min_delta, self.kind, self.draw_seed, self.tolerance = bs, patience, min_delta, kind, seed, tolerance
         self.given, self.world = partial(lambda *x: x, store, pool, queries), None   # (store, pool, queries), out of sight of whoever describes a run
@@ -249,14 +264,20 @@ class OnPolicy(StageCallback):
 
     def batch(self, qs, rows):
         "Tensors of a batch, drawn now or out of this round's"
-        d = self.collect([qs[i] for i in rows]) if self.now is None else {k: None if v is None else v[rows] for k, v in self.now.items()}
+        if self.now is None: d = self.collect([qs[i] for i in rows])
+        else: at = [s*len(qs) + i for s in range(len(self.shots)) for i in rows]; d = {k: None if v is None else v[at] for k, v in self.now.items()}
         self.drawn, self.kappa = d["logp"], d["kappa"]
         return tuple(d[k] for k in ("query", "cands", "cand_mask", "seqs", "seq_mask", "rewards", "mask"))
 
+    def draw(self, qs):
+        "Groups of every shot count, one shot count behind the other; with several, each has draws of its own"
+        store, pool, _ = self.world(); key = self.draw_seed, self.epoch; several = len(self.shots) > 1
+        parts = [draw_groups(self.model, pool, store, qs, S, self.G, self.distinct, (*key, S) if several else key, self.kind) for S in self.shots]
+        return {k: None if parts[0][k] is None else _stack([d[k] for d in parts]) for k in parts[0]}
+
     def collect(self, qs):
         "Draw groups for `qs` and find their rewards"
-        store, pool, _ = self.world(); key = self.draw_seed, self.epoch
-        d = draw_groups(self.model, pool, store, qs, self.shots, self.G, self.distinct, key, self.kind)
+        pool, d = self.world()[1], self.draw(qs); qs = [q for _ in self.shots for q in qs]
         n = d["mask"].sum(-1).tolist(); real = d["seq_mask"].sum(-1).tolist(); name = lambda q, s, m: tuple(pool[q][i] for i in s[:m])
         drawn = [(q, name(q, s, m)) for q, ss, ms, k in zip(qs, d["seqs"].tolist(), real, n) for s, m in zip(ss[:k], ms[:k])]
         greedy = [(q, name(q, s, m)) for q, s, m in zip(qs, d["greedy"].tolist(), d["greedy_mask"].sum(-1).tolist())]
@@ -270,9 +291,10 @@ class OnPolicy(StageCallback):
         return d
 
     def account(self, pairs, r, d, greedy):
-        for (q, _), v in zip(pairs, r.tolist()): self.seen[q] = max(v, self.seen.get(q, v))
+        group = [(q, None if self.shots == (None,) else len(p)) for q, p in pairs] # a policy that ends its sequences itself has one per query
+        for g, v in zip(group, r.tolist()): self.seen[g] = max(v, self.seen.get(g, v))
         a = self.acc; a["reward"] += masked_mean(d["rewards"], d["mask"], -1).tolist(); a["greedy"] += greedy.tolist()
-        a["best"] += [self.seen[q] for q, _ in pairs[-len(greedy):]]; a["live"] += live_groups(d["rewards"], d["mask"]).tolist()
+        a["best"] += [self.seen[g] for g in group[-len(greedy):]]; a["live"] += live_groups(d["rewards"], d["mask"]).tolist()
 
     def after_pred(self):
         if self.every == "round" and self.iter: return   # the policy has moved
@@ -285,7 +307,7 @@ class OnPolicy(StageCallback):
     def after_train(self):
         if self.acc is None or not self.acc["reward"]: return
         a, mean = self.acc, lambda k: float(np.mean(self.acc[k])); best, greedy = mean("best"), mean("greedy")
-        row = dict(round=self.epoch, queries=len(a["greedy"]), reward=mean("reward"), greedy=greedy, best=best, headroom=best - greedy,
+        row = dict(round=self.epoch, queries=len(a["greedy"])//len(self.shots), reward=mean("reward"), greedy=greedy, best=best, headroom=best - greedy,
                    live=mean("live"), new=self.feedback.new - a["new"], known=self.feedback.known - a["known"],
                    pairs=len({t[2:4] for t in self.tried}))
         least = min((t["headroom"] for t in self.trace), default=np.inf); self.stale = 0 if row["headroom"] < least - self.min_delta else self.stale + 1
@@ -308,13 +330,13 @@ class OnPolicy(StageCallback):
         if not len(rows): raise ValueError("OnPolicy: nothing was drawn in these rounds; pass it to a `fit` first")
         rows = rows.reset_index(drop=True); known = self.feedback.known; facts = self.feedback.facts(rows)[list(FACT_COLUMNS)]; self.feedback.known = known
         q = store.get(rows.question_id.tolist(), self.kind); near = [float((store.get(list(p), self.kind) @ v).mean()) for p, v in zip(rows.pointer, q)]
-        how = dict({k: getattr(self, k) for k in ("G", "shots", "every", "distinct", "kind")}, seed=self.draw_seed)
-        how |= dict(round=rows["round"].tolist())
+        how = dict({k: getattr(self, k) for k in ("G", "every", "distinct", "kind")}, shots=list(self.shots) if len(self.shots) > 1 else self.shots[0])
+        how |= dict(seed=self.draw_seed, round=rows["round"].tolist())
         drawn = rows.gen_method == "policy"; rows["temperature"], rows["beam_rank"] = np.where(drawn, 1., np.nan), np.where(drawn, np.nan, 0.)
         rows = rows.drop(columns="round").assign(similarity_score=near).join(facts)
         return RLData(as_record(rows), pool.only(dict.fromkeys(rows.question_id)), dict(onpolicy=how))
 
-# %% ../nbs/68_callback_onpolicy.ipynb #aa496d44
+# %% ../nbs/68_callback_onpolicy.ipynb #b4558adc
 def greedy_rewards(
     policy, # module with `encode` and `step_logp`
     pool, # `Pool`
@@ -345,10 +367,9 @@ class GreedyLoss:
         top:float=1., # the best reward there is
         max_failed:float=0., # share of picks, 0..1, that may have no reward, such as those with a broken image; they count as reward 0, with a warning. Past it `NoReward`
     ):
-        self.shots, self.kind, self.top, self.max_failed = (None,) if shots is None else tuple(int(s) for s in np.atleast_1d(shots)), kind, top, max_failed
+        self.shots, self.kind, self.top, self.max_failed = _counts(shots, "GreedyLoss"), kind, top, max_failed
         queries = [int(q) for q in (pool if queries is None else queries)]
-        if not queries or not self.shots or any(s is not None and s < 1 for s in self.shots):
-            raise ValueError(f"GreedyLoss: {len(queries)} queries, shots {self.shots}: wanted at least one of each, and shots >= 1")
+        if not queries: raise ValueError("GreedyLoss: no queries, wanted at least one")
         self.world = partial(lambda *x: x, feedback, pool, store, queries) # out of sight of whoever describes a run
         self.fingerprint = fingerprint("greedy loss", feedback.fingerprint, pool.only(queries).fingerprint, store.fingerprint, queries, self.shots)
 

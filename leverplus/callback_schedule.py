@@ -180,7 +180,7 @@ def part_of(
     part.get_idxs = lambda: part.shuffle_fn(list(rows)) if part.shuffle else list(rows)
     return part
 
-# %% ../nbs/65_callback_schedule.ipynb #06525dc1
+# %% ../nbs/65_callback_schedule.ipynb #aca59bff
 class SplitShots(StageCallback):
     "Sequences of different lengths are groups of their own, in training"
     order = Objective.order-9
@@ -188,5 +188,7 @@ class SplitShots(StageCallback):
         xb, (rewards, mask) = self.xb, self.yb; n = xb[4].sum(-1).masked_fill(~mask, 0)
         at = [(s, (n == s).any(-1).nonzero()[:, 0]) for s in n[mask].unique().tolist()]
         row = torch.cat([i for _, i in at]); m = torch.cat([n[i] == s for s, i in at])
-        self.learn.xb = *(x[row] for x in xb[:4]), xb[4][row] & m[..., None]
-        self.learn.yb = rewards[row], m
+        m, own = m.sort(dim=-1, descending=True, stable=True); own = own[:, :(most := m.sum(-1).max())]; m = m[:, :most]   # a group's own sequences, and no wider than the largest
+        mine = lambda x: x[row[:, None], own]
+        self.learn.xb = *(x[row] for x in xb[:3]), mine(xb[3]), mine(xb[4]) & m[..., None]
+        self.learn.yb = mine(rewards), m

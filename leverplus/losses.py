@@ -5,13 +5,12 @@
 # %% auto #0
 __all__ = ['ADVANTAGES', 'SCALES', 'live_groups', 'group_mean', 'group_mass', 'regret', 'top_weights', 'rce_weights',
            'imitation_loss', 'rce_loss', 'ess', 'solve_tau', 'listwise_target', 'group_kl', 'listwise_loss',
-           'merge_orders', 'advantage', 'log_ratio', 'clipped_surrogate', 'policy_gradient', 'clip_shares', 'kl_steps',
-           'kl_exact', 'entropy_steps', 'entropy_exact', 'kl_k3', 'random_logp', 'tempered_logp', 'inclusion_logp',
-           'mixture_logp', 'OffPolicy', 'off_policy_value']
+           'merge_orders', 'advantage', 'log_ratio', 'clipped_surrogate', 'policy_gradient', 'clip_shares',
+           'inclusion_logp', 'kl_steps', 'kl_exact', 'entropy_steps', 'entropy_exact', 'kl_k3', 'random_logp',
+           'tempered_logp', 'mixture_logp', 'OffPolicy', 'off_policy_value']
 
-# %% ../nbs/60_losses.ipynb #363f43a8
+# %% ../nbs/60_losses.ipynb #d607edc5
 import math
-from itertools import permutations
 from typing import NamedTuple
 import torch
 from torch import Tensor
@@ -262,22 +261,36 @@ def clip_shares(logp, old, adv, mask, clip_low=.2, clip_high=.28):
         share.append((on & mask & out).sum() / (on & mask).sum())
     return tuple(share)
 
-# %% ../nbs/60_losses.ipynb #ecb40f93
-def _walk(step, cand_mask, shots, limit):
-    "Yield per step: probability of each prefix [B,P], prefixes [B,P,t], log-probabilities of the next pick [B,P,K]"
+# %% ../nbs/60_losses.ipynb #0c47bf7b
+def inclusion_logp(
+    logp:Tensor, # [...] log-probabilities of the distribution that was sampled from
+    kappa:Tensor, # [...] broadcastable: largest perturbed log-probability that was left out
+)->Tensor: # [...] <= 0
+    "Log-probability to be among the largest perturbed ones, e.g. that a stochastic beam includes a sequence"
+    return torch.log(-torch.expm1(-(logp - kappa).exp())).where(logp - kappa > -20, logp - kappa)   # 1 - exp(-x) = x for small x
+
+def _few(logw, limit, draw):
+    "`limit` of the weights `exp(logw)` [B,P], likely ones: (their places [B,limit], log of the weights that stand for all)"
+    phi = logw.detach().double(); key = phi + torch.from_numpy(draw.gumbel(size=tuple(phi.shape))).to(phi.device)
+    (top, at), can = key.topk(limit+1), phi > -torch.inf; at = at[:, :-1]; can = can.gather(1, at)
+    logq = inclusion_logp(phi.gather(1, at).masked_fill(~can, 0.), top[:, -1:]).masked_fill(~can, 0.)
+    return at, logw.gather(1, at) - logq.to(logw)
+
+def _walk(step, cand_mask, shots, limit, draw=None):
+    "Yield per step: probability (or what stands for it) of each prefix [B,P], prefixes [B,P,t], log-probabilities of the next pick [B,P,K]"
     B, K = cand_mask.shape
     if shots > K: raise ValueError(f"{shots} shots from a pool of {K}: a sequence has no repeats, ask for at most {K}")
     P = math.perm(K, shots-1)
-    if P > limit:
+    if limit < 1: raise ValueError(f"limit {limit} of prefixes per query, wanted >= 1")
+    if P > limit and draw is None:
         raise ValueError(f"exact sum over {shots} shots from K = {K}: {P:,} prefixes per query, limit is {limit:,}: "
-                         "use fewer shots or a smaller pool, or raise `limit` if there is memory for [B, prefixes, K]")
-    logw = cand_mask.new_zeros(B, 1, dtype=torch.get_default_dtype())
+                         "use fewer shots or a smaller pool, raise `limit` if there is memory for [B, prefixes, K], or pass `draw` for an unbiased estimate")
+    logw, prefix = cand_mask.new_zeros(B, 1, dtype=torch.get_default_dtype()), cand_mask.new_zeros(B, 1, 0, dtype=torch.long)
     for t in range(shots):
-        prefix = torch.tensor(list(permutations(range(K), t)), dtype=torch.long, device=cand_mask.device)
         if t:
-            parent = torch.arange(len(prefix), device=prefix.device) // (K-t+1)   # permutations come in this order
-            logw = logw[:, parent] + lp[:, parent, prefix[:, -1]]
-        prefix = prefix.expand(B, -1, -1)
+            free = torch.ones_like(lp[..., :K], dtype=torch.bool).scatter(-1, prefix, False); nxt = free.nonzero()[:, -1].view(B, -1, K-t+1)
+            logw, prefix = (logw[..., None] + lp.gather(-1, nxt)).flatten(1), torch.cat([prefix.repeat_interleave(K-t+1, 1), nxt.flatten(1)[..., None]], -1)
+            if logw.shape[1] > limit: at, logw = _few(logw, limit, draw); prefix = prefix.gather(1, at[..., None].expand(-1, -1, t))
         lp = step(prefix)
         yield logw.exp(), prefix, lp
 
@@ -286,11 +299,12 @@ def kl_steps(
     step_q, # the same for the reference
     cand_mask:Tensor, # bool [B,K], True = real candidates
     shots:int, # S, picks counted
-    limit:int=5000, # most prefixes per query at the last step, K!/(K-S+1)!; more is a ValueError
-)->Tensor: # [B,S] expected KL of each step; the sum over S is the KL of whole sequences
-    "Exact KL divergence, step by step"
+    limit:int=5000, # most prefixes per query and step, of K!/(K-S+1)! at the last one
+    draw=None, # numpy `Generator` that chooses `limit` prefixes where a step has more; None: that is a ValueError
+)->Tensor: # [B,S] expected KL of each step, unbiased where prefixes were drawn; the sum over S is the KL of whole sequences
+    "KL divergence, step by step; exact while no step has more than `limit` prefixes"
     out = []
-    for w, prefix, lp in _walk(step_p, cand_mask, shots, limit):
+    for w, prefix, lp in _walk(step_p, cand_mask, shots, limit, draw):
         can, lq = lp > -torch.inf, step_q(prefix)
         if lq.shape != lp.shape:
             raise ValueError(f"kl: {lp.shape[-1]} options per step against {lq.shape[-1]} of the reference: have both STOP, or neither?")
@@ -302,7 +316,7 @@ def kl_steps(
     return torch.stack(out, -1)
 
 def kl_exact(step_p, step_q, cand_mask, shots, limit=5000):
-    "Exact KL [B] of whole sequences, in nats; arguments as in `kl_steps`"
+    "Exact KL [B] of whole sequences, in nats; arguments as in `kl_steps`, and more prefixes than `limit` are a ValueError"
     return kl_steps(step_p, step_q, cand_mask, shots, limit).sum(-1)
 
 def entropy_steps(
@@ -311,10 +325,11 @@ def entropy_steps(
     shots:int, # S
     limit:int=5000, # as in `kl_steps`
     normed:bool=False, # each step over its maximum, ln(options left, STOP too where offered) x share that gets there: 1 = uniform, 0 = certain
+    draw=None, # as in `kl_steps`; a normed step is then a ratio of two unbiased sums
 )->Tensor: # [B,S]
-    "Exact expected entropy of each step"
+    "Expected entropy of each step; exact while no step has more than `limit` prefixes"
     out, n = [], cand_mask.sum(-1)
-    for t, (w, _, lp) in enumerate(_walk(step_p, cand_mask, shots, limit)):
+    for t, (w, _, lp) in enumerate(_walk(step_p, cand_mask, shots, limit, draw)):
         can = lp > -torch.inf; lp = lp.masked_fill(~can, 0.)
         h = -(w * (lp.exp() * lp).masked_fill(~can, 0.).sum(-1)).sum(-1)
         stop = can[..., cand_mask.shape[1]:].flatten(1).any(-1)   # a column beyond the candidates
@@ -335,7 +350,7 @@ def kl_k3(
     x = log_ratio(ref, logp, mask)
     return group_mean(x.exp() - 1 - x, mask)
 
-# %% ../nbs/60_losses.ipynb #f8009691
+# %% ../nbs/60_losses.ipynb #fdae08c7
 def random_logp(
     cand_mask:Tensor, # bool [B,K], True = a real candidate
     S:int, # shots, fewer than the real candidates
@@ -356,13 +371,6 @@ def tempered_logp(
     can = steps > -torch.inf
     lp = masked_log_softmax(steps.masked_fill(~can, 0.) / temperature, can).gather(-1, seqs[..., None])[..., 0]
     return lp.masked_fill(~seq_mask, 0.).sum(-1)
-
-def inclusion_logp(
-    logp:Tensor, # [...] log-probabilities of the distribution that was sampled from
-    kappa:Tensor, # [...] broadcastable: largest perturbed log-probability that was left out
-)->Tensor: # [...] <= 0
-    "Log-probability that a stochastic beam includes a sequence"
-    return torch.log(-torch.expm1(-(logp - kappa).exp())).where(logp - kappa > -20, logp - kappa)   # 1 - exp(-x) = x for small x
 
 # %% ../nbs/60_losses.ipynb #47c4bbf0
 def mixture_logp(

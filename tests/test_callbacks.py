@@ -16,7 +16,7 @@ from leverplus.callback_rce import RCE
 from leverplus.callback_grpo import GRPO, RLOO
 from leverplus.callback_kl import AdaptiveKL, EntropyFloor, KLToRef
 from leverplus.callback_listwise import SFT, Listwise
-from leverplus.callback_schedule import Freeze, NoDropout, TempSchedule
+from leverplus.callback_schedule import Freeze, NoDropout, SplitShots, TempSchedule
 from leverplus.callback_track import Best, History, RLStats, plot_history, valid_loss
 
 RAGGED = dict(K=(4, 7), N=(2, 6), shots=(1, 2))
@@ -302,6 +302,18 @@ def test_kl_holds_the_policy_and_the_reference_stands_still():
         fit(learn, 3, [RCE(.2), ref]); assert same(w, ref.ref.state_dict()) and not same(w, weights(learn))
         return learn.stats.mean("kl")
     assert moved(20.) < .5*moved(0.)
+
+def test_no_query_walks_further_than_its_own_sequences_and_draws_leave_the_training_alone(monkeypatch):
+    "Several shot counts in a batch: each is asked for the steps it has; few prefixes change neither the generator nor what a second run sees"
+    import leverplus.callback_kl as page; inner, walked = page.kl_steps, []
+    monkeypatch.setattr(page, "kl_steps", lambda p, q, mask, S, *args: (walked.append((len(mask), S)), inner(p, q, mask, S, *args))[1])
+    def run(*cbs): learn = learner(); torch.manual_seed(3); fit(learn, 2, [RCE(.2), SplitShots(), *cbs]); return weights(learn), torch.rand(2)
+    spy = Spy(after_loss=lambda s: [(int((n == k).sum()), k) for n in (s.xb[4].sum(-1).amax(-1),) for k in n.unique().tolist()])
+    free, u = run(); seen, v = run(KLToRef(beta=0., limit=2), spy); assert same(free, seen) and torch.equal(u, v)
+    assert walked == sum(spy.seen, []) and {S for _, S in walked} == {1, 2}
+    for cb in (lambda: KLToRef(beta=3., limit=2), lambda: EntropyFloor(.99, limit=2)): assert same(run(cb())[0], run(cb())[0]) and not same(run(cb())[0], free)
+    for cb in (KLToRef, EntropyFloor):
+        with pytest.raises(ValueError, match="limit 0 prefixes"): cb(limit=0)
 
 def test_k3_of_the_reports_stands_beside_it_and_can_be_trained_with():
     learn = learner(cbs=Stats()); ref = ToySelector(8)

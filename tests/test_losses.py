@@ -1,7 +1,7 @@
 "Objectives as pure functions: values by hand, gradients by finite differences, and what must change nothing"
 import math
 from itertools import permutations
-import pytest, torch
+import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from leverplus.core import masked_log_softmax
 from leverplus.losses import *
@@ -175,6 +175,30 @@ def test_gradient_of_exact_kl():
                 return masked_log_softmax(out, mask[:, None] & ~torch.zeros(out.shape, dtype=torch.bool).scatter(2, prefix, True))
             return kl_exact(step, q, mask, S).sum(), entropy_exact(step, mask, S).sum()
         assert torch.autograd.gradcheck(f, tuple(logits[k].clone().requires_grad_() for k in keys))
+
+def test_drawn_prefixes_are_unbiased_for_values_and_gradients():
+    "Two of up to twelve prefixes, again and again: KL and entropy per step, and their gradients in every logit, within five standard errors of the exact ones"
+    B, K, S, n = 2, 4, 3, 1500; mask = torch.ones(B, K, dtype=torch.bool); mask[1, 3] = False; _, logits = table_policy(0, B, K, S, mask, 1.); q, _ = table_policy(9, B, K, S, mask)
+    for v in logits.values(): v.requires_grad_()
+    def step(prefix): # each query has prefixes of its own
+        out = torch.stack([torch.stack([logits[tuple(p)][b] for p in ps]) for b, ps in enumerate(prefix.tolist())])
+        return masked_log_softmax(out, mask[:, None] & ~torch.zeros(out.shape, dtype=torch.bool).scatter(2, prefix, True))
+    def ref(prefix): return torch.cat([torch.cat([q(p.expand(B, 1, -1))[b:b+1] for p in ps[:, None]], 1) for b, ps in enumerate(prefix)])
+    def look(limit, draw=None):
+        out = []
+        for f in (lambda: kl_steps(step, ref, mask, S, limit, draw), lambda: entropy_steps(step, mask, S, limit, draw=draw)):
+            x = f(); g = torch.autograd.grad(x.sum(), list(logits.values()), allow_unused=True, materialize_grads=True); out += [x.detach().flatten(), *(y.flatten() for y in g)]
+        return torch.cat(out)
+    exact, draw = look(12), np.random.default_rng(0); assert torch.allclose(look(12, draw), exact)   # nothing to draw
+    each = torch.stack([look(2, draw) for _ in range(n)]); err, se = (each.mean(0) - exact).abs(), each.std(0)/n**.5
+    assert (err <= 5*se + 1e-9).all() and (se > 1e-4).sum() > 20
+
+def test_four_shots_from_a_large_pool():
+    cm = torch.arange(64) < torch.tensor([[64], [40]]); w = torch.randn(2, 64, generator=torch.Generator().manual_seed(0)).double()
+    def step(a): return lambda p: masked_log_softmax((a*w)[:, None].expand(-1, p.shape[1], -1), cm[:, None] & ~torch.zeros(2, p.shape[1], 64, dtype=torch.bool).scatter(2, p, True))
+    draws = torch.stack([kl_steps(step(2.), step(1.), cm, 4, 256, np.random.default_rng(i)) for i in range(8)]); exact = kl_steps(step(2.), step(1.), cm, 3)
+    assert torch.allclose(draws[:, :, :2].mean(0), exact[:, :2]) and torch.allclose(draws[:, :, 2].mean(0), exact[:, 2], rtol=.02) and (draws[:, :, 3].std(0) < .1*draws[:, :, 3].mean(0)).all()
+    with pytest.raises(ValueError, match="wanted >= 1"): kl_steps(step(1.), step(1.), cm, 2, 0)
 
 def test_kl_refuses_what_it_cannot_do():
     cm = torch.ones(2, 5, dtype=torch.bool); (p, _) = table_policy(0, 2, 5, 2, cm)

@@ -114,6 +114,38 @@ def test_the_ratio_is_one_where_it_must_be(objective, kw, every):
     assert "ratio_off" not in f or f.ratio_off.max() < 1e-5
     assert cb.name not in {c.name for c in learn.cbs} and learn.dls.train.dataset is learn.dls.train_ds
 
+@pytest.mark.parametrize("objective, kw, steps", [(lambda: RLOO(), {}, 3), (DistinctPG, dict(distinct=True), 3), (lambda: GRPO(), dict(every="round", passes=2), 6)])
+def test_several_shot_counts_are_groups_of_their_own(objective, kw, steps):
+    "A group of each count for every query of a batch, with the samples, thresholds and rewards of that count alone; facts in any other mixture would be noticed"
+    class Groups(Spy):
+        def before_batch(self): self.groups.append((self.xb[0][:, 0].tolist(), self.xb[4].sum(-1).masked_fill(~self.yb[1], 0), self.xb[3], self.yb))
+    few, cache = [q for q in QS if len(POOL[q]) > 3], pd.concat([facts_of(POOL.only([q for q in QS if len(POOL[q]) > 3]), S) for S in (1, 2, 3)]); G = dict(queries=few, queries_per_round=None, bs=4, cache=cache)
+    learn = learner(); spy = Groups(None); spy.groups = []; spy.cb = cb = OnPolicy(None, ITEMS, STORE, shots=(3, 1, 2), G=4, patience=None, **G, **kw); fit(learn, 1, [NoDropout(), objective(), cb, spy]); seen = spy.groups
+    assert len(seen) == steps and cb.shots == (3, 1, 2) and len(few) == 10 and cb.table.queries.tolist() == [10]
+    for qs, n, seqs, (r, m) in seen:
+        k = len(qs)//3; assert qs == qs[:k]*3 and [set(x[x > 0].tolist()) for x in n] == [{s} for s in (3, 1, 2) for _ in range(k)] and m.any(-1).all()
+        at = {round(float(STORE.get([q])[0, 0]), 4): q for q in few}
+        for q, ss, ms, rr, ok in zip(qs, seqs.tolist(), n.tolist(), r.tolist(), m.tolist()):
+            q = at[round(q, 4)]; f = cache[cache.question_id == q].set_index("pointer")
+            from leverplus.rewards import reward; want = [reward(f.loc[[tuple(POOL[q][i] for i in s[:c])]], "hard_plus_soft")[0] for s, c, o in zip(ss, ms, ok) if o]
+            assert want == pytest.approx([x for x, o in zip(rr, ok) if o], abs=1e-6)
+    if kw.get("every") != "round": assert max(spy.ratios) < 1e-4
+    rows = cb.data().validate(ITEMS).rows; assert set(rows.pointer.map(len)) == {1, 2, 3} and cb.data().manifest["onpolicy"]["shots"] == [3, 1, 2] and set(cb.seen) == {(q, s) for q in few for s in (1, 2, 3)}
+    best = rows.assign(r=reward(rows, "hard_plus_soft")).groupby(["question_id", rows.pointer.map(len)]).r.max(); assert {k: pytest.approx(v, abs=1e-6) for k, v in best.items()} == cb.seen
+
+def test_shot_counts_of_their_own_are_trained_as_if_alone():
+    "One update on groups of one and of two shots is the mean of the updates on each: no comparison crosses them"
+    def grads(shots):
+        learn = learner(seed=1); cb = OnPolicy(None, ITEMS, STORE, G=4, shots=shots, queries_per_round=None, bs=16, patience=None, queries=QS, cache=pd.concat([facts_of(POOL, 1), FACTS])); out = []
+        class Grad(StageCallback):
+            order = 50
+            def before_step(self): out.append(torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in self.model.parameters()]))
+        cb.draw = lambda qs: _drawn(cb, qs); fit(learn, 1, [NoDropout(), RLOO(scale="none", adv_clip=None), cb, Grad()], lr=0.); return out[0]
+    def _drawn(cb, qs): # the same noise whatever else is drawn
+        from leverplus.callback_onpolicy import _stack
+        store, pool, _ = cb.world(); parts = [draw_groups(cb.model, pool, store, qs, S, cb.G, key=(7, S)) for S in cb.shots]; return {k: None if parts[0][k] is None else _stack([d[k] for d in parts]) for k in parts[0]}
+    one, two, both = grads(1), grads(2), grads((1, 2)); assert torch.allclose(both, (one + two)/2, atol=1e-6) and one.norm() > 1e-3 and not torch.allclose(one, two, atol=1e-4)
+
 def test_dropout_is_noticed():
     with pytest.raises(ValueError, match="NoDropout"): fit(learner(dropout=.5), 1, [DistinctPG(), policy(distinct=True)])
 
@@ -154,6 +186,7 @@ def test_a_table_that_lacks_a_pair_names_it():
     (lambda: [policy()], "add an objective"), (lambda: [RLOO(), policy(distinct=True)], "biased"), (lambda: [RLOO(), policy(every="round")], "no ratio"),
     (lambda: [GRPO(), policy()], "refresh=1"), (lambda: [GRPO(refresh="never"), policy(every="round")], "refresh='epoch'"), (lambda: [DistinctPG()], "without replacement"),
     (lambda: [RLOO(), Phases({"a": (None, 1)}), policy()], "Phases"), (lambda: [RLOO(), policy(shots=None)], "without STOP"), (lambda: [RLOO(), policy(shots=3)], "pool has 3 candidates"),
+    (lambda: [policy(shots=())], "several different"), (lambda: [policy(shots=(2, 2))], "several different"), (lambda: [policy(shots=(None, 2))], "several different"),
     (lambda: [policy(passes=2)], "every='round'"), (lambda: [policy(G=1)], "G >= 2"), (lambda: [policy(cache=None)], "pass a scorer"), (lambda: [policy(reward="nice")], "nice")])
 def test_refusals(cbs, says):
     with pytest.raises(ValueError, match=says): fit(learner(), 1, cbs())
@@ -208,7 +241,7 @@ def test_greedy_loss_is_what_a_table_would_say():
     assert greedy_rewards(m, POOL, STORE, Feedback(None, ITEMS, FACTS, "soft_only"), queries=DEV, bs=3).tolist() == pytest.approx([1 - w for w in want])
     both = judge(MockScorer(0), (1, 2))(learn); one = judge(MockScorer(0), 1)(learn); assert both.tolist() == pytest.approx(((one + got)/2).tolist())
     with pytest.raises(ValueError, match="shots \\(\\)"): judge(shots=())
-    with pytest.raises(ValueError, match="0 queries"): GreedyLoss(Feedback(None, ITEMS, FACTS), POOL, STORE, queries=[])
+    with pytest.raises(ValueError, match="no queries"): GreedyLoss(Feedback(None, ITEMS, FACTS), POOL, STORE, queries=[])
     with pytest.raises(NoReward, match=f"question_id {DEV[0]}"): judge(Counting(lambda s: replace(s, error="broken")))(learn)
     assert judge(shots=range(2, 3)).shots == judge(shots=np.array([2])).shots == (2,) and judge(shots=np.array([2])).fingerprint == judge().fingerprint != judge(shots=(1, 2)).fingerprint
     class Poor(Counting): # answers all questions but one

@@ -120,7 +120,7 @@ def test_split_shots_loses_nothing_and_separates():
     spy = Spy(lambda s: (s.xb, s.yb, s.pred)); learn = fit(learner(dls=synth_dls(32, 16, 32, K=6, N=8, shots=(1, 2, 3))), 1, [RCE(), SplitShots(), spy])
     (xb, (r, m), pred), = spy.seen; n = xb[4].sum(-1); rows = learn.dls.train_ds.rows
     assert all(len(set(x[y].tolist())) == 1 for x, y in zip(n, m)) and m.any(-1).all() and m.sum() == sum(len(s) for _, _, s, _ in rows)
-    assert sorted(r[m].tolist()) == sorted(x for *_, rr in rows for x in rr.tolist())
+    assert sorted(zip(xb[3].masked_fill(~xb[4], -1)[m].tolist(), r[m].tolist())) == sorted(([*map(int, y), *[-1]*(3 - len(y))], float(x)) for _, _, s, rr in rows for y, x in zip(s, rr)) and xb[3].shape[1] == m.sum(-1).max()
     a, b = (fit(learner(dls=synth_dls(32, 16, 16)), 2, [RCE(), *x]) for x in ((), (SplitShots(),)))
     assert all(torch.allclose(x, y, atol=1e-6) for x, y in zip(a.model.parameters(), b.model.parameters()))   # one length: nothing to split
 
