@@ -91,18 +91,19 @@ class Trial:
         learn = recipe_learner(name, self.train, self.dev, self.world.store, self.seed, choose_by=self.choose_by, data=dict(reward=self.mode), **changes)
         return fit_recipe(learn, name, data=dict(reward=self.mode), **changes)
 
-    def warm(self):
+    def warm(self, sampler="random"):
         "A learner after the warm-up, which knows nothing of the groups but their shot counts; made once per seed"
-        file = self.out/"warm"/f"{'joint' if self.split else 'pairs'}-{self.seed}.pt"; learn = self.learner(**NET)
+        file = self.out/"warm"/f"{'joint' if self.split else 'pairs'}-{self.seed}{'' if sampler == 'random' else '-' + sampler}.pt"; learn = self.learner(**NET)
         if file.exists(): learn.model.load_state_dict(torch.load(file)); return learn
         items = self.world.items; items = items[items.split == "train"]
-        learn.fit_warmup(items, self.world.store, 15, best=False, n=64 if self.split else 256)
+        learn.fit_warmup(items, self.world.store, 15, best=False, n=64 if self.split else 256, sampler=sampler)
         with atomic_path(file) as tmp: torch.save(learn.model.state_dict(), tmp)
         return learn
 
+def warm_alike(t): return t.warm(t.world.pools["train"].recipe["sampler"])
 def listwise(t, learn): return learn.fit_listwise(t.epochs, 3e-3, tau=.2, **t.split)
 def on_policy(t, learn, objective, lr, rounds=10, G=12):
-    "As many different questions to the LVLM as the stored groups have rows, at most"
+    "As many different questions to the LVLM as the stored groups have rows, at most, and the greedy sequences"
     w, shots = t.world, shots_of(t.name); shots = shots[0] if len(shots) == 1 else shots; n = int(np.size(shots)) # groups per question
     return learn.fit_onpolicy(w.scorer, w.items, w.store, rounds, lr, objective, G=G, shots=shots, queries_per_round=len(t.train.queries)//rounds, bs=32//n, reward=t.mode,
                               patience=None, cache=FactCache(t.out/"facts"/"train"), seed=t.seed)
@@ -127,6 +128,8 @@ METHODS = {
     "warm-up, rce": lambda t: t.warm().fit_rce(10, 1e-3, temp=.1, **t.split),
     "warm-up, grpo": lambda t: t.warm().fit_grpo(20, 1e-3, **t.split),
     "warm-up, listwise": lambda t: listwise(t, t.warm()),
+    "warm-up in such pools": warm_alike, # another than "warm-up" with `--sampler` alone
+    "warm-up in such pools, listwise": lambda t: listwise(t, warm_alike(t)),
     "on-policy rloo": lambda t: on_policy(t, t.learner(), "rloo", 1e-3),
     "on-policy grpo": lambda t: on_policy(t, t.learner(), "grpo", 1e-3),
     "warm-up, on-policy": lambda t: on_policy(t, t.warm(), "rloo", 1e-3),

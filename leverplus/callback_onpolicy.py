@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['draw_groups', 'distinct_advantage', 'DistinctPG', 'NoReward', 'Feedback', 'OnPolicy', 'greedy_rewards', 'GreedyLoss']
 
-# %% ../nbs/68_callback_onpolicy.ipynb #79b61d83
+# %% ../nbs/68_callback_onpolicy.ipynb #288b2389
 import warnings
 from functools import partial
 import numpy as np, pandas as pd, torch
@@ -20,7 +20,7 @@ from .rldata_generate import TooManyFailures, as_cache, ask, best_sequences, fac
 from .losses import inclusion_logp, live_groups
 from .callback_core import Objective, StageCallback
 from .callback_grpo import GRPO, RLOO
-from .callback_schedule import Phases
+from .callback_schedule import Phases, SplitShots
 
 # %% ../nbs/68_callback_onpolicy.ipynb #8d6f4b0c
 def _inputs(pool, store, queries, kind):
@@ -173,7 +173,7 @@ class Feedback:
                            "What was answered is in the cache: mend the cause and start again")
         return r
 
-# %% ../nbs/68_callback_onpolicy.ipynb #2a0c8d5c
+# %% ../nbs/68_callback_onpolicy.ipynb #6708d4cd
 def _counts(shots, who):
     "Shot counts as a tuple, (None,) for a policy with STOP"
     if shots is None: return (None,)
@@ -240,6 +240,7 @@ class OnPolicy(StageCallback):
         cbs = list(self.learn.cbs); obj = next((cb for cb in cbs if isinstance(cb, Objective)), None); name = type(obj).__name__
         if obj is None:
             raise ValueError("OnPolicy draws groups, and somebody must learn from them: add an objective (`RLOO()`, `GRPO()`) to cbs")
+        if any(isinstance(cb, SplitShots) for cb in cbs): raise ValueError("OnPolicy draws a group per shot count, and SplitShots would order them anew: leave it out, and pass shots=(1, 2, ...) for several")
         if any(isinstance(cb, Phases) for cb in cbs): raise ValueError("OnPolicy and Phases both choose the queries of an epoch: pass one of them")
         if isinstance(obj, RLOO) and self.distinct: raise ValueError("RLOO on distinct samples is biased: pass distinct=False, or DistinctPG as the objective")
         if isinstance(obj, RLOO) and self.every != "batch":

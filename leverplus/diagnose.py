@@ -15,10 +15,10 @@ from .rewards import spearman
 from .callback_core import StageCallback, Stats
 from .callback_track import History
 
-# %% ../nbs/69_diagnose.ipynb #3c3275d3
+# %% ../nbs/69_diagnose.ipynb #b4c6a2a3
 PANELS = {
     "regret (reward)": dict(valid_loss="validation", regret_train="training"),
-    "KL to reference (nats)": dict(kl="exact", k3="k3", kl_bound="ln K!/(K-S)!"),
+    "KL to reference (nats)": dict(kl="KL", k3="k3", kl_bound="ln K!/(K-S)!"),
     "share clipped": dict(clip_pos="A > 0", clip_neg="A < 0"),
     "live groups": dict(live_before="before filters", live_after="in the loss"),
     "entropy, picks": dict(entropy="entropy", unique="unique picks", gini="Gini of picks"),

@@ -113,7 +113,7 @@ def _set_rng_state(dls, s):
     np.random.set_state((n[0], n[1].cpu().numpy().astype("uint32"), *n[2:]))
     for dl, r in zip(dls.loaders, s["loaders"]): dl.rng.setstate(r)
 
-# %% ../nbs/70_learner.ipynb #58a2f5dd
+# %% ../nbs/70_learner.ipynb #17341600
 def _describe(v, depth=0):
     "Settings as JSON: modules and tensors by fingerprint, functions by name, objects by class and what they hold"
     if v is None or isinstance(v, (bool, int, float, str)): return v
@@ -147,8 +147,8 @@ class Resume(StageCallback):
 
     def open(self):
         "Open the folder, or refuse it; read what is there"
-        ds, valid = self.dls.train_ds, self.dls.valid
-        with torch.random.fork_rng(devices=()): data = fingerprint([ds[0], ds[len(ds)-1], len(ds), self.dls.train.bs, list(valid.one_batch())])
+        ds, valid = self.dls.train_ds, self.dls.valid; warm = getattr(self.dls, "info", {}).get("warmup"); drawn = [] if warm is None else [warm] # how a warm-up draws is in none of its items
+        with torch.random.fork_rng(devices=()): data = fingerprint([ds[0], ds[len(ds)-1], len(ds), self.dls.train.bs, list(valid.one_batch()), *drawn])
         prints = dict(data=data, start=fingerprint(self.model.state_dict()))
         self.run_dir = Run.create(self.folder, _stage_settings(self.learn), getattr(self.learn, "seed", 0), prints)
         if not self.file.exists(): return
@@ -198,7 +198,7 @@ class Resume(StageCallback):
         if "scaler" in s: self.learn.mixed_precision.scaler.load_state_dict(s["scaler"])
         _set_rng_state(self.dls, s["rng"])
 
-# %% ../nbs/70_learner.ipynb #5e2f063b
+# %% ../nbs/70_learner.ipynb #7221d35b
 @patch
 def fit_stage(self:Learner,
     n_epoch:int, # epochs, >= 0; 0 says so and changes nothing
@@ -250,7 +250,7 @@ def fit_listwise(self:Learner,
     ref="start", # reference of the target: "start" of this stage | "none" | an anchor's name, a module, a checkpoint's folder
     tau=None, # temperature: None = per query, for `ess` | a number or what else `as_schedule` takes
     ess:float=.35, # share of the group that the target keeps, where `tau` is None
-    beta:float=0., # weight of the exact KL to the start of the stage, loss units per nat; 0 = no KL
+    beta:float=0., # weight of the KL to the start of the stage, loss units per nat; 0 = no KL
     cbs=(), # more callbacks of this stage
     limits:tuple=(.02, 1.), over:str="sequence", # see `Listwise`
     **kw, # `max_norm, skip_flat, best, watch, resume, split_shots` of `fit_stage`
@@ -269,6 +269,7 @@ def fit_warmup(self:Learner,
     tau=.1, # temperature of the target, in shares of the answer's words
     cbs=(), # more callbacks of this stage
     K:int|None=None, # pool size; None = that of the training groups
+    sampler:str="random", # how pools are drawn, see `make_pool`: random | text | image | mixed
     shots=None, # shot counts of the drawn sequences; None = those of the training groups
     n:int=256, bs:int=64, steps:int=100, seed:int|None=None, # see `warmup_dls`; seed None = the Learner's
     **kw, # `max_norm, skip_flat, best, watch, resume` of `fit_stage`
@@ -276,7 +277,7 @@ def fit_warmup(self:Learner,
     "Stage without the LVLM: fresh pools of training items, rewarded by the words of the answer that the picks contain; see `41_warmup`"
     own, ds = self.dls, self.dls.train_ds
     if shots is None: shots = sorted(set((ds.seqs >= 0).sum(-1).tolist()))
-    self.dls = warmup_dls(own, items, store, K or ds.cands.shape[1], shots, n, bs, steps, getattr(self, "seed", 0) if seed is None else seed)
+    self.dls = warmup_dls(own, items, store, K or ds.cands.shape[1], shots, n, bs, steps, getattr(self, "seed", 0) if seed is None else seed, sampler)
     try: return self.fit_listwise(n_epoch, lr, "none", tau, cbs=cbs, **kw)
     finally: self.dls = own
 
@@ -297,7 +298,7 @@ def fit_sft(self:Learner,
 def fit_grpo(self:Learner,
     n_epoch:int=0, # epochs; 0, the default recipe, says so and changes nothing
     lr:float=3e-4, # peak learning rate
-    beta:float=.02, # weight of the exact KL to `ref`, loss units per nat; 0 = no KL
+    beta:float=.02, # weight of the KL to `ref`, loss units per nat; 0 = no KL
     ref="start", # reference of the KL: "start" of this stage | an anchor's name, a module, a checkpoint's folder
     cbs=(), # more callbacks of this stage, e.g. `AdaptiveKL()`, `EntropyFloor()`, `TopKCurriculum()`
     max_norm:float|None=1., # as in `fit_stage`
@@ -311,7 +312,7 @@ def fit_grpo(self:Learner,
     "Stage of group-relative policy optimisation, without dropout, near a reference"
     return self.fit_stage(n_epoch, lr, [NoDropout(), GRPO(**grpo_kw), *_kl(beta, ref), *L(cbs)], max_norm, skip_flat, best, watch, resume, split_shots)
 
-# %% ../nbs/70_learner.ipynb #e80e23b4
+# %% ../nbs/70_learner.ipynb #c785ee0a
 from .callback_grpo import RLOO
 from .callback_onpolicy import DistinctPG, OnPolicy
 
@@ -323,7 +324,7 @@ def fit_onpolicy(self:Learner,
     rounds:int=10, # at most; an epoch each
     lr:float=3e-4, # peak learning rate
     objective="rloo", # "rloo" | "grpo" on the groups of a round | "distinct": drawn without replacement | an objective of your own
-    beta:float=0., # weight of the exact KL to `ref`, loss units per nat; 0 = no KL
+    beta:float=0., # weight of the KL to `ref`, loss units per nat; 0 = no KL
     ref="start", # reference of the KL, as in `fit_grpo`
     cbs=(), # more callbacks of this stage
     skip_flat:bool|None=None, # as in `fit_stage`; None: yes, but for "distinct", whose flat groups count

@@ -261,7 +261,7 @@ def clip_shares(logp, old, adv, mask, clip_low=.2, clip_high=.28):
         share.append((on & mask & out).sum() / (on & mask).sum())
     return tuple(share)
 
-# %% ../nbs/60_losses.ipynb #0c47bf7b
+# %% ../nbs/60_losses.ipynb #6f840357
 def inclusion_logp(
     logp:Tensor, # [...] log-probabilities of the distribution that was sampled from
     kappa:Tensor, # [...] broadcastable: largest perturbed log-probability that was left out
@@ -281,7 +281,7 @@ def _walk(step, cand_mask, shots, limit, draw=None):
     B, K = cand_mask.shape
     if shots > K: raise ValueError(f"{shots} shots from a pool of {K}: a sequence has no repeats, ask for at most {K}")
     P = math.perm(K, shots-1)
-    if limit < 1: raise ValueError(f"limit {limit} of prefixes per query, wanted >= 1")
+    if limit < 2: raise ValueError(f"limit {limit} of prefixes per query, wanted >= 2: one alone has no finite variance")
     if P > limit and draw is None:
         raise ValueError(f"exact sum over {shots} shots from K = {K}: {P:,} prefixes per query, limit is {limit:,}: "
                          "use fewer shots or a smaller pool, raise `limit` if there is memory for [B, prefixes, K], or pass `draw` for an unbiased estimate")
@@ -325,7 +325,7 @@ def entropy_steps(
     shots:int, # S
     limit:int=5000, # as in `kl_steps`
     normed:bool=False, # each step over its maximum, ln(options left, STOP too where offered) x share that gets there: 1 = uniform, 0 = certain
-    draw=None, # as in `kl_steps`; a normed step is then a ratio of two unbiased sums
+    draw=None, # as in `kl_steps`; a normed step is then a ratio of two unbiased sums, whose bias falls with `limit`
 )->Tensor: # [B,S]
     "Expected entropy of each step; exact while no step has more than `limit` prefixes"
     out, n = [], cand_mask.sum(-1)

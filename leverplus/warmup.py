@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['word_ids', 'contained', 'AnswerGroups', 'AnswerDL', 'warmup_dls']
 
-# %% ../nbs/41_warmup.ipynb #e9fdf521
+# %% ../nbs/41_warmup.ipynb #ea368bc9
 import random
 from itertools import permutations
 import numpy as np, pandas as pd, torch
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from .core import fingerprint
+from .pools import draw_block, image_groups, sampler_parts
 from .vqa import normalise
 
 # %% ../nbs/41_warmup.ipynb #6ef06ad6
@@ -38,18 +39,19 @@ def contained(
     got = hit.gather(1, i).unflatten(1, seqs.shape[1:]).any(2) # [B,N,w]
     return got.sum(-1) / real.sum(-1, keepdim=True).clamp(min=1)
 
-# %% ../nbs/41_warmup.ipynb #f273195b
+# %% ../nbs/41_warmup.ipynb #a6f9cfa5
 class AnswerGroups:
     "Training items as queries whose pools, sequences and rewards are drawn for every batch"
     n_inp = 5
     def __init__(self,
-        items:pd.DataFrame, # training items with distinct `question_id`, `image_id, answer`
+        items:pd.DataFrame, # training items with distinct `question_id`, `image_id, answer`; with `image_path`, files that are the same picture count as one; with `question`, twins are no candidates
         store, # embeddings: `get(ids, kind) -> [n,D]`
         K:int=16, # pool size, > every shot count
         shots=(2,), # shot counts, one drawn per batch
         kind:str="mixed", # embedding: image | text | mixed
         n:int=256, # sequences per group at most
         rounds:int=1, # how often every query comes in an epoch
+        sampler:str="random", # how pools are drawn, see `make_pool`: random | text | image | mixed
     ):
         self.shots = (shots,) if isinstance(shots, int) else tuple(shots)
         if not 0 < min(self.shots) <= max(self.shots) < K: raise ValueError(f"AnswerGroups: shots {self.shots} with pools of K = {K}: wanted 1..K-1")
@@ -57,10 +59,13 @@ class AnswerGroups:
         if not ok.any(): raise ValueError(f"AnswerGroups: none of the {len(items)} items has an answer with a word in it")
         self.question_ids = items.question_id.to_numpy()[ok.numpy()]; self.words = words[ok]; self.lost = int((~ok).sum())
         if len(set(self.question_ids)) < len(self.question_ids): raise ValueError("AnswerGroups: a question_id comes twice; pass each training item once")
-        image = items.image_id.to_numpy()[ok.numpy()]; self.image = torch.as_tensor(pd.factorize(image)[0])
-        if (few := len(image) - int(self.image.bincount().max())) < K:
-            raise ValueError(f"AnswerGroups: pools of K = {K} from items with other images, but image {image[self.image.bincount().argmax() == self.image][0]} leaves only {few}")
-        self.query, self.K, self.kind, self.n, self.rounds = store.get(self.question_ids, kind), K, kind, n, rounds
+        items = items[ok.numpy()].reset_index(drop=True); self.image = torch.tensor(image_groups(items)) # pools are barred as in `make_pool`
+        self.twin = torch.tensor(pd.DataFrame(dict(g=self.image.numpy(), t=items.question)).duplicated().to_numpy()) if "question" in items else torch.zeros(len(items), dtype=torch.bool)
+        own = self.image[~self.twin].bincount(minlength=int(self.image.max()) + 1)
+        if (few := int((~self.twin).sum() - own.max())) < K:
+            raise ValueError(f"AnswerGroups: pools of K = {K} from items with other images, but image {items.image_id[int((self.image == own.argmax()).int().argmax())]} leaves only {few}")
+        self.query, self.K, self.kind, self.n, self.rounds, self.parts = store.get(self.question_ids, kind), K, kind, n, rounds, sampler_parts(sampler, K)
+        self.near = {k: store.get(self.question_ids, k).double() for k in self.parts if k != "random"}
 
     def __len__(self): return len(self.question_ids) * self.rounds
     def __getitem__(self, i): return self.question_ids[i % len(self.question_ids)], self.query[i % len(self.question_ids)]
@@ -76,12 +81,13 @@ class AnswerGroups:
     )->tuple: # query, cands, cand_mask, seqs, seq_mask, rewards, mask: as `40_dls` makes them
         "Fresh groups of some queries"
         i = torch.as_tensor(i) % len(self.question_ids); B, S = len(i), self.shots[int(torch.randint(len(self.shots), (1,), generator=g))]
-        pool = torch.rand(B, len(self.question_ids), generator=g).masked_fill(self.image[i][:, None] == self.image, -1.).topk(self.K, -1).indices
+        keys, sims = torch.rand(B, len(self.question_ids), generator=g), {k: v[i] @ v.T for k, v in self.near.items()}
+        pool = draw_block(keys, sims, (self.image[i][:, None] == self.image) | self.twin, self.parts)
         seqs = self.sequences(S, g).expand(B, -1, -1)
         r = contained(self.words[i], self.words[pool], seqs)
         return self.query[i], self.query[pool], torch.ones(pool.shape, dtype=torch.bool), seqs, torch.ones(seqs.shape, dtype=torch.bool), r, torch.ones(r.shape, dtype=torch.bool)
 
-# %% ../nbs/41_warmup.ipynb #c78ff45a
+# %% ../nbs/41_warmup.ipynb #a4d0845d
 class AnswerDL(DataLoader):
     "Batches of `AnswerGroups`; same seed, same batches"
     def __init__(self, dataset=None, bs=64, shuffle=True, seed=0, **kwargs):
@@ -99,13 +105,14 @@ def warmup_dls(
     bs:int=64, # queries per batch, at most the number of draws in an epoch
     steps:int=100, # batches per epoch, about: queries come in whole rounds
     seed:int=0, # of pools and order
+    sampler:str="random", # see `AnswerGroups`
 )->DataLoaders: # training: fresh groups; validation: that of `dls`
     "DataLoaders of the warm-up"
     info = getattr(dls, "info", {}); kind = info.get("kind", "mixed")
-    ds = AnswerGroups(items, store, K, shots, kind, n, max(1, round(steps * bs / len(items))))
+    ds = AnswerGroups(items, store, K, shots, kind, n, max(1, round(steps * bs / len(items))), sampler)
     if bs > len(ds): raise ValueError(f"warmup_dls: bs {bs}, but an epoch has {len(ds)} draws; wanted bs <= {len(ds)}, or more steps")
     both = sorted(set(ds.question_ids.tolist()) & set(getattr(dls.valid_ds, "question_ids", ())))
     if both: raise ValueError(f"warmup_dls: question_id {', '.join(map(str, both[:5]))}: among the training items and in valid ({len(both)} queries)")
     out = DataLoaders(AnswerDL(ds, bs, seed=seed), dls.valid, device=dls.device)
-    out.info = info | dict(warmup=dict(K=K, shots=list(ds.shots), items=fingerprint([str(q) for q in ds.question_ids])))
+    out.info = info | dict(warmup=dict(K=K, sampler=sampler, shots=list(ds.shots), n=n, seed=seed, items=fingerprint([str(q) for q in ds.question_ids])))
     return out

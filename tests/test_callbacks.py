@@ -313,7 +313,7 @@ def test_no_query_walks_further_than_its_own_sequences_and_draws_leave_the_train
     assert walked == sum(spy.seen, []) and {S for _, S in walked} == {1, 2}
     for cb in (lambda: KLToRef(beta=3., limit=2), lambda: EntropyFloor(.99, limit=2)): assert same(run(cb())[0], run(cb())[0]) and not same(run(cb())[0], free)
     for cb in (KLToRef, EntropyFloor):
-        with pytest.raises(ValueError, match="limit 0 prefixes"): cb(limit=0)
+        with pytest.raises(ValueError, match="limit 1 prefixes"): cb(limit=1)
 
 def test_k3_of_the_reports_stands_beside_it_and_can_be_trained_with():
     learn = learner(cbs=Stats()); ref = ToySelector(8)

@@ -128,7 +128,7 @@ def test_watch_warns_once_and_needs_stats():
 def test_plot_rl_draws_what_was_recorded(good):
     f = good.history.frame; axs = plot_rl(good); assert [a.get_title() for a in axs] == list(PANELS) and all(a.get_xlabel() == "epoch" for a in axs)
     kl = next(a for a in axs if a.get_title().startswith("KL")); got = {l.get_label(): l.get_ydata() for l in kl.lines}
-    assert np.array_equal(got["exact"], f.kl, equal_nan=True) and np.array_equal(got["ln K!/(K-S)!"], f.kl_bound)
+    assert np.array_equal(got["KL"], f.kl, equal_nan=True) and np.array_equal(got["ln K!/(K-S)!"], f.kl_bound)
     own = plt.subplots(1, 2)[1]; assert list(plot_rl(f[["fit", "valid_loss", "entropy"]], own)) == list(own)
     with pytest.raises(ValueError, match="2 axes for 9 panels"): plot_rl(good.history, own)
     with pytest.raises(ValueError, match="nothing to draw"): plot_rl(f[["fit", "epoch", "kl_bound"]])

@@ -7,7 +7,7 @@ from hypothesis import given, settings, strategies as st
 from leverplus.callback_core import SkipFlat, StageCallback, Stats
 from leverplus.callback_grpo import GRPO, RLOO
 from leverplus.callback_onpolicy import DistinctPG, Feedback, GreedyLoss, NoReward, OnPolicy, distinct_advantage, draw_groups, greedy_rewards
-from leverplus.callback_schedule import NoDropout, Phases
+from leverplus.callback_schedule import NoDropout, Phases, SplitShots
 from leverplus.core import rng
 from leverplus.dls import GroupDataset, GroupDL
 from leverplus.embed import EmbedStore
@@ -130,6 +130,11 @@ def test_several_shot_counts_are_groups_of_their_own(objective, kw, steps):
             from leverplus.rewards import reward; want = [reward(f.loc[[tuple(POOL[q][i] for i in s[:c])]], "hard_plus_soft")[0] for s, c, o in zip(ss, ms, ok) if o]
             assert want == pytest.approx([x for x, o in zip(rr, ok) if o], abs=1e-6)
     if kw.get("every") != "round": assert max(spy.ratios) < 1e-4
+    if kw.get("distinct"): # thresholds of the first batch; one shot from four or five candidates leaves none or one out
+        first, (store, pool, _) = cb.data().rows, cb.world(); at = {q: i for i, q in enumerate(q for q in few if round(float(STORE.get([q])[0, 0]), 4) in {round(x, 4) for x in seen[0][0]})}
+        for S in (3, 1, 2):
+            d = draw_groups(learner().model, pool, store, list(at), S, 4, True, (0, 0, S)); got = first[(first.pointer.map(len) == S) & (first.gen_method == "policy")].groupby("question_id").kappa.first()
+            assert [got[q] for q in at] == pytest.approx(d["kappa"].tolist(), abs=1e-5) and (S == 1) == (d["kappa"] == -torch.inf).any().item()
     rows = cb.data().validate(ITEMS).rows; assert set(rows.pointer.map(len)) == {1, 2, 3} and cb.data().manifest["onpolicy"]["shots"] == [3, 1, 2] and set(cb.seen) == {(q, s) for q in few for s in (1, 2, 3)}
     best = rows.assign(r=reward(rows, "hard_plus_soft")).groupby(["question_id", rows.pointer.map(len)]).r.max(); assert {k: pytest.approx(v, abs=1e-6) for k, v in best.items()} == cb.seen
 
@@ -186,7 +191,7 @@ def test_a_table_that_lacks_a_pair_names_it():
     (lambda: [policy()], "add an objective"), (lambda: [RLOO(), policy(distinct=True)], "biased"), (lambda: [RLOO(), policy(every="round")], "no ratio"),
     (lambda: [GRPO(), policy()], "refresh=1"), (lambda: [GRPO(refresh="never"), policy(every="round")], "refresh='epoch'"), (lambda: [DistinctPG()], "without replacement"),
     (lambda: [RLOO(), Phases({"a": (None, 1)}), policy()], "Phases"), (lambda: [RLOO(), policy(shots=None)], "without STOP"), (lambda: [RLOO(), policy(shots=3)], "pool has 3 candidates"),
-    (lambda: [policy(shots=())], "several different"), (lambda: [policy(shots=(2, 2))], "several different"), (lambda: [policy(shots=(None, 2))], "several different"),
+    (lambda: [RLOO(), SplitShots(), policy()], "would order them anew"), (lambda: [policy(shots=())], "several different"), (lambda: [policy(shots=(2, 2))], "several different"), (lambda: [policy(shots=(None, 2))], "several different"),
     (lambda: [policy(passes=2)], "every='round'"), (lambda: [policy(G=1)], "G >= 2"), (lambda: [policy(cache=None)], "pass a scorer"), (lambda: [policy(reward="nice")], "nice")])
 def test_refusals(cbs, says):
     with pytest.raises(ValueError, match=says): fit(learner(), 1, cbs())

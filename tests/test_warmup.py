@@ -1,5 +1,6 @@
 import itertools, numpy as np, pandas as pd, pytest, torch
 from hypothesis import given, settings, strategies as st
+from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders
 from leverplus.all import *
 
@@ -33,6 +34,21 @@ def test_pools_are_fresh_and_never_show_the_query():
     a, b = ds.batch(range(8), rng_(1)), ds.batch(range(8), rng_(1)); assert all(map(torch.equal, a, b)); assert not torch.equal(a[1], ds.batch(range(8), rng_(2))[1])
     few = AnswerGroups(items, store, 12, 3, n=50).batch(range(8), g)[3]; assert few.shape == (8, 50, 3) and len(few[0].unique(dim=0)) == 50
 
+@pytest.mark.parametrize("sampler", ["text", "image", "mixed"])
+def test_retrieved_pools_are_those_of_the_job(sampler):
+    "What `make_pool` retrieves for a query is in all of its pools, the rest changes; none shows the query's image"
+    items, _ = world(); ids = items.question_id.tolist(); items["question"] = [f"q{i}" for i in ids]; g = np.random.default_rng(1); x, y = (torch.tensor(g.normal(size=(40, 5))).float() for _ in range(2)); store = EmbedStore(ids, x, y)
+    K = 8; ds = AnswerGroups(items, store, K, sampler=sampler); where = {tuple(v.tolist()): q for q, v in zip(ids, store.get(ids, "mixed"))}; n_near = K - ds.parts.get("random", 0)
+    pools = [[frozenset(where[tuple(v.tolist())] for v in row) for row in ds.batch(range(40), rng_(i))[1]] for i in range(12)]
+    jobs = [make_pool(items, items, K, sampler, store, seed=s) for s in range(12)]
+    for b, q in enumerate(ids):
+        always, those = frozenset.intersection(*(p[b] for p in pools)), frozenset.intersection(*(frozenset(j[q]) for j in jobs))
+        assert all(len(p[b]) == K and items.image_id[q] not in set(items.image_id[list(p[b])]) for p in pools) and len(always & those) >= n_near
+    assert (len({p[0] for p in pools}) == 1) == ("random" not in ds.parts)
+    two = items.copy(); two.loc[ids[1], ["question", "image_id"]] = two.loc[ids[0], ["question", "image_id"]].values   # a twin is nobody's candidate
+    assert not any(torch.equal(store.get([ids[1]])[0], v) for v in AnswerGroups(two, store, 30, sampler=sampler).batch(range(40), rng_())[1].flatten(0, 1))
+    with pytest.raises(ValueError, match="choose one of"): AnswerGroups(items, store, K, sampler="nearest")
+
 @pytest.mark.parametrize("change, kw, what", [
     (lambda d: d.assign(image_id=1), {}, "leaves only 0"), (lambda d: d.assign(answer=""), {}, "none of the 40 items"),
     (lambda d: pd.concat([d, d[:1]]), {}, "comes twice"), (lambda d: d, dict(shots=16), "1..K-1"), (lambda d: d, dict(shots=(0,)), "1..K-1")])
@@ -53,5 +69,10 @@ def test_a_stage_learns_what_answers_share_and_puts_everything_back(tmp_path):
     with learn.no_bar(), learn.no_logging():
         before = float(learn.validate()[0]); learn.fit_warmup(rest, store, 4, steps=40, bs=32); after = float(learn.validate()[0])
         assert learn.dls is dls and after < .75*before
+        met = []; spy = Callback(before_fit=lambda _: met.append(learn.dls.info["warmup"]["sampler"])); few = dict(steps=1, bs=8, cbs=spy, watch=None, K=4)
+        learn.fit_warmup(rest, store, 1, **few); learn.fit_warmup(rest, store, 1, sampler="text", **few); assert met == ["random", "text"]
+        learn.fit_warmup(rest, store, 1, resume=tmp_path/"warm", **few); same = {k: v.clone() for k, v in learn.model.state_dict().items()}
+        for other in (dict(sampler="text"), dict(n=5), dict(seed=9)): # how it draws is part of what a stage is
+            with pytest.raises(Exception, match="data"): learn.fit_warmup(rest, store, 1, resume=tmp_path/"warm", **other, **few)
         with pytest.raises(ValueError, match=f"question_id {valid[0]}"): learn.fit_warmup(items, store, 1)
         assert learn.dls is dls
