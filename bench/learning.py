@@ -104,8 +104,8 @@ def warm_alike(t): return t.warm(t.world.pools["train"].recipe["sampler"])
 def listwise(t, learn): return learn.fit_listwise(t.epochs, 3e-3, tau=.2, **t.split)
 def on_policy(t, learn, objective, lr, rounds=10, G=12):
     "As many different questions to the LVLM as the stored groups have rows, at most, and the greedy sequences"
-    w, shots = t.world, shots_of(t.name); shots = shots[0] if len(shots) == 1 else shots; n = int(np.size(shots)) # groups per question
-    return learn.fit_onpolicy(w.scorer, w.items, w.store, rounds, lr, objective, G=G, shots=shots, queries_per_round=len(t.train.queries)//rounds, bs=32//n, reward=t.mode,
+    w, shots = t.world, shots_of(t.name); bs = 32//len(shots) # 32 groups per batch
+    return learn.fit_onpolicy(w.scorer, w.items, w.store, rounds, lr, objective, G=G, shots=shots, queries_per_round=len(t.train.queries)//rounds, bs=bs, reward=t.mode,
                               patience=None, cache=FactCache(t.out/"facts"/"train"), seed=t.seed)
 
 def mended(t):
