@@ -2,13 +2,20 @@
 VENV ?= .venv
 PY := $(VENV)/bin/python
 NB ?=
+# CONSTRAINTS=file: the versions that are installed; CONSTRAINTS= (empty): what the registry offers today
+CONSTRAINTS ?= constraints.txt
+export CONSTRAINTS
+# `make gpu` sets nothing up: it takes $(VENV) where there is one, or else the machine's own Python
+GPUPY := $(if $(wildcard $(PY)),$(PY),python3)
 
-.PHONY: venv demo test notebooks export clean bench help
+.PHONY: venv demo test gpu notebooks export clean bench help
 
 help:
-	@echo 'make venv                  set up $(VENV) with everything that development needs (VENV=path: reuse one)'
+	@echo 'make venv                  set up $(VENV) with everything that development needs (VENV=path: reuse one;'
+	@echo '                           CONSTRAINTS=constraints-oldest.txt: the oldest versions; CONSTRAINTS=: today'"'"'s)'
 	@echo 'make demo                  the whole road on the embedded world; writes runs/demo/'
-	@echo 'make test                  all checks: exports, clean notebooks, README, rules, notebooks, tests'
+	@echo 'make test                  all checks: exports, clean notebooks, README, rules, notebooks, tests; with a GPU, its tests too'
+	@echo 'make gpu                   on a GPU: its tests, then bench/gpu_scoring.py -> runs/gpu_scoring.json'
 	@echo 'make notebooks [NB="..."]  execute all (or the named) notebooks, store their outputs, then make export'
 	@echo 'make export                notebooks -> leverplus/*.py and README.md; strips notebook metadata'
 	@echo 'make bench                 run bench/*.py'
@@ -22,6 +29,9 @@ demo: venv
 
 test: venv
 	@$(PY) .ci/check.py
+
+gpu:
+	@$(GPUPY) .ci/gpu.py
 
 notebooks: venv
 	@$(PY) -c 'from nbdev.doclinks import nbdev_export; nbdev_export()'

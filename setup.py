@@ -1,19 +1,27 @@
-"Packaging: everything that matters stands in `settings.ini`."
-from configparser import ConfigParser
+"""Packaging stands in `pyproject.toml`; this file adds one step: a wheel brings the embedded world along.
+
+`data/` and `models/` lie at the top of a checkout, where people look for them. A wheel has no such place, so
+they are copied below the package, and `leverplus.core.repo_path` finds them there.
+"""
+import shutil
 from pathlib import Path
-from setuptools import find_packages, setup
+from setuptools import setup
+from setuptools.command.build_py import build_py
 
-cfg = ConfigParser(delimiters=["="])
-cfg.read("settings.ini", encoding="utf8")
-cfg = cfg["DEFAULT"]
+HERE = Path(__file__).resolve().parent
+WORLD = ("data/islands", "models/tiny-clip", "models/tiny-qwen2.5-vl")
 
-setup(
-    name=cfg["lib_name"], version=cfg["version"], license="Apache-2.0", description=cfg["description"],
-    keywords=cfg["keywords"], author=cfg["author"], author_email=cfg["author_email"], url=cfg["git_url"],
-    packages=find_packages(include=["leverplus", "leverplus.*"]), python_requires=">=" + cfg["min_python"],
-    install_requires=cfg["requirements"].split(),
-    extras_require={"dev": cfg["dev_requirements"].split(), "ray": cfg["ray_requirements"].split()},
-    entry_points={"console_scripts": cfg["console_scripts"].split(), "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]},
-    long_description=Path("README.md").read_text(encoding="utf8") if Path("README.md").exists() else "",
-    long_description_content_type="text/markdown", zip_safe=False, include_package_data=True,
-)
+
+class BuildWithWorld(build_py):
+    "`build_py`, then copy the embedded world into the package"
+
+    def run(self):
+        super().run()
+        if self.editable_mode:  # an editable install reads the checkout itself
+            return
+        for name in WORLD:
+            to = Path(self.build_lib)/"leverplus"/"embedded"/name
+            shutil.copytree(HERE/name, to, dirs_exist_ok=True)
+
+
+setup(cmdclass={"build_py": BuildWithWorld})

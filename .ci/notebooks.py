@@ -7,12 +7,13 @@ Nothing that changes between two runs is stored: no counts, times, ids of object
 """
 import argparse, os, sys, tempfile, time
 from pathlib import Path
+from directives import is_skipped
 
 ROOT = Path(__file__).resolve().parent.parent; NBS = ROOT/"nbs"
 SKIP = "skip-execution"  # nbclient's tag
 ENV = {"PYTHONHASHSEED": "0", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "JUPYTER_PREFER_ENV_PATH": "1", "MPLBACKEND": "module://matplotlib_inline.backend_inline",
-       # `import fastai` and `tqdm.auto` warn; neither is ours, and both would store a path of this machine
-       "PYTHONWARNINGS": "ignore::FutureWarning:torch.jit._script,ignore:IProgress not found",
+       # where ipywidgets are absent `tqdm.auto` says so, with a path of this machine
+       "PYTHONWARNINGS": "ignore:IProgress not found",
        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
 
 def find(names):
@@ -23,12 +24,6 @@ def find(names):
     if absent: sys.exit(f"no such notebook: {', '.join(absent)}; give a path or a stem such as 00_core")
     return [p.resolve() for p in paths]
 
-def skipped(cell, flags):
-    "Does a code cell carry one of `flags`, or `#| eval: false`? nbdev's own reading of `#|` lines decides"
-    from nbdev.process import extract_directives
-    said = extract_directives(cell, remove=False) if cell.cell_type == "code" else {}
-    return bool(flags & said.keys()) or said.get("eval:", [""])[0].lower() == "false"
-
 def execute(path, flags, timeout):
     "Run notebook `path` in its folder and store the outputs"
     import nbformat
@@ -36,7 +31,7 @@ def execute(path, flags, timeout):
     from nbdev.clean import nbdev_clean
     from traitlets.config import Config
     nb = nbformat.read(path, 4)
-    for c in nb.cells: c.metadata = {"tags": [SKIP]} if skipped(c, flags) else {}
+    for c in nb.cells: c.metadata = {"tags": [SKIP]} if c.cell_type == "code" and is_skipped(c.source, flags) else {}
     with tempfile.TemporaryDirectory() as sockets: # ipc: no ports, and no kernel warning about open ones
         cfg = Config({"KernelManager": {"transport": "ipc", "ip": f"{sockets}/kernel"}} if os.name == "posix" else {})
         NotebookClient(nb, config=cfg, timeout=timeout, kernel_name="python3", coalesce_streams=True, record_timing=False,

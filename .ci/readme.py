@@ -6,6 +6,7 @@ Figures are written to nbs/images/readme_*. Relative links, written for nbs/, ar
 """
 import argparse, posixpath, re, sys
 from pathlib import Path
+from directives import directives
 
 TARGET = re.compile(r"""(\]\(\s*|(?:src|href)\s*=\s*["'])([^)\s"'>]+)""")  # of [x](target), ![x](target), <img src="target">
 
@@ -30,17 +31,16 @@ def outputs(cell):
 
 def prepare(nb):
     "Apply the directives and rewrite links, in place"
-    from nbdev.process import extract_directives
-    said = lambda d, name: d.get(name, [""])[0].lower() == "false"
+    said = lambda d, name: d.get(name, "").lower() == "false"
     cells = []
     for c in nb.cells:
         if c.cell_type == "markdown": c.source = relink(c.source)
         if c.cell_type == "code":
-            d = extract_directives(c)
-            if d.keys() & {"hide", "default_exp"} or said(d, "include:"): continue
+            d = directives(c.source)
+            if d.keys() & {"hide", "default_exp"} or said(d, "include"): continue
             c.source = "\n".join(line for line in c.source.splitlines() if not line.startswith("#|")).strip()
-            c.metadata["transient"] = {"remove_source": said(d, "echo:") or not c.source}
-            c.outputs = [] if said(d, "output:") else outputs(c)
+            c.metadata["transient"] = {"remove_source": said(d, "echo") or not c.source}
+            c.outputs = [] if said(d, "output") else outputs(c)
         cells.append(c)
     nb.cells = cells
     nb.metadata["language_info"] = {"name": "python"}

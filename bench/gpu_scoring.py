@@ -16,7 +16,7 @@ import numpy as np, torch
 ROOT = Path(__file__).resolve().parent.parent; sys.path.insert(0, str(ROOT))
 from leverplus import vision
 from leverplus.cost import QWEN_SIZES, feature_bytes, kv_bytes, mfu, peak_flops, prompt_flops, qwen_config, text_flops, vision_flops
-from leverplus.lvlm import LVLM, SharedScorer, Targets, load_lvlm
+from leverplus.lvlm import LVLM, SharedScorer, Targets, load_lvlm, run_text
 from leverplus.prompt import IMAGE_MARK, Demo, Prompt
 
 FOLDER = ROOT/"models"/"tiny-qwen2.5-vl" # tokenizer, chat template and image processor of every size
@@ -286,8 +286,7 @@ def prefill_rows(table, a, lvlm, work):
     def row(tokens, masked):
         B = max(2, tokens//L); emb = torch.randn(B, L, lm.config.hidden_size, device=dev, dtype=lvlm.model.dtype)
         pos, mask = torch.arange(L, device=dev).expand(3, B, L), torch.ones(B, L, dtype=torch.bool, device=dev); mask[0, 0] = False
-        run = lambda: lm(inputs_embeds=emb, attention_mask=mask if masked else None, position_ids=pos,
-                         past_key_values=DynamicCache(config=lm.config), use_cache=True).last_hidden_state[:, -1]
+        run = lambda: run_text(lm, emb, DynamicCache(config=lm.config), mask if masked else None, pos)[:, -1]
         run(); seconds, _, gib = timed(run, dev, 2*a.repeats + 1); flops = B*text_flops(lvlm.model.config, L, logits=0)
         table.add(f"prefill alone, {B*L} tokens, {'mask' if masked else 'no mask'}", B, seconds, flops, gib, whole=False)
     for tokens in a.batch_tokens:

@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from torch import nn
 from fastcore.basics import camel2snake
-from fastai.callback.core import Callback, CancelBatchException
-from fastai.learner import Learner, ValueMetric
 from .core import frozen, masked_mean
 from .losses import live_groups
+from fastai.callback.core import Callback, CancelBatchException
+from fastai.learner import Learner, ValueMetric
 
 # %% ../nbs/61_callback_core.ipynb #2064fdbc
 LOOP_NAMES = set("""xb yb x y pred loss loss_grad smooth_loss epoch iter n_iter n_epoch train_iter pct_train training

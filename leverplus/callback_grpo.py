@@ -8,10 +8,10 @@ __all__ = ['PolicyGradient', 'GRPO', 'RLOO']
 # %% ../nbs/63_callback_grpo.ipynb #08f55fce
 import warnings
 import torch
-from fastai.callback.core import CancelBatchException, CancelFitException
 from .core import frozen
 from .losses import advantage, clipped_surrogate, clip_shares, log_ratio, policy_gradient
 from .callback_core import Objective, active_dropout, survey_groups
+from fastai.callback.core import CancelBatchException, CancelFitException
 
 # %% ../nbs/63_callback_grpo.ipynb #86ae62e6
 class PolicyGradient(Objective):

@@ -11,8 +11,6 @@ from functools import partial
 import numpy as np, pandas as pd, torch
 import torch.nn.functional as F
 from torch import Tensor
-from fastai.callback.core import CancelFitException
-from fastai.data.load import DataLoader
 from .core import fingerprint, masked_mean, pad_rows, rng
 from .groups import FACT_COLUMNS, TEXT_FACTS, RLData, as_record
 from .rewards import reward as reward_of, reward_facts
@@ -21,6 +19,8 @@ from .losses import inclusion_logp, live_groups
 from .callback_core import Objective, StageCallback
 from .callback_grpo import GRPO, RLOO
 from .callback_schedule import Phases, SplitShots
+from fastai.callback.core import CancelFitException
+from fastai.data.load import DataLoader
 
 # %% ../nbs/68_callback_onpolicy.ipynb #8d6f4b0c
 def _inputs(pool, store, queries, kind):

@@ -12,9 +12,9 @@ from bisect import bisect_right
 from itertools import accumulate
 import torch
 from torch import Tensor
-from fastai.callback.schedule import SchedLin, SchedCos, SchedNo
 from .losses import live_groups
 from .callback_core import StageCallback, Objective
+from fastai.callback.schedule import SchedLin, SchedCos, SchedNo
 
 # %% ../nbs/65_callback_schedule.ipynb #a4499b20
 SCHEDULES = dict(wide=SchedLin(2., .5), sharp=SchedLin(1., .1))   # of temperatures, by progress 0..1

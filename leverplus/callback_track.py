@@ -10,12 +10,12 @@ __all__ = ['History', 'valid_loss', 'regrets', 'missed', 'promotion_p', 'Best', 
 import random, time
 import torch, pandas as pd
 from torch import Tensor, nn
-from fastai.callback.core import Callback, CancelFitException
-from fastai.torch_core import find_bs
 from .core import gini, rng
 from .losses import entropy_steps, group_mass, live_groups, regret
 from .callback_core import StageCallback, Objective, Stats, active_dropout
 from .callback_kl import AdaptiveKL
+from fastai.callback.core import Callback, CancelFitException
+from fastai.torch_core import find_bs
 
 # %% ../nbs/66_callback_track.ipynb #f1f305c4
 class History(StageCallback):
@@ -181,6 +181,14 @@ def _telling(cb, stats):
         if now is not was: stats.by_term["policy" if isinstance(cb, Objective) else cb.name] = now if isinstance(cb, Objective) else now - was
     return after_loss
 
+def _drawn_before(picks):
+    "Which sequences [B,N,S] (-1: no pick) also stand earlier in their group: bool [B,N]"
+    number, width = picks.new_zeros(picks.shape[:2]), int(picks.max()) + 2
+    for step in picks.unbind(-1):
+        number = number*width + step + 1   # one number per sequence, so that equals can be sorted together
+    number, order = number.sort(dim=-1, stable=True)
+    return torch.zeros_like(number, dtype=torch.bool).scatter(1, order[:, 1:], number[:, 1:] == number[:, :-1])
+
 class RLStats(Stats):
     "Stats plus what tells whether anything is learned, and by which term"
     order = Objective.order-8   # sees a batch before any filter, and in `before_backward` after every `after_loss`
@@ -217,7 +225,9 @@ class RLStats(Stats):
         logp, mask, (rewards, raw) = self.pred.detach(), self.yb[1], self.raw
         live, some = (lambda m: live_groups(rewards, m).double().mean()), raw.any(-1)
         self.log(len(raw), live_before=live(raw), live_after=live(mask))
-        r = regret(logp, rewards, raw, "none")[some]; self.log(len(r), regret_train=r.mean(), regret_sd=r.std())
+        r = regret(logp, rewards, raw, "none")[some]
+        spread_of_one = r.new_tensor(float("nan")) # one group has no spread
+        self.log(len(r), regret_train=r.mean(), regret_sd=r.std() if len(r) > 1 else spread_of_one)
         self.log_mass(logp, mask)
         if isinstance(getattr(self.obj, "adv", None), Tensor): self.log_adv(raw)
         if self.iter == 0: self.log(dropout=len(active_dropout(self.model)))
@@ -229,8 +239,9 @@ class RLStats(Stats):
         n = raw.sum(-1); self.log(len(n), adv_std_all=(self.obj.adv.square().sum(-1) / (n-1).clamp(min=1)).sqrt().mean())
 
     def log_mass(self, logp, mask):
-        own = self.xb[3].masked_fill(~self.xb[4], -1); again = (own[:, :, None] == own[:, None]).all(-1).tril(-1).any(-1) # the same sequence, drawn twice
-        n = self.xb[4].sum(-1); mask = mask & ~again; same = [mask & (n == s) for s in n[mask].unique()]
+        own = self.xb[3].masked_fill(~self.xb[4], -1)
+        mask = mask & ~_drawn_before(own)
+        n = self.xb[4].sum(-1); same = [mask & (n == s) for s in n[mask].unique()]
         each = torch.stack([group_mass(logp, m).masked_fill(~m.any(-1), torch.nan) for m in same]) if same else logp[:0]
         self.log(mask.any(-1).sum(), mass=each.nanmean(0).nanmean())
 

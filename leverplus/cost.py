@@ -94,8 +94,10 @@ def count_flops(
     fn, # function without arguments; it is called once, without gradients
 )->int: # FLOPs of the matrix products, convolutions and attentions that ran
     "Operations that `fn` asked for, counted by torch's `FlopCounterMode` while it runs"
+    from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
-    with torch.no_grad(), FlopCounterMode(display=False) as counter: fn()
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        fn()
     return counter.get_total_flops()
 
 # %% ../nbs/19_cost.ipynb #70d275c5

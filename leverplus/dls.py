@@ -8,13 +8,13 @@ __all__ = ['GroupDataset', 'group_item', 'group_batch', 'show_group', 'GroupDL',
 # %% ../nbs/40_dls.ipynb #76f13855
 import random
 import numpy as np, pandas as pd, torch
-from fastai.data.core import DataLoaders
-from fastai.data.load import DataLoader
-from fastai.torch_core import default_device
 from .core import pad_rows
 from .groups import RLData
 from .pools import Pool
 from .rewards import reward as reward_of
+from fastai.data.core import DataLoaders
+from fastai.data.load import DataLoader
+from fastai.torch_core import default_device
 
 # %% ../nbs/40_dls.ipynb #d409563f
 def _usable(rows, rewards):

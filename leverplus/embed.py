@@ -10,7 +10,7 @@ __all__ = ['KINDS', 'unit', 'EmbedStore', 'save_store', 'load_store', 'image_byt
 import hashlib, io, json, textwrap
 from pathlib import Path
 import numpy as np, pandas as pd, torch, matplotlib.pyplot as plt
-from .core import atomic_path, fingerprint, read_json, repo_path, write_json
+from .core import atomic_path, exact_float32, fingerprint, loading_bar, read_json, world_path, write_json
 
 # %% ../nbs/12_embed.ipynb #711428ba
 KINDS = ("image", "text", "mixed")
@@ -168,7 +168,8 @@ class Clip:
     )->torch.Tensor: # [n, D] float32, length 1
         "Encode pictures"
         x = self.image_processor(images=list(images), return_tensors="pt")["pixel_values"]
-        return self._unit(self.model.get_image_features(pixel_values=x.to(self.model.device)))
+        with exact_float32(self.model.device): out = self.model.get_image_features(pixel_values=x.to(self.model.device))
+        return self._unit(out)
 
     @torch.inference_mode()
     def texts(self,
@@ -177,7 +178,8 @@ class Clip:
         "Encode texts"
         x = self.tokenizer(list(texts), padding=True, truncation=True, max_length=self.max_length, return_tensors="pt")
         x = x.to(self.model.device)
-        return self._unit(self.model.get_text_features(input_ids=x["input_ids"], attention_mask=x["attention_mask"]))
+        with exact_float32(self.model.device): out = self.model.get_text_features(input_ids=x["input_ids"], attention_mask=x["attention_mask"])
+        return self._unit(out)
 
 def _weights_print(model):
     c = model.config.to_dict()
@@ -199,11 +201,12 @@ def load_clip(
     "Load a CLIP by path or hub name"
     if isinstance(model, Clip): return model
     from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
-    name = str(repo_path("models", "tiny-clip") if model is None else model)
+    name = str(world_path("models", "tiny-clip") if model is None else model)
     if Path(name).is_absolute() and not (Path(name)/"config.json").exists():
         raise FileNotFoundError(f"{name}: no CLIP here (config.json is missing)")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    net = CLIPModel.from_pretrained(name, dtype=torch.float32).to(device)
+    with loading_bar(False): net = CLIPModel.from_pretrained(name, dtype=torch.float32)
+    net = net.to(device)
     tokenizer, image_processor = AutoTokenizer.from_pretrained(name), AutoImageProcessor.from_pretrained(name)
     return Clip(net, tokenizer, image_processor, Path(name).name if Path(name).exists() else name)
 

@@ -15,6 +15,7 @@ __all__ = ['TABLE', 'BASELINES', 'pick_baselines', 'check_facts', 'fixed_pairs',
 import math
 from collections import Counter
 from datetime import datetime, timezone
+from functools import lru_cache
 from pathlib import Path
 from statistics import NormalDist
 from typing import NamedTuple
@@ -176,6 +177,18 @@ class Interval(NamedTuple):
     lo:float
     hi:float
 
+def _drawn(seed, clusters, n_boot):
+    "How often each cluster is drawn, in blocks of resamples [b, clusters]"
+    g, step = rng("bootstrap", seed), max(1, 2_000_000//clusters)
+    for i in range(0, n_boot, step):
+        b = min(step, n_boot - i)
+        draw = g.integers(clusters, size=(b, clusters)) + clusters*np.arange(b)[:, None]
+        yield np.bincount(draw.ravel(), minlength=b*clusters).reshape(b, clusters)
+
+@lru_cache(maxsize=4)
+def _kept(seed, clusters, n_boot): # a table asks for the same resamples once per cell
+    return [block.astype(np.uint16) for block in _drawn(seed, clusters, n_boot)]
+
 def boot_means(
     x, # [n] or [n, k] scores, one row per query; NaN = left out of that column's mean
     cluster=None, # [n] cluster of each query, e.g. image_id; None: every query for itself
@@ -189,12 +202,8 @@ def boot_means(
     if not len(x): raise ValueError("bootstrap of no queries: nothing was scored")
     C = code.max() + 1; total = lambda a: np.stack([np.bincount(code, col, minlength=C) for col in a.T.astype(float)], 1)
     s, m = total(np.where(ok, x, 0)), total(ok[:, :1] if ok.all() else ok)
-    g, out, step = rng("bootstrap", seed), np.empty((n_boot, x.shape[1])), max(1, 2_000_000//C)
-    for i in range(0, n_boot, step):
-        b = min(step, n_boot - i); draw = g.integers(C, size=(b, C)) + C*np.arange(b)[:, None]
-        w = np.bincount(draw.ravel(), minlength=b*C).reshape(b, C).astype(float)
-        with np.errstate(invalid="ignore"): out[i:i+b] = (w @ s) / (w @ m)
-    return out
+    blocks = _kept(seed, C, n_boot) if C*n_boot <= 20_000_000 else _drawn(seed, C, n_boot)
+    with np.errstate(invalid="ignore"): return np.concatenate([(w @ s) / (w @ m) for w in (block.astype(float) for block in blocks)])
 
 def _bounds(x, level):
     "Percentile bounds of the resamples `x` [n_boot]"

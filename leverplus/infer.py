@@ -25,7 +25,8 @@ def as_pointer(
     p, # ids in prompt order: tuple, list, array or tensor
 )->tuple: # the same as a tuple of int, so that it can be a key
     "One pointer as a tuple of `int`"
-    return tuple(int(i) for i in p)
+    values = p.tolist() if hasattr(p, "tolist") else p
+    return tuple(map(int, values))
 
 def picks_frame(
     selector:str, # the name that the row will have in the table

@@ -12,12 +12,7 @@ import numpy as np, pandas as pd, torch
 from torch import nn
 from fastcore.basics import patch
 from fastcore.foundation import L
-from fastai.learner import CastToTensor, Learner, Recorder
-from fastai.callback.core import Callback, CancelEpochException, CancelFitException, TrainEvalCallback
-from fastai.callback import progress
-from fastai.callback.schedule import ParamScheduler, SchedCos, SchedLin
-from fastai.callback.training import GradientClip
-from .core import atomic_path, fingerprint, frozen, seed_all
+from .core import atomic_path, fingerprint, frozen, reproducible, seed_all
 from .runs import Run
 from .synth import quiet
 from .warmup import warmup_dls
@@ -31,10 +26,20 @@ from .callback_schedule import TempSchedule, NoDropout, SplitShots, as_schedule
 from .callback_track import History, RLStats, Best, greedy_picks, valid_loss
 from .callback_listwise import Listwise, SFT
 from .diagnose import Watch
+from fastai.learner import CastToTensor, Learner, Recorder
+from fastai.callback.core import Callback, CancelEpochException, CancelFitException, TrainEvalCallback
+from fastai.callback import progress
+from fastai.callback.schedule import ParamScheduler, SchedCos, SchedLin
+from fastai.callback.training import GradientClip
+from fastai.torch_core import default_device
 
 # %% ../nbs/70_learner.ipynb #b70d46e0
 class SelectorLearner(Learner):
-    "A `Learner` whose `show_results` speaks of picks"
+    "A `Learner` whose fits can be repeated on a GPU too, and whose `show_results` speaks of picks"
+    def fit(self, n_epoch, lr=None, wd=None, cbs=None, reset_opt=False, start_epoch=0):
+        "`Learner.fit`, with kernels that add in a fixed order: same seed, same weights"
+        with reproducible(self.dls.device or default_device()): super().fit(n_epoch, lr, wd, cbs, reset_opt, start_epoch)
+
     @torch.no_grad()
     def show_results(self,
         ds_idx:int=1, # 0: training split | 1: validation split

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['IMAGE_SETTINGS', 'TEXT_SETTINGS', 'ROPE_SETTINGS', 'VISION_SETTINGS', 'FAMILY', 'MAX_NEW_TOKENS', 'NOT_FINITE',
            'PREFIX_CACHES', 'LVLM', 'load_lvlm', 'Targets', 'Scored', 'NaiveScorer', 'scorer_fingerprint',
-           'rope_positions', 'Trie', 'ScorerStats', 'SharedScorer', 'compare', 'MockScorer']
+           'rope_positions', 'Trie', 'ScorerStats', 'SharedScorer', 'run_text', 'compare', 'MockScorer']
 
 # %% ../nbs/21_lvlm.ipynb #b8dffa05
-import contextlib, gc, json, math, os, time
+import contextlib, gc, inspect, json, math, os, time
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 import numpy as np, torch
-from .core import fingerprint, stable_hash
+from .core import exact_float32, fingerprint, loading_bar, repo_path, stable_hash
 from .vision import VisionCache, VisionEncoder, device_is_lost, out_of_memory, patch_side
 from .prefix import PrefixStore, plan_prefixes
 from .prompt import IMAGE_MARK, Prompt, check_prompt, messages
@@ -92,15 +92,14 @@ class LVLM:
 
 def load_lvlm(
     path_or_name:str="models/tiny-qwen2.5-vl", # folder (absolute, or below the working folder or the checkout) or hub name
-    dtype:torch.dtype|None=None, # default float32 on a CPU, bfloat16 on a GPU
+    dtype:torch.dtype|None=None, # number format; None: the one that the checkpoint is stored in, on every device
     device:str|None=None, # default the GPU if there is one
     attn:str="sdpa", # sdpa | eager
+    progress:bool=False, # show the bar of transformers while weights load?
 )->LVLM: # in eval mode, without gradients; TypeError for another kind of model, ValueError for sliding-window attention or another `attn`
     "Load a Qwen-VL checkpoint"
     from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
-    from leverplus.core import repo_path
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = dtype or (torch.float32 if device == "cpu" else torch.bfloat16)
     name = str(path_or_name)
     if not os.path.isdir(name) and repo_path(name).is_dir(): name = str(repo_path(name))
     config = AutoConfig.from_pretrained(name)
@@ -108,7 +107,8 @@ def load_lvlm(
     if config.model_type not in FAMILY: raise TypeError(f"{path_or_name}: a {config.model_type} model; leverplus asks Qwen2.5-VL, Qwen2-VL or Qwen3-VL ({', '.join(FAMILY)})")
     slides = set(getattr(config.get_text_config(), "layer_types", None) or ["full_attention"]) - {"full_attention"}
     if slides: raise ValueError(f"{path_or_name}: layers of type {sorted(slides)}; wanted full attention in every layer: set use_sliding_window=False in its config")
-    model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, attn_implementation=attn).to(device).eval().requires_grad_(False)
+    with loading_bar(progress): model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype or "auto", attn_implementation=attn)
+    model = model.to(device).eval().requires_grad_(False)
     tok = AutoTokenizer.from_pretrained(name, padding_side="left")
     return LVLM(model, tok, AutoImageProcessor.from_pretrained(name), name, attn)
 
@@ -186,7 +186,7 @@ class NaiveScorer:
     )->list: # n Scored, in order; what fails carries its error
         "Score prompts"
         prompts, targets, out = list(prompts), _targets(prompts, targets), []
-        with _bar(len(prompts), progress, "naive") as bar:
+        with exact_float32(self.lvlm.device), _bar(len(prompts), progress, "naive") as bar:
             for i in range(0, len(prompts), self.batch_size):
                 out += self._batch(prompts[i:i+self.batch_size], targets[i:i+self.batch_size], generate); bar.update(len(out) - bar.n)
         return out
@@ -433,6 +433,23 @@ def _row(self:SharedScorer, prompt, target, features):
 
 SharedScorer._token_ids, SharedScorer._answer_ids, SharedScorer._row = _token_ids, _answer_ids, _row
 
+# %% ../nbs/21_lvlm.ipynb #65186d09
+@lru_cache(maxsize=None)
+def _cache_word(forward): # `forward` of a text model's class
+    return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
+
+def run_text(
+    lm, # text model of a Qwen-VL: `model.model.language_model`
+    embeddings:torch.Tensor, # [B, L, D] of the tokens to run
+    cache, # `DynamicCache` with what came before; it grows by L tokens
+    mask:torch.Tensor|None=None, # what the attention wants: bool [B, P + L], or 4-D; None: every token sees all before it
+    positions:torch.Tensor|None=None, # int64 [3, B, L], of M-RoPE; None: counted on from the cache, for text alone
+    **extra, # deepstack features of Qwen3-VL
+)->torch.Tensor: # [B, L, D] hidden states of the last layer
+    "Run tokens behind what a cache holds"
+    known = {_cache_word(type(lm).forward): cache}
+    return lm(inputs_embeds=embeddings, attention_mask=mask, position_ids=positions, use_cache=True, **known, **extra).last_hidden_state
+
 # %% ../nbs/21_lvlm.ipynb #a9020399
 def _start(self:SharedScorer, row, upto):
     "Where an item starts: (key, tokens, images) of the longest stored beginning before `upto`"
@@ -481,7 +498,7 @@ def _forward(self:SharedScorer, items):
         f, *deep = torch.cat(feats).to(lv.device, emb.dtype).split(emb.shape[-1], -1); emb = emb.masked_scatter(seen[..., None], f)
         if deep: extra = dict(visual_pos_masks=seen, deepstack_visual_embeds=deep)
     cache = self._known(starts, P)
-    h = lm(inputs_embeds=emb, attention_mask=None if whole else mask, position_ids=pos, past_key_values=cache, use_cache=True, **extra).last_hidden_state
+    h = run_text(lm, emb, cache, None if whole else mask, pos, **extra)
     self.stats.ran += sum(map(len, ids)); self.stats.padded += L*len(ids)
     return h, cache, mask, starts
 
@@ -560,8 +577,7 @@ def _nodes(self:SharedScorer, rows, tries, cache, mask):
     for b, t in enumerate(tries): own[b, :len(t.tokens), :len(t.tokens)] = torch.from_numpy(t.sees())
     sees = torch.cat([mask[:, None].expand(-1, Q, -1), own.to(lv.device)], -1) # padded nodes see the prompt, so no row is empty
     lm = lv.model.model.language_model
-    h = lm(inputs_embeds=lm.embed_tokens(tokens), attention_mask=self._mask4(sees), position_ids=pos.expand(3, -1, -1), past_key_values=cache,
-           use_cache=True).last_hidden_state
+    h = run_text(lm, lm.embed_tokens(tokens), cache, self._mask4(sees), pos.expand(3, -1, -1))
     cache.crop(-Q); self.stats.nodes += sum(len(t.tokens) for t in tries); self.stats.padded_nodes += Q*len(rows)
     return torch.cat([x[:len(t.tokens)] for x, t in zip(h, tries)])
 
@@ -622,8 +638,7 @@ def _decode(self:SharedScorer, rows, walks, which, cache, mask):
     while not all(done): # m tokens at once: first what all rows know, then one by one
         tok = torch.tensor([[*w[k:k+m], end][:m] for w in walks], device=lv.device)
         pos = torch.tensor([[r.next_pos + k + i for i in range(m)] for r in rows], device=lv.device); mask = torch.cat([mask, mask.new_ones(len(rows), m)], 1)
-        h = lm(inputs_embeds=lm.embed_tokens(tok), attention_mask=mask, position_ids=pos.expand(3, -1, -1), past_key_values=cache,
-               use_cache=True).last_hidden_state
+        h = run_text(lm, lm.embed_tokens(tok), cache, mask, pos.expand(3, -1, -1))
         said, k, m, steps = lv.model.lm_head(h[:, -1]).argmax(-1).tolist(), k + m, 1, steps + 1
         for i, (w, s) in enumerate(zip(walks, said)):
             if done[i] or k < len(w): continue

@@ -12,7 +12,6 @@ from copy import copy, deepcopy
 from functools import partial
 from pathlib import Path
 import pandas as pd
-from fastai.learner import Learner
 from .core import read_json, write_json
 from .runs import plain
 from .groups import RECORD, RLData
@@ -27,6 +26,7 @@ from .callback_kl import AdaptiveKL, EntropyFloor, KLToRef
 from .callback_schedule import Freeze, NoDropout, Phases, SplitShots, TempSchedule, TopKCurriculum, keep_k
 from .callback_listwise import SFT, Listwise
 from .learner import selector_learner
+from fastai.learner import Learner
 
 # %% ../nbs/71_recipes.ipynb #9a68ffaa
 class TopKFirst(StageCallback):

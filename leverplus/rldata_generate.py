@@ -6,11 +6,11 @@
 __all__ = ['COUNTS', 'CACHE_COLUMNS', 'SECOND', 'EXACT', 'SimilarityPrior', 'device_of', 'best_sequences', 'nearest_sets',
            'check_counts', 'deciding', 'propose', 'plot_proposals', 'pair_keys', 'item_hashes', 'content_keys',
            'FactCache', 'facts_fingerprint', 'ask', 'as_cache', 'self_test', 'check_second', 'choose', 'evaluated',
-           'policy_fingerprint', 'shard_queries', 'Busy', 'run_lock', 'Generation', 'flat_queries', 'tally',
-           'TooManyFailures', 'NotVerified', 'generate']
+           'policy_fingerprint', 'shard_queries', 'run_lock', 'Generation', 'flat_queries', 'tally', 'TooManyFailures',
+           'NotVerified', 'generate']
 
 # %% ../nbs/32_rldata_generate.ipynb #3a6f44c7
-import contextlib, json, math, os, platform
+import contextlib, json, math, os, platform, re
 from functools import cached_property, partial
 from itertools import combinations
 from pathlib import Path
@@ -19,7 +19,8 @@ from fastcore.basics import patch
 from fastcore.meta import delegates
 from filelock import FileLock, Timeout
 from tqdm import tqdm
-from .core import fingerprint, read_json, rng, stable_hash, write_json
+from .core import ask_for_a_folder, fingerprint, leftovers, read_json, rng, stable_hash, write_json
+from .runs import Busy
 from .vqa import answer_targets, postprocess, relevances, vqa_accuracies
 from .prompt import prompter
 from .lvlm import Scored, Targets, compare
@@ -500,16 +501,15 @@ def shard_queries(
     return queries if shard is None else [q for q in queries if stable_hash("shard", q) % shard[1] == shard[0]]
 
 # %% ../nbs/32_rldata_generate.ipynb #8840a19b
-class Busy(RuntimeError):
-    "Somebody else writes this run"
-
 @contextlib.contextmanager
 def run_lock(
     path, # directory of the run; made if absent
     shard:tuple|None=None, # (i, n): only this shard
 ):
     "Hold a run, or a shard of it, as long as the block lasts; `Busy` names process and host that hold it"
-    path, tag = Path(path), shard_tag(shard); owner = path/f".owner{tag}"; path.mkdir(parents=True, exist_ok=True); lock = FileLock(path/f".lock{tag}", timeout=0)
+    path, tag = ask_for_a_folder(path), shard_tag(shard)
+    owner, lock = path/f".owner{tag}", FileLock(path/f".lock{tag}", timeout=0)
+    path.mkdir(parents=True, exist_ok=True)
     try: lock.acquire()
     except Timeout:
         who = owner.read_text(encoding="utf8") if owner.exists() else "another process"
@@ -519,10 +519,15 @@ def run_lock(
         yield
     finally: owner.unlink(missing_ok=True); lock.release()
 
-def _sweep(path, shard):
-    "Remove what a kill left half-written"
-    found = path.rglob(".*.tmp") if shard is None else [p for w in ("part", "manifest") for p in path.glob(f".{w}{shard_tag(shard)}[-.]*.tmp")]
-    for f in found: f.unlink(missing_ok=True)
+def _sweep(
+    path:Path, # directory of a run whose manifest was found to be ours
+    shard, # (i, n), or None
+):
+    "Remove what a kill left half-written: temporary files of parts, manifest and pool, and of nothing else"
+    tag = re.escape(shard_tag(shard))
+    found = leftovers(path, rf"(part{tag}-\d+\.parquet|manifest{tag}\.json)")
+    for pool in path.glob("pool-*"): found += leftovers(pool, r"pool\.(parquet|json)")
+    for file in found: file.unlink(missing_ok=True)
 
 def _begin(path, settings, shard):
     "The manifest of a new or continued run; ValueError if other settings lie here"
@@ -567,7 +572,7 @@ class Generation:
         second:dict|None=None, # two stages: all sequences get probabilities, and those that `choose(**second)` picks a text; None: all get a text
         max_failed:float=.2, # share of rows that may fail, looked at from 100 rows on; past it the run stops with `TooManyFailures`. 1: no limit
     ):
-        self.path, self.items, self.scorer, self.cache, self.test, self.shard = Path(path), items, scorer, cache, test, check_shard(shard)
+        self.path, self.items, self.scorer, self.cache, self.test, self.shard = ask_for_a_folder(path), items, scorer, cache, test, check_shard(shard)
         self.store, self.policy, self.shots, self.seed, self.asking = store, policy, shots, seed, dict(style=style, mode=mode, weight=weight)
         self.queries = [int(q) for q in queries]; self.pool, self.proposing = pool.only(self.queries), dict(counts=counts, kind=kind, scale=scale)
         mine = shard_queries(self.queries, self.shard); self.window_size, self.max_failed, self.second = window, max_failed, None if second is None else check_second(second)
@@ -701,10 +706,20 @@ def todo(self:Generation)->list: # window numbers
     return [i for i in range(len(self.windows)) if not done(i)]
 
 @patch
+def is_here(self:Generation)->bool: # False also where another run, or another program's manifest, lies there
+    "Does the directory hold this run: of these queries, this pool and this seed? It asks no scorer"
+    if not self.file.exists(): return False
+    there = read_json(self.file).get("settings", {})
+    own = dict(query_ids=fingerprint(self.queries), pool=self.pool.fingerprint, seed=self.seed)
+    return own.items() <= there.items()
+
+@patch
 @contextlib.contextmanager
 def lock(self:Generation):
-    "Hold the run, and sweep up what a kill left"
-    with run_lock(self.path, self.shard): _sweep(self.path, self.shard); yield
+    "Hold the run, and sweep up what a kill left of it"
+    with run_lock(self.path, self.shard):
+        if self.is_here(): _sweep(self.path, self.shard)
+        yield
 
 @patch
 @contextlib.contextmanager

@@ -49,7 +49,7 @@ class Job:
     sampler:str="random" # of the pools: random | text | image | mixed
     pool_seed:int=0 # of the pools
     lvlm:str="models/tiny-qwen2.5-vl" # folder or hub name of the model; "mock": no model, facts drawn by hash
-    dtype:str|None=None # float32 | bfloat16 | float16; None: float32 on a CPU, bfloat16 on a GPU
+    dtype:str|None=None # float32 | bfloat16 | float16; None: the one that the checkpoint is stored in
     device:str|None=None # torch device; None: the GPU if there is one
     attn:str="sdpa" # sdpa | eager
     batch_tokens:int=8192 # padded prompt tokens per batch; 65536 suits a large GPU

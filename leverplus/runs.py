@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['LIBRARIES', 'ABSENT', 'RESERVED', 'library_versions', 'git_state', 'environment', 'plain', 'settings_diff', 'Run',
-           'runs_frame']
+           'Busy', 'is_lock', 'empty_folder', 'runs_frame']
 
 # %% ../nbs/01_runs.ipynb #eb592546
-import json, platform, shutil, subprocess
+import json, os, platform, re, shutil, subprocess
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
-from .core import atomic_path, read_json, repo_path, write_json
+from filelock import FileLock, Timeout
+from .core import ask_for_a_folder, atomic_path, read_json, repo_path, write_json
 
 # %% ../nbs/01_runs.ipynb #b24b2d0a
 LIBRARIES = ("torch", "torchvision", "transformers", "fastai", "fastcore", "numpy", "pandas", "pyarrow", "safetensors", "qwen-vl-utils")
@@ -108,6 +109,43 @@ class Run:
         write_json(self.path/"settings.json", plain({"format": self.format, **{k: getattr(self, k) for k in self.keys}}, "run"))
         return self
 
+# %% ../nbs/01_runs.ipynb #d20c3eed
+class Busy(RuntimeError):
+    "Somebody else writes there"
+
+_LOCK = re.compile(r"\.(lock|owner)(-\d+of\d+)?|\..+\.lock") # lock files of this package, and the notes of who holds them
+
+def is_lock(
+    path, # a file
+)->bool: # by its name alone
+    "Is this a lock file, or the note of who holds one?"
+    return _LOCK.fullmatch(Path(path).name) is not None
+
+def _held(
+    lock:Path, # a lock file
+)->bool: # does anybody hold it now, this process included?
+    try:
+        with FileLock(lock, timeout=0): return False
+    except Timeout: return True
+
+def _entries(folder): # everything below it, the deepest first; links are entries, never followed
+    for here, folders, files in os.walk(folder, topdown=False):
+        for name in files + folders: yield Path(here)/name
+
+def empty_folder(
+    path, # a folder that is ours to empty: whoever calls has looked
+    last:str|None=None, # name of the file in it that goes last
+): # `Busy` names a lock further down that somebody holds; nothing is removed then
+    "Remove everything in a folder but lock files and the folders that hold them"
+    path = Path(path)
+    for lock in path.glob("*/**/.*lock*"):
+        if is_lock(lock) and _held(lock): raise Busy(f"{path}: somebody is writing {lock.parent}; wait until that is done, or end it")
+    final = [path/last] if last else []
+    for entry in [*(e for e in _entries(path) if e not in final), *final]:
+        if entry.is_dir() and not entry.is_symlink():
+            if not any(entry.iterdir()): entry.rmdir()
+        elif not is_lock(entry): entry.unlink(missing_ok=True)
+
 # %% ../nbs/01_runs.ipynb #9be3e46b
 RESERVED = ("run", "seed", "finished") # columns of `runs_frame`
 
@@ -126,11 +164,6 @@ def _refusal(path, diff):
     lines = "".join(f"\n  {k}: {a!r} there, {b!r} now" for k, (a, b) in diff.items())
     return f"{path} holds a run with other settings:{lines}\nChoose another folder, or pass overwrite=True to empty this one."
 
-def _empty(path):
-    "settings.json goes last: killed half-way, the folder is still a run that can be emptied"
-    for p in sorted(path.iterdir(), key=lambda p: p.name == "settings.json"):
-        shutil.rmtree(p) if p.is_dir() and not p.is_symlink() else p.unlink()
-
 def _now(): return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 # %% ../nbs/01_runs.ipynb #2545d387
@@ -143,14 +176,16 @@ def create(cls:Run,
     overwrite:bool=False, # True empties the folder of an earlier run with other settings
 )->Run: # ValueError names the settings that differ from those of the run in `path`
     "Start a run, or continue the one in `path` if its settings, seed and fingerprints are the same"
-    path = Path(path); new = _wanted(settings, seed, fingerprints)
+    path = ask_for_a_folder(path)
+    new = _wanted(settings, seed, fingerprints)
     if path.exists() and not path.is_dir(): raise NotADirectoryError(f"{path} is a file; a run wants a folder")
     old = cls(path) if (path/"settings.json").exists() else None
     if old is None and path.is_dir() and any(not p.name.startswith(".") for p in path.iterdir()):
         raise FileExistsError(f"{path} holds files but no run; choose another folder")
     if old and (diff := _differs(old, new)):
         if not overwrite: raise ValueError(_refusal(path, diff))
-        _empty(path); old = None
+        empty_folder(path, last="settings.json") # killed half-way, the folder is still a run that can be emptied
+        old = None
     run = old or cls.__new__(cls)
     if not old: run.path, run.metrics, run.starts, run.fingerprints = path, {}, [], {}
     run.settings, run.seed, run.fingerprints, run.finished = new["settings"], new["seed"], run.fingerprints | new["fingerprints"], None

@@ -10,10 +10,11 @@ __all__ = ['LEVELS', 'hidden_rule', 'hidden_reward', 'SynthGroups', 'pad_groups'
 import contextlib, random
 import numpy as np, torch
 from torch import nn
+from .core import rng, pad_rows, masked_log_softmax, seed_all
+# behind leverplus, whose import silences what fastai's own imports warn of
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
-from .core import rng, pad_rows, masked_log_softmax, seed_all
 
 # %% ../nbs/03_synth.ipynb #381ad4d7
 LEVELS = ((0., .3), (.2, .6), (.4, 1.))   # (worth above which, reward)

@@ -174,11 +174,13 @@ def teach(
     cache=None, # dict, keeps token ids of pieces
 )->tuple: # (mean cross-entropy per learned token, bool [B]: is the last answer right, word for word?)
     "Loss and hits of a batch of lessons (right padding needs no mask: nothing learned comes behind it)"
-    ids, learn, pos = _collate(lvlm, lessons, {} if cache is None else cache); m, lm = lvlm.model, lvlm.model.model.language_model
+    m, lm, dev = lvlm.model, lvlm.model.model.language_model, lvlm.device
+    ids, learn, pos = (x.to(dev) for x in _collate(lvlm, lessons, {} if cache is None else cache))
     emb = lm.embed_tokens(ids)
     if (ids == lvlm.image_id).any():
         px = torch.cat([bank[s][int(g.integers(len(bank[s])))] for _, scenes in lessons for s in scenes]) # [images*16, patch]
-        feats = m.model.get_image_features(px, torch.tensor([[1, 4, 4]]*(len(px)//16)), return_dict=True).pooler_output
+        grids = torch.tensor([[1, 4, 4]]*(len(px)//16))
+        feats = m.model.get_image_features(px.to(dev), grids.to(dev), return_dict=True).pooler_output
         emb = emb.masked_scatter((ids == lvlm.image_id)[..., None], torch.cat(feats).to(emb.dtype))
     h = lm(inputs_embeds=emb, position_ids=pos, use_cache=False).last_hidden_state[:, :-1]
     learn, here = learn[:, 1:], learn[:, 1:] > 0; want = ids[:, 1:][here]
@@ -303,8 +305,9 @@ def train_clip(
     for k in range(steps):
         scenes, texts, fits = _clip_texts(g)
         px = torch.stack([bank[s][int(g.integers(len(bank[s])))] for s in scenes])
-        out = model(pixel_values=px, **tok(texts, return_tensors="pt", padding=True))
-        want = fits.float()/fits.sum(1, keepdim=True); ce = torch.nn.functional.cross_entropy
+        words = tok(texts, return_tensors="pt", padding=True).to(model.device)
+        out = model(pixel_values=px.to(model.device), **words)
+        want = (fits.float()/fits.sum(1, keepdim=True)).to(model.device); ce = torch.nn.functional.cross_entropy
         loss = (ce(out.logits_per_image, want) + ce(out.logits_per_text, want))/2
         opt.zero_grad(); loss.backward(); torch.nn.utils.clip_grad_norm_(model.parameters(), 1.); opt.step(); sched.step()
         floor = float(fits.float().sum(1).log().mean()) # what no model can know: which of the fitting ones

@@ -12,7 +12,7 @@ from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import torch
-from .core import atomic_path, fingerprint
+from .core import atomic_path, exact_float32, fingerprint
 
 # %% ../nbs/17_vision.ipynb #dd6ccf6a
 def patch_side(
@@ -38,6 +38,12 @@ def open_image(
 
 # %% ../nbs/17_vision.ipynb #e28b2f0a
 @torch.no_grad()
+def _by_image(
+    layer, # features of n images: a sequence of n tensors, or all in one, as transformers before 5.24 leaves those of Qwen3-VL's deeper layers
+    sizes:list, # visual tokens of each image
+)->list: # n tensors [visual tokens, D]
+    return list(layer.split(sizes) if isinstance(layer, torch.Tensor) else layer)
+
 def image_features(
     model, # Qwen2-VL, Qwen2.5-VL or Qwen3-VL, `...ForConditionalGeneration`
     pixel_values:torch.Tensor, # [patches, C] of n images, from their image processor
@@ -45,8 +51,10 @@ def image_features(
 )->list: # n tensors [visual tokens, D x (1 + deepstack layers)]
     "Run the vision tower"
     dev = model.device
-    out = model.model.get_image_features(pixel_values.to(dev, model.dtype), grids.to(dev), return_dict=True)
-    parts = [out.pooler_output, *(getattr(out, "deepstack_features", None) or [])]
+    with exact_float32(dev): out = model.model.get_image_features(pixel_values.to(dev, model.dtype), grids.to(dev), return_dict=True)
+    layers = [out.pooler_output, *(getattr(out, "deepstack_features", None) or [])]
+    sizes = [len(f) for f in layers[0]]
+    parts = [_by_image(layer, sizes) for layer in layers]
     return [torch.cat(f, -1) if len(f) > 1 else f[0] for f in zip(*parts)]
 
 # %% ../nbs/17_vision.ipynb #e14058b9

@@ -9,11 +9,11 @@ __all__ = ['word_ids', 'contained', 'AnswerGroups', 'AnswerDL', 'warmup_dls']
 import random
 from itertools import permutations
 import numpy as np, pandas as pd, torch
-from fastai.data.core import DataLoaders
-from fastai.data.load import DataLoader
 from .core import fingerprint
 from .pools import draw_block, image_groups, sampler_parts
 from .vqa import normalise
+from fastai.data.core import DataLoaders
+from fastai.data.load import DataLoader
 
 # %% ../nbs/41_warmup.ipynb #6ef06ad6
 def word_ids(

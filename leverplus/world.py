@@ -9,8 +9,8 @@ __all__ = ['K', 'SPLITS', 'World', 'read_islands', 'load_world', 'all_pointers',
 from dataclasses import dataclass
 from itertools import permutations
 from pathlib import Path
-import pandas as pd
-from .core import repo_path
+import pandas as pd, torch
+from .core import world_path
 from .toy import DATASET
 from .data import check_splits, read_okvqa
 from .embed import EmbedStore, embed_items
@@ -41,7 +41,9 @@ class World:
         "Exhaustive facts of the test split; ValueError if they are of another model or prompt"
         have, want = FactCache(self.facts_file), facts_fingerprint(self.scorer)
         if have.scorers != [want]:
-            raise ValueError(f"{self.facts_file.name}: facts of scorer {have.scorers}, but this one is {want}; run `make_facts` again")
+            lvlm = self.scorer.lvlm
+            raise ValueError(f"{self.facts_file.name} holds what scorer {', '.join(have.scorers)} said, and this one is {want} ({lvlm.name}, {lvlm.model.dtype}, {lvlm.attn}): "
+                             "load_world() as it is loads the model that they are of, on any device; make_facts(world) asks another one")
         return have.to_frame()
 
 def read_islands(
@@ -49,7 +51,7 @@ def read_islands(
     splits=SPLITS, # which
 )->pd.DataFrame: # items of the splits, disjoint by image
     "Read the embedded world with the reader of OKVQA"
-    folder = repo_path(folder)
+    folder = world_path(folder)
     frames = {s: read_okvqa(folder, s, images=folder/"images") for s in splits}
     check_splits(**frames)
     return pd.concat(frames.values())
@@ -59,12 +61,16 @@ def load_world(
     K:int=K, # pool size
     clip="models/tiny-clip", lvlm="models/tiny-qwen2.5-vl", # folders below the checkout
     sampler:str="random", # of the pools: random | text | image | mixed; `facts` are of the random ones of the test split, seed 0, K 16
-)->World:
+    device:str|None=None, # of the LVLM and the CLIP; None: the GPU if there is one
+    dtype:torch.dtype|None=None, # number format of the LVLM; None: float32, as it is stored, on every device; `facts` are of float32
+)->World: # FileNotFoundError says where to get the embedded world
     "Read the embedded world, embed it, draw its pools, load its LVLM"
-    items = read_islands(); store = embed_items(items, repo_path(clip), progress=False)
+    items = read_islands()
+    store = embed_items(items, world_path(clip), device=device, progress=False)
     of = lambda s: items[items.split == s]
     pools = {s: make_pool(of(s), of("train"), K, sampler, store, seed) for s in SPLITS}
-    return World(items, store, pools, SharedScorer(load_lvlm(lvlm), prefix_cache="global"), repo_path(DATASET, "facts.parquet"))
+    scorer = SharedScorer(load_lvlm(str(world_path(lvlm)), dtype, device), prefix_cache="global")
+    return World(items, store, pools, scorer, world_path(DATASET, "facts.parquet"))
 
 # %% ../nbs/82_world.ipynb #a3ffedd6
 def all_pointers(

@@ -1,9 +1,15 @@
-"Every test: this checkout's leverplus, no window, no network, the same draws each time; rules first, then notebooks"
+"""Every test: this checkout's leverplus, no window, no network, the same draws each time; rules first, then notebooks
+
+A test means the same on every machine, so a GPU is out of sight: everything runs on the CPU, child processes included. The group `gpu`
+(test_gpu.py) is the other way round: it runs where LEVERPLUS_GPU=1 asks for it (`make gpu`, and `make test` on a machine with a GPU).
+"""
 import os, sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.update(HF_HUB_OFFLINE="1", MPLBACKEND="Agg", TQDM_DISABLE="1")
+ON_GPU = os.environ.get("LEVERPLUS_GPU") == "1"
+if not ON_GPU: os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 sys.path.insert(0, str(ROOT))
 
@@ -17,7 +23,11 @@ settings.load_profile("leverplus")
 FIRST = "test_rules.py", "test_nbs.py", "test_tutorials.py"
 
 def pytest_collection_modifyitems(items):
-    "Cheap rules first, then the notebooks, then the rest, whatever order they were collected in"
+    "Cheap rules first, then the notebooks, then the rest, whatever order they were collected in; no GPU, no `gpu` tests"
+    if not ON_GPU:
+        asleep = pytest.mark.skip(reason="needs a GPU: run `make gpu`")
+        for item in items:
+            if item.get_closest_marker("gpu"): item.add_marker(asleep)
     items.sort(key=lambda it: FIRST.index(it.path.name) if it.path.name in FIRST else len(FIRST))
 
 @pytest.fixture(autouse=True)

@@ -15,6 +15,25 @@ def made(names, name, *args, seed=0):
         for p in b.parameters(): p.add_(.3*torch.randn_like(p))
     return b
 
+@pytest.mark.parametrize("block", [CrossAttend, SelfAttend])
+def test_attention_is_the_same_where_a_fixed_order_is_asked_for(block):
+    "Values and gradients; the kernels that CUDA would take are another matter, and `make gpu` looks at them"
+    torch.manual_seed(0)
+    b, c, mask = block(8, 2), unit(3, 5, 8).requires_grad_(), torch.arange(5) < torch.tensor([[5], [3], [1]])
+    def run():
+        if block is CrossAttend: return b(q, c, mask)
+        return b(c, mask).masked_fill(~mask[..., None], 0.)
+    q = unit(3, 8)
+    plain = run()
+    want = torch.autograd.grad(plain.square().sum(), c)[0]
+    torch.use_deterministic_algorithms(True)
+    try:
+        steady = run()
+        got = torch.autograd.grad(steady.square().sum(), c)[0]
+    finally: torch.use_deterministic_algorithms(False)
+    close(steady, plain)
+    close(got, want)
+
 @pytest.mark.parametrize("name", SCORERS)
 def test_scorers_keep_pools_and_prefixes_apart(name):
     s, q, c = made(SCORERS, name, 8), unit(3, 4, 8), unit(3, 6, 8); f = s(q, s.keys(c))

@@ -4,6 +4,7 @@ import pytest, torch
 from hypothesis import given, settings, strategies as st
 from leverplus.core import repo_path
 from leverplus.cost import HOWS, PEAKS, count_flops, feature_bytes, kv_bytes, mfu, peak_flops, prompt_flops, qwen_config, text_flops, vision_flops
+from leverplus.lvlm import run_text
 
 KINDS = "qwen2_vl", "qwen2_5_vl", "qwen3_vl"
 
@@ -34,6 +35,14 @@ def build(config):
 def patches(config, grid):
     v = config.vision_config; return torch.randn(grid[0]*grid[1]*grid[2], v.in_channels*v.temporal_patch_size*v.patch_size**2)
 
+@pytest.mark.parametrize("kw,kv_heads", [({}, 4), (dict(is_causal=True), 4), (dict(mask=True), 4), (dict(enable_gqa=True), 2)], ids=["plain", "causal", "mask", "grouped"])
+def test_attention_is_counted_by_hand(kw, kv_heads):
+    "Two products of the whole square, whichever kernel this release of torch would choose, and whether its counter knows that kernel or not"
+    heads, queries, keys, width = 4, 6, 6, 8
+    q, k, v = torch.randn(1, heads, queries, width), *(torch.randn(1, kv_heads, keys, width) for _ in range(2))
+    kw = {"attn_mask": torch.ones(1, 1, queries, keys, dtype=torch.bool)} if "mask" in kw else kw
+    assert count_flops(lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v, **kw)) == 2*2*heads*queries*keys*width
+
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=12)
 @given(data=st.data())
@@ -43,8 +52,8 @@ def test_formulas_equal_the_counter(kind, data):
     from transformers import DynamicCache
     cache, emb = DynamicCache(config=lm.config), lambda n: torch.randn(1, n, lm.config.hidden_size)
     if past:
-        with torch.no_grad(): lm(inputs_embeds=emb(past), past_key_values=cache, use_cache=True)
-    counted = count_flops(lambda: model.lm_head(lm(inputs_embeds=emb(tokens), past_key_values=cache, use_cache=True).last_hidden_state[:, -2:]))
+        with torch.no_grad(): run_text(lm, emb(past), cache)
+    counted = count_flops(lambda: model.lm_head(run_text(lm, emb(tokens), cache)[:, -2:]))
     assert text_flops(config, tokens, past, logits=2, causal=False) == pytest.approx(counted, rel=.01)
     assert text_flops(config, tokens, past, logits=2) <= text_flops(config, tokens, past, logits=2, causal=False)
     counted = count_flops(lambda: model.model.visual(patches(config, grid), torch.tensor([grid])))
@@ -62,10 +71,10 @@ def test_a_whole_prompt_on_the_embedded_model():
         model(input_ids=ids(0), pixel_values=px, image_grid_thw=g, mm_token_type_ids=(ids(0) == c.image_token_id).int(), logits_to_keep=1)
     def shared():
         model.model.visual(px, g); cache = DynamicCache(config=lm.config)
-        h = lm(inputs_embeds=torch.randn(1, L, 128), past_key_values=cache, use_cache=True).last_hidden_state; model.lm_head(h[:, -1:])
+        h = run_text(lm, torch.randn(1, L, 128), cache); model.lm_head(h[:, -1:])
         see = torch.ones(1, 1, A*n, L + A*n, dtype=torch.bool)
-        model.lm_head(lm(inputs_embeds=torch.randn(1, A*n, 128), attention_mask=see, past_key_values=cache, use_cache=True).last_hidden_state); cache.crop(-A*n)
-        for _ in range(2): model.lm_head(lm(inputs_embeds=torch.randn(1, 1, 128), past_key_values=cache, use_cache=True).last_hidden_state)
+        model.lm_head(run_text(lm, torch.randn(1, A*n, 128), cache, see)); cache.crop(-A*n)
+        for _ in range(2): model.lm_head(run_text(lm, torch.randn(1, 1, 128), cache))
     size = dict(image_tokens=16, text_tokens=text, answers=A, answer_tokens=n, causal=False)
     slow, fast = count_flops(naive), count_flops(shared)
     assert prompt_flops(c, **size, new_tokens=1, how="naive").total == pytest.approx(slow, rel=.01)
@@ -107,7 +116,7 @@ def test_bytes_are_those_of_the_real_tensors(kind, data):
     from transformers import DynamicCache
     config = random_config(kind, data.draw); model = build(config); lm = model.model.language_model; cache = DynamicCache(config=lm.config)
     with torch.no_grad():
-        lm(inputs_embeds=torch.randn(1, 7, lm.config.hidden_size), past_key_values=cache, use_cache=True)
+        run_text(lm, torch.randn(1, 7, lm.config.hidden_size), cache)
         out = model.model.get_image_features(patches(config, [1, 4, 6]), torch.tensor([[1, 4, 6]]), return_dict=True)
     assert kv_bytes(config, torch.float32)*7 == sum(x.nbytes for layer in cache for x in layer[:2])
     assert feature_bytes(config, 6, torch.float32) == sum(f.nbytes for fs in [out.pooler_output, *(getattr(out, "deepstack_features", None) or [])] for f in fs)

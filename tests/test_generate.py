@@ -436,7 +436,7 @@ def test_shards_of_a_real_model_agree_to_rounding(tmp_path):
     for i in range(2): generate(tmp_path/"d", qs, items, pool, scorer, store, shard=(i, 2), verify=1, **kw)
     union = RLData.load(tmp_path/"d"); soft = ["vqa_gt_prob", "vqa_gt_logprobs"]
     pd.testing.assert_frame_equal(union.rows.drop(columns=soft), straight.rows.drop(columns=soft)); np.testing.assert_allclose(union.rows.vqa_gt_prob, straight.rows.vqa_gt_prob, atol=1e-4)
-    v = union.manifest["verify"]; assert v["asked"] == v["drawn"] == 2 and v["text"] == 0 and 0 < v["logprob"] < scorer.tolerance == 1e-3
+    v = union.manifest["verify"]; assert v["asked"] == v["drawn"] == 2 and v["text"] == 0 and 0 <= v["logprob"] < scorer.tolerance == 1e-3
 
 # ---- verify -----------------------------------------------------------------------------------------------------------
 

@@ -1,5 +1,5 @@
 "The GPU bench, on a CPU: the whole of it runs on the embedded model, with no more packages than it promises, and says so when something is wrong"
-import importlib.util, json, os, subprocess, sys
+import gc, importlib.util, json, os, subprocess, sys
 from pathlib import Path
 import pytest, torch
 
@@ -9,7 +9,10 @@ BLOCKED = "fastai", "fastcore", "pandas", "pyarrow", "matplotlib", "nbdev", "qwe
 @pytest.fixture(scope="module")
 def bench():
     spec = importlib.util.spec_from_file_location("gpu_scoring", ROOT/"bench"/"gpu_scoring.py"); module = importlib.util.module_from_spec(spec); spec.loader.exec_module(module)
-    return module
+    gc.collect()
+    gc.freeze() # the bench collects garbage before each row: what other tests left in this process is none of its business
+    yield module
+    gc.unfreeze()
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):

@@ -28,7 +28,12 @@ def records(scorers=("s1", "s2")):
     return st.dictionaries(st.tuples(st.integers(0, 4), pointers), st.sampled_from(scorers), min_size=1, max_size=25).map(lambda d: data([(s, q, p) for (q, p), s in d.items()]))
 
 def keyed(d, columns=RECORD): return d.rows[list(columns)].astype(object).where(d.rows[list(columns)].notna(), None).sort_values(["question_id", "pointer"], ignore_index=True)
-def tuples(d): return list(map(tuple, keyed(d).itertuples(index=False)))
+def tuples(d):
+    "The rows of `keyed(d)` as tuples, without the frame"
+    columns = [d.rows[c].tolist() for c in RECORD]
+    rows = [tuple(None if v is None or v != v else v for v in row) for row in zip(*columns)]
+    by = [list(RECORD).index(c) for c in ("question_id", "pointer")]
+    return sorted(rows, key=lambda row: [row[i] for i in by])
 
 def accounted(out, *parents):
     "The last step accounts for every row, and every row kept is one that came in"

@@ -1,11 +1,12 @@
 "Every notebook runs from top to bottom: nbdev's runner, one process, without the cells flagged in settings.ini (`test_tutorials.py`: the long ones)"
-import configparser, os, sys
+import configparser, os, signal, sys
 from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent; NBS = ROOT/"nbs"
-NOTEBOOKS = [p for d in (NBS, NBS/"tutorials") for p in sorted(d.glob("*.ipynb")) if p.name[0] not in "_."]
-LONG = [p for p in NOTEBOOKS if p.parent.name == "tutorials" or p.stem in ("index", "92_demo")]
+# without index: README is made from it, and `test_readme.py` runs its code
+NOTEBOOKS = [p for d in (NBS, NBS/"tutorials") for p in sorted(d.glob("*.ipynb")) if p.name[0] not in "_." and p.stem != "index"]
+LONG = [p for p in NOTEBOOKS if p.parent.name == "tutorials" or p.stem == "92_demo"]
 page = lambda p: p.relative_to(NBS).with_suffix("").as_posix()
 
 def flags():
@@ -21,7 +22,9 @@ def clean_process():
     from IPython.core.interactiveshell import InteractiveShell
     main, path, env, instance = sys.modules["__main__"], list(sys.path), dict(os.environ), InteractiveShell._instance
     rc, hooks, threads = matplotlib.rcParams.copy(), (sys.displayhook, sys.excepthook), torch.get_num_threads()
+    on_ctrl_c = signal.getsignal(signal.SIGINT) # nbdev 3 puts a handler of its own there, which ends the process
     yield
+    signal.signal(signal.SIGINT, on_ctrl_c)
     InteractiveShell._instance = instance
     sys.modules["__main__"] = main; sys.path[:] = path; sys.displayhook, sys.excepthook = hooks
     os.environ.clear(); os.environ.update(env); matplotlib.use("Agg", force=True); matplotlib.rcParams.update(rc)

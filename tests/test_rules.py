@@ -5,9 +5,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent; NBS, LIB = ROOT/"nbs", ROOT/"leverplus"
-BY_HAND = {"all"} # modules that no notebook makes
-FRONT_DOORS = {"demo", "cli"} # programs: they may print
-NOT_IN_ALL = FRONT_DOORS | {"tiny"} # what leverplus/all.py leaves out: programs, and the making of the embedded models
+sys.path.insert(0, str(ROOT/".ci"))
+from directives import LINE as DIRECTIVE, directives
+
+BY_HAND = {"all", "__main__"} # modules that no notebook makes
+FRONT_DOORS = {"demo", "cli", "doors", "__main__"} # programs: they may print
+NOT_IN_ALL = (FRONT_DOORS - BY_HAND) | {"tiny"} # what leverplus/all.py leaves out: programs, and the making of the embedded models
 GENERATED = {"__init__", "_modidx"} # written by nbdev itself
 MODULES = sorted(p for p in LIB.rglob("*.py"))
 REFERENCE = [p for p in sorted(NBS.glob("*.ipynb")) if p.name[0] not in "_."]
@@ -15,7 +18,6 @@ TUTORIALS = [p for p in sorted((NBS/"tutorials").glob("*.ipynb")) if p.name[0] n
 NOTEBOOKS = REFERENCE + TUTORIALS
 KILOBYTES = {p: 500 if p in TUTORIALS else 150 for p in NOTEBOOKS}
 MACHINE_PATH = re.compile(r"(?<![\w.\-/:+])/(?:home|root|Users|work|tmp|opt|mnt|private|var/folders)/\w|\b[A-Z]:\\\\?Users\b")
-DIRECTIVE = re.compile(r"^\s*#\s*\|\s*(\w+)\s*(.*?)\s*$")
 # where the name to install differs from the name to import
 DISTRIBUTION = {"PIL": "pillow", "yaml": "pyyaml", "sklearn": "scikit-learn", "cv2": "opencv-python"}
 # calls that do work, and so never stand in a constant's value
@@ -33,15 +35,6 @@ def cells(path):
     return [(i, c["cell_type"], join(c["source"]), c.get("outputs", [])) for i, c in enumerate(nb["cells"])]
 
 def code(path): return [(i, s, directives(s)) for i, kind, s, _ in cells(path) if kind == "code"]
-
-def directives(source):
-    "Name -> argument of the `#|` lines at the head of a cell, as nbdev reads them"
-    found = {}
-    for line in source.splitlines():
-        if not line.strip(): continue
-        if not (m := DIRECTIVE.match(line)): break
-        found[m[1]] = m[2]
-    return found
 
 def default_exp(path): return next((d["default_exp"] for _, _, d in code(path) if "default_exp" in d), None)
 def exports(d): return any(k.startswith("export") for k in d)
