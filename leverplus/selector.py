@@ -619,6 +619,6 @@ def plot_steps(
     if ax is None: ax = plt.subplots(figsize=(5, 3), layout="constrained")[1]
     K, w = len(logps[0]), .8/len(logps)
     for i, (lp, label) in enumerate(zip(logps, labels)):
-        ax.bar(torch.arange(K) + (i - (len(logps)-1)/2)*w, lp.detach().exp().cpu(), w, label=label)
+        ax.bar(torch.arange(K).numpy() + (i - (len(logps)-1)/2)*w, lp.detach().exp().cpu().numpy(), w, label=label)
     ax.set_xticks(range(K), range(K) if names is None else names); ax.set_xlabel("candidate"); ax.set_ylabel("probability"); ax.legend(frameon=False)
     return ax

@@ -203,6 +203,7 @@ class VisionEncoder:
         except OSError as e: raise OSError(f"{path}: cannot be read as an image ({type(e).__name__}: {e})") from e
         return self._keys[path][1]
 
+    @torch.no_grad()
     def __call__(self,
         paths, # image files
     )->dict: # path -> (features [n, D], (t, h, w), key), or the exception that says why there are none; features beyond the cache's budget lie on the CPU

@@ -41,8 +41,9 @@ class World:
         "Exhaustive facts of the test split; ValueError if they are of another model or prompt"
         have, want = FactCache(self.facts_file), facts_fingerprint(self.scorer)
         if have.scorers != [want]:
-            lvlm = self.scorer.lvlm
-            raise ValueError(f"{self.facts_file.name} holds what scorer {', '.join(have.scorers)} said, and this one is {want} ({lvlm.name}, {lvlm.model.dtype}, {lvlm.attn}): "
+            lvlm = getattr(self.scorer, "lvlm", None)
+            which = f"{lvlm.name}, {lvlm.model.dtype}, {lvlm.attn}" if lvlm else type(self.scorer).__name__
+            raise ValueError(f"{self.facts_file.name} holds what scorer {', '.join(have.scorers)} said, and this one is {want} ({which}): "
                              "load_world() as it is loads the model that they are of, on any device; make_facts(world) asks another one")
         return have.to_frame()
 
