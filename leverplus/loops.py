@@ -100,7 +100,7 @@ def loop_fit(
     learn, # a Learner of `selector_learner`
 ): # the Learner
     "The usual training of a loop: `fit_listwise`, which does not ask who proposed a sequence; the last weights, since nothing is to be chosen yet"
-    return learn.fit_listwise(20, 1e-2, best=False)
+    return learn.fit_listwise(20, 1e-2, best=False, watch=None) # whether it brought anything is what the loop says
 
 # %% ../nbs/84_loops.ipynb #984f48e5
 POLICY_COUNTS = dict(beam=5, temperature={1.0: 5, 1.3: 4}, random=1)

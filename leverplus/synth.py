@@ -87,7 +87,7 @@ def synth_dls(
     n_valid:int=128, # validation queries
     bs:int=32, # B
     seed:int=0, # world and order of batches
-    device=None, # default: fastai's default device
+    device=None, # torch device; None: where the model is, which is the CPU unless it was moved
     **kw, # `K, N, shots, d` of `SynthGroups`
 )->DataLoaders:
     "Batches of the tensor world; same seed, same batches in the same order"

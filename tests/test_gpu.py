@@ -160,11 +160,17 @@ def test_same_seed_same_weights(stage, model):
     assert not torch.are_deterministic_algorithms_enabled() # the switches are back
 
 def test_training_goes_on_bit_for_bit(tmp_path):
-    import test_learner
-    whole = test_learner.train("rce")
-    with pytest.raises(SystemExit): test_learner.train("rce", tmp_path/"run", at=6)
-    again = test_learner.train("rce", tmp_path/"run")
-    assert next(whole.model.parameters()).is_cuda and same(weights(whole), weights(again))
+    "Broken off in the backward pass of the sixth batch, with dropout, a reference and an adaptive penalty to remember"
+    from test_learner import Die
+    from leverplus.callback_kl import AdaptiveKL, KLToRef
+    def train(folder=None, at=None):
+        Die.at = at
+        cbs = [KLToRef(beta=.05), AdaptiveKL(.001, .01), Die()]
+        return fit(learner(), "fit_rce", n_epoch=4, lr=1e-2, watch=None, cbs=cbs, resume=folder)
+    whole = train()
+    assert next(whole.model.parameters()).is_cuda
+    with pytest.raises(SystemExit): train(tmp_path/"run", at=8)
+    assert same(weights(whole), weights(train(tmp_path/"run")))
 
 @pytest.mark.parametrize("precision", ["to_fp16", "to_bf16"])
 def test_mixed_precision_trains(precision):
