@@ -14,6 +14,8 @@ def leverplus(*words, **kw):
     env = {k: v for k, v in os.environ.items() if k != "TQDM_DISABLE"} | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
     return subprocess.run([*RUN, *map(str, words)], capture_output=True, text=True, timeout=300, env=env, **kw)
 
+SPOKEN = ("after one epoch: ", "0 epochs asked of the stage") # what a door has to say to a person of what it was asked
+
 def go(line, code=0):
     "What a command prints; its exit status must be `code`"
     out, err = io.StringIO(), io.StringIO(); words = line.split() if isinstance(line, str) else line
@@ -21,6 +23,8 @@ def go(line, code=0):
         try: got = cli.main(words)
         except SystemExit as e: got = e.code
     assert got == code, f"{words}: status {got}, wanted {code}\n{out.getvalue()}{err.getvalue()}"
+    noise = [line for line in err.getvalue().splitlines() if "warning:" in line and not any(w in line for w in SPOKEN)]
+    assert not noise, f"{words}: {noise}"
     return out.getvalue() if code == 0 else err.getvalue().strip().splitlines()[-1]
 
 ROAD = ("embed --split train dev --shard 1/2 --quiet", "embed --split train dev --shard 0/2 --quiet", "pools --split train dev", "generate --n 12 --test 4 --quiet --out runs/train",
