@@ -14,6 +14,7 @@ BENCH = ("--prompts", "128", "--naive", "4", "--minutes", "5") # every row of th
 
 
 def main():
+    if not importlib.util.find_spec("torch"): sys.exit(f"make gpu: {sys.executable} has no torch; name an environment that has it: make gpu VENV=path")
     import torch
     if not torch.cuda.is_available(): sys.exit("make gpu: torch sees no GPU here; `make test` is what runs without one")
     env = {**os.environ, "LEVERPLUS_GPU": "1", "HF_HUB_OFFLINE": "1", "MPLBACKEND": "Agg", "OMP_NUM_THREADS": "2"}

@@ -197,6 +197,7 @@ def _processor_settings(tokenizer, image_processor):
 def load_clip(
     model=None, # folder or hub name of a transformers CLIPModel, or a `Clip`; None: models/tiny-clip of the checkout
     device=None, # torch device; None: cuda if there is one, else cpu
+    progress:bool=False, # show the bar of transformers while weights load?
 )->Clip: # float32, eval mode, no gradients
     "Load a CLIP by path or hub name"
     if isinstance(model, Clip): return model
@@ -205,7 +206,7 @@ def load_clip(
     if Path(name).is_absolute() and not (Path(name)/"config.json").exists():
         raise FileNotFoundError(f"{name}: no CLIP here (config.json is missing)")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    with loading_bar(False): net = CLIPModel.from_pretrained(name, dtype=torch.float32)
+    with loading_bar(progress): net = CLIPModel.from_pretrained(name, dtype=torch.float32)
     net = net.to(device)
     tokenizer, image_processor = AutoTokenizer.from_pretrained(name), AutoImageProcessor.from_pretrained(name)
     return Clip(net, tokenizer, image_processor, Path(name).name if Path(name).exists() else name)
