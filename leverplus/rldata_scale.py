@@ -180,7 +180,9 @@ class RayWorker:
     ):
         self.run = self.error = None
         try:
-            torch.set_num_threads(threads); self.run = job.generation(path, **kw)
+            torch.set_num_threads(threads)
+            self.run = job.generation(path, **kw)
+            self.run.path.mkdir(parents=True, exist_ok=True) # an older filelock does not make the folder of a lock
             with FileLock(self.run.path/f".begin{shard_tag(self.run.shard)}.lock"): self.run.begin() # the first one writes the manifest, the others compare
         except Exception: self.error = traceback.format_exc()
 
