@@ -46,7 +46,8 @@ def attend(
     seen:torch.Tensor, # [B,K,n]
     mask:torch.Tensor, # bool [B,K], True = there
 )->torch.Tensor: # [B,L,n]
-    "Attention to what is there; as plain matrix products where torch is asked for a fixed order of sums, since CUDA's fused kernels have none going backward"
+    "Attention to what is there; in plain matrix products where torch is asked for a fixed order of sums"
+    # CUDA's fused kernels have no fixed order going backward
     steady = sdpa_kernel(SDPBackend.MATH) if torch.are_deterministic_algorithms_enabled() else contextlib.nullcontext()
     with steady: return attention(query, seen, seen, key_padding_mask=~mask, need_weights=False)[0]
 

@@ -241,7 +241,8 @@ class RLStats(Stats):
     def log_mass(self, logp, mask):
         own = self.xb[3].masked_fill(~self.xb[4], -1)
         mask = mask & ~_drawn_before(own)
-        n = self.xb[4].sum(-1); same = [mask & (n == s) for s in n[mask].unique()]
+        n = self.xb[4].sum(-1)
+        same = [mask & (n == s) for s in n[mask].unique()]
         each = torch.stack([group_mass(logp, m).masked_fill(~m.any(-1), torch.nan) for m in same]) if same else logp[:0]
         self.log(mask.any(-1).sum(), mass=each.nanmean(0).nanmean())
 

@@ -133,6 +133,10 @@ def _data_flags(p, split, limit=True, **kw):
     g.add_argument("--store", type=folder_arg, default="runs/store", metavar="DIR",
                 help="folder that keeps embeddings and pools for all commands (default: runs/store)")
 
+def _out_flag(p, what):
+    "Where the results go; no door guesses it"
+    p.add_argument("--out", type=folder_arg, required=True, metavar="DIR", help=what)
+
 def _pool_flags(g):
     _flag(g, "K", "pool size", type=int, metavar="N"); _flag(g, "sampler", "how pools are drawn", choices=list(SAMPLERS))
     _flag(g, "pool_seed", "seed of the pools", type=int, metavar="N")
@@ -366,7 +370,7 @@ def add_generate(
         "generate --data ~/okvqa --clip openai/clip-vit-large-patch14 "
         "--lvlm Qwen/Qwen2.5-VL-3B-Instruct --K 64 --verify 8 --shard 0/4 --out runs/okvqa",
         "generate --selector runs/rce --limit 100 --out runs/groups/second", usage="--out DIR [options]")
-    p.add_argument("--out", type=folder_arg, required=True, metavar="DIR", help="directory of the run; continued if it is there")
+    _out_flag(p, "directory of the run; continued if it is there")
     _data_flags(p, "train")
     g = p.add_argument_group("who may be picked, and who is tried"); _pool_flags(g)
     _flag(g, "seed", "seed of the proposals", type=int, metavar="N")
@@ -514,7 +518,8 @@ def add_mine(commands):
                  "mine runs/groups/train --out runs/groups/mined --rounds 2",
                  "mine runs/okvqa --out runs/okvqa-mined --data ~/okvqa --lvlm Qwen/Qwen2.5-VL-3B-Instruct --budget 20000",
                  usage="RUN --out DIR [options]")
-    p.add_argument("run", metavar="RUN", help="folder of a run"); p.add_argument("--out", type=folder_arg, required=True, metavar="DIR", help="folder of the new run")
+    p.add_argument("run", metavar="RUN", help="folder of a run")
+    _out_flag(p, "folder of the new run")
     g = p.add_argument_group("search")
     for name, n, what in (("tries", 8, "sequences per question and round from swaps, and as many from samples"),
                 ("top", 3, "of these get a text"), ("rounds", 4, "at most")):
@@ -548,7 +553,7 @@ def add_merge(commands):
                  "merge runs/groups/train runs/groups/mined --out runs/groups/all --min-gap 0.01",
                  "merge runs/a runs/b --pools unite --positive-share 0.5 --out runs/ab", usage="RUN [RUN ...] --out DIR [options]")
     p.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
-    p.add_argument("--out", type=folder_arg, required=True, metavar="DIR", help="folder of the new run; data that lie there are replaced")
+    _out_flag(p, "folder of the new run; data that lie there are replaced")
     g = p.add_argument_group("merging")
     g.add_argument("--pools", default="same", choices=["same", "unite"], help="candidates must agree, or are joined (default: same)")
     g.add_argument("--facts", default="all", choices=["all", "common"],
@@ -700,7 +705,7 @@ def add_train(commands):
                  "train runs/okvqa --dev-share 0.1 --data ~/okvqa --recipe rce-only "
                  "--clip openai/clip-vit-large-patch14 --out runs/okvqa-rce", usage="RUN [RUN ...] --out DIR [options]")
     p.add_argument("runs", nargs="+", metavar="RUN", help="training data; several are merged")
-    p.add_argument("--out", type=folder_arg, required=True, metavar="DIR", help="folder of the run; continued if it is there")
+    _out_flag(p, "folder of the run; continued if it is there")
     g = p.add_argument_group("objective")
     g.add_argument("--objective", default="rce", choices=list(OBJECTIVES), help="what is trained (default: rce)")
     g.add_argument("--recipe", metavar="NAME", help="stages and settings by name, in place of an objective (page 71)")
@@ -814,7 +819,8 @@ def add_infer(commands):
                  "infer --how similar_mixed --limit 50 --out runs/similar", "infer --selector runs/rce --out runs/rce-dev",
                  "infer --selector runs/rce --how beam --width 5 --by vote --data ~/okvqa --split val "
                  "--lvlm Qwen/Qwen2.5-VL-3B-Instruct --shard 0/4 --out runs/val", usage="--out DIR [options]")
-    p.add_argument("--out", type=folder_arg, required=True, metavar="DIR", help="folder of the run; continued if it is there"); g = p.add_argument_group("who picks")
+    _out_flag(p, "folder of the run; continued if it is there")
+    g = p.add_argument_group("who picks")
     g.add_argument("--selector", type=named_arg, metavar="[NAME=]DIR", help="run of train, or a checkpoint")
     g.add_argument("--how", default="greedy", choices=PICKERS, help="how demonstrations are picked (default: greedy)")
     g.add_argument("--shots", type=shots_arg, nargs="+", default=[2], metavar="N",
@@ -957,7 +963,8 @@ def add_eval(commands):
                  "eval --selector runs/rce --split test --out runs/eval-test",
                  "eval --selector runs/okvqa-rce --data ~/okvqa --split val --fixed 0 --lvlm Qwen/Qwen2.5-VL-3B-Instruct --K 64 --out runs/val",
                  usage="--out DIR [options]")
-    p.add_argument("--out", type=folder_arg, required=True, metavar="DIR", help="folder of the run; continued if it is there"); g = p.add_argument_group("rows")
+    _out_flag(p, "folder of the run; continued if it is there")
+    g = p.add_argument_group("rows")
     g.add_argument("--selector", type=named_arg, action="append", metavar="[NAME=]DIR", help="run of train, or a checkpoint; give it several times")
     g.add_argument("--shots", type=shots_arg, nargs="+", default=[2], metavar="N", help="demonstrations (default: 2)")
     g.add_argument("--draws", type=number_arg(), default=5, metavar="N", help="random demonstrations, so many times (default: 5)")
@@ -1062,7 +1069,8 @@ def add_sweep(commands):
     p.add_argument("run", metavar="RUN", help="training data")
     p.add_argument("--dev", required=True, metavar="RUN", help="data whose questions judge")
     p.add_argument("--valid", metavar="RUN", help="data that choose the epoch (default: those of --dev)")
-    p.add_argument("--out", type=folder_arg, required=True, metavar="DIR", help="folder of the sweep; continued if it is there"); g = p.add_argument_group("grid")
+    _out_flag(p, "folder of the sweep; continued if it is there")
+    g = p.add_argument_group("grid")
     g.add_argument("--grid", required=True, nargs="+", metavar="GRID",
                 help="key=a,b or a JSON file {key: [a, b]} or the name of a grid of page 85; keys are objective, reward, kind, bs, "
                  "reward.WEIGHT, model.ARGUMENT, STAGE.ARGUMENT; the first value of each is the default")

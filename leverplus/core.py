@@ -127,7 +127,8 @@ def ask_for_a_folder(
     path, # what somebody gave for a folder
 )->Path: # the same; ValueError for an empty text, which would mean the working directory
     "Refuse an empty path"
-    if str(path).strip() == "": raise ValueError("the folder is an empty text, which would be the working directory: name a folder, or '.' if you mean it")
+    if str(path).strip() == "":
+        raise ValueError("the folder is an empty text, which would be the working directory: name a folder, or '.' if you mean it")
     return Path(path)
 
 # %% ../nbs/00_core.ipynb #9a0fd1b4

@@ -203,7 +203,11 @@ def boot_means(
     C = code.max() + 1; total = lambda a: np.stack([np.bincount(code, col, minlength=C) for col in a.T.astype(float)], 1)
     s, m = total(np.where(ok, x, 0)), total(ok[:, :1] if ok.all() else ok)
     blocks = _kept(seed, C, n_boot) if C*n_boot <= 20_000_000 else _drawn(seed, C, n_boot)
-    with np.errstate(invalid="ignore"): return np.concatenate([(w @ s) / (w @ m) for w in (block.astype(float) for block in blocks)])
+    means = []
+    for block in blocks:
+        w = block.astype(float) # [b, C]
+        with np.errstate(invalid="ignore"): means.append((w @ s) / (w @ m))
+    return np.concatenate(means)
 
 def _bounds(x, level):
     "Percentile bounds of the resamples `x` [n_boot]"

@@ -113,7 +113,8 @@ class Run:
 class Busy(RuntimeError):
     "Somebody else writes there"
 
-_LOCK = re.compile(r"\.(lock|owner)(-\d+of\d+)?|\..+\.lock") # lock files of this package, and the notes of who holds them
+# lock files of this package, and the notes of who holds them
+_LOCK = re.compile(r"\.(lock|owner)(-\d+of\d+)?|\..+\.lock")
 
 def is_lock(
     path, # a file
@@ -139,7 +140,8 @@ def empty_folder(
     "Remove everything in a folder but lock files and the folders that hold them"
     path = Path(path)
     for lock in path.glob("*/**/.*lock*"):
-        if is_lock(lock) and _held(lock): raise Busy(f"{path}: somebody is writing {lock.parent}; wait until that is done, or end it")
+        if is_lock(lock) and _held(lock):
+            raise Busy(f"{path}: somebody is writing {lock.parent}; wait until that is done, or end it")
     final = [path/last] if last else []
     for entry in [*(e for e in _entries(path) if e not in final), *final]:
         if entry.is_dir() and not entry.is_symlink():

@@ -307,7 +307,8 @@ def train_clip(
         px = torch.stack([bank[s][int(g.integers(len(bank[s])))] for s in scenes])
         words = tok(texts, return_tensors="pt", padding=True).to(model.device)
         out = model(pixel_values=px.to(model.device), **words)
-        want = (fits.float()/fits.sum(1, keepdim=True)).to(model.device); ce = torch.nn.functional.cross_entropy
+        want = (fits.float()/fits.sum(1, keepdim=True)).to(model.device)
+        ce = torch.nn.functional.cross_entropy
         loss = (ce(out.logits_per_image, want) + ce(out.logits_per_text, want))/2
         opt.zero_grad(); loss.backward(); torch.nn.utils.clip_grad_norm_(model.parameters(), 1.); opt.step(); sched.step()
         floor = float(fits.float().sum(1).log().mean()) # what no model can know: which of the fitting ones
