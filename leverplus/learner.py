@@ -198,7 +198,9 @@ class Resume(StageCallback):
         self.model.load_state_dict(s["model"]); self.opt.load_state_dict({**s["opt"], "hypers": L(s["opt"]["hypers"])}); self.learn.train_iter = s["train_iter"]
         for p, g in zip(self.model.parameters(), s["grads"]): p.grad = g
         for k, cb in self.cbs_by_name().items(): _remember(cb, s["callbacks"][k], self.model)
-        rec, r = self.recorder, s["recorder"]; rec.lrs, rec.iters, rec.losses = r["lrs"], r["iters"], r["losses"]
+        rec, r = self.recorder, s["recorder"]
+        rec.lrs, rec.iters = r["lrs"], r["iters"]
+        rec.losses = [loss.cpu() for loss in r["losses"]] # where fastai keeps them, and plots them from
         rec.values = L(L(v) for v in r["values"]); rec.smooth_loss.count, rec.smooth_loss.val = r["n"], r["val"].cpu()
         if "scaler" in s: self.learn.mixed_precision.scaler.load_state_dict(s["scaler"])
         _set_rng_state(self.dls, s["rng"])
