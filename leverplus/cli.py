@@ -30,8 +30,8 @@ from .prompt import STYLES
 from .lvlm import PREFIX_CACHES
 from .groups import FACT_COLUMNS, TEXT_FACTS, RLData, check_shard, shard_files, shard_tag
 from .rewards import REWARDS, reward_facts
-from .rldata_generate import (FactCache, NotVerified, TooManyFailures, ask, content_keys, evaluated, facts_fingerprint, policy_fingerprint,
-                                       run_lock, shard_queries)
+from .rldata_generate import (FactCache, NotVerified, TooManyFailures, ask, content_keys, evaluated, facts_fingerprint,
+                                       policy_fingerprint, run_lock, shard_queries)
 from .rldata_scale import DTYPES, READERS, Job, expected_rate, generate_ray
 from .doors import COMMANDS, STATUS, front
 
@@ -149,7 +149,8 @@ def _model_flags(p):
     _flag(g, "attn", "attention", choices=["sdpa", "eager"]); _flag(g, "style", "prompt style", choices=STYLES)
     _flag(g, "batch_tokens", "prompt tokens per batch, 65536 suits a large GPU", type=int, metavar="N")
     _flag(g, "prefix_cache", "whose first demonstrations are kept", choices=PREFIX_CACHES)
-    _flag(g, "vision_dir", "folder for image features, shared by processes", "memory only", type=folder_arg, metavar="DIR")
+    _flag(g, "vision_dir", "folder for image features, shared by processes", "memory only", type=folder_arg,
+          metavar="DIR")
 
 def _run_flags(p, resume=None, shard=None, rate="prompts per second, for the plan (default: measured in DIR, or what is known of the model)"):
     g = p.add_argument_group("run")
@@ -997,7 +998,8 @@ def add_report(commands):
                  "report runs/eval", "report runs/eval-dev --split dev --groups runs/groups/train",
                  "report runs/rce-0 runs/rce-1 runs/rce-2 --out runs/seeds.html", usage="RUN [RUN ...] [options]")
     p.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
-    p.add_argument("--out", type=folder_arg, metavar="FILE", help="page of several runs (default: report.html beside the first); one run's page lies in its folder")
+    p.add_argument("--out", type=folder_arg, metavar="FILE",
+                   help="page of several runs (default: report.html beside the first); one run's page lies in its folder")
     p.add_argument("--groups", nargs="+", metavar="RUN", help="data whose health the page shows"); p.add_argument("--title", metavar="TEXT")
     p.add_argument("--cases", type=number_arg(), default=40, metavar="N", help="cases on the page (default: 40)")
     p.add_argument("--seed", type=number_arg(0), default=0, metavar="N", help="of cases and resamples (default: 0)")
@@ -1100,7 +1102,8 @@ def add_demo(commands):
     p = add_door(commands, "demo", do_demo, "nothing but this package",
                 "a run in --out: data, training, the full table, a report that opens", "demo",
                 "demo --train-queries 100 --dev-queries 50 --out runs/quick")
-    p.add_argument("--out", "--path", type=folder_arg, default="runs/demo", metavar="DIR", help="folder of the run; continued if it is there (default: runs/demo)")
+    p.add_argument("--out", "--path", type=folder_arg, default="runs/demo", metavar="DIR",
+                   help="folder of the run; continued if it is there (default: runs/demo)")
     p.add_argument("--seed", type=number_arg(0), default=0, metavar="N", help="of proposals, weights and batches (default: 0)")
     for s, n in (("train", 600), ("dev", 250)): p.add_argument(f"--{s}-queries", type=number_arg(2), metavar="N",
                 help=f"{s} questions that get a group (default: {n})")

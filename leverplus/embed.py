@@ -168,7 +168,8 @@ class Clip:
     )->torch.Tensor: # [n, D] float32, length 1
         "Encode pictures"
         x = self.image_processor(images=list(images), return_tensors="pt")["pixel_values"]
-        with exact_float32(self.model.device): out = self.model.get_image_features(pixel_values=x.to(self.model.device))
+        with exact_float32(self.model.device):
+            out = self.model.get_image_features(pixel_values=x.to(self.model.device))
         return self._unit(out)
 
     @torch.inference_mode()
@@ -178,7 +179,8 @@ class Clip:
         "Encode texts"
         x = self.tokenizer(list(texts), padding=True, truncation=True, max_length=self.max_length, return_tensors="pt")
         x = x.to(self.model.device)
-        with exact_float32(self.model.device): out = self.model.get_text_features(input_ids=x["input_ids"], attention_mask=x["attention_mask"])
+        with exact_float32(self.model.device):
+            out = self.model.get_text_features(input_ids=x["input_ids"], attention_mask=x["attention_mask"])
         return self._unit(out)
 
 def _weights_print(model):

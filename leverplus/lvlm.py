@@ -107,7 +107,8 @@ def load_lvlm(
     if config.model_type not in FAMILY: raise TypeError(f"{path_or_name}: a {config.model_type} model; leverplus asks Qwen2.5-VL, Qwen2-VL or Qwen3-VL ({', '.join(FAMILY)})")
     slides = set(getattr(config.get_text_config(), "layer_types", None) or ["full_attention"]) - {"full_attention"}
     if slides: raise ValueError(f"{path_or_name}: layers of type {sorted(slides)}; wanted full attention in every layer: set use_sliding_window=False in its config")
-    with loading_bar(progress): model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype or "auto", attn_implementation=attn)
+    with loading_bar(progress):
+        model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype or "auto", attn_implementation=attn)
     model = model.to(device).eval().requires_grad_(False)
     tok = AutoTokenizer.from_pretrained(name, padding_side="left")
     return LVLM(model, tok, AutoImageProcessor.from_pretrained(name), name, attn)
@@ -448,7 +449,8 @@ def run_text(
 )->torch.Tensor: # [B, L, D] hidden states of the last layer
     "Run tokens behind what a cache holds"
     known = {_cache_word(type(lm).forward): cache}
-    return lm(inputs_embeds=embeddings, attention_mask=mask, position_ids=positions, use_cache=True, **known, **extra).last_hidden_state
+    out = lm(inputs_embeds=embeddings, attention_mask=mask, position_ids=positions, use_cache=True, **known, **extra)
+    return out.last_hidden_state
 
 # %% ../nbs/21_lvlm.ipynb #a9020399
 def _start(self:SharedScorer, row, upto):

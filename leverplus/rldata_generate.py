@@ -572,7 +572,8 @@ class Generation:
         second:dict|None=None, # two stages: all sequences get probabilities, and those that `choose(**second)` picks a text; None: all get a text
         max_failed:float=.2, # share of rows that may fail, looked at from 100 rows on; past it the run stops with `TooManyFailures`. 1: no limit
     ):
-        self.path, self.items, self.scorer, self.cache, self.test, self.shard = ask_for_a_folder(path), items, scorer, cache, test, check_shard(shard)
+        self.path, self.shard = ask_for_a_folder(path), check_shard(shard)
+        self.items, self.scorer, self.cache, self.test = items, scorer, cache, test
         self.store, self.policy, self.shots, self.seed, self.asking = store, policy, shots, seed, dict(style=style, mode=mode, weight=weight)
         self.queries = [int(q) for q in queries]; self.pool, self.proposing = pool.only(self.queries), dict(counts=counts, kind=kind, scale=scale)
         mine = shard_queries(self.queries, self.shard); self.window_size, self.max_failed, self.second = window, max_failed, None if second is None else check_second(second)

@@ -39,9 +39,10 @@ def open_image(
 # %% ../nbs/17_vision.ipynb #e28b2f0a
 @torch.no_grad()
 def _by_image(
-    layer, # features of n images: a sequence of n tensors, or all in one, as transformers before 5.24 leaves those of Qwen3-VL's deeper layers
+    layer, # features of n images: a sequence of n tensors, or all in one
     sizes:list, # visual tokens of each image
 )->list: # n tensors [visual tokens, D]
+    "Features image by image; transformers before 5.24 leaves those of Qwen3-VL's deeper layers in one tensor"
     return list(layer.split(sizes) if isinstance(layer, torch.Tensor) else layer)
 
 def image_features(
@@ -51,7 +52,8 @@ def image_features(
 )->list: # n tensors [visual tokens, D x (1 + deepstack layers)]
     "Run the vision tower"
     dev = model.device
-    with exact_float32(dev): out = model.model.get_image_features(pixel_values.to(dev, model.dtype), grids.to(dev), return_dict=True)
+    with exact_float32(dev):
+        out = model.model.get_image_features(pixel_values.to(dev, model.dtype), grids.to(dev), return_dict=True)
     layers = [out.pooler_output, *(getattr(out, "deepstack_features", None) or [])]
     sizes = [len(f) for f in layers[0]]
     parts = [_by_image(layer, sizes) for layer in layers]

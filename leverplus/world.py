@@ -43,8 +43,9 @@ class World:
         if have.scorers != [want]:
             lvlm = getattr(self.scorer, "lvlm", None)
             which = f"{lvlm.name}, {lvlm.model.dtype}, {lvlm.attn}" if lvlm else type(self.scorer).__name__
-            raise ValueError(f"{self.facts_file.name} holds what scorer {', '.join(have.scorers)} said, and this one is {want} ({which}): "
-                             "load_world() as it is loads the model that they are of, on any device; make_facts(world) asks another one")
+            raise ValueError(f"{self.facts_file.name} holds what scorer {', '.join(have.scorers)} said, "
+                             f"and this one is {want} ({which}): load_world() as it is loads the model that they are of, "
+                             "on any device; make_facts(world) asks another one")
         return have.to_frame()
 
 def read_islands(
