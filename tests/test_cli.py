@@ -1,5 +1,5 @@
 "The command line: words in, files and an exit status out"
-import contextlib, io, json, os, re, subprocess, sys
+import contextlib, io, json, os, re, subprocess, sys, warnings
 from dataclasses import fields
 from pathlib import Path
 import pandas as pd, pytest
@@ -36,7 +36,9 @@ def test_a_command_that_causes_a_warning_ends_with_a_status(monkeypatch):
     module = dict(__name__="leverplus.cli")
     exec("import warnings\ndef old(args): warnings.warn('old argument', FutureWarning)", module)
     monkeypatch.setattr(cli, "do_check", module["old"])
-    assert "old argument" in go("check runs/a", 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always") # whatever pytest was told
+        assert "old argument" in go("check runs/a", 1)
 
 ROAD = ("embed --split train dev --shard 1/2 --quiet", "embed --split train dev --shard 0/2 --quiet", "pools --split train dev", "generate --n 12 --test 4 --quiet --out runs/train",
         "generate --n 12 --split dev --test 0 --quiet --out runs/dev", "check runs/train runs/dev --csv runs/health", "mine runs/train --out runs/mined --rounds 1 --tries 2 --quiet",
