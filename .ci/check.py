@@ -16,7 +16,9 @@ COPIED = "nbs", "leverplus", "README.md", "settings.ini", "pyproject.toml", "set
 ENV = {**os.environ, "HF_HUB_OFFLINE": "1", "MPLBACKEND": "Agg", "PYTHONDONTWRITEBYTECODE": "1"}
 ENV.pop("IN_TEST", None)  # nbdev_export does nothing where it is set
 CORES = min(8, os.cpu_count() or 1)
-if CORES > 1: ENV["OMP_NUM_THREADS"] = "1" # two processes with two threads each on two cores wait for each other: ten times slower
+# two processes with two threads each on two cores wait for each other: ten times slower
+if CORES > 1:
+    ENV["OMP_NUM_THREADS"] = "1"
 SPREAD = ["-n", str(CORES), "--dist", "loadfile"] if CORES > 1 else []
 REMEDY = "run `make export`, look at the change, commit it (edit the notebook, never the generated file)"
 
@@ -38,7 +40,9 @@ def content(path):
     "What is compared of a file: its bytes; of `_modidx.py` the symbols of every module that has any"
     if path.name != "_modidx.py": return path.read_bytes()
     index = ast.literal_eval(path.read_text(encoding="utf8").split("d = ", 1)[1])
-    return repr(sorted((module, sorted(names.items())) for module, names in index["syms"].items() if names)).encode()
+    return repr(
+        sorted((module, sorted(names.items())) for module, names in index["syms"].items() if names)
+    ).encode()
 
 def hashes(root):
     "Relative path -> sha256 of every file below `root`"
@@ -47,30 +51,55 @@ def hashes(root):
 
 def changed(before, after):
     "Lines that name the files in which two `hashes` differ"
-    word = lambda k: "missing from the checkout" if k not in before else "should not be there" if k not in after else "differs"
-    return [f"  {k}: {word(k)}" for k in sorted(before.keys() | after.keys()) if before.get(k) != after.get(k)]
+    word = lambda k: (
+        "missing from the checkout"
+        if k not in before
+        else "should not be there" if k not in after else "differs"
+    )
+    return [
+        f"  {k}: {word(k)}" for k in sorted(before.keys() | after.keys()) if before.get(k) != after.get(k)
+    ]
 
 def no_diff(name, args):
     "Run one step in a fresh copy; the files it changed, as lines"
     with tempfile.TemporaryDirectory() as d:
-        d = Path(d); copy_tree(d); before = hashes(d)
-        r = subprocess.run([sys.executable, *args], cwd=d, env={**ENV, "PYTHONPATH": str(d)}, stdin=subprocess.DEVNULL,
-                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        d = Path(d)
+        copy_tree(d)
+        before = hashes(d)
+        r = subprocess.run(
+            [sys.executable, *args],
+            cwd=d,
+            env={**ENV, "PYTHONPATH": str(d)},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
         if r.returncode: sys.exit(f"{name} failed:\n{r.stdout}")
         return changed(before, hashes(d))
 
 def pytest(*words, **env):
     "Run pytest; its exit status"
-    return subprocess.run([sys.executable, "-m", "pytest", "-q", *words], cwd=ROOT, env={**ENV, **env}, stdin=subprocess.DEVNULL).returncode
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", *words], cwd=ROOT, env={**ENV, **env}, stdin=subprocess.DEVNULL
+    ).returncode
 
 def gpu_is_there():
     "Is there a GPU that torch can use?"
-    return subprocess.run([sys.executable, "-c", "import sys, torch; sys.exit(not torch.cuda.is_available())"], stdin=subprocess.DEVNULL).returncode == 0
+    return (
+        subprocess.run(
+            [sys.executable, "-c", "import sys, torch; sys.exit(not torch.cuda.is_available())"],
+            stdin=subprocess.DEVNULL,
+        ).returncode
+        == 0
+    )
 
 def main():
     for name, args in STEPS.items():
-        t = time.time(); lines = no_diff(name, args)
-        if lines: sys.exit("\n".join([f"{name} changes files of this checkout:", *lines, f"To do: {REMEDY}."]))
+        t = time.time()
+        lines = no_diff(name, args)
+        if lines:
+            sys.exit("\n".join([f"{name} changes files of this checkout:", *lines, f"To do: {REMEDY}."]))
         print(f"{name}: no difference ({time.time() - t:.0f} s)", flush=True)
     status = pytest(*SPREAD, *sys.argv[1:])
     if gpu_is_there(): status = status or pytest("tests/test_gpu.py", *SPREAD, LEVERPLUS_GPU="1")

@@ -10,17 +10,30 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 CORES = min(8, os.cpu_count() or 1)
-BENCH = ("--prompts", "128", "--naive", "4", "--minutes", "5") # every row of the table, from fewer prompts than its defaults
+# every row of the table, from fewer prompts than its defaults
+BENCH = ("--prompts", "128", "--naive", "4", "--minutes", "5")
 
 
 def main():
-    if not importlib.util.find_spec("torch"): sys.exit(f"make gpu: {sys.executable} has no torch; name an environment that has it: make gpu VENV=path")
+    if not importlib.util.find_spec("torch"):
+        sys.exit(
+            f"make gpu: {sys.executable} has no torch; name an environment that has it: make gpu VENV=path"
+        )
     import torch
-    if not torch.cuda.is_available(): sys.exit("make gpu: torch sees no GPU here; `make test` is what runs without one")
-    env = {**os.environ, "LEVERPLUS_GPU": "1", "HF_HUB_OFFLINE": "1", "MPLBACKEND": "Agg", "OMP_NUM_THREADS": "2"}
+    if not torch.cuda.is_available():
+        sys.exit("make gpu: torch sees no GPU here; `make test` is what runs without one")
+    env = {
+        **os.environ,
+        "LEVERPLUS_GPU": "1",
+        "HF_HUB_OFFLINE": "1",
+        "MPLBACKEND": "Agg",
+        "OMP_NUM_THREADS": "2",
+    }
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     spread = ["-n", str(CORES)] if importlib.util.find_spec("xdist") and CORES > 1 else []
-    run = lambda *words: subprocess.run([sys.executable, *words], cwd=ROOT, env=env, stdin=subprocess.DEVNULL).returncode
+    run = lambda *words: subprocess.run(
+        [sys.executable, *words], cwd=ROOT, env=env, stdin=subprocess.DEVNULL
+    ).returncode
     tests = run("-m", "pytest", "-q", "-rs", "--durations=10", "tests/test_gpu.py", *spread)
     bench = run("bench/gpu_scoring.py", *BENCH, "--out", "runs/gpu_scoring.json", *sys.argv[1:])
     sys.exit(int(bool(tests or bench)))

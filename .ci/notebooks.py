@@ -9,7 +9,8 @@ import argparse, os, sys, tempfile, time
 from pathlib import Path
 from directives import is_skipped
 
-ROOT = Path(__file__).resolve().parent.parent; NBS = ROOT/"nbs"
+ROOT = Path(__file__).resolve().parent.parent
+NBS = ROOT / "nbs"
 SKIP = "skip-execution"  # nbclient's tag
 ENV = {"PYTHONHASHSEED": "0", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "JUPYTER_PREFER_ENV_PATH": "1", "MPLBACKEND": "module://matplotlib_inline.backend_inline",
        # where ipywidgets are absent `tqdm.auto` says so, with a path of this machine
@@ -18,7 +19,10 @@ ENV = {"PYTHONHASHSEED": "0", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "JUPYT
 
 def find(names):
     "Paths of the named notebooks, or of all"
-    if not names: return [p for d in (NBS, NBS/"tutorials") for p in sorted(d.glob("*.ipynb")) if p.name[0] not in "_."]
+    if not names:
+        return [
+            p for d in (NBS, NBS / "tutorials") for p in sorted(d.glob("*.ipynb")) if p.name[0] not in "_."
+        ]
     paths = [next((p for p in (Path(n), NBS/n, NBS/f"{n}.ipynb") if p.is_file()), n) for n in names]
     absent = [p for p in paths if isinstance(p, str)]
     if absent: sys.exit(f"no such notebook: {', '.join(absent)}; give a path or a stem such as 00_core")
@@ -31,11 +35,23 @@ def execute(path, flags, timeout):
     from nbdev.clean import nbdev_clean
     from traitlets.config import Config
     nb = nbformat.read(path, 4)
-    for c in nb.cells: c.metadata = {"tags": [SKIP]} if c.cell_type == "code" and is_skipped(c.source, flags) else {}
+    for c in nb.cells:
+        c.metadata = {"tags": [SKIP]} if c.cell_type == "code" and is_skipped(c.source, flags) else {}
     with tempfile.TemporaryDirectory() as sockets: # ipc: no ports, and no kernel warning about open ones
-        cfg = Config({"KernelManager": {"transport": "ipc", "ip": f"{sockets}/kernel"}} if os.name == "posix" else {})
-        NotebookClient(nb, config=cfg, timeout=timeout, kernel_name="python3", coalesce_streams=True, record_timing=False,
-                       store_widget_state=False, skip_cells_with_tag=SKIP, resources={"metadata": {"path": str(path.parent)}}).execute()
+        cfg = Config(
+            {"KernelManager": {"transport": "ipc", "ip": f"{sockets}/kernel"}} if os.name == "posix" else {}
+        )
+        NotebookClient(
+            nb,
+            config=cfg,
+            timeout=timeout,
+            kernel_name="python3",
+            coalesce_streams=True,
+            record_timing=False,
+            store_widget_state=False,
+            skip_cells_with_tag=SKIP,
+            resources={"metadata": {"path": str(path.parent)}},
+        ).execute()
     for c in nb.cells: c.metadata = {}
     nb.metadata = {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}
     nbformat.write(nb, path)
@@ -44,23 +60,40 @@ def execute(path, flags, timeout):
 
 def complaints(nb):
     "What a reader would stumble over: text that went to stderr"
-    return [o.text.strip()[:300] for c in nb.cells for o in c.get("outputs", []) if o.output_type == "stream" and o.name == "stderr"]
+    return [
+        o.text.strip()[:300]
+        for c in nb.cells
+        for o in c.get("outputs", [])
+        if o.output_type == "stream" and o.name == "stderr"
+    ]
 
 def main():
     ap = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    ap.add_argument("names", nargs="*"); ap.add_argument("--flags", default="", help="flagged cells that run all the same, e.g. 'slow'")
+    ap.add_argument("names", nargs="*")
+    ap.add_argument("--flags", default="", help="flagged cells that run all the same, e.g. 'slow'")
     ap.add_argument("--timeout", type=int, default=7200, help="seconds per cell")
     args = ap.parse_args()
-    paths = find(args.names); os.chdir(ROOT); os.environ.update(ENV)
+    paths = find(args.names)
+    os.chdir(ROOT)
+    os.environ.update(ENV)
     from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
     from nbdev.config import get_config
     flags = set(get_config().tst_flags.split()) - set(args.flags.split())
     failed = []
     for p in paths:
-        t, name = time.time(), p.relative_to(NBS).as_posix() if p.is_relative_to(NBS) else p.name
+        t = time.time()
+        name = p.relative_to(NBS).as_posix() if p.is_relative_to(NBS) else p.name
         try: nb = execute(p, flags, args.timeout)
-        except (CellExecutionError, CellTimeoutError, DeadKernelError) as e: failed.append(name); print(f"{name}: FAILED, left as it was\n{e}", flush=True); continue
-        print(f"{name}: {time.time() - t:.1f} s, {p.stat().st_size/1e3:.0f} kB", *(f"  stderr: {s}" for s in complaints(nb)), sep="\n", flush=True)
+        except (CellExecutionError, CellTimeoutError, DeadKernelError) as e:
+            failed.append(name)
+            print(f"{name}: FAILED, left as it was\n{e}", flush=True)
+            continue
+        print(
+            f"{name}: {time.time() - t:.1f} s, {p.stat().st_size/1e3:.0f} kB",
+            *(f"  stderr: {s}" for s in complaints(nb)),
+            sep="\n",
+            flush=True,
+        )
     if failed: sys.exit(f"{len(failed)} of {len(paths)} notebooks failed: {', '.join(failed)}")
 
 if __name__ == "__main__": main()

@@ -8,7 +8,8 @@ import argparse, posixpath, re, sys
 from pathlib import Path
 from directives import directives
 
-TARGET = re.compile(r"""(\]\(\s*|(?:src|href)\s*=\s*["'])([^)\s"'>]+)""")  # of [x](target), ![x](target), <img src="target">
+# of [x](target), ![x](target), <img src="target">
+TARGET = re.compile(r"""(\]\(\s*|(?:src|href)\s*=\s*["'])([^)\s"'>]+)""")
 
 def link(target):
     "A target relative to nbs/ -> relative to the root; URLs, anchors and rooted paths stay"
@@ -25,7 +26,8 @@ def outputs(cell):
     "The stored outputs, relinked; the styles that pandas ships with a table are dropped, since sites show them as text"
     for o in cell.outputs:
         data = o.get("data", {})
-        if "text/html" in data: data["text/html"] = re.sub(r"<style.*?</style>\n?", "", data["text/html"], flags=re.S)
+        if "text/html" in data:
+            data["text/html"] = re.sub(r"<style.*?</style>\n?", "", data["text/html"], flags=re.S)
         for kind in data.keys() & {"text/markdown", "text/html"}: data[kind] = relink(data[kind])
     return cell.outputs
 
@@ -54,12 +56,22 @@ def convert(root):
     source, images = root/"nbs"/"index.ipynb", root/"nbs"/"images"
     if not source.is_file(): sys.exit(f"{source.name} is missing in nbs/: README.md is made from it")
     order = ["text/markdown", "image/svg+xml", "image/png", "image/jpeg", "text/html", "text/plain"]
-    cfg = Config({"NbConvertBase": {"display_data_priority": order},
-                  "ExtractOutputPreprocessor": {"output_filename_template": "nbs/images/readme_{cell_index}_{index}{extension}"}})
-    text, resources = MarkdownExporter(config=cfg).from_notebook_node(prepare(nbformat.read(source, 4)), {"output_files_dir": ""})
+    cfg = Config(
+        {
+            "NbConvertBase": {"display_data_priority": order},
+            "ExtractOutputPreprocessor": {
+                "output_filename_template": "nbs/images/readme_{cell_index}_{index}{extension}"
+            },
+        }
+    )
+    text, resources = MarkdownExporter(config=cfg).from_notebook_node(
+        prepare(nbformat.read(source, 4)), {"output_files_dir": ""}
+    )
     for old in images.glob("readme_*"): old.unlink()
     for name, data in resources.get("outputs", {}).items():
-        path = root/name; path.parent.mkdir(exist_ok=True); path.write_bytes(data)
+        path = root / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(data)
     note = "<!-- made from nbs/index.ipynb by .ci/readme.py; edit the notebook -->\n\n"
     text = re.sub(r"\n{3,}", "\n\n", re.sub(r"^[ \t]+$", "", text, flags=re.M))
     (root/"README.md").write_text(note + text.strip() + "\n", encoding="utf8")

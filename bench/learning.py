@@ -27,15 +27,32 @@ from leverplus.recipes import fit_recipe, recipe, recipe_learner
 from leverplus.rldata_generate import FactCache, ask, generate
 from leverplus.world import all_pointers, load_world
 
-SUITES = {"dense-soft": "soft_only", "sparse-hard": "hard_only", "starved": "hard_only", "ragged": "soft_only"}
+SUITES = {
+    "dense-soft": "soft_only",
+    "sparse-hard": "hard_only",
+    "starved": "hard_only",
+    "ragged": "soft_only",
+}
 SUITES |= {"joint": "soft_only"} | {f"joint {s}": how for s, how in SUITES.items() if s != "dense-soft"}
-ACC = ", by accuracy" # behind a method's name: epochs are chosen by the LVLM's accuracy on dev, of what greedy picks, and not by regret on its stored groups
+# behind a method's name: epochs are chosen by the LVLM's accuracy on dev, of what greedy picks, and not by
+# regret on its stored groups
+ACC = ", by accuracy"
 NET = dict(d_hidden=64, n_layers=0, state="none", match="net", n_match=8)
 
 def base_groups(world, out, seed, split, shots=(2,), n=20, queries=None, prior=True):
     "Up to n sequences of the prior and n random ones that it has not drawn, per query and of each shot count; or n random ones alone"
-    return generate(out/"groups"/f"{split}-{'-'.join(map(str, shots))}-{n}-{seed}{'' if prior else '-random'}", world.ids(split)[:queries], world.items, world.pools[split],
-                    world.scorer, world.store, shots=shots, counts=dict(temperature={1.: n}, random=n) if prior else dict(random=n), seed=seed, cache=FactCache(out/"facts"/split))
+    return generate(
+        out / "groups" / f"{split}-{'-'.join(map(str, shots))}-{n}-{seed}{'' if prior else '-random'}",
+        world.ids(split)[:queries],
+        world.items,
+        world.pools[split],
+        world.scorer,
+        world.store,
+        shots=shots,
+        counts=dict(temperature={1.0: n}, random=n) if prior else dict(random=n),
+        seed=seed,
+        cache=FactCache(out / "facts" / split),
+    )
 
 def cut(data, keep): return RLData(data.rows[np.asarray(keep)].reset_index(drop=True), data.pool)
 
@@ -45,42 +62,75 @@ def number(data):
 
 def suite(name, train, dev, seed):
     "The groups (train, dev) of a suite"
-    alone = lambda d: (d.rows.groupby(["question_id", d.rows.pointer.map(len)]).gen_method.transform("nunique") == 1).to_numpy() # one shot: the prior has drawn every candidate
+    # one shot: the prior has drawn every candidate
+    alone = lambda d: (
+        d.rows.groupby(["question_id", d.rows.pointer.map(len)]).gen_method.transform("nunique") == 1
+    ).to_numpy()
     dense = lambda d: cut(d, number(d) < np.where(alone(d), 12, 6))
     if name.startswith("joint "): return _joint(name.removeprefix("joint "), train, dev, seed)
     if name in ("dense-soft", "joint"): return dense(train), dense(dev)
     if name == "sparse-hard": return train, dense(dev)
     g = rng("learning", name, seed)
     if name == "ragged":
-        n = {q: g.integers(2, 41) for q in train.queries}; order = train.rows.assign(u=g.random(len(train.rows))).groupby("question_id").u.rank(method="first")
+        n = {q: g.integers(2, 41) for q in train.queries}
+        order = train.rows.assign(u=g.random(len(train.rows))).groupby("question_id").u.rank(method="first")
         return cut(train, order.to_numpy() <= train.rows.question_id.map(n).to_numpy()), dense(dev)
-    data = dense(train); spread = data.rows.groupby("question_id").vqa_acc_score.agg(lambda a: a.max() > a.min())
-    flat = spread.index[~spread]; live = g.permutation(spread.index[spread])[:max(1, round(len(flat) / 99))]
+    data = dense(train)
+    spread = data.rows.groupby("question_id").vqa_acc_score.agg(lambda a: a.max() > a.min())
+    flat = spread.index[~spread]
+    live = g.permutation(spread.index[spread])[: max(1, round(len(flat) / 99))]
     return cut(data, data.rows.question_id.isin([*flat, *live])), dense(dev)
 
 def _joint(name, train, dev, seed):
     "The same suite for each shot count, one behind the other"
-    per = [suite(name, *(cut(d, d.rows.pointer.map(len) == S) for d in (train, dev)), seed) for S in train.shots]
-    return [RLData(pd.concat([x[i].rows for x in per], ignore_index=True), d.pool) for i, d in enumerate((train, dev))]
+    per = [
+        suite(name, *(cut(d, d.rows.pointer.map(len) == S) for d in (train, dev)), seed) for S in train.shots
+    ]
+    return [
+        RLData(pd.concat([x[i].rows for x in per], ignore_index=True), d.pool)
+        for i, d in enumerate((train, dev))
+    ]
 
 class Trial:
     "One suite and seed: what the methods below start from"
     def __init__(self, world, out, name, seed):
-        self.world, self.out, self.name, self.seed, self.mode, self.choose_by = world, out, name, seed, SUITES[name], None
-        joint = name.startswith("joint"); shots, queries = ((1, 2, 3, 4), 450) if joint else ((2,), None); n = 6 if name == "joint" else 20
-        groups = [base_groups(world, out, seed, "train", *((shots, 12, queries, False) if "sparse-hard" in name else (shots, n, queries))),
-                  base_groups(world, out, seed, "dev", shots, 6 if joint else n, queries)]
+        self.world = world
+        self.out = out
+        self.name = name
+        self.seed = seed
+        self.mode = SUITES[name]
+        self.choose_by = None
+        joint = name.startswith("joint")
+        shots, queries = ((1, 2, 3, 4), 450) if joint else ((2,), None)
+        n = 6 if name == "joint" else 20
+        groups = [
+            base_groups(
+                world,
+                out,
+                seed,
+                "train",
+                *((shots, 12, queries, False) if "sparse-hard" in name else (shots, n, queries))
+            ),
+            base_groups(world, out, seed, "dev", shots, 6 if joint else n, queries),
+        ]
         self.train, self.dev = suite(name, *groups, seed)
-        self.split, self.epochs = (dict(split_shots=True), 8) if joint else ({}, 20) # `joint` has twice the rows
+        # `joint` has twice the rows
+        self.split, self.epochs = (dict(split_shots=True), 8) if joint else ({}, 20)
 
     def train_by(self, method):
         "The learner that a method has trained"
-        name = method.removesuffix(ACC); self.choose_by = None
+        name = method.removesuffix(ACC)
+        self.choose_by = None
         if name != method: # the same facts of dev serve all seeds
-            feedback = Feedback(self.world.scorer, self.world.items, everything(self.world, self.out, "dev"), "soft_only")
-            self.choose_by = GreedyLoss(feedback, self.world.pools["dev"], self.world.store, shots_of(self.name))
+            feedback = Feedback(
+                self.world.scorer, self.world.items, everything(self.world, self.out, "dev"), "soft_only"
+            )
+            self.choose_by = GreedyLoss(
+                feedback, self.world.pools["dev"], self.world.store, shots_of(self.name)
+            )
         learn = METHODS[name](self)
-        if self.choose_by is not None and not feedback.known: raise ValueError(f"{method}: no stage of {name} chooses an epoch, so this would be {name} again")
+        if self.choose_by is not None and not feedback.known:
+            raise ValueError(f"{method}: no stage of {name} chooses an epoch, so this would be {name} again")
         return learn
 
     def learner(self, mode=None, **model):
@@ -88,15 +138,34 @@ class Trial:
         return selector_learner(dls, seed=self.seed, wd=.05, choose_by=self.choose_by, **model)
 
     def recipe(self, name, **changes):
-        learn = recipe_learner(name, self.train, self.dev, self.world.store, self.seed, choose_by=self.choose_by, data=dict(reward=self.mode), **changes)
+        learn = recipe_learner(
+            name,
+            self.train,
+            self.dev,
+            self.world.store,
+            self.seed,
+            choose_by=self.choose_by,
+            data=dict(reward=self.mode),
+            **changes
+        )
         return fit_recipe(learn, name, data=dict(reward=self.mode), **changes)
 
     def warm(self, sampler="random"):
         "A learner after the warm-up, which knows nothing of the groups but their shot counts; made once per seed"
-        file = self.out/"warm"/f"{'joint' if self.split else 'pairs'}-{self.seed}{'' if sampler == 'random' else '-' + sampler}.pt"; learn = self.learner(**NET)
-        if file.exists(): learn.model.load_state_dict(torch.load(file)); return learn
-        items = self.world.items; items = items[items.split == "train"]
-        learn.fit_warmup(items, self.world.store, 15, best=False, n=64 if self.split else 256, sampler=sampler)
+        file = (
+            self.out
+            / "warm"
+            / f"{'joint' if self.split else 'pairs'}-{self.seed}{'' if sampler == 'random' else '-' + sampler}.pt"
+        )
+        learn = self.learner(**NET)
+        if file.exists():
+            learn.model.load_state_dict(torch.load(file))
+            return learn
+        items = self.world.items
+        items = items[items.split == "train"]
+        learn.fit_warmup(
+            items, self.world.store, 15, best=False, n=64 if self.split else 256, sampler=sampler
+        )
         with atomic_path(file) as tmp: torch.save(learn.model.state_dict(), tmp)
         return learn
 
@@ -104,14 +173,34 @@ def warm_alike(t): return t.warm(t.world.pools["train"].recipe["sampler"])
 def listwise(t, learn): return learn.fit_listwise(t.epochs, 3e-3, tau=.2, **t.split)
 def on_policy(t, learn, objective, lr, rounds=10, G=12):
     "As many different questions to the LVLM as the stored groups have rows, at most, and the greedy sequences"
-    w, shots = t.world, shots_of(t.name); bs = 32//len(shots) # 32 groups per batch
-    return learn.fit_onpolicy(w.scorer, w.items, w.store, rounds, lr, objective, G=G, shots=shots, queries_per_round=len(t.train.queries)//rounds, bs=bs, reward=t.mode,
-                              patience=None, cache=FactCache(t.out/"facts"/"train"), seed=t.seed)
+    # 32 groups per batch
+    w = t.world
+    shots = shots_of(t.name)
+    bs = 32 // len(shots)
+    return learn.fit_onpolicy(
+        w.scorer,
+        w.items,
+        w.store,
+        rounds,
+        lr,
+        objective,
+        G=G,
+        shots=shots,
+        queries_per_round=len(t.train.queries) // rounds,
+        bs=bs,
+        reward=t.mode,
+        patience=None,
+        cache=FactCache(t.out / "facts" / "train"),
+        seed=t.seed,
+    )
 
 def mended(t):
     "The reports' RCE + GRPO with four defects of the second stage mended: old policy and reference from its start, an exact KL, no cut by reward, no dropout"
-    cbs = dict((c, {}) if isinstance(c, str) else c for c in recipe("plan5-as-run")["stages"][1]["cbs"]); del cbs["TopKFirst"]
-    cbs["GRPO"] |= dict(old=None, refresh="epoch"); cbs["KLToRef"] |= dict(ref="start", how="exact"); cbs["NoDropout"] = {}
+    cbs = dict((c, {}) if isinstance(c, str) else c for c in recipe("plan5-as-run")["stages"][1]["cbs"])
+    del cbs["TopKFirst"]
+    cbs["GRPO"] |= dict(old=None, refresh="epoch")
+    cbs["KLToRef"] |= dict(ref="start", how="exact")
+    cbs["NoDropout"] = {}
     return t.recipe("plan5-as-run", stage=dict(n_epoch=3, cbs=[list(c) for c in cbs.items()]))
 
 METHODS = {
@@ -142,34 +231,75 @@ METHODS = {
 def everything(world, out, split, _made={}):
     "Exhaustive facts of dev or test, one and two shots"
     if split not in _made:
-        file = world.facts_file if split == "test" and world.pools[split].recipe["sampler"] == "random" else out/"facts"/f"{split}.parquet"
+        file = (
+            world.facts_file
+            if split == "test" and world.pools[split].recipe["sampler"] == "random"
+            else out / "facts" / f"{split}.parquet"
+        )
         if not file.exists():
-            cache = FactCache(); ask(all_pointers(world.pools[split], (1, 2)), world.scorer, world.items, cache, window=4096, progress=True); cache.save(file)
+            cache = FactCache()
+            ask(
+                all_pointers(world.pools[split], (1, 2)),
+                world.scorer,
+                world.items,
+                cache,
+                window=4096,
+                progress=True,
+            )
+            cache.save(file)
         _made[split] = FactCache(file).to_frame()
     return _made[split]
 
 def judge(world, out, split, picks):
     "Picks of one shot count with the LVLM's verdicts"
     if picks.shots.iloc[0] <= 2: return score_picks(picks, everything(world, out, split)).assign(split=split)
-    cache = FactCache(out/"facts"/f"{split}-more"); ask(picks, world.scorer, world.items, cache)
+    cache = FactCache(out / "facts" / f"{split}-more")
+    ask(picks, world.scorer, world.items, cache)
     return score_picks(picks, cache.to_frame()).assign(split=split)
 
 def best_found(world, out, split, S, width=8):
     "Facts of what a search finds: the best sequences of S-1, with every other candidate before and behind; a query whose accuracy is 1 is not searched any further"
-    parents = everything(world, out, split) if S == 3 else best_found(world, out, split, S-1, width); parents = parents[parents.pointer.map(len) == S-1]
-    parents = parents.sort_values(["vqa_acc_score", "vqa_gt_prob"], ascending=False, kind="stable").groupby("question_id").head(width)
-    place, pool, cache, solved = parents.groupby("question_id").cumcount(), world.pools[split], FactCache(out/"facts"/f"{split}-search"), set(); found = []
+    parents = everything(world, out, split) if S == 3 else best_found(world, out, split, S - 1, width)
+    parents = parents[parents.pointer.map(len) == S - 1]
+    parents = (
+        parents.sort_values(["vqa_acc_score", "vqa_gt_prob"], ascending=False, kind="stable")
+        .groupby("question_id")
+        .head(width)
+    )
+    place, pool, cache, solved = (
+        parents.groupby("question_id").cumcount(),
+        world.pools[split],
+        FactCache(out / "facts" / f"{split}-search"),
+        set(),
+    )
+    found = []
     for lot in range(0, width, 2):
         todo = parents[place.isin((lot, lot+1)) & ~parents.question_id.isin(solved)]
-        pairs = [(q, s) for q, p in zip(todo.question_id, todo.pointer) for c in pool[q] if c not in p for s in ((c, *p), (*p, c))]
-        pairs = pd.DataFrame(list(dict.fromkeys(pairs)), columns=["question_id", "pointer"]); found.append(ask(pairs, world.scorer, world.items, cache, window=4096, progress=True))
+        pairs = [
+            (q, s)
+            for q, p in zip(todo.question_id, todo.pointer)
+            for c in pool[q]
+            if c not in p
+            for s in ((c, *p), (*p, c))
+        ]
+        pairs = pd.DataFrame(list(dict.fromkeys(pairs)), columns=["question_id", "pointer"])
+        found.append(ask(pairs, world.scorer, world.items, cache, window=4096, progress=True))
         solved |= set(found[-1].question_id[found[-1].vqa_acc_score == 1])
     return pd.concat(found, ignore_index=True).drop_duplicates(["question_id", "pointer"], ignore_index=True)
 
 def mean_of(facts, S, split):
     "Random demonstrations, exactly: the mean over all sequences"
-    f = facts[facts.pointer.map(len) == S]; m = f.groupby("question_id")[["vqa_acc_score", "vqa_gt_prob"]].mean().reset_index()
-    return m.assign(selector="random", shots=S, draw=0, pointer=[()]*len(m), vqa_pred_answer="", eval_failed=False, split=split)
+    f = facts[facts.pointer.map(len) == S]
+    m = f.groupby("question_id")[["vqa_acc_score", "vqa_gt_prob"]].mean().reset_index()
+    return m.assign(
+        selector="random",
+        shots=S,
+        draw=0,
+        pointer=[()] * len(m),
+        vqa_pred_answer="",
+        eval_failed=False,
+        split=split,
+    )
 
 def save(file, frames):
     frame = pd.concat(frames, ignore_index=True)
@@ -181,10 +311,24 @@ def baselines(world, out, shots):
         if (file := out/"picks"/f"baselines-{S}.parquet").exists(): continue
         done = []
         for split in ("dev", "test"):
-            pool, facts = world.pools[split], everything(world, out, split)
-            done += [judge(world, out, split, f) for f in (*(pick_similar(pool, world.store, S, k) for k in ("image", "text", "mixed")), pick_mmr(pool, world.store, S))]
-            if S <= 2: done += [judge(world, out, split, pick_oracle(facts, S, pool)), mean_of(facts, S, split)]
-            else: done += [judge(world, out, split, pick_random(pool, S, draws=5)), score_picks(pick_oracle(more := best_found(world, out, split, S), S), more).assign(split=split)]
+            pool = world.pools[split]
+            facts = everything(world, out, split)
+            done += [
+                judge(world, out, split, f)
+                for f in (
+                    *(pick_similar(pool, world.store, S, k) for k in ("image", "text", "mixed")),
+                    pick_mmr(pool, world.store, S),
+                )
+            ]
+            if S <= 2:
+                done += [judge(world, out, split, pick_oracle(facts, S, pool)), mean_of(facts, S, split)]
+            else:
+                done += [
+                    judge(world, out, split, pick_random(pool, S, draws=5)),
+                    score_picks(pick_oracle(more := best_found(world, out, split, S), S), more).assign(
+                        split=split
+                    ),
+                ]
         save(file, done)
 
 def shots_of(suite): return (1, 2, 3, 4) if suite.startswith("joint") else (2,)
@@ -195,36 +339,96 @@ def run(world, out, seeds, suites, methods):
         for name in suites:
             trial = None
             for m in methods:
-                if (file := out/"picks"/f"{name}_{m.replace(', ', '-').replace(' ', '_')}_{seed}.parquet").exists(): continue
-                trial, start, done = trial or Trial(world, out, name, seed), time.perf_counter(), []
-                with warnings.catch_warnings(), open(os.devnull, "w") as null, contextlib.redirect_stdout(null): # a line per epoch, elsewhere welcome
-                    warnings.simplefilter("ignore"); model = trial.train_by(m).model.eval()
+                if (
+                    file := out / "picks" / f"{name}_{m.replace(', ', '-').replace(' ', '_')}_{seed}.parquet"
+                ).exists():
+                    continue
+                trial = trial or Trial(world, out, name, seed)
+                start = time.perf_counter()
+                done = []
+                # a line per epoch, elsewhere welcome
+                with warnings.catch_warnings(), open(os.devnull, "w") as null, contextlib.redirect_stdout(
+                    null
+                ):
+                    warnings.simplefilter("ignore")
+                    model = trial.train_by(m).model.eval()
                 took = time.perf_counter() - start
                 for split in ("dev", "test"):
                     for S in shots_of(name):
-                        done.append(judge(world, out, split, pick_model(model, world.pools[split], world.store, S, name=m, draw=seed)).assign(suite=name, seconds=took))
-                save(file, done); print(f"{name:12} {m:22} seed {seed}: dev accuracy {100*done[0].vqa_acc_score.mean():.1f}, {took:.0f} s", flush=True)
+                        done.append(
+                            judge(
+                                world,
+                                out,
+                                split,
+                                pick_model(model, world.pools[split], world.store, S, name=m, draw=seed),
+                            ).assign(suite=name, seconds=took)
+                        )
+                save(file, done)
+                print(
+                    f"{name:12} {m:22} seed {seed}: dev accuracy {100*done[0].vqa_acc_score.mean():.1f},"
+                    f" {took:.0f} s",
+                    flush=True,
+                )
 
 def load(out, split):
     "All picks of a split; baselines belong to every suite"
-    f = pd.concat([pd.read_parquet(p) for p in sorted((out/"picks").glob("*.parquet"))], ignore_index=True); f = f[f.split == split]
+    f = pd.concat([pd.read_parquet(p) for p in sorted((out / "picks").glob("*.parquet"))], ignore_index=True)
+    f = f[f.split == split]
     return f.assign(pointer=f.pointer.map(tuple))
 
 def store(out, file):
     "The scores alone, small enough to be kept beside the pages"
-    f = pd.concat([load(out, s) for s in ("dev", "test")], ignore_index=True)[["suite", "selector", "shots", "draw", "split", "question_id", "vqa_acc_score", "eval_failed", "seconds"]]
-    with atomic_path(file) as tmp: f.astype(dict(suite="category", selector="category", split="category", shots="int8", draw="int8", vqa_acc_score="float32")).to_parquet(tmp, compression="zstd")
+    f = pd.concat([load(out, s) for s in ("dev", "test")], ignore_index=True)[
+        [
+            "suite",
+            "selector",
+            "shots",
+            "draw",
+            "split",
+            "question_id",
+            "vqa_acc_score",
+            "eval_failed",
+            "seconds",
+        ]
+    ]
+    with atomic_path(file) as tmp:
+        f.astype(
+            dict(
+                suite="category",
+                selector="category",
+                split="category",
+                shots="int8",
+                draw="int8",
+                vqa_acc_score="float32",
+            )
+        ).to_parquet(tmp, compression="zstd")
 
 def of_suite(scored, suite): return scored[scored.suite.isna() | (scored.suite == suite)]
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("out", type=Path); p.add_argument("--seeds", type=int, nargs="+", default=list(range(5))); p.add_argument("--threads", type=int, default=1)
-    p.add_argument("--suites", nargs="+", default=list(SUITES)[:4], choices=list(SUITES)); p.add_argument("--methods", nargs="+", default=list(METHODS), choices=[*METHODS, *(m + ACC for m in METHODS)])
-    p.add_argument("--sampler", default="random", choices=list(SAMPLERS), help="of the pools; other than random in a folder of its own")
+    p.add_argument("out", type=Path)
+    p.add_argument("--seeds", type=int, nargs="+", default=list(range(5)))
+    p.add_argument("--threads", type=int, default=1)
+    p.add_argument("--suites", nargs="+", default=list(SUITES)[:4], choices=list(SUITES))
+    p.add_argument(
+        "--methods", nargs="+", default=list(METHODS), choices=[*METHODS, *(m + ACC for m in METHODS)]
+    )
+    p.add_argument(
+        "--sampler",
+        default="random",
+        choices=list(SAMPLERS),
+        help="of the pools; other than random in a folder of its own",
+    )
     p.add_argument("--store", type=Path, help="write what the tables need into this parquet file, and stop")
-    p.add_argument("--table", choices=["dev", "test"]); a = p.parse_args(); torch.set_num_threads(a.threads); world = load_world(sampler=a.sampler)
-    if (was := read_json(a.out/"pools.json") if (a.out/"pools.json").exists() else dict(sampler=a.sampler)) != dict(sampler=a.sampler): p.error(f"{a.out} holds runs with pools {was}: take another folder")
+    p.add_argument("--table", choices=["dev", "test"])
+    a = p.parse_args()
+    torch.set_num_threads(a.threads)
+    world = load_world(sampler=a.sampler)
+    if (
+        was := read_json(a.out / "pools.json") if (a.out / "pools.json").exists() else dict(sampler=a.sampler)
+    ) != dict(sampler=a.sampler):
+        p.error(f"{a.out} holds runs with pools {was}: take another folder")
     write_json(a.out/"pools.json", dict(sampler=a.sampler))
     if a.store: return store(a.out, a.store)
     if a.table is None: return run(world, a.out, a.seeds, a.suites, a.methods)
@@ -232,7 +436,16 @@ def main():
     if a.table == "test": print(f"look number {look(a.out, scored)} at the test split")
     for name in a.suites:
         for S in shots_of(name):
-            t = seeds_table(of_suite(scored, name), S, world.items, [m for m in ("sft", "rce (reports)", "rce + grpo (reports)") if m in set(of_suite(scored, name).selector)])
+            t = seeds_table(
+                of_suite(scored, name),
+                S,
+                world.items,
+                [
+                    m
+                    for m in ("sft", "rce (reports)", "rce + grpo (reports)")
+                    if m in set(of_suite(scored, name).selector)
+                ],
+            )
             print(f"\n{name}, S = {S}\n{t.round(3).to_string()}")
 
 if __name__ == "__main__": main()

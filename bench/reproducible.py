@@ -19,7 +19,11 @@ ROWS = {
     "attention over 64 candidates, RCE": (dict(d_hidden=128, n_heads=4), "fit_rce", 64),
     "attention over 64 candidates, GRPO": (dict(d_hidden=128, n_heads=4), "fit_grpo", 64),
     "attention over 512 candidates, RCE": (dict(d_hidden=128, n_heads=4), "fit_rce", 512),
-    "attributes (net), 64 candidates, listwise": (dict(match="net", n_layers=0, state="none"), "fit_listwise", 64),
+    "attributes (net), 64 candidates, listwise": (
+        dict(match="net", n_layers=0, state="none"),
+        "fit_listwise",
+        64,
+    ),
 }
 
 def train(kw, stage, K, steady):
@@ -27,12 +31,16 @@ def train(kw, stage, K, steady):
     was = module.reproducible
     if not steady: module.reproducible = lambda device: contextlib.nullcontext()
     try:
-        learn = selector_learner(synth_dls(512, 64, 32, K=(K, K), N=(8, 8), shots=(2,), device=torch.device("cuda")), **kw)
+        learn = selector_learner(
+            synth_dls(512, 64, 32, K=(K, K), N=(8, 8), shots=(2,), device=torch.device("cuda")), **kw
+        )
         torch.cuda.synchronize()
         start = time.perf_counter()
         with quiet(learn): getattr(learn, stage)(n_epoch=4, lr=3e-3, watch=None, best=False)
         torch.cuda.synchronize()
-        return time.perf_counter() - start, torch.cat([p.detach().flatten() for p in learn.model.parameters()])
+        return time.perf_counter() - start, torch.cat(
+            [p.detach().flatten() for p in learn.model.parameters()]
+        )
     finally: module.reproducible = was
 
 def main():
@@ -40,7 +48,10 @@ def main():
         print("this bench compares CUDA kernels, and torch sees no GPU here")
         return
     print(f"{torch.cuda.get_device_name()}, {time.strftime('%Y-%m-%d')}, torch {torch.__version__}\n")
-    print(f"{'selector and stage':44s} {'defaults s':>10s} {'steady s':>9s} {'ratio':>6s} {'moved, defaults':>16s} {'moved, steady':>14s}")
+    print(
+        f"{'selector and stage':44s} {'defaults s':>10s} {'steady s':>9s} {'ratio':>6s}"
+        f" {'moved, defaults':>16s} {'moved, steady':>14s}"
+    )
     for name, (kw, stage, K) in ROWS.items():
         train(kw, stage, K, True) # warm-up
         runs = {way: [] for way in (False, True)}
@@ -48,6 +59,10 @@ def main():
             for way in runs: runs[way].append(train(kw, stage, K, way))
         seconds = {way: statistics.median(t for t, _ in done) for way, done in runs.items()}
         moved = {way: float((done[0][1] - done[1][1]).abs().max()) for way, done in runs.items()}
-        print(f"{name:44s} {seconds[False]:10.2f} {seconds[True]:9.2f} {seconds[True]/seconds[False]:6.2f} {moved[False]:16.1e} {moved[True]:14.1e}", flush=True)
+        print(
+            f"{name:44s} {seconds[False]:10.2f} {seconds[True]:9.2f} {seconds[True]/seconds[False]:6.2f}"
+            f" {moved[False]:16.1e} {moved[True]:14.1e}",
+            flush=True,
+        )
 
 if __name__ == "__main__": main()

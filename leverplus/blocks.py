@@ -36,7 +36,8 @@ def near_identity(
     noise:float=.01, # standard deviation of what is added to the identity, >= 0
 )->nn.Linear: # `n` -> `n`, bias 0
     "Linear layer that starts as identity plus a little noise"
-    lin = nn.Linear(n, n); nn.init.zeros_(lin.bias)
+    lin = nn.Linear(n, n)
+    nn.init.zeros_(lin.bias)
     with torch.no_grad(): lin.weight.copy_(torch.eye(n) + noise*torch.randn(n, n))
     return lin
 
@@ -48,7 +49,11 @@ def attend(
 )->torch.Tensor: # [B,L,n]
     "Attention to what is there; in plain matrix products where torch is asked for a fixed order of sums"
     # CUDA's fused kernels have no fixed order going backward
-    steady = sdpa_kernel(SDPBackend.MATH) if torch.are_deterministic_algorithms_enabled() else contextlib.nullcontext()
+    steady = (
+        sdpa_kernel(SDPBackend.MATH)
+        if torch.are_deterministic_algorithms_enabled()
+        else contextlib.nullcontext()
+    )
     with steady: return attention(query, seen, seen, key_padding_mask=~mask, need_weights=False)[0]
 
 class CrossAttend(nn.Module):
@@ -59,7 +64,8 @@ class CrossAttend(nn.Module):
         dropout:float=0., # of attention weights and of what they bring, 0..1
     ):
         super().__init__()
-        self.attn, self.norm = nn.MultiheadAttention(n, n_heads, dropout=dropout, batch_first=True), nn.LayerNorm(n)
+        self.attn = nn.MultiheadAttention(n, n_heads, dropout=dropout, batch_first=True)
+        self.norm = nn.LayerNorm(n)
         self.drop = nn.Dropout(dropout)
 
     def forward(self, q, c, mask, fold=False, before=None):
@@ -70,12 +76,26 @@ class CrossAttend(nn.Module):
 
     def folded(self, q, c, mask, before=None):
         "What the attention brings, without keys and values; `before` (weight [n,d], bias [n]) is applied to what is seen instead of to c [B,K,d]"
-        a, h = self.attn, self.attn.num_heads; n = q.shape[-1]
-        (wq, wk, wv), (bq, _, bv) = a.in_proj_weight.chunk(3), a.in_proj_bias.chunk(3) # biases of keys are the same for all k
-        ask = torch.einsum("bhd,hdn->bhn", F.linear(q, wq, bq).unflatten(-1, (h, -1)), wk.unflatten(0, (h, -1))) / (n//h)**.5
-        w = dots(ask if before is None else ask @ before[0], c).masked_fill(~mask[:, None], -torch.inf).softmax(-1)
-        w = F.dropout(w, a.dropout, self.training); total = w.sum(-1, keepdim=True)
-        seen = torch.einsum("bhk,bkn->bhn", w, c) if len(c) == len(q) else (w.flatten(0, 1) @ c[0]).unflatten(0, w.shape[:2])
+        a, h = self.attn, self.attn.num_heads
+        n = q.shape[-1]
+        # biases of keys are the same for all k
+        (wq, wk, wv), (bq, _, bv) = a.in_proj_weight.chunk(3), a.in_proj_bias.chunk(3)
+        ask = (
+            torch.einsum("bhd,hdn->bhn", F.linear(q, wq, bq).unflatten(-1, (h, -1)), wk.unflatten(0, (h, -1)))
+            / (n // h) ** 0.5
+        )
+        w = (
+            dots(ask if before is None else ask @ before[0], c)
+            .masked_fill(~mask[:, None], -torch.inf)
+            .softmax(-1)
+        )
+        w = F.dropout(w, a.dropout, self.training)
+        total = w.sum(-1, keepdim=True)
+        seen = (
+            torch.einsum("bhk,bkn->bhn", w, c)
+            if len(c) == len(q)
+            else (w.flatten(0, 1) @ c[0]).unflatten(0, w.shape[:2])
+        )
         if before is not None: seen = seen @ before[0].T + total * before[1]
         v = torch.einsum("bhn,hdn->bhd", seen, wv.unflatten(0, (h, -1))) + bv.unflatten(0, (h, -1)) * total
         return a.out_proj(v.flatten(1))
@@ -89,7 +109,9 @@ class SelfAttend(nn.Module):
         dropout:float=0., # 0..1
     ):
         super().__init__()
-        self.norm1, self.norm2, self.drop = nn.LayerNorm(n), nn.LayerNorm(n), nn.Dropout(dropout)
+        self.norm1 = nn.LayerNorm(n)
+        self.norm2 = nn.LayerNorm(n)
+        self.drop = nn.Dropout(dropout)
         self.attn = nn.MultiheadAttention(n, n_heads, dropout=dropout, batch_first=True)
         self.mlp = nn.Sequential(nn.Linear(n, 2*n), nn.GELU(), nn.Linear(2*n, n))
 
@@ -172,7 +194,10 @@ class Additive(nn.Module):
         room:int=2**22, # candidates are taken in parts of at most so many numbers at once, >= 1
     ):
         super().__init__()
-        self.wq, self.wc, self.v, self.room = near_identity(n), near_identity(n), nn.Linear(n, 1, bias=False), room
+        self.wq = near_identity(n)
+        self.wc = near_identity(n)
+        self.v = nn.Linear(n, 1, bias=False)
+        self.room = room
     def keys(self, c): return self.wc(c * c.shape[-1]**.5)
     def forward(self, q, keys):
         "q [B,P,n], keys [B,K,n] or [1,K,n] -> [B,P,K]"
@@ -190,9 +215,13 @@ class Heads(nn.Module):
         tau:float=.1, # softness of the `and` in units of cosine, > 0
     ):
         super().__init__()
-        self.n_heads, self.soft_and, self.tau = n_heads, soft_and, tau
-        self.proj = nn.Linear(n, n_heads * max(1, n//n_heads), bias=False); nn.init.orthogonal_(self.proj.weight)
-        self.raw = nn.Parameter(torch.full((n_heads,), math.log(math.expm1(1/n_heads)))) # softplus of it sums to 1
+        self.n_heads = n_heads
+        self.soft_and = soft_and
+        self.tau = tau
+        self.proj = nn.Linear(n, n_heads * max(1, n // n_heads), bias=False)
+        nn.init.orthogonal_(self.proj.weight)
+        # softplus of it sums to 1
+        self.raw = nn.Parameter(torch.full((n_heads,), math.log(math.expm1(1 / n_heads))))
         self.bias = nn.Parameter(torch.full((n_heads,), .5)) if soft_and else None
 
     @property
@@ -208,7 +237,14 @@ class Heads(nn.Module):
         return sum(w * self.tau * F.logsigmoid((dots(q[..., h, :], k[..., h, :]) - b) / self.tau)
                    for h, (w, b) in enumerate(zip(self.weights, self.bias)))
 
-SCORERS = dict(cosine=Cosine, additive=Additive, bilinear=Bilinear, heads=Heads, **{"and": lambda n, *a: Heads(n, *a, soft_and=True)}) # choices of `scorer`
+# choices of `scorer`
+SCORERS = dict(
+    cosine=Cosine,
+    additive=Additive,
+    bilinear=Bilinear,
+    heads=Heads,
+    **{"and": lambda n, *a: Heads(n, *a, soft_and=True)}
+)
 
 # %% ../nbs/49_blocks.ipynb #41fdd516
 class MatchNet(nn.Module):
@@ -222,11 +258,17 @@ class MatchNet(nn.Module):
         dropout:float=.1, # of the embeddings it reads, 0..1
     ):
         super().__init__()
-        self.n_heads, self.about, self.drop = n_heads, about, nn.Dropout(dropout)
-        self.ask, self.offer = nn.Linear(d, n_heads*width), nn.Linear(d, n_heads*width)
-        self.who, self.what = nn.Linear(d, about), nn.Linear(d, about)
-        self.base, self.past = nn.Linear(n_heads + 2*about, hidden), nn.Linear(n_heads + about, hidden, bias=False)
-        self.near, self.out = nn.Linear(n_heads, hidden, bias=False), nn.Linear(hidden, 1, bias=False)
+        self.n_heads = n_heads
+        self.about = about
+        self.drop = nn.Dropout(dropout)
+        self.ask = nn.Linear(d, n_heads*width)
+        self.offer = nn.Linear(d, n_heads*width)
+        self.who = nn.Linear(d, about)
+        self.what = nn.Linear(d, about)
+        self.base = nn.Linear(n_heads + 2*about, hidden)
+        self.past = nn.Linear(n_heads + about, hidden, bias=False)
+        self.near = nn.Linear(n_heads, hidden, bias=False)
+        self.out = nn.Linear(hidden, 1, bias=False)
         nn.init.zeros_(self.out.weight)
 
     def parts(self, x): return F.normalize(x.unflatten(-1, (self.n_heads, -1)), dim=-1)
@@ -234,26 +276,36 @@ class MatchNet(nn.Module):
 
     def read(self, query, keys):
         "Unit vectors [B,D] and the candidates' `keys` [B,K,.] -> what no pick changes: (first layer [B,K,hidden], traits [B,K,heads+about])"
-        parts, what = keys.split((keys.shape[-1] - self.about, self.about), -1); q = self.parts(self.ask(self.drop(query)))
+        parts, what = keys.split((keys.shape[-1] - self.about, self.about), -1)
+        q = self.parts(self.ask(self.drop(query)))
         cos = 3 * torch.einsum("bhd,bkhd->bkh", q, parts.unflatten(-1, (self.n_heads, -1)))
-        traits = torch.cat([cos, what], -1); w = self.base.weight.split((self.n_heads + self.about, self.about), -1)
+        traits = torch.cat([cos, what], -1)
+        w = self.base.weight.split((self.n_heads + self.about, self.about), -1)
         return F.linear(traits, w[0], self.base.bias) + F.linear(self.who(query), w[1])[:, None], traits
 
     def forward(self, memory, base):
         "Memory of `update`, or () before the first pick, and `base` [B,K,hidden] -> [B,1,K] or [B,P,K]"
         h = base[:, None]
-        if memory: h = h + self.past(memory[0])[:, :, None] + self.near(3*memory[1].unflatten(-1, (-1, self.n_heads)))
+        if memory:
+            h = (
+                h
+                + self.past(memory[0])[:, :, None]
+                + self.near(3 * memory[1].unflatten(-1, (-1, self.n_heads)))
+            )
         return self.out(F.gelu(h))[..., 0]
 
     def update(self, memory, keys, traits, pick):
         "Memory after `pick` [B,P]: (largest cosines and summed summaries of the picks [B,P,heads+about], largest cosine of every candidate with a pick [B,P,K*heads])"
-        parts, new = keys[..., :-self.about], picked(traits, pick); mine = picked(parts, pick).unflatten(-1, (self.n_heads, -1))
+        parts = keys[..., : -self.about]
+        new = picked(traits, pick)
+        mine = picked(parts, pick).unflatten(-1, (self.n_heads, -1))
         near = torch.einsum("bphd,bkhd->bpkh", mine, parts.unflatten(-1, (self.n_heads, -1))).flatten(-2)
         if not memory: return new, near
         a, b = (x.split((self.n_heads, self.about), -1) for x in (memory[0], new))
         return torch.cat([torch.maximum(a[0], b[0]), a[1] + b[1]], -1), torch.maximum(memory[1], near)
 
-MATCHES = dict(none=None, heads=Heads, net=MatchNet, **{"and": lambda d, n: Heads(d, n, soft_and=True)}) # choices of `match`
+# choices of `match`
+MATCHES = dict(none=None, heads=Heads, net=MatchNet, **{"and": lambda d, n: Heads(d, n, soft_and=True)})
 
 # %% ../nbs/49_blocks.ipynb #f84e6e10
 class MMR(nn.Module):
@@ -282,8 +334,11 @@ class Coverage(nn.Module):
         topics:int=16, # M
     ):
         super().__init__()
-        self.weight, self.topic, self.need = nn.Parameter(torch.tensor(float(start))), nn.Linear(d, topics), nn.Linear(n, topics)
-        nn.init.zeros_(self.need.weight); nn.init.zeros_(self.need.bias)
+        self.weight = nn.Parameter(torch.tensor(float(start)))
+        self.topic = nn.Linear(d, topics)
+        self.need = nn.Linear(n, topics)
+        nn.init.zeros_(self.need.weight)
+        nn.init.zeros_(self.need.bias)
 
     def prepare(self, x): return self.topic(x * x.shape[-1]**.5).softmax(-1)
     def forward(self, memory, feats, query):
@@ -311,7 +366,8 @@ class DPP(nn.Module):
     @torch.no_grad()
     def update(self, memory, feats, pick):
         "Memory after `pick` [B,P]; `feats` unit vectors [B,K,D] or [1,K,D]; no parameter takes part"
-        i = pick[..., None]; e = (1 - self.ridge) * dots(picked(feats, pick), feats)
+        i = pick[..., None]
+        e = (1 - self.ridge) * dots(picked(feats, pick), feats)
         e = e.scatter_add(-1, i, e.new_full(i.shape, self.ridge))
         d2, rows = (memory[0], memory[1:]) if memory else (torch.ones_like(e), ())
         for r in rows: e = e - r.gather(-1, i) * r
@@ -329,7 +385,8 @@ class Stop(nn.Module):
         start:float=-4., # of the bias
     ):
         super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.zeros(n)), nn.Parameter(torch.full((max_shots-1,), float(start)))
+        self.weight = nn.Parameter(torch.zeros(n))
+        self.bias = nn.Parameter(torch.full((max_shots-1,), float(start)))
 
     def forward(self, q, t):
         "q [B,P,n] unit vectors, step t >= 1 -> [B,P]"

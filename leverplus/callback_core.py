@@ -20,8 +20,10 @@ from fastai.callback.core import Callback, CancelBatchException
 from fastai.learner import Learner, ValueMetric
 
 # %% ../nbs/61_callback_core.ipynb #2064fdbc
-LOOP_NAMES = set("""xb yb x y pred loss loss_grad smooth_loss epoch iter n_iter n_epoch train_iter pct_train training
-    dl opt cbs logger create_mbar final_record lock anchors""".split())
+LOOP_NAMES = set(
+    """xb yb x y pred loss loss_grad smooth_loss epoch iter n_iter n_epoch train_iter pct_train training
+    dl opt cbs logger create_mbar final_record lock anchors""".split()
+)
 
 def check_name(
     name:str, # snake-case name under which a callback would be stored
@@ -29,7 +31,9 @@ def check_name(
     "Refuse callback names that would replace something of the Learner"
     taken = set(dir(Learner)) | set(inspect.signature(Learner.__init__).parameters) | LOOP_NAMES
     if name in taken:
-        raise ValueError(f"a callback named {name!r} would replace `learn.{name}`: rename the class, or set its `name`")
+        raise ValueError(
+            f"a callback named {name!r} would replace `learn.{name}`: rename the class, or set its `name`"
+        )
     return name
 
 class StageCallback(Callback):
@@ -37,7 +41,9 @@ class StageCallback(Callback):
     run_valid = False
     def __init_subclass__(cls, **kw):
         super().__init_subclass__(**kw)
-        check_name(cls.name if isinstance(cls.name, str) else camel2snake(cls.__name__.removesuffix("Callback")))
+        check_name(
+            cls.name if isinstance(cls.name, str) else camel2snake(cls.__name__.removesuffix("Callback"))
+        )
 
     def log(self, n=1, **kw):
         "Hand scalars, each a mean over `n` things, to the `Stats` on the Learner, if there is one"
@@ -69,7 +75,8 @@ class Stats(StageCallback):
     def add(self, n, values):
         "Add one batch's `values` (name -> scalar), each a mean over `n` things; nan and n = 0 are left out"
         number = lambda x: x.item() if isinstance(x, torch.Tensor) else float(x)
-        for k, v in values.items(): self.buf[k].append(torch.tensor([number(v), number(n)], dtype=torch.float64))
+        for k, v in values.items():
+            self.buf[k].append(torch.tensor([number(v), number(n)], dtype=torch.float64))
     def mean(self, k):
         "Mean of `k` over this epoch's training batches; nan where nobody logged it"
         v, n = torch.stack(self.buf[k]).T if self.buf.get(k) else torch.zeros(2, 1, dtype=torch.float64)
@@ -91,7 +98,8 @@ class SkipFlat(StageCallback):
     def before_batch(self):
         rewards, mask = self.yb
         live = live_groups(rewards, mask, self.eps)
-        self.n += len(live); self.n_live += int(live.sum())
+        self.n += len(live)
+        self.n_live += int(live.sum())
         self.log(len(live), live=live.double().mean())
         self.learn.yb = rewards, mask & live[:, None]
 
@@ -100,8 +108,10 @@ class SkipFlat(StageCallback):
 
     def after_train(self):
         if self.n_live < self.warn*self.n:
-            warnings.warn(f"SkipFlat: {self.n_live} of {self.n} groups have any reward difference; "
-                          "little or nothing can be learned. Use a softer reward, or collect sequences that differ.")
+            warnings.warn(
+                f"SkipFlat: {self.n_live} of {self.n} groups have any reward difference; "
+                "little or nothing can be learned. Use a softer reward, or collect sequences that differ."
+            )
 
 # %% ../nbs/61_callback_core.ipynb #c1788977
 def active_dropout(
@@ -119,10 +129,13 @@ def survey_groups(
     eps:float=1e-6, # rewards this close are equal
 )->dict: # [n] each: `live` bool, `positive` share of the group 0..1, `centred` bool: live and its mean is 0
     "Look at every group of a DataLoader once"
-    state, out = random.getstate(), []   # making a DataLoader and walking it both draw
+    # making a DataLoader and walking it both draw
+    state = random.getstate()
+    out = []
     try:
         for *_, r, m in dl.new(shuffle=False, drop_last=False):
-            live, r = live_groups(r, m, eps), r.masked_fill(~m, 0.)
+            live = live_groups(r, m, eps)
+            r = r.masked_fill(~m, 0.)
             flat = masked_mean(r, m, -1).abs() <= 1e-4 * r.abs().amax(-1)
             out.append((live, masked_mean((r > positive).to(r.dtype), m, -1), live & flat))
     finally: random.setstate(state)
@@ -134,7 +147,8 @@ def set_anchor(
     name:str, # e.g. "sft", "rce"; an anchor of that name is replaced
 )->nn.Module: # the frozen copy, also in `learn.anchors[name]`
     "Keep a frozen copy of the policy as it is now"
-    if name in ("start", "none"): raise ValueError(f"set_anchor: {name!r} means something else where references are named")
+    if name in ("start", "none"):
+        raise ValueError(f"set_anchor: {name!r} means something else where references are named")
     if "anchors" not in vars(learn): learn.anchors = {}
     learn.anchors[name] = frozen(learn.model)
     return learn.anchors[name]
@@ -146,11 +160,16 @@ def find_reference(
 )->nn.Module|None: # frozen, on the Learner's device; None for "start": whoever asks copies the policy when training begins
     "The policy that `ref` stands for"
     if isinstance(ref, str) and ref == "start": return None
-    anchors, device = vars(learn).get("anchors", {}), next((p.device for p in learn.model.parameters()), None)
+    anchors = vars(learn).get("anchors", {})
+    device = next((p.device for p in learn.model.parameters()), None)
     if isinstance(ref, nn.Module): found = ref
     elif isinstance(ref, str) and ref in anchors: found = anchors[ref]
-    elif isinstance(ref, (str, Path)) and (Path(ref)/"config.json").is_file(): found = type(learn.model).from_pretrained(ref)
+    elif isinstance(ref, (str, Path)) and (Path(ref) / "config.json").is_file():
+        found = type(learn.model).from_pretrained(ref)
     else:
-        raise ValueError(f"{who}: ref {ref!r} is neither 'start' nor a module, nor an anchor (there are: {', '.join(anchors) or 'none'}; "
-                         "`set_anchor(learn, name)` makes one), nor the folder of a checkpoint")
+        raise ValueError(
+            f"{who}: ref {ref!r} is neither 'start' nor a module, nor an anchor (there are:"
+            f" {', '.join(anchors) or 'none'}; `set_anchor(learn, name)` makes one), nor the folder of a"
+            " checkpoint"
+        )
     return frozen(found).to(device)

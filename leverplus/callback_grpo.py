@@ -27,11 +27,17 @@ class PolicyGradient(Objective):
         few:str="raise", # below `min_live`: "raise" an error | "skip" the stage with a warning
         strict:bool=True, # errors for what spoils log-probabilities; False makes them warnings
     ):
-        if few not in ("raise", "skip"): raise ValueError(f"{type(self).__name__}: few {few!r}, wanted 'raise' or 'skip'")
+        if few not in ("raise", "skip"):
+            raise ValueError(f"{type(self).__name__}: few {few!r}, wanted 'raise' or 'skip'")
         self.adv_kw = dict(how=how, scale=scale, min_std=min_std, clip=adv_clip)
-        advantage(torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool), **self.adv_kw)   # refuses here what it would there
-        self.min_live, self.min_positive, self.positive, self.few = min_live, min_positive, positive, few
-        self.strict, self.adv = strict, None
+        # refuses here what it would there
+        advantage(torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool), **self.adv_kw)
+        self.min_live = min_live
+        self.min_positive = min_positive
+        self.positive = positive
+        self.few = few
+        self.strict = strict
+        self.adv = None
 
     @property
     def who(self): return type(self).__name__
@@ -42,32 +48,52 @@ class PolicyGradient(Objective):
 
     def before_train(self):
         if (drop := active_dropout(self.model)):
-            self.complain(f"{self.who}: dropout is active in {', '.join(drop)}: log-probabilities are random, and old and "
-                          "new ones differ before any update. Add `NoDropout()` to cbs, or build the model with dropout=0")
+            self.complain(
+                f"{self.who}: dropout is active in {', '.join(drop)}: log-probabilities are random, and old"
+                " and new ones differ before any update. Add `NoDropout()` to cbs, or build the model with"
+                " dropout=0"
+            )
         if self.epoch == 0: self.check_groups()
 
     def check_groups(self):
         "Refuse groups that cannot teach, or that were normalised before; where somebody draws groups, the stored ones are not what is learned from"
         if any(getattr(cb, "draws", False) for cb in self.learn.cbs): return
-        found = survey_groups(self.dls.train, self.positive); live, n = found["live"], len(found["live"])
+        found = survey_groups(self.dls.train, self.positive)
+        live = found["live"]
+        n = len(found["live"])
         useful = live & (found["positive"] >= self.min_positive)
         if useful.sum() < self.min_live*n:
-            few = f", and {int(useful.sum())} of them have at least {self.min_positive:.0%} positive sequences" if self.min_positive > 0 else ""
-            msg = (f"{self.who}: {int(live.sum())} of {n} groups have any reward difference{few}; wanted {self.min_live:.0%} (min_live). "
-                   "Collect sequences that differ, or use a softer reward")
-            if self.few == "skip": warnings.warn(msg + "; the stage is skipped"); raise CancelFitException(msg)
-            raise ValueError(msg + "; or pass min_live=0 to go on all the same, few='skip' to leave the stage out")
+            few = (
+                f", and {int(useful.sum())} of them have at least {self.min_positive:.0%} positive sequences"
+                if self.min_positive > 0
+                else ""
+            )
+            msg = (
+                f"{self.who}: {int(live.sum())} of {n} groups have any reward difference{few}; wanted"
+                f" {self.min_live:.0%} (min_live). Collect sequences that differ, or use a softer reward"
+            )
+            if self.few == "skip":
+                warnings.warn(msg + "; the stage is skipped")
+                raise CancelFitException(msg)
+            raise ValueError(
+                msg + "; or pass min_live=0 to go on all the same, few='skip' to leave the stage out"
+            )
         once = self.adv_kw["how"] in ("center", "loo") and self.adv_kw["scale"] in (None, "none")
         if live.any() and found["centred"].sum() > .9*live.sum() and not once:
-            raise ValueError(f"{self.who}: rewards have mean 0 in {int(found['centred'].sum())} of {int(live.sum())} live groups, so they were "
-                             f"normalised before; how={self.adv_kw['how']!r} would do it twice. Pass raw rewards, or how='center', scale='none'")
+            raise ValueError(
+                f"{self.who}: rewards have mean 0 in {int(found['centred'].sum())} of {int(live.sum())} live"
+                f" groups, so they were normalised before; how={self.adv_kw['how']!r} would do it twice. Pass"
+                " raw rewards, or how='center', scale='none'"
+            )
 
     def before_batch(self):
         rewards, mask = self.yb
         self.adv = advantage(rewards, mask, **self.adv_kw)
         if self.min_positive > 0:
             share = (mask & (rewards > self.positive)).sum(-1) / mask.sum(-1).clamp(min=1)
-            self.log(mask.any(-1).sum(), conditional=(share >= self.min_positive)[mask.any(-1)].double().mean())
+            self.log(
+                mask.any(-1).sum(), conditional=(share >= self.min_positive)[mask.any(-1)].double().mean()
+            )
             self.learn.yb = rewards, mask & (share >= self.min_positive)[:, None]
 
     def before_backward(self):
@@ -75,7 +101,9 @@ class PolicyGradient(Objective):
 
     def record(self, mask):
         "Log the live share of all groups and the spread of live advantages"
-        live = self.adv.abs().amax(-1) > 0; a, n = self.adv[live], (mask & live[:, None]).sum(-1)[live].clamp(min=1)
+        live = self.adv.abs().amax(-1) > 0
+        a = self.adv[live]
+        n = (mask & live[:, None]).sum(-1)[live].clamp(min=1)
         self.log(len(live), adv_live=live.double().mean())
         self.log(live.sum(), adv_std=((a**2).sum(-1) / n).sqrt().mean())
 
@@ -97,42 +125,58 @@ class GRPO(PolicyGradient):
         **kw, # `min_live, min_positive, positive, few` of `PolicyGradient`
     ):
         if refresh not in ("epoch", "never") and not (isinstance(refresh, int) and refresh > 0):
-            raise ValueError(f"GRPO: refresh {refresh!r}, wanted 'epoch', 'never' or a number of batches >= 1")
+            raise ValueError(
+                f"GRPO: refresh {refresh!r}, wanted 'epoch', 'never' or a number of batches >= 1"
+            )
         super().__init__(how, scale, min_std, adv_clip, strict=strict, **kw)
         self.clip_kw = dict(clip_low=clip_low, clip_high=clip_high)
-        self.dual, self.refresh, self.given = dual, refresh, None if old is None else frozen(old)
-        self.old, self.fresh, self.n_step = self.given, True, 0
+        self.dual = dual
+        self.refresh = refresh
+        self.given = None if old is None else frozen(old)
+        self.old = self.given
+        self.fresh = True
+        self.n_step = 0
 
-    def before_fit(self): super().before_fit(); self.old, self.fresh, self.n_step = self.given, True, 0
+    def before_fit(self):
+        super().before_fit()
+        self.old = self.given
+        self.fresh = True
+        self.n_step = 0
 
     def renew(self): self.old, self.fresh = frozen(self.model), True
 
     def before_train(self):
         super().before_train()
-        if self.old is None or (self.refresh == "epoch" and not (self.given and self.epoch == 0)): self.renew()
+        if self.old is None or (self.refresh == "epoch" and not (self.given and self.epoch == 0)):
+            self.renew()
 
     def before_batch(self):
         if isinstance(self.refresh, int) and self.n_step and self.n_step % self.refresh == 0: self.renew()
-        super().before_batch(); self.n_step += 1
+        super().before_batch()
+        self.n_step += 1
 
     def objective(self, logp, rewards, mask):
         with torch.no_grad(): old = self.old(*self.xb)
         if self.fresh: self.check_ratio(logp, old, mask)
-        self.record(mask); self.record_clip(logp.detach(), old, mask)
+        self.record(mask)
+        self.record_clip(logp.detach(), old, mask)
         return clipped_surrogate(logp, old, self.adv, mask, dual=self.dual, **self.clip_kw)
 
     def check_ratio(self, logp, old, mask):
         "Ratios must be 1 right after a refresh"
-        self.fresh, off = False, (log_ratio(logp.detach(), old, mask).exp() - 1).abs().max().item()
+        self.fresh = False
+        off = (log_ratio(logp.detach(), old, mask).exp() - 1).abs().max().item()
         self.log(ratio_off=off)
         why = "The forward pass is random or not in eval mode (dropout, BatchNorm): add `NoDropout()` to cbs"
-        if self.given: why = "The old policy given is not this policy: leave `old` out, or the clip silences it"
+        if self.given:
+            why = "The old policy given is not this policy: leave `old` out, or the clip silences it"
         if off > 1e-4: self.complain(f"GRPO: ratio is off 1 by up to {off:.3g} at the first step. {why}")
 
     def record_clip(self, logp, old, mask):
         "Log clip shares by sign of the advantage"
         pos, neg = clip_shares(logp, old, self.adv, mask, **self.clip_kw)
-        self.log((mask & (self.adv > 0)).sum(), clip_pos=pos); self.log((mask & (self.adv < 0)).sum(), clip_neg=neg)
+        self.log((mask & (self.adv > 0)).sum(), clip_pos=pos)
+        self.log((mask & (self.adv < 0)).sum(), clip_neg=neg)
 
 # %% ../nbs/63_callback_grpo.ipynb #eabcc5a7
 class RLOO(PolicyGradient):

@@ -21,12 +21,17 @@ class StepTerm(StageCallback):
     needs = ("encode", "step_logp")
     def before_fit(self):
         lacks = [m for m in self.needs if not callable(getattr(self.model, m, None))]
-        if lacks: raise ValueError(f"{type(self).__name__} needs {' and '.join(lacks)}; {type(self.model).__name__} has none")
+        if lacks:
+            raise ValueError(
+                f"{type(self).__name__} needs {' and '.join(lacks)}; {type(self.model).__name__} has none"
+            )
 
     def steps_of(self, model, enc): return lambda prefix: model.step_logp(enc, prefix)
 
     @property
-    def ends(self): return getattr(self.model, "stop", None) is not None   # then a step follows the last pick: STOP, or go on
+    # then a step follows the last pick: STOP, or go on
+    def ends(self):
+        return getattr(self.model, "stop", None) is not None
 
     @property
     def steps(self): # how many are summed
@@ -41,13 +46,20 @@ class StepTerm(StageCallback):
 
     def per_step(self, sums, counts):
         "What `sums(inputs, how many steps)` says of the steps that count [B,S], 0 elsewhere: nobody walks further than its own sequences"
-        n, S = counts.sum(-1), counts.shape[-1]; lengths = n.unique().tolist()
+        n = counts.sum(-1)
+        S = counts.shape[-1]
+        lengths = n.unique().tolist()
         if lengths == [S]: return sums(self.xb[:3], S)
         at = [(n == s).nonzero()[:, 0] for s in lengths]
-        parts = [F.pad(sums([x[i] for x in self.xb[:3]], s), (0, S-s)) if s else self.pred.new_zeros(len(i), S) for s, i in zip(lengths, at)]
+        parts = [
+            F.pad(sums([x[i] for x in self.xb[:3]], s), (0, S - s)) if s else self.pred.new_zeros(len(i), S)
+            for s, i in zip(lengths, at)
+        ]
         return torch.cat(parts)[torch.cat(at).argsort()]
 
-    def draw(self): return rng("prefixes", self.epoch, self.iter) # who is looked at, where a step has too many prefixes; leaves the generator of the training alone
+    # who is looked at, where a step has too many prefixes; leaves the generator of the training alone
+    def draw(self):
+        return rng("prefixes", self.epoch, self.iter)
 
 class KLToRef(StepTerm):
     "Add `beta` times the KL to a reference policy to what is differentiated; it is exact while no step has more than `limit` prefixes"
@@ -62,12 +74,19 @@ class KLToRef(StepTerm):
     ):
         if limit < 2: raise ValueError(f"KLToRef: limit {limit} prefixes, wanted >= 2")
         if not isinstance(ref, (nn.Module, str)) and not hasattr(ref, "__fspath__"):
-            raise ValueError(f"KLToRef: ref {ref!r}, wanted 'start', the name of an anchor, a module or a folder")
+            raise ValueError(
+                f"KLToRef: ref {ref!r}, wanted 'start', the name of an anchor, a module or a folder"
+            )
         if on not in ("all", "live"): raise ValueError(f"KLToRef: on {on!r}, wanted 'all' or 'live'")
         if how not in ("exact", "k3"): raise ValueError(f"KLToRef: how {how!r}, wanted 'exact' or 'k3'")
         if beta < 0: raise ValueError(f"KLToRef: beta {beta}, wanted >= 0")
-        self.beta, self.on, self.how, self.shots, self.limit = beta, on, how, shots, limit
-        self.given, self.ref = frozen(ref) if isinstance(ref, nn.Module) else ref, None
+        self.beta = beta
+        self.on = on
+        self.how = how
+        self.shots = shots
+        self.limit = limit
+        self.given = frozen(ref) if isinstance(ref, nn.Module) else ref
+        self.ref = None
         self.sum = self.n = 0.
 
     def before_fit(self):
@@ -78,26 +97,45 @@ class KLToRef(StepTerm):
         self.sum = self.n = 0.
         if self.ref is None: self.ref = frozen(self.model)
         if self.epoch == 0 and (drop := active_dropout(self.model)):
-            warnings.warn(f"KLToRef: dropout is active in {', '.join(drop)}, so the KL is not 0 even at the reference; "
-                          "add `NoDropout()` to cbs")
+            warnings.warn(
+                f"KLToRef: dropout is active in {', '.join(drop)}, so the KL is not 0 even at the reference; "
+                "add `NoDropout()` to cbs"
+            )
 
     @property
-    def mean_kl(self): return self.sum / self.n if self.n else float("nan") # over the queries of this epoch so far
+    # over the queries of this epoch so far
+    def mean_kl(self):
+        return self.sum / self.n if self.n else float("nan")
 
     def after_loss(self):
-        counts = self.counted(self.steps, self.on); some = counts.any(-1); draw = self.draw()
-        with torch.no_grad(): whole = self.ref.encode(*self.xb[:3]); ref_logp = self.ref.logp(whole, self.xb[3], self.xb[4])
+        counts = self.counted(self.steps, self.on)
+        some = counts.any(-1)
+        draw = self.draw()
+        with torch.no_grad():
+            whole = self.ref.encode(*self.xb[:3])
+            ref_logp = self.ref.logp(whole, self.xb[3], self.xb[4])
         def sums(xb, S):
-            with torch.no_grad(): ref = self.steps_of(self.ref, whole if len(xb[0]) == len(some) else self.ref.encode(*xb))
-            return kl_steps(self.steps_of(self.model, self.model.encode(*xb)), torch.no_grad()(ref), xb[2], S, self.limit, draw)
+            with torch.no_grad():
+                ref = self.steps_of(self.ref, whole if len(xb[0]) == len(some) else self.ref.encode(*xb))
+            return kl_steps(
+                self.steps_of(self.model, self.model.encode(*xb)),
+                torch.no_grad()(ref),
+                xb[2],
+                S,
+                self.limit,
+                draw,
+            )
         with torch.set_grad_enabled(self.how == "exact" and self.beta > 0): kls = self.per_step(sums, counts)
         kl = masked_mean(kls.sum(-1), some)
         k3 = kl_k3(ref_logp, self.pred, self.yb[1] if self.on == "live" else self.xb[4].any(-1))
-        if self.beta > 0: self.learn.loss_grad = self.loss_grad + self.beta*(kl if self.how == "exact" else k3)
+        if self.beta > 0:
+            self.learn.loss_grad = self.loss_grad + self.beta * (kl if self.how == "exact" else k3)
         self.record(kls.detach(), counts, float(kl.detach()), k3.detach())
 
     def record(self, kls, counts, kl, k3):
-        n = int(counts.any(-1).sum()); self.sum, self.n = self.sum + n*kl, self.n + n
+        n = int(counts.any(-1).sum())
+        self.sum = self.sum + n * kl
+        self.n = self.n + n
         self.log(n, kl=kl, k3=k3, beta=self.beta)
         for t, c in enumerate(counts.T): self.log(c.sum(), **{f"kl_{t+1}": masked_mean(kls[:, t], c)})
 
@@ -113,24 +151,44 @@ class AdaptiveKL(StageCallback):
     ):
         if not 0 <= low < high: raise ValueError(f"AdaptiveKL: band {low}..{high}, wanted 0 <= low < high")
         if factor <= 1: raise ValueError(f"AdaptiveKL: factor {factor}, wanted > 1")
-        if not 0 < limits[0] <= limits[1]: raise ValueError(f"AdaptiveKL: limits {limits}, wanted 0 < least <= most")
-        self.low, self.high, self.factor, self.limits, self.target, self.trace = low, high, factor, limits, None, []
+        if not 0 < limits[0] <= limits[1]:
+            raise ValueError(f"AdaptiveKL: limits {limits}, wanted 0 < least <= most")
+        self.low = low
+        self.high = high
+        self.factor = factor
+        self.limits = limits
+        self.target = None
+        self.trace = []
 
     def before_fit(self):
-        self.target, self.trace = next((cb for cb in self.learn.cbs if isinstance(cb, KLToRef)), None), []
-        if self.target is None: raise ValueError("AdaptiveKL moves the beta of `KLToRef`, and this fit has none: add it to cbs")
+        self.target = next((cb for cb in self.learn.cbs if isinstance(cb, KLToRef)), None)
+        self.trace = []
+        if self.target is None:
+            raise ValueError("AdaptiveKL moves the beta of `KLToRef`, and this fit has none: add it to cbs")
         least, most = self.limits
         if not least <= self.target.beta <= most:
-            raise ValueError(f"AdaptiveKL: KLToRef begins with beta {self.target.beta:g}, outside the limits {least:g}..{most:g}")
+            raise ValueError(
+                f"AdaptiveKL: KLToRef begins with beta {self.target.beta:g}, outside the limits"
+                f" {least:g}..{most:g}"
+            )
 
     def after_train(self):
-        kl, was, (least, most) = self.target.mean_kl, self.target.beta, self.limits
+        kl = self.target.mean_kl
+        was = self.target.beta
+        (least, most) = self.limits
         self.trace.append((kl, was))
         if kl != kl or self.low <= kl <= self.high: return
         self.target.beta = min(max(was*self.factor if kl > self.high else was/self.factor, least), most)
         if self.target.beta == was:
-            warnings.warn(f"AdaptiveKL: the KL was {kl:.3g} nats, outside {self.low:g}..{self.high:g}, and beta is at its limit {was:g}: the penalty "
-                          "no longer steers. " + ("Lower the learning rate or raise the limit" if kl > self.high else "Nothing pulls away from the reference"))
+            warnings.warn(
+                f"AdaptiveKL: the KL was {kl:.3g} nats, outside {self.low:g}..{self.high:g}, and beta is at"
+                f" its limit {was:g}: the penalty no longer steers. "
+                + (
+                    "Lower the learning rate or raise the limit"
+                    if kl > self.high
+                    else "Nothing pulls away from the reference"
+                )
+            )
 
 # %% ../nbs/64_callback_kl.ipynb #1811b557
 class EntropyFloor(StepTerm):
@@ -146,22 +204,44 @@ class EntropyFloor(StepTerm):
     ):
         if limit < 2: raise ValueError(f"EntropyFloor: limit {limit} prefixes, wanted >= 2")
         if not 0 < floor <= 1: raise ValueError(f"EntropyFloor: floor {floor}, wanted a share in (0,1]")
-        if not limits[0] <= alpha <= limits[1]: raise ValueError(f"EntropyFloor: alpha {alpha:g} outside the limits {limits[0]:g}..{limits[1]:g}")
+        if not limits[0] <= alpha <= limits[1]:
+            raise ValueError(f"EntropyFloor: alpha {alpha:g} outside the limits {limits[0]:g}..{limits[1]:g}")
         if factor <= 1: raise ValueError(f"EntropyFloor: factor {factor}, wanted > 1")
-        self.floor, self.alpha, self.adaptive, self.factor, self.limits = floor, alpha, adaptive, factor, limits
-        self.shots, self.limit, self.sum, self.n = shots, limit, 0., 0.
+        self.floor = floor
+        self.alpha = alpha
+        self.adaptive = adaptive
+        self.factor = factor
+        self.limits = limits
+        self.shots = shots
+        self.limit = limit
+        self.sum = 0.
+        self.n = 0.
 
     def before_train(self): self.sum = self.n = 0.
 
     def after_loss(self):
-        counts, draw = self.counted(self.steps), self.draw()
-        hs = self.per_step(lambda xb, S: entropy_steps(self.steps_of(self.model, self.model.encode(*xb)), xb[2], S, self.limit, True, draw), counts)
+        counts = self.counted(self.steps)
+        draw = self.draw()
+        hs = self.per_step(
+            lambda xb, S: entropy_steps(
+                self.steps_of(self.model, self.model.encode(*xb)), xb[2], S, self.limit, True, draw
+            ),
+            counts,
+        )
         h = masked_mean(masked_mean(hs, counts, -1), counts.any(-1))
         self.learn.loss_grad = self.loss_grad + self.alpha*(self.floor - h).relu()
-        n = int(counts.any(-1).sum()); self.sum, self.n = self.sum + n*float(h.detach()), self.n + n
+        n = int(counts.any(-1).sum())
+        self.sum = self.sum + n * float(h.detach())
+        self.n = self.n + n
         self.log(n, entropy_exact=h.detach(), alpha=self.alpha)
 
     def after_train(self):
         if not (self.adaptive and self.n): return
         least, most = self.limits
-        self.alpha = min(max(self.alpha*self.factor if self.sum/self.n < self.floor else self.alpha/self.factor, least), most)
+        self.alpha = min(
+            max(
+                self.alpha * self.factor if self.sum / self.n < self.floor else self.alpha / self.factor,
+                least,
+            ),
+            most,
+        )

@@ -23,10 +23,16 @@ class Listwise(Objective):
         limits:tuple=(.02, 1.), # smallest and largest tau that is solved for
         over:str="sequence", # what is compared: "sequence" | "set", whose model needs `logp_set`
     ):
-        if over not in ("sequence", "set"): raise ValueError(f"Listwise: over {over!r}, wanted 'sequence' or 'set'")
-        listwise_target(torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool), None, tau, ess, limits)   # refuses here what it would there
-        self.given, self.ref = frozen(ref) if isinstance(ref, nn.Module) else ref, None
-        self.tau, self.ess, self.limits, self.over = tau, ess, limits, over
+        if over not in ("sequence", "set"):
+            raise ValueError(f"Listwise: over {over!r}, wanted 'sequence' or 'set'")
+        # refuses here what it would there
+        listwise_target(torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool), None, tau, ess, limits)
+        self.given = frozen(ref) if isinstance(ref, nn.Module) else ref
+        self.ref = None
+        self.tau = tau
+        self.ess = ess
+        self.limits = limits
+        self.over = over
 
     @property
     def alone(self): return isinstance(self.given, str) and self.given == "none"
@@ -35,7 +41,9 @@ class Listwise(Objective):
         super().before_fit()
         self.ref = None if self.alone else find_reference(self.learn, self.given, "Listwise")
         if self.over == "set" and not callable(getattr(self.model, "logp_set", None)):
-            raise ValueError(f"Listwise: over='set' needs a model with `logp_set`; {type(self.model).__name__} has none")
+            raise ValueError(
+                f"Listwise: over='set' needs a model with `logp_set`; {type(self.model).__name__} has none"
+            )
 
     def before_train(self):
         if self.ref is None and not self.alone: self.ref = frozen(self.model)
@@ -44,10 +52,13 @@ class Listwise(Objective):
 
     def objective(self, logp, rewards, mask):
         if self.over == "set":
-            rewards, mask = merge_orders(self.xb[3], self.xb[4], rewards, mask); logp = self.logp_of(self.model)
-        with torch.no_grad(): lr = None if self.alone else self.logp_of(self.ref) if self.over == "set" else self.ref(*self.xb)
+            rewards, mask = merge_orders(self.xb[3], self.xb[4], rewards, mask)
+            logp = self.logp_of(self.model)
+        with torch.no_grad():
+            lr = None if self.alone else self.logp_of(self.ref) if self.over == "set" else self.ref(*self.xb)
         target, tau = listwise_target(rewards, mask, lr, self.tau, self.ess, self.limits)
-        some = mask.any(-1); kl = group_kl(target, logp, mask)
+        some = mask.any(-1)
+        kl = group_kl(target, logp, mask)
         self.log(some.sum(), tau=tau[some].mean(), ess=ess(target.exp(), mask)[some].mean())
         if lr is not None: self.log(some.sum(), kl_target=group_kl(target, lr, mask)[some].mean())
         return masked_mean(kl, some)
@@ -60,9 +71,12 @@ class SFT(Objective):
         temp:float|None=None, # > 0: weigh them by softmax(score / temp), in units of the score; None = alike
         least:float|None=None, # sequences with a lower score leave; None = none do
     ):
-        top_weights(torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool), top)   # refuses here what it would there
+        # refuses here what it would there
+        top_weights(torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool), top)
         if temp is not None and temp <= 0: raise ValueError(f"SFT: temp {temp}, wanted > 0 or None")
-        self.top, self.temp, self.least = top, temp, least
+        self.top = top
+        self.temp = temp
+        self.least = least
 
     def objective(self, logp, rewards, mask):
         if self.least is not None: mask = mask & (rewards >= self.least)

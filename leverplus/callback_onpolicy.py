@@ -25,14 +25,16 @@ from fastai.data.load import DataLoader
 # %% ../nbs/68_callback_onpolicy.ipynb #8d6f4b0c
 def _inputs(pool, store, queries, kind):
     "Query [B,D], candidates [B,K,D], mask [B,K]"
-    flat = store.get([i for q in queries for i in pool[q]], kind); cands, mask = pad_rows(list(flat.split([len(pool[q]) for q in queries])), 0.)
+    flat = store.get([i for q in queries for i in pool[q]], kind)
+    cands, mask = pad_rows(list(flat.split([len(pool[q]) for q in queries])), 0.0)
     return store.get(list(queries), kind), cands, mask
 
 def _noise(queries, sizes, T, width, key):
     "Standard Gumbel draws [B,T,width,K+1], the last for STOP; each query draws for its own pool size"
     out = torch.zeros(len(queries), T, width, max(sizes)+1, dtype=torch.float64)
     for b, (q, k) in enumerate(zip(queries, sizes)):
-        g = torch.from_numpy(rng("on-policy", *key, q).gumbel(size=(T, width, k+1))); out[b, ..., :k], out[b, ..., -1] = g[..., :k], g[..., k]
+        g = torch.from_numpy(rng("on-policy", *key, q).gumbel(size=(T, width, k + 1)))
+        out[b, ..., :k], out[b, ..., -1] = g[..., :k], g[..., k]
     return out
 
 class _Open:
@@ -41,14 +43,19 @@ class _Open:
     def step_logp(self, enc, prefix): return self.policy.step_logp(enc, prefix.to(self.device)).cpu().double()
 
 def _independent(policy, enc, noise, root):
-    B, T, G, _ = noise.shape; seqs, logp = torch.zeros(B, G, 0, dtype=torch.long), torch.zeros(B, G, dtype=torch.float64)
+    B, T, G, _ = noise.shape
+    seqs = torch.zeros(B, G, 0, dtype=torch.long)
+    logp = torch.zeros(B, G, dtype=torch.float64)
     for t in range(T):
-        lp = policy.step_logp(enc, seqs); pick = (lp + noise[:, t, :, :lp.shape[-1]]).argmax(-1, keepdim=True)
-        seqs, logp = torch.cat([seqs, pick], -1), logp + lp.gather(-1, pick)[..., 0]
+        lp = policy.step_logp(enc, seqs)
+        pick = (lp + noise[:, t, :, : lp.shape[-1]]).argmax(-1, keepdim=True)
+        seqs = torch.cat([seqs, pick], -1)
+        logp = logp + lp.gather(-1, pick)[..., 0]
     return seqs, logp, None
 
 def _distinct(policy, enc, noise, root):
-    B, T, W, _ = noise.shape; K = policy.step_logp(enc, torch.zeros(B, 1, 0, dtype=torch.long)).shape[-1]
+    B, T, W, _ = noise.shape
+    K = policy.step_logp(enc, torch.zeros(B, 1, 0, dtype=torch.long)).shape[-1]
     seqs, logp, key = best_sequences(policy, enc, B, T, W, noise=noise[..., :K], root=root)
     kappa = key[:, W-1] if key.shape[1] == W else torch.full((B,), -torch.inf, dtype=torch.float64)
     return seqs[:, :W-1], logp[:, :W-1], kappa
@@ -75,23 +82,47 @@ def draw_groups(
 )->dict: # CPU tensors: query, cands, cand_mask, seqs [B,G,S], seq_mask, mask [B,G]; logp [B,G], kappa [B] or None, greedy and greedy_mask [B,S]
     "Draw groups from the policy as it is, without dropout; logp is exact, kappa the threshold of `inclusion_logp`"
     if _ends(policy) != (shots is None):
-        raise ValueError(f"draw_groups: shots {shots} and a policy {'with' if _ends(policy) else 'without'} STOP: wanted "
-                         + ("shots=None, it ends its sequences itself" if _ends(policy) else "a number of shots"))
-    queries = [int(q) for q in queries]; sizes = [len(pool[q]) for q in queries]
+        raise ValueError(
+            f"draw_groups: shots {shots} and a policy {'with' if _ends(policy) else 'without'} STOP: wanted "
+            + ("shots=None, it ends its sequences itself" if _ends(policy) else "a number of shots")
+        )
+    queries = [int(q) for q in queries]
+    sizes = [len(pool[q]) for q in queries]
     T, least = (policy.max_shots, 1) if shots is None else (shots, shots)
     if G < 1 or T < 1: raise ValueError(f"draw_groups: G {G}, shots {shots}: wanted >= 1")
     for q, k in zip(queries, sizes):
-        if k <= least: raise ValueError(f"question_id {q}: its pool has {k} candidates, {least} shots need more: make a larger pool (K > S)")
-    p = next(policy.parameters(), None); device = torch.device("cpu") if p is None else p.device; was = policy.training; policy.eval()
+        if k <= least:
+            raise ValueError(
+                f"question_id {q}: its pool has {k} candidates, {least} shots need more: make a larger pool"
+                " (K > S)"
+            )
+    p = next(policy.parameters(), None)
+    device = torch.device("cpu") if p is None else p.device
+    was = policy.training
+    policy.eval()
     try:
-        xb = _inputs(pool, store, queries, kind); enc = policy.encode(*(x.to(device) for x in xb))
-        noise, root = _noise(queries, sizes, T, G + distinct, key), torch.tensor([rng("on-policy root", *key, q).gumbel() for q in queries], dtype=torch.float64)
+        xb = _inputs(pool, store, queries, kind)
+        enc = policy.encode(*(x.to(device) for x in xb))
+        noise = _noise(queries, sizes, T, G + distinct, key)
+        root = torch.tensor([rng("on-policy root", *key, q).gumbel() for q in queries], dtype=torch.float64)
         seqs, logp, kappa = (_distinct if distinct else _independent)(_Open(policy, device), enc, noise, root)
         greedy, real = _greedy(policy, enc, len(queries), shots, device)
     finally: policy.train(was)
-    K, mask = max(sizes), logp > -torch.inf; seq_mask = (seqs < K) & mask[..., None]
-    return dict(query=xb[0], cands=xb[1], cand_mask=xb[2], seqs=seqs.masked_fill(~seq_mask, 0), seq_mask=seq_mask, mask=mask,
-                logp=logp.masked_fill(~mask, 0.), kappa=kappa, greedy=greedy.masked_fill(~real, 0), greedy_mask=real)
+    K = max(sizes)
+    mask = logp > -torch.inf
+    seq_mask = (seqs < K) & mask[..., None]
+    return dict(
+        query=xb[0],
+        cands=xb[1],
+        cand_mask=xb[2],
+        seqs=seqs.masked_fill(~seq_mask, 0),
+        seq_mask=seq_mask,
+        mask=mask,
+        logp=logp.masked_fill(~mask, 0.0),
+        kappa=kappa,
+        greedy=greedy.masked_fill(~real, 0),
+        greedy_mask=real,
+    )
 
 # %% ../nbs/68_callback_onpolicy.ipynb #f4b62d6a
 def distinct_advantage(
@@ -101,7 +132,8 @@ def distinct_advantage(
     mask:Tensor, # bool [B,N]
 )->Tensor: # [B,N] A; sum_i A_i grad log pi_i is unbiased, group by group; 0 on padding
     "Weight of each sequence of a group that was drawn without replacement"
-    logp, rewards = logp.detach().masked_fill(~mask, 0.), rewards.masked_fill(~mask, 0.)
+    logp = logp.detach().masked_fill(~mask, 0.)
+    rewards = rewards.masked_fill(~mask, 0.)
     w = (logp - inclusion_logp(logp, kappa[:, None].to(logp))).exp().masked_fill(~mask, 0.)
     return w * (rewards * (1 - logp.exp() + w) - (w*rewards).sum(-1, keepdim=True))
 
@@ -109,13 +141,21 @@ class DistinctPG(Objective):
     "Policy gradient for groups that `OnPolicy(distinct=True)` has drawn"
     def __init__(self): self.adv, self.source = None, None
     def before_fit(self):
-        super().before_fit(); self.source = next((cb for cb in self.learn.cbs if isinstance(cb, OnPolicy)), None)
+        super().before_fit()
+        self.source = next((cb for cb in self.learn.cbs if isinstance(cb, OnPolicy)), None)
         if self.source is None or not self.source.distinct or self.source.every != "batch":
-            raise ValueError("DistinctPG weighs what the present policy drew without replacement: add `OnPolicy(..., distinct=True, every='batch')` to cbs")
+            raise ValueError(
+                "DistinctPG weighs what the present policy drew without replacement: add `OnPolicy(...,"
+                " distinct=True, every='batch')` to cbs"
+            )
 
     def objective(self, logp, rewards, mask):
         kappa = self.source.kappa.to(logp.device)
-        if len(kappa) != len(logp): raise ValueError(f"DistinctPG: {len(logp)} groups, but {len(kappa)} were drawn: leave out what divides groups (`SplitShots`)")
+        if len(kappa) != len(logp):
+            raise ValueError(
+                f"DistinctPG: {len(logp)} groups, but {len(kappa)} were drawn: leave out what divides groups"
+                " (`SplitShots`)"
+            )
         self.adv = distinct_advantage(logp, kappa, rewards, mask)
         return -masked_mean((self.adv * logp.masked_fill(~mask, 0.)).sum(-1), mask.any(-1))
 
@@ -127,11 +167,14 @@ class _Counted:
     "A scorer whose prompts are counted"
     def __init__(self, scorer): self.scorer, self.prompts = scorer, 0
     def __getattr__(self, name): return getattr(self.scorer, name)
-    def run(self, prompts, *args, **kw): self.prompts += len(prompts); return self.scorer.run(prompts, *args, **kw)
+    def run(self, prompts, *args, **kw):
+        self.prompts += len(prompts)
+        return self.scorer.run(prompts, *args, **kw)
 
 class Feedback:
     "Rewards of (query, pointer) pairs, through the fact cache"
-    __slots__ = "scorer", "items", "cache", "reward", "weights", "asking", "generate", "known" # no `__dict__`: a run describes it by `fingerprint`
+    # no `__dict__`: a run describes it by `fingerprint`
+    __slots__ = "scorer", "items", "cache", "reward", "weights", "asking", "generate", "known"
     def __init__(self,
         scorer, # see `ask`; None: all facts are in `cache`
         items:pd.DataFrame, # queries and demonstrations, indexed by question_id
@@ -143,34 +186,53 @@ class Feedback:
         **weights, # of the reward mode
     ):
         needs = reward_facts(reward, **weights)[0]
-        self.scorer, self.items, self.cache = None if scorer is None else _Counted(scorer), items, as_cache(cache)
-        self.reward, self.weights, self.generate, self.known = reward, weights, bool(set(needs) & set(TEXT_FACTS)), 0
+        self.scorer = None if scorer is None else _Counted(scorer)
+        self.items = items
+        self.cache = as_cache(cache)
+        self.reward = reward
+        self.weights = weights
+        self.generate = bool(set(needs) & set(TEXT_FACTS))
+        self.known = 0
         self.asking = dict(style=style, mode=mode, weight=weight, window=window, progress=progress)
         if scorer is None and len(self.cache.scorers) != 1:
-            raise ValueError(f"Feedback: no scorer, and facts of {len(self.cache.scorers)} scorers in {self.cache}: pass a scorer, or cache= with the facts of one")
+            raise ValueError(
+                f"Feedback: no scorer, and facts of {len(self.cache.scorers)} scorers in {self.cache}: pass a"
+                " scorer, or cache= with the facts of one"
+            )
 
     @property
     def new(self): return 0 if self.scorer is None else self.scorer.prompts
 
     @property
     def fingerprint(self):
-        who = self.cache.scorers[0] if self.scorer is None else facts_fingerprint(self.scorer, *(self.asking[k] for k in ("style", "mode", "weight")))
+        who = (
+            self.cache.scorers[0]
+            if self.scorer is None
+            else facts_fingerprint(self.scorer, *(self.asking[k] for k in ("style", "mode", "weight")))
+        )
         return fingerprint("feedback", who, self.reward, self.weights)
 
     def facts(self, pairs):
         "Facts of `pairs` (question_id, pointer), counted: frame, same rows and order"
-        was = self.new; out = ask(pairs, self.scorer, self.items, self.cache, generate=self.generate, **self.asking)
+        was = self.new
+        out = ask(pairs, self.scorer, self.items, self.cache, generate=self.generate, **self.asking)
         self.known += len(pairs.drop_duplicates(["question_id", "pointer"])) - (self.new - was)
         return out
 
     def __call__(self, pairs, strict=True):
         "Rewards [n] float64 of `pairs`; `NoReward` names one that has none, unless `strict` is False, where it is NaN"
-        f = self.facts(pairs); r = reward_of(f, self.reward, **self.weights); bad = ~np.isfinite(r)
+        f = self.facts(pairs)
+        r = reward_of(f, self.reward, **self.weights)
+        bad = ~np.isfinite(r)
         if not strict: return np.where(bad, np.nan, r)
         if bad.any():
-            x = f.iloc[int(bad.argmax())]; why = x.error if isinstance(x.error, str) else f"the reward is {r[bad.argmax()]}"
-            raise NoReward(f"question_id {x.question_id}, pointer {x.pointer}: {why} ({int(bad.sum())} of {len(f)} sequences have no reward). "
-                           "What was answered is in the cache: mend the cause and start again")
+            x = f.iloc[int(bad.argmax())]
+            why = x.error if isinstance(x.error, str) else f"the reward is {r[bad.argmax()]}"
+            raise NoReward(
+                f"question_id {x.question_id}, pointer {x.pointer}: {why} ({int(bad.sum())} of {len(f)}"
+                " sequences have no reward). What was answered is in the cache: mend the cause and start"
+                " again"
+            )
         return r
 
 # %% ../nbs/68_callback_onpolicy.ipynb #6708d4cd
@@ -178,14 +240,20 @@ def _counts(shots, who):
     "Shot counts as a tuple, (None,) for a policy with STOP"
     if shots is None: return (None,)
     out = tuple(np.atleast_1d(shots).tolist())
-    if not out or not all(isinstance(s, int) and s > 0 for s in out) or len(set(out)) < len(out): raise ValueError(f"{who}: shots {shots}, wanted one count or several different ones, each at least one")
+    if not out or not all(isinstance(s, int) and s > 0 for s in out) or len(set(out)) < len(out):
+        raise ValueError(
+            f"{who}: shots {shots}, wanted one count or several different ones, each at least one"
+        )
     return out
 
 def _stack(parts):
     "Tensors one behind the other, padded to the widest; all-False or 0 in the padding"
     if any(p.shape[1:] != parts[0].shape[1:] for p in parts):
         most = [max(sizes) for sizes in zip(*(p.shape[1:] for p in parts))]
-        parts = [F.pad(p, [x for size, have in zip(most[::-1], p.shape[:0:-1]) for x in (0, size-have)]) for p in parts]
+        parts = [
+            F.pad(p, [x for size, have in zip(most[::-1], p.shape[:0:-1]) for x in (0, size - have)])
+            for p in parts
+        ]
     return torch.cat(parts)
 
 class OnPolicy(StageCallback):
@@ -214,106 +282,231 @@ class OnPolicy(StageCallback):
         tolerance:float=1e-3, # largest difference of log-probabilities between draw and first step; more for half precision
         **asking, # `style, mode, weight, window, progress` of `Feedback`, and weights of the reward mode
     ):
-        if every not in ("batch", "round"): raise ValueError(f"OnPolicy: every {every!r}, wanted 'batch' or 'round'")
+        if every not in ("batch", "round"):
+            raise ValueError(f"OnPolicy: every {every!r}, wanted 'batch' or 'round'")
         if G < 2 or passes < 1 or (patience is not None and patience < 1):
-            raise ValueError(f"OnPolicy: G {G}, passes {passes}, patience {patience}: wanted G >= 2, passes >= 1, patience >= 1 or None")
+            raise ValueError(
+                f"OnPolicy: G {G}, passes {passes}, patience {patience}: wanted G >= 2, passes >= 1, patience"
+                " >= 1 or None"
+            )
         if passes > 1 and every == "batch":
-            raise ValueError("OnPolicy: a second pass is not drawn by the policy of the moment: pass every='round', and GRPO as the objective")
-        self.feedback, self.G, self.shots, self.queries_per_round = Feedback(scorer, items, cache, reward, **asking), G, _counts(shots, "OnPolicy"), queries_per_round
-        self.every, self.passes, self.distinct = every, passes, distinct
-        self.bs, self.patience, self.min_delta, self.kind, self.draw_seed, self.tolerance = bs, patience, min_delta, kind, seed, tolerance
-        self.given, self.world = partial(lambda *x: x, store, pool, queries), None   # (store, pool, queries), out of sight of whoever describes a run
-        self.trace, self.tried, self.seen, self.stale, self.fingerprint = [], [], {}, 0, ""
+            raise ValueError(
+                "OnPolicy: a second pass is not drawn by the policy of the moment: pass every='round', and"
+                " GRPO as the objective"
+            )
+        self.feedback = Feedback(scorer, items, cache, reward, **asking)
+        self.G = G
+        self.shots = _counts(shots, "OnPolicy")
+        self.queries_per_round = queries_per_round
+        self.every = every
+        self.passes = passes
+        self.distinct = distinct
+        self.bs = bs
+        self.patience = patience
+        self.min_delta = min_delta
+        self.kind = kind
+        self.draw_seed = seed
+        self.tolerance = tolerance
+        # (store, pool, queries), out of sight of whoever describes a run
+        self.given = partial(lambda *x: x, store, pool, queries)
+        self.world = None
+        self.trace = []
+        self.tried = []
+        self.seen = {}
+        self.stale = 0
+        self.fingerprint = ""
         self.acc = self.now = self.drawn = self.kappa = None
 
     def before_fit(self):
-        store, pool, queries = self.given(); ds = self.dls.train_ds
+        store, pool, queries = self.given()
+        ds = self.dls.train_ds
         if pool is None: pool = getattr(ds, "pool", None)
         if pool is None: raise ValueError("OnPolicy: the training data have no `pool`: pass pool=")
         if queries is None: queries = ds.question_ids if pool is getattr(ds, "pool", None) else pool
-        queries = [int(q) for q in queries]; self.world = partial(lambda *x: x, store, pool, queries)
-        self.fingerprint = fingerprint("on-policy", pool.only(queries).fingerprint, store.fingerprint, self.feedback.fingerprint, queries)
-        self.trace, self.tried, self.seen, self.stale = [], [], {}, 0; self.check()
+        queries = [int(q) for q in queries]
+        self.world = partial(lambda *x: x, store, pool, queries)
+        self.fingerprint = fingerprint(
+            "on-policy", pool.only(queries).fingerprint, store.fingerprint, self.feedback.fingerprint, queries
+        )
+        self.trace = []
+        self.tried = []
+        self.seen = {}
+        self.stale = 0
+        self.check()
 
     def check(self):
         "Refuse objectives and callbacks that would take these groups for others"
-        cbs = list(self.learn.cbs); obj = next((cb for cb in cbs if isinstance(cb, Objective)), None); name = type(obj).__name__
+        cbs = list(self.learn.cbs)
+        obj = next((cb for cb in cbs if isinstance(cb, Objective)), None)
+        name = type(obj).__name__
         if obj is None:
-            raise ValueError("OnPolicy draws groups, and somebody must learn from them: add an objective (`RLOO()`, `GRPO()`) to cbs")
-        if any(isinstance(cb, SplitShots) for cb in cbs): raise ValueError("OnPolicy draws a group per shot count, and SplitShots would order them anew: leave it out, and pass shots=(1, 2, ...) for several")
-        if any(isinstance(cb, Phases) for cb in cbs): raise ValueError("OnPolicy and Phases both choose the queries of an epoch: pass one of them")
-        if isinstance(obj, RLOO) and self.distinct: raise ValueError("RLOO on distinct samples is biased: pass distinct=False, or DistinctPG as the objective")
+            raise ValueError(
+                "OnPolicy draws groups, and somebody must learn from them: add an objective (`RLOO()`,"
+                " `GRPO()`) to cbs"
+            )
+        if any(isinstance(cb, SplitShots) for cb in cbs):
+            raise ValueError(
+                "OnPolicy draws a group per shot count, and SplitShots would order them anew: leave it out,"
+                " and pass shots=(1, 2, ...) for several"
+            )
+        if any(isinstance(cb, Phases) for cb in cbs):
+            raise ValueError("OnPolicy and Phases both choose the queries of an epoch: pass one of them")
+        if isinstance(obj, RLOO) and self.distinct:
+            raise ValueError(
+                "RLOO on distinct samples is biased: pass distinct=False, or DistinctPG as the objective"
+            )
         if isinstance(obj, RLOO) and self.every != "batch":
-            raise ValueError("RLOO has no ratio, so each batch must be drawn when its turn comes: pass every='batch', or GRPO as the objective")
+            raise ValueError(
+                "RLOO has no ratio, so each batch must be drawn when its turn comes: pass every='batch', or"
+                " GRPO as the objective"
+            )
         want = "epoch" if self.every == "round" else 1
         if isinstance(obj, GRPO) and (obj.refresh != want or obj.given is not None):
-            raise ValueError(f"{name}: refresh {obj.refresh!r}, but groups are drawn every {self.every}: the old policy must be the one that drew, so refresh={want!r} and no `old`")
+            raise ValueError(
+                f"{name}: refresh {obj.refresh!r}, but groups are drawn every {self.every}: the old policy"
+                f" must be the one that drew, so refresh={want!r} and no `old`"
+            )
 
     def round_queries(self, k):
         "Queries of round `k`: all come once, in an order of their own each time, before one comes again"
-        queries = self.world()[2]; n = len(queries); lap, j = divmod(k, parts := -(-n // (self.queries_per_round or n)))
-        return [queries[i] for i in np.array_split(rng("on-policy queries", self.draw_seed, lap).permutation(n), parts)[j]]
+        queries = self.world()[2]
+        n = len(queries)
+        lap, j = divmod(k, parts := -(-n // (self.queries_per_round or n)))
+        return [
+            queries[i]
+            for i in np.array_split(rng("on-policy queries", self.draw_seed, lap).permutation(n), parts)[j]
+        ]
 
     def before_train(self):
-        if self.patience and self.stale >= self.patience: self.model.eval(); self.learn.training = False; raise CancelFitException
-        self.acc = dict(reward=[], greedy=[], best=[], live=[], new=self.feedback.new, known=self.feedback.known)
-        qs, bs = self.round_queries(self.epoch), self.bs or self.dls.train.bs; self.now = self.collect(qs) if self.every == "round" else None
+        if self.patience and self.stale >= self.patience:
+            self.model.eval()
+            self.learn.training = False
+            raise CancelFitException
+        self.acc = dict(
+            reward=[], greedy=[], best=[], live=[], new=self.feedback.new, known=self.feedback.known
+        )
+        qs = self.round_queries(self.epoch)
+        bs = self.bs or self.dls.train.bs
+        self.now = self.collect(qs) if self.every == "round" else None
         orders = [np.arange(len(qs))]   # of the round; further passes have orders of their own
-        orders += [rng("on-policy order", self.draw_seed, self.epoch, i).permutation(len(qs)) for i in range(1, self.passes)]
+        orders += [
+            rng("on-policy order", self.draw_seed, self.epoch, i).permutation(len(qs))
+            for i in range(1, self.passes)
+        ]
         plan = [o[i:i+bs].tolist() for o in orders for i in range(0, len(o), bs)]
-        self.learn.dl = DataLoader(plan, bs=1, create_batch=lambda b: self.batch(qs, b[0]), retain=lambda res, b: res, device=self.dls.device)
+        self.learn.dl = DataLoader(
+            plan,
+            bs=1,
+            create_batch=lambda b: self.batch(qs, b[0]),
+            retain=lambda res, b: res,
+            device=self.dls.device,
+        )
 
     def batch(self, qs, rows):
         "Tensors of a batch, drawn now or out of this round's"
         if self.now is None: d = self.collect([qs[i] for i in rows])
-        else: at = [s*len(qs) + i for s in range(len(self.shots)) for i in rows]; d = {k: None if v is None else v[at] for k, v in self.now.items()}
-        self.drawn, self.kappa = d["logp"], d["kappa"]
+        else:
+            at = [s * len(qs) + i for s in range(len(self.shots)) for i in rows]
+            d = {k: None if v is None else v[at] for k, v in self.now.items()}
+        self.drawn = d["logp"]
+        self.kappa = d["kappa"]
         return tuple(d[k] for k in ("query", "cands", "cand_mask", "seqs", "seq_mask", "rewards", "mask"))
 
     def draw(self, qs):
         "Groups of every shot count, one shot count behind the other; with several, each has draws of its own"
-        store, pool, _ = self.world(); key = self.draw_seed, self.epoch; several = len(self.shots) > 1
-        parts = [draw_groups(self.model, pool, store, qs, S, self.G, self.distinct, (*key, S) if several else key, self.kind) for S in self.shots]
+        store, pool, _ = self.world()
+        key = self.draw_seed, self.epoch
+        several = len(self.shots) > 1
+        parts = [
+            draw_groups(
+                self.model,
+                pool,
+                store,
+                qs,
+                S,
+                self.G,
+                self.distinct,
+                (*key, S) if several else key,
+                self.kind,
+            )
+            for S in self.shots
+        ]
         return {k: None if parts[0][k] is None else _stack([d[k] for d in parts]) for k in parts[0]}
 
     def collect(self, qs):
         "Draw groups for `qs` and find their rewards"
-        pool, d = self.world()[1], self.draw(qs); qs = [q for _ in self.shots for q in qs]
-        n = d["mask"].sum(-1).tolist(); real = d["seq_mask"].sum(-1).tolist(); name = lambda q, s, m: tuple(pool[q][i] for i in s[:m])
-        drawn = [(q, name(q, s, m)) for q, ss, ms, k in zip(qs, d["seqs"].tolist(), real, n) for s, m in zip(ss[:k], ms[:k])]
-        greedy = [(q, name(q, s, m)) for q, s, m in zip(qs, d["greedy"].tolist(), d["greedy_mask"].sum(-1).tolist())]
+        pool = self.world()[1]
+        d = self.draw(qs)
+        qs = [q for _ in self.shots for q in qs]
+        n = d["mask"].sum(-1).tolist()
+        real = d["seq_mask"].sum(-1).tolist()
+        name = lambda q, s, m: tuple(pool[q][i] for i in s[:m])
+        drawn = [
+            (q, name(q, s, m))
+            for q, ss, ms, k in zip(qs, d["seqs"].tolist(), real, n)
+            for s, m in zip(ss[:k], ms[:k])
+        ]
+        greedy = [
+            (q, name(q, s, m)) for q, s, m in zip(qs, d["greedy"].tolist(), d["greedy_mask"].sum(-1).tolist())
+        ]
         r = torch.from_numpy(self.feedback(pd.DataFrame(drawn + greedy, columns=["question_id", "pointer"])))
         d["rewards"] = torch.zeros(d["mask"].shape, dtype=torch.float64).masked_scatter(d["mask"], r).float()
         kappas = [None]*len(qs) if d["kappa"] is None else d["kappa"].tolist()
         kappas = [k for k, m in zip(kappas, n) for _ in range(m)]
-        self.tried += [("policy", self.epoch, q, p, l, k) for (q, p), l, k in zip(drawn, d["logp"][d["mask"]].tolist(), kappas)]
+        self.tried += [
+            ("policy", self.epoch, q, p, l, k)
+            for (q, p), l, k in zip(drawn, d["logp"][d["mask"]].tolist(), kappas)
+        ]
         self.tried += [("beam", self.epoch, q, p, None, None) for q, p in greedy]
         self.account(drawn + greedy, r, d, r[len(drawn):])
         return d
 
     def account(self, pairs, r, d, greedy):
-        group = [(q, None if self.shots == (None,) else len(p)) for q, p in pairs] # a policy that ends its sequences itself has one per query
+        # a policy that ends its sequences itself has one per query
+        group = [(q, None if self.shots == (None,) else len(p)) for q, p in pairs]
         for g, v in zip(group, r.tolist()): self.seen[g] = max(v, self.seen.get(g, v))
-        a = self.acc; a["reward"] += masked_mean(d["rewards"], d["mask"], -1).tolist(); a["greedy"] += greedy.tolist()
-        a["best"] += [self.seen[g] for g in group[-len(greedy):]]; a["live"] += live_groups(d["rewards"], d["mask"]).tolist()
+        a = self.acc
+        a["reward"] += masked_mean(d["rewards"], d["mask"], -1).tolist()
+        a["greedy"] += greedy.tolist()
+        a["best"] += [self.seen[g] for g in group[-len(greedy) :]]
+        a["live"] += live_groups(d["rewards"], d["mask"]).tolist()
 
     def after_pred(self):
         if self.every == "round" and self.iter: return   # the policy has moved
-        logp, mask = self.drawn.to(self.pred.device), self.yb[1]; gap = (self.pred.detach().double() - logp).masked_fill(~mask, 0.).abs().max().item()
+        logp = self.drawn.to(self.pred.device)
+        mask = self.yb[1]
+        gap = (self.pred.detach().double() - logp).masked_fill(~mask, 0.0).abs().max().item()
         self.log(policy_gap=gap)
         if not gap <= self.tolerance:
-            raise ValueError(f"OnPolicy: log-probabilities differ by up to {gap:.3g} from those of the draw, so this is not the policy that drew: "
-                             "add `NoDropout()` to cbs; raise `tolerance` for half precision")
+            raise ValueError(
+                f"OnPolicy: log-probabilities differ by up to {gap:.3g} from those of the draw, so this is"
+                " not the policy that drew: add `NoDropout()` to cbs; raise `tolerance` for half precision"
+            )
 
     def after_train(self):
         if self.acc is None or not self.acc["reward"]: return
-        a, mean = self.acc, lambda k: float(np.mean(self.acc[k])); best, greedy = mean("best"), mean("greedy")
-        row = dict(round=self.epoch, queries=len(a["greedy"])//len(self.shots), reward=mean("reward"), greedy=greedy, best=best, headroom=best - greedy,
-                   live=mean("live"), new=self.feedback.new - a["new"], known=self.feedback.known - a["known"],
-                   pairs=len({t[2:4] for t in self.tried}))
-        least = min((t["headroom"] for t in self.trace), default=np.inf); self.stale = 0 if row["headroom"] < least - self.min_delta else self.stale + 1
-        self.trace.append(row); self.acc = self.now = None
-        self.log(len(a["greedy"]), drawn_reward=row["reward"], greedy_reward=greedy, headroom=row["headroom"]); self.log(prompts_new=row["new"], prompts_known=row["known"])
+        a = self.acc
+        mean = lambda k: float(np.mean(self.acc[k]))
+        best = mean("best")
+        greedy = mean("greedy")
+        row = dict(
+            round=self.epoch,
+            queries=len(a["greedy"]) // len(self.shots),
+            reward=mean("reward"),
+            greedy=greedy,
+            best=best,
+            headroom=best - greedy,
+            live=mean("live"),
+            new=self.feedback.new - a["new"],
+            known=self.feedback.known - a["known"],
+            pairs=len({t[2:4] for t in self.tried}),
+        )
+        least = min((t["headroom"] for t in self.trace), default=np.inf)
+        self.stale = 0 if row["headroom"] < least - self.min_delta else self.stale + 1
+        self.trace.append(row)
+        self.acc = self.now = None
+        self.log(len(a["greedy"]), drawn_reward=row["reward"], greedy_reward=greedy, headroom=row["headroom"])
+        self.log(prompts_new=row["new"], prompts_known=row["known"])
 
     @property
     def table(self):
@@ -324,16 +517,34 @@ class OnPolicy(StageCallback):
         rounds=None, # which, e.g. `[3]`; None: all
     )->RLData: # each (query, pointer) once, where it came first; `kappa` for queries of one round; the manifest's "onpolicy" has settings, and `round` row by row
         "What was drawn (method \"policy\"), and greedy sequences that nobody drew (\"beam\")"
-        store, pool, _ = self.world(); rows = pd.DataFrame(self.tried, columns=["gen_method", "round", "question_id", "pointer", "logprob_score", "kappa"])
+        store, pool, _ = self.world()
+        rows = pd.DataFrame(
+            self.tried, columns=["gen_method", "round", "question_id", "pointer", "logprob_score", "kappa"]
+        )
         if rounds is not None: rows = rows[rows["round"].isin(list(rounds))]
-        again = rows.groupby("question_id")["round"].transform("nunique") > 1; rows["kappa"] = rows.kappa.astype(float).mask(again) # a later draw shows only what is new
-        rows = rows.sort_values("gen_method", ascending=False, kind="stable").drop_duplicates(["question_id", "pointer"]).sort_index()
-        if not len(rows): raise ValueError("OnPolicy: nothing was drawn in these rounds; pass it to a `fit` first")
-        rows = rows.reset_index(drop=True); known = self.feedback.known; facts = self.feedback.facts(rows)[list(FACT_COLUMNS)]; self.feedback.known = known
-        q = store.get(rows.question_id.tolist(), self.kind); near = [float((store.get(list(p), self.kind) @ v).mean()) for p, v in zip(rows.pointer, q)]
-        how = dict({k: getattr(self, k) for k in ("G", "every", "distinct", "kind")}, shots=list(self.shots) if len(self.shots) > 1 else self.shots[0])
+        # a later draw shows only what is new
+        again = rows.groupby("question_id")["round"].transform("nunique") > 1
+        rows["kappa"] = rows.kappa.astype(float).mask(again)
+        rows = (
+            rows.sort_values("gen_method", ascending=False, kind="stable")
+            .drop_duplicates(["question_id", "pointer"])
+            .sort_index()
+        )
+        if not len(rows):
+            raise ValueError("OnPolicy: nothing was drawn in these rounds; pass it to a `fit` first")
+        rows = rows.reset_index(drop=True)
+        known = self.feedback.known
+        facts = self.feedback.facts(rows)[list(FACT_COLUMNS)]
+        self.feedback.known = known
+        q = store.get(rows.question_id.tolist(), self.kind)
+        near = [float((store.get(list(p), self.kind) @ v).mean()) for p, v in zip(rows.pointer, q)]
+        how = dict(
+            {k: getattr(self, k) for k in ("G", "every", "distinct", "kind")},
+            shots=list(self.shots) if len(self.shots) > 1 else self.shots[0],
+        )
         how |= dict(seed=self.draw_seed, round=rows["round"].tolist())
-        drawn = rows.gen_method == "policy"; rows["temperature"], rows["beam_rank"] = np.where(drawn, 1., np.nan), np.where(drawn, np.nan, 0.)
+        drawn = rows.gen_method == "policy"
+        rows["temperature"], rows["beam_rank"] = np.where(drawn, 1.0, np.nan), np.where(drawn, np.nan, 0.0)
         rows = rows.drop(columns="round").assign(similarity_score=near).join(facts)
         return RLData(as_record(rows), pool.only(dict.fromkeys(rows.question_id)), dict(onpolicy=how))
 
@@ -350,10 +561,14 @@ def greedy_rewards(
     strict:bool=True, # `NoReward` for a pick that has none; False: NaN
 )->np.ndarray: # [n] rewards, in the order of the queries
     "Rewards of what the policy picks greedily"
-    qs, picks = [int(q) for q in (pool if queries is None else queries)], []
+    qs = [int(q) for q in (pool if queries is None else queries)]
+    picks = []
     for i in range(0, len(qs), bs):
         d = draw_groups(policy, pool, store, qs[i:i+bs], shots, 1, kind=kind)
-        picks += [tuple(pool[q][j] for j in s[:m]) for q, s, m in zip(qs[i:i+bs], d["greedy"].tolist(), d["greedy_mask"].sum(-1).tolist())]
+        picks += [
+            tuple(pool[q][j] for j in s[:m])
+            for q, s, m in zip(qs[i : i + bs], d["greedy"].tolist(), d["greedy_mask"].sum(-1).tolist())
+        ]
     return feedback(pd.DataFrame(dict(question_id=qs, pointer=picks)), strict)
 
 class GreedyLoss:
@@ -368,20 +583,46 @@ class GreedyLoss:
         top:float=1., # the best reward there is
         max_failed:float=0., # share of picks, 0..1, that may have no reward, such as those with a broken image; they count as reward 0, with a warning. Past it `NoReward`
     ):
-        self.shots, self.kind, self.top, self.max_failed = _counts(shots, "GreedyLoss"), kind, top, max_failed
+        self.shots = _counts(shots, "GreedyLoss")
+        self.kind = kind
+        self.top = top
+        self.max_failed = max_failed
         queries = [int(q) for q in (pool if queries is None else queries)]
         if not queries: raise ValueError("GreedyLoss: no queries, wanted at least one")
-        self.world = partial(lambda *x: x, feedback, pool, store, queries) # out of sight of whoever describes a run
-        self.fingerprint = fingerprint("greedy loss", feedback.fingerprint, pool.only(queries).fingerprint, store.fingerprint, queries, self.shots)
+        # out of sight of whoever describes a run
+        self.world = partial(lambda *x: x, feedback, pool, store, queries)
+        self.fingerprint = fingerprint(
+            "greedy loss",
+            feedback.fingerprint,
+            pool.only(queries).fingerprint,
+            store.fingerprint,
+            queries,
+            self.shots,
+        )
 
     def __call__(self,
         learn, # Learner of a policy
     )->torch.Tensor: # float64 [queries], `top` - reward, mean over `shots`; `NoReward` names a sequence without one
         "Loss per query of the weights as they are"
         feedback, pool, store, queries = self.world()
-        each = np.stack([greedy_rewards(learn.model, pool, store, feedback, S, queries, self.kind, strict=self.max_failed == 0) for S in self.shots]); lost = np.isnan(each)
+        each = np.stack(
+            [
+                greedy_rewards(
+                    learn.model, pool, store, feedback, S, queries, self.kind, strict=self.max_failed == 0
+                )
+                for S in self.shots
+            ]
+        )
+        lost = np.isnan(each)
         if lost.mean() > self.max_failed:
-            raise NoReward(f"{lost.sum()} of {lost.size} greedy picks have no reward, first question_id {queries[lost.any(0).argmax()]}: more than max_failed = {self.max_failed:g}. Mend the cause, "
-                           "or leave these questions out")
-        if lost.any(): warnings.warn(f"GreedyLoss: {lost.sum()} of {lost.size} greedy picks have no reward and count as 0, first question_id {queries[lost.any(0).argmax()]}")
+            raise NoReward(
+                f"{lost.sum()} of {lost.size} greedy picks have no reward, first question_id"
+                f" {queries[lost.any(0).argmax()]}: more than max_failed = {self.max_failed:g}. Mend the"
+                " cause, or leave these questions out"
+            )
+        if lost.any():
+            warnings.warn(
+                f"GreedyLoss: {lost.sum()} of {lost.size} greedy picks have no reward and count as 0, first"
+                f" question_id {queries[lost.any(0).argmax()]}"
+            )
         return self.top - torch.as_tensor(np.where(lost, 0., each).mean(0), dtype=torch.float64)

@@ -18,10 +18,14 @@ class RCE(Objective):
         norm:str="raw", # "raw" rewards | "zscore" within each group
         weights:str="softmax", # "softmax" of rewards | "rank" | "top1", see `rce_weights`
     ):
-        rce_weights(torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool), temp, norm, weights)   # refuses here what it would there
-        self.temp, self.norm, self.weights = temp, norm, weights
+        # refuses here what it would there
+        rce_weights(torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool), temp, norm, weights)
+        self.temp = temp
+        self.norm = norm
+        self.weights = weights
 
     def objective(self, logp, rewards, mask):
-        w, some = rce_weights(rewards, mask, self.temp, self.norm, self.weights), mask.any(-1)
+        w = rce_weights(rewards, mask, self.temp, self.norm, self.weights)
+        some = mask.any(-1)
         self.log(some.sum(), temp=self.temp, ess=ess(w, mask)[some].mean())
         return imitation_loss(logp, w, mask)

@@ -24,7 +24,10 @@ def as_schedule(
 ): # function of progress 0..1; ValueError for an unknown name
     "Whatever describes a schedule, as a function of progress"
     if isinstance(s, str):
-        if s not in SCHEDULES: raise ValueError(f"schedule {s!r}: wanted one of {', '.join(SCHEDULES)}, or a pair, a number, a function")
+        if s not in SCHEDULES:
+            raise ValueError(
+                f"schedule {s!r}: wanted one of {', '.join(SCHEDULES)}, or a pair, a number, a function"
+            )
         return SCHEDULES[s]
     if isinstance(s, (tuple, list)): return SchedLin(*s)
     return s if callable(s) else SchedNo(s, s)
@@ -40,8 +43,10 @@ class TempSchedule(StageCallback):
     def before_fit(self):
         target = next((cb for cb in self.learn.cbs if cb.name == self.cb), None)
         names = ", ".join(cb.name for cb in self.learn.cbs)
-        if target is None: raise ValueError(f"TempSchedule: no callback {self.cb!r} in this fit; there are {names}")
-        missing, has = ", ".join(k for k in self.scheds if k not in vars(target)), ", ".join(vars(target))
+        if target is None:
+            raise ValueError(f"TempSchedule: no callback {self.cb!r} in this fit; there are {names}")
+        missing = ", ".join(k for k in self.scheds if k not in vars(target))
+        has = ", ".join(vars(target))
         if missing: raise ValueError(f"TempSchedule: {type(target).__name__} has no {missing}; it has {has}")
         self.target = target
 
@@ -64,12 +69,16 @@ class Freeze(StageCallback):
 
     def before_fit(self):
         params = dict(self.model.named_parameters())
-        of = {part: [p for n, p in params.items() if n == part or n.startswith(part + ".")] for part in self.parts}
+        of = {
+            part: [p for n, p in params.items() if n == part or n.startswith(part + ".")]
+            for part in self.parts
+        }
         empty = ", ".join(part for part, ps in of.items() if not ps)
         there = ", ".join(dict.fromkeys(n.split(".")[0] for n in params))
         if empty: raise ValueError(f"Freeze: no parameters under {empty}; there are {there}")
         self.held = list({id(p): p for ps in of.values() for p in ps}.values())
-        if len(self.held) == len(params): raise ValueError("Freeze: every parameter is frozen, nothing can be learned")
+        if len(self.held) == len(params):
+            raise ValueError("Freeze: every parameter is frozen, nothing can be learned")
         self.drop_grad()
 
     def drop_grad(self):
@@ -87,13 +96,22 @@ def keep_k(
 )->Tensor: # bool [B,N], at most k True per row; "stratified" with k >= 2 never makes a live group flat
     "Choose `k` sequences of each group"
     if k < 1: raise ValueError(f"keep_k: k {k}, wanted >= 1")
-    if how not in ("best", "worst", "stratified"): raise ValueError(f"keep_k: how {how!r}, wanted 'best', 'worst' or 'stratified'")
-    lots = torch.rand_like(rewards) if lots is None else lots; mixed = lots.argsort(-1)
-    def rank(r): return mixed.gather(-1, r.gather(-1, mixed).argsort(stable=True, dim=-1)).argsort(-1)   # 0 = least
-    best, worst = rank((-rewards).masked_fill(~mask, torch.inf)), rank(rewards.masked_fill(~mask, torch.inf))
+    if how not in ("best", "worst", "stratified"):
+        raise ValueError(f"keep_k: how {how!r}, wanted 'best', 'worst' or 'stratified'")
+    lots = torch.rand_like(rewards) if lots is None else lots
+    mixed = lots.argsort(-1)
+    # 0 = least
+    def rank(r):
+        return mixed.gather(-1, r.gather(-1, mixed).argsort(stable=True, dim=-1)).argsort(-1)
+    best = rank((-rewards).masked_fill(~mask, torch.inf))
+    worst = rank(rewards.masked_fill(~mask, torch.inf))
     if how != "stratified": return mask & ((best if how == "best" else worst) < k)
-    a = math.ceil(k/3); b = math.ceil((k-a)/2)
-    return mask & (rank((lots + 1).masked_fill(worst < b, 0.).masked_fill(best < a, -1.).masked_fill(~mask, torch.inf)) < k)
+    a = math.ceil(k / 3)
+    b = math.ceil((k - a) / 2)
+    return mask & (
+        rank((lots + 1).masked_fill(worst < b, 0.0).masked_fill(best < a, -1.0).masked_fill(~mask, torch.inf))
+        < k
+    )
 
 # %% ../nbs/65_callback_schedule.ipynb #3a0b65e1
 class TopKCurriculum(StageCallback):
@@ -108,11 +126,16 @@ class TopKCurriculum(StageCallback):
         self.obj = next((cb for cb in self.learn.cbs if isinstance(cb, Objective)), None)
         kind = type(self.obj).__name__
         if self.obj is None or "adv" not in vars(self.obj):
-            raise ValueError(f"TopKCurriculum: {kind} has no advantages, so a cut would change what it aims at: use an objective with "
-                             "advantages (GRPO), or fewer sequences through its own settings (a smaller temperature, `weights='top1'`)")
+            raise ValueError(
+                f"TopKCurriculum: {kind} has no advantages, so a cut would change what it aims at: use an"
+                " objective with advantages (GRPO), or fewer sequences through its own settings (a smaller"
+                " temperature, `weights='top1'`)"
+            )
         if self.order <= self.obj.order:
-            raise ValueError(f"TopKCurriculum: order {self.order}, {kind} has {self.obj.order}: top-k by reward before the advantages makes "
-                             "groups flat and takes the negatives away; leave the order as it is")
+            raise ValueError(
+                f"TopKCurriculum: order {self.order}, {kind} has {self.obj.order}: top-k by reward before the"
+                " advantages makes groups flat and takes the negatives away; leave the order as it is"
+            )
 
     def k_now(self):
         "How many in this batch"
@@ -122,8 +145,12 @@ class TopKCurriculum(StageCallback):
     def before_batch(self):
         (rewards, mask), adv, k = self.yb, self.obj.adv, self.k_now()
         if adv is None or adv.shape != mask.shape:
-            raise ValueError("TopKCurriculum: the advantages are not those of this batch; the objective must compute them in `before_batch`")
-        kept = keep_k(rewards, mask, k, self.how); live = lambda m: live_groups(rewards, m).double().mean()
+            raise ValueError(
+                "TopKCurriculum: the advantages are not those of this batch; the objective must compute them"
+                " in `before_batch`"
+            )
+        kept = keep_k(rewards, mask, k, self.how)
+        live = lambda m: live_groups(rewards, m).double().mean()
         self.log(len(mask), top_k=k, top_before=live(mask), top_after=live(kept))
         self.learn.yb = rewards, kept
 
@@ -134,13 +161,19 @@ def phase_rows(
 )->list|None: # row numbers in order, without repeats; None = all; ValueError names what is unknown
     "Which rows of the training split a phase means"
     if which is None: return None
-    ids, have = list(getattr(which, "queries", which)), getattr(dataset, "question_ids", None)
-    known = {i: i for i in range(len(dataset))} if have is None else {q: i for i, q in enumerate(have.tolist())}
+    ids = list(getattr(which, "queries", which))
+    have = getattr(dataset, "question_ids", None)
+    known = (
+        {i: i for i in range(len(dataset))} if have is None else {q: i for i, q in enumerate(have.tolist())}
+    )
     lost = set(getattr(dataset, "lost", ()))   # queries whose rows all failed: the data set has counted them
     unknown = [q for q in ids if q not in known and q not in lost]
     if unknown:
         what = "row numbers" if have is None else "question_ids"
-        raise ValueError(f"{what} {', '.join(map(str, unknown[:5]))} ({len(unknown)} in all) are not among the {len(dataset)} training queries")
+        raise ValueError(
+            f"{what} {', '.join(map(str, unknown[:5]))} ({len(unknown)} in all) are not among the"
+            f" {len(dataset)} training queries"
+        )
     return sorted({known[q] for q in ids if q in known})
 
 class Phases(StageCallback):
@@ -150,16 +183,26 @@ class Phases(StageCallback):
         plan:dict, # {name: (question_ids, record, row numbers or None = all; epochs >= 1)}, in order of training
     ):
         bad = [n for n, p in plan.items() if len(p) != 2 or not isinstance(p[1], int) or p[1] < 1]
-        if bad or not plan: raise ValueError(f"Phases: {', '.join(map(str, bad)) or 'an empty plan'}: wanted {{name: (queries, epochs >= 1)}}")
-        self.plan, self.ends = dict(plan), list(accumulate(n for _, n in plan.values()))
-        self.total, self.now, self.rows = self.ends[-1], None, None
+        if bad or not plan:
+            raise ValueError(
+                f"Phases: {', '.join(map(str, bad)) or 'an empty plan'}: wanted {{name: (queries, epochs >="
+                " 1)}"
+            )
+        self.plan = dict(plan)
+        self.ends = list(accumulate(n for _, n in plan.values()))
+        self.total = self.ends[-1]
+        self.now = None
+        self.rows = None
 
     def before_fit(self): self.rows = self.now = None
 
     def check(self):
         "Rows of every phase, after refusing a plan that does not fit the stage or the data"
         if self.learn.n_epoch != self.total:
-            raise ValueError(f"Phases: the plan has {self.total} epochs, the stage {self.learn.n_epoch}: pass n_epoch={self.total}")
+            raise ValueError(
+                f"Phases: the plan has {self.total} epochs, the stage {self.learn.n_epoch}: pass"
+                f" n_epoch={self.total}"
+            )
         rows = [phase_rows(self.dls.train_ds, which) for which, _ in self.plan.values()]
         empty = [n for n, r in zip(self.plan, rows) if r is not None and not r]
         if empty: raise ValueError(f"Phases: no queries in {', '.join(map(str, empty))}")
@@ -167,7 +210,9 @@ class Phases(StageCallback):
 
     def before_train(self):
         if self.rows is None: self.rows = self.check()
-        i = bisect_right(self.ends, self.epoch); self.now = list(self.plan)[i]; rows, dl = self.rows[i], self.dls.train
+        i = bisect_right(self.ends, self.epoch)
+        self.now = list(self.plan)[i]
+        rows, dl = self.rows[i], self.dls.train
         self.log(phase=i, queries=len(dl.dataset) if rows is None else len(rows))
         if rows is not None: self.learn.dl = part_of(dl, rows)
 
@@ -176,7 +221,9 @@ def part_of(
     rows:list, # row numbers of its data set
 ): # a loader of these rows alone, which shuffles if `dl` does and draws from the same source
     "A loader of some rows; `dl` itself stays as it is"
-    dl.randomize(); part = dl.new(n=len(rows)); part.rng = dl.rng
+    dl.randomize()
+    part = dl.new(n=len(rows))
+    part.rng = dl.rng
     part.get_idxs = lambda: part.shuffle_fn(list(rows)) if part.shuffle else list(rows)
     return part
 
@@ -185,10 +232,16 @@ class SplitShots(StageCallback):
     "Sequences of different lengths are groups of their own, in training"
     order = Objective.order-9
     def before_batch(self):
-        xb, (rewards, mask) = self.xb, self.yb; n = xb[4].sum(-1).masked_fill(~mask, 0)
+        xb = self.xb
+        (rewards, mask) = self.yb
+        n = xb[4].sum(-1).masked_fill(~mask, 0)
         at = [(s, (n == s).any(-1).nonzero()[:, 0]) for s in n[mask].unique().tolist()]
-        row = torch.cat([i for _, i in at]); m = torch.cat([n[i] == s for s, i in at])
-        m, own = m.sort(dim=-1, descending=True, stable=True); own = own[:, :(most := m.sum(-1).max())]; m = m[:, :most]   # a group's own sequences, and no wider than the largest
+        row = torch.cat([i for _, i in at])
+        m = torch.cat([n[i] == s for s, i in at])
+        # a group's own sequences, and no wider than the largest
+        m, own = m.sort(dim=-1, descending=True, stable=True)
+        own = own[:, : (most := m.sum(-1).max())]
+        m = m[:, :most]
         mine = lambda x: x[row[:, None], own]
         self.learn.xb = *(x[row] for x in xb[:3]), mine(xb[3]), mine(xb[4]) & m[..., None]
         self.learn.yb = mine(rewards), m

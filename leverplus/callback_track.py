@@ -43,10 +43,15 @@ class History(StageCallback):
 @torch.no_grad()
 def _over_valid(learn, f):
     "`f(logp, *yb)` of every validation batch, without any callback: list of (size, value)"
-    model, was, out, i = learn.model, learn.model.training, [], learn.dls.n_inp
+    model = learn.model
+    was = learn.model.training
+    out = []
+    i = learn.dls.n_inp
     model.eval()
     try:
-        for b in learn.dls.valid: b = learn._set_device(b); out.append((find_bs(b[i:]), f(model(*b[:i]), *b[i:])))
+        for b in learn.dls.valid:
+            b = learn._set_device(b)
+            out.append((find_bs(b[i:]), f(model(*b[:i]), *b[i:])))
     finally: model.train(was)
     return out
 
@@ -68,7 +73,8 @@ def missed(
 )->Tensor: # [validation queries], reward units, >= 0; 0 where the likeliest stored sequence is the best one
     "What choosing greedily among the stored sequences costs, on every validation query"
     def gap(lp, r, m):
-        best = r.masked_fill(~m, -torch.inf).amax(-1); pick = lp.masked_fill(~m, -torch.inf).argmax(-1, keepdim=True)
+        best = r.masked_fill(~m, -torch.inf).amax(-1)
+        pick = lp.masked_fill(~m, -torch.inf).argmax(-1, keepdim=True)
         return torch.where(m.any(-1), best - r.gather(-1, pick)[:, 0], torch.zeros_like(best))
     return torch.cat([v for _, v in _over_valid(learn, gap)]).cpu()
 
@@ -94,13 +100,22 @@ class Best(StageCallback):
         alpha:float=.05, # of that test, 0..1
         patience:int|None=None, # stop after so many epochs in a row that were not kept, >= 1; None = never
     ):
-        if promote not in ("mean", "paired"): raise ValueError(f"Best: promote {promote!r}, wanted 'mean' or 'paired'")
-        if patience is not None and patience < 1: raise ValueError(f"Best: patience {patience}, wanted >= 1, or None to never stop")
-        self.score, self.min_delta, self.promote, self.alpha, self.patience = score, min_delta, promote, alpha, patience
+        if promote not in ("mean", "paired"):
+            raise ValueError(f"Best: promote {promote!r}, wanted 'mean' or 'paired'")
+        if patience is not None and patience < 1:
+            raise ValueError(f"Best: patience {patience}, wanted >= 1, or None to never stop")
+        self.score = score
+        self.min_delta = min_delta
+        self.promote = promote
+        self.alpha = alpha
+        self.patience = patience
         self.reset()
 
     def reset(self):
-        self.value = self.best_epoch = self.weights = self.each = None; self.trained, self.stale, self.tried = False, 0, []
+        self.value = self.best_epoch = self.weights = self.each = None
+        self.trained = False
+        self.stale = 0
+        self.tried = []
 
     @property
     def table(self):
@@ -110,28 +125,47 @@ class Best(StageCallback):
     def measure(self, fitted=False):
         "(mean, number per query or None) of the weights as they are"
         if self.promote == "mean" and self.score is valid_loss and fitted:
-            return float(self.learn.final_record[list(self.recorder.metric_names[1:]).index("valid_loss")]), None
-        s = regrets(self.learn) if self.promote == "paired" and self.score is valid_loss else self.score(self.learn)
+            return (
+                float(self.learn.final_record[list(self.recorder.metric_names[1:]).index("valid_loss")]),
+                None,
+            )
+        s = (
+            regrets(self.learn)
+            if self.promote == "paired" and self.score is valid_loss
+            else self.score(self.learn)
+        )
         each = torch.as_tensor(s, dtype=torch.float64).detach().cpu()
         if self.promote == "paired" and each.ndim != 1:
-            raise ValueError(f"Best: promote='paired' needs a score per validation query, got one of shape {list(each.shape)}: pass `regrets` or `missed`")
+            raise ValueError(
+                "Best: promote='paired' needs a score per validation query, got one of shape"
+                f" {list(each.shape)}: pass `regrets` or `missed`"
+            )
         return (s if isinstance(s, float) else each.mean().item()), (each if each.ndim else None)
 
     def keep(self, value, each, epoch):
-        self.value, self.each, self.best_epoch, self.stale = value, each, epoch, 0
+        self.value = value
+        self.each = each
+        self.best_epoch = epoch
+        self.stale = 0
         self.weights = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
 
     def before_fit(self): self.reset()
     def before_train(self):
         if self.patience and self.stale >= self.patience:
-            self.model.eval(); self.learn.training = False; raise CancelFitException
-        was, self.trained = self.model.training, True
-        if self.weights is None: self.keep(*self.measure(), -1); self.tried.append((-1, self.value, float("nan"), True))
+            self.model.eval()
+            self.learn.training = False
+            raise CancelFitException
+        was = self.model.training
+        self.trained = True
+        if self.weights is None:
+            self.keep(*self.measure(), -1)
+            self.tried.append((-1, self.value, float("nan"), True))
         self.model.train(was)
 
     def after_epoch(self):
         if not self.trained: return
-        value, each = self.measure(fitted=True); self.trained = False
+        value, each = self.measure(fitted=True)
+        self.trained = False
         p = promotion_p(self.each, each, seed=self.epoch) if self.promote == "paired" else float("nan")
         better = value < self.value - self.min_delta and not p >= self.alpha or self.value != self.value
         self.stale += 1
@@ -154,10 +188,13 @@ def greedy_picks(
     shots:int, # S >= 1
 )->Tensor: # [B,S] local indices
     "The likeliest pick at each step, without dropout"
-    was = model.training; model.eval()
+    was = model.training
+    model.eval()
     try:
-        enc, picks = model.encode(*xb[:3]), xb[2].new_zeros(len(xb[2]), 1, 0, dtype=torch.long)
-        for _ in range(shots): picks = torch.cat([picks, model.step_logp(enc, picks).argmax(-1)[..., None]], -1)
+        enc = model.encode(*xb[:3])
+        picks = xb[2].new_zeros(len(xb[2]), 1, 0, dtype=torch.long)
+        for _ in range(shots):
+            picks = torch.cat([picks, model.step_logp(enc, picks).argmax(-1)[..., None]], -1)
     finally: model.train(was)
     return picks[:, 0]
 
@@ -168,8 +205,10 @@ def candidate_ids(
     "Which candidates of a batch are the same demonstration: those whose embeddings are equal"
     bits = cands.float().contiguous().view(torch.int32)
     w = torch.as_tensor(rng("candidate ids").integers(1, 2**62, bits.shape[-1]) | 1, device=cands.device)
-    keys = torch.stack([(row.long() * w).sum(-1) for row in bits])   # overflow wraps, the same for the same vector
-    ids = torch.full_like(keys, -1); ids[cand_mask] = keys[cand_mask].unique(return_inverse=True)[1]
+    # overflow wraps, the same for the same vector
+    keys = torch.stack([(row.long() * w).sum(-1) for row in bits])
+    ids = torch.full_like(keys, -1)
+    ids[cand_mask] = keys[cand_mask].unique(return_inverse=True)[1]
     return ids
 
 # %% ../nbs/66_callback_track.ipynb #445a96b1
@@ -177,41 +216,67 @@ def _telling(cb, stats):
     "`after_loss` of `cb` that also shows `stats` what it did to the loss"
     inner = type(cb).after_loss
     def after_loss():
-        was = cb.learn.loss_grad; inner(cb); now = cb.learn.loss_grad
-        if now is not was: stats.by_term["policy" if isinstance(cb, Objective) else cb.name] = now if isinstance(cb, Objective) else now - was
+        was = cb.learn.loss_grad
+        inner(cb)
+        now = cb.learn.loss_grad
+        if now is not was:
+            stats.by_term["policy" if isinstance(cb, Objective) else cb.name] = (
+                now if isinstance(cb, Objective) else now - was
+            )
     return after_loss
 
 def _drawn_before(picks):
     "Which sequences [B,N,S] (-1: no pick) also stand earlier in their group: bool [B,N]"
-    number, width = picks.new_zeros(picks.shape[:2]), int(picks.max()) + 2
+    number = picks.new_zeros(picks.shape[:2])
+    width = int(picks.max()) + 2
     for step in picks.unbind(-1):
         number = number*width + step + 1   # one number per sequence, so that equals can be sorted together
     number, order = number.sort(dim=-1, stable=True)
-    return torch.zeros_like(number, dtype=torch.bool).scatter(1, order[:, 1:], number[:, 1:] == number[:, :-1])
+    return torch.zeros_like(number, dtype=torch.bool).scatter(
+        1, order[:, 1:], number[:, 1:] == number[:, :-1]
+    )
 
 class RLStats(Stats):
     "Stats plus what tells whether anything is learned, and by which term"
-    order = Objective.order-8   # sees a batch before any filter, and in `before_backward` after every `after_loss`
+    # sees a batch before any filter, and in `before_backward` after every `after_loss`
+    order = Objective.order - 8
     columns = ("live", "mass", "entropy", "kl", "clip_pos", "clip_neg")
     transient = ("by_term", "raw", "obj", "probe", "ids")   # what nobody need keep between epochs
     def __init__(self,
         every:int=10, # batches between two looks at the gradient of each term, from the first of each epoch; 0 = never
         probe:int=128, # most validation queries whose greedy picks are followed
     ):
-        super().__init__(); self.every, self.max_probe = every, probe
-        self.by_term, self.raw, self.obj, self.probe, self.ids, self.first, self.last = {}, None, None, None, None, None, None
+        super().__init__()
+        self.every = every
+        self.max_probe = probe
+        self.by_term = {}
+        self.raw = None
+        self.obj = None
+        self.probe = None
+        self.ids = None
+        self.first = None
+        self.last = None
 
     def metrics(self, *ks): return super().metrics(*(ks or self.columns))
 
     def before_fit(self):
-        self.by_term, self.first, self.last = {}, None, None
+        self.by_term = {}
+        self.first = None
+        self.last = None
         self.obj = next((cb for cb in self.learn.cbs if isinstance(cb, Objective)), None)
         for cb in self.learn.cbs:
-            if isinstance(cb, StageCallback) and not isinstance(cb, Stats) and hasattr(type(cb), "after_loss"): cb.after_loss = _telling(cb, self)
+            if (
+                isinstance(cb, StageCallback)
+                and not isinstance(cb, Stats)
+                and hasattr(type(cb), "after_loss")
+            ):
+                cb.after_loss = _telling(cb, self)
 
     def after_fit(self):
         for cb in self.learn.cbs: vars(cb).pop("after_loss", None) if isinstance(cb, StageCallback) else None
-        self.by_term, self.raw, self.obj = {}, None, None
+        self.by_term = {}
+        self.raw = None
+        self.obj = None
 
     def before_train(self):
         super().before_train()
@@ -222,8 +287,11 @@ class RLStats(Stats):
     def before_batch(self): self.raw, self.by_term = self.yb, {}
 
     def before_backward(self):
-        logp, mask, (rewards, raw) = self.pred.detach(), self.yb[1], self.raw
-        live, some = (lambda m: live_groups(rewards, m).double().mean()), raw.any(-1)
+        logp = self.pred.detach()
+        mask = self.yb[1]
+        (rewards, raw) = self.raw
+        live = lambda m: live_groups(rewards, m).double().mean()
+        some = raw.any(-1)
         self.log(len(raw), live_before=live(raw), live_after=live(mask))
         r = regret(logp, rewards, raw, "none")[some]
         spread_of_one = r.new_tensor(float("nan")) # one group has no spread
@@ -232,35 +300,58 @@ class RLStats(Stats):
         if isinstance(getattr(self.obj, "adv", None), Tensor): self.log_adv(raw)
         if self.iter == 0: self.log(dropout=len(active_dropout(self.model)))
         if self.iter == 0 and hasattr(self.model, "step_logp"): self.log_entropy()
-        if self.every and self.iter % self.every == 0 and len(self.by_term) > 1 and mask.any(): self.log_shares()
+        if self.every and self.iter % self.every == 0 and len(self.by_term) > 1 and mask.any():
+            self.log_shares()
 
     def log_adv(self, raw):
         "Mean over ALL groups of the standard deviation of advantages, which is what the reports logged"
-        n = raw.sum(-1); self.log(len(n), adv_std_all=(self.obj.adv.square().sum(-1) / (n-1).clamp(min=1)).sqrt().mean())
+        n = raw.sum(-1)
+        self.log(len(n), adv_std_all=(self.obj.adv.square().sum(-1) / (n - 1).clamp(min=1)).sqrt().mean())
 
     def log_mass(self, logp, mask):
         own = self.xb[3].masked_fill(~self.xb[4], -1)
         mask = mask & ~_drawn_before(own)
         n = self.xb[4].sum(-1)
         same = [mask & (n == s) for s in n[mask].unique()]
-        each = torch.stack([group_mass(logp, m).masked_fill(~m.any(-1), torch.nan) for m in same]) if same else logp[:0]
+        each = (
+            torch.stack([group_mass(logp, m).masked_fill(~m.any(-1), torch.nan) for m in same])
+            if same
+            else logp[:0]
+        )
         self.log(mask.any(-1).sum(), mass=each.nanmean(0).nanmean())
 
     @torch.no_grad()
     def log_entropy(self):
-        was = self.model.training; self.model.eval()   # without dropout, so that watching draws nothing
-        enc, cand_mask, S = self.model.encode(*self.xb[:3]), self.xb[2], self.xb[3].shape[-1]
-        n = cand_mask.sum(-1, keepdim=True); most = (n - torch.arange(S, device=n.device)).clamp(min=1).log()
-        S = next((s for s in range(S, 0, -1) if cand_mask.shape[1]**(s-1) <= 1000), 1)   # steps that are cheap to sum
-        h, part = (entropy_steps(lambda prefix: self.model.step_logp(enc, prefix), cand_mask, S, normed=normed) for normed in (False, True)); self.model.train(was)
-        self.log(entropy=part.mean(), above_uniform=(most[:, :S] - h).sum(-1).mean(), kl_bound=most.sum(-1).mean())
+        # without dropout, so that watching draws nothing
+        was = self.model.training
+        self.model.eval()
+        enc = self.model.encode(*self.xb[:3])
+        cand_mask = self.xb[2]
+        S = self.xb[3].shape[-1]
+        n = cand_mask.sum(-1, keepdim=True)
+        most = (n - torch.arange(S, device=n.device)).clamp(min=1).log()
+        # steps that are cheap to sum
+        S = next((s for s in range(S, 0, -1) if cand_mask.shape[1] ** (s - 1) <= 1000), 1)
+        h, part = (
+            entropy_steps(lambda prefix: self.model.step_logp(enc, prefix), cand_mask, S, normed=normed)
+            for normed in (False, True)
+        )
+        self.model.train(was)
+        self.log(
+            entropy=part.mean(), above_uniform=(most[:, :S] - h).sum(-1).mean(), kl_bound=most.sum(-1).mean()
+        )
 
     def log_shares(self):
         ps = [p for p in self.model.parameters() if p.requires_grad]
         def norm(term):
-            gs = torch.autograd.grad(term, ps, retain_graph=True, allow_unused=True) if term.requires_grad else ()
+            gs = (
+                torch.autograd.grad(term, ps, retain_graph=True, allow_unused=True)
+                if term.requires_grad
+                else ()
+            )
             return sum(g.square().sum() for g in gs if g is not None)**.5
-        norms = {k: float(norm(t)) for k, t in self.by_term.items()}; total = sum(norms.values())
+        norms = {k: float(norm(t)) for k, t in self.by_term.items()}
+        total = sum(norms.values())
         if 0 < total < float("inf"): self.log(**{f"grad_{k}": v/total for k, v in norms.items()})
 
     def picks(self):
@@ -269,15 +360,18 @@ class RLStats(Stats):
             state = random.getstate()   # making a loader and starting it both draw
             with torch.random.fork_rng(devices=()): b = self.dls.valid.new(shuffle=False).one_batch()
             random.setstate(state)
-            self.probe = [x[:self.max_probe] for x in self.learn._set_device(b)[:4]]; self.ids = candidate_ids(*self.probe[1:3])
+            self.probe = [x[: self.max_probe] for x in self.learn._set_device(b)[:4]]
+            self.ids = candidate_ids(*self.probe[1:3])
         return greedy_picks(self.model, self.probe, self.probe[3].shape[-1])
 
     def after_train(self):
         if self.last is None: return
-        now = self.picks(); same = lambda old: (now == old).all(-1).double().mean()
+        now = self.picks()
+        same = lambda old: (now == old).all(-1).double().mean()
         counts = torch.bincount(self.ids.gather(1, now).flatten(), minlength=int(self.ids.max()) + 1)
         unique = (counts > 0).sum() / min(now.numel(), len(counts))
-        self.log(agreement=same(self.last), same_as_start=same(self.first), unique=unique, gini=gini(counts)); self.last = now
+        self.log(agreement=same(self.last), same_as_start=same(self.first), unique=unique, gini=gini(counts))
+        self.last = now
 
 # %% ../nbs/66_callback_track.ipynb #bf3f5634
 def plot_history(
@@ -289,13 +383,18 @@ def plot_history(
     import matplotlib.pyplot as plt
     if ax is None: ax = plt.subplots(figsize=(5, 3))[1]
     missing = [c for c in columns if c not in frame]
-    if missing: raise ValueError(f"plot_history: no column {', '.join(missing)}; there are {', '.join(frame.columns)}")
-    x, label = range(1, len(frame)+1), dict(valid_loss="regret")
+    if missing:
+        raise ValueError(
+            f"plot_history: no column {', '.join(missing)}; there are {', '.join(frame.columns)}"
+        )
+    x = range(1, len(frame)+1)
+    label = dict(valid_loss="regret")
     for c in columns or ("valid_loss",): ax.plot(x, frame[c], "o-", ms=3, label=label.get(c, c))
     starts = frame.groupby("fit").head(1)
     for i, stage in zip(starts.index, starts.stage):
         ax.axvline(i+.5, color="grey", ls=":")
         ax.annotate(stage, (i+.5, 1), xycoords=("data", "axes fraction"), va="bottom", fontsize=8)
-    ax.set(xlabel="epoch"); ax.legend()
+    ax.set(xlabel="epoch")
+    ax.legend()
     if columns in ((), ("valid_loss",)): ax.set_ylabel("regret (reward)")
     return ax

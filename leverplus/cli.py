@@ -30,8 +30,10 @@ from .prompt import STYLES
 from .lvlm import PREFIX_CACHES
 from .groups import FACT_COLUMNS, TEXT_FACTS, RLData, check_shard, shard_files, shard_tag
 from .rewards import REWARDS, reward_facts
-from .rldata_generate import (FactCache, NotVerified, TooManyFailures, ask, content_keys, evaluated, facts_fingerprint,
-                                       policy_fingerprint, run_lock, shard_queries)
+from leverplus.rldata_generate import (
+    FactCache, NotVerified, TooManyFailures, ask, content_keys, evaluated, facts_fingerprint,
+    policy_fingerprint, run_lock, shard_queries,
+)
 from .rldata_scale import DTYPES, READERS, Job, expected_rate, generate_ray
 from .doors import COMMANDS, STATUS, front
 
@@ -48,8 +50,13 @@ def status_of(
     "Exit status of an exception"
     if isinstance(e, KeyboardInterrupt): return 130
     if isinstance(e, Busy): return 3
-    if isinstance(e, OSError): return 2 if e.errno is None or isinstance(e, (FileNotFoundError, FileExistsError, NotADirectoryError,
-                PermissionError)) else 1
+    if isinstance(e, OSError):
+        return (
+            2
+            if e.errno is None
+            or isinstance(e, (FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError))
+            else 1
+        )
     return 2 if isinstance(e, (ValueError, LookupError, ImportError)) else 1
 
 def one_line(
@@ -58,9 +65,15 @@ def one_line(
     "Say what is wrong in one line"
     if isinstance(e, KeyboardInterrupt): return "interrupted; the same command goes on from here"
     text = str(e.args[0]) if isinstance(e, KeyError) and e.args else str(e)
-    text = "; ".join(l.strip().rstrip(";") for l in text.split("\n\n")[0].splitlines() if l.strip()).replace(":; ",
-                ": ").replace("overwrite=True", "--overwrite").replace("other_pool=True", "--other-pool")
-    known = isinstance(e, (ValueError, LookupError, ImportError, OSError, Busy, Failed, NotVerified, TooManyFailures))
+    text = (
+        "; ".join(l.strip().rstrip(";") for l in text.split("\n\n")[0].splitlines() if l.strip())
+        .replace(":; ", ": ")
+        .replace("overwrite=True", "--overwrite")
+        .replace("other_pool=True", "--other-pool")
+    )
+    known = isinstance(
+        e, (ValueError, LookupError, ImportError, OSError, Busy, Failed, NotVerified, TooManyFailures)
+    )
     return text if known and text else f"{type(e).__name__}: {text} (--debug shows where)"
 
 # %% ../nbs/95_cli.ipynb #c80aede4
@@ -70,7 +83,9 @@ def shard_arg(
     "Read a shard"
     try: return check_shard(tuple(map(int, text.split("/"))))
     except ValueError as e:
-        raise argparse.ArgumentTypeError(f"{text!r} is no shard: wanted i/n with 0 <= i < n, such as 0/8 for the first of eight") from e
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no shard: wanted i/n with 0 <= i < n, such as 0/8 for the first of eight"
+        ) from e
 
 def counts_arg(
     text:str, # JSON
@@ -78,7 +93,8 @@ def counts_arg(
     "Read an object, e.g. proposal counts"
     try: out = json.loads(text)
     except json.JSONDecodeError as e: raise argparse.ArgumentTypeError(f"{text!r} is not JSON ({e})") from e
-    if not isinstance(out, dict): raise argparse.ArgumentTypeError(f"{text!r}: wanted an object such as {{\"beam\": 5, \"random\": 3}}")
+    if not isinstance(out, dict):
+        raise argparse.ArgumentTypeError(f"{text!r}: wanted an object such as {{\"beam\": 5, \"random\": 3}}")
     return out
 
 def number_arg(
@@ -102,7 +118,8 @@ def named_arg(
     text:str, # "mine=runs/rce", or a folder alone
 )->tuple: # ("mine", "runs/rce"); a folder alone is named after itself
     "Read a named selector"
-    name, eq, path = text.partition("="); name, path = (name, path) if eq else (Path(text).name, text)
+    name, eq, path = text.partition("=")
+    name, path = (name, path) if eq else (Path(text).name, text)
     if not name or not path: raise argparse.ArgumentTypeError(f"{text!r}: wanted NAME=DIR or DIR")
     return name, path
 
@@ -116,19 +133,36 @@ def shots_arg(
 def _flag(group, name, help, default=None, **kw):
     "A flag for a field of `Job`: default and name from there"
     shown = getattr(Job(), name) if default is None else default
-    group.add_argument("--" + name.replace("_", "-"), default=getattr(Job(), name), help=f"{help} (default: {shown})", **kw)
+    group.add_argument(
+        "--" + name.replace("_", "-"), default=getattr(Job(), name), help=f"{help} (default: {shown})", **kw
+    )
 
-DATA, POOL = "data reader candidates images limit clip store".split(), "K sampler pool_seed".split()
+DATA = "data reader candidates images limit clip store".split()
+POOL = "K sampler pool_seed".split()
 MODEL = "lvlm dtype device attn style batch_tokens prefix_cache vision_dir".split()
 FIELDS = [*DATA, *POOL, *MODEL, *"split shots counts seed window test second max_failed".split()]
 
 def _data_flags(p, split, limit=True, **kw):
     g = p.add_argument_group("data")
-    _flag(g, "data", "folder of the data set", metavar="DIR"); _flag(g, "reader", "its format", choices=list(READERS))
-    if split is not None: g.add_argument("--split", default=split, metavar="NAME", **({"help": f"whose questions are asked (default: {split})"} | kw))
+    _flag(g, "data", "folder of the data set", metavar="DIR")
+    _flag(g, "reader", "its format", choices=list(READERS))
+    if split is not None:
+        g.add_argument(
+            "--split",
+            default=split,
+            metavar="NAME",
+            **({"help": f"whose questions are asked (default: {split})"} | kw),
+        )
     _flag(g, "candidates", "split that demonstrations come from", metavar="NAME")
     _flag(g, "images", "folder of images", "DATA/images", metavar="DIR")
-    if limit: g.add_argument("--limit", "--n", type=int, metavar="N", help="at most so many questions, the first of the split (default: all)")
+    if limit:
+        g.add_argument(
+            "--limit",
+            "--n",
+            type=int,
+            metavar="N",
+            help="at most so many questions, the first of the split (default: all)",
+        )
     _flag(g, "clip", "folder or hub name of the embedder", metavar="MODEL")
     g.add_argument("--store", type=folder_arg, default="runs/store", metavar="DIR",
                 help="folder that keeps embeddings and pools for all commands (default: runs/store)")
@@ -138,7 +172,8 @@ def _out_flag(p, what):
     p.add_argument("--out", type=folder_arg, required=True, metavar="DIR", help=what)
 
 def _pool_flags(g):
-    _flag(g, "K", "pool size", type=int, metavar="N"); _flag(g, "sampler", "how pools are drawn", choices=list(SAMPLERS))
+    _flag(g, "K", "pool size", type=int, metavar="N")
+    _flag(g, "sampler", "how pools are drawn", choices=list(SAMPLERS))
     _flag(g, "pool_seed", "seed of the pools", type=int, metavar="N")
 
 def _model_flags(p):
@@ -146,17 +181,33 @@ def _model_flags(p):
     _flag(g, "lvlm", "folder or hub name; 'mock' draws facts by hash, to try a set-up", metavar="MODEL")
     _flag(g, "dtype", "number format", "that of the checkpoint", choices=DTYPES)
     _flag(g, "device", "torch device", "a GPU if there is one", metavar="NAME")
-    _flag(g, "attn", "attention", choices=["sdpa", "eager"]); _flag(g, "style", "prompt style", choices=STYLES)
+    _flag(g, "attn", "attention", choices=["sdpa", "eager"])
+    _flag(g, "style", "prompt style", choices=STYLES)
     _flag(g, "batch_tokens", "prompt tokens per batch, 65536 suits a large GPU", type=int, metavar="N")
     _flag(g, "prefix_cache", "whose first demonstrations are kept", choices=PREFIX_CACHES)
     _flag(g, "vision_dir", "folder for image features, shared by processes", "memory only", type=folder_arg,
           metavar="DIR")
 
-def _run_flags(p, resume=None, shard=None, rate="prompts per second, for the plan (default: measured in DIR, or what is known of the model)"):
+def _run_flags(
+    p,
+    resume=None,
+    shard=None,
+    rate="prompts per second, for the plan (default: measured in DIR, or what is known of the model)",
+):
     g = p.add_argument_group("run")
-    if shard: g.add_argument("--shard", type=shard_arg, metavar="I/N", help=f"only part I of N, 0 <= I < N; {shard}")
-    if resume: g.add_argument("--resume", action="store_true", help=f"go on, and refuse to begin: {resume} must be there")
-    g.add_argument("--dry-run", action="store_true", help="print the plan and what it costs; nothing is asked, nothing is written")
+    if shard:
+        g.add_argument(
+            "--shard", type=shard_arg, metavar="I/N", help=f"only part I of N, 0 <= I < N; {shard}"
+        )
+    if resume:
+        g.add_argument(
+            "--resume", action="store_true", help=f"go on, and refuse to begin: {resume} must be there"
+        )
+    g.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the plan and what it costs; nothing is asked, nothing is written",
+    )
     if rate: g.add_argument("--rate", type=number_arg(1e-9, float), metavar="X", help=rate)
     g.add_argument("--quiet", action="store_true", help="no progress bar")
     g.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -169,13 +220,17 @@ def job_of(
 )->Job: # ValueError names what is wrong
     "The job that the flags describe"
     job = {k: getattr(args, k) for k in names if hasattr(args, k)} | fields_
-    if not isinstance(job.get("split", ""), str): raise Bad(f"split {job['split']}: wanted one; a door with several makes a job for each")
+    if not isinstance(job.get("split", ""), str):
+        raise Bad(f"split {job['split']}: wanted one; a door with several makes a job for each")
     return Job(**job | dict(store=str(Path(args.store).expanduser().absolute())))
 
 def _to_resume(args, *names):
     "Hold `--resume`: `Bad` unless one of these files lies in the output folder"
     if getattr(args, "resume", False) and not any(list(Path(args.out).glob(n)) for n in names):
-        raise Bad(f"--resume, but there is nothing to go on from in {args.out} (wanted {' or '.join(names)}); leave --resume out to begin")
+        raise Bad(
+            f"--resume, but there is nothing to go on from in {args.out} (wanted {' or '.join(names)}); leave"
+            " --resume out to begin"
+        )
 
 # %% ../nbs/95_cli.ipynb #f1dc0f32
 def add_door(
@@ -191,9 +246,14 @@ def add_door(
     fill = lambda head, text: textwrap.fill(f"{head:5}{text}", 78, subsequent_indent=" "*5)
     lines = "\n".join("  " + " \\\n      ".join(textwrap.wrap(f"leverplus {e}", 72, break_long_words=False,
                 break_on_hyphens=False)) for e in examples)
-    p = commands.add_parser(name, help=what, usage=f"leverplus {name} {usage}", formatter_class=argparse.RawDescriptionHelpFormatter,
-                            description="\n".join([what[0].upper() + what[1:] + ".", "", fill("in:", comes), fill("out:", goes)]),
-                            epilog="examples:\n" + lines)
+    p = commands.add_parser(
+        name,
+        help=what,
+        usage=f"leverplus {name} {usage}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="\n".join([what[0].upper() + what[1:] + ".", "", fill("in:", comes), fill("out:", goes)]),
+        epilog="examples:\n" + lines,
+    )
     p.set_defaults(do=do, command=name)
     return p
 
@@ -223,7 +283,10 @@ def time_text(
     if not n: return "none: everything is there"
     if rate is None: return "not known: give --rate"
     h = n/rate/3600
-    return f"{f'{h:.2g} h' if h >= .5 else f'{60*h:.2g} min' if h >= 1/60 else f'{3600*h:.2g} s'} at {rate:.3g} {what}/s ({why})"
+    return (
+        f"{f'{h:.2g} h' if h >= .5 else f'{60*h:.2g} min' if h >= 1/60 else f'{3600*h:.2g} s'} at {rate:.3g}"
+        f" {what}/s ({why})"
+    )
 
 def size_text(
     n:float, # bytes
@@ -235,16 +298,26 @@ def _expected(args, shots=None):
     "(rate, why) of a released model on the items of a door; rate None for others"
     size = re.search(r"Qwen2\.5-VL-([37]B)\b", args.lvlm)
     if not size: return None, ""
-    shots = [s for s in np.atleast_1d(shots or getattr(args, "shots", None) or 2).tolist() if isinstance(s, int)] or [2]
-    e = expected_rate(job_of(args, DATA).items(), shots, size[1].lower()); return e["prompts_per_second"], e["why"]
+    shots = [
+        s for s in np.atleast_1d(shots or getattr(args, "shots", None) or 2).tolist() if isinstance(s, int)
+    ] or [2]
+    e = expected_rate(job_of(args, DATA).items(), shots, size[1].lower())
+    return e["prompts_per_second"], e["why"]
 
 def _asking_costs(args, calls, rows=None, shots=None):
     "Lines of a plan about asking the LVLM"
     here = measured_rate(args.out) if args.rate is None else None
-    rate, why = (args.rate, "given") if args.rate else (here, f"measured in {args.out}") if here else RATES.get(args.lvlm) or _expected(args, shots)
+    rate, why = (
+        (args.rate, "given")
+        if args.rate
+        else (here, f"measured in {args.out}") if here else RATES.get(args.lvlm) or _expected(args, shots)
+    )
     rows = calls if rows is None else rows
-    return {"LVLM calls": f"{calls:,}" if not calls else f"at most {calls:,}", "time": time_text(calls, rate, why=why),
-            "disk": f"about {size_text(rows*ROW_BYTES)} in {args.out}"}
+    return {
+        "LVLM calls": f"{calls:,}" if not calls else f"at most {calls:,}",
+        "time": time_text(calls, rate, why=why),
+        "disk": f"about {size_text(rows*ROW_BYTES)} in {args.out}",
+    }
 
 def _print_plan(args, **lines):
     "Print a plan"
@@ -259,14 +332,25 @@ def gather_stores(
     "A store of `items` out of other stores; ValueError names an item that none of them holds"
     if len(clips := {p.meta["source"]["clip"] for p in parts}) > 1:
         raise ValueError(f"stores of {len(clips)} CLIPs {sorted(clips)}: embed all parts with one")
-    ids = pd.Index(np.concatenate([p.ids for p in parts])); keep = ~ids.duplicated()
+    ids = pd.Index(np.concatenate([p.ids for p in parts]))
+    keep = ~ids.duplicated()
     at = np.flatnonzero(keep)[ids[keep].get_indexer(items.question_id)]
     lost = items.question_id[~items.question_id.isin(ids)]
-    if len(lost): raise ValueError(f"question_id {lost.iloc[0]} is in none of {len(parts)} stores ({len(lost)} such items): embed all parts first")
-    hashes = [h for p in parts for h in p.meta["image_hash"]]; hashes = [hashes[i] for i in at]
-    source = dict(clip=clips.pop(), items=fingerprint(hashes, items.question.tolist())); cut = sum(p.meta["cut_short"] for p in parts)
+    if len(lost):
+        raise ValueError(
+            f"question_id {lost.iloc[0]} is in none of {len(parts)} stores ({len(lost)} such items): embed"
+            " all parts first"
+        )
+    hashes = [h for p in parts for h in p.meta["image_hash"]]
+    hashes = [hashes[i] for i in at]
+    source = dict(clip=clips.pop(), items=fingerprint(hashes, items.question.tolist()))
+    cut = sum(p.meta["cut_short"] for p in parts)
     vecs = [torch.cat([getattr(p, k) for p in parts])[torch.as_tensor(at)] for k in ("image", "text")]
-    return EmbedStore(items.question_id, *vecs, dict(model=parts[0].meta["model"], source=source, image_hash=hashes, cut_short=cut))
+    return EmbedStore(
+        items.question_id,
+        *vecs,
+        dict(model=parts[0].meta["model"], source=source, image_hash=hashes, cut_short=cut)
+    )
 
 def embed_place(
     job:Job, # with a store folder
@@ -278,8 +362,10 @@ def embed_place(
 # %% ../nbs/95_cli.ipynb #096aa772
 def _splits(args):
     "(the jobs of all splits, their items, all items once)"
-    jobs = {s: job_of(args, split=s) for s in dict.fromkeys(args.split)}; items = {s: j.items() for s, j in jobs.items()}
-    every = pd.concat(items.values()); return jobs, items, every[~every.question_id.duplicated()]
+    jobs = {s: job_of(args, split=s) for s in dict.fromkeys(args.split)}
+    items = {s: j.items() for s, j in jobs.items()}
+    every = pd.concat(items.values())
+    return jobs, items, every[~every.question_id.duplicated()]
 
 def _model_path(name):
     "A model's folder as it is given, or below the checkout, or else its name on the hub"
@@ -291,62 +377,129 @@ def _embed_parts(args, job, every, shard, folder):
     "Embed the parts that are asked for and not there; whose images they are is drawn by lot"
     n = shard[1] if shard else args.parts
     for i in [shard[0]] if shard else range(n):
-        place = folder/f"{i:03d}of{n:03d}"; mine = every[every.image_id.isin(shard_queries(every.image_id.unique(), (i, n)))]
+        place = folder / f"{i:03d}of{n:03d}"
+        mine = every[every.image_id.isin(shard_queries(every.image_id.unique(), (i, n)))]
         if _is_there(place): continue
         with run_lock(place):
-            if len(mine): embed_items(mine, _model_path(job.clip), device=args.device, progress=not args.quiet).save(place)
+            if len(mine):
+                embed_items(mine, _model_path(job.clip), device=args.device, progress=not args.quiet).save(
+                    place
+                )
             (place/"done").touch()
     return [folder/f"{i:03d}of{n:03d}" for i in range(n)]
 
 def do_embed(args):
     "Embed all splits, whole or in parts"
-    jobs, items, every = _splits(args); job = next(iter(jobs.values())); places = {s: embed_place(jobs[s], items[s]) for s in jobs}
+    jobs, items, every = _splits(args)
+    job = next(iter(jobs.values()))
+    places = {s: embed_place(jobs[s], items[s]) for s in jobs}
     folder = Path(job.store)/f"embed-parts-{fingerprint(items_fingerprint(every), Path(job.clip).name)}"
     todo = [s for s in jobs if not _is_there(places[s])]
     if args.dry_run: return _plan_embed(args, job, items, every, todo, folder)
     if todo:
-        parts = _embed_parts(args, job, every, args.shard, folder); left = [p.name for p in parts if not _is_there(p)]
-        if left: print(f"{folder}: {len(parts) - len(left)} of {len(parts)} parts are there; still to come: {', '.join(left)}"); return
+        parts = _embed_parts(args, job, every, args.shard, folder)
+        left = [p.name for p in parts if not _is_there(p)]
+        if left:
+            print(
+                f"{folder}: {len(parts) - len(left)} of {len(parts)} parts are there; still to come:"
+                f" {', '.join(left)}"
+            )
+            return
         with FileLock(Path(job.store)/".embed.lock"):
             have = [EmbedStore.load(p) for p in parts if (p/"embed.json").exists()]
-            for s in [s for s in todo if not _is_there(places[s])]: gather_stores(items[s], have).save(places[s]); (places[s]/"done").touch()
+            for s in [s for s in todo if not _is_there(places[s])]:
+                gather_stores(items[s], have).save(places[s])
+                (places[s] / "done").touch()
             empty_folder(folder)
-    for s, p in places.items(): print(f"{s}: {len(items[s])} items with their candidates, {p}{'' if s in todo else ' (was there)'}")
+    for s, p in places.items():
+        print(f"{s}: {len(items[s])} items with their candidates, {p}{'' if s in todo else ' (was there)'}")
 
 def _plan_embed(args, job, items, every, todo, folder):
     head = Path(_model_path(job.clip))/"config.json"
-    D, know = (read_json(head).get("projection_dim", 512), "") if head.is_file() else (768, ", if its vectors have 768 numbers")
-    n = every.image_path.nunique() if todo else 0; parts = len(list(folder.glob("*/done"))); mine = n/args.shard[1] if args.shard else n
+    D, know = (
+        (read_json(head).get("projection_dim", 512), "")
+        if head.is_file()
+        else (768, ", if its vectors have 768 numbers")
+    )
+    n = every.image_path.nunique() if todo else 0
+    parts = len(list(folder.glob("*/done")))
+    mine = n / args.shard[1] if args.shard else n
     each = ", ".join(f"{s} {len(i):,}" for s, i in items.items())
-    _print_plan(args, data=f"{args.data}: {each} items with candidates; {len(every):,} in all", to_do=", ".join(todo) or "nothing, all is there",
-               images=f"{mine:,.0f} to encode" + (f", some of them in {parts} parts that are there" if parts else ""), LVLM_calls=0,
-               time=time_text(mine, args.rate, "images"),
-               disk=f"about {size_text(sum(len(items[s]) for s in todo)*2*D*4)} in {args.store}{know}")
+    _print_plan(
+        args,
+        data=f"{args.data}: {each} items with candidates; {len(every):,} in all",
+        to_do=", ".join(todo) or "nothing, all is there",
+        images=f"{mine:,.0f} to encode"
+        + (f", some of them in {parts} parts that are there" if parts else ""),
+        LVLM_calls=0,
+        time=time_text(mine, args.rate, "images"),
+        disk=f"about {size_text(sum(len(items[s]) for s in todo)*2*D*4)} in {args.store}{know}",
+    )
 
 def add_embed(commands):
     "Add `leverplus embed`"
-    p = add_door(commands, "embed", do_embed, "a data set (--data, --images) and a CLIP (--clip)",
-        "unit vectors in --store, one file per split, where every other command finds them; a finished split is not done again",
-        "embed", "embed --data ~/okvqa --split train val --clip openai/clip-vit-large-patch14 --device cuda --shard 0/4 --store runs/store")
-    _data_flags(p, ["train", "dev", "test"], limit=False, nargs="+", help="splits, each with its candidates (default: train dev test)")
+    p = add_door(
+        commands,
+        "embed",
+        do_embed,
+        "a data set (--data, --images) and a CLIP (--clip)",
+        "unit vectors in --store, one file per split, where every other command finds them; a finished split"
+        " is not done again",
+        "embed",
+        "embed --data ~/okvqa --split train val --clip openai/clip-vit-large-patch14 --device cuda --shard"
+        " 0/4 --store runs/store",
+    )
+    _data_flags(
+        p,
+        ["train", "dev", "test"],
+        limit=False,
+        nargs="+",
+        help="splits, each with its candidates (default: train dev test)",
+    )
     p.add_argument("--device", metavar="NAME", help="torch device (default: a GPU if there is one)")
-    p.add_argument("--parts", type=number_arg(), default=1, metavar="N", help="divide the images, so that a kill costs one part (default: 1)")
-    _run_flags(p, shard="the last one to finish puts all together; give all the same --store", rate="images per second, for the plan")
+    p.add_argument(
+        "--parts",
+        type=number_arg(),
+        default=1,
+        metavar="N",
+        help="divide the images, so that a kill costs one part (default: 1)",
+    )
+    _run_flags(
+        p,
+        shard="the last one to finish puts all together; give all the same --store",
+        rate="images per second, for the plan",
+    )
 
 # %% ../nbs/95_cli.ipynb #60d19348
 def do_pools(args):
     "Draw the pools of all splits"
     jobs, items, every = _splits(args)
     if args.dry_run:
-        ask_ = {s: int((items[s].split == s).sum()) for s in jobs}; there = all(_is_there(embed_place(jobs[s], items[s])) for s in jobs)
-        return _print_plan(args, questions=", ".join(f"{s} {n:,}" for s, n in ask_.items()),
-                         pools=f"{args.K} of {int((every.split == args.candidates).sum()):,} candidates, sampler {args.sampler}",
-                          embeddings=f"there, in {args.store}" if there else "not there: made first (leverplus embed does it in parts)", LVLM_calls=0,
-                          disk=f"about {size_text(sum(ask_.values())*args.K*8)} in {args.store}")
+        ask_ = {s: int((items[s].split == s).sum()) for s in jobs}
+        there = all(_is_there(embed_place(jobs[s], items[s])) for s in jobs)
+        return _print_plan(
+            args,
+            questions=", ".join(f"{s} {n:,}" for s, n in ask_.items()),
+            pools=(
+                f"{args.K} of {int((every.split == args.candidates).sum()):,} candidates, sampler"
+                f" {args.sampler}"
+            ),
+            embeddings=(
+                f"there, in {args.store}"
+                if there
+                else "not there: made first (leverplus embed does it in parts)"
+            ),
+            LVLM_calls=0,
+            disk=f"about {size_text(sum(ask_.values())*args.K*8)} in {args.store}",
+        )
     for s, job in jobs.items():
-        _, store, pool = job.inputs(); r = pool.recipe
-        print(f"{s}: {len(pool)} questions, K = {pool.K}, sampler {r['sampler']}, fingerprint {pool.fingerprint}; "
-              "barred pairs: " + ", ".join(f"{k} {v}" for k, v in r["excluded"].items()))
+        _, store, pool = job.inputs()
+        r = pool.recipe
+        print(
+            f"{s}: {len(pool)} questions, K = {pool.K}, sampler {r['sampler']}, fingerprint"
+            f" {pool.fingerprint}; barred pairs: "
+            + ", ".join(f"{k} {v}" for k, v in r["excluded"].items())
+        )
 
 def add_pools(commands):
     "Add `leverplus pools`"
@@ -354,78 +507,174 @@ def add_pools(commands):
                  "a data set, and its embeddings (made if they are not in --store)",
         "K candidates per question in --store, never the question itself nor its picture", "pools --K 16",
         "pools --data ~/okvqa --split train val --clip openai/clip-vit-large-patch14 --K 64 --sampler mixed")
-    _data_flags(p, ["train", "dev", "test"], limit=False, nargs="+", help="splits whose questions get a pool (default: train dev test)")
+    _data_flags(
+        p,
+        ["train", "dev", "test"],
+        limit=False,
+        nargs="+",
+        help="splits whose questions get a pool (default: train dev test)",
+    )
     _pool_flags(p.add_argument_group("pools"))
-    p.add_argument("--device", metavar="NAME", help="torch device (default: a GPU if there is one)"); _run_flags(p, rate=None)
+    p.add_argument("--device", metavar="NAME", help="torch device (default: a GPU if there is one)")
+    _run_flags(p, rate=None)
 
 # %% ../nbs/95_cli.ipynb #2f5e8751
 def add_generate(
     commands, # what `add_subparsers` returned
 ):
     "Add `leverplus generate`"
-    p = add_door(commands, "generate", do_generate,
+    p = add_door(
+        commands,
+        "generate",
+        do_generate,
         "a data set, a CLIP, a vision-language model (--lvlm)",
-        "a run in --out: each sequence that was tried, with the answer, its accuracy, and the probability of the true "
-        "answers. A run that was killed goes on when the same command is started again; a part (--window) is the most that a kill can cost",
-        "generate --limit 100 --out runs/groups/train", "generate --split dev --limit 50 --out runs/groups/dev",
+        "a run in --out: each sequence that was tried, with the answer, its accuracy, and the probability of"
+        " the true answers. A run that was killed goes on when the same command is started again; a part"
+        " (--window) is the most that a kill can cost",
+        "generate --limit 100 --out runs/groups/train",
+        "generate --split dev --limit 50 --out runs/groups/dev",
         "generate --data ~/okvqa --clip openai/clip-vit-large-patch14 "
         "--lvlm Qwen/Qwen2.5-VL-3B-Instruct --K 64 --verify 8 --shard 0/4 --out runs/okvqa",
-        "generate --selector runs/rce --limit 100 --out runs/groups/second", usage="--out DIR [options]")
+        "generate --selector runs/rce --limit 100 --out runs/groups/second",
+        usage="--out DIR [options]",
+    )
     _out_flag(p, "directory of the run; continued if it is there")
     _data_flags(p, "train")
-    g = p.add_argument_group("who may be picked, and who is tried"); _pool_flags(g)
+    g = p.add_argument_group("who may be picked, and who is tried")
+    _pool_flags(g)
     _flag(g, "seed", "seed of the proposals", type=int, metavar="N")
-    _flag(g, "shots", "demonstrations per sequence, one or more numbers", "2", type=int, nargs="+", metavar="N")
+    _flag(
+        g, "shots", "demonstrations per sequence, one or more numbers", "2", type=int, nargs="+", metavar="N"
+    )
     _flag(g, "counts", "proposals per question, JSON", type=counts_arg, metavar="JSON")
-    g.add_argument("--selector", metavar="DIR", help="run of train, or a checkpoint, that proposes beams and samples (default: the similarity of embeddings)")
-    g.add_argument("--other-pool", action="store_true", help="take pools of another kind than the selector was trained on")
-    _flag(g, "second", "two stages: which of them get a text, JSON such as '{\"top\": 8, \"low\": 2, \"random\": 2}'", "all get one",
-          type=counts_arg, metavar="JSON")
+    g.add_argument(
+        "--selector",
+        metavar="DIR",
+        help=(
+            "run of train, or a checkpoint, that proposes beams and samples (default: the similarity of"
+            " embeddings)"
+        ),
+    )
+    g.add_argument(
+        "--other-pool",
+        action="store_true",
+        help="take pools of another kind than the selector was trained on",
+    )
+    _flag(
+        g,
+        "second",
+        "two stages: which of them get a text, JSON such as '{\"top\": 8, \"low\": 2, \"random\": 2}'",
+        "all get one",
+        type=counts_arg,
+        metavar="JSON",
+    )
     _model_flags(p)
     g = _run_flags(p, "a run", "copy the directories of all parts into one")
     _flag(g, "window", "questions per part, what a kill can cost", type=int, metavar="N")
     _flag(g, "test", "questions of the self-test, 0: none", type=int, metavar="N")
     _flag(g, "max_failed", "share of rows that may fail before the run stops", type=float, metavar="X")
-    g.add_argument("--verify", type=int, default=0, metavar="K",
-                   help="questions of which one row is asked again of the naive scorer; the run stops if it disagrees (default: 0)")
-    g.add_argument("--ray", type=int, metavar="WORKERS", help="spread windows over so many Ray actors (needs pip install -e '.[ray]')")
-    g.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads of a Ray actor (default: 1)")
+    g.add_argument(
+        "--verify",
+        type=int,
+        default=0,
+        metavar="K",
+        help=(
+            "questions of which one row is asked again of the naive scorer; the run stops if it disagrees"
+            " (default: 0)"
+        ),
+    )
+    g.add_argument(
+        "--ray",
+        type=int,
+        metavar="WORKERS",
+        help="spread windows over so many Ray actors (needs pip install -e '.[ray]')",
+    )
+    g.add_argument(
+        "--threads", type=int, default=1, metavar="N", help="CPU threads of a Ray actor (default: 1)"
+    )
     g.add_argument("--gpus", type=float, default=0, metavar="X", help="GPUs of a Ray actor (default: 0)")
 
 def _proposer(args, job):
     "(the job as the selector wants it, the selector or None)"
     if args.selector is None: return job, None
-    model = open_selector(args.selector); return replace(job, kind=(model.info or {}).get("kind") or job.kind), model
+    model = open_selector(args.selector)
+    return replace(job, kind=(model.info or {}).get("kind") or job.kind), model
 
 def do_generate(args):
     "Make the job and run it"
-    if args.verify < 0 or (args.ray is not None and args.ray < 1): raise Bad("--verify wants a number >= 0, --ray one >= 1")
-    job = job_of(args, FIELDS); _to_resume(args, f"manifest{shard_tag(args.shard)}.json"); job, model = _proposer(args, job)
+    if args.verify < 0 or (args.ray is not None and args.ray < 1):
+        raise Bad("--verify wants a number >= 0, --ray one >= 1")
+    job = job_of(args, FIELDS)
+    _to_resume(args, f"manifest{shard_tag(args.shard)}.json")
+    job, model = _proposer(args, job)
     if args.dry_run: return _plan_generate(args, job)
-    if args.ray is None: data = job.run(args.out, args.shard, args.verify, not args.quiet, model, args.other_pool)
-    else: data = generate_ray(job, args.out, args.ray, args.threads, args.gpus, args.shard, args.verify, not args.quiet, policy=model, other_pool=args.other_pool)
-    said = {"rows": len(data), "queries": len(data.queries), "failed": int(data.rows.eval_failed.sum()), "fingerprint": data.fingerprint}
+    if args.ray is None:
+        data = job.run(args.out, args.shard, args.verify, not args.quiet, model, args.other_pool)
+    else:
+        data = generate_ray(
+            job,
+            args.out,
+            args.ray,
+            args.threads,
+            args.gpus,
+            args.shard,
+            args.verify,
+            not args.quiet,
+            policy=model,
+            other_pool=args.other_pool,
+        )
+    said = {
+        "rows": len(data),
+        "queries": len(data.queries),
+        "failed": int(data.rows.eval_failed.sum()),
+        "fingerprint": data.fingerprint,
+    }
     if v := data.manifest.get("verify"):
-        said["verified"] = f"{v['asked']} of {v['drawn']}, log P within {v['logprob']:.1g} (allowed {v['tolerance']:g}), {v['text']} other texts"
+        said["verified"] = (
+            f"{v['asked']} of {v['drawn']}, log P within {v['logprob']:.1g} (allowed {v['tolerance']:g}),"
+            f" {v['text']} other texts"
+        )
     print(f"{args.out}: " + ", ".join(f"{k} {v}" for k, v in said.items()))
 
 def sequences_of(
     job:Job, # for counts, shots, pool size
 )->int: # at most so many: a small pool has fewer
     "Sequences per question"
-    n = job.counts["beam"] + job.counts["random"] + job.counts["retrieval"] + sum(job.counts["temperature"].values())
+    n = (
+        job.counts["beam"]
+        + job.counts["random"]
+        + job.counts["retrieval"]
+        + sum(job.counts["temperature"].values())
+    )
     return sum(min(n, math.perm(job.K, S)) for S in job.shots)
 
 def _plan_generate(args, job):
-    items = job.items(); every = items.question_id[items.split == job.split][:job.limit].tolist(); mine = shard_queries(every, args.shard)
+    items = job.items()
+    every = items.question_id[items.split == job.split][: job.limit].tolist()
+    mine = shard_queries(every, args.shard)
     each = sequences_of(job)
     part_ = lambda i: Path(args.out, f"part{shard_tag(args.shard)}-{i:05d}.parquet")
-    there = sum(len(mine[a:a+job.window]) for a in range(0, len(mine), job.window) if part_(a//job.window).exists())
+    there = sum(
+        len(mine[a : a + job.window])
+        for a in range(0, len(mine), job.window)
+        if part_(a // job.window).exists()
+    )
     part = f", part {args.shard[0]} of {args.shard[1]}: {len(mine):,}" if args.shard else ""
-    _print_plan(args, questions=f"{len(every):,} of {args.data}, split {job.split}{part}; {there:,} are there already",
-               sequences=f"{each} per question (shots {', '.join(map(str, job.shots))}; pools of {job.K})"
-               + ("" if job.second is None else f"; of each shot count at most {sum(job.second.values())} get a text"),
-               **_asking_costs(args, (len(mine) - there)*each + (job.test + args.verify)*(there < len(mine)), len(mine)*each))
+    _print_plan(
+        args,
+        questions=f"{len(every):,} of {args.data}, split {job.split}{part}; {there:,} are there already",
+        sequences=f"{each} per question (shots {', '.join(map(str, job.shots))}; pools of {job.K})"
+        + (
+            ""
+            if job.second is None
+            else f"; of each shot count at most {sum(job.second.values())} get a text"
+        ),
+        **_asking_costs(
+            args,
+            (len(mine) - there) * each + (job.test + args.verify) * (there < len(mine)),
+            len(mine) * each,
+        ),
+    )
 
 # %% ../nbs/95_cli.ipynb #3f2d538b
 def do_check(args):
@@ -435,7 +684,10 @@ def do_check(args):
     print(seen)
     if args.csv: print(f"tables: {seen.to_csv(args.csv)}")
     if args.selector: print(*judged(args), sep="\n")
-    if args.strict and seen.verdict: raise Failed(f"{len(seen.verdict)} alarms: " + ", ".join(f"{a.file}: {a.cause}" for a in seen.verdict))
+    if args.strict and seen.verdict:
+        raise Failed(
+            f"{len(seen.verdict)} alarms: " + ", ".join(f"{a.file}: {a.cause}" for a in seen.verdict)
+        )
 
 def judged(
     args:argparse.Namespace, # of `check`: runs, selector, reward, weights, and where the embeddings lie
@@ -444,25 +696,54 @@ def judged(
     from leverplus.dls import GroupDataset
     from leverplus.offpolicy import off_policy, summarise
     from leverplus.rewards import reward
-    models, w, out = load_models(args.selector), weights_of(args), []; _, store, _ = job_of(args).inputs()
+    models = load_models(args.selector)
+    w = weights_of(args)
+    out = []
+    _, store, _ = job_of(args).inputs()
     for p in args.runs:
         data = with_text(RLData.load(p), args.reward, w)
         for name, m in models.items():
-            flatters = ", WHICH WAS TRAINED ON THESE ROWS: the estimate flatters it" if (m.info.get("data") or {}).get("train") == data.fingerprint else ""
-            ds = GroupDataset(data.rows, data.pool, store, reward(data.rows, args.reward, **w), m.info.get("kind", "mixed"))
-            out.append(f"\n{p}, judging {name}{flatters}\n{summarise(off_policy(m, ds)).round(3).to_string()}")
+            flatters = (
+                ", WHICH WAS TRAINED ON THESE ROWS: the estimate flatters it"
+                if (m.info.get("data") or {}).get("train") == data.fingerprint
+                else ""
+            )
+            ds = GroupDataset(
+                data.rows, data.pool, store, reward(data.rows, args.reward, **w), m.info.get("kind", "mixed")
+            )
+            out.append(
+                f"\n{p}, judging {name}{flatters}\n{summarise(off_policy(m, ds)).round(3).to_string()}"
+            )
     return out
 
 def add_check(commands):
     "Add `leverplus check`"
-    p = add_door(commands, "check", do_check, "runs of generate, mine or merge",
-                 "metrics, alarms and what to do about them, on the screen; tables in --csv; what a --selector would earn, source by source, without a question to the LVLM",
-                 "check runs/groups/train runs/groups/dev", "check runs/okvqa --reward hard_plus_soft --strict --csv runs/okvqa-health", "check runs/groups/dev --selector runs/rce --split dev",
-                 usage="RUN [RUN ...] [options]")
-    p.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run"); _reward_flags(p)
+    p = add_door(
+        commands,
+        "check",
+        do_check,
+        "runs of generate, mine or merge",
+        "metrics, alarms and what to do about them, on the screen; tables in --csv; what a --selector would"
+        " earn, source by source, without a question to the LVLM",
+        "check runs/groups/train runs/groups/dev",
+        "check runs/okvqa --reward hard_plus_soft --strict --csv runs/okvqa-health",
+        "check runs/groups/dev --selector runs/rce --split dev",
+        usage="RUN [RUN ...] [options]",
+    )
+    p.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
+    _reward_flags(p)
     p.add_argument("--csv", type=folder_arg, metavar="DIR", help="write all tables there")
     p.add_argument("--strict", action="store_true", help="exit status 1 if there is an alarm")
-    p.add_argument("--selector", type=named_arg, action="append", metavar="[NAME=]DIR", help="judge a run of train, or a checkpoint, by the rows of these runs (page 72); needs their embeddings")
+    p.add_argument(
+        "--selector",
+        type=named_arg,
+        action="append",
+        metavar="[NAME=]DIR",
+        help=(
+            "judge a run of train, or a checkpoint, by the rows of these runs (page 72); needs their"
+            " embeddings"
+        ),
+    )
     _data_flags(p, "train", limit=False)
     p.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
@@ -477,7 +758,12 @@ def weights_of(
 def _reward_flags(p):
     p.add_argument("--reward", default="hard_plus_soft", choices=list(REWARDS), metavar="MODE",
                 help=f"how facts become rewards: {', '.join(REWARDS)} (default: hard_plus_soft)")
-    p.add_argument("--weights", type=counts_arg, metavar="JSON", help="its weights, such as '{\"hard_weight\": 2}' (default: its own)")
+    p.add_argument(
+        "--weights",
+        type=counts_arg,
+        metavar="JSON",
+        help="its weights, such as '{\"hard_weight\": 2}' (default: its own)",
+    )
 
 # %% ../nbs/95_cli.ipynb #9d7107bc
 def same_scorer(
@@ -486,26 +772,55 @@ def same_scorer(
     style:str, # prompt style
 )->str: # its fingerprint; `Bad` if the facts are not its own
     "Refuse to mix facts of two models or prompts"
-    who, there = facts_fingerprint(scorer, style), sorted(data.rows.scorer.dropna().unique())
+    who = facts_fingerprint(scorer, style)
+    there = sorted(data.rows.scorer.dropna().unique())
     if there not in ([], [who]):
-        raise Bad(f"{data.path}: its facts are of scorer {', '.join(there)}, --lvlm, --dtype and --style here make {who}; "
-                  "name the model that it was made with")
+        raise Bad(
+            f"{data.path}: its facts are of scorer {', '.join(there)}, --lvlm, --dtype and --style here make"
+            f" {who}; name the model that it was made with"
+        )
     return who
 
 def do_mine(args):
     "Mine a run and save what came of it elsewhere"
     from leverplus.rldata_mine import lacking, mine
-    data = RLData.load(args.run); lacks = lacking(data); lacks = lacks[lacks != ""]; _to_resume(args, "facts", "manifest.json")
+    data = RLData.load(args.run)
+    lacks = lacking(data)
+    lacks = lacks[lacks != ""]
+    _to_resume(args, "facts", "manifest.json")
     if args.dry_run:
         calls = len(lacks)*(2*args.tries*len(data.shots) + args.top)*args.rounds
         what = ", ".join(f"{n:,} a {w}" for w, n in lacks.value_counts().items())
-        return _print_plan(args, questions=f"{len(lacks):,} of {len(data.queries):,} lack something: {what}",
-                          rounds=args.rounds, **_asking_costs(args, calls if args.budget is None else min(calls, args.budget), shots=data.shots))
-    if Path(args.out).resolve() == Path(args.run).resolve(): raise Bad(f"--out {args.out} is the run itself: give it a folder of its own")
-    job = job_of(args); items, store, _ = job.inputs(); data.validate(items); scorer = job.scorer(); same_scorer(data, scorer, args.style)
+        return _print_plan(
+            args,
+            questions=f"{len(lacks):,} of {len(data.queries):,} lack something: {what}",
+            rounds=args.rounds,
+            **_asking_costs(
+                args, calls if args.budget is None else min(calls, args.budget), shots=data.shots
+            ),
+        )
+    if Path(args.out).resolve() == Path(args.run).resolve():
+        raise Bad(f"--out {args.out} is the run itself: give it a folder of its own")
+    job = job_of(args)
+    items, store, _ = job.inputs()
+    data.validate(items)
+    scorer = job.scorer()
+    same_scorer(data, scorer, args.style)
     with run_lock(args.out):
-        more, log = mine(data, items, scorer, store, tries=args.tries, top=args.top, rounds=args.rounds, budget=args.budget, seed=args.seed,
-                         cache=FactCache(Path(args.out)/"facts"), progress=not args.quiet, style=args.style)
+        more, log = mine(
+            data,
+            items,
+            scorer,
+            store,
+            tries=args.tries,
+            top=args.top,
+            rounds=args.rounds,
+            budget=args.budget,
+            seed=args.seed,
+            cache=FactCache(Path(args.out) / "facts"),
+            progress=not args.quiet,
+            style=args.style,
+        )
         more.save(args.out)
     if len(log): print(log.to_string(index=False))
     print(f"{args.out}: rows {len(more)} (were {len(data)}), questions that lack something "
@@ -513,26 +828,39 @@ def do_mine(args):
 
 def add_mine(commands):
     "Add `leverplus mine`"
-    p = add_door(commands, "mine", do_mine,
-                 "a run of generate; the data set and the model that made it (same flags)",
-                 "the run with the mined rows in --out; facts are kept there as they come, so the same command goes on after a kill",
-                 "mine runs/groups/train --out runs/groups/mined --rounds 2",
-                 "mine runs/okvqa --out runs/okvqa-mined --data ~/okvqa --lvlm Qwen/Qwen2.5-VL-3B-Instruct --budget 20000",
-                 usage="RUN --out DIR [options]")
+    p = add_door(
+        commands,
+        "mine",
+        do_mine,
+        "a run of generate; the data set and the model that made it (same flags)",
+        "the run with the mined rows in --out; facts are kept there as they come, so the same command goes on"
+        " after a kill",
+        "mine runs/groups/train --out runs/groups/mined --rounds 2",
+        "mine runs/okvqa --out runs/okvqa-mined --data ~/okvqa --lvlm Qwen/Qwen2.5-VL-3B-Instruct --budget"
+        " 20000",
+        usage="RUN --out DIR [options]",
+    )
     p.add_argument("run", metavar="RUN", help="folder of a run")
     _out_flag(p, "folder of the new run")
     g = p.add_argument_group("search")
-    for name, n, what in (("tries", 8, "sequences per question and round from swaps, and as many from samples"),
-                ("top", 3, "of these get a text"), ("rounds", 4, "at most")):
+    for name, n, what in (
+        ("tries", 8, "sequences per question and round from swaps, and as many from samples"),
+        ("top", 3, "of these get a text"),
+        ("rounds", 4, "at most"),
+    ):
         g.add_argument(f"--{name}", type=number_arg(), default=n, metavar="N", help=f"{what} (default: {n})")
     g.add_argument("--budget", type=number_arg(), metavar="N", help="prompts in all (default: no limit)")
     g.add_argument("--seed", type=number_arg(0), default=0, metavar="N", help="of the search (default: 0)")
-    _data_flags(p, "train", limit=False); _model_flags(p); _run_flags(p, "facts of a search")
+    _data_flags(p, "train", limit=False)
+    _model_flags(p)
+    _run_flags(p, "facts of a search")
 
 # %% ../nbs/95_cli.ipynb #7807d035
 def do_merge(args):
     "Merge runs, then keep what is asked for"
-    from leverplus.rldata_merge import balance, by_gap, drop_failed, merge, require_positive_query, sample_queries
+    from leverplus.rldata_merge import (
+        balance, by_gap, drop_failed, merge, require_positive_query, sample_queries,
+    )
     if any(Path(args.out).resolve() == Path(r).resolve() for r in args.runs):
         raise Bad(f"--out {args.out} is one of the runs: give it a folder of its own")
     data = merge(*[RLData.load(p) for p in args.runs], pools=args.pools, facts=args.facts, mix=args.mix)
@@ -542,32 +870,57 @@ def do_merge(args):
     if args.positive_share is not None: data = balance(data, args.positive_share, seed=args.seed)
     if args.sample is not None: data = sample_queries(data, args.sample, args.seed)
     print("\n".join(data.log))
-    if args.dry_run: return _print_plan(args, rows=f"{len(data):,}", questions=f"{len(data.queries):,}", LVLM_calls=0,
-                disk=f"about {size_text(len(data)*ROW_BYTES)} in {args.out}")
+    if args.dry_run:
+        return _print_plan(
+            args,
+            rows=f"{len(data):,}",
+            questions=f"{len(data.queries):,}",
+            LVLM_calls=0,
+            disk=f"about {size_text(len(data)*ROW_BYTES)} in {args.out}",
+        )
     print(f"{data.save(args.out)}: rows {len(data)}, queries {len(data.queries)}, "
           f"failed {int(data.rows.eval_failed.sum())}, fingerprint {data.fingerprint}")
 
 def add_merge(commands):
     "Add `leverplus merge`"
-    p = add_door(commands, "merge", do_merge, "runs of generate or mine, older first",
-                 "one run in --out, and a line per step that says what was dropped and why",
-                 "merge runs/groups/train runs/groups/mined --out runs/groups/all --min-gap 0.01",
-                 "merge runs/a runs/b --pools unite --positive-share 0.5 --out runs/ab", usage="RUN [RUN ...] --out DIR [options]")
+    p = add_door(
+        commands,
+        "merge",
+        do_merge,
+        "runs of generate or mine, older first",
+        "one run in --out, and a line per step that says what was dropped and why",
+        "merge runs/groups/train runs/groups/mined --out runs/groups/all --min-gap 0.01",
+        "merge runs/a runs/b --pools unite --positive-share 0.5 --out runs/ab",
+        usage="RUN [RUN ...] --out DIR [options]",
+    )
     p.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
     _out_flag(p, "folder of the new run; data that lie there are replaced")
     g = p.add_argument_group("merging")
-    g.add_argument("--pools", default="same", choices=["same", "unite"], help="candidates must agree, or are joined (default: same)")
+    g.add_argument(
+        "--pools",
+        default="same",
+        choices=["same", "unite"],
+        help="candidates must agree, or are joined (default: same)",
+    )
     g.add_argument("--facts", default="all", choices=["all", "common"],
                 help="all runs must have the same facts, or what some lack is left out (default: all)")
     g.add_argument("--mix", action="store_true", help="allow labels of several scorers in one question")
     g = p.add_argument_group("keeping, in this order")
     g.add_argument("--drop-failed", action="store_true", help="rows that did not fail")
     g.add_argument("--require-positive", action="store_true", help="questions with a right answer")
-    g.add_argument("--min-gap", type=float, metavar="X", help="questions whose best and worst reward lie so far apart")
-    g.add_argument("--positive-share", type=float, metavar="X", help="so many that this share of each question's rows is positive")
+    g.add_argument(
+        "--min-gap", type=float, metavar="X", help="questions whose best and worst reward lie so far apart"
+    )
+    g.add_argument(
+        "--positive-share",
+        type=float,
+        metavar="X",
+        help="so many that this share of each question's rows is positive",
+    )
     g.add_argument("--sample", type=number_arg(), metavar="N", help="so many questions, by lot")
     g.add_argument("--seed", type=number_arg(0), default=0, metavar="N", help="of the lots (default: 0)")
-    _reward_flags(p); _run_flags(p, rate=None)
+    _reward_flags(p)
+    _run_flags(p, rate=None)
 
 # %% ../nbs/95_cli.ipynb #80468faa
 OBJECTIVES = dict(rce="fit_rce", listwise="fit_listwise", sft="fit_sft", grpo="fit_grpo")
@@ -578,10 +931,15 @@ def open_selector(
 ): # PointerSelector; `Bad` if there is none
     "Load the selector of a run"
     from leverplus.learner import load_selector
-    folder = Path(path).expanduser(); place = next((p for p in (folder/"checkpoint", folder) if (p/"config.json").is_file()), None)
-    if place is None and folder.is_dir(): raise Bad(f"{path}: no selector lies there (config.json is missing); has its training ended?")
+    folder = Path(path).expanduser()
+    place = next((p for p in (folder / "checkpoint", folder) if (p / "config.json").is_file()), None)
+    if place is None and folder.is_dir():
+        raise Bad(f"{path}: no selector lies there (config.json is missing); has its training ended?")
     try: return load_selector(path if place is None else place)
-    except OSError as e: raise Bad(f"{path}: no such folder, and no selector of that name on the hub ({type(e).__name__})") from e
+    except OSError as e:
+        raise Bad(
+            f"{path}: no such folder, and no selector of that name on the hub ({type(e).__name__})"
+        ) from e
 
 def with_text(
     data:RLData, # maybe with rows that have probabilities alone, from two stages or from mining
@@ -598,44 +956,69 @@ def _training_data(args):
     how = args.reward, weights_of(args)
     if args.recipe:
         from leverplus.recipes import recipe
-        d = recipe(args.recipe, **dict(args.set or {})).get("data", {}); how = d.get("reward", args.reward), d.get("weights")
-    runs = [RLData.load(p) for p in args.runs]; train = merge(*runs) if len(runs) > 1 else runs[0]
+        d = recipe(args.recipe, **dict(args.set or {})).get("data", {})
+        how = d.get("reward", args.reward), d.get("weights")
+    runs = [RLData.load(p) for p in args.runs]
+    train = merge(*runs) if len(runs) > 1 else runs[0]
     job = job_of(args, split=args.split or ("dev" if args.dev else args.candidates))
-    pair = (train, RLData.load(args.dev)) if args.dev else split(train, (1 - args.dev_share, args.dev_share), args.seed, job.items())
+    pair = (
+        (train, RLData.load(args.dev))
+        if args.dev
+        else split(train, (1 - args.dev_share, args.dev_share), args.seed, job.items())
+    )
     return job, *(with_text(d, *how) for d in pair)
 
 def _learner(args, train, dev, store, items):
     "A Learner, the function that fits it, and a few words"
     from leverplus.learner import selector_learner
-    start = None if args.start is None else open_selector(args.start); more = dict(args.set or {})
+    start = None if args.start is None else open_selector(args.start)
+    more = dict(args.set or {})
     if args.recipe:
         from leverplus.recipes import fit_recipe, recipe_learner
-        own = items[~items.image_id.isin(items.image_id.reindex(dev.queries))]   # what a warm-up may see: no picture of a development question
+        # what a warm-up may see: no picture of a development question
+        own = items[~items.image_id.isin(items.image_id.reindex(dev.queries))]
         learn = recipe_learner(args.recipe, train, dev, store, args.seed, start, items=own, **more)
         return learn, lambda folder: fit_recipe(learn, args.recipe, resume=folder, **more)
     from leverplus.dls import group_dls
-    dls = group_dls(train, dev, store, args.reward, args.kind, args.bs, args.seed, args.device, **weights_of(args))
+    dls = group_dls(
+        train, dev, store, args.reward, args.kind, args.bs, args.seed, args.device, **weights_of(args)
+    )
     learn = selector_learner(dls, start, args.seed, **({} if start is not None else args.model or {}))
     if args.lr is not None: more["lr"] = args.lr
-    n = EPOCHS if args.epochs is None else args.epochs; stage = getattr(learn, OBJECTIVES[args.objective])
+    n = EPOCHS if args.epochs is None else args.epochs
+    stage = getattr(learn, OBJECTIVES[args.objective])
     fit = lambda folder, n=n: stage(n, resume=folder/args.objective, **more)
-    with warnings.catch_warnings(): warnings.simplefilter("ignore"); fit(Path(args.out), 0) # try the settings, train nothing
+    # try the settings, train nothing
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fit(Path(args.out), 0)
     return learn, fit
 
 def _choose_by(args, job, scorer, learn, dev, items, store):
     "The score of `--choose accuracy`, which knows what is stored of dev, and keeps what it asks in the run's folder"
     from leverplus.callback_onpolicy import Feedback, GreedyLoss
-    cache, known = FactCache(Path(args.out)/"facts"), dev.rows[~dev.rows.eval_failed]
+    cache = FactCache(Path(args.out)/"facts")
+    known = dev.rows[~dev.rows.eval_failed]
     if not len(cache): cache.add(known[["question_id", "pointer", *FACT_COLUMNS]])
     shots = None if getattr(learn.model, "stop", None) is not None else dev.shots
-    return GreedyLoss(Feedback(scorer, items, cache, "soft_only", args.style, progress=args.progress), dev.pool, store, shots, dev.queries, learn.dls.info["kind"],
-                      max_failed=job.max_failed)
+    return GreedyLoss(
+        Feedback(scorer, items, cache, "soft_only", args.style, progress=args.progress),
+        dev.pool,
+        store,
+        shots,
+        dev.queries,
+        learn.dls.info["kind"],
+        max_failed=job.max_failed,
+    )
 
 @contextmanager
 def _lines(args, learn):
     "A line per epoch, or nothing, in place of bars"
-    if args.progress: yield; return
-    was, learn.logger = learn.logger, noop if args.quiet else _epoch_line(learn)
+    if args.progress:
+        yield
+        return
+    was = learn.logger
+    learn.logger = noop if args.quiet else _epoch_line(learn)
     try:
         with learn.no_bar(): yield
     finally: learn.logger = was
@@ -648,29 +1031,61 @@ def _epoch_line(learn):
 def do_train(args):
     "Train a selector in a run folder"
     if args.recipe and (own := [f"--{k}" for k in ("epochs", "lr", "model") if getattr(args, k) is not None]):
-        raise Bad(f"{', '.join(own)} beside --recipe {args.recipe}: change a recipe with --set, such as '{{\"rce\": {{\"n_epoch\": 2}}}}'")
-    _to_resume(args, "state/*/state.pt"); job, train, dev = _training_data(args)
+        raise Bad(
+            f"{', '.join(own)} beside --recipe {args.recipe}: change a recipe with --set, such as '{{\"rce\":"
+            " {\"n_epoch\": 2}}'"
+        )
+    _to_resume(args, "state/*/state.pt")
+    job, train, dev = _training_data(args)
     if args.dry_run: return _plan_train(args, train, dev)
-    items, store, _ = job.inputs(); train.validate(items); dev.validate(items)
+    items, store, _ = job.inputs()
+    train.validate(items)
+    dev.validate(items)
     try: learn, fit = _learner(args, train, dev, store, items[items.split == job.candidates])
     except TypeError as e: raise Bad(f"--set, --model or --weights: {e}") from e
-    own = dict(objective=args.objective, epochs=EPOCHS if args.epochs is None else args.epochs, lr=args.lr, reward=args.reward,
-               weights=args.weights, kind=args.kind, bs=args.bs); chosen = {} if args.choose == "regret" else dict(choose=args.choose)
-    what, prints = dict(recipe=args.recipe) if args.recipe else own, dict(train=train.fingerprint, dev=dev.fingerprint, store=store.fingerprint)
+    own = dict(
+        objective=args.objective,
+        epochs=EPOCHS if args.epochs is None else args.epochs,
+        lr=args.lr,
+        reward=args.reward,
+        weights=args.weights,
+        kind=args.kind,
+        bs=args.bs,
+    )
+    chosen = {} if args.choose == "regret" else dict(choose=args.choose)
+    what = dict(recipe=args.recipe) if args.recipe else own
+    prints = dict(train=train.fingerprint, dev=dev.fingerprint, store=store.fingerprint)
     if args.start is not None: prints["start"] = policy_fingerprint(learn.model)
     if chosen:
-        if not _looks(args): raise Bad("--choose accuracy, but no stage chooses an epoch (best is false): leave it out, or let a stage keep its best")
-        scorer = job.scorer(); prints["scorer"] = same_scorer(dev, scorer, args.style)
+        if not _looks(args):
+            raise Bad(
+                "--choose accuracy, but no stage chooses an epoch (best is false): leave it out, or let a"
+                " stage keep its best"
+            )
+        scorer = job.scorer()
+        prints["scorer"] = same_scorer(dev, scorer, args.style)
     with run_lock(args.out):
-        run = Run.create(args.out, dict(what, set=args.set, model=args.model, **chosen), args.seed, prints, overwrite=args.overwrite)
+        run = Run.create(
+            args.out,
+            dict(what, set=args.set, model=args.model, **chosen),
+            args.seed,
+            prints,
+            overwrite=args.overwrite,
+        )
         if chosen: learn.choose_by = _choose_by(args, job, scorer, learn, dev, items, store)
         with _lines(args, learn): fit(Path(args.out)/"state")
-        h = learn.history.frame; best = float(h.valid_loss.min()) if len(h) else math.nan; acc = dict(dev_accuracy=1 - float(learn.choose_by(learn).mean())) if chosen else {}
+        h = learn.history.frame
+        best = float(h.valid_loss.min()) if len(h) else math.nan
+        acc = dict(dev_accuracy=1 - float(learn.choose_by(learn).mean())) if chosen else {}
         run.save_history(h)
         learn.save_selector(run.checkpoint, info=learn.dls.info | dict(seed=args.seed,
                     **{k: v for k, v in what.items() if k in ("recipe", "objective")}, **chosen))
         run.finish(regret=best, epochs_done=len(h), **acc) # the smallest regret of all epochs
-    kept = f"dev accuracy {acc['dev_accuracy']:.4f} (of what is kept)" if acc else f"smallest dev regret {best:.4g}"
+    kept = (
+        f"dev accuracy {acc['dev_accuracy']:.4f} (of what is kept)"
+        if acc
+        else f"smallest dev regret {best:.4g}"
+    )
     print(f"{args.out}: epochs {len(h)}, {kept}, checkpoint {run.checkpoint}")
 
 def _looks(args):
@@ -685,45 +1100,106 @@ def _looks(args):
 
 def _plan_train(args, train, dev):
     n = len(train.queries)
-    epochs = f"recipe {args.recipe}" if args.recipe else f"{args.objective}, {EPOCHS if args.epochs is None else args.epochs} epochs"
-    total = 0 if args.recipe else n*(EPOCHS if args.epochs is None else args.epochs); looks = _looks(args)*len(dev.queries)*len(dev.shots)
-    asking = _asking_costs(SimpleNamespace(**vars(args) | dict(rate=None)), looks, shots=dev.shots)["time"] if looks else ""
-    _print_plan(args, training=f"{n:,} questions, {len(train):,} sequences",
-                development=f"{len(dev.queries):,} questions, {len(dev):,} sequences", stages=epochs, LVLM_calls=f"at most {looks:,}, one per question of dev, shot count and epoch" if looks else 0,
-               time=("not known for a recipe" if args.recipe else time_text(total, args.rate, "questions")) + (f"; asking, at most: {asking}" if looks else ""),
-               disk=f"weights and a state after every epoch in {args.out}")
+    epochs = (
+        f"recipe {args.recipe}"
+        if args.recipe
+        else f"{args.objective}, {EPOCHS if args.epochs is None else args.epochs} epochs"
+    )
+    total = 0 if args.recipe else n * (EPOCHS if args.epochs is None else args.epochs)
+    looks = _looks(args) * len(dev.queries) * len(dev.shots)
+    asking = (
+        _asking_costs(SimpleNamespace(**vars(args) | dict(rate=None)), looks, shots=dev.shots)["time"]
+        if looks
+        else ""
+    )
+    _print_plan(
+        args,
+        training=f"{n:,} questions, {len(train):,} sequences",
+        development=f"{len(dev.queries):,} questions, {len(dev):,} sequences",
+        stages=epochs,
+        LVLM_calls=f"at most {looks:,}, one per question of dev, shot count and epoch" if looks else 0,
+        time=("not known for a recipe" if args.recipe else time_text(total, args.rate, "questions"))
+        + (f"; asking, at most: {asking}" if looks else ""),
+        disk=f"weights and a state after every epoch in {args.out}",
+    )
 
 # %% ../nbs/95_cli.ipynb #f4d7d173
 def add_train(commands):
     "Add `leverplus train`"
-    p = add_door(commands, "train", do_train,
-                 "runs of generate, mine or merge, and the data set that they were made from (for its embeddings)",
-                 "a run in --out: settings, history, checkpoint, a state after every epoch; started again with the same flags it "
-                 "goes on, bit by bit as if it had not been stopped",
-                 "train runs/groups/train --dev runs/groups/dev --out runs/rce",
-                 "train runs/groups/train --dev runs/groups/dev --objective grpo --start runs/rce --out runs/grpo",
-                 "train runs/groups/train --dev runs/groups/dev --objective sft --choose accuracy --out runs/sft",
-                 "train runs/okvqa --dev-share 0.1 --data ~/okvqa --recipe rce-only "
-                 "--clip openai/clip-vit-large-patch14 --out runs/okvqa-rce", usage="RUN [RUN ...] --out DIR [options]")
+    p = add_door(
+        commands,
+        "train",
+        do_train,
+        "runs of generate, mine or merge, and the data set that they were made from (for its embeddings)",
+        "a run in --out: settings, history, checkpoint, a state after every epoch; started again with the"
+        " same flags it goes on, bit by bit as if it had not been stopped",
+        "train runs/groups/train --dev runs/groups/dev --out runs/rce",
+        "train runs/groups/train --dev runs/groups/dev --objective grpo --start runs/rce --out runs/grpo",
+        "train runs/groups/train --dev runs/groups/dev --objective sft --choose accuracy --out runs/sft",
+        "train runs/okvqa --dev-share 0.1 --data ~/okvqa --recipe rce-only "
+        "--clip openai/clip-vit-large-patch14 --out runs/okvqa-rce",
+        usage="RUN [RUN ...] --out DIR [options]",
+    )
     p.add_argument("runs", nargs="+", metavar="RUN", help="training data; several are merged")
     _out_flag(p, "folder of the run; continued if it is there")
     g = p.add_argument_group("objective")
-    g.add_argument("--objective", default="rce", choices=list(OBJECTIVES), help="what is trained (default: rce)")
-    g.add_argument("--recipe", metavar="NAME", help="stages and settings by name, in place of an objective (page 71)")
+    g.add_argument(
+        "--objective", default="rce", choices=list(OBJECTIVES), help="what is trained (default: rce)"
+    )
+    g.add_argument(
+        "--recipe", metavar="NAME", help="stages and settings by name, in place of an objective (page 71)"
+    )
     g.add_argument("--epochs", type=number_arg(0), metavar="N", help=f"of the objective (default: {EPOCHS})")
-    g.add_argument("--lr", type=number_arg(0., float), metavar="X", help="peak learning rate (default: the objective's own)")
-    g.add_argument("--set", type=counts_arg, metavar="JSON",
-                help="more arguments of the objective, such as '{\"temp\": [2, 0.5]}', or changes to the recipe")
+    g.add_argument(
+        "--lr",
+        type=number_arg(0.0, float),
+        metavar="X",
+        help="peak learning rate (default: the objective's own)",
+    )
+    g.add_argument(
+        "--set",
+        type=counts_arg,
+        metavar="JSON",
+        help="more arguments of the objective, such as '{\"temp\": [2, 0.5]}', or changes to the recipe",
+    )
     g.add_argument("--start", metavar="DIR", help="selector to start from (default: a new one)")
-    g.add_argument("--model", type=counts_arg, metavar="JSON", help="arguments of a new selector, such as '{\"d_hidden\": 256}'")
-    g.add_argument("--bs", type=number_arg(), default=32, metavar="N", help="questions per batch (default: 32)")
-    g.add_argument("--seed", type=number_arg(0), default=0, metavar="N", help="of weights and batches (default: 0)")
-    _reward_flags(p); g = p.add_argument_group("development")
-    g.add_argument("--dev", metavar="RUN", help="data that choose the epoch (default: a share of the training questions)")
-    g.add_argument("--dev-share", type=float, default=.2, metavar="X", help="that share, disjoint by picture (default: 0.2)")
-    g.add_argument("--choose", default="regret", choices=["regret", "accuracy"],
-                help="what an epoch is kept for: least regret on the groups of --dev, or the accuracy of what greedy picks, about which the vision-language model (--lvlm) is asked (default: regret)")
-    _data_flags(p, None, limit=False); p.add_argument("--split", metavar="NAME", help="split of the questions of --dev (default: dev)"); _kind_flag(p); _model_flags(p)
+    g.add_argument(
+        "--model",
+        type=counts_arg,
+        metavar="JSON",
+        help="arguments of a new selector, such as '{\"d_hidden\": 256}'",
+    )
+    g.add_argument(
+        "--bs", type=number_arg(), default=32, metavar="N", help="questions per batch (default: 32)"
+    )
+    g.add_argument(
+        "--seed", type=number_arg(0), default=0, metavar="N", help="of weights and batches (default: 0)"
+    )
+    _reward_flags(p)
+    g = p.add_argument_group("development")
+    g.add_argument(
+        "--dev", metavar="RUN", help="data that choose the epoch (default: a share of the training questions)"
+    )
+    g.add_argument(
+        "--dev-share",
+        type=float,
+        default=0.2,
+        metavar="X",
+        help="that share, disjoint by picture (default: 0.2)",
+    )
+    g.add_argument(
+        "--choose",
+        default="regret",
+        choices=["regret", "accuracy"],
+        help=(
+            "what an epoch is kept for: least regret on the groups of --dev, or the accuracy of what greedy"
+            " picks, about which the vision-language model (--lvlm) is asked (default: regret)"
+        ),
+    )
+    _data_flags(p, None, limit=False)
+    p.add_argument("--split", metavar="NAME", help="split of the questions of --dev (default: dev)")
+    _kind_flag(p)
+    _model_flags(p)
     g = _run_flags(p, "a state", rate="questions per second, for the plan")
     g.add_argument("--overwrite", action="store_true", help="empty a folder with other settings")
     g.add_argument("--progress", action="store_true", help="a bar per epoch")
@@ -737,106 +1213,216 @@ def load_models(
 )->dict: # {name: selector}
     "Load selectors by name; `Bad` for a name that occurs twice"
     names = [n for n, _ in named or ()]
-    if twice := {n for n in names if names.count(n) > 1}: raise Bad(f"--selector names {sorted(twice)} twice: say NAME=DIR")
+    if twice := {n for n in names if names.count(n) > 1}:
+        raise Bad(f"--selector names {sorted(twice)} twice: say NAME=DIR")
     return {n: open_selector(p) for n, p in named or ()}
 
 def _asked_pool(job, args):
     "(items, store, pool of the questions that are asked)"
-    items, store, pool = job.inputs(); pool = pool.only(items.question_id[items.split == job.split][:args.limit].tolist())
+    items, store, pool = job.inputs()
+    pool = pool.only(items.question_id[items.split == job.split][: args.limit].tolist())
     return items, store, pool
 
 def _kind_of(model, args): return args.kind or (getattr(model, "info", None) or {}).get("kind") or "mixed"
 
 def _predict(args, folder, pool, items, scorer, store, model):
     from leverplus.infer import predict
-    S = args.shots[0] if len(args.shots) == 1 else tuple(args.shots); name = args.name or (args.selector[0] if model is not None else None)
-    try: return predict(folder, pool, items, scorer, store, args.how, S, model, args.by, args.weight, args.threshold, args.split,
-                     name if not args.by else None, args.width, args.temperature,
-                        args.fixed, _kind_of(model, args), args.seed, args.other_pool, args.style, blank=args.blank, overwrite=args.overwrite,
-                        progress=not args.quiet)
+    S = args.shots[0] if len(args.shots) == 1 else tuple(args.shots)
+    name = args.name or (args.selector[0] if model is not None else None)
+    try:
+        return predict(
+            folder,
+            pool,
+            items,
+            scorer,
+            store,
+            args.how,
+            S,
+            model,
+            args.by,
+            args.weight,
+            args.threshold,
+            args.split,
+            name if not args.by else None,
+            args.width,
+            args.temperature,
+            args.fixed,
+            _kind_of(model, args),
+            args.seed,
+            args.other_pool,
+            args.style,
+            blank=args.blank,
+            overwrite=args.overwrite,
+            progress=not args.quiet,
+        )
     except ValueError as e:
-        if "have no answer" in str(e): raise Failed(f"{folder}: {e}; the same command asks them again, --blank writes \"\" for them") from e
+        if "have no answer" in str(e):
+            raise Failed(
+                f"{folder}: {e}; the same command asks them again, --blank writes \"\" for them"
+            ) from e
         raise
 
 def _join(args, run, folders, pool):
     "Write the union of finished shards"
     from leverplus.infer import write_results
-    parts = [Run(f) for f in folders if f.exists()]; order = {q: i for i, q in enumerate(pool)}
+    parts = [Run(f) for f in folders if f.exists()]
+    order = {q: i for i, q in enumerate(pool)}
     for name in ("predictions.parquet", "candidates.parquet"):
         frames = [p.frame(name) for p in parts if name in p.files()]
-        if frames: rows = pd.concat(frames, ignore_index=True); run.save_frame(name,
-                    rows.iloc[np.argsort(rows.question_id.map(order), kind="stable")])
+        if frames:
+            rows = pd.concat(frames, ignore_index=True)
+            run.save_frame(name, rows.iloc[np.argsort(rows.question_id.map(order), kind="stable")])
     rows = run.frame("predictions.parquet")
-    answers = {q: None if bad else a for q, a, bad in zip(rows.question_id, rows.vqa_pred_answer, rows.eval_failed)}
+    answers = {
+        q: None if bad else a for q, a, bad in zip(rows.question_id, rows.vqa_pred_answer, rows.eval_failed)
+    }
     write_results(run.path/"predictions.json", answers, pool, args.blank)
-    run.fingerprints |= {k: v for k, v in parts[0].fingerprints.items() if k in ("scorer", "store", "selector")}
-    return run.finish(acc=float(rows.vqa_acc_score.mean()), asked=len(rows), failed=int(rows.eval_failed.sum()),
-                prompts=sum(p.metrics["prompts"] for p in parts))
+    run.fingerprints |= {
+        k: v for k, v in parts[0].fingerprints.items() if k in ("scorer", "store", "selector")
+    }
+    return run.finish(
+        acc=float(rows.vqa_acc_score.mean()),
+        asked=len(rows),
+        failed=int(rows.eval_failed.sum()),
+        prompts=sum(p.metrics["prompts"] for p in parts),
+    )
 
 def _infer_shard(args, pool, items, scorer, store, model):
     "Predict one shard; returns the union's run if this was the last"
-    n = args.shard[1]; parts = {i: shard_queries(pool, (i, n)) for i in range(n)}
-    folders = {i: Path(args.out)/f"shard{shard_tag((i, n))}" for i in range(n)}; i = args.shard[0]
-    keep = {k: getattr(args, k) for k in "split how shots by weight threshold width temperature fixed style".split()}
+    n = args.shard[1]
+    parts = {i: shard_queries(pool, (i, n)) for i in range(n)}
+    folders = {i: Path(args.out) / f"shard{shard_tag((i, n))}" for i in range(n)}
+    i = args.shard[0]
+    keep = {
+        k: getattr(args, k)
+        for k in "split how shots by weight threshold width temperature fixed style".split()
+    }
     Path(args.out).mkdir(parents=True, exist_ok=True)
-    start = lambda: Run.create(args.out, dict(keep, kind=_kind_of(model, args), shards=n), args.seed, dict(pool=pool.fingerprint),
-                overwrite=args.overwrite)
+    start = lambda: Run.create(
+        args.out,
+        dict(keep, kind=_kind_of(model, args), shards=n),
+        args.seed,
+        dict(pool=pool.fingerprint),
+        overwrite=args.overwrite,
+    )
     with FileLock(Path(args.out)/".union.lock"): start()
     if parts[i]:
-        with run_lock(folders[i]): _predict(args, folders[i], pool.only(parts[i]), items, scorer, store, model)
+        with run_lock(folders[i]):
+            _predict(args, folders[i], pool.only(parts[i]), items, scorer, store, model)
     done = lambda k: not parts[k] or (folders[k]/"settings.json").exists() and Run(folders[k]).finished
-    if left := [f"{k}/{n}" for k in parts if not done(k)]: print(f"{args.out}: shard {i}/{n} is done; still to come: {', '.join(left)}"); return None
+    if left := [f"{k}/{n}" for k in parts if not done(k)]:
+        print(f"{args.out}: shard {i}/{n} is done; still to come: {', '.join(left)}")
+        return None
     with FileLock(Path(args.out)/".union.lock"): return _join(args, start(), list(folders.values()), pool)
 
 def do_infer(args):
     "Predict a split"
-    _to_resume(args, "settings.json"); job = job_of(args); models = load_models([args.selector] if args.selector else [])
+    _to_resume(args, "settings.json")
+    job = job_of(args)
+    models = load_models([args.selector] if args.selector else [])
     model = next(iter(models.values()), None)
     if args.how in ("greedy", "beam", "samples") and model is None and args.shots != [0]:
         raise Bad(f"--how {args.how} wants --selector DIR (a run of train)")
     if args.dry_run:
-        items = job.items(); qs = items.question_id[items.split == job.split][:args.limit].tolist(); mine = shard_queries(qs, args.shard)
+        items = job.items()
+        qs = items.question_id[items.split == job.split][: args.limit].tolist()
+        mine = shard_queries(qs, args.shard)
         several = args.width if args.how in ("beam", "samples") else 1
-        sure = len(args.shots) > 1 or "confidence" in (args.by, args.weight); calls = len(mine)*several*len(args.shots)
-        return _print_plan(args, questions=f"{len(mine):,} of {len(qs):,} asked, split {args.split}",
-                         sequences=f"{several*len(args.shots)} per question", **_asking_costs(args, calls*(1 + sure), calls),
-                          **({"confidence": "half of these calls, at most: a short scoring of the answer that was given"} if sure else {}))
-    items, store, pool = _asked_pool(job, args); scorer = job.scorer()
+        sure = len(args.shots) > 1 or "confidence" in (args.by, args.weight)
+        calls = len(mine) * several * len(args.shots)
+        return _print_plan(
+            args,
+            questions=f"{len(mine):,} of {len(qs):,} asked, split {args.split}",
+            sequences=f"{several*len(args.shots)} per question",
+            **_asking_costs(args, calls * (1 + sure), calls),
+            **(
+                {"confidence": "half of these calls, at most: a short scoring of the answer that was given"}
+                if sure
+                else {}
+            ),
+        )
+    items, store, pool = _asked_pool(job, args)
+    scorer = job.scorer()
     if args.shard is None:
         with run_lock(args.out): run = _predict(args, args.out, pool, items, scorer, store, model)
     elif (run := _infer_shard(args, pool, items, scorer, store, model)) is None: return
     m = run.metrics
-    print(f"{args.out}: questions {m.get('n', m.get('asked'))}, failed {m['failed']}, accuracy {m['acc']:.4f} ({args.split}), "
-          f"{run.path/'predictions.json'}")
+    print(
+        f"{args.out}: questions {m.get('n', m.get('asked'))}, failed {m['failed']}, accuracy {m['acc']:.4f}"
+        f" ({args.split}), {run.path/'predictions.json'}"
+    )
 
 # %% ../nbs/95_cli.ipynb #a1181c0c
 def add_infer(commands):
     "Add `leverplus infer`"
     from leverplus.infer import PICKERS
-    p = add_door(commands, "infer", do_infer,
-                 "a selector (a run of train), a data set, a model",
-                 "a run in --out: predictions.json in the official results format, predictions.parquet to look at cases; "
-                 "what was asked is kept, so the same command goes on after a kill",
-                 "infer --how similar_mixed --limit 50 --out runs/similar", "infer --selector runs/rce --out runs/rce-dev",
-                 "infer --selector runs/rce --how beam --width 5 --by vote --data ~/okvqa --split val "
-                 "--lvlm Qwen/Qwen2.5-VL-3B-Instruct --shard 0/4 --out runs/val", usage="--out DIR [options]")
+    p = add_door(
+        commands,
+        "infer",
+        do_infer,
+        "a selector (a run of train), a data set, a model",
+        "a run in --out: predictions.json in the official results format, predictions.parquet to look at"
+        " cases; what was asked is kept, so the same command goes on after a kill",
+        "infer --how similar_mixed --limit 50 --out runs/similar",
+        "infer --selector runs/rce --out runs/rce-dev",
+        "infer --selector runs/rce --how beam --width 5 --by vote --data ~/okvqa --split val "
+        "--lvlm Qwen/Qwen2.5-VL-3B-Instruct --shard 0/4 --out runs/val",
+        usage="--out DIR [options]",
+    )
     _out_flag(p, "folder of the run; continued if it is there")
     g = p.add_argument_group("who picks")
     g.add_argument("--selector", type=named_arg, metavar="[NAME=]DIR", help="run of train, or a checkpoint")
-    g.add_argument("--how", default="greedy", choices=PICKERS, help="how demonstrations are picked (default: greedy)")
-    g.add_argument("--shots", type=shots_arg, nargs="+", default=[2], metavar="N",
-                help="demonstrations; several numbers choose per question; 'stop': the selector decides (default: 2)")
-    g.add_argument("--width", type=number_arg(), default=5, metavar="N", help="sequences per question of beam and samples (default: 5)")
-    g.add_argument("--temperature", type=number_arg(1e-6, float), default=1., metavar="X", help="of samples (default: 1)")
-    g.add_argument("--by", choices=["vote", "confidence", "logp", "vqa_gt_prob"],
-                help="what keeps one of several sequences; vqa_gt_prob is an oracle (default: the selector's first)")
+    g.add_argument(
+        "--how", default="greedy", choices=PICKERS, help="how demonstrations are picked (default: greedy)"
+    )
+    g.add_argument(
+        "--shots",
+        type=shots_arg,
+        nargs="+",
+        default=[2],
+        metavar="N",
+        help="demonstrations; several numbers choose per question; 'stop': the selector decides (default: 2)",
+    )
+    g.add_argument(
+        "--width",
+        type=number_arg(),
+        default=5,
+        metavar="N",
+        help="sequences per question of beam and samples (default: 5)",
+    )
+    g.add_argument(
+        "--temperature",
+        type=number_arg(1e-6, float),
+        default=1.0,
+        metavar="X",
+        help="of samples (default: 1)",
+    )
+    g.add_argument(
+        "--by",
+        choices=["vote", "confidence", "logp", "vqa_gt_prob"],
+        help="what keeps one of several sequences; vqa_gt_prob is an oracle (default: the selector's first)",
+    )
     g.add_argument("--weight", choices=["confidence"], help="of votes (default: all count 1)")
-    g.add_argument("--threshold", type=float, metavar="X", help="several shots: stop asking where the confidence reaches it")
+    g.add_argument(
+        "--threshold",
+        type=float,
+        metavar="X",
+        help="several shots: stop asking where the confidence reaches it",
+    )
     g.add_argument("--fixed", type=int, nargs="+", metavar="ID", help="question_ids shown with --how fixed")
     g.add_argument("--name", metavar="NAME", help="in tables (default: the selector's name, or --how)")
-    g.add_argument("--other-pool", action="store_true", help="take pools of another kind than the selector was trained on")
-    g.add_argument("--seed", type=number_arg(0), default=0, metavar="N", help="of random picks and samples (default: 0)")
-    _kind_flag(p, None); _data_flags(p, "dev"); _pool_flags(p.add_argument_group("pools")); _model_flags(p)
+    g.add_argument(
+        "--other-pool",
+        action="store_true",
+        help="take pools of another kind than the selector was trained on",
+    )
+    g.add_argument(
+        "--seed", type=number_arg(0), default=0, metavar="N", help="of random picks and samples (default: 0)"
+    )
+    _kind_flag(p, None)
+    _data_flags(p, "dev")
+    _pool_flags(p.add_argument_group("pools"))
+    _model_flags(p)
     g = _run_flags(p, "a run", "the last one to finish writes the union; give all the same --out")
     g.add_argument("--overwrite", action="store_true", help="empty a folder with other settings")
     g.add_argument("--blank", action="store_true", help="write \"\" for questions whose evaluation failed")
@@ -849,7 +1435,10 @@ def known_facts(
     "Facts that were asked before, elsewhere"
     out = FactCache()
     for p in map(Path, paths):
-        if not p.exists(): raise FileNotFoundError(f"{p}: no such facts; wanted a .parquet file, a folder of facts, or a run of generate")
+        if not p.exists():
+            raise FileNotFoundError(
+                f"{p}: no such facts; wanted a .parquet file, a folder of facts, or a run of generate"
+            )
         f = RLData.load(p).rows if (p/"manifest.json").exists() or shard_files(p) else FactCache(p).to_frame()
         f = f[(f.scorer == who) & ~f.eval_failed & f.vqa_acc_score.notna()]
         out.add(f[["question_id", "pointer", *FACT_COLUMNS, *(["content"] if "content" in f else [])]])
@@ -863,9 +1452,11 @@ def ask_around(
     style:str="interleaved", progress:bool=False, # see `ask`
 )->pd.DataFrame: # facts, those that are known first
     "Ask only what nobody knows"
-    pairs = pairs[["question_id", "pointer"]].reset_index(drop=True); content = content_keys(items, pairs.question_id, pairs.pointer.to_numpy())
+    pairs = pairs[["question_id", "pointer"]].reset_index(drop=True)
+    content = content_keys(items, pairs.question_id, pairs.pointer.to_numpy())
     have = extra.lookup(pairs, facts_fingerprint(scorer, style), content) if len(pairs) else extra.to_frame()
-    rest = pairs.drop(have.index); new = ask(rest, scorer, items, own, style, progress=progress) if len(rest) else None
+    rest = pairs.drop(have.index)
+    new = ask(rest, scorer, items, own, style, progress=progress) if len(rest) else None
     return pd.concat([have.drop(columns="content"), *([new] if new is not None else [])], ignore_index=True)
 
 # %% ../nbs/95_cli.ipynb #6f50f3f9
@@ -873,29 +1464,63 @@ def _fixed(args, job, scorer, extra, own, notes):
     "{S: the best fixed sequence}, chosen on the questions of `--fixed-from`"
     from leverplus.evaluate import best_fixed, fixed_pairs
     if not args.fixed or args.fixed_from == args.candidates: return {}
-    items, store, pool = _asked_pool(job_of(args, split=args.fixed_from), args); out = {}
+    items, store, pool = _asked_pool(job_of(args, split=args.fixed_from), args)
+    out = {}
     for S in [s for s in args.shots if s]:
-        out[S], acc, n = best_fixed(ask_around(fixed_pairs(pool, S, args.fixed, args.seed), scorer, items, extra, own, args.style, not args.quiet), S)
-        notes.append(f"fixed, {S} shot{'s'*(S > 1)}: the best of {args.fixed} sequences on {n} questions of {args.fixed_from} ({acc:.3f} there)"
-                     + ("; chosen on the questions of this table, so its row flatters" if args.fixed_from == job.split else ""))
+        out[S], acc, n = best_fixed(
+            ask_around(
+                fixed_pairs(pool, S, args.fixed, args.seed),
+                scorer,
+                items,
+                extra,
+                own,
+                args.style,
+                not args.quiet,
+            ),
+            S,
+        )
+        notes.append(
+            f"fixed, {S} shot{'s'*(S > 1)}: the best of {args.fixed} sequences on {n} questions of"
+            f" {args.fixed_from} ({acc:.3f} there)"
+            + (
+                "; chosen on the questions of this table, so its row flatters"
+                if args.fixed_from == job.split
+                else ""
+            )
+        )
     return out
 
 def _eval_picks(args, models, items, store, pool, fixed):
     from leverplus.evaluate import pick_baselines, pick_model
     out = [pick_baselines(pool, store, [s for s in args.shots if s], args.draws, fixed, items, args.seed)]
     pick = lambda n, m, S: pick_model(m, pool, store, S, _kind_of(m, args), n, other_pool=args.other_pool)
-    return pd.concat(out + [pick(n, m, S) for n, m in models.items() for S in args.shots if S], ignore_index=True)
+    return pd.concat(
+        out + [pick(n, m, S) for n, m in models.items() for S in args.shots if S], ignore_index=True
+    )
 
 def do_eval(args):
     "Print the honest table"
-    models, job = load_models(args.selector), job_of(args); _to_resume(args, "settings.json")
-    if odd := [n for n in models if n in _BASELINES()]: raise Bad(f"--selector {odd[0]}: the name of a baseline; say NAME={odd[0]}")
+    models = load_models(args.selector)
+    job = job_of(args)
+    _to_resume(args, "settings.json")
+    if odd := [n for n in models if n in _BASELINES()]:
+        raise Bad(f"--selector {odd[0]}: the name of a baseline; say NAME={odd[0]}")
     if not any(args.shots) or None in args.shots: raise Bad("--shots wants numbers, at least one above 0")
     if args.dry_run: return _plan_eval(args, job, models)
-    items, store, pool = _asked_pool(job, args); scorer = job.scorer()
-    prints = dict(pool=pool.fingerprint, scorer=facts_fingerprint(scorer, args.style), store=store.fingerprint)
-    settings = dict(split=args.split, shots=args.shots, draws=args.draws, fixed=args.fixed, fixed_from=args.fixed_from,
-                exact=args.exact_oracle, selectors={n: policy_fingerprint(m) for n, m in models.items()})
+    items, store, pool = _asked_pool(job, args)
+    scorer = job.scorer()
+    prints = dict(
+        pool=pool.fingerprint, scorer=facts_fingerprint(scorer, args.style), store=store.fingerprint
+    )
+    settings = dict(
+        split=args.split,
+        shots=args.shots,
+        draws=args.draws,
+        fixed=args.fixed,
+        fixed_from=args.fixed_from,
+        exact=args.exact_oracle,
+        selectors={n: policy_fingerprint(m) for n, m in models.items()},
+    )
     with run_lock(args.out):
         run = Run.create(args.out, settings, args.seed, prints, overwrite=args.overwrite)
         print(_evaluate(args, run, job, models, items, store, pool, scorer))
@@ -906,31 +1531,64 @@ def _BASELINES():
 
 def _evaluate(args, run, job, models, items, store, pool, scorer):
     "Ask, score, write; the text of the table"
-    from leverplus.evaluate import look, majority_vote, paired_tests, pick_oracle, result_table, score_picks, size_table, subsets, table_text
+    from leverplus.evaluate import (
+        look, majority_vote, paired_tests, pick_oracle, result_table, score_picks, size_table, subsets,
+        table_text,
+    )
     from leverplus.world import all_pointers
     who = facts_fingerprint(scorer, args.style)
-    extra, own, notes, S = known_facts(_facts_paths(args), who), FactCache(run.path/"facts"), [], [s for s in args.shots if s]
+    extra = known_facts(_facts_paths(args), who)
+    own = FactCache(run.path/"facts")
+    notes = []
+    S = [s for s in args.shots if s]
     picks = _eval_picks(args, models, items, store, pool, _fixed(args, job, scorer, extra, own, notes))
-    want = pd.concat([picks, all_pointers(pool, S)] if args.exact_oracle else [picks])[["question_id", "pointer"]].drop_duplicates()
+    want = pd.concat([picks, all_pointers(pool, S)] if args.exact_oracle else [picks])[
+        ["question_id", "pointer"]
+    ].drop_duplicates()
     facts = ask_around(want, scorer, items, extra, own, args.style, not args.quiet)
     every = pd.concat([facts, *(c.to_frame().drop(columns="content") for c in (extra, own))])
     every = every[(every.scorer == who) | every.eval_failed].drop_duplicates(["question_id", "pointer"])
-    every = every[every.question_id.isin(list(pool))]; oracle = pd.concat([pick_oracle(every, s, pool) for s in S])
+    every = every[every.question_id.isin(list(pool))]
+    oracle = pd.concat([pick_oracle(every, s, pool) for s in S])
     scored = score_picks(pd.concat([picks, oracle], ignore_index=True), every)
-    scored = pd.concat([scored, *(majority_vote(picks[(picks.selector == "similar_mixed") & (picks.shots == s)], items) for s in S)],
-                ignore_index=True)
+    scored = pd.concat(
+        [
+            scored,
+            *(
+                majority_vote(picks[(picks.selector == "similar_mixed") & (picks.shots == s)], items)
+                for s in S
+            ),
+        ],
+        ignore_index=True,
+    )
     table = result_table(scored, items, zero_at=S[0] if len(S) == 1 else None)
     n = look(Path(job.store)/"looks.json", scored, f"{Path(args.data).name} {args.split}")
-    run.save_frame("predictions.parquet", scored.assign(pointer=scored.pointer.map(list))); run.save_frame("results.csv", table)
+    run.save_frame("predictions.parquet", scored.assign(pointer=scored.pointer.map(list)))
+    run.save_frame("results.csv", table)
     out = [table_text(table, n, args.split), *notes]
-    if models: tests = paired_tests(scored, items,
-                against=[b for b in ("random",
-                "similar_mixed") if b in set(scored.selector)]); run.save_frame("tests.csv", tests); out += ["", _tests_text(tests)]
-    if args.sizes: out += ["", size_table(scored, subsets(pool, [s if s == "all" else int(s) for s in args.sizes], args.seed), S[-1],
-                items).round(3).to_string()]
+    if models:
+        tests = paired_tests(
+            scored, items, against=[b for b in ("random", "similar_mixed") if b in set(scored.selector)]
+        )
+        run.save_frame("tests.csv", tests)
+        out += ["", _tests_text(tests)]
+    if args.sizes:
+        out += [
+            "",
+            size_table(
+                scored,
+                subsets(pool, [s if s == "all" else int(s) for s in args.sizes], args.seed),
+                S[-1],
+                items,
+            )
+            .round(3)
+            .to_string(),
+        ]
     for name, path in args.selector or ():
-        if len(args.selector) == 1 and (Path(path)/"history.csv").exists(): run.save_history(pd.read_csv(Path(path)/"history.csv"))
-    run.finish(looks=n, questions=len(pool), failed=int(scored.eval_failed.sum())); return "\n".join(out)
+        if len(args.selector) == 1 and (Path(path) / "history.csv").exists():
+            run.save_history(pd.read_csv(Path(path) / "history.csv"))
+    run.finish(looks=n, questions=len(pool), failed=int(scored.eval_failed.sum()))
+    return "\n".join(out)
 
 def _tests_text(tests):
     cols = ["selector", "against", "shots", "n", "delta", "lo", "hi", "mde", "changed", "p_holm", "verdict"]
@@ -938,46 +1596,108 @@ def _tests_text(tests):
 
 def _facts_paths(args):
     "What `--facts` says, or the facts that come with the data set"
-    own = [p for p in (Path(args.data).expanduser()/"facts.parquet", repo_path(args.data, "facts.parquet")) if p.is_file()][:1]
+    own = [
+        p
+        for p in (Path(args.data).expanduser() / "facts.parquet", repo_path(args.data, "facts.parquet"))
+        if p.is_file()
+    ][:1]
     return own if args.facts is None else args.facts
 
 def _plan_eval(args, job, models):
-    items = job.items(); n = min(int((items.split == job.split).sum()), args.limit or 10**12); S = [s for s in args.shots if s]
+    items = job.items()
+    n = min(int((items.split == job.split).sum()), args.limit or 10**12)
+    S = [s for s in args.shots if s]
     fixed = args.fixed*(args.fixed_from != args.candidates)
-    each = 1 + len(S)*(args.draws + 4 + len(models) + bool(fixed)); best = sum(math.perm(args.K, s) for s in S)*args.exact_oracle; m = n
-    if fixed and args.fixed_from != job.split: more = job_of(args,
-                split=args.fixed_from).items(); m = min(int((more.split == args.fixed_from).sum()), args.limit or 10**12)
-    _print_plan(args, questions=f"{n:,} of {args.data}, split {args.split}",
-                rows=f"{len(S)} x ({args.draws} random, 4 of similarity, {len(models)} selectors), zero-shot, votes, "
-                 f"oracle ({'exact' if best else 'best found'})",
-               fixed=f"{fixed} sequences x {m:,} questions of {args.fixed_from} x {len(S)} shot counts, to choose one" if fixed else "no row",
-               facts=", ".join("/".join(Path(f).parts[-2:]) for f in _facts_paths(args)) or "none are known before",
-               **_asking_costs(args, n*(max(each, best) if best else each) + fixed*m*len(S)))
+    each = 1 + len(S) * (args.draws + 4 + len(models) + bool(fixed))
+    best = sum(math.perm(args.K, s) for s in S) * args.exact_oracle
+    m = n
+    if fixed and args.fixed_from != job.split:
+        more = job_of(args, split=args.fixed_from).items()
+        m = min(int((more.split == args.fixed_from).sum()), args.limit or 10**12)
+    _print_plan(
+        args,
+        questions=f"{n:,} of {args.data}, split {args.split}",
+        rows=(
+            f"{len(S)} x ({args.draws} random, 4 of similarity, {len(models)} selectors), zero-shot, votes, "
+            f"oracle ({'exact' if best else 'best found'})"
+        ),
+        fixed=(
+            f"{fixed} sequences x {m:,} questions of {args.fixed_from} x {len(S)} shot counts, to choose one"
+            if fixed
+            else "no row"
+        ),
+        facts=", ".join("/".join(Path(f).parts[-2:]) for f in _facts_paths(args)) or "none are known before",
+        **_asking_costs(args, n * (max(each, best) if best else each) + fixed * m * len(S)),
+    )
 
 # %% ../nbs/95_cli.ipynb #5af407dc
 def add_eval(commands):
     "Add `leverplus eval`"
-    p = add_door(commands, "eval", do_eval,
-                 "selectors (runs of train), a data set, a model", "the table on the screen, with what must be read beside it; predictions.parquet, "
-                 "results.csv and tests.csv in --out. Choose on dev; name test once, at the end: every look at a split is counted",
-                 "eval --limit 50 --out runs/eval", "eval --selector runs/rce --selector grpo=runs/grpo --shots 1 2 --out runs/eval-dev",
-                 "eval --selector runs/rce --split test --out runs/eval-test",
-                 "eval --selector runs/okvqa-rce --data ~/okvqa --split val --fixed 0 --lvlm Qwen/Qwen2.5-VL-3B-Instruct --K 64 --out runs/val",
-                 usage="--out DIR [options]")
+    p = add_door(
+        commands,
+        "eval",
+        do_eval,
+        "selectors (runs of train), a data set, a model",
+        "the table on the screen, with what must be read beside it; predictions.parquet, results.csv and"
+        " tests.csv in --out. Choose on dev; name test once, at the end: every look at a split is counted",
+        "eval --limit 50 --out runs/eval",
+        "eval --selector runs/rce --selector grpo=runs/grpo --shots 1 2 --out runs/eval-dev",
+        "eval --selector runs/rce --split test --out runs/eval-test",
+        "eval --selector runs/okvqa-rce --data ~/okvqa --split val --fixed 0 --lvlm"
+        " Qwen/Qwen2.5-VL-3B-Instruct --K 64 --out runs/val",
+        usage="--out DIR [options]",
+    )
     _out_flag(p, "folder of the run; continued if it is there")
     g = p.add_argument_group("rows")
-    g.add_argument("--selector", type=named_arg, action="append", metavar="[NAME=]DIR", help="run of train, or a checkpoint; give it several times")
-    g.add_argument("--shots", type=shots_arg, nargs="+", default=[2], metavar="N", help="demonstrations (default: 2)")
-    g.add_argument("--draws", type=number_arg(), default=5, metavar="N", help="random demonstrations, so many times (default: 5)")
-    g.add_argument("--fixed", type=number_arg(0), default=16, metavar="N", help="fixed sequences to choose from; 0: no such row (default: 16)")
-    g.add_argument("--fixed-from", default="dev", metavar="NAME", help="split that they are chosen on (default: dev)")
+    g.add_argument(
+        "--selector",
+        type=named_arg,
+        action="append",
+        metavar="[NAME=]DIR",
+        help="run of train, or a checkpoint; give it several times",
+    )
+    g.add_argument(
+        "--shots", type=shots_arg, nargs="+", default=[2], metavar="N", help="demonstrations (default: 2)"
+    )
+    g.add_argument(
+        "--draws",
+        type=number_arg(),
+        default=5,
+        metavar="N",
+        help="random demonstrations, so many times (default: 5)",
+    )
+    g.add_argument(
+        "--fixed",
+        type=number_arg(0),
+        default=16,
+        metavar="N",
+        help="fixed sequences to choose from; 0: no such row (default: 16)",
+    )
+    g.add_argument(
+        "--fixed-from", default="dev", metavar="NAME", help="split that they are chosen on (default: dev)"
+    )
     g.add_argument("--exact-oracle", action="store_true", help="ask every sequence of every pool")
-    g.add_argument("--facts", nargs="*", metavar="PATH",
-                help="facts that are known: parquet files, runs of generate (default: DATA/facts.parquet, if it is there)")
-    g.add_argument("--sizes", nargs="+", metavar="N", help="also a table by number of questions, such as 100 200 all")
-    g.add_argument("--other-pool", action="store_true", help="take pools of another kind than a selector was trained on")
-    g.add_argument("--seed", type=number_arg(0), default=0, metavar="N", help="of draws (default: 0)"); _kind_flag(p, None)
-    _data_flags(p, "dev"); _pool_flags(p.add_argument_group("pools")); _model_flags(p); g = _run_flags(p, "a run")
+    g.add_argument(
+        "--facts",
+        nargs="*",
+        metavar="PATH",
+        help=(
+            "facts that are known: parquet files, runs of generate (default: DATA/facts.parquet, if it is"
+            " there)"
+        ),
+    )
+    g.add_argument(
+        "--sizes", nargs="+", metavar="N", help="also a table by number of questions, such as 100 200 all"
+    )
+    g.add_argument(
+        "--other-pool", action="store_true", help="take pools of another kind than a selector was trained on"
+    )
+    g.add_argument("--seed", type=number_arg(0), default=0, metavar="N", help="of draws (default: 0)")
+    _kind_flag(p, None)
+    _data_flags(p, "dev")
+    _pool_flags(p.add_argument_group("pools"))
+    _model_flags(p)
+    g = _run_flags(p, "a run")
     g.add_argument("--overwrite", action="store_true", help="empty a folder with other settings")
 
 # %% ../nbs/95_cli.ipynb #b6280c97
@@ -987,24 +1707,54 @@ def do_report(args):
     items = None
     if args.split: jobs, frames, items = _splits(args)
     data = {Path(p).name: RLData.load(p) for p in args.groups} if args.groups else None
-    if args.groups and len(args.runs) > 1: raise Bad("--groups goes with one run: several runs have their own")
-    print(report(args.runs if len(args.runs) > 1 else args.runs[0], items, args.out, title=args.title, n=args.cases, data=data, seed=args.seed))
+    if args.groups and len(args.runs) > 1:
+        raise Bad("--groups goes with one run: several runs have their own")
+    print(
+        report(
+            args.runs if len(args.runs) > 1 else args.runs[0],
+            items,
+            args.out,
+            title=args.title,
+            n=args.cases,
+            data=data,
+            seed=args.seed,
+        )
+    )
 
 def add_report(commands):
     "Add `leverplus report`"
-    p = add_door(commands, "report", do_report,
-                 "runs of train, infer, eval or the demo; the data set, for pictures",
-                 "report.html: a table, curves, the data's health, a browser of cases",
-                 "report runs/eval", "report runs/eval-dev --split dev --groups runs/groups/train",
-                 "report runs/rce-0 runs/rce-1 runs/rce-2 --out runs/seeds.html", usage="RUN [RUN ...] [options]")
+    p = add_door(
+        commands,
+        "report",
+        do_report,
+        "runs of train, infer, eval or the demo; the data set, for pictures",
+        "report.html: a table, curves, the data's health, a browser of cases",
+        "report runs/eval",
+        "report runs/eval-dev --split dev --groups runs/groups/train",
+        "report runs/rce-0 runs/rce-1 runs/rce-2 --out runs/seeds.html",
+        usage="RUN [RUN ...] [options]",
+    )
     p.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
-    p.add_argument("--out", type=folder_arg, metavar="FILE",
-                   help="page of several runs (default: report.html beside the first); one run's page lies in its folder")
-    p.add_argument("--groups", nargs="+", metavar="RUN", help="data whose health the page shows"); p.add_argument("--title", metavar="TEXT")
-    p.add_argument("--cases", type=number_arg(), default=40, metavar="N", help="cases on the page (default: 40)")
-    p.add_argument("--seed", type=number_arg(0), default=0, metavar="N", help="of cases and resamples (default: 0)")
+    p.add_argument(
+        "--out",
+        type=folder_arg,
+        metavar="FILE",
+        help=(
+            "page of several runs (default: report.html beside the first); one run's page lies in its folder"
+        ),
+    )
+    p.add_argument("--groups", nargs="+", metavar="RUN", help="data whose health the page shows")
+    p.add_argument("--title", metavar="TEXT")
+    p.add_argument(
+        "--cases", type=number_arg(), default=40, metavar="N", help="cases on the page (default: 40)"
+    )
+    p.add_argument(
+        "--seed", type=number_arg(0), default=0, metavar="N", help="of cases and resamples (default: 0)"
+    )
     p.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    _data_flags(p, [], limit=False, nargs="+", help="splits whose pictures are shown (default: none, cases in words)")
+    _data_flags(
+        p, [], limit=False, nargs="+", help="splits whose pictures are shown (default: none, cases in words)"
+    )
 
 # %% ../nbs/95_cli.ipynb #1addd4db
 def grid_of(
@@ -1015,7 +1765,9 @@ def grid_of(
     out = {}
     for t in texts or ():
         key, eq, values = t.partition("=")
-        if t in GRIDS: out |= GRIDS[t]; continue
+        if t in GRIDS:
+            out |= GRIDS[t]
+            continue
         if not eq:
             out |= (got := read_json(Path(t).expanduser()))
             continue
@@ -1031,55 +1783,108 @@ def _value(text):
 def do_sweep(args):
     "Train every combination with every seed"
     from leverplus.sweep import expand_grid, plot_sweep, read_rows, sweep, sweep_table, sweep_text
-    grid, base = grid_of(args.grid), {k: v[0] for k, v in grid_of(args.base).items()}; n = len(expand_grid(grid, base))*len(args.seeds)
+    grid = grid_of(args.grid)
+    base = {k: v[0] for k, v in grid_of(args.base).items()}
+    n = len(expand_grid(grid, base)) * len(args.seeds)
     _to_resume(args, "cells*.jsonl")
-    groups = dict(train=RLData.load(args.run), dev=RLData.load(args.dev)) | (dict(valid=RLData.load(args.valid)) if args.valid else {})
+    groups = dict(train=RLData.load(args.run), dev=RLData.load(args.dev)) | (
+        dict(valid=RLData.load(args.valid)) if args.valid else {}
+    )
     job = job_of(args)
     if args.dry_run:
         done = sum(r["status"] == "done" for f in Path(args.out).glob("cells*.jsonl") for r in read_rows(f))
         mine = math.ceil(n/args.shard[1]) if args.shard else n
-        return _print_plan(args, cells=f"{n} = {n//len(args.seeds)} combinations x {len(args.seeds)} seeds"
-                           + (f", some {mine} of them here" if args.shard else "") + f"; {done} lie in {args.out}",
-                          training=f"{len(groups['train'].queries):,} questions, {len(groups['train']):,} sequences per cell",
-                          **_asking_costs(args, mine*len(groups["dev"].queries), shots=args.shots or groups["dev"].shots))
+        return _print_plan(
+            args,
+            cells=f"{n} = {n//len(args.seeds)} combinations x {len(args.seeds)} seeds"
+            + (f", some {mine} of them here" if args.shard else "")
+            + f"; {done} lie in {args.out}",
+            training=(
+                f"{len(groups['train'].queries):,} questions, {len(groups['train']):,} sequences per cell"
+            ),
+            **_asking_costs(args, mine * len(groups["dev"].queries), shots=args.shots or groups["dev"].shots),
+        )
     items, store, _ = job.inputs()
     for d in groups.values(): d.validate(items)
     world = SimpleNamespace(items=items, store=store, scorer=job.scorer())
-    run = sweep(args.out, grid, groups, world, args.seeds, base, shots=args.shots, shard=args.shard, progress=not args.quiet, style=args.style)
+    run = sweep(
+        args.out,
+        grid,
+        groups,
+        world,
+        args.seeds,
+        base,
+        shots=args.shots,
+        shard=args.shard,
+        progress=not args.quiet,
+        style=args.style,
+    )
     print(_swept(Path(args.out), run, items, sweep_table, sweep_text, plot_sweep))
     if (bad := run[run.status == "failed"]).size:
-        raise Failed(f"{args.out}: {len(bad)} of {len(run)} cells failed, the first with: {bad.error.iloc[0]}; the same command tries them again")
+        raise Failed(
+            f"{args.out}: {len(bad)} of {len(run)} cells failed, the first with: {bad.error.iloc[0]}; the"
+            " same command tries them again"
+        )
 
 def _swept(out, run, items, sweep_table, sweep_text, plot_sweep):
     "Write what is there of a sweep; the text of its table"
-    run.to_csv(out/"cells.csv", index=False); left = int((run.status == "not run").sum())
+    run.to_csv(out / "cells.csv", index=False)
+    left = int((run.status == "not run").sum())
     if left: return f"{out}: {len(run) - left} of {len(run)} cells are there, {left} still to come"
     if not run.attrs["by"]: return run.drop(columns=["error", "cell"]).round(3).to_string(index=False)
-    table = sweep_table(run, items=items); table.to_csv(out/"table.csv", index=False)
+    table = sweep_table(run, items=items)
+    table.to_csv(out / "table.csv", index=False)
     plot_sweep(run, items=items).figure.savefig(out/"sweep.png", dpi=110)
     return sweep_text(table)
 
 def add_sweep(commands):
     "Add `leverplus sweep`"
-    p = add_door(commands, "sweep", do_sweep,
-                 "groups of generate, mine or merge; a grid",
-                 "cells.csv, table.csv and sweep.png in --out: mean over seeds, spread, and the difference "
-                 "to the first combination, with a verdict. A cell that is done is not trained again",
-                 "sweep runs/groups/train --dev runs/groups/dev --grid objective=rce,listwise --seeds 0 1 --out runs/sweep",
-                 "sweep runs/okvqa/train --dev runs/okvqa/dev --grid grid.json --base rce.n_epoch=3 --data ~/okvqa --shard 0/4 "
-                 "--out runs/okvqa-sweep", usage="RUN --dev RUN --grid GRID --out DIR [options]")
+    p = add_door(
+        commands,
+        "sweep",
+        do_sweep,
+        "groups of generate, mine or merge; a grid",
+        "cells.csv, table.csv and sweep.png in --out: mean over seeds, spread, and the difference "
+        "to the first combination, with a verdict. A cell that is done is not trained again",
+        "sweep runs/groups/train --dev runs/groups/dev --grid objective=rce,listwise --seeds 0 1 --out"
+        " runs/sweep",
+        "sweep runs/okvqa/train --dev runs/okvqa/dev --grid grid.json --base rce.n_epoch=3 --data ~/okvqa"
+        " --shard 0/4 --out runs/okvqa-sweep",
+        usage="RUN --dev RUN --grid GRID --out DIR [options]",
+    )
     p.add_argument("run", metavar="RUN", help="training data")
     p.add_argument("--dev", required=True, metavar="RUN", help="data whose questions judge")
     p.add_argument("--valid", metavar="RUN", help="data that choose the epoch (default: those of --dev)")
     _out_flag(p, "folder of the sweep; continued if it is there")
     g = p.add_argument_group("grid")
-    g.add_argument("--grid", required=True, nargs="+", metavar="GRID",
-                help="key=a,b or a JSON file {key: [a, b]} or the name of a grid of page 85; keys are objective, reward, kind, bs, "
-                 "reward.WEIGHT, model.ARGUMENT, STAGE.ARGUMENT; the first value of each is the default")
+    g.add_argument(
+        "--grid",
+        required=True,
+        nargs="+",
+        metavar="GRID",
+        help=(
+            "key=a,b or a JSON file {key: [a, b]} or the name of a grid of page 85; keys are objective,"
+            " reward, kind, bs, reward.WEIGHT, model.ARGUMENT, STAGE.ARGUMENT; the first value of each is the"
+            " default"
+        ),
+    )
     g.add_argument("--base", nargs="+", metavar="KEY=VALUE", help="the same for all combinations")
-    g.add_argument("--seeds", nargs="+", type=number_arg(0), default=[0, 1, 2], metavar="N", help="of weights and batches (default: 0 1 2)")
-    g.add_argument("--shots", type=number_arg(), metavar="N", help="of the picks that are judged (default: those of the data)")
-    _data_flags(p, "dev", limit=False, help="split of the questions of --dev (default: dev)"); _model_flags(p)
+    g.add_argument(
+        "--seeds",
+        nargs="+",
+        type=number_arg(0),
+        default=[0, 1, 2],
+        metavar="N",
+        help="of weights and batches (default: 0 1 2)",
+    )
+    g.add_argument(
+        "--shots",
+        type=number_arg(),
+        metavar="N",
+        help="of the picks that are judged (default: those of the data)",
+    )
+    _data_flags(p, "dev", limit=False, help="split of the questions of --dev (default: dev)")
+    _model_flags(p)
     _run_flags(p, "a sweep", "give all the same --out; the last one prints the table")
 
 # %% ../nbs/95_cli.ipynb #0d4fec3d
@@ -1089,13 +1894,28 @@ def do_demo(args):
     from leverplus.evaluate import table_text
     cfg = SETTINGS | {k: v for k, v in (("train_queries", args.train_queries),
                 ("dev_queries", args.dev_queries)) if v is not None} | dict(args.set or {})
-    if odd := set(cfg) - set(SETTINGS): raise Bad(f"--set {sorted(odd)}: the demo knows {', '.join(SETTINGS)}")
+    if odd := set(cfg) - set(SETTINGS):
+        raise Bad(f"--set {sorted(odd)}: the demo knows {', '.join(SETTINGS)}")
     if args.dry_run:
-        n = cfg["train_queries"] + cfg["dev_queries"]; each = sequences_of(Job(counts=cfg["counts"], shots=np.atleast_1d(cfg["shots"]).tolist()))
-        return _print_plan(args, questions=f"{n:,}, {each} sequences each, then training and the table of the test split, whose facts are there",
-                         **_asking_costs(args, n*each))
-    table = run_demo(args.out, args.seed, args.overwrite, not args.quiet, **{k: v for k, v in cfg.items() if v != SETTINGS[k]})
-    print(table_text(table, table.attrs.get("looks"))); print(f"report: {Path(args.out)/'report.html'}")
+        n = cfg["train_queries"] + cfg["dev_queries"]
+        each = sequences_of(Job(counts=cfg["counts"], shots=np.atleast_1d(cfg["shots"]).tolist()))
+        return _print_plan(
+            args,
+            questions=(
+                f"{n:,}, {each} sequences each, then training and the table of the test split, whose facts"
+                " are there"
+            ),
+            **_asking_costs(args, n * each),
+        )
+    table = run_demo(
+        args.out,
+        args.seed,
+        args.overwrite,
+        not args.quiet,
+        **{k: v for k, v in cfg.items() if v != SETTINGS[k]}
+    )
+    print(table_text(table, table.attrs.get("looks")))
+    print(f"report: {Path(args.out)/'report.html'}")
 
 def add_demo(commands):
     "Add `leverplus demo`"
@@ -1104,15 +1924,44 @@ def add_demo(commands):
                 "demo --train-queries 100 --dev-queries 50 --out runs/quick")
     p.add_argument("--out", "--path", type=folder_arg, default="runs/demo", metavar="DIR",
                    help="folder of the run; continued if it is there (default: runs/demo)")
-    p.add_argument("--seed", type=number_arg(0), default=0, metavar="N", help="of proposals, weights and batches (default: 0)")
-    for s, n in (("train", 600), ("dev", 250)): p.add_argument(f"--{s}-queries", type=number_arg(2), metavar="N",
-                help=f"{s} questions that get a group (default: {n})")
-    p.add_argument("--set", type=counts_arg, metavar="JSON", help="other settings of the demo (page 92), such as '{\"counts\": {\"beam\": 5}}'")
+    p.add_argument(
+        "--seed",
+        type=number_arg(0),
+        default=0,
+        metavar="N",
+        help="of proposals, weights and batches (default: 0)",
+    )
+    for s, n in (("train", 600), ("dev", 250)):
+        p.add_argument(
+            f"--{s}-queries",
+            type=number_arg(2),
+            metavar="N",
+            help=f"{s} questions that get a group (default: {n})",
+        )
+    p.add_argument(
+        "--set",
+        type=counts_arg,
+        metavar="JSON",
+        help="other settings of the demo (page 92), such as '{\"counts\": {\"beam\": 5}}'",
+    )
     p.set_defaults(lvlm="models/tiny-qwen2.5-vl")
     _run_flags(p).add_argument("--overwrite", action="store_true", help="empty a folder with other settings")
 
 # %% ../nbs/95_cli.ipynb #ac957d22
-DOORS = (add_demo, add_embed, add_pools, add_generate, add_check, add_mine, add_merge, add_train, add_infer, add_eval, add_report, add_sweep)
+DOORS = (
+    add_demo,
+    add_embed,
+    add_pools,
+    add_generate,
+    add_check,
+    add_mine,
+    add_merge,
+    add_train,
+    add_infer,
+    add_eval,
+    add_report,
+    add_sweep,
+)
 
 def parser()->argparse.ArgumentParser:
     "The parser of all commands"
@@ -1122,7 +1971,9 @@ def parser()->argparse.ArgumentParser:
 
 def _warn(args):
     "Warnings as one line each"
-    return lambda text, *rest, **kw: print(f"leverplus {args.command}: warning: {one_line(ValueError(text))}", file=sys.stderr)
+    return lambda text, *rest, **kw: print(
+        f"leverplus {args.command}: warning: {one_line(ValueError(text))}", file=sys.stderr
+    )
 
 def main(
     argv=None, # words; None: those of the command line

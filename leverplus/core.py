@@ -34,8 +34,10 @@ def world_path(
     "Path of a part of the embedded world"
     path = repo_path(*parts)
     if path.exists(): return path
-    raise FileNotFoundError(f"{path}: not found; the embedded world comes with the wheel of leverplus and with a checkout "
-                            "(`pip install -e .`): install one of them, or give a path of your own")
+    raise FileNotFoundError(
+        f"{path}: not found; the embedded world comes with the wheel of leverplus and with a checkout "
+        "(`pip install -e .`): install one of them, or give a path of your own"
+    )
 
 # %% ../nbs/00_core.ipynb #34846c62
 def stable_hash(
@@ -54,28 +56,37 @@ def seed_all(
     seed:int, # >= 0
 )->int: # the seed
     "Seed Python, NumPy and torch"
-    random.seed(seed); np.random.seed(seed % 2**32); torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
     return seed
 
 # %% ../nbs/00_core.ipynb #d6a806a6
 _AS_IS = {int, float, str, bool, type(None)} # what JSON writes as it is
 
 def _canon(o):
-    if isinstance(o, dict): return {str(k): _canon(v) for k, v in sorted(o.items(), key=lambda kv: str(kv[0]))}
+    if isinstance(o, dict):
+        return {str(k): _canon(v) for k, v in sorted(o.items(), key=lambda kv: str(kv[0]))}
     if isinstance(o, (list, tuple)): return list(o) if set(map(type, o)) <= _AS_IS else [_canon(v) for v in o]
     if isinstance(o, torch.Tensor): o = o.detach().cpu().numpy()
-    if isinstance(o, np.ndarray): return [str(o.dtype), list(o.shape), hashlib.sha256(np.ascontiguousarray(o).tobytes()).hexdigest()]
+    if isinstance(o, np.ndarray):
+        return [str(o.dtype), list(o.shape), hashlib.sha256(np.ascontiguousarray(o).tobytes()).hexdigest()]
     if isinstance(o, np.generic): return o.item()
     if isinstance(o, bytes): return hashlib.sha256(o).hexdigest()
     if isinstance(o, Path): return str(o)
     if o is None or isinstance(o, (bool, int, float, str)): return o
-    raise TypeError(f"fingerprint got a {type(o).__name__}: pass numbers, strings, bytes, arrays, tensors, or lists and dicts of them")
+    raise TypeError(
+        f"fingerprint got a {type(o).__name__}: pass numbers, strings, bytes, arrays, tensors, or lists and"
+        " dicts of them"
+    )
 
 def fingerprint(
     *parts, # numbers, strings, bytes, arrays, tensors, or nested lists and dicts of them; anything else is a TypeError
 )->str: # 16 hexadecimal digits
     "Fingerprint of `parts`: equal content, equal fingerprint (sha256 of canonical JSON)"
-    return hashlib.sha256(json.dumps(_canon(parts), sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(_canon(parts), sort_keys=True, ensure_ascii=False).encode()).hexdigest()[
+        :16
+    ]
 
 # %% ../nbs/00_core.ipynb #b34cd3c2
 @contextlib.contextmanager
@@ -83,8 +94,10 @@ def atomic_path(
     path, # the file that is to exist afterwards; its folder is made
 ):
     "Write to the yielded temporary path; it replaces `path` if the block ends well and vanishes if not"
-    path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp") # process ids repeat on other machines
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # process ids repeat on other machines
+    tmp = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
     try:
         yield tmp
         with open(tmp, "rb+") as f: os.fsync(f.fileno())
@@ -97,7 +110,8 @@ def write_json(
     indent:int|None=1, # spaces per level; None writes one line
 )->Path: # `path`
     "Write `obj` as JSON, atomically"
-    with atomic_path(path) as tmp: tmp.write_text(json.dumps(obj, indent=indent, ensure_ascii=False) + "\n", encoding="utf8")
+    with atomic_path(path) as tmp:
+        tmp.write_text(json.dumps(obj, indent=indent, ensure_ascii=False) + "\n", encoding="utf8")
     return Path(path)
 
 def read_json(
@@ -107,7 +121,8 @@ def read_json(
     path = Path(path)
     if not path.exists(): raise FileNotFoundError(f"{path}: no such file")
     try: return json.loads(path.read_text(encoding="utf8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as e: raise ValueError(f"{path}: not valid JSON ({e}); was the download or copy cut short?") from e
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise ValueError(f"{path}: not valid JSON ({e}); was the download or copy cut short?") from e
 
 # %% ../nbs/00_core.ipynb #635e3bb1
 _TEMPORARY = re.compile(r"\.(?P<final>.+)\.\d+-[0-9a-f]{8}\.tmp") # as `atomic_path` names them
@@ -128,7 +143,10 @@ def ask_for_a_folder(
 )->Path: # the same; ValueError for an empty text, which would mean the working directory
     "Refuse an empty path"
     if str(path).strip() == "":
-        raise ValueError("the folder is an empty text, which would be the working directory: name a folder, or '.' if you mean it")
+        raise ValueError(
+            "the folder is an empty text, which would be the working directory: name a folder, or '.' if you"
+            " mean it"
+        )
     return Path(path)
 
 # %% ../nbs/00_core.ipynb #9a0fd1b4
@@ -143,7 +161,8 @@ def exact_float32(
         yield
         return
     b = torch.backends.cudnn
-    with b.flags(enabled=b.enabled, benchmark=b.benchmark, deterministic=b.deterministic, allow_tf32=False): yield
+    with b.flags(enabled=b.enabled, benchmark=b.benchmark, deterministic=b.deterministic, allow_tf32=False):
+        yield
 
 @contextlib.contextmanager
 def reproducible(
@@ -159,7 +178,8 @@ def reproducible(
     with warnings.catch_warnings(), exact_float32(device):
         warnings.filterwarnings("ignore", message=_CUBLAS)
         torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False # it costs time, and nothing here reads such memory
+        # it costs time, and nothing here reads such memory
+        torch.utils.deterministic.fill_uninitialized_memory = False
         try: yield
         finally:
             torch.utils.deterministic.fill_uninitialized_memory = was_filling
@@ -184,7 +204,8 @@ def masked_mean(
     dim=None, # dimension(s) to reduce; None reduces all
 )->torch.Tensor: # mean over True entries, 0 where there is none
     "Mean of `x` over `mask`"
-    mask = mask.expand_as(x); x = x.masked_fill(~mask, 0.)
+    mask = mask.expand_as(x)
+    x = x.masked_fill(~mask, 0.0)
     return x.sum() / mask.sum().clamp(min=1) if dim is None else x.sum(dim) / mask.sum(dim).clamp(min=1)
 
 def masked_log_softmax(
@@ -206,7 +227,8 @@ def spread(
     mask:torch.Tensor, # bool [..., N]
 )->torch.Tensor: # [...] max - min over True entries; 0 for fewer than two
     "Largest minus smallest reward of a group"
-    hi, lo = r.masked_fill(~mask, -torch.inf).amax(-1), r.masked_fill(~mask, torch.inf).amin(-1)
+    hi = r.masked_fill(~mask, -torch.inf).amax(-1)
+    lo = r.masked_fill(~mask, torch.inf).amin(-1)
     return torch.where(mask.any(-1), hi - lo, torch.zeros_like(hi))
 
 # %% ../nbs/00_core.ipynb #353f863f
@@ -219,9 +241,14 @@ def pad_rows(
     rows = [torch.as_tensor(np.asarray(r)) if not isinstance(r, torch.Tensor) else r for r in rows]
     if not rows: raise ValueError("pad_rows got no rows: an empty batch has no shape")
     n = max(len(r) for r in rows)
-    if size is not None and size < n: raise ValueError(f"pad_rows: size {size} but a row has {n} entries; pass size >= {n}")
-    n = size or n; out = rows[0].new_full((len(rows), n, *rows[0].shape[1:]), fill); mask = torch.zeros(len(rows), n, dtype=torch.bool)
-    for i, r in enumerate(rows): out[i, :len(r)] = r; mask[i, :len(r)] = True
+    if size is not None and size < n:
+        raise ValueError(f"pad_rows: size {size} but a row has {n} entries; pass size >= {n}")
+    n = size or n
+    out = rows[0].new_full((len(rows), n, *rows[0].shape[1:]), fill)
+    mask = torch.zeros(len(rows), n, dtype=torch.bool)
+    for i, r in enumerate(rows):
+        out[i, : len(r)] = r
+        mask[i, : len(r)] = True
     return out, mask
 
 def frozen(
@@ -235,5 +262,10 @@ def gini(
     counts, # [n] how often each was picked, >= 0, zeros included; array or tensor
 )->float: # 0 = all equally often .. nearly 1 = always the same few; nan if none was picked
     "Gini coefficient of counts"
-    x = torch.as_tensor(counts).double().flatten().sort().values; n = len(x)
-    return (((2*torch.arange(1, n+1, device=x.device) - n - 1) * x).sum() / (n * x.sum())).item() if n and x.sum() else float("nan")
+    x = torch.as_tensor(counts).double().flatten().sort().values
+    n = len(x)
+    return (
+        (((2 * torch.arange(1, n + 1, device=x.device) - n - 1) * x).sum() / (n * x.sum())).item()
+        if n and x.sum()
+        else float("nan")
+    )

@@ -13,8 +13,20 @@ from types import SimpleNamespace
 import torch
 
 # %% ../nbs/19_cost.ipynb #9cdd4395
-_VISION = dict(depth=32, hidden_size=1280, num_heads=16, intermediate_size=3420, hidden_act="silu", in_channels=3, patch_size=14,
-               temporal_patch_size=2, spatial_merge_size=2, window_size=112, fullatt_block_indexes=[7, 15, 23, 31], tokens_per_second=2)
+_VISION = dict(
+    depth=32,
+    hidden_size=1280,
+    num_heads=16,
+    intermediate_size=3420,
+    hidden_act="silu",
+    in_channels=3,
+    patch_size=14,
+    temporal_patch_size=2,
+    spatial_merge_size=2,
+    window_size=112,
+    fullatt_block_indexes=[7, 15, 23, 31],
+    tokens_per_second=2,
+)
 _TEXT = dict(hidden_act="silu", max_position_embeddings=128000, rms_norm_eps=1e-6, use_sliding_window=False,
              rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=[16, 24, 24]))
 QWEN_SIZES = { # Qwen/Qwen2.5-VL-{3B,7B}-Instruct, config.json
@@ -31,8 +43,14 @@ def qwen_config(
     "Config of a released Qwen2.5-VL, without a download"
     from transformers import Qwen2_5_VLConfig
     if size not in QWEN_SIZES: raise ValueError(f"size {size!r}, wanted one of {list(QWEN_SIZES)}")
-    q = QWEN_SIZES[size]; t = dict(_TEXT, **q["text"]) | (text or {})
-    return Qwen2_5_VLConfig(text_config=t, vision_config=dict(_VISION, out_hidden_size=t["hidden_size"]), tie_word_embeddings=q["tied"], **ids)
+    q = QWEN_SIZES[size]
+    t = dict(_TEXT, **q["text"]) | (text or {})
+    return Qwen2_5_VLConfig(
+        text_config=t,
+        vision_config=dict(_VISION, out_hidden_size=t["hidden_size"]),
+        tie_word_embeddings=q["tied"],
+        **ids
+    )
 
 # %% ../nbs/19_cost.ipynb #f63d3e60
 _KINDS = "qwen2_vl", "qwen2_5_vl", "qwen3_vl"
@@ -42,23 +60,48 @@ def _area(n): return n*n if isinstance(n, int) else n[0]*n[1]
 def _sizes(config):
     "Sizes that decide the cost; TypeError for a config of another family, ValueError for sliding attention"
     kind = getattr(config, "model_type", type(config).__name__)
-    if kind not in _KINDS: raise TypeError(f"a {kind} config: the cost formulas know {', '.join(_KINDS)}; pass the whole model's config")
+    if kind not in _KINDS:
+        raise TypeError(
+            f"a {kind} config: the cost formulas know {', '.join(_KINDS)}; pass the whole model's config"
+        )
     t, v = config.text_config, config.vision_config
     if "sliding_attention" in (getattr(t, "layer_types", None) or ()):
         raise ValueError("layers with sliding attention are not counted here; set use_sliding_window=False")
     head = t.head_dim if kind == "qwen3_vl" else t.hidden_size // t.num_attention_heads
     q, kv = head*t.num_attention_heads, head*t.num_key_value_heads
-    layer = t.hidden_size*(2*q + 2*kv) + 3*t.hidden_size*t.intermediate_size # parameters of a layer's matrices
+    # parameters of a layer's matrices
+    layer = t.hidden_size * (2 * q + 2 * kv) + 3 * t.hidden_size * t.intermediate_size
     dim = v.embed_dim if kind == "qwen2_vl" else v.hidden_size
-    wide, mats = (dim*v.mlp_ratio, 2) if kind == "qwen2_vl" else (v.intermediate_size, 3 if kind == "qwen2_5_vl" else 2)
+    wide, mats = (
+        (dim * v.mlp_ratio, 2)
+        if kind == "qwen2_vl"
+        else (v.intermediate_size, 3 if kind == "qwen2_5_vl" else 2)
+    )
     full = set(v.fullatt_block_indexes) & set(range(v.depth)) if kind == "qwen2_5_vl" else range(v.depth)
     deep = len(v.deepstack_visual_indexes) if kind == "qwen3_vl" else 0
     out = v.hidden_size if kind == "qwen2_vl" else v.out_hidden_size
     time = v.temporal_patch_size if isinstance(v.temporal_patch_size, int) else v.temporal_patch_size[0]
-    merge = v.spatial_merge_size; window = v.window_size // v.patch_size // merge if kind == "qwen2_5_vl" else 0 # in visual tokens, per side
-    return SimpleNamespace(layers=t.num_hidden_layers, hidden=t.hidden_size, q=q, kv=kv, layer=layer, vocab=t.vocab_size, depth=v.depth, dim=dim,
-        block=4*dim*dim + mats*dim*wide, full=len(full), window=window, merge=merge, patch=v.in_channels*time*_area(v.patch_size),
-        mergers=1 + deep, merger=(merge**2*dim)**2 + merge**2*dim*out, out=out)
+    # in visual tokens, per side
+    merge = v.spatial_merge_size
+    window = v.window_size // v.patch_size // merge if kind == "qwen2_5_vl" else 0
+    return SimpleNamespace(
+        layers=t.num_hidden_layers,
+        hidden=t.hidden_size,
+        q=q,
+        kv=kv,
+        layer=layer,
+        vocab=t.vocab_size,
+        depth=v.depth,
+        dim=dim,
+        block=4 * dim * dim + mats * dim * wide,
+        full=len(full),
+        window=window,
+        merge=merge,
+        patch=v.in_channels * time * _area(v.patch_size),
+        mergers=1 + deep,
+        merger=(merge**2 * dim) ** 2 + merge**2 * dim * out,
+        out=out,
+    )
 
 # %% ../nbs/19_cost.ipynb #2c3ee962
 def text_flops(
@@ -81,11 +124,20 @@ def vision_flops(
     patches, # of one image: their number, or their grid (t, h, w) as in `image_grid_thw`
 )->float: # FLOPs
     "Operations of the vision tower for one image, merger included"
-    s = _sizes(config); m = s.merge
-    if isinstance(patches, (int, float)): n, full = patches, patches**2; inner = n*min(n, (s.window*m)**2)
+    s = _sizes(config)
+    m = s.merge
+    if isinstance(patches, (int, float)):
+        n, full = patches, patches**2
+        inner = n * min(n, (s.window * m) ** 2)
     else:
-        t, h, w = (int(x) for x in patches); n, full = t*h*w, t*(h*w)**2
-        inner = t*sum((a*b*m*m)**2 for a in _pieces(h//m, s.window) for b in _pieces(w//m, s.window)) if s.window else 0
+        t, h, w = (int(x) for x in patches)
+        n, full = t * h * w, t * (h * w) ** 2
+        inner = (
+            t
+            * sum((a * b * m * m) ** 2 for a in _pieces(h // m, s.window) for b in _pieces(w // m, s.window))
+            if s.window
+            else 0
+        )
     attention = 4.*s.dim*(s.full*full + (s.depth - s.full)*inner)
     return 2.*n*(s.patch*s.dim + s.depth*s.block) + attention + 2.*n/m**2*s.mergers*s.merger
 
@@ -132,20 +184,41 @@ def prompt_flops(
 )->Cost: # FLOPs by part
     "Operations for the facts about one prompt"
     if how not in HOWS: raise ValueError(f"how={how!r}, wanted one of {HOWS}")
-    images = [image_tokens] if isinstance(image_tokens, (int, float)) else list(image_tokens); L = sum(images) + text_tokens
+    images = [image_tokens] if isinstance(image_tokens, (int, float)) else list(image_tokens)
+    L = sum(images) + text_tokens
     if how != "shared" and (known_images or known_tokens):
         raise ValueError(f"how={how!r} keeps nothing: known_images and known_tokens belong to 'shared'")
     if not 0 <= known_images <= 1 or not 0 <= known_tokens < L:
-        raise ValueError(f"known_images {known_images} (wanted 0..1), known_tokens {known_tokens} (wanted 0..{L - 1}; the last is always run)")
+        raise ValueError(
+            f"known_images {known_images} (wanted 0..1), known_tokens {known_tokens} (wanted 0..{L - 1}; the"
+            " last is always run)"
+        )
     lm = lambda tokens, past=0, causal=causal: text_flops(config, tokens, past, 0, causal)
-    head, vision = text_flops(config, 0, logits=1), sum(vision_flops(config, n*_sizes(config).merge**2) for n in images)
-    says, decode = int(new_tokens > 0), sum(lm(1, L + i) + head for i in range(new_tokens - 1))
-    passes, once = answers + says, min(1, answers + says) # nothing asked costs nothing
+    head = text_flops(config, 0, logits=1)
+    vision = sum(vision_flops(config, n*_sizes(config).merge**2) for n in images)
+    says = int(new_tokens > 0)
+    decode = sum(lm(1, L + i) + head for i in range(new_tokens - 1))
+    # nothing asked costs nothing
+    passes = answers + says
+    once = min(1, answers + says)
     if how == "shared":
         nodes = answers*answer_tokens
-        return Cost(once*vision*(1 - known_images), once*lm(L - known_tokens, known_tokens), head*(once + nodes), lm(nodes, L, False), decode)
-    n = answer_tokens + 1; rows = answers*(n + 1 if how == "naive_logits" else L + n) + says
-    return Cost(vision*(once if how == "naive_vision" else passes), passes*lm(L), head*rows, answers*(lm(L + n) - lm(L)), decode)
+        return Cost(
+            once * vision * (1 - known_images),
+            once * lm(L - known_tokens, known_tokens),
+            head * (once + nodes),
+            lm(nodes, L, False),
+            decode,
+        )
+    n = answer_tokens + 1
+    rows = answers * (n + 1 if how == "naive_logits" else L + n) + says
+    return Cost(
+        vision * (once if how == "naive_vision" else passes),
+        passes * lm(L),
+        head * rows,
+        answers * (lm(L + n) - lm(L)),
+        decode,
+    )
 
 # %% ../nbs/19_cost.ipynb #93ee977b
 def kv_bytes(
@@ -153,7 +226,8 @@ def kv_bytes(
     dtype:torch.dtype=torch.bfloat16, # of the cache
 )->int: # bytes per token
     "Size of a cached token's keys and values"
-    s = _sizes(config); return 2*s.layers*s.kv*dtype.itemsize
+    s = _sizes(config)
+    return 2 * s.layers * s.kv * dtype.itemsize
 
 def feature_bytes(
     config, # as for `text_flops`
@@ -161,18 +235,35 @@ def feature_bytes(
     dtype:torch.dtype=torch.bfloat16, # of the features
 )->float: # bytes
     "Size of an image's features"
-    s = _sizes(config); return tokens*s.out*s.mergers*dtype.itemsize
+    s = _sizes(config)
+    return tokens * s.out * s.mergers * dtype.itemsize
 
 # %% ../nbs/19_cost.ipynb #96102995
-PEAKS = {"B200": 2250e12, "GH200": 990e12, "H200 NVL": 836e12, "H200": 989e12, "H100 NVL": 836e12, "H100 PCIe": 756e12, "H100": 989e12,
-         "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12, "RTX 4090": 165e12, "RTX 3090": 71e12} # FLOP/s, makers' data sheets
+# FLOP/s, makers' data sheets
+PEAKS = {
+    "B200": 2250e12,
+    "GH200": 990e12,
+    "H200 NVL": 836e12,
+    "H200": 989e12,
+    "H100 NVL": 836e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10": 125e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
 
 def peak_flops(
     name:str, # a GPU's name as `torch.cuda.get_device_name` says it
 )->float|None: # FLOP/s in dense bfloat16; None for a GPU that is not in PEAKS
     "Peak of a known GPU"
     words = re.sub(r"[-_]", " ", name)
-    return next((PEAKS[k] for k in sorted(PEAKS, key=len, reverse=True) if re.search(rf"\b{k}\b", words, re.I)), None)
+    return next(
+        (PEAKS[k] for k in sorted(PEAKS, key=len, reverse=True) if re.search(rf"\b{k}\b", words, re.I)), None
+    )
 
 def mfu(
     flops:float, # FLOPs that had to be done
@@ -180,5 +271,6 @@ def mfu(
     peak:float, # FLOP/s the machine could do, > 0
 )->float: # 0..1, unless a count or a time is wrong
     "Model FLOP utilisation"
-    if not (seconds > 0 and peak > 0): raise ValueError(f"mfu: {seconds} s at a peak of {peak} FLOP/s, wanted both > 0")
+    if not (seconds > 0 and peak > 0):
+        raise ValueError(f"mfu: {seconds} s at a peak of {peak} FLOP/s, wanted both > 0")
     return flops/seconds/peak

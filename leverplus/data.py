@@ -22,7 +22,10 @@ def _need(ok, reason):
 
 def _id(entry, field):
     v = entry.get(field)
-    _need(isinstance(v, int) and not isinstance(v, bool) and v >= 0, f"{field} is {v!r}, wanted a whole number >= 0")
+    _need(
+        isinstance(v, int) and not isinstance(v, bool) and v >= 0,
+        f"{field} is {v!r}, wanted a whole number >= 0",
+    )
     return v
 
 def _question(entry):
@@ -68,15 +71,20 @@ def expand_labels(
     "List ten OKVQA answers that have these soft labels"
     _need(isinstance(label, dict) and label, f"label is {label!r}, wanted a table answer -> score")
     for a, s in label.items():
-        _need(isinstance(s, (int, float)) and (s == 1 or abs(s - 2/3) < .01), f"score {s!r} of {a!r}, wanted .667 or 1")
+        _need(
+            isinstance(s, (int, float)) and (s == 1 or abs(s - 2 / 3) < 0.01),
+            f"score {s!r} of {a!r}, wanted .667 or 1",
+        )
     people = {a: 2 if s == 1 else 1 for a, s in label.items()}
-    full, spare = [a for a in people if people[a] == 2], 5 - sum(people.values())
+    full = [a for a in people if people[a] == 2]
+    spare = 5 - sum(people.values())
     _need(spare == 0 or (spare > 0 and full), f"label {label!r} asks for {5 - spare} people, wanted 5")
     for i in range(spare): people[full[i % len(full)]] += 1
     return [a for a, c in people.items() for _ in range(2*c)]
 
 def _soft(entry):
-    answers, img = expand_labels(entry.get("label")), entry.get("img_id")
+    answers = expand_labels(entry.get("label"))
+    img = entry.get("img_id")
     out = dict(answers=answers, answer=majority(answers))
     return out | {"image_id": int(img[-12:])} if isinstance(img, str) and img[-12:].isdigit() else out
 
@@ -105,7 +113,8 @@ def image_fault(
         with Image.open(path) as im: im.verify()
         if verify == "decode":
             with Image.open(path) as im: im.load()
-    except Exception as e: # Pillow raises many kinds for a broken file; all mean the same here and none is lost
+    # Pillow raises many kinds for a broken file; all mean the same here and none is lost
+    except Exception as e:
         return f"image cannot be read ({type(e).__name__}: {str(e).replace(str(path), Path(path).name)})"
     return ""
 
@@ -118,7 +127,8 @@ class _Report:
     def __init__(self): self.rows, self.ids = [], set()
     def add(self, question_id, file, reason):
         if not isinstance(question_id, (int, str, type(None))): question_id = repr(question_id)
-        self.rows.append(dict(question_id=question_id, file=file, reason=reason)); self.ids.add(question_id)
+        self.rows.append(dict(question_id=question_id, file=file, reason=reason))
+        self.ids.add(question_id)
     def text(self, n=5):
         lines = [f"  {r['file']}: question {r['question_id']}: {r['reason']}" for r in self.rows[:n]]
         return "\n".join(lines + [f"  ... and {len(self.rows) - n} more"]*(len(self.rows) > n))
@@ -147,8 +157,10 @@ def _by_id(path, field, parse, report):
 # %% ../nbs/10_data.ipynb #df199f08
 def _join(questions, annotations, q_name, a_name, report):
     alone = lambda xs, ys: [x for x in xs if x not in ys and x not in report.ids]
-    for qid in alone(questions, annotations): report.add(qid, a_name, f"no annotation for this question of {q_name}")
-    for qid in alone(annotations, questions): report.add(qid, q_name, f"no question for this annotation of {a_name}")
+    for qid in alone(questions, annotations):
+        report.add(qid, a_name, f"no annotation for this question of {q_name}")
+    for qid in alone(annotations, questions):
+        report.add(qid, q_name, f"no question for this annotation of {a_name}")
     out = {}
     for qid in (q for q in questions if q in annotations):
         q, a = questions[qid], annotations[qid]
@@ -158,12 +170,18 @@ def _join(questions, annotations, q_name, a_name, report):
 
 def _add_images(rows, images, split, verify, report):
     images = Path(images).expanduser()
-    if not images.is_dir(): raise FileNotFoundError(f"{images}: no such folder of images; images=None reads without them")
-    faults, paths = {}, {i: find_image(images, split, i) for i in {r["image_id"] for r in rows.values()}}
-    for i, p in paths.items(): faults[i] = image_fault(p, verify) if p else "no such image, neither .jpg nor .png"
+    if not images.is_dir():
+        raise FileNotFoundError(f"{images}: no such folder of images; images=None reads without them")
+    faults = {}
+    paths = {i: find_image(images, split, i) for i in {r["image_id"] for r in rows.values()}}
+    for i, p in paths.items():
+        faults[i] = image_fault(p, verify) if p else "no such image, neither .jpg nor .png"
     for qid, r in list(rows.items()):
-        p = paths[r["image_id"]]; name = p.name if p else f"COCO_{split}2014_{r['image_id']:012d}"
-        if why := faults[r["image_id"]]: report.add(qid, name, why); del rows[qid]
+        p = paths[r["image_id"]]
+        name = p.name if p else f"COCO_{split}2014_{r['image_id']:012d}"
+        if why := faults[r["image_id"]]:
+            report.add(qid, name, why)
+            del rows[qid]
         else: r["image_path"] = str(p)
 
 # %% ../nbs/10_data.ipynb #3918ed94
@@ -179,7 +197,11 @@ def _frame(rows, split):
 def _exists(path, wanted):
     if path.is_file(): return path
     near = sorted(p.name for p in path.parent.glob("*.json")) if path.parent.is_dir() else None
-    has = "that folder does not exist" if near is None else f"the folder holds {', '.join(near) or 'no .json files'}"
+    has = (
+        "that folder does not exist"
+        if near is None
+        else f"the folder holds {', '.join(near) or 'no .json files'}"
+    )
     raise FileNotFoundError(f"{path}: no such file. Wanted {wanted}; {has}")
 
 def _check_args(on_bad, verify):
@@ -201,11 +223,15 @@ def read_items(
     q = _exists(Path(questions).expanduser(), f"the questions of split '{split}'")
     a = _exists(Path(annotations).expanduser(), f"the answers of split '{split}'")
     report = _Report()
-    rows = _join(_by_id(q, "questions", _question, report), _by_id(a, field, parse, report), q.name, a.name, report)
+    rows = _join(
+        _by_id(q, "questions", _question, report), _by_id(a, field, parse, report), q.name, a.name, report
+    )
     if images is not None: _add_images(rows, images, split, verify, report)
     if report.rows and (on_bad == "raise" or not rows):
         tail = "pass on_bad='skip' to leave them out" if rows else "nothing would be left"
-        raise BadItems(f"{q.parent}: {len(report.rows)} bad item(s) in split '{split}'; {tail}\n{report.text()}")
+        raise BadItems(
+            f"{q.parent}: {len(report.rows)} bad item(s) in split '{split}'; {tail}\n{report.text()}"
+        )
     if not rows: raise BadItems(f"{q}: no questions")
     frame = _frame(list(rows.values()), split)
     frame.attrs["left_out"] = report.rows
@@ -216,7 +242,10 @@ def left_out(
 )->pd.DataFrame: # a row per fault: `question_id` (None if there was none), `file`, `reason`; empty if all was well
     "List what a reader left out, and why"
     if "left_out" not in frame.attrs:
-        raise ValueError("this frame carries no report: pass the frame that a reader returned (merge and concat may drop it)")
+        raise ValueError(
+            "this frame carries no report: pass the frame that a reader returned (merge and concat may"
+            " drop it)"
+        )
     return pd.DataFrame(frame.attrs["left_out"], columns=["question_id", "file", "reason"])
 
 # %% ../nbs/10_data.ipynb #883efec6
@@ -262,7 +291,9 @@ def check_splits(
         for col in ("image_id", "question_id"):
             both = sorted(set(x[col].tolist()) & set(y[col].tolist()))
             if not both: continue
-            raise ValueError(f"splits '{a}' and '{b}' share {len(both)} {col}s, e.g. {both[:5]}: move them to one side")
+            raise ValueError(
+                f"splits '{a}' and '{b}' share {len(both)} {col}s, e.g. {both[:5]}: move them to one side"
+            )
     return pd.DataFrame({n: dict(questions=len(f), images=f.image_id.nunique()) for n, f in frames.items()}).T
 
 # %% ../nbs/10_data.ipynb #ae690bf7
@@ -308,7 +339,11 @@ def plot_people(
     "Plot the share of questions by the size of their largest group of equal answers"
     import matplotlib.pyplot as plt
     ax = ax or plt.subplots(figsize=(5, 3))[1]
-    share = pd.Series([max(Counter(a).values()) for a in frame.answers]).value_counts(normalize=True).sort_index()
+    share = (
+        pd.Series([max(Counter(a).values()) for a in frame.answers]).value_counts(normalize=True).sort_index()
+    )
     ax.bar(share.index, share.values)
-    ax.set(xlabel="people who gave the most frequent answer", ylabel="share of questions", xticks=range(1, 11))
+    ax.set(
+        xlabel="people who gave the most frequent answer", ylabel="share of questions", xticks=range(1, 11)
+    )
     return ax

@@ -17,7 +17,10 @@ from .rldata_check import health
 from .diagnose import data_facts
 from .recipes import fit_recipe, recipe, recipe_learner
 from .infer import pick_model
-from .evaluate import best_fixed, check_facts, fixed_pairs, look, majority_vote, paired_table, pick_baselines, pick_oracle, result_table, score_picks, seeds_table, table_text, unasked
+from leverplus.evaluate import (
+    best_fixed, check_facts, fixed_pairs, look, majority_vote, paired_table, pick_baselines, pick_oracle,
+    result_table, score_picks, seeds_table, table_text, unasked,
+)
 from .report import write_report
 from .world import World, load_world
 
@@ -43,9 +46,24 @@ def make_groups(
     progress:bool=True, # show bars?
 )->dict: # {"train": RLData, "dev": RLData}
     "Propose sequences for training and development queries and ask the LVLM about them"
-    cache, n = FactCache(), dict(train=train_queries, dev=dev_queries)
-    return {s: generate(Path(path)/s, world.ids(s)[:n[s]], world.items, world.pools[s], world.scorer, world.store,
-                        shots=tuple(shots), counts=counts, seed=seed, cache=cache, progress=progress) for s in ("train", "dev")}
+    cache = FactCache()
+    n = dict(train=train_queries, dev=dev_queries)
+    return {
+        s: generate(
+            Path(path) / s,
+            world.ids(s)[: n[s]],
+            world.items,
+            world.pools[s],
+            world.scorer,
+            world.store,
+            shots=tuple(shots),
+            counts=counts,
+            seed=seed,
+            cache=cache,
+            progress=progress,
+        )
+        for s in ("train", "dev")
+    }
 
 # %% ../nbs/92_demo.ipynb #26882596
 def train_recipes(
@@ -58,9 +76,19 @@ def train_recipes(
     "Train selectors by recipes"
     items, out = world.items, {}
     for name, changes in recipes.items():
-        learn = recipe_learner(name, groups["train"], groups["dev"], world.store, seed, items=items[items.split == "train"], **changes)
+        learn = recipe_learner(
+            name,
+            groups["train"],
+            groups["dev"],
+            world.store,
+            seed,
+            items=items[items.split == "train"],
+            **changes
+        )
         with ExitStack() as quiet:
-            if not bars: quiet.enter_context(learn.no_bar()); quiet.enter_context(learn.no_logging())
+            if not bars:
+                quiet.enter_context(learn.no_bar())
+                quiet.enter_context(learn.no_logging())
             out[name] = fit_recipe(learn, name, **changes)
     return out
 
@@ -73,7 +101,8 @@ def fixed_best(
     cache:FactCache|None=None, # shared facts
 )->dict: # {S: pointer}
     "The fixed demonstrations that do best on dev"
-    pool, out = world.pools["dev"].only(world.ids("dev")[:queries]), {}
+    pool = world.pools["dev"].only(world.ids("dev")[:queries])
+    out = {}
     for s in shots if n else ():
         out[s] = best_fixed(ask(fixed_pairs(pool, s, n), world.scorer, world.items, cache), s)[0]
     return out
@@ -103,9 +132,19 @@ def score_all(
     cache:FactCache|None=None, # shared facts
 )->pd.DataFrame: # scored picks, and the rows of `majority_vote`
     "What the picks are worth"
-    if len(new := unasked(picks, facts)): facts = pd.concat([check_facts(facts), check_facts(ask(new, world.scorer, world.items, cache))], ignore_index=True)
+    if len(new := unasked(picks, facts)):
+        facts = pd.concat(
+            [check_facts(facts), check_facts(ask(new, world.scorer, world.items, cache))], ignore_index=True
+        )
     near = picks[(picks.selector == "similar_mixed") & (picks.shots > 0)]
-    return pd.concat([score_picks(picks, facts), majority_vote(near, world.items)] if len(near) else [score_picks(picks, facts)], ignore_index=True)
+    return pd.concat(
+        (
+            [score_picks(picks, facts), majority_vote(near, world.items)]
+            if len(near)
+            else [score_picks(picks, facts)]
+        ),
+        ignore_index=True,
+    )
 
 # %% ../nbs/92_demo.ipynb #d0075d70
 def run_demo(
@@ -116,20 +155,61 @@ def run_demo(
     **settings, # instead of those in SETTINGS
 )->pd.DataFrame: # the result table
     "Groups, training, evaluation and report on the embedded world"
-    cfg = SETTINGS | settings; world = load_world(); best = cfg["best"]
-    if best not in cfg["recipes"]: raise ValueError(f"best {best!r} is not among the recipes {', '.join(cfg['recipes'])}")
-    prints = dict(lvlm=world.scorer.fingerprint, store=world.store.fingerprint, **{f"pool_{s}": p.fingerprint for s, p in world.pools.items()})
+    cfg = SETTINGS | settings
+    world = load_world()
+    best = cfg["best"]
+    if best not in cfg["recipes"]:
+        raise ValueError(f"best {best!r} is not among the recipes {', '.join(cfg['recipes'])}")
+    prints = dict(
+        lvlm=world.scorer.fingerprint,
+        store=world.store.fingerprint,
+        **{f"pool_{s}": p.fingerprint for s, p in world.pools.items()},
+    )
     run = Run.create(path, cfg, seed, prints, overwrite=overwrite)
-    groups = make_groups(world, run.path/"groups", cfg["train_queries"], cfg["dev_queries"], cfg["shots"], cfg["counts"], seed, progress)
-    learners = train_recipes(world, groups, cfg["recipes"], seed); learn = learners[best]
+    groups = make_groups(
+        world,
+        run.path / "groups",
+        cfg["train_queries"],
+        cfg["dev_queries"],
+        cfg["shots"],
+        cfg["counts"],
+        seed,
+        progress,
+    )
+    learners = train_recipes(world, groups, cfg["recipes"], seed)
+    learn = learners[best]
     run.save_history(learn.history.frame)
     learn.save_selector(run.checkpoint, info=learn.dls.info | dict(seed=seed, recipe=best))
-    facts, cache = world.facts(), FactCache(run.path/"facts"); fixed = fixed_best(world, cfg["table_shots"], cfg["fixed"], cfg["dev_queries"], cache)
-    scored = score_all(world, pick_all(world, {n: l.model.eval() for n, l in learners.items()}, facts, cfg["table_shots"], fixed=fixed), facts, cache)
+    facts = world.facts()
+    cache = FactCache(run.path / "facts")
+    fixed = fixed_best(world, cfg["table_shots"], cfg["fixed"], cfg["dev_queries"], cache)
+    scored = score_all(
+        world,
+        pick_all(
+            world, {n: l.model.eval() for n, l in learners.items()}, facts, cfg["table_shots"], fixed=fixed
+        ),
+        facts,
+        cache,
+    )
     run.save_frame("predictions.parquet", scored.assign(pointer=scored.pointer.map(list)))
-    table, paired = result_table(scored, world.items), paired_table(scored, world.items); table.attrs["looks"] = look(run.path, scored)
-    write_report(run.path, table, scored, world.items, learn.history.frame, paired, selector=best, shots=max(cfg["table_shots"]), title="leverplus on the embedded world",
-                 facts=data_facts(learn.dls), data=health(groups, recipe(best)["data"]["reward"]), looks=table.attrs["looks"], n=cfg["cases"])
+    table = result_table(scored, world.items)
+    paired = paired_table(scored, world.items)
+    table.attrs["looks"] = look(run.path, scored)
+    write_report(
+        run.path,
+        table,
+        scored,
+        world.items,
+        learn.history.frame,
+        paired,
+        selector=best,
+        shots=max(cfg["table_shots"]),
+        title="leverplus on the embedded world",
+        facts=data_facts(learn.dls),
+        data=health(groups, recipe(best)["data"]["reward"]),
+        looks=table.attrs["looks"],
+        n=cfg["cases"],
+    )
     run.finish(acc=float(table.set_index(["selector", "shots"]).acc[best, max(cfg["table_shots"])]))
     return table
 
@@ -142,12 +222,36 @@ def run_seeds(
 )->pd.DataFrame: # scored picks of all rows and seeds; `draw` is the seed of a trained selector
     "The demo's table over several seeds"
     import tempfile
-    cfg, world, out = SETTINGS | settings, load_world(), []; facts = world.facts(); folder = Path(folder or tempfile.mkdtemp()); cache = FactCache(folder/"facts")
+    cfg = SETTINGS | settings
+    world = load_world()
+    out = []
+    facts = world.facts()
+    folder = Path(folder or tempfile.mkdtemp())
+    cache = FactCache(folder / "facts")
     fixed = fixed_best(world, cfg["table_shots"], cfg["fixed"], cfg["dev_queries"], cache)
     for seed in seeds:
-        groups = make_groups(world, folder/f"seed-{seed}", cfg["train_queries"], cfg["dev_queries"], cfg["shots"], cfg["counts"], seed, progress)
+        groups = make_groups(
+            world,
+            folder / f"seed-{seed}",
+            cfg["train_queries"],
+            cfg["dev_queries"],
+            cfg["shots"],
+            cfg["counts"],
+            seed,
+            progress,
+        )
         models = {n: l.model.eval() for n, l in train_recipes(world, groups, cfg["recipes"], seed).items()}
-        out.append(pick_all(world, models, facts, cfg["table_shots"], draw=seed, fixed=fixed, baselines=seed == list(seeds)[0]))
+        out.append(
+            pick_all(
+                world,
+                models,
+                facts,
+                cfg["table_shots"],
+                draw=seed,
+                fixed=fixed,
+                baselines=seed == list(seeds)[0],
+            )
+        )
     return score_all(world, pd.concat(out, ignore_index=True), facts, cache)
 
 def seeds_report(
@@ -168,4 +272,5 @@ def main():
     p.add_argument("--overwrite", action="store_true", help="empty the folder of a run with other settings")
     a = p.parse_args()
     table = run_demo(a.path, a.seed, a.overwrite)
-    print(table_text(table, table.attrs["looks"])); print(f"report: {Path(a.path)/'report.html'}")
+    print(table_text(table, table.attrs["looks"]))
+    print(f"report: {Path(a.path)/'report.html'}")

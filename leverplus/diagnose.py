@@ -31,8 +31,16 @@ PANELS = {
 def _frame(source):
     "History as a frame, from a frame, a `History` or a Learner that carries one"
     if isinstance(source, pd.DataFrame): return source
-    history = source if isinstance(source, History) else next((cb for cb in getattr(source, "cbs", ()) if isinstance(cb, History)), None)
-    if history is None: raise ValueError(f"{type(source).__name__}: wanted a frame, a `History`, or a Learner with `cbs=[RLStats(), History()]`")
+    history = (
+        source
+        if isinstance(source, History)
+        else next((cb for cb in getattr(source, "cbs", ()) if isinstance(cb, History)), None)
+    )
+    if history is None:
+        raise ValueError(
+            f"{type(source).__name__}: wanted a frame, a `History`, or a Learner with `cbs=[RLStats(),"
+            " History()]`"
+        )
     return history.frame
 
 def plot_rl(
@@ -41,15 +49,22 @@ def plot_rl(
 ): # array of the axes that were drawn on
     "Draw what was recorded over all epochs of all stages; dotted lines are stage changes"
     import matplotlib.pyplot as plt
-    f = _frame(source); have = lambda cols: [c for c in cols if c in f and f[c].notna().any()]
+    f = _frame(source)
+    have = lambda cols: [c for c in cols if c in f and f[c].notna().any()]
     panels = {name: have(cols) for name, cols in PANELS.items() if have(set(cols) - {"kl_bound"})}
-    if not panels: raise ValueError(f"plot_rl: {len(f)} epochs with the columns {', '.join(f.columns) or 'none'}: nothing to draw; train with `RLStats` and `History`")
+    if not panels:
+        raise ValueError(
+            f"plot_rl: {len(f)} epochs with the columns {', '.join(f.columns) or 'none'}: nothing to draw;"
+            " train with `RLStats` and `History`"
+        )
     if axs is None:
-        w, h = min(3, len(panels)), math.ceil(len(panels)/3)
+        w = min(3, len(panels))
+        h = math.ceil(len(panels)/3)
         fig, axs = plt.subplots(h, w, figsize=(2.2*w, 1.5*h), layout="constrained", squeeze=False)
         for a in axs.ravel()[len(panels):]: fig.delaxes(a)
     axs = np.ravel(axs)[:len(panels)]
-    if len(axs) < len(panels): raise ValueError(f"plot_rl: {len(axs)} axes for {len(panels)} panels ({', '.join(panels)})")
+    if len(axs) < len(panels):
+        raise ValueError(f"plot_rl: {len(axs)} axes for {len(panels)} panels ({', '.join(panels)})")
     for ax, (name, cols) in zip(axs, panels.items()): _panel(ax, f, name, cols)
     return axs
 
@@ -58,9 +73,13 @@ def _panel(ax, f, name, cols):
     for c in cols: ax.plot(x, f[c], "k:" if c == "kl_bound" else ".-", lw=1, ms=3, label=PANELS[name][c])
     if name.startswith("KL") and f[cols].max().max() > 20*f[cols].max().min() > 0: ax.set_yscale("log")
     if name.startswith(("share", "live", "entropy", "picks")): ax.set_ylim(-.03, 1.03)
-    for i in np.flatnonzero(np.diff(f["fit"])) if "fit" in f else (): ax.axvline(i + 1.5, color="grey", ls=":", lw=.8)
-    ax.set_title(name, fontsize=8); ax.tick_params(labelsize=7); ax.legend(fontsize=6, frameon=False)
-    ax.xaxis.get_major_locator().set_params(integer=True); ax.set_xlabel("epoch", fontsize=7)
+    for i in np.flatnonzero(np.diff(f["fit"])) if "fit" in f else ():
+        ax.axvline(i + 1.5, color="grey", ls=":", lw=0.8)
+    ax.set_title(name, fontsize=8)
+    ax.tick_params(labelsize=7)
+    ax.legend(fontsize=6, frameon=False)
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.set_xlabel("epoch", fontsize=7)
 
 # %% ../nbs/69_diagnose.ipynb #9e6be5ca
 def data_facts(
@@ -70,69 +89,198 @@ def data_facts(
     def walk(dl): # a loader draws when it starts, so the draws are put back
         state = random.getstate()
         try:
-            with torch.random.fork_rng(devices=()): return [(b[2].sum(-1), b[4].sum(-1), *b[5:]) for b in dl.new(shuffle=False, drop_last=False)]
+            with torch.random.fork_rng(devices=()):
+                return [(b[2].sum(-1), b[4].sum(-1), *b[5:]) for b in dl.new(shuffle=False, drop_last=False)]
         finally: random.setstate(state)
-    train, valid = walk(dls.train), walk(dls.valid); mean = lambda bs: torch.cat([b[0] for b in bs]).double().mean().item()
-    live = torch.cat([live_groups(r, m) for _, _, r, m in train]); rows = getattr(dls.train_ds, "rows", None)
-    lengths = sorted({int(n) for _, s, _, _ in train for n in s.unique() if n > 0}); soft = float("nan")
-    if isinstance(rows, pd.DataFrame) and {"vqa_gt_prob", "vqa_acc_score"} <= set(rows): soft = spearman(rows.vqa_gt_prob, rows.vqa_acc_score).rho
-    return dict(queries=len(live), queries_valid=sum(len(b[0]) for b in valid), live=live.double().mean().item(),
-                pool_train=mean(train), pool_valid=mean(valid), shots=lengths, spearman=soft)
+    train = walk(dls.train)
+    valid = walk(dls.valid)
+    mean = lambda bs: torch.cat([b[0] for b in bs]).double().mean().item()
+    live = torch.cat([live_groups(r, m) for _, _, r, m in train])
+    rows = getattr(dls.train_ds, "rows", None)
+    lengths = sorted({int(n) for _, s, _, _ in train for n in s.unique() if n > 0})
+    soft = float("nan")
+    if isinstance(rows, pd.DataFrame) and {"vqa_gt_prob", "vqa_acc_score"} <= set(rows):
+        soft = spearman(rows.vqa_gt_prob, rows.vqa_acc_score).rho
+    return dict(
+        queries=len(live),
+        queries_valid=sum(len(b[0]) for b in valid),
+        live=live.double().mean().item(),
+        pool_train=mean(train),
+        pool_valid=mean(valid),
+        shots=lengths,
+        spearman=soft,
+    )
 
 # %% ../nbs/69_diagnose.ipynb #91050dc1
 class Rule(NamedTuple):
     "One failure: how it looks, where it comes from, what to do"
-    row:str; symptom:str; wanted:str; cause:str; remedy:str
+    row: str
+    symptom: str
+    wanted: str
+    cause: str
+    remedy: str
 
 RULES = dict(
-    live=Rule("1", "few groups can teach", "{live:.0%} or more",
-        "the other groups have one reward for all their sequences; over ALL groups the advantages have std {std:.3g}, which no learning rate, KL weight "
-        "or rank normalisation mends", "collect sequences that differ (mine, more sources), use a softer reward, drop dead groups; below {start:.0%} do not start"),
-    filter=Rule("2", "a filter makes groups flat", "a drop of at most {filter:.0%}",
-        "sequences were cut by reward, so live groups fell from {before:.0%} to {after:.0%}; cut before the advantages, what is left is alike",
-        "no cut by reward; if a cap is needed, `TopKCurriculum(how='stratified')`, which cuts after the advantages"),
-    kl=Rule("3", "far from the reference", "{kl:g} nats or less", "the policy moved far from what it is held to", "raise beta (`AdaptiveKL`), lower the learning rate, or take a nearer reference"),
-    k3=Rule("3", "k3 is not the KL", "at most {k3:g} times the exact KL",
-        "k3 is averaged over stored sequences, which the policy did not draw, or against an old policy; it says that stored sequences became likelier",
-        "steer by the exact KL (`KLToRef(how='exact')`), reference = start of the stage"),
-    ratio=Rule("4", "ratio is not 1 at the first step", "1 +- {ratio:g}", "the old policy is not the policy: a snapshot from before another stage, or a random forward pass",
-        "leave `old` out so that it is taken at the start, `refresh='epoch'`, `NoDropout()`; or `Listwise`, which has no ratio"),
-    clip=Rule("4", "nothing is pushed up", "{clip:.0%} or less", "so many of the terms with A > 0 are clipped and have no gradient, while those with A < 0 pass",
-        "refresh the old policy, a smaller learning rate, `dual` clip, or `Listwise`"),
-    dropout=Rule("4", "dropout while log-probabilities are compared", "none active", "old and new log-probabilities differ by chance before any update", "`NoDropout()`, or a model with dropout=0"),
-    penalty=Rule("5", "a penalty steers", "{penalty:.0%} of the gradient or less", "dead groups give nothing but the penalty, or its weight is too large: the policy is pulled back",
-        "more live groups, `KLToRef(on='live')`, a smaller weight"),
-    beta=Rule("6", "beta hits a bound", "inside its limits", "the controller follows a KL that is noisy or not a KL, or the band cannot be held", "exact KL, one move per epoch (`AdaptiveKL`), a wider band or another learning rate"),
-    ess=Rule("7", "reward scale and temperature do not fit", "{ess[0]:g} to {ess[1]:g} of a group", "tau is too large for the rewards (all sequences weigh the same) or too small (one has all)",
-        "`Listwise(ess=.35)`, or `TempSchedule` with tau near the spread of rewards in a group; do not normalise twice"),
-    soft=Rule("8", "the soft reward does not follow accuracy", "rank correlation {soft:g} or more", "the scored tokens are not those of the answer", "hold the scorer to its reference (`health` of the data) before any run"),
-    pool=Rule("11", "pools differ between training and validation", "the same size", "pools were made in different ways, so the tasks differ", "one pool rule for all splits"),
-    uniform=Rule("12", "the policy is uniform", "{uniform:g} nats or more", "nothing was learned: its distribution is that of a policy that knows nothing", "treat as untrained: learning rate, temperature, live groups"),
-    unchanged=Rule("15", "picks are those of the start", "at most {unchanged:.1%} of them", "no change that matters: too small a learning rate, too strong a penalty, or nothing to learn from",
-        "say so and stop; do not compare this run with its start"),
-    overfit=Rule("18", "better in training only", "a gap of {overfit:g} standard errors or less", "few queries for this many steps or parameters", "keep the best (`Best(promote='paired')`), fewer epochs (`patience`), weight decay, the similarity prior"),
-    collapse=Rule("23", "one answer for all", "entropy {entropy:g}, unique picks {unique:.0%} or more", "the policy collapsed on a few demonstrations", "`EntropyFloor`, a smaller learning rate, a penalty on hubs"),
-    mass=Rule("A3", "stored sequences lose their probability", "{mass:.0%} of the start or more", "the policy left the data it is trained on", "collect again with the present policy (`OnPolicy`), or stay nearer (`KLToRef`)"),
+    live=Rule(
+        "1",
+        "few groups can teach",
+        "{live:.0%} or more",
+        "the other groups have one reward for all their sequences; over ALL groups the advantages have std"
+        " {std:.3g}, which no learning rate, KL weight or rank normalisation mends",
+        "collect sequences that differ (mine, more sources), use a softer reward, drop dead groups; below"
+        " {start:.0%} do not start",
+    ),
+    filter=Rule(
+        "2",
+        "a filter makes groups flat",
+        "a drop of at most {filter:.0%}",
+        "sequences were cut by reward, so live groups fell from {before:.0%} to {after:.0%}; cut before the"
+        " advantages, what is left is alike",
+        "no cut by reward; if a cap is needed, `TopKCurriculum(how='stratified')`, which cuts after the"
+        " advantages",
+    ),
+    kl=Rule(
+        "3",
+        "far from the reference",
+        "{kl:g} nats or less",
+        "the policy moved far from what it is held to",
+        "raise beta (`AdaptiveKL`), lower the learning rate, or take a nearer reference",
+    ),
+    k3=Rule(
+        "3",
+        "k3 is not the KL",
+        "at most {k3:g} times the exact KL",
+        "k3 is averaged over stored sequences, which the policy did not draw, or against an old policy; it"
+        " says that stored sequences became likelier",
+        "steer by the exact KL (`KLToRef(how='exact')`), reference = start of the stage",
+    ),
+    ratio=Rule(
+        "4",
+        "ratio is not 1 at the first step",
+        "1 +- {ratio:g}",
+        "the old policy is not the policy: a snapshot from before another stage, or a random forward pass",
+        "leave `old` out so that it is taken at the start, `refresh='epoch'`, `NoDropout()`; or `Listwise`,"
+        " which has no ratio",
+    ),
+    clip=Rule(
+        "4",
+        "nothing is pushed up",
+        "{clip:.0%} or less",
+        "so many of the terms with A > 0 are clipped and have no gradient, while those with A < 0 pass",
+        "refresh the old policy, a smaller learning rate, `dual` clip, or `Listwise`",
+    ),
+    dropout=Rule(
+        "4",
+        "dropout while log-probabilities are compared",
+        "none active",
+        "old and new log-probabilities differ by chance before any update",
+        "`NoDropout()`, or a model with dropout=0",
+    ),
+    penalty=Rule(
+        "5",
+        "a penalty steers",
+        "{penalty:.0%} of the gradient or less",
+        "dead groups give nothing but the penalty, or its weight is too large: the policy is pulled back",
+        "more live groups, `KLToRef(on='live')`, a smaller weight",
+    ),
+    beta=Rule(
+        "6",
+        "beta hits a bound",
+        "inside its limits",
+        "the controller follows a KL that is noisy or not a KL, or the band cannot be held",
+        "exact KL, one move per epoch (`AdaptiveKL`), a wider band or another learning rate",
+    ),
+    ess=Rule(
+        "7",
+        "reward scale and temperature do not fit",
+        "{ess[0]:g} to {ess[1]:g} of a group",
+        "tau is too large for the rewards (all sequences weigh the same) or too small (one has all)",
+        "`Listwise(ess=.35)`, or `TempSchedule` with tau near the spread of rewards in a group; do not"
+        " normalise twice",
+    ),
+    soft=Rule(
+        "8",
+        "the soft reward does not follow accuracy",
+        "rank correlation {soft:g} or more",
+        "the scored tokens are not those of the answer",
+        "hold the scorer to its reference (`health` of the data) before any run",
+    ),
+    pool=Rule(
+        "11",
+        "pools differ between training and validation",
+        "the same size",
+        "pools were made in different ways, so the tasks differ",
+        "one pool rule for all splits",
+    ),
+    uniform=Rule(
+        "12",
+        "the policy is uniform",
+        "{uniform:g} nats or more",
+        "nothing was learned: its distribution is that of a policy that knows nothing",
+        "treat as untrained: learning rate, temperature, live groups",
+    ),
+    unchanged=Rule(
+        "15",
+        "picks are those of the start",
+        "at most {unchanged:.1%} of them",
+        "no change that matters: too small a learning rate, too strong a penalty, or nothing to learn from",
+        "say so and stop; do not compare this run with its start",
+    ),
+    overfit=Rule(
+        "18",
+        "better in training only",
+        "a gap of {overfit:g} standard errors or less",
+        "few queries for this many steps or parameters",
+        "keep the best (`Best(promote='paired')`), fewer epochs (`patience`), weight decay, the similarity"
+        " prior",
+    ),
+    collapse=Rule(
+        "23",
+        "one answer for all",
+        "entropy {entropy:g}, unique picks {unique:.0%} or more",
+        "the policy collapsed on a few demonstrations",
+        "`EntropyFloor`, a smaller learning rate, a penalty on hubs",
+    ),
+    mass=Rule(
+        "A3",
+        "stored sequences lose their probability",
+        "{mass:.0%} of the start or more",
+        "the policy left the data it is trained on",
+        "collect again with the present policy (`OnPolicy`), or stay nearer (`KLToRef`)",
+    ),
 )
 
-def _last(f, c): s = f[c].dropna() if c in f else (); return float(s.iloc[-1]) if len(s) else None
-def _first(f, c): s = f[c].dropna() if c in f else (); return float(s.iloc[0]) if len(s) else None
-def _max(f, c): s = f[c].dropna() if c in f else (); return float(s.max()) if len(s) else None
-def _mean(f, c): s = f[c].dropna() if c in f else (); return float(s.mean()) if len(s) else None
+def _last(f, c):
+    s = f[c].dropna() if c in f else ()
+    return float(s.iloc[-1]) if len(s) else None
+def _first(f, c):
+    s = f[c].dropna() if c in f else ()
+    return float(s.iloc[0]) if len(s) else None
+def _max(f, c):
+    s = f[c].dropna() if c in f else ()
+    return float(s.max()) if len(s) else None
+def _mean(f, c):
+    s = f[c].dropna() if c in f else ()
+    return float(s.mean()) if len(s) else None
 def _some(*xs): return next((x for x in xs if x is not None and x == x), None)
 
 def _share(f, facts, t):
     live = _some(_last(f, "live_before"), _last(f, "live"), _last(f, "adv_live"), facts.get("live"))
     std = _some(_last(f, "adv_std_all"), live)
     if live is not None: yield "live", live, live < t["live"], dict(std=std)
-    before, after = _last(f, "live_before"), _last(f, "live_after")
-    if before and after is not None: yield "filter", after/before - 1, 1 - after/before > t["filter"], dict(before=before, after=after)
+    before = _last(f, "live_before")
+    after = _last(f, "live_after")
+    if before and after is not None:
+        yield "filter", after / before - 1, 1 - after / before > t["filter"], dict(before=before, after=after)
 
 def _distance(f, facts, t):
-    kl, k3, bound = _max(f, "kl"), _max(f, "k3"), _some(_last(f, "kl_bound"), math.inf)
+    kl = _max(f, "kl")
+    k3 = _max(f, "k3")
+    bound = _some(_last(f, "kl_bound"), math.inf)
     if kl is not None: yield "kl", kl, kl > t["kl"], {}
     if kl is not None and k3 is not None: yield "k3", k3, k3 > 1 and (k3 > t["k3"]*kl or k3 > bound), {}
-    off, up = _max(f, "ratio_off"), _max(f, "clip_pos")
+    off = _max(f, "ratio_off")
+    up = _max(f, "clip_pos")
     if off is not None: yield "ratio", 1 + off, off > t["ratio"], {}
     if up is not None: yield "clip", up, up > t["clip"], {}
     drop = _max(f, "dropout")
@@ -140,27 +288,44 @@ def _distance(f, facts, t):
 
 def _knobs(f, facts, t):
     cols = [c for c in f if c.startswith("grad_") and c != "grad_policy" and f[c].notna().any()]
-    if cols: v = float(f[cols].sum(axis=1).mean()); yield "penalty", v, v > t["penalty"], {}
+    if cols:
+        v = float(f[cols].sum(axis=1).mean())
+        yield "penalty", v, v > t["penalty"], {}
     b, least, most = _last(f, "beta"), *(t["beta"] or (_last(f, "beta_least"), _last(f, "beta_most")))
-    if None not in (b, least, most): yield "beta", b, len(f) > 1 and not least*(1+1e-6) < b < most*(1-1e-6), {}
+    if None not in (b, least, most):
+        yield "beta", b, len(f) > 1 and not least * (1 + 1e-6) < b < most * (1 - 1e-6), {}
     e = _last(f, "ess")
-    if e is not None and _some(_last(f, "temp"), _last(f, "tau")) is not None: yield "ess", e, not t["ess"][0] <= e <= t["ess"][1], {}
-    s, a, b = facts.get("spearman"), facts.get("pool_train"), facts.get("pool_valid")
+    if e is not None and _some(_last(f, "temp"), _last(f, "tau")) is not None:
+        yield "ess", e, not t["ess"][0] <= e <= t["ess"][1], {}
+    s = facts.get("spearman")
+    a = facts.get("pool_train")
+    b = facts.get("pool_valid")
     if _some(s) is not None: yield "soft", s, s < t["soft"], {}
     if a and b: yield "pool", b/a, abs(b/a - 1) > .1, {}
 
 def _outcome(f, facts, t):
-    u, same = _last(f, "above_uniform"), _last(f, "same_as_start")
+    u = _last(f, "above_uniform")
+    same = _last(f, "same_as_start")
     if u is not None: yield "uniform", u, u < t["uniform"], {}
     if same is not None: yield "unchanged", same, same > t["unchanged"], {}
-    train, valid, sd = _last(f, "regret_train"), _last(f, "valid_loss"), _last(f, "regret_sd")
+    train = _last(f, "regret_train")
+    valid = _last(f, "valid_loss")
+    sd = _last(f, "regret_sd")
     n = [facts.get(k) for k in ("queries", "queries_valid")]
     if None not in (train, valid, sd, *n) and sd > 0:
-        gap = (valid - train) / (sd * (1/n[0] + 1/n[1])**.5); yield "overfit", gap, gap > t["overfit"], {}
-    h, k = _last(f, "entropy"), _last(f, "unique")
+        gap = (valid - train) / (sd * (1 / n[0] + 1 / n[1]) ** 0.5)
+        yield "overfit", gap, gap > t["overfit"], {}
+    h = _last(f, "entropy")
+    k = _last(f, "unique")
     if h is not None or k is not None:
-        yield "collapse", _some(h, k), (h is not None and h < t["entropy"]) or (k is not None and k < t["unique"]), {}
-    a, b = _first(f, "mass"), _last(f, "mass")
+        yield (
+            "collapse",
+            _some(h, k),
+            (h is not None and h < t["entropy"]) or (k is not None and k < t["unique"]),
+            {},
+        )
+    a = _first(f, "mass")
+    b = _last(f, "mass")
     if a and b is not None: yield "mass", b/a, b < t["mass"]*a, {}
 
 # %% ../nbs/69_diagnose.ipynb #6a57ee8e
@@ -179,17 +344,33 @@ class Diagnosis:
     @property
     def sentences(self):
         "A sentence per alarm: symptom, cause, remedy"
-        return [f"{r.symptom[0].upper() + r.symptom[1:]}: {r.value:.3g} (wanted: {r.wanted}). Cause: {r.cause}. Do: {r.remedy}."
-                for r in self.frame[self.frame.alarm].itertuples()]
+        return [
+            f"{r.symptom[0].upper() + r.symptom[1:]}: {r.value:.3g} (wanted: {r.wanted}). Cause: {r.cause}."
+            f" Do: {r.remedy}."
+            for r in self.frame[self.frame.alarm].itertuples()
+        ]
 
     def __bool__(self): return bool(self.alarms)
     def _head(self):
-        n = len(self.alarms); return f"{self.stage}: {n} alarm{'s'*(n != 1)} of {len(self.frame)} things checked"
+        n = len(self.alarms)
+        return f"{self.stage}: {n} alarm{'s'*(n != 1)} of {len(self.frame)} things checked"
     def __repr__(self): return "\n".join([self._head(), *(f"- {s}" for s in self.sentences)])
     def _repr_markdown_(self):
         tell = lambda v: f"{v:.3g}".replace("|", "\\|")
-        rows = "\n".join(f"| {'**alarm**' if r.alarm else 'ok'} | {r.row} | {r.symptom} | {tell(r.value)} | {r.wanted} |" for r in self.frame.itertuples())
-        return "\n".join([self._head(), *(f"- {s}" for s in self.sentences), "", "| | row | symptom | value | wanted |", "|---|---|---|---|---|", rows])
+        rows = "\n".join(
+            f"| {'**alarm**' if r.alarm else 'ok'} | {r.row} | {r.symptom} | {tell(r.value)} | {r.wanted} |"
+            for r in self.frame.itertuples()
+        )
+        return "\n".join(
+            [
+                self._head(),
+                *(f"- {s}" for s in self.sentences),
+                "",
+                "| | row | symptom | value | wanted |",
+                "|---|---|---|---|---|",
+                rows,
+            ]
+        )
 
 def diagnose(
     source, # a Learner with `RLStats` and `History`, a `History`, or its frame (a row per epoch)
@@ -214,15 +395,35 @@ def diagnose(
     "Say why a fit did not learn, or that nothing speaks against it"
     t = {k: v for k, v in locals().items() if k not in ("source", "facts", "fit")}
     f = _frame(source)
-    if not len(f): raise ValueError("diagnose: no epochs in the history; train first, with `RLStats` and `History` on the Learner")
-    if "fit" in f: fit = f["fit"].iloc[-1] if fit is None else fit; f = f[f["fit"] == fit]
+    if not len(f):
+        raise ValueError(
+            "diagnose: no epochs in the history; train first, with `RLStats` and `History` on the Learner"
+        )
+    if "fit" in f:
+        fit = f["fit"].iloc[-1] if fit is None else fit
+        f = f[f["fit"] == fit]
     if not len(f): raise ValueError(f"diagnose: no fit {fit} in the history")
     if facts is None: facts = data_facts(source.dls) if hasattr(source, "dls") else {}
     found = [x for part in (_share, _distance, _knobs, _outcome) for x in part(f, facts, t)]
-    rows = [dict(rule=k, row=RULES[k].row, symptom=RULES[k].symptom, value=v, wanted=RULES[k].wanted.format(**t), alarm=bool(a),
-                 cause=RULES[k].cause.format(**t | words), remedy=RULES[k].remedy.format(**t)) for k, v, a, words in found]
-    frame = pd.DataFrame(rows, columns=["rule", *Rule._fields[:2], "value", "wanted", "alarm", "cause", "remedy"]).set_index("rule")
-    stage = f"{f['stage'].iloc[-1]}, {len(f)} epoch{'s'*(len(f) != 1)}" if "stage" in f else f"{len(f)} epochs"
+    rows = [
+        dict(
+            rule=k,
+            row=RULES[k].row,
+            symptom=RULES[k].symptom,
+            value=v,
+            wanted=RULES[k].wanted.format(**t),
+            alarm=bool(a),
+            cause=RULES[k].cause.format(**t | words),
+            remedy=RULES[k].remedy.format(**t),
+        )
+        for k, v, a, words in found
+    ]
+    frame = pd.DataFrame(
+        rows, columns=["rule", *Rule._fields[:2], "value", "wanted", "alarm", "cause", "remedy"]
+    ).set_index("rule")
+    stage = (
+        f"{f['stage'].iloc[-1]}, {len(f)} epoch{'s'*(len(f) != 1)}" if "stage" in f else f"{len(f)} epochs"
+    )
     return Diagnosis(frame.sort_values("alarm", ascending=False, kind="stable"), stage)
 
 # %% ../nbs/69_diagnose.ipynb #8c61ab80
@@ -238,12 +439,18 @@ class Watch(StageCallback):
         action:str="warn", # "warn" | "raise" `CannotLearn`
         **thresholds, # of `diagnose`, instead of those of `EARLY`
     ):
-        if action not in ("warn", "raise"): raise ValueError(f"Watch: action {action!r}, wanted 'warn' or 'raise'")
-        self.action, self.thresholds, self.trained, self.found = action, EARLY | thresholds, False, None
+        if action not in ("warn", "raise"):
+            raise ValueError(f"Watch: action {action!r}, wanted 'warn' or 'raise'")
+        self.action = action
+        self.thresholds = EARLY | thresholds
+        self.trained = False
+        self.found = None
 
     def before_fit(self):
-        self.trained, self.found = False, None
-        if not any(isinstance(cb, Stats) for cb in self.learn.cbs): raise ValueError("Watch reads what `RLStats` records: put it into cbs of the Learner")
+        self.trained = False
+        self.found = None
+        if not any(isinstance(cb, Stats) for cb in self.learn.cbs):
+            raise ValueError("Watch reads what `RLStats` records: put it into cbs of the Learner")
 
     def before_train(self): self.trained = True
     def after_epoch(self):

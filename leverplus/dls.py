@@ -21,22 +21,32 @@ def _usable(rows, rewards):
     "Rows that did not fail, after refusing missing rewards: bool [n]"
     r = np.asarray(rewards, dtype=np.float64)
     failed = rows["eval_failed"].to_numpy(dtype=bool) if "eval_failed" in rows else np.zeros(len(rows), bool)
-    if r.shape != (len(rows),): raise ValueError(f"rewards {list(r.shape)} for {len(rows)} rows: wanted one number per row")
+    if r.shape != (len(rows),):
+        raise ValueError(f"rewards {list(r.shape)} for {len(rows)} rows: wanted one number per row")
     bad = ~np.isfinite(r) & ~failed
     if bad.any():
         i = int(bad.argmax())
-        raise ValueError(f"question_id {rows['question_id'].iloc[i]}, pointer {rows['pointer'].iloc[i]}: reward {r[i]} though the row did not fail "
-                         f"({int(bad.sum())} such rows); score it again, or set eval_failed")
+        raise ValueError(
+            f"question_id {rows['question_id'].iloc[i]}, pointer {rows['pointer'].iloc[i]}: reward {r[i]}"
+            f" though the row did not fail ({int(bad.sum())} such rows); score it again, or set eval_failed"
+        )
     return ~failed
 
 def _check_local(local, qid, size):
     "Refuse empty, repeating, duplicate sequences and pools that leave no choice; local [n,S] with -1 = padding, size [n] of pools"
     n = (local >= 0).sum(1)
     s = np.sort(np.where(local >= 0, local, -1 - np.arange(local.shape[1])), 1)
-    for bad, what in ((n == 0, "an empty pointer"), ((s[:, 1:] == s[:, :-1]).any(1), "a pointer that repeats a demonstration"),
-                      (size <= n, "a pool no larger than its pointer (wanted K > S: use a larger pool)"),
-                      (pd.DataFrame(local).assign(q=qid).duplicated().to_numpy(), "the same pointer twice (keep one of the rows)")):
-        if bad.any(): raise ValueError(f"question_id {qid[bad.argmax()]} has {what}; {int(bad.sum())} such rows")
+    for bad, what in (
+        (n == 0, "an empty pointer"),
+        ((s[:, 1:] == s[:, :-1]).any(1), "a pointer that repeats a demonstration"),
+        (size <= n, "a pool no larger than its pointer (wanted K > S: use a larger pool)"),
+        (
+            pd.DataFrame(local).assign(q=qid).duplicated().to_numpy(),
+            "the same pointer twice (keep one of the rows)",
+        ),
+    ):
+        if bad.any():
+            raise ValueError(f"question_id {qid[bad.argmax()]} has {what}; {int(bad.sum())} such rows")
 
 class GroupDataset:
     "Groups as tensors, made once; `ds[i]` is one ragged group, `batch` a padded batch"
@@ -49,40 +59,67 @@ class GroupDataset:
         kind:str="mixed", # which embedding: image | text | mixed
         question_ids=None, # the queries, in order; ValueError names one without a usable row. Default: all that have one
     ):
-        ok, qid = _usable(rows, rewards), rows["question_id"].to_numpy()
+        ok = _usable(rows, rewards)
+        qid = rows["question_id"].to_numpy()
         self.question_ids = pd.Index(qid[ok]).unique() if question_ids is None else pd.Index(question_ids)
-        at = self.question_ids.get_indexer(qid); keep = ok & (at >= 0)
-        if not keep.any(): raise ValueError(f"{len(rows)} rows, {int((~ok).sum())} of them failed: none is left to learn from")
+        at = self.question_ids.get_indexer(qid)
+        keep = ok & (at >= 0)
+        if not keep.any():
+            raise ValueError(
+                f"{len(rows)} rows, {int((~ok).sum())} of them failed: none is left to learn from"
+            )
         if (alone := self.question_ids.difference(qid[keep])).size:
-            raise ValueError(f"question_id {', '.join(map(str, alone[:5]))}: no row that did not fail, so nothing can be learnt; leave these queries out")
+            raise ValueError(
+                f"question_id {', '.join(map(str, alone[:5]))}: no row that did not fail, so nothing can be"
+                " learnt; leave these queries out"
+            )
         order = np.flatnonzero(keep)[at[keep].argsort(kind="stable")]
-        self.rows, self.pool, self.kind = rows.iloc[order].reset_index(drop=True), pool, kind
-        self.n_failed, self.lost = int((~ok).sum()), pd.Index(qid).unique().difference(self.question_ids).tolist()
-        self.n = torch.as_tensor(np.bincount(at[keep], minlength=len(self.question_ids))) # sequences per group
+        self.rows = rows.iloc[order].reset_index(drop=True)
+        self.pool = pool
+        self.kind = kind
+        self.n_failed, self.lost = (
+            int((~ok).sum()),
+            pd.Index(qid).unique().difference(self.question_ids).tolist(),
+        )
+        # sequences per group
+        self.n = torch.as_tensor(np.bincount(at[keep], minlength=len(self.question_ids)))
         self.first = self.n.cumsum(0) - self.n # where each group begins in `rows`
         self.rewards = torch.as_tensor(np.asarray(rewards, dtype=np.float32)[order])
-        self._sequences(); self._vectors(store)
+        self._sequences()
+        self._vectors(store)
 
     def _sequences(self):
-        qid = self.rows["question_id"].to_numpy(); local = self.pool.local_rows(qid, self.rows["pointer"])
-        _check_local(local, qid, np.array([len(self.pool[q]) for q in self.question_ids])[self.question_ids.get_indexer(qid)])
+        qid = self.rows["question_id"].to_numpy()
+        local = self.pool.local_rows(qid, self.rows["pointer"])
+        _check_local(
+            local,
+            qid,
+            np.array([len(self.pool[q]) for q in self.question_ids])[self.question_ids.get_indexer(qid)],
+        )
         self.seqs = torch.as_tensor(local) # [rows, S], -1 = padding
 
     def _vectors(self, store):
         ids = pad_rows([np.asarray(self.pool[q]) for q in self.question_ids], fill=-1)[0].numpy()
-        own = np.unique(ids[ids >= 0]); vecs = store.get(own, self.kind)
+        own = np.unique(ids[ids >= 0])
+        vecs = store.get(own, self.kind)
         self.query = store.get(self.question_ids, self.kind)
-        self.vecs = torch.cat([vecs, torch.zeros_like(vecs[:1])]) # one row per demonstration, the last for padding
-        self.cands = torch.as_tensor(np.where(ids >= 0, np.searchsorted(own, ids), len(own))) # [queries, K] rows of `vecs`
-        if not (self.query.isfinite().all() and self.vecs.isfinite().all()): raise ValueError(f"the store has {self.kind} vectors that are not finite: embed again")
+        # one row per demonstration, the last for padding
+        self.vecs = torch.cat([vecs, torch.zeros_like(vecs[:1])])
+        # [queries, K] rows of `vecs`
+        self.cands = torch.as_tensor(np.where(ids >= 0, np.searchsorted(own, ids), len(own)))
+        if not (self.query.isfinite().all() and self.vecs.isfinite().all()):
+            raise ValueError(f"the store has {self.kind} vectors that are not finite: embed again")
 
     @property
     def d(self): return self.query.shape[-1] # D, the selector's `d_in`
     def __len__(self): return len(self.question_ids)
     def __repr__(self):
         shots = sorted(set((self.seqs >= 0).sum(-1).tolist()))
-        return (f"GroupDataset({len(self)} queries, {len(self.rows)} sequences of {'/'.join(map(str, shots))} shots, K={self.cands.shape[1]}, D={self.d}; "
-                f"left out: {self.n_failed} failed rows, {len(self.lost)} queries)")
+        return (
+            f"GroupDataset({len(self)} queries, {len(self.rows)} sequences of {'/'.join(map(str, shots))}"
+            f" shots, K={self.cands.shape[1]}, D={self.d}; left out: {self.n_failed} failed rows,"
+            f" {len(self.lost)} queries)"
+        )
 
 # %% ../nbs/40_dls.ipynb #f1981c5b
 def group_item(
@@ -90,7 +127,9 @@ def group_item(
     i:int, # which query, 0-based
 )->tuple: # (query [D], cands [k,D], n tuples of local indices, rewards [n])
     "One group, unpadded"
-    a = int(self.first[i]); b = a + int(self.n[i]); c = self.cands[i]
+    a = int(self.first[i])
+    b = a + int(self.n[i])
+    c = self.cands[i]
     seqs = [tuple(s[s >= 0].tolist()) for s in self.seqs[a:b]]
     return self.query[i], self.vecs[c[c < len(self.vecs)-1]], seqs, self.rewards[a:b]
 
@@ -99,16 +138,28 @@ def group_batch(
     i, # B row numbers
 )->tuple: # query, cands, cand_mask, seqs, seq_mask, rewards, mask: padded to the largest of the batch with 0 and False
     "Batch of groups"
-    i = torch.as_tensor(i); c = self.cands[i]; cand_mask = c < len(self.vecs)-1
-    K = int(cand_mask.sum(1).max()); at = torch.arange(int(self.n[i].max()))
+    i = torch.as_tensor(i)
+    c = self.cands[i]
+    cand_mask = c < len(self.vecs) - 1
+    K = int(cand_mask.sum(1).max())
+    at = torch.arange(int(self.n[i].max()))
     mask = at < self.n[i, None]
     row = (self.first[i, None] + at).where(mask, 0)
-    seqs = self.seqs[row]; seq_mask = (seqs >= 0) & mask[..., None]
+    seqs = self.seqs[row]
+    seq_mask = (seqs >= 0) & mask[..., None]
     S = int(seq_mask.sum(-1).max())
-    return (self.query[i], self.vecs[c[:, :K]], cand_mask[:, :K], seqs.masked_fill(~seq_mask, 0)[..., :S], seq_mask[..., :S],
-            self.rewards[row].masked_fill(~mask, 0.), mask)
+    return (
+        self.query[i],
+        self.vecs[c[:, :K]],
+        cand_mask[:, :K],
+        seqs.masked_fill(~seq_mask, 0)[..., :S],
+        seq_mask[..., :S],
+        self.rewards[row].masked_fill(~mask, 0.0),
+        mask,
+    )
 
-GroupDataset.__getitem__, GroupDataset.batch = group_item, group_batch
+GroupDataset.__getitem__ = group_item
+GroupDataset.batch = group_batch
 
 # %% ../nbs/40_dls.ipynb #8134cc24
 def show_group(
@@ -118,12 +169,20 @@ def show_group(
     columns:tuple=("gen_method", "vqa_pred_answer"), # facts to show beside the reward, where the rows have them
 )->pd.DataFrame: # one row per sequence, best reward first; the query's text stands in the corner
     "Table of one group"
-    if question_id not in ds.question_ids: raise KeyError(f"question_id {question_id} is not among the {len(ds)} queries of this dataset")
-    i = ds.question_ids.get_loc(question_id); a, n = int(ds.first[i]), int(ds.n[i])
+    if question_id not in ds.question_ids:
+        raise KeyError(f"question_id {question_id} is not among the {len(ds)} queries of this dataset")
+    i = ds.question_ids.get_loc(question_id)
+    a = int(ds.first[i])
+    n = int(ds.n[i])
     part = ds.rows.iloc[a:a+n]
     def text(q): return f"{items.question[q]} {items.answer[q]}"
-    out = pd.DataFrame({"reward": ds.rewards[a:a+n].numpy(), **{c: part[c].to_numpy() for c in columns if c in part},
-                        "demonstrations": [" | ".join(map(str if items is None else text, p)) for p in part["pointer"]]})
+    out = pd.DataFrame(
+        {
+            "reward": ds.rewards[a : a + n].numpy(),
+            **{c: part[c].to_numpy() for c in columns if c in part},
+            "demonstrations": [" | ".join(map(str if items is None else text, p)) for p in part["pointer"]],
+        }
+    )
     out.columns.name = str(question_id) if items is None else f"{question_id}: {text(question_id)}"
     return out.sort_values("reward", ascending=False, kind="stable").reset_index(drop=True)
 
@@ -132,19 +191,28 @@ class GroupDL(DataLoader):
     "Batches of a `GroupDataset`; same seed, same order"
     def __init__(self, dataset=None, bs=32, shuffle=False, seed=0, **kwargs):
         super().__init__(dataset, bs=bs, shuffle=shuffle, **kwargs)
-        self.seed, self.rng = seed, random.Random(seed)
+        self.seed = seed
+        self.rng = random.Random(seed)
     def create_item(self, i): return i
     def create_batch(self, i): return self.dataset.batch(i)
     def retain(self, res, b): return res
-    def new(self, dataset=None, cls=None, **kwargs): return super().new(dataset, cls, **{"seed": self.seed, **kwargs})
+    def new(self, dataset=None, cls=None, **kwargs):
+        return super().new(dataset, cls, **{"seed": self.seed, **kwargs})
 
 def _check_pair(train, valid, any_pool):
     both = sorted(set(train.question_ids) & set(valid.question_ids))
-    if both: raise ValueError(f"question_id {', '.join(map(str, both[:5]))}: in train and in valid ({len(both)} queries); split by query, and by image")
+    if both:
+        raise ValueError(
+            f"question_id {', '.join(map(str, both[:5]))}: in train and in valid ({len(both)} queries); split"
+            " by query, and by image"
+        )
     a, b = train.pool.rule, valid.pool.rule
     if a != b and not any_pool:
-        raise ValueError("pools of train and valid are made by different rules: " + ", ".join(f"{k} {a[k]!r} / {b[k]!r}" for k in a if a[k] != b[k])
-                         + "; make them alike, or pass any_pool=True if that is the question")
+        raise ValueError(
+            "pools of train and valid are made by different rules: "
+            + ", ".join(f"{k} {a[k]!r} / {b[k]!r}" for k in a if a[k] != b[k])
+            + "; make them alike, or pass any_pool=True if that is the question"
+        )
 
 def group_dls(
     train:RLData, # groups to learn from
@@ -159,9 +227,21 @@ def group_dls(
     **weights, # arguments of the reward mode
 )->DataLoaders: # its attribute `info` says what a checkpoint should record: fingerprints, pool rule, reward, kind
     "DataLoaders of two records"
-    a, b = (GroupDataset(d.rows, d.pool, store, reward_of(d.rows, reward, **weights), kind) for d in (train, valid))
+    a, b = (
+        GroupDataset(d.rows, d.pool, store, reward_of(d.rows, reward, **weights), kind)
+        for d in (train, valid)
+    )
     _check_pair(a, b, any_pool)
-    dls = DataLoaders(GroupDL(a, bs, shuffle=True, seed=seed), GroupDL(b, 4*bs), device=default_device() if device is None else torch.device(device))
-    dls.info = dict(pool=a.pool.rule, data=dict(train=train.fingerprint, valid=valid.fingerprint), store=store.fingerprint, kind=kind,
-                    reward=dict(mode=reward, **weights))
+    dls = DataLoaders(
+        GroupDL(a, bs, shuffle=True, seed=seed),
+        GroupDL(b, 4 * bs),
+        device=default_device() if device is None else torch.device(device),
+    )
+    dls.info = dict(
+        pool=a.pool.rule,
+        data=dict(train=train.fingerprint, valid=valid.fingerprint),
+        store=store.fingerprint,
+        kind=kind,
+        reward=dict(mode=reward, **weights),
+    )
     return dls

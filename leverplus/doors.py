@@ -23,7 +23,9 @@ COMMANDS = {
     "report": "write one self-contained page about a run, or about several side by side",
     "sweep": "train every combination of settings with every seed, on the same groups",
 }
-ROAD = "embed - pools - generate - check - mine - merge - train - infer - eval - report; sweep for many settings"
+ROAD = (
+    "embed - pools - generate - check - mine - merge - train - infer - eval - report; sweep for many settings"
+)
 STATUS = {
     0: "done",
     1: "the work failed: rows, a check, the machine",
@@ -35,15 +37,31 @@ STATUS = {
 # %% ../nbs/94_doors.ipynb #849792ca
 def _epilog():
     status = [f"  {code:3}  {means}" for code, means in STATUS.items()]
-    return "\n".join(["the road:", f"  {ROAD}", "", "exit status:", *status, "",
-                      "'leverplus COMMAND --help' says what comes in, what goes out, and gives lines to copy.",
-                      "Without flags every command works on the embedded world; try 'leverplus generate --dry-run --out runs/try'."])
+    return "\n".join(
+        [
+            "the road:",
+            f"  {ROAD}",
+            "",
+            "exit status:",
+            *status,
+            "",
+            "'leverplus COMMAND --help' says what comes in, what goes out, and gives lines to copy.",
+            (
+                "Without flags every command works on the embedded world; try 'leverplus generate --dry-run"
+                " --out runs/try'."
+            ),
+        ]
+    )
 
 def front()->tuple: # (the parser, what `add_subparsers` returned: commands go there)
     "Parser of the command line, before any command is added"
     import leverplus
-    parser = argparse.ArgumentParser(prog="leverplus", formatter_class=argparse.RawDescriptionHelpFormatter, epilog=_epilog(),
-                                     description="Learn which demonstrations to show a vision-language model, and in which order.")
+    parser = argparse.ArgumentParser(
+        prog="leverplus",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=_epilog(),
+        description="Learn which demonstrations to show a vision-language model, and in which order.",
+    )
     parser.add_argument("--version", action="version", version=f"leverplus {leverplus.__version__}")
     return parser, parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 

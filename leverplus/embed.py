@@ -10,7 +10,9 @@ __all__ = ['KINDS', 'unit', 'EmbedStore', 'save_store', 'load_store', 'image_byt
 import hashlib, io, json, textwrap
 from pathlib import Path
 import numpy as np, pandas as pd, torch, matplotlib.pyplot as plt
-from .core import atomic_path, exact_float32, fingerprint, loading_bar, read_json, world_path, write_json
+from leverplus.core import (
+    atomic_path, exact_float32, fingerprint, loading_bar, read_json, world_path, write_json,
+)
 
 # %% ../nbs/12_embed.ipynb #711428ba
 KINDS = ("image", "text", "mixed")
@@ -19,11 +21,14 @@ def unit(
     x:torch.Tensor, # [..., D] vectors, none of length 0
 )->torch.Tensor: # [..., D] float32, of length 1
     "Scale vectors to length 1"
-    x = x.float(); n = x.norm(dim=-1, keepdim=True)
+    x = x.float()
+    n = x.norm(dim=-1, keepdim=True)
     bad = ~(n.isfinite() & (n > 0)).squeeze(-1)
     if bad.any():
-        raise ValueError(f"{int(bad.sum())} of {bad.numel()} vectors have length 0, inf or nan and no direction; "
-                         f"first at row {int(bad.flatten().nonzero()[0])}")
+        raise ValueError(
+            f"{int(bad.sum())} of {bad.numel()} vectors have length 0, inf or nan and no direction; "
+            f"first at row {int(bad.flatten().nonzero()[0])}"
+        )
     return x / n
 
 # %% ../nbs/12_embed.ipynb #4a5531ef
@@ -37,19 +42,27 @@ class EmbedStore:
     ):
         self.ids = pd.Index(np.asarray(ids, dtype=np.int64))
         if self.ids.has_duplicates:
-            raise ValueError(f"question_id {self.ids[self.ids.duplicated()][0]} occurs twice: a store has one row "
-                             "per id")
+            raise ValueError(
+                f"question_id {self.ids[self.ids.duplicated()][0]} occurs twice: a store has one row per id"
+            )
         if not len(self.ids) == len(image) == len(text):
-            raise ValueError(f"{len(self.ids)} ids, {len(image)} image vectors, {len(text)} text vectors: the "
-                             "three must agree")
-        self.image, self.text, self.meta = unit(torch.as_tensor(image)), unit(torch.as_tensor(text)), dict(meta or {})
+            raise ValueError(
+                f"{len(self.ids)} ids, {len(image)} image vectors, {len(text)} text vectors: the "
+                "three must agree"
+            )
+        self.image = unit(torch.as_tensor(image))
+        self.text = unit(torch.as_tensor(text))
+        self.meta = dict(meta or {})
         self.meta.setdefault("source", {"vectors": self._digest()})
 
     def _digest(self): return fingerprint(self.ids.to_numpy(), self.image, self.text)
     def __len__(self): return len(self.ids)
     def __contains__(self, question_id): return question_id in self.ids
     def __repr__(self):
-        return f"EmbedStore({len(self)} items, image {self.dim('image')}, text {self.dim('text')}, {self.fingerprint})"
+        return (
+            f"EmbedStore({len(self)} items, image {self.dim('image')}, text {self.dim('text')},"
+            f" {self.fingerprint})"
+        )
 
     @property
     def fingerprint(self)->str:
@@ -60,11 +73,14 @@ class EmbedStore:
         ids, # question_ids: one, or any nesting of equal length
     )->np.ndarray: # int64, same shape: row numbers; KeyError names unknown ids
         "Row numbers of `ids`"
-        a = np.asarray(ids, dtype=np.int64); r = self.ids.get_indexer(a.ravel())
+        a = np.asarray(ids, dtype=np.int64)
+        r = self.ids.get_indexer(a.ravel())
         if (r < 0).any():
             miss = np.unique(a.ravel()[r < 0])
-            raise KeyError(f"question_id {', '.join(map(str, miss[:5]))} not in this store of {len(self)} items "
-                           f"({len(miss)} unknown): embed these items too")
+            raise KeyError(
+                f"question_id {', '.join(map(str, miss[:5]))} not in this store of {len(self)} items "
+                f"({len(miss)} unknown): embed these items too"
+            )
         return r.reshape(a.shape)
 
     def get(self,
@@ -74,7 +90,11 @@ class EmbedStore:
         "Vectors of `ids`"
         if kind not in KINDS: raise ValueError(f"kind {kind!r}: choose one of {', '.join(KINDS)}")
         r = torch.as_tensor(self.rows(ids))
-        return torch.cat([self.image[r], self.text[r]], -1) / 2**.5 if kind == "mixed" else getattr(self, kind)[r]
+        return (
+            torch.cat([self.image[r], self.text[r]], -1) / 2**0.5
+            if kind == "mixed"
+            else getattr(self, kind)[r]
+        )
 
     def dim(self,
         kind:str="mixed", # image | text | mixed
@@ -103,20 +123,27 @@ def load_store(
 )->EmbedStore: # equal vectors, equal fingerprint
     "Read a saved store and check that its two files belong together"
     from safetensors.torch import load_file
-    path = Path(path); d = read_json(path/"embed.json")
+    path = Path(path)
+    d = read_json(path / "embed.json")
     if not (path/"embed.safetensors").exists():
         raise FileNotFoundError(f"{path/'embed.safetensors'}: no such file, though embed.json is there")
-    v = load_file(path/"embed.safetensors"); self = cls.__new__(cls)
+    v = load_file(path / "embed.safetensors")
+    self = cls.__new__(cls)
     self.ids = pd.Index(np.asarray(d["ids"], dtype=np.int64))
-    self.image, self.text, self.meta = v["image"], v["text"], d["meta"]
+    self.image = v["image"]
+    self.text = v["text"]
+    self.meta = d["meta"]
     if self._digest() != d["digest"]:
-        raise ValueError(f"{path}: embed.safetensors and embed.json are of different stores; write the store again")
+        raise ValueError(
+            f"{path}: embed.safetensors and embed.json are of different stores; write the store again"
+        )
     if self.fingerprint != d["fingerprint"]:
         raise ValueError(f"{path}/embed.json: fingerprint {d['fingerprint']} but its content gives "
                          f"{self.fingerprint}; was it edited?")
     return self
 
-EmbedStore.save, EmbedStore.load = save_store, classmethod(load_store)
+EmbedStore.save = save_store
+EmbedStore.load = classmethod(load_store)
 
 # %% ../nbs/12_embed.ipynb #ba465207
 def image_bytes(
@@ -125,9 +152,12 @@ def image_bytes(
 )->bytes: # the file
     "Read an image file; errors name file and `question_id`"
     if pd.isna(path):
-        raise ValueError(f"question_id {question_id} has no image_path: read the items with `images=` set to the "
-                         "image folder")
-    if not Path(path).is_file(): raise FileNotFoundError(f"{path}: image of question_id {question_id} does not exist")
+        raise ValueError(
+            f"question_id {question_id} has no image_path: read the items with `images=` set to the "
+            "image folder"
+        )
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: image of question_id {question_id} does not exist")
     return Path(path).read_bytes()
 
 def content_hash(
@@ -145,15 +175,19 @@ def decode_image(
     from PIL import Image
     try: return Image.open(io.BytesIO(b)).convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as err:
-        raise ValueError(f"{path}: image of question_id {question_id} is broken ({err}); copy it again or leave "
-                         "the item out") from err
+        raise ValueError(
+            f"{path}: image of question_id {question_id} is broken ({err}); copy it again or leave "
+            "the item out"
+        ) from err
 
 # %% ../nbs/12_embed.ipynb #945ff642
 class Clip:
     "A CLIP with its preprocessing: pictures and questions to unit vectors"
     def __init__(self, model, tokenizer, image_processor, name):
-        self.model, self.name = model.eval().requires_grad_(False), name
-        self.tokenizer, self.image_processor = tokenizer, image_processor
+        self.model = model.eval().requires_grad_(False)
+        self.name = name
+        self.tokenizer = tokenizer
+        self.image_processor = image_processor
         self.max_length = model.config.text_config.max_position_embeddings
         settings = _processor_settings(tokenizer, image_processor)
         self.fingerprint = fingerprint("clip", _weights_print(model), settings, self.max_length)
@@ -177,7 +211,9 @@ class Clip:
         texts, # list of n str; what exceeds the text tower's positions is cut off
     )->torch.Tensor: # [n, D] float32, length 1
         "Encode texts"
-        x = self.tokenizer(list(texts), padding=True, truncation=True, max_length=self.max_length, return_tensors="pt")
+        x = self.tokenizer(
+            list(texts), padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
+        )
         x = x.to(self.model.device)
         with exact_float32(self.model.device):
             out = self.model.get_text_features(input_ids=x["input_ids"], attention_mask=x["attention_mask"])
@@ -190,10 +226,12 @@ def _weights_print(model):
     return fingerprint(say, {k: v.float() for k, v in model.state_dict().items()})
 
 def _processor_settings(tokenizer, image_processor):
-    im, tok = json.loads(image_processor.to_json_string()), json.loads(tokenizer.backend_tokenizer.to_str())
+    im = json.loads(image_processor.to_json_string())
+    tok = json.loads(tokenizer.backend_tokenizer.to_str())
     keep = ("size", "crop_size", "resample", "rescale_factor", "image_mean", "image_std",
             "do_resize", "do_center_crop", "do_rescale", "do_normalize")
-    tok = {k: v for k, v in tok.items() if k not in ("padding", "truncation")} # these two follow the last call
+    # these two follow the last call
+    tok = {k: v for k, v in tok.items() if k not in ("padding", "truncation")}
     return {"image": {k: im.get(k) for k in keep}, "text": fingerprint(tok)}
 
 def load_clip(
@@ -210,7 +248,8 @@ def load_clip(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     with loading_bar(progress): net = CLIPModel.from_pretrained(name, dtype=torch.float32)
     net = net.to(device)
-    tokenizer, image_processor = AutoTokenizer.from_pretrained(name), AutoImageProcessor.from_pretrained(name)
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    image_processor = AutoImageProcessor.from_pretrained(name)
     return Clip(net, tokenizer, image_processor, Path(name).name if Path(name).exists() else name)
 
 # %% ../nbs/12_embed.ipynb #94394d8c
@@ -222,7 +261,9 @@ def _encode(items, fn, batch_size, progress, desc):
 def _hashes(items, progress):
     from tqdm import tqdm
     first = items.drop_duplicates("image_path")
-    it = tqdm(zip(first.image_path, first.question_id), total=len(first), desc="read images", disable=not progress)
+    it = tqdm(
+        zip(first.image_path, first.question_id), total=len(first), desc="read images", disable=not progress
+    )
     h = {p: content_hash(image_bytes(p, q)) for p, q in it}
     return items.image_path.map(h).to_numpy()
 
@@ -236,17 +277,23 @@ def embed_items(
     "Encode pictures and questions of `items` with a CLIP; a missing or broken picture is an error that names it"
     miss = [c for c in ("question_id", "image_path", "question") if c not in items]
     if miss:
-        raise ValueError(f"items has no column {', '.join(miss)}: read them with `images=` set to the image folder")
+        raise ValueError(
+            f"items has no column {', '.join(miss)}: read them with `images=` set to the image folder"
+        )
     if not len(items): raise ValueError("embed_items got no items")
-    clip, hashes = load_clip(model, device), _hashes(items, progress)
+    clip = load_clip(model, device)
+    hashes = _hashes(items, progress)
     pics = items[["image_path", "question_id"]].assign(hash=hashes).drop_duplicates("hash")
     see = lambda rows: clip.images([decode_image(image_bytes(p, q), p, q) for p, q in rows])
     image = _encode(list(zip(pics.image_path, pics.question_id)), see, batch_size, progress, "images")
     words = pd.Index(items.question.unique())
     text = _encode(words.tolist(), clip.texts, batch_size, progress, "questions")
-    r, w = pd.Index(pics["hash"]).get_indexer(hashes), words.get_indexer(items.question)
+    r = pd.Index(pics["hash"]).get_indexer(hashes)
+    w = words.get_indexer(items.question)
     source = dict(clip=clip.fingerprint, items=fingerprint(hashes.tolist(), items.question.tolist()))
-    meta = dict(model=clip.name, source=source, image_hash=hashes.tolist(), cut_short=_cut_short(clip, words.tolist()))
+    meta = dict(
+        model=clip.name, source=source, image_hash=hashes.tolist(), cut_short=_cut_short(clip, words.tolist())
+    )
     return EmbedStore(items.question_id, image[r], text[w], meta)
 
 def _cut_short(clip, words):
@@ -281,8 +328,11 @@ def show_neighbours(
     for row, kind in zip(axs, KINDS):
         near = nearest(store, question_id, k, kind, it.index)
         for ax, q in zip(row, [question_id, *near.index]):
-            ax.imshow(Image.open(it.image_path[q])); ax.set(xticks=[], yticks=[])
-            ax.set_title(it.answer[q] if q == question_id else f"{it.answer[q]} {near[q]:.2f}", fontsize=6, pad=2)
+            ax.imshow(Image.open(it.image_path[q]))
+            ax.set(xticks=[], yticks=[])
+            ax.set_title(
+                it.answer[q] if q == question_id else f"{it.answer[q]} {near[q]:.2f}", fontsize=6, pad=2
+            )
             if kind == "text": ax.set_xlabel(textwrap.fill(it.question[q], 24), fontsize=5)
         row[0].set_ylabel(kind, fontsize=8)
     return axs

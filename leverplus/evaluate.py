@@ -23,7 +23,10 @@ import numpy as np, pandas as pd
 from .core import fingerprint, gini, read_json, rng, write_json
 from .runs import Run, settings_diff
 from .vqa import normalise, vqa_accuracies
-from .infer import PICKS, as_pointer, pick_fixed, pick_mmr, pick_model, pick_random, pick_similar, pick_zero, picks_frame
+from leverplus.infer import (
+    PICKS, as_pointer, pick_fixed, pick_mmr, pick_model, pick_random, pick_similar, pick_zero,
+    picks_frame,
+)
 
 # %% ../nbs/81_evaluate.ipynb #8e88dbb0
 def pick_baselines(
@@ -37,7 +40,12 @@ def pick_baselines(
 )->pd.DataFrame: # picks: zero_shot, random, similar_image, similar_text, similar_mixed, mmr, and fixed
     "Picks of every baseline that needs no training"
     out = [pick_zero(pool)]
-    for s in shots: out += [pick_random(pool, s, draws, seed), *(pick_similar(pool, store, s, k) for k in ("image", "text", "mixed")), pick_mmr(pool, store, s)]
+    for s in shots:
+        out += [
+            pick_random(pool, s, draws, seed),
+            *(pick_similar(pool, store, s, k) for k in ("image", "text", "mixed")),
+            pick_mmr(pool, store, s),
+        ]
     return pd.concat(out + [pick_fixed(pool, p, items) for p in (fixed or {}).values()], ignore_index=True)
 
 # %% ../nbs/81_evaluate.ipynb #7a49af27
@@ -47,16 +55,23 @@ def check_facts(
     facts:pd.DataFrame, # `question_id, pointer, vqa_acc_score, vqa_gt_prob, vqa_pred_answer`, optional `eval_failed, scorer`
 )->pd.DataFrame: # a copy with tuple pointers, a bool `eval_failed`, NaN facts where failed, and no repeated rows
     "Facts at the door: ValueError for absent columns, several scorers, contradicting rows, or a missing fact on a good row"
-    if lost := {"question_id", "pointer", *_FACTS} - set(facts): raise ValueError(f"facts lack the columns {sorted(lost)}")
+    if lost := {"question_id", "pointer", *_FACTS} - set(facts):
+        raise ValueError(f"facts lack the columns {sorted(lost)}")
     f = facts.assign(pointer=[as_pointer(p) for p in facts.pointer])
     f["eval_failed"] = f["eval_failed"].astype(bool) if "eval_failed" in f else False
-    if "scorer" in f and len(who := sorted(f.scorer.dropna().unique())) > 1: raise ValueError(f"facts of {len(who)} scorers {who}: keep one")
+    if "scorer" in f and len(who := sorted(f.scorer.dropna().unique())) > 1:
+        raise ValueError(f"facts of {len(who)} scorers {who}: keep one")
     f[_FACTS[:2]] = f[_FACTS[:2]].astype(float).mask(f.eval_failed)
     f = f[["question_id", "pointer", *_FACTS, "eval_failed"]].drop_duplicates(ignore_index=True)
     if (bad := f.duplicated(["question_id", "pointer"])).any():
-        raise ValueError(f"facts contradict each other on {_first(f, bad)}: keep one scorer's, and the newest try of a failed row")
+        raise ValueError(
+            f"facts contradict each other on {_first(f, bad)}: keep one scorer's, and the newest try of a"
+            " failed row"
+        )
     if (bad := f[_FACTS[:2]].isna().any(axis=1) & ~f.eval_failed).any():
-        raise ValueError(f"facts lack a number on {_first(f, bad)}: ask with generate=True, or mark the row eval_failed")
+        raise ValueError(
+            f"facts lack a number on {_first(f, bad)}: ask with generate=True, or mark the row eval_failed"
+        )
     return f
 
 def _first(f, bad):
@@ -72,20 +87,29 @@ def fixed_pairs(
     seed:int=0, # of the draw
 )->pd.DataFrame: # question_id, pointer: what to ask the LVLM
     "Random fixed sequences, each for every query"
-    demos = sorted({d for c in pool.ids.values() for d in c} - set(pool.ids)); g = rng("fixed", seed, S)
-    if len(demos) <= S: raise ValueError(f"the pools hold {len(demos)} demonstrations that are no queries, {S} shots need more")
+    demos = sorted({d for c in pool.ids.values() for d in c} - set(pool.ids))
+    g = rng("fixed", seed, S)
+    if len(demos) <= S:
+        raise ValueError(
+            f"the pools hold {len(demos)} demonstrations that are no queries, {S} shots need more"
+        )
     ps = [as_pointer(g.choice(demos, S, replace=False)) for _ in range(n)]
-    return pd.DataFrame([(q, p) for p in dict.fromkeys(ps) for q in pool.ids], columns=["question_id", "pointer"])
+    return pd.DataFrame(
+        [(q, p) for p in dict.fromkeys(ps) for q in pool.ids], columns=["question_id", "pointer"]
+    )
 
 def best_fixed(
     facts:pd.DataFrame, # facts of `fixed_pairs`
     S:int, # shots
 )->tuple: # (pointer, mean accuracy on these queries, queries); ties go to the smaller pointer
     "The sequence that is best for everybody, among those that every query was asked with"
-    f = check_facts(facts); f = f[f.pointer.map(len) == S]; n = f.question_id.nunique()
+    f = check_facts(facts)
+    f = f[f.pointer.map(len) == S]
+    n = f.question_id.nunique()
     t = f.groupby("pointer").agg(asked=("question_id", "nunique"), acc=("vqa_acc_score", "mean"))
     t = t[t.asked == n]
-    if not len(t): raise ValueError(f"no sequence of {S} shots was asked of all {n} queries: ask for `fixed_pairs`")
+    if not len(t):
+        raise ValueError(f"no sequence of {S} shots was asked of all {n} queries: ask for `fixed_pairs`")
     best = min(t.index, key=lambda p: (-t.acc[p], p))
     return best, float(t.acc[best]), n
 
@@ -97,18 +121,33 @@ def pick_oracle(
     by:str="vqa_acc_score", # what is maximised, or "vqa_gt_prob"; the other one breaks ties
 )->pd.DataFrame: # picks with selector "oracle" and a bool column `exact`; ValueError for a query without a good fact
     "The best sequence of each query among the facts"
-    f = check_facts(facts); f = f[(f.pointer.map(len) == S) & ~f.eval_failed]
+    f = check_facts(facts)
+    f = f[(f.pointer.map(len) == S) & ~f.eval_failed]
     if pool is not None:
         inside = {q: frozenset(c) for q, c in pool.ids.items()}
-        f = f[np.array([inside.get(q, frozenset()).issuperset(p) for q, p in zip(f.question_id, f.pointer)], dtype=bool)]
+        f = f[
+            np.array(
+                [inside.get(q, frozenset()).issuperset(p) for q, p in zip(f.question_id, f.pointer)],
+                dtype=bool,
+            )
+        ]
     lost = [] if pool is None else sorted(set(pool.ids) - set(f.question_id))
     if lost or not len(f):
-        raise ValueError(f"oracle: {len(lost)} queries without a good fact of {S} shots, first {lost[:1]}: generate facts for them")
-    ps = np.array(f.pointer.tolist()).reshape(len(f), S).T[::-1]; tie = _FACTS[by == _FACTS[0]]
+        raise ValueError(
+            f"oracle: {len(lost)} queries without a good fact of {S} shots, first {lost[:1]}: generate facts"
+            " for them"
+        )
+    ps = np.array(f.pointer.tolist()).reshape(len(f), S).T[::-1]
+    tie = _FACTS[by == _FACTS[0]]
     f = f.iloc[np.lexsort((*ps, -f[tie], -f[by], f.question_id))]
-    best, seen = f.groupby("question_id").pointer.first(), f.groupby("question_id").size()
+    best = f.groupby("question_id").pointer.first()
+    seen = f.groupby("question_id").size()
     out = picks_frame("oracle", best.to_dict(), S)
-    return out.assign(exact=False if pool is None else [bool(seen[q] == math.perm(len(pool[q]), S)) for q in out.question_id])
+    return out.assign(
+        exact=(
+            False if pool is None else [bool(seen[q] == math.perm(len(pool[q]), S)) for q in out.question_id]
+        )
+    )
 
 # %% ../nbs/81_evaluate.ipynb #6acfa851
 def oracle_note(
@@ -116,7 +155,9 @@ def oracle_note(
 )->dict: # {shots: sentence}, empty without oracle rows
     "What the oracle row is, in words"
     if "exact" not in picks: return {}
-    o = picks[picks.exact.notna()]; n = o.groupby("shots").exact.agg(lambda x: int(x.astype(bool).sum())); of = o.groupby("shots").size()
+    o = picks[picks.exact.notna()]
+    n = o.groupby("shots").exact.agg(lambda x: int(x.astype(bool).sum()))
+    of = o.groupby("shots").size()
     return {int(s): "exact: every ordered sequence of every pool was asked" if n[s] == of[s] else
             f"best found, a lower bound: exact for {n[s]} of {of[s]} queries" for s in n.index}
 
@@ -136,13 +177,20 @@ def score_picks(
 )->pd.DataFrame: # picks + `vqa_acc_score, vqa_gt_prob, vqa_pred_answer, eval_failed`; failed rows have NaN scores
     "Join picks with the facts about them"
     if (bad := picks.duplicated(PICKS[:4])).any():
-        raise ValueError(f"a selector picks twice for a query: {_first(picks, bad)}; number the repetitions in `draw`")
-    f = check_facts(facts); where = {k: i for i, k in enumerate(zip(f.question_id, f.pointer))}
-    at = np.array([where.get((q, as_pointer(p)), -1) for q, p in zip(picks.question_id, picks.pointer)], dtype=int)
+        raise ValueError(
+            f"a selector picks twice for a query: {_first(picks, bad)}; number the repetitions in `draw`"
+        )
+    f = check_facts(facts)
+    where = {k: i for i, k in enumerate(zip(f.question_id, f.pointer))}
+    at = np.array(
+        [where.get((q, as_pointer(p)), -1) for q, p in zip(picks.question_id, picks.pointer)], dtype=int
+    )
     if (at < 0).any():
         r = picks.iloc[int((at < 0).argmax())]
-        raise LookupError(f"{(at < 0).sum()} of {len(picks)} picks have no fact, first: {r.selector}, question {r.question_id}, "
-                          f"pointer {r.pointer}; ask the LVLM for `unasked(picks, facts)` first")
+        raise LookupError(
+            f"{(at < 0).sum()} of {len(picks)} picks have no fact, first: {r.selector}, question"
+            f" {r.question_id}, pointer {r.pointer}; ask the LVLM for `unasked(picks, facts)` first"
+        )
     got = f.iloc[at][[*_FACTS, "eval_failed"]].reset_index(drop=True)
     return pd.concat([picks.reset_index(drop=True), got], axis=1)
 
@@ -150,12 +198,17 @@ def failures(
     scored:pd.DataFrame, # from `score_picks`
 )->pd.DataFrame: # per `selector, shots`: `failed` and `of`, rows
     "How many evaluations failed, by selector and shots"
-    return scored.groupby(["selector", "shots"], sort=False).eval_failed.agg(failed="sum", of="size").reset_index()
+    return (
+        scored.groupby(["selector", "shots"], sort=False)
+        .eval_failed.agg(failed="sum", of="size")
+        .reset_index()
+    )
 
 # %% ../nbs/81_evaluate.ipynb #56588567
 def _commonest(answers):
     "The answer most often given, the last of those"
-    said = [normalise(a) for a in answers]; n = Counter(said)
+    said = [normalise(a) for a in answers]
+    n = Counter(said)
     return answers[max(range(len(said)), key=lambda i: (n[said[i]], i))]
 
 def majority_vote(
@@ -165,10 +218,16 @@ def majority_vote(
     name:str="majority_vote", # its name in the table
 )->pd.DataFrame: # scored rows without `vqa_gt_prob`; no LVLM is asked
     "What the demonstrations' own answers would score"
-    if (bad := picks.pointer.map(len) == 0).any(): raise ValueError(f"{name}: question {picks.question_id[bad].iloc[0]} has no demonstration to vote: leave zero-shot picks out")
+    if (bad := picks.pointer.map(len) == 0).any():
+        raise ValueError(
+            f"{name}: question {picks.question_id[bad].iloc[0]} has no demonstration to vote: leave zero-shot"
+            " picks out"
+        )
     said = [_commonest([items.at[d, "answer"] for d in p]) for p in picks.pointer]
     acc = vqa_accuracies(said, [items.at[q, "answers"] for q in picks.question_id], mode)
-    return picks[PICKS].assign(selector=name, vqa_acc_score=acc, vqa_gt_prob=math.nan, vqa_pred_answer=said, eval_failed=False)
+    return picks[PICKS].assign(
+        selector=name, vqa_acc_score=acc, vqa_gt_prob=math.nan, vqa_pred_answer=said, eval_failed=False
+    )
 
 # %% ../nbs/81_evaluate.ipynb #6e283d97
 class Interval(NamedTuple):
@@ -179,7 +238,8 @@ class Interval(NamedTuple):
 
 def _drawn(seed, clusters, n_boot):
     "How often each cluster is drawn, in blocks of resamples [b, clusters]"
-    g, step = rng("bootstrap", seed), max(1, 2_000_000//clusters)
+    g = rng("bootstrap", seed)
+    step = max(1, 2_000_000//clusters)
     for i in range(0, n_boot, step):
         b = min(step, n_boot - i)
         draw = g.integers(clusters, size=(b, clusters)) + clusters*np.arange(b)[:, None]
@@ -196,12 +256,17 @@ def boot_means(
     seed:int=0, # equal seed and cluster count, equal resamples
 )->np.ndarray: # [n_boot, k] resampled means; NaN where a resample has no value
     "Bootstrap means of every column under the same resamples of clusters"
-    x = np.asarray(x, dtype=float); x = x[:, None] if x.ndim == 1 else x; ok = ~np.isnan(x)
+    x = np.asarray(x, dtype=float)
+    x = x[:, None] if x.ndim == 1 else x
+    ok = ~np.isnan(x)
     code = np.arange(len(x)) if cluster is None else pd.factorize(np.asarray(cluster))[0]
-    if len(code) != len(x): raise ValueError(f"{len(x)} scores but {len(code)} clusters: pass one cluster per query")
+    if len(code) != len(x):
+        raise ValueError(f"{len(x)} scores but {len(code)} clusters: pass one cluster per query")
     if not len(x): raise ValueError("bootstrap of no queries: nothing was scored")
-    C = code.max() + 1; total = lambda a: np.stack([np.bincount(code, col, minlength=C) for col in a.T.astype(float)], 1)
-    s, m = total(np.where(ok, x, 0)), total(ok[:, :1] if ok.all() else ok)
+    C = code.max() + 1
+    total = lambda a: np.stack([np.bincount(code, col, minlength=C) for col in a.T.astype(float)], 1)
+    s = total(np.where(ok, x, 0))
+    m = total(ok[:, :1] if ok.all() else ok)
     blocks = _kept(seed, C, n_boot) if C*n_boot <= 20_000_000 else _drawn(seed, C, n_boot)
     means = []
     for block in blocks:
@@ -226,10 +291,14 @@ def bootstrap_mean(
 # %% ../nbs/81_evaluate.ipynb #9aa31f43
 def _diff(a, b, cluster):
     "Differences of the queries that both have, and their clusters"
-    a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
+    a = np.asarray(a, dtype=float)
+    b = np.asarray(b, dtype=float)
     if a.shape != b.shape or a.ndim != 1:
-        raise ValueError(f"paired scores of shapes {a.shape} and {b.shape}: pass one number per query, same queries")
-    d = a - b; ok = ~np.isnan(d)
+        raise ValueError(
+            f"paired scores of shapes {a.shape} and {b.shape}: pass one number per query, same queries"
+        )
+    d = a - b
+    ok = ~np.isnan(d)
     if not ok.any(): raise ValueError("the two have no query in common")
     return d[ok], None if cluster is None else np.asarray(cluster)[ok]
 
@@ -274,7 +343,8 @@ def plan_power(
     design:float=1., # variance ratio by clustering, >= 1: (mde with clusters / mde without) squared
 )->int: # queries
     "How many queries a wanted difference needs"
-    if delta <= 0 or not 0 < changed <= 1: raise ValueError(f"delta={delta}, changed={changed}: wanted delta > 0 and a share in 0..1")
+    if delta <= 0 or not 0 < changed <= 1:
+        raise ValueError(f"delta={delta}, changed={changed}: wanted delta > 0 and a share in 0..1")
     return math.ceil((_reach(power, level)/delta)**2 * changed * d2 * design)
 
 def plan_mde(
@@ -292,7 +362,8 @@ def verdict(
     b:str="b", # name of the second
 )->str: # e.g. "rce - random: +4.1 points [+2.0, +6.2], detectable 3.0: better"
     "A difference in words; 'no difference shown' when its interval holds 0 or it is below the detectable effect"
-    mde = detectable(est) if mde is None else mde; v, lo, hi = (round(100*x, 1) + 0. for x in est)
+    mde = detectable(est) if mde is None else mde
+    v, lo, hi = (round(100 * x, 1) + 0.0 for x in est)
     what = "no difference shown" if not differs(est, mde) else "better" if v > 0 else "worse"
     return f"{a} - {b}: {v:+.1f} points [{lo:+.1f}, {hi:+.1f}], detectable {100*mde:.1f}: {what}"
 
@@ -323,7 +394,11 @@ def mcnemar(
     b, # [n] scores of the other on the same queries; pairs with a NaN are left out
 )->Signs: # two-sided exact binomial p; 1 if nothing changed
     "Exact test of the queries whose score changed"
-    d, _ = _diff(a, b, None); up, down = int((d > 1e-12).sum()), int((d < -1e-12).sum()); n, k = up + down, min(up, down)
+    d, _ = _diff(a, b, None)
+    up = int((d > 1e-12).sum())
+    down = int((d < -1e-12).sum())
+    n = up + down
+    k = min(up, down)
     tail = sum(math.comb(n, i) for i in range(k + 1)) / 2**n
     return Signs(up, down, len(d) - n, min(1., 2*tail))
 
@@ -333,14 +408,18 @@ def paired_p(
     cluster=None, # [n] cluster of each query
 )->float: # two-sided, 0..1; 1 if the two are equal everywhere
     "p-value of the mean difference (normal, clustered standard error)"
-    d, c = _diff(a, b, cluster); m, se = abs(d.mean()), _se(d, c)
+    d, c = _diff(a, b, cluster)
+    m = abs(d.mean())
+    se = _se(d, c)
     return 2*NormalDist().cdf(-m/se) if se > 0 else float(m == 0)
 
 def holm(
     p, # [m] p-values of one family
 )->np.ndarray: # [m] adjusted p-values, in the same order; compare each with .05
     "Holm's step-down correction"
-    p = np.asarray(p, dtype=float); order = np.argsort(p, kind="stable"); out = np.empty(len(p))
+    p = np.asarray(p, dtype=float)
+    order = np.argsort(p, kind="stable")
+    out = np.empty(len(p))
     out[order] = np.minimum(1, np.maximum.accumulate(p[order]*(len(p) - np.arange(len(p)))))
     return out
 
@@ -355,10 +434,14 @@ def gap_closed(
     level:float=.95, # coverage, 0..1
 )->Interval: # 0 = random, 1 = oracle; may be negative; all NaN if oracle <= random
     "Share of the gap between random and oracle that a selector closes"
-    x = np.stack([np.asarray(v, dtype=float) for v in (policy, random, oracle)], 1); ok = ~np.isnan(x).any(1); x = x[ok]
+    x = np.stack([np.asarray(v, dtype=float) for v in (policy, random, oracle)], 1)
+    ok = ~np.isnan(x).any(1)
+    x = x[ok]
     if not ok.any(): raise ValueError("gap_closed: no query has a policy, a random and an oracle score")
     ratio = lambda m: (m[..., 0] - m[..., 1]) / np.where(m[..., 2] > m[..., 1], m[..., 2] - m[..., 1], np.nan)
-    value, lo, hi = float(ratio(x.mean(0))), math.nan, math.nan
+    value = float(ratio(x.mean(0)))
+    lo = math.nan
+    hi = math.nan
     if n_boot and not math.isnan(value):
         m = boot_means(x, None if cluster is None else np.asarray(cluster)[ok], n_boot, seed)
         if _bounds(m[:, 2] - m[:, 1], level)[0] > 0: lo, hi = _bounds(ratio(m), level)
@@ -391,7 +474,8 @@ def agreement(
     order:bool=True, # must the order be the same too?
 )->float: # 0..1, over queries and pairs of draws; NaN without a common query
     "Share of queries for which two selectors pick the same demonstrations"
-    f = {s: scored[(scored.selector == s) & (scored.shots == shots)] for s in (a, b)}; both = f[a].merge(f[b], on="question_id")
+    f = {s: scored[(scored.selector == s) & (scored.shots == shots)] for s in (a, b)}
+    both = f[a].merge(f[b], on="question_id")
     key = tuple if order else frozenset
     same = pd.Series([key(x) == key(y) for x, y in zip(both.pointer_x, both.pointer_y)], dtype=float)
     return float(same.groupby(both.question_id).mean().mean()) if len(both) else math.nan
@@ -402,11 +486,30 @@ def behaviour(
     pool=None, # `Pool`: Gini over all that could be picked; None: over those that any selector here picked
 )->pd.DataFrame: # selector, shots, copy, copy_wrong, unique, gini
     "Copying of the last demonstration's answer (all queries; those answered wrongly), different demonstrations, their Gini"
-    s = scored[scored.pointer.map(len) > 0]; every = {d for c in (pool.ids.values() if pool is not None else s.pointer) for d in c}; out = []
+    s = scored[scored.pointer.map(len) > 0]
+    every = {d for c in (pool.ids.values() if pool is not None else s.pointer) for d in c}
+    out = []
     for (sel, shots), g in s.groupby(["selector", "shots"], sort=False):
-        n = Counter(d for p in g.pointer for d in p); ok = g[~g.eval_failed]
-        copy = np.array([normalise(a) == normalise(items.at[p[-1], "answer"]) for a, p in zip(ok.vqa_pred_answer, ok.pointer)], dtype=float); wrong = (ok.vqa_acc_score == 0).to_numpy()
-        out.append((sel, shots, copy.mean() if len(ok) else math.nan, copy[wrong].mean() if wrong.any() else math.nan, len(n), gini([n[d] for d in every | set(n)])))
+        n = Counter(d for p in g.pointer for d in p)
+        ok = g[~g.eval_failed]
+        copy = np.array(
+            [
+                normalise(a) == normalise(items.at[p[-1], "answer"])
+                for a, p in zip(ok.vqa_pred_answer, ok.pointer)
+            ],
+            dtype=float,
+        )
+        wrong = (ok.vqa_acc_score == 0).to_numpy()
+        out.append(
+            (
+                sel,
+                shots,
+                copy.mean() if len(ok) else math.nan,
+                copy[wrong].mean() if wrong.any() else math.nan,
+                len(n),
+                gini([n[d] for d in every | set(n)]),
+            )
+        )
     return pd.DataFrame(out, columns=["selector", "shots", "copy", "copy_wrong", "unique", "gini"])
 
 # %% ../nbs/81_evaluate.ipynb #f70fd05f
@@ -417,14 +520,17 @@ def score_matrix(
 )->pd.DataFrame: # [queries, selectors]; index question_id; NaN where a selector has no good row
     "Mean score over draws, per query and selector"
     s = scored[(scored.shots == shots) & ~scored.eval_failed]
-    if not len(s): raise ValueError(f"no good rows with {shots} shots; there are shots {sorted(scored.shots.unique())}")
+    if not len(s):
+        raise ValueError(f"no good rows with {shots} shots; there are shots {sorted(scored.shots.unique())}")
     order = list(dict.fromkeys(s.selector))
-    return s.groupby(["question_id", "selector"])[metric].mean().unstack()[order].dropna(axis=1, how="all") # a vote has no probability
+    # a vote has no probability
+    return s.groupby(["question_id", "selector"])[metric].mean().unstack()[order].dropna(axis=1, how="all")
 
 def _clusters(items, ids, by):
     "Cluster of each query in `ids`, or None"
     if items is None: return None
-    if len(lost := pd.Index(ids).difference(items.index)): raise ValueError(f"{len(lost)} queries are not in items, first {lost[0]}")
+    if len(lost := pd.Index(ids).difference(items.index)):
+        raise ValueError(f"{len(lost)} queries are not in items, first {lost[0]}")
     return items.loc[ids, by].to_numpy()
 
 # %% ../nbs/81_evaluate.ipynb #7a52588d
@@ -432,8 +538,21 @@ TABLE = ["selector", "shots", "n", "acc", "lo", "hi", "gap_closed", "changed"]
 
 def _order(names):
     "Baselines first, oracle last, everything else as it came"
-    front = ["zero_shot", "random", "similar_image", "similar_text", "similar_mixed", "mmr", "majority_vote", "fixed"]
-    return [s for s in front if s in names] + [s for s in names if s not in front + ["oracle"]] + [s for s in names if s == "oracle"]
+    front = [
+        "zero_shot",
+        "random",
+        "similar_image",
+        "similar_text",
+        "similar_mixed",
+        "mmr",
+        "majority_vote",
+        "fixed",
+    ]
+    return (
+        [s for s in front if s in names]
+        + [s for s in names if s not in front + ["oracle"]]
+        + [s for s in names if s == "oracle"]
+    )
 
 def result_table(
     scored:pd.DataFrame, # from `score_picks`, all selectors and shots together
@@ -451,15 +570,20 @@ def result_table(
     names = list(dict.fromkeys(scored.selector))
     if lost := [r for r in (reference, oracle, changed_from) if r and r not in names]:
         raise ValueError(f"no rows of {lost}; scored holds {names}: name another one or None")
-    mats = {s: score_matrix(scored, s, metric) for s in sorted(scored.shots.unique())}; rows = []
+    mats = {s: score_matrix(scored, s, metric) for s in sorted(scored.shots.unique())}
+    rows = []
     for s, m in mats.items():
-        boot = boot_means(m.to_numpy(), _clusters(items, m.index, cluster), n_boot, seed); ref = zero_at if s == 0 else s
+        boot = boot_means(m.to_numpy(), _clusters(items, m.index, cluster), n_boot, seed)
+        ref = zero_at if s == 0 else s
         for sel in _order(list(m)):
             lo, hi = _bounds(boot[:, m.columns.get_loc(sel)], .95)
             gap = _gap(m[sel], mats.get(ref), reference, oracle)
-            diff = changed(scored, sel, s, changed_from, ref) if changed_from and ref is not None else math.nan
+            diff = (
+                changed(scored, sel, s, changed_from, ref) if changed_from and ref is not None else math.nan
+            )
             rows.append((sel, s, int(m[sel].notna().sum()), m[sel].mean(), lo, hi, gap, diff))
-    out = pd.DataFrame(rows, columns=TABLE); out.attrs |= dict(failed=int(scored.eval_failed.sum()), oracle=oracle_note(scored))
+    out = pd.DataFrame(rows, columns=TABLE)
+    out.attrs |= dict(failed=int(scored.eval_failed.sum()), oracle=oracle_note(scored))
     return out
 
 def _gap(x, m, reference, oracle):
@@ -474,7 +598,10 @@ def shots_table(
     what:str="acc", # its column: "acc", "gap_closed", "changed", ..
 )->pd.DataFrame: # a row per selector, a column per shot count, and `mean` over those >= 1 where a row has them all
     "Selectors down, shots across"
-    t = table.pivot(index="selector", columns="shots", values=what).loc[_order(list(dict.fromkeys(table.selector)))]; some = [s for s in t if s]
+    t = table.pivot(index="selector", columns="shots", values=what).loc[
+        _order(list(dict.fromkeys(table.selector)))
+    ]
+    some = [s for s in t if s]
     return t.assign(mean=t[some].mean(axis=1).where(t[some].notna().all(axis=1))) if some else t
 
 # %% ../nbs/81_evaluate.ipynb #3272f348
@@ -492,7 +619,15 @@ def gap_table(
         m = score_matrix(scored, s, metric)
         if not {reference, oracle} <= set(m): continue
         for sel in [x for x in _order(list(m)) if x not in (reference, oracle)]:
-            rows.append((sel, s, *gap_closed(m[sel], m[reference], m[oracle], _clusters(items, m.index, cluster), n_boot, seed)))
+            rows.append(
+                (
+                    sel,
+                    s,
+                    *gap_closed(
+                        m[sel], m[reference], m[oracle], _clusters(items, m.index, cluster), n_boot, seed
+                    ),
+                )
+            )
     return pd.DataFrame(rows, columns=["selector", "shots", "gap", "lo", "hi"])
 
 # %% ../nbs/81_evaluate.ipynb #a8ca6eee
@@ -510,19 +645,28 @@ def paired_table(
     for s in sorted(set(scored.shots) - {0}):
         m = score_matrix(scored, s, metric)
         for sel, ref in [(a, b) for b in against if b in m for a in _order(list(m)) if a != b]:
-            x = m[[sel, ref]].dropna(); c = _clusters(items, x.index, cluster)
-            est, least = paired_bootstrap(x[sel], x[ref], c, n_boot, seed), mde(x[sel], x[ref], c)
+            x = m[[sel, ref]].dropna()
+            c = _clusters(items, x.index, cluster)
+            est = paired_bootstrap(x[sel], x[ref], c, n_boot, seed)
+            least = mde(x[sel], x[ref], c)
             rows.append((sel, ref, s, len(x), *est, least, verdict(est, least).split(": ")[-1]))
-    return pd.DataFrame(rows, columns=["selector", "against", "shots", "n", "delta", "lo", "hi", "mde", "verdict"])
+    return pd.DataFrame(
+        rows, columns=["selector", "against", "shots", "n", "delta", "lo", "hi", "mde", "verdict"]
+    )
 
 # %% ../nbs/81_evaluate.ipynb #3218ae78
 def over_shots(
     scored:pd.DataFrame, # from `score_picks`; zero-shot rows are left out
 )->pd.DataFrame: # the same rows with `shots` "mean" and a draw for each shot count
     "All shot counts as one column; ValueError if a selector lacks one"
-    s = scored[scored.shots != 0]; want = set(s.shots)
+    s = scored[scored.shots != 0]
+    want = set(s.shots)
     for sel, g in s.groupby("selector", sort=False):
-        if lost := want - set(g.shots): raise ValueError(f"{sel} has no rows with {sorted(lost)} shots, others have: a mean over shots would compare different things")
+        if lost := want - set(g.shots):
+            raise ValueError(
+                f"{sel} has no rows with {sorted(lost)} shots, others have: a mean over shots would compare"
+                " different things"
+            )
     return s.assign(draw=[f"{a} shots, {b}" for a, b in zip(s.shots, s.draw)], shots="mean")
 
 def paired_tests(
@@ -536,20 +680,73 @@ def paired_tests(
     level:float=.05, # of the whole family
 )->pd.DataFrame: # selector, against, shots, n, delta, lo, hi, mde, better, worse, p_changed, changed, agree, p, p_holm, verdict
     "A family of comparisons: difference, detectable effect, changed answers, agreement of picks, and a verdict after Holm"
-    given = set(scored.selector); own = [s for s in dict.fromkeys(scored.selector) if s not in BASELINES]
-    pairs = [(a, b) for a in own for b in against if a != b] if pairs is None else list(pairs); rows, est = [], []
-    if lost := {s for p in pairs for s in p} - given: raise ValueError(f"no rows of {sorted(lost)}; scored holds {sorted(given)}")
+    given = set(scored.selector)
+    own = [s for s in dict.fromkeys(scored.selector) if s not in BASELINES]
+    pairs = [(a, b) for a in own for b in against if a != b] if pairs is None else list(pairs)
+    rows, est = [], []
+    if lost := {s for p in pairs for s in p} - given:
+        raise ValueError(f"no rows of {sorted(lost)}; scored holds {sorted(given)}")
     for s in [s for s in dict.fromkeys(sorted(scored.shots)) if s != 0]:
         m = score_matrix(scored, s, metric)
         for a, b in [(a, b) for a, b in pairs if {a, b} <= set(m)]:
-            x = m[[a, b]].dropna(); c = _clusters(items, x.index, cluster); est.append(paired_bootstrap(x[a], x[b], c, n_boot, seed)); up, down, _, p = mcnemar(x[a], x[b])
-            rows.append((a, b, s, len(x), *est[-1], mde(x[a], x[b], c), up, down, p, changed(scored, a, s, b), agreement(scored, a, b, s), paired_p(x[a], x[b], c)))
+            x = m[[a, b]].dropna()
+            c = _clusters(items, x.index, cluster)
+            est.append(paired_bootstrap(x[a], x[b], c, n_boot, seed))
+            up, down, _, p = mcnemar(x[a], x[b])
+            rows.append(
+                (
+                    a,
+                    b,
+                    s,
+                    len(x),
+                    *est[-1],
+                    mde(x[a], x[b], c),
+                    up,
+                    down,
+                    p,
+                    changed(scored, a, s, b),
+                    agreement(scored, a, b, s),
+                    paired_p(x[a], x[b], c),
+                )
+            )
     if not rows: raise ValueError(f"no pair of {pairs} has a shot count in common")
-    t = pd.DataFrame(rows, columns=["selector", "against", "shots", "n", "delta", "lo", "hi", "mde", "better", "worse", "p_changed", "changed", "agree", "p"]); t["p_holm"] = holm(t.p)
-    said = [verdict(e, least).split(": ")[-1] if p <= level else "no difference shown" for e, least, p in zip(est, t.mde, t.p_holm)]
+    t = pd.DataFrame(
+        rows,
+        columns=[
+            "selector",
+            "against",
+            "shots",
+            "n",
+            "delta",
+            "lo",
+            "hi",
+            "mde",
+            "better",
+            "worse",
+            "p_changed",
+            "changed",
+            "agree",
+            "p",
+        ],
+    )
+    t["p_holm"] = holm(t.p)
+    said = [
+        verdict(e, least).split(": ")[-1] if p <= level else "no difference shown"
+        for e, least, p in zip(est, t.mde, t.p_holm)
+    ]
     return t.assign(verdict=said)
 
-BASELINES = ("zero_shot", "random", "similar_image", "similar_text", "similar_mixed", "mmr", "majority_vote", "fixed", "oracle")
+BASELINES = (
+    "zero_shot",
+    "random",
+    "similar_image",
+    "similar_text",
+    "similar_mixed",
+    "mmr",
+    "majority_vote",
+    "fixed",
+    "oracle",
+)
 
 # %% ../nbs/81_evaluate.ipynb #0ea56635
 def seed_matrix(
@@ -581,13 +778,20 @@ def compare_seeds(
 )->Interval: # delta = mean(a) - mean(b), lo, hi; queries that failed under any seed are left out
     "Paired difference with an interval over queries and seeds (two-way bootstrap)"
     A, B = (seed_matrix(scored, s, shots, metric) for s in (a, b))
-    if paired and list(A) != list(B): raise ValueError(f"paired seeds, but {a} has {list(A)} and {b} has {list(B)}: pass paired=False")
-    x = pd.concat([A, B], axis=1, join="inner").dropna(); k = A.shape[1]
+    if paired and list(A) != list(B):
+        raise ValueError(f"paired seeds, but {a} has {list(A)} and {b} has {list(B)}: pass paired=False")
+    x = pd.concat([A, B], axis=1, join="inner").dropna()
+    k = A.shape[1]
     if not len(x): raise ValueError(f"{a} and {b} have no query in common that all seeds answered")
-    m, g = boot_means(x.to_numpy(), _clusters(items, x.index, cluster), n_boot, seed), rng("seeds", seed)
-    wa = _seed_weights(g, n_boot, k); wb = wa if paired else _seed_weights(g, n_boot, B.shape[1])
+    m = boot_means(x.to_numpy(), _clusters(items, x.index, cluster), n_boot, seed)
+    g = rng("seeds", seed)
+    wa = _seed_weights(g, n_boot, k)
+    wb = wa if paired else _seed_weights(g, n_boot, B.shape[1])
     col = x.mean().to_numpy()
-    return Interval(float(col[:k].mean() - col[k:].mean()), *_bounds((wa*m[:, :k]).sum(1) - (wb*m[:, k:]).sum(1), .95))
+    return Interval(
+        float(col[:k].mean() - col[k:].mean()),
+        *_bounds((wa * m[:, :k]).sum(1) - (wb * m[:, k:]).sum(1), 0.95)
+    )
 
 # %% ../nbs/81_evaluate.ipynb #e5a4f10a
 def seeds_table(
@@ -601,22 +805,41 @@ def seeds_table(
     metric:str="vqa_acc_score", # any numeric column of `scored`
 )->pd.DataFrame: # index selector, worst first: draws, acc, gap, lo, hi, sd (of the gap over draws; NaN for one), and per name in `against` lead, lo, hi in shares of the gap
     "Trained selectors over seeds: gap closed and leads, with 95 % intervals"
-    mats = {m: seed_matrix(scored, m, shots, metric) for m in dict.fromkeys(scored.selector[scored.shots == shots])}
-    if lost := {reference, oracle, *against} - mats.keys(): raise ValueError(f"no rows of {sorted(lost)} with {shots} shots; there are {sorted(mats)}")
-    low, high = (mats[n].mean(axis=1) for n in (reference, oracle)); wide = float((high - low).mean()); rows = {}
-    if not wide > 0: raise ValueError(f"{oracle} is no better than {reference} ({wide:+.3f}): there is no gap to close")
+    mats = {
+        m: seed_matrix(scored, m, shots, metric)
+        for m in dict.fromkeys(scored.selector[scored.shots == shots])
+    }
+    if lost := {reference, oracle, *against} - mats.keys():
+        raise ValueError(f"no rows of {sorted(lost)} with {shots} shots; there are {sorted(mats)}")
+    low, high = (mats[n].mean(axis=1) for n in (reference, oracle))
+    wide = float((high - low).mean())
+    rows = {}
+    if not wide > 0:
+        raise ValueError(f"{oracle} is no better than {reference} ({wide:+.3f}): there is no gap to close")
     for m, x in mats.items():
-        z = pd.concat([x, low, high], axis=1, join="inner").dropna(); k = x.shape[1]; v = z.to_numpy()
-        b = boot_means(v, _clusters(items, z.index, cluster), n_boot, seed); w = _seed_weights(rng("seeds", seed), n_boot, k)
-        part = lambda y: (y - v[:, k].mean()) / (v[:, k+1].mean() - v[:, k].mean()); each = part(v[:, :k].mean(0))
-        row = dict(draws=k, acc=v[:, :k].mean(), gap=each.mean()) | dict(zip(("lo", "hi"), _bounds(((w*b[:, :k]).sum(1) - b[:, k]) / (b[:, k+1] - b[:, k]), .95)))
+        z = pd.concat([x, low, high], axis=1, join="inner").dropna()
+        k = x.shape[1]
+        v = z.to_numpy()
+        b = boot_means(v, _clusters(items, z.index, cluster), n_boot, seed)
+        w = _seed_weights(rng("seeds", seed), n_boot, k)
+        part = lambda y: (y - v[:, k].mean()) / (v[:, k + 1].mean() - v[:, k].mean())
+        each = part(v[:, :k].mean(0))
+        row = dict(draws=k, acc=v[:, :k].mean(), gap=each.mean()) | dict(
+            zip(("lo", "hi"), _bounds(((w * b[:, :k]).sum(1) - b[:, k]) / (b[:, k + 1] - b[:, k]), 0.95))
+        )
         row["sd"] = each.std(ddof=1) if k > 1 else math.nan
         for o in against:
-            if o == m: row |= {f"over {o}": 0., f"{o} lo": math.nan, f"{o} hi": math.nan}; continue
-            d = compare_seeds(scored, m, o, shots, k > 1 and list(x) == list(mats[o]), items, cluster, n_boot, seed, metric)
+            if o == m:
+                row |= {f"over {o}": 0.0, f"{o} lo": math.nan, f"{o} hi": math.nan}
+                continue
+            d = compare_seeds(
+                scored, m, o, shots, k > 1 and list(x) == list(mats[o]), items, cluster, n_boot, seed, metric
+            )
             row |= {f"over {o}": d[0]/wide, f"{o} lo": d[1]/wide, f"{o} hi": d[2]/wide}
         rows[m] = row
-    return pd.DataFrame.from_dict(rows, orient="index").sort_values("gap", kind="stable").rename_axis("selector")
+    return (
+        pd.DataFrame.from_dict(rows, orient="index").sort_values("gap", kind="stable").rename_axis("selector")
+    )
 
 # %% ../nbs/81_evaluate.ipynb #ec48db73
 def subsets(
@@ -639,8 +862,10 @@ def save_subsets(
     seed:int=0, # the seed they were made with
 )->Path: # the file
     "Record which queries each size means"
-    path, new = Path(path), dict(seed=seed, subsets={str(k): list(v) for k, v in subs.items()})
-    if path.exists() and read_json(path) != new: raise ValueError(f"{path}: other subsets lie there; use those (`load_subsets`), or another file")
+    path = Path(path)
+    new = dict(seed=seed, subsets={str(k): list(v) for k, v in subs.items()})
+    if path.exists() and read_json(path) != new:
+        raise ValueError(f"{path}: other subsets lie there; use those (`load_subsets`), or another file")
     return write_json(path, new) or path
 
 def load_subsets(
@@ -661,10 +886,19 @@ def size_table(
     "Accuracy by the number of queries, with what that number can show"
     rows = {}
     for size, ids in subs.items():
-        part = scored[scored.question_id.isin(ids)]; m = pd.concat([score_matrix(part, s, metric) for s in sorted({0, shots} & set(part.shots))], axis=1)
-        if lost := len(set(ids) - set(m.index)): raise ValueError(f"subset {size}: {lost} of its {len(ids)} queries were not scored")
-        c = _clusters(items, m.index, cluster); least = [mde(m[s], m[reference], c) for s in m if s != reference]
-        rows[size] = {**m[_order(list(m))].mean(), "half_width": 1.96*_se(m[reference].dropna().to_numpy(), None if c is None else c[m[reference].notna()]), "mde": float(np.median(least))}
+        part = scored[scored.question_id.isin(ids)]
+        m = pd.concat([score_matrix(part, s, metric) for s in sorted({0, shots} & set(part.shots))], axis=1)
+        if lost := len(set(ids) - set(m.index)):
+            raise ValueError(f"subset {size}: {lost} of its {len(ids)} queries were not scored")
+        c = _clusters(items, m.index, cluster)
+        least = [mde(m[s], m[reference], c) for s in m if s != reference]
+        rows[size] = {
+            **m[_order(list(m))].mean(),
+            "half_width": (
+                1.96 * _se(m[reference].dropna().to_numpy(), None if c is None else c[m[reference].notna()])
+            ),
+            "mde": float(np.median(least)),
+        }
     return pd.DataFrame(rows).T.rename_axis("size")
 
 # %% ../nbs/81_evaluate.ipynb #9c761c89
@@ -674,9 +908,15 @@ def mode_table(
     modes=("official", "lmms", "openflamingo"), # of `vqa.MODES`
 )->pd.DataFrame: # selector, shots, n, a column per mode (0..1), `disagree`: share of queries on which the modes differ
     "The same answers under several evaluators"
-    s = scored[~scored.eval_failed]; truth = [items.at[q, "answers"] for q in s.question_id]
-    s = s.assign(**{m: vqa_accuracies(s.vqa_pred_answer, truth, m) for m in modes}); s["disagree"] = (s[list(modes)].max(axis=1) - s[list(modes)].min(axis=1) > 1e-9).astype(float)
-    per = s.groupby(["selector", "shots", "question_id"], sort=False)[[*modes, "disagree"]].mean().groupby(["selector", "shots"], sort=False)
+    s = scored[~scored.eval_failed]
+    truth = [items.at[q, "answers"] for q in s.question_id]
+    s = s.assign(**{m: vqa_accuracies(s.vqa_pred_answer, truth, m) for m in modes})
+    s["disagree"] = (s[list(modes)].max(axis=1) - s[list(modes)].min(axis=1) > 1e-9).astype(float)
+    per = (
+        s.groupby(["selector", "shots", "question_id"], sort=False)[[*modes, "disagree"]]
+        .mean()
+        .groupby(["selector", "shots"], sort=False)
+    )
     return per.mean().assign(n=per.size())[["n", *modes, "disagree"]].reset_index()
 
 def type_table(
@@ -687,8 +927,11 @@ def type_table(
 )->pd.DataFrame: # a row per selector and shot count, a column per type; the row ("queries", 0) counts
     "Scores by kind of question"
     if by not in items: raise ValueError(f"items have no column {by!r}: {list(items)}")
-    s = scored[~scored.eval_failed]; kind = items[by].loc[s.question_id].to_numpy()
-    per = s.assign(_kind=kind).groupby(["selector", "shots", "_kind", "question_id"], sort=False)[metric].mean()
+    s = scored[~scored.eval_failed]
+    kind = items[by].loc[s.question_id].to_numpy()
+    per = (
+        s.assign(_kind=kind).groupby(["selector", "shots", "_kind", "question_id"], sort=False)[metric].mean()
+    )
     out = per.groupby(["selector", "shots", "_kind"], sort=False).mean().unstack().rename_axis(columns=by)
     out.loc[("queries", 0), :] = pd.Series(kind, s.question_id).groupby(level=0).first().value_counts()
     return out
@@ -700,10 +943,27 @@ def look(
     split:str="test", # which split
 )->int: # how many different results have been looked at on this split, this one included
     "Count a look at a split"
-    path = Path(path); path = path/"looks.json" if path.suffix != ".json" else path; seen = read_json(path) if path.exists() else []
-    s = scored.sort_values(PICKS[:4]); what = fingerprint("look", split, *(s[c].tolist() for c in PICKS[:4]), [list(p) for p in s.pointer], s.vqa_acc_score.fillna(-1.).tolist())
+    path = Path(path)
+    path = path / "looks.json" if path.suffix != ".json" else path
+    seen = read_json(path) if path.exists() else []
+    s = scored.sort_values(PICKS[:4])
+    what = fingerprint(
+        "look",
+        split,
+        *(s[c].tolist() for c in PICKS[:4]),
+        [list(p) for p in s.pointer],
+        s.vqa_acc_score.fillna(-1.0).tolist()
+    )
     if what not in {e["result"] for e in seen}:
-        seen.append(dict(split=split, result=what, time=datetime.now(timezone.utc).isoformat(timespec="seconds"), selectors=sorted(set(s.selector)), queries=int(s.question_id.nunique())))
+        seen.append(
+            dict(
+                split=split,
+                result=what,
+                time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                selectors=sorted(set(s.selector)),
+                queries=int(s.question_id.nunique()),
+            )
+        )
         write_json(path, seen)
     return sum(e["split"] == split for e in seen)
 
@@ -717,7 +977,12 @@ def table_text(
     lines = [table.round(digits).to_string(index=False), ""]
     lines += [f"oracle, {s} shot{'s'*(s > 1)}: {note}" for s, note in table.attrs.get("oracle", {}).items()]
     if table.attrs.get("failed"): lines.append(f"{table.attrs['failed']} evaluations failed and are left out")
-    luck = f"; the best of {looks} equal selectors would look {expected_best(looks):.1f} standard errors better than it is" if (looks or 0) > 1 else ""
+    luck = (
+        f"; the best of {looks} equal selectors would look {expected_best(looks):.1f} standard errors better"
+        " than it is"
+        if (looks or 0) > 1
+        else ""
+    )
     lines.append(f"looks at {split}: {'not counted' if looks is None else looks}{luck}")
     return "\n".join(lines)
 
@@ -725,25 +990,40 @@ def expected_best(
     m:int, # selectors, all equal in truth, with independent errors
 )->float: # in standard errors
     "How much better than it is the best of `m` equal selectors is expected to look"
-    z = np.linspace(-8, 8, 8001); cdf = np.array([NormalDist().cdf(x) for x in z])
+    z = np.linspace(-8, 8, 8001)
+    cdf = np.array([NormalDist().cdf(x) for x in z])
     return float(np.trapezoid(z*np.gradient(cdf**m, z), z))
 
 # %% ../nbs/81_evaluate.ipynb #7c0499a6
 def _run_scores(run, selector):
     "Scored rows of one selector of a run, and the run"
-    run = run if isinstance(run, Run) else Run(run); f = run.frame("predictions.parquet"); names = list(dict.fromkeys(f.selector))
+    run = run if isinstance(run, Run) else Run(run)
+    f = run.frame("predictions.parquet")
+    names = list(dict.fromkeys(f.selector))
     if selector is None and len(names) > 1: raise ValueError(f"run {run.path.name!r} holds {names}: name one")
-    if selector is not None and selector not in names: raise ValueError(f"run {run.path.name!r} has no {selector!r}, it holds {names}")
+    if selector is not None and selector not in names:
+        raise ValueError(f"run {run.path.name!r} has no {selector!r}, it holds {names}")
     f = f[f.selector == (selector or names[0])]
-    return run, f.assign(selector=f"{run.path.name}: {selector or names[0]}", pointer=[as_pointer(p) for p in f.pointer], eval_failed=f.eval_failed.astype(bool))
+    return run, f.assign(
+        selector=f"{run.path.name}: {selector or names[0]}",
+        pointer=[as_pointer(p) for p in f.pointer],
+        eval_failed=f.eval_failed.astype(bool),
+    )
 
 def _unlike(a, b, fa, fb, other):
     "What keeps two runs from being compared: {name: (there, here)}"
-    common = {k for k in a.fingerprints.keys() & b.fingerprints.keys() if k not in ("selector", "queries", "store")}
-    out = {k: (a.fingerprints[k], b.fingerprints[k]) for k in sorted(common) if a.fingerprints[k] != b.fingerprints[k]}
+    common = {
+        k for k in a.fingerprints.keys() & b.fingerprints.keys() if k not in ("selector", "queries", "store")
+    }
+    out = {
+        k: (a.fingerprints[k], b.fingerprints[k])
+        for k in sorted(common)
+        if a.fingerprints[k] != b.fingerprints[k]
+    }
     if not common: out["fingerprints"] = (sorted(a.fingerprints), sorted(b.fingerprints))
     if (s := [r.settings.get("split") for r in (a, b)])[0] != s[1] and None not in s: out["split"] = tuple(s)
-    qa, qb = set(fa.question_id), set(fb.question_id)
+    qa = set(fa.question_id)
+    qb = set(fb.question_id)
     if qa != qb: out["queries"] = (f"{len(qa)} questions", f"{len(qb)} questions, {len(qa & qb)} in common")
     return {k: v for k, v in out.items() if k not in other}
 
@@ -758,14 +1038,23 @@ def compare_runs(
     "Compare two runs on the same questions; ValueError names what differs between them"
     (a, fa), (b, fb) = _run_scores(run_a, selector_a), _run_scores(run_b, selector_b)
     if d := _unlike(a, b, fa, fb, other):
-        raise ValueError(f"{a.path.name} and {b.path.name} are not comparable: " + "; ".join(f"{k}: {x} and {y}" for k, (x, y) in d.items())
-                         + f". Make them alike, or pass other={tuple(d)} and say so")
-    na, nb = fa.selector.iloc[0], fb.selector.iloc[0]; na, nb, fb = (na, nb, fb) if na != nb else (na, nb + " (b)", fb.assign(selector=nb + " (b)"))
-    if not (shots := (set(fa.shots) & set(fb.shots)) - {0}): # each has its own number: compare them as they are
-        if max(fa.shots.nunique(), fb.shots.nunique()) > 1: raise ValueError(f"no shot count in common: {sorted(set(fa.shots))} and {sorted(set(fb.shots))}")
-        fa, fb, shots = fa.assign(shots="own"), fb.assign(shots="own"), {"own"}
+        raise ValueError(
+            f"{a.path.name} and {b.path.name} are not comparable: "
+            + "; ".join(f"{k}: {x} and {y}" for k, (x, y) in d.items())
+            + f". Make them alike, or pass other={tuple(d)} and say so"
+        )
+    na, nb = fa.selector.iloc[0], fb.selector.iloc[0]
+    na, nb, fb = (na, nb, fb) if na != nb else (na, nb + " (b)", fb.assign(selector=nb + " (b)"))
+    # each has its own number: compare them as they are
+    if not (shots := (set(fa.shots) & set(fb.shots)) - {0}):
+        if max(fa.shots.nunique(), fb.shots.nunique()) > 1:
+            raise ValueError(f"no shot count in common: {sorted(set(fa.shots))} and {sorted(set(fb.shots))}")
+        fa = fa.assign(shots="own")
+        fb = fb.assign(shots="own")
+        shots = {"own"}
     both = pd.concat([f[f.shots.isin(shots)] for f in (fa, fb)], ignore_index=True)
-    if items is None and {"image_id"} <= set(fa) & set(fb): items = both.drop_duplicates("question_id").set_index("question_id")[["image_id"]]
+    if items is None and {"image_id"} <= set(fa) & set(fb):
+        items = both.drop_duplicates("question_id").set_index("question_id")[["image_id"]]
     return paired_tests(both, items, [(na, nb)], n_boot=n_boot, seed=seed)
 
 # %% ../nbs/81_evaluate.ipynb #4b3bccac
@@ -776,15 +1065,30 @@ def plot_results(
 ):# the axes
     "Accuracy with interval per selector, a colour per shot count"
     import matplotlib.pyplot as plt
-    names = _order(list(dict.fromkeys(table.selector))); shots = [s for s in sorted(table.shots.unique()) if s]
+    names = _order(list(dict.fromkeys(table.selector)))
+    shots = [s for s in sorted(table.shots.unique()) if s]
     if ax is None: ax = plt.subplots(figsize=(5, max(3, .3*len(names) + .8)), layout="constrained")[1]
     for i, s in enumerate(shots or [0]):
-        t = table[(table.shots == s) | ((table.shots == 0) & (i == 0))]; c = f"C{i}"
+        t = table[(table.shots == s) | ((table.shots == 0) & (i == 0))]
+        c = f"C{i}"
         y = [names.index(n) + (i - (len(shots) - 1)/2)*.18 for n in t.selector]
-        ax.errorbar(t.acc, y, xerr=[t.acc - t.lo, t.hi - t.acc], fmt="o", ms=5, capsize=2, lw=1.5, color=c, label=f"S = {s}")
+        ax.errorbar(
+            t.acc,
+            y,
+            xerr=[t.acc - t.lo, t.hi - t.acc],
+            fmt="o",
+            ms=5,
+            capsize=2,
+            lw=1.5,
+            color=c,
+            label=f"S = {s}",
+        )
         line = t.acc[t.selector == reference]
         if len(shots) == 1 and len(line): ax.axvline(line.iloc[0], ls=":", lw=1, color="grey", zorder=0)
-    ax.set_yticks(range(len(names)), names); ax.invert_yaxis(); ax.set_xlabel("VQA accuracy (95 % interval)")
-    ax.grid(axis="x", alpha=.3); ax.spines[["top", "right"]].set_visible(False)
+    ax.set_yticks(range(len(names)), names)
+    ax.invert_yaxis()
+    ax.set_xlabel("VQA accuracy (95 % interval)")
+    ax.grid(axis="x", alpha=0.3)
+    ax.spines[["top", "right"]].set_visible(False)
     if len(shots) > 1: ax.legend(frameon=False)
     return ax

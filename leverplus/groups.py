@@ -20,57 +20,123 @@ from .pools import Pool
 # %% ../nbs/30_groups.ipynb #f8a3e1fb
 SCHEMA = 1
 METHODS = ("beam", "retrieval", "sample", "random", "policy", "mined")
-TEXT_FACTS = dict(vqa_pred_answer="str", vqa_raw_generation="str", vqa_correct="float", vqa_acc_score="float",
-                  vqa_rel_token_f1="float", vqa_rel_edit_sim="float", vqa_rel_score="float", vqa_eval_mode="str")
+TEXT_FACTS = dict(
+    vqa_pred_answer="str",
+    vqa_raw_generation="str",
+    vqa_correct="float",
+    vqa_acc_score="float",
+    vqa_rel_token_f1="float",
+    vqa_rel_edit_sim="float",
+    vqa_rel_score="float",
+    vqa_eval_mode="str",
+)
 PROB_FACTS = dict(vqa_gt_prob="float", vqa_gt_logprobs="floats")
-PROPOSAL_COLUMNS = dict(question_id="int", pointer="ints", gen_method="str", beam_rank="float", temperature="float",
-                logprob_score="float", similarity_score="float", kappa="float")
+PROPOSAL_COLUMNS = dict(
+    question_id="int",
+    pointer="ints",
+    gen_method="str",
+    beam_rank="float",
+    temperature="float",
+    logprob_score="float",
+    similarity_score="float",
+    kappa="float",
+)
 LATER = ("kappa",) # columns that parts of earlier versions lack
 FACT_COLUMNS = {**TEXT_FACTS, **PROB_FACTS, "eval_failed": "bool", "error": "str", "scorer": "str"}
-RECORD = {**PROPOSAL_COLUMNS, **{c: FACT_COLUMNS[c] for c in (
-    "vqa_pred_answer", "vqa_raw_generation", "vqa_correct", "vqa_acc_score", "vqa_gt_prob", "vqa_gt_logprobs", "vqa_rel_token_f1",
-    "vqa_rel_edit_sim", "vqa_rel_score", "vqa_eval_mode", "eval_failed", "error", "scorer")}}
+RECORD = {
+    **PROPOSAL_COLUMNS,
+    **{
+        c: FACT_COLUMNS[c]
+        for c in (
+            "vqa_pred_answer",
+            "vqa_raw_generation",
+            "vqa_correct",
+            "vqa_acc_score",
+            "vqa_gt_prob",
+            "vqa_gt_logprobs",
+            "vqa_rel_token_f1",
+            "vqa_rel_edit_sim",
+            "vqa_rel_score",
+            "vqa_eval_mode",
+            "eval_failed",
+            "error",
+            "scorer",
+        )
+    },
+}
 
 # %% ../nbs/30_groups.ipynb #db2f7b26
 _STR = pd.StringDtype(na_value=np.nan)
-_ARROW = dict(int=pa.int64(), ints=pa.list_(pa.int64()), str=pa.string(), float=pa.float64(), floats=pa.list_(pa.float64()), bool=pa.bool_())
+_ARROW = dict(
+    int=pa.int64(),
+    ints=pa.list_(pa.int64()),
+    str=pa.string(),
+    float=pa.float64(),
+    floats=pa.list_(pa.float64()),
+    bool=pa.bool_(),
+)
 _DTYPE = dict(int="int64", ints=object, str=_STR, float="float64", floats=object, bool="bool")
 
 def _missing(kind, n, name):
     if kind in ("int", "ints"): raise ValueError(f"column {name!r} is required")
-    return np.zeros(n, bool) if kind == "bool" else np.full(n, np.nan if kind in ("float", "str") else None, dtype=object)
+    return (
+        np.zeros(n, bool)
+        if kind == "bool"
+        else np.full(n, np.nan if kind in ("float", "str") else None, dtype=object)
+    )
 
 def _tuple(x, of, name):
-    if isinstance(x, (tuple, list, np.ndarray)) and (of is float or all(float(v) == int(v) for v in x)): return tuple(map(of, x))
+    if isinstance(x, (tuple, list, np.ndarray)) and (of is float or all(float(v) == int(v) for v in x)):
+        return tuple(map(of, x))
     if of is float and (x is None or x is pd.NA or x != x): return None
     raise TypeError(f"column {name!r} holds {x!r}: wanted a tuple or list of {of.__name__}s")
 
 def _objects(xs):
-    out = np.empty(len(xs), dtype=object); out[:] = xs
+    out = np.empty(len(xs), dtype=object)
+    out[:] = xs
     return out
 
 def _tuples(col):
-    col = col.combine_chunks(); start, flat = col.offsets.to_numpy()[:-1], col.values.to_numpy(zero_copy_only=False)
-    size, out = np.diff(col.offsets.to_numpy()), np.empty(len(col), dtype=object)
+    col = col.combine_chunks()
+    start = col.offsets.to_numpy()[:-1]
+    flat = col.values.to_numpy(zero_copy_only=False)
+    size = np.diff(col.offsets.to_numpy())
+    out = np.empty(len(col), dtype=object)
     for n in np.unique(size): # one length after the other: `zip` makes its tuples at once
-        i = np.flatnonzero(size == n); columns = [flat[start[i] + k].tolist() for k in range(n)]
+        i = np.flatnonzero(size == n)
+        columns = [flat[start[i] + k].tolist() for k in range(n)]
         out[i] = _objects(list(zip(*columns)) if n else [()]*len(i))
     if col.null_count: out[~col.is_valid().to_numpy(zero_copy_only=False)] = None
     return out
 
 def _lists(values, kind, name):
     "Column-wise where arrow takes the values as they are, one by one (with an error that shows the value) where not"
-    try: col = pa.array(np.asarray(values, dtype=object), type=None if kind == "ints" else _ARROW[kind], from_pandas=True) # told int64, arrow would cut 1.5 to 1
+    # told int64, arrow would cut 1.5 to 1
+    try:
+        col = pa.array(
+            np.asarray(values, dtype=object), type=None if kind == "ints" else _ARROW[kind], from_pandas=True
+        )
     except (pa.ArrowInvalid, pa.ArrowTypeError, ValueError): col = None
-    if col is None or col.type != _ARROW[kind] or kind == "ints" and (col.null_count or col.values.null_count):
+    if (
+        col is None
+        or col.type != _ARROW[kind]
+        or kind == "ints"
+        and (col.null_count or col.values.null_count)
+    ):
         return _objects([_tuple(x, int if kind == "ints" else float, name) for x in values])
     return _tuples(pa.chunked_array([col]))
 
 def _exact(values, kind, name):
     if kind in ("ints", "floats"): return _lists(values, kind, name)
-    if kind in ("int", "bool") and pd.isna(values).any(): raise ValueError(f"column {name!r} has missing values: it must be known for every row")
-    if kind == "int" and (np.asarray(values) != np.asarray(values).astype("int64")).any(): raise ValueError(f"column {name!r} holds numbers that are not integers")
-    return pd.Series(np.asarray(values, dtype=object) if kind == "str" else np.asarray(values)).astype(_DTYPE[kind]).array
+    if kind in ("int", "bool") and pd.isna(values).any():
+        raise ValueError(f"column {name!r} has missing values: it must be known for every row")
+    if kind == "int" and (np.asarray(values) != np.asarray(values).astype("int64")).any():
+        raise ValueError(f"column {name!r} holds numbers that are not integers")
+    return (
+        pd.Series(np.asarray(values, dtype=object) if kind == "str" else np.asarray(values))
+        .astype(_DTYPE[kind])
+        .array
+    )
 
 def as_record(
     frame:pd.DataFrame, # at least `question_id` and `pointer`; any other column of `columns`
@@ -88,7 +154,16 @@ def pack(
     columns:dict=RECORD, # {name: kind}
 )->pa.Table: # one column each, missing = null
     "Turn a record frame into an arrow table with exact types"
-    return pa.table({c: pa.array(frame[c].to_numpy(dtype=object) if k == "str" else frame[c].to_numpy(), type=_ARROW[k], from_pandas=True) for c, k in columns.items()})
+    return pa.table(
+        {
+            c: pa.array(
+                frame[c].to_numpy(dtype=object) if k == "str" else frame[c].to_numpy(),
+                type=_ARROW[k],
+                from_pandas=True,
+            )
+            for c, k in columns.items()
+        }
+    )
 
 def unpack(
     table:pa.Table, # with the columns of `columns`
@@ -96,7 +171,9 @@ def unpack(
 )->pd.DataFrame: # as `as_record` makes it
     "Turn an arrow table back into a record frame"
     col = lambda c, k: _tuples(c) if k in ("ints", "floats") else c.to_pandas().astype(_DTYPE[k]).array
-    return pd.DataFrame({c: col(table[c].cast(_ARROW[k]), k) for c, k in columns.items()}, index=pd.RangeIndex(len(table)))
+    return pd.DataFrame(
+        {c: col(table[c].cast(_ARROW[k]), k) for c, k in columns.items()}, index=pd.RangeIndex(len(table))
+    )
 
 # %% ../nbs/30_groups.ipynb #4fbd5b75
 def write_part(
@@ -119,11 +196,23 @@ def read_part(
     path = Path(path)
     if not path.exists(): raise FileNotFoundError(f"{path}: no such part; was the directory copied whole?")
     try: table = pq.ParquetFile(path).read()
-    except (pa.ArrowInvalid, pa.ArrowException, OSError) as e: raise ValueError(f"{path}: not a readable parquet file ({e})") from e
-    lacks = [c for c in columns if c not in table.column_names]; odd = [c for c in table.column_names if c not in columns and c not in ignore]
-    if odd or set(lacks) - set(optional): raise ValueError(f"{path}: columns missing {[c for c in lacks if c not in optional]}, unknown {odd}")
-    if rows is not None and len(table) != rows: raise ValueError(f"{path}: {len(table)} rows, but the manifest says {rows}")
-    for c in lacks: table = table.append_column(c, pa.array(np.zeros(len(table), columns[c])) if columns[c] in ("int", "bool") else pa.nulls(len(table), _ARROW[columns[c]]))
+    except (pa.ArrowInvalid, pa.ArrowException, OSError) as e:
+        raise ValueError(f"{path}: not a readable parquet file ({e})") from e
+    lacks = [c for c in columns if c not in table.column_names]
+    odd = [c for c in table.column_names if c not in columns and c not in ignore]
+    if odd or set(lacks) - set(optional):
+        raise ValueError(f"{path}: columns missing {[c for c in lacks if c not in optional]}, unknown {odd}")
+    if rows is not None and len(table) != rows:
+        raise ValueError(f"{path}: {len(table)} rows, but the manifest says {rows}")
+    for c in lacks:
+        table = table.append_column(
+            c,
+            (
+                pa.array(np.zeros(len(table), columns[c]))
+                if columns[c] in ("int", "bool")
+                else pa.nulls(len(table), _ARROW[columns[c]])
+            ),
+        )
     return unpack(table, columns)
 
 # %% ../nbs/30_groups.ipynb #045fc70a
@@ -133,42 +222,81 @@ def pointer_matrix(
     "Stack pointers of different lengths"
     size = np.fromiter(map(len, pointers), np.int64, len(pointers))
     out = np.full((len(size), size.max(initial=0)), -1, np.int64)
-    out[np.arange(out.shape[1]) < size[:, None]] = np.fromiter(chain.from_iterable(pointers), np.int64, size.sum())
+    out[np.arange(out.shape[1]) < size[:, None]] = np.fromiter(
+        chain.from_iterable(pointers), np.int64, size.sum()
+    )
     return out, size
 
 def _outside(qid, ptr, real, pool):
     "Which rows point outside their query's pool: [n] bool"
-    keys = np.fromiter(pool.ids, np.int64, len(pool.ids)); sizes = [len(v) for v in pool.ids.values()]
+    keys = np.fromiter(pool.ids, np.int64, len(pool.ids))
+    sizes = [len(v) for v in pool.ids.values()]
     cand = np.fromiter(chain.from_iterable(pool.ids.values()), np.int64, sum(sizes))
-    names, code = np.unique(np.concatenate([cand, ptr[real]]), return_inverse=True); queries = pd.Index(keys)
+    names, code = np.unique(np.concatenate([cand, ptr[real]]), return_inverse=True)
+    queries = pd.Index(keys)
     have = np.repeat(np.arange(len(keys)), sizes) * len(names) + code[:len(cand)]
     want = np.broadcast_to(queries.get_indexer(qid)[:, None], ptr.shape)[real] * len(names) + code[len(cand):]
-    out = np.zeros(ptr.shape, bool); out[real] = ~np.isin(want, have)
+    out = np.zeros(ptr.shape, bool)
+    out[real] = ~np.isin(want, have)
     return out.any(1)
 
 def _pointer_problems(rows, pool):
-    qid, (ptr, size) = rows.question_id.to_numpy(), pointer_matrix(rows.pointer.to_numpy()); real = np.arange(ptr.shape[1]) < size[:, None]
-    known = np.isin(qid, list(pool.ids)); yield ~known, "has no pool: generate it with the pool that holds it, or drop its rows"
+    qid = rows.question_id.to_numpy()
+    (ptr, size) = pointer_matrix(rows.pointer.to_numpy())
+    real = np.arange(ptr.shape[1]) < size[:, None]
+    known = np.isin(qid, list(pool.ids))
+    yield ~known, "has no pool: generate it with the pool that holds it, or drop its rows"
     yield size == 0, "pointer is empty: a sequence has at least one demonstration"
-    keys, pools = np.fromiter(pool.ids, np.int64, len(pool)), np.fromiter(map(len, pool.ids.values()), np.int64, len(pool))
-    yield size >= pools[pd.Index(keys).get_indexer(qid)], "the pool is not larger than the pointer: make a larger pool (K > S)"
-    s = np.sort(np.where(real, ptr, -1 - np.arange(ptr.shape[1])), 1); yield (s[:, 1:] == s[:, :-1]).any(1), "pointer {pointer} repeats an id"
+    keys = np.fromiter(pool.ids, np.int64, len(pool))
+    pools = np.fromiter(map(len, pool.ids.values()), np.int64, len(pool))
+    yield (
+        size >= pools[pd.Index(keys).get_indexer(qid)],
+        "the pool is not larger than the pointer: make a larger pool (K > S)",
+    )
+    s = np.sort(np.where(real, ptr, -1 - np.arange(ptr.shape[1])), 1)
+    yield (s[:, 1:] == s[:, :-1]).any(1), "pointer {pointer} repeats an id"
     yield _outside(qid, ptr, real, pool), "pointer {pointer} leaves the pool of its query"
-    yield pd.DataFrame(ptr).assign(q=qid).duplicated().to_numpy(), "pointer {pointer} occurs twice in the same order: keep one of the rows"
+    yield (
+        pd.DataFrame(ptr).assign(q=qid).duplicated().to_numpy(),
+        "pointer {pointer} occurs twice in the same order: keep one of the rows",
+    )
 
 def _fact_problems(rows):
-    failed = rows.eval_failed.to_numpy(); has = {c: rows[c].notna().to_numpy() for c in FACT_COLUMNS}
-    text, prob = np.array([has[c] for c in TEXT_FACTS]), np.array([has[c] for c in PROB_FACTS])
-    yield failed & (text.any(0) | prob.any(0)), "eval_failed, and yet it has labels: a failure is never a negative; set its vqa_ columns to missing"
+    failed = rows.eval_failed.to_numpy()
+    has = {c: rows[c].notna().to_numpy() for c in FACT_COLUMNS}
+    text = np.array([has[c] for c in TEXT_FACTS])
+    prob = np.array([has[c] for c in PROB_FACTS])
+    yield (
+        failed & (text.any(0) | prob.any(0)),
+        "eval_failed, and yet it has labels: a failure is never a negative; set its vqa_ columns to missing",
+    )
     yield failed & ~has["error"], "eval_failed without a text in `error`: say why"
-    yield ~failed & text.any(0) & ~text.all(0), "{lacks} missing beside other facts of the generated text: score the row again"
-    yield ~failed & ~text.any(0) & ~has["vqa_gt_prob"], "not failed, but without facts: score the row, or mark it eval_failed"
-    yield ~failed & ~has["vqa_gt_prob"] & has["vqa_gt_prob"].any(), "vqa_gt_prob missing, though other rows have it: score the row again"
+    yield (
+        ~failed & text.any(0) & ~text.all(0),
+        "{lacks} missing beside other facts of the generated text: score the row again",
+    )
+    yield (
+        ~failed & ~text.any(0) & ~has["vqa_gt_prob"],
+        "not failed, but without facts: score the row, or mark it eval_failed",
+    )
+    yield (
+        ~failed & ~has["vqa_gt_prob"] & has["vqa_gt_prob"].any(),
+        "vqa_gt_prob missing, though other rows have it: score the row again",
+    )
     yield ~failed & ~has["scorer"], "facts without the fingerprint of their scorer"
     for c in ("vqa_acc_score", "vqa_gt_prob", "vqa_correct", "vqa_rel_score"):
         yield (rows[c] < 0).to_numpy() | (rows[c] > 1 + 1e-6).to_numpy(), f"{c} {{{c}}} is not within 0..1"
-    yield ~rows.gen_method.isin(METHODS).to_numpy(), f"gen_method {{gen_method!r}} is not one of {', '.join(METHODS)}"
-    yield rows.kappa.notna().to_numpy() & (rows.logprob_score.isna() | (rows.kappa == np.inf)).to_numpy(), "kappa {kappa} beside logprob_score {logprob_score}: a threshold is finite or -inf, and belongs to a draw of known probability"
+    yield (
+        ~rows.gen_method.isin(METHODS).to_numpy(),
+        f"gen_method {{gen_method!r}} is not one of {', '.join(METHODS)}",
+    )
+    yield (
+        rows.kappa.notna().to_numpy() & (rows.logprob_score.isna() | (rows.kappa == np.inf)).to_numpy(),
+        (
+            "kappa {kappa} beside logprob_score {logprob_score}: a threshold is finite or -inf, and belongs"
+            " to a draw of known probability"
+        ),
+    )
 
 # %% ../nbs/30_groups.ipynb #f9c0f087
 def count_rows(
@@ -186,7 +314,11 @@ class RLData:
         pool:Pool, # who may be picked for each query
         manifest:dict|None=None, # settings, seed, fingerprints: whatever made the rows; JSON-ready
     ):
-        self.rows, self.pool, self.manifest, self.path, self.order = as_record(rows), pool, dict(manifest or {}), None, None
+        self.rows = as_record(rows)
+        self.pool = pool
+        self.manifest = dict(manifest or {})
+        self.path = None
+        self.order = None
 
     @classmethod
     def from_frame(cls, rows, pool, manifest=None):
@@ -212,8 +344,16 @@ class RLData:
     @property
     def fingerprint(self):
         "Fingerprint of sequences, facts and pool: 16 hexadecimal digits"
-        num = self.rows[["vqa_acc_score", "vqa_correct", "vqa_gt_prob"]].to_numpy(); ptr = pointer_matrix(self.rows.pointer.to_numpy())[0]
-        return fingerprint(SCHEMA, self.rows.question_id.to_numpy(), ptr, num, self.rows.eval_failed.to_numpy(), self.pool.fingerprint)
+        num = self.rows[["vqa_acc_score", "vqa_correct", "vqa_gt_prob"]].to_numpy()
+        ptr = pointer_matrix(self.rows.pointer.to_numpy())[0]
+        return fingerprint(
+            SCHEMA,
+            self.rows.question_id.to_numpy(),
+            ptr,
+            num,
+            self.rows.eval_failed.to_numpy(),
+            self.pool.fingerprint,
+        )
 
     def groups(self):
         "Rows by query in order of first appearance: a pandas group-by, iterate for (question_id, frame)"
@@ -224,13 +364,16 @@ def _where(self, i):
     "Name the part that holds row `i`"
     if self.path is None: return f"row {i}"
     i = i if self.order is None else int(self.order[i]) # its place among the parts, laid end to end
-    ends = np.cumsum([p["rows"] for p in self.manifest.get("parts", [])]); k = int(np.searchsorted(ends, i, side="right"))
+    ends = np.cumsum([p["rows"] for p in self.manifest.get("parts", [])])
+    k = int(np.searchsorted(ends, i, side="right"))
     return f"{self.path/self.manifest['parts'][k]['file']}" if k < len(ends) else f"{self.path} row {i}"
 
 def _unknown(self, items):
     "(row position, id) of the first id that `items` lacks, or None"
-    ptr, size = pointer_matrix(self.rows.pointer.to_numpy()); ids = np.column_stack([self.rows.question_id.to_numpy(), ptr])
-    bad = ~np.isin(ids, items.index.to_numpy()); bad[:, 1:] &= np.arange(ptr.shape[1]) < size[:, None]
+    ptr, size = pointer_matrix(self.rows.pointer.to_numpy())
+    ids = np.column_stack([self.rows.question_id.to_numpy(), ptr])
+    bad = ~np.isin(ids, items.index.to_numpy())
+    bad[:, 1:] &= np.arange(ptr.shape[1]) < size[:, None]
     return (int(bad.any(1).argmax()), int(ids[bad][0])) if bad.any() else None
 
 @patch
@@ -239,11 +382,20 @@ def validate(self:RLData,
 ):
     "Return self if every row holds; ValueError that names file, question_id and what is wrong with it if not"
     hit = None if items is None else _unknown(self, items)
-    if hit: raise ValueError(f"{_where(self, hit[0])}: question_id {hit[1]} is not among the {len(items)} items: pass the items this data was made from")
+    if hit:
+        raise ValueError(
+            f"{_where(self, hit[0])}: question_id {hit[1]} is not among the {len(items)} items: pass the"
+            " items this data was made from"
+        )
     for bad, what in chain(_pointer_problems(self.rows, self.pool), _fact_problems(self.rows)):
         if not bad.any(): continue
-        i = int(bad.argmax()); row = self.rows.iloc[i]; lacks = ", ".join(c for c in TEXT_FACTS if pd.isna(row[c]))
-        raise ValueError(f"{_where(self, i)}: question_id {row.question_id}: {what.format(lacks=lacks, **row)} ({int(bad.sum())} such rows)")
+        i = int(bad.argmax())
+        row = self.rows.iloc[i]
+        lacks = ", ".join(c for c in TEXT_FACTS if pd.isna(row[c]))
+        raise ValueError(
+            f"{_where(self, i)}: question_id {row.question_id}: {what.format(lacks=lacks, **row)}"
+            f" ({int(bad.sum())} such rows)"
+        )
     return self
 
 # %% ../nbs/30_groups.ipynb #8d77b512
@@ -254,11 +406,25 @@ def whole_draws(
 )->pd.DataFrame: # `rows`, with `kappa` only where all sequences of a query with so many shots came along, from one parent, in the pool that they were drawn from
     "Forget thresholds of draws that are no longer whole: nobody can tell the missing from the unlikely"
     if not rows.kappa.notna().any(): return rows
-    key = lambda r: [r.question_id.to_numpy(), r.pointer.map(len).to_numpy()]; count = lambda r: r.groupby(key(r)).size()
-    there = pd.concat([count(d.rows) for d in parents]); came = there.groupby(level=[0, 1]).agg(["sum", "size"])
-    moved = {q for d in parents if d.pool is not pool for q in set(d.rows.question_id) if pool.ids.get(q) != d.pool.ids.get(q)}
-    at = pd.MultiIndex.from_arrays(key(rows)); now = count(rows).reindex(at).to_numpy(); was = came.reindex(at)
-    whole = (now == was["sum"].to_numpy()) & (was["size"].to_numpy() == 1) & ~rows.question_id.isin(moved).to_numpy()
+    key = lambda r: [r.question_id.to_numpy(), r.pointer.map(len).to_numpy()]
+    count = lambda r: r.groupby(key(r)).size()
+    there = pd.concat([count(d.rows) for d in parents])
+    came = there.groupby(level=[0, 1]).agg(["sum", "size"])
+    moved = {
+        q
+        for d in parents
+        if d.pool is not pool
+        for q in set(d.rows.question_id)
+        if pool.ids.get(q) != d.pool.ids.get(q)
+    }
+    at = pd.MultiIndex.from_arrays(key(rows))
+    now = count(rows).reindex(at).to_numpy()
+    was = came.reindex(at)
+    whole = (
+        (now == was["sum"].to_numpy())
+        & (was["size"].to_numpy() == 1)
+        & ~rows.question_id.isin(moved).to_numpy()
+    )
     return rows.assign(kappa=rows.kappa.where(whole))
 
 # %% ../nbs/30_groups.ipynb #33faae10
@@ -267,9 +433,11 @@ def check_shard(
 )->tuple|None: # (i, n) as ints; ValueError if not 0 <= i < n
     "Check the name of a shard"
     if shard is None: return None
-    if not isinstance(shard, (tuple, list)) or len(shard) != 2: raise ValueError(f"shard {shard!r}: wanted (i, n), part i of n")
+    if not isinstance(shard, (tuple, list)) or len(shard) != 2:
+        raise ValueError(f"shard {shard!r}: wanted (i, n), part i of n")
     i, n = map(int, shard)
-    if not 0 <= i < n: raise ValueError(f"shard {i}/{n}: wanted 0 <= i < n; the first of {max(n, 1)} is 0/{max(n, 1)}")
+    if not 0 <= i < n:
+        raise ValueError(f"shard {i}/{n}: wanted 0 <= i < n; the first of {max(n, 1)} is 0/{max(n, 1)}")
     return i, n
 
 def shard_tag(
@@ -282,7 +450,9 @@ def shard_files(
     path, # the data's directory
 )->dict: # {(i, n): its manifest's Path}, ascending
     "Find the shards that lie in a directory"
-    found = [(re.fullmatch(r"manifest-(\d+)of(\d+)\.json", p.name), p) for p in Path(path).glob("manifest-*.json")]
+    found = [
+        (re.fullmatch(r"manifest-(\d+)of(\d+)\.json", p.name), p) for p in Path(path).glob("manifest-*.json")
+    ]
     return dict(sorted(((int(m[1]), int(m[2])), p) for m, p in found if m))
 
 def _own_parts(path, shard):
@@ -295,7 +465,8 @@ def _keep_pool(pool, path, tag):
     home, tmp = path/f"pool-{pool.fingerprint}", path/f".pool-{pool.fingerprint}{tag}"
     if not tag: pool.save(home)
     elif not (home/"pool.json").exists():
-        shutil.rmtree(tmp, ignore_errors=True); pool.save(tmp)
+        shutil.rmtree(tmp, ignore_errors=True)
+        pool.save(tmp)
         try: tmp.rename(home)
         except OSError:
             if not (home/"pool.json").exists(): raise
@@ -312,9 +483,18 @@ def finish_manifest(
     shard:tuple|None=None, # (i, n): the manifest of one shard
 )->dict: # the manifest as written
     "Write the pool, then the manifest: from here on the directory is valid; then remove parts that no longer belong"
-    path, tag = Path(path), shard_tag(shard); home = _keep_pool(pool, path, tag)
-    out = dict(manifest, schema=SCHEMA, complete=True, pool=dict(folder=home, fingerprint=pool.fingerprint), parts=parts,
-               counts=count_rows(rows), scorers=sorted(rows.scorer.dropna().unique().tolist()))
+    path = Path(path)
+    tag = shard_tag(shard)
+    home = _keep_pool(pool, path, tag)
+    out = dict(
+        manifest,
+        schema=SCHEMA,
+        complete=True,
+        pool=dict(folder=home, fingerprint=pool.fingerprint),
+        parts=parts,
+        counts=count_rows(rows),
+        scorers=sorted(rows.scorer.dropna().unique().tolist()),
+    )
     write_json(path/f"manifest{tag}.json", out)
     for p in _own_parts(path, shard):
         if p.name not in {q["file"] for q in parts}: p.unlink()
@@ -326,12 +506,20 @@ def save(self:RLData,
     part_rows:int=250_000, # rows per part, > 0
 )->Path: # `path`
     "Write parts, pool and manifest; a kill at any moment leaves the old or the new content, never a mixture"
-    path = Path(path); old = read_json(path/"manifest.json") if (path/"manifest.json").exists() else {}
-    if not old.get("complete", True): raise ValueError(f"{path}: an unfinished generation lies here; finish it, or save elsewhere")
-    if shard_files(path): raise ValueError(f"{path}: shards lie here ({', '.join(p.name for p in shard_files(path).values())}); save elsewhere")
-    tag = self.fingerprint; parts = []
+    path = Path(path)
+    old = read_json(path / "manifest.json") if (path / "manifest.json").exists() else {}
+    if not old.get("complete", True):
+        raise ValueError(f"{path}: an unfinished generation lies here; finish it, or save elsewhere")
+    if shard_files(path):
+        raise ValueError(
+            f"{path}: shards lie here ({', '.join(p.name for p in shard_files(path).values())}); save"
+            " elsewhere"
+        )
+    tag = self.fingerprint
+    parts = []
     for i, a in enumerate(range(0, max(len(self.rows), 1), part_rows)):
-        part = self.rows.iloc[a:a+part_rows]; parts.append(dict(file=f"part-{i:05d}-{tag}.parquet", rows=len(part)))
+        part = self.rows.iloc[a : a + part_rows]
+        parts.append(dict(file=f"part-{i:05d}-{tag}.parquet", rows=len(part)))
         write_part(path/parts[-1]["file"], part)
     finish_manifest(path, self.manifest, parts, self.rows, self.pool)
     return path
@@ -346,34 +534,64 @@ def differing(
 
 def _manifest(file):
     m = read_json(file)
-    if m.get("schema") != SCHEMA: raise ValueError(f"{file}: schema {m.get('schema')}, this version reads {SCHEMA}")
+    if m.get("schema") != SCHEMA:
+        raise ValueError(f"{file}: schema {m.get('schema')}, this version reads {SCHEMA}")
     return m
 
 def _union(path, files):
     "Manifests of all shards, in order; ValueError names those that are missing, unfinished, or of other settings"
-    n = max(n for _, n in files); name = lambda i: f"{i}/{n}"
+    n = max(n for _, n in files)
+    name = lambda i: f"{i}/{n}"
     def need(bad, why, then):
         if bad: raise ValueError(f"{path}: {why}: {', '.join(bad)}. {then}")
-    need([p.name for (_, k), p in files.items() if k != n], f"shards of different divisions, beside those of {n}", "Keep one division per directory")
+    need(
+        [p.name for (_, k), p in files.items() if k != n],
+        f"shards of different divisions, beside those of {n}",
+        "Keep one division per directory",
+    )
     lost = [name(i) for i in range(n) if (i, n) not in files]
-    need(lost, f"{len(lost)} of {n} shards missing", "Copy their directories into this one, or generate them with `shard=`")
+    need(
+        lost,
+        f"{len(lost)} of {n} shards missing",
+        "Copy their directories into this one, or generate them with `shard=`",
+    )
     ms = {i: _manifest(p) for (i, _), p in files.items()}
-    need([f"{files[i, n].name} says {m.get('shard')}" for i, m in ms.items() if m.get("shard") != [i, n]], "renamed manifests", "Give them their names back")
+    need(
+        [f"{files[i, n].name} says {m.get('shard')}" for i, m in ms.items() if m.get("shard") != [i, n]],
+        "renamed manifests",
+        "Give them their names back",
+    )
     usual = Counter(fingerprint(m["settings"]) for m in ms.values()).most_common(1)[0][0]
     base = next(m for m in ms.values() if fingerprint(m["settings"]) == usual)
     other = [f"{name(i)} ({d})" for i, m in ms.items() if (d := differing(base["settings"], m["settings"]))]
-    need(other, f"shards of other settings than {name(base['shard'][0])}", "They are not parts of one generation")
+    need(
+        other,
+        f"shards of other settings than {name(base['shard'][0])}",
+        "They are not parts of one generation",
+    )
     todo = [name(i) for i, m in ms.items() if not m.get("complete")]
-    need(todo, f"{len(todo)} of {n} shards not finished", "Run `generate` on them again with the same settings, it continues")
+    need(
+        todo,
+        f"{len(todo)} of {n} shards not finished",
+        "Run `generate` on them again with the same settings, it continues",
+    )
     return list(ms.values())
 
 def join_checks(
     checks, # `verify` entries of manifests, see `rldata_generate`
 )->dict: # one such entry: counts added, differences the largest
     "Unite what was verified"
-    checks = list(checks); total = lambda k: sum(c[k] for c in checks); most = lambda k: max(c[k] for c in checks)
-    return dict(drawn=total("drawn"), asked=total("asked"), logprob=most("logprob"), text=total("text"), tolerance=most("tolerance"),
-                rows=[r for c in checks for r in c["rows"]])
+    checks = list(checks)
+    total = lambda k: sum(c[k] for c in checks)
+    most = lambda k: max(c[k] for c in checks)
+    return dict(
+        drawn=total("drawn"),
+        asked=total("asked"),
+        logprob=most("logprob"),
+        text=total("text"),
+        tolerance=most("tolerance"),
+        rows=[r for c in checks for r in c["rows"]],
+    )
 
 def _one_manifest(ms):
     "The manifest of a union, short of what its rows say"
@@ -384,13 +602,23 @@ def _one_manifest(ms):
 # %% ../nbs/30_groups.ipynb #7c624ce2
 def _read_rows(path, parts):
     frames = [read_part(path/p["file"], rows=p["rows"]) for p in parts]
-    return pd.concat(frames, ignore_index=True) if frames else as_record(pd.DataFrame(dict(question_id=[], pointer=[])))
+    return (
+        pd.concat(frames, ignore_index=True)
+        if frames
+        else as_record(pd.DataFrame(dict(question_id=[], pointer=[])))
+    )
 
 def _in_order(self):
     "Put the rows of a union into the order of the pool's queries; each must be there"
-    at = pd.Index(list(self.pool.ids)).get_indexer(self.rows.question_id); lost = np.setdiff1d(list(self.pool.ids), self.rows.question_id)
-    if len(lost): raise ValueError(f"{self.path}: question_id {lost[0]} has no rows in any shard ({len(lost)} such queries): was a part list edited?")
-    self.order = np.argsort(at, kind="stable"); self.rows = self.rows.iloc[self.order].reset_index(drop=True)
+    at = pd.Index(list(self.pool.ids)).get_indexer(self.rows.question_id)
+    lost = np.setdiff1d(list(self.pool.ids), self.rows.question_id)
+    if len(lost):
+        raise ValueError(
+            f"{self.path}: question_id {lost[0]} has no rows in any shard ({len(lost)} such queries): was a"
+            " part list edited?"
+        )
+    self.order = np.argsort(at, kind="stable")
+    self.rows = self.rows.iloc[self.order].reset_index(drop=True)
 
 @patch(cls_method=True)
 def load(cls:RLData,
@@ -399,15 +627,35 @@ def load(cls:RLData,
     shard:tuple|None=None, # (i, n): only this shard of a divided generation
 )->RLData: # with `.path` and `.manifest` as found
     "Open data; errors name the file, and the id where there is one"
-    path, shard = Path(path), check_shard(shard); files = shard_files(path); union = shard is None and bool(files)
+    path = Path(path)
+    shard = check_shard(shard)
+    files = shard_files(path)
+    union = shard is None and bool(files)
     if union and (path/"manifest.json").exists():
-        raise ValueError(f"{path}: manifest.json and {len(files)} shards lie here; keep them in directories of their own")
+        raise ValueError(
+            f"{path}: manifest.json and {len(files)} shards lie here; keep them in directories of their own"
+        )
     m = _one_manifest(_union(path, files)) if union else _manifest(path/f"manifest{shard_tag(shard)}.json")
-    if not m.get("complete"): raise ValueError(f"{path}: generation is not finished; run `generate` again with the same settings, it continues")
-    rows, pool = _read_rows(path, m["parts"]), Pool.load(path/m["pool"]["folder"])
-    if pool.fingerprint != m["pool"]["fingerprint"]: raise ValueError(f"{path/m['pool']['folder']}: fingerprint {pool.fingerprint}, manifest says {m['pool']['fingerprint']}")
-    self = cls.__new__(cls); self.rows, self.pool, self.manifest, self.path, self.order = rows, pool, m, path, None
-    if union: _in_order(self); m.update(counts=count_rows(self.rows), scorers=sorted(self.rows.scorer.dropna().unique().tolist()))
+    if not m.get("complete"):
+        raise ValueError(
+            f"{path}: generation is not finished; run `generate` again with the same settings, it continues"
+        )
+    rows = _read_rows(path, m["parts"])
+    pool = Pool.load(path/m["pool"]["folder"])
+    if pool.fingerprint != m["pool"]["fingerprint"]:
+        raise ValueError(
+            f"{path/m['pool']['folder']}: fingerprint {pool.fingerprint}, manifest says"
+            f" {m['pool']['fingerprint']}"
+        )
+    self = cls.__new__(cls)
+    self.rows = rows
+    self.pool = pool
+    self.manifest = m
+    self.path = path
+    self.order = None
+    if union:
+        _in_order(self)
+        m.update(counts=count_rows(self.rows), scorers=sorted(self.rows.scorer.dropna().unique().tolist()))
     return self.validate() if check else self
 
 # %% ../nbs/30_groups.ipynb #e03d4b7a
@@ -419,27 +667,51 @@ class Group:
         pool_ids:tuple, # its candidates
         items:pd.DataFrame|None=None, # to show questions and answers in place of ids
     ):
-        self.question_id, self.pool_ids, self.items = question_id, pool_ids, items
-        self.rows = rows.sort_values(["vqa_gt_prob", "vqa_acc_score"], ascending=False, na_position="last", kind="stable")
+        self.question_id = question_id
+        self.pool_ids = pool_ids
+        self.items = items
+        self.rows = rows.sort_values(
+            ["vqa_gt_prob", "vqa_acc_score"], ascending=False, na_position="last", kind="stable"
+        )
 
     @property
     def title(self):
         "One line: the query and the size of its pool"
-        it = "" if self.items is None else f": {self.items.at[self.question_id, 'question']} [{self.items.at[self.question_id, 'answer']}]"
-        return f"question_id {self.question_id}{it} ({len(self.rows)} sequences, pool of {len(self.pool_ids)})"
+        it = (
+            ""
+            if self.items is None
+            else (
+                f": {self.items.at[self.question_id, 'question']}"
+                f" [{self.items.at[self.question_id, 'answer']}]"
+            )
+        )
+        return (
+            f"question_id {self.question_id}{it} ({len(self.rows)} sequences, pool of {len(self.pool_ids)})"
+        )
 
     def frame(self):
         "Sequences and what came of them: frame"
-        name = (lambda i: f"{i}") if self.items is None else (lambda i: f"{i}: {self.items.at[i, 'question']} [{self.items.at[i, 'answer']}]")
-        out = pd.DataFrame(dict(demonstrations=[" > ".join(map(name, p)) for p in self.rows.pointer]), index=self.rows.index)
-        out["method"] = self.rows.gen_method; out["answer"] = self.rows.vqa_pred_answer.fillna("")
-        out["acc"] = self.rows.vqa_acc_score; out["gt_prob"] = self.rows.vqa_gt_prob; out["error"] = self.rows.error.fillna("")
+        name = (
+            (lambda i: f"{i}")
+            if self.items is None
+            else (lambda i: f"{i}: {self.items.at[i, 'question']} [{self.items.at[i, 'answer']}]")
+        )
+        out = pd.DataFrame(
+            dict(demonstrations=[" > ".join(map(name, p)) for p in self.rows.pointer]), index=self.rows.index
+        )
+        out["method"] = self.rows.gen_method
+        out["answer"] = self.rows.vqa_pred_answer.fillna("")
+        out["acc"] = self.rows.vqa_acc_score
+        out["gt_prob"] = self.rows.vqa_gt_prob
+        out["error"] = self.rows.error.fillna("")
         return (out if self.rows.eval_failed.any() else out.drop(columns="error")).reset_index(drop=True)
 
     def __repr__(self): return f"{self.title}\n{self.frame().to_string(float_format='%.2f', na_rep='-')}"
     def _repr_html_(self):
         from html import escape
-        return f"<p>{escape(self.title)}</p>" + self.frame().to_html(float_format="%.2f".__mod__, na_rep="-", border=0)
+        return f"<p>{escape(self.title)}</p>" + self.frame().to_html(
+            float_format="%.2f".__mod__, na_rep="-", border=0
+        )
 
 @patch
 def group(self:RLData,
@@ -448,18 +720,38 @@ def group(self:RLData,
 )->Group: # shows itself in a notebook
     "All rows of one query, best first"
     rows = self.rows[self.rows.question_id == question_id]
-    if not len(rows): raise KeyError(f"question_id {question_id} has no rows here; queries begin with {self.queries[:3]}")
+    if not len(rows):
+        raise KeyError(f"question_id {question_id} has no rows here; queries begin with {self.queries[:3]}")
     return Group(question_id, rows, self.pool[question_id], items)
 
 @patch
 def summary(self:RLData):
     "What the data hold: Series"
-    c = count_rows(self.rows); acc = self.rows.vqa_acc_score; line = lambda d: ", ".join(f"{k}: {v}" for k, v in d.items())
+    c = count_rows(self.rows)
+    acc = self.rows.vqa_acc_score
+    line = lambda d: ", ".join(f"{k}: {v}" for k, v in d.items())
     sizes = [len(self.pool[q]) for q in self.queries]
-    return pd.Series({"queries": c["queries"], "sequences": c["rows"], "per query": f"{c['rows']/max(c['queries'], 1):.1f}", "shots": line(c["shots"]),
-        "methods": line(c["methods"]), "pool size": "-" if not sizes else f"{min(sizes)}" if min(sizes) == max(sizes) else f"{min(sizes)} to {max(sizes)}",
-        "failed": c["failed"], "mean accuracy": f"{acc.mean():.3f}", "mean gt_prob": f"{self.rows.vqa_gt_prob.mean():.3f}",
-        "scorer": ", ".join(sorted(self.rows.scorer.dropna().unique())), "fingerprint": self.fingerprint}, name="RLData", dtype=object)
+    return pd.Series(
+        {
+            "queries": c["queries"],
+            "sequences": c["rows"],
+            "per query": f"{c['rows']/max(c['queries'], 1):.1f}",
+            "shots": line(c["shots"]),
+            "methods": line(c["methods"]),
+            "pool size": (
+                "-"
+                if not sizes
+                else f"{min(sizes)}" if min(sizes) == max(sizes) else f"{min(sizes)} to {max(sizes)}"
+            ),
+            "failed": c["failed"],
+            "mean accuracy": f"{acc.mean():.3f}",
+            "mean gt_prob": f"{self.rows.vqa_gt_prob.mean():.3f}",
+            "scorer": ", ".join(sorted(self.rows.scorer.dropna().unique())),
+            "fingerprint": self.fingerprint,
+        },
+        name="RLData",
+        dtype=object,
+    )
 
 @patch
 def __repr__(self:RLData): return "RLData\n" + self.summary().to_string()

@@ -16,7 +16,9 @@ from .runs import Run, plain
 from .pools import check_pool
 from .vqa import normalise
 from .lvlm import Scored, Targets
-from .rldata_generate import FactCache, ask, best_sequences, facts_fingerprint, item_hashes, policy_fingerprint
+from leverplus.rldata_generate import (
+    FactCache, ask, best_sequences, facts_fingerprint, item_hashes, policy_fingerprint,
+)
 
 # %% ../nbs/80_infer.ipynb #0fa208f5
 PICKS = ["selector", "shots", "draw", "question_id", "pointer"]
@@ -40,14 +42,19 @@ def picks_frame(
     for q, p in ps.items():
         if q in p: raise ValueError(f"{selector}: question {q} is its own demonstration in {p}: leave it out")
         if len(set(p)) < len(p) or len(p) > shots or (len(p) < shots and not fewer):
-            raise ValueError(f"{selector}: question {q} got pointer {p}, wanted {shots} distinct demonstrations")
+            raise ValueError(
+                f"{selector}: question {q} got pointer {p}, wanted {shots} distinct demonstrations"
+            )
     same = dict(selector=selector, shots=shots, draw=draw)
     return pd.DataFrame({**same, "question_id": list(ps), "pointer": list(ps.values())}, columns=PICKS)
 
 def _roomy(pool, S):
     "`pool`'s items, checked to hold at least `S` candidates each"
     for q, c in pool.ids.items():
-        if len(c) < S: raise ValueError(f"question {q} has a pool of {len(c)}, {S} shots do not fit: fewer shots or a larger pool")
+        if len(c) < S:
+            raise ValueError(
+                f"question {q} has a pool of {len(c)}, {S} shots do not fit: fewer shots or a larger pool"
+            )
     return pool.ids.items()
 
 # %% ../nbs/80_infer.ipynb #85080d64
@@ -66,7 +73,8 @@ def pick_random(
     "Demonstrations drawn uniformly without replacement, in random order"
     out = [{} for _ in range(draws)]
     for q, c in _roomy(pool, S):
-        g, c = rng("pick_random", seed, S, q), sorted(c)
+        g = rng("pick_random", seed, S, q)
+        c = sorted(c)
         for o in out: o[q] = [c[i] for i in g.permutation(len(c))[:S]]
     return pd.concat([picks_frame("random", o, S, i) for i, o in enumerate(out)], ignore_index=True)
 
@@ -101,10 +109,16 @@ def pick_mmr(
     if not 0 <= weight <= 1: raise ValueError(f"weight={weight}: wanted 0..1")
     out = {}
     for q, c in _roomy(pool, S):
-        c = sorted(c); x, cos = _cosines(store, q, c, kind); near, picked = np.round(x @ x.T, 6), [] # argmax takes the smaller id of a tie
+        # argmax takes the smaller id of a tie
+        c = sorted(c)
+        x, cos = _cosines(store, q, c, kind)
+        near = np.round(x @ x.T, 6)
+        picked = []
         while len(picked) < S:
             far = near[:, picked].max(1) if picked else np.zeros(len(c))
-            score = np.round(weight*cos - (1 - weight)*far, 6); score[picked] = -np.inf; picked.append(int(score.argmax()))
+            score = np.round(weight * cos - (1 - weight) * far, 6)
+            score[picked] = -np.inf
+            picked.append(int(score.argmax()))
         out[q] = [c[i] for i in picked[::-1]]
     return picks_frame("mmr", out, S)
 
@@ -116,26 +130,35 @@ def pick_fixed(
     name:str="fixed", # its name in the table
 )->pd.DataFrame: # picks; ValueError names a query that is itself, or shares its picture with, one of the demonstrations
     "The same demonstrations for every query"
-    p = as_pointer(pointer); shown = set(items.loc[list(p), "image_id"])
+    p = as_pointer(pointer)
+    shown = set(items.loc[list(p), "image_id"])
     if clash := [q for q in pool.ids if q in p or items.at[q, "image_id"] in shown]:
-        raise ValueError(f"{name}: question {clash[0]} shares its picture with the fixed demonstrations {p}: take others, or leave the query out")
+        raise ValueError(
+            f"{name}: question {clash[0]} shares its picture with the fixed demonstrations {p}: take others,"
+            " or leave the query out"
+        )
     return picks_frame(name, {q: p for q in pool.ids}, len(p))
 
 # %% ../nbs/80_infer.ipynb #6fd82717
 def _batch(pool, store, qs, kind, device):
     "Query [B,D], candidates [B,K,D] and mask [B,K] of queries `qs`"
-    cs = [pool[q] for q in qs]; flat = store.get([i for c in cs for i in c], kind)
+    cs = [pool[q] for q in qs]
+    flat = store.get([i for c in cs for i in c], kind)
     cands, mask = pad_rows(list(flat.split([len(c) for c in cs])))
     return store.get(list(qs), kind).to(device), cands.to(device), mask.to(device)
 
 def _encoded(model, pool, store, S, kind, bs):
     "Yield (queries, encoding) batch by batch, in eval mode and without gradients"
-    qs, was = [q for q, _ in _roomy(pool, 1 if S is None else S)], getattr(model, "training", False)
+    qs = [q for q, _ in _roomy(pool, 1 if S is None else S)]
+    was = getattr(model, "training", False)
     p = next(model.parameters(), None) if isinstance(model, torch.nn.Module) else None
     if was: model.eval()
     try:
         with torch.no_grad():
-            for i in range(0, len(qs), bs): yield qs[i:i+bs], model.encode(*_batch(pool, store, qs[i:i+bs], kind, "cpu" if p is None else p.device))
+            for i in range(0, len(qs), bs):
+                yield qs[i : i + bs], model.encode(
+                    *_batch(pool, store, qs[i : i + bs], kind, "cpu" if p is None else p.device)
+                )
     finally:
         if was: model.train()
 
@@ -145,7 +168,8 @@ def _stops(model):
 
 def _most(model, S):
     "Shots that are shown at most; ValueError for S = None and a selector without STOP"
-    if S is None and not _stops(model): raise ValueError("S=None, but this selector has no STOP (config['stop']): say how many shots")
+    if S is None and not _stops(model):
+        raise ValueError("S=None, but this selector has no STOP (config['stop']): say how many shots")
     return model.max_shots if S is None else S
 
 def pick_model(
@@ -160,7 +184,9 @@ def pick_model(
     other_pool:bool=False, # take a pool of another kind than the checkpoint says?
 )->pd.DataFrame: # picks
     "What a selector picks greedily"
-    check_pool(model, pool, other_pool); out, most = {}, _most(model, S)
+    check_pool(model, pool, other_pool)
+    out = {}
+    most = _most(model, S)
     for qs, enc in _encoded(model, pool, store, S, kind, bs):
         seqs, real = model.greedy(enc, None) if S is None else (model.greedy(enc, S), None)
         n = [most]*len(qs) if real is None else real.sum(-1).tolist()
@@ -182,31 +208,49 @@ def candidates(
     other_pool:bool=False, # see `check_pool`
 )->pd.DataFrame: # question_id, pointer, rank (0 = first), logp; queries in the pool's order
     "Several sequences per query from one selector"
-    if how not in ("beam", "samples") or width < 1: raise ValueError(f"how={how!r}, width={width}: wanted 'beam' or 'samples', and a width >= 1")
-    check_pool(model, pool, other_pool); _most(model, S); rows = []; find = _until_stop if S is None else _of_length
+    if how not in ("beam", "samples") or width < 1:
+        raise ValueError(f"how={how!r}, width={width}: wanted 'beam' or 'samples', and a width >= 1")
+    check_pool(model, pool, other_pool)
+    _most(model, S)
+    rows = []
+    find = _until_stop if S is None else _of_length
     for qs, enc in _encoded(model, pool, store, S, kind, 1 if S is None else bs):
         seqs, logp, real = find(model, enc, pool, qs, S, width, how, temperature, seed)
         for q, ss, ls, ns in zip(qs, seqs.tolist(), logp.tolist(), real):
-            rows += [(q, tuple(pool[q][j] for j in s[:n]), r, l) for r, (s, l, n) in enumerate(zip(ss, ls, ns)) if l > -math.inf]
+            rows += [
+                (q, tuple(pool[q][j] for j in s[:n]), r, l)
+                for r, (s, l, n) in enumerate(zip(ss, ls, ns))
+                if l > -math.inf
+            ]
     return pd.DataFrame(rows, columns=["question_id", "pointer", "rank", "logp"])
 
 def _of_length(model, enc, pool, qs, S, width, how, temperature, seed):
     "(sequences, log-probabilities, real picks of each) of S shots"
-    noise, T = (_noise(pool, qs, S, width, seed, temperature), temperature) if how == "samples" else (None, 1.)
+    noise, T = (
+        (_noise(pool, qs, S, width, seed, temperature), temperature) if how == "samples" else (None, 1.0)
+    )
     seqs, logp = best_sequences(model, enc, len(qs), S, width, T, noise)
     return seqs, logp, [[S]*seqs.shape[1]]*len(qs)
 
 def _until_stop(model, enc, pool, qs, S, width, how, temperature, seed):
     "The same for one query and a selector that ends by itself"
-    k = len(pool[qs[0]]); n = min(width, sum(math.perm(k, s) for s in range(1, min(model.max_shots, k) + 1)))
-    g = torch.Generator().manual_seed(int(rng("candidates", seed, "stop", temperature, qs[0]).integers(2**62)))
-    seqs, logp, mask = model.beam(enc, None, n) if how == "beam" else model.sample(enc, None, n, temperature, generator=g)
+    k = len(pool[qs[0]])
+    n = min(width, sum(math.perm(k, s) for s in range(1, min(model.max_shots, k) + 1)))
+    g = torch.Generator().manual_seed(
+        int(rng("candidates", seed, "stop", temperature, qs[0]).integers(2**62))
+    )
+    seqs, logp, mask = (
+        model.beam(enc, None, n) if how == "beam" else model.sample(enc, None, n, temperature, generator=g)
+    )
     return seqs, logp, mask.sum(-1).tolist()
 
 def _noise(pool, qs, S, width, seed, temperature):
     "[B,S,width,K] standard Gumbel draws; each query draws for its own pool size"
     out = torch.zeros(len(qs), S, width, max(len(pool[q]) for q in qs), dtype=torch.float64)
-    for b, q in enumerate(qs): out[b, ..., :len(pool[q])] = torch.from_numpy(rng("candidates", seed, S, temperature, q).gumbel(size=(S, width, len(pool[q]))))
+    for b, q in enumerate(qs):
+        out[b, ..., : len(pool[q])] = torch.from_numpy(
+            rng("candidates", seed, S, temperature, q).gumbel(size=(S, width, len(pool[q])))
+        )
     return out
 
 # %% ../nbs/80_infer.ipynb #361dd85f
@@ -216,10 +260,22 @@ class OwnAnswer:
         scorer, # whom to ask
         facts:pd.DataFrame|None=None, # what `ask` said about the same prompts, if anything: texts and log-probabilities are taken from it
     ):
-        self.scorer, self.prompts, self.extra = scorer, 0, 0 # asked about, of these scored with an extra prefill
+        # asked about, of these scored with an extra prefill
+        self.scorer = scorer
+        self.prompts = 0
+        self.extra = 0
         use = facts is not None and {"vqa_raw_generation", "vqa_gt_logprobs"} <= set(facts)
         known = facts[~facts.eval_failed & facts.vqa_raw_generation.notna()] if use else None
-        self.known = {(q, as_pointer(p)): (t, l) for q, p, t, l in zip(known.question_id, known.pointer, known.vqa_raw_generation, known.vqa_gt_logprobs)} if use else {}
+        self.known = (
+            {
+                (q, as_pointer(p)): (t, l)
+                for q, p, t, l in zip(
+                    known.question_id, known.pointer, known.vqa_raw_generation, known.vqa_gt_logprobs
+                )
+            }
+            if use
+            else {}
+        )
 
     @property
     def fingerprint(self): return fingerprint("own answer", self.scorer.fingerprint)
@@ -231,17 +287,37 @@ class OwnAnswer:
 
     def run(self, prompts, targets=None, generate=True, progress=False):
         "Score prompts (see `NaiveScorer.run`): greedy text, and its log-probability as the only one"
-        prompts, targets = list(prompts), list(targets or [Targets()]*len(prompts)); said = self._said(prompts, targets, progress)
-        out = [_own(p, t, *s) for p, t, s in zip(prompts, targets, said)]; self.prompts += len(out)
-        todo = [i for i, o in enumerate(out) if o is None]; self.extra += len(todo)
-        again = self.scorer.run([prompts[i] for i in todo], [Targets((said[i][0].strip(),), (1.,)) for i in todo], generate=False, progress=progress) if todo else []
-        for i, s in zip(todo, again): out[i] = Scored(s.question_id, s.pointer, said[i][0], s.logprobs, s.gt_prob, s.error)
+        prompts, targets = list(prompts), list(targets or [Targets()] * len(prompts))
+        said = self._said(prompts, targets, progress)
+        out = [_own(p, t, *s) for p, t, s in zip(prompts, targets, said)]
+        self.prompts += len(out)
+        todo = [i for i, o in enumerate(out) if o is None]
+        self.extra += len(todo)
+        again = (
+            self.scorer.run(
+                [prompts[i] for i in todo],
+                [Targets((said[i][0].strip(),), (1.0,)) for i in todo],
+                generate=False,
+                progress=progress,
+            )
+            if todo
+            else []
+        )
+        for i, s in zip(todo, again):
+            out[i] = Scored(s.question_id, s.pointer, said[i][0], s.logprobs, s.gt_prob, s.error)
         return out
 
     def _said(self, prompts, targets, progress):
         "(text, log-probabilities of the targets, error) of each prompt"
-        known = [self.known.get((p.question_id, tuple(p.pointer))) for p in prompts]; todo = [i for i, k in enumerate(known) if k is None]
-        new = self.scorer.run([prompts[i] for i in todo], [targets[i] for i in todo], generate=True, progress=progress) if todo else []
+        known = [self.known.get((p.question_id, tuple(p.pointer))) for p in prompts]
+        todo = [i for i, k in enumerate(known) if k is None]
+        new = (
+            self.scorer.run(
+                [prompts[i] for i in todo], [targets[i] for i in todo], generate=True, progress=progress
+            )
+            if todo
+            else []
+        )
         out = [None if k is None else (*k, None) for k in known]
         for i, s in zip(todo, new): out[i] = (s.text, s.logprobs, s.error)
         return out
@@ -250,7 +326,8 @@ def _own(prompt, target, text, logprobs, error):
     "What is known of a text without asking again: its probability, or why it has none; else None"
     fail = lambda e: Scored(prompt.question_id, tuple(prompt.pointer), error=e)
     if error is not None: return fail(error)
-    if not text.strip() or "<|" in text: return fail(f"the greedy text {text!r} has no probability that could be asked for")
+    if not text.strip() or "<|" in text:
+        return fail(f"the greedy text {text!r} has no probability that could be asked for")
     if logprobs is None or text not in target.texts or len(logprobs) != len(target.texts): return None
     l = float(logprobs[target.texts.index(text)])
     return Scored(prompt.question_id, tuple(prompt.pointer), text, (l,), math.exp(l))
@@ -268,13 +345,22 @@ def confidence(
     return ask(pairs, own, items, cache, **kwargs).vqa_gt_prob.to_numpy(float)
 
 # %% ../nbs/80_infer.ipynb #9f8a6cd9
-TRUTH = ("vqa_acc_score", "vqa_correct", "vqa_gt_prob", "vqa_gt_logprobs", "vqa_rel_token_f1", "vqa_rel_edit_sim", "vqa_rel_score")
+TRUTH = (
+    "vqa_acc_score",
+    "vqa_correct",
+    "vqa_gt_prob",
+    "vqa_gt_logprobs",
+    "vqa_rel_token_f1",
+    "vqa_rel_edit_sim",
+    "vqa_rel_score",
+)
 
 def _votes(c, weight):
     "Support of each row's answer among the rows of its query"
     w = pd.Series(1., c.index) if weight is None else c[weight].astype(float).fillna(0.)
     said = [None if bad or pd.isna(a) else normalise(a) for a, bad in zip(c.vqa_pred_answer, c.eval_failed)]
-    return w.groupby([c.question_id, pd.Series(said, c.index, dtype=object)]).transform("sum").round(9) # equal support stays equal
+    # equal support stays equal
+    return w.groupby([c.question_id, pd.Series(said, c.index, dtype=object)]).transform("sum").round(9)
 
 def rerank(
     cands:pd.DataFrame, # question_id, pointer, rank, vqa_pred_answer, eval_failed, and what `by` names; several rows per query
@@ -284,14 +370,30 @@ def rerank(
     "Keep the best sequence of each query by what is known at test time; a failed row only where all failed"
     c = cands.reset_index(drop=True)
     if by == "vote": score = _votes(c, weight)
-    elif callable(by): score = pd.Series(np.asarray(by(c.drop(columns=[t for t in TRUTH if t in c])), dtype=float).reshape(-1))
+    elif callable(by):
+        score = pd.Series(
+            np.asarray(by(c.drop(columns=[t for t in TRUTH if t in c])), dtype=float).reshape(-1)
+        )
     elif by in c: score = c[by].astype(float)
-    else: raise ValueError(f"rerank by {by!r}: not 'vote', not a callable, and no column; there are {list(c)}")
-    if len(score) != len(c): raise ValueError(f"the value gave {len(score)} scores for {len(c)} sequences: one each")
-    if callable(by) and score.isna().any(): raise ValueError(f"the value of {c.question_id[score.isna()].iloc[0]}, pointer {c.pointer[score.isna()].iloc[0]} is NaN")
+    else:
+        raise ValueError(f"rerank by {by!r}: not 'vote', not a callable, and no column; there are {list(c)}")
+    if len(score) != len(c):
+        raise ValueError(f"the value gave {len(score)} scores for {len(c)} sequences: one each")
+    if callable(by) and score.isna().any():
+        raise ValueError(
+            f"the value of {c.question_id[score.isna()].iloc[0]}, pointer {c.pointer[score.isna()].iloc[0]}"
+            " is NaN"
+        )
     bad = c.eval_failed.astype(bool)
-    best = c.iloc[np.lexsort((c["rank"], -score.mask(bad).fillna(-np.inf), bad))].drop_duplicates("question_id"); at = pd.Series(best.index, best.question_id)[c.question_id.drop_duplicates()]
-    return c.loc[at].assign(score=score[at].to_numpy(), oracle=not callable(by) and by in TRUTH).reset_index(drop=True)
+    best = c.iloc[np.lexsort((c["rank"], -score.mask(bad).fillna(-np.inf), bad))].drop_duplicates(
+        "question_id"
+    )
+    at = pd.Series(best.index, best.question_id)[c.question_id.drop_duplicates()]
+    return (
+        c.loc[at]
+        .assign(score=score[at].to_numpy(), oracle=not callable(by) and by in TRUTH)
+        .reset_index(drop=True)
+    )
 
 # %% ../nbs/80_infer.ipynb #1f611b7c
 def adaptive_shots(
@@ -300,11 +402,17 @@ def adaptive_shots(
     by:str="confidence", # what is looked at; NaN never wins
 )->pd.DataFrame: # one row per query, in order of appearance, + `asked`: prompts that asking from few to many shots takes
     "Choose the number of demonstrations per query"
-    r = rows.assign(_len=rows.pointer.map(len), _x=rows[by].astype(float).fillna(-np.inf)).reset_index(drop=True)
-    if (twice := r.duplicated(["question_id", "_len"])).any(): raise ValueError(f"question {r.question_id[twice].iloc[0]} has two rows of one length: rerank first")
-    r = r.sort_values(["question_id", "_len"]); at = r.groupby("question_id").cumcount(); r["asked"] = r.groupby("question_id")._len.transform("size")
+    r = rows.assign(_len=rows.pointer.map(len), _x=rows[by].astype(float).fillna(-np.inf)).reset_index(
+        drop=True
+    )
+    if (twice := r.duplicated(["question_id", "_len"])).any():
+        raise ValueError(f"question {r.question_id[twice].iloc[0]} has two rows of one length: rerank first")
+    r = r.sort_values(["question_id", "_len"])
+    at = r.groupby("question_id").cumcount()
+    r["asked"] = r.groupby("question_id")._len.transform("size")
     enough = pd.Series(False, r.index) if threshold is None else r._x >= threshold
-    r["asked"] = r.asked.where(~enough, at + 1); best = r.assign(_x=r._x.mask(enough, np.inf)).sort_values(["_x", "_len"], ascending=[False, True])
+    r["asked"] = r.asked.where(~enough, at + 1)
+    best = r.assign(_x=r._x.mask(enough, np.inf)).sort_values(["_x", "_len"], ascending=[False, True])
     best = best.drop_duplicates("question_id").sort_values("question_id").index
     order = pd.Index(rows.question_id.drop_duplicates())
     return r.loc[best].set_index("question_id").loc[order].reset_index()[[*rows.columns, "asked"]]
@@ -316,15 +424,21 @@ def check_results(
 )->list: # the list; ValueError says what is wrong with it
     "Hold predictions against the official results format"
     if isinstance(results, (str, Path)): results = json.loads(Path(results).read_text(encoding="utf8"))
-    if not isinstance(results, list): raise ValueError(f"results are a {type(results).__name__}: wanted a list")
+    if not isinstance(results, list):
+        raise ValueError(f"results are a {type(results).__name__}: wanted a list")
     for i, r in enumerate(results):
-        if not isinstance(r, dict) or set(r) != {"question_id", "answer"}: raise ValueError(f"entry {i} is {r!r}: wanted exactly question_id and answer")
+        if not isinstance(r, dict) or set(r) != {"question_id", "answer"}:
+            raise ValueError(f"entry {i} is {r!r}: wanted exactly question_id and answer")
         if type(r["question_id"]) is not int or type(r["answer"]) is not str:
             raise ValueError(f"entry {i} is {r!r}: wanted an integer question_id and a string answer")
-    ids = [r["question_id"] for r in results]; want = {int(q) for q in question_ids}
-    if len(set(ids)) < len(ids): raise ValueError(f"question {next(q for q in ids if ids.count(q) > 1)} is answered twice")
-    if lost := sorted(want - set(ids)): raise ValueError(f"{len(lost)} questions have no answer, first {lost[:5]}")
-    if odd := sorted(set(ids) - want): raise ValueError(f"{len(odd)} answers to questions that were not asked, first {odd[:5]}")
+    ids = [r["question_id"] for r in results]
+    want = {int(q) for q in question_ids}
+    if len(set(ids)) < len(ids):
+        raise ValueError(f"question {next(q for q in ids if ids.count(q) > 1)} is answered twice")
+    if lost := sorted(want - set(ids)):
+        raise ValueError(f"{len(lost)} questions have no answer, first {lost[:5]}")
+    if odd := sorted(set(ids) - want):
+        raise ValueError(f"{len(odd)} answers to questions that were not asked, first {odd[:5]}")
     return results
 
 def write_results(
@@ -341,7 +455,18 @@ def write_results(
     return Path(path)
 
 # %% ../nbs/80_infer.ipynb #44030446
-PICKERS = ("greedy", "beam", "samples", "zero_shot", "random", "similar_image", "similar_text", "similar_mixed", "mmr", "fixed")
+PICKERS = (
+    "greedy",
+    "beam",
+    "samples",
+    "zero_shot",
+    "random",
+    "similar_image",
+    "similar_text",
+    "similar_mixed",
+    "mmr",
+    "fixed",
+)
 
 def pick(
     pool, # `Pool`
@@ -358,54 +483,98 @@ def pick(
 )->pd.DataFrame: # question_id, pointer, rank, logp (NaN where there is none)
     "Demonstrations for every query of a pool, by name"
     if how not in PICKERS: raise ValueError(f"how={how!r}: choose one of {', '.join(PICKERS)}")
-    if how in ("greedy", "beam", "samples") and S != 0 and (model is None or store is None): raise ValueError(f"how={how!r} needs a model and a store")
-    if how in ("beam", "samples") and S != 0: return candidates(model, pool, store, S, width, how, temperature, kind, seed, other_pool=other_pool)
+    if how in ("greedy", "beam", "samples") and S != 0 and (model is None or store is None):
+        raise ValueError(f"how={how!r} needs a model and a store")
+    if how in ("beam", "samples") and S != 0:
+        return candidates(model, pool, store, S, width, how, temperature, kind, seed, other_pool=other_pool)
     if how == "zero_shot" or S == 0: p = pick_zero(pool)
     elif how == "greedy": p = pick_model(model, pool, store, S, kind, other_pool=other_pool)
     elif how == "random": p = pick_random(pool, S, 1, seed)
     elif how == "fixed": p = pick_fixed(pool, fixed, items)
-    else: p = pick_mmr(pool, store, S, kind) if how == "mmr" else pick_similar(pool, store, S, how.removeprefix("similar_"))
+    else:
+        p = (
+            pick_mmr(pool, store, S, kind)
+            if how == "mmr"
+            else pick_similar(pool, store, S, how.removeprefix("similar_"))
+        )
     return p[["question_id", "pointer"]].assign(rank=0, logp=math.nan)
 
 # %% ../nbs/80_infer.ipynb #e0493ccc
-def _rowed(p, facts): return pd.concat([p.reset_index(drop=True), facts.drop(columns=["question_id", "pointer"]).reset_index(drop=True)], axis=1)
+def _rowed(p, facts):
+    return pd.concat(
+        [p.reset_index(drop=True), facts.drop(columns=["question_id", "pointer"]).reset_index(drop=True)],
+        axis=1,
+    )
 
 class _Inference:
     "What `predict` does for one shot count: pick, ask, say how sure, keep one row per query"
     def __init__(self, run, pool, items, scorer, cache, asking, by, weight, sure, picking):
-        self.run, self.pool, self.items, self.cache, self.asking, self.by, self.weight, self.sure, self.picking = run, pool, items, cache, asking, by, weight, sure, picking
-        self.scorer, self.own, self.all = scorer, FactCache(run.path/"confidence") if sure else None, []
+        self.run = run
+        self.pool = pool
+        self.items = items
+        self.cache = cache
+        self.asking = asking
+        self.by = by
+        self.weight = weight
+        self.sure = sure
+        self.picking = picking
+        self.scorer = scorer
+        self.own = FactCache(run.path/"confidence") if sure else None
+        self.all = []
 
     def __call__(self, S, queries=None):
         "One row per query"
-        p = pick(self.pool if queries is None else self.pool.only(queries), S=S, items=self.items, **self.picking); check_picks(p, self.items)
+        p = pick(
+            self.pool if queries is None else self.pool.only(queries), S=S, items=self.items, **self.picking
+        )
+        check_picks(p, self.items)
         rows = _rowed(p, facts := ask(p, self.scorer, self.items, self.cache, **self.asking))
-        if self.sure: rows["confidence"] = confidence(p, self.scorer, self.items, self.own, facts, **self.asking)
+        if self.sure:
+            rows["confidence"] = confidence(p, self.scorer, self.items, self.own, facts, **self.asking)
         self.all.append(rows)
-        return rerank(rows, self.by, self.weight) if self.by is not None else rows.assign(score=rows.logp, oracle=False)
+        return (
+            rerank(rows, self.by, self.weight)
+            if self.by is not None
+            else rows.assign(score=rows.logp, oracle=False)
+        )
 
 def check_picks(
     picks:pd.DataFrame, # question_id, pointer
     items:pd.DataFrame, # by question_id
 )->None: # ValueError names a query that is shown itself, or its own picture
     "No query may see itself: on the training split this is what keeps the numbers honest"
-    q = np.repeat(picks.question_id.to_numpy(), picks.pointer.map(len)); d = np.array([i for p in picks.pointer for i in p], dtype=np.int64)
-    image = items.image_id; same = (q == d) | (image.loc[q].to_numpy() == image.loc[d].to_numpy()) if len(d) else np.zeros(0, bool)
-    if same.any(): raise ValueError(f"question {q[same][0]} is shown itself or its own picture (demonstration {d[same][0]}): make the pool with `make_pool`")
+    q = np.repeat(picks.question_id.to_numpy(), picks.pointer.map(len))
+    d = np.array([i for p in picks.pointer for i in p], dtype=np.int64)
+    image = items.image_id
+    same = (q == d) | (image.loc[q].to_numpy() == image.loc[d].to_numpy()) if len(d) else np.zeros(0, bool)
+    if same.any():
+        raise ValueError(
+            f"question {q[same][0]} is shown itself or its own picture (demonstration {d[same][0]}): make the"
+            " pool with `make_pool`"
+        )
 
 def _adaptive(step, shots, threshold):
     "Ask from few shots to many, only where it is still needed"
     todo, rows = None, []
     for S in shots:
-        r = step(S, todo); rows.append(r); todo = r.question_id[~(r.confidence >= threshold)].tolist() if threshold is not None else None
+        r = step(S, todo)
+        rows.append(r)
+        todo = r.question_id[~(r.confidence >= threshold)].tolist() if threshold is not None else None
         if threshold is not None and not todo: break
     return adaptive_shots(pd.concat(rows, ignore_index=True), threshold)
 
 def _described(rows, items):
     "What a person needs to look at a case: the question, the truth, what was shown"
-    it, q = items, rows.question_id; say = lambda c: [[str(it.at[d, c]) for d in p] for p in rows.pointer]
-    return rows.assign(image_id=it.image_id.loc[q].to_numpy(), question=it.question.loc[q].to_numpy(), answers=[list(map(str, it.at[i, "answers"])) for i in q],
-                       demo_questions=say("question"), demo_answers=say("answer"), pointer=rows.pointer.map(list))
+    it, q = items, rows.question_id
+    say = lambda c: [[str(it.at[d, c]) for d in p] for p in rows.pointer]
+    return rows.assign(
+        image_id=it.image_id.loc[q].to_numpy(),
+        question=it.question.loc[q].to_numpy(),
+        answers=[list(map(str, it.at[i, "answers"])) for i in q],
+        demo_questions=say("question"),
+        demo_answers=say("answer"),
+        pointer=rows.pointer.map(list),
+    )
 
 def predict(
     path, # run folder; continued if its settings are the same
@@ -429,27 +598,87 @@ def predict(
     progress:bool=True, # show bars?
 )->Run: # with predictions.json (official format) and predictions.parquet (a row per question), candidates.parquet if there were several
     "Predict a split: pick, ask, choose, write; ValueError names questions without an answer, which the next run asks again"
-    several, rule = isinstance(S, (tuple, list)), by if by is None or isinstance(by, str) else by.__name__
-    label = name or "+".join([how, *filter(None, [rule]), *["adaptive"]*several]); sure = several or "confidence" in (by, weight) or callable(by)
-    picking = dict(how=how, model=model, store=store, width=width, temperature=temperature, fixed=fixed, kind=kind, seed=seed, other_pool=other_pool)
+    several = isinstance(S, (tuple, list))
+    rule = by if by is None or isinstance(by, str) else by.__name__
+    label = name or "+".join([how, *filter(None, [rule]), *["adaptive"] * several])
+    sure = several or "confidence" in (by, weight) or callable(by)
+    picking = dict(
+        how=how,
+        model=model,
+        store=store,
+        width=width,
+        temperature=temperature,
+        fixed=fixed,
+        kind=kind,
+        seed=seed,
+        other_pool=other_pool,
+    )
     if how in ("beam", "samples") and by is None: by = "logp"
     if model is not None: check_pool(model, pool, other_pool) # before anything is written
     if how not in PICKERS: raise ValueError(f"how={how!r}: choose one of {', '.join(PICKERS)}")
     asked = dict(style=style, mode=mode, weight=target_weight)
-    settings = dict(split=split, how=how, shots=S, name=label, by=rule, weight=weight, threshold=threshold, width=width, temperature=temperature, fixed=fixed,
-                    kind=kind, other_pool=other_pool, **{f"ask_{k}": v for k, v in asked.items()})
-    run = Run.create(path, settings, seed, _prints(pool, items, scorer, store, model, asked), overwrite=overwrite)
-    step = _Inference(run, pool, items, scorer, FactCache(run.path/"facts") if cache is None else cache, dict(asked, window=window, progress=progress), by, weight, sure, picking)
+    settings = dict(
+        split=split,
+        how=how,
+        shots=S,
+        name=label,
+        by=rule,
+        weight=weight,
+        threshold=threshold,
+        width=width,
+        temperature=temperature,
+        fixed=fixed,
+        kind=kind,
+        other_pool=other_pool,
+        **{f"ask_{k}": v for k, v in asked.items()},
+    )
+    run = Run.create(
+        path, settings, seed, _prints(pool, items, scorer, store, model, asked), overwrite=overwrite
+    )
+    step = _Inference(
+        run,
+        pool,
+        items,
+        scorer,
+        FactCache(run.path / "facts") if cache is None else cache,
+        dict(asked, window=window, progress=progress),
+        by,
+        weight,
+        sure,
+        picking,
+    )
     rows = _adaptive(step, sorted(S), threshold) if several else step(S)
-    rows = rows.assign(selector=label, shots=max(S) if several else model.max_shots if S is None else S, draw=seed); every = pd.concat(step.all, ignore_index=True)
-    run.save_frame("predictions.parquet", _described(rows[[*PICKS, *(c for c in rows if c not in PICKS)]], items))
-    if len(every) > len(rows): run.save_frame("candidates.parquet", every.assign(pointer=every.pointer.map(list)))
-    answers = {q: None if bad else a for q, a, bad in zip(rows.question_id, rows.vqa_pred_answer, rows.eval_failed)}
+    rows = rows.assign(
+        selector=label, shots=max(S) if several else model.max_shots if S is None else S, draw=seed
+    )
+    every = pd.concat(step.all, ignore_index=True)
+    run.save_frame(
+        "predictions.parquet", _described(rows[[*PICKS, *(c for c in rows if c not in PICKS)]], items)
+    )
+    if len(every) > len(rows):
+        run.save_frame("candidates.parquet", every.assign(pointer=every.pointer.map(list)))
+    answers = {
+        q: None if bad else a for q, a, bad in zip(rows.question_id, rows.vqa_pred_answer, rows.eval_failed)
+    }
     write_results(run.path/"predictions.json", answers, pool.ids, blank)
-    return run.finish(acc=float(rows.vqa_acc_score.mean()), n=len(rows), failed=int(rows.eval_failed.sum()), prompts=len(every))
+    return run.finish(
+        acc=float(rows.vqa_acc_score.mean()),
+        n=len(rows),
+        failed=int(rows.eval_failed.sum()),
+        prompts=len(every),
+    )
 
 def _prints(pool, items, scorer, store, model, asked):
     "Fingerprints of what went in"
-    ids = sorted({*pool.ids, *(d for c in pool.ids.values() for d in c)}); prints = dict(pool=pool.fingerprint, scorer=facts_fingerprint(scorer, **asked),
-        queries=fingerprint("queries", sorted(pool.ids)), items=fingerprint(ids, item_hashes(items, ids)))
-    return prints | (dict(store=store.fingerprint) if store is not None else {}) | (dict(selector=policy_fingerprint(model)) if model is not None else {})
+    ids = sorted({*pool.ids, *(d for c in pool.ids.values() for d in c)})
+    prints = dict(
+        pool=pool.fingerprint,
+        scorer=facts_fingerprint(scorer, **asked),
+        queries=fingerprint("queries", sorted(pool.ids)),
+        items=fingerprint(ids, item_hashes(items, ids)),
+    )
+    return (
+        prints
+        | (dict(store=store.fingerprint) if store is not None else {})
+        | (dict(selector=policy_fingerprint(model)) if model is not None else {})
+    )

@@ -38,7 +38,8 @@ class SelectorLearner(Learner):
     "A `Learner` whose fits can be repeated on a GPU too, and whose `show_results` speaks of picks"
     def fit(self, n_epoch, lr=None, wd=None, cbs=None, reset_opt=False, start_epoch=0):
         "`Learner.fit`, with kernels that add in a fixed order: same seed, same weights"
-        with reproducible(self.dls.device or default_device()): super().fit(n_epoch, lr, wd, cbs, reset_opt, start_epoch)
+        with reproducible(self.dls.device or default_device()):
+            super().fit(n_epoch, lr, wd, cbs, reset_opt, start_epoch)
 
     @torch.no_grad()
     def show_results(self,
@@ -47,14 +48,31 @@ class SelectorLearner(Learner):
         shots:int|None=None, # S; default as many as the stored sequences have
     )->pd.DataFrame: # query, greedy picks, reward expected on the stored group, best stored reward, what the likeliest stored sequence got
         "What the policy picks for a few queries"
-        dl = self.dls[ds_idx]; ds, n = dl.dataset, min(max_n, len(dl.dataset)); state = random.getstate()
-        with torch.random.fork_rng(devices=()): b = self._set_device(dl.new(shuffle=False, bs=n, n=n).one_batch())
-        random.setstate(state); xb, (r, m) = b[:5], b[5:]; picks = greedy_picks(self.model, xb, shots or xb[3].shape[-1]).tolist()
-        was = self.model.training; lp = self.model.eval()(*xb).masked_fill(~m, -torch.inf); self.model.train(was)
-        ids = list(getattr(ds, "question_ids", range(n)))[:n]; pool = getattr(ds, "pool", None)
+        dl = self.dls[ds_idx]
+        ds = dl.dataset
+        n = min(max_n, len(dl.dataset))
+        state = random.getstate()
+        with torch.random.fork_rng(devices=()):
+            b = self._set_device(dl.new(shuffle=False, bs=n, n=n).one_batch())
+        random.setstate(state)
+        xb = b[:5]
+        (r, m) = b[5:]
+        picks = greedy_picks(self.model, xb, shots or xb[3].shape[-1]).tolist()
+        was = self.model.training
+        lp = self.model.eval()(*xb).masked_fill(~m, -torch.inf)
+        self.model.train(was)
+        ids = list(getattr(ds, "question_ids", range(n)))[:n]
+        pool = getattr(ds, "pool", None)
         named = [[pool[q][i] for i in p] for q, p in zip(ids, picks)] if pool is not None else picks
-        return pd.DataFrame(dict(query=ids, picks=named, expected=(lp.softmax(-1)*r.masked_fill(~m, 0)).sum(-1).tolist(),
-                                 best=r.masked_fill(~m, -torch.inf).amax(-1).tolist(), likeliest=r.gather(-1, lp.argmax(-1, keepdim=True))[:, 0].tolist()))
+        return pd.DataFrame(
+            dict(
+                query=ids,
+                picks=named,
+                expected=(lp.softmax(-1) * r.masked_fill(~m, 0)).sum(-1).tolist(),
+                best=r.masked_fill(~m, -torch.inf).amax(-1).tolist(),
+                likeliest=r.gather(-1, lp.argmax(-1, keepdim=True))[:, 0].tolist(),
+            )
+        )
 
 def selector_learner(
     dls, # DataLoaders of `group_dls` or `synth_dls`
@@ -69,15 +87,28 @@ def selector_learner(
 )->SelectorLearner:
     "Learner of a pointer selector whose loss is regret"
     if model is not None and model_kw:
-        raise ValueError(f"selector_learner: a model and settings for a new one ({', '.join(model_kw)}): pass either")
+        raise ValueError(
+            f"selector_learner: a model and settings for a new one ({', '.join(model_kw)}): pass either"
+        )
     if getattr(dls, "n_inp", None) != 5:
-        raise ValueError("selector_learner: batches need five inputs and (rewards, mask): `group_dls`, `synth_dls`")
+        raise ValueError(
+            "selector_learner: batches need five inputs and (rewards, mask): `group_dls`, `synth_dls`"
+        )
     seed_all(seed)
     if model is None: model = PointerSelector(dls.valid.one_batch()[0].shape[-1], **model_kw)
     stats = RLStats()
-    learn = SelectorLearner(dls, model, loss_func=regret, wd=wd, train_bn=False, path=path, cbs=[stats, History(), *L(cbs)],
-                            metrics=[*L(metrics), *stats.metrics("live", "mass", "kl")])
-    learn.seed, learn.choose_by = seed, choose_by
+    learn = SelectorLearner(
+        dls,
+        model,
+        loss_func=regret,
+        wd=wd,
+        train_bn=False,
+        path=path,
+        cbs=[stats, History(), *L(cbs)],
+        metrics=[*L(metrics), *stats.metrics("live", "mass", "kl")],
+    )
+    learn.seed = seed
+    learn.choose_by = choose_by
     return learn
 
 # %% ../nbs/70_learner.ipynb #df93d8fd
@@ -90,8 +121,11 @@ def _pack(v):
     if isinstance(v, torch.Tensor): return v.detach().clone()
     if isinstance(v, np.ndarray): return {"_array": torch.as_tensor(v)}
     if isinstance(v, (list, tuple, L)):
-        x = [_pack(i) for i in v]; return _Skip if any(i is _Skip for i in x) else tuple(x) if isinstance(v, tuple) else x
-    if isinstance(v, dict): x = {k: _pack(i) for k, i in v.items()}; return _Skip if any(i is _Skip for i in x.values()) else x
+        x = [_pack(i) for i in v]
+        return _Skip if any(i is _Skip for i in x) else tuple(x) if isinstance(v, tuple) else x
+    if isinstance(v, dict):
+        x = {k: _pack(i) for k, i in v.items()}
+        return _Skip if any(i is _Skip for i in x.values()) else x
     return {"_state": _pack(v.state_dict())} if isinstance(v, nn.Module) else _Skip
 
 def _memory(cb): # what a callback remembers
@@ -102,18 +136,27 @@ def _memory(cb): # what a callback remembers
 def _remember(cb, memory, model):
     for k, v in memory.items():
         if isinstance(v, dict) and v.keys() == {"_state"}:
-            if not hasattr(vars(cb).get(k), "load_state_dict"): setattr(cb, k, frozen(model))   # a copy that training would have made
+            # a copy that training would have made
+            if not hasattr(vars(cb).get(k), "load_state_dict"):
+                setattr(cb, k, frozen(model))
             vars(cb)[k].load_state_dict(v["_state"])
         else: setattr(cb, k, v["_array"].numpy() if isinstance(v, dict) and v.keys() == {"_array"} else v)
 
 def _rng_state(dls):
     a = np.random.get_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []
-    return dict(torch=torch.get_rng_state(), cuda=cuda, numpy=[a[0], torch.as_tensor(a[1].astype("int64")), *a[2:]], python=random.getstate(),
-                loaders=[dl.rng.getstate() for dl in dls.loaders])
+    return dict(
+        torch=torch.get_rng_state(),
+        cuda=cuda,
+        numpy=[a[0], torch.as_tensor(a[1].astype("int64")), *a[2:]],
+        python=random.getstate(),
+        loaders=[dl.rng.getstate() for dl in dls.loaders],
+    )
 
 def _set_rng_state(dls, s):
-    torch.set_rng_state(s["torch"].cpu()); random.setstate(s["python"]); n = s["numpy"]
+    torch.set_rng_state(s["torch"].cpu())
+    random.setstate(s["python"])
+    n = s["numpy"]
     if s["cuda"]: torch.cuda.set_rng_state_all([x.cpu() for x in s["cuda"]])
     np.random.set_state((n[0], n[1].cpu().numpy().astype("uint32"), *n[2:]))
     for dl, r in zip(dls.loaders, s["loaders"]): dl.rng.setstate(r)
@@ -124,40 +167,71 @@ def _describe(v, depth=0):
     if v is None or isinstance(v, (bool, int, float, str)): return v
     if isinstance(v, nn.Module): return f"{type(v).__name__} {fingerprint(v.state_dict())}"
     if isinstance(v, (torch.Tensor, np.ndarray)): return fingerprint(v)
-    if isinstance(v, (list, tuple, set, range)): return [_describe(i, depth) for i in (sorted(v) if isinstance(v, set) else v)]
+    if isinstance(v, (list, tuple, set, range)):
+        return [_describe(i, depth) for i in (sorted(v) if isinstance(v, set) else v)]
     if isinstance(v, dict): return {str(k): _describe(i, depth) for k, i in v.items()}
     if isinstance(v, type) or hasattr(v, "__qualname__"): return v.__qualname__
     if depth > 3 or not hasattr(v, "__dict__"): return type(v).__name__
-    return {"class": type(v).__name__, **{k: _describe(i, depth+1) for k, i in vars(v).items() if not isinstance(i, Callback) and k != "learn"}}
+    return {
+        "class": type(v).__name__,
+        **{
+            k: _describe(i, depth + 1)
+            for k, i in vars(v).items()
+            if not isinstance(i, Callback) and k != "learn"
+        },
+    }
 
 _SILENT = (TrainEvalCallback, CastToTensor, Recorder, progress.ProgressCallback)   # of these nothing depends
 
 def _stage_settings(learn):
     "What decides how a stage goes, but for data and weights"
     cbs = [cb for cb in learn.cbs if not isinstance(cb, (Stats, History, Resume)) and type(cb) not in _SILENT]
-    own = lambda cb: {k: _describe(v) for k, v in vars(cb).items() if k != "learn" and not isinstance(v, Callback)}
-    return dict(n_epoch=learn.n_epoch, optimiser=_describe(dict(learn.opt.hypers[-1])), model=type(learn.model).__name__,
-                callbacks={cb.name: own(cb) for cb in cbs})
+    own = lambda cb: {
+        k: _describe(v) for k, v in vars(cb).items() if k != "learn" and not isinstance(v, Callback)
+    }
+    return dict(
+        n_epoch=learn.n_epoch,
+        optimiser=_describe(dict(learn.opt.hypers[-1])),
+        model=type(learn.model).__name__,
+        callbacks={cb.name: own(cb) for cb in cbs},
+    )
 
 class Resume(StageCallback):
     "Write the state of a fit after every epoch, and go on from there when the same fit is started again"
-    order = -20   # before everything: a state is written before anything of the next epoch, and read before anything trains
+    # before everything: a state is written before anything of the next epoch, and read before anything trains
+    order = -20
     def __init__(self,
         folder, # of this stage alone; made if needed; a run with other settings in it is refused
     ): self.folder, self.run_dir, self.state, self.ready, self.dirty, self.done = Path(folder), None, None, False, False, 0
 
     @property
     def file(self): return self.folder/"state.pt"
-    def before_fit(self): self.run_dir, self.state, self.ready, self.dirty, self.done = None, None, False, False, 0
+    def before_fit(self):
+        self.run_dir = None
+        self.state = None
+        self.ready = False
+        self.dirty = False
+        self.done = 0
 
     def open(self):
         "Open the folder, or refuse it; read what is there"
-        ds, valid = self.dls.train_ds, self.dls.valid; warm = getattr(self.dls, "info", {}).get("warmup"); drawn = [] if warm is None else [warm] # how a warm-up draws is in none of its items
-        with torch.random.fork_rng(devices=()): data = fingerprint([ds[0], ds[len(ds)-1], len(ds), self.dls.train.bs, list(valid.one_batch()), *drawn])
+        # how a warm-up draws is in none of its items
+        ds, valid = self.dls.train_ds, self.dls.valid
+        warm = getattr(self.dls, "info", {}).get("warmup")
+        drawn = [] if warm is None else [warm]
+        with torch.random.fork_rng(devices=()):
+            data = fingerprint(
+                [ds[0], ds[len(ds) - 1], len(ds), self.dls.train.bs, list(valid.one_batch()), *drawn]
+            )
         prints = dict(data=data, start=fingerprint(self.model.state_dict()))
-        self.run_dir = Run.create(self.folder, _stage_settings(self.learn), getattr(self.learn, "seed", 0), prints)
+        self.run_dir = Run.create(
+            self.folder, _stage_settings(self.learn), getattr(self.learn, "seed", 0), prints
+        )
         if not self.file.exists(): return
-        self.state = torch.load(self.file, map_location=next(self.model.parameters()).device, weights_only=True); self.done = self.state["done"]
+        self.state = torch.load(
+            self.file, map_location=next(self.model.parameters()).device, weights_only=True
+        )
+        self.done = self.state["done"]
 
     def before_train(self):
         if self.run_dir is None: self.open()
@@ -171,37 +245,64 @@ class Resume(StageCallback):
     def before_epoch(self):
         if self.dirty: self.save()
     def after_fit(self):
-        if not self.ready and self.state is not None: self.restore(); self.model.eval(); self.learn.training = False
-        if self.run_dir is not None and (self.dirty or not (self.state or {}).get("finished")): self.save(finished=True)
+        if not self.ready and self.state is not None:
+            self.restore()
+            self.model.eval()
+            self.learn.training = False
+        if self.run_dir is not None and (self.dirty or not (self.state or {}).get("finished")):
+            self.save(finished=True)
 
-    def cbs_by_name(self): return {cb.name: cb for cb in self.learn.cbs if isinstance(cb, StageCallback) and cb is not self}
+    def cbs_by_name(self):
+        return {cb.name: cb for cb in self.learn.cbs if isinstance(cb, StageCallback) and cb is not self}
 
     def save(self, finished=False):
         "Write the state, atomically"
         rec, smooth = self.recorder, self.recorder.smooth_loss
-        state = dict(done=self.done, finished=finished, model=self.model.state_dict(), opt=_pack(self.opt.state_dict()), rng=_rng_state(self.dls),
-                     grads=[None if p.grad is None else p.grad.clone() for p in self.model.parameters()], train_iter=self.train_iter,
-                     callbacks={k: _memory(cb) for k, cb in self.cbs_by_name().items()},
-                     recorder=_pack(dict(lrs=rec.lrs, iters=rec.iters, losses=rec.losses, values=[list(v) for v in rec.values], n=smooth.count, val=smooth.val)))
+        state = dict(
+            done=self.done,
+            finished=finished,
+            model=self.model.state_dict(),
+            opt=_pack(self.opt.state_dict()),
+            rng=_rng_state(self.dls),
+            grads=[None if p.grad is None else p.grad.clone() for p in self.model.parameters()],
+            train_iter=self.train_iter,
+            callbacks={k: _memory(cb) for k, cb in self.cbs_by_name().items()},
+            recorder=_pack(
+                dict(
+                    lrs=rec.lrs,
+                    iters=rec.iters,
+                    losses=rec.losses,
+                    values=[list(v) for v in rec.values],
+                    n=smooth.count,
+                    val=smooth.val,
+                )
+            ),
+        )
         scaler = getattr(getattr(self.learn, "mixed_precision", None), "scaler", None)
         if scaler is not None: state["scaler"] = scaler.state_dict()
         with atomic_path(self.file) as tmp: torch.save(state, tmp)
         for cb in self.learn.cbs:
             if isinstance(cb, History) and cb.rows: self.run_dir.save_history(cb.frame)
-        self.state, self.dirty = state, False
+        self.state = state
+        self.dirty = False
         if finished: self.run_dir.finish(epochs=self.done)
 
     def restore(self):
         "Put everything back to where the state was written"
-        self.ready, s = True, self.state
+        self.ready = True
+        s = self.state
         if s is None: return
-        self.model.load_state_dict(s["model"]); self.opt.load_state_dict({**s["opt"], "hypers": L(s["opt"]["hypers"])}); self.learn.train_iter = s["train_iter"]
+        self.model.load_state_dict(s["model"])
+        self.opt.load_state_dict({**s["opt"], "hypers": L(s["opt"]["hypers"])})
+        self.learn.train_iter = s["train_iter"]
         for p, g in zip(self.model.parameters(), s["grads"]): p.grad = g
         for k, cb in self.cbs_by_name().items(): _remember(cb, s["callbacks"][k], self.model)
         rec, r = self.recorder, s["recorder"]
-        rec.lrs, rec.iters = r["lrs"], r["iters"]
+        rec.lrs = r["lrs"]
+        rec.iters = r["iters"]
         rec.losses = [loss.cpu() for loss in r["losses"]] # where fastai keeps them, and plots them from
-        rec.values = L(L(v) for v in r["values"]); rec.smooth_loss.count, rec.smooth_loss.val = r["n"], r["val"].cpu()
+        rec.values = L(L(v) for v in r["values"])
+        rec.smooth_loss.count, rec.smooth_loss.val = r["n"], r["val"].cpu()
         if "scaler" in s: self.learn.mixed_precision.scaler.load_state_dict(s["scaler"])
         _set_rng_state(self.dls, s["rng"])
 
@@ -221,15 +322,22 @@ def fit_stage(self:Learner,
     "Train one stage with a fresh optimiser; leaves nothing behind but weights and history"
     name = ", ".join(type(cb).__name__ for cb in L(cbs))
     if n_epoch < 0: raise ValueError(f"fit_stage: {n_epoch} epochs, wanted 0 or more")
-    if best is True or isinstance(best, dict): best = Best(**dict(score=getattr(self, "choose_by", None) or valid_loss) | (best if isinstance(best, dict) else {}))
-    if n_epoch == 0: warnings.warn(f"0 epochs asked of the stage ({name}): the policy stays as it is"); return self
+    if best is True or isinstance(best, dict):
+        best = Best(
+            **dict(score=getattr(self, "choose_by", None) or valid_loss)
+            | (best if isinstance(best, dict) else {})
+        )
+    if n_epoch == 0:
+        warnings.warn(f"0 epochs asked of the stage ({name}): the policy stays as it is")
+        return self
     for p in self.model.parameters(): p.grad = None   # what an interrupted fit may have left
     more = [ParamScheduler({"lr": SchedCos(lr, 0.)})]
     if split_shots: more.append(SplitShots())
     if skip_flat: more.append(SkipFlat())
     if max_norm is not None: more.append(GradientClip(max_norm))
     if best: more.append(best)
-    if watch and any(isinstance(cb, RLStats) for cb in self.cbs): more.append(Watch(watch) if isinstance(watch, str) else watch)
+    if watch and any(isinstance(cb, RLStats) for cb in self.cbs):
+        more.append(Watch(watch) if isinstance(watch, str) else watch)
     if resume is not None: more.append(Resume(resume))
     self.fit(n_epoch, lr, cbs=[*L(cbs), *more], reset_opt=True)
     return self
@@ -246,7 +354,9 @@ def fit_rce(self:Learner,
 )->Learner:
     "Stage of reward-conditioned estimation; the usual recipe is this alone"
     f = as_schedule(temp)
-    return self.fit_stage(n_epoch, lr, [RCE(float(f(0.)), norm, weights=weights), TempSchedule("rce", temp=f), *L(cbs)], **kw)
+    return self.fit_stage(
+        n_epoch, lr, [RCE(float(f(0.0)), norm, weights=weights), TempSchedule("rce", temp=f), *L(cbs)], **kw
+    )
 
 def _kl(beta, ref): return [KLToRef(ref, beta)] if beta > 0 else []
 
@@ -265,7 +375,17 @@ def fit_listwise(self:Learner,
     "Stage towards `softmax(log ref + r/tau)` inside each group, whoever proposed its sequences"
     f = None if tau is None else as_schedule(tau)
     move = [] if f is None else [TempSchedule("listwise", tau=f)]
-    return self.fit_stage(n_epoch, lr, [Listwise(ref, None if f is None else float(f(0.)), ess, limits, over), *move, *_kl(beta, "start"), *L(cbs)], **kw)
+    return self.fit_stage(
+        n_epoch,
+        lr,
+        [
+            Listwise(ref, None if f is None else float(f(0.0)), ess, limits, over),
+            *move,
+            *_kl(beta, "start"),
+            *L(cbs),
+        ],
+        **kw
+    )
 
 @patch
 def fit_warmup(self:Learner,
@@ -284,7 +404,18 @@ def fit_warmup(self:Learner,
     "Stage without the LVLM: fresh pools of training items, rewarded by the words of the answer that the picks contain; see `41_warmup`"
     own, ds = self.dls, self.dls.train_ds
     if shots is None: shots = sorted(set((ds.seqs >= 0).sum(-1).tolist()))
-    self.dls = warmup_dls(own, items, store, K or ds.cands.shape[1], shots, n, bs, steps, getattr(self, "seed", 0) if seed is None else seed, sampler)
+    self.dls = warmup_dls(
+        own,
+        items,
+        store,
+        K or ds.cands.shape[1],
+        shots,
+        n,
+        bs,
+        steps,
+        getattr(self, "seed", 0) if seed is None else seed,
+        sampler,
+    )
     try: return self.fit_listwise(n_epoch, lr, "none", tau, cbs=cbs, **kw)
     finally: self.dls = own
 
@@ -317,7 +448,17 @@ def fit_grpo(self:Learner,
     **grpo_kw, # of `GRPO`: `how, scale, min_std, adv_clip, clip_low, clip_high, dual, refresh, old, strict, min_live, ...`
 )->Learner:
     "Stage of group-relative policy optimisation, without dropout, near a reference"
-    return self.fit_stage(n_epoch, lr, [NoDropout(), GRPO(**grpo_kw), *_kl(beta, ref), *L(cbs)], max_norm, skip_flat, best, watch, resume, split_shots)
+    return self.fit_stage(
+        n_epoch,
+        lr,
+        [NoDropout(), GRPO(**grpo_kw), *_kl(beta, ref), *L(cbs)],
+        max_norm,
+        skip_flat,
+        best,
+        watch,
+        resume,
+        split_shots,
+    )
 
 # %% ../nbs/70_learner.ipynb #c785ee0a
 from .callback_grpo import RLOO
@@ -339,14 +480,28 @@ def fit_onpolicy(self:Learner,
     **kw, # of `OnPolicy`: `G, shots, queries_per_round, every, passes, patience, reward, cache, seed, ...`
 )->Learner: # `learn.onpolicy` is its `OnPolicy`: the `table` of rounds, and `data()`, what was drawn
     "Stage of rounds: draw groups from the policy as it is, ask the scorer, update; ends early without less headroom"
-    known = dict(rloo=(RLOO, {}), grpo=(lambda: GRPO(refresh="epoch" if kw["every"] == "round" else 1), dict(every="round")),
-                 distinct=(DistinctPG, dict(distinct=True)))
+    known = dict(
+        rloo=(RLOO, {}),
+        grpo=(lambda: GRPO(refresh="epoch" if kw["every"] == "round" else 1), dict(every="round")),
+        distinct=(DistinctPG, dict(distinct=True)),
+    )
     if isinstance(objective, str):
-        if objective not in known: raise ValueError(f"fit_onpolicy: objective {objective!r}, wanted {', '.join(map(repr, known))} or an objective")
-        make, need = known[objective]; kw = need | kw; objective = make()
+        if objective not in known:
+            raise ValueError(
+                f"fit_onpolicy: objective {objective!r}, wanted {', '.join(map(repr, known))} or an objective"
+            )
+        make, need = known[objective]
+        kw = need | kw
+        objective = make()
     if skip_flat is None: skip_flat = not isinstance(objective, DistinctPG)
     self.onpolicy = OnPolicy(scorer, items, store, **kw)
-    return self.fit_stage(rounds, lr, [NoDropout(), objective, self.onpolicy, *_kl(beta, ref), *L(cbs)], skip_flat=skip_flat, **(stage or {}))
+    return self.fit_stage(
+        rounds,
+        lr,
+        [NoDropout(), objective, self.onpolicy, *_kl(beta, ref), *L(cbs)],
+        skip_flat=skip_flat,
+        **(stage or {})
+    )
 
 # %% ../nbs/70_learner.ipynb #c0a39c76
 @patch
@@ -355,7 +510,8 @@ def save_selector(self:Learner,
     info:dict|None=None, # pool recipe, data fingerprint, metrics, ...: anything JSON
 )->Path: # `path`
     "Save the selector with `info`; the training history is written beside it"
-    path = Path(path); self.model.save_pretrained(path, info=info)
+    path = Path(path)
+    self.model.save_pretrained(path, info=info)
     self.history.frame.to_csv(path/"history.csv", index=False)
     return path
 
@@ -364,5 +520,7 @@ def load_selector(
 )->PointerSelector: # in eval mode, with what was saved as `info` in `.info`
     "Load a selector, strictly"
     if not Path(path).is_dir() and (isinstance(path, Path) or str(path).count("/") != 1):
-        raise FileNotFoundError(f"{path}: no such folder; give one of `save_selector`, or 'owner/name' on the hub")
+        raise FileNotFoundError(
+            f"{path}: no such folder; give one of `save_selector`, or 'owner/name' on the hub"
+        )
     return PointerSelector.from_pretrained(path)

@@ -21,7 +21,10 @@ from .core import fingerprint, rng, write_json
 from .runs import Run, plain
 from .synth import quiet
 from .groups import RLData
-from .rldata_generate import COUNTS, FactCache, SimilarityPrior, ask, check_counts, evaluated, facts_fingerprint, generate, item_hashes
+from leverplus.rldata_generate import (
+    COUNTS, FactCache, SimilarityPrior, ask, check_counts, evaluated, facts_fingerprint, generate,
+    item_hashes,
+)
 from .rldata_check import health, wilson
 from .rldata_mine import mine
 from .rldata_merge import merge
@@ -29,8 +32,10 @@ from .dls import GroupDataset, group_dls
 from .learner import load_selector, selector_learner
 from .offpolicy import batch_logp
 from .infer import as_pointer, candidates, check_picks, pick_random, picks_frame
-from .evaluate import (Interval, agreement, bootstrap_mean, differs, mde, paired_bootstrap, pick_oracle, plan_power,
-                                expected_best, score_matrix, score_picks, verdict)
+from leverplus.evaluate import (
+    Interval, agreement, bootstrap_mean, differs, mde, paired_bootstrap, pick_oracle, plan_power,
+    expected_best, score_matrix, score_picks, verdict,
+)
 
 # %% ../nbs/84_loops.ipynb #2fdc9cf0
 def loop_queries(
@@ -45,10 +50,16 @@ def loop_queries(
     def order(split):
         ids = np.sort(items.question_id[items.split == split].to_numpy())
         return ids[rng("loop", seed, split).permutation(len(ids))]
-    train, other = order(splits[0]), order(splits[1]); judges = other[:dev]; seen = set(items.image_id.loc[judges])
+    train = order(splits[0])
+    other = order(splits[1])
+    judges = other[:dev]
+    seen = set(items.image_id.loc[judges])
     choose = [q for q in other[::-1] if items.at[q, "image_id"] not in seen][:valid]
     for name, ids, k in (("n", train[:n], n), ("dev", judges, dev), ("valid", choose, valid)):
-        if k < 2 or len(ids) < k: raise ValueError(f"loop_queries: {name}={k}, but {len(ids)} questions are there for it; wanted 2..{len(ids)}")
+        if k < 2 or len(ids) < k:
+            raise ValueError(
+                f"loop_queries: {name}={k}, but {len(ids)} questions are there for it; wanted 2..{len(ids)}"
+            )
     return {k: [int(q) for q in v] for k, v in dict(train=train[:n], valid=choose, dev=judges).items()}
 
 # %% ../nbs/84_loops.ipynb #a4e7c4e7
@@ -61,21 +72,33 @@ def oracle_ranks(
     bs:int=256, # queries at once; changes nothing
 )->pd.DataFrame: # question_id, sequences, best (how many share the top), rank (1 = the policy's first), chance; live groups only
     "Rank of each query's best stored sequence under a policy"
-    if len(data.shots) > 1: raise ValueError(f"oracle_ranks: sequences of {data.shots} shots have no common ranking: pass one shot count")
-    rows = data.rows[data.rows.eval_failed | data.rows[by].notna()]; rows = rows.reset_index(drop=True)
+    if len(data.shots) > 1:
+        raise ValueError(
+            f"oracle_ranks: sequences of {data.shots} shots have no common ranking: pass one shot count"
+        )
+    rows = data.rows[data.rows.eval_failed | data.rows[by].notna()]
+    rows = rows.reset_index(drop=True)
     ds = GroupDataset(rows, data.pool, store, rows[by].to_numpy(float), kind)
     n, m, rank = torch.cat([_ranks(*b) for b in batch_logp(policy, ds, bs=bs)], 1).numpy()
-    f = pd.DataFrame(dict(question_id=ds.question_ids, sequences=n.astype(int), best=m.astype(int), rank=rank.astype(int)))
+    f = pd.DataFrame(
+        dict(question_id=ds.question_ids, sequences=n.astype(int), best=m.astype(int), rank=rank.astype(int))
+    )
     return f.assign(chance=(n + 1)/(m + 1))[m < n].reset_index(drop=True)
 
 def _ranks(lp, r, mask):
     "(sequences, how many are best, rank of the best placed of those), each [B]"
-    best = (r >= r.masked_fill(~mask, -torch.inf).amax(-1, keepdim=True) - 1e-9) & mask; lp = lp.masked_fill(~mask, -torch.inf)
+    best = (r >= r.masked_fill(~mask, -torch.inf).amax(-1, keepdim=True) - 1e-9) & mask
+    lp = lp.masked_fill(~mask, -torch.inf)
     top = lp.masked_fill(~best, -torch.inf).amax(-1, keepdim=True)
     return torch.stack([mask.sum(-1), best.sum(-1), (lp > top).sum(-1) + 1])
 
 # %% ../nbs/84_loops.ipynb #e6590965
-def _code(c): return [c.co_code, list(c.co_names), [_code(k) if isinstance(k, CodeType) else repr(k) for k in c.co_consts]]
+def _code(c):
+    return [
+        c.co_code,
+        list(c.co_names),
+        [_code(k) if isinstance(k, CodeType) else repr(k) for k in c.co_consts],
+    ]
 
 def _value(v):
     try: return fingerprint(v)
@@ -90,8 +113,13 @@ def code_fingerprint(
         return f"partial {fingerprint(code_fingerprint(f.func), *held)[:8]}"
     if hasattr(f, "__func__"): f = f.__func__
     if not hasattr(f, "__code__"): # a class is its name, an object also what it holds
-        held = {k: _value(v) for k, v in sorted(vars(f).items())} if hasattr(f, "__dict__") and not isinstance(f, type) else {}
-        name = getattr(f, "__qualname__", type(f).__qualname__); return f"{name} {fingerprint(name, held)[:8]}"
+        held = (
+            {k: _value(v) for k, v in sorted(vars(f).items())}
+            if hasattr(f, "__dict__") and not isinstance(f, type)
+            else {}
+        )
+        name = getattr(f, "__qualname__", type(f).__qualname__)
+        return f"{name} {fingerprint(name, held)[:8]}"
     around = [_value(c.cell_contents) for c in f.__closure__ or ()]
     more = [_value(v) for v in [*(f.__defaults__ or ()), *(f.__kwdefaults__ or {}).values()]]
     return f"{f.__name__} {fingerprint(_code(f.__code__), around, more)[:8]}"
@@ -100,7 +128,8 @@ def loop_fit(
     learn, # a Learner of `selector_learner`
 ): # the Learner
     "The usual training of a loop: `fit_listwise`, which does not ask who proposed a sequence; the last weights, since nothing is to be chosen yet"
-    return learn.fit_listwise(20, 1e-2, best=False, watch=None) # whether it brought anything is what the loop says
+    # whether it brought anything is what the loop says
+    return learn.fit_listwise(20, 1e-2, best=False, watch=None)
 
 # %% ../nbs/84_loops.ipynb #984f48e5
 POLICY_COUNTS = dict(beam=5, temperature={1.0: 5, 1.3: 4}, random=1)
@@ -141,24 +170,66 @@ class Loop:
         cache:FactCache|None=None, # shared facts; None: those in the folder
         progress:bool=False, # show bars?
     ):
-        self.world, self.path, self.shots, self.kind, self.seed, self.train, self.progress = world, Path(path), shots, kind, seed, train, progress
-        self.counts, self.policy_counts, self.second, self.mining, self.warm, self.draws = counts, policy_counts, second, mining, warm, draws
-        self.reward, self.weights, self.bs, self.model_kw = reward, weights or {}, bs, model or {}
+        self.world = world
+        self.path = Path(path)
+        self.shots = shots
+        self.kind = kind
+        self.seed = seed
+        self.train = train
+        self.progress = progress
+        self.counts = counts
+        self.policy_counts = policy_counts
+        self.second = second
+        self.mining = mining
+        self.warm = warm
+        self.draws = draws
+        self.reward = reward
+        self.weights = weights or {}
+        self.bs = bs
+        self.model_kw = model or {}
         self.split = dict(train=splits[0], valid=splits[1], dev=splits[1])
         self.queries = loop_queries(world.items, n, dev, valid, seed, splits)
-        said = lambda c: {**check_counts(c), "temperature": {f"{t:g}": k for t, k in check_counts(c)["temperature"].items()}}
-        self.settings = plain(dict(n=n, dev=dev, valid=valid, shots=shots, counts=said(counts), policy_counts=said(policy_counts), second=second,
-                                   mining=mining, reward=reward, weights=self.weights, kind=kind, bs=bs, model=self.model_kw,
-                                   train=code_fingerprint(train), warm=warm, draws=draws, splits=list(splits)))
+        said = lambda c: {
+            **check_counts(c),
+            "temperature": {f"{t:g}": k for t, k in check_counts(c)["temperature"].items()},
+        }
+        self.settings = plain(
+            dict(
+                n=n,
+                dev=dev,
+                valid=valid,
+                shots=shots,
+                counts=said(counts),
+                policy_counts=said(policy_counts),
+                second=second,
+                mining=mining,
+                reward=reward,
+                weights=self.weights,
+                kind=kind,
+                bs=bs,
+                model=self.model_kw,
+                train=code_fingerprint(train),
+                warm=warm,
+                draws=draws,
+                splits=list(splits),
+            )
+        )
         self.made, self.run = {}, Run.create(self.path, self.settings, seed, self.prints())
         self.cache = FactCache(self.path/"facts") if cache is None else cache
 
     def prints(self):
         "Fingerprints of what goes in"
-        w, mine = self.world, lambda s: sum((q for k, q in self.queries.items() if self.split[k] == s), [])
+        w = self.world
+        mine = lambda s: sum((q for k, q in self.queries.items() if self.split[k] == s), [])
         pools = {s: w.pools[s].only(mine(s)) for s in dict.fromkeys(self.split.values())}
-        ids = sorted({*sum(self.queries.values(), []), *(d for p in pools.values() for c in p.ids.values() for d in c)})
-        prints = dict(scorer=facts_fingerprint(w.scorer), store=w.store.fingerprint, items=fingerprint(ids, item_hashes(w.items, ids)))
+        ids = sorted(
+            {*sum(self.queries.values(), []), *(d for p in pools.values() for c in p.ids.values() for d in c)}
+        )
+        prints = dict(
+            scorer=facts_fingerprint(w.scorer),
+            store=w.store.fingerprint,
+            items=fingerprint(ids, item_hashes(w.items, ids)),
+        )
         return prints | {f"pool_{s}": p.fingerprint for s, p in pools.items()}
 
     def pool(self, part): return self.world.pools[self.split[part]].only(self.queries[part])
@@ -166,22 +237,46 @@ class Loop:
 
     def propose(self, path, part, policy=None, seed=0):
         "Groups of the questions of `part`, in `path`"
-        w, counts = self.world, self.counts if policy is None else self.policy_counts
-        return generate(path, self.queries[part], w.items, self.pool(part), w.scorer, w.store, policy, self.progress, shots=(self.shots,),
-                        counts=counts, seed=seed, kind=self.kind, cache=self.cache, test=0, second=self.second)
+        w = self.world
+        counts = self.counts if policy is None else self.policy_counts
+        return generate(
+            path,
+            self.queries[part],
+            w.items,
+            self.pool(part),
+            w.scorer,
+            w.store,
+            policy,
+            self.progress,
+            shots=(self.shots,),
+            counts=counts,
+            seed=seed,
+            kind=self.kind,
+            cache=self.cache,
+            test=0,
+            second=self.second,
+        )
 
     def groups(self, part):
         "Groups of the development questions, by similarity, made once"
-        if part not in self.made: self.made[part] = evaluated(self.propose(self.path/part, part, seed=self.seed))
+        if part not in self.made:
+            self.made[part] = evaluated(self.propose(self.path / part, part, seed=self.seed))
         return self.made[part]
 
-    def ask(self, pairs): return ask(pairs, self.world.scorer, self.world.items, self.cache, progress=self.progress)
+    def ask(self, pairs):
+        return ask(pairs, self.world.scorer, self.world.items, self.cache, progress=self.progress)
 
 # %% ../nbs/84_loops.ipynb #d18195f7
 class Round:
     "What a round left: `data` (all groups so far), `model`, `scored` (picks with what came of them), `ranks`, `pairs` (what was proposed)"
     def __init__(self, k, path, data, model, scored, ranks, pairs):
-        self.k, self.path, self.data, self.model, self.scored, self.ranks, self.pairs = k, path, data, model, scored, ranks, pairs
+        self.k = k
+        self.path = path
+        self.data = data
+        self.model = model
+        self.scored = scored
+        self.ranks = ranks
+        self.pairs = pairs
 
 def _once(file, make, read, write):
     "What `file` holds; made and written if it is not there"
@@ -196,23 +291,47 @@ def proposer(self:Loop, k):
 @patch
 def round_data(self:Loop, k):
     "(groups of all rounds up to k, pairs that round k proposed)"
-    d, policy, w = self.folder(k), self.proposer(k), self.world; new = self.propose(d/"proposals", "train", policy, self.seed + k)
+    d = self.folder(k)
+    policy = self.proposer(k)
+    w = self.world
+    new = self.propose(d / "proposals", "train", policy, self.seed + k)
     def made():
         data = new if k == 0 else merge(RLData.load(self.folder(k-1)/"data"), new, pools="same")
         if not self.mining: return data
-        return mine(data, w.items, w.scorer, w.store, policy, rounds=self.mining, seed=self.seed + k, kind=self.kind, cache=self.cache,
-                    progress=self.progress)[0]
+        return mine(
+            data,
+            w.items,
+            w.scorer,
+            w.store,
+            policy,
+            rounds=self.mining,
+            seed=self.seed + k,
+            kind=self.kind,
+            cache=self.cache,
+            progress=self.progress,
+        )[0]
     data = _once(d/"data"/"manifest.json", made, lambda: RLData.load(d/"data"), lambda x: x.save(d/"data"))
     before = set() if k == 0 else set(map(tuple, _pairs(RLData.load(self.folder(k-1)/"data").rows).values))
-    mined = _pairs(data.rows); mined = mined[[p not in before for p in map(tuple, mined.values)]]
+    mined = _pairs(data.rows)
+    mined = mined[[p not in before for p in map(tuple, mined.values)]]
     return data, _pairs(new.rows, mined)
 
 @patch
 def fit(self:Loop, k, data):
     "The selector of round k, trained on `data`"
-    d, done = self.folder(k), self.folder(k)/"trained.json"
+    d = self.folder(k)
+    done = self.folder(k)/"trained.json"
     if not done.exists():
-        dls = group_dls(evaluated(data), self.groups("valid"), self.world.store, self.reward, self.kind, self.bs, self.seed, **self.weights)
+        dls = group_dls(
+            evaluated(data),
+            self.groups("valid"),
+            self.world.store,
+            self.reward,
+            self.kind,
+            self.bs,
+            self.seed,
+            **self.weights
+        )
         old = dict(model=self.proposer(k)) if self.warm and k else self.model_kw
         learn = selector_learner(dls, seed=self.seed, path=d, **old)
         with quiet(learn): self.train(learn)
@@ -224,16 +343,26 @@ def fit(self:Loop, k, data):
 @patch
 def judge(self:Loop, k, data, model):
     "(scored picks of proposer, selector and random on both parts, ranks of the best stored sequences)"
-    w, S, out, ranks = self.world, self.shots, [], []; who = dict(proposer=self.proposer(k) or SimilarityPrior(), selector=model)
+    w = self.world
+    S = self.shots
+    out = []
+    ranks = []
+    who = dict(proposer=self.proposer(k) or SimilarityPrior(), selector=model)
     for part, groups in dict(train=evaluated(data), dev=self.groups("dev")).items():
-        pool = self.pool(part); picks = [_greedy(p, pool, w.store, S, self.kind, name) for name, p in who.items()]
+        pool = self.pool(part)
+        picks = [_greedy(p, pool, w.store, S, self.kind, name) for name, p in who.items()]
         if part == "dev": picks.append(pick_random(pool, S, self.draws, self.seed))
-        picks = pd.concat(picks, ignore_index=True); check_picks(picks, w.items)
+        picks = pd.concat(picks, ignore_index=True)
+        check_picks(picks, w.items)
         out.append(score_picks(picks, self.ask(_pairs(picks))).assign(part=part))
-        ranks += [oracle_ranks(p, groups, w.store, self.kind).assign(part=part, selector=name) for name, p in who.items()]
+        ranks += [
+            oracle_ranks(p, groups, w.store, self.kind).assign(part=part, selector=name)
+            for name, p in who.items()
+        ]
     return pd.concat(out, ignore_index=True), pd.concat(ranks, ignore_index=True)
 
-def _tuples(f): return f.assign(pointer=[as_pointer(p) for p in f.pointer], eval_failed=f.eval_failed.astype(bool))
+def _tuples(f):
+    return f.assign(pointer=[as_pointer(p) for p in f.pointer], eval_failed=f.eval_failed.astype(bool))
 
 @patch
 def play(self:Loop,
@@ -241,10 +370,16 @@ def play(self:Loop,
 )->Round:
     "Make round k, or read what is there of it"
     d = self.folder(k)
-    run = Run(d) if (d/"settings.json").exists() else Run.create(d, self.settings | dict(round=k), self.seed, self.run.fingerprints)
-    data, pairs = self.round_data(k); model = self.fit(k, data)
+    run = (
+        Run(d)
+        if (d / "settings.json").exists()
+        else Run.create(d, self.settings | dict(round=k), self.seed, self.run.fingerprints)
+    )
+    data, pairs = self.round_data(k)
+    model = self.fit(k, data)
     if not (d/"scored.parquet").exists():
-        scored, ranks = self.judge(k, data, model); run.save_frame("ranks.parquet", ranks)
+        scored, ranks = self.judge(k, data, model)
+        run.save_frame("ranks.parquet", ranks)
         run.save_frame("scored.parquet", scored.assign(pointer=scored.pointer.map(list)))
     out = Round(k, d, data, model, _tuples(run.frame("scored.parquet")), run.frame("ranks.parquet"), pairs)
     own = out.scored[(out.scored.part == "dev") & (out.scored.selector == "selector")]
@@ -260,7 +395,9 @@ def known(self:Loop, part, played):
 @patch
 def oracle(self:Loop, part, played):
     "Scored rows of the best that is known about the questions of `part` after the last of the rounds"
-    f = self.known(part, played); good = f.question_id[~f.eval_failed].unique().tolist() # a query of which everything failed has no oracle
+    # a query of which everything failed has no oracle
+    f = self.known(part, played)
+    good = f.question_id[~f.eval_failed].unique().tolist()
     return score_picks(pick_oracle(f, self.shots, self.pool(part).only(good)), f)
 
 @patch
@@ -271,7 +408,8 @@ def with_oracle(self:Loop,
     best:pd.DataFrame|None=None, # `oracle(part, played)`, where it is at hand
 )->pd.DataFrame: # scored picks of that round, with the rows of the oracle
     "Scored picks of a round, beside the best that is known after the last of them"
-    own = played[at].scored; best = self.oracle(part, played) if best is None else best
+    own = played[at].scored
+    best = self.oracle(part, played) if best is None else best
     return pd.concat([own[own.part == part].drop(columns="part"), best], ignore_index=True)
 
 # %% ../nbs/84_loops.ipynb #b61e0cb9
@@ -289,10 +427,23 @@ def compare_oracle(
     "How far picks are from the best known sequence"
     rows = []
     for s in dict.fromkeys(scored.selector):
-        x, best, c = _cols(scored, items, shots, s, "oracle"); r = ranks[ranks.selector == s]
-        rows.append((s, len(x), *bootstrap_mean(x, c), *paired_bootstrap(best, x, c), float((x >= best - 1e-9).mean()),
-                     agreement(scored, s, "oracle", shots), r["rank"].mean(), r.chance.mean()))
-    return pd.DataFrame(rows, columns="selector n acc lo hi headroom headroom_lo headroom_hi as_good same rank chance".split())
+        x, best, c = _cols(scored, items, shots, s, "oracle")
+        r = ranks[ranks.selector == s]
+        rows.append(
+            (
+                s,
+                len(x),
+                *bootstrap_mean(x, c),
+                *paired_bootstrap(best, x, c),
+                float((x >= best - 1e-9).mean()),
+                agreement(scored, s, "oracle", shots),
+                r["rank"].mean(),
+                r.chance.mean(),
+            )
+        )
+    return pd.DataFrame(
+        rows, columns="selector n acc lo hi headroom headroom_lo headroom_hi as_good same rank chance".split()
+    )
 
 # %% ../nbs/84_loops.ipynb #9d7ecc1a
 LIMITS = dict(
@@ -316,19 +467,45 @@ class Check(NamedTuple):
 
 def _held(what, est, limit, source, least=True):
     good, bad = (est[1] >= limit, est[2] < limit) if least else (est[2] <= limit, est[1] > limit)
-    return Check(what, *map(float, est), f"{'at least' if least else 'at most'} {limit:.3g}", "met" if good else "not met" if bad else "open", source)
+    return Check(
+        what,
+        *map(float, est),
+        f"{'at least' if least else 'at most'} {limit:.3g}",
+        "met" if good else "not met" if bad else "open",
+        source,
+    )
 
 def _difference(a, b, cluster, name_a, name_b):
     "(interval, detectable effect, did no score change?, sentence); an effect of which nothing was seen has no detectable size"
-    est, least, n, same = paired_bootstrap(a, b, cluster), mde(a, b, cluster), len(a), not (np.abs(a - b) > 1e-9).any()
+    est = paired_bootstrap(a, b, cluster)
+    least = mde(a, b, cluster)
+    n = len(a)
+    same = not (np.abs(a - b) > 1e-9).any()
     if not same: return est, least, same, verdict(est, least, name_a, name_b)
-    return est, least, same, f"{name_a} - {name_b}: no score of {n} changed, so at most {wilson(0, n)[1]:.0%} of such questions do (95 %)"
+    return (
+        est,
+        least,
+        same,
+        (
+            f"{name_a} - {name_b}: no score of {n} changed, so at most {wilson(0, n)[1]:.0%} of such"
+            " questions do (95 %)"
+        ),
+    )
 
 def _gained(what, where, a, b, cluster, source, still="open"):
     "Did the selector's scores `a` gain on the proposer's `b`? The check, and a sentence; `still` is the outcome if no score changed at all"
     est, least, same, said = _difference(a, b, cluster, "selector", "proposer")
-    outcome = still if same else "met" if differs(est, least) and est.value > 0 else "not met" if est.hi < 0 else "open"
-    return Check(what, *est, "above 0" if same else f"above 0, at least {least:.3f} (detectable)", outcome, source), f"{where}: {said}."
+    outcome = (
+        still
+        if same
+        else "met" if differs(est, least) and est.value > 0 else "not met" if est.hi < 0 else "open"
+    )
+    return (
+        Check(
+            what, *est, "above 0" if same else f"above 0, at least {least:.3f} (detectable)", outcome, source
+        ),
+        f"{where}: {said}.",
+    )
 
 def _share(k, n): return Interval(k/n if n else math.nan, *map(float, wilson(k, n)))
 
@@ -338,12 +515,24 @@ def data_checks(
 )->list: # of Check
     "What the data must be like before anything is trained"
     m, q = h.frame.iloc[0], h.queries[h.queries.judged > 0]
-    failed, none = m["failed"]/m["rows"], _share(int((q.positives == 0).sum()), len(q))
-    return [_held("rows that failed", (failed,)*3, limits["failed"], "report 001, 9 (P0.3)", least=False),
-            _held("questions without a positive", none, limits["no_positive"], "report 001, 10 (2)", least=False),
-            _held("groups that can teach", _share(m["live_groups"], m["groups"]), limits["live"], "report 001, 1.1 and 4.1"),
-            _held("rank correlation of vqa_gt_prob and accuracy", (m["spearman"], m["spearman_low"], m["spearman_high"]),
-                  limits["spearman"]*m["spearman_reach"], "report 001, 8 and 10 (3)")]
+    failed = m["failed"]/m["rows"]
+    none = _share(int((q.positives == 0).sum()), len(q))
+    return [
+        _held("rows that failed", (failed,) * 3, limits["failed"], "report 001, 9 (P0.3)", least=False),
+        _held("questions without a positive", none, limits["no_positive"], "report 001, 10 (2)", least=False),
+        _held(
+            "groups that can teach",
+            _share(m["live_groups"], m["groups"]),
+            limits["live"],
+            "report 001, 1.1 and 4.1",
+        ),
+        _held(
+            "rank correlation of vqa_gt_prob and accuracy",
+            (m["spearman"], m["spearman_low"], m["spearman_high"]),
+            limits["spearman"] * m["spearman_reach"],
+            "report 001, 8 and 10 (3)",
+        ),
+    ]
 
 # %% ../nbs/84_loops.ipynb #1cc02b8f
 ADVICE = {
@@ -358,7 +547,8 @@ def advise(
     checks:list, # of Check, as `closed_loop` makes them: data, headroom, gain on training questions, gain on development questions
 )->str: # a key of ADVICE
     "What to do, by the first condition that is not met"
-    data, (room, seen, new) = checks[:-3], checks[-3:]
+    data = checks[:-3]
+    (room, seen, new) = checks[-3:]
     if any(c.outcome == "not met" for c in data): return "mend the data"
     if room.outcome == "not met": return "no headroom"
     if seen.outcome == "not met": return "mend the training"
@@ -372,16 +562,24 @@ def needed(
     least:int=5, # scores that must differ, so that there is something to go by
 )->int|None: # questions; None if fewer than `least` scores differ
     "How many questions a difference like this one would need to be shown, if it were `wanted`"
-    d = np.asarray(a, float) - np.asarray(b, float); f = np.abs(d) > 1e-9
+    d = np.asarray(a, float) - np.asarray(b, float)
+    f = np.abs(d) > 1e-9
     if f.sum() < least: return None
-    whole = mde(a, b); design = max(1., (mde(a, b, cluster)/whole)**2) if whole > 0 and cluster is not None else 1.
+    whole = mde(a, b)
+    design = max(1.0, (mde(a, b, cluster) / whole) ** 2) if whole > 0 and cluster is not None else 1.0
     return plan_power(wanted, float(f.mean()), float((d[f]**2).mean()), design=design)
 
 # %% ../nbs/84_loops.ipynb #c20c431a
 class ClosedLoop:
     "What a closed loop found; shows itself, the advice first"
     def __init__(self, loop, round_, health, tables, checks, advice, lines):
-        self.loop, self.round, self.health, self.tables, self.checks, self.advice, self.lines = loop, round_, health, tables, checks, advice, lines
+        self.loop = loop
+        self.round = round_
+        self.health = health
+        self.tables = tables
+        self.checks = checks
+        self.advice = advice
+        self.lines = lines
 
     @property
     def frame(self):
@@ -394,7 +592,9 @@ class ClosedLoop:
     @property
     def table(self):
         "Picks against the oracle, both parts: frame"
-        return pd.concat([t.assign(part=p)[["part", *t.columns]] for p, t in self.tables.items()], ignore_index=True)
+        return pd.concat(
+            [t.assign(part=p)[["part", *t.columns]] for p, t in self.tables.items()], ignore_index=True
+        )
 
     def __repr__(self):
         frames = [f.round(3).to_string(index=False) for f in (self.frame, self.table)]
@@ -407,27 +607,61 @@ class ClosedLoop:
 
 def _against_oracle(loop, r, L):
     "(tables by part, the last three conditions, sentences, questions that two points would need, questions that the gain seen would need)"
-    items, S, parts = loop.world.items, loop.shots, {p: loop.with_oracle(p, [r]) for p in ("train", "dev")}
+    items = loop.world.items
+    S = loop.shots
+    parts = {p: loop.with_oracle(p, [r]) for p in ("train", "dev")}
     tables = {p: compare_oracle(f, r.ranks[r.ranks.part == p], items, S) for p, f in parts.items()}
     new, old, best, c = _cols(parts["dev"], items, S, "selector", "proposer", "oracle")
     seen, was, ct = _cols(parts["train"], items, S, "selector", "proposer")
-    room = _held("headroom of the proposer, development questions", paired_bootstrap(best, old, c), L["headroom"], "report 001, 4.2 and 10 (1)")
-    gain, a = _gained("gain on the training questions", "training questions", seen, was, ct, "report 001, 7.1", still="not met")
-    carry, b = _gained("gain on development questions", "development questions", new, old, c, "this page: new questions")
-    return tables, [room, gain, carry], [a, b], needed(new, old, c, L["wanted"]), needed(seen, was, ct, gain.value) if gain.value > 0 else None
+    room = _held(
+        "headroom of the proposer, development questions",
+        paired_bootstrap(best, old, c),
+        L["headroom"],
+        "report 001, 4.2 and 10 (1)",
+    )
+    gain, a = _gained(
+        "gain on the training questions",
+        "training questions",
+        seen,
+        was,
+        ct,
+        "report 001, 7.1",
+        still="not met",
+    )
+    carry, b = _gained(
+        "gain on development questions", "development questions", new, old, c, "this page: new questions"
+    )
+    return (
+        tables,
+        [room, gain, carry],
+        [a, b],
+        needed(new, old, c, L["wanted"]),
+        needed(seen, was, ct, gain.value) if gain.value > 0 else None,
+    )
 
 def _grpo_line(h, L):
     "Is it time for GRPO?"
-    checks = data_checks(h, L | dict(no_positive=L["grpo_no_positive"])); both = {checks[1].outcome, checks[3].outcome}
+    checks = data_checks(h, L | dict(no_positive=L["grpo_no_positive"]))
+    both = {checks[1].outcome, checks[3].outcome}
     state = "ready" if both == {"met"} else "not ready" if "not met" in both else "not yet shown to be ready"
-    return f"GRPO (report 001, section 8): {state} ({checks[1].value:.0%} of questions without a positive, wanted below {L['grpo_no_positive']:.0%})."
+    return (
+        f"GRPO (report 001, section 8): {state} ({checks[1].value:.0%} of questions without a positive,"
+        f" wanted below {L['grpo_no_positive']:.0%})."
+    )
 
 def _advice_lines(advice, checks, n, said, more, shown_by, wanted):
-    lines, left = [f"{advice[0].upper() + advice[1:]}: {ADVICE[advice].format(n=n)}.", *said], [c.what for c in checks if c.outcome == "open"]
+    lines = [f"{advice[0].upper() + advice[1:]}: {ADVICE[advice].format(n=n)}.", *said]
+    left = [c.what for c in checks if c.outcome == "open"]
     if left: lines.append(f"{n} questions leave open: {', '.join(left)}.")
     if advice == "ask more" and shown_by is not None:
-        lines.append(f"If the gain on the training questions is what it was here, about {shown_by} of them would show it.")
-    if more is not None: lines.append(f"To show a gain of {100*wanted:g} points on new questions, about {more} of them are needed.")
+        lines.append(
+            f"If the gain on the training questions is what it was here, about {shown_by} of them would"
+            " show it."
+        )
+    if more is not None:
+        lines.append(
+            f"To show a gain of {100*wanted:g} points on new questions, about {more} of them are needed."
+        )
     return lines
 
 @delegates(Loop)
@@ -439,17 +673,30 @@ def closed_loop(
     **kwargs, # of `Loop`: dev, valid, shots, counts, second, mining, reward, weights, kind, bs, model, train, seed, cache, progress, ...
 )->ClosedLoop: # shows itself in a notebook
     "Generate, check, train, compare with the oracle, and say whether to scale"
-    loop, L = Loop(world, path, n, **kwargs), LIMITS | (limits or {}); r = loop.play(0)
-    h = health({"groups": evaluated(r.data)}, loop.reward, loop.weights); tables, three, said, more, shown_by = _against_oracle(loop, r, L)
-    checks = [*data_checks(h, L), *three]; advice = advise(checks)
-    causes = [f"{a.cause}: {a.seen} (wanted: {a.wanted}). {a.remedy}" for a in h.verdict] if advice == "mend the data" else []
+    loop = Loop(world, path, n, **kwargs)
+    L = LIMITS | (limits or {})
+    r = loop.play(0)
+    h = health({"groups": evaluated(r.data)}, loop.reward, loop.weights)
+    tables, three, said, more, shown_by = _against_oracle(loop, r, L)
+    checks = [*data_checks(h, L), *three]
+    advice = advise(checks)
+    causes = (
+        [f"{a.cause}: {a.seen} (wanted: {a.wanted}). {a.remedy}" for a in h.verdict]
+        if advice == "mend the data"
+        else []
+    )
     lines = [*_advice_lines(advice, checks, n, said, more, shown_by, L["wanted"]), _grpo_line(h, L), *causes]
     return ClosedLoop(loop, r, h, tables, checks, advice, lines)
 
 # %% ../nbs/84_loops.ipynb #6b46295b
 class Rounds:
     "What rounds came to: `frame` (a row per round), `said` (in words), `model` (of the round with the least headroom)"
-    def __init__(self, loop, played, frame, said, best): self.loop, self.played, self.frame, self.said, self.best = loop, played, frame, said, best
+    def __init__(self, loop, played, frame, said, best):
+        self.loop = loop
+        self.played = played
+        self.frame = frame
+        self.said = said
+        self.best = best
 
     @property
     def model(self):
@@ -462,14 +709,19 @@ class Rounds:
     def __repr__(self): return "\n".join([*self.said, "", self.frame.round(3).to_string(index=False)])
     def _repr_html_(self):
         from html import escape
-        return "".join(f"<p>{escape(l)}</p>" for l in self.said) + self.frame.round(3).to_html(index=False, border=0)
+        return "".join(f"<p>{escape(l)}</p>" for l in self.said) + self.frame.round(3).to_html(
+            index=False, border=0
+        )
 
 @patch
 def headrooms(self:Loop, played):
     "Headroom of each round's selector on the development questions, against what is known after the last"
-    out, known = [], self.oracle("dev", played)
+    out = []
+    known = self.oracle("dev", played)
     for i in range(len(played)):
-        x, best, _ = _cols(self.with_oracle("dev", played, i, known), self.world.items, self.shots, "selector", "oracle")
+        x, best, _ = _cols(
+            self.with_oracle("dev", played, i, known), self.world.items, self.shots, "selector", "oracle"
+        )
         out.append(float((best - x).mean()))
     return out
 
@@ -478,21 +730,47 @@ def rounds_frame(self:Loop,
     played:list, # of Round
 )->pd.DataFrame: # a row per round: who proposed, facts, groups, accuracy and headroom on both parts
     "Table of rounds, all against what is known after the last"
-    items, rows, seen, best = self.world.items, [], set(), {p: self.oracle(p, played) for p in ("train", "dev")}
+    items = self.world.items
+    rows = []
+    seen = set()
+    best = {p: self.oracle(p, played) for p in ("train", "dev")}
     keep = ["selector", "oracle", "proposer"]
     def compared(p, i):
-        f, r = self.with_oracle(p, played, i, best[p]), played[i].ranks
-        return compare_oracle(f[f.selector.isin(keep)], r[r.part == p], items, self.shots).set_index("selector")
+        f = self.with_oracle(p, played, i, best[p])
+        r = played[i].ranks
+        return compare_oracle(f[f.selector.isin(keep)], r[r.part == p], items, self.shots).set_index(
+            "selector"
+        )
     for i, r in enumerate(played):
-        pairs = set(map(tuple, r.pairs.values)); new = len(pairs - seen); seen |= pairs
+        pairs = set(map(tuple, r.pairs.values))
+        new = len(pairs - seen)
+        seen |= pairs
         m = health(evaluated(r.data), self.reward, self.weights).frame.iloc[0]
-        t = {p: compared(p, i) for p in ("train", "dev")}; first = t["dev"] if not i else first
+        t = {p: compared(p, i) for p in ("train", "dev")}
+        first = t["dev"] if not i else first
         d, s = t["dev"].loc["selector"], t["train"].loc["selector"]
-        rows.append(dict(round=r.k, proposer="similarity" if not r.k else f"round {r.k-1}", asked=len(pairs), new=new, known=len(seen),
-                         live=int(m["live_groups"]), no_positive=m["pct_zero_positive_query"]/100, acc=d.acc, lo=d.lo, hi=d.hi, headroom=d.headroom,
-                         headroom_lo=d.headroom_lo, headroom_hi=d.headroom_hi, best_known=t["dev"].acc["oracle"],
-                         similarity=first.acc["proposer"], as_good=d.as_good,
-                         train_acc=s.acc, train_headroom=s.headroom))
+        rows.append(
+            dict(
+                round=r.k,
+                proposer="similarity" if not r.k else f"round {r.k-1}",
+                asked=len(pairs),
+                new=new,
+                known=len(seen),
+                live=int(m["live_groups"]),
+                no_positive=m["pct_zero_positive_query"] / 100,
+                acc=d.acc,
+                lo=d.lo,
+                hi=d.hi,
+                headroom=d.headroom,
+                headroom_lo=d.headroom_lo,
+                headroom_hi=d.headroom_hi,
+                best_known=t["dev"].acc["oracle"],
+                similarity=first.acc["proposer"],
+                as_good=d.as_good,
+                train_acc=s.acc,
+                train_headroom=s.headroom,
+            )
+        )
     return pd.DataFrame(rows)
 
 # %% ../nbs/84_loops.ipynb #ce23514a
@@ -504,15 +782,37 @@ def _last_shrink(h, min_shrink=0.):
 
 def _rounds_said(loop, played, h, stop):
     "What the rounds came to, in words"
-    n, way = len(played), " -> ".join(f"{x:.3f}" for x in h)
-    said = [f"{n} round{'s'*(n > 1)}: {stop}. Headroom on {len(loop.queries['dev'])} development questions: {way}."]
+    n = len(played)
+    way = " -> ".join(f"{x:.3f}" for x in h)
+    said = [
+        f"{n} round{'s'*(n > 1)}: {stop}. Headroom on {len(loop.queries['dev'])} development questions:"
+        f" {way}."
+    ]
     if n == 1: return said
-    f = [r.scored[(r.scored.part == "dev") & (r.scored.selector == "selector")].drop(columns="part") for r in (played[0], played[-1])]
-    a, b, c = _cols(pd.concat([f[0].assign(selector="first"), f[1].assign(selector="last")]), loop.world.items, loop.shots, "last", "first")
+    f = [
+        r.scored[(r.scored.part == "dev") & (r.scored.selector == "selector")].drop(columns="part")
+        for r in (played[0], played[-1])
+    ]
+    a, b, c = _cols(
+        pd.concat([f[0].assign(selector="first"), f[1].assign(selector="last")]),
+        loop.world.items,
+        loop.shots,
+        "last",
+        "first",
+    )
     est, _, _, words = _difference(a, b, c, f"round {n-1}", "round 0")
-    luck = expected_best(n) * (est.hi - est.lo)/3.92/math.sqrt(2); more = needed(a, b, c)
-    said.append(words + ("" if more is None else f" (for {100*LIMITS['wanted']:g} points about {more} questions)") + ".")
-    best = f"; the best of {n} equal rounds would look about {100*luck:.1f} points better than it is" if luck > 0 else ""
+    luck = expected_best(n) * (est.hi - est.lo) / 3.92 / math.sqrt(2)
+    more = needed(a, b, c)
+    said.append(
+        words
+        + ("" if more is None else f" (for {100*LIMITS['wanted']:g} points about {more} questions)")
+        + "."
+    )
+    best = (
+        f"; the best of {n} equal rounds would look about {100*luck:.1f} points better than it is"
+        if luck > 0
+        else ""
+    )
     return [*said, f"Least headroom: round {int(np.argmin(h))}, chosen on these questions{best}."]
 
 @delegates(Loop)
@@ -525,13 +825,22 @@ def rounds(
     **kwargs, # of `Loop`: n, dev, valid, shots, counts, policy_counts, second, mining, reward, bs, model, train, warm, seed, cache, progress, ...
 )->Rounds: # shows itself in a notebook
     "Let the selector propose, ask, merge and retrain, until headroom stops shrinking"
-    if most < 1 or patience < 1: raise ValueError(f"rounds: most={most}, patience={patience}; wanted 1 or more of both")
-    loop = Loop(world, path, **kwargs); played, stop = [], "as many as were asked for"
+    if most < 1 or patience < 1:
+        raise ValueError(f"rounds: most={most}, patience={patience}; wanted 1 or more of both")
+    loop = Loop(world, path, **kwargs)
+    played, stop = [], "as many as were asked for"
     with tqdm(total=most, disable=not loop.progress, desc=loop.path.name, unit="round") as bar:
         for k in range(most):
-            played.append(loop.play(k)); h = loop.headrooms(played); bar.set_postfix(headroom=f"{h[-1]:.3f}", refresh=False); bar.update()
-            if k - _last_shrink(h, min_shrink) >= patience: stop = f"headroom did not shrink for {patience} round{'s'*(patience > 1)}"; break
-    out = Rounds(loop, played, loop.rounds_frame(played), _rounds_said(loop, played, h, stop), int(np.argmin(h)))
+            played.append(loop.play(k))
+            h = loop.headrooms(played)
+            bar.set_postfix(headroom=f"{h[-1]:.3f}", refresh=False)
+            bar.update()
+            if k - _last_shrink(h, min_shrink) >= patience:
+                stop = f"headroom did not shrink for {patience} round{'s'*(patience > 1)}"
+                break
+    out = Rounds(
+        loop, played, loop.rounds_frame(played), _rounds_said(loop, played, h, stop), int(np.argmin(h))
+    )
     loop.run.save_frame("rounds.csv", out.frame)
     loop.run.finish(rounds=len(played), headroom=float(min(h)))
     return out
@@ -548,6 +857,8 @@ def plot_rounds(
     ax.axhline(frame.best_known.iloc[-1], ls="--", color="0.4", lw=1, label="best known")
     ax.axhline(frame.similarity.iloc[0], ls=":", color="0.4", lw=1, label="similarity")
     ax.set_xticks(frame["round"], [f"{r}\n{k:,}" for r, k in zip(frame["round"], frame.known)])
-    ax.set(xlabel="round, and sequences known of training questions", ylabel="accuracy, dev, 95 %", ylim=(0, 1))
+    ax.set(
+        xlabel="round, and sequences known of training questions", ylabel="accuracy, dev, 95 %", ylim=(0, 1)
+    )
     ax.legend(frameon=False, fontsize=8, ncols=3, loc="upper center")
     return ax

@@ -47,16 +47,20 @@ def regret(
     reduction:str="mean", # "mean" over queries with a sequence | "none": [B], 0 for empty groups
 )->Tensor: # scalar or [B], in units of reward, >= 0
     "Best reward of the group minus the reward expected under the policy renormalised on the group"
-    if reduction not in ("mean", "none"): raise ValueError(f"regret: reduction {reduction!r}, wanted 'mean' or 'none'")
-    rewards, some = rewards.masked_fill(~mask, 0.), mask.any(-1)
+    if reduction not in ("mean", "none"):
+        raise ValueError(f"regret: reduction {reduction!r}, wanted 'mean' or 'none'")
+    rewards = rewards.masked_fill(~mask, 0.)
+    some = mask.any(-1)
     best = rewards.masked_fill(~mask, -torch.inf).amax(-1).masked_fill(~some, 0.)
     gap = best - (masked_softmax(logp.masked_fill(~mask, 0.), mask) * rewards).sum(-1)
     return gap if reduction == "none" else masked_mean(gap, some)
 
 # %% ../nbs/60_losses.ipynb #53c974cd
 def _rank(r, m): # -1..1, ties share their mean rank
-    real, n = m[:, None, :], m.sum(-1, keepdim=True)
-    less, same = ((r[:, None, :] < r[..., None]) & real).sum(-1), ((r[:, None, :] == r[..., None]) & real).sum(-1)
+    real = m[:, None, :]
+    n = m.sum(-1, keepdim=True)
+    less = ((r[:, None, :] < r[..., None]) & real).sum(-1)
+    same = ((r[:, None, :] == r[..., None]) & real).sum(-1)
     return (2*less + same - 1).to(r.dtype) / (n - 1).clamp(min=1) - 1
 
 def top_weights(
@@ -69,7 +73,8 @@ def top_weights(
     if top is None: w = mask.to(rewards.dtype)
     else:
         r = rewards.masked_fill(~mask, -torch.inf)
-        last = r.topk(min(top, r.shape[-1]), -1).values[:, -1:]   # -inf in a group of fewer than `top`: all count
+        # -inf in a group of fewer than `top`: all count
+        last = r.topk(min(top, r.shape[-1]), -1).values[:, -1:]
         above, tied = mask & (r > last), mask & (r == last)
         room = (top - above.sum(-1, keepdim=True)).clamp(max=tied.sum(-1, keepdim=True))
         w = above.to(r.dtype) + tied * room / tied.sum(-1, keepdim=True).clamp(min=1)
@@ -83,8 +88,10 @@ def rce_weights(
     weights:str="softmax", # "softmax" of rewards | "rank": softmax of ranks 0..1 | "top1": the best alone, `temp` is not looked at
 )->Tensor: # [B,N] each row sums to 1 over its real entries, 0 elsewhere
     "Imitation weights of each group, by default `softmax(r / temp)`"
-    if temp <= 0: raise ValueError(f"rce_weights: temp {temp}, wanted > 0; small imitates the best, large all alike")
-    if norm not in ("raw", "zscore"): raise ValueError(f"rce_weights: norm {norm!r}, wanted 'raw' or 'zscore'")
+    if temp <= 0:
+        raise ValueError(f"rce_weights: temp {temp}, wanted > 0; small imitates the best, large all alike")
+    if norm not in ("raw", "zscore"):
+        raise ValueError(f"rce_weights: norm {norm!r}, wanted 'raw' or 'zscore'")
     if weights not in ("softmax", "rank", "top1"):
         raise ValueError(f"rce_weights: weights {weights!r}, wanted 'softmax', 'rank' or 'top1'")
     if weights == "top1": return top_weights(rewards, mask)
@@ -119,7 +126,8 @@ def ess(
     return w.sum(-1)**2 / (w**2).sum(-1).clamp(min=1e-12) / mask.sum(-1).clamp(min=1)
 
 # %% ../nbs/60_losses.ipynb #7f2746d2
-def _chi_share(lr, rewards, tau): # (E_ref w)^2 / E_ref w^2, from log-probabilities `lr` [B,N] that sum to 1, -inf on padding
+# (E_ref w)^2 / E_ref w^2, from log-probabilities `lr` [B,N] that sum to 1, -inf on padding
+def _chi_share(lr, rewards, tau):
     x = rewards / tau[:, None]
     one, two = torch.stack([lr + x, lr + 2*x]).logsumexp(-1)
     return (2*one - two).exp()
@@ -135,10 +143,15 @@ def solve_tau(
     "Temperature at which the target keeps a share `ess` of the reference's effective sample size"
     lo, hi = (torch.full_like(rewards[:, 0], math.log(t)) for t in limits)
     for _ in range(n_iter):
-        mid = (lo + hi) / 2; sharp = _chi_share(lr, rewards, mid.exp()) < ess   # too sharp: a larger tau is needed
-        lo, hi = torch.where(sharp, mid, lo), torch.where(sharp, hi, mid)
-    share = _chi_share(lr, rewards, hi.exp()); top = torch.full_like(hi, limits[1])
-    return torch.where((share - 1).abs() < 1e-6, top, hi.exp())   # a share of 1 whatever tau is: flat under the reference
+        # too sharp: a larger tau is needed
+        mid = (lo + hi) / 2
+        sharp = _chi_share(lr, rewards, mid.exp()) < ess
+        lo = torch.where(sharp, mid, lo)
+        hi = torch.where(sharp, hi, mid)
+    share = _chi_share(lr, rewards, hi.exp())
+    top = torch.full_like(hi, limits[1])
+    # a share of 1 whatever tau is: flat under the reference
+    return torch.where((share - 1).abs() < 1e-6, top, hi.exp())
 
 def listwise_target(
     rewards:Tensor, # [B,N]
@@ -149,12 +162,16 @@ def listwise_target(
     limits:tuple=(.02, 1.), # see `solve_tau`
 )->tuple: # (log of the target [B,N], -inf on padding; tau [B])
     "Log of `softmax(log ref + r/tau)` over each group, and the temperature of each query"
-    if tau is not None and tau <= 0: raise ValueError(f"listwise_target: tau {tau}, wanted > 0, or None and a share `ess`")
+    if tau is not None and tau <= 0:
+        raise ValueError(f"listwise_target: tau {tau}, wanted > 0, or None and a share `ess`")
     if tau is None and not (0 < ess < 1 and 0 < limits[0] <= limits[1]):
-        raise ValueError(f"listwise_target: ess {ess} and limits {limits}, wanted a share in (0,1) and 0 < least <= most")
+        raise ValueError(
+            f"listwise_target: ess {ess} and limits {limits}, wanted a share in (0,1) and 0 < least <= most"
+        )
     rewards = rewards.detach().masked_fill(~mask, 0.)
     ref = torch.zeros_like(rewards) if ref is None else ref.detach().to(rewards.dtype)
-    lr = masked_log_softmax(ref.masked_fill(~mask, 0.), mask); some = mask.any(-1, keepdim=True)
+    lr = masked_log_softmax(ref.masked_fill(~mask, 0.0), mask)
+    some = mask.any(-1, keepdim=True)
     if tau is None: tau = solve_tau(lr.masked_fill(~some, -math.log(lr.shape[-1])), rewards, ess, limits)
     else: tau = torch.full_like(rewards[:, 0], tau)
     return masked_log_softmax(lr.masked_fill(~mask, 0.) + rewards/tau[:, None], mask), tau
@@ -178,7 +195,9 @@ def listwise_loss(
     limits:tuple=(.02, 1.), # as in `listwise_target`
 )->Tensor: # scalar, nats, 0 where the target is met; mean over queries with a sequence
     "KL between the listwise target and the policy, inside each group"
-    return masked_mean(group_kl(listwise_target(rewards, mask, ref, tau, ess, limits)[0], logp, mask), mask.any(-1))
+    return masked_mean(
+        group_kl(listwise_target(rewards, mask, ref, tau, ess, limits)[0], logp, mask), mask.any(-1)
+    )
 
 # %% ../nbs/60_losses.ipynb #bf64fa41
 def merge_orders(
@@ -195,10 +214,14 @@ def merge_orders(
 
 # %% ../nbs/60_losses.ipynb #e610e3d8
 def _center(r, m): return (r - masked_mean(r, m, -1)[:, None]).masked_fill(~m, 0.)
-def _loo(r, m): n = m.sum(-1, keepdim=True); return _center(r, m) * n / (n - 1).clamp(min=1)
+def _loo(r, m):
+    n = m.sum(-1, keepdim=True)
+    return _center(r, m) * n / (n - 1).clamp(min=1)
 
 ADVANTAGES = dict(zscore=_center, center=_center, loo=_loo, rank=_rank)
-SCALES = dict(zscore=("group",), center=("none", "group", "batch"), loo=("none", "group", "batch"), rank=("none",))
+SCALES = dict(
+    zscore=("group",), center=("none", "group", "batch"), loo=("none", "group", "batch"), rank=("none",)
+)
 
 def _std(a, m, scale): # of advantages that are 0 on average
     n = m.sum(-1, keepdim=True)
@@ -215,11 +238,14 @@ def advantage(
     eps:float=1e-6, # rewards this close are equal
 )->Tensor: # [B,N]; 0 on padding and in flat groups; `scale="batch"` depends on the company of the batch
     "Advantage of each sequence over its group"
-    if how not in ADVANTAGES: raise ValueError(f"advantage: how {how!r}, wanted one of {', '.join(ADVANTAGES)}")
+    if how not in ADVANTAGES:
+        raise ValueError(f"advantage: how {how!r}, wanted one of {', '.join(ADVANTAGES)}")
     scale = scale or SCALES[how][0]
     if scale not in SCALES[how]:
-        raise ValueError(f"advantage: how {how!r} allows scale {' or '.join(map(repr, SCALES[how]))}, got {scale!r}: "
-                         "its values are normalised already, and twice is a different thing")
+        raise ValueError(
+            f"advantage: how {how!r} allows scale {' or '.join(map(repr, SCALES[how]))}, got {scale!r}: "
+            "its values are normalised already, and twice is a different thing"
+        )
     m = mask & live_groups(rewards, mask, eps)[:, None]
     a = ADVANTAGES[how](rewards.masked_fill(~mask, 0.), m).masked_fill(~m, 0.)
     if scale != "none": a = a / _std(a, m, scale).clamp(min=max(min_std, 1e-12))
@@ -256,7 +282,8 @@ def policy_gradient(
 
 def clip_shares(logp, old, adv, mask, clip_low=.2, clip_high=.28):
     "Shares of sequences without gradient: (of those with A > 0, of those with A < 0); nan where there are none"
-    ratio, share = log_ratio(logp, old, mask).exp(), []
+    ratio = log_ratio(logp, old, mask).exp()
+    share = []
     for on, out in ((adv > 0, ratio > 1+clip_high), (adv < 0, ratio < 1-clip_low)):
         share.append((on & mask & out).sum() / (on & mask).sum())
     return tuple(share)
@@ -267,30 +294,46 @@ def inclusion_logp(
     kappa:Tensor, # [...] broadcastable: largest perturbed log-probability that was left out
 )->Tensor: # [...] <= 0
     "Log-probability to be among the largest perturbed ones, e.g. that a stochastic beam includes a sequence"
-    return torch.log(-torch.expm1(-(logp - kappa).exp())).where(logp - kappa > -20, logp - kappa)   # 1 - exp(-x) = x for small x
+    # 1 - exp(-x) = x for small x
+    return torch.log(-torch.expm1(-(logp - kappa).exp())).where(logp - kappa > -20, logp - kappa)
 
 def _few(logw, limit, draw):
     "`limit` of the weights `exp(logw)` [B,P], likely ones: (their places [B,limit], log of the weights that stand for all)"
-    phi = logw.detach().double(); key = phi + torch.from_numpy(draw.gumbel(size=tuple(phi.shape))).to(phi.device)
-    (top, at), can = key.topk(limit+1), phi > -torch.inf; at = at[:, :-1]; can = can.gather(1, at)
+    phi = logw.detach().double()
+    key = phi + torch.from_numpy(draw.gumbel(size=tuple(phi.shape))).to(phi.device)
+    (top, at), can = key.topk(limit + 1), phi > -torch.inf
+    at = at[:, :-1]
+    can = can.gather(1, at)
     logq = inclusion_logp(phi.gather(1, at).masked_fill(~can, 0.), top[:, -1:]).masked_fill(~can, 0.)
     return at, logw.gather(1, at) - logq.to(logw)
 
 def _walk(step, cand_mask, shots, limit, draw=None):
     "Yield per step: probability (or what stands for it) of each prefix [B,P], prefixes [B,P,t], log-probabilities of the next pick [B,P,K]"
     B, K = cand_mask.shape
-    if shots > K: raise ValueError(f"{shots} shots from a pool of {K}: a sequence has no repeats, ask for at most {K}")
+    if shots > K:
+        raise ValueError(f"{shots} shots from a pool of {K}: a sequence has no repeats, ask for at most {K}")
     P = math.perm(K, shots-1)
-    if limit < 2: raise ValueError(f"limit {limit} of prefixes per query, wanted >= 2: one alone has no finite variance")
+    if limit < 2:
+        raise ValueError(
+            f"limit {limit} of prefixes per query, wanted >= 2: one alone has no finite variance"
+        )
     if P > limit and draw is None:
-        raise ValueError(f"exact sum over {shots} shots from K = {K}: {P:,} prefixes per query, limit is {limit:,}: "
-                         "use fewer shots or a smaller pool, raise `limit` if there is memory for [B, prefixes, K], or pass `draw` for an unbiased estimate")
-    logw, prefix = cand_mask.new_zeros(B, 1, dtype=torch.get_default_dtype()), cand_mask.new_zeros(B, 1, 0, dtype=torch.long)
+        raise ValueError(
+            f"exact sum over {shots} shots from K = {K}: {P:,} prefixes per query, limit is {limit:,}: use"
+            " fewer shots or a smaller pool, raise `limit` if there is memory for [B, prefixes, K], or pass"
+            " `draw` for an unbiased estimate"
+        )
+    logw = cand_mask.new_zeros(B, 1, dtype=torch.get_default_dtype())
+    prefix = cand_mask.new_zeros(B, 1, 0, dtype=torch.long)
     for t in range(shots):
         if t:
-            free = torch.ones_like(lp[..., :K], dtype=torch.bool).scatter(-1, prefix, False); nxt = free.nonzero()[:, -1].view(B, -1, K-t+1)
-            logw, prefix = (logw[..., None] + lp.gather(-1, nxt)).flatten(1), torch.cat([prefix.repeat_interleave(K-t+1, 1), nxt.flatten(1)[..., None]], -1)
-            if logw.shape[1] > limit: at, logw = _few(logw, limit, draw); prefix = prefix.gather(1, at[..., None].expand(-1, -1, t))
+            free = torch.ones_like(lp[..., :K], dtype=torch.bool).scatter(-1, prefix, False)
+            nxt = free.nonzero()[:, -1].view(B, -1, K - t + 1)
+            logw = (logw[..., None] + lp.gather(-1, nxt)).flatten(1)
+            prefix = torch.cat([prefix.repeat_interleave(K-t+1, 1), nxt.flatten(1)[..., None]], -1)
+            if logw.shape[1] > limit:
+                at, logw = _few(logw, limit, draw)
+                prefix = prefix.gather(1, at[..., None].expand(-1, -1, t))
         lp = step(prefix)
         yield logw.exp(), prefix, lp
 
@@ -305,13 +348,18 @@ def kl_steps(
     "KL divergence, step by step; exact while no step has more than `limit` prefixes"
     out = []
     for w, prefix, lp in _walk(step_p, cand_mask, shots, limit, draw):
-        can, lq = lp > -torch.inf, step_q(prefix)
+        can = lp > -torch.inf
+        lq = step_q(prefix)
         if lq.shape != lp.shape:
-            raise ValueError(f"kl: {lp.shape[-1]} options per step against {lq.shape[-1]} of the reference: have both STOP, or neither?")
+            raise ValueError(
+                f"kl: {lp.shape[-1]} options per step against {lq.shape[-1]} of the reference: have both"
+                " STOP, or neither?"
+            )
         if (can & (lq == -torch.inf)).any():
             raise ValueError("kl: the reference gives probability 0 to a candidate that the policy may pick; "
                              "are pools and masks the same?")
-        lp, lq = lp.masked_fill(~can, 0.), lq.masked_fill(~can, 0.)
+        lp = lp.masked_fill(~can, 0.)
+        lq = lq.masked_fill(~can, 0.)
         out.append((w * (lp.exp() * (lp - lq)).masked_fill(~can, 0.).sum(-1)).sum(-1))
     return torch.stack(out, -1)
 
@@ -328,9 +376,11 @@ def entropy_steps(
     draw=None, # as in `kl_steps`; a normed step is then a ratio of two unbiased sums, whose bias falls with `limit`
 )->Tensor: # [B,S]
     "Expected entropy of each step; exact while no step has more than `limit` prefixes"
-    out, n = [], cand_mask.sum(-1)
+    out = []
+    n = cand_mask.sum(-1)
     for t, (w, _, lp) in enumerate(_walk(step_p, cand_mask, shots, limit, draw)):
-        can = lp > -torch.inf; lp = lp.masked_fill(~can, 0.)
+        can = lp > -torch.inf
+        lp = lp.masked_fill(~can, 0.0)
         h = -(w * (lp.exp() * lp).masked_fill(~can, 0.).sum(-1)).sum(-1)
         stop = can[..., cand_mask.shape[1]:].flatten(1).any(-1)   # a column beyond the candidates
         out.append(h / ((n - t + stop).clamp(min=2).log() * w.sum(-1).clamp(min=1e-12)) if normed else h)
@@ -357,7 +407,8 @@ def random_logp(
 )->Tensor: # [B]
     "Log-probability of each sequence of `S` different candidates, drawn evenly: log (K-S)!/K!"
     n = cand_mask.sum(-1).to(torch.get_default_dtype())
-    if (n < S).any(): raise ValueError(f"random_logp: a pool of {int(n.min())} candidates has no sequence of {S}")
+    if (n < S).any():
+        raise ValueError(f"random_logp: a pool of {int(n.min())} candidates has no sequence of {S}")
     return (n - S + 1).lgamma() - (n + 1).lgamma()
 
 def tempered_logp(
@@ -369,7 +420,9 @@ def tempered_logp(
     "Log-probability of sequences under the policy at another temperature"
     if temperature <= 0: raise ValueError(f"tempered_logp: temperature {temperature}, wanted > 0")
     can = steps > -torch.inf
-    lp = masked_log_softmax(steps.masked_fill(~can, 0.) / temperature, can).gather(-1, seqs[..., None])[..., 0]
+    lp = masked_log_softmax(steps.masked_fill(~can, 0.0) / temperature, can).gather(-1, seqs[..., None])[
+        ..., 0
+    ]
     return lp.masked_fill(~seq_mask, 0.).sum(-1)
 
 # %% ../nbs/60_losses.ipynb #47c4bbf0
@@ -378,7 +431,8 @@ def mixture_logp(
     draws:Tensor, # [M] or [B,M] how many sequences each source drew, >= 0
 )->Tensor: # [B,N]
     "Log of the balance-heuristic mixture of sources"
-    m = draws.to(logmu.dtype); m = m / m.sum(-1, keepdim=True)
+    m = draws.to(logmu.dtype)
+    m = m / m.sum(-1, keepdim=True)
     return (logmu + (m.log() if m.ndim == 1 else m.log()[:, None])).logsumexp(-1)
 
 class OffPolicy(NamedTuple):
@@ -398,18 +452,28 @@ def off_policy_value(
     floor:float=.3, # smallest effective share that is trusted
 )->OffPolicy: # see there
     "Estimate the expected reward of a policy from what others drew"
-    logp, logmu, rewards = logp.detach(), logmu.detach(), rewards.masked_fill(~mask, 0.)
+    logp = logp.detach()
+    logmu = logmu.detach()
+    rewards = rewards.masked_fill(~mask, 0.)
     det = torch.zeros_like(mask) if det is None else det & mask
-    rest, p = mask & ~det, logp.exp().masked_fill(~det, 0.)
+    rest = mask & ~det
+    p = logp.exp().masked_fill(~det, 0.)
     mass = p.sum(-1)
     if (mass > 1 + 1e-4).any():
-        raise ValueError(f"off_policy_value: the enumerated sequences of query {int(mass.argmax())} have probability {float(mass.max()):.3f}: are some stored twice?")
+        raise ValueError(
+            f"off_policy_value: the enumerated sequences of query {int(mass.argmax())} have probability"
+            f" {float(mass.max()):.3f}: are some stored twice?"
+        )
     w = masked_softmax((logp - logmu).masked_fill(~rest, 0.), rest)   # sums to 1, so the mean weight is 1/n
     n = rest.sum(-1, keepdim=True)
     if cut is not None: w = w.clamp(max=cut / n.clamp(min=1))
-    total = w.sum(-1); snis = (w*rewards).sum(-1) / total.clamp(min=1e-30)
-    some, left = n[:, 0] > 0, (1 - mass).clamp(min=0.)
+    total = w.sum(-1)
+    snis = (w * rewards).sum(-1) / total.clamp(min=1e-30)
+    some = n[:, 0] > 0
+    left = (1 - mass).clamp(min=0.)
     whole = left < 1e-6   # nothing is left to estimate
-    value = (p*rewards).sum(-1) + torch.where(whole, torch.zeros_like(left), left * torch.where(some, snis, torch.nan))
+    value = (p * rewards).sum(-1) + torch.where(
+        whole, torch.zeros_like(left), left * torch.where(some, snis, torch.nan)
+    )
     share = torch.where(whole, torch.ones_like(left), torch.where(some, ess(w, rest), torch.zeros_like(left)))
     return OffPolicy(value, share, mass, (share >= floor) & ~value.isnan())

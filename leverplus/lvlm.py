@@ -18,24 +18,55 @@ from .prefix import PrefixStore, plan_prefixes
 from .prompt import IMAGE_MARK, Prompt, check_prompt, messages
 
 # %% ../nbs/21_lvlm.ipynb #a3409968
-# what decides an image's numbers, spelled out, so that settings which later versions of transformers add do not move fingerprints
-IMAGE_SETTINGS = ("do_convert_rgb", "do_normalize", "do_rescale", "do_resize", "image_mean", "image_std", "merge_size", "patch_size", "resample",
-                  "rescale_factor", "size", "temporal_patch_size")
+# what decides an image's numbers, spelled out, so that settings which later versions of transformers add do
+# not move fingerprints
+IMAGE_SETTINGS = (
+    "do_convert_rgb",
+    "do_normalize",
+    "do_rescale",
+    "do_resize",
+    "image_mean",
+    "image_std",
+    "merge_size",
+    "patch_size",
+    "resample",
+    "rescale_factor",
+    "size",
+    "temporal_patch_size",
+)
 # the same for the model: what changes its numbers and does not show in its weights
 TEXT_SETTINGS = ("head_dim", "hidden_act", "num_attention_heads", "num_key_value_heads", "rms_norm_eps")
 ROPE_SETTINGS = ("rope_type", "rope_theta", "mrope_section", "mrope_interleaved")
-VISION_SETTINGS = ("deepstack_visual_indexes", "fullatt_block_indexes", "hidden_act", "num_heads", "patch_size", "spatial_merge_size", "temporal_patch_size", "window_size")
-FAMILY = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl") # model types whose positions, cache and image features are known here
+VISION_SETTINGS = (
+    "deepstack_visual_indexes",
+    "fullatt_block_indexes",
+    "hidden_act",
+    "num_heads",
+    "patch_size",
+    "spatial_merge_size",
+    "temporal_patch_size",
+    "window_size",
+)
+# model types whose positions, cache and image features are known here
+FAMILY = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl")
 
 def _plain(x): return dict(x) if hasattr(x, "keys") else list(x) if isinstance(x, (list, tuple)) else x
 
-def _picked(config, names): return {k: _plain(config.get(k) if isinstance(config, dict) else getattr(config, k, None)) for k in names}
+def _picked(config, names):
+    return {k: _plain(config.get(k) if isinstance(config, dict) else getattr(config, k, None)) for k in names}
 
 def _words(tok): # not its whole state: padding and truncation of the last call are part of that
     m = json.loads(tok.backend_tokenizer.to_str())["model"]
-    return [type(tok).__name__, m["vocab"], [x if isinstance(x, str) else " ".join(x) for x in m["merges"]], {str(i): str(t) for i, t in tok.added_tokens_decoder.items()}]
+    return [
+        type(tok).__name__,
+        m["vocab"],
+        [x if isinstance(x, str) else " ".join(x) for x in m["merges"]],
+        {str(i): str(t) for i, t in tok.added_tokens_decoder.items()},
+    ]
 
-def _sample(t): f = t.detach().flatten(); return torch.cat([f[:64], f[-64:]]).float().cpu()
+def _sample(t):
+    f = t.detach().flatten()
+    return torch.cat([f[:64], f[-64:]]).float().cpu()
 
 def _weights(module): return {n: [list(p.shape), _sample(p)] for n, p in module.state_dict().items()}
 
@@ -70,14 +101,31 @@ class LVLM:
         settings = self.image_processor.to_dict()
         return [type(self.image_processor).__name__, {k: _plain(settings.get(k)) for k in IMAGE_SETTINGS}]
 
-    def _vision(self): return [self.model.config.model_type, _picked(self.model.config.vision_config, VISION_SETTINGS), self._images()]
+    def _vision(self):
+        return [
+            self.model.config.model_type,
+            _picked(self.model.config.vision_config, VISION_SETTINGS),
+            self._images(),
+        ]
 
     @cached_property
     def fingerprint(self)->str:
         "Hash of weights, settings, number format, attention, image processor, tokenizer, chat template and end token"
-        text, tok = self.model.config.get_text_config(), self.tokenizer
-        return fingerprint("lvlm", _weights(self.model), str(self.model.dtype), self.attn, self._vision(), _picked(text, TEXT_SETTINGS), _picked(text.rope_parameters, ROPE_SETTINGS),
-                           self.image_id, _words(tok), tok.chat_template, self.end_id)
+        text = self.model.config.get_text_config()
+        tok = self.tokenizer
+        return fingerprint(
+            "lvlm",
+            _weights(self.model),
+            str(self.model.dtype),
+            self.attn,
+            self._vision(),
+            _picked(text, TEXT_SETTINGS),
+            _picked(text.rope_parameters, ROPE_SETTINGS),
+            self.image_id,
+            _words(tok),
+            tok.chat_template,
+            self.end_id,
+        )
 
     @cached_property
     def vision_fingerprint(self)->str:
@@ -88,7 +136,10 @@ class LVLM:
         prompt:Prompt, # what to show
     )->str: # text with one image mark per image
         "Render a prompt with the model's own chat template, and check that everything is in it"
-        return check_prompt(prompt, self.tokenizer.apply_chat_template(messages(prompt), tokenize=False, add_generation_prompt=True))
+        return check_prompt(
+            prompt,
+            self.tokenizer.apply_chat_template(messages(prompt), tokenize=False, add_generation_prompt=True),
+        )
 
 def load_lvlm(
     path_or_name:str="models/tiny-qwen2.5-vl", # folder (absolute, or below the working folder or the checkout) or hub name
@@ -103,12 +154,28 @@ def load_lvlm(
     name = str(path_or_name)
     if not os.path.isdir(name) and repo_path(name).is_dir(): name = str(repo_path(name))
     config = AutoConfig.from_pretrained(name)
-    if attn not in ("sdpa", "eager"): raise ValueError(f"attn={attn!r}: wanted sdpa or eager; the tree of answers needs a 4-D mask, which flash-attention does not take")
-    if config.model_type not in FAMILY: raise TypeError(f"{path_or_name}: a {config.model_type} model; leverplus asks Qwen2.5-VL, Qwen2-VL or Qwen3-VL ({', '.join(FAMILY)})")
-    slides = set(getattr(config.get_text_config(), "layer_types", None) or ["full_attention"]) - {"full_attention"}
-    if slides: raise ValueError(f"{path_or_name}: layers of type {sorted(slides)}; wanted full attention in every layer: set use_sliding_window=False in its config")
+    if attn not in ("sdpa", "eager"):
+        raise ValueError(
+            f"attn={attn!r}: wanted sdpa or eager; the tree of answers needs a 4-D mask, which"
+            " flash-attention does not take"
+        )
+    if config.model_type not in FAMILY:
+        raise TypeError(
+            f"{path_or_name}: a {config.model_type} model; leverplus asks Qwen2.5-VL, Qwen2-VL or Qwen3-VL"
+            f" ({', '.join(FAMILY)})"
+        )
+    slides = set(getattr(config.get_text_config(), "layer_types", None) or ["full_attention"]) - {
+        "full_attention"
+    }
+    if slides:
+        raise ValueError(
+            f"{path_or_name}: layers of type {sorted(slides)}; wanted full attention in every layer: set"
+            " use_sliding_window=False in its config"
+        )
     with loading_bar(progress):
-        model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype or "auto", attn_implementation=attn)
+        model = AutoModelForImageTextToText.from_pretrained(
+            name, dtype=dtype or "auto", attn_implementation=attn
+        )
     model = model.to(device).eval().requires_grad_(False)
     tok = AutoTokenizer.from_pretrained(name, padding_side="left")
     return LVLM(model, tok, AutoImageProcessor.from_pretrained(name), name, attn)
@@ -121,10 +188,13 @@ class Targets:
     weights:tuple=() # A weights, >= 0
 
     def __post_init__(self):
-        if len(self.texts) != len(self.weights): raise ValueError(f"targets: {len(self.texts)} texts but {len(self.weights)} weights")
-        if len(set(self.texts)) != len(self.texts): raise ValueError(f"targets: an answer stands twice in {self.texts}; merge them first")
+        if len(self.texts) != len(self.weights):
+            raise ValueError(f"targets: {len(self.texts)} texts but {len(self.weights)} weights")
+        if len(set(self.texts)) != len(self.texts):
+            raise ValueError(f"targets: an answer stands twice in {self.texts}; merge them first")
         for t, w in zip(self.texts, self.weights):
-            if not t or t != t.strip() or "<|" in t: raise ValueError(f"targets: {t!r} is empty, not stripped, or holds a control token")
+            if not t or t != t.strip() or "<|" in t:
+                raise ValueError(f"targets: {t!r} is empty, not stripped, or holds a control token")
             if not w >= 0: raise ValueError(f"targets: weight {w} of {t!r}; wanted a number >= 0")
 
 @dataclass(frozen=True)
@@ -140,9 +210,14 @@ class Scored:
 
 def _scored(prompt, target, logprobs=(), text=None, n_decode=0):
     p = math.fsum(w*math.exp(l) for w, l in zip(target.weights, logprobs)) if target.texts else math.nan
-    return Scored(prompt.question_id, prompt.pointer, text, tuple(float(l) for l in logprobs), p, None, n_decode)
+    return Scored(
+        prompt.question_id, prompt.pointer, text, tuple(float(l) for l in logprobs), p, None, n_decode
+    )
 
-def _failed(prompt, e): return Scored(prompt.question_id, prompt.pointer, error=e if isinstance(e, str) else f"{type(e).__name__}: {e}")
+def _failed(prompt, e):
+    return Scored(
+        prompt.question_id, prompt.pointer, error=e if isinstance(e, str) else f"{type(e).__name__}: {e}"
+    )
 
 # %% ../nbs/21_lvlm.ipynb #56c13bf5
 MAX_NEW_TOKENS = 10 # longest greedy answer, end token included
@@ -150,7 +225,8 @@ NOT_FINITE = "logits that are not finite numbers; float16 overflows in some mode
 
 def _targets(prompts, targets):
     targets = [Targets()]*len(prompts) if targets is None else list(targets)
-    if len(targets) != len(prompts): raise ValueError(f"{len(prompts)} prompts but {len(targets)} targets; pass one Targets per prompt")
+    if len(targets) != len(prompts):
+        raise ValueError(f"{len(prompts)} prompts but {len(targets)} targets; pass one Targets per prompt")
     return targets
 
 def _bar(total, progress, desc):
@@ -189,7 +265,10 @@ class NaiveScorer:
         prompts, targets, out = list(prompts), _targets(prompts, targets), []
         with exact_float32(self.lvlm.device), _bar(len(prompts), progress, "naive") as bar:
             for i in range(0, len(prompts), self.batch_size):
-                out += self._batch(prompts[i:i+self.batch_size], targets[i:i+self.batch_size], generate); bar.update(len(out) - bar.n)
+                out += self._batch(
+                    prompts[i : i + self.batch_size], targets[i : i + self.batch_size], generate
+                )
+                bar.update(len(out) - bar.n)
         return out
 
     def _batch(self, prompts, targets, generate):
@@ -200,14 +279,23 @@ class NaiveScorer:
 
     def _inputs(self, texts, images):
         flat = [im for ims in images for im in ims]
-        return self.lvlm.processor(text=texts, images=flat, padding=True, padding_side="left", return_tensors="pt").to(self.lvlm.device)
+        return self.lvlm.processor(
+            text=texts, images=flat, padding=True, padding_side="left", return_tensors="pt"
+        ).to(self.lvlm.device)
 
     def _score(self, prompts, targets, generate):
         from qwen_vl_utils import process_vision_info
-        texts, images = [self.lvlm.render(p) for p in prompts], [process_vision_info(messages(p), image_patch_size=patch_side(self.lvlm.image_processor))[0] for p in prompts]
+        texts = [self.lvlm.render(p) for p in prompts]
+        images = [
+            process_vision_info(messages(p), image_patch_size=patch_side(self.lvlm.image_processor))[0]
+            for p in prompts
+        ]
         says = self._generate(texts, images) if generate else [None]*len(prompts)
         rows = [(k, a) for k, t in enumerate(targets) for a in t.texts]
-        lps = [self._answer_logprobs(texts, images, rows[i:i+self.batch_size]) for i in range(0, len(rows), self.batch_size)]
+        lps = [
+            self._answer_logprobs(texts, images, rows[i : i + self.batch_size])
+            for i in range(0, len(rows), self.batch_size)
+        ]
         lps = torch.cat(lps).tolist() if lps else []
         per = [[l for (k, _), l in zip(rows, lps) if k == j] for j in range(len(prompts))]
         return [_scored(p, t, l, s) for p, t, l, s in zip(prompts, targets, per, says)]
@@ -215,9 +303,18 @@ class NaiveScorer:
     @torch.no_grad()
     def _generate(self, texts, images):
         from transformers import GenerationConfig
-        x, tok = self._inputs(texts, images), self.lvlm.tokenizer
-        greedy = GenerationConfig(do_sample=False, num_beams=1, repetition_penalty=1.0, no_repeat_ngram_size=0, min_new_tokens=0, max_new_tokens=self.max_new_tokens,
-                                  eos_token_id=self.lvlm.end_id, pad_token_id=tok.pad_token_id)
+        x = self._inputs(texts, images)
+        tok = self.lvlm.tokenizer
+        greedy = GenerationConfig(
+            do_sample=False,
+            num_beams=1,
+            repetition_penalty=1.0,
+            no_repeat_ngram_size=0,
+            min_new_tokens=0,
+            max_new_tokens=self.max_new_tokens,
+            eos_token_id=self.lvlm.end_id,
+            pad_token_id=tok.pad_token_id,
+        )
         new = self.lvlm.model.generate(**x, generation_config=greedy)[:, x["input_ids"].shape[1]:]
         return tok.batch_decode(new, skip_special_tokens=True)
 
@@ -226,7 +323,8 @@ class NaiveScorer:
         tok, end = self.lvlm.tokenizer, "<|im_end|>"
         x = self._inputs([texts[k] + a + end for k, a in rows], [images[k] for k, _ in rows])
         ids = [tok(a + end, add_special_tokens=False)["input_ids"] for _, a in rows]
-        for (k, a), i, full in zip(rows, ids, x["input_ids"].tolist()): # the answer must be tokenised as it would be alone
+        # the answer must be tokenised as it would be alone
+        for (k, a), i, full in zip(rows, ids, x["input_ids"].tolist()):
             joint = tok(texts[k] + a + end, add_special_tokens=False)["input_ids"]
             if full[-len(i):] != i or joint != tok(texts[k], add_special_tokens=False)["input_ids"] + i:
                 raise ValueError(f"answer {a!r} is tokenised differently behind the prompt")
@@ -241,7 +339,16 @@ def scorer_fingerprint(
     max_new_tokens:int=MAX_NEW_TOKENS, # longest answer
 )->str: # 16 hexadecimal digits; the prompt's style is part of the prompt and not in it
     "What the facts of a model depend on: its own fingerprint and how it is asked"
-    return fingerprint(lvlm.fingerprint, "greedy", "repetition_penalty", 1.0, "max_new_tokens", max_new_tokens, "end", lvlm.end_id)
+    return fingerprint(
+        lvlm.fingerprint,
+        "greedy",
+        "repetition_penalty",
+        1.0,
+        "max_new_tokens",
+        max_new_tokens,
+        "end",
+        lvlm.end_id,
+    )
 
 # %% ../nbs/21_lvlm.ipynb #c45703a2
 def rope_positions(
@@ -251,12 +358,20 @@ def rope_positions(
     start:int=0, # first position
 )->tuple: # (int64 tensor [3, L], next free position)
     "M-RoPE positions of a prompt (Qwen2-VL, arXiv 2409.12191, section 2.1)"
-    pos, cur, i, grids = np.empty((3, len(ids)), np.int64), start, 0, iter(grids)
+    pos = np.empty((3, len(ids)), np.int64)
+    cur = start
+    i = 0
+    grids = iter(grids)
     while i < len(ids):
-        if ids[i] != image_id: pos[:, i] = cur; i, cur = i + 1, cur + 1; continue
-        t, h, w = next(grids); n = t*h*w
+        if ids[i] != image_id:
+            pos[:, i] = cur
+            i, cur = i + 1, cur + 1
+            continue
+        t, h, w = next(grids)
+        n = t * h * w
         pos[:, i:i+n] = cur + np.indices((t, h, w)).reshape(3, -1)
-        i, cur = i + n, cur + max(t, h, w)
+        i = i + n
+        cur = cur + max(t, h, w)
     return torch.from_numpy(pos), cur
 
 # %% ../nbs/21_lvlm.ipynb #f8b32519
@@ -276,8 +391,11 @@ class Trie:
         for t in ids:
             if (at, t) not in self.child:
                 self.child[at, t] = len(self.tokens)
-                self.tokens.append(t); self.parent.append(at); self.depth.append(len(path))
-            at = self.child[at, t]; path.append(at)
+                self.tokens.append(t)
+                self.parent.append(at)
+                self.depth.append(len(path))
+            at = self.child[at, t]
+            path.append(at)
         return path
 
     def sees(self)->np.ndarray:
@@ -320,8 +438,16 @@ class ScorerStats:
 @dataclass
 class _Row:
     "A prompt made ready"
-    prompt:Prompt; target:Targets; ids:list; pos:torch.Tensor; next_pos:int; images:list
-    tree:object; answers:list; drafts:list # `Trie` of the answers, the nodes of each, tokens of the demonstrations' answers
+    prompt: Prompt
+    target: Targets
+    ids: list
+    pos: torch.Tensor
+    next_pos: int
+    images: list
+    # `Trie` of the answers, the nodes of each, tokens of the demonstrations' answers
+    tree: object
+    answers: list
+    drafts: list
     path:list # names of its beginnings after 0, 1, .. demonstrations
     cuts:list # (tokens, images) in each of them
 
@@ -342,14 +468,27 @@ class SharedScorer:
         equal_lengths:bool|None=None, # prefer batches without padding, which need no mask; default on a GPU
         window:int=2048, # prompts made ready at once, >= 1
     ):
-        if prefix_cache not in PREFIX_CACHES: raise ValueError(f"prefix_cache={prefix_cache!r}: wanted one of {', '.join(PREFIX_CACHES)}")
-        if min(batch_tokens, max_new_tokens, window) < 1: raise ValueError(f"batch_tokens={batch_tokens}, max_new_tokens={max_new_tokens}, window={window}: all must be at least 1")
-        self.lvlm, self.batch_tokens, self.max_new_tokens, self.window = lvlm, batch_tokens, max_new_tokens, window
-        self.prefix_cache, self.prefix_depth, self.prefixes = prefix_cache, prefix_depth, PrefixStore(prefix_bytes)
+        if prefix_cache not in PREFIX_CACHES:
+            raise ValueError(f"prefix_cache={prefix_cache!r}: wanted one of {', '.join(PREFIX_CACHES)}")
+        if min(batch_tokens, max_new_tokens, window) < 1:
+            raise ValueError(
+                f"batch_tokens={batch_tokens}, max_new_tokens={max_new_tokens}, window={window}: all must be"
+                " at least 1"
+            )
+        self.lvlm = lvlm
+        self.batch_tokens = batch_tokens
+        self.max_new_tokens = max_new_tokens
+        self.window = window
+        self.prefix_cache = prefix_cache
+        self.prefix_depth = prefix_depth
+        self.prefixes = PrefixStore(prefix_bytes)
         self.equal_lengths = lvlm.device.type == "cuda" if equal_lengths is None else equal_lengths
         cache = VisionCache(lvlm.vision_fingerprint, cache_bytes, vision_dir, device=lvlm.device)
         self.vision = VisionEncoder(lvlm.model, lvlm.image_processor, cache, 4*batch_tokens, group_windows)
-        self.budget, self._clean, self._ids, self._answers = batch_tokens, 0, {}, {}
+        self.budget = batch_tokens
+        self._clean = 0
+        self._ids = {}
+        self._answers = {}
         self.stats = ScorerStats(images=self.vision.counts)
 
     @property
@@ -373,17 +512,26 @@ class SharedScorer:
         progress:bool=False, # show a bar with the rate and what was shared?
     )->list: # n Scored, in order; what fails carries its error
         "Score prompts"
-        prompts, targets = list(prompts), _targets(prompts, targets); out = [None]*len(prompts)
+        prompts, targets = list(prompts), _targets(prompts, targets)
+        out = [None] * len(prompts)
         with _bar(len(prompts), progress, "shared") as bar:
             for i in range(0, len(prompts), self.window):
                 for k, s in self._window(prompts[i:i+self.window], targets[i:i+self.window], generate):
-                    out[i + k] = s; bar.update(); bar.set_postfix(self._shares() if progress else {}, refresh=False)
-        self.stats.prompts += len(out); self.stats.failed += sum(s.error is not None for s in out)
+                    out[i + k] = s
+                    bar.update()
+                    bar.set_postfix(self._shares() if progress else {}, refresh=False)
+        self.stats.prompts += len(out)
+        self.stats.failed += sum(s.error is not None for s in out)
         return out
 
     def _shares(self):
-        s, seen = self.stats, max(1, sum(self.vision.counts.values()))
-        return dict(images_known=f"{1 - self.vision.counts['encoded']/seen:.0%}", tokens_shared=f"{1 - s.ran/max(1, s.tokens):.0%}", retries=s.retries)
+        s = self.stats
+        seen = max(1, sum(self.vision.counts.values()))
+        return dict(
+            images_known=f"{1 - self.vision.counts['encoded']/seen:.0%}",
+            tokens_shared=f"{1 - s.ran/max(1, s.tokens):.0%}",
+            retries=s.retries,
+        )
 
     def _window(self, prompts, targets, generate):
         "Yield (place, Scored) in the order in which batches are done"
@@ -398,7 +546,8 @@ class SharedScorer:
             with self.stats.clock("beginnings", dev): self._make_prefixes([r for _, r in rows])
         todo = sorted(rows, key=lambda kr: (*self._size(kr[1]), kr[0]))
         while todo:
-            n = self._fits([(r, None) for _, r in todo]); batch, todo = todo[:n], todo[n:]
+            n = self._fits([(r, None) for _, r in todo])
+            batch, todo = todo[:n], todo[n:]
             batch.sort(key=lambda kr: (len(kr[1].tree.tokens), kr[0])) # trees of one size side by side
             for (k, _), s in zip(batch, self._ask([r for _, r in batch], generate)): yield k, s
         self.prefixes.held = frozenset()
@@ -407,14 +556,18 @@ class SharedScorer:
 # %% ../nbs/21_lvlm.ipynb #0739281e
 def _token_ids(self:SharedScorer, text):
     if len(self._ids) > 200_000: self._ids.clear() # texts of queries do not come back
-    if text not in self._ids: self._ids[text] = self.lvlm.tokenizer(text, add_special_tokens=False)["input_ids"]
+    if text not in self._ids:
+        self._ids[text] = self.lvlm.tokenizer(text, add_special_tokens=False)["input_ids"]
     return self._ids[text]
 
 def _answer_ids(self:SharedScorer, answer, tail):
     "Tokens of an answer; they must be those it has behind `tail`, the last turn's opening"
     if (answer, tail) not in self._answers:
-        ids, joint = (self.lvlm.tokenizer(t, add_special_tokens=False)["input_ids"] for t in (answer, tail + answer))
-        if joint != self._token_ids(tail) + ids: raise ValueError(f"answer {answer!r} is tokenised differently behind the prompt")
+        ids, joint = (
+            self.lvlm.tokenizer(t, add_special_tokens=False)["input_ids"] for t in (answer, tail + answer)
+        )
+        if joint != self._token_ids(tail) + ids:
+            raise ValueError(f"answer {answer!r} is tokenised differently behind the prompt")
         self._answers[answer, tail] = ids
     return self._answers[answer, tail]
 
@@ -422,17 +575,30 @@ def _row(self:SharedScorer, prompt, target, features):
     feats = [features[im] for im in prompt.images]
     for f in feats:
         if isinstance(f, Exception): raise f
-    pieces = self.lvlm.render(prompt).split(IMAGE_MARK); tail = pieces[-1][pieces[-1].rindex("<|im_start|>"):]
-    ids, path, cuts = list(self._token_ids(pieces[0])), [pieces[0]], []
+    pieces = self.lvlm.render(prompt).split(IMAGE_MARK)
+    tail = pieces[-1][pieces[-1].rindex("<|im_start|>") :]
+    ids = list(self._token_ids(pieces[0]))
+    path = [pieces[0]]
+    cuts = []
     for k, ((_, (t, h, w), key), piece) in enumerate(zip(feats, pieces[1:])):
-        cuts.append((len(ids), k)); path.append((path[-1], key, piece)); ids += [self.lvlm.image_id]*(t*h*w) + self._token_ids(piece)
+        cuts.append((len(ids), k))
+        path.append((path[-1], key, piece))
+        ids += [self.lvlm.image_id] * (t * h * w) + self._token_ids(piece)
     pos, nxt = rope_positions(ids, [g for _, g, _ in feats], self.lvlm.image_id)
-    tree = Trie(); answers, drafts = [tree.add(self._answer_ids(a, tail)) for a in target.texts], [self._token_ids(d.answer) for d in prompt.demos if d.answer]
-    if twice := [a for a, path in zip(target.texts, answers) if answers.count(path) > 1]: raise ValueError(f"answers {twice} are the same tokens: merge them")
+    tree = Trie()
+    answers, drafts = [tree.add(self._answer_ids(a, tail)) for a in target.texts], [
+        self._token_ids(d.answer) for d in prompt.demos if d.answer
+    ]
+    if twice := [a for a, path in zip(target.texts, answers) if answers.count(path) > 1]:
+        raise ValueError(f"answers {twice} are the same tokens: merge them")
     self.stats.tokens += len(ids)
-    return _Row(prompt, target, ids, pos, nxt, [f for f, _, _ in feats], tree, answers, drafts, path[:-1], cuts)
+    return _Row(
+        prompt, target, ids, pos, nxt, [f for f, _, _ in feats], tree, answers, drafts, path[:-1], cuts
+    )
 
-SharedScorer._token_ids, SharedScorer._answer_ids, SharedScorer._row = _token_ids, _answer_ids, _row
+SharedScorer._token_ids = _token_ids
+SharedScorer._answer_ids = _answer_ids
+SharedScorer._row = _row
 
 # %% ../nbs/21_lvlm.ipynb #65186d09
 @lru_cache(maxsize=None)
@@ -449,7 +615,14 @@ def run_text(
 )->torch.Tensor: # [B, L, D] hidden states of the last layer
     "Run tokens behind what a cache holds"
     known = {_cache_word(type(lm).forward): cache}
-    out = lm(inputs_embeds=embeddings, attention_mask=mask, position_ids=positions, use_cache=True, **known, **extra)
+    out = lm(
+        inputs_embeds=embeddings,
+        attention_mask=mask,
+        position_ids=positions,
+        use_cache=True,
+        **known,
+        **extra
+    )
     return out.last_hidden_state
 
 # %% ../nbs/21_lvlm.ipynb #a9020399
@@ -466,11 +639,20 @@ def _size(self:SharedScorer, row, upto=None):
 
 def _fits(self:SharedScorer, items):
     "How many of the first items make a batch: within the budget, and with little padding once a quarter of it is used; at least one"
-    run = known = real = 0; spare = 0 if self.equal_lengths else .05
+    run = known = real = 0
+    spare = 0 if self.equal_lengths else 0.05
     for n, item in enumerate(items):
-        a, b = self._size(*item); width = max(run, a) + max(known, b); real += a + b
-        if n and (width*(n + 1) > self.budget or width*(n + 1) - real > spare*real and 4*(run + known)*n >= self.budget): return n
-        run, known = max(run, a), max(known, b)
+        a, b = self._size(*item)
+        width = max(run, a) + max(known, b)
+        real += a + b
+        if n and (
+            width * (n + 1) > self.budget
+            or width * (n + 1) - real > spare * real
+            and 4 * (run + known) * n >= self.budget
+        ):
+            return n
+        run = max(run, a)
+        known = max(known, b)
     return len(items)
 
 def _known(self:SharedScorer, starts, P):
@@ -478,7 +660,8 @@ def _known(self:SharedScorer, starts, P):
     from transformers import DynamicCache
     cache = DynamicCache(config=self.lvlm.model.model.language_model.config)
     if not P: return cache
-    kv = [self.prefixes[k] if k is not None else None for k, _, _ in starts]; some = next(x for x in kv if x is not None)
+    kv = [self.prefixes[k] if k is not None else None for k, _, _ in starts]
+    some = next(x for x in kv if x is not None)
     full = some.new_zeros(*some.shape[:2], len(kv), some.shape[2], P, some.shape[4])
     for b, x in enumerate(kv):
         if x is not None: full[:, :, b, :, P - x.shape[3]:] = x
@@ -487,46 +670,76 @@ def _known(self:SharedScorer, starts, P):
 
 def _forward(self:SharedScorer, items):
     "Run items: (last hidden states [B, L, D], cache of P + L tokens, mask [B, P + L], start of each)"
-    lv, lm, starts = self.lvlm, self.lvlm.model.model.language_model, [self._start(r, j) for r, j in items]
+    lv = self.lvlm
+    lm = self.lvlm.model.model.language_model
+    starts = [self._start(r, j) for r, j in items]
     ends = [(len(r.ids), len(r.images)) if j is None else r.cuts[j] for r, j in items]
-    ids = [r.ids[a:b] for (r, _), (_, a, _), (b, _) in zip(items, starts, ends)]; L, P = max(map(len, ids)), max(a for _, a, _ in starts)
-    pos = torch.stack([torch.nn.functional.pad(r.pos[:, a:b], (L - (b - a), 0)) for (r, _), (_, a, _), (b, _) in zip(items, starts, ends)], 1).to(lv.device)
+    ids = [r.ids[a:b] for (r, _), (_, a, _), (b, _) in zip(items, starts, ends)]
+    L = max(map(len, ids))
+    P = max(a for _, a, _ in starts)
+    pos = torch.stack(
+        [
+            torch.nn.functional.pad(r.pos[:, a:b], (L - (b - a), 0))
+            for (r, _), (_, a, _), (b, _) in zip(items, starts, ends)
+        ],
+        1,
+    ).to(lv.device)
     mask = np.zeros((len(ids), P + L), bool)
     for m, (_, a, _), i in zip(mask, starts, ids): m[P - a:P] = m[P + L - len(i):] = True
-    whole, mask = mask.all(), torch.from_numpy(mask).to(lv.device); tokens = torch.tensor(_pad_left(ids, lv.tokenizer.pad_token_id, L), device=lv.device)
-    emb, extra, seen = lm.embed_tokens(tokens), {}, tokens == lv.image_id
+    whole = mask.all()
+    mask = torch.from_numpy(mask).to(lv.device)
+    tokens = torch.tensor(_pad_left(ids, lv.tokenizer.pad_token_id, L), device=lv.device)
+    emb = lm.embed_tokens(tokens)
+    extra = {}
+    seen = tokens == lv.image_id
     feats = [f for (r, _), (_, _, i), (_, j) in zip(items, starts, ends) for f in r.images[i:j]]
     if feats:
-        f, *deep = torch.cat(feats).to(lv.device, emb.dtype).split(emb.shape[-1], -1); emb = emb.masked_scatter(seen[..., None], f)
+        f, *deep = torch.cat(feats).to(lv.device, emb.dtype).split(emb.shape[-1], -1)
+        emb = emb.masked_scatter(seen[..., None], f)
         if deep: extra = dict(visual_pos_masks=seen, deepstack_visual_embeds=deep)
     cache = self._known(starts, P)
     h = run_text(lm, emb, cache, None if whole else mask, pos, **extra)
-    self.stats.ran += sum(map(len, ids)); self.stats.padded += L*len(ids)
+    self.stats.ran += sum(map(len, ids))
+    self.stats.padded += L * len(ids)
     return h, cache, mask, starts
 
-SharedScorer._start, SharedScorer._size, SharedScorer._fits, SharedScorer._known, SharedScorer._forward = _start, _size, _fits, _known, _forward
+SharedScorer._start = _start
+SharedScorer._size = _size
+SharedScorer._fits = _fits
+SharedScorer._known = _known
+SharedScorer._forward = _forward
 
 # %% ../nbs/21_lvlm.ipynb #5425d3d1
 def _make_prefixes(self:SharedScorer, rows):
     "Compute the beginnings that are worth it, and hold those that these rows need"
-    size = {k: c[0] for r in rows for k, c in zip(r.path, r.cuts)}; c = self.lvlm.model.config.get_text_config()
+    size = {k: c[0] for r in rows for k, c in zip(r.path, r.cuts)}
+    c = self.lvlm.model.config.get_text_config()
     width = getattr(c, "head_dim", None) or c.hidden_size//c.num_attention_heads
     per_token = 2*c.num_hidden_layers*c.num_key_value_heads*width*self.lvlm.model.dtype.itemsize
-    used = sum(self.prefixes[k].nbytes for k in [k for k in self.prefixes if k in size]); keep = self.prefix_depth if self.prefix_cache == "global" else 0
-    plan, where = plan_prefixes([r.path for r in rows], size, self.prefixes, keep, (self.prefixes.max_bytes - used)//per_token)
-    self.prefixes.held = frozenset(where) | {k for k, _ in plan}; item = {k: (r, j) for r in rows for j, k in enumerate(r.path)}; level = {}
+    used = sum(self.prefixes[k].nbytes for k in [k for k in self.prefixes if k in size])
+    keep = self.prefix_depth if self.prefix_cache == "global" else 0
+    plan, where = plan_prefixes(
+        [r.path for r in rows], size, self.prefixes, keep, (self.prefixes.max_bytes - used) // per_token
+    )
+    self.prefixes.held = frozenset(where) | {k for k, _ in plan}
+    item = {k: (r, j) for r in rows for j, k in enumerate(r.path)}
+    level = {}
     for k, b in plan: level[k] = level.get(b, -1) + 1
     for n in range(max(level.values(), default=-1) + 1):
         todo = sorted((item[k] for k, i in level.items() if i == n), key=lambda rj: self._size(*rj))
         while todo:
-            m = self._fits(todo); batch, todo = todo[:m], todo[m:]
+            m = self._fits(todo)
+            batch, todo = todo[:m], todo[m:]
             self._store_prefixes(batch)
 
 @torch.no_grad()
 def _cut(self:SharedScorer, items):
     "Run items and return the keys and values of each: list of [layers, 2, heads, tokens, width]"
-    h, cache, _, starts = self._forward(items); L = h.shape[1]
-    kv = torch.stack([torch.stack(layer[:2]) for layer in cache]); P = kv.shape[4] - L; out = []
+    h, cache, _, starts = self._forward(items)
+    L = h.shape[1]
+    kv = torch.stack([torch.stack(layer[:2]) for layer in cache])
+    P = kv.shape[4] - L
+    out = []
     for b, ((r, j), (_, a, _)) in enumerate(zip(items, starts)):
         out.append(torch.cat([kv[:, :, b, :, P - a:P], kv[:, :, b, :, P + L - (r.cuts[j][0] - a):]], 3))
     return out
@@ -534,13 +747,17 @@ def _cut(self:SharedScorer, items):
 def _store_prefixes(self:SharedScorer, items):
     out, error, memory = self._attempt(self._cut, items)
     if out is not None:
-        for (r, j), kv in zip(items, out): self.prefixes.put(r.path[j], kv); self.stats.prefixes += 1
+        for (r, j), kv in zip(items, out):
+            self.prefixes.put(r.path[j], kv)
+            self.stats.prefixes += 1
     elif len(items) > 1:
         if memory: self._shrink(items)
         for part in (items[:len(items)//2], items[len(items)//2:]): self._store_prefixes(part)
     # else: not stored; its prompts run without it, and say what is wrong if they fail too
 
-SharedScorer._make_prefixes, SharedScorer._cut, SharedScorer._store_prefixes = _make_prefixes, _cut, _store_prefixes
+SharedScorer._make_prefixes = _make_prefixes
+SharedScorer._cut = _cut
+SharedScorer._store_prefixes = _store_prefixes
 
 # %% ../nbs/21_lvlm.ipynb #2bd1bd1a
 def _mask4(self:SharedScorer, sees):
@@ -551,7 +768,10 @@ def _mask4(self:SharedScorer, sees):
 
 def _parts(sizes, least=256):
     "Cut trees of (about) ascending sizes [B] into runs (a, b), where that spares at least `least` nodes of padding"
-    n, left, right = len(sizes), np.maximum.accumulate(sizes), np.maximum.accumulate(sizes[::-1])[::-1]; i = np.arange(1, n)
+    n = len(sizes)
+    left = np.maximum.accumulate(sizes)
+    right = np.maximum.accumulate(sizes[::-1])[::-1]
+    i = np.arange(1, n)
     spared = n*left[-1] - left[:-1]*i - right[1:]*(n - i)
     if max(spared, default=0) < least: return [(0, n)]
     i = int(spared.argmax()) + 1
@@ -560,7 +780,8 @@ def _parts(sizes, least=256):
 def _tree(self:SharedScorer, rows, tries, cache, mask):
     "Hidden states of all nodes, row by row: [N, D]"
     from transformers import DynamicCache
-    out, parts = [], _parts(np.array([len(t.tokens) for t in tries]))
+    out = []
+    parts = _parts(np.array([len(t.tokens) for t in tries]))
     for a, b in parts:
         part = cache
         if len(parts) > 1:
@@ -571,84 +792,141 @@ def _tree(self:SharedScorer, rows, tries, cache, mask):
 
 def _nodes(self:SharedScorer, rows, tries, cache, mask):
     "Hidden states of the nodes of some rows: [N, D]; `cache` is as before afterwards"
-    lv, Q = self.lvlm, max(len(t.tokens) for t in tries); pad = lambda xs, fill: xs + [fill]*(Q - len(xs))
+    lv = self.lvlm
+    Q = max(len(t.tokens) for t in tries)
+    pad = lambda xs, fill: xs + [fill] * (Q - len(xs))
     if not Q: return torch.zeros(0, lv.model.lm_head.in_features, dtype=lv.model.dtype, device=lv.device)
     tokens = torch.tensor([pad(t.tokens, lv.tokenizer.pad_token_id) for t in tries], device=lv.device)
-    pos = torch.tensor([pad([r.next_pos + d for d in t.depth], 0) for r, t in zip(rows, tries)], device=lv.device)
+    pos = torch.tensor(
+        [pad([r.next_pos + d for d in t.depth], 0) for r, t in zip(rows, tries)], device=lv.device
+    )
     own = torch.zeros(len(rows), Q, Q, dtype=torch.bool)
     for b, t in enumerate(tries): own[b, :len(t.tokens), :len(t.tokens)] = torch.from_numpy(t.sees())
-    sees = torch.cat([mask[:, None].expand(-1, Q, -1), own.to(lv.device)], -1) # padded nodes see the prompt, so no row is empty
+    # padded nodes see the prompt, so no row is empty
+    sees = torch.cat([mask[:, None].expand(-1, Q, -1), own.to(lv.device)], -1)
     lm = lv.model.model.language_model
     h = run_text(lm, lm.embed_tokens(tokens), cache, self._mask4(sees), pos.expand(3, -1, -1))
-    cache.crop(-Q); self.stats.nodes += sum(len(t.tokens) for t in tries); self.stats.padded_nodes += Q*len(rows)
+    cache.crop(-Q)
+    self.stats.nodes += sum(len(t.tokens) for t in tries)
+    self.stats.padded_nodes += Q * len(rows)
     return torch.cat([x[:len(t.tokens)] for x, t in zip(h, tries)])
 
 def _read(self:SharedScorer, h, at, tokens, slice_size=1 << 25):
     "Likeliest token of each hidden state [n, D], and log-probabilities of `tokens` [m] at rows `at` [m], ascending: (list of n, float64 [m])"
-    best, lp, n = [], [], max(1, slice_size//self.lvlm.model.lm_head.out_features); at, tokens = np.array(at, np.int64), np.array(tokens, np.int64)
+    best = []
+    lp = []
+    n = max(1, slice_size // self.lvlm.model.lm_head.out_features)
+    at = np.array(at, np.int64)
+    tokens = np.array(tokens, np.int64)
     for i in range(0, len(h), n):
-        logits = self.lvlm.model.lm_head(h[i:i+n]).float(); a, b = np.searchsorted(at, [i, i + n]); best.append(logits.argmax(-1)); norm = logits.logsumexp(-1)
+        logits = self.lvlm.model.lm_head(h[i : i + n]).float()
+        a, b = np.searchsorted(at, [i, i + n])
+        best.append(logits.argmax(-1))
+        norm = logits.logsumexp(-1)
         if not norm.isfinite().all(): raise FloatingPointError(NOT_FINITE)
         where, what = (torch.from_numpy(x).to(logits.device) for x in (at[a:b] - i, tokens[a:b]))
         lp.append(logits[where, what] - norm[where])
     return torch.cat(best).tolist(), torch.cat(lp).cpu().double().numpy()
 
-SharedScorer._mask4, SharedScorer._tree, SharedScorer._nodes, SharedScorer._read = _mask4, _tree, _nodes, _read
+SharedScorer._mask4 = _mask4
+SharedScorer._tree = _tree
+SharedScorer._nodes = _nodes
+SharedScorer._read = _read
 
 # %% ../nbs/21_lvlm.ipynb #3977a8e6
 @torch.no_grad()
 def _score(self:SharedScorer, rows, generate):
-    end, dev, clock = self.lvlm.end_id, self.lvlm.device, self.stats.clock
+    end = self.lvlm.end_id
+    dev = self.lvlm.device
+    clock = self.stats.clock
     with clock("prefill", dev):
         h, cache, mask, starts = self._forward([(r, None) for r in rows])
-        paths, tries = [(b, path) for b, r in enumerate(rows) for path in r.answers], [r.tree for r in rows]
-        best, total = self._read(h[:, -1], [b for b, _ in paths], [tries[b].tokens[path[0]] for b, path in paths]); del h
+        paths = [(b, path) for b, r in enumerate(rows) for path in r.answers]
+        tries = [r.tree for r in rows]
+        best, total = self._read(
+            h[:, -1], [b for b, _ in paths], [tries[b].tokens[path[0]] for b, path in paths]
+        )
+        del h
     with clock("answers", dev):
         if generate: # a draft that begins otherwise cannot be the greedy text
             for t, r, b in zip(tries, rows, best):
                 for d in [[b]]*(b != end) + [d for d in r.drafts if d[0] == b]: t.add(d)
-        offset, said = np.cumsum([0, *(len(t.tokens) for t in tries)]), []
+        offset = np.cumsum([0, *(len(t.tokens) for t in tries)])
+        said = []
         if offset[-1]:
-            steps = sorted((int(offset[b]) + p, (tries[b].tokens + [end])[q], i) for i, (b, path) in enumerate(paths) for p, q in zip(path, [*path[1:], -1]))
-            said, lp = self._read(self._tree(rows, tries, cache, mask), [s[0] for s in steps], [s[1] for s in steps])
+            steps = sorted(
+                (int(offset[b]) + p, (tries[b].tokens + [end])[q], i)
+                for i, (b, path) in enumerate(paths)
+                for p, q in zip(path, [*path[1:], -1])
+            )
+            said, lp = self._read(
+                self._tree(rows, tries, cache, mask), [s[0] for s in steps], [s[1] for s in steps]
+            )
             np.add.at(total, [s[2] for s in steps], lp)
-    with clock("greedy text", dev): says = self._greedy(rows, tries, best, said, offset, cache, mask) if generate else [(None, 0)]*len(rows)
+    with clock("greedy text", dev):
+        says = (
+            self._greedy(rows, tries, best, said, offset, cache, mask)
+            if generate
+            else [(None, 0)] * len(rows)
+        )
     self.stats.reused += sum(k is not None for k, _, _ in starts)
     lps = np.split(total, np.cumsum([len(r.answers) for r in rows])[:-1])
     return [_scored(r.prompt, r.target, l.tolist(), s, n) for r, l, (s, n) in zip(rows, lps, says)]
 
 def _greedy(self:SharedScorer, rows, tries, best, said, offset, cache, mask):
-    end, walks, off = self.lvlm.end_id, [], []
+    end = self.lvlm.end_id
+    walks = []
+    off = []
     for b, t in enumerate(tries):
-        walk, at, tok = [], -1, best[b]
+        walk = []
+        at = -1
+        tok = best[b]
         while tok != end and (at, tok) in t.child and len(walk) < self.max_new_tokens:
-            at = t.child[at, tok]; walk.append(tok); tok = said[int(offset[b]) + at]
+            at = t.child[at, tok]
+            walk.append(tok)
+            tok = said[int(offset[b]) + at]
         walks.append(walk)
         if tok != end and len(walk) < self.max_new_tokens:
             walk.append(tok)
             if len(walk) < self.max_new_tokens: off.append(b)
     steps = self._decode([rows[b] for b in off], [walks[b] for b in off], off, cache, mask) if off else 0
-    self.stats.steps += steps; self.stats.off_tree += len(off)
+    self.stats.steps += steps
+    self.stats.off_tree += len(off)
     texts = self.lvlm.tokenizer.batch_decode(walks, skip_special_tokens=True)
     return [(s, steps if b in off else 0) for b, s in enumerate(texts)]
 
 def _decode(self:SharedScorer, rows, walks, which, cache, mask):
     "Continue answers that left the tree: feed what is known, then what is said; extends `walks` in place"
-    lv, lm, end = self.lvlm, self.lvlm.model.model.language_model, self.lvlm.end_id
-    sel = torch.tensor(which, device=lv.device); cache.batch_select_indices(sel)
-    mask, k, m, done, steps = mask[sel], 0, min(map(len, walks)), [False]*len(rows), 0
+    lv = self.lvlm
+    lm = self.lvlm.model.model.language_model
+    end = self.lvlm.end_id
+    sel = torch.tensor(which, device=lv.device)
+    cache.batch_select_indices(sel)
+    mask = mask[sel]
+    k = 0
+    m = min(map(len, walks))
+    done = [False]*len(rows)
+    steps = 0
     while not all(done): # m tokens at once: first what all rows know, then one by one
         tok = torch.tensor([[*w[k:k+m], end][:m] for w in walks], device=lv.device)
-        pos = torch.tensor([[r.next_pos + k + i for i in range(m)] for r in rows], device=lv.device); mask = torch.cat([mask, mask.new_ones(len(rows), m)], 1)
+        pos = torch.tensor([[r.next_pos + k + i for i in range(m)] for r in rows], device=lv.device)
+        mask = torch.cat([mask, mask.new_ones(len(rows), m)], 1)
         h = run_text(lm, lm.embed_tokens(tok), cache, mask, pos.expand(3, -1, -1))
-        said, k, m, steps = lv.model.lm_head(h[:, -1]).argmax(-1).tolist(), k + m, 1, steps + 1
+        said = lv.model.lm_head(h[:, -1]).argmax(-1).tolist()
+        k = k + m
+        m = 1
+        steps = steps + 1
         for i, (w, s) in enumerate(zip(walks, said)):
             if done[i] or k < len(w): continue
             done[i] = s == end or len(w) >= self.max_new_tokens
-            if not done[i]: w.append(s); done[i] = len(w) >= self.max_new_tokens
+            if not done[i]:
+                w.append(s)
+                done[i] = len(w) >= self.max_new_tokens
     return steps
 
-SharedScorer._score, SharedScorer._greedy, SharedScorer._decode = _score, _greedy, _decode
+SharedScorer._score = _score
+SharedScorer._greedy = _greedy
+SharedScorer._decode = _decode
 
 # %% ../nbs/21_lvlm.ipynb #bd016ffb
 def _attempt(self:SharedScorer, fn, *args):
@@ -662,25 +940,33 @@ def _shrink(self:SharedScorer, items):
     "Free what can be freed, and halve the budget of tokens"
     gc.collect()
     if torch.cuda.is_available(): torch.cuda.empty_cache()
-    sizes = [self._size(*i) for i in items]; here = (max(s[0] for s in sizes) + max(s[1] for s in sizes))*len(items)
-    self.budget, self._clean = max(1, min(self.budget, here)//2), 0; self.stats.retries += 1
+    sizes = [self._size(*i) for i in items]
+    here = (max(s[0] for s in sizes) + max(s[1] for s in sizes)) * len(items)
+    self.budget = max(1, min(self.budget, here) // 2)
+    self._clean = 0
+    self.stats.retries += 1
 
 def _ask(self:SharedScorer, rows, generate):
     "Score a batch, in smaller batches if it must be"
     out, error, memory = self._attempt(self._score, rows, generate)
     if out is not None:
         self._clean += 1
-        if self._clean >= 20: self.budget, self._clean = min(self.batch_tokens, self.budget + self.budget//4 + 1), 0
+        if self._clean >= 20:
+            self.budget = min(self.batch_tokens, self.budget + self.budget // 4 + 1)
+            self._clean = 0
         return out
     if len(rows) > 1:
         if memory: self._shrink([(r, None) for r in rows])
         return [s for part in (rows[:len(rows)//2], rows[len(rows)//2:]) for s in self._ask(part, generate)]
     if memory and len(self.prefixes):
-        self.prefixes.clear(); self._shrink([(rows[0], None)])
+        self.prefixes.clear()
+        self._shrink([(rows[0], None)])
         return self._ask(rows, generate)
     return [_failed(rows[0].prompt, error)]
 
-SharedScorer._attempt, SharedScorer._shrink, SharedScorer._ask = _attempt, _shrink, _ask
+SharedScorer._attempt = _attempt
+SharedScorer._shrink = _shrink
+SharedScorer._ask = _ask
 
 # %% ../nbs/21_lvlm.ipynb #43e50382
 def compare(
@@ -689,10 +975,18 @@ def compare(
 )->dict: # n, failed: in either; logprob: largest |difference| of a log-probability; text: greedy answers that differ
     "Hold the results of two scorers against each other"
     if [(s.question_id, s.pointer) for s in a] != [(s.question_id, s.pointer) for s in b]:
-        raise ValueError(f"compare got {len(a)} and {len(b)} results of different prompts: pass the same prompts in the same order")
+        raise ValueError(
+            f"compare got {len(a)} and {len(b)} results of different prompts: pass the same prompts in the"
+            " same order"
+        )
     good = [(x, y) for x, y in zip(a, b) if x.error is None and y.error is None]
     d = [abs(p - q) for x, y in good for p, q in zip(x.logprobs, y.logprobs, strict=True)]
-    return dict(n=len(a), failed=len(a) - len(good), logprob=float(np.max(d, initial=0.)), text=sum(x.text != y.text for x, y in good))
+    return dict(
+        n=len(a),
+        failed=len(a) - len(good),
+        logprob=float(np.max(d, initial=0.0)),
+        text=sum(x.text != y.text for x, y in good),
+    )
 
 # %% ../nbs/21_lvlm.ipynb #1b0cb6e6
 class MockScorer:
@@ -718,7 +1012,8 @@ class MockScorer:
         return [self._one(p, t, generate) for p, t in zip(prompts, _targets(prompts, targets))]
 
     def _one(self, p, t, generate):
-        if p.question_id in self.fails: return _failed(p, RuntimeError("MockScorer was told to fail on this query"))
+        if p.question_id in self.fails:
+            return _failed(p, RuntimeError("MockScorer was told to fail on this query"))
         g = np.random.default_rng(stable_hash("mock", self.seed, p.question_id, p.pointer))
         share = g.dirichlet(np.ones(len(t.texts) + 1))
         says = [*t.texts, "something else"]

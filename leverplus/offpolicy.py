@@ -21,7 +21,9 @@ def sequence_logp(
     if isinstance(policy, torch.nn.Module):
         kw = {} if stop is None or getattr(policy, "stop", None) is None else dict(stop=stop)
         return policy.logp(policy.encode(*b[:3]), *b[3:5], **kw)
-    enc, (seqs, real) = policy.encode(*b[:3]), b[3:5]; out = torch.zeros(seqs.shape[:2], dtype=torch.float64)
+    enc = policy.encode(*b[:3])
+    (seqs, real) = b[3:5]
+    out = torch.zeros(seqs.shape[:2], dtype=torch.float64)
     for t in range(seqs.shape[-1]):
         lp = policy.step_logp(enc, seqs[..., :t]).gather(-1, seqs[..., t:t+1])[..., 0]
         out = out + lp.masked_fill(~real[..., t], 0.)
@@ -35,7 +37,8 @@ def batch_logp(
     bs:int=256, # queries at once; changes nothing
 )->list: # of (log-probabilities float64 [B,N], rewards [B,N], mask [B,N]), on the CPU
     "What a policy thinks of all stored groups, without dropout"
-    device, out = device_of(policy), []
+    device = device_of(policy)
+    out = []
     with deciding(policy):
         for i in range(0, len(ds), bs):
             *b, rewards, mask = ds.batch(range(i, min(i+bs, len(ds))))
@@ -49,21 +52,38 @@ def stored_logp(policy, ds, stop=None, bs=256)->np.ndarray: # float64 [rows], in
 # %% ../nbs/72_offpolicy.ipynb #3dfe9192
 def _sources(rows):
     "Name of the source of each row"
-    heat = rows.temperature.map(lambda t: "" if t != t else f", T = {t:g}"); return rows.gen_method.astype(object) + heat
+    heat = rows.temperature.map(lambda t: "" if t != t else f", T = {t:g}")
+    return rows.gen_method.astype(object) + heat
 
 def _draws(rows):
     "Per draw: rows that stand before it in its group, its own rows, as positions in `order`; (order [rows], start, first, end [draws])"
-    n = np.arange(len(rows)); S = rows.pointer.map(len).to_numpy(); drawn = rows.kappa.notna().to_numpy()
-    key = [rows.question_id.to_numpy(), S, rows.gen_method.to_numpy(object), rows.temperature.fillna(0.).to_numpy(), rows.kappa.fillna(0.).to_numpy()]
-    head = pd.Series(n).groupby([*key, np.where(drawn, -1, n)], sort=False).transform("first").to_numpy() # a row that was not drawn stands alone
-    group = pd.factorize(pd.Series(list(zip(key[0].tolist(), S.tolist()))))[0]; order = np.lexsort((n, head, group))
-    at = np.flatnonzero(np.r_[True, head[order][1:] != head[order][:-1]]); end = np.r_[at[1:], len(rows)]; keep = drawn[order][at]; start = np.searchsorted(group[order], group[order][at])
+    n = np.arange(len(rows))
+    S = rows.pointer.map(len).to_numpy()
+    drawn = rows.kappa.notna().to_numpy()
+    key = [
+        rows.question_id.to_numpy(),
+        S,
+        rows.gen_method.to_numpy(object),
+        rows.temperature.fillna(0.0).to_numpy(),
+        rows.kappa.fillna(0.0).to_numpy(),
+    ]
+    # a row that was not drawn stands alone
+    head = pd.Series(n).groupby([*key, np.where(drawn, -1, n)], sort=False).transform("first").to_numpy()
+    group = pd.factorize(pd.Series(list(zip(key[0].tolist(), S.tolist()))))[0]
+    order = np.lexsort((n, head, group))
+    at = np.flatnonzero(np.r_[True, head[order][1:] != head[order][:-1]])
+    end = np.r_[at[1:], len(rows)]
+    keep = drawn[order][at]
+    start = np.searchsorted(group[order], group[order][at])
     return order, start[keep], at[keep], end[keep]
 
 def _must_have_draws(rows):
     if "kappa" not in rows or not rows.kappa.notna().any():
-        raise ValueError(f"off_policy: none of {len(rows)} rows has a `kappa`: generate groups with temperature or random proposals and judge by whole ones (a step that takes rows out of a draw "
-                         "forgets its threshold); `propose` finds it again for groups of earlier versions")
+        raise ValueError(
+            f"off_policy: none of {len(rows)} rows has a `kappa`: generate groups with temperature or random"
+            " proposals and judge by whole ones (a step that takes rows out of a draw forgets its"
+            " threshold); `propose` finds it again for groups of earlier versions"
+        )
 
 def off_policy(
     policy, # what is judged, see `sequence_logp`
@@ -73,33 +93,82 @@ def off_policy(
     bs:int=256, # queries at once; changes nothing
 )->pd.DataFrame: # per query, shot count and draw: source, n (rows drawn), mass (probability of the stratum, 0..1), ess (0..1), value (self-normalised; NaN: no estimate), unbiased, trust
     "Expected reward of a policy per draw, from stored groups; ValueError if nothing in them was drawn with a known probability"
-    rows = ds.rows; _must_have_draws(rows)
-    order, start, first, end = _draws(rows); at = torch.from_numpy(start)[:, None] + torch.arange(int((end - start).max()))
-    one = rows.iloc[order[first]]; everything = torch.tensor((one.kappa == -np.inf).tolist()) # drawn, so nothing is left to estimate
-    mask = at < torch.from_numpy(end)[:, None]; det = mask & ((at < torch.from_numpy(first)[:, None]) | everything[:, None]); i = torch.from_numpy(order)[at.clamp(max=len(rows)-1)]
+    rows = ds.rows
+    _must_have_draws(rows)
+    order, start, first, end = _draws(rows)
+    at = torch.from_numpy(start)[:, None] + torch.arange(int((end - start).max()))
+    # drawn, so nothing is left to estimate
+    one = rows.iloc[order[first]]
+    everything = torch.tensor((one.kappa == -np.inf).tolist())
+    mask = at < torch.from_numpy(end)[:, None]
+    det = mask & ((at < torch.from_numpy(first)[:, None]) | everything[:, None])
+    i = torch.from_numpy(order)[at.clamp(max=len(rows) - 1)]
     pick = lambda x: torch.from_numpy(np.array(x, dtype=np.float64))[i].masked_fill(~mask, 0.)
     logmu = inclusion_logp(pick(rows.logprob_score.fillna(0.)), pick(rows.kappa.fillna(0.)))
-    logp, r = pick(stored_logp(policy, ds, False, bs)), pick(ds.rewards.numpy()); v = off_policy_value(logp, r, mask, logmu, det, cut, floor)
+    logp = pick(stored_logp(policy, ds, False, bs))
+    r = pick(ds.rewards.numpy())
+    v = off_policy_value(logp, r, mask, logmu, det, cut, floor)
     plain = ((logp - logmu.masked_fill(det, 0.)).exp().masked_fill(~mask, 0.) * r).sum(-1)
-    share = v.ess.nan_to_num(0.).numpy(); trust = (share >= floor) & ((share*(end - first) >= least) | (v.mass.numpy() > 1 - 1e-6)) & v.value.isfinite().numpy()
-    return pd.DataFrame(dict(question_id=one.question_id.to_numpy(), shots=one.pointer.map(len).to_numpy(), source=_sources(one).to_numpy(), n=end - first,
-                             mass=v.mass.numpy(), ess=share, value=v.value.numpy(), unbiased=plain.numpy(), trust=trust))
+    share = v.ess.nan_to_num(0.0).numpy()
+    trust = (
+        (share >= floor)
+        & ((share * (end - first) >= least) | (v.mass.numpy() > 1 - 1e-6))
+        & v.value.isfinite().numpy()
+    )
+    return pd.DataFrame(
+        dict(
+            question_id=one.question_id.to_numpy(),
+            shots=one.pointer.map(len).to_numpy(),
+            source=_sources(one).to_numpy(),
+            n=end - first,
+            mass=v.mass.numpy(),
+            ess=share,
+            value=v.value.numpy(),
+            unbiased=plain.numpy(),
+            trust=trust,
+        )
+    )
 
 # %% ../nbs/72_offpolicy.ipynb #60b25be7
 def _all_sources(f):
     "One row per query and shot count"
-    keys, mean = [f.question_id, f.shots], lambda x, w: (w * x.fillna(0.)).groupby(keys).sum() / (w.where(x.notna(), 0.).groupby(keys).sum().replace(0., np.nan))
-    own = (f.n * f.ess).where(f.value.notna(), 0.); usual = (f.n * f.ess).groupby([f.shots, f.source]).transform("mean").clip(lower=1e-9)
-    return pd.DataFrame(dict(value=mean(f.value, own), unbiased=mean(f.unbiased, usual), n=f.n.groupby(keys).sum(), mass=f.mass.groupby(keys).min(), ess=own.groupby(keys).sum() / f.n.groupby(keys).sum(),
-                             trust=f.trust.groupby(keys).any())).reset_index().assign(source="all")
+    keys, mean = [f.question_id, f.shots], lambda x, w: (w * x.fillna(0.0)).groupby(keys).sum() / (
+        w.where(x.notna(), 0.0).groupby(keys).sum().replace(0.0, np.nan)
+    )
+    own = (f.n * f.ess).where(f.value.notna(), 0.0)
+    usual = (f.n * f.ess).groupby([f.shots, f.source]).transform("mean").clip(lower=1e-9)
+    return (
+        pd.DataFrame(
+            dict(
+                value=mean(f.value, own),
+                unbiased=mean(f.unbiased, usual),
+                n=f.n.groupby(keys).sum(),
+                mass=f.mass.groupby(keys).min(),
+                ess=own.groupby(keys).sum() / f.n.groupby(keys).sum(),
+                trust=f.trust.groupby(keys).any(),
+            )
+        )
+        .reset_index()
+        .assign(source="all")
+    )
 
 def summarise(
     f:pd.DataFrame, # of `off_policy`
 )->pd.DataFrame: # index (shots, source), "all" last: queries; n, mass, ess, value, unbiased (means over queries); trusted (share of queries, 0..1); value se, unbiased se (standard errors over queries)
     "Off-policy accounting per source"
-    several = dict(n="sum", mass="min", ess="mean", value="mean", unbiased="mean", trust="any") # draws of one source for one query
-    f = f.groupby(["question_id", "shots", "source"], sort=False).agg(several).reset_index(); f = pd.concat([f, _all_sources(f)], ignore_index=True); names = [*dict.fromkeys(f.source)]; g = f.groupby(["shots", "source"])
-    t = g.agg(queries=("question_id", "nunique"), n=("n", "mean"), mass=("mass", "mean"), ess=("ess", "mean"), trusted=("trust", "mean"))
+    # draws of one source for one query
+    several = dict(n="sum", mass="min", ess="mean", value="mean", unbiased="mean", trust="any")
+    f = f.groupby(["question_id", "shots", "source"], sort=False).agg(several).reset_index()
+    f = pd.concat([f, _all_sources(f)], ignore_index=True)
+    names = [*dict.fromkeys(f.source)]
+    g = f.groupby(["shots", "source"])
+    t = g.agg(
+        queries=("question_id", "nunique"),
+        n=("n", "mean"),
+        mass=("mass", "mean"),
+        ess=("ess", "mean"),
+        trusted=("trust", "mean"),
+    )
     for c in ("value", "unbiased"): t[c], t[f"{c} se"] = g[c].mean(), g[c].std() / g[c].count()**.5
     return t.sort_index(key=lambda i: i.map(names.index) if i.name == "source" else i)
 
@@ -116,4 +185,10 @@ class OffPolicyStats(StageCallback):
     def after_train(self):
         if (self.epoch + 1) % self.every: return
         t = _all_sources(off_policy(self.model, self.dls.valid_ds, self.cut, self.floor))
-        self.log(off_value=t.value.mean(), off_unbiased=t.unbiased.mean(), off_ess=t.ess.mean(), off_trusted=t.trust.mean(), off_covered=t.question_id.nunique() / len(self.dls.valid_ds))
+        self.log(
+            off_value=t.value.mean(),
+            off_unbiased=t.unbiased.mean(),
+            off_ess=t.ess.mean(),
+            off_trusted=t.trust.mean(),
+            off_covered=t.question_id.nunique() / len(self.dls.valid_ds),
+        )

@@ -22,7 +22,10 @@ class Pool:
         ids:dict, # {question_id: K distinct candidate question_ids}; ValueError names the query whose pool is wrong
         recipe:dict|None=None, # how it was made, JSON-able; see `make_pool`
     ):
-        self.ids = {int(q): tuple(c.tolist() if isinstance(c, np.ndarray) and c.dtype.kind == "i" else map(int, c)) for q, c in ids.items()}
+        self.ids = {
+            int(q): tuple(c.tolist() if isinstance(c, np.ndarray) and c.dtype.kind == "i" else map(int, c))
+            for q, c in ids.items()
+        }
         self.recipe = dict(recipe or {"sampler": "given"})
         for q, c in self.ids.items():
             if not c: raise ValueError(f"query {q} has an empty pool")
@@ -38,10 +41,13 @@ class Pool:
     def __len__(self): return len(self.ids)
     def __iter__(self): return iter(self.ids)
     def __contains__(self, question_id): return question_id in self.ids
-    def __eq__(self, other): return isinstance(other, Pool) and self.ids == other.ids and self.recipe == other.recipe
+    def __eq__(self, other):
+        return isinstance(other, Pool) and self.ids == other.ids and self.recipe == other.recipe
     __hash__ = None
     def __repr__(self):
-        return f"Pool({len(self)} queries, K={self.K}, sampler {self.recipe.get('sampler')}, {self.fingerprint})"
+        return (
+            f"Pool({len(self)} queries, K={self.K}, sampler {self.recipe.get('sampler')}, {self.fingerprint})"
+        )
 
     @property
     def K(self)->int:
@@ -51,7 +57,8 @@ class Pool:
     @property
     def fingerprint(self)->str:
         "Fingerprint of ids and recipe; the order of queries does not matter"
-        q = sorted(self.ids); size = np.fromiter((len(self.ids[i]) for i in q), np.int64, len(q))
+        q = sorted(self.ids)
+        size = np.fromiter((len(self.ids[i]) for i in q), np.int64, len(q))
         flat = np.fromiter(chain.from_iterable(self.ids[i] for i in q), np.int64, size.sum())
         return fingerprint("pool", np.asarray(q, np.int64), size, flat, self.recipe)
 
@@ -67,7 +74,8 @@ class Pool:
         "Local indices of a sequence of ids"
         at = {c: i for i, c in enumerate(self[question_id])}
         out = [c for c in pointer if int(c) not in at]
-        if out: raise ValueError(f"query {question_id}: demonstration {out[0]} is not in its pool of {len(at)}")
+        if out:
+            raise ValueError(f"query {question_id}: demonstration {out[0]} is not in its pool of {len(at)}")
         return tuple(at[int(c)] for c in pointer)
 
     def ids_of(self,
@@ -75,8 +83,12 @@ class Pool:
         local, # S indices 0..K-1; IndexError names one outside
     )->tuple: # S candidate question_ids
         "Ids of a sequence of local indices"
-        c = self[question_id]; out = [i for i in local if not 0 <= int(i) < len(c)]
-        if out: raise IndexError(f"query {question_id}: local index {int(out[0])} but its pool has {len(c)} candidates")
+        c = self[question_id]
+        out = [i for i in local if not 0 <= int(i) < len(c)]
+        if out:
+            raise IndexError(
+                f"query {question_id}: local index {int(out[0])} but its pool has {len(c)} candidates"
+            )
         return tuple(c[int(i)] for i in local)
 
     def only(self,
@@ -88,9 +100,12 @@ class Pool:
 # %% ../nbs/13_pools.ipynb #b21ec592
 def _table(pool, question_ids):
     "[n, K] candidate ids of `question_ids`, -1 = padding"
-    q = np.asarray(question_ids, dtype=np.int64); u, inv = np.unique(q, return_inverse=True)
+    q = np.asarray(question_ids, dtype=np.int64)
+    u, inv = np.unique(q, return_inverse=True)
     t = np.full((len(u), pool.K), -1, dtype=np.int64)
-    for i, k in enumerate(u): c = pool[k]; t[i, :len(c)] = c
+    for i, k in enumerate(u):
+        c = pool[k]
+        t[i, : len(c)] = c
     return q, t[inv]
 
 def _padded(rows):
@@ -106,11 +121,14 @@ def local_rows(
     pointers, # n sequences of candidate question_ids of any length; ValueError names query and id outside its pool
 )->np.ndarray: # int64 [n, S max] local indices, -1 = padding
     "Local indices of a column of pointers"
-    ptr = _padded(list(pointers)); q, t = _table(self, question_ids)
-    if len(q) != len(ptr): raise ValueError(f"{len(q)} question_ids but {len(ptr)} pointers: one pointer per row")
+    ptr = _padded(list(pointers))
+    q, t = _table(self, question_ids)
+    if len(q) != len(ptr):
+        raise ValueError(f"{len(q)} question_ids but {len(ptr)} pointers: one pointer per row")
     out = np.full(ptr.shape, -1, dtype=np.int64)
     for s in range(ptr.shape[1]):
-        hit = t == ptr[:, s, None]; real = ptr[:, s] >= 0
+        hit = t == ptr[:, s, None]
+        real = ptr[:, s] >= 0
         if (bad := real & ~hit.any(1)).any(): self.local(q[bad][0], (ptr[bad, s][0],))
         out[real, s] = hit[real].argmax(1)
     return out
@@ -121,14 +139,17 @@ def ids_rows(
     local, # int [n, S] local indices, -1 = padding; IndexError names query and index outside its pool
 )->list: # n tuples of candidate question_ids
     "Ids of a matrix of local indices"
-    loc = np.asarray(local, dtype=np.int64); q, t = _table(self, question_ids)
-    if len(q) != len(loc): raise ValueError(f"{len(q)} question_ids but {len(loc)} rows of local indices: one row each")
+    loc = np.asarray(local, dtype=np.int64)
+    q, t = _table(self, question_ids)
+    if len(q) != len(loc):
+        raise ValueError(f"{len(q)} question_ids but {len(loc)} rows of local indices: one row each")
     bad = (loc < -1) | (loc >= (t >= 0).sum(1, keepdims=True))
     if bad.any(): self.ids_of(q[bad.any(1)][0], loc[bad.any(1)][0][loc[bad.any(1)][0] != -1])
     ids = np.take_along_axis(t, loc.clip(min=0), 1)
     return [tuple(r[m].tolist()) for r, m in zip(ids, loc >= 0)]
 
-Pool.local_rows, Pool.ids_rows = local_rows, ids_rows
+Pool.local_rows = local_rows
+Pool.ids_rows = ids_rows
 
 # %% ../nbs/13_pools.ipynb #c6bc3e0e
 def save_pool(
@@ -136,9 +157,13 @@ def save_pool(
     path, # folder, made if absent; it may hold other things
 )->Path: # the folder
     "Write `pool.parquet` and `pool.json`, atomically"
-    path = Path(path); ids = {"question_id": list(self.ids), "candidates": [list(c) for c in self.ids.values()]}
+    path = Path(path)
+    ids = {"question_id": list(self.ids), "candidates": [list(c) for c in self.ids.values()]}
     with atomic_path(path/"pool.parquet") as tmp: pd.DataFrame(ids).to_parquet(tmp, index=False)
-    write_json(path/"pool.json", dict(fingerprint=self.fingerprint, queries=len(self), K=self.K, recipe=self.recipe))
+    write_json(
+        path / "pool.json",
+        dict(fingerprint=self.fingerprint, queries=len(self), K=self.K, recipe=self.recipe),
+    )
     return path
 
 def load_pool(
@@ -146,7 +171,8 @@ def load_pool(
     path, # folder that `save` wrote; FileNotFoundError names what is missing, ValueError what does not fit
 )->Pool: # equal ids, recipe and fingerprint
     "Read a saved pool and check its fingerprint"
-    path = Path(path); d = read_json(path/"pool.json")
+    path = Path(path)
+    d = read_json(path / "pool.json")
     if not (path/"pool.parquet").exists():
         raise FileNotFoundError(f"{path/'pool.parquet'}: no such file, though pool.json is there")
     df = pd.read_parquet(path/"pool.parquet")
@@ -156,7 +182,8 @@ def load_pool(
                          f"{pool.fingerprint}; the two files are not of one pool, or one was edited")
     return pool
 
-Pool.save, Pool.load = save_pool, classmethod(load_pool)
+Pool.save = save_pool
+Pool.load = classmethod(load_pool)
 
 # %% ../nbs/13_pools.ipynb #1838e982
 def _byte_labels(items):
@@ -168,7 +195,9 @@ def _byte_labels(items):
     twin = size.duplicated(keep=False)
     rows = zip(first.image_path, first.question_id, twin)
     key = {p: content_hash(image_bytes(p, q)) if t else str(p) for p, q, t in rows}
-    return np.array([key[p] if pd.notna(p) else f"#{i}" for i, p in enumerate(items.image_path)], dtype=object)
+    return np.array(
+        [key[p] if pd.notna(p) else f"#{i}" for i, p in enumerate(items.image_path)], dtype=object
+    )
 
 def image_groups(
     items:pd.DataFrame, # columns question_id, image_id and, if files are to be compared, image_path (may hold None)
@@ -176,7 +205,8 @@ def image_groups(
     "Label pictures: same `image_id` or byte-identical files; FileNotFoundError names file and question_id"
     by_id = pd.factorize(items.image_id)[0]
     if "image_path" not in items or items.image_path.isna().all(): return by_id
-    label, by_bytes = pd.Series(by_id), pd.factorize(_byte_labels(items))[0]
+    label = pd.Series(by_id)
+    by_bytes = pd.factorize(_byte_labels(items))[0]
     while True:
         new = label.groupby(by_bytes).transform("min").groupby(by_id).transform("min")
         if new.equals(label): return new.to_numpy()
@@ -203,11 +233,13 @@ def draw_block(
     parts:dict, # {kind: how many}, in the order of drawing
 )->torch.Tensor: # int64 [B, K] distinct columns
     "Draw K free columns for each row"
-    taken, picks = barred.clone(), []
+    taken = barred.clone()
+    picks = []
     for kind, n in parts.items():
         score = keys if kind == "random" else (sims[kind] * 1e6).round_().add_(keys, alpha=.5)
         pick = score.masked_fill(taken, -torch.inf).topk(n).indices
-        taken.scatter_(1, pick, True); picks.append(pick)
+        taken.scatter_(1, pick, True)
+        picks.append(pick)
     return torch.cat(picks, 1)
 
 # %% ../nbs/13_pools.ipynb #b4750552
@@ -219,7 +251,8 @@ def _check_items(items, what):
     if miss: raise ValueError(f"{what} has no column {', '.join(miss)}")
     if not len(items): raise ValueError(f"{what} is empty")
     dup = items.question_id[items.question_id.duplicated()]
-    if len(dup): raise ValueError(f"{what}: question_id {dup.iloc[0]} occurs more than once; ids must be distinct")
+    if len(dup):
+        raise ValueError(f"{what}: question_id {dup.iloc[0]} occurs more than once; ids must be distinct")
     return items.sort_values("question_id", kind="stable").reset_index(drop=True)
 
 def _similarities(store, kinds, q, cand):
@@ -227,7 +260,8 @@ def _similarities(store, kinds, q, cand):
 
 def _bar(q, c, gq, gc, K):
     "bool [B, M] what may not be picked; refuses a query with fewer than K left"
-    barred = (gq[:, None] == gc[None]) | (q[:, None] == c[None]); free = (~barred).sum(1)
+    barred = (gq[:, None] == gc[None]) | (q[:, None] == c[None])
+    free = (~barred).sum(1)
     if (free < K).any():
         i = int(free.argmin())
         raise ValueError(f"query {q[i]}: {free[i]} candidates are available ({len(c)} demonstrations, "
@@ -244,13 +278,20 @@ def make_pool(
     seed:int=0, # names the draws together with the question_id
 )->Pool: # K distinct candidates for every query; ValueError names a query with fewer than K left
     "Draw the candidates of every query; same seed and data, same pool"
-    parts = sampler_parts(sampler, K); kinds = [k for k in parts if k != "random"]
+    parts = sampler_parts(sampler, K)
+    kinds = [k for k in parts if k != "random"]
     if kinds and store is None:
-        raise ValueError(f"sampler {sampler!r} needs `store`: embed queries and demonstrations first (embed_items)")
-    order, Q, C = list(queries.question_id), _check_items(queries, "queries"), _check_items(demos, "demos")
-    both = pd.concat([Q, C], ignore_index=True); groups = image_groups(both)
+        raise ValueError(
+            f"sampler {sampler!r} needs `store`: embed queries and demonstrations first (embed_items)"
+        )
+    order = list(queries.question_id)
+    Q = _check_items(queries, "queries")
+    C = _check_items(demos, "demos")
+    both = pd.concat([Q, C], ignore_index=True)
+    groups = image_groups(both)
     twin = pd.DataFrame(dict(g=groups[len(Q):], t=C.question)).duplicated().to_numpy()
-    q, c = Q.question_id.to_numpy(np.int64), C.question_id.to_numpy(np.int64)[~twin]
+    q = Q.question_id.to_numpy(np.int64)
+    c = C.question_id.to_numpy(np.int64)[~twin]
     ids = _draw(q, c, groups[:len(Q)], groups[len(Q):][~twin], K, parts, store, kinds, seed)
     clip, made = (store.meta["source"].get("clip"), store.fingerprint) if kinds else (None, None)
     recipe = dict(sampler=sampler, K=K, parts=parts, seed=seed, order="shuffled", clip=clip, store=made,
@@ -259,18 +300,25 @@ def make_pool(
     return Pool({i: ids[i] for i in map(int, order)}, recipe)
 
 def _draw(q, c, gq, gc, K, parts, store, kinds, seed):
-    cand, out, block = {k: store.get(c, k).double() for k in kinds}, {}, max(1, 4_000_000 // max(len(c), 1))
+    cand = {k: store.get(c, k).double() for k in kinds}
+    out = {}
+    block = max(1, 4_000_000 // max(len(c), 1))
     for lo in range(0, len(q), block):
-        b = slice(lo, lo + block); barred = _bar(q[b], c, gq[b], gc, K)
+        b = slice(lo, lo + block)
+        barred = _bar(q[b], c, gq[b], gc, K)
         keys = torch.from_numpy(np.stack([rng("pool", seed, int(i)).random(len(c)) for i in q[b]]))
-        pick = c[draw_block(keys, _similarities(store, kinds, q[b], cand), torch.from_numpy(barred), parts).numpy()]
-        for i, row in zip(q[b].tolist(), pick): out[i] = tuple(rng("pool-order", seed, i).permutation(row).tolist())
+        pick = c[
+            draw_block(keys, _similarities(store, kinds, q[b], cand), torch.from_numpy(barred), parts).numpy()
+        ]
+        for i, row in zip(q[b].tolist(), pick):
+            out[i] = tuple(rng("pool-order", seed, i).permutation(row).tolist())
     return out
 
 def _count(Q, C, groups):
     "Pairs (query, demonstration) that each rule bars; each pair counts once, under the first rule that bars it"
     def pairs(a, b): return int(pd.Series(b).value_counts().reindex(a).fillna(0).sum())
-    own, by_id = pairs(Q.question_id, C.question_id), pairs(Q.image_id, C.image_id)
+    own = pairs(Q.question_id, C.question_id)
+    by_id = pairs(Q.image_id, C.image_id)
     by_bytes = pairs(groups[:len(Q)], groups[len(Q):])
     return {"self": own, "same_image_id": by_id - own, "same_image_bytes": by_bytes - by_id}
 
@@ -281,14 +329,21 @@ def validate_pool(
     queries:pd.DataFrame|None=None, # the queries; default `items`
 )->Pool: # the pool itself; ValueError or KeyError names the query and the candidate that breaks a rule
     "Check that every query and candidate is known and that no candidate shows its query's picture"
-    both = items if queries is None else pd.concat([queries, items], ignore_index=True).drop_duplicates("question_id")
+    both = (
+        items
+        if queries is None
+        else pd.concat([queries, items], ignore_index=True).drop_duplicates("question_id")
+    )
     label = pd.Series(image_groups(both), index=both.question_id.to_numpy())
-    q, t = _table(self, list(self.ids)); asked = items if queries is None else queries
+    q, t = _table(self, list(self.ids))
+    asked = items if queries is None else queries
     for what, ids, known in (("query", q, asked), ("candidate", t[t >= 0], items)):
         bad = np.setdiff1d(ids, known.question_id.to_numpy())
         if len(bad):
-            raise KeyError(f"{what} {bad[0]} of the pool is not among the items ({len(bad)} unknown): give the "
-                           "items that the pool was made of")
+            raise KeyError(
+                f"{what} {bad[0]} of the pool is not among the items ({len(bad)} unknown): give the "
+                "items that the pool was made of"
+            )
     lab = np.where(t >= 0, label.reindex(t.ravel()).to_numpy().reshape(t.shape), -1)
     same = lab == label.reindex(q).to_numpy()[:, None]
     if same.any():
@@ -310,7 +365,10 @@ def check_pool(
     if was is None or other_pool: return
     if d := settings_diff(was, plain(pool.rule)):
         what = "; ".join(f"{k}: {a!r} in the checkpoint, {b!r} here" for k, (a, b) in d.items())
-        raise ValueError(f"the selector was trained on another kind of pool ({what}): make the pool as it says, or pass other_pool=True and say so in the report")
+        raise ValueError(
+            f"the selector was trained on another kind of pool ({what}): make the pool as it says, or pass"
+            " other_pool=True and say so in the report"
+        )
 
 # %% ../nbs/13_pools.ipynb #96f788fe
 def pool_similarity(
@@ -319,7 +377,8 @@ def pool_similarity(
     kind:str="mixed", # image | text | mixed
 )->np.ndarray: # float32 [number of (query, candidate) pairs] cosines
     "Cosine of every candidate with its query"
-    q, t = _table(pool, list(pool.ids)); i, j = np.nonzero(t >= 0)
+    q, t = _table(pool, list(pool.ids))
+    i, j = np.nonzero(t >= 0)
     return (store.get(q[i], kind) * store.get(t[i, j], kind)).sum(-1).numpy()
 
 def plot_pools(

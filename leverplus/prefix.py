@@ -18,15 +18,23 @@ def plan_prefixes(
     room:float=float("inf"), # tokens that may be stored anew; the shortest and most shared come first
 )->tuple: # ([(key, key it continues or None)] in an order that can be computed, n keys or None: where each prompt continues)
     "Choose the beginnings that are computed on their own, and a place for every prompt to continue from"
-    after, uses, depth = {}, Counter(), {}
+    after = {}
+    uses = Counter()
+    depth = {}
     for i, path in enumerate(paths):
         for j, (key, nxt) in enumerate(zip(path, [*path[1:], i])):
-            after.setdefault(key, set()).add(nxt); uses[key] += 1; depth[key] = j
+            after.setdefault(key, set()).add(nxt)
+            uses[key] += 1
+            depth[key] = j
     wanted = [k for k in after if k not in stored and (len(after[k]) > 1 or 1 <= depth[k] <= keep)]
     made = set()
-    for k in sorted(wanted, key=lambda k: (depth[k], -uses[k])): # stable: ties stay in the order of the prompts
-        if sizes[k] <= room: made.add(k); room -= sizes[k]
-    have = made.union(stored); base = lambda path: next((k for k in reversed(path) if k in have), None)
+    # stable: ties stay in the order of the prompts
+    for k in sorted(wanted, key=lambda k: (depth[k], -uses[k])):
+        if sizes[k] <= room:
+            made.add(k)
+            room -= sizes[k]
+    have = made.union(stored)
+    base = lambda path: next((k for k in reversed(path) if k in have), None)
     plan = {}
     for path in paths:
         for j, k in enumerate(path):
@@ -43,7 +51,8 @@ class PrefixStore:
     def __len__(self): return len(self._entries)
     def __contains__(self, key): return key in self._entries
     def __iter__(self): return iter(self._entries)
-    def __repr__(self): return f"PrefixStore({len(self)} beginnings, {self.nbytes/1e3:,.1f} of {self.max_bytes/1e3:,.1f} kB)"
+    def __repr__(self):
+        return f"PrefixStore({len(self)} beginnings, {self.nbytes/1e3:,.1f} of {self.max_bytes/1e3:,.1f} kB)"
 
     def __getitem__(self, key):
         "Keys and values of a beginning, see `put`; KeyError if it is not there"
@@ -55,7 +64,10 @@ class PrefixStore:
         kv:torch.Tensor, # [layers, 2 (keys, values), key/value heads, tokens, width of a head]
     ):
         "Keep a beginning"
-        self.drop(key); self._entries[key] = kv; self.nbytes += kv.nbytes; self.trim()
+        self.drop(key)
+        self._entries[key] = kv
+        self.nbytes += kv.nbytes
+        self.trim()
 
     def drop(self, key):
         "Forget a beginning, if it is there"
@@ -69,4 +81,6 @@ class PrefixStore:
 
     def clear(self):
         "Forget everything"
-        self._entries.clear(); self.nbytes, self.held = 0, frozenset()
+        self._entries.clear()
+        self.nbytes = 0
+        self.held = frozenset()

@@ -40,8 +40,12 @@ class Prompt:
 
     def _repr_markdown_(self):
         line = lambda im, q, ans: f"🖼 `{str(im).split('/')[-1]}` Question: {q} Short answer: **{ans}**"
-        shown = [line(d.image, d.question, d.answer) for d in self.demos] + [line(self.image, self.question, "?")]
-        return f"query {self.question_id}, {self.style}\n\n" + "\n".join(f"{i+1}. {s}" for i, s in enumerate(shown))
+        shown = [line(d.image, d.question, d.answer) for d in self.demos] + [
+            line(self.image, self.question, "?")
+        ]
+        return f"query {self.question_id}, {self.style}\n\n" + "\n".join(
+            f"{i+1}. {s}" for i, s in enumerate(shown)
+        )
 
 # %% ../nbs/20_prompt.ipynb #f1821320
 def ask_text(
@@ -66,7 +70,10 @@ def messages(
     prompt:Prompt, # what to show; ValueError for an unknown style
 )->list: # chat messages in the Qwen form, images as paths
     "Chat messages of a prompt"
-    if prompt.style not in STYLES: raise ValueError(f"question {prompt.question_id}: prompt style {prompt.style!r}, wanted one of {STYLES}")
+    if prompt.style not in STYLES:
+        raise ValueError(
+            f"question {prompt.question_id}: prompt style {prompt.style!r}, wanted one of {STYLES}"
+        )
     return (_interleaved if prompt.style == "interleaved" else _chat)(prompt)
 
 # %% ../nbs/20_prompt.ipynb #4ec9b4b5
@@ -84,7 +91,9 @@ def prompter(
             raise KeyError(f"question {question_id}: id {e.args[0]} is not among the {len(demos)} items; "
                            "pass queries and demonstrations in one frame") from None
         if len({q.question_id, *(d.question_id for d in ds)}) != 1 + len(ds):
-            raise ValueError(f"question {question_id}: pointer {tuple(pointer)} repeats an item or shows the query itself")
+            raise ValueError(
+                f"question {question_id}: pointer {tuple(pointer)} repeats an item or shows the query itself"
+            )
         return Prompt(q.question_id, q.image, q.question, ds, style)
     return make
 
@@ -109,10 +118,15 @@ def check_prompt(
     for text in [t for d in prompt.demos for t in (d.question, d.answer)] + [prompt.question]:
         found = rendered.find(text, at)
         if found < 0:
-            raise ValueError(f"question {prompt.question_id}, pointer {prompt.pointer}: {text!r} is not where it belongs in the "
-                             f"rendered prompt {rendered[:300]!r}; is the chat template's placeholder filled?")
+            raise ValueError(
+                f"question {prompt.question_id}, pointer {prompt.pointer}: {text!r} is not where it belongs"
+                f" in the rendered prompt {rendered[:300]!r}; is the chat template's placeholder filled?"
+            )
         at = found + len(text)
     n = rendered.count(IMAGE_MARK)
     if n != len(prompt.images):
-        raise ValueError(f"question {prompt.question_id}: {n} image marks for {len(prompt.images)} images in {rendered[:300]!r}")
+        raise ValueError(
+            f"question {prompt.question_id}: {n} image marks for {len(prompt.images)} images in"
+            f" {rendered[:300]!r}"
+        )
     return rendered

@@ -23,7 +23,9 @@ from .callback_core import Objective, SkipFlat, StageCallback, find_reference, s
 from .callback_rce import RCE
 from .callback_grpo import GRPO, RLOO
 from .callback_kl import AdaptiveKL, EntropyFloor, KLToRef
-from .callback_schedule import Freeze, NoDropout, Phases, SplitShots, TempSchedule, TopKCurriculum, keep_k
+from leverplus.callback_schedule import (
+    Freeze, NoDropout, Phases, SplitShots, TempSchedule, TopKCurriculum, keep_k,
+)
 from .callback_listwise import SFT, Listwise
 from .learner import selector_learner
 from fastai.learner import Learner
@@ -42,13 +44,42 @@ class TopKFirst(StageCallback):
 
 def _warmup(learn, n_epoch, **kw):
     if not hasattr(learn, "warmup_from"):
-        raise ValueError("a warm-up needs the training items and their embeddings: pass items= to `recipe_learner`, or set learn.warmup_from = (items, store)")
+        raise ValueError(
+            "a warm-up needs the training items and their embeddings: pass items= to `recipe_learner`, or set"
+            " learn.warmup_from = (items, store)"
+        )
     return learn.fit_warmup(*learn.warmup_from, n_epoch, **kw)
 
-STAGES = dict(rce=Learner.fit_rce, grpo=Learner.fit_grpo, sft=Learner.fit_sft, listwise=Learner.fit_listwise, warmup=_warmup, stage=Learner.fit_stage)
+STAGES = dict(
+    rce=Learner.fit_rce,
+    grpo=Learner.fit_grpo,
+    sft=Learner.fit_sft,
+    listwise=Learner.fit_listwise,
+    warmup=_warmup,
+    stage=Learner.fit_stage,
+)
 FILTERS = {f.__name__: f for f in (skip_fallback, require_positive_query, by_gap, by_counts)}
-CALLBACKS = {c.__name__: c for c in (RCE, GRPO, RLOO, SFT, Listwise, KLToRef, AdaptiveKL, EntropyFloor, TempSchedule, NoDropout, Freeze, Phases,
-                                     SplitShots, SkipFlat, TopKCurriculum, TopKFirst)}
+CALLBACKS = {
+    c.__name__: c
+    for c in (
+        RCE,
+        GRPO,
+        RLOO,
+        SFT,
+        Listwise,
+        KLToRef,
+        AdaptiveKL,
+        EntropyFloor,
+        TempSchedule,
+        NoDropout,
+        Freeze,
+        Phases,
+        SplitShots,
+        SkipFlat,
+        TopKCurriculum,
+        TopKFirst,
+    )
+}
 
 # %% ../nbs/71_recipes.ipynb #0939edc4
 _MODEL = dict(d_hidden=256, n_layers=1, n_heads=1, dropout=.5, temperature=.1, state="scalar", prior=False)
@@ -56,148 +87,395 @@ _DATA = dict(reward="hard_plus_soft", weights={}, kind="mixed", bs=1, filters=["
 
 def _rce(**kw): return dict(fit="rce", n_epoch=5, lr=1e-4, temp=[2., .5], norm="raw") | kw
 def _grpo(**kw):
-    return dict(fit="grpo", n_epoch=3, lr=5e-6, beta=.15, how="zscore", min_std=.1, adv_clip=5., clip_low=.2, clip_high=.2, dual=None) | kw
+    return (
+        dict(
+            fit="grpo",
+            n_epoch=3,
+            lr=5e-6,
+            beta=0.15,
+            how="zscore",
+            min_std=0.1,
+            adv_clip=5.0,
+            clip_low=0.2,
+            clip_high=0.2,
+            dual=None,
+        )
+        | kw
+    )
 
 def _as_run(n_epoch=3, lr=5e-6, beta=.15, clip_only=False, anchor="before", **kw):
     "GRPO as the code did it: old policy and reference of the KL are `anchor` for good, dropout stays on, groups are cut first"
-    grpo = dict(how="zscore", min_std=.1, adv_clip=5., clip_low=.2, clip_high=.2, dual=None, refresh="never", old=anchor, strict=False, min_live=0.)
+    grpo = dict(
+        how="zscore",
+        min_std=0.1,
+        adv_clip=5.0,
+        clip_low=0.2,
+        clip_high=0.2,
+        dual=None,
+        refresh="never",
+        old=anchor,
+        strict=False,
+        min_live=0.0,
+    )
     adapt = [] if clip_only else [["AdaptiveKL", dict(low=.01, high=.1, factor=1.5, limits=[.001, 10.])]]
-    cbs = ["TopKFirst", ["GRPO", grpo], ["KLToRef", dict(ref=anchor, beta=0. if clip_only else beta, how="k3")], *adapt]
+    cbs = [
+        "TopKFirst",
+        ["GRPO", grpo],
+        ["KLToRef", dict(ref=anchor, beta=0.0 if clip_only else beta, how="k3")],
+        *adapt,
+    ]
     return dict(fit="stage", n_epoch=n_epoch, lr=lr, cbs=cbs, skip_flat=False, best=False) | kw
 
-_OURS = ("Vectors of image and question are joined, not averaged; lr falls along a cosine, gradients are clipped, flat groups leave the loss, the best "
-         "epoch by dev regret is kept (the start counts). GRPO: the old policy is renewed each epoch, no dropout in ratios, exact KL to the start of the "
-         "stage, no start where under 5 % of the groups can teach; ranks: ties share theirs, flat groups give nothing")
-_AGAIN = ("Vectors of image and question are joined, not averaged; one z-score in place of two (a second one changes tiny spreads only); beta moves once "
-          "per epoch by the exact KL, not per query by k3; lr falls along a cosine, gradients are clipped; the last epoch stands, the reports chose one "
-          "with test accuracy in view")
-_DEFECTS = ("old policy and KL reference from before RCE, never renewed; dropout on in new, off in old log-probabilities; best 3, then 5 of each group "
-            "before advantages; a KL estimate that is no KL; beta moved after every query; flat groups counted; tested on two fixed demonstrations")
+_OURS = (
+    "Vectors of image and question are joined, not averaged; lr falls along a cosine, gradients are clipped,"
+    " flat groups leave the loss, the best epoch by dev regret is kept (the start counts). GRPO: the old"
+    " policy is renewed each epoch, no dropout in ratios, exact KL to the start of the stage, no start where"
+    " under 5 % of the groups can teach; ranks: ties share theirs, flat groups give nothing"
+)
+_AGAIN = (
+    "Vectors of image and question are joined, not averaged; one z-score in place of two (a second one"
+    " changes tiny spreads only); beta moves once per epoch by the exact KL, not per query by k3; lr falls"
+    " along a cosine, gradients are clipped; the last epoch stands, the reports chose one with test accuracy"
+    " in view"
+)
+_DEFECTS = (
+    "old policy and KL reference from before RCE, never renewed; dropout on in new, off in old"
+    " log-probabilities; best 3, then 5 of each group before advantages; a KL estimate that is no KL; beta"
+    " moved after every query; flat groups counted; tested on two fixed demonstrations"
+)
 
 def _entry(title, source, stages, said, done=_OURS, model=None, **data):
-    return deepcopy(dict(title=title, source=source, model=_MODEL | (model or {}), data=_DATA | data, stages=stages, text_vs_code=said, not_done=done))
+    return deepcopy(
+        dict(
+            title=title,
+            source=source,
+            model=_MODEL | (model or {}),
+            data=_DATA | data,
+            stages=stages,
+            text_vs_code=said,
+            not_done=done,
+        )
+    )
 
 def _again(title, source, stages, said="", **data):
     "As the code ran it: RCE with flat groups and all, from an anchor, then the given stages"
     said = (said + " " if said else "") + f"Code: {_DEFECTS}."
-    return _entry(title + ", as run", source, [_rce(anchor="before", skip_flat=False, best=False), *stages], said, _AGAIN, **data)
+    return _entry(
+        title + ", as run",
+        source,
+        [_rce(anchor="before", skip_flat=False, best=False), *stages],
+        said,
+        _AGAIN,
+        **data
+    )
 
 # %% ../nbs/71_recipes.ipynb #d71f6209
 _EARLY = {
-    "rce-only": _entry("RCE alone", "report 002, section 3.1; report 000, current model", [_rce(), _grpo(n_epoch=0)],
-        "Text: 5 epochs of RCE, 0 of GRPO, which says so and returns. Code: 1 and 3 when report 002 was written, by report 000 as the text."),
-    "rce-normalised": _entry("RCE on normalised rewards", "report 002, section 3.4", [_rce(norm="zscore")],
-        "Text: a switch between raw and normalised rewards. Code: z-scores per query, cut at ±3, divided by any std above 1e-12.",
-        _OURS + "; z-scores have a smallest std of .1 and no cut"),
-    "rce-rank": _entry("RCE with rank weights", "report 004, cause 3", [_rce(weights="rank")],
-        "Text: weights are a softmax of ranks, the same for all queries. Code: rank weights were off."),
-    "gentle-grpo": _entry("RCE, then a gentle GRPO", "report 002, section 3.5", [_rce(), _grpo(lr=1e-5, freeze=["encoder"])],
-        "Text: 1 to 3 epochs, lr 3e-5 or 1e-5, backbone frozen, pointer head and cross-attention trained. Code: froze input, query and candidate "
-        "projections, so the head too, and lost what it had trained on export."),
-    "first-grpo": _entry("One careful epoch of GRPO", "report 000, suggestion 1", [_rce(), _grpo(n_epoch=1)],
-        "Text: 1 to 3 epochs, lr 5e-6, KL weight .15. Code: see plan1-as-run."),
-    "separated": _entry("RCE, rewards in two bands", "report 000, suggestion 2", [_rce()],
-        "Text: right 2..3, wrong 0..1. Code: the same numbers as hard_plus_soft_v2, since no wrong answer has any accuracy.", reward="separated"),
-    "require-positive": _entry("RCE where a positive is", "report 000, phase 2", [_rce()],
-        "Text: only queries with a right answer. Code: kept queries with a reward of 1 or more, which is another thing under other reward modes.",
-        filters=["skip_fallback", "require_positive_query"]),
-    "closed-loop": _entry("Small closed loop", "report 001, sections 5.3, 7, 8 and 11", [_rce(n_epoch=3, temp=1.), _grpo(n_epoch=1)],
-        "Text: reward 2 h + p, 1 to 3 epochs of RCE at temperature 1, flat queries left out, then 1 epoch of GRPO on samples of the current policy. "
-        "Code: never built; its p was measured on image padding and is about 1e-7.",
-        _OURS + "; GRPO here learns from the stored sequences: collecting again with the new policy comes before it",
-        reward="hard01_plus_gtprob", weights=dict(hard_weight=2., soft_weight=1.)),
-    "multi-shot": _entry("Several shot counts together", "report 002, section 4.1", [_rce(split_shots=True)],
-        "Text: data of 2, 3 and 4 shots, trained together. Code: never built; the shot count was 2 in six places."),
+    "rce-only": _entry(
+        "RCE alone",
+        "report 002, section 3.1; report 000, current model",
+        [_rce(), _grpo(n_epoch=0)],
+        "Text: 5 epochs of RCE, 0 of GRPO, which says so and returns. Code: 1 and 3 when report 002 was"
+        " written, by report 000 as the text.",
+    ),
+    "rce-normalised": _entry(
+        "RCE on normalised rewards",
+        "report 002, section 3.4",
+        [_rce(norm="zscore")],
+        "Text: a switch between raw and normalised rewards. Code: z-scores per query, cut at ±3, divided by"
+        " any std above 1e-12.",
+        _OURS + "; z-scores have a smallest std of .1 and no cut",
+    ),
+    "rce-rank": _entry(
+        "RCE with rank weights",
+        "report 004, cause 3",
+        [_rce(weights="rank")],
+        "Text: weights are a softmax of ranks, the same for all queries. Code: rank weights were off.",
+    ),
+    "gentle-grpo": _entry(
+        "RCE, then a gentle GRPO",
+        "report 002, section 3.5",
+        [_rce(), _grpo(lr=1e-5, freeze=["encoder"])],
+        "Text: 1 to 3 epochs, lr 3e-5 or 1e-5, backbone frozen, pointer head and cross-attention trained."
+        " Code: froze input, query and candidate projections, so the head too, and lost what it had trained"
+        " on export.",
+    ),
+    "first-grpo": _entry(
+        "One careful epoch of GRPO",
+        "report 000, suggestion 1",
+        [_rce(), _grpo(n_epoch=1)],
+        "Text: 1 to 3 epochs, lr 5e-6, KL weight .15. Code: see plan1-as-run.",
+    ),
+    "separated": _entry(
+        "RCE, rewards in two bands",
+        "report 000, suggestion 2",
+        [_rce()],
+        "Text: right 2..3, wrong 0..1. Code: the same numbers as hard_plus_soft_v2, since no wrong answer has"
+        " any accuracy.",
+        reward="separated",
+    ),
+    "require-positive": _entry(
+        "RCE where a positive is",
+        "report 000, phase 2",
+        [_rce()],
+        "Text: only queries with a right answer. Code: kept queries with a reward of 1 or more, which is"
+        " another thing under other reward modes.",
+        filters=["skip_fallback", "require_positive_query"],
+    ),
+    "closed-loop": _entry(
+        "Small closed loop",
+        "report 001, sections 5.3, 7, 8 and 11",
+        [_rce(n_epoch=3, temp=1.0), _grpo(n_epoch=1)],
+        "Text: reward 2 h + p, 1 to 3 epochs of RCE at temperature 1, flat queries left out, then 1 epoch of"
+        " GRPO on samples of the current policy. Code: never built; its p was measured on image padding and"
+        " is about 1e-7.",
+        _OURS
+        + "; GRPO here learns from the stored sequences: collecting again with the new policy comes"
+        " before it",
+        reward="hard01_plus_gtprob",
+        weights=dict(hard_weight=2.0, soft_weight=1.0),
+    ),
+    "multi-shot": _entry(
+        "Several shot counts together",
+        "report 002, section 4.1",
+        [_rce(split_shots=True)],
+        "Text: data of 2, 3 and 4 shots, trained together. Code: never built; the shot count was 2 in six"
+        " places.",
+    ),
 }
 
 # %% ../nbs/71_recipes.ipynb #88044c56
 _HALF = ["encoder"]   # text of `freeze_backbone`: the head and the cross-attention train
 _PLANS = {
-    "plan1": _entry("GRPO for 1, 2, 3 epochs", "report 003, section 1", [_rce(), _grpo(how="rank", freeze=_HALF)],
-        "Text: ranks, backbone frozen, three epochs that pick nearly the same. Code: z-scores, see plan1-as-run."),
-    "plan2": _entry("Smaller KL weight", "report 003, section 1", [_rce(), _grpo(how="rank", beta=.12, freeze=_HALF)],
-        "Text: .15 to .12 and .05, all picks the same. Code: beta was moved after every query between .001 and 10, so .12 was where it started."),
-    "plan3": _entry("Nothing frozen", "report 003, section 1", [_rce(), _grpo(how="rank")],
-        "Text: 50.1 % to 100 % of the parameters train. Code: the 50.1 % were the cross-attention, and no head."),
-    "plan4": _entry("Rewards in two bands", "report 003, section 1", [_rce(), _grpo(how="rank")],
-        "Text: right 2..3, wrong 0..1; whether frozen is not said, here not. Code: normalised advantages forget the scale.", reward="separated"),
-    "plan5": _entry("No rank normalisation", "report 003, sections 1, 3 and 5.2", [_rce(), _grpo(n_epoch=50, beta=.1)],
-        "Text: z-scores in place of ranks, lr 5e-6, KL weight .1, 50 epochs, the second is best (section 3 had planned 3). Code: z-scores were the "
-        "default already, so nothing changed; 4 of 640 groups had any reward difference, which alone makes the logged advantage std of .0062."),
-    "plan6": _entry("Plan 5, ten times the lr", "report 003, sections 1 and 5.3", [_rce(), _grpo(n_epoch=50, beta=.1, lr=5e-5)],
-        "Text: lr 5e-5, KL weight .1, 50 epochs (section 3 had planned .15 and 3). Code: as plan 5; beta fell to .001."),
-    "plan5+6": _entry("Plans 5 and 6, as planned", "report 003, section 4", [_rce(), _grpo(n_epoch=5, beta=.1, lr=5e-5)],
-        "Text: second in the order of trials, 5 epochs. Code: run as plan 6, with 50."),
-    "plan7": _entry("Clipping in place of KL", "report 003, section 3 and plan 7", [_rce(), _grpo(n_epoch=50, beta=0.)],
-        "Text: ratios clipped at 1 ± .2, no KL, balanced data. Code: see plan7-as-run."),
-    "plan7.1": _entry("Clipping and a small KL", "report 003, plan 7.1", [_rce(), _grpo(n_epoch=50, beta=.01)],
-        "Text: KL weight .01. Code: clip-only drops the KL whatever its weight: plans 7, 7.1 and 7.2 were one objective, run three times."),
-    "plan7.2": _entry("Clipping and a larger KL", "report 003, plan 7.2", [_rce(), _grpo(n_epoch=50, beta=.05)],
-        "Text: KL weight .05. Code: as plan 7.1."),
-    "plan8": _entry("Wrong answers earn relevance", "report 003, section 3, plan 8", [_rce(), _grpo(how="rank")],
-        "Text: reward h + .5 p + .3 (1-h) relevance; no other setting, no result. Code: p was about 1e-7, which leaves h and relevance.",
-        reward="hard_plus_gtprob_plus_rel", weights=dict(hard_weight=1., soft_weight=.5, rel_weight=.3)),
-    "plan5+8": _entry("Plans 5 and 8, as planned", "report 003, section 4", [_rce(), _grpo(n_epoch=5, lr=5e-5, beta=.1)],
-        "Text: third in the order of trials, with the lr of plan 6; weights of plan 8 but .2 for relevance. Code: see plan5+8-as-run.",
-        reward="hard_plus_gtprob_plus_rel", weights=dict(hard_weight=1., soft_weight=.5, rel_weight=.2)),
-    "plan9": _entry("From clear to hard queries", "report 003, plan 9",
-        [_rce(), _grpo(n_epoch=30, beta=.1, queries=["high", "medium"]), _grpo(n_epoch=20, beta=.1)],
-        "Text: 30 epochs on queries whose rewards lie 1 or more apart, with 2 or more of each kind (327 of 620), then 20 on all from the best of phase 1 "
-        "(epoch 2). Code: phase 2 began from epoch 5, whatever was best; the script that divided the queries is lost."),
-    "plan9-sketch": _entry("First queries with a positive", "report 003, section 3, plan 9",
+    "plan1": _entry(
+        "GRPO for 1, 2, 3 epochs",
+        "report 003, section 1",
+        [_rce(), _grpo(how="rank", freeze=_HALF)],
+        "Text: ranks, backbone frozen, three epochs that pick nearly the same. Code: z-scores, see"
+        " plan1-as-run.",
+    ),
+    "plan2": _entry(
+        "Smaller KL weight",
+        "report 003, section 1",
+        [_rce(), _grpo(how="rank", beta=0.12, freeze=_HALF)],
+        "Text: .15 to .12 and .05, all picks the same. Code: beta was moved after every query between .001"
+        " and 10, so .12 was where it started.",
+    ),
+    "plan3": _entry(
+        "Nothing frozen",
+        "report 003, section 1",
+        [_rce(), _grpo(how="rank")],
+        "Text: 50.1 % to 100 % of the parameters train. Code: the 50.1 % were the cross-attention, and no"
+        " head.",
+    ),
+    "plan4": _entry(
+        "Rewards in two bands",
+        "report 003, section 1",
+        [_rce(), _grpo(how="rank")],
+        "Text: right 2..3, wrong 0..1; whether frozen is not said, here not. Code: normalised advantages"
+        " forget the scale.",
+        reward="separated",
+    ),
+    "plan5": _entry(
+        "No rank normalisation",
+        "report 003, sections 1, 3 and 5.2",
+        [_rce(), _grpo(n_epoch=50, beta=0.1)],
+        "Text: z-scores in place of ranks, lr 5e-6, KL weight .1, 50 epochs, the second is best (section 3"
+        " had planned 3). Code: z-scores were the default already, so nothing changed; 4 of 640 groups had"
+        " any reward difference, which alone makes the logged advantage std of .0062.",
+    ),
+    "plan6": _entry(
+        "Plan 5, ten times the lr",
+        "report 003, sections 1 and 5.3",
+        [_rce(), _grpo(n_epoch=50, beta=0.1, lr=5e-5)],
+        "Text: lr 5e-5, KL weight .1, 50 epochs (section 3 had planned .15 and 3). Code: as plan 5; beta fell"
+        " to .001.",
+    ),
+    "plan5+6": _entry(
+        "Plans 5 and 6, as planned",
+        "report 003, section 4",
+        [_rce(), _grpo(n_epoch=5, beta=0.1, lr=5e-5)],
+        "Text: second in the order of trials, 5 epochs. Code: run as plan 6, with 50.",
+    ),
+    "plan7": _entry(
+        "Clipping in place of KL",
+        "report 003, section 3 and plan 7",
+        [_rce(), _grpo(n_epoch=50, beta=0.0)],
+        "Text: ratios clipped at 1 ± .2, no KL, balanced data. Code: see plan7-as-run.",
+    ),
+    "plan7.1": _entry(
+        "Clipping and a small KL",
+        "report 003, plan 7.1",
+        [_rce(), _grpo(n_epoch=50, beta=0.01)],
+        "Text: KL weight .01. Code: clip-only drops the KL whatever its weight: plans 7, 7.1 and 7.2 were one"
+        " objective, run three times.",
+    ),
+    "plan7.2": _entry(
+        "Clipping and a larger KL",
+        "report 003, plan 7.2",
+        [_rce(), _grpo(n_epoch=50, beta=0.05)],
+        "Text: KL weight .05. Code: as plan 7.1.",
+    ),
+    "plan8": _entry(
+        "Wrong answers earn relevance",
+        "report 003, section 3, plan 8",
+        [_rce(), _grpo(how="rank")],
+        "Text: reward h + .5 p + .3 (1-h) relevance; no other setting, no result. Code: p was about 1e-7,"
+        " which leaves h and relevance.",
+        reward="hard_plus_gtprob_plus_rel",
+        weights=dict(hard_weight=1.0, soft_weight=0.5, rel_weight=0.3),
+    ),
+    "plan5+8": _entry(
+        "Plans 5 and 8, as planned",
+        "report 003, section 4",
+        [_rce(), _grpo(n_epoch=5, lr=5e-5, beta=0.1)],
+        "Text: third in the order of trials, with the lr of plan 6; weights of plan 8 but .2 for relevance."
+        " Code: see plan5+8-as-run.",
+        reward="hard_plus_gtprob_plus_rel",
+        weights=dict(hard_weight=1.0, soft_weight=0.5, rel_weight=0.2),
+    ),
+    "plan9": _entry(
+        "From clear to hard queries",
+        "report 003, plan 9",
+        [_rce(), _grpo(n_epoch=30, beta=0.1, queries=["high", "medium"]), _grpo(n_epoch=20, beta=0.1)],
+        "Text: 30 epochs on queries whose rewards lie 1 or more apart, with 2 or more of each kind (327 of"
+        " 620), then 20 on all from the best of phase 1 (epoch 2). Code: phase 2 began from epoch 5, whatever"
+        " was best; the script that divided the queries is lost.",
+    ),
+    "plan9-sketch": _entry(
+        "First queries with a positive",
+        "report 003, section 3, plan 9",
         [_rce(), _grpo(n_epoch=2, how="rank", queries="positive"), _grpo(n_epoch=2, how="rank")],
-        "Text: 2 epochs on queries with a positive (55 % of the data), then 2 on all. Code: run as plan 9 instead."),
-    "plan10": _entry("RCE only, longer and sharper", "report 003, section 3, plan 10", [_rce(n_epoch=10, lr=5e-5, temp=[1., .1]), _grpo(n_epoch=0)],
-        "Text: 10 epochs, temperature 1 to .1, lr 5e-5. Code: the script hands no temperatures on: see plan10-as-run. No result."),
+        "Text: 2 epochs on queries with a positive (55 % of the data), then 2 on all. Code: run as plan 9"
+        " instead.",
+    ),
+    "plan10": _entry(
+        "RCE only, longer and sharper",
+        "report 003, section 3, plan 10",
+        [_rce(n_epoch=10, lr=5e-5, temp=[1.0, 0.1]), _grpo(n_epoch=0)],
+        "Text: 10 epochs, temperature 1 to .1, lr 5e-5. Code: the script hands no temperatures on: see"
+        " plan10-as-run. No result.",
+    ),
 }
 
 # %% ../nbs/71_recipes.ipynb #594caa14
 _FROZEN = ["encoder", "head"]   # what `freeze_backbone` froze: input, query and candidate projections
 _FEW = "Most likely on 4 live groups of 640."
 _REPEATED = {
-    "plan1-as-run": _again("GRPO for 1, 2, 3 epochs", "report 003, section 1", [_as_run(freeze=_FROZEN)], _FEW),
-    "plan2-as-run": _again("Smaller KL weight", "report 003, section 1", [_as_run(beta=.12, freeze=_FROZEN)], _FEW),
+    "plan1-as-run": _again(
+        "GRPO for 1, 2, 3 epochs", "report 003, section 1", [_as_run(freeze=_FROZEN)], _FEW
+    ),
+    "plan2-as-run": _again(
+        "Smaller KL weight", "report 003, section 1", [_as_run(beta=0.12, freeze=_FROZEN)], _FEW
+    ),
     "plan3-as-run": _again("Nothing frozen", "report 003, section 1", [_as_run()], _FEW),
-    "plan4-as-run": _again("Rewards in two bands", "report 003, section 1", [_as_run()], _FEW, reward="separated"),
-    "plan5-as-run": _again("No rank normalisation", "report 003, section 5.2", [_as_run(50, beta=.1)],
-        _FEW + " Whether RCE ran first, or a file of it was loaded, is not known; here it runs first."),
-    "plan6-as-run": _again("Plan 5, ten times the lr", "report 003, section 5.3", [_as_run(50, lr=5e-5, beta=.1)], _FEW),
-    "plan7-as-run": _again("Clipping in place of KL, whatever its weight", "report 003, plans 7, 7.1 and 7.2", [_as_run(50, clip_only=True)],
-        "Ratios began at about 21, so what was good was clipped and only what was bad was pushed."),
-    "plan5+8-as-run": _again("Plans 5 and 8", "report 003, result of plan 5+8", [_as_run(50, lr=1e-6, beta=.5)],
+    "plan4-as-run": _again(
+        "Rewards in two bands", "report 003, section 1", [_as_run()], _FEW, reward="separated"
+    ),
+    "plan5-as-run": _again(
+        "No rank normalisation",
+        "report 003, section 5.2",
+        [_as_run(50, beta=0.1)],
+        _FEW + " Whether RCE ran first, or a file of it was loaded, is not known; here it runs first.",
+    ),
+    "plan6-as-run": _again(
+        "Plan 5, ten times the lr", "report 003, section 5.3", [_as_run(50, lr=5e-5, beta=0.1)], _FEW
+    ),
+    "plan7-as-run": _again(
+        "Clipping in place of KL, whatever its weight",
+        "report 003, plans 7, 7.1 and 7.2",
+        [_as_run(50, clip_only=True)],
+        "Ratios began at about 21, so what was good was clipped and only what was bad was pushed.",
+    ),
+    "plan5+8-as-run": _again(
+        "Plans 5 and 8",
+        "report 003, result of plan 5+8",
+        [_as_run(50, lr=1e-6, beta=0.5)],
         "The published accuracies are those of plan 5, epoch 50, to the last digit.",
-        reward="hard_plus_gtprob_plus_rel", weights=dict(hard_weight=1., soft_weight=.5, rel_weight=.2)),
-    "plan9-as-run": _again("From clear to hard queries", "report 003, plan 9",
-        [_as_run(30, beta=.1, queries=["high", "medium"]), _as_run(20, beta=.1, anchor="phase 2") | {"anchor": "phase 2"}],
-        "Phase 2 began from epoch 5 of phase 1; here from its end."),
-    "plan10-as-run": _entry("RCE only, longer, as it would have run", "report 003, section 3, plan 10",
-        [_rce(n_epoch=10, lr=5e-5, skip_flat=False, best=False)], "Code: temperature 2 to .5 in place of 1 to .1, flat groups imitated uniformly. Never run.", _AGAIN),
+        reward="hard_plus_gtprob_plus_rel",
+        weights=dict(hard_weight=1.0, soft_weight=0.5, rel_weight=0.2),
+    ),
+    "plan9-as-run": _again(
+        "From clear to hard queries",
+        "report 003, plan 9",
+        [
+            _as_run(30, beta=0.1, queries=["high", "medium"]),
+            _as_run(20, beta=0.1, anchor="phase 2") | {"anchor": "phase 2"},
+        ],
+        "Phase 2 began from epoch 5 of phase 1; here from its end.",
+    ),
+    "plan10-as-run": _entry(
+        "RCE only, longer, as it would have run",
+        "report 003, section 3, plan 10",
+        [_rce(n_epoch=10, lr=5e-5, skip_flat=False, best=False)],
+        "Code: temperature 2 to .5 in place of 1 to .1, flat groups imitated uniformly. Never run.",
+        _AGAIN,
+    ),
 }
 
 # %% ../nbs/71_recipes.ipynb #bb4e734f
-def _004(title, source, said="Text: one cell of a grid. Code: the grid was never run.", how="rank", grpo=None, **data):
-    return _entry(title, f"report 004, {source}", [_rce(n_epoch=1), _grpo(lr=1e-5, how=how) | (grpo or {})], said, **data)
+def _004(
+    title,
+    source,
+    said="Text: one cell of a grid. Code: the grid was never run.",
+    how="rank",
+    grpo=None,
+    **data
+):
+    return _entry(
+        title,
+        f"report 004, {source}",
+        [_rce(n_epoch=1), _grpo(lr=1e-5, how=how) | (grpo or {})],
+        said,
+        **data,
+    )
 
 def _weigh(hard, soft): return dict(hard_weight=hard, soft_weight=soft)
 
-_LEGACY, _HYBRID = dict(reward="legacy", weights=dict(alpha=0., beta=1.)), dict(reward="hybrid", weights=dict(alpha=.5))
+_LEGACY = dict(reward="legacy", weights=dict(alpha=0., beta=1.))
+_HYBRID = dict(reward="hybrid", weights=dict(alpha=.5))
 _ADVICE = {
-    "advice1": _004("Right answers earn 2 more", "plan 1", "Text: reward a + 2 h. Code: the same numbers as separated.", reward="hard_plus_soft_v2"),
-    "advice2": _004("InfoScore beside correctness", "plan 2", "Text: half InfoScore, half h + .5 a. Code: an option that raised an error.", **_HYBRID),
-    "advice3": _004("Z-scored advantages", "plan 3", "Text: (r - mean) / max(std, .1), cut. Code: the default from 2025-12-09 on.", "zscore"),
-    "advice4": _004("GRPO where positives are", "plan 4", "Text: only queries with 20 % positives or more. Code: never built.", grpo=dict(min_positive=.2)),
-    "advice5": _004("Back to legacy", "plan 5",
-        "Text: spoken of as InfoScore, set to 0 x beam score + 1 x correctness. Code: the script handed neither weight on, so every reward was 0.", **_LEGACY),
+    "advice1": _004(
+        "Right answers earn 2 more",
+        "plan 1",
+        "Text: reward a + 2 h. Code: the same numbers as separated.",
+        reward="hard_plus_soft_v2",
+    ),
+    "advice2": _004(
+        "InfoScore beside correctness",
+        "plan 2",
+        "Text: half InfoScore, half h + .5 a. Code: an option that raised an error.",
+        **_HYBRID
+    ),
+    "advice3": _004(
+        "Z-scored advantages",
+        "plan 3",
+        "Text: (r - mean) / max(std, .1), cut. Code: the default from 2025-12-09 on.",
+        "zscore",
+    ),
+    "advice4": _004(
+        "GRPO where positives are",
+        "plan 4",
+        "Text: only queries with 20 % positives or more. Code: never built.",
+        grpo=dict(min_positive=0.2),
+    ),
+    "advice5": _004(
+        "Back to legacy",
+        "plan 5",
+        "Text: spoken of as InfoScore, set to 0 x beam score + 1 x correctness. Code: the script handed"
+        " neither weight on, so every reward was 0.",
+        **_LEGACY
+    ),
     "exp1.1": _004("Reward: legacy", "experiment 1.1", **_LEGACY),
     "exp1.2": _004("Reward: hard_plus_soft", "experiment 1.2"),
     "exp1.3": _004("Reward: hard_plus_soft_v2", "experiment 1.3", reward="hard_plus_soft_v2"),
     "exp1.4": _004("Reward: hybrid", "experiment 1.4", **_HYBRID),
     "exp2.1": _004("Advantages: ranks", "experiment 2.1"),
     "exp2.2": _004("Advantages: z-scores", "experiment 2.2", how="zscore"),
-    "exp3.1": _004("Weights 1 and 1", "experiment 3.1", weights=_weigh(1., 1.)),
-    "exp3.2": _004("Weights 2 and 1", "experiment 3.2", weights=_weigh(2., 1.)),
-    "exp3.3": _004("Weights 1 and .5", "experiment 3.3", weights=_weigh(1., .5)),
-    "exp3.4": _004("Weights 2 and .5", "experiment 3.4", weights=_weigh(2., .5)),
+    "exp3.1": _004("Weights 1 and 1", "experiment 3.1", weights=_weigh(1.0, 1.0)),
+    "exp3.2": _004("Weights 2 and 1", "experiment 3.2", weights=_weigh(2.0, 1.0)),
+    "exp3.3": _004("Weights 1 and .5", "experiment 3.3", weights=_weigh(1.0, 0.5)),
+    "exp3.4": _004("Weights 2 and .5", "experiment 3.4", weights=_weigh(2.0, 0.5)),
 }
 
 # %% ../nbs/71_recipes.ipynb #338598c5
@@ -206,61 +484,144 @@ def _v4(n, title, said, n_epoch=5, **model):
                   _OURS + "; which stages each variant had is not recorded, RCE is used", model)
 
 _V4 = {
-    "v4-1": _v4(1, "Gated update", "Idea: a pick enters the query through a gate. Code: the same.", state="gate"),
-    "v4-2": _v4(2, "GRU over the picks", "Idea: with a learnt vector per step. Code: those of later steps than 2 were tested, never trained.", state="gru"),
-    "v4-3": _v4(3, "GRU and MMR", "Idea: a learnt weight of .744. Code: that is softplus(.1), where it started.", state="gru", diversity="mmr",
-                diversity_weight=.744),
-    "v4-4": _v4(4, "Candidates see each other", "Idea: GRU, MMR, a layer over the candidates; no result. Code: the same.", state="gru",
-                diversity="mmr", diversity_weight=.744, cand_layers=1),
-    "v4-5": _v4(5, "Additive scorer", "Idea: v tanh(W q + W' c). Code: 15 epochs of RCE.", 15, scorer="additive"),
+    "v4-1": _v4(
+        1, "Gated update", "Idea: a pick enters the query through a gate. Code: the same.", state="gate"
+    ),
+    "v4-2": _v4(
+        2,
+        "GRU over the picks",
+        "Idea: with a learnt vector per step. Code: those of later steps than 2 were tested, never trained.",
+        state="gru",
+    ),
+    "v4-3": _v4(
+        3,
+        "GRU and MMR",
+        "Idea: a learnt weight of .744. Code: that is softplus(.1), where it started.",
+        state="gru",
+        diversity="mmr",
+        diversity_weight=0.744,
+    ),
+    "v4-4": _v4(
+        4,
+        "Candidates see each other",
+        "Idea: GRU, MMR, a layer over the candidates; no result. Code: the same.",
+        state="gru",
+        diversity="mmr",
+        diversity_weight=0.744,
+        cand_layers=1,
+    ),
+    "v4-5": _v4(
+        5, "Additive scorer", "Idea: v tanh(W q + W' c). Code: 15 epochs of RCE.", 15, scorer="additive"
+    ),
     "v4-5-bilinear": _v4(5, "Bilinear scorer", "Idea: q W c. Code: the same.", scorer="bilinear"),
-    "v4-6": _v4(6, "Coverage of topics", "Idea: 16 topics. Code: tested on another pool; where its weight started is not known, 0 here.", state="gru",
-                diversity="coverage"),
-    "v4-7": _v4(7, "Determinantal diversity", "Idea: rank 32. Code: new parameters lost on export; where its weight started is not known, 0 here.",
-                state="gru", diversity="dpp"),
-    "v4-10": _v4(10, "STOP", "Idea: the policy ends by itself. Code: STOP was never a positive label.", state="gru", stop=True),
+    "v4-6": _v4(
+        6,
+        "Coverage of topics",
+        "Idea: 16 topics. Code: tested on another pool; where its weight started is not known, 0 here.",
+        state="gru",
+        diversity="coverage",
+    ),
+    "v4-7": _v4(
+        7,
+        "Determinantal diversity",
+        "Idea: rank 32. Code: new parameters lost on export; where its weight started is not known, 0 here.",
+        state="gru",
+        diversity="dpp",
+    ),
+    "v4-10": _v4(
+        10,
+        "STOP",
+        "Idea: the policy ends by itself. Code: STOP was never a positive label.",
+        state="gru",
+        stop=True,
+    ),
 }
 
 # %% ../nbs/71_recipes.ipynb #5958dd22
 def _own(title, stages, model=None, **data):
-    return dict(title=title, source="ours", model=model or {}, data=dict(reward="soft_only", weights={}, kind="mixed", bs=64, filters=[]) | data, stages=stages,
-                text_vs_code="", not_done="")
+    return dict(
+        title=title,
+        source="ours",
+        model=model or {},
+        data=dict(reward="soft_only", weights={}, kind="mixed", bs=64, filters=[]) | data,
+        stages=stages,
+        text_vs_code="",
+        not_done="",
+    )
 
 _NET = dict(d_hidden=64, n_layers=0, state="none", match="net", n_match=8)
 _LAST = dict(fit="listwise", n_epoch=20, lr=3e-3, tau=.2)
 _OWN = {
-    "ours": _own("Warm-up without the LVLM, then listwise", [dict(fit="warmup", n_epoch=15, lr=1e-2, tau=.1, best=False), _LAST], _NET),
+    "ours": _own(
+        "Warm-up without the LVLM, then listwise",
+        [dict(fit="warmup", n_epoch=15, lr=1e-2, tau=0.1, best=False), _LAST],
+        _NET,
+    ),
     "listwise": _own("Listwise alone", [_LAST]),
-    "corrected": _own("RCE, then GRPO, as they were meant", [dict(fit="rce", n_epoch=10, lr=3e-3, temp=.1), dict(fit="grpo", n_epoch=10, lr=1e-3)]),
+    "corrected": _own(
+        "RCE, then GRPO, as they were meant",
+        [dict(fit="rce", n_epoch=10, lr=3e-3, temp=0.1), dict(fit="grpo", n_epoch=10, lr=1e-3)],
+    ),
 }
 
-RECIPES = {**_EARLY, **_PLANS, **_REPEATED, **_ADVICE, **_V4,
-    "sft": _entry("Imitate the best sequence", "report 000, SFT checkpoint", [dict(fit="sft", n_epoch=20, lr=1e-4, top=1)],
-        "Text: 20 epochs on beams of the highest InfoScore. Code: InfoScore was measured on image padding, beams were ranked upside down, labels were "
-        "row numbers modulo 2.", "InfoScore is the probability of the truth minus a constant of the query, so gtprob has the same best sequence of a "
-        "group; no half precision, no warm-up, our weight decay", reward="gtprob", bs=64),
-    **_OWN}
+RECIPES = {
+    **_EARLY,
+    **_PLANS,
+    **_REPEATED,
+    **_ADVICE,
+    **_V4,
+    "sft": _entry(
+        "Imitate the best sequence",
+        "report 000, SFT checkpoint",
+        [dict(fit="sft", n_epoch=20, lr=1e-4, top=1)],
+        "Text: 20 epochs on beams of the highest InfoScore. Code: InfoScore was measured on image padding,"
+        " beams were ranked upside down, labels were row numbers modulo 2.",
+        "InfoScore is the probability of the truth minus a constant of the query, so gtprob has the same best"
+        " sequence of a group; no half precision, no warm-up, our weight decay",
+        reward="gtprob",
+        bs=64,
+    ),
+    **_OWN,
+}
 
 # %% ../nbs/71_recipes.ipynb #c6c5cbc0
 _KEYS = {"name", "title", "source", "model", "data", "stages", "text_vs_code", "not_done", "changes"}
 
 def _named(spec, known, what):
     "`'Name'`, `['Name', {argument: value}]` or `['Name', [values]]` as a partial of what stands under that name in `known`"
-    name, given = (spec, {}) if isinstance(spec, str) else spec if isinstance(spec, (list, tuple)) and len(spec) == 2 else (None, None)
+    name, given = (
+        (spec, {})
+        if isinstance(spec, str)
+        else spec if isinstance(spec, (list, tuple)) and len(spec) == 2 else (None, None)
+    )
     if not isinstance(name, str) or name not in known or not isinstance(given, (dict, list)):
-        raise ValueError(f"{what} {spec!r}: wanted a name or [name, arguments], the name one of {', '.join(known)}")
+        raise ValueError(
+            f"{what} {spec!r}: wanted a name or [name, arguments], the name one of {', '.join(known)}"
+        )
     return partial(known[name], **given) if isinstance(given, dict) else partial(known[name], *given)
 
 def check_recipe(
     r:dict, # a recipe
 )->dict: # the same; ValueError or TypeError names what is unknown; arguments of stages are tried by `fit_recipe`
     "Refuse recipes that cannot be meant"
-    name = r.get("name", "without a name"); plain(r, f"recipe {name}"); args = set(inspect.signature(PointerSelector).parameters) - {"d_in"}
-    for what, has, may in (("part", r, _KEYS), ("setting of the model", r.get("model", {}), args), ("setting of the data", r.get("data", {}), set(_DATA))):
-        if odd := sorted(set(has) - may): raise ValueError(f"recipe {name}: no {what} is called {', '.join(odd)}; there are {', '.join(sorted(may))}")
+    name = r.get("name", "without a name")
+    plain(r, f"recipe {name}")
+    args = set(inspect.signature(PointerSelector).parameters) - {"d_in"}
+    for what, has, may in (
+        ("part", r, _KEYS),
+        ("setting of the model", r.get("model", {}), args),
+        ("setting of the data", r.get("data", {}), set(_DATA)),
+    ):
+        if odd := sorted(set(has) - may):
+            raise ValueError(
+                f"recipe {name}: no {what} is called {', '.join(odd)}; there are {', '.join(sorted(may))}"
+            )
     if not r.get("stages"): raise ValueError(f"recipe {name} has no stages")
     for i, s in enumerate(r["stages"], 1):
-        if s.get("fit") not in STAGES: raise ValueError(f"recipe {name}, stage {i}: fit {s.get('fit')!r}, wanted one of {', '.join(STAGES)}")
+        if s.get("fit") not in STAGES:
+            raise ValueError(
+                f"recipe {name}, stage {i}: fit {s.get('fit')!r}, wanted one of {', '.join(STAGES)}"
+            )
         if "n_epoch" not in s: raise ValueError(f"recipe {name}, stage {i} ({s['fit']}) has no n_epoch")
         for spec in s.get("cbs", ()): _named(spec, CALLBACKS, f"recipe {name}, stage {i}: callback")
     data = r.get("data", {})
@@ -275,14 +636,22 @@ def recipe(
     "A recipe by name, with changes"
     if isinstance(name, str) and name not in RECIPES:
         near = difflib.get_close_matches(name, RECIPES, 3)
-        raise ValueError(f"no recipe {name!r}; " + (f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(RECIPES)}"))
-    r = deepcopy(name if isinstance(name, dict) else {"name": name, **RECIPES[name]}); changes = plain(changes, "changes")
+        raise ValueError(
+            f"no recipe {name!r}; "
+            + (f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(RECIPES)}")
+        )
+    r = deepcopy(name if isinstance(name, dict) else {"name": name, **RECIPES[name]})
+    changes = plain(changes, "changes")
     for k, v in changes.items():
         parts = [r.setdefault(k, {})] if k in ("model", "data") else [s for s in r["stages"] if s["fit"] == k]
         if not parts or not isinstance(v, dict):
             there = ", ".join(dict.fromkeys(s["fit"] for s in r["stages"]))
-            raise ValueError(f"recipe {r.get('name')}: change {k}={v!r}; wanted a dict for one of model, data, {there}")
-        if k == "data" and "reward" in v and v["reward"] != parts[0].get("reward"): v = {"weights": {}} | v   # weights belong to their mode
+            raise ValueError(
+                f"recipe {r.get('name')}: change {k}={v!r}; wanted a dict for one of model, data, {there}"
+            )
+        # weights belong to their mode
+        if k == "data" and "reward" in v and v["reward"] != parts[0].get("reward"):
+            v = {"weights": {}} | v
         for p in parts: p.update(deepcopy(v))
     if changes: r["changes"] = r.get("changes", {}) | changes
     return check_recipe(r)
@@ -293,7 +662,8 @@ def save_recipe(
     path, # a JSON file
 )->Path: # `path`
     "Write a recipe, atomically"
-    write_json(path, plain(check_recipe(r), "recipe"), indent=2); return Path(path)
+    write_json(path, plain(check_recipe(r), "recipe"), indent=2)
+    return Path(path)
 
 def load_recipe(
     path, # a file of `save_recipe`
@@ -305,17 +675,35 @@ def load_recipe(
     except (ValueError, TypeError) as e: raise ValueError(f"{path}: {e}") from e
 
 # %% ../nbs/71_recipes.ipynb #4c7c6079
-_USUAL = dict(norm="raw", min_std=.1, adv_clip=5., clip_low=.2, clip_high=.2, dual=None, strict=False, min_live=0., k=[3, 5])   # not worth a word
+# not worth a word
+_USUAL = dict(
+    norm="raw",
+    min_std=0.1,
+    adv_clip=5.0,
+    clip_low=0.2,
+    clip_high=0.2,
+    dual=None,
+    strict=False,
+    min_live=0.0,
+    k=[3, 5],
+)
 
 def _text(v):
-    if isinstance(v, dict): return ", ".join(f"{k} {_text(x)}" for k, x in v.items() if k not in _USUAL or _USUAL[k] != x)
-    if isinstance(v, (list, tuple)) and not any(isinstance(x, (str, list, tuple)) for x in v): return "..".join(map(_text, v))
-    if isinstance(v, (list, tuple)): return " + ".join(c if isinstance(c, str) else f"{c[0]} ({_text(c[1])})" for c in v)
+    if isinstance(v, dict):
+        return ", ".join(f"{k} {_text(x)}" for k, x in v.items() if k not in _USUAL or _USUAL[k] != x)
+    if isinstance(v, (list, tuple)) and not any(isinstance(x, (str, list, tuple)) for x in v):
+        return "..".join(map(_text, v))
+    if isinstance(v, (list, tuple)):
+        return " + ".join(c if isinstance(c, str) else f"{c[0]} ({_text(c[1])})" for c in v)
     return f"{v:g}" if isinstance(v, float) else str(v)
 
 def _stage_text(s):
     more = _text({k: v for k, v in s.items() if k not in ("fit", "n_epoch", "lr")})
-    return f"{s['fit']} {s['n_epoch']}" + (f" x {s['lr']:g}" if "lr" in s else "") + (f", {more}" if more else "")
+    return (
+        f"{s['fit']} {s['n_epoch']}"
+        + (f" x {s['lr']:g}" if "lr" in s else "")
+        + (f", {more}" if more else "")
+    )
 
 def recipes_table(
     recipes:dict|None=None, # name -> recipe; default all of `RECIPES`
@@ -323,10 +711,22 @@ def recipes_table(
     "All recipes, one per row; a stage reads: kind, epochs x lr, what else it has"
     rows = []
     for name, r in (RECIPES if recipes is None else recipes).items():
-        data, model = r.get("data", {}), {k: v for k, v in r.get("model", {}).items() if _MODEL.get(k) != v}
+        data = r.get("data", {})
+        model = {k: v for k, v in r.get("model", {}).items() if _MODEL.get(k) != v}
         reward = data.get("reward", "") + (f" ({_text(data['weights'])})" if data.get("weights") else "")
-        rows.append(dict(recipe=name, title=r.get("title", ""), source=r.get("source", ""), stages="; ".join(map(_stage_text, r["stages"])), reward=reward,
-                         model=_text(model), bs=data.get("bs"), text_vs_code=r.get("text_vs_code", ""), not_done=r.get("not_done", "")))
+        rows.append(
+            dict(
+                recipe=name,
+                title=r.get("title", ""),
+                source=r.get("source", ""),
+                stages="; ".join(map(_stage_text, r["stages"])),
+                reward=reward,
+                model=_text(model),
+                bs=data.get("bs"),
+                text_vs_code=r.get("text_vs_code", ""),
+                not_done=r.get("not_done", ""),
+            )
+        )
     return pd.DataFrame(rows).set_index("recipe")
 
 # %% ../nbs/71_recipes.ipynb #9e7e65cd
@@ -338,11 +738,16 @@ def _has_rows(dataset): return isinstance(getattr(dataset, "rows", None), pd.Dat
 
 def _record(dataset):
     "The groups of a training split as a record"
-    if not _has_rows(dataset): raise ValueError(f"the training split is a {type(dataset).__name__} without rows; wanted loaders of `group_dls`")
+    if not _has_rows(dataset):
+        raise ValueError(
+            f"the training split is a {type(dataset).__name__} without rows; wanted loaders of `group_dls`"
+        )
     return RLData(dataset.rows[[c for c in RECORD if c in dataset.rows]], dataset.pool)
 
 def _with_info(data, zero): # a record has no column for it, a reward may
-    out = copy(data); out.rows = data.rows.assign(info_score=info_score(data.rows, zero)); return out
+    out = copy(data)
+    out.rows = data.rows.assign(info_score=info_score(data.rows, zero))
+    return out
 
 def recipe_learner(
     name:str|dict, # of a recipe, or one
@@ -358,38 +763,50 @@ def recipe_learner(
     **changes, # as in `recipe`
 )->Learner: # `dls.info` records the filters; ready for `fit_recipe`
     "Learner with the data and model settings of a recipe"
-    r = recipe(name, **changes); data = _DATA | r.get("data", {}); weights = data["weights"]
+    r = recipe(name, **changes)
+    data = _DATA | r.get("data", {})
+    weights = data["weights"]
     if "info_score" in reward_facts(data["reward"], **weights)[0]:
         if zero is None:
-            raise ValueError(f"recipe {r.get('name')} rewards with {data['reward']}, which needs InfoScore: pass zero={{question_id: vqa_gt_prob}} of the "
-                             "zero-shot prompts (`ask` with empty pointers)")
+            raise ValueError(
+                f"recipe {r.get('name')} rewards with {data['reward']}, which needs InfoScore: pass"
+                " zero={question_id: vqa_gt_prob} of the zero-shot prompts (`ask` with empty pointers)"
+            )
     else: zero = None
     train = _filtered(train, data["filters"])
     if zero is not None: train, dev = _with_info(train, zero), _with_info(dev, zero)
     dls = group_dls(train, dev, store, data["reward"], data["kind"], data["bs"], seed, device, **weights)
     dls.info["filters"] = data["filters"]
-    learn = selector_learner(dls, start, seed=seed, choose_by=choose_by, **({} if start is not None else r.get("model", {})))
+    learn = selector_learner(
+        dls, start, seed=seed, choose_by=choose_by, **({} if start is not None else r.get("model", {}))
+    )
     if items is not None: learn.warmup_from = items, store
     return learn
 
 # %% ../nbs/71_recipes.ipynb #711b3bd8
 def _misfits(learn, r):
     "What of the recipe the Learner is not: list of texts"
-    out, data, config = [], r.get("data", {}), getattr(learn.model, "config", None)
-    info, ds = getattr(learn.dls, "info", None), learn.dls.train_ds
+    out = []
+    data = r.get("data", {})
+    config = getattr(learn.model, "config", None)
+    info = getattr(learn.dls, "info", None)
+    ds = learn.dls.train_ds
     def hold(what, has, want):
         if has != want: out.append(f"{what} {has!r}, wanted {want!r}")
-    if config is None and r.get("model"): out.append(f"the model is a {type(learn.model).__name__} without settings, wanted a PointerSelector")
+    if config is None and r.get("model"):
+        out.append(f"the model is a {type(learn.model).__name__} without settings, wanted a PointerSelector")
     else:
         for k, v in r.get("model", {}).items(): hold(k, config.get(k), v)
     if "bs" in data: hold("batch size", learn.dls.train.bs, data["bs"])
-    if info is None and {"reward", "kind"} & set(data): return [*out, f"the loaders do not say what reward they hold, wanted {data.get('reward')!r}"]
+    if info is None and {"reward", "kind"} & set(data):
+        return [*out, f"the loaders do not say what reward they hold, wanted {data.get('reward')!r}"]
     if "kind" in data: hold("embedding", info["kind"], data["kind"])
     if "reward" in data:
         full = lambda mode, **weights: dict(mode=mode, **reward_facts(mode)[1] | weights)
         hold("reward", full(**info["reward"]), full(data["reward"], **data.get("weights", {})))
     if data.get("filters") and _has_rows(ds):
-        was = _record(ds); n = len(was) - len(_filtered(was, data["filters"]))
+        was = _record(ds)
+        n = len(was) - len(_filtered(was, data["filters"]))
         if n: out.append(f"{n} of {len(was)} training rows would not pass {_text(data['filters'])}")
     return out
 
@@ -398,9 +815,13 @@ def _unknown_reference(learn, stages):
     known = {"start", "none", *vars(learn).get("anchors", {})}
     for i, s in enumerate(stages, 1):
         if s.get("anchor"): known.add(s["anchor"])
-        for given in (s, *(c[1] for c in s.get("cbs") or () if not isinstance(c, str) and isinstance(c[1], dict))):
+        for given in (
+            s,
+            *(c[1] for c in s.get("cbs") or () if not isinstance(c, str) and isinstance(c[1], dict)),
+        ):
             for ref in (given.get("ref"), given.get("old")):
-                if isinstance(ref, str) and ref not in known and not (Path(ref)/"config.json").is_file(): return i, ref
+                if isinstance(ref, str) and ref not in known and not (Path(ref) / "config.json").is_file():
+                    return i, ref
 
 def _chosen(learn, which):
     "question_ids of the training queries in these tiers, or with a positive"
@@ -408,17 +829,24 @@ def _chosen(learn, which):
     if which == "positive": out = require_positive_query(data).queries
     else:
         parts = tiers(data, **{dict(mode="reward").get(k, k): v for k, v in learn.dls.info["reward"].items()})
-        if odd := [t for t in which if t not in parts]: raise ValueError(f"queries {odd}: wanted 'positive', or a list out of {', '.join(parts)}")
+        if odd := [t for t in which if t not in parts]:
+            raise ValueError(f"queries {odd}: wanted 'positive', or a list out of {', '.join(parts)}")
         out = [q for t in which for q in parts[t].queries]
-    if not out: raise ValueError(f"queries {which!r}: none of {len(data.queries)} training queries is one; make better data, or take all (queries=None)")
+    if not out:
+        raise ValueError(
+            f"queries {which!r}: none of {len(data.queries)} training queries is one; make better data, or"
+            " take all (queries=None)"
+        )
     return out
 
 def _frozen(learn, groups):
     "Callback that holds groups of parameters still"
     have = learn.model.groups() if hasattr(learn.model, "groups") else {}
     if odd := [g for g in groups if g not in have]:
-        raise ValueError(f"freeze {', '.join(odd)}: this {type(learn.model).__name__} has {', '.join(have) or 'no groups'} "
-                         "(no encoder where its width is that of the embeddings)")
+        raise ValueError(
+            f"freeze {', '.join(odd)}: this {type(learn.model).__name__} has {', '.join(have) or 'no groups'}"
+            " (no encoder where its width is that of the embeddings)"
+        )
     return Freeze(*(n for g in groups for n in have[g]))
 
 # %% ../nbs/71_recipes.ipynb #9d3e7170
@@ -429,7 +857,10 @@ def run_stage(
     dry:bool=False, # try the settings, train nothing
 )->Learner: # the Learner itself
     "Run one stage"
-    kw = dict(stage); fit, anchor, freeze, queries, specs = (kw.pop(k, None) for k in ("fit", "anchor", "freeze", "queries", "cbs"))
+    kw = dict(stage)
+    fit, anchor, freeze, queries, specs = (
+        kw.pop(k, None) for k in ("fit", "anchor", "freeze", "queries", "cbs")
+    )
     if anchor and not dry: set_anchor(learn, anchor)
     def policy(ref): return learn.model if dry else find_reference(learn, ref, "GRPO")
     cbs = [_named(spec, CALLBACKS, "callback") for spec in specs or ()]
@@ -451,20 +882,33 @@ def fit_recipe(
     **changes, # as in `recipe`
 )->Learner: # the Learner itself; `learn.recipe` is the recipe with its changes
     "Run the stages of a recipe, in order"
-    if check not in ("raise", "warn", None): raise ValueError(f"fit_recipe: check {check!r}, wanted 'raise', 'warn' or None")
-    r = recipe(name, **changes); title = f"recipe {r.get('name', 'without a name')}"
+    if check not in ("raise", "warn", None):
+        raise ValueError(f"fit_recipe: check {check!r}, wanted 'raise', 'warn' or None")
+    r = recipe(name, **changes)
+    title = f"recipe {r.get('name', 'without a name')}"
     if check and (odd := _misfits(learn, r)):
-        msg = f"{title} does not fit this Learner: {'; '.join(odd)}. Make one with `recipe_learner`, or change the recipe (model=, data=)"
+        msg = (
+            f"{title} does not fit this Learner: {'; '.join(odd)}. Make one with `recipe_learner`, or change"
+            " the recipe (model=, data=)"
+        )
         if check == "raise": raise ValueError(msg + "; check='warn' goes on all the same")
         warnings.warn(msg)
     if lost := _unknown_reference(learn, r["stages"]):
-        raise ValueError(f"{title}, stage {lost[0]}: no policy is called {lost[1]!r} by then; let an earlier stage keep it (anchor), or name a checkpoint's folder")
+        raise ValueError(
+            f"{title}, stage {lost[0]}: no policy is called {lost[1]!r} by then; let an earlier stage keep it"
+            " (anchor), or name a checkpoint's folder"
+        )
     for i, s in enumerate(r["stages"], 1):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try: run_stage(learn, s, dry=True)
-            except (TypeError, ValueError) as e: raise ValueError(f"{title}, stage {i} ({s['fit']}): {e}") from e
+            except (TypeError, ValueError) as e:
+                raise ValueError(f"{title}, stage {i} ({s['fit']}): {e}") from e
     learn.recipe = r
-    if getattr(learn, "choose_by", None) and all(s.get("best") is False for s in r["stages"]): warnings.warn(f"{title}: `choose_by` chooses nothing, since every stage keeps its last epoch (best=False)")
-    for i, s in enumerate(r["stages"], 1): run_stage(learn, s, None if resume is None or s["n_epoch"] == 0 else Path(resume)/f"{i}-{s['fit']}")
+    if getattr(learn, "choose_by", None) and all(s.get("best") is False for s in r["stages"]):
+        warnings.warn(
+            f"{title}: `choose_by` chooses nothing, since every stage keeps its last epoch (best=False)"
+        )
+    for i, s in enumerate(r["stages"], 1):
+        run_stage(learn, s, None if resume is None or s["n_epoch"] == 0 else Path(resume) / f"{i}-{s['fit']}")
     return learn

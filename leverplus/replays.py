@@ -17,11 +17,26 @@ from .evaluate import Interval, differs, expected_best, mcnemar, plan_mde, plan_
 SCORE_SD = .4745 # standard deviation of one question's accuracy: P(0) = .4501, P(.6) = .1032, P(1) = .4467
 _SHOTS = (1, 2, 3, 4)
 # first n rows of the validation split -> accuracies of one and the same model (report 0, v3 results)
-BY_SIZE = {100: (64.2, 64.8, 62.8, 61.4), 200: (57.2, 56.3, 54.9, 54.9), 400: (52.6, 51.2, 51.25, 49.75), 800: (48.55, 47.75, 48.15, 47.45)}
+BY_SIZE = {
+    100: (64.2, 64.8, 62.8, 61.4),
+    200: (57.2, 56.3, 54.9, 54.9),
+    400: (52.6, 51.2, 51.25, 49.75),
+    800: (48.55, 47.75, 48.15, 47.45),
+}
 # the same checkpoint evaluated before (report 0, comparison with the earlier run)
-BY_SIZE_BEFORE = {100: (64.2, 64.8, 62.8, 61.4), 200: (57.0, 56.6, 55.4, 54.5), 400: (52.55, 51.65, 51.05, 49.6), 800: (48.73, 48.35, 47.8, 47.17)}
+BY_SIZE_BEFORE = {
+    100: (64.2, 64.8, 62.8, 61.4),
+    200: (57.0, 56.6, 55.4, 54.5),
+    400: (52.55, 51.65, 51.05, 49.6),
+    800: (48.73, 48.35, 47.8, 47.17),
+}
 # trained on the merged data with 33 % positives (report 0, last table)
-BY_SIZE_MERGED = {100: (63.2, 64.8, 63.2, 61.8), 200: (56.7, 55.6, 55.4, 54.7), 400: (52.45, 50.2, 50.2, 50.25), 800: (49.17, 47.35, 47.48, 48.08)}
+BY_SIZE_MERGED = {
+    100: (63.2, 64.8, 63.2, 61.8),
+    200: (56.7, 55.6, 55.4, 54.7),
+    400: (52.45, 50.2, 50.2, 50.25),
+    800: (49.17, 47.35, 47.48, 48.08),
+}
 REPORTED_BASELINE = BY_SIZE[800]
 # variants on the first 800 rows -> (accuracies, where in report 3, mean gain that the report states)
 REPORTED_PLANS = {
@@ -35,8 +50,17 @@ REPORTED_PLANS = {
     "plan 9, phase 1": ((49.95, 47.77, 47.35, 47.58), "3: plan 9", .19),
     "plan 9, phase 2": ((49.75, 47.77, 47.23, 47.45), "3: plan 9", .08)}
 REPORTED_TRAIN = (52.25, 50.30, 49.02, 49.10) # plan 5, epoch 2, on 800 training questions (3: 8.1)
-# plan 5 as logged (3: 2.1 and 5.2), and the data it ran on (0: 7 positives among 6,400 candidates, in 5 of 800 queries; 80 % train)
-REPORTED_LOG = dict(adv_std=(.0063, .0062, .0062), adv_max=(.0072, .0090, .0090), live_groups=4, train_groups=640, candidates=6400, positives=7, queries=800)
+# plan 5 as logged (3: 2.1 and 5.2), and the data it ran on (0: 7 positives among 6,400 candidates, in 5 of
+# 800 queries; 80 % train)
+REPORTED_LOG = dict(
+    adv_std=(0.0063, 0.0062, 0.0062),
+    adv_max=(0.0072, 0.0090, 0.0090),
+    live_groups=4,
+    train_groups=640,
+    candidates=6400,
+    positives=7,
+    queries=800,
+)
 
 # %% ../nbs/83_replays.ipynb #2f464c9a
 def reported_difference(
@@ -45,7 +69,8 @@ def reported_difference(
     changed:float|None=.10, # assumed share of changed scores; None: unpaired
 )->tuple: # (Interval, MDE), in 0..1 units
     "Interval and detectable effect of a reported difference"
-    se = SCORE_SD*math.sqrt(2/n) if changed is None else math.sqrt(.72*changed/n); z = NormalDist().inv_cdf
+    se = SCORE_SD * math.sqrt(2 / n) if changed is None else math.sqrt(0.72 * changed / n)
+    z = NormalDist().inv_cdf
     return Interval(delta/100, delta/100 - z(.975)*se, delta/100 + z(.975)*se), (z(.975) + z(.8))*se
 
 def replay_plans(
@@ -55,10 +80,27 @@ def replay_plans(
     "Every reported variant against its baseline"
     rows = []
     for plan, (acc, source, _) in REPORTED_PLANS.items():
-        for s, a, b in [*zip(_SHOTS, acc, REPORTED_BASELINE), ("mean", np.mean(acc), np.mean(REPORTED_BASELINE))]:
-            est, least = reported_difference(a - b, n, changed); z = 1.96*2*est.value/(est.hi - est.lo)
-            rows.append((plan, s, a, *(100*x for x in est), 100*least, z, verdict(est, least).split(": ")[-1], source))
-    return pd.DataFrame(rows, columns=["plan", "shots", "acc", "delta", "lo", "hi", "mde", "z", "verdict", "source"])
+        for s, a, b in [
+            *zip(_SHOTS, acc, REPORTED_BASELINE),
+            ("mean", np.mean(acc), np.mean(REPORTED_BASELINE)),
+        ]:
+            est, least = reported_difference(a - b, n, changed)
+            z = 1.96 * 2 * est.value / (est.hi - est.lo)
+            rows.append(
+                (
+                    plan,
+                    s,
+                    a,
+                    *(100 * x for x in est),
+                    100 * least,
+                    z,
+                    verdict(est, least).split(": ")[-1],
+                    source,
+                )
+            )
+    return pd.DataFrame(
+        rows, columns=["plan", "shots", "acc", "delta", "lo", "hi", "mde", "z", "verdict", "source"]
+    )
 
 # %% ../nbs/83_replays.ipynb #9224e67a
 def least_changed(
@@ -101,7 +143,10 @@ def prefix_blocks(
     accs, # accuracies of the prefixes, in points
 )->pd.DataFrame: # rows, acc, se (points) of each disjoint block
     "Accuracies between nested prefixes"
-    n, a = np.asarray(list(sizes), dtype=float), np.asarray(accs, dtype=float); m = np.diff(n, prepend=0); total = np.diff(n*a, prepend=0)
+    n = np.asarray(list(sizes), dtype=float)
+    a = np.asarray(accs, dtype=float)
+    m = np.diff(n, prepend=0)
+    total = np.diff(n * a, prepend=0)
     return pd.DataFrame(dict(rows=m.astype(int), acc=total/m, se=100*SCORE_SD/np.sqrt(m)))
 
 def homogeneous_p(
@@ -109,7 +154,8 @@ def homogeneous_p(
 )->float: # 0..1
     "Could the four blocks have one accuracy? (chi-square with 3 degrees of freedom)"
     if len(b) != 4: raise ValueError(f"{len(b)} blocks: the closed form here is for four")
-    w = 1/b.se**2; x = float((w*(b.acc - (w*b.acc).sum()/w.sum())**2).sum())
+    w = 1 / b.se**2
+    x = float((w * (b.acc - (w * b.acc).sum() / w.sum()) ** 2).sum())
     return math.erfc(math.sqrt(x/2)) + math.sqrt(2*x/math.pi)*math.exp(-x/2)
 
 # %% ../nbs/83_replays.ipynb #2dc7b9e1
@@ -129,11 +175,19 @@ def plot_replays(
 ): # the axes
     "Reported differences with intervals, and the band of what cannot be detected"
     import matplotlib.pyplot as plt
-    p = replay_plans() if plans is None else plans; p = p[p.shots == shots]
+    p = replay_plans() if plans is None else plans
+    p = p[p.shots == shots]
     if ax is None: ax = plt.subplots(figsize=(5, 3), layout="constrained")[1]
-    y = np.arange(len(p)); least = p.mde.iloc[0]; ax.axvspan(-least, least, color="grey", alpha=.18, lw=0)
-    ax.errorbar(p.delta, y, xerr=[p.delta - p.lo, p.hi - p.delta], fmt="o", ms=5, capsize=2, lw=1.5); ax.axvline(0, ls=":", lw=1, color="grey")
-    ax.set_yticks(y, p.plan); ax.invert_yaxis(); ax.set_xlabel(f"difference to the baseline, points ({'mean over shots' if shots == 'mean' else f'{shots} shots'})")
+    y = np.arange(len(p))
+    least = p.mde.iloc[0]
+    ax.axvspan(-least, least, color="grey", alpha=0.18, lw=0)
+    ax.errorbar(p.delta, y, xerr=[p.delta - p.lo, p.hi - p.delta], fmt="o", ms=5, capsize=2, lw=1.5)
+    ax.axvline(0, ls=":", lw=1, color="grey")
+    ax.set_yticks(y, p.plan)
+    ax.invert_yaxis()
+    ax.set_xlabel(
+        f"difference to the baseline, points ({'mean over shots' if shots == 'mean' else f'{shots} shots'})"
+    )
     ax.spines[["top", "right"]].set_visible(False)
     return ax
 
@@ -145,10 +199,17 @@ def plot_prefixes(
     "Accuracy of the first n rows, and of the rows between"
     import matplotlib.pyplot as plt
     if ax is None: ax = plt.subplots(figsize=(5, 3), layout="constrained")[1]
-    n = list(BY_SIZE); b = prefix_blocks(n, [a[shot-1] for a in BY_SIZE.values()]); ends = np.cumsum(b.rows); mid = ends - b.rows/2
+    n = list(BY_SIZE)
+    b = prefix_blocks(n, [a[shot - 1] for a in BY_SIZE.values()])
+    ends = np.cumsum(b.rows)
+    mid = ends - b.rows / 2
     ax.plot(n, [a[shot-1] for a in BY_SIZE.values()], "s--", ms=5, label="first n rows, as reported")
-    ax.errorbar(mid, b.acc, xerr=b.rows/2, yerr=1.96*b.se, fmt="o", ms=5, capsize=2, lw=1.5, label="rows between")
-    ax.set(xlabel="row of the validation split", ylabel=f"accuracy, % ({shot} shot{'s'*(shot > 1)})"); ax.legend(frameon=False, fontsize=8); ax.spines[["top", "right"]].set_visible(False)
+    ax.errorbar(
+        mid, b.acc, xerr=b.rows / 2, yerr=1.96 * b.se, fmt="o", ms=5, capsize=2, lw=1.5, label="rows between"
+    )
+    ax.set(xlabel="row of the validation split", ylabel=f"accuracy, % ({shot} shot{'s'*(shot > 1)})")
+    ax.legend(frameon=False, fontsize=8)
+    ax.spines[["top", "right"]].set_visible(False)
     return ax
 
 # %% ../nbs/83_replays.ipynb #7850f179
@@ -156,14 +217,45 @@ def replay_verdicts()->pd.DataFrame: # claim, numbers, verdict
     "What the reports claim, and what their numbers show"
     say = lambda e, m: "better" if differs(e, m) else "no difference shown"
     text = lambda e, m: f"{100*e.value:+.2f} [{100*e.lo:+.2f}, {100*e.hi:+.2f}], detectable {100*m:.2f}"
-    acc, plans, m = REPORTED_PLANS["plan 5, epoch 2"][0], {k: v[0] for k, v in REPORTED_PLANS.items()}, len(REPORTED_PLANS)
-    one, mean = reported_difference(acc[0] - REPORTED_BASELINE[0]), reported_difference(np.mean(acc) - np.mean(REPORTED_BASELINE))
-    b = prefix_blocks(BY_SIZE, [a[0] for a in BY_SIZE.values()]); steps = ", ".join(f"{a:.1f}" for a in b.acc)
-    rows = [("plan 5 improves one shot", f"50.15 against 48.55 at n = 800: {text(*one)}", say(*one)),
-            ("plan 5 improves the mean over shots", f"{text(*mean)}; needs {plan_power(.0038, .05):,} to {plan_power(.0038, .10):,} queries", say(*mean)),
-            ("plan 5 is among the best variants", f"best of {m} equal ones: {best_of(m):+.2f} expected; of 20: {best_of(20):+.2f}; reported best {max(x[2] for x in REPORTED_PLANS.values()):+.2f}",
-             "choosing among equal variants gives as much"),
-            ("accuracy at n = 100, 200, 400, 800", f"64.2, 57.2, 52.6, 48.6; blocks {steps}; equal blocks p = {homogeneous_p(b):.3f}", "the rows are not in random order: the first ones are easier"),
-            ("other data and reward, same result", "; ".join(" = ".join(g) for g in twins(plans)), "the same selection: nothing was learned, or one row was copied"),
-            ("advantages are small: change the optimiser", f"mean of z-scored groups .0062 = {REPORTED_LOG['live_groups']} live groups of {REPORTED_LOG['train_groups']}", "no data to learn from")]
+    acc = REPORTED_PLANS["plan 5, epoch 2"][0]
+    plans = {k: v[0] for k, v in REPORTED_PLANS.items()}
+    m = len(REPORTED_PLANS)
+    one = reported_difference(acc[0] - REPORTED_BASELINE[0])
+    mean = reported_difference(np.mean(acc) - np.mean(REPORTED_BASELINE))
+    b = prefix_blocks(BY_SIZE, [a[0] for a in BY_SIZE.values()])
+    steps = ", ".join(f"{a:.1f}" for a in b.acc)
+    rows = [
+        ("plan 5 improves one shot", f"50.15 against 48.55 at n = 800: {text(*one)}", say(*one)),
+        (
+            "plan 5 improves the mean over shots",
+            f"{text(*mean)}; needs {plan_power(.0038, .05):,} to {plan_power(.0038, .10):,} queries",
+            say(*mean),
+        ),
+        (
+            "plan 5 is among the best variants",
+            (
+                f"best of {m} equal ones: {best_of(m):+.2f} expected; of 20: {best_of(20):+.2f}; reported"
+                f" best {max(x[2] for x in REPORTED_PLANS.values()):+.2f}"
+            ),
+            "choosing among equal variants gives as much",
+        ),
+        (
+            "accuracy at n = 100, 200, 400, 800",
+            f"64.2, 57.2, 52.6, 48.6; blocks {steps}; equal blocks p = {homogeneous_p(b):.3f}",
+            "the rows are not in random order: the first ones are easier",
+        ),
+        (
+            "other data and reward, same result",
+            "; ".join(" = ".join(g) for g in twins(plans)),
+            "the same selection: nothing was learned, or one row was copied",
+        ),
+        (
+            "advantages are small: change the optimiser",
+            (
+                f"mean of z-scored groups .0062 = {REPORTED_LOG['live_groups']} live groups of"
+                f" {REPORTED_LOG['train_groups']}"
+            ),
+            "no data to learn from",
+        ),
+    ]
     return pd.DataFrame(rows, columns=["claim", "numbers", "verdict"])

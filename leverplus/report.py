@@ -19,14 +19,25 @@ from .groups import RLData, shard_files
 from .rldata_check import Health, health, teaches
 from .diagnose import Diagnosis, PANELS, diagnose, plot_rl
 from .infer import as_pointer
-from .evaluate import (BASELINES, Interval, behaviour, compare_runs, compare_seeds, gap_table, holm, mode_table, paired_tests, plot_results,
-                                result_table, size_table, subsets, table_text, type_table, verdict)
+from leverplus.evaluate import (
+    BASELINES, Interval, behaviour, compare_runs, compare_seeds, gap_table, holm, mode_table,
+    paired_tests, plot_results, result_table, size_table, subsets, table_text, type_table, verdict,
+)
 
 # %% ../nbs/90_report.ipynb #104321ce
 CURVES = dict(
-    train_loss="training loss", valid_loss="validation regret", kl="KL to reference (nats)", entropy="policy entropy, 0..1",
-    mass="policy mass on the group", live="share of live groups", clipped="share of clipped ratios",
-    clip_pos="clipped, advantage > 0", clip_neg="clipped, advantage < 0", temp="temperature", beta="KL weight beta")
+    train_loss="training loss",
+    valid_loss="validation regret",
+    kl="KL to reference (nats)",
+    entropy="policy entropy, 0..1",
+    mass="policy mass on the group",
+    live="share of live groups",
+    clipped="share of clipped ratios",
+    clip_pos="clipped, advantage > 0",
+    clip_neg="clipped, advantage < 0",
+    temp="temperature",
+    beta="KL weight beta",
+)
 
 def curves_in(
     history:pd.DataFrame, # one row per epoch
@@ -41,12 +52,17 @@ def plot_curves(
     "Training curves, one panel per quantity and one colour per stage"
     import matplotlib.pyplot as plt
     cols = curves_in(history)
-    if not cols: raise ValueError(f"history has columns {list(history)} and {len(history)} rows: nothing of {list(CURVES)} to draw")
+    if not cols:
+        raise ValueError(
+            f"history has columns {list(history)} and {len(history)} rows: nothing of {list(CURVES)} to draw"
+        )
     if axs is None:
-        w, h = min(3, len(cols)), math.ceil(len(cols)/3)
+        w = min(3, len(cols))
+        h = math.ceil(len(cols)/3)
         fig, axs = plt.subplots(h, w, figsize=(3.2*w, 2.3*h), layout="constrained", squeeze=False)
         for a in axs.ravel()[len(cols):]: fig.delaxes(a)
-    axs = np.ravel(axs)[:len(cols)]; by_stage = history.assign(stage=history["stage"] if "stage" in history else "training")
+    axs = np.ravel(axs)[: len(cols)]
+    by_stage = history.assign(stage=history["stage"] if "stage" in history else "training")
     if len(axs) < len(cols): raise ValueError(f"{len(axs)} axes for the curves {cols}: pass one each")
     for ax, c in zip(axs, cols): _curve(ax, by_stage, c)
     if by_stage.stage.nunique() > 1: axs[0].legend(*_once(axs[0]), frameon=False, fontsize=8)
@@ -57,14 +73,20 @@ def _curve(ax, history, col):
     colour = {s: f"C{i}" for i, s in enumerate(dict.fromkeys(history.stage))}
     runs = [history] if "seed" not in history else [h for _, h in history.groupby("seed", sort=False)]
     for h in runs:
-        h = h.assign(step=range(1, len(h) + 1)).dropna(subset=[col]); look = dict(marker="." * (len(h) < 30), lw=1.5 if len(runs) == 1 else .8)
-        for s, part in h.groupby("stage", sort=False): ax.plot(part.step, part[col], color=colour[s], label=s, **look)
-    ax.set_xlabel("epoch, all stages"); ax.set_ylabel(CURVES[col]); ax.spines[["top", "right"]].set_visible(False); ax.grid(alpha=.3)
+        h = h.assign(step=range(1, len(h) + 1)).dropna(subset=[col])
+        look = dict(marker="." * (len(h) < 30), lw=1.5 if len(runs) == 1 else 0.8)
+        for s, part in h.groupby("stage", sort=False):
+            ax.plot(part.step, part[col], color=colour[s], label=s, **look)
+    ax.set_xlabel("epoch, all stages")
+    ax.set_ylabel(CURVES[col])
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(alpha=0.3)
     ax.xaxis.get_major_locator().set_params(integer=True)
 
 def _once(ax):
     "Handles and labels without repeats"
-    h, l = ax.get_legend_handles_labels(); keep = {k: v for v, k in zip(h, l)}
+    h, l = ax.get_legend_handles_labels()
+    keep = {k: v for v, k in zip(h, l)}
     return list(keep.values()), list(keep)
 
 # %% ../nbs/90_report.ipynb #e155fcd7
@@ -77,7 +99,8 @@ def diagnoses(
     for seed, h in [(None, history)] if "seed" not in history else history.groupby("seed", sort=False):
         if "fit" not in h: h = h.assign(fit=(h.stage != h.stage.shift()).cumsum() if "stage" in h else 0)
         for fit in h.fit.unique():
-            d = diagnose(h, facts or {}, fit); out.append(Diagnosis(d.frame, d.stage if seed is None else f"seed {seed}, {d.stage}"))
+            d = diagnose(h, facts or {}, fit)
+            out.append(Diagnosis(d.frame, d.stage if seed is None else f"seed {seed}, {d.stage}"))
     return out
 
 # %% ../nbs/90_report.ipynb #42991dff
@@ -87,26 +110,60 @@ def plot_shots(
 ):# the axes
     "Accuracy by number of demonstrations with intervals; zero-shot is the dotted line"
     import matplotlib.pyplot as plt
-    t = table[table.shots > 0]; names = list(dict.fromkeys(t.selector)); own = [s for s in names if s not in BASELINES]; ends = {}
+    t = table[table.shots > 0]
+    names = list(dict.fromkeys(t.selector))
+    own = [s for s in names if s not in BASELINES]
+    ends = {}
     if not len(t): raise ValueError("plot_shots: no row with a demonstration; zero-shot alone is no curve")
     if ax is None: ax = plt.subplots(figsize=(5, 3.4), layout="constrained")[1]
     for i, s in enumerate(names):
-        g = t[t.selector == s].sort_values("shots"); c = f"C{own.index(s) % 10}" if s in own else ".55"; x = g.shots + .03*(i - len(names)/2)
+        g = t[t.selector == s].sort_values("shots")
+        c = f"C{own.index(s) % 10}" if s in own else ".55"
+        x = g.shots + 0.03 * (i - len(names) / 2)
         err = np.clip([g.acc - g.lo, g.hi - g.acc], 0, None)
-        ax.errorbar(x, g.acc, yerr=err, fmt="o-", ms=4, lw=1.2 + .6*(s in own), elinewidth=1, capsize=2, color=c, zorder=2 + (s in own))
+        ax.errorbar(
+            x,
+            g.acc,
+            yerr=err,
+            fmt="o-",
+            ms=4,
+            lw=1.2 + 0.6 * (s in own),
+            elinewidth=1,
+            capsize=2,
+            color=c,
+            zorder=2 + (s in own),
+        )
         ends[s] = float(g.acc.iloc[-1]), c if s in own else ".35", float(x.iloc[-1])
-    for z in table.acc[table.selector == "zero_shot"]: ax.axhline(z, ls=":", lw=1, color=".45"); ends["zero_shot"] = z, ".35", float(t.shots.max())
+    for z in table.acc[table.selector == "zero_shot"]:
+        ax.axhline(z, ls=":", lw=1, color=".45")
+        ends["zero_shot"] = z, ".35", float(t.shots.max())
     _names_at_end(ax, ends, t.shots.max())
-    ax.set_xticks(sorted(t.shots.unique())); ax.set_xlabel("demonstrations"); ax.set_ylabel("VQA accuracy (95 % interval)")
-    ax.grid(axis="y", alpha=.3); ax.spines[["top", "right"]].set_visible(False)
+    ax.set_xticks(sorted(t.shots.unique()))
+    ax.set_xlabel("demonstrations")
+    ax.set_ylabel("VQA accuracy (95 % interval)")
+    ax.grid(axis="y", alpha=0.3)
+    ax.spines[["top", "right"]].set_visible(False)
     return ax
 
 def _names_at_end(ax, ends, x):
     "A name beside the last point of each line, pushed apart where they would cover each other"
-    names = sorted(ends, key=lambda s: ends[s][0]); y = np.array([ends[s][0] for s in names]); lo, hi = ax.get_ylim(); gap = np.arange(len(y))*(hi - lo)*.062
-    up, down = np.maximum.accumulate(y - gap) + gap, np.minimum.accumulate((y - gap)[::-1])[::-1] + gap
-    for s, v in zip(names, (up + down)/2): ax.annotate(s, (ends[s][2], ends[s][0]), (x + .2, v), color=ends[s][1], fontsize=8, va="center",
-                                                       arrowprops=dict(arrowstyle="-", lw=.4, color=".7", shrinkA=0, shrinkB=3), annotation_clip=False)
+    names = sorted(ends, key=lambda s: ends[s][0])
+    y = np.array([ends[s][0] for s in names])
+    lo, hi = ax.get_ylim()
+    gap = np.arange(len(y)) * (hi - lo) * 0.062
+    up = np.maximum.accumulate(y - gap) + gap
+    down = np.minimum.accumulate((y - gap)[::-1])[::-1] + gap
+    for s, v in zip(names, (up + down) / 2):
+        ax.annotate(
+            s,
+            (ends[s][2], ends[s][0]),
+            (x + 0.2, v),
+            color=ends[s][1],
+            fontsize=8,
+            va="center",
+            arrowprops=dict(arrowstyle="-", lw=0.4, color=".7", shrinkA=0, shrinkB=3),
+            annotation_clip=False,
+        )
 
 # %% ../nbs/90_report.ipynb #4b024562
 def plot_gap(
@@ -115,16 +172,34 @@ def plot_gap(
 ):# the axes
     "Share of the gap that each selector closes, with intervals, a colour per shot count"
     import matplotlib.pyplot as plt
-    if not len(gaps): raise ValueError("plot_gap: no rows; gaps need scores of a random and of an oracle row at the same shots")
-    names, shots = list(dict.fromkeys(gaps.selector)), sorted(gaps.shots.unique()); h = .8/len(shots)
+    if not len(gaps):
+        raise ValueError(
+            "plot_gap: no rows; gaps need scores of a random and of an oracle row at the same shots"
+        )
+    names = list(dict.fromkeys(gaps.selector))
+    shots = sorted(gaps.shots.unique())
+    h = 0.8 / len(shots)
     if ax is None: ax = plt.subplots(figsize=(5, max(2.2, .42*len(names) + 1)), layout="constrained")[1]
     for i, s in enumerate(shots):
-        g = gaps[gaps.shots == s]; y = [names.index(n) + (i - (len(shots) - 1)/2)*h for n in g.selector]
+        g = gaps[gaps.shots == s]
+        y = [names.index(n) + (i - (len(shots) - 1) / 2) * h for n in g.selector]
         err = np.clip([g.gap - g.lo, g.hi - g.gap], 0, None)
-        ax.barh(y, g.gap, h*.9, color=f"C{i}", alpha=.75, label=f"S = {s}", xerr=err, error_kw=dict(lw=1, capsize=2, ecolor=".25"))
+        ax.barh(
+            y,
+            g.gap,
+            h * 0.9,
+            color=f"C{i}",
+            alpha=0.75,
+            label=f"S = {s}",
+            xerr=err,
+            error_kw=dict(lw=1, capsize=2, ecolor=".25"),
+        )
     for v in (0, 1): ax.axvline(v, lw=.8, color=".4")
-    ax.set_yticks(range(len(names)), names); ax.invert_yaxis(); ax.set_xlabel("gap closed: 0 = random, 1 = oracle (95 % interval)")
-    ax.spines[["top", "right"]].set_visible(False); ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1)) if len(shots) > 1 else None
+    ax.set_yticks(range(len(names)), names)
+    ax.invert_yaxis()
+    ax.set_xlabel("gap closed: 0 = random, 1 = oracle (95 % interval)")
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1)) if len(shots) > 1 else None
     return ax
 
 # %% ../nbs/90_report.ipynb #b6d8ec5f
@@ -137,8 +212,13 @@ def outcomes(
     against:str, # whom it is compared with, at the same shots (zero_shot at 0)
 )->pd.Series: # by question_id: "won" | "lost" | "unchanged" | "failed" (one of the two has no score)
     "How each query went against another selector, first draw against first draw"
-    first = lambda s, n: _only(_only(scored, "selector", s), "shots", n).drop_duplicates("question_id").set_index("question_id")
-    a, b = first(selector, shots), first(against, 0 if against == "zero_shot" else shots)
+    first = (
+        lambda s, n: _only(_only(scored, "selector", s), "shots", n)
+        .drop_duplicates("question_id")
+        .set_index("question_id")
+    )
+    a = first(selector, shots)
+    b = first(against, 0 if against == "zero_shot" else shots)
     d = a.vqa_acc_score.mask(a.eval_failed) - b.vqa_acc_score.mask(b.eval_failed).reindex(a.index)
     return pd.Series(np.select([d > 1e-9, d < -1e-9, d.abs() <= 1e-9], OUTCOMES[:3], "failed"), a.index)
 
@@ -152,13 +232,25 @@ def cases(
     against:str|None=None, # None: right and wrong in turn | a selector: won, lost and unchanged against it in turn
 )->pd.DataFrame: # rows of `scored`, first draw of each query
     "Queries worth looking at"
-    s = _only(_only(scored, "selector", selector), "shots", shots).drop_duplicates("question_id").set_index("question_id", drop=False)
+    s = (
+        _only(_only(scored, "selector", selector), "shots", shots)
+        .drop_duplicates("question_id")
+        .set_index("question_id", drop=False)
+    )
     if ids is not None:
-        if lost := [i for i in ids if i not in s.index]: raise KeyError(f"question {lost[0]} was not scored for these picks")
+        if lost := [i for i in ids if i not in s.index]:
+            raise KeyError(f"question {lost[0]} was not scored for these picks")
         return s.loc[list(ids)].reset_index(drop=True)
-    p = rng("cases", seed).permutation(len(s)); s = s.sort_index().iloc[p]
+    p = rng("cases", seed).permutation(len(s))
+    s = s.sort_index().iloc[p]
     if against is None: kind = (~(s.vqa_acc_score >= .5)).to_numpy().astype(int)
-    else: kind = outcomes(scored, s.selector.iloc[0], s.shots.iloc[0], against).loc[s.index].map(OUTCOMES.index).to_numpy()
+    else:
+        kind = (
+            outcomes(scored, s.selector.iloc[0], s.shots.iloc[0], against)
+            .loc[s.index]
+            .map(OUTCOMES.index)
+            .to_numpy()
+        )
     turn = s.groupby(kind).cumcount()
     return s.iloc[np.lexsort((kind, turn))][:n].reset_index(drop=True)
 
@@ -182,7 +274,8 @@ def mark(
     row, # a row of `scored` with `vqa_acc_score` and `eval_failed`
 )->tuple: # (word for people, colour)
     "Right, partly right, wrong, or failed"
-    k = _kind(row); words = dict(failed="not answered: the evaluation failed", right="✓ right", wrong="✗ wrong")
+    k = _kind(row)
+    words = dict(failed="not answered: the evaluation failed", right="✓ right", wrong="✗ wrong")
     return words.get(k) or f"~ partly right ({row['vqa_acc_score']:.1f})", MARKS[k]
 
 def truth(
@@ -190,7 +283,8 @@ def truth(
     n:int=3, # at most that many different ones
 )->str: # most frequent first, with counts: "tras ×9, trass ×1"
     "The annotators' answers in one line"
-    c = pd.Series(list(answers)).value_counts(); more = ", …" if len(c) > n else ""
+    c = pd.Series(list(answers)).value_counts()
+    more = ", …" if len(c) > n else ""
     return ", ".join(f"{a} ×{k}" for a, k in c[:n].items()) + more
 
 def picture(
@@ -200,11 +294,15 @@ def picture(
 ):# PIL image in RGB, or None where the items were read without images; FileNotFoundError names file and question
     "The image of an item, small enough to show"
     from PIL import Image
-    if question_id not in items.index: raise KeyError(f"question {question_id} is not in items: pass queries and demonstrations together")
+    if question_id not in items.index:
+        raise KeyError(f"question {question_id} is not in items: pass queries and demonstrations together")
     path = items.image_path[question_id] if "image_path" in items else None
     if path is None or pd.isna(path): return None
     if not Path(path).exists(): raise FileNotFoundError(f"image of question {question_id} is not at {path}")
-    with Image.open(path) as im: im = im.convert("RGB"); im.thumbnail((size, size)); return im
+    with Image.open(path) as im:
+        im = im.convert("RGB")
+        im.thumbnail((size, size))
+        return im
 
 # %% ../nbs/90_report.ipynb #556fd97c
 def plot_examples(
@@ -219,13 +317,18 @@ def plot_examples(
 ):# [cases, shots + 2] array of axes
     "Cases in rows: demonstrations in prompt order, the query, the LVLM's answer with right or wrong"
     import matplotlib.pyplot as plt
-    rows = cases(scored, n, selector, shots, ids, seed); S = len(rows.pointer.iloc[0])
+    rows = cases(scored, n, selector, shots, ids, seed)
+    S = len(rows.pointer.iloc[0])
     if axs is None:
-        fig, axs = plt.subplots(len(rows), S + 2, figsize=(2.1*(S + 2), 2.6*len(rows)), squeeze=False, layout="constrained")
+        fig, axs = plt.subplots(
+            len(rows), S + 2, figsize=(2.1 * (S + 2), 2.6 * len(rows)), squeeze=False, layout="constrained"
+        )
         fig.get_layout_engine().set(hspace=.08)
     for (_, r), line in zip(rows.iterrows(), np.reshape(axs, (len(rows), S + 2))):
-        for i, (d, ax) in enumerate(zip(r.pointer, line)): _item(ax, items, d, f"demonstration {i + 1}", f"A: {items.answer[d]}")
-        _item(line[-2], items, r.question_id, "query", "A: ?", "black"); _said(line[-1], items, r)
+        for i, (d, ax) in enumerate(zip(r.pointer, line)):
+            _item(ax, items, d, f"demonstration {i + 1}", f"A: {items.answer[d]}")
+        _item(line[-2], items, r.question_id, "query", "A: ?", "black")
+        _said(line[-1], items, r)
     return np.reshape(axs, (len(rows), S + 2))
 
 def _wrap(text, width=26, lines=4):
@@ -235,19 +338,41 @@ def _wrap(text, width=26, lines=4):
 def _item(ax, items, q, head, answer, edge="#b0b7bf"):
     "Image of an item with its question and answer underneath"
     im = picture(items, q)
-    if im is None: ax.text(.5, .5, "(images not read)", ha="center", va="center", fontsize=8, color="grey"); ax.set_aspect(1)
+    if im is None:
+        ax.text(0.5, 0.5, "(images not read)", ha="center", va="center", fontsize=8, color="grey")
+        ax.set_aspect(1)
     else: ax.imshow(im, interpolation="nearest" if max(im.size) < 128 else "antialiased")
     ax.set_title(head, fontsize=8, color="#57606a", pad=3)
     ax.set_xlabel(f"{_wrap(items.question[q])}\n{_wrap(answer, lines=2)}", fontsize=9, labelpad=3)
-    ax.set_xticks([]); ax.set_yticks([]); ax.spines[:].set(color=edge, linewidth=1.5)
+    ax.set_xticks([])
+    ax.set_yticks([])
+    ax.spines[:].set(color=edge, linewidth=1.5)
 
 def _said(ax, items, r):
     "What the LVLM said, and what the annotators said"
-    word, colour = mark(r); ax.axis("off"); said = "" if r.eval_failed else f"“{r.vqa_pred_answer}”"
+    word, colour = mark(r)
+    ax.axis("off")
+    said = "" if r.eval_failed else f"“{r.vqa_pred_answer}”"
     ax.text(0, .80, "the LVLM says", fontsize=8, color="#57606a", transform=ax.transAxes, va="top")
-    ax.text(0, .68, _wrap(said, 18, 2), fontsize=12, color=colour, weight="bold", transform=ax.transAxes, va="top")
+    ax.text(
+        0,
+        0.68,
+        _wrap(said, 18, 2),
+        fontsize=12,
+        color=colour,
+        weight="bold",
+        transform=ax.transAxes,
+        va="top",
+    )
     ax.text(0, .46, _wrap(word, 22, 2), fontsize=9, color=colour, transform=ax.transAxes, va="top")
-    ax.text(0, .26, "truth: " + _wrap(truth(items.answers[r.question_id]), 22, 3), fontsize=9, transform=ax.transAxes, va="top")
+    ax.text(
+        0,
+        0.26,
+        "truth: " + _wrap(truth(items.answers[r.question_id]), 22, 3),
+        fontsize=9,
+        transform=ax.transAxes,
+        va="top",
+    )
 
 # %% ../nbs/90_report.ipynb #f4f2f192
 def read_scored(
@@ -268,14 +393,21 @@ def show_results(self:Run,
     return plot_examples(items, read_scored(self), n, selector, shots, **kwargs)
 
 # %% ../nbs/90_report.ipynb #9543f1b9
-LIGHT = dict(bg="#ffffff", ink="#1f2328", dim="#57606a", line="#d0d7de", soft="#f6f8fa", link="#0550ae", **MARKS)
+LIGHT = dict(
+    bg="#ffffff", ink="#1f2328", dim="#57606a", line="#d0d7de", soft="#f6f8fa", link="#0550ae", **MARKS
+)
 DARK = dict(bg="#0d1117", ink="#e6edf3", dim="#9aa4af", line="#3d444d", soft="#161b22", link="#79c0ff",
             right="#56d364", partly="#e3b341", wrong="#ff8b82", failed="#9aa4af")
 
 def _vars(colours): return ";".join(f"--{k}:{v}" for k, v in colours.items())
 
-_DARK = f"@media screen and (prefers-color-scheme:dark){{:root{{{_vars(DARK)}}} .plot{{filter:invert(1) hue-rotate(180deg)}}}}"
-STYLE = f":root{{color-scheme:light dark;{_vars(LIGHT)}}}\n{_DARK}" + """
+_DARK = (
+    f"@media screen and (prefers-color-scheme:dark){{:root{{{_vars(DARK)}}} .plot{{filter:invert(1)"
+    " hue-rotate(180deg)}}"
+)
+STYLE = (
+    f":root{{color-scheme:light dark;{_vars(LIGHT)}}}\n{_DARK}"
+    + """
 *{box-sizing:border-box} html{-webkit-text-size-adjust:100%}
 body{font:16px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--bg);max-width:58rem;margin:0 auto;padding:1rem}
 h1{font-size:1.5rem;line-height:1.2} h2{font-size:1.2rem;margin:2.2rem 0 .5rem;border-bottom:1px solid var(--line)}
@@ -305,13 +437,20 @@ fieldset{border:1px solid var(--line);border-radius:8px;margin:.8rem 0;padding:.
 fieldset label{display:inline-block;padding:.35rem .9rem .35rem 0}
 @supports not selector(:has(a)){.filter{display:none}}
 @media print{.filter,nav{display:none} .case{display:block!important}}
-""" + "\n".join(f".browser:has(.f-{o}-{i}:checked) .case:not(.{o}-{i}){{display:none}}" for i in range(4) for o in ("won", "lost", "unchanged"))
+"""
+    + "\n".join(
+        f".browser:has(.f-{o}-{i}:checked) .case:not(.{o}-{i}){{display:none}}"
+        for i in range(4)
+        for o in ("won", "lost", "unchanged")
+    )
+)
 
 def _esc(x): return html.escape(str(x))
 def _num(x, scale=100, digits=1): return "–" if pd.isna(x) else f"{scale*x:.{digits}f}"
 def _items(lines): return '<ul class="says">' + "".join(f"<li>{_esc(s)}</li>" for s in lines) + "</ul>"
 def _fold(name, body): return f"<details><summary>{_esc(name)}</summary>{body}</details>"
-def _scroll(body, label): return f'<div class="wide" role="region" tabindex="0" aria-label="{_esc(label)}">{body}</div>'
+def _scroll(body, label):
+    return f'<div class="wide" role="region" tabindex="0" aria-label="{_esc(label)}">{body}</div>'
 
 # %% ../nbs/90_report.ipynb #32f57fc0
 def data_uri(
@@ -320,7 +459,8 @@ def data_uri(
     "An image as text that can stand in a page"
     if isinstance(image, (str, Path)): image = Path(image).read_bytes()
     if isinstance(image, bytes): return _uri("png" if image[:4] == b"\x89PNG" else "svg+xml", image)
-    kind, buf = "jpeg" if image.getcolors(1000) is None else "png", io.BytesIO()
+    kind = "jpeg" if image.getcolors(1000) is None else "png"
+    buf = io.BytesIO()
     image.save(buf, format=kind, quality=80)
     return _uri(kind, buf.getvalue())
 
@@ -329,8 +469,10 @@ def _uri(kind, raw): return f"data:image/{kind};base64,{base64.b64encode(raw).de
 def _svg(ax, alt):
     "The figure of `ax` as an <img>, the same bytes each time; the figure is closed"
     import matplotlib.pyplot as plt
-    fig, buf = np.ravel(ax)[0].figure, io.BytesIO()
-    with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": "leverplus"}): fig.savefig(buf, format="svg", transparent=True, metadata={"Date": None})
+    fig = np.ravel(ax)[0].figure
+    buf = io.BytesIO()
+    with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": "leverplus"}):
+        fig.savefig(buf, format="svg", transparent=True, metadata={"Date": None})
     plt.close(fig)
     return f'<img class="plot" src="{data_uri(buf.getvalue())}" alt="{_esc(alt)}">'
 
@@ -348,20 +490,33 @@ class Pictures:
         "A picture in a page, by reference"
         im = picture(items, question_id, size)
         if im is None: return '<span class="dim">(images not read)</span>'
-        key = str(items.image_path[question_id]); n, old, drawing = self.images.get(key, (len(self.images), im, max(im.size) < min(size, 128)))
-        self.images[key] = n, max(old, im, key=lambda i: i.size), drawing; w, h = im.size
-        size, name = f'viewBox="0 0 {w} {h}" width="{w}" height="{h}"', f'role="img" aria-label="image of question {int(question_id)}"'
+        key = str(items.image_path[question_id])
+        n, old, drawing = self.images.get(key, (len(self.images), im, max(im.size) < min(size, 128)))
+        self.images[key] = n, max(old, im, key=lambda i: i.size), drawing
+        w, h = im.size
+        size = f'viewBox="0 0 {w} {h}" width="{w}" height="{h}"'
+        name = f'role="img" aria-label="image of question {int(question_id)}"'
         return f'<svg class="im" {size} {name}><use href="#im{n}"/></svg>'
 
     def html(self)->str: # the place that the references point to; put it once into the page
         "All pictures, hidden"
         for scale in (1, .7, .5, .35): # until they fit
             small = lambda im: im if scale == 1 else im.resize([math.ceil(s*scale) for s in im.size])
-            uris = [(n, im.size, drawing, data_uri(im if drawing else small(im))) for n, im, drawing in self.images.values()]
+            uris = [
+                (n, im.size, drawing, data_uri(im if drawing else small(im)))
+                for n, im, drawing in self.images.values()
+            ]
             if sum(len(u) for *_, u in uris) <= self.budget: break
         look = ' style="image-rendering:pixelated"'
-        symbols = "".join(f'<symbol id="im{n}" viewBox="0 0 {w} {h}"><image width="{w}" height="{h}" href="{u}"{look*drawing}/></symbol>' for n, (w, h), drawing, u in uris)
-        return f'<svg width="0" height="0" style="position:absolute" aria-hidden="true"><defs>{symbols}</defs></svg>'
+        symbols = "".join(
+            f'<symbol id="im{n}" viewBox="0 0 {w} {h}"><image width="{w}" height="{h}"'
+            f' href="{u}"{look*drawing}/></symbol>'
+            for n, (w, h), drawing, u in uris
+        )
+        return (
+            '<svg width="0" height="0" style="position:absolute"'
+            f' aria-hidden="true"><defs>{symbols}</defs></svg>'
+        )
 
 # %% ../nbs/90_report.ipynb #d0c62e47
 def table_html(
@@ -369,12 +524,32 @@ def table_html(
     gaps:pd.DataFrame|None=None, # from `evaluate.gap_table`: intervals of the gap closed
 )->str: # an HTML table; accuracies in percent with their interval
     "The result table for a page"
-    held = {} if gaps is None else {(g.selector, g.shots): f" [{_num(g.lo, 1, 2)}, {_num(g.hi, 1, 2)}]" for g in gaps.itertuples() if not math.isnan(g.lo)}
-    cols = {"shots": lambda r: r.shots, "accuracy, % [95 %]": lambda r: f"{_num(r.acc)} [{_num(r.lo)}, {_num(r.hi)}]"}
-    if table.gap_closed.notna().any(): cols["gap closed" + " [95 %]"*bool(held)] = lambda r: _num(r.gap_closed, 1, 2) + held.get((r.selector, r.shots), "")
+    held = (
+        {}
+        if gaps is None
+        else {
+            (g.selector, g.shots): f" [{_num(g.lo, 1, 2)}, {_num(g.hi, 1, 2)}]"
+            for g in gaps.itertuples()
+            if not math.isnan(g.lo)
+        }
+    )
+    cols = {
+        "shots": lambda r: r.shots,
+        "accuracy, % [95 %]": lambda r: f"{_num(r.acc)} [{_num(r.lo)}, {_num(r.hi)}]",
+    }
+    if table.gap_closed.notna().any():
+        cols["gap closed" + " [95 %]" * bool(held)] = lambda r: _num(r.gap_closed, 1, 2) + held.get(
+            (r.selector, r.shots), ""
+        )
     if table.changed.notna().any(): cols["changed, %"] = lambda r: _num(r.changed)
-    cols["queries"] = lambda r: r.n; head = "".join(f'<th scope="col">{c}</th>' for c in ("selector", *cols))
-    body = "".join(f'<tr><th scope="row">{_esc(r.selector)}</th>' + "".join(f"<td>{f(r)}</td>" for f in cols.values()) + "</tr>" for r in table.itertuples())
+    cols["queries"] = lambda r: r.n
+    head = "".join(f'<th scope="col">{c}</th>' for c in ("selector", *cols))
+    body = "".join(
+        f'<tr><th scope="row">{_esc(r.selector)}</th>'
+        + "".join(f"<td>{f(r)}</td>" for f in cols.values())
+        + "</tr>"
+        for r in table.itertuples()
+    )
     return _scroll(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>", "results")
 
 def frame_html(
@@ -384,8 +559,11 @@ def frame_html(
     "A table for a page: numbers to the right with three digits, text to the left, a dash for what is missing"
     t = df.reset_index() if any(n is not None for n in df.index.names) else df
     def cell(v):
-        if isinstance(v, (bool, np.bool_)) or not isinstance(v, (int, float, np.number)): return f'<td class="t">{"–" if v is None else _esc(v)}</td>'
-        return f"<td>{'–' if pd.isna(v) else v if isinstance(v, (int, np.integer)) else f'{v:.0f}' if v == int(v) and abs(v) >= 10 else f'{v:.3g}'}</td>"
+        if isinstance(v, (bool, np.bool_)) or not isinstance(v, (int, float, np.number)):
+            return f'<td class="t">{"–" if v is None else _esc(v)}</td>'
+        return (
+            f"<td>{'–' if pd.isna(v) else v if isinstance(v, (int, np.integer)) else f'{v:.0f}' if v == int(v) and abs(v) >= 10 else f'{v:.3g}'}</td>"
+        )
     head = "".join(f'<th scope="col">{_esc(c)}</th>' for c in t)
     body = "".join("<tr>" + "".join(map(cell, r)) + "</tr>" for r in t.itertuples(index=False))
     return _scroll(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>", label)
@@ -396,7 +574,11 @@ def comparisons_html(
     "Differences in words for a page"
     def line(r):
         said = verdict(Interval(r.delta, r.lo, r.hi), r.mde, r.selector, r.against).rsplit(": ", 1)[0]
-        more = f"; {r.better} queries up, {r.worse} down, p {_p(r.p_holm)} after Holm" if hasattr(r, "p_holm") else ""
+        more = (
+            f"; {r.better} queries up, {r.worse} down, p {_p(r.p_holm)} after Holm"
+            if hasattr(r, "p_holm")
+            else ""
+        )
         return f"<li>S = {r.shots}, {r.n} queries: {_esc(said + more)}: <b>{r.verdict}</b></li>"
     return f'<ul class="says">{"".join(map(line, paired.itertuples()))}</ul>'
 
@@ -406,7 +588,10 @@ def _p(p): return "below .0001" if p < 1e-4 else f"{p:.2g}"
 def _figure(items, q, head, answer, pictures, cls="demo"):
     "Image, question and answer of one item"
     text = f"{_esc(items.question[q])}<br>A: <b>{_esc(answer)}</b>"
-    return f'<figure class="{cls}"><small>{head}</small>{pictures.show(items, q)}<figcaption>{text}</figcaption></figure>'
+    return (
+        '<figure'
+        f' class="{cls}"><small>{head}</small>{pictures.show(items, q)}<figcaption>{text}</figcaption></figure>'
+    )
 
 def _told(row, names=("probability of the right answer", "its own confidence")):
     "What the LVLM said, whether it is right, and how probable the right answer was"
@@ -417,8 +602,14 @@ def _told(row, names=("probability of the right answer", "its own confidence")):
 
 def _other(items, row, pictures):
     "One line: who, with which demonstrations, and what the LVLM said to them"
-    demos = "".join(f"<span>{pictures.show(items, d, 80)}{_esc(items.answer[d])}</span>" for d in row.pointer) or "<span>no demonstration</span>"
-    return f'<li><span class="who">{_esc(row.selector)}</span>{demos}<span>{_told(row, ("p", "confidence"))}</span></li>'
+    demos = (
+        "".join(f"<span>{pictures.show(items, d, 80)}{_esc(items.answer[d])}</span>" for d in row.pointer)
+        or "<span>no demonstration</span>"
+    )
+    return (
+        '<li><span'
+        f' class="who">{_esc(row.selector)}</span>{demos}<span>{_told(row, ("p", "confidence"))}</span></li>'
+    )
 
 def case_html(
     items:pd.DataFrame, # queries and demonstrations by question_id
@@ -429,14 +620,30 @@ def case_html(
     level:int=3, # of its heading
 )->str: # an HTML article
     "One case for a page"
-    pics, q, how = pictures or Pictures(), int(row.question_id), how or {}
-    strip = "".join(_figure(items, d, f"demonstration {i + 1}", items.answer[d], pics) for i, d in enumerate(row.pointer))
+    pics = pictures or Pictures()
+    q = int(row.question_id)
+    how = how or {}
+    strip = "".join(
+        _figure(items, d, f"demonstration {i + 1}", items.answer[d], pics) for i, d in enumerate(row.pointer)
+    )
     strip += _figure(items, q, "query", "?", pics, "query")
     tags = "".join(f'<span class="tag">{o} against {_esc(s)}</span>' for s, o in how.items())
-    rest = "" if others is None or not len(others) else f'<ul class="others">{"".join(_other(items, r, pics) for _, r in others.iterrows())}</ul>'
-    said = f'<p>The LVLM says {_told(row)}<br><span class="dim">truth: {_esc(truth(items.answers[q]))}</span></p>'
-    head = f'<article class="case {" ".join(f"{o}-{i}" for i, o in enumerate(how.values()))}"><h{level}>Question {q}: {_esc(items.question[q])}</h{level}>'
-    return f'{head}<div>{tags}</div><div class="strip">{strip}</div>{said}{rest}</article>' + ("" if pictures else pics.html())
+    rest = (
+        ""
+        if others is None or not len(others)
+        else f'<ul class="others">{"".join(_other(items, r, pics) for _, r in others.iterrows())}</ul>'
+    )
+    said = (
+        f'<p>The LVLM says {_told(row)}<br><span class="dim">truth:'
+        f' {_esc(truth(items.answers[q]))}</span></p>'
+    )
+    head = (
+        f'<article class="case {" ".join(f"{o}-{i}" for i, o in enumerate(how.values()))}"><h{level}>Question'
+        f' {q}: {_esc(items.question[q])}</h{level}>'
+    )
+    return f'{head}<div>{tags}</div><div class="strip">{strip}</div>{said}{rest}</article>' + (
+        "" if pictures else pics.html()
+    )
 
 # %% ../nbs/90_report.ipynb #d0a496e3
 def browser_html(
@@ -453,34 +660,76 @@ def browser_html(
     name:str="show", # of the filter, unique in a page
 )->str: # HTML
     "Cases that can be filtered by won, lost and unchanged"
-    pics = pictures or Pictures(); s = scored[(scored.shots == shots) | ((scored.shots == 0) & (scored.selector == "zero_shot"))]
+    pics = pictures or Pictures()
+    s = scored[(scored.shots == shots) | ((scored.shots == 0) & (scored.selector == "zero_shot"))]
     there = [x for x in dict.fromkeys(s.selector) if x != selector]
-    against = [a for a in against if a in there][:4]; every = {a: outcomes(scored, selector, shots, a) for a in against}
+    against = [a for a in against if a in there][:4]
+    every = {a: outcomes(scored, selector, shots, a) for a in against}
     rows = cases(scored, n, selector, shots, seed=seed, against=against[0] if against else None)
     others = [x for x in (there if others is None else others) if x in there and x != "majority_vote"]
-    by_q = dict(tuple(s[s.selector.isin(others)].drop_duplicates(["selector", "question_id"]).groupby("question_id")))
-    one = lambda r: case_html(items, r, _in_order(by_q.get(r.question_id), others), {a: o[r.question_id] for a, o in every.items()}, pics, level)
-    head = [_filter(every, rows, name), _items(_tally(selector, a, o) for a, o in every.items())] if against else []
-    how = f"Below: {len(rows)} cases, " + (f"won, lost and unchanged against {against[0]} in turn" if against else "right and wrong in turn")
-    note = f'<p class="dim">{_esc(how)}, otherwise chosen at random: not typical. Demonstrations stand in prompt order; p is the probability of the right answer.</p>'
-    return f'<div class="browser">{"".join(head)}{note}{"".join(one(r) for _, r in rows.iterrows())}</div>' + ("" if pictures else pics.html())
+    by_q = dict(
+        tuple(s[s.selector.isin(others)].drop_duplicates(["selector", "question_id"]).groupby("question_id"))
+    )
+    one = lambda r: case_html(
+        items,
+        r,
+        _in_order(by_q.get(r.question_id), others),
+        {a: o[r.question_id] for a, o in every.items()},
+        pics,
+        level,
+    )
+    head = (
+        [_filter(every, rows, name), _items(_tally(selector, a, o) for a, o in every.items())]
+        if against
+        else []
+    )
+    how = f"Below: {len(rows)} cases, " + (
+        f"won, lost and unchanged against {against[0]} in turn" if against else "right and wrong in turn"
+    )
+    note = (
+        f'<p class="dim">{_esc(how)}, otherwise chosen at random: not typical. Demonstrations stand in prompt'
+        ' order; p is the probability of the right answer.</p>'
+    )
+    return (
+        f'<div class="browser">{"".join(head)}{note}{"".join(one(r) for _, r in rows.iterrows())}</div>'
+        + ("" if pictures else pics.html())
+    )
 
 def _in_order(f, names):
     "Rows as tables have them: baselines, trained selectors, the oracle"
-    first = [b for b in BASELINES if b != "oracle"]; rank = lambda s: len(first) + len(names)*(s == "oracle") + names.index(s) if s not in first else first.index(s)
+    first = [b for b in BASELINES if b != "oracle"]
+    rank = lambda s: (
+        len(first) + len(names) * (s == "oracle") + names.index(s) if s not in first else first.index(s)
+    )
     return None if f is None else f.sort_values("selector", key=lambda s: s.map(rank), kind="stable")
 
 def _tally(selector, against, o):
     "How all queries went, in words"
-    k = o.value_counts(); said = ", ".join(f"{k.get(x, 0)} {x}" for x in OUTCOMES[:3])
-    return f"{selector} against {against}, first draws, {len(o)} queries: {said}{f', {k.failed} not scored' if 'failed' in k else ''}"
+    k = o.value_counts()
+    said = ", ".join(f"{k.get(x, 0)} {x}" for x in OUTCOMES[:3])
+    return (
+        f"{selector} against {against}, first draws, {len(o)} queries:"
+        f" {said}{f', {k.failed} not scored' if 'failed' in k else ''}"
+    )
 
 def _filter(every, rows, name):
     "Radio buttons: all, or one outcome against one selector"
-    def button(cls, text, on=""): return f'<label><input type="radio" name="{name}" class="{cls}"{on}> {_esc(text)}</label>'
-    def line(i, o): return "".join(button(f"f-{x}-{i}", f"{x} ({k})", " disabled"*(not k)) for x in OUTCOMES[:3] for k in [int((o == x).sum())])
-    lines = [f'<p><span class="vs">against {_esc(a)}: </span>{line(i, o.loc[rows.question_id])}</p>' for i, (a, o) in enumerate(every.items())]
-    return f'<fieldset class="filter"><legend>Show</legend><p>{button("f-all", f"all {len(rows)} cases", " checked")}</p>{"".join(lines)}</fieldset>'
+    def button(cls, text, on=""):
+        return f'<label><input type="radio" name="{name}" class="{cls}"{on}> {_esc(text)}</label>'
+    def line(i, o):
+        return "".join(
+            button(f"f-{x}-{i}", f"{x} ({k})", " disabled" * (not k))
+            for x in OUTCOMES[:3]
+            for k in [int((o == x).sum())]
+        )
+    lines = [
+        f'<p><span class="vs">against {_esc(a)}: </span>{line(i, o.loc[rows.question_id])}</p>'
+        for i, (a, o) in enumerate(every.items())
+    ]
+    return (
+        '<fieldset'
+        f' class="filter"><legend>Show</legend><p>{button("f-all", f"all {len(rows)} cases", " checked")}</p>{"".join(lines)}</fieldset>'
+    )
 
 # %% ../nbs/90_report.ipynb #e1a36f78
 def diagnosis_html(
@@ -488,22 +737,41 @@ def diagnosis_html(
 )->str: # HTML
     "The diagnosis of each stage in words, and what was checked"
     def one(d):
-        n = len(d.frame); done = f"nothing speaks against it, {n} things checked" if n else "nothing was recorded that could be checked (train with `RLStats`)"
+        n = len(d.frame)
+        done = (
+            f"nothing speaks against it, {n} things checked"
+            if n
+            else "nothing was recorded that could be checked (train with `RLStats`)"
+        )
         said = _items(d.sentences) if d else ""
-        checked = d.frame.assign(alarm=np.where(d.frame.alarm, "alarm", "ok"))[["alarm", "symptom", "value", "wanted"]]
+        checked = d.frame.assign(alarm=np.where(d.frame.alarm, "alarm", "ok"))[
+            ["alarm", "symptom", "value", "wanted"]
+        ]
         table = _fold("what was checked", frame_html(checked, "diagnosis")) if n else ""
-        return f"<p><b>{_esc(d.stage)}</b>: {f'alarms in {len(d.alarms)} of {n} things checked' if d else done}.</p>{said}{table}"
+        return (
+            f"<p><b>{_esc(d.stage)}</b>:"
+            f" {f'alarms in {len(d.alarms)} of {n} things checked' if d else done}.</p>{said}{table}"
+        )
     return "".join(map(one, found))
 
 def health_html(
     h:Health, # of `rldata_check.health`
 )->str: # HTML: verdict, figure, and the whole of it folded
     "The data's health for a page"
-    lines = [f"{f}: {'fit to train on' if a == 'train' else a}. {teaches(h.frame.loc[f])}." for f, a in h.advice.items()]
+    lines = [
+        f"{f}: {'fit to train on' if a == 'train' else a}. {teaches(h.frame.loc[f])}."
+        for f, a in h.advice.items()
+    ]
     lines += [f"{a.file}: {a.cause}: {a.seen} (wanted: {a.wanted}). {a.remedy}" for a in h.verdict]
-    alt = ("Per file: queries by number of positives; probability of the right answer where it was right and wrong; rate of positives by source. "
-           "The numbers stand in the table below.")
-    return _items(lines) + _scroll(_svg(h.plot(), alt), "figures of the data's health") + _fold("all numbers", _scroll(h._repr_html_(), "health of the data"))
+    alt = (
+        "Per file: queries by number of positives; probability of the right answer where it was right and"
+        " wrong; rate of positives by source. The numbers stand in the table below."
+    )
+    return (
+        _items(lines)
+        + _scroll(_svg(h.plot(), alt), "figures of the data's health")
+        + _fold("all numbers", _scroll(h._repr_html_(), "health of the data"))
+    )
 
 def settings_html(
     run_dir, # a run folder
@@ -512,46 +780,104 @@ def settings_html(
     file = Path(run_dir)/"settings.json"
     if not file.exists(): return ""
     try: run = Run(run_dir)
-    except ValueError: return _fold("settings.json", f"<pre>{_esc(json.dumps(read_json(file), indent=1, ensure_ascii=False))}</pre>")
-    flat = lambda d: pd.DataFrame([(k, json.dumps(v, ensure_ascii=False)) for k, (_, v) in settings_diff({}, d).items()], columns=["name", "value"])
-    parts = {"settings": run.settings, "seed and metrics": {"seed": run.seed, "finished": run.finished or "not finished", **run.metrics},
-             "fingerprints": run.fingerprints, **{f"start {i + 1} of {len(run.starts)}: versions, device, git": s for i, s in enumerate(run.starts)}}
+    except ValueError:
+        return _fold(
+            "settings.json", f"<pre>{_esc(json.dumps(read_json(file), indent=1, ensure_ascii=False))}</pre>"
+        )
+    flat = lambda d: pd.DataFrame(
+        [(k, json.dumps(v, ensure_ascii=False)) for k, (_, v) in settings_diff({}, d).items()],
+        columns=["name", "value"],
+    )
+    parts = {
+        "settings": run.settings,
+        "seed and metrics": {"seed": run.seed, "finished": run.finished or "not finished", **run.metrics},
+        "fingerprints": run.fingerprints,
+        **{f"start {i + 1} of {len(run.starts)}: versions, device, git": s for i, s in enumerate(run.starts)},
+    }
     return "".join(_fold(k, frame_html(flat(d), k)) for k, d in parts.items() if d)
 
 def _rl(history):
     "The rows that `plot_rl` draws, those of the first seed; None where nothing of it was recorded"
     h = history if "seed" not in history else history[history.seed == history.seed.iloc[0]]
-    return h if any(c in h and h[c].notna().any() for c in set().union(*PANELS.values()) - {"kl_bound"}) else None
+    return (
+        h
+        if any(c in h and h[c].notna().any() for c in set().union(*PANELS.values()) - {"kl_bound"})
+        else None
+    )
 
 def _training_html(history, facts):
     "Curves, each a picture of its own so that a phone can stack them, and the diagnosis"
     import matplotlib.pyplot as plt
     new = lambda n: [plt.subplots(figsize=(3.4, 2.2), layout="constrained")[1] for _ in range(n)]
-    rl, several, pics = _rl(history), "seed" in history and history.seed.nunique() > 1, []
-    own = [c for c in curves_in(history) if c not in set().union(*PANELS.values()) and (rl is None or c != "live")]
+    rl = _rl(history)
+    several = "seed" in history and history.seed.nunique() > 1
+    pics = []
+    own = [
+        c
+        for c in curves_in(history)
+        if c not in set().union(*PANELS.values()) and (rl is None or c != "live")
+    ]
     for c in own + ["valid_loss"]*("valid_loss" in history and several):
-        pics.append(_svg(plot_curves(history[[k for k in ("stage", "seed", c) if k in history]], new(1)), f"{CURVES[c]} over the epochs"))
+        pics.append(
+            _svg(
+                plot_curves(history[[k for k in ("stage", "seed", c) if k in history]], new(1)),
+                f"{CURVES[c]} over the epochs",
+            )
+        )
     if rl is not None:
-        axs = np.array(new(len(PANELS))); used = plot_rl(rl, axs)
+        axs = np.array(new(len(PANELS)))
+        used = plot_rl(rl, axs)
         for ax in axs[len(used):]: plt.close(ax.figure)
-        pics += [_svg(ax, f"{ax.get_title()} over the epochs: {', '.join(t.get_text() for t in ax.get_legend().get_texts())}") for ax in used]
-    words = f"<p>Panels of the first of {history.seed.nunique()} seeds, dotted lines are stage changes.</p>" if several else ""
-    return f'{diagnosis_html(diagnoses(history, facts))}{words}<div class="strip curves">{"".join(pics)}</div>'
+        pics += [
+            _svg(
+                ax,
+                f"{ax.get_title()} over the epochs:"
+                f" {', '.join(t.get_text() for t in ax.get_legend().get_texts())}",
+            )
+            for ax in used
+        ]
+    words = (
+        f"<p>Panels of the first of {history.seed.nunique()} seeds, dotted lines are stage changes.</p>"
+        if several
+        else ""
+    )
+    return (
+        f'{diagnosis_html(diagnoses(history, facts))}{words}<div class="strip curves">{"".join(pics)}</div>'
+    )
 
 # %% ../nbs/90_report.ipynb #8bd36d64
 class _Page:
     "Parts under headings in order, a list of contents, and the pictures"
-    def __init__(self, title, budget=2_000_000): self.title, self.top, self.parts, self.toc, self.pictures = title, 2, [], [], Pictures(budget)
+    def __init__(self, title, budget=2_000_000):
+        self.title = title
+        self.top = 2
+        self.parts = []
+        self.toc = []
+        self.pictures = Pictures(budget)
     def head(self, text, level=None):
-        level = level or self.top; self.parts.append(f'<h{level} id="s{len(self.toc)}">{_esc(text)}</h{level}>'); self.toc.append((level, text))
+        level = level or self.top
+        self.parts.append(f'<h{level} id="s{len(self.toc)}">{_esc(text)}</h{level}>')
+        self.toc.append((level, text))
     def add(self, *parts): self.parts += parts
 
     def write(self, path):
         "The whole page, atomically"
-        toc = "".join(f'<li><a href="#s{i}">{_esc(t)}</a></li>' for i, (l, t) in enumerate(self.toc) if l == 2)
+        toc = "".join(
+            f'<li><a href="#s{i}">{_esc(t)}</a></li>' for i, (l, t) in enumerate(self.toc) if l == 2
+        )
         head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
-        body = [self.pictures.html(), f"<h1>{_esc(self.title)}</h1>", f'<nav aria-label="contents"><ul>{toc}</ul></nav>', "<main>", *self.parts, "</main>"]
-        text = f'<!DOCTYPE html>\n<html lang="en"><head>{head}<title>{_esc(self.title)}</title><style>{STYLE}</style></head><body>\n'
+        body = [
+            self.pictures.html(),
+            f"<h1>{_esc(self.title)}</h1>",
+            f'<nav aria-label="contents"><ul>{toc}</ul></nav>',
+            "<main>",
+            *self.parts,
+            "</main>",
+        ]
+        text = (
+            '<!DOCTYPE html>\n<html'
+            f' lang="en"><head>{head}<title>{_esc(self.title)}</title><style>{STYLE}</style></head><body>\n'
+        )
         text += "\n".join(body) + "\n</body></html>\n"
         with atomic_path(path) as tmp: Path(tmp).write_text(text, encoding="utf8")
         return Path(path)
@@ -573,48 +899,100 @@ def _looks(run_dir, split):
 # %% ../nbs/90_report.ipynb #867bb2c7
 def _results(page, table, scored, items, looks, split, n_boot):
     "Table, small print, figures; the figures' makers by file name"
-    page.head("Results"); both = scored is not None and {"random", "oracle"} <= set(scored.selector)
+    page.head("Results")
+    both = scored is not None and {"random", "oracle"} <= set(scored.selector)
     gaps = gap_table(scored, items, n_boot=n_boot) if both else None
     made = {"results.png": lambda: plot_results(table)}
     if len(set(table.shots) - {0}) > 1: made["shots.png"] = lambda: plot_shots(table)
     if gaps is not None and len(gaps): made["gap.png"] = lambda: plot_gap(gaps)
-    alts = {"results.png": "Accuracy with interval by selector", "shots.png": "Accuracy with interval by number of demonstrations",
-            "gap.png": "Share of the gap between random and oracle that each selector closes"}
-    page.add(table_html(table, gaps), f'<p class="dim">{"<br>".join(map(_esc, table_text(table, looks, split).split(chr(10)*2, 1)[1].splitlines()))}</p>')
-    page.add('<div class="strip pair">', *(_svg(f(), f"{alts[k]}; the numbers stand in the table above") for k, f in made.items()), "</div>")
+    alts = {
+        "results.png": "Accuracy with interval by selector",
+        "shots.png": "Accuracy with interval by number of demonstrations",
+        "gap.png": "Share of the gap between random and oracle that each selector closes",
+    }
+    page.add(
+        table_html(table, gaps),
+        f'<p class="dim">{"<br>".join(map(_esc, table_text(table, looks, split).split(chr(10)*2, 1)[1].splitlines()))}</p>',
+    )
+    page.add(
+        '<div class="strip pair">',
+        *(_svg(f(), f"{alts[k]}; the numbers stand in the table above") for k, f in made.items()),
+        "</div>",
+    )
     return made
 
 def _differences(page, scored, items, paired, tests, n_boot):
     "Comparisons in words: the family after Holm, and all pairs folded"
     if tests is None and scored is not None:
-        have = set(scored.selector); own = have - set(BASELINES); against = [a for a in ("random", "similar_mixed") if a in have]
+        have = set(scored.selector)
+        own = have - set(BASELINES)
+        against = [a for a in ("random", "similar_mixed") if a in have]
         if own and against: tests = paired_tests(scored, items, against=against, n_boot=n_boot)
     if tests is None and paired is None: return
     page.head("Differences")
     if tests is not None:
-        page.add(f"<p>{len(tests)} comparisons, Holm's correction over all of them:</p>", comparisons_html(tests), _fold("numbers", frame_html(tests, "differences")))
-    if paired is not None: page.add(comparisons_html(paired) if tests is None else _fold("all pairs, without correction", comparisons_html(paired)))
+        page.add(
+            f"<p>{len(tests)} comparisons, Holm's correction over all of them:</p>",
+            comparisons_html(tests),
+            _fold("numbers", frame_html(tests, "differences")),
+        )
+    if paired is not None:
+        page.add(
+            comparisons_html(paired)
+            if tests is None
+            else _fold("all pairs, without correction", comparisons_html(paired))
+        )
 
 def _more(page, scored, items):
     "Behaviour, sizes, kinds of question, evaluators: folded tables"
-    kinds = [c for c in ("question_type", "answer_type") if c in items and 1 < items[c].loc[scored.question_id.unique()].nunique() <= 20]
-    n, S = scored.question_id.nunique(), int(scored.shots.max()); sizes = [s for s in (100, 200, 400, 800) if s < n]; page.head("A closer look")
-    tables = {"copying of the last demonstration's answer, variety of demonstrations": behaviour(scored, items)} if S else {}
+    kinds = [
+        c
+        for c in ("question_type", "answer_type")
+        if c in items and 1 < items[c].loc[scored.question_id.unique()].nunique() <= 20
+    ]
+    n = scored.question_id.nunique()
+    S = int(scored.shots.max())
+    sizes = [s for s in (100, 200, 400, 800) if s < n]
+    page.head("A closer look")
+    tables = (
+        {"copying of the last demonstration's answer, variety of demonstrations": behaviour(scored, items)}
+        if S
+        else {}
+    )
     if sizes and "random" in set(scored.selector[scored.shots == S]):
         subs = subsets(scored.question_id.unique(), (*sizes, "all"))
-        tables[f"accuracy by number of queries, {S} shots"] = size_table(scored, subs, S, items if "image_id" in items else None)
+        tables[f"accuracy by number of queries, {S} shots"] = size_table(
+            scored, subs, S, items if "image_id" in items else None
+        )
     tables |= {f"accuracy by {k.replace('_', ' ')}": type_table(scored, items, k) for k in kinds}
     tables |= {"the same answers under three evaluators": mode_table(scored, items)}
     page.add(*(_fold(k, frame_html(t, k)) for k, t in tables.items()))
 
 def _cases(page, scored, items, selector, shots, n, against, seed):
     "The browser; gives back (selector, shots)"
-    names = [s for s in dict.fromkeys(scored.selector) if s != "oracle"]; own = [s for s in names if s not in BASELINES]; sel = selector or (own or names)[-1]
-    S = int(scored.shots[scored.selector == sel].max()) if shots is None else shots; page.head(f"Cases: {sel}, {S} shots")
-    page.add(browser_html(items, scored, sel, S, n, against, seed=seed, pictures=page.pictures, level=page.top + 1, name=f"show{len(page.toc)}"))
+    names = [s for s in dict.fromkeys(scored.selector) if s != "oracle"]
+    own = [s for s in names if s not in BASELINES]
+    sel = selector or (own or names)[-1]
+    S = int(scored.shots[scored.selector == sel].max()) if shots is None else shots
+    page.head(f"Cases: {sel}, {S} shots")
+    page.add(
+        browser_html(
+            items,
+            scored,
+            sel,
+            S,
+            n,
+            against,
+            seed=seed,
+            pictures=page.pictures,
+            level=page.top + 1,
+            name=f"show{len(page.toc)}",
+        )
+    )
     return sel, S
 
-def _data_html(data): return data if isinstance(data, str) else health_html(data if isinstance(data, Health) else health(data))
+def _data_html(data):
+    return data if isinstance(data, str) else health_html(data if isinstance(data, Health) else health(data))
 
 # %% ../nbs/90_report.ipynb #ab7b9205
 def write_report(
@@ -639,28 +1017,81 @@ def write_report(
     n_boot:int=2000, # resamples of what is computed here
 )->Path: # the page, report.html
     "Write tables, figures and a self-contained page about a run into its folder"
-    run_dir = Path(run_dir); run_dir.mkdir(parents=True, exist_ok=True); page = _Page(title or run_dir.name)
+    run_dir = Path(run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    page = _Page(title or run_dir.name)
     with atomic_path(run_dir/"results.csv") as tmp: table.to_csv(tmp, index=False, float_format="%.6g")
-    made = _parts(page, run_dir, table, scored, items, history, paired, selector, shots, n, notes, seed, tests, facts, data, looks, split, against, n_boot)
+    made = _parts(
+        page,
+        run_dir,
+        table,
+        scored,
+        items,
+        history,
+        paired,
+        selector,
+        shots,
+        n,
+        notes,
+        seed,
+        tests,
+        facts,
+        data,
+        looks,
+        split,
+        against,
+        n_boot,
+    )
     for name, draw in made.items(): _save_fig(run_dir/name, draw())
     return page.write(run_dir/"report.html")
 
-def _parts(page, run_dir, table, scored, items, history, paired, selector, shots, n, notes, seed, tests, facts, data, looks, split, against, n_boot):
+def _parts(
+    page,
+    run_dir,
+    table,
+    scored,
+    items,
+    history,
+    paired,
+    selector,
+    shots,
+    n,
+    notes,
+    seed,
+    tests,
+    facts,
+    data,
+    looks,
+    split,
+    against,
+    n_boot,
+):
     "Everything about one run; the makers of its figures by file name"
-    made = {}; page.add(*(f"<p>{_esc(s)}</p>" for s in notes))
-    if table is not None: made |= _results(page, table, scored, items, _looks(run_dir, split) if looks is None else looks, split, n_boot)
+    made = {}
+    page.add(*(f"<p>{_esc(s)}</p>" for s in notes))
+    if table is not None:
+        made |= _results(
+            page, table, scored, items, _looks(run_dir, split) if looks is None else looks, split, n_boot
+        )
     _differences(page, scored, items, paired, tests, n_boot)
     if scored is not None and items is not None: _more(page, scored, items)
     if history is not None and len(history):
-        page.head("Training"); page.add(_training_html(history, facts)); rl = _rl(history)
+        page.head("Training")
+        page.add(_training_html(history, facts))
+        rl = _rl(history)
         if rl is not None: made["rl.png"] = lambda: plot_rl(rl)
         losses = history[[c for c in ("stage", "seed", "train_loss", "valid_loss") if c in history]]
         curves = history if rl is None or not curves_in(losses) else losses
         if curves_in(curves): made["curves.png"] = lambda: plot_curves(curves)
-    if data is not None: page.head("Data"); page.add(_data_html(data))
+    if data is not None:
+        page.head("Data")
+        page.add(_data_html(data))
     if scored is not None and items is not None:
-        sel, S = _cases(page, scored, items, selector, shots, n, against, seed); made["examples.png"] = lambda: plot_examples(items, scored, 4, sel, S, seed=seed)
-    if (made_with := settings_html(run_dir)): page.head("Settings"); page.add(made_with)
+        sel, S = _cases(page, scored, items, selector, shots, n, against, seed)
+        made["examples.png"] = lambda: plot_examples(items, scored, 4, sel, S, seed=seed)
+    if made_with := settings_html(run_dir):
+        page.head("Settings")
+        page.add(made_with)
     return made
 
 # %% ../nbs/90_report.ipynb #ff1ea172
@@ -669,9 +1100,16 @@ def described_items(
 )->pd.DataFrame|None: # by question_id: question, answer (the most frequent), answers, image_id, image_path (None); None if they are not described
     "The items that predictions speak of, without images"
     if not {"question", "answers", "demo_questions", "demo_answers"} <= set(scored): return None
-    demos = {d: (a, b) for r in scored.itertuples() for d, a, b in zip(r.pointer, r.demo_questions, r.demo_answers)}
+    demos = {
+        d: (a, b) for r in scored.itertuples() for d, a, b in zip(r.pointer, r.demo_questions, r.demo_answers)
+    }
     rows = {d: dict(question=a, answer=b, answers=[b]) for d, (a, b) in demos.items()}
-    query = lambda r: dict(question=r.question, answers=list(r.answers), answer=pd.Series(list(r.answers)).mode()[0], image_id=r.image_id)
+    query = lambda r: dict(
+        question=r.question,
+        answers=list(r.answers),
+        answer=pd.Series(list(r.answers)).mode()[0],
+        image_id=r.image_id,
+    )
     rows |= {r.question_id: query(r) for r in scored.itertuples()}
     out = pd.DataFrame.from_dict(rows, orient="index").rename_axis("question_id")
     return out.assign(question_id=out.index, image_path=None)
@@ -684,19 +1122,40 @@ def _found_data(run):
         try: data[p.name] = RLData.load(p)
         except ValueError as e: wrong.append(f"{p.name} was not read: {e}")
     try: good = health_html(health(data, run.settings.get("reward", "hard_plus_soft"))) if data else ""
-    except ValueError as e: good = ""; wrong.append(f"not examined: {e}")
+    except ValueError as e:
+        good = ""
+        wrong.append(f"not examined: {e}")
     return good + _items(wrong)*bool(wrong) or None
 
 def _read(run, items, data, n_boot, seed):
     "(table, scored, items, history, tests, data) of a run: None for what it does not hold"
-    there = set(run.files()); scored = read_scored(run) if "predictions.parquet" in there else None; table, known = None, items
+    there = set(run.files())
+    scored = read_scored(run) if "predictions.parquet" in there else None
+    table, known = None, items
     if scored is not None:
         if items is None: known = described_items(scored)
-        have = set(scored.selector); ref, oracle = (s if s in have else None for s in ("random", "oracle"))
+        have = set(scored.selector)
+        ref, oracle = (s if s in have else None for s in ("random", "oracle"))
         base = next((b for b in ("similar_mixed", "random") if b in have), None)
-        table = result_table(scored, known, ref, oracle, base, int(scored.shots.max()) if ref else None, n_boot=n_boot, seed=seed)
+        table = result_table(
+            scored,
+            known,
+            ref,
+            oracle,
+            base,
+            int(scored.shots.max()) if ref else None,
+            n_boot=n_boot,
+            seed=seed,
+        )
     held = lambda f: run.frame(f) if f in there else None
-    return table, scored, known, held("history.csv"), held("tests.csv"), _found_data(run) if data is None else data
+    return (
+        table,
+        scored,
+        known,
+        held("history.csv"),
+        held("tests.csv"),
+        _found_data(run) if data is None else data,
+    )
 
 # %% ../nbs/90_report.ipynb #beb91feb
 def runs_differ(
@@ -705,19 +1164,30 @@ def runs_differ(
     "In what runs differ"
     code = lambda r: {k: v for k, v in r.starts[-1].items() if k != "time"} if r.starts else {}
     rec = lambda r: {"seed": r.seed, "setting": r.settings, "fingerprint": r.fingerprints, "code": code(r)}
-    recs = {n: rec(r) for n, r in zip(_names(runs), runs)}; first, *rest = recs.values()
-    keys = sorted(dict.fromkeys(k for r in rest for k in settings_diff(first, r)), key=lambda k: [*first].index(k.split(".")[0]))
+    recs = {n: rec(r) for n, r in zip(_names(runs), runs)}
+    first, *rest = recs.values()
+    keys = sorted(
+        dict.fromkeys(k for r in rest for k in settings_diff(first, r)),
+        key=lambda k: [*first].index(k.split(".")[0]),
+    )
     say = lambda flat: [json.dumps(flat[k][1], ensure_ascii=False) if k in flat else ABSENT for k in keys]
-    return pd.DataFrame({n: say(settings_diff({}, r)) for n, r in recs.items()}, index=pd.Index(keys, name="name", dtype=object))
+    return pd.DataFrame(
+        {n: say(settings_diff({}, r)) for n, r in recs.items()},
+        index=pd.Index(keys, name="name", dtype=object),
+    )
 
 def _names(runs):
     "Folder names, with the parent's where two are the same"
-    own, longer = [r.path.name for r in runs], [f"{r.path.parent.name}/{r.path.name}" for r in runs]
-    return next((ns for ns in (own, longer) if len(set(ns)) == len(ns)), [f"{i}: {n}" for i, n in enumerate(own)])
+    own = [r.path.name for r in runs]
+    longer = [f"{r.path.parent.name}/{r.path.name}" for r in runs]
+    return next(
+        (ns for ns in (own, longer) if len(set(ns)) == len(ns)), [f"{i}: {n}" for i, n in enumerate(own)]
+    )
 
 def _own(run):
     "Selectors of a run that are no baselines; all where there are no others"
-    names = list(dict.fromkeys(read_scored(run).selector)); return [n for n in names if n not in BASELINES] or names
+    names = list(dict.fromkeys(read_scored(run).selector))
+    return [n for n in names if n not in BASELINES] or names
 
 def compare_many(
     runs, # of `Run`, two or more; each is compared with the first
@@ -727,49 +1197,110 @@ def compare_many(
     n_boot:int=10_000, seed:int=0, level:float=.05, # resamples, their seed, level of the whole family
 )->tuple: # (as `paired_tests`, with Holm over everything here; list of sentences: what was refused, and why)
     "Runs against the first of them; what cannot be compared is told, not raised"
-    found, refused = [], []; names = dict(zip(map(id, runs), _names(runs)))
+    found, refused = [], []
+    names = dict(zip(map(id, runs), _names(runs)))
     for r in runs[1:]:
         try:
-            a, b = _own(r), _own(runs[0]); both = [s for s in a if s in b]
-            pairs = [(selector, selector)] if selector else [(s, s) for s in both] or list(zip(a, b))*(len(a) == len(b) == 1)
+            a = _own(r)
+            b = _own(runs[0])
+            both = [s for s in a if s in b]
+            pairs = (
+                [(selector, selector)]
+                if selector
+                else [(s, s) for s in both] or list(zip(a, b)) * (len(a) == len(b) == 1)
+            )
             if not pairs: raise ValueError(f"they hold {a} and {b}: name one with selector=")
             for x, y in pairs: found.append(compare_runs(r, runs[0], x, y, other, items, n_boot, seed))
-        except (ValueError, FileNotFoundError) as e: refused.append(f"{names[id(r)]} against {names[id(runs[0])]}: {e}")
+        except (ValueError, FileNotFoundError) as e:
+            refused.append(f"{names[id(r)]} against {names[id(runs[0])]}: {e}")
     if not found: return None, refused
-    t = pd.concat(found, ignore_index=True); t["p_holm"] = holm(t.p)
-    said = [verdict(Interval(r.delta, r.lo, r.hi), r.mde).split(": ")[-1] if r.p_holm <= level else "no difference shown" for r in t.itertuples()]
+    t = pd.concat(found, ignore_index=True)
+    t["p_holm"] = holm(t.p)
+    said = [
+        (
+            verdict(Interval(r.delta, r.lo, r.hi), r.mde).split(": ")[-1]
+            if r.p_holm <= level
+            else "no difference shown"
+        )
+        for r in t.itertuples()
+    ]
     return t.assign(verdict=said), refused
 
 # %% ../nbs/90_report.ipynb #993d08f9
 def _several(page, runs, reads, selector, other, items, n_boot, seed):
     "What only a page of several runs has"
-    names, diff = _names(runs), runs_differ(runs); page.head("Runs")
-    over = [dict(run=n, seed=r.seed, finished=r.finished or "not finished", **r.metrics) for n, r in zip(names, runs)]
+    names = _names(runs)
+    diff = runs_differ(runs)
+    page.head("Runs")
+    over = [
+        dict(run=n, seed=r.seed, finished=r.finished or "not finished", **r.metrics)
+        for n, r in zip(names, runs)
+    ]
     page.add(frame_html(pd.DataFrame(over), "runs"))
-    page.add("<p>In what they differ:</p>" + frame_html(diff, "what differs") if len(diff) else "<p>Settings, seeds, fingerprints and versions are the same.</p>")
-    page.head("Run against run"); tests, refused = compare_many(runs, selector, other, items, n_boot, seed)
+    page.add(
+        "<p>In what they differ:</p>" + frame_html(diff, "what differs")
+        if len(diff)
+        else "<p>Settings, seeds, fingerprints and versions are the same.</p>"
+    )
+    page.head("Run against run")
+    tests, refused = compare_many(runs, selector, other, items, n_boot, seed)
     if tests is not None:
-        page.add(f"<p>Each against the first, {len(tests)} comparisons, Holm's correction over all of them:</p>", comparisons_html(tests), _fold("numbers", frame_html(tests, "run against run")))
+        page.add(
+            f"<p>Each against the first, {len(tests)} comparisons, Holm's correction over all of them:</p>",
+            comparisons_html(tests),
+            _fold("numbers", frame_html(tests, "run against run")),
+        )
     if refused: page.add("<p>Not compared:</p>", _items(refused))
     have = [(n, r, s) for n, r, (_, s, *_) in zip(names, runs, reads) if s is not None]
     if have:
-        side = pd.concat([s[s.selector.isin(_own(r))].assign(selector=lambda f: f"{n}: " + f.selector) for n, r, s in have], ignore_index=True)
-        page.head("Side by side"); known = reads[names.index(have[0][0])][2] if items is None else items
+        side = pd.concat(
+            [
+                s[s.selector.isin(_own(r))].assign(selector=lambda f: f"{n}: " + f.selector)
+                for n, r, s in have
+            ],
+            ignore_index=True,
+        )
+        page.head("Side by side")
+        known = reads[names.index(have[0][0])][2] if items is None else items
         table = result_table(side, known, None, None, None, n_boot=n_boot, seed=seed)
-        page.add(table_html(table), _svg(plot_results(table, reference=None), "Accuracy with interval by run; the numbers stand in the table above"))
+        page.add(
+            table_html(table),
+            _svg(
+                plot_results(table, reference=None),
+                "Accuracy with interval by run; the numbers stand in the table above",
+            ),
+        )
     if len(have) == len(runs) and set(diff.index) == {"seed"}: _over_seeds(page, have, items, n_boot)
 
 def _over_seeds(page, have, items, n_boot):
     "Trained selectors over the seeds of equal runs, against baselines of the first"
-    names, base = _own(have[0][1]), have[0][2]; rows = []
-    s = pd.concat([base[~base.selector.isin(names)], *(f[f.selector.isin(names)].assign(draw=r.seed) for _, r, f in have)], ignore_index=True)
+    names = _own(have[0][1])
+    base = have[0][2]
+    rows = []
+    s = pd.concat(
+        [
+            base[~base.selector.isin(names)],
+            *(f[f.selector.isin(names)].assign(draw=r.seed) for _, r, f in have),
+        ],
+        ignore_index=True,
+    )
     for sel in names:
         for S in sorted(set(s.shots[s.selector == sel]) - {0}):
-            each = s[(s.selector == sel) & (s.shots == S) & ~s.eval_failed].groupby("draw").vqa_acc_score.mean()
-            est = {b: compare_seeds(s, sel, b, S, items=items, n_boot=n_boot) for b in ("random", "similar_mixed") if b in set(s.selector[s.shots == S])}
-            rows.append(f"{sel}, S = {S}: {100*each.mean():.1f} % over {len(each)} seeds, standard deviation {100*each.std():.1f} points")
+            each = (
+                s[(s.selector == sel) & (s.shots == S) & ~s.eval_failed].groupby("draw").vqa_acc_score.mean()
+            )
+            est = {
+                b: compare_seeds(s, sel, b, S, items=items, n_boot=n_boot)
+                for b in ("random", "similar_mixed")
+                if b in set(s.selector[s.shots == S])
+            }
+            rows.append(
+                f"{sel}, S = {S}: {100*each.mean():.1f} % over {len(each)} seeds, standard deviation"
+                f" {100*each.std():.1f} points"
+            )
             rows += [f"S = {S}: {verdict(i, None, sel, b)}" for b, i in est.items()]
-    page.head("Over seeds"); page.add("<p>Intervals over queries and seeds, without correction:</p>", _items(rows))
+    page.head("Over seeds")
+    page.add("<p>Intervals over queries and seeds, without correction:</p>", _items(rows))
 
 def report(
     runs, # a run folder or `Run`, or a list of them; FileNotFoundError or ValueError for what is no run
@@ -786,18 +1317,49 @@ def report(
     n_boot:int=10_000, seed:int=0, # resamples, and the seed of them and of the cases
 )->Path: # the page
     "One page about a run folder, or about several"
-    runs = [r if isinstance(r, Run) else Run(r) for r in (runs if isinstance(runs, (list, tuple)) else [runs])]
+    runs = [
+        r if isinstance(r, Run) else Run(r) for r in (runs if isinstance(runs, (list, tuple)) else [runs])
+    ]
     if not runs: raise ValueError("report: no runs; pass a run folder, or several")
     if len(runs) > 1 and (data is not None or facts is not None):
-        raise ValueError(f"report: data and facts belong to one run, here are {len(runs)}: leave them out, or report each run")
-    reads = [_read(r, items, data, n_boot, seed) for r in runs]; page = _Page(title or (runs[0].path.name if len(runs) == 1 else f"{len(runs)} runs"))
-    more = lambda r, t, s, i, h, tests, d, k: _parts(page, r.path, t, s, i, h, None, selector, shots, k, notes if len(runs) == 1 else (), seed, tests, facts, d, None,
-                                              split or r.settings.get("split", "test"), against, n_boot)
+        raise ValueError(
+            f"report: data and facts belong to one run, here are {len(runs)}: leave them out, or report"
+            " each run"
+        )
+    reads = [_read(r, items, data, n_boot, seed) for r in runs]
+    page = _Page(title or (runs[0].path.name if len(runs) == 1 else f"{len(runs)} runs"))
+    more = lambda r, t, s, i, h, tests, d, k: _parts(
+        page,
+        r.path,
+        t,
+        s,
+        i,
+        h,
+        None,
+        selector,
+        shots,
+        k,
+        notes if len(runs) == 1 else (),
+        seed,
+        tests,
+        facts,
+        d,
+        None,
+        split or r.settings.get("split", "test"),
+        against,
+        n_boot,
+    )
     if len(runs) == 1:
-        made, out = more(runs[0], *reads[0], n), runs[0].path/"report.html"
+        made = more(runs[0], *reads[0], n)
+        out = runs[0].path/"report.html"
         if reads[0][0] is not None: runs[0].save_frame("results.csv", reads[0][0])
         for name, draw in made.items(): _save_fig(out.parent/name, draw())
         return page.write(Path(path or out))
-    page.add(*(f"<p>{_esc(s)}</p>" for s in notes)); _several(page, runs, reads, selector, other, items, n_boot, seed)
-    for name, r, read in zip(_names(runs), runs, reads): page.top = 2; page.head(f"Run {name}"); page.top = 3; more(r, *read, max(1, n//len(runs)))
+    page.add(*(f"<p>{_esc(s)}</p>" for s in notes))
+    _several(page, runs, reads, selector, other, items, n_boot, seed)
+    for name, r, read in zip(_names(runs), runs, reads):
+        page.top = 2
+        page.head(f"Run {name}")
+        page.top = 3
+        more(r, *read, max(1, n // len(runs)))
     return page.write(Path(path or runs[0].path.parent/"report.html"))

@@ -93,7 +93,9 @@ def hard_plus_gtprob_plus_rel(
     rel_weight:float=.3, # w_r; while w_s + w_r < w_h, no wrong answer earns as much as a right one
 )->np.ndarray: # [n] right: w_h..w_h+w_s; wrong: 0..w_s+w_r
     "Reward credit, probability, and the relevance of wrong answers: w_h * h + w_s * p + w_r * (1 - h) * rel (report 003, plan 8)"
-    return hard_weight * vqa_correct + soft_weight * vqa_gt_prob + rel_weight * (1 - vqa_correct) * vqa_rel_score
+    return (
+        hard_weight * vqa_correct + soft_weight * vqa_gt_prob + rel_weight * (1 - vqa_correct) * vqa_rel_score
+    )
 
 # %% ../nbs/31_rewards.ipynb #59717bfc
 def legacy(
@@ -105,7 +107,10 @@ def legacy(
 )->np.ndarray: # [n]
     "Reward the proposer's opinion and credit: alpha * quality + beta * c (report 004, plan 5)"
     if scale not in ("01", "pm1"): raise ValueError(f"legacy: scale {scale!r}, wanted '01' or 'pm1'")
-    if alpha == beta == 0: raise ValueError("legacy: alpha and beta are both 0, so that every reward would be 0: set one of them")
+    if alpha == beta == 0:
+        raise ValueError(
+            "legacy: alpha and beta are both 0, so that every reward would be 0: set one of them"
+        )
     return alpha * logprob_score + beta * (vqa_correct if scale == "01" else 2 * vqa_correct - 1)
 
 def hybrid(
@@ -123,10 +128,13 @@ def info_score(
     zero, # {question_id: `vqa_gt_prob` of the zero-shot prompt}: `ask` with empty pointers; KeyError names an id that it lacks
 )->np.ndarray: # [n] -1..1: what all demonstrations of a row added together
     "InfoScore of each row: probability of the truth with the demonstrations minus without"
-    base = frame["question_id"].map(pd.Series(zero, dtype=float)); lost = base.isna()
+    base = frame["question_id"].map(pd.Series(zero, dtype=float))
+    lost = base.isna()
     if lost.any():
-        raise KeyError(f"question_id {frame['question_id'][lost].iloc[0]} has no zero-shot fact ({int(lost.sum())} such rows): "
-                       "ask about its empty pointer first")
+        raise KeyError(
+            f"question_id {frame['question_id'][lost].iloc[0]} has no zero-shot fact ({int(lost.sum())} such"
+            " rows): ask about its empty pointer first"
+        )
     return (frame["vqa_gt_prob"] - base).to_numpy()
 
 # %% ../nbs/31_rewards.ipynb #85b0ef13
@@ -144,30 +152,61 @@ def reweigh(
     weight:str="official", # weight wanted: official | count3
 )->np.ndarray: # [n] `vqa_gt_prob` under the new weight; NaN where there are no log-probabilities
     "Recompute `vqa_gt_prob` with other weights of the answers; ValueError if a row's log-probabilities do not fit its answers"
-    code, qids = pd.factorize(frame["question_id"]); has = frame["vqa_gt_logprobs"].notna().to_numpy(); logs = frame["vqa_gt_logprobs"][has]
+    code, qids = pd.factorize(frame["question_id"])
+    has = frame["vqa_gt_logprobs"].notna().to_numpy()
+    logs = frame["vqa_gt_logprobs"][has]
     worth = []
-    for a in items.loc[qids, "answers"]: new = dict(zip(*answer_targets(a, weight))); worth.append([new[t] for t in answer_targets(a, asked)[0]])
-    have, want = np.fromiter(map(len, logs), int, len(logs)), np.array([len(w) for w in worth], dtype=int)
+    for a in items.loc[qids, "answers"]:
+        new = dict(zip(*answer_targets(a, weight)))
+        worth.append([new[t] for t in answer_targets(a, asked)[0]])
+    have = np.fromiter(map(len, logs), int, len(logs))
+    want = np.array([len(w) for w in worth], dtype=int)
     if (bad := have != want[code[has]]).any():
         i = int(bad.argmax())
-        raise ValueError(f"question_id {qids[code[has][i]]}: {have[i]} log-probabilities for {want[code[has][i]]} answers: "
-                         "these are other items than those that were asked about")
-    start = np.cumsum(want) - want; row = np.repeat(np.arange(len(have)), have)
+        raise ValueError(
+            f"question_id {qids[code[has][i]]}: {have[i]} log-probabilities for {want[code[has][i]]} answers:"
+            " these are other items than those that were asked about"
+        )
+    start = np.cumsum(want) - want
+    row = np.repeat(np.arange(len(have)), have)
     place = np.arange(len(row)) - np.repeat(np.cumsum(have) - have, have)
-    w, logp = np.fromiter(chain.from_iterable(worth), float, int(want.sum())), np.fromiter(chain.from_iterable(logs), float, len(row))
+    w = np.fromiter(chain.from_iterable(worth), float, int(want.sum()))
+    logp = np.fromiter(chain.from_iterable(logs), float, len(row))
     mass = np.exp(logp) * w[start[code[has]][row] + place]
-    out = np.full(len(frame), np.nan); out[has] = np.bincount(row, mass, len(have))
+    out = np.full(len(frame), np.nan)
+    out[has] = np.bincount(row, mass, len(have))
     return out
 
 # %% ../nbs/31_rewards.ipynb #7c98abd4
-REWARDS = {f.__name__: f for f in (hard_plus_soft, gtprob, hard_only, soft_only, hard_plus_soft_v2, separated, hard01_plus_gtprob,
-                                   hard01_plus_gtprob_separated, hard_plus_gtprob_plus_rel, legacy, hybrid, expected_acc)}
+REWARDS = {
+    f.__name__: f
+    for f in (
+        hard_plus_soft,
+        gtprob,
+        hard_only,
+        soft_only,
+        hard_plus_soft_v2,
+        separated,
+        hard01_plus_gtprob,
+        hard01_plus_gtprob_separated,
+        hard_plus_gtprob_plus_rel,
+        legacy,
+        hybrid,
+        expected_acc,
+    )
+}
 _SCORER = "run the scorer with {}, or choose another reward"
-_SOURCES = dict(dict.fromkeys(("vqa_correct", "vqa_acc_score", "vqa_rel_score"), _SCORER.format("generate=True") + " (of data made in two stages keep `evaluated(data)`)"),
-                vqa_gt_prob=_SCORER.format("Targets for each query"),
-                logprob_score="only beam, sample and random rows have it; keep those, or set alpha=0",
-                info_score="add it with `frame.assign(info_score=info_score(frame, zero))`, or set alpha=0")
-_IDLE = dict(legacy=("alpha", "logprob_score"), hybrid=("alpha", "info_score")) # mode -> (weight, the fact that is not looked at while it is 0)
+_SOURCES = dict(
+    dict.fromkeys(
+        ("vqa_correct", "vqa_acc_score", "vqa_rel_score"),
+        _SCORER.format("generate=True") + " (of data made in two stages keep `evaluated(data)`)",
+    ),
+    vqa_gt_prob=_SCORER.format("Targets for each query"),
+    logprob_score="only beam, sample and random rows have it; keep those, or set alpha=0",
+    info_score="add it with `frame.assign(info_score=info_score(frame, zero))`, or set alpha=0",
+)
+# mode -> (weight, the fact that is not looked at while it is 0)
+_IDLE = dict(legacy=("alpha", "logprob_score"), hybrid=("alpha", "info_score"))
 
 def reward_facts(
     mode:str, # a name out of REWARDS; ValueError lists them
@@ -175,20 +214,31 @@ def reward_facts(
 )->tuple: # (columns needed, {weight: default})
     "What a mode needs and what can be weighted"
     if mode not in REWARDS: raise ValueError(f"reward mode {mode!r}, wanted one of {list(REWARDS)}")
-    args = inspect.signature(REWARDS[mode]).parameters.values(); knobs = {a.name: a.default for a in args if a.default is not a.empty}
-    if set(weights) - set(knobs): raise TypeError(f"reward {mode!r} has no {sorted(set(weights) - set(knobs))}; its weights are {knobs}")
-    knob, idle = _IDLE.get(mode, (None, None)); off = knob is not None and {**knobs, **weights}[knob] == 0
+    args = inspect.signature(REWARDS[mode]).parameters.values()
+    knobs = {a.name: a.default for a in args if a.default is not a.empty}
+    if set(weights) - set(knobs):
+        raise TypeError(
+            f"reward {mode!r} has no {sorted(set(weights) - set(knobs))}; its weights are {knobs}"
+        )
+    knob, idle = _IDLE.get(mode, (None, None))
+    off = knob is not None and {**knobs, **weights}[knob] == 0
     return tuple(a.name for a in args if a.default is a.empty and not (off and a.name == idle)), knobs
 
-def _failed(frame): return frame["eval_failed"].to_numpy(dtype=bool) if "eval_failed" in frame else np.zeros(len(frame), bool)
+def _failed(frame):
+    return frame["eval_failed"].to_numpy(dtype=bool) if "eval_failed" in frame else np.zeros(len(frame), bool)
 
 def _fact(frame, name, failed, mode):
     hint = _SOURCES.get(name, _SCORER.format("that fact"))
-    if name not in frame: raise ValueError(f"reward {mode!r} needs column {name!r}, which this frame lacks: {hint}")
-    x = frame[name].to_numpy(dtype=float, na_value=np.nan); bad = np.isnan(x) & ~failed
+    if name not in frame:
+        raise ValueError(f"reward {mode!r} needs column {name!r}, which this frame lacks: {hint}")
+    x = frame[name].to_numpy(dtype=float, na_value=np.nan)
+    bad = np.isnan(x) & ~failed
     if bad.any():
-        raise ValueError(f"reward {mode!r}: {name!r} is missing for question_id {frame['question_id'].iloc[int(bad.argmax())]} "
-                         f"({int(bad.sum())} rows that did not fail): {hint}")
+        raise ValueError(
+            f"reward {mode!r}: {name!r} is missing for question_id"
+            f" {frame['question_id'].iloc[int(bad.argmax())]} ({int(bad.sum())} rows that did not fail):"
+            f" {hint}"
+        )
     return np.where(failed, np.nan, x)
 
 def reward(
@@ -197,7 +247,8 @@ def reward(
     **weights, # arguments of that mode, e.g. `hard_weight=2.`; TypeError names one that it does not have
 )->np.ndarray: # [n] float64; NaN for rows that failed
     "Reward of each row; ValueError names column and question_id of a missing fact"
-    needs, _ = reward_facts(mode, **weights); failed = _failed(frame)
+    needs, _ = reward_facts(mode, **weights)
+    failed = _failed(frame)
     idle = {_IDLE[mode][1]: np.where(failed, np.nan, 0.)} if mode in _IDLE else {}
     return REWARDS[mode](**idle | {c: _fact(frame, c, failed, mode) for c in needs}, **weights)
 
@@ -209,15 +260,37 @@ def plot_rewards(
 ): # array of axes, one per mode
     "Draw reward against VQA accuracy for the values that ten annotators can give, from vqa_gt_prob 0 to 1"
     import matplotlib.pyplot as plt
-    modes = list(REWARDS) if modes is None else list(modes); n = -(-len(modes) // cols); acc = np.array([0, .3, .6, .9, 1.])
-    fig, axs = plt.subplots(n, min(cols, len(modes)), figsize=(2*min(cols, len(modes)), 1.6*n + .3), sharex=True, squeeze=False,
-                            layout="constrained")
-    known = dict(question_id=0, vqa_acc_score=acc, vqa_correct=(acc > 0) * 1., vqa_rel_score=.5, info_score=.05, logprob_score=-5.) | facts
+    modes = list(REWARDS) if modes is None else list(modes)
+    n = -(-len(modes) // cols)
+    acc = np.array([0, 0.3, 0.6, 0.9, 1.0])
+    fig, axs = plt.subplots(
+        n,
+        min(cols, len(modes)),
+        figsize=(2 * min(cols, len(modes)), 1.6 * n + 0.3),
+        sharex=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    known = (
+        dict(
+            question_id=0,
+            vqa_acc_score=acc,
+            vqa_correct=(acc > 0) * 1.0,
+            vqa_rel_score=0.5,
+            info_score=0.05,
+            logprob_score=-5.0,
+        )
+        | facts
+    )
     for ax, m in zip(axs.flat, modes):
         low, high = (reward(pd.DataFrame(known | dict(vqa_gt_prob=p)), m) for p in (0., 1.))
-        ax.vlines(acc, low, high, color="0.6", lw=3); ax.plot(acc, low, "o", ms=3, color="k"); ax.set_title(m, fontsize=7); ax.set_ylim(-.15, 3.15)
+        ax.vlines(acc, low, high, color="0.6", lw=3)
+        ax.plot(acc, low, "o", ms=3, color="k")
+        ax.set_title(m, fontsize=7)
+        ax.set_ylim(-0.15, 3.15)
     for ax in axs.flat[len(modes):]: ax.set_visible(False)
-    fig.supxlabel("VQA accuracy of the answer (0..1)", fontsize=8); fig.supylabel("reward", fontsize=8)
+    fig.supxlabel("VQA accuracy of the answer (0..1)", fontsize=8)
+    fig.supylabel("reward", fontsize=8)
     return axs.ravel()[:len(modes)]
 
 # %% ../nbs/31_rewards.ipynb #c430365b
@@ -236,12 +309,19 @@ def spearman(
     level:float=.95, # coverage of the interval
 )->Correlation: # the interval is -1..1 where fewer than four queries are there, or nothing varies
     "Rank correlation (ties share their mean rank), with an interval over queries"
-    x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float); ok = ~(np.isnan(x) | np.isnan(y)); n = int(ok.sum())
+    x = np.asarray(x, dtype=float)
+    y = np.asarray(y, dtype=float)
+    ok = ~(np.isnan(x) | np.isnan(y))
+    n = int(ok.sum())
     queries = n if question_id is None else int(pd.unique(np.asarray(question_id)[ok]).size)
     a, b = (pd.Series(v[ok]).rank().to_numpy() for v in (x, y))
     if n < 2 or a.min() == a.max() or b.min() == b.max(): return Correlation(np.nan, -1., 1., n, queries)
     rho = float(np.corrcoef(a, b)[0, 1])
-    reach = NormalDist().inv_cdf(.5 + level/2) * np.sqrt((1 + rho**2/2) / (queries - 3)) if queries > 3 else np.inf
+    reach = (
+        NormalDist().inv_cdf(0.5 + level / 2) * np.sqrt((1 + rho**2 / 2) / (queries - 3))
+        if queries > 3
+        else np.inf
+    )
     z = np.arctanh(np.clip(rho, -1 + 1e-12, 1 - 1e-12))
     return Correlation(rho, float(np.tanh(z - reach)), float(np.tanh(z + reach)), n, queries)
 
@@ -252,13 +332,18 @@ def answer_cosines(
     embed, # list of m distinct texts -> [m, D] vectors, e.g. `texts` of a `Clip`
 )->np.ndarray: # [n] -1..1: the cosine with the nearest true answer
     "Cosine of each answer with the nearest true answer, each distinct text embedded once"
-    said = [None if pd.isna(s) else str(s) for s in pred]; truth = [list(dict.fromkeys(map(str, a))) for a in answers]
-    names = pd.Index(sorted({s for s in said if s is not None}.union(*truth))); v = np.asarray(embed(list(names)), dtype=float)
-    v = v / np.linalg.norm(v, axis=1, keepdims=True).clip(min=1e-12); n = np.array([len(t) for t in truth], dtype=int)
+    said = [None if pd.isna(s) else str(s) for s in pred]
+    truth = [list(dict.fromkeys(map(str, a))) for a in answers]
+    names = pd.Index(sorted({s for s in said if s is not None}.union(*truth)))
+    v = np.asarray(embed(list(names)), dtype=float)
+    v = v / np.linalg.norm(v, axis=1, keepdims=True).clip(min=1e-12)
+    n = np.array([len(t) for t in truth], dtype=int)
     row = np.repeat(np.arange(len(n)), n)
     mine = names.get_indexer([s if s is not None else names[0] for s in said])
     cos = (v[mine[row]] * v[names.get_indexer(list(chain.from_iterable(truth)))]).sum(1)
-    out = np.full(len(n), -np.inf); np.maximum.at(out, row, cos); out[[s is None for s in said]] = np.nan
+    out = np.full(len(n), -np.inf)
+    np.maximum.at(out, row, cos)
+    out[[s is None for s in said]] = np.nan
     return out
 
 def semantic(
@@ -271,15 +356,28 @@ def semantic(
 )->np.ndarray: # [n] the mode's reward, plus weight * cosine where h = 0; NaN for rows that failed
     "Shape the reward of wrong answers by meaning; ValueError unless the cosine was shown to go along with accuracy"
     if not isinstance(shown, Correlation):
-        raise TypeError(f"semantic: shown is {shown!r}, wanted the Correlation that `spearman(cosine, accuracy, question_id)` gives")
+        raise TypeError(
+            f"semantic: shown is {shown!r}, wanted the Correlation that `spearman(cosine, accuracy,"
+            " question_id)` gives"
+        )
     if not (shown.rho > 0 and shown.low > 0):
-        raise ValueError(f"semantic: the cosine does not go along with accuracy (Spearman {shown.rho:.2f}, {shown.low:.2f} to {shown.high:.2f}, "
-                         f"{shown.queries} queries; wanted an interval above 0): measure it on more queries, or leave shaping out")
-    cosine, failed = np.asarray(cosine, dtype=float), _failed(frame); bad = ~failed & ~(np.abs(cosine) <= 1 + 1e-6)
+        raise ValueError(
+            f"semantic: the cosine does not go along with accuracy (Spearman {shown.rho:.2f}, {shown.low:.2f}"
+            f" to {shown.high:.2f}, {shown.queries} queries; wanted an interval above 0): measure it on more"
+            " queries, or leave shaping out"
+        )
+    cosine = np.asarray(cosine, dtype=float)
+    failed = _failed(frame)
+    bad = ~failed & ~(np.abs(cosine) <= 1 + 1e-6)
     if bad.any():
-        raise ValueError(f"semantic: cosine {cosine[bad.argmax()]} for question_id {frame['question_id'].iloc[int(bad.argmax())]}, a row that did "
-                         f"not fail ({int(bad.sum())} such rows): wanted -1..1")
-    return reward(frame, mode, **weights) + np.where(_fact(frame, "vqa_correct", failed, "semantic") == 0, weight * cosine, 0.)
+        raise ValueError(
+            f"semantic: cosine {cosine[bad.argmax()]} for question_id"
+            f" {frame['question_id'].iloc[int(bad.argmax())]}, a row that did not fail ({int(bad.sum())} such"
+            " rows): wanted -1..1"
+        )
+    return reward(frame, mode, **weights) + np.where(
+        _fact(frame, "vqa_correct", failed, "semantic") == 0, weight * cosine, 0.0
+    )
 
 # %% ../nbs/31_rewards.ipynb #bce84080
 def group_stats(
@@ -288,12 +386,26 @@ def group_stats(
     groups:int, # how many groups
 )->pd.DataFrame: # count, mean, std (sample; 0 for fewer than two), min, max of each group; NaN where it is empty
     "Statistics of every group at once"
-    ok = ~np.isnan(x); x, c = np.asarray(x, dtype=float)[ok], code[ok]; n = np.bincount(c, minlength=groups); some = np.where(n > 0, n, np.nan)
-    mean = np.bincount(c, x, groups) / some; ss = np.bincount(c, (x - mean[c])**2, groups)
-    low, high = np.full(groups, np.inf), np.full(groups, -np.inf)
-    np.minimum.at(low, c, x); np.maximum.at(high, c, x)
-    return pd.DataFrame(dict(count=n, mean=mean, std=np.where(n > 0, np.sqrt(ss / np.maximum(n - 1, 1)), np.nan),
-                             min=np.where(n > 0, low, np.nan), max=np.where(n > 0, high, np.nan)))
+    ok = ~np.isnan(x)
+    x = np.asarray(x, dtype=float)[ok]
+    c = code[ok]
+    n = np.bincount(c, minlength=groups)
+    some = np.where(n > 0, n, np.nan)
+    mean = np.bincount(c, x, groups) / some
+    ss = np.bincount(c, (x - mean[c]) ** 2, groups)
+    low = np.full(groups, np.inf)
+    high = np.full(groups, -np.inf)
+    np.minimum.at(low, c, x)
+    np.maximum.at(high, c, x)
+    return pd.DataFrame(
+        dict(
+            count=n,
+            mean=mean,
+            std=np.where(n > 0, np.sqrt(ss / np.maximum(n - 1, 1)), np.nan),
+            min=np.where(n > 0, low, np.nan),
+            max=np.where(n > 0, high, np.nan),
+        )
+    )
 
 def z_score(
     reward, # [n]; NaN = failed
@@ -302,9 +414,15 @@ def z_score(
     eps:float=1e-6, # rewards this close are equal
 )->np.ndarray: # [n] 0 in flat groups, NaN where the reward is
     "Reward minus the mean of its query, over max(sample std, min_std)"
-    reward = np.asarray(reward, dtype=float); code, q = pd.factorize(np.asarray(question_id)); s = group_stats(reward, code, len(q))
+    reward = np.asarray(reward, dtype=float)
+    code, q = pd.factorize(np.asarray(question_id))
+    s = group_stats(reward, code, len(q))
     live = (s["max"] - s["min"] > eps).to_numpy()
-    return np.where(live[code] | np.isnan(reward), (reward - s["mean"].to_numpy()[code]) / np.maximum(s["std"].to_numpy(), min_std)[code], 0.)
+    return np.where(
+        live[code] | np.isnan(reward),
+        (reward - s["mean"].to_numpy()[code]) / np.maximum(s["std"].to_numpy(), min_std)[code],
+        0.0,
+    )
 
 def z_score_clamp(
     reward, # [n]; NaN = failed
@@ -320,6 +438,7 @@ def rank_normalise(
     question_id, # [n] query of each row
 )->np.ndarray: # [n] -1 (worst of its query) to 1 (best), ties share their mean; 0 where all are alike, NaN where the reward is
     "Rank of each row within its query, spread over -1..1"
-    reward = np.asarray(reward, dtype=float); r = pd.Series(reward).groupby(pd.factorize(np.asarray(question_id))[0])
+    reward = np.asarray(reward, dtype=float)
+    r = pd.Series(reward).groupby(pd.factorize(np.asarray(question_id))[0])
     n = r.transform("count").to_numpy()
     return 2 * (r.rank().to_numpy() - 1) / np.maximum(n - 1, 1) - np.where(n > 1, 1., 0.)

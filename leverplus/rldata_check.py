@@ -18,28 +18,61 @@ from .rewards import group_stats, reward as reward_of, reward_facts, spearman
 
 # %% ../nbs/33_rldata_check.ipynb #4ff8c31d
 METRICS = dict(
-    queries="queries with a row", rows="sequences tried", failed="rows that failed: no label, in no count below", error="their most frequent error",
-    unrewarded="rows that did not fail, but lack a fact that the reward needs", scorers="scorers whose facts are in the file",
-    unofficial="rows whose accuracy is not the official one", unique_rate="distinct (query, ordered pointer) pairs per row",
-    pool_min="smallest pool", pool_median="median pool", pool_max="largest pool",
-    group_min="smallest group, rows with a reward", group_median="median group", group_max="largest group",
-    positive_rate="positives per judged row", positives_min="fewest positives of a query", positives_q1="first quartile of that",
-    positives_median="median of that", positives_q3="third quartile of that", positives_max="most positives of a query",
+    queries="queries with a row",
+    rows="sequences tried",
+    failed="rows that failed: no label, in no count below",
+    error="their most frequent error",
+    unrewarded="rows that did not fail, but lack a fact that the reward needs",
+    scorers="scorers whose facts are in the file",
+    unofficial="rows whose accuracy is not the official one",
+    unique_rate="distinct (query, ordered pointer) pairs per row",
+    pool_min="smallest pool",
+    pool_median="median pool",
+    pool_max="largest pool",
+    group_min="smallest group, rows with a reward",
+    group_median="median group",
+    group_max="largest group",
+    positive_rate="positives per judged row",
+    positives_min="fewest positives of a query",
+    positives_q1="first quartile of that",
+    positives_median="median of that",
+    positives_q3="third quartile of that",
+    positives_max="most positives of a query",
     pct_zero_positive_query="% of judged queries without a positive",
-    pct_flat_reward_query="% of groups that are not live", groups="groups: queries with a reward", live_groups="groups that can teach",
-    adv_std="mean over ALL groups of the std of standardised advantages: what GRPO logs", adv_std_live="mean of that std over live groups",
-    reward_std="mean over all groups of the std of rewards", reward_std_live="mean of that std over live groups", reward_mean="mean reward",
-    reward_min="smallest reward", reward_q1="first quartile", reward_median="median", reward_q3="third quartile", reward_max="largest",
-    gt_prob_mean="mean vqa_gt_prob", gt_prob_median="median vqa_gt_prob", gt_prob_right="its median where the answer is right",
-    gt_prob_wrong="its median where the answer is wrong", gt_prob_max="largest vqa_gt_prob",
-    spearman="rank correlation of vqa_gt_prob and vqa_acc_score", spearman_low="its interval over queries, low end",
-    spearman_high="its interval, high end", spearman_reach="the most that the ties among accuracies allow",
-    oracle_in_data="accuracy if each query took its best row", model_pick="accuracy of the row that the proposer ranked first",
-    mean_in_data="accuracy of a row drawn blindly", gap_mean="oracle_in_data - model_pick, over queries that have both",
+    pct_flat_reward_query="% of groups that are not live",
+    groups="groups: queries with a reward",
+    live_groups="groups that can teach",
+    adv_std="mean over ALL groups of the std of standardised advantages: what GRPO logs",
+    adv_std_live="mean of that std over live groups",
+    reward_std="mean over all groups of the std of rewards",
+    reward_std_live="mean of that std over live groups",
+    reward_mean="mean reward",
+    reward_min="smallest reward",
+    reward_q1="first quartile",
+    reward_median="median",
+    reward_q3="third quartile",
+    reward_max="largest",
+    gt_prob_mean="mean vqa_gt_prob",
+    gt_prob_median="median vqa_gt_prob",
+    gt_prob_right="its median where the answer is right",
+    gt_prob_wrong="its median where the answer is wrong",
+    gt_prob_max="largest vqa_gt_prob",
+    spearman="rank correlation of vqa_gt_prob and vqa_acc_score",
+    spearman_low="its interval over queries, low end",
+    spearman_high="its interval, high end",
+    spearman_reach="the most that the ties among accuracies allow",
+    oracle_in_data="accuracy if each query took its best row",
+    model_pick="accuracy of the row that the proposer ranked first",
+    mean_in_data="accuracy of a row drawn blindly",
+    gap_mean="oracle_in_data - model_pick, over queries that have both",
     pct_clear_gap="% of those with a gap above `clear`",
     same_answer_within="how often two rows of one query have the same answer",
-    same_answer_across="how often two rows of different queries do", answers="distinct answers",
-    uniform_nll="- log-probability of a stored sequence under a policy that knows nothing: ln K!/(K-S)!, nats")
+    same_answer_across="how often two rows of different queries do",
+    answers="distinct answers",
+    uniform_nll=(
+        "- log-probability of a stored sequence under a policy that knows nothing: ln K!/(K-S)!, nats"
+    ),
+)
 
 # %% ../nbs/33_rldata_check.ipynb #5a3ffcbd
 def wilson(
@@ -48,46 +81,90 @@ def wilson(
     level:float=.95, # coverage
 )->tuple: # (low, high), 0..1
     "Wilson's interval of a share"
-    k, n = np.asarray(k, dtype=float), np.asarray(n, dtype=float); z2 = NormalDist().inv_cdf(.5 + level/2)**2
-    mid, reach = k + z2/2, np.sqrt(z2 * (k * (n - k) / np.maximum(n, 1) + z2/4))
+    k = np.asarray(k, dtype=float)
+    n = np.asarray(n, dtype=float)
+    z2 = NormalDist().inv_cdf(0.5 + level / 2) ** 2
+    mid = k + z2/2
+    reach = np.sqrt(z2 * (k * (n - k) / np.maximum(n, 1) + z2/4))
     return np.clip((mid - reach) / (n + z2), 0, 1), np.clip((mid + reach) / (n + z2), 0, 1)
 
 # %% ../nbs/33_rldata_check.ipynb #12a622c6
 def _columns(rows, reward, weights):
     "What the numbers of this page are made from: code [n] of each row's query, queries, and columns with NaN where a fact is missing"
-    code, qids = pd.factorize(rows.question_id); ok = ~rows.eval_failed.to_numpy()
+    code, qids = pd.factorize(rows.question_id)
+    ok = ~rows.eval_failed.to_numpy()
     num = lambda c: np.where(ok, rows[c].to_numpy(dtype=float), np.nan)
-    needs, _ = reward_facts(reward, **weights); has = ok & rows.reindex(columns=list(needs)).notna().to_numpy().all(1)
+    needs, _ = reward_facts(reward, **weights)
+    has = ok & rows.reindex(columns=list(needs)).notna().to_numpy().all(1)
     r = np.full(len(rows), np.nan)
     part = slice(None) if not has.any() else has # nothing to reward: let `reward` say what is missing
-    r[part] = reward_of(rows[["question_id", "eval_failed", *[c for c in needs if c in rows]]][part], reward, **weights)
-    acc, hit = num("vqa_acc_score"), num("vqa_correct"); judged = ~np.isnan(acc) & ~np.isnan(hit); ptr, S = pointer_matrix(rows.pointer.to_numpy())
-    return code, qids, dict(ok=ok, r=r, p=num("vqa_gt_prob"), judged=judged, acc=np.where(judged, acc, np.nan), hit=judged & (hit > 0), S=S,
-                            twice=pd.DataFrame(ptr).assign(q=code).duplicated().to_numpy(), method=pd.factorize(rows.gen_method, use_na_sentinel=False))
+    r[part] = reward_of(
+        rows[["question_id", "eval_failed", *[c for c in needs if c in rows]]][part], reward, **weights
+    )
+    acc = num("vqa_acc_score")
+    hit = num("vqa_correct")
+    judged = ~np.isnan(acc) & ~np.isnan(hit)
+    ptr, S = pointer_matrix(rows.pointer.to_numpy())
+    return (
+        code,
+        qids,
+        dict(
+            ok=ok,
+            r=r,
+            p=num("vqa_gt_prob"),
+            judged=judged,
+            acc=np.where(judged, acc, np.nan),
+            hit=judged & (hit > 0),
+            S=S,
+            twice=pd.DataFrame(ptr).assign(q=code).duplicated().to_numpy(),
+            method=pd.factorize(rows.gen_method, use_na_sentinel=False),
+        ),
+    )
 
 def _first(code, n, key, among):
     "Rows of `among` whose key is the smallest of their query: bool [n]"
-    best = np.full(n, np.inf); np.minimum.at(best, code[among], key[among])
+    best = np.full(n, np.inf)
+    np.minimum.at(best, code[among], key[among])
     return among & (key == best[code])
 
 def _picks(rows, method, code, n):
     "Rows that the proposer ranks first: bool [rows]"
-    rank, logp, T = (rows[c].to_numpy() for c in ("beam_rank", "logprob_score", "temperature")); beam = ~np.isnan(rank)
+    rank, logp, T = (rows[c].to_numpy() for c in ("beam_rank", "logprob_score", "temperature"))
+    beam = ~np.isnan(rank)
     drawn = ~np.isnan(logp) & method[1].isin(["sample", "policy"])[method[0]] & (np.isnan(T) | (T == 1))
     drawn &= (np.bincount(code[beam], minlength=n) == 0)[code] # where the query has no beam
     return _first(code, n, rank, beam) | _first(code, n, -logp, drawn)
 
-def _nll(size, S): return sum(np.where(t < S, np.log(np.maximum(size - t, 1)), 0.) for t in range(S.max(initial=0)))
+def _nll(size, S):
+    return sum(np.where(t < S, np.log(np.maximum(size - t, 1)), 0.0) for t in range(S.max(initial=0)))
 
 def _queries(data, c, code, qids, eps, min_std):
     "One row per query"
-    n, rows = len(qids), data.rows; count = lambda m: np.bincount(code[m], minlength=n)
-    r, acc = group_stats(c["r"], code, n), group_stats(c["acc"], code, n)
+    n = len(qids)
+    rows = data.rows
+    count = lambda m: np.bincount(code[m], minlength=n)
+    r = group_stats(c["r"], code, n)
+    acc = group_stats(c["acc"], code, n)
     pick = group_stats(np.where(_picks(rows, c["method"], code, n), c["acc"], np.nan), code, n)["mean"]
     size = np.array([len(data.pool[q]) for q in qids])
-    q = pd.DataFrame(dict(question_id=qids, rows=np.bincount(code, minlength=n), failed=count(~c["ok"]), judged=acc["count"],
-                          positives=count(c["hit"]), rewarded=r["count"], pool=size))
-    q = q.assign(live=(r["max"] - r["min"] > eps), reward_min=r["min"], reward_max=r["max"], reward_mean=r["mean"], reward_std=r["std"])
+    q = pd.DataFrame(
+        dict(
+            question_id=qids,
+            rows=np.bincount(code, minlength=n),
+            failed=count(~c["ok"]),
+            judged=acc["count"],
+            positives=count(c["hit"]),
+            rewarded=r["count"],
+            pool=size,
+        )
+    )
+    q = q.assign(
+        live=(r["max"] - r["min"] > eps),
+        reward_min=r["min"],
+        reward_max=r["max"],
+        reward_mean=r["mean"],
+        reward_std=r["std"],
+    )
     adv = np.where(q.live, r["std"] / np.maximum(r["std"], min_std), np.where(r["count"] > 0, 0., np.nan))
     return q.assign(adv_std=adv, oracle=acc["max"], pick=pick, mean_acc=acc["mean"], gap=acc["max"] - pick,
                     uniform_nll=group_stats(_nll(size[code], c["S"]), code, n)["mean"])
@@ -95,22 +172,45 @@ def _queries(data, c, code, qids, eps, min_std):
 # %% ../nbs/33_rldata_check.ipynb #313a67a4
 def _sources(rows, c, level):
     "One row per source: counts and the rate of positives with its interval"
-    f = pd.DataFrame(dict(method=pd.Categorical.from_codes(pd.Index(METHODS).get_indexer(c["method"][1])[c["method"][0]], METHODS),
-                          temperature=rows.temperature.to_numpy(), failed=~c["ok"], judged=c["judged"], positives=c["hit"], acc=c["acc"], p=c["p"]))
+    f = pd.DataFrame(
+        dict(
+            method=pd.Categorical.from_codes(
+                pd.Index(METHODS).get_indexer(c["method"][1])[c["method"][0]], METHODS
+            ),
+            temperature=rows.temperature.to_numpy(),
+            failed=~c["ok"],
+            judged=c["judged"],
+            positives=c["hit"],
+            acc=c["acc"],
+            p=c["p"],
+        )
+    )
     g = f.groupby(["method", "temperature"], dropna=False, observed=True)
-    out = g.agg(rows=("failed", "size"), failed=("failed", "sum"), judged=("judged", "sum"), positives=("positives", "sum"),
-                mean_acc=("acc", "mean"), mean_gt_prob=("p", "mean")).reset_index()
+    out = g.agg(
+        rows=("failed", "size"),
+        failed=("failed", "sum"),
+        judged=("judged", "sum"),
+        positives=("positives", "sum"),
+        mean_acc=("acc", "mean"),
+        mean_gt_prob=("p", "mean"),
+    ).reset_index()
     low, high = wilson(out.positives, out.judged, level)
     names = [m if np.isnan(t) else f"{m} T={t:g}" for m, t in zip(out.method, out.temperature)]
-    out.insert(0, "source", names); out.insert(6, "rate", out.positives / out.judged.where(out.judged > 0)); out.insert(7, "low", low)
+    out.insert(0, "source", names)
+    out.insert(6, "rate", out.positives / out.judged.where(out.judged > 0))
+    out.insert(7, "low", low)
     out.insert(8, "high", high)
     return out.drop(columns=["method", "temperature"])
 
 def _agreement(answers, code, n):
     "(how often two rows of one query have the same answer, how often two rows of different queries do, distinct answers)"
-    a, names = pd.factorize(answers); pairs = lambda k: float((k.astype(float) * (k - 1)).sum()) # ordered pairs within each pile
-    same, alike = pairs(np.bincount(a)) if len(a) else 0., pairs(np.unique(code.astype(np.int64) * max(len(names), 1) + a, return_counts=True)[1])
-    within = pairs(np.bincount(code, minlength=n)); across = len(a) * (len(a) - 1.) - within
+    # ordered pairs within each pile
+    a, names = pd.factorize(answers)
+    pairs = lambda k: float((k.astype(float) * (k - 1)).sum())
+    same = pairs(np.bincount(a)) if len(a) else 0.
+    alike = pairs(np.unique(code.astype(np.int64) * max(len(names), 1) + a, return_counts=True)[1])
+    within = pairs(np.bincount(code, minlength=n))
+    across = len(a) * (len(a) - 1.0) - within
     return alike/within if within else np.nan, (same - alike)/across if across else np.nan, len(names)
 
 # %% ../nbs/33_rldata_check.ipynb #5d9e61d5
@@ -118,55 +218,121 @@ def _five(x, name, ends=("min", "max")):
     v = np.quantile(x, [0, .25, .5, .75, 1]) if len(x) else [np.nan] * 5
     return {f"{name}_{k}": float(u) for k, u in zip((ends[0], "q1", "median", "q3", ends[1]), v)}
 
-def _mean(x): x = np.asarray(x, dtype=float); x = x[~np.isnan(x)]; return float(x.mean()) if len(x) else np.nan
-def _median(x): x = x[~np.isnan(x)]; return float(np.median(x)) if len(x) else np.nan
-def _ends(x, name): return {f"{name}_min": int(x.min()), f"{name}_median": float(np.median(x)), f"{name}_max": int(x.max())}
+def _mean(x):
+    x = np.asarray(x, dtype=float)
+    x = x[~np.isnan(x)]
+    return float(x.mean()) if len(x) else np.nan
+def _median(x):
+    x = x[~np.isnan(x)]
+    return float(np.median(x)) if len(x) else np.nan
+def _ends(x, name):
+    return {f"{name}_min": int(x.min()), f"{name}_median": float(np.median(x)), f"{name}_max": int(x.max())}
 
 def _reach(acc):
     "Spearman's correlation of accuracies with anything that orders them right and has no ties of its own"
-    n, t = (~np.isnan(acc)).sum(), np.unique(acc[~np.isnan(acc)], return_counts=True)[1].astype(float)
+    n = (~np.isnan(acc)).sum()
+    t = np.unique(acc[~np.isnan(acc)], return_counts=True)[1].astype(float)
     return float(np.sqrt(1 - (t**3 - t).sum() / (float(n)**3 - n))) if n > 1 else np.nan
 
 def _counts(rows, c, q):
-    out = dict(queries=len(q), rows=len(rows), failed=int((~c["ok"]).sum()), error=next(iter(rows.error[~c["ok"]].mode()), ""))
-    out |= dict(unrewarded=int((c["ok"] & np.isnan(c["r"])).sum()), scorers=int(rows.scorer[c["ok"]].nunique()),
-                unofficial=int((c["judged"] & (rows.vqa_eval_mode != "official").to_numpy()).sum()), unique_rate=float(1 - c["twice"].mean()))
+    out = dict(
+        queries=len(q),
+        rows=len(rows),
+        failed=int((~c["ok"]).sum()),
+        error=next(iter(rows.error[~c["ok"]].mode()), ""),
+    )
+    out |= dict(
+        unrewarded=int((c["ok"] & np.isnan(c["r"])).sum()),
+        scorers=int(rows.scorer[c["ok"]].nunique()),
+        unofficial=int((c["judged"] & (rows.vqa_eval_mode != "official").to_numpy()).sum()),
+        unique_rate=float(1 - c["twice"].mean()),
+    )
     return out | _ends(q.pool, "pool") | _ends(q.rewarded, "group")
 
 def _positives(c, q):
-    judged = q[q.judged > 0]; rate = float(c["hit"].sum() / c["judged"].sum()) if len(judged) else np.nan
-    return dict(positive_rate=rate, **_five(judged.positives, "positives"), pct_zero_positive_query=100 * _mean(judged.positives == 0))
+    judged = q[q.judged > 0]
+    rate = float(c["hit"].sum() / c["judged"].sum()) if len(judged) else np.nan
+    return dict(
+        positive_rate=rate,
+        **_five(judged.positives, "positives"),
+        pct_zero_positive_query=100 * _mean(judged.positives == 0)
+    )
 
 def _teaching(c, q):
-    group = q[q.rewarded > 0]; live = group[group.live]; r = c["r"][~np.isnan(c["r"])]
-    return dict(pct_flat_reward_query=100 * _mean(~group.live), groups=len(group), live_groups=len(live), adv_std=_mean(group.adv_std),
-                adv_std_live=_mean(live.adv_std), reward_std=_mean(group.reward_std), reward_std_live=_mean(live.reward_std),
-                reward_mean=_mean(r), **_five(r, "reward"), uniform_nll=_mean(q.uniform_nll))
+    group = q[q.rewarded > 0]
+    live = group[group.live]
+    r = c["r"][~np.isnan(c["r"])]
+    return dict(
+        pct_flat_reward_query=100 * _mean(~group.live),
+        groups=len(group),
+        live_groups=len(live),
+        adv_std=_mean(group.adv_std),
+        adv_std_live=_mean(live.adv_std),
+        reward_std=_mean(group.reward_std),
+        reward_std_live=_mean(live.reward_std),
+        reward_mean=_mean(r),
+        **_five(r, "reward"),
+        uniform_nll=_mean(q.uniform_nll)
+    )
 
 def _soft(c, code, level):
-    p, hit, some = c["p"], c["hit"], ~np.isnan(c["p"]); rho = spearman(p, c["acc"], code, level)
-    return dict(gt_prob_mean=_mean(p), gt_prob_median=_median(p), gt_prob_right=_median(p[hit]), gt_prob_wrong=_median(p[c["judged"] & ~hit]),
-                gt_prob_max=float(p[some].max()) if some.any() else np.nan, spearman=rho.rho, spearman_low=rho.low, spearman_high=rho.high,
-                spearman_reach=_reach(c["acc"][some]))
+    p = c["p"]
+    hit = c["hit"]
+    some = ~np.isnan(c["p"])
+    rho = spearman(p, c["acc"], code, level)
+    return dict(
+        gt_prob_mean=_mean(p),
+        gt_prob_median=_median(p),
+        gt_prob_right=_median(p[hit]),
+        gt_prob_wrong=_median(p[c["judged"] & ~hit]),
+        gt_prob_max=float(p[some].max()) if some.any() else np.nan,
+        spearman=rho.rho,
+        spearman_low=rho.low,
+        spearman_high=rho.high,
+        spearman_reach=_reach(c["acc"][some]),
+    )
 
 def _headroom(rows, c, q, code, clear):
-    j, both = c["judged"], q.gap.notna(); within, across, answers = _agreement(rows.vqa_pred_answer.to_numpy()[j], code[j], len(q))
-    return dict(oracle_in_data=_mean(q.oracle), model_pick=_mean(q.pick), mean_in_data=_mean(q.mean_acc), gap_mean=_mean(q.gap),
-                pct_clear_gap=100 * _mean(q.gap[both] > clear), same_answer_within=within, same_answer_across=across, answers=answers)
+    j = c["judged"]
+    both = q.gap.notna()
+    within, across, answers = _agreement(rows.vqa_pred_answer.to_numpy()[j], code[j], len(q))
+    return dict(
+        oracle_in_data=_mean(q.oracle),
+        model_pick=_mean(q.pick),
+        mean_in_data=_mean(q.mean_acc),
+        gap_mean=_mean(q.gap),
+        pct_clear_gap=100 * _mean(q.gap[both] > clear),
+        same_answer_within=within,
+        same_answer_across=across,
+        answers=answers,
+    )
 
 def _metrics(rows, c, q, code, clear, level):
     "The row of one file: dict with the keys of METRICS"
-    out = _counts(rows, c, q) | _positives(c, q) | _teaching(c, q) | _soft(c, code, level) | _headroom(rows, c, q, code, clear)
+    out = (
+        _counts(rows, c, q)
+        | _positives(c, q)
+        | _teaching(c, q)
+        | _soft(c, code, level)
+        | _headroom(rows, c, q, code, clear)
+    )
     return {k: out[k] for k in METRICS}
 
 def _spread(c, bins=20):
     "Histograms of reward and vqa_gt_prob, for answers that are right, wrong, and not judged: tidy frame"
-    kinds = dict(right=c["hit"], wrong=c["judged"] & ~c["hit"], unjudged=~c["judged"]); out = []
+    kinds = dict(right=c["hit"], wrong=c["judged"] & ~c["hit"], unjudged=~c["judged"])
+    out = []
     for fact, x in (("reward", c["r"]), ("vqa_gt_prob", c["p"])):
         had = x[~np.isnan(x)]
-        low, high = (0., 1.) if fact == "vqa_gt_prob" or not len(had) else (had.min(), max(had.max(), had.min() + 1e-9))
+        low, high = (
+            (0.0, 1.0)
+            if fact == "vqa_gt_prob" or not len(had)
+            else (had.min(), max(had.max(), had.min() + 1e-9))
+        )
         edges = np.linspace(low, high, bins + 1)
-        count = {k: np.histogram(x[m & ~np.isnan(x)].clip(edges[0], edges[-1]), edges)[0] for k, m in kinds.items()}
+        count = {
+            k: np.histogram(x[m & ~np.isnan(x)].clip(edges[0], edges[-1]), edges)[0] for k, m in kinds.items()
+        }
         out.append(pd.DataFrame(dict(fact=fact, low=edges[:-1], high=edges[1:], **count)))
     return pd.concat(out, ignore_index=True)
 
@@ -174,28 +340,53 @@ def _spread(c, bins=20):
 class Alarm(NamedTuple):
     "Something that training would suffer from"
     file:str # which file
-    cause:str # labels | failures | prompts | pool or prompts | headroom | proposals | flat groups | soft reward
+    # labels | failures | prompts | pool or prompts | headroom | proposals | flat groups | soft reward
+    cause: str
     seen:str # what was seen
     wanted:str # what was wanted
     remedy:str # what to do
 
 REMEDIES = dict(
-    scorers="Keep the rows of one scorer, or score the others again with it: facts of different scorers are not comparable.",
-    unrewarded="Score them with generate=True, leave them out, or choose a reward that needs only what they have.",
-    unjudged="Generate for some rows of each query: oracle, positives and the soft reward's worth are unknown without.",
+    scorers=(
+        "Keep the rows of one scorer, or score the others again with it: facts of different scorers are not"
+        " comparable."
+    ),
+    unrewarded=(
+        "Score them with generate=True, leave them out, or choose a reward that needs only what they have."
+    ),
+    unjudged=(
+        "Generate for some rows of each query: oracle, positives and the soft reward's worth are unknown"
+        " without."
+    ),
     failures="Run the generation again (it asks them again); if they stay, read their `error` and mend that.",
-    prompts="The model does not see what is asked. Read a rendered prompt (`self_test` keeps one; `check_prompt` refuses what is not "
-            "filled in), mend it, score again.",
-    pools="No policy can pick what is not there. Read a rendered prompt first; then give larger pools, or candidates chosen by similarity, "
-          "or more varied proposals.",
-    proposals="Find positives before training: score many proposals by vqa_gt_prob alone and generate for the best (two-stage mining), "
-              "or swap demonstrations of good sequences.",
-    flat="Find positives where there are none and negatives where there is nothing else, or reward probability as well (hard01_plus_gtprob); "
-         "drop flat groups from the loss and its denominator. Learning rate, KL weight and normalisation cannot help.",
-    headroom="The proposer already picks what is best here. Try sequences that it does not think of (random, mined), or harder queries.",
+    prompts=(
+        "The model does not see what is asked. Read a rendered prompt (`self_test` keeps one; `check_prompt`"
+        " refuses what is not filled in), mend it, score again."
+    ),
+    pools=(
+        "No policy can pick what is not there. Read a rendered prompt first; then give larger pools, or"
+        " candidates chosen by similarity, or more varied proposals."
+    ),
+    proposals=(
+        "Find positives before training: score many proposals by vqa_gt_prob alone and generate for the best"
+        " (two-stage mining), or swap demonstrations of good sequences."
+    ),
+    flat=(
+        "Find positives where there are none and negatives where there is nothing else, or reward probability"
+        " as well (hard01_plus_gtprob); drop flat groups from the loss and its denominator. Learning rate, KL"
+        " weight and normalisation cannot help."
+    ),
+    headroom=(
+        "The proposer already picks what is best here. Try sequences that it does not think of (random,"
+        " mined), or harder queries."
+    ),
     few="Too few queries to tell: measure on more before you lean on vqa_gt_prob.",
-    soft="vqa_gt_prob is not the probability of the answers. Hold the scorer to the reference (`verify=` of `generate`): the tokens that are "
-         "scored must be those of the answer, in the assistant's turn, end token included. Until then reward accuracy alone.")
+    soft=(
+        "vqa_gt_prob is not the probability of the answers. Hold the scorer to the reference (`verify=` of"
+        " `generate`): the tokens that are scored must be those of the answer, in the assistant's turn, end"
+        " token included. Until then reward accuracy alone."
+    ),
+)
 
 # %% ../nbs/33_rldata_check.ipynb #52fbb447
 def teaches(
@@ -203,43 +394,85 @@ def teaches(
 )->str: # "4 of 640 groups can teach: ..."
     "Say how many groups can teach, and what GRPO will log"
     if not m["groups"]: return "no group has a reward"
-    out = f"{m['live_groups']:.0f} of {m['groups']:.0f} groups can teach: mean advantage std {m['adv_std']:.3g} over all groups"
+    out = (
+        f"{m['live_groups']:.0f} of {m['groups']:.0f} groups can teach: mean advantage std {m['adv_std']:.3g}"
+        " over all groups"
+    )
     return out + (f", {m['adv_std_live']:.3g} over those" if m["live_groups"] else "")
 
 def _label_alarms(m, failed):
     R = REMEDIES
     if m["scorers"] > 1: yield "labels", f"facts of {m['scorers']} scorers", "one", R["scorers"]
-    if m["unrewarded"]: yield "labels", f"{m['unrewarded']} rows that did not fail lack a fact that the reward needs", "none", R["unrewarded"]
-    if not m["positive_rate"] >= 0: yield "labels", "no row has an accuracy", "rows with generated answers", R["unjudged"]
+    if m["unrewarded"]:
+        yield (
+            "labels",
+            f"{m['unrewarded']} rows that did not fail lack a fact that the reward needs",
+            "none",
+            R["unrewarded"],
+        )
+    if not m["positive_rate"] >= 0:
+        yield "labels", "no row has an accuracy", "rows with generated answers", R["unjudged"]
     if m["failed"] > failed * m["rows"]:
-        yield "failures", f"{m['failed']} of {m['rows']} rows failed, most often: {m['error']}", f"at most {failed:.0%}", R["failures"]
+        yield (
+            "failures",
+            f"{m['failed']} of {m['rows']} rows failed, most often: {m['error']}",
+            f"at most {failed:.0%}",
+            R["failures"],
+        )
 
 def _oracle_alarms(m, oracle, same_answer):
     if not m["oracle_in_data"] < oracle: return
     seen, alike = f"oracle_in_data {m['oracle_in_data']:.3f}", m["same_answer_across"]
     if alike > same_answer:
-        seen += f"; rows of different queries have the same answer {alike:.0%} of the time ({m['answers']} distinct answers in all)"
+        seen += (
+            f"; rows of different queries have the same answer {alike:.0%} of the time ({m['answers']}"
+            " distinct answers in all)"
+        )
         yield "prompts", seen, f"{oracle:g} or more; below {same_answer:.0%}", REMEDIES["prompts"]
-    else: yield "pool or prompts", f"{seen}, model_pick {m['model_pick']:.3f}", f"{oracle:g} or more", REMEDIES["pools"]
+    else:
+        yield (
+            "pool or prompts",
+            f"{seen}, model_pick {m['model_pick']:.3f}",
+            f"{oracle:g} or more",
+            REMEDIES["pools"],
+        )
 
 def _group_alarms(m, zero_positive, live, start):
-    zero, share = m["pct_zero_positive_query"], m["live_groups"] / m["groups"] if m["groups"] else 0.
-    if zero > 100 * zero_positive: yield "proposals", f"{zero:.1f} % of queries have no positive", f"at most {zero_positive:.0%}", REMEDIES["proposals"]
+    zero = m["pct_zero_positive_query"]
+    share = m["live_groups"] / m["groups"] if m["groups"] else 0.
+    if zero > 100 * zero_positive:
+        yield (
+            "proposals",
+            f"{zero:.1f} % of queries have no positive",
+            f"at most {zero_positive:.0%}",
+            REMEDIES["proposals"],
+        )
     stop = f"Below {start:.0%}: do not start GRPO on this file. " if share < start else ""
-    if share < live: yield "flat groups", teaches(m), f"at least {live:.0%} of groups", stop + REMEDIES["flat"]
+    if share < live:
+        yield "flat groups", teaches(m), f"at least {live:.0%} of groups", stop + REMEDIES["flat"]
 
 def _headroom_alarms(m, headroom, live):
-    if m["live_groups"] < live * m["groups"] or not m["gap_mean"] < headroom: return # flat groups have no gap, and an alarm of their own
-    seen = f"oracle_in_data {m['oracle_in_data']:.3f}, model_pick {m['model_pick']:.3f}, mean gap {m['gap_mean']:.3f}"
+    # flat groups have no gap, and an alarm of their own
+    if m["live_groups"] < live * m["groups"] or not m["gap_mean"] < headroom:
+        return
+    seen = (
+        f"oracle_in_data {m['oracle_in_data']:.3f}, model_pick {m['model_pick']:.3f}, mean gap"
+        f" {m['gap_mean']:.3f}"
+    )
     yield "headroom", seen, f"a gap of {headroom:g} or more", REMEDIES["headroom"]
 
 def _soft_alarms(m, spearman):
     if not m["gt_prob_max"] >= 0 or not m["positive_rate"] >= 0: return # not measured
-    seen = (f"Spearman(vqa_gt_prob, vqa_acc_score) {m['spearman']:.2f} ({m['spearman_low']:.2f} to {m['spearman_high']:.2f}); "
-            f"median vqa_gt_prob {m['gt_prob_right']:.2g} where right, {m['gt_prob_wrong']:.2g} where wrong")
-    least = spearman * m["spearman_reach"]; wanted = f"{least:.2g} or more, interval above 0"
+    seen = (
+        f"Spearman(vqa_gt_prob, vqa_acc_score) {m['spearman']:.2f} ({m['spearman_low']:.2f} to"
+        f" {m['spearman_high']:.2f}); median vqa_gt_prob {m['gt_prob_right']:.2g} where right,"
+        f" {m['gt_prob_wrong']:.2g} where wrong"
+    )
+    least = spearman * m["spearman_reach"]
+    wanted = f"{least:.2g} or more, interval above 0"
     if m["spearman"] >= least and m["spearman_low"] <= 0: yield "soft reward", seen, wanted, REMEDIES["few"]
-    elif m["spearman"] < least or (np.isnan(m["spearman"]) and 0 < m["positive_rate"] < 1): yield "soft reward", seen, wanted, REMEDIES["soft"]
+    elif m["spearman"] < least or (np.isnan(m["spearman"]) and 0 < m["positive_rate"] < 1):
+        yield "soft reward", seen, wanted, REMEDIES["soft"]
 
 
 
@@ -257,21 +490,69 @@ def judge(
     failed:float=.01, # largest share of failed rows, 0..1
 )->list: # of Alarm, in the order in which to act; empty: train
     "Compare metrics with thresholds"
-    found = (_label_alarms(metrics, failed), _oracle_alarms(metrics, oracle, same_answer), _group_alarms(metrics, zero_positive, live, start),
-             _headroom_alarms(metrics, headroom, live), _soft_alarms(metrics, spearman))
+    found = (
+        _label_alarms(metrics, failed),
+        _oracle_alarms(metrics, oracle, same_answer),
+        _group_alarms(metrics, zero_positive, live, start),
+        _headroom_alarms(metrics, headroom, live),
+        _soft_alarms(metrics, spearman),
+    )
     return [Alarm(file, *a) for alarms in found for a in alarms]
 
 # %% ../nbs/33_rldata_check.ipynb #5f6afcd1
-_TABLE = {"what is there": ("queries", "rows", "failed", "unrewarded", "scorers", "unofficial", "unique_rate", "pool_median", "group_min",
-                           "group_median", "group_max"),
-          "positives": ("positive_rate", "positives_q1", "positives_median", "positives_q3", "pct_zero_positive_query"),
-          "what GRPO will see": ("pct_flat_reward_query", "live_groups", "adv_std", "adv_std_live", "reward_std", "reward_std_live",
-                                 "reward_mean", "uniform_nll"),
-          "soft reward": ("gt_prob_median", "gt_prob_right", "gt_prob_wrong", "spearman", "spearman_low", "spearman_high"),
-          "headroom": ("oracle_in_data", "model_pick", "mean_in_data", "gap_mean", "pct_clear_gap", "same_answer_within", "same_answer_across")}
+_TABLE = {
+    "what is there": (
+        "queries",
+        "rows",
+        "failed",
+        "unrewarded",
+        "scorers",
+        "unofficial",
+        "unique_rate",
+        "pool_median",
+        "group_min",
+        "group_median",
+        "group_max",
+    ),
+    "positives": (
+        "positive_rate",
+        "positives_q1",
+        "positives_median",
+        "positives_q3",
+        "pct_zero_positive_query",
+    ),
+    "what GRPO will see": (
+        "pct_flat_reward_query",
+        "live_groups",
+        "adv_std",
+        "adv_std_live",
+        "reward_std",
+        "reward_std_live",
+        "reward_mean",
+        "uniform_nll",
+    ),
+    "soft reward": (
+        "gt_prob_median",
+        "gt_prob_right",
+        "gt_prob_wrong",
+        "spearman",
+        "spearman_low",
+        "spearman_high",
+    ),
+    "headroom": (
+        "oracle_in_data",
+        "model_pick",
+        "mean_in_data",
+        "gap_mean",
+        "pct_clear_gap",
+        "same_answer_within",
+        "same_answer_across",
+    ),
+}
 
 def _say(x):
-    if not isinstance(x, (float, np.floating)) or np.isnan(x): return "-" if isinstance(x, (float, np.floating)) else str(x)
+    if not isinstance(x, (float, np.floating)) or np.isnan(x):
+        return "-" if isinstance(x, (float, np.floating)) else str(x)
     return f"{x:.0f}" if x == int(x) and abs(x) >= 1 else f"{x:.3g}"
 
 def _cells(df): return [[_say(v) for v in row] for row in df.itertuples(index=False)]
@@ -281,7 +562,11 @@ def _md(df):
     return "\n".join([line(df.columns), line(["---"] * df.shape[1]), *map(line, _cells(df))])
 
 def _html(df):
-    row = lambda cells, tag: "<tr>" + "".join(f"<{tag} align=left>{escape(str(c))}</{tag}>" for c in cells) + "</tr>"
+    row = (
+        lambda cells, tag: "<tr>"
+        + "".join(f"<{tag} align=left>{escape(str(c))}</{tag}>" for c in cells)
+        + "</tr>"
+    )
     return "<table>" + row(df.columns, "th") + "".join(row(r, "td") for r in _cells(df)) + "</table>"
 
 class Health:
@@ -307,32 +592,55 @@ class Health:
 
     def table(self):
         "The metrics worth reading first, one column per file: frame of text"
-        t = self.frame.T; keep = [(part, k) for part, ks in _TABLE.items() for k in ks]
+        t = self.frame.T
+        keep = [(part, k) for part, ks in _TABLE.items() for k in ks]
         parts = ["" if i and keep[i-1][0] == p else p for i, (p, _) in enumerate(keep)]
-        return pd.DataFrame({"": parts, "metric": [k for _, k in keep], **{f: [_say(t.at[k, f]) for _, k in keep] for f in t.columns},
-                             "meaning": [METRICS[k] for _, k in keep]})
+        return pd.DataFrame(
+            {
+                "": parts,
+                "metric": [k for _, k in keep],
+                **{f: [_say(t.at[k, f]) for _, k in keep] for f in t.columns},
+                "meaning": [METRICS[k] for _, k in keep],
+            }
+        )
 
     def _lines(self):
         "(file, what to do, how many groups can teach) of each file"
         soft = lambda m: "" if m["gt_prob_max"] >= 0 else " (vqa_gt_prob was not measured)"
-        return [(f, a + (soft(self.frame.loc[f]) if a == "train" else ""), teaches(self.frame.loc[f])) for f, a in self.advice.items()]
+        return [
+            (f, a + (soft(self.frame.loc[f]) if a == "train" else ""), teaches(self.frame.loc[f]))
+            for f, a in self.advice.items()
+        ]
 
     def _parts(self):
-        sources = self.sources[["file", "source", "rows", "failed", "judged", "rate", "low", "high", "mean_gt_prob"]]
+        sources = self.sources[
+            ["file", "source", "rows", "failed", "judged", "rate", "low", "high", "mean_gt_prob"]
+        ]
         alarms = [("alarms, first things first", self.alarms)] if self.verdict else []
         return [*alarms, ("metrics", self.table()), ("sources: rate of positives", sources)]
 
     def __repr__(self):
         lines = [f"{f}: {a}. {t}." for f, a, t in self._lines()]
         lines += [f"- {a.file}: {a.cause}: {a.seen} (wanted: {a.wanted}). {a.remedy}" for a in self.verdict]
-        return "\n".join([f"Health, reward {self.reward}", *lines, self.table().iloc[:, 1:-1].to_string(index=False)])
+        return "\n".join(
+            [f"Health, reward {self.reward}", *lines, self.table().iloc[:, 1:-1].to_string(index=False)]
+        )
 
     def _repr_markdown_(self):
         lines = [f"- **{f}: {a}.** {t}." for f, a, t in self._lines()]
-        return "\n".join([f"Health, reward `{self.reward}`", "", *lines, *(f"\n**{name}**\n\n{_md(df)}" for name, df in self._parts())])
+        return "\n".join(
+            [
+                f"Health, reward `{self.reward}`",
+                "",
+                *lines,
+                *(f"\n**{name}**\n\n{_md(df)}" for name, df in self._parts()),
+            ]
+        )
 
     def _repr_html_(self):
-        lines = "".join(f"<li><b>{escape(f)}: {escape(a)}.</b> {escape(t)}.</li>" for f, a, t in self._lines())
+        lines = "".join(
+            f"<li><b>{escape(f)}: {escape(a)}.</b> {escape(t)}.</li>" for f, a, t in self._lines()
+        )
         tables = "".join(f"<p><b>{n}</b></p>{_html(df)}" for n, df in self._parts())
         return f"<p>Health, reward <code>{escape(self.reward)}</code></p><ul>{lines}</ul>{tables}"
 
@@ -341,7 +649,13 @@ class Health:
     )->Path: # `folder`, with health.csv, sources.csv, queries.csv, spread.csv, verdict.csv
         "Write everything as CSV"
         folder = Path(folder)
-        frames = dict(health=self.frame.reset_index(), sources=self.sources, queries=self.queries, spread=self.spread, verdict=self.alarms)
+        frames = dict(
+            health=self.frame.reset_index(),
+            sources=self.sources,
+            queries=self.queries,
+            spread=self.spread,
+            verdict=self.alarms,
+        )
         for name, df in frames.items():
             with atomic_path(folder/f"{name}.csv") as tmp: df.to_csv(tmp, index=False)
         return folder
@@ -349,9 +663,13 @@ class Health:
     def plot(self):
         "Draw positives per query, vqa_gt_prob of right and wrong answers, and positives by source, one row per file: array of axes [files, 3]"
         import matplotlib.pyplot as plt
-        files = self.frame.index; fig, axs = plt.subplots(len(files), 3, figsize=(6.5, 1.25*len(files) + .4), squeeze=False, layout="constrained")
+        files = self.frame.index
+        fig, axs = plt.subplots(
+            len(files), 3, figsize=(6.5, 1.25 * len(files) + 0.4), squeeze=False, layout="constrained"
+        )
         for f, row in zip(files, axs):
-            _plot_positives(self.queries[self.queries.file == f], row[0]); _plot_soft(self.spread[self.spread.file == f], row[1])
+            _plot_positives(self.queries[self.queries.file == f], row[0])
+            _plot_soft(self.spread[self.spread.file == f], row[1])
             _plot_sources(self.sources[self.sources.file == f], row[2])
             row[0].set_ylabel(f"{f}\nqueries", fontsize=7)
         for ax in axs.flat: ax.tick_params(labelsize=6)
@@ -363,30 +681,44 @@ class Health:
         return axs
 
 def _plot_positives(q, ax):
-    k, n = np.unique(q.positives[q.judged > 0], return_counts=True); ax.bar(k, n, width=.9, color=np.where(k == 0, "k", "0.6"))
+    k, n = np.unique(q.positives[q.judged > 0], return_counts=True)
+    ax.bar(k, n, width=0.9, color=np.where(k == 0, "k", "0.6"))
 
 def _plot_soft(s, ax):
-    s = s[s.fact == "vqa_gt_prob"]; edges = np.append(s.low, s.high.iloc[-1])
+    s = s[s.fact == "vqa_gt_prob"]
+    edges = np.append(s.low, s.high.iloc[-1])
     for kind, style in (("right", "-"), ("wrong", ":")):
         if s[kind].sum(): ax.stairs(s[kind] / s[kind].sum(), edges, label=kind, color="k", ls=style)
     ax.set_xlim(-.02, 1.02)
 
 def _plot_sources(s, ax):
     y = np.arange(len(s))[::-1]
-    ax.errorbar(s.rate, y, xerr=np.clip([s.rate - s.low, s.high - s.rate], 0, None), fmt="o", color="k", ms=3, lw=1)
-    ax.set_yticks(y, s.source); ax.set_xlim(-.02, 1.02)
+    ax.errorbar(
+        s.rate, y, xerr=np.clip([s.rate - s.low, s.high - s.rate], 0, None), fmt="o", color="k", ms=3, lw=1
+    )
+    ax.set_yticks(y, s.source)
+    ax.set_xlim(-0.02, 1.02)
 
 # %% ../nbs/33_rldata_check.ipynb #81b3fb7a
 def _examine(name, data, reward, weights, clear, eps, min_std, level):
     "(metrics, sources, queries, spread) of one file"
     if not isinstance(data, RLData):
-        raise TypeError(f"health: {name!r} is a {type(data).__name__}, wanted RLData (`RLData.load`, or `RLData.from_frame(rows, pool)`)")
+        raise TypeError(
+            f"health: {name!r} is a {type(data).__name__}, wanted RLData (`RLData.load`, or"
+            " `RLData.from_frame(rows, pool)`)"
+        )
     rows = data.rows
-    if not len(rows): raise ValueError(f"health: {name!r} has no rows: nothing was generated, or everything was filtered out")
+    if not len(rows):
+        raise ValueError(
+            f"health: {name!r} has no rows: nothing was generated, or everything was filtered out"
+        )
     if rows.eval_failed.all():
-        raise ValueError(f"health: all {len(rows)} rows of {name!r} failed (first: question_id {rows.question_id[0]}: {rows.error[0]}): "
-                         "mend the cause and run the generation again, it asks them again")
-    code, qids, c = _columns(rows, reward, weights); q = _queries(data, c, code, qids, eps, min_std)
+        raise ValueError(
+            f"health: all {len(rows)} rows of {name!r} failed (first: question_id {rows.question_id[0]}:"
+            f" {rows.error[0]}): mend the cause and run the generation again, it asks them again"
+        )
+    code, qids, c = _columns(rows, reward, weights)
+    q = _queries(data, c, code, qids, eps, min_std)
     return _metrics(rows, c, q, code, clear, level), _sources(rows, c, level), q, _spread(c)
 
 @delegates(judge, but=["file"])
@@ -401,9 +733,25 @@ def health(
     **kwargs, # thresholds of `judge`: oracle, headroom, zero_positive, live, start, spearman, same_answer, failed
 )->Health: # shows itself in a notebook
     "Examine files of tried sequences; ValueError for a file without rows, or whose rows all failed, or without the facts that the reward needs"
-    files = data if isinstance(data, dict) else {Path(data.path).name if getattr(data, "path", None) else "data": data}
+    files = (
+        data
+        if isinstance(data, dict)
+        else {Path(data.path).name if getattr(data, "path", None) else "data": data}
+    )
     if not files: raise ValueError("health: no files; pass RLData or {name: RLData}")
-    seen = {str(f): _examine(f, d, reward, dict(weights or {}), clear, eps, min_std, level) for f, d in files.items()}
-    join = lambda k: pd.concat([s[k].assign(file=f)[["file", *s[k].columns]] for f, s in seen.items()], ignore_index=True)
+    seen = {
+        str(f): _examine(f, d, reward, dict(weights or {}), clear, eps, min_std, level)
+        for f, d in files.items()
+    }
+    join = lambda k: pd.concat(
+        [s[k].assign(file=f)[["file", *s[k].columns]] for f, s in seen.items()], ignore_index=True
+    )
     frame = pd.DataFrame([s[0] for s in seen.values()], index=pd.Index(seen, name="file"))
-    return Health(frame, join(1), join(2), join(3), [a for f, s in seen.items() for a in judge(s[0], f, **kwargs)], reward)
+    return Health(
+        frame,
+        join(1),
+        join(2),
+        join(3),
+        [a for f, s in seen.items() for a in judge(s[0], f, **kwargs)],
+        reward,
+    )

@@ -24,8 +24,10 @@ from .runs import Busy
 from .vqa import answer_targets, postprocess, relevances, vqa_accuracies
 from .prompt import prompter
 from .lvlm import Scored, Targets, compare
-from .groups import (FACT_COLUMNS, PROPOSAL_COLUMNS, RECORD, SCHEMA, RLData, as_record, check_shard, differing, finish_manifest, pointer_matrix,
-                              read_part, shard_files, shard_tag, whole_draws, write_part)
+from leverplus.groups import (
+    FACT_COLUMNS, PROPOSAL_COLUMNS, RECORD, SCHEMA, RLData, as_record, check_shard, differing,
+    finish_manifest, pointer_matrix, read_part, shard_files, shard_tag, whole_draws, write_part,
+)
 
 # %% ../nbs/32_rldata_generate.ipynb #ba8332df
 class SimilarityPrior:
@@ -33,11 +35,14 @@ class SimilarityPrior:
     def __init__(self,
         scale:float=10., # sharpness, >= 0; 0 is the uniform policy
     ):
-        self.scale, self.fingerprint = scale, fingerprint("similarity prior", float(scale))
+        self.scale = scale
+        self.fingerprint = fingerprint("similarity prior", float(scale))
 
     def encode(self, query, cands, cand_mask):
         "Logits [B,K] from query [B,D], cands [B,K,D] of unit length and cand_mask [B,K]"
-        return (self.scale * torch.einsum("bd,bkd->bk", query.double(), cands.double())).masked_fill(~cand_mask, -torch.inf)
+        return (self.scale * torch.einsum("bd,bkd->bk", query.double(), cands.double())).masked_fill(
+            ~cand_mask, -torch.inf
+        )
 
     def step_logp(self, enc, prefix):
         "Log-probabilities [B,P,K] of the next pick after prefix [B,P,t]"
@@ -53,12 +58,15 @@ def device_of(
 
 def _conditioned(top, g):
     "Gumbel values `g` [B,P,K] moved so that their maximum is `top` [B,P]"
-    top = top[..., None]; v = top - g + torch.log(-torch.expm1(g - g.amax(-1, keepdim=True)))
+    top = top[..., None]
+    v = top - g + torch.log(-torch.expm1(g - g.amax(-1, keepdim=True)))
     return top - v.clamp(min=0) - torch.log1p(torch.exp(-v.abs()))
 
 def _step(policy):
     "`step_logp` over candidates alone: sequences of a given length never ask a policy with STOP whether it would end"
-    return policy.step_logp if getattr(policy, "stop", None) is None else partial(policy.step_logp, stop=False)
+    return (
+        policy.step_logp if getattr(policy, "stop", None) is None else partial(policy.step_logp, stop=False)
+    )
 
 def best_sequences(
     policy, # has `step_logp`; its STOP, if it has one, is not offered
@@ -71,16 +79,26 @@ def best_sequences(
     root:torch.Tensor|None=None, # [B] standard Gumbel draws: return the keys by which sequences were kept, too
 )->tuple: # (local indices [B,W,S], log-probability [B,W], -inf where a pool has fewer sequences), best or first drawn first; keys [B,W]
     "Beam search, or exact sampling without replacement, through any policy"
-    ask_step = _step(policy); logp = key = torch.zeros(B, 1, dtype=torch.float64); seqs = torch.zeros(B, 1, 0, dtype=torch.long)
+    ask_step = _step(policy)
+    logp = key = torch.zeros(B, 1, dtype=torch.float64)
+    seqs = torch.zeros(B, 1, 0, dtype=torch.long)
     for t in range(S):
         step = ask_step(enc, seqs.to(device_of(policy))).detach().cpu().double()
         child = logp[..., None] + (step if temperature == 1 else (step / temperature).log_softmax(-1))
-        child = torch.where(child.isnan(), -torch.inf, child); P, K = child.shape[1:]
-        score = child if noise is None else _conditioned(key, child + noise[:, t, :P]).masked_fill(child == -torch.inf, -torch.inf)
-        key, top = (x[:, :width] for x in score.flatten(1).sort(descending=True, stable=True)); row = top // K
-        logp = child.flatten(1).gather(1, top); seqs = torch.cat([seqs.gather(1, row[..., None].expand(-1, -1, t)), (top % K)[..., None]], -1)
+        child = torch.where(child.isnan(), -torch.inf, child)
+        P, K = child.shape[1:]
+        score = (
+            child
+            if noise is None
+            else _conditioned(key, child + noise[:, t, :P]).masked_fill(child == -torch.inf, -torch.inf)
+        )
+        key, top = (x[:, :width] for x in score.flatten(1).sort(descending=True, stable=True))
+        row = top // K
+        logp = child.flatten(1).gather(1, top)
+        seqs = torch.cat([seqs.gather(1, row[..., None].expand(-1, -1, t)), (top % K)[..., None]], -1)
     if root is None: return seqs, logp
-    return seqs, logp, key - torch.log1p(torch.expm1(-root)[:, None] * key.exp()) # so far the largest key of a query was 0, which chooses the same sequences; now it is `root`
+    # so far the largest key of a query was 0, which chooses the same sequences; now it is `root`
+    return seqs, logp, key - torch.log1p(torch.expm1(-root)[:, None] * key.exp())
 
 # %% ../nbs/32_rldata_generate.ipynb #cb5d5e4e
 def nearest_sets(
@@ -101,28 +119,51 @@ def check_counts(
     counts:dict, # like COUNTS; a method that is absent is not used
 )->dict: # all methods, temperatures as floats
     "Complete and check proposal counts; ValueError names what is wrong"
-    if set(counts) - set(COUNTS): raise ValueError(f"proposal counts {sorted(set(counts) - set(COUNTS))} unknown: wanted {sorted(COUNTS)}")
+    if set(counts) - set(COUNTS):
+        raise ValueError(
+            f"proposal counts {sorted(set(counts) - set(COUNTS))} unknown: wanted {sorted(COUNTS)}"
+        )
     out = dict(beam=0, random=0, retrieval=0) | {k: v for k, v in counts.items() if k != "temperature"}
     out["temperature"] = {float(t): n for t, n in counts.get("temperature", {}).items()}
     flat = [*out["temperature"].values(), out["beam"], out["random"], out["retrieval"]]
-    if any(int(n) != n or n < 0 for n in flat) or not any(flat): raise ValueError(f"proposal counts {counts}: wanted integers >= 0, at least one above 0")
-    if any(t <= 0 for t in out["temperature"]): raise ValueError(f"proposal temperatures {list(out['temperature'])}: wanted numbers > 0")
+    if any(int(n) != n or n < 0 for n in flat) or not any(flat):
+        raise ValueError(f"proposal counts {counts}: wanted integers >= 0, at least one above 0")
+    if any(t <= 0 for t in out["temperature"]):
+        raise ValueError(f"proposal temperatures {list(out['temperature'])}: wanted numbers > 0")
     return out
 
 def _gumbel(queries, sizes, S, width, *name):
     "([B,S,width+1,K] noise, the last for `kappa`; [B] noise of the root); each query draws for its own pool size"
-    root, out = torch.zeros(len(queries), dtype=torch.float64), torch.zeros(len(queries), S, width + 1, max(sizes), dtype=torch.float64)
+    root = torch.zeros(len(queries), dtype=torch.float64)
+    out = torch.zeros(len(queries), S, width + 1, max(sizes), dtype=torch.float64)
     for b, (q, k) in enumerate(zip(queries, sizes)):
-        g, more = rng("propose", q, S, *name), rng("propose", q, S, *name, "more")
-        out[b, :, :width, :k], out[b, :, width, :k], root[b] = torch.from_numpy(g.gumbel(size=(S, width, k))), torch.from_numpy(more.gumbel(size=(S, k))), more.gumbel()
+        g = rng("propose", q, S, *name)
+        more = rng("propose", q, S, *name, "more")
+        out[b, :, :width, :k], out[b, :, width, :k], root[b] = (
+            torch.from_numpy(g.gumbel(size=(S, width, k))),
+            torch.from_numpy(more.gumbel(size=(S, k))),
+            more.gumbel(),
+        )
     return out, root
 
 def _embedded(pool, store, queries, S, kind):
     "(candidate ids [B,K], mask [B,K], query [B,D], cands [B,K,D]); padding repeats the first candidate"
-    sizes = [len(pool[q]) for q in queries]; small = [q for q, k in zip(queries, sizes) if k <= S]
-    if small: raise ValueError(f"question_id {small[0]}: its pool has {len(pool[small[0]])} candidates, {S} shots need more: make a larger pool (K > S)")
-    cand = np.array([pool[q] + (pool[q][0],)*(max(sizes) - k) for q, k in zip(queries, sizes)], dtype=np.int64)
-    return cand, torch.arange(max(sizes)) < torch.tensor(sizes)[:, None], store.get(queries, kind), store.get(cand, kind)
+    sizes = [len(pool[q]) for q in queries]
+    small = [q for q, k in zip(queries, sizes) if k <= S]
+    if small:
+        raise ValueError(
+            f"question_id {small[0]}: its pool has {len(pool[small[0]])} candidates, {S} shots need more:"
+            " make a larger pool (K > S)"
+        )
+    cand = np.array(
+        [pool[q] + (pool[q][0],) * (max(sizes) - k) for q, k in zip(queries, sizes)], dtype=np.int64
+    )
+    return (
+        cand,
+        torch.arange(max(sizes)) < torch.tensor(sizes)[:, None],
+        store.get(queries, kind),
+        store.get(cand, kind),
+    )
 
 # %% ../nbs/32_rldata_generate.ipynb #58e66ecf
 class _Proposals:
@@ -133,29 +174,55 @@ class _Proposals:
     def add(self, n, find, method, temperature=math.nan, scored=True):
         "Keep the first `n` sequences of `find(width)` that no earlier block holds; a third thing found are their keys, one more than `width`"
         if not n: return
-        had = torch.cat([torch.where(ok, self.codes(s), -1) for s, _, ok in self.blocks], 1) if self.blocks else None
-        seqs, score, *key = find(n + (0 if had is None else had.shape[1])); ok = score > -torch.inf
+        had = (
+            torch.cat([torch.where(ok, self.codes(s), -1) for s, _, ok in self.blocks], 1)
+            if self.blocks
+            else None
+        )
+        seqs, score, *key = find(n + (0 if had is None else had.shape[1]))
+        ok = score > -torch.inf
         if had is not None: ok = ok & ~(self.codes(seqs)[..., None] == had[:, None]).any(-1)
         ok, at = ok.sort(dim=1, descending=True, stable=True)
-        if key and n < at.shape[1]: kappa = key[0].gather(1, at[:, n:n+1]).masked_fill(~ok[:, n:n+1], -torch.inf) # of the first that was left out
+        # of the first that was left out
+        if key and n < at.shape[1]:
+            kappa = key[0].gather(1, at[:, n : n + 1]).masked_fill(~ok[:, n : n + 1], -torch.inf)
         else: kappa = torch.full((len(seqs), 1), -torch.inf if key else math.nan, dtype=torch.float64)
-        ok, at = ok[:, :n], at[:, :n]; self.kappas.append(kappa.expand(at.shape))
+        ok, at = ok[:, :n], at[:, :n]
+        self.kappas.append(kappa.expand(at.shape))
         logp = score.gather(1, at).double() if scored else torch.full(at.shape, math.nan, dtype=torch.float64)
         self.blocks.append((seqs.gather(1, at[..., None].expand(-1, -1, seqs.shape[-1])), logp, ok))
         self.names += [(method, i if method == "beam" else math.nan, temperature) for i in range(at.shape[1])]
 
     def frame(self, queries, cand, cos):
         "Record columns of a proposal, queries in order"
-        seqs, logp, ok = (torch.cat(x, 1) for x in zip(*self.blocks)); b, j = (x.numpy() for x in ok.nonzero(as_tuple=True)); pick = seqs[b, j].numpy()
-        meta = pd.DataFrame(self.names, columns=["gen_method", "beam_rank", "temperature"]).iloc[j].reset_index(drop=True)
-        return meta.assign(question_id=np.array(queries)[b], pointer=list(map(tuple, cand[b[:, None], pick].tolist())), logprob_score=logp[b, j].numpy(),
-                           similarity_score=cos.numpy()[b[:, None], pick].mean(1), kappa=torch.cat(self.kappas, 1)[b, j].numpy())[list(PROPOSAL_COLUMNS)]
+        seqs, logp, ok = (torch.cat(x, 1) for x in zip(*self.blocks))
+        b, j = (x.numpy() for x in ok.nonzero(as_tuple=True))
+        pick = seqs[b, j].numpy()
+        meta = (
+            pd.DataFrame(self.names, columns=["gen_method", "beam_rank", "temperature"])
+            .iloc[j]
+            .reset_index(drop=True)
+        )
+        return meta.assign(
+            question_id=np.array(queries)[b],
+            pointer=list(map(tuple, cand[b[:, None], pick].tolist())),
+            logprob_score=logp[b, j].numpy(),
+            similarity_score=cos.numpy()[b[:, None], pick].mean(1),
+            kappa=torch.cat(self.kappas, 1)[b, j].numpy(),
+        )[list(PROPOSAL_COLUMNS)]
 
 def _propose_batch(pool, store, queries, S, policy, counts, seed, kind):
-    cand, mask, query, cands = _embedded(pool, store, queries, S, kind); B, K = cand.shape; sizes = mask.sum(1).tolist(); dev = device_of(policy)
-    enc, cos = policy.encode(query.to(dev), cands.to(dev), mask.to(dev)), torch.einsum("bd,bkd->bk", query, cands).masked_fill(~mask, -torch.inf)
-    even = SimilarityPrior(0.); flat = even.encode(query, cands, mask); out = _Proposals(K)
-    def draw(policy, enc, w, T, *name): return best_sequences(policy, enc, B, S, w + 1, T, *_gumbel(queries, sizes, S, w, seed, *name))
+    cand, mask, query, cands = _embedded(pool, store, queries, S, kind)
+    B, K = cand.shape
+    sizes = mask.sum(1).tolist()
+    dev = device_of(policy)
+    enc = policy.encode(query.to(dev), cands.to(dev), mask.to(dev))
+    cos = torch.einsum("bd,bkd->bk", query, cands).masked_fill(~mask, -torch.inf)
+    even = SimilarityPrior(0.0)
+    flat = even.encode(query, cands, mask)
+    out = _Proposals(K)
+    def draw(policy, enc, w, T, *name):
+        return best_sequences(policy, enc, B, S, w + 1, T, *_gumbel(queries, sizes, S, w, seed, *name))
     out.add(counts["beam"], lambda w: best_sequences(policy, enc, B, S, w), "beam")
     out.add(counts["retrieval"], lambda w: nearest_sets(cos, S, w), "retrieval", scored=False)
     for T, n in counts["temperature"].items():
@@ -189,11 +256,24 @@ def propose(
     batch_size:int=256, # queries at once; changes no proposal
 )->pd.DataFrame: # columns of PROPOSAL_COLUMNS; distinct ordered sequences per query, queries in the given order
     "Choose the sequences that are to be tried"
-    queries, counts, policy = [int(q) for q in queries], check_counts(counts), SimilarityPrior(scale) if policy is None else policy
-    if len(set(queries)) < len(queries): raise ValueError(f"question_id {pd.Series(queries)[pd.Series(queries).duplicated()].iloc[0]} stands twice among the queries: pass each once")
-    if not queries or S < 1: raise ValueError(f"propose got {len(queries)} queries and S={S}: pass at least one query and S >= 1")
+    queries = [int(q) for q in queries]
+    counts = check_counts(counts)
+    policy = SimilarityPrior(scale) if policy is None else policy
+    if len(set(queries)) < len(queries):
+        raise ValueError(
+            f"question_id {pd.Series(queries)[pd.Series(queries).duplicated()].iloc[0]} stands twice among"
+            " the queries: pass each once"
+        )
+    if not queries or S < 1:
+        raise ValueError(f"propose got {len(queries)} queries and S={S}: pass at least one query and S >= 1")
     with deciding(policy):
-        return pd.concat([_propose_batch(pool, store, queries[i:i+batch_size], S, policy, counts, seed, kind) for i in range(0, len(queries), batch_size)], ignore_index=True)
+        return pd.concat(
+            [
+                _propose_batch(pool, store, queries[i : i + batch_size], S, policy, counts, seed, kind)
+                for i in range(0, len(queries), batch_size)
+            ],
+            ignore_index=True,
+        )
 
 # %% ../nbs/32_rldata_generate.ipynb #e2b1daed
 def plot_proposals(
@@ -203,8 +283,10 @@ def plot_proposals(
     "Draw the mean similarity of proposed sequences, by method"
     import matplotlib.pyplot as plt
     ax = ax or plt.subplots(figsize=(5, 3))[1]
-    heat = rows.temperature.map(lambda t: "" if np.isnan(t) else f"\nT={t:g}"); name = rows.gen_method.astype(object) + heat
-    names = list(dict.fromkeys(name)); ax.boxplot([rows.similarity_score[name == m] for m in names], tick_labels=names, showfliers=False)
+    heat = rows.temperature.map(lambda t: "" if np.isnan(t) else f"\nT={t:g}")
+    name = rows.gen_method.astype(object) + heat
+    names = list(dict.fromkeys(name))
+    ax.boxplot([rows.similarity_score[name == m] for m in names], tick_labels=names, showfliers=False)
     ax.set(ylabel="mean cosine of query and picks", xlabel="method")
     return ax
 
@@ -213,7 +295,8 @@ CACHE_COLUMNS = {"question_id": "int", "pointer": "ints", **FACT_COLUMNS, "conte
 
 def _mix(x):
     "Scramble uint64 arrays (the finaliser of splitmix64)"
-    x = x + np.uint64(0x9E3779B97F4A7C15); x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
@@ -230,24 +313,42 @@ def pair_keys(
 )->np.ndarray: # uint64 [n]
     "Hash (scorer, query, ordered pointer) of each row"
     ptr, size = pointer_matrix(pointers)
-    code, names = pd.factorize(np.asarray(scorers, dtype=object)) if np.ndim(scorers) else (np.zeros(len(ptr), int), [scorers])
+    code, names = (
+        pd.factorize(np.asarray(scorers, dtype=object))
+        if np.ndim(scorers)
+        else (np.zeros(len(ptr), int), [scorers])
+    )
     salt = np.array([stable_hash(str(s)) for s in names] or [0], dtype=np.uint64)[code]
-    return _fold(np.asarray(question_ids, dtype=np.int64).astype(np.uint64) ^ salt, ptr.astype(np.uint64), size)
+    return _fold(
+        np.asarray(question_ids, dtype=np.int64).astype(np.uint64) ^ salt, ptr.astype(np.uint64), size
+    )
 
 def item_hashes(
     items:pd.DataFrame, # indexed by question_id; question, image_id, answers, answer
     ids, # question_ids; KeyError names one that `items` lacks
 )->np.ndarray: # uint64, one per id
     "Hash what a prompt takes from each item, and its ground truth"
-    ids = np.asarray(ids, dtype=np.int64); lost = ids[~np.isin(ids, items.index.to_numpy())]
-    if len(lost): raise KeyError(f"question_id {lost[0]} is not among the {len(items)} items: pass queries and demonstrations in one frame")
+    ids = np.asarray(ids, dtype=np.int64)
+    lost = ids[~np.isin(ids, items.index.to_numpy())]
+    if len(lost):
+        raise KeyError(
+            f"question_id {lost[0]} is not among the {len(items)} items: pass queries and demonstrations in"
+            " one frame"
+        )
     cols = items.loc[ids, ["question", "image_id", "answer", "answers"]]
-    return np.array([stable_hash(q, int(im), a, [str(x) for x in aa]) for q, im, a, aa in cols.itertuples(index=False)], dtype=np.uint64)
+    return np.array(
+        [stable_hash(q, int(im), a, [str(x) for x in aa]) for q, im, a, aa in cols.itertuples(index=False)],
+        dtype=np.uint64,
+    )
 
 def content_keys(items, question_ids, pointers):
     "Hash the items behind each (query, pointer): int64 [n], never 0"
-    ptr, size = pointer_matrix(pointers); q = np.asarray(question_ids, dtype=np.int64); real = np.arange(ptr.shape[1]) < size[:, None]
-    ids = np.unique(np.concatenate([q, ptr[real]])); h = item_hashes(items, ids); at = lambda x: h[np.searchsorted(ids, x).clip(max=len(ids)-1)]
+    ptr, size = pointer_matrix(pointers)
+    q = np.asarray(question_ids, dtype=np.int64)
+    real = np.arange(ptr.shape[1]) < size[:, None]
+    ids = np.unique(np.concatenate([q, ptr[real]]))
+    h = item_hashes(items, ids)
+    at = lambda x: h[np.searchsorted(ids, x).clip(max=len(ids) - 1)]
     return (_fold(at(q), at(ptr), size) >> np.uint64(1)).astype(np.int64) | 1
 
 # %% ../nbs/32_rldata_generate.ipynb #f4113c18
@@ -256,16 +357,30 @@ class FactCache:
     def __init__(self,
         path=None, # folder (made when the first fact comes) | one parquet file, opened read-only | None: memory only
     ):
-        self.path, self.parts, self.readonly = None if path is None else Path(path), [], False # parts: (key index, frame), newest last
+        # parts: (key index, frame), newest last
+        self.path = None if path is None else Path(path)
+        self.parts = []
+        self.readonly = False
         if self.path is None: return
-        if self.path.suffix == ".parquet" and not self.path.exists(): raise FileNotFoundError(f"{self.path}: no such fact file")
-        self.readonly = self.path.is_file(); files = [self.path] if self.readonly else sorted(self.path.glob("facts-*.parquet"))
+        if self.path.suffix == ".parquet" and not self.path.exists():
+            raise FileNotFoundError(f"{self.path}: no such fact file")
+        self.readonly = self.path.is_file()
+        files = [self.path] if self.readonly else sorted(self.path.glob("facts-*.parquet"))
         optional = tuple(c for c in CACHE_COLUMNS if c not in ("question_id", "pointer", "scorer"))
-        if files: self._push(pd.concat([read_part(f, CACHE_COLUMNS, optional, ignore=tuple(PROPOSAL_COLUMNS)) for f in files], ignore_index=True))
+        if files:
+            self._push(
+                pd.concat(
+                    [read_part(f, CACHE_COLUMNS, optional, ignore=tuple(PROPOSAL_COLUMNS)) for f in files],
+                    ignore_index=True,
+                )
+            )
 
     def __len__(self): return sum(len(f) for _, f in self.parts)
     def __repr__(self):
-        return f"FactCache({'memory' if self.path is None else self.path.name}{', read-only' if self.readonly else ''}): {len(self)} facts, scorers {self.scorers}"
+        return (
+            f"FactCache({'memory' if self.path is None else self.path.name}{', read-only' if self.readonly else ''}):"
+            f" {len(self)} facts, scorers {self.scorers}"
+        )
 
     @property
     def scorers(self):
@@ -274,27 +389,45 @@ class FactCache:
 
     def to_frame(self):
         "All facts: frame with the columns of CACHE_COLUMNS"
-        return pd.concat([f for _, f in self.parts], ignore_index=True) if self.parts else as_record(pd.DataFrame(dict(question_id=[], pointer=[], content=[])), CACHE_COLUMNS)
+        return (
+            pd.concat([f for _, f in self.parts], ignore_index=True)
+            if self.parts
+            else as_record(pd.DataFrame(dict(question_id=[], pointer=[], content=[])), CACHE_COLUMNS)
+        )
 
     def _push(self, frame):
-        keys = pd.Index(pair_keys(frame.question_id, frame.pointer.to_numpy(), frame.scorer)); new = ~keys.duplicated(keep="last")
+        keys = pd.Index(pair_keys(frame.question_id, frame.pointer.to_numpy(), frame.scorer))
+        new = ~keys.duplicated(keep="last")
         for i, (old, had) in enumerate(self.parts): # what is newer replaces what is there
-            at = old.get_indexer(keys[new]); at = at[at >= 0]
+            at = old.get_indexer(keys[new])
+            at = at[at >= 0]
             if len(at): self.parts[i] = (old.delete(at), had.drop(had.index[at]))
         self.parts.append((keys[new], frame[new].reset_index(drop=True)))
-        while len(self.parts) > 1 and len(self.parts[-2][1]) <= 2 * len(self.parts[-1][1]): # few parts, each much longer than the next
-            last = pd.concat([self.parts.pop(-2)[1], self.parts.pop()[1]], ignore_index=True); self._push(last)
+        # few parts, each much longer than the next
+        while len(self.parts) > 1 and len(self.parts[-2][1]) <= 2 * len(self.parts[-1][1]):
+            last = pd.concat([self.parts.pop(-2)[1], self.parts.pop()[1]], ignore_index=True)
+            self._push(last)
 
     def add(self,
         facts:pd.DataFrame, # question_id, pointer, facts with `scorer`; `content` where known; rows with `eval_failed` are left out
     )->int: # facts kept
         "Remember facts, on disk too unless memory-only or read-only; the newest wins"
-        facts = as_record(facts.assign(content=facts.get("content", 0)), CACHE_COLUMNS); facts = facts[~facts.eval_failed].reset_index(drop=True)
-        if facts.scorer.isna().any(): raise ValueError(f"question_id {facts.question_id[facts.scorer.isna()].iloc[0]}: a fact without `scorer`: say who made it")
+        facts = as_record(facts.assign(content=facts.get("content", 0)), CACHE_COLUMNS)
+        facts = facts[~facts.eval_failed].reset_index(drop=True)
+        if facts.scorer.isna().any():
+            raise ValueError(
+                f"question_id {facts.question_id[facts.scorer.isna()].iloc[0]}: a fact without `scorer`: say"
+                " who made it"
+            )
         if not len(facts): return 0
         if self.path is not None and not self.readonly:
             n = max([int(f.name.split("-")[1]) + 1 for f in self.path.glob("facts-*.parquet")], default=0)
-            write_part(self.path/f"facts-{n:06d}-{fingerprint(pair_keys(facts.question_id, facts.pointer.to_numpy(), facts.scorer))}.parquet", facts, CACHE_COLUMNS)
+            write_part(
+                self.path
+                / f"facts-{n:06d}-{fingerprint(pair_keys(facts.question_id, facts.pointer.to_numpy(), facts.scorer))}.parquet",
+                facts,
+                CACHE_COLUMNS,
+            )
         self._push(facts)
         return len(facts)
 
@@ -304,8 +437,15 @@ class FactCache:
     )->Path: # `path`; `FactCache(path)` opens it read-only
         "Write all facts as one file, ordered by query and pointer"
         odd = [c for c in drop if c not in FACT_COLUMNS or c == "scorer"]
-        if odd: raise ValueError(f"{odd} cannot be dropped: choose among {[c for c in FACT_COLUMNS if c != 'scorer']}")
-        return write_part(path, self.to_frame().sort_values(["question_id", "pointer"], ignore_index=True), {c: k for c, k in CACHE_COLUMNS.items() if c not in drop})
+        if odd:
+            raise ValueError(
+                f"{odd} cannot be dropped: choose among {[c for c in FACT_COLUMNS if c != 'scorer']}"
+            )
+        return write_part(
+            path,
+            self.to_frame().sort_values(["question_id", "pointer"], ignore_index=True),
+            {c: k for c, k in CACHE_COLUMNS.items() if c not in drop},
+        )
 
 # %% ../nbs/32_rldata_generate.ipynb #20b8bc56
 @patch
@@ -316,16 +456,29 @@ def lookup(self:FactCache,
     need:str="vqa_acc_score", # a fact that must be there, else the row counts as not found
 )->pd.DataFrame: # the facts found; its index says which rows of `pairs` (0..n-1) they belong to, ascending
     "Find facts; ValueError names a query whose facts were made from other texts"
-    qid, ptr = pairs.question_id.to_numpy(), pairs.pointer.to_numpy(); keys, found = pair_keys(qid, ptr, scorer), []; open_ = np.arange(len(pairs))
+    qid = pairs.question_id.to_numpy()
+    ptr = pairs.pointer.to_numpy()
+    keys = pair_keys(qid, ptr, scorer)
+    found = []
+    open_ = np.arange(len(pairs))
     for index, frame in reversed(self.parts):
-        at = index.get_indexer(keys[open_]); rows = frame.iloc[at[at >= 0]].set_axis(open_[at >= 0])
-        same = np.fromiter((a == b for a, b in zip(rows.pointer, ptr[rows.index])), bool, len(rows)) & (rows.question_id.to_numpy() == qid[rows.index])
-        rows = rows[same & (rows.scorer == scorer).to_numpy() & rows[need].notna().to_numpy()]; found.append(rows)
+        at = index.get_indexer(keys[open_])
+        rows = frame.iloc[at[at >= 0]].set_axis(open_[at >= 0])
+        same = np.fromiter((a == b for a, b in zip(rows.pointer, ptr[rows.index])), bool, len(rows)) & (
+            rows.question_id.to_numpy() == qid[rows.index]
+        )
+        rows = rows[same & (rows.scorer == scorer).to_numpy() & rows[need].notna().to_numpy()]
+        found.append(rows)
         open_ = np.setdiff1d(open_, rows.index, assume_unique=True)
     out = pd.concat(found).sort_index() if found else self.to_frame()
     if content is not None:
         other = (out.content != 0).to_numpy() & (out.content.to_numpy() != content[out.index])
-        if other.any(): raise ValueError(f"question_id {out.question_id[other].iloc[0]}: the cached fact was made from other questions, answers or images ({other.sum()} such rows): use a cache of its own for each data set")
+        if other.any():
+            raise ValueError(
+                f"question_id {out.question_id[other].iloc[0]}: the cached fact was made from other"
+                f" questions, answers or images ({other.sum()} such rows): use a cache of its own for each"
+                " data set"
+            )
     return out
 
 # %% ../nbs/32_rldata_generate.ipynb #244dd8b3
@@ -340,22 +493,55 @@ def facts_fingerprint(
 
 def _facts(pairs, scored, answers, mode, generate, who):
     "Facts of one window: frame with the columns of FACT_COLUMNS, aligned with `pairs`"
-    error = [s.error if s.error is not None else None if math.isfinite(s.gt_prob) else f"vqa_gt_prob is {s.gt_prob}" for s in scored]
-    error = [e if e is not None or not generate or s.text is not None else "no text was generated" for e, s in zip(error, scored)]
-    ok = np.array([e is None for e in error], dtype=bool); good = [s for s, o in zip(scored, ok) if o]; truth = [a for a, o in zip(answers, ok) if o]
-    out = pd.DataFrame(dict(vqa_gt_prob=[s.gt_prob for s in good], vqa_gt_logprobs=[tuple(s.logprobs) for s in good]), index=np.flatnonzero(ok))
+    error = [
+        (
+            s.error
+            if s.error is not None
+            else None if math.isfinite(s.gt_prob) else f"vqa_gt_prob is {s.gt_prob}"
+        )
+        for s in scored
+    ]
+    error = [
+        e if e is not None or not generate or s.text is not None else "no text was generated"
+        for e, s in zip(error, scored)
+    ]
+    ok = np.array([e is None for e in error], dtype=bool)
+    good = [s for s, o in zip(scored, ok) if o]
+    truth = [a for a, o in zip(answers, ok) if o]
+    out = pd.DataFrame(
+        dict(vqa_gt_prob=[s.gt_prob for s in good], vqa_gt_logprobs=[tuple(s.logprobs) for s in good]),
+        index=np.flatnonzero(ok),
+    )
     if generate and len(good):
-        pred = [postprocess(s.text) for s in good]; acc = vqa_accuracies(pred, truth, mode)
-        out = out.assign(vqa_raw_generation=[s.text for s in good], vqa_pred_answer=pred, vqa_acc_score=acc, vqa_correct=(acc > 0) * 1., vqa_eval_mode=mode,
-                         **{c: x.to_numpy() for c, x in relevances(pred, truth).items()})
+        pred = [postprocess(s.text) for s in good]
+        acc = vqa_accuracies(pred, truth, mode)
+        out = out.assign(
+            vqa_raw_generation=[s.text for s in good],
+            vqa_pred_answer=pred,
+            vqa_acc_score=acc,
+            vqa_correct=(acc > 0) * 1.0,
+            vqa_eval_mode=mode,
+            **{c: x.to_numpy() for c, x in relevances(pred, truth).items()}
+        )
     keys = pairs[["question_id", "pointer"]].reset_index(drop=True)
-    return as_record(keys.join(out).assign(eval_failed=~ok, error=error, scorer=who), {"question_id": "int", "pointer": "ints", **FACT_COLUMNS})
+    return as_record(
+        keys.join(out).assign(eval_failed=~ok, error=error, scorer=who),
+        {"question_id": "int", "pointer": "ints", **FACT_COLUMNS},
+    )
 
 def _ask_window(pairs, scorer, make, items, mode, weight, generate, who):
-    prompts = [make(q, p) for q, p in zip(pairs.question_id, pairs.pointer)]; answers = [items.at[q, "answers"] for q in pairs.question_id]
-    scored = scorer.run(prompts, [Targets(*answer_targets(a, weight)) for a in answers], generate=generate, progress=False)
-    want, got = [(p.question_id, p.pointer) for p in prompts], [(s.question_id, tuple(s.pointer)) for s in scored]
-    if want != got: raise ValueError(f"scorer {type(scorer).__name__} was asked {len(want)} prompts from {want[:1]} and answered {len(got)} from {got[:1]}: it must answer all, in order")
+    prompts = [make(q, p) for q, p in zip(pairs.question_id, pairs.pointer)]
+    answers = [items.at[q, "answers"] for q in pairs.question_id]
+    scored = scorer.run(
+        prompts, [Targets(*answer_targets(a, weight)) for a in answers], generate=generate, progress=False
+    )
+    want = [(p.question_id, p.pointer) for p in prompts]
+    got = [(s.question_id, tuple(s.pointer)) for s in scored]
+    if want != got:
+        raise ValueError(
+            f"scorer {type(scorer).__name__} was asked {len(want)} prompts from {want[:1]} and answered"
+            f" {len(got)} from {got[:1]}: it must answer all, in order"
+        )
     return _facts(pairs, scored, answers, mode, generate, who)
 
 # %% ../nbs/32_rldata_generate.ipynb #c1d6765d
@@ -372,26 +558,47 @@ def ask(
     progress:bool=False, # show a bar over prompts
 )->pd.DataFrame: # question_id, pointer and the columns of FACT_COLUMNS; same rows and order as `pairs`
     "Turn (query, pointer) pairs into facts"
-    pairs = as_record(pairs[["question_id", "pointer"]], {"question_id": "int", "pointer": "ints"}); need = "vqa_acc_score" if generate else "vqa_gt_prob"
+    pairs = as_record(pairs[["question_id", "pointer"]], {"question_id": "int", "pointer": "ints"})
+    need = "vqa_acc_score" if generate else "vqa_gt_prob"
     if scorer is None: return _known(pairs, items, cache, need)
-    who = facts_fingerprint(scorer, style, mode, weight); keys = pd.Index(pair_keys(pairs.question_id, pairs.pointer.to_numpy(), who)); content = content_keys(items, pairs.question_id, pairs.pointer.to_numpy())
-    cache = FactCache() if cache is None else cache; have = cache.lookup(pairs, who, content, need)
-    todo = pairs[~pairs.index.isin(have.index) & ~keys.duplicated()]; make, frames = prompter(_needed(items, todo), style), [have.drop(columns="content").set_axis(keys[have.index])]
+    who = facts_fingerprint(scorer, style, mode, weight)
+    keys = pd.Index(pair_keys(pairs.question_id, pairs.pointer.to_numpy(), who))
+    content = content_keys(items, pairs.question_id, pairs.pointer.to_numpy())
+    cache = FactCache() if cache is None else cache
+    have = cache.lookup(pairs, who, content, need)
+    todo = pairs[~pairs.index.isin(have.index) & ~keys.duplicated()]
+    make, frames = prompter(_needed(items, todo), style), [
+        have.drop(columns="content").set_axis(keys[have.index])
+    ]
     with tqdm(total=len(todo), disable=not progress, desc="asking", unit="prompt") as bar:
         for i in range(0, len(todo), window):
-            part = todo[i:i+window]; facts = _ask_window(part, scorer, make, items, mode, weight, generate, who)
-            cache.add(facts.assign(content=content[part.index])); frames.append(facts.set_axis(keys[part.index])); bar.update(len(part))
-    known = pd.concat([f for f in frames if len(f)] or frames[:1]); known = known[~known.index.duplicated()]
+            part = todo[i : i + window]
+            facts = _ask_window(part, scorer, make, items, mode, weight, generate, who)
+            cache.add(facts.assign(content=content[part.index]))
+            frames.append(facts.set_axis(keys[part.index]))
+            bar.update(len(part))
+    known = pd.concat([f for f in frames if len(f)] or frames[:1])
+    known = known[~known.index.duplicated()]
     return known.loc[keys].reset_index(drop=True)
 
 def _known(pairs, items, cache, need):
     "Facts that are there, in the order of `pairs`; KeyError names what is not"
     if cache is None or len(cache.scorers) != 1:
-        raise ValueError(f"nobody to ask and facts of {0 if cache is None else len(cache.scorers)} scorers in the cache: pass a scorer, or a `FactCache` with the facts of one (`as_cache`)")
-    have = cache.lookup(pairs, cache.scorers[0], None if items is None else content_keys(items, pairs.question_id, pairs.pointer.to_numpy()), need)
+        raise ValueError(
+            f"nobody to ask and facts of {0 if cache is None else len(cache.scorers)} scorers in the cache:"
+            " pass a scorer, or a `FactCache` with the facts of one (`as_cache`)"
+        )
+    have = cache.lookup(
+        pairs,
+        cache.scorers[0],
+        None if items is None else content_keys(items, pairs.question_id, pairs.pointer.to_numpy()),
+        need,
+    )
     if len(lost := pairs.index.difference(have.index)):
-        raise KeyError(f"question_id {pairs.question_id[lost[0]]}, pointer {pairs.pointer[lost[0]]}: not among the {len(cache)} known facts "
-                       f"({len(lost)} of {len(pairs)} pairs), and there is no scorer to ask")
+        raise KeyError(
+            f"question_id {pairs.question_id[lost[0]]}, pointer {pairs.pointer[lost[0]]}: not among the"
+            f" {len(cache)} known facts ({len(lost)} of {len(pairs)} pairs), and there is no scorer to ask"
+        )
     return have.drop(columns="content").reset_index(drop=True)
 
 def _needed(items, pairs):
@@ -405,14 +612,17 @@ def as_cache(
 )->FactCache: # a `FactCache` as it is; a frame becomes a cache in memory, its failed rows left out
     "Facts as a cache"
     if facts is None or isinstance(facts, FactCache): return FactCache() if facts is None else facts
-    cache = FactCache(); cache.add(facts[[c for c in facts if c in CACHE_COLUMNS]])
+    cache = FactCache()
+    cache.add(facts[[c for c in facts if c in CACHE_COLUMNS]])
     return cache
 
 # %% ../nbs/32_rldata_generate.ipynb #b134a5ff
 def _other_text(said, seed):
     "For each text one that differs from it, from another query; None if there is none"
-    order = rng("self-test", seed).permutation(len(said)); out = [None] * len(said)
-    for k, i in enumerate(order): out[i] = next((said[j] for j in np.roll(order, -k)[1:] if said[j] != said[i]), None)
+    order = rng("self-test", seed).permutation(len(said))
+    out = [None] * len(said)
+    for k, i in enumerate(order):
+        out[i] = next((said[j] for j in np.roll(order, -k)[1:] if said[j] != said[i]), None)
     return out
 
 def _number(x): return None if x is None or not math.isfinite(x) else round(float(x), 4)
@@ -428,16 +638,33 @@ def self_test(
     **kw, # `cache`, `mode`, `weight` of `ask`
 )->dict: # asked, failed, compared, greedy_wins (share, 0..1), spearman (-1..1), prompt; a number that cannot be had is None
     "Is what the model writes likelier to it than another answer, and does gt_prob go along with accuracy?"
-    draw = rng("self-test", seed, S); qs = draw.choice(list(pool), min(n, len(pool)), replace=False).tolist()
-    pairs = pd.DataFrame(dict(question_id=qs, pointer=[tuple(draw.choice(pool[q], S, replace=False).tolist()) for q in qs]))
-    make = prompter(_needed(items, pairs), style); facts = ask(pairs, scorer, items, style=style, **kw); good = facts[~facts.eval_failed]
-    said = [t.strip() for t in good.vqa_raw_generation]; other = _other_text(said, seed); rows = zip(good.question_id, good.pointer, said, other)
+    draw = rng("self-test", seed, S)
+    qs = draw.choice(list(pool), min(n, len(pool)), replace=False).tolist()
+    pairs = pd.DataFrame(
+        dict(question_id=qs, pointer=[tuple(draw.choice(pool[q], S, replace=False).tolist()) for q in qs])
+    )
+    make = prompter(_needed(items, pairs), style)
+    facts = ask(pairs, scorer, items, style=style, **kw)
+    good = facts[~facts.eval_failed]
+    said = [t.strip() for t in good.vqa_raw_generation]
+    other = _other_text(said, seed)
+    rows = zip(good.question_id, good.pointer, said, other)
     rows = [(make(q, p), Targets((a, b), (1., 0.))) for q, p, a, b in rows if a and b and "<|" not in a + b]
-    scored = [s for s in (scorer.run(*map(list, zip(*rows)), generate=False, progress=False) if rows else []) if s.error is None]
+    scored = [
+        s
+        for s in (scorer.run(*map(list, zip(*rows)), generate=False, progress=False) if rows else [])
+        if s.error is None
+    ]
     wins = np.mean([s.logprobs[0] > s.logprobs[1] for s in scored]) if scored else None
     varied = good.vqa_gt_prob.nunique() > 1 and good.vqa_acc_score.nunique() > 1
-    return dict(asked=len(pairs), failed=int(facts.eval_failed.sum()), compared=len(scored), greedy_wins=_number(wins), prompt=make(*pairs.iloc[0])._repr_markdown_(),
-                spearman=_number(good.vqa_gt_prob.rank().corr(good.vqa_acc_score.rank()) if varied else None))
+    return dict(
+        asked=len(pairs),
+        failed=int(facts.eval_failed.sum()),
+        compared=len(scored),
+        greedy_wins=_number(wins),
+        prompt=make(*pairs.iloc[0])._repr_markdown_(),
+        spearman=_number(good.vqa_gt_prob.rank().corr(good.vqa_acc_score.rank()) if varied else None),
+    )
 
 # %% ../nbs/32_rldata_generate.ipynb #ef804742
 SECOND = dict(top=8, low=2, random=2)
@@ -448,7 +675,9 @@ def check_second(
     "Complete and check the settings of the second stage"
     out = dict(top=0, low=0, random=0) | second
     if set(out) != set(SECOND) or any(int(n) != n or n < 0 for n in out.values()) or not any(out.values()):
-        raise ValueError(f"second stage {second}: wanted integers >= 0 for {', '.join(SECOND)}, at least one above 0")
+        raise ValueError(
+            f"second stage {second}: wanted integers >= 0 for {', '.join(SECOND)}, at least one above 0"
+        )
     return out
 
 def choose(
@@ -457,11 +686,18 @@ def choose(
     seed:int=0, # of chance
 )->np.ndarray: # bool [n]; a row without vqa_gt_prob is never chosen
     "Choose the sequences that get a text"
-    ok = (~rows.eval_failed & rows.vqa_gt_prob.notna()).to_numpy(); r = rows[ok]; by = [r.question_id.to_numpy(), r.pointer.map(len).to_numpy()]
-    rank = r.vqa_gt_prob.groupby(by).rank(method="first", ascending=False); n = r.vqa_gt_prob.groupby(by).transform("size"); best = (rank <= top) | (rank > n - low)
-    lot = pd.Series(pair_keys(r.question_id, r.pointer.to_numpy(), f"second stage {seed}"), r.index).where(~best)
+    ok = (~rows.eval_failed & rows.vqa_gt_prob.notna()).to_numpy()
+    r = rows[ok]
+    by = [r.question_id.to_numpy(), r.pointer.map(len).to_numpy()]
+    rank = r.vqa_gt_prob.groupby(by).rank(method="first", ascending=False)
+    n = r.vqa_gt_prob.groupby(by).transform("size")
+    best = (rank <= top) | (rank > n - low)
+    lot = pd.Series(pair_keys(r.question_id, r.pointer.to_numpy(), f"second stage {seed}"), r.index).where(
+        ~best
+    )
     drawn = lot.groupby(by).rank(method="first") <= random # those taken already have no lot
-    out = np.zeros(len(rows), bool); out[ok] = (best | drawn).to_numpy()
+    out = np.zeros(len(rows), bool)
+    out[ok] = (best | drawn).to_numpy()
     return out
 
 def evaluated(
@@ -479,16 +715,39 @@ def policy_fingerprint(
     own = getattr(policy, "fingerprint", None)
     if own is not None: return own() if callable(own) else own
     if hasattr(policy, "state_dict"): # what is no weight, such as a temperature, lies in the config
-        return fingerprint(type(policy).__name__, dict(policy.state_dict()), *([c] if isinstance(c := getattr(policy, "config", None), dict) else []))
-    raise TypeError(f"policy {type(policy).__name__} has neither `fingerprint` nor `state_dict`: give it a `fingerprint`, so that a run can tell policies apart")
+        return fingerprint(
+            type(policy).__name__,
+            dict(policy.state_dict()),
+            *([c] if isinstance(c := getattr(policy, "config", None), dict) else []),
+        )
+    raise TypeError(
+        f"policy {type(policy).__name__} has neither `fingerprint` nor `state_dict`: give it a `fingerprint`,"
+        " so that a run can tell policies apart"
+    )
 
-def _settings(queries, items, pool, scorer, store, policy, shots, counts, seed, kind, scale, window, second, **asking):
+def _settings(
+    queries, items, pool, scorer, store, policy, shots, counts, seed, kind, scale, window, second, **asking
+):
     "What the rows depend on, as JSON would give it back"
-    ids = np.unique(np.concatenate([queries, *(np.array(pool[q]) for q in queries)])); c = check_counts(counts)
+    ids = np.unique(np.concatenate([queries, *(np.array(pool[q]) for q in queries)]))
+    c = check_counts(counts)
     who = policy_fingerprint(SimilarityPrior(scale) if policy is None else policy)
-    out = dict(queries=len(queries), query_ids=fingerprint(queries), items=fingerprint(ids, item_hashes(items, ids)), pool=pool.fingerprint, store=store.fingerprint,
-               scorer=facts_fingerprint(scorer, **asking), policy=who, proposer="similarity prior" if policy is None else type(policy).__name__, shots=list(shots),
-               counts=dict(c, temperature={f"{t:g}": n for t, n in c["temperature"].items()}), seed=seed, kind=kind, window=window, **asking) | (dict(second=second) if second else {})
+    out = dict(
+        queries=len(queries),
+        query_ids=fingerprint(queries),
+        items=fingerprint(ids, item_hashes(items, ids)),
+        pool=pool.fingerprint,
+        store=store.fingerprint,
+        scorer=facts_fingerprint(scorer, **asking),
+        policy=who,
+        proposer="similarity prior" if policy is None else type(policy).__name__,
+        shots=list(shots),
+        counts=dict(c, temperature={f"{t:g}": n for t, n in c["temperature"].items()}),
+        seed=seed,
+        kind=kind,
+        window=window,
+        **asking,
+    ) | (dict(second=second) if second else {})
     return json.loads(json.dumps(out))
 
 # %% ../nbs/32_rldata_generate.ipynb #ec0b3377
@@ -497,8 +756,11 @@ def shard_queries(
     shard:tuple|None=None, # (i, n), part i of n, 0 <= i < n; None: all
 )->list: # the queries of this shard, order kept
     "Choose the queries of a shard, by a hash of their ids"
-    queries, shard = [int(q) for q in queries], check_shard(shard)
-    return queries if shard is None else [q for q in queries if stable_hash("shard", q) % shard[1] == shard[0]]
+    queries = [int(q) for q in queries]
+    shard = check_shard(shard)
+    return (
+        queries if shard is None else [q for q in queries if stable_hash("shard", q) % shard[1] == shard[0]]
+    )
 
 # %% ../nbs/32_rldata_generate.ipynb #8840a19b
 @contextlib.contextmanager
@@ -507,17 +769,24 @@ def run_lock(
     shard:tuple|None=None, # (i, n): only this shard
 ):
     "Hold a run, or a shard of it, as long as the block lasts; `Busy` names process and host that hold it"
-    path, tag = ask_for_a_folder(path), shard_tag(shard)
-    owner, lock = path/f".owner{tag}", FileLock(path/f".lock{tag}", timeout=0)
+    path = ask_for_a_folder(path)
+    tag = shard_tag(shard)
+    owner = path/f".owner{tag}"
+    lock = FileLock(path/f".lock{tag}", timeout=0)
     path.mkdir(parents=True, exist_ok=True)
     try: lock.acquire()
     except Timeout:
         who = owner.read_text(encoding="utf8") if owner.exists() else "another process"
-        raise Busy(f"{path}: {who} is writing this {'run' if shard is None else f'shard, {shard[0]}/{shard[1]}'}; wait until it is done, or end it") from None
+        raise Busy(
+            f"{path}: {who} is writing this {'run' if shard is None else f'shard, {shard[0]}/{shard[1]}'};"
+            " wait until it is done, or end it"
+        ) from None
     try:
         owner.write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf8")
         yield
-    finally: owner.unlink(missing_ok=True); lock.release()
+    finally:
+        owner.unlink(missing_ok=True)
+        lock.release()
 
 def _sweep(
     path:Path, # directory of a run whose manifest was found to be ours
@@ -531,17 +800,33 @@ def _sweep(
 
 def _begin(path, settings, shard):
     "The manifest of a new or continued run; ValueError if other settings lie here"
-    file, others = path/f"manifest{shard_tag(shard)}.json", {k: p for k, p in shard_files(path).items() if k != shard}
-    if shard is None and others: raise ValueError(f"{path}: shards of a generation lie here ({len(others)}). Continue them with `shard=`, or generate elsewhere")
-    if shard and (path/"manifest.json").exists(): raise ValueError(f"{path}: a generation without shards lies here. Continue without `shard`, or generate elsewhere")
+    file = path/f"manifest{shard_tag(shard)}.json"
+    others = {k: p for k, p in shard_files(path).items() if k != shard}
+    if shard is None and others:
+        raise ValueError(
+            f"{path}: shards of a generation lie here ({len(others)}). Continue them with `shard=`, or"
+            " generate elsewhere"
+        )
+    if shard and (path / "manifest.json").exists():
+        raise ValueError(
+            f"{path}: a generation without shards lies here. Continue without `shard`, or generate elsewhere"
+        )
     if odd := [p.name for (_, n), p in others.items() if n != shard[1]]:
-        raise ValueError(f"{path}: {odd[0]} divides this run otherwise than shard {shard[0]}/{shard[1]}. Keep one division per directory")
+        raise ValueError(
+            f"{path}: {odd[0]} divides this run otherwise than shard {shard[0]}/{shard[1]}. Keep one division"
+            " per directory"
+        )
     if not file.exists() and any(path.glob(f"part{shard_tag(shard)}-*.parquet")):
         raise ValueError(f"{path}: parts without a {file.name}; generate into an empty directory")
     for f in (*[file]*file.exists(), *others.values()):
         if d := differing(read_json(f).get("settings", {}), settings):
-            raise ValueError(f"{path}: the rows in {f.name} belong to other settings ({d}). Generate elsewhere, or continue with the same settings")
-    new = dict(schema=SCHEMA, complete=False, settings=settings, seed=settings["seed"]) | (dict(shard=list(shard)) if shard else {})
+            raise ValueError(
+                f"{path}: the rows in {f.name} belong to other settings ({d}). Generate elsewhere, or"
+                " continue with the same settings"
+            )
+    new = dict(schema=SCHEMA, complete=False, settings=settings, seed=settings["seed"]) | (
+        dict(shard=list(shard)) if shard else {}
+    )
     if not file.exists(): write_json(file, new)
     return read_json(file)
 
@@ -572,13 +857,29 @@ class Generation:
         second:dict|None=None, # two stages: all sequences get probabilities, and those that `choose(**second)` picks a text; None: all get a text
         max_failed:float=.2, # share of rows that may fail, looked at from 100 rows on; past it the run stops with `TooManyFailures`. 1: no limit
     ):
-        self.path, self.shard = ask_for_a_folder(path), check_shard(shard)
-        self.items, self.scorer, self.cache, self.test = items, scorer, cache, test
-        self.store, self.policy, self.shots, self.seed, self.asking = store, policy, shots, seed, dict(style=style, mode=mode, weight=weight)
-        self.queries = [int(q) for q in queries]; self.pool, self.proposing = pool.only(self.queries), dict(counts=counts, kind=kind, scale=scale)
-        mine = shard_queries(self.queries, self.shard); self.window_size, self.max_failed, self.second = window, max_failed, None if second is None else check_second(second)
+        self.path = ask_for_a_folder(path)
+        self.shard = check_shard(shard)
+        self.items = items
+        self.scorer = scorer
+        self.cache = cache
+        self.test = test
+        self.store = store
+        self.policy = policy
+        self.shots = shots
+        self.seed = seed
+        self.asking = dict(style=style, mode=mode, weight=weight)
+        self.queries = [int(q) for q in queries]
+        self.pool = pool.only(self.queries)
+        self.proposing = dict(counts=counts, kind=kind, scale=scale)
+        mine = shard_queries(self.queries, self.shard)
+        self.window_size, self.max_failed, self.second = (
+            window,
+            max_failed,
+            None if second is None else check_second(second),
+        )
         self.windows = [mine[i:i+window] for i in range(0, len(mine), window)] # lists of question_ids
-        self.drawn = set(rng("verify", seed).permutation(mine)[:verify].tolist()); self.manifest = {}
+        self.drawn = set(rng("verify", seed).permutation(mine)[:verify].tolist())
+        self.manifest = {}
 
     @property
     def file(self): return self.path/f"manifest{shard_tag(self.shard)}.json"
@@ -587,14 +888,35 @@ class Generation:
     @cached_property
     def settings(self):
         "What the rows depend on, JSON-ready"
-        return _settings(self.queries, self.items, self.pool, self.scorer, self.store, self.policy, self.shots, seed=self.seed, window=self.window_size, second=self.second,
-                         **self.proposing, **self.asking)
+        return _settings(
+            self.queries,
+            self.items,
+            self.pool,
+            self.scorer,
+            self.store,
+            self.policy,
+            self.shots,
+            seed=self.seed,
+            window=self.window_size,
+            second=self.second,
+            **self.proposing,
+            **self.asking
+        )
 
     def begin(self):
         "Find or write the manifest, and run the self-test; ValueError names settings that differ"
         self.manifest = _begin(self.path, self.settings, self.shard)
         if self.test and "self_test" not in self.manifest:
-            self.manifest["self_test"] = self_test(self.scorer, self.items, self.pool, self.test, min(self.shots), self.seed, cache=self.cache, **self.asking)
+            self.manifest["self_test"] = self_test(
+                self.scorer,
+                self.items,
+                self.pool,
+                self.test,
+                min(self.shots),
+                self.seed,
+                cache=self.cache,
+                **self.asking
+            )
             write_json(self.file, self.manifest)
         return self
 
@@ -611,8 +933,15 @@ def tally(
     rows:pd.DataFrame, # record frame of a window
 )->dict: # rows, failed, the commonest error ("": none), and queries that are flat, and that have a positive
     "Count what a run reports as it goes"
-    errors = rows.error[rows.eval_failed].value_counts(); good = rows.question_id[~rows.eval_failed & (rows.vqa_acc_score > 0)].nunique()
-    return dict(rows=len(rows), failed=int(rows.eval_failed.sum()), error=str(errors.index[0]) if len(errors) else "", flat=flat_queries(rows), positive=int(good))
+    errors = rows.error[rows.eval_failed].value_counts()
+    good = rows.question_id[~rows.eval_failed & (rows.vqa_acc_score > 0)].nunique()
+    return dict(
+        rows=len(rows),
+        failed=int(rows.eval_failed.sum()),
+        error=str(errors.index[0]) if len(errors) else "",
+        flat=flat_queries(rows),
+        positive=int(good),
+    )
 
 class TooManyFailures(RuntimeError):
     "More rows failed than a run may have"
@@ -620,23 +949,38 @@ class TooManyFailures(RuntimeError):
 def _propose_shots(pool, store, queries, shots, **kw):
     "Proposals of all shot counts, query by query"
     rows = pd.concat([propose(pool, store, queries, S, **kw) for S in shots], ignore_index=True)
-    return rows.iloc[np.argsort(pd.Index(queries).get_indexer(rows.question_id), kind="stable")].reset_index(drop=True)
+    return rows.iloc[np.argsort(pd.Index(queries).get_indexer(rows.question_id), kind="stable")].reset_index(
+        drop=True
+    )
 
 def _facts_of(self, rows):
     "Facts of rows, in one stage or in two"
-    ask_ = lambda r, **kw: ask(r, self.scorer, self.items, self.cache, window=1024, **self.asking, **kw)[list(FACT_COLUMNS)].set_axis(r.index)
+    ask_ = lambda r, **kw: ask(r, self.scorer, self.items, self.cache, window=1024, **self.asking, **kw)[
+        list(FACT_COLUMNS)
+    ].set_axis(r.index)
     if self.second is None: return ask_(rows)
-    facts = ask_(rows, generate=False); picked = choose(rows[list(PROPOSAL_COLUMNS)].join(facts), **self.second, seed=self.seed)
+    facts = ask_(rows, generate=False)
+    picked = choose(rows[list(PROPOSAL_COLUMNS)].join(facts), **self.second, seed=self.seed)
     return pd.concat([facts[~picked], ask_(rows[picked])]).sort_index()
 
 def _rows(self, i):
     "(rows of window i, are any of them new?)"
     if not self.part(i).exists():
-        new = _propose_shots(self.pool, self.store, self.windows[i], self.shots, policy=self.policy, seed=self.seed, **self.proposing)
+        new = _propose_shots(
+            self.pool,
+            self.store,
+            self.windows[i],
+            self.shots,
+            policy=self.policy,
+            seed=self.seed,
+            **self.proposing
+        )
         return as_record(new.join(_facts_of(self, new))), True
-    rows = read_part(self.part(i)); bad = rows.eval_failed
+    rows = read_part(self.part(i))
+    bad = rows.eval_failed
     if not bad.any(): return rows, False
-    redo = rows[bad] if self.second is None else rows[rows.question_id.isin(rows[bad].question_id)] # the second stage depends on a query's other rows
+    # the second stage depends on a query's other rows
+    redo = rows[bad] if self.second is None else rows[rows.question_id.isin(rows[bad].question_id)]
     again = redo[list(PROPOSAL_COLUMNS)].join(_facts_of(self, redo))[list(RECORD)]
     return as_record(pd.concat([rows.drop(redo.index), again]).sort_index()), True
 
@@ -646,7 +990,9 @@ def window(self:Generation,
 )->tuple: # (rows, what was verified: list of dicts, see `note`)
     "Make a window, verify it, and only then write its part; `NotVerified` if the reference scorer disagrees"
     rows, new = _rows(self, i)
-    seen = _verify(self, rows, "Nothing of this window was written" if new else f"{self.part(i).name} holds it")
+    seen = _verify(
+        self, rows, "Nothing of this window was written" if new else f"{self.part(i).name} holds it"
+    )
     if new: write_part(self.part(i), rows)
     return rows, seen
 
@@ -656,28 +1002,62 @@ class NotVerified(RuntimeError):
 
 EXACT = 1e-2 # scorers whose tolerance is not above this must agree in every greedy text
 
-def _as_scored(r): return Scored(r.question_id, r.pointer, r.vqa_raw_generation, r.vqa_gt_logprobs, r.vqa_gt_prob)
+def _as_scored(r):
+    return Scored(r.question_id, r.pointer, r.vqa_raw_generation, r.vqa_gt_logprobs, r.vqa_gt_prob)
 
-def _say(s, k): return f"{s.text!r} and log P {s.logprobs[k]:.6g}" if s.error is None and k < len(s.logprobs) else f"{s.text!r} ({s.error or 'no log P'})"
+def _say(s, k):
+    return (
+        f"{s.text!r} and log P {s.logprobs[k]:.6g}"
+        if s.error is None and k < len(s.logprobs)
+        else f"{s.text!r} ({s.error or 'no log P'})"
+    )
 
 def _held(mine, ref, tol, state):
     "One row against the reference: what `note` keeps; `NotVerified` if it does not hold"
-    c = compare([mine], [ref]); gap = [abs(a - b) for a, b in zip(mine.logprobs, ref.logprobs)]; k = int(np.argmax(gap)) if gap else 0
+    c = compare([mine], [ref])
+    gap = [abs(a - b) for a, b in zip(mine.logprobs, ref.logprobs)]
+    k = int(np.argmax(gap)) if gap else 0
     if c["failed"] or not c["logprob"] <= tol or (c["text"] and tol <= EXACT):
-        raise NotVerified(f"question_id {mine.question_id}, pointer {mine.pointer}: the scorer says {_say(mine, k)}, the reference {_say(ref, k)}; "
-                          f"log P may differ by {tol:g}{' and the text not at all' if tol <= EXACT else ''}. {state}. "
-                          "Either the scorer is wrong here, or its tolerance is too small")
-    return dict(question_id=mine.question_id, pointer=list(mine.pointer), logprob=float(c["logprob"]), text=int(c["text"]), tolerance=float(tol))
+        raise NotVerified(
+            f"question_id {mine.question_id}, pointer {mine.pointer}: the scorer says {_say(mine, k)}, the"
+            f" reference {_say(ref, k)}; log P may differ by"
+            f" {tol:g}{' and the text not at all' if tol <= EXACT else ''}. {state}. Either the scorer is"
+            " wrong here, or its tolerance is too small"
+        )
+    return dict(
+        question_id=mine.question_id,
+        pointer=list(mine.pointer),
+        logprob=float(c["logprob"]),
+        text=int(c["text"]),
+        tolerance=float(tol),
+    )
 
 def _verify(self, rows, state):
     "Ask one row of each drawn query again, of the reference scorer; list of what `note` keeps"
-    good = rows[rows.question_id.isin(_unverified(self)) & ~rows.eval_failed & rows.vqa_gt_logprobs.notna() & rows.vqa_raw_generation.notna()]
+    good = rows[
+        rows.question_id.isin(_unverified(self))
+        & ~rows.eval_failed
+        & rows.vqa_gt_logprobs.notna()
+        & rows.vqa_raw_generation.notna()
+    ]
     if not len(good): return []
-    picks = pd.concat([g.iloc[[rng("verify", self.seed, q).integers(len(g))]] for q, g in good.groupby("question_id", sort=False)])
+    picks = pd.concat(
+        [
+            g.iloc[[rng("verify", self.seed, q).integers(len(g))]]
+            for q, g in good.groupby("question_id", sort=False)
+        ]
+    )
     make = prompter(_needed(self.items, picks), self.asking["style"])
-    truth = [Targets(*answer_targets(self.items.at[q, "answers"], self.asking["weight"])) for q in picks.question_id]
-    refs = self.scorer.reference().run([make(q, p) for q, p in zip(picks.question_id, picks.pointer)], truth, generate=True, progress=False)
-    return [_held(_as_scored(r), ref, self.scorer.tolerance, state) for r, ref in zip(picks.itertuples(), refs)]
+    truth = [
+        Targets(*answer_targets(self.items.at[q, "answers"], self.asking["weight"]))
+        for q in picks.question_id
+    ]
+    refs = self.scorer.reference().run(
+        [make(q, p) for q, p in zip(picks.question_id, picks.pointer)], truth, generate=True, progress=False
+    )
+    return [
+        _held(_as_scored(r), ref, self.scorer.tolerance, state) for r, ref in zip(picks.itertuples(), refs)
+    ]
 
 @patch
 def note(self:Generation,
@@ -685,9 +1065,16 @@ def note(self:Generation,
 ):
     "Keep what was verified in the manifest: `asked` of `drawn`, the largest |d log P|, how many texts differ"
     if not seen: return
-    rows = [*self.manifest.get("verify", {}).get("rows", []), *seen]; most = lambda k: max(r[k] for r in rows)
-    self.manifest["verify"] = dict(drawn=max(len(self.drawn), len(rows)), asked=len(rows), logprob=most("logprob"), text=sum(r["text"] for r in rows),
-                                   tolerance=most("tolerance"), rows=rows)
+    rows = [*self.manifest.get("verify", {}).get("rows", []), *seen]
+    most = lambda k: max(r[k] for r in rows)
+    self.manifest["verify"] = dict(
+        drawn=max(len(self.drawn), len(rows)),
+        asked=len(rows),
+        logprob=most("logprob"),
+        text=sum(r["text"] for r in rows),
+        tolerance=most("tolerance"),
+        rows=rows,
+    )
     write_json(self.file, self.manifest)
 
 # %% ../nbs/32_rldata_generate.ipynb #3f70f708
@@ -697,13 +1084,19 @@ def look(self:Generation):
     self.manifest = read_json(self.file)
     return self
 
-def _unverified(self): return self.drawn - {v["question_id"] for v in self.manifest.get("verify", {}).get("rows", [])}
+def _unverified(self):
+    return self.drawn - {v["question_id"] for v in self.manifest.get("verify", {}).get("rows", [])}
 
 @patch
 def todo(self:Generation)->list: # window numbers
     "Windows that are not there, have failed rows, or hold queries that are still to be verified"
     if self.file.exists(): self.look()
-    left = _unverified(self); done = lambda i: self.part(i).exists() and not left & set(self.windows[i]) and not read_part(self.part(i)).eval_failed.any()
+    left = _unverified(self)
+    done = (
+        lambda i: self.part(i).exists()
+        and not left & set(self.windows[i])
+        and not read_part(self.part(i)).eval_failed.any()
+    )
     return [i for i in range(len(self.windows)) if not done(i)]
 
 @patch
@@ -726,24 +1119,50 @@ def lock(self:Generation):
 @contextlib.contextmanager
 def bar(self:Generation, progress=True, skip=()):
     "A bar over queries; what is yielded takes a window's number and its `tally`, and stops the run past its budget of failures. `skip`: windows that lie there"
-    size = lambda windows: sum(len(self.windows[i]) for i in windows); n, sums = 0, dict(rows=0, failed=0, flat=0, positive=0)
-    with tqdm(total=size(range(len(self.windows))), initial=size(skip), disable=not progress, desc=self.path.name + shard_tag(self.shard), unit="query") as t:
+    size = lambda windows: sum(len(self.windows[i]) for i in windows)
+    n = 0
+    sums = dict(rows=0, failed=0, flat=0, positive=0)
+    with tqdm(
+        total=size(range(len(self.windows))),
+        initial=size(skip),
+        disable=not progress,
+        desc=self.path.name + shard_tag(self.shard),
+        unit="query",
+    ) as t:
         def step(i, error="", **counts):
             nonlocal n
-            n, v = n + size([i]), self.manifest.get("verify")
+            n = n + size([i])
+            v = self.manifest.get("verify")
             for k in sums: sums[k] += counts[k]
             held = dict(verified=f"{v['asked']}/{v['drawn']}", off=f"{v['logprob']:.0e}") if v else {}
-            t.set_postfix(failed=sums["failed"], positive=f"{sums['positive']/n:.0%}", flat=f"{sums['flat']/n:.0%}", **held, refresh=False); t.update(size([i]))
+            t.set_postfix(
+                failed=sums["failed"],
+                positive=f"{sums['positive']/n:.0%}",
+                flat=f"{sums['flat']/n:.0%}",
+                **held,
+                refresh=False,
+            )
+            t.update(size([i]))
             if sums["rows"] >= 100 and error and sums["failed"] > self.max_failed*sums["rows"]:
-                raise TooManyFailures(f"{self.path}: {sums['failed']} of {sums['rows']} rows failed, more than max_failed={self.max_failed:g} allows; window {i} mostly with: "
-                                      f"{error}. What is done is kept. Mend the cause and start again, failed rows are asked again then; or allow more")
+                raise TooManyFailures(
+                    f"{self.path}: {sums['failed']} of {sums['rows']} rows failed, more than"
+                    f" max_failed={self.max_failed:g} allows; window {i} mostly with: {error}. What is done"
+                    " is kept. Mend the cause and start again, failed rows are asked again then; or allow"
+                    " more"
+                )
         yield step
 
 @patch
 def finish(self:Generation)->RLData: # what lies in `path`; with a shard, the rows of that shard
     "Complete the manifest from the parts"
-    done = [read_part(self.part(i)) for i in range(len(self.windows))]; parts = [dict(file=self.part(i).name, rows=len(r)) for i, r in enumerate(done)]
-    rows = pd.concat(done, ignore_index=True) if done else as_record(pd.DataFrame(dict(question_id=[], pointer=[]))) # a shard may have no queries
+    done = [read_part(self.part(i)) for i in range(len(self.windows))]
+    parts = [dict(file=self.part(i).name, rows=len(r)) for i, r in enumerate(done)]
+    # a shard may have no queries
+    rows = (
+        pd.concat(done, ignore_index=True)
+        if done
+        else as_record(pd.DataFrame(dict(question_id=[], pointer=[])))
+    )
     self.manifest = finish_manifest(self.path, self.manifest, parts, rows, self.pool, self.shard)
     return RLData.load(self.path, shard=self.shard)
 
@@ -754,7 +1173,10 @@ def run(self:Generation,
     "Make all windows here; `Busy` if somebody else is at it"
     with self.lock(), self.bar(progress) as step:
         self.begin()
-        for i in range(len(self.windows)): rows, seen = self.window(i); self.note(seen); step(i, **tally(rows))
+        for i in range(len(self.windows)):
+            rows, seen = self.window(i)
+            self.note(seen)
+            step(i, **tally(rows))
         return self.finish()
 
 # %% ../nbs/32_rldata_generate.ipynb #a2fa2066

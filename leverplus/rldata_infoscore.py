@@ -21,12 +21,21 @@ def truth_prob(
     "Probability of the truth"
     if prob not in ("credit", "answer"): raise ValueError(f"prob {prob!r}: wanted 'credit' or 'answer'")
     if prob == "credit": p = facts["vqa_gt_prob"].to_numpy(dtype=float)
-    else: p = np.array([np.nan if lp is None else np.exp(lp[0]) for lp in facts["vqa_gt_logprobs"]]) # answers stand in order of worth
+    # answers stand in order of worth
+    else:
+        p = np.array([np.nan if lp is None else np.exp(lp[0]) for lp in facts["vqa_gt_logprobs"]])
     bad = np.isnan(p) & ~facts["eval_failed"].to_numpy(dtype=bool)
     if bad.any():
         r = facts.iloc[int(bad.argmax())]
-        raise ValueError(f"question_id {r.question_id}, pointer {r.pointer}: no {'vqa_gt_prob' if prob == 'credit' else 'vqa_gt_logprobs'} ({int(bad.sum())} such rows): "
-                         + ("score the row again" if prob == "credit" else "these facts were stored without; use prob='credit', or score them again"))
+        raise ValueError(
+            f"question_id {r.question_id}, pointer {r.pointer}: no"
+            f" {'vqa_gt_prob' if prob == 'credit' else 'vqa_gt_logprobs'} ({int(bad.sum())} such rows): "
+            + (
+                "score the row again"
+                if prob == "credit"
+                else "these facts were stored without; use prob='credit', or score them again"
+            )
+        )
     return p
 
 # %% ../nbs/37_rldata_infoscore.ipynb #ef46b2ec
@@ -37,9 +46,16 @@ def _start(ids, pools, M, seed):
 
 def _longer(beams, cands, grow):
     "Every beam with every candidate that it does not hold: question_id, pointer, p of the beam"
-    new = [(q, (c, *p) if grow == "left" else (*p, c), v) for q, p, v in beams for c in cands[q] if c not in p]
+    new = [
+        (q, (c, *p) if grow == "left" else (*p, c), v) for q, p, v in beams for c in cands[q] if c not in p
+    ]
     new = pd.DataFrame(new, columns=["question_id", "pointer", "before"])
-    return new.sort_values("before", ascending=False, kind="stable").drop_duplicates(["question_id", "pointer"]).sort_index() # one sequence, two ways to it
+    # one sequence, two ways to it
+    return (
+        new.sort_values("before", ascending=False, kind="stable")
+        .drop_duplicates(["question_id", "pointer"])
+        .sort_index()
+    )
 
 def infoscore_beams(
     ids, # question_ids, distinct
@@ -60,37 +76,80 @@ def infoscore_beams(
     **asking, # style, mode, weight of `ask`
 )->RLData: # `beam` rows of method "beam" per query, best first; the manifest's "infoscore" has settings, `zero` (p() by query) and `lost`
     "Search the demonstrations of each query by InfoScore"
-    ids, cache = [int(q) for q in ids], as_cache(cache); _check_search(ids, pools, shots, beam, candidates, grow, order)
+    ids = [int(q) for q in ids]
+    cache = as_cache(cache)
+    _check_search(ids, pools, shots, beam, candidates, grow, order)
     cands = _start(ids, pools, candidates, seed)
     def facts_of(pairs):
         f = ask(pairs, scorer, items, cache, generate=False, window=window, **asking)
         return f.assign(p=truth_prob(f, prob))
-    zero = facts_of(pd.DataFrame(dict(question_id=ids, pointer=[()]*len(ids)))).set_index("question_id").p.dropna(); seen = len(ids)
+    zero = (
+        facts_of(pd.DataFrame(dict(question_id=ids, pointer=[()] * len(ids))))
+        .set_index("question_id")
+        .p.dropna()
+    )
+    seen = len(ids)
     beams = [(q, (), p) for q, p in zero.items()]
     with tqdm(total=shots, disable=not progress, desc="InfoScore", unit="shot") as bar:
         for _ in range(shots):
-            new = _longer(beams, cands, grow); f = facts_of(new).drop(columns=["question_id", "pointer"]); new = pd.concat([new.reset_index(drop=True), f], axis=1)
-            new["key"] = new.p - (new.question_id.map(zero) if order == "total" else new.before); seen += len(new)
-            new = new[new.key.notna()].sort_values("key", ascending=False, kind="stable").groupby("question_id", sort=False).head(beam)
-            beams = list(zip(new.question_id, new.pointer, new.p)); bar.update(); bar.set_postfix(prompts=seen)
-    new["beam_rank"] = new.groupby("question_id").cumcount().astype(float); at = pd.Index(ids).get_indexer(new.question_id)
-    rows = new.iloc[np.lexsort([new.beam_rank, at])].reset_index(drop=True); lost = [q for q in ids if q not in set(rows.question_id)]
-    what = dict(shots=shots, beam=beam, candidates=candidates, prob=prob, grow=grow, order=order, seed=seed, prompts=seen, lost=lost,
-                zero={str(q): float(p) for q, p in zero.items()})
-    if text: rows[list(FACT_COLUMNS)] = ask(rows, scorer, items, cache, window=window, **asking)[list(FACT_COLUMNS)]
+            new = _longer(beams, cands, grow)
+            f = facts_of(new).drop(columns=["question_id", "pointer"])
+            new = pd.concat([new.reset_index(drop=True), f], axis=1)
+            new["key"] = new.p - (new.question_id.map(zero) if order == "total" else new.before)
+            seen += len(new)
+            new = (
+                new[new.key.notna()]
+                .sort_values("key", ascending=False, kind="stable")
+                .groupby("question_id", sort=False)
+                .head(beam)
+            )
+            beams = list(zip(new.question_id, new.pointer, new.p))
+            bar.update()
+            bar.set_postfix(prompts=seen)
+    new["beam_rank"] = new.groupby("question_id").cumcount().astype(float)
+    at = pd.Index(ids).get_indexer(new.question_id)
+    rows = new.iloc[np.lexsort([new.beam_rank, at])].reset_index(drop=True)
+    lost = [q for q in ids if q not in set(rows.question_id)]
+    what = dict(
+        shots=shots,
+        beam=beam,
+        candidates=candidates,
+        prob=prob,
+        grow=grow,
+        order=order,
+        seed=seed,
+        prompts=seen,
+        lost=lost,
+        zero={str(q): float(p) for q, p in zero.items()},
+    )
+    if text:
+        rows[list(FACT_COLUMNS)] = ask(rows, scorer, items, cache, window=window, **asking)[
+            list(FACT_COLUMNS)
+        ]
     rows = as_record(rows[["question_id", "pointer", "beam_rank", *FACT_COLUMNS]].assign(gen_method="beam"))
     return RLData(rows, pools.only([q for q in ids if q not in lost]), dict(infoscore=what))
 
 def _check_search(ids, pools, shots, beam, M, grow, order):
     if len(set(ids)) < len(ids) or not ids:
-        raise ValueError(f"infoscore_beams got {len(ids)} queries, {len(set(ids))} of them different: pass each once, and at least one")
+        raise ValueError(
+            f"infoscore_beams got {len(ids)} queries, {len(set(ids))} of them different: pass each once, and"
+            " at least one"
+        )
     if shots < 1 or beam < 1: raise ValueError(f"infoscore_beams: shots {shots}, beam {beam}: wanted >= 1")
     if grow not in ("left", "right") or order not in ("total", "last"):
-        raise ValueError(f"infoscore_beams: grow {grow!r}, order {order!r}: wanted 'left' or 'right', 'total' or 'last'")
-    if M is not None and M <= shots: raise ValueError(f"infoscore_beams: {M} candidates for {shots} shots: wanted more candidates than shots")
+        raise ValueError(
+            f"infoscore_beams: grow {grow!r}, order {order!r}: wanted 'left' or 'right', 'total' or 'last'"
+        )
+    if M is not None and M <= shots:
+        raise ValueError(
+            f"infoscore_beams: {M} candidates for {shots} shots: wanted more candidates than shots"
+        )
     for q in ids:
         if len(pools[q]) <= shots:
-            raise ValueError(f"question_id {q}: its pool has {len(pools[q])} candidates, {shots} shots need more: make a larger pool (K > S)")
+            raise ValueError(
+                f"question_id {q}: its pool has {len(pools[q])} candidates, {shots} shots need more: make a"
+                " larger pool (K > S)"
+            )
 
 # %% ../nbs/37_rldata_infoscore.ipynb #25078040
 def infoscores(
@@ -101,12 +160,20 @@ def infoscores(
     **asking, # style, mode, weight of `ask`
 )->list: # n tuples of S numbers -1..1, in the order of choice: what the first 1..S add ("total"), or what each one added ("last")
     "InfoScore of every row, shot by shot"
-    how = data.manifest["infoscore"]; rows, cache = data.rows, as_cache(cache)
+    how = data.manifest["infoscore"]
+    rows = data.rows
+    cache = as_cache(cache)
     part = lambda p, s: p[len(p)-s:] if how["grow"] == "left" else p[:s]
-    steps = pd.DataFrame([(q, part(p, s)) for q, p in zip(rows.question_id, rows.pointer) for s in range(1, len(p)+1)], columns=["question_id", "pointer"])
-    p = truth_prob(ask(steps, scorer, items, cache, generate=False, **asking), how["prob"]); out, i = [], 0
+    steps = pd.DataFrame(
+        [(q, part(p, s)) for q, p in zip(rows.question_id, rows.pointer) for s in range(1, len(p) + 1)],
+        columns=["question_id", "pointer"],
+    )
+    p = truth_prob(ask(steps, scorer, items, cache, generate=False, **asking), how["prob"])
+    out, i = [], 0
     for q, ptr in zip(rows.question_id, rows.pointer):
-        v = p[i:i+len(ptr)]; i += len(ptr); zero = how["zero"][str(q)]
+        v = p[i : i + len(ptr)]
+        i += len(ptr)
+        zero = how["zero"][str(q)]
         out.append(tuple((v - (zero if how["order"] == "total" else np.array([zero, *v[:-1]]))).tolist()))
     return out
 
@@ -116,8 +183,14 @@ def write_beams(
     scores:list, # of `infoscores`
 )->None: # ids in the file are question_ids
     "Write beams as `read_beams` reads them, atomically"
-    if len(scores) != len(data): raise ValueError(f"{path}: {len(scores)} scores for {len(data)} rows: pass what `infoscores(data, ...)` gave")
+    if len(scores) != len(data):
+        raise ValueError(
+            f"{path}: {len(scores)} scores for {len(data)} rows: pass what `infoscores(data, ...)` gave"
+        )
     whole = {str(q): dict(id_list=[], score_list=[], shot_scores=[]) for q in data.queries}
     for q, p, s in zip(data.rows.question_id, data.rows.pointer, scores):
-        e = whole[str(q)]; e["id_list"].append([*p, q]); e["score_list"].append(s[-1]); e["shot_scores"].append(list(s))
+        e = whole[str(q)]
+        e["id_list"].append([*p, q])
+        e["score_list"].append(s[-1])
+        e["shot_scores"].append(list(s))
     write_json(path, whole)

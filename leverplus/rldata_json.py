@@ -19,8 +19,17 @@ from .rldata_merge import derive
 # %% ../nbs/38_rldata_json.ipynb #1431a2bf
 DIALECTS = ("v1", "v4", "merged", "augmented", "k64", "balanced")
 _POOL_KEYS = ("candidate_pool_ids", "candidate_pool_indices")
-_V4 = ("vqa_gt_prob", "pointer_pos", "vqa_raw_generation", "vqa_rel_score", "vqa_rel_token_f1", "vqa_rel_edit_sim", "eval_split_used",
-       "eval_failed", "similarity_score")
+_V4 = (
+    "vqa_gt_prob",
+    "pointer_pos",
+    "vqa_raw_generation",
+    "vqa_rel_score",
+    "vqa_rel_token_f1",
+    "vqa_rel_edit_sim",
+    "eval_split_used",
+    "eval_failed",
+    "similarity_score",
+)
 _AUG = ("aug_type", "aug_round", "proxy_score")
 
 # %% ../nbs/38_rldata_json.ipynb #719232c4
@@ -29,7 +38,9 @@ class _Odd(str):
 
 def _once(pairs):
     out = dict(pairs)
-    if len(out) < len(pairs): seen = [k for k, _ in pairs]; raise LookupError(next(k for k in seen if seen.count(k) > 1))
+    if len(out) < len(pairs):
+        seen = [k for k, _ in pairs]
+        raise LookupError(next(k for k in seen if seen.count(k) > 1))
     return out
 
 def _parse(path):
@@ -41,59 +52,112 @@ def _parse(path):
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
         raise ValueError(f"{path}: not valid JSON ({e}); was the download or copy cut short?") from e
     except LookupError as e:
-        raise ValueError(f"{path}: key {e.args[0]!r} occurs twice in one object; a reader would keep one and lose the other. Join them first") from e
+        raise ValueError(
+            f"{path}: key {e.args[0]!r} occurs twice in one object; a reader would keep one and lose the"
+            " other. Join them first"
+        ) from e
     if not isinstance(out, dict) or not set(out) - {"_meta"}:
-        raise ValueError(f"{path}: wanted an object with one entry per query, got {type(out).__name__} of {len(out)}")
+        raise ValueError(
+            f"{path}: wanted an object with one entry per query, got {type(out).__name__} of {len(out)}"
+        )
     if odd := [k for k in out if k != "_meta" and not re.fullmatch(r"\d+", k)]:
-        raise ValueError(f"{path}: key {odd[0]!r} is no query; wanted row numbers or question_ids, and `_meta` beside them")
+        raise ValueError(
+            f"{path}: key {odd[0]!r} is no query; wanted row numbers or question_ids, and `_meta` beside them"
+        )
     return out, raw
 
 # %% ../nbs/38_rldata_json.ipynb #570aff35
 class _File:
     "A parsed file: one line per candidate, and where each stands"
     def __init__(self, path):
-        whole, raw = _parse(path); self.path, self.fingerprint, self.meta = Path(path), fingerprint(raw), whole.pop("_meta", {}) or {}
+        whole, raw = _parse(path)
+        self.path = Path(path)
+        self.fingerprint = fingerprint(raw)
+        self.meta = whole.pop("_meta", {}) or {}
         self.entries = {int(k): e for k, e in whole.items()}
         if len(self.entries) < len(whole):
-            raise ValueError(f"{path}: two keys are one query, written differently ({next(k for k in whole if k != str(int(k)))!r})")
+            raise ValueError(
+                f"{path}: two keys are one query, written differently"
+                f" ({next(k for k in whole if k != str(int(k)))!r})"
+            )
         for k, e in self.entries.items():
             if isinstance(e, dict) and "id_list" in e:
-                raise ValueError(f"{path}: query {k} has `id_list`: a beam file, which holds scores and no facts about answers; read it with `read_beams`")
-            ok = isinstance(e, dict) and isinstance(e.get("pointer_candidates"), list) and all(isinstance(c, dict) for c in e["pointer_candidates"])
+                raise ValueError(
+                    f"{path}: query {k} has `id_list`: a beam file, which holds scores and no facts about"
+                    " answers; read it with `read_beams`"
+                )
+            ok = (
+                isinstance(e, dict)
+                and isinstance(e.get("pointer_candidates"), list)
+                and all(isinstance(c, dict) for c in e["pointer_candidates"])
+            )
             if not ok:
-                raise ValueError(f"{path}: query {k} has no list `pointer_candidates` of objects; it holds {sorted(e) if isinstance(e, dict) else type(e).__name__}")
+                raise ValueError(
+                    f"{path}: query {k} has no list `pointer_candidates` of objects; it holds"
+                    f" {sorted(e) if isinstance(e, dict) else type(e).__name__}"
+                )
         cands = [(k, j, c) for k, e in self.entries.items() for j, c in enumerate(e["pointer_candidates"])]
         if not cands: raise ValueError(f"{path}: {len(self.entries)} queries and no candidate")
-        self.query, self.at = [k for k, *_ in cands], [j for _, j, _ in cands]; self.rows = pd.DataFrame([c for *_, c in cands], dtype=object)
+        self.query = [k for k, *_ in cands]
+        self.at = [j for _, j, _ in cands]
+        self.rows = pd.DataFrame([c for *_, c in cands], dtype=object)
     def __len__(self): return len(self.rows)
     def of(self, name): return self.rows[name].tolist() if name in self.rows else [None] * len(self)
     def has(self, name): return name in self.rows and bool(self.rows[name].notna().any())
     def place(self, i): return f"{self.path}: query {self.query[i]}, candidate {self.at[i]}"
-    def block(self, k): e = self.entries[k]; return {**e, **(e.get("query") or {})} # the query's own facts, wherever they stand
+    # the query's own facts, wherever they stand
+    def block(self, k):
+        e = self.entries[k]
+        return {**e, **(e.get("query") or {})}
 
 # %% ../nbs/38_rldata_json.ipynb #ca55e4d6
 def _detect(f):
     "(dialect, why); ValueError if the file is of two minds"
-    pools = [any(k in e for k in _POOL_KEYS) for e in f.entries.values()]; glob = f.rows.get("pointer_global", pd.Series(dtype=object)).notna()
-    v4 = [c for c in _V4 if c in f.rows]; block = any("query" in e or "question_id" in e for e in f.entries.values())
+    pools = [any(k in e for k in _POOL_KEYS) for e in f.entries.values()]
+    glob = f.rows.get("pointer_global", pd.Series(dtype=object)).notna()
+    v4 = [c for c in _V4 if c in f.rows]
+    block = any("query" in e or "question_id" in e for e in f.entries.values())
     if any(pools) != all(pools):
-        raise ValueError(f"{f.path}: {sum(pools)} of {len(pools)} queries have candidate_pool_ids, query {list(f.entries)[pools.index(False)]} has not: two dialects in one file; divide it")
+        raise ValueError(
+            f"{f.path}: {sum(pools)} of {len(pools)} queries have candidate_pool_ids, query"
+            f" {list(f.entries)[pools.index(False)]} has not: two dialects in one file; divide it"
+        )
     if len(glob) and not glob.all():
-        raise ValueError(f"{f.place(int((~glob).to_numpy().argmax()))}: no pointer_global, though others have it: two dialects in one file; divide it")
-    if any(pools) and not len(glob): return None, "candidate_pool_ids without pointer_global: `pointer` may be places in the pool or row numbers"
+        raise ValueError(
+            f"{f.place(int((~glob).to_numpy().argmax()))}: no pointer_global, though others have it: two"
+            " dialects in one file; divide it"
+        )
+    if any(pools) and not len(glob):
+        return (
+            None,
+            "candidate_pool_ids without pointer_global: `pointer` may be places in the pool or row numbers",
+        )
     if any(pools): return "k64", "candidate_pool_ids and pointer_global"
-    if len(glob): return "k64", "pointer_global; its candidate_pool_ids are gone, so `pointer` cannot be checked and is not used"
+    if len(glob):
+        return (
+            "k64",
+            "pointer_global; its candidate_pool_ids are gone, so `pointer` cannot be checked and is not used",
+        )
     if aug := [c for c in _AUG if c in f.rows]: return "augmented", ", ".join(aug)
-    if f.meta or block: return "v4", " and ".join(n for n, there in (("_meta", f.meta), ("query facts", block)) if there)
+    if f.meta or block:
+        return "v4", " and ".join(n for n, there in (("_meta", f.meta), ("query facts", block)) if there)
     if v4: return "merged", f"{', '.join(v4[:2])} without _meta and query facts"
-    if not f.has("gen_method") and not f.has("vqa_correct"): return "balanced", "neither gen_method nor vqa_correct"
-    return "v1", "gen_method, and no field of a later dialect" if f.has("gen_method") else "vqa_correct, and no field of a later dialect"
+    if not f.has("gen_method") and not f.has("vqa_correct"):
+        return "balanced", "neither gen_method nor vqa_correct"
+    return "v1", (
+        "gen_method, and no field of a later dialect"
+        if f.has("gen_method")
+        else "vqa_correct, and no field of a later dialect"
+    )
 
 def _dialect(f, told):
-    if told is not None and told not in DIALECTS: raise ValueError(f"dialect {told!r}: wanted one of {', '.join(DIALECTS)}, or None to find out")
+    if told is not None and told not in DIALECTS:
+        raise ValueError(f"dialect {told!r}: wanted one of {', '.join(DIALECTS)}, or None to find out")
     found, why = _detect(f)
-    if found is None and told not in ("k64", "v4"): raise ValueError(f"{f.path}: {why}; pass dialect='k64' for places, or 'v4' for row numbers")
-    if found and told and found != told: raise ValueError(f"{f.path}: looks like dialect {found!r} ({why}), but {told!r} was asked for")
+    if found is None and told not in ("k64", "v4"):
+        raise ValueError(f"{f.path}: {why}; pass dialect='k64' for places, or 'v4' for row numbers")
+    if found and told and found != told:
+        raise ValueError(f"{f.path}: looks like dialect {found!r} ({why}), but {told!r} was asked for")
     return found or told, why if found else f"as told; {why}"
 
 def detect(
@@ -108,26 +172,38 @@ def row_map(
 )->dict: # {row number in the order of question_id: question_id}
     "Number the items as the older files do"
     q = np.sort(items.question_id.to_numpy())
-    if (q[1:] == q[:-1]).any(): raise ValueError(f"row_map: question_id {q[:-1][q[1:] == q[:-1]][0]} occurs twice among the items")
+    if (q[1:] == q[:-1]).any():
+        raise ValueError(f"row_map: question_id {q[:-1][q[1:] == q[:-1]][0]} occurs twice among the items")
     return dict(enumerate(q.tolist()))
 
 def _id_map(f, id_map):
     "Function of (ids, name of row i, field) that turns ids of the file into question_ids"
     told = f.meta.get("ids") if f.meta.get("written_by") == "leverplus" else None
     if id_map is None and told != "question_id":
-        raise ValueError(f"{f.path}: its ids are row numbers; pass id_map={{row: question_id}} (`row_map` makes it), or id_map='question_id' if you know that they are question_ids")
-    if id_map is not None and told and (told == "question_id") != (isinstance(id_map, str) and id_map == "question_id"):
+        raise ValueError(
+            f"{f.path}: its ids are row numbers; pass id_map={{row: question_id}} (`row_map` makes it), or"
+            " id_map='question_id' if you know that they are question_ids"
+        )
+    if (
+        id_map is not None
+        and told
+        and (told == "question_id") != (isinstance(id_map, str) and id_map == "question_id")
+    ):
         raise ValueError(f"{f.path}: `_meta` says that its ids are {told}s, but another id_map was passed")
     if id_map is None or isinstance(id_map, str):
         if isinstance(id_map, str) and id_map != "question_id":
             raise ValueError(f"id_map={id_map!r}: wanted a map {{row: question_id}}, or 'question_id'")
         return lambda ids, place, field: tuple(ids)
     m = {int(k): int(v) for k, v in (id_map.items() if hasattr(id_map, "items") else enumerate(id_map))}
-    if len(set(m.values())) < len(m): raise ValueError("id_map gives one question_id to two rows: wanted a map one to one")
+    if len(set(m.values())) < len(m):
+        raise ValueError("id_map gives one question_id to two rows: wanted a map one to one")
     def look(ids, place, field):
         for i in ids:
             if i not in m:
-                raise ValueError(f"{place}: {field} names row {i}, which the id map of {len(m)} rows lacks; pass the map of the set that the file was made from")
+                raise ValueError(
+                    f"{place}: {field} names row {i}, which the id map of {len(m)} rows lacks; pass the map"
+                    " of the set that the file was made from"
+                )
         return tuple(m[i] for i in ids)
     return look
 
@@ -143,11 +219,18 @@ def _own_pools(f, dialect):
     if not any(k in e for e in f.entries.values() for k in _POOL_KEYS): return None
     out = {}
     for q, e in f.entries.items():
-        have = [e[k] for k in _POOL_KEYS if k in e]; p = have[0]
+        have = [e[k] for k in _POOL_KEYS if k in e]
+        p = have[0]
         if not isinstance(p, list) or any(type(x) is not int for x in p):
-            raise ValueError(f"{f.path}: query {q}: candidate_pool_ids is {p!r}, wanted a list of whole numbers")
-        if have[-1] != p: raise ValueError(f"{f.path}: query {q}: candidate_pool_ids and candidate_pool_indices disagree")
-        if len(set(p)) < len(p): raise ValueError(f"{f.path}: query {q}: candidate_pool_ids names {next(x for x in p if p.count(x) > 1)} twice")
+            raise ValueError(
+                f"{f.path}: query {q}: candidate_pool_ids is {p!r}, wanted a list of whole numbers"
+            )
+        if have[-1] != p:
+            raise ValueError(f"{f.path}: query {q}: candidate_pool_ids and candidate_pool_indices disagree")
+        if len(set(p)) < len(p):
+            raise ValueError(
+                f"{f.path}: query {q}: candidate_pool_ids names {next(x for x in p if p.count(x) > 1)} twice"
+            )
         out[q] = p
     return out
 
@@ -160,16 +243,33 @@ def _pointers(f, dialect, pools):
     out = []
     for i, (q, p) in enumerate(zip(f.query, ptr)):
         if bad := [x for x in p if not 0 <= x < len(pools[q])]:
-            raise ValueError(f"{f.place(i)}: pointer names place {bad[0]} of a pool of {len(pools[q])}; places count from 0")
+            raise ValueError(
+                f"{f.place(i)}: pointer names place {bad[0]} of a pool of {len(pools[q])}; places count"
+                " from 0"
+            )
         out.append([pools[q][x] for x in p])
         if glob and glob[i] != out[-1]:
-            raise ValueError(f"{f.place(i)}: pointer {p} leads to {out[-1]} in candidate_pool_ids, but pointer_global says {glob[i]}")
+            raise ValueError(
+                f"{f.place(i)}: pointer {p} leads to {out[-1]} in candidate_pool_ids, but pointer_global says"
+                f" {glob[i]}"
+            )
     return out
 
 # %% ../nbs/38_rldata_json.ipynb #cbfa1a4d
-EVAL_MODES = dict(file="official", vqaEval="official", train="official", val="official", fallback="fallback", simple_match="fallback",
-                  unstated="unstated", **{m: m for m in MODES})
-_ERROR = re.compile(r"\s*[\[<(]?(error|exception|traceback|failed)\b|\w*(Error|Exception)\b\s*[:(]|.*out of memory", re.I | re.S)
+EVAL_MODES = dict(
+    file="official",
+    vqaEval="official",
+    train="official",
+    val="official",
+    fallback="fallback",
+    simple_match="fallback",
+    unstated="unstated",
+    **{m: m for m in MODES}
+)
+_ERROR = re.compile(
+    r"\s*[\[<(]?(error|exception|traceback|failed)\b|\w*(Error|Exception)\b\s*[:(]|.*out of memory",
+    re.I | re.S,
+)
 _META_FREE = ("v1", "merged", "augmented", "balanced")
 
 def _numbers(f, field, scale=1.):
@@ -177,7 +277,8 @@ def _numbers(f, field, scale=1.):
     out = np.full(len(f), np.nan)
     for i, v in enumerate(f.of(field)):
         if v is None or isinstance(v, float) and v != v: continue
-        if isinstance(v, _Odd) or not isinstance(v, (int, float)): raise ValueError(f"{f.place(i)}: {field} is {v!s}, wanted a number or null")
+        if isinstance(v, _Odd) or not isinstance(v, (int, float)):
+            raise ValueError(f"{f.place(i)}: {field} is {v!s}, wanted a number or null")
         out[i] = v * scale
     return out
 
@@ -187,29 +288,42 @@ def _texts(f, *fields):
     for field in fields:
         for i, v in enumerate(f.of(field)):
             if v is None or v != v: continue
-            if not isinstance(v, str) or isinstance(v, _Odd): raise ValueError(f"{f.place(i)}: {field} is {v!r}, wanted text or null")
-            if out[i] is not None and out[i] != v: raise ValueError(f"{f.place(i)}: {' and '.join(fields)} disagree: {out[i]!r} / {v!r}")
+            if not isinstance(v, str) or isinstance(v, _Odd):
+                raise ValueError(f"{f.place(i)}: {field} is {v!r}, wanted text or null")
+            if out[i] is not None and out[i] != v:
+                raise ValueError(f"{f.place(i)}: {' and '.join(fields)} disagree: {out[i]!r} / {v!r}")
             out[i] = v
     return out
 
 # %% ../nbs/38_rldata_json.ipynb #4d0a0398
 def _accuracy(f, scale):
     acc = _numbers(f, "vqa_acc_score", 1/scale)
-    if np.isnan(acc).all(): raise ValueError(f"{f.path}: none of {len(f)} candidates has vqa_acc_score; is this RL data?")
+    if np.isnan(acc).all():
+        raise ValueError(f"{f.path}: none of {len(f)} candidates has vqa_acc_score; is this RL data?")
     bad = (acc < 0) | (acc > 1 + 1e-6) | ((acc > 0) & (acc <= 1/scale) if scale > 1 else False)
     if bad.any():
-        i = int(bad.argmax()); low = int((acc <= 1/scale).sum())
-        raise ValueError(f"{f.place(i)}: vqa_acc_score {acc[i]*scale:g} beside {low} that are within 0..1: two scales, or percent; pass acc_scale=100 if all are percent, or repair the file")
+        i = int(bad.argmax())
+        low = int((acc <= 1 / scale).sum())
+        raise ValueError(
+            f"{f.place(i)}: vqa_acc_score {acc[i]*scale:g} beside {low} that are within 0..1: two scales, or"
+            " percent; pass acc_scale=100 if all are percent, or repair the file"
+        )
     return acc
 
 def _modes(f):
-    mode, split, out = _texts(f, "vqa_eval_mode"), _texts(f, "eval_split_used"), []
+    mode = _texts(f, "vqa_eval_mode")
+    split = _texts(f, "eval_split_used")
+    out = []
     for i, (m, s) in enumerate(zip(mode, split)):
         if m is not None and m not in EVAL_MODES and m != "error":
-            raise ValueError(f"{f.place(i)}: vqa_eval_mode {m!r} is none of {', '.join([*EVAL_MODES, 'error'])}")
+            raise ValueError(
+                f"{f.place(i)}: vqa_eval_mode {m!r} is none of {', '.join([*EVAL_MODES, 'error'])}"
+            )
         if s == "fallback" and m not in (None, "error") and EVAL_MODES[m] == "official":
             raise ValueError(f"{f.place(i)}: vqa_eval_mode {m!r}, but eval_split_used 'fallback'")
-        out.append("error" if m == "error" else "fallback" if s == "fallback" else EVAL_MODES[m or "unstated"])
+        out.append(
+            "error" if m == "error" else "fallback" if s == "fallback" else EVAL_MODES[m or "unstated"]
+        )
     return out
 
 # %% ../nbs/38_rldata_json.ipynb #87d0ca9d
@@ -220,33 +334,51 @@ def _negative(p, r, a):
 
 def _failures(f, own, pred, raw, acc, prob, mode):
     "Why each row is a failure: text or None"
-    said, marked, out = _texts(f, "error"), f.of("eval_failed"), []
+    said = _texts(f, "error")
+    marked = f.of("eval_failed")
+    out = []
     for i, (p, r, a, m) in enumerate(zip(pred, raw, acc, mode)):
         if marked[i] not in (None, True, False, 0, 1) and marked[i] == marked[i]:
             raise ValueError(f"{f.place(i)}: eval_failed is {marked[i]!r}, wanted true or false")
         if marked[i] is True or marked[i] == 1 or said[i]: why = said[i] or "eval_failed in the file"
         elif m == "error": why = "vqa_eval_mode 'error' in the file"
-        elif p is None or np.isnan(a): why = None if p is None and np.isnan(a) and not np.isnan(prob[i]) else "no label in the file"
+        elif p is None or np.isnan(a):
+            why = None if p is None and np.isnan(a) and not np.isnan(prob[i]) else "no label in the file"
         else: why = None if own else _negative(p, r, a)
         out.append(why)
     return out
 
 # %% ../nbs/38_rldata_json.ipynb #a6321c9f
 def _correct(f, acc, failed, notes):
-    c = _numbers(f, "vqa_correct"); known = ~np.isnan(c) & ~np.isnan(acc) & ~failed
-    if (odd := known & ~np.isin(c, (0, 1))).any(): i = int(odd.argmax()); raise ValueError(f"{f.place(i)}: vqa_correct is {c[i]:g}, wanted 0 or 1")
-    if (odd := known & (c == 1) & (acc == 0)).any(): raise ValueError(f"{f.place(int(odd.argmax()))}: vqa_correct is 1, but vqa_acc_score is 0")
-    if n := int((known & (c == 0) & (acc > 0)).sum()): notes.append(f"vqa_correct of {n} rows was 0 at an accuracy above 0, now 1")
+    c = _numbers(f, "vqa_correct")
+    known = ~np.isnan(c) & ~np.isnan(acc) & ~failed
+    if (odd := known & ~np.isin(c, (0, 1))).any():
+        i = int(odd.argmax())
+        raise ValueError(f"{f.place(i)}: vqa_correct is {c[i]:g}, wanted 0 or 1")
+    if (odd := known & (c == 1) & (acc == 0)).any():
+        raise ValueError(f"{f.place(int(odd.argmax()))}: vqa_correct is 1, but vqa_acc_score is 0")
+    if n := int((known & (c == 0) & (acc > 0)).sum()):
+        notes.append(f"vqa_correct of {n} rows was 0 at an accuracy above 0, now 1")
     if np.isnan(c).all(): notes.append("vqa_correct: from accuracy")
     return (acc > 0).astype(float)
 
 def _gt_prob(f, own, failed, notes):
-    p = _numbers(f, "vqa_gt_prob"); p[failed] = np.nan; there = ~np.isnan(p); zero = int((p == 0).sum())
+    p = _numbers(f, "vqa_gt_prob")
+    p[failed] = np.nan
+    there = ~np.isnan(p)
+    zero = int((p == 0).sum())
     if own or not there.any(): return p
     if not there[~failed].all() or zero:
-        notes.append(f"vqa_gt_prob left out: missing in {int((~there & ~failed).sum())} rows that did not fail, exactly 0 (a failed computation) in {zero}")
+        notes.append(
+            f"vqa_gt_prob left out: missing in {int((~there & ~failed).sum())} rows that did not fail,"
+            f" exactly 0 (a failed computation) in {zero}"
+        )
         return np.full(len(p), np.nan)
-    if np.nanmax(p) < 1e-4: notes.append(f"vqa_gt_prob is at most {np.nanmax(p):.0e}: it was probably taken over image tokens and says nothing")
+    if np.nanmax(p) < 1e-4:
+        notes.append(
+            f"vqa_gt_prob is at most {np.nanmax(p):.0e}: it was probably taken over image tokens and says"
+            " nothing"
+        )
     return p
 
 def _answers(f, qid, items):
@@ -256,30 +388,53 @@ def _answers(f, qid, items):
     return [list(known[q]) if q in known else own[k] for k, q in zip(f.query, qid)]
 
 def _relevance(f, out, text, answers, notes):
-    cols = [c for c in TEXT_FACTS if c.startswith("vqa_rel_")]; have = np.array([_numbers(f, c) for c in cols]); lack = np.isnan(have).any(0) & text
+    cols = [c for c in TEXT_FACTS if c.startswith("vqa_rel_")]
+    have = np.array([_numbers(f, c) for c in cols])
+    lack = np.isnan(have).any(0) & text
     if lack.any():
         if none := [j for j in np.flatnonzero(lack) if not answers[j]]:
-            raise ValueError(f"{f.place(none[0])}: no relevance, and no answers to compute it from; pass items (with answers, all queries of the file)")
-        at = np.flatnonzero(lack); have[:, at] = relevances([out["vqa_pred_answer"][j] for j in at], [answers[j] for j in at])[cols].to_numpy().T
+            raise ValueError(
+                f"{f.place(none[0])}: no relevance, and no answers to compute it from; pass items (with"
+                " answers, all queries of the file)"
+            )
+        at = np.flatnonzero(lack)
+        have[:, at] = (
+            relevances([out["vqa_pred_answer"][j] for j in at], [answers[j] for j in at])[cols].to_numpy().T
+        )
         notes.append(f"relevance of {len(at)} rows computed from the people's answers")
     return {c: np.where(text, h, np.nan) for c, h in zip(cols, have)}
 
 # %% ../nbs/38_rldata_json.ipynb #2970fe49
 def _facts(f, own, scale, qid, items):
     "(facts of every row, notes)"
-    notes, pred, raw, mode, acc = [], _texts(f, "vqa_pred_answer"), _texts(f, "vqa_raw_generation", "raw_generation"), _modes(f), _accuracy(f, scale)
-    why = _failures(f, own, pred, raw, acc, _numbers(f, "vqa_gt_prob"), mode); failed = np.array([w is not None for w in why])
+    notes = []
+    pred = _texts(f, "vqa_pred_answer")
+    raw = _texts(f, "vqa_raw_generation", "raw_generation")
+    mode = _modes(f)
+    acc = _accuracy(f, scale)
+    why = _failures(f, own, pred, raw, acc, _numbers(f, "vqa_gt_prob"), mode)
+    failed = np.array([w is not None for w in why])
     text = ~failed & ~np.isnan(acc)
     if own: text &= np.array([p is not None for p in pred])
-    only = lambda xs: [x if t else None for x, t in zip(xs, text)]; stand = sum(t and r is None for t, r in zip(text, raw))
+    only = lambda xs: [x if t else None for x, t in zip(xs, text)]
+    stand = sum(t and r is None for t, r in zip(text, raw))
     if stand: notes.append(f"vqa_raw_generation of {stand} rows: not in the file, the answer stands in")
-    if n := sum(t and m == "unstated" for t, m in zip(text, mode)): notes.append(f"vqa_eval_mode of {n} rows: not in the file, 'unstated'")
+    if n := sum(t and m == "unstated" for t, m in zip(text, mode)):
+        notes.append(f"vqa_eval_mode of {n} rows: not in the file, 'unstated'")
     if n := int(failed.sum()):
         short = pd.Series([w if len(w) < 40 else w[:37] + "..." for w in why if w]).value_counts()
         notes.append("failures: " + ", ".join(f"{c} {w}" for w, c in short.items()))
-    out = dict(vqa_pred_answer=only(pred), vqa_raw_generation=only([p if r is None else r for p, r in zip(pred, raw)]), vqa_eval_mode=only(mode),
-               vqa_acc_score=np.where(text, acc, np.nan), vqa_correct=np.where(text, _correct(f, acc, failed, notes), np.nan), vqa_gt_prob=_gt_prob(f, own, failed, notes))
-    answers = _answers(f, qid, items); out |= _relevance(f, out, text, answers, notes); _recheck(f, out, text, answers, notes)
+    out = dict(
+        vqa_pred_answer=only(pred),
+        vqa_raw_generation=only([p if r is None else r for p, r in zip(pred, raw)]),
+        vqa_eval_mode=only(mode),
+        vqa_acc_score=np.where(text, acc, np.nan),
+        vqa_correct=np.where(text, _correct(f, acc, failed, notes), np.nan),
+        vqa_gt_prob=_gt_prob(f, own, failed, notes),
+    )
+    answers = _answers(f, qid, items)
+    out |= _relevance(f, out, text, answers, notes)
+    _recheck(f, out, text, answers, notes)
     scorer = f.meta.get("scorer") if own and f.meta.get("scorer") else f"imported:{f.fingerprint}"
     return out | dict(eval_failed=failed, error=why, scorer=scorer), notes
 
@@ -287,46 +442,84 @@ def _recheck(f, out, text, answers, notes):
     "Hold the labels of the official evaluator against the answers, where these are known"
     at = [i for i in np.flatnonzero(text) if answers[i] and out["vqa_eval_mode"][i] == "official"]
     if not at: return
-    off = np.abs(vqa_accuracies([out["vqa_pred_answer"][i] for i in at], [answers[i] for i in at]) - out["vqa_acc_score"][at]) > .02
+    off = (
+        np.abs(
+            vqa_accuracies([out["vqa_pred_answer"][i] for i in at], [answers[i] for i in at])
+            - out["vqa_acc_score"][at]
+        )
+        > 0.02
+    )
     n = int(off.sum())
     if len(at) > 9 and n > len(at) / 2:
         i = at[int(off.argmax())]
-        raise ValueError(f"{f.place(i)}: {n} of {len(at)} official labels differ from those computed from the people's answers, e.g. {out['vqa_pred_answer'][i]!r} against {answers[i][:3]}...; is this the id map of the file?")
+        raise ValueError(
+            f"{f.place(i)}: {n} of {len(at)} official labels differ from those computed from the people's"
+            f" answers, e.g. {out['vqa_pred_answer'][i]!r} against {answers[i][:3]}...; is this the id map of"
+            " the file?"
+        )
     notes.append(f"official labels computed again: {n} of {len(at)} differ")
 
 # %% ../nbs/38_rldata_json.ipynb #58fc4b19
 def _methods(f, dialect, method, notes):
-    names, aug = _texts(f, "gen_method"), [isinstance(v, str) for v in f.of("aug_type")]; table = method if isinstance(method, dict) else {}
-    blank = method if isinstance(method, str) else dict(balanced="random", augmented="mined").get(dialect); out = []
+    names = _texts(f, "gen_method")
+    aug = [isinstance(v, str) for v in f.of("aug_type")]
+    table = method if isinstance(method, dict) else {}
+    blank = method if isinstance(method, str) else dict(balanced="random", augmented="mined").get(dialect)
+    out = []
     for i, m in enumerate(names):
         m = table.get(m, m)
         if m is None: m = blank
         elif m not in METHODS and aug[i]: m = "mined"
-        if m is None: raise ValueError(f"{f.place(i)}: no gen_method; pass method= one of {', '.join(METHODS)} for rows without")
-        if m not in METHODS: raise ValueError(f"{f.place(i)}: gen_method {m!r} is none of {', '.join(METHODS)}; pass method={{{m!r}: ...}}")
+        if m is None:
+            raise ValueError(
+                f"{f.place(i)}: no gen_method; pass method= one of {', '.join(METHODS)} for rows without"
+            )
+        if m not in METHODS:
+            raise ValueError(
+                f"{f.place(i)}: gen_method {m!r} is none of {', '.join(METHODS)}; pass method={{{m!r}: ...}}"
+            )
         out.append(m)
     if n := sum(m is None for m in names): notes.append(f"gen_method of {n} rows: not in the file, {blank!r}")
     return out
 
 def _proposals(f, dialect, method, notes):
-    lp, bs = _numbers(f, "logprob_score"), _numbers(f, "beam_score"); odd = np.abs(lp - bs) > 1e-6 * (1 + np.abs(bs))
+    lp = _numbers(f, "logprob_score")
+    bs = _numbers(f, "beam_score")
+    odd = np.abs(lp - bs) > 1e-6 * (1 + np.abs(bs))
     if odd.any():
         i = int(odd.argmax())
-        raise ValueError(f"{f.place(i)}: logprob_score {lp[i]:g}, but beam_score {bs[i]:g}: they are one number in these files")
-    return dict(gen_method=_methods(f, dialect, method, notes), beam_rank=_numbers(f, "beam_rank"), temperature=_numbers(f, "temperature"),
-                logprob_score=np.where(np.isnan(lp), bs, lp), similarity_score=_numbers(f, "similarity_score"))
+        raise ValueError(
+            f"{f.place(i)}: logprob_score {lp[i]:g}, but beam_score {bs[i]:g}: they are one number in these"
+            " files"
+        )
+    return dict(
+        gen_method=_methods(f, dialect, method, notes),
+        beam_rank=_numbers(f, "beam_rank"),
+        temperature=_numbers(f, "temperature"),
+        logprob_score=np.where(np.isnan(lp), bs, lp),
+        similarity_score=_numbers(f, "similarity_score"),
+    )
 
 def _check_queries(f, qid_of, items):
     "Hold what the file says about its queries against the id map and the items"
     asked = {} if items is None else dict(zip(items.question_id.tolist(), items.question))
     for k, q in qid_of.items():
-        b = f.block(k); where = f"{f.path}: query {k}"
-        if "query_id" in b and int(b["query_id"]) != k: raise ValueError(f"{where}: query_id is {b['query_id']}")
+        b = f.block(k)
+        where = f"{f.path}: query {k}"
+        if "query_id" in b and int(b["query_id"]) != k:
+            raise ValueError(f"{where}: query_id is {b['query_id']}")
         if b.get("question_id") is not None and int(b["question_id"]) != q:
-            raise ValueError(f"{where}: question_id is {b['question_id']}, but the id map says {q}: it is the map of another set")
-        if items is not None and q not in asked: raise ValueError(f"{where}: question_id {q} is not among the {len(asked)} items")
+            raise ValueError(
+                f"{where}: question_id is {b['question_id']}, but the id map says {q}: it is the map of"
+                " another set"
+            )
+        if items is not None and q not in asked:
+            raise ValueError(f"{where}: question_id {q} is not among the {len(asked)} items")
         if b.get("question") and q in asked and b["question"].strip() != asked[q].strip():
-            raise ValueError(f"{where}: question is {b['question']!r}, but question_id {q} asks {asked[q]!r}: the id map or the items are those of another set")
+            raise ValueError(
+                f"{where}: question is {b['question']!r}, but question_id {q} asks {asked[q]!r}: the id map"
+                " or the items are those of another set"
+            )
 
 # %% ../nbs/38_rldata_json.ipynb #4a0b3c8f
 def _the_pool(f, pool, own, look, qid_of, pointers):
@@ -336,30 +529,71 @@ def _the_pool(f, pool, own, look, qid_of, pointers):
         return pool, 0
     if own:
         ids = {qid_of[k]: look(p, f"{f.path}: query {k}", "candidate_pool_ids") for k, p in own.items()}
-        recipe = f.meta.get("pool") or dict(sampler="imported", K=max(map(len, ids.values())), file=f.fingerprint)
+        recipe = f.meta.get("pool") or dict(
+            sampler="imported", K=max(map(len, ids.values())), file=f.fingerprint
+        )
     elif pool == "used":
         used = tuple(sorted({i for p in pointers for i in p}))
         ids = dict.fromkeys(qid_of.values(), used)
         recipe = dict(sampler="used", K=len(used), file=f.fingerprint)
     elif pool is None:
-        raise ValueError(f"{f.path}: it has no pools; pass pool= the Pool that was used, or pool='used' for all demonstrations that it uses")
+        raise ValueError(
+            f"{f.path}: it has no pools; pass pool= the Pool that was used, or pool='used' for all"
+            " demonstrations that it uses"
+        )
     else: raise ValueError(f"pool={pool!r}: wanted a Pool, 'used', or None where the file has pools")
-    return Pool({q: tuple(i for i in c if i != q) for q, c in ids.items()}, recipe), sum(q in c for q, c in ids.items()) if own else 0
+    return Pool({q: tuple(i for i in c if i != q) for q, c in ids.items()}, recipe), (
+        sum(q in c for q, c in ids.items()) if own else 0
+    )
 
 def _repeats(f, rows, duplicates):
     "Bool [n]: repeated sequences to drop; ValueError where they contradict each other"
-    if duplicates not in ("same", "first", "last"): raise ValueError(f"duplicates={duplicates!r}: wanted 'same', 'first' or 'last'")
-    key = rows[["question_id", "pointer"]]; again = key.duplicated(keep="last" if duplicates == "last" else "first").to_numpy()
+    if duplicates not in ("same", "first", "last"):
+        raise ValueError(f"duplicates={duplicates!r}: wanted 'same', 'first' or 'last'")
+    key = rows[["question_id", "pointer"]]
+    again = key.duplicated(keep="last" if duplicates == "last" else "first").to_numpy()
     if duplicates == "same" and again.any():
         g = rows.groupby(["question_id", "pointer"])
-        odd = again & ((g.vqa_acc_score.transform("nunique") > 1) | (g.vqa_pred_answer.transform("nunique") > 1) | (g.eval_failed.transform("nunique") > 1)).to_numpy()
+        odd = (
+            again
+            & (
+                (g.vqa_acc_score.transform("nunique") > 1)
+                | (g.vqa_pred_answer.transform("nunique") > 1)
+                | (g.eval_failed.transform("nunique") > 1)
+            ).to_numpy()
+        )
         if odd.any():
             i = int(odd.argmax())
-            raise ValueError(f"{f.place(i)}: pointer {rows.pointer[i]} occurs twice with different labels; pass duplicates='first' or 'last' to keep one")
+            raise ValueError(
+                f"{f.place(i)}: pointer {rows.pointer[i]} occurs twice with different labels; pass"
+                " duplicates='first' or 'last' to keep one"
+            )
     return again
 
-_READ = ("pointer", "pointer_global", "gen_method", "beam_rank", "beam_score", "logprob_score", "similarity_score", "temperature", "vqa_pred_answer", "vqa_raw_generation", "raw_generation", "vqa_correct", "vqa_acc_score",
-         "vqa_gt_prob", "vqa_rel_token_f1", "vqa_rel_edit_sim", "vqa_rel_score", "vqa_eval_mode", "eval_split_used", "eval_failed", "error", "aug_type")
+_READ = (
+    "pointer",
+    "pointer_global",
+    "gen_method",
+    "beam_rank",
+    "beam_score",
+    "logprob_score",
+    "similarity_score",
+    "temperature",
+    "vqa_pred_answer",
+    "vqa_raw_generation",
+    "raw_generation",
+    "vqa_correct",
+    "vqa_acc_score",
+    "vqa_gt_prob",
+    "vqa_rel_token_f1",
+    "vqa_rel_edit_sim",
+    "vqa_rel_score",
+    "vqa_eval_mode",
+    "eval_split_used",
+    "eval_failed",
+    "error",
+    "aug_type",
+)
 
 # %% ../nbs/38_rldata_json.ipynb #abcd822c
 @patch(cls_method=True)
@@ -374,78 +608,186 @@ def from_json(cls:RLData,
     method:str|dict|None=None, # gen_method of rows without one, or {name in the file: one of METHODS}
 )->RLData: # validated; `.log` says what was detected, dropped and filled
     "Read an older JSON file; ValueError names file, query and field of what is ambiguous or inconsistent"
-    f = _File(path); dialect, why = _dialect(f, dialect); look = _id_map(f, id_map); own = f.meta.get("written_by") == "leverplus"
-    qid_of = {k: look((k,), f"{f.path}: query {k}", "its key")[0] for k in f.entries}; _check_queries(f, qid_of, items)
-    pools = _own_pools(f, dialect); ptr = _pointers(f, dialect, pools)
-    ptr = [look(p, f.place(i), "pointer") for i, p in enumerate(ptr)]; qid = [qid_of[k] for k in f.query]
-    the_pool, selfish = _the_pool(f, pool, pools, look, qid_of, ptr); facts, notes = _facts(f, own, acc_scale, qid, items)
-    rows = as_record(pd.DataFrame(dict(question_id=qid, pointer=pd.Series(ptr, dtype=object), **_proposals(f, dialect, method, notes), **facts)))
+    f = _File(path)
+    dialect, why = _dialect(f, dialect)
+    look = _id_map(f, id_map)
+    own = f.meta.get("written_by") == "leverplus"
+    qid_of = {k: look((k,), f"{f.path}: query {k}", "its key")[0] for k in f.entries}
+    _check_queries(f, qid_of, items)
+    pools = _own_pools(f, dialect)
+    ptr = _pointers(f, dialect, pools)
+    ptr = [look(p, f.place(i), "pointer") for i, p in enumerate(ptr)]
+    qid = [qid_of[k] for k in f.query]
+    the_pool, selfish = _the_pool(f, pool, pools, look, qid_of, ptr)
+    facts, notes = _facts(f, own, acc_scale, qid, items)
+    rows = as_record(
+        pd.DataFrame(
+            dict(
+                question_id=qid,
+                pointer=pd.Series(ptr, dtype=object),
+                **_proposals(f, dialect, method, notes),
+                **facts
+            )
+        )
+    )
     if selfish: notes.append(f"{selfish} pools held their own query, which was taken out")
-    shows = np.array([q in p for q, p in zip(qid, ptr)]); again = ~shows & _repeats(f, rows, duplicates)
-    told = f"dialect {dialect} ({why})"; unread = sorted(set(f.rows) - set(_READ))
+    shows = np.array([q in p for q, p in zip(qid, ptr)])
+    again = ~shows & _repeats(f, rows, duplicates)
+    told = f"dialect {dialect} ({why})"
+    unread = sorted(set(f.rows) - set(_READ))
     if unread: notes.append(f"not read: {', '.join(unread)}")
-    parent = RLData(rows, the_pool, {"import": dict(file=f.path.name, fingerprint=f.fingerprint, dialect=dialect, why=why, notes=notes,
-                                                    meta={k: v for k, v in f.meta.items()})})
-    out = derive([parent], rows[~shows & ~again], the_pool, f"from_json({f.path.name!r})",
-                 {"that show the query to itself": int(shows.sum()), "repeated sequences": int(again.sum())}, "; ".join([told, *notes]))
+    parent = RLData(
+        rows,
+        the_pool,
+        {
+            "import": dict(
+                file=f.path.name,
+                fingerprint=f.fingerprint,
+                dialect=dialect,
+                why=why,
+                notes=notes,
+                meta={k: v for k, v in f.meta.items()},
+            )
+        },
+    )
+    out = derive(
+        [parent],
+        rows[~shows & ~again],
+        the_pool,
+        f"from_json({f.path.name!r})",
+        {"that show the query to itself": int(shows.sum()), "repeated sequences": int(again.sum())},
+        "; ".join([told, *notes]),
+    )
     try: return out.validate() if items is None else out.validate(items.set_index("question_id", drop=False))
     except ValueError as e: raise ValueError(f"{f.path}: {e}") from e
 
 # %% ../nbs/38_rldata_json.ipynb #16b4edc1
-_V1_HOLDS = {"question_id", "pointer", "gen_method", "beam_rank", "temperature", "logprob_score", "vqa_pred_answer", "vqa_correct",
-             "vqa_acc_score", "vqa_eval_mode", "eval_failed"}
+_V1_HOLDS = {
+    "question_id",
+    "pointer",
+    "gen_method",
+    "beam_rank",
+    "temperature",
+    "logprob_score",
+    "vqa_pred_answer",
+    "vqa_correct",
+    "vqa_acc_score",
+    "vqa_eval_mode",
+    "eval_failed",
+}
 _V4_HOLDS = set(RECORD) - {"kappa", "vqa_gt_logprobs", "error", "scorer"}
-HOLDS = dict(v1=_V1_HOLDS, merged=_V4_HOLDS, v4=_V4_HOLDS, k64=_V4_HOLDS,
-             balanced={"question_id", "pointer", "vqa_pred_answer", "vqa_correct", "vqa_acc_score", "eval_failed"})
+HOLDS = dict(
+    v1=_V1_HOLDS,
+    merged=_V4_HOLDS,
+    v4=_V4_HOLDS,
+    k64=_V4_HOLDS,
+    balanced={"question_id", "pointer", "vqa_pred_answer", "vqa_correct", "vqa_acc_score", "eval_failed"},
+)
 # balanced files have neither vqa_correct nor eval_failed: these follow from accuracy, and from its absence
 
-def _one_scorer(data): s = data.rows.scorer; return s.iloc[0] if len(s) and s.notna().all() and s.nunique() == 1 else None
+def _one_scorer(data):
+    s = data.rows.scorer
+    return s.iloc[0] if len(s) and s.notna().all() and s.nunique() == 1 else None
 
 def lost_in(
     data:RLData, # a record
     dialect:str, # one that can be written: a key of HOLDS
 )->list: # of str; empty if the file holds everything but the manifest
     "List what a dialect cannot hold of these data"
-    if dialect not in HOLDS: raise ValueError(f"dialect {dialect!r} cannot be written; choose one of {', '.join(HOLDS)}")
-    r, n = data.rows, lambda m: int(np.asarray(m).sum()); text = r.vqa_acc_score.notna(); meta = dialect in ("v4", "k64")
-    out = [f"{c} of {k} rows" for c in RECORD if c not in HOLDS[dialect] and c != "scorer" and (k := n(r[c].notna()))]
+    if dialect not in HOLDS:
+        raise ValueError(f"dialect {dialect!r} cannot be written; choose one of {', '.join(HOLDS)}")
+    r = data.rows
+    n = lambda m: int(np.asarray(m).sum())
+    text = r.vqa_acc_score.notna()
+    meta = dialect in ("v4", "k64")
+    out = [
+        f"{c} of {k} rows"
+        for c in RECORD
+        if c not in HOLDS[dialect] and c != "scorer" and (k := n(r[c].notna()))
+    ]
     if not (meta and _one_scorer(data)): out.append(f"scorer of {len(r)} rows")
     if dialect != "k64": out.append(f"the pools of {len(data.queries)} queries")
     if dialect in ("v1", "balanced") and (k := n(~text & ~r.eval_failed)):
         out.append(f"{k} rows scored by probability only: they come back as failures")
-    raw = r.vqa_raw_generation if dialect in ("merged", "v4", "k64") else pd.Series([None] * len(r), dtype=object)
-    odd = [t and _negative(p, None if g != g else g, a) is not None for t, p, g, a in zip(text, r.vqa_pred_answer, raw, r.vqa_acc_score)]
+    raw = (
+        r.vqa_raw_generation
+        if dialect in ("merged", "v4", "k64")
+        else pd.Series([None] * len(r), dtype=object)
+    )
+    odd = [
+        t and _negative(p, None if g != g else g, a) is not None
+        for t, p, g, a in zip(text, r.vqa_pred_answer, raw, r.vqa_acc_score)
+    ]
     if not meta and (k := n(odd)): out.append(f"{k} answers that read like failures: they come back as such")
     if dialect == "merged" and (k := n((r.vqa_gt_prob == 0) & ~r.eval_failed)):
-        out.append(f"vqa_gt_prob of all rows: {k} are exactly 0, which a file of this dialect cannot tell from a failed computation")
+        out.append(
+            f"vqa_gt_prob of all rows: {k} are exactly 0, which a file of this dialect cannot tell from a"
+            " failed computation"
+        )
     return out
 
 # %% ../nbs/38_rldata_json.ipynb #e3b176e9
 def _candidate(dialect, row, ids, local):
-    v = lambda c: None if row[c] is None or row[c] != row[c] else row[c]; whole = lambda c: v(c) if v(c) is None or v(c) % 1 else int(v(c))
-    if dialect == "balanced": return dict(pointer=ids, vqa_pred_answer=v("vqa_pred_answer"), vqa_acc_score=v("vqa_acc_score"))
-    mode = v("vqa_eval_mode"); mode = None if mode == "unstated" else ("file" if dialect == "v1" else "vqaEval") if mode == "official" else mode
-    out = dict(pointer=local if dialect == "k64" else ids, gen_method=row["gen_method"], beam_rank=whole("beam_rank"),
-               beam_score=v("logprob_score") if row["gen_method"] == "beam" else None, logprob_score=v("logprob_score"), temperature=v("temperature"), vqa_pred_answer=v("vqa_pred_answer"),
-               vqa_correct=whole("vqa_correct"), vqa_acc_score=v("vqa_acc_score"), vqa_eval_mode="error" if row["eval_failed"] else mode)
+    v = lambda c: None if row[c] is None or row[c] != row[c] else row[c]
+    whole = lambda c: v(c) if v(c) is None or v(c) % 1 else int(v(c))
+    if dialect == "balanced":
+        return dict(pointer=ids, vqa_pred_answer=v("vqa_pred_answer"), vqa_acc_score=v("vqa_acc_score"))
+    mode = v("vqa_eval_mode")
+    mode = (
+        None
+        if mode == "unstated"
+        else ("file" if dialect == "v1" else "vqaEval") if mode == "official" else mode
+    )
+    out = dict(
+        pointer=local if dialect == "k64" else ids,
+        gen_method=row["gen_method"],
+        beam_rank=whole("beam_rank"),
+        beam_score=v("logprob_score") if row["gen_method"] == "beam" else None,
+        logprob_score=v("logprob_score"),
+        temperature=v("temperature"),
+        vqa_pred_answer=v("vqa_pred_answer"),
+        vqa_correct=whole("vqa_correct"),
+        vqa_acc_score=v("vqa_acc_score"),
+        vqa_eval_mode="error" if row["eval_failed"] else mode,
+    )
     if dialect == "v1": return out
     if dialect == "k64": out["pointer_global"] = ids
-    return out | {c: v(c) for c in ("similarity_score", "vqa_raw_generation", "vqa_gt_prob", "vqa_rel_token_f1", "vqa_rel_edit_sim",
-                                    "vqa_rel_score")} | dict(eval_failed=row["eval_failed"])
+    return (
+        out
+        | {
+            c: v(c)
+            for c in (
+                "similarity_score",
+                "vqa_raw_generation",
+                "vqa_gt_prob",
+                "vqa_rel_token_f1",
+                "vqa_rel_edit_sim",
+                "vqa_rel_score",
+            )
+        }
+        | dict(eval_failed=row["eval_failed"])
+    )
 
 def _row_of(data, id_map, dialect, path):
     "{question_id: row number}, or None: ids stay what they are"
     if id_map is None or isinstance(id_map, str): return None
     rows = {int(q): int(k) for k, q in (id_map.items() if hasattr(id_map, "items") else enumerate(id_map))}
-    ids = set(data.queries).union(*data.rows.pointer, *([data.pool[q] for q in data.queries] if dialect == "k64" else []))
+    ids = set(data.queries).union(
+        *data.rows.pointer, *([data.pool[q] for q in data.queries] if dialect == "k64" else [])
+    )
     if lost := sorted(ids - set(rows)):
-        raise ValueError(f"{path}: question_id {lost[0]} is not in the id map of {len(rows)} rows ({len(lost)} such ids)")
+        raise ValueError(
+            f"{path}: question_id {lost[0]} is not in the id map of {len(rows)} rows ({len(lost)} such ids)"
+        )
     return rows
 
 def _query_block(key, q, items):
     out = dict(query_id=key, question_id=q)
     if items is None: return out
-    it = items.loc[q]; return out | dict(image_id=int(it["image_id"]), question=it["question"], gt_answers_raw=[str(a) for a in it["answers"]])
+    it = items.loc[q]
+    return out | dict(
+        image_id=int(it["image_id"]), question=it["question"], gt_answers_raw=[str(a) for a in it["answers"]]
+    )
 
 # %% ../nbs/38_rldata_json.ipynb #fa0be2a2
 @patch
@@ -458,15 +800,32 @@ def to_json(self:RLData,
     "Write an older JSON dialect, atomically"
     lost = lost_in(self, dialect)
     if id_map is None and dialect in _META_FREE:
-        raise ValueError(f"{path}: a {dialect} file cannot say what its ids are, and readers take them for row numbers; pass id_map={{row: question_id}}, or 'question_id' if that is meant")
-    rows = _row_of(self, id_map, dialect, path); name = (lambda i: i) if rows is None else rows.__getitem__
+        raise ValueError(
+            f"{path}: a {dialect} file cannot say what its ids are, and readers take them for row numbers;"
+            " pass id_map={row: question_id}, or 'question_id' if that is meant"
+        )
+    rows = _row_of(self, id_map, dialect, path)
+    name = (lambda i: i) if rows is None else rows.__getitem__
     by_id = None if items is None else items.set_index("question_id", drop=False)
-    local = self.pool.local_rows(self.rows.question_id, self.rows.pointer) if dialect == "k64" and len(self) else [()] * len(self); whole = {}
+    local = (
+        self.pool.local_rows(self.rows.question_id, self.rows.pointer)
+        if dialect == "k64" and len(self)
+        else [()] * len(self)
+    )
+    whole = {}
     if dialect in ("v4", "k64"):
-        whole["_meta"] = dict(written_by="leverplus", dialect=dialect, ids="question_id" if rows is None else "row", scorer=_one_scorer(self),
-                              pool=self.pool.recipe if dialect == "k64" else None, notes=lost)
+        whole["_meta"] = dict(
+            written_by="leverplus",
+            dialect=dialect,
+            ids="question_id" if rows is None else "row",
+            scorer=_one_scorer(self),
+            pool=self.pool.recipe if dialect == "k64" else None,
+            notes=lost,
+        )
     for q in self.queries:
-        e = whole[str(name(q))] = dict(query=_query_block(name(q), q, by_id)) if dialect in ("v4", "k64") else {}
+        e = whole[str(name(q))] = (
+            dict(query=_query_block(name(q), q, by_id)) if dialect in ("v4", "k64") else {}
+        )
         if dialect == "k64": e["candidate_pool_ids"] = [name(i) for i in self.pool[q]]
         e["pointer_candidates"] = []
     for row, l in zip(self.rows.to_dict("records"), local):
@@ -481,28 +840,53 @@ def read_beams(
     id_map, # {row number: question_id}, a sequence of question_ids by row, or "question_id"
 )->pd.DataFrame: # question_id, pointer, beam_rank (0 = best score), score, shot_scores (tuple or None); `attrs["file"]` has its fingerprint
     "Read supervised beams; ValueError names file, anchor and field"
-    whole, raw = _parse(path); f = type("f", (), dict(path=Path(path), meta={}))(); look = _id_map(f, id_map); out = []; whole.pop("_meta", None)
+    whole, raw = _parse(path)
+    f = type("f", (), dict(path=Path(path), meta={}))()
+    look = _id_map(f, id_map)
+    out = []
+    whole.pop("_meta", None)
     for key, e in whole.items():
-        where, k = f"{path}: anchor {key}", int(key)
-        if not isinstance(e, dict) or not isinstance(e.get("id_list"), list) or not isinstance(e.get("score_list"), list):
+        where = f"{path}: anchor {key}"
+        k = int(key)
+        if (
+            not isinstance(e, dict)
+            or not isinstance(e.get("id_list"), list)
+            or not isinstance(e.get("score_list"), list)
+        ):
             raise ValueError(f"{where}: no `id_list` and `score_list`; is this a beam file?")
-        seqs, scores, steps = e["id_list"], e["score_list"], e.get("shot_scores") or [None] * len(e["id_list"])
+        seqs = e["id_list"]
+        scores = e["score_list"]
+        steps = e.get("shot_scores") or [None] * len(e["id_list"])
         if not len(seqs) == len(scores) == len(steps):
-            raise ValueError(f"{where}: {len(seqs)} sequences, {len(scores)} scores, {len(steps)} shot_scores")
+            raise ValueError(
+                f"{where}: {len(seqs)} sequences, {len(scores)} scores, {len(steps)} shot_scores"
+            )
         for s, v, st in zip(seqs, scores, steps):
             if not isinstance(s, list) or len(s) < 2 or any(type(i) is not int for i in s):
                 raise ValueError(f"{where}: id_list holds {s!r}, wanted demonstrations and then the anchor")
-            if s[-1] != k: raise ValueError(f"{where}: a sequence ends with {s[-1]}, not with the anchor: {s}")
+            if s[-1] != k:
+                raise ValueError(f"{where}: a sequence ends with {s[-1]}, not with the anchor: {s}")
             if len(set(s)) < len(s): raise ValueError(f"{where}: a sequence repeats an id: {s}")
             if any(isinstance(x, _Odd) or not isinstance(x, (int, float)) for x in (v, *(st or ()))):
                 raise ValueError(f"{where}: score {v!s} of {s} is not a number")
             if st is not None and (len(st) != len(s) - 1 or abs(st[-1] - v) > 1e-6):
                 raise ValueError(f"{where}: shot_scores {st} do not end in the score {v} of {s}")
-            out.append((look((k,), where, "its key")[0], look(s[:-1], where, "id_list"), float(v), None if st is None else tuple(map(float, st))))
+            out.append(
+                (
+                    look((k,), where, "its key")[0],
+                    look(s[:-1], where, "id_list"),
+                    float(v),
+                    None if st is None else tuple(map(float, st)),
+                )
+            )
     rows = pd.DataFrame(out, columns=["question_id", "pointer", "score", "shot_scores"])
     if (twice := rows.duplicated(["question_id", "pointer"])).any():
         i = int(twice.to_numpy().argmax())
         raise ValueError(f"{path}: question_id {rows.question_id[i]} has the beam {rows.pointer[i]} twice")
-    rows.insert(2, "beam_rank", rows.groupby("question_id").score.rank(ascending=False, method="first").astype(int) - 1)
+    rows.insert(
+        2,
+        "beam_rank",
+        rows.groupby("question_id").score.rank(ascending=False, method="first").astype(int) - 1,
+    )
     rows.attrs["file"] = fingerprint(raw)
     return rows

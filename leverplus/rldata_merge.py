@@ -38,19 +38,40 @@ def derive(
     note:str="", # what else is worth a word
 )->RLData: # with `manifest["sources"]` and one more entry in `manifest["history"]`
     "Make a record out of rows of others, and write down what became of all rows"
-    n, dropped = sum(map(len, parents)), {k: int(v) for k, v in dropped.items() if v}
+    n = sum(map(len, parents))
+    dropped = {k: int(v) for k, v in dropped.items() if v}
     if n != len(rows) + sum(dropped.values()):
-        raise RuntimeError(f"{step}: {n} rows came in, {len(rows)} stay, {dropped} dropped: some are not accounted for")
+        raise RuntimeError(
+            f"{step}: {n} rows came in, {len(rows)} stay, {dropped} dropped: some are not accounted for"
+        )
     came = len(set().union(*(d.rows.question_id.unique().tolist() for d in parents)))
-    out = copy(parents[0]); out.rows, out.pool, out.path, out.order = whole_draws(rows.reset_index(drop=True), pool, *parents), pool, None, None
-    entry = dict(step=step, rows=[n, len(rows)], queries=[came, int(rows.question_id.nunique())], dropped=dropped, note=note)
-    out.manifest = dict(sources=_unique([s for d in parents for s in sources(d)]),
-                        history=[*_unique([h for d in parents for h in d.manifest.get("history", [])]), entry])
+    out = copy(parents[0])
+    out.rows, out.pool, out.path, out.order = (
+        whole_draws(rows.reset_index(drop=True), pool, *parents),
+        pool,
+        None,
+        None,
+    )
+    entry = dict(
+        step=step,
+        rows=[n, len(rows)],
+        queries=[came, int(rows.question_id.nunique())],
+        dropped=dropped,
+        note=note,
+    )
+    out.manifest = dict(
+        sources=_unique([s for d in parents for s in sources(d)]),
+        history=[*_unique([h for d in parents for h in d.manifest.get("history", [])]), entry],
+    )
     return out
 
 def _line(h):
     drop = ", ".join(f"{n} {why}" for why, n in h["dropped"].items()) or "nothing"
-    return f"{h['step']}: {h['rows'][0]} -> {h['rows'][1]} rows, {h['queries'][0]} -> {h['queries'][1]} queries; dropped: {drop}" + (f"; {h['note']}" if h["note"] else "")
+    return (
+        f"{h['step']}: {h['rows'][0]} -> {h['rows'][1]} rows, {h['queries'][0]} -> {h['queries'][1]} queries;"
+        f" dropped: {drop}"
+        + (f"; {h['note']}" if h["note"] else "")
+    )
 
 @patch(as_prop=True)
 def log(self:RLData):
@@ -71,8 +92,10 @@ def _keep(data, keep, step, reasons, note=""):
     dropped, left = {}, ~keep
     for why in reasons:
         mark, text = (left, why) if isinstance(why, str) else why
-        dropped[text] = int((left & mark).sum()); left = left & ~mark
-    rows = data.rows[keep]; qs = rows.question_id.unique()
+        dropped[text] = int((left & mark).sum())
+        left = left & ~mark
+    rows = data.rows[keep]
+    qs = rows.question_id.unique()
     pool = data.pool if len(qs) == len(data.pool) else data.pool.only(qs.tolist())
     return derive([data], rows, pool, step, dropped, note)
 
@@ -90,12 +113,17 @@ def row_reward(
     "Reward of the rows that can have one; ValueError if the mode is unknown, or if no row has its facts"
     if reward in RECORD:
         if RECORD[reward] != "float" or weights:
-            raise ValueError(f"reward {reward!r} with {weights}: wanted a numeric column of the record alone, or a reward mode")
+            raise ValueError(
+                f"reward {reward!r} with {weights}: wanted a numeric column of the record alone, or a reward"
+                " mode"
+            )
         return rows[reward].mask(rows.eval_failed).to_numpy()
-    needs = list(reward_facts(reward)[0]); ok = ~rows.eval_failed.to_numpy()
+    needs = list(reward_facts(reward)[0])
+    ok = ~rows.eval_failed.to_numpy()
     if set(needs) <= set(rows): ok = ok & rows[needs].notna().all(axis=1).to_numpy()
     out = np.full(len(rows), np.nan)
-    if ok.any() or not rows.eval_failed.all(): out[ok] = reward_of(rows[ok] if ok.any() else rows, reward, **weights)
+    if ok.any() or not rows.eval_failed.all():
+        out[ok] = reward_of(rows[ok] if ok.any() else rows, reward, **weights)
     return out
 
 def label_rows(
@@ -115,16 +143,31 @@ def query_table(
     **weights, # arguments of the reward mode
 )->pd.DataFrame: # indexed by question_id in order of appearance: rows, positive, contrast, unknown, low, high, gap (NaN without a known row)
     "Count every query: how many rows of which kind, and how far apart its best and worst reward are"
-    kind = label_rows(data.rows, positive, at); r = pd.Series(row_reward(data.rows, reward, **weights))
-    code, q = pd.factorize(data.rows.question_id); count = lambda m: np.bincount(code[m], minlength=len(q))
-    g = r.groupby(code); low, high = g.min().to_numpy(), g.max().to_numpy()
-    return pd.DataFrame(dict(rows=count(slice(None)), positive=count(kind == 1), contrast=count(kind == 0), unknown=count(np.isnan(kind)), low=low, high=high,
-                             gap=high - low), index=pd.Index(q, name="question_id"))
+    kind = label_rows(data.rows, positive, at)
+    r = pd.Series(row_reward(data.rows, reward, **weights))
+    code, q = pd.factorize(data.rows.question_id)
+    count = lambda m: np.bincount(code[m], minlength=len(q))
+    g = r.groupby(code)
+    low = g.min().to_numpy()
+    high = g.max().to_numpy()
+    return pd.DataFrame(
+        dict(
+            rows=count(slice(None)),
+            positive=count(kind == 1),
+            contrast=count(kind == 0),
+            unknown=count(np.isnan(kind)),
+            low=low,
+            high=high,
+            gap=high - low,
+        ),
+        index=pd.Index(q, name="question_id"),
+    )
 
 # %% ../nbs/35_rldata_merge.ipynb #0e298d47
 def _queries(data, table, keep, step, reasons, note=""):
     "Whole queries where `keep` (bool, one per line of `table`)"
-    code = pd.Index(table.index).get_indexer(data.rows.question_id); of = lambda x: x if isinstance(x, str) else (np.asarray(x[0])[code], x[1])
+    code = pd.Index(table.index).get_indexer(data.rows.question_id)
+    of = lambda x: x if isinstance(x, str) else (np.asarray(x[0])[code], x[1])
     return _keep(data, np.asarray(keep)[code], step, [of(x) for x in reasons], note)
 
 def by_gap(
@@ -135,9 +178,20 @@ def by_gap(
     **weights, # arguments of the reward mode
 )->RLData: # the queries with lo <= best - worst reward < hi, whole
     "Keep queries whose rewards lie so far apart"
-    t = query_table(data, reward, **weights); none = t.gap.isna(); low, high = t.gap < lo - 1e-9, t.gap >= hi - 1e-9
-    return _queries(data, t, ~(none | low | high), _call(by_gap, lo=lo, hi=hi, reward=reward, **weights),
-                    [(none, "in queries without a known reward"), (low, f"in queries with a gap below {lo:g}"), f"in queries with a gap of {hi:g} or more"])
+    t = query_table(data, reward, **weights)
+    none = t.gap.isna()
+    low, high = t.gap < lo - 1e-9, t.gap >= hi - 1e-9
+    return _queries(
+        data,
+        t,
+        ~(none | low | high),
+        _call(by_gap, lo=lo, hi=hi, reward=reward, **weights),
+        [
+            (none, "in queries without a known reward"),
+            (low, f"in queries with a gap below {lo:g}"),
+            f"in queries with a gap of {hi:g} or more",
+        ],
+    )
 
 def by_counts(
     data:RLData, # a record
@@ -146,12 +200,30 @@ def by_counts(
     positive:str="vqa_acc_score", at:float=0., # what counts as positive, see `label_rows`
 )->RLData: # the queries that have that many, whole
     "Keep queries by the number of their positives and contrasts"
-    t = query_table(data, positive, positive, at); top = lambda x: np.inf if x is None else x; why = []
+    t = query_table(data, positive, positive, at)
+    top = lambda x: np.inf if x is None else x
+    why = []
     for c, lo, hi in (("positive", min_positive, max_positive), ("contrast", min_contrast, max_contrast)):
-        why += [(t[c] < lo, f"in queries with fewer than {lo} {c}s"), (t[c] > top(hi), f"in queries with more than {hi} {c}s")]
+        why += [
+            (t[c] < lo, f"in queries with fewer than {lo} {c}s"),
+            (t[c] > top(hi), f"in queries with more than {hi} {c}s"),
+        ]
     keep = ~np.any([m for m, _ in why], axis=0)
-    return _queries(data, t, keep, _call(by_counts, min_positive=min_positive, max_positive=max_positive, min_contrast=min_contrast,
-                                         max_contrast=max_contrast, positive=positive, at=at), why)
+    return _queries(
+        data,
+        t,
+        keep,
+        _call(
+            by_counts,
+            min_positive=min_positive,
+            max_positive=max_positive,
+            min_contrast=min_contrast,
+            max_contrast=max_contrast,
+            positive=positive,
+            at=at,
+        ),
+        why,
+    )
 
 def require_positive_query(
     data:RLData, # a record
@@ -189,11 +261,17 @@ def tiers(
     **weights, # arguments of the reward mode
 )->dict: # {name: RLData}, all of `levels` and `rest`; each query in exactly one
     "Divide queries by how much they can teach"
-    if rest in levels: raise ValueError(f"tiers: {rest!r} is one of {list(levels)} and the name of the rest; choose another")
+    if rest in levels:
+        raise ValueError(f"tiers: {rest!r} is one of {list(levels)} and the name of the rest; choose another")
     t = query_table(data, reward, positive, at, **weights)
     reach = [(t.gap >= g - 1e-9) & (t.positive >= p) & (t.contrast >= c) for g, p, c in levels.values()]
     tier = np.select(reach, list(levels), rest) if len(t) else np.empty(0, object)
-    return {name: _queries(data, t, tier == name, _call(tiers, tier=name, reward=reward, **weights), ["in other tiers"]) for name in (*levels, rest)}
+    return {
+        name: _queries(
+            data, t, tier == name, _call(tiers, tier=name, reward=reward, **weights), ["in other tiers"]
+        )
+        for name in (*levels, rest)
+    }
 
 def phases(
     data:RLData, # a record
@@ -201,19 +279,31 @@ def phases(
     **kwargs, # of `tiers`
 )->list: # of (name, RLData); ValueError names a phase without queries, or a tier that does not exist
     "Lay out a curriculum: which data in which phase"
-    parts, out = tiers(data, **kwargs), []; tier_of = {q: n for n, d in parts.items() for q in d.queries}
+    parts = tiers(data, **kwargs)
+    out = []
+    tier_of = {q: n for n, d in parts.items() for q in d.queries}
     t = pd.Series(tier_of).reindex(data.queries)
     for name, of in plan:
-        if odd := set(of) - set(parts): raise ValueError(f"phase {name!r} wants tiers {sorted(odd)}; there are {list(parts)}")
-        out.append((name, _queries(data, t, t.isin(list(of)), _call(phases, phase=name, tiers=of), ["in other tiers"])))
+        if odd := set(of) - set(parts):
+            raise ValueError(f"phase {name!r} wants tiers {sorted(odd)}; there are {list(parts)}")
+        out.append(
+            (
+                name,
+                _queries(data, t, t.isin(list(of)), _call(phases, phase=name, tiers=of), ["in other tiers"]),
+            )
+        )
         if not len(out[-1][1]):
-            raise ValueError(f"phase {name!r} has no queries: tiers {({n: len(d.queries) for n, d in parts.items()})}; lower the levels, or make better data")
+            raise ValueError(
+                f"phase {name!r} has no queries: tiers {({n: len(d.queries) for n, d in parts.items()})};"
+                " lower the levels, or make better data"
+            )
     return out
 
 # %% ../nbs/35_rldata_merge.ipynb #1929baa6
 def _mix(x):
     "The finaliser of splitmix64 (Steele, Lea, Flood 2014): uint64 [n] -> uint64 [n]"
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9); x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
 def row_lots(
@@ -223,27 +313,34 @@ def row_lots(
     "Draw a lot for each row from its numbers alone"
     h = np.full(len(columns[0]), stable_hash(*key), np.uint64)
     with np.errstate(over="ignore"):
-        for c in columns: h = _mix((h ^ np.asarray(c).astype(np.int64).view(np.uint64)) + np.uint64(0x9E3779B97F4A7C15))
+        for c in columns:
+            h = _mix((h ^ np.asarray(c).astype(np.int64).view(np.uint64)) + np.uint64(0x9E3779B97F4A7C15))
     return (h >> np.uint64(11)).astype(float) / 2**53
 
 # %% ../nbs/35_rldata_merge.ipynb #49e22b7e
 def _place(code, *keys):
     "Rank of each row among those of equal `code`, by `keys` (most important first), from 0"
-    order = np.lexsort((*keys[::-1], code)); sorted_ = code[order]
+    order = np.lexsort((*keys[::-1], code))
+    sorted_ = code[order]
     first = np.r_[True, sorted_[1:] != sorted_[:-1]] if len(code) else np.zeros(0, bool)
-    out = np.empty(len(code), np.int64); at = np.arange(len(code)); out[order] = at - np.maximum.accumulate(np.where(first, at, 0))
+    out = np.empty(len(code), np.int64)
+    at = np.arange(len(code))
+    out[order] = at - np.maximum.accumulate(np.where(first, at, 0))
     return out
 
 def _nearest(n, other, share, least):
     "How many of `n` rows to keep, at least `least`, so that n/(n + other) comes nearest to `share`"
-    x = np.floor(other * share / (1-share)).astype(int); ab = np.array([np.clip(x + i, np.minimum(least, n), n) for i in (0, 1)])
+    x = np.floor(other * share / (1 - share)).astype(int)
+    ab = np.array([np.clip(x + i, np.minimum(least, n), n) for i in (0, 1)])
     off = np.abs(ab / np.maximum(ab + other, 1) - share)
     return np.where(off[0] <= off[1], *ab)
 
 def _wanted(p, c, share, min_p, min_c):
     "How many positives and contrasts to keep of p and c [queries]; queries with one kind only stay as they are"
-    both, s = (p > 0) & (c > 0), p / np.maximum(p + c, 1)
-    fewer_p, fewer_c = _nearest(p, c, share, max(1, min_p)), _nearest(c, p, 1-share, max(1, min_c))
+    both = (p > 0) & (c > 0)
+    s = p / np.maximum(p + c, 1)
+    fewer_p = _nearest(p, c, share, max(1, min_p))
+    fewer_c = _nearest(c, p, 1-share, max(1, min_c))
     return np.where(both & (s > share), fewer_p, p), np.where(both & (s < share), fewer_c, c)
 
 # %% ../nbs/35_rldata_merge.ipynb #5370c22e
@@ -260,30 +357,62 @@ def balance(
 )->RLData: # fewer rows; its log names the share before and after
     "Bound the positives and contrasts of each query, and move its share of positives"
     for k, lo, hi in (("positive", min_positive, max_positive), ("contrast", min_contrast, max_contrast)):
-        if lo < 0 or hi is not None and hi < max(lo, 1): raise ValueError(f"balance: min_{k}={lo}, max_{k}={hi}; wanted 0 <= min <= max and max >= 1")
+        if lo < 0 or hi is not None and hi < max(lo, 1):
+            raise ValueError(f"balance: min_{k}={lo}, max_{k}={hi}; wanted 0 <= min <= max and max >= 1")
     if positive_share is not None and not 0 < positive_share < 1:
-        raise ValueError(f"balance: positive_share={positive_share}, wanted a number between 0 and 1, both excluded")
-    rows, kind = data.rows, label_rows(data.rows, positive, at); code, q = pd.factorize(rows.question_id); pos, con = kind == 1, kind == 0
+        raise ValueError(
+            f"balance: positive_share={positive_share}, wanted a number between 0 and 1, both excluded"
+        )
+    rows = data.rows
+    kind = label_rows(data.rows, positive, at)
+    code, q = pd.factorize(rows.question_id)
+    pos, con = kind == 1, kind == 0
     have = np.array([np.bincount(code[m], minlength=len(q)) for m in (con, pos)])
     cap = np.minimum(have, [[have.max(initial=0) if m is None else m] for m in (max_contrast, max_positive)])
-    want = cap if positive_share is None else np.array(_wanted(cap[1], cap[0], positive_share, min_positive, min_contrast)[::-1])
+    want = (
+        cap
+        if positive_share is None
+        else np.array(_wanted(cap[1], cap[0], positive_share, min_positive, min_contrast)[::-1])
+    )
     lots = row_lots(rows.question_id, *pointer_matrix(rows.pointer.to_numpy())[0].T, key=("balance", seed))
     best = np.zeros(len(rows)) if prefer is None else -rows[prefer].fillna(-np.inf).to_numpy(float)
-    k = pos.astype(int); place = np.where(pos | con, _place(code * 3 + np.where(np.isnan(kind), 2, k), best, lots), -1)
-    few, poor = (have[1] < min_positive)[code], (have[0] < min_contrast)[code]; over = place >= cap[k, code]
+    k = pos.astype(int)
+    place = np.where(pos | con, _place(code * 3 + np.where(np.isnan(kind), 2, k), best, lots), -1)
+    few, poor = (have[1] < min_positive)[code], (have[0] < min_contrast)[code]
+    over = place >= cap[k, code]
     keep = ~few & ~poor & (place < want[k, code])
-    why = [(few, f"in queries with fewer than {min_positive} positives"), (poor, f"in queries with fewer than {min_contrast} contrasts"),
-           (over & pos, f"positives beyond {max_positive}"), (over & con, f"contrasts beyond {max_contrast}"), (pos, "positives for the share"), "contrasts for the share"]
-    step = _call(balance, positive_share=positive_share, min_positive=min_positive, max_positive=max_positive, min_contrast=min_contrast,
-                 max_contrast=max_contrast, seed=seed, prefer=prefer, positive=positive, at=at)
+    why = [
+        (few, f"in queries with fewer than {min_positive} positives"),
+        (poor, f"in queries with fewer than {min_contrast} contrasts"),
+        (over & pos, f"positives beyond {max_positive}"),
+        (over & con, f"contrasts beyond {max_contrast}"),
+        (pos, "positives for the share"),
+        "contrasts for the share",
+    ]
+    step = _call(
+        balance,
+        positive_share=positive_share,
+        min_positive=min_positive,
+        max_positive=max_positive,
+        min_contrast=min_contrast,
+        max_contrast=max_contrast,
+        seed=seed,
+        prefer=prefer,
+        positive=positive,
+        at=at,
+    )
     return _keep(data, keep, step, why, f"share of positives {_share(kind)} -> {_share(kind[keep])}")
 
 # %% ../nbs/35_rldata_merge.ipynb #abc4647f
 def _pictures(data, items):
     "A number per query that is equal for queries about the same picture: the smallest image_id among its twins"
-    q = np.asarray(data.queries, dtype=np.int64); lost = np.setdiff1d(q, items.question_id.to_numpy())
+    q = np.asarray(data.queries, dtype=np.int64)
+    lost = np.setdiff1d(q, items.question_id.to_numpy())
     if len(lost):
-        raise ValueError(f"question_id {lost[0]} is not among the {len(items)} items ({len(lost)} such queries): pass the items that the data were made from")
+        raise ValueError(
+            f"question_id {lost[0]} is not among the {len(items)} items ({len(lost)} such queries): pass the"
+            " items that the data were made from"
+        )
     first = pd.Series(items.image_id.to_numpy()).groupby(image_groups(items)).transform("min")
     return pd.Series(first.to_numpy(), index=items.question_id.to_numpy()).reindex(q).to_numpy()
 
@@ -297,9 +426,12 @@ def split(
     f = np.asarray(fractions, float)
     if not len(f) or (f <= 0).any() or abs(f.sum() - 1) > 1e-9:
         raise ValueError(f"split: fractions {tuple(fractions)}, wanted positive numbers that sum to 1")
-    t = pd.DataFrame(index=pd.Index(data.queries)); key = t.index.to_numpy(np.int64) if items is None else _pictures(data, items)
+    t = pd.DataFrame(index=pd.Index(data.queries))
+    key = t.index.to_numpy(np.int64) if items is None else _pictures(data, items)
     part = np.searchsorted(np.cumsum(f)[:-1], row_lots(key, key=("split", seed)), side="right")
-    call = lambda i: _call(split, part=i, fractions=tuple(fractions), seed=seed, **({} if items is None else dict(by="picture")))
+    call = lambda i: _call(
+        split, part=i, fractions=tuple(fractions), seed=seed, **({} if items is None else dict(by="picture"))
+    )
     return [_queries(data, t, part == i, call(i), ["in other parts"]) for i in range(len(f))]
 
 def sample_queries(
@@ -308,8 +440,11 @@ def sample_queries(
     seed:int=0, # of the lots
 )->RLData: # n whole queries, in the order of `data`
     "Draw queries; with the same seed, fewer are a part of more"
-    t = pd.DataFrame(index=pd.Index(data.queries)); N = len(t); m = round(n*N) if isinstance(n, float) else n
-    if not 0 < m <= N: raise ValueError(f"sample_queries: n={n} of {N} queries; wanted 1..{N}, or a share in (0, 1]")
+    t = pd.DataFrame(index=pd.Index(data.queries))
+    N = len(t)
+    m = round(n * N) if isinstance(n, float) else n
+    if not 0 < m <= N:
+        raise ValueError(f"sample_queries: n={n} of {N} queries; wanted 1..{N}, or a share in (0, 1]")
     place = _place(np.zeros(N, int), row_lots(t.index.to_numpy(np.int64), key=("sample", seed)))
     return _queries(data, t, place < m, _call(sample_queries, n=n, seed=seed), ["in other queries"])
 
@@ -321,32 +456,57 @@ def scorer_ranks(
     "Rank the scorers of rows"
     names = scorer.dropna().drop_duplicates(keep="last").tolist()
     if isinstance(prefer, str) and prefer != "newest":
-        raise ValueError(f"prefer={prefer!r}: wanted 'newest' or a list of scorer fingerprints, best first; there are {names}")
+        raise ValueError(
+            f"prefer={prefer!r}: wanted 'newest' or a list of scorer fingerprints, best first; there are"
+            f" {names}"
+        )
     order = names if isinstance(prefer, str) else list(prefer)[::-1]
-    if lost := [n for n in names if n not in order]: raise ValueError(f"prefer lacks the scorers {lost}: name each of {names}, best first")
+    if lost := [n for n in names if n not in order]:
+        raise ValueError(f"prefer lacks the scorers {lost}: name each of {names}, best first")
     return scorer.map({n: i for i, n in enumerate(order)}).fillna(-1).to_numpy().astype(int)
 
 def _resolve(rows, prefer, mix):
     "(keep [n] bool, reasons, note) of rows in the order given"
-    rank, bad = scorer_ranks(rows.scorer, prefer), rows.eval_failed.to_numpy(); query = pd.factorize(rows.question_id)[0]
-    best = pd.Series(np.where(bad, rank, rank + len(rank))).groupby(query).transform("max").to_numpy() # any label before any failure
+    rank = scorer_ranks(rows.scorer, prefer)
+    bad = rows.eval_failed.to_numpy()
+    query = pd.factorize(rows.question_id)[0]
+    # any label before any failure
+    best = pd.Series(np.where(bad, rank, rank + len(rank))).groupby(query).transform("max").to_numpy()
     other = np.zeros(len(rows), bool) if mix else (rank != best % max(len(rank), 1)) & (rank >= 0)
-    key = pd.DataFrame(pointer_matrix(rows.pointer.to_numpy())[0]).assign(q=query); key = key.groupby(list(key), sort=False).ngroup().to_numpy()
-    facts = rows[[*TEXT_FACTS, *PROB_FACTS]].notna().sum(axis=1).to_numpy(); at = np.arange(len(rows))
-    place = _place(key, other, bad, -rank, -facts, -at); again = ~other & (place > 0)
-    kept = np.empty(key.max(initial=-1) + 1, np.int64); kept[key[place == 0]] = at[place == 0]
+    key = pd.DataFrame(pointer_matrix(rows.pointer.to_numpy())[0]).assign(q=query)
+    key = key.groupby(list(key), sort=False).ngroup().to_numpy()
+    facts = rows[[*TEXT_FACTS, *PROB_FACTS]].notna().sum(axis=1).to_numpy()
+    at = np.arange(len(rows))
+    place = _place(key, other, bad, -rank, -facts, -at)
+    again = ~other & (place > 0)
+    kept = np.empty(key.max(initial=-1) + 1, np.int64)
+    kept[key[place == 0]] = at[place == 0]
     kept = kept[key] # the row that stands for the sequence
-    acc = rows.vqa_acc_score.to_numpy(); same = rank == rank[kept]; odd = int((again & same & (np.abs(acc - acc[kept]) > 1e-6)).sum())
+    acc = rows.vqa_acc_score.to_numpy()
+    same = rank == rank[kept]
+    odd = int((again & same & (np.abs(acc - acc[kept]) > 1e-6)).sum())
     note = f"{odd} of the repeated sequences had another accuracy from the same scorer" if odd else ""
-    return ~other & (place == 0), [(other, "labelled by another scorer than their query's"), (again & bad, "failures of a sequence that is kept"),
-                                   (again & same, "repeated sequences"), (again, "repeated sequences, of a scorer less preferred")], note
+    return (
+        ~other & (place == 0),
+        [
+            (other, "labelled by another scorer than their query's"),
+            (again & bad, "failures of a sequence that is kept"),
+            (again & same, "repeated sequences"),
+            (again, "repeated sequences, of a scorer less preferred"),
+        ],
+        note,
+    )
 
 # %% ../nbs/35_rldata_merge.ipynb #3b4d571f
 def _same_rule(pools):
     a = pools[0].rule
     for b in (p.rule for p in pools[1:]):
         if a != b:
-            raise ValueError("merge: pools are made by different rules: " + ", ".join(f"{k} {a[k]!r} / {b[k]!r}" for k in a if a[k] != b[k]) + "; pass pools='unite' if that is meant")
+            raise ValueError(
+                "merge: pools are made by different rules: "
+                + ", ".join(f"{k} {a[k]!r} / {b[k]!r}" for k in a if a[k] != b[k])
+                + "; pass pools='unite' if that is meant"
+            )
 
 def merge_pools(
     pools:list, # of Pool
@@ -358,16 +518,24 @@ def merge_pools(
     if how == "same": _same_rule(pools)
     ids, changed = {}, False
     for q in queries:
-        have = [p.ids[q] for p in pools if q in p.ids]; ids[q] = have[-1]
+        have = [p.ids[q] for p in pools if q in p.ids]
+        ids[q] = have[-1]
         if all(set(c) == set(ids[q]) for c in have[:-1]): continue
         if how == "same":
-            raise ValueError(f"merge: question_id {q} has different candidates in the sources, e.g. {sorted(set(have[0]) ^ set(ids[q]))[0]} is not in all; pass pools='unite' to join them")
+            raise ValueError(
+                f"merge: question_id {q} has different candidates in the sources, e.g."
+                f" {sorted(set(have[0]) ^ set(ids[q]))[0]} is not in all; pass pools='unite' to join them"
+            )
         ids[q], changed = tuple(sorted(set().union(*have))), True
-    first, *rest = [p.recipe for p in pools]; united = how == "unite" and (changed or any(p.rule != pools[0].rule for p in pools))
+    first, *rest = [p.recipe for p in pools]
+    united = how == "unite" and (changed or any(p.rule != pools[0].rule for p in pools))
     if all(r == first for r in rest) and not united: return Pool(ids, first)
     both = {k: v for k, v in first.items() if k != "merged" and all(r.get(k) == v for r in rest)}
     of = sorted({f for p in pools for f in p.recipe.get("merged", [p.fingerprint])})
-    return Pool(ids, both | dict(merged=of) | (dict(sampler="united", K=max(map(len, ids.values()))) if united else {}))
+    return Pool(
+        ids,
+        both | dict(merged=of) | (dict(sampler="united", K=max(map(len, ids.values()))) if united else {}),
+    )
 
 def _common_facts(frames, facts):
     "Hold the sources to the same facts of probability, or leave out those that some lack"
@@ -375,7 +543,10 @@ def _common_facts(frames, facts):
     has = {c: [f[c].notna().any() for f in frames if not f.eval_failed.all()] for c in PROB_FACTS}
     drop = [c for c, h in has.items() if any(h) and not all(h)]
     if drop and facts == "all":
-        raise ValueError(f"merge: {', '.join(drop)} is there in {sum(has[drop[0]])} of {len(has[drop[0]])} sources only; score the rest, or pass facts='common' to leave it out")
+        raise ValueError(
+            f"merge: {', '.join(drop)} is there in {sum(has[drop[0]])} of {len(has[drop[0]])} sources only;"
+            " score the rest, or pass facts='common' to leave it out"
+        )
     return [f.assign(**dict.fromkeys(drop)).astype({c: f[c].dtype for c in drop}) for f in frames], drop
 
 # %% ../nbs/35_rldata_merge.ipynb #550f7fdc
@@ -388,12 +559,24 @@ def merge(
 )->RLData: # validated; queries in order of first appearance; ValueError names what disagrees
     "Make one record of several; duplicates are resolved by provenance"
     if not data: raise ValueError("merge got no data: pass at least one RLData")
-    frames, less = _common_facts([d.rows for d in data], facts); rows = pd.concat(frames, ignore_index=True) if len(frames) > 1 else frames[0]
-    keep, why, note = _resolve(rows, prefer, mix); dropped, left = {}, ~keep
-    for mark, text in why: dropped[text] = int((left & mark).sum()); left = left & ~mark
-    order = np.argsort(pd.factorize(rows.question_id)[0], kind="stable"); rows = rows.iloc[order[keep[order]]]
+    frames, less = _common_facts([d.rows for d in data], facts)
+    rows = pd.concat(frames, ignore_index=True) if len(frames) > 1 else frames[0]
+    keep, why, note = _resolve(rows, prefer, mix)
+    dropped, left = {}, ~keep
+    for mark, text in why:
+        dropped[text] = int((left & mark).sum())
+        left = left & ~mark
+    order = np.argsort(pd.factorize(rows.question_id)[0], kind="stable")
+    rows = rows.iloc[order[keep[order]]]
     pool = merge_pools([d.pool for d in data], rows.question_id.unique().tolist(), pools)
-    step = _call(merge, data=len(data), prefer=prefer if isinstance(prefer, str) else list(prefer), mix=mix, pools=pools, facts=facts)
+    step = _call(
+        merge,
+        data=len(data),
+        prefer=prefer if isinstance(prefer, str) else list(prefer),
+        mix=mix,
+        pools=pools,
+        facts=facts,
+    )
     notes = [note, f"left out of all rows: {', '.join(less)}" if less else ""]
     return derive(list(data), rows, pool, step, dropped, "; ".join(filter(None, notes))).validate()
 
@@ -414,11 +597,22 @@ def plot_balance(
 ): # the axes
     "Plot positives against contrasts, one dot per query (moved a little, so that equal ones show)"
     import matplotlib.pyplot as plt
-    ax = plt.subplots(figsize=(5, 3))[1] if ax is None else ax; top = 0
+    ax = plt.subplots(figsize=(5, 3))[1] if ax is None else ax
+    top = 0
     for (name, d), style in zip(data.items(), ("o", "x", "+")):
-        t = query_table(d, positive, positive, at); shake = [row_lots(t.index.to_numpy(), key=("shake", i)) * .5 - .25 for i in (0, 1)]
-        ax.plot(t.contrast + shake[0], t.positive + shake[1], style, ms=5, alpha=.6, mfc="none", label=f"{name}: {len(t)} queries")
+        t = query_table(d, positive, positive, at)
+        shake = [row_lots(t.index.to_numpy(), key=("shake", i)) * 0.5 - 0.25 for i in (0, 1)]
+        ax.plot(
+            t.contrast + shake[0],
+            t.positive + shake[1],
+            style,
+            ms=5,
+            alpha=0.6,
+            mfc="none",
+            label=f"{name}: {len(t)} queries",
+        )
         top = max(top, t.contrast.max())
     if share is not None: ax.plot([0, top], [0, top*share/(1-share)], "k:", lw=1, label=f"share {share:g}")
-    ax.set(xlabel="contrasts in the query (rows)", ylabel="positives in the query (rows)"); ax.legend(frameon=False, fontsize=8)
+    ax.set(xlabel="contrasts in the query (rows)", ylabel="positives in the query (rows)")
+    ax.legend(frameon=False, fontsize=8)
     return ax

@@ -19,9 +19,16 @@ def lacking(
     positive:float=0., # accuracy above which an answer counts as positive
 )->pd.Series: # "positive", "contrast" or "" by question_id, in the order of the data
     "What each query lacks in order to teach"
-    rows = data.rows[~data.rows.eval_failed & data.rows.vqa_acc_score.notna()]; pos = (rows.vqa_acc_score > positive).groupby(rows.question_id)
-    some, every = pos.any().reindex(data.queries), pos.all().reindex(data.queries) # a query without any answer lacks a positive
-    lacks = np.where(some.fillna(False).astype(bool), np.where(every.fillna(False).astype(bool), "contrast", ""), "positive")
+    rows = data.rows[~data.rows.eval_failed & data.rows.vqa_acc_score.notna()]
+    pos = (rows.vqa_acc_score > positive).groupby(rows.question_id)
+    # a query without any answer lacks a positive
+    some = pos.any().reindex(data.queries)
+    every = pos.all().reindex(data.queries)
+    lacks = np.where(
+        some.fillna(False).astype(bool),
+        np.where(every.fillna(False).astype(bool), "contrast", ""),
+        "positive",
+    )
     return pd.Series(lacks, index=pd.Index(data.queries, name="question_id"), name="lacks")
 
 # %% ../nbs/34_rldata_mine.ipynb #21b46b84
@@ -30,8 +37,16 @@ def neighbours(
     candidates, # the query's pool
 )->list: # of tuples, without `pointer` itself
     "Sequences that differ by one swap"
-    new = [(*pointer[:s], c, *pointer[s+1:]) for s in range(len(pointer)) for c in candidates if c not in pointer]
-    turned = [tuple(pointer[{i: j, j: i}.get(k, k)] for k in range(len(pointer))) for i, j in combinations(range(len(pointer)), 2)]
+    new = [
+        (*pointer[:s], c, *pointer[s + 1 :])
+        for s in range(len(pointer))
+        for c in candidates
+        if c not in pointer
+    ]
+    turned = [
+        tuple(pointer[{i: j, j: i}.get(k, k)] for k in range(len(pointer)))
+        for i, j in combinations(range(len(pointer)), 2)
+    ]
     return new + turned
 
 # %% ../nbs/34_rldata_mine.ipynb #3d3b7646
@@ -43,8 +58,13 @@ def _rank(rows, lacks):
 def _swaps(rows, pool, lacks, tried, n, seed, centres=2):
     "n untried neighbours of the best sequences of each query: columns question_id, pointer"
     out = []
-    for q, g in _rank(rows[rows.question_id.isin(lacks.index) & rows.vqa_gt_prob.notna()], lacks).groupby("question_id", sort=False):
-        near = dict.fromkeys(x for p in g.pointer[:centres] for x in neighbours(p, pool[q]) if x not in tried[q]); near = list(near)
+    for q, g in _rank(rows[rows.question_id.isin(lacks.index) & rows.vqa_gt_prob.notna()], lacks).groupby(
+        "question_id", sort=False
+    ):
+        near = dict.fromkeys(
+            x for p in g.pointer[:centres] for x in neighbours(p, pool[q]) if x not in tried[q]
+        )
+        near = list(near)
         out += [(q, near[i]) for i in rng("mine", seed, q, len(tried[q])).permutation(len(near))[:n]]
     return pd.DataFrame(out, columns=["question_id", "pointer"])
 
@@ -53,11 +73,15 @@ def _samples(store, pool, lacks, tried, shots, n, policy, seed, kind, scale):
     out = [pd.DataFrame(columns=["question_id", "pointer"])]
     for S in shots:
         wide = max(len(tried[q]) for q in lacks.index) + n # so many that n untried ones are among them
-        rows = propose(pool, store, lacks.index.tolist(), S, policy, dict(temperature={1.: wide}), seed, kind, scale)
-        rows = rows[[p not in tried[q] for q, p in zip(rows.question_id, rows.pointer)]]; out.append(rows.groupby("question_id").head(n))
+        rows = propose(
+            pool, store, lacks.index.tolist(), S, policy, dict(temperature={1.0: wide}), seed, kind, scale
+        )
+        rows = rows[[p not in tried[q] for q, p in zip(rows.question_id, rows.pointer)]]
+        out.append(rows.groupby("question_id").head(n))
     return pd.concat(out, ignore_index=True)
 
-def _with_facts(rows, facts): return as_record(rows.reset_index(drop=True).join(facts[list(FACT_COLUMNS)].reset_index(drop=True)))
+def _with_facts(rows, facts):
+    return as_record(rows.reset_index(drop=True).join(facts[list(FACT_COLUMNS)].reset_index(drop=True)))
 
 def mine(
     data:RLData, # groups
@@ -77,28 +101,78 @@ def mine(
     **asking, # style, mode, weight of `ask`
 )->tuple: # (RLData with the mined rows behind the old ones, frame of rounds: lacking, asked, texts, found)
     "Look for what flat groups lack, by swaps and samples"
-    cache, rows, log, spent = FactCache() if cache is None else cache, data.rows, [], 0
-    tried = {q: set(g.pointer) for q, g in data.groups()}; start = lacking(data, positive)
+    cache = FactCache() if cache is None else cache
+    rows = data.rows
+    log = []
+    spent = 0
+    tried = {q: set(g.pointer) for q, g in data.groups()}
+    start = lacking(data, positive)
     with tqdm(total=rounds, disable=not progress, desc="mining", unit="round") as bar:
         for k in range(rounds):
-            now = RLData(rows, data.pool); lacks = lacking(now, positive); lacks = lacks[lacks != ""]; todo = len(lacks)
+            now = RLData(rows, data.pool)
+            lacks = lacking(now, positive)
+            lacks = lacks[lacks != ""]
+            todo = len(lacks)
             if not todo or budget is not None and spent >= budget: break
-            swaps = _swaps(rows, data.pool, lacks, tried, tries, seed); sample = _samples(store, data.pool, lacks, tried, data.shots, tries, policy, seed + k, kind, scale)
-            new = pd.concat([swaps, sample], ignore_index=True).assign(gen_method="mined", kappa=np.nan); new = new[~new.duplicated(["question_id", "pointer"])].reset_index(drop=True)
+            swaps = _swaps(rows, data.pool, lacks, tried, tries, seed)
+            sample = _samples(
+                store, data.pool, lacks, tried, data.shots, tries, policy, seed + k, kind, scale
+            )
+            new = pd.concat([swaps, sample], ignore_index=True).assign(gen_method="mined", kappa=np.nan)
+            new = new[~new.duplicated(["question_id", "pointer"])].reset_index(drop=True)
             if budget is not None: # a probability for each, and texts for the first `top` of a query
-                new = new.sample(frac=1, random_state=seed); price = 1 + (new.groupby("question_id").cumcount() < top)
+                new = new.sample(frac=1, random_state=seed)
+                price = 1 + (new.groupby("question_id").cumcount() < top)
                 new = new[price.cumsum() <= budget - spent].sort_index().reset_index(drop=True)
             if not len(new): break # every sequence of these pools was tried, or the budget is spent
-            new = new.reindex(columns=list(PROPOSAL_COLUMNS)); first = _with_facts(new, ask(new, scorer, items, cache, generate=False, **asking)); spent += len(new)
-            best = _rank(first[~first.eval_failed], lacks).groupby("question_id", sort=False).head(top).sort_index()
-            full = _with_facts(new.loc[best.index], ask(best, scorer, items, cache, **asking)).set_axis(best.index); spent += len(best)
-            first = pd.concat([first.drop(best.index), full]).sort_index(); rows = pd.concat([rows, first], ignore_index=True)
+            new = new.reindex(columns=list(PROPOSAL_COLUMNS))
+            first = _with_facts(new, ask(new, scorer, items, cache, generate=False, **asking))
+            spent += len(new)
+            best = (
+                _rank(first[~first.eval_failed], lacks)
+                .groupby("question_id", sort=False)
+                .head(top)
+                .sort_index()
+            )
+            full = _with_facts(new.loc[best.index], ask(best, scorer, items, cache, **asking)).set_axis(
+                best.index
+            )
+            spent += len(best)
+            first = pd.concat([first.drop(best.index), full]).sort_index()
+            rows = pd.concat([rows, first], ignore_index=True)
             for q, p in zip(first.question_id, first.pointer): tried[q].add(p)
-            left = lacking(RLData(rows, data.pool), positive); found = int((left[lacks.index] == "").sum())
-            log.append(dict(round=k + 1, lacking=todo, asked=len(new), texts=len(best), failed=int(first.eval_failed.sum()), found=found))
-            bar.update(); bar.set_postfix(lacking=todo - found, asked=spent)
-    out = RLData(rows, data.pool, dict(data.manifest, mined=dict(rounds=len(log), asked=spent, lacked=start[start != ""].value_counts().to_dict(), tries=tries, top=top, seed=seed)))
-    return out.validate(), pd.DataFrame(log, columns=["round", "lacking", "asked", "texts", "failed", "found"])
+            left = lacking(RLData(rows, data.pool), positive)
+            found = int((left[lacks.index] == "").sum())
+            log.append(
+                dict(
+                    round=k + 1,
+                    lacking=todo,
+                    asked=len(new),
+                    texts=len(best),
+                    failed=int(first.eval_failed.sum()),
+                    found=found,
+                )
+            )
+            bar.update()
+            bar.set_postfix(lacking=todo - found, asked=spent)
+    out = RLData(
+        rows,
+        data.pool,
+        dict(
+            data.manifest,
+            mined=dict(
+                rounds=len(log),
+                asked=spent,
+                lacked=start[start != ""].value_counts().to_dict(),
+                tries=tries,
+                top=top,
+                seed=seed,
+            ),
+        ),
+    )
+    return out.validate(), pd.DataFrame(
+        log, columns=["round", "lacking", "asked", "texts", "failed", "found"]
+    )
 
 # %% ../nbs/34_rldata_mine.ipynb #cb89ecbf
 def reask(
@@ -112,4 +186,8 @@ def reask(
     "Ask the present scorer about the sequences of old data"
     facts = ask(data.rows, scorer, items, cache, progress=progress, **asking)
     keep = data.rows[list(PROPOSAL_COLUMNS)].reset_index(drop=True)
-    return RLData.from_frame(_with_facts(keep, facts), data.pool, dict(data.manifest, reasked=dict(were=sorted(data.rows.scorer.dropna().unique().tolist()))))
+    return RLData.from_frame(
+        _with_facts(keep, facts),
+        data.pool,
+        dict(data.manifest, reasked=dict(were=sorted(data.rows.scorer.dropna().unique().tolist()))),
+    )

@@ -62,17 +62,30 @@ class Job:
     seed:int=0 # of the proposals
     window:int=16 # whole questions per part
     test:int=32 # questions of the self-test; 0: none
-    second:dict|None=None # two stages, see `choose`: {"top": n, "low": n, "random": n}; None: all sequences get a text
+    # two stages, see `choose`: {"top": n, "low": n, "random": n}; None: all sequences get a text
+    second: dict | None = None
     max_failed:float=.2 # share of rows that may fail
 
     def __post_init__(self):
-        object.__setattr__(self, "shots", tuple(self.shots)); object.__setattr__(self, "counts", check_counts(self.counts))
+        object.__setattr__(self, "shots", tuple(self.shots))
+        object.__setattr__(self, "counts", check_counts(self.counts))
         if self.second is not None: object.__setattr__(self, "second", check_second(self.second))
-        for name, among in dict(reader=READERS, sampler=SAMPLERS, style=STYLES, dtype=(None, *DTYPES), attn=("sdpa", "eager"), prefix_cache=PREFIX_CACHES,
-                                kind=KINDS, check=VERIFY).items(): _one_of(name, getattr(self, name), among)
+        for name, among in dict(
+            reader=READERS,
+            sampler=SAMPLERS,
+            style=STYLES,
+            dtype=(None, *DTYPES),
+            attn=("sdpa", "eager"),
+            prefix_cache=PREFIX_CACHES,
+            kind=KINDS,
+            check=VERIFY,
+        ).items():
+            _one_of(name, getattr(self, name), among)
         for name in ("K", "window", "batch_tokens", *(["limit"] if self.limit is not None else [])):
-            if getattr(self, name) < 1: raise ValueError(f"{name} {getattr(self, name)}: wanted a number >= 1")
-        if not self.shots or min(self.shots) < 1 or max(self.shots) >= self.K: raise ValueError(f"shots {self.shots}, K {self.K}: wanted 1 <= shots < K")
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)}: wanted a number >= 1")
+        if not self.shots or min(self.shots) < 1 or max(self.shots) >= self.K:
+            raise ValueError(f"shots {self.shots}, K {self.K}: wanted 1 <= shots < K")
 
 # %% ../nbs/36_rldata_scale.ipynb #b9b89fca
 def _folder(path):
@@ -84,13 +97,19 @@ def _folder(path):
 def _kept(folder, name, load):
     "Yield (place, what lies there or None); others who want it wait"
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder/f".{name}.lock"): yield folder/name, load(folder/name) if (folder/name/"done").exists() else None
+    with FileLock(folder / f".{name}.lock"):
+        yield folder / name, load(folder / name) if (folder / name / "done").exists() else None
 
 @patch
-def items(self:Job)->pd.DataFrame: # indexed by question_id; FileNotFoundError, `BadItems` or ValueError name what is wrong
+# indexed by question_id; FileNotFoundError, `BadItems` or ValueError name what is wrong
+def items(self: Job) -> pd.DataFrame:
     "Read the questions and the demonstrations"
-    folder = _folder(self.data); images = folder/"images" if self.images is None else _folder(self.images)
-    frames = {s: READERS[self.reader](folder, s, images=images, verify=self.check) for s in dict.fromkeys((self.candidates, self.split))}
+    folder = _folder(self.data)
+    images = folder / "images" if self.images is None else _folder(self.images)
+    frames = {
+        s: READERS[self.reader](folder, s, images=images, verify=self.check)
+        for s in dict.fromkeys((self.candidates, self.split))
+    }
     if len(frames) > 1: check_splits(**frames)
     return pd.concat(frames.values())
 
@@ -98,17 +117,24 @@ def _made(self, name, load, make):
     "What `make` gives, kept in the job's store folder if it has one"
     if self.store is None: return make()
     with _kept(Path(self.store).expanduser(), name, load) as (place, have):
-        if have is None: have = make(); have.save(place); (place/"done").touch()
+        if have is None:
+            have = make()
+            have.save(place)
+            (place / "done").touch()
         return have
 
 @patch
 def inputs(self:Job)->tuple: # (items, EmbedStore, Pool of the whole split)
     "Everything but the model"
-    items = self.items(); who, of = items_fingerprint(items), lambda s: items[items.split == s]
+    items = self.items()
+    who = items_fingerprint(items)
+    of = lambda s: items[items.split == s]
     embed = lambda: embed_items(items, str(_folder(self.clip)), device=self.device, progress=False)
     store = _made(self, f"embed-{fingerprint(who, Path(self.clip).name)}", EmbedStore.load, embed)
     draw = lambda: make_pool(of(self.split), of(self.candidates), self.K, self.sampler, store, self.pool_seed)
-    name = fingerprint(who, self.split, self.candidates, self.K, self.sampler, self.pool_seed, store.fingerprint)
+    name = fingerprint(
+        who, self.split, self.candidates, self.K, self.sampler, self.pool_seed, store.fingerprint
+    )
     return items, store, _made(self, f"pool-{name}", Pool.load, draw)
 
 @patch
@@ -131,11 +157,21 @@ def check_policy(self:Job,
     other_pool:bool=False, # see `check_pool`
 )->None: # ValueError says what does not fit
     "Refuse a selector that reads other embeddings, was trained on other pools, or picks fewer demonstrations"
-    kind, most, width = (getattr(policy, "info", None) or {}).get("kind"), getattr(policy, "max_shots", None), getattr(policy, "d_in", None)
-    if kind not in (None, self.kind): raise ValueError(f"the selector reads embeddings of kind {kind!r}, this job has {self.kind!r}: make it a Job(kind={kind!r})")
+    kind = (getattr(policy, "info", None) or {}).get("kind")
+    most = getattr(policy, "max_shots", None)
+    width = getattr(policy, "d_in", None)
+    if kind not in (None, self.kind):
+        raise ValueError(
+            f"the selector reads embeddings of kind {kind!r}, this job has {self.kind!r}: make it a"
+            f" Job(kind={kind!r})"
+        )
     if width not in (None, store.dim(self.kind)):
-        raise ValueError(f"the selector reads vectors of {width} numbers, {self.kind!r} ones of {Path(self.clip).name} have {store.dim(self.kind)}: take the embedder (clip) that it was trained with")
-    if most is not None and max(self.shots) > most: raise ValueError(f"{max(self.shots)} shots: the selector picks at most {most} (max_shots)")
+        raise ValueError(
+            f"the selector reads vectors of {width} numbers, {self.kind!r} ones of {Path(self.clip).name}"
+            f" have {store.dim(self.kind)}: take the embedder (clip) that it was trained with"
+        )
+    if most is not None and max(self.shots) > most:
+        raise ValueError(f"{max(self.shots)} shots: the selector picks at most {most} (max_shots)")
     check_pool(policy, pool, other_pool)
 
 @patch
@@ -148,9 +184,29 @@ def generation(self:Job,
     other_pool:bool=False, # take pools of another kind than the selector was trained on?
 )->Generation: # ValueError for a selector that is not for this job, before anything is written
     "Make this job's generation ready"
-    items, store, pool = self.inputs(); self.check_policy(policy, store, pool, other_pool); queries = items.question_id[items.split == self.split][:self.limit].tolist()
-    return Generation(path, queries, items, pool, self.scorer() if asks else None, store, policy, shots=self.shots, counts=self.counts, seed=self.seed, kind=self.kind,
-                      window=self.window, style=self.style, test=self.test, shard=shard, verify=verify, second=self.second, max_failed=self.max_failed)
+    items, store, pool = self.inputs()
+    self.check_policy(policy, store, pool, other_pool)
+    queries = items.question_id[items.split == self.split][: self.limit].tolist()
+    return Generation(
+        path,
+        queries,
+        items,
+        pool,
+        self.scorer() if asks else None,
+        store,
+        policy,
+        shots=self.shots,
+        counts=self.counts,
+        seed=self.seed,
+        kind=self.kind,
+        window=self.window,
+        style=self.style,
+        test=self.test,
+        shard=shard,
+        verify=verify,
+        second=self.second,
+        max_failed=self.max_failed,
+    )
 
 @patch
 def run(self:Job,
@@ -182,8 +238,11 @@ class RayWorker:
         try:
             torch.set_num_threads(threads)
             self.run = job.generation(path, **kw)
-            self.run.path.mkdir(parents=True, exist_ok=True) # an older filelock does not make the folder of a lock
-            with FileLock(self.run.path/f".begin{shard_tag(self.run.shard)}.lock"): self.run.begin() # the first one writes the manifest, the others compare
+            # an older filelock does not make the folder of a lock
+            self.run.path.mkdir(parents=True, exist_ok=True)
+            # the first one writes the manifest, the others compare
+            with FileLock(self.run.path / f".begin{shard_tag(self.run.shard)}.lock"):
+                self.run.begin()
         except Exception: self.error = traceback.format_exc()
 
     def __call__(self,
@@ -194,7 +253,15 @@ class RayWorker:
         return {k: [r[k] for r in rows] for k in rows[0]}
 
     def _window(self, i):
-        out = dict(window=i, worker=f"{platform.node()}-{os.getpid()}", start=time.time(), end=0., tally="{}", seen="[]", error=self.error or "")
+        out = dict(
+            window=i,
+            worker=f"{platform.node()}-{os.getpid()}",
+            start=time.time(),
+            end=0.0,
+            tally="{}",
+            seen="[]",
+            error=self.error or "",
+        )
         if self.error is None:
             try:
                 rows, seen = self.run.window(i)
@@ -211,19 +278,30 @@ def _cluster(ray, cpus, gpus):
     try:
         have = ray.cluster_resources()
         if cpus > have.get("CPU", 0) or gpus > have.get("GPU", 0):
-            raise ValueError(f"workers ask for {cpus} CPUs and {gpus:g} GPUs, the cluster has {have.get('CPU', 0):g} and {have.get('GPU', 0):g}: "
-                             "take fewer workers or threads, or add nodes first")
+            raise ValueError(
+                f"workers ask for {cpus} CPUs and {gpus:g} GPUs, the cluster has {have.get('CPU', 0):g} and"
+                f" {have.get('GPU', 0):g}: take fewer workers or threads, or add nodes first"
+            )
         yield
     finally:
         if ours: ray.shutdown()
 
 def _stream(data, todo, workers, threads, gpus, args, kw):
     "Rows of the workers, as they come"
-    context = data.DataContext.get_current(); bars, context.enable_progress_bars = context.enable_progress_bars, False
+    context = data.DataContext.get_current()
+    bars = context.enable_progress_bars
+    context.enable_progress_bars = False
     try:
         windows = data.from_items([{"window": i} for i in todo], override_num_blocks=min(len(todo), 10_000))
-        yield from windows.map_batches(RayWorker, fn_constructor_args=args, fn_constructor_kwargs=kw, batch_size=1, num_cpus=threads, num_gpus=gpus,
-                                       compute=data.ActorPoolStrategy(size=workers)).iter_rows()
+        yield from windows.map_batches(
+            RayWorker,
+            fn_constructor_args=args,
+            fn_constructor_kwargs=kw,
+            batch_size=1,
+            num_cpus=threads,
+            num_gpus=gpus,
+            compute=data.ActorPoolStrategy(size=workers),
+        ).iter_rows()
     finally: context.enable_progress_bars = bars
 
 def generate_ray(
@@ -239,17 +317,40 @@ def generate_ray(
     policy=None, other_pool:bool=False, # who proposes, see `Job.generation`; every actor gets a copy, which computes on its CPU
 )->RLData: # the rows that one process would make
     "Run a job on a pool of Ray actors; ImportError without Ray, RuntimeError with a worker's traceback if one fails"
-    ray, data = _ray(); path = Path(path).expanduser().absolute()
-    if job.store is None: job = replace(job, store=str(path/"inputs")) # embedded here, once, and not by every worker
-    who = dict(policy=deepcopy(policy).cpu() if isinstance(policy, torch.nn.Module) else policy, other_pool=other_pool) # an actor may have no GPU
+    ray, data = _ray()
+    path = Path(path).expanduser().absolute()
+    # embedded here, once, and not by every worker
+    if job.store is None:
+        job = replace(job, store=str(path / "inputs"))
+    # an actor may have no GPU
+    who = dict(
+        policy=deepcopy(policy).cpu() if isinstance(policy, torch.nn.Module) else policy,
+        other_pool=other_pool,
+    )
     run = job.generation(path, shard, verify, asks=False, **who)
     with run.lock(), _cluster(ray, workers*threads, workers*gpus):
-        todo = run.todo() or [0] # with nothing to do, a window is opened all the same: its worker compares the settings
+        # with nothing to do, a window is opened all the same: its worker compares the settings
+        todo = run.todo() or [0]
         with run.bar(progress, skip=set(range(len(run.windows))) - set(todo)) as step:
-            for k, out in enumerate(_stream(data, todo, workers, threads, gpus, (job, str(run.path), threads), dict(shard=run.shard, verify=verify, **who))):
-                if out["error"]: raise RuntimeError(f"{out['worker']}, window {out['window']}: {out['error'].strip().splitlines()[-1]}\n\n{out['error']}")
+            for k, out in enumerate(
+                _stream(
+                    data,
+                    todo,
+                    workers,
+                    threads,
+                    gpus,
+                    (job, str(run.path), threads),
+                    dict(shard=run.shard, verify=verify, **who),
+                )
+            ):
+                if out["error"]:
+                    raise RuntimeError(
+                        f"{out['worker']}, window {out['window']}:"
+                        f" {out['error'].strip().splitlines()[-1]}\n\n{out['error']}"
+                    )
                 if not k: run.look() # a worker has begun
-                run.note(json.loads(out["seen"])); step(out["window"], **json.loads(out["tally"]))
+                run.note(json.loads(out["seen"]))
+                step(out["window"], **json.loads(out["tally"]))
                 if each is not None: each(out)
         return run.finish()
 
@@ -264,10 +365,18 @@ def plan_run(
     feature_bytes:float=0., # of one image's features
 )->pd.DataFrame: # index gpus; hours (of the slowest shard), gpu_hours, rows_gb, features_gb
     "Time and disk of a generation in shards; start-up and failures are not in it"
-    if not prompts_per_second > 0: raise ValueError(f"prompts_per_second {prompts_per_second}: wanted a number > 0")
-    m = [queries/n for n in gpus]; hours = [min(queries, x + math.sqrt(2*x*math.log(n)))*sequences/prompts_per_second/3600 for x, n in zip(m, gpus)]
+    if not prompts_per_second > 0:
+        raise ValueError(f"prompts_per_second {prompts_per_second}: wanted a number > 0")
+    m = [queries / n for n in gpus]
+    hours = [
+        min(queries, x + math.sqrt(2 * x * math.log(n))) * sequences / prompts_per_second / 3600
+        for x, n in zip(m, gpus)
+    ]
     disk = dict(rows_gb=queries*sequences*bytes_per_row/1e9, features_gb=images*feature_bytes/1e9)
-    return pd.DataFrame(dict(hours=hours, gpu_hours=queries*sequences/prompts_per_second/3600, **disk), index=pd.Index(gpus, name="gpus"))
+    return pd.DataFrame(
+        dict(hours=hours, gpu_hours=queries * sequences / prompts_per_second / 3600, **disk),
+        index=pd.Index(gpus, name="gpus"),
+    )
 
 # %% ../nbs/36_rldata_scale.ipynb #41f121dd
 def visual_tokens(
@@ -293,13 +402,29 @@ def expected_rate(
     "Prompts per second that a GPU would answer about such items: assumed, not measured"
     from PIL import Image
     if not len(items): raise ValueError("expected_rate: no items")
-    some = items.iloc[rng("expected rate", seed).permutation(len(items))[:n]]; tokens = []
+    some = items.iloc[rng("expected rate", seed).permutation(len(items))[:n]]
+    tokens = []
     for q, path in zip(some.question_id, some.image_path):
         try:
             with Image.open(path) as im: tokens.append(visual_tokens(*im.size))
-        except (OSError, ValueError) as e: raise ValueError(f"question_id {q}: image {path} cannot be opened, or is no picture ({e}): give a rate instead, or mend the file") from e
-    image, answers = sum(tokens)/len(tokens), sum(len(answer_targets(a)[0]) for a in some.answers)/len(some)
-    cost = lambda S: prompt_flops(qwen_config(size), [image]*(S + 1), text_tokens*(S + 1), answers=answers, known_images=1.).total
+        except (OSError, ValueError) as e:
+            raise ValueError(
+                f"question_id {q}: image {path} cannot be opened, or is no picture ({e}): give a rate"
+                " instead, or mend the file"
+            ) from e
+    image = sum(tokens)/len(tokens)
+    answers = sum(len(answer_targets(a)[0]) for a in some.answers)/len(some)
+    cost = lambda S: prompt_flops(
+        qwen_config(size), [image] * (S + 1), text_tokens * (S + 1), answers=answers, known_images=1.0
+    ).total
     flops = sum(map(cost, shots))/len(shots)
-    return dict(prompts_per_second=share*PEAKS[gpu]/flops, tflop=flops/1e12, image_tokens=image, answers=answers,
-                why=f"ASSUMED, not measured: {share:.0%} of a {gpu}'s peak, images of {image:.0f} tokens, encoded before, {answers:.1f} answers")
+    return dict(
+        prompts_per_second=share * PEAKS[gpu] / flops,
+        tflop=flops / 1e12,
+        image_tokens=image,
+        answers=answers,
+        why=(
+            f"ASSUMED, not measured: {share:.0%} of a {gpu}'s peak, images of {image:.0f} tokens, encoded"
+            f" before, {answers:.1f} answers"
+        ),
+    )

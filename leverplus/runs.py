@@ -17,7 +17,18 @@ from filelock import FileLock, Timeout
 from .core import ask_for_a_folder, atomic_path, read_json, repo_path, write_json
 
 # %% ../nbs/01_runs.ipynb #b24b2d0a
-LIBRARIES = ("torch", "torchvision", "transformers", "fastai", "fastcore", "numpy", "pandas", "pyarrow", "safetensors", "qwen-vl-utils")
+LIBRARIES = (
+    "torch",
+    "torchvision",
+    "transformers",
+    "fastai",
+    "fastcore",
+    "numpy",
+    "pandas",
+    "pyarrow",
+    "safetensors",
+    "qwen-vl-utils",
+)
 
 def library_versions(
     names=LIBRARIES, # names as `pip` knows them
@@ -33,19 +44,31 @@ def git_state(
 )->dict|None: # {"commit": 40 hex digits or None before the first commit, "dirty": bool}; None outside of a checkout or without git
     "Commit of the checkout, and whether its files differ from that commit"
     root = Path(root or repo_path()).resolve()
-    def git(*args): return subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    def git(*args):
+        return subprocess.run(
+            ["git", "-C", str(root), *args], capture_output=True, text=True, stdin=subprocess.DEVNULL
+        )
     if not shutil.which("git"): return None
     top = git("rev-parse", "--show-toplevel")
     if top.returncode or Path(top.stdout.strip()).resolve() != root: return None
-    head, status = git("rev-parse", "--verify", "-q", "HEAD"), git("status", "--porcelain")
-    return {"commit": head.stdout.strip() or None, "dirty": status.returncode != 0 or bool(status.stdout.strip())}
+    head = git("rev-parse", "--verify", "-q", "HEAD")
+    status = git("status", "--porcelain")
+    return {
+        "commit": head.stdout.strip() or None,
+        "dirty": status.returncode != 0 or bool(status.stdout.strip()),
+    }
 
 def environment()->dict: # plain values: python, platform, device, threads, versions, git
     "What numbers depend on besides settings and seed"
     import leverplus
-    return {"python": platform.python_version(), "platform": platform.platform(),
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu", "threads": torch.get_num_threads(),
-            "versions": {"leverplus": leverplus.__version__, **library_versions()}, "git": git_state()}
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "threads": torch.get_num_threads(),
+        "versions": {"leverplus": leverplus.__version__, **library_versions()},
+        "git": git_state(),
+    }
 
 # %% ../nbs/01_runs.ipynb #c67042ba
 def plain(
@@ -58,7 +81,10 @@ def plain(
     if isinstance(value, np.generic): return value.item()
     if isinstance(value, Path): return str(value)
     if value is None or isinstance(value, (bool, int, float, str)): return value
-    raise TypeError(f"{name} is a {type(value).__name__}: settings hold numbers, strings, None, lists and dicts; pass its name or its fingerprint")
+    raise TypeError(
+        f"{name} is a {type(value).__name__}: settings hold numbers, strings, None, lists and dicts; pass its"
+        " name or its fingerprint"
+    )
 
 def _plain_dict(d, name):
     bad = [k for k in d if not isinstance(k, (str, int, float))]
@@ -79,9 +105,16 @@ def settings_diff(
     new:dict, # settings
 )->dict: # "a.b" -> (old value, new value), `ABSENT` where one side lacks it; empty if they agree
     "Settings that differ, by dotted name"
-    a, b = dict(_leaves(plain(old))), dict(_leaves(plain(new)))
-    same = lambda k: k in a and k in b and json.dumps(a[k], sort_keys=True) == json.dumps(b[k], sort_keys=True)
-    return {".".join(k): (a.get(k, ABSENT), b.get(k, ABSENT)) for k in [*a, *(k for k in b if k not in a)] if not same(k)}
+    a = dict(_leaves(plain(old)))
+    b = dict(_leaves(plain(new)))
+    same = (
+        lambda k: k in a and k in b and json.dumps(a[k], sort_keys=True) == json.dumps(b[k], sort_keys=True)
+    )
+    return {
+        ".".join(k): (a.get(k, ABSENT), b.get(k, ABSENT))
+        for k in [*a, *(k for k in b if k not in a)]
+        if not same(k)
+    }
 
 # %% ../nbs/01_runs.ipynb #5ecfac98
 class Run:
@@ -92,8 +125,12 @@ class Run:
     def __init__(self,
         path, # a folder that `Run.create` made; FileNotFoundError or ValueError if it is not one
     ):
-        self.path = Path(path); file = self.path/"settings.json"
-        if not file.exists(): raise FileNotFoundError(f"{self.path} is not a run folder: no settings.json in it; start a run with Run.create")
+        self.path = Path(path)
+        file = self.path / "settings.json"
+        if not file.exists():
+            raise FileNotFoundError(
+                f"{self.path} is not a run folder: no settings.json in it; start a run with Run.create"
+            )
         rec = read_json(file)
         if not isinstance(rec, dict) or rec.get("format") != self.format or not rec.keys() >= set(self.keys):
             raise ValueError(f"{file}: no run record of format {self.format}; is it another program's file?")
@@ -106,7 +143,10 @@ class Run:
 
     def save_settings(self):
         "Write settings.json, atomically; the run itself is returned"
-        write_json(self.path/"settings.json", plain({"format": self.format, **{k: getattr(self, k) for k in self.keys}}, "run"))
+        write_json(
+            self.path / "settings.json",
+            plain({"format": self.format, **{k: getattr(self, k) for k in self.keys}}, "run"),
+        )
         return self
 
 # %% ../nbs/01_runs.ipynb #d20c3eed
@@ -152,19 +192,31 @@ def empty_folder(
 RESERVED = ("run", "seed", "finished") # columns of `runs_frame`
 
 def _wanted(settings, seed, fingerprints):
-    if not isinstance(settings, dict): raise TypeError(f"settings are a {type(settings).__name__}, wanted a dict")
-    if taken := [k for k in RESERVED if k in settings]: raise ValueError(f"settings named {taken}: these names are taken; the seed is passed as seed=")
-    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0: raise ValueError(f"seed is {seed!r}, wanted an integer >= 0")
-    return {"settings": plain(settings), "seed": int(seed), "fingerprints": plain(fingerprints or {}, "fingerprints")}
+    if not isinstance(settings, dict):
+        raise TypeError(f"settings are a {type(settings).__name__}, wanted a dict")
+    if taken := [k for k in RESERVED if k in settings]:
+        raise ValueError(f"settings named {taken}: these names are taken; the seed is passed as seed=")
+    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
+        raise ValueError(f"seed is {seed!r}, wanted an integer >= 0")
+    return {
+        "settings": plain(settings),
+        "seed": int(seed),
+        "fingerprints": plain(fingerprints or {}, "fingerprints"),
+    }
 
 def _differs(run, new):
     diff = settings_diff({"seed": run.seed, **run.settings}, {"seed": new["seed"], **new["settings"]})
     old, now = run.fingerprints, new["fingerprints"]
-    return diff | {f"fingerprint of {k}": (old[k], now[k]) for k in sorted(old.keys() & now.keys()) if old[k] != now[k]}
+    return diff | {
+        f"fingerprint of {k}": (old[k], now[k]) for k in sorted(old.keys() & now.keys()) if old[k] != now[k]
+    }
 
 def _refusal(path, diff):
     lines = "".join(f"\n  {k}: {a!r} there, {b!r} now" for k, (a, b) in diff.items())
-    return f"{path} holds a run with other settings:{lines}\nChoose another folder, or pass overwrite=True to empty this one."
+    return (
+        f"{path} holds a run with other settings:{lines}\nChoose another folder, or pass overwrite=True to"
+        " empty this one."
+    )
 
 def _now(): return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
@@ -180,17 +232,22 @@ def create(cls:Run,
     "Start a run, or continue the one in `path` if its settings, seed and fingerprints are the same"
     path = ask_for_a_folder(path)
     new = _wanted(settings, seed, fingerprints)
-    if path.exists() and not path.is_dir(): raise NotADirectoryError(f"{path} is a file; a run wants a folder")
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(f"{path} is a file; a run wants a folder")
     old = cls(path) if (path/"settings.json").exists() else None
     if old is None and path.is_dir() and any(not p.name.startswith(".") for p in path.iterdir()):
         raise FileExistsError(f"{path} holds files but no run; choose another folder")
     if old and (diff := _differs(old, new)):
         if not overwrite: raise ValueError(_refusal(path, diff))
-        empty_folder(path, last="settings.json") # killed half-way, the folder is still a run that can be emptied
+        # killed half-way, the folder is still a run that can be emptied
+        empty_folder(path, last="settings.json")
         old = None
     run = old or cls.__new__(cls)
     if not old: run.path, run.metrics, run.starts, run.fingerprints = path, {}, [], {}
-    run.settings, run.seed, run.fingerprints, run.finished = new["settings"], new["seed"], run.fingerprints | new["fingerprints"], None
+    run.settings = new["settings"]
+    run.seed = new["seed"]
+    run.fingerprints = run.fingerprints | new["fingerprints"]
+    run.finished = None
     run.starts.append({"time": _now(), **environment()})
     return run.save_settings()
 
@@ -209,7 +266,8 @@ def save_frame(self:Run,
     path = _table_path(self, name)
     named = [n for n in df.index.names if n is not None]
     df = df.reset_index(level=named) if named else df
-    with atomic_path(path) as tmp: df.to_csv(tmp, index=False) if path.suffix == ".csv" else df.reset_index(drop=True).to_parquet(tmp)
+    with atomic_path(path) as tmp:
+        df.to_csv(tmp, index=False) if path.suffix == ".csv" else df.reset_index(drop=True).to_parquet(tmp)
     return path
 
 @patch
@@ -218,7 +276,8 @@ def frame(self:Run,
 )->pd.DataFrame: # FileNotFoundError names the tables that are there
     "Read a table of the run"
     path = _table_path(self, name)
-    if not path.exists(): raise FileNotFoundError(f"run {self.path.name!r} has no {name}; it has {self.files()}")
+    if not path.exists():
+        raise FileNotFoundError(f"run {self.path.name!r} has no {name}; it has {self.files()}")
     return pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
 
 @patch
@@ -250,24 +309,41 @@ def finish(self:Run,
 )->Run:
     "Record `metrics` and the time at which the run ended"
     taken = {".".join(k) for k, _ in _leaves(self.settings)} | {*RESERVED}
-    if clash := sorted(taken & metrics.keys()): raise ValueError(f"metrics named {clash}: these are names of settings; rename the metrics")
-    self.metrics |= plain(metrics, "metrics"); self.finished = _now()
+    if clash := sorted(taken & metrics.keys()):
+        raise ValueError(f"metrics named {clash}: these are names of settings; rename the metrics")
+    self.metrics |= plain(metrics, "metrics")
+    self.finished = _now()
     return self.save_settings()
 
 @patch
 def __repr__(self:Run):
     state = "finished" if self.finished else "not finished"
-    return f"Run({self.path.name!r}, seed {self.seed}, {len(self.starts)} start{'s' * (len(self.starts) > 1)}, {state}, {len(self.files())} files)"
+    return (
+        f"Run({self.path.name!r}, seed {self.seed}, {len(self.starts)} start{'s' * (len(self.starts) > 1)},"
+        f" {state}, {len(self.files())} files)"
+    )
 
 @patch
 def _repr_markdown_(self:Run):
     git = self.starts[-1]["git"]
-    code = "no checkout" if git is None else f"{(git['commit'] or 'no commit')[:10]}{', changed files' if git['dirty'] else ''}"
+    code = (
+        "no checkout"
+        if git is None
+        else f"{(git['commit'] or 'no commit')[:10]}{', changed files' if git['dirty'] else ''}"
+    )
     show = lambda items: ", ".join(f"{k} = {v}" for k, v in items) or "none"
-    rows = {"settings": show((".".join(k), v) for k, v in _leaves(self.settings)), "seed": self.seed, "code": code,
-            "fingerprints": show(self.fingerprints.items()), "metrics": show(self.metrics.items()), "files": ", ".join(self.files())}
+    rows = {
+        "settings": show((".".join(k), v) for k, v in _leaves(self.settings)),
+        "seed": self.seed,
+        "code": code,
+        "fingerprints": show(self.fingerprints.items()),
+        "metrics": show(self.metrics.items()),
+        "files": ", ".join(self.files()),
+    }
     cell = lambda v: str(v).replace("|", "\\|")
-    return "\n".join([f"| run | {cell(self.path.name)} |", "|---|---|", *(f"| {k} | {cell(v)} |" for k, v in rows.items())])
+    return "\n".join(
+        [f"| run | {cell(self.path.name)} |", "|---|---|", *(f"| {k} | {cell(v)} |" for k, v in rows.items())]
+    )
 
 # %% ../nbs/01_runs.ipynb #c79e9634
 def runs_frame(
@@ -276,6 +352,14 @@ def runs_frame(
     "Table of the runs below `root`, by name"
     root = Path(root)
     if not root.is_dir(): raise FileNotFoundError(f"{root}: no such folder")
-    rows = [{"run": r.path.name, "seed": r.seed, "finished": r.finished, **{".".join(k): v for k, v in _leaves(r.settings)}, **r.metrics}
-            for r in (Run(p.parent) for p in sorted(root.glob("*/settings.json")))]
+    rows = [
+        {
+            "run": r.path.name,
+            "seed": r.seed,
+            "finished": r.finished,
+            **{".".join(k): v for k, v in _leaves(r.settings)},
+            **r.metrics,
+        }
+        for r in (Run(p.parent) for p in sorted(root.glob("*/settings.json")))
+    ]
     return pd.DataFrame(rows, columns=None if rows else ["run", "seed", "finished"])

@@ -18,7 +18,10 @@ from torch.nn import functional as F
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
 from safetensors.torch import load_file, save_file
 from .core import atomic_path, masked_log_softmax, write_json
-from .blocks import STATES, SCORERS, MATCHES, DIVERSITY, CrossAttend, Heads, MatchNet, SelfAttend, Stop, dots, near_identity, picked, with_stop
+from leverplus.blocks import (
+    STATES, SCORERS, MATCHES, DIVERSITY, CrossAttend, Heads, MatchNet, SelfAttend, Stop, dots,
+    near_identity, picked, with_stop,
+)
 
 # %% ../nbs/50_selector.ipynb #d02861c4
 @dataclass
@@ -38,7 +41,8 @@ class Encoded:
     mask:torch.Tensor # bool [B,K], True = a real candidate
     keys:torch.Tensor # [B,K,m] what the scorer compares with
     feats:torch.Tensor|None=None # [B,K,n] what the diversity term compares
-    match:torch.Tensor|None=None # [B,K] attribute-wise match of the raw embeddings; [B,K,n] what `MatchNet` knows before the first pick
+    # [B,K] attribute-wise match of the raw embeddings; [B,K,n] what `MatchNet` knows before the first pick
+    match: torch.Tensor | None = None
     traits:torch.Tensor|None=None # [B,K,n] what it remembers of a pick
     views:torch.Tensor|None=None # [B,K,n] what it compares with picks
     index:torch.Tensor|None=None # int [B,K] places in the pool, if `top_m` left candidates out
@@ -54,44 +58,77 @@ class State:
     "Where `P` prefixes per query stand"
     query:torch.Tensor # [B,P,H] unit norm
     free:torch.Tensor # bool [B,P,K], True = may be picked
-    memory:tuple=() # of `MatchNet`, then of the diversity term: tensors [B,P,...]; empty before the first pick
+    # of `MatchNet`, then of the diversity term: tensors [B,P,...]; empty before the first pick
+    memory: tuple = ()
     done:torch.Tensor|None=None # bool [B,P], True = has stopped; None where that is not offered
 
     def at(self, parent:torch.Tensor):
         "State of prefixes that continue `parent`, int [B,Q], or [Q] for all queries alike"
         if parent.ndim == 1: f = lambda x: x[:, parent]
-        else: f = lambda x: x.gather(1, parent) if x.ndim == 2 else x.gather(1, parent[..., None].expand(*parent.shape, x.shape[-1]))
-        return State(f(self.query), f(self.free), tuple(map(f, self.memory)), None if self.done is None else f(self.done))
+        else:
+            f = lambda x: (
+                x.gather(1, parent)
+                if x.ndim == 2
+                else x.gather(1, parent[..., None].expand(*parent.shape, x.shape[-1]))
+            )
+        return State(
+            f(self.query),
+            f(self.free),
+            tuple(map(f, self.memory)),
+            None if self.done is None else f(self.done),
+        )
 
 # %% ../nbs/50_selector.ipynb #487d46d1
 def _checked_pool(query, cands, mask, d_in):
     "Mask [B,K] of the candidates, after refusing what cannot be encoded"
-    shape, B = list(cands.shape), len(query)
-    if query.ndim != 2 or len(shape) not in (2, 3) or (len(shape) == 3 and B != shape[0]) or {query.shape[-1], shape[-1]} != {d_in}:
-        raise ValueError(f"query {list(query.shape)} and cands {shape}: wanted [B,D] and [B,K,D], or [K,D] for one pool, with D = {d_in}, "
-                         "the d_in of this selector; were they embedded as another kind?")
-    if isinstance(cands, Shared) and cands.index.numel() and not 0 <= int(cands.index.min()) <= int(cands.index.max()) < len(cands.vecs):
-        raise ValueError(f"Shared: index {int(cands.index.min())}..{int(cands.index.max())} into {len(cands.vecs)} vecs: "
-                         f"wanted 0..{len(cands.vecs)-1}, also where masked")
+    shape = list(cands.shape)
+    B = len(query)
+    if (
+        query.ndim != 2
+        or len(shape) not in (2, 3)
+        or (len(shape) == 3 and B != shape[0])
+        or {query.shape[-1], shape[-1]} != {d_in}
+    ):
+        raise ValueError(
+            f"query {list(query.shape)} and cands {shape}: wanted [B,D] and [B,K,D], or [K,D] for one pool,"
+            f" with D = {d_in}, the d_in of this selector; were they embedded as another kind?"
+        )
+    if (
+        isinstance(cands, Shared)
+        and cands.index.numel()
+        and not 0 <= int(cands.index.min()) <= int(cands.index.max()) < len(cands.vecs)
+    ):
+        raise ValueError(
+            f"Shared: index {int(cands.index.min())}..{int(cands.index.max())} into {len(cands.vecs)} vecs: "
+            f"wanted 0..{len(cands.vecs)-1}, also where masked"
+        )
     want = (B, shape[-2])
     if mask is None: mask = torch.ones(want, dtype=torch.bool, device=query.device)
     if mask.dtype != torch.bool or tuple(mask.shape) not in (want, want[1:] if len(shape) == 2 else want):
         raise ValueError(f"cand_mask {mask.dtype} {list(mask.shape)}: wanted bool {list(want)}")
     mask = mask.expand(want)
-    if not mask.any(-1).all(): raise ValueError(f"row {int((~mask.any(-1)).nonzero()[0])}: all its candidates are padding; nothing can be picked")
+    if not mask.any(-1).all():
+        raise ValueError(
+            f"row {int((~mask.any(-1)).nonzero()[0])}: all its candidates are padding; nothing can be picked"
+        )
     return mask
 
 def _look(x, index):
     "Rows of the distinct demonstrations `x` [1,U,n] at `index` [B,K]; `x` itself where there is no index"
-    return x if index is None or x is None else x[0].index_select(0, index.flatten()).unflatten(0, index.shape)
+    return (
+        x if index is None or x is None else x[0].index_select(0, index.flatten()).unflatten(0, index.shape)
+    )
 
 def _units(cands, device):
     "Unit vectors [B,K,D], [1,K,D] or [1,U,D] of a pool in any form, and the index [B,K] that belongs to the last"
-    if not isinstance(cands, Shared): return F.normalize(cands if cands.ndim == 3 else cands[None], dim=-1), None
+    if not isinstance(cands, Shared):
+        return F.normalize(cands if cands.ndim == 3 else cands[None], dim=-1), None
     used, index = cands.index.unique(return_inverse=True)
     return F.normalize(cands.vecs[used.to(cands.vecs.device)].to(device), dim=-1)[None], index.to(device)
 
-def _compare(f, index): return f[:, 0] if index is None else f[:, 0].gather(1, index) # f [B,1,K] or [B,1,U] -> [B,K]
+# f [B,1,K] or [B,1,U] -> [B,K]
+def _compare(f, index):
+    return f[:, 0] if index is None else f[:, 0].gather(1, index)
 
 # %% ../nbs/50_selector.ipynb #035503f5
 def _choice(what, name, choices):
@@ -100,30 +137,71 @@ def _choice(what, name, choices):
 
 class PointerNet(nn.Module):
     "Encoder and single step of the pointer; see `PointerSelector` for the arguments"
-    fold = False # encode pools [B,K,D] with matrices multiplied beforehand: faster, equal up to rounding; always so for the other forms
-    def __init__(self, d_in, d_hidden=128, n_layers=1, n_heads=1, dropout=.1, temperature=.1, state="gate", prior=True,
-                 prior_scale=10., max_shots=4, scorer="cosine", cand_layers=0, match="none", n_match=8, diversity="none",
-                 diversity_weight=0., stop=False):
+    # encode pools [B,K,D] with matrices multiplied beforehand: faster, equal up to rounding; always so for
+    # the other forms
+    fold = False
+    def __init__(
+        self,
+        d_in,
+        d_hidden=128,
+        n_layers=1,
+        n_heads=1,
+        dropout=0.1,
+        temperature=0.1,
+        state="gate",
+        prior=True,
+        prior_scale=10.0,
+        max_shots=4,
+        scorer="cosine",
+        cand_layers=0,
+        match="none",
+        n_match=8,
+        diversity="none",
+        diversity_weight=0.0,
+        stop=False,
+    ):
         super().__init__()
-        update, score = _choice("state", state, STATES), _choice("scorer", scorer, SCORERS)
-        match, div = _choice("match", match, MATCHES), _choice("diversity", diversity, DIVERSITY)
-        if prior not in (True, False, "match"): raise ValueError(f"prior {prior!r}: wanted True, False or 'match'")
+        update = _choice("state", state, STATES)
+        score = _choice("scorer", scorer, SCORERS)
+        match = _choice("match", match, MATCHES)
+        div = _choice("diversity", diversity, DIVERSITY)
+        if prior not in (True, False, "match"):
+            raise ValueError(f"prior {prior!r}: wanted True, False or 'match'")
         if prior == "match" and match in (None, MatchNet):
-            raise ValueError("prior='match' wanted match='heads' or 'and', which start as a similarity; heads with n_match=1 is the plain cosine at the start")
+            raise ValueError(
+                "prior='match' wanted match='heads' or 'and', which start as a similarity; heads with"
+                " n_match=1 is the plain cosine at the start"
+            )
         if temperature <= 0: raise ValueError(f"temperature {temperature}: wanted > 0")
-        if stop and max_shots < 2: raise ValueError(f"stop=True, max_shots {max_shots}: STOP is offered from the second step on; wanted max_shots >= 2")
-        self.d_in, self.temperature, self.prior, self.prior_scale, self.max_shots = d_in, temperature, prior, prior_scale, max_shots
+        if stop and max_shots < 2:
+            raise ValueError(
+                f"stop=True, max_shots {max_shots}: STOP is offered from the second step on; wanted max_shots"
+                " >= 2"
+            )
+        self.d_in = d_in
+        self.temperature = temperature
+        self.prior = prior
+        self.prior_scale = prior_scale
+        self.max_shots = max_shots
         self.input_proj = nn.Identity() if d_in == d_hidden else nn.Linear(d_in, d_hidden)
-        if d_in != d_hidden: nn.init.orthogonal_(self.input_proj.weight); nn.init.zeros_(self.input_proj.bias)
+        if d_in != d_hidden:
+            nn.init.orthogonal_(self.input_proj.weight)
+            nn.init.zeros_(self.input_proj.bias)
         self.layers = nn.ModuleList(CrossAttend(d_hidden, n_heads, dropout) for _ in range(n_layers))
-        self.query_proj, self.cand_proj, self.drop = near_identity(d_hidden), near_identity(d_hidden), nn.Dropout(dropout)
+        self.query_proj = near_identity(d_hidden)
+        self.cand_proj = near_identity(d_hidden)
+        self.drop = nn.Dropout(dropout)
         self.update = update and update(d_hidden)
         self.step_emb = nn.Parameter(torch.zeros(max_shots, d_hidden)) if update else None
-        self.gains = nn.Parameter(torch.tensor([float(prior is True), 0.])) if prior else None # alpha of the prior, gamma of the pointer
+        # alpha of the prior, gamma of the pointer
+        self.gains = nn.Parameter(torch.tensor([float(prior is True), 0.0])) if prior else None
         self.scorer = score(d_hidden)
         self.mixers = nn.ModuleList(SelfAttend(d_hidden, n_heads, dropout) for _ in range(cand_layers))
         self.match = match and match(d_in, n_match)
-        self.match_gain = None if match in (None, MatchNet) else nn.Parameter(torch.tensor(float(prior is not True))) # mu
+        # mu
+        self.match_gain = (
+            None if match in (None, MatchNet) else nn.Parameter(torch.tensor(float(prior is not True)))
+        )
         self.diversity = div and div(d_in, d_hidden, diversity_weight)
         self.stop = Stop(d_hidden, max_shots) if stop else None
 
@@ -137,22 +215,36 @@ class PointerNet(nn.Module):
         mask = _checked_pool(query, cands, cand_mask, self.d_in)
         query = F.normalize(query, dim=-1)
         if top_m is not None and top_m < mask.shape[1]: return self._coarse(query, cands, mask, top_m)
-        x, index = _units(cands, query.device); own = index is None and len(x) == len(query); fold = self.fold or not own
+        x, index = _units(cands, query.device)
+        own = index is None and len(x) == len(query)
+        fold = self.fold or not own
         match = self._matched(query, x, index)
         feats = None if self.diversity is None else _look(self.diversity.prepare(x), index)
         q = self.drop(self.input_proj(query * self.d_in**.5))
         if fold and self._linear(x): # two linear maps in a row are one
-            w, b = self.input_proj.weight * self.d_in**.5, self.input_proj.bias; proj = self.cand_proj.weight
-            hat, pool, before = F.linear(x, proj @ w, proj @ b + self.cand_proj.bias), _look(x, index), (w, b)
-            sim = torch.einsum("bd,bkd->bk", query, pool) if len(pool) == len(query) else _compare(dots(query[:, None], x), index)
+            w, b = self.input_proj.weight * self.d_in**0.5, self.input_proj.bias
+            proj = self.cand_proj.weight
+            hat = F.linear(x, proj @ w, proj @ b + self.cand_proj.bias)
+            pool = _look(x, index)
+            before = (w, b)
+            sim = (
+                torch.einsum("bd,bkd->bk", query, pool)
+                if len(pool) == len(query)
+                else _compare(dots(query[:, None], x), index)
+            )
         else:
             sim = torch.einsum("bd,bkd->bk", query, x) if own else _compare(dots(query[:, None], x), index)
-            c, before = self.drop(self.input_proj(x * self.d_in**.5)), None
+            c = self.drop(self.input_proj(x * self.d_in**.5))
+            before = None
             if self.mixers: c, index = self._mixed(c, index, mask)
-            hat, pool = None, _look(c, index) if self.layers else None
+            hat = None
+            pool = _look(c, index) if self.layers else None
         for layer in self.layers: q = layer(q, pool, mask, fold, before)
-        q, hat = F.normalize(self.query_proj(q), dim=-1), F.normalize(self.cand_proj(c) if hat is None else hat, dim=-1)
-        keys = self.scorer.keys(hat); same = keys is hat; hat = _look(hat, index)
+        q = F.normalize(self.query_proj(q), dim=-1)
+        hat = F.normalize(self.cand_proj(c) if hat is None else hat, dim=-1)
+        keys = self.scorer.keys(hat)
+        same = keys is hat
+        hat = _look(hat, index)
         return Encoded(q, hat, sim, mask, hat if same else _look(keys, index), feats, *match)
 
     def _matched(self, query, x, index):
@@ -165,12 +257,18 @@ class PointerNet(nn.Module):
 
     def _linear(self, x):
         "Is nothing between the raw candidates and their last projection but linear maps, and is it worth multiplying those first?"
-        return isinstance(self.input_proj, nn.Linear) and not self.mixers and not (self.training and self.drop.p) and x[..., 0].numel() > self.d_in
+        return (
+            isinstance(self.input_proj, nn.Linear)
+            and not self.mixers
+            and not (self.training and self.drop.p)
+            and x[..., 0].numel() > self.d_in
+        )
 
     def _mixed(self, c, index, mask):
         "Candidates after self-attention; what a candidate becomes depends on its pool, so pools that differ part here"
         c = _look(c, index)
-        if len(c) != len(mask): mask, c = (mask[:1], c) if (mask == mask[:1]).all() else (mask, c.expand(len(mask), -1, -1))
+        if len(c) != len(mask):
+            mask, c = (mask[:1], c) if (mask == mask[:1]).all() else (mask, c.expand(len(mask), -1, -1))
         for layer in self.mixers: c = layer(c, mask)
         return c, None
 
@@ -178,7 +276,11 @@ class PointerNet(nn.Module):
         "`encode` of the M most similar candidates of each pool, in the pool's order"
         if M < 1: raise ValueError(f"top_m {M}: wanted 1..K or None")
         x, index = _units(cands, query.device)
-        sim = torch.einsum("bd,bkd->bk", query, x) if index is None and x.shape[:1] == query.shape[:1] else _compare(dots(query[:, None], x), index)
+        sim = (
+            torch.einsum("bd,bkd->bk", query, x)
+            if index is None and x.shape[:1] == query.shape[:1]
+            else _compare(dots(query[:, None], x), index)
+        )
         top = sim.masked_fill(~mask, -torch.inf).topk(M, -1).indices.sort(-1).values
         if isinstance(cands, Shared): few = Shared(cands.vecs, cands.index.to(top.device).gather(1, top))
         else: few = Shared(cands, top) if cands.ndim == 2 else picked(cands, top)
@@ -187,11 +289,15 @@ class PointerNet(nn.Module):
     def start(self, enc, P=1):
         "State of `P` empty prefixes per query"
         free = enc.mask[:, None].expand(-1, P, -1)
-        done = None if self.stop is None else torch.zeros(free.shape[:2], dtype=torch.bool, device=free.device)
+        done = (
+            None if self.stop is None else torch.zeros(free.shape[:2], dtype=torch.bool, device=free.device)
+        )
         return State(enc.query[:, None].expand(-1, P, -1), free, (), done)
 
     @property
-    def n_seen(self): return 2 * isinstance(self.match, MatchNet) # how much of a state's memory is the match's
+    # how much of a state's memory is the match's
+    def n_seen(self):
+        return 2 * isinstance(self.match, MatchNet)
 
     def asking(self, state, t):
         "The state [B,P,H] as step `t` sees it"
@@ -199,7 +305,8 @@ class PointerNet(nn.Module):
 
     def terms(self, enc, state, t):
         "Logits of step `t` by source, name -> [B,1,K] or [B,P,K]; they add up"
-        out, f = {}, self.scorer(self.asking(state, t), enc.keys) / self.temperature
+        out = {}
+        f = self.scorer(self.asking(state, t), enc.keys) / self.temperature
         if self.prior: out["prior"] = self.gains[0] * self.prior_scale * enc.sim[:, None]
         out["pointer"] = self.gains[1] * f if self.prior else f
         seen, kept = state.memory[:self.n_seen], state.memory[self.n_seen:]
@@ -221,7 +328,10 @@ class PointerNet(nn.Module):
 
     def stops(self, stop=None):
         "Is STOP offered? By default if there is one; ValueError if it is asked of a selector without"
-        if stop and self.stop is None: raise ValueError("this selector never stops by itself: make it with stop=True, or say how many shots")
+        if stop and self.stop is None:
+            raise ValueError(
+                "this selector never stops by itself: make it with stop=True, or say how many shots"
+            )
         return self.stop is not None if stop is None else stop
 
     def take(self, enc, state, pick, real=None):
@@ -229,9 +339,14 @@ class PointerNet(nn.Module):
         done = state.done
         if done is not None:
             real = (pick < state.free.shape[-1]) if real is None else real & (pick < state.free.shape[-1])
-            done, pick = done | (pick == state.free.shape[-1]), pick.clamp(max=state.free.shape[-1]-1)
+            done = done | (pick == state.free.shape[-1])
+            pick = pick.clamp(max=state.free.shape[-1]-1)
         i = pick[..., None]
-        gone = torch.zeros_like(i, dtype=torch.bool) if real is None else ~real[..., None] & state.free.gather(-1, i)
+        gone = (
+            torch.zeros_like(i, dtype=torch.bool)
+            if real is None
+            else ~real[..., None] & state.free.gather(-1, i)
+        )
         q = state.query if self.update is None else self.update(state.query, picked(enc.cands, pick))
         seen, kept = state.memory[:self.n_seen], state.memory[self.n_seen:]
         if self.n_seen: seen = self.match.update(seen, enc.views, enc.traits, pick)
@@ -247,10 +362,12 @@ def check_seqs(
 )->torch.Tensor: # `seqs`, if every real pick is in the pool and no sequence repeats one; else ValueError
     "Refuse sequences that have probability 0"
     real = torch.ones_like(seqs, dtype=torch.bool) if seq_mask is None else seq_mask
-    if real.shape != seqs.shape: raise ValueError(f"seqs {list(seqs.shape)} but seq_mask {list(real.shape)}: wanted the same [B,N,S]")
+    if real.shape != seqs.shape:
+        raise ValueError(f"seqs {list(seqs.shape)} but seq_mask {list(real.shape)}: wanted the same [B,N,S]")
     bad = {"a real pick after a padded one": real[..., 1:] & ~real[..., :-1]}
     if cand_mask is not None:
-        K = cand_mask.shape[-1]; out = (seqs < 0) | (seqs >= K)
+        K = cand_mask.shape[-1]
+        out = (seqs < 0) | (seqs >= K)
         bad[f"an index outside 0..{K-1}"] = out & real
         flat = cand_mask.gather(1, seqs.clamp(0, K-1).flatten(1)).view_as(seqs)
         bad["a padded candidate"] = ~flat & ~out & real
@@ -260,8 +377,10 @@ def check_seqs(
     for what, where in bad.items():
         if where.any():
             b, n = where.any(-1).nonzero()[0].tolist()
-            raise ValueError(f"query {b if names is None else names[b]}, sequence {n} = {seqs[b, n].tolist()} has {what}: "
-                             "its probability is 0; drop or repair it before training")
+            raise ValueError(
+                f"query {b if names is None else names[b]}, sequence {n} = {seqs[b, n].tolist()} has {what}: "
+                "its probability is 0; drop or repair it before training"
+            )
     return seqs
 
 # %% ../nbs/50_selector.ipynb #8e217190
@@ -274,8 +393,11 @@ def _among(enc, seqs, real=None):
     there = hit.any(-1).view_as(seqs) if real is None else hit.any(-1).view_as(seqs) | ~real
     if not there.all():
         b, n, t = (~there).nonzero()[0].tolist()
-        raise ValueError(f"query {b}, sequence {n}: candidate {int(seqs[b, n, t])} is not among the {enc.index.shape[1]} most similar (top_m), so "
-                         "its probability is 0; encode without top_m where stored sequences are scored")
+        raise ValueError(
+            f"query {b}, sequence {n}: candidate {int(seqs[b, n, t])} is not among the {enc.index.shape[1]}"
+            " most similar (top_m), so its probability is 0; encode without top_m where stored sequences are"
+            " scored"
+        )
     return hit.int().argmax(-1).view_as(seqs)
 
 class PointerPolicy(PointerNet):
@@ -286,11 +408,13 @@ class PointerPolicy(PointerNet):
         stop:bool|None=None, # with a last column for STOP; default as the selector is made
     )->torch.Tensor: # [B,P,K] log-probabilities of the next pick, -inf for who is picked already or padding; [B,P,K+1] with STOP
         "Distribution of the next pick after each prefix"
-        st, local = self.start(enc, prefix.shape[1]), _among(enc, prefix)
+        st = self.start(enc, prefix.shape[1])
+        local = _among(enc, prefix)
         for t in range(prefix.shape[-1]): st = self.take(enc, st, local[..., t])
         lp = self.point(enc, st, prefix.shape[-1], stop=stop)
         if enc.index is None: return lp
-        M = enc.index.shape[1]; full = lp.new_full((*lp.shape[:2], enc.size), -torch.inf)
+        M = enc.index.shape[1]
+        full = lp.new_full((*lp.shape[:2], enc.size), -torch.inf)
         full = full.scatter(-1, enc.index[:, None].expand(-1, lp.shape[1], -1), lp[..., :M])
         return torch.cat([full, lp[..., M:]], -1)
 
@@ -301,9 +425,13 @@ class PointerPolicy(PointerNet):
         stop:bool|None=None, # as in `step_logp`; with STOP, one step more than S, but at most max_shots
     )->torch.Tensor: # [B,N,S,K] log-probabilities at every step of every sequence, -inf for who is picked already or padding
         "Distributions along all sequences, in one teacher-forced pass; with `top_m`, over the candidates it kept"
-        S = seqs.shape[-1]; self._check_shots(S)
+        S = seqs.shape[-1]
+        self._check_shots(S)
         if self._alike(enc, seqs, seq_mask): return self._tree_logps(enc, seqs, stop)
-        st, out, seqs, T = self.start(enc, seqs.shape[1]), [], _among(enc, seqs, seq_mask), S + (self.stops(stop) and S < self.max_shots)
+        st = self.start(enc, seqs.shape[1])
+        out = []
+        seqs = _among(enc, seqs, seq_mask)
+        T = S + (self.stops(stop) and S < self.max_shots)
         for t in range(T):
             out.append(self.point(enc, st, t, stop=stop))
             if t < T-1: st = self.take(enc, st, seqs[..., t], None if seq_mask is None else seq_mask[..., t])
@@ -312,16 +440,27 @@ class PointerPolicy(PointerNet):
     def _alike(self, enc, seqs, seq_mask):
         "Are these more sequences than candidates, the same for every query and of one length? Then they share beginnings"
         _, N, S = seqs.shape
-        return S > 1 and N > enc.mask.shape[1] and enc.index is None and (seq_mask is None or bool(seq_mask.all())) and bool((seqs == seqs[:1]).all())
+        return (
+            S > 1
+            and N > enc.mask.shape[1]
+            and enc.index is None
+            and (seq_mask is None or bool(seq_mask.all()))
+            and bool((seqs == seqs[:1]).all())
+        )
 
     def _tree_logps(self, enc, seqs, stop):
         "`step_logps` of sequences that all queries share: every distinct beginning is computed once"
-        _, N, S = seqs.shape; T = S + (self.stops(stop) and S < self.max_shots)
-        st, out, at, row = self.start(enc), [], torch.zeros(N, dtype=torch.long, device=seqs.device), torch.arange(N, device=seqs.device)
+        _, N, S = seqs.shape
+        T = S + (self.stops(stop) and S < self.max_shots)
+        st = self.start(enc)
+        out = []
+        at = torch.zeros(N, dtype=torch.long, device=seqs.device)
+        row = torch.arange(N, device=seqs.device)
         for t in range(T):
             out.append(self.point(enc, st, t, stop=stop)[:, at]) # `at`: which beginning every sequence has
             if t == T-1: break
-            now, at = at, torch.stack([at, seqs[0, :, t]], -1).unique(dim=0, return_inverse=True)[1]
+            now = at
+            at = torch.stack([at, seqs[0, :, t]], -1).unique(dim=0, return_inverse=True)[1]
             one = row.new_full((int(at.max())+1,), N).scatter_reduce(0, at, row, "amin") # a sequence of each
             st = self.take(enc, st.at(now[one]), seqs[:, one, t])
         return torch.stack(out, 2)
@@ -333,7 +472,8 @@ class PointerPolicy(PointerNet):
         stop:bool|None=None, # count STOP behind a sequence shorter than max_shots; default as the selector is made
     )->torch.Tensor: # [B,N] log pi(sequence), summed over its real picks; 0 for a padded sequence
         "Log-probability of whole sequences"
-        lp, seqs = self.step_logps(enc, seqs, seq_mask, stop), _among(enc, seqs, seq_mask)
+        lp = self.step_logps(enc, seqs, seq_mask, stop)
+        seqs = _among(enc, seqs, seq_mask)
         if self.stops(stop): seqs, seq_mask = self._ended(seqs, seq_mask, *lp.shape[-2:])
         lp = _at(lp, seqs)
         return (lp if seq_mask is None else lp.masked_fill(~seq_mask, 0.)).sum(-1)
@@ -341,8 +481,11 @@ class PointerPolicy(PointerNet):
     def _ended(self, seqs, mask, T, K1):
         "Sequences and mask [B,N,T] with STOP, the last of `K1` columns, behind the last real pick"
         if mask is None: mask = torch.ones_like(seqs, dtype=torch.bool)
-        more = T - seqs.shape[-1]; seqs, mask = F.pad(seqs, (0, more)), F.pad(mask, (0, more))
-        n = mask.sum(-1, keepdim=True); ends = (torch.arange(T, device=seqs.device) == n) & (n > 0)
+        more = T - seqs.shape[-1]
+        seqs = F.pad(seqs, (0, more))
+        mask = F.pad(mask, (0, more))
+        n = mask.sum(-1, keepdim=True)
+        ends = (torch.arange(T, device=seqs.device) == n) & (n > 0)
         return seqs.masked_fill(ends, K1-1), mask | ends
 
     def logp_set(self,
@@ -352,12 +495,17 @@ class PointerPolicy(PointerNet):
     )->torch.Tensor: # [B,N] log of the sum of pi over the n! orders of the n real picks
         "Log-probability of sets of picks, whatever their order"
         B, N, S = seqs.shape
-        if S > 4: raise ValueError(f"logp_set of {S} picks would sum {math.factorial(S)} orders: wanted at most 4")
-        orders = torch.tensor(list(permutations(range(S))), device=seqs.device); step = torch.arange(S, device=seqs.device)
+        if S > 4:
+            raise ValueError(f"logp_set of {S} picks would sum {math.factorial(S)} orders: wanted at most 4")
+        orders = torch.tensor(list(permutations(range(S))), device=seqs.device)
+        step = torch.arange(S, device=seqs.device)
         real = torch.ones_like(seqs, dtype=torch.bool) if seq_mask is None else seq_mask
-        ok = ((orders == step) | (real.sum(-1)[..., None, None] > torch.maximum(orders, step))).all(-1) # padding stays where it is
+        # padding stays where it is
+        ok = ((orders == step) | (real.sum(-1)[..., None, None] > torch.maximum(orders, step))).all(-1)
         every = seqs[..., orders].where(ok[..., None], seqs[:, :, None])
-        lp = self.logp(enc, every.flatten(1, 2), real[:, :, None].expand_as(every).flatten(1, 2)).unflatten(1, (N, -1))
+        lp = self.logp(enc, every.flatten(1, 2), real[:, :, None].expand_as(every).flatten(1, 2)).unflatten(
+            1, (N, -1)
+        )
         return lp.masked_fill(~ok, -torch.inf).logsumexp(-1)
 
     def forward(self, query, cands, cand_mask, seqs, seq_mask=None):
@@ -365,7 +513,8 @@ class PointerPolicy(PointerNet):
         return self.logp(self.encode(query, cands, cand_mask), seqs, seq_mask)
 
     def _check_shots(self, S):
-        if S is not None and not 1 <= S <= self.max_shots: raise ValueError(f"{S} shots: this selector was made for 1..{self.max_shots} (max_shots)")
+        if S is not None and not 1 <= S <= self.max_shots:
+            raise ValueError(f"{S} shots: this selector was made for 1..{self.max_shots} (max_shots)")
 
 # %% ../nbs/50_selector.ipynb #7fbcee3e
 def check_room(
@@ -376,17 +525,27 @@ def check_room(
     n = mask.sum(-1)
     if (n <= S).any():
         b = int(n.argmin())
-        raise ValueError(f"row {b} has {int(n[b])} candidates for S = {S} shots: wanted K > S, or there is nothing to choose")
+        raise ValueError(
+            f"row {b} has {int(n[b])} candidates for S = {S} shots: wanted K > S, or there is nothing to"
+            " choose"
+        )
 
 def _plan(model, enc, S):
     "(steps, arguments of `point`, number of sequences of a pool of k) for exactly S picks, or for S = None, a policy that ends by itself"
-    if S is not None: return S, ({} if getattr(model, "stop", None) is None else dict(stop=False)), lambda k: math.perm(k, S)
-    model.stops(True); T = model.max_shots
+    if S is not None:
+        return (
+            S,
+            ({} if getattr(model, "stop", None) is None else dict(stop=False)),
+            lambda k: math.perm(k, S),
+        )
+    model.stops(True)
+    T = model.max_shots
     return T, dict(stop=True), lambda k: sum(math.perm(k, s) for s in range(1, T+1))
 
 def _found(enc, seqs, lp, S):
     "What a decoder returns: positions in the pool; for S = None also which picks are real"
-    mask = seqs < enc.mask.shape[1]; seqs = seqs.masked_fill(~mask, 0) if S is None else seqs
+    mask = seqs < enc.mask.shape[1]
+    seqs = seqs.masked_fill(~mask, 0) if S is None else seqs
     if enc.index is not None: seqs = enc.index.gather(1, seqs.flatten(1)).view_as(seqs).masked_fill(~mask, 0)
     return (seqs, lp, mask) if S is None else (seqs, lp)
 
@@ -397,12 +556,25 @@ def enumerate_all(
     limit:int=1_000_000, # refuse more sequences than this
 )->tuple: # (seqs int [B,M,S], logp [B,M]) with M = K!/(K-S)!; -inf for sequences with padding; gradients flow; for S = None also seq_mask
     "Every ordered sequence of `S` picks and its log-probability"
-    B, K = enc.mask.shape; T, kw, count = _plan(model, enc, S); M = count(K)
-    if M > limit: raise ValueError(f"K = {K}, S = {S} has {M:,} sequences, more than the limit of {limit:,}: use beam or sample, or raise `limit`")
-    st, lp, seqs = model.start(enc), enc.sim.new_zeros(B, 1), torch.zeros(1, 0, dtype=torch.long, device=enc.mask.device)
+    B, K = enc.mask.shape
+    T, kw, count = _plan(model, enc, S)
+    M = count(K)
+    if M > limit:
+        raise ValueError(
+            f"K = {K}, S = {S} has {M:,} sequences, more than the limit of {limit:,}: use beam or sample, or"
+            " raise `limit`"
+        )
+    st = model.start(enc)
+    lp = enc.sim.new_zeros(B, 1)
+    seqs = torch.zeros(1, 0, dtype=torch.long, device=enc.mask.device)
     for t in range(T):
-        free = torch.ones(len(seqs), K + (S is None), dtype=torch.bool, device=seqs.device).scatter(1, seqs, False)
-        if S is None: over = (seqs == K).any(-1); free[over, :K] = False; free[:, K] = over | (t > 0)
+        free = torch.ones(len(seqs), K + (S is None), dtype=torch.bool, device=seqs.device).scatter(
+            1, seqs, False
+        )
+        if S is None:
+            over = (seqs == K).any(-1)
+            free[over, :K] = False
+            free[:, K] = over | (t > 0)
         parent, pick = free.nonzero().T
         lp = lp[:, parent] + model.point(enc, st, t, **kw)[:, parent, pick]
         seqs = torch.cat([seqs[parent], pick[:, None]], 1)
@@ -421,17 +593,24 @@ def beam_search(
     room:int=2**20, # queries go in parts with at most so many scores at once; changes no result
 )->tuple: # (seqs int [B,W,S], logp [B,W]) best first; logp is -inf where a padded pool has fewer than W sequences; for S = None also seq_mask
     "The `width` most probable sequences that a beam of that width finds"
-    check_room(enc.mask, 1 if S is None else S); B, K = enc.mask.shape; T, kw, count = _plan(model, enc, S)
-    if not 1 <= width <= count(K): raise ValueError(f"width {width}: wanted 1..{count(K)}, the number of sequences of K = {K}, S = {S}")
+    check_room(enc.mask, 1 if S is None else S)
+    B, K = enc.mask.shape
+    T, kw, count = _plan(model, enc, S)
+    if not 1 <= width <= count(K):
+        raise ValueError(f"width {width}: wanted 1..{count(K)}, the number of sequences of K = {K}, S = {S}")
     if B > (n := max(1, room // (width*K))):
         found = [beam_search(model, enc.rows(slice(i, i+n)), S, width, room) for i in range(0, B, n)]
         return tuple(torch.cat(x) for x in zip(*found))
-    st, lp, seqs = model.start(enc), enc.sim.new_zeros(B, 1), torch.zeros(B, 1, 0, dtype=torch.long, device=enc.mask.device)
+    st = model.start(enc)
+    lp = enc.sim.new_zeros(B, 1)
+    seqs = torch.zeros(B, 1, 0, dtype=torch.long, device=enc.mask.device)
     for t in range(T):
-        step = model.point(enc, st, t, **kw); n = step.shape[-1]
+        step = model.point(enc, st, t, **kw)
+        n = step.shape[-1]
         score = (lp[..., None] + step).flatten(1)
         lp, i = score.topk(min(width, score.shape[-1]), -1)
-        parent, pick = i // n, i % n; seqs = _extend(seqs, parent, pick)
+        parent, pick = i // n, i % n
+        seqs = _extend(seqs, parent, pick)
         if t < T-1: st = model.take(enc, st.at(parent), pick)
     return _found(enc, seqs, lp, S)
 
@@ -439,7 +618,12 @@ def beam_search(
 def _gumbel(like, generator=None):
     "Standard Gumbel noise of the shape of `like`, in double precision"
     dev = like.device if generator is None else generator.device
-    return -torch.empty(like.shape, dtype=torch.float64, device=dev).exponential_(generator=generator).log().to(like.device)
+    return (
+        -torch.empty(like.shape, dtype=torch.float64, device=dev)
+        .exponential_(generator=generator)
+        .log()
+        .to(like.device)
+    )
 
 def gumbel_given_max(
     phi:torch.Tensor, # [...,n] log-probabilities, -inf allowed
@@ -447,7 +631,8 @@ def gumbel_given_max(
     noise:torch.Tensor, # [...,n] standard Gumbel noise
 )->torch.Tensor: # [...,n] Gumbel values located at `phi`, whose maximum is `top`; -inf where `phi` is
     "Gumbel noise on `phi`, conditioned on its maximum (appendix B of Kool et al., in its stable form)"
-    g = phi + noise; z = g.amax(-1, keepdim=True)
+    g = phi + noise
+    z = g.amax(-1, keepdim=True)
     v = top[..., None] - g + (-(g - z).exp()).log1p()
     out = top[..., None] - v.clamp(min=0) - (-v.abs()).exp().log1p()
     return out.masked_fill(phi == -torch.inf, -torch.inf)
@@ -462,16 +647,26 @@ def sample_distinct(
     generator:torch.Generator|None=None, # source of randomness; default torch's own
 )->tuple: # (seqs int [B,n,S] all different, logp [B,n] under the distribution sampled from, i.e. with its temperature); for S = None also seq_mask
     "Draw `n` different sequences per query, without replacement, by stochastic beam search"
-    check_room(enc.mask, 1 if S is None else S); B = len(enc.mask); T, kw, count = _plan(model, enc, S)
+    check_room(enc.mask, 1 if S is None else S)
+    B = len(enc.mask)
+    T, kw, count = _plan(model, enc, S)
     few = min(count(int(k)) for k in enc.mask.sum(-1))
-    if not 1 <= n <= few: raise ValueError(f"n = {n} distinct sequences of S = {S}: the smallest pool has {few}; ask for 1..{few}, or distinct=False")
-    st, seqs = model.start(enc), torch.zeros(B, 1, 0, dtype=torch.long, device=enc.mask.device)
+    if not 1 <= n <= few:
+        raise ValueError(
+            f"n = {n} distinct sequences of S = {S}: the smallest pool has {few}; ask for 1..{few}, or"
+            " distinct=False"
+        )
+    st = model.start(enc)
+    seqs = torch.zeros(B, 1, 0, dtype=torch.long, device=enc.mask.device)
     lp = G = torch.zeros(B, 1, dtype=torch.float64, device=enc.mask.device)
     for t in range(T):
-        phi = lp[..., None] + model.point(enc, st, t, temperature, **kw); K = phi.shape[-1]
+        phi = lp[..., None] + model.point(enc, st, t, temperature, **kw)
+        K = phi.shape[-1]
         g = gumbel_given_max(phi, G, _gumbel(phi, generator)).flatten(1)
         G, i = g.topk(min(n, g.shape[-1]), -1)
-        lp, parent, pick = phi.flatten(1).gather(1, i), i // K, i % K
+        lp = phi.flatten(1).gather(1, i)
+        parent = i // K
+        pick = i % K
         seqs = _extend(seqs, parent, pick)
         if t < T-1: st = model.take(enc, st.at(parent), pick)
     return _found(enc, seqs, lp.to(enc.sim.dtype), S)
@@ -479,12 +674,16 @@ def sample_distinct(
 @torch.no_grad()
 def sample_plain(model, enc, S, n, temperature=1., generator=None):
     "Draw `n` independent sequences per query, with replacement; arguments and result as `sample_distinct`"
-    check_room(enc.mask, 1 if S is None else S); T, kw, _ = _plan(model, enc, S)
-    st, lp, seqs = model.start(enc, n), 0., []
+    check_room(enc.mask, 1 if S is None else S)
+    T, kw, _ = _plan(model, enc, S)
+    st = model.start(enc, n)
+    lp = 0.
+    seqs = []
     for t in range(T):
         step = model.point(enc, st, t, temperature, **kw)
         pick = (step + _gumbel(step, generator)).argmax(-1)
-        lp = lp + _at(step, pick); seqs.append(pick)
+        lp = lp + _at(step, pick)
+        seqs.append(pick)
         st = model.take(enc, st, pick)
     return _found(enc, torch.stack(seqs, -1), lp, S)
 
@@ -496,8 +695,15 @@ def load_strict(
 )->nn.Module: # `model`, filled; ValueError that names missing, unexpected and misshaped keys
     "Load `weights` if they are exactly those of `model`"
     own = model.state_dict()
-    wrong = {"missing": sorted(own.keys() - weights.keys()), "unexpected": sorted(weights.keys() - own.keys()),
-             "misshaped": [f"{k} {list(weights[k].shape)} for {list(own[k].shape)}" for k in own if k in weights and weights[k].shape != own[k].shape]}
+    wrong = {
+        "missing": sorted(own.keys() - weights.keys()),
+        "unexpected": sorted(weights.keys() - own.keys()),
+        "misshaped": [
+            f"{k} {list(weights[k].shape)} for {list(own[k].shape)}"
+            for k in own
+            if k in weights and weights[k].shape != own[k].shape
+        ],
+    }
     if any(wrong.values()):
         raise ValueError(f"{where}: not the weights of this {type(model).__name__}: "
                          + "; ".join(f"{what}: {', '.join(ks)}" for what, ks in wrong.items() if ks))
@@ -509,11 +715,20 @@ _HUB = {"revision", "cache_dir", "force_download", "proxies", "resume_download",
 
 def _checked_config(cls, config, where):
     "(settings, info) of a config.json, after refusing another class and settings that are missing or unknown"
-    config = dict(config); name, info = config.pop("class", None), config.pop("info", {})
-    if name != cls.__name__: raise ValueError(f"{where}: a checkpoint of {name!r}, not of {cls.__name__}; load it with its own class")
+    config = dict(config)
+    name = config.pop("class", None)
+    info = config.pop("info", {})
+    if name != cls.__name__:
+        raise ValueError(
+            f"{where}: a checkpoint of {name!r}, not of {cls.__name__}; load it with its own class"
+        )
     known = set(inspect.signature(cls.__init__).parameters) - {"self"}
     wrong = {"missing": sorted(known - config.keys()), "unknown": sorted(config.keys() - known)}
-    if any(wrong.values()): raise ValueError(f"{where}: not the settings of {name}: " + "; ".join(f"{w}: {', '.join(k)}" for w, k in wrong.items() if k))
+    if any(wrong.values()):
+        raise ValueError(
+            f"{where}: not the settings of {name}: "
+            + "; ".join(f"{w}: {', '.join(k)}" for w, k in wrong.items() if k)
+        )
     return config, info
 
 # %% ../nbs/50_selector.ipynb #093e84e0
@@ -538,11 +753,28 @@ class PointerSelector(PointerPolicy, PyTorchModelHubMixin, library_name="leverpl
         diversity_weight:float=0., # where its learned weight starts; 0 keeps the untrained policy as it is
         stop:bool=False, # may the policy end before max_shots?
     ):
-        config = dict(d_in=d_in, d_hidden=d_hidden, n_layers=n_layers, n_heads=n_heads, dropout=dropout, temperature=temperature, state=state,
-                      prior=prior, prior_scale=prior_scale, max_shots=max_shots, scorer=scorer, cand_layers=cand_layers, match=match,
-                      n_match=n_match, diversity=diversity, diversity_weight=diversity_weight, stop=stop)
+        config = dict(
+            d_in=d_in,
+            d_hidden=d_hidden,
+            n_layers=n_layers,
+            n_heads=n_heads,
+            dropout=dropout,
+            temperature=temperature,
+            state=state,
+            prior=prior,
+            prior_scale=prior_scale,
+            max_shots=max_shots,
+            scorer=scorer,
+            cand_layers=cand_layers,
+            match=match,
+            n_match=n_match,
+            diversity=diversity,
+            diversity_weight=diversity_weight,
+            stop=stop,
+        )
         super().__init__(**config)
-        self.config, self.info = config, {}
+        self.config = config
+        self.info = {}
 
     def greedy(self, enc, S):
         "The most probable pick at each step: [B,S]; for S = None, until STOP is more probable than not: (seqs [B,max_shots], seq_mask)"
@@ -551,17 +783,22 @@ class PointerSelector(PointerPolicy, PyTorchModelHubMixin, library_name="leverpl
 
     @torch.no_grad()
     def _until_stop(self, enc):
-        self.stops(True); check_room(enc.mask, 1)
-        st, seqs = self.start(enc), []
+        self.stops(True)
+        check_room(enc.mask, 1)
+        st = self.start(enc)
+        seqs = []
         for t in range(self.max_shots):
-            lp = self.point(enc, st, t); K = lp.shape[-1] - 1
-            seqs.append(lp[..., :K].argmax(-1).masked_fill(lp[..., K] > math.log(.5), K)); st = self.take(enc, st, seqs[-1])
+            lp = self.point(enc, st, t)
+            K = lp.shape[-1] - 1
+            seqs.append(lp[..., :K].argmax(-1).masked_fill(lp[..., K] > math.log(0.5), K))
+            st = self.take(enc, st, seqs[-1])
         seqs, _, mask = _found(enc, torch.stack(seqs, -1), None, None)
         return seqs[:, 0], mask[:, 0]
 
     def beam(self, enc, S, width):
         "`beam_search`: (seqs [B,W,S], logp [B,W]), best first; for S = None also seq_mask"
-        self._check_shots(S); return beam_search(self, enc, S, width)
+        self._check_shots(S)
+        return beam_search(self, enc, S, width)
 
     def sample(self, enc, S, n, temperature=1., distinct=True, generator=None):
         "`sample_distinct` (without replacement) or `sample_plain`: (seqs [B,n,S], logp [B,n]); for S = None also seq_mask"
@@ -570,12 +807,26 @@ class PointerSelector(PointerPolicy, PyTorchModelHubMixin, library_name="leverpl
 
     def enumerate(self, enc, S, limit=1_000_000):
         "`enumerate_all`: (seqs [B,M,S], logp [B,M]) for all M = K!/(K-S)! sequences; for S = None of all lengths, also seq_mask"
-        self._check_shots(S); return enumerate_all(self, enc, S, limit)
+        self._check_shots(S)
+        return enumerate_all(self, enc, S, limit)
 
     def groups(self):
         "Names of the parameters by what they do: group -> names as in `named_parameters`; each stands in one group"
-        home = dict(input_proj="encoder", mixers="encoder", layers="attention", query_proj="head", cand_proj="head", scorer="head", update="state",
-                    step_emb="state", gains="prior", match="match", match_gain="match", diversity="diversity", stop="stop")
+        home = dict(
+            input_proj="encoder",
+            mixers="encoder",
+            layers="attention",
+            query_proj="head",
+            cand_proj="head",
+            scorer="head",
+            update="state",
+            step_emb="state",
+            gains="prior",
+            match="match",
+            match_gain="match",
+            diversity="diversity",
+            stop="stop",
+        )
         out = {}
         for name, _ in self.named_parameters(): out.setdefault(home[name.split(".")[0]], []).append(name)
         return out
@@ -586,24 +837,39 @@ class PointerSelector(PointerPolicy, PyTorchModelHubMixin, library_name="leverpl
         **kwargs, # for PyTorchModelHubMixin, e.g. `push_to_hub=True, repo_id="me/selector"`
     ):
         "Write weights, architecture and `info`"
-        if info is not None: self.info = json.loads(json.dumps(info)) # refuse what is not JSON before a file is touched
+        # refuse what is not JSON before a file is touched
+        if info is not None:
+            self.info = json.loads(json.dumps(info))
         return super().save_pretrained(path, **kwargs)
 
     def _save_pretrained(self, save_directory):
         with atomic_path(save_directory/"model.safetensors") as tmp:
             save_file({k: v.contiguous() for k, v in self.state_dict().items()}, tmp)
-        write_json(save_directory/"config.json", {"class": type(self).__name__, **self.config, "info": self.info}, indent=2)
+        write_json(
+            save_directory / "config.json",
+            {"class": type(self).__name__, **self.config, "info": self.info},
+            indent=2,
+        )
 
     @classmethod
     def _from_pretrained(cls, *, model_id, config=None, map_location="cpu", **kwargs):
-        where, file = Path(model_id)/"config.json", Path(model_id)/"model.safetensors"
-        if config is None: raise FileNotFoundError(f"{where}: no such file; a checkpoint is a folder with config.json and model.safetensors")
+        where = Path(model_id)/"config.json"
+        file = Path(model_id)/"model.safetensors"
+        if config is None:
+            raise FileNotFoundError(
+                f"{where}: no such file; a checkpoint is a folder with config.json and model.safetensors"
+            )
         settings, info = _checked_config(cls, config, where)
         hub = {k: v for k, v in kwargs.items() if k not in settings}
-        if odd := hub.keys() - _HUB: raise TypeError(f"from_pretrained got {', '.join(sorted(odd))}: neither a setting of {cls.__name__} nor of the hub")
+        if odd := hub.keys() - _HUB:
+            raise TypeError(
+                f"from_pretrained got {', '.join(sorted(odd))}: neither a setting of {cls.__name__} nor of"
+                " the hub"
+            )
         model = cls(**{k: kwargs[k] for k in settings})
         if not Path(model_id).is_dir(): file = Path(hf_hub_download(model_id, file.name, **hub))
-        elif not file.exists(): raise FileNotFoundError(f"{file}: no such file; was the checkpoint copied whole?")
+        elif not file.exists():
+            raise FileNotFoundError(f"{file}: no such file; was the checkpoint copied whole?")
         load_strict(model, load_file(file), file).to(map_location).eval().info = info
         return model
 
@@ -617,8 +883,17 @@ def plot_steps(
     "Bars of pointer distributions over one pool"
     import matplotlib.pyplot as plt
     if ax is None: ax = plt.subplots(figsize=(5, 3), layout="constrained")[1]
-    K, w = len(logps[0]), .8/len(logps)
+    K = len(logps[0])
+    w = .8/len(logps)
     for i, (lp, label) in enumerate(zip(logps, labels)):
-        ax.bar(torch.arange(K).numpy() + (i - (len(logps)-1)/2)*w, lp.detach().exp().cpu().numpy(), w, label=label)
-    ax.set_xticks(range(K), range(K) if names is None else names); ax.set_xlabel("candidate"); ax.set_ylabel("probability"); ax.legend(frameon=False)
+        ax.bar(
+            torch.arange(K).numpy() + (i - (len(logps) - 1) / 2) * w,
+            lp.detach().exp().cpu().numpy(),
+            w,
+            label=label,
+        )
+    ax.set_xticks(range(K), range(K) if names is None else names)
+    ax.set_xlabel("candidate")
+    ax.set_ylabel("probability")
+    ax.legend(frameon=False)
     return ax

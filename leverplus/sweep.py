@@ -29,7 +29,8 @@ from .evaluate import Interval, compare_seeds, detectable, differs, expected_bes
 from .loops import code_fingerprint
 
 # %% ../nbs/85_sweep.ipynb #8cc1082c
-FIXED = dict(objective="rce", reward="hard_plus_soft", kind="mixed", bs=32) # what a combination has where neither grid nor base says otherwise
+# what a combination has where neither grid nor base says otherwise
+FIXED = dict(objective="rce", reward="hard_plus_soft", kind="mixed", bs=32)
 
 GRIDS = { # the reports' own grids
     "002 4.2": {"reward": ["hard_plus_soft", "hard_plus_soft_v2", "separated", "hard_only", "soft_only", "legacy"],
@@ -43,21 +44,32 @@ def _reward(r): return (r, {}) if isinstance(r, str) else (r[0], dict(r[1]))
 
 def _takes(f, *more):
     "Names of the arguments of functions; None if the first takes anything"
-    ps = inspect.signature(f).parameters.values(); rest = any(p.kind is p.VAR_KEYWORD for p in ps)
+    ps = inspect.signature(f).parameters.values()
+    rest = any(p.kind is p.VAR_KEYWORD for p in ps)
     names = {p.name for p in ps if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)} - {"self", "learn"}
     return None if rest and not more else names.union(*(_takes(m) or set() for m in more)) if rest else names
 
 def _stage_takes(name, stages):
     if name in stages: return _takes(stages[name])
     fit = getattr(SelectorLearner, f"fit_{name}", None)
-    if fit is None or name == "stage": raise ValueError(f"objective {name!r}: no `fit_{name}`, and not among stages={sorted(stages)}")
+    if fit is None or name == "stage":
+        raise ValueError(f"objective {name!r}: no `fit_{name}`, and not among stages={sorted(stages)}")
     names = _takes(fit, SelectorLearner.fit_stage, GRPO.__init__, PolicyGradient.__init__) or set()
-    return names - {"cbs", "resume", "kw"} if name == "grpo" else (_takes(fit, SelectorLearner.fit_stage) or set()) - {"cbs", "resume", "kw"}
+    return (
+        names - {"cbs", "resume", "kw"}
+        if name == "grpo"
+        else (_takes(fit, SelectorLearner.fit_stage) or set()) - {"cbs", "resume", "kw"}
+    )
 
 def _uses(s, stages):
     "The settings that a combination uses"
-    mode, own = _reward(s["reward"]); knobs = set(reward_facts(mode)[1]) - set(own); todo = _stages(s["objective"])
-    takes = {n: _stage_takes(n, stages) for n in todo} | {"reward": knobs, "model": _takes(PointerSelector.__init__) - {"d_in"}}
+    mode, own = _reward(s["reward"])
+    knobs = set(reward_facts(mode)[1]) - set(own)
+    todo = _stages(s["objective"])
+    takes = {n: _stage_takes(n, stages) for n in todo} | {
+        "reward": knobs,
+        "model": _takes(PointerSelector.__init__) - {"d_in"},
+    }
     def used(k):
         where, _, arg = k.partition(".")
         return k in FIXED if not arg else where in takes and (takes[where] is None or arg in takes[where])
@@ -72,11 +84,17 @@ def expand_grid(
     base, stages = base or {}, stages or {}
     for k, v in grid.items():
         if isinstance(v, (list, tuple)) and len(v): continue
-        raise ValueError(f"grid {k!r} is {v!r}: wanted a list of values, e.g. [{v!r}]; what is the same for all goes into base")
+        raise ValueError(
+            f"grid {k!r} is {v!r}: wanted a list of values, e.g. [{v!r}]; what is the same for all goes into"
+            " base"
+        )
     if both := sorted(grid.keys() & base.keys()): raise ValueError(f"{both} stand in grid and base: keep one")
     out = [_uses(FIXED | base | dict(zip(grid, vs)), stages) for vs in itertools.product(*grid.values())]
     if idle := sorted((grid.keys() | base.keys()) - set().union(*out)):
-        raise ValueError(f"{idle}: no combination uses them; names are {sorted(FIXED)}, reward.WEIGHT, model.ARGUMENT, STAGE.ARGUMENT of its objectives")
+        raise ValueError(
+            f"{idle}: no combination uses them; names are {sorted(FIXED)}, reward.WEIGHT, model.ARGUMENT,"
+            " STAGE.ARGUMENT of its objectives"
+        )
     return [s for i, s in enumerate(out) if all(plain(s) != plain(t) for t in out[:i])]
 
 # %% ../nbs/85_sweep.ipynb #0c38ae5a
@@ -86,7 +104,12 @@ def data_fingerprint(
     style:str="interleaved", # prompt style
 )->str: # 16 hexadecimal digits
     "What all cells of a sweep share"
-    return fingerprint("sweep", {k: d.fingerprint for k, d in groups.items()}, world.store.fingerprint, facts_fingerprint(world.scorer, style))
+    return fingerprint(
+        "sweep",
+        {k: d.fingerprint for k, d in groups.items()},
+        world.store.fingerprint,
+        facts_fingerprint(world.scorer, style),
+    )
 
 def cell_id(
     settings:dict, # a combination of `expand_grid`
@@ -98,12 +121,22 @@ def cell_id(
     own = {n: code_fingerprint(f) for n, f in (stages or {}).items() if n in _stages(settings["objective"])}
     return fingerprint("cell", plain(settings), int(seed), data, own)
 
-def _section(settings, name): return {k.partition(".")[2]: v for k, v in settings.items() if k.startswith(f"{name}.")}
+def _section(settings, name):
+    return {k.partition(".")[2]: v for k, v in settings.items() if k.startswith(f"{name}.")}
 
 def _with_info(data, world, cache, style):
     "Groups with the column `info_score`, which only some rewards need"
-    zero = ask(pd.DataFrame(dict(question_id=data.queries, pointer=[()]*len(data.queries))), world.scorer, world.items, cache, style)
-    out = copy(data); out.rows = data.rows.assign(info_score=info_score(data.rows, dict(zip(zero.question_id, zero.vqa_gt_prob))))
+    zero = ask(
+        pd.DataFrame(dict(question_id=data.queries, pointer=[()] * len(data.queries))),
+        world.scorer,
+        world.items,
+        cache,
+        style,
+    )
+    out = copy(data)
+    out.rows = data.rows.assign(
+        info_score=info_score(data.rows, dict(zip(zero.question_id, zero.vqa_gt_prob)))
+    )
     return out
 
 def train_cell(
@@ -116,9 +149,11 @@ def train_cell(
     style:str="interleaved", # prompt style
 )->tuple: # (Learner, its regret on the groups that choose, in units of its reward)
     "Train one cell"
-    mode, own = _reward(settings["reward"]); weights = own | _section(settings, "reward")
+    mode, own = _reward(settings["reward"])
+    weights = own | _section(settings, "reward")
     parts = [evaluated(groups["train"]), evaluated(groups.get("valid", groups["dev"]))]
-    if "info_score" in reward_facts(mode, **weights)[0]: parts = [_with_info(d, world, cache, style) for d in parts]
+    if "info_score" in reward_facts(mode, **weights)[0]:
+        parts = [_with_info(d, world, cache, style) for d in parts]
     dls = group_dls(*parts, world.store, mode, settings["kind"], settings["bs"], seed, **weights)
     learn = selector_learner(dls, seed=seed, **_section(settings, "model"))
     with quiet(learn):
@@ -138,17 +173,28 @@ def run_cell(
     settings:dict, seed:int, groups:dict, world, shots:int, cache:FactCache, stages:dict|None=None, style:str="interleaved", # as in `train_cell`; `shots` of the picks
 )->dict: # a row, JSON-ready; an exception of the cell is part of it
     "Train and judge one cell, whatever happens"
-    start, out = time.perf_counter(), dict(status="failed", settings=plain(settings), seed=int(seed), shots=shots)
+    start = time.perf_counter()
+    out = dict(status="failed", settings=plain(settings), seed=int(seed), shots=shots)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         try:
             learn, regret = train_cell(settings, seed, groups, world, cache, stages, style)
             f = _answers(learn, settings, seed, groups, world, shots, cache, style)
-            out |= dict(status="done", acc=float(f.vqa_acc_score.mean()), gt_prob=float(f.vqa_gt_prob.mean()), regret=regret,
-                        epochs=len(learn.history.frame), failed_rows=int(f.eval_failed.sum()),
-                        scored={c: f[c].map(list).tolist() if c == "pointer" else f[c].tolist() for c in _SCORED})
-        except Exception as e: out |= dict(error=f"{type(e).__name__}: {e}"[:1000], traceback=traceback.format_exc()[-3000:])
-    return out | dict(warned=sorted({str(w.message)[:300] for w in said if w.category is UserWarning}), seconds=round(time.perf_counter() - start, 3))
+            out |= dict(
+                status="done",
+                acc=float(f.vqa_acc_score.mean()),
+                gt_prob=float(f.vqa_gt_prob.mean()),
+                regret=regret,
+                epochs=len(learn.history.frame),
+                failed_rows=int(f.eval_failed.sum()),
+                scored={c: f[c].map(list).tolist() if c == "pointer" else f[c].tolist() for c in _SCORED},
+            )
+        except Exception as e:
+            out |= dict(error=f"{type(e).__name__}: {e}"[:1000], traceback=traceback.format_exc()[-3000:])
+    return out | dict(
+        warned=sorted({str(w.message)[:300] for w in said if w.category is UserWarning}),
+        seconds=round(time.perf_counter() - start, 3),
+    )
 
 _SCORED = ["question_id", "pointer", "vqa_acc_score", "vqa_gt_prob", "vqa_pred_answer", "eval_failed"]
 
@@ -158,12 +204,16 @@ def append_row(
     row:dict, # JSON-ready
 )->Path: # `file`
     "Append a line, whole or not at all for whoever reads it with `read_rows`"
-    file = Path(file); file.parent.mkdir(parents=True, exist_ok=True); line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
+    file = Path(file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
     with open(file, "ab") as f:
         if f.tell():
             whole = _whole(file)
             if whole < f.tell(): f.truncate(whole)
-        f.write(line); f.flush(); os.fsync(f.fileno())
+        f.write(line)
+        f.flush()
+        os.fsync(f.fileno())
     return file
 
 def _whole(file): return file.read_bytes().rfind(b"\n") + 1 # bytes up to the end of the last whole line
@@ -178,7 +228,10 @@ def read_rows(
     for i, line in enumerate(file.read_bytes()[:_whole(file)].splitlines(), 1):
         try: out.append(json.loads(line))
         except ValueError as e:
-            raise ValueError(f"{file} line {i}: not JSON ({e}); was it edited? Take the line out, its cell is trained again") from e
+            raise ValueError(
+                f"{file} line {i}: not JSON ({e}); was it edited? Take the line out, its cell is trained"
+                " again"
+            ) from e
     return out
 
 def _cells(path):
@@ -199,9 +252,18 @@ def _show(v):
     return v
 
 def _row(settings, seed, cell, r, columns):
-    r = r or dict(status="not run"); num = {k: r.get(k, np.nan) for k in ("acc", "gt_prob", "regret", "epochs", "seconds")}
+    r = r or dict(status="not run")
+    num = {k: r.get(k, np.nan) for k in ("acc", "gt_prob", "regret", "epochs", "seconds")}
     shown = {c: _show(settings[c]) if c in settings else "-" for c in columns}
-    return dict(config=fingerprint(plain(settings))[:8], **shown, seed=seed, status=r["status"], **num, error=r.get("error", ""), cell=cell)
+    return dict(
+        config=fingerprint(plain(settings))[:8],
+        **shown,
+        seed=seed,
+        status=r["status"],
+        **num,
+        error=r.get("error", ""),
+        cell=cell
+    )
 
 def sweep(
     path, # folder of the sweep; cells that are there are reused, whatever grid they came from
@@ -218,24 +280,41 @@ def sweep(
     style:str="interleaved", # prompt style in which picks are asked
 )->pd.DataFrame: # a row per cell, the default first: config, the settings, seed, status, acc, gt_prob, regret, epochs, seconds, error, cell
     "Train every combination with every seed on the same groups, and judge it on the development questions"
-    path, seeds, stages = Path(path), [int(s) for s in seeds], stages or {}
+    path = Path(path)
+    seeds = [int(s) for s in seeds]
+    stages = stages or {}
     if not {"train", "dev"} <= groups.keys() <= {"train", "dev", "valid"}:
         raise ValueError(f"sweep: groups {sorted(groups)}; wanted train, dev, and maybe valid")
-    if not seeds or len(set(seeds)) < len(seeds): raise ValueError(f"sweep: seeds {seeds}; wanted one or more, each once")
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"sweep: seeds {seeds}; wanted one or more, each once")
     if shots is None and len(groups["train"].shots) != 1:
-        raise ValueError(f"sweep: sequences of {groups['train'].shots} shots are stored; say how many `shots` the judged picks have")
-    configs, shots, data = expand_grid(grid, base, stages), shots or groups["train"].shots[0], data_fingerprint(groups, world, style)
+        raise ValueError(
+            f"sweep: sequences of {groups['train'].shots} shots are stored; say how many `shots` the judged"
+            " picks have"
+        )
+    configs = expand_grid(grid, base, stages)
+    shots = shots or groups["train"].shots[0]
+    data = data_fingerprint(groups, world, style)
     shard = check_shard(shard)
     todo = {cell_id(c | dict(_shots=shots), s, data, stages): (c, s) for c in configs for s in seeds}
     file = path/f"cells{shard_tag(shard)}.jsonl"
     with run_lock(path, shard):
-        cache = FactCache(path/"facts") if cache is None else cache; have = _cells(path)
+        cache = FactCache(path / "facts") if cache is None else cache
+        have = _cells(path)
         made = dict(versions=library_versions(("leverplus", "torch")), git=git_state())
-        left = [k for k in todo if have.get(k, {}).get("status") != "done" and (shard is None or int(k, 16) % shard[1] == shard[0])]
+        left = [
+            k
+            for k in todo
+            if have.get(k, {}).get("status") != "done"
+            and (shard is None or int(k, 16) % shard[1] == shard[0])
+        ]
         with tqdm(total=len(left), disable=not progress, desc=path.name, unit="cell") as bar:
             for k in left:
-                have[k] = dict(cell=k, data=data, made=made) | run_cell(*todo[k], groups, world, shots, cache, stages, style)
-                append_row(file, have[k]); bar.update()
+                have[k] = dict(cell=k, data=data, made=made) | run_cell(
+                    *todo[k], groups, world, shots, cache, stages, style
+                )
+                append_row(file, have[k])
+                bar.update()
     columns = list(dict.fromkeys([*(k for k in grid), *(k for c in configs for k in c if k in (base or {}))]))
     frame = pd.DataFrame([_row(c, s, k, have.get(k), columns) for k, (c, s) in todo.items()])
     frame.attrs |= dict(sweep=str(path), by=[c for c in grid if frame[c].astype(str).nunique() > 1])
@@ -246,25 +325,44 @@ def sweep_scores(
     cells=None, # their ids; None: all that are done
 )->pd.DataFrame: # scored picks (page 81), a row per question: selector is the cell's id, draw its seed
     "What every cell picked for every development question, and what came of it"
-    have = {k: r for k, r in _cells(path).items() if r["status"] == "done" and (cells is None or k in set(cells))}
+    have = {
+        k: r for k, r in _cells(path).items() if r["status"] == "done" and (cells is None or k in set(cells))
+    }
     if not have: raise ValueError(f"{path}: none of these cells is done")
-    out = [pd.DataFrame(r["scored"]).assign(selector=k, shots=r["shots"], draw=r["seed"]) for k, r in have.items()]
+    out = [
+        pd.DataFrame(r["scored"]).assign(selector=k, shots=r["shots"], draw=r["seed"])
+        for k, r in have.items()
+    ]
     out = pd.concat(out, ignore_index=True)[[*PICKS, *(c for c in _SCORED if c not in PICKS)]]
     return out.assign(pointer=out.pointer.map(as_pointer), eval_failed=out.eval_failed.astype(bool))
 
 # %% ../nbs/85_sweep.ipynb #de062d07
 def _group_scores(frame, scored, label):
     "Scores by question and seed of the cells in `frame`, averaged over settings; only seeds of which every cell is done"
-    done = frame.groupby("seed").status.agg(lambda s: (s == "done").all()); f = frame[frame.seed.isin(done.index[done])]
+    done = frame.groupby("seed").status.agg(lambda s: (s == "done").all())
+    f = frame[frame.seed.isin(done.index[done])]
     s = scored[scored.selector.isin(f.cell) & ~scored.eval_failed]
-    g = s.groupby(["question_id", "draw"]).vqa_acc_score.agg(["mean", "size"]); n = f.groupby("seed").size()
+    g = s.groupby(["question_id", "draw"]).vqa_acc_score.agg(["mean", "size"])
+    n = f.groupby("seed").size()
     g = g[g["size"] == n.reindex(g.index.get_level_values("draw")).to_numpy()].reset_index()
-    return pd.DataFrame(dict(selector=label, shots=0, draw=g.draw, question_id=g.question_id, vqa_acc_score=g["mean"], eval_failed=False))
+    return pd.DataFrame(
+        dict(
+            selector=label,
+            shots=0,
+            draw=g.draw,
+            question_id=g.question_id,
+            vqa_acc_score=g["mean"],
+            eval_failed=False,
+        )
+    )
 
 def _against(a, b, items, n_boot, seed):
     "Interval of the difference over common seeds and questions"
-    both = sorted(set(a.draw) & set(b.draw)); x = pd.concat([f[f.draw.isin(both)] for f in (a, b)])
-    return compare_seeds(x, a.selector.iloc[0], b.selector.iloc[0], 0, paired=True, items=items, n_boot=n_boot, seed=seed), len(both)
+    both = sorted(set(a.draw) & set(b.draw))
+    x = pd.concat([f[f.draw.isin(both)] for f in (a, b)])
+    return compare_seeds(
+        x, a.selector.iloc[0], b.selector.iloc[0], 0, paired=True, items=items, n_boot=n_boot, seed=seed
+    ), len(both)
 
 def _p(est):
     "Two-sided p of a difference with a 95 % interval (normal); 1 if nothing differs"
@@ -275,13 +373,24 @@ _NONE = Interval(np.nan, np.nan, np.nan)
 
 def _table_row(g, a, b, default, items, n_boot, seed):
     "Numbers of one row of the table, but for what depends on the others"
-    out = dict(configs=g.config.nunique(), seeds=a.draw.nunique(), failed=int((g.status == "failed").sum()), n=a.question_id.nunique())
-    mean = est = _NONE; k = 0
+    out = dict(
+        configs=g.config.nunique(),
+        seeds=a.draw.nunique(),
+        failed=int((g.status == "failed").sum()),
+        n=a.question_id.nunique(),
+    )
+    mean = est = _NONE
+    k = 0
     if len(a):
         mean = _against(a, a.assign(selector="nothing", vqa_acc_score=0.), items, n_boot, seed)[0]
         if not default and set(a.draw) & set(b.draw): est, k = _against(a, b, items, n_boot, seed)
-    by_seed = a.groupby("draw").vqa_acc_score.mean(); wide = by_seed.std() if len(by_seed) > 1 else np.nan
-    out |= dict(zip(("acc", "lo", "hi"), mean)) | dict(sd_seeds=wide) | dict(zip(("delta", "delta_lo", "delta_hi"), est))
+    by_seed = a.groupby("draw").vqa_acc_score.mean()
+    wide = by_seed.std() if len(by_seed) > 1 else np.nan
+    out |= (
+        dict(zip(("acc", "lo", "hi"), mean))
+        | dict(sd_seeds=wide)
+        | dict(zip(("delta", "delta_lo", "delta_hi"), est))
+    )
     return out | dict(mde=detectable(est), common=k)
 
 def _verdict(r, p):
@@ -290,7 +399,11 @@ def _verdict(r, p):
     if not r["common"]: return "no seed in common with the default"
     if r["common"] < 2: return "no verdict: one seed"
     est = Interval(r["delta"], r["delta_lo"], r["delta_hi"])
-    return "no difference shown" if p > .05 or not differs(est, r["mde"]) else "better" if est.value > 0 else "worse"
+    return (
+        "no difference shown"
+        if p > 0.05 or not differs(est, r["mde"])
+        else "better" if est.value > 0 else "worse"
+    )
 
 def sweep_table(
     frame:pd.DataFrame, # of `sweep`
@@ -303,18 +416,36 @@ def sweep_table(
     "Mean over seeds, spread over seeds, and the difference to the default with an interval over questions and seeds"
     by = [by] if isinstance(by, str) else list(by or frame.attrs.get("by") or [])
     if not by or set(by) - set(frame):
-        raise ValueError(f"sweep_table by {by}: wanted columns of {[c for c in frame if c not in ('seed', 'status', 'error', 'cell')]}")
+        raise ValueError(
+            f"sweep_table by {by}: wanted columns of"
+            f" {[c for c in frame if c not in ('seed', 'status', 'error', 'cell')]}"
+        )
     if scored is None:
-        if "sweep" not in frame.attrs: raise ValueError("sweep_table: this frame forgot where it came from; pass scored=sweep_scores(path)")
-        scored = sweep_scores(frame.attrs["sweep"], frame.cell) if (frame.status == "done").any() else pd.DataFrame(columns=[*PICKS, *_SCORED])
+        if "sweep" not in frame.attrs:
+            raise ValueError(
+                "sweep_table: this frame forgot where it came from; pass scored=sweep_scores(path)"
+            )
+        scored = (
+            sweep_scores(frame.attrs["sweep"], frame.cell)
+            if (frame.status == "done").any()
+            else pd.DataFrame(columns=[*PICKS, *_SCORED])
+        )
     parts = list(frame.groupby(by, sort=False, dropna=False))
     first = tuple(parts[0][0]) if default is None else tuple(default[c] for c in by)
-    if first not in (there := [tuple(k) for k, _ in parts]): raise ValueError(f"sweep_table: no cells of the default {dict(zip(by, first))}; there are {there}")
+    if first not in (there := [tuple(k) for k, _ in parts]):
+        raise ValueError(f"sweep_table: no cells of the default {dict(zip(by, first))}; there are {there}")
     scores = {tuple(k): _group_scores(g, scored, str(i)) for i, (k, g) in enumerate(parts)}
-    row = lambda k, g: dict(default=k == first) | _table_row(g, scores[k], scores[first], k == first, items, n_boot, seed)
+    row = lambda k, g: dict(default=k == first) | _table_row(
+        g, scores[k], scores[first], k == first, items, n_boot, seed
+    )
     rows = [dict(zip(by, k)) | row(tuple(k), g) for k, g in parts]
-    out = pd.DataFrame(rows); told = out.delta.notna(); p = np.full(len(out), np.nan)
-    if told.any(): p[told] = holm([_p(Interval(*v)) for v in out.loc[told, ["delta", "delta_lo", "delta_hi"]].to_numpy()])
+    out = pd.DataFrame(rows)
+    told = out.delta.notna()
+    p = np.full(len(out), np.nan)
+    if told.any():
+        p[told] = holm(
+            [_p(Interval(*v)) for v in out.loc[told, ["delta", "delta_lo", "delta_hi"]].to_numpy()]
+        )
     out["p_holm"], out["verdict"] = p, [_verdict(r, x) for r, x in zip(out.to_dict("records"), p)]
     return out.drop(columns=["default", "common"])
 
@@ -323,17 +454,31 @@ def sweep_text(
     digits:int=3, # of the numbers
 )->str: # the table and what must be read with it
     "A table with its small print"
-    ok = table[table.acc.notna()]; shown = ok.verdict.isin(["better", "worse"]); lines = [table.round(digits).to_string(index=False), ""]
+    ok = table[table.acc.notna()]
+    shown = ok.verdict.isin(["better", "worse"])
+    lines = [table.round(digits).to_string(index=False), ""]
     if not len(ok): return "\n".join([*lines, "No row has a cell that is done."])
-    lines.append(f"{int(shown.sum())} of {int(ok.delta.notna().sum())} rows differ from the default beyond what chance gives; "
-                 "the others: no difference shown, which is not the same as no difference.")
+    lines.append(
+        f"{int(shown.sum())} of {int(ok.delta.notna().sum())} rows differ from the default beyond what chance"
+        " gives; the others: no difference shown, which is not the same as no difference."
+    )
     se = ((ok.delta_hi - ok.delta_lo)/3.92/math.sqrt(2)).median()
     if len(ok) > 1 and se > 0:
-        lines.append(f"The best of {len(ok)} equal rows would look about {100*expected_best(len(ok))*se:.1f} points better than it is.")
-    if table.failed.sum(): lines.append(f"{int(table.failed.sum())} cells failed; they are left out, and tried again by the next `sweep`.")
+        lines.append(
+            f"The best of {len(ok)} equal rows would look about {100*expected_best(len(ok))*se:.1f} points"
+            " better than it is."
+        )
+    if table.failed.sum():
+        lines.append(
+            f"{int(table.failed.sum())} cells failed; they are left out, and tried again by the next `sweep`."
+        )
     if (few := int(ok.seeds.min())) < 5:
-        lines.append(f"Some rows have {few} seed{'s'*(few > 1)}: so few say little about the spread over seeds.")
-    return "\n".join([*lines, "Development questions only: hold what you choose here against the test split once."])
+        lines.append(
+            f"Some rows have {few} seed{'s'*(few > 1)}: so few say little about the spread over seeds."
+        )
+    return "\n".join(
+        [*lines, "Development questions only: hold what you choose here against the test split once."]
+    )
 
 # %% ../nbs/85_sweep.ipynb #13def31f
 def plot_sweep(
@@ -344,15 +489,21 @@ def plot_sweep(
 ): # the axes
     "Accuracy on development questions with intervals over questions and seeds; the default is a dotted line"
     import matplotlib.pyplot as plt
-    t = sweep_table(frame, by, **kwargs); by = list(t.columns[:list(t.columns).index("configs")])
+    t = sweep_table(frame, by, **kwargs)
+    by = list(t.columns[: list(t.columns).index("configs")])
     names = [", ".join(str(v) for v in r) for r in t[by].to_numpy()]
     if ax is None: ax = plt.subplots(figsize=(5, max(3, .3*len(t) + .8)), layout="constrained")[1]
     for y, r in enumerate(t.itertuples()):
-        if np.isnan(r.acc): ax.annotate(r.verdict, (.02, y), xycoords=("axes fraction", "data"), va="center", fontsize=8, color="C3")
+        if np.isnan(r.acc):
+            ax.annotate(
+                r.verdict, (0.02, y), xycoords=("axes fraction", "data"), va="center", fontsize=8, color="C3"
+            )
         else:
-            reach, color = [[max(r.acc - r.lo, 0)], [max(r.hi - r.acc, 0)]], "C1" if r.verdict in ("better", "worse") else "k"
+            reach = [[max(r.acc - r.lo, 0)], [max(r.hi - r.acc, 0)]]
+            color = "C1" if r.verdict in ("better", "worse") else "k"
             ax.errorbar(r.acc, y, xerr=reach, fmt="o", ms=4, capsize=3, color=color)
     if len(d := t[t.verdict == "default"]): ax.axvline(d.acc.iloc[0], ls=":", color="0.4", lw=1)
-    ax.set_yticks(range(len(t)), names, fontsize=8); ax.set_ylim(len(t) - .5, -.5)
+    ax.set_yticks(range(len(t)), names, fontsize=8)
+    ax.set_ylim(len(t) - 0.5, -0.5)
     ax.set(xlabel="accuracy, development questions (95 %)", ylabel=", ".join(by))
     return ax

@@ -52,12 +52,19 @@ class SynthGroups:
         shots:tuple=(2,), # lengths of sequences, drawn evenly
         d:int=8, # D, embedding width
     ):
-        self.rule, self.split, self.seed, self.d = hidden_rule(seed, d), split, seed, d
+        self.rule = hidden_rule(seed, d)
+        self.split = split
+        self.seed = seed
+        self.d = d
         self.rows = [self._row(rng("synth", split, seed, i), K, N, shots) for i in range(n)]
 
     def _row(self, g, K, N, shots):
-        emb = g.normal(size=(_draw(K, g)+1, self.d)); q, *c = emb / np.linalg.norm(emb, axis=-1, keepdims=True)
-        c, hard, seqs, n = np.stack(c), g.uniform(-.4, .4), {}, _draw(N, g)
+        emb = g.normal(size=(_draw(K, g) + 1, self.d))
+        q, *c = emb / np.linalg.norm(emb, axis=-1, keepdims=True)
+        c = np.stack(c)
+        hard = g.uniform(-.4, .4)
+        seqs = {}
+        n = _draw(N, g)
         for _ in range(100):
             if len(seqs) == n: break
             seqs[tuple(g.permutation(len(c))[:g.choice(shots)].tolist())] = None
@@ -76,9 +83,12 @@ def pad_groups(
     cands, cand_mask = pad_rows(cands, 0.)
     rewards, mask = pad_rows(rewards, 0.)
     S = max(len(s) for g in seqs for s in g)
-    out, seq_mask = torch.zeros(*mask.shape, S, dtype=torch.long), torch.zeros(*mask.shape, S, dtype=torch.bool)
+    out = torch.zeros(*mask.shape, S, dtype=torch.long)
+    seq_mask = torch.zeros(*mask.shape, S, dtype=torch.bool)
     for b, g in enumerate(seqs):
-        for n, s in enumerate(g): out[b, n, :len(s)] = torch.tensor(s); seq_mask[b, n, :len(s)] = True
+        for n, s in enumerate(g):
+            out[b, n, : len(s)] = torch.tensor(s)
+            seq_mask[b, n, : len(s)] = True
     return torch.stack(query), cands, cand_mask, out, seq_mask, rewards, mask
 
 # %% ../nbs/03_synth.ipynb #a61a83b1
@@ -105,7 +115,9 @@ class ToySelector(nn.Module):
         p:float=0., # dropout on the query, 0..1
     ):
         super().__init__()
-        self.match, self.after, self.drop = nn.Linear(d, d, bias=False), nn.Linear(d, d, bias=False), nn.Dropout(p)
+        self.match = nn.Linear(d, d, bias=False)
+        self.after = nn.Linear(d, d, bias=False)
+        self.drop = nn.Dropout(p)
 
     def encode(self, query, cands, cand_mask):
         "Encode a batch once: (what is asked for [B,D], cands [B,K,D], cand_mask [B,K])"
@@ -113,14 +125,18 @@ class ToySelector(nn.Module):
 
     def step_logp(self, enc, prefix):
         "Log-probabilities [B,P,K] of the next pick after `prefix` [B,P,t]; -inf for picked and padded candidates"
-        ask, cands, cand_mask = enc; bi = torch.arange(len(cands), device=cands.device)[:, None, None]
+        ask, cands, cand_mask = enc
+        bi = torch.arange(len(cands), device=cands.device)[:, None, None]
         logits = (ask[:, None] + self.after(cands[bi, prefix].sum(2))) @ cands.transpose(1, 2)
         taken = torch.zeros(logits.shape, dtype=torch.bool, device=cands.device).scatter(2, prefix, True)
         return masked_log_softmax(logits, cand_mask[:, None] & ~taken)
 
     def logp(self, enc, seqs, seq_mask):
         "Log-probability [B,N] of stored sequences `seqs` [B,N,S]; masked steps count 0"
-        steps = [self.step_logp(enc, seqs[..., :t]).gather(-1, seqs[..., t:t+1])[..., 0] for t in range(seqs.shape[-1])]
+        steps = [
+            self.step_logp(enc, seqs[..., :t]).gather(-1, seqs[..., t : t + 1])[..., 0]
+            for t in range(seqs.shape[-1])
+        ]
         return torch.stack(steps, -1).masked_fill(~seq_mask, 0.).sum(-1)
 
     def forward(self, query, cands, cand_mask, seqs, seq_mask):

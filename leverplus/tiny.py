@@ -17,15 +17,33 @@ from .lvlm import LVLM, rope_positions
 from .toy import ASKS, COLOURS, ISLANDS, NONCE, SHAPES, WORDINGS, Scene, episode, helps, render
 
 # %% ../nbs/22_tiny.ipynb #d8b185de
-SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>",
-            "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]
+SPECIALS = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|object_ref_start|>",
+    "<|object_ref_end|>",
+    "<|box_start|>",
+    "<|box_end|>",
+    "<|quad_start|>",
+    "<|quad_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+]
 
 CHAT_TEMPLATE = (
-    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
-    "<|im_start|>{{ message['role'] }}\n{% if message['content'] is string %}{{ message['content'] }}<|im_end|>\n{% else %}"
-    "{% for content in message['content'] %}{% if content['type'] == 'image' or 'image' in content or 'image_url' in content %}<|vision_start|><|image_pad|><|vision_end|>"
-    "{% elif content['type'] == 'video' or 'video' in content %}<|vision_start|><|video_pad|><|vision_end|>{% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>\n"
-    "{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|im_start|>system\nYou"
+    " are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}\n{% if"
+    " message['content'] is string %}{{ message['content'] }}<|im_end|>\n{% else %}{% for content in"
+    " message['content'] %}{% if content['type'] == 'image' or 'image' in content or 'image_url' in content"
+    " %}<|vision_start|><|image_pad|><|vision_end|>{% elif content['type'] == 'video' or 'video' in content"
+    " %}<|vision_start|><|video_pad|><|vision_end|>{% elif 'text' in content %}{{ content['text'] }}{% endif"
+    " %}{% endfor %}<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt"
+    " %}<|im_start|>assistant\n{% endif %}"
+)
 
 def _corpus():
     asked = [f"Question: {q} Short answer:" for a in ASKS for q in WORDINGS[a]]
@@ -37,14 +55,35 @@ def tiny_tokenizer():
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
     from transformers import Qwen2Tokenizer
     from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
-    t = Tokenizer(models.BPE()); t.normalizer = normalizers.NFC()
+    t = Tokenizer(models.BPE())
+    t.normalizer = normalizers.NFC()
     split = pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated", invert=False)
-    t.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet()) # sets have no order, and ids must not change between runs
-    t.train_from_iterator(_corpus(), trainers.BpeTrainer(initial_alphabet=alphabet, special_tokens=[], vocab_size=2000, min_frequency=15, show_progress=False))
+    t.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    # sets have no order, and ids must not change between runs
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    t.train_from_iterator(
+        _corpus(),
+        trainers.BpeTrainer(
+            initial_alphabet=alphabet,
+            special_tokens=[],
+            vocab_size=2000,
+            min_frequency=15,
+            show_progress=False,
+        ),
+    )
     bpe = json.loads(t.to_str())["model"]
-    return Qwen2Tokenizer(vocab=bpe["vocab"], merges=[tuple(m) for m in bpe["merges"]], unk_token=None, eos_token="<|im_end|>", pad_token="<|endoftext|>",
-                          additional_special_tokens=SPECIALS, padding_side="left", chat_template=CHAT_TEMPLATE)
+    return Qwen2Tokenizer(
+        vocab=bpe["vocab"],
+        merges=[tuple(m) for m in bpe["merges"]],
+        unk_token=None,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=SPECIALS,
+        padding_side="left",
+        chat_template=CHAT_TEMPLATE,
+    )
 
 # %% ../nbs/22_tiny.ipynb #9780e52a
 def tiny_config(
@@ -54,14 +93,48 @@ def tiny_config(
 ): # Qwen2_5_VLConfig
     "Configuration of the tiny Qwen2.5-VL"
     from transformers import Qwen2_5_VLConfig
-    i, vocab, head = tok.convert_tokens_to_ids, math.ceil(len(tok)/64)*64, width//4
-    text = dict(vocab_size=vocab, hidden_size=width, intermediate_size=width*5//2, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
-                max_position_embeddings=2048, initializer_range=.09, bos_token_id=i("<|endoftext|>"), eos_token_id=i("<|im_end|>"), pad_token_id=i("<|endoftext|>"),
-                rope_parameters=dict(rope_type="default", rope_theta=10000., mrope_section=[head//8, head*3//16, head*3//16]))
-    vision = dict(depth=2, hidden_size=64, num_heads=4, intermediate_size=160, out_hidden_size=width, window_size=56, fullatt_block_indexes=[1],
-                  patch_size=14, spatial_merge_size=2, temporal_patch_size=2, initializer_range=.09)
-    return Qwen2_5_VLConfig(text_config=text, vision_config=vision, image_token_id=i("<|image_pad|>"), video_token_id=i("<|video_pad|>"),
-                            vision_start_token_id=i("<|vision_start|>"), vision_end_token_id=i("<|vision_end|>"), tie_word_embeddings=False, initializer_range=.09)
+    i = tok.convert_tokens_to_ids
+    vocab = math.ceil(len(tok)/64)*64
+    head = width//4
+    text = dict(
+        vocab_size=vocab,
+        hidden_size=width,
+        intermediate_size=width * 5 // 2,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        initializer_range=0.09,
+        bos_token_id=i("<|endoftext|>"),
+        eos_token_id=i("<|im_end|>"),
+        pad_token_id=i("<|endoftext|>"),
+        rope_parameters=dict(
+            rope_type="default", rope_theta=10000.0, mrope_section=[head // 8, head * 3 // 16, head * 3 // 16]
+        ),
+    )
+    vision = dict(
+        depth=2,
+        hidden_size=64,
+        num_heads=4,
+        intermediate_size=160,
+        out_hidden_size=width,
+        window_size=56,
+        fullatt_block_indexes=[1],
+        patch_size=14,
+        spatial_merge_size=2,
+        temporal_patch_size=2,
+        initializer_range=0.09,
+    )
+    return Qwen2_5_VLConfig(
+        text_config=text,
+        vision_config=vision,
+        image_token_id=i("<|image_pad|>"),
+        video_token_id=i("<|video_pad|>"),
+        vision_start_token_id=i("<|vision_start|>"),
+        vision_end_token_id=i("<|vision_end|>"),
+        tie_word_embeddings=False,
+        initializer_range=0.09,
+    )
 
 def tiny_qwen(
     seed:int=0, # of the initial weights
@@ -69,9 +142,17 @@ def tiny_qwen(
 )->LVLM: # untrained, in float32
     "Build an untrained tiny Qwen2.5-VL with tokenizer and image processor"
     from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessor
-    tok = tiny_tokenizer(); seed_all(seed)
-    model = Qwen2_5_VLForConditionalGeneration._from_config(tiny_config(tok, **kw), attn_implementation="sdpa").float()
-    return LVLM(model, tok, Qwen2VLImageProcessor(size=dict(shortest_edge=56*56, longest_edge=56*56*16)), "tiny-qwen2.5-vl")
+    tok = tiny_tokenizer()
+    seed_all(seed)
+    model = Qwen2_5_VLForConditionalGeneration._from_config(
+        tiny_config(tok, **kw), attn_implementation="sdpa"
+    ).float()
+    return LVLM(
+        model,
+        tok,
+        Qwen2VLImageProcessor(size=dict(shortest_edge=56 * 56, longest_edge=56 * 56 * 16)),
+        "tiny-qwen2.5-vl",
+    )
 
 def save_lvlm(
     lvlm:LVLM, # what to save
@@ -80,7 +161,12 @@ def save_lvlm(
     "Save model, tokenizer, image processor and processor so that `from_pretrained` of every class reads them"
     from transformers import Qwen2_5_VLProcessor, Qwen2VLVideoProcessor
     lvlm.model.save_pretrained(folder)
-    Qwen2_5_VLProcessor(image_processor=lvlm.image_processor, tokenizer=lvlm.tokenizer, video_processor=Qwen2VLVideoProcessor(), chat_template=CHAT_TEMPLATE).save_pretrained(folder)
+    Qwen2_5_VLProcessor(
+        image_processor=lvlm.image_processor,
+        tokenizer=lvlm.tokenizer,
+        video_processor=Qwen2VLVideoProcessor(),
+        chat_template=CHAT_TEMPLATE,
+    ).save_pretrained(folder)
     lvlm.tokenizer.save_pretrained(folder)
     return Path(folder)
 
@@ -106,8 +192,11 @@ def stream(
 )->tuple: # (n items, query)
     "Items from a small universe with a dictionary of its own, so that most answers can be known"
     from leverplus.toy import Shown, random_dictionary, say
-    words, pick = random_dictionary(g), lambda xs, k: g.choice(xs, min(k, len(xs)), replace=False)
-    I, S, C = pick(islands, int(g.integers(1, size + 1))), pick(SHAPES, size), pick(COLOURS, size)
+    words = random_dictionary(g)
+    pick = lambda xs, k: g.choice(xs, min(k, len(xs)), replace=False)
+    I = pick(islands, int(g.integers(1, size + 1)))
+    S = pick(SHAPES, size)
+    C = pick(COLOURS, size)
     scenes = [Scene(str(g.choice(I)), str(g.choice(S)), str(g.choice(C))) for _ in range(n + 1)]
     items = [Shown(s, a, say(s, a, words)) for s, a in zip(scenes, map(str, g.choice(asks, n + 1)))]
     return items[:-1], items[-1]
@@ -115,32 +204,52 @@ def stream(
 def copy_lesson(g, tok, n=8):
     "n pairs of words, then the keys again in another order"
     words = np.array(tok.convert_tokens_to_ids(list(NONCE + SHAPES + COLOURS)))
-    keys, values, again = g.choice(words, n, replace=False), g.choice(words, n), g.permutation(n)
+    keys = g.choice(words, n, replace=False)
+    values = g.choice(words, n)
+    again = g.permutation(n)
     first = [([int(k), int(v)], False) for k, v in zip(keys, values)]
     return first + [p for i in again for p in (([int(keys[i])], False), ([int(values[i])], True))], []
 
 def pair_lesson(g, demos, query):
     "`island attribute Short answer: word`, one line each"
     key = lambda s: f"{s.scene.island} {getattr(s.scene, s.ask)} Short answer:"
-    shown = [p for k, d in enumerate(demos) for p in ((key(d) + " ", False), (d.answer, known(d, demos[:k])), ("\n", False))]
+    shown = [
+        p
+        for k, d in enumerate(demos)
+        for p in ((key(d) + " ", False), (d.answer, known(d, demos[:k])), ("\n", False))
+    ]
     return shown + [(key(query) + TURN, False), (query.answer + "<|im_end|>", True)], []
 
 def look_lesson(g, n=4):
     "n images, each followed by what it shows"
     scenes = [Scene(str(g.choice(ISLANDS)), str(g.choice(SHAPES)), str(g.choice(COLOURS))) for _ in range(n)]
-    return [(HEAD, False)] + [p for s in scenes for p in ((IMAGE, False), (f" {s.island} {s.colour} {s.shape}\n", True))], scenes
+    return [(HEAD, False)] + [
+        p for s in scenes for p in ((IMAGE, False), (f" {s.island} {s.colour} {s.shape}\n", True))
+    ], scenes
 
 def item_lesson(g, demos, query, images=1., echo=False, style="interleaved"):
     "The real prompt; `images` is the chance that an item shows its image and not the words for it; `echo` adds island and English word behind each answer"
-    seen = g.random(len(demos) + 1) < images; shows = dict(zip([id(d) for d in demos] + [id(query)], seen))
+    seen = g.random(len(demos) + 1) < images
+    shows = dict(zip([id(d) for d in demos] + [id(query)], seen))
     see = lambda s: IMAGE if shows[id(s)] else f"{s.scene.island} {s.scene.colour} {s.scene.shape} "
     ask = lambda s: see(s) + f"Question: {g.choice(WORDINGS[s.ask])} Short answer:"
-    english = lambda s: f" {s.scene.island} " + {"shape": s.scene.shape, "colour": s.scene.colour, "both": f"{s.scene.colour} {s.scene.shape}"}[s.ask]
+    english = (
+        lambda s: f" {s.scene.island} "
+        + {"shape": s.scene.shape, "colour": s.scene.colour, "both": f"{s.scene.colour} {s.scene.shape}"}[
+            s.ask
+        ]
+    )
     pieces = [(HEAD, False)]
     for k, d in enumerate(demos):
         gap, end = (TURN, "<|im_end|>\n<|im_start|>user\n") if style == "chat" else (" ", "\n")
-        pieces += [(ask(d) + gap, False), (d.answer, known(d, demos[:k]))] + [(english(d), True)]*echo + [(end, False)]
-    return pieces + [(ask(query) + TURN, False), (query.answer + "<|im_end|>", True)], [s.scene for s in (*demos, query) if shows[id(s)]]
+        pieces += (
+            [(ask(d) + gap, False), (d.answer, known(d, demos[:k]))]
+            + [(english(d), True)] * echo
+            + [(end, False)]
+        )
+    return pieces + [(ask(query) + TURN, False), (query.answer + "<|im_end|>", True)], [
+        s.scene for s in (*demos, query) if shows[id(s)]
+    ]
 
 # %% ../nbs/22_tiny.ipynb #8e7ed54f
 def image_bank(
@@ -151,17 +260,30 @@ def image_bank(
     "Render and preprocess images of every scene"
     g = rng("bank", seed)
     scenes = [Scene(i, s, c) for i in ISLANDS for s in SHAPES for c in COLOURS]
-    look = lambda s: image_processor(images=[render(s, g) for _ in range(per)], return_tensors="pt")["pixel_values"]
-    return {s: look(s).view(per, 16, -1) if getattr(image_processor, "merge_size", None) else look(s) for s in scenes}
+    look = lambda s: image_processor(images=[render(s, g) for _ in range(per)], return_tensors="pt")[
+        "pixel_values"
+    ]
+    return {
+        s: look(s).view(per, 16, -1) if getattr(image_processor, "merge_size", None) else look(s)
+        for s in scenes
+    }
 
 def _collate(lvlm, lessons, cache):
-    tok, rows, learn = lvlm.tokenizer, [], []
+    tok = lvlm.tokenizer
+    rows = []
+    learn = []
     for pieces, _ in lessons:
         for p, _ in pieces:
             if isinstance(p, str) and p not in cache: cache[p] = tok(p, add_special_tokens=False)["input_ids"]
-        parts = [(cache[p] if isinstance(p, str) else p, int(f) + (k == len(pieces) - 1)) for k, (p, f) in enumerate(pieces)]
-        rows.append([t for i, _ in parts for t in i]); learn.append([f for i, f in parts for _ in i]) # 0 read, 1 learn, 2 the query's answer
-    L = max(map(len, rows)); pad = lambda xs, v: torch.tensor([x + [v]*(L - len(x)) for x in xs])
+        parts = [
+            (cache[p] if isinstance(p, str) else p, int(f) + (k == len(pieces) - 1))
+            for k, (p, f) in enumerate(pieces)
+        ]
+        # 0 read, 1 learn, 2 the query's answer
+        rows.append([t for i, _ in parts for t in i])
+        learn.append([f for i, f in parts for _ in i])
+    L = max(map(len, rows))
+    pad = lambda xs, v: torch.tensor([x + [v] * (L - len(x)) for x in xs])
     pos = [rope_positions(r, [(1, 2, 2)]*(r.count(lvlm.image_id)//4), lvlm.image_id)[0] for r in rows]
     pos = torch.stack([torch.nn.functional.pad(p, (0, L - p.shape[1])) for p in pos], 1)
     return pad(rows, tok.pad_token_id), pad(learn, 0), pos
@@ -174,45 +296,121 @@ def teach(
     cache=None, # dict, keeps token ids of pieces
 )->tuple: # (mean cross-entropy per learned token, bool [B]: is the last answer right, word for word?)
     "Loss and hits of a batch of lessons (right padding needs no mask: nothing learned comes behind it)"
-    m, lm, dev = lvlm.model, lvlm.model.model.language_model, lvlm.device
+    m = lvlm.model
+    lm = lvlm.model.model.language_model
+    dev = lvlm.device
     ids, learn, pos = (x.to(dev) for x in _collate(lvlm, lessons, {} if cache is None else cache))
     emb = lm.embed_tokens(ids)
     if (ids == lvlm.image_id).any():
-        px = torch.cat([bank[s][int(g.integers(len(bank[s])))] for _, scenes in lessons for s in scenes]) # [images*16, patch]
+        # [images*16, patch]
+        px = torch.cat([bank[s][int(g.integers(len(bank[s])))] for _, scenes in lessons for s in scenes])
         grids = torch.tensor([[1, 4, 4]]*(len(px)//16))
         feats = m.model.get_image_features(px.to(dev), grids.to(dev), return_dict=True).pooler_output
         emb = emb.masked_scatter((ids == lvlm.image_id)[..., None], torch.cat(feats).to(emb.dtype))
     h = lm(inputs_embeds=emb, position_ids=pos, use_cache=False).last_hidden_state[:, :-1]
-    learn, here = learn[:, 1:], learn[:, 1:] > 0; want = ids[:, 1:][here]
-    logits = m.lm_head(h[here]); wrong = torch.zeros_like(here); wrong[here] = logits.argmax(-1) != want
+    learn, here = learn[:, 1:], learn[:, 1:] > 0
+    want = ids[:, 1:][here]
+    logits = m.lm_head(h[here])
+    wrong = torch.zeros_like(here)
+    wrong[here] = logits.argmax(-1) != want
     return torch.nn.functional.cross_entropy(logits, want), ~(wrong & (learn == 2)).any(1)
 
 # %% ../nbs/22_tiny.ipynb #12d491c4
 CURRICULUM = [
-    dict(name="copy", lesson="copy", steps=1500, batch=32, end=1.),
-    dict(name="pairs", lesson="pairs", steps=250, batch=24, n=10, size=3, asks=("shape", "colour"), end=1.),
-    dict(name="words", lesson="items", steps=300, batch=24, n=6, echo=.7, asks=("shape", "colour"), end=1.),
-    dict(name="words, both", lesson="items", steps=600, batch=24, n=6, echo=.5, p_stream=.8, demos=(2, 3, 4), end=.5),
-    dict(name="look", lesson="items", steps=350, batch=24, n=6, p_look=.5, echo=.5, p_stream=.7, demos=(2, 3, 4), end=.5),
-    dict(name="words and images", lesson="items", images=.5, steps=500, batch=24, n=6, p_look=.1, echo=.5, p_stream=.7, demos=(2, 3, 4), end=.5),
-    dict(name="images", lesson="items", images=.9, steps=800, batch=24, n=6, echo=.3, p_stream=.5, demos=(1, 2, 2, 3, 4), end=.7),
-    dict(name="the task", lesson="items", images=1., steps=750, batch=32, n=4, p_stream=.2, demos=(0, 1, 2, 2, 2, 3, 4), p_chat=.15, end=.02),
+    dict(name="copy", lesson="copy", steps=1500, batch=32, end=1.0),
+    dict(name="pairs", lesson="pairs", steps=250, batch=24, n=10, size=3, asks=("shape", "colour"), end=1.0),
+    dict(name="words", lesson="items", steps=300, batch=24, n=6, echo=0.7, asks=("shape", "colour"), end=1.0),
+    dict(
+        name="words, both",
+        lesson="items",
+        steps=600,
+        batch=24,
+        n=6,
+        echo=0.5,
+        p_stream=0.8,
+        demos=(2, 3, 4),
+        end=0.5,
+    ),
+    dict(
+        name="look",
+        lesson="items",
+        steps=350,
+        batch=24,
+        n=6,
+        p_look=0.5,
+        echo=0.5,
+        p_stream=0.7,
+        demos=(2, 3, 4),
+        end=0.5,
+    ),
+    dict(
+        name="words and images",
+        lesson="items",
+        images=0.5,
+        steps=500,
+        batch=24,
+        n=6,
+        p_look=0.1,
+        echo=0.5,
+        p_stream=0.7,
+        demos=(2, 3, 4),
+        end=0.5,
+    ),
+    dict(
+        name="images",
+        lesson="items",
+        images=0.9,
+        steps=800,
+        batch=24,
+        n=6,
+        echo=0.3,
+        p_stream=0.5,
+        demos=(1, 2, 2, 3, 4),
+        end=0.7,
+    ),
+    dict(
+        name="the task",
+        lesson="items",
+        images=1.0,
+        steps=750,
+        batch=32,
+        n=4,
+        p_stream=0.2,
+        demos=(0, 1, 2, 2, 2, 3, 4),
+        p_chat=0.15,
+        end=0.02,
+    ),
 ]
 
 def _lessons(g, tok, s):
     if s["lesson"] == "copy": return [copy_lesson(g, tok) for _ in range(s["batch"])]
-    if s["lesson"] == "look" or g.random() < s.get("p_look", 0): return [look_lesson(g) for _ in range(s["batch"])]
-    asks, islands, n = s.get("asks", ASKS), s.get("islands", ISLANDS), int(g.choice(s.get("demos", (2,))))
+    if s["lesson"] == "look" or g.random() < s.get("p_look", 0):
+        return [look_lesson(g) for _ in range(s["batch"])]
+    asks = s.get("asks", ASKS)
+    islands = s.get("islands", ISLANDS)
+    n = int(g.choice(s.get("demos", (2,))))
     small = g.random() < s.get("p_stream", 1.)
-    draw = (lambda: stream(g, s["n"], asks, islands, s.get("size", 2))) if small else (lambda: episode(g, n, islands, asks))
+    draw = (
+        (lambda: stream(g, s["n"], asks, islands, s.get("size", 2)))
+        if small
+        else (lambda: episode(g, n, islands, asks))
+    )
     if s["lesson"] == "pairs": return [pair_lesson(g, *draw()) for _ in range(s["batch"])]
     kw = dict(images=s.get("images", 0.), echo=bool(g.random() < s.get("echo", 0)))
-    return [item_lesson(g, *draw(), style="chat" if g.random() < s.get("p_chat", 0) else "interleaved", **kw) for _ in range(s["batch"])]
+    return [
+        item_lesson(g, *draw(), style="chat" if g.random() < s.get("p_chat", 0) else "interleaved", **kw)
+        for _ in range(s["batch"])
+    ]
 
 def _optimisers(model, lr):
-    inner = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n and "lm_head" not in n]
+    inner = [
+        p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n and "lm_head" not in n
+    ]
     rest = [p for p in model.parameters() if not any(p is q for q in inner)]
-    return [torch.optim.Muon(inner, lr=lr[0], weight_decay=0., momentum=.95), torch.optim.AdamW(rest, lr=lr[1], weight_decay=0., betas=(.9, .95))]
+    return [
+        torch.optim.Muon(inner, lr=lr[0], weight_decay=0.0, momentum=0.95),
+        torch.optim.AdamW(rest, lr=lr[1], weight_decay=0.0, betas=(0.9, 0.95)),
+    ]
 
 def train_lvlm(
     lvlm:LVLM, # of `tiny_qwen`; trained in place
@@ -223,20 +421,39 @@ def train_lvlm(
     say=None, # function called with each row of the log, e.g. `print`
 )->pd.DataFrame: # log: step, stage, loss, acc (share of last answers right, knowable or not), seconds
     "Train the tiny Qwen2.5-VL from its curriculum"
-    opts, bank, cache, log, t, step = _optimisers(lvlm.model, lr), image_bank(lvlm.image_processor), {}, [], time.time(), 0
+    opts = _optimisers(lvlm.model, lr)
+    bank = image_bank(lvlm.image_processor)
+    cache = {}
+    log = []
+    t = time.time()
+    step = 0
     lvlm.model.train().requires_grad_(True)
     for s in curriculum:
-        g, seen = rng("train", seed, s["name"]), []
+        g = rng("train", seed, s["name"])
+        seen = []
         for n, p in lvlm.model.named_parameters(): p.requires_grad_(s.get("only", "") in n)
         for k in range(s["steps"]):
             f = min(1., (k + 1)/30) * (1 - (1 - s.get("end", .3))*k/s["steps"])
-            for o, base in zip(opts, lr): o.param_groups[0]["lr"] = base*f; o.zero_grad(set_to_none=True)
+            for o, base in zip(opts, lr):
+                o.param_groups[0]["lr"] = base * f
+                o.zero_grad(set_to_none=True)
             loss, right = teach(lvlm, _lessons(g, lvlm.tokenizer, s), g, bank, cache)
-            loss.backward(); torch.nn.utils.clip_grad_norm_(lvlm.model.parameters(), 1.)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(lvlm.model.parameters(), 1.0)
             for o in opts: o.step()
-            seen.append((loss.item(), right.float().mean().item())); step += 1
+            seen.append((loss.item(), right.float().mean().item()))
+            step += 1
             if (k + 1) % every == 0:
-                l, a = np.mean(seen[-every:], 0); log.append(dict(step=step, stage=s["name"], loss=round(float(l), 4), acc=round(float(a), 4), seconds=round(time.time() - t)))
+                l, a = np.mean(seen[-every:], 0)
+                log.append(
+                    dict(
+                        step=step,
+                        stage=s["name"],
+                        loss=round(float(l), 4),
+                        acc=round(float(a), 4),
+                        seconds=round(time.time() - t),
+                    )
+                )
                 if say: say(log[-1])
     lvlm.model.eval().requires_grad_(False)
     return pd.DataFrame(log)
@@ -253,15 +470,19 @@ def in_context_accuracy(
     style:str="interleaved", # of the prompt
 )->float: # share of exactly right answers, 0..1, teacher-forced
     "Accuracy on episodes with fresh dictionaries"
-    g, bank = rng("icl", seed, n_demos, ask, p_help), image_bank(lvlm.image_processor, per=4, seed=12345)
-    lessons = [item_lesson(g, *episode(g, n_demos, ISLANDS[1:], (ask,), p_help), style=style) for _ in range(n)]
+    g = rng("icl", seed, n_demos, ask, p_help)
+    bank = image_bank(lvlm.image_processor, per=4, seed=12345)
+    lessons = [
+        item_lesson(g, *episode(g, n_demos, ISLANDS[1:], (ask,), p_help), style=style) for _ in range(n)
+    ]
     return round(float(teach(lvlm, lessons, g, bank)[1].double().mean()), 4)
 
 # %% ../nbs/22_tiny.ipynb #19b0c491
 def _clip_texts(g):
     "A text per scene and which scenes it fits: [64] str, bool [64, 64]"
     scenes = [Scene(i, s, c) for i in ISLANDS for s in SHAPES for c in COLOURS]
-    kind = str(g.choice(["caption", "shape", "colour", "both"])); q = str(g.choice(WORDINGS[kind])) if kind != "caption" else ""
+    kind = str(g.choice(["caption", "shape", "colour", "both"]))
+    q = str(g.choice(WORDINGS[kind])) if kind != "caption" else ""
     text = {"caption": lambda s: f"a {s.colour} {s.shape} on {s.island}", "shape": lambda s: f"{q} {s.shape}",
             "colour": lambda s: f"{q} {s.colour}", "both": lambda s: f"{q} {s.colour} {s.shape}"}[kind]
     texts = [text(s) for s in scenes]
@@ -272,24 +493,49 @@ def clip_tokenizer():
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import CLIPTokenizer
     words = [w.lower().strip("?.") for t in _clip_words() for w in t.split()]
-    t = Tokenizer(models.BPE(end_of_word_suffix="</w>")); t.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    t = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    t.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     letters = sorted(set("abcdefghijklmnopqrstuvwxyz0123456789?.,:'"))
-    t.train_from_iterator(words*20 + letters, trainers.BpeTrainer(vocab_size=600, initial_alphabet=letters, end_of_word_suffix="</w>", special_tokens=[], show_progress=False))
-    bpe = json.loads(t.to_str())["model"]; vocab = dict(sorted(bpe["vocab"].items(), key=lambda kv: kv[1]))
-    for c in [*letters, *(f"{c}</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]: vocab.setdefault(c, len(vocab))
+    t.train_from_iterator(
+        words * 20 + letters,
+        trainers.BpeTrainer(
+            vocab_size=600,
+            initial_alphabet=letters,
+            end_of_word_suffix="</w>",
+            special_tokens=[],
+            show_progress=False,
+        ),
+    )
+    bpe = json.loads(t.to_str())["model"]
+    vocab = dict(sorted(bpe["vocab"].items(), key=lambda kv: kv[1]))
+    for c in [*letters, *(f"{c}</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]:
+        vocab.setdefault(c, len(vocab))
     return CLIPTokenizer(vocab=vocab, merges=[tuple(m) for m in bpe["merges"]])
 
-def _clip_words(): return [q for a in ASKS for q in WORDINGS[a]] + [f"a {c} {s} on {i}" for i in ISLANDS for s in SHAPES for c in COLOURS]
+def _clip_words():
+    return [q for a in ASKS for q in WORDINGS[a]] + [
+        f"a {c} {s} on {i}" for i in ISLANDS for s in SHAPES for c in COLOURS
+    ]
 
 def tiny_clip(
     seed:int=0, # of the initial weights
 )->tuple: # (CLIPModel, CLIPTokenizer, CLIPImageProcessor), untrained
     "Build the tiny CLIP"
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
-    tok = clip_tokenizer(); seed_all(seed); ids = dict(bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id, pad_token_id=tok.eos_token_id)
+    tok = clip_tokenizer()
+    seed_all(seed)
+    ids = dict(bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id, pad_token_id=tok.eos_token_id)
     common = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
-    cfg = CLIPConfig(text_config=common | ids | dict(vocab_size=len(tok), max_position_embeddings=32), vision_config=common | dict(image_size=56, patch_size=14), projection_dim=64)
-    return CLIPModel(cfg), tok, CLIPImageProcessor(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
+    cfg = CLIPConfig(
+        text_config=common | ids | dict(vocab_size=len(tok), max_position_embeddings=32),
+        vision_config=common | dict(image_size=56, patch_size=14),
+        projection_dim=64,
+    )
+    return (
+        CLIPModel(cfg),
+        tok,
+        CLIPImageProcessor(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}),
+    )
 
 def train_clip(
     model, tok, image_processor, # of `tiny_clip`; the model is trained in place
@@ -299,7 +545,9 @@ def train_clip(
     seed:int=0, # decides batches
 )->pd.DataFrame: # log: step, loss above the best possible
     "Train the tiny CLIP"
-    bank, g, log = image_bank(image_processor, per=per, seed=seed + 1), rng("clip", seed), []
+    bank = image_bank(image_processor, per=per, seed=seed + 1)
+    g = rng("clip", seed)
+    log = []
     opt = torch.optim.AdamW(model.train().parameters(), lr=lr, weight_decay=.01)
     sched = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps)
     for k in range(steps):
@@ -310,10 +558,15 @@ def train_clip(
         want = (fits.float()/fits.sum(1, keepdim=True)).to(model.device)
         ce = torch.nn.functional.cross_entropy
         loss = (ce(out.logits_per_image, want) + ce(out.logits_per_text, want))/2
-        opt.zero_grad(); loss.backward(); torch.nn.utils.clip_grad_norm_(model.parameters(), 1.); opt.step(); sched.step()
+        opt.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        opt.step()
+        sched.step()
         floor = float(fits.float().sum(1).log().mean()) # what no model can know: which of the fitting ones
         log.append(dict(step=k + 1, loss=round(loss.item() - floor, 4)))
-    model.eval(); return pd.DataFrame(log)
+    model.eval()
+    return pd.DataFrame(log)
 
 def save_clip(model, tok, image_processor, folder):
     "Save model, tokenizer and image processor so that `from_pretrained` of every class reads them"

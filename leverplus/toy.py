@@ -37,7 +37,8 @@ def random_dictionary(
     rng:np.random.Generator, # decides which word means what
 )->dict: # {island: {meaning in English: word}}; Albion speaks English
     "Draw a dictionary: 8 words for each foreign island, none used twice"
-    words, meanings = iter(rng.permutation(NONCE).tolist()), SHAPES + COLOURS
+    words = iter(rng.permutation(NONCE).tolist())
+    meanings = SHAPES + COLOURS
     return {i: {m: m if i == ISLANDS[0] else next(words) for m in meanings} for i in ISLANDS}
 
 def say(
@@ -47,7 +48,11 @@ def say(
 )->str: # one word, or two for `both`
     "The true answer, in the words of the scene's island"
     w = words[scene.island]
-    return {"shape": w[scene.shape], "colour": w[scene.colour], "both": f"{w[scene.colour]} {w[scene.shape]}"}[ask]
+    return {
+        "shape": w[scene.shape],
+        "colour": w[scene.colour],
+        "both": f"{w[scene.colour]} {w[scene.shape]}",
+    }[ask]
 
 # %% ../nbs/02_toy.ipynb #f0fba8af
 SIZE = 56 # pixels
@@ -58,25 +63,48 @@ _SOIL = dict(Albion=(236, 236, 240), Koro=(236, 212, 160), Mirel=(136, 146, 170)
 def _ground(g, island):
     yy, xx = np.mgrid[:SIZE, :SIZE] + g.integers(0, 8)
     step = g.integers(6, 9)
-    on = {"Albion": np.zeros_like(xx, bool), "Koro": yy % step < step//2, "Mirel": (xx//step + yy//step) % 2 == 0,
-          "Tavu": (xx % step < 3) & (yy % step < 3)}[island]
+    on = {
+        "Albion": np.zeros_like(xx, bool),
+        "Koro": yy % step < step // 2,
+        "Mirel": (xx // step + yy // step) % 2 == 0,
+        "Tavu": (xx % step < 3) & (yy % step < 3),
+    }[island]
     soil = np.array(_SOIL[island]) + g.integers(-12, 13, 3)
     return np.clip(soil - (g.integers(15, 40)*on)[..., None], 0, 255).astype(np.uint8)
 
 def _outline(shape, x, y, r):
     t = r//3
-    return {"square": [(x-r, y-r), (x+r, y-r), (x+r, y+r), (x-r, y+r)], "triangle": [(x, y-r), (x+r, y+r), (x-r, y+r)],
-            "cross": [(x-t, y-r), (x+t, y-r), (x+t, y-t), (x+r, y-t), (x+r, y+t), (x+t, y+t), (x+t, y+r), (x-t, y+r),
-                      (x-t, y+t), (x-r, y+t), (x-r, y-t), (x-t, y-t)]}[shape]
+    return {
+        "square": [(x - r, y - r), (x + r, y - r), (x + r, y + r), (x - r, y + r)],
+        "triangle": [(x, y - r), (x + r, y + r), (x - r, y + r)],
+        "cross": [
+            (x - t, y - r),
+            (x + t, y - r),
+            (x + t, y - t),
+            (x + r, y - t),
+            (x + r, y + t),
+            (x + t, y + t),
+            (x + t, y + r),
+            (x - t, y + r),
+            (x - t, y + t),
+            (x - r, y + t),
+            (x - r, y - t),
+            (x - t, y - t),
+        ],
+    }[shape]
 
 def render(
     scene:Scene, # what to show
     rng:np.random.Generator, # decides place, size, shade, pattern phase
 )->Image.Image: # RGB, SIZE x SIZE
     "Draw a scene"
-    im = Image.fromarray(_ground(rng, scene.island)); d = ImageDraw.Draw(im)
-    r = int(rng.integers(11, 18)); x, y = (int(v) for v in rng.integers(r+2, SIZE-r-2, 2))
-    h, s, v = (_HUES[scene.colour] + rng.uniform(-.03, .03)) % 1, rng.uniform(.75, 1), rng.uniform(.6, .95)
+    im = Image.fromarray(_ground(rng, scene.island))
+    d = ImageDraw.Draw(im)
+    r = int(rng.integers(11, 18))
+    x, y = (int(v) for v in rng.integers(r + 2, SIZE - r - 2, 2))
+    h = (_HUES[scene.colour] + rng.uniform(-.03, .03)) % 1
+    s = rng.uniform(.75, 1)
+    v = rng.uniform(.6, .95)
     fill = tuple(int(255*c) for c in colorsys.hsv_to_rgb(h, s, v))
     if scene.shape == "circle": d.ellipse((x-r, y-r, x+r, y+r), fill=fill)
     else: d.polygon(_outline(scene.shape, x, y, r), fill=fill)
@@ -102,7 +130,9 @@ def annotators(
 @dataclass(frozen=True)
 class Shown:
     "One item of an episode: a scene, what is asked about it, and the true answer"
-    scene:Scene; ask:str; answer:str
+    scene: Scene
+    ask: str
+    answer: str
 
 def helps(
     demo:Shown, # a demonstration
@@ -118,15 +148,18 @@ def _near(g, query, words, need, asks):
     s, c = query.scene.shape, query.scene.colour
     if need == "shape": c = g.choice(COLOURS)
     if need == "colour": s = g.choice(SHAPES)
-    scene = Scene(query.scene.island, str(s), str(c)); ask = str(g.choice([a for a in (need, "both") if a in asks]))
+    scene = Scene(query.scene.island, str(s), str(c))
+    ask = str(g.choice([a for a in (need, "both") if a in asks]))
     return Shown(scene, ask, say(scene, ask, words))
 
 def _far(g, query, words, islands, asks):
     "A distractor: the same thing on another island, or another thing on the same one, or anything"
-    q, kind = query.scene, g.integers(3)
+    q = query.scene
+    kind = g.integers(3)
     island = q.island if kind == 1 else str(g.choice(islands))
     shape, colour = (q.shape, q.colour) if kind == 0 else (str(g.choice(SHAPES)), str(g.choice(COLOURS)))
-    scene = Scene(island, shape, colour); ask = query.ask if g.random() < .4 else str(g.choice(asks))
+    scene = Scene(island, shape, colour)
+    ask = query.ask if g.random() < 0.4 else str(g.choice(asks))
     return Shown(scene, ask, say(scene, ask, words))
 
 def episode(
@@ -139,9 +172,14 @@ def episode(
     "Draw a dictionary, a query and its demonstrations"
     words = random_dictionary(rng)
     scene = Scene(str(rng.choice(islands)), str(rng.choice(SHAPES)), str(rng.choice(COLOURS)))
-    ask = str(rng.choice(asks)); query = Shown(scene, ask, say(scene, ask, words))
+    ask = str(rng.choice(asks))
+    query = Shown(scene, ask, say(scene, ask, words))
     needs = ["shape", "colour"] if ask == "both" and rng.random() < .75 else [ask]
-    demos = [_near(rng, query, words, n, asks) for n in needs] if rng.random() < p_help and len(needs) <= n_demos else []
+    demos = (
+        [_near(rng, query, words, n, asks) for n in needs]
+        if rng.random() < p_help and len(needs) <= n_demos
+        else []
+    )
     demos += [_far(rng, query, words, islands, asks) for _ in range(n_demos - len(demos))]
     return [demos[i] for i in rng.permutation(len(demos))], query
 
@@ -156,21 +194,45 @@ def dataset_dictionary(
 
 def _item(g, scene, ask, words, question_id, image_id):
     answers = annotators(g, scene, ask, words)
-    people = [dict(answer_id=k+1, answer=a, raw_answer=a, answer_confidence="yes") for k, a in enumerate(answers)]
+    people = [
+        dict(answer_id=k + 1, answer=a, raw_answer=a, answer_confidence="yes") for k, a in enumerate(answers)
+    ]
     question = dict(image_id=image_id, question_id=question_id, question=str(g.choice(WORDINGS[ask])))
-    return question, dict(image_id=image_id, question_id=question_id, question_type=ask, answer_type="other", confidence=3, answers=people)
+    return question, dict(
+        image_id=image_id,
+        question_id=question_id,
+        question_type=ask,
+        answer_type="other",
+        confidence=3,
+        answers=people,
+    )
 
 def _write_split(folder, split, first_image, n_images, seed):
-    g, words, qs, anns, truth = rng("islands", seed, split), dataset_dictionary(seed), [], [], {}
+    g = rng("islands", seed, split)
+    words = dataset_dictionary(seed)
+    qs = []
+    anns = []
+    truth = {}
     for image_id in range(first_image, first_image + n_images):
         scene = Scene(str(g.choice(ISLANDS)), str(g.choice(SHAPES)), str(g.choice(COLOURS)))
         truth[image_id] = [scene.island, scene.shape, scene.colour]
-        with atomic_path(folder/"images"/f"COCO_{split}2014_{image_id:012d}.png") as tmp: render(scene, g).save(tmp, format="PNG", optimize=True)
+        with atomic_path(folder / "images" / f"COCO_{split}2014_{image_id:012d}.png") as tmp:
+            render(scene, g).save(tmp, format="PNG", optimize=True)
         for j, ask in enumerate(g.permutation(ASKS)[:2]):
-            q, a = _item(g, scene, str(ask), words, image_id*10 + j, image_id); qs.append(q); anns.append(a)
-    info = dict(info=dict(description="islands, the embedded world of leverplus", version="1.0"), data_type="islands",
-                data_subtype=f"{split}2014", license=dict(name="Apache-2.0", url=""))
-    write_json(folder/f"OpenEnded_mscoco_{split}2014_questions.json", info | dict(task_type="Open-Ended", questions=qs), indent=None)
+            q, a = _item(g, scene, str(ask), words, image_id * 10 + j, image_id)
+            qs.append(q)
+            anns.append(a)
+    info = dict(
+        info=dict(description="islands, the embedded world of leverplus", version="1.0"),
+        data_type="islands",
+        data_subtype=f"{split}2014",
+        license=dict(name="Apache-2.0", url=""),
+    )
+    write_json(
+        folder / f"OpenEnded_mscoco_{split}2014_questions.json",
+        info | dict(task_type="Open-Ended", questions=qs),
+        indent=None,
+    )
     write_json(folder/f"mscoco_{split}2014_annotations.json", info | dict(annotations=anns), indent=None)
     return truth
 
@@ -180,7 +242,13 @@ def make_islands(
     seed:int=0, # decides everything
 )->Path: # `folder`
     "Write the data set: questions, annotations and images of every split, and `truth.json`"
-    folder, first, truth = Path(folder), 1001, {}
-    for split, n in n_images.items(): truth |= _write_split(folder, split, first, n, seed); first += n
-    write_json(folder/"truth.json", dict(seed=seed, dictionary=dataset_dictionary(seed), scenes=truth), indent=None)
+    folder = Path(folder)
+    first = 1001
+    truth = {}
+    for split, n in n_images.items():
+        truth |= _write_split(folder, split, first, n, seed)
+        first += n
+    write_json(
+        folder / "truth.json", dict(seed=seed, dictionary=dataset_dictionary(seed), scenes=truth), indent=None
+    )
     return folder

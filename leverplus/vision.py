@@ -33,8 +33,11 @@ def open_image(
     try:
         b = source if isinstance(source, bytes) else Path(source).read_bytes()
         with Image.open(io.BytesIO(b)) as im: im.load()
-        return process_vision_info([dict(role="user", content=[dict(type="image", image=im)])], image_patch_size=patch)[0][0]
-    except Exception as e: raise OSError(f"{name or source}: cannot be read as an image ({type(e).__name__}: {e})") from e
+        return process_vision_info(
+            [dict(role="user", content=[dict(type="image", image=im)])], image_patch_size=patch
+        )[0][0]
+    except Exception as e:
+        raise OSError(f"{name or source}: cannot be read as an image ({type(e).__name__}: {e})") from e
 
 # %% ../nbs/17_vision.ipynb #e28b2f0a
 @torch.no_grad()
@@ -53,7 +56,9 @@ def image_features(
     "Run the vision tower"
     dev = model.device
     with exact_float32(dev):
-        out = model.model.get_image_features(pixel_values.to(dev, model.dtype), grids.to(dev), return_dict=True)
+        out = model.model.get_image_features(
+            pixel_values.to(dev, model.dtype), grids.to(dev), return_dict=True
+        )
     layers = [out.pooler_output, *(getattr(out, "deepstack_features", None) or [])]
     sizes = [len(f) for f in layers[0]]
     parts = [_by_image(layer, sizes) for layer in layers]
@@ -64,7 +69,8 @@ GROUPED = "flash_grouped_sdpa" # the name must contain "flash": see above
 
 def _segments(borders):
     "Segments by length: [(how many, their length, places of their tokens)]"
-    cuts, by_length = borders.tolist(), {}
+    cuts = borders.tolist()
+    by_length = {}
     for a, b in zip(cuts, cuts[1:]): by_length.setdefault(b - a, []).append(a)
     places = lambda n, starts: (torch.tensor(starts)[:, None] + torch.arange(n)).flatten().to(borders.device)
     return [(len(starts), n, places(n, starts)) for n, starts in by_length.items()]
@@ -75,10 +81,13 @@ def grouped_sdpa(
     scale:float|None=None, # of the scores; None: 1/sqrt(d)
 )->torch.Tensor: # [1, L, H, d]
     "Attention inside segments: one call per distinct length"
-    qkv = torch.cat([q, k, v]); out = torch.empty_like(q[0])
+    qkv = torch.cat([q, k, v])
+    out = torch.empty_like(q[0])
     for m, n, at in segments:
         x = qkv[:, :, at].unflatten(2, (m, n)).transpose(1, 2)
-        out[:, at] = torch.nn.functional.scaled_dot_product_attention(*x, scale=scale).transpose(0, 1).flatten(1, 2)
+        out[:, at] = (
+            torch.nn.functional.scaled_dot_product_attention(*x, scale=scale).transpose(0, 1).flatten(1, 2)
+        )
     return out.transpose(0, 1)[None]
 
 @contextlib.contextmanager
@@ -88,12 +97,25 @@ def grouped_windows(
     "Within the block, windows of equal length share an attention call"
     from transformers import AttentionInterface
     seen, was = {}, visual.config._attn_implementation # borders are the same for all layers of a kind
-    def attention(module, query, key, value, attention_mask=None, scaling=None, dropout=0., cu_seq_lens_q=None, **kwargs):
+    def attention(
+        module,
+        query,
+        key,
+        value,
+        attention_mask=None,
+        scaling=None,
+        dropout=0.0,
+        cu_seq_lens_q=None,
+        **kwargs
+    ):
         if id(cu_seq_lens_q) not in seen: seen[id(cu_seq_lens_q)] = cu_seq_lens_q, _segments(cu_seq_lens_q)
         return grouped_sdpa(query, key, value, seen[id(cu_seq_lens_q)][1], scaling), None
-    AttentionInterface.register(GROUPED, attention); visual.config._attn_implementation = GROUPED
+    AttentionInterface.register(GROUPED, attention)
+    visual.config._attn_implementation = GROUPED
     try: yield
-    finally: visual.config._attn_implementation = was; seen.clear()
+    finally:
+        visual.config._attn_implementation = was
+        seen.clear()
 
 # %% ../nbs/17_vision.ipynb #479ba4bb
 class VisionCache:
@@ -105,30 +127,47 @@ class VisionCache:
         shard_bytes:int=1 << 28, # a shard is written when so much is new, and at `flush`
         device="cpu", # where features are wanted
     ):
-        self.owner, self.max_bytes, self.shard_bytes, self.device = owner, max_bytes, shard_bytes, device
+        self.owner = owner
+        self.max_bytes = max_bytes
+        self.shard_bytes = shard_bytes
+        self.device = device
         self.folder = None if folder is None else Path(folder)/owner
-        self._memory, self._bytes, self._new, self._disk, self._shards = OrderedDict(), 0, {}, {}, set()
+        self._memory = OrderedDict()
+        self._bytes = 0
+        self._new = {}
+        self._disk = {}
+        self._shards = set()
         self.refresh()
 
     def __len__(self): return len(self._memory.keys() | self._disk.keys())
-    def __repr__(self): return (f"VisionCache({self.owner}): {len(self._memory)} images in memory ({self._bytes/1e3:,.0f} kB), "
-                                f"{len(self._disk)} on disk")
+    def __repr__(self):
+        return (
+            f"VisionCache({self.owner}): {len(self._memory)} images in memory ({self._bytes/1e3:,.0f} kB), "
+            f"{len(self._disk)} on disk"
+        )
 
     def refresh(self):
         "Look for shards that other processes have written"
         if self.folder is None or not self.folder.is_dir(): return
         for f in sorted(set(self.folder.glob("features-*.safetensors")) - self._shards):
-            with _shard(f) as s: self._disk.update({k: (f, tuple(g)) for k, g in json.loads(s.metadata()["grids"]).items()})
+            with _shard(f) as s:
+                self._disk.update({k: (f, tuple(g)) for k, g in json.loads(s.metadata()["grids"]).items()})
             self._shards.add(f)
 
     def get(self,
         key:str, # content key
     ): # (features [n, D], (t, h, w) in visual tokens, "memory" | "disk"), or None
         "Look an image up"
-        if key in self._memory: self._memory.move_to_end(key); return *self._memory[key], "memory"
+        if key in self._memory:
+            self._memory.move_to_end(key)
+            return *self._memory[key], "memory"
         if key not in self._disk: return None
         file, grid = self._disk[key]
-        if not file.exists(): self._disk = {k: d for k, d in self._disk.items() if d[0] != file}; self._shards.discard(file); return None # deleted meanwhile
+        # deleted meanwhile
+        if not file.exists():
+            self._disk = {k: d for k, d in self._disk.items() if d[0] != file}
+            self._shards.discard(file)
+            return None
         with _shard(file) as s: self._remember(key, s.get_tensor(key).to(self.device), grid)
         return *self._memory[key], "disk"
 
@@ -147,8 +186,10 @@ class VisionCache:
 
     def _remember(self, key, features, grid):
         if key in self._memory: self._bytes -= self._memory.pop(key)[0].nbytes
-        self._memory[key] = (features, tuple(grid)); self._bytes += features.nbytes
-        while self._bytes > self.max_bytes and len(self._memory) > 1: self._bytes -= self._memory.popitem(last=False)[1][0].nbytes
+        self._memory[key] = (features, tuple(grid))
+        self._bytes += features.nbytes
+        while self._bytes > self.max_bytes and len(self._memory) > 1:
+            self._bytes -= self._memory.popitem(last=False)[1][0].nbytes
 
     def flush(self):
         "Write what is new to disk"
@@ -156,14 +197,24 @@ class VisionCache:
         from safetensors.torch import save_file
         file = self.folder/f"features-{fingerprint(sorted(self._new))}.safetensors"
         with atomic_path(file) as tmp:
-            save_file({k: f.contiguous() for k, (f, _) in self._new.items()}, tmp, {"grids": json.dumps({k: g for k, (_, g) in self._new.items()})})
-        self._disk.update({k: (file, g) for k, (_, g) in self._new.items()}); self._shards.add(file); self._new = {}
+            save_file(
+                {k: f.contiguous() for k, (f, _) in self._new.items()},
+                tmp,
+                {"grids": json.dumps({k: g for k, (_, g) in self._new.items()})},
+            )
+        self._disk.update({k: (file, g) for k, (_, g) in self._new.items()})
+        self._shards.add(file)
+        self._new = {}
 
 @contextlib.contextmanager
 def _shard(file):
     from safetensors import safe_open
     try: s = safe_open(file, "pt")
-    except Exception as e: raise ValueError(f"{file}: not a readable shard of image features ({e}); delete it, its images will be encoded again") from e
+    except Exception as e:
+        raise ValueError(
+            f"{file}: not a readable shard of image features ({e}); delete it, its images will be encoded"
+            " again"
+        ) from e
     with s: yield s
 
 # %% ../nbs/17_vision.ipynb #7f45769d
@@ -172,13 +223,22 @@ def out_of_memory(
 )->bool: # did a device, or this machine, run out of memory?
     "Tell running out of memory from other errors"
     says = ("can't allocate memory", "out of memory", "ALLOC_FAILED") # CPU; CUDA; CUDA's libraries
-    return isinstance(e, (torch.OutOfMemoryError, MemoryError)) or isinstance(e, RuntimeError) and any(s in str(e) for s in says)
+    return (
+        isinstance(e, (torch.OutOfMemoryError, MemoryError))
+        or isinstance(e, RuntimeError)
+        and any(s in str(e) for s in says)
+    )
 
 def device_is_lost(
     e:BaseException, # what was raised
 )->bool: # will everything fail from here on? Then a run must stop, not go on with failed rows
     "Tell errors that leave a device unusable"
-    return not out_of_memory(e) and isinstance(e, getattr(torch, "AcceleratorError", ())) or "device-side assert" in str(e) or "illegal memory access" in str(e)
+    return (
+        not out_of_memory(e)
+        and isinstance(e, getattr(torch, "AcceleratorError", ()))
+        or "device-side assert" in str(e)
+        or "illegal memory access" in str(e)
+    )
 
 class VisionEncoder:
     "Paths to features through a `VisionCache`"
@@ -190,9 +250,17 @@ class VisionEncoder:
         group:bool=True, # put windows of equal length into one attention call? Tried and compared first
         threads:int|None=None, # that read and decode images; default the number of cores, at most 8
     ):
-        self.model, self.image_processor, self.cache, self.patches, self.most = model, image_processor, cache, patches, patches
-        self.group, self._tried, self._clean, self._lock = group, not group, 0, threading.Lock()
-        self.threads, self._keys = threads or min(8, os.cpu_count() or 1), {}
+        self.model = model
+        self.image_processor = image_processor
+        self.cache = cache
+        self.patches = patches
+        self.most = patches
+        self.group = group
+        self._tried = not group
+        self._clean = 0
+        self._lock = threading.Lock()
+        self.threads = threads or min(8, os.cpu_count() or 1)
+        self._keys = {}
         self.counts = dict(memory=0, disk=0, encoded=0, failed=0)
 
     def key(self,
@@ -200,9 +268,12 @@ class VisionEncoder:
     )->str: # content key
         "Hash a file's bytes, once per size and times of the file"
         try:
-            st = os.stat(path); mark = (st.st_mtime_ns, st.st_ctime_ns, st.st_size, st.st_ino)
-            if self._keys.get(path, (None, None))[0] != mark: self._keys[path] = (mark, _content_key(Path(path).read_bytes()))
-        except OSError as e: raise OSError(f"{path}: cannot be read as an image ({type(e).__name__}: {e})") from e
+            st = os.stat(path)
+            mark = (st.st_mtime_ns, st.st_ctime_ns, st.st_size, st.st_ino)
+            if self._keys.get(path, (None, None))[0] != mark:
+                self._keys[path] = (mark, _content_key(Path(path).read_bytes()))
+        except OSError as e:
+            raise OSError(f"{path}: cannot be read as an image ({type(e).__name__}: {e})") from e
         return self._keys[path][1]
 
     @torch.no_grad()
@@ -210,19 +281,27 @@ class VisionEncoder:
         paths, # image files
     )->dict: # path -> (features [n, D], (t, h, w), key), or the exception that says why there are none; features beyond the cache's budget lie on the CPU
         "Features of every distinct path"
-        with self._lock, ThreadPoolExecutor(self.threads) as pool: # one call at a time: the tower's settings are the model's
+        # one call at a time: the tower's settings are the model's
+        with self._lock, ThreadPoolExecutor(self.threads) as pool:
             return self._features(list(dict.fromkeys(paths)), pool)
 
     def _features(self, paths, pool):
-        out, todo, room = {}, {}, self.cache.max_bytes
+        out = {}
+        todo = {}
+        room = self.cache.max_bytes
         if self.cache.folder is not None: self.cache.refresh()
         def keep(p, f, grid, key):
             nonlocal room
-            room -= f.nbytes; out[p] = (f if room >= 0 else f.cpu(), grid, key)
+            room -= f.nbytes
+            out[p] = (f if room >= 0 else f.cpu(), grid, key)
         for p, key in zip(paths, pool.map(lambda p: _or_error(self.key, p), paths)):
-            if isinstance(key, Exception): out[p] = key; self.counts["failed"] += 1
+            if isinstance(key, Exception):
+                out[p] = key
+                self.counts["failed"] += 1
             elif key in todo: todo[key].append(p)
-            elif hit := self.cache.get(key): keep(p, hit[0], hit[1], key); self.counts[hit[2]] += 1
+            elif hit := self.cache.get(key):
+                keep(p, hit[0], hit[1], key)
+                self.counts[hit[2]] += 1
             else: todo[key] = [p]
         for key, found in self._encode_all(todo, pool):
             for p in todo[key]:
@@ -234,7 +313,9 @@ class VisionEncoder:
     def _prepare(self, key, path):
         b = Path(path).read_bytes()
         if _content_key(b) != key: raise OSError(f"{path}: changed while it was being read; run again")
-        x = self.image_processor(images=[open_image(b, patch_side(self.image_processor), path)], return_tensors="pt")
+        x = self.image_processor(
+            images=[open_image(b, patch_side(self.image_processor), path)], return_tensors="pt"
+        )
         return x["pixel_values"], x["image_grid_thw"]
 
     def _encode_all(self, todo, pool, chunk=256):
@@ -244,52 +325,99 @@ class VisionEncoder:
             done = list(pool.map(lambda j: _or_error(self._prepare, *j), jobs[i:i+chunk]))
             good = [(*j, *x) for j, x in zip(jobs[i:i+chunk], done) if not isinstance(x, Exception)]
             for (key, _), x in zip(jobs[i:i+chunk], done):
-                if isinstance(x, Exception): self.counts["failed"] += 1; yield key, x
-            while good: n = self._fits(good); yield from self._tower(good[:n]); good = good[n:]
+                if isinstance(x, Exception):
+                    self.counts["failed"] += 1
+                    yield key, x
+            while good:
+                n = self._fits(good)
+                yield from self._tower(good[:n])
+                good = good[n:]
 
     def _fits(self, ready):
         n, total = 0, 0
-        while n < len(ready) and (n == 0 or total + len(ready[n][2]) <= self.patches): total += len(ready[n][2]); n += 1
+        while n < len(ready) and (n == 0 or total + len(ready[n][2]) <= self.patches):
+            total += len(ready[n][2])
+            n += 1
         return n
 
     def _tower(self, ready):
-        out, error, memory = self._attempt(ready) # nothing of a failed attempt is held here, so its memory is free again
+        # nothing of a failed attempt is held here, so its memory is free again
+        out, error, memory = self._attempt(ready)
         if out is None and len(ready) > 1:
-            if memory: self.patches, self._clean = max(1, min(self.patches, sum(len(x) for _, _, x, _ in ready))//2), 0
+            if memory:
+                self.patches, self._clean = (
+                    max(1, min(self.patches, sum(len(x) for _, _, x, _ in ready)) // 2),
+                    0,
+                )
             return self._tower(ready[:len(ready)//2]) + self._tower(ready[len(ready)//2:])
         if out is None:
-            key, path, x, _ = ready[0]; self.counts["failed"] += 1; kind = MemoryError if memory else RuntimeError
-            return [(key, kind(f"{path}: the vision tower failed on this image of {len(x)} patches ({error})"))]
-        self._clean += 1; self.counts["encoded"] += len(ready); m, found = self.image_processor.merge_size, []
-        if self._clean >= 20: self.patches, self._clean = min(self.most, self.patches + self.patches//4 + 1), 0
+            key, path, x, _ = ready[0]
+            self.counts["failed"] += 1
+            kind = MemoryError if memory else RuntimeError
+            return [
+                (key, kind(f"{path}: the vision tower failed on this image of {len(x)} patches ({error})"))
+            ]
+        self._clean += 1
+        self.counts["encoded"] += len(ready)
+        m, found = self.image_processor.merge_size, []
+        if self._clean >= 20:
+            self.patches = min(self.most, self.patches + self.patches // 4 + 1)
+            self._clean = 0
         for (key, _, _, g), f in zip(ready, out):
-            t, h, w = g[0].tolist(); grid = (t, h//m, w//m); found.append((key, (self.cache.put(key, f, grid), grid)))
+            t, h, w = g[0].tolist()
+            grid = (t, h // m, w // m)
+            found.append((key, (self.cache.put(key, f, grid), grid)))
         return found
 
     def _attempt(self, ready):
         try:
             if not self._tried: self._try_grouping(ready[0][2].shape[1])
-            return self._run(torch.cat([x for _, _, x, _ in ready]), torch.cat([g for _, _, _, g in ready])), None, False
+            return (
+                self._run(torch.cat([x for _, _, x, _ in ready]), torch.cat([g for _, _, _, g in ready])),
+                None,
+                False,
+            )
         except Exception as e:
             if device_is_lost(e): raise
-            memory, error = out_of_memory(e), f"{type(e).__name__}: {e}".splitlines()[0]
+            memory = out_of_memory(e)
+            error = f"{type(e).__name__}: {e}".splitlines()[0]
         if memory and torch.cuda.is_available(): torch.cuda.empty_cache()
         return None, error, memory
 
     def _run(self, px, grids):
-        with grouped_windows(self.model.model.visual) if self.group else contextlib.nullcontext(): return image_features(self.model, px, grids)
+        with grouped_windows(self.model.model.visual) if self.group else contextlib.nullcontext():
+            return image_features(self.model, px, grids)
 
     def _try_grouping(self, width):
         "Does the grouped attention give what the loop gives? Two made-up images with windows of several lengths"
-        s = max(4, getattr(self.model.config.vision_config, "window_size", 0)//patch_side(self.image_processor)//2*2)
-        grids = torch.tensor([[1, s, 2*s + 2], [1, s + 2, s]]); px = torch.randn(int(grids.prod(1).sum()), width, generator=torch.Generator().manual_seed(0))
-        try: plain = torch.cat(image_features(self.model, px, grids)).float(); d = float((torch.cat(self._run(px, grids)).float() - plain).abs().max()/plain.abs().max())
+        s = max(
+            4,
+            getattr(self.model.config.vision_config, "window_size", 0)
+            // patch_side(self.image_processor)
+            // 2
+            * 2,
+        )
+        grids = torch.tensor([[1, s, 2 * s + 2], [1, s + 2, s]])
+        px = torch.randn(int(grids.prod(1).sum()), width, generator=torch.Generator().manual_seed(0))
+        try:
+            plain = torch.cat(image_features(self.model, px, grids)).float()
+            d = float((torch.cat(self._run(px, grids)).float() - plain).abs().max() / plain.abs().max())
         except Exception as e:
             if device_is_lost(e) or out_of_memory(e): raise
             why = f"{type(e).__name__}: {e}"
-        else: why = None if d < (1e-4 if self.model.dtype == torch.float32 else .05) else f"features differ by {d:.1e} of their size"
+        else:
+            why = (
+                None
+                if d < (1e-4 if self.model.dtype == torch.float32 else 0.05)
+                else f"features differ by {d:.1e} of their size"
+            )
         self._tried = True
-        if why: self.group = False; warnings.warn(f"grouped window attention is switched off for this model ({why}); the tower runs as usual, only slower")
+        if why:
+            self.group = False
+            warnings.warn(
+                f"grouped window attention is switched off for this model ({why}); the tower runs as usual,"
+                " only slower"
+            )
 
 def _content_key(b): return hashlib.sha256(b).hexdigest()[:32]
 

@@ -22,9 +22,33 @@ def match_accuracy(
     return (c*min(3, c-1) + (n-c)*min(3, c)) / (3*n) if c else 0.
 
 # %% ../nbs/11_vqa.ipynb #abec325f
-PUNCT = (";", "/", "[", "]", '"', "{", "}", "(", ")", "=", "+", "\\", "_", "-", ">", "<", "@", "`", ",", "?", "!")
+PUNCT = (
+    ";",
+    "/",
+    "[",
+    "]",
+    '"',
+    "{",
+    "}",
+    "(",
+    ")",
+    "=",
+    "+",
+    "\\",
+    "_",
+    "-",
+    ">",
+    "<",
+    "@",
+    "`",
+    ",",
+    "?",
+    "!",
+)
 ARTICLES = ("a", "an", "the")
-NUMBERS = {"none": "0"} | {w: str(i) for i, w in enumerate("zero one two three four five six seven eight nine ten".split())}
+NUMBERS = {"none": "0"} | {
+    w: str(i) for i, w in enumerate("zero one two three four five six seven eight nine ten".split())
+}
 
 _SPELLINGS = """
 ain't aint | aren't arent | can't cant | could've couldve | couldn't couldnt | couldn't've couldn'tve couldnt've
@@ -58,7 +82,8 @@ _COMMAS = re.compile(r"(?<=\d),+(?=\d)") # lmms-eval: also two commas in a row
 def _space(text): return text.replace("\n", " ").replace("\t", " ").strip()
 
 def _punct(text, comma):
-    glue, out = comma.search(text) is not None, text
+    glue = comma.search(text) is not None
+    out = text
     for p in PUNCT: out = out.replace(p, "" if glue or p + " " in text or " " + p in text else " ")
     return _PERIOD.sub("", out, count=32)
 
@@ -73,10 +98,12 @@ def _check_mode(mode):
     if mode not in MODES: raise ValueError(f"mode {mode!r}: pass one of {', '.join(MODES)}")
 
 def _check_text(text, what):
-    if not isinstance(text, str): raise TypeError(f"{what} is a string, got {type(text).__name__} {text!r}; use '' for none")
+    if not isinstance(text, str):
+        raise TypeError(f"{what} is a string, got {type(text).__name__} {text!r}; use '' for none")
 
 def _check_rows(preds, answers_list):
-    n, m = len(preds), len(answers_list)
+    n = len(preds)
+    m = len(answers_list)
     if n != m: raise ValueError(f"{n} predictions but {m} answer lists: pass one list per prediction")
 
 @lru_cache(maxsize=2**18)
@@ -94,13 +121,17 @@ def normalise(
 def _texts(answers):
     "Answers as a tuple of strings, whether they came as strings or as annotation dictionaries"
     kind = type(answers).__name__
-    if isinstance(answers, (str, dict)): raise TypeError(f"answers is one {kind}: pass a list of strings or dictionaries")
+    if isinstance(answers, (str, dict)):
+        raise TypeError(f"answers is one {kind}: pass a list of strings or dictionaries")
     answers = tuple(answers)
     out = tuple(a["answer"] if isinstance(a, dict) and "answer" in a else a for a in answers)
     if not out: raise ValueError("answers is empty: accuracy needs at least one person's answer")
-    if len({isinstance(a, dict) for a in answers}) > 1: raise TypeError("answers mix strings and dictionaries: pass one")
+    if len({isinstance(a, dict) for a in answers}) > 1:
+        raise TypeError("answers mix strings and dictionaries: pass one")
     for a in (a for a in out if not isinstance(a, str)):
-        raise TypeError(f"answers hold a {type(a).__name__} {a!r}: wanted strings, or dictionaries with 'answer'")
+        raise TypeError(
+            f"answers hold a {type(a).__name__} {a!r}: wanted strings, or dictionaries with 'answer'"
+        )
     return out
 
 def _clean(texts, mode):
@@ -112,7 +143,8 @@ def _clean(texts, mode):
 def _table(answers, mode):
     "(rewriting function, {rewritten answer: accuracy}) of a tuple of strings"
     _check_mode(mode)
-    clean, n = _clean(_texts(answers), mode), len(answers)
+    clean = _clean(_texts(answers), mode)
+    n = len(answers)
     return clean, {a: match_accuracy(c, n) for a, c in Counter(map(clean, answers)).items()}
 
 def _all_different(dicts):
@@ -122,7 +154,8 @@ def _all_different(dicts):
 def _by_equality(pred, dicts, mode):
     "Leave one out by comparing dictionaries, as the script does"
     clean = _clean(_texts(dicts), mode)
-    dicts, pred = [a | {"answer": clean(a["answer"])} for a in dicts], clean(pred)
+    dicts = [a | {"answer": clean(a["answer"])} for a in dicts]
+    pred = clean(pred)
     return sum(min(1, sum(o["answer"] == pred for o in dicts if o != d)/3) for d in dicts) / len(dicts)
 
 # %% ../nbs/11_vqa.ipynb #d53aca54
@@ -136,7 +169,8 @@ def vqa_accuracy(
     if isinstance(answers, (str, dict)): _texts(answers)
     answers = tuple(answers)
     if any(isinstance(a, dict) for a in answers):
-        texts, _ = _texts(answers), _check_mode(mode)
+        texts = _texts(answers)
+        _ = _check_mode(mode)
         if mode != "lmms" and not _all_different(answers): return _by_equality(pred, answers, mode)
         answers = texts
     clean, table = _table(answers, mode)
@@ -156,7 +190,8 @@ def plot_agreement(
     for mode, style, width in zip(modes, ("o-", "s--", "^:", "d-."), (1.5, 4, 1.5, 1.5)):
         acc = [vqa_accuracy(pred, [answer]*c + [other]*(10-c), mode) for c in range(11)]
         ax.plot(range(11), acc, style, lw=width, label=mode, alpha=.8)
-    ax.set(xlabel="people who gave the matching answer (of 10)", ylabel="accuracy", xticks=range(0, 11, 2)); ax.legend()
+    ax.set(xlabel="people who gave the matching answer (of 10)", ylabel="accuracy", xticks=range(0, 11, 2))
+    ax.legend()
     return ax
 
 # %% ../nbs/11_vqa.ipynb #dbcfbf48
@@ -166,7 +201,8 @@ def vqa_accuracies(
     mode:str="official", # one of `MODES`
 )->np.ndarray: # [n] float, 0..1; errors name the row
     "Score many predictions"
-    preds, answers_list = list(preds), list(answers_list)
+    preds = list(preds)
+    answers_list = list(answers_list)
     _check_rows(preds, answers_list)
     out = np.empty(len(preds))
     for i, (p, a) in enumerate(zip(preds, answers_list)):
@@ -200,7 +236,8 @@ def token_f1(
     answer:str, # one answer
 )->float: # 0..1; 1 if both are empty after rewriting
     "Compute the F1 of words after rewriting"
-    p, a = normalise(pred).split(), normalise(answer).split()
+    p = normalise(pred).split()
+    a = normalise(answer).split()
     if not p and not a: return 1.
     return 2*(Counter(p) & Counter(a)).total() / (len(p) + len(a))
 
@@ -210,7 +247,8 @@ def edit_similarity(
     answer:str, # one answer
 )->float: # 0..1; 1 if both are empty after rewriting
     "Compute 1 - Levenshtein distance / longer length, in characters after rewriting"
-    p, a = normalise(pred), normalise(answer)
+    p = normalise(pred)
+    a = normalise(answer)
     if p == a: return 1.
     row = list(range(len(a) + 1))
     for i, x in enumerate(p, 1):
@@ -231,7 +269,8 @@ def relevances(
     answers_list, # n answer lists
 )->pd.DataFrame: # n rows; `vqa_rel_token_f1`, `vqa_rel_edit_sim` (each maximised over people), `vqa_rel_score`; 0..1
     "Compute the relevance facts of many predictions, under the reports' column names"
-    preds, sets = list(preds), [set(_texts(a)) for a in answers_list]
+    preds = list(preds)
+    sets = [set(_texts(a)) for a in answers_list]
     _check_rows(preds, sets)
     best = lambda f: np.array([max(f(p, a) for a in s) for p, s in zip(preds, sets)], dtype=float)
     out = pd.DataFrame({"vqa_rel_token_f1": best(token_f1), "vqa_rel_edit_sim": best(edit_similarity)})
@@ -245,11 +284,20 @@ def answer_targets(
     weight:str="official", # official | count3
 )->tuple: # (texts: tuple of distinct non-empty str, weights: tuple of float in 0..1), equally long
     "List the distinct right answers of a question and what each is worth"
-    if weight not in ("official", "count3"): raise ValueError(f"weight {weight!r}: pass 'official' or 'count3'")
-    texts = _texts(answers); clean, n, groups = _clean(texts, "official"), len(texts), {}
+    if weight not in ("official", "count3"):
+        raise ValueError(f"weight {weight!r}: pass 'official' or 'count3'")
+    texts = _texts(answers)
+    clean = _clean(texts, "official")
+    n = len(texts)
+    groups = {}
     for raw in map(_space, texts): groups.setdefault(clean(raw), []).append(raw)
     worth = (lambda c: match_accuracy(c, n)) if weight == "official" else (lambda c: min(c/3, 1.))
     plain = clean is _space
-    pairs = [(key if plain else _target_text(key, raws), worth(len(raws))) for key, raws in groups.items() if any(raws)]
-    if not pairs: raise ValueError(f"all {n} answers are blank: there is no text whose probability could be asked for")
+    pairs = [
+        (key if plain else _target_text(key, raws), worth(len(raws)))
+        for key, raws in groups.items()
+        if any(raws)
+    ]
+    if not pairs:
+        raise ValueError(f"all {n} answers are blank: there is no text whose probability could be asked for")
     return tuple(zip(*sorted(pairs, key=lambda p: (-p[1], p[0]))))

@@ -21,7 +21,8 @@ def word_ids(
 )->tuple: # (int [n,w] word numbers, distinct in a row, -1 = padding; list of the words by number)
     "Words of normalised answers as numbers"
     rows = [list(dict.fromkeys(normalise(a).split())) for a in answers]
-    words = sorted({w for r in rows for w in r}); at = {w: i for i, w in enumerate(words)}
+    words = sorted({w for r in rows for w in r})
+    at = {w: i for i, w in enumerate(words)}
     out = np.full((len(rows), max(map(len, rows), default=0)), -1)
     for i, r in enumerate(rows): out[i, :len(r)] = [at[w] for w in r]
     return torch.as_tensor(out), words
@@ -54,25 +55,47 @@ class AnswerGroups:
         sampler:str="random", # how pools are drawn, see `make_pool`: random | text | image | mixed
     ):
         self.shots = (shots,) if isinstance(shots, int) else tuple(shots)
-        if not 0 < min(self.shots) <= max(self.shots) < K: raise ValueError(f"AnswerGroups: shots {self.shots} with pools of K = {K}: wanted 1..K-1")
-        words, _ = word_ids(items.answer); ok = (words >= 0).any(-1)
-        if not ok.any(): raise ValueError(f"AnswerGroups: none of the {len(items)} items has an answer with a word in it")
-        self.question_ids = items.question_id.to_numpy()[ok.numpy()]; self.words = words[ok]; self.lost = int((~ok).sum())
-        if len(set(self.question_ids)) < len(self.question_ids): raise ValueError("AnswerGroups: a question_id comes twice; pass each training item once")
-        items = items[ok.numpy()].reset_index(drop=True); self.image = torch.tensor(image_groups(items)) # pools are barred as in `make_pool`
-        self.twin = torch.tensor(pd.DataFrame(dict(g=self.image.numpy(), t=items.question)).duplicated().to_numpy()) if "question" in items else torch.zeros(len(items), dtype=torch.bool)
+        if not 0 < min(self.shots) <= max(self.shots) < K:
+            raise ValueError(f"AnswerGroups: shots {self.shots} with pools of K = {K}: wanted 1..K-1")
+        words, _ = word_ids(items.answer)
+        ok = (words >= 0).any(-1)
+        if not ok.any():
+            raise ValueError(f"AnswerGroups: none of the {len(items)} items has an answer with a word in it")
+        self.question_ids = items.question_id.to_numpy()[ok.numpy()]
+        self.words = words[ok]
+        self.lost = int((~ok).sum())
+        if len(set(self.question_ids)) < len(self.question_ids):
+            raise ValueError("AnswerGroups: a question_id comes twice; pass each training item once")
+        # pools are barred as in `make_pool`
+        items = items[ok.numpy()].reset_index(drop=True)
+        self.image = torch.tensor(image_groups(items))
+        self.twin = (
+            torch.tensor(pd.DataFrame(dict(g=self.image.numpy(), t=items.question)).duplicated().to_numpy())
+            if "question" in items
+            else torch.zeros(len(items), dtype=torch.bool)
+        )
         own = self.image[~self.twin].bincount(minlength=int(self.image.max()) + 1)
         if (few := int((~self.twin).sum() - own.max())) < K:
-            raise ValueError(f"AnswerGroups: pools of K = {K} from items with other images, but image {items.image_id[int((self.image == own.argmax()).int().argmax())]} leaves only {few}")
-        self.query, self.K, self.kind, self.n, self.rounds, self.parts = store.get(self.question_ids, kind), K, kind, n, rounds, sampler_parts(sampler, K)
+            raise ValueError(
+                f"AnswerGroups: pools of K = {K} from items with other images, but image"
+                f" {items.image_id[int((self.image == own.argmax()).int().argmax())]} leaves only {few}"
+            )
+        self.query = store.get(self.question_ids, kind)
+        self.K = K
+        self.kind = kind
+        self.n = n
+        self.rounds = rounds
+        self.parts = sampler_parts(sampler, K)
         self.near = {k: store.get(self.question_ids, k).double() for k in self.parts if k != "random"}
 
     def __len__(self): return len(self.question_ids) * self.rounds
-    def __getitem__(self, i): return self.question_ids[i % len(self.question_ids)], self.query[i % len(self.question_ids)]
+    def __getitem__(self, i):
+        return self.question_ids[i % len(self.question_ids)], self.query[i % len(self.question_ids)]
 
     def sequences(self, S, g):
         "All ordered sequences of `S` picks [M,S], or `n` drawn ones"
-        if np.prod(np.arange(self.K, self.K-S, -1)) <= self.n: return torch.tensor(list(permutations(range(self.K), S)))
+        if np.prod(np.arange(self.K, self.K - S, -1)) <= self.n:
+            return torch.tensor(list(permutations(range(self.K), S)))
         return torch.rand(self.n, self.K, generator=g).topk(S, -1).indices.unique(dim=0)
 
     def batch(self,
@@ -80,21 +103,34 @@ class AnswerGroups:
         g:torch.Generator, # source of pools and sequences
     )->tuple: # query, cands, cand_mask, seqs, seq_mask, rewards, mask: as `40_dls` makes them
         "Fresh groups of some queries"
-        i = torch.as_tensor(i) % len(self.question_ids); B, S = len(i), self.shots[int(torch.randint(len(self.shots), (1,), generator=g))]
-        keys, sims = torch.rand(B, len(self.question_ids), generator=g), {k: v[i] @ v.T for k, v in self.near.items()}
+        i = torch.as_tensor(i) % len(self.question_ids)
+        B = len(i)
+        S = self.shots[int(torch.randint(len(self.shots), (1,), generator=g))]
+        keys = torch.rand(B, len(self.question_ids), generator=g)
+        sims = {k: v[i] @ v.T for k, v in self.near.items()}
         pool = draw_block(keys, sims, (self.image[i][:, None] == self.image) | self.twin, self.parts)
         seqs = self.sequences(S, g).expand(B, -1, -1)
         r = contained(self.words[i], self.words[pool], seqs)
-        return self.query[i], self.query[pool], torch.ones(pool.shape, dtype=torch.bool), seqs, torch.ones(seqs.shape, dtype=torch.bool), r, torch.ones(r.shape, dtype=torch.bool)
+        return (
+            self.query[i],
+            self.query[pool],
+            torch.ones(pool.shape, dtype=torch.bool),
+            seqs,
+            torch.ones(seqs.shape, dtype=torch.bool),
+            r,
+            torch.ones(r.shape, dtype=torch.bool),
+        )
 
 # %% ../nbs/41_warmup.ipynb #a4d0845d
 class AnswerDL(DataLoader):
     "Batches of `AnswerGroups`; same seed, same batches"
     def __init__(self, dataset=None, bs=64, shuffle=True, seed=0, **kwargs):
         super().__init__(dataset, bs=bs, shuffle=shuffle, drop_last=True, **kwargs)
-        self.seed, self.rng = seed, random.Random(seed)
+        self.seed = seed
+        self.rng = random.Random(seed)
     def create_item(self, i): return i
-    def create_batch(self, i): return self.dataset.batch(i, torch.Generator().manual_seed(self.rng.getrandbits(62)))
+    def create_batch(self, i):
+        return self.dataset.batch(i, torch.Generator().manual_seed(self.rng.getrandbits(62)))
     def retain(self, res, b): return res
 
 def warmup_dls(
@@ -108,11 +144,28 @@ def warmup_dls(
     sampler:str="random", # see `AnswerGroups`
 )->DataLoaders: # training: fresh groups; validation: that of `dls`
     "DataLoaders of the warm-up"
-    info = getattr(dls, "info", {}); kind = info.get("kind", "mixed")
+    info = getattr(dls, "info", {})
+    kind = info.get("kind", "mixed")
     ds = AnswerGroups(items, store, K, shots, kind, n, max(1, round(steps * bs / len(items))), sampler)
-    if bs > len(ds): raise ValueError(f"warmup_dls: bs {bs}, but an epoch has {len(ds)} draws; wanted bs <= {len(ds)}, or more steps")
+    if bs > len(ds):
+        raise ValueError(
+            f"warmup_dls: bs {bs}, but an epoch has {len(ds)} draws; wanted bs <= {len(ds)}, or more steps"
+        )
     both = sorted(set(ds.question_ids.tolist()) & set(getattr(dls.valid_ds, "question_ids", ())))
-    if both: raise ValueError(f"warmup_dls: question_id {', '.join(map(str, both[:5]))}: among the training items and in valid ({len(both)} queries)")
+    if both:
+        raise ValueError(
+            f"warmup_dls: question_id {', '.join(map(str, both[:5]))}: among the training items and in valid"
+            f" ({len(both)} queries)"
+        )
     out = DataLoaders(AnswerDL(ds, bs, seed=seed), dls.valid, device=dls.device)
-    out.info = info | dict(warmup=dict(K=K, sampler=sampler, shots=list(ds.shots), n=n, seed=seed, items=fingerprint([str(q) for q in ds.question_ids])))
+    out.info = info | dict(
+        warmup=dict(
+            K=K,
+            sampler=sampler,
+            shots=list(ds.shots),
+            n=n,
+            seed=seed,
+            items=fingerprint([str(q) for q in ds.question_ids]),
+        )
+    )
     return out

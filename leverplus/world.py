@@ -39,13 +39,16 @@ class World:
 
     def facts(self)->pd.DataFrame:
         "Exhaustive facts of the test split; ValueError if they are of another model or prompt"
-        have, want = FactCache(self.facts_file), facts_fingerprint(self.scorer)
+        have = FactCache(self.facts_file)
+        want = facts_fingerprint(self.scorer)
         if have.scorers != [want]:
             lvlm = getattr(self.scorer, "lvlm", None)
             which = f"{lvlm.name}, {lvlm.model.dtype}, {lvlm.attn}" if lvlm else type(self.scorer).__name__
-            raise ValueError(f"{self.facts_file.name} holds what scorer {', '.join(have.scorers)} said, "
-                             f"and this one is {want} ({which}): load_world() as it is loads the model that they are of, "
-                             "on any device; make_facts(world) asks another one")
+            raise ValueError(
+                f"{self.facts_file.name} holds what scorer {', '.join(have.scorers)} said, "
+                f"and this one is {want} ({which}): load_world() as it is loads the model that they are of, "
+                "on any device; make_facts(world) asks another one"
+            )
         return have.to_frame()
 
 def read_islands(
@@ -80,7 +83,10 @@ def all_pointers(
     shots=(0, 1, 2), # shot counts
 )->pd.DataFrame: # question_id, pointer: every ordered sequence, K!/(K-S)! per query and shot count
     "Every ordered sequence of demonstrations"
-    return pd.DataFrame([(q, p) for q in pool for s in shots for p in permutations(pool[q], s)], columns=["question_id", "pointer"])
+    return pd.DataFrame(
+        [(q, p) for q in pool for s in shots for p in permutations(pool[q], s)],
+        columns=["question_id", "pointer"],
+    )
 
 def make_facts(
     world:World, # whose test split
@@ -89,4 +95,13 @@ def make_facts(
     "Ask the LVLM about every pointer of every test question, and store the facts"
     cache = FactCache()
     ask(all_pointers(world.pools["test"]), world.scorer, world.items, cache, window=4096, progress=progress)
-    return cache.save(world.facts_file, drop=("vqa_gt_logprobs", "vqa_raw_generation", "vqa_rel_token_f1", "vqa_rel_edit_sim", "vqa_rel_score"))
+    return cache.save(
+        world.facts_file,
+        drop=(
+            "vqa_gt_logprobs",
+            "vqa_raw_generation",
+            "vqa_rel_token_f1",
+            "vqa_rel_edit_sim",
+            "vqa_rel_score",
+        ),
+    )

@@ -17,7 +17,14 @@ import matplotlib, pytest
 from hypothesis import HealthCheck, settings
 matplotlib.use("Agg")
 
-settings.register_profile("leverplus", derandomize=True, database=None, deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile(
+    "leverplus",
+    derandomize=True,
+    database=None,
+    deadline=None,
+    max_examples=50,
+    suppress_health_check=[HealthCheck.too_slow],
+)
 settings.load_profile("leverplus")
 
 FIRST = "test_rules.py", "test_nbs.py", "test_tutorials.py"
@@ -35,9 +42,11 @@ def quiet_neighbours():
     "No test inherits another's random state or open figures, nor its working folder"
     import matplotlib.pyplot as plt
     from leverplus.core import seed_all
-    seed_all(0); cwd = os.getcwd()
+    seed_all(0)
+    cwd = os.getcwd()
     yield
-    plt.close("all"); os.chdir(cwd)
+    plt.close("all")
+    os.chdir(cwd)
 
 @pytest.fixture(scope="session")
 def okvqa():

@@ -10,7 +10,8 @@ import sys, warnings
 
 OURS = {"leverplus", "__main__"}
 SHOWING = {"warnings", "_py_warnings", "own_warnings"} # frames between the complaint and here
-SPOKEN = ("after one epoch: ", "0 epochs asked of the stage") # what training says to a person of what it was asked to do
+# what training says to a person of what it was asked to do
+SPOKEN = ("after one epoch: ", "0 epochs asked of the stage")
 
 
 def package(frame):
@@ -27,7 +28,8 @@ def show(message, category, filename, lineno, *_, **__):
     "Stands for `warnings.showwarning`: ours is an error, unless it is meant for people"
     frame = sys._getframe(1)
     while package(frame) in SHOWING: frame = frame.f_back
-    if is_ours(frame) and not str(message).startswith(SPOKEN): raise category(f"{message} ({filename}:{lineno})")
+    if is_ours(frame) and not str(message).startswith(SPOKEN):
+        raise category(f"{message} ({filename}:{lineno})")
 
 def install():
     "From here on a warning of ours is an error; others are dropped"

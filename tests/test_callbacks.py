@@ -8,10 +8,16 @@ from fastai.callback.schedule import SchedCos, SchedLin
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.learner import Learner
 from leverplus.core import frozen
-from leverplus.losses import advantage, entropy_steps, kl_exact, kl_k3, listwise_loss, live_groups, merge_orders, policy_gradient, rce_loss, regret
+from leverplus.losses import (
+    advantage, entropy_steps, kl_exact, kl_k3, listwise_loss, live_groups, merge_orders, policy_gradient,
+    rce_loss, regret,
+)
 from leverplus.selector import PointerSelector
 from leverplus.synth import ToySelector, quiet, synth_dls, toy_learner
-from leverplus.callback_core import Objective, SkipFlat, StageCallback, Stats, active_dropout, check_name, find_reference, set_anchor, survey_groups
+from leverplus.callback_core import (
+    Objective, SkipFlat, StageCallback, Stats, active_dropout, check_name, find_reference, set_anchor,
+    survey_groups,
+)
 from leverplus.callback_rce import RCE
 from leverplus.callback_grpo import GRPO, RLOO
 from leverplus.callback_kl import AdaptiveKL, EntropyFloor, KLToRef
@@ -21,7 +27,8 @@ from leverplus.callback_track import Best, History, RLStats, plot_history, valid
 
 RAGGED = dict(K=(4, 7), N=(2, 6), shots=(1, 2))
 
-def learner(n=64, bs=16, seed=0, **kw): return toy_learner(regret, synth_dls(n, 32, bs, seed=seed, **RAGGED), seed=seed, **kw)
+def learner(n=64, bs=16, seed=0, **kw):
+    return toy_learner(regret, synth_dls(n, 32, bs, seed=seed, **RAGGED), seed=seed, **kw)
 def fit(learn, n, cbs, **kw):
     with quiet(learn): learn.fit(n, cbs=cbs, **kw)
     return learn
@@ -33,7 +40,8 @@ class Spy(StageCallback):
     order = 5
     def __init__(self, **at): self.at, self.seen = at, []
     def after_loss(self): self.seen.append(self.at["after_loss"](self)) if "after_loss" in self.at else None
-    def before_step(self): self.seen.append(self.at["before_step"](self)) if "before_step" in self.at else None
+    def before_step(self):
+        self.seen.append(self.at["before_step"](self)) if "before_step" in self.at else None
 
 class Interrupt(StageCallback):
     "Ctrl-C in the third batch"
@@ -41,93 +49,190 @@ class Interrupt(StageCallback):
     def after_backward(self):
         if self.train_iter == 2: raise KeyboardInterrupt
 
-def rce_stage(): return [RCE(.5), TempSchedule("rce", temp=SchedLin(2., .5)), SkipFlat(), Freeze("after"), KLToRef(), Best(), GradientClip(1.)]
+def rce_stage():
+    return [
+        RCE(0.5),
+        TempSchedule("rce", temp=SchedLin(2.0, 0.5)),
+        SkipFlat(),
+        Freeze("after"),
+        KLToRef(),
+        Best(),
+        GradientClip(1.0),
+    ]
 def grpo_stage(): return [NoDropout(), GRPO(), SkipFlat(), KLToRef(beta=.1), Best(), GradientClip(.5)]
-def listwise_stage(): return [Listwise(), SkipFlat(), KLToRef(beta=.1), AdaptiveKL(.0, .01, limits=(.01, 1.)), EntropyFloor(.9), Best(), GradientClip(1.)]
+def listwise_stage():
+    return [
+        Listwise(),
+        SkipFlat(),
+        KLToRef(beta=0.1),
+        AdaptiveKL(0.0, 0.01, limits=(0.01, 1.0)),
+        EntropyFloor(0.9),
+        Best(),
+        GradientClip(1.0),
+    ]
 def sft_stage(): return [SFT(top=2), KLToRef(how="k3"), Best(), GradientClip(1.)]
-def rloo_stage(): return [NoDropout(), RLOO(min_positive=.2, positive=.5), KLToRef(on="live"), EntropyFloor(.9), Best(), GradientClip(.5)]
+def rloo_stage():
+    return [
+        NoDropout(),
+        RLOO(min_positive=0.2, positive=0.5),
+        KLToRef(on="live"),
+        EntropyFloor(0.9),
+        Best(),
+        GradientClip(0.5),
+    ]
 
-# --- names (T3), order (T12) --------------------------------------------------------------------------------------------
+# --- names (T3), order (T12)
+# --------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", ["Freeze", "Loss", "FreezeToCallback", "Model", "Opt", "Pred", "Fit"])
 def test_names_that_would_replace_something(name):
     with pytest.raises(ValueError, match="would replace"): type(name, (StageCallback,), {})
     assert type(name, (StageCallback,), dict(name="my_" + name.lower())).name.startswith("my_")
 
 def test_names_are_free_and_freeze_survives():
-    for cb in (RCE, GRPO, RLOO, Listwise, SFT, KLToRef, AdaptiveKL, EntropyFloor, TempSchedule, NoDropout, Freeze, SkipFlat, History, Best, Stats, RLStats):
-        assert check_name(cb.name if isinstance(cb.name, str) else cb().name if cb is not TempSchedule else "temp_schedule")
+    for cb in (
+        RCE,
+        GRPO,
+        RLOO,
+        Listwise,
+        SFT,
+        KLToRef,
+        AdaptiveKL,
+        EntropyFloor,
+        TempSchedule,
+        NoDropout,
+        Freeze,
+        SkipFlat,
+        History,
+        Best,
+        Stats,
+        RLStats,
+    ):
+        assert check_name(
+            cb.name if isinstance(cb.name, str) else cb().name if cb is not TempSchedule else "temp_schedule"
+        )
     learn = fit(learner(), 1, [RCE(), Freeze("match")])
     assert learn.freeze.__func__ is Learner.freeze
 
 def test_order(capsys):
     learn = learner()
-    with learn.added_cbs([GradientClip(1.), KLToRef(), GRPO(), SkipFlat(), NoDropout(), TempSchedule("grpo")]): learn.show_training_loop()
+    with learn.added_cbs(
+        [GradientClip(1.0), KLToRef(), GRPO(), SkipFlat(), NoDropout(), TempSchedule("grpo")]
+    ):
+        learn.show_training_loop()
     lines = {l.split(":")[0].strip(" -"): l for l in capsys.readouterr().out.splitlines() if ":" in l}
     def before(line, a, b): assert lines[line].index(a) < lines[line].index(b)
-    before("before_batch", "TempSchedule", "SkipFlat"); before("before_batch", "SkipFlat", "GRPO")
-    before("after_loss", "GRPO", "KLToRef"); before("before_train", "TrainEvalCallback", "NoDropout"); before("before_train", "NoDropout", "GRPO")
+    before("before_batch", "TempSchedule", "SkipFlat")
+    before("before_batch", "SkipFlat", "GRPO")
+    before("after_loss", "GRPO", "KLToRef")
+    before("before_train", "TrainEvalCallback", "NoDropout")
+    before("before_train", "NoDropout", "GRPO")
 
-# --- objectives ------------------------------------------------------------------------------------------------------
+# --- objectives
+# ------------------------------------------------------------------------------------------------------
 def test_objective_changes_train_only():
     class Zero(Objective):
         def objective(self, logp, r, m): return 0*logp.masked_fill(~m, 0).sum() + 7.
-    learn = learner(wd=0.); w = weights(learn); fit(learn, 1, Zero())
+    learn = learner(wd=0.0)
+    w = weights(learn)
+    fit(learn, 1, Zero())
     train, valid = learn.recorder.values[-1][:2]
-    assert train == pytest.approx(7.) and same(w, weights(learn)) and valid == pytest.approx(valid_loss(learn), abs=1e-6)
+    assert (
+        train == pytest.approx(7.0)
+        and same(w, weights(learn))
+        and valid == pytest.approx(valid_loss(learn), abs=1e-6)
+    )
     assert learn.loss_func is regret
 
 def test_one_objective_per_fit():
     with pytest.raises(ValueError, match="2 objectives"): fit(learner(), 1, [RCE(), GRPO()])
 
 def test_rce_is_its_formula():
-    learn, seen = learner(), []
+    learn = learner()
+    seen = []
     spy = Spy(after_loss=lambda s: (s.loss_grad.item(), rce_loss(s.pred, *s.yb, .7).item(), s.loss.item()))
     fit(learn, 1, [RCE(.7), spy])
     for a, b, c in spy.seen: assert a == b == c
 
-@pytest.mark.parametrize("cbs", [lambda: [RCE(.3), SkipFlat()], lambda: [NoDropout(), GRPO(), SkipFlat()], lambda: [RCE(.3, "zscore")], lambda: [RCE(.3, weights="rank")],
-                                 lambda: [Listwise(), SkipFlat()], lambda: [Listwise("none", tau=.2)], lambda: [SFT()], lambda: [SFT(top=None, temp=.2, least=.3)], lambda: [NoDropout(), RLOO()],
-                                 lambda: [NoDropout(), GRPO("loo", "batch"), SkipFlat()], lambda: [NoDropout(), GRPO("rank", refresh=3)]])
+@pytest.mark.parametrize(
+    "cbs",
+    [
+        lambda: [RCE(0.3), SkipFlat()],
+        lambda: [NoDropout(), GRPO(), SkipFlat()],
+        lambda: [RCE(0.3, "zscore")],
+        lambda: [RCE(0.3, weights="rank")],
+        lambda: [Listwise(), SkipFlat()],
+        lambda: [Listwise("none", tau=0.2)],
+        lambda: [SFT()],
+        lambda: [SFT(top=None, temp=0.2, least=0.3)],
+        lambda: [NoDropout(), RLOO()],
+        lambda: [NoDropout(), GRPO("loo", "batch"), SkipFlat()],
+        lambda: [NoDropout(), GRPO("rank", refresh=3)],
+    ],
+)
 def test_objectives_reduce_regret(cbs):
-    learn = learner(128); v0 = valid_loss(learn); fit(learn, 5, cbs())
+    learn = learner(128)
+    v0 = valid_loss(learn)
+    fit(learn, 5, cbs())
     assert valid_loss(learn) < v0 - .01
 
 def test_skip_flat_leaves_loss_and_denominator():
-    learn = learner(); n, live = 0, 0
-    spy = Spy(after_loss=lambda s: (s.yb[1].any(-1).sum().item(), s.loss_grad.item(), rce_loss(s.pred, *s.yb, .5).item()))
+    learn = learner()
+    n, live = 0, 0
+    spy = Spy(
+        after_loss=lambda s: (
+            s.yb[1].any(-1).sum().item(),
+            s.loss_grad.item(),
+            rce_loss(s.pred, *s.yb, 0.5).item(),
+        )
+    )
     fit(learn, 1, [RCE(.5), skip := SkipFlat(), spy, ])
     n_live = sum(int(r.max() - r.min() > 1e-6) for *_, r in learn.dls.train_ds.rows)
     assert skip.n == 64 and skip.n_live == n_live == sum(s[0] for s in spy.seen) and 0 < n_live < 64
     assert all(a == b for _, a, b in spy.seen)
 
 def test_all_flat_batch_moves_nothing_even_with_momentum():
-    learn = learner(wd=.1); fit(learn, 1, RCE())
-    rows = learn.dls.train_ds.rows; learn.dls.train_ds.rows = [(*row, torch.ones_like(r)) for *row, r in rows]; w = weights(learn)
+    learn = learner(wd=0.1)
+    fit(learn, 1, RCE())
+    rows = learn.dls.train_ds.rows
+    learn.dls.train_ds.rows = [(*row, torch.ones_like(r)) for *row, r in rows]
+    w = weights(learn)
     with pytest.warns(UserWarning, match="0 of 64 groups"): fit(learn, 1, [RCE(), SkipFlat(), KLToRef()])
     assert same(w, weights(learn))
-    with pytest.warns(UserWarning): fit(learn, 1, [NoDropout(), GRPO(min_live=0.), SkipFlat()], reset_opt=True)
+    with pytest.warns(UserWarning):
+        fit(learn, 1, [NoDropout(), GRPO(min_live=0.0), SkipFlat()], reset_opt=True)
     assert same(w, weights(learn))
 
 def test_zero_variance_gives_zero_grpo_gradient_without_skipping():
-    learn = learner(); learn.dls.train_ds.rows = [(*row, torch.full_like(r, .6)) for *row, r in learn.dls.train_ds.rows]
+    learn = learner()
+    learn.dls.train_ds.rows = [(*row, torch.full_like(r, 0.6)) for *row, r in learn.dls.train_ds.rows]
     spy = Spy(before_step=lambda s: max(float(p.grad.abs().max()) for p in s.model.parameters()))
-    fit(learn, 1, [NoDropout(), GRPO(min_live=0.), spy]); assert spy.seen and max(spy.seen) == 0
+    fit(learn, 1, [NoDropout(), GRPO(min_live=0.0), spy])
+    assert spy.seen and max(spy.seen) == 0
 
-# --- GRPO ------------------------------------------------------------------------------------------------------------
+# --- GRPO
+# ------------------------------------------------------------------------------------------------------------
 def test_ratio_is_one_and_kl_zero_at_the_first_step():
     learn = learner(dropout=.3, cbs=Stats())
     grads = []
     spy = Spy(after_loss=lambda s: s.learn.loss_grad.item())
     fit(learn, 1, [NoDropout(), SkipFlat(), GRPO(), KLToRef(beta=5.), spy])
-    assert learn.stats.mean("ratio_off") <= 1e-5 and learn.stats.buf["kl"][0][0] == pytest.approx(0., abs=1e-7)
+    assert learn.stats.mean("ratio_off") <= 1e-5 and learn.stats.buf["kl"][0][0] == pytest.approx(
+        0.0, abs=1e-7
+    )
     assert spy.seen[0] == pytest.approx(0., abs=1e-6)   # centred advantages at ratio 1, and no KL
 
 def test_first_grpo_gradient_is_policy_gradient():
-    learn = learner(); grabbed = {}
+    learn = learner()
+    grabbed = {}
     def grab(s):
-        if not grabbed: grabbed.update(g=[p.grad.clone() for p in s.model.parameters()], xb=s.xb, yb=s.yb, m=copy.deepcopy(s.model))
+        if not grabbed:
+            grabbed.update(
+                g=[p.grad.clone() for p in s.model.parameters()], xb=s.xb, yb=s.yb, m=copy.deepcopy(s.model)
+            )
     fit(learn, 1, [NoDropout(), GRPO(), Spy(before_step=grab)])
-    r, m = grabbed["yb"]; model = grabbed["m"]; model.zero_grad()
+    r, m = grabbed["yb"]
+    model = grabbed["m"]
+    model.zero_grad()
     from leverplus.losses import group_mean
     (-group_mean(advantage(r, m, clip=5.) * model(*grabbed["xb"]), m)).backward()
     for p, g in zip(model.parameters(), grabbed["g"]): assert torch.allclose(p.grad, g, atol=1e-6)
@@ -135,78 +240,120 @@ def test_first_grpo_gradient_is_policy_gradient():
 def test_grpo_refuses_dropout():
     with pytest.raises(ValueError, match=r"drop.*NoDropout\(\)"): fit(learner(dropout=.1), 1, GRPO())
     with pytest.warns(UserWarning) as ws: fit(learner(dropout=.1), 1, GRPO(strict=False))
-    assert any("dropout is active" in str(w.message) for w in ws) and any("off 1 by up to" in str(w.message) for w in ws)
+    assert any("dropout is active" in str(w.message) for w in ws) and any(
+        "off 1 by up to" in str(w.message) for w in ws
+    )
 
 def test_grpo_notices_other_randomness():
     class Noisy(ToySelector):
         def encode(self, q, c, m): return super().encode(q + .1*torch.randn_like(q), c, m)
-    learn = learner(); learn.model = Noisy(8)
+    learn = learner()
+    learn.model = Noisy(8)
     with pytest.raises(ValueError, match="off 1 by up to"): fit(learn, 1, [NoDropout(), GRPO()])
 
 def test_grpo_names_a_foreign_old_policy():
-    with pytest.raises(ValueError, match="old policy given is not this policy"): fit(learner(), 1, [NoDropout(), GRPO(old=ToySelector(8), refresh="never")])
-    with pytest.warns(UserWarning, match="off 1"): fit(learner(), 1, [NoDropout(), GRPO(old=ToySelector(8), refresh="never", strict=False)])
+    with pytest.raises(ValueError, match="old policy given is not this policy"):
+        fit(learner(), 1, [NoDropout(), GRPO(old=ToySelector(8), refresh="never")])
+    with pytest.warns(UserWarning, match="off 1"):
+        fit(learner(), 1, [NoDropout(), GRPO(old=ToySelector(8), refresh="never", strict=False)])
 
 def test_advantages_see_the_whole_group():
     class TopOne(StageCallback):
         order = Objective.order+1
         def before_batch(self):
-            r, m = self.yb; top = r.masked_fill(~m, -1) >= r.masked_fill(~m, -1).amax(-1, keepdim=True)
+            r, m = self.yb
+            top = r.masked_fill(~m, -1) >= r.masked_fill(~m, -1).amax(-1, keepdim=True)
             self.learn.yb = r, m & top
-    spy = Spy(after_loss=lambda s: (s.grpo.adv, s.yb[0], s.yb[1])); fit(learner(), 1, [NoDropout(), SkipFlat(), TopOne(), GRPO(), spy])
+    spy = Spy(after_loss=lambda s: (s.grpo.adv, s.yb[0], s.yb[1]))
+    fit(learner(), 1, [NoDropout(), SkipFlat(), TopOne(), GRPO(), spy])
     assert all((a.masked_fill(m, 0) < 0).any() and (a[m] > 0).all() for a, r, m in spy.seen)
 
 def test_refresh_every_k_batches():
     class Count(GRPO):
-        def renew(self): super().renew(); Count.n += 1
+        def renew(self):
+            super().renew()
+            Count.n += 1
     for refresh, want in (("epoch", 2), ("never", 1), (1, 8), (3, 3)):
-        Count.n = 0; fit(learner(), 2, [NoDropout(), Count(refresh=refresh)]); assert Count.n == want, refresh
+        Count.n = 0
+        fit(learner(), 2, [NoDropout(), Count(refresh=refresh)])
+        assert Count.n == want, refresh
     with pytest.raises(ValueError, match="refresh"): GRPO(refresh="always")
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_grpo_beats_its_start_and_a_stale_old_policy(seed):
     def run(**kw):
-        learn = toy_learner(regret, synth_dls(128, 64, 32, seed=seed), seed=seed); before = frozen(learn.model)
-        fit(learn, 3, [RCE(.3), SkipFlat()]); start = valid_loss(learn)
+        learn = toy_learner(regret, synth_dls(128, 64, 32, seed=seed), seed=seed)
+        before = frozen(learn.model)
+        fit(learn, 3, [RCE(0.3), SkipFlat()])
+        start = valid_loss(learn)
         if "old" in kw: kw["old"] = before
         fit(learn, 10, [NoDropout(), SkipFlat(), GRPO(**kw)], reset_opt=True, lr=2e-2)
         return start, valid_loss(learn)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        (start, fresh), (_, stale), (_, older) = run(), run(refresh="never"), run(refresh="never", old=True, strict=False)
+        (start, fresh), (_, stale), (_, older) = (
+            run(),
+            run(refresh="never"),
+            run(refresh="never", old=True, strict=False),
+        )
     assert fresh < start - .02 and fresh < stale - .01 and fresh < older - .01
 
 def relabel(learn, f):
     "Replace the training rewards of group i by `f(rewards, i)`"
-    learn.dls.train_ds.rows = [(*row, f(r, i)) for i, (*row, r) in enumerate(learn.dls.train_ds.rows)]; return learn
+    learn.dls.train_ds.rows = [(*row, f(r, i)) for i, (*row, r) in enumerate(learn.dls.train_ds.rows)]
+    return learn
 
 def test_survey_reads_all_groups_and_leaves_the_order_alone():
     import random
-    a, b = learner(), learner(); found = survey_groups(a.dls.train, .5); rows = [r for *_, r in a.dls.train_ds.rows]
-    assert found["live"].tolist() == [bool(r.max() - r.min() > 1e-6) for r in rows] and not found["centred"].any()
+    a = learner()
+    b = learner()
+    found = survey_groups(a.dls.train, 0.5)
+    rows = [r for *_, r in a.dls.train_ds.rows]
+    assert (
+        found["live"].tolist() == [bool(r.max() - r.min() > 1e-6) for r in rows]
+        and not found["centred"].any()
+    )
     assert found["positive"].tolist() == pytest.approx([float((r > .5).double().mean()) for r in rows])
-    assert all(torch.equal(x[5], y[5]) for x, y in zip(a.dls.train, b.dls.train))   # the shuffled batches come as they would have
-    random.seed(1); survey_groups(a.dls.train); x = random.random(); random.seed(1); assert x == random.random()
+    # the shuffled batches come as they would have
+    assert all(torch.equal(x[5], y[5]) for x, y in zip(a.dls.train, b.dls.train))
+    random.seed(1)
+    survey_groups(a.dls.train)
+    x = random.random()
+    random.seed(1)
+    assert x == random.random()
 
 @pytest.mark.parametrize("RL", [GRPO, RLOO])
 def test_rl_refuses_groups_that_cannot_teach(RL):
-    dead = lambda: relabel(learner(), lambda r, i: r if live_groups(r[None], torch.ones(1, len(r)).bool()) and i < 4 else 0*r)
-    with pytest.raises(ValueError, match=f"{RL.__name__}: [1-4] of 64 groups .* wanted 5% .*min_live=0"): fit(dead(), 1, [NoDropout(), RL()])
-    learn = dead(); w = weights(learn)
-    with pytest.warns(UserWarning, match="the stage is skipped"): fit(learn, 3, [RL(few="skip"), NoDropout(), SkipFlat(), Best(), KLToRef()])
+    dead = lambda: relabel(
+        learner(), lambda r, i: r if live_groups(r[None], torch.ones(1, len(r)).bool()) and i < 4 else 0 * r
+    )
+    with pytest.raises(ValueError, match=f"{RL.__name__}: [1-4] of 64 groups .* wanted 5% .*min_live=0"):
+        fit(dead(), 1, [NoDropout(), RL()])
+    learn = dead()
+    w = weights(learn)
+    with pytest.warns(UserWarning, match="the stage is skipped"):
+        fit(learn, 3, [RL(few="skip"), NoDropout(), SkipFlat(), Best(), KLToRef()])
     assert same(w, weights(learn)) and not set(vars(learn)) & {"grpo", "rloo", "best"}
-    with warnings.catch_warnings(): warnings.simplefilter("ignore"); fit(learn, 1, [NoDropout(), RL(min_live=0.), SkipFlat()])   # told so, it goes on
+    # told so, it goes on
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fit(learn, 1, [NoDropout(), RL(min_live=0.0), SkipFlat()])
     assert not same(w, weights(learn))
     with pytest.raises(ValueError, match="'raise' or 'skip'"): RL(few="none")
 
 def test_conditional_rl_trains_on_groups_with_enough_positives():
-    spy = Spy(after_loss=lambda s: (s.yb, s.grpo.adv)); learn = learner(cbs=Stats()); fit(learn, 1, [NoDropout(), GRPO(min_positive=.4, positive=.5), spy])
+    spy = Spy(after_loss=lambda s: (s.yb, s.grpo.adv))
+    learn = learner(cbs=Stats())
+    fit(learn, 1, [NoDropout(), GRPO(min_positive=0.4, positive=0.5), spy])
     used = 0
     for (r, m), adv in spy.seen:
-        real = torch.stack([(r > .5) & m], 0)[0].sum(-1) / m.sum(-1).clamp(min=1); assert (real[m.any(-1)] >= .4).all(); used += int(m.any(-1).sum())
+        real = torch.stack([(r > 0.5) & m], 0)[0].sum(-1) / m.sum(-1).clamp(min=1)
+        assert (real[m.any(-1)] >= 0.4).all()
+        used += int(m.any(-1).sum())
     want = [float((r > .5).double().mean()) >= .4 for *_, r in learn.dls.train_ds.rows]
     assert used == sum(want) < 64 and learn.stats.mean("conditional") == pytest.approx(sum(want)/64)
-    with pytest.raises(ValueError, match="at least 90% positive"): fit(learner(), 1, [NoDropout(), GRPO(min_positive=.9, positive=.9)])
+    with pytest.raises(ValueError, match="at least 90% positive"):
+        fit(learner(), 1, [NoDropout(), GRPO(min_positive=0.9, positive=0.9)])
 
 def test_rewards_are_normalised_once():
     one = lambda r: torch.ones(1, len(r)).bool()
@@ -215,29 +362,59 @@ def test_rewards_are_normalised_once():
         for cb in (lambda: GRPO(), lambda: GRPO("rank"), lambda: RLOO()):
             with pytest.raises(ValueError, match="would do it twice"): fit(z(), 1, [NoDropout(), cb()])
         fit(z(), 1, [NoDropout(), GRPO("center")])
-    fit(relabel(learner(), lambda r, i: r - .4), 1, [NoDropout(), GRPO()])   # an offset alone is no normalisation
+    # an offset alone is no normalisation
+    fit(relabel(learner(), lambda r, i: r - 0.4), 1, [NoDropout(), GRPO()])
 
 def test_rloo_is_the_policy_gradient():
-    spy = Spy(after_loss=lambda s: (s.loss_grad.item(), policy_gradient(s.pred, advantage(*s.yb, "loo", "batch", clip=5.), s.yb[1]).item()))
-    fit(learner(), 1, [NoDropout(), SkipFlat(), RLOO(), spy]); assert all(a == pytest.approx(b, abs=1e-7) for a, b in spy.seen)
+    spy = Spy(
+        after_loss=lambda s: (
+            s.loss_grad.item(),
+            policy_gradient(s.pred, advantage(*s.yb, "loo", "batch", clip=5.0), s.yb[1]).item(),
+        )
+    )
+    fit(learner(), 1, [NoDropout(), SkipFlat(), RLOO(), spy])
+    assert all(a == pytest.approx(b, abs=1e-7) for a, b in spy.seen)
     with pytest.raises(ValueError, match="RLOO: dropout"): fit(learner(dropout=.1), 1, RLOO())
 
-# --- listwise, SFT -----------------------------------------------------------------------------------------------------
+# --- listwise, SFT
+# -----------------------------------------------------------------------------------------------------
 def test_listwise_is_its_formula_and_starts_at_its_start():
-    learn = learner(cbs=Stats()); start = frozen(learn.model)
-    spy = Spy(after_loss=lambda s: (s.loss_grad.item(), listwise_loss(s.pred, *s.yb, start(*s.xb)).item(), s.listwise.ref is start))
-    fit(learn, 2, [Listwise(), SkipFlat(), spy]); assert all(a == pytest.approx(b, rel=1e-5) and not c for a, b, c in spy.seen)
-    first = {k: float(learn.stats.buf[k][0][0]) for k in ("tau", "kl_target")}; assert .02 <= first["tau"] <= 1 and first["kl_target"] > 0
-    assert learn.stats.mean("ess") < 1 and all(not p.requires_grad for p in Listwise(learn.model).given.parameters())
+    learn = learner(cbs=Stats())
+    start = frozen(learn.model)
+    spy = Spy(
+        after_loss=lambda s: (
+            s.loss_grad.item(),
+            listwise_loss(s.pred, *s.yb, start(*s.xb)).item(),
+            s.listwise.ref is start,
+        )
+    )
+    fit(learn, 2, [Listwise(), SkipFlat(), spy])
+    assert all(a == pytest.approx(b, rel=1e-5) and not c for a, b, c in spy.seen)
+    first = {k: float(learn.stats.buf[k][0][0]) for k in ("tau", "kl_target")}
+    assert 0.02 <= first["tau"] <= 1 and first["kl_target"] > 0
+    assert learn.stats.mean("ess") < 1 and all(
+        not p.requires_grad for p in Listwise(learn.model).given.parameters()
+    )
 
 def test_listwise_references():
-    learn = learner(); set_anchor(learn, "sft"); fit(learn, 1, RCE(.3)); kept = learn.anchors["sft"]
+    learn = learner()
+    set_anchor(learn, "sft")
+    fit(learn, 1, RCE(0.3))
+    kept = learn.anchors["sft"]
     for ref, want in (("sft", kept), ("none", None), (kept, kept)):
-        spy = Spy(after_loss=lambda s: (s.loss_grad.item(), listwise_loss(s.pred, *s.yb, None if want is None else want(*s.xb), .3).item()))
-        fit(learn, 1, [Listwise(ref, tau=.3), spy]); assert all(a == pytest.approx(b, rel=1e-4) for a, b in spy.seen), ref
-    with pytest.raises(ValueError, match="Listwise: ref 'rce' is neither .*there are: sft"): fit(learn, 1, Listwise("rce"))
+        spy = Spy(
+            after_loss=lambda s: (
+                s.loss_grad.item(),
+                listwise_loss(s.pred, *s.yb, None if want is None else want(*s.xb), 0.3).item(),
+            )
+        )
+        fit(learn, 1, [Listwise(ref, tau=0.3), spy])
+        assert all(a == pytest.approx(b, rel=1e-4) for a, b in spy.seen), ref
+    with pytest.raises(ValueError, match="Listwise: ref 'rce' is neither .*there are: sft"):
+        fit(learn, 1, Listwise("rce"))
     with pytest.raises(ValueError, match="means something else"): set_anchor(learn, "start")
-    with pytest.raises(ValueError, match="over='set' needs a model with `logp_set`"): fit(learn, 1, Listwise(over="set"))
+    with pytest.raises(ValueError, match="over='set' needs a model with `logp_set`"):
+        fit(learn, 1, Listwise(over="set"))
     for kw in (dict(tau=-1.), dict(ess=2.), dict(over="pair")):
         with pytest.raises(ValueError): Listwise(**kw)
 
@@ -245,174 +422,326 @@ class Sets(ToySelector):
     "Probability of pairs and singles in any order"
     def logp_set(self, enc, seqs, seq_mask):
         two = seq_mask[..., 1:2] if seqs.shape[-1] > 1 else seq_mask & False
-        a, b = self.logp(enc, seqs, seq_mask), self.logp(enc, torch.where(two, seqs.flip(-1), seqs), seq_mask)
+        a = self.logp(enc, seqs, seq_mask)
+        b = self.logp(enc, torch.where(two, seqs.flip(-1), seqs), seq_mask)
         return torch.where(two[..., 0], torch.logaddexp(a, b), a)
 
 def test_listwise_over_sets_does_not_see_the_order():
     def run(flip):
-        learn = learner(); learn.model = Sets(8); learn.model.load_state_dict(learner().model.state_dict())
-        if flip: learn.dls.train_ds.rows = [(q, c, [tuple(reversed(s)) for s in seqs], r) for q, c, seqs, r in learn.dls.train_ds.rows]
-        fit(learn, 2, [Listwise(over="set"), SkipFlat()]); return weights(learn)
-    a, b = run(False), run(True); assert all(torch.allclose(a[k], b[k], atol=1e-5) for k in a)
-    learn = learner(); learn.model = Sets(8); learn.dls.train_ds.rows = [(q, c, [(0, 1), (1, 0), (0, 2)], torch.tensor([1., .2, .3])) for q, c, *_ in learn.dls.train_ds.rows]
-    lp = lambda s: s.model.logp_set(s.model.encode(*s.xb[:3]), *s.xb[3:])[:, ::2]   # two sets, the first worth .6
-    spy = Spy(after_loss=lambda s: (s.loss_grad.item(), listwise_loss(lp(s), torch.tensor([[.6, .3]]).expand(len(s.pred), 2), torch.ones(len(s.pred), 2).bool(), tau=.2).item()))
-    fit(learn, 1, [Listwise("none", tau=.2, over="set"), spy]); assert all(x == pytest.approx(y, rel=1e-4) for x, y in spy.seen)
+        learn = learner()
+        learn.model = Sets(8)
+        learn.model.load_state_dict(learner().model.state_dict())
+        if flip:
+            learn.dls.train_ds.rows = [
+                (q, c, [tuple(reversed(s)) for s in seqs], r) for q, c, seqs, r in learn.dls.train_ds.rows
+            ]
+        fit(learn, 2, [Listwise(over="set"), SkipFlat()])
+        return weights(learn)
+    a = run(False)
+    b = run(True)
+    assert all(torch.allclose(a[k], b[k], atol=1e-5) for k in a)
+    learn = learner()
+    learn.model = Sets(8)
+    learn.dls.train_ds.rows = [
+        (q, c, [(0, 1), (1, 0), (0, 2)], torch.tensor([1.0, 0.2, 0.3]))
+        for q, c, *_ in learn.dls.train_ds.rows
+    ]
+    # two sets, the first worth .6
+    lp = lambda s: s.model.logp_set(s.model.encode(*s.xb[:3]), *s.xb[3:])[:, ::2]
+    spy = Spy(
+        after_loss=lambda s: (
+            s.loss_grad.item(),
+            listwise_loss(
+                lp(s),
+                torch.tensor([[0.6, 0.3]]).expand(len(s.pred), 2),
+                torch.ones(len(s.pred), 2).bool(),
+                tau=0.2,
+            ).item(),
+        )
+    )
+    fit(learn, 1, [Listwise("none", tau=0.2, over="set"), spy])
+    assert all(x == pytest.approx(y, rel=1e-4) for x, y in spy.seen)
 
 def test_sft_imitates_what_it_is_told():
     seen = {}
-    for name, cb in dict(best=SFT(), two=SFT(top=2), lever_lm=SFT(top=None, least=.3), soft=SFT(top=2, temp=.2)).items():
-        spy = Spy(after_loss=lambda s: (s.yb, s.loss_grad, s.pred)); fit(learner(), 1, [cb, spy]); seen[name] = spy.seen[0]
+    for name, cb in dict(
+        best=SFT(), two=SFT(top=2), lever_lm=SFT(top=None, least=0.3), soft=SFT(top=2, temp=0.2)
+    ).items():
+        spy = Spy(after_loss=lambda s: (s.yb, s.loss_grad, s.pred))
+        fit(learner(), 1, [cb, spy])
+        seen[name] = spy.seen[0]
     def by_hand(name, pick):
-        (r, m), loss, lp = seen[name]; each = []
+        (r, m), loss, lp = seen[name]
+        each = []
         for b in range(len(r)):
-            w = pick(r[b][m[b]]); each += [-(w/w.sum() * lp[b][m[b]]).sum()] if w.sum() > 0 else []
+            w = pick(r[b][m[b]])
+            each += [-(w / w.sum() * lp[b][m[b]]).sum()] if w.sum() > 0 else []
         assert torch.stack(each).mean().item() == pytest.approx(loss.item(), rel=1e-4), name
-    by_hand("best", lambda r: (r == r.max()).float()); by_hand("lever_lm", lambda r: (r >= .3).float())
+    by_hand("best", lambda r: (r == r.max()).float())
+    by_hand("lever_lm", lambda r: (r >= 0.3).float())
     def two(r):
-        last = r.sort(descending=True).values[:2][-1]; above, tied = r > last, r == last; return above + tied*(min(2, len(r)) - above.sum())/tied.sum()
-    by_hand("two", two); by_hand("soft", lambda r: two(r)*(r/.2).exp())
+        last = r.sort(descending=True).values[:2][-1]
+        above, tied = r > last, r == last
+        return above + tied * (min(2, len(r)) - above.sum()) / tied.sum()
+    by_hand("two", two)
+    by_hand("soft", lambda r: two(r) * (r / 0.2).exp())
 
-# --- KL --------------------------------------------------------------------------------------------------------------
+# --- KL -----------------------------------------------------------------------------------------------------
+# ---------
 def test_kl_is_exact_and_only_loss_grad_changes():
-    learn = learner(cbs=Stats()); ref = ToySelector(8); learn.model.train()
+    learn = learner(cbs=Stats())
+    ref = ToySelector(8)
+    learn.model.train()
     def look(s):
-        m, q = s.model, s.kl_to_ref.ref; S = s.xb[3].shape[-1]; n = s.xb[4].sum(-1).amax(-1)
-        ep, eq = m.encode(*s.xb[:3]), q.encode(*s.xb[:3]); kl = [kl_exact(lambda p: m.step_logp(ep, p), lambda p: q.step_logp(eq, p), s.xb[2], t+1) for t in range(S)]
-        kl = torch.stack(kl, -1).gather(1, (n-1)[:, None]).mean()   # each query as long as its longest sequence
+        m, q = s.model, s.kl_to_ref.ref
+        S = s.xb[3].shape[-1]
+        n = s.xb[4].sum(-1).amax(-1)
+        ep = m.encode(*s.xb[:3])
+        eq = q.encode(*s.xb[:3])
+        kl = [
+            kl_exact(lambda p: m.step_logp(ep, p), lambda p: q.step_logp(eq, p), s.xb[2], t + 1)
+            for t in range(S)
+        ]
+        # each query as long as its longest sequence
+        kl = torch.stack(kl, -1).gather(1, (n - 1)[:, None]).mean()
         return s.loss_grad.item(), s.loss.item(), kl.item()
-    spy = Spy(after_loss=look); fit(learn, 1, [RCE(), KLToRef(ref, beta=3.), spy])
+    spy = Spy(after_loss=look)
+    fit(learn, 1, [RCE(), KLToRef(ref, beta=3.0), spy])
     for g, l, kl in spy.seen: assert g == pytest.approx(l + 3*kl, rel=1e-4)
     assert learn.stats.mean("kl") == pytest.approx(sum(s[2] for s in spy.seen)/4, rel=1e-4)
 
 @pytest.mark.parametrize("S", [1, 2])
 def test_kl_counts_the_step_at_which_a_policy_may_stop(S):
     "Stored sequences of S < max_shots picks end with STOP, so that step is in the KL: with S + 1 = max_shots all sequences are"
-    torch.manual_seed(0); dls = synth_dls(8, 8, 8, K=5, N=3, shots=(S,)); make = lambda: PointerSelector(8, d_hidden=8, max_shots=S+1, stop=True, dropout=0.)
-    p, q = make(), make()
+    torch.manual_seed(0)
+    dls = synth_dls(8, 8, 8, K=5, N=3, shots=(S,))
+    make = lambda: PointerSelector(8, d_hidden=8, max_shots=S + 1, stop=True, dropout=0.0)
+    p = make()
+    q = make()
     for m, b in ((p, 1.), (q, -1.)): torch.nn.init.constant_(m.stop.bias, b)
-    learn = Learner(dls, p, regret, lr=0., cbs=Stats()); xb = dls.train.one_batch()[:3]; ep, eq = p.encode(*xb), q.encode(*xb)
-    with torch.no_grad(): seqs, lp, mask = p.enumerate(ep, None); lq = q.logp(eq, seqs, mask)
-    fit(learn, 1, [KLToRef(q, beta=.1), EntropyFloor(.9)]); assert abs(learn.stats.mean("kl") - float((lp.exp()*(lp - lq)).sum(-1).mean())) < 1e-4
+    learn = Learner(dls, p, regret, lr=0.0, cbs=Stats())
+    xb = dls.train.one_batch()[:3]
+    ep = p.encode(*xb)
+    eq = q.encode(*xb)
+    with torch.no_grad():
+        seqs, lp, mask = p.enumerate(ep, None)
+        lq = q.logp(eq, seqs, mask)
+    fit(learn, 1, [KLToRef(q, beta=0.1), EntropyFloor(0.9)])
+    assert abs(learn.stats.mean("kl") - float((lp.exp() * (lp - lq)).sum(-1).mean())) < 1e-4
     assert learn.stats.mean(f"kl_{S+1}") > .1
 
 def test_kl_holds_the_policy_and_the_reference_stands_still():
     def moved(beta):
-        learn = learner(cbs=Stats()); ref = KLToRef(learn.model, beta); w = weights(learn)
-        fit(learn, 3, [RCE(.2), ref]); assert same(w, ref.ref.state_dict()) and not same(w, weights(learn))
+        learn = learner(cbs=Stats())
+        ref = KLToRef(learn.model, beta)
+        w = weights(learn)
+        fit(learn, 3, [RCE(0.2), ref])
+        assert same(w, ref.ref.state_dict()) and not same(w, weights(learn))
         return learn.stats.mean("kl")
     assert moved(20.) < .5*moved(0.)
 
 def test_no_query_walks_further_than_its_own_sequences_and_draws_leave_the_training_alone(monkeypatch):
     "Several shot counts in a batch: each is asked for the steps it has; few prefixes change neither the generator nor what a second run sees"
-    import leverplus.callback_kl as page; inner, walked = page.kl_steps, []
-    monkeypatch.setattr(page, "kl_steps", lambda p, q, mask, S, *args: (walked.append((len(mask), S)), inner(p, q, mask, S, *args))[1])
-    def run(*cbs): learn = learner(); torch.manual_seed(3); fit(learn, 2, [RCE(.2), SplitShots(), *cbs]); return weights(learn), torch.rand(2)
-    spy = Spy(after_loss=lambda s: [(int((n == k).sum()), k) for n in (s.xb[4].sum(-1).amax(-1),) for k in n.unique().tolist()])
-    free, u = run(); seen, v = run(KLToRef(beta=0., limit=2), spy); assert same(free, seen) and torch.equal(u, v)
+    import leverplus.callback_kl as page
+
+    inner, walked = page.kl_steps, []
+    monkeypatch.setattr(
+        page,
+        "kl_steps",
+        lambda p, q, mask, S, *args: (walked.append((len(mask), S)), inner(p, q, mask, S, *args))[1],
+    )
+    def run(*cbs):
+        learn = learner()
+        torch.manual_seed(3)
+        fit(learn, 2, [RCE(0.2), SplitShots(), *cbs])
+        return weights(learn), torch.rand(2)
+    spy = Spy(
+        after_loss=lambda s: [
+            (int((n == k).sum()), k) for n in (s.xb[4].sum(-1).amax(-1),) for k in n.unique().tolist()
+        ]
+    )
+    free, u = run()
+    seen, v = run(KLToRef(beta=0.0, limit=2), spy)
+    assert same(free, seen) and torch.equal(u, v)
     assert walked == sum(spy.seen, []) and {S for _, S in walked} == {1, 2}
-    for cb in (lambda: KLToRef(beta=3., limit=2), lambda: EntropyFloor(.99, limit=2)): assert same(run(cb())[0], run(cb())[0]) and not same(run(cb())[0], free)
+    for cb in (lambda: KLToRef(beta=3.0, limit=2), lambda: EntropyFloor(0.99, limit=2)):
+        assert same(run(cb())[0], run(cb())[0]) and not same(run(cb())[0], free)
     for cb in (KLToRef, EntropyFloor):
         with pytest.raises(ValueError, match="limit 1 prefixes"): cb(limit=1)
 
 def test_k3_of_the_reports_stands_beside_it_and_can_be_trained_with():
-    learn = learner(cbs=Stats()); ref = ToySelector(8)
-    spy = Spy(after_loss=lambda s: (s.loss_grad.item(), s.loss.item(), kl_k3(ref(*s.xb), s.pred, s.xb[4].any(-1)).item()))
+    learn = learner(cbs=Stats())
+    ref = ToySelector(8)
+    spy = Spy(
+        after_loss=lambda s: (
+            s.loss_grad.item(),
+            s.loss.item(),
+            kl_k3(ref(*s.xb), s.pred, s.xb[4].any(-1)).item(),
+        )
+    )
     fit(learn, 1, [RCE(), SkipFlat(), KLToRef(ref, 2., how="k3"), spy])
     for g, l, k3 in spy.seen: assert g == pytest.approx(l + 2*k3, rel=1e-4)
-    assert [float(v) for v, _ in learn.stats.buf["k3"]] == pytest.approx([k for *_, k in spy.seen], rel=1e-5) and learn.stats.mean("kl") > 0
+    assert [float(v) for v, _ in learn.stats.buf["k3"]] == pytest.approx(
+        [k for *_, k in spy.seen], rel=1e-5
+    ) and learn.stats.mean("kl") > 0
 
 def test_kl_references_by_name_and_by_folder(tmp_path):
     from leverplus.selector import PointerSelector
-    learn = learner(cbs=Stats()); learn.model = PointerSelector(8, d_hidden=8, dropout=0.); set_anchor(learn, "sft"); learn.model.save_pretrained(tmp_path/"ck"); w = weights(learn)
-    fit(learn, 1, RCE(.3)); found = {}
+    learn = learner(cbs=Stats())
+    learn.model = PointerSelector(8, d_hidden=8, dropout=0.0)
+    set_anchor(learn, "sft")
+    learn.model.save_pretrained(tmp_path / "ck")
+    w = weights(learn)
+    fit(learn, 1, RCE(0.3))
+    found = {}
     for ref in ("sft", str(tmp_path/"ck"), tmp_path/"ck"):
-        fit(learn, 1, [RCE(.3), cb := KLToRef(ref)]); assert same(w, cb.ref.state_dict()) and learn.stats.mean("kl") > 0
-    with pytest.raises(ValueError, match="neither 'start' nor a module.*sft.*nor the folder"): fit(learn, 1, [RCE(), KLToRef("stf")])
+        fit(learn, 1, [RCE(0.3), cb := KLToRef(ref)])
+        assert same(w, cb.ref.state_dict()) and learn.stats.mean("kl") > 0
+    with pytest.raises(ValueError, match="neither 'start' nor a module.*sft.*nor the folder"):
+        fit(learn, 1, [RCE(), KLToRef("stf")])
     for kw in (dict(ref=3), dict(how="k2"), dict(beta=-1.)):
         with pytest.raises(ValueError, match="KLToRef"): KLToRef(**kw)
 
 def test_adaptive_kl_looks_once_per_epoch_at_the_mean():
-    learn = learner(cbs=Stats(), lr=5e-2); spy = Spy(after_loss=lambda s: (s.epoch, s.kl_to_ref.beta))
+    learn = learner(cbs=Stats(), lr=5e-2)
+    spy = Spy(after_loss=lambda s: (s.epoch, s.kl_to_ref.beta))
     fit(learn, 4, [RCE(.1), kl := KLToRef(beta=.01), ad := AdaptiveKL(.0, 1e-4, 2., (1e-3, .05)), spy])
-    betas = {}; [betas.setdefault(e, set()).add(b) for e, b in spy.seen]
-    assert [sorted(b) for b in betas.values()] == [[.01], [.02], [.04], [.05]]   # never inside an epoch, never over the limit
-    assert ad.trace[-1][0] == pytest.approx(learn.stats.mean("kl"), rel=1e-5) and [b for _, b in ad.trace] == [.01, .02, .04, .05]
-    fit(learner(), 2, [RCE(), kl := KLToRef(beta=.1), AdaptiveKL(5., 6.)]); assert kl.beta == pytest.approx(.1/1.5**2)
-    with pytest.warns(UserWarning, match="beta is at its limit"): fit(learner(), 2, [RCE(), KLToRef(beta=1.), AdaptiveKL(.0, 1e-9)])
+    betas = {}
+    [betas.setdefault(e, set()).add(b) for e, b in spy.seen]
+    # never inside an epoch, never over the limit
+    assert [sorted(b) for b in betas.values()] == [[0.01], [0.02], [0.04], [0.05]]
+    assert ad.trace[-1][0] == pytest.approx(learn.stats.mean("kl"), rel=1e-5) and [
+        b for _, b in ad.trace
+    ] == [0.01, 0.02, 0.04, 0.05]
+    fit(learner(), 2, [RCE(), kl := KLToRef(beta=0.1), AdaptiveKL(5.0, 6.0)])
+    assert kl.beta == pytest.approx(0.1 / 1.5**2)
+    with pytest.warns(UserWarning, match="beta is at its limit"):
+        fit(learner(), 2, [RCE(), KLToRef(beta=1.0), AdaptiveKL(0.0, 1e-9)])
     with pytest.raises(ValueError, match="this fit has none"): fit(learner(), 1, [RCE(), AdaptiveKL()])
-    with pytest.raises(ValueError, match="outside the limits"): fit(learner(), 1, [RCE(), KLToRef(beta=0.), AdaptiveKL()])
+    with pytest.raises(ValueError, match="outside the limits"):
+        fit(learner(), 1, [RCE(), KLToRef(beta=0.0), AdaptiveKL()])
     for kw in (dict(low=2.), dict(factor=1.), dict(limits=(0., 1.))):
         with pytest.raises(ValueError, match="AdaptiveKL"): AdaptiveKL(**kw)
 
 def test_entropy_floor_is_exact_and_silent_above_it():
     def h(s):
-        enc = s.model.encode(*s.xb[:3]); S = s.xb[3].shape[-1]; n = s.xb[4].sum(-1).amax(-1)
-        e = entropy_steps(lambda p: s.model.step_logp(enc, p), s.xb[2], S, normed=True); c = torch.arange(S) < n[:, None]
+        enc = s.model.encode(*s.xb[:3])
+        S = s.xb[3].shape[-1]
+        n = s.xb[4].sum(-1).amax(-1)
+        e = entropy_steps(lambda p: s.model.step_logp(enc, p), s.xb[2], S, normed=True)
+        c = torch.arange(S) < n[:, None]
         return s.loss_grad.item() - s.loss.item(), ((e*c).sum(-1)/c.sum(-1)).mean().item()
     for floor in (.05, .999):
-        spy = Spy(after_loss=h); fit(learner(), 1, [RCE(.1), EntropyFloor(floor, .5), spy])
+        spy = Spy(after_loss=h)
+        fit(learner(), 1, [RCE(0.1), EntropyFloor(floor, 0.5), spy])
         for d, e in spy.seen: assert d == pytest.approx(.5*max(floor - e, 0.), abs=1e-6)
-    fit(learner(), 3, [RCE(), up := EntropyFloor(.999, .5)]); fit(learner(), 3, [RCE(), down := EntropyFloor(.05, .5)]); fit(learner(), 3, [RCE(), still := EntropyFloor(.999, .5, adaptive=False)])
-    assert up.alpha == pytest.approx(.5*1.5**3) and down.alpha == pytest.approx(.5/1.5**3) and still.alpha == .5
-    free, held = learner(lr=.1, cbs=Stats()), learner(lr=.1, cbs=Stats()); fit(free, 5, [RCE(.02), EntropyFloor(.9, 1e-3, False)]); fit(held, 5, [RCE(.02), EntropyFloor(.9, 5.), KLToRef()])
+    fit(learner(), 3, [RCE(), up := EntropyFloor(0.999, 0.5)])
+    fit(learner(), 3, [RCE(), down := EntropyFloor(0.05, 0.5)])
+    fit(learner(), 3, [RCE(), still := EntropyFloor(0.999, 0.5, adaptive=False)])
+    assert (
+        up.alpha == pytest.approx(0.5 * 1.5**3)
+        and down.alpha == pytest.approx(0.5 / 1.5**3)
+        and still.alpha == 0.5
+    )
+    free = learner(lr=0.1, cbs=Stats())
+    held = learner(lr=0.1, cbs=Stats())
+    fit(free, 5, [RCE(0.02), EntropyFloor(0.9, 1e-3, False)])
+    fit(held, 5, [RCE(0.02), EntropyFloor(0.9, 5.0), KLToRef()])
     assert held.stats.mean("entropy_exact") > free.stats.mean("entropy_exact") + .01
     for kw in (dict(floor=0.), dict(alpha=99.), dict(factor=.5)):
         with pytest.raises(ValueError, match="EntropyFloor"): EntropyFloor(**kw)
 
 def test_kl_start_is_taken_anew_each_fit():
-    learn = learner(cbs=Stats()); cb = KLToRef("start"); fit(learn, 2, [RCE(.3), cb]); w = weights(learn)
+    learn = learner(cbs=Stats())
+    cb = KLToRef("start")
+    fit(learn, 2, [RCE(0.3), cb])
+    w = weights(learn)
     spy = Spy(after_loss=lambda s: {k: v.clone() for k, v in s.kl_to_ref.ref.state_dict().items()})
-    fit(learn, 1, [RCE(.3), cb, spy]); assert same(spy.seen[0], w)
+    fit(learn, 1, [RCE(0.3), cb, spy])
+    assert same(spy.seen[0], w)
 
 def test_kl_says_what_it_needs():
     class Plain(nn.Module):
-        def __init__(self): super().__init__(); self.w = nn.Linear(8, 1)
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Linear(8, 1)
         def forward(self, q, c, cm, s, sm): return self.w(q).expand(s.shape[:2])
-    learn = learner(); learn.model = Plain()
+    learn = learner()
+    learn.model = Plain()
     with pytest.raises(ValueError, match="encode and step_logp"): fit(learn, 1, [RCE(), KLToRef()])
     with pytest.raises(ValueError, match="'all' or 'live'"): KLToRef(on="some")
     with pytest.warns(UserWarning, match="KL is not 0"): fit(learner(dropout=.2), 1, [RCE(), KLToRef()])
 
-# --- schedules, dropout, freezing (T1, T2, T4) ---------------------------------------------------------------------------
+# --- schedules, dropout, freezing (T1, T2, T4)
+# ---------------------------------------------------------------------------
 def test_temp_schedule_acts_before_the_objective():
-    spy = Spy(after_loss=lambda s: (s.rce.temp, s.pct_train)); fit(learner(), 3, [RCE(9.), TempSchedule("rce", temp=SchedCos(2., .5)), spy])
-    assert [t for t, _ in spy.seen] == pytest.approx([SchedCos(2., .5)(p) for _, p in spy.seen]) and spy.seen[0][0] == 2.
+    spy = Spy(after_loss=lambda s: (s.rce.temp, s.pct_train))
+    fit(learner(), 3, [RCE(9.0), TempSchedule("rce", temp=SchedCos(2.0, 0.5)), spy])
+    assert [t for t, _ in spy.seen] == pytest.approx(
+        [SchedCos(2.0, 0.5)(p) for _, p in spy.seen]
+    ) and spy.seen[0][0] == 2.0
 
 def test_temp_schedule_moves_beta_and_refuses_unknown():
-    spy = Spy(after_loss=lambda s: s.kl_to_ref.beta); fit(learner(), 2, [RCE(), KLToRef(), TempSchedule("kl_to_ref", beta=SchedLin(1., 0.)), spy])
+    spy = Spy(after_loss=lambda s: s.kl_to_ref.beta)
+    fit(learner(), 2, [RCE(), KLToRef(), TempSchedule("kl_to_ref", beta=SchedLin(1.0, 0.0)), spy])
     assert spy.seen == pytest.approx([1 - i/8 for i in range(8)])
-    with pytest.raises(ValueError, match="no callback 'grpo'"): fit(learner(), 1, [RCE(), TempSchedule("grpo", x=SchedLin(0, 1))])
-    with pytest.raises(ValueError, match="has no tau"): fit(learner(), 1, [RCE(), TempSchedule("rce", tau=SchedLin(0, 1))])
+    with pytest.raises(ValueError, match="no callback 'grpo'"):
+        fit(learner(), 1, [RCE(), TempSchedule("grpo", x=SchedLin(0, 1))])
+    with pytest.raises(ValueError, match="has no tau"):
+        fit(learner(), 1, [RCE(), TempSchedule("rce", tau=SchedLin(0, 1))])
 
 def test_no_dropout_every_epoch():
-    spy = Spy(after_loss=lambda s: (active_dropout(s.model), s.learn.training)); fit(learner(dropout=.5), 2, [RCE(), NoDropout(), spy])
+    spy = Spy(after_loss=lambda s: (active_dropout(s.model), s.learn.training))
+    fit(learner(dropout=0.5), 2, [RCE(), NoDropout(), spy])
     assert spy.seen == [([], True)]*8
 
 class Normed(ToySelector):
-    def __init__(self): super().__init__(8); self.norm = nn.LayerNorm(8)
+    def __init__(self):
+        super().__init__(8)
+        self.norm = nn.LayerNorm(8)
     def encode(self, q, c, m): return self.norm(super().encode(q, c, m)[0]), c, m
 
 @pytest.mark.parametrize("part", ["norm", "match", "after", "match.weight"])
 def test_freeze_really_freezes(part):
-    learn = learner(wd=.1); learn.model = Normed(); fit(learn, 1, RCE()); w = weights(learn)
+    learn = learner(wd=0.1)
+    learn.model = Normed()
+    fit(learn, 1, RCE())
+    w = weights(learn)
     spy = Spy(before_step=lambda s: [n for n, p in s.model.named_parameters() if p.grad is not None])
-    fit(learn, 2, [RCE(), Freeze(part), spy, GradientClip(1.)]); now = weights(learn); held = [k for k in w if k == part or k.startswith(part + ".")]
-    assert held and all(torch.equal(w[k], now[k]) for k in held) and all(not torch.equal(w[k], now[k]) for k in w if k not in held)
+    fit(learn, 2, [RCE(), Freeze(part), spy, GradientClip(1.0)])
+    now = weights(learn)
+    held = [k for k in w if k == part or k.startswith(part + ".")]
+    assert (
+        held
+        and all(torch.equal(w[k], now[k]) for k in held)
+        and all(not torch.equal(w[k], now[k]) for k in w if k not in held)
+    )
     assert all(not set(held) & set(s) for s in spy.seen)
-    fit(learn, 1, RCE()); assert all(not torch.equal(now[k], v) for k, v in weights(learn).items())
+    fit(learn, 1, RCE())
+    assert all(not torch.equal(now[k], v) for k, v in weights(learn).items())
 
 def test_freeze_refuses():
     with pytest.raises(ValueError, match="there are match, after"): fit(learner(), 1, [RCE(), Freeze("mat")])
-    with pytest.raises(ValueError, match="every parameter"): fit(learner(), 1, [RCE(), Freeze("match", "after")])
+    with pytest.raises(ValueError, match="every parameter"):
+        fit(learner(), 1, [RCE(), Freeze("match", "after")])
 
-# --- tracking (T7) -----------------------------------------------------------------------------------------------------
+# --- tracking (T7)
+# -----------------------------------------------------------------------------------------------------
 def test_history_survives_everything():
-    learn = learner(cbs=[Stats(), History()]); fit(learn, 2, [RCE(), SkipFlat()])
-    with quiet(learn): learn.validate(); learn.get_preds(); learn.get_preds(with_loss=True)
+    learn = learner(cbs=[Stats(), History()])
+    fit(learn, 2, [RCE(), SkipFlat()])
+    with quiet(learn):
+        learn.validate()
+        learn.get_preds()
+        learn.get_preds(with_loss=True)
     with pytest.raises(KeyboardInterrupt): fit(learn, 2, [RCE(), SkipFlat(), Interrupt()])
-    fit(learn, 1, [NoDropout(), GRPO(), KLToRef()]); f = learn.history.frame
-    assert f.stage.tolist() == ["rce", "rce", "grpo"] and f.epoch.tolist() == [0, 1, 0] and f.fit.tolist() == [1, 1, 3]
+    fit(learn, 1, [NoDropout(), GRPO(), KLToRef()])
+    f = learn.history.frame
+    assert (
+        f.stage.tolist() == ["rce", "rce", "grpo"]
+        and f.epoch.tolist() == [0, 1, 0]
+        and f.fit.tolist() == [1, 1, 3]
+    )
     assert f.kl.notna().tolist() == [False, False, True] and f.live.notna().tolist() == [True, True, False]
     assert f.valid_loss.iloc[-1] == pytest.approx(valid_loss(learn), abs=1e-6)
     with pytest.raises(ValueError, match="no column nothing"): plot_history(f, "nothing")
@@ -420,35 +749,69 @@ def test_history_survives_everything():
 def test_best_counts_the_start_and_restores():
     class Worst(RCE):
         def objective(self, *a): return -super().objective(*a)
-    learn = learner(); w = weights(learn); best = Best(); fit(learn, 2, [Worst(), best])
+    learn = learner()
+    w = weights(learn)
+    best = Best()
+    fit(learn, 2, [Worst(), best])
     assert same(w, weights(learn)) and best.best_epoch == -1
-    learn = learner(); fit(learn, 3, [RCE(.3), best := Best()])
-    assert best.value == pytest.approx(valid_loss(learn), abs=1e-6) and best.value <= min(r[1] for r in learn.recorder.values) + 1e-7
+    learn = learner()
+    fit(learn, 3, [RCE(0.3), best := Best()])
+    assert (
+        best.value == pytest.approx(valid_loss(learn), abs=1e-6)
+        and best.value <= min(r[1] for r in learn.recorder.values) + 1e-7
+    )
     calls = []
-    def score(l): calls.append(1); return float(len(calls) != 2)   # the first epoch is best
-    learn = learner(); fit(learn, 3, [RCE(.3), best := Best(score)]); assert len(calls) == 4 and best.best_epoch == 0
+    # the first epoch is best
+    def score(l):
+        calls.append(1)
+        return float(len(calls) != 2)
+    learn = learner()
+    fit(learn, 3, [RCE(0.3), best := Best(score)])
+    assert len(calls) == 4 and best.best_epoch == 0
 
 def test_best_attached_to_the_learner_is_harmless():
-    learn = learner(cbs=Best()); fit(learn, 2, RCE(.3)); w = weights(learn)
-    with quiet(learn): learn.validate(); learn.get_preds()
+    learn = learner(cbs=Best())
+    fit(learn, 2, RCE(0.3))
+    w = weights(learn)
+    with quiet(learn):
+        learn.validate()
+        learn.get_preds()
     assert same(w, weights(learn))
 
 def test_best_after_an_interrupt():
-    learn = learner(); best = Best(); w = weights(learn)
+    learn = learner()
+    best = Best()
+    w = weights(learn)
     with pytest.raises(KeyboardInterrupt): fit(learn, 2, [RCE(), best, Interrupt()])
-    assert not same(w, weights(learn)); best.restore(learn.model); assert same(w, weights(learn))
+    assert not same(w, weights(learn))
+    best.restore(learn.model)
+    assert same(w, weights(learn))
 
 def test_stats_weighted_and_reset():
-    st = Stats(); st.add(1, dict(a=1.)); st.add(3, dict(a=torch.tensor(2.))); st.add(5, dict(a=float("nan")))
+    st = Stats()
+    st.add(1, dict(a=1.0))
+    st.add(3, dict(a=torch.tensor(2.0)))
+    st.add(5, dict(a=float("nan")))
     assert st.mean("a") == 1.75 and st.mean("b") != st.mean("b")
-    st.before_train(); assert st.means() == {}
+    st.before_train()
+    assert st.means() == {}
 
 def test_rl_stats_columns():
-    learn = learner(); learn.add_cb(st := RLStats()); learn.metrics = st.metrics(); fit(learn, 1, grpo_stage())
+    learn = learner()
+    learn.add_cb(st := RLStats())
+    learn.metrics = st.metrics()
+    fit(learn, 1, grpo_stage())
     row = dict(zip(learn.recorder.metric_names[1:], learn.recorder.values[-1]))
-    assert set(RLStats.columns) <= set(row) and 0 < row["mass"] < 2 and 0 < row["entropy"] <= 1 and row["kl"] >= 0 and 0 < row["live"] < 1
+    assert (
+        set(RLStats.columns) <= set(row)
+        and 0 < row["mass"] < 2
+        and 0 < row["entropy"] <= 1
+        and row["kl"] >= 0
+        and 0 < row["live"] < 1
+    )
 
-# --- residue, composition ----------------------------------------------------------------------------------------------
+# --- residue, composition
+# ----------------------------------------------------------------------------------------------
 class Cancel(StageCallback):
     "Another callback ends the fit in the third batch"
     order = 7
@@ -458,43 +821,78 @@ class Cancel(StageCallback):
 @pytest.mark.parametrize("stage", [rce_stage, grpo_stage, listwise_stage, sft_stage, rloo_stage])
 @pytest.mark.parametrize("how", ["fit", "validate", "get_preds", "interrupt", "cancel"])
 def test_no_residue(stage, how):
-    learn = learner(dropout=.2, cbs=[Stats(), History()]); ids, names, loss, logger = [id(c) for c in learn.cbs], set(vars(learn)), learn.loss_func, learn.logger
+    learn = learner(dropout=0.2, cbs=[Stats(), History()])
+    ids = [id(c) for c in learn.cbs]
+    names = set(vars(learn))
+    loss = learn.loss_func
+    logger = learn.logger
     with warnings.catch_warnings(), quiet(learn):
         warnings.simplefilter("ignore")
         if how == "fit": learn.fit(1, cbs=stage())
         elif how == "cancel": learn.fit(1, cbs=stage() + [Cancel()])
         elif how == "interrupt":
             with pytest.raises(KeyboardInterrupt): learn.fit(1, cbs=stage() + [Interrupt()])
-        elif how == "validate": v = learn.validate(cbs=stage())[0]; assert v == pytest.approx(valid_loss(learn), abs=1e-6)
+        elif how == "validate":
+            v = learn.validate(cbs=stage())[0]
+            assert v == pytest.approx(valid_loss(learn), abs=1e-6)
         else: learn.get_preds(cbs=stage())
-    assert sorted(id(c) for c in learn.cbs) == sorted(ids) and learn.loss_func is loss and learn.logger == logger
+    assert (
+        sorted(id(c) for c in learn.cbs) == sorted(ids) and learn.loss_func is loss and learn.logger == logger
+    )
     assert all(p.requires_grad for p in learn.model.parameters()) and learn.freeze.__func__ is Learner.freeze
     left = set(vars(learn)) - names
-    assert not left & {"rce", "grpo", "kl_to_ref", "best", "skip_flat", "freeze_stage", "no_dropout", "temp_schedule", "objective", "listwise", "sft", "rloo", "adaptive_kl", "entropy_floor", "anchors"}
+    assert not left & {
+        "rce",
+        "grpo",
+        "kl_to_ref",
+        "best",
+        "skip_flat",
+        "freeze_stage",
+        "no_dropout",
+        "temp_schedule",
+        "objective",
+        "listwise",
+        "sft",
+        "rloo",
+        "adaptive_kl",
+        "entropy_floor",
+        "anchors",
+    }
     with quiet(learn): fit(learn, 1, RCE(), reset_opt=True)   # and the next fit works as if nothing had been
     assert learn.recorder.values
 
 def test_a_fit_after_another_is_the_same_as_alone():
     "Two learners with the same weights and batches: what ran before on one of them does not matter"
-    a, b = learner(), learner(); fit(a, 1, grpo_stage()); b.model.load_state_dict(a.model.state_dict())
+    a = learner()
+    b = learner()
+    fit(a, 1, grpo_stage())
+    b.model.load_state_dict(a.model.state_dict())
     with pytest.raises(KeyboardInterrupt): fit(b, 1, rce_stage() + [Interrupt()])
-    b.model.load_state_dict(a.model.state_dict()); [setattr(p, "grad", None) for p in b.model.parameters()]
-    import random; a.dls.train.rng, b.dls.train.rng = random.Random(1), random.Random(1)
-    fit(a, 1, grpo_stage(), reset_opt=True); fit(b, 1, grpo_stage(), reset_opt=True)
+    b.model.load_state_dict(a.model.state_dict())
+    [setattr(p, "grad", None) for p in b.model.parameters()]
+    import random
+
+    a.dls.train.rng, b.dls.train.rng = random.Random(1), random.Random(1)
+    fit(a, 1, grpo_stage(), reset_opt=True)
+    fit(b, 1, grpo_stage(), reset_opt=True)
     assert same(weights(a), weights(b))
 
 def test_same_seed_same_weights():
-    a, b = (fit(learner(dropout=.3), 2, [RCE(.3), SkipFlat()]) for _ in range(2)); assert same(weights(a), weights(b))
+    a, b = (fit(learner(dropout=0.3), 2, [RCE(0.3), SkipFlat()]) for _ in range(2))
+    assert same(weights(a), weights(b))
 
 @pytest.mark.parametrize("extra", [lambda: GradientClip(.1), lambda: GradientAccumulation(32)])
 def test_composes(extra):
-    learn = learner(cbs=Stats()); fit(learn, 2, [*grpo_stage()[:-1], extra()])
+    learn = learner(cbs=Stats())
+    fit(learn, 2, [*grpo_stage()[:-1], extra()])
     assert all(v.isfinite().all() for v in weights(learn).values()) and learn.stats.mean("kl") >= 0
 
 class Autocast(StageCallback):
     "What fastai's MixedPrecision does on a GPU, on the CPU, in bfloat16"
     order = 10
-    def before_batch(self): self.autocast = torch.autocast("cpu", torch.bfloat16); self.autocast.__enter__()
+    def before_batch(self):
+        self.autocast = torch.autocast("cpu", torch.bfloat16)
+        self.autocast.__enter__()
     def after_pred(self): self.learn.pred = self.pred.float()
     def after_loss(self): self.autocast.__exit__(None, None, None)
 
@@ -503,17 +901,27 @@ def test_composes_with_mixed_precision(stage):
     "bfloat16 changes the weights and nothing else: ratio 1 and KL 0 at the first step hold in it, too"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        learn = learner(cbs=Stats()); w = weights(learn)
-        fit(learn, 1, [*stage(), Autocast(), Spy(after_loss=lambda s: torch.is_autocast_enabled("cpu"))]); assert not torch.is_autocast_enabled("cpu")
+        learn = learner(cbs=Stats())
+        w = weights(learn)
+        fit(learn, 1, [*stage(), Autocast(), Spy(after_loss=lambda s: torch.is_autocast_enabled("cpu"))])
+        assert not torch.is_autocast_enabled("cpu")
         if "kl" in learn.stats.buf: assert float(learn.stats.buf["kl"][0][0]) == pytest.approx(0., abs=1e-6)
         if "ratio_off" in learn.stats.buf: assert learn.stats.mean("ratio_off") < 1e-4
-        assert not same(w, weights(learn)) and all(v.isfinite().all() and v.dtype == torch.float32 for v in weights(learn).values())
-        fit(learn, 1, [*stage(), MixedPrecision(AMPMode.BF16)], reset_opt=True)   # without a GPU fastai's own does nothing, and breaks nothing
+        assert not same(w, weights(learn)) and all(
+            v.isfinite().all() and v.dtype == torch.float32 for v in weights(learn).values()
+        )
+        # without a GPU fastai's own does nothing, and breaks nothing
+        fit(learn, 1, [*stage(), MixedPrecision(AMPMode.BF16)], reset_opt=True)
 
 def test_stats_are_optional(): fit(learner(), 1, grpo_stage())
 
 def test_bare_exceptions_have_words():
     "T5: an exception without arguments in a callback surfaces as IndexError; ours all carry a message"
-    import inspect, leverplus.callback_core as c, leverplus.callback_grpo as g, leverplus.callback_kl as k, leverplus.callback_schedule as s, leverplus.callback_track as t
+    import inspect
+    import leverplus.callback_core as c
+    import leverplus.callback_grpo as g
+    import leverplus.callback_kl as k
+    import leverplus.callback_schedule as s
+    import leverplus.callback_track as t
     import leverplus.callback_listwise as l, leverplus.callback_rce as r
     for mod in (c, g, k, l, r, s, t): assert "assert " not in inspect.getsource(mod)

@@ -13,163 +13,410 @@ from leverplus.rldata_check import METRICS, Alarm, Health, health, judge, teache
 def made(groups, K=6, **columns):
     "RLData from {question_id: [(accuracy or None for a failure, gt_prob), ...]}; row k of a query is beam rank k up to 2, then random"
     from itertools import permutations
-    q = [i for i, g in groups.items() for _ in g]; acc = np.array([np.nan if a is None else a for g in groups.values() for a, _ in g], dtype=float)
-    k = np.array([j for g in groups.values() for j in range(len(g))], dtype=int); failed = np.isnan(acc); pairs = list(permutations(range(1000, 1000 + K), 2))
+    q = [i for i, g in groups.items() for _ in g]
+    acc = np.array([np.nan if a is None else a for g in groups.values() for a, _ in g], dtype=float)
+    k = np.array([j for g in groups.values() for j in range(len(g))], dtype=int)
+    failed = np.isnan(acc)
+    pairs = list(permutations(range(1000, 1000 + K), 2))
     text = np.where(failed, None, [f"answer {i} {a}" for i, a in zip(q, acc)])
-    rows = pd.DataFrame(dict(question_id=q, pointer=[pairs[j] for j in k], gen_method=np.where(k < 3, "beam", "random"), beam_rank=np.where(k < 3, k, np.nan), vqa_acc_score=acc,
-        vqa_correct=np.where(failed, np.nan, acc > 0), vqa_gt_prob=np.where(failed, np.nan, [p for g in groups.values() for _, p in g]), vqa_eval_mode=np.where(failed, None, "official"),
-        vqa_pred_answer=text, vqa_raw_generation=text, eval_failed=failed, error=np.where(failed, "OSError: image truncated", None), scorer="s",
-        **{c: np.where(failed, np.nan, 0.) for c in ("vqa_rel_token_f1", "vqa_rel_edit_sim", "vqa_rel_score")}))
-    return RLData(rows.assign(vqa_gt_logprobs=[None if f else (-1.,) for f in failed], **columns), Pool({i: range(1000, 1000 + K) for i in groups}))
+    rows = pd.DataFrame(
+        dict(
+            question_id=q,
+            pointer=[pairs[j] for j in k],
+            gen_method=np.where(k < 3, "beam", "random"),
+            beam_rank=np.where(k < 3, k, np.nan),
+            vqa_acc_score=acc,
+            vqa_correct=np.where(failed, np.nan, acc > 0),
+            vqa_gt_prob=np.where(failed, np.nan, [p for g in groups.values() for _, p in g]),
+            vqa_eval_mode=np.where(failed, None, "official"),
+            vqa_pred_answer=text,
+            vqa_raw_generation=text,
+            eval_failed=failed,
+            error=np.where(failed, "OSError: image truncated", None),
+            scorer="s",
+            **{
+                c: np.where(failed, np.nan, 0.0)
+                for c in ("vqa_rel_token_f1", "vqa_rel_edit_sim", "vqa_rel_score")
+            }
+        )
+    )
+    return RLData(
+        rows.assign(vqa_gt_logprobs=[None if f else (-1.0,) for f in failed], **columns),
+        Pool({i: range(1000, 1000 + K) for i in groups}),
+    )
 
 # ---- against a plain loop ----------------------------------------------------------------------------------------------
 
 def random_data(seed):
     "Ragged groups, ragged pools, 1 to 3 shots, every method, failures, ties, no manners"
-    g = np.random.default_rng(seed); rows, pools = [], {}
+    g = np.random.default_rng(seed)
+    rows, pools = [], {}
     for q in g.permutation(50)[:g.integers(1, 8)].tolist():
-        pools[q] = tuple((100 + g.permutation(20)[:g.integers(4, 9)]).tolist()); hard = g.uniform()
-        for ptr in {tuple(g.permutation(pools[q])[:g.integers(1, 4)].tolist()) for _ in range(g.integers(1, 9))}:
-            method = str(g.choice(METHODS)); failed = bool(g.uniform() < .2); acc = float(g.choice([0, .3, .6, 1.], p=[hard, *[(1 - hard)/3]*3])); text = None if failed else f"a{g.integers(4)}"
-            rows.append(dict(question_id=q, pointer=ptr, gen_method=method, beam_rank=float(g.integers(3)) if method == "beam" else np.nan, temperature=float(g.choice([1., 1.3])) if method == "sample" else np.nan,
-                logprob_score=-float(g.integers(1, 5)) if method not in ("retrieval", "mined") else np.nan, vqa_acc_score=np.nan if failed else acc, vqa_correct=np.nan if failed else float(acc > 0),
-                vqa_gt_prob=np.nan if failed else float(g.integers(6))/5, vqa_pred_answer=text, vqa_raw_generation=text, vqa_eval_mode=None if failed else str(g.choice(["official", "fallback"])),
-                eval_failed=failed, error="OSError" if failed else None, scorer="s"))
+        pools[q] = tuple((100 + g.permutation(20)[: g.integers(4, 9)]).tolist())
+        hard = g.uniform()
+        for ptr in {
+            tuple(g.permutation(pools[q])[: g.integers(1, 4)].tolist()) for _ in range(g.integers(1, 9))
+        }:
+            method = str(g.choice(METHODS))
+            failed = bool(g.uniform() < 0.2)
+            acc = float(g.choice([0, 0.3, 0.6, 1.0], p=[hard, *[(1 - hard) / 3] * 3]))
+            text = None if failed else f"a{g.integers(4)}"
+            rows.append(
+                dict(
+                    question_id=q,
+                    pointer=ptr,
+                    gen_method=method,
+                    beam_rank=float(g.integers(3)) if method == "beam" else np.nan,
+                    temperature=float(g.choice([1.0, 1.3])) if method == "sample" else np.nan,
+                    logprob_score=(
+                        -float(g.integers(1, 5)) if method not in ("retrieval", "mined") else np.nan
+                    ),
+                    vqa_acc_score=np.nan if failed else acc,
+                    vqa_correct=np.nan if failed else float(acc > 0),
+                    vqa_gt_prob=np.nan if failed else float(g.integers(6)) / 5,
+                    vqa_pred_answer=text,
+                    vqa_raw_generation=text,
+                    vqa_eval_mode=None if failed else str(g.choice(["official", "fallback"])),
+                    eval_failed=failed,
+                    error="OSError" if failed else None,
+                    scorer="s",
+                )
+            )
     return RLData(pd.DataFrame(rows).sample(frac=1, random_state=seed), Pool(pools))
 
-def mean(x): x = [v for v in x if v == v]; return statistics.fmean(x) if x else math.nan
+def mean(x):
+    x = [v for v in x if v == v]
+    return statistics.fmean(x) if x else math.nan
 
 def by_loop(data):
     "Metrics, one row and one query at a time"
     groups = {}
     for r in data.rows.itertuples(): groups.setdefault(r.question_id, []).append(r)
-    good = {q: [r for r in g if not r.eval_failed] for q, g in groups.items()}; judged = {q: g for q, g in good.items() if g}; flat = [r for g in good.values() for r in g]
-    rew = {q: [r.vqa_correct + r.vqa_acc_score for r in g] for q, g in judged.items()}; live = [q for q, r in rew.items() if max(r) - min(r) > 1e-6]
-    std = {q: statistics.stdev(r) if len(r) > 1 else 0. for q, r in rew.items()}; pos = [sum(r.vqa_correct > 0 for r in g) for g in judged.values()]
+    good = {q: [r for r in g if not r.eval_failed] for q, g in groups.items()}
+    judged = {q: g for q, g in good.items() if g}
+    flat = [r for g in good.values() for r in g]
+    rew = {q: [r.vqa_correct + r.vqa_acc_score for r in g] for q, g in judged.items()}
+    live = [q for q, r in rew.items() if max(r) - min(r) > 1e-6]
+    std = {q: statistics.stdev(r) if len(r) > 1 else 0.0 for q, r in rew.items()}
+    pos = [sum(r.vqa_correct > 0 for r in g) for g in judged.values()]
     def pick(rows):
-        beam = [r for r in rows if r.beam_rank == r.beam_rank]; drawn = [r for r in rows if r.gen_method in ("sample", "policy") and not r.temperature == 1.3 and r.logprob_score == r.logprob_score]
+        beam = [r for r in rows if r.beam_rank == r.beam_rank]
+        drawn = [
+            r
+            for r in rows
+            if r.gen_method in ("sample", "policy")
+            and not r.temperature == 1.3
+            and r.logprob_score == r.logprob_score
+        ]
         if not beam and not drawn: return math.nan
         best = min(r.beam_rank for r in beam) if beam else max(r.logprob_score for r in drawn)
-        return mean([r.vqa_acc_score for r in (beam or drawn) if (r.beam_rank if beam else r.logprob_score) == best and not r.eval_failed])
-    top = {q: max((r.vqa_acc_score for r in good[q]), default=math.nan) for q in groups}; picks = {q: pick(g) for q, g in groups.items()}; gaps = [top[q] - picks[q] for q in groups if (top[q] - picks[q]) == (top[q] - picks[q])]
-    pairs = [(a, b) for i, a in enumerate(flat) for b in flat[:i]]; agree = lambda same: mean([a.vqa_pred_answer == b.vqa_pred_answer for a, b in pairs if (a.question_id == b.question_id) == same])
+        return mean(
+            [
+                r.vqa_acc_score
+                for r in beam or drawn
+                if (r.beam_rank if beam else r.logprob_score) == best and not r.eval_failed
+            ]
+        )
+    top = {q: max((r.vqa_acc_score for r in good[q]), default=math.nan) for q in groups}
+    picks = {q: pick(g) for q, g in groups.items()}
+    gaps = [top[q] - picks[q] for q in groups if (top[q] - picks[q]) == (top[q] - picks[q])]
+    pairs = [(a, b) for i, a in enumerate(flat) for b in flat[:i]]
+    agree = lambda same: mean(
+        [a.vqa_pred_answer == b.vqa_pred_answer for a, b in pairs if (a.question_id == b.question_id) == same]
+    )
     quart = lambda x: dict(zip(("min", "q1", "median", "q3", "max"), np.quantile(x, [0, .25, .5, .75, 1])))
-    return dict(queries=len(groups), rows=len(data.rows), failed=len(data.rows) - len(flat), unofficial=sum(r.vqa_eval_mode != "official" for r in flat), groups=len(judged), live_groups=len(live),
-        unique_rate=len({(r.question_id, r.pointer) for r in data.rows.itertuples()}) / len(data.rows), pool_min=min(len(data.pool[q]) for q in groups), pool_max=max(len(data.pool[q]) for q in groups),
-        group_min=min(map(len, good.values())), group_median=statistics.median(map(len, good.values())), group_max=max(map(len, good.values())), positive_rate=sum(pos)/len(flat),
-        **{f"positives_{k}": v for k, v in quart(pos).items()}, **{f"reward_{k}": v for k, v in quart([x for r in rew.values() for x in r]).items()},
-        pct_zero_positive_query=100*mean([p == 0 for p in pos]), pct_flat_reward_query=100*(1 - len(live)/len(judged)), adv_std=mean([std[q]/max(std[q], .1) if q in live else 0. for q in judged]),
-        adv_std_live=mean([std[q]/max(std[q], .1) for q in live]), reward_std=mean(std.values()), reward_std_live=mean([std[q] for q in live]), oracle_in_data=mean(top.values()), model_pick=mean(picks.values()),
-        mean_in_data=mean([mean([r.vqa_acc_score for r in g]) for g in judged.values()]), gap_mean=mean(gaps), pct_clear_gap=100*mean([x > .2 for x in gaps]), same_answer_within=agree(True), same_answer_across=agree(False),
-        answers=len({r.vqa_pred_answer for r in flat}), uniform_nll=mean([mean([sum(math.log(len(data.pool[q]) - t) for t in range(len(r.pointer))) for r in g]) for q, g in groups.items()]),
-        gt_prob_mean=mean([r.vqa_gt_prob for r in flat]), gt_prob_right=statistics.median([r.vqa_gt_prob for r in flat if r.vqa_correct] or [math.nan]), gt_prob_wrong=statistics.median([r.vqa_gt_prob for r in flat if not r.vqa_correct] or [math.nan]))
+    return dict(
+        queries=len(groups),
+        rows=len(data.rows),
+        failed=len(data.rows) - len(flat),
+        unofficial=sum(r.vqa_eval_mode != "official" for r in flat),
+        groups=len(judged),
+        live_groups=len(live),
+        unique_rate=len({(r.question_id, r.pointer) for r in data.rows.itertuples()}) / len(data.rows),
+        pool_min=min(len(data.pool[q]) for q in groups),
+        pool_max=max(len(data.pool[q]) for q in groups),
+        group_min=min(map(len, good.values())),
+        group_median=statistics.median(map(len, good.values())),
+        group_max=max(map(len, good.values())),
+        positive_rate=sum(pos) / len(flat),
+        **{f"positives_{k}": v for k, v in quart(pos).items()},
+        **{f"reward_{k}": v for k, v in quart([x for r in rew.values() for x in r]).items()},
+        pct_zero_positive_query=100 * mean([p == 0 for p in pos]),
+        pct_flat_reward_query=100 * (1 - len(live) / len(judged)),
+        adv_std=mean([std[q] / max(std[q], 0.1) if q in live else 0.0 for q in judged]),
+        adv_std_live=mean([std[q] / max(std[q], 0.1) for q in live]),
+        reward_std=mean(std.values()),
+        reward_std_live=mean([std[q] for q in live]),
+        oracle_in_data=mean(top.values()),
+        model_pick=mean(picks.values()),
+        mean_in_data=mean([mean([r.vqa_acc_score for r in g]) for g in judged.values()]),
+        gap_mean=mean(gaps),
+        pct_clear_gap=100 * mean([x > 0.2 for x in gaps]),
+        same_answer_within=agree(True),
+        same_answer_across=agree(False),
+        answers=len({r.vqa_pred_answer for r in flat}),
+        uniform_nll=mean(
+            [
+                mean([sum(math.log(len(data.pool[q]) - t) for t in range(len(r.pointer))) for r in g])
+                for q, g in groups.items()
+            ]
+        ),
+        gt_prob_mean=mean([r.vqa_gt_prob for r in flat]),
+        gt_prob_right=statistics.median([r.vqa_gt_prob for r in flat if r.vqa_correct] or [math.nan]),
+        gt_prob_wrong=statistics.median([r.vqa_gt_prob for r in flat if not r.vqa_correct] or [math.nan]),
+    )
 
 @given(st.integers(0, 10**6))
 def test_metrics_are_those_of_a_plain_loop(seed):
     data = random_data(seed)
     if data.rows.eval_failed.all(): return
-    h = health(data); m = h.frame.loc["data"]; assert list(h.frame.columns) == list(METRICS)
+    h = health(data)
+    m = h.frame.loc["data"]
+    assert list(h.frame.columns) == list(METRICS)
     for k, v in by_loop(data).items(): np.testing.assert_allclose(float(m[k]), float(v), atol=1e-9, err_msg=k)
     good = data.rows[~data.rows.eval_failed]
     if good.vqa_gt_prob.nunique() > 1 and good.vqa_acc_score.nunique() > 1:
-        assert m.spearman == pytest.approx(good.vqa_gt_prob.corr(good.vqa_acc_score, "spearman")) and abs(m.spearman) <= 1 and 0 < m.spearman_reach <= 1
+        assert (
+            m.spearman == pytest.approx(good.vqa_gt_prob.corr(good.vqa_acc_score, "spearman"))
+            and abs(m.spearman) <= 1
+            and 0 < m.spearman_reach <= 1
+        )
     for s in h.sources.itertuples():
-        name, _, T = s.source.partition(" T="); rows = data.rows[(data.rows.gen_method == name) & ((data.rows.temperature == float(T)) if T else data.rows.temperature.isna())]; ok = rows[~rows.eval_failed]
-        assert (s.rows, s.failed, s.judged, s.positives) == (len(rows), int(rows.eval_failed.sum()), len(ok), int(ok.vqa_correct.sum())); assert s.judged == 0 or s.low <= s.rate <= s.high
+        name, _, T = s.source.partition(" T=")
+        rows = data.rows[
+            (data.rows.gen_method == name)
+            & ((data.rows.temperature == float(T)) if T else data.rows.temperature.isna())
+        ]
+        ok = rows[~rows.eval_failed]
+        assert (s.rows, s.failed, s.judged, s.positives) == (
+            len(rows),
+            int(rows.eval_failed.sum()),
+            len(ok),
+            int(ok.vqa_correct.sum()),
+        )
+        assert s.judged == 0 or s.low <= s.rate <= s.high
     assert h.sources.rows.sum() == len(data.rows) and h.queries.positives.sum() == good.vqa_correct.sum()
 
 @given(st.integers(0, 10**6))
 def test_advantage_statistics_are_those_of_the_objective(seed):
-    data = random_data(seed); rows = data.rows[~data.rows.eval_failed]
+    data = random_data(seed)
+    rows = data.rows[~data.rows.eval_failed]
     if not len(rows): return
-    r, mask = pad_rows([torch.tensor(reward(g, "hard01_plus_gtprob")) for _, g in rows.groupby("question_id")], 0.); a = advantage(r, mask, "zscore"); n = mask.sum(-1)
-    std = ((a**2).sum(-1) / (n - 1).clamp(min=1)).sqrt(); live = live_groups(r, mask); m = health(data, "hard01_plus_gtprob").frame.loc["data"]
-    assert m.adv_std == pytest.approx(std.mean().item()) and m.live_groups == live.sum() and (not live.any() or m.adv_std_live == pytest.approx(std[live].mean().item()))
+    r, mask = pad_rows(
+        [torch.tensor(reward(g, "hard01_plus_gtprob")) for _, g in rows.groupby("question_id")], 0.0
+    )
+    a = advantage(r, mask, "zscore")
+    n = mask.sum(-1)
+    std = ((a**2).sum(-1) / (n - 1).clamp(min=1)).sqrt()
+    live = live_groups(r, mask)
+    m = health(data, "hard01_plus_gtprob").frame.loc["data"]
+    assert (
+        m.adv_std == pytest.approx(std.mean().item())
+        and m.live_groups == live.sum()
+        and (not live.any() or m.adv_std_live == pytest.approx(std[live].mean().item()))
+    )
 
 @given(st.integers(0, 10**6))
 def test_order_of_rows_and_names_of_queries_change_nothing(seed):
     data = random_data(seed)
     if data.rows.eval_failed.all(): return
-    other = RLData(data.rows.sample(frac=1, random_state=1).assign(question_id=lambda f: f.question_id + 500), Pool({q + 500: p for q, p in data.pool.ids.items()}))
+    other = RLData(
+        data.rows.sample(frac=1, random_state=1).assign(question_id=lambda f: f.question_id + 500),
+        Pool({q + 500: p for q, p in data.pool.ids.items()}),
+    )
     pd.testing.assert_frame_equal(health(data).frame, health(other).frame)
 
 @given(st.integers(0, 400), st.integers(1, 400))
 def test_wilson_holds_the_share(k, n):
-    k = min(k, n); low, high = wilson(k, n); assert 0 <= low <= k/n + 1e-12 and k/n - 1e-12 <= high <= 1 and high - low > 0
-    z = 1.959963984540054; inside = lambda p: (k/n - p)**2 <= z*z*p*(1 - p)/n + 1e-9 # the interval is where the score test accepts
-    assert inside(low) and inside(high) and not (low > 1e-3 and inside(low - 1e-3)) and not (high < 1 - 1e-3 and inside(high + 1e-3))
+    k = min(k, n)
+    low, high = wilson(k, n)
+    assert 0 <= low <= k / n + 1e-12 and k / n - 1e-12 <= high <= 1 and high - low > 0
+    # the interval is where the score test accepts
+    z = 1.959963984540054
+    inside = lambda p: (k / n - p) ** 2 <= z * z * p * (1 - p) / n + 1e-9
+    assert (
+        inside(low)
+        and inside(high)
+        and not (low > 1e-3 and inside(low - 1e-3))
+        and not (high < 1 - 1e-3 and inside(high + 1e-3))
+    )
 
 # ---- verdicts ----------------------------------------------------------------------------------------------------------
 
 def healthy(n=40, **kw):
     "Half of each group right, probabilities in order"
-    return made({q: [(0., .1 + .001*q), (1., .9), (.6, .7), (0., .2), (0., .05), (1., .8)] for q in range(n)}, **kw)
+    return made(
+        {
+            q: [(0.0, 0.1 + 0.001 * q), (1.0, 0.9), (0.6, 0.7), (0.0, 0.2), (0.0, 0.05), (1.0, 0.8)]
+            for q in range(n)
+        },
+        **kw
+    )
 
 def test_a_healthy_file_is_to_be_trained_on():
-    h = health(healthy()); assert h.advice == {"data": "train"} and h.verdict == [] and h.frame.adv_std["data"] == 1.
-    assert "data: train" in repr(h) and "40 of 40 groups can teach" in h._repr_html_() and "40 of 40 groups can teach" in h._repr_markdown_()
+    h = health(healthy())
+    assert h.advice == {"data": "train"} and h.verdict == [] and h.frame.adv_std["data"] == 1.0
+    assert (
+        "data: train" in repr(h)
+        and "40 of 40 groups can teach" in h._repr_html_()
+        and "40 of 40 groups can teach" in h._repr_markdown_()
+    )
 
 def sparse(live=4, n=640, rest=lambda q: 0.):
-    return made({q: [(1. if q < live and k < 2 else 0. if q < live else rest(q), .8 if q < live and k < 2 else .1) for k in range(10)] for q in range(n)})
+    return made(
+        {
+            q: [
+                (
+                    1.0 if q < live and k < 2 else 0.0 if q < live else rest(q),
+                    0.8 if q < live and k < 2 else 0.1,
+                )
+                for k in range(10)
+            ]
+            for q in range(n)
+        }
+    )
 
 def test_4_of_640():
-    h = health(sparse()); m = h.frame.loc["data"]; assert m.adv_std == pytest.approx(.00625, abs=1e-12) and m.adv_std_live == 1 and (m.live_groups, m.groups) == (4, 640)
-    assert teaches(m).startswith("4 of 640 groups can teach: mean advantage std 0.00625 over all groups") and teaches(m) in repr(h)
-    flat = next(a for a in h.verdict if a.cause == "flat groups"); assert "do not start GRPO" in flat.remedy and "4 of 640" in flat.seen
-    assert h.advice == {"data": "pool or prompts"} and [a.cause for a in h.verdict][:3] == ["pool or prompts", "proposals", "flat groups"]
+    h = health(sparse())
+    m = h.frame.loc["data"]
+    assert (
+        m.adv_std == pytest.approx(0.00625, abs=1e-12)
+        and m.adv_std_live == 1
+        and (m.live_groups, m.groups) == (4, 640)
+    )
+    assert teaches(m).startswith(
+        "4 of 640 groups can teach: mean advantage std 0.00625 over all groups"
+    ) and teaches(m) in repr(h)
+    flat = next(a for a in h.verdict if a.cause == "flat groups")
+    assert "do not start GRPO" in flat.remedy and "4 of 640" in flat.seen
+    assert h.advice == {"data": "pool or prompts"} and [a.cause for a in h.verdict][:3] == [
+        "pool or prompts",
+        "proposals",
+        "flat groups",
+    ]
 
 def test_flat_groups_in_an_otherwise_good_file():
-    h = health(sparse(rest=lambda q: float(q % 4 > 0))); assert h.advice == {"data": "flat groups"} and h.frame.adv_std["data"] == pytest.approx(.00625)
+    h = health(sparse(rest=lambda q: float(q % 4 > 0)))
+    assert h.advice == {"data": "flat groups"} and h.frame.adv_std["data"] == pytest.approx(0.00625)
 
 def test_a_perfect_soft_reward_is_not_blamed_for_rare_positives():
-    d = sparse(); near = np.random.default_rng(0).uniform(size=len(d)) * .1; m = health(RLData(d.rows.assign(vqa_gt_prob=d.rows.vqa_gt_prob + near), d.pool)).frame.loc["data"]
+    d = sparse()
+    near = np.random.default_rng(0).uniform(size=len(d)) * 0.1
+    m = health(RLData(d.rows.assign(vqa_gt_prob=d.rows.vqa_gt_prob + near), d.pool)).frame.loc["data"]
     assert m.spearman < .1 and m.spearman == pytest.approx(m.spearman_reach)
     assert not [a for a in judge(m) if a.cause == "soft reward" and "not the probability" in a.remedy]
 
 def test_many_queries_without_a_positive():
-    h = health(made({q: [(1., .9)]*3 + [(0., .1)]*3 if q % 10 < 4 else [(0., .2)]*6 for q in range(40)}), oracle=.3); assert h.advice == {"data": "proposals"}
+    h = health(
+        made({q: [(1.0, 0.9)] * 3 + [(0.0, 0.1)] * 3 if q % 10 < 4 else [(0.0, 0.2)] * 6 for q in range(40)}),
+        oracle=0.3,
+    )
+    assert h.advice == {"data": "proposals"}
 
 def test_prompts_and_pools_are_told_apart():
     low = {q: [(1. if q < 4 and k < 2 else 0., .1*k) for k in range(6)] for q in range(40)}
-    assert health(made(low)).advice == {"data": "pool or prompts"} and health(made(low, vqa_pred_answer="dax")).advice == {"data": "prompts"}
-    assert health(healthy(vqa_pred_answer="yes")).advice == {"data": "train"} # one answer to everything is no fault where it is right
+    assert health(made(low)).advice == {"data": "pool or prompts"} and health(
+        made(low, vqa_pred_answer="dax")
+    ).advice == {"data": "prompts"}
+    # one answer to everything is no fault where it is right
+    assert health(healthy(vqa_pred_answer="yes")).advice == {"data": "train"}
 
 def test_a_soft_reward_that_knows_nothing():
-    rows = healthy(60); g = np.random.default_rng(0); h = health(RLData(rows.rows.assign(vqa_gt_prob=g.uniform(size=len(rows)) * 1e-7), rows.pool)); assert h.advice == {"data": "soft reward"}
+    rows = healthy(60)
+    g = np.random.default_rng(0)
+    h = health(RLData(rows.rows.assign(vqa_gt_prob=g.uniform(size=len(rows)) * 1e-7), rows.pool))
+    assert h.advice == {"data": "soft reward"}
     assert health(RLData(rows.rows.assign(vqa_gt_prob=0.), rows.pool)).advice == {"data": "soft reward"}
-    assert health(RLData(rows.rows.assign(vqa_gt_prob=1 - rows.rows.vqa_gt_prob), rows.pool)).advice == {"data": "soft reward"}
-    few = health(healthy(3)); assert few.advice == {"data": "soft reward"} and "Too few queries" in few.verdict[0].remedy
+    assert health(RLData(rows.rows.assign(vqa_gt_prob=1 - rows.rows.vqa_gt_prob), rows.pool)).advice == {
+        "data": "soft reward"
+    }
+    few = health(healthy(3))
+    assert few.advice == {"data": "soft reward"} and "Too few queries" in few.verdict[0].remedy
 
 def test_nothing_left_to_win():
-    assert health(made({q: [(1., .9)] + [(0., .1)]*5 for q in range(40)})).advice == {"data": "headroom"} # beam rank 0 is the best of every query
+    # beam rank 0 is the best of every query
+    assert health(made({q: [(1.0, 0.9)] + [(0.0, 0.1)] * 5 for q in range(40)})).advice == {
+        "data": "headroom"
+    }
 
 def test_failures_are_counted_and_are_no_negatives():
-    a, b = healthy(), made({q: [(0., .1 + .001*q), (1., .9), (.6, .7), (0., .2), (0., .05), (1., .8), (None, 0.)] for q in range(40)})
-    x, y = health(a).frame.loc["data"], health(b).frame.loc["data"]; same = [k for k in METRICS if k not in ("rows", "failed", "error")]
-    pd.testing.assert_series_equal(x[same], y[same]); assert y.failed == 40 and y.error == "OSError: image truncated"
-    alarm, = health(b).verdict; assert alarm.cause == "failures" and "40 of 280 rows failed, most often: OSError" in alarm.seen and health(b, failed=.2).verdict == []
+    a = healthy()
+    b = made(
+        {
+            q: [
+                (0.0, 0.1 + 0.001 * q),
+                (1.0, 0.9),
+                (0.6, 0.7),
+                (0.0, 0.2),
+                (0.0, 0.05),
+                (1.0, 0.8),
+                (None, 0.0),
+            ]
+            for q in range(40)
+        }
+    )
+    x = health(a).frame.loc["data"]
+    y = health(b).frame.loc["data"]
+    same = [k for k in METRICS if k not in ("rows", "failed", "error")]
+    pd.testing.assert_series_equal(x[same], y[same])
+    assert y.failed == 40 and y.error == "OSError: image truncated"
+    (alarm,) = health(b).verdict
+    assert (
+        alarm.cause == "failures"
+        and "40 of 280 rows failed, most often: OSError" in alarm.seen
+        and health(b, failed=0.2).verdict == []
+    )
 
 def test_a_query_of_failures_is_no_group():
-    m = health(made({q: [(1., .9), (0., .1)] if q else [(None, 0.)]*2 for q in range(5)})).frame.loc["data"]; assert (m.queries, m.groups, m.live_groups, m.group_min) == (5, 4, 4, 0) and m.pct_zero_positive_query == 0
+    m = health(made({q: [(1.0, 0.9), (0.0, 0.1)] if q else [(None, 0.0)] * 2 for q in range(5)})).frame.loc[
+        "data"
+    ]
+    assert (m.queries, m.groups, m.live_groups, m.group_min) == (
+        5,
+        4,
+        4,
+        0,
+    ) and m.pct_zero_positive_query == 0
 
 def test_a_failed_first_pick_is_not_replaced():
-    m = health(made({0: [(None, 0.), (1., .9), (0., .1)], 1: [(0., .1), (1., .9), (0., .1)]})).frame.loc["data"]; assert m.model_pick == 0. and m.gap_mean == 1. and m.oracle_in_data == 1.
+    m = health(
+        made({0: [(None, 0.0), (1.0, 0.9), (0.0, 0.1)], 1: [(0.0, 0.1), (1.0, 0.9), (0.0, 0.1)]})
+    ).frame.loc["data"]
+    assert m.model_pick == 0.0 and m.gap_mean == 1.0 and m.oracle_in_data == 1.0
 
 def test_mixed_scorers_and_missing_facts_come_first():
-    rows = healthy(); mixed = RLData(rows.rows.assign(scorer=np.where(rows.rows.question_id < 5, "old", "new")), rows.pool); assert health(mixed).advice == {"data": "labels"}
-    text = ["vqa_pred_answer", "vqa_raw_generation", "vqa_correct", "vqa_acc_score", "vqa_eval_mode"]; part = rows.rows.copy(); part.loc[part.index % 6 == 0, text] = np.nan
-    h = health(RLData(part, rows.pool)); assert h.advice == {"data": "labels"} and h.frame.unrewarded["data"] == 40 and h.frame.failed["data"] == 0
-    only = health(RLData(rows.rows.assign(**{c: np.nan for c in text}), rows.pool), "gtprob"); assert only.advice == {"data": "labels"} and only.verdict[0].seen == "no row has an accuracy" and only.frame.live_groups["data"] == 40
+    rows = healthy()
+    mixed = RLData(rows.rows.assign(scorer=np.where(rows.rows.question_id < 5, "old", "new")), rows.pool)
+    assert health(mixed).advice == {"data": "labels"}
+    text = ["vqa_pred_answer", "vqa_raw_generation", "vqa_correct", "vqa_acc_score", "vqa_eval_mode"]
+    part = rows.rows.copy()
+    part.loc[part.index % 6 == 0, text] = np.nan
+    h = health(RLData(part, rows.pool))
+    assert h.advice == {"data": "labels"} and h.frame.unrewarded["data"] == 40 and h.frame.failed["data"] == 0
+    only = health(RLData(rows.rows.assign(**{c: np.nan for c in text}), rows.pool), "gtprob")
+    assert (
+        only.advice == {"data": "labels"}
+        and only.verdict[0].seen == "no row has an accuracy"
+        and only.frame.live_groups["data"] == 40
+    )
 
 def test_thresholds_are_arguments():
     m = health(healthy()).frame.loc["data"].to_dict()
-    for kw, cause in ((dict(oracle=1.1), "pool or prompts"), (dict(headroom=1.1), "headroom"), (dict(live=1.1), "flat groups"), (dict(spearman=2.), "soft reward"), (dict(zero_positive=-.1), "proposals"), (dict(failed=-1.), "failures")):
+    for kw, cause in (
+        (dict(oracle=1.1), "pool or prompts"),
+        (dict(headroom=1.1), "headroom"),
+        (dict(live=1.1), "flat groups"),
+        (dict(spearman=2.0), "soft reward"),
+        (dict(zero_positive=-0.1), "proposals"),
+        (dict(failed=-1.0), "failures"),
+    ):
         assert [a.cause for a in judge(m, **kw)] == [cause], kw
         assert [a.cause for a in health(healthy(), **kw).verdict] == [cause]
     with pytest.raises(TypeError, match="oracel"): health(healthy(), oracel=.5)
 
 def test_weights_reach_the_reward():
-    d = healthy(); assert health(d, weights=dict(hard_weight=5.)).frame.reward_max["data"] == 6.
+    d = healthy()
+    assert health(d, weights=dict(hard_weight=5.0)).frame.reward_max["data"] == 6.0
     with pytest.raises(TypeError, match="sorf_weight"): health(d, weights=dict(sorf_weight=1.))
 
 # ---- real faults, the tiny model ---------------------------------------------------------------------------------------
@@ -177,64 +424,128 @@ def test_weights_reach_the_reward():
 def test_planted_faults_on_the_embedded_world(tmp_path):
     from leverplus.rldata_generate import generate
     from leverplus.world import load_world
-    w = load_world(); ids = w.ids("train")[:60]; kw = dict(counts=dict(beam=3, temperature={1.0: 3}, random=4), test=0, progress=False); world = (ids, w.items, w.pools["train"])
+    w = load_world()
+    ids = w.ids("train")[:60]
+    kw = dict(counts=dict(beam=3, temperature={1.0: 3}, random=4), test=0, progress=False)
+    world = (ids, w.items, w.pools["train"])
     class Unfilled:
         fingerprint, tolerance = "unfilled", 1e-3
         def run(self, prompts, targets=None, generate=True, progress=False):
-            blank = lambda p: replace(p, question="{question}", demos=tuple(replace(d, question="{question}", answer="{answer}") for d in p.demos))
+            blank = lambda p: replace(
+                p,
+                question="{question}",
+                demos=tuple(replace(d, question="{question}", answer="{answer}") for d in p.demos),
+            )
             return w.scorer.run([blank(p) for p in prompts], targets, generate)
     class Shuffled:
         "Each prompt gets the probabilities of another query's answers, as if they had been read from the wrong tokens"
         fingerprint, tolerance = "shuffled", 1e-3
         def run(self, prompts, targets=None, generate=True, progress=False):
-            said = w.scorer.run(prompts, targets, generate); other = w.scorer.run(prompts, [targets[(i*7 + 31) % len(targets)] for i in range(len(targets))], False)
-            return [replace(s, logprobs=(o.logprobs + (-50.,)*len(s.logprobs))[:len(s.logprobs)], gt_prob=min(o.gt_prob, 1.)) for s, o in zip(said, other)]
-    files = {name: generate(tmp_path/name, *world, s, w.store, **kw) for name, s in dict(good=w.scorer, unfilled=Unfilled(), shuffled=Shuffled()).items()}
+            said = w.scorer.run(prompts, targets, generate)
+            other = w.scorer.run(
+                prompts, [targets[(i * 7 + 31) % len(targets)] for i in range(len(targets))], False
+            )
+            return [
+                replace(
+                    s,
+                    logprobs=(o.logprobs + (-50.0,) * len(s.logprobs))[: len(s.logprobs)],
+                    gt_prob=min(o.gt_prob, 1.0),
+                )
+                for s, o in zip(said, other)
+            ]
+    files = {
+        name: generate(tmp_path / name, *world, s, w.store, **kw)
+        for name, s in dict(good=w.scorer, unfilled=Unfilled(), shuffled=Shuffled()).items()
+    }
     assert health(files).advice == dict(good="train", unfilled="prompts", shuffled="soft reward")
 
 # ---- what comes out ----------------------------------------------------------------------------------------------------
 
 def test_files_side_by_side_are_as_alone():
-    a, b = healthy(), sparse(2, 20); both = health({"a": a, "b|<b>": b}); assert list(both.frame.index) == ["a", "b|<b>"]
+    a = healthy()
+    b = sparse(2, 20)
+    both = health({"a": a, "b|<b>": b})
+    assert list(both.frame.index) == ["a", "b|<b>"]
     for name, d in (("a", a), ("b|<b>", b)):
-        alone = health({name: d}); pd.testing.assert_series_equal(both.frame.loc[name], alone.frame.loc[name], check_dtype=False)
-        for k in ("sources", "queries", "spread"): x = getattr(both, k); pd.testing.assert_frame_equal(x[x.file == name].reset_index(drop=True), getattr(alone, k))
+        alone = health({name: d})
+        pd.testing.assert_series_equal(both.frame.loc[name], alone.frame.loc[name], check_dtype=False)
+        for k in ("sources", "queries", "spread"):
+            x = getattr(both, k)
+            pd.testing.assert_frame_equal(x[x.file == name].reset_index(drop=True), getattr(alone, k))
         assert [x for x in both.verdict if x.file == name] == alone.verdict
-    assert "b|&lt;b&gt;" in both._repr_html_() and "<b>b|<b>" not in both._repr_html_() and "b\\|<b>" in both._repr_markdown_()
+    assert (
+        "b|&lt;b&gt;" in both._repr_html_()
+        and "<b>b|<b>" not in both._repr_html_()
+        and "b\\|<b>" in both._repr_markdown_()
+    )
 
 def test_a_file_from_disk_has_its_name(tmp_path):
-    healthy(5).save(tmp_path/"mine"); assert list(health(RLData.load(tmp_path/"mine")).frame.index) == ["mine"]
+    healthy(5).save(tmp_path / "mine")
+    assert list(health(RLData.load(tmp_path / "mine")).frame.index) == ["mine"]
 
 def test_csv_round_trip(tmp_path):
-    h = health(dict(a=healthy(), b=sparse(2, 20))); folder = h.to_csv(tmp_path/"deep"/"health"); assert sorted(p.name for p in folder.iterdir()) == ["health.csv", "queries.csv", "sources.csv", "spread.csv", "verdict.csv"]
+    h = health(dict(a=healthy(), b=sparse(2, 20)))
+    folder = h.to_csv(tmp_path / "deep" / "health")
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "health.csv",
+        "queries.csv",
+        "sources.csv",
+        "spread.csv",
+        "verdict.csv",
+    ]
     read = lambda n, **kw: pd.read_csv(folder/f"{n}.csv", **kw)
-    pd.testing.assert_frame_equal(read("health", index_col="file").drop(columns="error"), h.frame.drop(columns="error"), check_index_type=False, check_column_type=False)
-    for k in ("sources", "queries", "spread"): pd.testing.assert_frame_equal(read(k), getattr(h, k), check_dtype=False)
+    pd.testing.assert_frame_equal(
+        read("health", index_col="file").drop(columns="error"),
+        h.frame.drop(columns="error"),
+        check_index_type=False,
+        check_column_type=False,
+    )
+    for k in ("sources", "queries", "spread"):
+        pd.testing.assert_frame_equal(read(k), getattr(h, k), check_dtype=False)
     assert [Alarm(*r) for r in read("verdict").itertuples(index=False)] == h.verdict
-    assert judge(read("health", index_col="file").loc["b"], "b") == [a for a in h.verdict if a.file == "b"] # a verdict can be had from the file
-    health(healthy()).to_csv(folder); assert len(read("verdict")) == 0 and len(read("health")) == 1
+    # a verdict can be had from the file
+    assert judge(read("health", index_col="file").loc["b"], "b") == [a for a in h.verdict if a.file == "b"]
+    health(healthy()).to_csv(folder)
+    assert len(read("verdict")) == 0 and len(read("health")) == 1
 
 def test_histograms_hold_every_row():
-    h = health(made({q: [(None, 0.), (0., .0), (1., 1.), (.6, .5)] for q in range(5)})); s = h.spread
-    for fact in ("reward", "vqa_gt_prob"): f = s[s.fact == fact]; assert (f.right.sum(), f.wrong.sum(), f.unjudged.sum()) == (10, 5, 0)
-    assert health(made({q: [(0., .5), (0., .5)] for q in range(5)})).spread.query("fact == 'reward'").wrong.sum() == 10 # all rewards alike
+    h = health(made({q: [(None, 0.0), (0.0, 0.0), (1.0, 1.0), (0.6, 0.5)] for q in range(5)}))
+    s = h.spread
+    for fact in ("reward", "vqa_gt_prob"):
+        f = s[s.fact == fact]
+        assert (f.right.sum(), f.wrong.sum(), f.unjudged.sum()) == (10, 5, 0)
+    # all rewards alike
+    assert (
+        health(made({q: [(0.0, 0.5), (0.0, 0.5)] for q in range(5)}))
+        .spread.query("fact == 'reward'")
+        .wrong.sum()
+        == 10
+    )
 
 def test_plot():
     assert health(dict(a=healthy(), b=sparse(2, 20))).plot().shape == (2, 3)
-    d = healthy(); assert health(RLData(d.rows.assign(vqa_gt_prob=np.nan), d.pool)).plot().shape == (1, 3)
+    d = healthy()
+    assert health(RLData(d.rows.assign(vqa_gt_prob=np.nan), d.pool)).plot().shape == (1, 3)
 
 def test_without_a_soft_reward_it_says_so():
-    d = healthy(); h = health(RLData(d.rows.assign(vqa_gt_prob=np.nan, vqa_gt_logprobs=None), d.pool)); assert h.advice == {"data": "train"} and "vqa_gt_prob was not measured" in repr(h)
+    d = healthy()
+    h = health(RLData(d.rows.assign(vqa_gt_prob=np.nan, vqa_gt_logprobs=None), d.pool))
+    assert h.advice == {"data": "train"} and "vqa_gt_prob was not measured" in repr(h)
 
 def test_files_that_cannot_be_judged():
     d = healthy(5)
     with pytest.raises(ValueError, match="'mine' has no rows"): health({"mine": RLData(d.rows[:0], d.pool)})
-    with pytest.raises(ValueError, match="all 4 rows of 'mine' failed .first: question_id 3: OSError"): health({"mine": made({3: [(None, 0.)]*2, 4: [(None, 0.)]*2})})
-    with pytest.raises(ValueError, match="Targets for each query"): health(RLData(d.rows.assign(vqa_gt_prob=np.nan), d.pool), "gtprob")
+    with pytest.raises(ValueError, match="all 4 rows of 'mine' failed .first: question_id 3: OSError"):
+        health({"mine": made({3: [(None, 0.0)] * 2, 4: [(None, 0.0)] * 2})})
+    with pytest.raises(ValueError, match="Targets for each query"):
+        health(RLData(d.rows.assign(vqa_gt_prob=np.nan), d.pool), "gtprob")
     with pytest.raises(ValueError, match="info_score"): health(d, "hybrid")
     with pytest.raises(ValueError, match="wanted one of"): health(d, "gtprop")
     with pytest.raises(TypeError, match="wanted RLData"): health(d.rows)
     with pytest.raises(ValueError, match="no files"): health({})
 
 def test_data_are_left_alone():
-    d = healthy(5); before = d.rows.copy(); health(d, "hard01_plus_gtprob"); pd.testing.assert_frame_equal(d.rows, before)
+    d = healthy(5)
+    before = d.rows.copy()
+    health(d, "hard01_plus_gtprob")
+    pd.testing.assert_frame_equal(d.rows, before)

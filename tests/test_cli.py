@@ -9,11 +9,16 @@ from leverplus.groups import RLData
 from leverplus.rldata_scale import Job
 
 ROOT = Path(__file__).resolve().parent.parent
-RUN = [sys.executable, "-c", "import sys; from leverplus.cli import main; sys.exit(main())"] # what the console script does
+# what the console script does
+RUN = [sys.executable, "-c", "import sys; from leverplus.cli import main; sys.exit(main())"]
 
 def leverplus(*words, **kw):
-    env = {k: v for k, v in os.environ.items() if k != "TQDM_DISABLE"} | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
-    return subprocess.run([*RUN, *map(str, words)], capture_output=True, text=True, timeout=300, env=env, **kw)
+    env = {k: v for k, v in os.environ.items() if k != "TQDM_DISABLE"} | dict(
+        OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT)
+    )
+    return subprocess.run(
+        [*RUN, *map(str, words)], capture_output=True, text=True, timeout=300, env=env, **kw
+    )
 
 @pytest.fixture(scope="module", autouse=True)
 def no_warning_of_ours():
@@ -24,7 +29,9 @@ def no_warning_of_ours():
 
 def go(line, code=0):
     "What a command prints; its exit status must be `code`"
-    out, err = io.StringIO(), io.StringIO(); words = line.split() if isinstance(line, str) else line
+    out = io.StringIO()
+    err = io.StringIO()
+    words = line.split() if isinstance(line, str) else line
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try: got = cli.main(words)
         except SystemExit as e: got = e.code
@@ -40,67 +47,166 @@ def test_a_command_that_causes_a_warning_ends_with_a_status(monkeypatch):
         warnings.simplefilter("always") # whatever pytest was told
         assert "old argument" in go("check runs/a", 1)
 
-ROAD = ("embed --split train dev --shard 1/2 --quiet", "embed --split train dev --shard 0/2 --quiet", "pools --split train dev", "generate --n 12 --test 4 --quiet --out runs/train",
-        "generate --n 12 --split dev --test 0 --quiet --out runs/dev", "check runs/train runs/dev --csv runs/health", "mine runs/train --out runs/mined --rounds 1 --tries 2 --quiet",
-        "merge runs/train runs/mined --out runs/all", "train runs/all --dev runs/dev --out runs/rce --epochs 2 --bs 4", "infer --selector runs/rce --n 12 --quiet --out runs/answers",
-        "eval --selector runs/rce --selector again=runs/rce --n 12 --shots 1 2 --draws 2 --fixed 2 --facts runs/dev --sizes 6 all --quiet --out runs/eval", "report runs/eval --cases 4 --groups runs/all",
-        "sweep runs/all --dev runs/dev --grid objective=rce,sft --base rce.n_epoch=1 sft.n_epoch=1 bs=4 --seeds 0 --quiet --out runs/sweep")
+ROAD = (
+    "embed --split train dev --shard 1/2 --quiet",
+    "embed --split train dev --shard 0/2 --quiet",
+    "pools --split train dev",
+    "generate --n 12 --test 4 --quiet --out runs/train",
+    "generate --n 12 --split dev --test 0 --quiet --out runs/dev",
+    "check runs/train runs/dev --csv runs/health",
+    "mine runs/train --out runs/mined --rounds 1 --tries 2 --quiet",
+    "merge runs/train runs/mined --out runs/all",
+    "train runs/all --dev runs/dev --out runs/rce --epochs 2 --bs 4",
+    "infer --selector runs/rce --n 12 --quiet --out runs/answers",
+    (
+        "eval --selector runs/rce --selector again=runs/rce --n 12 --shots 1 2 --draws 2 --fixed 2 --facts"
+        " runs/dev --sizes 6 all --quiet --out runs/eval"
+    ),
+    "report runs/eval --cases 4 --groups runs/all",
+    (
+        "sweep runs/all --dev runs/dev --grid objective=rce,sft --base rce.n_epoch=1 sft.n_epoch=1 bs=4"
+        " --seeds 0 --quiet --out runs/sweep"
+    ),
+)
 
 @pytest.fixture(scope="module")
 def road(tmp_path_factory):
     "All doors on twelve questions of the embedded world, with its own model: (folder, {line: what was said})"
-    folder, was = tmp_path_factory.mktemp("road"), os.getcwd(); os.chdir(folder)
+    folder = tmp_path_factory.mktemp("road")
+    was = os.getcwd()
+    os.chdir(folder)
     try: yield folder, {line: go(line) for line in ROAD}
     finally: os.chdir(was)
 
 @pytest.fixture
-def there(road, monkeypatch): monkeypatch.chdir(road[0]); return road[0]
+def there(road, monkeypatch):
+    monkeypatch.chdir(road[0])
+    return road[0]
 
 def test_all_doors_on_the_embedded_world(there, road):
     from leverplus.infer import check_results
     from leverplus.learner import load_selector
-    said = {k.split(" --out ")[-1].split()[0] if " --out " in k else k.split()[0]: v for k, v in road[1].items()}
-    train, mined, every = (RLData.load(f"runs/{n}") for n in ("train", "mined", "all")); assert len(train.queries) == 12 and len(train) == 12*15
-    assert len(every) == len(mined) >= len(train) and "repeated sequences" in said["runs/all"] and (Path("runs/health")/"verdict.csv").exists()
-    info = load_selector("runs/rce/checkpoint").info; assert info["objective"] == "rce" and info["pool"]["K"] == 16 and len(pd.read_csv("runs/rce/history.csv")) == 2
-    dev = Job(split="dev").items().query("split == 'dev'").question_id[:12].tolist() # of the split that was named, and of no other
-    check_results("runs/answers/predictions.json", dev); assert RLData.load("runs/dev").queries == dev
-    table, scored = pd.read_csv("runs/eval/results.csv"), pd.read_parquet("runs/eval/predictions.parquet"); assert set(scored.question_id) == set(dev)
-    rows = {"random", "similar_image", "similar_text", "similar_mixed", "mmr", "majority_vote", "fixed", "rce", "again", "oracle"}
-    assert set(table.selector) == rows | {"zero_shot"} and {(s, k) for s, k in zip(table.selector, table.shots) if k} == {(s, k) for s in rows for k in (1, 2)}
-    text = said["runs/eval"]; assert "looks at dev: 1" in text and "lower bound" in text and "its row flatters" in text and "half_width" in text
-    same = pd.read_csv("runs/eval/tests.csv"); assert len(same) == 8 and ((same.p_holm <= .05) | (same.verdict == "no difference shown")).all()
-    cells = pd.read_csv("runs/sweep/cells.csv"); assert cells.status.tolist() == ["done"]*2 and cells.objective.tolist() == ["rce", "sft"] and "Development questions only" in said["runs/sweep"]
-    assert "won" in Path("runs/eval/report.html").read_text() and said["report"].strip().endswith("runs/eval/report.html")
+    said = {
+        k.split(" --out ")[-1].split()[0] if " --out " in k else k.split()[0]: v for k, v in road[1].items()
+    }
+    train, mined, every = (RLData.load(f"runs/{n}") for n in ("train", "mined", "all"))
+    assert len(train.queries) == 12 and len(train) == 12 * 15
+    assert (
+        len(every) == len(mined) >= len(train)
+        and "repeated sequences" in said["runs/all"]
+        and (Path("runs/health") / "verdict.csv").exists()
+    )
+    info = load_selector("runs/rce/checkpoint").info
+    assert (
+        info["objective"] == "rce"
+        and info["pool"]["K"] == 16
+        and len(pd.read_csv("runs/rce/history.csv")) == 2
+    )
+    # of the split that was named, and of no other
+    dev = Job(split="dev").items().query("split == 'dev'").question_id[:12].tolist()
+    check_results("runs/answers/predictions.json", dev)
+    assert RLData.load("runs/dev").queries == dev
+    table = pd.read_csv("runs/eval/results.csv")
+    scored = pd.read_parquet("runs/eval/predictions.parquet")
+    assert set(scored.question_id) == set(dev)
+    rows = {
+        "random",
+        "similar_image",
+        "similar_text",
+        "similar_mixed",
+        "mmr",
+        "majority_vote",
+        "fixed",
+        "rce",
+        "again",
+        "oracle",
+    }
+    assert set(table.selector) == rows | {"zero_shot"} and {
+        (s, k) for s, k in zip(table.selector, table.shots) if k
+    } == {(s, k) for s in rows for k in (1, 2)}
+    text = said["runs/eval"]
+    assert (
+        "looks at dev: 1" in text
+        and "lower bound" in text
+        and "its row flatters" in text
+        and "half_width" in text
+    )
+    same = pd.read_csv("runs/eval/tests.csv")
+    assert len(same) == 8 and ((same.p_holm <= 0.05) | (same.verdict == "no difference shown")).all()
+    cells = pd.read_csv("runs/sweep/cells.csv")
+    assert (
+        cells.status.tolist() == ["done"] * 2
+        and cells.objective.tolist() == ["rce", "sft"]
+        and "Development questions only" in said["runs/sweep"]
+    )
+    assert "won" in Path("runs/eval/report.html").read_text() and said["report"].strip().endswith(
+        "runs/eval/report.html"
+    )
 
 def test_what_others_asked_is_not_asked_again(there, monkeypatch):
     "The oracle of the table knows the sequences of `--facts`; a second run asks nothing, and is no second look"
-    scored = pd.read_parquet("runs/eval/predictions.parquet"); best = RLData.load("runs/dev").rows.groupby("question_id").vqa_acc_score.max()
-    got = scored[(scored.selector == "oracle") & (scored.shots == 2)].set_index("question_id").vqa_acc_score; assert (got >= best.loc[got.index]).all()
+    scored = pd.read_parquet("runs/eval/predictions.parquet")
+    best = RLData.load("runs/dev").rows.groupby("question_id").vqa_acc_score.max()
+    got = scored[(scored.selector == "oracle") & (scored.shots == 2)].set_index("question_id").vqa_acc_score
+    assert (got >= best.loc[got.index]).all()
     from leverplus.lvlm import SharedScorer
-    monkeypatch.setattr(SharedScorer, "run", lambda *a, **k: pytest.fail("asked")); again = go(ROAD[10] + " --resume"); assert "looks at dev: 1" in again
+    monkeypatch.setattr(SharedScorer, "run", lambda *a, **k: pytest.fail("asked"))
+    again = go(ROAD[10] + " --resume")
+    assert "looks at dev: 1" in again
 
 def snapshot(): return {p: p.stat().st_mtime_ns for p in Path(".").rglob("*")}
 
 def test_dry_runs_ask_nothing_and_write_nothing(there, monkeypatch):
-    monkeypatch.setattr(Job, "scorer", lambda self: pytest.fail("loaded a model")); monkeypatch.setattr("leverplus.rldata_scale.embed_items", lambda *a, **k: pytest.fail("embedded"))
-    before = snapshot(); lines = [l for l in ROAD if l.split()[0] not in ("check", "report")] + ["demo", "infer --how mmr --out runs/x", "eval --out runs/x --fixed 0 --exact-oracle", "generate --data data/islands --out runs/x", "embed"]
-    said = {l: go(l + " --dry-run") for l in lines}; assert snapshot() == before
-    for l, text in said.items(): assert f"plan of leverplus {l.split()[0]}; nothing was asked, nothing was written" in text and "LVLM calls" in text and "disk" in text, text
-    calls = {l: int(re.search(r"LVLM calls +(?:at most )?([\d,]+)", t)[1].replace(",", "")) for l, t in said.items()}
-    assert calls["generate --data data/islands --out runs/x"] == 900*15 + 32 and calls[ROAD[3]] == 0 and calls[ROAD[9]] == 12 and calls["eval --out runs/x --fixed 0 --exact-oracle"] == 250*240
-    slow = go("generate --out runs/x --rate 0.5 --dry-run --shard 0/3"); assert "h at 0.5 prompts/s (given)" in slow and "part 0 of 3" in slow
+    monkeypatch.setattr(Job, "scorer", lambda self: pytest.fail("loaded a model"))
+    monkeypatch.setattr("leverplus.rldata_scale.embed_items", lambda *a, **k: pytest.fail("embedded"))
+    before = snapshot()
+    lines = [l for l in ROAD if l.split()[0] not in ("check", "report")] + [
+        "demo",
+        "infer --how mmr --out runs/x",
+        "eval --out runs/x --fixed 0 --exact-oracle",
+        "generate --data data/islands --out runs/x",
+        "embed",
+    ]
+    said = {l: go(l + " --dry-run") for l in lines}
+    assert snapshot() == before
+    for l, text in said.items():
+        assert (
+            f"plan of leverplus {l.split()[0]}; nothing was asked, nothing was written" in text
+            and "LVLM calls" in text
+            and "disk" in text
+        ), text
+    calls = {
+        l: int(re.search(r"LVLM calls +(?:at most )?([\d,]+)", t)[1].replace(",", ""))
+        for l, t in said.items()
+    }
+    assert (
+        calls["generate --data data/islands --out runs/x"] == 900 * 15 + 32
+        and calls[ROAD[3]] == 0
+        and calls[ROAD[9]] == 12
+        and calls["eval --out runs/x --fixed 0 --exact-oracle"] == 250 * 240
+    )
+    slow = go("generate --out runs/x --rate 0.5 --dry-run --shard 0/3")
+    assert "h at 0.5 prompts/s (given)" in slow and "part 0 of 3" in slow
     assert "not known: give --rate" in go("generate --out runs/x --lvlm somebody/else --dry-run")
-    big = go("generate --out runs/x --lvlm Qwen/Qwen2.5-VL-7B-Instruct --dry-run"); assert "prompts/s (ASSUMED, not measured: 35% of a H100's peak, images of 4 tokens, encoded before, 1." in big, big
+    big = go("generate --out runs/x --lvlm Qwen/Qwen2.5-VL-7B-Instruct --dry-run")
+    assert (
+        "prompts/s (ASSUMED, not measured: 35% of a H100's peak, images of 4 tokens, encoded before, 1."
+        in big
+    ), big
     assert cli.measured_rate("runs/x") is None and cli.measured_rate("runs/nowhere") is None
 
 def test_the_rate_of_a_run_is_measured(tmp_path):
-    part = RLData.load(go_mock(tmp_path, "--window 2 --n 8")); parts = sorted(tmp_path.glob("run/part-*.parquet")); assert len(parts) == 4
+    part = RLData.load(go_mock(tmp_path, "--window 2 --n 8"))
+    parts = sorted(tmp_path.glob("run/part-*.parquet"))
+    assert len(parts) == 4
     for i, p in enumerate(parts): os.utime(p, (1000 + 10*i, 1000 + 10*i))
-    assert cli.measured_rate(tmp_path/"run") == 2*15/10 and "3 prompts/s (measured in" in go(f"generate --lvlm mock --n 20 --window 2 --dry-run --out {tmp_path/'run'}")
+    assert cli.measured_rate(tmp_path / "run") == 2 * 15 / 10 and "3 prompts/s (measured in" in go(
+        f"generate --lvlm mock --n 20 --window 2 --dry-run --out {tmp_path/'run'}"
+    )
 
 def go_mock(folder, more, code=0, name="run"):
-    go(f"generate --lvlm mock --test 0 --quiet --store {ROAD_STORE} --out {folder/name} {more}", code); return folder/name
+    go(f"generate --lvlm mock --test 0 --quiet --store {ROAD_STORE} --out {folder/name} {more}", code)
+    return folder / name
 
 @pytest.fixture(autouse=True)
 def one_store(road):
@@ -111,106 +217,309 @@ def test_parts_of_embeddings_make_the_whole(there, monkeypatch):
     "The same fingerprint as in one go, where `Job.inputs` looks for it"
     import torch
     from leverplus.embed import EmbedStore, embed_items
-    job = Job(split="dev", store="runs/store"); items = job.items(); some = items.iloc[::60]
-    whole = embed_items(some, ROOT/"models"/"tiny-clip", progress=False); kept = EmbedStore.load(cli.embed_place(job, items))
-    monkeypatch.setattr("leverplus.rldata_scale.embed_items", lambda *a, **k: pytest.fail("embedded again")); store = job.inputs()[1]
-    assert store.fingerprint == kept.fingerprint and torch.allclose(kept.get(some.question_id), whole.get(some.question_id), atol=1e-5)
-    assert cli.gather_stores(some, [kept]).fingerprint == whole.fingerprint and not list(Path("runs/store").glob("embed-parts-*/*/[!.]*")) # locks stay
+    job = Job(split="dev", store="runs/store")
+    items = job.items()
+    some = items.iloc[::60]
+    whole = embed_items(some, ROOT / "models" / "tiny-clip", progress=False)
+    kept = EmbedStore.load(cli.embed_place(job, items))
+    monkeypatch.setattr("leverplus.rldata_scale.embed_items", lambda *a, **k: pytest.fail("embedded again"))
+    store = job.inputs()[1]
+    assert store.fingerprint == kept.fingerprint and torch.allclose(
+        kept.get(some.question_id), whole.get(some.question_id), atol=1e-5
+    )
+    # locks stay
+    assert cli.gather_stores(some, [kept]).fingerprint == whole.fingerprint and not list(
+        Path("runs/store").glob("embed-parts-*/*/[!.]*")
+    )
     assert "(was there)" in go(ROAD[0])
 
 def test_shards_of_predictions_make_the_whole(there):
     line = "infer --lvlm mock --selector runs/rce --n 12 --how beam --width 3 --by vote --quiet --out runs/"
-    go(line + "whole"); assert "still to come: 0/3, 2/3" in go(line + "union --shard 1/3"); go(line + "union --shard 0/3"); last = go(line + "union --shard 2/3"); assert "questions 12, failed 0" in last
+    go(line + "whole")
+    assert "still to come: 0/3, 2/3" in go(line + "union --shard 1/3")
+    go(line + "union --shard 0/3")
+    last = go(line + "union --shard 2/3")
+    assert "questions 12, failed 0" in last
     for name in ("predictions.json", "predictions.parquet", "candidates.parquet"):
-        if name.endswith("json"): assert json.loads(Path("runs/union", name).read_text()) == json.loads(Path("runs/whole", name).read_text())
-        else: a, b = (pd.read_parquet(f"runs/{n}/{name}").drop(columns=["shots"], errors="ignore") for n in ("whole", "union")); pd.testing.assert_frame_equal(a, b)
+        if name.endswith("json"):
+            assert json.loads(Path("runs/union", name).read_text()) == json.loads(
+                Path("runs/whole", name).read_text()
+            )
+        else:
+            a, b = (
+                pd.read_parquet(f"runs/{n}/{name}").drop(columns=["shots"], errors="ignore")
+                for n in ("whole", "union")
+            )
+            pd.testing.assert_frame_equal(a, b)
     from leverplus.evaluate import compare_runs
     assert (compare_runs("runs/union", "runs/whole").delta == 0).all()
-    assert "still to come" not in go(line + "union --shard 2/3") and "shards: 3 there, 2 now" in go(line + "union --shard 0/2", 2)
+    assert "still to come" not in go(line + "union --shard 2/3") and "shards: 3 there, 2 now" in go(
+        line + "union --shard 0/2", 2
+    )
 
 def test_a_selector_proposes(there):
     "Beams of a selector, in one process or in shards; not mixed with those of similarity, and only from pools that it knows"
-    import torch; from leverplus.learner import load_selector; from leverplus.rldata_generate import policy_fingerprint, propose
-    model = load_selector("runs/rce/checkpoint"); torch.manual_seed(0)
-    with torch.no_grad(): [p.add_(torch.randn_like(p)*p.std().nan_to_num(0.).clamp(min=.1)) for p in model.parameters()]
-    model.save_pretrained("runs/wild", info=model.info); line = 'generate --lvlm mock --limit 12 --test 0 --quiet --window 2 --counts {"beam":4} --out runs/'
-    go(line + "second --selector runs/wild"); rows = RLData.load("runs/second"); go(line + "similar"); assert RLData.load("runs/similar").rows.pointer.tolist() != rows.rows.pointer.tolist()
-    job = Job(store="runs/store"); _, store, pool = job.inputs(); want = propose(pool, store, rows.queries, 2, policy=model, counts=dict(beam=4))
-    assert rows.rows.pointer.tolist() == want.pointer.tolist() and rows.manifest["settings"]["policy"] == policy_fingerprint(model)
+    import torch
+    from leverplus.learner import load_selector
+    from leverplus.rldata_generate import policy_fingerprint, propose
+    model = load_selector("runs/rce/checkpoint")
+    torch.manual_seed(0)
+    with torch.no_grad():
+        [p.add_(torch.randn_like(p) * p.std().nan_to_num(0.0).clamp(min=0.1)) for p in model.parameters()]
+    model.save_pretrained("runs/wild", info=model.info)
+    line = 'generate --lvlm mock --limit 12 --test 0 --quiet --window 2 --counts {"beam":4} --out runs/'
+    go(line + "second --selector runs/wild")
+    rows = RLData.load("runs/second")
+    go(line + "similar")
+    assert RLData.load("runs/similar").rows.pointer.tolist() != rows.rows.pointer.tolist()
+    job = Job(store="runs/store")
+    _, store, pool = job.inputs()
+    want = propose(pool, store, rows.queries, 2, policy=model, counts=dict(beam=4))
+    assert rows.rows.pointer.tolist() == want.pointer.tolist() and rows.manifest["settings"][
+        "policy"
+    ] == policy_fingerprint(model)
     for i in (0, 1): go(line + f"shards --selector runs/wild --shard {i}/2")
-    pd.testing.assert_frame_equal(RLData.load("runs/shards").rows, rows.rows); assert "policy" in go(line + "second", 2)
-    assert "K: 16 in the checkpoint, 8 here" in go(line + "few --selector runs/wild --K 8", 2) and not Path("runs/few").exists(); go(line + "few --selector runs/wild --K 8 --other-pool")
-    assert "at most 4" in go(line + "long --selector runs/wild --shots 5", 2) and "runs/nobody" in go(line + "long --selector runs/nobody", 2); assert "4 per question" in go(line + "long --selector runs/wild --dry-run")
+    pd.testing.assert_frame_equal(RLData.load("runs/shards").rows, rows.rows)
+    assert "policy" in go(line + "second", 2)
+    assert (
+        "K: 16 in the checkpoint, 8 here" in go(line + "few --selector runs/wild --K 8", 2)
+        and not Path("runs/few").exists()
+    )
+    go(line + "few --selector runs/wild --K 8 --other-pool")
+    assert "at most 4" in go(line + "long --selector runs/wild --shots 5", 2) and "runs/nobody" in go(
+        line + "long --selector runs/nobody", 2
+    )
+    assert "4 per question" in go(line + "long --selector runs/wild --dry-run")
 
 def test_generation_goes_on_after_an_interrupt(tmp_path, monkeypatch):
     from leverplus.rldata_generate import Generation
-    window = Generation.window; stop = lambda self, i: window(self, i) if i < 1 else (_ for _ in ()).throw(KeyboardInterrupt())
+    window = Generation.window
+    stop = lambda self, i: window(self, i) if i < 1 else (_ for _ in ()).throw(KeyboardInterrupt())
     assert "wanted manifest.json" in go(f"generate --lvlm mock --out {tmp_path/'run'} --resume", 2)
-    with monkeypatch.context() as m: m.setattr(Generation, "window", stop); run = go_mock(tmp_path, "--n 6 --window 2", 130)
-    assert len(list(run.glob("part-*"))) == 1; go_mock(tmp_path, "--n 6 --window 2 --resume"); whole = go_mock(tmp_path, "--n 6 --window 2", name="whole")
+    with monkeypatch.context() as m:
+        m.setattr(Generation, "window", stop)
+        run = go_mock(tmp_path, "--n 6 --window 2", 130)
+    assert len(list(run.glob("part-*"))) == 1
+    go_mock(tmp_path, "--n 6 --window 2 --resume")
+    whole = go_mock(tmp_path, "--n 6 --window 2", name="whole")
     pd.testing.assert_frame_equal(RLData.load(run).rows, RLData.load(whole).rows)
 
 def test_training_goes_on_after_an_interrupt(there, monkeypatch):
-    line = "train runs/all --dev runs/dev --epochs 3 --bs 4 --objective sft --out runs/"; seen = []
-    def logger(learn): return lambda log: seen.append(log) or (_ for _ in ()).throw(KeyboardInterrupt()) if len(seen) == 1 else seen.append(log)
-    with monkeypatch.context() as m: m.setattr(cli, "_epoch_line", logger); assert go(line + "cut", 130).endswith("the same command goes on from here")
-    assert (Path("runs/cut")/"state/sft/state.pt").exists() and "no selector lies there" in go("infer --selector runs/cut --out runs/x", 2)
-    go(line + "cut --resume"); go(line + "uncut"); weights = [Path(f"runs/{n}/checkpoint/model.safetensors").read_bytes() for n in ("cut", "uncut")]; assert weights[0] == weights[1]
-    assert "lr: None there, 0.1 now" in go(line + "cut --lr 0.1", 2); go(line + "cut --lr 0.1 --overwrite --quiet")
+    line = "train runs/all --dev runs/dev --epochs 3 --bs 4 --objective sft --out runs/"
+    seen = []
+    def logger(learn):
+        return lambda log: (
+            seen.append(log) or (_ for _ in ()).throw(KeyboardInterrupt())
+            if len(seen) == 1
+            else seen.append(log)
+        )
+    with monkeypatch.context() as m:
+        m.setattr(cli, "_epoch_line", logger)
+        assert go(line + "cut", 130).endswith("the same command goes on from here")
+    assert (Path("runs/cut") / "state/sft/state.pt").exists() and "no selector lies there" in go(
+        "infer --selector runs/cut --out runs/x", 2
+    )
+    go(line + "cut --resume")
+    go(line + "uncut")
+    weights = [Path(f"runs/{n}/checkpoint/model.safetensors").read_bytes() for n in ("cut", "uncut")]
+    assert weights[0] == weights[1]
+    assert "lr: None there, 0.1 now" in go(line + "cut --lr 0.1", 2)
+    go(line + "cut --lr 0.1 --overwrite --quiet")
 
 def test_an_epoch_chosen_by_accuracy(there, monkeypatch):
     "What is kept has the dev accuracy that `infer` finds; what is stored, or was asked before, is not asked again"
-    from leverplus.lvlm import SharedScorer; from leverplus.runs import Run; asked, run = [], SharedScorer.run
-    monkeypatch.setattr(SharedScorer, "run", lambda self, prompts, *a, **k: asked.extend((p.question_id, tuple(p.pointer)) for p in prompts) or run(self, prompts, *a, **k))
-    line = "train runs/all --dev runs/dev --choose accuracy --objective sft --epochs 2 --bs 4 --lr 0.05 --quiet --out runs/"; said = go(line + "chosen"); acc = Run("runs/chosen").metrics["dev_accuracy"]
-    stored = RLData.load("runs/dev").rows; assert f"dev accuracy {acc:.4f}" in said and len(asked) == len(set(asked)) and not set(asked) & set(zip(stored.question_id, stored.pointer))
-    assert f"accuracy {acc:.4f} (dev)" in go("infer --selector runs/chosen --split dev --n 12 --quiet --out runs/chosen-dev"); asked.clear(); go(line + "chosen --resume"); assert not asked
-    assert "choose" in go(line.replace("accuracy", "regret") + "chosen", 2) and "at most 36, one per question" in go(line + "x --dry-run") and not Path("runs/x").exists()
-    assert "its facts are of scorer" in go(line + "other --lvlm mock", 2) and "its facts are of scorer" in go(line + "chosen --style chat", 2) # another judge than the one that made the data
-    assert "no stage chooses" in go("train runs/all --dev runs/dev --choose accuracy --recipe plan5-as-run --quiet --out runs/other", 2) and not Path("runs/other").exists()
-    assert "at most 60" in go("train runs/all --dev runs/dev --choose accuracy --recipe ours --set {\"listwise\":{\"n_epoch\":4}} --dry-run --out runs/x") # the warm-up keeps its last epoch
+    from leverplus.lvlm import SharedScorer
+    from leverplus.runs import Run
+
+    asked, run = [], SharedScorer.run
+    monkeypatch.setattr(
+        SharedScorer,
+        "run",
+        lambda self, prompts, *a, **k: asked.extend((p.question_id, tuple(p.pointer)) for p in prompts)
+        or run(self, prompts, *a, **k),
+    )
+    line = (
+        "train runs/all --dev runs/dev --choose accuracy --objective sft --epochs 2 --bs 4 --lr 0.05 --quiet"
+        " --out runs/"
+    )
+    said = go(line + "chosen")
+    acc = Run("runs/chosen").metrics["dev_accuracy"]
+    stored = RLData.load("runs/dev").rows
+    assert (
+        f"dev accuracy {acc:.4f}" in said
+        and len(asked) == len(set(asked))
+        and not set(asked) & set(zip(stored.question_id, stored.pointer))
+    )
+    assert f"accuracy {acc:.4f} (dev)" in go(
+        "infer --selector runs/chosen --split dev --n 12 --quiet --out runs/chosen-dev"
+    )
+    asked.clear()
+    go(line + "chosen --resume")
+    assert not asked
+    assert (
+        "choose" in go(line.replace("accuracy", "regret") + "chosen", 2)
+        and "at most 36, one per question" in go(line + "x --dry-run")
+        and not Path("runs/x").exists()
+    )
+    # another judge than the one that made the data
+    assert "its facts are of scorer" in go(line + "other --lvlm mock", 2) and "its facts are of scorer" in go(
+        line + "chosen --style chat", 2
+    )
+    assert (
+        "no stage chooses" in go(
+            "train runs/all --dev runs/dev --choose accuracy --recipe plan5-as-run --quiet --out runs/other",
+            2,
+        )
+        and not Path("runs/other").exists()
+    )
+    # the warm-up keeps its last epoch
+    assert "at most 60" in go(
+        "train runs/all --dev runs/dev --choose accuracy --recipe ours --set {\"listwise\":{\"n_epoch\":4}}"
+        " --dry-run --out runs/x"
+    )
 
 def test_recipes_and_shares(there):
-    said = go("train runs/all --dev-share 0.5 --recipe rce-only --set {\"rce\":{\"n_epoch\":1}} --quiet --out runs/recipe"); assert "epochs 1" in said
-    assert "epochs 2" in go("train runs/all --dev-share 0.5 --recipe ours --set {\"warmup\":{\"n_epoch\":1,\"steps\":2},\"listwise\":{\"n_epoch\":1}} --quiet --out runs/ours")
-    assert "did you mean" in go("train runs/all --recipe rce-onlyy --out runs/x", 2) and "--lr beside --recipe" in go("train runs/all --recipe rce-only --lr 1 --out runs/x", 2)
-    for more in (["--set", '{"speed": 9}'], ["--model", '{"speed": 9}'], ["--weights", '{"speed": 9}']): assert "speed" in go(["train", "runs/all", "--dev", "runs/dev", "--out", "runs/x", *more], 2)
-    go("train runs/all --dev runs/dev --objective grpo --epochs 1 --start runs/rce --quiet --out runs/grpo"); assert not Path("runs/x").exists()
+    said = go(
+        "train runs/all --dev-share 0.5 --recipe rce-only --set {\"rce\":{\"n_epoch\":1}} --quiet --out"
+        " runs/recipe"
+    )
+    assert "epochs 1" in said
+    assert "epochs 2" in go(
+        "train runs/all --dev-share 0.5 --recipe ours --set"
+        " {\"warmup\":{\"n_epoch\":1,\"steps\":2},\"listwise\":{\"n_epoch\":1}} --quiet --out runs/ours"
+    )
+    assert "did you mean" in go(
+        "train runs/all --recipe rce-onlyy --out runs/x", 2
+    ) and "--lr beside --recipe" in go("train runs/all --recipe rce-only --lr 1 --out runs/x", 2)
+    for more in (["--set", '{"speed": 9}'], ["--model", '{"speed": 9}'], ["--weights", '{"speed": 9}']):
+        assert "speed" in go(["train", "runs/all", "--dev", "runs/dev", "--out", "runs/x", *more], 2)
+    go("train runs/all --dev runs/dev --objective grpo --epochs 1 --start runs/rce --quiet --out runs/grpo")
+    assert not Path("runs/x").exists()
 
 def test_sweeps_in_shards(there):
-    line = "sweep runs/all --dev runs/dev --lvlm mock --base sft.n_epoch=1 objective=sft --seeds 0 --quiet --out runs/shards "; Path("grid.json").write_text('{"bs": [4]}')
-    a, b = (go(line + f"--grid grid.json sft.lr=0.001,0.01 --shard {i}/2") for i in (0, 1)); assert "still to come" in a and "default" in b and len(pd.read_csv("runs/shards/table.csv")) == 2
-    assert "2 lie in runs/shards" in go(line + "--grid grid.json sft.lr=0.001,0.01 --dry-run"); assert cli.grid_of(["a=x,1", "b=[1,2],[3]", "c=true"]) == dict(a=["x", 1], b=[[1, 2], [3]], c=[True])
-    assert "speed" in go(line + "--grid speed=1,2", 2) and "nowhere.json" in go(line + "--grid nowhere.json", 2); bad = go(line + "--grid model.d_hidden=0", 1); assert "1 of 1 cells failed" in bad
+    line = (
+        "sweep runs/all --dev runs/dev --lvlm mock --base sft.n_epoch=1 objective=sft --seeds 0 --quiet --out"
+        " runs/shards "
+    )
+    Path("grid.json").write_text('{"bs": [4]}')
+    a, b = (go(line + f"--grid grid.json sft.lr=0.001,0.01 --shard {i}/2") for i in (0, 1))
+    assert "still to come" in a and "default" in b and len(pd.read_csv("runs/shards/table.csv")) == 2
+    assert "2 lie in runs/shards" in go(line + "--grid grid.json sft.lr=0.001,0.01 --dry-run")
+    assert cli.grid_of(["a=x,1", "b=[1,2],[3]", "c=true"]) == dict(a=["x", 1], b=[[1, 2], [3]], c=[True])
+    assert "speed" in go(line + "--grid speed=1,2", 2) and "nowhere.json" in go(
+        line + "--grid nowhere.json", 2
+    )
+    bad = go(line + "--grid model.d_hidden=0", 1)
+    assert "1 of 1 cells failed" in bad
 
 def test_the_demo_gets_its_words(monkeypatch, tmp_path):
-    got = []; monkeypatch.setattr("leverplus.demo.run_demo", lambda *a, **k: got.append((a, k)) or pd.DataFrame(dict(acc=[.5])))
-    said = go(["demo", "--path", str(tmp_path), "--seed", "3", "--train-queries", "24", "--set", '{"dev_queries": 9}', "--quiet"]); assert "report.html" in said
-    assert got == [((str(tmp_path), 3, False, False), dict(train_queries=24, dev_queries=9))]; assert "the demo knows" in go(["demo", "--set", '{"speed": 9}'], 2)
+    got = []
+    monkeypatch.setattr(
+        "leverplus.demo.run_demo", lambda *a, **k: got.append((a, k)) or pd.DataFrame(dict(acc=[0.5]))
+    )
+    said = go(
+        [
+            "demo",
+            "--path",
+            str(tmp_path),
+            "--seed",
+            "3",
+            "--train-queries",
+            "24",
+            "--set",
+            '{"dev_queries": 9}',
+            "--quiet",
+        ]
+    )
+    assert "report.html" in said
+    assert got == [((str(tmp_path), 3, False, False), dict(train_queries=24, dev_queries=9))]
+    assert "the demo knows" in go(["demo", "--set", '{"speed": 9}'], 2)
 
 def test_six_questions_end_to_end(tmp_path, monkeypatch, capsys, road):
     "From another working folder: the embedded world, the tiny model, verified, in two shards, one of them in a process of its own"
-    words = ["generate", "--limit", "6", "--window", "2", "--test", "4", "--shots", "1", "2", "--counts", '{"beam": 2, "temperature": {"1.5": 1}}', "--device", "cpu", "--store", str(road[0]/"runs/store"), "--out", "run", "--verify", "1"]
-    r = leverplus(*words, "--quiet", "--shard", "0/2", cwd=tmp_path); assert r.returncode == 0 and "%|" not in r.stderr, r.stderr # no bar of anybody
-    monkeypatch.chdir(tmp_path); assert cli.main([*words, "--shard", "1/2"]) == 0
+    words = [
+        "generate",
+        "--limit",
+        "6",
+        "--window",
+        "2",
+        "--test",
+        "4",
+        "--shots",
+        "1",
+        "2",
+        "--counts",
+        '{"beam": 2, "temperature": {"1.5": 1}}',
+        "--device",
+        "cpu",
+        "--store",
+        str(road[0] / "runs/store"),
+        "--out",
+        "run",
+        "--verify",
+        "1",
+    ]
+    # no bar of anybody
+    r = leverplus(*words, "--quiet", "--shard", "0/2", cwd=tmp_path)
+    assert r.returncode == 0 and "%|" not in r.stderr, r.stderr
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([*words, "--shard", "1/2"]) == 0
     for out in (r.stdout, capsys.readouterr().out):
-        assert re.search(r"^run: rows \d+, queries \d, failed 0, fingerprint [0-9a-f]{16}, verified 1 of 1, log P within .* \(allowed 0.001\), 0 other texts$", out, re.M), out
-    data = RLData.load(tmp_path/"run"); assert len(data) == 6*6 and data.shots == (1, 2) and data.manifest["shards"] == 2
-    want = Job(limit=6, window=2, test=4, shots=(1, 2), counts=dict(beam=2, temperature={1.5: 1}), device="cpu", store=str(road[0]/"runs/store")).run(tmp_path/"want", progress=False)
-    assert want.manifest["settings"] == data.manifest["settings"]; soft = ["vqa_gt_prob", "vqa_gt_logprobs"]
-    pd.testing.assert_frame_equal(data.rows.drop(columns=soft), want.rows.drop(columns=soft)); assert (data.rows.vqa_gt_prob - want.rows.vqa_gt_prob).abs().max() < 1e-4
+        assert re.search(
+            r"^run: rows \d+, queries \d, failed 0, fingerprint [0-9a-f]{16}, verified 1 of 1, log P within"
+            r" .* \(allowed 0.001\), 0 other texts$",
+            out,
+            re.M,
+        ), out
+    data = RLData.load(tmp_path / "run")
+    assert len(data) == 6 * 6 and data.shots == (1, 2) and data.manifest["shards"] == 2
+    want = Job(
+        limit=6,
+        window=2,
+        test=4,
+        shots=(1, 2),
+        counts=dict(beam=2, temperature={1.5: 1}),
+        device="cpu",
+        store=str(road[0] / "runs/store"),
+    ).run(tmp_path / "want", progress=False)
+    assert want.manifest["settings"] == data.manifest["settings"]
+    soft = ["vqa_gt_prob", "vqa_gt_logprobs"]
+    pd.testing.assert_frame_equal(data.rows.drop(columns=soft), want.rows.drop(columns=soft))
+    assert (data.rows.vqa_gt_prob - want.rows.vqa_gt_prob).abs().max() < 1e-4
 
 def test_help_is_good_to_read(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "100"); top, commands = go("--help"), [a.__name__.removeprefix("add_") for a in cli.DOORS]
+    monkeypatch.setenv("COLUMNS", "100")
+    top = go("--help")
+    commands = [a.__name__.removeprefix("add_") for a in cli.DOORS]
     for code in cli.STATUS: assert f"{code}  {cli.STATUS[code]}" in top
     for c in commands:
-        sub = go(f"{c} --help"); assert c in top and max(map(len, sub.splitlines())) <= 100 and "examples:\n  leverplus" in sub and re.search("^in: ", sub, re.M) and re.search("^out: ", sub, re.M), sub
-    for flag in ("--out", "--shard I/N", "--verify K", "--ray WORKERS", "--prefix-cache {off,query,global}", "--dtype {float32,bfloat16,float16}", "--device", "--limit", "(default: data/islands)", "--dry-run", "--resume"):
+        sub = go(f"{c} --help")
+        assert (
+            c in top
+            and max(map(len, sub.splitlines())) <= 100
+            and "examples:\n  leverplus" in sub
+            and re.search("^in: ", sub, re.M)
+            and re.search("^out: ", sub, re.M)
+        ), sub
+    for flag in (
+        "--out",
+        "--shard I/N",
+        "--verify K",
+        "--ray WORKERS",
+        "--prefix-cache {off,query,global}",
+        "--dtype {float32,bfloat16,float16}",
+        "--device",
+        "--limit",
+        "(default: data/islands)",
+        "--dry-run",
+        "--resume",
+    ):
         assert flag in go("generate --help"), flag
 
 def test_examples_of_the_help_are_words_that_the_parser_knows(monkeypatch):
     for c in [a.__name__.removeprefix("add_") for a in cli.DOORS]:
-        lines = re.split("\n  leverplus ", go(f"{c} --help").split("examples:")[1].replace("\\\n", " ")); assert len(lines) > 1
+        lines = re.split("\n  leverplus ", go(f"{c} --help").split("examples:")[1].replace("\\\n", " "))
+        assert len(lines) > 1
         for l in lines[1:]: assert cli.parser().parse_args(l.split()).command == c
 
 def status(words, capsys):
@@ -220,61 +529,152 @@ def status(words, capsys):
 
 BASE = "generate --lvlm mock --limit 3 --test 0 --quiet --out run".split()
 
-@pytest.mark.parametrize("words, says", [
-    (["--shard", "2/2"], "'2/2' is no shard"), (["--shard", "first"], "'first' is no shard"), (["--shard", "1/2/3"], "'1/2/3' is no shard"), (["--counts", "beam"], "is not JSON"), (["--counts", "[1]"], "wanted an object"),
-    (["--counts", '{"beams": 1}'], "beams"), (["--shots", "16"], "shots < K"), (["--dtype", "int8"], "invalid choice"), (["--data", "nowhere"], "nowhere"), (["--split", "val"], "split 'val'"),
-    (["--limit", "0"], "limit 0"), (["--verify", "-1"], "--verify wants"), (["--ray", "0"], "--ray one >= 1"), (["--nonsense"], "unrecognized"), (["--limit", "many"], "invalid int"),
-    (["--rate", "0"], "wanted a number >= 1e-09"), (["--images", "."], "question 10010: no such image")])
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        (["--shard", "2/2"], "'2/2' is no shard"),
+        (["--shard", "first"], "'first' is no shard"),
+        (["--shard", "1/2/3"], "'1/2/3' is no shard"),
+        (["--counts", "beam"], "is not JSON"),
+        (["--counts", "[1]"], "wanted an object"),
+        (["--counts", '{"beams": 1}'], "beams"),
+        (["--shots", "16"], "shots < K"),
+        (["--dtype", "int8"], "invalid choice"),
+        (["--data", "nowhere"], "nowhere"),
+        (["--split", "val"], "split 'val'"),
+        (["--limit", "0"], "limit 0"),
+        (["--verify", "-1"], "--verify wants"),
+        (["--ray", "0"], "--ray one >= 1"),
+        (["--nonsense"], "unrecognized"),
+        (["--limit", "many"], "invalid int"),
+        (["--rate", "0"], "wanted a number >= 1e-09"),
+        (["--images", "."], "question 10010: no such image"),
+    ],
+)
 def test_bad_arguments_exit_with_2_and_a_sentence(tmp_path, capsys, monkeypatch, words, says):
-    monkeypatch.chdir(tmp_path); code, last = status(BASE + words, capsys); assert code == 2 and says in last and last.startswith("leverplus") and "Traceback" not in last, last
+    monkeypatch.chdir(tmp_path)
+    code, last = status(BASE + words, capsys)
+    assert code == 2 and says in last and last.startswith("leverplus") and "Traceback" not in last, last
     assert not list(tmp_path.iterdir()) # nothing was begun
 
-@pytest.mark.parametrize("line, says", [
-    ("", "required: COMMAND"), ("generate", "--out"), ("check nowhere", "nowhere/manifest.json"), ("mine nowhere --out x", "nowhere/manifest.json"), ("merge nowhere --out x", "nowhere/manifest.json"), ("merge x --out x", "folder of its own"),
-    ("train nowhere --out x", "nowhere/manifest.json"), ("infer --out x", "--how greedy wants --selector"), ("infer --selector ./none --out x", "./none"), ("eval --out x --shots 0", "at least one above 0"),
-    ("eval --out x --selector random=y", "y: no such"), ("report nowhere", "nowhere is not a run folder"), ("embed --data nowhere", "nowhere"), ("pools --K 0", "K 0"), ("infer --shots two --out x", "invalid shots_arg")])
+@pytest.mark.parametrize(
+    "line, says",
+    [
+        ("", "required: COMMAND"),
+        ("generate", "--out"),
+        ("check nowhere", "nowhere/manifest.json"),
+        ("mine nowhere --out x", "nowhere/manifest.json"),
+        ("merge nowhere --out x", "nowhere/manifest.json"),
+        ("merge x --out x", "folder of its own"),
+        ("train nowhere --out x", "nowhere/manifest.json"),
+        ("infer --out x", "--how greedy wants --selector"),
+        ("infer --selector ./none --out x", "./none"),
+        ("eval --out x --shots 0", "at least one above 0"),
+        ("eval --out x --selector random=y", "y: no such"),
+        ("report nowhere", "nowhere is not a run folder"),
+        ("embed --data nowhere", "nowhere"),
+        ("pools --K 0", "K 0"),
+        ("infer --shots two --out x", "invalid shots_arg"),
+    ],
+)
 def test_every_door_says_what_is_wrong(tmp_path, monkeypatch, line, says):
-    monkeypatch.chdir(tmp_path); assert says in go(line, 2); assert not list(tmp_path.iterdir())
+    monkeypatch.chdir(tmp_path)
+    assert says in go(line, 2)
+    assert not list(tmp_path.iterdir())
 
 def test_errors_of_data_name_the_run(there):
-    assert "its facts are of scorer" in go("mine runs/train --out runs/x --lvlm mock", 2) and "twice" in go("eval --selector runs/rce --selector runs/rce --out runs/x", 2)
+    assert "its facts are of scorer" in go("mine runs/train --out runs/x --lvlm mock", 2) and "twice" in go(
+        "eval --selector runs/rce --selector runs/rce --out runs/x", 2
+    )
     assert "mixed" in go("infer --lvlm mock --selector runs/rce --sampler mixed --out runs/x --n 4", 2)
-    few = RLData.load("runs/dev"); rows = few.rows[few.rows.vqa_acc_score < .5]; RLData.from_frame(rows, few.pool.only(rows.question_id.unique())).save("runs/poor") # no right answers
-    assert "alarms: runs/poor: " in go("check runs/poor --strict", 1) and "has no ['speed']" in go("check runs/dev --weights {\"speed\":9}", 2)
+    # no right answers
+    few = RLData.load("runs/dev")
+    rows = few.rows[few.rows.vqa_acc_score < 0.5]
+    RLData.from_frame(rows, few.pool.only(rows.question_id.unique())).save("runs/poor")
+    assert "alarms: runs/poor: " in go("check runs/poor --strict", 1) and "has no ['speed']" in go(
+        "check runs/dev --weights {\"speed\":9}", 2
+    )
     err = io.StringIO()
     with contextlib.redirect_stderr(err): assert cli.main(["train", "nowhere", "--out", "x", "--debug"]) == 2
-    assert "Traceback" in err.getvalue() and err.getvalue().strip().splitlines()[-1].startswith("leverplus train: ")
+    assert "Traceback" in err.getvalue() and err.getvalue().strip().splitlines()[-1].startswith(
+        "leverplus train: "
+    )
 
 def test_what_cannot_go_on(tmp_path, capsys, monkeypatch, road):
     from leverplus.rldata_generate import run_lock
-    monkeypatch.chdir(tmp_path); store = ["--store", str(road[0]/"runs/store")]; assert cli.main(BASE + store) == 0
-    with run_lock("run"): code, last = status(BASE + store, capsys); assert code == 3 and f"process {os.getpid()}" in last
-    for words, says in [(["--seed", "1"], "seed: there 0, here 1"), (["--shard", "0/2"], "without shards lies here")]:
-        code, last = status(BASE + store + words, capsys); assert code == 2 and says in last
-    monkeypatch.setitem(sys.modules, "ray", None); code, last = status(BASE + store + ["--ray", "2"], capsys); assert code == 2 and "pip install -e '.[ray]'" in last
+    monkeypatch.chdir(tmp_path)
+    store = ["--store", str(road[0] / "runs/store")]
+    assert cli.main(BASE + store) == 0
+    with run_lock("run"):
+        code, last = status(BASE + store, capsys)
+        assert code == 3 and f"process {os.getpid()}" in last
+    for words, says in [
+        (["--seed", "1"], "seed: there 0, here 1"),
+        (["--shard", "0/2"], "without shards lies here"),
+    ]:
+        code, last = status(BASE + store + words, capsys)
+        assert code == 2 and says in last
+    monkeypatch.setitem(sys.modules, "ray", None)
+    code, last = status(BASE + store + ["--ray", "2"], capsys)
+    assert code == 2 and "pip install -e '.[ray]'" in last
     class Off: # a scorer that its reference does not confirm
         from leverplus.lvlm import MockScorer
-        fingerprint, tolerance, inner = "off", 0., MockScorer()
+        fingerprint = "off"
+        tolerance = 0.
+        inner = MockScorer()
         def run(self, *a, **k): return self.inner.run(*a, **k)
         def reference(self): return self.MockScorer(1)
-    monkeypatch.setattr(Job, "scorer", lambda self: Off()); code, last = status(BASE[:-1] + ["other", *store, "--verify", "1"], capsys); assert code == 1 and "the reference" in last
+    monkeypatch.setattr(Job, "scorer", lambda self: Off())
+    code, last = status(BASE[:-1] + ["other", *store, "--verify", "1"], capsys)
+    assert code == 1 and "the reference" in last
     from leverplus.lvlm import MockScorer # questions without an answer are failed work, and asked again
-    q = Job(split="dev").items().query("split == 'dev'").question_id.iloc[1]; monkeypatch.setattr(Job, "scorer", lambda self: MockScorer(fails=[q])); line = f"infer --how mmr --n 4 --quiet --store {store[1]} --out p"
-    assert f"first [{q}]" in go(line, 1) and "failed 1" in go(line + " --blank") and json.loads(Path("p/predictions.json").read_text())[1] == dict(question_id=int(q), answer="")
-    monkeypatch.setattr(Job, "scorer", lambda self: 1/0); assert "ZeroDivisionError" in go(BASE[:-1] + ["third", *store], 1)
+    q = Job(split="dev").items().query("split == 'dev'").question_id.iloc[1]
+    monkeypatch.setattr(Job, "scorer", lambda self: MockScorer(fails=[q]))
+    line = f"infer --how mmr --n 4 --quiet --store {store[1]} --out p"
+    assert (
+        f"first [{q}]" in go(line, 1)
+        and "failed 1" in go(line + " --blank")
+        and json.loads(Path("p/predictions.json").read_text())[1] == dict(question_id=int(q), answer="")
+    )
+    monkeypatch.setattr(Job, "scorer", lambda self: 1 / 0)
+    assert "ZeroDivisionError" in go(BASE[:-1] + ["third", *store], 1)
 
 def test_every_flag_is_a_field_with_its_default():
-    args = cli.parser().parse_args(["generate", "--out", "x"]); names = {f.name for f in fields(Job)}; assert set(cli.FIELDS) <= names and names - set(cli.FIELDS) == {"check", "kind"}
-    assert args.store == "runs/store" and Job(**{k: getattr(args, k) for k in cli.FIELDS if k != "store"}) == Job()
+    args = cli.parser().parse_args(["generate", "--out", "x"])
+    names = {f.name for f in fields(Job)}
+    assert set(cli.FIELDS) <= names and names - set(cli.FIELDS) == {"check", "kind"}
+    assert (
+        args.store == "runs/store"
+        and Job(**{k: getattr(args, k) for k in cli.FIELDS if k != "store"}) == Job()
+    )
 
 def test_the_console_script_is_declared():
     import configparser
-    cfg = configparser.ConfigParser(delimiters=["="]); cfg.read(ROOT/"settings.ini", encoding="utf8"); cfg = cfg["DEFAULT"]
-    assert "leverplus=leverplus.__main__:main" in cfg["console_scripts"].split() and "leverplus-demo=leverplus.demo:main" in cfg["console_scripts"].split() and cfg["ray_requirements"].startswith("ray[data]>=")
+    cfg = configparser.ConfigParser(delimiters=["="])
+    cfg.read(ROOT / "settings.ini", encoding="utf8")
+    cfg = cfg["DEFAULT"]
+    assert (
+        "leverplus=leverplus.__main__:main" in cfg["console_scripts"].split()
+        and "leverplus-demo=leverplus.demo:main" in cfg["console_scripts"].split()
+        and cfg["ray_requirements"].startswith("ray[data]>=")
+    )
 
 def test_a_selector_is_judged_by_stored_rows(there):
-    said = go("check runs/dev --selector runs/rce --selector again=runs/rce --split dev"); assert said.count("runs/dev, judging ") == 2 and "judging again\n" in said
-    table = said[said.index("judging again"):]; assert re.search(r"^2 +sample, T = 1 +12 ", table, re.M) and re.search(r"^ +all +12 ", table, re.M) and "unbiased se" in table
-    go("train runs/train --dev runs/dev --out runs/own --epochs 1 --bs 4"); assert "judging own, WHICH WAS TRAINED ON THESE ROWS" in go("check runs/train --selector own=runs/own") and "WHICH WAS" not in said
-    assert "forgets its threshold" in go("check runs/all --selector runs/rce", 2)   # a merged run: its draws are not whole
-    assert "judging" not in go("check runs/dev") and go("check runs/dev --selector runs/none --split dev", 2).startswith("leverplus check: runs/none")
+    said = go("check runs/dev --selector runs/rce --selector again=runs/rce --split dev")
+    assert said.count("runs/dev, judging ") == 2 and "judging again\n" in said
+    table = said[said.index("judging again") :]
+    assert (
+        re.search(r"^2 +sample, T = 1 +12 ", table, re.M)
+        and re.search(r"^ +all +12 ", table, re.M)
+        and "unbiased se" in table
+    )
+    go("train runs/train --dev runs/dev --out runs/own --epochs 1 --bs 4")
+    assert (
+        "judging own, WHICH WAS TRAINED ON THESE ROWS" in go("check runs/train --selector own=runs/own")
+        and "WHICH WAS" not in said
+    )
+    # a merged run: its draws are not whole
+    assert "forgets its threshold" in go("check runs/all --selector runs/rce", 2)
+    assert "judging" not in go("check runs/dev") and go(
+        "check runs/dev --selector runs/none --split dev", 2
+    ).startswith("leverplus check: runs/none")

@@ -6,8 +6,10 @@ import numpy as np, pandas as pd, pytest
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 from leverplus.core import repo_path
-from leverplus.data import (BadItems, check_splits, expand_labels, image_fault, items_fingerprint, left_out, majority, read_okvqa,
-                            read_soft_labels, read_vqav2, show_items)
+from leverplus.data import (
+    BadItems, check_splits, expand_labels, image_fault, items_fingerprint, left_out, majority, read_okvqa,
+    read_soft_labels, read_vqav2, show_items,
+)
 from leverplus.vqa import answer_targets
 
 Q, A = "OpenEnded_mscoco_train2014_questions.json", "mscoco_train2014_annotations.json"
@@ -15,7 +17,16 @@ Q, A = "OpenEnded_mscoco_train2014_questions.json", "mscoco_train2014_annotation
 def world(n=6):
     qs = [dict(question_id=10*i + 1, image_id=i, question=f"what is {i}?") for i in range(n)]
     said = [dict(answer_id=j + 1, answer="red" if j < 6 else "blue", raw_answer="reds") for j in range(10)]
-    an = [dict(question_id=10*i + 1, image_id=i, question_type="t", answer_type="other", answers=copy.deepcopy(said)) for i in range(n)]
+    an = [
+        dict(
+            question_id=10 * i + 1,
+            image_id=i,
+            question_type="t",
+            answer_type="other",
+            answers=copy.deepcopy(said),
+        )
+        for i in range(n)
+    ]
     return qs, an
 
 def put(root, qs, an, prefix=""):
@@ -27,7 +38,9 @@ def put(root, qs, an, prefix=""):
 def paint(folder, ids, ext="png"):
     folder.mkdir(exist_ok=True, parents=True)
     for i in ids:
-        Image.fromarray(np.full((16, 16, 3), 20*i % 255, dtype=np.uint8)).save(folder/f"COCO_train2014_{i:012d}.{ext}")
+        Image.fromarray(np.full((16, 16, 3), 20 * i % 255, dtype=np.uint8)).save(
+            folder / f"COCO_train2014_{i:012d}.{ext}"
+        )
     return folder
 
 def test_okvqa(tmp_path):
@@ -35,7 +48,12 @@ def test_okvqa(tmp_path):
     assert list(f.columns) == ["question_id", "image_id", "image_path", "question", "answers", "answer",
                                "question_type", "answer_type", "raw_answers", "split"]
     assert f.index.tolist() == f.question_id.tolist() == [1, 11, 21, 31, 41, 51] and f.index.name is None
-    assert f.image_path.isna().all() and set(f.answer) == {"red"} and set(f.split) == {"train"} and len(left_out(f)) == 0
+    assert (
+        f.image_path.isna().all()
+        and set(f.answer) == {"red"}
+        and set(f.split) == {"train"}
+        and len(left_out(f)) == 0
+    )
     assert f.answers.loc[11] == ["red"]*6 + ["blue"]*4 and f.raw_answers.loc[1] == ["reds"]*10
 
 def test_vqav2(tmp_path):
@@ -47,17 +65,22 @@ def test_vqav2(tmp_path):
     assert set(f.answer) == {"blue"} and "raw_answers" not in f
     del an[2]["multiple_choice_answer"]
     put(tmp_path, qs, an, "v2_")
-    with pytest.raises(BadItems, match="question 21: multiple_choice_answer is None"): read_vqav2(tmp_path, "train")
+    with pytest.raises(BadItems, match="question 21: multiple_choice_answer is None"):
+        read_vqav2(tmp_path, "train")
 
 def test_order_is_the_questions_files(tmp_path):
-    qs, an = world(); qs.reverse()
+    qs, an = world()
+    qs.reverse()
     assert read_okvqa(put(tmp_path, qs, an), "train").index.tolist() == [51, 41, 31, 21, 11, 1]
 
 @pytest.mark.parametrize("sub,ext", [("", "jpg"), ("", "png"), ("train2014", "jpg"), ("train2014", "png")])
 def test_images(tmp_path, sub, ext):
-    put(tmp_path, *world()); paint(tmp_path/"im"/sub, range(6), ext)
+    put(tmp_path, *world())
+    paint(tmp_path / "im" / sub, range(6), ext)
     f = read_okvqa(tmp_path, "train", images=tmp_path/"im")
-    assert all(Path(p).is_file() for p in f.image_path) and f.image_path.loc[21].endswith(f"COCO_train2014_000000000002.{ext}")
+    assert all(Path(p).is_file() for p in f.image_path) and f.image_path.loc[21].endswith(
+        f"COCO_train2014_000000000002.{ext}"
+    )
 
 # ---- bad input: (change, what is left out, words of the error)
 def twice(qs, an): qs.append(dict(qs[1]))
@@ -78,18 +101,32 @@ def list_id(qs, an): qs[1]["question_id"] = [11]
 def not_object(qs, an): qs.append("11")
 def annotated_twice(qs, an): an.append(copy.deepcopy(an[1]))
 
-@pytest.mark.parametrize("change,lost,words", [
-    (twice, 0, f"{Q}: question 11: question_id appears twice"), (annotated_twice, 0, f"{A}: question 11: question_id appears twice"),
-    (no_annotation, 1, f"{A}: question 11: no annotation"), (no_question, 1, f"{Q}: question 11: no question"),
-    (nine, 1, f"{A}: question 11: 9 answers"), (eleven, 1, f"{A}: question 11: 11 answers"),
-    (no_answers, 1, f"{A}: question 11: answers is NoneType"), (number, 1, f"{A}: question 11: an answer without a text"),
-    (blank, 1, f"{A}: question 11: all answers are blank"), (text_id, 1, f"{Q}: question 11: question_id is '11'"),
-    (true_id, 1, f"{Q}: question True: question_id is True"), (list_id, 1, f"{Q}: question [11]: question_id is [11]"),
-    (no_image_id, 1, f"{Q}: question 11: image_id is None"), (negative, 1, f"{Q}: question 11: image_id is -1"),
-    (no_text, 1, f"{Q}: question 11: question is '  '"), (other_image, 1, f"{A}: question 11: image_id 5, but 1"),
-    (not_object, 0, f"{Q}: question None: entry 6 is str")])
+@pytest.mark.parametrize(
+    "change,lost,words",
+    [
+        (twice, 0, f"{Q}: question 11: question_id appears twice"),
+        (annotated_twice, 0, f"{A}: question 11: question_id appears twice"),
+        (no_annotation, 1, f"{A}: question 11: no annotation"),
+        (no_question, 1, f"{Q}: question 11: no question"),
+        (nine, 1, f"{A}: question 11: 9 answers"),
+        (eleven, 1, f"{A}: question 11: 11 answers"),
+        (no_answers, 1, f"{A}: question 11: answers is NoneType"),
+        (number, 1, f"{A}: question 11: an answer without a text"),
+        (blank, 1, f"{A}: question 11: all answers are blank"),
+        (text_id, 1, f"{Q}: question 11: question_id is '11'"),
+        (true_id, 1, f"{Q}: question True: question_id is True"),
+        (list_id, 1, f"{Q}: question [11]: question_id is [11]"),
+        (no_image_id, 1, f"{Q}: question 11: image_id is None"),
+        (negative, 1, f"{Q}: question 11: image_id is -1"),
+        (no_text, 1, f"{Q}: question 11: question is '  '"),
+        (other_image, 1, f"{A}: question 11: image_id 5, but 1"),
+        (not_object, 0, f"{Q}: question None: entry 6 is str"),
+    ],
+)
 def test_bad_items(tmp_path, change, lost, words):
-    qs, an = world(); change(qs, an); put(tmp_path, qs, an)
+    qs, an = world()
+    change(qs, an)
+    put(tmp_path, qs, an)
     with pytest.raises(BadItems) as e: read_okvqa(tmp_path, "train")
     assert words in str(e.value) and "on_bad='skip'" in str(e.value)
     f = read_okvqa(tmp_path, "train", on_bad="skip")
@@ -103,12 +140,22 @@ def empty(p): p.write_bytes(b"")
 def words_(p): p.write_text("<html>404</html>")
 def gone(p): p.unlink()
 
-@pytest.mark.parametrize("spoil,words", [(cut, "cannot be read"), (empty, "image file is empty"), (words_, "cannot be read"), (gone, "no such image")])
+@pytest.mark.parametrize(
+    "spoil,words",
+    [
+        (cut, "cannot be read"),
+        (empty, "image file is empty"),
+        (words_, "cannot be read"),
+        (gone, "no such image"),
+    ],
+)
 @pytest.mark.parametrize("ext", ["png", "jpg"])
 def test_bad_images(tmp_path, spoil, words, ext):
     qs, an = world()
-    qs.append(dict(question_id=99, image_id=2, question="again?")); an.append(dict(an[2], question_id=99))
-    put(tmp_path, qs, an); im = paint(tmp_path/"im", range(6), ext)
+    qs.append(dict(question_id=99, image_id=2, question="again?"))
+    an.append(dict(an[2], question_id=99))
+    put(tmp_path, qs, an)
+    im = paint(tmp_path / "im", range(6), ext)
     spoil(im/f"COCO_train2014_{2:012d}.{ext}")
     with pytest.raises(BadItems, match=rf"COCO_train2014_000000000002\S*: question 21: .*{words}"):
         read_okvqa(tmp_path, "train", images=im)
@@ -117,7 +164,8 @@ def test_bad_images(tmp_path, spoil, words, ext):
     assert len(read_okvqa(tmp_path, "train")) == 7 # images=None does not look
 
 def test_how_hard_images_are_looked_at(tmp_path):
-    p, noise = tmp_path/"x.jpg", np.random.default_rng(0).integers(255, size=(64, 64, 3), dtype=np.uint8)
+    p = tmp_path/"x.jpg"
+    noise = np.random.default_rng(0).integers(255, size=(64, 64, 3), dtype=np.uint8)
     Image.fromarray(noise).save(p)
     p.write_bytes(p.read_bytes()[:1500])
     assert image_fault(p) and not image_fault(p, "header") and not image_fault(p, "exists")
@@ -127,7 +175,9 @@ def test_files_that_are_missing_or_broken(tmp_path):
     with pytest.raises(FileNotFoundError, match=f"{Q}.*folder does not exist"):
         read_okvqa(tmp_path/"nowhere", "train", on_bad="skip")
     put(tmp_path, qs, an)
-    with pytest.raises(FileNotFoundError, match="OpenEnded_mscoco_val2014_questions.json.*the folder holds.*train2014"):
+    with pytest.raises(
+        FileNotFoundError, match="OpenEnded_mscoco_val2014_questions.json.*the folder holds.*train2014"
+    ):
         read_okvqa(tmp_path, "val")
     with pytest.raises(FileNotFoundError, match="no such folder of images"):
         read_okvqa(tmp_path, "train", images=tmp_path/"im", on_bad="skip")
@@ -140,7 +190,8 @@ def test_files_that_are_missing_or_broken(tmp_path):
     with pytest.raises(FileNotFoundError, match=f"{A}: no such file"): read_okvqa(tmp_path, "train")
 
 def test_nothing_left_is_an_error_even_when_skipping(tmp_path):
-    qs, _ = world(); put(tmp_path, qs, [])
+    qs, _ = world()
+    put(tmp_path, qs, [])
     with pytest.raises(BadItems, match="nothing would be left"): read_okvqa(tmp_path, "train", on_bad="skip")
     put(tmp_path, [], [])
     with pytest.raises(BadItems, match="no questions"): read_okvqa(tmp_path, "train")
@@ -150,11 +201,13 @@ def test_bad_arguments(tmp_path, kw):
     with pytest.raises(ValueError, match="pass"): read_okvqa(put(tmp_path, *world()), "train", **kw)
 
 def test_report_survives_and_says_when_it_is_gone(tmp_path):
-    qs, an = world(); del an[1]
+    qs, an = world()
+    del an[1]
     f = read_okvqa(put(tmp_path, qs, an), "train", on_bad="skip")
     assert len(left_out(f[f.image_id > 2])) == 1 and len(left_out(f.copy())) == 1
     with pytest.raises(ValueError, match="no report"): left_out(pd.DataFrame({"question_id": [1]}))
-    f.to_parquet(tmp_path/"f.parquet"); g = pd.read_parquet(tmp_path/"f.parquet")
+    f.to_parquet(tmp_path / "f.parquet")
+    g = pd.read_parquet(tmp_path / "f.parquet")
     assert items_fingerprint(g) == items_fingerprint(f) and g.index.tolist() == f.index.tolist()
     other = read_okvqa(put(tmp_path/"b", *world()), "train")
     assert len(pd.concat([f, other])) == 11 # reports that differ do not hinder concat
@@ -177,17 +230,23 @@ def test_check_splits(tmp_path):
     assert t.loc["b"].tolist() == [4, 4]
     with pytest.raises(ValueError, match=r"'a' and 'b' share 1 image_ids, e.g. \[2\]"):
         check_splits(a=f.iloc[:3], b=f.iloc[2:])
-    with pytest.raises(ValueError, match="question_ids"): check_splits(a=f, b=f.assign(image_id=f.image_id + 100))
+    with pytest.raises(ValueError, match="question_ids"):
+        check_splits(a=f, b=f.assign(image_id=f.image_id + 100))
 
 def test_fingerprint(tmp_path):
     f = read_okvqa(put(tmp_path, *world()), "train")
-    assert items_fingerprint(f) == items_fingerprint(f.iloc[::-1]) == items_fingerprint(f.assign(image_path="elsewhere"))
+    assert (
+        items_fingerprint(f)
+        == items_fingerprint(f.iloc[::-1])
+        == items_fingerprint(f.assign(image_path="elsewhere"))
+    )
     for g in (f.iloc[1:], f.assign(question="?"), f.assign(answers=[["x"]*10]*6)):
         assert items_fingerprint(g) != items_fingerprint(f)
 
 def test_show_items(tmp_path):
     import matplotlib.pyplot as plt
-    put(tmp_path, *world()); im = paint(tmp_path/"im", range(6))
+    put(tmp_path, *world())
+    im = paint(tmp_path / "im", range(6))
     assert len(show_items(read_okvqa(tmp_path, "train", images=im), 2)) == 2
     axes = plt.subplots(1, 3)[1]
     assert (show_items(read_okvqa(tmp_path, "train"), 3, axes) == axes).all()
@@ -196,12 +255,16 @@ def test_show_items(tmp_path):
 # ---- soft labels
 
 def test_expand_labels_inverts_soft_labels():
-    every = [(5,), (4, 1), (3, 2), (3, 1, 1), (2, 2, 1), (2, 1, 1, 1), (1, 1, 1, 1, 1)] # every way five people can agree
+    # every way five people can agree
+    every = [(5,), (4, 1), (3, 2), (3, 1, 1), (2, 2, 1), (2, 1, 1, 1), (1, 1, 1, 1, 1)]
     for groups in every:
         label = {f"w{i}": 1 if c > 1 else .667 for i, c in enumerate(groups)}
         assert Counter(expand_labels(label)) == {f"w{i}": 2*c for i, c in enumerate(groups)}
 
-@pytest.mark.parametrize("label", [{}, None, {"a": .5}, {"a": "1"}, {"a": .667}, dict.fromkeys("abc", 1), dict.fromkeys("abcdef", .667)])
+@pytest.mark.parametrize(
+    "label",
+    [{}, None, {"a": 0.5}, {"a": "1"}, {"a": 0.667}, dict.fromkeys("abc", 1), dict.fromkeys("abcdef", 0.667)],
+)
 def test_impossible_labels(label):
     with pytest.raises(ValueError): expand_labels(label)
 
@@ -211,7 +274,8 @@ def test_real_okvqa(okvqa):
     assert train.image_id.loc[516065] == 51606 and train.answer.loc[516065] == "pony tail"
     assert {len(a) for a in val.answers} == {10}
     check_splits(train=train, val=val)
-    for row in json.loads((okvqa/"val_soft_labels.json").read_text())[:500]: # the labels come back from the ten answers
+    # the labels come back from the ten answers
+    for row in json.loads((okvqa / "val_soft_labels.json").read_text())[:500]:
         counts = Counter(val.answers.loc[row["question_id"]])
         assert {a: min(c/3, 1) for a, c in counts.items()} == pytest.approx(row["label"], abs=1e-3)
     with pytest.raises(FileNotFoundError, match="mscoco_val2014_annotations.json"): read_okvqa(okvqa, "val")

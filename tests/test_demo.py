@@ -5,7 +5,16 @@ from leverplus.demo import run_demo
 from leverplus.learner import load_selector
 from leverplus.world import load_world, all_pointers
 
-SMALL = dict(train_queries=24, dev_queries=16, fixed=2, cases=4, table_shots=(2,), recipes=dict(sft=dict(sft=dict(n_epoch=1)), ours=dict(warmup=dict(n_epoch=1, steps=14), listwise=dict(n_epoch=1))))
+SMALL = dict(
+    train_queries=24,
+    dev_queries=16,
+    fixed=2,
+    cases=4,
+    table_shots=(2,),
+    recipes=dict(
+        sft=dict(sft=dict(n_epoch=1)), ours=dict(warmup=dict(n_epoch=1, steps=14), listwise=dict(n_epoch=1))
+    ),
+)
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
@@ -14,19 +23,42 @@ def demo(tmp_path_factory):
 
 def test_files_and_rows(demo):
     path, table = demo
-    for name in ("results.csv", "settings.json", "history.csv", "curves.png", "examples.png", "report.html"): assert (path/name).stat().st_size > 0, name
+    for name in ("results.csv", "settings.json", "history.csv", "curves.png", "examples.png", "report.html"):
+        assert (path / name).stat().st_size > 0, name
     on_disk = pd.read_csv(path/"results.csv")
     assert list(on_disk) == ["selector", "shots", "n", "acc", "lo", "hi", "gap_closed", "changed"]
-    assert {"zero_shot", "random", "similar_image", "similar_text", "similar_mixed", "mmr", "majority_vote", "fixed", "sft", "ours", "oracle"} == set(on_disk.selector)
+    assert {
+        "zero_shot",
+        "random",
+        "similar_image",
+        "similar_text",
+        "similar_mixed",
+        "mmr",
+        "majority_vote",
+        "fixed",
+        "sft",
+        "ours",
+        "oracle",
+    } == set(on_disk.selector)
     assert set(on_disk.shots) == {0, 2} and (on_disk.n == 1000).all()
-    assert ((on_disk.lo <= on_disk.acc) & (on_disk.acc <= on_disk.hi) & (on_disk.lo >= 0) & (on_disk.hi <= 1)).all()
+    assert (
+        (on_disk.lo <= on_disk.acc) & (on_disk.acc <= on_disk.hi) & (on_disk.lo >= 0) & (on_disk.hi <= 1)
+    ).all()
     two = on_disk[on_disk.shots == 2].set_index("selector")
     assert two.gap_closed["oracle"] == 1 and two.gap_closed["random"] == 0 and two.acc.idxmax() == "oracle"
 
 def test_run_explains_itself(demo):
-    path, table = demo; settings = read_json(path/"settings.json")
-    assert settings["settings"]["train_queries"] == 24 and settings["fingerprints"]["lvlm"] and settings["finished"]
-    assert load_selector(path/"checkpoint").info["pool"]["K"] == 16 and load_selector(path/"checkpoint").info["recipe"] == "ours"
+    path, table = demo
+    settings = read_json(path / "settings.json")
+    assert (
+        settings["settings"]["train_queries"] == 24
+        and settings["fingerprints"]["lvlm"]
+        and settings["finished"]
+    )
+    assert (
+        load_selector(path / "checkpoint").info["pool"]["K"] == 16
+        and load_selector(path / "checkpoint").info["recipe"] == "ours"
+    )
     assert len(read_json(path/"looks.json")) == 1
 
 def test_second_run_changes_nothing(demo):
@@ -34,13 +66,17 @@ def test_second_run_changes_nothing(demo):
     pd.testing.assert_frame_equal(run_demo(path, progress=False, **SMALL), table)
 
 def test_other_settings_are_refused(demo):
-    with pytest.raises(ValueError, match="best 'theirs' is not among"): run_demo(demo[0], progress=False, **SMALL, best="theirs")
-    with pytest.raises(ValueError, match="train_queries"): run_demo(demo[0], progress=False, **SMALL | dict(train_queries=25))
+    with pytest.raises(ValueError, match="best 'theirs' is not among"):
+        run_demo(demo[0], progress=False, **SMALL, best="theirs")
+    with pytest.raises(ValueError, match="train_queries"):
+        run_demo(demo[0], progress=False, **SMALL | dict(train_queries=25))
 
 def test_stored_facts_are_what_the_model_says():
     "A sample of the exhaustive facts, asked again"
     from leverplus.rldata_generate import FactCache, ask
-    w = load_world(); facts = w.facts(); sample = facts.sample(64, random_state=0)
+    w = load_world()
+    facts = w.facts()
+    sample = facts.sample(64, random_state=0)
     assert len(facts) == len(all_pointers(w.pools["test"]))
     again = ask(sample[["question_id", "pointer"]], w.scorer, w.items, FactCache())
     assert again.vqa_pred_answer.tolist() == sample.vqa_pred_answer.tolist()

@@ -16,80 +16,199 @@ from leverplus.synth import quiet, synth_dls, toy_learner
 def run(*cbs, dls=None, n=2, lr=1e-2, start=None, **kw):
     learn = toy_learner(regret, dls or synth_dls(128, 64, N=8), cbs=[RLStats(every=2), History()], **kw)
     if start is not None: learn.model.load_state_dict(start.state_dict())
-    with quiet(learn), warnings.catch_warnings(): warnings.simplefilter("ignore"); learn.fit(n, lr, cbs=list(cbs))
+    with quiet(learn), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        learn.fit(n, lr, cbs=list(cbs))
     return learn
 
 def starved(n=640, live=4, N=10):
     "Groups with one reward each, but for `live` of them, which have one positive"
-    dls = synth_dls(n, 64, N=N); rows = dls.train_ds.rows
-    dls.train_ds.rows = [(*row, torch.zeros(len(r)) + (torch.arange(len(r)) == 0)*(i < live)) for i, (*row, r) in enumerate(rows)]
+    dls = synth_dls(n, 64, N=N)
+    rows = dls.train_ds.rows
+    dls.train_ds.rows = [
+        (*row, torch.zeros(len(r)) + (torch.arange(len(r)) == 0) * (i < live))
+        for i, (*row, r) in enumerate(rows)
+    ]
     return dls
 
 class TopKByReward(SkipFlat):
     "The reports' cut, before the advantages"
     order, name = Objective.order-1, "top_k_by_reward"
-    def before_batch(self): r, m = self.yb; self.learn.yb = r, m & (r.masked_fill(~m, -1).argsort(-1, descending=True).argsort(-1) < 3)
+    def before_batch(self):
+        r, m = self.yb
+        self.learn.yb = r, m & (r.masked_fill(~m, -1).argsort(-1, descending=True).argsort(-1) < 3)
 
 @pytest.fixture(scope="module")
 def good():
     learn = run(RCE(.3), SkipFlat(), Best(), dls=synth_dls(256, 128, N=8), n=6, lr=.1)
-    with quiet(learn): learn.fit(4, 1e-2, cbs=[NoDropout(), SkipFlat(), GRPO(), KLToRef(), AdaptiveKL(limits=(1e-3, 1.)), TopKCurriculum(5), Best(), Watch("raise")], reset_opt=True)
+    with quiet(learn):
+        learn.fit(
+            4,
+            1e-2,
+            cbs=[
+                NoDropout(),
+                SkipFlat(),
+                GRPO(),
+                KLToRef(),
+                AdaptiveKL(limits=(1e-3, 1.0)),
+                TopKCurriculum(5),
+                Best(),
+                Watch("raise"),
+            ],
+            reset_opt=True,
+        )
     return learn
 
 def test_a_healthy_run_raises_no_alarm(good):
     for fit in (1, 2):
-        d = diagnose(good, fit=fit); assert not d and d.alarms == [] == d.sentences and "0 alarms of" in repr(d) and len(d.frame) >= 9
-    assert {"live", "filter", "kl", "k3", "ratio", "clip", "dropout", "penalty", "beta", "pool", "uniform", "unchanged", "overfit", "collapse", "mass"} <= set(d.frame.index)
+        d = diagnose(good, fit=fit)
+        assert not d and d.alarms == [] == d.sentences and "0 alarms of" in repr(d) and len(d.frame) >= 9
+    assert {
+        "live",
+        "filter",
+        "kl",
+        "k3",
+        "ratio",
+        "clip",
+        "dropout",
+        "penalty",
+        "beta",
+        "pool",
+        "uniform",
+        "unchanged",
+        "overfit",
+        "collapse",
+        "mass",
+    } <= set(d.frame.index)
 
 def test_four_live_groups_of_640():
-    learn = run(NoDropout(), GRPO(min_live=0), KLToRef(toy_learner(regret, seed=1).model, .15), dls=starved(), n=1); d = diagnose(learn)
-    assert learn.history.frame.adv_std_all.iloc[0] == pytest.approx(.00625, rel=1e-6)   # the reports' "Adv Std 0.006"
-    assert {"live", "penalty"} <= set(d.alarms) and "0.00625" in d.sentences[0] and "below 5% do not start" in d.sentences[0]   # rows 1 and 5
+    learn = run(
+        NoDropout(), GRPO(min_live=0), KLToRef(toy_learner(regret, seed=1).model, 0.15), dls=starved(), n=1
+    )
+    d = diagnose(learn)
+    # the reports' "Adv Std 0.006"
+    assert learn.history.frame.adv_std_all.iloc[0] == pytest.approx(0.00625, rel=1e-6)
+    # rows 1 and 5
+    assert (
+        {"live", "penalty"} <= set(d.alarms)
+        and "0.00625" in d.sentences[0]
+        and "below 5% do not start" in d.sentences[0]
+    )
 
 def test_top_k_by_reward():
-    d = diagnose(run(NoDropout(), TopKByReward(), GRPO())); assert "filter" in d.alarms
+    d = diagnose(run(NoDropout(), TopKByReward(), GRPO()))
+    assert "filter" in d.alarms
     assert "TopKCurriculum" in next(s for s in d.sentences if s.startswith("A filter"))
     assert not {"filter"} & set(diagnose(run(NoDropout(), GRPO(), TopKCurriculum(3))).alarms)
 
 def test_stale_old_policy_clips_what_is_good():
-    dls = synth_dls(128, 64, K=24, N=6); before = toy_learner(regret).model; trained = run(RCE(.05), SkipFlat(), dls=dls, n=10, lr=.2).model
-    learn = run(NoDropout(), GRPO(old=before, refresh="never", dual=None, strict=False), dls=dls, start=trained); d = diagnose(learn)
+    dls = synth_dls(128, 64, K=24, N=6)
+    before = toy_learner(regret).model
+    trained = run(RCE(0.05), SkipFlat(), dls=dls, n=10, lr=0.2).model
+    learn = run(
+        NoDropout(), GRPO(old=before, refresh="never", dual=None, strict=False), dls=dls, start=trained
+    )
+    d = diagnose(learn)
     assert "ratio" in d.alarms and d.frame.value["ratio"] > 5 and "dropout" not in d.alarms
-    fresh = diagnose(run(NoDropout(), GRPO(), dls=dls, start=trained)); assert not {"ratio", "clip"} & set(fresh.alarms)
+    fresh = diagnose(run(NoDropout(), GRPO(), dls=dls, start=trained))
+    assert not {"ratio", "clip"} & set(fresh.alarms)
     assert learn.history.frame.clip_pos.iloc[0] > .2
 
 def test_dropout_in_ratios():
-    d = diagnose(run(GRPO(strict=False), dropout=.5)); assert {"ratio", "dropout"} <= set(d.alarms)
-    assert not {"ratio", "dropout"} & set(diagnose(run(NoDropout(), GRPO(), dropout=.5)).alarms) and "dropout" not in diagnose(run(RCE(), dropout=.5)).alarms
+    d = diagnose(run(GRPO(strict=False), dropout=0.5))
+    assert {"ratio", "dropout"} <= set(d.alarms)
+    assert (
+        not {"ratio", "dropout"} & set(diagnose(run(NoDropout(), GRPO(), dropout=0.5)).alarms)
+        and "dropout" not in diagnose(run(RCE(), dropout=0.5)).alarms
+    )
 
 def test_k3_is_no_kl_and_beta_hits_its_bound():
-    d = diagnose(run(RCE(.1), KLToRef(toy_learner(regret).model, 0.), dls=synth_dls(8, 64, 8, K=40, N=2), lr=.1, n=8)); assert "k3" in d.alarms
-    d = diagnose(pd.DataFrame(dict(kl=[.05, .078], k3=[3., 17.3], kl_bound=8.3))); assert d.alarms == ["k3"] and "17.3" in d.sentences[0]   # the report's numbers
-    d = diagnose(run(NoDropout(), GRPO(), KLToRef(beta=.5), AdaptiveKL(.9, 1., limits=(.3, 1.)), n=4)); assert "beta" in d.alarms
+    d = diagnose(
+        run(
+            RCE(0.1), KLToRef(toy_learner(regret).model, 0.0), dls=synth_dls(8, 64, 8, K=40, N=2), lr=0.1, n=8
+        )
+    )
+    assert "k3" in d.alarms
+    # the report's numbers
+    d = diagnose(pd.DataFrame(dict(kl=[0.05, 0.078], k3=[3.0, 17.3], kl_bound=8.3)))
+    assert d.alarms == ["k3"] and "17.3" in d.sentences[0]
+    d = diagnose(run(NoDropout(), GRPO(), KLToRef(beta=0.5), AdaptiveKL(0.9, 1.0, limits=(0.3, 1.0)), n=4))
+    assert "beta" in d.alarms
     assert diagnose(pd.DataFrame(dict(beta=[10., .1, .001])), beta=(.001, 10.)).alarms == ["beta"]
 
 # what each rule must say of a history that has just this: (columns, facts, alarms)
-CASES = dict(live=(dict(live_before=[.2]), {}), filter=(dict(live_before=[.54], live_after=[.26]), {}), kl=(dict(kl=[.1, .6]), {}),
-             k3=(dict(kl=[.1], k3=[17.]), {}), ratio=(dict(ratio_off=[20.]), {}), clip=(dict(clip_pos=[.9]), {}), dropout=(dict(ratio_off=[0.], dropout=[2.]), {}),
-             penalty=(dict(grad_policy=[.08], grad_kl_to_ref=[.92]), {}), beta=(dict(beta=[1., 10.], beta_least=1e-3, beta_most=10.), {}),
-             ess=(dict(ess=[.99], temp=[2.]), {}), soft=(dict(), dict(spearman=.1)), pool=(dict(), dict(pool_train=16., pool_valid=64.)),
-             uniform=(dict(above_uniform=[.01]), {}), unchanged=(dict(same_as_start=[.5, 1.]), {}),
-             overfit=(dict(regret_train=[.1], valid_loss=[.4], regret_sd=[.2]), dict(queries=100, queries_valid=100)),
-             collapse=(dict(entropy=[.05], unique=[.5]), {}), mass=(dict(mass=[.2, .05]), {}))
+CASES = dict(
+    live=(dict(live_before=[0.2]), {}),
+    filter=(dict(live_before=[0.54], live_after=[0.26]), {}),
+    kl=(dict(kl=[0.1, 0.6]), {}),
+    k3=(dict(kl=[0.1], k3=[17.0]), {}),
+    ratio=(dict(ratio_off=[20.0]), {}),
+    clip=(dict(clip_pos=[0.9]), {}),
+    dropout=(dict(ratio_off=[0.0], dropout=[2.0]), {}),
+    penalty=(dict(grad_policy=[0.08], grad_kl_to_ref=[0.92]), {}),
+    beta=(dict(beta=[1.0, 10.0], beta_least=1e-3, beta_most=10.0), {}),
+    ess=(dict(ess=[0.99], temp=[2.0]), {}),
+    soft=(dict(), dict(spearman=0.1)),
+    pool=(dict(), dict(pool_train=16.0, pool_valid=64.0)),
+    uniform=(dict(above_uniform=[0.01]), {}),
+    unchanged=(dict(same_as_start=[0.5, 1.0]), {}),
+    overfit=(
+        dict(regret_train=[0.1], valid_loss=[0.4], regret_sd=[0.2]),
+        dict(queries=100, queries_valid=100),
+    ),
+    collapse=(dict(entropy=[0.05], unique=[0.5]), {}),
+    mass=(dict(mass=[0.2, 0.05]), {}),
+)
 
 @pytest.mark.parametrize("rule", RULES)
 def test_every_rule_alone(rule):
-    cols, facts = CASES[rule]; f = pd.DataFrame({"epoch": [0], **cols} if not cols else cols)
-    d = diagnose(f, facts); assert d.alarms == [rule] and len(d.sentences) == 1
-    said = d.sentences[0]; assert RULES[rule].symptom.lower() in said.lower() and "Do: " in said and "{" not in said and "nan" not in said
+    cols, facts = CASES[rule]
+    f = pd.DataFrame({"epoch": [0], **cols} if not cols else cols)
+    d = diagnose(f, facts)
+    assert d.alarms == [rule] and len(d.sentences) == 1
+    said = d.sentences[0]
+    assert (
+        RULES[rule].symptom.lower() in said.lower()
+        and "Do: " in said
+        and "{" not in said
+        and "nan" not in said
+    )
     assert rule in d._repr_markdown_() or RULES[rule].symptom in d._repr_markdown_()
-    loose = dict(live=0., filter=1., kl=99., k3=1e9, ratio=1e9, clip=1., penalty=1., beta=(0., 1e9), ess=(0., 1.), soft=-1., uniform=-1., unchanged=2., overfit=1e9, entropy=-1., unique=-1., mass=-1.)
-    if rule not in ("dropout", "pool"): assert diagnose(f, facts, **loose).alarms == []   # every threshold is an argument
+    loose = dict(
+        live=0.0,
+        filter=1.0,
+        kl=99.0,
+        k3=1e9,
+        ratio=1e9,
+        clip=1.0,
+        penalty=1.0,
+        beta=(0.0, 1e9),
+        ess=(0.0, 1.0),
+        soft=-1.0,
+        uniform=-1.0,
+        unchanged=2.0,
+        overfit=1e9,
+        entropy=-1.0,
+        unique=-1.0,
+        mass=-1.0,
+    )
+    # every threshold is an argument
+    if rule not in ("dropout", "pool"):
+        assert diagnose(f, facts, **loose).alarms == []
 
-@given(st.dictionaries(st.sampled_from(sorted({c for cols, _ in CASES.values() for c in cols})), st.floats(0, 3) | st.just(math.nan), min_size=1))
+@given(
+    st.dictionaries(
+        st.sampled_from(sorted({c for cols, _ in CASES.values() for c in cols})),
+        st.floats(0, 3) | st.just(math.nan),
+        min_size=1,
+    )
+)
 @settings(max_examples=25)
 def test_any_history_can_be_judged(row):
-    d = diagnose(pd.DataFrame([row, row]), {}); assert set(d.frame.index) <= set(RULES) and d.frame.value.notna().all() and len(d.sentences) == len(d.alarms)
+    d = diagnose(pd.DataFrame([row, row]), {})
+    assert (
+        set(d.frame.index) <= set(RULES) and d.frame.value.notna().all() and len(d.sentences) == len(d.alarms)
+    )
 
 def test_what_cannot_be_judged(good):
     with pytest.raises(ValueError, match="no epochs"): diagnose(History())
@@ -97,20 +216,45 @@ def test_what_cannot_be_judged(good):
     with pytest.raises(ValueError, match="a Learner with"): diagnose(toy_learner(regret))
 
 def test_facts_come_without_a_draw(good):
-    import random; a, b = torch.get_rng_state(), random.getstate(); f = data_facts(good.dls)
-    assert torch.equal(a, torch.get_rng_state()) and b == random.getstate() and f["queries"] == 256 and f["queries_valid"] == 128 and f["shots"] == [2]
-    assert f["live"] == pytest.approx(np.mean([float(r.max() > r.min()) for *_, r in good.dls.train_ds.rows])) and math.isnan(f["spearman"])
+    import random
+
+    a = torch.get_rng_state()
+    b = random.getstate()
+    f = data_facts(good.dls)
+    assert (
+        torch.equal(a, torch.get_rng_state())
+        and b == random.getstate()
+        and f["queries"] == 256
+        and f["queries_valid"] == 128
+        and f["shots"] == [2]
+    )
+    assert f["live"] == pytest.approx(
+        np.mean([float(r.max() > r.min()) for *_, r in good.dls.train_ds.rows])
+    ) and math.isnan(f["spearman"])
     class Soft: rows = pd.DataFrame(dict(vqa_gt_prob=[.1, .2, .9, None], vqa_acc_score=[1., .6, 0., 1.]))
     good.dls.train_ds.rows, keep = good.dls.train_ds.rows, good.dls.train_ds.rows
     assert diagnose(good, data_facts(good.dls) | dict(spearman=-.9)).alarms == ["soft"]
 
-# --- in the first epoch -------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("cbs,kw,said", [
-    (lambda: [NoDropout(), GRPO(min_live=0)], dict(dls=starved(160, 1)), "Few groups can teach"), (lambda: [GRPO(strict=False)], dict(dropout=.5), "Ratio is not 1"),
-    (lambda: [NoDropout(), TopKByReward(), GRPO()], {}, "A filter makes"), (lambda: [NoDropout(), GRPO()], dict(lr=1e-9), "Picks are those of the start"),
-    (lambda: [RCE(9.), KLToRef(toy_learner(regret, seed=1).model, 9.)], {}, "A penalty steers")])
+# --- in the first epoch
+# -------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "cbs,kw,said",
+    [
+        (lambda: [NoDropout(), GRPO(min_live=0)], dict(dls=starved(160, 1)), "Few groups can teach"),
+        (lambda: [GRPO(strict=False)], dict(dropout=0.5), "Ratio is not 1"),
+        (lambda: [NoDropout(), TopKByReward(), GRPO()], {}, "A filter makes"),
+        (lambda: [NoDropout(), GRPO()], dict(lr=1e-9), "Picks are those of the start"),
+        (lambda: [RCE(9.0), KLToRef(toy_learner(regret, seed=1).model, 9.0)], {}, "A penalty steers"),
+    ],
+)
 def test_told_after_one_epoch(cbs, kw, said):
-    learn = toy_learner(regret, kw.pop("dls", None) or synth_dls(96, 32, N=8), dropout=kw.pop("dropout", 0.), cbs=[RLStats(every=2), History()], wd=0.)
+    learn = toy_learner(
+        regret,
+        kw.pop("dls", None) or synth_dls(96, 32, N=8),
+        dropout=kw.pop("dropout", 0.0),
+        cbs=[RLStats(every=2), History()],
+        wd=0.0,
+    )
     with quiet(learn), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with pytest.raises(CannotLearn, match=said): learn.fit(9, kw.get("lr"), cbs=[*cbs(), Watch("raise")])
@@ -118,17 +262,24 @@ def test_told_after_one_epoch(cbs, kw, said):
 
 def test_watch_warns_once_and_needs_stats():
     learn = toy_learner(regret, starved(96, 1), cbs=[RLStats()])
-    with quiet(learn), pytest.warns(UserWarning, match="after one epoch: Few groups") as ws: learn.fit(3, cbs=[NoDropout(), GRPO(min_live=0), Watch()])
+    with quiet(learn), pytest.warns(UserWarning, match="after one epoch: Few groups") as ws:
+        learn.fit(3, cbs=[NoDropout(), GRPO(min_live=0), Watch()])
     assert sum("after one epoch" in str(w.message) for w in ws) == 1
-    with quiet(learn), pytest.raises(ValueError, match="RLStats"): toy_learner(regret).fit(1, cbs=[RCE(), Watch()])
+    with quiet(learn), pytest.raises(ValueError, match="RLStats"):
+        toy_learner(regret).fit(1, cbs=[RCE(), Watch()])
     with pytest.raises(ValueError, match="'warn' or 'raise'"): Watch("shout")
     with quiet(learn): learn.validate(cbs=Watch("raise"))   # validation says nothing
 
-# --- curves -------------------------------------------------------------------------------------------------------------
+# --- curves -------------------------------------------------------------------------------------------------
+# ------------
 def test_plot_rl_draws_what_was_recorded(good):
-    f = good.history.frame; axs = plot_rl(good); assert [a.get_title() for a in axs] == list(PANELS) and all(a.get_xlabel() == "epoch" for a in axs)
-    kl = next(a for a in axs if a.get_title().startswith("KL")); got = {l.get_label(): l.get_ydata() for l in kl.lines}
+    f = good.history.frame
+    axs = plot_rl(good)
+    assert [a.get_title() for a in axs] == list(PANELS) and all(a.get_xlabel() == "epoch" for a in axs)
+    kl = next(a for a in axs if a.get_title().startswith("KL"))
+    got = {l.get_label(): l.get_ydata() for l in kl.lines}
     assert np.array_equal(got["KL"], f.kl, equal_nan=True) and np.array_equal(got["ln K!/(K-S)!"], f.kl_bound)
-    own = plt.subplots(1, 2)[1]; assert list(plot_rl(f[["fit", "valid_loss", "entropy"]], own)) == list(own)
+    own = plt.subplots(1, 2)[1]
+    assert list(plot_rl(f[["fit", "valid_loss", "entropy"]], own)) == list(own)
     with pytest.raises(ValueError, match="2 axes for 9 panels"): plot_rl(good.history, own)
     with pytest.raises(ValueError, match="nothing to draw"): plot_rl(f[["fit", "epoch", "kl_bound"]])

@@ -16,9 +16,17 @@ def world(seed=0, Q=6, demos=30, first=1000, shots=(1, 2, 3), fail=.1):
     "Ragged pools, groups and shots, shuffled rows, some of them failed"
     g = rng("test_dls", seed, first)
     qid = [first + 7*i for i in range(Q)]
-    pool = Pool({q: g.choice(demos, g.integers(5, 9), replace=False) for q in qid}, dict(sampler="random", K=8))
-    rows = pd.DataFrame([(q, tuple(g.choice(pool[q], g.choice(shots), replace=False).tolist())) for q in qid for _ in range(g.integers(2, 7))],
-                        columns=["question_id", "pointer"]).drop_duplicates()
+    pool = Pool(
+        {q: g.choice(demos, g.integers(5, 9), replace=False) for q in qid}, dict(sampler="random", K=8)
+    )
+    rows = pd.DataFrame(
+        [
+            (q, tuple(g.choice(pool[q], g.choice(shots), replace=False).tolist()))
+            for q in qid
+            for _ in range(g.integers(2, 7))
+        ],
+        columns=["question_id", "pointer"],
+    ).drop_duplicates()
     rows = rows.sample(frac=1, random_state=seed).reset_index(drop=True)
     rows["eval_failed"] = g.random(len(rows)) < fail
     rows.loc[rows.drop_duplicates("question_id").index, "eval_failed"] = False
@@ -27,7 +35,8 @@ def world(seed=0, Q=6, demos=30, first=1000, shots=(1, 2, 3), fail=.1):
     return rows, pool
 
 def vectors(seed=0, d=3):
-    g = rng("test_dls vectors", seed); ids = [*range(30), *range(1000, 1200), *range(5000, 5200)]
+    g = rng("test_dls vectors", seed)
+    ids = [*range(30), *range(1000, 1200), *range(5000, 5200)]
     return EmbedStore(ids, *(torch.tensor(g.normal(size=(len(ids), d))).float() for _ in range(2)))
 
 STORE = vectors()
@@ -35,59 +44,79 @@ def dataset(rows, pool, **kw): return GroupDataset(rows, pool, STORE, rows.vqa_a
 
 def slow_item(rows, pool, q, kind):
     part = rows[(rows.question_id == q) & ~rows.eval_failed]
-    return STORE.get(q, kind), STORE.get(list(pool[q]), kind), [pool.local(q, p) for p in part.pointer], torch.tensor(part.vqa_acc_score.to_numpy()).float()
+    return (
+        STORE.get(q, kind),
+        STORE.get(list(pool[q]), kind),
+        [pool.local(q, p) for p in part.pointer],
+        torch.tensor(part.vqa_acc_score.to_numpy()).float(),
+    )
 
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 10**6), kind=st.sampled_from(["image", "text", "mixed"]))
 def test_batch_equals_slow_padding(seed, kind):
-    rows, pool = world(seed); ds = dataset(rows, pool, kind=kind)
+    rows, pool = world(seed)
+    ds = dataset(rows, pool, kind=kind)
     assert len(ds) == 6 and ds.d == STORE.dim(kind) and len(ds.rows) + ds.n_failed == len(rows)
     i = rng(seed).permutation(6)[:4]
-    fast, slow = ds.batch(i), pad_groups([slow_item(rows, pool, ds.question_ids[j], kind) for j in i])
+    fast = ds.batch(i)
+    slow = pad_groups([slow_item(rows, pool, ds.question_ids[j], kind) for j in i])
     for name, a, b in zip(NAMES, fast, slow): assert torch.equal(a, b), name
     for name, a, b in zip(NAMES, fast, pad_groups([ds[int(j)] for j in i])): assert torch.equal(a, b), name
     check_seqs(fast[3], fast[4], fast[2])
 
 def test_padding_is_to_the_batch_not_to_the_dataset():
-    rows, pool = world(3); ds = dataset(rows, pool)
+    rows, pool = world(3)
+    ds = dataset(rows, pool)
     shapes = {tuple(ds.batch([i])[1].shape[1:2]) + tuple(ds.batch([i])[3].shape[1:]) for i in range(6)}
     assert len(shapes) > 1
     for i in range(6):
-        q, c, cm, s, sm, r, m = ds.batch([i]); assert cm.all() and m.all() and sm.any(-1).all() and sm[..., -1].any()
+        q, c, cm, s, sm, r, m = ds.batch([i])
+        assert cm.all() and m.all() and sm.any(-1).all() and sm[..., -1].any()
 
 def test_queries_can_be_chosen_and_ordered():
-    rows, pool = world(1); want = [1014, 1000]
+    rows, pool = world(1)
+    want = [1014, 1000]
     ds = dataset(rows, pool, question_ids=want)
     assert ds.question_ids.tolist() == want and set(ds.rows.question_id) == set(want) and len(ds.lost) == 4
     full = dataset(rows, pool)
-    for a, b in zip(ds.batch([0, 1]), full.batch(full.question_ids.get_indexer(want))): assert torch.equal(a, b)
+    for a, b in zip(ds.batch([0, 1]), full.batch(full.question_ids.get_indexer(want))):
+        assert torch.equal(a, b)
 
 def test_a_query_that_only_failed_is_left_out_and_counted():
-    rows, pool = world(2, fail=0); rows["eval_failed"] = rows.question_id == 1007
+    rows, pool = world(2, fail=0)
+    rows["eval_failed"] = rows.question_id == 1007
     rows.loc[rows.eval_failed, "vqa_acc_score"] = np.nan
     ds = dataset(rows, pool)
     assert ds.lost == [1007] and 1007 not in ds.question_ids and "1 queries" in repr(ds)
-    with pytest.raises(ValueError, match="question_id 1007: no row"): dataset(rows, pool, question_ids=[1000, 1007])
+    with pytest.raises(ValueError, match="question_id 1007: no row"):
+        dataset(rows, pool, question_ids=[1000, 1007])
     with pytest.raises(ValueError, match="none is left"): dataset(rows.assign(eval_failed=True), pool)
 
-def one_bad(rows, pointer): return rows.assign(pointer=[pointer if i == 0 else p for i, p in enumerate(rows.pointer)])
+def one_bad(rows, pointer):
+    return rows.assign(pointer=[pointer if i == 0 else p for i, p in enumerate(rows.pointer)])
 
 def test_what_is_refused():
-    rows, pool = world(4, fail=0); q, own = rows.question_id[0], pool[rows.question_id[0]]
+    rows, pool = world(4, fail=0)
+    q, own = rows.question_id[0], pool[rows.question_id[0]]
     outside = next(d for d in range(30) if d not in own)
-    with pytest.raises(ValueError, match=f"query {q}: demonstration {outside}"): dataset(one_bad(rows, (own[0], outside)), pool)
-    with pytest.raises(ValueError, match=f"question_id {q} has a pointer that repeats"): dataset(one_bad(rows, (own[0], own[0])), pool)
-    with pytest.raises(ValueError, match=f"question_id {q} has an empty pointer"): dataset(one_bad(rows, ()), pool)
+    with pytest.raises(ValueError, match=f"query {q}: demonstration {outside}"):
+        dataset(one_bad(rows, (own[0], outside)), pool)
+    with pytest.raises(ValueError, match=f"question_id {q} has a pointer that repeats"):
+        dataset(one_bad(rows, (own[0], own[0])), pool)
+    with pytest.raises(ValueError, match=f"question_id {q} has an empty pointer"):
+        dataset(one_bad(rows, ()), pool)
     twin = rows[rows.question_id == q].pointer.iloc[1]
     with pytest.raises(ValueError, match="same pointer twice"): dataset(one_bad(rows, twin), pool)
     with pytest.raises(ValueError, match="K > S"): dataset(one_bad(rows, own), pool)
     with pytest.raises(ValueError, match=f"question_id {q}, pointer .* reward nan"):
         dataset(rows.assign(vqa_acc_score=[np.nan] + rows.vqa_acc_score.tolist()[1:]), pool)
-    with pytest.raises(ValueError, match="wanted one number per row"): GroupDataset(rows, pool, STORE, [1., 2.])
+    with pytest.raises(ValueError, match="wanted one number per row"):
+        GroupDataset(rows, pool, STORE, [1.0, 2.0])
     with pytest.raises(KeyError, match=str(q)): dataset(rows, Pool({k: pool[k] for k in pool if k != q}))
     few = EmbedStore(range(30), STORE.image[:30], STORE.text[:30])
     with pytest.raises(KeyError, match="1000"): GroupDataset(rows, pool, few, rows.vqa_acc_score)
-    nan = EmbedStore(STORE.ids, STORE.image, STORE.text); nan.image[STORE.ids.get_loc(1000)] = torch.nan
+    nan = EmbedStore(STORE.ids, STORE.image, STORE.text)
+    nan.image[STORE.ids.get_loc(1000)] = torch.nan
     with pytest.raises(ValueError, match="not finite"): GroupDataset(rows, pool, nan, rows.vqa_acc_score)
 
 def records(Q=40, **kw):
@@ -95,15 +124,23 @@ def records(Q=40, **kw):
     return RLData(a, pa), RLData(b, pb)
 
 def test_same_seed_same_batches():
-    trn, val = records(); made = lambda seed: group_dls(trn, val, STORE, seed=seed, bs=4, device="cpu")
+    trn, val = records()
+    made = lambda seed: group_dls(trn, val, STORE, seed=seed, bs=4, device="cpu")
     epochs = lambda dls: [[b[0] for b in dls.train] for _ in range(2)]
     flat = lambda e: torch.cat([x for ep in e for x in ep])
-    torch.manual_seed(3); a = flat(epochs(made(0))); np.random.seed(9); torch.rand(5); b = flat(epochs(made(0)))
+    torch.manual_seed(3)
+    a = flat(epochs(made(0)))
+    np.random.seed(9)
+    torch.rand(5)
+    b = flat(epochs(made(0)))
     assert torch.equal(a, b) and not torch.equal(a, flat(epochs(made(1))))
     assert not torch.equal(a[:20], a[20:])                                # a new order every epoch
     assert torch.equal(a[:20].sort(0).values, a[20:].sort(0).values)      # of the same queries: none dropped
-    dls = made(0); again = dls.train.new(); assert isinstance(again, GroupDL) and torch.equal(torch.cat([x[0] for x in again]), a[:20])
-    plain = dls.train.new(dls.valid_ds, shuffle=False, bs=3); assert torch.equal(torch.cat([x[0] for x in plain]), dls.valid_ds.query)
+    dls = made(0)
+    again = dls.train.new()
+    assert isinstance(again, GroupDL) and torch.equal(torch.cat([x[0] for x in again]), a[:20])
+    plain = dls.train.new(dls.valid_ds, shuffle=False, bs=3)
+    assert torch.equal(torch.cat([x[0] for x in plain]), dls.valid_ds.query)
 
 def test_group_dls_checks_the_pair():
     trn, val = records()
@@ -114,24 +151,37 @@ def test_group_dls_checks_the_pair():
     with pytest.raises(ValueError, match="vqa_gt_prob"): group_dls(trn, val, STORE, reward="gtprob")
 
 def test_info_names_where_it_came_from():
-    trn, val = records(); dls = group_dls(trn, val, STORE, kind="text", hard_weight=2., device="cpu")
-    assert dls.info["data"]["train"] == trn.fingerprint and dls.info["pool"]["sampler"] == "random" and dls.info["kind"] == "text"
+    trn, val = records()
+    dls = group_dls(trn, val, STORE, kind="text", hard_weight=2.0, device="cpu")
+    assert (
+        dls.info["data"]["train"] == trn.fingerprint
+        and dls.info["pool"]["sampler"] == "random"
+        and dls.info["kind"] == "text"
+    )
     assert dls.info["reward"] == dict(mode="hard_plus_soft", hard_weight=2.)
 
 def test_show_group():
-    rows, pool = world(5, fail=0); ds = dataset(rows, pool)
-    t = show_group(ds, 1007); assert len(t) == (rows.question_id == 1007).sum() and t.reward.is_monotonic_decreasing
-    items = pd.DataFrame(dict(question=[f"q{i}?" for i in STORE.ids], answer=[f"a{i}" for i in STORE.ids]), index=STORE.ids)
-    t = show_group(ds, 1007, items); assert t.columns.name == "1007: q1007? a1007"
+    rows, pool = world(5, fail=0)
+    ds = dataset(rows, pool)
+    t = show_group(ds, 1007)
+    assert len(t) == (rows.question_id == 1007).sum() and t.reward.is_monotonic_decreasing
+    items = pd.DataFrame(
+        dict(question=[f"q{i}?" for i in STORE.ids], answer=[f"a{i}" for i in STORE.ids]), index=STORE.ids
+    )
+    t = show_group(ds, 1007, items)
+    assert t.columns.name == "1007: q1007? a1007"
     best = rows[rows.question_id == 1007].sort_values("vqa_acc_score", ascending=False, kind="stable").iloc[0]
     assert t.demonstrations[0] == " | ".join(f"q{p}? a{p}" for p in best.pointer)
     with pytest.raises(KeyError, match="31415"): show_group(ds, 31415)
 
 def test_a_learner_trains_the_selector_on_it():
-    trn, val = records(); dls = group_dls(trn, val, STORE, bs=4, device="cpu")
+    trn, val = records()
+    dls = group_dls(trn, val, STORE, bs=4, device="cpu")
     loss = lambda lp, r, m: -(lp.masked_fill(~m, -1e9).softmax(-1) * r).sum(-1).mean()
-    torch.manual_seed(0); learn = Learner(dls, PointerSelector(dls.train_ds.d, 8), loss, lr=1e-2)
+    torch.manual_seed(0)
+    learn = Learner(dls, PointerSelector(dls.train_ds.d, 8), loss, lr=1e-2)
     with quiet(learn):
         before = learn.validate(dl=dls.train)[0]
-        learn.fit(4); after = learn.validate(dl=dls.train)[0]
+        learn.fit(4)
+        after = learn.validate(dl=dls.train)[0]
     assert np.isfinite(after) and after < before

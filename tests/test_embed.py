@@ -10,24 +10,50 @@ def make_clip(path, seed=0, size=16):
     "A random CLIP of 16x16 pictures and a dozen words, saved as transformers saves it"
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
     chars = sorted(set("abcdefghijklmnopqrstuvwxyz?0123456789"))
-    vocab = {t: i for i, t in enumerate([*chars, *(c + "</w>" for c in chars), "<|startoftext|>", "<|endoftext|>"])}
-    tok = CLIPTokenizer(vocab=vocab, merges=[]); n = len(vocab)
+    vocab = {
+        t: i for i, t in enumerate([*chars, *(c + "</w>" for c in chars), "<|startoftext|>", "<|endoftext|>"])
+    }
+    tok = CLIPTokenizer(vocab=vocab, merges=[])
+    n = len(vocab)
     common = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
-    cfg = CLIPConfig(text_config=common | dict(vocab_size=n, max_position_embeddings=40, bos_token_id=n-2, eos_token_id=n-1, pad_token_id=n-1),
-                     vision_config=common | dict(image_size=size, patch_size=8), projection_dim=12)
-    torch.manual_seed(seed); CLIPModel(cfg).save_pretrained(path); tok.save_pretrained(path)
-    CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size}).save_pretrained(path)
+    cfg = CLIPConfig(
+        text_config=common
+        | dict(
+            vocab_size=n,
+            max_position_embeddings=40,
+            bos_token_id=n - 2,
+            eos_token_id=n - 1,
+            pad_token_id=n - 1,
+        ),
+        vision_config=common | dict(image_size=size, patch_size=8),
+        projection_dim=12,
+    )
+    torch.manual_seed(seed)
+    CLIPModel(cfg).save_pretrained(path)
+    tok.save_pretrained(path)
+    CLIPImageProcessor(
+        size={"shortest_edge": size}, crop_size={"height": size, "width": size}
+    ).save_pretrained(path)
     return path
 
 def make_items(folder, n=12):
     g = np.random.default_rng(0)
-    for i in range(n): Image.fromarray(g.integers(256, size=(20, 24, 3), dtype=np.uint8)).save(folder/f"{i}.png")
-    return pd.DataFrame(dict(question_id=500 + np.arange(n), image_id=np.arange(n), image_path=[folder/f"{i}.png" for i in range(n)],
-                             question=[f"what {WORDS[i % 5]} is this ?" for i in range(n)], answer=[f"a{i}" for i in range(n)]))
+    for i in range(n):
+        Image.fromarray(g.integers(256, size=(20, 24, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    return pd.DataFrame(
+        dict(
+            question_id=500 + np.arange(n),
+            image_id=np.arange(n),
+            image_path=[folder / f"{i}.png" for i in range(n)],
+            question=[f"what {WORDS[i % 5]} is this ?" for i in range(n)],
+            answer=[f"a{i}" for i in range(n)],
+        )
+    )
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    d = tmp_path_factory.mktemp("clip"); (d/"img").mkdir()
+    d = tmp_path_factory.mktemp("clip")
+    (d / "img").mkdir()
     return dict(dir=d, path=make_clip(d/"clip"), items=make_items(d/"img"))
 
 @pytest.fixture(scope="module")
@@ -36,98 +62,160 @@ def clip(world): return load_clip(world["path"], "cpu")
 @pytest.fixture(scope="module")
 def store(world, clip): return embed_items(world["items"], clip, progress=False)
 
-# -- through CLIP ----------------------------------------------------------------------------------------------------------
+# -- through CLIP
+# ----------------------------------------------------------------------------------------------------------
 
 def test_vectors_are_those_of_the_model_called_by_hand(world, clip, store):
     from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
-    m, p, t = (c.from_pretrained(world["path"]) for c in (CLIPModel, AutoImageProcessor, AutoTokenizer)); m.eval()
+    m, p, t = (c.from_pretrained(world["path"]) for c in (CLIPModel, AutoImageProcessor, AutoTokenizer))
+    m.eval()
     it = world["items"].iloc[3]
-    with torch.no_grad(): out = m(**t([it.question], return_tensors="pt"), **p(images=[Image.open(it.image_path)], return_tensors="pt"))
+    with torch.no_grad():
+        out = m(
+            **t([it.question], return_tensors="pt"),
+            **p(images=[Image.open(it.image_path)], return_tensors="pt")
+        )
     torch.testing.assert_close(store.get([it.question_id], "image"), out.image_embeds, atol=1e-5, rtol=0)
     torch.testing.assert_close(store.get([it.question_id], "text"), out.text_embeds, atol=1e-5, rtol=0)
 
 def test_store_is_unit_float32_in_the_order_of_items(world, store):
-    assert store.ids.tolist() == world["items"].question_id.tolist() and (store.dim("image"), store.dim("text"), store.dim()) == (12, 12, 24)
+    assert store.ids.tolist() == world["items"].question_id.tolist() and (
+        store.dim("image"),
+        store.dim("text"),
+        store.dim(),
+    ) == (12, 12, 24)
     for k in ("image", "text", "mixed"):
-        v = store.get(store.ids, k); assert v.dtype == torch.float32 and v.shape[1] == store.dim(k)
+        v = store.get(store.ids, k)
+        assert v.dtype == torch.float32 and v.shape[1] == store.dim(k)
         torch.testing.assert_close(v.norm(dim=-1), torch.ones(len(store)))
 
 def test_batch_size_company_and_order_change_nothing(world, clip, store):
-    it = world["items"].iloc[[9, 2, 7]]; again = embed_items(it, clip, batch_size=1, progress=False)
+    it = world["items"].iloc[[9, 2, 7]]
+    again = embed_items(it, clip, batch_size=1, progress=False)
     torch.testing.assert_close(again.get([502, 507, 509]), store.get([502, 507, 509]), atol=1e-5, rtol=0)
 
 def test_distinct_pictures_and_questions_are_encoded_once(world, clip, monkeypatch):
-    it = pd.concat([world["items"].head(3)] * 4, ignore_index=True).assign(question_id=range(12)); seen = []
-    (world["dir"]/"img/copy.png").write_bytes((world["dir"]/"img/0.png").read_bytes()); it.loc[11, "image_path"] = world["dir"]/"img/copy.png"
+    it = pd.concat([world["items"].head(3)] * 4, ignore_index=True).assign(question_id=range(12))
+    seen = []
+    (world["dir"] / "img/copy.png").write_bytes((world["dir"] / "img/0.png").read_bytes())
+    it.loc[11, "image_path"] = world["dir"] / "img/copy.png"
     for what in ("images", "texts"):
-        fn = getattr(Clip, what); monkeypatch.setattr(Clip, what, lambda s, x, fn=fn: (seen.append(len(x)), fn(s, x))[1])
+        fn = getattr(Clip, what)
+        monkeypatch.setattr(Clip, what, lambda s, x, fn=fn: (seen.append(len(x)), fn(s, x))[1])
     s = embed_items(it, clip, progress=False)
-    assert seen == [3, 3] and torch.equal(s.get(11, "image"), s.get(0, "image")) and len(set(s.meta["image_hash"])) == 3
+    assert (
+        seen == [3, 3]
+        and torch.equal(s.get(11, "image"), s.get(0, "image"))
+        and len(set(s.meta["image_hash"])) == 3
+    )
 
 def test_old_and_new_transformers_outputs_are_read_alike(clip):
     from types import SimpleNamespace
-    x = torch.randn(3, 12); assert torch.equal(clip._unit(x), clip._unit(SimpleNamespace(pooler_output=x)))
+    x = torch.randn(3, 12)
+    assert torch.equal(clip._unit(x), clip._unit(SimpleNamespace(pooler_output=x)))
 
 def test_long_question_is_cut_and_counted(world, clip):
-    s = embed_items(world["items"].head(2).assign(question=["what is " * 50, "what ?"]), clip, progress=False); assert s.meta["cut_short"] == 1
+    s = embed_items(world["items"].head(2).assign(question=["what is " * 50, "what ?"]), clip, progress=False)
+    assert s.meta["cut_short"] == 1
 
 def test_grey_and_transparent_pictures_become_rgb(world, clip, tmp_path):
-    for mode in ("L", "RGBA", "P", "1", "CMYK"): Image.new(mode, (9, 7)).save(tmp_path/f"{mode}.{'jpg' if mode == 'CMYK' else 'png'}")
-    paths = sorted(tmp_path.iterdir()); n = len(paths)
-    assert len(embed_items(pd.DataFrame(dict(question_id=range(n), image_path=paths, question="what ?")), clip, progress=False)) == 5
+    for mode in ("L", "RGBA", "P", "1", "CMYK"):
+        Image.new(mode, (9, 7)).save(tmp_path / f"{mode}.{'jpg' if mode == 'CMYK' else 'png'}")
+    paths = sorted(tmp_path.iterdir())
+    n = len(paths)
+    assert (
+        len(
+            embed_items(
+                pd.DataFrame(dict(question_id=range(n), image_path=paths, question="what ?")),
+                clip,
+                progress=False,
+            )
+        )
+        == 5
+    )
 
-# -- fingerprint -------------------------------------------------------------------------------------------------------------
+# -- fingerprint ---------------------------------------------------------------------------------------------
+# ----------------
 
 def test_fingerprint_follows_weights_preprocessing_and_items(world, clip, store, tmp_path):
-    it = world["items"]; f = lambda items=it, c=clip: embed_items(items, c, progress=False).fingerprint
+    it = world["items"]
+    f = lambda items=it, c=clip: embed_items(items, c, progress=False).fingerprint
     assert f() == store.fingerprint and f(c=load_clip(str(world["path"]), "cpu")) == store.fingerprint
-    changed = [f(c=load_clip(make_clip(tmp_path/"seed1", seed=1), "cpu")), f(it.head(11)), f(it.assign(question=it.question.str.upper())),
-               f(it.assign(image_path=it.image_path.to_list()[::-1])), f(it.assign(question_id=it.question_id + 1))]
-    other = load_clip(world["path"], "cpu"); other.image_processor.image_mean = [.1, .2, .3]
+    changed = [
+        f(c=load_clip(make_clip(tmp_path / "seed1", seed=1), "cpu")),
+        f(it.head(11)),
+        f(it.assign(question=it.question.str.upper())),
+        f(it.assign(image_path=it.image_path.to_list()[::-1])),
+        f(it.assign(question_id=it.question_id + 1)),
+    ]
+    other = load_clip(world["path"], "cpu")
+    other.image_processor.image_mean = [0.1, 0.2, 0.3]
     changed.append(f(c=Clip(other.model, other.tokenizer, other.image_processor, "x")))
     assert len({store.fingerprint, *changed}) == 7
 
 def test_fingerprint_does_not_follow_folder_or_use(world, clip, store, tmp_path):
     import shutil
-    before = clip.fingerprint; shutil.copytree(world["path"], tmp_path/"moved"); shutil.copytree(world["dir"]/"img", tmp_path/"img")
-    it = world["items"]; moved = it.assign(image_path=[tmp_path/"img"/p.name for p in it.image_path])
-    assert load_clip(tmp_path/"moved", "cpu").fingerprint == before       # `clip` has padded and truncated meanwhile
+    before = clip.fingerprint
+    shutil.copytree(world["path"], tmp_path / "moved")
+    shutil.copytree(world["dir"] / "img", tmp_path / "img")
+    it = world["items"]
+    moved = it.assign(image_path=[tmp_path / "img" / p.name for p in it.image_path])
+    # `clip` has padded and truncated meanwhile
+    assert load_clip(tmp_path / "moved", "cpu").fingerprint == before
     assert embed_items(moved, tmp_path/"moved", device="cpu", progress=False).fingerprint == store.fingerprint
 
-# -- broken input --------------------------------------------------------------------------------------------------------------
+# -- broken input --------------------------------------------------------------------------------------------
+# ------------------
 
 @pytest.mark.parametrize("content", [b"", b"not a picture", b"\x89PNG\r\n\x1a\n cut"])
 def test_broken_picture_names_file_and_question(world, clip, tmp_path, content):
-    (tmp_path/"bad.png").write_bytes(content); it = world["items"].copy(); it.loc[5, "image_path"] = tmp_path/"bad.png"
-    with pytest.raises(ValueError, match="bad.png: image of question_id 505 is broken"): embed_items(it, clip, progress=False)
+    (tmp_path / "bad.png").write_bytes(content)
+    it = world["items"].copy()
+    it.loc[5, "image_path"] = tmp_path / "bad.png"
+    with pytest.raises(ValueError, match="bad.png: image of question_id 505 is broken"):
+        embed_items(it, clip, progress=False)
 
 def test_truncated_png_is_broken_too(world, clip, tmp_path):
-    b = (world["dir"]/"img/1.png").read_bytes(); (tmp_path/"half.png").write_bytes(b[:len(b)//2])
-    with pytest.raises(ValueError, match="half.png.*500"): embed_items(world["items"].head(1).assign(image_path=tmp_path/"half.png"), clip, progress=False)
+    b = (world["dir"] / "img/1.png").read_bytes()
+    (tmp_path / "half.png").write_bytes(b[: len(b) // 2])
+    with pytest.raises(ValueError, match="half.png.*500"):
+        embed_items(world["items"].head(1).assign(image_path=tmp_path / "half.png"), clip, progress=False)
 
 def test_missing_picture_column_model(world, clip):
     it = world["items"]
-    with pytest.raises(FileNotFoundError, match="gone.png: image of question_id 500"): embed_items(it.assign(image_path="gone.png"), clip, progress=False)
+    with pytest.raises(FileNotFoundError, match="gone.png: image of question_id 500"):
+        embed_items(it.assign(image_path="gone.png"), clip, progress=False)
     for none in (None, np.nan):
-        with pytest.raises(ValueError, match="question_id 500 has no image_path.*images="): embed_items(it.assign(image_path=none), clip, progress=False)
-    with pytest.raises(ValueError, match="no column image_path"): embed_items(it.drop(columns="image_path"), clip, progress=False)
+        with pytest.raises(ValueError, match="question_id 500 has no image_path.*images="):
+            embed_items(it.assign(image_path=none), clip, progress=False)
+    with pytest.raises(ValueError, match="no column image_path"):
+        embed_items(it.drop(columns="image_path"), clip, progress=False)
     with pytest.raises(ValueError, match="no items"): embed_items(it.head(0), clip, progress=False)
-    with pytest.raises(ValueError, match="500 occurs twice"): embed_items(pd.concat([it, it.head(1)]), clip, progress=False)
+    with pytest.raises(ValueError, match="500 occurs twice"):
+        embed_items(pd.concat([it, it.head(1)]), clip, progress=False)
     with pytest.raises(FileNotFoundError, match="config.json is missing"): load_clip(world["dir"]/"img")
 
-# -- the store -------------------------------------------------------------------------------------------------------------------
+# -- the store -----------------------------------------------------------------------------------------------
+# --------------------
 
 @settings(max_examples=50, deadline=None, derandomize=True)
 @given(st.integers(1, 12), st.integers(1, 6), st.integers(1, 6), st.integers(0, 99))
 def test_mixed_cosine_is_the_mean_of_both(n, d1, d2, seed):
-    g = torch.Generator().manual_seed(seed); s = EmbedStore(range(n), torch.randn(n, d1, generator=g), torch.randn(n, d2, generator=g))
+    g = torch.Generator().manual_seed(seed)
+    s = EmbedStore(range(n), torch.randn(n, d1, generator=g), torch.randn(n, d2, generator=g))
     i, t, m = (s.get(range(n), k) for k in ("image", "text", "mixed"))
-    torch.testing.assert_close(m @ m.T, (i @ i.T + t @ t.T) / 2, atol=1e-5, rtol=0); assert m.shape == (n, s.dim())
+    torch.testing.assert_close(m @ m.T, (i @ i.T + t @ t.T) / 2, atol=1e-5, rtol=0)
+    assert m.shape == (n, s.dim())
 
 def test_get_keeps_the_shape_of_ids_and_names_unknown_ones(store):
     ids = torch.tensor([[500, 501, 502], [509, 500, 500]])
-    assert store.get(ids, "text").shape == (2, 3, 12) and torch.equal(store.get(ids)[1, 0], store.get(509)) and store.get([]).shape == (0, 24)
-    with pytest.raises(KeyError, match="question_id 7, 8 not in this store.*2 unknown"): store.get([[500, 7], [8, 7]])
+    assert (
+        store.get(ids, "text").shape == (2, 3, 12)
+        and torch.equal(store.get(ids)[1, 0], store.get(509))
+        and store.get([]).shape == (0, 24)
+    )
+    with pytest.raises(KeyError, match="question_id 7, 8 not in this store.*2 unknown"):
+        store.get([[500, 7], [8, 7]])
     with pytest.raises(ValueError, match="choose one of image, text, mixed"): store.get(500, "both")
     assert 500 in store and 7 not in store
 
@@ -138,18 +226,35 @@ def test_constructor_refuses(store):
         with pytest.raises(ValueError, match="no direction"): EmbedStore([1, 2], e, bad)
 
 def test_save_load_round_trip_and_tampering(store, tmp_path):
-    store.save(tmp_path/"s"); back = EmbedStore.load(tmp_path/"s")
-    assert back.fingerprint == store.fingerprint and torch.equal(back.get(store.ids), store.get(store.ids)) and back.meta == store.meta
+    store.save(tmp_path / "s")
+    back = EmbedStore.load(tmp_path / "s")
+    assert (
+        back.fingerprint == store.fingerprint
+        and torch.equal(back.get(store.ids), store.get(store.ids))
+        and back.meta == store.meta
+    )
     assert sorted(p.name for p in (tmp_path/"s").iterdir()) == ["embed.json", "embed.safetensors"]
-    EmbedStore(store.ids, store.text, store.image).save(tmp_path/"t"); (tmp_path/"t/embed.safetensors").replace(tmp_path/"s/embed.safetensors")
+    EmbedStore(store.ids, store.text, store.image).save(tmp_path / "t")
+    (tmp_path / "t/embed.safetensors").replace(tmp_path / "s/embed.safetensors")
     with pytest.raises(ValueError, match="different stores"): EmbedStore.load(tmp_path/"s")
     with pytest.raises(FileNotFoundError, match="embed.safetensors"): EmbedStore.load(tmp_path/"t")
     with pytest.raises(FileNotFoundError, match="embed.json"): EmbedStore.load(tmp_path/"none")
 
 def test_nearest_leaves_out_the_item_by_id_even_when_a_twin_is_nearer():
-    v = unit(torch.tensor([[1., 0], [1, 0], [.6, .8], [0, 1]])); s = EmbedStore([4, 3, 2, 1], v, v); n = nearest(s, 4, 3)
-    assert n.index.tolist() == [3, 2, 1] and n.tolist() == pytest.approx([1, .6, 0]) and nearest(s, 4, 5, among=[1, 2]).index.tolist() == [2, 1]
+    v = unit(torch.tensor([[1.0, 0], [1, 0], [0.6, 0.8], [0, 1]]))
+    s = EmbedStore([4, 3, 2, 1], v, v)
+    n = nearest(s, 4, 3)
+    assert (
+        n.index.tolist() == [3, 2, 1]
+        and n.tolist() == pytest.approx([1, 0.6, 0])
+        and nearest(s, 4, 5, among=[1, 2]).index.tolist() == [2, 1]
+    )
 
 def test_show_neighbours_takes_and_returns_axes(world, store):
-    import matplotlib; matplotlib.use("agg"); import matplotlib.pyplot as plt
-    axs = plt.subplots(3, 3)[1]; assert show_neighbours(store, world["items"], 500, 2, axs) is axs; plt.close("all")
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+    axs = plt.subplots(3, 3)[1]
+    assert show_neighbours(store, world["items"], 500, 2, axs) is axs
+    plt.close("all")

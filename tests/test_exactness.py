@@ -22,17 +22,29 @@ def louder(lv, by=1.7):
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    d, g, out = tmp_path_factory.mktemp("images"), np.random.default_rng(0), []
+    d = tmp_path_factory.mktemp("images")
+    g = np.random.default_rng(0)
+    out = []
     for i, (w, h) in enumerate(SIZES):
-        out.append(str(d/f"{i}.png")); Image.fromarray(g.integers(256, size=(h, w, 3), dtype=np.uint8)).save(out[-1])
+        out.append(str(d / f"{i}.png"))
+        Image.fromarray(g.integers(256, size=(h, w, 3), dtype=np.uint8)).save(out[-1])
     return out
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["model1", "model2"])
-def lvlm(request, tmp_path_factory): return load_lvlm(save_lvlm(louder(tiny_qwen(seed=request.param)), tmp_path_factory.mktemp("lvlm")))
+def lvlm(request, tmp_path_factory):
+    return load_lvlm(save_lvlm(louder(tiny_qwen(seed=request.param)), tmp_path_factory.mktemp("lvlm")))
 
-def demo(images, i, at=0): return Demo(i, images[(i + at) % len(images)], ("What shape is it?", "Which hue do you see?")[i % 2], ANSWERS[i % len(ANSWERS)])
+def demo(images, i, at=0):
+    return Demo(
+        i,
+        images[(i + at) % len(images)],
+        ("What shape is it?", "Which hue do you see?")[i % 2],
+        ANSWERS[i % len(ANSWERS)],
+    )
 def prompt(images, q, pointer, style="interleaved", at=0):
-    return Prompt(q, images[q % len(images)], "Name the colour.", tuple(demo(images, i, at) for i in pointer), style)
+    return Prompt(
+        q, images[q % len(images)], "Name the colour.", tuple(demo(images, i, at) for i in pointer), style
+    )
 def goals(*texts): return Targets(tuple(texts), (1.,)*len(texts))
 
 class Oracle:
@@ -56,17 +68,31 @@ def assert_same(got, want, tol=1e-4):
 @pytest.fixture(scope="module")
 def world(images):
     "24 prompts of 0..4 demonstrations over a pool of six, with 0..7 answers"
-    g, out = np.random.default_rng(1), []
+    g = np.random.default_rng(1)
+    out = []
     for k in range(24):
-        style = ("interleaved", "chat")[k % 2]; pointer = tuple(int(i) for i in g.choice(6, k % 5, replace=False))
+        style = ("interleaved", "chat")[k % 2]
+        pointer = tuple(int(i) for i in g.choice(6, k % 5, replace=False))
         out.append((prompt(images, 20 + k % 7, pointer, style), goals(*g.permutation(ANSWERS)[:k % 8])))
     return [p for p, _ in out], [t for _, t in out]
 
-WAYS = {"as it comes": {}, "one by one": dict(batch_tokens=1), "small windows": dict(window=3), "equal lengths": dict(equal_lengths=True), "loop over windows": dict(group_windows=False),
-        "no room for features": dict(cache_bytes=1), "query": dict(prefix_cache="query"), "query, small windows": dict(prefix_cache="query", window=5),
-        "query, one by one": dict(prefix_cache="query", batch_tokens=1), "global 0": dict(prefix_cache="global", prefix_depth=0), "global 1": dict(prefix_cache="global"),
-        "global 4": dict(prefix_cache="global", prefix_depth=4, window=7), "global, equal lengths": dict(prefix_cache="global", prefix_depth=2, equal_lengths=True),
-        "global, hardly room": dict(prefix_cache="global", prefix_depth=4, prefix_bytes=300_000, window=4), "global, no room": dict(prefix_cache="global", prefix_bytes=0)}
+WAYS = {
+    "as it comes": {},
+    "one by one": dict(batch_tokens=1),
+    "small windows": dict(window=3),
+    "equal lengths": dict(equal_lengths=True),
+    "loop over windows": dict(group_windows=False),
+    "no room for features": dict(cache_bytes=1),
+    "query": dict(prefix_cache="query"),
+    "query, small windows": dict(prefix_cache="query", window=5),
+    "query, one by one": dict(prefix_cache="query", batch_tokens=1),
+    "global 0": dict(prefix_cache="global", prefix_depth=0),
+    "global 1": dict(prefix_cache="global"),
+    "global 4": dict(prefix_cache="global", prefix_depth=4, window=7),
+    "global, equal lengths": dict(prefix_cache="global", prefix_depth=2, equal_lengths=True),
+    "global, hardly room": dict(prefix_cache="global", prefix_depth=4, prefix_bytes=300_000, window=4),
+    "global, no room": dict(prefix_cache="global", prefix_bytes=0),
+}
 
 @pytest.mark.parametrize("way", WAYS)
 def test_equal_to_the_reference(lvlm, oracle, world, way):
@@ -76,18 +102,38 @@ def test_equal_to_the_reference(lvlm, oracle, world, way):
     assert s.stats.failed == s.stats.retries == 0 and s.stats.prompts == 48
     if s.prefix_cache == "off": assert s.stats.ran == s.stats.tokens and not s.stats.prefixes
     elif way != "global, no room": assert s.stats.ran < s.stats.tokens and s.stats.reused
-    assert (len(s.prefixes) > 0) == (s.prefix_cache == "global" and s.prefixes.max_bytes > 0) and s.prefixes.nbytes <= s.prefixes.max_bytes
+    assert (len(s.prefixes) > 0) == (
+        s.prefix_cache == "global" and s.prefixes.max_bytes > 0
+    ) and s.prefixes.nbytes <= s.prefixes.max_bytes
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(
+    max_examples=25,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 @given(data=st.data())
 def test_any_prompts_in_any_settings(lvlm, oracle, images, data):
     draw, run = data.draw, []
     for _ in range(draw(st.integers(1, 6))):
-        pointer = draw(st.lists(st.integers(0, 4), max_size=4, unique=True)); style = draw(st.sampled_from(["interleaved", "chat"]))
-        run.append((prompt(images, draw(st.integers(20, 23)), tuple(pointer), style), goals(*draw(st.lists(st.sampled_from(ANSWERS), max_size=4, unique=True)))))
-    s = SharedScorer(lvlm, batch_tokens=draw(st.sampled_from([1, 150, 400, 8192])), window=draw(st.sampled_from([1, 2, 2048])), equal_lengths=draw(st.booleans()),
-                     prefix_cache=draw(st.sampled_from(["off", "query", "global"])), prefix_depth=draw(st.integers(0, 4)), prefix_bytes=draw(st.sampled_from([0, 200_000, 1 << 28])))
-    for _ in range(draw(st.integers(1, 2))): assert_same(s.run(*map(list, zip(*run))), oracle.run(*map(list, zip(*run))))
+        pointer = draw(st.lists(st.integers(0, 4), max_size=4, unique=True))
+        style = draw(st.sampled_from(["interleaved", "chat"]))
+        run.append(
+            (
+                prompt(images, draw(st.integers(20, 23)), tuple(pointer), style),
+                goals(*draw(st.lists(st.sampled_from(ANSWERS), max_size=4, unique=True))),
+            )
+        )
+    s = SharedScorer(
+        lvlm,
+        batch_tokens=draw(st.sampled_from([1, 150, 400, 8192])),
+        window=draw(st.sampled_from([1, 2, 2048])),
+        equal_lengths=draw(st.booleans()),
+        prefix_cache=draw(st.sampled_from(["off", "query", "global"])),
+        prefix_depth=draw(st.integers(0, 4)),
+        prefix_bytes=draw(st.sampled_from([0, 200_000, 1 << 28])),
+    )
+    for _ in range(draw(st.integers(1, 2))):
+        assert_same(s.run(*map(list, zip(*run))), oracle.run(*map(list, zip(*run))))
 
 @pytest.mark.parametrize("kw", [{}, dict(prefix_cache="global", prefix_depth=2)], ids=["off", "global"])
 def test_eager_equals_the_reference(lvlm, oracle, world, kw):
@@ -95,20 +141,30 @@ def test_eager_equals_the_reference(lvlm, oracle, world, kw):
     for _ in range(2): assert_same(s.run(*world), oracle.run(*world))
 
 def test_order_of_prompts_and_company_change_nothing(lvlm, oracle, world):
-    s = SharedScorer(lvlm, prefix_cache="global"); perm = np.random.default_rng(2).permutation(len(world[0]))
-    mixed = s.run(*([x[i] for i in perm] for x in world)); want = oracle.run(*world)
+    s = SharedScorer(lvlm, prefix_cache="global")
+    perm = np.random.default_rng(2).permutation(len(world[0]))
+    mixed = s.run(*([x[i] for i in perm] for x in world))
+    want = oracle.run(*world)
     assert_same(mixed, [want[i] for i in perm])
     assert_same([s.run([p], [t])[0] for p, t in zip(*world)], want)
 
 def test_settings_change_no_fingerprint(lvlm):
-    assert len({SharedScorer(lvlm, **kw).fingerprint for kw in WAYS.values()} | {NaiveScorer(lvlm).fingerprint}) == 1
+    assert (
+        len({SharedScorer(lvlm, **kw).fingerprint for kw in WAYS.values()} | {NaiveScorer(lvlm).fingerprint})
+        == 1
+    )
 
 def test_same_prompt_many_times_and_same_images(lvlm, oracle, images):
-    p = replace(prompt(images, 20, (1, 2)), image=images[1]); p = replace(p, demos=tuple(replace(d, image=images[1]) for d in p.demos))
-    for kw in ({}, dict(prefix_cache="query")): assert_same(SharedScorer(lvlm, **kw).run([p]*5, [goals("dax")]*5), oracle.run([p]*5, [goals("dax")]*5))
+    p = replace(prompt(images, 20, (1, 2)), image=images[1])
+    p = replace(p, demos=tuple(replace(d, image=images[1]) for d in p.demos))
+    for kw in ({}, dict(prefix_cache="query")):
+        assert_same(
+            SharedScorer(lvlm, **kw).run([p] * 5, [goals("dax")] * 5), oracle.run([p] * 5, [goals("dax")] * 5)
+        )
 
 def test_only_text_or_only_probabilities(lvlm, oracle, world):
-    s = SharedScorer(lvlm, prefix_cache="global"); want = oracle.run(*world)
+    s = SharedScorer(lvlm, prefix_cache="global")
+    want = oracle.run(*world)
     assert [a.text for a in s.run(world[0])] == [b.text for b in want]
     out = s.run(*world, generate=False)
     assert all(a.text is None and np.allclose(a.logprobs, b.logprobs, atol=1e-4) for a, b in zip(out, want))
@@ -117,33 +173,56 @@ def test_only_text_or_only_probabilities(lvlm, oracle, world):
 
 def test_wrong_beginnings_would_show(lvlm, images):
     "Stored values that stand one place off move the numbers by far more than the tolerance"
-    s, p = SharedScorer(lvlm, prefix_cache="global"), prompt(images, 20, (3, 4)); t = [goals("dax", "yes")]; right = np.array(s.run([p], t)[0].logprobs)
-    for kv in [k for k in s.prefixes if isinstance(k, tuple)]: s.prefixes[kv][:, 1] = s.prefixes[kv][:, 1].roll(1, 2)
+    s = SharedScorer(lvlm, prefix_cache="global")
+    p = prompt(images, 20, (3, 4))
+    t = [goals("dax", "yes")]
+    right = np.array(s.run([p], t)[0].logprobs)
+    for kv in [k for k in s.prefixes if isinstance(k, tuple)]:
+        s.prefixes[kv][:, 1] = s.prefixes[kv][:, 1].roll(1, 2)
     assert np.abs(np.array(s.run([p], t)[0].logprobs) - right).max() > 1e-2
 
 @pytest.mark.parametrize("change", ["image", "question", "answer", "style", "order", "opening"])
 def test_other_beginnings_are_not_taken_for_these(lvlm, oracle, images, change):
-    p = prompt(images, 20, (3, 4)); d1, d2 = p.demos
-    q = dict(image=replace(p, demos=(replace(d1, image=images[5]), d2)), question=replace(p, demos=(replace(d1, question="What is it?"), d2)), answer=replace(p, demos=(replace(d1, answer="wug"), d2)),
-             style=replace(p, style="chat"), order=replace(p, demos=(d2, d1)), opening=replace(p, demos=()))[change]
-    s = SharedScorer(lvlm, prefix_cache="global", prefix_depth=4); t = [goals("dax", "yes")]; s.run([p], t); assert len(s.prefixes)
+    p = prompt(images, 20, (3, 4))
+    d1, d2 = p.demos
+    q = dict(
+        image=replace(p, demos=(replace(d1, image=images[5]), d2)),
+        question=replace(p, demos=(replace(d1, question="What is it?"), d2)),
+        answer=replace(p, demos=(replace(d1, answer="wug"), d2)),
+        style=replace(p, style="chat"),
+        order=replace(p, demos=(d2, d1)),
+        opening=replace(p, demos=()),
+    )[change]
+    s = SharedScorer(lvlm, prefix_cache="global", prefix_depth=4)
+    t = [goals("dax", "yes")]
+    s.run([p], t)
+    assert len(s.prefixes)
     assert_same(s.run([q], t), oracle.run([q], t))
 
 def test_warm_store_runs_fewer_tokens(lvlm, world):
-    s = SharedScorer(lvlm, prefix_cache="global", prefix_depth=4); s.run(*world); cold = s.stats.ran; s.run(*world)
+    s = SharedScorer(lvlm, prefix_cache="global", prefix_depth=4)
+    s.run(*world)
+    cold = s.stats.ran
+    s.run(*world)
     assert s.stats.ran - cold < cold/2 and s.stats.tokens == 2*plain(lvlm, world).stats.tokens
 
 def plain(lvlm, world):
-    s = SharedScorer(lvlm); s.run(*world)
+    s = SharedScorer(lvlm)
+    s.run(*world)
     return s
 
 def test_query_mode_forgets(lvlm, world):
-    s = SharedScorer(lvlm, prefix_cache="query"); s.run(*world); first = s.stats.ran; s.run(*world)
+    s = SharedScorer(lvlm, prefix_cache="query")
+    s.run(*world)
+    first = s.stats.ran
+    s.run(*world)
     assert s.stats.ran == 2*first and len(s.prefixes) == 0 and not s.prefixes.held
 
 def test_features_from_disk(lvlm, oracle, world, tmp_path):
-    SharedScorer(lvlm, vision_dir=tmp_path).run(*world); s = SharedScorer(lvlm, vision_dir=tmp_path)
-    assert_same(s.run(*world), oracle.run(*world)); assert s.vision.counts["encoded"] == 0 and s.vision.counts["disk"] > 0
+    SharedScorer(lvlm, vision_dir=tmp_path).run(*world)
+    s = SharedScorer(lvlm, vision_dir=tmp_path)
+    assert_same(s.run(*world), oracle.run(*world))
+    assert s.vision.counts["encoded"] == 0 and s.vision.counts["disk"] > 0
 
 # ---- memory ---------------------------------------------------------------------------------------------------------
 
@@ -151,49 +230,87 @@ def short_of_memory(s, monkeypatch, tokens):
     "Passes over more than `tokens` padded tokens run out of memory"
     real, tried = s._forward, []
     def forward(items):
-        sizes = [s._size(*i) for i in items]; n = (max(a for a, _ in sizes) + max(b for _, b in sizes))*len(items); tried.append(n)
+        sizes = [s._size(*i) for i in items]
+        n = (max(a for a, _ in sizes) + max(b for _, b in sizes)) * len(items)
+        tried.append(n)
         if n > tokens: raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
         return real(items)
     monkeypatch.setattr(s, "_forward", forward)
     return tried
 
-@pytest.mark.parametrize("kw", [{}, dict(prefix_cache="query"), dict(prefix_cache="global", prefix_depth=2)], ids=["off", "query", "global"])
+@pytest.mark.parametrize(
+    "kw",
+    [{}, dict(prefix_cache="query"), dict(prefix_cache="global", prefix_depth=2)],
+    ids=["off", "query", "global"],
+)
 def test_out_of_memory_splits_and_loses_nothing(lvlm, oracle, world, monkeypatch, kw):
-    s = SharedScorer(lvlm, **kw); tried = short_of_memory(s, monkeypatch, 600)
+    s = SharedScorer(lvlm, **kw)
+    tried = short_of_memory(s, monkeypatch, 600)
     assert_same(s.run(*world), oracle.run(*world))
     assert s.stats.retries and s.budget <= 600 and max(tried) > 600
-    n = len(tried); s.run(*world); assert max(tried[n:]) <= 600 # the smaller budget is kept
+    # the smaller budget is kept
+    n = len(tried)
+    s.run(*world)
+    assert max(tried[n:]) <= 600
 
 def test_budget_grows_again_after_clean_batches(lvlm, world, monkeypatch):
-    s = SharedScorer(lvlm, batch_tokens=1000); s.budget = 400; s._clean = 19; s.run(world[0][:1]); assert s.budget == 501
-    for _ in range(20): s._clean = 19; s.run(world[0][:1])
+    s = SharedScorer(lvlm, batch_tokens=1000)
+    s.budget = 400
+    s._clean = 19
+    s.run(world[0][:1])
+    assert s.budget == 501
+    for _ in range(20):
+        s._clean = 19
+        s.run(world[0][:1])
     assert s.budget == 1000
 
 def test_prompt_that_never_fits_is_a_failed_row(lvlm, oracle, images, monkeypatch):
-    ps = [prompt(images, 20, ()), prompt(images, 21, (0, 1, 2, 3)), prompt(images, 22, ())]; ts = [goals("dax")]*3
-    s = SharedScorer(lvlm); short_of_memory(s, monkeypatch, 80); out = s.run(ps, ts)
-    assert [r.error is None for r in out] == [True, False, True] and "OutOfMemoryError" in out[1].error and out[1].question_id == 21 and not out[1].logprobs
-    assert_same([out[0], out[2]], oracle.run([ps[0], ps[2]], ts[:2])); assert s.stats.failed == 1
+    ps = [prompt(images, 20, ()), prompt(images, 21, (0, 1, 2, 3)), prompt(images, 22, ())]
+    ts = [goals("dax")] * 3
+    s = SharedScorer(lvlm)
+    short_of_memory(s, monkeypatch, 80)
+    out = s.run(ps, ts)
+    assert (
+        [r.error is None for r in out] == [True, False, True]
+        and "OutOfMemoryError" in out[1].error
+        and out[1].question_id == 21
+        and not out[1].logprobs
+    )
+    assert_same([out[0], out[2]], oracle.run([ps[0], ps[2]], ts[:2]))
+    assert s.stats.failed == 1
 
 def test_a_single_prompt_gives_up_stored_beginnings_before_it_fails(lvlm, oracle, images, monkeypatch):
-    s, p, t = SharedScorer(lvlm, prefix_cache="global"), prompt(images, 20, (1, 2)), goals("dax"); s.run([p], [t]); real = s._score
+    s = SharedScorer(lvlm, prefix_cache="global")
+    p = prompt(images, 20, (1, 2))
+    t = goals("dax")
+    s.run([p], [t])
+    real = s._score
     def score(rows, generate):
         if len(s.prefixes): raise torch.OutOfMemoryError("CUDA out of memory")
         return real(rows, generate)
     monkeypatch.setattr(s, "_score", score)
-    assert_same(s.run([p], [t]), oracle.run([p], [t])); assert s.stats.retries
+    assert_same(s.run([p], [t]), oracle.run([p], [t]))
+    assert s.stats.retries
 
 def test_failing_beginning_costs_only_its_prompts(lvlm, oracle, images, monkeypatch):
-    s, real = SharedScorer(lvlm, prefix_cache="global"), SharedScorer._forward
+    s = SharedScorer(lvlm, prefix_cache="global")
+    real = SharedScorer._forward
     def forward(items):
         if any(3 in r.prompt.pointer for r, _ in items): raise RuntimeError("broken demonstration")
         return real(s, items)
-    monkeypatch.setattr(s, "_forward", forward); ps, ts = [prompt(images, 20 + k, ptr) for k, ptr in enumerate([(1, 2), (3, 2), (1, 4), (2, 3)])], [goals("dax")]*4
-    out = s.run(ps, ts); assert [r.error is None for r in out] == [True, False, True, False] and "broken demonstration" in out[1].error
+    monkeypatch.setattr(s, "_forward", forward)
+    ps, ts = [prompt(images, 20 + k, ptr) for k, ptr in enumerate([(1, 2), (3, 2), (1, 4), (2, 3)])], [
+        goals("dax")
+    ] * 4
+    out = s.run(ps, ts)
+    assert [r.error is None for r in out] == [True, False, True, False] and "broken demonstration" in out[
+        1
+    ].error
     assert_same([out[0], out[2]], oracle.run([ps[0], ps[2]], ts[:2]))
 
 def test_interrupt_goes_through_and_the_scorer_lives_on(lvlm, oracle, world, monkeypatch):
-    s = SharedScorer(lvlm, prefix_cache="global", window=6); real, n = s._score, []
+    s = SharedScorer(lvlm, prefix_cache="global", window=6)
+    real, n = s._score, []
     def score(rows, generate):
         n.append(1)
         if len(n) == 3: raise KeyboardInterrupt
@@ -207,59 +324,142 @@ def test_interrupt_goes_through_and_the_scorer_lives_on(lvlm, oracle, world, mon
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_stays_within_its_rounding(tmp_path, images, dtype):
     "Not by equality: rounding depends on the shape of a batch"
-    folder = save_lvlm(tiny_qwen(seed=1), tmp_path); lv = load_lvlm(folder, dtype=dtype); assert lv.tolerance == .5 and lv.model.dtype == dtype
-    ps = [prompt(images, 20 + k, tuple(range(k % 4))) for k in range(8)]; ts = [goals("dax", "yes", "yes it is")]*8
+    folder = save_lvlm(tiny_qwen(seed=1), tmp_path)
+    lv = load_lvlm(folder, dtype=dtype)
+    assert lv.tolerance == 0.5 and lv.model.dtype == dtype
+    ps = [prompt(images, 20 + k, tuple(range(k % 4))) for k in range(8)]
+    ts = [goals("dax", "yes", "yes it is")] * 8
     naive = NaiveScorer(lv).run(ps, ts)
     for kw in ({}, dict(prefix_cache="global", prefix_depth=2)):
-        c = compare(SharedScorer(lv, **kw).run(ps, ts), naive); assert not c["failed"] and c["logprob"] < lv.tolerance
-    assert {p.dtype for p in lv.model.parameters()} == {dtype} and lv.fingerprint != load_lvlm(folder).fingerprint # not silently single
+        c = compare(SharedScorer(lv, **kw).run(ps, ts), naive)
+        assert not c["failed"] and c["logprob"] < lv.tolerance
+    # not silently single
+    assert {p.dtype for p in lv.model.parameters()} == {dtype} and lv.fingerprint != load_lvlm(
+        folder
+    ).fingerprint
 
 def text_part(kind, tok):
     i = tok.convert_tokens_to_ids
-    rope = dict(rope_type="default", rope_theta=10000., mrope_section=[4, 6, 6]) | (dict(mrope_interleaved=True) if kind == "qwen3_vl" else {})
-    return dict(vocab_size=len(tok), hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048, head_dim=32,
-                initializer_range=.09, bos_token_id=i("<|endoftext|>"), eos_token_id=i("<|im_end|>"), pad_token_id=i("<|endoftext|>"), rope_parameters=rope, tie_word_embeddings=False)
+    rope = dict(rope_type="default", rope_theta=10000.0, mrope_section=[4, 6, 6]) | (
+        dict(mrope_interleaved=True) if kind == "qwen3_vl" else {}
+    )
+    return dict(
+        vocab_size=len(tok),
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        head_dim=32,
+        initializer_range=0.09,
+        bos_token_id=i("<|endoftext|>"),
+        eos_token_id=i("<|im_end|>"),
+        pad_token_id=i("<|endoftext|>"),
+        rope_parameters=rope,
+        tie_word_embeddings=False,
+    )
 
 def relative(kind, folder):
     "A random tiny Qwen2-VL or Qwen3-VL, saved with the processor of its family"
     import transformers as T
-    tok, i = tiny_tokenizer(), None; i = tok.convert_tokens_to_ids; torch.manual_seed(0)
-    ids = dict(image_token_id=i("<|image_pad|>"), video_token_id=i("<|video_pad|>"), vision_start_token_id=i("<|vision_start|>"), vision_end_token_id=i("<|vision_end|>"), tie_word_embeddings=False)
+    tok = tiny_tokenizer()
+    i = None
+    i = tok.convert_tokens_to_ids
+    torch.manual_seed(0)
+    ids = dict(
+        image_token_id=i("<|image_pad|>"),
+        video_token_id=i("<|video_pad|>"),
+        vision_start_token_id=i("<|vision_start|>"),
+        vision_end_token_id=i("<|vision_end|>"),
+        tie_word_embeddings=False,
+    )
     if kind == "qwen2_vl":
         vision = dict(depth=2, embed_dim=64, hidden_size=128, num_heads=4, mlp_ratio=2, initializer_range=.09)
-        cfg, Model, Proc, Video, patch = T.Qwen2VLConfig(text_config=text_part(kind, tok), vision_config=vision, **ids), T.Qwen2VLForConditionalGeneration, T.Qwen2VLProcessor, T.Qwen2VLVideoProcessor, 14
+        cfg = T.Qwen2VLConfig(text_config=text_part(kind, tok), vision_config=vision, **ids)
+        Model = T.Qwen2VLForConditionalGeneration
+        Proc = T.Qwen2VLProcessor
+        Video = T.Qwen2VLVideoProcessor
+        patch = 14
     else:
-        vision = dict(depth=3, hidden_size=64, intermediate_size=128, num_heads=4, out_hidden_size=128, deepstack_visual_indexes=[0, 1], num_position_embeddings=64, initializer_range=.09)
-        cfg, Model, Proc, Video, patch = T.Qwen3VLConfig(text_config=text_part(kind, tok), vision_config=vision, **ids), T.Qwen3VLForConditionalGeneration, T.Qwen3VLProcessor, T.Qwen3VLVideoProcessor, 16
-    ip = T.Qwen2VLImageProcessor(size=dict(shortest_edge=64*64, longest_edge=64*64*16), patch_size=patch, merge_size=2)
-    model = Model._from_config(cfg, attn_implementation="sdpa").float(); lv = louder(LVLM(model, tok, ip, kind)); model.save_pretrained(folder)
-    Proc(image_processor=ip, tokenizer=tok, video_processor=Video(), chat_template=CHAT_TEMPLATE).save_pretrained(folder); tok.save_pretrained(folder)
+        vision = dict(
+            depth=3,
+            hidden_size=64,
+            intermediate_size=128,
+            num_heads=4,
+            out_hidden_size=128,
+            deepstack_visual_indexes=[0, 1],
+            num_position_embeddings=64,
+            initializer_range=0.09,
+        )
+        cfg = T.Qwen3VLConfig(text_config=text_part(kind, tok), vision_config=vision, **ids)
+        Model = T.Qwen3VLForConditionalGeneration
+        Proc = T.Qwen3VLProcessor
+        Video = T.Qwen3VLVideoProcessor
+        patch = 16
+    ip = T.Qwen2VLImageProcessor(
+        size=dict(shortest_edge=64 * 64, longest_edge=64 * 64 * 16), patch_size=patch, merge_size=2
+    )
+    model = Model._from_config(cfg, attn_implementation="sdpa").float()
+    lv = louder(LVLM(model, tok, ip, kind))
+    model.save_pretrained(folder)
+    Proc(
+        image_processor=ip, tokenizer=tok, video_processor=Video(), chat_template=CHAT_TEMPLATE
+    ).save_pretrained(folder)
+    tok.save_pretrained(folder)
     return load_lvlm(folder)
 
 @pytest.mark.parametrize("kind", ["qwen2_vl", "qwen3_vl"])
 def test_relatives_speak_the_same_protocol(kind, tmp_path, images, world):
-    lv = relative(kind, tmp_path); want = NaiveScorer(lv).run(*world); assert lv.model.config.model_type == kind
-    for kw in ({}, dict(prefix_cache="global", prefix_depth=2), dict(equal_lengths=True, group_windows=False)):
+    lv = relative(kind, tmp_path)
+    want = NaiveScorer(lv).run(*world)
+    assert lv.model.config.model_type == kind
+    for kw in (
+        {},
+        dict(prefix_cache="global", prefix_depth=2),
+        dict(equal_lengths=True, group_windows=False),
+    ):
         s = SharedScorer(lv, **kw)
         for _ in range(2): assert_same(s.run(*world), want)
-    p = world[0][2]; a, b = s.run([p, replace(p, image=images[4])], [goals("dax")]*2); assert abs(a.logprobs[0] - b.logprobs[0]) > 1e-2
+    p = world[0][2]
+    a, b = s.run([p, replace(p, image=images[4])], [goals("dax")] * 2)
+    assert abs(a.logprobs[0] - b.logprobs[0]) > 1e-2
 
 def test_sliding_windows_and_flash_are_refused(lvlm, tmp_path):
     import json, shutil
-    shutil.copytree(lvlm.name, tmp_path/"m"); f = tmp_path/"m"/"config.json"; c = json.loads(f.read_text())
-    c["text_config"] |= dict(use_sliding_window=True, sliding_window=8, max_window_layers=1, layer_types=["full_attention"] + ["sliding_attention"]*(c["text_config"]["num_hidden_layers"] - 1)); f.write_text(json.dumps(c))
+    shutil.copytree(lvlm.name, tmp_path / "m")
+    f = tmp_path / "m" / "config.json"
+    c = json.loads(f.read_text())
+    c["text_config"] |= dict(
+        use_sliding_window=True,
+        sliding_window=8,
+        max_window_layers=1,
+        layer_types=["full_attention"] + ["sliding_attention"] * (c["text_config"]["num_hidden_layers"] - 1),
+    )
+    f.write_text(json.dumps(c))
     with pytest.raises(ValueError, match="sliding"): load_lvlm(tmp_path/"m")
     with pytest.raises(ValueError, match="flash"): load_lvlm(lvlm.name, attn="flash_attention_2")
 
-@pytest.mark.parametrize("kw,says", [(dict(prefix_cache="on"), "off, query, global"), (dict(batch_tokens=0), "at least 1"), (dict(window=0), "at least 1"), (dict(max_new_tokens=0), "at least 1")])
+@pytest.mark.parametrize(
+    "kw,says",
+    [
+        (dict(prefix_cache="on"), "off, query, global"),
+        (dict(batch_tokens=0), "at least 1"),
+        (dict(window=0), "at least 1"),
+        (dict(max_new_tokens=0), "at least 1"),
+    ],
+)
 def test_bad_settings(lvlm, kw, says):
     with pytest.raises(ValueError, match=says): SharedScorer(lvlm, **kw)
 
 def test_answer_that_would_be_cut_differently_fails_by_name(lvlm, images, monkeypatch):
-    s = SharedScorer(lvlm); real = s.lvlm.tokenizer.__class__.__call__
+    s = SharedScorer(lvlm)
+    real = s.lvlm.tokenizer.__class__.__call__
     def tokenise(self, text, **kw):
         out = real(self, text, **kw)
-        if isinstance(text, str) and text.endswith("dax") and text != "dax": out["input_ids"] = out["input_ids"][:-1] # as if two tokens had merged
+        # as if two tokens had merged
+        if isinstance(text, str) and text.endswith("dax") and text != "dax":
+            out["input_ids"] = out["input_ids"][:-1]
         return out
     monkeypatch.setattr(s.lvlm.tokenizer.__class__, "__call__", tokenise)
     a, b = s.run([prompt(images, 20, (0,)), prompt(images, 21, (0,))], [goals("dax"), goals("wug")])
@@ -268,48 +468,82 @@ def test_answer_that_would_be_cut_differently_fails_by_name(lvlm, images, monkey
 @pytest.mark.parametrize("generate", [True, False])
 def test_numbers_that_are_none_are_failed_rows(tmp_path, images, generate):
     "As where float16 overflows: an answer made of such logits is no answer"
-    lv = load_lvlm(save_lvlm(tiny_qwen(seed=1), tmp_path)); ps = [prompt(images, 20 + k, (0,)) for k in range(3)]
+    lv = load_lvlm(save_lvlm(tiny_qwen(seed=1), tmp_path))
+    ps = [prompt(images, 20 + k, (0,)) for k in range(3)]
     with torch.no_grad(): lv.model.lm_head.weight[7] = math.nan
     for s in (SharedScorer(lv), SharedScorer(lv, prefix_cache="global")):
-        for out in (s.run(ps, generate=generate), s.run(ps, [goals("dax")]*3, generate=generate)): assert all("not finite" in r.error and r.text is None and not r.logprobs for r in out)
+        for out in (s.run(ps, generate=generate), s.run(ps, [goals("dax")] * 3, generate=generate)):
+            assert all("not finite" in r.error and r.text is None and not r.logprobs for r in out)
     assert all("not finite" in r.error for r in NaiveScorer(lv).run(ps, [goals("dax")]*3))
 
 def test_compare_sees_nan(lvlm, images):
-    a = SharedScorer(lvlm).run([prompt(images, 20, ())], [goals("dax", "yes")]); b = [replace(a[0], logprobs=(math.nan, a[0].logprobs[1]))]
+    a = SharedScorer(lvlm).run([prompt(images, 20, ())], [goals("dax", "yes")])
+    b = [replace(a[0], logprobs=(math.nan, a[0].logprobs[1]))]
     assert math.isnan(compare(a, b)["logprob"])
 
 def test_a_demonstration_without_an_answer(lvlm, oracle, images):
-    p = prompt(images, 20, (1, 2)); p = replace(p, demos=(replace(p.demos[0], answer=""), p.demos[1])); t = [goals("dax")]
+    p = prompt(images, 20, (1, 2))
+    p = replace(p, demos=(replace(p.demos[0], answer=""), p.demos[1]))
+    t = [goals("dax")]
     assert_same(SharedScorer(lvlm).run([p], t), oracle.run([p], t))
 
 def test_answers_of_the_same_tokens_are_refused(lvlm, images):
-    out = SharedScorer(lvlm).run([prompt(images, 20, ()), prompt(images, 21, ())], [goals("caf\u00e9", "cafe\u0301"), goals("dax")])
+    out = SharedScorer(lvlm).run(
+        [prompt(images, 20, ()), prompt(images, 21, ())], [goals("caf\u00e9", "cafe\u0301"), goals("dax")]
+    )
     assert "same tokens" in out[0].error and out[1].error is None
 
 def test_a_lost_device_stops_the_run(lvlm, world, monkeypatch):
-    s = SharedScorer(lvlm); monkeypatch.setattr(s, "_score", lambda *a: (_ for _ in ()).throw(RuntimeError("CUDA error: device-side assert triggered")))
+    s = SharedScorer(lvlm)
+    monkeypatch.setattr(
+        s,
+        "_score",
+        lambda *a: (_ for _ in ()).throw(RuntimeError("CUDA error: device-side assert triggered")),
+    )
     with pytest.raises(RuntimeError, match="device-side"): s.run(*world)
 
-CHANGES = dict(rope=("text", "rope_parameters", {"rope_theta": 50.}), eps=("text", "rms_norm_eps", 1e-2), act=("text", "hidden_act", "gelu"), windows=("vision", "window_size", 112),
-               full=("vision", "fullatt_block_indexes", [0, 1]))
+CHANGES = dict(
+    rope=("text", "rope_parameters", {"rope_theta": 50.0}),
+    eps=("text", "rms_norm_eps", 1e-2),
+    act=("text", "hidden_act", "gelu"),
+    windows=("vision", "window_size", 112),
+    full=("vision", "fullatt_block_indexes", [0, 1]),
+)
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_fingerprint_sees_what_weights_do_not_show(change):
-    lv = tiny_qwen(seed=2); was, eyes = lv.fingerprint, lv.vision_fingerprint; del lv.fingerprint, lv.vision_fingerprint
-    part, name, value = CHANGES[change]; c = lv.model.config.get_text_config() if part == "text" else lv.model.config.vision_config
+    lv = tiny_qwen(seed=2)
+    was, eyes = lv.fingerprint, lv.vision_fingerprint
+    del lv.fingerprint, lv.vision_fingerprint
+    part, name, value = CHANGES[change]
+    c = lv.model.config.get_text_config() if part == "text" else lv.model.config.vision_config
     setattr(c, name, {**getattr(c, name), **value} if isinstance(value, dict) else value)
     assert lv.fingerprint != was and (lv.vision_fingerprint != eyes) == (part == "vision")
 
 def test_fingerprint_sees_the_tokenizer_but_not_its_last_call():
-    lv = tiny_qwen(seed=2); was = lv.fingerprint; del lv.fingerprint
-    lv.tokenizer(["a", "some longer text"], padding=True, truncation=True, max_length=3); assert lv.fingerprint == was; del lv.fingerprint
-    lv.tokenizer.add_tokens(["island"]); assert lv.fingerprint != was
+    lv = tiny_qwen(seed=2)
+    was = lv.fingerprint
+    del lv.fingerprint
+    lv.tokenizer(["a", "some longer text"], padding=True, truncation=True, max_length=3)
+    assert lv.fingerprint == was
+    del lv.fingerprint
+    lv.tokenizer.add_tokens(["island"])
+    assert lv.fingerprint != was
 
 def test_compare_refuses_different_prompts(lvlm, images):
-    s = SharedScorer(lvlm); a = s.run([prompt(images, 20, ())], [goals("dax")])
-    with pytest.raises(ValueError, match="different prompts"): compare(a, s.run([prompt(images, 21, ())], [goals("dax")]))
+    s = SharedScorer(lvlm)
+    a = s.run([prompt(images, 20, ())], [goals("dax")])
+    with pytest.raises(ValueError, match="different prompts"):
+        compare(a, s.run([prompt(images, 21, ())], [goals("dax")]))
     assert compare(a, a) == dict(n=1, failed=0, logprob=0., text=0)
 
 def test_scorers_name_their_reference(lvlm):
-    s = SharedScorer(lvlm, max_new_tokens=4); r = s.reference()
-    assert isinstance(r, NaiveScorer) and r.max_new_tokens == 4 and r.reference() is r and s.tolerance == r.tolerance == 1e-3 and r.fingerprint == s.fingerprint
+    s = SharedScorer(lvlm, max_new_tokens=4)
+    r = s.reference()
+    assert (
+        isinstance(r, NaiveScorer)
+        and r.max_new_tokens == 4
+        and r.reference() is r
+        and s.tolerance == r.tolerance == 1e-3
+        and r.fingerprint == s.fingerprint
+    )

@@ -35,13 +35,16 @@ def on_the_gpu():
 def folder(tmp_path_factory):
     return save_lvlm(louder(tiny_qwen(seed=1)), tmp_path_factory.mktemp("lvlm"))
 
-STORES = dict(off={}, query=dict(prefix_cache="query"), everything=dict(prefix_cache="global", prefix_depth=2))
+STORES = dict(
+    off={}, query=dict(prefix_cache="query"), everything=dict(prefix_cache="global", prefix_depth=2)
+)
 
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 @pytest.mark.parametrize("store", STORES)
 def test_exact_in_float32(folder, prompts_and_goals, store, attn):
     lvlm = load_lvlm(folder, device="cuda", attn=attn)
-    scorer, want = SharedScorer(lvlm, **STORES[store]), NaiveScorer(lvlm).run(*prompts_and_goals)
+    scorer = SharedScorer(lvlm, **STORES[store])
+    want = NaiveScorer(lvlm).run(*prompts_and_goals)
     for _ in range(2):
         c = compare(scorer.run(*prompts_and_goals), want)
         assert not c["failed"] and c["text"] == 0 and c["logprob"] < 1e-4, c
@@ -52,7 +55,9 @@ def test_half_precision_stays_within_its_rounding(tmp_path, images, store, dtype
     lvlm = load_lvlm(save_lvlm(tiny_qwen(seed=1), tmp_path), dtype=dtype, device="cuda")
     prompts = [prompt(images, 20 + k, tuple(range(k % 4))) for k in range(8)]
     targets = [goals("dax", "yes", "yes it is")]*8
-    c = compare(SharedScorer(lvlm, **STORES[store]).run(prompts, targets), NaiveScorer(lvlm).run(prompts, targets))
+    c = compare(
+        SharedScorer(lvlm, **STORES[store]).run(prompts, targets), NaiveScorer(lvlm).run(prompts, targets)
+    )
     assert not c["failed"] and c["logprob"] < lvlm.tolerance
 
 def test_cpu_and_gpu_say_the_same(folder, prompts_and_goals):
@@ -99,13 +104,18 @@ def test_vectors_and_pools_are_those_of_a_cpu(islands):
     from leverplus.embed import embed_items
     from leverplus.pools import make_pool
     some = islands.items.groupby("split").head(100)
-    here, there = (embed_items(some, world_path("models", "tiny-clip"), device=d, progress=False) for d in ("cpu", "cuda"))
+    here, there = (
+        embed_items(some, world_path("models", "tiny-clip"), device=d, progress=False)
+        for d in ("cpu", "cuda")
+    )
     ids = some.question_id.tolist()
-    for kind in ("image", "text", "mixed"): assert (here.get(ids, kind) - there.get(ids, kind)).abs().max() < 1e-5, kind
+    for kind in ("image", "text", "mixed"):
+        assert (here.get(ids, kind) - there.get(ids, kind)).abs().max() < 1e-5, kind
     assert here.fingerprint == there.fingerprint
     test, train = some[some.split == "test"], some[some.split == "train"]
     near, same_there = (make_pool(test, train, 8, "mixed", store, 0) for store in (here, there))
-    assert np.mean([list(near[q]) == list(same_there[q]) for q in near]) >= .99 # neighbours that are equally near may change places
+    # neighbours that are equally near may change places
+    assert np.mean([list(near[q]) == list(same_there[q]) for q in near]) >= 0.99
 
 def test_half_precision_is_asked_for_and_then_said(islands):
     from leverplus.world import load_world
@@ -118,7 +128,10 @@ def test_half_precision_is_asked_for_and_then_said(islands):
 def learner(**kw):
     from leverplus.learner import selector_learner
     from leverplus.synth import synth_dls
-    return selector_learner(synth_dls(96, 32, 16, K=(5, 64), N=(2, 6), shots=(1, 2), device=CUDA), **dict(d_hidden=16, n_heads=2, dropout=.3) | kw)
+    return selector_learner(
+        synth_dls(96, 32, 16, K=(5, 64), N=(2, 6), shots=(1, 2), device=CUDA),
+        **dict(d_hidden=16, n_heads=2, dropout=0.3) | kw
+    )
 
 def weights(learn): return {k: v.detach().clone() for k, v in learn.model.state_dict().items()}
 def same(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
@@ -137,27 +150,58 @@ def small_groups(islands):
     from leverplus.rldata_generate import generate
     def some(split, n):
         ids = islands.ids(split)[:n]
-        return generate(Path(tempfile.mkdtemp())/split, ids, islands.items, islands.pools[split], islands.scorer, islands.store, counts=dict(random=4), test=0, progress=False)
+        return generate(
+            Path(tempfile.mkdtemp()) / split,
+            ids,
+            islands.items,
+            islands.pools[split],
+            islands.scorer,
+            islands.store,
+            counts=dict(random=4),
+            test=0,
+            progress=False,
+        )
     return some("train", 24), some("dev", 16)
 
 def island_learner(islands, groups):
     from leverplus.dls import group_dls
     from leverplus.learner import selector_learner
-    return selector_learner(group_dls(*groups, islands.store, "soft_only", device=CUDA), match="net", n_layers=0, state="none")
+    return selector_learner(
+        group_dls(*groups, islands.store, "soft_only", device=CUDA), match="net", n_layers=0, state="none"
+    )
 
-STAGES = dict(rce=("fit_rce", {}), listwise=("fit_listwise", {}), sft=("fit_sft", {}), grpo=("fit_grpo", dict(lr=5e-3)))
-MODELS = {"gate": {}, "gru": dict(state="gru"), "net": dict(match="net", n_layers=0, state="none"), "heads": dict(match="heads", prior="match"),
-          "no prior": dict(prior=False), "self-attention": dict(cand_layers=1), "bilinear": dict(scorer="bilinear"), "additive": dict(scorer="additive"),
-          "mmr": dict(diversity="mmr"), "coverage": dict(diversity="coverage"), "dpp": dict(diversity="dpp"), "stop": dict(stop=True)}
+STAGES = dict(
+    rce=("fit_rce", {}), listwise=("fit_listwise", {}), sft=("fit_sft", {}), grpo=("fit_grpo", dict(lr=5e-3))
+)
+MODELS = {
+    "gate": {},
+    "gru": dict(state="gru"),
+    "net": dict(match="net", n_layers=0, state="none"),
+    "heads": dict(match="heads", prior="match"),
+    "no prior": dict(prior=False),
+    "self-attention": dict(cand_layers=1),
+    "bilinear": dict(scorer="bilinear"),
+    "additive": dict(scorer="additive"),
+    "mmr": dict(diversity="mmr"),
+    "coverage": dict(diversity="coverage"),
+    "dpp": dict(diversity="dpp"),
+    "stop": dict(stop=True),
+}
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("model", MODELS)
 def test_same_seed_same_weights(stage, model):
     name, kw = STAGES[stage]
-    def train(): return fit(learner(**MODELS[model]), name, n_epoch=3, watch=None, best=False, **dict(lr=1e-2) | kw)
-    start, first, second = learner(**MODELS[model]), train(), train()
+    def train():
+        return fit(learner(**MODELS[model]), name, n_epoch=3, watch=None, best=False, **dict(lr=1e-2) | kw)
+    start = learner(**MODELS[model])
+    first = train()
+    second = train()
     assert next(first.model.parameters()).is_cuda and same(weights(first), weights(second))
-    assert not same({k: v.cpu() for k, v in weights(first).items()}, {k: v.cpu() for k, v in weights(start).items()}) # they did train
+    # they did train
+    assert not same(
+        {k: v.cpu() for k, v in weights(first).items()}, {k: v.cpu() for k, v in weights(start).items()}
+    )
     assert not torch.are_deterministic_algorithms_enabled() # the switches are back
 
 def test_training_goes_on_bit_for_bit(tmp_path):
@@ -191,14 +235,39 @@ def test_rounds_on_policy(islands, objective):
     groups = small_groups(islands)
     def train():
         learn = island_learner(islands, groups)
-        fit(learn, "fit_onpolicy", scorer=islands.scorer, items=islands.items, store=islands.store, rounds=2, lr=1e-3, objective=objective, G=4,
-            queries_per_round=12, patience=None, cache=FactCache(), stage=dict(watch=None))
+        fit(
+            learn,
+            "fit_onpolicy",
+            scorer=islands.scorer,
+            items=islands.items,
+            store=islands.store,
+            rounds=2,
+            lr=1e-3,
+            objective=objective,
+            G=4,
+            queries_per_round=12,
+            patience=None,
+            cache=FactCache(),
+            stage=dict(watch=None),
+        )
         return weights(learn)
     assert same(train(), train())
 
 def test_warmup(islands):
-    groups, train_items = small_groups(islands), islands.items[islands.items.split == "train"]
-    def train(): return weights(fit(island_learner(islands, groups), "fit_warmup", items=train_items, store=islands.store, n_epoch=1, steps=20, watch=None))
+    groups = small_groups(islands)
+    train_items = islands.items[islands.items.split == "train"]
+    def train():
+        return weights(
+            fit(
+                island_learner(islands, groups),
+                "fit_warmup",
+                items=train_items,
+                store=islands.store,
+                n_epoch=1,
+                steps=20,
+                watch=None,
+            )
+        )
     assert same(train(), train())
 
 def test_one_set_of_weights_picks_the_same_on_both(islands):
@@ -206,7 +275,10 @@ def test_one_set_of_weights_picks_the_same_on_both(islands):
     from leverplus.selector import PointerSelector
     torch.manual_seed(0)
     model = PointerSelector(islands.store.dim("mixed"), d_hidden=32).eval()
-    picks = [pick_model(model.to(d), islands.pools["dev"], islands.store, 2).pointer.tolist() for d in ("cpu", "cuda")]
+    picks = [
+        pick_model(model.to(d), islands.pools["dev"], islands.store, 2).pointer.tolist()
+        for d in ("cpu", "cuda")
+    ]
     agree = np.mean([tuple(a) == tuple(b) for a, b in zip(*picks)])
     assert agree >= .99, agree
 
@@ -214,16 +286,54 @@ def test_one_set_of_weights_picks_the_same_on_both(islands):
 # ---- doors, demo, README, book --------------------------------------------------------------------------------------
 
 def shell(*words, cwd):
-    env = {k: v for k, v in os.environ.items() if k != "TQDM_DISABLE"} | dict(PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]), HF_HUB_OFFLINE="1", MPLBACKEND="Agg")
-    r = subprocess.run([sys.executable, "-m", "leverplus", *words], cwd=cwd, capture_output=True, text=True, timeout=300, env=env)
+    env = {k: v for k, v in os.environ.items() if k != "TQDM_DISABLE"} | dict(
+        PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        HF_HUB_OFFLINE="1",
+        MPLBACKEND="Agg",
+    )
+    r = subprocess.run(
+        [sys.executable, "-m", "leverplus", *words],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=env,
+    )
     assert r.returncode == 0, r.stdout + r.stderr
     return r.stdout + r.stderr
 
 def test_the_doors(tmp_path):
-    for split in ("train", "dev"): shell("generate", "--n", "8", "--split", split, "--test", "2", "--quiet", "--out", f"runs/{split}", cwd=tmp_path)
-    said = shell("train", "runs/train", "--dev", "runs/dev", "--out", "runs/rce", "--epochs", "2", "--bs", "4", cwd=tmp_path)
+    for split in ("train", "dev"):
+        shell(
+            "generate",
+            "--n",
+            "8",
+            "--split",
+            split,
+            "--test",
+            "2",
+            "--quiet",
+            "--out",
+            f"runs/{split}",
+            cwd=tmp_path,
+        )
+    said = shell(
+        "train",
+        "runs/train",
+        "--dev",
+        "runs/dev",
+        "--out",
+        "runs/rce",
+        "--epochs",
+        "2",
+        "--bs",
+        "4",
+        cwd=tmp_path,
+    )
     assert "checkpoint" in said
-    assert not [line for line in said.splitlines() if "warning" in line and not any(w in line for w in SPOKEN)], said
+    assert not [
+        line for line in said.splitlines() if "warning" in line and not any(w in line for w in SPOKEN)
+    ], said
 
 def test_the_demo(tmp_path, islands):
     from leverplus.demo import run_demo
@@ -231,12 +341,20 @@ def test_the_demo(tmp_path, islands):
     table = run_demo(tmp_path/"demo", progress=False, **SMALL).set_index(["selector", "shots"]).acc
     facts = islands.facts()
     zero = facts[facts.pointer.map(len) == 0]
-    assert table["zero_shot", 0] == pytest.approx(zero.vqa_acc_score.mean()) and table["oracle", 2] == table.max()
+    assert (
+        table["zero_shot", 0] == pytest.approx(zero.vqa_acc_score.mean())
+        and table["oracle", 2] == table.max()
+    )
     assert (tmp_path/"demo"/"report.html").exists()
 
 def test_readme_code(tmp_path): run_blocks(tmp_path)
 
-NOTEBOOKS = [p for d in (ROOT/"nbs", ROOT/"nbs"/"tutorials") for p in sorted(d.glob("*.ipynb")) if p.name[0] not in "_." and p.stem != "index"]
+NOTEBOOKS = [
+    p
+    for d in (ROOT / "nbs", ROOT / "nbs" / "tutorials")
+    for p in sorted(d.glob("*.ipynb"))
+    if p.name[0] not in "_." and p.stem != "index"
+]
 
 def code_cells(path):
     "Sources of the cells that a test runs"
@@ -244,12 +362,21 @@ def code_cells(path):
     sources = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
     return [s for s in sources if not is_skipped(s, ("slow", "gpu", "net"))]
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.relative_to(ROOT/"nbs").with_suffix("").as_posix())
+@pytest.mark.parametrize(
+    "path", NOTEBOOKS, ids=lambda p: p.relative_to(ROOT / "nbs").with_suffix("").as_posix()
+)
 def test_the_book(path):
     "Every page, top to bottom, with a GPU in the machine; a plain runner, since a GPU machine may lack nbdev"
     if any("IPython" in s for s in code_cells(path)): pytest.importorskip("IPython")
     lines = [f"import os, sys; os.chdir({str(path.parent)!r}); sys.path.insert(0, {str(ROOT)!r})"]
-    for n, source in enumerate(code_cells(path)): lines.append(f"exec(compile({source!r}, {f'{path.stem}, code cell {n}'!r}, 'exec'), globals())")
-    r = subprocess.run([sys.executable, "-W", "ignore", "-c", "\n".join(lines)], capture_output=True, text=True, timeout=600, stdin=subprocess.DEVNULL,
-                       env=dict(os.environ, HF_HUB_OFFLINE="1", MPLBACKEND="Agg", TQDM_DISABLE="1"))
+    for n, source in enumerate(code_cells(path)):
+        lines.append(f"exec(compile({source!r}, {f'{path.stem}, code cell {n}'!r}, 'exec'), globals())")
+    r = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", "\n".join(lines)],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        stdin=subprocess.DEVNULL,
+        env=dict(os.environ, HF_HUB_OFFLINE="1", MPLBACKEND="Agg", TQDM_DISABLE="1"),
+    )
     assert r.returncode == 0, r.stderr[-4000:]

@@ -23,13 +23,31 @@ class Stop(Stats):
         if self.train_iter == 2: raise KeyboardInterrupt
 
 def test_two_stages_reduce_regret_and_keep_one_history():
-    learn = selector_learner(synth_dls(256, 128, 32, K=(5, 7), N=(2, 6), shots=(1, 2)), d_hidden=16); v0 = valid_loss(learn)
-    with quiet(learn): assert learn.fit_rce(4, 2e-2, temp=(1., .2)) is learn; v1 = valid_loss(learn); learn.fit_grpo(4, 5e-3); v2 = valid_loss(learn)
+    learn = selector_learner(synth_dls(256, 128, 32, K=(5, 7), N=(2, 6), shots=(1, 2)), d_hidden=16)
+    v0 = valid_loss(learn)
+    with quiet(learn):
+        assert learn.fit_rce(4, 2e-2, temp=(1.0, 0.2)) is learn
+        v1 = valid_loss(learn)
+        learn.fit_grpo(4, 5e-3)
+        v2 = valid_loss(learn)
     assert v2 < v1 < v0
     f = learn.history.frame
     assert f.stage.tolist() == ["rce"]*4 + ["grpo"]*4 and f.temp.iloc[0] > .85 and f.temp.iloc[3] < .35
     assert f.ratio_off.iloc[4:].max() <= 1e-5 and (f.kl.iloc[4:] >= 0).all() and f.kl.iloc[-1] > f.kl.iloc[4]
-    assert {"train_loss", "valid_loss", "live", "mass", "entropy", "ess", "adv_std", "clip_pos", "clip_neg", "kl_1", "kl_2", "beta"} <= set(f)
+    assert {
+        "train_loss",
+        "valid_loss",
+        "live",
+        "mass",
+        "entropy",
+        "ess",
+        "adv_std",
+        "clip_pos",
+        "clip_neg",
+        "kl_1",
+        "kl_2",
+        "beta",
+    } <= set(f)
 
 @pytest.mark.parametrize("kw", [dict(), dict(state="none", prior=False), dict(n_layers=0), dict(dropout=.5)])
 def test_ratio_and_kl_at_the_first_step_for_real_selectors(kw):
@@ -39,36 +57,55 @@ def test_ratio_and_kl_at_the_first_step_for_real_selectors(kw):
 
 def test_kl_of_the_selector_is_brute_force():
     torch.manual_seed(0)
-    p, q = (PointerSelector(8, 16, prior=False).eval() for _ in range(2)); *xb, r, m = learner().dls.valid.one_batch(); cm = xb[2]; K = cm.shape[1]
-    ep, eq = p.encode(*xb[:3]), q.encode(*xb[:3]); every, lp = p.enumerate(ep, 2); _, lq = q.enumerate(eq, 2); ok = lp > -torch.inf
+    p, q = (PointerSelector(8, 16, prior=False).eval() for _ in range(2))
+    *xb, r, m = learner().dls.valid.one_batch()
+    cm = xb[2]
+    K = cm.shape[1]
+    ep = p.encode(*xb[:3])
+    eq = q.encode(*xb[:3])
+    every, lp = p.enumerate(ep, 2)
+    _, lq = q.enumerate(eq, 2)
+    ok = lp > -torch.inf
     brute = (lp.exp()*(lp.masked_fill(~ok, 0) - lq.masked_fill(~ok, 0))).sum(-1)
     got = kl_exact(lambda x: p.step_logp(ep, x), lambda x: q.step_logp(eq, x), cm, 2)
     assert torch.allclose(got, brute, atol=1e-5) and (got > 0).all()
 
 def test_zero_epochs_says_so():
-    learn = learner(); w = weights(learn)
-    with pytest.warns(UserWarning, match="0 epochs asked of the stage .*GRPO"): assert learn.fit_grpo() is learn
+    learn = learner()
+    w = weights(learn)
+    with pytest.warns(UserWarning, match="0 epochs asked of the stage .*GRPO"):
+        assert learn.fit_grpo() is learn
     assert same(w, weights(learn)) and learn.history.rows == []
     with pytest.raises(ValueError, match="-1 epochs"): learn.fit_rce(-1)
 
 def test_nothing_stays_behind():
-    learn = learner(); cbs, loss = list(learn.cbs), learn.loss_func
+    learn = learner()
+    cbs = list(learn.cbs)
+    loss = learn.loss_func
     with quiet(learn):
-        learn.fit_rce(1); learn.fit_grpo(1)
+        learn.fit_rce(1)
+        learn.fit_grpo(1)
         with pytest.raises(KeyboardInterrupt): learn.fit_grpo(1, cbs=Stop())
         assert all(p.requires_grad for p in learn.model.parameters())
         assert not {"rce", "grpo", "kl_to_ref", "best", "no_dropout"} & set(vars(learn))
-        v = learn.validate()[0]; assert v == pytest.approx(valid_loss(learn), abs=1e-6)
-        learn.fit_rce(1); assert learn.history.frame.fit.iloc[-1] == 4
-    assert sorted(id(c) for c in learn.cbs) == sorted(id(c) for c in cbs) and learn.loss_func is loss is regret
+        v = learn.validate()[0]
+        assert v == pytest.approx(valid_loss(learn), abs=1e-6)
+        learn.fit_rce(1)
+        assert learn.history.frame.fit.iloc[-1] == 4
+    assert (
+        sorted(id(c) for c in learn.cbs) == sorted(id(c) for c in cbs) and learn.loss_func is loss is regret
+    )
 
 def test_an_interrupted_fit_leaves_no_gradient_for_the_next():
-    a, b = learner(dropout=0.), learner(dropout=0.)
+    a = learner(dropout=0.)
+    b = learner(dropout=0.)
     import random
     with quiet(a), quiet(b):
         with pytest.raises(KeyboardInterrupt): b.fit_rce(1, cbs=Stop())
-        b.model.load_state_dict(a.model.state_dict()); a.dls.train.rng, b.dls.train.rng = random.Random(3), random.Random(3)
-        a.fit_rce(1); b.fit_rce(1)
+        b.model.load_state_dict(a.model.state_dict())
+        a.dls.train.rng, b.dls.train.rng = random.Random(3), random.Random(3)
+        a.fit_rce(1)
+        b.fit_rce(1)
     assert same(weights(a), weights(b))
 
 def test_same_seed_same_weights_and_other_seed_other():
@@ -79,20 +116,35 @@ def test_same_seed_same_weights_and_other_seed_other():
     assert same(run(3), run(3)) and not same(run(3), run(4))
 
 def test_stage_options():
-    learn = learner(); w = weights(learn)
-    with quiet(learn): learn.fit_rce(1, temp=.5, norm="zscore", skip_flat=False, max_norm=None, best=False, cbs=Freeze("query_proj"))
-    now = weights(learn); assert same({k: w[k] for k in w if k.startswith("query_proj")}, {k: now[k] for k in w if k.startswith("query_proj")})
-    assert learn.history.frame.temp.iloc[0] == pytest.approx(.5) and "live" not in learn.history.frame or learn.history.frame.live.isna().all()
-    with quiet(learn): learn.fit_grpo(1, beta=0., how="loo", scale="batch", refresh=2, best=(best := Best(min_delta=.5)))
+    learn = learner()
+    w = weights(learn)
+    with quiet(learn):
+        learn.fit_rce(
+            1, temp=0.5, norm="zscore", skip_flat=False, max_norm=None, best=False, cbs=Freeze("query_proj")
+        )
+    now = weights(learn)
+    assert same(
+        {k: w[k] for k in w if k.startswith("query_proj")},
+        {k: now[k] for k in w if k.startswith("query_proj")},
+    )
+    assert (
+        learn.history.frame.temp.iloc[0] == pytest.approx(0.5)
+        and "live" not in learn.history.frame
+        or learn.history.frame.live.isna().all()
+    )
+    with quiet(learn):
+        learn.fit_grpo(1, beta=0.0, how="loo", scale="batch", refresh=2, best=(best := Best(min_delta=0.5)))
     assert learn.history.frame.kl.isna().all() and best.best_epoch == -1
 
 def test_get_preds_with_loss_is_regret_per_query():
     learn = learner()
     with quiet(learn): logp, (rewards, mask), each = learn.get_preds(with_loss=True)
-    assert each.shape == (32,) and torch.isclose(each.mean(), torch.tensor(valid_loss(learn)), atol=1e-6)   # T9
+    # T9
+    assert each.shape == (32,) and torch.isclose(each.mean(), torch.tensor(valid_loss(learn)), atol=1e-6)
 
 def test_selector_learner_refuses():
-    with pytest.raises(ValueError, match="pass either"): selector_learner(synth_dls(16, 16), ToySelector(8), d_hidden=4)
+    with pytest.raises(ValueError, match="pass either"):
+        selector_learner(synth_dls(16, 16), ToySelector(8), d_hidden=4)
     class Plain: n_inp = 1
     with pytest.raises(ValueError, match="five inputs"): selector_learner(Plain())
 
@@ -102,50 +154,100 @@ def test_toy_policy_works_too():
     assert len(learn.history.frame) == 2
 
 def test_save_and_load(tmp_path):
-    learn = learner(); info = dict(pool=dict(sampler="mixed", K=16), data="0123456789abcdef")
+    learn = learner()
+    info = dict(pool=dict(sampler="mixed", K=16), data="0123456789abcdef")
     with quiet(learn): learn.fit_rce(1)
-    learn.save_selector(tmp_path/"a", info); model = load_selector(tmp_path/"a")
+    learn.save_selector(tmp_path / "a", info)
+    model = load_selector(tmp_path / "a")
     assert model.info == info and not model.training and same(weights(learn), dict(model.state_dict()))
     assert valid_loss(selector_learner(learn.dls, model)) == pytest.approx(valid_loss(learn), abs=1e-6)
     assert len((tmp_path/"a"/"history.csv").read_text().splitlines()) == 2
-    cfg = json.loads((tmp_path/"a"/"config.json").read_text()); (tmp_path/"a"/"config.json").write_text(json.dumps({**cfg, "d_hidden": 8}))
+    cfg = json.loads((tmp_path / "a" / "config.json").read_text())
+    (tmp_path / "a" / "config.json").write_text(json.dumps({**cfg, "d_hidden": 8}))
     with pytest.raises((ValueError, RuntimeError), match="query_proj"): load_selector(tmp_path/"a")
     with pytest.raises(FileNotFoundError): load_selector(tmp_path/"nowhere")
 
-# --- the other stages, shots, results -------------------------------------------------------------------------------------
-@pytest.mark.parametrize("stage,kw", [("fit_listwise", {}), ("fit_listwise", dict(tau=(.5, .1), beta=.1)), ("fit_listwise", dict(ref="none", ess=.5)), ("fit_sft", {}),
-                                      ("fit_sft", dict(top=None, temp=.2, least=.1)), ("fit_rce", dict(temp="sharp", weights="rank"))])
+# --- the other stages, shots, results
+# -------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "stage,kw",
+    [
+        ("fit_listwise", {}),
+        ("fit_listwise", dict(tau=(0.5, 0.1), beta=0.1)),
+        ("fit_listwise", dict(ref="none", ess=0.5)),
+        ("fit_sft", {}),
+        ("fit_sft", dict(top=None, temp=0.2, least=0.1)),
+        ("fit_rce", dict(temp="sharp", weights="rank")),
+    ],
+)
 def test_first_stages_reduce_regret(stage, kw):
-    learn = selector_learner(synth_dls(128, 64, 32, K=6, N=6), d_hidden=16, prior=False); v0 = valid_loss(learn)
+    learn = selector_learner(synth_dls(128, 64, 32, K=6, N=6), d_hidden=16, prior=False)
+    v0 = valid_loss(learn)
     with quiet(learn): getattr(learn, stage)(3, 2e-2, **kw)
-    f = learn.history.frame; assert valid_loss(learn) < v0 - .01 and set(f.stage) == {stage.removeprefix("fit_")} and f.same_as_start.iloc[-1] < 1
+    f = learn.history.frame
+    assert (
+        valid_loss(learn) < v0 - 0.01
+        and set(f.stage) == {stage.removeprefix("fit_")}
+        and f.same_as_start.iloc[-1] < 1
+    )
     if "tau" in kw: assert f.tau.iloc[0] > .3 > f.tau.iloc[-1] and f.kl.notna().all()
 
 @pytest.mark.parametrize("split", [False, True])
 def test_one_model_for_one_to_four_shots(split):
-    joint = selector_learner(synth_dls(160, 32, 32, K=7, N=12, shots=(1, 2, 3, 4)), d_hidden=16, prior=False); start = {k: v.clone() for k, v in joint.model.state_dict().items()}
-    each = {s: selector_learner(synth_dls(8, 128, K=7, N=6, shots=(s,)), joint.model) for s in (1, 2, 3, 4)}; v0 = {s: valid_loss(l) for s, l in each.items()}
+    joint = selector_learner(synth_dls(160, 32, 32, K=7, N=12, shots=(1, 2, 3, 4)), d_hidden=16, prior=False)
+    start = {k: v.clone() for k, v in joint.model.state_dict().items()}
+    each = {s: selector_learner(synth_dls(8, 128, K=7, N=6, shots=(s,)), joint.model) for s in (1, 2, 3, 4)}
+    v0 = {s: valid_loss(l) for s, l in each.items()}
     with quiet(joint): joint.fit_rce(5, 2e-2, temp=.3, split_shots=split).fit_grpo(1, 1e-3, split_shots=split)
     assert all(valid_loss(l) < v0[s] for s, l in each.items()) and not same(start, weights(joint))
-    assert all(joint.model.greedy(joint.model.encode(*l.dls.valid.one_batch()[:3]), s).shape[1] == s for s, l in each.items())
+    assert all(
+        joint.model.greedy(joint.model.encode(*l.dls.valid.one_batch()[:3]), s).shape[1] == s
+        for s, l in each.items()
+    )
 
 def test_new_parts_of_the_selector_pass_through():
-    learn = learner(scorer="bilinear", state="gru"); assert learn.model.config["scorer"] == "bilinear" and learn.model.config["state"] == "gru"
+    learn = learner(scorer="bilinear", state="gru")
+    assert learn.model.config["scorer"] == "bilinear" and learn.model.config["state"] == "gru"
     with quiet(learn): learn.fit_rce(1)
     with pytest.raises(TypeError, match="colour"): learner(colour=3)
 
 def test_show_results_is_what_the_policy_does():
-    learn = learner(); w, state = weights(learn), (torch.get_rng_state(), random.getstate(), learn.dls.valid.rng.getstate())
-    f = learn.show_results(max_n=5); *xb, r, m = learn.dls.valid.one_batch(); lp = learn.model.eval()(*xb)
+    learn = learner()
+    w = weights(learn)
+    state = (torch.get_rng_state(), random.getstate(), learn.dls.valid.rng.getstate())
+    f = learn.show_results(max_n=5)
+    *xb, r, m = learn.dls.valid.one_batch()
+    lp = learn.model.eval()(*xb)
     assert len(f) == 5 and list(f) == ["query", "picks", "expected", "best", "likeliest"]
-    assert (f.best - f.expected).tolist() == pytest.approx(regrets(learn)[:5].tolist(), abs=1e-6) and (f.best - f.likeliest).tolist() == pytest.approx(missed(learn)[:5].tolist(), abs=1e-6)
-    assert f.picks.tolist() == learn.model.greedy(learn.model.encode(*xb[:3]), 2)[:5].tolist() and same(w, weights(learn))
+    assert (f.best - f.expected).tolist() == pytest.approx(regrets(learn)[:5].tolist(), abs=1e-6) and (
+        f.best - f.likeliest
+    ).tolist() == pytest.approx(missed(learn)[:5].tolist(), abs=1e-6)
+    assert f.picks.tolist() == learn.model.greedy(learn.model.encode(*xb[:3]), 2)[:5].tolist() and same(
+        w, weights(learn)
+    )
     assert len(learn.show_results(0, max_n=3, shots=1).picks[0]) == 1
 
-# --- going on after a kill ------------------------------------------------------------------------------------------------
+# --- going on after a kill
+# ------------------------------------------------------------------------------------------------
 def stages(name): # every callback that remembers something, in the stage where it belongs
-    if name == "rce": return "fit_rce", dict(n_epoch=4, lr=1e-2, cbs=[KLToRef(beta=.05), AdaptiveKL(.001, .01), Phases(dict(few=(range(20), 2), all=(None, 2)))])
-    if name == "grpo": return "fit_grpo", dict(n_epoch=4, lr=5e-3, refresh=3, cbs=[EntropyFloor(.99), TopKCurriculum((3, 4))], best=Best(promote="paired", patience=3))
+    if name == "rce":
+        return "fit_rce", dict(
+            n_epoch=4,
+            lr=1e-2,
+            cbs=[
+                KLToRef(beta=0.05),
+                AdaptiveKL(0.001, 0.01),
+                Phases(dict(few=(range(20), 2), all=(None, 2))),
+            ],
+        )
+    if name == "grpo":
+        return "fit_grpo", dict(
+            n_epoch=4,
+            lr=5e-3,
+            refresh=3,
+            cbs=[EntropyFloor(0.99), TopKCurriculum((3, 4))],
+            best=Best(promote="paired", patience=3),
+        )
     if name == "never": return "fit_grpo", dict(n_epoch=4, lr=5e-3, refresh="never", best=False, strict=False)
     return "fit_listwise", dict(n_epoch=4, lr=1e-2, best=Best(missed, patience=2))
 
@@ -153,29 +255,48 @@ class Die(StageCallback):
     "Breaks the fit off in the backward pass of batch `Die.at`, once"
     order, at = 7, None
     def after_backward(self):
-        if self.train_iter == Die.at: Die.at = None; raise SystemExit("killed")
+        if self.train_iter == Die.at:
+            Die.at = None
+            raise SystemExit("killed")
 
 def train(name, folder=None, at=None, **more):
-    Die.at = at; learn = learner(48, dropout=.3); stage, kw = stages(name); kw["cbs"] = [*kw.get("cbs", ()), Die()]
-    with quiet(learn), warnings.catch_warnings(): warnings.simplefilter("ignore"); getattr(learn, stage)(**kw | more, resume=folder)
+    Die.at = at
+    learn = learner(48, dropout=0.3)
+    stage, kw = stages(name)
+    kw["cbs"] = [*kw.get("cbs", ()), Die()]
+    with quiet(learn), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        getattr(learn, stage)(**kw | more, resume=folder)
     return learn
 
 def equal(a, b):
     "Same weights, optimiser, history and random state"
     fa, fb = (l.history.frame.drop(columns="seconds") for l in (a, b))
     assert same(weights(a), weights(b)) and fa.equals(fb) and torch.equal(torch.get_rng_state(), equal.rng)
-    assert [list(map(str, r)) for r in a.recorder.values] == [list(map(str, r)) for r in b.recorder.values] and a.dls.train.rng.getstate() == b.dls.train.rng.getstate()
-    for x, y in zip(*(l.opt.state_dict()["state"] for l in (a, b))): assert x.keys() == y.keys() and all(torch.equal(torch.as_tensor(x[k]), torch.as_tensor(y[k])) for k in x)
+    assert [list(map(str, r)) for r in a.recorder.values] == [
+        list(map(str, r)) for r in b.recorder.values
+    ] and a.dls.train.rng.getstate() == b.dls.train.rng.getstate()
+    for x, y in zip(*(l.opt.state_dict()["state"] for l in (a, b))):
+        assert x.keys() == y.keys() and all(
+            torch.equal(torch.as_tensor(x[k]), torch.as_tensor(y[k])) for k in x
+        )
 
 @pytest.mark.parametrize("name,at", [("rce", (1, 6)), ("grpo", (4, 7)), ("never", (8,)), ("listwise", (4,))])
 def test_resumed_is_uninterrupted(tmp_path, name, at):
-    whole = train(name, tmp_path/"whole"); equal.rng = torch.get_rng_state(); plain = train(name)
+    whole = train(name, tmp_path / "whole")
+    equal.rng = torch.get_rng_state()
+    plain = train(name)
     assert same(weights(whole), weights(plain))   # writing the state changes nothing
     for i in at:
         with pytest.raises(SystemExit): train(name, tmp_path/"run", at=i)
     equal(whole, train(name, tmp_path/"run"))
-    again = train(name, tmp_path/"run", at=0); equal(whole, again); assert Die.at == 0   # finished: nothing is trained, all is restored
-    assert not again.model.training and sorted(p.name for p in (tmp_path/"run").iterdir() if p.name[0] != ".") == ["history.csv", "settings.json", "state.pt"]
+    # finished: nothing is trained, all is restored
+    again = train(name, tmp_path / "run", at=0)
+    equal(whole, again)
+    assert Die.at == 0
+    assert not again.model.training and sorted(
+        p.name for p in (tmp_path / "run").iterdir() if p.name[0] != "."
+    ) == ["history.csv", "settings.json", "state.pt"]
 
 KILL = """
 import os, signal, sys, torch
@@ -188,28 +309,46 @@ class Kill(t.Die):
 t.Die = Kill; torch.set_num_threads({threads}); t.train("rce", {folder!r})
 """
 def test_kill_minus_nine(tmp_path):
-    at = random.Random(0).randrange(3, 8); code = KILL.format(tests=os.path.dirname(__file__), at=at, threads=torch.get_num_threads(), folder=str(tmp_path/"run"))
-    r = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True); assert r.returncode == -signal.SIGKILL, r.stderr[-2000:]
+    at = random.Random(0).randrange(3, 8)
+    code = KILL.format(
+        tests=os.path.dirname(__file__), at=at, threads=torch.get_num_threads(), folder=str(tmp_path / "run")
+    )
+    r = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert r.returncode == -signal.SIGKILL, r.stderr[-2000:]
     assert (tmp_path/"run"/"state.pt").exists() and not list((tmp_path/"run").glob(".*.tmp"))
     assert same(weights(train("rce", tmp_path/"run")), weights(train("rce")))
 
 def test_a_state_that_was_cut_short_is_never_the_state(tmp_path):
     "A kill while the file is written leaves the one before"
     import leverplus.learner as l
-    def half(state, path): path.write_bytes(b"PK"); raise SystemExit("killed while writing")
+    def half(state, path):
+        path.write_bytes(b"PK")
+        raise SystemExit("killed while writing")
     keep, n = torch.save, []
-    def save(*a, **k): n.append(1); return half(*a) if len(n) == 2 else keep(*a, **k)
+    def save(*a, **k):
+        n.append(1)
+        return half(*a) if len(n) == 2 else keep(*a, **k)
     l.torch.save = save
     try:
         with pytest.raises(SystemExit): train("rce", tmp_path/"run")
     finally: l.torch.save = keep
     assert same(weights(train("rce", tmp_path/"run")), weights(train("rce")))
 
-@pytest.mark.parametrize("more,said", [(dict(lr=2e-2), "optimiser.lr"), (dict(n_epoch=5, cbs=[Die()]), "n_epoch"), (dict(max_norm=2.), "max_norm"), (dict(temp=.3), "rce.temp"), (dict(cbs=[Die()]), "kl_to_ref")])
+@pytest.mark.parametrize(
+    "more,said",
+    [
+        (dict(lr=2e-2), "optimiser.lr"),
+        (dict(n_epoch=5, cbs=[Die()]), "n_epoch"),
+        (dict(max_norm=2.0), "max_norm"),
+        (dict(temp=0.3), "rce.temp"),
+        (dict(cbs=[Die()]), "kl_to_ref"),
+    ],
+)
 def test_another_run_is_refused(tmp_path, more, said):
     with pytest.raises(SystemExit): train("rce", tmp_path/"run", at=4)
     before = (tmp_path/"run"/"state.pt").read_bytes()
-    with pytest.raises(ValueError, match=f"holds a run with other settings(.|\n)*{said}"): train("rce", tmp_path/"run", **more)
+    with pytest.raises(ValueError, match=f"holds a run with other settings(.|\n)*{said}"):
+        train("rce", tmp_path / "run", **more)
     assert (tmp_path/"run"/"state.pt").read_bytes() == before
 
 def test_other_data_and_weights_are_refused(tmp_path):
@@ -221,8 +360,12 @@ def test_other_data_and_weights_are_refused(tmp_path):
     with pytest.raises(ValueError, match="fingerprint of data"): go(n=33)
 
 def test_resume_leaves_validation_alone(tmp_path):
-    learn = train("rce", tmp_path/"run"); w = {k: torch.zeros_like(v) for k, v in weights(learn).items()}; learn.model.load_state_dict(w)
-    with quiet(learn): learn.validate(cbs=Resume(tmp_path/"run")); learn.get_preds(cbs=Resume(tmp_path/"run"))
+    learn = train("rce", tmp_path / "run")
+    w = {k: torch.zeros_like(v) for k, v in weights(learn).items()}
+    learn.model.load_state_dict(w)
+    with quiet(learn):
+        learn.validate(cbs=Resume(tmp_path / "run"))
+        learn.get_preds(cbs=Resume(tmp_path / "run"))
     assert same(w, weights(learn))
 
 def test_two_stages_go_on(tmp_path):
@@ -230,15 +373,26 @@ def test_two_stages_go_on(tmp_path):
         learn = learner(48, dropout=.2)
         with quiet(learn):
             learn.fit_rce(2, 1e-2, resume=tmp_path/"rce" if go.folder else None)
-            Die.at = 4 if die else None; learn.fit_grpo(2, 1e-3, cbs=Die(), resume=tmp_path/"grpo" if go.folder else None)
+            Die.at = 4 if die else None
+            learn.fit_grpo(2, 1e-3, cbs=Die(), resume=tmp_path / "grpo" if go.folder else None)
         return learn
-    go.folder = False; whole = go(); go.folder = True
+    go.folder = False
+    whole = go()
+    go.folder = True
     with pytest.raises(SystemExit): go(die=True)
-    again = go(); assert same(weights(whole), weights(again)) and again.history.frame.stage.tolist() == ["rce", "rce", "grpo", "grpo"] and again.history.frame.fit.tolist() == [1, 1, 2, 2]
+    again = go()
+    assert (
+        same(weights(whole), weights(again))
+        and again.history.frame.stage.tolist() == ["rce", "rce", "grpo", "grpo"]
+        and again.history.frame.fit.tolist() == [1, 1, 2, 2]
+    )
 
 def test_a_stage_is_watched():
     learn = learner(64)
     learn.dls.train_ds.rows = [(*row, torch.zeros_like(r)) for *row, r in learn.dls.train_ds.rows]
-    with quiet(learn), pytest.warns(UserWarning, match="after one epoch: Few groups can teach"): learn.fit_rce(1)
+    with quiet(learn), pytest.warns(UserWarning, match="after one epoch: Few groups can teach"):
+        learn.fit_rce(1)
     with quiet(learn), pytest.raises(ValueError, match="Few groups"): learn.fit_rce(3, watch="raise")
-    with quiet(learn), warnings.catch_warnings(): warnings.simplefilter("error"); learn.fit_rce(1, watch=None, skip_flat=False)
+    with quiet(learn), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        learn.fit_rce(1, watch=None, skip_flat=False)

@@ -10,14 +10,20 @@ from leverplus.evaluate import Interval
 from leverplus.groups import RLData
 from leverplus.infer import as_pointer
 from leverplus.lvlm import MockScorer
-from leverplus.loops import (LIMITS, Check, Loop, _gained, _held, _last_shrink, advise, closed_loop, code_fingerprint, loop_queries, needed, oracle_ranks, plot_rounds, rounds)
+from leverplus.loops import (
+    LIMITS, Check, Loop, _gained, _held, _last_shrink, advise, closed_loop, code_fingerprint,
+    loop_queries, needed, oracle_ranks, plot_rounds, rounds,
+)
 from leverplus.pools import Pool
 from leverplus.rldata_generate import SimilarityPrior, ask, generate
 from leverplus.selector import PointerSelector
 
 class Scripted:
     "Counts what it is asked, and is interrupted after `stop` prompts"
-    def __init__(self, seed=0, fails=(), stop=None): self.inner, self.stop, self.asked = MockScorer(seed, fails), stop, []
+    def __init__(self, seed=0, fails=(), stop=None):
+        self.inner = MockScorer(seed, fails)
+        self.stop = stop
+        self.asked = []
     @property
     def fingerprint(self): return self.inner.fingerprint
     def run(self, prompts, targets, generate=True, progress=False):
@@ -28,54 +34,139 @@ class Scripted:
 
 def make_world(scorer=None, n=24, D=6, K=6, seed=0):
     "Numbers only: `n` questions of each split, two to a picture, and 20 demonstrations"
-    g = torch.Generator().manual_seed(seed); names = [(s, i) for s in ("train", "dev", "test") for i in range(n)] + [("demo", i) for i in range(20)]; words = "cat dog car bus".split()
-    rows = [dict(question_id=100*k + 1, image_id=k//2, image_path=f"{k}.png", question=f"What is {k}?", answers=[words[k % 4]]*10, answer=words[k % 4], split=s) for k, (s, i) in enumerate(names)]
-    items = pd.DataFrame(rows, index=pd.Index([r["question_id"] for r in rows])); ids = items.question_id.tolist(); demos = items.question_id[items.split == "demo"].to_numpy()
-    pools = {s: Pool({q: rng("pool", q).choice(demos, K, replace=False) for q in items.question_id[items.split == s]}) for s in ("train", "dev", "test")}
-    return SimpleNamespace(items=items, store=EmbedStore(ids, torch.randn(len(ids), D, generator=g), torch.randn(len(ids), D, generator=g)), pools=pools, scorer=scorer or Scripted())
+    g = torch.Generator().manual_seed(seed)
+    names = [(s, i) for s in ("train", "dev", "test") for i in range(n)] + [("demo", i) for i in range(20)]
+    words = "cat dog car bus".split()
+    rows = [
+        dict(
+            question_id=100 * k + 1,
+            image_id=k // 2,
+            image_path=f"{k}.png",
+            question=f"What is {k}?",
+            answers=[words[k % 4]] * 10,
+            answer=words[k % 4],
+            split=s,
+        )
+        for k, (s, i) in enumerate(names)
+    ]
+    items = pd.DataFrame(rows, index=pd.Index([r["question_id"] for r in rows]))
+    ids = items.question_id.tolist()
+    demos = items.question_id[items.split == "demo"].to_numpy()
+    pools = {
+        s: Pool(
+            {q: rng("pool", q).choice(demos, K, replace=False) for q in items.question_id[items.split == s]}
+        )
+        for s in ("train", "dev", "test")
+    }
+    return SimpleNamespace(
+        items=items,
+        store=EmbedStore(ids, torch.randn(len(ids), D, generator=g), torch.randn(len(ids), D, generator=g)),
+        pools=pools,
+        scorer=scorer or Scripted(),
+    )
 
 FEW = dict(beam=2, random=3)
 def fit(learn): return learn.fit_listwise(2, 1e-2, best=False, watch=None)
-KW = dict(n=12, dev=10, valid=4, counts=FEW, policy_counts=FEW, model=dict(d_hidden=8), bs=6, draws=2, train=fit)
+KW = dict(
+    n=12, dev=10, valid=4, counts=FEW, policy_counts=FEW, model=dict(d_hidden=8), bs=6, draws=2, train=fit
+)
 
 # ---- questions --------------------------------------------------------------------------------------------------------
 
 @settings(max_examples=15)
 @given(st.integers(2, 20), st.integers(2, 10), st.integers(2, 6), st.integers(0, 99))
 def test_judges_share_no_picture_with_those_who_choose_and_fewer_are_a_part_of_more(n, dev, valid, seed):
-    w = make_world(); q = loop_queries(w.items, n, dev, valid, seed); image = lambda k: set(w.items.image_id.loc[q[k]])
-    assert not image("dev") & image("valid") and {k: len(v) for k, v in q.items()} == dict(train=n, dev=dev, valid=valid)
+    w = make_world()
+    q = loop_queries(w.items, n, dev, valid, seed)
+    image = lambda k: set(w.items.image_id.loc[q[k]])
+    assert not image("dev") & image("valid") and {k: len(v) for k, v in q.items()} == dict(
+        train=n, dev=dev, valid=valid
+    )
     assert [set(w.items.split.loc[q[k]]) for k in ("train", "valid", "dev")] == [{"train"}, {"dev"}, {"dev"}]
-    more = loop_queries(w.items, n + 3, dev + 2, 2, seed); assert more["train"][:n] == q["train"] and more["dev"][:dev] == q["dev"]
+    more = loop_queries(w.items, n + 3, dev + 2, 2, seed)
+    assert more["train"][:n] == q["train"] and more["dev"][:dev] == q["dev"]
 
 # ---- numbers ----------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("S", [1, 2])
 def test_ranks_are_those_of_brute_force(tmp_path, S):
-    w = make_world(); qs = w.pools["dev"].only(list(w.pools["dev"])[:8]); data = generate(tmp_path/"d", list(qs), w.items, qs, w.scorer, w.store, shots=(S,), counts=FEW, test=0, progress=False)
-    for policy in (SimilarityPrior(5.), PointerSelector(w.store.get(list(qs), "mixed").shape[-1], d_hidden=8)):
-        got = oracle_ranks(policy, data, w.store, bs=3).set_index("question_id"); assert torch.is_grad_enabled()
-        if isinstance(policy, torch.nn.Module): assert policy.training; policy.eval()
+    w = make_world()
+    qs = w.pools["dev"].only(list(w.pools["dev"])[:8])
+    data = generate(
+        tmp_path / "d",
+        list(qs),
+        w.items,
+        qs,
+        w.scorer,
+        w.store,
+        shots=(S,),
+        counts=FEW,
+        test=0,
+        progress=False,
+    )
+    for policy in (
+        SimilarityPrior(5.0),
+        PointerSelector(w.store.get(list(qs), "mixed").shape[-1], d_hidden=8),
+    ):
+        got = oracle_ranks(policy, data, w.store, bs=3).set_index("question_id")
+        assert torch.is_grad_enabled()
+        if isinstance(policy, torch.nn.Module):
+            assert policy.training
+            policy.eval()
         for q, g in data.groups():
-            cands, cos = w.store.get(list(qs[q]), "mixed")[None], None; enc = policy.encode(w.store.get([q], "mixed"), cands, torch.ones(1, len(qs[q]), dtype=torch.bool)); lp = []
+            cands = w.store.get(list(qs[q]), "mixed")[None]
+            cos = None
+            enc = policy.encode(w.store.get([q], "mixed"), cands, torch.ones(1, len(qs[q]), dtype=torch.bool))
+            lp = []
             for p in g.pointer:
-                at = torch.tensor([[[qs[q].index(i) for i in p]]]); lp.append(sum(policy.step_logp(enc, at[..., :t])[0, 0, at[0, 0, t]].item() for t in range(S)))
-            acc, lp = g.vqa_acc_score.to_numpy(), np.array(lp); best = acc >= acc.max() - 1e-9
+                at = torch.tensor([[[qs[q].index(i) for i in p]]])
+                lp.append(sum(policy.step_logp(enc, at[..., :t])[0, 0, at[0, 0, t]].item() for t in range(S)))
+            acc = g.vqa_acc_score.to_numpy()
+            lp = np.array(lp)
+            best = acc >= acc.max() - 1e-9
             assert (q in got.index) == (not best.all())
-            if not best.all(): assert got.loc[q, ["sequences", "best", "rank", "chance"]].tolist() == [len(g), best.sum(), 1 + (lp > lp[best].max() + 1e-9).sum(), (len(g) + 1)/(best.sum() + 1)]
+            if not best.all():
+                assert got.loc[q, ["sequences", "best", "rank", "chance"]].tolist() == [
+                    len(g),
+                    best.sum(),
+                    1 + (lp > lp[best].max() + 1e-9).sum(),
+                    (len(g) + 1) / (best.sum() + 1),
+                ]
 
 def test_a_round_adds_up_and_the_test_split_is_never_asked(tmp_path):
-    w = make_world(); r = rounds(w, tmp_path/"loop", most=2, patience=9, **KW); f, L = r.frame, r.loop
-    assert f.known.tolist() == f.new.cumsum().tolist() and (f.new <= f.asked).all() and len(f) == 2 and (f.headroom >= -1e-9).all() and (f.train_headroom >= -1e-9).all()
-    asked = pd.DataFrame(w.scorer.asked, columns=["q", "p"]); assert not asked.duplicated().any() # every fact is paid for once
-    assert set(asked.q) == set(sum(L.queries.values(), [])) and set(w.items.split.loc[asked.q.unique()]) == {"train", "dev"}
-    last = r.played[-1]; facts = ask(last.data.rows, MockScorer(0), w.items); np.testing.assert_allclose(last.data.rows.vqa_acc_score, facts.vqa_acc_score) # all labels are the scorer's
+    w = make_world()
+    r = rounds(w, tmp_path / "loop", most=2, patience=9, **KW)
+    f, L = r.frame, r.loop
+    assert (
+        f.known.tolist() == f.new.cumsum().tolist()
+        and (f.new <= f.asked).all()
+        and len(f) == 2
+        and (f.headroom >= -1e-9).all()
+        and (f.train_headroom >= -1e-9).all()
+    )
+    # every fact is paid for once
+    asked = pd.DataFrame(w.scorer.asked, columns=["q", "p"])
+    assert not asked.duplicated().any()
+    assert set(asked.q) == set(sum(L.queries.values(), [])) and set(w.items.split.loc[asked.q.unique()]) == {
+        "train",
+        "dev",
+    }
+    # all labels are the scorer's
+    last = r.played[-1]
+    facts = ask(last.data.rows, MockScorer(0), w.items)
+    np.testing.assert_allclose(last.data.rows.vqa_acc_score, facts.vqa_acc_score)
     # the oracle is the best that is known, recomputed from what was asked about development questions
-    dev = asked[asked.q.isin(L.queries["dev"])]; dev = dev[dev.p.map(len) == 2]; own = ask(pd.DataFrame(dict(question_id=dev.q, pointer=dev.p)), MockScorer(0), w.items)
+    dev = asked[asked.q.isin(L.queries["dev"])]
+    dev = dev[dev.p.map(len) == 2]
+    own = ask(pd.DataFrame(dict(question_id=dev.q, pointer=dev.p)), MockScorer(0), w.items)
     assert f.best_known.iloc[-1] == pytest.approx(own.groupby("question_id").vqa_acc_score.max().mean())
-    picks = last.scored[(last.scored.part == "dev") & (last.scored.selector == "selector")]; assert f.acc.iloc[-1] == pytest.approx(picks.vqa_acc_score.mean())
-    assert f.headroom.iloc[-1] == pytest.approx(f.best_known.iloc[-1] - f.acc.iloc[-1]) and r.best == int(f.headroom.argmin())
-    assert r.played[1].data.manifest["sources"] and all((p.path/"settings.json").exists() for p in r.played); plot_rounds(f)
+    picks = last.scored[(last.scored.part == "dev") & (last.scored.selector == "selector")]
+    assert f.acc.iloc[-1] == pytest.approx(picks.vqa_acc_score.mean())
+    assert f.headroom.iloc[-1] == pytest.approx(f.best_known.iloc[-1] - f.acc.iloc[-1]) and r.best == int(
+        f.headroom.argmin()
+    )
+    assert r.played[1].data.manifest["sources"] and all((p.path / "settings.json").exists() for p in r.played)
+    plot_rounds(f)
 
 @settings(max_examples=60)
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=8), st.floats(0, .3))
@@ -87,81 +178,164 @@ def test_the_last_shrink_is_a_record(h, least):
 
 def _same(a, b):
     for k in ("scored", "ranks", "pairs"): pd.testing.assert_frame_equal(getattr(a, k), getattr(b, k))
-    assert a.data.fingerprint == b.data.fingerprint and all(torch.equal(v, b.model.state_dict()[k]) for k, v in a.model.state_dict().items())
+    assert a.data.fingerprint == b.data.fingerprint and all(
+        torch.equal(v, b.model.state_dict()[k]) for k, v in a.model.state_dict().items()
+    )
 
 TIMES = [0]
 def fit_or_die(learn):
     TIMES[0] -= 1
-    if not TIMES[0]: learn.fit_listwise(1, 1e-2, best=False, watch=None); raise KeyboardInterrupt
+    if not TIMES[0]:
+        learn.fit_listwise(1, 1e-2, best=False, watch=None)
+        raise KeyboardInterrupt
     return fit(learn)
 
 def play(scorer, path, k): # rounds 0 to k
-    loop = Loop(make_world(scorer), path, **KW | dict(train=fit_or_die)); return [loop.play(i) for i in range(k + 1)]
+    loop = Loop(make_world(scorer), path, **KW | dict(train=fit_or_die))
+    return [loop.play(i) for i in range(k + 1)]
 
 def test_interrupted_anywhere_it_ends_as_if_nothing_had_been(tmp_path):
-    TIMES[0] = 0; s = Scripted(); whole = play(s, tmp_path/"whole", 1); n = len(s.asked)
-    for stop, dies in [(3, 0), (n - 10, 0), (None, 1), (None, 2)]: # while it asks, early and late; while round 0, then round 1, is trained
+    TIMES[0] = 0
+    s = Scripted()
+    whole = play(s, tmp_path / "whole", 1)
+    n = len(s.asked)
+    # while it asks, early and late; while round 0, then round 1, is trained
+    for stop, dies in [(3, 0), (n - 10, 0), (None, 1), (None, 2)]:
         TIMES[0], s, d = dies, Scripted(stop=stop), tmp_path/f"{stop} {dies}"
         with pytest.raises(KeyboardInterrupt): play(s, d, 1)
-        TIMES[0], s.stop = 0, None; _same(play(s, d, 1)[1], whole[1]); assert stop or len(s.asked) == n # nothing is paid for twice
-    TIMES[0], s = 0, Scripted(); a = play(s, tmp_path/"whole", 1); _same(a[0], whole[0]); _same(a[1], whole[1]); assert not s.asked and not TIMES[0] # read, neither asked nor trained
+        # nothing is paid for twice
+        TIMES[0], s.stop = 0, None
+        _same(play(s, d, 1)[1], whole[1])
+        assert stop or len(s.asked) == n
+    # read, neither asked nor trained
+    TIMES[0], s = 0, Scripted()
+    a = play(s, tmp_path / "whole", 1)
+    _same(a[0], whole[0])
+    _same(a[1], whole[1])
+    assert not s.asked and not TIMES[0]
 
 def test_one_more_round_leaves_the_others_as_they_were(tmp_path):
-    s = Scripted(); a = rounds(make_world(s), tmp_path/"loop", most=1, **KW); c = closed_loop(make_world(s), tmp_path/"loop", **KW); n = len(s.asked); b = rounds(make_world(s), tmp_path/"loop", most=2, **KW)
-    assert len(a.frame) == 1 and len(b.frame) == 2 and b.frame.acc[0] == a.frame.acc[0] and len(s.asked) > n; _same(b.played[0], c.round); assert repr(closed_loop(make_world(s), tmp_path/"loop", **KW)) == repr(c)
+    s = Scripted()
+    a = rounds(make_world(s), tmp_path / "loop", most=1, **KW)
+    c = closed_loop(make_world(s), tmp_path / "loop", **KW)
+    n = len(s.asked)
+    b = rounds(make_world(s), tmp_path / "loop", most=2, **KW)
+    assert len(a.frame) == 1 and len(b.frame) == 2 and b.frame.acc[0] == a.frame.acc[0] and len(s.asked) > n
+    _same(b.played[0], c.round)
+    assert repr(closed_loop(make_world(s), tmp_path / "loop", **KW)) == repr(c)
 
 def test_a_folder_refuses_what_is_not_its_own(tmp_path):
-    w = make_world(); Loop(w, tmp_path/"a", **KW)
-    for kw, what in [(dict(reward="hard_only"), "reward"), (dict(seed=1), "seed"), (dict(train=lambda l: l.fit_rce(1)), "train: 'fit"), (dict(n=11), "n: 12 there, 11 now")]:
+    w = make_world()
+    Loop(w, tmp_path / "a", **KW)
+    for kw, what in [
+        (dict(reward="hard_only"), "reward"),
+        (dict(seed=1), "seed"),
+        (dict(train=lambda l: l.fit_rce(1)), "train: 'fit"),
+        (dict(n=11), "n: 12 there, 11 now"),
+    ]:
         with pytest.raises(ValueError, match=what): Loop(w, tmp_path/"a", **KW | kw)
-    with pytest.raises(ValueError, match="fingerprint of scorer"): Loop(make_world(Scripted(1)), tmp_path/"a", **KW)
+    with pytest.raises(ValueError, match="fingerprint of scorer"):
+        Loop(make_world(Scripted(1)), tmp_path / "a", **KW)
     with pytest.raises(ValueError, match="valid=4, but 0"): Loop(w, tmp_path/"b", **KW | dict(dev=23))
     with pytest.raises(ValueError, match="patience=0"): rounds(w, tmp_path/"b", patience=0)
 
 def test_other_ways_through(tmp_path):
-    s, kw = Scripted(), dict(mining=1, second=dict(top=2, random=1), warm=True, n=6, dev=6); a = rounds(make_world(s), tmp_path/"a", most=2, **KW | kw)
-    mined = a.played[0].data.rows; assert (mined.gen_method == "mined").any() and mined.vqa_acc_score.isna().any() and len(a.frame) == 2
-    b = closed_loop(make_world(), tmp_path/"b", **KW | dict(shots=1, reward="gtprob", train=lambda learn: learn.fit_rce(1, 1e-2, watch=None), n=6, dev=6)); assert b.round.data.shots == (1,) and b.health.reward == "gtprob"
+    s = Scripted()
+    kw = dict(mining=1, second=dict(top=2, random=1), warm=True, n=6, dev=6)
+    a = rounds(make_world(s), tmp_path / "a", most=2, **KW | kw)
+    mined = a.played[0].data.rows
+    assert (mined.gen_method == "mined").any() and mined.vqa_acc_score.isna().any() and len(a.frame) == 2
+    b = closed_loop(
+        make_world(),
+        tmp_path / "b",
+        **KW
+        | dict(shots=1, reward="gtprob", train=lambda learn: learn.fit_rce(1, 1e-2, watch=None), n=6, dev=6)
+    )
+    assert b.round.data.shots == (1,) and b.health.reward == "gtprob"
 
 def test_failures_are_no_negatives_and_the_advice_names_them(tmp_path):
-    q = loop_queries(make_world().items, 12, 10, 4); bad = q["train"][:2] + q["dev"][:1]; r = closed_loop(make_world(Scripted(fails=bad)), tmp_path/"loop", **KW)
-    assert r.frame.set_index("what").outcome["rows that failed"] == "not met" and r.advice == "mend the data" and any("failures" in l for l in r.lines)
-    t = r.table.set_index(["part", "selector"]).n; assert t["train", "selector"] == 10 and t["dev", "selector"] == 9
+    q = loop_queries(make_world().items, 12, 10, 4)
+    bad = q["train"][:2] + q["dev"][:1]
+    r = closed_loop(make_world(Scripted(fails=bad)), tmp_path / "loop", **KW)
+    assert (
+        r.frame.set_index("what").outcome["rows that failed"] == "not met"
+        and r.advice == "mend the data"
+        and any("failures" in l for l in r.lines)
+    )
+    t = r.table.set_index(["part", "selector"]).n
+    assert t["train", "selector"] == 10 and t["dev", "selector"] == 9
 
 # ---- what may be claimed ----------------------------------------------------------------------------------------------
 
 @settings(max_examples=80)
 @given(st.floats(0, 1), st.floats(0, .5), st.floats(0, .5), st.floats(0, 1), st.booleans())
 def test_a_condition_is_met_by_the_whole_interval_or_not_at_all(v, a, b, limit, least):
-    o = _held("x", (v, v - a, v + b), limit, "", least).outcome; inside = v - a < limit < v + b
+    o = _held("x", (v, v - a, v + b), limit, "", least).outcome
+    inside = v - a < limit < v + b
     assert not inside or o == "open"
     if o == "met": assert (v >= limit) if least else (v <= limit)
     if o == "not met": assert (v < limit) if least else (v > limit)
 
 def test_no_effect_is_not_called_one_and_a_large_effect_is_found():
-    g, out = np.random.default_rng(0), dict(none=[], large=[])
+    g = np.random.default_rng(0)
+    out = dict(none=[], large=[])
     for i in range(100):
-        old = g.choice([0., .6, 1.], 60, p=[.5, .1, .4]); move = g.random(60) < .3; new = np.where(move, g.permutation(old), old) # another pick at random for a third of them
+        # another pick at random for a third of them
+        old = g.choice([0.0, 0.6, 1.0], 60, p=[0.5, 0.1, 0.4])
+        move = g.random(60) < 0.3
+        new = np.where(move, g.permutation(old), old)
         out["none"].append(_gained("x", "x", new, old, None, "")[0].outcome)
-        if i < 20: out["large"].append(_gained("x", "x", np.where(g.random(60) < .5, 1., old), old, None, "")[0].outcome)
+        if i < 20:
+            out["large"].append(
+                _gained("x", "x", np.where(g.random(60) < 0.5, 1.0, old), old, None, "")[0].outcome
+            )
     assert np.mean([o == "open" for o in out["none"]]) >= .94 and out["large"].count("met") >= 18
 
 def test_nothing_seen_is_not_nothing_there():
-    a = np.tile([0., 1.], 30); c, said = _gained("x", "new", a, a, None, ""); assert c.outcome == "open" and "no score of 60 changed, so at most 6%" in said
-    assert _gained("x", "seen", a, a, None, "", still="not met")[0].outcome == "not met" and needed(a, a) is None
-    b = a.copy(); b[:6] = 1 - b[:6]; n = needed(a, b, wanted=.02); assert n > 1000 and needed(a, b, wanted=.04) == pytest.approx(n/4, abs=2)
+    a = np.tile([0.0, 1.0], 30)
+    c, said = _gained("x", "new", a, a, None, "")
+    assert c.outcome == "open" and "no score of 60 changed, so at most 6%" in said
+    assert (
+        _gained("x", "seen", a, a, None, "", still="not met")[0].outcome == "not met" and needed(a, a) is None
+    )
+    b = a.copy()
+    b[:6] = 1 - b[:6]
+    n = needed(a, b, wanted=0.02)
+    assert n > 1000 and needed(a, b, wanted=0.04) == pytest.approx(n / 4, abs=2)
 
 def test_advice_by_the_first_condition_that_is_not_met():
     C = lambda o: Check("", 0., 0., 0., "", o, "")
     for outcomes in itertools.product(["met", "not met", "open"], repeat=4):
-        data, room, seen, new = outcomes; a = advise([C("met"), C(data), C(room), C(seen), C(new)])
-        first = next((k for k, o in zip(("mend the data", "no headroom", "mend the training", "worse on new questions"), outcomes) if o == "not met"), "ask more" if seen == "open" else "scale")
+        data, room, seen, new = outcomes
+        a = advise([C("met"), C(data), C(room), C(seen), C(new)])
+        first = next(
+            (
+                k
+                for k, o in zip(
+                    ("mend the data", "no headroom", "mend the training", "worse on new questions"), outcomes
+                )
+                if o == "not met"
+            ),
+            "ask more" if seen == "open" else "scale",
+        )
         assert a == first and (a != "scale" or seen == "met")
 
 def test_functions_are_told_apart_by_their_code():
     def stage(k, lr=1e-3): return lambda learn, n=2: learn.fit_rce(k, lr) or n
     def other(k): return lambda learn, n=3: learn.fit_rce(k, 1e-3) or n
-    assert code_fingerprint(stage(1)) == code_fingerprint(stage(1)); fs = [stage(1), stage(2), stage(1, 2e-3), other(1), partial(stage, 1), partial(stage, 2), stage, PointerSelector, lambda learn: learn.fit_rce(1), lambda learn: learn.fit_sft(1)]
+    assert code_fingerprint(stage(1)) == code_fingerprint(stage(1))
+    fs = [
+        stage(1),
+        stage(2),
+        stage(1, 2e-3),
+        other(1),
+        partial(stage, 1),
+        partial(stage, 2),
+        stage,
+        PointerSelector,
+        lambda learn: learn.fit_rce(1),
+        lambda learn: learn.fit_sft(1),
+    ]
     assert len({code_fingerprint(f) for f in fs}) == len(fs)
     class Recipe:
         def __init__(self, n): self.n = n

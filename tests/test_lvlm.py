@@ -4,7 +4,9 @@ from dataclasses import replace
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from PIL import Image
-from leverplus.lvlm import MockScorer, NaiveScorer, Scored, SharedScorer, Targets, Trie, load_lvlm, rope_positions
+from leverplus.lvlm import (
+    MockScorer, NaiveScorer, Scored, SharedScorer, Targets, Trie, load_lvlm, rope_positions,
+)
 from leverplus.prompt import Demo, Prompt
 from leverplus.tiny import save_lvlm, tiny_qwen
 
@@ -22,9 +24,12 @@ def lvlm(tmp_path_factory):
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
     "Pictures of several sizes and shapes"
-    d, g, out = tmp_path_factory.mktemp("images"), np.random.default_rng(0), []
+    d = tmp_path_factory.mktemp("images")
+    g = np.random.default_rng(0)
+    out = []
     for i, (w, h) in enumerate([(56, 56), (56, 56), (84, 56), (56, 140), (112, 84)]):
-        out.append(str(d/f"{i}.png")); Image.fromarray(g.integers(256, size=(h, w, 3), dtype=np.uint8)).save(out[-1])
+        out.append(str(d / f"{i}.png"))
+        Image.fromarray(g.integers(256, size=(h, w, 3), dtype=np.uint8)).save(out[-1])
     return out
 
 def prompt(images, q, pointer, style="interleaved", at=0):
@@ -34,9 +39,18 @@ def prompt(images, q, pointer, style="interleaved", at=0):
 def assert_same(a, b, tol=1e-4):
     assert [s.error for s in a] == [s.error for s in b] == [None]*len(a)
     assert [s.text for s in a] == [s.text for s in b]
-    for x, y in zip(a, b): np.testing.assert_allclose(x.logprobs, y.logprobs, atol=tol); assert x.gt_prob == pytest.approx(y.gt_prob, abs=1e-6, nan_ok=True)
+    for x, y in zip(a, b):
+        np.testing.assert_allclose(x.logprobs, y.logprobs, atol=tol)
+        assert x.gt_prob == pytest.approx(y.gt_prob, abs=1e-6, nan_ok=True)
 
-MIXED = [((), ()), ((1,), ("yes",)), ((2, 1), ("yes", "yes it is")), ((3, 4, 2), ANSWERS), ((4, 3, 2, 1), ("dax blik", "dax")), ((5, 10), ANSWERS[:3])]
+MIXED = [
+    ((), ()),
+    ((1,), ("yes",)),
+    ((2, 1), ("yes", "yes it is")),
+    ((3, 4, 2), ANSWERS),
+    ((4, 3, 2, 1), ("dax blik", "dax")),
+    ((5, 10), ANSWERS[:3]),
+]
 
 @pytest.mark.parametrize("style", ["interleaved", "chat"])
 def test_shared_equals_naive(lvlm, images, style):
@@ -49,48 +63,79 @@ def test_shared_equals_naive(lvlm, images, style):
     assert max(s.n_decode for s in SharedScorer(lvlm).run(ps, ts)) > 0 # some answers do leave the tree
 
 def test_eager_equals_sdpa(lvlm, images):
-    ps, ts = [prompt(images, 20, (1, 2)), prompt(images, 21, (3,))], [Targets(ANSWERS, (1.,)*5)]*2
+    ps = [prompt(images, 20, (1, 2)), prompt(images, 21, (3,))]
+    ts = [Targets(ANSWERS, (1.,)*5)]*2
     assert_same(SharedScorer(load_lvlm(lvlm.name, attn="eager")).run(ps, ts), NaiveScorer(lvlm).run(ps, ts))
 
 def test_naive_is_the_model_called_by_hand(lvlm, images):
     "One prompt, one answer, no batch, no padding, no code of ours but the prompt"
     from qwen_vl_utils import process_vision_info
     from leverplus.prompt import messages
-    p = prompt(images, 22, (1, 3)); msg = messages(p); proc = lvlm.processor
+    p = prompt(images, 22, (1, 3))
+    msg = messages(p)
+    proc = lvlm.processor
     text = proc.apply_chat_template(msg, tokenize=False, add_generation_prompt=True)
     x = proc(text=[text + "dax blik<|im_end|>"], images=process_vision_info(msg)[0], return_tensors="pt")
-    ids, n = x["input_ids"][0], len(lvlm.tokenizer("dax blik<|im_end|>")["input_ids"])
+    ids = x["input_ids"][0]
+    n = len(lvlm.tokenizer("dax blik<|im_end|>")["input_ids"])
     with torch.no_grad(): lp = lvlm.model(**x).logits[0].double().log_softmax(-1)
     byhand = sum(float(lp[i - 1, ids[i]]) for i in range(len(ids) - n, len(ids)))
-    assert NaiveScorer(lvlm).run([p], [Targets(("dax blik",), (1.,))])[0].logprobs[0] == pytest.approx(byhand, abs=1e-4)
+    assert NaiveScorer(lvlm).run([p], [Targets(("dax blik",), (1.0,))])[0].logprobs[0] == pytest.approx(
+        byhand, abs=1e-4
+    )
 
 def test_batch_company_changes_nothing(lvlm, images):
-    ps = [prompt(images, 20 + k, ptr) for k, (ptr, _) in enumerate(MIXED)]; ts = [Targets(("dax",), (1.,))]*len(ps)
-    scorer = SharedScorer(lvlm); together = scorer.run(ps, ts)
+    ps = [prompt(images, 20 + k, ptr) for k, (ptr, _) in enumerate(MIXED)]
+    ts = [Targets(("dax",), (1.0,))] * len(ps)
+    scorer = SharedScorer(lvlm)
+    together = scorer.run(ps, ts)
     assert_same([scorer.run([p], [t])[0] for p, t in zip(ps, ts)], together)
 
 def test_images_order_and_demonstrations_matter(lvlm, images):
-    s, t = SharedScorer(lvlm), Targets(("dax", "yes"), (1., 1.)); p = prompt(images, 20, (1, 2)); base = np.array(s.run([p], [t])[0].logprobs)
+    s, t = SharedScorer(lvlm), Targets(("dax", "yes"), (1.0, 1.0))
+    p = prompt(images, 20, (1, 2))
+    base = np.array(s.run([p], [t])[0].logprobs)
     d1, d2 = p.demos
-    others = dict(image=replace(p, image=images[4]), demo_image=replace(p, demos=(replace(d1, image=images[3]), d2)), order=replace(p, demos=(d2, d1)),
-                  swapped_images=replace(p, demos=(replace(d1, image=d2.image), replace(d2, image=d1.image))), answer=replace(p, demos=(replace(d1, answer="wug"), d2)), fewer=replace(p, demos=(d2,)))
-    for name, o in others.items(): assert np.abs(np.array(s.run([o], [t])[0].logprobs) - base).max() > 1e-2, name
+    others = dict(
+        image=replace(p, image=images[4]),
+        demo_image=replace(p, demos=(replace(d1, image=images[3]), d2)),
+        order=replace(p, demos=(d2, d1)),
+        swapped_images=replace(p, demos=(replace(d1, image=d2.image), replace(d2, image=d1.image))),
+        answer=replace(p, demos=(replace(d1, answer="wug"), d2)),
+        fewer=replace(p, demos=(d2,)),
+    )
+    for name, o in others.items():
+        assert np.abs(np.array(s.run([o], [t])[0].logprobs) - base).max() > 1e-2, name
 
 def test_wrong_positions_would_show(lvlm, images, monkeypatch):
     "Plain counting in place of M-RoPE moves log-probabilities by far more than the tolerance of the tests"
     import leverplus.lvlm as mod
-    p, t = prompt(images, 22, (3, 4)), Targets(("dax",), (1.,)); right = SharedScorer(lvlm).run([p], [t])[0].logprobs[0]
-    monkeypatch.setattr(mod, "rope_positions", lambda ids, grids, image_id, start=0: (torch.arange(len(ids)).expand(3, -1), len(ids)))
+    p, t = prompt(images, 22, (3, 4)), Targets(("dax",), (1.0,))
+    right = SharedScorer(lvlm).run([p], [t])[0].logprobs[0]
+    monkeypatch.setattr(
+        mod,
+        "rope_positions",
+        lambda ids, grids, image_id, start=0: (torch.arange(len(ids)).expand(3, -1), len(ids)),
+    )
     assert abs(SharedScorer(lvlm).run([p], [t])[0].logprobs[0] - right) > 1e-2
 
 @settings(max_examples=30)
-@given(st.lists(st.one_of(st.integers(1, 5), st.tuples(st.integers(1, 4), st.integers(1, 4))), min_size=1, max_size=6))
+@given(
+    st.lists(
+        st.one_of(st.integers(1, 5), st.tuples(st.integers(1, 4), st.integers(1, 4))), min_size=1, max_size=6
+    )
+)
 def test_positions_equal_the_models_own(parts):
-    lv, ids, grids = _lv(), [], []
+    lv = _lv()
+    ids = []
+    grids = []
     for p in parts:
         if isinstance(p, int): ids += [5]*p
-        else: grids.append((1, *p)); ids += [6] + [lv.image_id]*(p[0]*p[1]) + [7]
-    x = torch.tensor([ids]); pos, nxt = rope_positions(ids, grids, lv.image_id)
+        else:
+            grids.append((1, *p))
+            ids += [6] + [lv.image_id] * (p[0] * p[1]) + [7]
+    x = torch.tensor([ids])
+    pos, nxt = rope_positions(ids, grids, lv.image_id)
     grid = torch.tensor([[1, 2*h, 2*w] for _, h, w in grids]) if grids else None
     theirs, delta = lv.model.model.get_rope_index(x, (x == lv.image_id).int(), image_grid_thw=grid)
     assert torch.equal(theirs[:, 0], pos) and nxt == len(ids) + int(delta)
@@ -101,26 +146,37 @@ def _lv(): return _cache.setdefault("lv", tiny_qwen())
 @settings(max_examples=60)
 @given(st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=4), max_size=6))
 def test_trie_holds_every_answer_once(answers):
-    t = Trie(); paths = [t.add(a) for a in answers]
+    t = Trie()
+    paths = [t.add(a) for a in answers]
     for a, p in zip(answers, paths):
         assert [t.tokens[i] for i in p] == a and [t.depth[i] for i in p] == list(range(len(a)))
         if p: assert set(np.flatnonzero(t.sees()[p[-1]])) == set(p)
     assert len(t.tokens) == len({tuple(a[:k]) for a in answers for k in range(1, len(a) + 1)})
 
 def test_probabilities_are_of_disjoint_events(lvlm, images):
-    s = SharedScorer(lvlm).run([prompt(images, 20, (1, 2))], [Targets(("yes", "yes it is", "dax", "dax blik"), (1.,)*4)])[0]
-    assert 0 <= sum(map(math.exp, s.logprobs)) <= 1 + 1e-6 and s.gt_prob == pytest.approx(sum(map(math.exp, s.logprobs)))
+    s = SharedScorer(lvlm).run(
+        [prompt(images, 20, (1, 2))], [Targets(("yes", "yes it is", "dax", "dax blik"), (1.0,) * 4)]
+    )[0]
+    assert 0 <= sum(map(math.exp, s.logprobs)) <= 1 + 1e-6 and s.gt_prob == pytest.approx(
+        sum(map(math.exp, s.logprobs))
+    )
 
 def test_failures_have_names_and_harm_nobody(lvlm, images, tmp_path):
-    bad = tmp_path/"bad.png"; bad.write_bytes(b"no picture"); good = prompt(images, 20, (1, 2)); t = Targets(("dax",), (1.,))
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(b"no picture")
+    good = prompt(images, 20, (1, 2))
+    t = Targets(("dax",), (1.0,))
     for scorer in (NaiveScorer(lvlm), SharedScorer(lvlm)):
         out = scorer.run([good, replace(good, image=str(bad)), replace(good, image="gone.png"), good], [t]*4)
-        assert [s.error is None for s in out] == [True, False, False, True] and out[0].logprobs == pytest.approx(out[3].logprobs, abs=1e-5)
+        assert [s.error is None for s in out] == [True, False, False, True] and out[
+            0
+        ].logprobs == pytest.approx(out[3].logprobs, abs=1e-5)
         assert out[1].text is None and not out[1].logprobs and math.isnan(out[1].gt_prob)
     assert "bad.png" in out[1].error and "gone.png" in out[2].error
 
 def test_injected_failure_fails_one_prompt_only(lvlm, images, monkeypatch):
-    s, ps = SharedScorer(lvlm), [prompt(images, 20 + k, (1, 2)) for k in range(3)]; real = s._score
+    s, ps = SharedScorer(lvlm), [prompt(images, 20 + k, (1, 2)) for k in range(3)]
+    real = s._score
     def score(rows, generate):
         if any(r.prompt.question_id == 21 for r in rows): raise RuntimeError("out of memory")
         return real(rows, generate)
@@ -128,18 +184,36 @@ def test_injected_failure_fails_one_prompt_only(lvlm, images, monkeypatch):
     assert [r.error for r in s.run(ps)] == [None, "RuntimeError: out of memory", None]
 
 def test_fingerprint_tells_models_apart(lvlm):
-    assert lvlm.fingerprint == load_lvlm(lvlm.name).fingerprint != load_lvlm(lvlm.name, attn="eager").fingerprint
-    assert NaiveScorer(lvlm).fingerprint == SharedScorer(lvlm).fingerprint != NaiveScorer(lvlm, max_new_tokens=5).fingerprint
+    assert (
+        lvlm.fingerprint == load_lvlm(lvlm.name).fingerprint != load_lvlm(lvlm.name, attn="eager").fingerprint
+    )
+    assert (
+        NaiveScorer(lvlm).fingerprint
+        == SharedScorer(lvlm).fingerprint
+        != NaiveScorer(lvlm, max_new_tokens=5).fingerprint
+    )
     assert tiny_qwen(seed=2).fingerprint != tiny_qwen(seed=3).fingerprint == tiny_qwen(seed=3).fingerprint
 
-@pytest.mark.parametrize("name,value", [("image_mean", [.4, .5, .5]), ("image_std", [.2, .3, .3]), ("size", dict(shortest_edge=3136, longest_edge=99*28*28)), ("do_normalize", False)])
+@pytest.mark.parametrize(
+    "name,value",
+    [
+        ("image_mean", [0.4, 0.5, 0.5]),
+        ("image_std", [0.2, 0.3, 0.3]),
+        ("size", dict(shortest_edge=3136, longest_edge=99 * 28 * 28)),
+        ("do_normalize", False),
+    ],
+)
 def test_fingerprint_sees_the_image_processor(name, value):
-    lv = tiny_qwen(seed=2); was = lv.fingerprint; del lv.fingerprint
+    lv = tiny_qwen(seed=2)
+    was = lv.fingerprint
+    del lv.fingerprint
     setattr(lv.image_processor, name, value)
     assert lv.fingerprint != was
 
 def test_fingerprint_ignores_settings_that_change_no_number():
-    lv = tiny_qwen(seed=2); was = lv.fingerprint; del lv.fingerprint
+    lv = tiny_qwen(seed=2)
+    was = lv.fingerprint
+    del lv.fingerprint
     lv.image_processor.some_new_option = 3
     assert lv.fingerprint == was
 
@@ -147,19 +221,37 @@ def test_other_models_are_refused(tmp_path):
     (tmp_path/"config.json").write_text('{"model_type": "clip"}')
     with pytest.raises(TypeError, match="clip model"): load_lvlm(tmp_path)
 
-@pytest.mark.parametrize("texts,weights,says", [(("a", "a"), (1, 1), "twice"), (("a",), (), "1 texts but 0"), ((" a",), (1,), "stripped"), (("",), (1,), "empty"),
-                                                (("<|im_end|>",), (1,), "control"), (("a",), (-1,), "wanted a number"), (("a",), (math.nan,), "wanted a number")])
+@pytest.mark.parametrize(
+    "texts,weights,says",
+    [
+        (("a", "a"), (1, 1), "twice"),
+        (("a",), (), "1 texts but 0"),
+        ((" a",), (1,), "stripped"),
+        (("",), (1,), "empty"),
+        (("<|im_end|>",), (1,), "control"),
+        (("a",), (-1,), "wanted a number"),
+        (("a",), (math.nan,), "wanted a number"),
+    ],
+)
 def test_bad_targets(texts, weights, says):
     with pytest.raises(ValueError, match=says): Targets(texts, weights)
 
 def test_as_many_targets_as_prompts(images):
-    with pytest.raises(ValueError, match="1 prompts but 2 targets"): MockScorer().run([prompt(images, 1, ())], [Targets()]*2)
+    with pytest.raises(ValueError, match="1 prompts but 2 targets"):
+        MockScorer().run([prompt(images, 1, ())], [Targets()] * 2)
 
 def test_mock_scorer_speaks_the_protocol(images):
-    a, b = MockScorer(0, fails=[7]).run([prompt(images, 6, (1, 2)), prompt(images, 7, (1, 2))], [Targets(("x", "y"), (1., .5))]*2)
-    assert isinstance(a, Scored) and 0 <= a.gt_prob <= 1 and a.pointer == (1, 2) and b.error and b.text is None
+    a, b = MockScorer(0, fails=[7]).run(
+        [prompt(images, 6, (1, 2)), prompt(images, 7, (1, 2))], [Targets(("x", "y"), (1.0, 0.5))] * 2
+    )
+    assert (
+        isinstance(a, Scored) and 0 <= a.gt_prob <= 1 and a.pointer == (1, 2) and b.error and b.text is None
+    )
 
 def test_imports_without_fastai():
     import subprocess, sys
-    code = "import sys, leverplus.lvlm, leverplus.selector; bad = [m for m in sys.modules if m.split('.')[0] in ('fastai', 'fastcore', 'transformers')]; sys.exit(str(bad) if bad else 0)"
+    code = (
+        "import sys, leverplus.lvlm, leverplus.selector; bad = [m for m in sys.modules if m.split('.')[0] in"
+        " ('fastai', 'fastcore', 'transformers')]; sys.exit(str(bad) if bad else 0)"
+    )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

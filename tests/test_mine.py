@@ -8,55 +8,154 @@ from leverplus.rldata_generate import FactCache, SimilarityPrior, generate
 from leverplus.rldata_mine import lacking, mine, neighbours, reask
 from leverplus.embed import EmbedStore
 
-K, QUERIES, DEMOS = 6, list(range(1, 13)), list(range(100, 110))
+K = 6
+QUERIES = list(range(1, 13))
+DEMOS = list(range(100, 110))
 
 class Rule(MockScorer):
     "The answer is right only if demonstration `query % 10 + 100` comes last; its probability tells how near a sequence is"
-    def __init__(self, always=(), never=(), fails=()): super().__init__(0, fails); self.always, self.never, self.asked = set(always), set(never), []
+    def __init__(self, always=(), never=(), fails=()):
+        super().__init__(0, fails)
+        self.always = set(always)
+        self.never = set(never)
+        self.asked = []
     @property
     def fingerprint(self): return "rule"
     def _one(self, p, t, generate):
-        self.asked.append((p.question_id, p.pointer, generate)); key = 100 + p.question_id % 10
+        self.asked.append((p.question_id, p.pointer, generate))
+        key = 100 + p.question_id % 10
         if p.question_id in self.fails: return super()._one(p, t, generate)
         near = .9 if p.pointer[-1] == key else .5 if key in p.pointer else .1 + .001*(sum(p.pointer) % 7)
         if p.question_id in self.always: near = .9
         if p.question_id in self.never: near = .1
         right = near > .8
-        return Scored(p.question_id, p.pointer, ("yes" if right else "no") if generate else None, tuple([np.log(near)]*len(t.texts)), near, None, 0)
+        return Scored(
+            p.question_id,
+            p.pointer,
+            ("yes" if right else "no") if generate else None,
+            tuple([np.log(near)] * len(t.texts)),
+            near,
+            None,
+            0,
+        )
 
 @pytest.fixture(scope="module")
 def world():
-    g = np.random.default_rng(0); ids = QUERIES + DEMOS; unit = lambda x: (x/np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
-    items = pd.DataFrame(dict(question_id=ids, image_id=range(len(ids)), image_path="x.png", question="q?", answer="yes", answers=[("yes",)*10]*len(ids), split="train")).set_index("question_id", drop=False)
-    store = EmbedStore(ids, unit(g.normal(size=(len(ids), 8))), unit(g.normal(size=(len(ids), 8))), dict(model="random"))
-    pool = Pool({q: tuple(sorted({100 + q % 10, *g.choice(DEMOS, K, replace=False).tolist()}, key=lambda d: hash((q, d)))[:K]) for q in QUERIES}, dict(split="train", sampler="random", K=K, seed=0))
-    pool = Pool({q: c if 100 + q % 10 in c else (*c[:-1], 100 + q % 10) for q, c in pool.ids.items()}, pool.recipe)
+    g = np.random.default_rng(0)
+    ids = QUERIES + DEMOS
+    unit = lambda x: (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+    items = pd.DataFrame(
+        dict(
+            question_id=ids,
+            image_id=range(len(ids)),
+            image_path="x.png",
+            question="q?",
+            answer="yes",
+            answers=[("yes",) * 10] * len(ids),
+            split="train",
+        )
+    ).set_index("question_id", drop=False)
+    store = EmbedStore(
+        ids, unit(g.normal(size=(len(ids), 8))), unit(g.normal(size=(len(ids), 8))), dict(model="random")
+    )
+    pool = Pool(
+        {
+            q: tuple(
+                sorted(
+                    {100 + q % 10, *g.choice(DEMOS, K, replace=False).tolist()}, key=lambda d: hash((q, d))
+                )[:K]
+            )
+            for q in QUERIES
+        },
+        dict(split="train", sampler="random", K=K, seed=0),
+    )
+    pool = Pool(
+        {q: c if 100 + q % 10 in c else (*c[:-1], 100 + q % 10) for q, c in pool.ids.items()}, pool.recipe
+    )
     return items, store, pool
 
 def start(world, scorer, tmp_path, counts=dict(random=2), **kw):
     items, store, pool = world
-    return generate(tmp_path/"run", QUERIES, items, pool, scorer, store, counts=counts, test=0, progress=False, **kw)
+    return generate(
+        tmp_path / "run", QUERIES, items, pool, scorer, store, counts=counts, test=0, progress=False, **kw
+    )
 
 def test_finds_what_an_exhaustive_search_finds(world, tmp_path):
-    items, store, pool = world; s = Rule(always=[3], never=[4]); data = start(world, s, tmp_path); out, log = mine(data, items, s, store, tries=40, rounds=6, progress=False)
-    left = lacking(out); assert left[3] == "contrast" and left[4] == "positive" and set(left.drop([3, 4])) == {""} # what can be found is found
-    before = lacking(data); assert log.found.sum() == (before != "").sum() - (left != "").sum() and log.failed.sum() == 0
+    items, store, pool = world
+    s = Rule(always=[3], never=[4])
+    data = start(world, s, tmp_path)
+    out, log = mine(data, items, s, store, tries=40, rounds=6, progress=False)
+    # what can be found is found
+    left = lacking(out)
+    assert left[3] == "contrast" and left[4] == "positive" and set(left.drop([3, 4])) == {""}
+    before = lacking(data)
+    assert log.found.sum() == (before != "").sum() - (left != "").sum() and log.failed.sum() == 0
 
 @settings(max_examples=20, deadline=None)
-@given(st.integers(1, 6), st.integers(1, 4), st.integers(0, 3), st.one_of(st.none(), st.integers(0, 60)), st.integers(0, 3))
+@given(
+    st.integers(1, 6),
+    st.integers(1, 4),
+    st.integers(0, 3),
+    st.one_of(st.none(), st.integers(0, 60)),
+    st.integers(0, 3),
+)
 def test_rows_are_new_marked_and_within_the_budget(tmp_path_factory, world, tries, top, rounds, budget, seed):
-    items, store, pool = world; s = Rule(); data = start(world, s, tmp_path_factory.mktemp("m")); s.asked.clear(); cache = FactCache()
-    out, log = mine(data, items, s, store, tries=tries, top=top, rounds=rounds, budget=budget, seed=seed, cache=cache, progress=False)
-    old, new = out.rows[:len(data)], out.rows[len(data):]
-    pd.testing.assert_frame_equal(old, data.rows); assert (new.gen_method == "mined").all() and not new.eval_failed.any()
-    assert not out.rows.duplicated(["question_id", "pointer"]).any() and set(new.question_id) <= set(lacking(data)[lambda x: x != ""].index)
-    asked = log.asked.sum() + log.texts.sum(); assert budget is None or asked <= budget; assert ((log.texts > 0) | (log.failed > 0)).all()
-    assert len(s.asked) == asked and log.asked.sum() == len(new) and log.texts.sum() == new.vqa_acc_score.notna().sum()
-    s.asked.clear(); again, _ = mine(data, items, s, store, tries=tries, top=top, rounds=rounds, budget=budget, seed=seed, cache=cache, progress=False)
+    items, store, pool = world
+    s = Rule()
+    data = start(world, s, tmp_path_factory.mktemp("m"))
+    s.asked.clear()
+    cache = FactCache()
+    out, log = mine(
+        data,
+        items,
+        s,
+        store,
+        tries=tries,
+        top=top,
+        rounds=rounds,
+        budget=budget,
+        seed=seed,
+        cache=cache,
+        progress=False,
+    )
+    old = out.rows[:len(data)]
+    new = out.rows[len(data):]
+    pd.testing.assert_frame_equal(old, data.rows)
+    assert (new.gen_method == "mined").all() and not new.eval_failed.any()
+    assert not out.rows.duplicated(["question_id", "pointer"]).any() and set(new.question_id) <= set(
+        lacking(data)[lambda x: x != ""].index
+    )
+    asked = log.asked.sum() + log.texts.sum()
+    assert budget is None or asked <= budget
+    assert ((log.texts > 0) | (log.failed > 0)).all()
+    assert (
+        len(s.asked) == asked
+        and log.asked.sum() == len(new)
+        and log.texts.sum() == new.vqa_acc_score.notna().sum()
+    )
+    s.asked.clear()
+    again, _ = mine(
+        data,
+        items,
+        s,
+        store,
+        tries=tries,
+        top=top,
+        rounds=rounds,
+        budget=budget,
+        seed=seed,
+        cache=cache,
+        progress=False,
+    )
     assert not s.asked and again.fingerprint == out.fingerprint # the cache knows it all
 
 def test_interrupted_search_goes_on_where_it_was(world, tmp_path, monkeypatch):
-    items, store, pool = world; s = Rule(never=[4, 5, 6]); data = start(world, s, tmp_path); whole, _ = mine(data, items, s, store, tries=3, progress=False); cache, s = FactCache(tmp_path/"facts"), Rule(never=[4, 5, 6])
+    items, store, pool = world
+    s = Rule(never=[4, 5, 6])
+    data = start(world, s, tmp_path)
+    whole, _ = mine(data, items, s, store, tries=3, progress=False)
+    cache = FactCache(tmp_path / "facts")
+    s = Rule(never=[4, 5, 6])
     real, n = s.run, []
     def run(*a, **k):
         n.append(1)
@@ -64,40 +163,76 @@ def test_interrupted_search_goes_on_where_it_was(world, tmp_path, monkeypatch):
         return real(*a, **k)
     s.run = run
     with pytest.raises(KeyboardInterrupt): mine(data, items, s, store, tries=3, cache=cache, progress=False)
-    first = len(s.asked); out, _ = mine(data, items, s, store, tries=3, cache=FactCache(tmp_path/"facts"), progress=False)
-    assert out.fingerprint == whole.fingerprint and len({(q, p, g) for q, p, g in s.asked}) == len(s.asked) and first
+    first = len(s.asked)
+    out, _ = mine(data, items, s, store, tries=3, cache=FactCache(tmp_path / "facts"), progress=False)
+    assert (
+        out.fingerprint == whole.fingerprint
+        and len({(q, p, g) for q, p, g in s.asked}) == len(s.asked)
+        and first
+    )
 
 def test_failures_are_not_contrasts(world, tmp_path):
-    items, store, pool = world; s = Rule(always=QUERIES); data = start(world, s, tmp_path); assert set(lacking(data)) == {"contrast"}
-    s.fails = frozenset([1, 2]); out, log = mine(data, items, s, store, rounds=1, progress=False)
-    bad = out.rows[out.rows.eval_failed]; assert set(bad.question_id) == {1, 2} and log.failed[0] == len(bad) and lacking(out)[1] == "contrast"
+    items, store, pool = world
+    s = Rule(always=QUERIES)
+    data = start(world, s, tmp_path)
+    assert set(lacking(data)) == {"contrast"}
+    s.fails = frozenset([1, 2])
+    out, log = mine(data, items, s, store, rounds=1, progress=False)
+    bad = out.rows[out.rows.eval_failed]
+    assert set(bad.question_id) == {1, 2} and log.failed[0] == len(bad) and lacking(out)[1] == "contrast"
 
 def test_policy_samples_come_from_the_policy(world, tmp_path):
-    items, store, pool = world; s = Rule(never=QUERIES); data = start(world, s, tmp_path)
-    a, _ = mine(data, items, s, store, SimilarityPrior(0.), rounds=1, tries=2, progress=False); b, _ = mine(data, items, s, store, SimilarityPrior(500.), rounds=1, tries=2, progress=False)
+    items, store, pool = world
+    s = Rule(never=QUERIES)
+    data = start(world, s, tmp_path)
+    a, _ = mine(data, items, s, store, SimilarityPrior(0.0), rounds=1, tries=2, progress=False)
+    b, _ = mine(data, items, s, store, SimilarityPrior(500.0), rounds=1, tries=2, progress=False)
     assert a.fingerprint != b.fingerprint
 
 def test_nothing_lacking_asks_nothing(world, tmp_path):
-    items, store, pool = world; s = Rule(); data = start(world, s, tmp_path, counts=dict(random=30)); assert set(lacking(data)) == {""}
-    s.asked.clear(); out, log = mine(data, items, s, store, progress=False); assert not s.asked and len(log) == 0 and out.fingerprint == data.fingerprint
+    items, store, pool = world
+    s = Rule()
+    data = start(world, s, tmp_path, counts=dict(random=30))
+    assert set(lacking(data)) == {""}
+    s.asked.clear()
+    out, log = mine(data, items, s, store, progress=False)
+    assert not s.asked and len(log) == 0 and out.fingerprint == data.fingerprint
 
 def test_every_sequence_of_a_pool_tried_ends_the_search(world, tmp_path):
-    items, store, pool = world; s = Rule(never=QUERIES); data = start(world, s, tmp_path, counts=dict(random=30)) # 6 x 5 pairs
-    out, log = mine(data, items, s, store, progress=False); assert len(log) == 0 and len(out) == len(data) == 30*len(QUERIES)
+    # 6 x 5 pairs
+    items, store, pool = world
+    s = Rule(never=QUERIES)
+    data = start(world, s, tmp_path, counts=dict(random=30))
+    out, log = mine(data, items, s, store, progress=False)
+    assert len(log) == 0 and len(out) == len(data) == 30 * len(QUERIES)
 
 @settings(max_examples=100)
 @given(st.data())
 def test_neighbours_are_one_swap_away(data):
-    cand = data.draw(st.lists(st.integers(0, 9), min_size=2, max_size=8, unique=True)); S = data.draw(st.integers(1, len(cand))); p = tuple(cand[:S]); near = neighbours(p, cand)
+    cand = data.draw(st.lists(st.integers(0, 9), min_size=2, max_size=8, unique=True))
+    S = data.draw(st.integers(1, len(cand)))
+    p = tuple(cand[:S])
+    near = neighbours(p, cand)
     assert len(near) == len(set(near)) == S*(len(cand) - S) + S*(S - 1)//2 and p not in near
     for n in near:
-        differ = [i for i in range(S) if n[i] != p[i]]; assert len(set(n)) == S and (len(differ) == 1 or len(differ) == 2 and sorted(n) == sorted(p))
+        differ = [i for i in range(S) if n[i] != p[i]]
+        assert len(set(n)) == S and (len(differ) == 1 or len(differ) == 2 and sorted(n) == sorted(p))
 
 def test_lacking_reads_only_answers(world, tmp_path):
-    data = start(world, Rule(fails=[2]), tmp_path); assert lacking(data)[2] == "positive"
+    data = start(world, Rule(fails=[2]), tmp_path)
+    assert lacking(data)[2] == "positive"
     assert list(lacking(data).index) == QUERIES and set(lacking(data, positive=1.)) == {"positive"}
 
 def test_reask_keeps_sequences_and_replaces_facts(world, tmp_path):
-    items, store, pool = world; data = start(world, MockScorer(1), tmp_path); new = reask(data, items, MockScorer(2, fails=[5]), progress=False)
-    assert new.rows.pointer.tolist() == data.rows.pointer.tolist() and new.rows.gen_method.tolist() == data.rows.gen_method.tolist()
-    assert set(new.rows.scorer.dropna()).isdisjoint(data.rows.scorer) and set(new.rows[new.rows.eval_failed].question_id) == {5} and new.manifest["reasked"]["were"] == sorted(set(data.rows.scorer))
+    items, store, pool = world
+    data = start(world, MockScorer(1), tmp_path)
+    new = reask(data, items, MockScorer(2, fails=[5]), progress=False)
+    assert (
+        new.rows.pointer.tolist() == data.rows.pointer.tolist()
+        and new.rows.gen_method.tolist() == data.rows.gen_method.tolist()
+    )
+    assert (
+        set(new.rows.scorer.dropna()).isdisjoint(data.rows.scorer)
+        and set(new.rows[new.rows.eval_failed].question_id) == {5}
+        and new.manifest["reasked"]["were"] == sorted(set(data.rows.scorer))
+    )

@@ -3,32 +3,52 @@ import configparser, os, signal, sys
 from pathlib import Path
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent; NBS = ROOT/"nbs"
+ROOT = Path(__file__).resolve().parent.parent
+NBS = ROOT / "nbs"
 # without index: README is made from it, and `test_readme.py` runs its code
-NOTEBOOKS = [p for d in (NBS, NBS/"tutorials") for p in sorted(d.glob("*.ipynb")) if p.name[0] not in "_." and p.stem != "index"]
+NOTEBOOKS = [
+    p
+    for d in (NBS, NBS / "tutorials")
+    for p in sorted(d.glob("*.ipynb"))
+    if p.name[0] not in "_." and p.stem != "index"
+]
 LONG = [p for p in NOTEBOOKS if p.parent.name == "tutorials" or p.stem == "92_demo"]
 page = lambda p: p.relative_to(NBS).with_suffix("").as_posix()
 
 def flags():
     "The cell flags that tests skip, from settings.ini"
-    cfg = configparser.ConfigParser(delimiters=["="]); cfg.read(ROOT/"settings.ini", encoding="utf8")
+    cfg = configparser.ConfigParser(delimiters=["="])
+    cfg.read(ROOT / "settings.ini", encoding="utf8")
     return cfg["DEFAULT"]["tst_flags"].split()
 
 @pytest.fixture
 def clean_process():
     "Put back what a notebook run changes in this process: main module, paths, environment, plot backend, torch's switches"
-    import fastai.basics # it patches torch.Tensor (test_eq on tensors!), so have it there for every notebook, in any order
+    # it patches torch.Tensor (test_eq on tensors!), so have it there for every notebook, in any order
+    import fastai.basics
     import matplotlib, torch
     from IPython.core.interactiveshell import InteractiveShell
-    main, path, env, instance = sys.modules["__main__"], list(sys.path), dict(os.environ), InteractiveShell._instance
-    rc, hooks, threads = matplotlib.rcParams.copy(), (sys.displayhook, sys.excepthook), torch.get_num_threads()
-    on_ctrl_c = signal.getsignal(signal.SIGINT) # nbdev 3 puts a handler of its own there, which ends the process
+    main = sys.modules["__main__"]
+    path = list(sys.path)
+    env = dict(os.environ)
+    instance = InteractiveShell._instance
+    rc = matplotlib.rcParams.copy()
+    hooks = (sys.displayhook, sys.excepthook)
+    threads = torch.get_num_threads()
+    # nbdev 3 puts a handler of its own there, which ends the process
+    on_ctrl_c = signal.getsignal(signal.SIGINT)
     yield
     signal.signal(signal.SIGINT, on_ctrl_c)
     InteractiveShell._instance = instance
-    sys.modules["__main__"] = main; sys.path[:] = path; sys.displayhook, sys.excepthook = hooks
-    os.environ.clear(); os.environ.update(env); matplotlib.use("Agg", force=True); matplotlib.rcParams.update(rc)
-    torch.set_num_threads(threads); torch.set_grad_enabled(True)
+    sys.modules["__main__"] = main
+    sys.path[:] = path
+    sys.displayhook, sys.excepthook = hooks
+    os.environ.clear()
+    os.environ.update(env)
+    matplotlib.use("Agg", force=True)
+    matplotlib.rcParams.update(rc)
+    torch.set_num_threads(threads)
+    torch.set_grad_enabled(True)
 
 def walk(path, capsys):
     from nbdev.test import test_nb

@@ -6,7 +6,9 @@ from fastai.data.core import DataLoaders
 from hypothesis import given, settings, strategies as st
 from leverplus.callback_core import SkipFlat, StageCallback, Stats
 from leverplus.callback_grpo import GRPO, RLOO
-from leverplus.callback_onpolicy import DistinctPG, Feedback, GreedyLoss, NoReward, OnPolicy, distinct_advantage, draw_groups, greedy_rewards
+from leverplus.callback_onpolicy import (
+    DistinctPG, Feedback, GreedyLoss, NoReward, OnPolicy, distinct_advantage, draw_groups, greedy_rewards,
+)
 from leverplus.callback_schedule import NoDropout, Phases, SplitShots
 from leverplus.core import rng
 from leverplus.dls import GroupDataset, GroupDL
@@ -19,31 +21,70 @@ from leverplus.pools import Pool
 from leverplus.rldata_generate import FactCache, ask
 from leverplus.selector import PointerSelector
 
-WORDS = "cat dog car".split(); IDS = [*range(24), *range(100, 120)]; G = torch.Generator().manual_seed(0)
+WORDS = "cat dog car".split()
+IDS = [*range(24), *range(100, 120)]
+G = torch.Generator().manual_seed(0)
 STORE = EmbedStore(IDS, torch.randn(len(IDS), 6, generator=G), torch.randn(len(IDS), 6, generator=G))
-ITEMS = pd.DataFrame([dict(question_id=i, image_id=i, image_path=f"{i}.png", question=f"What is {i}?", answers=[WORDS[i % 3]]*7 + [WORDS[i // 3 % 3]]*3, answer=WORDS[i % 3]) for i in IDS], index=IDS)
-POOL = Pool({q: rng("pool", q).choice(np.arange(100, 120), 3 + q % 3, replace=False) for q in range(24)}); QS = list(range(16))
-def facts_of(pool, S=2): return ask(pd.DataFrame([(q, p) for q in pool for p in itertools.permutations(pool[q], S)], columns=["question_id", "pointer"]), MockScorer(0), ITEMS)
+ITEMS = pd.DataFrame(
+    [
+        dict(
+            question_id=i,
+            image_id=i,
+            image_path=f"{i}.png",
+            question=f"What is {i}?",
+            answers=[WORDS[i % 3]] * 7 + [WORDS[i // 3 % 3]] * 3,
+            answer=WORDS[i % 3],
+        )
+        for i in IDS
+    ],
+    index=IDS,
+)
+POOL = Pool({q: rng("pool", q).choice(np.arange(100, 120), 3 + q % 3, replace=False) for q in range(24)})
+QS = list(range(16))
+def facts_of(pool, S=2):
+    return ask(
+        pd.DataFrame(
+            [(q, p) for q in pool for p in itertools.permutations(pool[q], S)],
+            columns=["question_id", "pointer"],
+        ),
+        MockScorer(0),
+        ITEMS,
+    )
 FACTS = facts_of(POOL)
 
 class Counting:
     "MockScorer that counts prompts, and spoils or breaks off on request"
-    def __init__(self, spoil=None, stop=10**9): self.inner, self.spoil, self.stop, self.asked = MockScorer(0), spoil, stop, []
+    def __init__(self, spoil=None, stop=10**9):
+        self.inner = MockScorer(0)
+        self.spoil = spoil
+        self.stop = stop
+        self.asked = []
     @property
     def fingerprint(self): return self.inner.fingerprint
     def run(self, prompts, targets, generate=True, progress=False):
         if len(self.asked) >= self.stop: raise KeyboardInterrupt
-        self.asked += [(p.question_id, tuple(p.pointer)) for p in prompts]; out = self.inner.run(prompts, targets, generate, progress)
+        self.asked += [(p.question_id, tuple(p.pointer)) for p in prompts]
+        out = self.inner.run(prompts, targets, generate, progress)
         return out if self.spoil is None else [self.spoil(s) for s in out]
 
 def selector(seed=0, **kw):
-    torch.manual_seed(seed); m = PointerSelector(STORE.dim("mixed"), **dict(d_hidden=8, dropout=0.) | kw)
+    torch.manual_seed(seed)
+    m = PointerSelector(STORE.dim("mixed"), **dict(d_hidden=8, dropout=0.0) | kw)
     with torch.no_grad(): [p.add_(.1*torch.randn_like(p)) for p in m.parameters()]
     return m
 def learner(cbs=(), **kw):
-    rows = FACTS.groupby("question_id").head(4); ds = lambda qs: GroupDataset(r := rows[rows.question_id.isin(qs)], POOL.only(qs), STORE, r.vqa_gt_prob)
-    return selector_learner(DataLoaders(GroupDL(ds(QS), 5, shuffle=True), GroupDL(ds(range(16, 24)), 8)), selector(**kw), cbs=cbs)
-def policy(scorer=None, **kw): return OnPolicy(scorer, ITEMS, STORE, **dict(G=3, queries_per_round=12, patience=None, cache=FACTS if scorer is None else None) | kw)
+    rows = FACTS.groupby("question_id").head(4)
+    ds = lambda qs: GroupDataset(r := rows[rows.question_id.isin(qs)], POOL.only(qs), STORE, r.vqa_gt_prob)
+    return selector_learner(
+        DataLoaders(GroupDL(ds(QS), 5, shuffle=True), GroupDL(ds(range(16, 24)), 8)), selector(**kw), cbs=cbs
+    )
+def policy(scorer=None, **kw):
+    return OnPolicy(
+        scorer,
+        ITEMS,
+        STORE,
+        **dict(G=3, queries_per_round=12, patience=None, cache=FACTS if scorer is None else None) | kw
+    )
 def fit(learn, n, cbs, lr=1e-2):
     with quiet(learn): learn.fit(n, lr, cbs=cbs)
     return learn
@@ -54,174 +95,483 @@ class Spy(StageCallback):
     order = 5
     def __init__(self, cb): self.cb, self.ratios, self.seen = cb, [], []
     def after_loss(self):
-        self.ratios.append(((self.pred.detach().double() - self.cb.drawn).exp() - 1).masked_fill(~self.yb[1], 0.).abs().max().item()); self.seen.append(self.xb[3].clone())
+        self.ratios.append(
+            ((self.pred.detach().double() - self.cb.drawn).exp() - 1)
+            .masked_fill(~self.yb[1], 0.0)
+            .abs()
+            .max()
+            .item()
+        )
+        self.seen.append(self.xb[3].clone())
 
-# --- drawing --------------------------------------------------------------------------------------------------------------
+# --- drawing ------------------------------------------------------------------------------------------------
+# --------------
 @settings(max_examples=10)
 @given(st.booleans(), st.integers(1, 3), st.integers(0, 99), st.sampled_from(["fixed", "stop"]))
 def test_what_is_drawn_is_in_the_pool_with_its_log_probability(distinct, S, seed, kind):
-    pool = Pool({q: p for q, p in POOL.ids.items() if len(p) > S}); stop = kind == "stop" and S > 1; m = selector(seed, max_shots=max(S, 2), stop=stop, dropout=.3).train(); qs = list(pool)[:4]
-    d = draw_groups(m, pool, STORE, qs, None if stop else S, 5, distinct, (seed,)); assert m.training; m.eval()
-    with torch.no_grad(): lp = m(*(d[k] for k in ("query", "cands", "cand_mask", "seqs", "seq_mask"))).double()
-    assert ((lp - d["logp"]).masked_fill(~d["mask"], 0.).abs() < 1e-4).all() and (d["seq_mask"].any(-1) == d["mask"]).all()
+    pool = Pool({q: p for q, p in POOL.ids.items() if len(p) > S})
+    stop = kind == "stop" and S > 1
+    m = selector(seed, max_shots=max(S, 2), stop=stop, dropout=0.3).train()
+    qs = list(pool)[:4]
+    d = draw_groups(m, pool, STORE, qs, None if stop else S, 5, distinct, (seed,))
+    assert m.training
+    m.eval()
+    with torch.no_grad():
+        lp = m(*(d[k] for k in ("query", "cands", "cand_mask", "seqs", "seq_mask"))).double()
+    assert ((lp - d["logp"]).masked_fill(~d["mask"], 0.0).abs() < 1e-4).all() and (
+        d["seq_mask"].any(-1) == d["mask"]
+    ).all()
     for b, q in enumerate(qs):
-        drawn = [tuple(s[k].tolist()) for s, k, ok in zip(d["seqs"][b], d["seq_mask"][b], d["mask"][b]) if ok]; assert all(len(set(s)) == len(s) and max(s) < len(pool[q]) for s in drawn)
-        assert not distinct or len(set(drawn)) == len(drawn); one = draw_groups(m, pool, STORE, [q], None if stop else S, 5, distinct, (seed,)); n = one["seqs"].shape[1]
-        assert torch.equal(one["seqs"][0], d["seqs"][b, :n]) and torch.equal(one["greedy"][0], d["greedy"][b])   # whoever is in the batch
-    with torch.no_grad(): enc = m.encode(d["query"], d["cands"], d["cand_mask"]); g = m.greedy(enc, None if stop else S); g, real = g if stop else (g, torch.ones_like(g, dtype=torch.bool))
+        drawn = [tuple(s[k].tolist()) for s, k, ok in zip(d["seqs"][b], d["seq_mask"][b], d["mask"][b]) if ok]
+        assert all(len(set(s)) == len(s) and max(s) < len(pool[q]) for s in drawn)
+        assert not distinct or len(set(drawn)) == len(drawn)
+        one = draw_groups(m, pool, STORE, [q], None if stop else S, 5, distinct, (seed,))
+        n = one["seqs"].shape[1]
+        # whoever is in the batch
+        assert torch.equal(one["seqs"][0], d["seqs"][b, :n]) and torch.equal(one["greedy"][0], d["greedy"][b])
+    with torch.no_grad():
+        enc = m.encode(d["query"], d["cands"], d["cand_mask"])
+        g = m.greedy(enc, None if stop else S)
+        g, real = g if stop else (g, torch.ones_like(g, dtype=torch.bool))
     assert torch.equal(g.masked_fill(~real, 0), d["greedy"]) and torch.equal(real, d["greedy_mask"])
 
 def test_samples_are_from_the_policy():
     "Frequencies of 3,000 equal questions, against the enumeration; distinct ones through their inclusion"
-    n = 3000; store = EmbedStore([*range(n), *range(5000, 5004)], *[torch.cat([torch.ones(n, 3), torch.randn(4, 3, generator=torch.Generator().manual_seed(3))])]*2); pool = Pool({q: tuple(range(5000, 5004)) for q in range(n)})
-    torch.manual_seed(0); m = PointerSelector(store.dim("mixed"), d_hidden=8, dropout=0., prior_scale=2.).eval(); first = draw_groups(m, pool, store, [0])
-    with torch.no_grad(): seqs, lp = m.enumerate(m.encode(first["query"], first["cands"], first["cand_mask"]), 2)
-    code = lambda s: s[..., 0]*4 + s[..., 1]; p = torch.zeros(16, dtype=torch.float64); p[code(seqs[0])] = lp[0].double().exp()
-    d = draw_groups(m, pool, store, range(n), 2, 2); freq = torch.bincount(code(d["seqs"]).flatten(), minlength=16) / (2*n); assert ((freq - p).abs() < 5*(p/(2*n)).sqrt() + 1e-9).all()
+    n = 3000
+    store = EmbedStore(
+        [*range(n), *range(5000, 5004)],
+        *[torch.cat([torch.ones(n, 3), torch.randn(4, 3, generator=torch.Generator().manual_seed(3))])] * 2
+    )
+    pool = Pool({q: tuple(range(5000, 5004)) for q in range(n)})
+    torch.manual_seed(0)
+    m = PointerSelector(store.dim("mixed"), d_hidden=8, dropout=0.0, prior_scale=2.0).eval()
+    first = draw_groups(m, pool, store, [0])
+    with torch.no_grad():
+        seqs, lp = m.enumerate(m.encode(first["query"], first["cands"], first["cand_mask"]), 2)
+    code = lambda s: s[..., 0] * 4 + s[..., 1]
+    p = torch.zeros(16, dtype=torch.float64)
+    p[code(seqs[0])] = lp[0].double().exp()
+    d = draw_groups(m, pool, store, range(n), 2, 2)
+    freq = torch.bincount(code(d["seqs"]).flatten(), minlength=16) / (2 * n)
+    assert ((freq - p).abs() < 5 * (p / (2 * n)).sqrt() + 1e-9).all()
     assert not torch.equal(d["seqs"], draw_groups(m, pool, store, range(n), 2, 2, key=(1,))["seqs"])
-    d = draw_groups(m, pool, store, range(n), 2, 3, True); w = (d["logp"] - inclusion_logp(d["logp"], d["kappa"][:, None])).exp(); est = torch.zeros(n, 16, dtype=torch.float64).scatter_add(1, code(d["seqs"]), w)
-    assert ((est.mean(0) - p).abs() < 5*est.std(0)/n**.5 + 1e-9).all(); whole = w.sum(-1); assert abs(whole.mean() - 1) < 4*whole.std()/n**.5   # .9 where the root of the keys is not drawn
+    d = draw_groups(m, pool, store, range(n), 2, 3, True)
+    w = (d["logp"] - inclusion_logp(d["logp"], d["kappa"][:, None])).exp()
+    est = torch.zeros(n, 16, dtype=torch.float64).scatter_add(1, code(d["seqs"]), w)
+    # .9 where the root of the keys is not drawn
+    assert ((est.mean(0) - p).abs() < 5 * est.std(0) / n**0.5 + 1e-9).all()
+    whole = w.sum(-1)
+    assert abs(whole.mean() - 1) < 4 * whole.std() / n**0.5
 
-# --- estimators -------------------------------------------------------------------------------------------------------------
+# --- estimators ---------------------------------------------------------------------------------------------
+# ----------------
 def test_rloo_is_the_policy_gradient_in_expectation():
     "All 6^3 groups of three independent sequences of a pool of three, each with its probability, against d E[r]"
-    m = selector().double(); q = next(q for q in POOL if len(POOL[q]) == 3); d = draw_groups(m.float(), POOL, STORE, [q]); m = m.double(); xb = [d[k].double() if k != "cand_mask" else d[k] for k in ("query", "cands", "cand_mask")]
-    seqs, lp = m.enumerate(m.encode(*xb), 2); r = torch.tensor([.1, .9, .3, .3, 1., 0.], dtype=torch.float64); ps = list(m.parameters())
-    want = torch.autograd.grad((lp[0].exp() * r).sum(), ps, allow_unused=True); i = torch.tensor(list(itertools.product(range(6), repeat=3)))
-    lp = m.enumerate(m.encode(*xb), 2)[1][0]; logp, rewards, mask = lp[i], r[i], torch.ones_like(i, dtype=torch.bool); prob = logp.detach().sum(-1).exp(); assert abs(prob.sum() - 1) < 1e-9
-    each = -(advantage(rewards, mask, "loo") * logp).mean(-1); assert torch.allclose(each.mean(), policy_gradient(logp, advantage(rewards, mask, "loo"), mask))
-    got = torch.autograd.grad(-(prob*each).sum(), ps, allow_unused=True, retain_graph=True); some = [(a, b) for a, b in zip(want, got) if a is not None]
-    assert len(some) > 4 and all(torch.allclose(a, b, atol=1e-10) for a, b in some) and max(a.abs().max() for a, _ in some) > 1e-3
-    ratio = clipped_surrogate(logp, logp.detach(), advantage(rewards, mask, "loo"), mask); g = [torch.autograd.grad(x, ps, allow_unused=True, retain_graph=True) for x in (ratio, each.mean())]
-    assert all(torch.allclose(a, b, atol=1e-10) for a, b in zip(*g) if a is not None)   # at ratio 1 GRPO's loss has that gradient too
+    m = selector().double()
+    q = next(q for q in POOL if len(POOL[q]) == 3)
+    d = draw_groups(m.float(), POOL, STORE, [q])
+    m = m.double()
+    xb = [d[k].double() if k != "cand_mask" else d[k] for k in ("query", "cands", "cand_mask")]
+    seqs, lp = m.enumerate(m.encode(*xb), 2)
+    r = torch.tensor([0.1, 0.9, 0.3, 0.3, 1.0, 0.0], dtype=torch.float64)
+    ps = list(m.parameters())
+    want = torch.autograd.grad((lp[0].exp() * r).sum(), ps, allow_unused=True)
+    i = torch.tensor(list(itertools.product(range(6), repeat=3)))
+    lp = m.enumerate(m.encode(*xb), 2)[1][0]
+    logp = lp[i]
+    rewards = r[i]
+    mask = torch.ones_like(i, dtype=torch.bool)
+    prob = logp.detach().sum(-1).exp()
+    assert abs(prob.sum() - 1) < 1e-9
+    each = -(advantage(rewards, mask, "loo") * logp).mean(-1)
+    assert torch.allclose(each.mean(), policy_gradient(logp, advantage(rewards, mask, "loo"), mask))
+    got = torch.autograd.grad(-(prob * each).sum(), ps, allow_unused=True, retain_graph=True)
+    some = [(a, b) for a, b in zip(want, got) if a is not None]
+    assert (
+        len(some) > 4
+        and all(torch.allclose(a, b, atol=1e-10) for a, b in some)
+        and max(a.abs().max() for a, _ in some) > 1e-3
+    )
+    ratio = clipped_surrogate(logp, logp.detach(), advantage(rewards, mask, "loo"), mask)
+    g = [torch.autograd.grad(x, ps, allow_unused=True, retain_graph=True) for x in (ratio, each.mean())]
+    # at ratio 1 GRPO's loss has that gradient too
+    assert all(torch.allclose(a, b, atol=1e-10) for a, b in zip(*g) if a is not None)
 
 @pytest.mark.parametrize("N", [2, 4, 9])
 def test_distinct_advantage_is_unbiased(N):
-    g = torch.Generator().manual_seed(N); n, M = 20_000, 9; lp = (1.5*torch.randn(M, generator=g, dtype=torch.float64)).log_softmax(-1); r = torch.rand(M, generator=g, dtype=torch.float64); pi = lp.exp()
-    top = (lp - torch.empty(n, M, dtype=torch.float64).exponential_(generator=g).log()).sort(-1, descending=True); i = top.indices[:, :N]; kappa = top.values[:, N] if N < M else torch.full((n,), -torch.inf)
-    A = distinct_advantage(lp[i], kappa, r[i], torch.ones_like(i, dtype=torch.bool)); grad = torch.zeros(n, M, dtype=torch.float64).scatter_add(1, i, A) - A.sum(-1, keepdim=True)*pi
+    g = torch.Generator().manual_seed(N)
+    n, M = 20_000, 9
+    lp = (1.5 * torch.randn(M, generator=g, dtype=torch.float64)).log_softmax(-1)
+    r = torch.rand(M, generator=g, dtype=torch.float64)
+    pi = lp.exp()
+    top = (lp - torch.empty(n, M, dtype=torch.float64).exponential_(generator=g).log()).sort(
+        -1, descending=True
+    )
+    i = top.indices[:, :N]
+    kappa = top.values[:, N] if N < M else torch.full((n,), -torch.inf)
+    A = distinct_advantage(lp[i], kappa, r[i], torch.ones_like(i, dtype=torch.bool))
+    grad = torch.zeros(n, M, dtype=torch.float64).scatter_add(1, i, A) - A.sum(-1, keepdim=True) * pi
     assert ((grad.mean(0) - pi*(r - pi @ r)).abs() <= 5*grad.std(0)/n**.5 + 1e-9).all()
-    pad = torch.nn.functional.pad; wide = distinct_advantage(pad(lp[i], (0, 2)), kappa, pad(r[i], (0, 2), value=float("nan")), pad(torch.ones_like(i, dtype=torch.bool), (0, 2)))
+    pad = torch.nn.functional.pad
+    wide = distinct_advantage(
+        pad(lp[i], (0, 2)),
+        kappa,
+        pad(r[i], (0, 2), value=float("nan")),
+        pad(torch.ones_like(i, dtype=torch.bool), (0, 2)),
+    )
     assert torch.equal(wide[:, :N], A) and (wide[:, N:] == 0).all()
 
-# --- on policy ----------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("objective, kw, every", [(lambda: RLOO(), {}, 1), (DistinctPG, dict(distinct=True), 1), (lambda: GRPO(refresh=1), {}, 1), (lambda: GRPO(), dict(every="round", passes=2), 4)])
+# --- on policy ----------------------------------------------------------------------------------------------
+# ------------------
+@pytest.mark.parametrize(
+    "objective, kw, every",
+    [
+        (lambda: RLOO(), {}, 1),
+        (DistinctPG, dict(distinct=True), 1),
+        (lambda: GRPO(refresh=1), {}, 1),
+        (lambda: GRPO(), dict(every="round", passes=2), 4),
+    ],
+)
 def test_the_ratio_is_one_where_it_must_be(objective, kw, every):
     "At every batch that is drawn when its turn comes; at the first of a round's otherwise, and not later"
-    learn, cb = learner(dropout=.3), policy(**kw); spy = Spy(cb); fit(learn, 2, [NoDropout(), objective(), cb, spy])
-    first = spy.ratios[::every]; later = [x for i, x in enumerate(spy.ratios) if i % every]
-    assert len(spy.ratios) == 2*2*kw.get("passes", 1) and max(first) < 1e-5 and (every == 1 or max(later) > 1e-3); f = learn.history.frame
+    learn = learner(dropout=0.3)
+    cb = policy(**kw)
+    spy = Spy(cb)
+    fit(learn, 2, [NoDropout(), objective(), cb, spy])
+    first = spy.ratios[::every]
+    later = [x for i, x in enumerate(spy.ratios) if i % every]
+    assert (
+        len(spy.ratios) == 2 * 2 * kw.get("passes", 1)
+        and max(first) < 1e-5
+        and (every == 1 or max(later) > 1e-3)
+    )
+    f = learn.history.frame
     assert "ratio_off" not in f or f.ratio_off.max() < 1e-5
     assert cb.name not in {c.name for c in learn.cbs} and learn.dls.train.dataset is learn.dls.train_ds
 
-@pytest.mark.parametrize("objective, kw, steps", [(lambda: RLOO(), {}, 3), (DistinctPG, dict(distinct=True), 3), (lambda: GRPO(), dict(every="round", passes=2), 6)])
+@pytest.mark.parametrize(
+    "objective, kw, steps",
+    [
+        (lambda: RLOO(), {}, 3),
+        (DistinctPG, dict(distinct=True), 3),
+        (lambda: GRPO(), dict(every="round", passes=2), 6),
+    ],
+)
 def test_several_shot_counts_are_groups_of_their_own(objective, kw, steps):
     "A group of each count for every query of a batch, with the samples, thresholds and rewards of that count alone; facts in any other mixture would be noticed"
     class Groups(Spy):
-        def before_batch(self): self.groups.append((self.xb[0][:, 0].tolist(), self.xb[4].sum(-1).masked_fill(~self.yb[1], 0), self.xb[3], self.yb))
-    few, cache = [q for q in QS if len(POOL[q]) > 3], pd.concat([facts_of(POOL.only([q for q in QS if len(POOL[q]) > 3]), S) for S in (1, 2, 3)]); G = dict(queries=few, queries_per_round=None, bs=4, cache=cache)
-    learn = learner(); spy = Groups(None); spy.groups = []; spy.cb = cb = OnPolicy(None, ITEMS, STORE, shots=(3, 1, 2), G=4, patience=None, **G, **kw); fit(learn, 1, [NoDropout(), objective(), cb, spy]); seen = spy.groups
-    assert len(seen) == steps and cb.shots == (3, 1, 2) and len(few) == 10 and cb.table.queries.tolist() == [10]
+        def before_batch(self):
+            self.groups.append(
+                (
+                    self.xb[0][:, 0].tolist(),
+                    self.xb[4].sum(-1).masked_fill(~self.yb[1], 0),
+                    self.xb[3],
+                    self.yb,
+                )
+            )
+    few, cache = [q for q in QS if len(POOL[q]) > 3], pd.concat(
+        [facts_of(POOL.only([q for q in QS if len(POOL[q]) > 3]), S) for S in (1, 2, 3)]
+    )
+    G = dict(queries=few, queries_per_round=None, bs=4, cache=cache)
+    learn = learner()
+    spy = Groups(None)
+    spy.groups = []
+    spy.cb = cb = OnPolicy(None, ITEMS, STORE, shots=(3, 1, 2), G=4, patience=None, **G, **kw)
+    fit(learn, 1, [NoDropout(), objective(), cb, spy])
+    seen = spy.groups
+    assert (
+        len(seen) == steps and cb.shots == (3, 1, 2) and len(few) == 10 and cb.table.queries.tolist() == [10]
+    )
     for qs, n, seqs, (r, m) in seen:
-        k = len(qs)//3; assert qs == qs[:k]*3 and [set(x[x > 0].tolist()) for x in n] == [{s} for s in (3, 1, 2) for _ in range(k)] and m.any(-1).all()
+        k = len(qs) // 3
+        assert (
+            qs == qs[:k] * 3
+            and [set(x[x > 0].tolist()) for x in n] == [{s} for s in (3, 1, 2) for _ in range(k)]
+            and m.any(-1).all()
+        )
         at = {round(float(STORE.get([q])[0, 0]), 4): q for q in few}
         for q, ss, ms, rr, ok in zip(qs, seqs.tolist(), n.tolist(), r.tolist(), m.tolist()):
-            q = at[round(q, 4)]; f = cache[cache.question_id == q].set_index("pointer")
-            from leverplus.rewards import reward; want = [reward(f.loc[[tuple(POOL[q][i] for i in s[:c])]], "hard_plus_soft")[0] for s, c, o in zip(ss, ms, ok) if o]
+            q = at[round(q, 4)]
+            f = cache[cache.question_id == q].set_index("pointer")
+            from leverplus.rewards import reward
+
+            want = [
+                reward(f.loc[[tuple(POOL[q][i] for i in s[:c])]], "hard_plus_soft")[0]
+                for s, c, o in zip(ss, ms, ok)
+                if o
+            ]
             assert want == pytest.approx([x for x, o in zip(rr, ok) if o], abs=1e-6)
     if kw.get("every") != "round": assert max(spy.ratios) < 1e-4
-    if kw.get("distinct"): # thresholds of the first batch; one shot from four or five candidates leaves none or one out
-        first, (store, pool, _) = cb.data().rows, cb.world(); at = {q: i for i, q in enumerate(q for q in few if round(float(STORE.get([q])[0, 0]), 4) in {round(x, 4) for x in seen[0][0]})}
+    # thresholds of the first batch; one shot from four or five candidates leaves none or one out
+    if kw.get("distinct"):
+        first = cb.data().rows
+        (store, pool, _) = cb.world()
+        at = {
+            q: i
+            for i, q in enumerate(
+                q for q in few if round(float(STORE.get([q])[0, 0]), 4) in {round(x, 4) for x in seen[0][0]}
+            )
+        }
         for S in (3, 1, 2):
-            d = draw_groups(learner().model, pool, store, list(at), S, 4, True, (0, 0, S)); got = first[(first.pointer.map(len) == S) & (first.gen_method == "policy")].groupby("question_id").kappa.first()
-            assert [got[q] for q in at] == pytest.approx(d["kappa"].tolist(), abs=1e-5) and (S == 1) == (d["kappa"] == -torch.inf).any().item()
-    rows = cb.data().validate(ITEMS).rows; assert set(rows.pointer.map(len)) == {1, 2, 3} and cb.data().manifest["onpolicy"]["shots"] == [3, 1, 2] and set(cb.seen) == {(q, s) for q in few for s in (1, 2, 3)}
-    best = rows.assign(r=reward(rows, "hard_plus_soft")).groupby(["question_id", rows.pointer.map(len)]).r.max(); assert {k: pytest.approx(v, abs=1e-6) for k, v in best.items()} == cb.seen
+            d = draw_groups(learner().model, pool, store, list(at), S, 4, True, (0, 0, S))
+            got = (
+                first[(first.pointer.map(len) == S) & (first.gen_method == "policy")]
+                .groupby("question_id")
+                .kappa.first()
+            )
+            assert [got[q] for q in at] == pytest.approx(d["kappa"].tolist(), abs=1e-5) and (S == 1) == (
+                d["kappa"] == -torch.inf
+            ).any().item()
+    rows = cb.data().validate(ITEMS).rows
+    assert (
+        set(rows.pointer.map(len)) == {1, 2, 3}
+        and cb.data().manifest["onpolicy"]["shots"] == [3, 1, 2]
+        and set(cb.seen) == {(q, s) for q in few for s in (1, 2, 3)}
+    )
+    best = (
+        rows.assign(r=reward(rows, "hard_plus_soft")).groupby(["question_id", rows.pointer.map(len)]).r.max()
+    )
+    assert {k: pytest.approx(v, abs=1e-6) for k, v in best.items()} == cb.seen
 
 def test_shot_counts_of_their_own_are_trained_as_if_alone():
     "One update on groups of one and of two shots is the mean of the updates on each: no comparison crosses them"
     def grads(shots):
-        learn = learner(seed=1); cb = OnPolicy(None, ITEMS, STORE, G=4, shots=shots, queries_per_round=None, bs=16, patience=None, queries=QS, cache=pd.concat([facts_of(POOL, 1), FACTS])); out = []
+        learn = learner(seed=1)
+        cb = OnPolicy(
+            None,
+            ITEMS,
+            STORE,
+            G=4,
+            shots=shots,
+            queries_per_round=None,
+            bs=16,
+            patience=None,
+            queries=QS,
+            cache=pd.concat([facts_of(POOL, 1), FACTS]),
+        )
+        out = []
         class Grad(StageCallback):
             order = 50
-            def before_step(self): out.append(torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in self.model.parameters()]))
-        cb.draw = lambda qs: _drawn(cb, qs); fit(learn, 1, [NoDropout(), RLOO(scale="none", adv_clip=None), cb, Grad()], lr=0.); return out[0]
+            def before_step(self):
+                out.append(
+                    torch.cat(
+                        [
+                            (torch.zeros_like(p) if p.grad is None else p.grad).flatten()
+                            for p in self.model.parameters()
+                        ]
+                    )
+                )
+        cb.draw = lambda qs: _drawn(cb, qs)
+        fit(learn, 1, [NoDropout(), RLOO(scale="none", adv_clip=None), cb, Grad()], lr=0.0)
+        return out[0]
     def _drawn(cb, qs): # the same noise whatever else is drawn
         from leverplus.callback_onpolicy import _stack
-        store, pool, _ = cb.world(); parts = [draw_groups(cb.model, pool, store, qs, S, cb.G, key=(7, S)) for S in cb.shots]; return {k: None if parts[0][k] is None else _stack([d[k] for d in parts]) for k in parts[0]}
-    one, two, both = grads(1), grads(2), grads((1, 2)); assert torch.allclose(both, (one + two)/2, atol=1e-6) and one.norm() > 1e-3 and not torch.allclose(one, two, atol=1e-4)
+        store, pool, _ = cb.world()
+        parts = [draw_groups(cb.model, pool, store, qs, S, cb.G, key=(7, S)) for S in cb.shots]
+        return {k: None if parts[0][k] is None else _stack([d[k] for d in parts]) for k in parts[0]}
+    one = grads(1)
+    two = grads(2)
+    both = grads((1, 2))
+    assert (
+        torch.allclose(both, (one + two) / 2, atol=1e-6)
+        and one.norm() > 1e-3
+        and not torch.allclose(one, two, atol=1e-4)
+    )
 
 def test_dropout_is_noticed():
-    with pytest.raises(ValueError, match="NoDropout"): fit(learner(dropout=.5), 1, [DistinctPG(), policy(distinct=True)])
+    with pytest.raises(ValueError, match="NoDropout"):
+        fit(learner(dropout=0.5), 1, [DistinctPG(), policy(distinct=True)])
 
 def test_it_learns_what_pays():
     "Greedy reward of the questions that are trained on, after rounds on a table of all pairs; every objective"
-    judge = Feedback(None, ITEMS, FACTS, "gtprob"); value = lambda l: greedy_rewards(l.model, POOL, STORE, judge, queries=QS).mean()
+    judge = Feedback(None, ITEMS, FACTS, "gtprob")
+    value = lambda l: greedy_rewards(l.model, POOL, STORE, judge, queries=QS).mean()
     for objective in ("rloo", "grpo", "distinct"):
-        learn = learner(); before = value(learn)
-        with quiet(learn): assert learn.fit_onpolicy(None, ITEMS, STORE, 12, 5e-2, objective, cache=FACTS, reward="gtprob", G=4, bs=16, queries_per_round=None, patience=None, beta=.001, stage=dict(best=False, watch=None)) is learn
-        t = learn.onpolicy.table; assert value(learn) > before + .05 and t.headroom.iloc[-1] < t.headroom.iloc[0] and (t.headroom >= -1e-9).all() and len(t) == 12
+        learn = learner()
+        before = value(learn)
+        with quiet(learn):
+            assert (
+                learn.fit_onpolicy(
+                    None,
+                    ITEMS,
+                    STORE,
+                    12,
+                    5e-2,
+                    objective,
+                    cache=FACTS,
+                    reward="gtprob",
+                    G=4,
+                    bs=16,
+                    queries_per_round=None,
+                    patience=None,
+                    beta=0.001,
+                    stage=dict(best=False, watch=None),
+                )
+                is learn
+            )
+        t = learn.onpolicy.table
+        assert (
+            value(learn) > before + 0.05
+            and t.headroom.iloc[-1] < t.headroom.iloc[0]
+            and (t.headroom >= -1e-9).all()
+            and len(t) == 12
+        )
         assert {"headroom", "prompts_new", "kl"} <= set(learn.history.frame)
 
 def test_prompts_are_counted_and_asked_once():
-    s, cache = Counting(), FactCache(); learn = fit(learner(), 3, [RLOO(), a := policy(s, cache=cache)]); t = a.table
-    assert t.new.sum() == len(s.asked) == len(set(s.asked)) == len(cache) == t.pairs.iloc[-1] and t.queries.tolist() == [8, 8, 8] and t.known.sum() > 0
-    again, b = Counting(), None; other = fit(learner(), 3, [RLOO(), b := policy(again, cache=cache)])
-    assert not again.asked and b.tried == a.tried and torch.equal(weights(learn), weights(other)) and b.table.known.sum() == t.new.sum() + t.known.sum()
-    assert learn.history.frame.prompts_new.tolist() == t.new.tolist(); asked = [set(a.round_queries(k)) for k in range(3)]; assert asked[0] | asked[1] == set(QS) and len(asked[2]) == 8
-    table = fit(learner(), 3, [RLOO(), c := policy()]); assert torch.equal(weights(table), weights(learn)) and c.table.new.sum() == 0
+    s = Counting()
+    cache = FactCache()
+    learn = fit(learner(), 3, [RLOO(), a := policy(s, cache=cache)])
+    t = a.table
+    assert (
+        t.new.sum() == len(s.asked) == len(set(s.asked)) == len(cache) == t.pairs.iloc[-1]
+        and t.queries.tolist() == [8, 8, 8]
+        and t.known.sum() > 0
+    )
+    again = Counting()
+    b = None
+    other = fit(learner(), 3, [RLOO(), b := policy(again, cache=cache)])
+    assert (
+        not again.asked
+        and b.tried == a.tried
+        and torch.equal(weights(learn), weights(other))
+        and b.table.known.sum() == t.new.sum() + t.known.sum()
+    )
+    assert learn.history.frame.prompts_new.tolist() == t.new.tolist()
+    asked = [set(a.round_queries(k)) for k in range(3)]
+    assert asked[0] | asked[1] == set(QS) and len(asked[2]) == 8
+    table = fit(learner(), 3, [RLOO(), c := policy()])
+    assert torch.equal(weights(table), weights(learn)) and c.table.new.sum() == 0
 
 def test_rounds_end_without_less_headroom():
-    flat = FACTS.assign(vqa_acc_score=1., vqa_correct=1.); learn, cb = learner(), policy(patience=2, cache=flat)
-    with warnings.catch_warnings(): warnings.simplefilter("ignore"); fit(learn, 9, [RLOO(), SkipFlat(), cb])
-    assert len(cb.table) == 3 and (cb.table.headroom == 0).all() and (cb.table.live == 0).all() and not learn.model.training
+    flat = FACTS.assign(vqa_acc_score=1.0, vqa_correct=1.0)
+    learn = learner()
+    cb = policy(patience=2, cache=flat)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fit(learn, 9, [RLOO(), SkipFlat(), cb])
+    assert (
+        len(cb.table) == 3
+        and (cb.table.headroom == 0).all()
+        and (cb.table.live == 0).all()
+        and not learn.model.training
+    )
 
-# --- failures -------------------------------------------------------------------------------------------------------------------
+# --- failures -----------------------------------------------------------------------------------------------
+# --------------------
 def test_a_sequence_without_reward_stops_everything_by_name():
-    bad = lambda s: replace(s, error="OSError: no image", text=None, logprobs=(), gt_prob=float("nan")) if s.question_id == 3 else s
-    cache = FactCache(); s = Counting(bad); learn = learner()
-    with pytest.raises(NoReward, match=r"question_id 3, pointer \(1\d\d, 1\d\d\): OSError: no image"): fit(learn, 2, [RLOO(), policy(s, cache=cache, queries=QS)])
-    kept = len(cache); assert kept and "on_policy" not in {c.name for c in learn.cbs}
-    mended = Counting(); fit(learner(), 2, [RLOO(), cb := policy(mended, cache=cache, queries=QS)]); assert cb.table.pairs.iloc[-1] == kept + len(mended.asked) and any(q == 3 for q, _ in mended.asked)
+    bad = lambda s: (
+        replace(s, error="OSError: no image", text=None, logprobs=(), gt_prob=float("nan"))
+        if s.question_id == 3
+        else s
+    )
+    cache = FactCache()
+    s = Counting(bad)
+    learn = learner()
+    with pytest.raises(NoReward, match=r"question_id 3, pointer \(1\d\d, 1\d\d\): OSError: no image"):
+        fit(learn, 2, [RLOO(), policy(s, cache=cache, queries=QS)])
+    kept = len(cache)
+    assert kept and "on_policy" not in {c.name for c in learn.cbs}
+    mended = Counting()
+    fit(learner(), 2, [RLOO(), cb := policy(mended, cache=cache, queries=QS)])
+    assert cb.table.pairs.iloc[-1] == kept + len(mended.asked) and any(q == 3 for q, _ in mended.asked)
 
 def test_a_table_that_lacks_a_pair_names_it():
-    with pytest.raises(KeyError, match=r"question_id \d+, pointer .* no scorer to ask"): fit(learner(), 2, [RLOO(), policy(cache=FACTS[FACTS.question_id != 3])])
+    with pytest.raises(KeyError, match=r"question_id \d+, pointer .* no scorer to ask"):
+        fit(learner(), 2, [RLOO(), policy(cache=FACTS[FACTS.question_id != 3])])
 
-@pytest.mark.parametrize("cbs, says", [
-    (lambda: [policy()], "add an objective"), (lambda: [RLOO(), policy(distinct=True)], "biased"), (lambda: [RLOO(), policy(every="round")], "no ratio"),
-    (lambda: [GRPO(), policy()], "refresh=1"), (lambda: [GRPO(refresh="never"), policy(every="round")], "refresh='epoch'"), (lambda: [DistinctPG()], "without replacement"),
-    (lambda: [RLOO(), Phases({"a": (None, 1)}), policy()], "Phases"), (lambda: [RLOO(), policy(shots=None)], "without STOP"), (lambda: [RLOO(), policy(shots=3)], "pool has 3 candidates"),
-    (lambda: [RLOO(), SplitShots(), policy()], "would order them anew"), (lambda: [policy(shots=())], "several different"), (lambda: [policy(shots=(2, 2))], "several different"), (lambda: [policy(shots=(None, 2))], "several different"),
-    (lambda: [policy(passes=2)], "every='round'"), (lambda: [policy(G=1)], "G >= 2"), (lambda: [policy(cache=None)], "pass a scorer"), (lambda: [policy(reward="nice")], "nice")])
+@pytest.mark.parametrize(
+    "cbs, says",
+    [
+        (lambda: [policy()], "add an objective"),
+        (lambda: [RLOO(), policy(distinct=True)], "biased"),
+        (lambda: [RLOO(), policy(every="round")], "no ratio"),
+        (lambda: [GRPO(), policy()], "refresh=1"),
+        (lambda: [GRPO(refresh="never"), policy(every="round")], "refresh='epoch'"),
+        (lambda: [DistinctPG()], "without replacement"),
+        (lambda: [RLOO(), Phases({"a": (None, 1)}), policy()], "Phases"),
+        (lambda: [RLOO(), policy(shots=None)], "without STOP"),
+        (lambda: [RLOO(), policy(shots=3)], "pool has 3 candidates"),
+        (lambda: [RLOO(), SplitShots(), policy()], "would order them anew"),
+        (lambda: [policy(shots=())], "several different"),
+        (lambda: [policy(shots=(2, 2))], "several different"),
+        (lambda: [policy(shots=(None, 2))], "several different"),
+        (lambda: [policy(passes=2)], "every='round'"),
+        (lambda: [policy(G=1)], "G >= 2"),
+        (lambda: [policy(cache=None)], "pass a scorer"),
+        (lambda: [policy(reward="nice")], "nice"),
+    ],
+)
 def test_refusals(cbs, says):
     with pytest.raises(ValueError, match=says): fit(learner(), 1, cbs())
 
-# --- what is kept ---------------------------------------------------------------------------------------------------------------
+# --- what is kept -------------------------------------------------------------------------------------------
+# --------------------
 def test_what_was_drawn_becomes_a_record(tmp_path):
     from leverplus.rldata_merge import merge
-    fit(learner(), 2, [DistinctPG(), cb := policy(Counting(), distinct=True)]); d = cb.data().validate(ITEMS); r = d.rows; how = d.manifest["onpolicy"]
-    assert set(r.gen_method) <= {"policy", "beam"} and len(r) == cb.table.pairs.iloc[-1] and len(how["round"]) == len(r) and json.loads(json.dumps(how, allow_nan=False)) == how
-    drawn = r.gen_method == "policy"; assert r[["logprob_score", "kappa"]][drawn].notna().all(axis=None) and r[["logprob_score", "kappa"]][~drawn].isna().all(axis=None); assert sum(map(len, (cb.data([0]), cb.data([1])))) == len(d)
-    cos = [float((STORE.get(list(p)) @ STORE.get([q])[0]).mean()) for q, p in zip(r.question_id, r.pointer)]; assert np.allclose(cos, r.similarity_score, atol=1e-6)
-    d.save(tmp_path/"d"); stored = RLData.load(tmp_path/"d"); assert stored.rows.equals(r)
-    both = merge(RLData(d.rows[:5], d.pool), d); assert len(both) == len(d)   # appended to groups that hold some of them
+    fit(learner(), 2, [DistinctPG(), cb := policy(Counting(), distinct=True)])
+    d = cb.data().validate(ITEMS)
+    r = d.rows
+    how = d.manifest["onpolicy"]
+    assert (
+        set(r.gen_method) <= {"policy", "beam"}
+        and len(r) == cb.table.pairs.iloc[-1]
+        and len(how["round"]) == len(r)
+        and json.loads(json.dumps(how, allow_nan=False)) == how
+    )
+    drawn = r.gen_method == "policy"
+    assert r[["logprob_score", "kappa"]][drawn].notna().all(axis=None) and r[["logprob_score", "kappa"]][
+        ~drawn
+    ].isna().all(axis=None)
+    assert sum(map(len, (cb.data([0]), cb.data([1])))) == len(d)
+    cos = [float((STORE.get(list(p)) @ STORE.get([q])[0]).mean()) for q, p in zip(r.question_id, r.pointer)]
+    assert np.allclose(cos, r.similarity_score, atol=1e-6)
+    d.save(tmp_path / "d")
+    stored = RLData.load(tmp_path / "d")
+    assert stored.rows.equals(r)
+    # appended to groups that hold some of them
+    both = merge(RLData(d.rows[:5], d.pool), d)
+    assert len(both) == len(d)
 
 def test_a_killed_run_goes_on(tmp_path):
     "Killed in the third round and started again: the weights, rounds and samples of a run without a break, and no prompt twice"
-    def run(scorer, folder, cache): learn = learner(); return fit(learn, 4, [RLOO(), cb := policy(scorer, cache=FactCache(cache)), Resume(folder)]), cb
-    s = Counting(); whole, a = run(s, tmp_path/"a", tmp_path/"fa"); stop = int(a.table.new[:2].sum()) + 1; first, rest = Counting(stop=stop), Counting()
+    def run(scorer, folder, cache):
+        learn = learner()
+        return fit(learn, 4, [RLOO(), cb := policy(scorer, cache=FactCache(cache)), Resume(folder)]), cb
+    s = Counting()
+    whole, a = run(s, tmp_path / "a", tmp_path / "fa")
+    stop = int(a.table.new[:2].sum()) + 1
+    first = Counting(stop=stop)
+    rest = Counting()
     with pytest.raises(KeyboardInterrupt): run(first, tmp_path/"b", tmp_path/"fb")
     got, b = run(rest, tmp_path/"b", tmp_path/"fb")
-    assert torch.equal(weights(got), weights(whole)) and b.tried == a.tried and b.seen == a.seen and set(first.asked).isdisjoint(rest.asked) and len(first.asked) + len(rest.asked) == len(s.asked)
-    drop = ["new", "known"]; pd.testing.assert_frame_equal(b.table.drop(columns=drop), a.table.drop(columns=drop))
+    assert (
+        torch.equal(weights(got), weights(whole))
+        and b.tried == a.tried
+        and b.seen == a.seen
+        and set(first.asked).isdisjoint(rest.asked)
+        and len(first.asked) + len(rest.asked) == len(s.asked)
+    )
+    drop = ["new", "known"]
+    pd.testing.assert_frame_equal(b.table.drop(columns=drop), a.table.drop(columns=drop))
 
-# --- beside stored groups ---------------------------------------------------------------------------------------------------------
+# --- beside stored groups
+# ---------------------------------------------------------------------------------------------------------
 def test_stored_groups_that_cannot_teach_do_not_matter():
     def flat():
-        rows = FACTS.groupby("question_id").head(1); ds = lambda qs: GroupDataset(r := rows[rows.question_id.isin(qs)], POOL.only(qs), STORE, r.vqa_gt_prob)
-        return selector_learner(DataLoaders(GroupDL(ds(QS), 5, shuffle=True), GroupDL(ds(range(16, 24)), 8)), selector())
-    with pytest.raises(ValueError, match="RLOO: 0 of 16 groups have any reward difference"): fit(flat(), 1, [RLOO()])
-    learn = flat(); before = weights(learn); fit(learn, 1, [RLOO(), policy()]); assert not torch.equal(weights(learn), before)
+        rows = FACTS.groupby("question_id").head(1)
+        ds = lambda qs: GroupDataset(
+            r := rows[rows.question_id.isin(qs)], POOL.only(qs), STORE, r.vqa_gt_prob
+        )
+        return selector_learner(
+            DataLoaders(GroupDL(ds(QS), 5, shuffle=True), GroupDL(ds(range(16, 24)), 8)), selector()
+        )
+    with pytest.raises(ValueError, match="RLOO: 0 of 16 groups have any reward difference"):
+        fit(flat(), 1, [RLOO()])
+    learn = flat()
+    before = weights(learn)
+    fit(learn, 1, [RLOO(), policy()])
+    assert not torch.equal(weights(learn), before)
 
 def test_a_sequence_that_was_drawn_twice_has_its_mass_once():
     class Mass(StageCallback):
@@ -229,54 +579,126 @@ def test_a_sequence_that_was_drawn_twice_has_its_mass_once():
         def before_fit(self): self.seen, self.repeated = [], 0
         def after_loss(self):
             for lp, s, m in zip(self.pred.detach().exp().tolist(), self.xb[3].tolist(), self.yb[1].tolist()):
-                once = {tuple(x): p for p, x, ok in zip(lp, s, m) if ok}; self.seen.append(sum(once.values())); self.repeated += sum(m) - len(once)
-    learn = learner(); fit(learn, 1, [RLOO(), policy(G=9), spy := Mass()]); assert spy.repeated > 20
-    assert learn.history.frame.mass.iloc[0] == pytest.approx(np.mean(spy.seen), rel=1e-4) and max(spy.seen) <= 1 + 1e-5
+                once = {tuple(x): p for p, x, ok in zip(lp, s, m) if ok}
+                self.seen.append(sum(once.values()))
+                self.repeated += sum(m) - len(once)
+    learn = learner()
+    fit(learn, 1, [RLOO(), policy(G=9), spy := Mass()])
+    assert spy.repeated > 20
+    assert (
+        learn.history.frame.mass.iloc[0] == pytest.approx(np.mean(spy.seen), rel=1e-4)
+        and max(spy.seen) <= 1 + 1e-5
+    )
 
-# --- choosing an epoch ----------------------------------------------------------------------------------------------------
+# --- choosing an epoch
+# ----------------------------------------------------------------------------------------------------
 DEV = list(range(16, 24))
-def judge(scorer=None, shots=2, **kw): return GreedyLoss(Feedback(scorer, ITEMS, FACTS if scorer is None else None, "soft_only"), POOL, STORE, shots, DEV, **kw)
+def judge(scorer=None, shots=2, **kw):
+    return GreedyLoss(
+        Feedback(scorer, ITEMS, FACTS if scorer is None else None, "soft_only"), POOL, STORE, shots, DEV, **kw
+    )
 
 def test_greedy_loss_is_what_a_table_would_say():
     "Another way to the same number: picks of `pick_model`, facts looked up one by one; no batch, mode or random state is touched"
     from leverplus.infer import pick_model
-    m = selector(3); truth = FACTS.set_index(["question_id", "pointer"]).vqa_acc_score; learn = learner(); learn.model = m.train(); state = torch.get_rng_state()
-    picks = pick_model(m, POOL.only(DEV), STORE, 2); want = [1 - truth[q, tuple(p)] for q, p in zip(picks.question_id, picks.pointer)]
-    got = judge()(learn); assert got.dtype == torch.float64 and got.tolist() == pytest.approx(want) and m.training and torch.equal(torch.get_rng_state(), state)
-    assert greedy_rewards(m, POOL, STORE, Feedback(None, ITEMS, FACTS, "soft_only"), queries=DEV, bs=3).tolist() == pytest.approx([1 - w for w in want])
-    both = judge(MockScorer(0), (1, 2))(learn); one = judge(MockScorer(0), 1)(learn); assert both.tolist() == pytest.approx(((one + got)/2).tolist())
+    m = selector(3)
+    truth = FACTS.set_index(["question_id", "pointer"]).vqa_acc_score
+    learn = learner()
+    learn.model = m.train()
+    state = torch.get_rng_state()
+    picks = pick_model(m, POOL.only(DEV), STORE, 2)
+    want = [1 - truth[q, tuple(p)] for q, p in zip(picks.question_id, picks.pointer)]
+    got = judge()(learn)
+    assert (
+        got.dtype == torch.float64
+        and got.tolist() == pytest.approx(want)
+        and m.training
+        and torch.equal(torch.get_rng_state(), state)
+    )
+    assert greedy_rewards(
+        m, POOL, STORE, Feedback(None, ITEMS, FACTS, "soft_only"), queries=DEV, bs=3
+    ).tolist() == pytest.approx([1 - w for w in want])
+    both = judge(MockScorer(0), (1, 2))(learn)
+    one = judge(MockScorer(0), 1)(learn)
+    assert both.tolist() == pytest.approx(((one + got) / 2).tolist())
     with pytest.raises(ValueError, match="shots \\(\\)"): judge(shots=())
-    with pytest.raises(ValueError, match="no queries"): GreedyLoss(Feedback(None, ITEMS, FACTS), POOL, STORE, queries=[])
-    with pytest.raises(NoReward, match=f"question_id {DEV[0]}"): judge(Counting(lambda s: replace(s, error="broken")))(learn)
-    assert judge(shots=range(2, 3)).shots == judge(shots=np.array([2])).shots == (2,) and judge(shots=np.array([2])).fingerprint == judge().fingerprint != judge(shots=(1, 2)).fingerprint
+    with pytest.raises(ValueError, match="no queries"):
+        GreedyLoss(Feedback(None, ITEMS, FACTS), POOL, STORE, queries=[])
+    with pytest.raises(NoReward, match=f"question_id {DEV[0]}"):
+        judge(Counting(lambda s: replace(s, error="broken")))(learn)
+    assert (
+        judge(shots=range(2, 3)).shots == judge(shots=np.array([2])).shots == (2,)
+        and judge(shots=np.array([2])).fingerprint == judge().fingerprint != judge(shots=(1, 2)).fingerprint
+    )
     class Poor(Counting): # answers all questions but one
-        def run(self, prompts, *a, **k): return [replace(r, error="broken") if p.question_id == DEV[3] else r for p, r in zip(prompts, super().run(prompts, *a, **k))]
+        def run(self, prompts, *a, **k):
+            return [
+                replace(r, error="broken") if p.question_id == DEV[3] else r
+                for p, r in zip(prompts, super().run(prompts, *a, **k))
+            ]
     with pytest.raises(NoReward, match=f"question_id {DEV[3]}"): judge(Poor())(learn)
-    with pytest.warns(UserWarning, match=f"1 of 8 greedy picks have no reward and count as 0, first question_id {DEV[3]}"): few = judge(Poor(), max_failed=.2)(learn)
+    with pytest.warns(
+        UserWarning, match=f"1 of 8 greedy picks have no reward and count as 0, first question_id {DEV[3]}"
+    ):
+        few = judge(Poor(), max_failed=0.2)(learn)
     assert few[3] == 1 and torch.equal(few[:3], got[:3]) and torch.equal(few[4:], got[4:])
-    with pytest.raises(NoReward, match=f"1 of 8 .* first question_id {DEV[3]}"): judge(Poor(), max_failed=.1)(learn)
+    with pytest.raises(NoReward, match=f"1 of 8 .* first question_id {DEV[3]}"):
+        judge(Poor(), max_failed=0.1)(learn)
 
 def test_all_stages_choose_by_it_and_asking_costs_one_prompt_per_new_pick():
     "`choose_by` decides which weights a stage keeps, and is part of what a resumed stage must have in common"
-    scorer, seen = Counting(), []
+    scorer = Counting()
+    seen = []
     class Watched(GreedyLoss):
-        def __call__(self, learn): out = super().__call__(learn); seen.append((out.mean().item(), weights(learn))); return out
-    score = Watched(Feedback(scorer, ITEMS, None, "soft_only"), POOL, STORE, 2, DEV); ways = set()
-    for stage, kw in (("fit_rce", {}), ("fit_sft", {}), ("fit_listwise", dict(tau=.1)), ("fit_grpo", dict(min_live=0.)), ("fit_onpolicy", dict(scorer=None, items=ITEMS, store=STORE, rounds=4, cache=FACTS, G=3, queries_per_round=12, patience=None))):
+        def __call__(self, learn):
+            out = super().__call__(learn)
+            seen.append((out.mean().item(), weights(learn)))
+            return out
+    score = Watched(Feedback(scorer, ITEMS, None, "soft_only"), POOL, STORE, 2, DEV)
+    ways = set()
+    for stage, kw in (
+        ("fit_rce", {}),
+        ("fit_sft", {}),
+        ("fit_listwise", dict(tau=0.1)),
+        ("fit_grpo", dict(min_live=0.0)),
+        (
+            "fit_onpolicy",
+            dict(
+                scorer=None,
+                items=ITEMS,
+                store=STORE,
+                rounds=4,
+                cache=FACTS,
+                G=3,
+                queries_per_round=12,
+                patience=None,
+            ),
+        ),
+    ):
         kept = {}
         for by in (score, None):
-            learn = learner(); learn.choose_by = by; seen.clear()
-            with quiet(learn), warnings.catch_warnings(): warnings.simplefilter("ignore"); getattr(learn, stage)(**dict(lr=.1) | (kw if "rounds" in kw else dict(n_epoch=4) | kw))
+            learn = learner()
+            learn.choose_by = by
+            seen.clear()
+            with quiet(learn), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                getattr(learn, stage)(**dict(lr=0.1) | (kw if "rounds" in kw else dict(n_epoch=4) | kw))
             kept[by] = weights(learn)
             if by is not None: # the first of the smallest, of the start and four epochs
-                losses = [v for v, _ in seen]; assert len(seen) == 5 and torch.equal(kept[by], seen[int(np.argmin(losses))][1])
+                losses = [v for v, _ in seen]
+                assert len(seen) == 5 and torch.equal(kept[by], seen[int(np.argmin(losses))][1])
         ways.add(torch.equal(kept[score], kept[None]))
-    assert False in ways and len(scorer.asked) == len(set(scorer.asked)) # another choice than regret's somewhere; nothing asked twice
+    # another choice than regret's somewhere; nothing asked twice
+    assert False in ways and len(scorer.asked) == len(set(scorer.asked))
 
 def test_a_stage_is_not_continued_under_another_judge(tmp_path):
     def run(by):
-        learn = learner(); learn.choose_by = by
-        with quiet(learn): learn.fit_rce(2, .1, resume=tmp_path/"r"); return weights(learn)
-    first = run(judge()); assert torch.equal(first, run(judge()))
+        learn = learner()
+        learn.choose_by = by
+        with quiet(learn):
+            learn.fit_rce(2, 0.1, resume=tmp_path / "r")
+            return weights(learn)
+    first = run(judge())
+    assert torch.equal(first, run(judge()))
     for other in (None, judge(MockScorer(0), 1)):
         with pytest.raises(ValueError, match="other settings"): run(other)

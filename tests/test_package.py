@@ -16,7 +16,9 @@ def ini():
 
 @pytest.fixture(scope="module")
 def toml():
-    tomllib = pytest.importorskip("tomllib", reason="Python 3.11 brings it; the other tests of this file need it")
+    tomllib = pytest.importorskip(
+        "tomllib", reason="Python 3.11 brings it; the other tests of this file need it"
+    )
     return tomllib.loads((ROOT/"pyproject.toml").read_text(encoding="utf8"))
 
 def requirements(lines): return {Requirement(line).name: Requirement(line) for line in lines}
@@ -27,13 +29,28 @@ def requirements(lines): return {Requirement(line).name: Requirement(line) for l
 def test_settings_and_pyproject_say_the_same(ini, toml):
     project, nbdev = toml["project"], toml["tool"]["nbdev"]
     assert requirements(ini["requirements"].split()) == requirements(project["dependencies"])
-    for extra, reqs in project["optional-dependencies"].items(): assert requirements(ini[f"{extra}_requirements"].split()) == requirements(reqs), extra
+    for extra, reqs in project["optional-dependencies"].items():
+        assert requirements(ini[f"{extra}_requirements"].split()) == requirements(reqs), extra
     assert dict(s.split("=") for s in ini["console_scripts"].split()) == project["scripts"]
-    assert (ini["lib_name"], ini["description"], ini["keywords"].split(), ini["git_url"]) == (project["name"], project["description"], project["keywords"], project["urls"]["Repository"])
+    assert (ini["lib_name"], ini["description"], ini["keywords"].split(), ini["git_url"]) == (
+        project["name"],
+        project["description"],
+        project["keywords"],
+        project["urls"]["Repository"],
+    )
     assert project["requires-python"] == ">=" + ini["min_python"]
     assert project["authors"] == [dict(name=ini["author"], email=ini["author_email"])]
-    for key in ("lib_path", "nbs_path", "doc_path", "tst_flags", "branch", "title"): assert str(nbdev[key]) == ini[key], key
-    for key in ("recursive", "put_version_in_init", "clean_ids", "clear_all", "jupyter_hooks", "custom_sidebar"): assert str(nbdev[key]) == ini[key], key
+    for key in ("lib_path", "nbs_path", "doc_path", "tst_flags", "branch", "title"):
+        assert str(nbdev[key]) == ini[key], key
+    for key in (
+        "recursive",
+        "put_version_in_init",
+        "clean_ids",
+        "clear_all",
+        "jupyter_hooks",
+        "custom_sidebar",
+    ):
+        assert str(nbdev[key]) == ini[key], key
 
 def test_version_stands_once(ini):
     from leverplus import __version__
@@ -51,9 +68,11 @@ def pins(name):
 
 @pytest.mark.parametrize("name", ["constraints.txt", "constraints-oldest.txt"])
 def test_constraints_pin_every_requirement(ini, name):
-    wanted, pinned = requirements([*ini["requirements"].split(), *ini["dev_requirements"].split()]), pins(name)
+    wanted = requirements([*ini["requirements"].split(), *ini["dev_requirements"].split()])
+    pinned = pins(name)
     assert wanted.keys() <= pinned.keys(), wanted.keys() - pinned.keys()
-    for n, r in wanted.items(): assert r.specifier.contains(pinned[n]), f"{name}: {n}=={pinned[n]}, wanted {r.specifier}"
+    for n, r in wanted.items():
+        assert r.specifier.contains(pinned[n]), f"{name}: {n}=={pinned[n]}, wanted {r.specifier}"
 
 def test_lower_bounds_are_what_was_tested(ini):
     pinned = pins("constraints-oldest.txt")
@@ -68,9 +87,12 @@ def test_lower_bounds_are_what_was_tested(ini):
 def site(tmp_path_factory):
     "A folder with the unpacked wheel alone"
     import shutil, zipfile
-    tree, out = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("site")
-    for name in ("leverplus", "data", "models"): shutil.copytree(ROOT/name, tree/name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("settings.ini", "pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"): shutil.copy2(ROOT/name, tree/name)
+    tree = tmp_path_factory.mktemp("tree")
+    out = tmp_path_factory.mktemp("site")
+    for name in ("leverplus", "data", "models"):
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("settings.ini", "pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy2(ROOT / name, tree / name)
     build = "from setuptools import build_meta; import sys; print(build_meta.build_wheel(sys.argv[1]))"
     r = subprocess.run([sys.executable, "-c", build, str(out)], cwd=tree, capture_output=True, text=True)
     assert r.returncode == 0, r.stderr[-3000:]
@@ -80,8 +102,16 @@ def site(tmp_path_factory):
 
 def python(site, code, *words):
     "What a process far from the checkout prints, with the unpacked wheel in front of everything"
-    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | dict(PYTHONPATH=str(site), HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
-    r = subprocess.run([sys.executable, *(["-c", code] if code else []), *words], cwd=site.parent, capture_output=True, text=True, env=env)
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | dict(
+        PYTHONPATH=str(site), HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1"
+    )
+    r = subprocess.run(
+        [sys.executable, *(["-c", code] if code else []), *words],
+        cwd=site.parent,
+        capture_output=True,
+        text=True,
+        env=env,
+    )
     assert r.returncode == 0, r.stderr[-3000:]
     return r.stdout
 
@@ -89,7 +119,11 @@ def test_the_wheel_brings_the_world(site):
     code = ("import leverplus, torch; from leverplus.world import load_world; w = load_world(device='cpu'); "
             "print(leverplus.__file__, len(w.items), len(w.facts()), w.items.image_path.iloc[0])")
     package, items, facts, image = python(site, code).split()
-    assert Path(package).is_relative_to(site) and Path(image).is_relative_to(site) and (int(items), int(facts)) == (2150, 257_000)
+    assert (
+        Path(package).is_relative_to(site)
+        and Path(image).is_relative_to(site)
+        and (int(items), int(facts)) == (2150, 257_000)
+    )
 
 def test_the_wheel_works_at_the_doors(site):
     from leverplus import __version__
@@ -101,7 +135,9 @@ def test_without_the_world_it_says_where_to_get_it(site, tmp_path):
     import shutil
     bare = tmp_path/"site"
     shutil.copytree(site, bare, ignore=shutil.ignore_patterns("embedded"))
-    code = "from leverplus.world import load_world\ntry: load_world()\nexcept FileNotFoundError as e: print(e)"
+    code = (
+        "from leverplus.world import load_world\ntry: load_world()\nexcept FileNotFoundError as e: print(e)"
+    )
     said = python(bare, code)
     assert "islands" in said and "comes with the wheel of leverplus and with a checkout" in said
 
@@ -117,8 +153,11 @@ HEAVY = {"torch", "pandas", "numpy", "fastai", "fastcore", "transformers", "matp
 def test_nothing_heavy_before_a_command_is_named():
     "`import leverplus`, --help and --version stay on the standard library"
     show = f"import sys; print(sorted({HEAVY!r} & set(sys.modules)))"
-    first = "import contextlib, io\nfrom leverplus.__main__ import main\nfor words in (['--help'], ['--version'], ['nonsense'], []):\n" \
-            "    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()): main(words)\n"
+    first = (
+        "import contextlib, io\nfrom leverplus.__main__ import main\nfor words in (['--help'], ['--version'],"
+        " ['nonsense'], []):\n    with contextlib.suppress(SystemExit),"
+        " contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()): main(words)\n"
+    )
     for code in ("import leverplus\n", first): assert python(ROOT, code + show).strip() == "[]"
 
 def test_the_first_page_is_that_of_the_full_parser(capsys):

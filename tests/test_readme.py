@@ -18,7 +18,15 @@ def python(code, folder, **env):
     "What a fresh process says, stdout and stderr; it must end well"
     env = dict(os.environ, PYTHONPATH=PATH, HF_HUB_OFFLINE="1", MPLBACKEND="Agg", **env)
     env.pop("TQDM_DISABLE", None)
-    r = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=600, env=env, stdin=subprocess.DEVNULL)
+    r = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env=env,
+        stdin=subprocess.DEVNULL,
+    )
     assert r.returncode == 0, r.stdout[-1000:] + r.stderr[-4000:]
     return r.stdout + r.stderr
 
@@ -38,7 +46,13 @@ def test_commands_exist():
     assert {"demo", "test", "gpu"} <= set(targets)
     for target in targets: subprocess.run(["make", "-n", target], cwd=ROOT, check=True, capture_output=True)
     for line in lines:
-        if line.startswith("leverplus"): subprocess.run([sys.executable, "-m", *line.split()], check=True, capture_output=True, env=dict(os.environ, PYTHONPATH=PATH))
+        if line.startswith("leverplus"):
+            subprocess.run(
+                [sys.executable, "-m", *line.split()],
+                check=True,
+                capture_output=True,
+                env=dict(os.environ, PYTHONPATH=PATH),
+            )
     for name in re.findall(r"-c (\S+)", " ".join(lines)): assert (ROOT/name).is_file(), name
 
 def test_links_lead_somewhere():
@@ -48,11 +62,17 @@ def test_links_lead_somewhere():
 
 # ---- no warning of ours at a door ------------------------------------------------------------------------------------
 
-LINES = ("generate --n 6 --split train --test 2 --window 3 --out runs/train", "generate --lvlm mock --n 6 --split dev --test 0 --quiet --out runs/dev",
-         "train runs/train --dev runs/dev --epochs 1 --bs 4 --out runs/rce --seed 1")
+LINES = (
+    "generate --n 6 --split train --test 2 --window 3 --out runs/train",
+    "generate --lvlm mock --n 6 --split dev --test 0 --quiet --out runs/dev",
+    "train runs/train --dev runs/dev --epochs 1 --bs 4 --out runs/rce --seed 1",
+)
 
 def test_generate_and_train_say_nothing(tmp_path):
-    code = "own_warnings.at_the_doors()\nfrom leverplus.__main__ import main\nfor line in {lines!r}: assert main(line.split()) == 0, line"
+    code = (
+        "own_warnings.at_the_doors()\nfrom leverplus.__main__ import main\nfor line in {lines!r}: assert"
+        " main(line.split()) == 0, line"
+    )
     said = python(STRICT + code.format(lines=LINES), tmp_path, OMP_NUM_THREADS="1")
     assert "checkpoint runs/rce" in said and "Loading weights" not in said
 
@@ -62,10 +82,21 @@ def library(name, source):
     exec(source, module)
     return module
 
-@pytest.mark.parametrize("caller,ours", [("leverplus.lvlm", True), ("__main__", True), ("transformers.generation", False), ("leverplusplus", False)])
+@pytest.mark.parametrize(
+    "caller,ours",
+    [
+        ("leverplus.lvlm", True),
+        ("__main__", True),
+        ("transformers.generation", False),
+        ("leverplusplus", False),
+    ],
+)
 def test_whose_warning_it_is(monkeypatch, caller, ours):
     "The caller decides, however deep inside the library the complaint is made; a warning of the caller's own counts too"
-    lib = library("torch.jit", "import warnings\ndef deep(): warnings.warn('old argument', FutureWarning)\ndef f(): deep()")
+    lib = library(
+        "torch.jit",
+        "import warnings\ndef deep(): warnings.warn('old argument', FutureWarning)\ndef f(): deep()",
+    )
     user = library(caller, "import warnings\ndef use(f): f()\ndef own(): warnings.warn('mine', UserWarning)")
     with warnings.catch_warnings():
         own_warnings.install()

@@ -10,7 +10,10 @@ from leverplus.embed import EmbedStore
 from leverplus.groups import RLData
 from leverplus.learner import quiet, selector_learner
 from leverplus.pools import Pool
-from leverplus.recipes import RECIPES, STAGES, check_recipe, fit_recipe, load_recipe, recipe, recipe_learner, recipes_table, save_recipe
+from leverplus.recipes import (
+    RECIPES, STAGES, check_recipe, fit_recipe, load_recipe, recipe, recipe_learner, recipes_table,
+    save_recipe,
+)
 from leverplus.rewards import REWARDS
 from leverplus.synth import synth_dls
 
@@ -18,158 +21,341 @@ BEFORE = deepcopy(RECIPES)
 
 def groups(split, n, first, N=6, live=1.):
     "Groups with every fact; only a share `live` of them has a reward difference"
-    g = rng("test_recipes", split); qs = range(first, first + n); pool = Pool({q: g.choice(40, 7, replace=False).tolist() for q in qs}, dict(sampler="random", K=7))
-    rows = [(q, p) for q in qs for p in sorted({tuple(g.permutation(pool[q])[:2].tolist()) for _ in range(N)})]
-    acc = np.array([((q + p[0]) % 3 > 0) * (.6 + .4*(p[1] % 2)) if q - first < live*n else 0. for q, p in rows])
-    f = pd.DataFrame(rows, columns=["question_id", "pointer"]).assign(vqa_correct=(acc > 0)*1., vqa_acc_score=acc, vqa_gt_prob=.1 + .8*acc, vqa_rel_score=acc/2, logprob_score=-3.,
-                     vqa_eval_mode=np.where(g.random(len(rows)) < .1, "fallback", "official"), vqa_pred_answer="a", vqa_raw_generation="a", vqa_rel_token_f1=0., vqa_rel_edit_sim=0.)
+    g = rng("test_recipes", split)
+    qs = range(first, first + n)
+    pool = Pool({q: g.choice(40, 7, replace=False).tolist() for q in qs}, dict(sampler="random", K=7))
+    rows = [
+        (q, p) for q in qs for p in sorted({tuple(g.permutation(pool[q])[:2].tolist()) for _ in range(N)})
+    ]
+    acc = np.array(
+        [((q + p[0]) % 3 > 0) * (0.6 + 0.4 * (p[1] % 2)) if q - first < live * n else 0.0 for q, p in rows]
+    )
+    f = pd.DataFrame(rows, columns=["question_id", "pointer"]).assign(
+        vqa_correct=(acc > 0) * 1.0,
+        vqa_acc_score=acc,
+        vqa_gt_prob=0.1 + 0.8 * acc,
+        vqa_rel_score=acc / 2,
+        logprob_score=-3.0,
+        vqa_eval_mode=np.where(g.random(len(rows)) < 0.1, "fallback", "official"),
+        vqa_pred_answer="a",
+        vqa_raw_generation="a",
+        vqa_rel_token_f1=0.0,
+        vqa_rel_edit_sim=0.0,
+    )
     return RLData(f, pool)
 
-TRAIN, DEV = groups("train", 14, 1000), groups("dev", 7, 5000); IDS = [*range(40), *range(1000, 1100), *range(5000, 5008)]; ZERO = dict.fromkeys(IDS, .05)
-STORE = EmbedStore(IDS, *(torch.tensor(rng("test_recipes", k).normal(size=(len(IDS), 8))).float() for k in ("image", "text")))
+TRAIN = groups("train", 14, 1000)
+DEV = groups("dev", 7, 5000)
+IDS = [*range(40), *range(1000, 1100), *range(5000, 5008)]
+ZERO = dict.fromkeys(IDS, 0.05)
+STORE = EmbedStore(
+    IDS, *(torch.tensor(rng("test_recipes", k).normal(size=(len(IDS), 8))).float() for k in ("image", "text"))
+)
 
 def small(name, **more):
     "The recipe, with one epoch per stage that has any, in few batches"
     r = recipe(name, data=dict(bs=8), model=dict(d_hidden=12), **more)
     for s in r["stages"]: s["n_epoch"] = min(1, s["n_epoch"])
     return r
-ITEMS = pd.DataFrame(dict(question_id=range(40), image_id=range(40), answer=["red bus", "bus", "blue dog", "dog"]*10))
-def make(r, train=TRAIN, **kw): return recipe_learner(r, train, DEV, STORE, zero=ZERO, **{"items": ITEMS} | kw)
+ITEMS = pd.DataFrame(
+    dict(question_id=range(40), image_id=range(40), answer=["red bus", "bus", "blue dog", "dog"] * 10)
+)
+def make(r, train=TRAIN, **kw):
+    return recipe_learner(r, train, DEV, STORE, zero=ZERO, **{"items": ITEMS} | kw)
 def fit(learn, r, **kw):
-    with quiet(learn), warnings.catch_warnings(): warnings.simplefilter("ignore"); return fit_recipe(learn, r, **kw)
+    with quiet(learn), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return fit_recipe(learn, r, **kw)
 def weights(learn): return {k: v.detach().clone() for k, v in learn.model.state_dict().items()}
 def same(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
-# --- the data ----------------------------------------------------------------------------------------------------------
+# --- the data
+# ----------------------------------------------------------------------------------------------------------
 def content(name): return json.dumps([small(name)[k] for k in ("model", "data", "stages")])
 
-@pytest.mark.parametrize("name", {content(n): n for n in reversed(RECIPES)}.values())   # the same by another name runs once
+# the same by another name runs once
+@pytest.mark.parametrize("name", {content(n): n for n in reversed(RECIPES)}.values())
 def test_every_recipe_runs_and_stays_as_it_is(name):
-    r = small(name); was = deepcopy(r); learn = fit(make(r), r)
+    r = small(name)
+    was = deepcopy(r)
+    learn = fit(make(r), r)
     kinds = dict(rce="rce", grpo="grpo", sft="sft", listwise="listwise", warmup="listwise", stage="grpo")
     assert learn.history.frame.stage.tolist() == [kinds[s["fit"]] for s in r["stages"] if s["n_epoch"]]
     assert learn.history.frame.train_loss.notna().all() and learn.recipe == r == was and RECIPES == BEFORE
-    assert len(learn.history.frame) and learn.model.config["d_hidden"] == 12 and "fallback" not in set(learn.dls.train_ds.rows.vqa_eval_mode) or r["source"] == "ours"
+    assert (
+        len(learn.history.frame)
+        and learn.model.config["d_hidden"] == 12
+        and "fallback" not in set(learn.dls.train_ds.rows.vqa_eval_mode)
+        or r["source"] == "ours"
+    )
 
 def test_recipes_are_json_and_say_where_they_come_from(tmp_path):
     assert json.loads(json.dumps(RECIPES)) == RECIPES
     for name, r in RECIPES.items():
-        check_recipe(r); assert r["title"] and r["source"] and (r["text_vs_code"] and r["not_done"] or r["source"] == "ours")
+        check_recipe(r)
+        assert r["title"] and r["source"] and (r["text_vs_code"] and r["not_done"] or r["source"] == "ours")
         assert load_recipe(save_recipe(recipe(name), tmp_path/"r.json")) == recipe(name)
-        if name.endswith("-as-run"): assert not any(s.get("best", True) or s.get("skip_flat", True) for s in r["stages"])
-    t = recipes_table(); assert t.index.tolist() == list(RECIPES) and not t[["title", "source", "stages", "reward"]].eq("").any(axis=None)
-    assert {f"plan{i}" for i in range(1, 11)} <= set(RECIPES) and {f"advice{i}" for i in range(1, 6)} <= set(RECIPES)
+        if name.endswith("-as-run"):
+            assert not any(s.get("best", True) or s.get("skip_flat", True) for s in r["stages"])
+    t = recipes_table()
+    assert t.index.tolist() == list(RECIPES) and not t[["title", "source", "stages", "reward"]].eq("").any(
+        axis=None
+    )
+    assert {f"plan{i}" for i in range(1, 11)} <= set(RECIPES) and {f"advice{i}" for i in range(1, 6)} <= set(
+        RECIPES
+    )
 
 def test_a_warm_up_needs_items():
-    with pytest.raises(ValueError, match="stage 1 .warmup.*pass items= to"): fit(make("ours", items=None), "ours")
-    with pytest.raises(ValueError, match="leaves only 0"): fit(make("ours", items=ITEMS.assign(image_id=1)), "ours")
+    with pytest.raises(ValueError, match="stage 1 .warmup.*pass items= to"):
+        fit(make("ours", items=None), "ours")
+    with pytest.raises(ValueError, match="leaves only 0"):
+        fit(make("ours", items=ITEMS.assign(image_id=1)), "ours")
 
 def test_plan_5_is_what_report_003_says():
     "Section 1: '50 epochs GRPO, KL_BETA=0.1, USE_RANK_ADVANTAGE=false, GRPO_LR=5e-6'; section 3: z-score, std clamped at .1; 2.2: RCE lr 1e-4"
     rce, grpo = RECIPES["plan5"]["stages"]
-    assert (grpo["n_epoch"], grpo["beta"], grpo["how"], grpo["lr"], grpo["min_std"], rce["lr"]) == (50, .1, "zscore", 5e-6, .1, 1e-4)
-    diff = {k for k in grpo if RECIPES["plan6"]["stages"][1][k] != grpo[k]}; assert diff == {"lr"} and RECIPES["plan6"]["stages"][1]["lr"] == 5e-5   # plan 6: ten times
-    assert [RECIPES[f"plan{n}"]["stages"][1]["beta"] for n in ("7", "7.1", "7.2")] == [0., .01, .05] and RECIPES["plan4"]["data"]["reward"] == "separated"
+    assert (grpo["n_epoch"], grpo["beta"], grpo["how"], grpo["lr"], grpo["min_std"], rce["lr"]) == (
+        50,
+        0.1,
+        "zscore",
+        5e-6,
+        0.1,
+        1e-4,
+    )
+    # plan 6: ten times
+    diff = {k for k in grpo if RECIPES["plan6"]["stages"][1][k] != grpo[k]}
+    assert diff == {"lr"} and RECIPES["plan6"]["stages"][1]["lr"] == 5e-5
+    assert [RECIPES[f"plan{n}"]["stages"][1]["beta"] for n in ("7", "7.1", "7.2")] == [
+        0.0,
+        0.01,
+        0.05,
+    ] and RECIPES["plan4"]["data"]["reward"] == "separated"
     assert RECIPES["plan8"]["data"]["weights"] == dict(hard_weight=1., soft_weight=.5, rel_weight=.3)
-    assert RECIPES["plan10"]["stages"][0] == dict(fit="rce", n_epoch=10, lr=5e-5, temp=[1., .1], norm="raw") and RECIPES["plan10-as-run"]["stages"][0]["temp"] == [2., .5]
+    assert RECIPES["plan10"]["stages"][0] == dict(
+        fit="rce", n_epoch=10, lr=5e-5, temp=[1.0, 0.1], norm="raw"
+    ) and RECIPES["plan10-as-run"]["stages"][0]["temp"] == [2.0, 0.5]
     assert [s["n_epoch"] for s in RECIPES["plan9"]["stages"][1:]] == [30, 20]
 
-# --- changes -----------------------------------------------------------------------------------------------------------
+# --- changes
+# -----------------------------------------------------------------------------------------------------------
 @settings(max_examples=15, deadline=None)
-@given(st.sampled_from(sorted(RECIPES)), st.integers(0, 9), st.floats(1e-6, 1.), st.sampled_from(sorted(REWARDS)))
+@given(
+    st.sampled_from(sorted(RECIPES)),
+    st.integers(0, 9),
+    st.floats(1e-6, 1.0),
+    st.sampled_from(sorted(REWARDS)),
+)
 def test_changes_are_merged_and_noted(name, n, lr, mode):
-    kinds = {s["fit"] for s in RECIPES[name]["stages"]}; fit = sorted(kinds)[0]
+    kinds = {s["fit"] for s in RECIPES[name]["stages"]}
+    fit = sorted(kinds)[0]
     r = recipe(name, data=dict(reward=mode), model=dict(dropout=.25), **{fit: dict(n_epoch=n, lr=lr)})
-    assert all((s["n_epoch"], s["lr"]) == (n, lr) for s in r["stages"] if s["fit"] == fit) and r["model"] == RECIPES[name]["model"] | dict(dropout=.25)
-    assert [{k: v for k, v in s.items() if k not in ("n_epoch", "lr")} for s in r["stages"]] == [{k: v for k, v in s.items() if k not in ("n_epoch", "lr")} for s in RECIPES[name]["stages"]]
-    assert r["data"]["weights"] == (RECIPES[name]["data"]["weights"] if mode == RECIPES[name]["data"]["reward"] else {}) and r["changes"][fit] == dict(n_epoch=n, lr=lr)
-    twice = recipe(r, data=dict(bs=3)); assert twice["changes"] == r["changes"] | dict(data=dict(bs=3)) or "data" in r["changes"]; assert r["data"]["bs"] == RECIPES[name]["data"]["bs"] and RECIPES == BEFORE
+    assert all((s["n_epoch"], s["lr"]) == (n, lr) for s in r["stages"] if s["fit"] == fit) and r[
+        "model"
+    ] == RECIPES[name]["model"] | dict(dropout=0.25)
+    assert [{k: v for k, v in s.items() if k not in ("n_epoch", "lr")} for s in r["stages"]] == [
+        {k: v for k, v in s.items() if k not in ("n_epoch", "lr")} for s in RECIPES[name]["stages"]
+    ]
+    assert r["data"]["weights"] == (
+        RECIPES[name]["data"]["weights"] if mode == RECIPES[name]["data"]["reward"] else {}
+    ) and r["changes"][fit] == dict(n_epoch=n, lr=lr)
+    twice = recipe(r, data=dict(bs=3))
+    assert twice["changes"] == r["changes"] | dict(data=dict(bs=3)) or "data" in r["changes"]
+    assert r["data"]["bs"] == RECIPES[name]["data"]["bs"] and RECIPES == BEFORE
 
-# --- refusals ----------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("change,said", [
-    (lambda: recipe("plan55"), "no recipe 'plan55'; did you mean plan5"), (lambda: recipe("xyz"), "there are rce-only"), (lambda: recipe("plan5", sft=dict(lr=1.)), "one of model, data, rce, grpo"),
-    (lambda: recipe("plan5", grpo=3), "change grpo=3"), (lambda: recipe("plan5", grpo=dict(how=torch.relu)), "is a builtin"), (lambda: recipe("plan5", model=dict(width=3)), "no setting of the model is called width"),
-    (lambda: recipe("plan5", data=dict(reward="best")), "reward mode 'best'"), (lambda: recipe("plan5", data=dict(weights=dict(w=1.))), "has no .'w'."), (lambda: recipe("plan5", data=dict(filters=["none"])), "filter 'none'"),
-    (lambda: recipe("plan5", rce=dict(cbs=["Nothing"])), "callback 'Nothing'"), (lambda: recipe("plan5", rce=dict(cbs=[["KLToRef", .1]])), "callback .*wanted a name or"), (lambda: recipe("plan5", rce=dict(fit="ppo")), "fit 'ppo', wanted one of rce, grpo"),
-    (lambda: check_recipe(dict(stages=[])), "has no stages"), (lambda: check_recipe(dict(stages=[dict(fit="rce")])), "has no n_epoch"), (lambda: check_recipe(dict(stage=[])), "no part is called stage")])
+# --- refusals
+# ----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "change,said",
+    [
+        (lambda: recipe("plan55"), "no recipe 'plan55'; did you mean plan5"),
+        (lambda: recipe("xyz"), "there are rce-only"),
+        (lambda: recipe("plan5", sft=dict(lr=1.0)), "one of model, data, rce, grpo"),
+        (lambda: recipe("plan5", grpo=3), "change grpo=3"),
+        (lambda: recipe("plan5", grpo=dict(how=torch.relu)), "is a builtin"),
+        (lambda: recipe("plan5", model=dict(width=3)), "no setting of the model is called width"),
+        (lambda: recipe("plan5", data=dict(reward="best")), "reward mode 'best'"),
+        (lambda: recipe("plan5", data=dict(weights=dict(w=1.0))), "has no .'w'."),
+        (lambda: recipe("plan5", data=dict(filters=["none"])), "filter 'none'"),
+        (lambda: recipe("plan5", rce=dict(cbs=["Nothing"])), "callback 'Nothing'"),
+        (lambda: recipe("plan5", rce=dict(cbs=[["KLToRef", 0.1]])), "callback .*wanted a name or"),
+        (lambda: recipe("plan5", rce=dict(fit="ppo")), "fit 'ppo', wanted one of rce, grpo"),
+        (lambda: check_recipe(dict(stages=[])), "has no stages"),
+        (lambda: check_recipe(dict(stages=[dict(fit="rce")])), "has no n_epoch"),
+        (lambda: check_recipe(dict(stage=[])), "no part is called stage"),
+    ],
+)
 def test_what_cannot_be_meant(change, said):
     with pytest.raises((ValueError, TypeError), match=said): change()
 
-@pytest.mark.parametrize("stage,more,said", [
-    ("grpo", dict(epochs=3), "stage 2 .grpo.*epochs"), ("grpo", dict(how="best"), "stage 2.*how 'best'"), ("grpo", dict(freeze=["body"]), "freeze body: this PointerSelector has .*encoder, attention, head"),
-    ("grpo", dict(queries=["top"]), "queries .'top'."), ("grpo", dict(ref="sft", beta=.1, cbs=[["KLToRef", dict(ref="sft")]]), "stage 2: no policy is called 'sft'"), ("grpo", dict(old="sft"), "no policy is called 'sft'"),
-    ("grpo", dict(cbs=[["EntropyFloor", dict(floor=7.)]]), "floor 7"), ("grpo", dict(best=dict(promote="luck")), "promote 'luck'"), ("rce", dict(norm="log"), "stage 1 .rce.*norm 'log'")])
+@pytest.mark.parametrize(
+    "stage,more,said",
+    [
+        ("grpo", dict(epochs=3), "stage 2 .grpo.*epochs"),
+        ("grpo", dict(how="best"), "stage 2.*how 'best'"),
+        ("grpo", dict(freeze=["body"]), "freeze body: this PointerSelector has .*encoder, attention, head"),
+        ("grpo", dict(queries=["top"]), "queries .'top'."),
+        (
+            "grpo",
+            dict(ref="sft", beta=0.1, cbs=[["KLToRef", dict(ref="sft")]]),
+            "stage 2: no policy is called 'sft'",
+        ),
+        ("grpo", dict(old="sft"), "no policy is called 'sft'"),
+        ("grpo", dict(cbs=[["EntropyFloor", dict(floor=7.0)]]), "floor 7"),
+        ("grpo", dict(best=dict(promote="luck")), "promote 'luck'"),
+        ("rce", dict(norm="log"), "stage 1 .rce.*norm 'log'"),
+    ],
+)
 def test_settings_are_tried_before_anything_trains(stage, more, said):
-    r = small("plan5", **{stage: more}); learn = make(r); w = weights(learn)
+    r = small("plan5", **{stage: more})
+    learn = make(r)
+    w = weights(learn)
     with pytest.raises(ValueError, match=said): fit(learn, r)
     assert same(w, weights(learn)) and not learn.history.rows and "recipe" not in vars(learn)
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_learner_that_is_something_else_is_refused_or_named():
-    r = small("plan5"); learn = make(r)
-    for change, said in ((dict(data=dict(reward="separated")), "reward .*hard_plus_soft.*wanted .*separated"), (dict(data=dict(weights=dict(soft_weight=.5))), "'soft_weight': 0.5"), (dict(data=dict(kind="text")), "embedding 'mixed', wanted 'text'"),
-                         (dict(data=dict(bs=4)), "batch size 8, wanted 4"), (dict(model=dict(dropout=.1)), "dropout 0.5, wanted 0.1")):
+    r = small("plan5")
+    learn = make(r)
+    for change, said in (
+        (dict(data=dict(reward="separated")), "reward .*hard_plus_soft.*wanted .*separated"),
+        (dict(data=dict(weights=dict(soft_weight=0.5))), "'soft_weight': 0.5"),
+        (dict(data=dict(kind="text")), "embedding 'mixed', wanted 'text'"),
+        (dict(data=dict(bs=4)), "batch size 8, wanted 4"),
+        (dict(model=dict(dropout=0.1)), "dropout 0.5, wanted 0.1"),
+    ):
         with pytest.raises(ValueError, match=said): fit(learn, recipe(r, **change))
     fit(learn, recipe(r, data=dict(weights=dict(hard_weight=1.))))   # the default, said aloud
-    with quiet(learn), pytest.warns(UserWarning, match="dropout 0.5, wanted 0.1"): fit_recipe(learn, recipe(r, model=dict(dropout=.1)), check="warn")
-    with pytest.raises(ValueError, match="rows would not pass skip_fallback"): fit(make(recipe(r, data=dict(filters=[]))), r)
+    with quiet(learn), pytest.warns(UserWarning, match="dropout 0.5, wanted 0.1"):
+        fit_recipe(learn, recipe(r, model=dict(dropout=0.1)), check="warn")
+    with pytest.raises(ValueError, match="rows would not pass skip_fallback"):
+        fit(make(recipe(r, data=dict(filters=[]))), r)
     synth = selector_learner(synth_dls(16, 8, 8), d_hidden=16)
     with pytest.raises(ValueError, match="do not say what reward they hold"): fit(synth, r)
     assert len(fit(synth, r, check=None).history.rows) == 2
     with pytest.raises(ValueError, match="without rows"): fit(synth, small("plan9"), check=None)
     with pytest.raises(ValueError, match="check 'no'"): fit(learn, r, check="no")
-    with pytest.raises(ValueError, match="needs InfoScore: pass zero"): recipe_learner("advice2", TRAIN, DEV, STORE)
+    with pytest.raises(ValueError, match="needs InfoScore: pass zero"):
+        recipe_learner("advice2", TRAIN, DEV, STORE)
 
 def test_a_broken_file_names_itself(tmp_path):
     f = tmp_path/"r.json"
-    for text, said in (("{", "not valid JSON"), ("[]", "r.json: a list"), ('{"stages": [{"fit": "ppo", "n_epoch": 1}]}', "r.json: recipe.*'ppo'")):
+    for text, said in (
+        ("{", "not valid JSON"),
+        ("[]", "r.json: a list"),
+        ('{"stages": [{"fit": "ppo", "n_epoch": 1}]}', "r.json: recipe.*'ppo'"),
+    ):
         f.write_text(text)
         with pytest.raises(ValueError, match=said): load_recipe(f)
 
-# --- what stages do ----------------------------------------------------------------------------------------------------
+# --- what stages do
+# ----------------------------------------------------------------------------------------------------
 @pytest.mark.filterwarnings("ignore")
 def test_no_epochs_of_grpo_say_so_and_stop():
-    r = recipe(small("rce-only"), rce=dict(n_epoch=0)); learn = make(r); w = weights(learn)
-    with quiet(learn), pytest.warns(UserWarning, match="0 epochs asked of the stage .*GRPO.*stays as it is") as said: assert fit_recipe(learn, r) is learn
+    r = recipe(small("rce-only"), rce=dict(n_epoch=0))
+    learn = make(r)
+    w = weights(learn)
+    with quiet(learn), pytest.warns(
+        UserWarning, match="0 epochs asked of the stage .*GRPO.*stays as it is"
+    ) as said:
+        assert fit_recipe(learn, r) is learn
     assert len(said) == 2 and same(w, weights(learn)) and not learn.history.rows
 
 def test_frozen_groups_stay_and_queries_are_those_of_the_tiers():
-    r = small("plan1", grpo=dict(lr=1e-2, best=False), rce=dict(n_epoch=0)); learn = make(r); w = weights(learn); fit(learn, r); now = weights(learn); n = set(learn.model.groups()["encoder"])
-    assert {k for k in w if not torch.equal(w[k], now[k])} and not {k for k in w if not torch.equal(w[k], now[k])} & n
-    r = small("plan9"); learn = fit(make(r), r); q = learn.history.frame.queries; parts = R.tiers(RLData(learn.dls.train_ds.rows, learn.dls.train_ds.pool))
-    assert q.iloc[1] == len(parts["high"].queries) + len(parts["medium"].queries) < len(learn.dls.train_ds) and np.isnan(q.iloc[2])
+    r = small("plan1", grpo=dict(lr=1e-2, best=False), rce=dict(n_epoch=0))
+    learn = make(r)
+    w = weights(learn)
+    fit(learn, r)
+    now = weights(learn)
+    n = set(learn.model.groups()["encoder"])
+    assert {k for k in w if not torch.equal(w[k], now[k])} and not {
+        k for k in w if not torch.equal(w[k], now[k])
+    } & n
+    r = small("plan9")
+    learn = fit(make(r), r)
+    q = learn.history.frame.queries
+    parts = R.tiers(RLData(learn.dls.train_ds.rows, learn.dls.train_ds.pool))
+    assert q.iloc[1] == len(parts["high"].queries) + len(parts["medium"].queries) < len(
+        learn.dls.train_ds
+    ) and np.isnan(q.iloc[2])
 
 def test_as_run_begins_where_plan_5_refuses_and_shows_why():
-    few = groups("few", 40, 1000, live=1/40); r = small("plan5"); learn = make(r, few)
+    few = groups("few", 40, 1000, live=1 / 40)
+    r = small("plan5")
+    learn = make(r, few)
     with pytest.raises(ValueError, match="1 of 40 groups have any reward difference"): fit(learn, r)
-    r = small("plan5-as-run", rce=dict(lr=1e-2)); f = fit(make(r, few), r).history.frame.iloc[-1]
-    assert f.adv_live == pytest.approx(1/40) and f.ratio_off > 1e-3 and f.dropout > 0 and f.beta == pytest.approx(.1)
-    r = small("plan7-as-run"); f = fit(make(r), r).history.frame.iloc[-1]; assert f.live_after < f.live_before and f.beta == 0 and f.adv_live < 1
+    r = small("plan5-as-run", rce=dict(lr=1e-2))
+    f = fit(make(r, few), r).history.frame.iloc[-1]
+    assert (
+        f.adv_live == pytest.approx(1 / 40)
+        and f.ratio_off > 1e-3
+        and f.dropout > 0
+        and f.beta == pytest.approx(0.1)
+    )
+    r = small("plan7-as-run")
+    f = fit(make(r), r).history.frame.iloc[-1]
+    assert f.live_after < f.live_before and f.beta == 0 and f.adv_live < 1
 
 class Kill(StageCallback):
     at = None
     def after_backward(self):
-        if self.train_iter == Kill.at: Kill.at = None; raise KeyboardInterrupt
+        if self.train_iter == Kill.at:
+            Kill.at = None
+            raise KeyboardInterrupt
 
 def test_resumed_is_uninterrupted(tmp_path, monkeypatch):
-    monkeypatch.setitem(R.CALLBACKS, "Kill", Kill); r = small("plan9-as-run"); last = r["stages"][-1]; last["n_epoch"] = 3; last["cbs"] = [*last.get("cbs", []), "Kill"]
-    whole = fit(make(r), r, resume=tmp_path/"whole"); Kill.at = 5
+    monkeypatch.setitem(R.CALLBACKS, "Kill", Kill)
+    r = small("plan9-as-run")
+    last = r["stages"][-1]
+    last["n_epoch"] = 3
+    last["cbs"] = [*last.get("cbs", []), "Kill"]
+    whole = fit(make(r), r, resume=tmp_path / "whole")
+    Kill.at = 5
     with pytest.raises(KeyboardInterrupt): fit(make(r), r, resume=tmp_path/"run")
-    again = fit(make(r), r, resume=tmp_path/"run"); assert same(weights(whole), weights(again)) and Kill.at is None
-    assert sorted(p.name for p in (tmp_path/"run").iterdir()) == [f"{i}-{s['fit']}" for i, s in enumerate(r["stages"], 1)]
-    a, b = (x.history.frame.drop(columns="seconds") for x in (whole, again)); pd.testing.assert_frame_equal(a[a.fit == a.fit.max()].reset_index(drop=True), b[b.fit == b.fit.max()].reset_index(drop=True), check_like=True)
+    again = fit(make(r), r, resume=tmp_path / "run")
+    assert same(weights(whole), weights(again)) and Kill.at is None
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
+        f"{i}-{s['fit']}" for i, s in enumerate(r["stages"], 1)
+    ]
+    a, b = (x.history.frame.drop(columns="seconds") for x in (whole, again))
+    pd.testing.assert_frame_equal(
+        a[a.fit == a.fit.max()].reset_index(drop=True),
+        b[b.fit == b.fit.max()].reset_index(drop=True),
+        check_like=True,
+    )
 
 def test_stages_of_a_recipe_choose_their_epoch_by_what_the_learner_is_told():
     "Also where a stage has settings of its own for the choice; here a score that always finds the latest weights better"
     for best in (None, dict(min_delta=.5), False):
-        asked, r = [], small("rce-only"); r["stages"] = [r["stages"][0] | dict(n_epoch=3) | ({} if best is None else dict(best=best))]
-        learn = make(r, choose_by=lambda l: asked.append(1) or -float(len(asked))); assert learn.choose_by is not None
-        with quiet(learn), warnings.catch_warnings(record=True) as said: warnings.simplefilter("always"); fit_recipe(learn, r)
-        assert len(asked) == (0 if best is False else 4) and any("chooses nothing" in str(w.message) for w in said) == (best is False)
+        asked = []
+        r = small("rce-only")
+        r["stages"] = [r["stages"][0] | dict(n_epoch=3) | ({} if best is None else dict(best=best))]
+        learn = make(r, choose_by=lambda l: asked.append(1) or -float(len(asked)))
+        assert learn.choose_by is not None
+        with quiet(learn), warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            fit_recipe(learn, r)
+        assert len(asked) == (0 if best is False else 4) and any(
+            "chooses nothing" in str(w.message) for w in said
+        ) == (best is False)
 
 def test_a_later_page_can_add_a_stage_and_a_recipe(monkeypatch):
     seen = []
-    def warmup(learn, n_epoch, cbs=(), resume=None, size=1): seen.append((n_epoch, size, resume)); return learn
-    monkeypatch.setitem(STAGES, "warmup", warmup); monkeypatch.setitem(RECIPES, "new", dict(data=dict(bs=8, reward="gtprob"), stages=[dict(fit="warmup", n_epoch=2, size=5), dict(fit="listwise", n_epoch=1, lr=1e-3)]))
-    learn = fit(make("new"), "new", warmup=dict(size=7)); assert seen == [(0, 7, None), (2, 7, None)] and learn.history.frame.stage.tolist() == ["listwise"] and learn.dls.info["reward"]["mode"] == "gtprob"
+    def warmup(learn, n_epoch, cbs=(), resume=None, size=1):
+        seen.append((n_epoch, size, resume))
+        return learn
+    monkeypatch.setitem(STAGES, "warmup", warmup)
+    monkeypatch.setitem(
+        RECIPES,
+        "new",
+        dict(
+            data=dict(bs=8, reward="gtprob"),
+            stages=[dict(fit="warmup", n_epoch=2, size=5), dict(fit="listwise", n_epoch=1, lr=1e-3)],
+        ),
+    )
+    learn = fit(make("new"), "new", warmup=dict(size=7))
+    assert (
+        seen == [(0, 7, None), (2, 7, None)]
+        and learn.history.frame.stage.tolist() == ["listwise"]
+        and learn.dls.info["reward"]["mode"] == "gtprob"
+    )
     assert same(weights(make("new", start=learn.model)), weights(learn))

@@ -4,24 +4,41 @@ from functools import lru_cache
 from pathlib import Path
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent; NBS, LIB = ROOT/"nbs", ROOT/"leverplus"
+ROOT = Path(__file__).resolve().parent.parent
+NBS, LIB = ROOT / "nbs", ROOT / "leverplus"
 sys.path.insert(0, str(ROOT/".ci"))
 from directives import LINE as DIRECTIVE, directives
 
 BY_HAND = {"all", "__main__"} # modules that no notebook makes
 FRONT_DOORS = {"demo", "cli", "doors", "__main__"} # programs: they may print
-NOT_IN_ALL = (FRONT_DOORS - BY_HAND) | {"tiny"} # what leverplus/all.py leaves out: programs, and the making of the embedded models
+# what leverplus/all.py leaves out: programs, and the making of the embedded models
+NOT_IN_ALL = (FRONT_DOORS - BY_HAND) | {"tiny"}
 GENERATED = {"__init__", "_modidx"} # written by nbdev itself
 MODULES = sorted(p for p in LIB.rglob("*.py"))
 REFERENCE = [p for p in sorted(NBS.glob("*.ipynb")) if p.name[0] not in "_."]
 TUTORIALS = [p for p in sorted((NBS/"tutorials").glob("*.ipynb")) if p.name[0] not in "_."]
 NOTEBOOKS = REFERENCE + TUTORIALS
 KILOBYTES = {p: 500 if p in TUTORIALS else 150 for p in NOTEBOOKS}
-MACHINE_PATH = re.compile(r"(?<![\w.\-/:+])/(?:home|root|Users|work|tmp|opt|mnt|private|var/folders)/\w|\b[A-Z]:\\\\?Users\b")
+MACHINE_PATH = re.compile(
+    r"(?<![\w.\-/:+])/(?:home|root|Users|work|tmp|opt|mnt|private|var/folders)/\w|\b[A-Z]:\\\\?Users\b"
+)
 # where the name to install differs from the name to import
 DISTRIBUTION = {"PIL": "pillow", "yaml": "pyyaml", "sklearn": "scikit-learn", "cv2": "opencv-python"}
 # calls that do work, and so never stand in a constant's value
-WORKING = {"print", "open", "exec", "eval", "input", "load", "from_pretrained", "seed", "manual_seed", "read_json", "read_csv", "read_parquet"}
+WORKING = {
+    "print",
+    "open",
+    "exec",
+    "eval",
+    "input",
+    "load",
+    "from_pretrained",
+    "seed",
+    "manual_seed",
+    "read_json",
+    "read_csv",
+    "read_parquet",
+}
 
 def ident(p): return p.relative_to(ROOT).as_posix()
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=ident)
@@ -41,7 +58,8 @@ def exports(d): return any(k.startswith("export") for k in d)
 
 @lru_cache(None)
 def settings():
-    cfg = configparser.ConfigParser(delimiters=["="]); cfg.read(ROOT/"settings.ini", encoding="utf8")
+    cfg = configparser.ConfigParser(delimiters=["="])
+    cfg.read(ROOT / "settings.ini", encoding="utf8")
     return cfg["DEFAULT"]
 
 # ---- modules and notebooks ------------------------------------------------------------------------------------------
@@ -53,12 +71,16 @@ def test_modules_are_what_the_notebooks_export():
         if name := default_exp(p): homes.setdefault(name, []).append(p.name)
     twice = {k: v for k, v in homes.items() if len(v) > 1}
     assert not twice, f"one notebook = one module, but {twice}"
-    assert made - BY_HAND == set(homes), (f"left behind in leverplus/ without a notebook: {sorted(made - BY_HAND - set(homes))}; "
-                                          f"not exported yet: {sorted(set(homes) - made)}")
+    assert made - BY_HAND == set(homes), (
+        f"left behind in leverplus/ without a notebook: {sorted(made - BY_HAND - set(homes))}; "
+        f"not exported yet: {sorted(set(homes) - made)}"
+    )
     assert not BY_HAND & set(homes), f"hand-written, but also exported: {sorted(BY_HAND & set(homes))}"
 
 def test_only_numbered_notebooks_export():
-    wrong = [ident(p) for p in NOTEBOOKS if default_exp(p) and (p in TUTORIALS or not re.match(r"\d\d_", p.name))]
+    wrong = [
+        ident(p) for p in NOTEBOOKS if default_exp(p) and (p in TUTORIALS or not re.match(r"\d\d_", p.name))
+    ]
     assert not wrong, f"these export modules, but are tutorials or have no number NN_: {wrong}"
 
 @each_notebook
@@ -68,14 +90,17 @@ def test_exports_import_only_lower_numbers(path):
     for i, source, d in code(path):
         if not exports(d): continue
         for name in leverplus_modules(ast.parse(source)):
-            if name not in homes: wrong.append(f"cell {i} imports leverplus.{name}, which no notebook exports")
-            elif homes[name] >= path.name: wrong.append(f"cell {i} imports leverplus.{name} from {homes[name]}")
+            if name not in homes:
+                wrong.append(f"cell {i} imports leverplus.{name}, which no notebook exports")
+            elif homes[name] >= path.name:
+                wrong.append(f"cell {i} imports leverplus.{name} from {homes[name]}")
     assert not wrong, f"{path.name} may import only from lower numbers: " + "; ".join(wrong)
 
 def leverplus_modules(tree):
     "Modules of this package that a syntax tree imports, at any depth"
     for n in ast.walk(tree):
-        if isinstance(n, ast.Import): yield from (a.name.split(".")[1] for a in n.names if a.name.startswith("leverplus."))
+        if isinstance(n, ast.Import):
+            yield from (a.name.split(".")[1] for a in n.names if a.name.startswith("leverplus."))
         if isinstance(n, ast.ImportFrom):
             if n.level: yield n.module or "(relative import)"
             elif n.module == "leverplus": yield from (a.name for a in n.names)
@@ -86,13 +111,20 @@ def leverplus_modules(tree):
 @each_notebook
 def test_page_opens_with_title_and_purpose(path):
     _, kind, source, _ = cells(path)[0]
-    assert kind == "markdown" and re.match(r"# \S", source), f"{path.name}: the first cell must open with '# title'"
-    assert re.search(r"^> \S", source, re.M), f"{path.name}: the first cell needs a line '> purpose in one line'"
+    assert kind == "markdown" and re.match(
+        r"# \S", source
+    ), f"{path.name}: the first cell must open with '# title'"
+    assert re.search(
+        r"^> \S", source, re.M
+    ), f"{path.name}: the first cell needs a line '> purpose in one line'"
 
 @each_notebook
 def test_notebook_is_small(path):
     size = path.stat().st_size/1000
-    assert size < KILOBYTES[path], f"{path.name}: {size:.0f} kB, at most {KILOBYTES[path]}: smaller figures (5,3), fewer of them, tables .head()"
+    assert size < KILOBYTES[path], (
+        f"{path.name}: {size:.0f} kB, at most {KILOBYTES[path]}: smaller figures (5,3), fewer of them, tables"
+        " .head()"
+    )
 
 @each_notebook
 def test_stored_outputs_hold_no_error(path):
@@ -101,29 +133,43 @@ def test_stored_outputs_hold_no_error(path):
 
 @each_notebook
 def test_flagged_cells_come_last(path):
-    slow = set(settings()["tst_flags"].split()); flagged = [bool(slow & d.keys()) for _, s, d in code(path) if s.strip()]
+    slow = set(settings()["tst_flags"].split())
+    flagged = [bool(slow & d.keys()) for _, s, d in code(path) if s.strip()]
     first = flagged.index(True) if True in flagged else len(flagged)
-    assert all(flagged[first:]), f"{path.name}: code without a flag follows a cell flagged {sorted(slow)}; flagged cells go last"
+    assert all(
+        flagged[first:]
+    ), f"{path.name}: code without a flag follows a cell flagged {sorted(slow)}; flagged cells go last"
 
 @each_notebook
 def test_export_is_line_one_and_has_no_target(path):
     for i, source, _ in code(path):
         for n, line in enumerate(source.splitlines()):
             if (m := DIRECTIVE.match(line)) and m[1].startswith("export"):
-                assert n == 0, f"{path.name} cell {i}: `#| export` stands on line {n + 1}; below other lines it may be ignored, put it on line 1"
-                assert not m[2], f"{path.name} cell {i}: `#| export {m[2]}`: one notebook = one module, drop the target"
+                assert n == 0, (
+                    f"{path.name} cell {i}: `#| export` stands on line {n + 1}; below other lines it may be"
+                    " ignored, put it on line 1"
+                )
+                assert not m[
+                    2
+                ], f"{path.name} cell {i}: `#| export {m[2]}`: one notebook = one module, drop the target"
 
 @each_notebook
 def test_exported_cells_only_define(path):
     for i, source, d in code(path):
         if exports(d):
-            wrong = [f"line {n.lineno}: {ast.unparse(n).splitlines()[0][:60]}" for n in ast.parse(source).body if not defines(n)]
+            wrong = [
+                f"line {n.lineno}: {ast.unparse(n).splitlines()[0][:60]}"
+                for n in ast.parse(source).body
+                if not defines(n)
+            ]
             assert not wrong, f"{path.name} cell {i} is exported and does work at import: {wrong}"
 
 def defines(node):
     "Is this statement an import, a definition, a docstring, or a constant that costs nothing to make?"
-    if isinstance(node, (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)): return True
-    if isinstance(node, ast.Expr): return isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+    if isinstance(node, (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        return True
+    if isinstance(node, ast.Expr):
+        return isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
     if not isinstance(node, (ast.Assign, ast.AnnAssign)): return False
     called = (n.func for n in ast.walk(node) if isinstance(n, ast.Call))
     return not {f.attr if isinstance(f, ast.Attribute) else getattr(f, "id", "") for f in called} & WORKING
@@ -164,12 +210,22 @@ def third_party(tree):
 def public(path):
     "Names in a module's `__all__`"
     body = ast.parse(path.read_text(encoding="utf8")).body
-    return next((ast.literal_eval(n.value) for n in body if isinstance(n, ast.Assign) and getattr(n.targets[0], "id", "") == "__all__"), [])
+    return next(
+        (
+            ast.literal_eval(n.value)
+            for n in body
+            if isinstance(n, ast.Assign) and getattr(n.targets[0], "id", "") == "__all__"
+        ),
+        [],
+    )
 
 def test_all_gathers_every_module_without_clashes():
     listed = set(leverplus_modules(ast.parse((LIB/"all.py").read_text(encoding="utf8"))))
     made = {default_exp(p) for p in REFERENCE} - {None}
-    assert listed == made - NOT_IN_ALL, f"leverplus/all.py lacks {sorted(made - NOT_IN_ALL - listed)}, and should not import {sorted(listed - (made - NOT_IN_ALL))}"
+    assert listed == made - NOT_IN_ALL, (
+        f"leverplus/all.py lacks {sorted(made - NOT_IN_ALL - listed)}, and should not import"
+        f" {sorted(listed - (made - NOT_IN_ALL))}"
+    )
     homes = {}
     for m in sorted(listed):
         for name in public(LIB/f"{m}.py"): homes.setdefault(name, []).append(m)
@@ -180,9 +236,17 @@ def test_all_gathers_every_module_without_clashes():
 
 def shipped_files():
     "Files that git tracks or would add; without git, the folders of the package"
-    r = subprocess.run(["git", "-C", str(ROOT), "ls-files", "-co", "--exclude-standard"], capture_output=True, text=True)
+    r = subprocess.run(
+        ["git", "-C", str(ROOT), "ls-files", "-co", "--exclude-standard"], capture_output=True, text=True
+    )
     if r.returncode == 0: files = [ROOT/f for f in r.stdout.splitlines()]
-    else: files = [p for d in ("nbs", "leverplus", "tests", ".ci", "bench", "data", "models") for p in (ROOT/d).rglob("*") if "__pycache__" not in p.parts]
+    else:
+        files = [
+            p
+            for d in ("nbs", "leverplus", "tests", ".ci", "bench", "data", "models")
+            for p in (ROOT / d).rglob("*")
+            if "__pycache__" not in p.parts
+        ]
     return [p for p in files if p.is_file()]
 
 def test_no_machine_paths():
@@ -191,14 +255,28 @@ def test_no_machine_paths():
         data = p.read_bytes()
         if b"\0" in data[:8192]: continue
         for n, line in enumerate(data.decode("utf8", errors="replace").splitlines(), 1):
-            if m := MACHINE_PATH.search(line): wrong.append(f"{ident(p)}:{n}: {line[max(0, m.start() - 20):m.end() + 40].strip()}")
+            if m := MACHINE_PATH.search(line):
+                wrong.append(f"{ident(p)}:{n}: {line[max(0, m.start() - 20):m.end() + 40].strip()}")
     assert not wrong, "paths of one machine (in a notebook show path.name):\n" + "\n".join(wrong[:20])
 
 def test_rules_would_notice():
     "The rules' own instruments, on small wrong examples"
     home = "/" + "home/me/data"
-    assert MACHINE_PATH.search(f'"{home}"') and not MACHINE_PATH.search("https://x.org" + home) and not MACHINE_PATH.search("../shared/" + "work/a")
+    assert (
+        MACHINE_PATH.search(f'"{home}"')
+        and not MACHINE_PATH.search("https://x.org" + home)
+        and not MACHINE_PATH.search("../shared/" + "work/a")
+    )
     assert not any(map(defines, ast.parse("print(1)\nfor i in x: pass\ny = open('f')\nz.fit()").body))
     assert all(map(defines, ast.parse("import os\nA = re.compile('a')\nB: int = 3\ndef f(): print(1)").body))
-    assert list(leverplus_modules(ast.parse("def f():\n from leverplus.vqa import a\n import leverplus.data, os\nfrom leverplus import x"))) == ["x", "vqa", "data"]
-    assert directives("#| export\n#| slow\nx = 1\n#| hide") == {"export": "", "slow": ""} and directives("# a\n#| export") == {}
+    assert list(
+        leverplus_modules(
+            ast.parse(
+                "def f():\n from leverplus.vqa import a\n import leverplus.data, os\nfrom leverplus import x"
+            )
+        )
+    ) == ["x", "vqa", "data"]
+    assert (
+        directives("#| export\n#| slow\nx = 1\n#| hide") == {"export": "", "slow": ""}
+        and directives("# a\n#| export") == {}
+    )

@@ -7,7 +7,15 @@ from leverplus.runs import ABSENT, Run, environment, git_state, plain, runs_fram
 
 S = {"lr": 1e-3, "shots": (1, 2), "pool": {"K": 16, "sampler": "mixed"}}
 leaf = st.none() | st.booleans() | st.integers(-5, 5) | st.floats(allow_nan=True) | st.text(max_size=4)
-nested = st.dictionaries(st.text(max_size=4), st.recursive(leaf, lambda s: st.lists(s, max_size=3) | st.dictionaries(st.text(max_size=3), s, max_size=3), max_leaves=6), max_size=4)
+nested = st.dictionaries(
+    st.text(max_size=4),
+    st.recursive(
+        leaf,
+        lambda s: st.lists(s, max_size=3) | st.dictionaries(st.text(max_size=3), s, max_size=3),
+        max_leaves=6,
+    ),
+    max_size=4,
+)
 
 @given(nested)
 def test_plain_is_what_json_reads_back(d):
@@ -25,7 +33,14 @@ def test_diff_names_nested_and_absent():
     assert settings_diff({"a": {}}, {}) == {"a": ({}, ABSENT)}
     assert settings_diff({"a": {}}, {"a": {"b": 1}}) and settings_diff({"a": True}, {"a": 1})
 
-@pytest.mark.parametrize("value, place", [({"w": np.zeros(2)}, "settings.w"), ({"a": [1, {"f": print}]}, r"settings.a\[1\].f"), ({("x",): 1}, "key")])
+@pytest.mark.parametrize(
+    "value, place",
+    [
+        ({"w": np.zeros(2)}, "settings.w"),
+        ({"a": [1, {"f": print}]}, r"settings.a\[1\].f"),
+        ({("x",): 1}, "key"),
+    ],
+)
 def test_plain_names_what_json_cannot_hold(value, place):
     with pytest.raises(TypeError, match=place): plain(value)
 
@@ -38,13 +53,22 @@ def test_round_trip(tmp_path):
         assert back.settings == {"lr": 1e-3, "shots": [1, 2], "pool": {"K": 16, "sampler": "mixed"}}
         assert (back.seed, back.fingerprints, back.metrics, back.finished) == (4, {"pool": "ab"}, {}, None)
     start, = back.starts
-    assert start.keys() == {"time", *environment()} and start["versions"]["torch"] and start["time"].endswith("+00:00")
+    assert (
+        start.keys() == {"time", *environment()}
+        and start["versions"]["torch"]
+        and start["time"].endswith("+00:00")
+    )
 
 def test_same_settings_continue(tmp_path):
     run = Run.create(tmp_path/"r", S, seed=1, fingerprints={"pool": "ab"})
-    run.save_history(pd.DataFrame({"epoch": [0]})); run.finish(acc=.5)
+    run.save_history(pd.DataFrame({"epoch": [0]}))
+    run.finish(acc=0.5)
     again = Run.create(tmp_path/"r", json.loads(json.dumps(S)), seed=1, fingerprints={"store": "cd"})
-    assert len(again.starts) == 2 and again.finished is None and again.fingerprints == {"pool": "ab", "store": "cd"}
+    assert (
+        len(again.starts) == 2
+        and again.finished is None
+        and again.fingerprints == {"pool": "ab", "store": "cd"}
+    )
     assert again.history.epoch.tolist() == [0]
 
 @pytest.mark.parametrize("change, named", [
@@ -54,13 +78,16 @@ def test_same_settings_continue(tmp_path):
     (dict(fingerprints={"pool": "zz"}), "fingerprint of pool: 'ab' there, 'zz' now")])
 def test_other_settings_are_refused_and_nothing_changes(tmp_path, change, named):
     args = dict(settings=S, seed=1, fingerprints={"pool": "ab"})
-    Run.create(tmp_path/"r", **args); before = (tmp_path/"r"/"settings.json").read_bytes()
+    Run.create(tmp_path / "r", **args)
+    before = (tmp_path / "r" / "settings.json").read_bytes()
     with pytest.raises(ValueError) as e: Run.create(tmp_path/"r", **{**args, **change})
     assert named in str(e.value) and "overwrite=True" in str(e.value) and str(e.value).count(" there, ") == 1
     assert (tmp_path/"r"/"settings.json").read_bytes() == before
 
 def test_overwrite_empties_an_earlier_run(tmp_path):
-    old = Run.create(tmp_path/"r", S); old.save_frame("results.csv", pd.DataFrame({"a": [1]})); old.checkpoint.mkdir()
+    old = Run.create(tmp_path / "r", S)
+    old.save_frame("results.csv", pd.DataFrame({"a": [1]}))
+    old.checkpoint.mkdir()
     (old.checkpoint/"model.safetensors").write_bytes(b"x")
     new = Run.create(tmp_path/"r", {"lr": 1}, overwrite=True)
     assert new.files() == ["settings.json"] and len(new.starts) == 1 and new.metrics == {}
@@ -72,7 +99,8 @@ def test_overwrite_with_the_same_settings_keeps_the_run(tmp_path):
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_folder_that_is_no_run_is_never_touched(tmp_path, overwrite):
     (tmp_path/"thesis.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match="holds files but no run"): Run.create(tmp_path, S, overwrite=overwrite)
+    with pytest.raises(FileExistsError, match="holds files but no run"):
+        Run.create(tmp_path, S, overwrite=overwrite)
     (tmp_path/"settings.json").write_text('{"lr": 1}')
     with pytest.raises(ValueError, match="another program"): Run.create(tmp_path, S, overwrite=overwrite)
     with pytest.raises(NotADirectoryError): Run.create(tmp_path/"thesis.txt", S, overwrite=overwrite)
@@ -93,8 +121,13 @@ def test_bad_arguments(tmp_path):
 def test_frames(tmp_path):
     run = Run.create(tmp_path/"r", S)
     df = pd.DataFrame({"question_id": [7, 8], "acc": [.1, 1/3], "pointer": [[1, 2], [3, 4]]}, index=[7, 8])
-    run.save_frame("picks.parquet", df); back = run.frame("picks.parquet")
-    assert back.acc.tolist() == df.acc.tolist() and [list(p) for p in back.pointer] == [[1, 2], [3, 4]] and back.index.tolist() == [0, 1]
+    run.save_frame("picks.parquet", df)
+    back = run.frame("picks.parquet")
+    assert (
+        back.acc.tolist() == df.acc.tolist()
+        and [list(p) for p in back.pointer] == [[1, 2], [3, 4]]
+        and back.index.tolist() == [0, 1]
+    )
     run.save_frame("t.csv", pd.DataFrame({"acc": [1/3]}, index=pd.Index(["rce"], name="selector")))
     assert run.frame("t.csv").to_dict("list") == {"selector": ["rce"], "acc": [1/3]}
     for bad in ("x.txt", "../x.csv", "a/b.csv", ".csv", "results"):
@@ -102,25 +135,45 @@ def test_frames(tmp_path):
     with pytest.raises(FileNotFoundError, match="picks.parquet"): run.frame("no.csv")
 
 def test_a_failed_write_leaves_the_old_table(tmp_path):
-    run = Run.create(tmp_path/"r", S); run.save_frame("p.parquet", pd.DataFrame({"a": [1]}))
+    run = Run.create(tmp_path / "r", S)
+    run.save_frame("p.parquet", pd.DataFrame({"a": [1]}))
     with pytest.raises(Exception): run.save_frame("p.parquet", pd.DataFrame({"a": [object()]}))
     assert run.frame("p.parquet").a.tolist() == [1] and run.files() == ["p.parquet", "settings.json"]
 
 def test_repr_and_table(tmp_path):
-    for seed in (0, 1): Run.create(tmp_path/f"s{seed}", {**S, "note": "a|b"}, seed=seed).finish(acc=np.float32(.5))
+    for seed in (0, 1):
+        Run.create(tmp_path / f"s{seed}", {**S, "note": "a|b"}, seed=seed).finish(acc=np.float32(0.5))
     run = Run(tmp_path/"s1")
     assert repr(run) == "Run('s1', seed 1, 1 start, finished, 1 files)"
-    assert str(tmp_path) not in run._repr_markdown_() and all(line.count("|") - line.count("\\|") == 3 for line in run._repr_markdown_().splitlines())
-    (tmp_path/"other").mkdir(); t = runs_frame(tmp_path)
-    assert t.run.tolist() == ["s0", "s1"] and t["pool.K"].tolist() == [16, 16] and t.acc.tolist() == [.5, .5] and t.finished.notna().all()
+    assert str(tmp_path) not in run._repr_markdown_() and all(
+        line.count("|") - line.count("\\|") == 3 for line in run._repr_markdown_().splitlines()
+    )
+    (tmp_path / "other").mkdir()
+    t = runs_frame(tmp_path)
+    assert (
+        t.run.tolist() == ["s0", "s1"]
+        and t["pool.K"].tolist() == [16, 16]
+        and t.acc.tolist() == [0.5, 0.5]
+        and t.finished.notna().all()
+    )
     assert runs_frame(tmp_path/"other").columns.tolist() == ["run", "seed", "finished"]
     with pytest.raises(ValueError, match="metrics named"): run.finish(lr=1)
 
 def test_git_state(tmp_path):
-    git = lambda *a: subprocess.run(["git", "-C", str(tmp_path), "-c", "user.name=n", "-c", "user.email=e@x", *a], check=True, capture_output=True)
+    git = lambda *a: subprocess.run(
+        ["git", "-C", str(tmp_path), "-c", "user.name=n", "-c", "user.email=e@x", *a],
+        check=True,
+        capture_output=True,
+    )
     assert git_state(tmp_path) is None
-    git("init", "-q"); assert git_state(tmp_path) == {"commit": None, "dirty": False}
-    (tmp_path/"a").write_text("1"); git("add", "."); git("commit", "-qm", "a")
-    state = git_state(tmp_path); assert len(state["commit"]) == 40 and not state["dirty"]
-    (tmp_path/"a").write_text("2"); assert git_state(tmp_path) == {"commit": state["commit"], "dirty": True}
-    (tmp_path/"sub").mkdir(); assert git_state(tmp_path/"sub") is None
+    git("init", "-q")
+    assert git_state(tmp_path) == {"commit": None, "dirty": False}
+    (tmp_path / "a").write_text("1")
+    git("add", ".")
+    git("commit", "-qm", "a")
+    state = git_state(tmp_path)
+    assert len(state["commit"]) == 40 and not state["dirty"]
+    (tmp_path / "a").write_text("2")
+    assert git_state(tmp_path) == {"commit": state["commit"], "dirty": True}
+    (tmp_path / "sub").mkdir()
+    assert git_state(tmp_path / "sub") is None

@@ -14,7 +14,8 @@ SOFT = ["vqa_gt_prob", "vqa_gt_logprobs"]
 
 def same(a, b, atol=1e-4):
     "Equal rows; probabilities to `atol`"
-    pd.testing.assert_frame_equal(a.rows.drop(columns=SOFT), b.rows.drop(columns=SOFT)); np.testing.assert_allclose(a.rows.vqa_gt_prob, b.rows.vqa_gt_prob, rtol=0, atol=atol)
+    pd.testing.assert_frame_equal(a.rows.drop(columns=SOFT), b.rows.drop(columns=SOFT))
+    np.testing.assert_allclose(a.rows.vqa_gt_prob, b.rows.vqa_gt_prob, rtol=0, atol=atol)
 
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory):
@@ -31,124 +32,259 @@ def tiny(kept): return Job(store=kept, limit=8, window=2, test=4, device="cpu", 
 
 def test_a_job_is_small_and_survives_every_journey(mock):
     odd = replace(mock, shots=[1, 2], counts={"temperature": {"1.3": 2}, "beam": 1}, limit=None)
-    for j in (mock, odd): assert pickle.loads(pickle.dumps(j)) == j == Job(**json.loads(json.dumps(asdict(j)))) and len(pickle.dumps(j)) < 2000
+    for j in (mock, odd):
+        assert (
+            pickle.loads(pickle.dumps(j)) == j == Job(**json.loads(json.dumps(asdict(j))))
+            and len(pickle.dumps(j)) < 2000
+        )
     assert odd.shots == (1, 2) and odd.counts["temperature"] == {1.3: 2}
 
-@pytest.mark.parametrize("bad, says", [
-    (dict(reader="gqa"), "okvqa, vqav2"), (dict(sampler="best"), "random, text"), (dict(dtype="int8"), "bfloat16"), (dict(style="prose"), "interleaved"), (dict(K=2, shots=(2,)), "shots < K"),
-    (dict(prefix_cache="on"), "off, query, global"), (dict(window=0), "window 0"), (dict(limit=0), "limit 0"), (dict(counts=dict(beams=3)), "beams"), (dict(shots=()), "shots")])
+@pytest.mark.parametrize(
+    "bad, says",
+    [
+        (dict(reader="gqa"), "okvqa, vqav2"),
+        (dict(sampler="best"), "random, text"),
+        (dict(dtype="int8"), "bfloat16"),
+        (dict(style="prose"), "interleaved"),
+        (dict(K=2, shots=(2,)), "shots < K"),
+        (dict(prefix_cache="on"), "off, query, global"),
+        (dict(window=0), "window 0"),
+        (dict(limit=0), "limit 0"),
+        (dict(counts=dict(beams=3)), "beams"),
+        (dict(shots=()), "shots"),
+    ],
+)
 def test_bad_jobs_say_so_at_once(bad, says):
     with pytest.raises(ValueError, match=says): Job(**bad)
 
 def test_missing_data_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"): Job(data=str(tmp_path/"nowhere")).items()
     with pytest.raises(FileNotFoundError, match="split 'val'"): Job(split="val").items()
-    with pytest.raises(FileNotFoundError, match="no such folder of images"): Job(images=str(tmp_path/"none")).items()
+    with pytest.raises(FileNotFoundError, match="no such folder of images"):
+        Job(images=str(tmp_path / "none")).items()
 
 def test_inputs_are_made_once_and_equal_when_made_again(tmp_path, monkeypatch):
     import leverplus.rldata_scale as s
-    job = Job(lvlm="mock", store=str(tmp_path/"s"), split="dev", sampler="mixed", K=8, limit=5); items, store, pool = job.inputs()
-    monkeypatch.setattr(s, "embed_items", None); monkeypatch.setattr(s, "make_pool", None) # nobody may make them again
-    _, again, pool2 = job.inputs(); assert again.fingerprint == store.fingerprint and pool2 == pool and len(pool) == 250 and set(items.split) == {"train", "dev"}
+    job = Job(lvlm="mock", store=str(tmp_path / "s"), split="dev", sampler="mixed", K=8, limit=5)
+    items, store, pool = job.inputs()
+    # nobody may make them again
+    monkeypatch.setattr(s, "embed_items", None)
+    monkeypatch.setattr(s, "make_pool", None)
+    _, again, pool2 = job.inputs()
+    assert (
+        again.fingerprint == store.fingerprint
+        and pool2 == pool
+        and len(pool) == 250
+        and set(items.split) == {"train", "dev"}
+    )
     with pytest.raises(TypeError): replace(job, K=9).inputs() # another pool has to be made
     for f in (tmp_path/"s").glob("*/done"): f.unlink() # killed before it was whole
     with pytest.raises(TypeError): job.inputs()
-    monkeypatch.undo(); fresh = replace(job, store=None).inputs(); assert fresh[1].fingerprint == store.fingerprint and fresh[2] == pool
+    monkeypatch.undo()
+    fresh = replace(job, store=None).inputs()
+    assert fresh[1].fingerprint == store.fingerprint and fresh[2] == pool
 
 def test_the_embedded_world_as_a_job_has_the_facts_of_the_demo(tmp_path, kept):
     from leverplus.demo import make_groups
     from leverplus.world import load_world
     groups = make_groups(load_world(), tmp_path/"demo", train_queries=6, dev_queries=4, progress=False)
     for split, n in dict(train=6, dev=4).items():
-        job = Job(split=split, limit=n, store=kept); data = job.run(tmp_path/split, progress=False); want = groups[split]
+        job = Job(split=split, limit=n, store=kept)
+        data = job.run(tmp_path / split, progress=False)
+        want = groups[split]
         assert data.pool == want.pool and data.rows.scorer.equals(want.rows.scorer)
         near = ["logprob_score", "similarity_score", *SOFT] # embeddings come from other batches
-        pd.testing.assert_frame_equal(data.rows.drop(columns=near), want.rows.drop(columns=near)); np.testing.assert_allclose(data.rows[near[:3]], want.rows[near[:3]], atol=1e-4)
-        a, b = data.manifest["settings"], want.manifest["settings"]; assert {k for k in a if a[k] != b[k]} <= {"store"} # the demo embeds the test split too
+        pd.testing.assert_frame_equal(data.rows.drop(columns=near), want.rows.drop(columns=near))
+        np.testing.assert_allclose(data.rows[near[:3]], want.rows[near[:3]], atol=1e-4)
+        # the demo embeds the test split too
+        a, b = data.manifest["settings"], want.manifest["settings"]
+        assert {k for k in a if a[k] != b[k]} <= {"store"}
 
 def test_real_okvqa(tmp_path, okvqa):
     "The reader, pools and rows of real questions, with blank images and a model that is a hash"
     from PIL import Image
-    raw = read_json(okvqa/"OpenEnded_mscoco_val2014_questions.json"); raw["questions"] = qs = raw["questions"][:60]; root = tmp_path/"okvqa"; (root/"images").mkdir(parents=True)
-    labels = [l for l in read_json(okvqa/"val_soft_labels.json") if l["question_id"] in {q["question_id"] for q in qs}]
-    for name, d in (("OpenEnded_mscoco_val2014_questions", raw), ("val_soft_labels", labels)): (root/f"{name}.json").write_text(json.dumps(d))
-    for k, i in enumerate({q["image_id"] for q in qs}): Image.new("RGB", (32, 32), (k % 256, k*7 % 256, 90)).save(root/"images"/f"COCO_val2014_{i:012d}.jpg")
-    job = Job(data=str(root), reader="soft_labels", split="val", candidates="val", lvlm="mock", store=str(tmp_path/"s"), K=20, limit=10, window=4, test=4); whole = job.run(tmp_path/"one", progress=False)
+    raw = read_json(okvqa / "OpenEnded_mscoco_val2014_questions.json")
+    raw["questions"] = qs = raw["questions"][:60]
+    root = tmp_path / "okvqa"
+    (root / "images").mkdir(parents=True)
+    labels = [
+        l
+        for l in read_json(okvqa / "val_soft_labels.json")
+        if l["question_id"] in {q["question_id"] for q in qs}
+    ]
+    for name, d in (("OpenEnded_mscoco_val2014_questions", raw), ("val_soft_labels", labels)):
+        (root / f"{name}.json").write_text(json.dumps(d))
+    for k, i in enumerate({q["image_id"] for q in qs}):
+        Image.new("RGB", (32, 32), (k % 256, k * 7 % 256, 90)).save(
+            root / "images" / f"COCO_val2014_{i:012d}.jpg"
+        )
+    job = Job(
+        data=str(root),
+        reader="soft_labels",
+        split="val",
+        candidates="val",
+        lvlm="mock",
+        store=str(tmp_path / "s"),
+        K=20,
+        limit=10,
+        window=4,
+        test=4,
+    )
+    whole = job.run(tmp_path / "one", progress=False)
     for i in range(2): job.run(tmp_path/"two", shard=(i, 2), progress=False)
-    pd.testing.assert_frame_equal(RLData.load(tmp_path/"two").rows, whole.rows); assert whole.queries == [q["question_id"] for q in qs[:10]] and whole.pool.K == 20
+    pd.testing.assert_frame_equal(RLData.load(tmp_path / "two").rows, whole.rows)
+    assert whole.queries == [q["question_id"] for q in qs[:10]] and whole.pool.K == 20
     next((root/"images").iterdir()).write_bytes(b"")
     with pytest.raises(BadItems, match="image file is empty"): job.items()
 
 def test_a_job_in_shards_and_verified(tmp_path, tiny):
     whole = tiny.run(tmp_path/"one", verify=2, progress=False)
     for i in range(2): tiny.run(tmp_path/"two", shard=(i, 2), verify=1, progress=False)
-    union = RLData.load(tmp_path/"two"); same(union, whole); v = whole.manifest["verify"]; assert v["asked"] == 2 and 0 <= v["logprob"] < v["tolerance"] == 1e-3 and v["text"] == 0
+    union = RLData.load(tmp_path / "two")
+    same(union, whole)
+    v = whole.manifest["verify"]
+    assert v["asked"] == 2 and 0 <= v["logprob"] < v["tolerance"] == 1e-3 and v["text"] == 0
     assert union.manifest["settings"] == whole.manifest["settings"] and union.manifest["verify"]["asked"] == 2
 
 def test_settings_that_change_no_fact_may_change_on_the_way(tmp_path, tiny):
     "Batches, caches and the folder's place are not settings; type and style are"
-    tiny.run(tmp_path/"r", progress=False); free = replace(tiny, batch_tokens=512, prefix_cache="global", vision_dir=str(tmp_path/"v"), store=None)
+    tiny.run(tmp_path / "r", progress=False)
+    free = replace(tiny, batch_tokens=512, prefix_cache="global", vision_dir=str(tmp_path / "v"), store=None)
     assert len(free.run(tmp_path/"r", progress=False)) == 8*4
     for bad in (dict(dtype="bfloat16"), dict(style="chat"), dict(limit=7), dict(pool_seed=1)):
-        with pytest.raises(ValueError, match="belong to other settings"): replace(tiny, **bad).run(tmp_path/"r", progress=False)
+        with pytest.raises(ValueError, match="belong to other settings"):
+            replace(tiny, **bad).run(tmp_path / "r", progress=False)
 
 # ---- workers ----------------------------------------------------------------------------------------------------------
 
 def test_a_worker_makes_windows_and_reports_errors_as_rows(tmp_path, mock):
-    w = RayWorker(mock, tmp_path/"r", verify=3); out = w(dict(window=np.array([0, 5]))); assert [json.loads(t)["rows"] for t in out["tally"]] == [30, 30] and out["error"] == ["", ""] and len(list((tmp_path/"r").glob("part-*"))) == 2
-    assert out["end"][0] >= out["start"][0] and sum(len(json.loads(s)) for s in out["seen"]) <= 3 and len(set(map(len, out.values()))) == 1
-    bad = RayWorker(replace(mock, seed=1), tmp_path/"r")(dict(window=[1])); assert "seed: there 0, here 1" in bad["error"][0] and bad["tally"] == ["{}"] and len(list((tmp_path/"r").glob("part-*"))) == 2
-    gone = RayWorker(replace(mock, lvlm=str(tmp_path/"no-model")), tmp_path/"x")(dict(window=[0])); assert "no-model" in gone["error"][0]
-    late = RayWorker(mock, tmp_path/"r"); late.run.items = late.run.items.drop(late.run.windows[3][0]); assert "KeyError" in late(dict(window=[3]))["error"][0]
+    w = RayWorker(mock, tmp_path / "r", verify=3)
+    out = w(dict(window=np.array([0, 5])))
+    assert (
+        [json.loads(t)["rows"] for t in out["tally"]] == [30, 30]
+        and out["error"] == ["", ""]
+        and len(list((tmp_path / "r").glob("part-*"))) == 2
+    )
+    assert (
+        out["end"][0] >= out["start"][0]
+        and sum(len(json.loads(s)) for s in out["seen"]) <= 3
+        and len(set(map(len, out.values()))) == 1
+    )
+    bad = RayWorker(replace(mock, seed=1), tmp_path / "r")(dict(window=[1]))
+    assert (
+        "seed: there 0, here 1" in bad["error"][0]
+        and bad["tally"] == ["{}"]
+        and len(list((tmp_path / "r").glob("part-*"))) == 2
+    )
+    gone = RayWorker(replace(mock, lvlm=str(tmp_path / "no-model")), tmp_path / "x")(dict(window=[0]))
+    assert "no-model" in gone["error"][0]
+    late = RayWorker(mock, tmp_path / "r")
+    late.run.items = late.run.items.drop(late.run.windows[3][0])
+    assert "KeyError" in late(dict(window=[3]))["error"][0]
 
 def test_a_selector_that_does_not_fit_is_refused_before_anything_is_written(tmp_path, mock):
-    from leverplus.rldata_generate import policy_fingerprint; from leverplus.runs import plain; from leverplus.selector import PointerSelector
-    _, store, pool = mock.inputs(); make = lambda width=store.dim("mixed"), info=None, **kw: (m := PointerSelector(width, d_hidden=8, **kw), setattr(m, "info", info))[0]; rule = plain(pool.rule)
-    for m, says in [(make(info=dict(kind="image")), "kind 'image', this job has 'mixed'"), (make(7), "vectors of 7 numbers"), (make(max_shots=1), "picks at most 1"), (make(info=dict(pool=rule | dict(K=64))), "K: 64 in the checkpoint")]:
+    from leverplus.rldata_generate import policy_fingerprint
+    from leverplus.runs import plain
+    from leverplus.selector import PointerSelector
+    _, store, pool = mock.inputs()
+    make = lambda width=store.dim("mixed"), info=None, **kw: (
+        m := PointerSelector(width, d_hidden=8, **kw),
+        setattr(m, "info", info),
+    )[0]
+    rule = plain(pool.rule)
+    for m, says in [
+        (make(info=dict(kind="image")), "kind 'image', this job has 'mixed'"),
+        (make(7), "vectors of 7 numbers"),
+        (make(max_shots=1), "picks at most 1"),
+        (make(info=dict(pool=rule | dict(K=64))), "K: 64 in the checkpoint"),
+    ]:
         with pytest.raises(ValueError, match=says): mock.run(tmp_path/"r", policy=m, progress=False)
-        assert says in RayWorker(mock, tmp_path/"r", policy=m)(dict(window=[0]))["error"][0] and not (tmp_path/"r").exists()
-    good = make(info=dict(kind="mixed", pool=rule)); mock.run(tmp_path/"r", policy=good, progress=False); other = make(info=dict(pool=rule | dict(K=64)))
+        assert (
+            says in RayWorker(mock, tmp_path / "r", policy=m)(dict(window=[0]))["error"][0]
+            and not (tmp_path / "r").exists()
+        )
+    good = make(info=dict(kind="mixed", pool=rule))
+    mock.run(tmp_path / "r", policy=good, progress=False)
+    other = make(info=dict(pool=rule | dict(K=64)))
     mock.run(tmp_path/"o", policy=other, other_pool=True, progress=False)
-    hot = make(temperature=1.); hot.load_state_dict(good.state_dict()); assert policy_fingerprint(hot) != policy_fingerprint(good) # the same weights, another temperature
+    # the same weights, another temperature
+    hot = make(temperature=1.0)
+    hot.load_state_dict(good.state_dict())
+    assert policy_fingerprint(hot) != policy_fingerprint(good)
     with pytest.raises(ValueError, match="policy: there"): mock.run(tmp_path/"r", policy=hot, progress=False)
 
 def test_without_ray_it_says_what_to_install(tmp_path, mock, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ImportError, match=r"pip install -e '\.\[ray\]'.*shard=\(i, n\)"): generate_ray(mock, tmp_path/"r")
+    with pytest.raises(ImportError, match=r"pip install -e '\.\[ray\]'.*shard=\(i, n\)"):
+        generate_ray(mock, tmp_path / "r")
     assert not (tmp_path/"r").exists()
 
 @pytest.fixture(scope="module")
 def ray():
     ray = pytest.importorskip("ray")
     with pytest.MonkeyPatch.context() as m:
-        m.setenv("RAY_worker_niceness", "0"); ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100_000_000); yield ray; ray.shutdown()
+        m.setenv("RAY_worker_niceness", "0")
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100_000_000)
+        yield ray
+        ray.shutdown()
 
 def test_two_ray_actors_make_what_one_process_makes(tmp_path, mock, ray):
     "Here what a selector proposes, which goes along to the actors"
-    from leverplus.selector import PointerSelector; _, store, _ = mock.inputs(); torch.manual_seed(0)
+    from leverplus.selector import PointerSelector
+
+    _, store, _ = mock.inputs()
+    torch.manual_seed(0)
     policy = PointerSelector(store.dim("mixed"), d_hidden=16, prior=False).eval()
-    whole, seen = mock.run(tmp_path/"one", verify=4, progress=False, policy=policy), []; data = generate_ray(mock, tmp_path/"ray", workers=2, verify=4, progress=False, each=seen.append, policy=policy)
-    pd.testing.assert_frame_equal(data.rows, whole.rows); assert data.fingerprint == whole.fingerprint and data.manifest["settings"] == whole.manifest["settings"]
-    assert sorted(p.name for p in (tmp_path/"ray").glob("part-*")) == sorted(p.name for p in (tmp_path/"one").glob("part-*")) and data.manifest["parts"] == whole.manifest["parts"]
-    a, b = (sorted(d.manifest["verify"]["rows"], key=lambda r: r["question_id"]) for d in (data, whole)); assert a == b and len(a) == 4 and data.manifest["self_test"] == whole.manifest["self_test"]
-    assert sorted(s["window"] for s in seen) == list(range(12)) and len({s["worker"] for s in seen}) == 2 and ray.is_initialized()
+    whole = mock.run(tmp_path / "one", verify=4, progress=False, policy=policy)
+    seen = []
+    data = generate_ray(
+        mock, tmp_path / "ray", workers=2, verify=4, progress=False, each=seen.append, policy=policy
+    )
+    pd.testing.assert_frame_equal(data.rows, whole.rows)
+    assert data.fingerprint == whole.fingerprint and data.manifest["settings"] == whole.manifest["settings"]
+    assert (
+        sorted(p.name for p in (tmp_path / "ray").glob("part-*"))
+        == sorted(p.name for p in (tmp_path / "one").glob("part-*"))
+        and data.manifest["parts"] == whole.manifest["parts"]
+    )
+    a, b = (sorted(d.manifest["verify"]["rows"], key=lambda r: r["question_id"]) for d in (data, whole))
+    assert a == b and len(a) == 4 and data.manifest["self_test"] == whole.manifest["self_test"]
+    assert (
+        sorted(s["window"] for s in seen) == list(range(12))
+        and len({s["worker"] for s in seen}) == 2
+        and ray.is_initialized()
+    )
     # continued: two windows are lost, and only they are made again; too many workers are refused
     for i in (3, 7): (tmp_path/"ray"/f"part-{i:05d}.parquet").unlink()
-    again = generate_ray(mock, tmp_path/"ray", workers=1, progress=False, each=(more := []).append, policy=policy); pd.testing.assert_frame_equal(again.rows, whole.rows)
+    again = generate_ray(
+        mock, tmp_path / "ray", workers=1, progress=False, each=(more := []).append, policy=policy
+    )
+    pd.testing.assert_frame_equal(again.rows, whole.rows)
     assert sorted(s["window"] for s in more) == [3, 7] and again.manifest["verify"]["asked"] == 4
-    with pytest.raises(ValueError, match="ask for 3 CPUs"): generate_ray(mock, tmp_path/"ray", workers=3, progress=False)
-    with pytest.raises(RuntimeError, match="policy: there"): generate_ray(mock, tmp_path/"ray", workers=1, progress=False) # similarity does not go on where a selector began
+    with pytest.raises(ValueError, match="ask for 3 CPUs"):
+        generate_ray(mock, tmp_path / "ray", workers=3, progress=False)
+    # similarity does not go on where a selector began
+    with pytest.raises(RuntimeError, match="policy: there"):
+        generate_ray(mock, tmp_path / "ray", workers=1, progress=False)
 
 def test_what_a_worker_cannot_do_stops_the_driver(tmp_path, mock, ray, monkeypatch):
     "Workers in this process, behind the driver's own door"
     import leverplus.rldata_scale as s
-    local = lambda data, todo, workers, threads, gpus, args, kw: ({k: v[0] for k, v in RayWorker(*args, **kw)(dict(window=[i])).items()} for i in todo)
-    monkeypatch.setattr(s, "_stream", local); run = lambda job, **kw: generate_ray(job, tmp_path/"r", workers=1, progress=False, **kw)
-    with pytest.raises(RuntimeError, match="window 0: .*no-model"): run(replace(mock, lvlm=str(tmp_path/"no-model")))
-    whole = run(mock); assert whole.manifest["complete"] and len(whole) == 24*15
-    with pytest.raises(RuntimeError, match="window 0: ValueError: .*seed: there 0, here 1(.|\\n)*Traceback"): run(replace(mock, seed=1)) # though all its windows lie there
+    local = lambda data, todo, workers, threads, gpus, args, kw: (
+        {k: v[0] for k, v in RayWorker(*args, **kw)(dict(window=[i])).items()} for i in todo
+    )
+    monkeypatch.setattr(s, "_stream", local)
+    run = lambda job, **kw: generate_ray(job, tmp_path / "r", workers=1, progress=False, **kw)
+    with pytest.raises(RuntimeError, match="window 0: .*no-model"):
+        run(replace(mock, lvlm=str(tmp_path / "no-model")))
+    whole = run(mock)
+    assert whole.manifest["complete"] and len(whole) == 24 * 15
+    # though all its windows lie there
+    with pytest.raises(RuntimeError, match="window 0: ValueError: .*seed: there 0, here 1(.|\\n)*Traceback"):
+        run(replace(mock, seed=1))
     assert run(mock, verify=3).manifest["verify"]["asked"] == 3 # windows on disk, opened again to verify them
-    part = generate_ray(mock, tmp_path/"s", workers=1, shard=(0, 2), progress=False); assert part.manifest["shard"] == [0, 2] and 0 < len(part.queries) < 24
+    part = generate_ray(mock, tmp_path / "s", workers=1, shard=(0, 2), progress=False)
+    assert part.manifest["shard"] == [0, 2] and 0 < len(part.queries) < 24
 
 DRIVER = """
     import sys; sys.path.insert(0, {root!r})
@@ -160,43 +296,86 @@ DRIVER = """
 
 def test_kill_9_of_the_ray_driver(tmp_path, mock):
     "Its actor dies with it; the directory is free, and what lies there is not asked again"
-    pytest.importorskip("ray"); job = replace(mock, limit=160)
-    code = textwrap.dedent(DRIVER).format(root=str(Path(__file__).parent.parent), job=asdict(job), path=str(tmp_path/"r"))
-    p = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=dict(os.environ, OMP_NUM_THREADS="1", RAY_worker_niceness="0"))
+    pytest.importorskip("ray")
+    job = replace(mock, limit=160)
+    code = textwrap.dedent(DRIVER).format(
+        root=str(Path(__file__).parent.parent), job=asdict(job), path=str(tmp_path / "r")
+    )
+    p = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=dict(os.environ, OMP_NUM_THREADS="1", RAY_worker_niceness="0"),
+    )
     assert p.stdout.readline().strip().isdigit() # a window is done, the driver hangs, the actor goes on
     with pytest.raises(Busy, match=f"process {p.pid} on"): job.run(tmp_path/"r", progress=False)
-    p.send_signal(signal.SIGKILL); p.wait(); p.stdout.close(); count = lambda: len(list((tmp_path/"r").glob("part-*")))
+    p.send_signal(signal.SIGKILL)
+    p.wait()
+    p.stdout.close()
+    count = lambda: len(list((tmp_path / "r").glob("part-*")))
     for _ in range(100): # until nobody writes any more
-        n = count(); time.sleep(.3)
+        n = count()
+        time.sleep(0.3)
         if n == count(): break
-    stamps = {f: f.stat().st_mtime_ns for f in (tmp_path/"r").glob("part-*")}; assert stamps and not read_json(tmp_path/"r"/"manifest.json")["complete"]
+    stamps = {f: f.stat().st_mtime_ns for f in (tmp_path / "r").glob("part-*")}
+    assert stamps and not read_json(tmp_path / "r" / "manifest.json")["complete"]
     data = job.run(tmp_path/"r", progress=False) # one process finishes what the actor began
-    pd.testing.assert_frame_equal(data.rows, job.run(tmp_path/"one", progress=False).rows); assert all(f.stat().st_mtime_ns == t for f, t in stamps.items()) and not list((tmp_path/"r").rglob(".*.tmp"))
+    pd.testing.assert_frame_equal(data.rows, job.run(tmp_path / "one", progress=False).rows)
+    assert all(f.stat().st_mtime_ns == t for f, t in stamps.items()) and not list(
+        (tmp_path / "r").rglob(".*.tmp")
+    )
 
 # ---- plans ------------------------------------------------------------------------------------------------------------
 
 def test_a_plan_by_hand():
     p = plan_run(100., 1000, 36, (1, 2), bytes_per_row=50, images=10, feature_bytes=1e8)
-    assert p.hours[1] == .1 and .05 < p.hours[2] < .06 and (p.gpu_hours == .1).all() and (p.rows_gb == 1000*36*50/1e9).all() and (p.features_gb == 1.).all()
+    assert (
+        p.hours[1] == 0.1
+        and 0.05 < p.hours[2] < 0.06
+        and (p.gpu_hours == 0.1).all()
+        and (p.rows_gb == 1000 * 36 * 50 / 1e9).all()
+        and (p.features_gb == 1.0).all()
+    )
     with pytest.raises(ValueError, match="prompts_per_second"): plan_run(0.)
 
 @given(st.floats(1, 1e4), st.integers(1, 10**7), st.integers(1, 64))
 def test_more_gpus_never_take_longer_and_never_less_than_their_share(rate, queries, sequences):
-    h = plan_run(rate, queries, sequences, (1, 2, 8, 64)).hours; assert (h.diff().dropna() <= 1e-9*h[1]).all() and (h*h.index >= h[1]*(1 - 1e-9)).all()
+    h = plan_run(rate, queries, sequences, (1, 2, 8, 64)).hours
+    assert (h.diff().dropna() <= 1e-9 * h[1]).all() and (h * h.index >= h[1] * (1 - 1e-9)).all()
 
-# --- a rate before there is one ---------------------------------------------------------------------------------------------------
+# --- a rate before there is one
+# ---------------------------------------------------------------------------------------------------
 def test_a_rate_from_sizes_and_answers(tmp_path):
     from PIL import Image
     from leverplus.cost import PEAKS, prompt_flops, qwen_config
     from leverplus.rldata_scale import expected_rate, visual_tokens
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-    made = Qwen2VLImageProcessorPil(patch_size=14, merge_size=2, size=dict(shortest_edge=3136, longest_edge=12_845_056))
+    made = Qwen2VLImageProcessorPil(
+        patch_size=14, merge_size=2, size=dict(shortest_edge=3136, longest_edge=12_845_056)
+    )
     for size in ((640, 480), (37, 200), (56, 56), (1200, 801)): # as the processor has it
-        assert visual_tokens(*size) == int(made(Image.new("RGB", size), return_tensors="pt")["image_grid_thw"].prod()) // 4
+        assert (
+            visual_tokens(*size)
+            == int(made(Image.new("RGB", size), return_tensors="pt")["image_grid_thw"].prod()) // 4
+        )
     for q, size in enumerate(((640, 480), (480, 640))): Image.new("RGB", size).save(tmp_path/f"{q}.png")
-    items = pd.DataFrame(dict(question_id=[0, 1], image_path=[str(tmp_path/f"{q}.png") for q in (0, 1)], answers=[["a", "a", "b"], ["a", "b", "c", "d"]]))
-    e = expected_rate(items, (1, 3), "7b", "A100", .5); cost = lambda S: prompt_flops(qwen_config("7b"), [391]*(S+1), 20*(S+1), answers=3, known_images=1.).total
-    assert e["image_tokens"] == 391 and e["answers"] == 3 and e["prompts_per_second"] == pytest.approx(.5*PEAKS["A100"]*2/(cost(1) + cost(3)))
+    items = pd.DataFrame(
+        dict(
+            question_id=[0, 1],
+            image_path=[str(tmp_path / f"{q}.png") for q in (0, 1)],
+            answers=[["a", "a", "b"], ["a", "b", "c", "d"]],
+        )
+    )
+    e = expected_rate(items, (1, 3), "7b", "A100", 0.5)
+    cost = lambda S: prompt_flops(
+        qwen_config("7b"), [391] * (S + 1), 20 * (S + 1), answers=3, known_images=1.0
+    ).total
+    assert (
+        e["image_tokens"] == 391
+        and e["answers"] == 3
+        and e["prompts_per_second"] == pytest.approx(0.5 * PEAKS["A100"] * 2 / (cost(1) + cost(3)))
+    )
     (tmp_path/"1.png").write_bytes(b"no image")
-    with pytest.raises(ValueError, match="question_id 1: image .*1.png cannot be opened"): expected_rate(items)
+    with pytest.raises(ValueError, match="question_id 1: image .*1.png cannot be opened"):
+        expected_rate(items)
     with pytest.raises(ValueError, match="no items"): expected_rate(items[:0])

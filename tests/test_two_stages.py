@@ -5,38 +5,80 @@ import numpy as np, pandas as pd, pytest
 from hypothesis import given, settings, strategies as st
 from leverplus.groups import RLData
 from leverplus.core import read_json
-from leverplus.rldata_generate import SECOND, FactCache, TooManyFailures, check_second, choose, evaluated, generate, tally
+from leverplus.rldata_generate import (
+    SECOND, FactCache, TooManyFailures, check_second, choose, evaluated, generate, tally,
+)
 from leverplus.rewards import reward
 from test_generate import ITEMS, POOL, QS, STORE, Scripted
 
 MANY = dict(beam=4, random=12)
 KW = dict(counts=MANY, test=0, progress=False, window=4)
 
-def run(path, scorer, **kw): return generate(path, QS, ITEMS, POOL, scorer, STORE, **{**KW, "second": SECOND, **kw})
+def run(path, scorer, **kw):
+    return generate(path, QS, ITEMS, POOL, scorer, STORE, **{**KW, "second": SECOND, **kw})
 
 @settings(max_examples=200)
-@given(st.lists(st.tuples(st.integers(1, 3), st.integers(1, 2), st.sampled_from([0., .1, .2, .5, .9]), st.booleans()), min_size=1, max_size=40), st.integers(0, 4), st.integers(0, 3), st.integers(0, 3), st.integers(0, 5))
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(1, 3), st.integers(1, 2), st.sampled_from([0.0, 0.1, 0.2, 0.5, 0.9]), st.booleans()
+        ),
+        min_size=1,
+        max_size=40,
+    ),
+    st.integers(0, 4),
+    st.integers(0, 3),
+    st.integers(0, 3),
+    st.integers(0, 5),
+)
 def test_choose(rows, top, low, random, seed):
-    f = pd.DataFrame([dict(question_id=q, pointer=tuple(range(100 + i, 100 + i + S)), vqa_gt_prob=math.nan if bad else g, eval_failed=bad) for i, (q, S, g, bad) in enumerate(rows)])
-    picked = choose(f, top, low, random, seed); assert not picked[f.eval_failed].any()
+    f = pd.DataFrame(
+        [
+            dict(
+                question_id=q,
+                pointer=tuple(range(100 + i, 100 + i + S)),
+                vqa_gt_prob=math.nan if bad else g,
+                eval_failed=bad,
+            )
+            for i, (q, S, g, bad) in enumerate(rows)
+        ]
+    )
+    picked = choose(f, top, low, random, seed)
+    assert not picked[f.eval_failed].any()
     for _, g in f.assign(picked=picked)[~f.eval_failed].groupby(["question_id", f.pointer.map(len)]):
-        n = len(g); ends = min(n, top + low); assert g.picked.sum() == ends + min(random, n - ends)
-        best = np.sort(g.vqa_gt_prob)[::-1]; got = np.sort(g.vqa_gt_prob[g.picked])[::-1]
-        assert (got[:min(top, n)] == best[:min(top, n)]).all() and (low == 0 or (got[-min(low, n):] == best[-min(low, n):]).all())
-    assert (choose(f.sample(frac=1, random_state=seed), top, 0, 0, seed).sum() == choose(f, top, 0, 0, seed).sum())
+        n = len(g)
+        ends = min(n, top + low)
+        assert g.picked.sum() == ends + min(random, n - ends)
+        best = np.sort(g.vqa_gt_prob)[::-1]
+        got = np.sort(g.vqa_gt_prob[g.picked])[::-1]
+        assert (got[: min(top, n)] == best[: min(top, n)]).all() and (
+            low == 0 or (got[-min(low, n) :] == best[-min(low, n) :]).all()
+        )
+    assert (
+        choose(f.sample(frac=1, random_state=seed), top, 0, 0, seed).sum() == choose(f, top, 0, 0, seed).sum()
+    )
 
 def test_rows_of_both_stages_are_kept(tmp_path):
-    s = Scripted(); data = run(tmp_path/"two", s); texts = evaluated(data); one = run(tmp_path/"one", Scripted(), second=None)
+    s = Scripted()
+    data = run(tmp_path / "two", s)
+    texts = evaluated(data)
+    one = run(tmp_path / "one", Scripted(), second=None)
     assert len(data) == len(one) == 16*len(QS) and (texts.rows.groupby("question_id").size() == 12).all()
-    pd.testing.assert_series_equal(data.rows.vqa_gt_prob, one.rows.vqa_gt_prob) # the same facts as in one stage
-    pd.testing.assert_frame_equal(texts.rows.reset_index(drop=True), one.rows[data.rows.vqa_acc_score.notna()].reset_index(drop=True).assign(kappa=np.nan)) # the draws are not whole any more
+    # the same facts as in one stage
+    pd.testing.assert_series_equal(data.rows.vqa_gt_prob, one.rows.vqa_gt_prob)
+    # the draws are not whole any more
+    pd.testing.assert_frame_equal(
+        texts.rows.reset_index(drop=True),
+        one.rows[data.rows.vqa_acc_score.notna()].reset_index(drop=True).assign(kappa=np.nan),
+    )
     assert sum(g for *_, g in s.asked) == len(texts) and sum(not g for *_, g in s.asked) == len(data)
     with pytest.raises(ValueError, match="evaluated"): reward(data.rows)
     assert np.isfinite(reward(texts.rows)).all() and np.isfinite(reward(data.rows, "gtprob")).all()
 
 @pytest.mark.parametrize("after", [5, 60, 130, 230])
 def test_broken_off_and_continued_is_uninterrupted(tmp_path, after):
-    whole = run(tmp_path/"whole", Scripted()); n = []
+    whole = run(tmp_path / "whole", Scripted())
+    n = []
     def tired(s):
         n.append(1)
         if len(n) > after: raise KeyboardInterrupt
@@ -45,13 +87,27 @@ def test_broken_off_and_continued_is_uninterrupted(tmp_path, after):
     pd.testing.assert_frame_equal(run(tmp_path/"run", Scripted()).rows, whole.rows)
 
 def test_failures_are_mended_as_if_they_had_not_been(tmp_path):
-    whole = run(tmp_path/"whole", Scripted()); bad = lambda s: replace(s, text=None, logprobs=(), gt_prob=math.nan, error="OSError: image truncated") if 1007 in s.pointer else s
-    first = run(tmp_path/"run", Scripted(bad)); failed = first.rows[first.rows.eval_failed]
-    assert len(failed) and all(1007 in p for p in failed.pointer) and set(evaluated(first).rows[lambda r: r.eval_failed].pointer) == set(failed.pointer)
+    whole = run(tmp_path / "whole", Scripted())
+    bad = lambda s: (
+        replace(s, text=None, logprobs=(), gt_prob=math.nan, error="OSError: image truncated")
+        if 1007 in s.pointer
+        else s
+    )
+    first = run(tmp_path / "run", Scripted(bad))
+    failed = first.rows[first.rows.eval_failed]
+    assert (
+        len(failed)
+        and all(1007 in p for p in failed.pointer)
+        and set(evaluated(first).rows[lambda r: r.eval_failed].pointer) == set(failed.pointer)
+    )
     pd.testing.assert_frame_equal(run(tmp_path/"run", Scripted()).rows, whole.rows)
 
 def test_nothing_is_asked_twice_through_a_cache(tmp_path):
-    cache = FactCache(); run(tmp_path/"a", Scripted(), cache=cache); s = Scripted(); run(tmp_path/"b", s, cache=cache); assert not s.asked
+    cache = FactCache()
+    run(tmp_path / "a", Scripted(), cache=cache)
+    s = Scripted()
+    run(tmp_path / "b", s, cache=cache)
+    assert not s.asked
 
 def test_shards_choose_alike(tmp_path):
     for i in range(3): run(tmp_path/"s", Scripted(), shard=(i, 3))
@@ -71,18 +127,35 @@ def test_bad_second_stage(second):
 @pytest.mark.parametrize("max_failed,stops", [(.0, True), (.2, True), (.9, False), (1., False)])
 def test_budget_of_failures(tmp_path, max_failed, stops):
     "About half of the rows fail: the run stops or not, what is done is kept, and the mended run ends as if nothing had been"
-    bad = lambda s: replace(s, text=None, logprobs=(), gt_prob=math.nan, error="OSError: disk gone") if s.question_id % 2 else s
+    bad = lambda s: (
+        replace(s, text=None, logprobs=(), gt_prob=math.nan, error="OSError: disk gone")
+        if s.question_id % 2
+        else s
+    )
     go = lambda scorer, **kw: run(tmp_path/"run", scorer, second=None, max_failed=max_failed, **kw)
     if stops:
         with pytest.raises(TooManyFailures, match="disk gone.*failed rows are asked again"): go(Scripted(bad))
-        assert list((tmp_path/"run").glob("part-*")) and not read_json(tmp_path/"run"/"manifest.json")["complete"]
+        assert (
+            list((tmp_path / "run").glob("part-*"))
+            and not read_json(tmp_path / "run" / "manifest.json")["complete"]
+        )
     else: assert go(Scripted(bad)).rows.eval_failed.mean() == .5
     pd.testing.assert_frame_equal(go(Scripted()).rows, run(tmp_path/"whole", Scripted(), second=None).rows)
 
 def test_a_few_failures_of_few_rows_stop_nothing(tmp_path):
     bad = lambda s: replace(s, text=None, logprobs=(), gt_prob=math.nan, error="OSError: disk gone")
-    data = generate(tmp_path/"r", QS[:3], ITEMS, POOL, Scripted(bad), STORE, counts=MANY, test=0, progress=False); assert data.rows.eval_failed.all() and len(data) == 48
+    data = generate(
+        tmp_path / "r", QS[:3], ITEMS, POOL, Scripted(bad), STORE, counts=MANY, test=0, progress=False
+    )
+    assert data.rows.eval_failed.all() and len(data) == 48
 
 def test_tally():
-    f = pd.DataFrame(dict(question_id=[1, 1, 2, 2, 3], eval_failed=[False, False, False, True, True], vqa_acc_score=[0., 1., 1., math.nan, math.nan], error=[None, None, None, "a", "a"]))
+    f = pd.DataFrame(
+        dict(
+            question_id=[1, 1, 2, 2, 3],
+            eval_failed=[False, False, False, True, True],
+            vqa_acc_score=[0.0, 1.0, 1.0, math.nan, math.nan],
+            error=[None, None, None, "a", "a"],
+        )
+    )
     assert tally(f) == dict(rows=5, failed=2, error="a", flat=1, positive=2)

@@ -3,13 +3,53 @@ import re, time
 import numpy as np, pytest
 from hypothesis import given, settings, strategies as st
 from leverplus import vqa
-from leverplus.vqa import (MODES, answer_targets, edit_similarity, match_accuracy, normalise, postprocess, postprocess_reports,
-                           relevance, relevances, token_f1, vqa_accuracies, vqa_accuracy)
+from leverplus.vqa import (
+    MODES, answer_targets, edit_similarity, match_accuracy, normalise, postprocess, postprocess_reports,
+    relevance, relevances, token_f1, vqa_accuracies, vqa_accuracy,
+)
 
 SCORES = {0, .3, .6, .9, 1.}
-pieces = st.sampled_from(["black", "Black", "the", "a", "an", "two", "none", "dont", "Im", "'s", "cat's", "1,000", "3.5", "5.", ".",
-                          ",", "?", "-", " ", "\n", "\t", ";", ":", "p.m.", "somebody'd", "İ", "²", "\u3000", ",,", "1,,2", "’", "_"])
-texts = st.one_of(st.lists(pieces, max_size=6).map("".join), st.lists(pieces, max_size=5).map(" ".join), st.text(max_size=12))
+pieces = st.sampled_from(
+    [
+        "black",
+        "Black",
+        "the",
+        "a",
+        "an",
+        "two",
+        "none",
+        "dont",
+        "Im",
+        "'s",
+        "cat's",
+        "1,000",
+        "3.5",
+        "5.",
+        ".",
+        ",",
+        "?",
+        "-",
+        " ",
+        "\n",
+        "\t",
+        ";",
+        ":",
+        "p.m.",
+        "somebody'd",
+        "İ",
+        "²",
+        "\u3000",
+        ",,",
+        "1,,2",
+        "’",
+        "_",
+    ]
+)
+texts = st.one_of(
+    st.lists(pieces, max_size=6).map("".join),
+    st.lists(pieces, max_size=5).map(" ".join),
+    st.text(max_size=12),
+)
 ten = lambda elements: st.lists(elements, min_size=10, max_size=10)
 few = st.lists(texts, min_size=1, max_size=3).flatmap(lambda p: ten(st.sampled_from(p)))
 tens = st.one_of(ten(texts), texts.map(lambda t: [t]*10), few)
@@ -21,12 +61,25 @@ def ref_rewrite(text, many_commas=False):
     for mark in ';/[]"{}()=+\\_-><@`,?!':
         touches = (mark + " ") in text or (" " + mark) in text
         out = out.replace(mark, "") if touches or comma is not None else out.replace(mark, " ")
-    pattern, flag = re.compile(r"(?!<=\d)(\.)(?!\d)"), int(re.UNICODE)
+    pattern = re.compile(r"(?!<=\d)(\.)(?!\d)")
+    flag = int(re.UNICODE)
     out = pattern.sub("", out, flag)
     words = []
     for w in out.lower().split():
-        w = {"none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7",
-             "eight": "8", "nine": "9", "ten": "10"}.get(w, w)
+        w = {
+            "none": "0",
+            "zero": "0",
+            "one": "1",
+            "two": "2",
+            "three": "3",
+            "four": "4",
+            "five": "5",
+            "six": "6",
+            "seven": "7",
+            "eight": "8",
+            "nine": "9",
+            "ten": "10",
+        }.get(w, w)
         if w not in ("a", "an", "the"): words.append(vqa.CONTRACTIONS.get(w, w))
     return " ".join(words)
 
@@ -36,10 +89,12 @@ def ref_accuracy(pred, dicts, mode):
     if mode == "lmms":
         split = lambda t: t.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
         f = lambda t: ref_rewrite(trim(split(t)), True)
-        ans, p = [f(d["answer"]) for d in dicts], f(pred)
+        ans = [f(d["answer"]) for d in dicts]
+        p = f(pred)
         accs = [min(1, sum(ans[j] == p for j in range(len(ans)) if j != i)/3) for i in range(len(ans))]
         return sum(accs)/len(accs)
-    gts, p = [dict(d, answer=trim(d["answer"])) for d in dicts], trim(pred)
+    gts = [dict(d, answer=trim(d["answer"])) for d in dicts]
+    p = trim(pred)
     if mode != "official" or len({g["answer"] for g in gts}) > 1:
         gts = [dict(g, answer=ref_rewrite(g["answer"], mode == "lmms_vqav2")) for g in gts]
         p = ref_rewrite(p, mode == "lmms_vqav2")
@@ -62,7 +117,8 @@ def test_equals_reference(pred, answers, mode, kind):
 def test_range_and_order_of_people(pred, answers, mode, r):
     acc = vqa_accuracy(pred, answers, mode)
     assert acc in SCORES
-    shuffled = answers[:]; r.shuffle(shuffled)
+    shuffled = answers[:]
+    r.shuffle(shuffled)
     assert vqa_accuracy(pred, shuffled, mode) == acc
 
 @pytest.mark.parametrize("mode", MODES)
@@ -80,19 +136,41 @@ def test_unanimous_rule():
     assert vqa_accuracy("black", ["Black"]*10) == 0 and vqa_accuracy(" Black\n", ["Black "]*10) == 1
     assert vqa_accuracy("Black.", ["black"]*9 + ["dark"]) == 1
     for mode in MODES[1:]: assert vqa_accuracy("Black.", ["black"]*10, mode) == 1
-    assert vqa_accuracy("black", ["black"]*5 + ["Black"]*5) == 1 # differ in writing only: not unanimous, so rewritten
+    # differ in writing only: not unanimous, so rewritten
+    assert vqa_accuracy("black", ["black"] * 5 + ["Black"] * 5) == 1
 
 def test_thirty_two_full_stops():
     others = ["x"]*5
     assert normalise("."*32 + "x") == "x" and normalise("."*33 + "x") == ".x"
-    assert vqa_accuracy("."*32 + "x", others + ["y"]*5) == 1 and vqa_accuracy("."*33 + "x", others + ["y"]*5) == 0
+    assert (
+        vqa_accuracy("." * 32 + "x", others + ["y"] * 5) == 1
+        and vqa_accuracy("." * 33 + "x", others + ["y"] * 5) == 0
+    )
 
-@pytest.mark.parametrize("text,official,lmms", [
-    ("The U.S. flag", "us flag", "us flag"), ("3.5", "3.5", "3.5"), ("3.", "3", "3"), ("1,000", "1000", "1000"),
-    ("a,b", "b", "ab"), ("x,y", "x y", "xy"), ("mother-in-law", "mother in law", "mother in law"), ("the", "", ""), ("?", "", ""),
-    ("well- known-how", "well knownhow", "well knownhow"), ("None", "0", "0"), ("eleven", "eleven", "eleven"), ("", "", ""),
-    ("cat's", "cat's", "cat 's"), ("Im", "im", "im"), ("dont", "don't", "don't"), ("somebody'd", "somebodyd", "somebodyd"),
-    ("12:30", "12:30", "12:30"), ("twenty-one", "twenty 1", "twenty 1")])
+@pytest.mark.parametrize(
+    "text,official,lmms",
+    [
+        ("The U.S. flag", "us flag", "us flag"),
+        ("3.5", "3.5", "3.5"),
+        ("3.", "3", "3"),
+        ("1,000", "1000", "1000"),
+        ("a,b", "b", "ab"),
+        ("x,y", "x y", "xy"),
+        ("mother-in-law", "mother in law", "mother in law"),
+        ("the", "", ""),
+        ("?", "", ""),
+        ("well- known-how", "well knownhow", "well knownhow"),
+        ("None", "0", "0"),
+        ("eleven", "eleven", "eleven"),
+        ("", "", ""),
+        ("cat's", "cat's", "cat 's"),
+        ("Im", "im", "im"),
+        ("dont", "don't", "don't"),
+        ("somebody'd", "somebodyd", "somebodyd"),
+        ("12:30", "12:30", "12:30"),
+        ("twenty-one", "twenty 1", "twenty 1"),
+    ],
+)
 def test_rewriting(text, official, lmms):
     assert normalise(text) == normalise(text, "openflamingo") == official and normalise(text, "lmms") == lmms
 
@@ -103,7 +181,8 @@ def test_people_without_ids_are_one():
     yes2 = [dict(answer="yes")]*2 + [dict(answer="no")]*8
     assert vqa_accuracy("yes", yes2) == pytest.approx(8*(2/3)/10) and vqa_accuracy("yes", yes2, "lmms") == .6
     assert vqa_accuracy("yes", [dict(answer="yes")]*10) == 0
-    capital = [dict(answer="Yes"), dict(answer="yes")] + [dict(answer="no")]*8 # differ until they are rewritten
+    # differ until they are rewritten
+    capital = [dict(answer="Yes"), dict(answer="yes")] + [dict(answer="no")] * 8
     assert vqa_accuracy("yes", capital) == pytest.approx(8*(2/3)/10)
 
 def test_inputs_are_not_changed():
@@ -115,29 +194,44 @@ def test_inputs_are_not_changed():
 def test_other_numbers_of_people(n):
     assert vqa_accuracy("x", ["x"]*n) == pytest.approx(min(1, (n-1)/3))
 
-@pytest.mark.parametrize("pred,answers,mode,word", [
-    (None, ["x"], "official", "prediction is a string"), (3., ["x"], "official", "prediction is a string"),
-    ("x", [], "official", "empty"), ("x", "x", "official", "one str"), ("x", [1, 2], "official", "hold a int"),
-    ("x", dict(answer="x"), "official", "one dict"), ("x", ["x", dict(answer="x")], "official", "mix"),
-    ("x", [dict(raw="x")], "official", "wanted strings"), ("x", ["x"], "Official", "pass one of"),
-    ("x", [dict(answer="x")], "strict", "pass one of")])
+@pytest.mark.parametrize(
+    "pred,answers,mode,word",
+    [
+        (None, ["x"], "official", "prediction is a string"),
+        (3.0, ["x"], "official", "prediction is a string"),
+        ("x", [], "official", "empty"),
+        ("x", "x", "official", "one str"),
+        ("x", [1, 2], "official", "hold a int"),
+        ("x", dict(answer="x"), "official", "one dict"),
+        ("x", ["x", dict(answer="x")], "official", "mix"),
+        ("x", [dict(raw="x")], "official", "wanted strings"),
+        ("x", ["x"], "Official", "pass one of"),
+        ("x", [dict(answer="x")], "strict", "pass one of"),
+    ],
+)
 def test_bad_input(pred, answers, mode, word):
     with pytest.raises((TypeError, ValueError), match=word): vqa_accuracy(pred, answers, mode)
-    with pytest.raises((TypeError, ValueError), match=r"row \d: "): vqa_accuracies(["x", pred], [["x"], answers], mode)
+    with pytest.raises((TypeError, ValueError), match=r"row \d: "):
+        vqa_accuracies(["x", pred], [["x"], answers], mode)
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(texts, tens), max_size=6), st.sampled_from(MODES))
 def test_vectorised_equals_scalar(rows, mode):
-    preds, answers = [p for p, _ in rows], [a for _, a in rows]
+    preds = [p for p, _ in rows]
+    answers = [a for _, a in rows]
     got = vqa_accuracies(preds, answers, mode)
     assert got.dtype == float and got.tolist() == [vqa_accuracy(p, a, mode) for p, a in rows]
 
 def test_vectorised_takes_arrays_and_is_fast():
-    r = np.random.default_rng(0); words = np.array([f"word {i}" for i in range(2000)])
-    pools = [words[r.integers(2000, size=3)][r.integers(3, size=10)] for _ in range(8000)] # arrays, as parquet gives them back
+    r = np.random.default_rng(0)
+    words = np.array([f"word {i}" for i in range(2000)])
+    # arrays, as parquet gives them back
+    pools = [words[r.integers(2000, size=3)][r.integers(3, size=10)] for _ in range(8000)]
     answers = [pools[i % 8000] for i in range(100_000)]
     preds = [str(a[0]).upper() + "." for a in answers]
-    start = time.process_time(); acc = vqa_accuracies(preds, answers); took = time.process_time() - start
+    start = time.process_time()
+    acc = vqa_accuracies(preds, answers)
+    took = time.process_time() - start
     assert took < 6, f"{took:.1f} s for 1e5 rows"
     assert acc[:50].tolist() == [vqa_accuracy(p, list(map(str, a))) for p, a in zip(preds[:50], answers)]
     with pytest.raises(ValueError, match="2 predictions but 1"): vqa_accuracies(["a", "b"], [["a"]])
@@ -161,7 +255,11 @@ def test_relevance_bounds(pred, answers):
     assert row.vqa_rel_score == rel == max(row.vqa_rel_token_f1, row.vqa_rel_edit_sim)
 
 def test_relevance_by_hand():
-    assert token_f1("red bus", "bus") == pytest.approx(2/3) and token_f1("", "bus") == 0 and token_f1("the", "?") == 1
+    assert (
+        token_f1("red bus", "bus") == pytest.approx(2 / 3)
+        and token_f1("", "bus") == 0
+        and token_f1("the", "?") == 1
+    )
     assert edit_similarity("kitten", "sitting") == pytest.approx(1 - 3/7) and edit_similarity("", "bus") == 0
     assert relevance("bears", [dict(answer="bear"), dict(answer="dog")]) == pytest.approx(.8)
     assert len(relevances([], [])) == 0
@@ -173,14 +271,18 @@ def test_relevance_by_hand():
 def test_targets(answers, r):
     if not any(a.strip() for a in answers): return
     try: texts_, weights = answer_targets(answers)
-    except ValueError: assert not any(a.replace("\n", " ").replace("\t", " ").strip() for a in answers); return
+    except ValueError:
+        assert not any(a.replace("\n", " ").replace("\t", " ").strip() for a in answers)
+        return
     assert len(texts_) == len(set(texts_)) == len(weights) and all(t.strip() == t and t for t in texts_)
-    assert list(weights) == vqa_accuracies(texts_, [answers]*len(texts_)).tolist() # each text earns its weight
+    # each text earns its weight
+    assert list(weights) == vqa_accuracies(texts_, [answers] * len(texts_)).tolist()
     assert list(weights) == sorted(weights, reverse=True) and set(weights) <= SCORES
     t3, w3 = answer_targets(answers, "count3")
     assert set(t3) == set(texts_) and 0 < min(w3) and max(w3) <= 1
     assert sum(w3) <= 10/3 + 1e-9 and sum(weights) <= 3 + 1e-9 # at most 1/3 and .3 a person
-    shuffled = answers[:]; r.shuffle(shuffled)
+    shuffled = answers[:]
+    r.shuffle(shuffled)
     assert answer_targets(shuffled) == (texts_, weights)
     assert answer_targets([dict(answer=a) for a in answers]) == (texts_, weights)
 
@@ -194,16 +296,33 @@ def test_targets_by_hand():
 
 # ---- post-processing
 
-@pytest.mark.parametrize("raw,safe,reports", [
-    ("black", "black", "black"), (" black \n", "black", " black \n"), ("black<|im_end|>", "black", "black<|im_end|>"),
-    ("black\nQuestion: why?", "black", "black\n"), ("Short answer: black", "black", ""), ("Answer:black", "black", ""),
-    ("salt, pepper", "salt, pepper", "salt"), ("Short hair", "Short hair", ""), ("red Question: what? Answer: no", "red", "red "),
-    ("1,000", "1,000", "1,000"), ("", "", ""), ("question mark", "question mark", "question mark")])
+@pytest.mark.parametrize(
+    "raw,safe,reports",
+    [
+        ("black", "black", "black"),
+        (" black \n", "black", " black \n"),
+        ("black<|im_end|>", "black", "black<|im_end|>"),
+        ("black\nQuestion: why?", "black", "black\n"),
+        ("Short answer: black", "black", ""),
+        ("Answer:black", "black", ""),
+        ("salt, pepper", "salt, pepper", "salt"),
+        ("Short hair", "Short hair", ""),
+        ("red Question: what? Answer: no", "red", "red "),
+        ("1,000", "1,000", "1,000"),
+        ("", "", ""),
+        ("question mark", "question mark", "question mark"),
+    ],
+)
 def test_postprocess(raw, safe, reports):
     assert postprocess(raw) == safe and postprocess_reports(raw) == reports
 
 @settings(max_examples=200, deadline=None)
-@given(st.one_of(texts, st.lists(st.sampled_from(["Answer", "Short", " ", ":", "Question", "\n", "x", "</s>"])).map("".join)))
+@given(
+    st.one_of(
+        texts,
+        st.lists(st.sampled_from(["Answer", "Short", " ", ":", "Question", "\n", "x", "</s>"])).map("".join),
+    )
+)
 def test_postprocess_is_one_clean_line(text):
     out = postprocess(text)
     assert out == out.strip() and "\n" not in out and "</s>" not in out and postprocess(out) == out
