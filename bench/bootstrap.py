@@ -6,7 +6,7 @@ run on fewer resamples and are scaled; their numbers are asserted equal for equa
 import resource, statistics, sys, time
 import numpy as np
 from leverplus.core import rng
-from leverplus.evaluate import boot_means
+from leverplus.statistics import boot_means
 
 def scores(n, k, seed=0):
     "[n, k] accuracies in {0, .6, 1} of k selectors that answer most queries alike"

@@ -20,7 +20,8 @@ from leverplus.cost import (
     QWEN_SIZES, feature_bytes, kv_bytes, mfu, peak_flops, prompt_flops, qwen_config, text_flops,
     vision_flops,
 )
-from leverplus.lvlm import LVLM, SharedScorer, Targets, load_lvlm, run_text
+from leverplus.lvlm import LVLM, Targets, load_lvlm
+from leverplus.scorer import SharedScorer, run_text
 from leverplus.prompt import IMAGE_MARK, Demo, Prompt
 
 FOLDER = ROOT/"models"/"tiny-qwen2.5-vl" # tokenizer, chat template and image processor of every size

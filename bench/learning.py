@@ -23,8 +23,10 @@ from leverplus.groups import RLData
 from leverplus.infer import pick_mmr, pick_model, pick_random, pick_similar
 from leverplus.learner import selector_learner
 from leverplus.pools import SAMPLERS
-from leverplus.recipes import fit_recipe, recipe, recipe_learner
-from leverplus.rldata_generate import FactCache, ask, generate
+from leverplus.recipes import RECIPES, fit_recipe, recipe, recipe_learner
+from leverplus.earlier_recipes import EARLIER
+from leverplus.rldata_ask import FactCache, ask
+from leverplus.rldata_generate import generate
 from leverplus.world import all_pointers, load_world
 
 SUITES = {
@@ -138,17 +140,16 @@ class Trial:
         return selector_learner(dls, seed=self.seed, wd=.05, choose_by=self.choose_by, **model)
 
     def recipe(self, name, **changes):
+        r = recipe(name, RECIPES | EARLIER, data=dict(reward=self.mode), **changes)
         learn = recipe_learner(
-            name,
+            r,
             self.train,
             self.dev,
             self.world.store,
             self.seed,
             choose_by=self.choose_by,
-            data=dict(reward=self.mode),
-            **changes
         )
-        return fit_recipe(learn, name, data=dict(reward=self.mode), **changes)
+        return fit_recipe(learn, r)
 
     def warm(self, sampler="random"):
         "A learner after the warm-up, which knows nothing of the groups but their shot counts; made once per seed"
@@ -196,7 +197,7 @@ def on_policy(t, learn, objective, lr, rounds=10, G=12):
 
 def mended(t):
     "The reports' RCE + GRPO with four defects of the second stage mended: old policy and reference from its start, an exact KL, no cut by reward, no dropout"
-    cbs = dict((c, {}) if isinstance(c, str) else c for c in recipe("plan5-as-run")["stages"][1]["cbs"])
+    cbs = dict((c, {}) if isinstance(c, str) else c for c in recipe("plan5-as-run", EARLIER)["stages"][1]["cbs"])
     del cbs["TopKFirst"]
     cbs["GRPO"] |= dict(old=None, refresh="epoch")
     cbs["KLToRef"] |= dict(ref="start", how="exact")

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np, pandas as pd, torch
 from PIL import Image
 from leverplus.cost import count_flops, text_flops, vision_flops
-from leverplus.lvlm import NaiveScorer, SharedScorer, Targets, compare, load_lvlm
+from leverplus.lvlm import NaiveScorer, Targets, compare, load_lvlm
+from leverplus.scorer import SharedScorer
 from leverplus.prompt import prompter
 from leverplus.rldata_generate import generate
 from leverplus.vqa import answer_targets

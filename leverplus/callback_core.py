@@ -45,6 +45,22 @@ class StageCallback(Callback):
             cls.name if isinstance(cls.name, str) else camel2snake(cls.__name__.removesuffix("Callback"))
         )
 
+    # the batch by name; to change it, write `self.learn.xb` and `self.learn.yb`
+    @property
+    def query(self): return self.xb[0] # [B,D] embedded questions
+    @property
+    def cands(self): return self.xb[1] # [B,K,D] embedded candidates, or what `dls` hands over in their place
+    @property
+    def cand_mask(self): return self.xb[2] # [B,K] True = a real candidate
+    @property
+    def seqs(self): return self.xb[3] # [B,N,S] stored sequences, as places in the pool
+    @property
+    def seq_mask(self): return self.xb[4] # [B,N,S] True = a real pick
+    @property
+    def rewards(self): return self.yb[0] # [B,N]
+    @property
+    def mask(self): return self.yb[1] # [B,N] True = a sequence that counts
+
     def log(self, n=1, **kw):
         "Hand scalars, each a mean over `n` things, to the `Stats` on the Learner, if there is one"
         for cb in self.learn.cbs:

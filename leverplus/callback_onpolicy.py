@@ -14,7 +14,9 @@ from torch import Tensor
 from .core import fingerprint, masked_mean, pad_rows, rng
 from .groups import FACT_COLUMNS, TEXT_FACTS, RLData, as_record
 from .rewards import reward as reward_of, reward_facts
-from .rldata_generate import TooManyFailures, as_cache, ask, best_sequences, facts_fingerprint
+from .rldata_generate import TooManyFailures
+from .rldata_ask import as_cache, ask, facts_fingerprint
+from .rldata_propose import best_sequences
 from .losses import inclusion_logp, live_groups
 from .callback_core import Objective, StageCallback
 from .callback_grpo import GRPO, RLOO

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['History', 'valid_loss', 'regrets', 'missed', 'promotion_p', 'Best', 'greedy_picks', 'candidate_ids', 'RLStats',
-           'plot_history']
+           'plot_history', 'Resume']
 
 # %% ../nbs/66_callback_track.ipynb #74d10a84
 import random, time
@@ -14,6 +14,14 @@ from .core import gini, rng
 from .losses import entropy_steps, group_mass, live_groups, regret
 from .callback_core import StageCallback, Objective, Stats, active_dropout
 from .callback_kl import AdaptiveKL
+import numpy as np, torch
+from pathlib import Path
+from fastcore.foundation import L
+from .core import atomic_path, fingerprint, frozen
+from .runs import Run
+from fastai.callback.core import CancelEpochException, CancelFitException, TrainEvalCallback
+from fastai.learner import CastToTensor, Recorder
+from fastai.callback import progress
 from fastai.callback.core import Callback, CancelFitException
 from fastai.torch_core import find_bs
 
@@ -398,3 +406,198 @@ def plot_history(
     ax.legend()
     if columns in ((), ("valid_loss",)): ax.set_ylabel("regret (reward)")
     return ax
+
+# %% ../nbs/66_callback_track.ipynb #df93d8fd
+class _Skip: "Stands for what cannot be kept"
+
+def _pack(v):
+    "`v` as plain values, tensors, arrays and states of modules; `_Skip` for anything else, and for what holds such a thing"
+    if v is None or isinstance(v, (bool, int, float, str)): return v
+    if isinstance(v, np.generic): return v.item()
+    if isinstance(v, torch.Tensor): return v.detach().clone()
+    if isinstance(v, np.ndarray): return {"_array": torch.as_tensor(v)}
+    if isinstance(v, (list, tuple, L)):
+        x = [_pack(i) for i in v]
+        return _Skip if any(i is _Skip for i in x) else tuple(x) if isinstance(v, tuple) else x
+    if isinstance(v, dict):
+        x = {k: _pack(i) for k, i in v.items()}
+        return _Skip if any(i is _Skip for i in x.values()) else x
+    return {"_state": _pack(v.state_dict())} if isinstance(v, nn.Module) else _Skip
+
+def _memory(cb): # what a callback remembers
+    leave = {"learn", "buf", "run", "run_train", "run_valid", *getattr(type(cb), "transient", ())}
+    packed = {k: _pack(v) for k, v in vars(cb).items() if k not in leave}
+    return {k: v for k, v in packed.items() if v is not _Skip}
+
+def _remember(cb, memory, model):
+    for k, v in memory.items():
+        if isinstance(v, dict) and v.keys() == {"_state"}:
+            # a copy that training would have made
+            if not hasattr(vars(cb).get(k), "load_state_dict"):
+                setattr(cb, k, frozen(model))
+            vars(cb)[k].load_state_dict(v["_state"])
+        else: setattr(cb, k, v["_array"].numpy() if isinstance(v, dict) and v.keys() == {"_array"} else v)
+
+def _rng_state(dls):
+    a = np.random.get_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+    return dict(
+        torch=torch.get_rng_state(),
+        cuda=cuda,
+        numpy=[a[0], torch.as_tensor(a[1].astype("int64")), *a[2:]],
+        python=random.getstate(),
+        loaders=[dl.rng.getstate() for dl in dls.loaders],
+    )
+
+def _set_rng_state(dls, s):
+    torch.set_rng_state(s["torch"].cpu())
+    random.setstate(s["python"])
+    n = s["numpy"]
+    if s["cuda"]: torch.cuda.set_rng_state_all([x.cpu() for x in s["cuda"]])
+    np.random.set_state((n[0], n[1].cpu().numpy().astype("uint32"), *n[2:]))
+    for dl, r in zip(dls.loaders, s["loaders"]): dl.rng.setstate(r)
+
+# %% ../nbs/66_callback_track.ipynb #17341600
+def _describe(v, depth=0):
+    "Settings as JSON: modules and tensors by fingerprint, functions by name, objects by class and what they hold"
+    if v is None or isinstance(v, (bool, int, float, str)): return v
+    if isinstance(v, nn.Module): return f"{type(v).__name__} {fingerprint(v.state_dict())}"
+    if isinstance(v, (torch.Tensor, np.ndarray)): return fingerprint(v)
+    if isinstance(v, (list, tuple, set, range)):
+        return [_describe(i, depth) for i in (sorted(v) if isinstance(v, set) else v)]
+    if isinstance(v, dict): return {str(k): _describe(i, depth) for k, i in v.items()}
+    if isinstance(v, type) or hasattr(v, "__qualname__"): return v.__qualname__
+    if depth > 3 or not hasattr(v, "__dict__"): return type(v).__name__
+    return {
+        "class": type(v).__name__,
+        **{
+            k: _describe(i, depth + 1)
+            for k, i in vars(v).items()
+            if not isinstance(i, Callback) and k != "learn"
+        },
+    }
+
+_SILENT = (TrainEvalCallback, CastToTensor, Recorder, progress.ProgressCallback)   # of these nothing depends
+
+def _stage_settings(learn):
+    "What decides how a stage goes, but for data and weights"
+    cbs = [cb for cb in learn.cbs if not isinstance(cb, (Stats, History, Resume)) and type(cb) not in _SILENT]
+    own = lambda cb: {
+        k: _describe(v) for k, v in vars(cb).items() if k != "learn" and not isinstance(v, Callback)
+    }
+    return dict(
+        n_epoch=learn.n_epoch,
+        optimiser=_describe(dict(learn.opt.hypers[-1])),
+        model=type(learn.model).__name__,
+        callbacks={cb.name: own(cb) for cb in cbs},
+    )
+
+class Resume(StageCallback):
+    "Write the state of a fit after every epoch, and go on from there when the same fit is started again"
+    # before everything: a state is written before anything of the next epoch, and read before anything trains
+    order = -20
+    def __init__(self,
+        folder, # of this stage alone; made if needed; a run with other settings in it is refused
+    ): self.folder, self.run_dir, self.state, self.ready, self.dirty, self.done = Path(folder), None, None, False, False, 0
+
+    @property
+    def file(self): return self.folder/"state.pt"
+    def before_fit(self):
+        self.run_dir = None
+        self.state = None
+        self.ready = False
+        self.dirty = False
+        self.done = 0
+
+    def open(self):
+        "Open the folder, or refuse it; read what is there"
+        # how a warm-up draws is in none of its items
+        ds, valid = self.dls.train_ds, self.dls.valid
+        warm = getattr(self.dls, "info", {}).get("warmup")
+        drawn = [] if warm is None else [warm]
+        with torch.random.fork_rng(devices=()):
+            data = fingerprint(
+                [ds[0], ds[len(ds) - 1], len(ds), self.dls.train.bs, list(valid.one_batch()), *drawn]
+            )
+        prints = dict(data=data, start=fingerprint(self.model.state_dict()))
+        self.run_dir = Run.create(
+            self.folder, _stage_settings(self.learn), getattr(self.learn, "seed", 0), prints
+        )
+        if not self.file.exists(): return
+        self.state = torch.load(
+            self.file, map_location=next(self.model.parameters()).device, weights_only=True
+        )
+        self.done = self.state["done"]
+
+    def before_train(self):
+        if self.run_dir is None: self.open()
+        if self.state is not None and self.state["finished"]: raise CancelFitException
+        if self.epoch < self.done: raise CancelEpochException
+        if not self.ready: self.restore()
+        self.dirty = None   # this epoch trains
+
+    def after_epoch(self):
+        if self.dirty is None: self.dirty, self.done = True, self.epoch+1
+    def before_epoch(self):
+        if self.dirty: self.save()
+    def after_fit(self):
+        if not self.ready and self.state is not None:
+            self.restore()
+            self.model.eval()
+            self.learn.training = False
+        if self.run_dir is not None and (self.dirty or not (self.state or {}).get("finished")):
+            self.save(finished=True)
+
+    def cbs_by_name(self):
+        return {cb.name: cb for cb in self.learn.cbs if isinstance(cb, StageCallback) and cb is not self}
+
+    def save(self, finished=False):
+        "Write the state, atomically"
+        rec, smooth = self.recorder, self.recorder.smooth_loss
+        state = dict(
+            done=self.done,
+            finished=finished,
+            model=self.model.state_dict(),
+            opt=_pack(self.opt.state_dict()),
+            rng=_rng_state(self.dls),
+            grads=[None if p.grad is None else p.grad.clone() for p in self.model.parameters()],
+            train_iter=self.train_iter,
+            callbacks={k: _memory(cb) for k, cb in self.cbs_by_name().items()},
+            recorder=_pack(
+                dict(
+                    lrs=rec.lrs,
+                    iters=rec.iters,
+                    losses=rec.losses,
+                    values=[list(v) for v in rec.values],
+                    n=smooth.count,
+                    val=smooth.val,
+                )
+            ),
+        )
+        scaler = getattr(getattr(self.learn, "mixed_precision", None), "scaler", None)
+        if scaler is not None: state["scaler"] = scaler.state_dict()
+        with atomic_path(self.file) as tmp: torch.save(state, tmp)
+        for cb in self.learn.cbs:
+            if isinstance(cb, History) and cb.rows: self.run_dir.save_history(cb.frame)
+        self.state = state
+        self.dirty = False
+        if finished: self.run_dir.finish(epochs=self.done)
+
+    def restore(self):
+        "Put everything back to where the state was written"
+        self.ready = True
+        s = self.state
+        if s is None: return
+        self.model.load_state_dict(s["model"])
+        self.opt.load_state_dict({**s["opt"], "hypers": L(s["opt"]["hypers"])})
+        self.learn.train_iter = s["train_iter"]
+        for p, g in zip(self.model.parameters(), s["grads"]): p.grad = g
+        for k, cb in self.cbs_by_name().items(): _remember(cb, s["callbacks"][k], self.model)
+        rec, r = self.recorder, s["recorder"]
+        rec.lrs = r["lrs"]
+        rec.iters = r["iters"]
+        rec.losses = [loss.cpu() for loss in r["losses"]] # where fastai keeps them, and plots them from
+        rec.values = L(L(v) for v in r["values"])
+        rec.smooth_loss.count, rec.smooth_loss.val = r["n"], r["val"].cpu()
+        if "scaler" in s: self.learn.mixed_precision.scaler.load_state_dict(s["scaler"])
+        _set_rng_state(self.dls, s["rng"])

@@ -27,12 +27,12 @@ from .data import items_fingerprint
 from .embed import KINDS, EmbedStore, embed_items
 from .pools import SAMPLERS
 from .prompt import STYLES
-from .lvlm import PREFIX_CACHES
+from .scorer import PREFIX_CACHES
 from .groups import FACT_COLUMNS, TEXT_FACTS, RLData, check_shard, shard_files, shard_tag
 from .rewards import REWARDS, reward_facts
+from .rldata_ask import FactCache, ask, content_keys, facts_fingerprint
 from leverplus.rldata_generate import (
-    FactCache, NotVerified, TooManyFailures, ask, content_keys, evaluated, facts_fingerprint,
-    policy_fingerprint, run_lock, shard_queries,
+    NotVerified, TooManyFailures, evaluated, policy_fingerprint, run_lock, shard_queries,
 )
 from .rldata_scale import DTYPES, READERS, Job, expected_rate, generate_ray
 from .doors import COMMANDS, STATUS, front
@@ -258,8 +258,8 @@ def add_door(
     return p
 
 # %% ../nbs/95_cli.ipynb #a2cf5015
-RATES = {"models/tiny-qwen2.5-vl": (320., "measured on one CPU core, page 36")}
-ROW_BYTES = 68 # of a stored sequence, measured on page 36; real answers are longer
+RATES = {"models/tiny-qwen2.5-vl": (320., "measured on one CPU core, page 39")}
+ROW_BYTES = 68 # of a stored sequence, measured on page 39; real answers are longer
 
 def measured_rate(
     path, # folder of a run of `generate`
@@ -950,13 +950,18 @@ def with_text(
     if not set(reward_facts(reward, **(weights or {}))[0]) & set(TEXT_FACTS): return data
     return evaluated(data)
 
+def _recipe(args):
+    "The recipe that `--recipe` and `--set` ask for, ours or an earlier one"
+    from leverplus.recipes import RECIPES, recipe
+    from leverplus.earlier_recipes import EARLIER
+    return recipe(args.recipe, RECIPES | EARLIER, **dict(args.set or {}))
+
 def _training_data(args):
     "(job, training record, development record)"
     from leverplus.rldata_merge import merge, split
     how = args.reward, weights_of(args)
     if args.recipe:
-        from leverplus.recipes import recipe
-        d = recipe(args.recipe, **dict(args.set or {})).get("data", {})
+        d = _recipe(args).get("data", {})
         how = d.get("reward", args.reward), d.get("weights")
     runs = [RLData.load(p) for p in args.runs]
     train = merge(*runs) if len(runs) > 1 else runs[0]
@@ -975,10 +980,11 @@ def _learner(args, train, dev, store, items):
     more = dict(args.set or {})
     if args.recipe:
         from leverplus.recipes import fit_recipe, recipe_learner
+        r = _recipe(args)
         # what a warm-up may see: no picture of a development question
         own = items[~items.image_id.isin(items.image_id.reindex(dev.queries))]
-        learn = recipe_learner(args.recipe, train, dev, store, args.seed, start, items=own, **more)
-        return learn, lambda folder: fit_recipe(learn, args.recipe, resume=folder, **more)
+        learn = recipe_learner(r, train, dev, store, args.seed, start, items=own)
+        return learn, lambda folder: fit_recipe(learn, r, resume=folder)
     from leverplus.dls import group_dls
     dls = group_dls(
         train, dev, store, args.reward, args.kind, args.bs, args.seed, args.device, **weights_of(args)
@@ -1092,8 +1098,7 @@ def _looks(args):
     "How often `--choose accuracy` asks about every question of dev, at most"
     if args.choose == "regret": return 0
     if args.recipe:
-        from leverplus.recipes import recipe
-        stages = recipe(args.recipe, **dict(args.set or {}))["stages"]
+        stages = _recipe(args)["stages"]
     else: stages = [dict(n_epoch=EPOCHS if args.epochs is None else args.epochs) | dict(args.set or {})]
     n = sum(1 + s["n_epoch"] for s in stages if s.get("best") is not False and s["n_epoch"])
     return n + (n > 0 and stages[-1].get("best") is False) # and once more at the end

@@ -12,10 +12,13 @@ from contextlib import ExitStack
 from pathlib import Path
 import pandas as pd
 from .runs import Run
-from .rldata_generate import COUNTS, FactCache, ask, generate
+from .rldata_propose import COUNTS
+from .rldata_ask import FactCache, ask
+from .rldata_generate import generate
 from .rldata_check import health
 from .diagnose import data_facts
-from .recipes import fit_recipe, recipe, recipe_learner
+from .recipes import RECIPES, fit_recipe, recipe, recipe_learner
+from .earlier_recipes import EARLIER
 from .infer import pick_model
 from leverplus.evaluate import (
     best_fixed, check_facts, fixed_pairs, look, majority_vote, paired_table, pick_baselines, pick_oracle,
@@ -76,20 +79,20 @@ def train_recipes(
     "Train selectors by recipes"
     items, out = world.items, {}
     for name, changes in recipes.items():
+        r = recipe(name, RECIPES | EARLIER, **changes)
         learn = recipe_learner(
-            name,
+            r,
             groups["train"],
             groups["dev"],
             world.store,
             seed,
             items=items[items.split == "train"],
-            **changes
         )
         with ExitStack() as quiet:
             if not bars:
                 quiet.enter_context(learn.no_bar())
                 quiet.enter_context(learn.no_logging())
-            out[name] = fit_recipe(learn, name, **changes)
+            out[name] = fit_recipe(learn, r)
     return out
 
 # %% ../nbs/92_demo.ipynb #bcc6f7df
@@ -206,7 +209,7 @@ def run_demo(
         shots=max(cfg["table_shots"]),
         title="leverplus on the embedded world",
         facts=data_facts(learn.dls),
-        data=health(groups, recipe(best)["data"]["reward"]),
+        data=health(groups, recipe(best, RECIPES | EARLIER)["data"]["reward"]),
         looks=table.attrs["looks"],
         n=cfg["cases"],
     )

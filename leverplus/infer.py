@@ -16,9 +16,9 @@ from .runs import Run, plain
 from .pools import check_pool
 from .vqa import normalise
 from .lvlm import Scored, Targets
-from leverplus.rldata_generate import (
-    FactCache, ask, best_sequences, facts_fingerprint, item_hashes, policy_fingerprint,
-)
+from .rldata_ask import FactCache, ask, facts_fingerprint, item_hashes
+from .rldata_propose import best_sequences
+from .rldata_generate import policy_fingerprint
 
 # %% ../nbs/80_infer.ipynb #0fa208f5
 PICKS = ["selector", "shots", "draw", "question_id", "pointer"]

@@ -21,10 +21,9 @@ from .core import fingerprint, rng, write_json
 from .runs import Run, plain
 from .synth import quiet
 from .groups import RLData
-from leverplus.rldata_generate import (
-    COUNTS, FactCache, SimilarityPrior, ask, check_counts, evaluated, facts_fingerprint, generate,
-    item_hashes,
-)
+from .rldata_propose import COUNTS, SimilarityPrior, check_counts
+from .rldata_ask import FactCache, ask, facts_fingerprint, item_hashes
+from .rldata_generate import evaluated, generate
 from .rldata_check import health, wilson
 from .rldata_mine import mine
 from .rldata_merge import merge
@@ -32,10 +31,8 @@ from .dls import GroupDataset, group_dls
 from .learner import load_selector, selector_learner
 from .offpolicy import batch_logp
 from .infer import as_pointer, candidates, check_picks, pick_random, picks_frame
-from leverplus.evaluate import (
-    Interval, agreement, bootstrap_mean, differs, mde, paired_bootstrap, pick_oracle, plan_power,
-    expected_best, score_matrix, score_picks, verdict,
-)
+from .statistics import Interval, bootstrap_mean, differs, mde, paired_bootstrap, plan_power, verdict
+from .evaluate import agreement, pick_oracle, expected_best, score_matrix, score_picks
 
 # %% ../nbs/84_loops.ipynb #2fdc9cf0
 def loop_queries(
@@ -447,11 +444,11 @@ def compare_oracle(
 
 # %% ../nbs/84_loops.ipynb #9d7ecc1a
 LIMITS = dict(
-    failed=.01, # largest share of failed rows; report 001, section 9 (P0.3): an error is no negative. Number: page 33
-    no_positive=.5, # largest share of questions without a positive; report 001, section 10 (2): else mend sampling first. Number: page 33
-    live=.3, # least share of groups that can teach; report 001, sections 1.1 and 4.1. Number: page 33
+    failed=.01, # largest share of failed rows; report 001, section 9 (P0.3): an error is no negative. Number: page 36
+    no_positive=.5, # largest share of questions without a positive; report 001, section 10 (2): else mend sampling first. Number: page 36
+    live=.3, # least share of groups that can teach; report 001, sections 1.1 and 4.1. Number: page 36
     spearman=.3, # least rank correlation of vqa_gt_prob and accuracy, as a share of what ties allow; report 001, sections 8, 10 (3). Number: 33
-    headroom=.02, # least oracle - pick; report 001, sections 4.2 and 10 (1). Number: page 33
+    headroom=.02, # least oracle - pick; report 001, sections 4.2 and 10 (1). Number: page 36
     grpo_no_positive=.1, # as `no_positive`, before GRPO; report 001, section 8
     wanted=.02) # the gain that is worth showing; the reports' tables differ by .4 to 2 points (reports 003 and 004)
 

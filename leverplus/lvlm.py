@@ -4,18 +4,17 @@
 
 # %% auto #0
 __all__ = ['IMAGE_SETTINGS', 'TEXT_SETTINGS', 'ROPE_SETTINGS', 'VISION_SETTINGS', 'FAMILY', 'MAX_NEW_TOKENS', 'NOT_FINITE',
-           'PREFIX_CACHES', 'LVLM', 'load_lvlm', 'Targets', 'Scored', 'NaiveScorer', 'scorer_fingerprint',
-           'rope_positions', 'Trie', 'ScorerStats', 'SharedScorer', 'run_text', 'compare', 'MockScorer']
+           'LVLM', 'load_lvlm', 'Targets', 'Scored', 'scored_prompt', 'failed_prompt', 'targets_of', 'prompt_bar',
+           'NaiveScorer', 'scorer_fingerprint', 'compare', 'MockScorer']
 
 # %% ../nbs/21_lvlm.ipynb #b8dffa05
-import contextlib, gc, inspect, json, math, os, time
-from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+import json, math, os
+from dataclasses import dataclass
+from functools import cached_property
 import numpy as np, torch
 from .core import exact_float32, fingerprint, loading_bar, repo_path, stable_hash
-from .vision import VisionCache, VisionEncoder, device_is_lost, out_of_memory, patch_side
-from .prefix import PrefixStore, plan_prefixes
-from .prompt import IMAGE_MARK, Prompt, check_prompt, messages
+from .vision import patch_side
+from .prompt import Prompt, check_prompt, messages
 
 # %% ../nbs/21_lvlm.ipynb #a3409968
 # what decides an image's numbers, spelled out, so that settings which later versions of transformers add do
@@ -208,13 +207,13 @@ class Scored:
     error:str|None=None # what went wrong; a failed prompt has no facts
     n_decode:int=0 # extra forward passes of its batch, if the greedy answer needed any
 
-def _scored(prompt, target, logprobs=(), text=None, n_decode=0):
+def scored_prompt(prompt, target, logprobs=(), text=None, n_decode=0):
     p = math.fsum(w*math.exp(l) for w, l in zip(target.weights, logprobs)) if target.texts else math.nan
     return Scored(
         prompt.question_id, prompt.pointer, text, tuple(float(l) for l in logprobs), p, None, n_decode
     )
 
-def _failed(prompt, e):
+def failed_prompt(prompt, e):
     return Scored(
         prompt.question_id, prompt.pointer, error=e if isinstance(e, str) else f"{type(e).__name__}: {e}"
     )
@@ -223,13 +222,13 @@ def _failed(prompt, e):
 MAX_NEW_TOKENS = 10 # longest greedy answer, end token included
 NOT_FINITE = "logits that are not finite numbers; float16 overflows in some models: use bfloat16 or float32"
 
-def _targets(prompts, targets):
+def targets_of(prompts, targets):
     targets = [Targets()]*len(prompts) if targets is None else list(targets)
     if len(targets) != len(prompts):
         raise ValueError(f"{len(prompts)} prompts but {len(targets)} targets; pass one Targets per prompt")
     return targets
 
-def _bar(total, progress, desc):
+def prompt_bar(total, progress, desc):
     from tqdm.auto import tqdm
     return tqdm(total=total, desc=desc, unit="prompt", leave=False, disable=not progress)
 
@@ -262,8 +261,8 @@ class NaiveScorer:
         progress:bool=False, # show a bar?
     )->list: # n Scored, in order; what fails carries its error
         "Score prompts"
-        prompts, targets, out = list(prompts), _targets(prompts, targets), []
-        with exact_float32(self.lvlm.device), _bar(len(prompts), progress, "naive") as bar:
+        prompts, targets, out = list(prompts), targets_of(prompts, targets), []
+        with exact_float32(self.lvlm.device), prompt_bar(len(prompts), progress, "naive") as bar:
             for i in range(0, len(prompts), self.batch_size):
                 out += self._batch(
                     prompts[i : i + self.batch_size], targets[i : i + self.batch_size], generate
@@ -274,7 +273,7 @@ class NaiveScorer:
     def _batch(self, prompts, targets, generate):
         try: return self._score(prompts, targets, generate)
         except Exception as e:
-            if len(prompts) == 1: return [_failed(prompts[0], e)]
+            if len(prompts) == 1: return [failed_prompt(prompts[0], e)]
         return [s for p, t in zip(prompts, targets) for s in self._batch([p], [t], generate)]
 
     def _inputs(self, texts, images):
@@ -298,7 +297,7 @@ class NaiveScorer:
         ]
         lps = torch.cat(lps).tolist() if lps else []
         per = [[l for (k, _), l in zip(rows, lps) if k == j] for j in range(len(prompts))]
-        return [_scored(p, t, l, s) for p, t, l, s in zip(prompts, targets, per, says)]
+        return [scored_prompt(p, t, l, s) for p, t, l, s in zip(prompts, targets, per, says)]
 
     @torch.no_grad()
     def _generate(self, texts, images):
@@ -350,624 +349,6 @@ def scorer_fingerprint(
         lvlm.end_id,
     )
 
-# %% ../nbs/21_lvlm.ipynb #c45703a2
-def rope_positions(
-    ids, # L token ids, image marks expanded to one per visual token
-    grids, # (t, h, w) of each image in order, in visual tokens
-    image_id:int, # id of the image mark
-    start:int=0, # first position
-)->tuple: # (int64 tensor [3, L], next free position)
-    "M-RoPE positions of a prompt (Qwen2-VL, arXiv 2409.12191, section 2.1)"
-    pos = np.empty((3, len(ids)), np.int64)
-    cur = start
-    i = 0
-    grids = iter(grids)
-    while i < len(ids):
-        if ids[i] != image_id:
-            pos[:, i] = cur
-            i, cur = i + 1, cur + 1
-            continue
-        t, h, w = next(grids)
-        n = t * h * w
-        pos[:, i:i+n] = cur + np.indices((t, h, w)).reshape(3, -1)
-        i = i + n
-        cur = cur + max(t, h, w)
-    return torch.from_numpy(pos), cur
-
-# %% ../nbs/21_lvlm.ipynb #f8b32519
-@dataclass
-class Trie:
-    "Answers as a tree of tokens behind a prompt; node 0.. are tokens, the prompt itself is the root (-1)"
-    tokens:list=field(default_factory=list) # token of each node
-    parent:list=field(default_factory=list) # parent node, -1 = the prompt
-    depth:list=field(default_factory=list) # tokens between prompt and node, 0 for the first
-    child:dict=field(default_factory=dict) # (node, token) -> node
-
-    def add(self,
-        ids, # token ids of an answer, without the end token
-    )->list: # nodes on its path
-        "Hang an answer into the tree"
-        path, at = [], -1
-        for t in ids:
-            if (at, t) not in self.child:
-                self.child[at, t] = len(self.tokens)
-                self.tokens.append(t)
-                self.parent.append(at)
-                self.depth.append(len(path))
-            at = self.child[at, t]
-            path.append(at)
-        return path
-
-    def sees(self)->np.ndarray:
-        "[Q, Q] bool: node i sees node j if j is i or an ancestor of it"
-        m = np.eye(len(self.tokens), dtype=bool)
-        for i, p in enumerate(self.parent):
-            if p >= 0: m[i] |= m[p]
-        return m
-
-# %% ../nbs/21_lvlm.ipynb #058a38dd
-PREFIX_CACHES = ("off", "query", "global")
-
-@dataclass
-class ScorerStats:
-    "What a `SharedScorer` has done so far"
-    prompts:int=0 # asked
-    failed:int=0 # of these
-    tokens:int=0 # of the prompts, from first to last
-    ran:int=0 # of these that went through the model; the others came from stored beginnings
-    padded:int=0 # `ran`, and the padding of its batches
-    nodes:int=0 # of the answer trees
-    padded_nodes:int=0 # `nodes`, and their padding
-    prefixes:int=0 # beginnings computed on their own
-    reused:int=0 # prompts that continued a beginning
-    steps:int=0 # decoding passes
-    off_tree:int=0 # answers that needed them
-    retries:int=0 # batches split because memory ran out
-    images:dict=field(default_factory=dict) # images found in memory, on disk, encoded, failed
-    seconds:dict=field(default_factory=dict) # by what was done
-
-    @contextlib.contextmanager
-    def clock(self, what, device):
-        "Add the seconds of a block to `seconds[what]`"
-        t = time.perf_counter()
-        try: yield
-        finally:
-            if device.type == "cuda": torch.cuda.synchronize(device)
-            self.seconds[what] = self.seconds.get(what, 0.) + time.perf_counter() - t
-
-@dataclass
-class _Row:
-    "A prompt made ready"
-    prompt: Prompt
-    target: Targets
-    ids: list
-    pos: torch.Tensor
-    next_pos: int
-    images: list
-    # `Trie` of the answers, the nodes of each, tokens of the demonstrations' answers
-    tree: object
-    answers: list
-    drafts: list
-    path:list # names of its beginnings after 0, 1, .. demonstrations
-    cuts:list # (tokens, images) in each of them
-
-def _pad_left(rows, fill, n): return [[fill]*(n - len(r)) + list(r) for r in rows]
-
-class SharedScorer:
-    "Fast scorer: images encoded once, shared beginnings computed once, all answers and the greedy text from one prefill"
-    def __init__(self,
-        lvlm:LVLM, # whom to ask
-        batch_tokens:int=8192, # padded prompt tokens per batch, > 0; 65536 suits a large GPU
-        max_new_tokens:int=MAX_NEW_TOKENS, # longest answer, end token included
-        cache_bytes:int=1 << 30, # image features kept in memory, oldest leave first
-        vision_dir=None, # folder for image features, shared by processes and runs; None: memory only
-        prefix_cache:str="off", # off | query | global
-        prefix_bytes:int=1 << 28, # keys and values of beginnings kept, oldest leave first
-        prefix_depth:int=1, # with global: beginnings of so many demonstrations are computed before anybody shares them
-        group_windows:bool=True, # one attention call for windows of equal length in the vision tower
-        equal_lengths:bool|None=None, # prefer batches without padding, which need no mask; default on a GPU
-        window:int=2048, # prompts made ready at once, >= 1
-    ):
-        if prefix_cache not in PREFIX_CACHES:
-            raise ValueError(f"prefix_cache={prefix_cache!r}: wanted one of {', '.join(PREFIX_CACHES)}")
-        if min(batch_tokens, max_new_tokens, window) < 1:
-            raise ValueError(
-                f"batch_tokens={batch_tokens}, max_new_tokens={max_new_tokens}, window={window}: all must be"
-                " at least 1"
-            )
-        self.lvlm = lvlm
-        self.batch_tokens = batch_tokens
-        self.max_new_tokens = max_new_tokens
-        self.window = window
-        self.prefix_cache = prefix_cache
-        self.prefix_depth = prefix_depth
-        self.prefixes = PrefixStore(prefix_bytes)
-        self.equal_lengths = lvlm.device.type == "cuda" if equal_lengths is None else equal_lengths
-        cache = VisionCache(lvlm.vision_fingerprint, cache_bytes, vision_dir, device=lvlm.device)
-        self.vision = VisionEncoder(lvlm.model, lvlm.image_processor, cache, 4*batch_tokens, group_windows)
-        self.budget = batch_tokens
-        self._clean = 0
-        self._ids = {}
-        self._answers = {}
-        self.stats = ScorerStats(images=self.vision.counts)
-
-    @property
-    def fingerprint(self)->str:
-        "Fingerprint of the facts it makes; the same as `NaiveScorer`'s"
-        return scorer_fingerprint(self.lvlm, self.max_new_tokens)
-
-    @property
-    def tolerance(self)->float:
-        "See `LVLM.tolerance`"
-        return self.lvlm.tolerance
-
-    def reference(self)->NaiveScorer:
-        "The reference scorer of the same model"
-        return NaiveScorer(self.lvlm, max_new_tokens=self.max_new_tokens)
-
-    def run(self,
-        prompts, # list of n Prompt
-        targets=None, # list of n Targets; None: no answers to score
-        generate:bool=True, # also the greedy answer?
-        progress:bool=False, # show a bar with the rate and what was shared?
-    )->list: # n Scored, in order; what fails carries its error
-        "Score prompts"
-        prompts, targets = list(prompts), _targets(prompts, targets)
-        out = [None] * len(prompts)
-        with _bar(len(prompts), progress, "shared") as bar:
-            for i in range(0, len(prompts), self.window):
-                for k, s in self._window(prompts[i:i+self.window], targets[i:i+self.window], generate):
-                    out[i + k] = s
-                    bar.update()
-                    bar.set_postfix(self._shares() if progress else {}, refresh=False)
-        self.stats.prompts += len(out)
-        self.stats.failed += sum(s.error is not None for s in out)
-        return out
-
-    def _shares(self):
-        s = self.stats
-        seen = max(1, sum(self.vision.counts.values()))
-        return dict(
-            images_known=f"{1 - self.vision.counts['encoded']/seen:.0%}",
-            tokens_shared=f"{1 - s.ran/max(1, s.tokens):.0%}",
-            retries=s.retries,
-        )
-
-    def _window(self, prompts, targets, generate):
-        "Yield (place, Scored) in the order in which batches are done"
-        dev = self.lvlm.device
-        with self.stats.clock("images", dev): features = self.vision([im for p in prompts for im in p.images])
-        rows = []
-        with self.stats.clock("prompts", dev):
-            for k, (p, t) in enumerate(zip(prompts, targets)):
-                try: rows.append((k, self._row(p, t, features)))
-                except Exception as e: yield k, _failed(p, e)
-        if self.prefix_cache != "off":
-            with self.stats.clock("beginnings", dev): self._make_prefixes([r for _, r in rows])
-        todo = sorted(rows, key=lambda kr: (*self._size(kr[1]), kr[0]))
-        while todo:
-            n = self._fits([(r, None) for _, r in todo])
-            batch, todo = todo[:n], todo[n:]
-            batch.sort(key=lambda kr: (len(kr[1].tree.tokens), kr[0])) # trees of one size side by side
-            for (k, _), s in zip(batch, self._ask([r for _, r in batch], generate)): yield k, s
-        self.prefixes.held = frozenset()
-        self.prefixes.clear() if self.prefix_cache == "query" else self.prefixes.trim()
-
-# %% ../nbs/21_lvlm.ipynb #0739281e
-def _token_ids(self:SharedScorer, text):
-    if len(self._ids) > 200_000: self._ids.clear() # texts of queries do not come back
-    if text not in self._ids:
-        self._ids[text] = self.lvlm.tokenizer(text, add_special_tokens=False)["input_ids"]
-    return self._ids[text]
-
-def _answer_ids(self:SharedScorer, answer, tail):
-    "Tokens of an answer; they must be those it has behind `tail`, the last turn's opening"
-    if (answer, tail) not in self._answers:
-        ids, joint = (
-            self.lvlm.tokenizer(t, add_special_tokens=False)["input_ids"] for t in (answer, tail + answer)
-        )
-        if joint != self._token_ids(tail) + ids:
-            raise ValueError(f"answer {answer!r} is tokenised differently behind the prompt")
-        self._answers[answer, tail] = ids
-    return self._answers[answer, tail]
-
-def _row(self:SharedScorer, prompt, target, features):
-    feats = [features[im] for im in prompt.images]
-    for f in feats:
-        if isinstance(f, Exception): raise f
-    pieces = self.lvlm.render(prompt).split(IMAGE_MARK)
-    tail = pieces[-1][pieces[-1].rindex("<|im_start|>") :]
-    ids = list(self._token_ids(pieces[0]))
-    path = [pieces[0]]
-    cuts = []
-    for k, ((_, (t, h, w), key), piece) in enumerate(zip(feats, pieces[1:])):
-        cuts.append((len(ids), k))
-        path.append((path[-1], key, piece))
-        ids += [self.lvlm.image_id] * (t * h * w) + self._token_ids(piece)
-    pos, nxt = rope_positions(ids, [g for _, g, _ in feats], self.lvlm.image_id)
-    tree = Trie()
-    answers, drafts = [tree.add(self._answer_ids(a, tail)) for a in target.texts], [
-        self._token_ids(d.answer) for d in prompt.demos if d.answer
-    ]
-    if twice := [a for a, path in zip(target.texts, answers) if answers.count(path) > 1]:
-        raise ValueError(f"answers {twice} are the same tokens: merge them")
-    self.stats.tokens += len(ids)
-    return _Row(
-        prompt, target, ids, pos, nxt, [f for f, _, _ in feats], tree, answers, drafts, path[:-1], cuts
-    )
-
-SharedScorer._token_ids = _token_ids
-SharedScorer._answer_ids = _answer_ids
-SharedScorer._row = _row
-
-# %% ../nbs/21_lvlm.ipynb #65186d09
-@lru_cache(maxsize=None)
-def _cache_word(forward): # `forward` of a text model's class
-    return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
-
-def run_text(
-    lm, # text model of a Qwen-VL: `model.model.language_model`
-    embeddings:torch.Tensor, # [B, L, D] of the tokens to run
-    cache, # `DynamicCache` with what came before; it grows by L tokens
-    mask:torch.Tensor|None=None, # what the attention wants: bool [B, P + L], or 4-D; None: every token sees all before it
-    positions:torch.Tensor|None=None, # int64 [3, B, L], of M-RoPE; None: counted on from the cache, for text alone
-    **extra, # deepstack features of Qwen3-VL
-)->torch.Tensor: # [B, L, D] hidden states of the last layer
-    "Run tokens behind what a cache holds"
-    known = {_cache_word(type(lm).forward): cache}
-    out = lm(
-        inputs_embeds=embeddings,
-        attention_mask=mask,
-        position_ids=positions,
-        use_cache=True,
-        **known,
-        **extra
-    )
-    return out.last_hidden_state
-
-# %% ../nbs/21_lvlm.ipynb #a9020399
-def _start(self:SharedScorer, row, upto):
-    "Where an item starts: (key, tokens, images) of the longest stored beginning before `upto`"
-    for j in reversed(range(len(row.path) if upto is None else upto)):
-        if row.path[j] in self.prefixes: return row.path[j], *row.cuts[j]
-    return None, 0, 0
-
-def _size(self:SharedScorer, row, upto=None):
-    "(tokens to run, tokens known) of an item"
-    known = self._start(row, upto)[1]
-    return (len(row.ids) if upto is None else row.cuts[upto][0]) - known, known
-
-def _fits(self:SharedScorer, items):
-    "How many of the first items make a batch: within the budget, and with little padding once a quarter of it is used; at least one"
-    run = known = real = 0
-    spare = 0 if self.equal_lengths else 0.05
-    for n, item in enumerate(items):
-        a, b = self._size(*item)
-        width = max(run, a) + max(known, b)
-        real += a + b
-        if n and (
-            width * (n + 1) > self.budget
-            or width * (n + 1) - real > spare * real
-            and 4 * (run + known) * n >= self.budget
-        ):
-            return n
-        run = max(run, a)
-        known = max(known, b)
-    return len(items)
-
-def _known(self:SharedScorer, starts, P):
-    "A cache that holds each row's stored beginning, left-padded to P tokens"
-    from transformers import DynamicCache
-    cache = DynamicCache(config=self.lvlm.model.model.language_model.config)
-    if not P: return cache
-    kv = [self.prefixes[k] if k is not None else None for k, _, _ in starts]
-    some = next(x for x in kv if x is not None)
-    full = some.new_zeros(*some.shape[:2], len(kv), some.shape[2], P, some.shape[4])
-    for b, x in enumerate(kv):
-        if x is not None: full[:, :, b, :, P - x.shape[3]:] = x
-    for i, (k, v) in enumerate(full): cache.update(k, v, i)
-    return cache
-
-def _forward(self:SharedScorer, items):
-    "Run items: (last hidden states [B, L, D], cache of P + L tokens, mask [B, P + L], start of each)"
-    lv = self.lvlm
-    lm = self.lvlm.model.model.language_model
-    starts = [self._start(r, j) for r, j in items]
-    ends = [(len(r.ids), len(r.images)) if j is None else r.cuts[j] for r, j in items]
-    ids = [r.ids[a:b] for (r, _), (_, a, _), (b, _) in zip(items, starts, ends)]
-    L = max(map(len, ids))
-    P = max(a for _, a, _ in starts)
-    pos = torch.stack(
-        [
-            torch.nn.functional.pad(r.pos[:, a:b], (L - (b - a), 0))
-            for (r, _), (_, a, _), (b, _) in zip(items, starts, ends)
-        ],
-        1,
-    ).to(lv.device)
-    mask = np.zeros((len(ids), P + L), bool)
-    for m, (_, a, _), i in zip(mask, starts, ids): m[P - a:P] = m[P + L - len(i):] = True
-    whole = mask.all()
-    mask = torch.from_numpy(mask).to(lv.device)
-    tokens = torch.tensor(_pad_left(ids, lv.tokenizer.pad_token_id, L), device=lv.device)
-    emb = lm.embed_tokens(tokens)
-    extra = {}
-    seen = tokens == lv.image_id
-    feats = [f for (r, _), (_, _, i), (_, j) in zip(items, starts, ends) for f in r.images[i:j]]
-    if feats:
-        f, *deep = torch.cat(feats).to(lv.device, emb.dtype).split(emb.shape[-1], -1)
-        emb = emb.masked_scatter(seen[..., None], f)
-        if deep: extra = dict(visual_pos_masks=seen, deepstack_visual_embeds=deep)
-    cache = self._known(starts, P)
-    h = run_text(lm, emb, cache, None if whole else mask, pos, **extra)
-    self.stats.ran += sum(map(len, ids))
-    self.stats.padded += L * len(ids)
-    return h, cache, mask, starts
-
-SharedScorer._start = _start
-SharedScorer._size = _size
-SharedScorer._fits = _fits
-SharedScorer._known = _known
-SharedScorer._forward = _forward
-
-# %% ../nbs/21_lvlm.ipynb #5425d3d1
-def _make_prefixes(self:SharedScorer, rows):
-    "Compute the beginnings that are worth it, and hold those that these rows need"
-    size = {k: c[0] for r in rows for k, c in zip(r.path, r.cuts)}
-    c = self.lvlm.model.config.get_text_config()
-    width = getattr(c, "head_dim", None) or c.hidden_size//c.num_attention_heads
-    per_token = 2*c.num_hidden_layers*c.num_key_value_heads*width*self.lvlm.model.dtype.itemsize
-    used = sum(self.prefixes[k].nbytes for k in [k for k in self.prefixes if k in size])
-    keep = self.prefix_depth if self.prefix_cache == "global" else 0
-    plan, where = plan_prefixes(
-        [r.path for r in rows], size, self.prefixes, keep, (self.prefixes.max_bytes - used) // per_token
-    )
-    self.prefixes.held = frozenset(where) | {k for k, _ in plan}
-    item = {k: (r, j) for r in rows for j, k in enumerate(r.path)}
-    level = {}
-    for k, b in plan: level[k] = level.get(b, -1) + 1
-    for n in range(max(level.values(), default=-1) + 1):
-        todo = sorted((item[k] for k, i in level.items() if i == n), key=lambda rj: self._size(*rj))
-        while todo:
-            m = self._fits(todo)
-            batch, todo = todo[:m], todo[m:]
-            self._store_prefixes(batch)
-
-@torch.no_grad()
-def _cut(self:SharedScorer, items):
-    "Run items and return the keys and values of each: list of [layers, 2, heads, tokens, width]"
-    h, cache, _, starts = self._forward(items)
-    L = h.shape[1]
-    kv = torch.stack([torch.stack(layer[:2]) for layer in cache])
-    P = kv.shape[4] - L
-    out = []
-    for b, ((r, j), (_, a, _)) in enumerate(zip(items, starts)):
-        out.append(torch.cat([kv[:, :, b, :, P - a:P], kv[:, :, b, :, P + L - (r.cuts[j][0] - a):]], 3))
-    return out
-
-def _store_prefixes(self:SharedScorer, items):
-    out, error, memory = self._attempt(self._cut, items)
-    if out is not None:
-        for (r, j), kv in zip(items, out):
-            self.prefixes.put(r.path[j], kv)
-            self.stats.prefixes += 1
-    elif len(items) > 1:
-        if memory: self._shrink(items)
-        for part in (items[:len(items)//2], items[len(items)//2:]): self._store_prefixes(part)
-    # else: not stored; its prompts run without it, and say what is wrong if they fail too
-
-SharedScorer._make_prefixes = _make_prefixes
-SharedScorer._cut = _cut
-SharedScorer._store_prefixes = _store_prefixes
-
-# %% ../nbs/21_lvlm.ipynb #2bd1bd1a
-def _mask4(self:SharedScorer, sees):
-    "[B, Q, T] bool to what the attention wants"
-    sees, dtype = sees[:, None], self.lvlm.model.dtype
-    if self.lvlm.attn != "eager": return sees
-    return torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill(~sees, torch.finfo(dtype).min)
-
-def _parts(sizes, least=256):
-    "Cut trees of (about) ascending sizes [B] into runs (a, b), where that spares at least `least` nodes of padding"
-    n = len(sizes)
-    left = np.maximum.accumulate(sizes)
-    right = np.maximum.accumulate(sizes[::-1])[::-1]
-    i = np.arange(1, n)
-    spared = n*left[-1] - left[:-1]*i - right[1:]*(n - i)
-    if max(spared, default=0) < least: return [(0, n)]
-    i = int(spared.argmax()) + 1
-    return _parts(sizes[:i], least) + [(i + a, i + b) for a, b in _parts(sizes[i:], least)]
-
-def _tree(self:SharedScorer, rows, tries, cache, mask):
-    "Hidden states of all nodes, row by row: [N, D]"
-    from transformers import DynamicCache
-    out = []
-    parts = _parts(np.array([len(t.tokens) for t in tries]))
-    for a, b in parts:
-        part = cache
-        if len(parts) > 1:
-            part = DynamicCache(config=self.lvlm.model.model.language_model.config)
-            for i, layer in enumerate(cache): part.update(layer[0][a:b], layer[1][a:b], i)
-        out.append(self._nodes(rows[a:b], tries[a:b], part, mask[a:b]))
-    return torch.cat(out)
-
-def _nodes(self:SharedScorer, rows, tries, cache, mask):
-    "Hidden states of the nodes of some rows: [N, D]; `cache` is as before afterwards"
-    lv = self.lvlm
-    Q = max(len(t.tokens) for t in tries)
-    pad = lambda xs, fill: xs + [fill] * (Q - len(xs))
-    if not Q: return torch.zeros(0, lv.model.lm_head.in_features, dtype=lv.model.dtype, device=lv.device)
-    tokens = torch.tensor([pad(t.tokens, lv.tokenizer.pad_token_id) for t in tries], device=lv.device)
-    pos = torch.tensor(
-        [pad([r.next_pos + d for d in t.depth], 0) for r, t in zip(rows, tries)], device=lv.device
-    )
-    own = torch.zeros(len(rows), Q, Q, dtype=torch.bool)
-    for b, t in enumerate(tries): own[b, :len(t.tokens), :len(t.tokens)] = torch.from_numpy(t.sees())
-    # padded nodes see the prompt, so no row is empty
-    sees = torch.cat([mask[:, None].expand(-1, Q, -1), own.to(lv.device)], -1)
-    lm = lv.model.model.language_model
-    h = run_text(lm, lm.embed_tokens(tokens), cache, self._mask4(sees), pos.expand(3, -1, -1))
-    cache.crop(-Q)
-    self.stats.nodes += sum(len(t.tokens) for t in tries)
-    self.stats.padded_nodes += Q * len(rows)
-    return torch.cat([x[:len(t.tokens)] for x, t in zip(h, tries)])
-
-def _read(self:SharedScorer, h, at, tokens, slice_size=1 << 25):
-    "Likeliest token of each hidden state [n, D], and log-probabilities of `tokens` [m] at rows `at` [m], ascending: (list of n, float64 [m])"
-    best = []
-    lp = []
-    n = max(1, slice_size // self.lvlm.model.lm_head.out_features)
-    at = np.array(at, np.int64)
-    tokens = np.array(tokens, np.int64)
-    for i in range(0, len(h), n):
-        logits = self.lvlm.model.lm_head(h[i : i + n]).float()
-        a, b = np.searchsorted(at, [i, i + n])
-        best.append(logits.argmax(-1))
-        norm = logits.logsumexp(-1)
-        if not norm.isfinite().all(): raise FloatingPointError(NOT_FINITE)
-        where, what = (torch.from_numpy(x).to(logits.device) for x in (at[a:b] - i, tokens[a:b]))
-        lp.append(logits[where, what] - norm[where])
-    return torch.cat(best).tolist(), torch.cat(lp).cpu().double().numpy()
-
-SharedScorer._mask4 = _mask4
-SharedScorer._tree = _tree
-SharedScorer._nodes = _nodes
-SharedScorer._read = _read
-
-# %% ../nbs/21_lvlm.ipynb #3977a8e6
-@torch.no_grad()
-def _score(self:SharedScorer, rows, generate):
-    end = self.lvlm.end_id
-    dev = self.lvlm.device
-    clock = self.stats.clock
-    with clock("prefill", dev):
-        h, cache, mask, starts = self._forward([(r, None) for r in rows])
-        paths = [(b, path) for b, r in enumerate(rows) for path in r.answers]
-        tries = [r.tree for r in rows]
-        best, total = self._read(
-            h[:, -1], [b for b, _ in paths], [tries[b].tokens[path[0]] for b, path in paths]
-        )
-        del h
-    with clock("answers", dev):
-        if generate: # a draft that begins otherwise cannot be the greedy text
-            for t, r, b in zip(tries, rows, best):
-                for d in [[b]]*(b != end) + [d for d in r.drafts if d[0] == b]: t.add(d)
-        offset = np.cumsum([0, *(len(t.tokens) for t in tries)])
-        said = []
-        if offset[-1]:
-            steps = sorted(
-                (int(offset[b]) + p, (tries[b].tokens + [end])[q], i)
-                for i, (b, path) in enumerate(paths)
-                for p, q in zip(path, [*path[1:], -1])
-            )
-            said, lp = self._read(
-                self._tree(rows, tries, cache, mask), [s[0] for s in steps], [s[1] for s in steps]
-            )
-            np.add.at(total, [s[2] for s in steps], lp)
-    with clock("greedy text", dev):
-        says = (
-            self._greedy(rows, tries, best, said, offset, cache, mask)
-            if generate
-            else [(None, 0)] * len(rows)
-        )
-    self.stats.reused += sum(k is not None for k, _, _ in starts)
-    lps = np.split(total, np.cumsum([len(r.answers) for r in rows])[:-1])
-    return [_scored(r.prompt, r.target, l.tolist(), s, n) for r, l, (s, n) in zip(rows, lps, says)]
-
-def _greedy(self:SharedScorer, rows, tries, best, said, offset, cache, mask):
-    end = self.lvlm.end_id
-    walks = []
-    off = []
-    for b, t in enumerate(tries):
-        walk = []
-        at = -1
-        tok = best[b]
-        while tok != end and (at, tok) in t.child and len(walk) < self.max_new_tokens:
-            at = t.child[at, tok]
-            walk.append(tok)
-            tok = said[int(offset[b]) + at]
-        walks.append(walk)
-        if tok != end and len(walk) < self.max_new_tokens:
-            walk.append(tok)
-            if len(walk) < self.max_new_tokens: off.append(b)
-    steps = self._decode([rows[b] for b in off], [walks[b] for b in off], off, cache, mask) if off else 0
-    self.stats.steps += steps
-    self.stats.off_tree += len(off)
-    texts = self.lvlm.tokenizer.batch_decode(walks, skip_special_tokens=True)
-    return [(s, steps if b in off else 0) for b, s in enumerate(texts)]
-
-def _decode(self:SharedScorer, rows, walks, which, cache, mask):
-    "Continue answers that left the tree: feed what is known, then what is said; extends `walks` in place"
-    lv = self.lvlm
-    lm = self.lvlm.model.model.language_model
-    end = self.lvlm.end_id
-    sel = torch.tensor(which, device=lv.device)
-    cache.batch_select_indices(sel)
-    mask = mask[sel]
-    k = 0
-    m = min(map(len, walks))
-    done = [False]*len(rows)
-    steps = 0
-    while not all(done): # m tokens at once: first what all rows know, then one by one
-        tok = torch.tensor([[*w[k:k+m], end][:m] for w in walks], device=lv.device)
-        pos = torch.tensor([[r.next_pos + k + i for i in range(m)] for r in rows], device=lv.device)
-        mask = torch.cat([mask, mask.new_ones(len(rows), m)], 1)
-        h = run_text(lm, lm.embed_tokens(tok), cache, mask, pos.expand(3, -1, -1))
-        said = lv.model.lm_head(h[:, -1]).argmax(-1).tolist()
-        k = k + m
-        m = 1
-        steps = steps + 1
-        for i, (w, s) in enumerate(zip(walks, said)):
-            if done[i] or k < len(w): continue
-            done[i] = s == end or len(w) >= self.max_new_tokens
-            if not done[i]:
-                w.append(s)
-                done[i] = len(w) >= self.max_new_tokens
-    return steps
-
-SharedScorer._score = _score
-SharedScorer._greedy = _greedy
-SharedScorer._decode = _decode
-
-# %% ../nbs/21_lvlm.ipynb #bd016ffb
-def _attempt(self:SharedScorer, fn, *args):
-    "(result, None, False), or (None, what went wrong, was it memory?)"
-    try: return fn(*args), None, False
-    except Exception as e:
-        if device_is_lost(e): raise # nothing will work from here on
-        return None, f"{type(e).__name__}: {e}", out_of_memory(e)
-
-def _shrink(self:SharedScorer, items):
-    "Free what can be freed, and halve the budget of tokens"
-    gc.collect()
-    if torch.cuda.is_available(): torch.cuda.empty_cache()
-    sizes = [self._size(*i) for i in items]
-    here = (max(s[0] for s in sizes) + max(s[1] for s in sizes)) * len(items)
-    self.budget = max(1, min(self.budget, here) // 2)
-    self._clean = 0
-    self.stats.retries += 1
-
-def _ask(self:SharedScorer, rows, generate):
-    "Score a batch, in smaller batches if it must be"
-    out, error, memory = self._attempt(self._score, rows, generate)
-    if out is not None:
-        self._clean += 1
-        if self._clean >= 20:
-            self.budget = min(self.batch_tokens, self.budget + self.budget // 4 + 1)
-            self._clean = 0
-        return out
-    if len(rows) > 1:
-        if memory: self._shrink([(r, None) for r in rows])
-        return [s for part in (rows[:len(rows)//2], rows[len(rows)//2:]) for s in self._ask(part, generate)]
-    if memory and len(self.prefixes):
-        self.prefixes.clear()
-        self._shrink([(rows[0], None)])
-        return self._ask(rows, generate)
-    return [_failed(rows[0].prompt, error)]
-
-SharedScorer._attempt = _attempt
-SharedScorer._shrink = _shrink
-SharedScorer._ask = _ask
-
 # %% ../nbs/21_lvlm.ipynb #43e50382
 def compare(
     a, # list of n Scored
@@ -1009,12 +390,12 @@ class MockScorer:
 
     def run(self, prompts, targets=None, generate=True, progress=False):
         "Score prompts (see `NaiveScorer.run`)"
-        return [self._one(p, t, generate) for p, t in zip(prompts, _targets(prompts, targets))]
+        return [self._one(p, t, generate) for p, t in zip(prompts, targets_of(prompts, targets))]
 
     def _one(self, p, t, generate):
         if p.question_id in self.fails:
-            return _failed(p, RuntimeError("MockScorer was told to fail on this query"))
+            return failed_prompt(p, RuntimeError("MockScorer was told to fail on this query"))
         g = np.random.default_rng(stable_hash("mock", self.seed, p.question_id, p.pointer))
         share = g.dirichlet(np.ones(len(t.texts) + 1))
         says = [*t.texts, "something else"]
-        return _scored(p, t, np.log(share[:-1]).tolist(), says[int(share.argmax())] if generate else None)
+        return scored_prompt(p, t, np.log(share[:-1]).tolist(), says[int(share.argmax())] if generate else None)

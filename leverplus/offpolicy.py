@@ -8,7 +8,7 @@ __all__ = ['sequence_logp', 'batch_logp', 'stored_logp', 'off_policy', 'summaris
 # %% ../nbs/72_offpolicy.ipynb #e9f2d7af
 import numpy as np, pandas as pd, torch
 from .losses import inclusion_logp, off_policy_value
-from .rldata_generate import deciding, device_of
+from .rldata_propose import deciding, device_of
 from .callback_core import StageCallback
 
 # %% ../nbs/72_offpolicy.ipynb #672a961e

@@ -20,9 +20,10 @@ from .rldata_check import Health, health, teaches
 from .diagnose import Diagnosis, PANELS, diagnose, plot_rl
 from .infer import as_pointer
 from leverplus.evaluate import (
-    BASELINES, Interval, behaviour, compare_runs, compare_seeds, gap_table, holm, mode_table,
-    paired_tests, plot_results, result_table, size_table, subsets, table_text, type_table, verdict,
+    BASELINES, behaviour, compare_runs, compare_seeds, gap_table, mode_table, paired_tests, plot_results,
+    result_table, size_table, subsets, table_text, type_table,
 )
+from .statistics import Interval, holm, verdict
 
 # %% ../nbs/90_report.ipynb #104321ce
 CURVES = dict(

@@ -18,14 +18,16 @@ from .runs import git_state, library_versions, plain
 from .synth import quiet
 from .groups import RLData, check_shard, shard_tag
 from .rewards import info_score, reward_facts
-from .rldata_generate import FactCache, ask, evaluated, facts_fingerprint, run_lock
+from .rldata_ask import FactCache, ask, facts_fingerprint
+from .rldata_generate import evaluated, run_lock
 from .dls import group_dls
 from .callback_grpo import GRPO, PolicyGradient
 from .callback_track import valid_loss
 from .selector import PointerSelector
 from .learner import SelectorLearner, selector_learner
 from .infer import PICKS, as_pointer, check_picks, pick_model
-from .evaluate import Interval, compare_seeds, detectable, differs, expected_best, holm, score_picks
+from .statistics import Interval, detectable, differs, holm
+from .evaluate import compare_seeds, expected_best, score_picks
 from .loops import code_fingerprint
 
 # %% ../nbs/85_sweep.ipynb #8cc1082c
@@ -323,7 +325,7 @@ def sweep(
 def sweep_scores(
     path, # folder of a sweep
     cells=None, # their ids; None: all that are done
-)->pd.DataFrame: # scored picks (page 81), a row per question: selector is the cell's id, draw its seed
+)->pd.DataFrame: # scored picks (page 82), a row per question: selector is the cell's id, draw its seed
     "What every cell picked for every development question, and what came of it"
     have = {
         k: r for k, r in _cells(path).items() if r["status"] == "done" and (cells is None or k in set(cells))

@@ -149,7 +149,7 @@ def test_what_others_asked_is_not_asked_again(there, monkeypatch):
     best = RLData.load("runs/dev").rows.groupby("question_id").vqa_acc_score.max()
     got = scored[(scored.selector == "oracle") & (scored.shots == 2)].set_index("question_id").vqa_acc_score
     assert (got >= best.loc[got.index]).all()
-    from leverplus.lvlm import SharedScorer
+    from leverplus.scorer import SharedScorer
     monkeypatch.setattr(SharedScorer, "run", lambda *a, **k: pytest.fail("asked"))
     again = go(ROAD[10] + " --resume")
     assert "looks at dev: 1" in again
@@ -261,7 +261,8 @@ def test_a_selector_proposes(there):
     "Beams of a selector, in one process or in shards; not mixed with those of similarity, and only from pools that it knows"
     import torch
     from leverplus.learner import load_selector
-    from leverplus.rldata_generate import policy_fingerprint, propose
+    from leverplus.rldata_generate import policy_fingerprint
+    from leverplus.rldata_propose import propose
     model = load_selector("runs/rce/checkpoint")
     torch.manual_seed(0)
     with torch.no_grad():
@@ -328,7 +329,7 @@ def test_training_goes_on_after_an_interrupt(there, monkeypatch):
 
 def test_an_epoch_chosen_by_accuracy(there, monkeypatch):
     "What is kept has the dev accuracy that `infer` finds; what is stored, or was asked before, is not asked again"
-    from leverplus.lvlm import SharedScorer
+    from leverplus.scorer import SharedScorer
     from leverplus.runs import Run
 
     asked, run = [], SharedScorer.run

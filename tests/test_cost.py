@@ -7,7 +7,7 @@ from leverplus.cost import (
     HOWS, PEAKS, count_flops, feature_bytes, kv_bytes, mfu, peak_flops, prompt_flops, qwen_config,
     text_flops, vision_flops,
 )
-from leverplus.lvlm import run_text
+from leverplus.scorer import run_text
 
 KINDS = "qwen2_vl", "qwen2_5_vl", "qwen3_vl"
 

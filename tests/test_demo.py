@@ -73,7 +73,7 @@ def test_other_settings_are_refused(demo):
 
 def test_stored_facts_are_what_the_model_says():
     "A sample of the exhaustive facts, asked again"
-    from leverplus.rldata_generate import FactCache, ask
+    from leverplus.rldata_ask import FactCache, ask
     w = load_world()
     facts = w.facts()
     sample = facts.sample(64, random_state=0)

@@ -7,13 +7,16 @@ from hypothesis import given, settings, strategies as st
 from leverplus.core import rng
 from leverplus.embed import EmbedStore
 from leverplus.evaluate import (
-    TABLE, Interval, agreement, behaviour, best_fixed, boot_means, bootstrap_mean, changed, check_facts,
-    compare_runs, compare_seeds, seeds_table, detectable, differs, expected_best, failures, fixed_pairs,
-    gap_closed, gap_table, gini, holm, load_subsets, look, majority_vote, mcnemar, mde, mode_table,
-    oracle_note, over_shots, paired_bootstrap, paired_p, paired_table, paired_tests, pick_baselines,
-    pick_model, pick_oracle, pick_random, pick_similar, pick_zero, picks_frame, plan_mde, plan_power,
-    plot_results, result_table, save_subsets, score_picks, seed_matrix, shots_table, size_table, subsets,
-    table_text, type_table, unasked, verdict,
+    TABLE, agreement, behaviour, best_fixed, changed, check_facts, compare_runs, compare_seeds,
+    seeds_table, expected_best, failures, fixed_pairs, gap_closed, gap_table, gini, load_subsets, look,
+    majority_vote, mode_table, oracle_note, over_shots, paired_table, paired_tests, pick_baselines,
+    pick_model, pick_oracle, pick_random, pick_similar, pick_zero, picks_frame, plot_results,
+    result_table, save_subsets, score_picks, seed_matrix, shots_table, size_table, subsets, table_text,
+    type_table, unasked,
+)
+from leverplus.statistics import (
+    Interval, boot_means, bootstrap_mean, detectable, differs, holm, mcnemar, mde, paired_bootstrap,
+    paired_p, plan_mde, plan_power, verdict,
 )
 from leverplus.pools import Pool
 from leverplus.runs import Run

@@ -7,7 +7,8 @@ from dataclasses import replace
 import numpy as np, pytest, torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
-from leverplus.lvlm import LVLM, NaiveScorer, SharedScorer, Targets, compare, load_lvlm
+from leverplus.lvlm import LVLM, NaiveScorer, Targets, compare, load_lvlm
+from leverplus.scorer import SharedScorer
 from leverplus.prompt import Demo, Prompt
 from leverplus.tiny import CHAT_TEMPLATE, save_lvlm, tiny_qwen, tiny_tokenizer
 

@@ -11,10 +11,14 @@ from leverplus.groups import PROPOSAL_COLUMNS, RLData
 from leverplus.losses import inclusion_logp
 from leverplus.lvlm import MockScorer
 from leverplus.pools import Pool
+from leverplus.rldata_propose import (
+    COUNTS, SimilarityPrior, best_sequences, check_counts, nearest_sets, propose,
+)
 from leverplus.rldata_generate import (
-    COUNTS, Busy, FactCache, Generation, NotVerified, SimilarityPrior, as_cache, ask, best_sequences,
-    check_counts, content_keys, facts_fingerprint, flat_queries, generate, item_hashes, nearest_sets,
-    pair_keys, propose, run_lock, self_test, shard_queries,
+    Busy, Generation, NotVerified, flat_queries, generate, run_lock, shard_queries,
+)
+from leverplus.rldata_ask import (
+    FactCache, as_cache, ask, content_keys, facts_fingerprint, item_hashes, pair_keys, self_test,
 )
 from leverplus.selector import PointerSelector
 
@@ -832,7 +836,8 @@ def test_kill_9_inside_a_shard(tmp_path):
 
 def test_shards_of_a_real_model_agree_to_rounding(tmp_path):
     from leverplus.embed import embed_items
-    from leverplus.lvlm import SharedScorer, load_lvlm
+    from leverplus.scorer import SharedScorer
+    from leverplus.lvlm import load_lvlm
     from leverplus.pools import make_pool
     from leverplus.world import read_islands
     items = read_islands(splits=("train",))[:60]

@@ -9,7 +9,8 @@ import numpy as np, pandas as pd, pytest, torch
 from test_exactness import goals, images, louder, prompt, world as prompts_and_goals
 from own_warnings import SPOKEN
 from test_readme import run_blocks
-from leverplus.lvlm import NaiveScorer, SharedScorer, compare, load_lvlm
+from leverplus.lvlm import NaiveScorer, compare, load_lvlm
+from leverplus.scorer import SharedScorer
 from leverplus.tiny import save_lvlm, tiny_qwen
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -91,7 +92,7 @@ def islands():
 
 def test_stored_facts_hold(islands):
     "Facts that a CPU stored are this model's, and it says the same again"
-    from leverplus.rldata_generate import FactCache, ask
+    from leverplus.rldata_ask import FactCache, ask
     facts = islands.facts()
     assert islands.scorer.lvlm.device.type == "cuda" and islands.scorer.lvlm.model.dtype == torch.float32
     sample = facts.sample(256, random_state=0)
@@ -231,7 +232,7 @@ def test_mixed_precision_trains(precision):
 @pytest.mark.parametrize("objective", ["rloo", "grpo", "distinct"])
 def test_rounds_on_policy(islands, objective):
     "The scorer answers on the same card, within the fit; twice the same"
-    from leverplus.rldata_generate import FactCache
+    from leverplus.rldata_ask import FactCache
     groups = small_groups(islands)
     def train():
         learn = island_learner(islands, groups)

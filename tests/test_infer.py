@@ -11,7 +11,8 @@ from leverplus.infer import (
 )
 from leverplus.lvlm import MockScorer, Scored, Targets
 from leverplus.pools import Pool
-from leverplus.rldata_generate import FactCache, SimilarityPrior, ask
+from leverplus.rldata_ask import FactCache, ask
+from leverplus.rldata_propose import SimilarityPrior
 from leverplus.selector import PointerSelector
 from leverplus.vqa import normalise
 

@@ -9,9 +9,9 @@ from leverplus.embed import EmbedStore
 from leverplus.groups import RLData
 from leverplus.lvlm import MockScorer
 from leverplus.pools import Pool
-from leverplus.rldata_generate import FactCache, ask
-from leverplus.rldata_infoscore import infoscore_beams, infoscores, truth_prob, write_beams
-from leverplus.rldata_json import read_beams
+from leverplus.rldata_ask import FactCache, ask
+from leverplus.earlier_infoscore import infoscore_beams, infoscores, truth_prob, write_beams
+from leverplus.earlier_json import read_beams
 
 WORDS = "cat dog car".split()
 IDS = [*range(9), *range(100, 120)]

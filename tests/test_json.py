@@ -9,7 +9,7 @@ from leverplus.lvlm import MockScorer
 from leverplus.pools import Pool
 from leverplus.rewards import reward
 from leverplus.rldata_generate import generate
-from leverplus.rldata_json import DIALECTS, HOLDS, detect, lost_in, read_beams, row_map
+from leverplus.earlier_json import DIALECTS, HOLDS, detect, lost_in, read_beams, row_map
 from leverplus.rldata_merge import merge, skip_fallback, sources
 from leverplus.vqa import relevances, vqa_accuracies
 

@@ -4,7 +4,8 @@ from hypothesis import given, settings, strategies as st
 from leverplus.groups import RLData
 from leverplus.lvlm import MockScorer
 from leverplus.rldata_check import health
-from leverplus.rldata_generate import SECOND, FactCache, ask, evaluated, generate
+from leverplus.rldata_generate import SECOND, evaluated, generate
+from leverplus.rldata_ask import FactCache, ask
 from leverplus.rldata_merge import balance, by_gap, drop_failed, merge, query_table, require_positive_query
 from leverplus.rldata_mine import lacking, mine
 from test_generate import ITEMS, POOL, QS, STORE, Scripted

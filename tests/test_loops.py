@@ -6,7 +6,7 @@ import numpy as np, pandas as pd, pytest, torch
 from hypothesis import assume, given, settings, strategies as st
 from leverplus.core import rng
 from leverplus.embed import EmbedStore
-from leverplus.evaluate import Interval
+from leverplus.statistics import Interval
 from leverplus.groups import RLData
 from leverplus.infer import as_pointer
 from leverplus.lvlm import MockScorer
@@ -15,7 +15,9 @@ from leverplus.loops import (
     loop_queries, needed, oracle_ranks, plot_rounds, rounds,
 )
 from leverplus.pools import Pool
-from leverplus.rldata_generate import SimilarityPrior, ask, generate
+from leverplus.rldata_propose import SimilarityPrior
+from leverplus.rldata_ask import ask
+from leverplus.rldata_generate import generate
 from leverplus.selector import PointerSelector
 
 class Scripted:

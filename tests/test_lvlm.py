@@ -4,9 +4,8 @@ from dataclasses import replace
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from PIL import Image
-from leverplus.lvlm import (
-    MockScorer, NaiveScorer, Scored, SharedScorer, Targets, Trie, load_lvlm, rope_positions,
-)
+from leverplus.lvlm import MockScorer, NaiveScorer, Scored, Targets, load_lvlm
+from leverplus.scorer import SharedScorer, Trie, rope_positions
 from leverplus.prompt import Demo, Prompt
 from leverplus.tiny import save_lvlm, tiny_qwen
 

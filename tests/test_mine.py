@@ -4,7 +4,9 @@ from hypothesis import given, settings, strategies as st
 from leverplus.groups import RLData
 from leverplus.lvlm import MockScorer, Scored
 from leverplus.pools import Pool
-from leverplus.rldata_generate import FactCache, SimilarityPrior, generate
+from leverplus.rldata_ask import FactCache
+from leverplus.rldata_propose import SimilarityPrior
+from leverplus.rldata_generate import generate
 from leverplus.rldata_mine import lacking, mine, neighbours, reask
 from leverplus.embed import EmbedStore
 

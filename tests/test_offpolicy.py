@@ -11,7 +11,7 @@ from leverplus.groups import RLData
 from leverplus.learner import selector_learner
 from leverplus.offpolicy import OffPolicyStats, off_policy, sequence_logp, stored_logp, summarise
 from leverplus.pools import Pool
-from leverplus.rldata_generate import SimilarityPrior, propose
+from leverplus.rldata_propose import SimilarityPrior, propose
 from leverplus.selector import PointerSelector
 from leverplus.synth import quiet
 

@@ -14,11 +14,12 @@ from leverplus.core import rng
 from leverplus.dls import GroupDataset, GroupDL
 from leverplus.embed import EmbedStore
 from leverplus.groups import RLData
-from leverplus.learner import Resume, quiet, selector_learner
+from leverplus.callback_track import Resume
+from leverplus.learner import quiet, selector_learner
 from leverplus.losses import advantage, clipped_surrogate, inclusion_logp, policy_gradient
 from leverplus.lvlm import MockScorer
 from leverplus.pools import Pool
-from leverplus.rldata_generate import FactCache, ask
+from leverplus.rldata_ask import FactCache, ask
 from leverplus.selector import PointerSelector
 
 WORDS = "cat dog car".split()

@@ -4,6 +4,7 @@ from copy import deepcopy
 import numpy as np, pandas as pd, pytest, torch
 from hypothesis import given, settings, strategies as st
 from leverplus import recipes as R
+from leverplus.earlier_recipes import EARLIER
 from leverplus.callback_core import StageCallback
 from leverplus.core import rng
 from leverplus.embed import EmbedStore

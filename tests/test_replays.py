@@ -2,8 +2,8 @@
 import math
 import numpy as np, pytest
 from leverplus.core import rng
-from leverplus.evaluate import mde, paired_bootstrap
-from leverplus.replays import (
+from leverplus.statistics import mde, paired_bootstrap
+from leverplus.earlier_replays import (
     BY_SIZE, BY_SIZE_BEFORE, REPORTED_BASELINE, REPORTED_LOG, REPORTED_PLANS, SCORE_SD, best_of,
     homogeneous_p, least_changed, least_wins, logged_advantages, plot_prefixes, plot_replays,
     prefix_blocks, replay_plans, replay_verdicts, reported_difference, twins,

@@ -6,8 +6,9 @@ from hypothesis import given, settings, strategies as st
 from leverplus.groups import RLData
 from leverplus.core import read_json
 from leverplus.rldata_generate import (
-    SECOND, FactCache, TooManyFailures, check_second, choose, evaluated, generate, tally,
+    SECOND, TooManyFailures, check_second, choose, evaluated, generate, tally,
 )
+from leverplus.rldata_ask import FactCache
 from leverplus.rewards import reward
 from test_generate import ITEMS, POOL, QS, STORE, Scripted
 
