@@ -1496,7 +1496,8 @@ def _fixed(args, job, scorer, extra, own, notes):
     return out
 
 def _eval_picks(args, models, items, store, pool, fixed):
-    from leverplus.evaluate import pick_baselines, pick_model
+    from leverplus.evaluate import pick_baselines
+    from leverplus.infer import pick_model
     out = [pick_baselines(pool, store, [s for s in args.shots if s], args.draws, fixed, items, args.seed)]
     pick = lambda n, m, S: pick_model(m, pool, store, S, _kind_of(m, args), n, other_pool=args.other_pool)
     return pd.concat(

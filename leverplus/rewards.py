@@ -323,7 +323,10 @@ def spearman(
         else np.inf
     )
     z = np.arctanh(np.clip(rho, -1 + 1e-12, 1 - 1e-12))
-    return Correlation(rho, float(np.tanh(z - reach)), float(np.tanh(z + reach)), n, queries)
+    # `z` stays finite at rho = 1 and -1; the interval holds them all the same
+    low = min(rho, float(np.tanh(z - reach)))
+    high = max(rho, float(np.tanh(z + reach)))
+    return Correlation(rho, low, high, n, queries)
 
 # %% ../nbs/31_rewards.ipynb #6c5d43bf
 def answer_cosines(

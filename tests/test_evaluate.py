@@ -8,12 +8,13 @@ from leverplus.core import rng
 from leverplus.embed import EmbedStore
 from leverplus.evaluate import (
     TABLE, agreement, behaviour, best_fixed, changed, check_facts, compare_runs, compare_seeds,
-    seeds_table, expected_best, failures, fixed_pairs, gap_closed, gap_table, gini, load_subsets, look,
+    seeds_table, expected_best, failures, fixed_pairs, gap_closed, gap_table, load_subsets, look,
     majority_vote, mode_table, oracle_note, over_shots, paired_table, paired_tests, pick_baselines,
-    pick_model, pick_oracle, pick_random, pick_similar, pick_zero, picks_frame, plot_results,
-    result_table, save_subsets, score_picks, seed_matrix, shots_table, size_table, subsets, table_text,
-    type_table, unasked,
+    pick_oracle, plot_results, result_table, save_subsets, score_picks, seed_matrix, shots_table,
+    size_table, subsets, table_text, type_table, unasked,
 )
+from leverplus.core import gini
+from leverplus.infer import pick_model, pick_random, pick_similar, pick_zero, picks_frame
 from leverplus.statistics import (
     Interval, boot_means, bootstrap_mean, detectable, differs, holm, mcnemar, mde, paired_bootstrap,
     paired_p, plan_mde, plan_power, verdict,

@@ -14,9 +14,8 @@ from leverplus.pools import Pool
 from leverplus.rldata_propose import (
     COUNTS, SimilarityPrior, best_sequences, check_counts, nearest_sets, propose,
 )
-from leverplus.rldata_generate import (
-    Busy, Generation, NotVerified, flat_queries, generate, run_lock, shard_queries,
-)
+from leverplus.runs import Busy
+from leverplus.rldata_generate import Generation, NotVerified, flat_queries, generate, run_lock, shard_queries
 from leverplus.rldata_ask import (
     FactCache, as_cache, ask, content_keys, facts_fingerprint, item_hashes, pair_keys, self_test,
 )

@@ -6,9 +6,10 @@ from hypothesis import given, settings, strategies as st
 from leverplus.core import rng
 from leverplus.embed import EmbedStore
 from leverplus.infer import (
-    PICKERS, TRUTH, OwnAnswer, adaptive_shots, candidates, check_picks, check_pool, check_results,
-    confidence, pick, pick_fixed, pick_mmr, pick_model, pick_similar, predict, rerank, write_results,
+    PICKERS, TRUTH, OwnAnswer, adaptive_shots, candidates, check_picks, check_results, confidence, pick,
+    pick_fixed, pick_mmr, pick_model, pick_similar, predict, rerank, write_results,
 )
+from leverplus.pools import check_pool
 from leverplus.lvlm import MockScorer, Scored, Targets
 from leverplus.pools import Pool
 from leverplus.rldata_ask import FactCache, ask

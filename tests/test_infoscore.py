@@ -167,7 +167,8 @@ def test_which_truth():
     assert np.isnan(truth_prob(EVERY.assign(vqa_gt_prob=np.nan, eval_failed=True))).all()
 
 def test_supervised_training_takes_them():
-    from leverplus.learner import quiet, selector_learner
+    from leverplus.synth import quiet
+    from leverplus.learner import selector_learner
     from fastai.data.core import DataLoaders
     g = torch.Generator().manual_seed(0)
     store = EmbedStore(IDS, torch.randn(len(IDS), 6, generator=g), torch.randn(len(IDS), 6, generator=g))

@@ -6,7 +6,8 @@ from leverplus.callback_kl import AdaptiveKL, EntropyFloor, KLToRef
 from leverplus.callback_schedule import Freeze, Phases, TopKCurriculum
 from leverplus.callback_track import Best, missed, regrets, valid_loss
 from leverplus.callback_track import Resume
-from leverplus.learner import load_selector, quiet, selector_learner
+from leverplus.learner import load_selector, selector_learner
+from leverplus.synth import quiet
 from leverplus.losses import kl_exact, regret
 from leverplus.selector import PointerSelector
 from leverplus.synth import ToySelector, synth_dls

@@ -15,7 +15,8 @@ from leverplus.dls import GroupDataset, GroupDL
 from leverplus.embed import EmbedStore
 from leverplus.groups import RLData
 from leverplus.callback_track import Resume
-from leverplus.learner import quiet, selector_learner
+from leverplus.synth import quiet
+from leverplus.learner import selector_learner
 from leverplus.losses import advantage, clipped_surrogate, inclusion_logp, policy_gradient
 from leverplus.lvlm import MockScorer
 from leverplus.pools import Pool

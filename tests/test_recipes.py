@@ -9,7 +9,8 @@ from leverplus.callback_core import StageCallback
 from leverplus.core import rng
 from leverplus.embed import EmbedStore
 from leverplus.groups import RLData
-from leverplus.learner import quiet, selector_learner
+from leverplus.synth import quiet
+from leverplus.learner import selector_learner
 from leverplus.pools import Pool
 from leverplus.recipes import (
     RECIPES, STAGES, check_recipe, fit_recipe, load_recipe, recipe, recipe_learner, recipes_table,

@@ -7,7 +7,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest
 from matplotlib.colors import to_hex
 from PIL import Image
-from leverplus.evaluate import look, paired_table, pick_zero, picks_frame, result_table, score_picks
+from leverplus.evaluate import look, paired_table, result_table, score_picks
+from leverplus.infer import pick_zero, picks_frame
 from leverplus.groups import RLData
 from leverplus.pools import Pool
 from leverplus.report import (

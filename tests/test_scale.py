@@ -7,7 +7,7 @@ from hypothesis import given, settings, strategies as st
 from leverplus.core import read_json, repo_path
 from leverplus.data import BadItems
 from leverplus.groups import RLData
-from leverplus.rldata_generate import Busy
+from leverplus.runs import Busy
 from leverplus.rldata_scale import Job, RayWorker, generate_ray, plan_run
 
 SOFT = ["vqa_gt_prob", "vqa_gt_logprobs"]

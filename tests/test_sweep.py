@@ -4,7 +4,8 @@ import numpy as np, pandas as pd, pytest, torch
 from hypothesis import given, settings, strategies as st
 from leverplus.core import fingerprint
 from leverplus.groups import RLData
-from leverplus.rldata_generate import Busy, generate, run_lock
+from leverplus.runs import Busy
+from leverplus.rldata_generate import generate, run_lock
 from leverplus.rldata_ask import FactCache, facts_fingerprint
 from leverplus.runs import plain
 from leverplus.sweep import (
