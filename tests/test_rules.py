@@ -1,5 +1,5 @@
 "The house rules, read from the files without running them"
-import ast, configparser, json, re, subprocess, sys
+import ast, configparser, io, json, re, subprocess, sys, tokenize
 from functools import lru_cache
 from pathlib import Path
 import pytest
@@ -96,6 +96,33 @@ def test_exports_import_only_lower_numbers(path):
                 wrong.append(f"cell {i} imports leverplus.{name} from {homes[name]}")
     assert not wrong, f"{path.name} may import only from lower numbers: " + "; ".join(wrong)
 
+@each_notebook
+def test_demonstrations_import_only_lower_numbers_or_say_why(path):
+    homes = {default_exp(p): p.name for p in REFERENCE if default_exp(p)}
+    if not default_exp(path): pytest.skip("a tutorial or the index looks back on all pages")
+    said = [source for _, kind, source, _ in cells(path) if kind == "markdown"]
+    wrong = []
+    for i, source, d in code(path):
+        if exports(d): continue
+        for name in leverplus_modules(python(source)):
+            page = homes.get(name)
+            if page is None or page <= path.name: continue
+            if not says_why(said, Path(page).stem): wrong.append(f"cell {i} imports leverplus.{name} from {page}")
+    assert not wrong, (
+        f"{path.name}: {'; '.join(wrong)}: show it with lower pages, or say why not in a paragraph"
+        " with the words `later page` and the page's name"
+    )
+
+def says_why(texts, page):
+    "Does a paragraph of `texts` name `page` as a later page?"
+    paragraphs = [p for t in texts for p in re.split(r"\n\s*\n", t)]
+    return any("later page" in p and page in p for p in paragraphs)
+
+def python(source):
+    "Syntax tree of a cell without its magics"
+    plain = [line for line in source.splitlines() if not re.match(r"\s*[%!]", line)]
+    return ast.parse("\n".join(plain))
+
 def leverplus_modules(tree):
     "Modules of this package that a syntax tree imports, at any depth"
     for n in ast.walk(tree):
@@ -173,6 +200,41 @@ def defines(node):
     if not isinstance(node, (ast.Assign, ast.AnnAssign)): return False
     called = (n.func for n in ast.walk(node) if isinstance(n, ast.Call))
     return not {f.attr if isinstance(f, ast.Attribute) else getattr(f, "id", "") for f in called} & WORKING
+
+# ---- how code is written ---------------------------------------------------------------------------------------------
+
+COLUMNS = 120
+BY_PEOPLE = [
+    *(LIB/f"{name}.py" for name in sorted(BY_HAND | {"__init__"})),
+    ROOT/"setup.py",
+    *(p for folder in ("tests", ".ci", "bench") for p in sorted((ROOT/folder).glob("*.py"))),
+]
+
+def written(path):
+    "Pieces of code that people write in a file: (where, source)"
+    if path.suffix == ".ipynb": return [(f"cell {i}", source) for i, source, _ in code(path)]
+    return [("file", path.read_text(encoding="utf8"))]
+
+def joined_lines(source):
+    "Numbers of the lines on which a `;` joins statements"
+    plain = "\n".join("" if re.match(r"\s*[%!]", line) else line for line in source.splitlines())
+    tokens = tokenize.generate_tokens(io.StringIO(plain).readline)
+    return sorted({t.start[0] for t in tokens if t.type == tokenize.OP and t.string == ";"})
+
+@pytest.mark.parametrize("path", NOTEBOOKS + BY_PEOPLE, ids=ident)
+def test_one_statement_a_line(path):
+    wrong = [f"{where} line {n}" for where, source in written(path) for n in joined_lines(source)]
+    assert not wrong, f"{ident(path)}: statements joined by `;` in {', '.join(wrong)}"
+
+@pytest.mark.parametrize("path", NOTEBOOKS + BY_PEOPLE, ids=ident)
+def test_lines_can_be_read_without_scrolling(path):
+    wrong = [
+        f"{where} line {n} ({len(line)})"
+        for where, source in written(path)
+        for n, line in enumerate(source.splitlines(), 1)
+        if len(line) > COLUMNS
+    ]
+    assert not wrong, f"{ident(path)}: more than {COLUMNS} columns in {', '.join(wrong)}"
 
 # ---- modules --------------------------------------------------------------------------------------------------------
 
@@ -261,6 +323,9 @@ def test_no_machine_paths():
 
 def test_rules_would_notice():
     "The rules' own instruments, on small wrong examples"
+    assert joined_lines("a = 'x;y' # ;\nb = 1; c = 2\n%time d; e") == [2]
+    assert says_why(["One.\n\n`f` comes from a later page, `70_learner`."], "70_learner")
+    assert not says_why(["A later page.\n\nSee `70_learner`."], "70_learner")
     home = "/" + "home/me/data"
     assert (
         MACHINE_PATH.search(f'"{home}"')
