@@ -22,12 +22,20 @@ def relink(text):
     parts = re.split(r"(^```.*?^```[^\n]*$)", text, flags=re.M | re.S)
     return "".join(p if p.startswith("```") else TARGET.sub(lambda m: m[1] + link(m[2]), p) for p in parts)
 
+def pipes(html):
+    "A table of pandas in markdown; None for any other HTML. Its index column goes, the page resets what should stay"
+    if 'class="dataframe"' not in html: return None
+    rows = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, re.S)[1:] for row in re.findall(r"<tr.*?</tr>", html, re.S)]
+    lines = ["| " + " | ".join(cells) + " |" for cells in rows]
+    lines.insert(1, "|" + "---|" * len(rows[0]))
+    return "\n".join(lines)
+
 def outputs(cell):
-    "The stored outputs, relinked; the styles that pandas ships with a table are dropped, since sites show them as text"
+    "The stored outputs, relinked; frames become tables of markdown"
     for o in cell.outputs:
         data = o.get("data", {})
-        if "text/html" in data:
-            data["text/html"] = re.sub(r"<style.*?</style>\n?", "", data["text/html"], flags=re.S)
+        table = pipes(data.get("text/html", ""))
+        if table: data["text/markdown"] = table
         for kind in data.keys() & {"text/markdown", "text/html"}: data[kind] = relink(data[kind])
     return cell.outputs
 
