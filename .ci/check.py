@@ -1,12 +1,13 @@
 """All checks, in order, from the checkout this file lies in: `python .ci/check.py` (`make test` calls it).
 
 1. `nbdev_export` changes nothing    2. `nbdev_clean` changes nothing    3. README.md is what nbs/index.ipynb makes
-4. `pytest -q` on the CPU, in as many processes as there are cores, up to eight, a file never in two: the rules, the notebooks, then the
-   rest (tests/conftest.py holds that order)
+4. `pytest -q` on the CPU, in as many processes as there are cores, up to eight, a file never in two: the
+   rules, the notebooks, then the rest (tests/conftest.py holds that order)
 5. where there is a GPU, the tests in the group `gpu` on it
 
-Steps 1-3 work on a copy in a temporary folder and compare files: your working tree, committed or not, is only read. They hold with nbdev 2.4 and
-with nbdev 3: of `_modidx.py`, which the two write differently, only the symbols are compared. Words behind the script go to pytest.
+Steps 1-3 work on a copy in a temporary folder and compare files: your working tree, committed or not, is
+only read. They hold with nbdev 2.4 and with nbdev 3: of `_modidx.py`, which the two write differently, only
+the symbols are compared. Words behind the script go to pytest.
 """
 import ast, hashlib, os, shutil, subprocess, sys, tempfile, time
 from pathlib import Path

@@ -5,7 +5,9 @@ LINE = re.compile(r"^\s*#\s*\|\s*([\w-]+):?\s*(.*?)\s*$")
 
 
 def directives(source):
-    "Name -> argument of the `#|` lines at the head of `source`; blank lines between them do not count, any other line ends them"
+    """Name -> argument of the `#|` lines at the head of `source`; blank lines between them do not count, any
+    other line ends them
+    """
     found = {}
     for line in source.splitlines():
         if not line.strip(): continue

@@ -1,6 +1,8 @@
-"""What needs a GPU, in one go: `python .ci/gpu.py` (`make gpu` calls it). Under eight minutes on one card; no network, no nbdev.
+"""What needs a GPU, in one go: `python .ci/gpu.py` (`make gpu` calls it). Under eight minutes on one card; no
+network, no nbdev.
 
-1. the tests in the group `gpu` (tests/test_gpu.py), in as many processes as there are cores, up to eight, if pytest-xdist is there
+1. the tests in the group `gpu` (tests/test_gpu.py), in as many processes as there are cores, up to eight,
+   if pytest-xdist is there
 2. bench/gpu_scoring.py: Qwen2.5-VL-3B from its config; its table is printed and stored in runs/gpu_scoring.json
 
 Words behind the script go to the bench. The exit status is 1 if either fails; both run.

@@ -1,9 +1,11 @@
-"""Execute notebooks from a fresh kernel and store their outputs: `python .ci/notebooks.py [NAME ...] [--flags "slow net"]`.
+"""Execute notebooks from a fresh kernel and store their outputs: `python .ci/notebooks.py [NAME ...] [--flags
+"slow net"]`.
 
-NAME is a path, or a stem such as `00_core` or `tutorials/01_walk`; without names: nbs/*.ipynb and nbs/tutorials/*.ipynb.
-Cells flagged slow, gpu or net (`tst_flags` in settings.ini) and `#| eval: false` are skipped and KEEP their stored
-outputs; `--flags slow` runs those flagged slow. A notebook that fails is left as it was, and the exit status is 1.
-Nothing that changes between two runs is stored: no counts, times, ids of objects, or split-up streams.
+NAME is a path, or a stem such as `00_core` or `tutorials/01_walk`; without names: nbs/*.ipynb and
+nbs/tutorials/*.ipynb. Cells flagged slow, gpu or net (`tst_flags` in settings.ini) and `#| eval: false` are
+skipped and KEEP their stored outputs; `--flags slow` runs those flagged slow. A notebook that fails is left
+as it was, and the exit status is 1. Nothing that changes between two runs is stored: no counts, times, ids
+of objects, or split-up streams.
 """
 import argparse, os, sys, tempfile, time
 from pathlib import Path
@@ -12,10 +14,16 @@ from directives import is_skipped
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / "nbs"
 SKIP = "skip-execution"  # nbclient's tag
-ENV = {"PYTHONHASHSEED": "0", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "JUPYTER_PREFER_ENV_PATH": "1", "MPLBACKEND": "module://matplotlib_inline.backend_inline",
-       # where ipywidgets are absent `tqdm.auto` says so, with a path of this machine
-       "PYTHONWARNINGS": "ignore:IProgress not found",
-       "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
+ENV = {
+    "PYTHONHASHSEED": "0",
+    "HF_HUB_OFFLINE": "1",
+    "TQDM_DISABLE": "1",
+    "JUPYTER_PREFER_ENV_PATH": "1",
+    "MPLBACKEND": "module://matplotlib_inline.backend_inline",
+    # where ipywidgets are absent `tqdm.auto` says so, with a path of this machine
+    "PYTHONWARNINGS": "ignore:IProgress not found",
+    "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+}
 
 def find(names):
     "Paths of the named notebooks, or of all"

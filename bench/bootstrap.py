@@ -1,7 +1,10 @@
-"""Paired bootstrap: all selectors under the same resamples, as one matrix product per block, side by side with plain loops.
+"""Paired bootstrap: all selectors under the same resamples, as one matrix product per block, side by side with
+plain loops.
 
-`python bench/bootstrap.py [queries] [selectors] [resamples] [resamples of the loops]` prints a table: seconds of CPU (one thread), and what this means for all resamples. The loops
-run on fewer resamples and are scaled; their numbers are asserted equal for equal draws. Memory is the peak of the process beyond what it had before.
+`python bench/bootstrap.py [queries] [selectors] [resamples] [resamples of the loops]` prints a table:
+seconds of CPU (one thread), and what this means for all resamples. The loops run on fewer resamples and are
+scaled; their numbers are asserted equal for equal draws. Memory is the peak of the process beyond what it
+had before.
 """
 import resource, statistics, sys, time
 import numpy as np

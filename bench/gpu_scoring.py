@@ -1,13 +1,16 @@
-"""Prompts per second and share of a GPU's peak: the usual procedure against the shared scorer, on a full-size model without a download.
+"""Prompts per second and share of a GPU's peak: the usual procedure against the shared scorer, on a full-size
+model without a download.
 
-    python bench/gpu_scoring.py --out gpu.json       Qwen2.5-VL-3B from its config, random weights, bfloat16: a few minutes on an H100
+    python bench/gpu_scoring.py --out gpu.json       Qwen2.5-VL-3B from its config, random weights,
+    bfloat16: a few minutes on an H100
     python bench/gpu_scoring.py --tiny               the same code on the embedded model, on a CPU, in seconds
 
-Speed does not depend on what the weights are, so they are random; answers of such a model mean nothing, but the shared scorer's must be
-the naive procedure's, and that is checked in the same run. Greedy texts hardly ever lie in the answer tree here, so decoding is at its worst.
+Speed does not depend on what the weights are, so they are random; answers of such a model mean nothing, but
+the shared scorer's must be the naive procedure's, and that is checked in the same run. Greedy texts hardly
+ever lie in the answer tree here, so decoding is at its worst.
 
-Needs torch, transformers, safetensors, numpy and pillow. Rows are printed, and written to `--out`, as they come: a run that is cut off leaves
-what it has.
+Needs torch, transformers, safetensors, numpy and pillow. Rows are printed, and written to `--out`, as they
+come: a run that is cut off leaves what it has.
 """
 import argparse, gc, json, math, os, platform, random, statistics, sys, tempfile, time, traceback
 from dataclasses import replace
@@ -37,7 +40,9 @@ LIMITS = {torch.float32: dict(mean=1e-3, max=1e-3), torch.bfloat16: dict(mean=0.
 
 @torch.no_grad()
 def fill(model, known, seed=0):
-    "Random weights that keep activations of order 1, let tokens look at few others, and put the likeliest token among the first `known`"
+    """Random weights that keep activations of order 1, let tokens look at few others, and put the likeliest
+    token among the first `known`
+    """
     torch.manual_seed(seed)
     for name, p in model.named_parameters():
         if name.endswith("bias"): p.zero_()
@@ -54,7 +59,9 @@ def fill(model, known, seed=0):
             )
 
 def build(size, device, layers=None):
-    "Full-size model with random weights in bfloat16, and the embedded model's tokenizer and image processor without its limit on image size"
+    """Full-size model with random weights in bfloat16, and the embedded model's tokenizer and image processor
+    without its limit on image size
+    """
     from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
     small = AutoConfig.from_pretrained(FOLDER)
     text = dict(num_hidden_layers=layers) if layers else {}
@@ -109,7 +116,9 @@ def open_plain(source, *_, **__):
     return Image.open(BytesIO(source) if isinstance(source, bytes) else source).convert("RGB")
 
 class Work:
-    "Prompts of two demonstrations out of small pools and a query of its own, with ten answers; all prompts are asked the same answers"
+    """Prompts of two demonstrations out of small pools and a query of its own, with ten answers; all prompts
+    are asked the same answers
+    """
     def __init__(self, lvlm, n, folder, shapes, pools=(8, 16), answers=10, seed=0):
         g, (by_length, then), self.tok, self.tokens = (
             random.Random(seed),
@@ -160,7 +169,9 @@ class Work:
         )
 
     def copies(self, n, folder):
-        "The first n prompts with an image file of their own for every item: same pixels, other bytes, so that no two prompts share an image"
+        """The first n prompts with an image file of their own for every item: same pixels, other bytes, so
+        that no two prompts share an image
+        """
         def copy(path, k): # decoders stop before what is appended
             to = Path(folder) / f"{k}-{Path(path).name}"
             to.write_bytes(Path(path).read_bytes() + f"copy {k}".encode())
@@ -174,7 +185,9 @@ class Work:
 # ---- the usual procedure --------------------------------------------------------------------------------------------
 
 class Naive:
-    "A forward pass per answer and `generate`, from the model's own methods; a prompt's images are opened and prepared once, which favours it"
+    """A forward pass per answer and `generate`, from the model's own methods; a prompt's images are opened and
+    prepared once, which favours it
+    """
     def __init__(self, lvlm, new_tokens): self.lvlm, self.new_tokens = lvlm, new_tokens
 
     def prepare(self, prompt):
@@ -298,7 +311,9 @@ class Table:
         os.replace(tmp, self.out)
 
     def add(self, way, n, seconds, flops, gib=None, whole=True, **more):
-        "One row: n prompts (or only a part of their work, not `whole`) took `seconds`, a list of repeats, and needed `flops`"
+        """One row: n prompts (or only a part of their work, not `whole`) took `seconds`, a list of repeats,
+        and needed `flops`
+        """
         t = statistics.median(seconds)
         if way == NAIVE: self.naive = n/t
         row = dict(
@@ -357,7 +372,9 @@ class Table:
 # ---- parts ----------------------------------------------------------------------------------------------------------
 
 def check(table, ref, got, dtype, what):
-    "Hold results against the naive ones, and them against the next prompt's: exact to rounding in float32, within the limits of bfloat16 else"
+    """Hold results against the naive ones, and them against the next prompt's: exact to rounding in float32,
+    within the limits of bfloat16 else
+    """
     ref = ref[: len(got)]
     a = np.array([r[0] for r in ref])
     b = np.array([g[0] for g in got[: len(ref)]])
@@ -477,7 +494,9 @@ def shared_rows(table, a, lvlm, work, ref, folder):
 
 @torch.no_grad()
 def prefill_rows(table, a, lvlm, work):
-    "The language model alone: a batch without padding needs no mask and gets the causal kernel; one padded row forces a mask on all"
+    """The language model alone: a batch without padding needs no mask and gets the causal kernel; one padded
+    row forces a mask on all
+    """
     from transformers import DynamicCache
     lm = lvlm.model.model.language_model
     dev = lvlm.device

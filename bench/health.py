@@ -1,7 +1,8 @@
 """Health check and rewards on a million rows, side by side with a plain per-row loop on fewer; parquet on the way.
 
-`python bench/health.py [rows] [rows of the loop] [repeats]` prints three tables: seconds and memory beyond the data on all rows (medians), the loop against
-the columns on the same fewer rows (equal numbers asserted, ratio of medians), and what saving and loading take. Rows of 30 per query, two shots, pools of 64.
+`python bench/health.py [rows] [rows of the loop] [repeats]` prints three tables: seconds and memory beyond
+the data on all rows (medians), the loop against the columns on the same fewer rows (equal numbers asserted,
+ratio of medians), and what saving and loading take. Rows of 30 per query, two shots, pools of 64.
 """
 import ctypes, math, os, statistics, sys, tempfile, threading, time
 from pathlib import Path
@@ -12,7 +13,9 @@ from leverplus.rewards import REWARDS, reward, z_score
 from leverplus.rldata_check import health
 
 def world(n, group=30, K=64, seed=0):
-    "n rows of facts like those of a real run: 30 per query, accuracies {0, .6, 1}, probabilities that know something, 1 % failed"
+    """n rows of facts like those of a real run: 30 per query, accuracies {0, .6, 1}, probabilities that know
+    something, 1 % failed
+    """
     g = np.random.default_rng(seed)
     q = np.arange(n) // group
     code = np.tile(g.permutation(K * (K - 1))[:group], -(-n // group))[:n]

@@ -1,16 +1,20 @@
 """What each objective learns: one table, the same stored groups for all, seeds of proposals, weights and batches.
 
-`python bench/learning.py OUT [--seeds 0 1 2 3 4] [--suites ...] [--methods ...]` trains every method on every suite of the embedded world
-and appends what it picks on dev and on test, with the LVLM's verdicts, to OUT/picks/*.parquet, one file per (suite, method, seed); what is there is not done
-again, so several processes may share OUT once the groups of a seed are made. `python bench/learning.py OUT --table dev` prints the gap closed on dev with
-intervals over queries and seeds; `--table test` the same on test, and counts the look. Settings of the methods were chosen on dev.
-A method's name with ", by accuracy" behind it (`--methods "sft, by accuracy"`) chooses its epochs by the accuracy of greedy picks on dev.
+`python bench/learning.py OUT [--seeds 0 1 2 3 4] [--suites ...] [--methods ...]` trains every method on
+every suite of the embedded world and appends what it picks on dev and on test, with the LVLM's verdicts, to
+OUT/picks/*.parquet, one file per (suite, method, seed); what is there is not done again, so several
+processes may share OUT once the groups of a seed are made. `python bench/learning.py OUT --table dev`
+prints the gap closed on dev with intervals over queries and seeds; `--table test` the same on test, and
+counts the look. Settings of the methods were chosen on dev. A method's name with ", by accuracy" behind it
+(`--methods "sft, by accuracy"`) chooses its epochs by the accuracy of greedy picks on dev.
 
-Suites, 900 training and 250 dev queries, K = 16, S = 2: `dense-soft` 12 sequences per query, half of the similarity prior, half random, reward = VQA accuracy with its
-parts; `sparse-hard` 12 drawn uniformly, reward 0/1; `starved` reward 0/1, live groups are 1 % of all; `ragged` 2..40 sequences per query, reward as dense-soft.
-`joint` is dense-soft with 12 sequences of each of 1, 2, 3 and 4 shots for 450 training queries, one model for all; `joint sparse-hard`, `joint starved` and `joint ragged` alike.
-`--sampler mixed` does the same with pools of which a half was retrieved (a quarter by text, a quarter by image).
-For one and two shots the oracle is exact; for three and four it is the best that `best_found` finds, a lower bound.
+Suites, 900 training and 250 dev queries, K = 16, S = 2: `dense-soft` 12 sequences per query, half of the
+similarity prior, half random, reward = VQA accuracy with its parts; `sparse-hard` 12 drawn uniformly,
+reward 0/1; `starved` reward 0/1, live groups are 1 % of all; `ragged` 2..40 sequences per query, reward as
+dense-soft. `joint` is dense-soft with 12 sequences of each of 1, 2, 3 and 4 shots for 450 training queries,
+one model for all; `joint sparse-hard`, `joint starved` and `joint ragged` alike. `--sampler mixed` does the
+same with pools of which a half was retrieved (a quarter by text, a quarter by image). For one and two shots
+the oracle is exact; for three and four it is the best that `best_found` finds, a lower bound.
 """
 import argparse, contextlib, os, time, warnings
 from pathlib import Path
@@ -42,7 +46,9 @@ ACC = ", by accuracy"
 NET = dict(d_hidden=64, n_layers=0, state="none", match="net", n_match=8)
 
 def base_groups(world, out, seed, split, shots=(2,), n=20, queries=None, prior=True):
-    "Up to n sequences of the prior and n random ones that it has not drawn, per query and of each shot count; or n random ones alone"
+    """Up to n sequences of the prior and n random ones that it has not drawn, per query and of each shot
+    count; or n random ones alone
+    """
     return generate(
         out / "groups" / f"{split}-{'-'.join(map(str, shots))}-{n}-{seed}{'' if prior else '-random'}",
         world.ids(split)[:queries],
@@ -196,7 +202,9 @@ def on_policy(t, learn, objective, lr, rounds=10, G=12):
     )
 
 def mended(t):
-    "The reports' RCE + GRPO with four defects of the second stage mended: old policy and reference from its start, an exact KL, no cut by reward, no dropout"
+    """The reports' RCE + GRPO with four defects of the second stage mended: old policy and reference from its
+    start, an exact KL, no cut by reward, no dropout
+    """
     cbs = dict((c, {}) if isinstance(c, str) else c for c in recipe("plan5-as-run", EARLIER)["stages"][1]["cbs"])
     del cbs["TopKFirst"]
     cbs["GRPO"] |= dict(old=None, refresh="epoch")
@@ -259,7 +267,9 @@ def judge(world, out, split, picks):
     return score_picks(picks, cache.to_frame()).assign(split=split)
 
 def best_found(world, out, split, S, width=8):
-    "Facts of what a search finds: the best sequences of S-1, with every other candidate before and behind; a query whose accuracy is 1 is not searched any further"
+    """Facts of what a search finds: the best sequences of S-1, with every other candidate before and behind; a
+    query whose accuracy is 1 is not searched any further
+    """
     parents = everything(world, out, split) if S == 3 else best_found(world, out, split, S - 1, width)
     parents = parents[parents.pointer.map(len) == S - 1]
     parents = (

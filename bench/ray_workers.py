@@ -1,8 +1,11 @@
-"""What a second worker brings: 1 and 2 processes with `--shard`, 1 and 2 Ray actors, one thread each, on the embedded world; equal rows asserted.
+"""What a second worker brings: 1 and 2 processes with `--shard`, 1 and 2 Ray actors, one thread each, on the
+embedded world; equal rows asserted.
 
-`python bench/ray_workers.py [questions] [repeats]` prints a table of medians. The four ways take turns, so ratios compare neighbours in time, and each run
-waits for an idle machine, some minutes at most. Start-up is reported apart: until Ray is there, then until the last worker asks its first prompt. The steady
-rate is taken while all workers are at it. Ray's workers run at the niceness of everything else here (its own default is 15).
+`python bench/ray_workers.py [questions] [repeats]` prints a table of medians. The four ways take turns, so
+ratios compare neighbours in time, and each run waits for an idle machine, some minutes at most. Start-up is
+reported apart: until Ray is there, then until the last worker asks its first prompt. The steady rate is
+taken while all workers are at it. Ray's workers run at the niceness of everything else here (its own
+default is 15).
 """
 import json, os, statistics, subprocess, sys, tempfile, time
 from dataclasses import asdict
@@ -12,12 +15,17 @@ from leverplus.groups import RLData
 from leverplus.rldata_scale import Job, generate_ray
 
 WORKER = """
-import json, sys, time, torch; torch.set_num_threads(1)
+import json, sys, time, torch
+torch.set_num_threads(1)
 from leverplus.rldata_scale import Job
 run = Job(**json.loads(sys.argv[1])).generation(sys.argv[2], json.loads(sys.argv[3]))
 with run.lock():
     run.begin()
-    for i in range(len(run.windows)): t = time.time(); rows, _ = run.window(i); print(json.dumps(dict(worker=sys.argv[3], start=t, end=time.time(), rows=len(rows))), flush=True)
+    for i in range(len(run.windows)):
+        start = time.time()
+        rows, _ = run.window(i)
+        said = dict(worker=sys.argv[3], start=start, end=time.time(), rows=len(rows))
+        print(json.dumps(said), flush=True)
     run.finish()
 """
 # Ray would run its workers at niceness 15

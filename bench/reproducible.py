@@ -1,9 +1,10 @@
-"""What the same numbers cost on a GPU: training with kernels that add in a fixed order against training with torch's defaults.
+"""What the same numbers cost on a GPU: training with kernels that add in a fixed order against training with
+torch's defaults.
 
     python bench/reproducible.py        needs a CUDA device; half a minute
 
-Each row trains one selector four times with one seed, twice each way, in turns: seconds are medians, `moved` is the largest difference of a
-weight between two trainings with the same seed.
+Each row trains one selector four times with one seed, twice each way, in turns: seconds are medians,
+`moved` is the largest difference of a weight between two trainings with the same seed.
 """
 import contextlib, statistics, sys, time
 from pathlib import Path

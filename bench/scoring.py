@@ -1,7 +1,7 @@
-"""Scoring on the embedded model: the reference against the shared scorer, side by side in one run, equal answers asserted.
+"""Scoring on the embedded model: the reference against the shared scorer, side by side, equal answers asserted.
 
-`python bench/scoring.py [prompts] [repeats]` prints three tables: speed (medians; ratios compare rows of this run), FLOPs against
-the least there is to do, and where the remaining time goes.
+`python bench/scoring.py [prompts] [repeats]` prints three tables: speed (medians; ratios compare rows of
+this run), FLOPs against the least there is to do, and where the remaining time goes.
 """
 import dataclasses, statistics, subprocess, sys, tempfile, time
 from pathlib import Path
@@ -117,7 +117,9 @@ def groups(lvlm, repeats, queries=6):
     )
 
 def large(n=6, side=476):
-    "A copy of the embedded model that takes images of 289 visual tokens, and n prompts of three of them, eight answers each"
+    """A copy of the embedded model that takes images of 289 visual tokens, and n prompts of three of them,
+    eight answers each
+    """
     lvlm = load_lvlm()
     d = Path(tempfile.mkdtemp())
     g = np.random.default_rng(0)
@@ -134,7 +136,9 @@ def large(n=6, side=476):
     return lvlm, [dataclasses.replace(new(p), demos=tuple(map(new, p.demos))) for p in prompts], targets
 
 def floor(scorer, prompts, targets):
-    "FLOPs of encoding every distinct image once and running every prompt once, nothing else; attention counted whole, as torch's counter does"
+    """FLOPs of encoding every distinct image once and running every prompt once, nothing else; attention
+    counted whole, as torch's counter does
+    """
     cfg = scorer.lvlm.model.config
     f = scorer.vision([im for p in prompts for im in p.images])
     return sum(

@@ -1,8 +1,13 @@
-"""Training and proposing with the pointer selector, side by side with the plain way: one RCE epoch, beam-5 proposals from pools of 64 and from a whole split; the KL to a reference.
+"""Training and proposing with the pointer selector, side by side with the plain way: one RCE epoch, beam-5
+proposals from pools of 64 and from a whole split; the KL to a reference.
 
-`python bench/selector.py [threads] [repeats] [queries] [demonstrations]` prints four tables. Setting: 800 queries x 16 stored sequences, S = 2, D = 512, H = 256, 1 layer,
-pools drawn from a training split of 9,009. The plain way trains on one query at a time and encodes its candidates again for every sequence (as one batch of 16, or one after the other); it proposes with a Python loop
-over candidates. It is timed on a part of the queries and scaled. The KL of sequences of four is summed over all prefixes, or over 256 that are drawn. Both sides alternate in one process; losses, gradients, proposals and their log-probabilities must agree.
+`python bench/selector.py [threads] [repeats] [queries] [demonstrations]` prints four tables. Setting: 800
+queries x 16 stored sequences, S = 2, D = 512, H = 256, 1 layer, pools drawn from a training split of 9,009.
+The plain way trains on one query at a time and encodes its candidates again for every sequence (as one
+batch of 16, or one after the other); it proposes with a Python loop over candidates. It is timed on a part
+of the queries and scaled. The KL of sequences of four is summed over all prefixes, or over 256 that are
+drawn. Both sides alternate in one process; losses, gradients, proposals and their log-probabilities must
+agree.
 """
 import ctypes, gc, math, os, statistics, sys, threading, time
 from pathlib import Path
@@ -167,7 +172,9 @@ def once(fn):
     return s, top[0] - before, out
 
 def table(jobs, repeats, check=None):
-    "Run jobs (name, share of the queries it does, queries, function) in turn, `repeats` times; ratios are against the first, round by round"
+    """Run jobs (name, share of the queries it does, queries, function) in turn, `repeats` times; ratios are
+    against the first, round by round
+    """
     runs = {name: [] for name, *_ in jobs}
     for _ in range(repeats):
         outs = []

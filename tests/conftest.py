@@ -1,7 +1,8 @@
 """Every test: this checkout's leverplus, no window, no network, the same draws each time; rules first, then notebooks
 
-A test means the same on every machine, so a GPU is out of sight: everything runs on the CPU, child processes included. The group `gpu`
-(test_gpu.py) is the other way round: it runs where LEVERPLUS_GPU=1 asks for it (`make gpu`, and `make test` on a machine with a GPU).
+A test means the same on every machine, so a GPU is out of sight: everything runs on the CPU, child
+processes included. The group `gpu` (test_gpu.py) is the other way round: it runs where LEVERPLUS_GPU=1 asks
+for it (`make gpu`, and `make test` on a machine with a GPU).
 """
 import os, sys
 from pathlib import Path
@@ -30,7 +31,9 @@ settings.load_profile("leverplus")
 FIRST = "test_rules.py", "test_nbs.py", "test_tutorials.py"
 
 def pytest_collection_modifyitems(items):
-    "Cheap rules first, then the notebooks, then the rest, whatever order they were collected in; no GPU, no `gpu` tests"
+    """Cheap rules first, then the notebooks, then the rest, whatever order they were collected in; no GPU, no
+    `gpu` tests
+    """
     if not ON_GPU:
         asleep = pytest.mark.skip(reason="needs a GPU: run `make gpu`")
         for item in items:

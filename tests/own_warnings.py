@@ -1,10 +1,12 @@
 """Which warnings are ours: raised in this package, or raised elsewhere about a call that this package made
 
-A deprecated argument is complained about inside the library that was called, so the place of the warning does not tell. The caller does: the
-first frame above the library that complains. What one library says about another is not ours, and nobody here could act on it.
+A deprecated argument is complained about inside the library that was called, so the place of the warning
+does not tell. The caller does: the first frame above the library that complains. What one library says
+about another is not ours, and nobody here could act on it.
 
-`install()` makes ours errors, in a process of its own: `python -c "import own_warnings; own_warnings.install(); ..."`; `at_the_doors()` does so
-on the command line, which shows warnings in its own way.
+`install()` makes ours errors, in a process of its own: `python -c "import own_warnings;
+own_warnings.install(); ..."`; `at_the_doors()` does so on the command line, which shows warnings in its own
+way.
 """
 import sys, warnings
 

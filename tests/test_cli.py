@@ -258,7 +258,9 @@ def test_shards_of_predictions_make_the_whole(there):
     )
 
 def test_a_selector_proposes(there):
-    "Beams of a selector, in one process or in shards; not mixed with those of similarity, and only from pools that it knows"
+    """Beams of a selector, in one process or in shards; not mixed with those of similarity, and only from
+    pools that it knows
+    """
     import torch
     from leverplus.learner import load_selector
     from leverplus.rldata_generate import policy_fingerprint
@@ -437,7 +439,9 @@ def test_the_demo_gets_its_words(monkeypatch, tmp_path):
     assert "the demo knows" in go(["demo", "--set", '{"speed": 9}'], 2)
 
 def test_six_questions_end_to_end(tmp_path, monkeypatch, capsys, road):
-    "From another working folder: the embedded world, the tiny model, verified, in two shards, one of them in a process of its own"
+    """From another working folder: the embedded world, the tiny model, verified, in two shards, one of them in
+    a process of its own
+    """
     words = [
         "generate",
         "--limit",

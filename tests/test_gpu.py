@@ -1,7 +1,8 @@
 """What a GPU changes, and what it does not: `make gpu`. Skipped without one; needs no network and no nbdev.
 
-Exactness in three number formats, the facts and vectors of the CPU, training twice with one seed, resuming, mixed precision, rounds
-on-policy, a real out-of-memory, the doors, the demo, README's code, and every page of the book.
+Exactness in three number formats, the facts and vectors of the CPU, training twice with one seed, resuming,
+mixed precision, rounds on-policy, a real out-of-memory, the doors, the demo, README's code, and every page
+of the book.
 """
 import gc, json, os, subprocess, sys, warnings
 from pathlib import Path

@@ -1,4 +1,6 @@
-"The GPU bench, on a CPU: the whole of it runs on the embedded model, with no more packages than it promises, and says so when something is wrong"
+"""The GPU bench, on a CPU: the whole of it runs on the embedded model, with no more packages than it promises,
+and says so when something is wrong
+"""
 import gc, importlib.util, json, os, subprocess, sys
 from pathlib import Path
 import pytest, torch
@@ -21,7 +23,9 @@ def bench():
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
-    "The bench in a process of its own, from another folder, without the blocked packages: (what it saved, what it printed)"
+    """The bench in a process of its own, from another folder, without the blocked packages: (what it saved,
+    what it printed)
+    """
     d = tmp_path_factory.mktemp("bench")
     code = (
         f"import sys, runpy; sys.modules.update(dict.fromkeys({BLOCKED!r})); sys.argv = ['gpu_scoring.py',"
@@ -166,7 +170,9 @@ def test_when_time_is_up_what_is_there_stays(bench, tmp_path):
     )
 
 def test_full_size_model_is_built_sound(bench, monkeypatch):
-    "The 3B recipe at two narrow layers: bfloat16 weights, float32 rotations, tied head, activations of order 1, and the likeliest token in the tokenizer"
+    """The 3B recipe at two narrow layers: bfloat16 weights, float32 rotations, tied head, activations of order
+    1, and the likeliest token in the tokenizer
+    """
     from leverplus import cost
     monkeypatch.setitem(
         cost.QWEN_SIZES,
@@ -197,9 +203,9 @@ def test_full_size_model_is_built_sound(bench, monkeypatch):
     )
     lv = bench.build("3b", torch.device("cpu"), layers=2)
     m = lv.model
-    assert {p.dtype for p in m.parameters()} == {
-        torch.bfloat16
-    } and m.model.language_model.rotary_emb.inv_freq.dtype == m.model.visual.rotary_pos_emb.inv_freq.dtype == torch.float32
+    assert {p.dtype for p in m.parameters()} == {torch.bfloat16}
+    rotations = m.model.language_model.rotary_emb, m.model.visual.rotary_pos_emb
+    assert {r.inv_freq.dtype for r in rotations} == {torch.float32}
     assert (
         m.lm_head.weight is m.model.language_model.embed_tokens.weight
         and m.config.text_config.num_hidden_layers == 2

@@ -1,4 +1,6 @@
-"The closed loop of nbs/tutorials/01_data: what is found stays found, is paid for once, is true, and failures cost nothing but themselves"
+"""The closed loop of nbs/tutorials/01_data: what is found stays found, is paid for once, is true, and failures
+cost nothing but themselves
+"""
 import numpy as np, pandas as pd, pytest
 from hypothesis import given, settings, strategies as st
 from leverplus.groups import RLData

@@ -1,4 +1,6 @@
-"Every notebook runs from top to bottom: nbdev's runner, one process, without the cells flagged in settings.ini (`test_tutorials.py`: the long ones)"
+"""Every notebook runs from top to bottom: nbdev's runner, one process, without the cells flagged in
+settings.ini (`test_tutorials.py`: the long ones)
+"""
 import configparser, os, signal, sys
 from pathlib import Path
 import pytest
@@ -23,7 +25,9 @@ def flags():
 
 @pytest.fixture
 def clean_process():
-    "Put back what a notebook run changes in this process: main module, paths, environment, plot backend, torch's switches"
+    """Put back what a notebook run changes in this process: main module, paths, environment, plot backend,
+    torch's switches
+    """
     # it patches torch.Tensor (test_eq on tensors!), so have it there for every notebook, in any order
     import fastai.basics
     import matplotlib, torch

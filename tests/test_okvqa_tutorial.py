@@ -1,4 +1,6 @@
-"The steps of the OKVQA tutorial on OKVQA's own questions and answers, with small made-up pictures and the tiny models; and the numbers of OKVQA that the page names"
+"""The steps of the OKVQA tutorial on OKVQA's own questions and answers, with small made-up pictures and the
+tiny models; and the numbers of OKVQA that the page names
+"""
 import ast, json
 from types import SimpleNamespace
 import numpy as np, pytest

@@ -1,4 +1,6 @@
-"What is installed: two records that say the same, versions that were tested, a wheel that works far from the checkout, doors that open at once"
+"""What is installed: two records that say the same, versions that were tested, a wheel that works far from the
+checkout, doors that open at once
+"""
 import configparser, os, re, subprocess, sys
 from pathlib import Path
 import pytest

@@ -1,4 +1,6 @@
-"What README shows is what happens: its code runs as it stands, in order, in a fresh process, and no warning of ours appears"
+"""What README shows is what happens: its code runs as it stands, in order, in a fresh process, and no warning
+of ours appears
+"""
 import os, re, subprocess, sys, warnings
 from pathlib import Path
 import pytest
@@ -92,7 +94,9 @@ def library(name, source):
     ],
 )
 def test_whose_warning_it_is(monkeypatch, caller, ours):
-    "The caller decides, however deep inside the library the complaint is made; a warning of the caller's own counts too"
+    """The caller decides, however deep inside the library the complaint is made; a warning of the caller's own
+    counts too
+    """
     lib = library(
         "torch.jit",
         "import warnings\ndef deep(): warnings.warn('old argument', FutureWarning)\ndef f(): deep()",

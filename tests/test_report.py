@@ -513,30 +513,19 @@ def test_several_runs_are_compared_or_refused_in_words(world, tmp_path, quick):
 
 # ---- in a browser ---------------------------------------------------------------------------------------------------
 
-BROWSER = next(
-    filter(
-        None,
-        map(
-            shutil.which,
-            (
-                "chromium",
-                "chromium-browser",
-                "google-chrome",
-                "google-chrome-stable",
-                "chrome",
-                "chromium-headless-shell",
-                "microsoft-edge",
-            ),
-        ),
-    ),
-    None,
-)
+BROWSERS = """
+    chromium chromium-browser google-chrome google-chrome-stable chrome chromium-headless-shell microsoft-edge
+""".split()
+BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
 WIDTHS = 390, 1200
 ASK = """<script>onload = () => { document.title = JSON.stringify([...document.querySelectorAll('iframe')].map(f => {
-  const d = f.contentDocument, seen = () => [...d.querySelectorAll('.case')].filter(c => c.getClientRects().length).length;
+  const d = f.contentDocument;
+  const seen = () => [...d.querySelectorAll('.case')].filter(c => c.getClientRects().length).length;
   const click = c => { const b = d.querySelector(c); if (b) b.checked = true; return seen() };
-  return {width: d.documentElement.scrollWidth, room: d.documentElement.clientWidth, ink: d.body.innerText.length, all: seen(),
-          cut: [...d.querySelectorAll('h1,h2,h3,p,li,figure,img,fieldset,summary')].filter(e => !e.closest('.wide') && e.getBoundingClientRect().right > f.clientWidth + 1).length,
+  const out = e => !e.closest('.wide') && e.getBoundingClientRect().right > f.clientWidth + 1;
+  return {width: d.documentElement.scrollWidth, room: d.documentElement.clientWidth,
+          ink: d.body.innerText.length, all: seen(),
+          cut: [...d.querySelectorAll('h1,h2,h3,p,li,figure,img,fieldset,summary')].filter(out).length,
           won: click('.f-won-0'), lost: click('.f-lost-0'), unchanged: click('.f-unchanged-0'), back: click('.f-all')} })) }</script>"""
 
 def browse(tmp_path, page, *args):

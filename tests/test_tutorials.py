@@ -1,4 +1,6 @@
-"The long notebooks run from top to bottom, as in `test_nbs.py`; a file of their own, so that another process may take them"
+"""The long notebooks run from top to bottom, as in `test_nbs.py`; a file of their own, so that another process
+may take them
+"""
 import pytest
 from test_nbs import LONG, clean_process, page, walk
 
