@@ -33,7 +33,7 @@ ain't aint | aren't arent | can't cant | could've couldve | couldn't couldnt
 couldn't've couldn'tve couldnt've | didn't didnt | doesn't doesnt | don't dont | hadn't hadnt
 hadn't've hadnt've hadn'tve | hasn't hasnt | haven't havent | he'd hed | he'd've hed've he'dve
 he's hes | how'd howd | how'll howll | how's hows | I'd've Id've I'dve | I'm Im | I've Ive | isn't isnt
-it'd itd | it'd've itd've it'dve | it'll itll | let's lets | ma'am maam | mightn't mightnt
+it'd itd | it'd've itd've it'dve | it'll itll | let's let's | ma'am maam | mightn't mightnt
 mightn't've mightnt've mightn'tve | might've mightve | mustn't mustnt | must've mustve | needn't neednt
 not've notve | o'clock oclock | oughtn't oughtnt | 'ow's'at ow's'at 'ows'at 'ow'sat | shan't shant
 she'd've shed've she'dve | she's she's | should've shouldve | shouldn't shouldnt
