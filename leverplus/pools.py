@@ -195,14 +195,6 @@ def load(cls:Pool,
                          f"{pool.fingerprint}; the two files are not of one pool, or one was edited")
     return pool
 
-# %% ../nbs/13_pools.ipynb #dfb2a1ce
-def _united(a, b): # int64 [n]: equal where `a` is equal, or `b`, or where both are linked through others
-    label = pd.Series(a)
-    while True:
-        new = label.groupby(b).transform("min").groupby(a).transform("min")
-        if new.equals(label): return new.to_numpy()
-        label = new
-
 # %% ../nbs/13_pools.ipynb #257dea7a
 def image_groups(
     items:pd.DataFrame, # columns question_id, image_id and, if files are to be compared, image_path (may hold None)
@@ -223,6 +215,13 @@ def _content_labels(items): # object [n]: equal for byte-identical files; an ite
     return np.array(
         [label[path] if pd.notna(path) else f"#{i}" for i, path in enumerate(items.image_path)], dtype=object
     )
+
+def _united(a, b): # int64 [n]: equal where `a` is equal, or `b`, or where both are linked through others
+    label = pd.Series(a)
+    while True:
+        new = label.groupby(b).transform("min").groupby(a).transform("min")
+        if new.equals(label): return new.to_numpy()
+        label = new
 
 # %% ../nbs/13_pools.ipynb #b1c8dddd
 SAMPLERS = {"random": {}, "text": {"text": 1.}, "image": {"image": 1.}, "mixed": {"text": .25, "image": .25}}

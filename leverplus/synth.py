@@ -11,7 +11,6 @@ import contextlib, random
 import numpy as np, torch
 from torch import nn
 from .core import rng, pad_rows, masked_log_softmax, seed_all
-# behind leverplus, whose import silences what fastai's own imports warn of
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
