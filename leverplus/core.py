@@ -37,7 +37,11 @@ def masked_log_softmax(
     x = x.masked_fill(~mask & ~empty, -torch.inf)
     return x.log_softmax(dim).masked_fill(~mask, -torch.inf)
 
-def masked_softmax(x, mask, dim=-1):
+def masked_softmax(
+    x:torch.Tensor, # [..., n] logits
+    mask:torch.Tensor, # bool [..., n]
+    dim:int=-1, # the dimension that is normalised
+)->torch.Tensor: # [..., n] probabilities
     "`softmax` over the True entries of `mask`; 0 elsewhere, and a row without True is all 0"
     return masked_log_softmax(x, mask, dim).exp()
 

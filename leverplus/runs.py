@@ -131,7 +131,9 @@ class Run:
         for key in self.keys: setattr(self, key, record[key])
 
     @classmethod
-    def load(cls, path):
+    def load(cls,
+        path, # as in `Run(path)`
+    ):
         "The run in `path`; the same as `Run(path)`"
         return cls(path)
 

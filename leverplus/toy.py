@@ -124,9 +124,9 @@ def _wrong_answers(scene, ask, words): # distinct: the same thing on other islan
 @dataclass(frozen=True)
 class Shown:
     "One item of an episode: a scene, what is asked about it, and the true answer"
-    scene: Scene
-    ask: str
-    answer: str
+    scene:Scene # what is seen
+    ask:str # one of ASKS
+    answer:str # in the words of the scene's island
 
 def helps(
     demo:Shown, # a demonstration
