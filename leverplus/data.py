@@ -10,29 +10,29 @@ __all__ = ['VERIFY', 'COLUMNS', 'EXTRAS', 'majority', 'expand_labels', 'find_ima
 # %% ../nbs/10_data.ipynb #e8adfbb0
 import json
 from collections import Counter
+from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 import numpy as np, pandas as pd
 from PIL import Image
-from .core import fingerprint, read_json, repo_path
+from .core import fingerprint, read_json
 
 # %% ../nbs/10_data.ipynb #df97deb2
 def _need(ok, reason):
     if not ok: raise ValueError(reason)
 
 def _id(entry, field):
-    v = entry.get(field)
-    _need(
-        isinstance(v, int) and not isinstance(v, bool) and v >= 0,
-        f"{field} is {v!r}, wanted a whole number >= 0",
-    )
-    return v
+    value = entry.get(field)
+    whole = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    _need(whole, f"{field} is {value!r}, wanted a whole number >= 0")
+    return value
 
 def _question(entry):
     text = entry.get("question")
     _need(isinstance(text, str) and text.strip(), f"question is {text!r}, wanted a text")
     return dict(image_id=_id(entry, "image_id"), question=text.strip())
 
+# %% ../nbs/10_data.ipynb #bf495e4b
 def majority(
     answers, # strings; ValueError if all are blank
 )->str: # stripped
@@ -42,20 +42,11 @@ def majority(
     return counts.most_common(1)[0][0]
 
 # %% ../nbs/10_data.ipynb #b7adf320
-def _texts(entry, field):
-    out = [a.get(field) if isinstance(a, dict) else None for a in entry["answers"]]
-    return out if all(isinstance(a, str) for a in out) else None
-
-def _extras(entry):
-    out = {k: entry[k] for k in ("question_type", "answer_type") if isinstance(entry.get(k), str)}
-    if raw := _texts(entry, "raw_answer"): out["raw_answers"] = raw
-    return out if "image_id" not in entry else out | {"image_id": _id(entry, "image_id")}
-
 def _okvqa(entry, n_answers=10):
-    got = entry.get("answers")
-    _need(isinstance(got, list), f"answers is {type(got).__name__}, wanted a list")
-    _need(len(got) == n_answers, f"{len(got)} answers, wanted {n_answers}")
-    answers = _texts(entry, "answer")
+    people = entry.get("answers")
+    _need(isinstance(people, list), f"answers is {type(people).__name__}, wanted a list")
+    _need(len(people) == n_answers, f"{len(people)} answers, wanted {n_answers}")
+    answers = _texts(people, "answer")
     _need(answers, "an answer without a text under 'answer'")
     return dict(answers=answers, answer=majority(answers)) | _extras(entry)
 
@@ -64,50 +55,69 @@ def _vqav2(entry):
     _need(isinstance(agreed, str) and agreed.strip(), f"multiple_choice_answer is {agreed!r}, wanted a text")
     return _okvqa(entry) | {"answer": agreed.strip()}
 
+def _texts(people, field): # what each of them says under `field`; None if one says no text
+    out = [person.get(field) if isinstance(person, dict) else None for person in people]
+    return out if all(isinstance(text, str) for text in out) else None
+
+def _extras(entry): # what some files have and others have not
+    out = {k: entry[k] for k in ("question_type", "answer_type") if isinstance(entry.get(k), str)}
+    raw = _texts(entry["answers"], "raw_answer")
+    if raw: out["raw_answers"] = raw
+    if "image_id" in entry: out["image_id"] = _id(entry, "image_id")
+    return out
+
 # %% ../nbs/10_data.ipynb #f6e560ff
 def expand_labels(
     label:dict, # answer -> min(count/3, 1), so .667 or 1; ValueError if no five people could have given it
 )->list: # of 10 str, grouped by answer
     "List ten OKVQA answers that have these soft labels"
-    _need(isinstance(label, dict) and label, f"label is {label!r}, wanted a table answer -> score")
-    for a, s in label.items():
-        _need(
-            isinstance(s, (int, float)) and (s == 1 or abs(s - 2 / 3) < 0.01),
-            f"score {s!r} of {a!r}, wanted .667 or 1",
-        )
-    people = {a: 2 if s == 1 else 1 for a, s in label.items()}
-    full = [a for a in people if people[a] == 2]
+    _check_label(label)
+    people = {answer: 2 if score == 1 else 1 for answer, score in label.items()}
+    several = [answer for answer, n in people.items() if n == 2]
     spare = 5 - sum(people.values())
-    _need(spare == 0 or (spare > 0 and full), f"label {label!r} asks for {5 - spare} people, wanted 5")
-    for i in range(spare): people[full[i % len(full)]] += 1
-    return [a for a, c in people.items() for _ in range(2*c)]
+    possible = spare == 0 or (spare > 0 and several)
+    _need(possible, f"label {label!r} asks for {5 - spare} people, wanted 5")
+    for i in range(spare): people[several[i % len(several)]] += 1
+    return [answer for answer, n in people.items() for _ in range(2*n)]
+
+def _check_label(label):
+    _need(isinstance(label, dict) and label, f"label is {label!r}, wanted a table answer -> score")
+    for answer, score in label.items():
+        known = isinstance(score, (int, float)) and (score == 1 or abs(score - 2/3) < .01)
+        _need(known, f"score {score!r} of {answer!r}, wanted .667 or 1")
 
 def _soft(entry):
     answers = expand_labels(entry.get("label"))
-    img = entry.get("img_id")
     out = dict(answers=answers, answer=majority(answers))
-    return out | {"image_id": int(img[-12:])} if isinstance(img, str) and img[-12:].isdigit() else out
+    image = entry.get("img_id")
+    if isinstance(image, str) and image[-12:].isdigit(): out["image_id"] = int(image[-12:])
+    return out
 
 # %% ../nbs/10_data.ipynb #ea522d3a
-VERIFY = ("decode", "header", "exists")
-
 def find_image(
     images, # folder
     split:str, # "train", "val", ...
     image_id:int, # >= 0
 )->Path|None: # None if there is no such file
     "Look for a COCO image in `images`, then in its subfolder `{split}2014`; `.jpg` before `.png`"
-    stem = f"COCO_{split}2014_{image_id:012d}"
     for folder in (Path(images), Path(images)/f"{split}2014"):
-        for ext in (".jpg", ".png"):
-            if (folder/(stem + ext)).is_file(): return folder/(stem + ext)
+        for ending in (".jpg", ".png"):
+            path = folder/(_stem(split, image_id) + ending)
+            if path.is_file(): return path
+    return None
+
+def _stem(split, image_id): return f"COCO_{split}2014_{image_id:012d}"
+
+# %% ../nbs/10_data.ipynb #cdfe0b86
+VERIFY = ("decode", "header", "exists")
 
 def image_fault(
     path, # an image file
     verify:str="decode", # decode: every pixel | header: open it, check PNG checksums | exists: it is not empty
 )->str: # "" if it is sound, else what is wrong
     "Say what is wrong with an image file"
-    if Path(path).stat().st_size == 0: return "image file is empty"
+    path = Path(path)
+    if path.stat().st_size == 0: return "image file is empty"
     if verify == "exists": return ""
     try:
         with Image.open(path) as im: im.verify()
@@ -115,7 +125,7 @@ def image_fault(
             with Image.open(path) as im: im.load()
     # Pillow raises many kinds for a broken file; all mean the same here and none is lost
     except Exception as e:
-        return f"image cannot be read ({type(e).__name__}: {str(e).replace(str(path), Path(path).name)})"
+        return f"image cannot be read ({type(e).__name__}: {str(e).replace(str(path), path.name)})"
     return ""
 
 # %% ../nbs/10_data.ipynb #bc22b16a
@@ -124,89 +134,90 @@ class BadItems(ValueError):
 
 class _Report:
     "Gathers what is wrong with which item"
-    def __init__(self): self.rows, self.ids = [], set()
+    def __init__(self):
+        self.rows = []
+        self.ids = set()
+
     def add(self, question_id, file, reason):
         if not isinstance(question_id, (int, str, type(None))): question_id = repr(question_id)
         self.rows.append(dict(question_id=question_id, file=file, reason=reason))
         self.ids.add(question_id)
+
     def text(self, n=5):
         lines = [f"  {r['file']}: question {r['question_id']}: {r['reason']}" for r in self.rows[:n]]
-        return "\n".join(lines + [f"  ... and {len(self.rows) - n} more"]*(len(self.rows) > n))
+        if len(self.rows) > n: lines.append(f"  ... and {len(self.rows) - n} more")
+        return "\n".join(lines)
 
-def _entries(path, field):
-    "The list of entries in a file, under `field` or at the top"
-    got = read_json(path)
-    if field is not None: got = got.get(field) if isinstance(got, dict) else None
-    where = f"under '{field}'" if field else "at the top"
-    if not isinstance(got, list): raise ValueError(f"{path}: wanted a list {where}; is this the right file?")
-    return got
+# %% ../nbs/10_data.ipynb #40cb405f
+@dataclass
+class _Table:
+    "What one file says of each question"
+    file:str # its name, for the report
+    rows:dict # question_id -> parsed entry
 
-def _by_id(path, field, parse, report):
-    "question_id -> parsed entry; faults and second copies go to the report"
-    out = {}
+def _read_table(path, field, parse, report):
+    rows = {}
     for i, entry in enumerate(_entries(path, field)):
-        qid = entry.get("question_id") if isinstance(entry, dict) else None
+        question_id = entry.get("question_id") if isinstance(entry, dict) else None
         try:
             _need(isinstance(entry, dict), f"entry {i} is {type(entry).__name__}, wanted an object")
             _id(entry, "question_id")
-            _need(qid not in out, f"question_id appears twice (entry {i}; the first is kept)")
-            out[qid] = parse(entry)
-        except ValueError as e: report.add(qid, path.name, str(e))
-    return out
+            _need(question_id not in rows, f"question_id appears twice (entry {i}; the first is kept)")
+            rows[question_id] = parse(entry)
+        except ValueError as e: report.add(question_id, path.name, str(e))
+    return _Table(path.name, rows)
 
-# %% ../nbs/10_data.ipynb #df199f08
-def _join(questions, annotations, q_name, a_name, report):
-    alone = lambda xs, ys: [x for x in xs if x not in ys and x not in report.ids]
-    for qid in alone(questions, annotations):
-        report.add(qid, a_name, f"no annotation for this question of {q_name}")
-    for qid in alone(annotations, questions):
-        report.add(qid, q_name, f"no question for this annotation of {a_name}")
+def _entries(path, field): # the list under `field`, or at the top where `field` is None
+    content = read_json(path)
+    if field is not None: content = content.get(field) if isinstance(content, dict) else None
+    where = f"under '{field}'" if field else "at the top"
+    if not isinstance(content, list):
+        raise ValueError(f"{path}: wanted a list {where}; is this the right file?")
+    return content
+
+# %% ../nbs/10_data.ipynb #7b460a60
+def _join(questions, annotations, report): # {question_id: fields}
+    _report_alone(questions, annotations, f"no annotation for this question of {questions.file}", report)
+    _report_alone(annotations, questions, f"no question for this annotation of {annotations.file}", report)
     out = {}
-    for qid in (q for q in questions if q in annotations):
-        q, a = questions[qid], annotations[qid]
-        if q["image_id"] == a.get("image_id", q["image_id"]): out[qid] = dict(question_id=qid) | q | a
-        else: report.add(qid, a_name, f"image_id {a['image_id']}, but {q['image_id']} in {q_name}")
+    for question_id, q in questions.rows.items():
+        if question_id not in annotations.rows: continue
+        a = annotations.rows[question_id]
+        image_id = a.get("image_id", q["image_id"])
+        if image_id == q["image_id"]: out[question_id] = dict(question_id=question_id) | q | a
+        else:
+            reason = f"image_id {image_id}, but {q['image_id']} in {questions.file}"
+            report.add(question_id, annotations.file, reason)
     return out
 
+def _report_alone(here, there, reason, report):
+    for question_id in here.rows:
+        known = question_id in there.rows or question_id in report.ids
+        if not known: report.add(question_id, there.file, reason)
+
+# %% ../nbs/10_data.ipynb #91bf0c8e
 def _add_images(rows, images, split, verify, report):
     images = Path(images).expanduser()
     if not images.is_dir():
         raise FileNotFoundError(f"{images}: no such folder of images; images=None reads without them")
-    faults = {}
-    paths = {i: find_image(images, split, i) for i in {r["image_id"] for r in rows.values()}}
-    for i, p in paths.items():
-        faults[i] = image_fault(p, verify) if p else "no such image, neither .jpg nor .png"
-    for qid, r in list(rows.items()):
-        p = paths[r["image_id"]]
-        name = p.name if p else f"COCO_{split}2014_{r['image_id']:012d}"
-        if why := faults[r["image_id"]]:
-            report.add(qid, name, why)
-            del rows[qid]
-        else: r["image_path"] = str(p)
+    looked = {}                                       # image_id -> (path, what is wrong with it)
+    for question_id, row in list(rows.items()):
+        image_id = row["image_id"]
+        if image_id not in looked: looked[image_id] = _look_at(images, split, image_id, verify)
+        path, fault = looked[image_id]
+        row["image_path"] = str(path)
+        if fault:
+            report.add(question_id, path.name, fault)
+            del rows[question_id]
+
+def _look_at(images, split, image_id, verify):
+    path = find_image(images, split, image_id)
+    if path is None: return Path(_stem(split, image_id)), "no such image, neither .jpg nor .png"
+    return path, image_fault(path, verify)
 
 # %% ../nbs/10_data.ipynb #3918ed94
 COLUMNS = ["question_id", "image_id", "image_path", "question", "answers", "answer"]
-EXTRAS = ["question_type", "answer_type", "raw_answers", "split"] # where the files have them; `split` always
-
-def _frame(rows, split):
-    cols = COLUMNS + [c for c in EXTRAS[:-1] if all(c in r for r in rows)]
-    frame = pd.DataFrame({c: [r.get(c) for r in rows] for c in cols} | {"split": split})
-    frame.index = pd.Index(frame.question_id.tolist())
-    return frame
-
-def _exists(path, wanted):
-    if path.is_file(): return path
-    near = sorted(p.name for p in path.parent.glob("*.json")) if path.parent.is_dir() else None
-    has = (
-        "that folder does not exist"
-        if near is None
-        else f"the folder holds {', '.join(near) or 'no .json files'}"
-    )
-    raise FileNotFoundError(f"{path}: no such file. Wanted {wanted}; {has}")
-
-def _check_args(on_bad, verify):
-    if on_bad not in ("raise", "skip"): raise ValueError(f"on_bad {on_bad!r}: pass 'raise' or 'skip'")
-    if verify not in VERIFY: raise ValueError(f"verify {verify!r}: pass one of {', '.join(VERIFY)}")
+EXTRAS = ["question_type", "answer_type", "raw_answers"] # where the files have them
 
 def read_items(
     questions, # path of a questions file: {"questions": [...]}
@@ -217,24 +228,25 @@ def read_items(
     verify:str="decode", # how hard images are looked at, see `image_fault`
     field:str|None="annotations", # where the list lies in `annotations`; None: the file is the list
     parse=_okvqa, # entry of `annotations` -> dict with `answers`, `answer`; ValueError with the reason if it cannot
-)->pd.DataFrame: # `COLUMNS` and what is known of `EXTRAS`; index = question_id, in the questions file's order
+)->pd.DataFrame: # `COLUMNS`, those of `EXTRAS` that all have, `split`; index = question_id, order of the questions file
     "Join a questions file, its answers, and its images"
-    _check_args(on_bad, verify)
-    q = _exists(Path(questions).expanduser(), f"the questions of split '{split}'")
-    a = _exists(Path(annotations).expanduser(), f"the answers of split '{split}'")
+    _check_choices(on_bad, verify)
+    q_file = _existing(questions, f"the questions of split '{split}'")
+    a_file = _existing(annotations, f"the answers of split '{split}'")
     report = _Report()
-    rows = _join(
-        _by_id(q, "questions", _question, report), _by_id(a, field, parse, report), q.name, a.name, report
-    )
+    q = _read_table(q_file, "questions", _question, report)
+    a = _read_table(a_file, field, parse, report)
+    rows = _join(q, a, report)
     if images is not None: _add_images(rows, images, split, verify, report)
-    if report.rows and (on_bad == "raise" or not rows):
-        tail = "pass on_bad='skip' to leave them out" if rows else "nothing would be left"
-        raise BadItems(
-            f"{q.parent}: {len(report.rows)} bad item(s) in split '{split}'; {tail}\n{report.text()}"
-        )
-    if not rows: raise BadItems(f"{q}: no questions")
+    _check_report(report, rows, q_file, split, on_bad)
     frame = _frame(list(rows.values()), split)
     frame.attrs["left_out"] = report.rows
+    return frame
+
+def _frame(rows, split):
+    columns = COLUMNS + [c for c in EXTRAS if all(c in row for row in rows)]
+    frame = pd.DataFrame({c: [row.get(c) for row in rows] for c in columns} | {"split": split})
+    frame.index = pd.Index(frame.question_id.tolist())
     return frame
 
 def left_out(
@@ -248,6 +260,28 @@ def left_out(
         )
     return pd.DataFrame(frame.attrs["left_out"], columns=["question_id", "file", "reason"])
 
+# %% ../nbs/10_data.ipynb #3b5a93cd
+def _check_choices(on_bad, verify):
+    if on_bad not in ("raise", "skip"): raise ValueError(f"on_bad {on_bad!r}: pass 'raise' or 'skip'")
+    if verify not in VERIFY: raise ValueError(f"verify {verify!r}: pass one of {', '.join(VERIFY)}")
+
+def _existing(file, wanted):
+    path = Path(file).expanduser()
+    if path.is_file(): return path
+    if path.parent.is_dir():
+        near = sorted(p.name for p in path.parent.glob("*.json"))
+        has = f"the folder holds {', '.join(near) or 'no .json files'}"
+    else: has = "that folder does not exist"
+    raise FileNotFoundError(f"{path}: no such file. Wanted {wanted}; {has}")
+
+def _check_report(report, rows, q_file, split, on_bad):
+    if report.rows and (on_bad == "raise" or not rows):
+        tail = "pass on_bad='skip' to leave them out" if rows else "nothing would be left"
+        raise BadItems(
+            f"{q_file.parent}: {len(report.rows)} bad item(s) in split '{split}'; {tail}\n{report.text()}"
+        )
+    if not rows: raise BadItems(f"{q_file}: no questions")
+
 # %% ../nbs/10_data.ipynb #883efec6
 def read_okvqa(
     root, # folder with `OpenEnded_mscoco_{split}2014_questions.json` and `mscoco_{split}2014_annotations.json`
@@ -257,8 +291,9 @@ def read_okvqa(
     verify:str="decode", # decode | header | exists
 )->pd.DataFrame: # see `read_items`; `answer` is the majority's
     "Read a split of OKVQA, or of a dataset in its format such as `data/islands`"
-    q, a = f"OpenEnded_mscoco_{split}2014_questions.json", f"mscoco_{split}2014_annotations.json"
-    return read_items(Path(root)/q, Path(root)/a, split, images, on_bad, verify)
+    questions = Path(root)/f"OpenEnded_mscoco_{split}2014_questions.json"
+    annotations = Path(root)/f"mscoco_{split}2014_annotations.json"
+    return read_items(questions, annotations, split, images, on_bad, verify)
 
 def read_vqav2(
     root, # folder with `v2_OpenEnded_mscoco_{split}2014_questions.json` and `v2_mscoco_{split}2014_annotations.json`
@@ -268,8 +303,9 @@ def read_vqav2(
     verify:str="decode", # decode | header | exists
 )->pd.DataFrame: # see `read_items`; `answer` is `multiple_choice_answer`
     "Read a split of VQAv2"
-    q, a = f"v2_OpenEnded_mscoco_{split}2014_questions.json", f"v2_mscoco_{split}2014_annotations.json"
-    return read_items(Path(root)/q, Path(root)/a, split, images, on_bad, verify, parse=_vqav2)
+    questions = Path(root)/f"v2_OpenEnded_mscoco_{split}2014_questions.json"
+    annotations = Path(root)/f"v2_mscoco_{split}2014_annotations.json"
+    return read_items(questions, annotations, split, images, on_bad, verify, parse=_vqav2)
 
 def read_soft_labels(
     root, # folder with `OpenEnded_mscoco_{split}2014_questions.json` and `{split}_soft_labels.json`
@@ -279,45 +315,35 @@ def read_soft_labels(
     verify:str="decode", # decode | header | exists
 )->pd.DataFrame: # see `read_items`; `answers` are ten that have these labels, see `expand_labels`
     "Read a split of OKVQA whose answers are soft labels"
-    q, a = f"OpenEnded_mscoco_{split}2014_questions.json", f"{split}_soft_labels.json"
-    return read_items(Path(root)/q, Path(root)/a, split, images, on_bad, verify, field=None, parse=_soft)
+    questions = Path(root)/f"OpenEnded_mscoco_{split}2014_questions.json"
+    labels = Path(root)/f"{split}_soft_labels.json"
+    return read_items(questions, labels, split, images, on_bad, verify, field=None, parse=_soft)
 
 # %% ../nbs/10_data.ipynb #38b8ba4f
 def check_splits(
     **frames, # name=frame, e.g. train=..., test=...
 )->pd.DataFrame: # index = names; `questions`, `images`; ValueError naming two splits and ids that they share
     "Check that no two splits share an image or a question"
-    for (a, x), (b, y) in combinations(frames.items(), 2):
-        for col in ("image_id", "question_id"):
-            both = sorted(set(x[col].tolist()) & set(y[col].tolist()))
-            if not both: continue
-            raise ValueError(
-                f"splits '{a}' and '{b}' share {len(both)} {col}s, e.g. {both[:5]}: move them to one side"
-            )
-    return pd.DataFrame({n: dict(questions=len(f), images=f.image_id.nunique()) for n, f in frames.items()}).T
+    for (a, frame_a), (b, frame_b) in combinations(frames.items(), 2):
+        for column in ("image_id", "question_id"):
+            both = sorted(set(frame_a[column].tolist()) & set(frame_b[column].tolist()))
+            if both:
+                raise ValueError(f"splits '{a}' and '{b}' share {len(both)} {column}s, e.g. {both[:5]}: move "
+                                 "them to one side")
+    sizes = {name: dict(questions=len(f), images=f.image_id.nunique()) for name, f in frames.items()}
+    return pd.DataFrame(sizes).T
 
 # %% ../nbs/10_data.ipynb #ae690bf7
 def items_fingerprint(
     items:pd.DataFrame, # what a reader returned, or rows of it
 )->str: # 16 hexadecimal digits
     "Fingerprint items by id, image id, question and answers; row order and paths do not matter"
-    cols = (items[c].tolist() for c in ("question_id", "image_id", "question"))
-    rows = sorted(zip(*cols, map(list, items.answers)))
+    ids = items.question_id.tolist()
+    answers = map(list, items.answers)
+    rows = sorted(zip(ids, items.image_id.tolist(), items.question.tolist(), answers))
     return fingerprint("items", json.dumps(rows, ensure_ascii=False))
 
 # %% ../nbs/10_data.ipynb #baac05a3
-def _panel(ax, item):
-    import textwrap
-    ax.set(xticks=[], yticks=[])
-    if isinstance(item.image_path, str):
-        with Image.open(item.image_path) as im: ax.imshow(im.convert("RGB"))
-    else:
-        ax.text(.5, .5, f"image {item.image_id}", ha="center", va="center", transform=ax.transAxes)
-        ax.set_box_aspect(1)
-    said = ", ".join(f"{a}\u00a0({c})" for a, c in Counter(item.answers).most_common(3))
-    ax.set_title(textwrap.fill(item.question, 22), fontsize=8)
-    ax.set_xlabel(textwrap.fill(said, 22), fontsize=8)
-
 def show_items(
     frame:pd.DataFrame, # what a reader returned, or rows of it
     n:int=3, # how many, from the top; with fewer rows, all
@@ -326,24 +352,35 @@ def show_items(
     "Show items: question above, image, and the three most frequent answers with their counts below"
     import matplotlib.pyplot as plt
     n = min(n, len(frame))
-    if axes is None: axes = plt.subplots(1, n, figsize=(max(5, 1.7*n), 3), squeeze=False)[1][0]
+    if axes is None: axes = plt.subplots(1, n, figsize=(max(5, 1.7*n), 3), squeeze=False)[1]
     axes = np.atleast_1d(axes).ravel()
-    for ax, item in zip(axes, frame.head(n).itertuples(index=False), strict=True): _panel(ax, item)
+    for ax, item in zip(axes, frame.head(n).itertuples(index=False), strict=True): _show_item(ax, item)
     return axes
+
+def _show_item(ax, item):
+    import textwrap
+    ax.set(xticks=[], yticks=[])
+    if isinstance(item.image_path, str):
+        with Image.open(item.image_path) as im: ax.imshow(im.convert("RGB"))
+    else:
+        ax.text(.5, .5, f"image {item.image_id}", ha="center", va="center", transform=ax.transAxes)
+        ax.set_box_aspect(1)
+    said = ", ".join(f"{answer}\u00a0({n})" for answer, n in Counter(item.answers).most_common(3))
+    ax.set_title(textwrap.fill(item.question, 22), fontsize=8)
+    ax.set_xlabel(textwrap.fill(said, 22), fontsize=8)
 
 # %% ../nbs/10_data.ipynb #8a39b155
 def plot_people(
     frame:pd.DataFrame, # what a reader returned
     ax=None, # matplotlib axes; a new figure if None
-):
+): # the axes
     "Plot the share of questions by the size of their largest group of equal answers"
     import matplotlib.pyplot as plt
     ax = ax or plt.subplots(figsize=(5, 3))[1]
-    share = (
-        pd.Series([max(Counter(a).values()) for a in frame.answers]).value_counts(normalize=True).sort_index()
-    )
+    largest = pd.Series([max(Counter(answers).values()) for answers in frame.answers])
+    share = largest.value_counts(normalize=True).sort_index()
     ax.bar(share.index, share.values)
-    ax.set(
-        xlabel="people who gave the most frequent answer", ylabel="share of questions", xticks=range(1, 11)
-    )
+    ax.set_xlabel("people who gave the most frequent answer")
+    ax.set_ylabel("share of questions")
+    ax.set_xticks(range(1, 11))
     return ax

@@ -33,13 +33,16 @@ class Scene:
     shape:str # one of SHAPES
     colour:str # one of COLOURS
 
+# %% ../nbs/02_toy.ipynb #e69457e2
 def random_dictionary(
     rng:np.random.Generator, # decides which word means what
 )->dict: # {island: {meaning in English: word}}; Albion speaks English
     "Draw a dictionary: 8 words for each foreign island, none used twice"
-    words = iter(rng.permutation(NONCE).tolist())
     meanings = SHAPES + COLOURS
-    return {i: {m: m if i == ISLANDS[0] else next(words) for m in meanings} for i in ISLANDS}
+    words = rng.permutation(NONCE).reshape(3, 8).tolist()
+    dictionary = {ISLANDS[0]: dict(zip(meanings, meanings))}
+    for island, own in zip(ISLANDS[1:], words): dictionary[island] = dict(zip(meanings, own))
+    return dictionary
 
 def say(
     scene:Scene, # what is seen
@@ -47,51 +50,14 @@ def say(
     words:dict, # a dictionary
 )->str: # one word, or two for `both`
     "The true answer, in the words of the scene's island"
-    w = words[scene.island]
-    return {
-        "shape": w[scene.shape],
-        "colour": w[scene.colour],
-        "both": f"{w[scene.colour]} {w[scene.shape]}",
-    }[ask]
+    shape = words[scene.island][scene.shape]
+    colour = words[scene.island][scene.colour]
+    return {"shape": shape, "colour": colour, "both": f"{colour} {shape}"}[ask]
 
-# %% ../nbs/02_toy.ipynb #f0fba8af
+# %% ../nbs/02_toy.ipynb #42531e69
 SIZE = 56 # pixels
 _HUES = dict(red=0., green=1/3, blue=.62, yellow=.15)
-
 _SOIL = dict(Albion=(236, 236, 240), Koro=(236, 212, 160), Mirel=(136, 146, 170), Tavu=(172, 224, 204))
-
-def _ground(g, island):
-    yy, xx = np.mgrid[:SIZE, :SIZE] + g.integers(0, 8)
-    step = g.integers(6, 9)
-    on = {
-        "Albion": np.zeros_like(xx, bool),
-        "Koro": yy % step < step // 2,
-        "Mirel": (xx // step + yy // step) % 2 == 0,
-        "Tavu": (xx % step < 3) & (yy % step < 3),
-    }[island]
-    soil = np.array(_SOIL[island]) + g.integers(-12, 13, 3)
-    return np.clip(soil - (g.integers(15, 40)*on)[..., None], 0, 255).astype(np.uint8)
-
-def _outline(shape, x, y, r):
-    t = r//3
-    return {
-        "square": [(x - r, y - r), (x + r, y - r), (x + r, y + r), (x - r, y + r)],
-        "triangle": [(x, y - r), (x + r, y + r), (x - r, y + r)],
-        "cross": [
-            (x - t, y - r),
-            (x + t, y - r),
-            (x + t, y - t),
-            (x + r, y - t),
-            (x + r, y + t),
-            (x + t, y + t),
-            (x + t, y + r),
-            (x - t, y + r),
-            (x - t, y + t),
-            (x - r, y + t),
-            (x - r, y - t),
-            (x - t, y - t),
-        ],
-    }[shape]
 
 def render(
     scene:Scene, # what to show
@@ -99,16 +65,39 @@ def render(
 )->Image.Image: # RGB, SIZE x SIZE
     "Draw a scene"
     im = Image.fromarray(_ground(rng, scene.island))
-    d = ImageDraw.Draw(im)
+    draw = ImageDraw.Draw(im)
     r = int(rng.integers(11, 18))
     x, y = (int(v) for v in rng.integers(r + 2, SIZE - r - 2, 2))
-    h = (_HUES[scene.colour] + rng.uniform(-.03, .03)) % 1
-    s = rng.uniform(.75, 1)
-    v = rng.uniform(.6, .95)
-    fill = tuple(int(255*c) for c in colorsys.hsv_to_rgb(h, s, v))
-    if scene.shape == "circle": d.ellipse((x-r, y-r, x+r, y+r), fill=fill)
-    else: d.polygon(_outline(scene.shape, x, y, r), fill=fill)
+    fill = _shade(rng, scene.colour)
+    if scene.shape == "circle": draw.ellipse((x-r, y-r, x+r, y+r), fill=fill)
+    else: draw.polygon(_outline(scene.shape, x, y, r), fill=fill)
     return im
+
+def _ground(g, island): # uint8 [SIZE, SIZE, 3]
+    y, x = np.mgrid[:SIZE, :SIZE] + g.integers(0, 8)
+    dark = _pattern(island, x, y, step=g.integers(6, 9))
+    soil = np.array(_SOIL[island]) + g.integers(-12, 13, 3)
+    contrast = g.integers(15, 40)
+    return np.clip(soil - (contrast*dark)[..., None], 0, 255).astype(np.uint8)
+
+def _pattern(island, x, y, step): # bool, where the ground is darker
+    if island == "Koro": return y % step < step//2
+    if island == "Mirel": return (x//step + y//step) % 2 == 0
+    if island == "Tavu": return (x % step < 3) & (y % step < 3)
+    return np.zeros_like(x, bool)
+
+def _shade(g, colour): # (red, green, blue), 0..255
+    hue = (_HUES[colour] + g.uniform(-.03, .03)) % 1
+    saturation = g.uniform(.75, 1)
+    value = g.uniform(.6, .95)
+    return tuple(int(255*c) for c in colorsys.hsv_to_rgb(hue, saturation, value))
+
+def _outline(shape, x, y, r): # corners, for all but the circle
+    if shape == "square": return [(x-r, y-r), (x+r, y-r), (x+r, y+r), (x-r, y+r)]
+    if shape == "triangle": return [(x, y-r), (x+r, y+r), (x-r, y+r)]
+    t = r//3
+    return [(x-t, y-r), (x+t, y-r), (x+t, y-t), (x+r, y-t), (x+r, y+t), (x+t, y+t),
+            (x+t, y+r), (x-t, y+r), (x-t, y+t), (x-r, y+t), (x-r, y-t), (x-t, y-t)]
 
 # %% ../nbs/02_toy.ipynb #b9c2a7d5
 def annotators(
@@ -119,20 +108,25 @@ def annotators(
 )->list: # 10 answers; nothing is said more often than the truth (three of ten may tie with it)
     "What ten annotators say"
     true = say(scene, ask, words)
-    others = [say(Scene(i, scene.shape, scene.colour), ask, words) for i in ISLANDS if i != scene.island]
-    others += [say(Scene(scene.island, s, scene.colour), ask, words) for s in SHAPES if s != scene.shape]
-    others = [o for o in dict.fromkeys(others) if o != true]
+    others = _wrong_answers(scene, ask, words)
     n = int(rng.choice([0, 1, 2, 3, 7], p=[.62, .12, .1, .1, .06]))
-    wrong = [others[k % len(others)] for k in rng.permutation(len(others)).tolist() * 4][:n]
+    order = rng.permutation(len(others)).tolist() * 4              # seven people may need more than there are
+    wrong = [others[k] for k in order[:n]]
     return rng.permutation([true]*(10 - n) + wrong).tolist()
 
-# %% ../nbs/02_toy.ipynb #9f61fbac
+def _wrong_answers(scene, ask, words): # distinct: the same thing on other islands, other shapes on this one
+    scenes = [Scene(island, scene.shape, scene.colour) for island in ISLANDS if island != scene.island]
+    scenes += [Scene(scene.island, shape, scene.colour) for shape in SHAPES if shape != scene.shape]
+    said = dict.fromkeys(say(s, ask, words) for s in scenes)
+    return [answer for answer in said if answer != say(scene, ask, words)]
+
+# %% ../nbs/02_toy.ipynb #cc199e92
 @dataclass(frozen=True)
 class Shown:
     "One item of an episode: a scene, what is asked about it, and the true answer"
-    scene: Scene
-    ask: str
-    answer: str
+    scene:Scene # what is seen
+    ask:str # one of ASKS
+    answer:str # in the words of the scene's island
 
 def helps(
     demo:Shown, # a demonstration
@@ -140,28 +134,15 @@ def helps(
 )->set: # the asked attributes ("shape", "colour") whose word the demonstration gives away
     "Which words of the query's answer a demonstration reveals"
     if demo.scene.island != query.scene.island: return set()
-    return {a for a in ("shape", "colour") if getattr(demo.scene, a) == getattr(query.scene, a)
-            and demo.ask in (a, "both") and query.ask in (a, "both")}
+    out = set()
+    for attribute in ("shape", "colour"):
+        same = getattr(demo.scene, attribute) == getattr(query.scene, attribute)
+        named = demo.ask in (attribute, "both")
+        asked = query.ask in (attribute, "both")
+        if same and named and asked: out.add(attribute)
+    return out
 
-def _near(g, query, words, need, asks):
-    "A demonstration that reveals `need` of the query"
-    s, c = query.scene.shape, query.scene.colour
-    if need == "shape": c = g.choice(COLOURS)
-    if need == "colour": s = g.choice(SHAPES)
-    scene = Scene(query.scene.island, str(s), str(c))
-    ask = str(g.choice([a for a in (need, "both") if a in asks]))
-    return Shown(scene, ask, say(scene, ask, words))
-
-def _far(g, query, words, islands, asks):
-    "A distractor: the same thing on another island, or another thing on the same one, or anything"
-    q = query.scene
-    kind = g.integers(3)
-    island = q.island if kind == 1 else str(g.choice(islands))
-    shape, colour = (q.shape, q.colour) if kind == 0 else (str(g.choice(SHAPES)), str(g.choice(COLOURS)))
-    scene = Scene(island, shape, colour)
-    ask = query.ask if g.random() < 0.4 else str(g.choice(asks))
-    return Shown(scene, ask, say(scene, ask, words))
-
+# %% ../nbs/02_toy.ipynb #c80dd9c9
 def episode(
     rng:np.random.Generator, # decides everything
     n_demos:int, # demonstrations, >= 0
@@ -175,15 +156,33 @@ def episode(
     ask = str(rng.choice(asks))
     query = Shown(scene, ask, say(scene, ask, words))
     needs = ["shape", "colour"] if ask == "both" and rng.random() < .75 else [ask]
-    demos = (
-        [_near(rng, query, words, n, asks) for n in needs]
-        if rng.random() < p_help and len(needs) <= n_demos
-        else []
-    )
+    help_comes = rng.random() < p_help and len(needs) <= n_demos
+    demos = [_near(rng, query, words, need, asks) for need in needs] if help_comes else []
     demos += [_far(rng, query, words, islands, asks) for _ in range(n_demos - len(demos))]
     return [demos[i] for i in rng.permutation(len(demos))], query
 
-# %% ../nbs/02_toy.ipynb #48cc7197
+def _near(g, query, words, need, asks):
+    "A demonstration that reveals `need` of the query"
+    shape, colour = query.scene.shape, query.scene.colour
+    if need == "shape": colour = g.choice(COLOURS)
+    if need == "colour": shape = g.choice(SHAPES)
+    scene = Scene(query.scene.island, str(shape), str(colour))
+    ask = str(g.choice([a for a in (need, "both") if a in asks]))
+    return Shown(scene, ask, say(scene, ask, words))
+
+def _far(g, query, words, islands, asks):
+    "A distractor: the same thing on another island, or another thing on the same one, or anything"
+    island, shape, colour = query.scene.island, query.scene.shape, query.scene.colour
+    kind = ("same thing", "same island", "anything")[g.integers(3)]
+    if kind != "same island": island = str(g.choice(islands))
+    if kind != "same thing":
+        shape = str(g.choice(SHAPES))
+        colour = str(g.choice(COLOURS))
+    scene = Scene(island, shape, colour)
+    ask = query.ask if g.random() < .4 else str(g.choice(asks))
+    return Shown(scene, ask, say(scene, ask, words))
+
+# %% ../nbs/02_toy.ipynb #5735eb9c
 DATASET = Path("data", "islands") # where the embedded world lies, below the checkout
 
 def dataset_dictionary(
@@ -191,50 +190,6 @@ def dataset_dictionary(
 )->dict: # {island: {meaning: word}}
     "The dictionary of the data set"
     return random_dictionary(rng("islands", "dictionary", seed))
-
-def _item(g, scene, ask, words, question_id, image_id):
-    answers = annotators(g, scene, ask, words)
-    people = [
-        dict(answer_id=k + 1, answer=a, raw_answer=a, answer_confidence="yes") for k, a in enumerate(answers)
-    ]
-    question = dict(image_id=image_id, question_id=question_id, question=str(g.choice(WORDINGS[ask])))
-    return question, dict(
-        image_id=image_id,
-        question_id=question_id,
-        question_type=ask,
-        answer_type="other",
-        confidence=3,
-        answers=people,
-    )
-
-def _write_split(folder, split, first_image, n_images, seed):
-    g = rng("islands", seed, split)
-    words = dataset_dictionary(seed)
-    qs = []
-    anns = []
-    truth = {}
-    for image_id in range(first_image, first_image + n_images):
-        scene = Scene(str(g.choice(ISLANDS)), str(g.choice(SHAPES)), str(g.choice(COLOURS)))
-        truth[image_id] = [scene.island, scene.shape, scene.colour]
-        with atomic_path(folder / "images" / f"COCO_{split}2014_{image_id:012d}.png") as tmp:
-            render(scene, g).save(tmp, format="PNG", optimize=True)
-        for j, ask in enumerate(g.permutation(ASKS)[:2]):
-            q, a = _item(g, scene, str(ask), words, image_id * 10 + j, image_id)
-            qs.append(q)
-            anns.append(a)
-    info = dict(
-        info=dict(description="islands, the embedded world of leverplus", version="1.0"),
-        data_type="islands",
-        data_subtype=f"{split}2014",
-        license=dict(name="Apache-2.0", url=""),
-    )
-    write_json(
-        folder / f"OpenEnded_mscoco_{split}2014_questions.json",
-        info | dict(task_type="Open-Ended", questions=qs),
-        indent=None,
-    )
-    write_json(folder/f"mscoco_{split}2014_annotations.json", info | dict(annotations=anns), indent=None)
-    return truth
 
 def make_islands(
     folder, # where to, e.g. `repo_path(DATASET)`
@@ -244,11 +199,47 @@ def make_islands(
     "Write the data set: questions, annotations and images of every split, and `truth.json`"
     folder = Path(folder)
     first = 1001
-    truth = {}
+    scenes = {}
     for split, n in n_images.items():
-        truth |= _write_split(folder, split, first, n, seed)
+        scenes |= _write_split(folder, split, range(first, first + n), seed)
         first += n
-    write_json(
-        folder / "truth.json", dict(seed=seed, dictionary=dataset_dictionary(seed), scenes=truth), indent=None
-    )
+    truth = dict(seed=seed, dictionary=dataset_dictionary(seed), scenes=scenes)
+    write_json(folder/"truth.json", truth, indent=None)
     return folder
+
+def _write_split(folder, split, image_ids, seed): # {image_id: what it shows}
+    g = rng("islands", seed, split)
+    words = dataset_dictionary(seed)
+    questions = []
+    annotations = []
+    truth = {}
+    for image_id in image_ids:
+        scene = Scene(str(g.choice(ISLANDS)), str(g.choice(SHAPES)), str(g.choice(COLOURS)))
+        truth[image_id] = [scene.island, scene.shape, scene.colour]
+        with atomic_path(folder/"images"/f"COCO_{split}2014_{image_id:012d}.png") as tmp:
+            render(scene, g).save(tmp, format="PNG", optimize=True)
+        for j, ask in enumerate(g.permutation(ASKS)[:2].tolist()):
+            ids = dict(image_id=image_id, question_id=10*image_id + j)
+            annotations.append(_annotation(ids, ask, annotators(g, scene, ask, words)))
+            questions.append(dict(ids, question=str(g.choice(WORDINGS[ask]))))
+    _write_files(folder, split, questions, annotations)
+    return truth
+
+# %% ../nbs/02_toy.ipynb #4c3a23de
+def _annotation(ids, ask, answers):
+    people = [
+        dict(answer_id=k, answer=a, raw_answer=a, answer_confidence="yes") for k, a in enumerate(answers, 1)
+    ]
+    return dict(ids, question_type=ask, answer_type="other", confidence=3, answers=people)
+
+def _write_files(folder, split, questions, annotations):
+    head = dict(
+        info=dict(description="islands, the embedded world of leverplus", version="1.0"),
+        data_type="islands",
+        data_subtype=f"{split}2014",
+        license=dict(name="Apache-2.0", url=""),
+    )
+    asked = head | dict(task_type="Open-Ended", questions=questions)
+    said = head | dict(annotations=annotations)
+    write_json(folder/f"OpenEnded_mscoco_{split}2014_questions.json", asked, indent=None)
+    write_json(folder/f"mscoco_{split}2014_annotations.json", said, indent=None)

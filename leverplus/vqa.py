@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PUNCT', 'ARTICLES', 'NUMBERS', 'CONTRACTIONS', 'MODES', 'match_accuracy', 'normalise', 'vqa_accuracy',
-           'plot_agreement', 'vqa_accuracies', 'postprocess', 'postprocess_reports', 'token_f1', 'edit_similarity',
-           'relevance', 'relevances', 'answer_targets']
+           'vqa_accuracies', 'postprocess', 'postprocess_reports', 'token_f1', 'edit_similarity', 'relevance',
+           'relevances', 'answer_targets']
 
 # %% ../nbs/11_vqa.ipynb #63645959
 import re
@@ -19,72 +19,61 @@ def match_accuracy(
     n:int=10, # people asked, >= 1; with one person nobody else can agree, so the accuracy is 0
 )->float: # 0..1
     "Compute the leave-one-out accuracy of an answer that `c` of `n` people gave"
-    return (c*min(3, c-1) + (n-c)*min(3, c)) / (3*n) if c else 0.
+    if c == 0: return 0.
+    return (c*min(3, c-1) + (n-c)*min(3, c)) / (3*n)
 
 # %% ../nbs/11_vqa.ipynb #abec325f
-PUNCT = (
-    ";",
-    "/",
-    "[",
-    "]",
-    '"',
-    "{",
-    "}",
-    "(",
-    ")",
-    "=",
-    "+",
-    "\\",
-    "_",
-    "-",
-    ">",
-    "<",
-    "@",
-    "`",
-    ",",
-    "?",
-    "!",
-)
+PUNCT = tuple(';/[]"{}()=+\\_-><@`,?!')
 ARTICLES = ("a", "an", "the")
-NUMBERS = {"none": "0"} | {
-    w: str(i) for i, w in enumerate("zero one two three four five six seven eight nine ten".split())
-}
+_COUNTING = "zero one two three four five six seven eight nine ten".split()
+NUMBERS = {word: str(i) for i, word in enumerate(_COUNTING)} | {"none": "0"}
 
 _SPELLINGS = """
-ain't aint | aren't arent | can't cant | could've couldve | couldn't couldnt | couldn't've couldn'tve couldnt've
-didn't didnt | doesn't doesnt | don't dont | hadn't hadnt | hadn't've hadnt've hadn'tve | hasn't hasnt | haven't havent
-he'd hed | he'd've hed've he'dve | he's hes | how'd howd | how'll howll | how's hows
-I'd've Id've I'dve | I'm Im | I've Ive
-isn't isnt | it'd itd | it'd've itd've it'dve | it'll itll | let's let's | ma'am maam | mightn't mightnt
-mightn't've mightnt've mightn'tve | might've mightve | mustn't mustnt | must've mustve | needn't neednt | not've notve
-o'clock oclock | oughtn't oughtnt | 'ow's'at ow's'at 'ows'at 'ow'sat
-shan't shant | she'd've shed've she'dve | she's she's
-should've shouldve | shouldn't shouldnt | shouldn't've shouldnt've shouldn'tve | somebodyd somebody'd
-somebody'd've somebodyd've somebody'dve | somebody'll somebodyll | somebody's somebodys | someone'd someoned
-someone'd've someoned've someone'dve | someone'll someonell | someone's someones | something'd somethingd
-something'd've somethingd've something'dve | something'll somethingll | that's thats | there'd thered
-there'd've thered've there'dve | there're therere | there's theres | they'd theyd | they'd've theyd've they'dve
-they'll theyll | they're theyre | they've theyve | 'twas twas | wasn't wasnt | we'd've wed've we'dve | we've weve
-weren't werent | what'll whatll | what're whatre | what's whats | what've whatve | when's whens | where'd whered
-where's wheres | where've whereve | who'd whod | who'd've whod've who'dve | who'll wholl | who's whos | who've whove
+ain't aint | aren't arent | can't cant | could've couldve | couldn't couldnt
+couldn't've couldn'tve couldnt've | didn't didnt | doesn't doesnt | don't dont | hadn't hadnt
+hadn't've hadnt've hadn'tve | hasn't hasnt | haven't havent | he'd hed | he'd've hed've he'dve
+he's hes | how'd howd | how'll howll | how's hows | I'd've Id've I'dve | I'm Im | I've Ive | isn't isnt
+it'd itd | it'd've itd've it'dve | it'll itll | let's let's | ma'am maam | mightn't mightnt
+mightn't've mightnt've mightn'tve | might've mightve | mustn't mustnt | must've mustve | needn't neednt
+not've notve | o'clock oclock | oughtn't oughtnt | 'ow's'at ow's'at 'ows'at 'ow'sat | shan't shant
+she'd've shed've she'dve | she's she's | should've shouldve | shouldn't shouldnt
+shouldn't've shouldnt've shouldn'tve | somebodyd somebody'd | somebody'd've somebodyd've somebody'dve
+somebody'll somebodyll | somebody's somebodys | someone'd someoned
+someone'd've someoned've someone'dve | someone'll someonell | someone's someones
+something'd somethingd | something'd've somethingd've something'dve | something'll somethingll
+that's thats | there'd thered | there'd've thered've there'dve | there're therere | there's theres
+they'd theyd | they'd've theyd've they'dve | they'll theyll | they're theyre | they've theyve
+'twas twas | wasn't wasnt | we'd've wed've we'dve | we've weve | weren't werent | what'll whatll
+what're whatre | what's whats | what've whatve | when's whens | where'd whered | where's wheres
+where've whereve | who'd whod | who'd've whod've who'dve | who'll wholl | who's whos | who've whove
 why'll whyll | why're whyre | why's whys | won't wont | would've wouldve | wouldn't wouldnt
-wouldn't've wouldnt've wouldn'tve | y'all yall | y'all'll yall'll y'allll | y'all'd've yall'd've y'alld've y'all'dve
-you'd youd | you'd've youd've you'dve | you'll youll | you're youre | you've youve
+wouldn't've wouldnt've wouldn'tve | y'all yall | y'all'll yall'll y'allll
+y'all'd've yall'd've y'alld've y'all'dve | you'd youd | you'd've youd've you'dve | you'll youll
+you're youre | you've youve
 """
-CONTRACTIONS = {wrong: right for group in _SPELLINGS.strip().replace("\n", "|").split("|")
-                for right, *wrongs in [group.split()] for wrong in wrongs}
+
+def _by_wrong_form(spellings):
+    out = {}
+    for group in spellings.strip().replace("\n", "|").split("|"):
+        right, *wrong = group.split()
+        out |= dict.fromkeys(wrong, right)
+    return out
+
+CONTRACTIONS = _by_wrong_form(_SPELLINGS)
 
 # %% ../nbs/11_vqa.ipynb #0b65b1d1
 _PERIOD = re.compile(r"(?!<=\d)(\.)(?!\d)")
 _COMMA = re.compile(r"\d,\d") # official, OpenFlamingo
 _COMMAS = re.compile(r"(?<=\d),+(?=\d)") # lmms-eval: also two commas in a row
 
-def _space(text): return text.replace("\n", " ").replace("\t", " ").strip()
+def _one_line(text): return text.replace("\n", " ").replace("\t", " ").strip()
 
 def _punct(text, comma):
-    glue = comma.search(text) is not None
+    in_a_number = comma.search(text) is not None
     out = text
-    for p in PUNCT: out = out.replace(p, "" if glue or p + " " in text or " " + p in text else " ")
+    for mark in PUNCT:
+        touches_space = f"{mark} " in text or f" {mark}" in text
+        out = out.replace(mark, "" if in_a_number or touches_space else " ")
     return _PERIOD.sub("", out, count=32)
 
 def _words(text):
@@ -93,18 +82,6 @@ def _words(text):
 
 # %% ../nbs/11_vqa.ipynb #96c385d7
 MODES = ("official", "lmms", "openflamingo", "lmms_vqav2")
-
-def _check_mode(mode):
-    if mode not in MODES: raise ValueError(f"mode {mode!r}: pass one of {', '.join(MODES)}")
-
-def _check_text(text, what):
-    if not isinstance(text, str):
-        raise TypeError(f"{what} is a string, got {type(text).__name__} {text!r}; use '' for none")
-
-def _check_rows(preds, answers_list):
-    n = len(preds)
-    m = len(answers_list)
-    if n != m: raise ValueError(f"{n} predictions but {m} answer lists: pass one list per prediction")
 
 @lru_cache(maxsize=2**18)
 def normalise(
@@ -115,48 +92,15 @@ def normalise(
     _check_mode(mode)
     _check_text(text, "an answer")
     if mode == "lmms": text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's")
-    return _words(_punct(_space(text), _COMMAS if mode.startswith("lmms") else _COMMA))
+    comma = _COMMAS if mode.startswith("lmms") else _COMMA
+    return _words(_punct(_one_line(text), comma))
 
-# %% ../nbs/11_vqa.ipynb #65b5025f
-def _texts(answers):
-    "Answers as a tuple of strings, whether they came as strings or as annotation dictionaries"
-    kind = type(answers).__name__
-    if isinstance(answers, (str, dict)):
-        raise TypeError(f"answers is one {kind}: pass a list of strings or dictionaries")
-    answers = tuple(answers)
-    out = tuple(a["answer"] if isinstance(a, dict) and "answer" in a else a for a in answers)
-    if not out: raise ValueError("answers is empty: accuracy needs at least one person's answer")
-    if len({isinstance(a, dict) for a in answers}) > 1:
-        raise TypeError("answers mix strings and dictionaries: pass one")
-    for a in (a for a in out if not isinstance(a, str)):
-        raise TypeError(
-            f"answers hold a {type(a).__name__} {a!r}: wanted strings, or dictionaries with 'answer'"
-        )
-    return out
+def _check_mode(mode):
+    if mode not in MODES: raise ValueError(f"mode {mode!r}: pass one of {', '.join(MODES)}")
 
-def _clean(texts, mode):
-    "How this evaluator rewrites when these are the answers"
-    as_is = mode == "official" and len({_space(t) for t in texts}) == 1
-    return _space if as_is else (lambda text: normalise(text, mode))
-
-@lru_cache(maxsize=2**17)
-def _table(answers, mode):
-    "(rewriting function, {rewritten answer: accuracy}) of a tuple of strings"
-    _check_mode(mode)
-    clean = _clean(_texts(answers), mode)
-    n = len(answers)
-    return clean, {a: match_accuracy(c, n) for a, c in Counter(map(clean, answers)).items()}
-
-def _all_different(dicts):
-    "Whether distinct ids make every dictionary differ from every other, whatever is rewritten in it"
-    return len({d.get("answer_id") for d in dicts}) == len(dicts)
-
-def _by_equality(pred, dicts, mode):
-    "Leave one out by comparing dictionaries, as the script does"
-    clean = _clean(_texts(dicts), mode)
-    dicts = [a | {"answer": clean(a["answer"])} for a in dicts]
-    pred = clean(pred)
-    return sum(min(1, sum(o["answer"] == pred for o in dicts if o != d)/3) for d in dicts) / len(dicts)
+def _check_text(text, what):
+    if not isinstance(text, str):
+        raise TypeError(f"{what} is a string, got {type(text).__name__} {text!r}; use '' for none")
 
 # %% ../nbs/11_vqa.ipynb #d53aca54
 def vqa_accuracy(
@@ -165,34 +109,65 @@ def vqa_accuracy(
     mode:str="official", # one of `MODES`
 )->float: # 0..1; with ten people 0, .3, .6, .9 or 1
     "Score a prediction against what people answered"
+    _check_mode(mode)
     _check_text(pred, "a prediction")
-    if isinstance(answers, (str, dict)): _texts(answers)
-    answers = tuple(answers)
+    answers = _listed(answers)
     if any(isinstance(a, dict) for a in answers):
         texts = _texts(answers)
-        _ = _check_mode(mode)
         if mode != "lmms" and not _all_different(answers): return _by_equality(pred, answers, mode)
         answers = texts
-    clean, table = _table(answers, mode)
-    return table.get(clean(pred), 0.)
+    rewrite, accuracy = _table(answers, mode)
+    return accuracy.get(rewrite(pred), 0.)
 
-# %% ../nbs/11_vqa.ipynb #fe3d6bfb
-def plot_agreement(
-    pred:str, # a prediction
-    answer:str, # what `c` of ten people said
-    other:str, # what the rest said
-    modes=("official", "lmms", "openflamingo"), # of `MODES`
-    ax=None, # matplotlib axes; a new figure if None
-):
-    "Plot accuracy against the number of people who gave `answer`, one line per mode"
-    import matplotlib.pyplot as plt
-    ax = ax or plt.subplots(figsize=(5, 3))[1]
-    for mode, style, width in zip(modes, ("o-", "s--", "^:", "d-."), (1.5, 4, 1.5, 1.5)):
-        acc = [vqa_accuracy(pred, [answer]*c + [other]*(10-c), mode) for c in range(11)]
-        ax.plot(range(11), acc, style, lw=width, label=mode, alpha=.8)
-    ax.set(xlabel="people who gave the matching answer (of 10)", ylabel="accuracy", xticks=range(0, 11, 2))
-    ax.legend()
-    return ax
+@lru_cache(maxsize=2**17)
+def _table(answers, mode):
+    "How these answers are rewritten, and the accuracy of each rewritten answer: (function, {text: 0..1})"
+    rewrite = _rewriting(_texts(answers), mode)
+    counts = Counter(map(rewrite, answers))
+    return rewrite, {text: match_accuracy(c, len(answers)) for text, c in counts.items()}
+
+def _rewriting(texts, mode):
+    "How this evaluator rewrites when these are the answers: a function"
+    unanimous = len({_one_line(text) for text in texts}) == 1
+    if mode == "official" and unanimous: return _one_line
+    def rewrite(text): return normalise(text, mode)
+    return rewrite
+
+# %% ../nbs/11_vqa.ipynb #ecf7b52e
+def _listed(answers):
+    if isinstance(answers, (str, dict)):
+        kind = type(answers).__name__
+        raise TypeError(f"answers is one {kind}: pass a list of strings or dictionaries")
+    return tuple(answers)
+
+def _texts(answers):
+    "Answers as a tuple of strings, whether they came as strings or as annotation dictionaries"
+    answers = _listed(answers)
+    if not answers: raise ValueError("answers is empty: accuracy needs at least one person's answer")
+    if len({isinstance(a, dict) for a in answers}) > 1:
+        raise TypeError("answers mix strings and dictionaries: pass one")
+    texts = tuple(a["answer"] if isinstance(a, dict) and "answer" in a else a for a in answers)
+    for text in texts:
+        if not isinstance(text, str):
+            raise TypeError(f"answers hold a {type(text).__name__} {text!r}: wanted strings, or dictionaries "
+                            "with 'answer'")
+    return texts
+
+# %% ../nbs/11_vqa.ipynb #68042a7a
+def _all_different(dicts):
+    "Whether distinct ids make every dictionary differ from every other, whatever is rewritten in it"
+    return len({d.get("answer_id") for d in dicts}) == len(dicts)
+
+def _by_equality(pred, dicts, mode):
+    "Leave one out by comparing dictionaries, as the script does"
+    rewrite = _rewriting(_texts(dicts), mode)
+    pred = rewrite(pred)
+    dicts = [d | {"answer": rewrite(d["answer"])} for d in dicts]
+    scores = []
+    for left_out in dicts:
+        matches = sum(d["answer"] == pred for d in dicts if d != left_out)
+        scores.append(min(1, matches/3))
+    return sum(scores) / len(scores)
 
 # %% ../nbs/11_vqa.ipynb #dbcfbf48
 def vqa_accuracies(
@@ -205,10 +180,14 @@ def vqa_accuracies(
     answers_list = list(answers_list)
     _check_rows(preds, answers_list)
     out = np.empty(len(preds))
-    for i, (p, a) in enumerate(zip(preds, answers_list)):
-        try: out[i] = vqa_accuracy(p, a, mode)
+    for i, (pred, answers) in enumerate(zip(preds, answers_list)):
+        try: out[i] = vqa_accuracy(pred, answers, mode)
         except (TypeError, ValueError) as e: raise type(e)(f"row {i}: {e}") from e
     return out
+
+def _check_rows(preds, answers_list):
+    n, m = len(preds), len(answers_list)
+    if n != m: raise ValueError(f"{n} predictions but {m} answer lists: pass one list per prediction")
 
 # %% ../nbs/11_vqa.ipynb #0fbb421f
 _END = re.compile(r"<\|(?:im_end|im_start|endoftext|endofchunk)\|>|</s>")
@@ -220,14 +199,16 @@ def postprocess(
 )->str: # one line without surrounding space; can be empty
     "Keep the first line of an answer, without end tokens, a leading `Answer:` label, or a following `Question:`"
     text = _END.split(text, maxsplit=1)[0].strip()
-    if m := _LABEL.match(text): text = text[m.end():]
+    label = _LABEL.match(text)
+    if label: text = text[label.end():]
     return _NEXT.split(text, maxsplit=1)[0].strip()
 
 def postprocess_reports(
     text:str, # a raw generation
-)->str: # not stripped, as in the reports' code
+)->str: # not stripped
     "Cut at the first `Question`, `Answer` or `Short`, then at the first comma and space"
-    return re.split("Question|Answer|Short", text, maxsplit=1)[0].split(", ", 1)[0]
+    text = re.split("Question|Answer|Short", text, maxsplit=1)[0]
+    return text.split(", ", 1)[0]
 
 # %% ../nbs/11_vqa.ipynb #77a22ba7
 @lru_cache(maxsize=2**17)
@@ -239,7 +220,8 @@ def token_f1(
     p = normalise(pred).split()
     a = normalise(answer).split()
     if not p and not a: return 1.
-    return 2*(Counter(p) & Counter(a)).total() / (len(p) + len(a))
+    shared = Counter(p) & Counter(a)
+    return 2*shared.total() / (len(p) + len(a))
 
 @lru_cache(maxsize=2**17)
 def edit_similarity(
@@ -250,12 +232,14 @@ def edit_similarity(
     p = normalise(pred)
     a = normalise(answer)
     if p == a: return 1.
-    row = list(range(len(a) + 1))
+    row = list(range(len(a) + 1))               # distances of p[:i] to every beginning of `a`, i = 0
     for i, x in enumerate(p, 1):
-        prev, row = row, [i]
-        for j, y in enumerate(a): row.append(min(prev[j+1] + 1, row[j] + 1, prev[j] + (x != y)))
+        above, row = row, [i]
+        for j, y in enumerate(a):
+            row.append(min(above[j+1] + 1, row[j] + 1, above[j] + (x != y)))
     return 1 - row[-1] / max(len(p), len(a))
 
+# %% ../nbs/11_vqa.ipynb #c75ba60c
 def relevance(
     pred:str, # a prediction
     answers, # strings or annotation dictionaries, >= 1
@@ -263,22 +247,21 @@ def relevance(
     "Find how near `pred` comes to the nearest answer, by words or by characters"
     return max(max(token_f1(pred, a), edit_similarity(pred, a)) for a in set(_texts(answers)))
 
-# %% ../nbs/11_vqa.ipynb #c75ba60c
 def relevances(
     preds, # n predictions
     answers_list, # n answer lists
 )->pd.DataFrame: # n rows; `vqa_rel_token_f1`, `vqa_rel_edit_sim` (each maximised over people), `vqa_rel_score`; 0..1
-    "Compute the relevance facts of many predictions, under the reports' column names"
+    "Compute the relevance facts of many predictions"
     preds = list(preds)
-    sets = [set(_texts(a)) for a in answers_list]
-    _check_rows(preds, sets)
-    best = lambda f: np.array([max(f(p, a) for a in s) for p, s in zip(preds, sets)], dtype=float)
+    distinct = [set(_texts(answers)) for answers in answers_list]
+    _check_rows(preds, distinct)
+    def best(similarity):
+        rows = [max(similarity(pred, a) for a in answers) for pred, answers in zip(preds, distinct)]
+        return np.array(rows, dtype=float)
     out = pd.DataFrame({"vqa_rel_token_f1": best(token_f1), "vqa_rel_edit_sim": best(edit_similarity)})
     return out.assign(vqa_rel_score=out.max(axis=1))
 
 # %% ../nbs/11_vqa.ipynb #018632bf
-def _target_text(key, raws): return key if key and normalise(key) == key else min(filter(None, raws))
-
 def answer_targets(
     answers, # strings or annotation dictionaries, >= 1; ValueError if all are blank
     weight:str="official", # official | count3
@@ -287,17 +270,21 @@ def answer_targets(
     if weight not in ("official", "count3"):
         raise ValueError(f"weight {weight!r}: pass 'official' or 'count3'")
     texts = _texts(answers)
-    clean = _clean(texts, "official")
-    n = len(texts)
-    groups = {}
-    for raw in map(_space, texts): groups.setdefault(clean(raw), []).append(raw)
-    worth = (lambda c: match_accuracy(c, n)) if weight == "official" else (lambda c: min(c/3, 1.))
-    plain = clean is _space
-    pairs = [
-        (key if plain else _target_text(key, raws), worth(len(raws)))
-        for key, raws in groups.items()
-        if any(raws)
-    ]
-    if not pairs:
-        raise ValueError(f"all {n} answers are blank: there is no text whose probability could be asked for")
-    return tuple(zip(*sorted(pairs, key=lambda p: (-p[1], p[0]))))
+    rewrite = _rewriting(texts, "official")
+    written = {}                                     # rewritten answer -> what people wrote for it
+    for text in map(_one_line, texts): written.setdefault(rewrite(text), []).append(text)
+    targets = []
+    for key, raws in written.items():
+        if not any(raws): continue
+        text = key if rewrite is _one_line else _target_text(key, raws)
+        c = len(raws)
+        targets.append((text, match_accuracy(c, len(texts)) if weight == "official" else min(c/3, 1.)))
+    if not targets:
+        raise ValueError(f"all {len(texts)} answers are blank: there is no text whose probability could be "
+                         "asked for")
+    targets.sort(key=lambda target: (-target[1], target[0]))
+    return tuple(zip(*targets))
+
+def _target_text(key, raws): # a text that is rewritten to `key`: itself, if that holds, or what people wrote
+    stays = key and normalise(key) == key
+    return key if stays else min(filter(None, raws))

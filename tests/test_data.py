@@ -48,12 +48,10 @@ def test_okvqa(tmp_path):
     assert list(f.columns) == ["question_id", "image_id", "image_path", "question", "answers", "answer",
                                "question_type", "answer_type", "raw_answers", "split"]
     assert f.index.tolist() == f.question_id.tolist() == [1, 11, 21, 31, 41, 51] and f.index.name is None
-    assert (
-        f.image_path.isna().all()
-        and set(f.answer) == {"red"}
-        and set(f.split) == {"train"}
-        and len(left_out(f)) == 0
-    )
+    assert f.image_path.isna().all()
+    assert set(f.answer) == {"red"}
+    assert set(f.split) == {"train"}
+    assert len(left_out(f)) == 0
     assert f.answers.loc[11] == ["red"]*6 + ["blue"]*4 and f.raw_answers.loc[1] == ["reds"]*10
 
 def test_vqav2(tmp_path):
@@ -78,9 +76,8 @@ def test_images(tmp_path, sub, ext):
     put(tmp_path, *world())
     paint(tmp_path / "im" / sub, range(6), ext)
     f = read_okvqa(tmp_path, "train", images=tmp_path/"im")
-    assert all(Path(p).is_file() for p in f.image_path) and f.image_path.loc[21].endswith(
-        f"COCO_train2014_000000000002.{ext}"
-    )
+    assert all(Path(p).is_file() for p in f.image_path)
+    assert f.image_path.loc[21].endswith(f"COCO_train2014_000000000002.{ext}")
 
 # ---- bad input: (change, what is left out, words of the error)
 def twice(qs, an): qs.append(dict(qs[1]))

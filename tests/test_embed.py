@@ -10,30 +10,20 @@ def make_clip(path, seed=0, size=16):
     "A random CLIP of 16x16 pictures and a dozen words, saved as transformers saves it"
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
     chars = sorted(set("abcdefghijklmnopqrstuvwxyz?0123456789"))
-    vocab = {
-        t: i for i, t in enumerate([*chars, *(c + "</w>" for c in chars), "<|startoftext|>", "<|endoftext|>"])
-    }
+    tokens = [*chars, *(c + "</w>" for c in chars), "<|startoftext|>", "<|endoftext|>"]
+    vocab = {token: i for i, token in enumerate(tokens)}
     tok = CLIPTokenizer(vocab=vocab, merges=[])
     n = len(vocab)
     common = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
-    cfg = CLIPConfig(
-        text_config=common
-        | dict(
-            vocab_size=n,
-            max_position_embeddings=40,
-            bos_token_id=n - 2,
-            eos_token_id=n - 1,
-            pad_token_id=n - 1,
-        ),
-        vision_config=common | dict(image_size=size, patch_size=8),
-        projection_dim=12,
-    )
+    special = dict(bos_token_id=n - 2, eos_token_id=n - 1, pad_token_id=n - 1)
+    text = common | special | dict(vocab_size=n, max_position_embeddings=40)
+    vision = common | dict(image_size=size, patch_size=8)
+    cfg = CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)
     torch.manual_seed(seed)
     CLIPModel(cfg).save_pretrained(path)
     tok.save_pretrained(path)
-    CLIPImageProcessor(
-        size={"shortest_edge": size}, crop_size={"height": size, "width": size}
-    ).save_pretrained(path)
+    crop = {"height": size, "width": size}
+    CLIPImageProcessor(size={"shortest_edge": size}, crop_size=crop).save_pretrained(path)
     return path
 
 def make_items(folder, n=12):
@@ -62,8 +52,7 @@ def clip(world): return load_clip(world["path"], "cpu")
 @pytest.fixture(scope="module")
 def store(world, clip): return embed_items(world["items"], clip, progress=False)
 
-# -- through CLIP
-# ----------------------------------------------------------------------------------------------------------
+# -- through CLIP -------------------------------------------------------------------------------------------
 
 def test_vectors_are_those_of_the_model_called_by_hand(world, clip, store):
     from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
@@ -79,11 +68,8 @@ def test_vectors_are_those_of_the_model_called_by_hand(world, clip, store):
     torch.testing.assert_close(store.get([it.question_id], "text"), out.text_embeds, atol=1e-5, rtol=0)
 
 def test_store_is_unit_float32_in_the_order_of_items(world, store):
-    assert store.ids.tolist() == world["items"].question_id.tolist() and (
-        store.dim("image"),
-        store.dim("text"),
-        store.dim(),
-    ) == (12, 12, 24)
+    assert store.ids.tolist() == world["items"].question_id.tolist()
+    assert (store.dim("image"), store.dim("text"), store.dim()) == (12, 12, 24)
     for k in ("image", "text", "mixed"):
         v = store.get(store.ids, k)
         assert v.dtype == torch.float32 and v.shape[1] == store.dim(k)
@@ -103,11 +89,9 @@ def test_distinct_pictures_and_questions_are_encoded_once(world, clip, monkeypat
         fn = getattr(Clip, what)
         monkeypatch.setattr(Clip, what, lambda s, x, fn=fn: (seen.append(len(x)), fn(s, x))[1])
     s = embed_items(it, clip, progress=False)
-    assert (
-        seen == [3, 3]
-        and torch.equal(s.get(11, "image"), s.get(0, "image"))
-        and len(set(s.meta["image_hash"])) == 3
-    )
+    assert seen == [3, 3]
+    assert torch.equal(s.get(11, "image"), s.get(0, "image"))
+    assert len(set(s.meta["image_hash"])) == 3
 
 def test_old_and_new_transformers_outputs_are_read_alike(clip):
     from types import SimpleNamespace
@@ -123,19 +107,10 @@ def test_grey_and_transparent_pictures_become_rgb(world, clip, tmp_path):
         Image.new(mode, (9, 7)).save(tmp_path / f"{mode}.{'jpg' if mode == 'CMYK' else 'png'}")
     paths = sorted(tmp_path.iterdir())
     n = len(paths)
-    assert (
-        len(
-            embed_items(
-                pd.DataFrame(dict(question_id=range(n), image_path=paths, question="what ?")),
-                clip,
-                progress=False,
-            )
-        )
-        == 5
-    )
+    items = pd.DataFrame(dict(question_id=range(n), image_path=paths, question="what ?"))
+    assert len(embed_items(items, clip, progress=False)) == 5
 
-# -- fingerprint ---------------------------------------------------------------------------------------------
-# ----------------
+# -- fingerprint --------------------------------------------------------------------------------------------
 
 def test_fingerprint_follows_weights_preprocessing_and_items(world, clip, store, tmp_path):
     it = world["items"]
@@ -164,8 +139,7 @@ def test_fingerprint_does_not_follow_folder_or_use(world, clip, store, tmp_path)
     assert load_clip(tmp_path / "moved", "cpu").fingerprint == before
     assert embed_items(moved, tmp_path/"moved", device="cpu", progress=False).fingerprint == store.fingerprint
 
-# -- broken input --------------------------------------------------------------------------------------------
-# ------------------
+# -- broken input -------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("content", [b"", b"not a picture", b"\x89PNG\r\n\x1a\n cut"])
 def test_broken_picture_names_file_and_question(world, clip, tmp_path, content):
@@ -195,8 +169,7 @@ def test_missing_picture_column_model(world, clip):
         embed_items(pd.concat([it, it.head(1)]), clip, progress=False)
     with pytest.raises(FileNotFoundError, match="config.json is missing"): load_clip(world["dir"]/"img")
 
-# -- the store -----------------------------------------------------------------------------------------------
-# --------------------
+# -- the store ----------------------------------------------------------------------------------------------
 
 @settings(max_examples=50, deadline=None, derandomize=True)
 @given(st.integers(1, 12), st.integers(1, 6), st.integers(1, 6), st.integers(0, 99))
@@ -209,11 +182,9 @@ def test_mixed_cosine_is_the_mean_of_both(n, d1, d2, seed):
 
 def test_get_keeps_the_shape_of_ids_and_names_unknown_ones(store):
     ids = torch.tensor([[500, 501, 502], [509, 500, 500]])
-    assert (
-        store.get(ids, "text").shape == (2, 3, 12)
-        and torch.equal(store.get(ids)[1, 0], store.get(509))
-        and store.get([]).shape == (0, 24)
-    )
+    assert store.get(ids, "text").shape == (2, 3, 12)
+    assert torch.equal(store.get(ids)[1, 0], store.get(509))
+    assert store.get([]).shape == (0, 24)
     with pytest.raises(KeyError, match="question_id 7, 8 not in this store.*2 unknown"):
         store.get([[500, 7], [8, 7]])
     with pytest.raises(ValueError, match="choose one of image, text, mixed"): store.get(500, "both")
@@ -222,17 +193,15 @@ def test_get_keeps_the_shape_of_ids_and_names_unknown_ones(store):
 def test_constructor_refuses(store):
     e = torch.eye(2)
     with pytest.raises(ValueError, match="3 ids, 2 image vectors"): EmbedStore([1, 2, 3], e, e)
-    for bad in (e * 0, e / 0): 
+    for bad in (e * 0, e / 0):
         with pytest.raises(ValueError, match="no direction"): EmbedStore([1, 2], e, bad)
 
 def test_save_load_round_trip_and_tampering(store, tmp_path):
     store.save(tmp_path / "s")
     back = EmbedStore.load(tmp_path / "s")
-    assert (
-        back.fingerprint == store.fingerprint
-        and torch.equal(back.get(store.ids), store.get(store.ids))
-        and back.meta == store.meta
-    )
+    assert back.fingerprint == store.fingerprint
+    assert torch.equal(back.get(store.ids), store.get(store.ids))
+    assert back.meta == store.meta
     assert sorted(p.name for p in (tmp_path/"s").iterdir()) == ["embed.json", "embed.safetensors"]
     EmbedStore(store.ids, store.text, store.image).save(tmp_path / "t")
     (tmp_path / "t/embed.safetensors").replace(tmp_path / "s/embed.safetensors")
@@ -244,11 +213,9 @@ def test_nearest_leaves_out_the_item_by_id_even_when_a_twin_is_nearer():
     v = unit(torch.tensor([[1.0, 0], [1, 0], [0.6, 0.8], [0, 1]]))
     s = EmbedStore([4, 3, 2, 1], v, v)
     n = nearest(s, 4, 3)
-    assert (
-        n.index.tolist() == [3, 2, 1]
-        and n.tolist() == pytest.approx([1, 0.6, 0])
-        and nearest(s, 4, 5, among=[1, 2]).index.tolist() == [2, 1]
-    )
+    assert n.index.tolist() == [3, 2, 1]
+    assert n.tolist() == pytest.approx([1, 0.6, 0])
+    assert nearest(s, 4, 5, among=[1, 2]).index.tolist() == [2, 1]
 
 def test_show_neighbours_takes_and_returns_axes(world, store):
     import matplotlib

@@ -53,22 +53,18 @@ def test_round_trip(tmp_path):
         assert back.settings == {"lr": 1e-3, "shots": [1, 2], "pool": {"K": 16, "sampler": "mixed"}}
         assert (back.seed, back.fingerprints, back.metrics, back.finished) == (4, {"pool": "ab"}, {}, None)
     start, = back.starts
-    assert (
-        start.keys() == {"time", *environment()}
-        and start["versions"]["torch"]
-        and start["time"].endswith("+00:00")
-    )
+    assert start.keys() == {"time", *environment()}
+    assert start["versions"]["torch"]
+    assert start["time"].endswith("+00:00")
 
 def test_same_settings_continue(tmp_path):
     run = Run.create(tmp_path/"r", S, seed=1, fingerprints={"pool": "ab"})
     run.save_history(pd.DataFrame({"epoch": [0]}))
     run.finish(acc=0.5)
     again = Run.create(tmp_path/"r", json.loads(json.dumps(S)), seed=1, fingerprints={"store": "cd"})
-    assert (
-        len(again.starts) == 2
-        and again.finished is None
-        and again.fingerprints == {"pool": "ab", "store": "cd"}
-    )
+    assert len(again.starts) == 2
+    assert again.finished is None
+    assert again.fingerprints == {"pool": "ab", "store": "cd"}
     assert again.history.epoch.tolist() == [0]
 
 @pytest.mark.parametrize("change, named", [
@@ -123,11 +119,9 @@ def test_frames(tmp_path):
     df = pd.DataFrame({"question_id": [7, 8], "acc": [.1, 1/3], "pointer": [[1, 2], [3, 4]]}, index=[7, 8])
     run.save_frame("picks.parquet", df)
     back = run.frame("picks.parquet")
-    assert (
-        back.acc.tolist() == df.acc.tolist()
-        and [list(p) for p in back.pointer] == [[1, 2], [3, 4]]
-        and back.index.tolist() == [0, 1]
-    )
+    assert back.acc.tolist() == df.acc.tolist()
+    assert [list(p) for p in back.pointer] == [[1, 2], [3, 4]]
+    assert back.index.tolist() == [0, 1]
     run.save_frame("t.csv", pd.DataFrame({"acc": [1/3]}, index=pd.Index(["rce"], name="selector")))
     assert run.frame("t.csv").to_dict("list") == {"selector": ["rce"], "acc": [1/3]}
     for bad in ("x.txt", "../x.csv", "a/b.csv", ".csv", "results"):
@@ -145,17 +139,14 @@ def test_repr_and_table(tmp_path):
         Run.create(tmp_path / f"s{seed}", {**S, "note": "a|b"}, seed=seed).finish(acc=np.float32(0.5))
     run = Run(tmp_path/"s1")
     assert repr(run) == "Run('s1', seed 1, 1 start, finished, 1 files)"
-    assert str(tmp_path) not in run._repr_markdown_() and all(
-        line.count("|") - line.count("\\|") == 3 for line in run._repr_markdown_().splitlines()
-    )
+    assert str(tmp_path) not in run._repr_markdown_()
+    assert all(line.count("|") - line.count("\\|") == 3 for line in run._repr_markdown_().splitlines())
     (tmp_path / "other").mkdir()
     t = runs_frame(tmp_path)
-    assert (
-        t.run.tolist() == ["s0", "s1"]
-        and t["pool.K"].tolist() == [16, 16]
-        and t.acc.tolist() == [0.5, 0.5]
-        and t.finished.notna().all()
-    )
+    assert t.run.tolist() == ["s0", "s1"]
+    assert t["pool.K"].tolist() == [16, 16]
+    assert t.acc.tolist() == [0.5, 0.5]
+    assert t.finished.notna().all()
     assert runs_frame(tmp_path/"other").columns.tolist() == ["run", "seed", "finished"]
     with pytest.raises(ValueError, match="metrics named"): run.finish(lr=1)
 
