@@ -135,8 +135,8 @@ _EARLY = {
         said="Text: reward 2 h + p, 1 to 3 epochs of RCE at temperature 1, flat queries left out, then 1"
              " epoch of GRPO on samples of the current policy."
              " Code: never built; its p was measured on image padding and is about 1e-7.",
-        note=_OURS + "; GRPO here learns from the stored sequences: collecting again with the new policy comes"
-             " before it",
+        note=_OURS + "; GRPO here learns from the stored sequences: collecting again with the new policy"
+             " comes before it",
         reward="hard01_plus_gtprob",
         weights=dict(hard_weight=2., soft_weight=1.),
     ),
@@ -151,7 +151,15 @@ _EARLY = {
 
 # settings of model and stages that nearly all of them have: not worth a word in a table
 EARLIER_USUAL = dict(
-    **_MODEL, norm="raw", min_std=.1, adv_clip=5., clip_low=.2, clip_high=.2, dual=None, strict=False, min_live=0.,
+    **_MODEL,
+    norm="raw",
+    min_std=.1,
+    adv_clip=5.,
+    clip_low=.2,
+    clip_high=.2,
+    dual=None,
+    strict=False,
+    min_live=0.,
 )
 
 # %% ../nbs/86_earlier_recipes.ipynb #0f2b29a1
@@ -562,8 +570,8 @@ EARLIER = {
         said="Text: 20 epochs on beams of the highest InfoScore."
              " Code: InfoScore was measured on image padding, beams were ranked upside down, labels were"
              " row numbers modulo 2.",
-        note="InfoScore is the probability of the truth minus a constant of the query, so gtprob has the same best"
-             " sequence of a group; no half precision, no warm-up, our weight decay",
+        note="InfoScore is the probability of the truth minus a constant of the query, so gtprob has the same"
+             " best sequence of a group; no half precision, no warm-up, our weight decay",
         reward="gtprob",
         bs=64,
     ),
