@@ -697,7 +697,7 @@ _V1_HOLDS = {
     "vqa_correct", "vqa_acc_score", "vqa_eval_mode", "eval_failed",
 }
 _V4_HOLDS = set(RECORD) - {"kappa", "vqa_gt_logprobs", "error", "scorer"}
-# columns of a record that each dialect holds; for `balanced` the last two follow from accuracy, or its absence
+# columns of a record that each dialect holds; for `balanced` the last two follow from the accuracies
 HOLDS = dict(
     v1=_V1_HOLDS,
     merged=_V4_HOLDS,

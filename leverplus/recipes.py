@@ -196,7 +196,7 @@ def load_recipe(
 
 # %% ../nbs/71_recipes.ipynb #31c5c867
 def _words(v, usual):
-    "A setting in words: [2, .5] is 2..0.5, a dict is `name value` without what is usual, names are joined by +"
+    "A setting in words: [2, .5] is 2..0.5, a dict is `name value` without what is usual, names are joined"
     if isinstance(v, dict):
         odd = {k: x for k, x in v.items() if k not in usual or usual[k] != x}
         return ", ".join(f"{k} {_words(x, usual)}" for k, x in odd.items())
