@@ -48,6 +48,7 @@ def _drawable(f):
         if set(cols) - {"kl_bound"}: out[name] = cols
     return out
 
+# %% ../nbs/69_diagnose.ipynb #50de1b2e
 def _panel(ax, f, name, cols):
     epoch = np.arange(1, len(f)+1)
     for c in cols:

@@ -13,7 +13,20 @@ from .pools import Pool
 from .rldata_ask import FactCache, as_cache, ask
 from .groups import FACT_COLUMNS, RLData, as_record
 
-# %% ../nbs/89_earlier_infoscore.ipynb #6fbeffda
+# %% ../nbs/89_earlier_infoscore.ipynb #8e84abb8
+def truth_prob(
+    facts:pd.DataFrame, # `question_id`, `pointer`, `vqa_gt_prob` or `vqa_gt_logprobs`, and `eval_failed`
+    prob:str="credit", # "credit": all right answers, by what they earn | "answer": the one that most people gave
+)->np.ndarray: # [n] 0..1, NaN for rows that failed; ValueError names a row that did not, and yet has none
+    "Probability of the truth"
+    if prob not in ("credit", "answer"): raise ValueError(f"prob {prob!r}: wanted 'credit' or 'answer'")
+    if prob == "credit": p = facts["vqa_gt_prob"].to_numpy(dtype=float)
+    else:
+        # answers stand in order of worth
+        p = np.array([np.nan if lp is None else np.exp(lp[0]) for lp in facts["vqa_gt_logprobs"]])
+    _check_has_prob(facts, p, prob)
+    return p
+
 _SCORE_AGAIN = dict(
     credit="score the row again",
     answer="these facts were stored without; use prob='credit', or score them again",
@@ -28,19 +41,6 @@ def _check_has_prob(facts, p, prob):
         f"question_id {r.question_id}, pointer {r.pointer}: no"
         f" {column} ({int(bad.sum())} such rows): {_SCORE_AGAIN[prob]}"
     )
-
-def truth_prob(
-    facts:pd.DataFrame, # `question_id`, `pointer`, `vqa_gt_prob` or `vqa_gt_logprobs`, and `eval_failed`
-    prob:str="credit", # "credit": all right answers, by what they earn | "answer": the one that most people gave
-)->np.ndarray: # [n] 0..1, NaN for rows that failed; ValueError names a row that did not, and yet has none
-    "Probability of the truth"
-    if prob not in ("credit", "answer"): raise ValueError(f"prob {prob!r}: wanted 'credit' or 'answer'")
-    if prob == "credit": p = facts["vqa_gt_prob"].to_numpy(dtype=float)
-    else:
-        # answers stand in order of worth
-        p = np.array([np.nan if lp is None else np.exp(lp[0]) for lp in facts["vqa_gt_logprobs"]])
-    _check_has_prob(facts, p, prob)
-    return p
 
 # %% ../nbs/89_earlier_infoscore.ipynb #7f429ebc
 def _longer(beams, candidates, grow):
@@ -70,6 +70,12 @@ def _best(new, beam):
     "The `beam` rows of each query that gain most; rows without a gain have failed"
     ranked = new[new.gain.notna()].sort_values("gain", ascending=False, kind="stable")
     return ranked.groupby("question_id", sort=False).head(beam)
+
+def _in_order(new, ids):
+    "Query by query as in `ids`, best first, with their rank"
+    rank = new.groupby("question_id").cumcount().astype(float)
+    place = pd.Index(ids).get_indexer(new.question_id)
+    return new.assign(beam_rank=rank).iloc[np.lexsort([rank, place])].reset_index(drop=True)
 
 def infoscore_beams(
     ids, # question_ids, distinct
@@ -111,9 +117,7 @@ def infoscore_beams(
             beams = list(zip(new.question_id, new.pointer, new.p))
             bar.update()
             bar.set_postfix(prompts=seen)
-    new["beam_rank"] = new.groupby("question_id").cumcount().astype(float)
-    place = pd.Index(ids).get_indexer(new.question_id)
-    rows = new.iloc[np.lexsort([new.beam_rank, place])].reset_index(drop=True)
+    rows = _in_order(new, ids)
     lost = [q for q in ids if q not in set(rows.question_id)]
     if text:
         said = ask(rows, scorer, items, cache, window=window, **asking)

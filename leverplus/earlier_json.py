@@ -122,22 +122,7 @@ def _check_entries(f, whole):
                 f"{f.path}: query {k} has no list `pointer_candidates` of objects; it holds {holds}"
             )
 
-# %% ../nbs/87_earlier_json.ipynb #a2161051
-def _check_one_dialect(f, pools):
-    "Refuse files in which some queries have a pool, or some candidates a global pointer"
-    if any(pools) != all(pools):
-        raise ValueError(
-            f"{f.path}: {sum(pools)} of {len(pools)} queries have candidate_pool_ids, query"
-            f" {list(f.entries)[pools.index(False)]} has not: two dialects in one file; divide it"
-        )
-    if "pointer_global" not in f.rows: return
-    absent = f.rows.pointer_global.isna().to_numpy()
-    if absent.any():
-        raise ValueError(
-            f"{f.place(int(absent.argmax()))}: no pointer_global, though others have it: two"
-            " dialects in one file; divide it"
-        )
-
+# %% ../nbs/87_earlier_json.ipynb #d9209b3a
 def _detect(f):
     "(dialect, why); ValueError if the file is of two minds"
     entries = f.entries.values()
@@ -163,6 +148,20 @@ def _detect(f):
         if f.has(field): return "v1", f"{field}, and no field of a later dialect"
     return "balanced", "neither gen_method nor vqa_correct"
 
+def _check_one_dialect(f, pools):
+    "Refuse files in which some queries have a pool, or some candidates a global pointer"
+    if any(pools) != all(pools):
+        raise ValueError(
+            f"{f.path}: {sum(pools)} of {len(pools)} queries have candidate_pool_ids, query"
+            f" {list(f.entries)[pools.index(False)]} has not: two dialects in one file; divide it"
+        )
+    if "pointer_global" not in f.rows: return
+    absent = f.rows.pointer_global.isna().to_numpy()
+    if absent.any():
+        raise ValueError(
+            f"{f.place(int(absent.argmax()))}: no pointer_global, though others have it: two"
+            " dialects in one file; divide it"
+        )
 def detect(
     path, # a JSON file
 )->tuple: # (dialect or None where the file leaves it open, why); ValueError if it is broken, or of two dialects

@@ -87,14 +87,6 @@ def _sources(rows):
     heat = rows.temperature.map(lambda t: "" if t != t else f", T = {t:g}")
     return rows.gen_method.astype(object) + heat
 
-def _must_have_draws(rows):
-    if "kappa" not in rows or not rows.kappa.notna().any():
-        raise ValueError(
-            f"off_policy: none of {len(rows)} rows has a `kappa`: generate groups with temperature or random"
-            " proposals and judge by whole ones (a step that takes rows out of a draw forgets its"
-            " threshold); `propose` finds it again for groups of earlier versions"
-        )
-
 def off_policy(
     policy, # what is judged, see `sequence_logp`
     ds, # `GroupDataset` of groups as they were generated, not those that the policy was trained on
@@ -141,6 +133,14 @@ def off_policy(
             trust=(ess >= floor) & enough & np.isfinite(value),
         )
     )
+
+def _must_have_draws(rows):
+    if "kappa" not in rows or not rows.kappa.notna().any():
+        raise ValueError(
+            f"off_policy: none of {len(rows)} rows has a `kappa`: generate groups with temperature or random"
+            " proposals and judge by whole ones (a step that takes rows out of a draw forgets its"
+            " threshold); `propose` finds it again for groups of earlier versions"
+        )
 
 # %% ../nbs/72_offpolicy.ipynb #60b25be7
 def _all_sources(f):

@@ -109,19 +109,6 @@ def _named(spec, known, what):
 # %% ../nbs/71_recipes.ipynb #c6c5cbc0
 _KEYS = {"name", "title", "source", "model", "data", "stages", "text_vs_code", "not_done", "changes"}
 
-def _check_keys(name, what, has, may):
-    odd = sorted(set(has) - set(may))
-    if not odd: return
-    raise ValueError(
-        f"recipe {name}: no {what} is called {', '.join(odd)}; there are {', '.join(sorted(may))}"
-    )
-
-def _check_stage(stage, where):
-    if stage.get("fit") not in STAGES:
-        raise ValueError(f"{where}: fit {stage.get('fit')!r}, wanted one of {', '.join(STAGES)}")
-    if "n_epoch" not in stage: raise ValueError(f"{where} ({stage['fit']}) has no n_epoch")
-    for spec in stage.get("cbs", ()): _named(spec, CALLBACKS, f"{where}: callback")
-
 def check_recipe(
     r:dict, # a recipe
 )->dict: # the same; ValueError or TypeError names what is unknown; arguments of stages are tried by `fit_recipe`
@@ -140,7 +127,36 @@ def check_recipe(
     for spec in data.get("filters", ()): _named(spec, FILTERS, f"recipe {name}: filter")
     return r
 
-# %% ../nbs/71_recipes.ipynb #90c7366a
+def _check_keys(name, what, has, may):
+    odd = sorted(set(has) - set(may))
+    if not odd: return
+    raise ValueError(
+        f"recipe {name}: no {what} is called {', '.join(odd)}; there are {', '.join(sorted(may))}"
+    )
+
+def _check_stage(stage, where):
+    if stage.get("fit") not in STAGES:
+        raise ValueError(f"{where}: fit {stage.get('fit')!r}, wanted one of {', '.join(STAGES)}")
+    if "n_epoch" not in stage: raise ValueError(f"{where} ({stage['fit']}) has no n_epoch")
+    for spec in stage.get("cbs", ()): _named(spec, CALLBACKS, f"{where}: callback")
+
+# %% ../nbs/71_recipes.ipynb #735a2d93
+def recipe(
+    name:str|dict, # a key of `among`, or a recipe, which stays as it is
+    among:dict|None=None, # name -> recipe; default `RECIPES`
+    **changes, # by part: `model`, `data`, or the `fit` of stages, each a dict that is merged into what is there
+)->dict: # a copy; `changes` in it says what was changed
+    "A recipe by name, with changes"
+    among = RECIPES if among is None else among
+    if isinstance(name, str):
+        _check_known(name, among)
+        r = deepcopy({"name": name, **among[name]})
+    else: r = deepcopy(name)
+    changes = plain(changes, "changes")
+    for part, change in changes.items(): _merge(r, part, change)
+    if changes: r["changes"] = r.get("changes", {}) | changes
+    return check_recipe(r)
+
 def _merge(r, part, change):
     "Merge a change into the model, the data, or all stages of one kind"
     if part in ("model", "data"): targets = [r.setdefault(part, {})]
@@ -159,22 +175,6 @@ def _check_known(name, among):
     near = difflib.get_close_matches(name, among, 3)
     hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(among)}"
     raise ValueError(f"no recipe {name!r}; {hint}")
-
-def recipe(
-    name:str|dict, # a key of `among`, or a recipe, which stays as it is
-    among:dict|None=None, # name -> recipe; default `RECIPES`
-    **changes, # by part: `model`, `data`, or the `fit` of stages, each a dict that is merged into what is there
-)->dict: # a copy; `changes` in it says what was changed
-    "A recipe by name, with changes"
-    among = RECIPES if among is None else among
-    if isinstance(name, str):
-        _check_known(name, among)
-        r = deepcopy({"name": name, **among[name]})
-    else: r = deepcopy(name)
-    changes = plain(changes, "changes")
-    for part, change in changes.items(): _merge(r, part, change)
-    if changes: r["changes"] = r.get("changes", {}) | changes
-    return check_recipe(r)
 
 # %% ../nbs/71_recipes.ipynb #ecd05edd
 def save_recipe(
@@ -250,13 +250,6 @@ def _with_info(data, zero):
     out.rows = data.rows.assign(info_score=info_score(data.rows, zero))
     return out
 
-def _check_zero(r, mode, zero):
-    if zero is not None: return
-    raise ValueError(
-        f"recipe {r.get('name')} rewards with {mode}, which needs InfoScore: pass"
-        " zero={question_id: vqa_gt_prob} of the zero-shot prompts (`ask` with empty pointers)"
-    )
-
 def recipe_learner(
     name:str|dict, # of a recipe, or one
     train:RLData, # groups to learn from
@@ -287,6 +280,13 @@ def recipe_learner(
     learn = selector_learner(dls, start, seed=seed, choose_by=choose_by, **model)
     if items is not None: learn.warmup_from = items, store
     return learn
+
+def _check_zero(r, mode, zero):
+    if zero is not None: return
+    raise ValueError(
+        f"recipe {r.get('name')} rewards with {mode}, which needs InfoScore: pass"
+        " zero={question_id: vqa_gt_prob} of the zero-shot prompts (`ask` with empty pointers)"
+    )
 
 # %% ../nbs/71_recipes.ipynb #7de6acc6
 def _has_rows(dataset): return isinstance(getattr(dataset, "rows", None), pd.DataFrame)
@@ -410,7 +410,28 @@ def _unknown_reference(learn, stages):
         for ref in _references(stage):
             if ref not in known and not (Path(ref) / "config.json").is_file(): return i, ref
 
-# %% ../nbs/71_recipes.ipynb #40540873
+# %% ../nbs/71_recipes.ipynb #3a8c3662
+def fit_recipe(
+    learn:Learner, # of `recipe_learner`, or any that fits
+    name:str|dict, # of a recipe, or one
+    resume=None, # folder: each stage writes into its own below it, and goes on from there when called again
+    check:str|None="raise", # a Learner that is not what the recipe wants: "raise" | "warn" | None = do not look
+    **changes, # as in `recipe`
+)->Learner: # the Learner itself; `learn.recipe` is the recipe with its changes
+    "Run the stages of a recipe, in order"
+    r = recipe(name, **changes)
+    title = f"recipe {r.get('name', 'without a name')}"
+    _check_fits(learn, r, title, check)
+    _check_references(learn, r, title)
+    _check_settings(learn, r, title)
+    learn.recipe = r
+    _warn_idle_choice(learn, r, title)
+    for i, stage in enumerate(r["stages"], 1):
+        keeps = resume is not None and stage["n_epoch"] > 0
+        folder = Path(resume) / f"{i}-{stage['fit']}" if keeps else None
+        run_stage(learn, stage, folder)
+    return learn
+
 def _check_fits(learn, r, title, check):
     if check not in ("raise", "warn", None):
         raise ValueError(f"fit_recipe: check {check!r}, wanted 'raise', 'warn' or None")
@@ -446,24 +467,3 @@ def _warn_idle_choice(learn, r, title):
         warnings.warn(
             f"{title}: `choose_by` chooses nothing, since every stage keeps its last epoch (best=False)"
         )
-
-def fit_recipe(
-    learn:Learner, # of `recipe_learner`, or any that fits
-    name:str|dict, # of a recipe, or one
-    resume=None, # folder: each stage writes into its own below it, and goes on from there when called again
-    check:str|None="raise", # a Learner that is not what the recipe wants: "raise" | "warn" | None = do not look
-    **changes, # as in `recipe`
-)->Learner: # the Learner itself; `learn.recipe` is the recipe with its changes
-    "Run the stages of a recipe, in order"
-    r = recipe(name, **changes)
-    title = f"recipe {r.get('name', 'without a name')}"
-    _check_fits(learn, r, title, check)
-    _check_references(learn, r, title)
-    _check_settings(learn, r, title)
-    learn.recipe = r
-    _warn_idle_choice(learn, r, title)
-    for i, stage in enumerate(r["stages"], 1):
-        keeps = resume is not None and stage["n_epoch"] > 0
-        folder = Path(resume) / f"{i}-{stage['fit']}" if keeps else None
-        run_stage(learn, stage, folder)
-    return learn

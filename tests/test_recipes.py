@@ -73,8 +73,7 @@ def fit(learn, r, **kw):
 def weights(learn): return {k: v.detach().clone() for k, v in learn.model.state_dict().items()}
 def same(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
-# --- the data
-# ----------------------------------------------------------------------------------------------------------
+# --- the data -----------------------------------------------------------------------------------------------
 def content(name): return json.dumps([small(name)[k] for k in ("model", "data", "stages")])
 
 # the same by another name runs once
@@ -85,7 +84,9 @@ def test_every_recipe_runs_and_stays_as_it_is(name):
     learn = fit(make(r), r)
     kinds = dict(rce="rce", grpo="grpo", sft="sft", listwise="listwise", warmup="listwise", stage="grpo")
     assert learn.history.frame.stage.tolist() == [kinds[s["fit"]] for s in r["stages"] if s["n_epoch"]]
-    assert learn.history.frame.train_loss.notna().all() and learn.recipe == r == was and ALL == BEFORE
+    assert learn.history.frame.train_loss.notna().all()
+    assert learn.recipe == r == was
+    assert ALL == BEFORE
     filtered = "fallback" not in set(learn.dls.train_ds.rows.vqa_eval_mode)
     kept = len(learn.history.frame) and learn.model.config["d_hidden"] == 12 and filtered
     assert kept or r["source"] == "ours"
@@ -94,7 +95,9 @@ def test_recipes_are_json_and_say_where_they_come_from(tmp_path):
     assert json.loads(json.dumps(ALL)) == ALL
     for name, r in ALL.items():
         check_recipe(r)
-        assert r["title"] and r["source"] and (r["text_vs_code"] and r["not_done"] or r["source"] == "ours")
+        assert r["title"]
+        assert r["source"]
+        assert r["text_vs_code"] and r["not_done"] or r["source"] == "ours"
         copy = recipe(name, ALL)
         assert load_recipe(save_recipe(copy, tmp_path/"r.json")) == copy
         if name.endswith("-as-run"):
@@ -113,13 +116,16 @@ def test_a_warm_up_needs_items():
         fit(make("ours", items=ITEMS.assign(image_id=1)), "ours")
 
 def test_plan_5_is_what_report_003_says():
-    "Section 1: '50 epochs GRPO, KL_BETA=0.1, USE_RANK_ADVANTAGE=false, GRPO_LR=5e-6'; section 3: z-score, std clamped at .1; 2.2: RCE lr 1e-4"
+    # section 1: '50 epochs GRPO, KL_BETA=0.1, USE_RANK_ADVANTAGE=false, GRPO_LR=5e-6'
+    # section 3: z-score, std clamped at .1; section 2.2: RCE lr 1e-4
     rce, grpo = EARLIER["plan5"]["stages"]
     said = dict(n_epoch=50, beta=.1, how="zscore", lr=5e-6, min_std=.1)
-    assert {k: grpo[k] for k in said} == said and rce["lr"] == 1e-4
+    assert {k: grpo[k] for k in said} == said
+    assert rce["lr"] == 1e-4
     # plan 6: ten times
     other = EARLIER["plan6"]["stages"][1]
-    assert {k for k in grpo if other[k] != grpo[k]} == {"lr"} and other["lr"] == 5e-5
+    assert {k for k in grpo if other[k] != grpo[k]} == {"lr"}
+    assert other["lr"] == 5e-5
     assert [EARLIER[f"plan{n}"]["stages"][1]["beta"] for n in ("7", "7.1", "7.2")] == [0., .01, .05]
     assert EARLIER["plan4"]["data"]["reward"] == "separated"
     assert EARLIER["plan8"]["data"]["weights"] == dict(hard_weight=1., soft_weight=.5, rel_weight=.3)
@@ -128,8 +134,7 @@ def test_plan_5_is_what_report_003_says():
     assert EARLIER["plan10-as-run"]["stages"][0]["temp"] == [2., .5]
     assert [s["n_epoch"] for s in EARLIER["plan9"]["stages"][1:]] == [30, 20]
 
-# --- changes
-# -----------------------------------------------------------------------------------------------------------
+# --- changes ------------------------------------------------------------------------------------------------
 @settings(max_examples=15, deadline=None)
 @given(
     st.sampled_from(sorted(ALL)),
@@ -149,10 +154,10 @@ def test_changes_are_merged_and_noted(name, n, lr, mode):
     assert r["changes"][fit] == dict(n_epoch=n, lr=lr)
     twice = recipe(r, data=dict(bs=3))
     assert twice["changes"] == r["changes"] | dict(data=dict(bs=3)) or "data" in r["changes"]
-    assert r["data"]["bs"] == was["data"]["bs"] and ALL == BEFORE
+    assert r["data"]["bs"] == was["data"]["bs"]
+    assert ALL == BEFORE
 
-# --- refusals
-# ----------------------------------------------------------------------------------------------------------
+# --- refusals -----------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "change,said",
     [
@@ -199,7 +204,9 @@ def test_settings_are_tried_before_anything_trains(stage, more, said):
     learn = make(r)
     w = weights(learn)
     with pytest.raises(ValueError, match=said): fit(learn, r)
-    assert same(w, weights(learn)) and not learn.history.rows and "recipe" not in vars(learn)
+    assert same(w, weights(learn))
+    assert not learn.history.rows
+    assert "recipe" not in vars(learn)
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_learner_that_is_something_else_is_refused_or_named():
@@ -236,8 +243,7 @@ def test_a_broken_file_names_itself(tmp_path):
         f.write_text(text)
         with pytest.raises(ValueError, match=said): load_recipe(f)
 
-# --- what stages do
-# ----------------------------------------------------------------------------------------------------
+# --- what stages do -----------------------------------------------------------------------------------------
 @pytest.mark.filterwarnings("ignore")
 def test_no_epochs_of_grpo_say_so_and_stop():
     r = recipe(small("rce-only"), rce=dict(n_epoch=0))
@@ -247,7 +253,9 @@ def test_no_epochs_of_grpo_say_so_and_stop():
         UserWarning, match="0 epochs asked of the stage .*GRPO.*stays as it is"
     ) as said:
         assert fit_recipe(learn, r) is learn
-    assert len(said) == 2 and same(w, weights(learn)) and not learn.history.rows
+    assert len(said) == 2
+    assert same(w, weights(learn))
+    assert not learn.history.rows
 
 def test_frozen_groups_stay_and_queries_are_those_of_the_tiers():
     r = small("plan1", grpo=dict(lr=1e-2, best=False), rce=dict(n_epoch=0))
@@ -256,16 +264,14 @@ def test_frozen_groups_stay_and_queries_are_those_of_the_tiers():
     fit(learn, r)
     now = weights(learn)
     n = set(learn.model.groups()["encoder"])
-    assert {k for k in w if not torch.equal(w[k], now[k])} and not {
-        k for k in w if not torch.equal(w[k], now[k])
-    } & n
+    assert {k for k in w if not torch.equal(w[k], now[k])}
+    assert not {k for k in w if not torch.equal(w[k], now[k])} & n
     r = small("plan9")
     learn = fit(make(r), r)
     q = learn.history.frame.queries
     parts = R.tiers(RLData(learn.dls.train_ds.rows, learn.dls.train_ds.pool))
-    assert q.iloc[1] == len(parts["high"].queries) + len(parts["medium"].queries) < len(
-        learn.dls.train_ds
-    ) and np.isnan(q.iloc[2])
+    assert q.iloc[1] == len(parts["high"].queries) + len(parts["medium"].queries) < len(learn.dls.train_ds)
+    assert np.isnan(q.iloc[2])
 
 def test_as_run_begins_where_plan_5_refuses_and_shows_why():
     few = groups("few", 40, 1000, live=1 / 40)
@@ -274,15 +280,15 @@ def test_as_run_begins_where_plan_5_refuses_and_shows_why():
     with pytest.raises(ValueError, match="1 of 40 groups have any reward difference"): fit(learn, r)
     r = small("plan5-as-run", rce=dict(lr=1e-2))
     f = fit(make(r, few), r).history.frame.iloc[-1]
-    assert (
-        f.adv_live == pytest.approx(1 / 40)
-        and f.ratio_off > 1e-3
-        and f.dropout > 0
-        and f.beta == pytest.approx(0.1)
-    )
+    assert f.adv_live == pytest.approx(1 / 40)
+    assert f.ratio_off > 1e-3
+    assert f.dropout > 0
+    assert f.beta == pytest.approx(0.1)
     r = small("plan7-as-run")
     f = fit(make(r), r).history.frame.iloc[-1]
-    assert f.live_after < f.live_before and f.beta == 0 and f.adv_live < 1
+    assert f.live_after < f.live_before
+    assert f.beta == 0
+    assert f.adv_live < 1
 
 class Kill(StageCallback):
     at = None
@@ -301,7 +307,8 @@ def test_resumed_is_uninterrupted(tmp_path, monkeypatch):
     Kill.at = 5
     with pytest.raises(KeyboardInterrupt): fit(make(r), r, resume=tmp_path/"run")
     again = fit(make(r), r, resume=tmp_path / "run")
-    assert same(weights(whole), weights(again)) and Kill.at is None
+    assert same(weights(whole), weights(again))
+    assert Kill.at is None
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
         f"{i}-{s['fit']}" for i, s in enumerate(r["stages"], 1)
     ]
@@ -313,7 +320,7 @@ def test_resumed_is_uninterrupted(tmp_path, monkeypatch):
     )
 
 def test_stages_of_a_recipe_choose_their_epoch_by_what_the_learner_is_told():
-    "Also where a stage has settings of its own for the choice; here a score that always finds the latest weights better"
+    "Also where a stage has settings of its own for the choice; here the latest weights always score better"
     for best in (None, dict(min_delta=.5), False):
         asked = []
         r = small("rce-only")
@@ -323,9 +330,8 @@ def test_stages_of_a_recipe_choose_their_epoch_by_what_the_learner_is_told():
         with quiet(learn), warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             fit_recipe(learn, r)
-        assert len(asked) == (0 if best is False else 4) and any(
-            "chooses nothing" in str(w.message) for w in said
-        ) == (best is False)
+        assert len(asked) == (0 if best is False else 4)
+        assert any("chooses nothing" in str(w.message) for w in said) == (best is False)
 
 def test_a_later_page_can_add_a_stage_and_a_recipe(monkeypatch):
     seen = []
@@ -342,9 +348,7 @@ def test_a_later_page_can_add_a_stage_and_a_recipe(monkeypatch):
         ),
     )
     learn = fit(make("new"), "new", warmup=dict(size=7))
-    assert (
-        seen == [(0, 7, None), (2, 7, None)]
-        and learn.history.frame.stage.tolist() == ["listwise"]
-        and learn.dls.info["reward"]["mode"] == "gtprob"
-    )
+    assert seen == [(0, 7, None), (2, 7, None)]
+    assert learn.history.frame.stage.tolist() == ["listwise"]
+    assert learn.dls.info["reward"]["mode"] == "gtprob"
     assert same(weights(make("new", start=learn.model)), weights(learn))
