@@ -56,16 +56,7 @@ def _longer(beams, candidates, grow):
     best_first = new.sort_values("before", ascending=False, kind="stable")
     return best_first.drop_duplicates(["question_id", "pointer"]).sort_index()
 
-# %% ../nbs/89_earlier_infoscore.ipynb #0cf69d30
-def _candidates(ids, pools, M, seed):
-    "Candidates of each query: all of the pool, or M that are drawn for it"
-    if M is None: return {q: pools[q] for q in ids}
-    out = {}
-    for q in ids:
-        drawn = rng("infoscore", seed, q).permutation(len(pools[q]))[:M]
-        out[q] = tuple(pools[q][i] for i in np.sort(drawn))
-    return out
-
+# %% ../nbs/89_earlier_infoscore.ipynb #8be5a3de
 def _best(new, beam):
     "The `beam` rows of each query that gain most; rows without a gain have failed"
     ranked = new[new.gain.notna()].sort_values("gain", ascending=False, kind="stable")
@@ -77,6 +68,17 @@ def _in_order(new, ids):
     place = pd.Index(ids).get_indexer(new.question_id)
     return new.assign(beam_rank=rank).iloc[np.lexsort([rank, place])].reset_index(drop=True)
 
+# %% ../nbs/89_earlier_infoscore.ipynb #0cf69d30
+def _candidates(ids, pools, M, seed):
+    "Candidates of each query: all of the pool, or M that are drawn for it"
+    if M is None: return {q: pools[q] for q in ids}
+    out = {}
+    for q in ids:
+        drawn = rng("infoscore", seed, q).permutation(len(pools[q]))[:M]
+        out[q] = tuple(pools[q][i] for i in np.sort(drawn))
+    return out
+
+# %% ../nbs/89_earlier_infoscore.ipynb #d9995b44
 def infoscore_beams(
     ids, # question_ids, distinct
     items:pd.DataFrame, # queries and demonstrations, indexed by question_id

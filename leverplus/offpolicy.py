@@ -87,6 +87,7 @@ def _sources(rows):
     heat = rows.temperature.map(lambda t: "" if t != t else f", T = {t:g}")
     return rows.gen_method.astype(object) + heat
 
+# %% ../nbs/72_offpolicy.ipynb #37358a42
 def off_policy(
     policy, # what is judged, see `sequence_logp`
     ds, # `GroupDataset` of groups as they were generated, not those that the policy was trained on
