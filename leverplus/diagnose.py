@@ -9,13 +9,25 @@ __all__ = ['PANELS', 'RULES', 'EARLY', 'plot_rl', 'data_facts', 'Rule', 'Diagnos
 import math, random, warnings
 from typing import NamedTuple
 import numpy as np, pandas as pd, torch
-from fastcore.meta import delegates
 from .losses import live_groups
 from .rewards import spearman
 from .callback_core import StageCallback, Stats
 from .callback_track import History
 
-# %% ../nbs/69_diagnose.ipynb #b4c6a2a3
+# %% ../nbs/69_diagnose.ipynb #2080b2a3
+def _frame(source):
+    "History as a frame, from a frame, a `History` or a Learner that carries one"
+    if isinstance(source, pd.DataFrame): return source
+    if isinstance(source, History): return source.frame
+    for cb in getattr(source, "cbs", ()):
+        if isinstance(cb, History): return cb.frame
+    raise ValueError(
+        f"{type(source).__name__}: wanted a frame, a `History`, or a Learner with `cbs=[RLStats(),"
+        " History()]`"
+    )
+
+# %% ../nbs/69_diagnose.ipynb #7ab038fa
+# title of a panel -> its columns of the history, and what the legend calls them
 PANELS = {
     "regret (reward)": dict(valid_loss="validation", regret_train="training"),
     "KL to reference (nats)": dict(kl="KL", k3="k3", kl_bound="ln K!/(K-S)!"),
@@ -28,101 +40,132 @@ PANELS = {
     "knobs": dict(temp="tau of RCE", tau="tau", beta="beta", alpha="alpha", top_k="k"),
 }
 
-def _frame(source):
-    "History as a frame, from a frame, a `History` or a Learner that carries one"
-    if isinstance(source, pd.DataFrame): return source
-    history = (
-        source
-        if isinstance(source, History)
-        else next((cb for cb in getattr(source, "cbs", ()) if isinstance(cb, History)), None)
-    )
-    if history is None:
-        raise ValueError(
-            f"{type(source).__name__}: wanted a frame, a `History`, or a Learner with `cbs=[RLStats(),"
-            " History()]`"
-        )
-    return history.frame
+def _drawable(f):
+    "{title: columns} of the panels for which something was recorded; a bound alone is nothing"
+    out = {}
+    for name, labels in PANELS.items():
+        cols = [c for c in labels if c in f and f[c].notna().any()]
+        if set(cols) - {"kl_bound"}: out[name] = cols
+    return out
 
-def plot_rl(
-    source, # a Learner with `RLStats` and `History`, a `History`, or its frame
-    axs=None, # at least as many axes as panels can be drawn; None makes a grid, three across
-): # array of the axes that were drawn on
-    "Draw what was recorded over all epochs of all stages; dotted lines are stage changes"
-    import matplotlib.pyplot as plt
-    f = _frame(source)
-    have = lambda cols: [c for c in cols if c in f and f[c].notna().any()]
-    panels = {name: have(cols) for name, cols in PANELS.items() if have(set(cols) - {"kl_bound"})}
-    if not panels:
-        raise ValueError(
-            f"plot_rl: {len(f)} epochs with the columns {', '.join(f.columns) or 'none'}: nothing to draw;"
-            " train with `RLStats` and `History`"
-        )
-    if axs is None:
-        w = min(3, len(panels))
-        h = math.ceil(len(panels)/3)
-        fig, axs = plt.subplots(h, w, figsize=(2.2*w, 1.5*h), layout="constrained", squeeze=False)
-        for a in axs.ravel()[len(panels):]: fig.delaxes(a)
-    axs = np.ravel(axs)[:len(panels)]
-    if len(axs) < len(panels):
-        raise ValueError(f"plot_rl: {len(axs)} axes for {len(panels)} panels ({', '.join(panels)})")
-    for ax, (name, cols) in zip(axs, panels.items()): _panel(ax, f, name, cols)
-    return axs
-
+# %% ../nbs/69_diagnose.ipynb #50de1b2e
 def _panel(ax, f, name, cols):
-    x = np.arange(1, len(f)+1)
-    for c in cols: ax.plot(x, f[c], "k:" if c == "kl_bound" else ".-", lw=1, ms=3, label=PANELS[name][c])
-    if name.startswith("KL") and f[cols].max().max() > 20*f[cols].max().min() > 0: ax.set_yscale("log")
+    epoch = np.arange(1, len(f)+1)
+    for c in cols:
+        style = "k:" if c == "kl_bound" else ".-"
+        ax.plot(epoch, f[c], style, lw=1, ms=3, label=PANELS[name][c])
+    lowest = f[cols].max().min()
+    if name.startswith("KL") and f[cols].max().max() > 20*lowest > 0: ax.set_yscale("log")
     if name.startswith(("share", "live", "entropy", "picks")): ax.set_ylim(-.03, 1.03)
-    for i in np.flatnonzero(np.diff(f["fit"])) if "fit" in f else ():
-        ax.axvline(i + 1.5, color="grey", ls=":", lw=0.8)
+    # a dotted line between two stages
+    stages = np.flatnonzero(np.diff(f["fit"])) if "fit" in f else ()
+    for i in stages: ax.axvline(i + 1.5, color="grey", ls=":", lw=.8)
     ax.set_title(name, fontsize=8)
     ax.tick_params(labelsize=7)
     ax.legend(fontsize=6, frameon=False)
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.set_xlabel("epoch", fontsize=7)
 
-# %% ../nbs/69_diagnose.ipynb #9e6be5ca
+def _grid(n):
+    "Axes for `n` panels, three across"
+    import matplotlib.pyplot as plt
+    w = min(3, n)
+    h = math.ceil(n/3)
+    fig, axs = plt.subplots(h, w, figsize=(2.2*w, 1.5*h), layout="constrained", squeeze=False)
+    for ax in axs.ravel()[n:]: fig.delaxes(ax)
+    return axs
+
+def plot_rl(
+    source, # a Learner with `RLStats` and `History`, a `History`, or its frame
+    axs=None, # at least as many axes as panels can be drawn; None makes a grid, three across
+): # array of the axes that were drawn on
+    "Draw what was recorded over all epochs of all stages; dotted lines are stage changes"
+    f = _frame(source)
+    panels = _drawable(f)
+    if not panels:
+        raise ValueError(
+            f"plot_rl: {len(f)} epochs with the columns {', '.join(f.columns) or 'none'}: nothing to draw;"
+            " train with `RLStats` and `History`"
+        )
+    if axs is None: axs = _grid(len(panels))
+    axs = np.ravel(axs)[:len(panels)]
+    if len(axs) < len(panels):
+        raise ValueError(f"plot_rl: {len(axs)} axes for {len(panels)} panels ({', '.join(panels)})")
+    for ax, (name, cols) in zip(axs, panels.items()): _panel(ax, f, name, cols)
+    return axs
+
+# %% ../nbs/69_diagnose.ipynb #a26219e6
+class _Sizes(NamedTuple):
+    "What one pass over a loader finds"
+    pools:torch.Tensor # [n] candidates of each query
+    shots:set # lengths of stored sequences
+    live:torch.Tensor # bool [n] groups with different rewards
+
+def _sizes(dl):
+    "Look at every group of a loader, and leave the random state as it was"
+    pools, live, shots = [], [], set()
+    state = random.getstate()
+    try:
+        with torch.random.fork_rng(devices=()):
+            for _, _, cand_mask, _, seq_mask, rewards, mask in dl.new(shuffle=False, drop_last=False):
+                pools.append(cand_mask.sum(-1))
+                live.append(live_groups(rewards, mask))
+                shots |= {int(n) for n in seq_mask.sum(-1).unique() if n > 0}
+    finally: random.setstate(state)
+    return _Sizes(torch.cat(pools), shots, torch.cat(live))
+
 def data_facts(
     dls, # DataLoaders of groups: `group_dls`, `synth_dls`
-)->dict: # queries, live (share), pool_train, pool_valid (mean sizes), shots (lengths in training), spearman (nan if unknown)
+)->dict: # queries, queries_valid, live (share), pool_train, pool_valid (mean sizes), shots, spearman (nan if unknown)
     "What the loaders tell about the data, without training"
-    def walk(dl): # a loader draws when it starts, so the draws are put back
-        state = random.getstate()
-        try:
-            with torch.random.fork_rng(devices=()):
-                return [(b[2].sum(-1), b[4].sum(-1), *b[5:]) for b in dl.new(shuffle=False, drop_last=False)]
-        finally: random.setstate(state)
-    train = walk(dls.train)
-    valid = walk(dls.valid)
-    mean = lambda bs: torch.cat([b[0] for b in bs]).double().mean().item()
-    live = torch.cat([live_groups(r, m) for _, _, r, m in train])
+    train = _sizes(dls.train)
+    valid = _sizes(dls.valid)
     rows = getattr(dls.train_ds, "rows", None)
-    lengths = sorted({int(n) for _, s, _, _ in train for n in s.unique() if n > 0})
     soft = float("nan")
     if isinstance(rows, pd.DataFrame) and {"vqa_gt_prob", "vqa_acc_score"} <= set(rows):
         soft = spearman(rows.vqa_gt_prob, rows.vqa_acc_score).rho
     return dict(
-        queries=len(live),
-        queries_valid=sum(len(b[0]) for b in valid),
-        live=live.double().mean().item(),
-        pool_train=mean(train),
-        pool_valid=mean(valid),
-        shots=lengths,
+        queries=len(train.live),
+        queries_valid=len(valid.live),
+        live=train.live.double().mean().item(),
+        pool_train=train.pools.double().mean().item(),
+        pool_valid=valid.pools.double().mean().item(),
+        shots=sorted(train.shots),
         spearman=soft,
     )
 
 # %% ../nbs/69_diagnose.ipynb #91050dc1
 class Rule(NamedTuple):
     "One failure: how it looks, where it comes from, what to do"
-    row: str
-    symptom: str
-    wanted: str
-    cause: str
-    remedy: str
+    symptom:str # what is seen
+    wanted:str # what should be seen
+    cause:str # where it comes from
+    remedy:str # what to do
 
-RULES = dict(
+class _Found(NamedTuple):
+    "What a rule found in one fit"
+    rule:str # its name in `RULES`
+    value:float # the number that matters
+    alarm:bool # is it one?
+    words:dict = {} # more numbers for the text of the cause
+
+# %% ../nbs/69_diagnose.ipynb #f6e3be54
+def _recorded(f, c): return f[c].dropna().tolist() if c in f else []
+
+def _last(f, c):
+    values = _recorded(f, c)
+    return float(values[-1]) if values else None
+
+def _largest(f, c):
+    values = _recorded(f, c)
+    return float(max(values)) if values else None
+
+def _first_known(*values):
+    return next((v for v in values if v is not None and v == v), None)
+
+# %% ../nbs/69_diagnose.ipynb #da323fb2
+_TEACHING = dict(
     live=Rule(
-        "1",
         "few groups can teach",
         "{live:.0%} or more",
         "the other groups have one reward for all their sequences; over ALL groups the advantages have std"
@@ -131,7 +174,6 @@ RULES = dict(
         " {start:.0%} do not start",
     ),
     filter=Rule(
-        "2",
         "a filter makes groups flat",
         "a drop of at most {filter:.0%}",
         "sequences were cut by reward, so live groups fell from {before:.0%} to {after:.0%}; cut before the"
@@ -139,15 +181,28 @@ RULES = dict(
         "no cut by reward; if a cap is needed, `TopKCurriculum(how='stratified')`, which cuts after the"
         " advantages",
     ),
+)
+
+def _teaching(f, facts, t):
+    before = _last(f, "live_before")
+    after = _last(f, "live_after")
+    live = _first_known(before, _last(f, "live"), _last(f, "adv_live"), facts.get("live"))
+    if live is not None:
+        std = _first_known(_last(f, "adv_std_all"), live)
+        yield _Found("live", live, live < t["live"], dict(std=std))
+    if before and after is not None:
+        lost = 1 - after/before
+        yield _Found("filter", after/before - 1, lost > t["filter"], dict(before=before, after=after))
+
+# %% ../nbs/69_diagnose.ipynb #d12d3651
+_DISTANCE = dict(
     kl=Rule(
-        "3",
         "far from the reference",
         "{kl:g} nats or less",
         "the policy moved far from what it is held to",
         "raise beta (`AdaptiveKL`), lower the learning rate, or take a nearer reference",
     ),
     k3=Rule(
-        "3",
         "k3 is not the KL",
         "at most {k3:g} times the exact KL",
         "k3 is averaged over stored sequences, which the policy did not draw, or against an old policy; it"
@@ -155,7 +210,6 @@ RULES = dict(
         "steer by the exact KL (`KLToRef(how='exact')`), reference = start of the stage",
     ),
     ratio=Rule(
-        "4",
         "ratio is not 1 at the first step",
         "1 +- {ratio:g}",
         "the old policy is not the policy: a snapshot from before another stage, or a random forward pass",
@@ -163,35 +217,47 @@ RULES = dict(
         " which has no ratio",
     ),
     clip=Rule(
-        "4",
         "nothing is pushed up",
         "{clip:.0%} or less",
         "so many of the terms with A > 0 are clipped and have no gradient, while those with A < 0 pass",
         "refresh the old policy, a smaller learning rate, `dual` clip, or `Listwise`",
     ),
     dropout=Rule(
-        "4",
         "dropout while log-probabilities are compared",
         "none active",
         "old and new log-probabilities differ by chance before any update",
         "`NoDropout()`, or a model with dropout=0",
     ),
+)
+
+def _distance(f, facts, t):
+    kl = _largest(f, "kl")
+    k3 = _largest(f, "k3")
+    bound = _first_known(_last(f, "kl_bound"), math.inf)
+    off = _largest(f, "ratio_off")
+    clipped = _largest(f, "clip_pos")
+    dropout = _largest(f, "dropout")
+    if kl is not None: yield _Found("kl", kl, kl > t["kl"])
+    if kl is not None and k3 is not None: yield _Found("k3", k3, k3 > 1 and (k3 > t["k3"]*kl or k3 > bound))
+    if off is not None: yield _Found("ratio", 1 + off, off > t["ratio"])
+    if clipped is not None: yield _Found("clip", clipped, clipped > t["clip"])
+    if off is not None and dropout is not None: yield _Found("dropout", dropout, dropout > 0)
+
+# %% ../nbs/69_diagnose.ipynb #24343b35
+_STEERING = dict(
     penalty=Rule(
-        "5",
         "a penalty steers",
         "{penalty:.0%} of the gradient or less",
         "dead groups give nothing but the penalty, or its weight is too large: the policy is pulled back",
         "more live groups, `KLToRef(on='live')`, a smaller weight",
     ),
     beta=Rule(
-        "6",
         "beta hits a bound",
         "inside its limits",
         "the controller follows a KL that is noisy or not a KL, or the band cannot be held",
         "exact KL, one move per epoch (`AdaptiveKL`), a wider band or another learning rate",
     ),
     ess=Rule(
-        "7",
         "reward scale and temperature do not fit",
         "{ess[0]:g} to {ess[1]:g} of a group",
         "tau is too large for the rewards (all sequences weigh the same) or too small (one has all)",
@@ -199,35 +265,56 @@ RULES = dict(
         " normalise twice",
     ),
     soft=Rule(
-        "8",
         "the soft reward does not follow accuracy",
         "rank correlation {soft:g} or more",
         "the scored tokens are not those of the answer",
         "hold the scorer to its reference (`health` of the data) before any run",
     ),
     pool=Rule(
-        "11",
         "pools differ between training and validation",
         "the same size",
         "pools were made in different ways, so the tasks differ",
         "one pool rule for all splits",
     ),
+)
+
+def _steering(f, facts, t):
+    penalties = [c for c in f if c.startswith("grad_") and c != "grad_policy" and f[c].notna().any()]
+    if penalties:
+        share = float(f[penalties].sum(axis=1).mean())
+        yield _Found("penalty", share, share > t["penalty"])
+    beta = _last(f, "beta")
+    least, most = t["beta"] or (_last(f, "beta_least"), _last(f, "beta_most"))
+    if None not in (beta, least, most):
+        inside = least*(1 + 1e-6) < beta < most*(1 - 1e-6)
+        # after one epoch beta stands where it began
+        yield _Found("beta", beta, len(f) > 1 and not inside)
+    ess = _last(f, "ess")
+    temp = _first_known(_last(f, "temp"), _last(f, "tau"))
+    if ess is not None and temp is not None:
+        low, high = t["ess"]
+        yield _Found("ess", ess, not low <= ess <= high)
+    soft = _first_known(facts.get("spearman"))
+    if soft is not None: yield _Found("soft", soft, soft < t["soft"])
+    train = facts.get("pool_train")
+    valid = facts.get("pool_valid")
+    if train and valid: yield _Found("pool", valid/train, abs(valid/train - 1) > .1)
+
+# %% ../nbs/69_diagnose.ipynb #995addc9
+_OUTCOME = dict(
     uniform=Rule(
-        "12",
         "the policy is uniform",
         "{uniform:g} nats or more",
         "nothing was learned: its distribution is that of a policy that knows nothing",
         "treat as untrained: learning rate, temperature, live groups",
     ),
     unchanged=Rule(
-        "15",
         "picks are those of the start",
         "at most {unchanged:.1%} of them",
         "no change that matters: too small a learning rate, too strong a penalty, or nothing to learn from",
         "say so and stop; do not compare this run with its start",
     ),
     overfit=Rule(
-        "18",
         "better in training only",
         "a gap of {overfit:g} standard errors or less",
         "few queries for this many steps or parameters",
@@ -235,14 +322,12 @@ RULES = dict(
         " prior",
     ),
     collapse=Rule(
-        "23",
         "one answer for all",
         "entropy {entropy:g}, unique picks {unique:.0%} or more",
         "the policy collapsed on a few demonstrations",
         "`EntropyFloor`, a smaller learning rate, a penalty on hubs",
     ),
     mass=Rule(
-        "A3",
         "stored sequences lose their probability",
         "{mass:.0%} of the start or more",
         "the policy left the data it is trained on",
@@ -250,91 +335,44 @@ RULES = dict(
     ),
 )
 
-def _last(f, c):
-    s = f[c].dropna() if c in f else ()
-    return float(s.iloc[-1]) if len(s) else None
-def _first(f, c):
-    s = f[c].dropna() if c in f else ()
-    return float(s.iloc[0]) if len(s) else None
-def _max(f, c):
-    s = f[c].dropna() if c in f else ()
-    return float(s.max()) if len(s) else None
-def _mean(f, c):
-    s = f[c].dropna() if c in f else ()
-    return float(s.mean()) if len(s) else None
-def _some(*xs): return next((x for x in xs if x is not None and x == x), None)
-
-def _share(f, facts, t):
-    live = _some(_last(f, "live_before"), _last(f, "live"), _last(f, "adv_live"), facts.get("live"))
-    std = _some(_last(f, "adv_std_all"), live)
-    if live is not None: yield "live", live, live < t["live"], dict(std=std)
-    before = _last(f, "live_before")
-    after = _last(f, "live_after")
-    if before and after is not None:
-        yield "filter", after / before - 1, 1 - after / before > t["filter"], dict(before=before, after=after)
-
-def _distance(f, facts, t):
-    kl = _max(f, "kl")
-    k3 = _max(f, "k3")
-    bound = _some(_last(f, "kl_bound"), math.inf)
-    if kl is not None: yield "kl", kl, kl > t["kl"], {}
-    if kl is not None and k3 is not None: yield "k3", k3, k3 > 1 and (k3 > t["k3"]*kl or k3 > bound), {}
-    off = _max(f, "ratio_off")
-    up = _max(f, "clip_pos")
-    if off is not None: yield "ratio", 1 + off, off > t["ratio"], {}
-    if up is not None: yield "clip", up, up > t["clip"], {}
-    drop = _max(f, "dropout")
-    if off is not None and drop is not None: yield "dropout", drop, drop > 0, {}
-
-def _knobs(f, facts, t):
-    cols = [c for c in f if c.startswith("grad_") and c != "grad_policy" and f[c].notna().any()]
-    if cols:
-        v = float(f[cols].sum(axis=1).mean())
-        yield "penalty", v, v > t["penalty"], {}
-    b, least, most = _last(f, "beta"), *(t["beta"] or (_last(f, "beta_least"), _last(f, "beta_most")))
-    if None not in (b, least, most):
-        yield "beta", b, len(f) > 1 and not least * (1 + 1e-6) < b < most * (1 - 1e-6), {}
-    e = _last(f, "ess")
-    if e is not None and _some(_last(f, "temp"), _last(f, "tau")) is not None:
-        yield "ess", e, not t["ess"][0] <= e <= t["ess"][1], {}
-    s = facts.get("spearman")
-    a = facts.get("pool_train")
-    b = facts.get("pool_valid")
-    if _some(s) is not None: yield "soft", s, s < t["soft"], {}
-    if a and b: yield "pool", b/a, abs(b/a - 1) > .1, {}
-
-def _outcome(f, facts, t):
-    u = _last(f, "above_uniform")
-    same = _last(f, "same_as_start")
-    if u is not None: yield "uniform", u, u < t["uniform"], {}
-    if same is not None: yield "unchanged", same, same > t["unchanged"], {}
+def _gap(f, facts):
+    "Validation regret above training regret, in standard errors, or None"
     train = _last(f, "regret_train")
     valid = _last(f, "valid_loss")
     sd = _last(f, "regret_sd")
-    n = [facts.get(k) for k in ("queries", "queries_valid")]
-    if None not in (train, valid, sd, *n) and sd > 0:
-        gap = (valid - train) / (sd * (1 / n[0] + 1 / n[1]) ** 0.5)
-        yield "overfit", gap, gap > t["overfit"], {}
-    h = _last(f, "entropy")
-    k = _last(f, "unique")
-    if h is not None or k is not None:
-        yield (
-            "collapse",
-            _some(h, k),
-            (h is not None and h < t["entropy"]) or (k is not None and k < t["unique"]),
-            {},
-        )
-    a = _first(f, "mass")
-    b = _last(f, "mass")
-    if a and b is not None: yield "mass", b/a, b < t["mass"]*a, {}
+    n = facts.get("queries")
+    n_valid = facts.get("queries_valid")
+    if None in (train, valid, sd, n, n_valid) or not sd > 0: return None
+    return (valid - train) / (sd * (1/n + 1/n_valid)**.5)
+
+def _outcome(f, facts, t):
+    above = _last(f, "above_uniform")
+    same = _last(f, "same_as_start")
+    gap = _gap(f, facts)
+    entropy = _last(f, "entropy")
+    unique = _last(f, "unique")
+    mass = _recorded(f, "mass")
+    if above is not None: yield _Found("uniform", above, above < t["uniform"])
+    if same is not None: yield _Found("unchanged", same, same > t["unchanged"])
+    if gap is not None: yield _Found("overfit", gap, gap > t["overfit"])
+    if entropy is not None or unique is not None:
+        sure = entropy is not None and entropy < t["entropy"]
+        few = unique is not None and unique < t["unique"]
+        yield _Found("collapse", _first_known(entropy, unique), sure or few)
+    if mass and mass[0]: yield _Found("mass", mass[-1]/mass[0], mass[-1] < t["mass"]*mass[0])
+
+# name -> words of every rule
+RULES = _TEACHING | _DISTANCE | _STEERING | _OUTCOME
 
 # %% ../nbs/69_diagnose.ipynb #6a57ee8e
 class Diagnosis:
     "What was checked in one fit, and what is wrong; alarms first"
     def __init__(self,
-        frame:pd.DataFrame, # index rule; row, symptom, value, wanted, alarm, cause, remedy
+        frame:pd.DataFrame, # index rule; symptom, value, wanted, alarm, cause, remedy
         stage:str="", # which fit, in words
-    ): self.frame, self.stage = frame, stage
+    ):
+        self.frame = frame
+        self.stage = stage
 
     @property
     def alarms(self):
@@ -344,39 +382,67 @@ class Diagnosis:
     @property
     def sentences(self):
         "A sentence per alarm: symptom, cause, remedy"
-        return [
-            f"{r.symptom[0].upper() + r.symptom[1:]}: {r.value:.3g} (wanted: {r.wanted}). Cause: {r.cause}."
-            f" Do: {r.remedy}."
-            for r in self.frame[self.frame.alarm].itertuples()
-        ]
+        out = []
+        for r in self.frame[self.frame.alarm].itertuples():
+            symptom = r.symptom[0].upper() + r.symptom[1:]
+            out.append(f"{symptom}: {r.value:.3g} (wanted: {r.wanted}). Cause: {r.cause}. Do: {r.remedy}.")
+        return out
 
     def __bool__(self): return bool(self.alarms)
-    def _head(self):
+
+    def _lines(self):
         n = len(self.alarms)
-        return f"{self.stage}: {n} alarm{'s'*(n != 1)} of {len(self.frame)} things checked"
-    def __repr__(self): return "\n".join([self._head(), *(f"- {s}" for s in self.sentences)])
+        head = f"{self.stage}: {n} alarm{'s'*(n != 1)} of {len(self.frame)} things checked"
+        return [head, *(f"- {s}" for s in self.sentences)]
+
+    def __repr__(self): return "\n".join(self._lines())
+
     def _repr_markdown_(self):
-        tell = lambda v: f"{v:.3g}".replace("|", "\\|")
-        rows = "\n".join(
-            f"| {'**alarm**' if r.alarm else 'ok'} | {r.row} | {r.symptom} | {tell(r.value)} | {r.wanted} |"
-            for r in self.frame.itertuples()
+        rows = []
+        for r in self.frame.itertuples():
+            mark = "**alarm**" if r.alarm else "ok"
+            value = f"{r.value:.3g}".replace("|", "\\|")
+            rows.append(f"| {mark} | {r.Index} | {r.symptom} | {value} | {r.wanted} |")
+        table = ["| | rule | symptom | value | wanted |", "|---|---|---|---|---|", *rows]
+        return "\n".join([*self._lines(), "", *table])
+
+# %% ../nbs/69_diagnose.ipynb #27bb5fa7
+def _one_fit(f, fit):
+    "The epochs of one fit; None = the last"
+    if not len(f):
+        raise ValueError(
+            "diagnose: no epochs in the history; train first, with `RLStats` and `History` on the Learner"
         )
-        return "\n".join(
-            [
-                self._head(),
-                *(f"- {s}" for s in self.sentences),
-                "",
-                "| | row | symptom | value | wanted |",
-                "|---|---|---|---|---|",
-                rows,
-            ]
-        )
+    if "fit" not in f: return f
+    if fit is None: fit = f["fit"].iloc[-1]
+    f = f[f["fit"] == fit]
+    if not len(f): raise ValueError(f"diagnose: no fit {fit} in the history")
+    return f
+
+def _fit_words(f):
+    "Stage and number of epochs"
+    n = len(f)
+    return f"{f['stage'].iloc[-1]}, {n} epoch{'s'*(n != 1)}" if "stage" in f else f"{n} epochs"
+
+def _in_words(found, t):
+    "A row of the diagnosis"
+    rule = RULES[found.rule]
+    return dict(
+        rule=found.rule,
+        symptom=rule.symptom,
+        value=found.value,
+        wanted=rule.wanted.format(**t),
+        alarm=bool(found.alarm),
+        cause=rule.cause.format(**t | found.words),
+        remedy=rule.remedy.format(**t),
+    )
 
 def diagnose(
     source, # a Learner with `RLStats` and `History`, a `History`, or its frame (a row per epoch)
     facts:dict|None=None, # of `data_facts`; default: read off the loaders if `source` is a Learner
     fit:int|None=None, # which fit, as counted in the column `fit`; default the last
-    live:float=.3, start:float=.05, # shares of live groups: least, and below which RL should not start
+    live:float=.3, # least share of live groups
+    start:float=.05, # share of live groups below which RL should not start
     filter:float=.1, # largest part of the live groups that filters may make flat
     kl:float=.5, # largest exact KL to the reference, nats
     k3:float=5., # largest k3, in exact KLs
@@ -389,42 +455,24 @@ def diagnose(
     uniform:float=.1, # least distance from a uniform policy, nats
     unchanged:float=.98, # largest share of picks that are those of the start
     overfit:float=2., # largest gap of validation over training regret, standard errors
-    entropy:float=.1, unique:float=.1, # least normalised entropy, least share of different picks
+    entropy:float=.1, # least normalised entropy
+    unique:float=.1, # least share of different picks
     mass:float=.5, # least mass of the stored sequences, relative to the first epoch
 )->Diagnosis: # shows itself in a notebook; ValueError if there is no epoch
     "Say why a fit did not learn, or that nothing speaks against it"
-    t = {k: v for k, v in locals().items() if k not in ("source", "facts", "fit")}
-    f = _frame(source)
-    if not len(f):
-        raise ValueError(
-            "diagnose: no epochs in the history; train first, with `RLStats` and `History` on the Learner"
-        )
-    if "fit" in f:
-        fit = f["fit"].iloc[-1] if fit is None else fit
-        f = f[f["fit"] == fit]
-    if not len(f): raise ValueError(f"diagnose: no fit {fit} in the history")
-    if facts is None: facts = data_facts(source.dls) if hasattr(source, "dls") else {}
-    found = [x for part in (_share, _distance, _knobs, _outcome) for x in part(f, facts, t)]
-    rows = [
-        dict(
-            rule=k,
-            row=RULES[k].row,
-            symptom=RULES[k].symptom,
-            value=v,
-            wanted=RULES[k].wanted.format(**t),
-            alarm=bool(a),
-            cause=RULES[k].cause.format(**t | words),
-            remedy=RULES[k].remedy.format(**t),
-        )
-        for k, v, a, words in found
-    ]
-    frame = pd.DataFrame(
-        rows, columns=["rule", *Rule._fields[:2], "value", "wanted", "alarm", "cause", "remedy"]
-    ).set_index("rule")
-    stage = (
-        f"{f['stage'].iloc[-1]}, {len(f)} epoch{'s'*(len(f) != 1)}" if "stage" in f else f"{len(f)} epochs"
+    t = dict(
+        live=live, start=start, filter=filter, kl=kl, k3=k3, ratio=ratio, clip=clip, penalty=penalty,
+        beta=beta, ess=ess, soft=soft, uniform=uniform, unchanged=unchanged, overfit=overfit, entropy=entropy,
+        unique=unique, mass=mass,
     )
-    return Diagnosis(frame.sort_values("alarm", ascending=False, kind="stable"), stage)
+    f = _one_fit(_frame(source), fit)
+    if facts is None: facts = data_facts(source.dls) if hasattr(source, "dls") else {}
+    rows = []
+    for part in (_teaching, _distance, _steering, _outcome):
+        for found in part(f, facts, t): rows.append(_in_words(found, t))
+    columns = ["rule", "symptom", "value", "wanted", "alarm", "cause", "remedy"]
+    frame = pd.DataFrame(rows, columns=columns).set_index("rule")
+    return Diagnosis(frame.sort_values("alarm", ascending=False, kind="stable"), _fit_words(f))
 
 # %% ../nbs/69_diagnose.ipynb #8c61ab80
 class CannotLearn(ValueError): "A run that cannot learn, with the reasons and what to do"
@@ -453,10 +501,14 @@ class Watch(StageCallback):
             raise ValueError("Watch reads what `RLStats` records: put it into cbs of the Learner")
 
     def before_train(self): self.trained = True
+
     def after_epoch(self):
         if not self.trained or self.epoch: return
-        row = {k: v for cb in self.learn.cbs if isinstance(cb, Stats) for k, v in cb.means().items()}
-        self.trained, self.found = False, diagnose(pd.DataFrame([row]), **self.thresholds)
+        self.trained = False
+        recorded = {}
+        for cb in self.learn.cbs:
+            if isinstance(cb, Stats): recorded |= cb.means()
+        self.found = diagnose(pd.DataFrame([recorded]), **self.thresholds)
         bad = [s for r, s in zip(self.found.alarms, self.found.sentences) if r in self.rules]
         if not bad: return
         msg = "after one epoch: " + " ".join(bad)

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['sequence_logp', 'batch_logp', 'stored_logp', 'off_policy', 'summarise', 'OffPolicyStats']
 
-# %% ../nbs/72_offpolicy.ipynb #e9f2d7af
+# %% ../nbs/72_offpolicy.ipynb #498ff02a
+from dataclasses import dataclass
 import numpy as np, pandas as pd, torch
 from .losses import inclusion_logp, off_policy_value
 from .rldata_propose import deciding, device_of
@@ -18,15 +19,17 @@ def sequence_logp(
     stop:bool|None=None, # of a selector with STOP: count it behind a sequence? None: as the selector is made
 )->torch.Tensor: # [B,N]; 0 on padding
     "Log-probabilities of the sequences of a batch"
+    query, cands, cand_mask, seqs, seq_mask = b[:5]
+    enc = policy.encode(query, cands, cand_mask)
     if isinstance(policy, torch.nn.Module):
-        kw = {} if stop is None or getattr(policy, "stop", None) is None else dict(stop=stop)
-        return policy.logp(policy.encode(*b[:3]), *b[3:5], **kw)
-    enc = policy.encode(*b[:3])
-    (seqs, real) = b[3:5]
+        can_stop = getattr(policy, "stop", None) is not None
+        kw = dict(stop=stop) if can_stop and stop is not None else {}
+        return policy.logp(enc, seqs, seq_mask, **kw)
     out = torch.zeros(seqs.shape[:2], dtype=torch.float64)
     for t in range(seqs.shape[-1]):
-        lp = policy.step_logp(enc, seqs[..., :t]).gather(-1, seqs[..., t:t+1])[..., 0]
-        out = out + lp.masked_fill(~real[..., t], 0.)
+        pick = seqs[..., t:t+1]
+        lp = policy.step_logp(enc, seqs[..., :t]).gather(-1, pick)[..., 0]
+        out = out + lp.masked_fill(~seq_mask[..., t], 0.)
     return out
 
 # %% ../nbs/72_offpolicy.ipynb #22a272a8
@@ -41,13 +44,42 @@ def batch_logp(
     out = []
     with deciding(policy):
         for i in range(0, len(ds), bs):
-            *b, rewards, mask = ds.batch(range(i, min(i+bs, len(ds))))
-            out.append((sequence_logp(policy, [x.to(device) for x in b], stop).double().cpu(), rewards, mask))
+            *b, rewards, mask = ds.batch(range(i, min(i + bs, len(ds))))
+            lp = sequence_logp(policy, [x.to(device) for x in b], stop)
+            out.append((lp.double().cpu(), rewards, mask))
     return out
 
 def stored_logp(policy, ds, stop=None, bs=256)->np.ndarray: # float64 [rows], in the order of `ds.rows`
     "Log-probability of every stored sequence; arguments as in `batch_logp`"
     return torch.cat([lp[mask] for lp, _, mask in batch_logp(policy, ds, stop, bs)]).numpy()
+
+# %% ../nbs/72_offpolicy.ipynb #7b77f392
+@dataclass
+class _Draws:
+    "Where each draw lies, as positions in `order`"
+    order:np.ndarray # [rows] numbers of the rows: group by group, and in a group draw by draw
+    start:np.ndarray # [draws] where the group begins, and with it the stratum
+    first:np.ndarray # [draws] where the draw's own rows begin
+    end:np.ndarray # [draws] where they end
+
+def _draws(rows):
+    "The draws of a record"
+    n = np.arange(len(rows))
+    shots = rows.pointer.map(len)
+    drawn = rows.kappa.notna().to_numpy()
+    # a row that was not drawn stands alone
+    alone = np.where(drawn, -1, n)
+    key = [rows.question_id, shots, rows.gen_method, rows.temperature.fillna(0.), rows.kappa.fillna(0.)]
+    key = [k.to_numpy() for k in key]
+    head = pd.Series(n).groupby([*key, alone], sort=False).transform("first").to_numpy()
+    group = pd.factorize(pd.Series(list(zip(key[0].tolist(), key[1].tolist()))))[0]
+    order = np.lexsort((n, head, group))
+    heads = head[order]
+    first = np.flatnonzero(np.r_[True, heads[1:] != heads[:-1]])
+    end = np.r_[first[1:], len(rows)]
+    start = np.searchsorted(group[order], group[order][first])
+    keep = drawn[order][first]
+    return _Draws(order, start[keep], first[keep], end[keep])
 
 # %% ../nbs/72_offpolicy.ipynb #3dfe9192
 def _sources(rows):
@@ -55,27 +87,53 @@ def _sources(rows):
     heat = rows.temperature.map(lambda t: "" if t != t else f", T = {t:g}")
     return rows.gen_method.astype(object) + heat
 
-def _draws(rows):
-    "Per draw: rows that stand before it in its group, its own rows, as positions in `order`; (order [rows], start, first, end [draws])"
-    n = np.arange(len(rows))
-    S = rows.pointer.map(len).to_numpy()
-    drawn = rows.kappa.notna().to_numpy()
-    key = [
-        rows.question_id.to_numpy(),
-        S,
-        rows.gen_method.to_numpy(object),
-        rows.temperature.fillna(0.0).to_numpy(),
-        rows.kappa.fillna(0.0).to_numpy(),
-    ]
-    # a row that was not drawn stands alone
-    head = pd.Series(n).groupby([*key, np.where(drawn, -1, n)], sort=False).transform("first").to_numpy()
-    group = pd.factorize(pd.Series(list(zip(key[0].tolist(), S.tolist()))))[0]
-    order = np.lexsort((n, head, group))
-    at = np.flatnonzero(np.r_[True, head[order][1:] != head[order][:-1]])
-    end = np.r_[at[1:], len(rows)]
-    keep = drawn[order][at]
-    start = np.searchsorted(group[order], group[order][at])
-    return order, start[keep], at[keep], end[keep]
+# %% ../nbs/72_offpolicy.ipynb #37358a42
+def off_policy(
+    policy, # what is judged, see `sequence_logp`
+    ds, # `GroupDataset` of groups as they were generated, not those that the policy was trained on
+    cut:float|None=5., # largest weight, relative to the mean weight of a draw; None = no cut
+    floor:float=.3, # smallest effective share that is trusted
+    least:float=3., # smallest number of effective rows that is trusted
+    bs:int=256, # queries at once; changes nothing
+)->pd.DataFrame: # per query, shot count and draw: question_id, shots, source, n, mass, ess, value, unbiased, trust
+    "Expected reward of a policy per draw, from stored groups; ValueError if nothing was drawn with a known probability"
+    rows = ds.rows
+    _must_have_draws(rows)
+    draws = _draws(rows)
+    start, first, end = (torch.from_numpy(x)[:, None] for x in (draws.start, draws.first, draws.end))
+    # a line per draw, its stratum first
+    at = start + torch.arange(int((end - start).max()))
+    mask = at < end
+    number = torch.from_numpy(draws.order)[at.clamp(max=len(rows) - 1)]
+    def lines(column):
+        x = torch.from_numpy(np.array(column, dtype=np.float64))
+        return x[number].masked_fill(~mask, 0.)
+    heads = rows.iloc[draws.order[draws.first]]
+    nothing_left = torch.tensor((heads.kappa == -np.inf).tolist())[:, None]
+    stratum = mask & ((at < first) | nothing_left)
+    logmu = inclusion_logp(lines(rows.logprob_score.fillna(0.)), lines(rows.kappa.fillna(0.)))
+    logp = lines(stored_logp(policy, ds, False, bs))
+    r = lines(ds.rewards.numpy())
+    v = off_policy_value(logp, r, mask, logmu, stratum, cut, floor)
+    w = (logp - logmu.masked_fill(stratum, 0.)).exp().masked_fill(~mask, 0.)
+    n = draws.end - draws.first
+    ess = v.ess.nan_to_num(0.).numpy()
+    mass = v.mass.numpy()
+    value = v.value.numpy()
+    enough = (ess*n >= least) | (mass > 1 - 1e-6)
+    return pd.DataFrame(
+        dict(
+            question_id=heads.question_id.to_numpy(),
+            shots=heads.pointer.map(len).to_numpy(),
+            source=_sources(heads).to_numpy(),
+            n=n,
+            mass=mass,
+            ess=ess,
+            value=value,
+            unbiased=(w*r).sum(-1).numpy(),
+            trust=(ess >= floor) & enough & np.isfinite(value),
+        )
+    )
 
 def _must_have_draws(rows):
     if "kappa" not in rows or not rows.kappa.notna().any():
@@ -85,82 +143,35 @@ def _must_have_draws(rows):
             " threshold); `propose` finds it again for groups of earlier versions"
         )
 
-def off_policy(
-    policy, # what is judged, see `sequence_logp`
-    ds, # `GroupDataset` of groups as they were generated, not those that the policy was trained on
-    cut:float|None=5., # largest weight, relative to the mean weight of a draw; None = no cut
-    floor:float=.3, least:float=3., # smallest effective share, and number of effective rows, that are trusted
-    bs:int=256, # queries at once; changes nothing
-)->pd.DataFrame: # per query, shot count and draw: source, n (rows drawn), mass (probability of the stratum, 0..1), ess (0..1), value (self-normalised; NaN: no estimate), unbiased, trust
-    "Expected reward of a policy per draw, from stored groups; ValueError if nothing in them was drawn with a known probability"
-    rows = ds.rows
-    _must_have_draws(rows)
-    order, start, first, end = _draws(rows)
-    at = torch.from_numpy(start)[:, None] + torch.arange(int((end - start).max()))
-    # drawn, so nothing is left to estimate
-    one = rows.iloc[order[first]]
-    everything = torch.tensor((one.kappa == -np.inf).tolist())
-    mask = at < torch.from_numpy(end)[:, None]
-    det = mask & ((at < torch.from_numpy(first)[:, None]) | everything[:, None])
-    i = torch.from_numpy(order)[at.clamp(max=len(rows) - 1)]
-    pick = lambda x: torch.from_numpy(np.array(x, dtype=np.float64))[i].masked_fill(~mask, 0.)
-    logmu = inclusion_logp(pick(rows.logprob_score.fillna(0.)), pick(rows.kappa.fillna(0.)))
-    logp = pick(stored_logp(policy, ds, False, bs))
-    r = pick(ds.rewards.numpy())
-    v = off_policy_value(logp, r, mask, logmu, det, cut, floor)
-    plain = ((logp - logmu.masked_fill(det, 0.)).exp().masked_fill(~mask, 0.) * r).sum(-1)
-    share = v.ess.nan_to_num(0.0).numpy()
-    trust = (
-        (share >= floor)
-        & ((share * (end - first) >= least) | (v.mass.numpy() > 1 - 1e-6))
-        & v.value.isfinite().numpy()
-    )
-    return pd.DataFrame(
-        dict(
-            question_id=one.question_id.to_numpy(),
-            shots=one.pointer.map(len).to_numpy(),
-            source=_sources(one).to_numpy(),
-            n=end - first,
-            mass=v.mass.numpy(),
-            ess=share,
-            value=v.value.numpy(),
-            unbiased=plain.numpy(),
-            trust=trust,
-        )
-    )
-
 # %% ../nbs/72_offpolicy.ipynb #60b25be7
 def _all_sources(f):
     "One row per query and shot count"
-    keys, mean = [f.question_id, f.shots], lambda x, w: (w * x.fillna(0.0)).groupby(keys).sum() / (
-        w.where(x.notna(), 0.0).groupby(keys).sum().replace(0.0, np.nan)
+    keys = [f.question_id, f.shots]
+    def total(x): return x.groupby(keys).sum()
+    def mean(x, w):
+        there = w.where(x.notna(), 0.)
+        return total(w * x.fillna(0.)) / total(there).replace(0., np.nan)
+    effective = f.n * f.ess
+    own = effective.where(f.value.notna(), 0.)
+    usual = effective.groupby([f.shots, f.source]).transform("mean").clip(lower=1e-9)
+    out = dict(
+        value=mean(f.value, own),
+        unbiased=mean(f.unbiased, usual),
+        n=total(f.n),
+        mass=f.mass.groupby(keys).min(),
+        ess=total(own) / total(f.n),
+        trust=f.trust.groupby(keys).any(),
     )
-    own = (f.n * f.ess).where(f.value.notna(), 0.0)
-    usual = (f.n * f.ess).groupby([f.shots, f.source]).transform("mean").clip(lower=1e-9)
-    return (
-        pd.DataFrame(
-            dict(
-                value=mean(f.value, own),
-                unbiased=mean(f.unbiased, usual),
-                n=f.n.groupby(keys).sum(),
-                mass=f.mass.groupby(keys).min(),
-                ess=own.groupby(keys).sum() / f.n.groupby(keys).sum(),
-                trust=f.trust.groupby(keys).any(),
-            )
-        )
-        .reset_index()
-        .assign(source="all")
-    )
+    return pd.DataFrame(out).reset_index().assign(source="all")
 
 def summarise(
     f:pd.DataFrame, # of `off_policy`
-)->pd.DataFrame: # index (shots, source), "all" last: queries; n, mass, ess, value, unbiased (means over queries); trusted (share of queries, 0..1); value se, unbiased se (standard errors over queries)
+)->pd.DataFrame: # index (shots, source), "all" last; queries; means of n, mass, ess, trusted, value, unbiased; se
     "Off-policy accounting per source"
     # draws of one source for one query
     several = dict(n="sum", mass="min", ess="mean", value="mean", unbiased="mean", trust="any")
     f = f.groupby(["question_id", "shots", "source"], sort=False).agg(several).reset_index()
     f = pd.concat([f, _all_sources(f)], ignore_index=True)
-    names = [*dict.fromkeys(f.source)]
     g = f.groupby(["shots", "source"])
     t = g.agg(
         queries=("question_id", "nunique"),
@@ -169,7 +180,11 @@ def summarise(
         ess=("ess", "mean"),
         trusted=("trust", "mean"),
     )
-    for c in ("value", "unbiased"): t[c], t[f"{c} se"] = g[c].mean(), g[c].std() / g[c].count()**.5
+    for c in ("value", "unbiased"):
+        t[c] = g[c].mean()
+        t[f"{c} se"] = g[c].std() / g[c].count()**.5
+    # sources in the order in which they come
+    names = list(dict.fromkeys(f.source))
     return t.sort_index(key=lambda i: i.map(names.index) if i.name == "source" else i)
 
 # %% ../nbs/72_offpolicy.ipynb #b203b079
@@ -178,17 +193,18 @@ class OffPolicyStats(StageCallback):
     order = 45   # before `Stats` and `History` close the epoch
     def __init__(self,
         every:int=1, # epochs between two looks, >= 1
-        cut:float|None=5., floor:float=.3, # of `off_policy`
-    ): self.every, self.cut, self.floor = every, cut, floor
+    ): self.every = every
 
     def before_fit(self): _must_have_draws(self.dls.valid_ds.rows)
+
     def after_train(self):
         if (self.epoch + 1) % self.every: return
-        t = _all_sources(off_policy(self.model, self.dls.valid_ds, self.cut, self.floor))
+        valid = self.dls.valid_ds
+        t = _all_sources(off_policy(self.model, valid))
         self.log(
             off_value=t.value.mean(),
             off_unbiased=t.unbiased.mean(),
             off_ess=t.ess.mean(),
             off_trusted=t.trust.mean(),
-            off_covered=t.question_id.nunique() / len(self.dls.valid_ds),
+            off_covered=t.question_id.nunique() / len(valid),
         )

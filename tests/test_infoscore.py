@@ -84,9 +84,8 @@ def test_the_search_is_the_search_by_hand(S, b, grow, order):
     assert d.queries == list(range(9))
     for q, g in d.groups():
         if S < 3 or order == "total": assert g.pointer.tolist() == by_hand(q, S, b, grow, order)
-        assert g.beam_rank.tolist() == list(range(len(g))) and len(g) == min(
-            b, len(by_hand(q, S, b, grow, order))
-        )
+        assert g.beam_rank.tolist() == list(range(len(g)))
+        assert len(g) == min(b, len(by_hand(q, S, b, grow, order)))
     total = [PROB[q, p] - PROB[q, ()] for q, p in zip(d.rows.question_id, d.rows.pointer)]
     steps = infoscores(d, ITEMS, None, ALL)
     # increments add up to what all add
@@ -109,11 +108,9 @@ def test_a_killed_search_goes_on(tmp_path, after):
     with pytest.raises(KeyboardInterrupt):
         search(first, window=16, beam=2, text=True, cache=FactCache(tmp_path / "facts"))
     got = search(rest, window=16, beam=2, text=True, cache=FactCache(tmp_path/"facts"))
-    assert (
-        got.rows.equals(want.rows)
-        and len(first.asked) + len(rest.asked) == n
-        and got.validate(ITEMS).rows.vqa_acc_score.notna().all()
-    )
+    assert got.rows.equals(want.rows)
+    assert len(first.asked) + len(rest.asked) == n
+    assert got.validate(ITEMS).rows.vqa_acc_score.notna().all()
     assert len(set(whole.asked)) == want.manifest["infoscore"]["prompts"]
 
 def test_failures_are_not_negatives():
@@ -128,14 +125,11 @@ def test_failures_are_not_negatives():
         else s
     )
     d = search(Counting(spoil), beam=3)
-    assert (
-        d.manifest["infoscore"]["lost"] == [3, 5]
-        and set(d.queries) == set(range(9)) - {3, 5}
-        and set(d.pool) == set(d.queries)
-    )
-    assert not d.rows.eval_failed.any() and all(
-        p[-1] != POOL[6][0] for p in d.rows.pointer[d.rows.question_id == 6]
-    )
+    assert d.manifest["infoscore"]["lost"] == [3, 5]
+    assert set(d.queries) == set(range(9)) - {3, 5}
+    assert set(d.pool) == set(d.queries)
+    assert not d.rows.eval_failed.any()
+    assert all(p[-1] != POOL[6][0] for p in d.rows.pointer[d.rows.question_id == 6])
     d.validate(ITEMS)
 
 def test_round_trip_with_read_beams(tmp_path):
@@ -144,11 +138,9 @@ def test_round_trip_with_read_beams(tmp_path):
         s = infoscores(d, ITEMS, None, ALL)
         write_beams(tmp_path / "b.json", d, s)
         back = read_beams(tmp_path / "b.json", "question_id")
-        assert (
-            back[["question_id", "pointer"]].equals(d.rows[["question_id", "pointer"]])
-            and back.shot_scores.tolist() == s
-            and back.beam_rank.tolist() == d.rows.beam_rank.tolist()
-        )
+        assert back[["question_id", "pointer"]].equals(d.rows[["question_id", "pointer"]])
+        assert back.shot_scores.tolist() == s
+        assert back.beam_rank.tolist() == d.rows.beam_rank.tolist()
     with pytest.raises(ValueError, match="1 scores for"): write_beams(tmp_path/"c.json", d, s[:1])
     d.save(tmp_path / "d")
     again = RLData.load(tmp_path / "d")
@@ -213,4 +205,5 @@ def test_the_embedded_world_needs_no_model():
     best = f[f.pointer.map(len) == 2].groupby("question_id").vqa_gt_prob.max()
     assert np.allclose(d.rows[d.rows.beam_rank == 0].set_index("question_id").vqa_gt_prob, best.loc[ids])
     few = infoscore_beams(ids, None, pool, None, beam=2, candidates=5, cache=f, progress=False)
-    assert few.manifest["infoscore"]["prompts"] <= 20 * (1 + 5 + 2 * 4) and json.dumps(few.manifest)
+    assert few.manifest["infoscore"]["prompts"] <= 20 * (1 + 5 + 2 * 4)
+    assert json.dumps(few.manifest)

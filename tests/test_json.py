@@ -139,36 +139,29 @@ def fails(f, *texts, kind=ValueError):
     with pytest.raises(kind) as e: f()
     for t in texts: assert t in str(e.value), str(e.value)
 
-# ---- detection ---------------------------------------------------------------------------------------------------------
+# ---- detection ---------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", FILES)
 def test_each_dialect_is_known_and_read(name, read, tmp_path):
     d = read(FILES[name]())
     (told,) = sources(d)
     told = told["import"]
-    assert (
-        told["dialect"] == name == detect(tmp_path / "old.json")[0]
-        and f"dialect {name} (" in d.log[0]
-        and told["file"] == "old.json"
-    )
-    assert set(d.rows.scorer) == {f"imported:{told['fingerprint']}"} and d.rows.pointer[0] == tuple(
-        IDS[i] for i in ((5, 7) if name == "k64" else (2, 3))
-    )
-    assert (
-        d.rows.vqa_acc_score[0] == 1
-        and d.rows.vqa_correct[0] == 1
-        and d.rows.vqa_rel_score[0] == 1
-        and set(FILES) == set(DIALECTS)
-    )
+    assert told["dialect"] == name == detect(tmp_path / "old.json")[0]
+    assert f"dialect {name} (" in d.log[0]
+    assert told["file"] == "old.json"
+    assert set(d.rows.scorer) == {f"imported:{told['fingerprint']}"}
+    assert d.rows.pointer[0] == tuple(IDS[i] for i in ((5, 7) if name == "k64" else (2, 3)))
+    assert d.rows.vqa_acc_score[0] == 1
+    assert d.rows.vqa_correct[0] == 1
+    assert d.rows.vqa_rel_score[0] == 1
+    assert set(FILES) == set(DIALECTS)
     fails(lambda: read(FILES[name](), dialect="v1" if name != "v1" else "v4"), f"looks like dialect {name!r}")
 
 def test_what_a_dialect_cannot_tell_is_stated(read):
     a = read(v1())
-    assert (
-        set(a.rows.vqa_eval_mode) == {"unstated"}
-        and a.rows.vqa_raw_generation[0] == "cat"
-        and a.rows.vqa_gt_prob.isna().all()
-    )
+    assert set(a.rows.vqa_eval_mode) == {"unstated"}
+    assert a.rows.vqa_raw_generation[0] == "cat"
+    assert a.rows.vqa_gt_prob.isna().all()
     for t in (
         "vqa_raw_generation of 3 rows: not in the file, the answer stands in",
         "vqa_eval_mode of 3 rows",
@@ -176,25 +169,19 @@ def test_what_a_dialect_cannot_tell_is_stated(read):
     ):
         assert t in a.log[0]
     b = read(balanced())
-    assert (
-        set(b.rows.gen_method) == {"random"}
-        and "gen_method of 2 rows: not in the file, 'random'" in b.log[0]
-        and b.rows.vqa_correct.tolist() == [1, 1]
-        and "vqa_correct: from accuracy" in b.log[0]
-    )
+    assert set(b.rows.gen_method) == {"random"}
+    assert "gen_method of 2 rows: not in the file, 'random'" in b.log[0]
+    assert b.rows.vqa_correct.tolist() == [1, 1]
+    assert "vqa_correct: from accuracy" in b.log[0]
     c = read(augmented())
-    assert (
-        c.rows.gen_method[0] == "mined"
-        and c.rows.vqa_raw_generation[0] == "a cat"
-        and c.rows.vqa_eval_mode[0] == "official"
-        and "not read: aug_round, prompt_text, proxy_score" in c.log[0]
-    )
+    assert c.rows.gen_method[0] == "mined"
+    assert c.rows.vqa_raw_generation[0] == "a cat"
+    assert c.rows.vqa_eval_mode[0] == "official"
+    assert "not read: aug_round, prompt_text, proxy_score" in c.log[0]
     d = read(v4(vqa_gt_prob=2e-7))
-    assert (
-        "not read: pointer_pos, vqa_prompt_len" in d.log[0]
-        and d.rows.vqa_gt_prob.tolist() == [2e-7, 0.3]
-        and "official labels computed again: 1 of 2 differ" in read(v4(answer="bus")).log[0]
-    )
+    assert "not read: pointer_pos, vqa_prompt_len" in d.log[0]
+    assert d.rows.vqa_gt_prob.tolist() == [2e-7, 0.3]
+    assert "official labels computed again: 1 of 2 differ" in read(v4(answer="bus")).log[0]
 
 def test_relevance_is_computed_from_the_people(read):
     a = read(v1())
@@ -247,9 +234,10 @@ def test_places_or_row_numbers(read):
     o = k64()
     o["0"].pop("candidate_pool_ids")
     d = read(o)
-    assert d.rows.pointer[0] == (IDS[5], IDS[7]) and "cannot be checked" in d.log[0]
+    assert d.rows.pointer[0] == (IDS[5], IDS[7])
+    assert "cannot be checked" in d.log[0]
 
-# ---- ids and pools -----------------------------------------------------------------------------------------------------
+# ---- ids and pools -----------------------------------------------------------------------------------------
 
 def test_id_maps(read):
     assert row_map(ITEMS.sample(frac=1, random_state=0)) == IDS
@@ -297,7 +285,8 @@ def test_pools(read):
     fails(lambda: read(v1(), pool=None), "it has no pools; pass pool=")
     fails(lambda: read(v1(), pool="all"), "pool='all'")
     d = read(v1(), pool="used")
-    assert set(d.pool[100]) == {IDS[i] for i in (2, 3, 4, 5)} and d.pool.recipe["sampler"] == "used"
+    assert set(d.pool[100]) == {IDS[i] for i in (2, 3, 4, 5)}
+    assert d.pool.recipe["sampler"] == "used"
     mine = Pool({100: [IDS[i] for i in (2, 3, 6)], 107: [IDS[i] for i in (4, 5, 6)]})
     assert read(v1(), pool=mine).pool == mine
     fails(
@@ -323,17 +312,16 @@ def test_pools(read):
 
 def test_a_query_that_is_shown_to_itself(read):
     d = read(v1(pointer=(0, 3)), pool="used")
-    assert (
-        len(d) == 2
-        and d.manifest["history"][0]["dropped"] == {"that show the query to itself": 1}
-        and 100 not in d.pool[100]
-    )
+    assert len(d) == 2
+    assert d.manifest["history"][0]["dropped"] == {"that show the query to itself": 1}
+    assert 100 not in d.pool[100]
     o = k64()
     o["0"]["candidate_pool_ids"] = [5, 2, 7, 0]
     d = read(o)
-    assert d.pool[100] == (IDS[5], IDS[2], IDS[7]) and "1 pools held their own query" in d.log[0]
+    assert d.pool[100] == (IDS[5], IDS[2], IDS[7])
+    assert "1 pools held their own query" in d.log[0]
 
-# ---- pointers, repeats, numbers ------------------------------------------------------------------------------------------
+# ---- pointers, repeats, numbers ----------------------------------------------------------------------------
 
 @pytest.mark.parametrize(
     "kw, says",
@@ -377,13 +365,12 @@ def test_pointers_that_contradict_each_other(read):
 def test_repeats(read):
     same = v1(pointer=(3, 2), answer="dog", acc=0.9)
     d = read(same)
-    assert len(d) == 2 and d.manifest["history"][0]["dropped"] == {"repeated sequences": 1}
+    assert len(d) == 2
+    assert d.manifest["history"][0]["dropped"] == {"repeated sequences": 1}
     other = v1(pointer=(3, 2))
     fails(lambda: read(other), "query 0, candidate 1: pointer (121, 114) occurs twice with different labels")
-    assert (
-        read(other, duplicates="first").rows.vqa_pred_answer[0] == "cat"
-        and read(other, duplicates="last").rows.vqa_pred_answer[0] == "dog"
-    )
+    assert read(other, duplicates="first").rows.vqa_pred_answer[0] == "cat"
+    assert read(other, duplicates="last").rows.vqa_pred_answer[0] == "dog"
     fails(lambda: read(other, duplicates="best"), "duplicates='best'")
 
 def test_percent(read):
@@ -407,14 +394,13 @@ def test_methods(read):
         "random",
         "random",
     ]
-    assert (
-        read(v1(gen_method="guess"), method=dict(guess="mined")).rows.gen_method[0] == "mined"
-        and read(augmented(), method=dict(aug_swap="policy")).rows.gen_method[0] == "policy"
-    )
+    assert read(v1(gen_method="guess"), method=dict(guess="mined")).rows.gen_method[0] == "mined"
+    assert read(augmented(), method=dict(aug_swap="policy")).rows.gen_method[0] == "policy"
     b = read(v1(gen_method="beam", beam_rank=0, beam_score=-3.0))
-    assert b.rows.logprob_score[0] == -3.0 and b.rows.beam_rank[0] == 0
+    assert b.rows.logprob_score[0] == -3.0
+    assert b.rows.beam_rank[0] == 0
 
-# ---- failures ----------------------------------------------------------------------------------------------------------------
+# ---- failures ----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize(
     "kw, says",
@@ -435,14 +421,13 @@ def test_methods(read):
 def test_failures_written_as_negatives_come_in_as_failures(kw, says, read):
     d = read(v1(**kw))
     r = d.rows.iloc[0]
-    assert (
-        r.eval_failed
-        and says in r.error
-        and r[[*TEXT_FACTS, *PROB_FACTS]].isna().all()
-        and d.rows.eval_failed.sum() == 1
-        and "failures: 1 " in d.log[0]
-    )
-    assert np.isnan(reward(d.rows)[0]) and (reward(d.rows)[1:] >= 0).all()
+    assert r.eval_failed
+    assert says in r.error
+    assert r[[*TEXT_FACTS, *PROB_FACTS]].isna().all()
+    assert d.rows.eval_failed.sum() == 1
+    assert "failures: 1 " in d.log[0]
+    assert np.isnan(reward(d.rows)[0])
+    assert (reward(d.rows)[1:] >= 0).all()
 
 @pytest.mark.parametrize(
     "kw",
@@ -468,23 +453,26 @@ def test_evaluators_of_old_files(read):
     ).items():
         assert read(v1(vqa_eval_mode=m)).rows.vqa_eval_mode[0] == want
     d = read(v1(eval_split_used="fallback"))
-    assert d.rows.vqa_eval_mode[0] == "fallback" and len(skip_fallback(d)) == 2
+    assert d.rows.vqa_eval_mode[0] == "fallback"
+    assert len(skip_fallback(d)) == 2
 
 def test_another_definition_of_positive(read):
     d = read(v1(acc=0.3, vqa_correct=0))
-    assert d.rows.vqa_correct[0] == 1 and "vqa_correct of 1 rows was 0 at an accuracy above 0" in d.log[0]
+    assert d.rows.vqa_correct[0] == 1
+    assert "vqa_correct of 1 rows was 0 at an accuracy above 0" in d.log[0]
 
 def test_gt_prob_is_all_or_nothing(read):
     assert read(v4()).rows.vqa_gt_prob.tolist() == [.3, .3]
     for p, says in ((None, "missing in 1 rows"), (0.0, "exactly 0 (a failed computation) in 1")):
         d = read(v4(vqa_gt_prob=p))
-        assert d.rows.vqa_gt_prob.isna().all() and says in d.log[0]
+        assert d.rows.vqa_gt_prob.isna().all()
+        assert says in d.log[0]
     o = v4(vqa_gt_prob=3e-7)
     o["0"]["pointer_candidates"][1]["vqa_gt_prob"] = 1e-7
     assert "at most 3e-07: it was probably taken over image tokens" in read(o).log[0]
     fails(lambda: read(v4(vqa_gt_prob=-1.2)), "old.json", "vqa_gt_prob -1.2 is not within 0..1")
 
-# ---- and back --------------------------------------------------------------------------------------------------------------------
+# ---- and back ----------------------------------------------------------------------------------------------
 
 words = st.sampled_from(["cat", "dog", "a bus", "red & blue", "été", "\"x\"\n"])
 maybe = lambda s: st.none() | s
@@ -560,7 +548,8 @@ def test_round_trip(dialect, d, mapped, tmp_path_factory):
     held = [c for c in RECORD if c in HOLDS[dialect]]
     pd.testing.assert_frame_equal(back.rows[held], data.rows[held])
     assert detect(f)[0] == dialect or dialect == "v1"
-    assert back.pool == data.pool and (back.rows.scorer == "s1").all() == meta
+    assert back.pool == data.pool
+    assert (back.rows.scorer == "s1").all() == meta
     for c in set(RECORD) - set(held) - {"scorer"}:
         assert any(l.startswith(f"{c} of {data.rows[c].notna().sum()} rows") for l in lost) == bool(
             data.rows[c].notna().any()
@@ -568,27 +557,24 @@ def test_round_trip(dialect, d, mapped, tmp_path_factory):
     back.to_json(f.with_name("y.json"), dialect, ids)
     once, twice = (json.loads(p.read_text()) for p in (f, f.with_name("y.json")))
     key = next(k for k in once if k != "_meta")
-    assert twice[key]["pointer_candidates"] == once[key]["pointer_candidates"] and list(twice) == list(once)
+    assert twice[key]["pointer_candidates"] == once[key]["pointer_candidates"]
+    assert list(twice) == list(once)
 
 def test_files_hold_what_the_dialects_have(read, tmp_path):
     d = read(k64())
     d.to_json(tmp_path / "k.json", "k64", IDS, ITEMS)
     o = json.loads((tmp_path / "k.json").read_text())
     c = o["0"]["pointer_candidates"][0]
-    assert (
-        list(o) == ["_meta", "0"]
-        and o["0"]["candidate_pool_ids"] == [5, 2, 7]
-        and c["pointer"] == [0, 2]
-        and c["pointer_global"] == [5, 7]
-        and o["0"]["query"]["question_id"] == 100
-        and c["vqa_eval_mode"] == "vqaEval"
-        and o["_meta"]["ids"] == "row"
-    )
-    assert (
-        set(k64()["0"]["pointer_candidates"][0]) - set(c)
-        == {"pointer_pos", "vqa_prompt_len", "eval_split_used"}
-        and "NaN" not in (tmp_path / "k.json").read_text()
-    )
+    assert list(o) == ["_meta", "0"]
+    assert o["0"]["candidate_pool_ids"] == [5, 2, 7]
+    assert c["pointer"] == [0, 2]
+    assert c["pointer_global"] == [5, 7]
+    assert o["0"]["query"]["question_id"] == 100
+    assert c["vqa_eval_mode"] == "vqaEval"
+    assert o["_meta"]["ids"] == "row"
+    assert (set(k64()["0"]["pointer_candidates"][0]) - set(c)
+        == {"pointer_pos", "vqa_prompt_len", "eval_split_used"})
+    assert "NaN" not in (tmp_path / "k.json").read_text()
     d.to_json(tmp_path / "b.json", "balanced", IDS)
     assert set(json.loads((tmp_path / "b.json").read_text())["0"]["pointer_candidates"][0]) == {
         "pointer",
@@ -625,11 +611,9 @@ def test_writing_refuses(read, tmp_path):
 
 def test_what_is_lost_is_listed(read):
     d = read(v1(answer="", acc=0.0))
-    assert (
-        lost_in(d, "k64") == ["error of 1 rows"]
-        and "the pools of 2 queries" in lost_in(d, "v4")
-        and "scorer of 3 rows" in lost_in(d, "balanced")
-    )
+    assert lost_in(d, "k64") == ["error of 1 rows"]
+    assert "the pools of 2 queries" in lost_in(d, "v4")
+    assert "scorer of 3 rows" in lost_in(d, "balanced")
     rows = d.rows.assign(scorer=["s1", "s2", "s2"])
     two = RLData(rows, d.pool)
     assert "scorer of 3 rows" in lost_in(two, "v4")
@@ -641,11 +625,9 @@ def test_what_is_lost_is_listed(read):
         vqa_gt_prob=[0.0, 0.1],
     )
     bad = RLData(rows, read(v4()).pool)
-    assert (
-        {"2 answers that read like failures: they come back as such"} < set(lost_in(bad, "v1"))
-        and any("exactly 0" in l for l in lost_in(bad, "merged"))
-        and not any("failures" in l for l in lost_in(bad, "v4"))
-    )
+    assert {"2 answers that read like failures: they come back as such"} < set(lost_in(bad, "v1"))
+    assert any("exactly 0" in l for l in lost_in(bad, "merged"))
+    assert not any("failures" in l for l in lost_in(bad, "v4"))
 
 def test_imported_data_go_the_way_of_others(read, tmp_path):
     old = read(v1())
@@ -661,17 +643,15 @@ def test_imported_data_go_the_way_of_others(read, tmp_path):
     )
     fails(lambda: merge(old, new, pools="unite"), "facts='common'")
     m = merge(old, new, pools="unite", facts="common")
-    assert (
-        m.rows.groupby("question_id").scorer.nunique().max() == 1
-        and (m.rows.scorer[m.rows.question_id == 107] == old.rows.scorer[0]).all()
-        and len(sources(m)) == 2
-    )
+    assert m.rows.groupby("question_id").scorer.nunique().max() == 1
+    assert (m.rows.scorer[m.rows.question_id == 107] == old.rows.scorer[0]).all()
+    assert len(sources(m)) == 2
     ds = GroupDataset(m.rows, m.pool, store, reward(m.rows))
     assert len(ds) == 2
     m.save(tmp_path / "m")
     assert RLData.load(tmp_path / "m").log == m.log
 
-# ---- beams -------------------------------------------------------------------------------------------------------------------------
+# ---- beams -------------------------------------------------------------------------------------------------
 
 def beam_file(path, **kw):
     path.write_text(
@@ -681,17 +661,16 @@ def beam_file(path, **kw):
 
 def test_beams_become_groups(tmp_path):
     b = read_beams(beam_file(tmp_path / "b.json"), IDS)
-    assert (
-        b.pointer.tolist() == [(114, 121), (128, 114)]
-        and b.score.tolist() == [0.1, 0.3]
-        and b.beam_rank.tolist() == [1, 0]
-        and b.question_id.tolist() == [100, 100]
-    )
+    assert b.pointer.tolist() == [(114, 121), (128, 114)]
+    assert b.score.tolist() == [0.1, 0.3]
+    assert b.beam_rank.tolist() == [1, 0]
+    assert b.question_id.tolist() == [100, 100]
     store = EmbedStore(list(IDS.values()), torch.randn(N, 4), torch.randn(N, 4))
     ds = GroupDataset(b, Pool({100: [IDS[i] for i in (2, 3, 4, 5)]}), store, b.score)
     assert np.allclose(ds.rewards, [0.1, 0.3])
     s = read_beams(beam_file(tmp_path / "b.json", shot_scores=[[0.0, 0.1], [0.4, 0.3]]), IDS)
-    assert s.shot_scores.tolist() == [(0.0, 0.1), (0.4, 0.3)] and s.attrs["file"] != b.attrs["file"]
+    assert s.shot_scores.tolist() == [(0.0, 0.1), (0.4, 0.3)]
+    assert s.attrs["file"] != b.attrs["file"]
 
 @pytest.mark.parametrize(
     "kw, says",

@@ -1,4 +1,4 @@
-"What stored groups say about a policy: exact where everything was drawn, unbiased elsewhere, per source and shot count"
+"What stored groups say about a policy: exact where everything was drawn, unbiased elsewhere"
 import math
 import numpy as np, pandas as pd, pytest, torch
 from itertools import permutations
@@ -77,10 +77,10 @@ def test_nothing_is_left_to_estimate_where_everything_is_there(S, everything, co
         return
     for policy in (SimilarityPrior(3.), SimilarityPrior(-2.)):
         f = off_policy(policy, dataset(rows))
-        assert np.allclose(f.unbiased, truth(policy, S), atol=1e-6) and np.allclose(
-            f.value, f.unbiased, atol=1e-6
-        )
-        assert (f.n == everything - counts.get("beam", 0)).all() and f.trust.all()
+        assert np.allclose(f.unbiased, truth(policy, S), atol=1e-6)
+        assert np.allclose(f.value, f.unbiased, atol=1e-6)
+        assert (f.n == everything - counts.get("beam", 0)).all()
+        assert f.trust.all()
 
 def test_unbiased_for_policies_that_nobody_drew_from():
     rows = groups(dict(beam=2, temperature={1.0: 3, 2.0: 3}, random=4))
@@ -90,7 +90,8 @@ def test_unbiased_for_policies_that_nobody_drew_from():
         f = off_policy(policy, ds)
         want = truth(policy)
         t = summarise(f).loc[2]
-        assert list(t.index) == ["sample, T = 1", "sample, T = 2", "random", "all"] and (t.queries == N).all()
+        assert list(t.index) == ["sample, T = 1", "sample, T = 2", "random", "all"]
+        assert (t.queries == N).all()
         for s in t.index: assert abs(t.unbiased[s] - want) < 4.5*t["unbiased se"][s] + 1e-6, (scale, s)
         assert abs(t.value["all"] - want) < .05
     flat = float(np.mean(ds.rewards.numpy()))
@@ -109,10 +110,10 @@ def test_what_stands_before_a_draw_is_its_stratum():
     ):
         before = rows[(rows.question_id == q) & rows.gen_method.isin(methods)]
         one = f[(f.question_id == q) & (f.source == source)].iloc[0]
-        assert one.mass == pytest.approx(
-            float(np.exp(stored_logp(policy, dataset(before))).sum()), abs=1e-9
-        ) and one.n == (3 if source[0] == "s" else 4)
-    assert (f.ess[f.source == "random"] <= 1 + 1e-9).all() and (f.ess > 0).all()
+        assert one.mass == pytest.approx(float(np.exp(stored_logp(policy, dataset(before))).sum()), abs=1e-9)
+        assert one.n == (3 if source[0] == "s" else 4)
+    assert (f.ess[f.source == "random"] <= 1 + 1e-9).all()
+    assert (f.ess > 0).all()
 
 def test_shot_counts_queries_and_batches_do_not_meet():
     a, b = groups(dict(temperature={1.0: 3}), 1, range(8)), groups(
@@ -139,7 +140,8 @@ def test_a_selector_with_stop_is_judged_among_sequences_of_one_length():
     want = truth(model)
     rows = groups(dict(random=20), queries=range(2))
     f = off_policy(model, dataset(rows))
-    assert np.allclose(f.unbiased, want, atol=1e-5) and model.training
+    assert np.allclose(f.unbiased, want, atol=1e-5)
+    assert model.training
     drawn = groups(dict(temperature={1.0: 6}), policy=model.eval())
     t = summarise(off_policy(model, dataset(drawn))).loc[2]
     assert abs(t.unbiased["all"] - want) < 4.5 * t["unbiased se"]["all"]
@@ -151,9 +153,11 @@ def test_failed_rows_are_no_rows():
     f = off_policy(
         SimilarityPrior(1.0), GroupDataset(rows, POOL, STORE, rows.pointer.map(pays).where(~rows.eval_failed))
     )
-    assert f[f.question_id == 1][["source", "n"]].to_numpy().tolist() == [["random", 1]] and len(f) == 5
+    assert f[f.question_id == 1][["source", "n"]].to_numpy().tolist() == [["random", 1]]
+    assert len(f) == 5
     # the share of one row is 1 whatever its weight
-    assert f.trust[f.n == 1].tolist() == [False] and f.ess[f.n == 1].tolist() == [1.0]
+    assert f.trust[f.n == 1].tolist() == [False]
+    assert f.ess[f.n == 1].tolist() == [1.0]
 
 def learner(seed=0):
     record = lambda ids: RLData(
@@ -181,12 +185,10 @@ def test_the_callback_watches_and_changes_nothing():
     assert all(torch.equal(a, b) for a, b in zip(*(e.values() for e in ends)))
     assert not all(torch.equal(a, b) for a, b in zip(start.values(), ends[0].values()))
     h = watched.history.frame
-    assert (
-        h.off_value.notna().tolist() == [False, True] * 2
-        and set(h) - set(plain.history.frame)
-        == {"off_value", "off_unbiased", "off_ess", "off_trusted", "off_covered"}
-        and h.off_covered.iloc[-1] == 1
-    )
+    assert h.off_value.notna().tolist() == [False, True] * 2
+    assert (set(h) - set(plain.history.frame)
+        == {"off_value", "off_unbiased", "off_ess", "off_trusted", "off_covered"})
+    assert h.off_covered.iloc[-1] == 1
     f = off_policy(watched.model, watched.dls.valid_ds)
     assert h.off_unbiased.iloc[-1] == pytest.approx(summarise(f).loc[(2, "all"), "unbiased"])
     assert not any(isinstance(cb, OffPolicyStats) for cb in watched.cbs)
@@ -194,9 +196,8 @@ def test_the_callback_watches_and_changes_nothing():
 def test_policies_without_modules_and_batches():
     ds = dataset(groups(dict(random=4), queries=range(5)))
     b = ds.batch(range(5))
-    assert np.allclose(sequence_logp(SimilarityPrior(0.0), b)[b[-1]], -math.log(K * (K - 1))) and np.allclose(
-        stored_logp(SimilarityPrior(0.0), ds, bs=2), -math.log(K * (K - 1))
-    )
+    assert np.allclose(sequence_logp(SimilarityPrior(0.0), b)[b[-1]], -math.log(K * (K - 1)))
+    assert np.allclose(stored_logp(SimilarityPrior(0.0), ds, bs=2), -math.log(K * (K - 1)))
 
 def test_a_policy_that_would_pick_none_of_the_rows():
     class Never(SimilarityPrior):
@@ -208,12 +209,15 @@ def test_a_policy_that_would_pick_none_of_the_rows():
     rows = groups(dict(random=3), 1, range(4))
     rows = rows[[p != (POOL[0][0],) for p in rows.pointer]].reset_index(drop=True)
     f = off_policy(Never(0.0), dataset(rows))
-    assert (f.unbiased == 0).all() and f.value.isna().all() and not f.trust.any() and (f.ess == 0).all()
+    assert (f.unbiased == 0).all()
+    assert f.value.isna().all()
+    assert not f.trust.any()
+    assert (f.ess == 0).all()
     t = summarise(f).loc[1]
-    assert t.unbiased["all"] == 0 and np.isnan(t.value["all"])
+    assert t.unbiased["all"] == 0
+    assert np.isnan(t.value["all"])
 
-# --- draws that are no longer whole
-# ------------------------------------------------------------------------------------------------
+# --- draws that are no longer whole -------------------------------------------------------------------------
 def record(rows, pool=POOL):
     return RLData(
         rows.assign(
@@ -249,13 +253,12 @@ def test_thresholds_are_forgotten_where_rows_are_missing_or_came_from_elsewhere(
     assert sample_queries(a, 2).rows.kappa.notna().all()   # whole groups stay what they are
     half = RLData(a.rows.assign(vqa_acc_score=a.rows.vqa_acc_score.where(a.rows.index != 1)), a.pool)
     k = evaluated(half).rows
-    assert (
-        len(k) == 17
-        and k.kappa[k.question_id == 0].isna().all()
-        and k.kappa[k.question_id != 0].notna().all()
-    )
+    assert len(k) == 17
+    assert k.kappa[k.question_id == 0].isna().all()
+    assert k.kappa[k.question_id != 0].notna().all()
     wide = Pool({q: (*POOL[q], 9999) for q in range(6)})
-    assert whole_draws(a.rows, wide, a).kappa.isna().all() and whole_draws(a.rows, a.pool, a).equals(a.rows)
+    assert whole_draws(a.rows, wide, a).kappa.isna().all()
+    assert whole_draws(a.rows, a.pool, a).equals(a.rows)
     some = record(
         pd.concat(
             [groups(dict(random=2), 1, range(2)), groups(dict(random=2), 2, range(2))], ignore_index=True

@@ -19,7 +19,9 @@ from leverplus.recipes import (
 from leverplus.rewards import REWARDS
 from leverplus.synth import synth_dls
 
-BEFORE = deepcopy(RECIPES)
+# the earlier ones first: an unknown name is told in this order
+ALL = EARLIER | RECIPES
+BEFORE = deepcopy(ALL)
 
 def groups(split, n, first, N=6, live=1.):
     "Groups with every fact; only a share `live` of them has a reward difference"
@@ -56,7 +58,7 @@ STORE = EmbedStore(
 
 def small(name, **more):
     "The recipe, with one epoch per stage that has any, in few batches"
-    r = recipe(name, data=dict(bs=8), model=dict(d_hidden=12), **more)
+    r = recipe(name, ALL, data=dict(bs=8), model=dict(d_hidden=12), **more)
     for s in r["stages"]: s["n_epoch"] = min(1, s["n_epoch"])
     return r
 ITEMS = pd.DataFrame(
@@ -71,41 +73,41 @@ def fit(learn, r, **kw):
 def weights(learn): return {k: v.detach().clone() for k, v in learn.model.state_dict().items()}
 def same(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
-# --- the data
-# ----------------------------------------------------------------------------------------------------------
+# --- the data -----------------------------------------------------------------------------------------------
 def content(name): return json.dumps([small(name)[k] for k in ("model", "data", "stages")])
 
 # the same by another name runs once
-@pytest.mark.parametrize("name", {content(n): n for n in reversed(RECIPES)}.values())
+@pytest.mark.parametrize("name", {content(n): n for n in reversed(ALL)}.values())
 def test_every_recipe_runs_and_stays_as_it_is(name):
     r = small(name)
     was = deepcopy(r)
     learn = fit(make(r), r)
     kinds = dict(rce="rce", grpo="grpo", sft="sft", listwise="listwise", warmup="listwise", stage="grpo")
     assert learn.history.frame.stage.tolist() == [kinds[s["fit"]] for s in r["stages"] if s["n_epoch"]]
-    assert learn.history.frame.train_loss.notna().all() and learn.recipe == r == was and RECIPES == BEFORE
-    assert (
-        len(learn.history.frame)
-        and learn.model.config["d_hidden"] == 12
-        and "fallback" not in set(learn.dls.train_ds.rows.vqa_eval_mode)
-        or r["source"] == "ours"
-    )
+    assert learn.history.frame.train_loss.notna().all()
+    assert learn.recipe == r == was
+    assert ALL == BEFORE
+    filtered = "fallback" not in set(learn.dls.train_ds.rows.vqa_eval_mode)
+    kept = len(learn.history.frame) and learn.model.config["d_hidden"] == 12 and filtered
+    assert kept or r["source"] == "ours"
 
 def test_recipes_are_json_and_say_where_they_come_from(tmp_path):
-    assert json.loads(json.dumps(RECIPES)) == RECIPES
-    for name, r in RECIPES.items():
+    assert json.loads(json.dumps(ALL)) == ALL
+    for name, r in ALL.items():
         check_recipe(r)
-        assert r["title"] and r["source"] and (r["text_vs_code"] and r["not_done"] or r["source"] == "ours")
-        assert load_recipe(save_recipe(recipe(name), tmp_path/"r.json")) == recipe(name)
+        assert r["title"]
+        assert r["source"]
+        assert r["text_vs_code"] and r["not_done"] or r["source"] == "ours"
+        copy = recipe(name, ALL)
+        assert load_recipe(save_recipe(copy, tmp_path/"r.json")) == copy
         if name.endswith("-as-run"):
             assert not any(s.get("best", True) or s.get("skip_flat", True) for s in r["stages"])
-    t = recipes_table()
-    assert t.index.tolist() == list(RECIPES) and not t[["title", "source", "stages", "reward"]].eq("").any(
-        axis=None
-    )
-    assert {f"plan{i}" for i in range(1, 11)} <= set(RECIPES) and {f"advice{i}" for i in range(1, 6)} <= set(
-        RECIPES
-    )
+    t = recipes_table(ALL)
+    assert t.index.tolist() == list(ALL)
+    assert not t[["title", "source", "stages", "reward"]].eq("").any(axis=None)
+    assert {f"plan{i}" for i in range(1, 11)} <= set(ALL)
+    assert {f"advice{i}" for i in range(1, 6)} <= set(ALL)
+    assert recipes_table().index.tolist() == list(RECIPES)
 
 def test_a_warm_up_needs_items():
     with pytest.raises(ValueError, match="stage 1 .warmup.*pass items= to"):
@@ -114,73 +116,63 @@ def test_a_warm_up_needs_items():
         fit(make("ours", items=ITEMS.assign(image_id=1)), "ours")
 
 def test_plan_5_is_what_report_003_says():
-    "Section 1: '50 epochs GRPO, KL_BETA=0.1, USE_RANK_ADVANTAGE=false, GRPO_LR=5e-6'; section 3: z-score, std clamped at .1; 2.2: RCE lr 1e-4"
-    rce, grpo = RECIPES["plan5"]["stages"]
-    assert (grpo["n_epoch"], grpo["beta"], grpo["how"], grpo["lr"], grpo["min_std"], rce["lr"]) == (
-        50,
-        0.1,
-        "zscore",
-        5e-6,
-        0.1,
-        1e-4,
-    )
+    # section 1: '50 epochs GRPO, KL_BETA=0.1, USE_RANK_ADVANTAGE=false, GRPO_LR=5e-6'
+    # section 3: z-score, std clamped at .1; section 2.2: RCE lr 1e-4
+    rce, grpo = EARLIER["plan5"]["stages"]
+    said = dict(n_epoch=50, beta=.1, how="zscore", lr=5e-6, min_std=.1)
+    assert {k: grpo[k] for k in said} == said
+    assert rce["lr"] == 1e-4
     # plan 6: ten times
-    diff = {k for k in grpo if RECIPES["plan6"]["stages"][1][k] != grpo[k]}
-    assert diff == {"lr"} and RECIPES["plan6"]["stages"][1]["lr"] == 5e-5
-    assert [RECIPES[f"plan{n}"]["stages"][1]["beta"] for n in ("7", "7.1", "7.2")] == [
-        0.0,
-        0.01,
-        0.05,
-    ] and RECIPES["plan4"]["data"]["reward"] == "separated"
-    assert RECIPES["plan8"]["data"]["weights"] == dict(hard_weight=1., soft_weight=.5, rel_weight=.3)
-    assert RECIPES["plan10"]["stages"][0] == dict(
-        fit="rce", n_epoch=10, lr=5e-5, temp=[1.0, 0.1], norm="raw"
-    ) and RECIPES["plan10-as-run"]["stages"][0]["temp"] == [2.0, 0.5]
-    assert [s["n_epoch"] for s in RECIPES["plan9"]["stages"][1:]] == [30, 20]
+    other = EARLIER["plan6"]["stages"][1]
+    assert {k for k in grpo if other[k] != grpo[k]} == {"lr"}
+    assert other["lr"] == 5e-5
+    assert [EARLIER[f"plan{n}"]["stages"][1]["beta"] for n in ("7", "7.1", "7.2")] == [0., .01, .05]
+    assert EARLIER["plan4"]["data"]["reward"] == "separated"
+    assert EARLIER["plan8"]["data"]["weights"] == dict(hard_weight=1., soft_weight=.5, rel_weight=.3)
+    longer = dict(fit="rce", n_epoch=10, lr=5e-5, temp=[1., .1], norm="raw")
+    assert EARLIER["plan10"]["stages"][0] == longer
+    assert EARLIER["plan10-as-run"]["stages"][0]["temp"] == [2., .5]
+    assert [s["n_epoch"] for s in EARLIER["plan9"]["stages"][1:]] == [30, 20]
 
-# --- changes
-# -----------------------------------------------------------------------------------------------------------
+# --- changes ------------------------------------------------------------------------------------------------
 @settings(max_examples=15, deadline=None)
 @given(
-    st.sampled_from(sorted(RECIPES)),
+    st.sampled_from(sorted(ALL)),
     st.integers(0, 9),
     st.floats(1e-6, 1.0),
     st.sampled_from(sorted(REWARDS)),
 )
 def test_changes_are_merged_and_noted(name, n, lr, mode):
-    kinds = {s["fit"] for s in RECIPES[name]["stages"]}
-    fit = sorted(kinds)[0]
-    r = recipe(name, data=dict(reward=mode), model=dict(dropout=.25), **{fit: dict(n_epoch=n, lr=lr)})
-    assert all((s["n_epoch"], s["lr"]) == (n, lr) for s in r["stages"] if s["fit"] == fit) and r[
-        "model"
-    ] == RECIPES[name]["model"] | dict(dropout=0.25)
-    assert [{k: v for k, v in s.items() if k not in ("n_epoch", "lr")} for s in r["stages"]] == [
-        {k: v for k, v in s.items() if k not in ("n_epoch", "lr")} for s in RECIPES[name]["stages"]
-    ]
-    assert r["data"]["weights"] == (
-        RECIPES[name]["data"]["weights"] if mode == RECIPES[name]["data"]["reward"] else {}
-    ) and r["changes"][fit] == dict(n_epoch=n, lr=lr)
+    was = ALL[name]
+    fit = min(s["fit"] for s in was["stages"])
+    r = recipe(name, ALL, data=dict(reward=mode), model=dict(dropout=.25), **{fit: dict(n_epoch=n, lr=lr)})
+    assert all((s["n_epoch"], s["lr"]) == (n, lr) for s in r["stages"] if s["fit"] == fit)
+    assert r["model"] == was["model"] | dict(dropout=.25)
+    rest = lambda stages: [{k: v for k, v in s.items() if k not in ("n_epoch", "lr")} for s in stages]
+    assert rest(r["stages"]) == rest(was["stages"])
+    assert r["data"]["weights"] == (was["data"]["weights"] if mode == was["data"]["reward"] else {})
+    assert r["changes"][fit] == dict(n_epoch=n, lr=lr)
     twice = recipe(r, data=dict(bs=3))
     assert twice["changes"] == r["changes"] | dict(data=dict(bs=3)) or "data" in r["changes"]
-    assert r["data"]["bs"] == RECIPES[name]["data"]["bs"] and RECIPES == BEFORE
+    assert r["data"]["bs"] == was["data"]["bs"]
+    assert ALL == BEFORE
 
-# --- refusals
-# ----------------------------------------------------------------------------------------------------------
+# --- refusals -----------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "change,said",
     [
-        (lambda: recipe("plan55"), "no recipe 'plan55'; did you mean plan5"),
-        (lambda: recipe("xyz"), "there are rce-only"),
-        (lambda: recipe("plan5", sft=dict(lr=1.0)), "one of model, data, rce, grpo"),
-        (lambda: recipe("plan5", grpo=3), "change grpo=3"),
-        (lambda: recipe("plan5", grpo=dict(how=torch.relu)), "is a builtin"),
-        (lambda: recipe("plan5", model=dict(width=3)), "no setting of the model is called width"),
-        (lambda: recipe("plan5", data=dict(reward="best")), "reward mode 'best'"),
-        (lambda: recipe("plan5", data=dict(weights=dict(w=1.0))), "has no .'w'."),
-        (lambda: recipe("plan5", data=dict(filters=["none"])), "filter 'none'"),
-        (lambda: recipe("plan5", rce=dict(cbs=["Nothing"])), "callback 'Nothing'"),
-        (lambda: recipe("plan5", rce=dict(cbs=[["KLToRef", 0.1]])), "callback .*wanted a name or"),
-        (lambda: recipe("plan5", rce=dict(fit="ppo")), "fit 'ppo', wanted one of rce, grpo"),
+        (lambda: recipe("plan55", ALL), "no recipe 'plan55'; did you mean plan5"),
+        (lambda: recipe("xyz", ALL), "there are rce-only"),
+        (lambda: recipe("plan5", ALL, sft=dict(lr=1.0)), "one of model, data, rce, grpo"),
+        (lambda: recipe("plan5", ALL, grpo=3), "change grpo=3"),
+        (lambda: recipe("plan5", ALL, grpo=dict(how=torch.relu)), "is a builtin"),
+        (lambda: recipe("plan5", ALL, model=dict(width=3)), "no setting of the model is called width"),
+        (lambda: recipe("plan5", ALL, data=dict(reward="best")), "reward mode 'best'"),
+        (lambda: recipe("plan5", ALL, data=dict(weights=dict(w=1.0))), "has no .'w'."),
+        (lambda: recipe("plan5", ALL, data=dict(filters=["none"])), "filter 'none'"),
+        (lambda: recipe("plan5", ALL, rce=dict(cbs=["Nothing"])), "callback 'Nothing'"),
+        (lambda: recipe("plan5", ALL, rce=dict(cbs=[["KLToRef", 0.1]])), "callback .*wanted a name or"),
+        (lambda: recipe("plan5", ALL, rce=dict(fit="ppo")), "fit 'ppo', wanted one of rce, grpo"),
         (lambda: check_recipe(dict(stages=[])), "has no stages"),
         (lambda: check_recipe(dict(stages=[dict(fit="rce")])), "has no n_epoch"),
         (lambda: check_recipe(dict(stage=[])), "no part is called stage"),
@@ -212,7 +204,9 @@ def test_settings_are_tried_before_anything_trains(stage, more, said):
     learn = make(r)
     w = weights(learn)
     with pytest.raises(ValueError, match=said): fit(learn, r)
-    assert same(w, weights(learn)) and not learn.history.rows and "recipe" not in vars(learn)
+    assert same(w, weights(learn))
+    assert not learn.history.rows
+    assert "recipe" not in vars(learn)
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_learner_that_is_something_else_is_refused_or_named():
@@ -237,7 +231,7 @@ def test_a_learner_that_is_something_else_is_refused_or_named():
     with pytest.raises(ValueError, match="without rows"): fit(synth, small("plan9"), check=None)
     with pytest.raises(ValueError, match="check 'no'"): fit(learn, r, check="no")
     with pytest.raises(ValueError, match="needs InfoScore: pass zero"):
-        recipe_learner("advice2", TRAIN, DEV, STORE)
+        recipe_learner(recipe("advice2", ALL), TRAIN, DEV, STORE)
 
 def test_a_broken_file_names_itself(tmp_path):
     f = tmp_path/"r.json"
@@ -249,8 +243,7 @@ def test_a_broken_file_names_itself(tmp_path):
         f.write_text(text)
         with pytest.raises(ValueError, match=said): load_recipe(f)
 
-# --- what stages do
-# ----------------------------------------------------------------------------------------------------
+# --- what stages do -----------------------------------------------------------------------------------------
 @pytest.mark.filterwarnings("ignore")
 def test_no_epochs_of_grpo_say_so_and_stop():
     r = recipe(small("rce-only"), rce=dict(n_epoch=0))
@@ -260,7 +253,9 @@ def test_no_epochs_of_grpo_say_so_and_stop():
         UserWarning, match="0 epochs asked of the stage .*GRPO.*stays as it is"
     ) as said:
         assert fit_recipe(learn, r) is learn
-    assert len(said) == 2 and same(w, weights(learn)) and not learn.history.rows
+    assert len(said) == 2
+    assert same(w, weights(learn))
+    assert not learn.history.rows
 
 def test_frozen_groups_stay_and_queries_are_those_of_the_tiers():
     r = small("plan1", grpo=dict(lr=1e-2, best=False), rce=dict(n_epoch=0))
@@ -269,16 +264,14 @@ def test_frozen_groups_stay_and_queries_are_those_of_the_tiers():
     fit(learn, r)
     now = weights(learn)
     n = set(learn.model.groups()["encoder"])
-    assert {k for k in w if not torch.equal(w[k], now[k])} and not {
-        k for k in w if not torch.equal(w[k], now[k])
-    } & n
+    assert {k for k in w if not torch.equal(w[k], now[k])}
+    assert not {k for k in w if not torch.equal(w[k], now[k])} & n
     r = small("plan9")
     learn = fit(make(r), r)
     q = learn.history.frame.queries
     parts = R.tiers(RLData(learn.dls.train_ds.rows, learn.dls.train_ds.pool))
-    assert q.iloc[1] == len(parts["high"].queries) + len(parts["medium"].queries) < len(
-        learn.dls.train_ds
-    ) and np.isnan(q.iloc[2])
+    assert q.iloc[1] == len(parts["high"].queries) + len(parts["medium"].queries) < len(learn.dls.train_ds)
+    assert np.isnan(q.iloc[2])
 
 def test_as_run_begins_where_plan_5_refuses_and_shows_why():
     few = groups("few", 40, 1000, live=1 / 40)
@@ -287,15 +280,15 @@ def test_as_run_begins_where_plan_5_refuses_and_shows_why():
     with pytest.raises(ValueError, match="1 of 40 groups have any reward difference"): fit(learn, r)
     r = small("plan5-as-run", rce=dict(lr=1e-2))
     f = fit(make(r, few), r).history.frame.iloc[-1]
-    assert (
-        f.adv_live == pytest.approx(1 / 40)
-        and f.ratio_off > 1e-3
-        and f.dropout > 0
-        and f.beta == pytest.approx(0.1)
-    )
+    assert f.adv_live == pytest.approx(1 / 40)
+    assert f.ratio_off > 1e-3
+    assert f.dropout > 0
+    assert f.beta == pytest.approx(0.1)
     r = small("plan7-as-run")
     f = fit(make(r), r).history.frame.iloc[-1]
-    assert f.live_after < f.live_before and f.beta == 0 and f.adv_live < 1
+    assert f.live_after < f.live_before
+    assert f.beta == 0
+    assert f.adv_live < 1
 
 class Kill(StageCallback):
     at = None
@@ -314,7 +307,8 @@ def test_resumed_is_uninterrupted(tmp_path, monkeypatch):
     Kill.at = 5
     with pytest.raises(KeyboardInterrupt): fit(make(r), r, resume=tmp_path/"run")
     again = fit(make(r), r, resume=tmp_path / "run")
-    assert same(weights(whole), weights(again)) and Kill.at is None
+    assert same(weights(whole), weights(again))
+    assert Kill.at is None
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
         f"{i}-{s['fit']}" for i, s in enumerate(r["stages"], 1)
     ]
@@ -326,7 +320,7 @@ def test_resumed_is_uninterrupted(tmp_path, monkeypatch):
     )
 
 def test_stages_of_a_recipe_choose_their_epoch_by_what_the_learner_is_told():
-    "Also where a stage has settings of its own for the choice; here a score that always finds the latest weights better"
+    "Also where a stage has settings of its own for the choice; here the latest weights always score better"
     for best in (None, dict(min_delta=.5), False):
         asked = []
         r = small("rce-only")
@@ -336,9 +330,8 @@ def test_stages_of_a_recipe_choose_their_epoch_by_what_the_learner_is_told():
         with quiet(learn), warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             fit_recipe(learn, r)
-        assert len(asked) == (0 if best is False else 4) and any(
-            "chooses nothing" in str(w.message) for w in said
-        ) == (best is False)
+        assert len(asked) == (0 if best is False else 4)
+        assert any("chooses nothing" in str(w.message) for w in said) == (best is False)
 
 def test_a_later_page_can_add_a_stage_and_a_recipe(monkeypatch):
     seen = []
@@ -355,9 +348,7 @@ def test_a_later_page_can_add_a_stage_and_a_recipe(monkeypatch):
         ),
     )
     learn = fit(make("new"), "new", warmup=dict(size=7))
-    assert (
-        seen == [(0, 7, None), (2, 7, None)]
-        and learn.history.frame.stage.tolist() == ["listwise"]
-        and learn.dls.info["reward"]["mode"] == "gtprob"
-    )
+    assert seen == [(0, 7, None), (2, 7, None)]
+    assert learn.history.frame.stage.tolist() == ["listwise"]
+    assert learn.dls.info["reward"]["mode"] == "gtprob"
     assert same(weights(make("new", start=learn.model)), weights(learn))
