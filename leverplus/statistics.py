@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['resamples', 'boot_means', 'Interval', 'bounds', 'bootstrap_mean', 'paired_bootstrap', 'standard_error', 'mde',
-           'plan_mde', 'plan_power', 'detectable', 'differs', 'verdict', 'Signs', 'mcnemar', 'paired_p', 'holm',
-           'seed_weights', 'seeds_bootstrap']
+           'plan_mde', 'plan_power', 'detectable', 'differs', 'claim', 'verdict', 'Signs', 'mcnemar', 'paired_p',
+           'holm', 'seed_weights', 'seeds_bootstrap']
 
 # %% ../nbs/81_statistics.ipynb #3b01e85a
 import math
@@ -186,6 +186,14 @@ def differs(
     "True if the interval leaves out 0 and the estimate reaches `mde`"
     return not (est.lo <= 0 <= est.hi) and abs(est.value) >= mde
 
+def claim(
+    est:Interval, # a difference
+    mde:float, # its detectable effect
+)->str: # "better" | "worse" | "no difference shown"
+    "What may be said of a difference"
+    if not differs(est, mde): return "no difference shown"
+    return "better" if est.value > 0 else "worse"
+
 def verdict(
     est:Interval, # difference a - b, from `paired_bootstrap` or `compare_seeds`, in 0..1 units
     mde:float|None=None, # detectable effect; None derives it from the interval's width (normal approximation)
@@ -195,9 +203,8 @@ def verdict(
     "A difference in words; 'no difference shown' when its interval holds 0 or it is below the detectable effect"
     if mde is None: mde = detectable(est)
     v, lo, hi = (round(100 * x, 1) + 0. for x in est) # + 0.: never "-0.0"
-    said = "no difference shown"
-    if differs(est, mde): said = "better" if v > 0 else "worse"
-    return f"{a} - {b}: {v:+.1f} points [{lo:+.1f}, {hi:+.1f}], detectable {100*mde:.1f}: {said}"
+    what = claim(est, mde)
+    return f"{a} - {b}: {v:+.1f} points [{lo:+.1f}, {hi:+.1f}], detectable {100*mde:.1f}: {what}"
 
 # %% ../nbs/81_statistics.ipynb #b9ef0ca4
 class Signs(NamedTuple):
