@@ -272,11 +272,11 @@ def gap_closed(
     value = float(_share(*x.mean(0)))
     unknown = Interval(value, math.nan, math.nan)
     if not n_boot or math.isnan(value): return unknown
-    means = boot_means(x, None if cluster is None else np.asarray(cluster)[all_three], n_boot, seed)
-    policy, random, oracle = means.T
-    gap_is_sure = bounds(oracle - random, level)[0] > 0
+    clusters = None if cluster is None else np.asarray(cluster)[all_three]
+    policies, randoms, oracles = boot_means(x, clusters, n_boot, seed).T
+    gap_is_sure = bounds(oracles - randoms, level)[0] > 0
     if not gap_is_sure: return unknown
-    return Interval(value, *bounds(_share(policy, random, oracle), level))
+    return Interval(value, *bounds(_share(policies, randoms, oracles), level))
 
 # %% ../nbs/82_evaluate.ipynb #2d41c047
 def _good(scored, selector, shots):
@@ -594,11 +594,10 @@ def _gap_over_seeds(x, low, high, items, cluster, n_boot, seed):
     scores = all_three.to_numpy() # [n, k+2]
     means = boot_means(scores, _clusters(items, all_three.index, cluster), n_boot, seed)
     weights = seed_weights(rng("seeds", seed), n_boot, k)
-    random, oracle = means[:, k], means[:, k + 1]
-    resampled = ((weights * means[:, :k]).sum(1) - random) / (oracle - random)
+    def share(x, random, oracle): return (x - random) / (oracle - random)
+    of_seed = share(scores[:, :k].mean(0), scores[:, k].mean(), scores[:, k + 1].mean())
+    resampled = share((weights * means[:, :k]).sum(1), means[:, k], means[:, k + 1])
     lo, hi = bounds(resampled, .95)
-    random, oracle = scores[:, k].mean(), scores[:, k + 1].mean()
-    of_seed = (scores[:, :k].mean(0) - random) / (oracle - random)
     return dict(
         draws=k, acc=scores[:, :k].mean(), gap=of_seed.mean(), lo=lo, hi=hi,
         sd=of_seed.std(ddof=1) if k > 1 else math.nan,
@@ -834,6 +833,7 @@ def _unlike(a, b, of_a, of_b):
         out["queries"] = (f"{len(asked_a)} questions", f"{len(asked_b)} questions, {in_common}")
     return out
 
+# %% ../nbs/82_evaluate.ipynb #0ce8a106
 def _common_shots(of_a, of_b):
     "Rows of the shot counts that both have; two runs with one count each are compared as they are, as `own`"
     shots = (set(of_a.shots) & set(of_b.shots)) - {0}
@@ -841,8 +841,6 @@ def _common_shots(of_a, of_b):
     if max(of_a.shots.nunique(), of_b.shots.nunique()) > 1:
         raise ValueError(f"no shot count in common: {sorted(set(of_a.shots))} and {sorted(set(of_b.shots))}")
     return [f.assign(shots="own") for f in (of_a, of_b)]
-
-# %% ../nbs/82_evaluate.ipynb #9dc1ad77
 def compare_runs(
     run_a, # folder or `Run` with predictions.parquet, e.g. of `infer.predict`
     run_b, # the run that it is compared with

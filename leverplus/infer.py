@@ -376,7 +376,7 @@ TRUTH = (
 )
 
 def rerank(
-    cands:pd.DataFrame, # question_id, pointer, rank, vqa_pred_answer, eval_failed, what `by` names; several rows a query
+    cands:pd.DataFrame, # several rows a query: question_id, pointer, rank, vqa_pred_answer, eval_failed, `by`
     by="vote", # "vote" | "confidence" | a numeric column, larger is better | callable(frame without `TRUTH`) -> [n]
     weight:str|None=None, # column that weighs votes, >= 0, e.g. "confidence"; None: all count 1
 )->pd.DataFrame: # one row per query, in order of appearance, all columns, + `score` and bool `oracle`
@@ -575,7 +575,7 @@ def _adaptive(split, shots, by, weight, threshold):
     rows = adaptive_shots(pd.concat(kept, ignore_index=True), threshold)
     return rows, pd.concat(asked, ignore_index=True)
 
-# %% ../nbs/80_infer.ipynb #07c2b962
+# %% ../nbs/80_infer.ipynb #2e3cf364
 def _described(rows, items):
     "`rows` with everything that a person needs to look at a case"
     q = rows.question_id
@@ -588,6 +588,30 @@ def _described(rows, items):
         demo_answers=shown("answer"),
         pointer=rows.pointer.map(list),
     )
+
+# %% ../nbs/80_infer.ipynb #107869ed
+def _write(run, rows, every, work, blank):
+    "Tables, results file and metrics of a finished prediction"
+    rows = rows[[*PICKS, *(c for c in rows if c not in PICKS)]]
+    run.save_frame("predictions.parquet", _described(rows, work.items))
+    if len(every) > len(rows):
+        run.save_frame("candidates.parquet", every.assign(pointer=every.pointer.map(list)))
+    answers = dict(zip(rows.question_id, rows.vqa_pred_answer.mask(rows.eval_failed, None)))
+    write_results(run.path/"predictions.json", answers, work.pool.ids, blank)
+    return run.finish(
+        acc=float(rows.vqa_acc_score.mean()),
+        n=len(rows),
+        failed=int(rows.eval_failed.sum()),
+        prompts=len(every),
+    )
+
+# %% ../nbs/80_infer.ipynb #d92d3d38
+def _label(how, rule, several):
+    "Name of a selector in tables, e.g. beam+vote"
+    parts = [how]
+    if rule: parts.append(rule)
+    if several: parts.append("adaptive")
+    return "+".join(parts)
 
 def _prints(pool, items, scorer, store, model, asked):
     "Fingerprints of what goes into a prediction"
@@ -602,7 +626,7 @@ def _prints(pool, items, scorer, store, model, asked):
     if model is not None: prints["selector"] = policy_fingerprint(model)
     return prints
 
-# %% ../nbs/80_infer.ipynb #0c00296d
+# %% ../nbs/80_infer.ipynb #a3965531
 def predict(
     path, # run folder; continued if its settings are the same
     pool, # `Pool` with the queries of the split
@@ -659,25 +683,3 @@ def predict(
     if S is None: most = model.max_shots
     rows = rows.assign(selector=label, shots=most, draw=seed)
     return _write(run, rows, every, work, blank)
-
-def _label(how, rule, several):
-    "Name of a selector in tables, e.g. beam+vote"
-    parts = [how]
-    if rule: parts.append(rule)
-    if several: parts.append("adaptive")
-    return "+".join(parts)
-
-def _write(run, rows, every, work, blank):
-    "Tables, results file and metrics of a finished prediction"
-    rows = rows[[*PICKS, *(c for c in rows if c not in PICKS)]]
-    run.save_frame("predictions.parquet", _described(rows, work.items))
-    if len(every) > len(rows):
-        run.save_frame("candidates.parquet", every.assign(pointer=every.pointer.map(list)))
-    answers = dict(zip(rows.question_id, rows.vqa_pred_answer.mask(rows.eval_failed, None)))
-    write_results(run.path/"predictions.json", answers, work.pool.ids, blank)
-    return run.finish(
-        acc=float(rows.vqa_acc_score.mean()),
-        n=len(rows),
-        failed=int(rows.eval_failed.sum()),
-        prompts=len(every),
-    )
