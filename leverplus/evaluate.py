@@ -231,21 +231,19 @@ def _commonest(answers):
 def majority_vote(
     picks:pd.DataFrame, # picks with at least one demonstration each, e.g. those of similarity
     items:pd.DataFrame, # queries and demonstrations by question_id: `answer`, `answers`
-    mode:str="official", # evaluator of `vqa.vqa_accuracy`
-    name:str="majority_vote", # its name in the table
 )->pd.DataFrame: # scored rows without `vqa_gt_prob`; no LVLM is asked
     "What the demonstrations' own answers would score"
     alone = picks.pointer.map(len) == 0
     if alone.any():
         raise ValueError(
-            f"{name}: question {picks.question_id[alone].iloc[0]} has no demonstration to vote: leave zero-shot"
+            f"majority_vote: question {picks.question_id[alone].iloc[0]} has no demonstration to vote: leave zero-shot"
             " picks out"
         )
     said = [_commonest([items.at[d, "answer"] for d in p]) for p in picks.pointer]
     truth = [items.at[q, "answers"] for q in picks.question_id]
-    acc = vqa_accuracies(said, truth, mode)
+    acc = vqa_accuracies(said, truth)
     return picks[PICKS].assign(
-        selector=name, vqa_acc_score=acc, vqa_gt_prob=math.nan, vqa_pred_answer=said, eval_failed=False
+        selector="majority_vote", vqa_acc_score=acc, vqa_gt_prob=math.nan, vqa_pred_answer=said, eval_failed=False
     )
 
 # %% ../nbs/82_evaluate.ipynb #676cc921
@@ -358,12 +356,12 @@ def score_matrix(
     matrix = s.groupby(["question_id", "selector"])[metric].mean().unstack()[order]
     return matrix.dropna(axis=1, how="all") # a vote has no probability
 
-def _clusters(items, ids, by):
-    "Cluster of each query in `ids`, or None"
+def _pictures(items, ids):
+    "Picture of each query in `ids`, by which they are clustered; None without items"
     if items is None: return None
     lost = pd.Index(ids).difference(items.index)
     if len(lost): raise ValueError(f"{len(lost)} queries are not in items, first {lost[0]}")
-    return items.loc[ids, by].to_numpy()
+    return items.loc[ids, "image_id"].to_numpy()
 
 # %% ../nbs/82_evaluate.ipynb #7a52588d
 TABLE = ["selector", "shots", "n", "acc", "lo", "hi", "gap_closed", "changed"]
@@ -381,7 +379,6 @@ def result_table(
     oracle:str|None="oracle", # gap 1; None leaves gap_closed NaN
     changed_from:str|None="similar_mixed", # reference of `changed`; None leaves it NaN
     zero_at:int|None=None, # shots whose random, oracle and reference rows zero_shot is measured against; None: NaN
-    cluster:str="image_id", # column of `items`
     n_boot:int=10_000, # resamples
     seed:int=0, # of the resamples
     metric:str="vqa_acc_score", # or "vqa_gt_prob"
@@ -393,7 +390,7 @@ def result_table(
     matrices = {S: score_matrix(scored, S, metric) for S in sorted(scored.shots.unique())}
     rows = []
     for S, m in matrices.items():
-        means = boot_means(m.to_numpy(), _clusters(items, m.index, cluster), n_boot, seed)
+        means = boot_means(m.to_numpy(), _pictures(items, m.index), n_boot, seed)
         against = zero_at if S == 0 else S
         for selector in _order(list(m)):
             lo, hi = bounds(means[:, m.columns.get_loc(selector)], .95)
@@ -438,45 +435,40 @@ def shots_table(
 def gap_table(
     scored:pd.DataFrame, # from `score_picks`
     items:pd.DataFrame|None=None, # items by question_id, for clustering
-    reference:str="random", oracle:str="oracle", # gap 0 and gap 1
-    cluster:str="image_id", # column of `items`
     n_boot:int=10_000, seed:int=0, # resamples, and their seed
-    metric:str="vqa_acc_score", # any numeric column of `scored`
 )->pd.DataFrame: # selector, shots, gap, lo, hi
     "Share of the gap that every selector closes, with intervals"
     rows = []
     for S in sorted(set(scored.shots) - {0}):
-        m = score_matrix(scored, S, metric)
-        if not {reference, oracle} <= set(m): continue
-        clusters = _clusters(items, m.index, cluster)
+        m = score_matrix(scored, S)
+        if not {"random", "oracle"} <= set(m): continue
+        pictures = _pictures(items, m.index)
         for selector in _order(list(m)):
-            if selector in (reference, oracle): continue
-            gap = gap_closed(m[selector], m[reference], m[oracle], clusters, n_boot, seed)
+            if selector in ("random", "oracle"): continue
+            gap = gap_closed(m[selector], m["random"], m["oracle"], pictures, n_boot, seed)
             rows.append((selector, S, *gap))
     return pd.DataFrame(rows, columns=["selector", "shots", "gap", "lo", "hi"])
 
 # %% ../nbs/82_evaluate.ipynb #a8ca6eee
-def _pair(matrix, a, b, items, cluster):
-    "Scores of `a`, scores of `b`, and clusters, of the queries that both have"
+def _pair(matrix, a, b, items):
+    "Scores of `a`, scores of `b`, and pictures, of the queries that both have"
     both = matrix[[a, b]].dropna()
-    return both[a], both[b], _clusters(items, both.index, cluster)
+    return both[a], both[b], _pictures(items, both.index)
 
 def paired_table(
     scored:pd.DataFrame, # from `score_picks`
     items:pd.DataFrame|None=None, # items by question_id, for clustering
     against=("random", "similar_mixed"), # every other selector is compared with each of these at the same shots
-    metric:str="vqa_acc_score", # any numeric column of `scored`
-    cluster:str="image_id", # column of `items`
     n_boot:int=10_000, # resamples
     seed:int=0, # of the resamples
 )->pd.DataFrame: # `selector, against, shots, n, delta, lo, hi, mde, verdict`
     "Every selector against the baselines, paired by query"
     rows = []
     for S in sorted(set(scored.shots) - {0}):
-        m = score_matrix(scored, S, metric)
+        m = score_matrix(scored, S)
         pairs = [(a, b) for b in against if b in m for a in _order(list(m)) if a != b]
         for a, b in pairs:
-            pair = _pair(m, a, b, items, cluster)
+            pair = _pair(m, a, b, items)
             est = paired_bootstrap(*pair, n_boot, seed)
             least = mde(*pair)
             rows.append((a, b, S, len(pair[0]), *est, least, claim(est, least)))
@@ -484,9 +476,9 @@ def paired_table(
     return pd.DataFrame(rows, columns=columns)
 
 # %% ../nbs/82_evaluate.ipynb #3218ae78
-def _compared(scored, matrix, a, b, S, items, cluster, n_boot, seed):
+def _compared(scored, matrix, a, b, S, items, n_boot, seed):
     "Everything about one pair but what depends on the others"
-    pair = _pair(matrix, a, b, items, cluster)
+    pair = _pair(matrix, a, b, items)
     est = paired_bootstrap(*pair, n_boot, seed)
     signs = mcnemar(*pair[:2])
     return dict(
@@ -513,25 +505,22 @@ def paired_tests(
     items:pd.DataFrame|None=None, # items by question_id, for clustering
     pairs=None, # family [(selector, against), ...]; None: every selector but the baselines against `against`
     against=("random", "similar_mixed"), # if there are no `pairs`
-    metric:str="vqa_acc_score", # any numeric column of `scored`
-    cluster:str="image_id", # column of `items`
     n_boot:int=10_000, seed:int=0, # resamples, and their seed
-    level:float=.05, # of the whole family
 )->pd.DataFrame: # as `paired_table`, with better, worse, p_changed, changed, agree, p, p_holm before the verdict
     "Compare a family of pairs: difference, detectable effect, changed answers, agreement, and a verdict after Holm"
     pairs = _family(scored, pairs, against)
     rows = []
     for S in sorted(set(scored.shots) - {0}):
-        m = score_matrix(scored, S, metric)
+        m = score_matrix(scored, S)
         for a, b in pairs:
             if not {a, b} <= set(m): continue
-            rows.append(_compared(scored, m, a, b, S, items, cluster, n_boot, seed))
+            rows.append(_compared(scored, m, a, b, S, items, n_boot, seed))
     if not rows: raise ValueError(f"no pair of {pairs} has a shot count in common")
     t = pd.DataFrame(rows)
     t["p_holm"] = holm(t.p)
     said = []
     for r in t.itertuples():
-        survives = r.p_holm <= level
+        survives = r.p_holm <= .05
         said.append(claim(Interval(r.delta, r.lo, r.hi), r.mde) if survives else "no difference shown")
     return t.assign(verdict=said)
 
@@ -556,12 +545,11 @@ def seed_matrix(
     scored:pd.DataFrame, # from `score_picks`
     selector:str, # whose draws
     shots:int, # one shot count
-    metric:str="vqa_acc_score", # any numeric column of `scored`
 )->pd.DataFrame: # [queries, draws]
     "Scores of one selector, a column per draw or training seed"
     s = _good(scored, selector, shots)
     if not len(s): raise ValueError(f"no good rows of {selector!r} with {shots} shots")
-    return s.set_index(["question_id", "draw"])[metric].unstack()
+    return s.set_index(["question_id", "draw"]).vqa_acc_score.unstack()
 
 def compare_seeds(
     scored:pd.DataFrame, # from `score_picks`; `draw` is the training seed
@@ -570,29 +558,27 @@ def compare_seeds(
     shots:int, # shot count of both
     paired:bool=False, # seeds belong together (b continues a's checkpoint of the same seed); needs equal draws
     items:pd.DataFrame|None=None, # items by question_id, for clustering
-    cluster:str="image_id", # column of `items`
     n_boot:int=10_000, # resamples
     seed:int=0, # of the resamples
-    metric:str="vqa_acc_score", # any numeric column of `scored`
 )->Interval: # delta = mean(a) - mean(b), lo, hi; queries that failed under any seed are left out
     "Paired difference with an interval over queries and seeds (two-way bootstrap)"
-    A = seed_matrix(scored, a, shots, metric)
-    B = seed_matrix(scored, b, shots, metric)
+    A = seed_matrix(scored, a, shots)
+    B = seed_matrix(scored, b, shots)
     if paired and list(A) != list(B):
         raise ValueError(f"paired seeds, but {a} has {list(A)} and {b} has {list(B)}: pass paired=False")
     both = pd.concat([A, B], axis=1, join="inner").dropna()
     if not len(both): raise ValueError(f"{a} and {b} have no query in common that all seeds answered")
     x = both.to_numpy()
     k = A.shape[1]
-    return seeds_bootstrap(x[:, :k], x[:, k:], _clusters(items, both.index, cluster), paired, n_boot, seed)
+    return seeds_bootstrap(x[:, :k], x[:, k:], _pictures(items, both.index), paired, n_boot, seed)
 
 # %% ../nbs/82_evaluate.ipynb #e5a4f10a
-def _gap_over_seeds(x, low, high, items, cluster, n_boot, seed):
+def _gap_over_seeds(x, low, high, items, n_boot, seed):
     "Draws, accuracy, gap closed with its interval over queries and seeds, and its spread over seeds"
     all_three = pd.concat([x, low, high], axis=1, join="inner").dropna()
     k = x.shape[1]
     scores = all_three.to_numpy() # [n, k+2]
-    means = boot_means(scores, _clusters(items, all_three.index, cluster), n_boot, seed)
+    means = boot_means(scores, _pictures(items, all_three.index), n_boot, seed)
     weights = seed_weights(rng("seeds", seed), n_boot, k)
     def share(x, random, oracle): return (x - random) / (oracle - random)
     of_seed = share(scores[:, :k].mean(0), scores[:, k].mean(), scores[:, k + 1].mean())
@@ -609,13 +595,11 @@ def seeds_table(
     items:pd.DataFrame|None=None, # items by question_id, for clustering
     against=(), # selectors over which a lead is wanted
     reference:str="random", oracle:str="oracle", # gap 0 and gap 1
-    cluster:str="image_id", # column of `items`
     n_boot:int=10_000, seed:int=0, # resamples, and their seed
-    metric:str="vqa_acc_score", # any numeric column of `scored`
 )->pd.DataFrame: # by selector, worst first: draws, acc, gap, lo, hi, sd of the gap (NaN for one draw), leads
     "Trained selectors over seeds: gap closed and leads, with 95 % intervals"
     names = dict.fromkeys(scored.selector[scored.shots == shots])
-    matrices = {name: seed_matrix(scored, name, shots, metric) for name in names}
+    matrices = {name: seed_matrix(scored, name, shots) for name in names}
     lost = {reference, oracle, *against} - matrices.keys()
     if lost: raise ValueError(f"no rows of {sorted(lost)} with {shots} shots; there are {sorted(matrices)}")
     low = matrices[reference].mean(axis=1)
@@ -625,12 +609,12 @@ def seeds_table(
         raise ValueError(f"{oracle} is no better than {reference} ({wide:+.3f}): there is no gap to close")
     rows = {}
     for name, x in matrices.items():
-        rows[name] = _gap_over_seeds(x, low, high, items, cluster, n_boot, seed)
+        rows[name] = _gap_over_seeds(x, low, high, items, n_boot, seed)
         for other in against:
             lead = Interval(0., math.nan, math.nan)
             if other != name:
                 paired = x.shape[1] > 1 and list(x) == list(matrices[other])
-                lead = compare_seeds(scored, name, other, shots, paired, items, cluster, n_boot, seed, metric)
+                lead = compare_seeds(scored, name, other, shots, paired, items, n_boot, seed)
             rows[name][f"over {other}"] = lead.value/wide
             rows[name][f"{other} lo"] = lead.lo/wide
             rows[name][f"{other} hi"] = lead.hi/wide
@@ -672,12 +656,13 @@ def load_subsets(
     return {k if k == "all" else int(k): tuple(v) for k, v in recorded.items()}
 
 # %% ../nbs/82_evaluate.ipynb #053a6bbd
-def _shown_by(m, reference, items, cluster):
-    "What these queries can show: half an interval of the reference, and the median detectable effect against it"
-    known = m[reference].notna()
-    clusters = _clusters(items, m.index, cluster)
-    se = standard_error(m[reference][known].to_numpy(), None if clusters is None else clusters[known])
-    least = [mde(m[s], m[reference], clusters) for s in m if s != reference]
+def _shown_by(m, items):
+    "What these queries can show: half an interval of random, and the median detectable effect against it"
+    random = m["random"]
+    known = random.notna()
+    pictures = _pictures(items, m.index)
+    se = standard_error(random[known].to_numpy(), None if pictures is None else pictures[known])
+    least = [mde(m[s], random, pictures) for s in m if s != "random"]
     return dict(half_width=1.96*se, mde=float(np.median(least)))
 
 def size_table(
@@ -685,51 +670,48 @@ def size_table(
     subs:dict, # {size: ids} from `subsets` or `load_subsets`
     shots:int, # one shot count (zero-shot rows are shown too)
     items:pd.DataFrame|None=None, # items by question_id, for clustering
-    reference:str="random", # for the detectable difference
-    cluster:str="image_id", # column of `items`
-    metric:str="vqa_acc_score", # any numeric column of `scored`
-)->pd.DataFrame: # by size: a column per selector, then `half_width` of the reference, and the median `mde` to it
+)->pd.DataFrame: # by size: a column per selector, then `half_width` of random, and the median `mde` against it
     "Accuracy by the number of queries, with what that number can show"
     rows = {}
     for size, ids in subs.items():
         part = scored[scored.question_id.isin(ids)]
         there = sorted({0, shots} & set(part.shots))
-        m = pd.concat([score_matrix(part, S, metric) for S in there], axis=1)
+        m = pd.concat([score_matrix(part, S) for S in there], axis=1)
         lost = len(set(ids) - set(m.index))
         if lost: raise ValueError(f"subset {size}: {lost} of its {len(ids)} queries were not scored")
         means = m[_order(list(m))].mean()
-        rows[size] = {**means, **_shown_by(m, reference, items, cluster)}
+        rows[size] = {**means, **_shown_by(m, items)}
     return pd.DataFrame(rows).T.rename_axis("size")
 
 # %% ../nbs/82_evaluate.ipynb #9c761c89
+_EVALUATORS = ("official", "lmms", "openflamingo")
+
 def mode_table(
     scored:pd.DataFrame, # from `score_picks`
     items:pd.DataFrame, # by question_id: `answers`
-    modes=("official", "lmms", "openflamingo"), # of `vqa.MODES`
-)->pd.DataFrame: # selector, shots, n, a column per mode (0..1), `disagree`: share of queries on which the modes differ
+)->pd.DataFrame: # selector, shots, n, a column per evaluator (0..1), `disagree`: share of queries on which they differ
     "The same answers under several evaluators"
     s = scored[~scored.eval_failed]
     truth = [items.at[q, "answers"] for q in s.question_id]
-    s = s.assign(**{mode: vqa_accuracies(s.vqa_pred_answer, truth, mode) for mode in modes})
-    by_mode = s[list(modes)]
+    s = s.assign(**{mode: vqa_accuracies(s.vqa_pred_answer, truth, mode) for mode in _EVALUATORS})
+    by_mode = s[list(_EVALUATORS)]
     s["disagree"] = (by_mode.max(axis=1) - by_mode.min(axis=1) > 1e-9).astype(float)
-    columns = [*modes, "disagree"]
+    columns = [*_EVALUATORS, "disagree"]
     per_query = s.groupby(["selector", "shots", "question_id"], sort=False)[columns].mean()
     per_row = per_query.groupby(["selector", "shots"], sort=False)
     return per_row.mean().assign(n=per_row.size())[["n", *columns]].reset_index()
 
-# %% ../nbs/82_evaluate.ipynb #021cf0cb
+# %% ../nbs/82_evaluate.ipynb #8c8af25f
 def type_table(
     scored:pd.DataFrame, # from `score_picks`
     items:pd.DataFrame, # by question_id, with the column `by`
     by:str="question_type", # "question_type" | "answer_type" | another column of `items`
-    metric:str="vqa_acc_score", # any numeric column of `scored`
 )->pd.DataFrame: # a row per selector and shot count, a column per type; the row ("queries", 0) counts
     "Scores by kind of question"
     if by not in items: raise ValueError(f"items have no column {by!r}: {list(items)}")
     s = scored[~scored.eval_failed]
     s = s.assign(_kind=items[by].loc[s.question_id].to_numpy())
-    per_query = s.groupby(["selector", "shots", "_kind", "question_id"], sort=False)[metric].mean()
+    per_query = s.groupby(["selector", "shots", "_kind", "question_id"], sort=False).vqa_acc_score.mean()
     per_kind = per_query.groupby(["selector", "shots", "_kind"], sort=False).mean()
     out = per_kind.unstack().rename_axis(columns=by)
     out.loc[("queries", 0), :] = s.drop_duplicates("question_id")._kind.value_counts()
@@ -775,15 +757,14 @@ def expected_best(
     density_of_best = np.gradient(cdf**m, z)
     return float(np.trapezoid(z*density_of_best, z))
 
-# %% ../nbs/82_evaluate.ipynb #d8964cff
+# %% ../nbs/82_evaluate.ipynb #0c858a3d
 def table_text(
     table:pd.DataFrame, # from `result_table`
     looks:int|None=None, # from `look`; None: nobody counted
     split:str="test", # which split
-    digits:int=3, # of the numbers
 )->str: # the table and what must be read with it
     "A table with its small print"
-    lines = [table.round(digits).to_string(index=False), ""]
+    lines = [table.round(3).to_string(index=False), ""]
     for S, note in table.attrs.get("oracle", {}).items():
         lines.append(f"oracle, {S} shot{'s'*(S > 1)}: {note}")
     failed = table.attrs.get("failed")

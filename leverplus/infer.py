@@ -134,7 +134,6 @@ def pick_fixed(
     pool, # `Pool`; only its queries are used
     pointer, # demonstration ids in prompt order, shown to every query
     items:pd.DataFrame, # queries and demonstrations by question_id, to compare pictures
-    name:str="fixed", # its name in the table
 )->pd.DataFrame: # picks; ValueError names a query that is itself, or shares its picture with, one of the demonstrations
     "The same demonstrations for every query"
     p = as_pointer(pointer)
@@ -142,10 +141,10 @@ def pick_fixed(
     clash = [q for q in pool.ids if q in p or items.at[q, "image_id"] in pictures]
     if clash:
         raise ValueError(
-            f"{name}: question {clash[0]} shares its picture with the fixed demonstrations {p}: take others,"
+            f"fixed: question {clash[0]} shares its picture with the fixed demonstrations {p}: take others,"
             " or leave the query out"
         )
-    return picks_frame(name, {q: p for q in pool.ids}, len(p))
+    return picks_frame("fixed", {q: p for q in pool.ids}, len(p))
 
 # %% ../nbs/80_infer.ipynb #6fd82717
 def _batch(pool, store, qs, kind, device):
@@ -419,12 +418,11 @@ def _values(c, by):
 
 # %% ../nbs/80_infer.ipynb #1f611b7c
 def adaptive_shots(
-    rows:pd.DataFrame, # question_id, pointer, `by`; one row per query and pointer length
+    rows:pd.DataFrame, # question_id, pointer, confidence (NaN never wins); one row per query and pointer length
     threshold:float|None=None, # stop at the first count that reaches it; None: take the best of all
-    by:str="confidence", # what is looked at; NaN never wins
 )->pd.DataFrame: # one row per query, in order of appearance, + `asked`: prompts that asking from few to many takes
     "Choose the number of demonstrations per query"
-    r = rows.assign(_len=rows.pointer.map(len), _x=rows[by].astype(float).fillna(-np.inf))
+    r = rows.assign(_len=rows.pointer.map(len), _x=rows.confidence.astype(float).fillna(-np.inf))
     r = r.reset_index(drop=True)
     twice = r.duplicated(["question_id", "_len"])
     if twice.any():

@@ -502,13 +502,12 @@ def _holm(rows):
         p[told] = holm([_p(Interval(*delta)) for delta in deltas])
     return p
 
-# %% ../nbs/85_sweep.ipynb #27d7099e
+# %% ../nbs/85_sweep.ipynb #f3245694
 def sweep_text(
     table:pd.DataFrame, # of `sweep_table`
-    digits:int=3, # of the numbers
 )->str: # the table and what must be read with it
     "A table with its small print"
-    lines = [table.round(digits).to_string(index=False), ""]
+    lines = [table.round(3).to_string(index=False), ""]
     ok = table[table.acc.notna()]
     if not len(ok): return "\n".join([*lines, "No row has a cell that is done."])
     claimed = int(ok.verdict.isin(["better", "worse"]).sum())
