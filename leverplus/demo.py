@@ -169,6 +169,7 @@ def _write(run, world, scored, learn, groups, cfg):
     )
     return table
 
+# %% ../nbs/92_demo.ipynb #c1757735
 def run_demo(
     path="runs/demo", # run folder; continued if its settings are the same
     seed:int=0, # of proposals, weights and batches

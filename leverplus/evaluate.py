@@ -70,7 +70,7 @@ def _check_columns(facts):
 def check_facts(
     facts:pd.DataFrame, # question_id, pointer, vqa_acc_score, vqa_gt_prob, vqa_pred_answer; maybe eval_failed, scorer
 )->pd.DataFrame: # a copy with tuple pointers, a bool `eval_failed`, NaN facts where failed, and no repeated rows
-    "Check facts at the door: ValueError for absent columns, several scorers, contradictions, a hole in a good row"
+    "Check facts at the door; ValueError for lost columns, several scorers, contradictions, holes in good rows"
     _check_columns(facts)
     f = facts.assign(pointer=[as_pointer(p) for p in facts.pointer])
     f["eval_failed"] = f["eval_failed"].astype(bool) if "eval_failed" in f else False
@@ -157,7 +157,7 @@ def _check_asked(f, S, pool):
         )
 
 def _best_first(f, S, by):
-    "Order of the rows: by query, in it the highest `by` first, then the other number, then the smaller pointer"
+    "Order of the rows: by query, the highest `by` first, then the other number, then the smaller pointer"
     tie = "vqa_gt_prob" if by == "vqa_acc_score" else "vqa_acc_score"
     places = np.array(f.pointer.tolist()).reshape(len(f), S).T
     return np.lexsort((*places[::-1], -f[tie], -f[by], f.question_id))
@@ -236,14 +236,18 @@ def majority_vote(
     alone = picks.pointer.map(len) == 0
     if alone.any():
         raise ValueError(
-            f"majority_vote: question {picks.question_id[alone].iloc[0]} has no demonstration to vote: leave zero-shot"
-            " picks out"
+            f"majority_vote: question {picks.question_id[alone].iloc[0]} has no demonstration to vote:"
+            " leave zero-shot picks out"
         )
     said = [_commonest([items.at[d, "answer"] for d in p]) for p in picks.pointer]
     truth = [items.at[q, "answers"] for q in picks.question_id]
     acc = vqa_accuracies(said, truth)
     return picks[PICKS].assign(
-        selector="majority_vote", vqa_acc_score=acc, vqa_gt_prob=math.nan, vqa_pred_answer=said, eval_failed=False
+        selector="majority_vote",
+        vqa_acc_score=acc,
+        vqa_gt_prob=math.nan,
+        vqa_pred_answer=said,
+        eval_failed=False,
     )
 
 # %% ../nbs/82_evaluate.ipynb #676cc921
@@ -311,7 +315,7 @@ def agreement(
     same = pd.Series([key(x) == key(y) for x, y in zip(both.pointer_x, both.pointer_y)], dtype=float)
     return float(same.groupby(both.question_id).mean().mean())
 
-# %% ../nbs/82_evaluate.ipynb #60058e6d
+# %% ../nbs/82_evaluate.ipynb #e7ef9acb
 def _copies(rows, items):
     "Whether each answer repeats the last demonstration's [n], as 0 or 1"
     last = [items.at[p[-1], "answer"] for p in rows.pointer]
@@ -323,7 +327,7 @@ def behaviour(
     items:pd.DataFrame, # queries and demonstrations by question_id: `answer`
     pool=None, # `Pool`: Gini over all that could be picked; None: over those that any selector here picked
 )->pd.DataFrame: # selector, shots, copy, copy_wrong, unique, gini
-    "Copying of the last demonstration's answer (all; those answered wrongly), different demonstrations, their Gini"
+    "Share of answers that copy the last demonstration's (of all; of the wrong ones), and use of demonstrations"
     s = scored[scored.pointer.map(len) > 0]
     could_be = {d for c in (s.pointer if pool is None else pool.ids.values()) for d in c}
     rows = []
@@ -507,7 +511,7 @@ def paired_tests(
     against=("random", "similar_mixed"), # if there are no `pairs`
     n_boot:int=10_000, seed:int=0, # resamples, and their seed
 )->pd.DataFrame: # as `paired_table`, with better, worse, p_changed, changed, agree, p, p_holm before the verdict
-    "Compare a family of pairs: difference, detectable effect, changed answers, agreement, and a verdict after Holm"
+    "Compare a family of pairs: difference, detectable effect, what changed, and a verdict after Holm"
     pairs = _family(scored, pairs, against)
     rows = []
     for S in sorted(set(scored.shots) - {0}):
@@ -524,7 +528,7 @@ def paired_tests(
         said.append(claim(Interval(r.delta, r.lo, r.hi), r.mde) if survives else "no difference shown")
     return t.assign(verdict=said)
 
-# %% ../nbs/82_evaluate.ipynb #e63a7502
+# %% ../nbs/82_evaluate.ipynb #69c4defd
 def over_shots(
     scored:pd.DataFrame, # from `score_picks`; zero-shot rows are left out
 )->pd.DataFrame: # the same rows with `shots` "mean" and a draw for each shot count
@@ -535,8 +539,8 @@ def over_shots(
         lost = wanted - set(g.shots)
         if lost:
             raise ValueError(
-                f"{selector} has no rows with {sorted(lost)} shots, others have: a mean over shots would compare"
-                " different things"
+                f"{selector} has no rows with {sorted(lost)} shots, others have: a mean over shots would"
+                " compare different things"
             )
     return s.assign(draw=[f"{S} shots, {draw}" for S, draw in zip(s.shots, s.draw)], shots="mean")
 
@@ -757,7 +761,7 @@ def expected_best(
     density_of_best = np.gradient(cdf**m, z)
     return float(np.trapezoid(z*density_of_best, z))
 
-# %% ../nbs/82_evaluate.ipynb #0c858a3d
+# %% ../nbs/82_evaluate.ipynb #4c4b042e
 def table_text(
     table:pd.DataFrame, # from `result_table`
     looks:int|None=None, # from `look`; None: nobody counted
@@ -777,8 +781,8 @@ def _looks_text(looks):
     if looks is None: return "not counted"
     if looks < 2: return str(looks)
     return (
-        f"{looks}; the best of {looks} equal selectors would look {expected_best(looks):.1f} standard errors better"
-        " than it is"
+        f"{looks}; the best of {looks} equal selectors would look {expected_best(looks):.1f} standard errors"
+        " better than it is"
     )
 
 # %% ../nbs/82_evaluate.ipynb #7c0499a6

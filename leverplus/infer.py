@@ -40,7 +40,7 @@ def picks_frame(
     draw:int=0, # which repetition: random draw or training seed
     fewer:bool=False, # may a pointer be shorter (a selector that stops)?
 )->pd.DataFrame: # columns `selector, shots, draw, question_id, pointer`
-    "Picks of one selector as a frame; ValueError names the first query whose pointer has another length or a repeat"
+    "Picks of one selector as a frame; ValueError names the first query whose pointer will not do"
     ps = {int(q): as_pointer(p) for q, p in pointers.items()}
     for q, p in ps.items(): _check_pointer(selector, q, p, shots, fewer)
     columns = dict(selector=selector, shots=shots, draw=draw, question_id=list(ps), pointer=list(ps.values()))
@@ -624,7 +624,7 @@ def _prints(pool, items, scorer, store, model, asked):
     if model is not None: prints["selector"] = policy_fingerprint(model)
     return prints
 
-# %% ../nbs/80_infer.ipynb #a3965531
+# %% ../nbs/80_infer.ipynb #1e6370ed
 def predict(
     path, # run folder; continued if its settings are the same
     pool, # `Pool` with the queries of the split
@@ -646,7 +646,7 @@ def predict(
     overwrite:bool=False, # empty a folder with other settings?
     progress:bool=True, # show bars?
 )->Run: # with predictions.json, predictions.parquet (a row per question), candidates.parquet if there were several
-    "Predict a split: pick, ask, choose, write; ValueError names questions without an answer: the next run asks again"
+    "Predict a split: pick, ask, choose, write; ValueError names questions without an answer"
     several = isinstance(S, (tuple, list))
     rule = by if by is None or isinstance(by, str) else by.__name__
     label = name or _label(how, rule, several)

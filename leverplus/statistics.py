@@ -200,7 +200,7 @@ def verdict(
     a:str="a", # name of the first
     b:str="b", # name of the second
 )->str: # e.g. "rce - random: +4.1 points [+2.0, +6.2], detectable 3.0: better"
-    "A difference in words; 'no difference shown' when its interval holds 0 or it is below the detectable effect"
+    "Say a difference in words, with its interval, the detectable effect, and what may be claimed"
     if mde is None: mde = detectable(est)
     v, lo, hi = (round(100 * x, 1) + 0. for x in est) # + 0.: never "-0.0"
     what = claim(est, mde)

@@ -31,9 +31,9 @@ from .statistics import Interval, claim, detectable, holm
 from .evaluate import compare_seeds, expected_best, score_picks
 from .loops import code_fingerprint
 
-# %% ../nbs/85_sweep.ipynb #3c586fa2
+# %% ../nbs/85_sweep.ipynb #5ddd3f55
 def _takes(function, *passed_on):
-    "Names of a function's arguments, with those of the functions that its ** goes to; None if it takes anything"
+    "Names of a function's arguments, and of the functions that its ** goes to; None if it takes anything"
     params = inspect.signature(function).parameters.values()
     named = [p for p in params if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
     names = {p.name for p in named} - {"self", "learn"}
@@ -457,7 +457,7 @@ def _row_verdict(r, p):
     if p > .05: return "no difference shown"
     return claim(Interval(r["delta"], r["delta_lo"], r["delta_hi"]), r["mde"])
 
-# %% ../nbs/85_sweep.ipynb #481ef3bf
+# %% ../nbs/85_sweep.ipynb #4dd842cb
 def _stored_scores(frame):
     "Scored picks of the cells of a frame, from the folder that it came from"
     if "sweep" not in frame.attrs:
@@ -473,7 +473,7 @@ def sweep_table(
     items:pd.DataFrame|None=None, # by question_id, for clustering by picture
     n_boot:int=10_000, seed:int=0, # resamples, and their seed
 )->pd.DataFrame: # settings, configs, seeds, failed, n, acc, lo, hi, sd_seeds, delta with lo, hi, mde, p_holm, verdict
-    "Mean over seeds, spread over seeds, and the difference to the default with an interval over questions and seeds"
+    "Mean and spread over seeds, and the difference to the default with an interval over questions and seeds"
     by = [by] if isinstance(by, str) else list(by or frame.attrs.get("by") or [])
     if not by or set(by) - set(frame):
         there = [c for c in frame if c not in ("seed", "status", "error", "cell")]
@@ -482,7 +482,8 @@ def sweep_table(
     parts = {tuple(k): cells for k, cells in frame.groupby(by, sort=False, dropna=False)}
     first = next(iter(parts)) if default is None else tuple(default[c] for c in by)
     if first not in parts:
-        raise ValueError(f"sweep_table: no cells of the default {dict(zip(by, first))}; there are {list(parts)}")
+        wanted = dict(zip(by, first))
+        raise ValueError(f"sweep_table: no cells of the default {wanted}; there are {list(parts)}")
     scores = {k: _group_scores(cells, scored, str(i)) for i, (k, cells) in enumerate(parts.items())}
     boot = dict(items=items, n_boot=n_boot, seed=seed)
     rows = []
@@ -502,7 +503,7 @@ def _holm(rows):
         p[told] = holm([_p(Interval(*delta)) for delta in deltas])
     return p
 
-# %% ../nbs/85_sweep.ipynb #f3245694
+# %% ../nbs/85_sweep.ipynb #e68989eb
 def sweep_text(
     table:pd.DataFrame, # of `sweep_table`
 )->str: # the table and what must be read with it
@@ -518,8 +519,9 @@ def sweep_text(
     # a difference has the error of two rows
     se = ((ok.delta_hi - ok.delta_lo)/3.92/math.sqrt(2)).median()
     if len(ok) > 1 and se > 0:
-        luck = 100*expected_best(len(ok))*se
-        lines.append(f"The best of {len(ok)} equal rows would look about {luck:.1f} points better than it is.")
+        n = len(ok)
+        luck = 100*expected_best(n)*se
+        lines.append(f"The best of {n} equal rows would look about {luck:.1f} points better than it is.")
     failed = int(table.failed.sum())
     if failed: lines.append(f"{failed} cells failed; they are left out, and tried again by the next `sweep`.")
     few = int(ok.seeds.min())
