@@ -9,10 +9,13 @@ __all__ = ['PICKS', 'TRUTH', 'PICKERS', 'as_pointer', 'picks_frame', 'pick_zero'
 
 # %% ../nbs/80_infer.ipynb #7ed8ca85
 import json, math
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, pandas as pd, torch
+from fastcore.basics import patch
 from .core import atomic_path, fingerprint, pad_rows, rng
-from .runs import Run, plain
+from .runs import Run
 from .pools import check_pool
 from .vqa import normalise
 from .lvlm import Scored, Targets
@@ -37,18 +40,21 @@ def picks_frame(
     draw:int=0, # which repetition: random draw or training seed
     fewer:bool=False, # may a pointer be shorter (a selector that stops)?
 )->pd.DataFrame: # columns `selector, shots, draw, question_id, pointer`
-    "Picks of one selector as a frame; ValueError names the first query whose pointer has another length or a repeat"
+    "Picks of one selector as a frame; ValueError names the first query whose pointer will not do"
     ps = {int(q): as_pointer(p) for q, p in pointers.items()}
-    for q, p in ps.items():
-        if q in p: raise ValueError(f"{selector}: question {q} is its own demonstration in {p}: leave it out")
-        if len(set(p)) < len(p) or len(p) > shots or (len(p) < shots and not fewer):
-            raise ValueError(
-                f"{selector}: question {q} got pointer {p}, wanted {shots} distinct demonstrations"
-            )
-    same = dict(selector=selector, shots=shots, draw=draw)
-    return pd.DataFrame({**same, "question_id": list(ps), "pointer": list(ps.values())}, columns=PICKS)
+    for q, p in ps.items(): _check_pointer(selector, q, p, shots, fewer)
+    columns = dict(selector=selector, shots=shots, draw=draw, question_id=list(ps), pointer=list(ps.values()))
+    return pd.DataFrame(columns, columns=PICKS)
 
-def _roomy(pool, S):
+def _check_pointer(selector, q, p, shots, fewer):
+    "Refuse a pointer that shows the query itself, repeats an item, or has another length"
+    if q in p: raise ValueError(f"{selector}: question {q} is its own demonstration in {p}: leave it out")
+    long_enough = fewer or len(p) == shots
+    if len(set(p)) < len(p) or len(p) > shots or not long_enough:
+        raise ValueError(f"{selector}: question {q} got pointer {p}, wanted {shots} distinct demonstrations")
+
+# %% ../nbs/80_infer.ipynb #85080d64
+def _with_room(pool, S):
     "`pool`'s items, checked to hold at least `S` candidates each"
     for q, c in pool.ids.items():
         if len(c) < S:
@@ -57,7 +63,6 @@ def _roomy(pool, S):
             )
     return pool.ids.items()
 
-# %% ../nbs/80_infer.ipynb #85080d64
 def pick_zero(
     pool, # `Pool`; only its queries are used
 )->pd.DataFrame: # picks with selector "zero_shot", shots 0, pointer ()
@@ -71,18 +76,20 @@ def pick_random(
     seed:int=0, # equal seed, equal picks
 )->pd.DataFrame: # picks with selector "random" and draw 0..draws-1
     "Demonstrations drawn uniformly without replacement, in random order"
-    out = [{} for _ in range(draws)]
-    for q, c in _roomy(pool, S):
+    drawn = [{} for _ in range(draws)]
+    for q, c in _with_room(pool, S):
         g = rng("pick_random", seed, S, q)
         c = sorted(c)
-        for o in out: o[q] = [c[i] for i in g.permutation(len(c))[:S]]
-    return pd.concat([picks_frame("random", o, S, i) for i, o in enumerate(out)], ignore_index=True)
+        for pointers in drawn: pointers[q] = [c[i] for i in g.permutation(len(c))[:S]]
+    frames = [picks_frame("random", pointers, S, draw) for draw, pointers in enumerate(drawn)]
+    return pd.concat(frames, ignore_index=True)
 
 # %% ../nbs/80_infer.ipynb #b7a2fd1a
 def _cosines(store, q, c, kind):
     "Vectors of candidates `c` [K,D] and their cosines with query `q` [K], rounded"
     x = store.get(list(c), kind).double().cpu().numpy()
-    return x, np.round(x @ store.get([q], kind)[0].double().cpu().numpy(), 6)
+    query = store.get([q], kind)[0].double().cpu().numpy()
+    return x, np.round(x @ query, 6)
 
 def pick_similar(
     pool, # `Pool`
@@ -91,11 +98,12 @@ def pick_similar(
     kind:str="mixed", # "image" | "text" | "mixed"
 )->pd.DataFrame: # picks with selector "similar_<kind>"
     "The S most similar candidates, most similar last"
-    out = {}
-    for q, c in _roomy(pool, S):
-        best = np.lexsort((np.asarray(c), -_cosines(store, q, c, kind)[1]))[:S]
-        out[q] = [c[i] for i in best[::-1]]
-    return picks_frame(f"similar_{kind}", out, S)
+    pointers = {}
+    for q, c in _with_room(pool, S):
+        _, cos = _cosines(store, q, c, kind)
+        best_first = np.lexsort((np.asarray(c), -cos))[:S]
+        pointers[q] = [c[i] for i in best_first[::-1]]
+    return picks_frame(f"similar_{kind}", pointers, S)
 
 # %% ../nbs/80_infer.ipynb #e18748ef
 def pick_mmr(
@@ -107,71 +115,67 @@ def pick_mmr(
 )->pd.DataFrame: # picks with selector "mmr"
     "Similar to the query, and not to each other"
     if not 0 <= weight <= 1: raise ValueError(f"weight={weight}: wanted 0..1")
-    out = {}
-    for q, c in _roomy(pool, S):
-        # argmax takes the smaller id of a tie
-        c = sorted(c)
+    pointers = {}
+    for q, c in _with_room(pool, S):
+        c = sorted(c) # argmax takes the first of a tie: the smaller id
         x, cos = _cosines(store, q, c, kind)
         near = np.round(x @ x.T, 6)
         picked = []
         while len(picked) < S:
-            far = near[:, picked].max(1) if picked else np.zeros(len(c))
-            score = np.round(weight * cos - (1 - weight) * far, 6)
+            nearest_pick = near[:, picked].max(1) if picked else np.zeros(len(c))
+            score = np.round(weight * cos - (1 - weight) * nearest_pick, 6)
             score[picked] = -np.inf
             picked.append(int(score.argmax()))
-        out[q] = [c[i] for i in picked[::-1]]
-    return picks_frame("mmr", out, S)
+        pointers[q] = [c[i] for i in picked[::-1]]
+    return picks_frame("mmr", pointers, S)
 
 # %% ../nbs/80_infer.ipynb #df88ec36
 def pick_fixed(
     pool, # `Pool`; only its queries are used
     pointer, # demonstration ids in prompt order, shown to every query
     items:pd.DataFrame, # queries and demonstrations by question_id, to compare pictures
-    name:str="fixed", # its name in the table
 )->pd.DataFrame: # picks; ValueError names a query that is itself, or shares its picture with, one of the demonstrations
     "The same demonstrations for every query"
     p = as_pointer(pointer)
-    shown = set(items.loc[list(p), "image_id"])
-    if clash := [q for q in pool.ids if q in p or items.at[q, "image_id"] in shown]:
+    pictures = set(items.loc[list(p), "image_id"])
+    clash = [q for q in pool.ids if q in p or items.at[q, "image_id"] in pictures]
+    if clash:
         raise ValueError(
-            f"{name}: question {clash[0]} shares its picture with the fixed demonstrations {p}: take others,"
+            f"fixed: question {clash[0]} shares its picture with the fixed demonstrations {p}: take others,"
             " or leave the query out"
         )
-    return picks_frame(name, {q: p for q in pool.ids}, len(p))
+    return picks_frame("fixed", {q: p for q in pool.ids}, len(p))
 
 # %% ../nbs/80_infer.ipynb #6fd82717
 def _batch(pool, store, qs, kind, device):
     "Query [B,D], candidates [B,K,D] and mask [B,K] of queries `qs`"
-    cs = [pool[q] for q in qs]
-    flat = store.get([i for c in cs for i in c], kind)
-    cands, mask = pad_rows(list(flat.split([len(c) for c in cs])))
-    return store.get(list(qs), kind).to(device), cands.to(device), mask.to(device)
+    candidates = [pool[q] for q in qs]
+    flat = store.get([i for c in candidates for i in c], kind)
+    cands, mask = pad_rows(list(flat.split([len(c) for c in candidates])))
+    query = store.get(list(qs), kind)
+    return query.to(device), cands.to(device), mask.to(device)
 
-def _encoded(model, pool, store, S, kind, bs):
-    "Yield (queries, encoding) batch by batch, in eval mode and without gradients"
-    qs = [q for q, _ in _roomy(pool, 1 if S is None else S)]
+@contextmanager
+def _only_asked(model):
+    "No gradients, and eval mode; the model is left as it was found"
     was = getattr(model, "training", False)
-    p = next(model.parameters(), None) if isinstance(model, torch.nn.Module) else None
     if was: model.eval()
     try:
-        with torch.no_grad():
-            for i in range(0, len(qs), bs):
-                yield qs[i : i + bs], model.encode(
-                    *_batch(pool, store, qs[i : i + bs], kind, "cpu" if p is None else p.device)
-                )
+        with torch.no_grad(): yield
     finally:
         if was: model.train()
 
-def _stops(model):
-    "Was the selector made with STOP?"
-    return bool((getattr(model, "config", None) or {}).get("stop"))
+def _encoded(model, pool, store, S, kind, bs):
+    "Yield (queries, encoding) batch by batch"
+    queries = [q for q, _ in _with_room(pool, 1 if S is None else S)]
+    weight = next(model.parameters(), None) if isinstance(model, torch.nn.Module) else None
+    device = "cpu" if weight is None else weight.device
+    with _only_asked(model):
+        for i in range(0, len(queries), bs):
+            qs = queries[i : i + bs]
+            yield qs, model.encode(*_batch(pool, store, qs, kind, device))
 
-def _most(model, S):
-    "Shots that are shown at most; ValueError for S = None and a selector without STOP"
-    if S is None and not _stops(model):
-        raise ValueError("S=None, but this selector has no STOP (config['stop']): say how many shots")
-    return model.max_shots if S is None else S
-
+# %% ../nbs/80_infer.ipynb #ba49a025
 def pick_model(
     model, # `PointerSelector`, or any module with `encode(query, cands, cand_mask)` and `greedy(enc, S) -> [B,S]`
     pool, # `Pool`
@@ -185,15 +189,73 @@ def pick_model(
 )->pd.DataFrame: # picks
     "What a selector picks greedily"
     check_pool(model, pool, other_pool)
-    out = {}
-    most = _most(model, S)
+    most = _most_shots(model, S)
+    pointers = {}
     for qs, enc in _encoded(model, pool, store, S, kind, bs):
-        seqs, real = model.greedy(enc, None) if S is None else (model.greedy(enc, S), None)
-        n = [most]*len(qs) if real is None else real.sum(-1).tolist()
-        out.update({q: [pool[q][j] for j in row[:m]] for q, row, m in zip(qs, seqs.tolist(), n)})
-    return picks_frame(name, out, most, draw, fewer=S is None)
+        picked, lengths = _greedy(model, enc, S)
+        for q, row, n in zip(qs, picked.tolist(), lengths):
+            pointers[q] = [pool[q][j] for j in row[:n]]
+    return picks_frame(name, pointers, most, draw, fewer=S is None)
+
+def _greedy(model, enc, S):
+    "Greedy picks [B,S] as places in the pool, and how many of each row are real"
+    if S is None:
+        picked, real = model.greedy(enc, None)
+        return picked, real.sum(-1).tolist()
+    picked = model.greedy(enc, S)
+    return picked, [S]*len(picked)
+
+def _most_shots(model, S):
+    "Shots that are shown at most; ValueError for S = None and a selector without STOP"
+    config = getattr(model, "config", None) or {}
+    if S is None and not config.get("stop"):
+        raise ValueError("S=None, but this selector has no STOP (config['stop']): say how many shots")
+    return model.max_shots if S is None else S
+
+# %% ../nbs/80_infer.ipynb #fa4e11f8
+@dataclass
+class _Search:
+    "How many sequences of a query are looked for, and how"
+    S:int|None
+    width:int
+    how:str
+    temperature:float
+    seed:int
+
+def _noise(pool, qs, search):
+    "[B,S,width,K] standard Gumbel draws; each query draws for its own pool size"
+    K = max(len(pool[q]) for q in qs)
+    out = torch.zeros(len(qs), search.S, search.width, K, dtype=torch.float64)
+    for b, q in enumerate(qs):
+        k = len(pool[q])
+        g = rng("candidates", search.seed, search.S, search.temperature, q)
+        out[b, ..., :k] = torch.from_numpy(g.gumbel(size=(search.S, search.width, k)))
+    return out
 
 # %% ../nbs/80_infer.ipynb #bd8dc20e
+def _of_length(model, enc, pool, qs, search):
+    "Sequences [B,W,S], log-probabilities [B,W] and lengths [B,W] of a fixed number of shots"
+    temperature = 1.
+    noise = None
+    if search.how == "samples":
+        temperature = search.temperature
+        noise = _noise(pool, qs, search)
+    seqs, logp = best_sequences(model, enc, len(qs), search.S, search.width, temperature, noise)
+    return seqs, logp, [[search.S]*seqs.shape[1]]*len(qs)
+
+def _until_stop(model, enc, pool, qs, search):
+    "The same for a single query and a selector that ends by itself"
+    q = qs[0]
+    k = len(pool[q])
+    there_are = sum(math.perm(k, s) for s in range(1, min(model.max_shots, k) + 1))
+    n = min(search.width, there_are)
+    if search.how == "beam": seqs, logp, mask = model.beam(enc, None, n)
+    else:
+        g = torch.Generator()
+        g.manual_seed(int(rng("candidates", search.seed, "stop", search.temperature, q).integers(2**62)))
+        seqs, logp, mask = model.sample(enc, None, n, search.temperature, generator=g)
+    return seqs, logp, mask.sum(-1).tolist()
+
 def candidates(
     model, # has `encode` and `step_logp(enc, prefix)`: a selector, or `SimilarityPrior`
     pool, # `Pool`
@@ -211,71 +273,39 @@ def candidates(
     if how not in ("beam", "samples") or width < 1:
         raise ValueError(f"how={how!r}, width={width}: wanted 'beam' or 'samples', and a width >= 1")
     check_pool(model, pool, other_pool)
-    _most(model, S)
-    rows = []
+    _most_shots(model, S)
+    search = _Search(S, width, how, temperature, seed)
     find = _until_stop if S is None else _of_length
+    rows = []
     for qs, enc in _encoded(model, pool, store, S, kind, 1 if S is None else bs):
-        seqs, logp, real = find(model, enc, pool, qs, S, width, how, temperature, seed)
-        for q, ss, ls, ns in zip(qs, seqs.tolist(), logp.tolist(), real):
-            rows += [
-                (q, tuple(pool[q][j] for j in s[:n]), r, l)
-                for r, (s, l, n) in enumerate(zip(ss, ls, ns))
-                if l > -math.inf
-            ]
+        found = find(model, enc, pool, qs, search)
+        for q, seqs, logps, lengths in zip(qs, found[0].tolist(), found[1].tolist(), found[2]):
+            for rank, (seq, logp, n) in enumerate(zip(seqs, logps, lengths)):
+                if logp == -math.inf: continue # the pool has fewer sequences
+                rows.append((q, tuple(pool[q][j] for j in seq[:n]), rank, logp))
     return pd.DataFrame(rows, columns=["question_id", "pointer", "rank", "logp"])
 
-def _of_length(model, enc, pool, qs, S, width, how, temperature, seed):
-    "(sequences, log-probabilities, real picks of each) of S shots"
-    noise, T = (
-        (_noise(pool, qs, S, width, seed, temperature), temperature) if how == "samples" else (None, 1.0)
-    )
-    seqs, logp = best_sequences(model, enc, len(qs), S, width, T, noise)
-    return seqs, logp, [[S]*seqs.shape[1]]*len(qs)
-
-def _until_stop(model, enc, pool, qs, S, width, how, temperature, seed):
-    "The same for one query and a selector that ends by itself"
-    k = len(pool[qs[0]])
-    n = min(width, sum(math.perm(k, s) for s in range(1, min(model.max_shots, k) + 1)))
-    g = torch.Generator().manual_seed(
-        int(rng("candidates", seed, "stop", temperature, qs[0]).integers(2**62))
-    )
-    seqs, logp, mask = (
-        model.beam(enc, None, n) if how == "beam" else model.sample(enc, None, n, temperature, generator=g)
-    )
-    return seqs, logp, mask.sum(-1).tolist()
-
-def _noise(pool, qs, S, width, seed, temperature):
-    "[B,S,width,K] standard Gumbel draws; each query draws for its own pool size"
-    out = torch.zeros(len(qs), S, width, max(len(pool[q]) for q in qs), dtype=torch.float64)
-    for b, q in enumerate(qs):
-        out[b, ..., : len(pool[q])] = torch.from_numpy(
-            rng("candidates", seed, S, temperature, q).gumbel(size=(S, width, len(pool[q])))
-        )
-    return out
+# %% ../nbs/80_infer.ipynb #a6e5156b
+def _own(prompt, target, text, logprobs, error):
+    "What is known of a text without asking again: its probability, or why it has none; else None"
+    if error is None and (not text.strip() or "<|" in text):
+        error = f"the greedy text {text!r} has no probability that could be asked for"
+    if error is not None: return Scored(prompt.question_id, tuple(prompt.pointer), error=error)
+    if logprobs is None or text not in target.texts or len(logprobs) != len(target.texts): return None
+    logprob = float(logprobs[target.texts.index(text)])
+    return Scored(prompt.question_id, tuple(prompt.pointer), text, (logprob,), math.exp(logprob))
 
 # %% ../nbs/80_infer.ipynb #361dd85f
 class OwnAnswer:
     "Scorer whose `gt_prob` is the probability of the greedy text itself; no truth goes into it"
     def __init__(self,
         scorer, # whom to ask
-        facts:pd.DataFrame|None=None, # what `ask` said about the same prompts, if anything: texts and log-probabilities are taken from it
+        facts:pd.DataFrame|None=None, # what `ask` said about the same prompts; its texts are taken from there
     ):
-        # asked about, of these scored with an extra prefill
         self.scorer = scorer
-        self.prompts = 0
-        self.extra = 0
-        use = facts is not None and {"vqa_raw_generation", "vqa_gt_logprobs"} <= set(facts)
-        known = facts[~facts.eval_failed & facts.vqa_raw_generation.notna()] if use else None
-        self.known = (
-            {
-                (q, as_pointer(p)): (t, l)
-                for q, p, t, l in zip(
-                    known.question_id, known.pointer, known.vqa_raw_generation, known.vqa_gt_logprobs
-                )
-            }
-            if use
-            else {}
-        )
+        self.known = _known_texts(facts)
+        self.prompts = 0 # asked about
+        self.extra = 0 # of these scored with an extra prefill
 
     @property
     def fingerprint(self): return fingerprint("own answer", self.scorer.fingerprint)
@@ -285,52 +315,45 @@ class OwnAnswer:
         "The same with the reference scorer"
         return OwnAnswer(self.scorer.reference())
 
-    def run(self, prompts, targets=None, generate=True, progress=False):
-        "Score prompts (see `NaiveScorer.run`): greedy text, and its log-probability as the only one"
-        prompts, targets = list(prompts), list(targets or [Targets()] * len(prompts))
-        said = self._said(prompts, targets, progress)
-        out = [_own(p, t, *s) for p, t, s in zip(prompts, targets, said)]
-        self.prompts += len(out)
-        todo = [i for i, o in enumerate(out) if o is None]
-        self.extra += len(todo)
-        again = (
-            self.scorer.run(
-                [prompts[i] for i in todo],
-                [Targets((said[i][0].strip(),), (1.0,)) for i in todo],
-                generate=False,
-                progress=progress,
-            )
-            if todo
-            else []
-        )
-        for i, s in zip(todo, again):
-            out[i] = Scored(s.question_id, s.pointer, said[i][0], s.logprobs, s.gt_prob, s.error)
-        return out
+def _known_texts(facts):
+    "{(question, pointer): (greedy text, log-probabilities of the true answers)}"
+    if facts is None or not {"vqa_raw_generation", "vqa_gt_logprobs"} <= set(facts): return {}
+    f = facts[~facts.eval_failed & facts.vqa_raw_generation.notna()]
+    keys = [(q, as_pointer(p)) for q, p in zip(f.question_id, f.pointer)]
+    return dict(zip(keys, zip(f.vqa_raw_generation, f.vqa_gt_logprobs)))
 
-    def _said(self, prompts, targets, progress):
-        "(text, log-probabilities of the targets, error) of each prompt"
-        known = [self.known.get((p.question_id, tuple(p.pointer))) for p in prompts]
-        todo = [i for i, k in enumerate(known) if k is None]
-        new = (
-            self.scorer.run(
-                [prompts[i] for i in todo], [targets[i] for i in todo], generate=True, progress=progress
-            )
-            if todo
-            else []
-        )
-        out = [None if k is None else (*k, None) for k in known]
-        for i, s in zip(todo, new): out[i] = (s.text, s.logprobs, s.error)
-        return out
+# %% ../nbs/80_infer.ipynb #d5b15c57
+def _run(scorer, prompts, targets, generate, progress):
+    "Ask, unless there is nothing to ask"
+    return scorer.run(prompts, targets, generate=generate, progress=progress) if prompts else []
 
-def _own(prompt, target, text, logprobs, error):
-    "What is known of a text without asking again: its probability, or why it has none; else None"
-    fail = lambda e: Scored(prompt.question_id, tuple(prompt.pointer), error=e)
-    if error is not None: return fail(error)
-    if not text.strip() or "<|" in text:
-        return fail(f"the greedy text {text!r} has no probability that could be asked for")
-    if logprobs is None or text not in target.texts or len(logprobs) != len(target.texts): return None
-    l = float(logprobs[target.texts.index(text)])
-    return Scored(prompt.question_id, tuple(prompt.pointer), text, (l,), math.exp(l))
+@patch
+def _said(self:OwnAnswer, prompts, targets, progress):
+    "(text, log-probabilities of the targets, error) of each prompt"
+    said = {}
+    for i, p in enumerate(prompts):
+        known = self.known.get((p.question_id, tuple(p.pointer)))
+        if known is not None: said[i] = (*known, None)
+    todo = [i for i in range(len(prompts)) if i not in said]
+    new = _run(self.scorer, [prompts[i] for i in todo], [targets[i] for i in todo], True, progress)
+    for i, s in zip(todo, new): said[i] = (s.text, s.logprobs, s.error)
+    return [said[i] for i in range(len(prompts))]
+
+@patch
+def run(self:OwnAnswer, prompts, targets=None, generate=True, progress=False):
+    "Score prompts (see `NaiveScorer.run`): greedy text, and its log-probability as the only one"
+    prompts = list(prompts)
+    targets = list(targets or [Targets()] * len(prompts))
+    said = self._said(prompts, targets, progress)
+    out = [_own(p, t, *s) for p, t, s in zip(prompts, targets, said)]
+    todo = [i for i, o in enumerate(out) if o is None]
+    self.prompts += len(out)
+    self.extra += len(todo)
+    own_text = [Targets((said[i][0].strip(),), (1.,)) for i in todo]
+    again = _run(self.scorer, [prompts[i] for i in todo], own_text, False, progress)
+    for i, s in zip(todo, again):
+        out[i] = Scored(s.question_id, s.pointer, said[i][0], s.logprobs, s.gt_prob, s.error)
+    return out
 
 def confidence(
     pairs:pd.DataFrame, # question_id, pointer
@@ -345,79 +368,83 @@ def confidence(
     return ask(pairs, own, items, cache, **kwargs).vqa_gt_prob.to_numpy(float)
 
 # %% ../nbs/80_infer.ipynb #9f8a6cd9
+# columns that know the truth
 TRUTH = (
-    "vqa_acc_score",
-    "vqa_correct",
-    "vqa_gt_prob",
-    "vqa_gt_logprobs",
-    "vqa_rel_token_f1",
-    "vqa_rel_edit_sim",
-    "vqa_rel_score",
+    "vqa_acc_score", "vqa_correct", "vqa_gt_prob", "vqa_gt_logprobs",
+    "vqa_rel_token_f1", "vqa_rel_edit_sim", "vqa_rel_score",
 )
 
-def _votes(c, weight):
-    "Support of each row's answer among the rows of its query"
-    w = pd.Series(1., c.index) if weight is None else c[weight].astype(float).fillna(0.)
-    said = [None if bad or pd.isna(a) else normalise(a) for a, bad in zip(c.vqa_pred_answer, c.eval_failed)]
-    # equal support stays equal
-    return w.groupby([c.question_id, pd.Series(said, c.index, dtype=object)]).transform("sum").round(9)
-
 def rerank(
-    cands:pd.DataFrame, # question_id, pointer, rank, vqa_pred_answer, eval_failed, and what `by` names; several rows per query
-    by="vote", # "vote" | "confidence" | "logp" | another numeric column, larger is better | callable(frame without `TRUTH`) -> [n]
+    cands:pd.DataFrame, # several rows a query: question_id, pointer, rank, vqa_pred_answer, eval_failed, `by`
+    by="vote", # "vote" | "confidence" | a numeric column, larger is better | callable(frame without `TRUTH`) -> [n]
     weight:str|None=None, # column that weighs votes, >= 0, e.g. "confidence"; None: all count 1
 )->pd.DataFrame: # one row per query, in order of appearance, all columns, + `score` and bool `oracle`
     "Keep the best sequence of each query by what is known at test time; a failed row only where all failed"
     c = cands.reset_index(drop=True)
-    if by == "vote": score = _votes(c, weight)
-    elif callable(by):
-        score = pd.Series(
-            np.asarray(by(c.drop(columns=[t for t in TRUTH if t in c])), dtype=float).reshape(-1)
-        )
-    elif by in c: score = c[by].astype(float)
-    else:
-        raise ValueError(f"rerank by {by!r}: not 'vote', not a callable, and no column; there are {list(c)}")
+    score = _scores(c, by, weight)
+    failed = c.eval_failed.astype(bool)
+    value = score.mask(failed).fillna(-np.inf)
+    best_first = np.lexsort((c["rank"], -value, failed))
+    best = c.iloc[best_first].drop_duplicates("question_id")
+    at = pd.Series(best.index, best.question_id)[c.question_id.drop_duplicates()]
+    oracle = not callable(by) and by in TRUTH
+    return c.loc[at].assign(score=score[at].to_numpy(), oracle=oracle).reset_index(drop=True)
+
+def _scores(c, by, weight):
+    "What each row is worth [n]"
+    if by == "vote": return _votes(c, weight)
+    if callable(by): return _values(c, by)
+    if by in c: return c[by].astype(float)
+    raise ValueError(f"rerank by {by!r}: not 'vote', not a callable, and no column; there are {list(c)}")
+
+def _votes(c, weight):
+    "Support of each row's answer among the rows of its query"
+    votes = pd.Series(1., c.index) if weight is None else c[weight].astype(float).fillna(0.)
+    said = [None if bad or pd.isna(a) else normalise(a) for a, bad in zip(c.vqa_pred_answer, c.eval_failed)]
+    camp = [c.question_id, pd.Series(said, c.index, dtype=object)]
+    # rounded, so that equal support stays equal
+    return votes.groupby(camp).transform("sum").round(9)
+
+def _values(c, by):
+    "Values by a function that is not shown the truth"
+    value = by(c.drop(columns=[t for t in TRUTH if t in c]))
+    score = pd.Series(np.asarray(value, dtype=float).reshape(-1))
     if len(score) != len(c):
         raise ValueError(f"the value gave {len(score)} scores for {len(c)} sequences: one each")
-    if callable(by) and score.isna().any():
-        raise ValueError(
-            f"the value of {c.question_id[score.isna()].iloc[0]}, pointer {c.pointer[score.isna()].iloc[0]}"
-            " is NaN"
-        )
-    bad = c.eval_failed.astype(bool)
-    best = c.iloc[np.lexsort((c["rank"], -score.mask(bad).fillna(-np.inf), bad))].drop_duplicates(
-        "question_id"
-    )
-    at = pd.Series(best.index, best.question_id)[c.question_id.drop_duplicates()]
-    return (
-        c.loc[at]
-        .assign(score=score[at].to_numpy(), oracle=not callable(by) and by in TRUTH)
-        .reset_index(drop=True)
-    )
+    if score.isna().any():
+        row = c[score.isna()].iloc[0]
+        raise ValueError(f"the value of {row.question_id}, pointer {row.pointer} is NaN")
+    return score
 
 # %% ../nbs/80_infer.ipynb #1f611b7c
 def adaptive_shots(
-    rows:pd.DataFrame, # question_id, pointer, `by`; one row per query and pointer length
+    rows:pd.DataFrame, # question_id, pointer, confidence (NaN never wins); one row per query and pointer length
     threshold:float|None=None, # stop at the first count that reaches it; None: take the best of all
-    by:str="confidence", # what is looked at; NaN never wins
-)->pd.DataFrame: # one row per query, in order of appearance, + `asked`: prompts that asking from few to many shots takes
+)->pd.DataFrame: # one row per query, in order of appearance, + `asked`: prompts that asking from few to many takes
     "Choose the number of demonstrations per query"
-    r = rows.assign(_len=rows.pointer.map(len), _x=rows[by].astype(float).fillna(-np.inf)).reset_index(
-        drop=True
-    )
-    if (twice := r.duplicated(["question_id", "_len"])).any():
+    r = rows.assign(_len=rows.pointer.map(len), _x=rows.confidence.astype(float).fillna(-np.inf))
+    r = r.reset_index(drop=True)
+    twice = r.duplicated(["question_id", "_len"])
+    if twice.any():
         raise ValueError(f"question {r.question_id[twice].iloc[0]} has two rows of one length: rerank first")
     r = r.sort_values(["question_id", "_len"])
-    at = r.groupby("question_id").cumcount()
-    r["asked"] = r.groupby("question_id")._len.transform("size")
+    so_far = r.groupby("question_id").cumcount() + 1
+    in_all = r.groupby("question_id")._len.transform("size")
     enough = pd.Series(False, r.index) if threshold is None else r._x >= threshold
-    r["asked"] = r.asked.where(~enough, at + 1)
-    best = r.assign(_x=r._x.mask(enough, np.inf)).sort_values(["_x", "_len"], ascending=[False, True])
-    best = best.drop_duplicates("question_id").sort_values("question_id").index
+    r["asked"] = so_far.where(enough, in_all)
+    r["_x"] = r._x.mask(enough, np.inf) # of those that are enough the shortest
+    best = r.sort_values(["_x", "_len"], ascending=[False, True]).drop_duplicates("question_id")
     order = pd.Index(rows.question_id.drop_duplicates())
-    return r.loc[best].set_index("question_id").loc[order].reset_index()[[*rows.columns, "asked"]]
+    return best.set_index("question_id").loc[order].reset_index()[[*rows.columns, "asked"]]
 
 # %% ../nbs/80_infer.ipynb #5dc47c81
+def _check_entry(i, r):
+    "Refuse what is no entry of a results list"
+    if not isinstance(r, dict) or set(r) != {"question_id", "answer"}:
+        raise ValueError(f"entry {i} is {r!r}: wanted exactly question_id and answer")
+    if type(r["question_id"]) is not int or type(r["answer"]) is not str:
+        raise ValueError(f"entry {i} is {r!r}: wanted an integer question_id and a string answer")
+
 def check_results(
     results, # the list, or the path of a JSON file
     question_ids, # all questions of the split
@@ -426,19 +453,15 @@ def check_results(
     if isinstance(results, (str, Path)): results = json.loads(Path(results).read_text(encoding="utf8"))
     if not isinstance(results, list):
         raise ValueError(f"results are a {type(results).__name__}: wanted a list")
-    for i, r in enumerate(results):
-        if not isinstance(r, dict) or set(r) != {"question_id", "answer"}:
-            raise ValueError(f"entry {i} is {r!r}: wanted exactly question_id and answer")
-        if type(r["question_id"]) is not int or type(r["answer"]) is not str:
-            raise ValueError(f"entry {i} is {r!r}: wanted an integer question_id and a string answer")
+    for i, r in enumerate(results): _check_entry(i, r)
     ids = [r["question_id"] for r in results]
-    want = {int(q) for q in question_ids}
     if len(set(ids)) < len(ids):
         raise ValueError(f"question {next(q for q in ids if ids.count(q) > 1)} is answered twice")
-    if lost := sorted(want - set(ids)):
-        raise ValueError(f"{len(lost)} questions have no answer, first {lost[:5]}")
-    if odd := sorted(set(ids) - want):
-        raise ValueError(f"{len(odd)} answers to questions that were not asked, first {odd[:5]}")
+    wanted = {int(q) for q in question_ids}
+    lost = sorted(wanted - set(ids))
+    if lost: raise ValueError(f"{len(lost)} questions have no answer, first {lost[:5]}")
+    odd = sorted(set(ids) - wanted)
+    if odd: raise ValueError(f"{len(odd)} answers to questions that were not asked, first {odd[:5]}")
     return results
 
 def write_results(
@@ -450,28 +473,21 @@ def write_results(
     "Write predictions in the official results format"
     said = {int(q): a for q, a in answers.items() if isinstance(a, str)}
     if blank: said = {int(q): "" for q in question_ids} | said
-    out = check_results([dict(question_id=q, answer=a) for q, a in sorted(said.items())], question_ids)
-    with atomic_path(path) as tmp: Path(tmp).write_text(json.dumps(out, ensure_ascii=False), encoding="utf8")
+    results = [dict(question_id=q, answer=a) for q, a in sorted(said.items())]
+    text = json.dumps(check_results(results, question_ids), ensure_ascii=False)
+    with atomic_path(path) as tmp: Path(tmp).write_text(text, encoding="utf8")
     return Path(path)
 
 # %% ../nbs/80_infer.ipynb #44030446
 PICKERS = (
-    "greedy",
-    "beam",
-    "samples",
-    "zero_shot",
-    "random",
-    "similar_image",
-    "similar_text",
-    "similar_mixed",
-    "mmr",
-    "fixed",
+    "greedy", "beam", "samples",
+    "zero_shot", "random", "similar_image", "similar_text", "similar_mixed", "mmr", "fixed",
 )
 
 def pick(
     pool, # `Pool`
     how:str="greedy", # one of `PICKERS`
-    S:int|None=2, # shots; zero_shot and S = 0 show none, a fixed set has its own length; None: a selector with STOP decides
+    S:int|None=2, # shots; 0 shows none, a fixed set has its own length; None: a selector with STOP decides
     model=None, # the selector of greedy, beam and samples
     store=None, # `EmbedStore`, where embeddings are needed
     items:pd.DataFrame|None=None, # for a fixed set
@@ -483,61 +499,20 @@ def pick(
 )->pd.DataFrame: # question_id, pointer, rank, logp (NaN where there is none)
     "Demonstrations for every query of a pool, by name"
     if how not in PICKERS: raise ValueError(f"how={how!r}: choose one of {', '.join(PICKERS)}")
-    if how in ("greedy", "beam", "samples") and S != 0 and (model is None or store is None):
+    if S == 0: how = "zero_shot"
+    if how in ("greedy", "beam", "samples") and (model is None or store is None):
         raise ValueError(f"how={how!r} needs a model and a store")
-    if how in ("beam", "samples") and S != 0:
+    if how in ("beam", "samples"):
         return candidates(model, pool, store, S, width, how, temperature, kind, seed, other_pool=other_pool)
-    if how == "zero_shot" or S == 0: p = pick_zero(pool)
-    elif how == "greedy": p = pick_model(model, pool, store, S, kind, other_pool=other_pool)
-    elif how == "random": p = pick_random(pool, S, 1, seed)
-    elif how == "fixed": p = pick_fixed(pool, fixed, items)
-    else:
-        p = (
-            pick_mmr(pool, store, S, kind)
-            if how == "mmr"
-            else pick_similar(pool, store, S, how.removeprefix("similar_"))
-        )
-    return p[["question_id", "pointer"]].assign(rank=0, logp=math.nan)
+    if how == "zero_shot": picks = pick_zero(pool)
+    elif how == "greedy": picks = pick_model(model, pool, store, S, kind, other_pool=other_pool)
+    elif how == "random": picks = pick_random(pool, S, 1, seed)
+    elif how == "fixed": picks = pick_fixed(pool, fixed, items)
+    elif how == "mmr": picks = pick_mmr(pool, store, S, kind)
+    else: picks = pick_similar(pool, store, S, how.removeprefix("similar_"))
+    return picks[["question_id", "pointer"]].assign(rank=0, logp=math.nan)
 
-# %% ../nbs/80_infer.ipynb #e0493ccc
-def _rowed(p, facts):
-    return pd.concat(
-        [p.reset_index(drop=True), facts.drop(columns=["question_id", "pointer"]).reset_index(drop=True)],
-        axis=1,
-    )
-
-class _Inference:
-    "What `predict` does for one shot count: pick, ask, say how sure, keep one row per query"
-    def __init__(self, run, pool, items, scorer, cache, asking, by, weight, sure, picking):
-        self.run = run
-        self.pool = pool
-        self.items = items
-        self.cache = cache
-        self.asking = asking
-        self.by = by
-        self.weight = weight
-        self.sure = sure
-        self.picking = picking
-        self.scorer = scorer
-        self.own = FactCache(run.path/"confidence") if sure else None
-        self.all = []
-
-    def __call__(self, S, queries=None):
-        "One row per query"
-        p = pick(
-            self.pool if queries is None else self.pool.only(queries), S=S, items=self.items, **self.picking
-        )
-        check_picks(p, self.items)
-        rows = _rowed(p, facts := ask(p, self.scorer, self.items, self.cache, **self.asking))
-        if self.sure:
-            rows["confidence"] = confidence(p, self.scorer, self.items, self.own, facts, **self.asking)
-        self.all.append(rows)
-        return (
-            rerank(rows, self.by, self.weight)
-            if self.by is not None
-            else rows.assign(score=rows.logp, oracle=False)
-        )
-
+# %% ../nbs/80_infer.ipynb #2af4e761
 def check_picks(
     picks:pd.DataFrame, # question_id, pointer
     items:pd.DataFrame, # by question_id
@@ -545,37 +520,111 @@ def check_picks(
     "No query may see itself: on the training split this is what keeps the numbers honest"
     q = np.repeat(picks.question_id.to_numpy(), picks.pointer.map(len))
     d = np.array([i for p in picks.pointer for i in p], dtype=np.int64)
+    if not len(d): return
     image = items.image_id
-    same = (q == d) | (image.loc[q].to_numpy() == image.loc[d].to_numpy()) if len(d) else np.zeros(0, bool)
+    same = (q == d) | (image.loc[q].to_numpy() == image.loc[d].to_numpy())
     if same.any():
         raise ValueError(
             f"question {q[same][0]} is shown itself or its own picture (demonstration {d[same][0]}): make the"
             " pool with `make_pool`"
         )
 
-def _adaptive(step, shots, threshold):
-    "Ask from few shots to many, only where it is still needed"
-    todo, rows = None, []
-    for S in shots:
-        r = step(S, todo)
-        rows.append(r)
-        todo = r.question_id[~(r.confidence >= threshold)].tolist() if threshold is not None else None
-        if threshold is not None and not todo: break
-    return adaptive_shots(pd.concat(rows, ignore_index=True), threshold)
+# %% ../nbs/80_infer.ipynb #e0493ccc
+@dataclass
+class _Split:
+    "What is asked, of whom, and where the answers are kept"
+    pool:object
+    items:pd.DataFrame
+    scorer:object
+    picking:dict # arguments of `pick`
+    asking:dict # arguments of `ask`
+    facts:FactCache # answers
+    own:FactCache|None # how sure of them; None: nobody wants to know
 
+    def rows(self, S, queries=None):
+        "Picks of `S` shots and what the LVLM said to them, a row per sequence"
+        pool = self.pool if queries is None else self.pool.only(queries)
+        picks = pick(pool, S=S, items=self.items, **self.picking)
+        check_picks(picks, self.items)
+        facts = ask(picks, self.scorer, self.items, self.facts, **self.asking)
+        said = facts.drop(columns=["question_id", "pointer"])
+        rows = pd.concat([picks.reset_index(drop=True), said.reset_index(drop=True)], axis=1)
+        if self.own is not None:
+            rows["confidence"] = confidence(picks, self.scorer, self.items, self.own, facts, **self.asking)
+        return rows
+
+# %% ../nbs/80_infer.ipynb #429bc259
+def _one_each(rows, by, weight):
+    "The row of each query that is kept"
+    if by is None: return rows.assign(score=rows.logp, oracle=False)
+    return rerank(rows, by, weight)
+
+def _adaptive(split, shots, by, weight, threshold):
+    "(rows kept, all rows that were asked) from few shots to many"
+    asked = []
+    kept = []
+    queries = None
+    for S in shots:
+        asked.append(split.rows(S, queries))
+        kept.append(_one_each(asked[-1], by, weight))
+        if threshold is None: continue
+        queries = kept[-1].question_id[~(kept[-1].confidence >= threshold)].tolist()
+        if not queries: break
+    rows = adaptive_shots(pd.concat(kept, ignore_index=True), threshold)
+    return rows, pd.concat(asked, ignore_index=True)
+
+# %% ../nbs/80_infer.ipynb #2e3cf364
 def _described(rows, items):
-    "What a person needs to look at a case: the question, the truth, what was shown"
-    it, q = items, rows.question_id
-    say = lambda c: [[str(it.at[d, c]) for d in p] for p in rows.pointer]
+    "`rows` with everything that a person needs to look at a case"
+    q = rows.question_id
+    def shown(column): return [[str(items.at[d, column]) for d in p] for p in rows.pointer]
     return rows.assign(
-        image_id=it.image_id.loc[q].to_numpy(),
-        question=it.question.loc[q].to_numpy(),
-        answers=[list(map(str, it.at[i, "answers"])) for i in q],
-        demo_questions=say("question"),
-        demo_answers=say("answer"),
+        image_id=items.image_id.loc[q].to_numpy(),
+        question=items.question.loc[q].to_numpy(),
+        answers=[list(map(str, items.at[i, "answers"])) for i in q],
+        demo_questions=shown("question"),
+        demo_answers=shown("answer"),
         pointer=rows.pointer.map(list),
     )
 
+# %% ../nbs/80_infer.ipynb #107869ed
+def _write(run, rows, every, work, blank):
+    "Tables, results file and metrics of a finished prediction"
+    rows = rows[[*PICKS, *(c for c in rows if c not in PICKS)]]
+    run.save_frame("predictions.parquet", _described(rows, work.items))
+    if len(every) > len(rows):
+        run.save_frame("candidates.parquet", every.assign(pointer=every.pointer.map(list)))
+    answers = dict(zip(rows.question_id, rows.vqa_pred_answer.mask(rows.eval_failed, None)))
+    write_results(run.path/"predictions.json", answers, work.pool.ids, blank)
+    return run.finish(
+        acc=float(rows.vqa_acc_score.mean()),
+        n=len(rows),
+        failed=int(rows.eval_failed.sum()),
+        prompts=len(every),
+    )
+
+# %% ../nbs/80_infer.ipynb #d92d3d38
+def _label(how, rule, several):
+    "Name of a selector in tables, e.g. beam+vote"
+    parts = [how]
+    if rule: parts.append(rule)
+    if several: parts.append("adaptive")
+    return "+".join(parts)
+
+def _prints(pool, items, scorer, store, model, asked):
+    "Fingerprints of what goes into a prediction"
+    ids = sorted({*pool.ids, *(d for c in pool.ids.values() for d in c)})
+    prints = dict(
+        pool=pool.fingerprint,
+        scorer=facts_fingerprint(scorer, **asked),
+        queries=fingerprint("queries", sorted(pool.ids)),
+        items=fingerprint(ids, item_hashes(items, ids)),
+    )
+    if store is not None: prints["store"] = store.fingerprint
+    if model is not None: prints["selector"] = policy_fingerprint(model)
+    return prints
+
+# %% ../nbs/80_infer.ipynb #1e6370ed
 def predict(
     path, # run folder; continued if its settings are the same
     pool, # `Pool` with the queries of the split
@@ -583,9 +632,9 @@ def predict(
     scorer, # see `ask`
     store=None, # `EmbedStore`, where picking needs one
     how:str="greedy", # one of `PICKERS`
-    S=2, # shots; several, e.g. (0, 1, 2, 4), choose per query by the LVLM's confidence; None: a selector with STOP decides
+    S=2, # shots; several, e.g. (0, 1, 2), choose per query by the LVLM's confidence; None: a selector with STOP decides
     model=None, # the selector
-    by=None, # how `rerank` chooses among several; None: the first. "vote" | "confidence" | a callable with a name | "vqa_gt_prob" (oracle)
+    by=None, # see `rerank`: "vote" | "confidence" | a named callable | "vqa_gt_prob" (oracle); None: the first
     weight:str|None=None, # of votes: None | "confidence"
     threshold:float|None=None, # with several S: stop asking where the confidence reaches it
     split:str="test", # how the split is called, for the record
@@ -596,89 +645,39 @@ def predict(
     blank:bool=False, # write "" for questions whose evaluation failed, instead of refusing
     overwrite:bool=False, # empty a folder with other settings?
     progress:bool=True, # show bars?
-)->Run: # with predictions.json (official format) and predictions.parquet (a row per question), candidates.parquet if there were several
-    "Predict a split: pick, ask, choose, write; ValueError names questions without an answer, which the next run asks again"
+)->Run: # with predictions.json, predictions.parquet (a row per question), candidates.parquet if there were several
+    "Predict a split: pick, ask, choose, write; ValueError names questions without an answer"
     several = isinstance(S, (tuple, list))
     rule = by if by is None or isinstance(by, str) else by.__name__
-    label = name or "+".join([how, *filter(None, [rule]), *["adaptive"] * several])
-    sure = several or "confidence" in (by, weight) or callable(by)
-    picking = dict(
-        how=how,
-        model=model,
-        store=store,
-        width=width,
-        temperature=temperature,
-        fixed=fixed,
-        kind=kind,
-        seed=seed,
-        other_pool=other_pool,
-    )
-    if how in ("beam", "samples") and by is None: by = "logp"
+    label = name or _label(how, rule, several)
     if model is not None: check_pool(model, pool, other_pool) # before anything is written
     if how not in PICKERS: raise ValueError(f"how={how!r}: choose one of {', '.join(PICKERS)}")
+    picking = dict(
+        how=how, model=model, store=store,
+        width=width, temperature=temperature, fixed=fixed, kind=kind, seed=seed, other_pool=other_pool,
+    )
     asked = dict(style=style, mode=mode, weight=target_weight)
     settings = dict(
-        split=split,
-        how=how,
-        shots=S,
-        name=label,
-        by=rule,
-        weight=weight,
-        threshold=threshold,
-        width=width,
-        temperature=temperature,
-        fixed=fixed,
-        kind=kind,
-        other_pool=other_pool,
+        split=split, how=how, shots=S, name=label,
+        by=rule, weight=weight, threshold=threshold,
+        width=width, temperature=temperature, fixed=fixed, kind=kind, other_pool=other_pool,
         **{f"ask_{k}": v for k, v in asked.items()},
     )
-    run = Run.create(
-        path, settings, seed, _prints(pool, items, scorer, store, model, asked), overwrite=overwrite
+    prints = _prints(pool, items, scorer, store, model, asked)
+    run = Run.create(path, settings, seed, prints, overwrite=overwrite)
+    sure = several or "confidence" in (by, weight) or callable(by)
+    work = _Split(
+        pool, items, scorer, picking,
+        asking=dict(asked, window=window, progress=progress),
+        facts=FactCache(run.path/"facts") if cache is None else cache,
+        own=FactCache(run.path/"confidence") if sure else None,
     )
-    step = _Inference(
-        run,
-        pool,
-        items,
-        scorer,
-        FactCache(run.path / "facts") if cache is None else cache,
-        dict(asked, window=window, progress=progress),
-        by,
-        weight,
-        sure,
-        picking,
-    )
-    rows = _adaptive(step, sorted(S), threshold) if several else step(S)
-    rows = rows.assign(
-        selector=label, shots=max(S) if several else model.max_shots if S is None else S, draw=seed
-    )
-    every = pd.concat(step.all, ignore_index=True)
-    run.save_frame(
-        "predictions.parquet", _described(rows[[*PICKS, *(c for c in rows if c not in PICKS)]], items)
-    )
-    if len(every) > len(rows):
-        run.save_frame("candidates.parquet", every.assign(pointer=every.pointer.map(list)))
-    answers = {
-        q: None if bad else a for q, a, bad in zip(rows.question_id, rows.vqa_pred_answer, rows.eval_failed)
-    }
-    write_results(run.path/"predictions.json", answers, pool.ids, blank)
-    return run.finish(
-        acc=float(rows.vqa_acc_score.mean()),
-        n=len(rows),
-        failed=int(rows.eval_failed.sum()),
-        prompts=len(every),
-    )
-
-def _prints(pool, items, scorer, store, model, asked):
-    "Fingerprints of what went in"
-    ids = sorted({*pool.ids, *(d for c in pool.ids.values() for d in c)})
-    prints = dict(
-        pool=pool.fingerprint,
-        scorer=facts_fingerprint(scorer, **asked),
-        queries=fingerprint("queries", sorted(pool.ids)),
-        items=fingerprint(ids, item_hashes(items, ids)),
-    )
-    return (
-        prints
-        | (dict(store=store.fingerprint) if store is not None else {})
-        | (dict(selector=policy_fingerprint(model)) if model is not None else {})
-    )
+    if how in ("beam", "samples") and by is None: by = "logp"
+    if several: rows, every = _adaptive(work, sorted(S), by, weight, threshold)
+    else:
+        every = work.rows(S)
+        rows = _one_each(every, by, weight)
+    most = max(S) if several else S
+    if S is None: most = model.max_shots
+    rows = rows.assign(selector=label, shots=most, draw=seed)
+    return _write(run, rows, every, work, blank)

@@ -28,17 +28,8 @@ def test_files_and_rows(demo):
     on_disk = pd.read_csv(path/"results.csv")
     assert list(on_disk) == ["selector", "shots", "n", "acc", "lo", "hi", "gap_closed", "changed"]
     assert {
-        "zero_shot",
-        "random",
-        "similar_image",
-        "similar_text",
-        "similar_mixed",
-        "mmr",
-        "majority_vote",
-        "fixed",
-        "sft",
-        "ours",
-        "oracle",
+        "zero_shot", "random", "similar_image", "similar_text", "similar_mixed", "mmr", "majority_vote",
+        "fixed", "sft", "ours", "oracle"
     } == set(on_disk.selector)
     assert set(on_disk.shots) == {0, 2} and (on_disk.n == 1000).all()
     assert (
@@ -50,15 +41,11 @@ def test_files_and_rows(demo):
 def test_run_explains_itself(demo):
     path, table = demo
     settings = read_json(path / "settings.json")
-    assert (
-        settings["settings"]["train_queries"] == 24
-        and settings["fingerprints"]["lvlm"]
-        and settings["finished"]
-    )
-    assert (
-        load_selector(path / "checkpoint").info["pool"]["K"] == 16
-        and load_selector(path / "checkpoint").info["recipe"] == "ours"
-    )
+    assert settings["settings"]["train_queries"] == 24
+    assert settings["fingerprints"]["lvlm"]
+    assert settings["finished"]
+    assert load_selector(path / "checkpoint").info["pool"]["K"] == 16
+    assert load_selector(path / "checkpoint").info["recipe"] == "ours"
     assert len(read_json(path/"looks.json")) == 1
 
 def test_second_run_changes_nothing(demo):

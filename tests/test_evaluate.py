@@ -42,11 +42,8 @@ def make_facts(pool, shots=(0, 1, 2), seed=0):
     ans = g.choice(list("abc"), len(rows))
     return pd.DataFrame(
         dict(
-            question_id=[q for q, _ in rows],
-            pointer=[p for _, p in rows],
-            vqa_acc_score=acc,
-            vqa_gt_prob=g.random(len(rows)).round(1),
-            vqa_pred_answer=ans,
+            question_id=[q for q, _ in rows], pointer=[p for _, p in rows], vqa_acc_score=acc,
+            vqa_gt_prob=g.random(len(rows)).round(1), vqa_pred_answer=ans
         )
     )
 
@@ -102,9 +99,8 @@ def test_the_untrained_selector_picks_what_similarity_picks():
     m = PointerSelector(STORE.dim("mixed"), d_hidden=8)
     got = pick_model(m, POOL, STORE, 2, bs=5)
     near = pick_similar(POOL, STORE, 2)
-    assert [set(p) for p in got.pointer] == [set(p) for p in near.pointer] and list(got.question_id) == list(
-        near.question_id
-    )
+    assert [set(p) for p in got.pointer] == [set(p) for p in near.pointer]
+    assert list(got.question_id) == list(near.question_id)
 
 def test_bad_picks_are_named():
     with pytest.raises(ValueError, match="question 5"): picks_frame("x", {4: (1, 2), 5: (1, 1)}, 2)
@@ -157,12 +153,10 @@ def test_failures_are_excluded_and_counted():
     f.loc[f.eval_failed, "vqa_acc_score"] = 0.0
     s = score_picks(PICKS, f)
     n = failures(s).set_index("selector")
-    assert (
-        n.failed["zero_shot"] == 1
-        and n.failed.sum() == 1
-        and n.of["random"] == 60
-        and s.vqa_acc_score.isna().sum() == 1
-    )
+    assert n.failed["zero_shot"] == 1
+    assert n.failed.sum() == 1
+    assert n.of["random"] == 60
+    assert s.vqa_acc_score.isna().sum() == 1
     t = result_table(s, n_boot=200)
     row = t.set_index("selector").loc["zero_shot"]
     good = f[(f.pointer.map(len) == 0) & ~f.eval_failed]
@@ -210,10 +204,9 @@ def test_blocks_cover_all_resamples():
 def test_interval_has_the_textbook_width_and_is_reproducible():
     x = rng("width").choice([0, 0.6, 1], 5046, p=[0.45, 0.10, 0.45])
     est = bootstrap_mean(x, n_boot=3000)
+    assert est == bootstrap_mean(x, n_boot=3000)
     # +-1.3 points
-    assert est == bootstrap_mean(x, n_boot=3000) and (est.hi - est.lo) / 2 == pytest.approx(
-        1.96 * x.std() / 5046**0.5, rel=0.06
-    )
+    assert (est.hi - est.lo) / 2 == pytest.approx(1.96 * x.std() / 5046**0.5, rel=0.06)
     delta, lo, hi = paired_bootstrap(x, x[::-1], n_boot=500)
     assert lo <= delta <= hi and paired_bootstrap(x, x, n_boot=100) == Interval(0, 0, 0)
 
@@ -223,20 +216,15 @@ def test_clustering_matters():
     image = np.repeat(np.arange(100), 9)
     zero = np.zeros(900)
     wide, narrow = (np.diff(paired_bootstrap(x, zero, c, 2000)[1:])[0] for c in (image, None))
-    assert wide / narrow == pytest.approx(3, rel=0.15) and mde(x, zero, image) / mde(
-        x, zero
-    ) == pytest.approx(3, rel=0.02)
+    assert wide / narrow == pytest.approx(3, rel=0.15)
+    assert mde(x, zero, image) / mde(x, zero) == pytest.approx(3, rel=0.02)
     assert mde(x, zero, np.arange(900)) == pytest.approx(mde(x, zero))
 
 @pytest.mark.parametrize(
     "n,f,points",
     [
-        (800, 0.02, 1.19),
-        (800, 0.05, 1.88),
-        (800, 0.10, 2.66),
-        (800, 0.20, 3.76),
-        (5000, 0.05, 0.75),
-        (5000, 0.10, 1.06),
+        (800, 0.02, 1.19), (800, 0.05, 1.88), (800, 0.10, 2.66), (800, 0.20, 3.76), (5000, 0.05, 0.75),
+        (5000, 0.10, 1.06)
     ],
 )
 def test_mde_matches_the_planning_table(n, f, points):
@@ -257,22 +245,16 @@ def test_mde_is_the_effect_found_four_times_in_five():
     assert np.mean(found) == pytest.approx(.8, abs=.05)
 
 def two_names(effect, g, n=500):
-    "Two evaluations of policies whose answers are drawn independently, per query: the second is `effect` better; two queries an image share their difficulty"
+    "Two evaluations, answers drawn independently: the second is `effect` better; two queries an image are alike"
     # chance of a right answer
     easy = np.repeat(g.beta(0.35, 0.35, n // 2), 2)
     p = [np.clip(easy + shift, 0, 1) for shift in (0, effect)]
     rows = [
         pd.DataFrame(
             dict(
-                selector=s,
-                shots=2,
-                draw=0,
-                question_id=range(n),
-                pointer=[(1, 2)] * n,
+                selector=s, shots=2, draw=0, question_id=range(n), pointer=[(1, 2)] * n,
                 vqa_acc_score=np.where(g.random(n) < q, g.choice([0.6, 1], n, p=[0.2, 0.8]), 0.0),
-                vqa_gt_prob=0.5,
-                vqa_pred_answer=g.choice(list("ab"), n),
-                eval_failed=False,
+                vqa_gt_prob=0.5, vqa_pred_answer=g.choice(list("ab"), n), eval_failed=False
             )
         )
         for s, q in zip(("old", "new"), p)
@@ -301,18 +283,14 @@ def test_planted_effects_are_judged_right():
     # it has to reach `mde`
     found = [paired_tests(*two_names(0.13, g), [("new", "old")], n_boot=200).iloc[0] for _ in range(40)]
     power = Z.cdf((true - least) / (least / 2.8016))
-    assert (
-        power > 0.9
-        and np.mean([f.verdict == "better" for f in found]) >= power - 0.1
-        and not any(f.verdict == "worse" for f in found)
-    )
+    assert power > 0.9
+    assert np.mean([f.verdict == "better" for f in found]) >= power - 0.1
+    assert not any(f.verdict == "worse" for f in found)
 
 def test_differs_needs_both_conditions():
-    assert (
-        differs(Interval(0.1, 0.01, 0.2), 0.1)
-        and not differs(Interval(0.1, 0.01, 0.2), 0.11)
-        and not differs(Interval(0.1, -0.01, 0.2), 0.05)
-    )
+    assert differs(Interval(0.1, 0.01, 0.2), 0.1)
+    assert not differs(Interval(0.1, 0.01, 0.2), 0.11)
+    assert not differs(Interval(0.1, -0.01, 0.2), 0.05)
     x = rng("detect").normal(size=2000)
     z = 0 * x
     assert detectable(paired_bootstrap(x, z)) == pytest.approx(mde(x, z), rel=.06)
@@ -342,85 +320,65 @@ def test_table_is_what_the_parts_say():
     items = pd.DataFrame(dict(image_id=np.arange(12) // 2), index=range(12))
     s = score_picks(PICKS, DATA)
     t = result_table(s, items, n_boot=500)
-    assert (
-        list(t) == TABLE
-        and list(t.selector) == ["zero_shot", "random", "similar_mixed", "oracle"]
-        and t.attrs["failed"] == 0
-    )
+    assert list(t) == TABLE
+    assert list(t.selector) == ["zero_shot", "random", "similar_mixed", "oracle"]
+    assert t.attrs["failed"] == 0
     row = t.set_index("selector")
     rand = s[s.selector == "random"].groupby("question_id").vqa_acc_score.mean()
-    assert (
-        row.acc["random"] == pytest.approx(rand.mean())
-        and row.gap_closed[["random", "oracle"]].tolist() == [0, 1]
-        and row.changed["similar_mixed"] == 0
-    )
-    assert (
-        math.isnan(row.gap_closed["zero_shot"])
-        and math.isnan(row.changed["zero_shot"])
-        and row.shots.tolist() == [0, 2, 2, 2]
-    )
+    assert row.acc["random"] == pytest.approx(rand.mean())
+    assert row.gap_closed[["random", "oracle"]].tolist() == [0, 1]
+    assert row.changed["similar_mixed"] == 0
+    assert math.isnan(row.gap_closed["zero_shot"])
+    assert math.isnan(row.changed["zero_shot"])
+    assert row.shots.tolist() == [0, 2, 2, 2]
     est = bootstrap_mean(rand, items.image_id, 500)
-    assert (row.lo["random"], row.hi["random"]) == pytest.approx(est[1:]) and (
-        (t.lo <= t.acc) & (t.acc <= t.hi)
-    ).all()
+    assert (row.lo["random"], row.hi["random"]) == pytest.approx(est[1:])
+    assert ((t.lo <= t.acc) & (t.acc <= t.hi)).all()
     asked = result_table(s, items, n_boot=100, zero_at=2).set_index("selector")
     m = row.acc
     assert (
         asked.gap_closed["zero_shot"]
         == pytest.approx((m["zero_shot"] - m["random"]) / (m["oracle"] - m["random"]))
-        and asked.changed["zero_shot"] > 0
     )
+    assert asked.changed["zero_shot"] > 0
     with pytest.raises(ValueError, match="similar_text"): result_table(s, changed_from="similar_text")
     assert result_table(s[s.selector != "oracle"], oracle=None, n_boot=50).gap_closed.isna().all()
 
 def test_table_over_several_shots():
     picks = pd.concat([PICKS, pick_random(POOL, 1), pick_similar(POOL, STORE, 1), pick_oracle(DATA, 1, POOL)])
     t = result_table(score_picks(picks, DATA), n_boot=50)
-    assert t.shots.tolist() == [0, 1, 1, 1, 2, 2, 2] and t[t.selector == "oracle"].gap_closed.tolist() == [
-        1,
-        1,
-    ]
+    assert t.shots.tolist() == [0, 1, 1, 1, 2, 2, 2]
+    assert t[t.selector == "oracle"].gap_closed.tolist() == [1, 1]
 
 def test_changed_counts_answers_not_picks():
     def f(name, answers, draw=0):
         return pd.DataFrame(
             dict(
-                selector=name,
-                shots=2,
-                draw=draw,
-                question_id=range(4),
-                pointer=[(1, 2)] * 4,
-                vqa_acc_score=1.0,
-                vqa_gt_prob=1.0,
-                vqa_pred_answer=list(answers),
-                eval_failed=False,
+                selector=name, shots=2, draw=draw, question_id=range(4), pointer=[(1, 2)] * 4,
+                vqa_acc_score=1.0, vqa_gt_prob=1.0, vqa_pred_answer=list(answers), eval_failed=False
             )
         )
     s = pd.concat([f("ref", "aaaa"), f("x", "aaab"), f("y", "aabb"), f("y", "aaaa", 1)])
-    assert (
-        changed(s, "x", 2, "ref") == 0.25
-        and changed(s, "y", 2, "ref") == 0.25
-        and changed(s, "ref", 2, "ref") == 0
-    )
+    assert changed(s, "x", 2, "ref") == 0.25
+    assert changed(s, "y", 2, "ref") == 0.25
+    assert changed(s, "ref", 2, "ref") == 0
     s.loc[(s.selector == "x") & (s.question_id == 3), "eval_failed"] = True
     assert changed(s, "x", 2, "ref") == 0 and changed(s, "ref", 2, "x") == 0
 
 def test_paired_table_says_the_verdict():
     t = paired_table(score_picks(PICKS, DATA), against=["random", "similar_mixed"], n_boot=500)
-    assert (
-        len(t) == 4
-        and set(t.verdict) <= {"better", "worse", "no difference shown"}
-        and (t.selector != t.against).all()
-    )
+    assert len(t) == 4
+    assert set(t.verdict) <= {"better", "worse", "no difference shown"}
+    assert (t.selector != t.against).all()
     o = t[(t.selector == "oracle") & (t.against == "random")].iloc[0]
     s = score_picks(PICKS, DATA)
     d = (
         s[s.selector == "oracle"].set_index("question_id").vqa_acc_score
         - s[s.selector == "random"].groupby("question_id").vqa_acc_score.mean()
     )
-    assert (
-        o.delta == pytest.approx(d.mean()) and o.mde == pytest.approx(mde(d, 0 * d)) and o.verdict == "better"
-    )
+    assert o.delta == pytest.approx(d.mean())
+    assert o.mde == pytest.approx(mde(d, 0 * d))
+    assert o.verdict == "better"
 
 def seeded(name, effect, k, noise, g, n=400):
     "`k` training seeds whose true quality varies by `noise`"
@@ -428,15 +386,9 @@ def seeded(name, effect, k, noise, g, n=400):
         [
             pd.DataFrame(
                 dict(
-                    selector=name,
-                    shots=2,
-                    draw=i,
-                    question_id=range(n),
-                    pointer=[(1, 2)] * n,
-                    vqa_acc_score=0.5 + effect + e + 0.1 * g.normal(size=n),
-                    vqa_gt_prob=0.5,
-                    vqa_pred_answer="a",
-                    eval_failed=False,
+                    selector=name, shots=2, draw=i, question_id=range(n), pointer=[(1, 2)] * n,
+                    vqa_acc_score=0.5 + effect + e + 0.1 * g.normal(size=n), vqa_gt_prob=0.5,
+                    vqa_pred_answer="a", eval_failed=False
                 )
             )
             for i, e in enumerate(g.normal(0, noise, k))
@@ -449,9 +401,8 @@ def test_seeds_widen_the_interval():
     both = compare_seeds(s, "a", "b", 2, n_boot=4000)
     mean = seed_matrix(s, "a", 2).mean(axis=1) - seed_matrix(s, "b", 2).mean(axis=1)
     only_queries = bootstrap_mean(mean, n_boot=4000)
-    assert both.value == pytest.approx(only_queries.value) and both.hi - both.lo > 4 * (
-        only_queries.hi - only_queries.lo
-    )
+    assert both.value == pytest.approx(only_queries.value)
+    assert both.hi - both.lo > 4 * (only_queries.hi - only_queries.lo)
     sd = [seed_matrix(s, x, 2).mean().std(ddof=1)/5**.5 for x in "ab"] # what seeds alone contribute
     assert (both.hi - both.lo)/3.92 == pytest.approx(math.hypot(*sd), rel=.1)
     one = compare_seeds(s, "fixed", "fixed", 2, n_boot=200)
@@ -483,9 +434,8 @@ def test_plot_takes_and_returns_axes():
     import matplotlib.pyplot as plt
     s = score_picks(PICKS, DATA)
     ax = plt.subplots()[1]
-    assert plot_results(result_table(s, n_boot=50), ax) is ax and [
-        t.get_text() for t in ax.get_yticklabels()
-    ] == ["zero_shot", "random", "similar_mixed", "oracle"]
+    assert plot_results(result_table(s, n_boot=50), ax) is ax
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["zero_shot", "random", "similar_mixed", "oracle"]
     plt.close("all")
 
 # ---- exact tests, families, planning --------------------------------------------------------------------------------
@@ -496,9 +446,8 @@ def test_mcnemar_is_the_exact_binomial(up, down, same):
     from scipy.stats import binomtest
     if up + down + same == 0: return
     got = mcnemar([1.]*up + [0.]*down + [.6]*same, [.6]*up + [.6]*down + [.6]*same)
-    assert got[:3] == (up, down, same) and got.p == pytest.approx(
-        binomtest(up, up + down).pvalue if up + down else 1.0, rel=1e-9
-    )
+    assert got[:3] == (up, down, same)
+    assert got.p == pytest.approx(binomtest(up, up + down).pvalue if up + down else 1.0, rel=1e-9)
 
 @given(st.lists(st.floats(1e-6, 1), min_size=1, max_size=8), st.floats(.01, .3))
 @settings(max_examples=60)
@@ -509,11 +458,9 @@ def test_holm_rejects_as_the_textbook_does(p, level):
         if p[i]*(len(p) - k) > level: break
         rejected.add(i)
     adj = holm(p)
-    assert (
-        {i for i in range(len(p)) if adj[i] <= level} == rejected
-        and (adj >= np.array(p) - 1e-15).all()
-        and (adj <= 1).all()
-    )
+    assert {i for i in range(len(p)) if adj[i] <= level} == rejected
+    assert (adj >= np.array(p) - 1e-15).all()
+    assert (adj <= 1).all()
 
 def test_a_family_of_equals_is_left_alone_and_each_test_alone_is_not_enough():
     g = rng("family")
@@ -532,23 +479,16 @@ def test_a_family_of_equals_is_left_alone_and_each_test_alone_is_not_enough():
 @pytest.mark.parametrize(
     "n,f,points",
     [
-        (800, 0.02, 1.19),
-        (800, 0.05, 1.88),
-        (800, 0.10, 2.66),
-        (800, 0.20, 3.76),
-        (5046, 0.05, 0.75),
-        (5046, 0.10, 1.06),
+        (800, 0.02, 1.19), (800, 0.05, 1.88), (800, 0.10, 2.66), (800, 0.20, 3.76), (5046, 0.05, 0.75),
+        (5046, 0.10, 1.06)
     ],
 )
 def test_planning_matches_the_planning_table(n, f, points):
-    assert (
-        100 * plan_mde(n, f) == pytest.approx(points, abs=0.006)
-        and abs(plan_power(plan_mde(n, f), f) - n) <= 1
-        and plan_power(0.01, f, design=2.0) == pytest.approx(2 * plan_power(0.01, f), abs=1)
-    )
-    assert plan_power(0.0038, 0.05) == pytest.approx(19_500, rel=0.01) and plan_power(
-        0.0038, 0.10
-    ) == pytest.approx(39_000, rel=0.01)
+    assert 100 * plan_mde(n, f) == pytest.approx(points, abs=0.006)
+    assert abs(plan_power(plan_mde(n, f), f) - n) <= 1
+    assert plan_power(0.01, f, design=2.0) == pytest.approx(2 * plan_power(0.01, f), abs=1)
+    assert plan_power(0.0038, 0.05) == pytest.approx(19_500, rel=0.01)
+    assert plan_power(0.0038, 0.10) == pytest.approx(39_000, rel=0.01)
     with pytest.raises(ValueError, match="delta > 0"): plan_power(0, f)
 
 # ---- rows and behaviour ---------------------------------------------------------------------------------------------
@@ -556,12 +496,9 @@ def test_planning_matches_the_planning_table(n, f, points):
 IDS = [*range(12), *range(1000, 1040)]
 ITEMS = pd.DataFrame(
     dict(
-        question_id=IDS,
-        image_id=[i if i > 99 else i // 2 for i in IDS],
-        answer=["abc"[i % 3] for i in IDS],
+        question_id=IDS, image_id=[i if i > 99 else i // 2 for i in IDS], answer=["abc"[i % 3] for i in IDS],
         answers=[["abc"[i % 3]] * 8 + ["The b", "b."] for i in IDS],
-        question_type=[f"type {i % 2}" for i in IDS],
-        answer_type="other",
+        question_type=[f"type {i % 2}" for i in IDS], answer_type="other"
     ),
     index=IDS,
 )
@@ -573,9 +510,8 @@ def test_majority_vote_is_brute_force():
         said = [ITEMS.answer[d] for d in r.pointer]
         n = {a: said.count(a) for a in said}
         best = [a for a in said if n[a] == max(n.values())][-1]
-        assert r.vqa_pred_answer == best and r.vqa_acc_score == vqa_accuracy(
-            best, ITEMS.answers[r.question_id]
-        )
+        assert r.vqa_pred_answer == best
+        assert r.vqa_acc_score == vqa_accuracy(best, ITEMS.answers[r.question_id])
     with pytest.raises(ValueError, match="no demonstration to vote"): majority_vote(pick_zero(POOL), ITEMS)
     one = score_picks(PICKS, DATA)
     t = result_table(pd.concat([one, got[got.shots == 2]]), metric="vqa_gt_prob", n_boot=50)
@@ -587,9 +523,10 @@ def test_the_best_fixed_sequence_is_brute_force():
     f = pairs.assign(vqa_acc_score=g.choice([0, 0.6, 1], len(pairs)), vqa_gt_prob=0.5, vqa_pred_answer="a")
     best, acc, n = best_fixed(f, 2)
     mean = f.groupby("pointer").vqa_acc_score.mean()
-    assert (
-        acc == mean.max() and mean[best] == acc and n == 12 and pairs.groupby("pointer").size().eq(12).all()
-    )
+    assert acc == mean.max()
+    assert mean[best] == acc
+    assert n == 12
+    assert pairs.groupby("pointer").size().eq(12).all()
     # not asked of everybody: not a candidate
     assert best_fixed(f[(f.pointer != best) | (f.question_id != 3)], 2)[0] != best
     with pytest.raises(ValueError, match="fixed_pairs"): best_fixed(DATA, 2)
@@ -600,16 +537,14 @@ def test_all_baselines_are_there_and_the_oracle_says_what_it_is():
     assert (
         set(p.selector)
         == {"zero_shot", "random", "similar_image", "similar_text", "similar_mixed", "mmr", "fixed"}
-        and n["random", 1] == n["random", 2] == 5
-        and not p.duplicated(["selector", "shots", "draw", "question_id"]).any()
     )
+    assert n["random", 1] == n["random", 2] == 5
+    assert not p.duplicated(["selector", "shots", "draw", "question_id"]).any()
     part = DATA.drop(index=DATA[(DATA.question_id == 3) & (DATA.pointer.map(len) == 2)].index[0])
     s = score_picks(pd.concat([PICKS[PICKS.selector != "oracle"], pick_oracle(part, 2, POOL)]), part)
-    assert (
-        "exact for 11 of 12" in table_text(result_table(s, n_boot=50))
-        and "exact: every" in table_text(result_table(score_picks(PICKS, DATA), n_boot=50))
-        and oracle_note(pick_zero(POOL)) == {}
-    )
+    assert "exact for 11 of 12" in table_text(result_table(s, n_boot=50))
+    assert "exact: every" in table_text(result_table(score_picks(PICKS, DATA), n_boot=50))
+    assert oracle_note(pick_zero(POOL)) == {}
 
 def test_behaviour_and_agreement_are_brute_force():
     s = score_picks(PICKS, DATA)
@@ -618,11 +553,9 @@ def test_behaviour_and_agreement_are_brute_force():
     for sel, g in s[s.shots == 2].groupby("selector"):
         used = [d for p in g.pointer for d in p]
         copy = [normalise(a) == normalise(ITEMS.answer[p[-1]]) for a, p in zip(g.vqa_pred_answer, g.pointer)]
-        assert (
-            b.unique[sel] == len(set(used))
-            and b["copy"][sel] == pytest.approx(np.mean(copy))
-            and b.gini[sel] == pytest.approx(gini([used.count(d) for d in every]))
-        )
+        assert b.unique[sel] == len(set(used))
+        assert b["copy"][sel] == pytest.approx(np.mean(copy))
+        assert b.gini[sel] == pytest.approx(gini([used.count(d) for d in every]))
     a, o = (s[s.selector == x].set_index("question_id").pointer for x in ("similar_mixed", "oracle"))
     assert (
         agreement(s, "similar_mixed", "oracle", 2)
@@ -642,11 +575,9 @@ def test_paired_tests_agree_with_their_parts():
     for r in t.itertuples():
         m = s[(s.shots == 2)].groupby(["question_id", "selector"]).vqa_acc_score.mean().unstack()
         up = (m[r.selector] - m[r.against]).round(9)
-        assert (
-            (r.better, r.worse) == ((up > 0).sum(), (up < 0).sum())
-            and r.changed == pytest.approx(changed(s, r.selector, 2, r.against))
-            and r.p_holm >= r.p
-        )
+        assert (r.better, r.worse) == ((up > 0).sum(), (up < 0).sum())
+        assert r.changed == pytest.approx(changed(s, r.selector, 2, r.against))
+        assert r.p_holm >= r.p
         one = alone[(alone.selector == r.selector) & (alone.against == r.against)].iloc[0]
         assert (r.delta, r.lo, r.hi, r.mde) == pytest.approx((one.delta, one.lo, one.hi, one.mde))
         assert r.verdict == one.verdict or (r.verdict == "no difference shown" and r.p_holm > .05)
@@ -657,15 +588,12 @@ def test_the_mean_over_shots_is_per_query():
     s = score_picks(picks, DATA)
     t = paired_tests(over_shots(s), ITEMS, [("oracle", "random")], n_boot=50).iloc[0]
     acc = s[s.shots > 0].groupby(["selector", "shots", "draw"]).vqa_acc_score.mean()
-    assert (
-        t.shots == "mean"
-        and t.n == 12
-        and t.delta == pytest.approx(acc["oracle"].mean() - acc["random"].mean())
-    )
+    assert t.shots == "mean"
+    assert t.n == 12
+    assert t.delta == pytest.approx(acc["oracle"].mean() - acc["random"].mean())
     wide = shots_table(result_table(s, n_boot=20))
-    assert wide.loc["oracle", "mean"] == pytest.approx(wide.loc["oracle", [1, 2]].mean()) and math.isnan(
-        wide.loc["zero_shot", "mean"]
-    )
+    assert wide.loc["oracle", "mean"] == pytest.approx(wide.loc["oracle", [1, 2]].mean())
+    assert math.isnan(wide.loc["zero_shot", "mean"])
     with pytest.raises(ValueError, match=r"similar_mixed has no rows with \[1\]"):
         over_shots(s[(s.selector != "similar_mixed") | (s.shots == 2)])
 
@@ -674,12 +602,12 @@ def test_tables_by_gap_size_type_and_mode(tmp_path):
     sub = subsets(POOL, (4, 8, "all"))
     t = size_table(s, sub, 2, ITEMS)
     save_subsets(tmp_path / "s.json", sub)
+    assert load_subsets(tmp_path / "s.json") == sub
     assert (
-        load_subsets(tmp_path / "s.json") == sub
-        and t.loc["all", "oracle"]
+        t.loc["all", "oracle"]
         == pytest.approx(result_table(s, n_boot=20).set_index("selector").acc["oracle"])
-        and list(t.index) == [4, 8, "all"]
     )
+    assert list(t.index) == [4, 8, "all"]
     with pytest.raises(ValueError, match="other subsets lie there"):
         save_subsets(tmp_path / "s.json", subsets(POOL, (4,), seed=1))
     with pytest.raises(ValueError, match="1 of its 12 queries were not scored"):
@@ -690,9 +618,8 @@ def test_tables_by_gap_size_type_and_mode(tmp_path):
     )
     by = type_table(s, ITEMS)
     odd = s[(s.selector == "oracle") & (s.question_id % 2 == 1)]
-    assert by.loc[("oracle", 2), "type 1"] == pytest.approx(odd.vqa_acc_score.mean()) and by.loc[
-        ("queries", 0)
-    ].tolist() == [6, 6]
+    assert by.loc[("oracle", 2), "type 1"] == pytest.approx(odd.vqa_acc_score.mean())
+    assert by.loc[("queries", 0)].tolist() == [6, 6]
     m = (
         mode_table(s.assign(vqa_pred_answer="The b"), ITEMS)
         .set_index(["selector", "shots"])
@@ -707,27 +634,20 @@ def test_tables_by_gap_size_type_and_mode(tmp_path):
 def test_looks_are_counted_once_each(tmp_path):
     s = score_picks(PICKS, DATA)
     n = [
-        look(tmp_path, s),
-        look(tmp_path, s.sample(frac=1, random_state=1)),
-        look(tmp_path, s, "dev"),
-        look(tmp_path, s.assign(vqa_acc_score=0.0)),
-        look(tmp_path, s),
+        look(tmp_path, s), look(tmp_path, s.sample(frac=1, random_state=1)), look(tmp_path, s, "dev"),
+        look(tmp_path, s.assign(vqa_acc_score=0.0)), look(tmp_path, s)
     ]
-    assert (
-        n == [1, 1, 1, 2, 2]
-        and "looks at test: 2; the best of 2" in table_text(result_table(s, n_boot=20), 2)
-        and "looks at test: not counted" in table_text(result_table(s, n_boot=20))
-    )
+    assert n == [1, 1, 1, 2, 2]
+    assert "looks at test: 2; the best of 2" in table_text(result_table(s, n_boot=20), 2)
+    assert "looks at test: not counted" in table_text(result_table(s, n_boot=20))
     assert [expected_best(m) for m in (5, 20)] == pytest.approx([1.163, 1.867], abs=.001)
 
 def test_runs_are_compared_only_if_they_are_alike(tmp_path):
     s = score_picks(PICKS, DATA)
     def made(name, sel, drop=(), **kw):
         run = Run.create(
-            tmp_path / name,
-            dict(split=kw.pop("split", "test")),
-            0,
-            dict(dict(pool="p", scorer="s", selector=name), **kw),
+            tmp_path / name, dict(split=kw.pop("split", "test")), 0,
+            dict(dict(pool="p", scorer="s", selector=name), **kw)
         )
         f = s[s.selector.isin(sel) & ~s.question_id.isin(drop)].drop(columns="exact")
         run.save_frame(
@@ -740,13 +660,13 @@ def test_runs_are_compared_only_if_they_are_alike(tmp_path):
     want = paired_tests(s, ITEMS, [("oracle", "random")], n_boot=300).iloc[0]
     assert (got.delta, got.lo, got.hi, got.mde, got.better, got.changed) == pytest.approx(
         (want.delta, want.lo, want.hi, want.mde, want.better, want.changed)
-    ) and (got.selector, got.against) == ("a: oracle", "b: random")
+    )
+    assert (got.selector, got.against) == ("a: oracle", "b: random")
     assert compare_runs(a, a).iloc[0].verdict == "no difference shown"
     for name, kw, words in [
-        ("c", dict(pool="q"), "pool: p and q"),
-        ("d", dict(scorer="t"), "scorer: s and t"),
+        ("c", dict(pool="q"), "pool: p and q"), ("d", dict(scorer="t"), "scorer: s and t"),
         ("e", dict(split="dev"), "split: test and dev"),
-        ("f", dict(drop=[3, 4]), "queries: 12 questions and 10"),
+        ("f", dict(drop=[3, 4]), "queries: 12 questions and 10")
     ]:
         c = made(name, ["random"], **kw)
         key = words.split(":")[0]
@@ -762,15 +682,8 @@ def test_seeds_table_agrees_with_the_plain_numbers():
     ids = np.arange(120)
     rows = lambda name, a, d: pd.DataFrame(
         dict(
-            question_id=ids,
-            selector=name,
-            shots=2,
-            draw=d,
-            pointer=[(1, 2)] * n,
-            vqa_acc_score=a.astype(float),
-            vqa_gt_prob=0.5,
-            vqa_pred_answer="x",
-            eval_failed=False,
+            question_id=ids, selector=name, shots=2, draw=d, pointer=[(1, 2)] * n,
+            vqa_acc_score=a.astype(float), vqa_gt_prob=0.5, vqa_pred_answer="x", eval_failed=False
         )
     )
     oracle = g.random(n) < 0.8
@@ -778,30 +691,22 @@ def test_seeds_table_agrees_with_the_plain_numbers():
     good = [np.where(g.random(n) < 0.6, oracle, low) for _ in range(4)]
     s = pd.concat(
         [
-            rows("oracle", oracle, 0),
-            rows("random", low, 0),
-            rows("weak", low, 0),
-            *(rows(m, a, d) for m in ("a", "twin") for d, a in enumerate(good)),
+            rows("oracle", oracle, 0), rows("random", low, 0), rows("weak", low, 0),
+            *(rows(m, a, d) for m in ("a", "twin") for d, a in enumerate(good))
         ],
         ignore_index=True,
     )
     t = seeds_table(s, 2, against=("random", "a"), n_boot=2000)
     gap = lambda v: (v.mean() - low.mean()) / (oracle.mean() - low.mean())
-    assert (
-        t.gap["oracle"] == 1
-        and t.gap["random"] == 0 == t["over random"]["weak"]
-        and t.draws["a"] == 4
-        and list(t.index)[-1] == "oracle"
-    )
-    assert (
-        t.gap["a"] == pytest.approx(np.mean([gap(a) for a in good]))
-        and t.sd["a"] == pytest.approx(np.std([gap(a) for a in good], ddof=1))
-        and t.lo["a"] < t.gap["a"] < t.hi["a"]
-    )
-    assert (
-        t["over random"]["a"] == pytest.approx(t.gap["a"])
-        and t["random lo"]["a"] > 0
-        and t["over a"]["twin"] == t["a lo"]["twin"] == t["a hi"]["twin"] == 0
-    )
+    assert t.gap["oracle"] == 1
+    assert t.gap["random"] == 0 == t["over random"]["weak"]
+    assert t.draws["a"] == 4
+    assert list(t.index)[-1] == "oracle"
+    assert t.gap["a"] == pytest.approx(np.mean([gap(a) for a in good]))
+    assert t.sd["a"] == pytest.approx(np.std([gap(a) for a in good], ddof=1))
+    assert t.lo["a"] < t.gap["a"] < t.hi["a"]
+    assert t["over random"]["a"] == pytest.approx(t.gap["a"])
+    assert t["random lo"]["a"] > 0
+    assert t["over a"]["twin"] == t["a lo"]["twin"] == t["a hi"]["twin"] == 0
     with pytest.raises(ValueError, match="no rows of .'sft'."): seeds_table(s, 2, against=["sft"])
     with pytest.raises(ValueError, match="no gap to close"): seeds_table(s, 2, oracle="random")

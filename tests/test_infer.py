@@ -23,12 +23,9 @@ IDS = [*QS, *DEMOS]
 G = rng("test infer")
 ITEMS = pd.DataFrame(
     dict(
-        question_id=IDS,
-        image_id=IDS,
-        image_path=[f"{i}.jpg" for i in IDS],
-        question=[f"what is {i}?" for i in IDS],
-        answer=[f"word{i % 3}" for i in IDS],
-        answers=[[f"word{i % 3}"] * 7 + ["other"] * 3 for i in IDS],
+        question_id=IDS, image_id=IDS, image_path=[f"{i}.jpg" for i in IDS],
+        question=[f"what is {i}?" for i in IDS], answer=[f"word{i % 3}" for i in IDS],
+        answers=[[f"word{i % 3}"] * 7 + ["other"] * 3 for i in IDS]
     ),
     index=IDS,
 )
@@ -61,11 +58,9 @@ class Says:
             }
             out.append(
                 Scored(
-                    p.question_id,
-                    tuple(p.pointer),
-                    text if generate else None,
+                    p.question_id, tuple(p.pointer), text if generate else None,
                     tuple(lp[a] for a in t.texts),
-                    sum(w * math.exp(lp[a]) for a, w in zip(t.texts, t.weights)),
+                    sum(w * math.exp(lp[a]) for a, w in zip(t.texts, t.weights))
                 )
             )
         return out
@@ -76,8 +71,7 @@ class Says:
 @settings(max_examples=25)
 def test_mmr_is_brute_force_and_blind_to_the_pool_order(seed, w):
     store = EmbedStore(
-        IDS,
-        *(torch.randn(len(IDS), 4, generator=torch.Generator().manual_seed(seed + i)) for i in (0, 1)),
+        IDS, *(torch.randn(len(IDS), 4, generator=torch.Generator().manual_seed(seed + i)) for i in (0, 1)),
         {}
     )
     got = pick_mmr(POOL, store, 3, "image", w).set_index("question_id").pointer
@@ -91,8 +85,7 @@ def test_mmr_is_brute_force_and_blind_to_the_pool_order(seed, w):
                 min(
                     (i for i in c if i not in out),
                     key=lambda i: (
-                        -round(w * cos(q, i) - (1 - w) * max((cos(i, p) for p in out), default=0), 6),
-                        i,
+                        -round(w * cos(q, i) - (1 - w) * max((cos(i, p) for p in out), default=0), 6), i,
                     ),
                 )
             )
@@ -108,20 +101,15 @@ def test_candidates_are_the_best_or_fair_draws_whatever_the_batch(how, S):
     prior = SimilarityPrior(4.0)
     got = candidates(prior, POOL, STORE, S, 200, how)
     for q, g in got.groupby("question_id"): # wide enough: everything, each once, with its probability
-        assert (
-            set(g.pointer) == set(permutations(POOL[q], S))
-            and len(g) == math.perm(len(POOL[q]), S)
-            and g["rank"].tolist() == list(range(len(g)))
-        )
-        assert np.exp(g.logp).sum() == pytest.approx(1) and (
-            how == "samples" or (np.diff(g.logp) <= 1e-12).all()
-        )
+        assert set(g.pointer) == set(permutations(POOL[q], S))
+        assert len(g) == math.perm(len(POOL[q]), S)
+        assert g["rank"].tolist() == list(range(len(g)))
+        assert np.exp(g.logp).sum() == pytest.approx(1)
+        assert how == "samples" or (np.diff(g.logp) <= 1e-12).all()
     few = candidates(prior, POOL, STORE, S, 3, how)
     part = candidates(prior, POOL.only([7, 2]), STORE, S, 3, how, bs=1)
-    assert (
-        len(few) == 30
-        and part[part.question_id == 2].pointer.tolist() == few[few.question_id == 2].pointer.tolist()
-    )
+    assert len(few) == 30
+    assert part[part.question_id == 2].pointer.tolist() == few[few.question_id == 2].pointer.tolist()
     if how == "samples": # first draws follow the policy
         one = Pool({0: (100, 101, 102)}, {})
         p = candidates(prior, one, STORE, 1, 3).set_index("pointer").logp.map(math.exp)
@@ -136,17 +124,13 @@ def test_selectors_with_stop_may_show_fewer():
     got = pick_model(m, POOL, STORE, None)
     beam = candidates(m, POOL, STORE, None, 4)
     drawn = candidates(m, POOL, STORE, None, 4, "samples")
-    assert (
-        set(got.pointer.map(len)) == {2}
-        and set(got.shots) == {3}
-        and set(pick_model(m, POOL, STORE, 3).pointer.map(len)) == {3}
-    )
-    assert beam[beam["rank"] == 0].pointer.tolist() == got.pointer.tolist() and set(
-        candidates(m, POOL, STORE, 3, 2).pointer.map(len)
-    ) == {3}
-    assert drawn.groupby("question_id").pointer.nunique().eq(4).all() and drawn.equals(
-        candidates(m, POOL, STORE, None, 4, "samples")
-    )
+    assert set(got.pointer.map(len)) == {2}
+    assert set(got.shots) == {3}
+    assert set(pick_model(m, POOL, STORE, 3).pointer.map(len)) == {3}
+    assert beam[beam["rank"] == 0].pointer.tolist() == got.pointer.tolist()
+    assert set(candidates(m, POOL, STORE, 3, 2).pointer.map(len)) == {3}
+    assert drawn.groupby("question_id").pointer.nunique().eq(4).all()
+    assert drawn.equals(candidates(m, POOL, STORE, None, 4, "samples"))
     with pytest.raises(ValueError, match="no STOP"): pick_model(MODEL, POOL, STORE, None)
 
 def test_foreign_pools_and_self_shown_queries_are_refused(tmp_path):
@@ -177,10 +161,8 @@ def test_foreign_pools_and_self_shown_queries_are_refused(tmp_path):
 
 rows = st.lists(
     st.tuples(
-        st.integers(0, 3),
-        st.sampled_from(["cat", "A cat", "dog", ""]),
-        st.sampled_from([0.0, 0.2, 0.5, math.nan]),
-        st.booleans(),
+        st.integers(0, 3), st.sampled_from(["cat", "A cat", "dog", ""]),
+        st.sampled_from([0.0, 0.2, 0.5, math.nan]), st.booleans()
     ),
     min_size=1,
     max_size=14,
@@ -192,12 +174,8 @@ def test_rerank_is_brute_force(rows, by):
     c = pd.DataFrame(
         [
             dict(
-                question_id=q,
-                pointer=(i,),
-                vqa_pred_answer=None if bad else a,
-                confidence=x,
-                vqa_acc_score=0.5,
-                eval_failed=bad,
+                question_id=q, pointer=(i,), vqa_pred_answer=None if bad else a, confidence=x,
+                vqa_acc_score=0.5, eval_failed=bad
             )
             for i, (q, a, x, bad) in enumerate(rows)
         ]
@@ -234,18 +212,14 @@ def test_rerank_is_brute_force(rows, by):
 def test_only_oracles_see_the_truth():
     c = pd.DataFrame(
         dict(
-            question_id=1,
-            pointer=[(1,), (2,)],
-            rank=[0, 1],
-            vqa_pred_answer=["a", "b"],
-            eval_failed=False,
-            logp=[-1.0, -2.0],
-            **{t: [0.0, 1.0] for t in TRUTH}
+            question_id=1, pointer=[(1,), (2,)], rank=[0, 1], vqa_pred_answer=["a", "b"], eval_failed=False,
+            logp=[-1.0, -2.0], **{t: [0.0, 1.0] for t in TRUTH}
         )
     )
     seen = []
     rerank(c, lambda f: seen.append(list(f)) or f.logp)
-    assert not set(TRUTH) & set(seen[0]) and {
+    assert not set(TRUTH) & set(seen[0])
+    assert {
         b: rerank(c, b).oracle[0] for b in ("logp", "vqa_gt_prob", "vqa_acc_score")
     } == dict(logp=False, vqa_gt_prob=True, vqa_acc_score=True)
     with pytest.raises(ValueError, match="no column"): rerank(c, "confidnce")
@@ -254,9 +228,8 @@ def test_only_oracles_see_the_truth():
 
 @given(
     st.lists(
-        st.lists(st.sampled_from([0.1, 0.4, 0.6, 0.9, math.nan]), min_size=1, max_size=4),
-        min_size=1,
-        max_size=5,
+        st.lists(st.sampled_from([0.1, 0.4, 0.6, 0.9, math.nan]), min_size=1, max_size=4), min_size=1,
+        max_size=5
     ),
     st.sampled_from([None, 0.0, 0.5, 2.0]),
 )
@@ -310,10 +283,8 @@ def test_confidence_is_the_probability_of_the_own_text_and_costs_what_it_says():
     "how,kw",
     [(h, {}) for h in PICKERS if h not in ("beam", "samples", "fixed")]
     + [
-        ("beam", dict(by="vote")),
-        ("samples", dict(by="confidence")),
-        ("beam", dict(by="vqa_gt_prob")),
-        ("greedy", dict(S=(0, 1, 2), threshold=0.2)),
+        ("beam", dict(by="vote")), ("samples", dict(by="confidence")), ("beam", dict(by="vqa_gt_prob")),
+        ("greedy", dict(S=(0, 1, 2), threshold=0.2))
     ],
 )
 def test_predictions_are_official_and_complete(tmp_path, how, kw):
@@ -323,19 +294,14 @@ def test_predictions_are_official_and_complete(tmp_path, how, kw):
     f = run.frame("predictions.parquet")
     out = check_results(run.path / "predictions.json", QS)
     assert {r["question_id"]: r["answer"] for r in out} == dict(zip(f.question_id, f.vqa_pred_answer))
-    assert (
-        f.question_id.is_unique
-        and f.question.tolist() == [ITEMS.question[q] for q in f.question_id]
-        and [len(p) for p in f.pointer] == [len(a) for a in f.demo_answers]
-    )
-    assert f.get("oracle", pd.Series([False])).any() == (kw.get("by") == "vqa_gt_prob") and run.metrics[
-        "acc"
-    ] == pytest.approx(f.vqa_acc_score.mean())
+    assert f.question_id.is_unique
+    assert f.question.tolist() == [ITEMS.question[q] for q in f.question_id]
+    assert [len(p) for p in f.pointer] == [len(a) for a in f.demo_answers]
+    assert f.get("oracle", pd.Series([False])).any() == (kw.get("by") == "vqa_gt_prob")
+    assert run.metrics["acc"] == pytest.approx(f.vqa_acc_score.mean())
     if "threshold" in kw:
-        assert (
-            run.metrics["prompts"] == f.asked.sum() < 30
-            and (f.asked == f.pointer.map(len) + 1)[f.confidence >= 0.2].all()
-        )
+        assert run.metrics["prompts"] == f.asked.sum() < 30
+        assert (f.asked == f.pointer.map(len) + 1)[f.confidence >= 0.2].all()
 
 @pytest.mark.parametrize("after", [1, 17, 40])
 def test_broken_off_and_continued_is_uninterrupted(tmp_path, after):
@@ -350,24 +316,14 @@ def test_broken_off_and_continued_is_uninterrupted(tmp_path, after):
     with pytest.raises(KeyboardInterrupt): go("cut", first)
     assert not (tmp_path/"cut"/"predictions.json").exists()
     pd.testing.assert_frame_equal(go("cut", rest).frame("predictions.parquet"), whole)
+    written = [(tmp_path/name/"predictions.json").read_bytes() for name in ("cut", "whole")]
+    assert written[0] == written[1]
     # at most a window twice
-    assert (tmp_path / "cut" / "predictions.json").read_bytes() == (
-        tmp_path / "whole" / "predictions.json"
-    ).read_bytes() and total <= len(first.asked) + len(rest.asked) <= total + 8
+    assert total <= len(first.asked) + len(rest.asked) <= total + 8
     with pytest.raises(ValueError, match="width: 5 there, 7 now"):
         predict(
-            tmp_path / "cut",
-            POOL,
-            ITEMS,
-            rest,
-            STORE,
-            "beam",
-            2,
-            MODEL,
-            by="confidence",
-            window=4,
-            width=7,
-            progress=False,
+            tmp_path / "cut", POOL, ITEMS, rest, STORE, "beam", 2, MODEL, by="confidence", window=4, width=7,
+            progress=False
         )
 
 def test_failures_are_named_then_asked_again(tmp_path):
@@ -381,10 +337,10 @@ def test_failures_are_named_then_asked_again(tmp_path):
         tmp_path / "blank", POOL, ITEMS, Says(fails=[3]), how="random", S=2, progress=False, blank=True
     )
     out = {r["question_id"]: r["answer"] for r in check_results(run.path / "predictions.json", QS)}
+    assert out[3] == ""
+    assert run.metrics["failed"] == 1
     assert (
-        out[3] == ""
-        and run.metrics["failed"] == 1
-        and run.metrics["acc"]
+        run.metrics["acc"]
         == pytest.approx(run.frame("predictions.parquet").query("question_id != 3").vqa_acc_score.mean())
     )
 

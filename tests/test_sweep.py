@@ -22,12 +22,7 @@ def data(tmp_path_factory):
     kw = dict(counts=dict(beam=2, random=3), test=0, progress=False)
     return w, {
         s: generate(
-            d / s,
-            list(w.pools[s])[:10],
-            w.items,
-            w.pools[s].only(list(w.pools[s])[:10]),
-            w.scorer,
-            w.store,
+            d / s, list(w.pools[s])[:10], w.items, w.pools[s].only(list(w.pools[s])[:10]), w.scorer, w.store,
             **kw
         )
         for s in ("train", "dev")
@@ -37,16 +32,13 @@ BASE = {"model.d_hidden": 8, "bs": 10, "rce.n_epoch": 1, "rce.watch": None, "rce
 GRID = {"reward": ["hard_only", "gtprob"], "rce.norm": ["raw", "zscore"]}
 same = lambda a, b: pd.testing.assert_frame_equal(a.drop(columns="seconds"), b.drop(columns="seconds"))
 
-# ---- grids ------------------------------------------------------------------------------------------------------------
+# ---- grids --------------------------------------------------------------------------------------------------------
 
 VALUES = {
     "objective": ["rce", "sft", "listwise", ("rce", "grpo")],
     "reward": ["hard_only", "legacy", "gtprob", ("hybrid", dict(alpha=0.3))],
-    "reward.hard_weight": [1.0, 2.0],
-    "rce.norm": ["raw", "zscore"],
-    "grpo.how": ["rank", "zscore"],
-    "kind": ["mixed", "text"],
-    "model.d_hidden": [8, 16],
+    "reward.hard_weight": [1.0, 2.0], "rce.norm": ["raw", "zscore"], "grpo.how": ["rank", "zscore"],
+    "kind": ["mixed", "text"], "model.d_hidden": [8, 16]
 }
 
 @settings(max_examples=40)
@@ -80,14 +72,10 @@ def test_a_grid_holds_every_combination_that_differs_once(grid):
 @pytest.mark.parametrize(
     "grid, base, what",
     [
-        ({"rce.nrom": ["raw"]}, {}, "rce.nrom"),
-        ({"objective": ["rec"]}, {}, "fit_rec"),
-        ({"rce.norm": "raw"}, {}, "wanted a list"),
-        ({"kind": ["text"]}, {"kind": "image"}, "grid and base"),
-        ({"reward": ["hard_onyl"]}, {}, "hard_onyl"),
-        ({"rce.resume": ["x"]}, {}, "rce.resume"),
-        ({"grpo.how": ["rank"]}, {}, "grpo.how"),
-        ({"kind": []}, {}, "wanted a list"),
+        ({"rce.nrom": ["raw"]}, {}, "rce.nrom"), ({"objective": ["rec"]}, {}, "fit_rec"),
+        ({"rce.norm": "raw"}, {}, "wanted a list"), ({"kind": ["text"]}, {"kind": "image"}, "grid and base"),
+        ({"reward": ["hard_onyl"]}, {}, "hard_onyl"), ({"rce.resume": ["x"]}, {}, "rce.resume"),
+        ({"grpo.how": ["rank"]}, {}, "grpo.how"), ({"kind": []}, {}, "wanted a list")
     ],
 )
 def test_wrong_grids_are_refused_before_anything_is_trained(grid, base, what):
@@ -96,14 +84,13 @@ def test_wrong_grids_are_refused_before_anything_is_trained(grid, base, what):
 def test_the_reports_grids_can_be_read():
     assert [len(expand_grid(g)) for g in GRIDS.values()] == [34, 4, 2, 4]
 
-# ---- the file ---------------------------------------------------------------------------------------------------------
+# ---- the file -----------------------------------------------------------------------------------------------------
 
 @settings(max_examples=15)
 @given(
     st.lists(
-        st.dictionaries(st.text(max_size=3), st.text(max_size=5) | st.none(), max_size=2),
-        min_size=1,
-        max_size=4,
+        st.dictionaries(st.text(max_size=3), st.text(max_size=5) | st.none(), max_size=2), min_size=1,
+        max_size=4
     ),
     st.integers(0, 60),
 )
@@ -122,7 +109,7 @@ def test_a_line_is_there_or_not(tmp_path_factory, rows, cut):
     f.write_bytes(b'{"a"\n' + whole)
     with pytest.raises(ValueError, match="line 1"): read_rows(f)
 
-# ---- cells ------------------------------------------------------------------------------------------------------------
+# ---- cells --------------------------------------------------------------------------------------------------------
 
 CALLS = []
 def counted(learn, lr=1e-2, spoil=False):
@@ -141,13 +128,8 @@ def test_same_settings_same_rows_and_a_changed_grid_reuses_what_is_there(data, t
     assert len(CALLS) == 4
     # only 3e-2, hard_plus_soft, seed 1 was there
     b = sweep(
-        tmp_path / "a",
-        {"mine.lr": [3e-2, 5e-2], "reward": ["hard_plus_soft", "gtprob"]},
-        groups,
-        w,
-        [1],
-        MINE,
-        STAGES,
+        tmp_path / "a", {"mine.lr": [3e-2, 5e-2], "reward": ["hard_plus_soft", "gtprob"]}, groups, w, [1],
+        MINE, STAGES
     )
     assert len(CALLS) == 4 + 3
     shared = b[(b["mine.lr"] == 3e-2) & (b.reward == "hard_plus_soft") & (b.seed == 1)]
@@ -177,15 +159,14 @@ def test_numbers_are_those_of_the_facts_and_no_test_question_is_asked(data, tmp_
     scored = sweep_scores(tmp_path / "s", frame.cell)
     assert frame.set_index("cell").acc.to_dict() == pytest.approx(
         scored.groupby("selector").vqa_acc_score.mean().to_dict()
-    ) and set(scored.question_id) == set(groups["dev"].queries)
+    )
+    assert set(scored.question_id) == set(groups["dev"].queries)
     # facts are shared among cells
     assert len(s.asked) == len(set(s.asked)) and {q for q, _ in s.asked} <= set(groups["dev"].queries)
     for r in scored.sample(5, random_state=0).itertuples():
-        assert (
-            s.inner.fingerprint
-            and set(r.pointer) <= set(groups["dev"].pool[r.question_id])
-            and len(r.pointer) == 2
-        )
+        assert s.inner.fingerprint
+        assert set(r.pointer) <= set(groups["dev"].pool[r.question_id])
+        assert len(r.pointer) == 2
 
 def test_facts_are_asked_in_the_style_that_was_asked_for(data, tmp_path):
     w, groups = data
@@ -205,23 +186,19 @@ def test_a_failed_cell_is_recorded_and_tried_again_and_a_kill_costs_one_cell(dat
     grid = {"mine.spoil": [False, True], "mine.lr": [1e-2, 2e-2]}
     f = sweep(tmp_path / "s", grid, groups, w, [0], MINE, STAGES)
     bad = f[f["mine.spoil"] == True]
-    assert (
-        (bad.status == "failed").all()
-        and bad.error.str.contains("RuntimeError: .*spoilt").all()
-        and bad.acc.isna().all()
-        and (f.status[f["mine.spoil"] == False] == "done").all()
-    )
+    assert (bad.status == "failed").all()
+    assert bad.error.str.contains("RuntimeError: .*spoilt").all()
+    assert bad.acc.isna().all()
+    assert (f.status[f["mine.spoil"] == False] == "done").all()
     assert all(
         "counted" in r["traceback"]
         for r in read_rows(tmp_path / "s" / "cells.jsonl")
         if r["status"] == "failed"
     )
     t = sweep_table(f, "mine.spoil")
-    assert (
-        t.verdict.tolist() == ["default", "failed"]
-        and t.failed.tolist() == [0, 2]
-        and "2 cells failed" in sweep_text(t)
-    )
+    assert t.verdict.tolist() == ["default", "failed"]
+    assert t.failed.tolist() == [0, 2]
+    assert "2 cells failed" in sweep_text(t)
     plot_sweep(f, "mine.spoil")
     # the failed ones, again
     CALLS.clear()
@@ -254,11 +231,9 @@ def test_shards_do_their_part_and_find_each_others_cells(data, tmp_path):
     whole = sweep(tmp_path / "one", GRID, groups, w, [0], BASE)
     parts = [sweep(tmp_path / "two", GRID, groups, w, [0], BASE, shard=(i, 2)) for i in range(2)]
     mine = [set(r["cell"] for r in read_rows(tmp_path / "two" / f"cells-00{i}of002.jsonl")) for i in range(2)]
-    assert (
-        not mine[0] & mine[1]
-        and mine[0] | mine[1] == set(whole.cell)
-        and set(parts[0].status[~parts[0].cell.isin(mine[0])]) <= {"not run"}
-    )
+    assert not mine[0] & mine[1]
+    assert mine[0] | mine[1] == set(whole.cell)
+    assert set(parts[0].status[~parts[0].cell.isin(mine[0])]) <= {"not run"}
     same(parts[1], whole)
     same(sweep(tmp_path / "two", GRID, groups, w, [0], BASE), whole)
     assert not (tmp_path / "two" / "cells.jsonl").exists()
@@ -268,20 +243,15 @@ def test_info_score_and_stages_in_turn(data, tmp_path):
     w, groups = data
     f = sweep(
         tmp_path / "s",
-        {"reward": ["hard_plus_soft", ("hybrid", dict(alpha=0.5))], "objective": [("rce", "grpo")]},
-        groups,
-        w,
-        [0],
-        BASE | {"grpo.n_epoch": 1, "grpo.watch": None, "grpo.min_live": 0.0},
+        {"reward": ["hard_plus_soft", ("hybrid", dict(alpha=0.5))], "objective": [("rce", "grpo")]}, groups,
+        w, [0], BASE | {"grpo.n_epoch": 1, "grpo.watch": None, "grpo.min_live": 0.0}
     )
     assert (f.status == "done").all(), f.error.tolist()
-    assert (
-        f.reward.tolist() == ["hard_plus_soft", "hybrid(alpha=0.5)"]
-        and f.objective.tolist() == ["rce+grpo"] * 2
-        and (f.epochs == 2).all()
-    )
+    assert f.reward.tolist() == ["hard_plus_soft", "hybrid(alpha=0.5)"]
+    assert f.objective.tolist() == ["rce+grpo"] * 2
+    assert (f.epochs == 2).all()
 
-# ---- tables -----------------------------------------------------------------------------------------------------------
+# ---- tables -------------------------------------------------------------------------------------------------------
 
 def planted(effect, seeds=5, n=120, cells=2, g=np.random.default_rng(0)):
     "(frame, scored) of a default and `cells - 1` others that gain `effect` on it"
@@ -295,15 +265,8 @@ def planted(effect, seeds=5, n=120, cells=2, g=np.random.default_rng(0)):
         out.append(
             pd.DataFrame(
                 dict(
-                    selector=cell,
-                    shots=2,
-                    draw=s,
-                    question_id=range(n),
-                    pointer=[(1, 2)] * n,
-                    vqa_acc_score=acc,
-                    vqa_gt_prob=acc,
-                    vqa_pred_answer="x",
-                    eval_failed=False,
+                    selector=cell, shots=2, draw=s, question_id=range(n), pointer=[(1, 2)] * n,
+                    vqa_acc_score=acc, vqa_gt_prob=acc, vqa_pred_answer="x", eval_failed=False
                 )
             )
         )
@@ -317,11 +280,9 @@ def test_no_effect_is_not_called_one_and_a_planted_one_is_found():
     f, s = planted(0.3, cells=3)
     t = sweep_table(f, "x", scored=s, n_boot=1000)
     assert (t.p_holm[1:] <= 0.05).all() and "2 of 2 rows differ" in sweep_text(t)
-    assert (
-        t.acc.tolist() == pytest.approx(f.groupby("x").acc.mean().tolist())
-        and t.sd_seeds.tolist() == pytest.approx(f.groupby("x").acc.std().tolist())
-        and t.delta[1:].tolist() == pytest.approx((t.acc[1:] - t.acc[0]).tolist())
-    )
+    assert t.acc.tolist() == pytest.approx(f.groupby("x").acc.mean().tolist())
+    assert t.sd_seeds.tolist() == pytest.approx(f.groupby("x").acc.std().tolist())
+    assert t.delta[1:].tolist() == pytest.approx((t.acc[1:] - t.acc[0]).tolist())
     assert ((t.lo <= t.acc) & (t.acc <= t.hi)).all()
     other = sweep_table(f, "x", dict(x=2), s, n_boot=1000)
     assert other.verdict[2] == "default" and other.delta[0] == pytest.approx(-t.delta[2])
@@ -344,9 +305,8 @@ def test_other_settings_are_averaged_within_a_seed():
     f["x"] = f.x // 2
     t = sweep_table(f, "x", scored=s, n_boot=500)
     assert t.configs.tolist() == [2, 2] and t.seeds.tolist() == [5, 5]
-    assert t.acc.tolist() == pytest.approx(
-        f.groupby("x").acc.mean().tolist()
-    ) and t.sd_seeds.tolist() == pytest.approx(
+    assert t.acc.tolist() == pytest.approx(f.groupby("x").acc.mean().tolist())
+    assert t.sd_seeds.tolist() == pytest.approx(
         f.groupby(["x", "seed"]).acc.mean().groupby("x").std().tolist()
     )
     assert len(sweep_table(f, ["x", "y"], scored=s, n_boot=500)) == 4
