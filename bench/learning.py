@@ -147,14 +147,7 @@ class Trial:
 
     def recipe(self, name, **changes):
         r = recipe(name, RECIPES | EARLIER, data=dict(reward=self.mode), **changes)
-        learn = recipe_learner(
-            r,
-            self.train,
-            self.dev,
-            self.world.store,
-            self.seed,
-            choose_by=self.choose_by,
-        )
+        learn = recipe_learner(r, self.train, self.dev, self.world.store, self.seed, choose_by=self.choose_by)
         return fit_recipe(learn, r)
 
     def warm(self, sampler="random"):

@@ -31,7 +31,7 @@ def on_the_gpu():
     torch.cuda.empty_cache()
 
 
-# ---- the scorer -----------------------------------------------------------------------------------------------------
+# ---- the scorer --------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -60,7 +60,8 @@ def test_half_precision_stays_within_its_rounding(tmp_path, images, store, dtype
     c = compare(
         SharedScorer(lvlm, **STORES[store]).run(prompts, targets), NaiveScorer(lvlm).run(prompts, targets)
     )
-    assert not c["failed"] and c["logprob"] < lvlm.tolerance
+    assert not c["failed"]
+    assert c["logprob"] < lvlm.tolerance
 
 def test_cpu_and_gpu_say_the_same(folder, prompts_and_goals):
     here, there = (SharedScorer(load_lvlm(folder, device=d)).run(*prompts_and_goals) for d in ("cpu", "cuda"))
@@ -84,7 +85,7 @@ def test_running_out_of_memory_is_survived(folder, images):
     assert tight.stats.retries > 0 and not c["failed"] and c["logprob"] < 1e-3, (tight.stats, c)
 
 
-# ---- the embedded world ---------------------------------------------------------------------------------------------
+# ---- the embedded world ------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def islands():
@@ -95,7 +96,8 @@ def test_stored_facts_hold(islands):
     "Facts that a CPU stored are this model's, and it says the same again"
     from leverplus.rldata_ask import FactCache, ask
     facts = islands.facts()
-    assert islands.scorer.lvlm.device.type == "cuda" and islands.scorer.lvlm.model.dtype == torch.float32
+    assert islands.scorer.lvlm.device.type == "cuda"
+    assert islands.scorer.lvlm.model.dtype == torch.float32
     sample = facts.sample(256, random_state=0)
     again = ask(sample[["question_id", "pointer"]], islands.scorer, islands.items, FactCache())
     assert again.vqa_pred_answer.tolist() == sample.vqa_pred_answer.tolist()
@@ -125,7 +127,7 @@ def test_half_precision_is_asked_for_and_then_said(islands):
     with pytest.raises(ValueError, match="bfloat16.*load_world"): half.facts()
 
 
-# ---- training -------------------------------------------------------------------------------------------------------
+# ---- training ----------------------------------------------------------------------------------------------
 
 def learner(**kw):
     from leverplus.learner import selector_learner
@@ -199,7 +201,8 @@ def test_same_seed_same_weights(stage, model):
     start = learner(**MODELS[model])
     first = train()
     second = train()
-    assert next(first.model.parameters()).is_cuda and same(weights(first), weights(second))
+    assert next(first.model.parameters()).is_cuda
+    assert same(weights(first), weights(second))
     # they did train
     assert not same(
         {k: v.cpu() for k, v in weights(first).items()}, {k: v.cpu() for k, v in weights(start).items()}
@@ -218,7 +221,8 @@ def test_training_goes_on_bit_for_bit(tmp_path):
     assert next(whole.model.parameters()).is_cuda
     with pytest.raises(SystemExit): train(tmp_path/"run", at=8)
     again = train(tmp_path/"run")
-    assert same(weights(whole), weights(again)) and not any(loss.is_cuda for loss in again.recorder.losses)
+    assert same(weights(whole), weights(again))
+    assert not any(loss.is_cuda for loss in again.recorder.losses)
 
 @pytest.mark.parametrize("precision", ["to_fp16", "to_bf16"])
 def test_mixed_precision_trains(precision):
@@ -228,7 +232,8 @@ def test_mixed_precision_trains(precision):
     before = valid_loss(learn)
     getattr(learn, precision)()
     fit(learn, "fit_rce", n_epoch=6, lr=2e-2, watch=None)
-    assert all(p.isfinite().all() for p in learn.model.parameters()) and valid_loss(learn) < before
+    assert all(p.isfinite().all() for p in learn.model.parameters())
+    assert valid_loss(learn) < before
 
 @pytest.mark.parametrize("objective", ["rloo", "grpo", "distinct"])
 def test_rounds_on_policy(islands, objective):
@@ -285,7 +290,7 @@ def test_one_set_of_weights_picks_the_same_on_both(islands):
     assert agree >= .99, agree
 
 
-# ---- doors, demo, README, book --------------------------------------------------------------------------------------
+# ---- doors, demo, README, book -----------------------------------------------------------------------------
 
 def shell(*words, cwd):
     env = {k: v for k, v in os.environ.items() if k != "TQDM_DISABLE"} | dict(
@@ -343,10 +348,8 @@ def test_the_demo(tmp_path, islands):
     table = run_demo(tmp_path/"demo", progress=False, **SMALL).set_index(["selector", "shots"]).acc
     facts = islands.facts()
     zero = facts[facts.pointer.map(len) == 0]
-    assert (
-        table["zero_shot", 0] == pytest.approx(zero.vqa_acc_score.mean())
-        and table["oracle", 2] == table.max()
-    )
+    assert table["zero_shot", 0] == pytest.approx(zero.vqa_acc_score.mean())
+    assert table["oracle", 2] == table.max()
     assert (tmp_path/"demo"/"report.html").exists()
 
 def test_readme_code(tmp_path): run_blocks(tmp_path)

@@ -73,17 +73,13 @@ def test_the_steps_run_on_okvqa(okvqa, tmp_path):
     )
     out = {}
     for s in STEPS: out[s] = page[s](w, 14, 6) if s == "count" else page[s](w)
-    assert (
-        out["tell"]["rows"] == 14 * 8
-        and out["tell"]["failed"] == 0
-        and out["count"].prompts["generate"] == 14 * (8 + 4)
-    )
-    assert check_results(out["answer"], w.test) and w.pools["test"].recipe["parts"] == dict(
-        text=4, image=4, random=8
-    )
-    assert {"chosen", "oracle", "random", "zero_shot"} <= set(w.table.selector) and (
-        w.eval.path / "report.html"
-    ).stat().st_size > 20_000
+    assert out["tell"]["rows"] == 14 * 8
+    assert out["tell"]["failed"] == 0
+    assert out["count"].prompts["generate"] == 14 * (8 + 4)
+    assert check_results(out["answer"], w.test)
+    assert w.pools["test"].recipe["parts"] == dict(text=4, image=4, random=8)
+    assert {"chosen", "oracle", "random", "zero_shot"} <= set(w.table.selector)
+    assert (w.eval.path / "report.html").stat().st_size > 20_000
     with pytest.raises(ValueError, match="trained on another kind of pool"): # what a checkpoint is for
         page["draw"](v := SimpleNamespace(**vars(w) | dict(sampler="random")))
         page["answer"](v)

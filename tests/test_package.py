@@ -26,7 +26,7 @@ def toml():
 def requirements(lines): return {Requirement(line).name: Requirement(line) for line in lines}
 
 
-# ---- one truth, written twice ---------------------------------------------------------------------------------------
+# ---- one truth, written twice ------------------------------------------------------------------------------
 
 def test_settings_and_pyproject_say_the_same(ini, toml):
     project, nbdev = toml["project"], toml["tool"]["nbdev"]
@@ -59,7 +59,7 @@ def test_version_stands_once(ini):
     assert __version__ == ini["version"] # nbdev 2.4 writes it from here; pyproject.toml reads the package's
 
 
-# ---- versions -------------------------------------------------------------------------------------------------------
+# ---- versions ----------------------------------------------------------------------------------------------
 
 def pins(name):
     "{distribution: version} of a constraints file, markers aside"
@@ -83,7 +83,7 @@ def test_lower_bounds_are_what_was_tested(ini):
         assert least and Version(least[0]) == pinned[r.name], f"{r}: the oldest set has {pinned[r.name]}"
 
 
-# ---- the wheel ------------------------------------------------------------------------------------------------------
+# ---- the wheel ---------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
@@ -121,17 +121,16 @@ def test_the_wheel_brings_the_world(site):
     code = ("import leverplus, torch; from leverplus.world import load_world; w = load_world(device='cpu'); "
             "print(leverplus.__file__, len(w.items), len(w.facts()), w.items.image_path.iloc[0])")
     package, items, facts, image = python(site, code).split()
-    assert (
-        Path(package).is_relative_to(site)
-        and Path(image).is_relative_to(site)
-        and (int(items), int(facts)) == (2150, 257_000)
-    )
+    assert Path(package).is_relative_to(site)
+    assert Path(image).is_relative_to(site)
+    assert (int(items), int(facts)) == (2150, 257_000)
 
 def test_the_wheel_works_at_the_doors(site):
     from leverplus import __version__
     assert python(site, None, "-m", "leverplus", "--version").strip() == f"leverplus {__version__}"
     plan = python(site, None, "-m", "leverplus", "generate", "--dry-run", "--out", "runs/try")
-    assert "plan of leverplus generate" in plan and not (site.parent/"runs").exists()
+    assert "plan of leverplus generate" in plan
+    assert not (site.parent/"runs").exists()
 
 def test_without_the_world_it_says_where_to_get_it(site, tmp_path):
     import shutil
@@ -141,14 +140,16 @@ def test_without_the_world_it_says_where_to_get_it(site, tmp_path):
         "from leverplus.world import load_world\ntry: load_world()\nexcept FileNotFoundError as e: print(e)"
     )
     said = python(bare, code)
-    assert "islands" in said and "comes with the wheel of leverplus and with a checkout" in said
+    assert "islands" in said
+    assert "comes with the wheel of leverplus and with a checkout" in said
 
 def test_entry_points_of_the_wheel(site):
     text = next(site.glob("leverplus-*.dist-info/entry_points.txt")).read_text()
-    assert "leverplus = leverplus.__main__:main" in text and "leverplus-demo = leverplus.demo:main" in text
+    assert "leverplus = leverplus.__main__:main" in text
+    assert "leverplus-demo = leverplus.demo:main" in text
 
 
-# ---- what is imported when ------------------------------------------------------------------------------------------
+# ---- what is imported when ---------------------------------------------------------------------------------
 
 HEAVY = {"torch", "pandas", "numpy", "fastai", "fastcore", "transformers", "matplotlib", "pyarrow"}
 
@@ -167,10 +168,12 @@ def test_the_first_page_is_that_of_the_full_parser(capsys):
     from leverplus.doors import COMMANDS, answer
     with pytest.raises(SystemExit) as e: answer(["--help"])
     first = capsys.readouterr().out
-    assert e.value.code == 0 and first == cli.parser().format_help()
+    assert e.value.code == 0
+    assert first == cli.parser().format_help()
     assert [a.__name__.removeprefix("add_") for a in cli.DOORS] == list(COMMANDS)
     with pytest.raises(SystemExit) as e: answer(["trian"])
-    assert e.value.code == 2 and "invalid choice: 'trian'" in capsys.readouterr().err
+    assert e.value.code == 2
+    assert "invalid choice: 'trian'" in capsys.readouterr().err
 
 def test_both_ways_in_are_the_same_door():
     from leverplus.__main__ import main

@@ -62,7 +62,7 @@ def settings():
     cfg.read(ROOT / "settings.ini", encoding="utf8")
     return cfg["DEFAULT"]
 
-# ---- modules and notebooks ------------------------------------------------------------------------------------------
+# ---- modules and notebooks ---------------------------------------------------------------------------------
 
 def test_modules_are_what_the_notebooks_export():
     made = {p.relative_to(LIB).with_suffix("").as_posix().replace("/", ".") for p in MODULES} - GENERATED
@@ -133,7 +133,7 @@ def leverplus_modules(tree):
             elif n.module == "leverplus": yield from (a.name for a in n.names)
             elif (n.module or "").startswith("leverplus."): yield n.module.split(".")[1]
 
-# ---- what a page looks like -----------------------------------------------------------------------------------------
+# ---- what a page looks like --------------------------------------------------------------------------------
 
 @each_notebook
 def test_page_opens_with_title_and_purpose(path):
@@ -201,7 +201,7 @@ def defines(node):
     called = (n.func for n in ast.walk(node) if isinstance(n, ast.Call))
     return not {f.attr if isinstance(f, ast.Attribute) else getattr(f, "id", "") for f in called} & WORKING
 
-# ---- how code is written ---------------------------------------------------------------------------------------------
+# ---- how code is written -----------------------------------------------------------------------------------
 
 COLUMNS = 120
 BY_PEOPLE = [
@@ -236,7 +236,7 @@ def test_lines_can_be_read_without_scrolling(path):
     ]
     assert not wrong, f"{ident(path)}: more than {COLUMNS} columns in {', '.join(wrong)}"
 
-# ---- modules --------------------------------------------------------------------------------------------------------
+# ---- modules -----------------------------------------------------------------------------------------------
 
 @each_module
 def test_public_definitions_have_a_docstring(path):
@@ -294,7 +294,7 @@ def test_all_gathers_every_module_without_clashes():
     twice = {k: v for k, v in homes.items() if len(v) > 1}
     assert not twice, f"`from leverplus.all import *` would hide one of each: {twice}"
 
-# ---- every file -----------------------------------------------------------------------------------------------------
+# ---- every file --------------------------------------------------------------------------------------------
 
 def shipped_files():
     "Files that git tracks or would add; without git, the folders of the package"
@@ -327,11 +327,9 @@ def test_rules_would_notice():
     assert says_why(["One.\n\n`f` comes from a later page, `70_learner`."], "70_learner")
     assert not says_why(["A later page.\n\nSee `70_learner`."], "70_learner")
     home = "/" + "home/me/data"
-    assert (
-        MACHINE_PATH.search(f'"{home}"')
-        and not MACHINE_PATH.search("https://x.org" + home)
-        and not MACHINE_PATH.search("../shared/" + "work/a")
-    )
+    assert MACHINE_PATH.search(f'"{home}"')
+    assert not MACHINE_PATH.search("https://x.org" + home)
+    assert not MACHINE_PATH.search("../shared/" + "work/a")
     assert not any(map(defines, ast.parse("print(1)\nfor i in x: pass\ny = open('f')\nz.fit()").body))
     assert all(map(defines, ast.parse("import os\nA = re.compile('a')\nB: int = 3\ndef f(): print(1)").body))
     assert list(
@@ -341,7 +339,5 @@ def test_rules_would_notice():
             )
         )
     ) == ["x", "vqa", "data"]
-    assert (
-        directives("#| export\n#| slow\nx = 1\n#| hide") == {"export": "", "slow": ""}
-        and directives("# a\n#| export") == {}
-    )
+    assert directives("#| export\n#| slow\nx = 1\n#| hide") == {"export": "", "slow": ""}
+    assert directives("# a\n#| export") == {}
