@@ -6,14 +6,13 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from hypothesis import given, settings, strategies as st
 from leverplus.core import rng
+from leverplus.decode import best_sequences
 from leverplus.embed import EmbedStore
 from leverplus.groups import PROPOSAL_COLUMNS, RLData
 from leverplus.losses import inclusion_logp
 from leverplus.lvlm import MockScorer
 from leverplus.pools import Pool
-from leverplus.rldata_propose import (
-    COUNTS, SimilarityPrior, best_sequences, check_counts, nearest_sets, propose,
-)
+from leverplus.rldata_propose import COUNTS, SimilarityPrior, check_counts, nearest_sets, propose
 from leverplus.runs import Busy
 from leverplus.rldata_generate import Generation, NotVerified, flat_queries, generate, run_lock, shard_queries
 from leverplus.rldata_ask import (

@@ -4,8 +4,9 @@ import pytest, torch
 from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file, save_file
 from leverplus.core import frozen
+from leverplus.decode import check_room, gumbel_given_max
 from leverplus.losses import entropy_steps, kl_exact
-from leverplus.selector import PointerSelector, Shared, check_room, check_seqs, gumbel_given_max
+from leverplus.selector import PointerSelector, Shared, check_seqs
 
 D, H = 6, 10
 close = lambda a, b, tol=1e-5: torch.testing.assert_close(a, b, atol=tol, rtol=tol)
