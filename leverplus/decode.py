@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['device_of', 'Prefixes', 'Stepwise', 'tree_search', 'gumbel_given_max', 'fresh_noise', 'stored_noise', 'rooted',
-           'best_sequences', 'independent', 'check_room', 'Length', 'sequence_length', 'beam_search', 'greedy_picks',
-           'sample_distinct', 'sample_plain', 'enumerate_all', 'deciding']
+           'best_sequences', 'independent', 'check_room', 'SequenceLength', 'sequence_length', 'beam_search',
+           'greedy_search', 'sample_distinct', 'sample_plain', 'enumerate_all', 'deciding']
 
 # %% ../nbs/14_decode.ipynb #87f0d6b9
 import contextlib, math
@@ -47,7 +47,7 @@ class Stepwise:
         return Prefixes(torch.zeros(self.B, P, 0, dtype=torch.long))
 
     def point(self, enc, state, t, temperature=1., stop=None):
-        "Log-probabilities [B,P,K] of the pick at step `t`; `temperature` divides them, `stop` is for a policy with STOP"
+        "Log-probabilities [B,P,K] of the pick at step `t`; `temperature` divides the logits, `stop` offers STOP"
         how = {} if self.stop is None or stop is None else dict(stop=stop)
         step = self.policy.step_logp(enc, state.seqs.to(device_of(self.policy)), **how)
         step = step.detach().cpu().double()
@@ -70,8 +70,8 @@ def tree_search(
     enc, # B queries, as `policy.encode` made them
     steps:int, # T, picks of a sequence
     width:int, # W > 0, prefixes kept per query
-    origin:torch.Tensor, # [B,1] of zeros: the log-probability of the empty prefix, with the precision and device of all sums
-    noise=None, # function (t, [B,P,K]) -> standard Gumbel noise of that shape: sample without replacement. None: beam search
+    origin:torch.Tensor, # [B,1] zeros, the log-probability of nothing; its dtype and device are those of the sums
+    noise=None, # (t, [B,P,K]) -> Gumbel noise of that shape: sample without replacement; None: beam search
     stable:bool=False, # of equal keys the first wins, on every machine; otherwise as `topk` likes, which is faster
     **how, # for `point`: temperature, stop
 )->tuple: # (seqs int [B,W,T], logp [B,W], keys [B,W]), largest key first; -inf where a query has fewer sequences
@@ -137,9 +137,9 @@ def best_sequences(
     S:int, # shots
     width:int, # sequences per query, > 0
     temperature:float=1., # > 0; divides the step logits
-    noise:torch.Tensor|None=None, # [B,S,width,K] standard Gumbel draws: sample without replacement; None: beam search
-    root:torch.Tensor|None=None, # [B] standard Gumbel draws: return the `rooted` keys by which sequences were kept, too
-)->tuple: # (local indices [B,W,S], log-probability [B,W], -inf where a pool has fewer sequences), best or first drawn first; keys [B,W]
+    noise:torch.Tensor|None=None, # [B,S,width,K] Gumbel draws: sample without replacement; None: beam search
+    root:torch.Tensor|None=None, # [B] Gumbel draws: return the `rooted` keys by which sequences were kept, too
+)->tuple: # (seqs [B,W,S], logp [B,W], -inf where a pool has fewer), best or first drawn first; keys [B,W]
     "Beam search, or exact sampling without replacement, through any policy"
     seqs, logp, keys = tree_search(
         Stepwise(policy, B), enc, S, width,
@@ -185,7 +185,7 @@ def check_room(
 
 # %% ../nbs/14_decode.ipynb #780d5cfa
 @dataclass
-class Length:
+class SequenceLength:
     "How many picks a sequence has"
     steps:int # T: exactly so many, or at most
     ends:bool # does the policy end by itself?
@@ -199,13 +199,13 @@ class Length:
 def sequence_length(
     policy, # for S = None it has `stops` and `max_shots`
     S:int|None, # shots; None = the policy ends by itself, ValueError if it cannot
-)->Length: # see there
+)->SequenceLength: # see there
     "What a number of shots asks of a policy"
     if S is None:
         policy.stops(True)
-        return Length(policy.max_shots, True, dict(stop=True))
+        return SequenceLength(policy.max_shots, True, dict(stop=True))
     has_stop = getattr(policy, "stop", None) is not None
-    return Length(S, False, dict(stop=False) if has_stop else {})
+    return SequenceLength(S, False, dict(stop=False) if has_stop else {})
 
 def _as_asked(enc, seqs, logp, S):
     "What a decoder returns: places in the pool; for S = None also which picks are real"
@@ -224,7 +224,7 @@ def beam_search(
     S:int|None, # shots, fewer than the real candidates of any pool; None = the policy ends by itself
     width:int, # W >= 1 beams per query, at most K!/(K-S)!
     room:int=2**20, # queries go in parts with at most so many scores at once; changes no result
-)->tuple: # (seqs int [B,W,S], logp [B,W]) best first; logp is -inf where a padded pool has fewer than W sequences; for S = None also seq_mask
+)->tuple: # (seqs int [B,W,S], logp [B,W]) best first, -inf where a pool has fewer; for S = None also seq_mask
     "The `width` most probable sequences that a beam of that width finds"
     check_room(enc.mask, 1 if S is None else S)
     B, K = enc.mask.shape
@@ -242,7 +242,7 @@ def beam_search(
     return _as_asked(enc, seqs, logp, S)
 
 @torch.no_grad()
-def greedy_picks(
+def greedy_search(
     policy, # has `start`, `point` and `take`
     enc, # B queries, with `mask`
     S:int|None, # shots; None: until STOP is more probable than not
@@ -271,7 +271,7 @@ def sample_distinct(
     n:int, # sequences per query; ValueError if a pool has fewer
     temperature:float=1., # > 0 divides the logits of every step; 1 = the policy itself
     generator:torch.Generator|None=None, # source of randomness; default torch's own
-)->tuple: # (seqs int [B,n,S] all different, logp [B,n] float64, under the policy at its temperature); for S = None also seq_mask
+)->tuple: # (seqs int [B,n,S] all different, logp [B,n] float64, tempered); for S = None also seq_mask
     "Draw `n` different sequences per query, without replacement, by stochastic beam search"
     check_room(enc.mask, 1 if S is None else S)
     length = sequence_length(policy, S)
@@ -316,7 +316,7 @@ def enumerate_all(
     enc, # B queries with `mask`, pools padded to K
     S:int|None, # shots; None = whatever the policy may end with, 1..max_shots
     limit:int=1_000_000, # refuse more sequences than this
-)->tuple: # (seqs int [B,M,S], logp [B,M]) with M = K!/(K-S)!; -inf for sequences with padding; gradients flow; for S = None also seq_mask
+)->tuple: # (seqs int [B,M,S], logp [B,M]), M = K!/(K-S)!, -inf where padding is picked; for S = None also seq_mask
     "Every ordered sequence of `S` picks and its log-probability"
     B, K = enc.mask.shape
     length = sequence_length(policy, S)

@@ -46,7 +46,7 @@ def nearest_sets(
     cos:torch.Tensor, # [B,K] cosines, -inf in padding
     S:int, # shots
     n:int, # sets per query
-)->tuple: # (local indices [B,n,S], most similar last; sum of cosines [B,n], -inf where a pool has fewer sets), best first
+)->tuple: # (local indices [B,n,S], most similar last; sum of cosines [B,n], -inf where there are fewer), best first
     "The `n` sets of `S` candidates with the highest total similarity"
     near, ranking = cos.sort(dim=-1, descending=True, stable=True)
     near = near[:, :S+n-1]

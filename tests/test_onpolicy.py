@@ -367,10 +367,10 @@ def test_shot_counts_of_their_own_are_trained_as_if_alone():
         fit(learn, 1, [NoDropout(), RLOO(scale="none", adv_clip=None), cb, Grad()], lr=0.0)
         return out[0]
     def _drawn(cb, qs): # the same noise whatever else is drawn
-        from leverplus.callback_onpolicy import _stack
+        from leverplus.callback_onpolicy import stack_padded
         store, pool, _ = cb.world()
         parts = [draw_groups(cb.model, pool, store, qs, S, cb.G, key=(7, S)) for S in cb.shots]
-        return {k: None if parts[0][k] is None else _stack([d[k] for d in parts]) for k in parts[0]}
+        return {k: None if parts[0][k] is None else stack_padded([d[k] for d in parts]) for k in parts[0]}
     one = grads(1)
     two = grads(2)
     both = grads((1, 2))
