@@ -306,7 +306,7 @@ class OnPolicy(StageCallback):
         self.given = partial(_these, store, pool, queries)
         self.world = None
         self.fingerprint = ""
-        # what happened so far: a row per round, everything that was drawn, best reward by group, rounds without progress
+        # so far: a row per round, everything that was drawn, best reward by group, rounds without progress
         self.trace = []
         self.tried = []
         self.seen = {}
@@ -632,7 +632,7 @@ class GreedyLoss:
         queries=None, # question_ids; None: all of `pool`
         kind:str="mixed", # embeddings that the policy reads
         top:float=1., # the best reward there is
-        max_failed:float=0., # share of picks, 0..1, that may have no reward and count as 0, with a warning; past it `NoReward`
+        max_failed:float=0., # share of picks, 0..1, that may lack a reward; they count as 0, with a warning
     ):
         self.shots = shot_counts(shots, "GreedyLoss")
         self.kind = kind
