@@ -29,38 +29,7 @@ from .callback_schedule import Phases, SplitShots
 from fastai.callback.core import CancelFitException
 from fastai.data.load import DataLoader
 
-# %% ../nbs/68_callback_onpolicy.ipynb #8d6f4b0c
-def _inputs(pool, store, queries, kind):
-    "Query [B,D], candidates [B,K,D], mask [B,K]"
-    flat = store.get([i for q in queries for i in pool[q]], kind)
-    cands, mask = pad_rows(list(flat.split([len(pool[q]) for q in queries])), 0.)
-    return store.get(queries, kind), cands, mask
-
-def _noise(queries, sizes, T, width, key):
-    "Standard Gumbel draws [B,T,width,K+1], the last for STOP; each query draws for its own pool size"
-    out = torch.zeros(len(queries), T, width, max(sizes)+1, dtype=torch.float64)
-    for b, (q, k) in enumerate(zip(queries, sizes)):
-        drawn = torch.from_numpy(rng("on-policy", *key, q).gumbel(size=(T, width, k+1)))
-        out[b, ..., :k] = drawn[..., :k]
-        out[b, ..., -1] = drawn[..., k]
-    return out
-
-def _distinct(steps, enc, noise, root):
-    "Sequences without replacement, their log-probabilities, and the key of the first one left out"
-    B, T, width, _ = noise.shape
-    origin = torch.zeros(B, 1, dtype=torch.float64)
-    seqs, logp, keys = tree_search(steps, enc, T, width, origin, stored_noise(noise), stable=True)
-    keys = rooted(keys, root)
-    if keys.shape[1] == width: kappa = keys[:, -1]
-    else: kappa = torch.full((B,), -torch.inf, dtype=torch.float64)   # fewer sequences than were asked for
-    return seqs[:, :width-1], logp[:, :width-1], kappa
-
-def _greedy(policy, enc, B, S):
-    "Greedy sequences and which picks are real [B,T], on the CPU"
-    if S is None: return tuple(x.cpu() for x in policy.greedy(enc, None))
-    seqs = best_sequences(policy, enc, B, S, 1)[0][:, 0]
-    return seqs, torch.ones_like(seqs, dtype=torch.bool)
-
+# %% ../nbs/68_callback_onpolicy.ipynb #901f8e7c
 def draw_groups(
     policy, # module with `encode` and `step_logp`; one with STOP ends its sequences itself
     pool, # `Pool`, more candidates than shots
@@ -71,8 +40,8 @@ def draw_groups(
     distinct:bool=False, # without replacement?
     key:tuple=(0,), # names the draw, e.g. (seed, round)
     kind:str="mixed", # embeddings that the policy reads
-)->dict: # CPU tensors, see the next cell but one; logp is exact, kappa the threshold of `inclusion_logp`
-    "Draw groups from the policy as it is, without dropout"
+)->dict: # CPU tensors: a batch, seqs [B,G,S], mask and logp [B,G], kappa [B] or None, greedy [B,S]; all below
+    "Draw groups from the policy as it is, without dropout; logp is exact, kappa the threshold of `inclusion_logp`"
     queries = [int(q) for q in queries]
     sizes = [len(pool[q]) for q in queries]
     check_draw(policy, queries, sizes, shots, G)
@@ -121,6 +90,38 @@ def check_draw(
             raise ValueError(
                 f"question_id {q}: its pool has {k} candidates, {least} shots need more: make a larger pool"
                 " (K > S)")
+
+# %% ../nbs/68_callback_onpolicy.ipynb #8d6f4b0c
+def _inputs(pool, store, queries, kind):
+    "Query [B,D], candidates [B,K,D], mask [B,K]"
+    flat = store.get([i for q in queries for i in pool[q]], kind)
+    cands, mask = pad_rows(list(flat.split([len(pool[q]) for q in queries])), 0.)
+    return store.get(queries, kind), cands, mask
+
+def _noise(queries, sizes, T, width, key):
+    "Standard Gumbel draws [B,T,width,K+1], the last for STOP; each query draws for its own pool size"
+    out = torch.zeros(len(queries), T, width, max(sizes)+1, dtype=torch.float64)
+    for b, (q, k) in enumerate(zip(queries, sizes)):
+        drawn = torch.from_numpy(rng("on-policy", *key, q).gumbel(size=(T, width, k+1)))
+        out[b, ..., :k] = drawn[..., :k]
+        out[b, ..., -1] = drawn[..., k]
+    return out
+
+def _distinct(steps, enc, noise, root):
+    "Sequences without replacement, their log-probabilities, and the key of the first one left out"
+    B, T, width, _ = noise.shape
+    origin = torch.zeros(B, 1, dtype=torch.float64)
+    seqs, logp, keys = tree_search(steps, enc, T, width, origin, stored_noise(noise), stable=True)
+    keys = rooted(keys, root)
+    if keys.shape[1] == width: kappa = keys[:, -1]
+    else: kappa = torch.full((B,), -torch.inf, dtype=torch.float64)   # fewer sequences than were asked for
+    return seqs[:, :width-1], logp[:, :width-1], kappa
+
+def _greedy(policy, enc, B, S):
+    "Greedy sequences and which picks are real [B,T], on the CPU"
+    if S is None: return tuple(x.cpu() for x in policy.greedy(enc, None))
+    seqs = best_sequences(policy, enc, B, S, 1)[0][:, 0]
+    return seqs, torch.ones_like(seqs, dtype=torch.bool)
 
 # %% ../nbs/68_callback_onpolicy.ipynb #f4b62d6a
 def distinct_advantage(
@@ -424,6 +425,42 @@ def account(self:OnPolicy, d, pairs, rewards, n_greedy):
     self.acc["best"] += [self.seen[g] for g in groups[-n_greedy:]]
     self.acc["live"] += live_groups(d["rewards"], d["mask"]).tolist()
 
+# %% ../nbs/68_callback_onpolicy.ipynb #8dc6569b
+@patch
+def check(self:OnPolicy):
+    "Refuse objectives and callbacks that would take these groups for others"
+    cbs = list(self.learn.cbs)
+    objective = next((cb for cb in cbs if isinstance(cb, Objective)), None)
+    if objective is None:
+        raise ValueError(
+            "OnPolicy draws groups, and somebody must learn from them: add an objective (`RLOO()`,"
+            " `GRPO()`) to cbs")
+    if any(isinstance(cb, SplitShots) for cb in cbs):
+        raise ValueError(
+            "OnPolicy draws a group per shot count, and SplitShots would order them anew: leave it out,"
+            " and pass shots=(1, 2, ...) for several")
+    if any(isinstance(cb, Phases) for cb in cbs):
+        raise ValueError("OnPolicy and Phases both choose the queries of an epoch: pass one of them")
+    if isinstance(objective, RLOO) and self.distinct:
+        raise ValueError(
+            "RLOO on distinct samples is biased: pass distinct=False, or DistinctPG as the objective")
+    if isinstance(objective, RLOO) and self.every != "batch":
+        raise ValueError(
+            "RLOO has no ratio, so each batch must be drawn when its turn comes: pass every='batch', or"
+            " GRPO as the objective")
+    if isinstance(objective, GRPO): check_refresh(objective, self.every)
+
+def check_refresh(
+    objective:GRPO, # compares with its old policy
+    every:str, # "batch" | "round": when groups are drawn
+)->None: # ValueError unless the old policy is the one that draws
+    "Refuse an old policy that is not the one that drew"
+    want = "epoch" if every == "round" else 1
+    if objective.refresh != want or objective.given is not None:
+        raise ValueError(
+            f"{type(objective).__name__}: refresh {objective.refresh!r}, but groups are drawn every {every}: the old"
+            f" policy must be the one that drew, so refresh={want!r} and no `old`")
+
 # %% ../nbs/68_callback_onpolicy.ipynb #d2c290a7
 @patch
 def before_fit(self:OnPolicy):
@@ -527,42 +564,6 @@ def after_train(self:OnPolicy):
 def table(self:OnPolicy):
     "A row per round: mean rewards drawn, greedy and best; prompts new and known; different pairs so far"
     return pd.DataFrame(self.trace)
-
-# %% ../nbs/68_callback_onpolicy.ipynb #8dc6569b
-@patch
-def check(self:OnPolicy):
-    "Refuse objectives and callbacks that would take these groups for others"
-    cbs = list(self.learn.cbs)
-    objective = next((cb for cb in cbs if isinstance(cb, Objective)), None)
-    if objective is None:
-        raise ValueError(
-            "OnPolicy draws groups, and somebody must learn from them: add an objective (`RLOO()`,"
-            " `GRPO()`) to cbs")
-    if any(isinstance(cb, SplitShots) for cb in cbs):
-        raise ValueError(
-            "OnPolicy draws a group per shot count, and SplitShots would order them anew: leave it out,"
-            " and pass shots=(1, 2, ...) for several")
-    if any(isinstance(cb, Phases) for cb in cbs):
-        raise ValueError("OnPolicy and Phases both choose the queries of an epoch: pass one of them")
-    if isinstance(objective, RLOO) and self.distinct:
-        raise ValueError(
-            "RLOO on distinct samples is biased: pass distinct=False, or DistinctPG as the objective")
-    if isinstance(objective, RLOO) and self.every != "batch":
-        raise ValueError(
-            "RLOO has no ratio, so each batch must be drawn when its turn comes: pass every='batch', or"
-            " GRPO as the objective")
-    if isinstance(objective, GRPO): check_refresh(objective, self.every)
-
-def check_refresh(
-    objective:GRPO, # compares with its old policy
-    every:str, # "batch" | "round": when groups are drawn
-)->None: # ValueError unless the old policy is the one that draws
-    "Refuse an old policy that is not the one that drew"
-    want = "epoch" if every == "round" else 1
-    if objective.refresh != want or objective.given is not None:
-        raise ValueError(
-            f"{type(objective).__name__}: refresh {objective.refresh!r}, but groups are drawn every {every}: the old"
-            f" policy must be the one that drew, so refresh={want!r} and no `old`")
 
 # %% ../nbs/68_callback_onpolicy.ipynb #b5b26fed
 def _each_once(tried):

@@ -35,13 +35,7 @@ class SimilarityPrior:
         logits = enc[:, None].expand(-1, prefix.shape[1], -1)
         return logits.scatter(-1, prefix, -torch.inf).log_softmax(-1)
 
-# %% ../nbs/32_rldata_propose.ipynb #80111eeb
-def _sets_by_rank(K, S, n):
-    "Sets [M,S] of ranks among which the `n` best must be, falling within a set"
-    least = S*(S-1)//2   # ranks 0, 1, ..., S-1
-    near = [ranks[::-1] for ranks in combinations(range(K), S) if sum(ranks) - least < n]
-    return torch.tensor(near)
-
+# %% ../nbs/32_rldata_propose.ipynb #e72268b8
 def nearest_sets(
     cos:torch.Tensor, # [B,K] cosines, -inf in padding
     S:int, # shots
@@ -56,6 +50,12 @@ def nearest_sets(
     total = total[:, :n]
     best = best[:, :n]
     return ranking.gather(1, sets[best].flatten(1)).view(len(cos), -1, S), total
+
+def _sets_by_rank(K, S, n):
+    "Sets [M,S] of ranks among which the `n` best must be, falling within a set"
+    least = S*(S-1)//2   # ranks 0, 1, ..., S-1
+    near = [ranks[::-1] for ranks in combinations(range(K), S) if sum(ranks) - least < n]
+    return torch.tensor(near)
 
 # %% ../nbs/32_rldata_propose.ipynb #cdf8ba03
 COUNTS = dict(beam=5, temperature={1.0: 2, 1.3: 2}, random=1, retrieval=5)
@@ -154,6 +154,11 @@ class ProposalBlock:
     kept:torch.Tensor # bool [B,n], False where a query had no more
     kappa:torch.Tensor # [B,n] the threshold of a draw, nan for what is no draw
 
+def _threshold(n, new, place, keys):
+    "Key [B,1] of the new sequence behind the first `n`, -inf where there is none"
+    if n >= place.shape[1]: return torch.full((len(place), 1), -torch.inf).double()
+    return keys.gather(1, place[:, n:n+1]).masked_fill(~new[:, n:n+1], -torch.inf)
+
 def block_of(
     n:int, # sequences to keep
     found:tuple, # (seqs [B,W,S], score [B,W], -inf where there is none), and the keys [B,W] of a draw
@@ -165,9 +170,7 @@ def block_of(
     "Keep the first `n` new sequences"
     seqs, score, *keys = found
     new, place = new_first(sequence_codes(seqs, K), score > -torch.inf, had)
-    if not keys: kappa = torch.full((len(seqs), 1), math.nan, dtype=torch.float64)
-    elif n >= place.shape[1]: kappa = torch.full((len(seqs), 1), -torch.inf, dtype=torch.float64)
-    else: kappa = keys[0].gather(1, place[:, n:n+1]).masked_fill(~new[:, n:n+1], -torch.inf)
+    kappa = _threshold(n, new, place, keys[0]) if keys else torch.full((len(seqs), 1), math.nan).double()
     new = new[:, :n]
     place = place[:, :n]
     logp = score.gather(1, place).double()
@@ -201,42 +204,7 @@ class Proposals:
         noise, root = named_noise(self.batch, self.S, n, *name)
         return best_sequences(policy, enc, len(root), self.S, n + 1, temperature, noise, root)
 
-# %% ../nbs/32_rldata_propose.ipynb #1d4344b9
-def _record(blocks, batch, cos):
-    "Record columns of a batch, queries in order"
-    found = [(b.method, i if b.method == "beam" else math.nan, b.temperature)
-             for b in blocks for i in range(b.seqs.shape[1])]
-    seqs = torch.cat([b.seqs for b in blocks], 1)
-    logp = torch.cat([b.logp for b in blocks], 1)
-    kappa = torch.cat([b.kappa for b in blocks], 1)
-    kept = torch.cat([b.kept for b in blocks], 1)
-    q, j = (x.numpy() for x in kept.nonzero(as_tuple=True))
-    pick = seqs[q, j].numpy()
-    how = pd.DataFrame(found, columns=["gen_method", "beam_rank", "temperature"])
-    rows = how.iloc[j].reset_index(drop=True).assign(
-        question_id=np.array(batch.queries)[q],
-        pointer=list(map(tuple, batch.ids[q[:, None], pick].tolist())),
-        logprob_score=logp[q, j].numpy(),
-        similarity_score=cos.numpy()[q[:, None], pick].mean(1),
-        kappa=kappa[q, j].numpy())
-    return rows[list(PROPOSAL_COLUMNS)]
-
-def _propose_batch(batch, S, policy, counts, seed):
-    "Proposals of one batch: the methods take turns"
-    device = device_of(policy)
-    enc = policy.encode(batch.query.to(device), batch.cands.to(device), batch.mask.to(device))
-    cos = torch.einsum("bd,bkd->bk", batch.query, batch.cands).masked_fill(~batch.mask, -torch.inf)
-    even = SimilarityPrior(0.)
-    flat = even.encode(batch.query, batch.cands, batch.mask)
-    B = len(batch.queries)
-    proposals = Proposals(batch, S)
-    proposals.add(counts["beam"], lambda width: best_sequences(policy, enc, B, S, width), "beam")
-    proposals.add(counts["retrieval"], lambda width: nearest_sets(cos, S, width), "retrieval")
-    for T, n in counts["temperature"].items():
-        proposals.add(n, lambda width: proposals.draw(policy, enc, width, T, seed, "sample", T), "sample", T)
-    proposals.add(counts["random"], lambda width: proposals.draw(even, flat, width, 1., seed, "random"), "random")
-    return _record(proposals.blocks, batch, cos)
-
+# %% ../nbs/32_rldata_propose.ipynb #378a5941
 def propose(
     pool, # `Pool`; more than S candidates for every query, else ValueError names the query
     store, # `EmbedStore` that holds queries and candidates
@@ -273,6 +241,42 @@ def check_queries(
             " the queries: pass each once")
     if not queries or S < 1:
         raise ValueError(f"propose got {len(queries)} queries and S={S}: pass at least one query and S >= 1")
+
+# %% ../nbs/32_rldata_propose.ipynb #39217d1d
+def _propose_batch(batch, S, policy, counts, seed):
+    "Proposals of one batch: the methods take turns"
+    device = device_of(policy)
+    enc = policy.encode(batch.query.to(device), batch.cands.to(device), batch.mask.to(device))
+    cos = torch.einsum("bd,bkd->bk", batch.query, batch.cands).masked_fill(~batch.mask, -torch.inf)
+    even = SimilarityPrior(0.)
+    flat = even.encode(batch.query, batch.cands, batch.mask)
+    B = len(batch.queries)
+    proposals = Proposals(batch, S)
+    proposals.add(counts["beam"], lambda width: best_sequences(policy, enc, B, S, width), "beam")
+    proposals.add(counts["retrieval"], lambda width: nearest_sets(cos, S, width), "retrieval")
+    for T, n in counts["temperature"].items():
+        proposals.add(n, lambda width: proposals.draw(policy, enc, width, T, seed, "sample", T), "sample", T)
+    proposals.add(counts["random"], lambda width: proposals.draw(even, flat, width, 1., seed, "random"), "random")
+    return _record(proposals.blocks, batch, cos)
+
+def _record(blocks, batch, cos):
+    "Record columns of a batch, queries in order"
+    found = [(b.method, i if b.method == "beam" else math.nan, b.temperature)
+             for b in blocks for i in range(b.seqs.shape[1])]
+    seqs = torch.cat([b.seqs for b in blocks], 1)
+    logp = torch.cat([b.logp for b in blocks], 1)
+    kappa = torch.cat([b.kappa for b in blocks], 1)
+    kept = torch.cat([b.kept for b in blocks], 1)
+    q, j = (x.numpy() for x in kept.nonzero(as_tuple=True))
+    pick = seqs[q, j].numpy()
+    how = pd.DataFrame(found, columns=["gen_method", "beam_rank", "temperature"])
+    rows = how.iloc[j].reset_index(drop=True).assign(
+        question_id=np.array(batch.queries)[q],
+        pointer=list(map(tuple, batch.ids[q[:, None], pick].tolist())),
+        logprob_score=logp[q, j].numpy(),
+        similarity_score=cos.numpy()[q[:, None], pick].mean(1),
+        kappa=kappa[q, j].numpy())
+    return rows[list(PROPOSAL_COLUMNS)]
 
 # %% ../nbs/32_rldata_propose.ipynb #e2b1daed
 def plot_proposals(
