@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['PointerParts', 'check_settings', 'Shared', 'distinct_units', 'look_up', 'scores_of', 'cosines', 'check_cands',
-           'Encoded', 'PointerEncoder', 'State', 'PointerNet', 'check_seqs', 'places_among', 'with_end',
-           'PointerPolicy', 'all_orders', 'load_strict', 'check_config', 'Checkpoint', 'PointerSelector', 'plot_steps']
+           'Encoded', 'PointerCandidates', 'PointerEncoder', 'State', 'PointerNet', 'check_seqs', 'places_among',
+           'with_end', 'PointerPolicy', 'begin_alike', 'tree_logps', 'all_orders', 'load_strict', 'check_config',
+           'Checkpoint', 'PointerSelector', 'plot_steps']
 
 # %% ../nbs/50_selector.ipynb #1db16602
 import inspect, json, math
@@ -236,37 +237,8 @@ class _Candidates:
     hat:torch.Tensor|None # what the last projection made of it, if it has been
     index:torch.Tensor|None # as of `distinct_units`, for `inputs` and `hat`
 
-class PointerEncoder(PointerParts):
-    "Adds what does not depend on the picks"
-    def encode(self,
-        query:torch.Tensor, # [B,D] embeddings; their norm does not matter
-        cands:torch.Tensor|Shared, # embeddings of the pools: [B,K,D] | [K,D], one pool for all | `Shared`
-        cand_mask:torch.Tensor|None=None, # bool [B,K], True = real; default all; also [K] for one pool
-        top_m:int|None=None, # only the M most similar candidates of each pool go on; None = all
-    )->Encoded: # what every step, sequence and decoder of these queries shares
-        "Everything that does not depend on the picks"
-        mask = check_cands(query, cands, cand_mask, self.d_in)
-        query = F.normalize(query, dim=-1)
-        if top_m is not None and top_m < mask.shape[1]: return self._nearest(query, cands, mask, top_m)
-        x, index = distinct_units(cands, query.device)
-        fold = self.fold or index is not None or len(x) != len(query)
-        match = self._matched(query, x, index)
-        feats = None if self.diversity is None else look_up(self.diversity.prepare(x), index)
-
-        q = self.drop(self.input_proj(query * self.d_in**.5))
-        if fold and self._may_fold(x): c = self._folded(query, x, index)
-        else: c = self._projected(query, x, index, mask)
-        for layer in self.layers: q = layer(q, c.seen, mask, fold, c.before)
-        q = F.normalize(self.query_proj(q), dim=-1)
-
-        hat = self.cand_proj(c.inputs) if c.hat is None else c.hat
-        hat = F.normalize(hat, dim=-1)
-        keys = self.scorer.keys(hat)
-        keys_are_hat = keys is hat
-        hat = look_up(hat, c.index)
-        keys = hat if keys_are_hat else look_up(keys, c.index)
-        return Encoded(q, hat, c.sim, mask, keys, feats, **match)
-
+class PointerCandidates(PointerParts):
+    "Adds the way of the candidates up to the pointer"
     def _projected(self, query, x, index, mask):
         "Candidates after the input projection and a look at each other"
         sim = cosines(query, x, index)
@@ -300,6 +272,38 @@ class PointerEncoder(PointerParts):
         hat = F.linear(x, last @ weight, last @ bias + self.cand_proj.bias)
         seen = look_up(x, index)
         return _Candidates(cosines(query, seen), seen, (weight, bias), None, hat, index)
+
+# %% ../nbs/50_selector.ipynb #f218ed69
+class PointerEncoder(PointerCandidates):
+    "Adds `encode`"
+    def encode(self,
+        query:torch.Tensor, # [B,D] embeddings; their norm does not matter
+        cands:torch.Tensor|Shared, # embeddings of the pools: [B,K,D] | [K,D], one pool for all | `Shared`
+        cand_mask:torch.Tensor|None=None, # bool [B,K], True = real; default all; also [K] for one pool
+        top_m:int|None=None, # only the M most similar candidates of each pool go on; None = all
+    )->Encoded: # what every step, sequence and decoder of these queries shares
+        "Everything that does not depend on the picks"
+        mask = check_cands(query, cands, cand_mask, self.d_in)
+        query = F.normalize(query, dim=-1)
+        if top_m is not None and top_m < mask.shape[1]: return self._nearest(query, cands, mask, top_m)
+        x, index = distinct_units(cands, query.device)
+        fold = self.fold or index is not None or len(x) != len(query)
+        match = self._matched(query, x, index)
+        feats = None if self.diversity is None else look_up(self.diversity.prepare(x), index)
+
+        q = self.drop(self.input_proj(query * self.d_in**.5))
+        if fold and self._may_fold(x): c = self._folded(query, x, index)
+        else: c = self._projected(query, x, index, mask)
+        for layer in self.layers: q = layer(q, c.seen, mask, fold, c.before)
+        q = F.normalize(self.query_proj(q), dim=-1)
+
+        hat = self.cand_proj(c.inputs) if c.hat is None else c.hat
+        hat = F.normalize(hat, dim=-1)
+        keys = self.scorer.keys(hat)
+        keys_are_hat = keys is hat
+        hat = look_up(hat, c.index)
+        keys = hat if keys_are_hat else look_up(keys, c.index)
+        return Encoded(q, hat, c.sim, mask, keys, feats, **match)
 
     def _matched(self, query, x, index):
         "`match, traits, views` of `Encoded`, as far as there are any"
@@ -508,7 +512,7 @@ class PointerPolicy(PointerNet):
         S = seqs.shape[-1]
         self._check_shots(S)
         T = S + (self.stops(stop) and S < self.max_shots)
-        if self._alike(enc, seqs, seq_mask): return self._tree_logps(enc, seqs, T, stop)
+        if begin_alike(enc, seqs, seq_mask): return tree_logps(self, enc, seqs, T, stop)
         seqs = places_among(enc, seqs, seq_mask)
         state = self.start(enc, seqs.shape[1])
         out = []
@@ -517,30 +521,6 @@ class PointerPolicy(PointerNet):
             if t == T-1: break
             real = None if seq_mask is None else seq_mask[..., t]
             state = self.take(enc, state, seqs[..., t], real)
-        return torch.stack(out, 2)
-
-    def _alike(self, enc, seqs, seq_mask):
-        "Have all queries the same sequences, whole and more than candidates? Then they share beginnings"
-        _, N, S = seqs.shape
-        if S == 1 or N <= enc.mask.shape[1] or enc.index is not None: return False
-        if seq_mask is not None and not seq_mask.all(): return False
-        return bool((seqs == seqs[:1]).all())
-
-    def _tree_logps(self, enc, seqs, T, stop):
-        "`step_logps` of sequences that all queries share: every distinct beginning is computed once"
-        N = seqs.shape[1]
-        row = torch.arange(N, device=seqs.device)
-        beginning = torch.zeros_like(row)   # which one each sequence has
-        state = self.start(enc)
-        out = []
-        for t in range(T):
-            out.append(self.point(enc, state, t, stop=stop)[:, beginning])
-            if t == T-1: break
-            longer = torch.stack([beginning, seqs[0, :, t]], -1).unique(dim=0, return_inverse=True)[1]
-            n = int(longer.max()) + 1
-            example = row.new_full((n,), N).scatter_reduce(0, longer, row, "amin")   # the first sequence of each
-            state = self.take(enc, state.at(beginning[example]), seqs[:, example, t])
-            beginning = longer
         return torch.stack(out, 2)
 
     def logp(self,
@@ -577,6 +557,41 @@ class PointerPolicy(PointerNet):
     def _check_shots(self, S):
         if S is not None and not 1 <= S <= self.max_shots:
             raise ValueError(f"{S} shots: this selector was made for 1..{self.max_shots} (max_shots)")
+
+# %% ../nbs/50_selector.ipynb #c50ae049
+def begin_alike(
+    enc:Encoded, # from `encode`
+    seqs:torch.Tensor, # int [B,N,S]
+    seq_mask:torch.Tensor|None=None, # bool [B,N,S]; default all
+)->bool: # True if all queries have the same sequences, whole, and more of them than candidates
+    "Do the sequences share enough beginnings to compute these once?"
+    _, N, S = seqs.shape
+    if S == 1 or N <= enc.mask.shape[1] or enc.index is not None: return False
+    if seq_mask is not None and not seq_mask.all(): return False
+    return bool((seqs == seqs[:1]).all())
+
+def tree_logps(
+    policy, # `PointerNet`
+    enc:Encoded, # from `encode`
+    seqs:torch.Tensor, # int [B,N,S], the same for all queries
+    T:int, # steps, S or S + 1
+    stop:bool|None=None, # as in `step_logp`
+)->torch.Tensor: # [B,N,T,K], as `step_logps`
+    "Distributions along sequences that all queries share: every distinct beginning is computed once"
+    N = seqs.shape[1]
+    row = torch.arange(N, device=seqs.device)
+    beginning = torch.zeros_like(row)   # which one each sequence has
+    state = policy.start(enc)
+    out = []
+    for t in range(T):
+        out.append(policy.point(enc, state, t, stop=stop)[:, beginning])
+        if t == T-1: break
+        longer = torch.stack([beginning, seqs[0, :, t]], -1).unique(dim=0, return_inverse=True)[1]
+        n = int(longer.max()) + 1
+        example = row.new_full((n,), N).scatter_reduce(0, longer, row, "amin")   # the first sequence of each
+        state = policy.take(enc, state.at(beginning[example]), seqs[:, example, t])
+        beginning = longer
+    return torch.stack(out, 2)
 
 # %% ../nbs/50_selector.ipynb #b1100729
 def all_orders(
