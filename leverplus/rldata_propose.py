@@ -181,7 +181,10 @@ def block_of(
 # %% ../nbs/32_rldata_propose.ipynb #26176568
 class Proposals:
     "Blocks of one batch, method after method"
-    def __init__(self, batch, S):
+    def __init__(self,
+        batch:PoolBatch, # queries and their pools
+        S:int, # shots
+    ):
         self.batch = batch
         self.S = S
         self.K = batch.ids.shape[1]
