@@ -10,6 +10,7 @@ from leverplus.data import *
 from leverplus.vqa import *
 from leverplus.embed import *
 from leverplus.pools import *
+from leverplus.decode import *
 from leverplus.vision import *
 from leverplus.prefix import *
 from leverplus.cost import *

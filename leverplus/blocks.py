@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STATES', 'SCORERS', 'MATCHES', 'DIVERSITY', 'dots', 'picked', 'near_identity', 'attend', 'CrossAttend', 'SelfAttend',
-           'Scalar', 'Gate', 'Recurrent', 'Cosine', 'Bilinear', 'Additive', 'Heads', 'MatchNet', 'MMR', 'Coverage',
-           'DPP', 'Stop', 'with_stop']
+           'Scalar', 'Gate', 'Recurrent', 'Cosine', 'Bilinear', 'Additive', 'Heads', 'soft_and', 'MatchNet', 'MMR',
+           'Coverage', 'DPP', 'Stop', 'with_stop']
 
 # %% ../nbs/49_blocks.ipynb #ccf561b0
 import contextlib, math
@@ -41,6 +41,7 @@ def near_identity(
     with torch.no_grad(): lin.weight.copy_(torch.eye(n) + noise*torch.randn(n, n))
     return lin
 
+# %% ../nbs/49_blocks.ipynb #07806543
 def attend(
     attention:nn.MultiheadAttention, # batch first
     query:torch.Tensor, # [B,L,n]
@@ -48,12 +49,9 @@ def attend(
     mask:torch.Tensor, # bool [B,K], True = there
 )->torch.Tensor: # [B,L,n]
     "Attention to what is there; in plain matrix products where torch is asked for a fixed order of sums"
+    steady = contextlib.nullcontext()
     # CUDA's fused kernels have no fixed order going backward
-    steady = (
-        sdpa_kernel(SDPBackend.MATH)
-        if torch.are_deterministic_algorithms_enabled()
-        else contextlib.nullcontext()
-    )
+    if torch.are_deterministic_algorithms_enabled(): steady = sdpa_kernel(SDPBackend.MATH)
     with steady: return attention(query, seen, seen, key_padding_mask=~mask, need_weights=False)[0]
 
 class CrossAttend(nn.Module):
@@ -69,33 +67,30 @@ class CrossAttend(nn.Module):
         self.drop = nn.Dropout(dropout)
 
     def forward(self, q, c, mask, fold=False, before=None):
-        "q [B,n], c [B,K,n] or [1,K,n], mask bool [B,K] -> [B,n]; one pool for all is always folded; `before` is for `folded` alone"
+        "q [B,n], c [B,K,n] or [1,K,n], which is always folded, mask bool [B,K] -> [B,n]; `before` as in `folded`"
         if fold or len(c) < len(q): x = self.folded(q, c, mask, before)
         else: x = attend(self.attn, q[:, None], c, mask)[:, 0]
         return self.norm(q + self.drop(x))
 
     def folded(self, q, c, mask, before=None):
-        "What the attention brings, without keys and values; `before` (weight [n,d], bias [n]) is applied to what is seen instead of to c [B,K,d]"
-        a, h = self.attn, self.attn.num_heads
+        "What the attention brings [B,n], without keys and values; `before`, (weight [n,d], bias [n]), maps c first"
+        a = self.attn
+        h = a.num_heads
         n = q.shape[-1]
-        # biases of keys are the same for all k
-        (wq, wk, wv), (bq, _, bv) = a.in_proj_weight.chunk(3), a.in_proj_bias.chunk(3)
-        ask = (
-            torch.einsum("bhd,hdn->bhn", F.linear(q, wq, bq).unflatten(-1, (h, -1)), wk.unflatten(0, (h, -1)))
-            / (n // h) ** 0.5
-        )
-        w = (
-            dots(ask if before is None else ask @ before[0], c)
-            .masked_fill(~mask[:, None], -torch.inf)
-            .softmax(-1)
-        )
+        wq, wk, wv = a.in_proj_weight.chunk(3)
+        bq, _, bv = a.in_proj_bias.chunk(3)   # that of the keys is the same for all k
+
+        # W_k, moved to the side of the query
+        asked = F.linear(q, wq, bq).unflatten(-1, (h, -1))
+        ask = torch.einsum("bhd,hdn->bhn", asked, wk.unflatten(0, (h, -1))) / (n // h)**.5
+        if before is not None: ask = ask @ before[0]
+        w = dots(ask, c).masked_fill(~mask[:, None], -torch.inf).softmax(-1)
         w = F.dropout(w, a.dropout, self.training)
         total = w.sum(-1, keepdim=True)
-        seen = (
-            torch.einsum("bhk,bkn->bhn", w, c)
-            if len(c) == len(q)
-            else (w.flatten(0, 1) @ c[0]).unflatten(0, w.shape[:2])
-        )
+
+        # W_v, applied to the mean instead of to each
+        if len(c) == len(q): seen = torch.einsum("bhk,bkn->bhn", w, c)
+        else: seen = (w.flatten(0, 1) @ c[0]).unflatten(0, w.shape[:2])
         if before is not None: seen = seen @ before[0].T + total * before[1]
         v = torch.einsum("bhn,hdn->bhd", seen, wv.unflatten(0, (h, -1))) + bv.unflatten(0, (h, -1)) * total
         return a.out_proj(v.flatten(1))
@@ -135,6 +130,7 @@ class Scalar(nn.Module):
         "q and c [...,n] of unit norm -> [...,n] of unit norm"
         return F.normalize(torch.lerp(c, q, self.mix.sigmoid()), dim=-1)
 
+# %% ../nbs/49_blocks.ipynb #b888c791
 class Gate(nn.Module):
     "Gated state update: how much of the query gives way to the picked candidate, per dimension"
     def __init__(self,
@@ -158,7 +154,8 @@ class Recurrent(nn.Module):
 
     def forward(self, q, c):
         "q and c [...,n] of unit norm -> [...,n] of unit norm; inside, entries have size 1"
-        h = self.cell(*(x.flatten(0, -2) * x.shape[-1]**.5 for x in (c, q)))
+        scale = q.shape[-1]**.5
+        h = self.cell(c.flatten(0, -2) * scale, q.flatten(0, -2) * scale)
         return F.normalize(h.view_as(q), dim=-1)
 
 STATES = dict(none=None, scalar=Scalar, gate=Gate, gru=Recurrent) # choices of `state`
@@ -187,6 +184,7 @@ class Bilinear(nn.Module):
         "q [B,P,n], keys [B,K,n] or [1,K,n] -> [B,P,K]"
         return dots(q, keys)
 
+# %% ../nbs/49_blocks.ipynb #6c8b084d
 class Additive(nn.Module):
     "A one-layer network on state and candidate"
     def __init__(self,
@@ -234,17 +232,21 @@ class Heads(nn.Module):
         q = self.parts(q)
         if not self.soft_and: return dots((q * self.weights[:, None]).flatten(-2), keys)
         k = keys.unflatten(-1, (self.n_heads, -1))
-        return sum(w * self.tau * F.logsigmoid((dots(q[..., h, :], k[..., h, :]) - b) / self.tau)
-                   for h, (w, b) in enumerate(zip(self.weights, self.bias)))
+        total = 0
+        for h, (w, b) in enumerate(zip(self.weights, self.bias)):
+            agree = dots(q[..., h, :], k[..., h, :])
+            total = total + w * self.tau * F.logsigmoid((agree - b) / self.tau)
+        return total
+
+def soft_and(
+    n:int, # width of what is compared
+    *args, # further arguments of `Heads`
+)->Heads: # with `soft_and=True`
+    "Heads of which every one must agree"
+    return Heads(n, *args, soft_and=True)
 
 # choices of `scorer`
-SCORERS = dict(
-    cosine=Cosine,
-    additive=Additive,
-    bilinear=Bilinear,
-    heads=Heads,
-    **{"and": lambda n, *a: Heads(n, *a, soft_and=True)}
-)
+SCORERS = {"cosine": Cosine, "additive": Additive, "bilinear": Bilinear, "heads": Heads, "and": soft_and}
 
 # %% ../nbs/49_blocks.ipynb #41fdd516
 class MatchNet(nn.Module):
@@ -275,37 +277,38 @@ class MatchNet(nn.Module):
     def keys(self, x): return torch.cat([self.parts(self.offer(self.drop(x))).flatten(-2), self.what(x)], -1)
 
     def read(self, query, keys):
-        "Unit vectors [B,D] and the candidates' `keys` [B,K,.] -> what no pick changes: (first layer [B,K,hidden], traits [B,K,heads+about])"
+        "query [B,D], `keys` [B,K,m] -> what no pick changes: (first layer [B,K,hidden], traits [B,K,heads+about])"
         parts, what = keys.split((keys.shape[-1] - self.about, self.about), -1)
-        q = self.parts(self.ask(self.drop(query)))
-        cos = 3 * torch.einsum("bhd,bkhd->bkh", q, parts.unflatten(-1, (self.n_heads, -1)))
+        mine = self.parts(self.ask(self.drop(query)))
+        theirs = parts.unflatten(-1, (self.n_heads, -1))
+        cos = 3 * torch.einsum("bhd,bkhd->bkh", mine, theirs)
         traits = torch.cat([cos, what], -1)
-        w = self.base.weight.split((self.n_heads + self.about, self.about), -1)
-        return F.linear(traits, w[0], self.base.bias) + F.linear(self.who(query), w[1])[:, None], traits
+        of_traits, of_query = self.base.weight.split((self.n_heads + self.about, self.about), -1)
+        first = F.linear(traits, of_traits, self.base.bias)
+        return first + F.linear(self.who(query), of_query)[:, None], traits
 
     def forward(self, memory, base):
         "Memory of `update`, or () before the first pick, and `base` [B,K,hidden] -> [B,1,K] or [B,P,K]"
         h = base[:, None]
         if memory:
-            h = (
-                h
-                + self.past(memory[0])[:, :, None]
-                + self.near(3 * memory[1].unflatten(-1, (-1, self.n_heads)))
-            )
+            picks, near = memory
+            h = h + self.past(picks)[:, :, None] + self.near(3 * near.unflatten(-1, (-1, self.n_heads)))
         return self.out(F.gelu(h))[..., 0]
 
     def update(self, memory, keys, traits, pick):
-        "Memory after `pick` [B,P]: (largest cosines and summed summaries of the picks [B,P,heads+about], largest cosine of every candidate with a pick [B,P,K*heads])"
-        parts = keys[..., : -self.about]
+        "Memory after `pick` [B,P]: (the picks' traits [B,P,heads+about], cosines with the nearest pick [B,P,K*heads])"
+        parts = keys[..., :-self.about]
         new = picked(traits, pick)
         mine = picked(parts, pick).unflatten(-1, (self.n_heads, -1))
         near = torch.einsum("bphd,bkhd->bpkh", mine, parts.unflatten(-1, (self.n_heads, -1))).flatten(-2)
         if not memory: return new, near
-        a, b = (x.split((self.n_heads, self.about), -1) for x in (memory[0], new))
-        return torch.cat([torch.maximum(a[0], b[0]), a[1] + b[1]], -1), torch.maximum(memory[1], near)
+        old_cos, old_what = memory[0].split((self.n_heads, self.about), -1)
+        new_cos, new_what = new.split((self.n_heads, self.about), -1)
+        picks = torch.cat([torch.maximum(old_cos, new_cos), old_what + new_what], -1)
+        return picks, torch.maximum(memory[1], near)
 
 # choices of `match`
-MATCHES = dict(none=None, heads=Heads, net=MatchNet, **{"and": lambda d, n: Heads(d, n, soft_and=True)})
+MATCHES = {"none": None, "heads": Heads, "net": MatchNet, "and": soft_and}
 
 # %% ../nbs/49_blocks.ipynb #f84e6e10
 class MMR(nn.Module):
@@ -314,7 +317,9 @@ class MMR(nn.Module):
         d:int, # D, width of the raw embeddings; not used
         n:int, # H, width of the query's state; not used
         start:float=0., # weight at the start
-    ): super().__init__(); self.weight = nn.Parameter(torch.tensor(float(start)))
+    ):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(float(start)))
 
     def prepare(self, x): return x
     def forward(self, memory, feats, query):
@@ -325,6 +330,7 @@ class MMR(nn.Module):
         cos = dots(picked(feats, pick), feats)
         return (torch.maximum(memory[0], cos) if memory else cos,)
 
+# %% ../nbs/49_blocks.ipynb #e56560d9
 class Coverage(nn.Module):
     "Stay away from topics that the picks cover"
     def __init__(self,
@@ -342,7 +348,7 @@ class Coverage(nn.Module):
 
     def prepare(self, x): return self.topic(x * x.shape[-1]**.5).softmax(-1)
     def forward(self, memory, feats, query):
-        "Term [B,P,K] after at least one pick; memory: (coverage of topics [B,P,M],); query [B,H] before the first pick"
+        "Term [B,P,K] after at least one pick; memory: (coverage of topics [B,P,M],); query [B,H] of the start"
         need = self.need(query * query.shape[-1]**.5).softmax(-1) * feats.shape[-1]
         return -self.weight * dots(memory[0] * need[:, None], feats)
     def update(self, memory, feats, pick):
@@ -350,6 +356,7 @@ class Coverage(nn.Module):
         z = picked(feats, pick)
         return (1 - (1 - memory[0]) * (1 - z) if memory else z,)
 
+# %% ../nbs/49_blocks.ipynb #5fb38395
 class DPP(nn.Module):
     "Gain of the log determinant: what the picks do not explain of a candidate"
     def __init__(self,
@@ -357,11 +364,14 @@ class DPP(nn.Module):
         n:int, # H, width of the query's state; not used
         start:float=0., # weight at the start
         ridge:float=1e-3, # share of the identity in the kernel, > 0: a twin's gain is about log(2*ridge), not -inf
-    ): super().__init__(); self.weight, self.ridge = nn.Parameter(torch.tensor(float(start))), ridge
+    ):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(float(start)))
+        self.ridge = ridge
 
     def prepare(self, x): return x
     def forward(self, memory, feats, query):
-        "Term [B,P,K] after at least one pick; memory: (d^2 [B,P,K], rows of the Cholesky factor [B,P,K], one per pick)"
+        "Term [B,P,K] after at least one pick; memory: (d^2 [B,P,K], a Cholesky row [B,P,K] per pick)"
         return self.weight * memory[0].log()
     @torch.no_grad()
     def update(self, memory, feats, pick):
@@ -369,12 +379,14 @@ class DPP(nn.Module):
         i = pick[..., None]
         e = (1 - self.ridge) * dots(picked(feats, pick), feats)
         e = e.scatter_add(-1, i, e.new_full(i.shape, self.ridge))
-        d2, rows = (memory[0], memory[1:]) if memory else (torch.ones_like(e), ())
+        d2 = memory[0] if memory else torch.ones_like(e)
+        rows = memory[1:]
         for r in rows: e = e - r.gather(-1, i) * r
         e = e / d2.gather(-1, i).sqrt()
         return ((d2 - e**2).clamp(min=self.ridge/2), *rows, e)
 
-DIVERSITY = dict(none=None, mmr=MMR, coverage=Coverage, dpp=DPP) # choices of `diversity`
+# choices of `diversity`
+DIVERSITY = dict(none=None, mmr=MMR, coverage=Coverage, dpp=DPP)
 
 # %% ../nbs/49_blocks.ipynb #d1e7d705
 class Stop(nn.Module):
@@ -392,6 +404,7 @@ class Stop(nn.Module):
         "q [B,P,n] unit vectors, step t >= 1 -> [B,P]"
         return (q * q.shape[-1]**.5) @ self.weight + self.bias[t-1]
 
+# %% ../nbs/49_blocks.ipynb #703fb86c
 def with_stop(
     lp:torch.Tensor, # [...,K] log-probabilities of the next pick, -inf for who is not free
     z:torch.Tensor|None, # [...] logit of STOP; None = it is not offered
@@ -399,7 +412,11 @@ def with_stop(
 )->torch.Tensor: # [...,K+1]; the last column is STOP; where nobody is free or all is done, STOP is certain
     "Append STOP to the distribution of the next pick"
     end = done | (lp == -torch.inf).all(-1)
-    if z is None: go, stop = torch.zeros_like(lp[..., 0]), torch.full_like(lp[..., 0], -torch.inf)
-    else: go, stop = F.logsigmoid(-z), F.logsigmoid(z)
+    if z is None:
+        go = torch.zeros_like(lp[..., 0])
+        stop = torch.full_like(go, -torch.inf)
+    else:
+        go = F.logsigmoid(-z)
+        stop = F.logsigmoid(z)
     lp = (lp + go[..., None]).masked_fill(end[..., None], -torch.inf)
     return torch.cat([lp, stop.masked_fill(end, 0.)[..., None]], -1)

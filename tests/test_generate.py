@@ -6,14 +6,13 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from hypothesis import given, settings, strategies as st
 from leverplus.core import rng
+from leverplus.decode import best_sequences
 from leverplus.embed import EmbedStore
 from leverplus.groups import PROPOSAL_COLUMNS, RLData
 from leverplus.losses import inclusion_logp
 from leverplus.lvlm import MockScorer
 from leverplus.pools import Pool
-from leverplus.rldata_propose import (
-    COUNTS, SimilarityPrior, best_sequences, check_counts, nearest_sets, propose,
-)
+from leverplus.rldata_propose import COUNTS, SimilarityPrior, check_counts, nearest_sets, propose
 from leverplus.runs import Busy
 from leverplus.rldata_generate import Generation, NotVerified, flat_queries, generate, run_lock, shard_queries
 from leverplus.rldata_ask import (
@@ -73,7 +72,7 @@ def all_logp(logits, S, T=1.):
         out[s] = lp
     return out
 
-# ---- search -----------------------------------------------------------------------------------------------------------
+# ---- search --------------------------------------------------------------------------------------
 
 def test_beam_of_full_width_is_the_enumeration():
     logits = np.random.default_rng(0).normal(size=5)
@@ -127,7 +126,7 @@ def test_nearest_sets_against_brute_force(K, S, n, seed):
         and (cos[0][seqs[0]].diff(dim=-1) >= 0).all()
     )
 
-# ---- propose ----------------------------------------------------------------------------------------------------------
+# ---- propose -------------------------------------------------------------------------------------
 
 def test_default_counts_and_columns():
     rows = propose(POOL, STORE, QS)
@@ -293,7 +292,7 @@ def test_kappa_weighs_what_was_drawn():
 def test_bad_requests(call, says):
     with pytest.raises((ValueError, KeyError), match=says): call()
 
-# ---- ask and cache ----------------------------------------------------------------------------------------------------
+# ---- ask and cache -------------------------------------------------------------------------------
 
 PAIRS = propose(POOL, STORE, QS)[["question_id", "pointer"]]
 
@@ -445,7 +444,7 @@ def test_unknown_items_and_confused_scorers():
         def run(self, *a, **k): return super().run(*a, **k)[::-1]
     with pytest.raises(ValueError, match="in order"): ask(PAIRS, Swaps(), ITEMS)
 
-# ---- self-test --------------------------------------------------------------------------------------------------------
+# ---- self-test -----------------------------------------------------------------------------------
 
 class Knows:
     "Probabilities that agree with what it says, or (sign=-1) that contradict it"
@@ -490,7 +489,7 @@ def test_self_test_without_variation_has_no_number():
     got = self_test(same, ITEMS, POOL, n=5)
     assert got["spearman"] is None and got["greedy_wins"] is None and got["compared"] == 0
 
-# ---- generate ---------------------------------------------------------------------------------------------------------
+# ---- generate ------------------------------------------------------------------------------------
 
 RUN = dict(shots=(1, 2), window=4, test=5, progress=False)
 
@@ -609,16 +608,20 @@ KILLED = """
                 n -= 1
                 if n == 0: os.kill(os.getpid(), signal.SIGKILL)
         sys.addaudithook(hook)
-    kills = 0; path = {path!r}
+    kills = 0
+    path = {path!r}
     for _ in range(100):
         child = os.fork()
         if not child:
             killed_at(random.Random(_).randint(1, 60))
-            generate(path, QS, ITEMS, POOL, Told(), STORE, cache=FactCache(path + "-facts"), **RUN | dict(window=1, test=4)); os._exit(0)
+            run = RUN | dict(window=1, test=4)
+            generate(path, QS, ITEMS, POOL, Told(), STORE, cache=FactCache(path + "-facts"), **run)
+            os._exit(0)
         status = os.waitpid(child, 0)[1]
         if not os.WIFSIGNALED(status): break
         kills += 1
-    print(kills, os.WEXITSTATUS(status), flush=True); os._exit(0) # no farewell: libraries may wait for threads that a fork has lost
+    print(kills, os.WEXITSTATUS(status), flush=True)
+    os._exit(0) # no farewell: libraries may wait for threads that a fork has lost
 """
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -645,7 +648,7 @@ def test_kill_9_at_random_points(tmp_path):
     pd.testing.assert_frame_equal(resumed.rows, straight.rows)
     assert resumed.fingerprint == straight.fingerprint and not list((tmp_path / "killed").rglob("*.tmp"))
 
-# ---- shards -----------------------------------------------------------------------------------------------------------
+# ---- shards --------------------------------------------------------------------------------------
 
 PART = RUN | dict(test=0)
 
@@ -854,7 +857,7 @@ def test_shards_of_a_real_model_agree_to_rounding(tmp_path):
     v = union.manifest["verify"]
     assert v["asked"] == v["drawn"] == 2 and v["text"] == 0 and 0 <= v["logprob"] < scorer.tolerance == 1e-3
 
-# ---- verify -----------------------------------------------------------------------------------------------------------
+# ---- verify --------------------------------------------------------------------------------------
 
 class Tampered(Scripted):
     "Spoils the prompts of query `bad`; its reference does not"

@@ -20,6 +20,7 @@ from leverplus.learner import selector_learner
 from leverplus.losses import advantage, clipped_surrogate, inclusion_logp, policy_gradient
 from leverplus.lvlm import MockScorer
 from leverplus.pools import Pool
+from leverplus.rewards import reward
 from leverplus.rldata_ask import FactCache, ask
 from leverplus.selector import PointerSelector
 
@@ -106,8 +107,7 @@ class Spy(StageCallback):
         )
         self.seen.append(self.xb[3].clone())
 
-# --- drawing ------------------------------------------------------------------------------------------------
-# --------------
+# --- drawing --------------------------------------------------------------------------------------
 @settings(max_examples=10)
 @given(st.booleans(), st.integers(1, 3), st.integers(0, 99), st.sampled_from(["fixed", "stop"]))
 def test_what_is_drawn_is_in_the_pool_with_its_log_probability(distinct, S, seed, kind):
@@ -165,8 +165,7 @@ def test_samples_are_from_the_policy():
     whole = w.sum(-1)
     assert abs(whole.mean() - 1) < 4 * whole.std() / n**0.5
 
-# --- estimators ---------------------------------------------------------------------------------------------
-# ----------------
+# --- estimators -----------------------------------------------------------------------------------
 def test_rloo_is_the_policy_gradient_in_expectation():
     "All 6^3 groups of three independent sequences of a pool of three, each with its probability, against d E[r]"
     m = selector().double()
@@ -223,8 +222,7 @@ def test_distinct_advantage_is_unbiased(N):
     )
     assert torch.equal(wide[:, :N], A) and (wide[:, N:] == 0).all()
 
-# --- on policy ----------------------------------------------------------------------------------------------
-# ------------------
+# --- on policy ------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "objective, kw, every",
     [
@@ -260,20 +258,16 @@ def test_the_ratio_is_one_where_it_must_be(objective, kw, every):
     ],
 )
 def test_several_shot_counts_are_groups_of_their_own(objective, kw, steps):
-    "A group of each count for every query of a batch, with the samples, thresholds and rewards of that count alone; facts in any other mixture would be noticed"
+    """A group of each count for every query of a batch, with the samples, thresholds and rewards of that count alone
+
+    Facts in any other mixture would be noticed.
+    """
     class Groups(Spy):
         def before_batch(self):
-            self.groups.append(
-                (
-                    self.xb[0][:, 0].tolist(),
-                    self.xb[4].sum(-1).masked_fill(~self.yb[1], 0),
-                    self.xb[3],
-                    self.yb,
-                )
-            )
-    few, cache = [q for q in QS if len(POOL[q]) > 3], pd.concat(
-        [facts_of(POOL.only([q for q in QS if len(POOL[q]) > 3]), S) for S in (1, 2, 3)]
-    )
+            picks = self.seq_mask.sum(-1).masked_fill(~self.mask, 0)
+            self.groups.append((self.query[:, 0].tolist(), picks, self.seqs, self.yb))
+    few = [q for q in QS if len(POOL[q]) > 3]
+    cache = pd.concat([facts_of(POOL.only(few), S) for S in (1, 2, 3)])
     G = dict(queries=few, queries_per_round=None, bs=4, cache=cache)
     learn = learner()
     spy = Groups(None)
@@ -281,22 +275,19 @@ def test_several_shot_counts_are_groups_of_their_own(objective, kw, steps):
     spy.cb = cb = OnPolicy(None, ITEMS, STORE, shots=(3, 1, 2), G=4, patience=None, **G, **kw)
     fit(learn, 1, [NoDropout(), objective(), cb, spy])
     seen = spy.groups
-    assert (
-        len(seen) == steps and cb.shots == (3, 1, 2) and len(few) == 10 and cb.table.queries.tolist() == [10]
-    )
+    assert len(seen) == steps
+    assert cb.shots == (3, 1, 2)
+    assert len(few) == 10
+    assert cb.table.queries.tolist() == [10]
     for qs, n, seqs, (r, m) in seen:
         k = len(qs) // 3
-        assert (
-            qs == qs[:k] * 3
-            and [set(x[x > 0].tolist()) for x in n] == [{s} for s in (3, 1, 2) for _ in range(k)]
-            and m.any(-1).all()
-        )
+        assert qs == qs[:k] * 3
+        assert [set(x[x > 0].tolist()) for x in n] == [{s} for s in (3, 1, 2) for _ in range(k)]
+        assert m.any(-1).all()
         at = {round(float(STORE.get([q])[0, 0]), 4): q for q in few}
         for q, ss, ms, rr, ok in zip(qs, seqs.tolist(), n.tolist(), r.tolist(), m.tolist()):
             q = at[round(q, 4)]
             f = cache[cache.question_id == q].set_index("pointer")
-            from leverplus.rewards import reward
-
             want = [
                 reward(f.loc[[tuple(POOL[q][i] for i in s[:c])]], "hard_plus_soft")[0]
                 for s, c, o in zip(ss, ms, ok)
@@ -307,32 +298,21 @@ def test_several_shot_counts_are_groups_of_their_own(objective, kw, steps):
     # thresholds of the first batch; one shot from four or five candidates leaves none or one out
     if kw.get("distinct"):
         first = cb.data().rows
-        (store, pool, _) = cb.world()
-        at = {
-            q: i
-            for i, q in enumerate(
-                q for q in few if round(float(STORE.get([q])[0, 0]), 4) in {round(x, 4) for x in seen[0][0]}
-            )
-        }
+        store, pool, _ = cb.world()
+        batch = {round(x, 4) for x in seen[0][0]}
+        there = [q for q in few if round(float(STORE.get([q])[0, 0]), 4) in batch]
         for S in (3, 1, 2):
-            d = draw_groups(learner().model, pool, store, list(at), S, 4, True, (0, 0, S))
-            got = (
-                first[(first.pointer.map(len) == S) & (first.gen_method == "policy")]
-                .groupby("question_id")
-                .kappa.first()
-            )
-            assert [got[q] for q in at] == pytest.approx(d["kappa"].tolist(), abs=1e-5) and (S == 1) == (
-                d["kappa"] == -torch.inf
-            ).any().item()
+            d = draw_groups(learner().model, pool, store, there, S, 4, True, (0, 0, S))
+            mine = first[(first.pointer.map(len) == S) & (first.gen_method == "policy")]
+            got = mine.groupby("question_id").kappa.first()
+            assert [got[q] for q in there] == pytest.approx(d["kappa"].tolist(), abs=1e-5)
+            assert (S == 1) == (d["kappa"] == -torch.inf).any().item()
     rows = cb.data().validate(ITEMS).rows
-    assert (
-        set(rows.pointer.map(len)) == {1, 2, 3}
-        and cb.data().manifest["onpolicy"]["shots"] == [3, 1, 2]
-        and set(cb.seen) == {(q, s) for q in few for s in (1, 2, 3)}
-    )
-    best = (
-        rows.assign(r=reward(rows, "hard_plus_soft")).groupby(["question_id", rows.pointer.map(len)]).r.max()
-    )
+    assert set(rows.pointer.map(len)) == {1, 2, 3}
+    assert cb.data().manifest["onpolicy"]["shots"] == [3, 1, 2]
+    assert set(cb.seen) == {(q, s) for q in few for s in (1, 2, 3)}
+    by_group = rows.assign(r=reward(rows, "hard_plus_soft")).groupby(["question_id", rows.pointer.map(len)])
+    best = by_group.r.max()
     assert {k: pytest.approx(v, abs=1e-6) for k, v in best.items()} == cb.seen
 
 def test_shot_counts_of_their_own_are_trained_as_if_alone():
@@ -367,10 +347,10 @@ def test_shot_counts_of_their_own_are_trained_as_if_alone():
         fit(learn, 1, [NoDropout(), RLOO(scale="none", adv_clip=None), cb, Grad()], lr=0.0)
         return out[0]
     def _drawn(cb, qs): # the same noise whatever else is drawn
-        from leverplus.callback_onpolicy import _stack
+        from leverplus.callback_onpolicy import stack_padded
         store, pool, _ = cb.world()
         parts = [draw_groups(cb.model, pool, store, qs, S, cb.G, key=(7, S)) for S in cb.shots]
-        return {k: None if parts[0][k] is None else _stack([d[k] for d in parts]) for k in parts[0]}
+        return {k: None if parts[0][k] is None else stack_padded([d[k] for d in parts]) for k in parts[0]}
     one = grads(1)
     two = grads(2)
     both = grads((1, 2))
@@ -459,8 +439,7 @@ def test_rounds_end_without_less_headroom():
         and not learn.model.training
     )
 
-# --- failures -----------------------------------------------------------------------------------------------
-# --------------------
+# --- failures -------------------------------------------------------------------------------------
 def test_a_sequence_without_reward_stops_everything_by_name():
     bad = lambda s: (
         replace(s, error="OSError: no image", text=None, logprobs=(), gt_prob=float("nan"))
@@ -507,8 +486,7 @@ def test_a_table_that_lacks_a_pair_names_it():
 def test_refusals(cbs, says):
     with pytest.raises(ValueError, match=says): fit(learner(), 1, cbs())
 
-# --- what is kept -------------------------------------------------------------------------------------------
-# --------------------
+# --- what is kept ---------------------------------------------------------------------------------
 def test_what_was_drawn_becomes_a_record(tmp_path):
     from leverplus.rldata_merge import merge
     fit(learner(), 2, [DistinctPG(), cb := policy(Counting(), distinct=True)])
@@ -536,7 +514,7 @@ def test_what_was_drawn_becomes_a_record(tmp_path):
     assert len(both) == len(d)
 
 def test_a_killed_run_goes_on(tmp_path):
-    "Killed in the third round and started again: the weights, rounds and samples of a run without a break, and no prompt twice"
+    "Killed in the third round and started again: weights, rounds and samples of an unbroken run, no prompt twice"
     def run(scorer, folder, cache):
         learn = learner()
         return fit(learn, 4, [RLOO(), cb := policy(scorer, cache=FactCache(cache)), Resume(folder)]), cb
@@ -557,8 +535,7 @@ def test_a_killed_run_goes_on(tmp_path):
     drop = ["new", "known"]
     pd.testing.assert_frame_equal(b.table.drop(columns=drop), a.table.drop(columns=drop))
 
-# --- beside stored groups
-# ---------------------------------------------------------------------------------------------------------
+# --- beside stored groups -------------------------------------------------------------------------
 def test_stored_groups_that_cannot_teach_do_not_matter():
     def flat():
         rows = FACTS.groupby("question_id").head(1)
@@ -592,8 +569,7 @@ def test_a_sequence_that_was_drawn_twice_has_its_mass_once():
         and max(spy.seen) <= 1 + 1e-5
     )
 
-# --- choosing an epoch
-# ----------------------------------------------------------------------------------------------------
+# --- choosing an epoch ----------------------------------------------------------------------------
 DEV = list(range(16, 24))
 def judge(scorer=None, shots=2, **kw):
     return GreedyLoss(
@@ -601,7 +577,7 @@ def judge(scorer=None, shots=2, **kw):
     )
 
 def test_greedy_loss_is_what_a_table_would_say():
-    "Another way to the same number: picks of `pick_model`, facts looked up one by one; no batch, mode or random state is touched"
+    "The same number by `pick_model` and facts looked up one by one; no batch, mode or random state is touched"
     from leverplus.infer import pick_model
     m = selector(3)
     truth = FACTS.set_index(["question_id", "pointer"]).vqa_acc_score

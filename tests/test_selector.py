@@ -4,8 +4,9 @@ import pytest, torch
 from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file, save_file
 from leverplus.core import frozen
+from leverplus.decode import check_room, gumbel_given_max
 from leverplus.losses import entropy_steps, kl_exact
-from leverplus.selector import PointerSelector, Shared, check_room, check_seqs, gumbel_given_max
+from leverplus.selector import PointerSelector, Shared, begin_alike, check_seqs
 
 D, H = 6, 10
 close = lambda a, b, tol=1e-5: torch.testing.assert_close(a, b, atol=tol, rtol=tol)
@@ -44,8 +45,7 @@ def groups(mask, N, S, seed=0):
 
 def every(K, S): return torch.tensor(list(itertools.permutations(range(K), S)))
 
-# --- probabilities
-# ---------------------------------------------------------------------------------------------------
+# --- probabilities --------------------------------------------------------------------------------
 
 @states
 @pytest.mark.parametrize("prior", [True, False])
@@ -53,7 +53,7 @@ def every(K, S): return torch.tensor(list(itertools.permutations(range(K), S)))
 @given(seed=st.integers(0, 10**6), S=st.integers(1, 3), pad=st.integers(0, 1))
 def test_probabilities_sum_to_one(state, prior, seed, S, pad):
     m = selector(seed, state, prior)
-    (q, c, mask) = pools(seed, K=5, pad=pad)
+    q, c, mask = pools(seed, K=5, pad=pad)
     enc = m.encode(q, c, mask)
     seqs, lp = m.enumerate(enc, S)
     assert seqs.shape == (3, math.perm(5, S), S)
@@ -64,7 +64,7 @@ def test_probabilities_sum_to_one(state, prior, seed, S, pad):
 @states
 def test_enumerate_is_every_permutation_once(state):
     m = selector(1, state)
-    (q, c, mask) = pools(1)
+    q, c, mask = pools(1)
     seqs, lp = m.enumerate(m.encode(q, c, mask), 3)
     assert torch.equal(seqs[0], every(5, 3))
     with pytest.raises(ValueError, match="15,249,024 sequences"):
@@ -72,7 +72,7 @@ def test_enumerate_is_every_permutation_once(state):
 
 def test_step_logp_agrees_with_teacher_forcing():
     m = selector(2)
-    (q, c, mask) = pools(2)
+    q, c, mask = pools(2)
     enc = m.encode(q, c, mask)
     seqs, seq_mask = groups(mask, 4, 3)
     lps = m.step_logps(enc, seqs, seq_mask)
@@ -83,14 +83,13 @@ def test_step_logp_agrees_with_teacher_forcing():
     assert m.step_logp(enc, torch.zeros(3, 7, 0, dtype=torch.long)).shape == (3, 7, 5)
     close(m.step_logp(enc, seqs[..., :0]).exp().sum(-1), torch.ones(3, 4))
 
-# --- invariances
-# -----------------------------------------------------------------------------------------------------
+# --- invariances ----------------------------------------------------------------------------------
 
 @settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 10**6))
 def test_batched_equals_one_by_one_and_padding_changes_nothing(seed):
     m = selector(seed)
-    (q, c, mask) = pools(seed, pad=1)
+    q, c, mask = pools(seed, pad=1)
     seqs, seq_mask = groups(mask, 4, 3, seed)
     lp = m(q, c, mask, seqs, seq_mask)
     for b in range(3):
@@ -112,7 +111,7 @@ def test_batched_equals_one_by_one_and_padding_changes_nothing(seed):
 @given(seed=st.integers(0, 10**6))
 def test_permuting_candidates_permutes_everything(state, seed):
     m = selector(seed, state)
-    (q, c, mask) = pools(seed)
+    q, c, mask = pools(seed)
     perm = torch.randperm(5, generator=torch.Generator().manual_seed(seed))
     back = perm.argsort()
     seqs, seq_mask = groups(mask, 4, 2, seed)
@@ -125,19 +124,18 @@ def test_permuting_candidates_permutes_everything(state, seed):
 
 def test_norms_do_not_matter():
     m = selector(3)
-    (q, c, mask) = pools(3)
+    q, c, mask = pools(3)
     seqs = every(4, 2).expand(3, -1, -1)
     close(m(7*q, .1*c, mask, seqs), m(q, c, mask, seqs))
 
-# --- dependence on what was picked
-# -----------------------------------------------------------------------------------
+# --- dependence on what was picked ----------------------------------------------------------------
 
 def renormalised(lp, pick): return lp.index_fill(-1, torch.tensor([pick]), -torch.inf).log_softmax(-1)
 
 def test_gate_depends_on_the_pick_and_none_only_masks():
     for state in ("gate", "none"):
         m = selector(4, state)
-        (q, c, mask) = pools(4, pad=0)
+        q, c, mask = pools(4, pad=0)
         enc = m.encode(q, c, mask)
         one = m.step_logp(enc, torch.zeros(3, 1, 0, dtype=torch.long))[:, 0]
         gap = [
@@ -151,22 +149,21 @@ def test_gate_depends_on_the_pick_and_none_only_masks():
 
 def test_step_embedding_alone_is_not_the_dependence():
     m = selector(5)
-    (q, c, mask) = pools(5, pad=0)
+    q, c, mask = pools(5, pad=0)
     with torch.no_grad(): m.step_emb.zero_()
     enc = m.encode(q, c, mask)
     two = [m.step_logp(enc, torch.full((3, 1, 1), k))[:, 0] for k in (0, 1)]
     rest = [x[:, 2:].softmax(-1) for x in two]   # the three candidates free in both
     assert (rest[0] - rest[1]).abs().max() > 1e-3
 
-# --- the untrained policy is retrieval
-# -------------------------------------------------------------------------------
+# --- the untrained policy is retrieval ------------------------------------------------------------
 
 @states
 @settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 10**6))
 def test_untrained_is_similarity_order(state, seed):
     m = selector(seed, state, stir=False)
-    (q, c, mask) = pools(seed, K=6)
+    q, c, mask = pools(seed, K=6)
     cos = torch.nn.functional.cosine_similarity(q[:, None], c, dim=-1).masked_fill(~mask, -torch.inf)
     assert torch.equal(m.greedy(m.encode(q, c, mask), 4), cos.topk(4).indices)
     close(
@@ -176,15 +173,14 @@ def test_untrained_is_similarity_order(state, seed):
 
 def test_one_model_serves_all_shots():
     m = selector(6)
-    (q, c, mask) = pools(6, K=7)
+    q, c, mask = pools(6, K=7)
     enc = m.encode(q, c, mask)
     picks = [m.greedy(enc, S) for S in (1, 2, 3, 4)]
     for a, b in zip(picks, picks[1:]): assert torch.equal(a, b[:, :-1])
     for S in (0, 5):
         with pytest.raises(ValueError, match=r"1\.\.4"): m.greedy(enc, S)
 
-# --- decoding
-# --------------------------------------------------------------------------------------------------------
+# --- decoding -------------------------------------------------------------------------------------
 
 def slow_beam(m, q, c, S, W):
     "Beam search of one query in plain Python"
@@ -203,7 +199,7 @@ def slow_beam(m, q, c, S, W):
 @given(seed=st.integers(0, 10**6), S=st.integers(1, 3))
 def test_beam_equals_brute_force(state, seed, S):
     m = selector(seed, state)
-    (q, c, mask) = pools(seed, K=5, pad=1)
+    q, c, mask = pools(seed, K=5, pad=1)
     enc = m.encode(q, c, mask)
     # wide enough to lose nothing
     W = math.perm(4, S)
@@ -222,7 +218,7 @@ def test_beam_equals_brute_force(state, seed, S):
 
 def test_decoders_refuse_too_much():
     m = selector(7)
-    (q, c, mask) = pools(7, K=3, pad=1)
+    q, c, mask = pools(7, K=3, pad=1)
     enc = m.encode(q, c, mask)
     for f in (
         lambda: m.greedy(enc, 2),
@@ -238,7 +234,7 @@ def test_decoders_refuse_too_much():
 @given(seed=st.integers(0, 10**6), S=st.integers(1, 3), temperature=st.sampled_from([.5, 1., 2.]))
 def test_distinct_samples(seed, S, temperature):
     m = selector(seed)
-    (q, c, mask) = pools(seed, K=5, pad=1)
+    q, c, mask = pools(seed, K=5, pad=1)
     enc = m.encode(q, c, mask)
     n = math.perm(4, S)
     g = torch.Generator().manual_seed(seed)
@@ -255,7 +251,7 @@ def test_distinct_samples(seed, S, temperature):
 @pytest.mark.parametrize("temperature", [1., 2.])
 def test_first_draw_has_the_policys_frequencies(distinct, temperature):
     m = selector(8, prior_scale=2., temperature=1.)
-    (q, c, mask) = pools(8, B=2, K=4, pad=1)
+    q, c, mask = pools(8, B=2, K=4, pad=1)
     n = 6000
     q, c, mask = (x[1:].expand(n, *x.shape[1:]) for x in (q, c, mask))
     enc = m.encode(q, c, mask)
@@ -292,13 +288,12 @@ def test_gumbel_given_max_has_that_maximum():
     close(g.amax(-1), top)
     assert g[0, 1] == -torch.inf and not g.isnan().any()
 
-# --- gradients
-# -------------------------------------------------------------------------------------------------------
+# --- gradients ------------------------------------------------------------------------------------
 
 @states
 def test_gradients_are_finite_with_padding_everywhere(state):
     m = selector(9, state).train()
-    (q, c, mask) = pools(9, K=5, pad=2)
+    q, c, mask = pools(9, K=5, pad=2)
     seqs, seq_mask = groups(mask, 6, 3)
     c = c.masked_fill(~mask[..., None], 0.)
     lp = m(q, c, mask, seqs, seq_mask)
@@ -313,7 +308,7 @@ def test_gradients_are_finite_with_padding_everywhere(state):
 @pytest.mark.parametrize("prior", [True, False])
 def test_every_parameter_learns(state, prior):
     m = selector(10, state, prior, stir=False, n_layers=2, max_shots=2).train()
-    (q, c, mask) = pools(10, B=8, K=6)
+    q, c, mask = pools(10, B=8, K=6)
     start = frozen(m)
     opt = torch.optim.Adam(m.parameters(), 1e-2)
     seqs, seq_mask = groups(mask, 4, 2)
@@ -345,8 +340,7 @@ def test_learns_a_rule_that_similarity_gets_wrong():
         opt.step()
     assert before < .35 and hit() > .7
 
-# --- parts by argument
-# -----------------------------------------------------------------------------------------------
+# --- parts by argument ----------------------------------------------------------------------------
 
 BLOCKS = [
     dict(state="scalar"),
@@ -382,7 +376,7 @@ blocks = pytest.mark.parametrize("kw", BLOCKS, ids=lambda kw: ",".join(f"{k}={v}
 @pytest.mark.parametrize("prior", [True, False])
 def test_blocks_make_one_policy(kw, prior):
     m = selector(13, **{"prior": prior, **kw})
-    (q, c, mask) = pools(13, K=5)
+    q, c, mask = pools(13, K=5)
     stop = None if m.stop else 2
     enc = m.encode(q, c, mask)
     seqs, lp, *real = m.enumerate(enc, stop)
@@ -426,7 +420,7 @@ def test_blocks_make_one_policy(kw, prior):
 def test_blocks_start_as_retrieval_and_every_parameter_learns(kw):
     kw = {"max_shots": 2, **kw}
     m = selector(10, stir=False, **{"state": "gate", **kw})
-    (q, c, mask) = pools(10, B=8, K=6)
+    q, c, mask = pools(10, B=8, K=6)
     if not m.stop:
         close(
             m(q, c, mask, every(5, 2).expand(8, -1, -1)),
@@ -457,7 +451,7 @@ def test_blocks_start_as_retrieval_and_every_parameter_learns(kw):
 @blocks
 def test_blocks_through_a_checkpoint(kw, tmp_path):
     m = selector(14, **{"state": "gate", **kw})
-    (q, c, mask) = pools(14)
+    q, c, mask = pools(14)
     m.save_pretrained(tmp_path)
     back = PointerSelector.from_pretrained(tmp_path)
     assert back.config == m.config and torch.equal(
@@ -512,14 +506,15 @@ def test_one_pool_shared_pools_and_coarse_to_fine_give_the_same(kw):
 @blocks
 def test_shared_beginnings_change_nothing(kw):
     m = selector(17, **{"state": "gate", **kw})
-    (q, c, mask) = pools(17, pad=0)
+    q, c, mask = pools(17, pad=0)
     seqs = every(c.shape[1], 2).expand(3, -1, -1)
-    assert m._alike(enc := m.encode(q, c, mask), seqs, None)
+    enc = m.encode(q, c, mask)
+    assert begin_alike(enc, seqs)
     one = m.step_logps(enc, seqs)
     few = m.step_logps(enc, torch.cat([seqs, seqs.flip(0)[:, :1].flip(-1)], 1))
     mixed = seqs.clone()
     mixed[0] = mixed[0].flip(0)
-    assert not m._alike(enc, mixed, None)
+    assert not begin_alike(enc, mixed)
     plain = m.step_logps(enc, mixed)
     close(one[1:].exp(), plain[1:].exp())
     close(one[0].exp(), plain[0].flip(0).exp())
@@ -544,7 +539,7 @@ def test_gradients_agree_between_the_forms():
 
 def test_a_stored_sequence_from_outside_is_refused():
     m = selector(17)
-    (q, c, mask) = pools(17)
+    q, c, mask = pools(17)
     enc = m.encode(q, c, mask, top_m=2)
     out = enc.sim.new_tensor(0)
     full = m.encode(q, c, mask)
@@ -554,14 +549,13 @@ def test_a_stored_sequence_from_outside_is_refused():
     ):
         m.logp(enc, worst[:, None, None])
 
-# --- STOP
-# ------------------------------------------------------------------------------------------------------------
+# --- STOP -----------------------------------------------------------------------------------------
 
 @settings(max_examples=8, deadline=None)
 @given(seed=st.integers(0, 10**6), pad=st.integers(0, 2))
 def test_stop_sequences_of_all_lengths_sum_to_one(seed, pad):
     m = selector(seed, stop=True, max_shots=3)
-    (q, c, mask) = pools(seed, K=4, pad=pad)
+    q, c, mask = pools(seed, K=4, pad=pad)
     enc = m.encode(q, c, mask)
     seqs, lp, real = m.enumerate(enc, None)
     assert seqs.shape[1] == 4 + 12 + 24
@@ -587,7 +581,7 @@ def test_stop_sequences_of_all_lengths_sum_to_one(seed, pad):
 
 def test_stop_samples_have_the_policys_lengths():
     m = selector(18, stop=True, max_shots=3, prior_scale=2., temperature=1.)
-    (q, c, mask) = pools(18, B=1, K=4, pad=0)
+    q, c, mask = pools(18, B=1, K=4, pad=0)
     with torch.no_grad():
         m.stop.bias.zero_()
         m.stop.weight.zero_()
@@ -611,7 +605,7 @@ def test_stop_samples_have_the_policys_lengths():
 def test_exact_kl_and_entropy_count_stop():
     a = selector(19, stop=True, max_shots=3)
     b = selector(20, stop=True, max_shots=3)
-    (q, c, mask) = pools(19, K=4)
+    q, c, mask = pools(19, K=4)
     ea = a.encode(q, c, mask)
     eb = b.encode(q, c, mask)
     seqs, la, real = a.enumerate(ea, None)
@@ -625,13 +619,12 @@ def test_exact_kl_and_entropy_count_stop():
         1e-4,
     )
 
-# --- sets
-# ------------------------------------------------------------------------------------------------------------
+# --- sets -----------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("stop", [False, True])
 def test_logp_set_is_the_sum_over_orders(stop):
     m = selector(21, stop=stop)
-    (q, c, mask) = pools(21, K=6)
+    q, c, mask = pools(21, K=6)
     seqs, real = groups(mask, 5, 4, 21)
     got = m.logp_set(m.encode(q, c, mask), seqs, real)
     for b, n in itertools.product(range(3), range(5)):
@@ -652,8 +645,7 @@ def test_logp_set_is_the_sum_over_orders(stop):
     with pytest.raises(ValueError, match="at most 4"):
         m.logp_set(m.encode(q, c, mask), torch.zeros(3, 1, 5, dtype=torch.long))
 
-# --- checks and errors
-# -----------------------------------------------------------------------------------------------
+# --- checks and errors ----------------------------------------------------------------------------
 
 @pytest.mark.parametrize(
     "seq, what",
@@ -680,14 +672,14 @@ def test_check_seqs_names_what_is_wrong(seq, what):
 
 def test_impossible_sequences_have_probability_zero_not_nan():
     m = selector(11)
-    (q, c, mask) = pools(11)
+    q, c, mask = pools(11)
     bad = torch.tensor([[[0, 0], [1, 2]]]*3)
     lp = m(q, c, mask, bad)
     assert (lp[:, 0] == -torch.inf).all() and lp[:, 1].isfinite().all()
 
 def test_shapes_are_refused_with_a_sentence():
     m = selector()
-    (q, c, mask) = pools()
+    q, c, mask = pools()
     for f, what in (
         (lambda: m.encode(q[:, :4], c), "D = 6"),
         (lambda: m.encode(q, c[0, 0]), r"\[B,K,D\]"),
@@ -705,8 +697,7 @@ def test_shapes_are_refused_with_a_sentence():
     ):
         with pytest.raises(ValueError, match=what): f()
 
-# --- checkpoints
-# -----------------------------------------------------------------------------------------------------
+# --- checkpoints ----------------------------------------------------------------------------------
 
 @pytest.fixture
 def ckpt(tmp_path):
