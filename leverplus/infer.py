@@ -20,7 +20,7 @@ from .pools import check_pool
 from .vqa import normalise
 from .lvlm import Scored, Targets
 from .rldata_ask import FactCache, ask, facts_fingerprint, item_hashes
-from .rldata_propose import best_sequences
+from .decode import best_sequences
 from .rldata_generate import policy_fingerprint
 
 # %% ../nbs/80_infer.ipynb #0fa208f5

@@ -9,7 +9,7 @@ __all__ = ['sequence_logp', 'batch_logp', 'stored_logp', 'off_policy', 'summaris
 from dataclasses import dataclass
 import numpy as np, pandas as pd, torch
 from .losses import inclusion_logp, off_policy_value
-from .rldata_propose import deciding, device_of
+from .decode import deciding, device_of
 from .callback_core import StageCallback
 
 # %% ../nbs/72_offpolicy.ipynb #672a961e
