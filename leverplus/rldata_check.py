@@ -405,7 +405,8 @@ def source_table(
     low, high = wilson(out.positives, out.judged)
     rate = out.positives / out.judged.where(out.judged > 0)
     out = out.assign(source=names, rate=rate, low=low, high=high)
-    return out[["source", "rows", "failed", "judged", "positives", "rate", "low", "high", "mean_acc", "mean_gt_prob"]]
+    columns = "source rows failed judged positives rate low high mean_acc mean_gt_prob"
+    return out[columns.split()]
 
 # %% ../nbs/36_rldata_check.ipynb #52fbb447
 def teaches(
@@ -427,26 +428,28 @@ class Alarm(NamedTuple):
 
 # %% ../nbs/36_rldata_check.ipynb #4ff8c31d
 REMEDIES = dict(
-    scorers="Keep the rows of one scorer, or score the others again with it: facts of different scorers are not "
-            "comparable.",
-    unrewarded="Score them with generate=True, leave them out, or choose a reward that needs only what they have.",
-    unjudged="Generate for some rows of each query: oracle, positives and the soft reward's worth are unknown without.",
+    scorers="Keep the rows of one scorer, or score the others again with it: "
+            "facts of different scorers are not comparable.",
+    unrewarded="Score them with generate=True, leave them out, "
+               "or choose a reward that needs only what they have.",
+    unjudged="Generate for some rows of each query: "
+             "oracle, positives and the soft reward's worth are unknown without.",
     failures="Run the generation again (it asks them again); if they stay, read their `error` and mend that.",
-    prompts="The model does not see what is asked. Read a rendered prompt (`self_test` keeps one; `check_prompt` "
-            "refuses what is not filled in), mend it, score again.",
-    pools="No policy can pick what is not there. Read a rendered prompt first; then give larger pools, or candidates "
-          "chosen by similarity, or more varied proposals.",
-    proposals="Find positives before training: score many proposals by vqa_gt_prob alone and generate for the best "
-              "(two-stage mining), or swap demonstrations of good sequences.",
-    flat="Find positives where there are none and negatives where there is nothing else, or reward probability as "
-         "well (hard01_plus_gtprob); drop flat groups from the loss and its denominator. Learning rate, KL weight and "
-         "normalisation cannot help.",
-    headroom="The proposer already picks what is best here. Try sequences that it does not think of (random, mined), "
-             "or harder queries.",
+    prompts="The model does not see what is asked. Read a rendered prompt (`self_test` keeps one; "
+            "`check_prompt` refuses what is not filled in), mend it, score again.",
+    pools="No policy can pick what is not there. Read a rendered prompt first; then give larger pools, "
+          "or candidates chosen by similarity, or more varied proposals.",
+    proposals="Find positives before training: score many proposals by vqa_gt_prob alone "
+              "and generate for the best (two-stage mining), or swap demonstrations of good sequences.",
+    flat="Find positives where there are none and negatives where there is nothing else, "
+         "or reward probability as well (hard01_plus_gtprob); drop flat groups from the loss and its denominator. "
+         "Learning rate, KL weight and normalisation cannot help.",
+    headroom="The proposer already picks what is best here. "
+             "Try sequences that it does not think of (random, mined), or harder queries.",
     few="Too few queries to tell: measure on more before you lean on vqa_gt_prob.",
-    soft="vqa_gt_prob is not the probability of the answers. Hold the scorer to the reference (`verify=` of "
-         "`generate`): the tokens that are scored must be those of the answer, in the assistant's turn, end token "
-         "included. Until then reward accuracy alone.",
+    soft="vqa_gt_prob is not the probability of the answers. Hold the scorer to the reference "
+         "(`verify=` of `generate`): the tokens that are scored must be those of the answer, "
+         "in the assistant's turn, end token included. Until then reward accuracy alone.",
 )
 
 # %% ../nbs/36_rldata_check.ipynb #fb231ee1
@@ -567,7 +570,8 @@ def histograms(
             low = x[there].min()
             high = max(x[there].max(), low + 1e-9)
         edges = np.linspace(low, high, bins + 1)
-        count = {k: np.histogram(x[of & there].clip(edges[0], edges[-1]), edges)[0] for k, of in kinds.items()}
+        inside = x.clip(edges[0], edges[-1])
+        count = {kind: np.histogram(inside[of & there], edges)[0] for kind, of in kinds.items()}
         out.append(pd.DataFrame(dict(fact=fact, low=edges[:-1], high=edges[1:], **count)))
     return pd.concat(out, ignore_index=True)
 
@@ -607,11 +611,12 @@ def _check_file(name, data):
                         "`RLData.from_frame(rows, pool)`)")
     rows = data.rows
     if not len(rows):
-        raise ValueError(f"health: {name!r} has no rows: nothing was generated, or everything was filtered out")
+        raise ValueError(f"health: {name!r} has no rows: "
+                         "nothing was generated, or everything was filtered out")
     if rows.eval_failed.all():
-        raise ValueError(f"health: all {len(rows)} rows of {name!r} failed (first: question_id "
-                         f"{rows.question_id[0]}: {rows.error[0]}): mend the cause and run the generation again, "
-                         "it asks them again")
+        first = f"question_id {rows.question_id[0]}: {rows.error[0]}"
+        raise ValueError(f"health: all {len(rows)} rows of {name!r} failed (first: {first}): "
+                         "mend the cause and run the generation again, it asks them again")
 
 def _named(data):
     "{name: RLData}; a single file is called as on disk, or \"data\""
@@ -696,7 +701,9 @@ def __repr__(self:Health):
 def _cells(df): return [[_say(v) for v in row] for row in df.itertuples(index=False)]
 
 def _md_line(cells): return "| " + " | ".join(str(c).replace("|", "\\|") for c in cells) + " |"
-def _md(df): return "\n".join([_md_line(df.columns), _md_line(["---"] * df.shape[1]), *map(_md_line, _cells(df))])
+def _md(df):
+    head = [_md_line(df.columns), _md_line(["---"] * df.shape[1])]
+    return "\n".join(head + [_md_line(row) for row in _cells(df)])
 
 def _html_row(cells, tag):
     return "<tr>" + "".join(f"<{tag} align=left>{escape(str(c))}</{tag}>" for c in cells) + "</tr>"
@@ -722,7 +729,8 @@ def _repr_html_(self:Health):
     lines = [f"<li><b>{escape(file)}: {escape(advice)}.</b> {escape(taught)}.</li>"
              for file, advice, taught in self._lines()]
     tables = [f"<p><b>{title}</b></p>{_html(df)}" for title, df in self._parts()]
-    return f"<p>Health, reward <code>{escape(self.reward)}</code></p><ul>{''.join(lines)}</ul>{''.join(tables)}"
+    head = f"<p>Health, reward <code>{escape(self.reward)}</code></p>"
+    return head + f"<ul>{''.join(lines)}</ul>" + "".join(tables)
 
 # %% ../nbs/36_rldata_check.ipynb #83430003
 def _plot_positives(queries, ax):
