@@ -384,8 +384,9 @@ def validate(self:RLData,
         i = int(bad.argmax())
         row = self.rows.iloc[i]
         lacks = ", ".join(c for c in TEXT_FACTS if pd.isna(row[c]))
-        what = what.format(lacks=lacks, **row)
-        raise ValueError(f"{_where(self, i)}: question_id {row.question_id}: {what} ({int(bad.sum())} such rows)")
+        wrong = what.format(lacks=lacks, **row)
+        raise ValueError(f"{_where(self, i)}: question_id {row.question_id}: {wrong} "
+                         f"({int(bad.sum())} such rows)")
     return self
 
 @patch(cls_method=True)
