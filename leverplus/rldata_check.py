@@ -635,7 +635,11 @@ def health(
     "Examine files of tried sequences; ValueError for a file without rows, without labels, or without a needed fact"
     files = _named(data)
     if not files: raise ValueError("health: no files; pass RLData or {name: RLData}")
-    metrics, sources, queries, spread, verdict = {}, [], [], [], []
+    metrics = {}
+    sources = []
+    queries = []
+    spread = []
+    verdict = []
     for name, d in files.items():
         _check_file(name, d)
         facts = row_facts(d.rows, reward, **(weights or {}))

@@ -358,6 +358,13 @@ def _check_balance(positive_share, limits):
         raise ValueError(f"balance: positive_share={positive_share}, "
                          "wanted a number between 0 and 1, both excluded")
 
+def _preference(rows, prefer, seed):
+    "What decides which rows stay, smallest first: the column, then the lot"
+    pointers = pointer_matrix(rows.pointer.to_numpy())[0]
+    lots = row_lots(rows.question_id, *pointers.T, key=("balance", seed))
+    if prefer is None: return [lots]
+    return [-rows[prefer].fillna(-np.inf).to_numpy(float), lots]
+
 def _share(label): return f"{np.nanmean(label):.3f}" if (~np.isnan(label)).any() else "unknown"
 
 def balance(
@@ -372,11 +379,11 @@ def balance(
     "Bound the positives and contrasts of each query, and move its share of positives"
     limits = dict(positive=(min_positive, max_positive), contrast=(min_contrast, max_contrast))
     _check_balance(positive_share, limits)
-    rows = data.rows
-    label = label_rows(rows, positive, at)
+    label = label_rows(data.rows, positive, at)
     is_positive = label == 1
     is_contrast = label == 0
-    code, queries = pd.factorize(rows.question_id)
+    unknown = ~is_positive & ~is_contrast
+    code, queries = pd.factorize(data.rows.question_id)
 
     positives = np.bincount(code[is_positive], minlength=len(queries))
     contrasts = np.bincount(code[is_contrast], minlength=len(queries))
@@ -388,13 +395,7 @@ def balance(
     if positive_share is not None:
         want_p, want_c = counts_for_share(most_p, most_c, positive_share, min_positive, min_contrast)
 
-    pointers = pointer_matrix(rows.pointer.to_numpy())[0]
-    lots = row_lots(rows.question_id, *pointers.T, key=("balance", seed))
-    worst_first = np.zeros(len(rows)) if prefer is None else rows[prefer].fillna(-np.inf).to_numpy(float)
-    group = code * 2 + is_positive
-    unknown = ~is_positive & ~is_contrast
-    place = rank_within(group, unknown, -worst_first, lots)        # among the known rows of its kind
-
+    place = rank_within(code * 2 + is_positive, unknown, *_preference(data.rows, prefer, seed))
     keep = ~few & ~poor & (unknown | (place < np.where(is_positive, want_p[code], want_c[code])))
     reasons = {
         f"in queries with fewer than {min_positive} positives": few,
