@@ -89,8 +89,8 @@ def _usable(rows, rewards):
         i = int(bad.argmax())
         row = rows.iloc[i]
         which = f"question_id {row['question_id']}, pointer {row['pointer']}"
-        raise ValueError(f"{which}: reward {rewards[i]} though the row did not fail ({int(bad.sum())} such rows); "
-                         "score it again, or set eval_failed")
+        raise ValueError(f"{which}: reward {rewards[i]} though the row did not fail "
+                         f"({int(bad.sum())} such rows); score it again, or set eval_failed")
     return ~failed
 
 def _check_kept(question_ids, query, keep, usable):
