@@ -395,6 +395,7 @@ def balance(
     if positive_share is not None:
         want_p, want_c = counts_for_share(most_p, most_c, positive_share, min_positive, min_contrast)
 
+    # each row's place among those of its query and kind; rows of unknown kind come behind the contrasts
     place = rank_within(code * 2 + is_positive, unknown, *_preference(data.rows, prefer, seed))
     keep = ~few & ~poor & (unknown | (place < np.where(is_positive, want_p[code], want_c[code])))
     reasons = {
