@@ -11,7 +11,7 @@ from leverplus.rewards import reward
 from leverplus.rldata_check import METRICS, Alarm, Health, health, judge, teaches, wilson
 
 def made(groups, K=6, **columns):
-    "RLData from {question_id: [(accuracy or None for a failure, gt_prob), ...]}; row k of a query is beam rank k up to 2, then random"
+    "RLData from {question_id: [(accuracy or None for a failure, gt_prob), ...]}; the first three of a query are beams"
     from itertools import permutations
     q = [i for i, g in groups.items() for _ in g]
     acc = np.array([np.nan if a is None else a for g in groups.values() for a, _ in g], dtype=float)
@@ -45,7 +45,7 @@ def made(groups, K=6, **columns):
         Pool({i: range(1000, 1000 + K) for i in groups}),
     )
 
-# ---- against a plain loop ----------------------------------------------------------------------------------------------
+# ---- against a plain loop ----------------------------------------------------------------------------------
 
 def random_data(seed):
     "Ragged groups, ragged pools, 1 to 3 shots, every method, failures, ties, no manners"
@@ -101,30 +101,25 @@ def by_loop(data):
     pos = [sum(r.vqa_correct > 0 for r in g) for g in judged.values()]
     def pick(rows):
         beam = [r for r in rows if r.beam_rank == r.beam_rank]
-        drawn = [
-            r
-            for r in rows
-            if r.gen_method in ("sample", "policy")
-            and not r.temperature == 1.3
-            and r.logprob_score == r.logprob_score
-        ]
-        if not beam and not drawn: return math.nan
-        best = min(r.beam_rank for r in beam) if beam else max(r.logprob_score for r in drawn)
-        return mean(
-            [
-                r.vqa_acc_score
-                for r in beam or drawn
-                if (r.beam_rank if beam else r.logprob_score) == best and not r.eval_failed
-            ]
-        )
+        drawn = [r for r in rows if r.gen_method in ("sample", "policy") and r.temperature != 1.3]
+        drawn = [r for r in drawn if r.logprob_score == r.logprob_score]
+        if beam:
+            best = min(r.beam_rank for r in beam)
+            picked = [r for r in beam if r.beam_rank == best]
+        elif drawn:
+            best = max(r.logprob_score for r in drawn)
+            picked = [r for r in drawn if r.logprob_score == best]
+        else: return math.nan
+        return mean([r.vqa_acc_score for r in picked if not r.eval_failed])
     top = {q: max((r.vqa_acc_score for r in good[q]), default=math.nan) for q in groups}
     picks = {q: pick(g) for q, g in groups.items()}
-    gaps = [top[q] - picks[q] for q in groups if (top[q] - picks[q]) == (top[q] - picks[q])]
+    gaps = [top[q] - picks[q] for q in groups if not math.isnan(top[q] - picks[q])]
     pairs = [(a, b) for i, a in enumerate(flat) for b in flat[:i]]
-    agree = lambda same: mean(
-        [a.vqa_pred_answer == b.vqa_pred_answer for a, b in pairs if (a.question_id == b.question_id) == same]
-    )
-    quart = lambda x: dict(zip(("min", "q1", "median", "q3", "max"), np.quantile(x, [0, .25, .5, .75, 1])))
+    def agree(same):
+        some = [(a, b) for a, b in pairs if (a.question_id == b.question_id) == same]
+        return mean([a.vqa_pred_answer == b.vqa_pred_answer for a, b in some])
+    def nll(r): return sum(math.log(len(data.pool[r.question_id]) - t) for t in range(len(r.pointer)))
+    def quart(x): return dict(zip(("min", "q1", "median", "q3", "max"), np.quantile(x, [0, .25, .5, .75, 1])))
     return dict(
         queries=len(groups),
         rows=len(data.rows),
@@ -155,12 +150,7 @@ def by_loop(data):
         same_answer_within=agree(True),
         same_answer_across=agree(False),
         answers=len({r.vqa_pred_answer for r in flat}),
-        uniform_nll=mean(
-            [
-                mean([sum(math.log(len(data.pool[q]) - t) for t in range(len(r.pointer))) for r in g])
-                for q, g in groups.items()
-            ]
-        ),
+        uniform_nll=mean([mean(map(nll, g)) for g in groups.values()]),
         gt_prob_mean=mean([r.vqa_gt_prob for r in flat]),
         gt_prob_right=statistics.median([r.vqa_gt_prob for r in flat if r.vqa_correct] or [math.nan]),
         gt_prob_wrong=statistics.median([r.vqa_gt_prob for r in flat if not r.vqa_correct] or [math.nan]),
@@ -176,26 +166,19 @@ def test_metrics_are_those_of_a_plain_loop(seed):
     for k, v in by_loop(data).items(): np.testing.assert_allclose(float(m[k]), float(v), atol=1e-9, err_msg=k)
     good = data.rows[~data.rows.eval_failed]
     if good.vqa_gt_prob.nunique() > 1 and good.vqa_acc_score.nunique() > 1:
-        assert (
-            m.spearman == pytest.approx(good.vqa_gt_prob.corr(good.vqa_acc_score, "spearman"))
-            and abs(m.spearman) <= 1
-            and 0 < m.spearman_reach <= 1
-        )
+        assert m.spearman == pytest.approx(good.vqa_gt_prob.corr(good.vqa_acc_score, "spearman"))
+        assert abs(m.spearman) <= 1
+        assert 0 < m.spearman_reach <= 1
     for s in h.sources.itertuples():
         name, _, T = s.source.partition(" T=")
-        rows = data.rows[
-            (data.rows.gen_method == name)
-            & ((data.rows.temperature == float(T)) if T else data.rows.temperature.isna())
-        ]
+        of_method = data.rows[data.rows.gen_method == name]
+        rows = of_method[of_method.temperature == float(T) if T else of_method.temperature.isna()]
         ok = rows[~rows.eval_failed]
-        assert (s.rows, s.failed, s.judged, s.positives) == (
-            len(rows),
-            int(rows.eval_failed.sum()),
-            len(ok),
-            int(ok.vqa_correct.sum()),
-        )
+        assert (s.rows, s.failed) == (len(rows), int(rows.eval_failed.sum()))
+        assert (s.judged, s.positives) == (len(ok), int(ok.vqa_correct.sum()))
         assert s.judged == 0 or s.low <= s.rate <= s.high
-    assert h.sources.rows.sum() == len(data.rows) and h.queries.positives.sum() == good.vqa_correct.sum()
+    assert h.sources.rows.sum() == len(data.rows)
+    assert h.queries.positives.sum() == good.vqa_correct.sum()
 
 @given(st.integers(0, 10**6))
 def test_advantage_statistics_are_those_of_the_objective(seed):
@@ -210,11 +193,9 @@ def test_advantage_statistics_are_those_of_the_objective(seed):
     std = ((a**2).sum(-1) / (n - 1).clamp(min=1)).sqrt()
     live = live_groups(r, mask)
     m = health(data, "hard01_plus_gtprob").frame.loc["data"]
-    assert (
-        m.adv_std == pytest.approx(std.mean().item())
-        and m.live_groups == live.sum()
-        and (not live.any() or m.adv_std_live == pytest.approx(std[live].mean().item()))
-    )
+    assert m.adv_std == pytest.approx(std.mean().item())
+    assert m.live_groups == live.sum()
+    assert not live.any() or m.adv_std_live == pytest.approx(std[live].mean().item())
 
 @given(st.integers(0, 10**6))
 def test_order_of_rows_and_names_of_queries_change_nothing(seed):
@@ -230,159 +211,126 @@ def test_order_of_rows_and_names_of_queries_change_nothing(seed):
 def test_wilson_holds_the_share(k, n):
     k = min(k, n)
     low, high = wilson(k, n)
-    assert 0 <= low <= k / n + 1e-12 and k / n - 1e-12 <= high <= 1 and high - low > 0
+    assert 0 <= low <= k / n + 1e-12
+    assert k / n - 1e-12 <= high <= 1
+    assert high - low > 0
     # the interval is where the score test accepts
     z = 1.959963984540054
-    inside = lambda p: (k / n - p) ** 2 <= z * z * p * (1 - p) / n + 1e-9
-    assert (
-        inside(low)
-        and inside(high)
-        and not (low > 1e-3 and inside(low - 1e-3))
-        and not (high < 1 - 1e-3 and inside(high + 1e-3))
-    )
+    def inside(p): return (k / n - p) ** 2 <= z * z * p * (1 - p) / n + 1e-9
+    assert inside(low)
+    assert inside(high)
+    assert not (low > 1e-3 and inside(low - 1e-3))
+    assert not (high < 1 - 1e-3 and inside(high + 1e-3))
 
-# ---- verdicts ----------------------------------------------------------------------------------------------------------
+# ---- verdicts ----------------------------------------------------------------------------------------------
 
 def healthy(n=40, **kw):
     "Half of each group right, probabilities in order"
-    return made(
-        {
-            q: [(0.0, 0.1 + 0.001 * q), (1.0, 0.9), (0.6, 0.7), (0.0, 0.2), (0.0, 0.05), (1.0, 0.8)]
-            for q in range(n)
-        },
-        **kw
-    )
+    return made({q: half_right(q) for q in range(n)}, **kw)
+
+def half_right(q): return [(0., .1 + .001*q), (1., .9), (.6, .7), (0., .2), (0., .05), (1., .8)]
 
 def test_a_healthy_file_is_to_be_trained_on():
     h = health(healthy())
-    assert h.advice == {"data": "train"} and h.verdict == [] and h.frame.adv_std["data"] == 1.0
-    assert (
-        "data: train" in repr(h)
-        and "40 of 40 groups can teach" in h._repr_html_()
-        and "40 of 40 groups can teach" in h._repr_markdown_()
-    )
+    assert h.advice == {"data": "train"}
+    assert h.verdict == []
+    assert h.frame.adv_std["data"] == 1.0
+    assert "data: train" in repr(h)
+    assert "40 of 40 groups can teach" in h._repr_html_()
+    assert "40 of 40 groups can teach" in h._repr_markdown_()
 
 def sparse(live=4, n=640, rest=lambda q: 0.):
-    return made(
-        {
-            q: [
-                (
-                    1.0 if q < live and k < 2 else 0.0 if q < live else rest(q),
-                    0.8 if q < live and k < 2 else 0.1,
-                )
-                for k in range(10)
-            ]
-            for q in range(n)
-        }
-    )
+    "The first `live` queries have two positives of ten; all rows of the others have the accuracy rest(q)"
+    def row(q, k):
+        if q >= live: return rest(q), .1
+        return (1., .8) if k < 2 else (0., .1)
+    return made({q: [row(q, k) for k in range(10)] for q in range(n)})
 
 def test_4_of_640():
     h = health(sparse())
     m = h.frame.loc["data"]
-    assert (
-        m.adv_std == pytest.approx(0.00625, abs=1e-12)
-        and m.adv_std_live == 1
-        and (m.live_groups, m.groups) == (4, 640)
-    )
-    assert teaches(m).startswith(
-        "4 of 640 groups can teach: mean advantage std 0.00625 over all groups"
-    ) and teaches(m) in repr(h)
+    assert m.adv_std == pytest.approx(0.00625, abs=1e-12)
+    assert m.adv_std_live == 1
+    assert (m.live_groups, m.groups) == (4, 640)
+    assert teaches(m).startswith("4 of 640 groups can teach: mean advantage std 0.00625 over all groups")
+    assert teaches(m) in repr(h)
     flat = next(a for a in h.verdict if a.cause == "flat groups")
-    assert "do not start GRPO" in flat.remedy and "4 of 640" in flat.seen
-    assert h.advice == {"data": "pool or prompts"} and [a.cause for a in h.verdict][:3] == [
-        "pool or prompts",
-        "proposals",
-        "flat groups",
-    ]
+    assert "do not start GRPO" in flat.remedy
+    assert "4 of 640" in flat.seen
+    assert h.advice == {"data": "pool or prompts"}
+    assert [a.cause for a in h.verdict][:3] == ["pool or prompts", "proposals", "flat groups"]
 
 def test_flat_groups_in_an_otherwise_good_file():
     h = health(sparse(rest=lambda q: float(q % 4 > 0)))
-    assert h.advice == {"data": "flat groups"} and h.frame.adv_std["data"] == pytest.approx(0.00625)
+    assert h.advice == {"data": "flat groups"}
+    assert h.frame.adv_std["data"] == pytest.approx(0.00625)
 
 def test_a_perfect_soft_reward_is_not_blamed_for_rare_positives():
     d = sparse()
     near = np.random.default_rng(0).uniform(size=len(d)) * 0.1
     m = health(RLData(d.rows.assign(vqa_gt_prob=d.rows.vqa_gt_prob + near), d.pool)).frame.loc["data"]
-    assert m.spearman < .1 and m.spearman == pytest.approx(m.spearman_reach)
+    assert m.spearman < .1
+    assert m.spearman == pytest.approx(m.spearman_reach)
     assert not [a for a in judge(m) if a.cause == "soft reward" and "not the probability" in a.remedy]
 
 def test_many_queries_without_a_positive():
-    h = health(
-        made({q: [(1.0, 0.9)] * 3 + [(0.0, 0.1)] * 3 if q % 10 < 4 else [(0.0, 0.2)] * 6 for q in range(40)}),
-        oracle=0.3,
-    )
+    some = [(1., .9)] * 3 + [(0., .1)] * 3
+    none = [(0., .2)] * 6
+    h = health(made({q: some if q % 10 < 4 else none for q in range(40)}), oracle=.3)
     assert h.advice == {"data": "proposals"}
 
 def test_prompts_and_pools_are_told_apart():
     low = {q: [(1. if q < 4 and k < 2 else 0., .1*k) for k in range(6)] for q in range(40)}
-    assert health(made(low)).advice == {"data": "pool or prompts"} and health(
-        made(low, vqa_pred_answer="dax")
-    ).advice == {"data": "prompts"}
+    assert health(made(low)).advice == {"data": "pool or prompts"}
+    assert health(made(low, vqa_pred_answer="dax")).advice == {"data": "prompts"}
     # one answer to everything is no fault where it is right
     assert health(healthy(vqa_pred_answer="yes")).advice == {"data": "train"}
 
 def test_a_soft_reward_that_knows_nothing():
     rows = healthy(60)
     g = np.random.default_rng(0)
-    h = health(RLData(rows.rows.assign(vqa_gt_prob=g.uniform(size=len(rows)) * 1e-7), rows.pool))
-    assert h.advice == {"data": "soft reward"}
-    assert health(RLData(rows.rows.assign(vqa_gt_prob=0.), rows.pool)).advice == {"data": "soft reward"}
-    assert health(RLData(rows.rows.assign(vqa_gt_prob=1 - rows.rows.vqa_gt_prob), rows.pool)).advice == {
-        "data": "soft reward"
-    }
+    tiny = g.uniform(size=len(rows)) * 1e-7
+    turned = 1 - rows.rows.vqa_gt_prob
+    for prob in (tiny, 0., turned):
+        h = health(RLData(rows.rows.assign(vqa_gt_prob=prob), rows.pool))
+        assert h.advice == {"data": "soft reward"}
     few = health(healthy(3))
-    assert few.advice == {"data": "soft reward"} and "Too few queries" in few.verdict[0].remedy
+    assert few.advice == {"data": "soft reward"}
+    assert "Too few queries" in few.verdict[0].remedy
 
 def test_nothing_left_to_win():
     # beam rank 0 is the best of every query
-    assert health(made({q: [(1.0, 0.9)] + [(0.0, 0.1)] * 5 for q in range(40)})).advice == {
-        "data": "headroom"
-    }
+    h = health(made({q: [(1., .9)] + [(0., .1)] * 5 for q in range(40)}))
+    assert h.advice == {"data": "headroom"}
 
 def test_failures_are_counted_and_are_no_negatives():
     a = healthy()
-    b = made(
-        {
-            q: [
-                (0.0, 0.1 + 0.001 * q),
-                (1.0, 0.9),
-                (0.6, 0.7),
-                (0.0, 0.2),
-                (0.0, 0.05),
-                (1.0, 0.8),
-                (None, 0.0),
-            ]
-            for q in range(40)
-        }
-    )
+    b = made({q: [*half_right(q), (None, 0.)] for q in range(40)})
     x = health(a).frame.loc["data"]
     y = health(b).frame.loc["data"]
     same = [k for k in METRICS if k not in ("rows", "failed", "error")]
     pd.testing.assert_series_equal(x[same], y[same])
-    assert y.failed == 40 and y.error == "OSError: image truncated"
+    assert y.failed == 40
+    assert y.error == "OSError: image truncated"
     (alarm,) = health(b).verdict
-    assert (
-        alarm.cause == "failures"
-        and "40 of 280 rows failed, most often: OSError" in alarm.seen
-        and health(b, failed=0.2).verdict == []
-    )
+    assert alarm.cause == "failures"
+    assert "40 of 280 rows failed, most often: OSError" in alarm.seen
+    assert health(b, failed=0.2).verdict == []
 
 def test_a_query_of_failures_is_no_group():
     m = health(made({q: [(1.0, 0.9), (0.0, 0.1)] if q else [(None, 0.0)] * 2 for q in range(5)})).frame.loc[
         "data"
     ]
-    assert (m.queries, m.groups, m.live_groups, m.group_min) == (
-        5,
-        4,
-        4,
-        0,
-    ) and m.pct_zero_positive_query == 0
+    assert (m.queries, m.groups, m.live_groups, m.group_min) == (5, 4, 4, 0)
+    assert m.pct_zero_positive_query == 0
 
 def test_a_failed_first_pick_is_not_replaced():
     m = health(
         made({0: [(None, 0.0), (1.0, 0.9), (0.0, 0.1)], 1: [(0.0, 0.1), (1.0, 0.9), (0.0, 0.1)]})
     ).frame.loc["data"]
-    assert m.model_pick == 0.0 and m.gap_mean == 1.0 and m.oracle_in_data == 1.0
+    assert m.model_pick == 0.0
+    assert m.gap_mean == 1.0
+    assert m.oracle_in_data == 1.0
 
 def test_mixed_scorers_and_missing_facts_come_first():
     rows = healthy()
@@ -392,13 +340,13 @@ def test_mixed_scorers_and_missing_facts_come_first():
     part = rows.rows.copy()
     part.loc[part.index % 6 == 0, text] = np.nan
     h = health(RLData(part, rows.pool))
-    assert h.advice == {"data": "labels"} and h.frame.unrewarded["data"] == 40 and h.frame.failed["data"] == 0
+    assert h.advice == {"data": "labels"}
+    assert h.frame.unrewarded["data"] == 40
+    assert h.frame.failed["data"] == 0
     only = health(RLData(rows.rows.assign(**{c: np.nan for c in text}), rows.pool), "gtprob")
-    assert (
-        only.advice == {"data": "labels"}
-        and only.verdict[0].seen == "no row has an accuracy"
-        and only.frame.live_groups["data"] == 40
-    )
+    assert only.advice == {"data": "labels"}
+    assert only.verdict[0].seen == "no row has an accuracy"
+    assert only.frame.live_groups["data"] == 40
 
 def test_thresholds_are_arguments():
     m = health(healthy()).frame.loc["data"].to_dict()
@@ -419,7 +367,7 @@ def test_weights_reach_the_reward():
     assert health(d, weights=dict(hard_weight=5.0)).frame.reward_max["data"] == 6.0
     with pytest.raises(TypeError, match="sorf_weight"): health(d, weights=dict(sorf_weight=1.))
 
-# ---- real faults, the tiny model ---------------------------------------------------------------------------------------
+# ---- real faults, the tiny model ---------------------------------------------------------------------------
 
 def test_planted_faults_on_the_embedded_world(tmp_path):
     from leverplus.rldata_generate import generate
@@ -431,35 +379,26 @@ def test_planted_faults_on_the_embedded_world(tmp_path):
     class Unfilled:
         fingerprint, tolerance = "unfilled", 1e-3
         def run(self, prompts, targets=None, generate=True, progress=False):
-            blank = lambda p: replace(
-                p,
-                question="{question}",
-                demos=tuple(replace(d, question="{question}", answer="{answer}") for d in p.demos),
-            )
+            def blank(p):
+                demos = tuple(replace(d, question="{question}", answer="{answer}") for d in p.demos)
+                return replace(p, question="{question}", demos=demos)
             return w.scorer.run([blank(p) for p in prompts], targets, generate)
     class Shuffled:
-        "Each prompt gets the probabilities of another query's answers, as if they had been read from the wrong tokens"
+        "Each prompt gets the probabilities of another query's answers, as if read from the wrong tokens"
         fingerprint, tolerance = "shuffled", 1e-3
         def run(self, prompts, targets=None, generate=True, progress=False):
             said = w.scorer.run(prompts, targets, generate)
-            other = w.scorer.run(
-                prompts, [targets[(i * 7 + 31) % len(targets)] for i in range(len(targets))], False
-            )
-            return [
-                replace(
-                    s,
-                    logprobs=(o.logprobs + (-50.0,) * len(s.logprobs))[: len(s.logprobs)],
-                    gt_prob=min(o.gt_prob, 1.0),
-                )
-                for s, o in zip(said, other)
-            ]
-    files = {
-        name: generate(tmp_path / name, *world, s, w.store, **kw)
-        for name, s in dict(good=w.scorer, unfilled=Unfilled(), shuffled=Shuffled()).items()
-    }
+            n = len(targets)
+            other = w.scorer.run(prompts, [targets[(i * 7 + 31) % n] for i in range(n)], False)
+            def moved(s, o):
+                logprobs = (o.logprobs + (-50.,) * len(s.logprobs))[:len(s.logprobs)]
+                return replace(s, logprobs=logprobs, gt_prob=min(o.gt_prob, 1.))
+            return [moved(s, o) for s, o in zip(said, other)]
+    scorers = dict(good=w.scorer, unfilled=Unfilled(), shuffled=Shuffled())
+    files = {name: generate(tmp_path/name, *world, s, w.store, **kw) for name, s in scorers.items()}
     assert health(files).advice == dict(good="train", unfilled="prompts", shuffled="soft reward")
 
-# ---- what comes out ----------------------------------------------------------------------------------------------------
+# ---- what comes out ----------------------------------------------------------------------------------------
 
 def test_files_side_by_side_are_as_alone():
     a = healthy()
@@ -473,11 +412,9 @@ def test_files_side_by_side_are_as_alone():
             x = getattr(both, k)
             pd.testing.assert_frame_equal(x[x.file == name].reset_index(drop=True), getattr(alone, k))
         assert [x for x in both.verdict if x.file == name] == alone.verdict
-    assert (
-        "b|&lt;b&gt;" in both._repr_html_()
-        and "<b>b|<b>" not in both._repr_html_()
-        and "b\\|<b>" in both._repr_markdown_()
-    )
+    assert "b|&lt;b&gt;" in both._repr_html_()
+    assert "<b>b|<b>" not in both._repr_html_()
+    assert "b\\|<b>" in both._repr_markdown_()
 
 def test_a_file_from_disk_has_its_name(tmp_path):
     healthy(5).save(tmp_path / "mine")
@@ -493,7 +430,7 @@ def test_csv_round_trip(tmp_path):
         "spread.csv",
         "verdict.csv",
     ]
-    read = lambda n, **kw: pd.read_csv(folder/f"{n}.csv", **kw)
+    def read(n, **kw): return pd.read_csv(folder/f"{n}.csv", **kw)
     pd.testing.assert_frame_equal(
         read("health", index_col="file").drop(columns="error"),
         h.frame.drop(columns="error"),
@@ -506,7 +443,8 @@ def test_csv_round_trip(tmp_path):
     # a verdict can be had from the file
     assert judge(read("health", index_col="file").loc["b"], "b") == [a for a in h.verdict if a.file == "b"]
     health(healthy()).to_csv(folder)
-    assert len(read("verdict")) == 0 and len(read("health")) == 1
+    assert len(read("verdict")) == 0
+    assert len(read("health")) == 1
 
 def test_histograms_hold_every_row():
     h = health(made({q: [(None, 0.0), (0.0, 0.0), (1.0, 1.0), (0.6, 0.5)] for q in range(5)}))
@@ -514,13 +452,8 @@ def test_histograms_hold_every_row():
     for fact in ("reward", "vqa_gt_prob"):
         f = s[s.fact == fact]
         assert (f.right.sum(), f.wrong.sum(), f.unjudged.sum()) == (10, 5, 0)
-    # all rewards alike
-    assert (
-        health(made({q: [(0.0, 0.5), (0.0, 0.5)] for q in range(5)}))
-        .spread.query("fact == 'reward'")
-        .wrong.sum()
-        == 10
-    )
+    alike = health(made({q: [(0., .5), (0., .5)] for q in range(5)})).spread
+    assert alike[alike.fact == "reward"].wrong.sum() == 10
 
 def test_plot():
     assert health(dict(a=healthy(), b=sparse(2, 20))).plot().shape == (2, 3)
@@ -530,7 +463,8 @@ def test_plot():
 def test_without_a_soft_reward_it_says_so():
     d = healthy()
     h = health(RLData(d.rows.assign(vqa_gt_prob=np.nan, vqa_gt_logprobs=None), d.pool))
-    assert h.advice == {"data": "train"} and "vqa_gt_prob was not measured" in repr(h)
+    assert h.advice == {"data": "train"}
+    assert "vqa_gt_prob was not measured" in repr(h)
 
 def test_files_that_cannot_be_judged():
     d = healthy(5)

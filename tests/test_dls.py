@@ -56,7 +56,9 @@ def slow_item(rows, pool, q, kind):
 def test_batch_equals_slow_padding(seed, kind):
     rows, pool = world(seed)
     ds = dataset(rows, pool, kind=kind)
-    assert len(ds) == 6 and ds.d == STORE.dim(kind) and len(ds.rows) + ds.n_failed == len(rows)
+    assert len(ds) == 6
+    assert ds.d == STORE.dim(kind)
+    assert len(ds.rows) + ds.n_failed == len(rows)
     i = rng(seed).permutation(6)[:4]
     fast = ds.batch(i)
     slow = pad_groups([slow_item(rows, pool, ds.question_ids[j], kind) for j in i])
@@ -71,13 +73,18 @@ def test_padding_is_to_the_batch_not_to_the_dataset():
     assert len(shapes) > 1
     for i in range(6):
         q, c, cm, s, sm, r, m = ds.batch([i])
-        assert cm.all() and m.all() and sm.any(-1).all() and sm[..., -1].any()
+        assert cm.all()
+        assert m.all()
+        assert sm.any(-1).all()
+        assert sm[..., -1].any()
 
 def test_queries_can_be_chosen_and_ordered():
     rows, pool = world(1)
     want = [1014, 1000]
     ds = dataset(rows, pool, question_ids=want)
-    assert ds.question_ids.tolist() == want and set(ds.rows.question_id) == set(want) and len(ds.lost) == 4
+    assert ds.question_ids.tolist() == want
+    assert set(ds.rows.question_id) == set(want)
+    assert len(ds.lost) == 4
     full = dataset(rows, pool)
     for a, b in zip(ds.batch([0, 1]), full.batch(full.question_ids.get_indexer(want))):
         assert torch.equal(a, b)
@@ -87,7 +94,9 @@ def test_a_query_that_only_failed_is_left_out_and_counted():
     rows["eval_failed"] = rows.question_id == 1007
     rows.loc[rows.eval_failed, "vqa_acc_score"] = np.nan
     ds = dataset(rows, pool)
-    assert ds.lost == [1007] and 1007 not in ds.question_ids and "1 queries" in repr(ds)
+    assert ds.lost == [1007]
+    assert 1007 not in ds.question_ids
+    assert "1 queries" in repr(ds)
     with pytest.raises(ValueError, match="question_id 1007: no row"):
         dataset(rows, pool, question_ids=[1000, 1007])
     with pytest.raises(ValueError, match="none is left"): dataset(rows.assign(eval_failed=True), pool)
@@ -125,20 +134,22 @@ def records(Q=40, **kw):
 
 def test_same_seed_same_batches():
     trn, val = records()
-    made = lambda seed: group_dls(trn, val, STORE, seed=seed, bs=4, device="cpu")
-    epochs = lambda dls: [[b[0] for b in dls.train] for _ in range(2)]
-    flat = lambda e: torch.cat([x for ep in e for x in ep])
+    def made(seed): return group_dls(trn, val, STORE, seed=seed, bs=4, device="cpu")
+    def epochs(dls): return [[b[0] for b in dls.train] for _ in range(2)]
+    def flat(e): return torch.cat([x for ep in e for x in ep])
     torch.manual_seed(3)
     a = flat(epochs(made(0)))
     np.random.seed(9)
     torch.rand(5)
     b = flat(epochs(made(0)))
-    assert torch.equal(a, b) and not torch.equal(a, flat(epochs(made(1))))
+    assert torch.equal(a, b)
+    assert not torch.equal(a, flat(epochs(made(1))))
     assert not torch.equal(a[:20], a[20:])                                # a new order every epoch
     assert torch.equal(a[:20].sort(0).values, a[20:].sort(0).values)      # of the same queries: none dropped
     dls = made(0)
     again = dls.train.new()
-    assert isinstance(again, GroupDL) and torch.equal(torch.cat([x[0] for x in again]), a[:20])
+    assert isinstance(again, GroupDL)
+    assert torch.equal(torch.cat([x[0] for x in again]), a[:20])
     plain = dls.train.new(dls.valid_ds, shuffle=False, bs=3)
     assert torch.equal(torch.cat([x[0] for x in plain]), dls.valid_ds.query)
 
@@ -153,18 +164,17 @@ def test_group_dls_checks_the_pair():
 def test_info_names_where_it_came_from():
     trn, val = records()
     dls = group_dls(trn, val, STORE, kind="text", hard_weight=2.0, device="cpu")
-    assert (
-        dls.info["data"]["train"] == trn.fingerprint
-        and dls.info["pool"]["sampler"] == "random"
-        and dls.info["kind"] == "text"
-    )
+    assert dls.info["data"]["train"] == trn.fingerprint
+    assert dls.info["pool"]["sampler"] == "random"
+    assert dls.info["kind"] == "text"
     assert dls.info["reward"] == dict(mode="hard_plus_soft", hard_weight=2.)
 
 def test_show_group():
     rows, pool = world(5, fail=0)
     ds = dataset(rows, pool)
     t = show_group(ds, 1007)
-    assert len(t) == (rows.question_id == 1007).sum() and t.reward.is_monotonic_decreasing
+    assert len(t) == (rows.question_id == 1007).sum()
+    assert t.reward.is_monotonic_decreasing
     items = pd.DataFrame(
         dict(question=[f"q{i}?" for i in STORE.ids], answer=[f"a{i}" for i in STORE.ids]), index=STORE.ids
     )
@@ -177,11 +187,12 @@ def test_show_group():
 def test_a_learner_trains_the_selector_on_it():
     trn, val = records()
     dls = group_dls(trn, val, STORE, bs=4, device="cpu")
-    loss = lambda lp, r, m: -(lp.masked_fill(~m, -1e9).softmax(-1) * r).sum(-1).mean()
+    def loss(lp, r, m): return -(lp.masked_fill(~m, -1e9).softmax(-1) * r).sum(-1).mean()
     torch.manual_seed(0)
     learn = Learner(dls, PointerSelector(dls.train_ds.d, 8), loss, lr=1e-2)
     with quiet(learn):
         before = learn.validate(dl=dls.train)[0]
         learn.fit(4)
         after = learn.validate(dl=dls.train)[0]
-    assert np.isfinite(after) and after < before
+    assert np.isfinite(after)
+    assert after < before

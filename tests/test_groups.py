@@ -38,26 +38,22 @@ def tried(**over):
     return rows.assign(**over)
 
 def test_columns_are_those_of_the_record():
-    assert (
-        list(RECORD)
-        == (
-            "question_id pointer gen_method beam_rank temperature logprob_score similarity_score kappa"
-            " vqa_pred_answer vqa_raw_generation vqa_correct vqa_acc_score vqa_gt_prob vqa_gt_logprobs"
-            " vqa_rel_token_f1 vqa_rel_edit_sim vqa_rel_score vqa_eval_mode eval_failed error scorer"
-        ).split()
-    )
+    proposed = "question_id pointer gen_method beam_rank temperature logprob_score similarity_score kappa"
+    answered = "vqa_pred_answer vqa_raw_generation vqa_correct vqa_acc_score vqa_gt_prob vqa_gt_logprobs"
+    judged = "vqa_rel_token_f1 vqa_rel_edit_sim vqa_rel_score vqa_eval_mode eval_failed error scorer"
+    assert list(RECORD) == f"{proposed} {answered} {judged}".split()
     rec = as_record(tried())
-    assert (
-        list(rec.columns) == list(RECORD)
-        and rec.question_id.dtype == "int64"
-        and rec.eval_failed.dtype == bool
-        and rec.vqa_correct.dtype == "float64"
-    )
+    assert list(rec.columns) == list(RECORD)
+    assert rec.question_id.dtype == "int64"
+    assert rec.eval_failed.dtype == bool
+    assert rec.vqa_correct.dtype == "float64"
     assert all(isinstance(p, tuple) and all(type(i) is int for i in p) for p in rec.pointer)
 
 def test_empty_answer_is_not_a_missing_answer():
     rec = unpack(pack(as_record(tried())))
-    assert rec.vqa_pred_answer[1] == "" and pd.isna(rec.vqa_pred_answer[3]) and rec.vqa_gt_logprobs[3] is None
+    assert rec.vqa_pred_answer[1] == ""
+    assert pd.isna(rec.vqa_pred_answer[3])
+    assert rec.vqa_gt_logprobs[3] is None
 
 @pytest.mark.parametrize(
     "over, says",
@@ -82,7 +78,7 @@ pointers = st.lists(st.lists(st.integers(0, 2**40), max_size=4).map(tuple), max_
 @given(pointers, st.data())
 def test_parquet_round_trip(ps, data):
     n = len(ps)
-    some = lambda s: data.draw(st.lists(st.none() | s, min_size=n, max_size=n))
+    def some(s): return data.draw(st.lists(st.none() | s, min_size=n, max_size=n))
     frame = pd.DataFrame(
         dict(
             question_id=np.arange(n),
@@ -149,12 +145,10 @@ def test_save_and_load(tmp_path):
     data.save(tmp_path / "d", part_rows=3)
     back = RLData.load(tmp_path / "d")
     pd.testing.assert_frame_equal(back.rows, data.rows)
-    assert (
-        back.pool == data.pool
-        and back.fingerprint == data.fingerprint
-        and back.manifest["settings"] == dict(a=1)
-        and len(back.manifest["parts"]) == 2
-    )
+    assert back.pool == data.pool
+    assert back.fingerprint == data.fingerprint
+    assert back.manifest["settings"] == dict(a=1)
+    assert len(back.manifest["parts"]) == 2
     assert back.manifest["counts"] == dict(
         rows=4,
         queries=2,
@@ -164,7 +158,8 @@ def test_save_and_load(tmp_path):
     )
     less = RLData.from_frame(tried()[:2], POOL)
     less.save(tmp_path / "d")
-    assert len(RLData.load(tmp_path/"d")) == 2 and len(list((tmp_path/"d").glob("part-*"))) == 1
+    assert len(RLData.load(tmp_path/"d")) == 2
+    assert len(list((tmp_path/"d").glob("part-*"))) == 1
 
 def test_a_save_that_dies_leaves_the_old_content(tmp_path, monkeypatch):
     import leverplus.groups as g
@@ -220,7 +215,9 @@ def test_parts_of_earlier_versions_have_no_kappa(tmp_path):
     part = next(d.glob("part-*.parquet"))
     pq.write_table(pq.read_table(part).drop_columns(["kappa"]), part)
     old = RLData.load(d).rows
-    assert list(old) == list(RECORD) and old.kappa.isna().all() and old.kappa.dtype == "float64"
+    assert list(old) == list(RECORD)
+    assert old.kappa.isna().all()
+    assert old.kappa.dtype == "float64"
 
 @pytest.mark.parametrize(
     "odd", [dict(kappa=np.inf, logprob_score=-2.0), dict(kappa=-1.0, logprob_score=np.nan)]
@@ -231,30 +228,23 @@ def test_a_threshold_belongs_to_a_draw(odd):
 
 def test_groups_and_repr():
     data = RLData.from_frame(tried(), POOL)
-    assert (
-        [(q, len(f)) for q, f in data.groups()] == [(7, 3), (8, 1)]
-        and data.shots == (1, 2)
-        and data.queries == [7, 8]
-    )
+    assert [(q, len(f)) for q, f in data.groups()] == [(7, 3), (8, 1)]
+    assert data.shots == (1, 2)
+    assert data.queries == [7, 8]
     items = pd.DataFrame(dict(question=[f"Q{i} <b>?" for i in range(9)], answer=[f"A{i}" for i in range(9)]))
     g = data.group(7, items)
-    assert (
-        g.frame().gt_prob.tolist() == [0.8, 0.5, 0.1]
-        and "Q1 <b>? [A1] > 2: Q2 <b>? [A2]" in repr(g)
-        and "<b>" not in g._repr_html_()
-    )
-    assert (
-        "image truncated" in repr(data.group(8))
-        and "beam: 1" in repr(data)
-        and "<table" in data._repr_html_()
-    )
+    assert g.frame().gt_prob.tolist() == [0.8, 0.5, 0.1]
+    assert "Q1 <b>? [A1] > 2: Q2 <b>? [A2]" in repr(g)
+    assert "<b>" not in g._repr_html_()
+    assert "image truncated" in repr(data.group(8))
+    assert "beam: 1" in repr(data)
+    assert "<table" in data._repr_html_()
     with pytest.raises(KeyError, match="question_id 99"): data.group(99)
 
 def test_fingerprint_follows_facts_and_order():
-    f = lambda **o: RLData(tried(**o), POOL).fingerprint
-    assert (
-        f() == f()
-        and len(
+    def f(**o): return RLData(tried(**o), POOL).fingerprint
+    assert f() == f()
+    assert (len(
             {
                 f(),
                 f(vqa_gt_prob=[0.8, 0.5, 0.2, None]),
@@ -262,16 +252,16 @@ def test_fingerprint_follows_facts_and_order():
                 f(eval_failed=[True] * 4),
             }
         )
-        == 4
-    )
+        == 4)
 
 def test_to_frame_is_a_copy():
     data = RLData(tried(), POOL)
     frame = data.to_frame()
     frame.loc[0, "vqa_acc_score"] = 9
-    assert data.rows.vqa_acc_score[0] == 1 and set(FACT_COLUMNS) < set(data.to_frame())
+    assert data.rows.vqa_acc_score[0] == 1
+    assert set(FACT_COLUMNS) < set(data.to_frame())
 
-# ---- shards (made by `generate`: tests/test_generate.py) --------------------------------------------------------------
+# ---- shards (made by `generate`: tests/test_generate.py) ---------------------------------------------------
 
 def shard(path, i, n, rows, pool=POOL, settings=dict(seed=0)):
     part = write_part(path / f"part{shard_tag((i, n))}-00000.parquet", as_record(rows))
@@ -318,11 +308,9 @@ def test_a_union_by_hand(tmp_path):
     data = RLData.load(tmp_path)
     want = RLData.from_frame(rows, POOL)
     pd.testing.assert_frame_equal(data.rows, want.rows)
-    assert (
-        data.fingerprint == want.fingerprint
-        and data.manifest["counts"]["queries"] == 2
-        and data.manifest["scorers"] == ["a1b2"]
-    )
+    assert data.fingerprint == want.fingerprint
+    assert data.manifest["counts"]["queries"] == 2
+    assert data.manifest["scorers"] == ["a1b2"]
     back = Pool({8: POOL[8], 7: POOL[7]}, POOL.recipe)
     other = tmp_path / "other"
     shard(other, 1, 2, rows[:3], back)
@@ -336,14 +324,10 @@ def test_many_shards_write_one_pool(tmp_path):
     from concurrent.futures import ThreadPoolExecutor
     rows = as_record(tried())[:0]
     with ThreadPoolExecutor(8) as ex: list(ex.map(lambda i: shard(tmp_path, i, 40, rows), range(40)))
-    assert (
-        [p.name for p in tmp_path.glob("pool-*")] == [f"pool-{POOL.fingerprint}"]
-        and Pool.load(tmp_path / f"pool-{POOL.fingerprint}") == POOL
-        and not list(tmp_path.glob(".pool-*"))
-    )
+    assert [p.name for p in tmp_path.glob("pool-*")] == [f"pool-{POOL.fingerprint}"]
+    assert Pool.load(tmp_path / f"pool-{POOL.fingerprint}") == POOL
+    assert not list(tmp_path.glob(".pool-*"))
 
 def test_differing_names_both_sides():
-    assert (
-        differing(dict(a=1, b=2), dict(b=3, c=None)) == "a: there 1, here None; b: there 2, here 3"
-        and differing(dict(a=[1]), dict(a=[1])) == ""
-    )
+    assert differing(dict(a=1, b=2), dict(b=3, c=None)) == "a: there 1, here None; b: there 2, here 3"
+    assert differing(dict(a=[1]), dict(a=[1])) == ""

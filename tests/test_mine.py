@@ -15,7 +15,7 @@ QUERIES = list(range(1, 13))
 DEMOS = list(range(100, 110))
 
 class Rule(MockScorer):
-    "The answer is right only if demonstration `query % 10 + 100` comes last; its probability tells how near a sequence is"
+    "The answer is right only if demonstration `query % 10 + 100` comes last; the probability tells how near it is"
     def __init__(self, always=(), never=(), fails=()):
         super().__init__(0, fails)
         self.always = set(always)
@@ -45,7 +45,7 @@ class Rule(MockScorer):
 def world():
     g = np.random.default_rng(0)
     ids = QUERIES + DEMOS
-    unit = lambda x: (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+    def unit(x): return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
     items = pd.DataFrame(
         dict(
             question_id=ids,
@@ -60,17 +60,10 @@ def world():
     store = EmbedStore(
         ids, unit(g.normal(size=(len(ids), 8))), unit(g.normal(size=(len(ids), 8))), dict(model="random")
     )
-    pool = Pool(
-        {
-            q: tuple(
-                sorted(
-                    {100 + q % 10, *g.choice(DEMOS, K, replace=False).tolist()}, key=lambda d: hash((q, d))
-                )[:K]
-            )
-            for q in QUERIES
-        },
-        dict(split="train", sampler="random", K=K, seed=0),
-    )
+    def draw(q):
+        some = {100 + q % 10, *g.choice(DEMOS, K, replace=False).tolist()}
+        return tuple(sorted(some, key=lambda d: hash((q, d)))[:K])
+    pool = Pool({q: draw(q) for q in QUERIES}, dict(split="train", sampler="random", K=K, seed=0))
     pool = Pool(
         {q: c if 100 + q % 10 in c else (*c[:-1], 100 + q % 10) for q, c in pool.ids.items()}, pool.recipe
     )
@@ -89,9 +82,12 @@ def test_finds_what_an_exhaustive_search_finds(world, tmp_path):
     out, log = mine(data, items, s, store, tries=40, rounds=6, progress=False)
     # what can be found is found
     left = lacking(out)
-    assert left[3] == "contrast" and left[4] == "positive" and set(left.drop([3, 4])) == {""}
+    assert left[3] == "contrast"
+    assert left[4] == "positive"
+    assert set(left.drop([3, 4])) == {""}
     before = lacking(data)
-    assert log.found.sum() == (before != "").sum() - (left != "").sum() and log.failed.sum() == 0
+    assert log.found.sum() == (before != "").sum() - (left != "").sum()
+    assert log.failed.sum() == 0
 
 @settings(max_examples=20, deadline=None)
 @given(
@@ -123,18 +119,16 @@ def test_rows_are_new_marked_and_within_the_budget(tmp_path_factory, world, trie
     old = out.rows[:len(data)]
     new = out.rows[len(data):]
     pd.testing.assert_frame_equal(old, data.rows)
-    assert (new.gen_method == "mined").all() and not new.eval_failed.any()
-    assert not out.rows.duplicated(["question_id", "pointer"]).any() and set(new.question_id) <= set(
-        lacking(data)[lambda x: x != ""].index
-    )
+    assert (new.gen_method == "mined").all()
+    assert not new.eval_failed.any()
+    assert not out.rows.duplicated(["question_id", "pointer"]).any()
+    assert set(new.question_id) <= set(lacking(data)[lambda x: x != ""].index)
     asked = log.asked.sum() + log.texts.sum()
     assert budget is None or asked <= budget
     assert ((log.texts > 0) | (log.failed > 0)).all()
-    assert (
-        len(s.asked) == asked
-        and log.asked.sum() == len(new)
-        and log.texts.sum() == new.vqa_acc_score.notna().sum()
-    )
+    assert len(s.asked) == asked
+    assert log.asked.sum() == len(new)
+    assert log.texts.sum() == new.vqa_acc_score.notna().sum()
     s.asked.clear()
     again, _ = mine(
         data,
@@ -167,11 +161,9 @@ def test_interrupted_search_goes_on_where_it_was(world, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt): mine(data, items, s, store, tries=3, cache=cache, progress=False)
     first = len(s.asked)
     out, _ = mine(data, items, s, store, tries=3, cache=FactCache(tmp_path / "facts"), progress=False)
-    assert (
-        out.fingerprint == whole.fingerprint
-        and len({(q, p, g) for q, p, g in s.asked}) == len(s.asked)
-        and first
-    )
+    assert out.fingerprint == whole.fingerprint
+    assert len({(q, p, g) for q, p, g in s.asked}) == len(s.asked)
+    assert first
 
 def test_failures_are_not_contrasts(world, tmp_path):
     items, store, pool = world
@@ -181,7 +173,9 @@ def test_failures_are_not_contrasts(world, tmp_path):
     s.fails = frozenset([1, 2])
     out, log = mine(data, items, s, store, rounds=1, progress=False)
     bad = out.rows[out.rows.eval_failed]
-    assert set(bad.question_id) == {1, 2} and log.failed[0] == len(bad) and lacking(out)[1] == "contrast"
+    assert set(bad.question_id) == {1, 2}
+    assert log.failed[0] == len(bad)
+    assert lacking(out)[1] == "contrast"
 
 def test_policy_samples_come_from_the_policy(world, tmp_path):
     items, store, pool = world
@@ -198,7 +192,9 @@ def test_nothing_lacking_asks_nothing(world, tmp_path):
     assert set(lacking(data)) == {""}
     s.asked.clear()
     out, log = mine(data, items, s, store, progress=False)
-    assert not s.asked and len(log) == 0 and out.fingerprint == data.fingerprint
+    assert not s.asked
+    assert len(log) == 0
+    assert out.fingerprint == data.fingerprint
 
 def test_every_sequence_of_a_pool_tried_ends_the_search(world, tmp_path):
     # 6 x 5 pairs
@@ -206,7 +202,8 @@ def test_every_sequence_of_a_pool_tried_ends_the_search(world, tmp_path):
     s = Rule(never=QUERIES)
     data = start(world, s, tmp_path, counts=dict(random=30))
     out, log = mine(data, items, s, store, progress=False)
-    assert len(log) == 0 and len(out) == len(data) == 30 * len(QUERIES)
+    assert len(log) == 0
+    assert len(out) == len(data) == 30 * len(QUERIES)
 
 @settings(max_examples=100)
 @given(st.data())
@@ -215,26 +212,25 @@ def test_neighbours_are_one_swap_away(data):
     S = data.draw(st.integers(1, len(cand)))
     p = tuple(cand[:S])
     near = neighbours(p, cand)
-    assert len(near) == len(set(near)) == S*(len(cand) - S) + S*(S - 1)//2 and p not in near
+    assert len(near) == len(set(near)) == S*(len(cand) - S) + S*(S - 1)//2
+    assert p not in near
     for n in near:
         differ = [i for i in range(S) if n[i] != p[i]]
-        assert len(set(n)) == S and (len(differ) == 1 or len(differ) == 2 and sorted(n) == sorted(p))
+        assert len(set(n)) == S
+        assert len(differ) == 1 or len(differ) == 2 and sorted(n) == sorted(p)
 
 def test_lacking_reads_only_answers(world, tmp_path):
     data = start(world, Rule(fails=[2]), tmp_path)
     assert lacking(data)[2] == "positive"
-    assert list(lacking(data).index) == QUERIES and set(lacking(data, positive=1.)) == {"positive"}
+    assert list(lacking(data).index) == QUERIES
+    assert set(lacking(data, positive=1.)) == {"positive"}
 
 def test_reask_keeps_sequences_and_replaces_facts(world, tmp_path):
     items, store, pool = world
     data = start(world, MockScorer(1), tmp_path)
     new = reask(data, items, MockScorer(2, fails=[5]), progress=False)
-    assert (
-        new.rows.pointer.tolist() == data.rows.pointer.tolist()
-        and new.rows.gen_method.tolist() == data.rows.gen_method.tolist()
-    )
-    assert (
-        set(new.rows.scorer.dropna()).isdisjoint(data.rows.scorer)
-        and set(new.rows[new.rows.eval_failed].question_id) == {5}
-        and new.manifest["reasked"]["were"] == sorted(set(data.rows.scorer))
-    )
+    assert new.rows.pointer.tolist() == data.rows.pointer.tolist()
+    assert new.rows.gen_method.tolist() == data.rows.gen_method.tolist()
+    assert set(new.rows.scorer.dropna()).isdisjoint(data.rows.scorer)
+    assert set(new.rows[new.rows.eval_failed].question_id) == {5}
+    assert new.manifest["reasked"]["were"] == sorted(set(data.rows.scorer))

@@ -61,7 +61,8 @@ def rows(
 def test_values_by_hand(mode, weights, want):
     r = reward(rows(), mode, **weights)
     np.testing.assert_allclose(r[:3], want, atol=1e-12)
-    assert np.isnan(r[3]) and r.dtype == np.float64
+    assert np.isnan(r[3])
+    assert r.dtype == np.float64
 
 def test_hard_plus_soft_is_the_default(): np.testing.assert_allclose(reward(rows())[:3], [2, 1.6, 0])
 
@@ -134,7 +135,7 @@ def reward_all(f): return {m: reward(f, m) for m in REWARDS}
 @given(facts, unit, unit)
 def test_names_of_one_function(facts, hw, sw):
     f = framed(facts)
-    same = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12)
+    def same(a, b): return np.testing.assert_allclose(a, b, atol=1e-12)
     same(
         reward(f, "separated", hard_weight=hw, soft_weight=sw),
         reward(f, "hard_plus_soft_v2", hard_weight=hw, soft_weight=sw),
@@ -152,7 +153,8 @@ def test_names_of_one_function(facts, hw, sw):
 @pytest.mark.parametrize("mode", REWARDS)
 def test_failed_rows_are_never_a_number_even_with_facts(mode):
     r = reward(rows(acc=(1, 0.6, 0, 0), gt=(0.8, 0.3, 0.1, 0), rel=(1, 1, 1, 1), info=(0, 0, 0, 0)), mode)
-    assert np.isnan(r[3]) and np.isfinite(r[:3]).all()
+    assert np.isnan(r[3])
+    assert np.isfinite(r[:3]).all()
 
 @pytest.mark.parametrize("mode, weights", [(m, {}) for m in REWARDS] + [("legacy", dict(alpha=.1))])
 def test_missing_facts_are_errors(mode, weights):
@@ -179,10 +181,8 @@ def test_a_fact_of_weight_zero_is_not_asked_for():
     np.testing.assert_allclose(
         reward(rows().drop(columns="info_score"), "hybrid", alpha=0)[:3], [1.5, 1.3, 0]
     )
-    assert (
-        "logprob_score" in reward_facts("legacy", alpha=0.1)[0]
-        and "logprob_score" not in reward_facts("legacy")[0]
-    )
+    assert "logprob_score" in reward_facts("legacy", alpha=0.1)[0]
+    assert "logprob_score" not in reward_facts("legacy")[0]
 
 def test_unknown_mode_and_weight():
     with pytest.raises(ValueError, match="hard_plus_soft"): reward(rows(), "nothing")
@@ -201,7 +201,7 @@ def test_info_score():
     assert np.isnan(info_score(rows(), {7: 0.3, 8: 0.2})[3])
     with pytest.raises(KeyError, match="question_id 8 has no zero-shot fact"): info_score(rows(), {7: .3})
 
-# ---- weights of answers ----------------------------------------------------------------------------------------------
+# ---- weights of answers ------------------------------------------------------------------------------------
 
 @given(
     st.lists(
@@ -217,25 +217,16 @@ def test_reweigh_is_the_sum_over_answers(answers, asked, weight, seed):
     g = np.random.default_rng(seed)
     items = pd.DataFrame(dict(answers=answers), index=range(10, 10 + len(answers)))
     q = g.integers(0, len(answers), 6) + 10
-    logs = [
-        tuple(np.log(g.dirichlet(np.ones(len(answer_targets(items.at[i, "answers"], asked)[0]) + 1))[:-1]))
-        for i in q
-    ]
+    def texts(i): return answer_targets(items.at[i, "answers"], asked)[0]
+    logs = [tuple(np.log(g.dirichlet(np.ones(len(texts(i)) + 1))[:-1])) for i in q]
     logs[0] = None
-    want = [
-        (
-            np.nan
-            if l is None
-            else sum(
-                np.exp(x) * dict(zip(*answer_targets(items.at[i, "answers"], weight)))[t]
-                for x, t in zip(l, answer_targets(items.at[i, "answers"], asked)[0])
-            )
-        )
-        for i, l in zip(q, logs)
-    ]
-    np.testing.assert_allclose(
-        reweigh(pd.DataFrame(dict(question_id=q, vqa_gt_logprobs=logs)), items, asked, weight), want
-    )
+    def by_sum(i, logp):
+        if logp is None: return np.nan
+        worth = dict(zip(*answer_targets(items.at[i, "answers"], weight)))
+        return sum(np.exp(x) * worth[t] for x, t in zip(logp, texts(i)))
+    frame = pd.DataFrame(dict(question_id=q, vqa_gt_logprobs=logs))
+    want = [by_sum(i, logp) for i, logp in zip(q, logs)]
+    np.testing.assert_allclose(reweigh(frame, items, asked, weight), want)
 
 def test_reweigh_refuses_other_items():
     with pytest.raises(ValueError, match="question_id 7: 2 log-probabilities for 1 answers"):
@@ -245,7 +236,7 @@ def test_reweigh_refuses_other_items():
             "official",
         )
 
-# ---- correlation and shaping -------------------------------------------------------------------------------------------
+# ---- correlation and shaping -------------------------------------------------------------------------------
 
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=2, max_size=30))
 def test_spearman_is_scipys(xy):
@@ -262,7 +253,10 @@ def test_spearman_leaves_out_what_is_missing_and_counts_queries():
     y = x + 40 * np.sin(x)
     wide = spearman(x, y, np.arange(100) // 10)
     narrow = spearman(x, y)
-    assert wide.rho == narrow.rho and wide.low < narrow.low and wide.high > narrow.high and wide.queries == 10
+    assert wide.rho == narrow.rho
+    assert wide.low < narrow.low
+    assert wide.high > narrow.high
+    assert wide.queries == 10
 
 def test_answer_cosines():
     v = dict(a=(1.0, 0), b=(3, 4), c=(0, 2))
@@ -272,7 +266,8 @@ def test_answer_cosines():
         return np.array([v[t] for t in texts])
     c = answer_cosines(["b", "a", None, "c"], [["a", "c"], ["a"], ["b"], ["a", "a"]], embed)
     np.testing.assert_allclose(c[[0, 1, 3]], [0.8, 1, 0])
-    assert np.isnan(c[2]) and sorted(seen) == ["a", "b", "c"]
+    assert np.isnan(c[2])
+    assert sorted(seen) == ["a", "b", "c"]
 
 def test_shaping_acts_on_wrong_answers_only():
     c = [1.0, 0.5, 0.5, np.nan]
@@ -303,7 +298,7 @@ def test_shaping_wants_a_measurement_and_cosines():
     with pytest.raises(ValueError, match="question_id 7"): semantic(rows(), [0, np.nan, 0, 0], good)
     with pytest.raises(ValueError, match="wanted -1..1"): semantic(rows(), [0, 0, 1.5, 0], good)
 
-# ---- normalisations ----------------------------------------------------------------------------------------------------
+# ---- normalisations ----------------------------------------------------------------------------------------
 
 groups = st.lists(
     st.lists(
@@ -321,7 +316,7 @@ def test_normalisations_are_the_advantages_of_the_objectives(gs, seed):
     q = np.repeat(np.arange(len(gs)), [len(g) for g in gs])
     flat = np.concatenate(gs)
     order = np.random.default_rng(seed).permutation(len(q))
-    back = lambda x: np.asarray(x)[np.argsort(order)]
+    def back(x): return np.asarray(x)[np.argsort(order)]
     np.testing.assert_allclose(
         back(z_score(flat[order], q[order])), advantage(r, mask, "zscore")[mask], atol=1e-9
     )
