@@ -108,7 +108,7 @@ def test_images_order_and_demonstrations_matter(lvlm, images):
 
 def test_wrong_positions_would_show(lvlm, images, monkeypatch):
     "Plain counting in place of M-RoPE moves log-probabilities by far more than the tolerance of the tests"
-    import leverplus.lvlm as mod
+    import leverplus.scorer as mod
     p, t = prompt(images, 22, (3, 4)), Targets(("dax",), (1.0,))
     right = SharedScorer(lvlm).run([p], [t])[0].logprobs[0]
     monkeypatch.setattr(
