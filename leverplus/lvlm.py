@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FAMILY', 'IMAGE_SETTINGS', 'TEXT_SETTINGS', 'ROPE_SETTINGS', 'VISION_SETTINGS', 'MAX_NEW_TOKENS', 'NOT_FINITE',
            'LVLM', 'load_lvlm', 'vision_parts', 'model_parts', 'Targets', 'Scored', 'scored_prompt', 'failed_prompt',
-           'official_inputs', 'prompt_images', 'greedy_texts', 'answer_logprobs', 'scorer_fingerprint', 'targets_of',
-           'prompt_bar', 'NaiveScorer', 'compare', 'MockScorer']
+           'official_inputs', 'prompt_images', 'greedy_texts', 'answer_logprobs', 'targets_of', 'prompt_bar',
+           'scorer_fingerprint', 'NaiveScorer', 'compare', 'MockScorer']
 
 # %% ../nbs/21_lvlm.ipynb #b8dffa05
 import json, math, os
@@ -108,7 +108,7 @@ def _check_model(name, config, attn):
             " use_sliding_window=False in its config"
         )
 
-# %% ../nbs/21_lvlm.ipynb #e1faab86
+# %% ../nbs/21_lvlm.ipynb #d4ee5d18
 IMAGE_SETTINGS = (
     "do_convert_rgb", "do_normalize", "do_rescale", "do_resize", "image_mean", "image_std", "merge_size",
     "patch_size", "resample", "rescale_factor", "size", "temporal_patch_size",
@@ -129,6 +129,7 @@ def _settings(config, names):
     get = config.get if isinstance(config, dict) else lambda name: getattr(config, name, None)
     return {name: _plain(get(name)) for name in names}
 
+# %% ../nbs/21_lvlm.ipynb #fa4816d9
 def _ends(tensor):
     "The first and last 64 values of a tensor"
     flat = tensor.detach().flatten()
@@ -144,6 +145,7 @@ def _words(tokenizer):
     added = {str(i): str(token) for i, token in tokenizer.added_tokens_decoder.items()}
     return [type(tokenizer).__name__, rules["vocab"], merges, added]
 
+# %% ../nbs/21_lvlm.ipynb #421b1f7f
 def _eyes(lvlm):
     "Settings of vision tower and image processor; the torchvision and the PIL class of the latter differ in pixels"
     config = lvlm.model.config
@@ -292,15 +294,7 @@ def answer_logprobs(
     if logprobs.isnan().any(): raise FloatingPointError(NOT_FINITE)
     return torch.stack([row[n - len(own):].sum() for row, own in zip(logprobs, ids)])
 
-# %% ../nbs/21_lvlm.ipynb #714bef5d
-def scorer_fingerprint(
-    lvlm:LVLM, # whom is asked
-    max_new_tokens:int=MAX_NEW_TOKENS, # longest answer
-)->str: # 16 hexadecimal digits; the prompt's style is part of the prompt and not in it
-    "What the facts of a model depend on: its own fingerprint and how it is asked"
-    how = ("greedy", "repetition_penalty", 1., "max_new_tokens", max_new_tokens, "end", lvlm.end_id)
-    return fingerprint(lvlm.fingerprint, *how)
-
+# %% ../nbs/21_lvlm.ipynb #9c0d1f88
 def targets_of(
     prompts, # n Prompt
     targets, # n Targets, or None: no answers to score
@@ -320,6 +314,15 @@ def prompt_bar(
     from tqdm.auto import tqdm
     return tqdm(total=total, desc=desc, unit="prompt", leave=False, disable=not progress)
 
+def scorer_fingerprint(
+    lvlm:LVLM, # whom is asked
+    max_new_tokens:int=MAX_NEW_TOKENS, # longest answer
+)->str: # 16 hexadecimal digits; the prompt's style is part of the prompt and not in it
+    "What the facts of a model depend on: its own fingerprint and how it is asked"
+    how = ("greedy", "repetition_penalty", 1., "max_new_tokens", max_new_tokens, "end", lvlm.end_id)
+    return fingerprint(lvlm.fingerprint, *how)
+
+# %% ../nbs/21_lvlm.ipynb #7f7e1d69
 class NaiveScorer:
     "Reference scorer: the official processor, `generate`, and one forward per answer"
     def __init__(self,

@@ -138,7 +138,7 @@ def run_text(
     )
     return out.last_hidden_state
 
-# %% ../nbs/22_scorer.ipynb #01883b3e
+# %% ../nbs/22_scorer.ipynb #35a4d113
 def embed_prompts(
     lvlm:LVLM, # whose embeddings
     tokens:torch.Tensor, # int64 [B, L], image marks expanded to one per visual token
@@ -149,7 +149,8 @@ def embed_prompts(
     if not features: return embeddings, {}
     marks = tokens == lvlm.image_id
     width = embeddings.shape[-1]
-    seen, *deep = torch.cat(list(features)).to(lvlm.device, embeddings.dtype).split(width, -1)
+    features = torch.cat([f.to(lvlm.device, embeddings.dtype) for f in features]) # some may lie on the CPU
+    seen, *deep = features.split(width, -1)
     embeddings = embeddings.masked_scatter(marks[..., None], seen)
     if not deep: return embeddings, {}
     return embeddings, dict(visual_pos_masks=marks, deepstack_visual_embeds=deep)
