@@ -188,7 +188,7 @@ def stream(
     items = [Shown(scene, ask, say(scene, ask, words)) for scene, ask in zip(scenes, asked)]
     return items[:-1], items[-1]
 
-# %% ../nbs/23_tiny.ipynb #29771744
+# %% ../nbs/23_tiny.ipynb #8134302c
 HEAD = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
 TURN = "<|im_end|>\n<|im_start|>assistant\n"
 IMAGE = "<|vision_start|>" + "<|image_pad|>"*4 + "<|vision_end|>" # a 56 x 56 image is 2 x 2 visual tokens
@@ -218,6 +218,7 @@ def copy_lesson(
     for i in again: parts += [Part([keys[i]]), Part([values[i]], learn=True)]
     return Lesson(parts, [])
 
+# %% ../nbs/23_tiny.ipynb #6577403d
 def pair_lesson(
     items, # of `stream`
     query, # asked last
@@ -230,6 +231,7 @@ def pair_lesson(
     parts += [Part(key(query) + TURN), Part(query.answer + "<|im_end|>", learn=True)]
     return Lesson(parts, [])
 
+# %% ../nbs/23_tiny.ipynb #359c5b01
 def look_lesson(
     g:np.random.Generator, # decides everything
     n:int=4, # images
@@ -420,7 +422,7 @@ def draw_lessons(
         lessons.append(item_lesson(g, demos, query, stage.images, echo, style))
     return lessons
 
-# %% ../nbs/23_tiny.ipynb #d713198b
+# %% ../nbs/23_tiny.ipynb #0e3da5ea
 def stage_rate(
     stage:Stage, # where we are
     k:int, # step within it, from 0
@@ -430,6 +432,7 @@ def stage_rate(
     down = 1 - (1 - stage.end)*k/stage.steps
     return up*down
 
+# %% ../nbs/23_tiny.ipynb #1786319c
 def _optimisers(model, lr):
     def inside(name, p): return p.ndim == 2 and "embed" not in name and "lm_head" not in name
     inner = [p for name, p in model.named_parameters() if inside(name, p)]
@@ -508,7 +511,7 @@ def clip_texts(
 def _caption(scene): return f"a {scene.colour} {scene.shape} on {scene.island}"
 def _named(scene, ask): return f"{scene.colour} {scene.shape}" if ask == "both" else getattr(scene, ask)
 
-# %% ../nbs/23_tiny.ipynb #87a1ebbe
+# %% ../nbs/23_tiny.ipynb #e599d91b
 def clip_tokenizer():
     "Tokenizer of the tiny CLIP (CLIPTokenizer): letters, and the words of the world"
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -549,6 +552,7 @@ def tiny_clip(
     processor = CLIPImageProcessor(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
     return CLIPModel(config), tok, processor
 
+# %% ../nbs/23_tiny.ipynb #3c6838b4
 def train_clip(
     model, tok, image_processor, # of `tiny_clip`; the model is trained in place
     steps:int=2000, # batches of 64 scenes
