@@ -322,7 +322,7 @@ def scorer_fingerprint(
     how = ("greedy", "repetition_penalty", 1., "max_new_tokens", max_new_tokens, "end", lvlm.end_id)
     return fingerprint(lvlm.fingerprint, *how)
 
-# %% ../nbs/21_lvlm.ipynb #7f7e1d69
+# %% ../nbs/21_lvlm.ipynb #425f7ead
 class NaiveScorer:
     "Reference scorer: the official processor, `generate`, and one forward per answer"
     def __init__(self,
@@ -347,6 +347,8 @@ class NaiveScorer:
     def reference(self):
         "Who is asked when facts are checked: itself"
         return self
+
+    def _inputs(self, texts, images): return official_inputs(self.lvlm, texts, images)
 
     def run(self,
         prompts, # list of n Prompt
