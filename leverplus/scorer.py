@@ -487,7 +487,9 @@ def _nodes(self:SharedScorer, rows, cache, mask):
     lvlm = self.lvlm
     sizes = [len(row.tree.tokens) for row in rows]
     Q = max(sizes)
-    if not Q: return torch.zeros(0, lvlm.model.lm_head.in_features, dtype=lvlm.model.dtype, device=lvlm.device)
+    if not Q:
+        width = lvlm.model.lm_head.in_features
+        return torch.zeros(0, width, dtype=lvlm.model.dtype, device=lvlm.device)
     inputs = tree_inputs([row.tree for row in rows], lvlm.tokenizer.pad_token_id)
     tokens, depths, own = (x.to(lvlm.device) for x in inputs)
     pos = depths + torch.tensor([row.next_pos for row in rows], device=lvlm.device)[:, None]
@@ -592,7 +594,8 @@ def _decode(self:SharedScorer, rows, walks, off, run):
     while not all(done):
         now = [[*walk[fed : fed + width], lvlm.end_id][:width] for walk in walks] # who is done feeds the end
         tokens = torch.tensor(now, device=lvlm.device)
-        pos = torch.tensor([[row.next_pos + fed + i for i in range(width)] for row in rows], device=lvlm.device)
+        places = [[row.next_pos + fed + i for i in range(width)] for row in rows]
+        pos = torch.tensor(places, device=lvlm.device)
         mask = torch.cat([mask, mask.new_ones(len(rows), width)], 1)
         hidden = run_text(lm, lm.embed_tokens(tokens), run.cache, mask, pos.expand(3, -1, -1))
         said = lvlm.model.lm_head(hidden[:, -1]).argmax(-1).tolist()
@@ -741,7 +744,8 @@ def _ready(self:SharedScorer, prompts, targets):
     "({place in the window: ReadyPrompt}, {place: Scored of those that cannot be made ready})"
     clock = self.stats.clock
     device = self.lvlm.device
-    with clock("images", device): features = self.vision([image for prompt in prompts for image in prompt.images])
+    images = [image for prompt in prompts for image in prompt.images]
+    with clock("images", device): features = self.vision(images)
     rows = {}
     failed = {}
     with clock("prompts", device):

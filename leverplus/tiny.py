@@ -241,7 +241,9 @@ def look_lesson(
     for _ in range(n):
         scenes.append(Scene(str(g.choice(ISLANDS)), str(g.choice(SHAPES)), str(g.choice(COLOURS))))
     parts = [Part(HEAD)]
-    for scene in scenes: parts += [Part(IMAGE), Part(f" {scene.island} {scene.colour} {scene.shape}\n", learn=True)]
+    for scene in scenes:
+        shows = f" {scene.island} {scene.colour} {scene.shape}\n"
+        parts += [Part(IMAGE), Part(shows, learn=True)]
     return Lesson(parts, scenes)
 
 # %% ../nbs/23_tiny.ipynb #793aca8b
@@ -471,7 +473,8 @@ def train_lvlm(
             step += 1
             if (k + 1) % every: continue
             mean_loss, acc = (round(float(x), 4) for x in np.mean(seen[-every:], 0))
-            log.append(dict(step=step, stage=stage.name, loss=mean_loss, acc=acc, seconds=round(time.time() - start)))
+            seconds = round(time.time() - start)
+            log.append(dict(step=step, stage=stage.name, loss=mean_loss, acc=acc, seconds=seconds))
             if say: say(log[-1])
     lvlm.model.eval().requires_grad_(False)
     return pd.DataFrame(log)
