@@ -39,13 +39,13 @@ class Prompt:
         return tuple(d.image for d in self.demos) + (self.image,)
 
     def _repr_markdown_(self):
-        line = lambda im, q, ans: f"🖼 `{str(im).split('/')[-1]}` Question: {q} Short answer: **{ans}**"
-        shown = [line(d.image, d.question, d.answer) for d in self.demos] + [
-            line(self.image, self.question, "?")
-        ]
-        return f"query {self.question_id}, {self.style}\n\n" + "\n".join(
-            f"{i+1}. {s}" for i, s in enumerate(shown)
-        )
+        items = [*self.demos, self]
+        answers = [demo.answer for demo in self.demos] + ["?"]
+        lines = []
+        for i, (item, answer) in enumerate(zip(items, answers), 1):
+            file = str(item.image).split("/")[-1]
+            lines.append(f"{i}. 🖼 `{file}` Question: {item.question} Short answer: **{answer}**")
+        return f"query {self.question_id}, {self.style}\n\n" + "\n".join(lines)
 
 # %% ../nbs/20_prompt.ipynb #f1821320
 def ask_text(
@@ -55,47 +55,61 @@ def ask_text(
     "The text of an item, with or without its answer"
     return f"Question: {question} Short answer:" + ("" if answer is None else f" {answer}\n")
 
-def _content(image, text): return [dict(type="image", image=image), dict(type="text", text=text)]
-
-def _interleaved(p):
-    shown = [c for d in p.demos for c in _content(d.image, ask_text(d.question, d.answer))]
-    return [dict(role="user", content=shown + _content(p.image, ask_text(p.question)))]
-
-def _chat(p):
-    turns = [t for d in p.demos for t in (dict(role="user", content=_content(d.image, ask_text(d.question))),
-                                          dict(role="assistant", content=[dict(type="text", text=d.answer)]))]
-    return turns + [dict(role="user", content=_content(p.image, ask_text(p.question)))]
-
 def messages(
     prompt:Prompt, # what to show; ValueError for an unknown style
 )->list: # chat messages in the Qwen form, images as paths
     "Chat messages of a prompt"
-    if prompt.style not in STYLES:
-        raise ValueError(
-            f"question {prompt.question_id}: prompt style {prompt.style!r}, wanted one of {STYLES}"
-        )
-    return (_interleaved if prompt.style == "interleaved" else _chat)(prompt)
+    if prompt.style == "interleaved": return _interleaved(prompt)
+    if prompt.style == "chat": return _chat(prompt)
+    raise ValueError(f"question {prompt.question_id}: prompt style {prompt.style!r}, wanted one of {STYLES}")
+
+def _content(item, answer=None):
+    "An item's image and text"
+    return [dict(type="image", image=item.image), dict(type="text", text=ask_text(item.question, answer))]
+
+def _interleaved(prompt):
+    content = []
+    for demo in prompt.demos: content += _content(demo, demo.answer)
+    return [dict(role="user", content=content + _content(prompt))]
+
+def _chat(prompt):
+    turns = []
+    for demo in prompt.demos:
+        turns.append(dict(role="user", content=_content(demo)))
+        turns.append(dict(role="assistant", content=[dict(type="text", text=demo.answer)]))
+    return turns + [dict(role="user", content=_content(prompt))]
 
 # %% ../nbs/20_prompt.ipynb #4ec9b4b5
 def prompter(
     items, # pandas frame of `leverplus.data`: queries and demonstrations; question_id, image_path, question, answer
     style:str="interleaved", # one of STYLES
-): # function (question_id, pointer) -> Prompt; KeyError for an unknown id, ValueError for a pointer that shows one item twice or the query
+): # function (question_id, pointer) -> Prompt; KeyError: unknown id; ValueError: an item shown twice, or the query
     "Make a function that makes prompts"
     if style not in STYLES: raise ValueError(f"prompt style {style!r}, wanted one of {STYLES}")
-    cols = (items[c] for c in ("question_id", "image_path", "question", "answer"))
-    demos = {int(i): Demo(int(i), im, q, a) for i, im, q, a in zip(*cols)}
+    columns = (items[c] for c in ("question_id", "image_path", "question", "answer"))
+    known = {int(i): Demo(int(i), image, question, answer) for i, image, question, answer in zip(*columns)}
     def make(question_id, pointer=()):
-        try: q, ds = demos[int(question_id)], tuple(demos[int(d)] for d in pointer)
-        except KeyError as e: 
-            raise KeyError(f"question {question_id}: id {e.args[0]} is not among the {len(demos)} items; "
-                           "pass queries and demonstrations in one frame") from None
-        if len({q.question_id, *(d.question_id for d in ds)}) != 1 + len(ds):
-            raise ValueError(
-                f"question {question_id}: pointer {tuple(pointer)} repeats an item or shows the query itself"
-            )
-        return Prompt(q.question_id, q.image, q.question, ds, style)
+        pointer = tuple(pointer)
+        _check_known(known, question_id, pointer)
+        query = known[int(question_id)]
+        demos = tuple(known[int(d)] for d in pointer)
+        _check_distinct(query, demos, pointer)
+        return Prompt(query.question_id, query.image, query.question, demos, style)
     return make
+
+def _check_known(known, question_id, pointer):
+    for i in (question_id, *pointer):
+        if int(i) in known: continue
+        raise KeyError(
+            f"question {question_id}: id {int(i)} is not among the {len(known)} items; pass queries and"
+            " demonstrations in one frame"
+        )
+
+def _check_distinct(query, demos, pointer):
+    if len({query.question_id, *(demo.question_id for demo in demos)}) == 1 + len(demos): return
+    raise ValueError(
+        f"question {query.question_id}: pointer {pointer} repeats an item or shows the query itself"
+    )
 
 def make_prompt(
     items, # as for `prompter`
@@ -114,8 +128,10 @@ def check_prompt(
     rendered:str, # what the chat template made of it, image marks not yet expanded
 )->str: # `rendered`; ValueError naming the query and what is missing
     "Assert that a rendered prompt holds every question, every shown answer, and every image"
+    shown = []
+    for demo in prompt.demos: shown += [demo.question, demo.answer]
     at = 0
-    for text in [t for d in prompt.demos for t in (d.question, d.answer)] + [prompt.question]:
+    for text in [*shown, prompt.question]:
         found = rendered.find(text, at)
         if found < 0:
             raise ValueError(
@@ -123,10 +139,10 @@ def check_prompt(
                 f" in the rendered prompt {rendered[:300]!r}; is the chat template's placeholder filled?"
             )
         at = found + len(text)
-    n = rendered.count(IMAGE_MARK)
-    if n != len(prompt.images):
+    marks = rendered.count(IMAGE_MARK)
+    if marks != len(prompt.images):
         raise ValueError(
-            f"question {prompt.question_id}: {n} image marks for {len(prompt.images)} images in"
+            f"question {prompt.question_id}: {marks} image marks for {len(prompt.images)} images in"
             f" {rendered[:300]!r}"
         )
     return rendered

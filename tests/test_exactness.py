@@ -103,9 +103,8 @@ def test_equal_to_the_reference(lvlm, oracle, world, way):
     assert s.stats.failed == s.stats.retries == 0 and s.stats.prompts == 48
     if s.prefix_cache == "off": assert s.stats.ran == s.stats.tokens and not s.stats.prefixes
     elif way != "global, no room": assert s.stats.ran < s.stats.tokens and s.stats.reused
-    assert (len(s.prefixes) > 0) == (
-        s.prefix_cache == "global" and s.prefixes.max_bytes > 0
-    ) and s.prefixes.nbytes <= s.prefixes.max_bytes
+    keeps = s.prefix_cache == "global" and s.prefixes.max_bytes > 0
+    assert (len(s.prefixes) > 0) == keeps and s.prefixes.nbytes <= s.prefixes.max_bytes
 
 @settings(
     max_examples=25,
@@ -150,18 +149,14 @@ def test_order_of_prompts_and_company_change_nothing(lvlm, oracle, world):
     assert_same([s.run([p], [t])[0] for p, t in zip(*world)], want)
 
 def test_settings_change_no_fingerprint(lvlm):
-    assert (
-        len({SharedScorer(lvlm, **kw).fingerprint for kw in WAYS.values()} | {NaiveScorer(lvlm).fingerprint})
-        == 1
-    )
+    shared = {SharedScorer(lvlm, **kw).fingerprint for kw in WAYS.values()}
+    assert shared == {NaiveScorer(lvlm).fingerprint}
 
 def test_same_prompt_many_times_and_same_images(lvlm, oracle, images):
     p = replace(prompt(images, 20, (1, 2)), image=images[1])
     p = replace(p, demos=tuple(replace(d, image=images[1]) for d in p.demos))
-    for kw in ({}, dict(prefix_cache="query")):
-        assert_same(
-            SharedScorer(lvlm, **kw).run([p] * 5, [goals("dax")] * 5), oracle.run([p] * 5, [goals("dax")] * 5)
-        )
+    many = [p]*5, [goals("dax")]*5
+    for kw in ({}, dict(prefix_cache="query")): assert_same(SharedScorer(lvlm, **kw).run(*many), oracle.run(*many))
 
 def test_only_text_or_only_probabilities(lvlm, oracle, world):
     s = SharedScorer(lvlm, prefix_cache="global")
@@ -271,12 +266,8 @@ def test_prompt_that_never_fits_is_a_failed_row(lvlm, oracle, images, monkeypatc
     s = SharedScorer(lvlm)
     short_of_memory(s, monkeypatch, 80)
     out = s.run(ps, ts)
-    assert (
-        [r.error is None for r in out] == [True, False, True]
-        and "OutOfMemoryError" in out[1].error
-        and out[1].question_id == 21
-        and not out[1].logprobs
-    )
+    assert [r.error is None for r in out] == [True, False, True]
+    assert "OutOfMemoryError" in out[1].error and out[1].question_id == 21 and not out[1].logprobs
     assert_same([out[0], out[2]], oracle.run([ps[0], ps[2]], ts[:2]))
     assert s.stats.failed == 1
 
@@ -300,13 +291,11 @@ def test_failing_beginning_costs_only_its_prompts(lvlm, oracle, images, monkeypa
         if any(3 in r.prompt.pointer for r, _ in items): raise RuntimeError("broken demonstration")
         return real(s, items)
     monkeypatch.setattr(s, "_forward", forward)
-    ps, ts = [prompt(images, 20 + k, ptr) for k, ptr in enumerate([(1, 2), (3, 2), (1, 4), (2, 3)])], [
-        goals("dax")
-    ] * 4
+    ps = [prompt(images, 20 + k, ptr) for k, ptr in enumerate([(1, 2), (3, 2), (1, 4), (2, 3)])]
+    ts = [goals("dax")] * 4
     out = s.run(ps, ts)
-    assert [r.error is None for r in out] == [True, False, True, False] and "broken demonstration" in out[
-        1
-    ].error
+    assert [r.error is None for r in out] == [True, False, True, False]
+    assert "broken demonstration" in out[1].error
     assert_same([out[0], out[2]], oracle.run([ps[0], ps[2]], ts[:2]))
 
 def test_interrupt_goes_through_and_the_scorer_lives_on(lvlm, oracle, world, monkeypatch):
@@ -335,9 +324,8 @@ def test_half_precision_stays_within_its_rounding(tmp_path, images, dtype):
         c = compare(SharedScorer(lv, **kw).run(ps, ts), naive)
         assert not c["failed"] and c["logprob"] < lv.tolerance
     # not silently single
-    assert {p.dtype for p in lv.model.parameters()} == {dtype} and lv.fingerprint != load_lvlm(
-        folder
-    ).fingerprint
+    assert {p.dtype for p in lv.model.parameters()} == {dtype}
+    assert lv.fingerprint != load_lvlm(folder).fingerprint
 
 def text_part(kind, tok):
     i = tok.convert_tokens_to_ids
@@ -365,7 +353,6 @@ def relative(kind, folder):
     "A random tiny Qwen2-VL or Qwen3-VL, saved with the processor of its family"
     import transformers as T
     tok = tiny_tokenizer()
-    i = None
     i = tok.convert_tokens_to_ids
     torch.manual_seed(0)
     ids = dict(
@@ -496,11 +483,8 @@ def test_answers_of_the_same_tokens_are_refused(lvlm, images):
 
 def test_a_lost_device_stops_the_run(lvlm, world, monkeypatch):
     s = SharedScorer(lvlm)
-    monkeypatch.setattr(
-        s,
-        "_score",
-        lambda *a: (_ for _ in ()).throw(RuntimeError("CUDA error: device-side assert triggered")),
-    )
+    def lost(*args): raise RuntimeError("CUDA error: device-side assert triggered")
+    monkeypatch.setattr(s, "_score", lost)
     with pytest.raises(RuntimeError, match="device-side"): s.run(*world)
 
 CHANGES = dict(
@@ -541,10 +525,5 @@ def test_compare_refuses_different_prompts(lvlm, images):
 def test_scorers_name_their_reference(lvlm):
     s = SharedScorer(lvlm, max_new_tokens=4)
     r = s.reference()
-    assert (
-        isinstance(r, NaiveScorer)
-        and r.max_new_tokens == 4
-        and r.reference() is r
-        and s.tolerance == r.tolerance == 1e-3
-        and r.fingerprint == s.fingerprint
-    )
+    assert isinstance(r, NaiveScorer) and r.max_new_tokens == 4 and r.reference() is r
+    assert s.tolerance == r.tolerance == 1e-3 and r.fingerprint == s.fingerprint

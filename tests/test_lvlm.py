@@ -1,4 +1,4 @@
-"Scoring: the two scorers agree with each other and with the model called by hand; wrong positions and swapped images would show"
+"Scoring: the scorers agree with each other and with the model called by hand; wrong positions or images would show"
 import math
 from dataclasses import replace
 import numpy as np, pytest, torch
@@ -79,9 +79,8 @@ def test_naive_is_the_model_called_by_hand(lvlm, images):
     n = len(lvlm.tokenizer("dax blik<|im_end|>")["input_ids"])
     with torch.no_grad(): lp = lvlm.model(**x).logits[0].double().log_softmax(-1)
     byhand = sum(float(lp[i - 1, ids[i]]) for i in range(len(ids) - n, len(ids)))
-    assert NaiveScorer(lvlm).run([p], [Targets(("dax blik",), (1.0,))])[0].logprobs[0] == pytest.approx(
-        byhand, abs=1e-4
-    )
+    scored = NaiveScorer(lvlm).run([p], [Targets(("dax blik",), (1.0,))])[0]
+    assert scored.logprobs[0] == pytest.approx(byhand, abs=1e-4)
 
 def test_batch_company_changes_nothing(lvlm, images):
     ps = [prompt(images, 20 + k, ptr) for k, (ptr, _) in enumerate(MIXED)]
@@ -91,7 +90,8 @@ def test_batch_company_changes_nothing(lvlm, images):
     assert_same([scorer.run([p], [t])[0] for p, t in zip(ps, ts)], together)
 
 def test_images_order_and_demonstrations_matter(lvlm, images):
-    s, t = SharedScorer(lvlm), Targets(("dax", "yes"), (1.0, 1.0))
+    s = SharedScorer(lvlm)
+    t = Targets(("dax", "yes"), (1.0, 1.0))
     p = prompt(images, 20, (1, 2))
     base = np.array(s.run([p], [t])[0].logprobs)
     d1, d2 = p.demos
@@ -108,22 +108,18 @@ def test_images_order_and_demonstrations_matter(lvlm, images):
 
 def test_wrong_positions_would_show(lvlm, images, monkeypatch):
     "Plain counting in place of M-RoPE moves log-probabilities by far more than the tolerance of the tests"
-    import leverplus.lvlm as mod
-    p, t = prompt(images, 22, (3, 4)), Targets(("dax",), (1.0,))
+    import leverplus.scorer as mod
+    p = prompt(images, 22, (3, 4))
+    t = Targets(("dax",), (1.0,))
     right = SharedScorer(lvlm).run([p], [t])[0].logprobs[0]
-    monkeypatch.setattr(
-        mod,
-        "rope_positions",
-        lambda ids, grids, image_id, start=0: (torch.arange(len(ids)).expand(3, -1), len(ids)),
-    )
+    def counted(ids, grids, image_id): return torch.arange(len(ids)).expand(3, -1), len(ids)
+    monkeypatch.setattr(mod, "rope_positions", counted)
     assert abs(SharedScorer(lvlm).run([p], [t])[0].logprobs[0] - right) > 1e-2
 
+texts_and_images = st.one_of(st.integers(1, 5), st.tuples(st.integers(1, 4), st.integers(1, 4)))
+
 @settings(max_examples=30)
-@given(
-    st.lists(
-        st.one_of(st.integers(1, 5), st.tuples(st.integers(1, 4), st.integers(1, 4))), min_size=1, max_size=6
-    )
-)
+@given(st.lists(texts_and_images, min_size=1, max_size=6))
 def test_positions_equal_the_models_own(parts):
     lv = _lv()
     ids = []
@@ -153,12 +149,10 @@ def test_trie_holds_every_answer_once(answers):
     assert len(t.tokens) == len({tuple(a[:k]) for a in answers for k in range(1, len(a) + 1)})
 
 def test_probabilities_are_of_disjoint_events(lvlm, images):
-    s = SharedScorer(lvlm).run(
-        [prompt(images, 20, (1, 2))], [Targets(("yes", "yes it is", "dax", "dax blik"), (1.0,) * 4)]
-    )[0]
-    assert 0 <= sum(map(math.exp, s.logprobs)) <= 1 + 1e-6 and s.gt_prob == pytest.approx(
-        sum(map(math.exp, s.logprobs))
-    )
+    t = Targets(("yes", "yes it is", "dax", "dax blik"), (1.0,) * 4)
+    s = SharedScorer(lvlm).run([prompt(images, 20, (1, 2))], [t])[0]
+    total = sum(map(math.exp, s.logprobs))
+    assert 0 <= total <= 1 + 1e-6 and s.gt_prob == pytest.approx(total)
 
 def test_failures_have_names_and_harm_nobody(lvlm, images, tmp_path):
     bad = tmp_path / "bad.png"
@@ -167,14 +161,14 @@ def test_failures_have_names_and_harm_nobody(lvlm, images, tmp_path):
     t = Targets(("dax",), (1.0,))
     for scorer in (NaiveScorer(lvlm), SharedScorer(lvlm)):
         out = scorer.run([good, replace(good, image=str(bad)), replace(good, image="gone.png"), good], [t]*4)
-        assert [s.error is None for s in out] == [True, False, False, True] and out[
-            0
-        ].logprobs == pytest.approx(out[3].logprobs, abs=1e-5)
+        assert [s.error is None for s in out] == [True, False, False, True]
+        assert out[0].logprobs == pytest.approx(out[3].logprobs, abs=1e-5)
         assert out[1].text is None and not out[1].logprobs and math.isnan(out[1].gt_prob)
     assert "bad.png" in out[1].error and "gone.png" in out[2].error
 
 def test_injected_failure_fails_one_prompt_only(lvlm, images, monkeypatch):
-    s, ps = SharedScorer(lvlm), [prompt(images, 20 + k, (1, 2)) for k in range(3)]
+    s = SharedScorer(lvlm)
+    ps = [prompt(images, 20 + k, (1, 2)) for k in range(3)]
     real = s._score
     def score(rows, generate):
         if any(r.prompt.question_id == 21 for r in rows): raise RuntimeError("out of memory")
@@ -183,14 +177,11 @@ def test_injected_failure_fails_one_prompt_only(lvlm, images, monkeypatch):
     assert [r.error for r in s.run(ps)] == [None, "RuntimeError: out of memory", None]
 
 def test_fingerprint_tells_models_apart(lvlm):
-    assert (
-        lvlm.fingerprint == load_lvlm(lvlm.name).fingerprint != load_lvlm(lvlm.name, attn="eager").fingerprint
-    )
-    assert (
-        NaiveScorer(lvlm).fingerprint
-        == SharedScorer(lvlm).fingerprint
-        != NaiveScorer(lvlm, max_new_tokens=5).fingerprint
-    )
+    again = load_lvlm(lvlm.name)
+    eager = load_lvlm(lvlm.name, attn="eager")
+    assert lvlm.fingerprint == again.fingerprint != eager.fingerprint
+    shorter = NaiveScorer(lvlm, max_new_tokens=5)
+    assert NaiveScorer(lvlm).fingerprint == SharedScorer(lvlm).fingerprint != shorter.fingerprint
     assert tiny_qwen(seed=2).fingerprint != tiny_qwen(seed=3).fingerprint == tiny_qwen(seed=3).fingerprint
 
 @pytest.mark.parametrize(
@@ -240,12 +231,10 @@ def test_as_many_targets_as_prompts(images):
         MockScorer().run([prompt(images, 1, ())], [Targets()] * 2)
 
 def test_mock_scorer_speaks_the_protocol(images):
-    a, b = MockScorer(0, fails=[7]).run(
-        [prompt(images, 6, (1, 2)), prompt(images, 7, (1, 2))], [Targets(("x", "y"), (1.0, 0.5))] * 2
-    )
-    assert (
-        isinstance(a, Scored) and 0 <= a.gt_prob <= 1 and a.pointer == (1, 2) and b.error and b.text is None
-    )
+    ps = [prompt(images, 6, (1, 2)), prompt(images, 7, (1, 2))]
+    a, b = MockScorer(0, fails=[7]).run(ps, [Targets(("x", "y"), (1.0, 0.5))] * 2)
+    assert isinstance(a, Scored) and 0 <= a.gt_prob <= 1 and a.pointer == (1, 2)
+    assert b.error and b.text is None
 
 def test_imports_without_fastai():
     import subprocess, sys

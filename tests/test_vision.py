@@ -1,4 +1,4 @@
-"Images: every one encoded once, whatever the batch, the budget or the process; grouped attention is the loop over windows"
+"Images: each encoded once, whatever the batch, the budget or the process; grouped attention is the loop over windows"
 import json, subprocess, sys, warnings
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
@@ -17,9 +17,8 @@ def pictures(tmp_path_factory):
     d = tmp_path_factory.mktemp("pictures")
     g = np.random.default_rng(0)
     out = []
-    for i, (w, h) in enumerate(
-        [(56, 56), (56, 56), (84, 56), (56, 140), (112, 84), (200, 60), (30, 30), (224, 112), (57, 99)]
-    ):
+    sizes = [(56, 56), (56, 56), (84, 56), (56, 140), (112, 84), (200, 60), (30, 30), (224, 112), (57, 99)]
+    for i, (w, h) in enumerate(sizes):
         out.append(str(d / f"{i}.png"))
         Image.fromarray(g.integers(256, size=(h, w, 3), dtype=np.uint8)).save(out[-1])
     return out
@@ -30,9 +29,8 @@ def encoder(lv, **kw):
 
 def by_hand(lv, path):
     x = lv.image_processor(images=[open_image(path)], return_tensors="pt")
-    return image_features(lv.model, x["pixel_values"], x["image_grid_thw"])[0], tuple(
-        x["image_grid_thw"][0].tolist()
-    )
+    features = image_features(lv.model, x["pixel_values"], x["image_grid_thw"])
+    return features[0], tuple(x["image_grid_thw"][0].tolist())
 
 def close(a, b): return float((a - b).abs().max()) < 1e-4
 
@@ -57,10 +55,8 @@ def test_grouped_windows_are_the_loop_over_windows(grids, seed):
     px = torch.randn(int(grid.prod(1).sum()), 3 * 2 * 14 * 14, generator=g)
     plain = image_features(lv.model, px, grid)
     with grouped_windows(lv.model.model.visual): grouped = image_features(lv.model, px, grid)
-    assert (
-        all(torch.allclose(a, b, atol=1e-5) for a, b in zip(plain, grouped))
-        and lv.model.model.visual.config._attn_implementation == "sdpa"
-    )
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(plain, grouped))
+    assert lv.model.model.visual.config._attn_implementation == "sdpa"
 
 _cache = {}
 def _lv(): return _cache.setdefault("lv", tiny_qwen(seed=1))
@@ -101,9 +97,8 @@ def test_disk_serves_the_next_process(lv, pictures, tmp_path, shard_bytes):
     first = encoder(lv, folder=tmp_path, shard_bytes=shard_bytes)(pictures)
     enc = encoder(lv, folder=tmp_path, max_bytes=1)
     out = enc(pictures)
-    assert enc.counts == dict(memory=0, disk=len(pictures), encoded=0, failed=0) and all(
-        torch.equal(first[p][0], out[p][0]) and first[p][1] == out[p][1] for p in pictures
-    )
+    assert enc.counts == dict(memory=0, disk=len(pictures), encoded=0, failed=0)
+    for p in pictures: assert torch.equal(first[p][0], out[p][0]) and first[p][1] == out[p][1]
     assert not list(tmp_path.rglob("*.tmp"))
 
 def test_two_writers_share_a_folder(lv, pictures, tmp_path):
@@ -136,12 +131,8 @@ def test_killed_writer_leaves_whole_shards_only(pictures, tmp_path):
         " folder=sys.argv[2]))\nenc()(pics[:3]); real = s.save_file\ndef dies(d, path, meta): real(d, path,"
         " meta); open(path, 'r+b').truncate(50); os._exit(9)\ns.save_file = dies; enc()(pics)"
     )
-    assert (
-        subprocess.run(
-            [sys.executable, "-c", code, json.dumps(pictures), str(tmp_path)], stderr=subprocess.DEVNULL
-        ).returncode
-        == 9
-    )
+    command = [sys.executable, "-c", code, json.dumps(pictures), str(tmp_path)]
+    assert subprocess.run(command, stderr=subprocess.DEVNULL).returncode == 9
     assert len(VisionCache("x", folder=tmp_path)) == 3
 
 def test_bad_images_are_errors_that_name_them(lv, pictures, tmp_path):
@@ -151,9 +142,8 @@ def test_bad_images_are_errors_that_name_them(lv, pictures, tmp_path):
     cut.write_bytes(open(pictures[8], "rb").read()[:300])
     enc = encoder(lv)
     out = enc([pictures[0], str(bad), str(cut), "gone.png"])
-    assert all(
-        isinstance(out[p], OSError) and p in str(out[p]) for p in (str(bad), str(cut), "gone.png")
-    ) and close(out[pictures[0]][0], by_hand(lv, pictures[0])[0])
+    for p in (str(bad), str(cut), "gone.png"): assert isinstance(out[p], OSError) and p in str(out[p])
+    assert close(out[pictures[0]][0], by_hand(lv, pictures[0])[0])
     assert enc.counts["failed"] == 3 and len(enc.cache) == 1
     # mended, and not remembered as bad
     bad.write_bytes(open(pictures[1], "rb").read())
@@ -188,20 +178,14 @@ def test_other_errors_cost_one_image_and_name_it(lv, pictures, monkeypatch):
     monkeypatch.setattr(enc, "_run", run)
     out = enc(pictures)
     bad = [p for p in pictures if isinstance(out[p], Exception)]
-    assert (
-        bad == [pictures[3]]
-        and "shape mismatch" in str(out[bad[0]])
-        and bad[0] in str(out[bad[0]])
-        and not isinstance(out[bad[0]], MemoryError)
-    )
+    assert bad == [pictures[3]]
+    error = out[bad[0]]
+    assert "shape mismatch" in str(error) and bad[0] in str(error) and not isinstance(error, MemoryError)
 
 def test_a_lost_device_stops_the_run(lv, pictures, monkeypatch):
     enc = encoder(lv, group=False)
-    monkeypatch.setattr(
-        enc,
-        "_run",
-        lambda *a: (_ for _ in ()).throw(RuntimeError("CUDA error: device-side assert triggered")),
-    )
+    def lost(*args): raise RuntimeError("CUDA error: device-side assert triggered")
+    monkeypatch.setattr(enc, "_run", lost)
     with pytest.raises(RuntimeError, match="device-side assert"): enc(pictures[:3])
 
 @pytest.mark.parametrize(
@@ -221,11 +205,9 @@ def test_what_counts_as_memory(e, memory): assert out_of_memory(e) is memory
 def test_grouping_wrong_only_between_windows_is_found_out(lv, pictures, monkeypatch):
     "Attention over everything is right for images of one window, and these come first here"
     import leverplus.vision as mod
-    monkeypatch.setattr(
-        mod,
-        "grouped_sdpa",
-        lambda q, k, v, *a, **kw: torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2),
-    )
+    def everywhere(q, k, v, *args, **kw):
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+    monkeypatch.setattr(mod, "grouped_sdpa", everywhere)
     enc = encoder(lv)
     with pytest.warns(UserWarning, match="switched off"): out = enc([pictures[0], pictures[3]])
     assert close(out[pictures[3]][0], by_hand(lv, pictures[3])[0])
@@ -240,9 +222,8 @@ def test_a_shard_that_is_deleted_meanwhile_is_made_again(lv, pictures, tmp_path)
     encoder(lv, folder=tmp_path)(pictures[:3])
     enc = encoder(lv, folder=tmp_path)
     next(tmp_path.rglob("*.safetensors")).unlink()
-    assert (
-        close(enc(pictures[:3])[pictures[0]][0], by_hand(lv, pictures[0])[0]) and enc.counts["encoded"] == 3
-    )
+    assert close(enc(pictures[:3])[pictures[0]][0], by_hand(lv, pictures[0])[0])
+    assert enc.counts["encoded"] == 3
 
 def test_a_file_that_changes_under_way_is_not_stored_under_the_wrong_key(lv, pictures, tmp_path, monkeypatch):
     import leverplus.vision as mod
@@ -262,10 +243,8 @@ def test_threads_take_turns(lv, pictures):
     from concurrent.futures import ThreadPoolExecutor
     enc = encoder(lv, max_bytes=1)
     with ThreadPoolExecutor(4) as pool: outs = list(pool.map(enc, [pictures]*8))
-    assert (
-        all(close(o[p][0], outs[0][p][0]) for o in outs for p in pictures)
-        and lv.model.model.visual.config._attn_implementation == "sdpa"
-    )
+    assert all(close(o[p][0], outs[0][p][0]) for o in outs for p in pictures)
+    assert lv.model.model.visual.config._attn_implementation == "sdpa"
 
 def test_patch_side_reads_both_spellings(lv):
     class P: patch_size = (16, 16)
