@@ -120,9 +120,19 @@ class TopKCurriculum(StageCallback):
     def __init__(self,
         k=(3, 5), # sequences per group, >= 1: a number | by epoch, the last goes on | a function of progress 0..1
         how:str="stratified", # which, see `keep_k`; "best" and "worst" take one side away
-    ): self.k, self.how, self.obj = k, how, None
+        before:bool=False, # cut before the advantages are computed, so that they are those of the sequences kept
+    ):
+        self.k = k
+        self.how = how
+        self.before = before
+        self.obj = None
+        if before: self.order = Objective.order-1
 
     def before_fit(self):
+        if not self.before: self.check_place()
+
+    def check_place(self):
+        "Refuse an objective without advantages, and an order that comes before them"
         self.obj = next((cb for cb in self.learn.cbs if isinstance(cb, Objective)), None)
         kind = type(self.obj).__name__
         if self.obj is None or "adv" not in vars(self.obj):
@@ -143,16 +153,22 @@ class TopKCurriculum(StageCallback):
         return self.k if isinstance(self.k, int) else self.k[min(self.epoch, len(self.k)-1)]
 
     def before_batch(self):
-        (rewards, mask), adv, k = self.yb, self.obj.adv, self.k_now()
+        rewards, mask = self.yb
+        k = self.k_now()
+        if not self.before: self.check_advantages(mask)
+        kept = keep_k(rewards, mask, k, self.how)
+        live = lambda m: live_groups(rewards, m).double().mean()
+        self.log(len(mask), top_k=k, top_before=live(mask), top_after=live(kept))
+        self.learn.yb = rewards, kept
+
+    def check_advantages(self, mask):
+        "Refuse advantages of another batch"
+        adv = self.obj.adv
         if adv is None or adv.shape != mask.shape:
             raise ValueError(
                 "TopKCurriculum: the advantages are not those of this batch; the objective must compute them"
                 " in `before_batch`"
             )
-        kept = keep_k(rewards, mask, k, self.how)
-        live = lambda m: live_groups(rewards, m).double().mean()
-        self.log(len(mask), top_k=k, top_before=live(mask), top_after=live(kept))
-        self.learn.yb = rewards, kept
 
 # %% ../nbs/65_callback_schedule.ipynb #7fa4a47e
 def phase_rows(
