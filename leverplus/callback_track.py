@@ -196,7 +196,7 @@ class Best(StageCallback):
         "What was tried: epoch (-1 = the start), value, p of the paired test, kept?"
         return pd.DataFrame(self.tried, columns=["epoch", "value", "p", "kept"])
 
-# %% ../nbs/66_callback_track.ipynb #68fc6867
+# %% ../nbs/66_callback_track.ipynb #175f1856
 @patch
 def judge_start(self:Best):
     "Keep the weights that the fit begins with"
@@ -242,7 +242,7 @@ def shown_loss(self:Best):
     names = list(self.recorder.metric_names[1:])
     return float(self.learn.final_record[names.index("valid_loss")])
 
-# %% ../nbs/66_callback_track.ipynb #d7e0e376
+# %% ../nbs/66_callback_track.ipynb #38f34dab
 @patch
 def stop(self:Best):
     "End the fit before this epoch trains"
@@ -250,7 +250,7 @@ def stop(self:Best):
     self.learn.training = False
     raise CancelFitException
 
-# %% ../nbs/66_callback_track.ipynb #19aea535
+# %% ../nbs/66_callback_track.ipynb #761dd941
 def promotion_p(
     kept, # [n] loss per query of the checkpoint that is kept, smaller is better
     new, # [n] the same queries under the new one
@@ -362,7 +362,7 @@ def _remember(cb, memory, model):
             vars(cb)[k].load_state_dict(v["_state"])
         else: setattr(cb, k, v)
 
-# %% ../nbs/66_callback_track.ipynb #d71866c2
+# %% ../nbs/66_callback_track.ipynb #c7a3aed7
 def _rng_state(dls):
     "State of everything that training draws from"
     name, keys, *rest = np.random.get_state()
@@ -384,7 +384,57 @@ def _set_rng_state(dls, state):
     random.setstate(state["python"])
     for dl, s in zip(dls.loaders, state["loaders"]): dl.rng.setstate(s)
 
-# %% ../nbs/66_callback_track.ipynb #047bd4ab
+# %% ../nbs/66_callback_track.ipynb #8468c316
+def _recorder_state(rec):
+    "What fastai's Recorder has noted, packed"
+    smooth = rec.smooth_loss
+    values = [list(row) for row in rec.values]
+    noted = dict(lrs=rec.lrs, iters=rec.iters, losses=rec.losses, values=values, n=smooth.count, val=smooth.val)
+    return _pack(noted)
+
+def _set_recorder(rec, noted):
+    "Give fastai's Recorder back what `_recorder_state` packed"
+    rec.lrs = noted["lrs"]
+    rec.iters = noted["iters"]
+    rec.losses = [loss.cpu() for loss in noted["losses"]]   # where fastai keeps them, and plots them from
+    rec.values = L(L(row) for row in noted["values"])
+    rec.smooth_loss.count = noted["n"]
+    rec.smooth_loss.val = noted["val"].cpu()
+
+# %% ../nbs/66_callback_track.ipynb #d17d2af1
+def _describe(v, depth=0):
+    "Settings as JSON: modules and tensors by fingerprint, functions by name, objects by class and what they hold"
+    if v is None or isinstance(v, (bool, int, float, str)): return v
+    if isinstance(v, nn.Module): return f"{type(v).__name__} {fingerprint(v.state_dict())}"
+    if isinstance(v, (torch.Tensor, np.ndarray)): return fingerprint(v)
+    if isinstance(v, set): v = sorted(v)
+    if isinstance(v, (list, tuple, range)): return [_describe(i, depth) for i in v]
+    if isinstance(v, dict): return {str(k): _describe(i, depth) for k, i in v.items()}
+    if isinstance(v, type) or hasattr(v, "__qualname__"): return v.__qualname__
+    if depth > 3 or not hasattr(v, "__dict__"): return type(v).__name__
+    return {"class": type(v).__name__, **_described_attributes(v, depth + 1)}
+
+def _described_attributes(v, depth=0):
+    "Attributes of an object, described; but for the Learner and other callbacks"
+    return {
+        k: _describe(i, depth)
+        for k, i in vars(v).items()
+        if k != "learn" and not isinstance(i, Callback)
+    }
+
+_SILENT = (TrainEvalCallback, CastToTensor, Recorder, progress.ProgressCallback)   # of these nothing depends
+
+def _stage_settings(learn):
+    "What decides how a stage goes, but for data and weights"
+    def matters(cb): return not isinstance(cb, (Stats, History, Resume)) and type(cb) not in _SILENT
+    return dict(
+        n_epoch=learn.n_epoch,
+        optimiser=_describe(dict(learn.opt.hypers[-1])),
+        model=type(learn.model).__name__,
+        callbacks={cb.name: _described_attributes(cb) for cb in learn.cbs if matters(cb)},
+    )
+
+# %% ../nbs/66_callback_track.ipynb #7b8d39f1
 @patch
 def save(self:Resume, finished=False):
     "Write the state, and the history beside it"
@@ -418,14 +468,6 @@ def scaler(self:Resume):
     "The scaler of mixed precision, if there is one"
     return getattr(getattr(self.learn, "mixed_precision", None), "scaler", None)
 
-def _recorder_state(rec):
-    "What fastai's Recorder has noted, packed"
-    smooth = rec.smooth_loss
-    values = [list(row) for row in rec.values]
-    noted = dict(lrs=rec.lrs, iters=rec.iters, losses=rec.losses, values=values, n=smooth.count, val=smooth.val)
-    return _pack(noted)
-
-# %% ../nbs/66_callback_track.ipynb #f345fdcc
 @patch
 def restore(self:Resume):
     "Put everything back to where the state was written"
@@ -441,49 +483,7 @@ def restore(self:Resume):
     if "scaler" in state: self.scaler().load_state_dict(state["scaler"])
     _set_rng_state(self.dls, state["rng"])
 
-def _set_recorder(rec, noted):
-    "Give fastai's Recorder back what `_recorder_state` packed"
-    rec.lrs = noted["lrs"]
-    rec.iters = noted["iters"]
-    rec.losses = [loss.cpu() for loss in noted["losses"]]   # where fastai keeps them, and plots them from
-    rec.values = L(L(row) for row in noted["values"])
-    rec.smooth_loss.count = noted["n"]
-    rec.smooth_loss.val = noted["val"].cpu()
-
-# %% ../nbs/66_callback_track.ipynb #8950ebe2
-def _describe(v, depth=0):
-    "Settings as JSON: modules and tensors by fingerprint, functions by name, objects by class and what they hold"
-    if v is None or isinstance(v, (bool, int, float, str)): return v
-    if isinstance(v, nn.Module): return f"{type(v).__name__} {fingerprint(v.state_dict())}"
-    if isinstance(v, (torch.Tensor, np.ndarray)): return fingerprint(v)
-    if isinstance(v, set): v = sorted(v)
-    if isinstance(v, (list, tuple, range)): return [_describe(i, depth) for i in v]
-    if isinstance(v, dict): return {str(k): _describe(i, depth) for k, i in v.items()}
-    if isinstance(v, type) or hasattr(v, "__qualname__"): return v.__qualname__
-    if depth > 3 or not hasattr(v, "__dict__"): return type(v).__name__
-    return {"class": type(v).__name__, **_described_attributes(v, depth + 1)}
-
-def _described_attributes(v, depth=0):
-    "Attributes of an object, described; but for the Learner and other callbacks"
-    return {
-        k: _describe(i, depth)
-        for k, i in vars(v).items()
-        if k != "learn" and not isinstance(i, Callback)
-    }
-
-_SILENT = (TrainEvalCallback, CastToTensor, Recorder, progress.ProgressCallback)   # of these nothing depends
-
-def _stage_settings(learn):
-    "What decides how a stage goes, but for data and weights"
-    def matters(cb): return not isinstance(cb, (Stats, History, Resume)) and type(cb) not in _SILENT
-    return dict(
-        n_epoch=learn.n_epoch,
-        optimiser=_describe(dict(learn.opt.hypers[-1])),
-        model=type(learn.model).__name__,
-        callbacks={cb.name: _described_attributes(cb) for cb in learn.cbs if matters(cb)},
-    )
-
-# %% ../nbs/66_callback_track.ipynb #a157a109
+# %% ../nbs/66_callback_track.ipynb #9147b069
 @patch
 def open(self:Resume):
     "Open the folder, or refuse it; read what is there"
@@ -505,7 +505,7 @@ def print_of_data(self:Resume):
     if warmup is not None: parts.append(warmup)
     return fingerprint(parts)
 
-# %% ../nbs/66_callback_track.ipynb #f467e7e5
+# %% ../nbs/66_callback_track.ipynb #da020c7d
 def stored_mass(
     logp:Tensor, # [B,N]
     seqs:Tensor, # int [B,N,S] local indices
@@ -533,7 +533,7 @@ def drawn_before(
     same = number[:, 1:] == number[:, :-1]
     return torch.zeros_like(number, dtype=torch.bool).scatter(1, order[:, 1:], same)
 
-# %% ../nbs/66_callback_track.ipynb #2a6b0b5e
+# %% ../nbs/66_callback_track.ipynb #662a9223
 @torch.no_grad()
 def sureness(
     model, # a policy with `encode` and `step_logp`
@@ -571,7 +571,7 @@ def greedy_picks(
             picks = torch.cat([picks, pick[..., None]], -1)
     return picks[:, 0]
 
-# %% ../nbs/66_callback_track.ipynb #e2000c6c
+# %% ../nbs/66_callback_track.ipynb #e726de3a
 def candidate_ids(
     cands:Tensor, # [B,K,D] embeddings
     cand_mask:Tensor, # bool [B,K]
@@ -586,7 +586,7 @@ def candidate_ids(
     ids[cand_mask] = keys[cand_mask].unique(return_inverse=True)[1]
     return ids
 
-# %% ../nbs/66_callback_track.ipynb #52068d08
+# %% ../nbs/66_callback_track.ipynb #ba6cc16b
 def gradient_shares(
     terms:dict, # name -> scalar with a graph, which stays
     params:list, # of the model
@@ -661,45 +661,7 @@ class RLStats(Stats):
     @property
     def has_steps(self): return hasattr(self.model, "step_logp")
 
-# %% ../nbs/66_callback_track.ipynb #0c4eace9
-@patch
-def log_rewards(self:RLStats):
-    "Live shares before and after the filters, regret before them"
-    rewards, mask = self.raw
-    def live(m): return live_groups(rewards, m).double().mean()
-    self.log(len(mask), live_before=live(mask), live_after=live(self.mask))
-    each = regret(self.pred.detach(), rewards, mask, "none")[mask.any(-1)]
-    spread = each.std() if len(each) > 1 else each.new_tensor(torch.nan)   # one group has no spread
-    self.log(len(each), regret_train=each.mean(), regret_sd=spread)
-
-@patch
-def log_mass(self:RLStats):
-    "Mass of the stored sequences that are in the loss"
-    mass = stored_mass(self.pred.detach(), self.seqs, self.seq_mask, self.mask)
-    self.log((~mass.isnan()).sum(), mass=mass.nanmean())
-
-@patch
-def log_advantages(self:RLStats):
-    "Mean over ALL groups of the standard deviation of advantages"
-    n = self.raw[1].sum(-1)
-    std = (self.obj.adv.square().sum(-1) / (n - 1).clamp(min=1)).sqrt()
-    self.log(len(n), adv_std_all=std.mean())
-
-# %% ../nbs/66_callback_track.ipynb #3d4ab607
-@patch
-def log_model(self:RLStats):
-    "Active dropout, and how sure the policy is"
-    self.log(dropout=len(active_dropout(self.model)))
-    if self.has_steps: self.log(**sureness(self.model, self.xb, self.seqs.shape[-1]))
-
-@patch
-def log_shares(self:RLStats):
-    "Shares of the gradient, where more than one term pulls"
-    if len(self.by_term) < 2 or not self.mask.any(): return
-    params = [p for p in self.model.parameters() if p.requires_grad]
-    shares = gradient_shares(self.by_term, params)
-    if shares: self.log(**{f"grad_{name}": share for name, share in shares.items()})
-
+# %% ../nbs/66_callback_track.ipynb #78e6874e
 @patch
 def listen(self:RLStats):
     "Let every callback tell what it does to the loss"
@@ -725,7 +687,7 @@ def _telling(cb, stats):
         else: stats.by_term[cb.name] = after - before
     return after_loss
 
-# %% ../nbs/66_callback_track.ipynb #7252d9c4
+# %% ../nbs/66_callback_track.ipynb #5143cc01
 @patch
 def picks(self:RLStats):
     "Greedy picks [n,S] on the probe"
@@ -750,3 +712,42 @@ def log_picks(self:RLStats):
     unique = (counts > 0).sum() / min(now.numel(), len(counts))
     self.log(agreement=same(self.last), same_as_start=same(self.first), unique=unique, gini=gini(counts))
     self.last = now
+
+# %% ../nbs/66_callback_track.ipynb #895a9569
+@patch
+def log_rewards(self:RLStats):
+    "Live shares before and after the filters, regret before them"
+    rewards, mask = self.raw
+    def live(m): return live_groups(rewards, m).double().mean()
+    self.log(len(mask), live_before=live(mask), live_after=live(self.mask))
+    each = regret(self.pred.detach(), rewards, mask, "none")[mask.any(-1)]
+    spread = each.std() if len(each) > 1 else each.new_tensor(torch.nan)   # one group has no spread
+    self.log(len(each), regret_train=each.mean(), regret_sd=spread)
+
+@patch
+def log_mass(self:RLStats):
+    "Mass of the stored sequences that are in the loss"
+    mass = stored_mass(self.pred.detach(), self.seqs, self.seq_mask, self.mask)
+    self.log((~mass.isnan()).sum(), mass=mass.nanmean())
+
+@patch
+def log_advantages(self:RLStats):
+    "Mean over ALL groups of the standard deviation of advantages"
+    n = self.raw[1].sum(-1)
+    std = (self.obj.adv.square().sum(-1) / (n - 1).clamp(min=1)).sqrt()
+    self.log(len(n), adv_std_all=std.mean())
+
+# %% ../nbs/66_callback_track.ipynb #88f3104d
+@patch
+def log_model(self:RLStats):
+    "Active dropout, and how sure the policy is"
+    self.log(dropout=len(active_dropout(self.model)))
+    if self.has_steps: self.log(**sureness(self.model, self.xb, self.seqs.shape[-1]))
+
+@patch
+def log_shares(self:RLStats):
+    "Shares of the gradient, where more than one term pulls"
+    if len(self.by_term) < 2 or not self.mask.any(): return
+    params = [p for p in self.model.parameters() if p.requires_grad]
+    shares = gradient_shares(self.by_term, params)
+    if shares: self.log(**{f"grad_{name}": share for name, share in shares.items()})
