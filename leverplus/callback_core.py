@@ -49,7 +49,7 @@ def check_name(
         )
     return name
 
-# %% ../nbs/61_callback_core.ipynb #6dd25f88
+# %% ../nbs/61_callback_core.ipynb #08b216d0
 @patch(as_prop=True)
 def query(self:StageCallback):
     "Embedded questions [B,D]"
@@ -205,7 +205,7 @@ def set_anchor(
     learn.anchors[name] = frozen(learn.model)
     return learn.anchors[name]
 
-# %% ../nbs/61_callback_core.ipynb #d410ccf3
+# %% ../nbs/61_callback_core.ipynb #eb00dd5c
 def find_reference(
     learn, # the Learner of the fit
     ref, # "start" | the name of an anchor | a module | folder of a checkpoint (str or Path)

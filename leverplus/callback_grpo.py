@@ -80,7 +80,7 @@ def record(self:PolicyGradient):
     self.log(len(live), adv_live=live.double().mean())
     self.log(live.sum(), adv_std=std.mean())
 
-# %% ../nbs/63_callback_grpo.ipynb #b50a9764
+# %% ../nbs/63_callback_grpo.ipynb #3e6ec2b2
 @patch
 def before_train(self:PolicyGradient):
     "Ask what has to be right before anything trains"
@@ -104,7 +104,7 @@ def complain(self:PolicyGradient, msg):
     if self.strict: raise ValueError(msg + " (`strict=False` turns this into a warning)")
     warnings.warn(msg)
 
-# %% ../nbs/63_callback_grpo.ipynb #bb9775c7
+# %% ../nbs/63_callback_grpo.ipynb #165cdc96
 @patch
 def check_groups(self:PolicyGradient):
     "Refuse stored groups that cannot teach, or that were normalised before"
@@ -131,7 +131,7 @@ def check_live(self:PolicyGradient, found):
         raise CancelFitException(msg)
     raise ValueError(msg + "; or pass min_live=0 to go on all the same, few='skip' to leave the stage out")
 
-# %% ../nbs/63_callback_grpo.ipynb #b99b78a1
+# %% ../nbs/63_callback_grpo.ipynb #55c1ecd3
 @patch
 def check_raw(self:PolicyGradient, found):
     "Refuse rewards that were normalised before, where the advantage would do it again"
@@ -145,7 +145,7 @@ def check_raw(self:PolicyGradient, found):
         " raw rewards, or how='center', scale='none'"
     )
 
-# %% ../nbs/63_callback_grpo.ipynb #f25e7c91
+# %% ../nbs/63_callback_grpo.ipynb #6620fe8b
 @patch
 def drop_negative(self:PolicyGradient):
     "Take groups with too small a share of positive sequences out of the loss"
@@ -225,7 +225,7 @@ def record_clip(self:GRPO, logp, old, mask):
     self.log((mask & (self.adv > 0)).sum(), clip_pos=pos)
     self.log((mask & (self.adv < 0)).sum(), clip_neg=neg)
 
-# %% ../nbs/63_callback_grpo.ipynb #4f60f107
+# %% ../nbs/63_callback_grpo.ipynb #df0e716f
 @patch
 def check_ratio(self:GRPO, logp, old, mask):
     "Refuse ratios that are not 1 right after a renewal"

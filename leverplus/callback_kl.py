@@ -39,7 +39,7 @@ def steps_of(
     def step(prefix): return model.step_logp(enc, prefix)
     return step
 
-# %% ../nbs/64_callback_kl.ipynb #606a94fd
+# %% ../nbs/64_callback_kl.ipynb #bcfbed40
 @patch(as_prop=True)
 def ends(self:StepTerm):
     "May the policy stop?"
@@ -74,7 +74,7 @@ def per_step(self:StepTerm, sums, counts):
         else: parts.append(self.pred.new_zeros(len(i), S))
     return torch.cat(parts)[torch.cat(rows).argsort()]
 
-# %% ../nbs/64_callback_kl.ipynb #3086baaa
+# %% ../nbs/64_callback_kl.ipynb #52d83dde
 class KLToRef(StepTerm):
     "Add `beta` times the KL to a reference policy to what is differentiated"
     _stateattrs, needs = ("ref",), ("encode", "step_logp", "logp")
@@ -126,7 +126,7 @@ class KLToRef(StepTerm):
             return kl_steps(step, ref_step, xb[2], S, self.limit, draw)
         with torch.set_grad_enabled(self.how == "exact" and self.beta > 0): return self.per_step(sums, counts)
 
-# %% ../nbs/64_callback_kl.ipynb #d74481a3
+# %% ../nbs/64_callback_kl.ipynb #409603b0
 @patch
 def k3_of_stored(self:KLToRef, ref_enc):
     "k3 over the stored sequences"

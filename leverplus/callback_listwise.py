@@ -65,7 +65,7 @@ class Listwise(Objective):
         if self.alone: return None
         return self.logp_of(self.ref) if self.over == "set" else self.ref(*self.xb)
 
-# %% ../nbs/67_callback_listwise.ipynb #992a811a
+# %% ../nbs/67_callback_listwise.ipynb #f45d6ec7
 @patch
 def logp_of(self:Listwise, model):
     "Log-probabilities [B,N] of the sets, in any order"

@@ -45,7 +45,7 @@ class TempSchedule(StageCallback):
             has = ", ".join(vars(self.target))
             raise ValueError(f"TempSchedule: {type(self.target).__name__} has no {missing}; it has {has}")
 
-# %% ../nbs/65_callback_schedule.ipynb #bf4c79a4
+# %% ../nbs/65_callback_schedule.ipynb #b6a832fb
 SCHEDULES = dict(wide=SchedLin(2., .5), sharp=SchedLin(1., .1))   # of temperatures, by progress 0..1
 
 def as_schedule(
@@ -239,7 +239,7 @@ def _check_plan(plan):
             " 1)}"
         )
 
-# %% ../nbs/65_callback_schedule.ipynb #4623eba6
+# %% ../nbs/65_callback_schedule.ipynb #baa6e7d8
 def phase_rows(
     dataset, # of the training loader; its `question_ids`, if it has any, name the rows
     which, # question_ids | a record with `queries` | row numbers where the data set has no question_ids | None = all

@@ -196,7 +196,7 @@ class Best(StageCallback):
         "What was tried: epoch (-1 = the start), value, p of the paired test, kept?"
         return pd.DataFrame(self.tried, columns=["epoch", "value", "p", "kept"])
 
-# %% ../nbs/66_callback_track.ipynb #175f1856
+# %% ../nbs/66_callback_track.ipynb #c41fc17b
 @patch
 def judge_start(self:Best):
     "Keep the weights that the fit begins with"
@@ -242,7 +242,7 @@ def shown_loss(self:Best):
     names = list(self.recorder.metric_names[1:])
     return float(self.learn.final_record[names.index("valid_loss")])
 
-# %% ../nbs/66_callback_track.ipynb #38f34dab
+# %% ../nbs/66_callback_track.ipynb #ff7d4c92
 @patch
 def stop(self:Best):
     "End the fit before this epoch trains"
@@ -250,7 +250,7 @@ def stop(self:Best):
     self.learn.training = False
     raise CancelFitException
 
-# %% ../nbs/66_callback_track.ipynb #761dd941
+# %% ../nbs/66_callback_track.ipynb #e998dac6
 def promotion_p(
     kept, # [n] loss per query of the checkpoint that is kept, smaller is better
     new, # [n] the same queries under the new one
@@ -362,7 +362,7 @@ def _remember(cb, memory, model):
             vars(cb)[k].load_state_dict(v["_state"])
         else: setattr(cb, k, v)
 
-# %% ../nbs/66_callback_track.ipynb #c7a3aed7
+# %% ../nbs/66_callback_track.ipynb #d37159db
 def _rng_state(dls):
     "State of everything that training draws from"
     name, keys, *rest = np.random.get_state()
@@ -384,7 +384,7 @@ def _set_rng_state(dls, state):
     random.setstate(state["python"])
     for dl, s in zip(dls.loaders, state["loaders"]): dl.rng.setstate(s)
 
-# %% ../nbs/66_callback_track.ipynb #8468c316
+# %% ../nbs/66_callback_track.ipynb #502e538a
 def _recorder_state(rec):
     "What fastai's Recorder has noted, packed"
     smooth = rec.smooth_loss
@@ -401,7 +401,7 @@ def _set_recorder(rec, noted):
     rec.smooth_loss.count = noted["n"]
     rec.smooth_loss.val = noted["val"].cpu()
 
-# %% ../nbs/66_callback_track.ipynb #d17d2af1
+# %% ../nbs/66_callback_track.ipynb #5204561c
 def _describe(v, depth=0):
     "Settings as JSON: modules and tensors by fingerprint, functions by name, objects by class and what they hold"
     if v is None or isinstance(v, (bool, int, float, str)): return v
@@ -434,7 +434,7 @@ def _stage_settings(learn):
         callbacks={cb.name: _described_attributes(cb) for cb in learn.cbs if matters(cb)},
     )
 
-# %% ../nbs/66_callback_track.ipynb #7b8d39f1
+# %% ../nbs/66_callback_track.ipynb #d5ae65f5
 @patch
 def save(self:Resume, finished=False):
     "Write the state, and the history beside it"
@@ -483,7 +483,7 @@ def restore(self:Resume):
     if "scaler" in state: self.scaler().load_state_dict(state["scaler"])
     _set_rng_state(self.dls, state["rng"])
 
-# %% ../nbs/66_callback_track.ipynb #9147b069
+# %% ../nbs/66_callback_track.ipynb #0085941f
 @patch
 def open(self:Resume):
     "Open the folder, or refuse it; read what is there"
@@ -505,7 +505,7 @@ def print_of_data(self:Resume):
     if warmup is not None: parts.append(warmup)
     return fingerprint(parts)
 
-# %% ../nbs/66_callback_track.ipynb #da020c7d
+# %% ../nbs/66_callback_track.ipynb #b23d25bd
 def stored_mass(
     logp:Tensor, # [B,N]
     seqs:Tensor, # int [B,N,S] local indices
@@ -533,7 +533,7 @@ def drawn_before(
     same = number[:, 1:] == number[:, :-1]
     return torch.zeros_like(number, dtype=torch.bool).scatter(1, order[:, 1:], same)
 
-# %% ../nbs/66_callback_track.ipynb #662a9223
+# %% ../nbs/66_callback_track.ipynb #464609e6
 @torch.no_grad()
 def sureness(
     model, # a policy with `encode` and `step_logp`
@@ -571,7 +571,7 @@ def greedy_picks(
             picks = torch.cat([picks, pick[..., None]], -1)
     return picks[:, 0]
 
-# %% ../nbs/66_callback_track.ipynb #e726de3a
+# %% ../nbs/66_callback_track.ipynb #5764f5e3
 def candidate_ids(
     cands:Tensor, # [B,K,D] embeddings
     cand_mask:Tensor, # bool [B,K]
@@ -586,7 +586,7 @@ def candidate_ids(
     ids[cand_mask] = keys[cand_mask].unique(return_inverse=True)[1]
     return ids
 
-# %% ../nbs/66_callback_track.ipynb #ba6cc16b
+# %% ../nbs/66_callback_track.ipynb #178adb6b
 def gradient_shares(
     terms:dict, # name -> scalar with a graph, which stays
     params:list, # of the model
@@ -661,7 +661,7 @@ class RLStats(Stats):
     @property
     def has_steps(self): return hasattr(self.model, "step_logp")
 
-# %% ../nbs/66_callback_track.ipynb #78e6874e
+# %% ../nbs/66_callback_track.ipynb #9701be26
 @patch
 def listen(self:RLStats):
     "Let every callback tell what it does to the loss"
@@ -687,7 +687,7 @@ def _telling(cb, stats):
         else: stats.by_term[cb.name] = after - before
     return after_loss
 
-# %% ../nbs/66_callback_track.ipynb #5143cc01
+# %% ../nbs/66_callback_track.ipynb #350570f3
 @patch
 def picks(self:RLStats):
     "Greedy picks [n,S] on the probe"
@@ -713,7 +713,7 @@ def log_picks(self:RLStats):
     self.log(agreement=same(self.last), same_as_start=same(self.first), unique=unique, gini=gini(counts))
     self.last = now
 
-# %% ../nbs/66_callback_track.ipynb #895a9569
+# %% ../nbs/66_callback_track.ipynb #dc6767f5
 @patch
 def log_rewards(self:RLStats):
     "Live shares before and after the filters, regret before them"
@@ -737,7 +737,7 @@ def log_advantages(self:RLStats):
     std = (self.obj.adv.square().sum(-1) / (n - 1).clamp(min=1)).sqrt()
     self.log(len(n), adv_std_all=std.mean())
 
-# %% ../nbs/66_callback_track.ipynb #88f3104d
+# %% ../nbs/66_callback_track.ipynb #8d1b3538
 @patch
 def log_model(self:RLStats):
     "Active dropout, and how sure the policy is"

@@ -112,7 +112,7 @@ def _best(learn, best):
     score = getattr(learn, "choose_by", None) or valid_loss
     return Best(**{"score": score, **best})
 
-# %% ../nbs/70_learner.ipynb #1a6f96e3
+# %% ../nbs/70_learner.ipynb #0d4fadd3
 @patch
 def fit_rce(self:Learner,
     n_epoch:int=5, # epochs
@@ -149,7 +149,7 @@ def fit_grpo(self:Learner,
 
 def _kl(beta, ref): return [KLToRef(ref, beta)] if beta > 0 else []
 
-# %% ../nbs/70_learner.ipynb #1836602f
+# %% ../nbs/70_learner.ipynb #512ae714
 @patch
 @torch.no_grad()
 def show_results(self:SelectorLearner,
@@ -179,7 +179,7 @@ def _first_groups(dl, n):
     random.setstate(state)
     return b
 
-# %% ../nbs/70_learner.ipynb #0da56dee
+# %% ../nbs/70_learner.ipynb #59b50703
 @patch
 def fit_listwise(self:Learner,
     n_epoch:int=5, # epochs
@@ -216,7 +216,7 @@ def fit_sft(self:Learner,
     "Stage of supervised imitation of the best stored sequences"
     return self.fit_stage(n_epoch, lr, [SFT(top, temp, least), *L(cbs)], **kw)
 
-# %% ../nbs/70_learner.ipynb #e3694900
+# %% ../nbs/70_learner.ipynb #1305f410
 @patch
 def fit_warmup(self:Learner,
     items, # training items: frame with `question_id, image_id, answer`; no validation query among them

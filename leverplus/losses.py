@@ -25,7 +25,7 @@ def live_groups(
     "Groups with at least two different rewards"
     return spread(rewards, mask) > eps
 
-# %% ../nbs/60_losses.ipynb #9a87af5e
+# %% ../nbs/60_losses.ipynb #458c09e5
 def group_mean(
     x:Tensor, # [B,N]
     mask:Tensor, # bool [B,N]; a group without True leaves the mean
@@ -101,7 +101,7 @@ def _check_rce(temp, norm, weights):
     if weights not in ("softmax", "rank", "top1"):
         raise ValueError(f"rce_weights: weights {weights!r}, wanted 'softmax', 'rank' or 'top1'")
 
-# %% ../nbs/60_losses.ipynb #e8b11574
+# %% ../nbs/60_losses.ipynb #e29c6dae
 def ess(
     w:Tensor, # [B,N] weights >= 0, 0 on padding
     mask:Tensor, # bool [B,N]
@@ -110,7 +110,7 @@ def ess(
     size = w.sum(-1)**2 / (w**2).sum(-1).clamp(min=1e-12)
     return size / mask.sum(-1).clamp(min=1)
 
-# %% ../nbs/60_losses.ipynb #4a2f2556
+# %% ../nbs/60_losses.ipynb #12fa307e
 def top_weights(
     rewards:Tensor, # [B,N]
     mask:Tensor, # bool [B,N]
@@ -192,7 +192,7 @@ def _check_listwise(tau, ess, limits):
             f"listwise_target: ess {ess} and limits {limits}, wanted a share in (0,1) and 0 < least <= most"
         )
 
-# %% ../nbs/60_losses.ipynb #6ab3d5e9
+# %% ../nbs/60_losses.ipynb #f4519deb
 @torch.no_grad()
 def solve_tau(
     lr:Tensor, # [B,N] log-probabilities of the reference over each group, -inf on padding
@@ -311,7 +311,7 @@ def policy_gradient(
     "Plain policy-gradient loss `-A log pi` (REINFORCE; Williams 1992)"
     return -group_mean(adv * logp.masked_fill(~mask, 0.), mask)
 
-# %% ../nbs/60_losses.ipynb #558a1024
+# %% ../nbs/60_losses.ipynb #5a00deb9
 def clip_shares(logp, old, adv, mask, clip_low=.2, clip_high=.28):
     "Shares of sequences without gradient: (of those with A > 0, of those with A < 0); nan where there are none"
     ratio = log_ratio(logp, old, mask).exp()
@@ -357,7 +357,7 @@ def _check_reference(lp, lq):
         raise ValueError("kl: the reference gives probability 0 to a candidate that the policy may pick; "
                          "are pools and masks the same?")
 
-# %% ../nbs/60_losses.ipynb #76cc5cc4
+# %% ../nbs/60_losses.ipynb #fb6ee865
 def _walk(step, cand_mask, shots, limit, draw=None):
     "Yield per step: weight of each prefix [B,P], prefixes [B,P,t], log-probabilities of the next pick [B,P,K]"
     B, K = cand_mask.shape
@@ -399,7 +399,7 @@ def _check_walk(K, shots, limit, draw):
             " `draw` for an unbiased estimate"
         )
 
-# %% ../nbs/60_losses.ipynb #4949dae9
+# %% ../nbs/60_losses.ipynb #408081db
 def entropy_exact(step_p, cand_mask, shots, limit=5000):
     "Exact entropy [B] of whole sequences, in nats; arguments as in `entropy_steps`"
     return entropy_steps(step_p, cand_mask, shots, limit).sum(-1)
@@ -427,7 +427,7 @@ def entropy_steps(
         out.append(h)
     return torch.stack(out, -1)
 
-# %% ../nbs/60_losses.ipynb #e74636a1
+# %% ../nbs/60_losses.ipynb #e66cb273
 def inclusion_logp(
     logp:Tensor, # [...] log-probabilities of the distribution that was sampled from
     kappa:Tensor, # [...] broadcastable: largest perturbed log-probability that was left out
@@ -482,7 +482,7 @@ def tempered_logp(
     lp = tempered.gather(-1, seqs[..., None])[..., 0]
     return lp.masked_fill(~seq_mask, 0.).sum(-1)
 
-# %% ../nbs/60_losses.ipynb #f454a376
+# %% ../nbs/60_losses.ipynb #3712d29a
 def mixture_logp(
     logmu:Tensor, # [B,N,M] log-probability of each sequence under each of M sources, -inf where a source cannot make it
     draws:Tensor, # [M] or [B,M] how many sequences each source drew, >= 0

@@ -98,7 +98,7 @@ class AnswerGroups:
         if math.perm(self.K, S) <= self.n: return torch.tensor(list(permutations(range(self.K), S)))
         return torch.rand(self.n, self.K, generator=g).topk(S, -1).indices.unique(dim=0)
 
-# %% ../nbs/51_warmup.ipynb #a72a27d6
+# %% ../nbs/51_warmup.ipynb #62c1c9ff
 @patch
 def set_items(self:AnswerGroups, items):
     "Keep what has words; note whose image is whose, and who is the twin of somebody before"

@@ -81,8 +81,7 @@ def rloo_stage():
         GradientClip(0.5),
     ]
 
-# --- names (T3), order (T12)
-# --------------------------------------------------------------------------------------------
+# --- names (T3), order (T12) -------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", ["Freeze", "Loss", "FreezeToCallback", "Model", "Opt", "Pred", "Fit"])
 def test_names_that_would_replace_something(name):
     with pytest.raises(ValueError, match="would replace"): type(name, (StageCallback,), {})
@@ -127,8 +126,7 @@ def test_order(capsys):
     before("before_train", "TrainEvalCallback", "NoDropout")
     before("before_train", "NoDropout", "GRPO")
 
-# --- objectives
-# ------------------------------------------------------------------------------------------------------
+# --- objectives --------------------------------------------------------------------------------------------
 def test_objective_changes_train_only():
     class Zero(Objective):
         def objective(self, logp, r, m): return 0*logp.masked_fill(~m, 0).sum() + 7.
@@ -209,8 +207,7 @@ def test_zero_variance_gives_zero_grpo_gradient_without_skipping():
     fit(learn, 1, [NoDropout(), GRPO(min_live=0.0), spy])
     assert spy.seen and max(spy.seen) == 0
 
-# --- GRPO
-# ------------------------------------------------------------------------------------------------------------
+# --- GRPO --------------------------------------------------------------------------------------------------
 def test_ratio_is_one_and_kl_zero_at_the_first_step():
     learn = learner(dropout=.3, cbs=Stats())
     grads = []
@@ -376,8 +373,7 @@ def test_rloo_is_the_policy_gradient():
     assert all(a == pytest.approx(b, abs=1e-7) for a, b in spy.seen)
     with pytest.raises(ValueError, match="RLOO: dropout"): fit(learner(dropout=.1), 1, RLOO())
 
-# --- listwise, SFT
-# -----------------------------------------------------------------------------------------------------
+# --- listwise, SFT -----------------------------------------------------------------------------------------
 def test_listwise_is_its_formula_and_starts_at_its_start():
     learn = learner(cbs=Stats())
     start = frozen(learn.model)
@@ -486,8 +482,7 @@ def test_sft_imitates_what_it_is_told():
     by_hand("two", two)
     by_hand("soft", lambda r: two(r) * (r / 0.2).exp())
 
-# --- KL -----------------------------------------------------------------------------------------------------
-# ---------
+# --- KL ----------------------------------------------------------------------------------------------------
 def test_kl_is_exact_and_only_loss_grad_changes():
     learn = learner(cbs=Stats())
     ref = ToySelector(8)
@@ -672,8 +667,7 @@ def test_kl_says_what_it_needs():
     with pytest.raises(ValueError, match="'all' or 'live'"): KLToRef(on="some")
     with pytest.warns(UserWarning, match="KL is not 0"): fit(learner(dropout=.2), 1, [RCE(), KLToRef()])
 
-# --- schedules, dropout, freezing (T1, T2, T4)
-# ---------------------------------------------------------------------------
+# --- schedules, dropout, freezing (T1, T2, T4) -------------------------------------------------------------
 def test_temp_schedule_acts_before_the_objective():
     spy = Spy(after_loss=lambda s: (s.rce.temp, s.pct_train))
     fit(learner(), 3, [RCE(9.0), TempSchedule("rce", temp=SchedCos(2.0, 0.5)), spy])
@@ -725,8 +719,7 @@ def test_freeze_refuses():
     with pytest.raises(ValueError, match="every parameter"):
         fit(learner(), 1, [RCE(), Freeze("match", "after")])
 
-# --- tracking (T7)
-# -----------------------------------------------------------------------------------------------------
+# --- tracking (T7) -----------------------------------------------------------------------------------------
 def test_history_survives_everything():
     learn = learner(cbs=[Stats(), History()])
     fit(learn, 2, [RCE(), SkipFlat()])
@@ -810,8 +803,7 @@ def test_rl_stats_columns():
         and 0 < row["live"] < 1
     )
 
-# --- residue, composition
-# ----------------------------------------------------------------------------------------------
+# --- residue, composition ----------------------------------------------------------------------------------
 class Cancel(StageCallback):
     "Another callback ends the fit in the third batch"
     order = 7
