@@ -293,7 +293,7 @@ def test_gradient_of_exact_kl():
         assert torch.autograd.gradcheck(f, tuple(logits[k].clone().requires_grad_() for k in keys))
 
 def test_drawn_prefixes_are_unbiased_for_values_and_gradients():
-    "Two of up to twelve prefixes, again and again: KL and entropy per step, and their gradients in every logit, within five standard errors of the exact ones"
+    "Two of up to twelve prefixes, often: KL, entropy and their gradients, within five standard errors of the exact ones"
     B = 2
     K = 4
     S = 3
@@ -402,7 +402,7 @@ def test_top_weights_are_the_mean_over_ways_to_break_ties(seed, top):
     assert torch.allclose(rce_weights(r, m, weights="rank"), rce_weights(r**3 + 7, m, weights="rank"))
 
 def test_the_listwise_optimum_does_not_depend_on_the_sampler():
-    "At pi = ref * exp(r/tau) every group of every sampler is met: no loss, no gradient. RCE is pulled to what was drawn"
+    "At pi = ref * exp(r/tau) every group of every sampler is met: no loss, no gradient. RCE follows what was drawn"
     g = torch.Generator().manual_seed(0)
     ref, r, tau = (
         torch.randn(12, generator=g).double().log_softmax(-1),

@@ -1,4 +1,4 @@
-"Curricula, the best weights and what is watched: each does what it says, at the right moment, and the traps of the loop stay shut"
+"Curricula, the best weights and what is watched: each does what it says; the traps of the loop stay shut"
 import math, random, warnings
 import numpy as np, pandas as pd, pytest, torch
 from hypothesis import given, settings, strategies as st
