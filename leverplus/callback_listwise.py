@@ -7,6 +7,7 @@ __all__ = ['Listwise', 'SFT']
 
 # %% ../nbs/67_callback_listwise.ipynb #7321df8e
 import torch
+from fastcore.basics import patch
 from torch import nn
 from .core import frozen, masked_mean, masked_softmax
 from .losses import ess, group_kl, imitation_loss, listwise_target, merge_orders, top_weights
@@ -18,15 +19,15 @@ class Listwise(Objective):
     _stateattrs = ("ref",)
     def __init__(self,
         ref="start", # "start" | "none" | an anchor's name, a module or a checkpoint's folder, see `find_reference`
-        tau:float|None=None, # temperature > 0 in units of reward; None = solved per query for `ess`; `TempSchedule` moves it
+        tau:float|None=None, # temperature > 0 in units of reward; None = solved per query, for `ess`
         ess:float=.35, # share of the reference's effective sample size that the target keeps, in (0,1)
         limits:tuple=(.02, 1.), # smallest and largest tau that is solved for
         over:str="sequence", # what is compared: "sequence" | "set", whose model needs `logp_set`
     ):
         if over not in ("sequence", "set"):
             raise ValueError(f"Listwise: over {over!r}, wanted 'sequence' or 'set'")
-        # refuses here what it would there
-        listwise_target(torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool), None, tau, ess, limits)
+        one_group = torch.zeros(1, 2)
+        listwise_target(one_group, one_group == 0, None, tau, ess, limits)   # refuses here what it would there
         self.given = frozen(ref) if isinstance(ref, nn.Module) else ref
         self.ref = None
         self.tau = tau
@@ -35,33 +36,48 @@ class Listwise(Objective):
         self.over = over
 
     @property
-    def alone(self): return isinstance(self.given, str) and self.given == "none"
+    def alone(self):
+        "Is there no reference?"
+        return isinstance(self.given, str) and self.given == "none"
 
     def before_fit(self):
         super().before_fit()
+        if self.over == "set": self.check_sets()
         self.ref = None if self.alone else find_reference(self.learn, self.given, "Listwise")
-        if self.over == "set" and not callable(getattr(self.model, "logp_set", None)):
-            raise ValueError(
-                f"Listwise: over='set' needs a model with `logp_set`; {type(self.model).__name__} has none"
-            )
 
     def before_train(self):
         if self.ref is None and not self.alone: self.ref = frozen(self.model)
 
-    def logp_of(self, model): return model.logp_set(model.encode(*self.xb[:3]), self.xb[3], self.xb[4])
-
     def objective(self, logp, rewards, mask):
         if self.over == "set":
-            rewards, mask = merge_orders(self.xb[3], self.xb[4], rewards, mask)
+            rewards, mask = merge_orders(self.seqs, self.seq_mask, rewards, mask)
             logp = self.logp_of(self.model)
-        with torch.no_grad():
-            lr = None if self.alone else self.logp_of(self.ref) if self.over == "set" else self.ref(*self.xb)
-        target, tau = listwise_target(rewards, mask, lr, self.tau, self.ess, self.limits)
+        ref_logp = self.reference_logp()
+        target, tau = listwise_target(rewards, mask, ref_logp, self.tau, self.ess, self.limits)
         some = mask.any(-1)
-        kl = group_kl(target, logp, mask)
         self.log(some.sum(), tau=tau[some].mean(), ess=ess(target.exp(), mask)[some].mean())
-        if lr is not None: self.log(some.sum(), kl_target=group_kl(target, lr, mask)[some].mean())
-        return masked_mean(kl, some)
+        if ref_logp is not None: self.log(some.sum(), kl_target=group_kl(target, ref_logp, mask)[some].mean())
+        return masked_mean(group_kl(target, logp, mask), some)
+
+    @torch.no_grad()
+    def reference_logp(self):
+        "Log-probabilities [B,N] under the reference; None without one"
+        if self.alone: return None
+        return self.logp_of(self.ref) if self.over == "set" else self.ref(*self.xb)
+
+# %% ../nbs/67_callback_listwise.ipynb #f45d6ec7
+@patch
+def logp_of(self:Listwise, model):
+    "Log-probabilities [B,N] of the sets, in any order"
+    return model.logp_set(model.encode(*self.xb[:3]), self.seqs, self.seq_mask)
+
+@patch
+def check_sets(self:Listwise):
+    "Refuse a model that knows no sets"
+    if not callable(getattr(self.model, "logp_set", None)):
+        raise ValueError(
+            f"Listwise: over='set' needs a model with `logp_set`; {type(self.model).__name__} has none"
+        )
 
 # %% ../nbs/67_callback_listwise.ipynb #7c1e486d
 class SFT(Objective):
@@ -71,8 +87,8 @@ class SFT(Objective):
         temp:float|None=None, # > 0: weigh them by softmax(score / temp), in units of the score; None = alike
         least:float|None=None, # sequences with a lower score leave; None = none do
     ):
-        # refuses here what it would there
-        top_weights(torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool), top)
+        one_group = torch.zeros(1, 2)
+        top_weights(one_group, one_group == 0, top)   # refuses here what it would there
         if temp is not None and temp <= 0: raise ValueError(f"SFT: temp {temp}, wanted > 0 or None")
         self.top = top
         self.temp = temp

@@ -18,8 +18,8 @@ class RCE(Objective):
         norm:str="raw", # "raw" rewards | "zscore" within each group
         weights:str="softmax", # "softmax" of rewards | "rank" | "top1", see `rce_weights`
     ):
-        # refuses here what it would there
-        rce_weights(torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool), temp, norm, weights)
+        one_group = torch.zeros(1, 2)
+        rce_weights(one_group, one_group == 0, temp, norm, weights)   # refuses here what it would there
         self.temp = temp
         self.norm = norm
         self.weights = weights

@@ -17,13 +17,13 @@ from .selector import PointerSelector
 from .losses import regret
 from .callback_core import SkipFlat
 from .callback_rce import RCE
-from .callback_grpo import GRPO
+from .callback_grpo import GRPO, RLOO
 from .callback_kl import KLToRef
 from .callback_schedule import TempSchedule, NoDropout, SplitShots, as_schedule
-from .callback_track import History, RLStats, Best, greedy_picks, valid_loss
+from .callback_track import History, RLStats, Best, Resume, evaluating, greedy_picks, valid_loss
 from .callback_listwise import Listwise, SFT
+from .callback_onpolicy import DistinctPG, OnPolicy
 from .diagnose import Watch
-from .callback_track import Resume
 from fastai.learner import Learner
 from fastai.callback.schedule import ParamScheduler, SchedCos
 from fastai.callback.training import GradientClip
@@ -37,39 +37,6 @@ class SelectorLearner(Learner):
         with reproducible(self.dls.device or default_device()):
             super().fit(n_epoch, lr, wd, cbs, reset_opt, start_epoch)
 
-    @torch.no_grad()
-    def show_results(self,
-        ds_idx:int=1, # 0: training split | 1: validation split
-        max_n:int=9, # most queries
-        shots:int|None=None, # S; default as many as the stored sequences have
-    )->pd.DataFrame: # query, greedy picks, reward expected on the stored group, best stored reward, what the likeliest stored sequence got
-        "What the policy picks for a few queries"
-        dl = self.dls[ds_idx]
-        ds = dl.dataset
-        n = min(max_n, len(dl.dataset))
-        state = random.getstate()
-        with torch.random.fork_rng(devices=()):
-            b = self._set_device(dl.new(shuffle=False, bs=n, n=n).one_batch())
-        random.setstate(state)
-        xb = b[:5]
-        (r, m) = b[5:]
-        picks = greedy_picks(self.model, xb, shots or xb[3].shape[-1]).tolist()
-        was = self.model.training
-        lp = self.model.eval()(*xb).masked_fill(~m, -torch.inf)
-        self.model.train(was)
-        ids = list(getattr(ds, "question_ids", range(n)))[:n]
-        pool = getattr(ds, "pool", None)
-        named = [[pool[q][i] for i in p] for q, p in zip(ids, picks)] if pool is not None else picks
-        return pd.DataFrame(
-            dict(
-                query=ids,
-                picks=named,
-                expected=(lp.softmax(-1) * r.masked_fill(~m, 0)).sum(-1).tolist(),
-                best=r.masked_fill(~m, -torch.inf).amax(-1).tolist(),
-                likeliest=r.gather(-1, lp.argmax(-1, keepdim=True))[:, 0].tolist(),
-            )
-        )
-
 def selector_learner(
     dls, # DataLoaders of `group_dls` or `synth_dls`
     model=None, # a policy, e.g. of `load_selector`; default a new `PointerSelector`
@@ -78,10 +45,25 @@ def selector_learner(
     metrics=(), # more columns on the validation split
     cbs=(), # more callbacks that stay on the Learner
     path=None, # folder of the Learner, as in fastai
-    choose_by=None, # score by which stages choose their epoch, such as a `GreedyLoss`; None = regret on the stored groups, which asks nobody
-    **model_kw, # of a new `PointerSelector`: `d_hidden, n_layers, dropout, state, scorer, prior, ...`, whatever it knows
+    choose_by=None, # score by which stages choose their epoch, e.g. a `GreedyLoss`; None = regret, which asks nobody
+    **model_kw, # of a new `PointerSelector`: `d_hidden, n_layers, dropout, state, scorer, prior, ...`
 )->SelectorLearner:
     "Learner of a pointer selector whose loss is regret"
+    _check_learner(dls, model, model_kw)
+    seed_all(seed)
+    if model is None: model = PointerSelector(dls.valid.one_batch()[0].shape[-1], **model_kw)
+    stats = RLStats()
+    learn = SelectorLearner(
+        dls, model, loss_func=regret, wd=wd, train_bn=False, path=path,
+        cbs=[stats, History(), *L(cbs)],
+        metrics=[*L(metrics), *stats.metrics("live", "mass", "kl")],
+    )
+    learn.seed = seed
+    learn.choose_by = choose_by
+    return learn
+
+def _check_learner(dls, model, model_kw):
+    "Refuse a model with settings for another, and batches that are no groups"
     if model is not None and model_kw:
         raise ValueError(
             f"selector_learner: a model and settings for a new one ({', '.join(model_kw)}): pass either"
@@ -90,22 +72,6 @@ def selector_learner(
         raise ValueError(
             "selector_learner: batches need five inputs and (rewards, mask): `group_dls`, `synth_dls`"
         )
-    seed_all(seed)
-    if model is None: model = PointerSelector(dls.valid.one_batch()[0].shape[-1], **model_kw)
-    stats = RLStats()
-    learn = SelectorLearner(
-        dls,
-        model,
-        loss_func=regret,
-        wd=wd,
-        train_bn=False,
-        path=path,
-        cbs=[stats, History(), *L(cbs)],
-        metrics=[*L(metrics), *stats.metrics("live", "mass", "kl")],
-    )
-    learn.seed = seed
-    learn.choose_by = choose_by
-    return learn
 
 # %% ../nbs/70_learner.ipynb #7221d35b
 @patch
@@ -115,23 +81,18 @@ def fit_stage(self:Learner,
     cbs, # what makes the stage: objective, penalties, schedules
     max_norm:float|None=1., # gradients are clipped to this norm; None = not
     skip_flat:bool=True, # leave groups without reward differences out
-    best:bool|dict|Best=True, # keep the best weights by `learn.choose_by`, or else by regret; a dict has other settings of `Best`; a `Best` of your own; False = keep the last
+    best:bool|dict|Best=True, # keep the best weights; a dict has settings of `Best`; or your own; False = keep the last
     watch:str|Watch|None="warn", # after the first epoch: "warn" | "raise" if nothing can be learned; None = not
     resume=None, # folder of this stage: written after every epoch, continued after a kill; see `Resume`
     split_shots:bool=False, # sequences of different lengths are groups of their own, see `SplitShots`
 )->Learner: # the Learner itself
     "Train one stage with a fresh optimiser; leaves nothing behind but weights and history"
-    name = ", ".join(type(cb).__name__ for cb in L(cbs))
     if n_epoch < 0: raise ValueError(f"fit_stage: {n_epoch} epochs, wanted 0 or more")
-    if best is True or isinstance(best, dict):
-        best = Best(
-            **dict(score=getattr(self, "choose_by", None) or valid_loss)
-            | (best if isinstance(best, dict) else {})
-        )
     if n_epoch == 0:
+        name = ", ".join(type(cb).__name__ for cb in L(cbs))
         warnings.warn(f"0 epochs asked of the stage ({name}): the policy stays as it is")
         return self
-    for p in self.model.parameters(): p.grad = None   # what an interrupted fit may have left
+    best = _best(self, best)
     more = [ParamScheduler({"lr": SchedCos(lr, 0.)})]
     if split_shots: more.append(SplitShots())
     if skip_flat: more.append(SkipFlat())
@@ -140,98 +101,32 @@ def fit_stage(self:Learner,
     if watch and any(isinstance(cb, RLStats) for cb in self.cbs):
         more.append(Watch(watch) if isinstance(watch, str) else watch)
     if resume is not None: more.append(Resume(resume))
+    for p in self.model.parameters(): p.grad = None   # what an interrupted fit may have left
     self.fit(n_epoch, lr, cbs=[*L(cbs), *more], reset_opt=True)
     return self
 
+def _best(learn, best):
+    "The `Best` that the setting `best` of a stage means"
+    if best is True: best = {}
+    if not isinstance(best, dict): return best
+    score = getattr(learn, "choose_by", None) or valid_loss
+    return Best(**{"score": score, **best})
+
+# %% ../nbs/70_learner.ipynb #0d4fadd3
 @patch
 def fit_rce(self:Learner,
     n_epoch:int=5, # epochs
     lr:float=1e-3, # peak learning rate
-    temp=(2., .5), # tau of RCE: a constant, (first, last) along a line over the batches, or what else `as_schedule` takes ("wide", "sharp")
+    temp=(2., .5), # tau of RCE: a constant, (first, last) along a line, or what else `as_schedule` takes
     norm:str="raw", # "raw" rewards | "zscore" within each group
     cbs=(), # more callbacks of this stage, e.g. `KLToRef()`, `Freeze(...)`
     weights:str="softmax", # "softmax" | "rank" | "top1" of `RCE`
     **kw, # `max_norm, skip_flat, best, watch, resume, split_shots` of `fit_stage`
 )->Learner:
     "Stage of reward-conditioned estimation; the usual recipe is this alone"
-    f = as_schedule(temp)
-    return self.fit_stage(
-        n_epoch, lr, [RCE(float(f(0.0)), norm, weights=weights), TempSchedule("rce", temp=f), *L(cbs)], **kw
-    )
-
-def _kl(beta, ref): return [KLToRef(ref, beta)] if beta > 0 else []
-
-@patch
-def fit_listwise(self:Learner,
-    n_epoch:int=5, # epochs
-    lr:float=1e-3, # peak learning rate
-    ref="start", # reference of the target: "start" of this stage | "none" | an anchor's name, a module, a checkpoint's folder
-    tau=None, # temperature: None = per query, for `ess` | a number or what else `as_schedule` takes
-    ess:float=.35, # share of the group that the target keeps, where `tau` is None
-    beta:float=0., # weight of the KL to the start of the stage, loss units per nat; 0 = no KL
-    cbs=(), # more callbacks of this stage
-    limits:tuple=(.02, 1.), over:str="sequence", # see `Listwise`
-    **kw, # `max_norm, skip_flat, best, watch, resume, split_shots` of `fit_stage`
-)->Learner:
-    "Stage towards `softmax(log ref + r/tau)` inside each group, whoever proposed its sequences"
-    f = None if tau is None else as_schedule(tau)
-    move = [] if f is None else [TempSchedule("listwise", tau=f)]
-    return self.fit_stage(
-        n_epoch,
-        lr,
-        [
-            Listwise(ref, None if f is None else float(f(0.0)), ess, limits, over),
-            *move,
-            *_kl(beta, "start"),
-            *L(cbs),
-        ],
-        **kw
-    )
-
-@patch
-def fit_warmup(self:Learner,
-    items, # training items: frame with `question_id, image_id, answer`; no validation query among them
-    store, # their embeddings
-    n_epoch:int=15, # epochs of about `steps` batches
-    lr:float=1e-2, # peak learning rate
-    tau=.1, # temperature of the target, in shares of the answer's words
-    cbs=(), # more callbacks of this stage
-    K:int|None=None, # pool size; None = that of the training groups
-    sampler:str="random", # how pools are drawn, see `make_pool`: random | text | image | mixed
-    shots=None, # shot counts of the drawn sequences; None = those of the training groups
-    n:int=256, bs:int=64, steps:int=100, seed:int|None=None, # see `warmup_dls`; seed None = the Learner's
-    **kw, # `max_norm, skip_flat, best, watch, resume` of `fit_stage`
-)->Learner:
-    "Stage without the LVLM: fresh pools of training items, rewarded by the words of the answer that the picks contain; see `51_warmup`"
-    own, ds = self.dls, self.dls.train_ds
-    if shots is None: shots = sorted(set((ds.seqs >= 0).sum(-1).tolist()))
-    self.dls = warmup_dls(
-        own,
-        items,
-        store,
-        K or ds.cands.shape[1],
-        shots,
-        n,
-        bs,
-        steps,
-        getattr(self, "seed", 0) if seed is None else seed,
-        sampler,
-    )
-    try: return self.fit_listwise(n_epoch, lr, "none", tau, cbs=cbs, **kw)
-    finally: self.dls = own
-
-@patch
-def fit_sft(self:Learner,
-    n_epoch:int=5, # epochs
-    lr:float=1e-3, # peak learning rate
-    top:int|None=1, # how many of each group are imitated; None = all
-    temp:float|None=None, # weigh them by softmax(score / temp); None = alike
-    least:float|None=None, # sequences with a lower score leave
-    cbs=(), # more callbacks of this stage
-    **kw, # `max_norm, skip_flat, best, watch, resume, split_shots` of `fit_stage`
-)->Learner:
-    "Stage of supervised imitation of the best stored sequences"
-    return self.fit_stage(n_epoch, lr, [SFT(top, temp, least), *L(cbs)], **kw)
+    schedule = as_schedule(temp)
+    objective = RCE(float(schedule(0.)), norm, weights=weights)
+    return self.fit_stage(n_epoch, lr, [objective, TempSchedule("rce", temp=schedule), *L(cbs)], **kw)
 
 @patch
 def fit_grpo(self:Learner,
@@ -246,25 +141,109 @@ def fit_grpo(self:Learner,
     watch:str|Watch|None="warn", # as in `fit_stage`
     resume=None, # as in `fit_stage`
     split_shots:bool=False, # as in `fit_stage`
-    **grpo_kw, # of `GRPO`: `how, scale, min_std, adv_clip, clip_low, clip_high, dual, refresh, old, strict, min_live, ...`
+    **grpo_kw, # of `GRPO`: `how, scale, min_std, adv_clip, clip_low, clip_high, dual, refresh, old, ...`
 )->Learner:
     "Stage of group-relative policy optimisation, without dropout, near a reference"
-    return self.fit_stage(
-        n_epoch,
-        lr,
-        [NoDropout(), GRPO(**grpo_kw), *_kl(beta, ref), *L(cbs)],
-        max_norm,
-        skip_flat,
-        best,
-        watch,
-        resume,
-        split_shots,
-    )
+    cbs = [NoDropout(), GRPO(**grpo_kw), *_kl(beta, ref), *L(cbs)]
+    return self.fit_stage(n_epoch, lr, cbs, max_norm, skip_flat, best, watch, resume, split_shots)
+
+def _kl(beta, ref): return [KLToRef(ref, beta)] if beta > 0 else []
+
+# %% ../nbs/70_learner.ipynb #512ae714
+@patch
+@torch.no_grad()
+def show_results(self:SelectorLearner,
+    ds_idx:int=1, # 0: training split | 1: validation split
+    max_n:int=9, # most queries
+    shots:int|None=None, # S; default as many as the stored sequences have
+)->pd.DataFrame: # query, picks, and rewards: expected on the stored group, best in it, of the likeliest stored sequence
+    "What the policy picks for a few queries"
+    dl = self.dls[ds_idx]
+    n = min(max_n, len(dl.dataset))
+    *xb, rewards, mask = self._set_device(_first_groups(dl, n))
+    picks = greedy_picks(self.model, xb, shots or xb[3].shape[-1]).tolist()
+    with evaluating(self.model) as model: logp = model(*xb).masked_fill(~mask, -torch.inf)
+    expected = (logp.softmax(-1) * rewards.masked_fill(~mask, 0)).sum(-1)
+    best = rewards.masked_fill(~mask, -torch.inf).amax(-1)
+    likeliest = rewards.gather(-1, logp.argmax(-1, keepdim=True))[:, 0]
+    queries = list(getattr(dl.dataset, "question_ids", range(n)))[:n]
+    pool = getattr(dl.dataset, "pool", None)
+    if pool is not None: picks = [[pool[q][i] for i in places] for q, places in zip(queries, picks)]
+    rewards = dict(expected=expected.tolist(), best=best.tolist(), likeliest=likeliest.tolist())
+    return pd.DataFrame(dict(query=queries, picks=picks, **rewards))
+
+def _first_groups(dl, n):
+    "The first `n` groups of a loader in one batch; leaves the random states alone"
+    state = random.getstate()
+    with torch.random.fork_rng(devices=()): b = dl.new(shuffle=False, bs=n, n=n).one_batch()
+    random.setstate(state)
+    return b
+
+# %% ../nbs/70_learner.ipynb #59b50703
+@patch
+def fit_listwise(self:Learner,
+    n_epoch:int=5, # epochs
+    lr:float=1e-3, # peak learning rate
+    ref="start", # reference of the target: "start" of this stage | "none" | an anchor's name, a module, a folder
+    tau=None, # temperature: None = per query, for `ess` | a number or what else `as_schedule` takes
+    ess:float=.35, # share of the group that the target keeps, where `tau` is None
+    beta:float=0., # weight of the KL to the start of the stage, loss units per nat; 0 = no KL
+    cbs=(), # more callbacks of this stage
+    limits:tuple=(.02, 1.), # smallest and largest tau that is solved for
+    over:str="sequence", # what is compared: "sequence" | "set", see `Listwise`
+    **kw, # `max_norm, skip_flat, best, watch, resume, split_shots` of `fit_stage`
+)->Learner:
+    "Stage towards `softmax(log ref + r/tau)` inside each group, whoever proposed its sequences"
+    first = None
+    move = []
+    if tau is not None:
+        schedule = as_schedule(tau)
+        first = float(schedule(0.))
+        move = [TempSchedule("listwise", tau=schedule)]
+    objective = Listwise(ref, first, ess, limits, over)
+    return self.fit_stage(n_epoch, lr, [objective, *move, *_kl(beta, "start"), *L(cbs)], **kw)
+
+@patch
+def fit_sft(self:Learner,
+    n_epoch:int=5, # epochs
+    lr:float=1e-3, # peak learning rate
+    top:int|None=1, # how many of each group are imitated; None = all
+    temp:float|None=None, # weigh them by softmax(score / temp); None = alike
+    least:float|None=None, # sequences with a lower score leave
+    cbs=(), # more callbacks of this stage
+    **kw, # `max_norm, skip_flat, best, watch, resume, split_shots` of `fit_stage`
+)->Learner:
+    "Stage of supervised imitation of the best stored sequences"
+    return self.fit_stage(n_epoch, lr, [SFT(top, temp, least), *L(cbs)], **kw)
+
+# %% ../nbs/70_learner.ipynb #1305f410
+@patch
+def fit_warmup(self:Learner,
+    items, # training items: frame with `question_id, image_id, answer`; no validation query among them
+    store, # their embeddings
+    n_epoch:int=15, # epochs of about `steps` batches
+    lr:float=1e-2, # peak learning rate
+    tau=.1, # temperature of the target, in shares of the answer's words
+    cbs=(), # more callbacks of this stage
+    K:int|None=None, # pool size; None = that of the training groups
+    sampler:str="random", # how pools are drawn, see `make_pool`: random | text | image | mixed
+    shots=None, # shot counts of the drawn sequences; None = those of the training groups
+    n:int=256, # sequences per group at most
+    bs:int=64, # queries per batch
+    steps:int=100, # batches per epoch, about
+    seed:int|None=None, # of pools and order; None = the Learner's
+    **kw, # `max_norm, skip_flat, best, watch, resume` of `fit_stage`
+)->Learner:
+    "Stage without the LVLM: fresh pools of items, rewarded by the words of the answer that the picks contain"
+    own = self.dls
+    groups = own.train_ds
+    if shots is None: shots = sorted(set((groups.seqs >= 0).sum(-1).tolist()))
+    if seed is None: seed = getattr(self, "seed", 0)
+    self.dls = warmup_dls(own, items, store, K or groups.cands.shape[1], shots, n, bs, steps, seed, sampler)
+    try: return self.fit_listwise(n_epoch, lr, "none", tau, cbs=cbs, **kw)
+    finally: self.dls = own
 
 # %% ../nbs/70_learner.ipynb #c785ee0a
-from .callback_grpo import RLOO
-from .callback_onpolicy import DistinctPG, OnPolicy
-
 @patch
 def fit_onpolicy(self:Learner,
     scorer, # see `ask`; None: all facts are in `cache=`
@@ -272,7 +251,7 @@ def fit_onpolicy(self:Learner,
     store, # `EmbedStore` of queries and demonstrations
     rounds:int=10, # at most; an epoch each
     lr:float=3e-4, # peak learning rate
-    objective="rloo", # "rloo" | "grpo" on the groups of a round | "distinct": drawn without replacement | an objective of your own
+    objective="rloo", # "rloo" | "grpo" | "distinct": drawn without replacement | an objective of your own
     beta:float=0., # weight of the KL to `ref`, loss units per nat; 0 = no KL
     ref="start", # reference of the KL, as in `fit_grpo`
     cbs=(), # more callbacks of this stage
@@ -281,28 +260,20 @@ def fit_onpolicy(self:Learner,
     **kw, # of `OnPolicy`: `G, shots, queries_per_round, every, passes, patience, reward, cache, seed, ...`
 )->Learner: # `learn.onpolicy` is its `OnPolicy`: the `table` of rounds, and `data()`, what was drawn
     "Stage of rounds: draw groups from the policy as it is, ask the scorer, update; ends early without less headroom"
-    known = dict(
-        rloo=(RLOO, {}),
-        grpo=(lambda: GRPO(refresh="epoch" if kw["every"] == "round" else 1), dict(every="round")),
-        distinct=(DistinctPG, dict(distinct=True)),
-    )
-    if isinstance(objective, str):
-        if objective not in known:
-            raise ValueError(
-                f"fit_onpolicy: objective {objective!r}, wanted {', '.join(map(repr, known))} or an objective"
-            )
-        make, need = known[objective]
-        kw = need | kw
-        objective = make()
+    if objective == "grpo": kw = {"every": "round", **kw}
+    if objective == "distinct": kw = {"distinct": True, **kw}
+    if isinstance(objective, str): objective = _drawn_objective(objective, kw.get("every"))
     if skip_flat is None: skip_flat = not isinstance(objective, DistinctPG)
     self.onpolicy = OnPolicy(scorer, items, store, **kw)
-    return self.fit_stage(
-        rounds,
-        lr,
-        [NoDropout(), objective, self.onpolicy, *_kl(beta, ref), *L(cbs)],
-        skip_flat=skip_flat,
-        **(stage or {})
-    )
+    cbs = [NoDropout(), objective, self.onpolicy, *_kl(beta, ref), *L(cbs)]
+    return self.fit_stage(rounds, lr, cbs, skip_flat=skip_flat, **(stage or {}))
+
+def _drawn_objective(name, every):
+    "Objective for groups that the policy has drawn; `every` says how often"
+    if name == "rloo": return RLOO()
+    if name == "grpo": return GRPO(refresh="epoch" if every == "round" else 1)
+    if name == "distinct": return DistinctPG()
+    raise ValueError(f"fit_onpolicy: objective {name!r}, wanted 'rloo', 'grpo', 'distinct' or an objective")
 
 # %% ../nbs/70_learner.ipynb #c0a39c76
 @patch

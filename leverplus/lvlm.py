@@ -348,8 +348,6 @@ class NaiveScorer:
         "Who is asked when facts are checked: itself"
         return self
 
-    def _inputs(self, texts, images): return official_inputs(self.lvlm, texts, images)
-
     def run(self,
         prompts, # list of n Prompt
         targets=None, # list of n Targets; None: no answers to score

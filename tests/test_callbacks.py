@@ -39,9 +39,10 @@ class Spy(StageCallback):
     "Calls `f(self)` at an event"
     order = 5
     def __init__(self, **at): self.at, self.seen = at, []
-    def after_loss(self): self.seen.append(self.at["after_loss"](self)) if "after_loss" in self.at else None
-    def before_step(self):
-        self.seen.append(self.at["before_step"](self)) if "before_step" in self.at else None
+    def note(self, event):
+        if event in self.at: self.seen.append(self.at[event](self))
+    def after_loss(self): self.note("after_loss")
+    def before_step(self): self.note("before_step")
 
 class Interrupt(StageCallback):
     "Ctrl-C in the third batch"
@@ -50,39 +51,18 @@ class Interrupt(StageCallback):
         if self.train_iter == 2: raise KeyboardInterrupt
 
 def rce_stage():
-    return [
-        RCE(0.5),
-        TempSchedule("rce", temp=SchedLin(2.0, 0.5)),
-        SkipFlat(),
-        Freeze("after"),
-        KLToRef(),
-        Best(),
-        GradientClip(1.0),
-    ]
+    falling = TempSchedule("rce", temp=SchedLin(2., .5))
+    return [RCE(.5), falling, SkipFlat(), Freeze("after"), KLToRef(), Best(), GradientClip(1.)]
 def grpo_stage(): return [NoDropout(), GRPO(), SkipFlat(), KLToRef(beta=.1), Best(), GradientClip(.5)]
 def listwise_stage():
-    return [
-        Listwise(),
-        SkipFlat(),
-        KLToRef(beta=0.1),
-        AdaptiveKL(0.0, 0.01, limits=(0.01, 1.0)),
-        EntropyFloor(0.9),
-        Best(),
-        GradientClip(1.0),
-    ]
+    band = AdaptiveKL(0., .01, limits=(.01, 1.))
+    return [Listwise(), SkipFlat(), KLToRef(beta=.1), band, EntropyFloor(.9), Best(), GradientClip(1.)]
 def sft_stage(): return [SFT(top=2), KLToRef(how="k3"), Best(), GradientClip(1.)]
 def rloo_stage():
-    return [
-        NoDropout(),
-        RLOO(min_positive=0.2, positive=0.5),
-        KLToRef(on="live"),
-        EntropyFloor(0.9),
-        Best(),
-        GradientClip(0.5),
-    ]
+    rloo = RLOO(min_positive=.2, positive=.5)
+    return [NoDropout(), rloo, KLToRef(on="live"), EntropyFloor(.9), Best(), GradientClip(.5)]
 
-# --- names (T3), order (T12)
-# --------------------------------------------------------------------------------------------
+# --- names (T3), order (T12) -------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", ["Freeze", "Loss", "FreezeToCallback", "Model", "Opt", "Pred", "Fit"])
 def test_names_that_would_replace_something(name):
     with pytest.raises(ValueError, match="would replace"): type(name, (StageCallback,), {})
@@ -127,8 +107,7 @@ def test_order(capsys):
     before("before_train", "TrainEvalCallback", "NoDropout")
     before("before_train", "NoDropout", "GRPO")
 
-# --- objectives
-# ------------------------------------------------------------------------------------------------------
+# --- objectives --------------------------------------------------------------------------------------------
 def test_objective_changes_train_only():
     class Zero(Objective):
         def objective(self, logp, r, m): return 0*logp.masked_fill(~m, 0).sum() + 7.
@@ -148,7 +127,6 @@ def test_one_objective_per_fit():
 
 def test_rce_is_its_formula():
     learn = learner()
-    seen = []
     spy = Spy(after_loss=lambda s: (s.loss_grad.item(), rce_loss(s.pred, *s.yb, .7).item(), s.loss.item()))
     fit(learn, 1, [RCE(.7), spy])
     for a, b, c in spy.seen: assert a == b == c
@@ -177,15 +155,10 @@ def test_objectives_reduce_regret(cbs):
 
 def test_skip_flat_leaves_loss_and_denominator():
     learn = learner()
-    n, live = 0, 0
-    spy = Spy(
-        after_loss=lambda s: (
-            s.yb[1].any(-1).sum().item(),
-            s.loss_grad.item(),
-            rce_loss(s.pred, *s.yb, 0.5).item(),
-        )
-    )
-    fit(learn, 1, [RCE(.5), skip := SkipFlat(), spy, ])
+    def look(s): return s.mask.any(-1).sum().item(), s.loss_grad.item(), rce_loss(s.pred, *s.yb, .5).item()
+    spy = Spy(after_loss=look)
+    skip = SkipFlat()
+    fit(learn, 1, [RCE(.5), skip, spy])
     n_live = sum(int(r.max() - r.min() > 1e-6) for *_, r in learn.dls.train_ds.rows)
     assert skip.n == 64 and skip.n_live == n_live == sum(s[0] for s in spy.seen) and 0 < n_live < 64
     assert all(a == b for _, a, b in spy.seen)
@@ -209,16 +182,13 @@ def test_zero_variance_gives_zero_grpo_gradient_without_skipping():
     fit(learn, 1, [NoDropout(), GRPO(min_live=0.0), spy])
     assert spy.seen and max(spy.seen) == 0
 
-# --- GRPO
-# ------------------------------------------------------------------------------------------------------------
+# --- GRPO --------------------------------------------------------------------------------------------------
 def test_ratio_is_one_and_kl_zero_at_the_first_step():
     learn = learner(dropout=.3, cbs=Stats())
-    grads = []
     spy = Spy(after_loss=lambda s: s.learn.loss_grad.item())
     fit(learn, 1, [NoDropout(), SkipFlat(), GRPO(), KLToRef(beta=5.), spy])
-    assert learn.stats.mean("ratio_off") <= 1e-5 and learn.stats.buf["kl"][0][0] == pytest.approx(
-        0.0, abs=1e-7
-    )
+    assert learn.stats.mean("ratio_off") <= 1e-5
+    assert learn.stats.buf["kl"][0][0] == pytest.approx(0., abs=1e-7)
     assert spy.seen[0] == pytest.approx(0., abs=1e-6)   # centred advantages at ratio 1, and no KL
 
 def test_first_grpo_gradient_is_policy_gradient():
@@ -240,9 +210,8 @@ def test_first_grpo_gradient_is_policy_gradient():
 def test_grpo_refuses_dropout():
     with pytest.raises(ValueError, match=r"drop.*NoDropout\(\)"): fit(learner(dropout=.1), 1, GRPO())
     with pytest.warns(UserWarning) as ws: fit(learner(dropout=.1), 1, GRPO(strict=False))
-    assert any("dropout is active" in str(w.message) for w in ws) and any(
-        "off 1 by up to" in str(w.message) for w in ws
-    )
+    said = [str(w.message) for w in ws]
+    assert any("dropout is active" in m for m in said) and any("off 1 by up to" in m for m in said)
 
 def test_grpo_notices_other_randomness():
     class Noisy(ToySelector):
@@ -291,11 +260,9 @@ def test_grpo_beats_its_start_and_a_stale_old_policy(seed):
         return start, valid_loss(learn)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        (start, fresh), (_, stale), (_, older) = (
-            run(),
-            run(refresh="never"),
-            run(refresh="never", old=True, strict=False),
-        )
+        start, fresh = run()
+        _, stale = run(refresh="never")
+        _, older = run(refresh="never", old=True, strict=False)
     assert fresh < start - .02 and fresh < stale - .01 and fresh < older - .01
 
 def relabel(learn, f):
@@ -376,8 +343,7 @@ def test_rloo_is_the_policy_gradient():
     assert all(a == pytest.approx(b, abs=1e-7) for a, b in spy.seen)
     with pytest.raises(ValueError, match="RLOO: dropout"): fit(learner(dropout=.1), 1, RLOO())
 
-# --- listwise, SFT
-# -----------------------------------------------------------------------------------------------------
+# --- listwise, SFT -----------------------------------------------------------------------------------------
 def test_listwise_is_its_formula_and_starts_at_its_start():
     learn = learner(cbs=Stats())
     start = frozen(learn.model)
@@ -486,8 +452,7 @@ def test_sft_imitates_what_it_is_told():
     by_hand("two", two)
     by_hand("soft", lambda r: two(r) * (r / 0.2).exp())
 
-# --- KL -----------------------------------------------------------------------------------------------------
-# ---------
+# --- KL ----------------------------------------------------------------------------------------------------
 def test_kl_is_exact_and_only_loss_grad_changes():
     learn = learner(cbs=Stats())
     ref = ToySelector(8)
@@ -512,7 +477,7 @@ def test_kl_is_exact_and_only_loss_grad_changes():
 
 @pytest.mark.parametrize("S", [1, 2])
 def test_kl_counts_the_step_at_which_a_policy_may_stop(S):
-    "Stored sequences of S < max_shots picks end with STOP, so that step is in the KL: with S + 1 = max_shots all sequences are"
+    "Stored sequences of S < max_shots picks end with STOP, so that step is in the KL"
     torch.manual_seed(0)
     dls = synth_dls(8, 8, 8, K=5, N=3, shots=(S,))
     make = lambda: PointerSelector(8, d_hidden=8, max_shots=S + 1, stop=True, dropout=0.0)
@@ -541,7 +506,7 @@ def test_kl_holds_the_policy_and_the_reference_stands_still():
     assert moved(20.) < .5*moved(0.)
 
 def test_no_query_walks_further_than_its_own_sequences_and_draws_leave_the_training_alone(monkeypatch):
-    "Several shot counts in a batch: each is asked for the steps it has; few prefixes change neither the generator nor what a second run sees"
+    "Several shot counts in a batch: each is asked for its steps; drawing prefixes leaves the generator alone"
     import leverplus.callback_kl as page
 
     inner, walked = page.kl_steps, []
@@ -672,8 +637,7 @@ def test_kl_says_what_it_needs():
     with pytest.raises(ValueError, match="'all' or 'live'"): KLToRef(on="some")
     with pytest.warns(UserWarning, match="KL is not 0"): fit(learner(dropout=.2), 1, [RCE(), KLToRef()])
 
-# --- schedules, dropout, freezing (T1, T2, T4)
-# ---------------------------------------------------------------------------
+# --- schedules, dropout, freezing (T1, T2, T4) -------------------------------------------------------------
 def test_temp_schedule_acts_before_the_objective():
     spy = Spy(after_loss=lambda s: (s.rce.temp, s.pct_train))
     fit(learner(), 3, [RCE(9.0), TempSchedule("rce", temp=SchedCos(2.0, 0.5)), spy])
@@ -725,8 +689,7 @@ def test_freeze_refuses():
     with pytest.raises(ValueError, match="every parameter"):
         fit(learner(), 1, [RCE(), Freeze("match", "after")])
 
-# --- tracking (T7)
-# -----------------------------------------------------------------------------------------------------
+# --- tracking (T7) -----------------------------------------------------------------------------------------
 def test_history_survives_everything():
     learn = learner(cbs=[Stats(), History()])
     fit(learn, 2, [RCE(), SkipFlat()])
@@ -810,8 +773,7 @@ def test_rl_stats_columns():
         and 0 < row["live"] < 1
     )
 
-# --- residue, composition
-# ----------------------------------------------------------------------------------------------
+# --- residue, composition ----------------------------------------------------------------------------------
 class Cancel(StageCallback):
     "Another callback ends the fit in the third batch"
     order = 7

@@ -4,8 +4,7 @@ import pytest, torch
 from leverplus.callback_core import StageCallback, Stats
 from leverplus.callback_kl import AdaptiveKL, EntropyFloor, KLToRef
 from leverplus.callback_schedule import Freeze, Phases, TopKCurriculum
-from leverplus.callback_track import Best, missed, regrets, valid_loss
-from leverplus.callback_track import Resume
+from leverplus.callback_track import Best, Resume, missed, regrets, valid_loss
 from leverplus.learner import load_selector, selector_learner
 from leverplus.synth import quiet
 from leverplus.losses import kl_exact, regret
@@ -169,8 +168,7 @@ def test_save_and_load(tmp_path):
     with pytest.raises((ValueError, RuntimeError), match="query_proj"): load_selector(tmp_path/"a")
     with pytest.raises(FileNotFoundError): load_selector(tmp_path/"nowhere")
 
-# --- the other stages, shots, results
-# -------------------------------------------------------------------------------------
+# --- the other stages, shots, results ----------------------------------------------------------------------
 @pytest.mark.parametrize(
     "stage,kw",
     [
@@ -229,8 +227,7 @@ def test_show_results_is_what_the_policy_does():
     )
     assert len(learn.show_results(0, max_n=3, shots=1).picks[0]) == 1
 
-# --- going on after a kill
-# ------------------------------------------------------------------------------------------------
+# --- going on after a kill ---------------------------------------------------------------------------------
 def stages(name): # every callback that remembers something, in the stage where it belongs
     if name == "rce":
         return "fit_rce", dict(

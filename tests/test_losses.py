@@ -195,8 +195,7 @@ def test_clip_and_dual_clip():
         float(s) for s in clip_shares(lp, torch.zeros(1, 4), adv, torch.ones(1, 4).bool())
     ] == pytest.approx([1 / 3, 1.0])
 
-# --- exact divergence
-# -------------------------------------------------------------------------------------------------
+# --- exact divergence --------------------------------------------------------------------------------------
 def table_policy(seed, B, K, S, cand_mask, scale=2.):
     "A random policy given by a table of logits for every prefix"
     g = torch.Generator().manual_seed(seed)
@@ -294,7 +293,7 @@ def test_gradient_of_exact_kl():
         assert torch.autograd.gradcheck(f, tuple(logits[k].clone().requires_grad_() for k in keys))
 
 def test_drawn_prefixes_are_unbiased_for_values_and_gradients():
-    "Two of up to twelve prefixes, again and again: KL and entropy per step, and their gradients in every logit, within five standard errors of the exact ones"
+    "Two of up to twelve prefixes, often: KL, entropy and their gradients, within five standard errors of the exact ones"
     B = 2
     K = 4
     S = 3
@@ -387,8 +386,7 @@ def test_toy_selector_sums_to_one_and_ignores_padding():
         assert torch.allclose(model(*one)[m1], whole[b][m[b]], atol=1e-5)
     assert {int(k) for k in xb[4].sum(-1).unique()} == {0, 1, 2, 3}
 
-# --- imitation and listwise targets
-# --------------------------------------------------------------------------------------
+# --- imitation and listwise targets ------------------------------------------------------------------------
 @settings(max_examples=25)
 @given(seed=st.integers(0, 10_000), top=st.integers(1, 7))
 def test_top_weights_are_the_mean_over_ways_to_break_ties(seed, top):
@@ -404,7 +402,7 @@ def test_top_weights_are_the_mean_over_ways_to_break_ties(seed, top):
     assert torch.allclose(rce_weights(r, m, weights="rank"), rce_weights(r**3 + 7, m, weights="rank"))
 
 def test_the_listwise_optimum_does_not_depend_on_the_sampler():
-    "At pi = ref * exp(r/tau) every group of every sampler is met: no loss, no gradient. RCE is pulled to what was drawn"
+    "At pi = ref * exp(r/tau) every group of every sampler is met: no loss, no gradient. RCE follows what was drawn"
     g = torch.Generator().manual_seed(0)
     ref, r, tau = (
         torch.randn(12, generator=g).double().log_softmax(-1),
@@ -496,8 +494,7 @@ def test_merge_orders_treats_orders_as_one():
         [sets.setdefault(frozenset(s), []).append(float(x)) for s, x in zip(ss, r[b])]
         assert r2[b][m2[b]].tolist() == pytest.approx([sum(v)/len(v) for v in sets.values()])
 
-# --- off-policy accounting
-# ------------------------------------------------------------------------------------------------
+# --- off-policy accounting ---------------------------------------------------------------------------------
 def world(seed=0, K=5):
     "All pairs of 5 candidates, a policy, its step distributions, rewards that lean its way"
     cm = torch.ones(1, K, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"Curricula, the best weights and what is watched: each does what it says, at the right moment, and the traps of the loop stay shut"
+"Curricula, the best weights and what is watched: each does what it says; the traps of the loop stay shut"
 import math, random, warnings
 import numpy as np, pandas as pd, pytest, torch
 from hypothesis import given, settings, strategies as st
@@ -41,8 +41,7 @@ groups = st.integers(0, 10_000).map(
     )(torch.Generator().manual_seed(s))
 )
 
-# --- schedules
-# --------------------------------------------------------------------------------------------------------
+# --- schedules ---------------------------------------------------------------------------------------------
 def test_schedules_by_any_name():
     for s, (a, b) in (
         ("wide", (2.0, 0.5)),
@@ -58,8 +57,7 @@ def test_schedules_by_any_name():
     fit(learner(), 2, [RCE(), TempSchedule("rce", temp="sharp"), spy])
     assert all(a == b for a, b in spy.seen) and len(spy.seen) == 8
 
-# --- fewer sequences in the loss
-# --------------------------------------------------------------------------------------
+# --- fewer sequences in the loss ---------------------------------------------------------------------------
 @given(groups, st.integers(1, 10), st.integers(0, 99))
 def test_keep_k(rm, k, seed):
     r, m = rm
@@ -109,6 +107,21 @@ def test_top_k_is_refused_elsewhere():
         with pytest.raises(ValueError, match="keep_k"):
             fit(learner(), 1, [NoDropout(), GRPO(), TopKCurriculum(**bad)])
 
+def test_top_k_before_the_advantages_when_it_is_asked_for():
+    def look(s): return s.grpo.adv.clone(), s.rewards, s.mask, s.stats.raw[1]
+    spy = Spy(look)
+    cut = TopKCurriculum([3, 5], "best", before=True)
+    learn = learner(dls=synth_dls(64, 32, 16, N=8), cbs=[RLStats()])
+    fit(learn, 1, [NoDropout(), SkipFlat(), GRPO(), cut, spy])
+    for adv, r, kept, whole in spy.seen:
+        # advantages and loss of k
+        assert kept.sum(-1).max() == 3 and torch.equal(adv, advantage(r, kept, clip=5.))
+        assert (adv[whole & ~kept] == 0).all()
+    # an objective without advantages is cut too
+    spy = Spy(lambda s: int(s.mask.sum(-1).max()))
+    fit(learner(dls=synth_dls(64, 32, 16, N=8)), 2, [RCE(), TopKCurriculum([3, 5], "best", before=True), spy])
+    assert spy.seen == [3]*4 + [5]*4
+
 def test_k_as_function_and_as_number():
     spy = Spy(lambda s: int(s.yb[1].sum(-1).max()))
     fit(
@@ -121,8 +134,7 @@ def test_k_as_function_and_as_number():
     fit(learner(), 1, [NoDropout(), GRPO(), TopKCurriculum(2), spy])
     assert set(spy.seen) == {2}
 
-# --- phases -------------------------------------------------------------------------------------------------
-# ------------
+# --- phases ------------------------------------------------------------------------------------------------
 class Seen(StageCallback):
     "First coordinates of the queries of each epoch, in order, and the batches per epoch"
     def before_fit(self): self.q, self.n = [], []
@@ -193,8 +205,7 @@ def test_phases_refuse_early():
     for bad in ({}, dict(a=([1], 0)), dict(a=([1],))):
         with pytest.raises(ValueError, match="epochs >= 1"): Phases(bad)
 
-# --- lengths
-# ------------------------------------------------------------------------------------------------------------
+# --- lengths -----------------------------------------------------------------------------------------------
 def test_split_shots_loses_nothing_and_separates():
     spy = Spy(lambda s: (s.xb, s.yb, s.pred))
     learn = fit(learner(dls=synth_dls(32, 16, 32, K=6, N=8, shots=(1, 2, 3))), 1, [RCE(), SplitShots(), spy])
@@ -217,8 +228,7 @@ def test_split_shots_loses_nothing_and_separates():
     # one length: nothing to split
     assert all(torch.allclose(x, y, atol=1e-6) for x, y in zip(a.model.parameters(), b.model.parameters()))
 
-# --- the best
-# -----------------------------------------------------------------------------------------------------------
+# --- the best ----------------------------------------------------------------------------------------------
 def test_scores_per_query():
     learn = learner()
     assert regrets(learn).mean().item() == pytest.approx(valid_loss(learn), abs=1e-6)
@@ -279,8 +289,7 @@ def test_patience():
     for bad in (dict(patience=0), dict(promote="maybe")):
         with pytest.raises(ValueError, match="Best"): Best(**bad)
 
-# --- what is watched
-# ----------------------------------------------------------------------------------------------------
+# --- what is watched ---------------------------------------------------------------------------------------
 def test_gradient_shares_are_those_of_the_terms():
     ref = ToySelector(8)
     seen = []
@@ -388,8 +397,7 @@ def test_distance_from_uniform_and_bound():
         and learn.stats.mean("kl_bound") == pytest.approx(math.log(30))
     )
 
-# --- traps of the loop that no other test holds (T4, T5, T6, T8, T13)
-# -----------------------------------------------------
+# --- traps of the loop that no other test holds (T4, T5, T6, T8, T13) --------------------------------------
 def test_t4_a_stage_begins_with_a_fresh_optimiser_and_all_parameters():
     learn = fit(learner(), 1, [RCE(), Freeze("match")])
     n = len(learn.opt.param_lists[0])
