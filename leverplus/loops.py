@@ -552,6 +552,37 @@ def needed(
     if alone > 0 and cluster is not None: design = max(1.0, (mde(a, b, cluster) / alone)**2)
     return plan_power(wanted, float(moved.mean()), float((d[moved]**2).mean()), design=design)
 
+# %% ../nbs/84_loops.ipynb #dda6e0c0
+def _advice_lines(advice, checks, n, against, wanted):
+    lines = [f"{advice[0].upper() + advice[1:]}: {ADVICE[advice].format(n=n)}.", *against.said]
+    left = [c.what for c in checks if c.outcome == "open"]
+    if left: lines.append(f"{n} questions leave open: {', '.join(left)}.")
+    if advice == "ask more" and against.shown_by is not None:
+        lines.append(
+            f"If the gain on the training questions is what it was here, about {against.shown_by} of them"
+            " would show it."
+        )
+    if against.more is not None:
+        lines.append(
+            f"To show a gain of {100*wanted:g} points on new questions, about {against.more} of them are"
+            " needed."
+        )
+    return lines
+
+def _grpo_line(examined, limits):
+    "Is it time for GRPO?"
+    most = limits["grpo_no_positive"]
+    _, no_positive, _, spearman = data_checks(examined, limits | dict(no_positive=most))
+    outcomes = {no_positive.outcome, spearman.outcome}
+    state = "not yet shown to be ready"
+    if outcomes == {"met"}: state = "ready"
+    if "not met" in outcomes: state = "not ready"
+    none = f"{no_positive.value:.0%} of questions without a positive"
+    return f"GRPO: {state} ({none}, wanted below {most:.0%})."
+
+def _causes(examined):
+    return [f"{a.cause}: {a.seen} (wanted: {a.wanted}). {a.remedy}" for a in examined.verdict]
+
 # %% ../nbs/84_loops.ipynb #c20c431a
 @dataclass(repr=False, eq=False)
 class ClosedLoop:
@@ -635,37 +666,6 @@ def _against_oracle(loop, played, limits):
     more = needed(new, old, picture, limits["wanted"])
     shown_by = needed(seen, was, seen_picture, gain.value) if gain.value > 0 else None
     return _Against(tables, [room, gain, carry], [on_seen, on_new], more, shown_by)
-
-# %% ../nbs/84_loops.ipynb #dda6e0c0
-def _advice_lines(advice, checks, n, against, wanted):
-    lines = [f"{advice[0].upper() + advice[1:]}: {ADVICE[advice].format(n=n)}.", *against.said]
-    left = [c.what for c in checks if c.outcome == "open"]
-    if left: lines.append(f"{n} questions leave open: {', '.join(left)}.")
-    if advice == "ask more" and against.shown_by is not None:
-        lines.append(
-            f"If the gain on the training questions is what it was here, about {against.shown_by} of them"
-            " would show it."
-        )
-    if against.more is not None:
-        lines.append(
-            f"To show a gain of {100*wanted:g} points on new questions, about {against.more} of them are"
-            " needed."
-        )
-    return lines
-
-def _grpo_line(examined, limits):
-    "Is it time for GRPO?"
-    most = limits["grpo_no_positive"]
-    _, no_positive, _, spearman = data_checks(examined, limits | dict(no_positive=most))
-    outcomes = {no_positive.outcome, spearman.outcome}
-    state = "not yet shown to be ready"
-    if outcomes == {"met"}: state = "ready"
-    if "not met" in outcomes: state = "not ready"
-    none = f"{no_positive.value:.0%} of questions without a positive"
-    return f"GRPO: {state} ({none}, wanted below {most:.0%})."
-
-def _causes(examined):
-    return [f"{a.cause}: {a.seen} (wanted: {a.wanted}). {a.remedy}" for a in examined.verdict]
 
 # %% ../nbs/84_loops.ipynb #44ec6bf0
 @patch
