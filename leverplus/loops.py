@@ -9,6 +9,7 @@ __all__ = ['POLICY_COUNTS', 'LIMITS', 'ADVICE', 'loop_queries', 'oracle_ranks', 
 
 # %% ../nbs/84_loops.ipynb #9fba8a5f
 import math
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import CodeType
@@ -21,9 +22,9 @@ from .core import fingerprint, rng, write_json
 from .runs import Run, plain
 from .synth import quiet
 from .groups import RLData
-from .rldata_propose import COUNTS, SimilarityPrior, check_counts
+from .rldata_propose import COUNTS, SimilarityPrior
 from .rldata_ask import FactCache, ask, facts_fingerprint, item_hashes
-from .rldata_generate import evaluated, generate
+from .rldata_generate import evaluated, generate, plain_counts
 from .rldata_check import health, wilson
 from .rldata_mine import mine
 from .rldata_merge import merge
@@ -44,20 +45,24 @@ def loop_queries(
     splits:tuple=("train", "dev"), # where they come from
 )->dict: # {"train": ids, "valid": ids, "dev": ids}; ValueError if a split is too small
     "Draw the questions of a loop"
-    def order(split):
+    def shuffled(split):
         ids = np.sort(items.question_id[items.split == split].to_numpy())
         return ids[rng("loop", seed, split).permutation(len(ids))]
-    train = order(splits[0])
-    other = order(splits[1])
-    judges = other[:dev]
+    train = shuffled(splits[0])[:n]
+    others = shuffled(splits[1])
+    judges = others[:dev]
     seen = set(items.image_id.loc[judges])
-    choose = [q for q in other[::-1] if items.at[q, "image_id"] not in seen][:valid]
-    for name, ids, k in (("n", train[:n], n), ("dev", judges, dev), ("valid", choose, valid)):
-        if k < 2 or len(ids) < k:
-            raise ValueError(
-                f"loop_queries: {name}={k}, but {len(ids)} questions are there for it; wanted 2..{len(ids)}"
-            )
-    return {k: [int(q) for q in v] for k, v in dict(train=train[:n], valid=choose, dev=judges).items()}
+    unseen = [q for q in others[::-1] if items.at[q, "image_id"] not in seen]
+    choose = unseen[:valid]
+    for name, ids, wanted in (("n", train, n), ("dev", judges, dev), ("valid", choose, valid)):
+        _check_size(name, len(ids), wanted)
+    return {part: [int(q) for q in ids] for part, ids in dict(train=train, valid=choose, dev=judges).items()}
+
+def _check_size(name, found, wanted):
+    if wanted < 2 or found < wanted:
+        raise ValueError(
+            f"loop_queries: {name}={wanted}, but {found} questions are there for it; wanted 2..{found}"
+        )
 
 # %% ../nbs/84_loops.ipynb #a4e7c4e7
 def oracle_ranks(
@@ -67,86 +72,81 @@ def oracle_ranks(
     kind:str="mixed", # the embeddings that the policy reads
     by:str="vqa_acc_score", # what is best: a numeric fact
     bs:int=256, # queries at once; changes nothing
-)->pd.DataFrame: # question_id, sequences, best (how many share the top), rank (1 = the policy's first), chance; live groups only
+)->pd.DataFrame: # question_id, sequences, best (how many share the top), rank (1 = first), chance; live groups
     "Rank of each query's best stored sequence under a policy"
     if len(data.shots) > 1:
         raise ValueError(
             f"oracle_ranks: sequences of {data.shots} shots have no common ranking: pass one shot count"
         )
-    rows = data.rows[data.rows.eval_failed | data.rows[by].notna()]
-    rows = rows.reset_index(drop=True)
-    ds = GroupDataset(rows, data.pool, store, rows[by].to_numpy(float), kind)
-    n, m, rank = torch.cat([_ranks(*b) for b in batch_logp(policy, ds, bs=bs)], 1).numpy()
-    f = pd.DataFrame(
-        dict(question_id=ds.question_ids, sequences=n.astype(int), best=m.astype(int), rank=rank.astype(int))
-    )
-    return f.assign(chance=(n + 1)/(m + 1))[m < n].reset_index(drop=True)
+    rows = data.rows[data.rows.eval_failed | data.rows[by].notna()].reset_index(drop=True)
+    groups = GroupDataset(rows, data.pool, store, rows[by].to_numpy(float), kind)
+    ranked = [_ranks(*batch) for batch in batch_logp(policy, groups, bs=bs)]
+    n, best, rank = torch.cat(ranked, 1).numpy().astype(int)
+    frame = pd.DataFrame(dict(question_id=groups.question_ids, sequences=n, best=best, rank=rank))
+    live = best < n
+    return frame.assign(chance=(n + 1)/(best + 1))[live].reset_index(drop=True)
 
-def _ranks(lp, r, mask):
+def _ranks(logp, rewards, mask):
     "(sequences, how many are best, rank of the best placed of those), each [B]"
-    best = (r >= r.masked_fill(~mask, -torch.inf).amax(-1, keepdim=True) - 1e-9) & mask
-    lp = lp.masked_fill(~mask, -torch.inf)
-    top = lp.masked_fill(~best, -torch.inf).amax(-1, keepdim=True)
-    return torch.stack([mask.sum(-1), best.sum(-1), (lp > top).sum(-1) + 1])
+    top_reward = rewards.masked_fill(~mask, -torch.inf).amax(-1, keepdim=True)
+    best = (rewards >= top_reward - 1e-9) & mask
+    logp = logp.masked_fill(~mask, -torch.inf)
+    top_logp = logp.masked_fill(~best, -torch.inf).amax(-1, keepdim=True)
+    rank = (logp > top_logp).sum(-1) + 1
+    return torch.stack([mask.sum(-1), best.sum(-1), rank])
 
 # %% ../nbs/84_loops.ipynb #e6590965
+def code_fingerprint(
+    f, # function, lambda, partial, class, or object that can be called
+)->str: # name and 8 hexadecimal digits, e.g. "<lambda> 1f2e3d4c"
+    "Tell functions apart by what they do, as far as their own code shows"
+    if isinstance(f, partial): return _of_partial(f)
+    f = getattr(f, "__func__", f) # of a method
+    return _of_function(f) if hasattr(f, "__code__") else _of_object(f)
+
+def _of_function(f):
+    around = [_value(c.cell_contents) for c in f.__closure__ or ()]
+    defaults = [*(f.__defaults__ or ()), *(f.__kwdefaults__ or {}).values()]
+    digits = fingerprint(_code(f.__code__), around, [_value(v) for v in defaults])
+    return f"{f.__name__} {digits[:8]}"
+
+def _of_partial(f):
+    args = [_value(a) for a in f.args]
+    kwargs = {k: _value(v) for k, v in f.keywords.items()}
+    return f"partial {fingerprint(code_fingerprint(f.func), args, kwargs)[:8]}"
+
+def _of_object(f):
+    "A class is its name, an object also what it holds"
+    name = getattr(f, "__qualname__", type(f).__qualname__)
+    held = {}
+    if hasattr(f, "__dict__") and not isinstance(f, type):
+        held = {k: _value(v) for k, v in sorted(vars(f).items())}
+    return f"{name} {fingerprint(name, held)[:8]}"
+
 def _code(c):
-    return [
-        c.co_code,
-        list(c.co_names),
-        [_code(k) if isinstance(k, CodeType) else repr(k) for k in c.co_consts],
-    ]
+    consts = [_code(k) if isinstance(k, CodeType) else repr(k) for k in c.co_consts]
+    return [c.co_code, list(c.co_names), consts]
 
 def _value(v):
     try: return fingerprint(v)
     except TypeError: return code_fingerprint(v) if callable(v) else type(v).__name__
 
-def code_fingerprint(
-    f, # function, lambda, partial, class, or object that can be called
-)->str: # name and 8 hexadecimal digits, e.g. "<lambda> 1f2e3d4c"
-    "Tell functions apart by what they do, as far as their own code shows"
-    if isinstance(f, partial):
-        held = [_value(a) for a in f.args], {k: _value(v) for k, v in f.keywords.items()}
-        return f"partial {fingerprint(code_fingerprint(f.func), *held)[:8]}"
-    if hasattr(f, "__func__"): f = f.__func__
-    if not hasattr(f, "__code__"): # a class is its name, an object also what it holds
-        held = (
-            {k: _value(v) for k, v in sorted(vars(f).items())}
-            if hasattr(f, "__dict__") and not isinstance(f, type)
-            else {}
-        )
-        name = getattr(f, "__qualname__", type(f).__qualname__)
-        return f"{name} {fingerprint(name, held)[:8]}"
-    around = [_value(c.cell_contents) for c in f.__closure__ or ()]
-    more = [_value(v) for v in [*(f.__defaults__ or ()), *(f.__kwdefaults__ or {}).values()]]
-    return f"{f.__name__} {fingerprint(_code(f.__code__), around, more)[:8]}"
-
+# %% ../nbs/84_loops.ipynb #4c722555
 def loop_fit(
     learn, # a Learner of `selector_learner`
 ): # the Learner
-    "The usual training of a loop: `fit_listwise`, which does not ask who proposed a sequence; the last weights, since nothing is to be chosen yet"
-    # whether it brought anything is what the loop says
+    "Train listwise, which does not ask who proposed a sequence, and keep the last weights"
     return learn.fit_listwise(20, 1e-2, best=False, watch=None)
 
 # %% ../nbs/84_loops.ipynb #984f48e5
 POLICY_COUNTS = dict(beam=5, temperature={1.0: 5, 1.3: 4}, random=1)
-
-def _pairs(*frames):
-    "Distinct question_id, pointer of frames, in order"
-    ps = dict.fromkeys((int(q), as_pointer(p)) for f in frames for q, p in zip(f.question_id, f.pointer))
-    return pd.DataFrame(list(ps), columns=["question_id", "pointer"])
-
-def _greedy(policy, pool, store, S, kind, name):
-    "What a policy picks first: `candidates` needs no more than `encode` and `step_logp`"
-    c = candidates(policy, pool, store, S, 1, "beam", kind=kind)
-    return picks_frame(name, dict(zip(c.question_id, c.pointer)), S)
 
 class Loop:
     "A loop made ready: its questions, its groups, and how a round is made"
     def __init__(self,
         world, # `World`, or anything with `items, store, pools, scorer`
         path, # folder of the loop; continued if its settings are the same, else ValueError names what differs
-        n:int=60, # training questions; report 001 (section 7) says 50 to 100
+        n:int=60, # training questions, 50 to 100 for a first look
         dev:int=60, # development questions that judge
         valid:int=40, # development questions that training may look at
         shots:int=2, # S, demonstrations per sequence
@@ -186,216 +186,208 @@ class Loop:
         self.model_kw = model or {}
         self.split = dict(train=splits[0], valid=splits[1], dev=splits[1])
         self.queries = loop_queries(world.items, n, dev, valid, seed, splits)
-        said = lambda c: {
-            **check_counts(c),
-            "temperature": {f"{t:g}": k for t, k in check_counts(c)["temperature"].items()},
-        }
-        self.settings = plain(
-            dict(
-                n=n,
-                dev=dev,
-                valid=valid,
-                shots=shots,
-                counts=said(counts),
-                policy_counts=said(policy_counts),
-                second=second,
-                mining=mining,
-                reward=reward,
-                weights=self.weights,
-                kind=kind,
-                bs=bs,
-                model=self.model_kw,
-                train=code_fingerprint(train),
-                warm=warm,
-                draws=draws,
-                splits=list(splits),
-            )
-        )
-        self.made, self.run = {}, Run.create(self.path, self.settings, seed, self.prints())
+        self.settings = plain(dict(
+            n=n, dev=dev, valid=valid, shots=shots, counts=plain_counts(counts),
+            policy_counts=plain_counts(policy_counts), second=second, mining=mining, reward=reward,
+            weights=self.weights, kind=kind, bs=bs, model=self.model_kw, train=code_fingerprint(train),
+            warm=warm, draws=draws, splits=list(splits),
+        ))
+        self.made = {}
+        self.run = Run.create(self.path, self.settings, seed, self.prints())
         self.cache = FactCache(self.path/"facts") if cache is None else cache
-
-    def prints(self):
-        "Fingerprints of what goes in"
-        w = self.world
-        mine = lambda s: sum((q for k, q in self.queries.items() if self.split[k] == s), [])
-        pools = {s: w.pools[s].only(mine(s)) for s in dict.fromkeys(self.split.values())}
-        ids = sorted(
-            {*sum(self.queries.values(), []), *(d for p in pools.values() for c in p.ids.values() for d in c)}
-        )
-        prints = dict(
-            scorer=facts_fingerprint(w.scorer),
-            store=w.store.fingerprint,
-            items=fingerprint(ids, item_hashes(w.items, ids)),
-        )
-        return prints | {f"pool_{s}": p.fingerprint for s, p in pools.items()}
 
     def pool(self, part): return self.world.pools[self.split[part]].only(self.queries[part])
     def folder(self, k): return self.path/f"round-{k:02d}"
-
-    def propose(self, path, part, policy=None, seed=0):
-        "Groups of the questions of `part`, in `path`"
-        w = self.world
-        counts = self.counts if policy is None else self.policy_counts
-        return generate(
-            path,
-            self.queries[part],
-            w.items,
-            self.pool(part),
-            w.scorer,
-            w.store,
-            policy,
-            self.progress,
-            shots=(self.shots,),
-            counts=counts,
-            seed=seed,
-            kind=self.kind,
-            cache=self.cache,
-            test=0,
-            second=self.second,
-        )
-
-    def groups(self, part):
-        "Groups of the development questions, by similarity, made once"
-        if part not in self.made:
-            self.made[part] = evaluated(self.propose(self.path / part, part, seed=self.seed))
-        return self.made[part]
-
     def ask(self, pairs):
+        "Facts about pairs, from the loop's cache where they are known"
         return ask(pairs, self.world.scorer, self.world.items, self.cache, progress=self.progress)
 
-# %% ../nbs/84_loops.ipynb #d18195f7
-class Round:
-    "What a round left: `data` (all groups so far), `model`, `scored` (picks with what came of them), `ranks`, `pairs` (what was proposed)"
-    def __init__(self, k, path, data, model, scored, ranks, pairs):
-        self.k = k
-        self.path = path
-        self.data = data
-        self.model = model
-        self.scored = scored
-        self.ranks = ranks
-        self.pairs = pairs
+# %% ../nbs/84_loops.ipynb #0a037647
+@patch
+def prints(self:Loop):
+    "Fingerprints of what goes in: scorer, embeddings, items, and the pools of each split"
+    w = self.world
+    pools = {}
+    for split in dict.fromkeys(self.split.values()):
+        asked = [q for part, ids in self.queries.items() if self.split[part] == split for q in ids]
+        pools[split] = w.pools[split].only(asked)
+    queries = {q for ids in self.queries.values() for q in ids}
+    demos = {d for pool in pools.values() for cands in pool.ids.values() for d in cands}
+    ids = sorted(queries | demos)
+    prints = dict(
+        scorer=facts_fingerprint(w.scorer),
+        store=w.store.fingerprint,
+        items=fingerprint(ids, item_hashes(w.items, ids)),
+    )
+    return prints | {f"pool_{split}": pool.fingerprint for split, pool in pools.items()}
 
-def _once(file, make, read, write):
-    "What `file` holds; made and written if it is not there"
-    if not file.exists(): write(make())
-    return read()
+# %% ../nbs/84_loops.ipynb #bc0c9811
+@patch
+def propose(self:Loop, path, part, policy=None, seed=0):
+    "Groups of the questions of `part`, in `path`"
+    w = self.world
+    counts = self.counts if policy is None else self.policy_counts
+    return generate(
+        path, self.queries[part], w.items, self.pool(part), w.scorer, w.store, policy, self.progress,
+        shots=(self.shots,), counts=counts, seed=seed, kind=self.kind, cache=self.cache, test=0,
+        second=self.second,
+    )
+
+@patch
+def groups(self:Loop, part):
+    "Groups of the development questions, by similarity, made once"
+    if part not in self.made:
+        self.made[part] = evaluated(self.propose(self.path/part, part, seed=self.seed))
+    return self.made[part]
+
+# %% ../nbs/84_loops.ipynb #d1e962e4
+@patch
+def record(self:Loop, k)->Run:
+    "The `Run` in the folder of round k, made if it is not there"
+    d = self.folder(k)
+    if (d/"settings.json").exists(): return Run(d)
+    return Run.create(d, self.settings | dict(round=k), self.seed, self.run.fingerprints)
 
 @patch
 def proposer(self:Loop, k):
     "Who proposes in round k: None for similarity, or the selector of the round before"
     return None if k == 0 else load_selector(self.folder(k-1)/"checkpoint")
 
+# %% ../nbs/84_loops.ipynb #d18195f7
 @patch
 def round_data(self:Loop, k):
     "(groups of all rounds up to k, pairs that round k proposed)"
-    d = self.folder(k)
+    folder = self.folder(k)
     policy = self.proposer(k)
-    w = self.world
-    new = self.propose(d / "proposals", "train", policy, self.seed + k)
-    def made():
-        data = new if k == 0 else merge(RLData.load(self.folder(k-1)/"data"), new, pools="same")
-        if not self.mining: return data
-        return mine(
-            data,
-            w.items,
-            w.scorer,
-            w.store,
-            policy,
-            rounds=self.mining,
-            seed=self.seed + k,
-            kind=self.kind,
-            cache=self.cache,
-            progress=self.progress,
-        )[0]
-    data = _once(d/"data"/"manifest.json", made, lambda: RLData.load(d/"data"), lambda x: x.save(d/"data"))
-    before = set() if k == 0 else set(map(tuple, _pairs(RLData.load(self.folder(k-1)/"data").rows).values))
-    mined = _pairs(data.rows)
-    mined = mined[[p not in before for p in map(tuple, mined.values)]]
-    return data, _pairs(new.rows, mined)
+    new = self.propose(folder/"proposals", "train", policy, self.seed + k)
+    old = None if k == 0 else RLData.load(self.folder(k-1)/"data")
+    if not (folder/"data"/"manifest.json").exists():
+        self.joined(k, old, new, policy).save(folder/"data")
+    data = RLData.load(folder/"data")
+    added = _pairs(data.rows) if old is None else _without(_pairs(data.rows), _pairs(old.rows))
+    return data, _pairs(new.rows, added)
 
+@patch
+def joined(self:Loop, k, old, new, policy):
+    "Groups of earlier rounds with the new ones, and with what was mined, if this loop mines"
+    data = new if old is None else merge(old, new, pools="same")
+    if not self.mining: return data
+    w = self.world
+    mined, *_ = mine(
+        data, w.items, w.scorer, w.store, policy, rounds=self.mining, seed=self.seed + k, kind=self.kind,
+        cache=self.cache, progress=self.progress,
+    )
+    return mined
+
+def _pairs(*frames):
+    "Distinct question_id, pointer of frames, in order"
+    pairs = [(int(q), as_pointer(p)) for f in frames for q, p in zip(f.question_id, f.pointer)]
+    return pd.DataFrame(list(dict.fromkeys(pairs)), columns=["question_id", "pointer"])
+
+def _without(pairs, others):
+    "Those of `pairs` that are not among `others`"
+    known = set(map(tuple, others.values))
+    return pairs[[p not in known for p in map(tuple, pairs.values)]]
+
+# %% ../nbs/84_loops.ipynb #9d0eea0c
 @patch
 def fit(self:Loop, k, data):
     "The selector of round k, trained on `data`"
-    d = self.folder(k)
-    done = self.folder(k)/"trained.json"
-    if not done.exists():
+    folder = self.folder(k)
+    if not (folder/"trained.json").exists():
         dls = group_dls(
-            evaluated(data),
-            self.groups("valid"),
-            self.world.store,
-            self.reward,
-            self.kind,
-            self.bs,
-            self.seed,
-            **self.weights
+            evaluated(data), self.groups("valid"), self.world.store, self.reward, self.kind, self.bs,
+            self.seed, **self.weights,
         )
-        old = dict(model=self.proposer(k)) if self.warm and k else self.model_kw
-        learn = selector_learner(dls, seed=self.seed, path=d, **old)
+        start = dict(model=self.proposer(k)) if self.warm and k else self.model_kw
+        learn = selector_learner(dls, seed=self.seed, path=folder, **start)
         with quiet(learn): self.train(learn)
-        learn.save_selector(d/"checkpoint", info=dls.info | dict(seed=self.seed, round=k))
-        write_json(done, dict(epochs=len(learn.history.frame)))
-    return load_selector(d/"checkpoint")
+        learn.save_selector(folder/"checkpoint", info=dls.info | dict(seed=self.seed, round=k))
+        write_json(folder/"trained.json", dict(epochs=len(learn.history.frame)))
+    return load_selector(folder/"checkpoint")
 
 # %% ../nbs/84_loops.ipynb #f88728d6
 @patch
+def picks(self:Loop, part, who):
+    "What each policy of `who` picks first for the questions of `part`; random picks too, for `dev`"
+    pool = self.pool(part)
+    picked = [self.greedy(policy, pool, name) for name, policy in who.items()]
+    if part == "dev": picked.append(pick_random(pool, self.shots, self.draws, self.seed))
+    picked = pd.concat(picked, ignore_index=True)
+    check_picks(picked, self.world.items)
+    return picked
+
+@patch
+def greedy(self:Loop, policy, pool, name):
+    "What a policy picks first; it needs no more than `encode` and `step_logp`"
+    first = candidates(policy, pool, self.world.store, self.shots, 1, "beam", kind=self.kind)
+    return picks_frame(name, dict(zip(first.question_id, first.pointer)), self.shots)
+
+@patch
 def judge(self:Loop, k, data, model):
     "(scored picks of proposer, selector and random on both parts, ranks of the best stored sequences)"
-    w = self.world
-    S = self.shots
-    out = []
+    before = self.proposer(k)
+    who = dict(proposer=SimilarityPrior() if before is None else before, selector=model)
+    scored = []
     ranks = []
-    who = dict(proposer=self.proposer(k) or SimilarityPrior(), selector=model)
     for part, groups in dict(train=evaluated(data), dev=self.groups("dev")).items():
-        pool = self.pool(part)
-        picks = [_greedy(p, pool, w.store, S, self.kind, name) for name, p in who.items()]
-        if part == "dev": picks.append(pick_random(pool, S, self.draws, self.seed))
-        picks = pd.concat(picks, ignore_index=True)
-        check_picks(picks, w.items)
-        out.append(score_picks(picks, self.ask(_pairs(picks))).assign(part=part))
-        ranks += [
-            oracle_ranks(p, groups, w.store, self.kind).assign(part=part, selector=name)
-            for name, p in who.items()
-        ]
-    return pd.concat(out, ignore_index=True), pd.concat(ranks, ignore_index=True)
+        picks = self.picks(part, who)
+        scored.append(score_picks(picks, self.ask(_pairs(picks))).assign(part=part))
+        for name, policy in who.items():
+            rank = oracle_ranks(policy, groups, self.world.store, self.kind)
+            ranks.append(rank.assign(part=part, selector=name))
+    return pd.concat(scored, ignore_index=True), pd.concat(ranks, ignore_index=True)
 
-def _tuples(f):
-    return f.assign(pointer=[as_pointer(p) for p in f.pointer], eval_failed=f.eval_failed.astype(bool))
+# %% ../nbs/84_loops.ipynb #fda14ac1
+@dataclass(repr=False, eq=False)
+class Round:
+    "What a round left"
+    k:int # its number
+    path:Path # its folder
+    data:RLData # all groups so far
+    model:object # the selector
+    scored:pd.DataFrame # picks with what came of them
+    ranks:pd.DataFrame # of the best stored sequences, see `oracle_ranks`
+    pairs:pd.DataFrame # what was proposed
 
 @patch
 def play(self:Loop,
     k:int, # 0, 1, ...; the rounds before it must be there
 )->Round:
     "Make round k, or read what is there of it"
-    d = self.folder(k)
-    run = (
-        Run(d)
-        if (d / "settings.json").exists()
-        else Run.create(d, self.settings | dict(round=k), self.seed, self.run.fingerprints)
-    )
+    folder = self.folder(k)
+    run = self.record(k)
     data, pairs = self.round_data(k)
     model = self.fit(k, data)
-    if not (d/"scored.parquet").exists():
+    if not (folder/"scored.parquet").exists():
         scored, ranks = self.judge(k, data, model)
         run.save_frame("ranks.parquet", ranks)
         run.save_frame("scored.parquet", scored.assign(pointer=scored.pointer.map(list)))
-    out = Round(k, d, data, model, _tuples(run.frame("scored.parquet")), run.frame("ranks.parquet"), pairs)
-    own = out.scored[(out.scored.part == "dev") & (out.scored.selector == "selector")]
-    if not run.finished: run.finish(rows=len(data), acc=float(own.vqa_acc_score.mean()))
-    return out
+    scored = _read_picks(run.frame("scored.parquet"))
+    if not run.finished:
+        own = scored[(scored.part == "dev") & (scored.selector == "selector")]
+        run.finish(rows=len(data), acc=float(own.vqa_acc_score.mean()))
+    return Round(k, folder, data, model, scored, run.frame("ranks.parquet"), pairs)
 
+def _read_picks(frame):
+    "Pointers as tuples and failures as bool, as they were before they were written"
+    pointers = [as_pointer(p) for p in frame.pointer]
+    return frame.assign(pointer=pointers, eval_failed=frame.eval_failed.astype(bool))
+
+# %% ../nbs/84_loops.ipynb #88d7c54c
 @patch
 def known(self:Loop, part, played):
     "Facts of everything known about the questions of `part`: groups, and picks of the rounds that were played"
     data = evaluated(played[-1].data) if part == "train" else self.groups("dev")
-    return self.ask(_pairs(data.rows, *(r.scored[r.scored.part == part] for r in played)))
+    picks = [r.scored[r.scored.part == part] for r in played]
+    return self.ask(_pairs(data.rows, *picks))
 
 @patch
 def oracle(self:Loop, part, played):
     "Scored rows of the best that is known about the questions of `part` after the last of the rounds"
-    # a query of which everything failed has no oracle
-    f = self.known(part, played)
-    good = f.question_id[~f.eval_failed].unique().tolist()
-    return score_picks(pick_oracle(f, self.shots, self.pool(part).only(good)), f)
+    facts = self.known(part, played)
+    answered = facts.question_id[~facts.eval_failed].unique().tolist() # others have no oracle
+    return score_picks(pick_oracle(facts, self.shots, self.pool(part).only(answered)), facts)
 
 @patch
 def with_oracle(self:Loop,
@@ -410,11 +402,6 @@ def with_oracle(self:Loop,
     return pd.concat([own[own.part == part].drop(columns="part"), best], ignore_index=True)
 
 # %% ../nbs/84_loops.ipynb #b61e0cb9
-def _cols(scored, items, shots, *names):
-    "Scores of some selectors on the questions that all of them have, and the picture of each"
-    m = score_matrix(scored, shots)[list(dict.fromkeys(names))].dropna()
-    return *(m[c].to_numpy() for c in names), items.image_id.loc[m.index].to_numpy()
-
 def compare_oracle(
     scored:pd.DataFrame, # from `Loop.with_oracle`: selectors "proposer", "selector", maybe "random", and "oracle"
     ranks:pd.DataFrame, # of the same part, see `oracle_ranks`, with `selector`
@@ -423,35 +410,26 @@ def compare_oracle(
 )->pd.DataFrame: # selector, n, acc, lo, hi, headroom, headroom_lo, headroom_hi, as_good, same, rank, chance
     "How far picks are from the best known sequence"
     rows = []
-    for s in dict.fromkeys(scored.selector):
-        x, best, c = _cols(scored, items, shots, s, "oracle")
-        r = ranks[ranks.selector == s]
-        rows.append(
-            (
-                s,
-                len(x),
-                *bootstrap_mean(x, c),
-                *paired_bootstrap(best, x, c),
-                float((x >= best - 1e-9).mean()),
-                agreement(scored, s, "oracle", shots),
-                r["rank"].mean(),
-                r.chance.mean(),
-            )
-        )
-    return pd.DataFrame(
-        rows, columns="selector n acc lo hi headroom headroom_lo headroom_hi as_good same rank chance".split()
-    )
+    for name in dict.fromkeys(scored.selector):
+        score, best, picture = _scores(scored, items, shots, name, "oracle")
+        acc = bootstrap_mean(score, picture)
+        headroom = paired_bootstrap(best, score, picture)
+        own = ranks[ranks.selector == name]
+        rows.append(dict(
+            selector=name, n=len(score),
+            acc=acc.value, lo=acc.lo, hi=acc.hi,
+            headroom=headroom.value, headroom_lo=headroom.lo, headroom_hi=headroom.hi,
+            as_good=float((score >= best - 1e-9).mean()), same=agreement(scored, name, "oracle", shots),
+            rank=own["rank"].mean(), chance=own.chance.mean(),
+        ))
+    return pd.DataFrame(rows)
+
+def _scores(scored, items, shots, *names):
+    "Scores of some selectors on the questions that all of them have, then the picture of each question"
+    m = score_matrix(scored, shots)[list(dict.fromkeys(names))].dropna()
+    return *(m[name].to_numpy() for name in names), items.image_id.loc[m.index].to_numpy()
 
 # %% ../nbs/84_loops.ipynb #9d7ecc1a
-LIMITS = dict(
-    failed=.01, # largest share of failed rows; report 001, section 9 (P0.3): an error is no negative. Number: page 36
-    no_positive=.5, # largest share of questions without a positive; report 001, section 10 (2): else mend sampling first. Number: page 36
-    live=.3, # least share of groups that can teach; report 001, sections 1.1 and 4.1. Number: page 36
-    spearman=.3, # least rank correlation of vqa_gt_prob and accuracy, as a share of what ties allow; report 001, sections 8, 10 (3). Number: 33
-    headroom=.02, # least oracle - pick; report 001, sections 4.2 and 10 (1). Number: page 36
-    grpo_no_positive=.1, # as `no_positive`, before GRPO; report 001, section 8
-    wanted=.02) # the gain that is worth showing; the reports' tables differ by .4 to 2 points (reports 003 and 004)
-
 class Check(NamedTuple):
     "A condition, held against an interval"
     what:str # what is looked at
@@ -460,76 +438,83 @@ class Check(NamedTuple):
     hi:float
     wanted:str # in words
     outcome:str # "met" | "not met" | "open"
-    source:str # who asks for it
+    why:str # what it is asked for
 
-def _held(what, est, limit, source, least=True):
-    good, bad = (est[1] >= limit, est[2] < limit) if least else (est[2] <= limit, est[1] > limit)
-    return Check(
-        what,
-        *map(float, est),
-        f"{'at least' if least else 'at most'} {limit:.3g}",
-        "met" if good else "not met" if bad else "open",
-        source,
-    )
+def _held(what, est, limit, why, least=True):
+    "Hold an interval (value, lo, hi) against a limit, its least value or else its largest"
+    value, lo, hi = map(float, est)
+    good = lo >= limit if least else hi <= limit
+    bad = hi < limit if least else lo > limit
+    wanted = f"{'at least' if least else 'at most'} {limit:.3g}"
+    return Check(what, value, lo, hi, wanted, _outcome(good, bad), why)
 
-def _difference(a, b, cluster, name_a, name_b):
-    "(interval, detectable effect, did no score change?, sentence); an effect of which nothing was seen has no detectable size"
-    est = paired_bootstrap(a, b, cluster)
-    least = mde(a, b, cluster)
-    n = len(a)
-    same = not (np.abs(a - b) > 1e-9).any()
-    if not same: return est, least, same, verdict(est, least, name_a, name_b)
-    return (
-        est,
-        least,
-        same,
-        (
-            f"{name_a} - {name_b}: no score of {n} changed, so at most {wilson(0, n)[1]:.0%} of such"
-            " questions do (95 %)"
-        ),
-    )
+def _outcome(met, not_met):
+    if met: return "met"
+    return "not met" if not_met else "open"
 
-def _gained(what, where, a, b, cluster, source, still="open"):
-    "Did the selector's scores `a` gain on the proposer's `b`? The check, and a sentence; `still` is the outcome if no score changed at all"
-    est, least, same, said = _difference(a, b, cluster, "selector", "proposer")
-    outcome = (
-        still
-        if same
-        else "met" if differs(est, least) and est.value > 0 else "not met" if est.hi < 0 else "open"
-    )
-    return (
-        Check(
-            what, *est, "above 0" if same else f"above 0, at least {least:.3f} (detectable)", outcome, source
-        ),
-        f"{where}: {said}.",
-    )
-
-def _share(k, n): return Interval(k/n if n else math.nan, *map(float, wilson(k, n)))
+# %% ../nbs/84_loops.ipynb #c0f354f2
+LIMITS = dict(
+    failed=.01, # largest share of failed rows
+    no_positive=.5, # largest share of questions without a positive
+    live=.3, # least share of groups that can teach
+    spearman=.3, # least rank correlation of vqa_gt_prob and accuracy, as a share of what ties allow
+    headroom=.02, # least oracle - pick, in accuracy
+    grpo_no_positive=.1, # as `no_positive`, before GRPO
+    wanted=.02, # the gain that is worth showing, in accuracy
+)
 
 def data_checks(
     h, # `Health` of one file
     limits:dict=LIMITS, # like LIMITS
-)->list: # of Check
+)->list: # of Check: failed rows, questions without a positive, live groups, rank correlation
     "What the data must be like before anything is trained"
-    m, q = h.frame.iloc[0], h.queries[h.queries.judged > 0]
+    m = h.frame.iloc[0]
+    judged = h.queries[h.queries.judged > 0]
     failed = m["failed"]/m["rows"]
-    none = _share(int((q.positives == 0).sum()), len(q))
+    no_positive = _share(int((judged.positives == 0).sum()), len(judged))
+    live = _share(m["live_groups"], m["groups"])
+    spearman = (m["spearman"], m["spearman_low"], m["spearman_high"])
     return [
-        _held("rows that failed", (failed,) * 3, limits["failed"], "report 001, 9 (P0.3)", least=False),
-        _held("questions without a positive", none, limits["no_positive"], "report 001, 10 (2)", least=False),
-        _held(
-            "groups that can teach",
-            _share(m["live_groups"], m["groups"]),
-            limits["live"],
-            "report 001, 1.1 and 4.1",
-        ),
-        _held(
-            "rank correlation of vqa_gt_prob and accuracy",
-            (m["spearman"], m["spearman_low"], m["spearman_high"]),
-            limits["spearman"] * m["spearman_reach"],
-            "report 001, 8 and 10 (3)",
-        ),
+        _held("rows that failed", (failed, failed, failed), limits["failed"], "an error is no negative",
+              least=False),
+        _held("questions without a positive", no_positive, limits["no_positive"], "else mend sampling first",
+              least=False),
+        _held("groups that can teach", live, limits["live"], "flat groups move no weights"),
+        _held("rank correlation of vqa_gt_prob and accuracy", spearman,
+              limits["spearman"] * m["spearman_reach"], "else the soft reward leads astray"),
     ]
+
+def _share(k, n):
+    "A share with Wilson's interval"
+    lo, hi = wilson(k, n)
+    return Interval(k/n if n else math.nan, float(lo), float(hi))
+
+# %% ../nbs/84_loops.ipynb #f4f143b1
+class _Difference(NamedTuple):
+    est:Interval # mean of a - b
+    least:float # the smallest difference that would be found
+    same:bool # did no score change?
+    said:str # in words
+
+def _difference(a, b, cluster, name_a, name_b):
+    "Compare the scores of two selectors on the same questions"
+    n = len(a)
+    est = paired_bootstrap(a, b, cluster)
+    least = mde(a, b, cluster)
+    same = not (np.abs(a - b) > 1e-9).any()
+    if same:
+        said = (f"{name_a} - {name_b}: no score of {n} changed, so at most {wilson(0, n)[1]:.0%} of such"
+                " questions do (95 %)")
+    else: said = verdict(est, least, name_a, name_b)
+    return _Difference(est, least, same, said)
+
+def _gained(what, where, a, b, cluster, why, still="open"):
+    "Did the selector's scores `a` gain on the proposer's `b`? (Check, sentence); `still`: if none changed"
+    d = _difference(a, b, cluster, "selector", "proposer")
+    wanted = "above 0" if d.same else f"above 0, at least {d.least:.3f} (detectable)"
+    better = differs(d.est, d.least) and d.est.value > 0
+    outcome = still if d.same else _outcome(better, d.est.hi < 0)
+    return Check(what, *d.est, wanted, outcome, why), f"{where}: {d.said}."
 
 # %% ../nbs/84_loops.ipynb #1cc02b8f
 ADVICE = {
@@ -541,17 +526,17 @@ ADVICE = {
     "scale": "the picks came closer on the questions that were trained on"}
 
 def advise(
-    checks:list, # of Check, as `closed_loop` makes them: data, headroom, gain on training questions, gain on development questions
+    checks:list, # of Check, as `closed_loop` makes them: data, headroom, gain on training and on development questions
 )->str: # a key of ADVICE
     "What to do, by the first condition that is not met"
-    data = checks[:-3]
-    (room, seen, new) = checks[-3:]
+    *data, room, seen, new = checks
     if any(c.outcome == "not met" for c in data): return "mend the data"
     if room.outcome == "not met": return "no headroom"
     if seen.outcome == "not met": return "mend the training"
     if new.outcome == "not met": return "worse on new questions"
     return "ask more" if seen.outcome == "open" else "scale"
 
+# %% ../nbs/84_loops.ipynb #e738d038
 def needed(
     a, b, # [n] scores of two selectors on the same questions
     cluster=None, # [n] picture of each
@@ -560,23 +545,55 @@ def needed(
 )->int|None: # questions; None if fewer than `least` scores differ
     "How many questions a difference like this one would need to be shown, if it were `wanted`"
     d = np.asarray(a, float) - np.asarray(b, float)
-    f = np.abs(d) > 1e-9
-    if f.sum() < least: return None
-    whole = mde(a, b)
-    design = max(1.0, (mde(a, b, cluster) / whole) ** 2) if whole > 0 and cluster is not None else 1.0
-    return plan_power(wanted, float(f.mean()), float((d[f]**2).mean()), design=design)
+    moved = np.abs(d) > 1e-9
+    if moved.sum() < least: return None
+    alone = mde(a, b)
+    design = 1.0
+    if alone > 0 and cluster is not None: design = max(1.0, (mde(a, b, cluster) / alone)**2)
+    return plan_power(wanted, float(moved.mean()), float((d[moved]**2).mean()), design=design)
+
+# %% ../nbs/84_loops.ipynb #dda6e0c0
+def _advice_lines(advice, checks, n, against, wanted):
+    lines = [f"{advice[0].upper() + advice[1:]}: {ADVICE[advice].format(n=n)}.", *against.said]
+    left = [c.what for c in checks if c.outcome == "open"]
+    if left: lines.append(f"{n} questions leave open: {', '.join(left)}.")
+    if advice == "ask more" and against.shown_by is not None:
+        lines.append(
+            f"If the gain on the training questions is what it was here, about {against.shown_by} of them"
+            " would show it."
+        )
+    if against.more is not None:
+        lines.append(
+            f"To show a gain of {100*wanted:g} points on new questions, about {against.more} of them are"
+            " needed."
+        )
+    return lines
+
+def _grpo_line(examined, limits):
+    "Is it time for GRPO?"
+    most = limits["grpo_no_positive"]
+    _, no_positive, _, spearman = data_checks(examined, limits | dict(no_positive=most))
+    outcomes = {no_positive.outcome, spearman.outcome}
+    state = "not yet shown to be ready"
+    if outcomes == {"met"}: state = "ready"
+    if "not met" in outcomes: state = "not ready"
+    none = f"{no_positive.value:.0%} of questions without a positive"
+    return f"GRPO: {state} ({none}, wanted below {most:.0%})."
+
+def _causes(examined):
+    return [f"{a.cause}: {a.seen} (wanted: {a.wanted}). {a.remedy}" for a in examined.verdict]
 
 # %% ../nbs/84_loops.ipynb #c20c431a
+@dataclass(repr=False, eq=False)
 class ClosedLoop:
     "What a closed loop found; shows itself, the advice first"
-    def __init__(self, loop, round_, health, tables, checks, advice, lines):
-        self.loop = loop
-        self.round = round_
-        self.health = health
-        self.tables = tables
-        self.checks = checks
-        self.advice = advice
-        self.lines = lines
+    loop:Loop # that was played
+    round:Round # its round 0
+    health:object # `Health` of its groups
+    tables:dict # {"train": frame, "dev": frame} of `compare_oracle`
+    checks:list # of Check
+    advice:str # a key of ADVICE
+    lines:list # what it says, in words
 
     @property
     def frame(self):
@@ -589,9 +606,8 @@ class ClosedLoop:
     @property
     def table(self):
         "Picks against the oracle, both parts: frame"
-        return pd.concat(
-            [t.assign(part=p)[["part", *t.columns]] for p, t in self.tables.items()], ignore_index=True
-        )
+        parts = [t.assign(part=part)[["part", *t.columns]] for part, t in self.tables.items()]
+        return pd.concat(parts, ignore_index=True)
 
     def __repr__(self):
         frames = [f.round(3).to_string(index=False) for f in (self.frame, self.table)]
@@ -602,98 +618,152 @@ class ClosedLoop:
         frames = [f.round(3).to_html(index=False, border=0) for f in (self.frame, self.table)]
         return "".join(f"<p>{l}</p>" for l in lines) + "".join(frames)
 
-def _against_oracle(loop, r, L):
-    "(tables by part, the last three conditions, sentences, questions that two points would need, questions that the gain seen would need)"
-    items = loop.world.items
-    S = loop.shots
-    parts = {p: loop.with_oracle(p, [r]) for p in ("train", "dev")}
-    tables = {p: compare_oracle(f, r.ranks[r.ranks.part == p], items, S) for p, f in parts.items()}
-    new, old, best, c = _cols(parts["dev"], items, S, "selector", "proposer", "oracle")
-    seen, was, ct = _cols(parts["train"], items, S, "selector", "proposer")
-    room = _held(
-        "headroom of the proposer, development questions",
-        paired_bootstrap(best, old, c),
-        L["headroom"],
-        "report 001, 4.2 and 10 (1)",
-    )
-    gain, a = _gained(
-        "gain on the training questions",
-        "training questions",
-        seen,
-        was,
-        ct,
-        "report 001, 7.1",
-        still="not met",
-    )
-    carry, b = _gained(
-        "gain on development questions", "development questions", new, old, c, "this page: new questions"
-    )
-    return (
-        tables,
-        [room, gain, carry],
-        [a, b],
-        needed(new, old, c, L["wanted"]),
-        needed(seen, was, ct, gain.value) if gain.value > 0 else None,
-    )
-
-def _grpo_line(h, L):
-    "Is it time for GRPO?"
-    checks = data_checks(h, L | dict(no_positive=L["grpo_no_positive"]))
-    both = {checks[1].outcome, checks[3].outcome}
-    state = "ready" if both == {"met"} else "not ready" if "not met" in both else "not yet shown to be ready"
-    return (
-        f"GRPO (report 001, section 8): {state} ({checks[1].value:.0%} of questions without a positive,"
-        f" wanted below {L['grpo_no_positive']:.0%})."
-    )
-
-def _advice_lines(advice, checks, n, said, more, shown_by, wanted):
-    lines = [f"{advice[0].upper() + advice[1:]}: {ADVICE[advice].format(n=n)}.", *said]
-    left = [c.what for c in checks if c.outcome == "open"]
-    if left: lines.append(f"{n} questions leave open: {', '.join(left)}.")
-    if advice == "ask more" and shown_by is not None:
-        lines.append(
-            f"If the gain on the training questions is what it was here, about {shown_by} of them would"
-            " show it."
-        )
-    if more is not None:
-        lines.append(
-            f"To show a gain of {100*wanted:g} points on new questions, about {more} of them are needed."
-        )
-    return lines
-
+# %% ../nbs/84_loops.ipynb #8ddb89db
 @delegates(Loop)
 def closed_loop(
     world, # `World`, or anything with `items, store, pools, scorer`
     path, # folder of the loop; continued if its settings are the same
     n:int=60, # training questions
     limits:dict|None=None, # instead of those in LIMITS
-    **kwargs, # of `Loop`: dev, valid, shots, counts, second, mining, reward, weights, kind, bs, model, train, seed, cache, progress, ...
+    **kwargs, # of `Loop`: dev, valid, shots, counts, second, mining, reward, model, train, seed, ...
 )->ClosedLoop: # shows itself in a notebook
     "Generate, check, train, compare with the oracle, and say whether to scale"
     loop = Loop(world, path, n, **kwargs)
-    L = LIMITS | (limits or {})
-    r = loop.play(0)
-    h = health({"groups": evaluated(r.data)}, loop.reward, loop.weights)
-    tables, three, said, more, shown_by = _against_oracle(loop, r, L)
-    checks = [*data_checks(h, L), *three]
+    limits = LIMITS | (limits or {})
+    played = loop.play(0)
+    examined = health({"groups": evaluated(played.data)}, loop.reward, loop.weights)
+    against = _against_oracle(loop, played, limits)
+    checks = [*data_checks(examined, limits), *against.checks]
     advice = advise(checks)
-    causes = (
-        [f"{a.cause}: {a.seen} (wanted: {a.wanted}). {a.remedy}" for a in h.verdict]
-        if advice == "mend the data"
-        else []
-    )
-    lines = [*_advice_lines(advice, checks, n, said, more, shown_by, L["wanted"]), _grpo_line(h, L), *causes]
-    return ClosedLoop(loop, r, h, tables, checks, advice, lines)
+    lines = [*_advice_lines(advice, checks, n, against, limits["wanted"]), _grpo_line(examined, limits)]
+    if advice == "mend the data": lines += _causes(examined)
+    return ClosedLoop(loop, played, examined, against.tables, checks, advice, lines)
+
+class _Against(NamedTuple):
+    tables:dict # {"train": frame, "dev": frame} of `compare_oracle`
+    checks:list # the last three conditions: headroom, gain on training, gain on development questions
+    said:list # a sentence about each gain
+    more:int|None # questions that a gain worth showing would need
+    shown_by:int|None # training questions that would show the gain seen on them
+
+def _against_oracle(loop, played, limits):
+    "Compare round 0 with the best that is known"
+    items = loop.world.items
+    ranks = played.ranks
+    parts = {part: loop.with_oracle(part, [played]) for part in ("train", "dev")}
+    tables = {}
+    for part, scored in parts.items():
+        tables[part] = compare_oracle(scored, ranks[ranks.part == part], items, loop.shots)
+    new, old, best, picture = _scores(parts["dev"], items, loop.shots, "selector", "proposer", "oracle")
+    seen, was, seen_picture = _scores(parts["train"], items, loop.shots, "selector", "proposer")
+    headroom = paired_bootstrap(best, old, picture)
+    room = _held("headroom of the proposer, development questions", headroom, limits["headroom"],
+                 "room to win")
+    gain, on_seen = _gained("gain on the training questions", "training questions", seen, was, seen_picture,
+                            "the least that a method must do", still="not met")
+    carry, on_new = _gained("gain on development questions", "development questions", new, old, picture,
+                            "what it is all for")
+    more = needed(new, old, picture, limits["wanted"])
+    shown_by = needed(seen, was, seen_picture, gain.value) if gain.value > 0 else None
+    return _Against(tables, [room, gain, carry], [on_seen, on_new], more, shown_by)
+
+# %% ../nbs/84_loops.ipynb #44ec6bf0
+@patch
+def headrooms(self:Loop, played):
+    "Headroom of each round's selector on the development questions, against what is known after the last"
+    known = self.oracle("dev", played)
+    out = []
+    for i in range(len(played)):
+        scored = self.with_oracle("dev", played, i, known)
+        score, best, _ = _scores(scored, self.world.items, self.shots, "selector", "oracle")
+        out.append(float((best - score).mean()))
+    return out
+
+def _last_shrink(headrooms, min_shrink=0.):
+    "The last round that brought headroom below all before it, by more than `min_shrink`"
+    at = 0
+    for i, x in enumerate(headrooms):
+        if x < headrooms[at] - min_shrink - 1e-12: at = i
+    return at
 
 # %% ../nbs/84_loops.ipynb #6b46295b
+@patch
+def rounds_frame(self:Loop,
+    played:list, # of Round
+)->pd.DataFrame: # a row per round: who proposed, facts, groups, accuracy and headroom on both parts
+    "Table of rounds, all against what is known after the last"
+    oracles = {part: self.oracle(part, played) for part in ("train", "dev")}
+    known = set()
+    rows = []
+    for i, r in enumerate(played):
+        asked = set(map(tuple, r.pairs.values))
+        new = asked - known
+        known |= asked
+        train, dev = (self.compared(part, played, i, oracles[part]) for part in ("train", "dev"))
+        if i == 0: similarity = dev.acc["proposer"]
+        m = health(evaluated(r.data), self.reward, self.weights).frame.iloc[0]
+        own = dev.loc["selector"]
+        rows.append(dict(
+            round=r.k, proposer="similarity" if r.k == 0 else f"round {r.k-1}",
+            asked=len(asked), new=len(new), known=len(known),
+            live=int(m["live_groups"]), no_positive=m["pct_zero_positive_query"] / 100,
+            acc=own.acc, lo=own.lo, hi=own.hi,
+            headroom=own.headroom, headroom_lo=own.headroom_lo, headroom_hi=own.headroom_hi,
+            best_known=dev.acc["oracle"], similarity=similarity, as_good=own.as_good,
+            train_acc=train.acc["selector"], train_headroom=train.headroom["selector"],
+        ))
+    return pd.DataFrame(rows)
+
+@patch
+def compared(self:Loop, part, played, at, oracle):
+    "`compare_oracle` of one round, by selector, without the random picks"
+    scored = self.with_oracle(part, played, at, oracle)
+    scored = scored[scored.selector.isin(["selector", "oracle", "proposer"])]
+    ranks = played[at].ranks
+    table = compare_oracle(scored, ranks[ranks.part == part], self.world.items, self.shots)
+    return table.set_index("selector")
+
+# %% ../nbs/84_loops.ipynb #6cb79b32
+def _rounds_said(loop, played, headrooms, stop):
+    "What the rounds came to, in words"
+    n = len(played)
+    way = " -> ".join(f"{x:.3f}" for x in headrooms)
+    said = [
+        f"{n} round{'s'*(n > 1)}: {stop}. Headroom on {len(loop.queries['dev'])} development questions:"
+        f" {way}."
+    ]
+    if n == 1: return said
+    last, first, picture = _last_and_first(loop, played)
+    d = _difference(last, first, picture, f"round {n-1}", "round 0")
+    more = needed(last, first, picture)
+    enough = "" if more is None else f" (for {100*LIMITS['wanted']:g} points about {more} questions)"
+    best = f"Least headroom: round {int(np.argmin(headrooms))}, chosen on these questions{_luck(n, d.est)}."
+    return [*said, f"{d.said}{enough}.", best]
+
+def _last_and_first(loop, played):
+    "Scores of the last and of the first selector on the development questions, and the pictures"
+    own = []
+    for name, r in dict(last=played[-1], first=played[0]).items():
+        picks = r.scored[(r.scored.part == "dev") & (r.scored.selector == "selector")]
+        own.append(picks.drop(columns="part").assign(selector=name))
+    return _scores(pd.concat(own), loop.world.items, loop.shots, "last", "first")
+
+def _luck(n, est):
+    "How much better the best of `n` equal rounds would look; `est` is a difference of two of them"
+    error = (est.hi - est.lo) / 3.92 / math.sqrt(2) # of one round
+    points = 100 * expected_best(n) * error
+    if not points > 0: return ""
+    return f"; the best of {n} equal rounds would look about {points:.1f} points better than it is"
+
+# %% ../nbs/84_loops.ipynb #ce23514a
+@dataclass(repr=False, eq=False)
 class Rounds:
-    "What rounds came to: `frame` (a row per round), `said` (in words), `model` (of the round with the least headroom)"
-    def __init__(self, loop, played, frame, said, best):
-        self.loop = loop
-        self.played = played
-        self.frame = frame
-        self.said = said
-        self.best = best
+    "What rounds came to; shows itself"
+    loop:Loop # that was played
+    played:list # of Round
+    frame:pd.DataFrame # a row per round
+    said:list # what they came to, in words
+    best:int # the round with the least headroom
 
     @property
     def model(self):
@@ -706,111 +776,8 @@ class Rounds:
     def __repr__(self): return "\n".join([*self.said, "", self.frame.round(3).to_string(index=False)])
     def _repr_html_(self):
         from html import escape
-        return "".join(f"<p>{escape(l)}</p>" for l in self.said) + self.frame.round(3).to_html(
-            index=False, border=0
-        )
-
-@patch
-def headrooms(self:Loop, played):
-    "Headroom of each round's selector on the development questions, against what is known after the last"
-    out = []
-    known = self.oracle("dev", played)
-    for i in range(len(played)):
-        x, best, _ = _cols(
-            self.with_oracle("dev", played, i, known), self.world.items, self.shots, "selector", "oracle"
-        )
-        out.append(float((best - x).mean()))
-    return out
-
-@patch
-def rounds_frame(self:Loop,
-    played:list, # of Round
-)->pd.DataFrame: # a row per round: who proposed, facts, groups, accuracy and headroom on both parts
-    "Table of rounds, all against what is known after the last"
-    items = self.world.items
-    rows = []
-    seen = set()
-    best = {p: self.oracle(p, played) for p in ("train", "dev")}
-    keep = ["selector", "oracle", "proposer"]
-    def compared(p, i):
-        f = self.with_oracle(p, played, i, best[p])
-        r = played[i].ranks
-        return compare_oracle(f[f.selector.isin(keep)], r[r.part == p], items, self.shots).set_index(
-            "selector"
-        )
-    for i, r in enumerate(played):
-        pairs = set(map(tuple, r.pairs.values))
-        new = len(pairs - seen)
-        seen |= pairs
-        m = health(evaluated(r.data), self.reward, self.weights).frame.iloc[0]
-        t = {p: compared(p, i) for p in ("train", "dev")}
-        first = t["dev"] if not i else first
-        d, s = t["dev"].loc["selector"], t["train"].loc["selector"]
-        rows.append(
-            dict(
-                round=r.k,
-                proposer="similarity" if not r.k else f"round {r.k-1}",
-                asked=len(pairs),
-                new=new,
-                known=len(seen),
-                live=int(m["live_groups"]),
-                no_positive=m["pct_zero_positive_query"] / 100,
-                acc=d.acc,
-                lo=d.lo,
-                hi=d.hi,
-                headroom=d.headroom,
-                headroom_lo=d.headroom_lo,
-                headroom_hi=d.headroom_hi,
-                best_known=t["dev"].acc["oracle"],
-                similarity=first.acc["proposer"],
-                as_good=d.as_good,
-                train_acc=s.acc,
-                train_headroom=s.headroom,
-            )
-        )
-    return pd.DataFrame(rows)
-
-# %% ../nbs/84_loops.ipynb #ce23514a
-def _last_shrink(h, min_shrink=0.):
-    "The last round that brought headroom below all before it, by more than `min_shrink`"
-    at = 0
-    for i, x in enumerate(h): at = i if x < h[at] - min_shrink - 1e-12 else at
-    return at
-
-def _rounds_said(loop, played, h, stop):
-    "What the rounds came to, in words"
-    n = len(played)
-    way = " -> ".join(f"{x:.3f}" for x in h)
-    said = [
-        f"{n} round{'s'*(n > 1)}: {stop}. Headroom on {len(loop.queries['dev'])} development questions:"
-        f" {way}."
-    ]
-    if n == 1: return said
-    f = [
-        r.scored[(r.scored.part == "dev") & (r.scored.selector == "selector")].drop(columns="part")
-        for r in (played[0], played[-1])
-    ]
-    a, b, c = _cols(
-        pd.concat([f[0].assign(selector="first"), f[1].assign(selector="last")]),
-        loop.world.items,
-        loop.shots,
-        "last",
-        "first",
-    )
-    est, _, _, words = _difference(a, b, c, f"round {n-1}", "round 0")
-    luck = expected_best(n) * (est.hi - est.lo) / 3.92 / math.sqrt(2)
-    more = needed(a, b, c)
-    said.append(
-        words
-        + ("" if more is None else f" (for {100*LIMITS['wanted']:g} points about {more} questions)")
-        + "."
-    )
-    best = (
-        f"; the best of {n} equal rounds would look about {100*luck:.1f} points better than it is"
-        if luck > 0
-        else ""
-    )
-    return [*said, f"Least headroom: round {int(np.argmin(h))}, chosen on these questions{best}."]
+        lines = "".join(f"<p>{escape(l)}</p>" for l in self.said)
+        return lines + self.frame.round(3).to_html(index=False, border=0)
 
 @delegates(Loop)
 def rounds(
@@ -819,29 +786,30 @@ def rounds(
     most:int=6, # rounds at most, >= 1; a later call may ask for more
     patience:int=2, # stop after so many rounds in which headroom did not shrink, >= 1
     min_shrink:float=0., # by how much it must shrink to count, in accuracy
-    **kwargs, # of `Loop`: n, dev, valid, shots, counts, policy_counts, second, mining, reward, bs, model, train, warm, seed, cache, progress, ...
+    **kwargs, # of `Loop`: n, dev, valid, shots, counts, policy_counts, model, train, warm, seed, ...
 )->Rounds: # shows itself in a notebook
     "Let the selector propose, ask, merge and retrain, until headroom stops shrinking"
     if most < 1 or patience < 1:
         raise ValueError(f"rounds: most={most}, patience={patience}; wanted 1 or more of both")
     loop = Loop(world, path, **kwargs)
-    played, stop = [], "as many as were asked for"
+    played = []
+    stop = "as many as were asked for"
     with tqdm(total=most, disable=not loop.progress, desc=loop.path.name, unit="round") as bar:
         for k in range(most):
             played.append(loop.play(k))
-            h = loop.headrooms(played)
-            bar.set_postfix(headroom=f"{h[-1]:.3f}", refresh=False)
+            headrooms = loop.headrooms(played)
+            bar.set_postfix(headroom=f"{headrooms[-1]:.3f}", refresh=False)
             bar.update()
-            if k - _last_shrink(h, min_shrink) >= patience:
+            if k - _last_shrink(headrooms, min_shrink) >= patience:
                 stop = f"headroom did not shrink for {patience} round{'s'*(patience > 1)}"
                 break
-    out = Rounds(
-        loop, played, loop.rounds_frame(played), _rounds_said(loop, played, h, stop), int(np.argmin(h))
-    )
+    said = _rounds_said(loop, played, headrooms, stop)
+    out = Rounds(loop, played, loop.rounds_frame(played), said, int(np.argmin(headrooms)))
     loop.run.save_frame("rounds.csv", out.frame)
-    loop.run.finish(rounds=len(played), headroom=float(min(h)))
+    loop.run.finish(rounds=len(played), headroom=float(min(headrooms)))
     return out
 
+# %% ../nbs/84_loops.ipynb #d7d2d202
 def plot_rounds(
     frame:pd.DataFrame, # `frame` of `Rounds`
     ax=None, # matplotlib axes; None makes them
@@ -854,8 +822,8 @@ def plot_rounds(
     ax.axhline(frame.best_known.iloc[-1], ls="--", color="0.4", lw=1, label="best known")
     ax.axhline(frame.similarity.iloc[0], ls=":", color="0.4", lw=1, label="similarity")
     ax.set_xticks(frame["round"], [f"{r}\n{k:,}" for r, k in zip(frame["round"], frame.known)])
-    ax.set(
-        xlabel="round, and sequences known of training questions", ylabel="accuracy, dev, 95 %", ylim=(0, 1)
-    )
+    ax.set_xlabel("round, and sequences known of training questions")
+    ax.set_ylabel("accuracy, dev, 95 %")
+    ax.set_ylim(0, 1)
     ax.legend(frameon=False, fontsize=8, ncols=3, loc="upper center")
     return ax

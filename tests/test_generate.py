@@ -292,18 +292,20 @@ def test_kappa_weighs_what_was_drawn():
 def test_bad_requests(call, says):
     with pytest.raises((ValueError, KeyError), match=says): call()
 
+<<<<<<< HEAD
 # ---- ask and cache -------------------------------------------------------------------------------
+=======
+# ---- ask and cache -----------------------------------------------------------------------------------------
+>>>>>>> 825bef59efbc0dde5ea6f82c73652e662e471890
 
 PAIRS = propose(POOL, STORE, QS)[["question_id", "pointer"]]
 
 def test_facts_are_whole_and_in_order():
     facts = ask(PAIRS, MockScorer(), ITEMS, window=7)
     assert facts.pointer.tolist() == PAIRS.pointer.tolist() and not facts.eval_failed.any()
-    assert (
-        ((facts.vqa_acc_score > 0) == (facts.vqa_correct == 1)).all()
-        and (facts.vqa_eval_mode == "official").all()
-        and facts.scorer.unique().tolist() == [facts_fingerprint(MockScorer())]
-    )
+    assert ((facts.vqa_acc_score > 0) == (facts.vqa_correct == 1)).all()
+    assert (facts.vqa_eval_mode == "official").all()
+    assert facts.scorer.unique().tolist() == [facts_fingerprint(MockScorer())]
     pd.testing.assert_frame_equal(ask(PAIRS[::-1], MockScorer(), ITEMS), facts[::-1].reset_index(drop=True))
     again = pd.concat([PAIRS, PAIRS])
     counting = Scripted()
@@ -322,11 +324,9 @@ def test_a_failure_has_no_labels_and_is_not_cached():
     cache = FactCache()
     facts = ask(PAIRS, Scripted(spoil), ITEMS, cache)
     bad = facts[facts.eval_failed]
-    assert (
-        set(bad.question_id) == {3, 4}
-        and bad.filter(like="vqa_").isna().all(axis=None)
-        and set(bad.error) == {"OSError: no image", "vqa_gt_prob is nan"}
-    )
+    assert set(bad.question_id) == {3, 4}
+    assert bad.filter(like="vqa_").isna().all(axis=None)
+    assert set(bad.error) == {"OSError: no image", "vqa_gt_prob is nan"}
     assert len(cache) == (~facts.eval_failed).sum()
     mended = Scripted()
     full = ask(PAIRS, mended, ITEMS, cache)
@@ -381,12 +381,10 @@ def test_cache_on_disk(tmp_path):
         )
     )
     got = ask(PAIRS, quiet, ITEMS, one)
-    assert (
-        one.readonly
-        and not quiet.asked
-        and got.vqa_gt_prob.equals(facts.vqa_gt_prob)
-        and got.vqa_gt_logprobs.isna().all()
-    )
+    assert one.readonly
+    assert not quiet.asked
+    assert got.vqa_gt_prob.equals(facts.vqa_gt_prob)
+    assert got.vqa_gt_logprobs.isna().all()
     stamp = (tmp_path / "one.parquet").stat().st_mtime_ns
     ask(PAIRS, MockScorer(1), ITEMS, one)
     assert len(one) == 2 * len(PAIRS) and (tmp_path / "one.parquet").stat().st_mtime_ns == stamp
@@ -444,7 +442,11 @@ def test_unknown_items_and_confused_scorers():
         def run(self, *a, **k): return super().run(*a, **k)[::-1]
     with pytest.raises(ValueError, match="in order"): ask(PAIRS, Swaps(), ITEMS)
 
+<<<<<<< HEAD
 # ---- self-test -----------------------------------------------------------------------------------
+=======
+# ---- self-test ---------------------------------------------------------------------------------------------
+>>>>>>> 825bef59efbc0dde5ea6f82c73652e662e471890
 
 class Knows:
     "Probabilities that agree with what it says, or (sign=-1) that contradict it"
@@ -475,38 +477,36 @@ class Knows:
 
 def test_self_test_tells_sense_from_nonsense():
     good, bad = (self_test(Knows(s), ITEMS, POOL, n=12) for s in (1, -1))
-    assert (
-        good["greedy_wins"] == 1
-        and bad["greedy_wins"] == 0
-        and good["spearman"] > 0.8
-        and bad["spearman"] < -0.8
-        and good["asked"] == 12
-        and "What is" in good["prompt"]
-    )
+    assert good["greedy_wins"] == 1
+    assert bad["greedy_wins"] == 0
+    assert good["spearman"] > 0.8
+    assert bad["spearman"] < -0.8
+    assert good["asked"] == 12
+    assert "What is" in good["prompt"]
 
 def test_self_test_without_variation_has_no_number():
     same = Scripted(lambda s: replace(s, text="cat", gt_prob=0.5))
     got = self_test(same, ITEMS, POOL, n=5)
     assert got["spearman"] is None and got["greedy_wins"] is None and got["compared"] == 0
 
+<<<<<<< HEAD
 # ---- generate ------------------------------------------------------------------------------------
+=======
+# ---- generate ----------------------------------------------------------------------------------------------
+>>>>>>> 825bef59efbc0dde5ea6f82c73652e662e471890
 
 RUN = dict(shots=(1, 2), window=4, test=5, progress=False)
 
 def test_generate_is_propose_then_ask(tmp_path):
     data = generate(tmp_path / "r", QS, ITEMS, POOL, MockScorer(), STORE, **RUN)
     data.validate(ITEMS)
-    assert (
-        data.shots == (1, 2)
-        and data.queries == QS
-        and data.manifest["complete"]
-        and data.manifest["settings"]["shots"] == [1, 2]
-    )
-    assert (
-        data.manifest["self_test"]["asked"] == 5
-        and data.pool.ids == POOL.ids
-        and data.manifest["scorers"] == [facts_fingerprint(MockScorer())]
-    )
+    assert data.shots == (1, 2)
+    assert data.queries == QS
+    assert data.manifest["complete"]
+    assert data.manifest["settings"]["shots"] == [1, 2]
+    assert data.manifest["self_test"]["asked"] == 5
+    assert data.pool.ids == POOL.ids
+    assert data.manifest["scorers"] == [facts_fingerprint(MockScorer())]
     for S in (1, 2):
         want = propose(POOL, STORE, QS, S)
         got = data.rows[data.rows.pointer.map(len) == S]
@@ -566,10 +566,8 @@ def test_failed_rows_are_asked_again_and_only_they(tmp_path):
     whole = generate(tmp_path / "whole", QS, ITEMS, POOL, MockScorer(), STORE, **RUN)
     data = generate(tmp_path / "r", QS, ITEMS, POOL, Scripted(bad), STORE, **RUN)
     n = data.manifest["counts"]["failed"]
-    assert (
-        n == sum(1007 in p for p in whole.rows.pointer) > 0
-        and data.rows.vqa_acc_score[data.rows.eval_failed].isna().all()
-    )
+    assert n == sum(1007 in p for p in whole.rows.pointer) > 0
+    assert data.rows.vqa_acc_score[data.rows.eval_failed].isna().all()
     mended = Scripted()
     again = generate(tmp_path / "r", QS, ITEMS, POOL, mended, STORE, **RUN)
     assert len(mended.asked) == n and again.manifest["counts"]["failed"] == 0
@@ -648,7 +646,11 @@ def test_kill_9_at_random_points(tmp_path):
     pd.testing.assert_frame_equal(resumed.rows, straight.rows)
     assert resumed.fingerprint == straight.fingerprint and not list((tmp_path / "killed").rglob("*.tmp"))
 
+<<<<<<< HEAD
 # ---- shards --------------------------------------------------------------------------------------
+=======
+# ---- shards ------------------------------------------------------------------------------------------------
+>>>>>>> 825bef59efbc0dde5ea6f82c73652e662e471890
 
 PART = RUN | dict(test=0)
 
@@ -698,16 +700,12 @@ def test_any_division_is_the_undivided_run(tmp_path_factory, n, window, data):
         if (tmp/d).exists(): shutil.copytree(tmp/d, tmp/"all", dirs_exist_ok=True)
     union = RLData.load(tmp / "all")
     pd.testing.assert_frame_equal(union.rows, straight.rows)
-    assert (
-        union.fingerprint == straight.fingerprint
-        and union.manifest["counts"] == straight.manifest["counts"]
-        and union.manifest["settings"] == straight.manifest["settings"]
-    )
-    assert (
-        list(union.pool.ids) == list(straight.pool.ids)
-        and sum(p["rows"] for p in union.manifest["parts"]) == len(union)
-        and union.manifest["shards"] == n
-    )
+    assert union.fingerprint == straight.fingerprint
+    assert union.manifest["counts"] == straight.manifest["counts"]
+    assert union.manifest["settings"] == straight.manifest["settings"]
+    assert list(union.pool.ids) == list(straight.pool.ids)
+    assert sum(p["rows"] for p in union.manifest["parts"]) == len(union)
+    assert union.manifest["shards"] == n
     pd.testing.assert_frame_equal(RLData.load(union.save(tmp/"one")).rows, straight.rows) # and one file again
 
 def shards(path, n=3, **kw):
@@ -747,9 +745,8 @@ def test_missing_unfinished_and_foreign_shards(tmp_path):
     part.unlink()
     with pytest.raises(FileNotFoundError, match=part.name): RLData.load(d)
     part.write_bytes(keep)
-    assert len(RLData.load(d)) == len(whole) and RLData.load(d, shard=(2, 3)).queries == shard_queries(
-        QS, (2, 3)
-    )
+    assert len(RLData.load(d)) == len(whole)
+    assert RLData.load(d, shard=(2, 3)).queries == shard_queries(QS, (2, 3))
 
 def test_a_wrong_row_is_found_in_its_own_part(tmp_path):
     from leverplus.groups import read_part, write_part
@@ -857,7 +854,11 @@ def test_shards_of_a_real_model_agree_to_rounding(tmp_path):
     v = union.manifest["verify"]
     assert v["asked"] == v["drawn"] == 2 and v["text"] == 0 and 0 <= v["logprob"] < scorer.tolerance == 1e-3
 
+<<<<<<< HEAD
 # ---- verify --------------------------------------------------------------------------------------
+=======
+# ---- verify ------------------------------------------------------------------------------------------------
+>>>>>>> 825bef59efbc0dde5ea6f82c73652e662e471890
 
 class Tampered(Scripted):
     "Spoils the prompts of query `bad`; its reference does not"
@@ -898,11 +899,9 @@ def test_verify_draws_by_seed_and_passes(tmp_path):
     s = Tampered()
     data = generate(tmp_path / "r", QS, ITEMS, POOL, s, STORE, verify=5, **RUN)
     v = data.manifest["verify"]
-    assert (
-        sorted(s.checked) == drawn(5)
-        and len(set(s.checked)) == 5
-        and [r["question_id"] for r in v.pop("rows")] == s.checked
-    )
+    assert sorted(s.checked) == drawn(5)
+    assert len(set(s.checked)) == 5
+    assert [r["question_id"] for r in v.pop("rows")] == s.checked
     assert v == dict(drawn=5, asked=5, logprob=0., text=0, tolerance=1e-3)
     pd.testing.assert_frame_equal(
         data.rows, generate(tmp_path / "plain", QS, ITEMS, POOL, MockScorer(), STORE, **RUN).rows
@@ -925,11 +924,9 @@ def test_verify_stops_before_the_part_is_written(tmp_path, how, says):
     run = lambda s: generate(tmp_path / "r", QS, ITEMS, POOL, s, STORE, verify=1, **PART)
     with pytest.raises(NotVerified, match=f"question_id {bad}, pointer .*{says}") as e:
         run(Tampered(bad, **how))
-    assert (
-        "Nothing of this window was written" in str(e.value)
-        and len(list((tmp_path / "r").glob("part-*"))) == at
-        and "verify" not in json.loads((tmp_path / "r" / "manifest.json").read_text())
-    )
+    assert "Nothing of this window was written" in str(e.value)
+    assert len(list((tmp_path / "r").glob("part-*"))) == at
+    assert "verify" not in json.loads((tmp_path / "r" / "manifest.json").read_text())
     mended = run(Tampered())
     assert mended.manifest["verify"]["asked"] == 1
     pd.testing.assert_frame_equal(
@@ -982,11 +979,9 @@ def test_resumes_keep_what_was_verified(tmp_path):
     assert sorted(held + second.checked) == drawn(8)
     # rows on disk, verified where they lie
     more = run(third, 12)
-    assert (
-        sorted(third.checked) == sorted(set(QS) - set(drawn(8)))
-        and not third.asked
-        and more.manifest["verify"]["asked"] == 12
-    )
+    assert sorted(third.checked) == sorted(set(QS) - set(drawn(8)))
+    assert not third.asked
+    assert more.manifest["verify"]["asked"] == 12
     assert run(fourth, 0).manifest["verify"]["asked"] == 12 and not fourth.checked and not fourth.asked
     # facts on disk that the reference does not confirm
     with pytest.raises(NotVerified, match="part-0000. holds it|part-0000..parquet holds it"):
@@ -1011,6 +1006,5 @@ def test_failed_rows_are_not_verified(tmp_path):
 def test_verification_of_shards_adds_up(tmp_path):
     v = RLData.load(shards(tmp_path / "d", verify=2)).manifest["verify"]
     own = [shard_queries(QS, (i, 3)) for i in range(3)]
-    assert (
-        v["asked"] == v["drawn"] == sum(min(2, len(q)) for q in own) == len(v["rows"]) and v["logprob"] == 0
-    )
+    assert v["asked"] == v["drawn"] == sum(min(2, len(q)) for q in own) == len(v["rows"])
+    assert v["logprob"] == 0

@@ -1,4 +1,4 @@
-"The closed loop and its rounds: what an interrupt costs, who may judge, what n questions may claim, and that numbers are those of the facts"
+"The closed loop and its rounds: what an interrupt costs, who may judge, what n questions may claim"
 import itertools
 from functools import partial
 from types import SimpleNamespace
@@ -73,7 +73,7 @@ KW = dict(
     n=12, dev=10, valid=4, counts=FEW, policy_counts=FEW, model=dict(d_hidden=8), bs=6, draws=2, train=fit
 )
 
-# ---- questions --------------------------------------------------------------------------------------------------------
+# ---- questions ---------------------------------------------------------------------------------------------
 
 @settings(max_examples=15)
 @given(st.integers(2, 20), st.integers(2, 10), st.integers(2, 6), st.integers(0, 99))
@@ -81,14 +81,13 @@ def test_judges_share_no_picture_with_those_who_choose_and_fewer_are_a_part_of_m
     w = make_world()
     q = loop_queries(w.items, n, dev, valid, seed)
     image = lambda k: set(w.items.image_id.loc[q[k]])
-    assert not image("dev") & image("valid") and {k: len(v) for k, v in q.items()} == dict(
-        train=n, dev=dev, valid=valid
-    )
+    assert not image("dev") & image("valid")
+    assert {k: len(v) for k, v in q.items()} == dict(train=n, dev=dev, valid=valid)
     assert [set(w.items.split.loc[q[k]]) for k in ("train", "valid", "dev")] == [{"train"}, {"dev"}, {"dev"}]
     more = loop_queries(w.items, n + 3, dev + 2, 2, seed)
     assert more["train"][:n] == q["train"] and more["dev"][:dev] == q["dev"]
 
-# ---- numbers ----------------------------------------------------------------------------------------------------------
+# ---- numbers -----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("S", [1, 2])
 def test_ranks_are_those_of_brute_force(tmp_path, S):
@@ -139,20 +138,16 @@ def test_a_round_adds_up_and_the_test_split_is_never_asked(tmp_path):
     w = make_world()
     r = rounds(w, tmp_path / "loop", most=2, patience=9, **KW)
     f, L = r.frame, r.loop
-    assert (
-        f.known.tolist() == f.new.cumsum().tolist()
-        and (f.new <= f.asked).all()
-        and len(f) == 2
-        and (f.headroom >= -1e-9).all()
-        and (f.train_headroom >= -1e-9).all()
-    )
+    assert f.known.tolist() == f.new.cumsum().tolist()
+    assert (f.new <= f.asked).all()
+    assert len(f) == 2
+    assert (f.headroom >= -1e-9).all()
+    assert (f.train_headroom >= -1e-9).all()
     # every fact is paid for once
     asked = pd.DataFrame(w.scorer.asked, columns=["q", "p"])
     assert not asked.duplicated().any()
-    assert set(asked.q) == set(sum(L.queries.values(), [])) and set(w.items.split.loc[asked.q.unique()]) == {
-        "train",
-        "dev",
-    }
+    assert set(asked.q) == set(sum(L.queries.values(), []))
+    assert set(w.items.split.loc[asked.q.unique()]) == {"train", "dev"}
     # all labels are the scorer's
     last = r.played[-1]
     facts = ask(last.data.rows, MockScorer(0), w.items)
@@ -164,9 +159,8 @@ def test_a_round_adds_up_and_the_test_split_is_never_asked(tmp_path):
     assert f.best_known.iloc[-1] == pytest.approx(own.groupby("question_id").vqa_acc_score.max().mean())
     picks = last.scored[(last.scored.part == "dev") & (last.scored.selector == "selector")]
     assert f.acc.iloc[-1] == pytest.approx(picks.vqa_acc_score.mean())
-    assert f.headroom.iloc[-1] == pytest.approx(f.best_known.iloc[-1] - f.acc.iloc[-1]) and r.best == int(
-        f.headroom.argmin()
-    )
+    assert f.headroom.iloc[-1] == pytest.approx(f.best_known.iloc[-1] - f.acc.iloc[-1])
+    assert r.best == int(f.headroom.argmin())
     assert r.played[1].data.manifest["sources"] and all((p.path / "settings.json").exists() for p in r.played)
     plot_rounds(f)
 
@@ -176,13 +170,12 @@ def test_the_last_shrink_is_a_record(h, least):
     at = _last_shrink(h, least)
     assert all(x >= h[at] - least - 1e-9 for x in h[at+1:]) and (at == 0 or h[at] < min(h[:at]) or least > 0)
 
-# ---- resume -----------------------------------------------------------------------------------------------------------
+# ---- resume ------------------------------------------------------------------------------------------------
 
 def _same(a, b):
     for k in ("scored", "ranks", "pairs"): pd.testing.assert_frame_equal(getattr(a, k), getattr(b, k))
-    assert a.data.fingerprint == b.data.fingerprint and all(
-        torch.equal(v, b.model.state_dict()[k]) for k, v in a.model.state_dict().items()
-    )
+    assert a.data.fingerprint == b.data.fingerprint
+    assert all(torch.equal(v, b.model.state_dict()[k]) for k, v in a.model.state_dict().items())
 
 TIMES = [0]
 def fit_or_die(learn):
@@ -259,15 +252,13 @@ def test_failures_are_no_negatives_and_the_advice_names_them(tmp_path):
     q = loop_queries(make_world().items, 12, 10, 4)
     bad = q["train"][:2] + q["dev"][:1]
     r = closed_loop(make_world(Scripted(fails=bad)), tmp_path / "loop", **KW)
-    assert (
-        r.frame.set_index("what").outcome["rows that failed"] == "not met"
-        and r.advice == "mend the data"
-        and any("failures" in l for l in r.lines)
-    )
+    assert r.frame.set_index("what").outcome["rows that failed"] == "not met"
+    assert r.advice == "mend the data"
+    assert any("failures" in l for l in r.lines)
     t = r.table.set_index(["part", "selector"]).n
     assert t["train", "selector"] == 10 and t["dev", "selector"] == 9
 
-# ---- what may be claimed ----------------------------------------------------------------------------------------------
+# ---- what may be claimed -----------------------------------------------------------------------------------
 
 @settings(max_examples=80)
 @given(st.floats(0, 1), st.floats(0, .5), st.floats(0, .5), st.floats(0, 1), st.booleans())
@@ -297,9 +288,8 @@ def test_nothing_seen_is_not_nothing_there():
     a = np.tile([0.0, 1.0], 30)
     c, said = _gained("x", "new", a, a, None, "")
     assert c.outcome == "open" and "no score of 60 changed, so at most 6%" in said
-    assert (
-        _gained("x", "seen", a, a, None, "", still="not met")[0].outcome == "not met" and needed(a, a) is None
-    )
+    assert _gained("x", "seen", a, a, None, "", still="not met")[0].outcome == "not met"
+    assert needed(a, a) is None
     b = a.copy()
     b[:6] = 1 - b[:6]
     n = needed(a, b, wanted=0.02)

@@ -28,15 +28,13 @@ def mock(kept): return Job(lvlm="mock", store=kept, limit=24, window=2, test=4)
 @pytest.fixture(scope="module")
 def tiny(kept): return Job(store=kept, limit=8, window=2, test=4, device="cpu", counts=dict(beam=2, random=2))
 
-# ---- jobs -------------------------------------------------------------------------------------------------------------
+# ---- jobs --------------------------------------------------------------------------------------------------
 
 def test_a_job_is_small_and_survives_every_journey(mock):
     odd = replace(mock, shots=[1, 2], counts={"temperature": {"1.3": 2}, "beam": 1}, limit=None)
     for j in (mock, odd):
-        assert (
-            pickle.loads(pickle.dumps(j)) == j == Job(**json.loads(json.dumps(asdict(j))))
-            and len(pickle.dumps(j)) < 2000
-        )
+        assert pickle.loads(pickle.dumps(j)) == j == Job(**json.loads(json.dumps(asdict(j))))
+        assert len(pickle.dumps(j)) < 2000
     assert odd.shots == (1, 2) and odd.counts["temperature"] == {1.3: 2}
 
 @pytest.mark.parametrize(
@@ -71,12 +69,10 @@ def test_inputs_are_made_once_and_equal_when_made_again(tmp_path, monkeypatch):
     monkeypatch.setattr(s, "embed_items", None)
     monkeypatch.setattr(s, "make_pool", None)
     _, again, pool2 = job.inputs()
-    assert (
-        again.fingerprint == store.fingerprint
-        and pool2 == pool
-        and len(pool) == 250
-        and set(items.split) == {"train", "dev"}
-    )
+    assert again.fingerprint == store.fingerprint
+    assert pool2 == pool
+    assert len(pool) == 250
+    assert set(items.split) == {"train", "dev"}
     with pytest.raises(TypeError): replace(job, K=9).inputs() # another pool has to be made
     for f in (tmp_path/"s").glob("*/done"): f.unlink() # killed before it was whole
     with pytest.raises(TypeError): job.inputs()
@@ -155,27 +151,21 @@ def test_settings_that_change_no_fact_may_change_on_the_way(tmp_path, tiny):
         with pytest.raises(ValueError, match="belong to other settings"):
             replace(tiny, **bad).run(tmp_path / "r", progress=False)
 
-# ---- workers ----------------------------------------------------------------------------------------------------------
+# ---- workers -----------------------------------------------------------------------------------------------
 
 def test_a_worker_makes_windows_and_reports_errors_as_rows(tmp_path, mock):
     w = RayWorker(mock, tmp_path / "r", verify=3)
     out = w(dict(window=np.array([0, 5])))
-    assert (
-        [json.loads(t)["rows"] for t in out["tally"]] == [30, 30]
-        and out["error"] == ["", ""]
-        and len(list((tmp_path / "r").glob("part-*"))) == 2
-    )
-    assert (
-        out["end"][0] >= out["start"][0]
-        and sum(len(json.loads(s)) for s in out["seen"]) <= 3
-        and len(set(map(len, out.values()))) == 1
-    )
+    assert [json.loads(t)["rows"] for t in out["tally"]] == [30, 30]
+    assert out["error"] == ["", ""]
+    assert len(list((tmp_path / "r").glob("part-*"))) == 2
+    assert out["end"][0] >= out["start"][0]
+    assert sum(len(json.loads(s)) for s in out["seen"]) <= 3
+    assert len(set(map(len, out.values()))) == 1
     bad = RayWorker(replace(mock, seed=1), tmp_path / "r")(dict(window=[1]))
-    assert (
-        "seed: there 0, here 1" in bad["error"][0]
-        and bad["tally"] == ["{}"]
-        and len(list((tmp_path / "r").glob("part-*"))) == 2
-    )
+    assert "seed: there 0, here 1" in bad["error"][0]
+    assert bad["tally"] == ["{}"]
+    assert len(list((tmp_path / "r").glob("part-*"))) == 2
     gone = RayWorker(replace(mock, lvlm=str(tmp_path / "no-model")), tmp_path / "x")(dict(window=[0]))
     assert "no-model" in gone["error"][0]
     late = RayWorker(mock, tmp_path / "r")
@@ -199,10 +189,8 @@ def test_a_selector_that_does_not_fit_is_refused_before_anything_is_written(tmp_
         (make(info=dict(pool=rule | dict(K=64))), "K: 64 in the checkpoint"),
     ]:
         with pytest.raises(ValueError, match=says): mock.run(tmp_path/"r", policy=m, progress=False)
-        assert (
-            says in RayWorker(mock, tmp_path / "r", policy=m)(dict(window=[0]))["error"][0]
-            and not (tmp_path / "r").exists()
-        )
+        assert says in RayWorker(mock, tmp_path / "r", policy=m)(dict(window=[0]))["error"][0]
+        assert not (tmp_path / "r").exists()
     good = make(info=dict(kind="mixed", pool=rule))
     mock.run(tmp_path / "r", policy=good, progress=False)
     other = make(info=dict(pool=rule | dict(K=64)))
@@ -249,11 +237,9 @@ def test_two_ray_actors_make_what_one_process_makes(tmp_path, mock, ray):
     )
     a, b = (sorted(d.manifest["verify"]["rows"], key=lambda r: r["question_id"]) for d in (data, whole))
     assert a == b and len(a) == 4 and data.manifest["self_test"] == whole.manifest["self_test"]
-    assert (
-        sorted(s["window"] for s in seen) == list(range(12))
-        and len({s["worker"] for s in seen}) == 2
-        and ray.is_initialized()
-    )
+    assert sorted(s["window"] for s in seen) == list(range(12))
+    assert len({s["worker"] for s in seen}) == 2
+    assert ray.is_initialized()
     # continued: two windows are lost, and only they are made again; too many workers are refused
     for i in (3, 7): (tmp_path/"ray"/f"part-{i:05d}.parquet").unlink()
     again = generate_ray(
@@ -291,7 +277,10 @@ DRIVER = """
     from leverplus.rldata_scale import Job, generate_ray
     import ray, time
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100_000_000)
-    generate_ray(Job(**{job!r}), {path!r}, workers=1, progress=False, each=lambda out: (print(out["window"], flush=True), time.sleep(600)))
+    def hang(out):
+        print(out["window"], flush=True)
+        time.sleep(600)
+    generate_ray(Job(**{job!r}), {path!r}, workers=1, progress=False, each=hang)
 """
 
 def test_kill_9_of_the_ray_driver(tmp_path, mock):
@@ -321,21 +310,18 @@ def test_kill_9_of_the_ray_driver(tmp_path, mock):
     assert stamps and not read_json(tmp_path / "r" / "manifest.json")["complete"]
     data = job.run(tmp_path/"r", progress=False) # one process finishes what the actor began
     pd.testing.assert_frame_equal(data.rows, job.run(tmp_path / "one", progress=False).rows)
-    assert all(f.stat().st_mtime_ns == t for f, t in stamps.items()) and not list(
-        (tmp_path / "r").rglob(".*.tmp")
-    )
+    assert all(f.stat().st_mtime_ns == t for f, t in stamps.items())
+    assert not list((tmp_path / "r").rglob(".*.tmp"))
 
-# ---- plans ------------------------------------------------------------------------------------------------------------
+# ---- plans -------------------------------------------------------------------------------------------------
 
 def test_a_plan_by_hand():
     p = plan_run(100., 1000, 36, (1, 2), bytes_per_row=50, images=10, feature_bytes=1e8)
-    assert (
-        p.hours[1] == 0.1
-        and 0.05 < p.hours[2] < 0.06
-        and (p.gpu_hours == 0.1).all()
-        and (p.rows_gb == 1000 * 36 * 50 / 1e9).all()
-        and (p.features_gb == 1.0).all()
-    )
+    assert p.hours[1] == 0.1
+    assert 0.05 < p.hours[2] < 0.06
+    assert (p.gpu_hours == 0.1).all()
+    assert (p.rows_gb == 1000 * 36 * 50 / 1e9).all()
+    assert (p.features_gb == 1.0).all()
     with pytest.raises(ValueError, match="prompts_per_second"): plan_run(0.)
 
 @given(st.floats(1, 1e4), st.integers(1, 10**7), st.integers(1, 64))
@@ -343,8 +329,8 @@ def test_more_gpus_never_take_longer_and_never_less_than_their_share(rate, queri
     h = plan_run(rate, queries, sequences, (1, 2, 8, 64)).hours
     assert (h.diff().dropna() <= 1e-9 * h[1]).all() and (h * h.index >= h[1] * (1 - 1e-9)).all()
 
-# --- a rate before there is one
-# ---------------------------------------------------------------------------------------------------
+# ---- a rate before there is one ------------------------------------------------------------------------------
+
 def test_a_rate_from_sizes_and_answers(tmp_path):
     from PIL import Image
     from leverplus.cost import PEAKS, prompt_flops, qwen_config
@@ -370,11 +356,9 @@ def test_a_rate_from_sizes_and_answers(tmp_path):
     cost = lambda S: prompt_flops(
         qwen_config("7b"), [391] * (S + 1), 20 * (S + 1), answers=3, known_images=1.0
     ).total
-    assert (
-        e["image_tokens"] == 391
-        and e["answers"] == 3
-        and e["prompts_per_second"] == pytest.approx(0.5 * PEAKS["A100"] * 2 / (cost(1) + cost(3)))
-    )
+    assert e["image_tokens"] == 391
+    assert e["answers"] == 3
+    assert e["prompts_per_second"] == pytest.approx(0.5 * PEAKS["A100"] * 2 / (cost(1) + cost(3)))
     (tmp_path/"1.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match="question_id 1: image .*1.png cannot be opened"):
         expected_rate(items)

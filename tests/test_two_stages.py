@@ -1,4 +1,4 @@
-"Two stages: probabilities for all, texts for a few; what is chosen, what is asked, and that kills and failures change nothing"
+"Two stages: what is chosen, what is asked, and that kills and failures change nothing"
 import math
 from dataclasses import replace
 import numpy as np, pandas as pd, pytest
@@ -52,9 +52,8 @@ def test_choose(rows, top, low, random, seed):
         assert g.picked.sum() == ends + min(random, n - ends)
         best = np.sort(g.vqa_gt_prob)[::-1]
         got = np.sort(g.vqa_gt_prob[g.picked])[::-1]
-        assert (got[: min(top, n)] == best[: min(top, n)]).all() and (
-            low == 0 or (got[-min(low, n) :] == best[-min(low, n) :]).all()
-        )
+        assert (got[: min(top, n)] == best[: min(top, n)]).all()
+        assert low == 0 or (got[-min(low, n) :] == best[-min(low, n) :]).all()
     assert (
         choose(f.sample(frac=1, random_state=seed), top, 0, 0, seed).sum() == choose(f, top, 0, 0, seed).sum()
     )
@@ -96,11 +95,9 @@ def test_failures_are_mended_as_if_they_had_not_been(tmp_path):
     )
     first = run(tmp_path / "run", Scripted(bad))
     failed = first.rows[first.rows.eval_failed]
-    assert (
-        len(failed)
-        and all(1007 in p for p in failed.pointer)
-        and set(evaluated(first).rows[lambda r: r.eval_failed].pointer) == set(failed.pointer)
-    )
+    assert len(failed)
+    assert all(1007 in p for p in failed.pointer)
+    assert set(evaluated(first).rows[lambda r: r.eval_failed].pointer) == set(failed.pointer)
     pd.testing.assert_frame_equal(run(tmp_path/"run", Scripted()).rows, whole.rows)
 
 def test_nothing_is_asked_twice_through_a_cache(tmp_path):
@@ -123,11 +120,11 @@ def test_one_stage_and_two_do_not_mix(tmp_path):
 def test_bad_second_stage(second):
     with pytest.raises(ValueError, match="second stage"): check_second(second)
 
-# ---- budget of failures -------------------------------------------------------------------------------------------------
+# ---- budget of failures ------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("max_failed,stops", [(.0, True), (.2, True), (.9, False), (1., False)])
 def test_budget_of_failures(tmp_path, max_failed, stops):
-    "About half of the rows fail: the run stops or not, what is done is kept, and the mended run ends as if nothing had been"
+    "Half of the rows fail: the run stops or not, keeps what is done, and mended ends as if nothing had been"
     bad = lambda s: (
         replace(s, text=None, logprobs=(), gt_prob=math.nan, error="OSError: disk gone")
         if s.question_id % 2
@@ -136,10 +133,8 @@ def test_budget_of_failures(tmp_path, max_failed, stops):
     go = lambda scorer, **kw: run(tmp_path/"run", scorer, second=None, max_failed=max_failed, **kw)
     if stops:
         with pytest.raises(TooManyFailures, match="disk gone.*failed rows are asked again"): go(Scripted(bad))
-        assert (
-            list((tmp_path / "run").glob("part-*"))
-            and not read_json(tmp_path / "run" / "manifest.json")["complete"]
-        )
+        assert list((tmp_path / "run").glob("part-*"))
+        assert not read_json(tmp_path / "run" / "manifest.json")["complete"]
     else: assert go(Scripted(bad)).rows.eval_failed.mean() == .5
     pd.testing.assert_frame_equal(go(Scripted()).rows, run(tmp_path/"whole", Scripted(), second=None).rows)
 
