@@ -52,7 +52,7 @@ POOL = make_pool()
 STORE = make_store()
 DATA = make_facts(POOL)
 
-# ---- picks ----------------------------------------------------------------------------------------------------------
+# ---- picks -------------------------------------------------------------------------------------------------
 
 def test_random_is_uniform_seeded_and_stable_under_subsets():
     a = pick_random(POOL, 2, draws=3)
@@ -132,7 +132,7 @@ def test_oracle_stays_in_the_pool_and_skips_failures():
     with pytest.raises(ValueError, match=r"1 queries.*\[4\]"):
         pick_oracle(DATA[DATA.question_id != 4], 2, POOL)
 
-# ---- scoring --------------------------------------------------------------------------------------------------------
+# ---- scoring -----------------------------------------------------------------------------------------------
 
 PICKS = pd.concat(
     [pick_zero(POOL), pick_random(POOL, 2), pick_similar(POOL, STORE, 2), pick_oracle(DATA, 2, POOL)]
@@ -173,7 +173,7 @@ def test_contradictions_and_mixtures_are_refused():
     with pytest.raises(ValueError, match="picks twice"): score_picks(pd.concat([PICKS, PICKS.head(1)]), DATA)
     assert len(check_facts(pd.concat([DATA, DATA]))) == len(DATA)
 
-# ---- bootstrap ------------------------------------------------------------------------------------------------------
+# ---- bootstrap ---------------------------------------------------------------------------------------------
 
 def loop_means(x, cluster, n_boot, seed):
     "The same resamples, one query at a time"
@@ -295,7 +295,7 @@ def test_differs_needs_both_conditions():
     z = 0 * x
     assert detectable(paired_bootstrap(x, z)) == pytest.approx(mde(x, z), rel=.06)
 
-# ---- gap, table, seeds ----------------------------------------------------------------------------------------------
+# ---- gap, table, seeds -------------------------------------------------------------------------------------
 
 @given(st.integers(0, 10_000))
 @settings(max_examples=20, deadline=None)
@@ -438,7 +438,7 @@ def test_plot_takes_and_returns_axes():
     assert [t.get_text() for t in ax.get_yticklabels()] == ["zero_shot", "random", "similar_mixed", "oracle"]
     plt.close("all")
 
-# ---- exact tests, families, planning --------------------------------------------------------------------------------
+# ---- exact tests, families, planning -----------------------------------------------------------------------
 
 @given(st.integers(0, 60), st.integers(0, 60), st.integers(0, 5))
 @settings(max_examples=40)
@@ -491,7 +491,7 @@ def test_planning_matches_the_planning_table(n, f, points):
     assert plan_power(0.0038, 0.10) == pytest.approx(39_000, rel=0.01)
     with pytest.raises(ValueError, match="delta > 0"): plan_power(0, f)
 
-# ---- rows and behaviour ---------------------------------------------------------------------------------------------
+# ---- rows and behaviour ------------------------------------------------------------------------------------
 
 IDS = [*range(12), *range(1000, 1040)]
 ITEMS = pd.DataFrame(
@@ -565,7 +565,7 @@ def test_behaviour_and_agreement_are_brute_force():
     )
     assert agreement(s, "oracle", "oracle", 2) == 1 and math.isnan(agreement(s, "oracle", "nobody", 2))
 
-# ---- families, sizes, modes, looks, runs ----------------------------------------------------------------------------
+# ---- families, sizes, modes, looks, runs -------------------------------------------------------------------
 
 def test_paired_tests_agree_with_their_parts():
     s = score_picks(PICKS, DATA)

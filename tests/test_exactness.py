@@ -165,7 +165,7 @@ def test_only_text_or_only_probabilities(lvlm, oracle, world):
     out = s.run(*world, generate=False)
     assert all(a.text is None and np.allclose(a.logprobs, b.logprobs, atol=1e-4) for a, b in zip(out, want))
 
-# ---- stored beginnings ----------------------------------------------------------------------------------------------
+# ---- stored beginnings -------------------------------------------------------------------------------------
 
 def test_wrong_beginnings_would_show(lvlm, images):
     "Stored values that stand one place off move the numbers by far more than the tolerance"
@@ -220,7 +220,7 @@ def test_features_from_disk(lvlm, oracle, world, tmp_path):
     assert_same(s.run(*world), oracle.run(*world))
     assert s.vision.counts["encoded"] == 0 and s.vision.counts["disk"] > 0
 
-# ---- memory ---------------------------------------------------------------------------------------------------------
+# ---- memory ------------------------------------------------------------------------------------------------
 
 def short_of_memory(s, monkeypatch, tokens):
     "Passes over more than `tokens` padded tokens run out of memory"
@@ -309,7 +309,7 @@ def test_interrupt_goes_through_and_the_scorer_lives_on(lvlm, oracle, world, mon
     with pytest.raises(KeyboardInterrupt): s.run(*world)
     assert_same(s.run(*world), oracle.run(*world))
 
-# ---- half precision, other models, refusals -------------------------------------------------------------------------
+# ---- half precision, other models, refusals ----------------------------------------------------------------
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_stays_within_its_rounding(tmp_path, images, dtype):

@@ -72,7 +72,7 @@ def all_logp(logits, S, T=1.):
         out[s] = lp
     return out
 
-# ---- search --------------------------------------------------------------------------------------
+# ---- search ------------------------------------------------------------------------------------------------
 
 def test_beam_of_full_width_is_the_enumeration():
     logits = np.random.default_rng(0).normal(size=5)
@@ -126,7 +126,7 @@ def test_nearest_sets_against_brute_force(K, S, n, seed):
         and (cos[0][seqs[0]].diff(dim=-1) >= 0).all()
     )
 
-# ---- propose -------------------------------------------------------------------------------------
+# ---- propose -----------------------------------------------------------------------------------------------
 
 def test_default_counts_and_columns():
     rows = propose(POOL, STORE, QS)
@@ -292,11 +292,7 @@ def test_kappa_weighs_what_was_drawn():
 def test_bad_requests(call, says):
     with pytest.raises((ValueError, KeyError), match=says): call()
 
-<<<<<<< HEAD
-# ---- ask and cache -------------------------------------------------------------------------------
-=======
 # ---- ask and cache -----------------------------------------------------------------------------------------
->>>>>>> 825bef59efbc0dde5ea6f82c73652e662e471890
 
 PAIRS = propose(POOL, STORE, QS)[["question_id", "pointer"]]
 
@@ -442,11 +438,7 @@ def test_unknown_items_and_confused_scorers():
         def run(self, *a, **k): return super().run(*a, **k)[::-1]
     with pytest.raises(ValueError, match="in order"): ask(PAIRS, Swaps(), ITEMS)
 
-<<<<<<< HEAD
-# ---- self-test -----------------------------------------------------------------------------------
-=======
 # ---- self-test ---------------------------------------------------------------------------------------------
->>>>>>> 825bef59efbc0dde5ea6f82c73652e662e471890
 
 class Knows:
     "Probabilities that agree with what it says, or (sign=-1) that contradict it"
@@ -489,11 +481,7 @@ def test_self_test_without_variation_has_no_number():
     got = self_test(same, ITEMS, POOL, n=5)
     assert got["spearman"] is None and got["greedy_wins"] is None and got["compared"] == 0
 
-<<<<<<< HEAD
-# ---- generate ------------------------------------------------------------------------------------
-=======
 # ---- generate ----------------------------------------------------------------------------------------------
->>>>>>> 825bef59efbc0dde5ea6f82c73652e662e471890
 
 RUN = dict(shots=(1, 2), window=4, test=5, progress=False)
 
@@ -646,11 +634,7 @@ def test_kill_9_at_random_points(tmp_path):
     pd.testing.assert_frame_equal(resumed.rows, straight.rows)
     assert resumed.fingerprint == straight.fingerprint and not list((tmp_path / "killed").rglob("*.tmp"))
 
-<<<<<<< HEAD
-# ---- shards --------------------------------------------------------------------------------------
-=======
 # ---- shards ------------------------------------------------------------------------------------------------
->>>>>>> 825bef59efbc0dde5ea6f82c73652e662e471890
 
 PART = RUN | dict(test=0)
 
@@ -854,11 +838,7 @@ def test_shards_of_a_real_model_agree_to_rounding(tmp_path):
     v = union.manifest["verify"]
     assert v["asked"] == v["drawn"] == 2 and v["text"] == 0 and 0 <= v["logprob"] < scorer.tolerance == 1e-3
 
-<<<<<<< HEAD
-# ---- verify --------------------------------------------------------------------------------------
-=======
 # ---- verify ------------------------------------------------------------------------------------------------
->>>>>>> 825bef59efbc0dde5ea6f82c73652e662e471890
 
 class Tampered(Scripted):
     "Spoils the prompts of query `bad`; its reference does not"

@@ -65,7 +65,7 @@ class Says:
             )
         return out
 
-# ---- picks ----------------------------------------------------------------------------------------------------------
+# ---- picks -------------------------------------------------------------------------------------------------
 
 @given(st.integers(0, 3000), st.floats(0, 1))
 @settings(max_examples=25)
@@ -157,7 +157,7 @@ def test_foreign_pools_and_self_shown_queries_are_refused(tmp_path):
     with pytest.raises(ValueError, match="shares its picture"): pick_fixed(POOL, POOL[3][:2], twin)
     with pytest.raises(ValueError, match="is its own candidate"): Pool({3: (3, 100)})
 
-# ---- reranking ------------------------------------------------------------------------------------------------------
+# ---- reranking ---------------------------------------------------------------------------------------------
 
 rows = st.lists(
     st.tuples(
@@ -277,7 +277,7 @@ def test_confidence_is_the_probability_of_the_own_text_and_costs_what_it_says():
         def _one(self, p, t, generate): return Scored(p.question_id, p.pointer, " ", (-1.,)*len(t.texts), .1)
     assert np.isnan(confidence(p, Mute(), ITEMS)).all()
 
-# ---- predictions ----------------------------------------------------------------------------------------------------
+# ---- predictions -------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize(
     "how,kw",

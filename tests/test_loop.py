@@ -1,10 +1,4 @@
-<<<<<<< HEAD
-"""The closed loop of nbs/tutorials/01_data: what is found stays found, is paid for once, is true, and failures
-cost nothing but themselves
-"""
-=======
 "The closed loop of nbs/tutorials/01_data: what is found stays found, is paid for once, and is true"
->>>>>>> 825bef59efbc0dde5ea6f82c73652e662e471890
 import numpy as np, pandas as pd, pytest
 from hypothesis import given, settings, strategies as st
 from leverplus.groups import RLData

@@ -329,7 +329,7 @@ def test_more_gpus_never_take_longer_and_never_less_than_their_share(rate, queri
     h = plan_run(rate, queries, sequences, (1, 2, 8, 64)).hours
     assert (h.diff().dropna() <= 1e-9 * h[1]).all() and (h * h.index >= h[1] * (1 - 1e-9)).all()
 
-# ---- a rate before there is one ------------------------------------------------------------------------------
+# ---- a rate before there is one ----------------------------------------------------------------------------
 
 def test_a_rate_from_sizes_and_answers(tmp_path):
     from PIL import Image

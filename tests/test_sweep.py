@@ -32,7 +32,7 @@ BASE = {"model.d_hidden": 8, "bs": 10, "rce.n_epoch": 1, "rce.watch": None, "rce
 GRID = {"reward": ["hard_only", "gtprob"], "rce.norm": ["raw", "zscore"]}
 same = lambda a, b: pd.testing.assert_frame_equal(a.drop(columns="seconds"), b.drop(columns="seconds"))
 
-# ---- grids --------------------------------------------------------------------------------------------------------
+# ---- grids -------------------------------------------------------------------------------------------------
 
 VALUES = {
     "objective": ["rce", "sft", "listwise", ("rce", "grpo")],
@@ -84,7 +84,7 @@ def test_wrong_grids_are_refused_before_anything_is_trained(grid, base, what):
 def test_the_reports_grids_can_be_read():
     assert [len(expand_grid(g)) for g in GRIDS.values()] == [34, 4, 2, 4]
 
-# ---- the file -----------------------------------------------------------------------------------------------------
+# ---- the file ----------------------------------------------------------------------------------------------
 
 @settings(max_examples=15)
 @given(
@@ -109,7 +109,7 @@ def test_a_line_is_there_or_not(tmp_path_factory, rows, cut):
     f.write_bytes(b'{"a"\n' + whole)
     with pytest.raises(ValueError, match="line 1"): read_rows(f)
 
-# ---- cells --------------------------------------------------------------------------------------------------------
+# ---- cells -------------------------------------------------------------------------------------------------
 
 CALLS = []
 def counted(learn, lr=1e-2, spoil=False):
@@ -251,7 +251,7 @@ def test_info_score_and_stages_in_turn(data, tmp_path):
     assert f.objective.tolist() == ["rce+grpo"] * 2
     assert (f.epochs == 2).all()
 
-# ---- tables -------------------------------------------------------------------------------------------------------
+# ---- tables ------------------------------------------------------------------------------------------------
 
 def planted(effect, seeds=5, n=120, cells=2, g=np.random.default_rng(0)):
     "(frame, scored) of a default and `cells - 1` others that gain `effect` on it"
