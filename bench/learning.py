@@ -199,7 +199,7 @@ def mended(t):
     start, an exact KL, no cut by reward, no dropout
     """
     cbs = dict((c, {}) if isinstance(c, str) else c for c in recipe("plan5-as-run", EARLIER)["stages"][1]["cbs"])
-    del cbs["TopKFirst"]
+    del cbs["TopKCurriculum"]
     cbs["GRPO"] |= dict(old=None, refresh="epoch")
     cbs["KLToRef"] |= dict(ref="start", how="exact")
     cbs["NoDropout"] = {}

@@ -30,7 +30,8 @@ def _as_run(n_epoch=3, lr=5e-6, beta=.15, clip_only=False, before="before", **mo
     "GRPO as the code did it; `before` names the old policy, which is the reference of the KL too"
     grpo = dict(**_SURROGATE, refresh="never", old=before, strict=False, min_live=0.)
     kl = dict(ref=before, beta=0. if clip_only else beta, how="k3")
-    cbs = ["TopKFirst", ["GRPO", grpo], ["KLToRef", kl]]
+    cut = dict(k=[3, 5], how="best", before=True)
+    cbs = [["TopKCurriculum", cut], ["GRPO", grpo], ["KLToRef", kl]]
     if not clip_only: cbs.append(_ADAPTIVE)
     return dict(fit="stage", n_epoch=n_epoch, lr=lr, cbs=cbs, skip_flat=False, best=False) | more
 
