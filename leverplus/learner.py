@@ -88,11 +88,11 @@ def fit_stage(self:Learner,
 )->Learner: # the Learner itself
     "Train one stage with a fresh optimiser; leaves nothing behind but weights and history"
     if n_epoch < 0: raise ValueError(f"fit_stage: {n_epoch} epochs, wanted 0 or more")
+    best = _best(self, best)   # settings are refused with 0 epochs, too
     if n_epoch == 0:
         name = ", ".join(type(cb).__name__ for cb in L(cbs))
         warnings.warn(f"0 epochs asked of the stage ({name}): the policy stays as it is")
         return self
-    best = _best(self, best)
     more = [ParamScheduler({"lr": SchedCos(lr, 0.)})]
     if split_shots: more.append(SplitShots())
     if skip_flat: more.append(SkipFlat())
