@@ -293,7 +293,7 @@ def test_gradient_of_exact_kl():
         assert torch.autograd.gradcheck(f, tuple(logits[k].clone().requires_grad_() for k in keys))
 
 def test_drawn_prefixes_are_unbiased_for_values_and_gradients():
-    "Two of up to twelve prefixes, often: KL, entropy and their gradients, within five standard errors of the exact ones"
+    "Two of up to twelve prefixes, often: KL, entropy and gradients, within five standard errors of the exact ones"
     B = 2
     K = 4
     S = 3

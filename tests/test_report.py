@@ -526,7 +526,8 @@ ASK = """<script>onload = () => { document.title = JSON.stringify([...document.q
   return {width: d.documentElement.scrollWidth, room: d.documentElement.clientWidth,
           ink: d.body.innerText.length, all: seen(),
           cut: [...d.querySelectorAll('h1,h2,h3,p,li,figure,img,fieldset,summary')].filter(out).length,
-          won: click('.f-won-0'), lost: click('.f-lost-0'), unchanged: click('.f-unchanged-0'), back: click('.f-all')} })) }</script>"""
+          won: click('.f-won-0'), lost: click('.f-lost-0'), unchanged: click('.f-unchanged-0'),
+          back: click('.f-all')} })) }</script>"""
 
 def browse(tmp_path, page, *args):
     return subprocess.run(
