@@ -545,7 +545,9 @@ class _Step:
 
     def check(self, i, error):
         "Stop past the budget of failures"
-        rows, failed, most = self.sums["rows"], self.sums["failed"], self.run.max_failed
+        rows = self.sums["rows"]
+        failed = self.sums["failed"]
+        most = self.run.max_failed
         if rows >= 100 and failed > most*rows:
             raise TooManyFailures(
                 f"{self.run.path}: {failed} of {rows} rows failed, more than"

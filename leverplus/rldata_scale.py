@@ -383,7 +383,8 @@ def expected_rate(
     costs = []
     for S in shots:
         parts = S + 1 # demonstrations and the query
-        images, text = [image]*parts, text_tokens*parts
+        images = [image]*parts
+        text = text_tokens*parts
         costs.append(prompt_flops(qwen_config(size), images, text, answers=answers, known_images=1.).total)
     flops = sum(costs)/len(costs)
     why = (
