@@ -5,12 +5,15 @@
 # %% auto #0
 __all__ = ['CURVES', 'OUTCOMES', 'MARKS', 'LIGHT', 'DARK', 'STYLE', 'curves_in', 'plot_curves', 'diagnoses', 'plot_shots',
            'plot_gap', 'outcomes', 'cases', 'mark', 'truth', 'picture', 'plot_examples', 'read_scored', 'data_uri',
-           'Pictures', 'table_html', 'frame_html', 'comparisons_html', 'case_html', 'browser_html', 'diagnosis_html',
+           'Pictures', 'frame_html', 'table_html', 'comparisons_html', 'case_html', 'browser_html', 'diagnosis_html',
            'health_html', 'settings_html', 'write_report', 'described_items', 'runs_differ', 'compare_many', 'report']
 
 # %% ../nbs/90_report.ipynb #bf531454
-import base64, html, io, json, math, textwrap
+import base64, io, json, math, textwrap
+from dataclasses import dataclass
+from html import escape
 from pathlib import Path
+from typing import NamedTuple
 import numpy as np, pandas as pd
 from fastcore.basics import patch
 from .core import atomic_path, read_json, rng
@@ -19,13 +22,13 @@ from .groups import RLData, shard_files
 from .rldata_check import Health, health, teaches
 from .diagnose import Diagnosis, PANELS, diagnose, plot_rl
 from .infer import as_pointer
+from .statistics import Interval, holm, verdict
 from leverplus.evaluate import (
     BASELINES, behaviour, compare_runs, compare_seeds, gap_table, mode_table, paired_tests, plot_results,
     result_table, size_table, subsets, table_text, type_table,
 )
-from .statistics import Interval, holm, verdict
 
-# %% ../nbs/90_report.ipynb #104321ce
+# %% ../nbs/90_report.ipynb #24fc0e23
 CURVES = dict(
     train_loss="training loss",
     valid_loss="validation regret",
@@ -46,49 +49,62 @@ def curves_in(
     "Which curves a history can show"
     return [c for c in CURVES if c in history and history[c].notna().any()]
 
+# %% ../nbs/90_report.ipynb #104321ce
 def plot_curves(
     history:pd.DataFrame, # rows in training order: `stage`, any columns of `CURVES`, optional `seed` (a line each)
     axs=None, # at least one matplotlib axes per curve, in the order of `curves_in`; None makes a grid, three across
 ):# array of the axes that were drawn on
     "Training curves, one panel per quantity and one colour per stage"
-    import matplotlib.pyplot as plt
     cols = curves_in(history)
-    if not cols:
-        raise ValueError(
-            f"history has columns {list(history)} and {len(history)} rows: nothing of {list(CURVES)} to draw"
-        )
-    if axs is None:
-        w = min(3, len(cols))
-        h = math.ceil(len(cols)/3)
-        fig, axs = plt.subplots(h, w, figsize=(3.2*w, 2.3*h), layout="constrained", squeeze=False)
-        for a in axs.ravel()[len(cols):]: fig.delaxes(a)
-    axs = np.ravel(axs)[: len(cols)]
-    by_stage = history.assign(stage=history["stage"] if "stage" in history else "training")
+    _check_curves(history, cols)
+    axs = _curve_grid(len(cols)) if axs is None else np.ravel(axs)[:len(cols)]
     if len(axs) < len(cols): raise ValueError(f"{len(axs)} axes for the curves {cols}: pass one each")
-    for ax, c in zip(axs, cols): _curve(ax, by_stage, c)
-    if by_stage.stage.nunique() > 1: axs[0].legend(*_once(axs[0]), frameon=False, fontsize=8)
+    if "stage" not in history: history = history.assign(stage="training")
+    for ax, col in zip(axs, cols): _curve(ax, history, col)
+    if history.stage.nunique() > 1: axs[0].legend(*_once(axs[0]), frameon=False, fontsize=8)
     return axs
+
+def _check_curves(history, cols):
+    if cols: return
+    raise ValueError(
+        f"history has columns {list(history)} and {len(history)} rows: nothing of {list(CURVES)} to draw"
+    )
+
+def _curve_grid(n):
+    "Axes for `n` curves, three across"
+    import matplotlib.pyplot as plt
+    across = min(3, n)
+    down = math.ceil(n/3)
+    size = 3.2*across, 2.3*down
+    fig, axs = plt.subplots(down, across, figsize=size, layout="constrained", squeeze=False)
+    for ax in axs.ravel()[n:]: fig.delaxes(ax)
+    return axs.ravel()[:n]
 
 def _curve(ax, history, col):
     "One quantity over the epochs of all stages; a thin line per seed if there are several"
-    colour = {s: f"C{i}" for i, s in enumerate(dict.fromkeys(history.stage))}
-    runs = [history] if "seed" not in history else [h for _, h in history.groupby("seed", sort=False)]
-    for h in runs:
-        h = h.assign(step=range(1, len(h) + 1)).dropna(subset=[col])
-        look = dict(marker="." * (len(h) < 30), lw=1.5 if len(runs) == 1 else 0.8)
-        for s, part in h.groupby("stage", sort=False):
-            ax.plot(part.step, part[col], color=colour[s], label=s, **look)
+    colour = {stage: f"C{i}" for i, stage in enumerate(dict.fromkeys(history.stage))}
+    runs = _by_seed(history)
+    for _, run in runs:
+        run = run.assign(step=range(1, len(run) + 1)).dropna(subset=[col])
+        marker = "." if len(run) < 30 else ""
+        width = 1.5 if len(runs) == 1 else .8
+        for stage, part in run.groupby("stage", sort=False):
+            ax.plot(part.step, part[col], color=colour[stage], label=stage, marker=marker, lw=width)
     ax.set_xlabel("epoch, all stages")
     ax.set_ylabel(CURVES[col])
     ax.spines[["top", "right"]].set_visible(False)
-    ax.grid(alpha=0.3)
+    ax.grid(alpha=.3)
     ax.xaxis.get_major_locator().set_params(integer=True)
+
+def _by_seed(history):
+    "[(seed, its rows)]; the seed is None where the history has none"
+    return list(history.groupby("seed")) if "seed" in history else [(None, history)]
 
 def _once(ax):
     "Handles and labels without repeats"
-    h, l = ax.get_legend_handles_labels()
-    keep = {k: v for v, k in zip(h, l)}
-    return list(keep.values()), list(keep)
+    handles, labels = ax.get_legend_handles_labels()
+    last = dict(zip(labels, handles))
+    return list(last.values()), list(last)
 
 # %% ../nbs/90_report.ipynb #e155fcd7
 def diagnoses(
@@ -96,13 +112,19 @@ def diagnoses(
     facts:dict|None=None, # of `diagnose.data_facts`
 )->list: # of `Diagnosis`, a fit each, in order
     "Diagnose every fit of a history"
-    out = []
-    for seed, h in [(None, history)] if "seed" not in history else history.groupby("seed", sort=False):
-        if "fit" not in h: h = h.assign(fit=(h.stage != h.stage.shift()).cumsum() if "stage" in h else 0)
-        for fit in h.fit.unique():
-            d = diagnose(h, facts or {}, fit)
-            out.append(Diagnosis(d.frame, d.stage if seed is None else f"seed {seed}, {d.stage}"))
-    return out
+    found = []
+    for seed, rows in _by_seed(history):
+        if "fit" not in rows: rows = rows.assign(fit=_count_stages(rows))
+        for fit in rows.fit.unique():
+            one = diagnose(rows, facts or {}, fit)
+            stage = one.stage if seed is None else f"seed {seed}, {one.stage}"
+            found.append(Diagnosis(one.frame, stage))
+    return found
+
+def _count_stages(rows):
+    "A number per row that goes up where the stage changes"
+    if "stage" not in rows: return 0
+    return (rows.stage != rows.stage.shift()).cumsum()
 
 # %% ../nbs/90_report.ipynb #42991dff
 def plot_shots(
@@ -111,60 +133,59 @@ def plot_shots(
 ):# the axes
     "Accuracy by number of demonstrations with intervals; zero-shot is the dotted line"
     import matplotlib.pyplot as plt
-    t = table[table.shots > 0]
-    names = list(dict.fromkeys(t.selector))
-    own = [s for s in names if s not in BASELINES]
-    ends = {}
-    if not len(t): raise ValueError("plot_shots: no row with a demonstration; zero-shot alone is no curve")
+    rows = table[table.shots > 0]
+    if not len(rows): raise ValueError("plot_shots: no row with a demonstration; zero-shot alone is no curve")
     if ax is None: ax = plt.subplots(figsize=(5, 3.4), layout="constrained")[1]
-    for i, s in enumerate(names):
-        g = t[t.selector == s].sort_values("shots")
-        c = f"C{own.index(s) % 10}" if s in own else ".55"
-        x = g.shots + 0.03 * (i - len(names) / 2)
-        err = np.clip([g.acc - g.lo, g.hi - g.acc], 0, None)
-        ax.errorbar(
-            x,
-            g.acc,
-            yerr=err,
-            fmt="o-",
-            ms=4,
-            lw=1.2 + 0.6 * (s in own),
-            elinewidth=1,
-            capsize=2,
-            color=c,
-            zorder=2 + (s in own),
-        )
-        ends[s] = float(g.acc.iloc[-1]), c if s in own else ".35", float(x.iloc[-1])
-    for z in table.acc[table.selector == "zero_shot"]:
-        ax.axhline(z, ls=":", lw=1, color=".45")
-        ends["zero_shot"] = z, ".35", float(t.shots.max())
-    _names_at_end(ax, ends, t.shots.max())
-    ax.set_xticks(sorted(t.shots.unique()))
+    names = list(dict.fromkeys(rows.selector))
+    trained = [s for s in names if s not in BASELINES]
+    ends = [] # where each line ends
+    for i, name in enumerate(names):
+        one = rows[rows.selector == name].sort_values("shots")
+        colour = f"C{trained.index(name) % 10}" if name in trained else ".55"
+        x = one.shots + .03*(i - len(names)/2) # beside each other: intervals do not cover each other
+        _shots_line(ax, x, one, colour, name in trained)
+        ends.append(_End(name, x.iloc[-1], one.acc.iloc[-1], colour if name in trained else ".35"))
+    for acc in table.acc[table.selector == "zero_shot"]:
+        ax.axhline(acc, ls=":", lw=1, color=".45")
+        ends.append(_End("zero_shot", rows.shots.max(), acc, ".35"))
+    _names_at_end(ax, ends, rows.shots.max() + .2)
+    ax.set_xticks(sorted(rows.shots.unique()))
     ax.set_xlabel("demonstrations")
     ax.set_ylabel("VQA accuracy (95 % interval)")
-    ax.grid(axis="y", alpha=0.3)
+    ax.grid(axis="y", alpha=.3)
     ax.spines[["top", "right"]].set_visible(False)
     return ax
 
+def _shots_line(ax, x, rows, colour, trained):
+    "Points with intervals, joined; a trained selector's line is thicker and in front"
+    err = np.clip([rows.acc - rows.lo, rows.hi - rows.acc], 0, None)
+    look = dict(lw=1.8, zorder=3) if trained else dict(lw=1.2, zorder=2)
+    ax.errorbar(x, rows.acc, yerr=err, fmt="o-", ms=4, elinewidth=1, capsize=2, color=colour, **look)
+
+class _End(NamedTuple):
+    "Last point of a line, and what is written beside it"
+    name: str
+    x: float
+    y: float
+    colour: str
+
 def _names_at_end(ax, ends, x):
-    "A name beside the last point of each line, pushed apart where they would cover each other"
-    names = sorted(ends, key=lambda s: ends[s][0])
-    y = np.array([ends[s][0] for s in names])
+    "A name at `x` for each line, pushed apart where they would cover each other"
+    ends = sorted(ends, key=lambda end: end.y)
     lo, hi = ax.get_ylim()
-    gap = np.arange(len(y)) * (hi - lo) * 0.062
-    up = np.maximum.accumulate(y - gap) + gap
-    down = np.minimum.accumulate((y - gap)[::-1])[::-1] + gap
-    for s, v in zip(names, (up + down) / 2):
-        ax.annotate(
-            s,
-            (ends[s][2], ends[s][0]),
-            (x + 0.2, v),
-            color=ends[s][1],
-            fontsize=8,
-            va="center",
-            arrowprops=dict(arrowstyle="-", lw=0.4, color=".7", shrinkA=0, shrinkB=3),
-            annotation_clip=False,
-        )
+    heights = _apart([end.y for end in ends], .062*(hi - lo))
+    hair = dict(arrowstyle="-", lw=.4, color=".7", shrinkA=0, shrinkB=3)
+    look = dict(fontsize=8, va="center", arrowprops=hair, annotation_clip=False)
+    for end, height in zip(ends, heights):
+        ax.annotate(end.name, (end.x, end.y), (x, height), color=end.colour, **look)
+
+def _apart(heights, gap):
+    "Rising heights, moved up and down until they are `gap` apart"
+    steps = gap*np.arange(len(heights))
+    level = np.array(heights) - steps # falls where two are too close
+    up = np.maximum.accumulate(level)
+    down = np.minimum.accumulate(level[::-1])[::-1]
+    return (up + down)/2 + steps
 
 # %% ../nbs/90_report.ipynb #4b024562
 def plot_gap(
@@ -173,37 +194,32 @@ def plot_gap(
 ):# the axes
     "Share of the gap that each selector closes, with intervals, a colour per shot count"
     import matplotlib.pyplot as plt
-    if not len(gaps):
-        raise ValueError(
-            "plot_gap: no rows; gaps need scores of a random and of an oracle row at the same shots"
-        )
+    _check_gaps(gaps)
     names = list(dict.fromkeys(gaps.selector))
     shots = sorted(gaps.shots.unique())
-    h = 0.8 / len(shots)
+    height = .8/len(shots) # of a bar
     if ax is None: ax = plt.subplots(figsize=(5, max(2.2, .42*len(names) + 1)), layout="constrained")[1]
-    for i, s in enumerate(shots):
-        g = gaps[gaps.shots == s]
-        y = [names.index(n) + (i - (len(shots) - 1) / 2) * h for n in g.selector]
-        err = np.clip([g.gap - g.lo, g.hi - g.gap], 0, None)
-        ax.barh(
-            y,
-            g.gap,
-            h * 0.9,
-            color=f"C{i}",
-            alpha=0.75,
-            label=f"S = {s}",
-            xerr=err,
-            error_kw=dict(lw=1, capsize=2, ecolor=".25"),
-        )
-    for v in (0, 1): ax.axvline(v, lw=.8, color=".4")
+    whisker = dict(lw=1, capsize=2, ecolor=".25")
+    for i, n in enumerate(shots):
+        rows = gaps[gaps.shots == n]
+        shift = (i - (len(shots) - 1)/2)*height
+        y = [names.index(name) + shift for name in rows.selector]
+        err = np.clip([rows.gap - rows.lo, rows.hi - rows.gap], 0, None)
+        look = dict(color=f"C{i}", alpha=.75, label=f"S = {n}")
+        ax.barh(y, rows.gap, .9*height, xerr=err, error_kw=whisker, **look)
+    for x in (0, 1): ax.axvline(x, lw=.8, color=".4")
     ax.set_yticks(range(len(names)), names)
     ax.invert_yaxis()
     ax.set_xlabel("gap closed: 0 = random, 1 = oracle (95 % interval)")
     ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1)) if len(shots) > 1 else None
+    if len(shots) > 1: ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return ax
 
-# %% ../nbs/90_report.ipynb #b6d8ec5f
+def _check_gaps(gaps):
+    if len(gaps): return
+    raise ValueError("plot_gap: no rows; gaps need scores of a random and of an oracle row at the same shots")
+
+# %% ../nbs/90_report.ipynb #84c43671
 OUTCOMES = ("won", "lost", "unchanged", "failed")
 
 def outcomes(
@@ -213,16 +229,29 @@ def outcomes(
     against:str, # whom it is compared with, at the same shots (zero_shot at 0)
 )->pd.Series: # by question_id: "won" | "lost" | "unchanged" | "failed" (one of the two has no score)
     "How each query went against another selector, first draw against first draw"
-    first = (
-        lambda s, n: _only(_only(scored, "selector", s), "shots", n)
-        .drop_duplicates("question_id")
-        .set_index("question_id")
-    )
-    a = first(selector, shots)
-    b = first(against, 0 if against == "zero_shot" else shots)
-    d = a.vqa_acc_score.mask(a.eval_failed) - b.vqa_acc_score.mask(b.eval_failed).reindex(a.index)
-    return pd.Series(np.select([d > 1e-9, d < -1e-9, d.abs() <= 1e-9], OUTCOMES[:3], "failed"), a.index)
+    mine = _accuracies(scored, selector, shots)
+    theirs = _accuracies(scored, against, 0 if against == "zero_shot" else shots)
+    d = mine - theirs.reindex(mine.index)
+    return pd.Series(np.select([d > 1e-9, d < -1e-9, d.abs() <= 1e-9], OUTCOMES[:3], "failed"), mine.index)
 
+def _accuracies(scored, selector, shots):
+    "Accuracy by question_id, NaN where the evaluation failed"
+    rows = _first_draws(scored, selector, shots)
+    return rows.vqa_acc_score.mask(rows.eval_failed)
+
+def _first_draws(scored, selector, shots):
+    "Rows of one selector and shot count, by question_id, the first draw of each query"
+    rows = _only(_only(scored, "selector", selector), "shots", shots)
+    return rows.drop_duplicates("question_id").set_index("question_id", drop=False)
+
+def _only(scored, col, value):
+    "Rows where `col` is `value`, or all rows if there is only one value"
+    there = list(dict.fromkeys(scored[col]))
+    if value is None and len(there) == 1: value = there[0]
+    if value not in there: raise ValueError(f"{col} {value!r} asked, scored holds {there}: name one of them")
+    return scored[scored[col] == value]
+
+# %% ../nbs/90_report.ipynb #b6d8ec5f
 def cases(
     scored:pd.DataFrame, # from `evaluate.score_picks`
     n:int=4, # how many, fewer if there are fewer
@@ -233,61 +262,64 @@ def cases(
     against:str|None=None, # None: right and wrong in turn | a selector: won, lost and unchanged against it in turn
 )->pd.DataFrame: # rows of `scored`, first draw of each query
     "Queries worth looking at"
-    s = (
-        _only(_only(scored, "selector", selector), "shots", shots)
-        .drop_duplicates("question_id")
-        .set_index("question_id", drop=False)
-    )
-    if ids is not None:
-        if lost := [i for i in ids if i not in s.index]:
-            raise KeyError(f"question {lost[0]} was not scored for these picks")
-        return s.loc[list(ids)].reset_index(drop=True)
-    p = rng("cases", seed).permutation(len(s))
-    s = s.sort_index().iloc[p]
-    if against is None: kind = (~(s.vqa_acc_score >= .5)).to_numpy().astype(int)
+    rows = _first_draws(scored, selector, shots)
+    if ids is not None: return _named(rows, list(ids))
+    order = rng("cases", seed).permutation(len(rows))
+    rows = rows.sort_index().iloc[order]
+    if against is None:
+        kind = ~(rows.vqa_acc_score >= .5) # right before wrong
     else:
-        kind = (
-            outcomes(scored, s.selector.iloc[0], s.shots.iloc[0], against)
-            .loc[s.index]
-            .map(OUTCOMES.index)
-            .to_numpy()
-        )
-    turn = s.groupby(kind).cumcount()
-    return s.iloc[np.lexsort((kind, turn))][:n].reset_index(drop=True)
+        how = outcomes(scored, rows.selector.iloc[0], rows.shots.iloc[0], against)
+        kind = how.loc[rows.index].map(OUTCOMES.index)
+    return _in_turn(rows, kind.to_numpy().astype(int))[:n].reset_index(drop=True)
 
-def _only(scored, col, value):
-    "Rows where `col` is `value`, or all rows if there is only one value"
-    there = list(dict.fromkeys(scored[col]))
-    if value is None and len(there) == 1: value = there[0]
-    if value not in there: raise ValueError(f"{col} {value!r} asked, scored holds {there}: name one of them")
-    return scored[scored[col] == value]
+def _named(rows, ids):
+    "The rows of these queries, in this order"
+    for i in ids:
+        if i not in rows.index: raise KeyError(f"question {i} was not scored for these picks")
+    return rows.loc[ids].reset_index(drop=True)
+
+def _in_turn(rows, kind):
+    "One row of each kind, then the next of each, and so on"
+    turn = rows.groupby(kind).cumcount()
+    return rows.iloc[np.lexsort((kind, turn))]
 
 # %% ../nbs/90_report.ipynb #7897bea6
 MARKS = dict(right="#1a7f37", partly="#8a6100", wrong="#b42318", failed="#57606a")
-
-def _kind(row):
-    "Which of MARKS a row gets"
-    a = row["vqa_acc_score"]
-    if row["eval_failed"] or math.isnan(a): return "failed"
-    return "right" if a >= .95 else "partly" if a > 0 else "wrong"
+_WORDS = dict(
+    right="✓ right",
+    partly="~ partly right",
+    wrong="✗ wrong",
+    failed="not answered: the evaluation failed",
+)
 
 def mark(
     row, # a row of `scored` with `vqa_acc_score` and `eval_failed`
 )->tuple: # (word for people, colour)
     "Right, partly right, wrong, or failed"
-    k = _kind(row)
-    words = dict(failed="not answered: the evaluation failed", right="✓ right", wrong="✗ wrong")
-    return words.get(k) or f"~ partly right ({row['vqa_acc_score']:.1f})", MARKS[k]
+    kind = _kind(row)
+    word = _WORDS[kind]
+    if kind == "partly": word += f" ({row['vqa_acc_score']:.1f})"
+    return word, MARKS[kind]
 
+def _kind(row):
+    "Which of MARKS a row gets"
+    acc = row["vqa_acc_score"]
+    if row["eval_failed"] or math.isnan(acc): return "failed"
+    if acc >= .95: return "right"
+    return "partly" if acc > 0 else "wrong"
+
+# %% ../nbs/90_report.ipynb #2959dad7
 def truth(
     answers, # the annotators' answers of one question
     n:int=3, # at most that many different ones
 )->str: # most frequent first, with counts: "tras ×9, trass ×1"
     "The annotators' answers in one line"
-    c = pd.Series(list(answers)).value_counts()
-    more = ", …" if len(c) > n else ""
-    return ", ".join(f"{a} ×{k}" for a, k in c[:n].items()) + more
+    counts = pd.Series(list(answers)).value_counts()
+    more = ", …" if len(counts) > n else ""
+    return ", ".join(f"{answer} ×{k}" for answer, k in counts[:n].items()) + more
 
+# %% ../nbs/90_report.ipynb #4ac08f03
 def picture(
     items:pd.DataFrame, # items by question_id
     question_id:int, # whose image; KeyError if it is not in `items`
@@ -300,10 +332,10 @@ def picture(
     path = items.image_path[question_id] if "image_path" in items else None
     if path is None or pd.isna(path): return None
     if not Path(path).exists(): raise FileNotFoundError(f"image of question {question_id} is not at {path}")
-    with Image.open(path) as im:
-        im = im.convert("RGB")
-        im.thumbnail((size, size))
-        return im
+    with Image.open(path) as image:
+        image = image.convert("RGB")
+        image.thumbnail((size, size))
+        return image
 
 # %% ../nbs/90_report.ipynb #556fd97c
 def plot_examples(
@@ -317,71 +349,64 @@ def plot_examples(
     axs=None, # [cases, shots + 2] axes; None makes them
 ):# [cases, shots + 2] array of axes
     "Cases in rows: demonstrations in prompt order, the query, the LVLM's answer with right or wrong"
-    import matplotlib.pyplot as plt
     rows = cases(scored, n, selector, shots, ids, seed)
-    S = len(rows.pointer.iloc[0])
-    if axs is None:
-        fig, axs = plt.subplots(
-            len(rows), S + 2, figsize=(2.1 * (S + 2), 2.6 * len(rows)), squeeze=False, layout="constrained"
-        )
-        fig.get_layout_engine().set(hspace=.08)
-    for (_, r), line in zip(rows.iterrows(), np.reshape(axs, (len(rows), S + 2))):
-        for i, (d, ax) in enumerate(zip(r.pointer, line)):
+    shape = len(rows), len(rows.pointer.iloc[0]) + 2
+    axs = _case_grid(*shape) if axs is None else np.reshape(axs, shape)
+    for (_, row), (*demos, query, said) in zip(rows.iterrows(), axs):
+        for i, (d, ax) in enumerate(zip(row.pointer, demos)):
             _item(ax, items, d, f"demonstration {i + 1}", f"A: {items.answer[d]}")
-        _item(line[-2], items, r.question_id, "query", "A: ?", "black")
-        _said(line[-1], items, r)
-    return np.reshape(axs, (len(rows), S + 2))
+        _item(query, items, row.question_id, "query", "A: ?", "black")
+        _said(said, items, row)
+    return axs
 
-def _wrap(text, width=26, lines=4):
-    "Lines of text for a figure; a dollar stays a dollar"
-    return "\n".join(textwrap.wrap(str(text), width, max_lines=lines, placeholder=" …")).replace("$", r"\$")
+def _case_grid(rows, across):
+    import matplotlib.pyplot as plt
+    size = 2.1*across, 2.6*rows
+    fig, axs = plt.subplots(rows, across, figsize=size, squeeze=False, layout="constrained")
+    fig.get_layout_engine().set(hspace=.08)
+    return axs
 
-def _item(ax, items, q, head, answer, edge="#b0b7bf"):
+def _item(ax, items, question_id, head, answer, edge="#b0b7bf"):
     "Image of an item with its question and answer underneath"
-    im = picture(items, q)
-    if im is None:
-        ax.text(0.5, 0.5, "(images not read)", ha="center", va="center", fontsize=8, color="grey")
+    image = picture(items, question_id)
+    if image is None:
+        ax.text(.5, .5, "(images not read)", ha="center", va="center", fontsize=8, color="grey")
         ax.set_aspect(1)
-    else: ax.imshow(im, interpolation="nearest" if max(im.size) < 128 else "antialiased")
+    else:
+        drawing = max(image.size) < 128
+        ax.imshow(image, interpolation="nearest" if drawing else "antialiased")
     ax.set_title(head, fontsize=8, color="#57606a", pad=3)
-    ax.set_xlabel(f"{_wrap(items.question[q])}\n{_wrap(answer, lines=2)}", fontsize=9, labelpad=3)
+    text = f"{_wrap(items.question[question_id])}\n{_wrap(answer, lines=2)}"
+    ax.set_xlabel(text, fontsize=9, labelpad=3)
     ax.set_xticks([])
     ax.set_yticks([])
     ax.spines[:].set(color=edge, linewidth=1.5)
 
-def _said(ax, items, r):
+def _said(ax, items, row):
     "What the LVLM said, and what the annotators said"
-    word, colour = mark(r)
+    word, colour = mark(row)
+    answer = "" if row.eval_failed else f"“{row.vqa_pred_answer}”"
+    right = truth(items.answers[row.question_id])
+    at = dict(transform=ax.transAxes, va="top")
     ax.axis("off")
-    said = "" if r.eval_failed else f"“{r.vqa_pred_answer}”"
-    ax.text(0, .80, "the LVLM says", fontsize=8, color="#57606a", transform=ax.transAxes, va="top")
-    ax.text(
-        0,
-        0.68,
-        _wrap(said, 18, 2),
-        fontsize=12,
-        color=colour,
-        weight="bold",
-        transform=ax.transAxes,
-        va="top",
-    )
-    ax.text(0, .46, _wrap(word, 22, 2), fontsize=9, color=colour, transform=ax.transAxes, va="top")
-    ax.text(
-        0,
-        0.26,
-        "truth: " + _wrap(truth(items.answers[r.question_id]), 22, 3),
-        fontsize=9,
-        transform=ax.transAxes,
-        va="top",
-    )
+    ax.text(0, .80, "the LVLM says", fontsize=8, color="#57606a", **at)
+    ax.text(0, .68, _wrap(answer, 18, 2), fontsize=12, color=colour, weight="bold", **at)
+    ax.text(0, .46, _wrap(word, 22, 2), fontsize=9, color=colour, **at)
+    ax.text(0, .26, "truth: " + _wrap(right, 22, 3), fontsize=9, **at)
+
+def _wrap(text, width=26, lines=4):
+    "Lines of text for a figure; a dollar stays a dollar"
+    return "\n".join(textwrap.wrap(str(text), width, max_lines=lines, placeholder=" …")).replace("$", r"\$")
 
 # %% ../nbs/90_report.ipynb #f4f2f192
 def read_scored(
     run, # folder or `Run`; FileNotFoundError says what it holds if there is no predictions.parquet
 )->pd.DataFrame: # scored picks, pointers as tuples
     "The scored picks of a run"
-    f = (run if isinstance(run, Run) else Run(run)).frame("predictions.parquet")
-    return f.assign(pointer=[as_pointer(p) for p in f.pointer], eval_failed=f.eval_failed.astype(bool))
+    run = run if isinstance(run, Run) else Run(run)
+    rows = run.frame("predictions.parquet")
+    pointers = [as_pointer(p) for p in rows.pointer]
+    return rows.assign(pointer=pointers, eval_failed=rows.eval_failed.astype(bool))
 
 @patch
 def show_results(self:Run,
@@ -393,70 +418,124 @@ def show_results(self:Run,
     "A few cases of a run, right and wrong in turn"
     return plot_examples(items, read_scored(self), n, selector, shots, **kwargs)
 
-# %% ../nbs/90_report.ipynb #9543f1b9
+# %% ../nbs/90_report.ipynb #5f20fb43
+def _esc(x): return escape(str(x))
+
+def _list(lines):
+    "Sentences as a list"
+    return '<ul class="says">' + "".join(f"<li>{_esc(line)}</li>" for line in lines) + "</ul>"
+
+def _fold(name, body):
+    "What only some readers want, folded away under its name"
+    return f"<details><summary>{_esc(name)}</summary>{body}</details>"
+
+def _scroll(body, label):
+    "A box that scrolls when what is in it is wider than the screen; the label is for those who hear the page"
+    return f'<div class="wide" role="region" tabindex="0" aria-label="{_esc(label)}">{body}</div>'
+
+# %% ../nbs/90_report.ipynb #c243aeeb
 LIGHT = dict(
     bg="#ffffff", ink="#1f2328", dim="#57606a", line="#d0d7de", soft="#f6f8fa", link="#0550ae", **MARKS
 )
-DARK = dict(bg="#0d1117", ink="#e6edf3", dim="#9aa4af", line="#3d444d", soft="#161b22", link="#79c0ff",
-            right="#56d364", partly="#e3b341", wrong="#ff8b82", failed="#9aa4af")
-
-def _vars(colours): return ";".join(f"--{k}:{v}" for k, v in colours.items())
-
-_DARK = (
-    f"@media screen and (prefers-color-scheme:dark){{:root{{{_vars(DARK)}}} .plot{{filter:invert(1)"
-    " hue-rotate(180deg)}}"
+DARK = dict(
+    bg="#0d1117", ink="#e6edf3", dim="#9aa4af", line="#3d444d", soft="#161b22", link="#79c0ff",
+    right="#56d364", partly="#e3b341", wrong="#ff8b82", failed="#9aa4af",
 )
-STYLE = (
-    f":root{{color-scheme:light dark;{_vars(LIGHT)}}}\n{_DARK}"
-    + """
-*{box-sizing:border-box} html{-webkit-text-size-adjust:100%}
-body{font:16px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--bg);max-width:58rem;margin:0 auto;padding:1rem}
-h1{font-size:1.5rem;line-height:1.2} h2{font-size:1.2rem;margin:2.2rem 0 .5rem;border-bottom:1px solid var(--line)}
-h3{font-size:1.02rem;margin:1.4rem 0 .4rem} h4{font-size:1rem;margin:1rem 0 .3rem} .case h3,.case h4,.case h5{margin:0 0 .4rem;font-size:1rem}
-a{color:var(--link)} small,.dim{color:var(--dim)} nav ul{display:flex;flex-wrap:wrap;gap:.1rem 1rem;padding:0;list-style:none}
+
+# %% ../nbs/90_report.ipynb #9543f1b9
+def _vars(colours): return ";".join(f"--{name}:{value}" for name, value in colours.items())
+
+_SCHEMES = f"""
+:root{{color-scheme:light dark;{_vars(LIGHT)}}}
+@media screen and (prefers-color-scheme:dark){{
+:root{{{_vars(DARK)}}}
+.plot{{filter:invert(1) hue-rotate(180deg)}}
+}}
+"""
+
+_TEXT = """
+*{box-sizing:border-box}
+html{-webkit-text-size-adjust:100%}
+body{font:16px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--bg);
+max-width:58rem;margin:0 auto;padding:1rem}
+h1{font-size:1.5rem;line-height:1.2}
+h2{font-size:1.2rem;margin:2.2rem 0 .5rem;border-bottom:1px solid var(--line)}
+h3{font-size:1.02rem;margin:1.4rem 0 .4rem}
+h4{font-size:1rem;margin:1rem 0 .3rem}
+.case h3,.case h4,.case h5{margin:0 0 .4rem;font-size:1rem}
+a{color:var(--link)}
+small,.dim{color:var(--dim)}
+nav ul{display:flex;flex-wrap:wrap;gap:.1rem 1rem;padding:0;list-style:none}
 nav a{display:inline-block;padding:.25rem 0}
-h1,h2,h3,h4,p,li,figcaption,pre,summary,td.t{overflow-wrap:anywhere} ul.says{padding-left:1.2rem} .says li{margin:.25rem 0}
-.wide{overflow-x:auto;max-width:100%;margin:.5rem 0} .wide img{min-width:38rem}
+h1,h2,h3,h4,p,li,figcaption,pre,summary,td.t{overflow-wrap:anywhere}
+ul.says{padding-left:1.2rem}
+.says li{margin:.25rem 0}
+"""
+
+_TABLES_AND_FIGURES = """
+.wide{overflow-x:auto;max-width:100%;margin:.5rem 0}
+.wide img{min-width:38rem}
 table{border-collapse:collapse;font-size:.85rem}
-th,td{padding:.3rem .45rem;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap;vertical-align:top}
-th{text-align:left} td.t{text-align:left;white-space:normal;min-width:6rem;max-width:22rem} td:first-child,th:first-child{text-align:left}
-.plot{max-width:100%;height:auto;display:block;margin:.6rem 0} .strip{display:flex;flex-wrap:wrap;gap:.7rem} .curves .plot{width:18rem;margin:0}
+th,td{padding:.3rem .45rem;text-align:right;border-bottom:1px solid var(--line);
+white-space:nowrap;vertical-align:top}
+th{text-align:left}
+td.t{text-align:left;white-space:normal;min-width:6rem;max-width:22rem}
+td:first-child,th:first-child{text-align:left}
+.plot{max-width:100%;height:auto;display:block;margin:.6rem 0}
+.strip{display:flex;flex-wrap:wrap;gap:.7rem}
+.curves .plot{width:18rem;margin:0}
 .pair .plot{width:27rem;margin:0}
-details{margin:.6rem 0} summary{cursor:pointer;padding:.3rem 0} pre{white-space:pre-wrap;font-size:.8rem}
+details{margin:.6rem 0}
+summary{cursor:pointer;padding:.3rem 0}
+pre{white-space:pre-wrap;font-size:.8rem}
+"""
+
+_CASES = """
 .case{border:1px solid var(--line);border-radius:8px;padding:.8rem;margin:.8rem 0;break-inside:avoid}
-figure{margin:0;width:clamp(5.6rem,29%,8.2rem)} figure .im{width:100%;height:auto}
+figure{margin:0;width:clamp(5.6rem,29%,8.2rem)}
+figure .im{width:100%;height:auto}
 .im{display:block;border:1px solid var(--line);border-radius:4px;background:var(--soft)}
-.query .im{border:2px solid var(--ink)} figcaption{font-size:.82rem;line-height:1.3} figure small{display:block;font-size:.7rem;white-space:nowrap}
-.who{font-weight:600} .p{color:var(--dim)}
+.query .im{border:2px solid var(--ink)}
+figcaption{font-size:.82rem;line-height:1.3}
+figure small{display:block;font-size:.7rem;white-space:nowrap}
+.who{font-weight:600}
+.p{color:var(--dim)}
 @media (max-width:30rem){.curves .plot{width:100%} .who{width:100%} .vs{display:block}}
 .others{list-style:none;padding:0;margin:.4rem 0 0;font-size:.85rem}
-.others li{display:flex;flex-wrap:wrap;align-items:center;gap:.15rem .6rem;padding:.3rem 0;border-top:1px solid var(--line)}
-.others .im{display:inline-block;width:2.2rem;height:2.2rem;vertical-align:middle;margin-right:.3rem} .who{min-width:7.5rem}
-.tag{display:inline-block;border:1px solid var(--line);border-radius:1rem;padding:0 .6rem;margin:0 .3rem .3rem 0;font-size:.8rem;background:var(--soft)}
-.right{color:var(--right)} .partly{color:var(--partly)} .wrong{color:var(--wrong)} .failed{color:var(--failed)}
-fieldset{border:1px solid var(--line);border-radius:8px;margin:.8rem 0;padding:.4rem .8rem;min-width:0} fieldset p{margin:.1rem 0}
+.others li{display:flex;flex-wrap:wrap;align-items:center;gap:.15rem .6rem;
+padding:.3rem 0;border-top:1px solid var(--line)}
+.others .im{display:inline-block;width:2.2rem;height:2.2rem;vertical-align:middle;margin-right:.3rem}
+.who{min-width:7.5rem}
+.tag{display:inline-block;border:1px solid var(--line);border-radius:1rem;padding:0 .6rem;margin:0 .3rem .3rem 0;
+font-size:.8rem;background:var(--soft)}
+.right{color:var(--right)}
+.partly{color:var(--partly)}
+.wrong{color:var(--wrong)}
+.failed{color:var(--failed)}
+"""
+
+_BUTTONS = """
+fieldset{border:1px solid var(--line);border-radius:8px;margin:.8rem 0;padding:.4rem .8rem;min-width:0}
+fieldset p{margin:.1rem 0}
 fieldset label{display:inline-block;padding:.35rem .9rem .35rem 0}
 @supports not selector(:has(a)){.filter{display:none}}
 @media print{.filter,nav{display:none} .case{display:block!important}}
 """
-    + "\n".join(
-        f".browser:has(.f-{o}-{i}:checked) .case:not(.{o}-{i}){{display:none}}"
-        for i in range(4)
-        for o in ("won", "lost", "unchanged")
-    )
-)
 
-def _esc(x): return html.escape(str(x))
-def _num(x, scale=100, digits=1): return "–" if pd.isna(x) else f"{scale*x:.{digits}f}"
-def _items(lines): return '<ul class="says">' + "".join(f"<li>{_esc(s)}</li>" for s in lines) + "</ul>"
-def _fold(name, body): return f"<details><summary>{_esc(name)}</summary>{body}</details>"
-def _scroll(body, label):
-    return f'<div class="wide" role="region" tabindex="0" aria-label="{_esc(label)}">{body}</div>'
+# %% ../nbs/90_report.ipynb #42edc5a7
+_MOST = 4 # selectors in a filter
+
+def _filter_rule(outcome, i):
+    "Hide other cases while the button for `outcome` against selector `i` is checked"
+    return f".browser:has(.f-{outcome}-{i}:checked) .case:not(.{outcome}-{i}){{display:none}}"
+
+_FILTER = "\n".join(_filter_rule(outcome, i) for i in range(_MOST) for outcome in OUTCOMES[:3])
+STYLE = _SCHEMES + _TEXT + _TABLES_AND_FIGURES + _CASES + _BUTTONS + _FILTER
 
 # %% ../nbs/90_report.ipynb #32f57fc0
 def data_uri(
     image, # PIL image, or a PNG as bytes or path, or SVG as bytes
-)->str: # "data:image/...;base64,..."; pictures of a thousand colours or fewer, which are drawings, as PNG, others as JPEG
+)->str: # "data:image/...;base64,...": images of up to a thousand colours, which are drawings, as PNG, others as JPEG
     "An image as text that can stand in a page"
     if isinstance(image, (str, Path)): image = Path(image).read_bytes()
     if isinstance(image, bytes): return _uri("png" if image[:4] == b"\x89PNG" else "svg+xml", image)
@@ -467,6 +546,7 @@ def data_uri(
 
 def _uri(kind, raw): return f"data:image/{kind};base64,{base64.b64encode(raw).decode()}"
 
+# %% ../nbs/90_report.ipynb #2e0ded2b
 def _svg(ax, alt):
     "The figure of `ax` as an <img>, the same bytes each time; the figure is closed"
     import matplotlib.pyplot as plt
@@ -477,11 +557,14 @@ def _svg(ax, alt):
     plt.close(fig)
     return f'<img class="plot" src="{data_uri(buf.getvalue())}" alt="{_esc(alt)}">'
 
+# %% ../nbs/90_report.ipynb #5d0abbc5
 class Pictures:
     "The pictures of a page, each embedded once"
     def __init__(self,
         budget:int=2_000_000, # bytes of all of them as text; where they need more, they get smaller
-    ): self.budget, self.images = budget, {}
+    ):
+        self.budget = budget
+        self.images = {} # path -> _Picture
 
     def show(self,
         items:pd.DataFrame, # items by question_id
@@ -489,35 +572,79 @@ class Pictures:
         size:int=224, # longest side in pixels
     )->str: # an <svg> that uses the picture; text where the items were read without images
         "A picture in a page, by reference"
-        im = picture(items, question_id, size)
-        if im is None: return '<span class="dim">(images not read)</span>'
-        key = str(items.image_path[question_id])
-        n, old, drawing = self.images.get(key, (len(self.images), im, max(im.size) < min(size, 128)))
-        self.images[key] = n, max(old, im, key=lambda i: i.size), drawing
-        w, h = im.size
+        image = picture(items, question_id, size)
+        if image is None: return '<span class="dim">(images not read)</span>'
+        n = self._keep(str(items.image_path[question_id]), image, size)
+        w, h = image.size
         size = f'viewBox="0 0 {w} {h}" width="{w}" height="{h}"'
         name = f'role="img" aria-label="image of question {int(question_id)}"'
         return f'<svg class="im" {size} {name}><use href="#im{n}"/></svg>'
 
-    def html(self)->str: # the place that the references point to; put it once into the page
-        "All pictures, hidden"
-        for scale in (1, .7, .5, .35): # until they fit
-            small = lambda im: im if scale == 1 else im.resize([math.ceil(s*scale) for s in im.size])
-            uris = [
-                (n, im.size, drawing, data_uri(im if drawing else small(im)))
-                for n, im, drawing in self.images.values()
-            ]
-            if sum(len(u) for *_, u in uris) <= self.budget: break
-        look = ' style="image-rendering:pixelated"'
-        symbols = "".join(
-            f'<symbol id="im{n}" viewBox="0 0 {w} {h}"><image width="{w}" height="{h}"'
-            f' href="{u}"{look*drawing}/></symbol>'
-            for n, (w, h), drawing, u in uris
-        )
-        return (
-            '<svg width="0" height="0" style="position:absolute"'
-            f' aria-hidden="true"><defs>{symbols}</defs></svg>'
-        )
+    def _keep(self, path, image, size):
+        "Keep the largest version of an image that was asked for; gives its number"
+        drawing = max(image.size) < min(size, 128) # so small that it was not shrunk
+        old = self.images.get(path, _Picture(len(self.images), image, drawing))
+        larger = max(old.image, image, key=lambda im: im.size)
+        self.images[path] = old._replace(image=larger)
+        return old.number
+
+class _Picture(NamedTuple):
+    "An image of a page. A drawing keeps its size and its sharp edges"
+    number: int
+    image: object # PIL
+    drawing: bool
+
+# %% ../nbs/90_report.ipynb #fe60bb5c
+@patch
+def html(self:Pictures)->str: # the place that the references point to; put it once into the page
+    "All pictures, hidden"
+    pictures = self.images.values()
+    for scale in (1, .7, .5, .35):
+        uris = [_scaled_uri(p, scale) for p in pictures]
+        if sum(map(len, uris)) <= self.budget: break
+    symbols = "".join(map(_symbol, pictures, uris))
+    hidden = '<svg width="0" height="0" style="position:absolute" aria-hidden="true">'
+    return f"{hidden}<defs>{symbols}</defs></svg>"
+
+def _scaled_uri(pic, scale):
+    if pic.drawing or scale == 1: return data_uri(pic.image)
+    return data_uri(pic.image.resize([math.ceil(side*scale) for side in pic.image.size]))
+
+def _symbol(pic, uri):
+    "What a reference points to"
+    w, h = pic.image.size
+    look = ' style="image-rendering:pixelated"' if pic.drawing else ""
+    image = f'<image width="{w}" height="{h}" href="{uri}"{look}/>'
+    return f'<symbol id="im{pic.number}" viewBox="0 0 {w} {h}">{image}</symbol>'
+
+# %% ../nbs/90_report.ipynb #77f10bc3
+def frame_html(
+    df:pd.DataFrame, # any table; a named index becomes columns
+    label:str, # what it is, for those who hear the page
+)->str: # an HTML table that scrolls in its box
+    "A table for a page: numbers to the right with three digits, text to the left, a dash for what is missing"
+    named = any(name is not None for name in df.index.names)
+    table = df.reset_index() if named else df
+    rows = ["".join(map(_cell, row)) for row in table.itertuples(index=False)]
+    return _table(table, rows, label)
+
+def _table(names, rows, label):
+    "An HTML table of column names and of rows, whose cells are HTML already"
+    head = "".join(f'<th scope="col">{_esc(name)}</th>' for name in names)
+    body = "".join(f"<tr>{row}</tr>" for row in rows)
+    return _scroll(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>", label)
+
+def _cell(v):
+    "A cell: a number, or text"
+    number = isinstance(v, (int, float, np.number)) and not isinstance(v, (bool, np.bool_))
+    if number: return f"<td>{_digits(v)}</td>"
+    return f'<td class="t">{"–" if v is None else _esc(v)}</td>'
+
+def _digits(v):
+    "A number in three digits; whole numbers in full"
+    if pd.isna(v): return "–"
+    if isinstance(v, (int, np.integer)): return str(v)
+    return f"{v:.0f}" if v == int(v) and abs(v) >= 10 else f"{v:.3g}"
 
 # %% ../nbs/90_report.ipynb #d0c62e47
 def table_html(
@@ -525,93 +652,46 @@ def table_html(
     gaps:pd.DataFrame|None=None, # from `evaluate.gap_table`: intervals of the gap closed
 )->str: # an HTML table; accuracies in percent with their interval
     "The result table for a page"
-    held = (
-        {}
-        if gaps is None
-        else {
-            (g.selector, g.shots): f" [{_num(g.lo, 1, 2)}, {_num(g.hi, 1, 2)}]"
-            for g in gaps.itertuples()
-            if not math.isnan(g.lo)
-        }
-    )
-    cols = {
-        "shots": lambda r: r.shots,
-        "accuracy, % [95 %]": lambda r: f"{_num(r.acc)} [{_num(r.lo)}, {_num(r.hi)}]",
-    }
+    rows = list(table.itertuples())
+    columns = {"shots": [r.shots for r in rows]}
+    columns["accuracy, % [95 %]"] = [f"{_num(r.acc)} [{_num(r.lo)}, {_num(r.hi)}]" for r in rows]
     if table.gap_closed.notna().any():
-        cols["gap closed" + " [95 %]" * bool(held)] = lambda r: _num(r.gap_closed, 1, 2) + held.get(
-            (r.selector, r.shots), ""
-        )
-    if table.changed.notna().any(): cols["changed, %"] = lambda r: _num(r.changed)
-    cols["queries"] = lambda r: r.n
-    head = "".join(f'<th scope="col">{c}</th>' for c in ("selector", *cols))
-    body = "".join(
-        f'<tr><th scope="row">{_esc(r.selector)}</th>'
-        + "".join(f"<td>{f(r)}</td>" for f in cols.values())
-        + "</tr>"
-        for r in table.itertuples()
-    )
-    return _scroll(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>", "results")
+        between = _gap_intervals(gaps)
+        name = "gap closed [95 %]" if between else "gap closed"
+        columns[name] = [_num(r.gap_closed, 1, 2) + between.get((r.selector, r.shots), "") for r in rows]
+    if table.changed.notna().any(): columns["changed, %"] = [_num(r.changed) for r in rows]
+    columns["queries"] = [r.n for r in rows]
+    heads = [f'<th scope="row">{_esc(r.selector)}</th>' for r in rows]
+    cells = ["".join(f"<td>{v}</td>" for v in values) for values in zip(*columns.values())]
+    return _table(["selector", *columns], [a + b for a, b in zip(heads, cells)], "results")
 
-def frame_html(
-    df:pd.DataFrame, # any table; a named index becomes columns
-    label:str, # what it is, for those who hear the page
-)->str: # an HTML table that scrolls in its box
-    "A table for a page: numbers to the right with three digits, text to the left, a dash for what is missing"
-    t = df.reset_index() if any(n is not None for n in df.index.names) else df
-    def cell(v):
-        if isinstance(v, (bool, np.bool_)) or not isinstance(v, (int, float, np.number)):
-            return f'<td class="t">{"–" if v is None else _esc(v)}</td>'
-        return (
-            f"<td>{'–' if pd.isna(v) else v if isinstance(v, (int, np.integer)) else f'{v:.0f}' if v == int(v) and abs(v) >= 10 else f'{v:.3g}'}</td>"
-        )
-    head = "".join(f'<th scope="col">{_esc(c)}</th>' for c in t)
-    body = "".join("<tr>" + "".join(map(cell, r)) + "</tr>" for r in t.itertuples(index=False))
-    return _scroll(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>", label)
+def _gap_intervals(gaps):
+    "{(selector, shots): interval in words}, without those that have none"
+    if gaps is None: return {}
+    known = gaps[gaps.lo.notna()]
+    return {(g.selector, g.shots): f" [{_num(g.lo, 1, 2)}, {_num(g.hi, 1, 2)}]" for g in known.itertuples()}
 
+def _num(x, scale=100, digits=1):
+    "A share in percent, or a number in another unit; a dash for NaN"
+    return "–" if pd.isna(x) else f"{scale*x:.{digits}f}"
+
+# %% ../nbs/90_report.ipynb #ce931083
 def comparisons_html(
     paired:pd.DataFrame, # from `evaluate.paired_table`, or `paired_tests`, whose verdicts are those after Holm
 )->str: # an HTML list with one verdict per line
     "Differences in words for a page"
-    def line(r):
-        said = verdict(Interval(r.delta, r.lo, r.hi), r.mde, r.selector, r.against).rsplit(": ", 1)[0]
-        more = (
-            f"; {r.better} queries up, {r.worse} down, p {_p(r.p_holm)} after Holm"
-            if hasattr(r, "p_holm")
-            else ""
-        )
-        return f"<li>S = {r.shots}, {r.n} queries: {_esc(said + more)}: <b>{r.verdict}</b></li>"
-    return f'<ul class="says">{"".join(map(line, paired.itertuples()))}</ul>'
+    return f'<ul class="says">{"".join(map(_comparison, paired.itertuples()))}</ul>'
+
+def _comparison(r):
+    "One difference: how large, how sure, and the verdict"
+    said = verdict(Interval(r.delta, r.lo, r.hi), r.mde, r.selector, r.against).rsplit(": ", 1)[0]
+    if hasattr(r, "p_holm"):
+        said += f"; {r.better} queries up, {r.worse} down, p {_p(r.p_holm)} after Holm"
+    return f"<li>S = {r.shots}, {r.n} queries: {_esc(said)}: <b>{r.verdict}</b></li>"
 
 def _p(p): return "below .0001" if p < 1e-4 else f"{p:.2g}"
 
 # %% ../nbs/90_report.ipynb #8854203e
-def _figure(items, q, head, answer, pictures, cls="demo"):
-    "Image, question and answer of one item"
-    text = f"{_esc(items.question[q])}<br>A: <b>{_esc(answer)}</b>"
-    return (
-        '<figure'
-        f' class="{cls}"><small>{head}</small>{pictures.show(items, q)}<figcaption>{text}</figcaption></figure>'
-    )
-
-def _told(row, names=("probability of the right answer", "its own confidence")):
-    "What the LVLM said, whether it is right, and how probable the right answer was"
-    said = "" if row.eval_failed else f"“{_esc(row.vqa_pred_answer)}” "
-    prob = [(row.get("vqa_gt_prob"), names[0]), (row.get("confidence"), names[1])]
-    more = "".join(f" · {what} {p:.2f}" for p, what in prob if p is not None and not pd.isna(p))
-    return f'<b class="{_kind(row)}">{said}{_esc(mark(row)[0])}</b><span class="p">{more}</span>'
-
-def _other(items, row, pictures):
-    "One line: who, with which demonstrations, and what the LVLM said to them"
-    demos = (
-        "".join(f"<span>{pictures.show(items, d, 80)}{_esc(items.answer[d])}</span>" for d in row.pointer)
-        or "<span>no demonstration</span>"
-    )
-    return (
-        '<li><span'
-        f' class="who">{_esc(row.selector)}</span>{demos}<span>{_told(row, ("p", "confidence"))}</span></li>'
-    )
-
 def case_html(
     items:pd.DataFrame, # queries and demonstrations by question_id
     row:pd.Series, # a row of `cases`
@@ -622,39 +702,103 @@ def case_html(
 )->str: # an HTML article
     "One case for a page"
     pics = pictures or Pictures()
-    q = int(row.question_id)
     how = how or {}
-    strip = "".join(
-        _figure(items, d, f"demonstration {i + 1}", items.answer[d], pics) for i, d in enumerate(row.pointer)
-    )
-    strip += _figure(items, q, "query", "?", pics, "query")
-    tags = "".join(f'<span class="tag">{o} against {_esc(s)}</span>' for s, o in how.items())
-    rest = (
-        ""
-        if others is None or not len(others)
-        else f'<ul class="others">{"".join(_other(items, r, pics) for _, r in others.iterrows())}</ul>'
-    )
-    said = (
-        f'<p>The LVLM says {_told(row)}<br><span class="dim">truth:'
-        f' {_esc(truth(items.answers[q]))}</span></p>'
-    )
-    head = (
-        f'<article class="case {" ".join(f"{o}-{i}" for i, o in enumerate(how.values()))}"><h{level}>Question'
-        f' {q}: {_esc(items.question[q])}</h{level}>'
-    )
-    return f'{head}<div>{tags}</div><div class="strip">{strip}</div>{said}{rest}</article>' + (
-        "" if pictures else pics.html()
-    )
+    q = int(row.question_id)
+    classes = " ".join(f"{outcome}-{i}" for i, outcome in enumerate(how.values())) # for the filter
+    parts = [
+        f'<article class="case {classes}">',
+        f"<h{level}>Question {q}: {_esc(items.question[q])}</h{level}>",
+        f"<div>{_tags(how)}</div>",
+        f'<div class="strip">{_prompt(items, row, pics)}</div>',
+        _answer(items, row),
+        _others(items, others, pics),
+        "</article>",
+    ]
+    if not pictures: parts.append(pics.html())
+    return "".join(parts)
 
-# %% ../nbs/90_report.ipynb #d0a496e3
+def _tags(how):
+    return "".join(f'<span class="tag">{outcome} against {_esc(s)}</span>' for s, outcome in how.items())
+
+def _prompt(items, row, pics):
+    "Demonstrations in prompt order, then the query"
+    demos = [
+        _figure(items, d, f"demonstration {i + 1}", items.answer[d], pics) for i, d in enumerate(row.pointer)
+    ]
+    return "".join(demos) + _figure(items, int(row.question_id), "query", "?", pics, "query")
+
+def _figure(items, question_id, head, answer, pics, kind="demo"):
+    "Image, question and answer of one item"
+    text = f"{_esc(items.question[question_id])}<br>A: <b>{_esc(answer)}</b>"
+    image = pics.show(items, question_id)
+    return f'<figure class="{kind}"><small>{head}</small>{image}<figcaption>{text}</figcaption></figure>'
+
+def _answer(items, row):
+    "What the LVLM said, and the truth"
+    right = _esc(truth(items.answers[int(row.question_id)]))
+    told = _told(row, "probability of the right answer", "its own confidence")
+    return f'<p>The LVLM says {told}<br><span class="dim">truth: {right}</span></p>'
+
+def _told(row, prob, confidence):
+    "What the LVLM said, whether it is right, how probable the right answer was; two names for the two numbers"
+    said = "" if row.eval_failed else f"“{_esc(row.vqa_pred_answer)}” "
+    numbers = {prob: row.get("vqa_gt_prob"), confidence: row.get("confidence")}
+    more = "".join(f" · {what} {p:.2f}" for what, p in numbers.items() if p is not None and not pd.isna(p))
+    return f'<b class="{_kind(row)}">{said}{_esc(mark(row)[0])}</b><span class="p">{more}</span>'
+
+def _others(items, others, pics):
+    "What other selectors would have chosen, a line each"
+    if others is None or not len(others): return ""
+    lines = "".join(_other(items, row, pics) for _, row in others.iterrows())
+    return f'<ul class="others">{lines}</ul>'
+
+def _other(items, row, pics):
+    "One line: who, with which demonstrations, and what the LVLM said to them"
+    demos = [f"<span>{pics.show(items, d, 80)}{_esc(items.answer[d])}</span>" for d in row.pointer]
+    shown = "".join(demos) or "<span>no demonstration</span>"
+    told = _told(row, "p", "confidence")
+    return f'<li><span class="who">{_esc(row.selector)}</span>{shown}<span>{told}</span></li>'
+
+# %% ../nbs/90_report.ipynb #1420a309
+def _filter(how, name):
+    "Radio buttons: all cases, or one outcome against one selector; `how`: {selector: outcomes of the cases shown}"
+    n = len(next(iter(how.values())))
+    every = _button(name, "f-all", f"all {n} cases", " checked")
+    lines = "".join(_filter_line(name, i, against, o) for i, (against, o) in enumerate(how.items()))
+    return f'<fieldset class="filter"><legend>Show</legend><p>{every}</p>{lines}</fieldset>'
+
+def _filter_line(name, i, against, outcomes):
+    "Buttons for the outcomes against selector number `i`"
+    counts = {x: int((outcomes == x).sum()) for x in OUTCOMES[:3]}
+    buttons = [_button(name, f"f-{x}-{i}", f"{x} ({k})", "" if k else " disabled") for x, k in counts.items()]
+    return f'<p><span class="vs">against {_esc(against)}: </span>{"".join(buttons)}</p>'
+
+def _button(name, cls, text, state=""):
+    return f'<label><input type="radio" name="{name}" class="{cls}"{state}> {_esc(text)}</label>'
+
+# %% ../nbs/90_report.ipynb #bdc926dc
+def _tally(selector, against, outcomes):
+    "How all queries went, in words"
+    counts = outcomes.value_counts()
+    said = ", ".join(f"{counts.get(x, 0)} {x}" for x in OUTCOMES[:3])
+    if "failed" in counts: said += f", {counts.failed} not scored"
+    return f"{selector} against {against}, first draws, {len(outcomes)} queries: {said}"
+
+def _in_order(rows, names):
+    "Rows as tables have them: baselines, then other selectors in the order of `names`, the oracle last"
+    first = [b for b in BASELINES if b != "oracle"]
+    order = [*first, *(s for s in names if s not in (*first, "oracle")), "oracle"]
+    return rows.sort_values("selector", key=lambda s: s.map(order.index), kind="stable")
+
+# %% ../nbs/90_report.ipynb #dddf2c70
 def browser_html(
     items:pd.DataFrame, # queries and demonstrations by question_id
     scored:pd.DataFrame, # from `evaluate.score_picks`
     selector:str, # whose cases
     shots:int, # its shot count
     n:int=40, # how many
-    against=("random", "similar_mixed", "zero_shot"), # the filter's selectors, at most 4; those that `scored` lacks are left out
-    others=None, # what else is shown for each query; default: baselines but votes, other trained selectors, the oracle
+    against=("random", "similar_mixed", "zero_shot"), # the filter's selectors, at most 4, if `scored` has them
+    others=None, # what else is shown: default baselines but votes, other trained selectors, the oracle
     seed:int=0, # of the choice
     pictures:Pictures|None=None, # those of the page; None: it carries its own
     level:int=3, # of the headings
@@ -662,118 +806,138 @@ def browser_html(
 )->str: # HTML
     "Cases that can be filtered by won, lost and unchanged"
     pics = pictures or Pictures()
-    s = scored[(scored.shots == shots) | ((scored.shots == 0) & (scored.selector == "zero_shot"))]
-    there = [x for x in dict.fromkeys(s.selector) if x != selector]
-    against = [a for a in against if a in there][:4]
-    every = {a: outcomes(scored, selector, shots, a) for a in against}
+    comparable = (scored.shots == shots) | ((scored.shots == 0) & (scored.selector == "zero_shot"))
+    scored_here = scored[comparable]
+    there = [s for s in dict.fromkeys(scored_here.selector) if s != selector]
+    against = [s for s in against if s in there][:_MOST]
+    how = {a: outcomes(scored, selector, shots, a) for a in against}
     rows = cases(scored, n, selector, shots, seed=seed, against=against[0] if against else None)
-    others = [x for x in (there if others is None else others) if x in there and x != "majority_vote"]
-    by_q = dict(
-        tuple(s[s.selector.isin(others)].drop_duplicates(["selector", "question_id"]).groupby("question_id"))
-    )
-    one = lambda r: case_html(
-        items,
-        r,
-        _in_order(by_q.get(r.question_id), others),
-        {a: o[r.question_id] for a, o in every.items()},
-        pics,
-        level,
-    )
-    head = (
-        [_filter(every, rows, name), _items(_tally(selector, a, o) for a, o in every.items())]
-        if against
-        else []
-    )
-    how = f"Below: {len(rows)} cases, " + (
-        f"won, lost and unchanged against {against[0]} in turn" if against else "right and wrong in turn"
-    )
-    note = (
-        f'<p class="dim">{_esc(how)}, otherwise chosen at random: not typical. Demonstrations stand in prompt'
-        ' order; p is the probability of the right answer.</p>'
-    )
-    return (
-        f'<div class="browser">{"".join(head)}{note}{"".join(one(r) for _, r in rows.iterrows())}</div>'
-        + ("" if pictures else pics.html())
-    )
+    chosen = _chosen_by(scored_here, there if others is None else others, selector)
+    head = ""
+    if against:
+        head = _filter({a: o.loc[rows.question_id] for a, o in how.items()}, name)
+        head += _list(_tally(selector, a, o) for a, o in how.items())
+    shown = [_how_chosen(len(rows), against)]
+    for _, row in rows.iterrows():
+        q = row.question_id
+        went = {a: o[q] for a, o in how.items()}
+        shown.append(case_html(items, row, chosen.get(q), went, pics, level))
+    browser = f'<div class="browser">{head}{"".join(shown)}</div>'
+    return browser if pictures else browser + pics.html()
 
-def _in_order(f, names):
-    "Rows as tables have them: baselines, trained selectors, the oracle"
-    first = [b for b in BASELINES if b != "oracle"]
-    rank = lambda s: (
-        len(first) + len(names) * (s == "oracle") + names.index(s) if s not in first else first.index(s)
-    )
-    return None if f is None else f.sort_values("selector", key=lambda s: s.map(rank), kind="stable")
+def _chosen_by(scored, names, selector):
+    "{question_id: what other selectors chose for it, in order}"
+    there = set(scored.selector) - {selector, "majority_vote"}
+    names = [s for s in names if s in there]
+    rows = scored[scored.selector.isin(names)].drop_duplicates(["selector", "question_id"])
+    return {q: _in_order(part, names) for q, part in rows.groupby("question_id")}
 
-def _tally(selector, against, o):
-    "How all queries went, in words"
-    k = o.value_counts()
-    said = ", ".join(f"{k.get(x, 0)} {x}" for x in OUTCOMES[:3])
-    return (
-        f"{selector} against {against}, first draws, {len(o)} queries:"
-        f" {said}{f', {k.failed} not scored' if 'failed' in k else ''}"
-    )
-
-def _filter(every, rows, name):
-    "Radio buttons: all, or one outcome against one selector"
-    def button(cls, text, on=""):
-        return f'<label><input type="radio" name="{name}" class="{cls}"{on}> {_esc(text)}</label>'
-    def line(i, o):
-        return "".join(
-            button(f"f-{x}-{i}", f"{x} ({k})", " disabled" * (not k))
-            for x in OUTCOMES[:3]
-            for k in [int((o == x).sum())]
-        )
-    lines = [
-        f'<p><span class="vs">against {_esc(a)}: </span>{line(i, o.loc[rows.question_id])}</p>'
-        for i, (a, o) in enumerate(every.items())
-    ]
-    return (
-        '<fieldset'
-        f' class="filter"><legend>Show</legend><p>{button("f-all", f"all {len(rows)} cases", " checked")}</p>{"".join(lines)}</fieldset>'
-    )
+def _how_chosen(n, against):
+    "How the cases were chosen, in small print"
+    kinds = f"won, lost and unchanged against {against[0]}" if against else "right and wrong"
+    note = f"Below: {n} cases, {kinds} in turn, otherwise chosen at random: not typical."
+    legend = "Demonstrations stand in prompt order; p is the probability of the right answer."
+    return f'<p class="dim">{_esc(note)} {legend}</p>'
 
 # %% ../nbs/90_report.ipynb #e1a36f78
 def diagnosis_html(
     found, # of `diagnoses`
 )->str: # HTML
     "The diagnosis of each stage in words, and what was checked"
-    def one(d):
-        n = len(d.frame)
-        done = (
-            f"nothing speaks against it, {n} things checked"
-            if n
-            else "nothing was recorded that could be checked (train with `RLStats`)"
-        )
-        said = _items(d.sentences) if d else ""
-        checked = d.frame.assign(alarm=np.where(d.frame.alarm, "alarm", "ok"))[
-            ["alarm", "symptom", "value", "wanted"]
-        ]
-        table = _fold("what was checked", frame_html(checked, "diagnosis")) if n else ""
-        return (
-            f"<p><b>{_esc(d.stage)}</b>:"
-            f" {f'alarms in {len(d.alarms)} of {n} things checked' if d else done}.</p>{said}{table}"
-        )
-    return "".join(map(one, found))
+    return "".join(map(_one_diagnosis, found))
 
+def _one_diagnosis(d):
+    n = len(d.frame)
+    if d: said = f"alarms in {len(d.alarms)} of {n} things checked"
+    elif n: said = f"nothing speaks against it, {n} things checked"
+    else: said = "nothing was recorded that could be checked (train with `RLStats`)"
+    parts = [f"<p><b>{_esc(d.stage)}</b>: {said}.</p>"]
+    if d: parts.append(_list(d.sentences))
+    if n: parts.append(_fold("what was checked", frame_html(_checked(d), "diagnosis")))
+    return "".join(parts)
+
+def _checked(d):
+    "What was checked, with the alarms as words"
+    alarm = np.where(d.frame.alarm, "alarm", "ok")
+    return d.frame.assign(alarm=alarm)[["alarm", "symptom", "value", "wanted"]]
+
+# %% ../nbs/90_report.ipynb #9c02ee88
+_IN_PANELS = set().union(*PANELS.values()) # columns that `plot_rl` draws
+
+def _rl_rows(history):
+    "The rows that `plot_rl` draws, those of the first seed; None where nothing of it was recorded"
+    rows = history if "seed" not in history else history[history.seed == history.seed.iloc[0]]
+    measured = _IN_PANELS - {"kl_bound"} # the bound is drawn only beside a KL
+    return rows if any(c in rows and rows[c].notna().any() for c in measured) else None
+
+def _several_seeds(history): return "seed" in history and history.seed.nunique() > 1
+
+def _own_curves(history):
+    "Curves of `plot_curves` that no panel of `plot_rl` shows"
+    names = [c for c in curves_in(history) if c not in _IN_PANELS]
+    if _rl_rows(history) is not None: names = [c for c in names if c != "live"] # `plot_rl` has it by other names
+    if _several_seeds(history) and "valid_loss" in history: names.append("valid_loss")
+    return names
+
+# %% ../nbs/90_report.ipynb #73b5f8d0
+def _training_html(history, facts):
+    "The diagnosis, and the curves"
+    pictures = [_curve_picture(history, name) for name in _own_curves(history)]
+    pictures += _rl_pictures(_rl_rows(history))
+    words = ""
+    if _several_seeds(history):
+        seeds = history.seed.nunique()
+        words = f"<p>Panels of the first of {seeds} seeds, dotted lines are stage changes.</p>"
+    curves = f'<div class="strip curves">{"".join(pictures)}</div>'
+    return diagnosis_html(diagnoses(history, facts)) + words + curves
+
+def _curve_picture(history, name):
+    "One curve as a picture"
+    columns = [c for c in ("stage", "seed", name) if c in history]
+    return _svg(plot_curves(history[columns], _small_axes(1)), f"{CURVES[name]} over the epochs")
+
+def _rl_pictures(rows):
+    "The panels of `plot_rl` as pictures, those that have something to show"
+    import matplotlib.pyplot as plt
+    if rows is None: return []
+    axs = np.array(_small_axes(len(PANELS)))
+    used = plot_rl(rows, axs)
+    for ax in axs[len(used):]: plt.close(ax.figure)
+    return [_svg(ax, f"{ax.get_title()} over the epochs: {_legend(ax)}") for ax in used]
+
+def _small_axes(n):
+    "Axes in a figure each, small enough for a phone"
+    import matplotlib.pyplot as plt
+    return [plt.subplots(figsize=(3.4, 2.2), layout="constrained")[1] for _ in range(n)]
+
+def _legend(ax): return ", ".join(text.get_text() for text in ax.get_legend().get_texts())
+
+# %% ../nbs/90_report.ipynb #1c98644a
 def health_html(
     h:Health, # of `rldata_check.health`
 )->str: # HTML: verdict, figure, and the whole of it folded
     "The data's health for a page"
-    lines = [
-        f"{f}: {'fit to train on' if a == 'train' else a}. {teaches(h.frame.loc[f])}."
-        for f, a in h.advice.items()
-    ]
-    lines += [f"{a.file}: {a.cause}: {a.seen} (wanted: {a.wanted}). {a.remedy}" for a in h.verdict]
-    alt = (
-        "Per file: queries by number of positives; probability of the right answer where it was right and"
-        " wrong; rate of positives by source. The numbers stand in the table below."
-    )
-    return (
-        _items(lines)
-        + _scroll(_svg(h.plot(), alt), "figures of the data's health")
-        + _fold("all numbers", _scroll(h._repr_html_(), "health of the data"))
-    )
+    figure = _scroll(_svg(h.plot(), _HEALTH_ALT), "figures of the data's health")
+    numbers = _fold("all numbers", _scroll(h._repr_html_(), "health of the data"))
+    return _list(_health_words(h)) + figure + numbers
 
+_HEALTH_ALT = (
+    "Per file: queries by number of positives; probability of the right answer where it was right and wrong;"
+    " rate of positives by source. The numbers stand in the table below."
+)
+
+def _health_words(h):
+    "What each file is good for, and what is wrong with it"
+    lines = []
+    for file, advice in h.advice.items():
+        fit = "fit to train on" if advice == "train" else advice
+        lines.append(f"{file}: {fit}. {teaches(h.frame.loc[file])}.")
+    for alarm in h.verdict:
+        seen = f"{alarm.seen} (wanted: {alarm.wanted})"
+        lines.append(f"{alarm.file}: {alarm.cause}: {seen}. {alarm.remedy}")
+    return lines
+
+# %% ../nbs/90_report.ipynb #0db57db2
 def settings_html(
     run_dir, # a run folder
 )->str: # HTML; empty without a settings.json, the bare file where it is not that of a `Run`
@@ -782,106 +946,248 @@ def settings_html(
     if not file.exists(): return ""
     try: run = Run(run_dir)
     except ValueError:
-        return _fold(
-            "settings.json", f"<pre>{_esc(json.dumps(read_json(file), indent=1, ensure_ascii=False))}</pre>"
-        )
-    flat = lambda d: pd.DataFrame(
-        [(k, json.dumps(v, ensure_ascii=False)) for k, (_, v) in settings_diff({}, d).items()],
-        columns=["name", "value"],
-    )
-    parts = {
-        "settings": run.settings,
-        "seed and metrics": {"seed": run.seed, "finished": run.finished or "not finished", **run.metrics},
-        "fingerprints": run.fingerprints,
-        **{f"start {i + 1} of {len(run.starts)}: versions, device, git": s for i, s in enumerate(run.starts)},
-    }
-    return "".join(_fold(k, frame_html(flat(d), k)) for k, d in parts.items() if d)
+        text = json.dumps(read_json(file), indent=1, ensure_ascii=False)
+        return _fold("settings.json", f"<pre>{_esc(text)}</pre>")
+    return "".join(_fold(name, frame_html(_flat(d), name)) for name, d in _made_with(run).items() if d)
 
-def _rl(history):
-    "The rows that `plot_rl` draws, those of the first seed; None where nothing of it was recorded"
-    h = history if "seed" not in history else history[history.seed == history.seed.iloc[0]]
-    return (
-        h
-        if any(c in h and h[c].notna().any() for c in set().union(*PANELS.values()) - {"kl_bound"})
-        else None
-    )
+def _made_with(run):
+    "What made a run, by heading"
+    numbers = {"seed": run.seed, "finished": run.finished or "not finished", **run.metrics}
+    parts = {"settings": run.settings, "seed and metrics": numbers, "fingerprints": run.fingerprints}
+    for i, start in enumerate(run.starts):
+        parts[f"start {i + 1} of {len(run.starts)}: versions, device, git"] = start
+    return parts
 
-def _training_html(history, facts):
-    "Curves, each a picture of its own so that a phone can stack them, and the diagnosis"
-    import matplotlib.pyplot as plt
-    new = lambda n: [plt.subplots(figsize=(3.4, 2.2), layout="constrained")[1] for _ in range(n)]
-    rl = _rl(history)
-    several = "seed" in history and history.seed.nunique() > 1
-    pics = []
-    own = [
-        c
-        for c in curves_in(history)
-        if c not in set().union(*PANELS.values()) and (rl is None or c != "live")
-    ]
-    for c in own + ["valid_loss"]*("valid_loss" in history and several):
-        pics.append(
-            _svg(
-                plot_curves(history[[k for k in ("stage", "seed", c) if k in history]], new(1)),
-                f"{CURVES[c]} over the epochs",
-            )
-        )
-    if rl is not None:
-        axs = np.array(new(len(PANELS)))
-        used = plot_rl(rl, axs)
-        for ax in axs[len(used):]: plt.close(ax.figure)
-        pics += [
-            _svg(
-                ax,
-                f"{ax.get_title()} over the epochs:"
-                f" {', '.join(t.get_text() for t in ax.get_legend().get_texts())}",
-            )
-            for ax in used
-        ]
-    words = (
-        f"<p>Panels of the first of {history.seed.nunique()} seeds, dotted lines are stage changes.</p>"
-        if several
-        else ""
-    )
-    return (
-        f'{diagnosis_html(diagnoses(history, facts))}{words}<div class="strip curves">{"".join(pics)}</div>'
-    )
+def _flat(nested):
+    "Nested settings as a table of dotted names and values"
+    rows = [(name, _json(value)) for name, (_, value) in settings_diff({}, nested).items()]
+    return pd.DataFrame(rows, columns=["name", "value"])
 
-# %% ../nbs/90_report.ipynb #8bd36d64
+def _json(value): return json.dumps(value, ensure_ascii=False)
+
+# %% ../nbs/90_report.ipynb #24e1b6c7
 class _Page:
     "Parts under headings in order, a list of contents, and the pictures"
-    def __init__(self, title, budget=2_000_000):
+    def __init__(self, title):
         self.title = title
-        self.top = 2
+        self.top = 2 # level of the headings
         self.parts = []
-        self.toc = []
-        self.pictures = Pictures(budget)
-    def head(self, text, level=None):
-        level = level or self.top
-        self.parts.append(f'<h{level} id="s{len(self.toc)}">{_esc(text)}</h{level}>')
-        self.toc.append((level, text))
-    def add(self, *parts): self.parts += parts
+        self.contents = [] # (level, heading)
+        self.pictures = Pictures()
 
-    def write(self, path):
-        "The whole page, atomically"
-        toc = "".join(
-            f'<li><a href="#s{i}">{_esc(t)}</a></li>' for i, (l, t) in enumerate(self.toc) if l == 2
-        )
-        head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
+    def head(self, text):
+        n = len(self.contents)
+        self.parts.append(f'<h{self.top} id="s{n}">{_esc(text)}</h{self.top}>')
+        self.contents.append((self.top, text))
+
+    def add(self, *parts): self.parts += parts
+    def say(self, sentences): self.add(*(f"<p>{_esc(sentence)}</p>" for sentence in sentences))
+
+    def html(self):
+        "The whole page"
         body = [
             self.pictures.html(),
             f"<h1>{_esc(self.title)}</h1>",
-            f'<nav aria-label="contents"><ul>{toc}</ul></nav>',
+            _contents(self.contents),
             "<main>",
             *self.parts,
             "</main>",
         ]
-        text = (
-            '<!DOCTYPE html>\n<html'
-            f' lang="en"><head>{head}<title>{_esc(self.title)}</title><style>{STYLE}</style></head><body>\n'
-        )
-        text += "\n".join(body) + "\n</body></html>\n"
-        with atomic_path(path) as tmp: Path(tmp).write_text(text, encoding="utf8")
+        return f"{_head(self.title)}<body>\n" + "\n".join(body) + "\n</body></html>\n"
+
+    def write(self, path):
+        "Write the page atomically; gives the path"
+        with atomic_path(path) as tmp: Path(tmp).write_text(self.html(), encoding="utf8")
         return Path(path)
+
+def _head(title):
+    "Everything before the body"
+    meta = '<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
+    head = f"<head>{meta}<title>{_esc(title)}</title><style>{STYLE}</style></head>"
+    return f'<!DOCTYPE html>\n<html lang="en">{head}'
+
+def _contents(headings):
+    "Links to the headings of level 2"
+    links = []
+    for i, (level, text) in enumerate(headings):
+        if level == 2: links.append(f'<li><a href="#s{i}">{_esc(text)}</a></li>')
+    return f'<nav aria-label="contents"><ul>{"".join(links)}</ul></nav>'
+
+# %% ../nbs/90_report.ipynb #c7ce7b6b
+@dataclass
+class _Known:
+    "What is known of a run; None for what is not"
+    table: pd.DataFrame|None = None # of `result_table`
+    scored: pd.DataFrame|None = None
+    items: pd.DataFrame|None = None
+    history: pd.DataFrame|None = None
+    paired: pd.DataFrame|None = None # of `paired_table`
+    tests: pd.DataFrame|None = None # of `paired_tests`
+    facts: dict|None = None # for the diagnosis
+    data: object = None # HTML, `Health`, RLData, or {name: RLData}
+    looks: int|None = None # at the split
+    split: str = "test"
+    n_boot: int = 2000 # resamples of what is computed for the page
+
+    @property
+    def has_cases(self): return self.scored is not None and self.items is not None
+
+@dataclass
+class _Choice:
+    "Which cases a page shows"
+    selector: str|None = None # default: the last trained one
+    shots: int|None = None # default: the most that it has
+    n: int = 40
+    against: tuple = ("random", "similar_mixed", "zero_shot")
+    seed: int = 0
+
+# %% ../nbs/90_report.ipynb #867bb2c7
+def _add_results(page, known):
+    "Table, small print, figures; gives {file name: function that draws}"
+    page.head("Results")
+    gaps = _gaps(known)
+    figures = _result_figures(known.table, gaps)
+    page.add(table_html(known.table, gaps), _small_print(known))
+    alts = [f"{_RESULT_ALTS[name]}; the numbers stand in the table above" for name in figures]
+    pictures = [_svg(draw(), alt) for draw, alt in zip(figures.values(), alts)]
+    page.add('<div class="strip pair">', *pictures, "</div>")
+    return figures
+
+def _gaps(known):
+    "How much of the gap is closed, with intervals; None where there is no gap"
+    if known.scored is None or not {"random", "oracle"} <= set(known.scored.selector): return None
+    return gap_table(known.scored, known.items, n_boot=known.n_boot)
+
+def _result_figures(table, gaps):
+    "Those figures that the table has something for"
+    figures = {"results.png": lambda: plot_results(table)}
+    if len(set(table.shots) - {0}) > 1: figures["shots.png"] = lambda: plot_shots(table)
+    if gaps is not None and len(gaps): figures["gap.png"] = lambda: plot_gap(gaps)
+    return figures
+
+_RESULT_ALTS = {
+    "results.png": "Accuracy with interval by selector",
+    "shots.png": "Accuracy with interval by number of demonstrations",
+    "gap.png": "Share of the gap between random and oracle that each selector closes",
+}
+
+def _small_print(known):
+    "What must be read with the table: what follows the empty line in `table_text`"
+    text = table_text(known.table, known.looks, known.split).split("\n\n", 1)[1]
+    lines = "<br>".join(map(_esc, text.splitlines()))
+    return f'<p class="dim">{lines}</p>'
+
+# %% ../nbs/90_report.ipynb #a1047edf
+def _add_differences(page, known):
+    "Comparisons in words: the family after Holm, and all pairs folded"
+    tests = _family(known) if known.tests is None else known.tests
+    if tests is None and known.paired is None: return
+    page.head("Differences")
+    if tests is not None:
+        page.add(f"<p>{len(tests)} comparisons, Holm's correction over all of them:</p>")
+        page.add(comparisons_html(tests), _fold("numbers", frame_html(tests, "differences")))
+    if known.paired is not None:
+        pairs = comparisons_html(known.paired)
+        page.add(pairs if tests is None else _fold("all pairs, without correction", pairs))
+
+def _family(known):
+    "Trained selectors against random and similarity; None where there are none"
+    if known.scored is None: return None
+    there = set(known.scored.selector)
+    against = [s for s in ("random", "similar_mixed") if s in there]
+    if not against or not there - set(BASELINES): return None
+    return paired_tests(known.scored, known.items, against=against, n_boot=known.n_boot)
+
+# %% ../nbs/90_report.ipynb #0de86626
+def _add_details(page, known):
+    "Behaviour, sizes, kinds of question, evaluators: folded tables"
+    page.head("A closer look")
+    for name, table in _detail_tables(known.scored, known.items).items():
+        page.add(_fold(name, frame_html(table, name)))
+
+def _detail_tables(scored, items):
+    "{what it shows: a table}"
+    tables = {}
+    shots = int(scored.shots.max())
+    if shots:
+        name = "copying of the last demonstration's answer, variety of demonstrations"
+        tables[name] = behaviour(scored, items)
+    sizes = _smaller_sizes(scored)
+    if sizes and "random" in set(scored.selector[scored.shots == shots]):
+        subs = subsets(scored.question_id.unique(), (*sizes, "all"))
+        clusters = items if "image_id" in items else None
+        tables[f"accuracy by number of queries, {shots} shots"] = size_table(scored, subs, shots, clusters)
+    for kind in _kinds_of_question(scored, items):
+        tables[f"accuracy by {kind.replace('_', ' ')}"] = type_table(scored, items, kind)
+    tables["the same answers under three evaluators"] = mode_table(scored, items)
+    return tables
+
+def _smaller_sizes(scored):
+    "Numbers of queries below what there is"
+    return [n for n in (100, 200, 400, 800) if n < scored.question_id.nunique()]
+
+def _kinds_of_question(scored, items):
+    "Columns that divide the queries into 2 to 20 kinds"
+    columns = [c for c in ("question_type", "answer_type") if c in items]
+    return [c for c in columns if 1 < items[c].loc[scored.question_id.unique()].nunique() <= 20]
+
+# %% ../nbs/90_report.ipynb #7ecd771e
+def _add_training(page, known):
+    "Diagnosis and curves; gives {file name: function that draws}"
+    history = known.history
+    page.head("Training")
+    page.add(_training_html(history, known.facts))
+    figures = {}
+    curves = history
+    rl = _rl_rows(history)
+    if rl is not None:
+        figures["rl.png"] = lambda: plot_rl(rl)
+        losses = history[[c for c in ("stage", "seed", "train_loss", "valid_loss") if c in history]]
+        if curves_in(losses): curves = losses # the rest is in rl.png
+    if curves_in(curves): figures["curves.png"] = lambda: plot_curves(curves)
+    return figures
+
+def _add_data(page, data):
+    page.head("Data")
+    if not isinstance(data, (str, Health)): data = health(data)
+    page.add(data if isinstance(data, str) else health_html(data))
+
+# %% ../nbs/90_report.ipynb #a9e5090e
+def _add_cases(page, known, choice):
+    "The browser; gives {file name: function that draws}"
+    items = known.items
+    scored = known.scored
+    selector, shots = _whose(scored, choice)
+    page.head(f"Cases: {selector}, {shots} shots")
+    page.add(browser_html(
+        items, scored, selector, shots, choice.n, choice.against,
+        seed=choice.seed, pictures=page.pictures, level=page.top + 1, name=f"show{len(page.contents)}",
+    ))
+    return {"examples.png": lambda: plot_examples(items, scored, 4, selector, shots, seed=choice.seed)}
+
+def _whose(scored, choice):
+    "(selector, shots) of the cases"
+    names = [s for s in dict.fromkeys(scored.selector) if s != "oracle"]
+    trained = [s for s in names if s not in BASELINES]
+    selector = choice.selector or (trained or names)[-1]
+    most = scored.shots[scored.selector == selector].max()
+    return selector, int(most) if choice.shots is None else choice.shots
+
+# %% ../nbs/90_report.ipynb #9ebff237
+def _add_run(page, run_dir, known, choice):
+    "Everything about one run; gives {file name: function that draws}"
+    figures = {}
+    if known.table is not None: figures |= _add_results(page, known)
+    _add_differences(page, known)
+    if known.has_cases: _add_details(page, known)
+    if known.history is not None and len(known.history): figures |= _add_training(page, known)
+    if known.data is not None: _add_data(page, known.data)
+    if known.has_cases: figures |= _add_cases(page, known, choice)
+    settings = settings_html(run_dir)
+    if settings:
+        page.head("Settings")
+        page.add(settings)
+    return figures
 
 def _save_fig(path, ax):
     "Write the figure of `ax` as PNG, atomically, and close it"
@@ -893,113 +1199,17 @@ def _save_fig(path, ax):
 
 def _looks(run_dir, split):
     "How many looks at a split the run's looks.json counts, or its metric of that name; None if nobody counted"
-    looks, made = (Path(run_dir)/f for f in ("looks.json", "settings.json"))
-    if looks.exists(): return sum(e["split"] == split for e in read_json(looks))
-    return (read_json(made).get("metrics") or {}).get("looks") if made.exists() else None
+    counted = Path(run_dir)/"looks.json"
+    if counted.exists(): return sum(entry["split"] == split for entry in read_json(counted))
+    settings = Path(run_dir)/"settings.json"
+    if not settings.exists(): return None
+    return (read_json(settings).get("metrics") or {}).get("looks")
 
-# %% ../nbs/90_report.ipynb #867bb2c7
-def _results(page, table, scored, items, looks, split, n_boot):
-    "Table, small print, figures; the figures' makers by file name"
-    page.head("Results")
-    both = scored is not None and {"random", "oracle"} <= set(scored.selector)
-    gaps = gap_table(scored, items, n_boot=n_boot) if both else None
-    made = {"results.png": lambda: plot_results(table)}
-    if len(set(table.shots) - {0}) > 1: made["shots.png"] = lambda: plot_shots(table)
-    if gaps is not None and len(gaps): made["gap.png"] = lambda: plot_gap(gaps)
-    alts = {
-        "results.png": "Accuracy with interval by selector",
-        "shots.png": "Accuracy with interval by number of demonstrations",
-        "gap.png": "Share of the gap between random and oracle that each selector closes",
-    }
-    page.add(
-        table_html(table, gaps),
-        f'<p class="dim">{"<br>".join(map(_esc, table_text(table, looks, split).split(chr(10)*2, 1)[1].splitlines()))}</p>',
-    )
-    page.add(
-        '<div class="strip pair">',
-        *(_svg(f(), f"{alts[k]}; the numbers stand in the table above") for k, f in made.items()),
-        "</div>",
-    )
-    return made
-
-def _differences(page, scored, items, paired, tests, n_boot):
-    "Comparisons in words: the family after Holm, and all pairs folded"
-    if tests is None and scored is not None:
-        have = set(scored.selector)
-        own = have - set(BASELINES)
-        against = [a for a in ("random", "similar_mixed") if a in have]
-        if own and against: tests = paired_tests(scored, items, against=against, n_boot=n_boot)
-    if tests is None and paired is None: return
-    page.head("Differences")
-    if tests is not None:
-        page.add(
-            f"<p>{len(tests)} comparisons, Holm's correction over all of them:</p>",
-            comparisons_html(tests),
-            _fold("numbers", frame_html(tests, "differences")),
-        )
-    if paired is not None:
-        page.add(
-            comparisons_html(paired)
-            if tests is None
-            else _fold("all pairs, without correction", comparisons_html(paired))
-        )
-
-def _more(page, scored, items):
-    "Behaviour, sizes, kinds of question, evaluators: folded tables"
-    kinds = [
-        c
-        for c in ("question_type", "answer_type")
-        if c in items and 1 < items[c].loc[scored.question_id.unique()].nunique() <= 20
-    ]
-    n = scored.question_id.nunique()
-    S = int(scored.shots.max())
-    sizes = [s for s in (100, 200, 400, 800) if s < n]
-    page.head("A closer look")
-    tables = (
-        {"copying of the last demonstration's answer, variety of demonstrations": behaviour(scored, items)}
-        if S
-        else {}
-    )
-    if sizes and "random" in set(scored.selector[scored.shots == S]):
-        subs = subsets(scored.question_id.unique(), (*sizes, "all"))
-        tables[f"accuracy by number of queries, {S} shots"] = size_table(
-            scored, subs, S, items if "image_id" in items else None
-        )
-    tables |= {f"accuracy by {k.replace('_', ' ')}": type_table(scored, items, k) for k in kinds}
-    tables |= {"the same answers under three evaluators": mode_table(scored, items)}
-    page.add(*(_fold(k, frame_html(t, k)) for k, t in tables.items()))
-
-def _cases(page, scored, items, selector, shots, n, against, seed):
-    "The browser; gives back (selector, shots)"
-    names = [s for s in dict.fromkeys(scored.selector) if s != "oracle"]
-    own = [s for s in names if s not in BASELINES]
-    sel = selector or (own or names)[-1]
-    S = int(scored.shots[scored.selector == sel].max()) if shots is None else shots
-    page.head(f"Cases: {sel}, {S} shots")
-    page.add(
-        browser_html(
-            items,
-            scored,
-            sel,
-            S,
-            n,
-            against,
-            seed=seed,
-            pictures=page.pictures,
-            level=page.top + 1,
-            name=f"show{len(page.toc)}",
-        )
-    )
-    return sel, S
-
-def _data_html(data):
-    return data if isinstance(data, str) else health_html(data if isinstance(data, Health) else health(data))
-
-# %% ../nbs/90_report.ipynb #ab7b9205
+# %% ../nbs/90_report.ipynb #e3d53892
 def write_report(
     run_dir, # the run folder; it is made
-    table:pd.DataFrame, # from `evaluate.result_table` -> results.csv, results.png, and shots.png where there are several shot counts
-    scored:pd.DataFrame|None=None, # from `evaluate.score_picks` -> gap.png, differences; with `items`: cases, examples.png
+    table:pd.DataFrame, # from `evaluate.result_table` -> results.csv, results.png; several shot counts: shots.png
+    scored:pd.DataFrame|None=None, # from `evaluate.score_picks` -> gap.png, differences; and with `items`: cases
     items:pd.DataFrame|None=None, # queries and demonstrations by question_id
     history:pd.DataFrame|None=None, # one row per epoch -> curves.png, rl.png, the diagnosis
     paired:pd.DataFrame|None=None, # from `evaluate.paired_table` -> verdicts without correction
@@ -1009,7 +1219,7 @@ def write_report(
     title:str|None=None, # default the folder's name
     notes=(), # sentences that stand under the title
     seed:int=0, # of the choice of cases
-    tests:pd.DataFrame|None=None, # from `evaluate.paired_tests`; default: trained selectors against random and similar_mixed
+    tests:pd.DataFrame|None=None, # from `evaluate.paired_tests`; default: trained ones against random and similar_mixed
     facts:dict|None=None, # of `diagnose.data_facts`, for the diagnosis
     data=None, # `Health`, or RLData or {name: RLData}, which are examined with the reward hard_plus_soft
     looks:int|None=None, # at the split; default what the run counted (looks.json, or its metric `looks`)
@@ -1020,176 +1230,108 @@ def write_report(
     "Write tables, figures and a self-contained page about a run into its folder"
     run_dir = Path(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
-    page = _Page(title or run_dir.name)
     with atomic_path(run_dir/"results.csv") as tmp: table.to_csv(tmp, index=False, float_format="%.6g")
-    made = _parts(
-        page,
-        run_dir,
-        table,
-        scored,
-        items,
-        history,
-        paired,
-        selector,
-        shots,
-        n,
-        notes,
-        seed,
-        tests,
-        facts,
-        data,
-        looks,
-        split,
-        against,
-        n_boot,
-    )
-    for name, draw in made.items(): _save_fig(run_dir/name, draw())
+    if looks is None: looks = _looks(run_dir, split)
+    known = _Known(table, scored, items, history, paired, tests, facts, data, looks, split, n_boot)
+    page = _Page(title or run_dir.name)
+    page.say(notes)
+    figures = _add_run(page, run_dir, known, _Choice(selector, shots, n, against, seed))
+    for name, draw in figures.items(): _save_fig(run_dir/name, draw())
     return page.write(run_dir/"report.html")
 
-def _parts(
-    page,
-    run_dir,
-    table,
-    scored,
-    items,
-    history,
-    paired,
-    selector,
-    shots,
-    n,
-    notes,
-    seed,
-    tests,
-    facts,
-    data,
-    looks,
-    split,
-    against,
-    n_boot,
-):
-    "Everything about one run; the makers of its figures by file name"
-    made = {}
-    page.add(*(f"<p>{_esc(s)}</p>" for s in notes))
-    if table is not None:
-        made |= _results(
-            page, table, scored, items, _looks(run_dir, split) if looks is None else looks, split, n_boot
-        )
-    _differences(page, scored, items, paired, tests, n_boot)
-    if scored is not None and items is not None: _more(page, scored, items)
-    if history is not None and len(history):
-        page.head("Training")
-        page.add(_training_html(history, facts))
-        rl = _rl(history)
-        if rl is not None: made["rl.png"] = lambda: plot_rl(rl)
-        losses = history[[c for c in ("stage", "seed", "train_loss", "valid_loss") if c in history]]
-        curves = history if rl is None or not curves_in(losses) else losses
-        if curves_in(curves): made["curves.png"] = lambda: plot_curves(curves)
-    if data is not None:
-        page.head("Data")
-        page.add(_data_html(data))
-    if scored is not None and items is not None:
-        sel, S = _cases(page, scored, items, selector, shots, n, against, seed)
-        made["examples.png"] = lambda: plot_examples(items, scored, 4, sel, S, seed=seed)
-    if made_with := settings_html(run_dir):
-        page.head("Settings")
-        page.add(made_with)
-    return made
-
-# %% ../nbs/90_report.ipynb #ff1ea172
+# %% ../nbs/90_report.ipynb #a41acd06
 def described_items(
     scored:pd.DataFrame, # predictions of `infer.predict`: question, answers, demo_questions, demo_answers
-)->pd.DataFrame|None: # by question_id: question, answer (the most frequent), answers, image_id, image_path (None); None if they are not described
-    "The items that predictions speak of, without images"
+)->pd.DataFrame|None: # question_id -> question, answer (most frequent), answers, image_id, image_path (None); or None
+    "The items that predictions speak of, without images; None where the predictions do not describe them"
     if not {"question", "answers", "demo_questions", "demo_answers"} <= set(scored): return None
-    demos = {
-        d: (a, b) for r in scored.itertuples() for d, a, b in zip(r.pointer, r.demo_questions, r.demo_answers)
-    }
-    rows = {d: dict(question=a, answer=b, answers=[b]) for d, (a, b) in demos.items()}
-    query = lambda r: dict(
-        question=r.question,
-        answers=list(r.answers),
-        answer=pd.Series(list(r.answers)).mode()[0],
-        image_id=r.image_id,
-    )
-    rows |= {r.question_id: query(r) for r in scored.itertuples()}
+    rows = {}
+    for r in scored.itertuples():
+        for d, question, answer in zip(r.pointer, r.demo_questions, r.demo_answers):
+            rows[d] = dict(question=question, answer=answer, answers=[answer])
+    for r in scored.itertuples(): # queries after demonstrations: where one is both, its own answers count
+        answers = list(r.answers)
+        most = pd.Series(answers).mode()[0]
+        rows[r.question_id] = dict(question=r.question, answer=most, answers=answers, image_id=r.image_id)
     out = pd.DataFrame.from_dict(rows, orient="index").rename_axis("question_id")
     return out.assign(question_id=out.index, image_path=None)
 
+# %% ../nbs/90_report.ipynb #2dbd491b
 def _found_data(run):
-    "Health of the groups that lie in a run's folder or in its folder `groups`, as HTML; what cannot be read is told. None if there are none"
-    data, wrong = {}, []
-    for p in [run.path, *sorted(run.path.glob("*/")), *sorted(run.path.glob("groups/*/"))]:
+    "Health of the groups in a run's folder, as HTML, and what was wrong with them; None if there are none"
+    data, wrong = _load_groups(run)
+    good = ""
+    if data:
+        try: good = health_html(health(data, run.settings.get("reward", "hard_plus_soft")))
+        except ValueError as e: wrong.append(f"not examined: {e}")
+    if wrong: good += _list(wrong)
+    return good or None
+
+def _load_groups(run):
+    "({name: RLData}, sentences about those that were not read)"
+    data = {}
+    wrong = []
+    for p in (run.path, *sorted(run.path.glob("*/")), *sorted(run.path.glob("groups/*/"))):
         if not (p/"manifest.json").exists() and not shard_files(p): continue
         try: data[p.name] = RLData.load(p)
         except ValueError as e: wrong.append(f"{p.name} was not read: {e}")
-    try: good = health_html(health(data, run.settings.get("reward", "hard_plus_soft"))) if data else ""
-    except ValueError as e:
-        good = ""
-        wrong.append(f"not examined: {e}")
-    return good + _items(wrong)*bool(wrong) or None
+    return data, wrong
 
-def _read(run, items, data, n_boot, seed):
-    "(table, scored, items, history, tests, data) of a run: None for what it does not hold"
-    there = set(run.files())
-    scored = read_scored(run) if "predictions.parquet" in there else None
-    table, known = None, items
-    if scored is not None:
-        if items is None: known = described_items(scored)
-        have = set(scored.selector)
-        ref, oracle = (s if s in have else None for s in ("random", "oracle"))
-        base = next((b for b in ("similar_mixed", "random") if b in have), None)
-        table = result_table(
-            scored,
-            known,
-            ref,
-            oracle,
-            base,
-            int(scored.shots.max()) if ref else None,
-            n_boot=n_boot,
-            seed=seed,
-        )
-    held = lambda f: run.frame(f) if f in there else None
-    return (
-        table,
-        scored,
-        known,
-        held("history.csv"),
-        held("tests.csv"),
-        _found_data(run) if data is None else data,
-    )
+# %% ../nbs/90_report.ipynb #d23a56a3
+def _read(run, items, n_boot, seed):
+    "What is known of a run from its folder"
+    files = set(run.files())
+    known = _Known(items=items, split=run.settings.get("split", "test"), n_boot=n_boot)
+    if "predictions.parquet" in files:
+        known.scored = read_scored(run)
+        if items is None: known.items = described_items(known.scored)
+        known.table = _table_of(known, seed)
+    if "history.csv" in files: known.history = run.frame("history.csv")
+    if "tests.csv" in files: known.tests = run.frame("tests.csv")
+    return known
+
+def _table_of(known, seed):
+    "The result table, with what it needs where the predictions hold it"
+    there = set(known.scored.selector)
+    reference = "random" if "random" in there else None
+    oracle = "oracle" if "oracle" in there else None
+    changed_from = next((s for s in ("similar_mixed", "random") if s in there), None)
+    zero_at = int(known.scored.shots.max()) if reference else None
+    names = dict(reference=reference, oracle=oracle, changed_from=changed_from, zero_at=zero_at)
+    return result_table(known.scored, known.items, **names, n_boot=known.n_boot, seed=seed)
 
 # %% ../nbs/90_report.ipynb #beb91feb
 def runs_differ(
     runs, # of `Run`, two or more
-)->pd.DataFrame: # index: dotted names of settings, seed, fingerprints, versions; a column per run; "absent" where a run has none
+)->pd.DataFrame: # dotted names of settings, seed, fingerprints, versions x runs; "absent" where a run has none
     "In what runs differ"
-    code = lambda r: {k: v for k, v in r.starts[-1].items() if k != "time"} if r.starts else {}
-    rec = lambda r: {"seed": r.seed, "setting": r.settings, "fingerprint": r.fingerprints, "code": code(r)}
-    recs = {n: rec(r) for n, r in zip(_names(runs), runs)}
-    first, *rest = recs.values()
-    keys = sorted(
-        dict.fromkeys(k for r in rest for k in settings_diff(first, r)),
-        key=lambda k: [*first].index(k.split(".")[0]),
-    )
-    say = lambda flat: [json.dumps(flat[k][1], ensure_ascii=False) if k in flat else ABSENT for k in keys]
-    return pd.DataFrame(
-        {n: say(settings_diff({}, r)) for n, r in recs.items()},
-        index=pd.Index(keys, name="name", dtype=object),
-    )
+    records = {name: _record(run) for name, run in zip(_names(runs), runs)}
+    first, *rest = records.values()
+    keys = dict.fromkeys(key for record in rest for key in settings_diff(first, record))
+    keys = sorted(keys, key=lambda key: list(first).index(key.split(".")[0]))
+    columns = {name: _values(record, keys) for name, record in records.items()}
+    return pd.DataFrame(columns, index=pd.Index(keys, name="name", dtype=object))
+
+def _record(run):
+    "What may differ between runs, in the order in which it is told"
+    code = dict(run.starts[-1]) if run.starts else {}
+    code.pop("time", None)
+    return dict(seed=run.seed, setting=run.settings, fingerprint=run.fingerprints, code=code)
+
+def _values(record, keys):
+    "The values of these dotted names as text"
+    flat = settings_diff({}, record)
+    return [_json(flat[key][1]) if key in flat else ABSENT for key in keys]
 
 def _names(runs):
-    "Folder names, with the parent's where two are the same"
-    own = [r.path.name for r in runs]
-    longer = [f"{r.path.parent.name}/{r.path.name}" for r in runs]
-    return next(
-        (ns for ns in (own, longer) if len(set(ns)) == len(ns)), [f"{i}: {n}" for i, n in enumerate(own)]
-    )
+    "Folder names, with the parent's where two are the same, numbered where that does not help"
+    short = [run.path.name for run in runs]
+    longer = [f"{run.path.parent.name}/{run.path.name}" for run in runs]
+    for names in (short, longer):
+        if len(set(names)) == len(names): return names
+    return [f"{i}: {name}" for i, name in enumerate(short)]
 
-def _own(run):
-    "Selectors of a run that are no baselines; all where there are no others"
-    names = list(dict.fromkeys(read_scored(run).selector))
-    return [n for n in names if n not in BASELINES] or names
-
+# %% ../nbs/90_report.ipynb #14212d09
 def compare_many(
     runs, # of `Run`, two or more; each is compared with the first
     selector:str|None=None, # which, where runs hold several; default: those that both hold, or the only one of each
@@ -1198,116 +1340,107 @@ def compare_many(
     n_boot:int=10_000, seed:int=0, level:float=.05, # resamples, their seed, level of the whole family
 )->tuple: # (as `paired_tests`, with Holm over everything here; list of sentences: what was refused, and why)
     "Runs against the first of them; what cannot be compared is told, not raised"
-    found, refused = [], []
-    names = dict(zip(map(id, runs), _names(runs)))
-    for r in runs[1:]:
+    first = runs[0]
+    names = _names(runs)
+    found = []
+    refused = []
+    for run, name in zip(runs[1:], names[1:]):
         try:
-            a = _own(r)
-            b = _own(runs[0])
-            both = [s for s in a if s in b]
-            pairs = (
-                [(selector, selector)]
-                if selector
-                else [(s, s) for s in both] or list(zip(a, b)) * (len(a) == len(b) == 1)
-            )
-            if not pairs: raise ValueError(f"they hold {a} and {b}: name one with selector=")
-            for x, y in pairs: found.append(compare_runs(r, runs[0], x, y, other, items, n_boot, seed))
-        except (ValueError, FileNotFoundError) as e:
-            refused.append(f"{names[id(r)]} against {names[id(runs[0])]}: {e}")
+            pairs = [(selector, selector)] if selector else _pairs(run, first)
+            for a, b in pairs: found.append(compare_runs(run, first, a, b, other, items, n_boot, seed))
+        except (ValueError, FileNotFoundError) as e: refused.append(f"{name} against {names[0]}: {e}")
     if not found: return None, refused
-    t = pd.concat(found, ignore_index=True)
-    t["p_holm"] = holm(t.p)
-    said = [
-        (
-            verdict(Interval(r.delta, r.lo, r.hi), r.mde).split(": ")[-1]
-            if r.p_holm <= level
-            else "no difference shown"
-        )
-        for r in t.itertuples()
+    tests = pd.concat(found, ignore_index=True)
+    tests["p_holm"] = holm(tests.p)
+    tests["verdict"] = [_verdict_after_holm(r, level) for r in tests.itertuples()]
+    return tests, refused
+
+def _pairs(run, first):
+    "Which selectors of two runs to compare: those that both hold, or the only one of each"
+    mine = _trained(run)
+    theirs = _trained(first)
+    both = [s for s in mine if s in theirs]
+    if both: return [(s, s) for s in both]
+    if len(mine) == len(theirs) == 1: return [(mine[0], theirs[0])]
+    raise ValueError(f"they hold {mine} and {theirs}: name one with selector=")
+
+def _trained(run):
+    "Selectors of a run that are no baselines; all where there are no others"
+    names = list(dict.fromkeys(read_scored(run).selector))
+    return [s for s in names if s not in BASELINES] or names
+
+def _verdict_after_holm(r, level):
+    if r.p_holm > level: return "no difference shown"
+    return verdict(Interval(r.delta, r.lo, r.hi), r.mde).split(": ")[-1]
+
+# %% ../nbs/90_report.ipynb #fc041bca
+def _add_overview(page, runs):
+    "Seeds, dates and metrics of the runs, and in what they differ"
+    page.head("Runs")
+    rows = [
+        dict(run=name, seed=run.seed, finished=run.finished or "not finished", **run.metrics)
+        for name, run in zip(_names(runs), runs)
     ]
-    return t.assign(verdict=said), refused
+    page.add(frame_html(pd.DataFrame(rows), "runs"))
+    diff = runs_differ(runs)
+    if len(diff): page.add("<p>In what they differ:</p>" + frame_html(diff, "what differs"))
+    else: page.say(["Settings, seeds, fingerprints and versions are the same."])
+
+def _add_comparisons(page, tests, refused):
+    "Run against run, from `compare_many`"
+    page.head("Run against run")
+    if tests is not None:
+        count = f"{len(tests)} comparisons, Holm's correction over all of them"
+        page.add(f"<p>Each against the first, {count}:</p>")
+        page.add(comparisons_html(tests), _fold("numbers", frame_html(tests, "run against run")))
+    if refused: page.add("<p>Not compared:</p>", _list(refused))
+
+# %% ../nbs/90_report.ipynb #4fa10bd1
+def _side_by_side(held, items, n_boot, seed):
+    "One table of the trained selectors of several runs; `held`: {name: (run, scored)}"
+    parts = []
+    for name, (run, scored) in held.items():
+        own = scored[scored.selector.isin(_trained(run))]
+        parts.append(own.assign(selector=f"{name}: " + own.selector))
+    side = pd.concat(parts, ignore_index=True)
+    return result_table(side, items, None, None, None, n_boot=n_boot, seed=seed)
+
+def _add_side_by_side(page, table):
+    page.head("Side by side")
+    alt = "Accuracy with interval by run; the numbers stand in the table above"
+    page.add(table_html(table), _svg(plot_results(table, reference=None), alt))
+
+# %% ../nbs/90_report.ipynb #b1005bd2
+def _over_seeds(held, items, n_boot):
+    "Sentences on trained selectors over the seeds of equal runs, against baselines of the first"
+    first, base = next(iter(held.values()))
+    names = _trained(first)
+    parts = [base[~base.selector.isin(names)]]
+    for run, scored in held.values(): parts.append(scored[scored.selector.isin(names)].assign(draw=run.seed))
+    every = pd.concat(parts, ignore_index=True)
+    lines = []
+    for selector in names:
+        for shots in sorted(set(every.shots[every.selector == selector]) - {0}):
+            lines.append(_mean_over_seeds(every, selector, shots))
+            for b in ("random", "similar_mixed"):
+                if b not in set(every.selector[every.shots == shots]): continue
+                difference = compare_seeds(every, selector, b, shots, items=items, n_boot=n_boot)
+                lines.append(f"S = {shots}: {verdict(difference, None, selector, b)}")
+    return lines
+
+def _mean_over_seeds(scored, selector, shots):
+    "Mean and standard deviation over seeds, in words"
+    rows = scored[(scored.selector == selector) & (scored.shots == shots) & ~scored.eval_failed]
+    acc = rows.groupby("draw").vqa_acc_score.mean()
+    mean = f"{100*acc.mean():.1f} % over {len(acc)} seeds"
+    return f"{selector}, S = {shots}: {mean}, standard deviation {100*acc.std():.1f} points"
 
 # %% ../nbs/90_report.ipynb #993d08f9
-def _several(page, runs, reads, selector, other, items, n_boot, seed):
-    "What only a page of several runs has"
-    names = _names(runs)
-    diff = runs_differ(runs)
-    page.head("Runs")
-    over = [
-        dict(run=n, seed=r.seed, finished=r.finished or "not finished", **r.metrics)
-        for n, r in zip(names, runs)
-    ]
-    page.add(frame_html(pd.DataFrame(over), "runs"))
-    page.add(
-        "<p>In what they differ:</p>" + frame_html(diff, "what differs")
-        if len(diff)
-        else "<p>Settings, seeds, fingerprints and versions are the same.</p>"
-    )
-    page.head("Run against run")
-    tests, refused = compare_many(runs, selector, other, items, n_boot, seed)
-    if tests is not None:
-        page.add(
-            f"<p>Each against the first, {len(tests)} comparisons, Holm's correction over all of them:</p>",
-            comparisons_html(tests),
-            _fold("numbers", frame_html(tests, "run against run")),
-        )
-    if refused: page.add("<p>Not compared:</p>", _items(refused))
-    have = [(n, r, s) for n, r, (_, s, *_) in zip(names, runs, reads) if s is not None]
-    if have:
-        side = pd.concat(
-            [
-                s[s.selector.isin(_own(r))].assign(selector=lambda f: f"{n}: " + f.selector)
-                for n, r, s in have
-            ],
-            ignore_index=True,
-        )
-        page.head("Side by side")
-        known = reads[names.index(have[0][0])][2] if items is None else items
-        table = result_table(side, known, None, None, None, n_boot=n_boot, seed=seed)
-        page.add(
-            table_html(table),
-            _svg(
-                plot_results(table, reference=None),
-                "Accuracy with interval by run; the numbers stand in the table above",
-            ),
-        )
-    if len(have) == len(runs) and set(diff.index) == {"seed"}: _over_seeds(page, have, items, n_boot)
-
-def _over_seeds(page, have, items, n_boot):
-    "Trained selectors over the seeds of equal runs, against baselines of the first"
-    names = _own(have[0][1])
-    base = have[0][2]
-    rows = []
-    s = pd.concat(
-        [
-            base[~base.selector.isin(names)],
-            *(f[f.selector.isin(names)].assign(draw=r.seed) for _, r, f in have),
-        ],
-        ignore_index=True,
-    )
-    for sel in names:
-        for S in sorted(set(s.shots[s.selector == sel]) - {0}):
-            each = (
-                s[(s.selector == sel) & (s.shots == S) & ~s.eval_failed].groupby("draw").vqa_acc_score.mean()
-            )
-            est = {
-                b: compare_seeds(s, sel, b, S, items=items, n_boot=n_boot)
-                for b in ("random", "similar_mixed")
-                if b in set(s.selector[s.shots == S])
-            }
-            rows.append(
-                f"{sel}, S = {S}: {100*each.mean():.1f} % over {len(each)} seeds, standard deviation"
-                f" {100*each.std():.1f} points"
-            )
-            rows += [f"S = {S}: {verdict(i, None, sel, b)}" for b, i in est.items()]
-    page.head("Over seeds")
-    page.add("<p>Intervals over queries and seeds, without correction:</p>", _items(rows))
-
 def report(
     runs, # a run folder or `Run`, or a list of them; FileNotFoundError or ValueError for what is no run
-    items:pd.DataFrame|None=None, # queries and demonstrations by question_id; None: no images, and cases only where the predictions are described
+    items:pd.DataFrame|None=None, # queries and demonstrations by question_id; None: no images, cases if described
     path=None, # of the page; default report.html in the folder of a single run, or beside the first of several
-    selector:str|None=None, shots:int|None=None, # of the cases and of run against run; default what is trained, most shots
+    selector:str|None=None, shots:int|None=None, # of cases and run against run; default what is trained, most shots
     n:int=40, # cases on the page, all runs together
     title:str|None=None, notes=(), # over the page, under the title
     other=(), # what may differ between runs, see `compare_runs`
@@ -1318,49 +1451,60 @@ def report(
     n_boot:int=10_000, seed:int=0, # resamples, and the seed of them and of the cases
 )->Path: # the page
     "One page about a run folder, or about several"
-    runs = [
-        r if isinstance(r, Run) else Run(r) for r in (runs if isinstance(runs, (list, tuple)) else [runs])
-    ]
+    runs = _as_runs(runs)
+    _check_report(runs, data, facts)
+    reads = [_read(run, items, n_boot, seed) for run in runs]
+    for run, known in zip(runs, reads):
+        known.facts = facts
+        known.data = _found_data(run) if data is None else data
+        known.split = split or known.split
+        known.looks = _looks(run.path, known.split)
+    each = n if len(runs) == 1 else max(1, n // len(runs))
+    choice = _Choice(selector, shots, each, against, seed)
+    if len(runs) == 1:
+        page = _Page(title or runs[0].path.name)
+        page.say(notes)
+        return _report_one(page, runs[0], reads[0], choice, path)
+    page = _Page(title or f"{len(runs)} runs")
+    page.say(notes)
+    tests, refused = compare_many(runs, selector, other, items, n_boot, seed)
+    _add_overview(page, runs)
+    _add_comparisons(page, tests, refused)
+    _add_all(page, runs, reads, items, n_boot, seed)
+    for name, run, known in zip(_names(runs), runs, reads):
+        page.top = 2
+        page.head(f"Run {name}")
+        page.top = 3
+        _add_run(page, run.path, known, choice)
+    return page.write(Path(path or runs[0].path.parent/"report.html"))
+
+def _as_runs(runs):
+    runs = runs if isinstance(runs, (list, tuple)) else [runs]
+    return [run if isinstance(run, Run) else Run(run) for run in runs]
+
+def _check_report(runs, data, facts):
     if not runs: raise ValueError("report: no runs; pass a run folder, or several")
     if len(runs) > 1 and (data is not None or facts is not None):
         raise ValueError(
             f"report: data and facts belong to one run, here are {len(runs)}: leave them out, or report"
             " each run"
         )
-    reads = [_read(r, items, data, n_boot, seed) for r in runs]
-    page = _Page(title or (runs[0].path.name if len(runs) == 1 else f"{len(runs)} runs"))
-    more = lambda r, t, s, i, h, tests, d, k: _parts(
-        page,
-        r.path,
-        t,
-        s,
-        i,
-        h,
-        None,
-        selector,
-        shots,
-        k,
-        notes if len(runs) == 1 else (),
-        seed,
-        tests,
-        facts,
-        d,
-        None,
-        split or r.settings.get("split", "test"),
-        against,
-        n_boot,
-    )
-    if len(runs) == 1:
-        made = more(runs[0], *reads[0], n)
-        out = runs[0].path/"report.html"
-        if reads[0][0] is not None: runs[0].save_frame("results.csv", reads[0][0])
-        for name, draw in made.items(): _save_fig(out.parent/name, draw())
-        return page.write(Path(path or out))
-    page.add(*(f"<p>{_esc(s)}</p>" for s in notes))
-    _several(page, runs, reads, selector, other, items, n_boot, seed)
-    for name, r, read in zip(_names(runs), runs, reads):
-        page.top = 2
-        page.head(f"Run {name}")
-        page.top = 3
-        more(r, *read, max(1, n // len(runs)))
-    return page.write(Path(path or runs[0].path.parent/"report.html"))
+
+def _report_one(page, run, known, choice, path):
+    "The page of one run; table and figures go into its folder, wherever the page goes"
+    figures = _add_run(page, run.path, known, choice)
+    if known.table is not None: run.save_frame("results.csv", known.table)
+    for name, draw in figures.items(): _save_fig(run.path/name, draw())
+    return page.write(Path(path or run.path/"report.html"))
+
+def _add_all(page, runs, reads, items, n_boot, seed):
+    "The runs that have predictions side by side; over their seeds if they differ in nothing else"
+    named = zip(_names(runs), runs, reads)
+    held = {name: (run, known.scored) for name, run, known in named if known.scored is not None}
+    if not held: return
+    known_items = next(known.items for known in reads if known.scored is not None)
+    _add_side_by_side(page, _side_by_side(held, known_items, n_boot, seed))
+    if len(held) == len(runs) and set(runs_differ(runs).index) == {"seed"}:
+        page.head("Over seeds")
+        lines = _over_seeds(held, items, n_boot)
+        page.add("<p>Intervals over queries and seeds, without correction:</p>", _list(lines))
