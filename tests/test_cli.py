@@ -5,6 +5,7 @@ from pathlib import Path
 import pandas as pd, pytest
 import own_warnings
 from leverplus import cli
+from leverplus.doors import STATUS
 from leverplus.groups import RLData
 from leverplus.rldata_scale import Job
 
@@ -496,7 +497,7 @@ def test_help_is_good_to_read(monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     top = go("--help")
     commands = [a.__name__.removeprefix("add_") for a in cli.DOORS]
-    for code in cli.STATUS: assert f"{code}  {cli.STATUS[code]}" in top
+    for code in STATUS: assert f"{code}  {STATUS[code]}" in top
     for c in commands:
         sub = go(f"{c} --help")
         assert (
