@@ -45,10 +45,8 @@ def test_generate_removes_nothing_of_others(tmp_path):
     assert set(FOREIGN) <= set(there(tmp_path))
     run(tmp_path)
     with pytest.raises(ValueError, match="belong to other settings"): run(tmp_path, seed=5)
-    assert (
-        set(FOREIGN) <= set(there(tmp_path))
-        and (tmp_path / "deep" / "manifest.json").read_text() == "deep/manifest.json"
-    )
+    assert set(FOREIGN) <= set(there(tmp_path))
+    assert (tmp_path / "deep" / "manifest.json").read_text() == "deep/manifest.json"
 
 def test_what_a_kill_left_is_swept_up(tmp_path):
     "Parts, manifest and pool of this run, under the names that only it gives"
@@ -77,10 +75,8 @@ def test_leftovers_are_known_by_their_mark(tmp_path):
         kept = tmp.with_name(tmp.name.replace("part-00000", "part-00001"))
         kept.touch() # as a kill would leave it
         raise KeyboardInterrupt
-    assert (
-        leftovers(tmp_path, r"part-\d+\.parquet") == [kept]
-        and leftovers(tmp_path, "part") == leftovers(tmp_path / "none", ".*") == []
-    )
+    assert leftovers(tmp_path, r"part-\d+\.parquet") == [kept]
+    assert leftovers(tmp_path, "part") == leftovers(tmp_path / "none", ".*") == []
 
 @pytest.mark.parametrize(
     "line",
@@ -103,11 +99,9 @@ def test_no_door_takes_an_empty_folder_for_the_working_directory(tmp_path, monke
     monkeypatch.chdir(tmp_path)
     make(tmp_path, ".mine.tmp")
     with pytest.raises(SystemExit) as e: cli.main([*line.split(), ""])
-    assert (
-        e.value.code == 2
-        and "working directory" in capsys.readouterr().err
-        and there(tmp_path) == [".mine.tmp"]
-    )
+    assert e.value.code == 2
+    assert "working directory" in capsys.readouterr().err
+    assert there(tmp_path) == [".mine.tmp"]
 
 def test_no_function_does_either(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -135,7 +129,9 @@ def test_overwrite_keeps_the_lock_that_is_held(tmp_path):
             capture_output=True,
             text=True,
         )
-        assert second.returncode and "is writing this run" in second.stderr and "inside" not in second.stdout
+        assert second.returncode
+        assert "is writing this run" in second.stderr
+        assert "inside" not in second.stdout
 
 def test_overwrite_refuses_where_a_part_is_being_written(tmp_path):
     "A shard that somebody writes lies in a folder of its own"
@@ -144,7 +140,8 @@ def test_overwrite_refuses_where_a_part_is_being_written(tmp_path):
     make(folder, "shard-000of002/rows.csv")
     with run_lock(folder/"shard-000of002"):
         with pytest.raises(Busy, match="shard-000of002"): Run.create(folder, dict(lr=2), overwrite=True)
-    assert Run(folder).settings == dict(lr=1) and (folder/"shard-000of002"/"rows.csv").exists()
+    assert Run(folder).settings == dict(lr=1)
+    assert (folder/"shard-000of002"/"rows.csv").exists()
     Run.create(folder, dict(lr=2), overwrite=True)
     assert there(folder) == ["settings.json", "shard-000of002/.lock"]
 
@@ -155,11 +152,9 @@ def test_emptying_follows_no_link_and_ends_with_what_goes_last(tmp_path):
     (folder/"link").symlink_to(outside, target_is_directory=True)
     (folder/"file-link").symlink_to(outside/"mine.txt")
     empty_folder(folder, last="settings.json")
-    assert (
-        there(folder) == [".embed.lock"]
-        and there(outside) == ["mine.txt"]
-        and not (folder / "link").is_symlink()
-    )
+    assert there(folder) == [".embed.lock"]
+    assert there(outside) == ["mine.txt"]
+    assert not (folder / "link").is_symlink()
 
 @pytest.mark.parametrize(
     "name,lock",
@@ -192,4 +187,5 @@ def test_training_twice_into_one_folder(tmp_path, monkeypatch, capsys):
     assert cli.main(line) == 0
     before = there("runs/rce")
     with run_lock("runs/rce"): assert cli.main([*line, "--lr", "0.5", "--overwrite"]) == 3
-    assert there("runs/rce") == before and cli.main([*line, "--lr", "0.5", "--overwrite"]) == 0
+    assert there("runs/rce") == before
+    assert cli.main([*line, "--lr", "0.5", "--overwrite"]) == 0
