@@ -12,7 +12,7 @@ __all__ = ['DATA', 'POOL', 'MODEL', 'FIELDS', 'RATES', 'ROW_BYTES', 'OBJECTIVES'
            'do_infer', 'add_infer', 'known_facts', 'ask_around', 'do_eval', 'add_eval', 'do_report', 'add_report',
            'grid_of', 'do_sweep', 'add_sweep', 'do_demo', 'add_demo', 'parser', 'main']
 
-# %% ../nbs/95_cli.ipynb #0abeb8c7
+# %% ../nbs/95_cli.ipynb #f876a1ef
 import argparse, json, math, re, sys, textwrap, traceback, warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -1114,7 +1114,7 @@ def _check_looks(args):
         )
 
 def _greedy_loss(args, data, scorer, learn):
-    "The score of `--choose accuracy`; it knows what is stored of dev, and keeps what it asks in the run's folder"
+    "The score of `--choose accuracy`; it knows what is stored of dev, and keeps what it asks in the run"
     from leverplus.callback_onpolicy import Feedback, GreedyLoss
     cache = FactCache(Path(args.out)/"facts")
     dev = data.dev
