@@ -4,18 +4,18 @@
 
 # %% auto #0
 __all__ = ['DATA', 'POOL', 'MODEL', 'FIELDS', 'RATES', 'ROW_BYTES', 'OBJECTIVES', 'EPOCHS', 'DOORS', 'Bad', 'Failed', 'status_of',
-           'one_line', 'shard_arg', 'counts_arg', 'number_arg', 'folder_arg', 'named_arg', 'shots_arg', 'job_of',
-           'add_door', 'measured_rate', 'time_text', 'size_text', 'gather_stores', 'embed_place', 'do_embed',
-           'add_embed', 'do_pools', 'add_pools', 'add_generate', 'do_generate', 'sequences_of', 'do_check', 'judged',
-           'add_check', 'weights_of', 'same_scorer', 'do_mine', 'add_mine', 'do_merge', 'add_merge', 'open_selector',
-           'with_text', 'do_train', 'add_train', 'load_models', 'do_infer', 'add_infer', 'known_facts', 'ask_around',
-           'do_eval', 'add_eval', 'do_report', 'add_report', 'grid_of', 'do_sweep', 'add_sweep', 'do_demo', 'add_demo',
-           'parser', 'main']
+           'one_line', 'carry_out', 'shard_arg', 'counts_arg', 'number_arg', 'shots_arg', 'folder_arg', 'named_arg',
+           'add_door', 'job_of', 'time_text', 'size_text', 'measured_rate', 'rate_of', 'open_selector', 'load_models',
+           'gather_stores', 'embed_place', 'do_embed', 'add_embed', 'do_pools', 'add_pools', 'sequences_of',
+           'summary_text', 'do_generate', 'add_generate', 'weights_of', 'with_text', 'do_check', 'add_check', 'judged',
+           'same_scorer', 'do_mine', 'add_mine', 'do_merge', 'add_merge', 'do_train', 'add_train', 'Asked', 'asked_of',
+           'do_infer', 'add_infer', 'known_facts', 'ask_around', 'do_eval', 'add_eval', 'do_report', 'add_report',
+           'grid_of', 'do_sweep', 'add_sweep', 'do_demo', 'add_demo', 'parser', 'main']
 
-# %% ../nbs/95_cli.ipynb #13b07304
-import argparse, contextlib, json, math, re, shutil, sys, textwrap, traceback, warnings
+# %% ../nbs/95_cli.ipynb #f876a1ef
+import argparse, json, math, re, sys, textwrap, traceback, warnings
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 import numpy as np, pandas as pd, torch
@@ -25,17 +25,17 @@ from .core import ask_for_a_folder, fingerprint, read_json, repo_path
 from .runs import Busy, Run, empty_folder
 from .data import items_fingerprint
 from .embed import KINDS, EmbedStore, embed_items
-from .pools import SAMPLERS
+from .pools import SAMPLERS, Pool
 from .prompt import STYLES
 from .scorer import PREFIX_CACHES
 from .groups import FACT_COLUMNS, TEXT_FACTS, RLData, check_shard, shard_files, shard_tag
-from .rewards import REWARDS, reward_facts
+from .rewards import REWARDS, reward, reward_facts
 from .rldata_ask import FactCache, ask, content_keys, facts_fingerprint
 from leverplus.rldata_generate import (
     NotVerified, TooManyFailures, evaluated, policy_fingerprint, run_lock, shard_queries,
 )
 from .rldata_scale import DTYPES, READERS, Job, expected_rate, generate_ray
-from .doors import COMMANDS, STATUS, front
+from .doors import COMMANDS, front
 
 # %% ../nbs/95_cli.ipynb #1461e79e
 class Bad(ValueError):
@@ -44,6 +44,8 @@ class Bad(ValueError):
 class Failed(RuntimeError):
     "Work that was done and is not good enough"
 
+_NO_SUCH_PLACE = FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError
+
 def status_of(
     e:BaseException, # what a door raised
 )->int: # one of STATUS
@@ -51,30 +53,49 @@ def status_of(
     if isinstance(e, KeyboardInterrupt): return 130
     if isinstance(e, Busy): return 3
     if isinstance(e, OSError):
-        return (
-            2
-            if e.errno is None
-            or isinstance(e, (FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError))
-            else 1
-        )
+        wrong_path = e.errno is None or isinstance(e, _NO_SUCH_PLACE)
+        return 2 if wrong_path else 1
     return 2 if isinstance(e, (ValueError, LookupError, ImportError)) else 1
+
+# %% ../nbs/95_cli.ipynb #c783f273
+_EXPECTED = ValueError, LookupError, ImportError, OSError, Busy, Failed, NotVerified, TooManyFailures
 
 def one_line(
     e:BaseException, # what a door raised
 )->str: # without line breaks; what a function calls an argument is called by its flag
     "Say what is wrong in one line"
     if isinstance(e, KeyboardInterrupt): return "interrupted; the same command goes on from here"
-    text = str(e.args[0]) if isinstance(e, KeyError) and e.args else str(e)
-    text = (
-        "; ".join(l.strip().rstrip(";") for l in text.split("\n\n")[0].splitlines() if l.strip())
-        .replace(":; ", ": ")
-        .replace("overwrite=True", "--overwrite")
-        .replace("other_pool=True", "--other-pool")
-    )
-    known = isinstance(
-        e, (ValueError, LookupError, ImportError, OSError, Busy, Failed, NotVerified, TooManyFailures)
-    )
-    return text if known and text else f"{type(e).__name__}: {text} (--debug shows where)"
+    message = e.args[0] if isinstance(e, KeyError) and e.args else e
+    text = _joined(str(message))
+    if text and isinstance(e, _EXPECTED): return text
+    return f"{type(e).__name__}: {text} (--debug shows where)"
+
+def _joined(text):
+    "The first paragraph of a message in one line"
+    paragraph = text.split("\n\n")[0]
+    lines = [line.strip().rstrip(";") for line in paragraph.splitlines() if line.strip()]
+    text = "; ".join(lines).replace(":; ", ": ")
+    return text.replace("overwrite=True", "--overwrite").replace("other_pool=True", "--other-pool")
+
+# %% ../nbs/95_cli.ipynb #a40e6978
+def carry_out(
+    args:argparse.Namespace, # parsed words: `do`, `command`, `debug`, and the flags of the door
+)->int: # exit status, one of `STATUS`
+    "Do what a command asks; warnings and errors are one line each, on stderr"
+    try:
+        with warnings.catch_warnings():
+            if not args.debug: warnings.showwarning = _warn(args)
+            return args.do(args) or 0
+    except (Exception, KeyboardInterrupt) as e:
+        if args.debug: traceback.print_exc()
+        print(f"leverplus {args.command}: {one_line(e)}", file=sys.stderr)
+        return status_of(e)
+
+def _warn(args):
+    "What shows a warning of this command"
+    def show(text, *rest, **kw):
+        print(f"leverplus {args.command}: warning: {one_line(ValueError(text))}", file=sys.stderr)
+    return show
 
 # %% ../nbs/95_cli.ipynb #c80aede4
 def shard_arg(
@@ -87,6 +108,7 @@ def shard_arg(
             f"{text!r} is no shard: wanted i/n with 0 <= i < n, such as 0/8 for the first of eight"
         ) from e
 
+# %% ../nbs/95_cli.ipynb #d12f5487
 def counts_arg(
     text:str, # JSON
 )->dict: # whoever uses it checks it
@@ -97,16 +119,25 @@ def counts_arg(
         raise argparse.ArgumentTypeError(f"{text!r}: wanted an object such as {{\"beam\": 5, \"random\": 3}}")
     return out
 
+# %% ../nbs/95_cli.ipynb #97cd8927
 def number_arg(
     least=1, # the smallest that is allowed
     kind=int, # int | float
 ): # a type for argparse
     "Make a reader of numbers from `least` on"
     def number(text):
-        if (n := kind(text)) < least: raise argparse.ArgumentTypeError(f"{text}: wanted a number >= {least}")
+        n = kind(text)
+        if n < least: raise argparse.ArgumentTypeError(f"{text}: wanted a number >= {least}")
         return n
     return number
 
+def shots_arg(
+    text:str, # "2", or "stop"
+)->int|None: # None: the selector stops by itself
+    "Read a number of shots"
+    return None if text == "stop" else number_arg(0)(text)
+
+# %% ../nbs/95_cli.ipynb #02354e1d
 def folder_arg(
     text:str, # "runs/a"
 )->str: # the same
@@ -118,65 +149,116 @@ def named_arg(
     text:str, # "mine=runs/rce", or a folder alone
 )->tuple: # ("mine", "runs/rce"); a folder alone is named after itself
     "Read a named selector"
-    name, eq, path = text.partition("=")
-    name, path = (name, path) if eq else (Path(text).name, text)
+    name, equals, path = text.partition("=")
+    if not equals:
+        name = Path(text).name
+        path = text
     if not name or not path: raise argparse.ArgumentTypeError(f"{text!r}: wanted NAME=DIR or DIR")
     return name, path
 
-def shots_arg(
-    text:str, # "2", or "stop"
-)->int|None: # None: the selector stops by itself
-    "Read a number of shots"
-    return None if text == "stop" else number_arg(0)(text)
-
-# %% ../nbs/95_cli.ipynb #9626b779
-def _flag(group, name, help, default=None, **kw):
-    "A flag for a field of `Job`: default and name from there"
-    shown = getattr(Job(), name) if default is None else default
-    group.add_argument(
-        "--" + name.replace("_", "-"), default=getattr(Job(), name), help=f"{help} (default: {shown})", **kw
+# %% ../nbs/95_cli.ipynb #f1dc0f32
+def add_door(
+    commands, # what `add_subparsers` returned
+    name:str, # of the command, one of `COMMANDS`
+    do, # function of the parsed words
+    comes:str, # what comes in
+    goes:str, # what goes out
+    *examples:str, # command lines without "leverplus"; the first works on the embedded world as it is
+    usage:str="[options]", # behind the name
+)->argparse.ArgumentParser: # to add flags to
+    "Add a command whose help teaches"
+    what = COMMANDS[name]
+    title = what[0].upper() + what[1:] + "."
+    p = commands.add_parser(
+        name,
+        help=what,
+        usage=f"leverplus {name} {usage}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="\n".join([title, "", _paragraph("in:", comes), _paragraph("out:", goes)]),
+        epilog="\n".join(["examples:", *map(_to_copy, examples)]),
     )
+    p.set_defaults(do=do, command=name)
+    return p
 
+def _paragraph(head, text):
+    "A paragraph that hangs on its first word"
+    return textwrap.fill(f"{head:5}{text}", 78, subsequent_indent=" "*5)
+
+def _to_copy(line):
+    "A command line that can be copied, broken with backslashes"
+    lines = textwrap.wrap(f"leverplus {line}", 72, break_long_words=False, break_on_hyphens=False)
+    return "  " + " \\\n      ".join(lines)
+
+# %% ../nbs/95_cli.ipynb #28a432c7
 DATA = "data reader candidates images limit clip store".split()
 POOL = "K sampler pool_seed".split()
 MODEL = "lvlm dtype device attn style batch_tokens prefix_cache vision_dir".split()
 FIELDS = [*DATA, *POOL, *MODEL, *"split shots counts seed window test second max_failed".split()]
 
-def _data_flags(p, split, limit=True, **kw):
-    g = p.add_argument_group("data")
-    _flag(g, "data", "folder of the data set", metavar="DIR")
-    _flag(g, "reader", "its format", choices=list(READERS))
-    if split is not None:
-        g.add_argument(
-            "--split",
-            default=split,
-            metavar="NAME",
-            **({"help": f"whose questions are asked (default: {split})"} | kw),
-        )
-    _flag(g, "candidates", "split that demonstrations come from", metavar="NAME")
-    _flag(g, "images", "folder of images", "DATA/images", metavar="DIR")
-    if limit:
-        g.add_argument(
-            "--limit",
-            "--n",
-            type=int,
-            metavar="N",
-            help="at most so many questions, the first of the split (default: all)",
-        )
-    _flag(g, "clip", "folder or hub name of the embedder", metavar="MODEL")
-    g.add_argument("--store", type=folder_arg, default="runs/store", metavar="DIR",
-                help="folder that keeps embeddings and pools for all commands (default: runs/store)")
+def job_of(
+    args:argparse.Namespace, # parsed words
+    names=(*DATA, *POOL, *MODEL, "split"), # fields of `Job` that the door has flags for
+    **fields_, # fields that the door sets
+)->Job: # ValueError names what is wrong
+    "The job that the flags describe"
+    job = _taken(args, [k for k in names if hasattr(args, k)]) | fields_
+    if not isinstance(job.get("split", ""), str):
+        raise Bad(f"split {job['split']}: wanted one; a door with several makes a job for each")
+    job["store"] = str(Path(args.store).expanduser().absolute())
+    return Job(**job)
+
+def _taken(args, names):
+    "{name: value} of flags, for a function that calls its arguments the same"
+    return {k: getattr(args, k) for k in names}
+
+# %% ../nbs/95_cli.ipynb #9626b779
+def _flag(group, name, help, shown=None, **kw):
+    "A flag for a field of `Job`: name and default from there; `shown` says in words what the default means"
+    default = getattr(Job(), name)
+    shown = default if shown is None else shown
+    flag = "--" + name.replace("_", "-")
+    group.add_argument(flag, default=default, help=f"{help} (default: {shown})", **kw)
+
+def _number(group, flag, help, default=None, least=1, kind=int, metavar="N"):
+    "A flag for a number; without a default `help` says what happens if it is left out"
+    if default is not None: help = f"{help} (default: {default:g})"
+    group.add_argument(flag, type=number_arg(least, kind), default=default, metavar=metavar, help=help)
+
+def _seed_flag(group, of): _number(group, "--seed", f"of {of}", 0, least=0)
 
 def _out_flag(p, what):
     "Where the results go; no door guesses it"
     p.add_argument("--out", type=folder_arg, required=True, metavar="DIR", help=what)
 
-def _pool_flags(g):
-    _flag(g, "K", "pool size", type=int, metavar="N")
-    _flag(g, "sampler", "how pools are drawn", choices=list(SAMPLERS))
-    _flag(g, "pool_seed", "seed of the pools", type=int, metavar="N")
+# %% ../nbs/95_cli.ipynb #bee9bfea
+def _data_flags(p, split=None, help=None, limit=False):
+    "Which data; `split` is the default of --split: a list if there may be several, None: no such flag"
+    g = p.add_argument_group("data")
+    _flag(g, "data", "folder of the data set", metavar="DIR")
+    _flag(g, "reader", "its format", choices=list(READERS))
+    if split is not None: _split_flag(g, split, help)
+    _flag(g, "candidates", "split that demonstrations come from", metavar="NAME")
+    _flag(g, "images", "folder of images", "DATA/images", metavar="DIR")
+    if limit:
+        g.add_argument("--limit", "--n", type=int, metavar="N",
+                       help="at most so many questions, the first of the split (default: all)")
+    _flag(g, "clip", "folder or hub name of the embedder", metavar="MODEL")
+    g.add_argument("--store", type=folder_arg, default="runs/store", metavar="DIR",
+                   help="folder that keeps embeddings and pools for all commands (default: runs/store)")
+
+def _split_flag(group, split, help):
+    several = dict(nargs="+") if isinstance(split, list) else {}
+    help = help or f"whose questions are asked (default: {split})"
+    group.add_argument("--split", default=split, metavar="NAME", help=help, **several)
+
+def _pool_flags(group):
+    "Which candidates a question has"
+    _flag(group, "K", "pool size", type=int, metavar="N")
+    _flag(group, "sampler", "how pools are drawn", choices=list(SAMPLERS))
+    _flag(group, "pool_seed", "seed of the pools", type=int, metavar="N")
 
 def _model_flags(p):
+    "Who is asked, and how"
     g = p.add_argument_group("model")
     _flag(g, "lvlm", "folder or hub name; 'mock' draws facts by hash, to try a set-up", metavar="MODEL")
     _flag(g, "dtype", "number format", "that of the checkpoint", choices=DTYPES)
@@ -188,91 +270,40 @@ def _model_flags(p):
     _flag(g, "vision_dir", "folder for image features, shared by processes", "memory only", type=folder_arg,
           metavar="DIR")
 
-def _run_flags(
-    p,
-    resume=None,
-    shard=None,
-    rate="prompts per second, for the plan (default: measured in DIR, or what is known of the model)",
-):
+# %% ../nbs/95_cli.ipynb #5eddec19
+_RATE_HELP = "prompts per second, for the plan (default: measured in DIR, or what is known of the model)"
+
+def _run_flags(p, resume=None, shard=None, rate=_RATE_HELP):
+    "How to run: `resume` names what must be there, `shard` says how parts come together; None: no such flag"
     g = p.add_argument_group("run")
     if shard:
-        g.add_argument(
-            "--shard", type=shard_arg, metavar="I/N", help=f"only part I of N, 0 <= I < N; {shard}"
-        )
+        g.add_argument("--shard", type=shard_arg, metavar="I/N",
+                       help=f"only part I of N, 0 <= I < N; {shard}")
     if resume:
-        g.add_argument(
-            "--resume", action="store_true", help=f"go on, and refuse to begin: {resume} must be there"
-        )
-    g.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="print the plan and what it costs; nothing is asked, nothing is written",
-    )
-    if rate: g.add_argument("--rate", type=number_arg(1e-9, float), metavar="X", help=rate)
+        g.add_argument("--resume", action="store_true",
+                       help=f"go on, and refuse to begin: {resume} must be there")
+    g.add_argument("--dry-run", action="store_true",
+                   help="print the plan and what it costs; nothing is asked, nothing is written")
+    if rate: _number(g, "--rate", rate, least=1e-9, kind=float, metavar="X")
     g.add_argument("--quiet", action="store_true", help="no progress bar")
-    g.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    _debug_flag(g)
     return g
 
-def job_of(
-    args:argparse.Namespace, # parsed words
-    names=(*DATA, *POOL, *MODEL, "split"), # fields of `Job` that the door has flags for
-    **fields_, # fields that the door sets
-)->Job: # ValueError names what is wrong
-    "The job that the flags describe"
-    job = {k: getattr(args, k) for k in names if hasattr(args, k)} | fields_
-    if not isinstance(job.get("split", ""), str):
-        raise Bad(f"split {job['split']}: wanted one; a door with several makes a job for each")
-    return Job(**job | dict(store=str(Path(args.store).expanduser().absolute())))
+def _debug_flag(p): p.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+def _overwrite_flag(p):
+    p.add_argument("--overwrite", action="store_true", help="empty a folder with other settings")
 
 def _to_resume(args, *names):
     "Hold `--resume`: `Bad` unless one of these files lies in the output folder"
-    if getattr(args, "resume", False) and not any(list(Path(args.out).glob(n)) for n in names):
-        raise Bad(
-            f"--resume, but there is nothing to go on from in {args.out} (wanted {' or '.join(names)}); leave"
-            " --resume out to begin"
-        )
-
-# %% ../nbs/95_cli.ipynb #f1dc0f32
-def add_door(
-    commands, # what `add_subparsers` returned
-    name:str, # of the command
-    do, # function of the parsed words
-    comes:str, goes:str, # what comes in, what goes out
-    *examples:str, # command lines without "leverplus"; the first works on the embedded world as it is
-    usage:str="[options]", # behind the name
-)->argparse.ArgumentParser: # to add flags to
-    "Add a command whose help teaches"
-    what = COMMANDS[name]
-    fill = lambda head, text: textwrap.fill(f"{head:5}{text}", 78, subsequent_indent=" "*5)
-    lines = "\n".join("  " + " \\\n      ".join(textwrap.wrap(f"leverplus {e}", 72, break_long_words=False,
-                break_on_hyphens=False)) for e in examples)
-    p = commands.add_parser(
-        name,
-        help=what,
-        usage=f"leverplus {name} {usage}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="\n".join([what[0].upper() + what[1:] + ".", "", fill("in:", comes), fill("out:", goes)]),
-        epilog="examples:\n" + lines,
+    if not getattr(args, "resume", False): return
+    if any(list(Path(args.out).glob(name)) for name in names): return
+    raise Bad(
+        f"--resume, but there is nothing to go on from in {args.out} (wanted {' or '.join(names)}); leave"
+        " --resume out to begin"
     )
-    p.set_defaults(do=do, command=name)
-    return p
 
-# %% ../nbs/95_cli.ipynb #a2cf5015
-RATES = {"models/tiny-qwen2.5-vl": (320., "measured on one CPU core, page 39")}
-ROW_BYTES = 68 # of a stored sequence, measured on page 39; real answers are longer
-
-def measured_rate(
-    path, # folder of a run of `generate`
-)->float|None: # rows per second, None with fewer than three parts of one shard
-    "Rate at which the parts of a run were written: median over neighbours"
-    import pyarrow.parquet as pq
-    rates = []
-    for tag in {p.name.rsplit("-", 1)[0] for p in Path(path).glob("part*.parquet")}:
-        parts = sorted(Path(path).glob(f"{tag}-*.parquet"), key=lambda p: p.stat().st_mtime)
-        gaps = [(b, b.stat().st_mtime - a.stat().st_mtime) for a, b in zip(parts, parts[1:])]
-        rates += [pq.ParquetFile(b).metadata.num_rows/gap for b, gap in gaps if gap > 0]
-    return float(np.median(rates)) if len(rates) > 1 else None
-
+# %% ../nbs/95_cli.ipynb #94f5b56b
 def time_text(
     n:float, # things to do
     rate:float|None, # per second; None: not known
@@ -282,47 +313,117 @@ def time_text(
     "Say how long something takes"
     if not n: return "none: everything is there"
     if rate is None: return "not known: give --rate"
-    h = n/rate/3600
-    return (
-        f"{f'{h:.2g} h' if h >= .5 else f'{60*h:.2g} min' if h >= 1/60 else f'{3600*h:.2g} s'} at {rate:.3g}"
-        f" {what}/s ({why})"
-    )
+    return f"{_span(n/rate)} at {rate:.3g} {what}/s ({why})"
+
+def _span(seconds):
+    hours = seconds/3600
+    if hours >= .5: return f"{hours:.2g} h"
+    if hours >= 1/60: return f"{60*hours:.2g} min"
+    return f"{3600*hours:.2g} s"
 
 def size_text(
     n:float, # bytes
 )->str: # "1 GB"
     "Say how large something is"
-    return f"{n/1e9:.2g} GB" if n >= 1e9 else f"{n/1e6:.2g} MB" if n >= 1e5 else f"{n/1e3:.2g} kB"
+    if n >= 1e9: return f"{n/1e9:.2g} GB"
+    if n >= 1e5: return f"{n/1e6:.2g} MB"
+    return f"{n/1e3:.2g} kB"
 
-def _expected(args, shots=None):
+# %% ../nbs/95_cli.ipynb #a2cf5015
+def measured_rate(
+    path, # folder of a run of `generate`
+)->float|None: # rows per second, None with fewer than three parts of one shard
+    "Rate at which the parts of a run were written: median over neighbours"
+    import pyarrow.parquet as pq
+    rates = []
+    for parts in _parts_by_shard(path):
+        for before, after in zip(parts, parts[1:]):
+            seconds = after.stat().st_mtime - before.stat().st_mtime
+            if seconds > 0: rates.append(pq.ParquetFile(after).metadata.num_rows / seconds)
+    return float(np.median(rates)) if len(rates) > 1 else None
+
+def _parts_by_shard(path):
+    "Lists of part files, each of one shard and in the order in which they were written"
+    tags = {p.name.rsplit("-", 1)[0] for p in Path(path).glob("part*.parquet")}
+    files = [Path(path).glob(f"{tag}-*.parquet") for tag in tags]
+    return [sorted(some, key=lambda p: p.stat().st_mtime) for some in files]
+
+# %% ../nbs/95_cli.ipynb #ce295d32
+RATES = {"models/tiny-qwen2.5-vl": (320., "measured on one CPU core, page 39")}
+
+def rate_of(
+    args:argparse.Namespace, # rate, out, lvlm, and the flags of the data
+    shots=None, # shot counts; None: those of `args`
+)->tuple: # (prompts per second or None, where that comes from)
+    "How fast the model will answer"
+    if args.rate: return args.rate, "given"
+    here = measured_rate(args.out)
+    if here: return here, f"measured in {args.out}"
+    if args.lvlm in RATES: return RATES[args.lvlm]
+    return _expected(args, shots)
+
+def _expected(args, shots):
     "(rate, why) of a released model on the items of a door; rate None for others"
     size = re.search(r"Qwen2\.5-VL-([37]B)\b", args.lvlm)
     if not size: return None, ""
-    shots = [
-        s for s in np.atleast_1d(shots or getattr(args, "shots", None) or 2).tolist() if isinstance(s, int)
-    ] or [2]
-    e = expected_rate(job_of(args, DATA).items(), shots, size[1].lower())
-    return e["prompts_per_second"], e["why"]
+    wanted = shots or getattr(args, "shots", None) or 2
+    counts = [s for s in np.atleast_1d(wanted).tolist() if isinstance(s, int)]
+    expected = expected_rate(job_of(args, DATA).items(), counts or [2], size[1].lower())
+    return expected["prompts_per_second"], expected["why"]
+
+# %% ../nbs/95_cli.ipynb #d0938c70
+ROW_BYTES = 68 # of a stored sequence, measured on page 39; real answers are longer
 
 def _asking_costs(args, calls, rows=None, shots=None):
-    "Lines of a plan about asking the LVLM"
-    here = measured_rate(args.out) if args.rate is None else None
-    rate, why = (
-        (args.rate, "given")
-        if args.rate
-        else (here, f"measured in {args.out}") if here else RATES.get(args.lvlm) or _expected(args, shots)
-    )
+    "Lines of a plan about asking the LVLM: `calls` prompts, of which `rows` are stored (None: all)"
+    rate, why = rate_of(args, shots)
     rows = calls if rows is None else rows
     return {
-        "LVLM calls": f"{calls:,}" if not calls else f"at most {calls:,}",
+        "LVLM calls": f"at most {calls:,}" if calls else "0",
         "time": time_text(calls, rate, why=why),
         "disk": f"about {size_text(rows*ROW_BYTES)} in {args.out}",
     }
 
 def _print_plan(args, **lines):
     "Print a plan"
-    print("\n".join([f"plan of leverplus {args.command}; nothing was asked, nothing was written",
-                *(f"  {k.replace('_', ' '):12} {v}" for k, v in lines.items())]))
+    print(f"plan of leverplus {args.command}; nothing was asked, nothing was written")
+    for name, text in lines.items(): print(f"  {name.replace('_', ' '):12} {text}")
+
+# %% ../nbs/95_cli.ipynb #80468faa
+def open_selector(
+    path, # a run of `train`, its checkpoint, or a name on the hub
+): # PointerSelector; `Bad` if there is none
+    "Load the selector of a run"
+    from leverplus.learner import load_selector
+    folder = Path(path).expanduser()
+    places = [p for p in (folder/"checkpoint", folder) if (p/"config.json").is_file()]
+    if not places and folder.is_dir():
+        raise Bad(f"{path}: no selector lies there (config.json is missing); has its training ended?")
+    try: return load_selector(places[0] if places else path)
+    except OSError as e:
+        raise Bad(
+            f"{path}: no such folder, and no selector of that name on the hub ({type(e).__name__})"
+        ) from e
+
+def load_models(
+    named, # (name, folder) pairs
+)->dict: # {name: selector}
+    "Load selectors by name; `Bad` for a name that occurs twice"
+    names = [name for name, _ in named or ()]
+    twice = {name for name in names if names.count(name) > 1}
+    if twice: raise Bad(f"--selector names {sorted(twice)} twice: say NAME=DIR")
+    return {name: open_selector(path) for name, path in named or ()}
+
+# %% ../nbs/95_cli.ipynb #e435d73b
+def _kind_flag(p, default="mixed"):
+    shown = default or "as it was trained, or mixed"
+    p.add_argument("--kind", default=default, choices=list(KINDS),
+                   help=f"embeddings that the selector reads (default: {shown})")
+
+def _kind_of(model, args):
+    "The embeddings to read: those that are named, or those of the selector, or both mixed"
+    known = getattr(model, "info", None) or {}
+    return args.kind or known.get("kind") or "mixed"
 
 # %% ../nbs/95_cli.ipynb #932a7248
 def gather_stores(
@@ -330,28 +431,37 @@ def gather_stores(
     parts, # `EmbedStore`s of one CLIP that hold them, as `embed_items` makes them
 )->EmbedStore: # what `embed_items(items)` would give
     "A store of `items` out of other stores; ValueError names an item that none of them holds"
-    if len(clips := {p.meta["source"]["clip"] for p in parts}) > 1:
-        raise ValueError(f"stores of {len(clips)} CLIPs {sorted(clips)}: embed all parts with one")
+    clip = _one_clip(parts)
     ids = pd.Index(np.concatenate([p.ids for p in parts]))
-    keep = ~ids.duplicated()
-    at = np.flatnonzero(keep)[ids[keep].get_indexer(items.question_id)]
+    _check_held(items, ids, len(parts))
+    first = np.flatnonzero(~ids.duplicated())           # an item may lie in several parts
+    rows = first[ids[first].get_indexer(items.question_id)]
+    def gathered(kind): return torch.cat([getattr(p, kind) for p in parts])[torch.as_tensor(rows)]
+    hashes = [h for p in parts for h in p.meta["image_hash"]]
+    hashes = [hashes[i] for i in rows]
+    meta = dict(
+        model=parts[0].meta["model"],
+        source=dict(clip=clip, items=fingerprint(hashes, items.question.tolist())),
+        image_hash=hashes,
+        cut_short=sum(p.meta["cut_short"] for p in parts),
+    )
+    return EmbedStore(items.question_id, gathered("image"), gathered("text"), meta)
+
+def _one_clip(parts):
+    clips = {p.meta["source"]["clip"] for p in parts}
+    if len(clips) > 1:
+        raise ValueError(f"stores of {len(clips)} CLIPs {sorted(clips)}: embed all parts with one")
+    return clips.pop()
+
+def _check_held(items, ids, n):
     lost = items.question_id[~items.question_id.isin(ids)]
     if len(lost):
         raise ValueError(
-            f"question_id {lost.iloc[0]} is in none of {len(parts)} stores ({len(lost)} such items): embed"
+            f"question_id {lost.iloc[0]} is in none of {n} stores ({len(lost)} such items): embed"
             " all parts first"
         )
-    hashes = [h for p in parts for h in p.meta["image_hash"]]
-    hashes = [hashes[i] for i in at]
-    source = dict(clip=clips.pop(), items=fingerprint(hashes, items.question.tolist()))
-    cut = sum(p.meta["cut_short"] for p in parts)
-    vecs = [torch.cat([getattr(p, k) for p in parts])[torch.as_tensor(at)] for k in ("image", "text")]
-    return EmbedStore(
-        items.question_id,
-        *vecs,
-        dict(model=parts[0].meta["model"], source=source, image_hash=hashes, cut_short=cut)
-    )
 
+# %% ../nbs/95_cli.ipynb #e27759b0
 def embed_place(
     job:Job, # with a store folder
     items:pd.DataFrame, # its items
@@ -359,247 +469,180 @@ def embed_place(
     "Folder of the embeddings of a job"
     return Path(job.store)/f"embed-{fingerprint(items_fingerprint(items), Path(job.clip).name)}"
 
-# %% ../nbs/95_cli.ipynb #096aa772
-def _splits(args):
-    "(the jobs of all splits, their items, all items once)"
-    jobs = {s: job_of(args, split=s) for s in dict.fromkeys(args.split)}
-    items = {s: j.items() for s, j in jobs.items()}
-    every = pd.concat(items.values())
-    return jobs, items, every[~every.question_id.duplicated()]
+def _is_there(folder): return (folder/"done").exists()
+
+class _Splits:
+    "The splits that are named: `jobs` and `items` of each, and `every` item once"
+    def __init__(self, args):
+        self.jobs = {s: job_of(args, split=s) for s in dict.fromkeys(args.split)}
+        self.items = {s: job.items() for s, job in self.jobs.items()}
+        every = pd.concat(self.items.values())
+        self.every = every[~every.question_id.duplicated()]
+        self.job = next(iter(self.jobs.values()))
+
+    def places(self): return {s: embed_place(job, self.items[s]) for s, job in self.jobs.items()}
+
+    def parts_folder(self):
+        "Where parts lie until they are put together"
+        who = fingerprint(items_fingerprint(self.every), Path(self.job.clip).name)
+        return Path(self.job.store)/f"embed-parts-{who}"
+
+# %% ../nbs/95_cli.ipynb #65b71cf3
+def _embed_parts(args, splits):
+    "Embed the parts that are asked for and not there; the folders of all parts"
+    n = args.shard[1] if args.shard else args.parts
+    asked = [args.shard[0]] if args.shard else range(n)
+    folders = [splits.parts_folder()/f"{i:03d}of{n:03d}" for i in range(n)]
+    for i in asked:
+        if not _is_there(folders[i]): _embed_part(args, splits, (i, n), folders[i])
+    return folders
+
+def _embed_part(args, splits, shard, folder):
+    "Embed one part of the items; whose images they are is drawn by lot"
+    images = shard_queries(splits.every.image_id.unique(), shard)
+    mine = splits.every[splits.every.image_id.isin(images)]
+    clip = _model_path(splits.job.clip)
+    with run_lock(folder):
+        if len(mine):
+            embed_items(mine, clip, device=args.device, progress=not args.quiet).save(folder)
+        (folder/"done").touch()
 
 def _model_path(name):
     "A model's folder as it is given, or below the checkout, or else its name on the hub"
-    return next((str(p) for p in (Path(name).expanduser(), repo_path(name)) if p.is_dir()), name)
+    for folder in (Path(name).expanduser(), repo_path(name)):
+        if folder.is_dir(): return str(folder)
+    return name
 
-def _is_there(folder): return (folder/"done").exists()
+def _put_together(splits, parts, todo):
+    "Make the embeddings of each split out of all parts, and remove the parts"
+    places = splits.places()
+    with FileLock(Path(splits.job.store)/".embed.lock"):
+        stores = [EmbedStore.load(p) for p in parts if (p/"embed.json").exists()]
+        for s in todo:
+            if _is_there(places[s]): continue          # somebody else was faster
+            gather_stores(splits.items[s], stores).save(places[s])
+            (places[s]/"done").touch()
+        empty_folder(splits.parts_folder())
 
-def _embed_parts(args, job, every, shard, folder):
-    "Embed the parts that are asked for and not there; whose images they are is drawn by lot"
-    n = shard[1] if shard else args.parts
-    for i in [shard[0]] if shard else range(n):
-        place = folder / f"{i:03d}of{n:03d}"
-        mine = every[every.image_id.isin(shard_queries(every.image_id.unique(), (i, n)))]
-        if _is_there(place): continue
-        with run_lock(place):
-            if len(mine):
-                embed_items(mine, _model_path(job.clip), device=args.device, progress=not args.quiet).save(
-                    place
-                )
-            (place/"done").touch()
-    return [folder/f"{i:03d}of{n:03d}" for i in range(n)]
-
+# %% ../nbs/95_cli.ipynb #ce517c9c
 def do_embed(args):
     "Embed all splits, whole or in parts"
-    jobs, items, every = _splits(args)
-    job = next(iter(jobs.values()))
-    places = {s: embed_place(jobs[s], items[s]) for s in jobs}
-    folder = Path(job.store)/f"embed-parts-{fingerprint(items_fingerprint(every), Path(job.clip).name)}"
-    todo = [s for s in jobs if not _is_there(places[s])]
-    if args.dry_run: return _plan_embed(args, job, items, every, todo, folder)
+    splits = _Splits(args)
+    places = splits.places()
+    todo = [s for s, place in places.items() if not _is_there(place)]
+    if args.dry_run: return _print_plan(args, **_embed_plan(args, splits, todo))
     if todo:
-        parts = _embed_parts(args, job, every, args.shard, folder)
+        parts = _embed_parts(args, splits)
         left = [p.name for p in parts if not _is_there(p)]
         if left:
-            print(
-                f"{folder}: {len(parts) - len(left)} of {len(parts)} parts are there; still to come:"
-                f" {', '.join(left)}"
-            )
+            there = f"{len(parts) - len(left)} of {len(parts)} parts are there"
+            print(f"{splits.parts_folder()}: {there}; still to come: {', '.join(left)}")
             return
-        with FileLock(Path(job.store)/".embed.lock"):
-            have = [EmbedStore.load(p) for p in parts if (p/"embed.json").exists()]
-            for s in [s for s in todo if not _is_there(places[s])]:
-                gather_stores(items[s], have).save(places[s])
-                (places[s] / "done").touch()
-            empty_folder(folder)
-    for s, p in places.items():
-        print(f"{s}: {len(items[s])} items with their candidates, {p}{'' if s in todo else ' (was there)'}")
-
-def _plan_embed(args, job, items, every, todo, folder):
-    head = Path(_model_path(job.clip))/"config.json"
-    D, know = (
-        (read_json(head).get("projection_dim", 512), "")
-        if head.is_file()
-        else (768, ", if its vectors have 768 numbers")
-    )
-    n = every.image_path.nunique() if todo else 0
-    parts = len(list(folder.glob("*/done")))
-    mine = n / args.shard[1] if args.shard else n
-    each = ", ".join(f"{s} {len(i):,}" for s, i in items.items())
-    _print_plan(
-        args,
-        data=f"{args.data}: {each} items with candidates; {len(every):,} in all",
-        to_do=", ".join(todo) or "nothing, all is there",
-        images=f"{mine:,.0f} to encode"
-        + (f", some of them in {parts} parts that are there" if parts else ""),
-        LVLM_calls=0,
-        time=time_text(mine, args.rate, "images"),
-        disk=f"about {size_text(sum(len(items[s]) for s in todo)*2*D*4)} in {args.store}{know}",
-    )
+        _put_together(splits, parts, todo)
+    for s, place in places.items():
+        before = "" if s in todo else " (was there)"
+        print(f"{s}: {len(splits.items[s])} items with their candidates, {place}{before}")
 
 def add_embed(commands):
     "Add `leverplus embed`"
-    p = add_door(
-        commands,
-        "embed",
-        do_embed,
-        "a data set (--data, --images) and a CLIP (--clip)",
+    comes = "a data set (--data, --images) and a CLIP (--clip)"
+    goes = (
         "unit vectors in --store, one file per split, where every other command finds them; a finished split"
-        " is not done again",
+        " is not done again"
+    )
+    examples = (
         "embed",
-        "embed --data ~/okvqa --split train val --clip openai/clip-vit-large-patch14 --device cuda --shard"
-        " 0/4 --store runs/store",
+        "embed --data ~/okvqa --split train val --clip openai/clip-vit-large-patch14 --device cuda"
+        " --shard 0/4 --store runs/store",
     )
-    _data_flags(
-        p,
-        ["train", "dev", "test"],
-        limit=False,
-        nargs="+",
-        help="splits, each with its candidates (default: train dev test)",
-    )
+    p = add_door(commands, "embed", do_embed, comes, goes, *examples)
+    help = "splits, each with its candidates (default: train dev test)"
+    _data_flags(p, ["train", "dev", "test"], help)
+    _device_flag(p)
+    _number(p, "--parts", "divide the images, so that a kill costs one part", 1)
+    shard = "the last one to finish puts all together; give all the same --store"
+    _run_flags(p, shard=shard, rate="images per second, for the plan")
+
+def _device_flag(p):
     p.add_argument("--device", metavar="NAME", help="torch device (default: a GPU if there is one)")
-    p.add_argument(
-        "--parts",
-        type=number_arg(),
-        default=1,
-        metavar="N",
-        help="divide the images, so that a kill costs one part (default: 1)",
-    )
-    _run_flags(
-        p,
-        shard="the last one to finish puts all together; give all the same --store",
-        rate="images per second, for the plan",
+
+# %% ../nbs/95_cli.ipynb #e5784eda
+def _embed_plan(args, splits, todo):
+    "Lines of the plan"
+    config = Path(_model_path(splits.job.clip))/"config.json"
+    width = read_json(config).get("projection_dim", 512) if config.is_file() else 768
+    doubt = "" if config.is_file() else ", if its vectors have 768 numbers"
+    images = splits.every.image_path.nunique() if todo else 0
+    if args.shard: images /= args.shard[1]
+    parts = len(list(splits.parts_folder().glob("*/done")))
+    begun = f", some of them in {parts} parts that are there" if parts else ""
+    each = ", ".join(f"{s} {len(items):,}" for s, items in splits.items.items())
+    vectors = 2*sum(len(splits.items[s]) for s in todo)
+    return dict(
+        data=f"{args.data}: {each} items with candidates; {len(splits.every):,} in all",
+        to_do=", ".join(todo) or "nothing, all is there",
+        images=f"{images:,.0f} to encode{begun}",
+        LVLM_calls=0,
+        time=time_text(images, args.rate, "images"),
+        disk=f"about {size_text(vectors*width*4)} in {args.store}{doubt}",
     )
 
 # %% ../nbs/95_cli.ipynb #60d19348
 def do_pools(args):
     "Draw the pools of all splits"
-    jobs, items, every = _splits(args)
-    if args.dry_run:
-        ask_ = {s: int((items[s].split == s).sum()) for s in jobs}
-        there = all(_is_there(embed_place(jobs[s], items[s])) for s in jobs)
-        return _print_plan(
-            args,
-            questions=", ".join(f"{s} {n:,}" for s, n in ask_.items()),
-            pools=(
-                f"{args.K} of {int((every.split == args.candidates).sum()):,} candidates, sampler"
-                f" {args.sampler}"
-            ),
-            embeddings=(
-                f"there, in {args.store}"
-                if there
-                else "not there: made first (leverplus embed does it in parts)"
-            ),
-            LVLM_calls=0,
-            disk=f"about {size_text(sum(ask_.values())*args.K*8)} in {args.store}",
-        )
-    for s, job in jobs.items():
-        _, store, pool = job.inputs()
-        r = pool.recipe
-        print(
-            f"{s}: {len(pool)} questions, K = {pool.K}, sampler {r['sampler']}, fingerprint"
-            f" {pool.fingerprint}; barred pairs: "
-            + ", ".join(f"{k} {v}" for k, v in r["excluded"].items())
-        )
+    splits = _Splits(args)
+    if args.dry_run: return _print_plan(args, **_pools_plan(args, splits))
+    for s, job in splits.jobs.items():
+        _, _, pool = job.inputs()
+        barred = ", ".join(f"{k} {v}" for k, v in pool.recipe["excluded"].items())
+        print(f"{s}: {len(pool)} questions, K = {pool.K}, sampler {pool.recipe['sampler']},"
+              f" fingerprint {pool.fingerprint}; barred pairs: {barred}")
+
+def _pools_plan(args, splits):
+    "Lines of the plan"
+    questions = {s: int((items.split == s).sum()) for s, items in splits.items.items()}
+    candidates = int((splits.every.split == args.candidates).sum())
+    embedded = all(map(_is_there, splits.places().values()))
+    return dict(
+        questions=", ".join(f"{s} {n:,}" for s, n in questions.items()),
+        pools=f"{args.K} of {candidates:,} candidates, sampler {args.sampler}",
+        embeddings=f"there, in {args.store}" if embedded
+                   else "not there: made first (leverplus embed does it in parts)",
+        LVLM_calls=0,
+        disk=f"about {size_text(sum(questions.values())*args.K*8)} in {args.store}",
+    )
 
 def add_pools(commands):
     "Add `leverplus pools`"
-    p = add_door(commands, "pools", do_pools,
-                 "a data set, and its embeddings (made if they are not in --store)",
-        "K candidates per question in --store, never the question itself nor its picture", "pools --K 16",
-        "pools --data ~/okvqa --split train val --clip openai/clip-vit-large-patch14 --K 64 --sampler mixed")
-    _data_flags(
-        p,
-        ["train", "dev", "test"],
-        limit=False,
-        nargs="+",
-        help="splits whose questions get a pool (default: train dev test)",
+    comes = "a data set, and its embeddings (made if they are not in --store)"
+    goes = "K candidates per question in --store, never the question itself nor its picture"
+    examples = (
+        "pools --K 16",
+        "pools --data ~/okvqa --split train val --clip openai/clip-vit-large-patch14 --K 64 --sampler mixed",
     )
+    p = add_door(commands, "pools", do_pools, comes, goes, *examples)
+    _data_flags(p, ["train", "dev", "test"], "splits whose questions get a pool (default: train dev test)")
     _pool_flags(p.add_argument_group("pools"))
-    p.add_argument("--device", metavar="NAME", help="torch device (default: a GPU if there is one)")
+    _device_flag(p)
     _run_flags(p, rate=None)
 
-# %% ../nbs/95_cli.ipynb #2f5e8751
-def add_generate(
-    commands, # what `add_subparsers` returned
-):
-    "Add `leverplus generate`"
-    p = add_door(
-        commands,
-        "generate",
-        do_generate,
-        "a data set, a CLIP, a vision-language model (--lvlm)",
-        "a run in --out: each sequence that was tried, with the answer, its accuracy, and the probability of"
-        " the true answers. A run that was killed goes on when the same command is started again; a part"
-        " (--window) is the most that a kill can cost",
-        "generate --limit 100 --out runs/groups/train",
-        "generate --split dev --limit 50 --out runs/groups/dev",
-        "generate --data ~/okvqa --clip openai/clip-vit-large-patch14 "
-        "--lvlm Qwen/Qwen2.5-VL-3B-Instruct --K 64 --verify 8 --shard 0/4 --out runs/okvqa",
-        "generate --selector runs/rce --limit 100 --out runs/groups/second",
-        usage="--out DIR [options]",
-    )
-    _out_flag(p, "directory of the run; continued if it is there")
-    _data_flags(p, "train")
-    g = p.add_argument_group("who may be picked, and who is tried")
-    _pool_flags(g)
-    _flag(g, "seed", "seed of the proposals", type=int, metavar="N")
-    _flag(
-        g, "shots", "demonstrations per sequence, one or more numbers", "2", type=int, nargs="+", metavar="N"
-    )
-    _flag(g, "counts", "proposals per question, JSON", type=counts_arg, metavar="JSON")
-    g.add_argument(
-        "--selector",
-        metavar="DIR",
-        help=(
-            "run of train, or a checkpoint, that proposes beams and samples (default: the similarity of"
-            " embeddings)"
-        ),
-    )
-    g.add_argument(
-        "--other-pool",
-        action="store_true",
-        help="take pools of another kind than the selector was trained on",
-    )
-    _flag(
-        g,
-        "second",
-        "two stages: which of them get a text, JSON such as '{\"top\": 8, \"low\": 2, \"random\": 2}'",
-        "all get one",
-        type=counts_arg,
-        metavar="JSON",
-    )
-    _model_flags(p)
-    g = _run_flags(p, "a run", "copy the directories of all parts into one")
-    _flag(g, "window", "questions per part, what a kill can cost", type=int, metavar="N")
-    _flag(g, "test", "questions of the self-test, 0: none", type=int, metavar="N")
-    _flag(g, "max_failed", "share of rows that may fail before the run stops", type=float, metavar="X")
-    g.add_argument(
-        "--verify",
-        type=int,
-        default=0,
-        metavar="K",
-        help=(
-            "questions of which one row is asked again of the naive scorer; the run stops if it disagrees"
-            " (default: 0)"
-        ),
-    )
-    g.add_argument(
-        "--ray",
-        type=int,
-        metavar="WORKERS",
-        help="spread windows over so many Ray actors (needs pip install -e '.[ray]')",
-    )
-    g.add_argument(
-        "--threads", type=int, default=1, metavar="N", help="CPU threads of a Ray actor (default: 1)"
-    )
-    g.add_argument("--gpus", type=float, default=0, metavar="X", help="GPUs of a Ray actor (default: 0)")
+# %% ../nbs/95_cli.ipynb #4eb6d478
+def sequences_of(
+    job:Job, # for counts, shots, pool size
+)->int: # at most so many: a small pool has fewer
+    "Sequences per question"
+    counts = job.counts
+    n = counts["beam"] + counts["random"] + counts["retrieval"] + sum(counts["temperature"].values())
+    return sum(min(n, math.perm(job.K, shots)) for shots in job.shots)
 
-def _proposer(args, job):
-    "(the job as the selector wants it, the selector or None)"
-    if args.selector is None: return job, None
-    model = open_selector(args.selector)
-    return replace(job, kind=(model.info or {}).get("kind") or job.kind), model
+def summary_text(
+    data:RLData, # stored sequences
+)->str: # "rows 600, queries 40, failed 0, fingerprint b72b5f0592d52e34"
+    "What stored sequences amount to"
+    failed = int(data.rows.eval_failed.sum())
+    return f"rows {len(data)}, queries {len(data.queries)}, failed {failed}, fingerprint {data.fingerprint}"
 
+# %% ../nbs/95_cli.ipynb #6532938a
 def do_generate(args):
     "Make the job and run it"
     if args.verify < 0 or (args.ray is not None and args.ray < 1):
@@ -607,163 +650,209 @@ def do_generate(args):
     job = job_of(args, FIELDS)
     _to_resume(args, f"manifest{shard_tag(args.shard)}.json")
     job, model = _proposer(args, job)
-    if args.dry_run: return _plan_generate(args, job)
-    if args.ray is None:
-        data = job.run(args.out, args.shard, args.verify, not args.quiet, model, args.other_pool)
-    else:
-        data = generate_ray(
-            job,
-            args.out,
-            args.ray,
-            args.threads,
-            args.gpus,
-            args.shard,
-            args.verify,
-            not args.quiet,
-            policy=model,
-            other_pool=args.other_pool,
-        )
-    said = {
-        "rows": len(data),
-        "queries": len(data.queries),
-        "failed": int(data.rows.eval_failed.sum()),
-        "fingerprint": data.fingerprint,
-    }
-    if v := data.manifest.get("verify"):
-        said["verified"] = (
-            f"{v['asked']} of {v['drawn']}, log P within {v['logprob']:.1g} (allowed {v['tolerance']:g}),"
-            f" {v['text']} other texts"
-        )
-    print(f"{args.out}: " + ", ".join(f"{k} {v}" for k, v in said.items()))
+    if args.dry_run: return _print_plan(args, **_generate_plan(args, job))
+    data = _generated(args, job, model)
+    print(f"{args.out}: {summary_text(data)}{_verified(data)}")
 
-def sequences_of(
-    job:Job, # for counts, shots, pool size
-)->int: # at most so many: a small pool has fewer
-    "Sequences per question"
-    n = (
-        job.counts["beam"]
-        + job.counts["random"]
-        + job.counts["retrieval"]
-        + sum(job.counts["temperature"].values())
+def _proposer(args, job):
+    "(the job with the embeddings that the selector reads, the selector or None)"
+    if args.selector is None: return job, None
+    model = open_selector(args.selector)
+    kind = (model.info or {}).get("kind") or job.kind
+    return replace(job, kind=kind), model
+
+def _generated(args, job, model):
+    "Run the job in this process, or on Ray"
+    how = dict(
+        shard=args.shard,
+        verify=args.verify,
+        progress=not args.quiet,
+        policy=model,
+        other_pool=args.other_pool,
     )
-    return sum(min(n, math.perm(job.K, S)) for S in job.shots)
+    if args.ray is None: return job.run(args.out, **how)
+    return generate_ray(job, args.out, args.ray, args.threads, args.gpus, **how)
 
-def _plan_generate(args, job):
+def _verified(data):
+    "What `--verify` found"
+    v = data.manifest.get("verify")
+    if not v: return ""
+    distance = f"log P within {v['logprob']:.1g} (allowed {v['tolerance']:g})"
+    return f", verified {v['asked']} of {v['drawn']}, {distance}, {v['text']} other texts"
+
+# %% ../nbs/95_cli.ipynb #2f5e8751
+def add_generate(
+    commands, # what `add_subparsers` returned
+):
+    "Add `leverplus generate`"
+    comes = "a data set, a CLIP, a vision-language model (--lvlm)"
+    goes = (
+        "a run in --out: each sequence that was tried, with the answer, its accuracy, and the probability of"
+        " the true answers. A run that was killed goes on when the same command is started again; a part"
+        " (--window) is the most that a kill can cost"
+    )
+    examples = (
+        "generate --limit 100 --out runs/groups/train",
+        "generate --split dev --limit 50 --out runs/groups/dev",
+        "generate --data ~/okvqa --clip openai/clip-vit-large-patch14"
+        " --lvlm Qwen/Qwen2.5-VL-3B-Instruct --K 64 --verify 8 --shard 0/4 --out runs/okvqa",
+        "generate --selector runs/rce --limit 100 --out runs/groups/second",
+    )
+    p = add_door(commands, "generate", do_generate, comes, goes, *examples, usage="--out DIR [options]")
+    _out_flag(p, "directory of the run; continued if it is there")
+    _data_flags(p, "train", limit=True)
+    _proposal_flags(p)
+    _model_flags(p)
+    g = _run_flags(p, "a run", "copy the directories of all parts into one")
+    _flag(g, "window", "questions per part, what a kill can cost", type=int, metavar="N")
+    _flag(g, "test", "questions of the self-test, 0: none", type=int, metavar="N")
+    _flag(g, "max_failed", "share of rows that may fail before the run stops", type=float, metavar="X")
+    _verify_and_ray_flags(g)
+
+def _proposal_flags(p):
+    g = p.add_argument_group("who may be picked, and who is tried")
+    _pool_flags(g)
+    _flag(g, "seed", "seed of the proposals", type=int, metavar="N")
+    _flag(g, "shots", "demonstrations per sequence, one or more numbers", "2",
+          type=int, nargs="+", metavar="N")
+    _flag(g, "counts", "proposals per question, JSON", type=counts_arg, metavar="JSON")
+    g.add_argument("--selector", metavar="DIR",
+                   help="run of train, or a checkpoint, that proposes beams and samples"
+                        " (default: the similarity of embeddings)")
+    _other_pool_flag(g, "the selector")
+    stages = "two stages: which of them get a text, JSON such as '{\"top\": 8, \"low\": 2, \"random\": 2}'"
+    _flag(g, "second", stages, "all get one", type=counts_arg, metavar="JSON")
+
+def _other_pool_flag(group, selector):
+    group.add_argument("--other-pool", action="store_true",
+                       help=f"take pools of another kind than {selector} was trained on")
+
+def _verify_and_ray_flags(group):
+    group.add_argument("--verify", type=int, default=0, metavar="K",
+                       help="questions of which one row is asked again of the naive scorer; the run stops"
+                            " if it disagrees (default: 0)")
+    group.add_argument("--ray", type=int, metavar="WORKERS",
+                       help="spread windows over so many Ray actors (needs pip install -e '.[ray]')")
+    group.add_argument("--threads", type=int, default=1, metavar="N",
+                       help="CPU threads of a Ray actor (default: 1)")
+    group.add_argument("--gpus", type=float, default=0, metavar="X", help="GPUs of a Ray actor (default: 0)")
+
+# %% ../nbs/95_cli.ipynb #59a1defc
+def _generate_plan(args, job):
+    "Lines of the plan"
     items = job.items()
-    every = items.question_id[items.split == job.split][: job.limit].tolist()
+    every = items.question_id[items.split == job.split][:job.limit].tolist()
     mine = shard_queries(every, args.shard)
+    there = _questions_there(args, job, mine)
+    left = len(mine) - there
+    tests = job.test + args.verify if left else 0
     each = sequences_of(job)
-    part_ = lambda i: Path(args.out, f"part{shard_tag(args.shard)}-{i:05d}.parquet")
-    there = sum(
-        len(mine[a : a + job.window])
-        for a in range(0, len(mine), job.window)
-        if part_(a // job.window).exists()
-    )
     part = f", part {args.shard[0]} of {args.shard[1]}: {len(mine):,}" if args.shard else ""
-    _print_plan(
-        args,
+    second = ""
+    if job.second is not None:
+        second = f"; of each shot count at most {sum(job.second.values())} get a text"
+    return dict(
         questions=f"{len(every):,} of {args.data}, split {job.split}{part}; {there:,} are there already",
-        sequences=f"{each} per question (shots {', '.join(map(str, job.shots))}; pools of {job.K})"
-        + (
-            ""
-            if job.second is None
-            else f"; of each shot count at most {sum(job.second.values())} get a text"
-        ),
-        **_asking_costs(
-            args,
-            (len(mine) - there) * each + (job.test + args.verify) * (there < len(mine)),
-            len(mine) * each,
-        ),
+        sequences=f"{each} per question (shots {', '.join(map(str, job.shots))}; pools of {job.K}){second}",
+        **_asking_costs(args, left*each + tests, len(mine)*each),
     )
 
-# %% ../nbs/95_cli.ipynb #3f2d538b
+def _questions_there(args, job, mine):
+    "Questions whose part is written"
+    n = 0
+    for start in range(0, len(mine), job.window):
+        part = f"part{shard_tag(args.shard)}-{start//job.window:05d}.parquet"
+        if Path(args.out, part).exists(): n += len(mine[start:start + job.window])
+    return n
+
+# %% ../nbs/95_cli.ipynb #6376102c
+def weights_of(
+    args:argparse.Namespace, # with `reward` and `weights`
+)->dict: # `Bad` names a weight that the reward does not have
+    "Weights of the reward"
+    weights = dict(args.weights or {})
+    try: reward_facts(args.reward, **weights)
+    except TypeError as e: raise Bad(f"--weights: {e}") from e
+    return weights
+
+def _reward_flags(p):
+    p.add_argument("--reward", default="hard_plus_soft", choices=list(REWARDS), metavar="MODE",
+                   help=f"how facts become rewards: {', '.join(REWARDS)} (default: hard_plus_soft)")
+    p.add_argument("--weights", type=counts_arg, metavar="JSON",
+                   help="its weights, such as '{\"hard_weight\": 2}' (default: its own)")
+
+# %% ../nbs/95_cli.ipynb #65f9e580
+def with_text(
+    data:RLData, # maybe with rows that have probabilities alone, from two stages or from mining
+    reward:str, # mode
+    weights:dict|None=None, # its weights
+)->RLData: # without these rows, if the reward needs a text
+    "Leave out what a reward cannot judge"
+    needed, *_ = reward_facts(reward, **(weights or {}))
+    return evaluated(data) if set(needed) & set(TEXT_FACTS) else data
+
+# %% ../nbs/95_cli.ipynb #4790ff6c
 def do_check(args):
     "Print the health of runs"
     from leverplus.rldata_check import health
-    seen = health({p: RLData.load(p) for p in args.runs}, args.reward, weights_of(args))
+    runs = {path: RLData.load(path) for path in args.runs}
+    seen = health(runs, args.reward, weights_of(args))
     print(seen)
     if args.csv: print(f"tables: {seen.to_csv(args.csv)}")
     if args.selector: print(*judged(args), sep="\n")
     if args.strict and seen.verdict:
-        raise Failed(
-            f"{len(seen.verdict)} alarms: " + ", ".join(f"{a.file}: {a.cause}" for a in seen.verdict)
-        )
+        alarms = ", ".join(f"{a.file}: {a.cause}" for a in seen.verdict)
+        raise Failed(f"{len(seen.verdict)} alarms: {alarms}")
 
+# %% ../nbs/95_cli.ipynb #6de1f4f7
+def add_check(commands):
+    "Add `leverplus check`"
+    comes = "runs of generate, mine or merge"
+    goes = (
+        "metrics, alarms and what to do about them, on the screen; tables in --csv; what a --selector would"
+        " earn, source by source, without a question to the LVLM"
+    )
+    examples = (
+        "check runs/groups/train runs/groups/dev",
+        "check runs/okvqa --reward hard_plus_soft --strict --csv runs/okvqa-health",
+        "check runs/groups/dev --selector runs/rce --split dev",
+    )
+    p = add_door(commands, "check", do_check, comes, goes, *examples, usage="RUN [RUN ...] [options]")
+    p.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
+    _reward_flags(p)
+    p.add_argument("--csv", type=folder_arg, metavar="DIR", help="write all tables there")
+    p.add_argument("--strict", action="store_true", help="exit status 1 if there is an alarm")
+    p.add_argument("--selector", type=named_arg, action="append", metavar="[NAME=]DIR",
+                   help="judge a run of train, or a checkpoint, by the rows of these runs (page 72); needs"
+                        " their embeddings")
+    _data_flags(p, "train")
+    _debug_flag(p)
+
+# %% ../nbs/95_cli.ipynb #ebc350f4
 def judged(
     args:argparse.Namespace, # of `check`: runs, selector, reward, weights, and where the embeddings lie
 )->list: # of texts, one per run and selector
     "What selectors would earn on runs, from the stored rows alone"
     from leverplus.dls import GroupDataset
     from leverplus.offpolicy import off_policy, summarise
-    from leverplus.rewards import reward
     models = load_models(args.selector)
-    w = weights_of(args)
-    out = []
+    weights = weights_of(args)
     _, store, _ = job_of(args).inputs()
-    for p in args.runs:
-        data = with_text(RLData.load(p), args.reward, w)
-        for name, m in models.items():
-            flatters = (
-                ", WHICH WAS TRAINED ON THESE ROWS: the estimate flatters it"
-                if (m.info.get("data") or {}).get("train") == data.fingerprint
-                else ""
-            )
-            ds = GroupDataset(
-                data.rows, data.pool, store, reward(data.rows, args.reward, **w), m.info.get("kind", "mixed")
-            )
-            out.append(
-                f"\n{p}, judging {name}{flatters}\n{summarise(off_policy(m, ds)).round(3).to_string()}"
-            )
+    out = []
+    for path in args.runs:
+        data = with_text(RLData.load(path), args.reward, weights)
+        rewards = reward(data.rows, args.reward, **weights)
+        for name, model in models.items():
+            groups = GroupDataset(data.rows, data.pool, store, rewards, model.info.get("kind", "mixed"))
+            table = summarise(off_policy(model, groups)).round(3).to_string()
+            out.append(f"\n{path}, judging {name}{_flatters(model, data)}\n{table}")
     return out
 
-def add_check(commands):
-    "Add `leverplus check`"
-    p = add_door(
-        commands,
-        "check",
-        do_check,
-        "runs of generate, mine or merge",
-        "metrics, alarms and what to do about them, on the screen; tables in --csv; what a --selector would"
-        " earn, source by source, without a question to the LVLM",
-        "check runs/groups/train runs/groups/dev",
-        "check runs/okvqa --reward hard_plus_soft --strict --csv runs/okvqa-health",
-        "check runs/groups/dev --selector runs/rce --split dev",
-        usage="RUN [RUN ...] [options]",
-    )
-    p.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
-    _reward_flags(p)
-    p.add_argument("--csv", type=folder_arg, metavar="DIR", help="write all tables there")
-    p.add_argument("--strict", action="store_true", help="exit status 1 if there is an alarm")
-    p.add_argument(
-        "--selector",
-        type=named_arg,
-        action="append",
-        metavar="[NAME=]DIR",
-        help=(
-            "judge a run of train, or a checkpoint, by the rows of these runs (page 72); needs their"
-            " embeddings"
-        ),
-    )
-    _data_flags(p, "train", limit=False)
-    p.add_argument("--debug", action="store_true", help="show the traceback of an error")
-
-def weights_of(
-    args:argparse.Namespace, # with `reward` and `weights`
-)->dict: # `Bad` names a weight that the reward does not have
-    "Weights of the reward"
-    try: reward_facts(args.reward, **(args.weights or {}))
-    except TypeError as e: raise Bad(f"--weights: {e}") from e
-    return dict(args.weights or {})
-
-def _reward_flags(p):
-    p.add_argument("--reward", default="hard_plus_soft", choices=list(REWARDS), metavar="MODE",
-                help=f"how facts become rewards: {', '.join(REWARDS)} (default: hard_plus_soft)")
-    p.add_argument(
-        "--weights",
-        type=counts_arg,
-        metavar="JSON",
-        help="its weights, such as '{\"hard_weight\": 2}' (default: its own)",
-    )
+def _flatters(model, data):
+    "A warning if these rows have trained the selector"
+    trained_on = (model.info.get("data") or {}).get("train")
+    if trained_on != data.fingerprint: return ""
+    return ", WHICH WAS TRAINED ON THESE ROWS: the estimate flatters it"
 
 # %% ../nbs/95_cli.ipynb #9d7107bc
 def same_scorer(
@@ -781,174 +870,153 @@ def same_scorer(
         )
     return who
 
+# %% ../nbs/95_cli.ipynb #bc67eee4
 def do_mine(args):
     "Mine a run and save what came of it elsewhere"
-    from leverplus.rldata_mine import lacking, mine
+    from leverplus.rldata_mine import lacking
     data = RLData.load(args.run)
     lacks = lacking(data)
     lacks = lacks[lacks != ""]
     _to_resume(args, "facts", "manifest.json")
-    if args.dry_run:
-        calls = len(lacks)*(2*args.tries*len(data.shots) + args.top)*args.rounds
-        what = ", ".join(f"{n:,} a {w}" for w, n in lacks.value_counts().items())
-        return _print_plan(
-            args,
-            questions=f"{len(lacks):,} of {len(data.queries):,} lack something: {what}",
-            rounds=args.rounds,
-            **_asking_costs(
-                args, calls if args.budget is None else min(calls, args.budget), shots=data.shots
-            ),
-        )
-    if Path(args.out).resolve() == Path(args.run).resolve():
-        raise Bad(f"--out {args.out} is the run itself: give it a folder of its own")
+    if args.dry_run: return _print_plan(args, **_mine_plan(args, data, lacks))
+    _check_other_folder(args.out, [args.run], "the run itself")
+    more, log = _mined(args, data)
+    if len(log): print(log.to_string(index=False))
+    still = int((lacking(more) != "").sum())
+    print(f"{args.out}: rows {len(more)} (were {len(data)}), questions that lack something {still}"
+          f" (were {len(lacks)}), fingerprint {more.fingerprint}")
+
+def _mined(args, data):
+    "(what is there after the search, a log of its rounds)"
+    from leverplus.rldata_mine import mine
     job = job_of(args)
     items, store, _ = job.inputs()
     data.validate(items)
     scorer = job.scorer()
     same_scorer(data, scorer, args.style)
+    search = _taken(args, "tries top rounds budget seed style".split())
     with run_lock(args.out):
-        more, log = mine(
-            data,
-            items,
-            scorer,
-            store,
-            tries=args.tries,
-            top=args.top,
-            rounds=args.rounds,
-            budget=args.budget,
-            seed=args.seed,
-            cache=FactCache(Path(args.out) / "facts"),
-            progress=not args.quiet,
-            style=args.style,
-        )
+        cache = FactCache(Path(args.out)/"facts")
+        more, log = mine(data, items, scorer, store, cache=cache, progress=not args.quiet, **search)
         more.save(args.out)
-    if len(log): print(log.to_string(index=False))
-    print(f"{args.out}: rows {len(more)} (were {len(data)}), questions that lack something "
-          f"{int((lacking(more) != '').sum())} (were {len(lacks)}), fingerprint {more.fingerprint}")
+    return more, log
 
+def _check_other_folder(out, runs, what):
+    "`Bad` if results would be written over what they are made of"
+    if any(Path(out).resolve() == Path(r).resolve() for r in runs):
+        raise Bad(f"--out {out} is {what}: give it a folder of its own")
+
+# %% ../nbs/95_cli.ipynb #9bc688ee
 def add_mine(commands):
     "Add `leverplus mine`"
-    p = add_door(
-        commands,
-        "mine",
-        do_mine,
-        "a run of generate; the data set and the model that made it (same flags)",
+    comes = "a run of generate; the data set and the model that made it (same flags)"
+    goes = (
         "the run with the mined rows in --out; facts are kept there as they come, so the same command goes on"
-        " after a kill",
-        "mine runs/groups/train --out runs/groups/mined --rounds 2",
-        "mine runs/okvqa --out runs/okvqa-mined --data ~/okvqa --lvlm Qwen/Qwen2.5-VL-3B-Instruct --budget"
-        " 20000",
-        usage="RUN --out DIR [options]",
+        " after a kill"
     )
+    examples = (
+        "mine runs/groups/train --out runs/groups/mined --rounds 2",
+        "mine runs/okvqa --out runs/okvqa-mined --data ~/okvqa --lvlm Qwen/Qwen2.5-VL-3B-Instruct"
+        " --budget 20000",
+    )
+    p = add_door(commands, "mine", do_mine, comes, goes, *examples, usage="RUN --out DIR [options]")
     p.add_argument("run", metavar="RUN", help="folder of a run")
     _out_flag(p, "folder of the new run")
     g = p.add_argument_group("search")
-    for name, n, what in (
-        ("tries", 8, "sequences per question and round from swaps, and as many from samples"),
-        ("top", 3, "of these get a text"),
-        ("rounds", 4, "at most"),
-    ):
-        g.add_argument(f"--{name}", type=number_arg(), default=n, metavar="N", help=f"{what} (default: {n})")
-    g.add_argument("--budget", type=number_arg(), metavar="N", help="prompts in all (default: no limit)")
-    g.add_argument("--seed", type=number_arg(0), default=0, metavar="N", help="of the search (default: 0)")
-    _data_flags(p, "train", limit=False)
+    _number(g, "--tries", "sequences per question and round from swaps, and as many from samples", 8)
+    _number(g, "--top", "of these get a text", 3)
+    _number(g, "--rounds", "at most", 4)
+    _number(g, "--budget", "prompts in all (default: no limit)")
+    _seed_flag(g, "the search")
+    _data_flags(p, "train")
     _model_flags(p)
     _run_flags(p, "facts of a search")
+
+# %% ../nbs/95_cli.ipynb #4957addd
+def _mine_plan(args, data, lacks):
+    "Lines of the plan: `lacks` says what each of these questions lacks"
+    calls = len(lacks) * (2*args.tries*len(data.shots) + args.top) * args.rounds
+    if args.budget is not None: calls = min(calls, args.budget)
+    what = ", ".join(f"{n:,} a {w}" for w, n in lacks.value_counts().items())
+    return dict(
+        questions=f"{len(lacks):,} of {len(data.queries):,} lack something: {what}",
+        rounds=args.rounds,
+        **_asking_costs(args, calls, shots=data.shots),
+    )
 
 # %% ../nbs/95_cli.ipynb #7807d035
 def do_merge(args):
     "Merge runs, then keep what is asked for"
+    _check_other_folder(args.out, args.runs, "one of the runs")
+    data = _merged(args)
+    print("\n".join(data.log))
+    if args.dry_run: return _print_plan(args, **_merge_plan(args, data))
+    print(f"{data.save(args.out)}: {summary_text(data)}")
+
+def _merged(args):
+    "The runs as one, without what is not to be kept"
     from leverplus.rldata_merge import (
         balance, by_gap, drop_failed, merge, require_positive_query, sample_queries,
     )
-    if any(Path(args.out).resolve() == Path(r).resolve() for r in args.runs):
-        raise Bad(f"--out {args.out} is one of the runs: give it a folder of its own")
-    data = merge(*[RLData.load(p) for p in args.runs], pools=args.pools, facts=args.facts, mix=args.mix)
+    runs = [RLData.load(path) for path in args.runs]
+    data = merge(*runs, pools=args.pools, facts=args.facts, mix=args.mix)
     if args.drop_failed: data = drop_failed(data)
     if args.require_positive: data = require_positive_query(data)
     if args.min_gap is not None: data = by_gap(data, args.min_gap, reward=args.reward, **weights_of(args))
     if args.positive_share is not None: data = balance(data, args.positive_share, seed=args.seed)
     if args.sample is not None: data = sample_queries(data, args.sample, args.seed)
-    print("\n".join(data.log))
-    if args.dry_run:
-        return _print_plan(
-            args,
-            rows=f"{len(data):,}",
-            questions=f"{len(data.queries):,}",
-            LVLM_calls=0,
-            disk=f"about {size_text(len(data)*ROW_BYTES)} in {args.out}",
-        )
-    print(f"{data.save(args.out)}: rows {len(data)}, queries {len(data.queries)}, "
-          f"failed {int(data.rows.eval_failed.sum())}, fingerprint {data.fingerprint}")
+    return data
+
+def _merge_plan(args, data):
+    "Lines of the plan"
+    return dict(
+        rows=f"{len(data):,}",
+        questions=f"{len(data.queries):,}",
+        LVLM_calls=0,
+        disk=f"about {size_text(len(data)*ROW_BYTES)} in {args.out}",
+    )
 
 def add_merge(commands):
     "Add `leverplus merge`"
-    p = add_door(
-        commands,
-        "merge",
-        do_merge,
-        "runs of generate or mine, older first",
-        "one run in --out, and a line per step that says what was dropped and why",
+    comes = "runs of generate or mine, older first"
+    goes = "one run in --out, and a line per step that says what was dropped and why"
+    examples = (
         "merge runs/groups/train runs/groups/mined --out runs/groups/all --min-gap 0.01",
         "merge runs/a runs/b --pools unite --positive-share 0.5 --out runs/ab",
-        usage="RUN [RUN ...] --out DIR [options]",
     )
+    usage = "RUN [RUN ...] --out DIR [options]"
+    p = add_door(commands, "merge", do_merge, comes, goes, *examples, usage=usage)
     p.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
     _out_flag(p, "folder of the new run; data that lie there are replaced")
-    g = p.add_argument_group("merging")
-    g.add_argument(
-        "--pools",
-        default="same",
-        choices=["same", "unite"],
-        help="candidates must agree, or are joined (default: same)",
-    )
-    g.add_argument("--facts", default="all", choices=["all", "common"],
-                help="all runs must have the same facts, or what some lack is left out (default: all)")
-    g.add_argument("--mix", action="store_true", help="allow labels of several scorers in one question")
-    g = p.add_argument_group("keeping, in this order")
-    g.add_argument("--drop-failed", action="store_true", help="rows that did not fail")
-    g.add_argument("--require-positive", action="store_true", help="questions with a right answer")
-    g.add_argument(
-        "--min-gap", type=float, metavar="X", help="questions whose best and worst reward lie so far apart"
-    )
-    g.add_argument(
-        "--positive-share",
-        type=float,
-        metavar="X",
-        help="so many that this share of each question's rows is positive",
-    )
-    g.add_argument("--sample", type=number_arg(), metavar="N", help="so many questions, by lot")
-    g.add_argument("--seed", type=number_arg(0), default=0, metavar="N", help="of the lots (default: 0)")
+    _merging_flags(p)
+    _keeping_flags(p)
     _reward_flags(p)
     _run_flags(p, rate=None)
 
-# %% ../nbs/95_cli.ipynb #80468faa
+def _merging_flags(p):
+    g = p.add_argument_group("merging")
+    g.add_argument("--pools", default="same", choices=["same", "unite"],
+                   help="candidates must agree, or are joined (default: same)")
+    g.add_argument("--facts", default="all", choices=["all", "common"],
+                   help="all runs must have the same facts, or what some lack is left out (default: all)")
+    g.add_argument("--mix", action="store_true", help="allow labels of several scorers in one question")
+
+def _keeping_flags(p):
+    g = p.add_argument_group("keeping, in this order")
+    g.add_argument("--drop-failed", action="store_true", help="rows that did not fail")
+    g.add_argument("--require-positive", action="store_true", help="questions with a right answer")
+    g.add_argument("--min-gap", type=float, metavar="X",
+                   help="questions whose best and worst reward lie so far apart")
+    g.add_argument("--positive-share", type=float, metavar="X",
+                   help="so many that this share of each question's rows is positive")
+    _number(g, "--sample", "so many questions, by lot")
+    _seed_flag(g, "the lots")
+
+# %% ../nbs/95_cli.ipynb #df9d13e2
 OBJECTIVES = dict(rce="fit_rce", listwise="fit_listwise", sft="fit_sft", grpo="fit_grpo")
 EPOCHS = 5 # of an objective, if nothing is said
 
-def open_selector(
-    path, # a run of `train`, its checkpoint, or a name on the hub
-): # PointerSelector; `Bad` if there is none
-    "Load the selector of a run"
-    from leverplus.learner import load_selector
-    folder = Path(path).expanduser()
-    place = next((p for p in (folder / "checkpoint", folder) if (p / "config.json").is_file()), None)
-    if place is None and folder.is_dir():
-        raise Bad(f"{path}: no selector lies there (config.json is missing); has its training ended?")
-    try: return load_selector(path if place is None else place)
-    except OSError as e:
-        raise Bad(
-            f"{path}: no such folder, and no selector of that name on the hub ({type(e).__name__})"
-        ) from e
-
-def with_text(
-    data:RLData, # maybe with rows that have probabilities alone, from two stages or from mining
-    reward:str, # mode
-    weights:dict|None=None, # its weights
-)->RLData: # without these rows, if the reward needs a text
-    "Leave out what a reward cannot judge"
-    if not set(reward_facts(reward, **(weights or {}))[0]) & set(TEXT_FACTS): return data
-    return evaluated(data)
+def _epochs(args): return EPOCHS if args.epochs is None else args.epochs
 
 def _recipe(args):
     "The recipe that `--recipe` and `--set` ask for, ours or an earlier one"
@@ -956,67 +1024,110 @@ def _recipe(args):
     from leverplus.earlier_recipes import EARLIER
     return recipe(args.recipe, RECIPES | EARLIER, **dict(args.set or {}))
 
-def _training_data(args):
-    "(job, training record, development record)"
-    from leverplus.rldata_merge import merge, split
-    how = args.reward, weights_of(args)
-    if args.recipe:
-        d = _recipe(args).get("data", {})
-        how = d.get("reward", args.reward), d.get("weights")
-    runs = [RLData.load(p) for p in args.runs]
-    train = merge(*runs) if len(runs) > 1 else runs[0]
-    job = job_of(args, split=args.split or ("dev" if args.dev else args.candidates))
-    pair = (
-        (train, RLData.load(args.dev))
-        if args.dev
-        else split(train, (1 - args.dev_share, args.dev_share), args.seed, job.items())
-    )
-    return job, *(with_text(d, *how) for d in pair)
+@dataclass
+class _TrainingData:
+    "Groups to learn from, groups that choose the epoch, and the job that they are of"
+    job:Job
+    train:RLData
+    dev:RLData
+    items:pd.DataFrame=None # questions and demonstrations, after `open`
+    store:EmbedStore=None # their embeddings, after `open`
 
-def _learner(args, train, dev, store, items):
-    "A Learner, the function that fits it, and a few words"
-    from leverplus.learner import selector_learner
+    def open(self):
+        "Read items and embeddings; ValueError if the groups are of other items"
+        self.items, self.store, _ = self.job.inputs()
+        self.train.validate(self.items)
+        self.dev.validate(self.items)
+
+    def demos(self): return self.items[self.items.split == self.job.candidates]
+
+def _training_data(args):
+    "The groups that are named, without rows that the reward cannot judge"
+    from leverplus.rldata_merge import merge, split
+    mode, weights = _reward_of(args)
+    runs = [RLData.load(path) for path in args.runs]
+    train = merge(*runs) if len(runs) > 1 else runs[0]
+    split_name = args.split or ("dev" if args.dev else args.candidates)
+    job = job_of(args, split=split_name)
+    if args.dev: dev = RLData.load(args.dev)
+    else: train, dev = split(train, (1 - args.dev_share, args.dev_share), args.seed, job.items())
+    return _TrainingData(job, with_text(train, mode, weights), with_text(dev, mode, weights))
+
+def _reward_of(args):
+    "(mode, weights) of the reward, which a recipe may name"
+    weights = weights_of(args)
+    if not args.recipe: return args.reward, weights
+    data = _recipe(args).get("data", {})
+    return data.get("reward", args.reward), data.get("weights")
+
+# %% ../nbs/95_cli.ipynb #ae85dcf3
+def _learner(args, data):
+    "(a Learner, the function of a state folder that fits it)"
     start = None if args.start is None else open_selector(args.start)
-    more = dict(args.set or {})
-    if args.recipe:
-        from leverplus.recipes import fit_recipe, recipe_learner
-        r = _recipe(args)
-        # what a warm-up may see: no picture of a development question
-        own = items[~items.image_id.isin(items.image_id.reindex(dev.queries))]
-        learn = recipe_learner(r, train, dev, store, args.seed, start, items=own)
-        return learn, lambda folder: fit_recipe(learn, r, resume=folder)
+    if args.recipe: return _learner_of_recipe(args, data, start)
+    return _learner_of_objective(args, data, start)
+
+def _learner_of_recipe(args, data, start):
+    from leverplus.recipes import fit_recipe, recipe_learner
+    r = _recipe(args)
+    for_warmup = _without_pictures_of(data.dev.queries, data.demos())
+    learn = recipe_learner(r, data.train, data.dev, data.store, args.seed, start, items=for_warmup)
+    def fit(folder): return fit_recipe(learn, r, resume=folder)
+    return learn, fit
+
+def _without_pictures_of(questions, items):
+    pictures = items.image_id.reindex(questions)
+    return items[~items.image_id.isin(pictures)]
+
+def _learner_of_objective(args, data, start):
     from leverplus.dls import group_dls
-    dls = group_dls(
-        train, dev, store, args.reward, args.kind, args.bs, args.seed, args.device, **weights_of(args)
-    )
-    learn = selector_learner(dls, start, args.seed, **({} if start is not None else args.model or {}))
+    from leverplus.learner import selector_learner
+    how = args.reward, args.kind, args.bs, args.seed, args.device
+    dls = group_dls(data.train, data.dev, data.store, *how, **weights_of(args))
+    model = {} if start is not None else args.model or {}
+    learn = selector_learner(dls, start, args.seed, **model)
+    more = dict(args.set or {})
     if args.lr is not None: more["lr"] = args.lr
-    n = EPOCHS if args.epochs is None else args.epochs
     stage = getattr(learn, OBJECTIVES[args.objective])
-    fit = lambda folder, n=n: stage(n, resume=folder/args.objective, **more)
-    # try the settings, train nothing
+    def fit(folder, epochs=_epochs(args)): return stage(epochs, resume=folder/args.objective, **more)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         fit(Path(args.out), 0)
     return learn, fit
 
-def _choose_by(args, job, scorer, learn, dev, items, store):
-    "The score of `--choose accuracy`, which knows what is stored of dev, and keeps what it asks in the run's folder"
+# %% ../nbs/95_cli.ipynb #76a366cd
+def _looks(args):
+    "How often `--choose accuracy` asks about every question of dev, at most"
+    if args.choose == "regret": return 0
+    if args.recipe: stages = _recipe(args)["stages"]
+    else: stages = [dict(n_epoch=_epochs(args)) | dict(args.set or {})]
+    looking = [s for s in stages if s.get("best") is not False and s["n_epoch"]]
+    n = sum(1 + s["n_epoch"] for s in looking)
+    at_the_end = n > 0 and stages[-1].get("best") is False
+    return n + at_the_end
+
+def _check_looks(args):
+    if not _looks(args):
+        raise Bad(
+            "--choose accuracy, but no stage chooses an epoch (best is false): leave it out, or let a"
+            " stage keep its best"
+        )
+
+def _greedy_loss(args, data, scorer, learn):
+    "The score of `--choose accuracy`; it knows what is stored of dev, and keeps what it asks in the run"
     from leverplus.callback_onpolicy import Feedback, GreedyLoss
     cache = FactCache(Path(args.out)/"facts")
+    dev = data.dev
     known = dev.rows[~dev.rows.eval_failed]
     if not len(cache): cache.add(known[["question_id", "pointer", *FACT_COLUMNS]])
-    shots = None if getattr(learn.model, "stop", None) is not None else dev.shots
-    return GreedyLoss(
-        Feedback(scorer, items, cache, "soft_only", args.style, progress=args.progress),
-        dev.pool,
-        store,
-        shots,
-        dev.queries,
-        learn.dls.info["kind"],
-        max_failed=job.max_failed,
-    )
+    feedback = Feedback(scorer, data.items, cache, "soft_only", args.style, progress=args.progress)
+    stops = getattr(learn.model, "stop", None) is not None
+    shots = None if stops else dev.shots
+    kind = learn.dls.info["kind"]
+    most = data.job.max_failed
+    return GreedyLoss(feedback, dev.pool, data.store, shots, dev.queries, kind, max_failed=most)
 
+# %% ../nbs/95_cli.ipynb #7aee2c0f
 @contextmanager
 def _lines(args, learn):
     "A line per epoch, or nothing, in place of bars"
@@ -1031,260 +1142,317 @@ def _lines(args, learn):
 
 def _epoch_line(learn):
     "A logger that prints a line per epoch"
-    say = lambda k, v: f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
-    return lambda log: print("  ".join(map(say, learn.recorder.metric_names, log)), flush=True)
+    def said(name, value): return f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+    def log(values): print("  ".join(map(said, learn.recorder.metric_names, values)), flush=True)
+    return log
 
+# %% ../nbs/95_cli.ipynb #1a921f34
 def do_train(args):
     "Train a selector in a run folder"
-    if args.recipe and (own := [f"--{k}" for k in ("epochs", "lr", "model") if getattr(args, k) is not None]):
+    _check_recipe_alone(args)
+    _to_resume(args, "state/*/state.pt")
+    data = _training_data(args)
+    if args.dry_run: return _print_plan(args, **_train_plan(args, data.train, data.dev))
+    data.open()
+    try: learn, fit = _learner(args, data)
+    except TypeError as e: raise Bad(f"--set, --model or --weights: {e}") from e
+    prints = dict(train=data.train.fingerprint, dev=data.dev.fingerprint, store=data.store.fingerprint)
+    if args.start is not None: prints["start"] = policy_fingerprint(learn.model)
+    if args.choose == "accuracy":
+        _check_looks(args)
+        scorer = data.job.scorer()
+        prints["scorer"] = same_scorer(data.dev, scorer, args.style)
+    with run_lock(args.out):
+        run = Run.create(args.out, _train_settings(args), args.seed, prints, overwrite=args.overwrite)
+        if args.choose == "accuracy": learn.choose_by = _greedy_loss(args, data, scorer, learn)
+        with _lines(args, learn): fit(Path(args.out)/"state")
+        kept = _keep(args, run, learn)
+    print(f"{args.out}: epochs {len(learn.history.frame)}, {kept}, checkpoint {run.checkpoint}")
+
+def _check_recipe_alone(args):
+    if not args.recipe: return
+    own = [f"--{k}" for k in ("epochs", "lr", "model") if getattr(args, k) is not None]
+    if own:
         raise Bad(
             f"{', '.join(own)} beside --recipe {args.recipe}: change a recipe with --set, such as '{{\"rce\":"
             " {\"n_epoch\": 2}}'"
         )
-    _to_resume(args, "state/*/state.pt")
-    job, train, dev = _training_data(args)
-    if args.dry_run: return _plan_train(args, train, dev)
-    items, store, _ = job.inputs()
-    train.validate(items)
-    dev.validate(items)
-    try: learn, fit = _learner(args, train, dev, store, items[items.split == job.candidates])
-    except TypeError as e: raise Bad(f"--set, --model or --weights: {e}") from e
-    own = dict(
-        objective=args.objective,
-        epochs=EPOCHS if args.epochs is None else args.epochs,
-        lr=args.lr,
-        reward=args.reward,
-        weights=args.weights,
-        kind=args.kind,
-        bs=args.bs,
-    )
-    chosen = {} if args.choose == "regret" else dict(choose=args.choose)
-    what = dict(recipe=args.recipe) if args.recipe else own
-    prints = dict(train=train.fingerprint, dev=dev.fingerprint, store=store.fingerprint)
-    if args.start is not None: prints["start"] = policy_fingerprint(learn.model)
-    if chosen:
-        if not _looks(args):
-            raise Bad(
-                "--choose accuracy, but no stage chooses an epoch (best is false): leave it out, or let a"
-                " stage keep its best"
-            )
-        scorer = job.scorer()
-        prints["scorer"] = same_scorer(dev, scorer, args.style)
-    with run_lock(args.out):
-        run = Run.create(
-            args.out,
-            dict(what, set=args.set, model=args.model, **chosen),
-            args.seed,
-            prints,
-            overwrite=args.overwrite,
+
+def _train_settings(args):
+    "Settings of the run"
+    if args.recipe: what = dict(recipe=args.recipe)
+    else:
+        what = dict(
+            objective=args.objective,
+            epochs=_epochs(args),
+            **_taken(args, "lr reward weights kind bs".split()),
         )
-        if chosen: learn.choose_by = _choose_by(args, job, scorer, learn, dev, items, store)
-        with _lines(args, learn): fit(Path(args.out)/"state")
-        h = learn.history.frame
-        best = float(h.valid_loss.min()) if len(h) else math.nan
-        acc = dict(dev_accuracy=1 - float(learn.choose_by(learn).mean())) if chosen else {}
-        run.save_history(h)
-        learn.save_selector(run.checkpoint, info=learn.dls.info | dict(seed=args.seed,
-                    **{k: v for k, v in what.items() if k in ("recipe", "objective")}, **chosen))
-        run.finish(regret=best, epochs_done=len(h), **acc) # the smallest regret of all epochs
-    kept = (
-        f"dev accuracy {acc['dev_accuracy']:.4f} (of what is kept)"
-        if acc
-        else f"smallest dev regret {best:.4g}"
-    )
-    print(f"{args.out}: epochs {len(h)}, {kept}, checkpoint {run.checkpoint}")
+    return dict(what, set=args.set, model=args.model, **_chosen(args))
 
-def _looks(args):
-    "How often `--choose accuracy` asks about every question of dev, at most"
-    if args.choose == "regret": return 0
-    if args.recipe:
-        stages = _recipe(args)["stages"]
-    else: stages = [dict(n_epoch=EPOCHS if args.epochs is None else args.epochs) | dict(args.set or {})]
-    n = sum(1 + s["n_epoch"] for s in stages if s.get("best") is not False and s["n_epoch"])
-    return n + (n > 0 and stages[-1].get("best") is False) # and once more at the end
+def _chosen(args): return {} if args.choose == "regret" else dict(choose=args.choose)
 
-def _plan_train(args, train, dev):
-    n = len(train.queries)
-    epochs = (
-        f"recipe {args.recipe}"
-        if args.recipe
-        else f"{args.objective}, {EPOCHS if args.epochs is None else args.epochs} epochs"
-    )
-    total = 0 if args.recipe else n * (EPOCHS if args.epochs is None else args.epochs)
-    looks = _looks(args) * len(dev.queries) * len(dev.shots)
-    asking = (
-        _asking_costs(SimpleNamespace(**vars(args) | dict(rate=None)), looks, shots=dev.shots)["time"]
-        if looks
-        else ""
-    )
-    _print_plan(
-        args,
-        training=f"{n:,} questions, {len(train):,} sequences",
-        development=f"{len(dev.queries):,} questions, {len(dev):,} sequences",
-        stages=epochs,
-        LVLM_calls=f"at most {looks:,}, one per question of dev, shot count and epoch" if looks else 0,
-        time=("not known for a recipe" if args.recipe else time_text(total, args.rate, "questions"))
-        + (f"; asking, at most: {asking}" if looks else ""),
-        disk=f"weights and a state after every epoch in {args.out}",
-    )
+def _keep(args, run, learn):
+    "Write history and checkpoint; words about how good they are"
+    history = learn.history.frame
+    regret = float(history.valid_loss.min()) if len(history) else math.nan      # the smallest of all epochs
+    accuracy = {}
+    if args.choose == "accuracy": accuracy["dev_accuracy"] = 1 - float(learn.choose_by(learn).mean())
+    what = dict(recipe=args.recipe) if args.recipe else dict(objective=args.objective)
+    run.save_history(history)
+    info = learn.dls.info | dict(seed=args.seed, **what, **_chosen(args))
+    learn.save_selector(run.checkpoint, info=info)
+    run.finish(regret=regret, epochs_done=len(history), **accuracy)
+    if accuracy: return f"dev accuracy {accuracy['dev_accuracy']:.4f} (of what is kept)"
+    return f"smallest dev regret {regret:.4g}"
 
 # %% ../nbs/95_cli.ipynb #f4d7d173
 def add_train(commands):
     "Add `leverplus train`"
-    p = add_door(
-        commands,
-        "train",
-        do_train,
-        "runs of generate, mine or merge, and the data set that they were made from (for its embeddings)",
+    comes = "runs of generate, mine or merge, and the data set that they were made from (for its embeddings)"
+    goes = (
         "a run in --out: settings, history, checkpoint, a state after every epoch; started again with the"
-        " same flags it goes on, bit by bit as if it had not been stopped",
+        " same flags it goes on, bit by bit as if it had not been stopped"
+    )
+    examples = (
         "train runs/groups/train --dev runs/groups/dev --out runs/rce",
         "train runs/groups/train --dev runs/groups/dev --objective grpo --start runs/rce --out runs/grpo",
         "train runs/groups/train --dev runs/groups/dev --objective sft --choose accuracy --out runs/sft",
-        "train runs/okvqa --dev-share 0.1 --data ~/okvqa --recipe rce-only "
-        "--clip openai/clip-vit-large-patch14 --out runs/okvqa-rce",
-        usage="RUN [RUN ...] --out DIR [options]",
+        "train runs/okvqa --dev-share 0.1 --data ~/okvqa --recipe rce-only"
+        " --clip openai/clip-vit-large-patch14 --out runs/okvqa-rce",
     )
+    usage = "RUN [RUN ...] --out DIR [options]"
+    p = add_door(commands, "train", do_train, comes, goes, *examples, usage=usage)
     p.add_argument("runs", nargs="+", metavar="RUN", help="training data; several are merged")
     _out_flag(p, "folder of the run; continued if it is there")
-    g = p.add_argument_group("objective")
-    g.add_argument(
-        "--objective", default="rce", choices=list(OBJECTIVES), help="what is trained (default: rce)"
-    )
-    g.add_argument(
-        "--recipe", metavar="NAME", help="stages and settings by name, in place of an objective (page 71)"
-    )
-    g.add_argument("--epochs", type=number_arg(0), metavar="N", help=f"of the objective (default: {EPOCHS})")
-    g.add_argument(
-        "--lr",
-        type=number_arg(0.0, float),
-        metavar="X",
-        help="peak learning rate (default: the objective's own)",
-    )
-    g.add_argument(
-        "--set",
-        type=counts_arg,
-        metavar="JSON",
-        help="more arguments of the objective, such as '{\"temp\": [2, 0.5]}', or changes to the recipe",
-    )
-    g.add_argument("--start", metavar="DIR", help="selector to start from (default: a new one)")
-    g.add_argument(
-        "--model",
-        type=counts_arg,
-        metavar="JSON",
-        help="arguments of a new selector, such as '{\"d_hidden\": 256}'",
-    )
-    g.add_argument(
-        "--bs", type=number_arg(), default=32, metavar="N", help="questions per batch (default: 32)"
-    )
-    g.add_argument(
-        "--seed", type=number_arg(0), default=0, metavar="N", help="of weights and batches (default: 0)"
-    )
+    _objective_flags(p)
     _reward_flags(p)
-    g = p.add_argument_group("development")
-    g.add_argument(
-        "--dev", metavar="RUN", help="data that choose the epoch (default: a share of the training questions)"
-    )
-    g.add_argument(
-        "--dev-share",
-        type=float,
-        default=0.2,
-        metavar="X",
-        help="that share, disjoint by picture (default: 0.2)",
-    )
-    g.add_argument(
-        "--choose",
-        default="regret",
-        choices=["regret", "accuracy"],
-        help=(
-            "what an epoch is kept for: least regret on the groups of --dev, or the accuracy of what greedy"
-            " picks, about which the vision-language model (--lvlm) is asked (default: regret)"
-        ),
-    )
-    _data_flags(p, None, limit=False)
+    _development_flags(p)
+    _data_flags(p)
     p.add_argument("--split", metavar="NAME", help="split of the questions of --dev (default: dev)")
     _kind_flag(p)
     _model_flags(p)
     g = _run_flags(p, "a state", rate="questions per second, for the plan")
-    g.add_argument("--overwrite", action="store_true", help="empty a folder with other settings")
+    _overwrite_flag(g)
     g.add_argument("--progress", action="store_true", help="a bar per epoch")
 
-def _kind_flag(p, default="mixed"): p.add_argument("--kind", default=default, choices=list(KINDS),
-            help=f"embeddings that the selector reads (default: {default or 'as it was trained, or mixed'})")
+def _objective_flags(p):
+    g = p.add_argument_group("objective")
+    g.add_argument("--objective", default="rce", choices=list(OBJECTIVES),
+                   help="what is trained (default: rce)")
+    g.add_argument("--recipe", metavar="NAME",
+                   help="stages and settings by name, in place of an objective (page 71)")
+    _number(g, "--epochs", f"of the objective (default: {EPOCHS})", least=0)
+    _number(g, "--lr", "peak learning rate (default: the objective's own)", least=0., kind=float, metavar="X")
+    g.add_argument("--set", type=counts_arg, metavar="JSON",
+                   help="more arguments of the objective, such as '{\"temp\": [2, 0.5]}', or changes to the"
+                        " recipe")
+    g.add_argument("--start", metavar="DIR", help="selector to start from (default: a new one)")
+    g.add_argument("--model", type=counts_arg, metavar="JSON",
+                   help="arguments of a new selector, such as '{\"d_hidden\": 256}'")
+    _number(g, "--bs", "questions per batch", 32)
+    _seed_flag(g, "weights and batches")
 
-# %% ../nbs/95_cli.ipynb #a042869f
-def load_models(
-    named, # (name, folder) pairs
-)->dict: # {name: selector}
-    "Load selectors by name; `Bad` for a name that occurs twice"
-    names = [n for n, _ in named or ()]
-    if twice := {n for n in names if names.count(n) > 1}:
-        raise Bad(f"--selector names {sorted(twice)} twice: say NAME=DIR")
-    return {n: open_selector(p) for n, p in named or ()}
+def _development_flags(p):
+    g = p.add_argument_group("development")
+    g.add_argument("--dev", metavar="RUN",
+                   help="data that choose the epoch (default: a share of the training questions)")
+    g.add_argument("--dev-share", type=float, default=0.2, metavar="X",
+                   help="that share, disjoint by picture (default: 0.2)")
+    g.add_argument("--choose", default="regret", choices=["regret", "accuracy"],
+                   help="what an epoch is kept for: least regret on the groups of --dev, or the accuracy of"
+                        " what greedy picks, about which the vision-language model (--lvlm) is asked"
+                        " (default: regret)")
 
-def _asked_pool(job, args):
-    "(items, store, pool of the questions that are asked)"
+# %% ../nbs/95_cli.ipynb #36894d21
+def _train_plan(args, train, dev):
+    "Lines of the plan"
+    n = len(train.queries)
+    looks = _looks(args) * len(dev.queries) * len(dev.shots)
+    if args.recipe: time = "not known for a recipe"
+    else: time = time_text(n*_epochs(args), args.rate, "questions")
+    if looks:
+        unrated = SimpleNamespace(**vars(args) | dict(rate=None))       # --rate is of training
+        time += f"; asking, at most: {_asking_costs(unrated, looks, shots=dev.shots)['time']}"
+    return dict(
+        training=f"{n:,} questions, {len(train):,} sequences",
+        development=f"{len(dev.queries):,} questions, {len(dev):,} sequences",
+        stages=f"recipe {args.recipe}" if args.recipe else f"{args.objective}, {_epochs(args)} epochs",
+        LVLM_calls=f"at most {looks:,}, one per question of dev, shot count and epoch" if looks else 0,
+        time=time,
+        disk=f"weights and a state after every epoch in {args.out}",
+    )
+
+# %% ../nbs/95_cli.ipynb #838f0a5b
+@dataclass
+class Asked:
+    "Questions with their pools, and who is asked"
+    items:pd.DataFrame # questions and demonstrations
+    store:EmbedStore # their embeddings
+    pool:Pool # of the questions that are asked
+    scorer:object=None # the model; None: not loaded
+
+def asked_of(
+    args:argparse.Namespace, # with `limit`
+    job:Job, # for data, pools, and the split
+)->Asked: # without a scorer
+    "The first `--limit` questions of a split, with all they need but the model"
     items, store, pool = job.inputs()
-    pool = pool.only(items.question_id[items.split == job.split][: args.limit].tolist())
-    return items, store, pool
+    return Asked(items, store, pool.only(_first_questions(args, items, job.split)))
 
-def _kind_of(model, args): return args.kind or (getattr(model, "info", None) or {}).get("kind") or "mixed"
+def _first_questions(args, items, split):
+    return items.question_id[items.split == split][:args.limit].tolist()
 
-def _predict(args, folder, pool, items, scorer, store, model):
+# %% ../nbs/95_cli.ipynb #0e677b22
+def do_infer(args):
+    "Predict a split"
+    _to_resume(args, "settings.json")
+    job = job_of(args)
+    models = load_models([args.selector] if args.selector else [])
+    model = next(iter(models.values()), None)
+    _check_selector_given(args, model)
+    if args.dry_run: return _print_plan(args, **_infer_plan(args, job))
+    asked = asked_of(args, job)
+    asked.scorer = job.scorer()
+    if args.shard is None:
+        with run_lock(args.out): run = _predict(args, args.out, asked, model)
+    else: run = _infer_shard(args, asked, model)
+    if run is None: return
+    m = run.metrics
+    print(f"{args.out}: questions {m.get('n', m.get('asked'))}, failed {m['failed']},"
+          f" accuracy {m['acc']:.4f} ({args.split}), {run.path/'predictions.json'}")
+
+def _check_selector_given(args, model):
+    if args.how in ("greedy", "beam", "samples") and model is None and args.shots != [0]:
+        raise Bad(f"--how {args.how} wants --selector DIR (a run of train)")
+
+def _predict(args, folder, asked, model):
+    "The run of `predict` in `folder`"
     from leverplus.infer import predict
-    S = args.shots[0] if len(args.shots) == 1 else tuple(args.shots)
-    name = args.name or (args.selector[0] if model is not None else None)
-    try:
-        return predict(
-            folder,
-            pool,
-            items,
-            scorer,
-            store,
-            args.how,
-            S,
-            model,
-            args.by,
-            args.weight,
-            args.threshold,
-            args.split,
-            name if not args.by else None,
-            args.width,
-            args.temperature,
-            args.fixed,
-            _kind_of(model, args),
-            args.seed,
-            args.other_pool,
-            args.style,
-            blank=args.blank,
-            overwrite=args.overwrite,
-            progress=not args.quiet,
-        )
+    shots = args.shots[0] if len(args.shots) == 1 else tuple(args.shots)
+    name = args.name
+    if not name and model is not None: name = args.selector[0]
+    if args.by: name = None                            # `predict` names a vote itself
+    same = "how by weight threshold split width temperature fixed seed other_pool style blank overwrite"
+    more = _taken(args, same.split()) | dict(
+        S=shots,
+        model=model,
+        name=name,
+        kind=_kind_of(model, args),
+        progress=not args.quiet,
+    )
+    try: return predict(folder, asked.pool, asked.items, asked.scorer, asked.store, **more)
     except ValueError as e:
-        if "have no answer" in str(e):
-            raise Failed(
-                f"{folder}: {e}; the same command asks them again, --blank writes \"\" for them"
-            ) from e
-        raise
+        if "have no answer" not in str(e): raise
+        raise Failed(f"{folder}: {e}; the same command asks them again, --blank writes \"\" for them") from e
 
-def _join(args, run, folders, pool):
+# %% ../nbs/95_cli.ipynb #a1181c0c
+def add_infer(commands):
+    "Add `leverplus infer`"
+    comes = "a selector (a run of train), a data set, a model"
+    goes = (
+        "a run in --out: predictions.json in the official results format, predictions.parquet to look at"
+        " cases; what was asked is kept, so the same command goes on after a kill"
+    )
+    examples = (
+        "infer --how similar_mixed --limit 50 --out runs/similar",
+        "infer --selector runs/rce --out runs/rce-dev",
+        "infer --selector runs/rce --how beam --width 5 --by vote --data ~/okvqa --split val"
+        " --lvlm Qwen/Qwen2.5-VL-3B-Instruct --shard 0/4 --out runs/val",
+    )
+    p = add_door(commands, "infer", do_infer, comes, goes, *examples, usage="--out DIR [options]")
+    _out_flag(p, "folder of the run; continued if it is there")
+    _picking_flags(p)
+    _kind_flag(p, None)
+    _data_flags(p, "dev", limit=True)
+    _pool_flags(p.add_argument_group("pools"))
+    _model_flags(p)
+    g = _run_flags(p, "a run", "the last one to finish writes the union; give all the same --out")
+    _overwrite_flag(g)
+    g.add_argument("--blank", action="store_true", help="write \"\" for questions whose evaluation failed")
+
+def _picking_flags(p):
+    from leverplus.infer import PICKERS
+    g = p.add_argument_group("who picks")
+    g.add_argument("--selector", type=named_arg, metavar="[NAME=]DIR", help="run of train, or a checkpoint")
+    g.add_argument("--how", default="greedy", choices=PICKERS,
+                   help="how demonstrations are picked (default: greedy)")
+    _shots_flag(g, "demonstrations; several numbers choose per question; 'stop': the selector decides")
+    _number(g, "--width", "sequences per question of beam and samples", 5)
+    _number(g, "--temperature", "of samples", 1., least=1e-6, kind=float, metavar="X")
+    g.add_argument("--by", choices=["vote", "confidence", "logp", "vqa_gt_prob"],
+                   help="what keeps one of several sequences; vqa_gt_prob is an oracle (default: the"
+                        " selector's first)")
+    g.add_argument("--weight", choices=["confidence"], help="of votes (default: all count 1)")
+    g.add_argument("--threshold", type=float, metavar="X",
+                   help="several shots: stop asking where the confidence reaches it")
+    g.add_argument("--fixed", type=int, nargs="+", metavar="ID", help="question_ids shown with --how fixed")
+    g.add_argument("--name", metavar="NAME", help="in tables (default: the selector's name, or --how)")
+    _other_pool_flag(g, "the selector")
+    _seed_flag(g, "random picks and samples")
+
+def _shots_flag(group, help):
+    group.add_argument("--shots", type=shots_arg, nargs="+", default=[2], metavar="N",
+                       help=f"{help} (default: 2)")
+
+# %% ../nbs/95_cli.ipynb #01188e5f
+def _infer_plan(args, job):
+    "Lines of the plan"
+    questions = _first_questions(args, job.items(), job.split)
+    mine = shard_queries(questions, args.shard)
+    width = args.width if args.how in ("beam", "samples") else 1
+    each = width * len(args.shots)
+    calls = len(mine) * each
+    sure = len(args.shots) > 1 or "confidence" in (args.by, args.weight)
+    lines = dict(
+        questions=f"{len(mine):,} of {len(questions):,} asked, split {args.split}",
+        sequences=f"{each} per question",
+        **_asking_costs(args, calls*(1 + sure), calls),
+    )
+    if sure:
+        lines["confidence"] = "half of these calls, at most: a short scoring of the answer that was given"
+    return lines
+
+# %% ../nbs/95_cli.ipynb #811d3681
+def _infer_shard(args, asked, model):
+    "Predict one shard; the union's run if this was the last, else None"
+    i, n = args.shard
+    out = Path(args.out)
+    parts = [shard_queries(asked.pool, (k, n)) for k in range(n)]
+    folders = [out/f"shard{shard_tag((k, n))}" for k in range(n)]
+    lock = FileLock(out/".union.lock")
+    out.mkdir(parents=True, exist_ok=True)
+    with lock: _union(args, asked.pool, model)
+    if parts[i]:
+        mine = replace(asked, pool=asked.pool.only(parts[i]))
+        with run_lock(folders[i]): _predict(args, folders[i], mine, model)
+    left = [f"{k}/{n}" for k in range(n) if parts[k] and not _has_ended(folders[k])]
+    if left:
+        print(f"{args.out}: shard {i}/{n} is done; still to come: {', '.join(left)}")
+        return None
+    with lock:
+        union = _union(args, asked.pool, model)
+        done = [Run(folder) for folder in folders if folder.exists()]
+        return _join(args, union, done, asked.pool)
+
+def _union(args, pool, model):
+    "The run that the shards make together"
+    settings = _taken(args, "split how shots by weight threshold width temperature fixed style".split())
+    settings |= dict(kind=_kind_of(model, args), shards=args.shard[1])
+    return Run.create(args.out, settings, args.seed, dict(pool=pool.fingerprint), overwrite=args.overwrite)
+
+def _has_ended(folder): return (folder/"settings.json").exists() and Run(folder).finished
+
+# %% ../nbs/95_cli.ipynb #c8eaca78
+def _join(args, run, parts, pool):
     "Write the union of finished shards"
     from leverplus.infer import write_results
-    parts = [Run(f) for f in folders if f.exists()]
-    order = {q: i for i, q in enumerate(pool)}
-    for name in ("predictions.parquet", "candidates.parquet"):
-        frames = [p.frame(name) for p in parts if name in p.files()]
-        if frames:
-            rows = pd.concat(frames, ignore_index=True)
-            run.save_frame(name, rows.iloc[np.argsort(rows.question_id.map(order), kind="stable")])
+    for name in ("predictions.parquet", "candidates.parquet"): _join_frames(run, parts, name, pool)
     rows = run.frame("predictions.parquet")
-    answers = {
-        q: None if bad else a for q, a, bad in zip(rows.question_id, rows.vqa_pred_answer, rows.eval_failed)
-    }
+    facts = zip(rows.question_id, rows.vqa_pred_answer, rows.eval_failed)
+    answers = {q: None if failed else answer for q, answer, failed in facts}
     write_results(run.path/"predictions.json", answers, pool, args.blank)
-    run.fingerprints |= {
-        k: v for k, v in parts[0].fingerprints.items() if k in ("scorer", "store", "selector")
-    }
+    common = {k: v for k, v in parts[0].fingerprints.items() if k in ("scorer", "store", "selector")}
+    run.fingerprints |= common
     return run.finish(
         acc=float(rows.vqa_acc_score.mean()),
         asked=len(rows),
@@ -1292,145 +1460,14 @@ def _join(args, run, folders, pool):
         prompts=sum(p.metrics["prompts"] for p in parts),
     )
 
-def _infer_shard(args, pool, items, scorer, store, model):
-    "Predict one shard; returns the union's run if this was the last"
-    n = args.shard[1]
-    parts = {i: shard_queries(pool, (i, n)) for i in range(n)}
-    folders = {i: Path(args.out) / f"shard{shard_tag((i, n))}" for i in range(n)}
-    i = args.shard[0]
-    keep = {
-        k: getattr(args, k)
-        for k in "split how shots by weight threshold width temperature fixed style".split()
-    }
-    Path(args.out).mkdir(parents=True, exist_ok=True)
-    start = lambda: Run.create(
-        args.out,
-        dict(keep, kind=_kind_of(model, args), shards=n),
-        args.seed,
-        dict(pool=pool.fingerprint),
-        overwrite=args.overwrite,
-    )
-    with FileLock(Path(args.out)/".union.lock"): start()
-    if parts[i]:
-        with run_lock(folders[i]):
-            _predict(args, folders[i], pool.only(parts[i]), items, scorer, store, model)
-    done = lambda k: not parts[k] or (folders[k]/"settings.json").exists() and Run(folders[k]).finished
-    if left := [f"{k}/{n}" for k in parts if not done(k)]:
-        print(f"{args.out}: shard {i}/{n} is done; still to come: {', '.join(left)}")
-        return None
-    with FileLock(Path(args.out)/".union.lock"): return _join(args, start(), list(folders.values()), pool)
-
-def do_infer(args):
-    "Predict a split"
-    _to_resume(args, "settings.json")
-    job = job_of(args)
-    models = load_models([args.selector] if args.selector else [])
-    model = next(iter(models.values()), None)
-    if args.how in ("greedy", "beam", "samples") and model is None and args.shots != [0]:
-        raise Bad(f"--how {args.how} wants --selector DIR (a run of train)")
-    if args.dry_run:
-        items = job.items()
-        qs = items.question_id[items.split == job.split][: args.limit].tolist()
-        mine = shard_queries(qs, args.shard)
-        several = args.width if args.how in ("beam", "samples") else 1
-        sure = len(args.shots) > 1 or "confidence" in (args.by, args.weight)
-        calls = len(mine) * several * len(args.shots)
-        return _print_plan(
-            args,
-            questions=f"{len(mine):,} of {len(qs):,} asked, split {args.split}",
-            sequences=f"{several*len(args.shots)} per question",
-            **_asking_costs(args, calls * (1 + sure), calls),
-            **(
-                {"confidence": "half of these calls, at most: a short scoring of the answer that was given"}
-                if sure
-                else {}
-            ),
-        )
-    items, store, pool = _asked_pool(job, args)
-    scorer = job.scorer()
-    if args.shard is None:
-        with run_lock(args.out): run = _predict(args, args.out, pool, items, scorer, store, model)
-    elif (run := _infer_shard(args, pool, items, scorer, store, model)) is None: return
-    m = run.metrics
-    print(
-        f"{args.out}: questions {m.get('n', m.get('asked'))}, failed {m['failed']}, accuracy {m['acc']:.4f}"
-        f" ({args.split}), {run.path/'predictions.json'}"
-    )
-
-# %% ../nbs/95_cli.ipynb #a1181c0c
-def add_infer(commands):
-    "Add `leverplus infer`"
-    from leverplus.infer import PICKERS
-    p = add_door(
-        commands,
-        "infer",
-        do_infer,
-        "a selector (a run of train), a data set, a model",
-        "a run in --out: predictions.json in the official results format, predictions.parquet to look at"
-        " cases; what was asked is kept, so the same command goes on after a kill",
-        "infer --how similar_mixed --limit 50 --out runs/similar",
-        "infer --selector runs/rce --out runs/rce-dev",
-        "infer --selector runs/rce --how beam --width 5 --by vote --data ~/okvqa --split val "
-        "--lvlm Qwen/Qwen2.5-VL-3B-Instruct --shard 0/4 --out runs/val",
-        usage="--out DIR [options]",
-    )
-    _out_flag(p, "folder of the run; continued if it is there")
-    g = p.add_argument_group("who picks")
-    g.add_argument("--selector", type=named_arg, metavar="[NAME=]DIR", help="run of train, or a checkpoint")
-    g.add_argument(
-        "--how", default="greedy", choices=PICKERS, help="how demonstrations are picked (default: greedy)"
-    )
-    g.add_argument(
-        "--shots",
-        type=shots_arg,
-        nargs="+",
-        default=[2],
-        metavar="N",
-        help="demonstrations; several numbers choose per question; 'stop': the selector decides (default: 2)",
-    )
-    g.add_argument(
-        "--width",
-        type=number_arg(),
-        default=5,
-        metavar="N",
-        help="sequences per question of beam and samples (default: 5)",
-    )
-    g.add_argument(
-        "--temperature",
-        type=number_arg(1e-6, float),
-        default=1.0,
-        metavar="X",
-        help="of samples (default: 1)",
-    )
-    g.add_argument(
-        "--by",
-        choices=["vote", "confidence", "logp", "vqa_gt_prob"],
-        help="what keeps one of several sequences; vqa_gt_prob is an oracle (default: the selector's first)",
-    )
-    g.add_argument("--weight", choices=["confidence"], help="of votes (default: all count 1)")
-    g.add_argument(
-        "--threshold",
-        type=float,
-        metavar="X",
-        help="several shots: stop asking where the confidence reaches it",
-    )
-    g.add_argument("--fixed", type=int, nargs="+", metavar="ID", help="question_ids shown with --how fixed")
-    g.add_argument("--name", metavar="NAME", help="in tables (default: the selector's name, or --how)")
-    g.add_argument(
-        "--other-pool",
-        action="store_true",
-        help="take pools of another kind than the selector was trained on",
-    )
-    g.add_argument(
-        "--seed", type=number_arg(0), default=0, metavar="N", help="of random picks and samples (default: 0)"
-    )
-    _kind_flag(p, None)
-    _data_flags(p, "dev")
-    _pool_flags(p.add_argument_group("pools"))
-    _model_flags(p)
-    g = _run_flags(p, "a run", "the last one to finish writes the union; give all the same --out")
-    g.add_argument("--overwrite", action="store_true", help="empty a folder with other settings")
-    g.add_argument("--blank", action="store_true", help="write \"\" for questions whose evaluation failed")
+def _join_frames(run, parts, name, pool):
+    "Save one frame of all shards, in the order of the pool"
+    frames = [p.frame(name) for p in parts if name in p.files()]
+    if not frames: return
+    place = {q: i for i, q in enumerate(pool)}
+    rows = pd.concat(frames, ignore_index=True)
+    order = np.argsort(rows.question_id.map(place), kind="stable")
+    run.save_frame(name, rows.iloc[order])
 
 # %% ../nbs/95_cli.ipynb #07bda5ea
 def known_facts(
@@ -1439,328 +1476,289 @@ def known_facts(
 )->FactCache: # in memory
     "Facts that were asked before, elsewhere"
     out = FactCache()
-    for p in map(Path, paths):
-        if not p.exists():
-            raise FileNotFoundError(
-                f"{p}: no such facts; wanted a .parquet file, a folder of facts, or a run of generate"
-            )
-        f = RLData.load(p).rows if (p/"manifest.json").exists() or shard_files(p) else FactCache(p).to_frame()
-        f = f[(f.scorer == who) & ~f.eval_failed & f.vqa_acc_score.notna()]
-        out.add(f[["question_id", "pointer", *FACT_COLUMNS, *(["content"] if "content" in f else [])]])
+    for path in map(Path, paths):
+        facts = _stored_facts(path)
+        facts = facts[(facts.scorer == who) & ~facts.eval_failed & facts.vqa_acc_score.notna()]
+        columns = ["question_id", "pointer", *FACT_COLUMNS]
+        if "content" in facts: columns.append("content")
+        out.add(facts[columns])
     return out
+
+def _stored_facts(path):
+    "Rows of a run, or of a file or folder of facts"
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path}: no such facts; wanted a .parquet file, a folder of facts, or a run of generate"
+        )
+    is_run = (path/"manifest.json").exists() or shard_files(path)
+    return RLData.load(path).rows if is_run else FactCache(path).to_frame()
 
 def ask_around(
     pairs:pd.DataFrame, # question_id, pointer; distinct
-    scorer, items:pd.DataFrame, # see `ask`
+    scorer, # who is asked, see `ask`
+    items:pd.DataFrame, # questions and demonstrations, see `ask`
     extra:FactCache, # looked up first
     own:FactCache, # then here; new facts go here
-    style:str="interleaved", progress:bool=False, # see `ask`
+    style:str="interleaved", # prompt style, one of STYLES
+    progress:bool=False, # show a bar?
 )->pd.DataFrame: # facts, those that are known first
     "Ask only what nobody knows"
     pairs = pairs[["question_id", "pointer"]].reset_index(drop=True)
     content = content_keys(items, pairs.question_id, pairs.pointer.to_numpy())
-    have = extra.lookup(pairs, facts_fingerprint(scorer, style), content) if len(pairs) else extra.to_frame()
-    rest = pairs.drop(have.index)
-    new = ask(rest, scorer, items, own, style, progress=progress) if len(rest) else None
-    return pd.concat([have.drop(columns="content"), *([new] if new is not None else [])], ignore_index=True)
+    who = facts_fingerprint(scorer, style)
+    known = extra.lookup(pairs, who, content) if len(pairs) else extra.to_frame()
+    rest = pairs.drop(known.index)
+    facts = [known.drop(columns="content")]
+    if len(rest): facts.append(ask(rest, scorer, items, own, style, progress=progress))
+    return pd.concat(facts, ignore_index=True)
 
-# %% ../nbs/95_cli.ipynb #6f50f3f9
-def _fixed(args, job, scorer, extra, own, notes):
-    "{S: the best fixed sequence}, chosen on the questions of `--fixed-from`"
+# %% ../nbs/95_cli.ipynb #fc091522
+class _Known:
+    "Facts known elsewhere (`extra`), those of this run (`own`), and a scorer for the rest"
+    def __init__(self, args, folder, scorer):
+        self.scorer = scorer
+        self.style = args.style
+        self.progress = not args.quiet
+        self.who = facts_fingerprint(scorer, args.style)
+        self.extra = known_facts(_facts_paths(args), self.who)
+        self.own = FactCache(folder)
+
+    def ask(self, pairs, items):
+        return ask_around(pairs, self.scorer, items, self.extra, self.own, self.style, self.progress)
+
+    def about(self, pool, facts):
+        "`facts`, and all others about the questions of a pool"
+        others = [cache.to_frame().drop(columns="content") for cache in (self.extra, self.own)]
+        every = pd.concat([facts, *others])
+        every = every[(every.scorer == self.who) | every.eval_failed]
+        every = every.drop_duplicates(["question_id", "pointer"])
+        return every[every.question_id.isin(list(pool))]
+
+def _facts_paths(args):
+    "What `--facts` says, or the facts that come with the data set"
+    if args.facts is not None: return args.facts
+    places = Path(args.data).expanduser()/"facts.parquet", repo_path(args.data, "facts.parquet")
+    return [p for p in places if p.is_file()][:1]
+
+# %% ../nbs/95_cli.ipynb #43cfa814
+def _shots_above_zero(args): return [s for s in args.shots if s]
+
+def _fixed(args, job, known):
+    "({S: the best fixed sequence}, notes about how it was chosen)"
     from leverplus.evaluate import best_fixed, fixed_pairs
-    if not args.fixed or args.fixed_from == args.candidates: return {}
-    items, store, pool = _asked_pool(job_of(args, split=args.fixed_from), args)
+    if not args.fixed or args.fixed_from == args.candidates: return {}, []
+    judges = asked_of(args, job_of(args, split=args.fixed_from))
+    flatters = args.fixed_from == job.split
     out = {}
-    for S in [s for s in args.shots if s]:
-        out[S], acc, n = best_fixed(
-            ask_around(
-                fixed_pairs(pool, S, args.fixed, args.seed),
-                scorer,
-                items,
-                extra,
-                own,
-                args.style,
-                not args.quiet,
-            ),
-            S,
-        )
-        notes.append(
-            f"fixed, {S} shot{'s'*(S > 1)}: the best of {args.fixed} sequences on {n} questions of"
-            f" {args.fixed_from} ({acc:.3f} there)"
-            + (
-                "; chosen on the questions of this table, so its row flatters"
-                if args.fixed_from == job.split
-                else ""
-            )
-        )
-    return out
+    notes = []
+    for S in _shots_above_zero(args):
+        facts = known.ask(fixed_pairs(judges.pool, S, args.fixed, args.seed), judges.items)
+        out[S], accuracy, n = best_fixed(facts, S)
+        shots = f"{S} shot" if S == 1 else f"{S} shots"
+        note = f"fixed, {shots}: the best of {args.fixed} sequences on {n} questions of {args.fixed_from}"
+        note += f" ({accuracy:.3f} there)"
+        if flatters: note += "; chosen on the questions of this table, so its row flatters"
+        notes.append(note)
+    return out, notes
 
-def _eval_picks(args, models, items, store, pool, fixed):
+def _eval_picks(args, models, asked, fixed):
+    "What baselines and selectors show: a row per question, selector and shot count"
     from leverplus.evaluate import pick_baselines
     from leverplus.infer import pick_model
-    out = [pick_baselines(pool, store, [s for s in args.shots if s], args.draws, fixed, items, args.seed)]
-    pick = lambda n, m, S: pick_model(m, pool, store, S, _kind_of(m, args), n, other_pool=args.other_pool)
-    return pd.concat(
-        out + [pick(n, m, S) for n, m in models.items() for S in args.shots if S], ignore_index=True
-    )
+    shots = _shots_above_zero(args)
+    picks = [pick_baselines(asked.pool, asked.store, shots, args.draws, fixed, asked.items, args.seed)]
+    for name, model in models.items():
+        kind = _kind_of(model, args)
+        for S in shots:
+            picks.append(
+                pick_model(model, asked.pool, asked.store, S, kind, name, other_pool=args.other_pool)
+            )
+    return pd.concat(picks, ignore_index=True)
 
+def _scored(args, asked, picks, known):
+    "The picks with what the model said to them, the oracle, and a majority vote"
+    from leverplus.evaluate import majority_vote, pick_oracle, score_picks
+    from leverplus.world import all_pointers
+    shots = _shots_above_zero(args)
+    wanted = [picks]
+    if args.exact_oracle: wanted.append(all_pointers(asked.pool, shots))
+    pairs = pd.concat(wanted)[["question_id", "pointer"]].drop_duplicates()
+    facts = known.about(asked.pool, known.ask(pairs, asked.items))
+    oracle = pd.concat([pick_oracle(facts, s, asked.pool) for s in shots])
+    scored = score_picks(pd.concat([picks, oracle], ignore_index=True), facts)
+    similar = picks[picks.selector == "similar_mixed"]
+    votes = [majority_vote(similar[similar.shots == s], asked.items) for s in shots]
+    return pd.concat([scored, *votes], ignore_index=True)
+
+# %% ../nbs/95_cli.ipynb #0172a84c
 def do_eval(args):
     "Print the honest table"
     models = load_models(args.selector)
     job = job_of(args)
     _to_resume(args, "settings.json")
-    if odd := [n for n in models if n in _BASELINES()]:
-        raise Bad(f"--selector {odd[0]}: the name of a baseline; say NAME={odd[0]}")
-    if not any(args.shots) or None in args.shots: raise Bad("--shots wants numbers, at least one above 0")
-    if args.dry_run: return _plan_eval(args, job, models)
-    items, store, pool = _asked_pool(job, args)
-    scorer = job.scorer()
-    prints = dict(
-        pool=pool.fingerprint, scorer=facts_fingerprint(scorer, args.style), store=store.fingerprint
-    )
-    settings = dict(
-        split=args.split,
-        shots=args.shots,
-        draws=args.draws,
-        fixed=args.fixed,
-        fixed_from=args.fixed_from,
+    _check_eval(args, models)
+    if args.dry_run: return _print_plan(args, **_eval_plan(args, job, models))
+    asked = asked_of(args, job)
+    asked.scorer = job.scorer()
+    who = facts_fingerprint(asked.scorer, args.style)
+    prints = dict(pool=asked.pool.fingerprint, scorer=who, store=asked.store.fingerprint)
+    settings = _taken(args, "split shots draws fixed fixed_from".split()) | dict(
         exact=args.exact_oracle,
         selectors={n: policy_fingerprint(m) for n, m in models.items()},
     )
     with run_lock(args.out):
         run = Run.create(args.out, settings, args.seed, prints, overwrite=args.overwrite)
-        print(_evaluate(args, run, job, models, items, store, pool, scorer))
+        print(_evaluate(args, run, job, models, asked))
 
-def _BASELINES():
+def _check_eval(args, models):
     from leverplus.evaluate import BASELINES
-    return BASELINES
-
-def _evaluate(args, run, job, models, items, store, pool, scorer):
-    "Ask, score, write; the text of the table"
-    from leverplus.evaluate import (
-        look, majority_vote, paired_tests, pick_oracle, result_table, score_picks, size_table, subsets,
-        table_text,
-    )
-    from leverplus.world import all_pointers
-    who = facts_fingerprint(scorer, args.style)
-    extra = known_facts(_facts_paths(args), who)
-    own = FactCache(run.path/"facts")
-    notes = []
-    S = [s for s in args.shots if s]
-    picks = _eval_picks(args, models, items, store, pool, _fixed(args, job, scorer, extra, own, notes))
-    want = pd.concat([picks, all_pointers(pool, S)] if args.exact_oracle else [picks])[
-        ["question_id", "pointer"]
-    ].drop_duplicates()
-    facts = ask_around(want, scorer, items, extra, own, args.style, not args.quiet)
-    every = pd.concat([facts, *(c.to_frame().drop(columns="content") for c in (extra, own))])
-    every = every[(every.scorer == who) | every.eval_failed].drop_duplicates(["question_id", "pointer"])
-    every = every[every.question_id.isin(list(pool))]
-    oracle = pd.concat([pick_oracle(every, s, pool) for s in S])
-    scored = score_picks(pd.concat([picks, oracle], ignore_index=True), every)
-    scored = pd.concat(
-        [
-            scored,
-            *(
-                majority_vote(picks[(picks.selector == "similar_mixed") & (picks.shots == s)], items)
-                for s in S
-            ),
-        ],
-        ignore_index=True,
-    )
-    table = result_table(scored, items, zero_at=S[0] if len(S) == 1 else None)
-    n = look(Path(job.store)/"looks.json", scored, f"{Path(args.data).name} {args.split}")
-    run.save_frame("predictions.parquet", scored.assign(pointer=scored.pointer.map(list)))
-    run.save_frame("results.csv", table)
-    out = [table_text(table, n, args.split), *notes]
-    if models:
-        tests = paired_tests(
-            scored, items, against=[b for b in ("random", "similar_mixed") if b in set(scored.selector)]
-        )
-        run.save_frame("tests.csv", tests)
-        out += ["", _tests_text(tests)]
-    if args.sizes:
-        out += [
-            "",
-            size_table(
-                scored,
-                subsets(pool, [s if s == "all" else int(s) for s in args.sizes], args.seed),
-                S[-1],
-                items,
-            )
-            .round(3)
-            .to_string(),
-        ]
-    for name, path in args.selector or ():
-        if len(args.selector) == 1 and (Path(path) / "history.csv").exists():
-            run.save_history(pd.read_csv(Path(path) / "history.csv"))
-    run.finish(looks=n, questions=len(pool), failed=int(scored.eval_failed.sum()))
-    return "\n".join(out)
-
-def _tests_text(tests):
-    cols = ["selector", "against", "shots", "n", "delta", "lo", "hi", "mde", "changed", "p_holm", "verdict"]
-    return tests[cols].round(3).to_string(index=False)
-
-def _facts_paths(args):
-    "What `--facts` says, or the facts that come with the data set"
-    own = [
-        p
-        for p in (Path(args.data).expanduser() / "facts.parquet", repo_path(args.data, "facts.parquet"))
-        if p.is_file()
-    ][:1]
-    return own if args.facts is None else args.facts
-
-def _plan_eval(args, job, models):
-    items = job.items()
-    n = min(int((items.split == job.split).sum()), args.limit or 10**12)
-    S = [s for s in args.shots if s]
-    fixed = args.fixed*(args.fixed_from != args.candidates)
-    each = 1 + len(S) * (args.draws + 4 + len(models) + bool(fixed))
-    best = sum(math.perm(args.K, s) for s in S) * args.exact_oracle
-    m = n
-    if fixed and args.fixed_from != job.split:
-        more = job_of(args, split=args.fixed_from).items()
-        m = min(int((more.split == args.fixed_from).sum()), args.limit or 10**12)
-    _print_plan(
-        args,
-        questions=f"{n:,} of {args.data}, split {args.split}",
-        rows=(
-            f"{len(S)} x ({args.draws} random, 4 of similarity, {len(models)} selectors), zero-shot, votes, "
-            f"oracle ({'exact' if best else 'best found'})"
-        ),
-        fixed=(
-            f"{fixed} sequences x {m:,} questions of {args.fixed_from} x {len(S)} shot counts, to choose one"
-            if fixed
-            else "no row"
-        ),
-        facts=", ".join("/".join(Path(f).parts[-2:]) for f in _facts_paths(args)) or "none are known before",
-        **_asking_costs(args, n * (max(each, best) if best else each) + fixed * m * len(S)),
-    )
+    odd = [n for n in models if n in BASELINES]
+    if odd: raise Bad(f"--selector {odd[0]}: the name of a baseline; say NAME={odd[0]}")
+    if not any(args.shots) or None in args.shots: raise Bad("--shots wants numbers, at least one above 0")
 
 # %% ../nbs/95_cli.ipynb #5af407dc
 def add_eval(commands):
     "Add `leverplus eval`"
-    p = add_door(
-        commands,
-        "eval",
-        do_eval,
-        "selectors (runs of train), a data set, a model",
+    comes = "selectors (runs of train), a data set, a model"
+    goes = (
         "the table on the screen, with what must be read beside it; predictions.parquet, results.csv and"
-        " tests.csv in --out. Choose on dev; name test once, at the end: every look at a split is counted",
+        " tests.csv in --out. Choose on dev; name test once, at the end: every look at a split is counted"
+    )
+    examples = (
         "eval --limit 50 --out runs/eval",
         "eval --selector runs/rce --selector grpo=runs/grpo --shots 1 2 --out runs/eval-dev",
         "eval --selector runs/rce --split test --out runs/eval-test",
-        "eval --selector runs/okvqa-rce --data ~/okvqa --split val --fixed 0 --lvlm"
-        " Qwen/Qwen2.5-VL-3B-Instruct --K 64 --out runs/val",
-        usage="--out DIR [options]",
+        "eval --selector runs/okvqa-rce --data ~/okvqa --split val --fixed 0"
+        " --lvlm Qwen/Qwen2.5-VL-3B-Instruct --K 64 --out runs/val",
     )
+    p = add_door(commands, "eval", do_eval, comes, goes, *examples, usage="--out DIR [options]")
     _out_flag(p, "folder of the run; continued if it is there")
-    g = p.add_argument_group("rows")
-    g.add_argument(
-        "--selector",
-        type=named_arg,
-        action="append",
-        metavar="[NAME=]DIR",
-        help="run of train, or a checkpoint; give it several times",
-    )
-    g.add_argument(
-        "--shots", type=shots_arg, nargs="+", default=[2], metavar="N", help="demonstrations (default: 2)"
-    )
-    g.add_argument(
-        "--draws",
-        type=number_arg(),
-        default=5,
-        metavar="N",
-        help="random demonstrations, so many times (default: 5)",
-    )
-    g.add_argument(
-        "--fixed",
-        type=number_arg(0),
-        default=16,
-        metavar="N",
-        help="fixed sequences to choose from; 0: no such row (default: 16)",
-    )
-    g.add_argument(
-        "--fixed-from", default="dev", metavar="NAME", help="split that they are chosen on (default: dev)"
-    )
-    g.add_argument("--exact-oracle", action="store_true", help="ask every sequence of every pool")
-    g.add_argument(
-        "--facts",
-        nargs="*",
-        metavar="PATH",
-        help=(
-            "facts that are known: parquet files, runs of generate (default: DATA/facts.parquet, if it is"
-            " there)"
-        ),
-    )
-    g.add_argument(
-        "--sizes", nargs="+", metavar="N", help="also a table by number of questions, such as 100 200 all"
-    )
-    g.add_argument(
-        "--other-pool", action="store_true", help="take pools of another kind than a selector was trained on"
-    )
-    g.add_argument("--seed", type=number_arg(0), default=0, metavar="N", help="of draws (default: 0)")
+    _row_flags(p)
     _kind_flag(p, None)
-    _data_flags(p, "dev")
+    _data_flags(p, "dev", limit=True)
     _pool_flags(p.add_argument_group("pools"))
     _model_flags(p)
-    g = _run_flags(p, "a run")
-    g.add_argument("--overwrite", action="store_true", help="empty a folder with other settings")
+    _overwrite_flag(_run_flags(p, "a run"))
+
+def _row_flags(p):
+    g = p.add_argument_group("rows")
+    g.add_argument("--selector", type=named_arg, action="append", metavar="[NAME=]DIR",
+                   help="run of train, or a checkpoint; give it several times")
+    _shots_flag(g, "demonstrations")
+    _number(g, "--draws", "random demonstrations, so many times", 5)
+    _number(g, "--fixed", "fixed sequences to choose from; 0: no such row", 16, least=0)
+    g.add_argument("--fixed-from", default="dev", metavar="NAME",
+                   help="split that they are chosen on (default: dev)")
+    g.add_argument("--exact-oracle", action="store_true", help="ask every sequence of every pool")
+    g.add_argument("--facts", nargs="*", metavar="PATH",
+                   help="facts that are known: parquet files, runs of generate"
+                        " (default: DATA/facts.parquet, if it is there)")
+    g.add_argument("--sizes", nargs="+", metavar="N",
+                   help="also a table by number of questions, such as 100 200 all")
+    _other_pool_flag(g, "a selector")
+    _seed_flag(g, "draws")
+
+# %% ../nbs/95_cli.ipynb #76a56d94
+def _evaluate(args, run, job, models, asked):
+    "Ask, score, write; the text of the table"
+    from leverplus.evaluate import look, result_table, table_text
+    known = _Known(args, run.path/"facts", asked.scorer)
+    fixed, notes = _fixed(args, job, known)
+    scored = _scored(args, asked, _eval_picks(args, models, asked, fixed), known)
+    shots = _shots_above_zero(args)
+    table = result_table(scored, asked.items, zero_at=shots[0] if len(shots) == 1 else None)
+    looks = look(Path(job.store)/"looks.json", scored, f"{Path(args.data).name} {args.split}")
+    run.save_frame("predictions.parquet", scored.assign(pointer=scored.pointer.map(list)))
+    run.save_frame("results.csv", table)
+    out = [table_text(table, looks, args.split), *notes]
+    if models: out += ["", _tests_text(run, scored, asked.items)]
+    if args.sizes: out += ["", _sizes_text(args, scored, asked)]
+    _copy_history(args, run)
+    run.finish(looks=looks, questions=len(asked.pool), failed=int(scored.eval_failed.sum()))
+    return "\n".join(out)
+
+def _copy_history(args, run):
+    "The training curve of a single selector, for the report"
+    if len(args.selector or ()) != 1: return
+    _, path = args.selector[0]
+    history = Path(path)/"history.csv"
+    if history.exists(): run.save_history(pd.read_csv(history))
+
+# %% ../nbs/95_cli.ipynb #1b0b1247
+def _tests_text(run, scored, items):
+    "Selectors against two baselines, question by question"
+    from leverplus.evaluate import paired_tests
+    against = [b for b in ("random", "similar_mixed") if b in set(scored.selector)]
+    tests = paired_tests(scored, items, against=against)
+    run.save_frame("tests.csv", tests)
+    columns = "selector against shots n delta lo hi mde changed p_holm verdict".split()
+    return tests[columns].round(3).to_string(index=False)
+
+def _sizes_text(args, scored, asked):
+    "The table by number of questions"
+    from leverplus.evaluate import size_table, subsets
+    sizes = [s if s == "all" else int(s) for s in args.sizes]
+    some = subsets(asked.pool, sizes, args.seed)
+    last = _shots_above_zero(args)[-1]
+    return size_table(scored, some, last, asked.items).round(3).to_string()
+
+# %% ../nbs/95_cli.ipynb #bcce418a
+def _eval_plan(args, job, models):
+    "Lines of the plan"
+    items = job.items()
+    n = len(_first_questions(args, items, job.split))
+    shots = _shots_above_zero(args)
+    fixed = 0 if args.fixed_from == args.candidates else args.fixed
+    judges = n
+    if fixed and args.fixed_from != job.split:
+        more = job_of(args, split=args.fixed_from).items()
+        judges = len(_first_questions(args, more, args.fixed_from))
+    each = 1 + len(shots)*(args.draws + 4 + len(models) + bool(fixed))
+    if args.exact_oracle: each = max(each, sum(math.perm(args.K, s) for s in shots))
+    oracle = "exact" if args.exact_oracle else "best found"
+    rows = f"{args.draws} random, 4 of similarity, {len(models)} selectors"
+    choice = f"{fixed} sequences x {judges:,} questions of {args.fixed_from} x {len(shots)} shot counts"
+    facts = ", ".join("/".join(Path(f).parts[-2:]) for f in _facts_paths(args))
+    return dict(
+        questions=f"{n:,} of {args.data}, split {args.split}",
+        rows=f"{len(shots)} x ({rows}), zero-shot, votes, oracle ({oracle})",
+        fixed=f"{choice}, to choose one" if fixed else "no row",
+        facts=facts or "none are known before",
+        **_asking_costs(args, n*each + fixed*judges*len(shots)),
+    )
 
 # %% ../nbs/95_cli.ipynb #b6280c97
 def do_report(args):
     "Write a page about runs"
     from leverplus.report import report
-    items = None
-    if args.split: jobs, frames, items = _splits(args)
+    items = _Splits(args).every if args.split else None
     data = {Path(p).name: RLData.load(p) for p in args.groups} if args.groups else None
     if args.groups and len(args.runs) > 1:
         raise Bad("--groups goes with one run: several runs have their own")
-    print(
-        report(
-            args.runs if len(args.runs) > 1 else args.runs[0],
-            items,
-            args.out,
-            title=args.title,
-            n=args.cases,
-            data=data,
-            seed=args.seed,
-        )
-    )
+    runs = args.runs if len(args.runs) > 1 else args.runs[0]
+    page = report(runs, items, args.out, title=args.title, n=args.cases, data=data, seed=args.seed)
+    print(page)
 
 def add_report(commands):
     "Add `leverplus report`"
-    p = add_door(
-        commands,
-        "report",
-        do_report,
-        "runs of train, infer, eval or the demo; the data set, for pictures",
-        "report.html: a table, curves, the data's health, a browser of cases",
+    comes = "runs of train, infer, eval or the demo; the data set, for pictures"
+    goes = "report.html: a table, curves, the data's health, a browser of cases"
+    examples = (
         "report runs/eval",
         "report runs/eval-dev --split dev --groups runs/groups/train",
         "report runs/rce-0 runs/rce-1 runs/rce-2 --out runs/seeds.html",
-        usage="RUN [RUN ...] [options]",
     )
+    p = add_door(commands, "report", do_report, comes, goes, *examples, usage="RUN [RUN ...] [options]")
     p.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
-    p.add_argument(
-        "--out",
-        type=folder_arg,
-        metavar="FILE",
-        help=(
-            "page of several runs (default: report.html beside the first); one run's page lies in its folder"
-        ),
-    )
+    p.add_argument("--out", type=folder_arg, metavar="FILE",
+                   help="page of several runs (default: report.html beside the first); one run's page lies in"
+                        " its folder")
     p.add_argument("--groups", nargs="+", metavar="RUN", help="data whose health the page shows")
     p.add_argument("--title", metavar="TEXT")
-    p.add_argument(
-        "--cases", type=number_arg(), default=40, metavar="N", help="cases on the page (default: 40)"
-    )
-    p.add_argument(
-        "--seed", type=number_arg(0), default=0, metavar="N", help="of cases and resamples (default: 0)"
-    )
-    p.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    _data_flags(
-        p, [], limit=False, nargs="+", help="splits whose pictures are shown (default: none, cases in words)"
-    )
+    _number(p, "--cases", "cases on the page", 40)
+    _seed_flag(p, "cases and resamples")
+    _debug_flag(p)
+    _data_flags(p, [], "splits whose pictures are shown (default: none, cases in words)")
 
 # %% ../nbs/95_cli.ipynb #1addd4db
 def grid_of(
@@ -1769,189 +1767,161 @@ def grid_of(
     "Read a grid; what comes later replaces what came before"
     from leverplus.sweep import GRIDS
     out = {}
-    for t in texts or ():
-        key, eq, values = t.partition("=")
-        if t in GRIDS:
-            out |= GRIDS[t]
-            continue
-        if not eq:
-            out |= (got := read_json(Path(t).expanduser()))
-            continue
-        try: out[key] = json.loads(f"[{values}]")
-        except json.JSONDecodeError: out[key] = [_value(v) for v in values.split(",")]
+    for text in texts or ():
+        key, equals, values = text.partition("=")
+        if text in GRIDS: out |= GRIDS[text]
+        elif equals: out[key] = _values(values)
+        else: out |= read_json(Path(text).expanduser())
     return out
+
+def _values(text):
+    "Values between commas: JSON as a whole, or each by itself"
+    try: return json.loads(f"[{text}]")
+    except json.JSONDecodeError: return [_value(part) for part in text.split(",")]
 
 def _value(text):
     "A number, true, false, null, or the text itself"
     try: return json.loads(text)
     except json.JSONDecodeError: return text
 
+# %% ../nbs/95_cli.ipynb #d53f8b01
 def do_sweep(args):
     "Train every combination with every seed"
-    from leverplus.sweep import expand_grid, plot_sweep, read_rows, sweep, sweep_table, sweep_text
+    from leverplus.sweep import expand_grid, sweep
     grid = grid_of(args.grid)
-    base = {k: v[0] for k, v in grid_of(args.base).items()}
-    n = len(expand_grid(grid, base)) * len(args.seeds)
+    base = {k: values[0] for k, values in grid_of(args.base).items()}
+    combinations = expand_grid(grid, base)
     _to_resume(args, "cells*.jsonl")
-    groups = dict(train=RLData.load(args.run), dev=RLData.load(args.dev)) | (
-        dict(valid=RLData.load(args.valid)) if args.valid else {}
-    )
+    groups = dict(train=RLData.load(args.run), dev=RLData.load(args.dev))
+    if args.valid: groups["valid"] = RLData.load(args.valid)
     job = job_of(args)
-    if args.dry_run:
-        done = sum(r["status"] == "done" for f in Path(args.out).glob("cells*.jsonl") for r in read_rows(f))
-        mine = math.ceil(n/args.shard[1]) if args.shard else n
-        return _print_plan(
-            args,
-            cells=f"{n} = {n//len(args.seeds)} combinations x {len(args.seeds)} seeds"
-            + (f", some {mine} of them here" if args.shard else "")
-            + f"; {done} lie in {args.out}",
-            training=(
-                f"{len(groups['train'].queries):,} questions, {len(groups['train']):,} sequences per cell"
-            ),
-            **_asking_costs(args, mine * len(groups["dev"].queries), shots=args.shots or groups["dev"].shots),
-        )
+    if args.dry_run: return _print_plan(args, **_sweep_plan(args, len(combinations), groups))
     items, store, _ = job.inputs()
-    for d in groups.values(): d.validate(items)
+    for data in groups.values(): data.validate(items)
     world = SimpleNamespace(items=items, store=store, scorer=job.scorer())
-    run = sweep(
-        args.out,
-        grid,
-        groups,
-        world,
-        args.seeds,
-        base,
-        shots=args.shots,
-        shard=args.shard,
-        progress=not args.quiet,
-        style=args.style,
-    )
-    print(_swept(Path(args.out), run, items, sweep_table, sweep_text, plot_sweep))
-    if (bad := run[run.status == "failed"]).size:
+    how = _taken(args, "shots shard style".split()) | dict(progress=not args.quiet)
+    cells = sweep(args.out, grid, groups, world, args.seeds, base, **how)
+    print(_swept(Path(args.out), cells, items))
+    bad = cells[cells.status == "failed"]
+    if len(bad):
         raise Failed(
-            f"{args.out}: {len(bad)} of {len(run)} cells failed, the first with: {bad.error.iloc[0]}; the"
+            f"{args.out}: {len(bad)} of {len(cells)} cells failed, the first with: {bad.error.iloc[0]}; the"
             " same command tries them again"
         )
 
-def _swept(out, run, items, sweep_table, sweep_text, plot_sweep):
+def _swept(out, cells, items):
     "Write what is there of a sweep; the text of its table"
-    run.to_csv(out / "cells.csv", index=False)
-    left = int((run.status == "not run").sum())
-    if left: return f"{out}: {len(run) - left} of {len(run)} cells are there, {left} still to come"
-    if not run.attrs["by"]: return run.drop(columns=["error", "cell"]).round(3).to_string(index=False)
-    table = sweep_table(run, items=items)
-    table.to_csv(out / "table.csv", index=False)
-    plot_sweep(run, items=items).figure.savefig(out/"sweep.png", dpi=110)
+    from leverplus.sweep import plot_sweep, sweep_table, sweep_text
+    cells.to_csv(out/"cells.csv", index=False)
+    left = int((cells.status == "not run").sum())
+    if left: return f"{out}: {len(cells) - left} of {len(cells)} cells are there, {left} still to come"
+    if not cells.attrs["by"]: return cells.drop(columns=["error", "cell"]).round(3).to_string(index=False)
+    table = sweep_table(cells, items=items)
+    table.to_csv(out/"table.csv", index=False)
+    plot_sweep(cells, items=items).figure.savefig(out/"sweep.png", dpi=110)
     return sweep_text(table)
 
+# %% ../nbs/95_cli.ipynb #7deb60c8
 def add_sweep(commands):
     "Add `leverplus sweep`"
-    p = add_door(
-        commands,
-        "sweep",
-        do_sweep,
-        "groups of generate, mine or merge; a grid",
-        "cells.csv, table.csv and sweep.png in --out: mean over seeds, spread, and the difference "
-        "to the first combination, with a verdict. A cell that is done is not trained again",
-        "sweep runs/groups/train --dev runs/groups/dev --grid objective=rce,listwise --seeds 0 1 --out"
-        " runs/sweep",
+    comes = "groups of generate, mine or merge; a grid"
+    goes = (
+        "cells.csv, table.csv and sweep.png in --out: mean over seeds, spread, and the difference to the"
+        " first combination, with a verdict. A cell that is done is not trained again"
+    )
+    examples = (
+        "sweep runs/groups/train --dev runs/groups/dev --grid objective=rce,listwise --seeds 0 1"
+        " --out runs/sweep",
         "sweep runs/okvqa/train --dev runs/okvqa/dev --grid grid.json --base rce.n_epoch=3 --data ~/okvqa"
         " --shard 0/4 --out runs/okvqa-sweep",
-        usage="RUN --dev RUN --grid GRID --out DIR [options]",
     )
+    usage = "RUN --dev RUN --grid GRID --out DIR [options]"
+    p = add_door(commands, "sweep", do_sweep, comes, goes, *examples, usage=usage)
     p.add_argument("run", metavar="RUN", help="training data")
     p.add_argument("--dev", required=True, metavar="RUN", help="data whose questions judge")
     p.add_argument("--valid", metavar="RUN", help="data that choose the epoch (default: those of --dev)")
     _out_flag(p, "folder of the sweep; continued if it is there")
-    g = p.add_argument_group("grid")
-    g.add_argument(
-        "--grid",
-        required=True,
-        nargs="+",
-        metavar="GRID",
-        help=(
-            "key=a,b or a JSON file {key: [a, b]} or the name of a grid of page 85; keys are objective,"
-            " reward, kind, bs, reward.WEIGHT, model.ARGUMENT, STAGE.ARGUMENT; the first value of each is the"
-            " default"
-        ),
-    )
-    g.add_argument("--base", nargs="+", metavar="KEY=VALUE", help="the same for all combinations")
-    g.add_argument(
-        "--seeds",
-        nargs="+",
-        type=number_arg(0),
-        default=[0, 1, 2],
-        metavar="N",
-        help="of weights and batches (default: 0 1 2)",
-    )
-    g.add_argument(
-        "--shots",
-        type=number_arg(),
-        metavar="N",
-        help="of the picks that are judged (default: those of the data)",
-    )
-    _data_flags(p, "dev", limit=False, help="split of the questions of --dev (default: dev)")
+    _grid_flags(p)
+    _data_flags(p, "dev", "split of the questions of --dev (default: dev)")
     _model_flags(p)
     _run_flags(p, "a sweep", "give all the same --out; the last one prints the table")
+
+def _grid_flags(p):
+    g = p.add_argument_group("grid")
+    g.add_argument("--grid", required=True, nargs="+", metavar="GRID",
+                   help="key=a,b or a JSON file {key: [a, b]} or the name of a grid of page 85; keys are"
+                        " objective, reward, kind, bs, reward.WEIGHT, model.ARGUMENT, STAGE.ARGUMENT; the"
+                        " first value of each is the default")
+    g.add_argument("--base", nargs="+", metavar="KEY=VALUE", help="the same for all combinations")
+    g.add_argument("--seeds", nargs="+", type=number_arg(0), default=[0, 1, 2], metavar="N",
+                   help="of weights and batches (default: 0 1 2)")
+    _number(g, "--shots", "of the picks that are judged (default: those of the data)")
+
+# %% ../nbs/95_cli.ipynb #8eb1e93f
+def _sweep_plan(args, combinations, groups):
+    "Lines of the plan"
+    from leverplus.sweep import read_rows
+    n = combinations * len(args.seeds)
+    mine = math.ceil(n/args.shard[1]) if args.shard else n
+    part = f", some {mine} of them here" if args.shard else ""
+    rows = [row for file in Path(args.out).glob("cells*.jsonl") for row in read_rows(file)]
+    done = sum(row["status"] == "done" for row in rows)
+    train, dev = groups["train"], groups["dev"]
+    return dict(
+        cells=f"{n} = {combinations} combinations x {len(args.seeds)} seeds{part}; {done} lie in {args.out}",
+        training=f"{len(train.queries):,} questions, {len(train):,} sequences per cell",
+        **_asking_costs(args, mine*len(dev.queries), shots=args.shots or dev.shots),
+    )
 
 # %% ../nbs/95_cli.ipynb #0d4fec3d
 def do_demo(args):
     "Run the demo"
-    from leverplus.demo import SETTINGS, run_demo
+    from leverplus.demo import run_demo
     from leverplus.evaluate import table_text
-    cfg = SETTINGS | {k: v for k, v in (("train_queries", args.train_queries),
-                ("dev_queries", args.dev_queries)) if v is not None} | dict(args.set or {})
-    if odd := set(cfg) - set(SETTINGS):
-        raise Bad(f"--set {sorted(odd)}: the demo knows {', '.join(SETTINGS)}")
-    if args.dry_run:
-        n = cfg["train_queries"] + cfg["dev_queries"]
-        each = sequences_of(Job(counts=cfg["counts"], shots=np.atleast_1d(cfg["shots"]).tolist()))
-        return _print_plan(
-            args,
-            questions=(
-                f"{n:,}, {each} sequences each, then training and the table of the test split, whose facts"
-                " are there"
-            ),
-            **_asking_costs(args, n * each),
-        )
-    table = run_demo(
-        args.out,
-        args.seed,
-        args.overwrite,
-        not args.quiet,
-        **{k: v for k, v in cfg.items() if v != SETTINGS[k]}
-    )
+    settings, changed = _demo_settings(args)
+    if args.dry_run: return _print_plan(args, **_demo_plan(args, settings))
+    table = run_demo(args.out, args.seed, args.overwrite, not args.quiet, **changed)
     print(table_text(table, table.attrs.get("looks")))
     print(f"report: {Path(args.out)/'report.html'}")
 
+def _demo_settings(args):
+    "(all settings of the demo, those that are not its own)"
+    from leverplus.demo import SETTINGS
+    asked = {k: n for k, n in _taken(args, ("train_queries", "dev_queries")).items() if n is not None}
+    settings = SETTINGS | asked | dict(args.set or {})
+    odd = set(settings) - set(SETTINGS)
+    if odd: raise Bad(f"--set {sorted(odd)}: the demo knows {', '.join(SETTINGS)}")
+    return settings, {k: v for k, v in settings.items() if v != SETTINGS[k]}
+
+def _demo_plan(args, settings):
+    "Lines of the plan"
+    n = settings["train_queries"] + settings["dev_queries"]
+    shots = np.atleast_1d(settings["shots"]).tolist()
+    each = sequences_of(Job(counts=settings["counts"], shots=shots))
+    then = "then training and the table of the test split, whose facts are there"
+    return dict(
+        questions=f"{n:,}, {each} sequences each, {then}",
+        **_asking_costs(args, n*each),
+    )
+
 def add_demo(commands):
     "Add `leverplus demo`"
-    p = add_door(commands, "demo", do_demo, "nothing but this package",
-                "a run in --out: data, training, the full table, a report that opens", "demo",
-                "demo --train-queries 100 --dev-queries 50 --out runs/quick")
+    comes = "nothing but this package"
+    goes = "a run in --out: data, training, the full table, a report that opens"
+    examples = (
+        "demo",
+        "demo --train-queries 100 --dev-queries 50 --out runs/quick",
+    )
+    p = add_door(commands, "demo", do_demo, comes, goes, *examples)
     p.add_argument("--out", "--path", type=folder_arg, default="runs/demo", metavar="DIR",
                    help="folder of the run; continued if it is there (default: runs/demo)")
-    p.add_argument(
-        "--seed",
-        type=number_arg(0),
-        default=0,
-        metavar="N",
-        help="of proposals, weights and batches (default: 0)",
-    )
-    for s, n in (("train", 600), ("dev", 250)):
-        p.add_argument(
-            f"--{s}-queries",
-            type=number_arg(2),
-            metavar="N",
-            help=f"{s} questions that get a group (default: {n})",
-        )
-    p.add_argument(
-        "--set",
-        type=counts_arg,
-        metavar="JSON",
-        help="other settings of the demo (page 92), such as '{\"counts\": {\"beam\": 5}}'",
-    )
-    p.set_defaults(lvlm="models/tiny-qwen2.5-vl")
-    _run_flags(p).add_argument("--overwrite", action="store_true", help="empty a folder with other settings")
+    _seed_flag(p, "proposals, weights and batches")
+    _number(p, "--train-queries", "train questions that get a group (default: 600)", least=2)
+    _number(p, "--dev-queries", "dev questions that get a group (default: 250)", least=2)
+    p.add_argument("--set", type=counts_arg, metavar="JSON",
+                   help="other settings of the demo (page 92), such as '{\"counts\": {\"beam\": 5}}'")
+    p.set_defaults(lvlm="models/tiny-qwen2.5-vl")      # for the plan
+    _overwrite_flag(_run_flags(p))
 
 # %% ../nbs/95_cli.ipynb #ac957d22
 DOORS = (
@@ -1975,22 +1945,8 @@ def parser()->argparse.ArgumentParser:
     for add in DOORS: add(commands)
     return p
 
-def _warn(args):
-    "Warnings as one line each"
-    return lambda text, *rest, **kw: print(
-        f"leverplus {args.command}: warning: {one_line(ValueError(text))}", file=sys.stderr
-    )
-
 def main(
     argv=None, # words; None: those of the command line
 )->int: # exit status, one of `STATUS`
     "`leverplus ...`"
-    args = parser().parse_args(argv)
-    try:
-        with warnings.catch_warnings():
-            if not args.debug: warnings.showwarning = _warn(args)
-            return args.do(args) or 0
-    except (Exception, KeyboardInterrupt) as e:
-        if args.debug: traceback.print_exc()
-        print(f"leverplus {args.command}: {one_line(e)}", file=sys.stderr)
-        return status_of(e)
+    return carry_out(parser().parse_args(argv))

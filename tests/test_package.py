@@ -80,7 +80,8 @@ def test_lower_bounds_are_what_was_tested(ini):
     pinned = pins("constraints-oldest.txt")
     for r in requirements([*ini["requirements"].split(), *ini["dev_requirements"].split()]).values():
         least = [s.version for s in r.specifier if s.operator == ">="]
-        assert least and Version(least[0]) == pinned[r.name], f"{r}: the oldest set has {pinned[r.name]}"
+        assert least, f"{r}: the oldest set has {pinned[r.name]}"
+        assert Version(least[0]) == pinned[r.name], f"{r}: the oldest set has {pinned[r.name]}"
 
 
 # ---- the wheel ---------------------------------------------------------------------------------------------
