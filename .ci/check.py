@@ -41,9 +41,8 @@ def content(path):
     "What is compared of a file: its bytes; of `_modidx.py` the symbols of every module that has any"
     if path.name != "_modidx.py": return path.read_bytes()
     index = ast.literal_eval(path.read_text(encoding="utf8").split("d = ", 1)[1])
-    return repr(
-        sorted((module, sorted(names.items())) for module, names in index["syms"].items() if names)
-    ).encode()
+    symbols = [(module, sorted(names.items())) for module, names in index["syms"].items() if names]
+    return repr(sorted(symbols)).encode()
 
 def hashes(root):
     "Relative path -> sha256 of every file below `root`"
@@ -52,14 +51,12 @@ def hashes(root):
 
 def changed(before, after):
     "Lines that name the files in which two `hashes` differ"
-    word = lambda k: (
-        "missing from the checkout"
-        if k not in before
-        else "should not be there" if k not in after else "differs"
-    )
-    return [
-        f"  {k}: {word(k)}" for k in sorted(before.keys() | after.keys()) if before.get(k) != after.get(k)
-    ]
+    def word(name):
+        if name not in before: return "missing from the checkout"
+        if name not in after: return "should not be there"
+        return "differs"
+    every = sorted(before.keys() | after.keys())
+    return [f"  {name}: {word(name)}" for name in every if before.get(name) != after.get(name)]
 
 def no_diff(name, args):
     "Run one step in a fresh copy; the files it changed, as lines"
@@ -67,33 +64,21 @@ def no_diff(name, args):
         d = Path(d)
         copy_tree(d)
         before = hashes(d)
-        r = subprocess.run(
-            [sys.executable, *args],
-            cwd=d,
-            env={**ENV, "PYTHONPATH": str(d)},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        env = {**ENV, "PYTHONPATH": str(d)}
+        quiet = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        r = subprocess.run([sys.executable, *args], cwd=d, env=env, **quiet)
         if r.returncode: sys.exit(f"{name} failed:\n{r.stdout}")
         return changed(before, hashes(d))
 
 def pytest(*words, **env):
     "Run pytest; its exit status"
-    return subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", *words], cwd=ROOT, env={**ENV, **env}, stdin=subprocess.DEVNULL
-    ).returncode
+    command = [sys.executable, "-m", "pytest", "-q", *words]
+    return subprocess.run(command, cwd=ROOT, env={**ENV, **env}, stdin=subprocess.DEVNULL).returncode
 
 def gpu_is_there():
     "Is there a GPU that torch can use?"
-    return (
-        subprocess.run(
-            [sys.executable, "-c", "import sys, torch; sys.exit(not torch.cuda.is_available())"],
-            stdin=subprocess.DEVNULL,
-        ).returncode
-        == 0
-    )
+    code = "import sys, torch; sys.exit(not torch.cuda.is_available())"
+    return subprocess.run([sys.executable, "-c", code], stdin=subprocess.DEVNULL).returncode == 0
 
 def main():
     for name, args in STEPS.items():

@@ -18,9 +18,8 @@ BENCH = ("--prompts", "128", "--naive", "4", "--minutes", "5")
 
 def main():
     if not importlib.util.find_spec("torch"):
-        sys.exit(
-            f"make gpu: {sys.executable} has no torch; name an environment that has it: make gpu VENV=path"
-        )
+        wanted = "name an environment that has it: make gpu VENV=path"
+        sys.exit(f"make gpu: {sys.executable} has no torch; {wanted}")
     import torch
     if not torch.cuda.is_available():
         sys.exit("make gpu: torch sees no GPU here; `make test` is what runs without one")
@@ -33,9 +32,11 @@ def main():
     }
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     spread = ["-n", str(CORES)] if importlib.util.find_spec("xdist") and CORES > 1 else []
-    run = lambda *words: subprocess.run(
-        [sys.executable, *words], cwd=ROOT, env=env, stdin=subprocess.DEVNULL
-    ).returncode
+
+    def run(*words):
+        command = [sys.executable, *words]
+        return subprocess.run(command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL).returncode
+
     tests = run("-m", "pytest", "-q", "-rs", "--durations=10", "tests/test_gpu.py", *spread)
     bench = run("bench/gpu_scoring.py", *BENCH, "--out", "runs/gpu_scoring.json", *sys.argv[1:])
     sys.exit(int(bool(tests or bench)))

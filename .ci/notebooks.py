@@ -1,7 +1,6 @@
-"""Execute notebooks from a fresh kernel and store their outputs: `python .ci/notebooks.py [NAME ...] [--flags
-"slow net"]`.
+"""Execute notebooks from a fresh kernel and store their outputs.
 
-NAME is a path, or a stem such as `00_core` or `tutorials/01_walk`; without names: nbs/*.ipynb and
+`python .ci/notebooks.py [NAME ...] [--flags "slow net"]`. NAME is a path, or a stem such as `00_core` or `tutorials/01_walk`; without names: nbs/*.ipynb and
 nbs/tutorials/*.ipynb. Cells flagged slow, gpu or net (`tst_flags` in settings.ini) and `#| eval: false` are
 skipped and KEEP their stored outputs; `--flags slow` runs those flagged slow. A notebook that fails is left
 as it was, and the exit status is 1. Nothing that changes between two runs is stored: no counts, times, ids
@@ -28,9 +27,8 @@ ENV = {
 def find(names):
     "Paths of the named notebooks, or of all"
     if not names:
-        return [
-            p for d in (NBS, NBS / "tutorials") for p in sorted(d.glob("*.ipynb")) if p.name[0] not in "_."
-        ]
+        every = [*sorted(NBS.glob("*.ipynb")), *sorted((NBS/"tutorials").glob("*.ipynb"))]
+        return [p for p in every if p.name[0] not in "_."]
     paths = [next((p for p in (Path(n), NBS/n, NBS/f"{n}.ipynb") if p.is_file()), n) for n in names]
     absent = [p for p in paths if isinstance(p, str)]
     if absent: sys.exit(f"no such notebook: {', '.join(absent)}; give a path or a stem such as 00_core")
@@ -45,13 +43,12 @@ def execute(path, flags, timeout):
     nb = nbformat.read(path, 4)
     for c in nb.cells:
         c.metadata = {"tags": [SKIP]} if c.cell_type == "code" and is_skipped(c.source, flags) else {}
-    with tempfile.TemporaryDirectory() as sockets: # ipc: no ports, and no kernel warning about open ones
-        cfg = Config(
-            {"KernelManager": {"transport": "ipc", "ip": f"{sockets}/kernel"}} if os.name == "posix" else {}
-        )
+    with tempfile.TemporaryDirectory() as sockets:
+        # ipc: no ports, and no kernel warning about open ones
+        ipc = {"KernelManager": {"transport": "ipc", "ip": f"{sockets}/kernel"}}
         NotebookClient(
             nb,
-            config=cfg,
+            config=Config(ipc if os.name == "posix" else {}),
             timeout=timeout,
             kernel_name="python3",
             coalesce_streams=True,

@@ -1,9 +1,7 @@
-"""Prompts per second and share of a GPU's peak: the usual procedure against the shared scorer, on a full-size
-model without a download.
+"""Prompts per second and share of a GPU's peak: the usual procedure against the shared scorer, without a download.
 
-    python bench/gpu_scoring.py --out gpu.json       Qwen2.5-VL-3B from its config, random weights,
-    bfloat16: a few minutes on an H100
-    python bench/gpu_scoring.py --tiny               the same code on the embedded model, on a CPU, in seconds
+    python bench/gpu_scoring.py --out gpu.json    Qwen2.5-VL-3B, random weights, bfloat16: minutes on an H100
+    python bench/gpu_scoring.py --tiny            the same code on the embedded model, on a CPU, in seconds
 
 Speed does not depend on what the weights are, so they are random; answers of such a model mean nothing, but
 the shared scorer's must be the naive procedure's, and that is checked in the same run. Greedy texts hardly

@@ -1,10 +1,10 @@
-"""How long RCE takes to its plateau, against the reports' procedure at the same number of epochs.
+"""How long RCE takes to its plateau, against the usual procedure at the same number of epochs.
 
 `python bench/plateau.py [threads] [seeds] [epochs]`: 800 queries x 16 stored sequences, S = 2, K = 64, D =
 512, H = 256, 1 layer, on the tensor world of `03_synth`, whose rule has to be learned. A run is `fit_rce`
 with everything that belongs to it (schedules, statistics, validation on 200 other queries, best epoch). The
 plateau is the first epoch that has 98 % of the fall in validation regret that the whole run has. The
-reports' procedure, one query at a time with candidates encoded again per sequence, is timed on 40 queries
+usual procedure, one query at a time with candidates encoded again per sequence, is timed on 40 queries
 and scaled to as many epochs: nobody waits for it.
 """
 import statistics, sys, time, warnings
@@ -40,7 +40,7 @@ def run(seed, epochs):
     return took * (there+1) / epochs, there+1, before, float(v[there]), float(v.min()), learn
 
 def plain(learn, few=40):
-    "Seconds per epoch of 800 queries, the reports' way"
+    "Seconds per epoch of 800 queries, the usual way"
     query, cands, mask, seqs, sm, r, ok = learn.dls.train.one_batch()
     m = learn.model.train()
     m.fold = False

@@ -1,7 +1,7 @@
 """Proposals: all queries of a batch at once, against a loop over candidates, in one process.
 
 `python bench/proposals.py [queries] [queries of the loop] [repeats] [threads]` prints queries per second
-and ratios (medians; beside them the least and the most that the repeats allow) for the reports' default
+and ratios (medians; beside them the least and the most that the repeats allow) for the default
 counts (beam 5, temperatures 1.0 and 1.3 two each, random 1, retrieval 5), pools of 64, two shots, D = 512.
 Beam and retrieval are decided by arithmetic alone, and both sides must propose the same; the rest is drawn,
 and both sides must draw as many different sequences.
