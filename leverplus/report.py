@@ -49,7 +49,7 @@ def curves_in(
     "Which curves a history can show"
     return [c for c in CURVES if c in history and history[c].notna().any()]
 
-# %% ../nbs/90_report.ipynb #3a0c767b
+# %% ../nbs/90_report.ipynb #1ec2d2e4
 def _curve(ax, history, col):
     "One quantity over the epochs of all stages; a thin line per seed if there are several"
     colour = {stage: f"C{i}" for i, stage in enumerate(dict.fromkeys(history.stage))}
@@ -69,12 +69,6 @@ def _curve(ax, history, col):
 def _by_seed(history):
     "[(seed, its rows)]; the seed is None where the history has none"
     return list(history.groupby("seed")) if "seed" in history else [(None, history)]
-
-def _once(ax):
-    "Handles and labels without repeats"
-    handles, labels = ax.get_legend_handles_labels()
-    last = dict(zip(labels, handles))
-    return list(last.values()), list(last)
 
 # %% ../nbs/90_report.ipynb #104321ce
 def plot_curves(
@@ -96,6 +90,12 @@ def _check_curves(history, cols):
     raise ValueError(
         f"history has columns {list(history)} and {len(history)} rows: nothing of {list(CURVES)} to draw"
     )
+
+def _once(ax):
+    "Handles and labels without repeats"
+    handles, labels = ax.get_legend_handles_labels()
+    last = dict(zip(labels, handles))
+    return list(last.values()), list(last)
 
 def _curve_grid(n):
     "Axes for `n` curves, three across"
@@ -340,6 +340,27 @@ def picture(
         image.thumbnail((size, size))
         return image
 
+# %% ../nbs/90_report.ipynb #031a22e4
+def _item(ax, items, question_id, head, answer, edge="#b0b7bf"):
+    "Image of an item with its question and answer underneath"
+    image = picture(items, question_id)
+    if image is None:
+        ax.text(.5, .5, "(images not read)", ha="center", va="center", fontsize=8, color="grey")
+        ax.set_aspect(1)
+    else:
+        drawing = max(image.size) < 128
+        ax.imshow(image, interpolation="nearest" if drawing else "antialiased")
+    ax.set_title(head, fontsize=8, color="#57606a", pad=3)
+    text = f"{_wrap(items.question[question_id])}\n{_wrap(answer, lines=2)}"
+    ax.set_xlabel(text, fontsize=9, labelpad=3)
+    ax.set_xticks([])
+    ax.set_yticks([])
+    ax.spines[:].set(color=edge, linewidth=1.5)
+
+def _wrap(text, width=26, lines=4):
+    "Lines of text for a figure; a dollar stays a dollar"
+    return "\n".join(textwrap.wrap(str(text), width, max_lines=lines, placeholder=" …")).replace("$", r"\$")
+
 # %% ../nbs/90_report.ipynb #556fd97c
 def plot_examples(
     items:pd.DataFrame, # queries and demonstrations by question_id: `question, answer, answers, image_path`
@@ -363,27 +384,12 @@ def plot_examples(
     return axs
 
 def _case_grid(rows, across):
+    "Axes for cases in rows"
     import matplotlib.pyplot as plt
     size = 2.1*across, 2.6*rows
     fig, axs = plt.subplots(rows, across, figsize=size, squeeze=False, layout="constrained")
     fig.get_layout_engine().set(hspace=.08)
     return axs
-
-def _item(ax, items, question_id, head, answer, edge="#b0b7bf"):
-    "Image of an item with its question and answer underneath"
-    image = picture(items, question_id)
-    if image is None:
-        ax.text(.5, .5, "(images not read)", ha="center", va="center", fontsize=8, color="grey")
-        ax.set_aspect(1)
-    else:
-        drawing = max(image.size) < 128
-        ax.imshow(image, interpolation="nearest" if drawing else "antialiased")
-    ax.set_title(head, fontsize=8, color="#57606a", pad=3)
-    text = f"{_wrap(items.question[question_id])}\n{_wrap(answer, lines=2)}"
-    ax.set_xlabel(text, fontsize=9, labelpad=3)
-    ax.set_xticks([])
-    ax.set_yticks([])
-    ax.spines[:].set(color=edge, linewidth=1.5)
 
 def _said(ax, items, row):
     "What the LVLM said, and what the annotators said"
@@ -396,10 +402,6 @@ def _said(ax, items, row):
     ax.text(0, .68, _wrap(answer, 18, 2), fontsize=12, color=colour, weight="bold", **at)
     ax.text(0, .46, _wrap(word, 22, 2), fontsize=9, color=colour, **at)
     ax.text(0, .26, "truth: " + _wrap(right, 22, 3), fontsize=9, **at)
-
-def _wrap(text, width=26, lines=4):
-    "Lines of text for a figure; a dollar stays a dollar"
-    return "\n".join(textwrap.wrap(str(text), width, max_lines=lines, placeholder=" …")).replace("$", r"\$")
 
 # %% ../nbs/90_report.ipynb #f4f2f192
 def read_scored(
@@ -796,7 +798,7 @@ def _in_order(rows, names):
     order = [*first, *(s for s in names if s not in (*first, "oracle")), "oracle"]
     return rows.sort_values("selector", key=lambda s: s.map(order.index), kind="stable")
 
-# %% ../nbs/90_report.ipynb #dddf2c70
+# %% ../nbs/90_report.ipynb #a7114caf
 def browser_html(
     items:pd.DataFrame, # queries and demonstrations by question_id
     scored:pd.DataFrame, # from `evaluate.score_picks`
@@ -812,13 +814,12 @@ def browser_html(
 )->str: # HTML
     "Cases that can be filtered by won, lost and unchanged"
     pics = pictures or Pictures()
-    comparable = (scored.shots == shots) | ((scored.shots == 0) & (scored.selector == "zero_shot"))
-    scored_here = scored[comparable]
-    there = [s for s in dict.fromkeys(scored_here.selector) if s != selector]
+    same = scored[(scored.shots == shots) | ((scored.shots == 0) & (scored.selector == "zero_shot"))]
+    there = [s for s in dict.fromkeys(same.selector) if s != selector]
     against = [s for s in against if s in there][:_MOST]
-    how = {a: outcomes(scored, selector, shots, a) for a in against}
+    how = {a: outcomes(scored, selector, shots, a) for a in against} # of all queries
     rows = cases(scored, n, selector, shots, seed=seed, against=against[0] if against else None)
-    chosen = _chosen_by(scored_here, there if others is None else others, selector)
+    chosen = _chosen_by(same, there if others is None else others, selector)
     head = ""
     if against:
         head = _filter({a: o.loc[rows.question_id] for a, o in how.items()}, name)
@@ -1158,17 +1159,15 @@ def _add_data(page, data):
     if not isinstance(data, (str, Health)): data = health(data)
     page.add(data if isinstance(data, str) else health_html(data))
 
-# %% ../nbs/90_report.ipynb #a9e5090e
+# %% ../nbs/90_report.ipynb #3593eb7c
 def _add_cases(page, known, choice):
     "The browser; gives {file name: function that draws}"
     items = known.items
     scored = known.scored
     selector, shots = _whose(scored, choice)
     page.head(f"Cases: {selector}, {shots} shots")
-    page.add(browser_html(
-        items, scored, selector, shots, choice.n, choice.against,
-        seed=choice.seed, pictures=page.pictures, level=page.top + 1, name=f"show{len(page.contents)}",
-    ))
+    place = dict(pictures=page.pictures, level=page.top + 1, name=f"show{len(page.contents)}")
+    page.add(browser_html(items, scored, selector, shots, choice.n, choice.against, seed=choice.seed, **place))
     return {"examples.png": lambda: plot_examples(items, scored, 4, selector, shots, seed=choice.seed)}
 
 def _whose(scored, choice):
@@ -1176,8 +1175,8 @@ def _whose(scored, choice):
     names = [s for s in dict.fromkeys(scored.selector) if s != "oracle"]
     trained = [s for s in names if s not in BASELINES]
     selector = choice.selector or (trained or names)[-1]
-    most = scored.shots[scored.selector == selector].max()
-    return selector, int(most) if choice.shots is None else choice.shots
+    if choice.shots is not None: return selector, choice.shots
+    return selector, int(scored.shots[scored.selector == selector].max())
 
 # %% ../nbs/90_report.ipynb #8de1916f
 def _add_run(page, run_dir, known, choice):
