@@ -9,10 +9,9 @@ from matplotlib.colors import to_hex
 from PIL import Image
 from leverplus.evaluate import look, paired_table, result_table, score_picks
 from leverplus.infer import pick_zero, picks_frame
-from leverplus.groups import RLData
 from leverplus.pools import Pool
 from leverplus.report import (
-    CURVES, MARKS, OUTCOMES, Pictures, browser_html, case_html, cases, compare_many, curves_in, data_uri,
+    CURVES, MARKS, OUTCOMES, Pictures, case_html, cases, compare_many, curves_in, data_uri,
     described_items, diagnoses, mark, outcomes, picture, plot_curves, plot_examples, plot_gap, plot_shots,
     read_scored, report, runs_differ, truth, write_report,
 )
