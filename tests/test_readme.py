@@ -1,13 +1,15 @@
 """What README shows is what happens: its code runs as it stands, in order, in a fresh process, and no warning
 of ours appears
 """
-import os, re, subprocess, sys, warnings
+import json, os, re, subprocess, sys, warnings
 from pathlib import Path
 import pytest
 import own_warnings
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT/".ci"))
+from directives import directives
 PATH = os.pathsep.join([str(ROOT), str(TESTS), os.environ.get("PYTHONPATH", "")])
 STRICT = "import own_warnings; own_warnings.install()\n"
 
@@ -32,12 +34,24 @@ def python(code, folder, **env):
     assert r.returncode == 0, r.stdout[-1000:] + r.stderr[-4000:]
     return r.stdout + r.stderr
 
+def index_cells():
+    "Code of the index: (what README shows of it, all that makes README)"
+    cells = json.loads((ROOT/"nbs"/"index.ipynb").read_text(encoding="utf8"))["cells"]
+    sources = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
+    used = [s for s in sources if "hide" not in directives(s)]
+    return [s for s in used if directives(s).get("echo") != "false"], used
+
 def run_blocks(folder):
-    "Run all Python blocks in an empty folder; what they print"
-    return python(STRICT + "\n".join(blocks("python")), folder)
+    "Run all code of README in an empty folder, that of its table and figure too; what it prints"
+    return python(STRICT + "\n".join(index_cells()[1]), folder)
+
+def test_readme_shows_the_code_that_is_run():
+    def plain(source):
+        return "\n".join(line for line in source.splitlines() if not line.startswith("#|")).strip()
+    assert [b.strip() for b in blocks("python")] == [plain(source) for source in index_cells()[0]]
+    assert len(blocks("python")) == 2
 
 def test_python_blocks_run_and_say_nothing(tmp_path):
-    assert len(blocks("python")) >= 3
     assert run_blocks(tmp_path).strip() == "" # tables are values, not prints; and no bar, no warning
     assert (tmp_path/"runs"/"quick").is_dir()
 
