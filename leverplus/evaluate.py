@@ -55,8 +55,8 @@ def pick_baselines(
 # %% ../nbs/82_evaluate.ipynb #7a49af27
 _FACTS = ["vqa_acc_score", "vqa_gt_prob", "vqa_pred_answer"]
 
-def _first(f, bad):
-    "How many rows are `bad`, and the first of them"
+def _how_many(f, bad):
+    "How many rows are `bad`, and the first of them, in words"
     r = f[bad].iloc[0]
     return f"{int(bad.sum())} of {len(f)} rows, first question {r.question_id}, pointer {r.pointer}"
 
@@ -80,13 +80,13 @@ def check_facts(
     twice = f.duplicated(["question_id", "pointer"])
     if twice.any():
         raise ValueError(
-            f"facts contradict each other on {_first(f, twice)}: keep one scorer's, and the newest try of a"
+            f"facts contradict each other on {_how_many(f, twice)}: keep one scorer's, and the newest try of a"
             " failed row"
         )
     holes = f[numbers].isna().any(axis=1) & ~f.eval_failed
     if holes.any():
         raise ValueError(
-            f"facts lack a number on {_first(f, holes)}: ask with generate=True, or mark the row eval_failed"
+            f"facts lack a number on {_how_many(f, holes)}: ask with generate=True, or mark the row eval_failed"
         )
     return f
 
@@ -193,7 +193,7 @@ def score_picks(
     twice = picks.duplicated(PICKS[:4])
     if twice.any():
         raise ValueError(
-            f"a selector picks twice for a query: {_first(picks, twice)}; number the repetitions in `draw`"
+            f"a selector picks twice for a query: {_how_many(picks, twice)}; number the repetitions in `draw`"
         )
     f = check_facts(facts)
     row_of = {pair: i for i, pair in enumerate(zip(f.question_id, f.pointer))}
@@ -493,6 +493,7 @@ def _compared(scored, matrix, a, b, S, items, n_boot, seed):
         p=paired_p(*pair),
     )
 
+# %% ../nbs/82_evaluate.ipynb #f33ee240
 def _family(scored, pairs, against):
     "The pairs to be compared; ValueError names selectors without rows"
     given = list(dict.fromkeys(scored.selector))
@@ -522,11 +523,9 @@ def paired_tests(
     if not rows: raise ValueError(f"no pair of {pairs} has a shot count in common")
     t = pd.DataFrame(rows)
     t["p_holm"] = holm(t.p)
-    said = []
-    for r in t.itertuples():
-        survives = r.p_holm <= .05
-        said.append(claim(Interval(r.delta, r.lo, r.hi), r.mde) if survives else "no difference shown")
-    return t.assign(verdict=said)
+    alone = [claim(Interval(r.delta, r.lo, r.hi), r.mde) for r in t.itertuples()]
+    survives = t.p_holm <= .05
+    return t.assign(verdict=np.where(survives, alone, "no difference shown"))
 
 # %% ../nbs/82_evaluate.ipynb #69c4defd
 def over_shots(
@@ -584,7 +583,7 @@ def _gap_over_seeds(x, low, high, items, n_boot, seed):
     scores = all_three.to_numpy() # [n, k+2]
     means = boot_means(scores, _pictures(items, all_three.index), n_boot, seed)
     weights = seed_weights(rng("seeds", seed), n_boot, k)
-    def share(x, random, oracle): return (x - random) / (oracle - random)
+    def share(policy, random, oracle): return (policy - random) / (oracle - random)
     of_seed = share(scores[:, :k].mean(0), scores[:, k].mean(), scores[:, k + 1].mean())
     resampled = share((weights * means[:, :k]).sum(1), means[:, k], means[:, k + 1])
     lo, hi = bounds(resampled, .95)
@@ -593,6 +592,7 @@ def _gap_over_seeds(x, low, high, items, n_boot, seed):
         sd=of_seed.std(ddof=1) if k > 1 else math.nan,
     )
 
+# %% ../nbs/82_evaluate.ipynb #62600d32
 def seeds_table(
     scored:pd.DataFrame, # from `score_picks`; `draw` is the training seed
     shots:int, # one shot count
@@ -826,6 +826,8 @@ def _common_shots(of_a, of_b):
     if max(of_a.shots.nunique(), of_b.shots.nunique()) > 1:
         raise ValueError(f"no shot count in common: {sorted(set(of_a.shots))} and {sorted(set(of_b.shots))}")
     return [f.assign(shots="own") for f in (of_a, of_b)]
+
+# %% ../nbs/82_evaluate.ipynb #9bd2410e
 def compare_runs(
     run_a, # folder or `Run` with predictions.parquet, e.g. of `infer.predict`
     run_b, # the run that it is compared with
