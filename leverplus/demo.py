@@ -134,9 +134,8 @@ def score_all(
 # %% ../nbs/92_demo.ipynb #d0075d70
 def _groups(world, path, cfg, seed, progress):
     "Groups as the settings want them"
-    return make_groups(
-        world, path, cfg["train_queries"], cfg["dev_queries"], cfg["shots"], cfg["counts"], seed, progress
-    )
+    wanted = {k: cfg[k] for k in ("train_queries", "dev_queries", "shots", "counts")}
+    return make_groups(world, path, **wanted, seed=seed, progress=progress)
 
 def _fixed(world, cfg, cache):
     "Fixed demonstrations as the settings want them"
@@ -149,6 +148,7 @@ def _prints(world):
     pools = {f"pool_{split}": pool.fingerprint for split, pool in world.pools.items()}
     return dict(lvlm=world.scorer.fingerprint, store=world.store.fingerprint, **pools)
 
+# %% ../nbs/92_demo.ipynb #c1757735
 def _write(run, world, scored, learn, groups, cfg):
     "Predictions, table and page of a run; the table"
     run.save_frame("predictions.parquet", scored.assign(pointer=scored.pointer.map(list)))
@@ -169,7 +169,6 @@ def _write(run, world, scored, learn, groups, cfg):
     )
     return table
 
-# %% ../nbs/92_demo.ipynb #c1757735
 def run_demo(
     path="runs/demo", # run folder; continued if its settings are the same
     seed:int=0, # of proposals, weights and batches
@@ -230,11 +229,9 @@ def run_seeds(
     for seed in seeds:
         groups = _groups(world, folder/f"seed-{seed}", cfg, seed, progress)
         models = _models(train_recipes(world, groups, cfg["recipes"], seed))
-        # the rows without training once
-        first = not picks
-        picks.append(
-            pick_all(world, models, facts, cfg["table_shots"], draw=seed, fixed=fixed, baselines=first)
-        )
+        first = not picks # the rows without training are picked once
+        shots = cfg["table_shots"]
+        picks.append(pick_all(world, models, facts, shots, draw=seed, fixed=fixed, baselines=first))
     return score_all(world, pd.concat(picks, ignore_index=True), facts, cache)
 
 def seeds_report(
