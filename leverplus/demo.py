@@ -149,26 +149,6 @@ def _prints(world):
     return dict(lvlm=world.scorer.fingerprint, store=world.store.fingerprint, **pools)
 
 # %% ../nbs/92_demo.ipynb #c1757735
-def _write(run, world, scored, learn, groups, cfg):
-    "Predictions, table and page of a run; the table"
-    run.save_frame("predictions.parquet", scored.assign(pointer=scored.pointer.map(list)))
-    table = result_table(scored, world.items)
-    looks = look(run.path, scored)
-    table.attrs["looks"] = looks
-    reward = recipe(cfg["best"], _KNOWN)["data"]["reward"]
-    write_report(
-        run.path, table, scored, world.items, learn.history.frame,
-        paired=paired_table(scored, world.items),
-        selector=cfg["best"],
-        shots=max(cfg["table_shots"]),
-        title="leverplus on the embedded world",
-        facts=data_facts(learn.dls),
-        data=health(groups, reward),
-        looks=looks,
-        n=cfg["cases"],
-    )
-    return table
-
 def run_demo(
     path="runs/demo", # run folder; continued if its settings are the same
     seed:int=0, # of proposals, weights and batches
@@ -196,6 +176,26 @@ def run_demo(
     table = _write(run, world, scored, learn, groups, cfg)
     acc = table.set_index(["selector", "shots"]).acc
     run.finish(acc=float(acc[best, max(cfg["table_shots"])]))
+    return table
+
+def _write(run, world, scored, learn, groups, cfg):
+    "Predictions, table and page of a run; the table"
+    run.save_frame("predictions.parquet", scored.assign(pointer=scored.pointer.map(list)))
+    table = result_table(scored, world.items)
+    looks = look(run.path, scored)
+    table.attrs["looks"] = looks
+    reward = recipe(cfg["best"], _KNOWN)["data"]["reward"]
+    write_report(
+        run.path, table, scored, world.items, learn.history.frame,
+        paired=paired_table(scored, world.items),
+        selector=cfg["best"],
+        shots=max(cfg["table_shots"]),
+        title="leverplus on the embedded world",
+        facts=data_facts(learn.dls),
+        data=health(groups, reward),
+        looks=looks,
+        n=cfg["cases"],
+    )
     return table
 
 # %% ../nbs/92_demo.ipynb #4df52fc4

@@ -54,15 +54,6 @@ def _check_pointer(selector, q, p, shots, fewer):
         raise ValueError(f"{selector}: question {q} got pointer {p}, wanted {shots} distinct demonstrations")
 
 # %% ../nbs/80_infer.ipynb #85080d64
-def _with_room(pool, S):
-    "`pool`'s items, checked to hold at least `S` candidates each"
-    for q, c in pool.ids.items():
-        if len(c) < S:
-            raise ValueError(
-                f"question {q} has a pool of {len(c)}, {S} shots do not fit: fewer shots or a larger pool"
-            )
-    return pool.ids.items()
-
 def pick_zero(
     pool, # `Pool`; only its queries are used
 )->pd.DataFrame: # picks with selector "zero_shot", shots 0, pointer ()
@@ -84,13 +75,16 @@ def pick_random(
     frames = [picks_frame("random", pointers, S, draw) for draw, pointers in enumerate(drawn)]
     return pd.concat(frames, ignore_index=True)
 
-# %% ../nbs/80_infer.ipynb #b7a2fd1a
-def _cosines(store, q, c, kind):
-    "Vectors of candidates `c` [K,D] and their cosines with query `q` [K], rounded"
-    x = store.get(list(c), kind).double().cpu().numpy()
-    query = store.get([q], kind)[0].double().cpu().numpy()
-    return x, np.round(x @ query, 6)
+def _with_room(pool, S):
+    "`pool`'s items, checked to hold at least `S` candidates each"
+    for q, c in pool.ids.items():
+        if len(c) < S:
+            raise ValueError(
+                f"question {q} has a pool of {len(c)}, {S} shots do not fit: fewer shots or a larger pool"
+            )
+    return pool.ids.items()
 
+# %% ../nbs/80_infer.ipynb #b7a2fd1a
 def pick_similar(
     pool, # `Pool`
     store, # `EmbedStore`: `get(ids, kind)` gives unit vectors [n, D]
@@ -104,6 +98,12 @@ def pick_similar(
         best_first = np.lexsort((np.asarray(c), -cos))[:S]
         pointers[q] = [c[i] for i in best_first[::-1]]
     return picks_frame(f"similar_{kind}", pointers, S)
+
+def _cosines(store, q, c, kind):
+    "Vectors of candidates `c` [K,D] and their cosines with query `q` [K], rounded"
+    x = store.get(list(c), kind).double().cpu().numpy()
+    query = store.get([q], kind)[0].double().cpu().numpy()
+    return x, np.round(x @ query, 6)
 
 # %% ../nbs/80_infer.ipynb #e18748ef
 def pick_mmr(
@@ -233,29 +233,6 @@ def _noise(pool, qs, search):
     return out
 
 # %% ../nbs/80_infer.ipynb #bd8dc20e
-def _of_length(model, enc, pool, qs, search):
-    "Sequences [B,W,S], log-probabilities [B,W] and lengths [B,W] of a fixed number of shots"
-    temperature = 1.
-    noise = None
-    if search.how == "samples":
-        temperature = search.temperature
-        noise = _noise(pool, qs, search)
-    seqs, logp = best_sequences(model, enc, len(qs), search.S, search.width, temperature, noise)
-    return seqs, logp, [[search.S]*seqs.shape[1]]*len(qs)
-
-def _until_stop(model, enc, pool, qs, search):
-    "The same for a single query and a selector that ends by itself"
-    q = qs[0]
-    k = len(pool[q])
-    there_are = sum(math.perm(k, s) for s in range(1, min(model.max_shots, k) + 1))
-    n = min(search.width, there_are)
-    if search.how == "beam": seqs, logp, mask = model.beam(enc, None, n)
-    else:
-        g = torch.Generator()
-        g.manual_seed(int(rng("candidates", search.seed, "stop", search.temperature, q).integers(2**62)))
-        seqs, logp, mask = model.sample(enc, None, n, search.temperature, generator=g)
-    return seqs, logp, mask.sum(-1).tolist()
-
 def candidates(
     model, # has `encode` and `step_logp(enc, prefix)`: a selector, or `SimilarityPrior`
     pool, # `Pool`
@@ -285,6 +262,29 @@ def candidates(
                 pointer = tuple(pool[q][j] for j in seq[:n])
                 rows.append((q, pointer, rank, logp))
     return pd.DataFrame(rows, columns=["question_id", "pointer", "rank", "logp"])
+
+def _of_length(model, enc, pool, qs, search):
+    "Sequences [B,W,S], log-probabilities [B,W] and lengths [B,W] of a fixed number of shots"
+    temperature = 1.
+    noise = None
+    if search.how == "samples":
+        temperature = search.temperature
+        noise = _noise(pool, qs, search)
+    seqs, logp = best_sequences(model, enc, len(qs), search.S, search.width, temperature, noise)
+    return seqs, logp, [[search.S]*seqs.shape[1]]*len(qs)
+
+def _until_stop(model, enc, pool, qs, search):
+    "The same for a single query and a selector that ends by itself"
+    q = qs[0]
+    k = len(pool[q])
+    there_are = sum(math.perm(k, s) for s in range(1, min(model.max_shots, k) + 1))
+    n = min(search.width, there_are)
+    if search.how == "beam": seqs, logp, mask = model.beam(enc, None, n)
+    else:
+        g = torch.Generator()
+        g.manual_seed(int(rng("candidates", search.seed, "stop", search.temperature, q).integers(2**62)))
+        seqs, logp, mask = model.sample(enc, None, n, search.temperature, generator=g)
+    return seqs, logp, mask.sum(-1).tolist()
 
 # %% ../nbs/80_infer.ipynb #a6e5156b
 def _own(prompt, target, text, logprobs, error):
@@ -441,13 +441,6 @@ def adaptive_shots(
     return best.reset_index(drop=True)[[*rows.columns, "asked"]]
 
 # %% ../nbs/80_infer.ipynb #5dc47c81
-def _check_entry(i, r):
-    "Refuse what is no entry of a results list"
-    if not isinstance(r, dict) or set(r) != {"question_id", "answer"}:
-        raise ValueError(f"entry {i} is {r!r}: wanted exactly question_id and answer")
-    if type(r["question_id"]) is not int or type(r["answer"]) is not str:
-        raise ValueError(f"entry {i} is {r!r}: wanted an integer question_id and a string answer")
-
 def check_results(
     results, # the list, or the path of a JSON file
     question_ids, # all questions of the split
@@ -480,6 +473,13 @@ def write_results(
     text = json.dumps(check_results(results, question_ids), ensure_ascii=False)
     with atomic_path(path) as tmp: Path(tmp).write_text(text, encoding="utf8")
     return Path(path)
+
+def _check_entry(i, r):
+    "Refuse what is no entry of a results list"
+    if not isinstance(r, dict) or set(r) != {"question_id", "answer"}:
+        raise ValueError(f"entry {i} is {r!r}: wanted exactly question_id and answer")
+    if type(r["question_id"]) is not int or type(r["answer"]) is not str:
+        raise ValueError(f"entry {i} is {r!r}: wanted an integer question_id and a string answer")
 
 # %% ../nbs/80_infer.ipynb #44030446
 PICKERS = (

@@ -158,26 +158,6 @@ def _must_have_draws(rows):
         )
 
 # %% ../nbs/72_offpolicy.ipynb #60b25be7
-def _all_sources(f):
-    "One row per query and shot count"
-    keys = [f.question_id, f.shots]
-    def total(x): return x.groupby(keys).sum()
-    def mean(x, w):
-        there = w.where(x.notna(), 0.)
-        return total(w * x.fillna(0.)) / total(there).replace(0., np.nan)
-    effective = f.n * f.ess
-    own = effective.where(f.value.notna(), 0.)
-    usual = effective.groupby([f.shots, f.source]).transform("mean").clip(lower=1e-9)
-    out = dict(
-        value=mean(f.value, own),
-        unbiased=mean(f.unbiased, usual),
-        n=total(f.n),
-        mass=f.mass.groupby(keys).min(),
-        ess=total(own) / total(f.n),
-        trust=f.trust.groupby(keys).any(),
-    )
-    return pd.DataFrame(out).reset_index().assign(source="all")
-
 def summarise(
     f:pd.DataFrame, # of `off_policy`
 )->pd.DataFrame: # index (shots, source), "all" last; queries; means of n, mass, ess, trusted, value, unbiased; se
@@ -200,6 +180,26 @@ def summarise(
     # sources in the order in which they come
     names = list(dict.fromkeys(f.source))
     return t.sort_index(key=lambda i: i.map(names.index) if i.name == "source" else i)
+
+def _all_sources(f):
+    "One row per query and shot count"
+    keys = [f.question_id, f.shots]
+    def total(x): return x.groupby(keys).sum()
+    def mean(x, w):
+        there = w.where(x.notna(), 0.)
+        return total(w * x.fillna(0.)) / total(there).replace(0., np.nan)
+    effective = f.n * f.ess
+    own = effective.where(f.value.notna(), 0.)
+    usual = effective.groupby([f.shots, f.source]).transform("mean").clip(lower=1e-9)
+    out = dict(
+        value=mean(f.value, own),
+        unbiased=mean(f.unbiased, usual),
+        n=total(f.n),
+        mass=f.mass.groupby(keys).min(),
+        ess=total(own) / total(f.n),
+        trust=f.trust.groupby(keys).any(),
+    )
+    return pd.DataFrame(out).reset_index().assign(source="all")
 
 # %% ../nbs/72_offpolicy.ipynb #b203b079
 class OffPolicyStats(StageCallback):

@@ -189,27 +189,6 @@ def load_recipe(
     except (ValueError, TypeError) as e: raise ValueError(f"{path}: {e}") from e
 
 # %% ../nbs/71_recipes.ipynb #31c5c867
-def _words(v, usual):
-    "A setting in words: [2, .5] is 2..0.5, a dict is `name value` without what is usual, names are joined"
-    if isinstance(v, dict):
-        odd = {k: x for k, x in v.items() if k not in usual or usual[k] != x}
-        return ", ".join(f"{k} {_words(x, usual)}" for k, x in odd.items())
-    if isinstance(v, (list, tuple)):
-        numbers = not any(isinstance(x, (str, list, tuple)) for x in v)
-        if numbers: return "..".join(_words(x, usual) for x in v)
-        return " + ".join(x if isinstance(x, str) else f"{x[0]} ({_words(x[1], usual)})" for x in v)
-    return f"{v:g}" if isinstance(v, float) else str(v)
-
-def _stage_words(stage, usual):
-    rest = {k: v for k, v in stage.items() if k not in ("fit", "n_epoch", "lr")}
-    lr = f" x {stage['lr']:g}" if "lr" in stage else ""
-    more = _words(rest, usual)
-    return f"{stage['fit']} {stage['n_epoch']}{lr}" + (f", {more}" if more else "")
-
-def _reward_words(data):
-    weights = data.get("weights")
-    return data.get("reward", "") + (f" ({_words(weights, {})})" if weights else "")
-
 def recipes_table(
     recipes:dict|None=None, # name -> recipe; default all of `RECIPES`
     usual:dict|None=None, # settings of model and stages that are not worth a word; default none
@@ -233,17 +212,38 @@ def recipes_table(
         rows.append(row)
     return pd.DataFrame(rows).set_index("recipe")
 
+def _words(v, usual):
+    "A setting in words: [2, .5] is 2..0.5, a dict is `name value` without what is usual, names are joined"
+    if isinstance(v, float): return f"{v:g}"
+    if isinstance(v, dict):
+        odd = {k: x for k, x in v.items() if k not in usual or usual[k] != x}
+        return ", ".join(f"{k} {_words(x, usual)}" for k, x in odd.items())
+    if isinstance(v, (list, tuple)):
+        names = any(isinstance(x, (str, list, tuple)) for x in v)
+        if names: return " + ".join(_name_words(x, usual) for x in v)
+        return "..".join(_words(x, usual) for x in v)
+    return str(v)
+
+def _name_words(spec, usual):
+    "A name, with its arguments in brackets if it has any"
+    if isinstance(spec, str): return spec
+    return f"{spec[0]} ({_words(spec[1], usual)})"
+
+def _stage_words(stage, usual):
+    "Kind, epochs x lr, what else it has"
+    words = f"{stage['fit']} {stage['n_epoch']}"
+    if "lr" in stage: words += f" x {stage['lr']:g}"
+    rest = {k: v for k, v in stage.items() if k not in ("fit", "n_epoch", "lr")}
+    more = _words(rest, usual)
+    return f"{words}, {more}" if more else words
+
+def _reward_words(data):
+    "Mode, and its weights in brackets"
+    reward = data.get("reward", "")
+    weights = data.get("weights")
+    return f"{reward} ({_words(weights, {})})" if weights else reward
+
 # %% ../nbs/71_recipes.ipynb #9e7e65cd
-def _filtered(data, filters):
-    for spec in filters: data = _named(spec, FILTERS, "filter")(data)
-    return data
-
-def _with_info(data, zero):
-    "The record with a column for the reward that a record itself has no room for"
-    out = copy(data)
-    out.rows = data.rows.assign(info_score=info_score(data.rows, zero))
-    return out
-
 def recipe_learner(
     name:str|dict, # of a recipe, or one
     train:RLData, # groups to learn from
@@ -274,6 +274,16 @@ def recipe_learner(
     learn = selector_learner(dls, start, seed=seed, choose_by=choose_by, **model)
     if items is not None: learn.warmup_from = items, store
     return learn
+
+def _filtered(data, filters):
+    for spec in filters: data = _named(spec, FILTERS, "filter")(data)
+    return data
+
+def _with_info(data, zero):
+    "The record with a column for the reward that a record itself has no room for"
+    out = copy(data)
+    out.rows = data.rows.assign(info_score=info_score(data.rows, zero))
+    return out
 
 def _check_zero(r, mode, zero):
     if zero is not None: return

@@ -42,18 +42,6 @@ def resamples(
     return _kept(seed, clusters, n_boot) if small else _drawn(seed, clusters, n_boot)
 
 # %% ../nbs/81_statistics.ipynb #fe15c68f
-def _cluster_codes(cluster, n):
-    "Number 0..C-1 of each query's cluster"
-    code = np.arange(n) if cluster is None else pd.factorize(np.asarray(cluster))[0]
-    if len(code) != n: raise ValueError(f"{n} scores but {len(code)} clusters: pass one cluster per query")
-    if not n: raise ValueError("bootstrap of no queries: nothing was scored")
-    return code
-
-def _cluster_sums(x, code):
-    "Sum of each column [n,k] within clusters: [C,k]"
-    C = code.max() + 1
-    return np.stack([np.bincount(code, column, minlength=C) for column in x.T.astype(float)], 1)
-
 def boot_means(
     x, # [n] or [n, k] scores, one row per query; NaN = left out of that column's mean
     cluster=None, # [n] cluster of each query, e.g. image_id; None: every query for itself
@@ -73,6 +61,18 @@ def boot_means(
         w = block.astype(float) # [b,C]
         with np.errstate(invalid="ignore"): means.append((w @ sums) / (w @ counts))
     return np.concatenate(means)
+
+def _cluster_codes(cluster, n):
+    "Number 0..C-1 of each query's cluster"
+    code = np.arange(n) if cluster is None else pd.factorize(np.asarray(cluster))[0]
+    if len(code) != n: raise ValueError(f"{n} scores but {len(code)} clusters: pass one cluster per query")
+    if not n: raise ValueError("bootstrap of no queries: nothing was scored")
+    return code
+
+def _cluster_sums(x, code):
+    "Sum of each column [n,k] within clusters: [C,k]"
+    C = code.max() + 1
+    return np.stack([np.bincount(code, column, minlength=C) for column in x.T.astype(float)], 1)
 
 # %% ../nbs/81_statistics.ipynb #d63a1828
 class Interval(NamedTuple):
@@ -100,6 +100,18 @@ def bootstrap_mean(
     return Interval(float(np.nanmean(x)), *bounds(means, level))
 
 # %% ../nbs/81_statistics.ipynb #f3127a52
+def paired_bootstrap(
+    a, # [n] scores of one selector
+    b, # [n] scores of the other on the same queries; pairs with a NaN are left out
+    cluster=None, # [n] cluster of each query, e.g. image_id
+    n_boot:int=10_000, # resamples
+    seed:int=0, # of the resamples
+    level:float=.95, # coverage, 0..1
+)->Interval: # delta = mean(a - b), lo, hi
+    "Mean paired difference with a bootstrap interval"
+    d, c = _diff(a, b, cluster)
+    return bootstrap_mean(d, c, n_boot, seed, level)
+
 def _diff(a, b, cluster):
     "Differences of the queries that both have, and their clusters"
     a = np.asarray(a, dtype=float)
@@ -113,18 +125,6 @@ def _diff(a, b, cluster):
     if not both.any(): raise ValueError("the two have no query in common")
     return d[both], None if cluster is None else np.asarray(cluster)[both]
 
-def paired_bootstrap(
-    a, # [n] scores of one selector
-    b, # [n] scores of the other on the same queries; pairs with a NaN are left out
-    cluster=None, # [n] cluster of each query, e.g. image_id
-    n_boot:int=10_000, # resamples
-    seed:int=0, # of the resamples
-    level:float=.95, # coverage, 0..1
-)->Interval: # delta = mean(a - b), lo, hi
-    "Mean paired difference with a bootstrap interval"
-    d, c = _diff(a, b, cluster)
-    return bootstrap_mean(d, c, n_boot, seed, level)
-
 # %% ../nbs/81_statistics.ipynb #9aa31f43
 def standard_error(
     d, # [n] numbers, none missing
@@ -136,11 +136,6 @@ def standard_error(
     if len(t) < 2: return math.inf
     return math.sqrt((t**2).sum() * len(t)/(len(t) - 1)) / len(d)
 
-def _reach(power=.8, level=.95):
-    "Standard errors between zero and the detectable effect"
-    z = NormalDist().inv_cdf
-    return z((1 + level)/2) + z(power)
-
 def mde(
     a, # [n] scores of one selector
     b, # [n] scores of the other on the same queries
@@ -150,6 +145,11 @@ def mde(
 )->float: # in the unit of the scores; inf with fewer than two clusters
     "Smallest true difference that a comparison of these two would find with `power`"
     return _reach(power, level) * standard_error(*_diff(a, b, cluster))
+
+def _reach(power=.8, level=.95):
+    "Standard errors between zero and the detectable effect"
+    z = NormalDist().inv_cdf
+    return z((1 + level)/2) + z(power)
 
 # %% ../nbs/81_statistics.ipynb #a5d93429
 def plan_mde(

@@ -175,19 +175,6 @@ class SweepData:
         "Facts about (query, pointer) pairs"
         return ask(pairs, self.world.scorer, self.world.items, self.cache, self.style)
 
-def _section(settings, name):
-    "The settings of one section, e.g. {norm: raw} of rce.norm"
-    return {k.partition(".")[2]: v for k, v in settings.items() if k.startswith(f"{name}.")}
-
-def _with_info(groups, shared):
-    "Groups with the column `info_score`, which only some rewards need"
-    nothing = pd.DataFrame(dict(question_id=groups.queries, pointer=[()] * len(groups.queries)))
-    zero = shared.ask(nothing)
-    gt_prob = dict(zip(zero.question_id, zero.vqa_gt_prob))
-    out = copy(groups)
-    out.rows = groups.rows.assign(info_score=info_score(groups.rows, gt_prob))
-    return out
-
 def train_cell(
     settings:dict, # a combination of `expand_grid`
     seed:int, # of weights and batches
@@ -210,8 +197,40 @@ def train_cell(
             else: own_stage(learn, **arguments)
     return learn, float(valid_loss(learn))
 
+def _section(settings, name):
+    "The settings of one section, e.g. {norm: raw} of rce.norm"
+    return {k.partition(".")[2]: v for k, v in settings.items() if k.startswith(f"{name}.")}
+
+def _with_info(groups, shared):
+    "Groups with the column `info_score`, which only some rewards need"
+    nothing = pd.DataFrame(dict(question_id=groups.queries, pointer=[()] * len(groups.queries)))
+    zero = shared.ask(nothing)
+    gt_prob = dict(zip(zero.question_id, zero.vqa_gt_prob))
+    out = copy(groups)
+    out.rows = groups.rows.assign(info_score=info_score(groups.rows, gt_prob))
+    return out
+
 # %% ../nbs/85_sweep.ipynb #1eba979c
 _SCORED = ["question_id", "pointer", "vqa_acc_score", "vqa_gt_prob", "vqa_pred_answer", "eval_failed"]
+
+def run_cell(
+    settings:dict, # a combination of `expand_grid`
+    seed:int, # of weights and batches
+    shared:SweepData, # groups, world, facts
+)->dict: # a row, JSON-ready; an exception of the cell is part of it
+    "Train and judge one cell, whatever happens"
+    start = time.perf_counter()
+    row = dict(status="failed", settings=plain(settings), seed=int(seed), shots=shared.shots)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        try:
+            learn, regret = train_cell(settings, seed, shared)
+            row |= _numbers(learn, regret, _judged(learn, settings, seed, shared))
+        except Exception as e:
+            row |= dict(error=f"{type(e).__name__}: {e}"[:1000], traceback=traceback.format_exc()[-3000:])
+    row["warned"] = sorted({str(w.message)[:300] for w in said if w.category is UserWarning})
+    row["seconds"] = round(time.perf_counter() - start, 3)
+    return row
 
 def _judged(learn, settings, seed, shared):
     "What the selector picks for the development questions, and what came of it"
@@ -235,30 +254,7 @@ def _numbers(learn, regret, scored):
         scored=listed,
     )
 
-def run_cell(
-    settings:dict, # a combination of `expand_grid`
-    seed:int, # of weights and batches
-    shared:SweepData, # groups, world, facts
-)->dict: # a row, JSON-ready; an exception of the cell is part of it
-    "Train and judge one cell, whatever happens"
-    start = time.perf_counter()
-    row = dict(status="failed", settings=plain(settings), seed=int(seed), shots=shared.shots)
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        try:
-            learn, regret = train_cell(settings, seed, shared)
-            row |= _numbers(learn, regret, _judged(learn, settings, seed, shared))
-        except Exception as e:
-            row |= dict(error=f"{type(e).__name__}: {e}"[:1000], traceback=traceback.format_exc()[-3000:])
-    row["warned"] = sorted({str(w.message)[:300] for w in said if w.category is UserWarning})
-    row["seconds"] = round(time.perf_counter() - start, 3)
-    return row
-
 # %% ../nbs/85_sweep.ipynb #cc189baa
-def _whole(file):
-    "Bytes up to the end of the last whole line"
-    return file.read_bytes().rfind(b"\n") + 1
-
 def append_row(
     file, # a .jsonl file; made if absent
     row:dict, # JSON-ready
@@ -291,6 +287,10 @@ def read_rows(
                 " again"
             ) from e
     return rows
+
+def _whole(file):
+    "Bytes up to the end of the last whole line"
+    return file.read_bytes().rfind(b"\n") + 1
 
 # %% ../nbs/85_sweep.ipynb #d79bceb1
 def _cells(path):
@@ -466,13 +466,6 @@ def _row_verdict(r, p):
     return claim(Interval(r["delta"], r["delta_lo"], r["delta_hi"]), r["mde"])
 
 # %% ../nbs/85_sweep.ipynb #4dd842cb
-def _stored_scores(frame):
-    "Scored picks of the cells of a frame, from the folder that it came from"
-    if "sweep" not in frame.attrs:
-        raise ValueError("sweep_table: this frame forgot where it came from; pass scored=sweep_scores(path)")
-    if not (frame.status == "done").any(): return pd.DataFrame(columns=[*PICKS, *_SCORED])
-    return sweep_scores(frame.attrs["sweep"], frame.cell)
-
 def sweep_table(
     frame:pd.DataFrame, # of `sweep`
     by=None, # a setting or several; None: all that vary
@@ -501,6 +494,13 @@ def sweep_table(
     out["p_holm"] = _p_holm(out)
     out["verdict"] = [_row_verdict(r, r["p_holm"]) for r in out.to_dict("records")]
     return out.drop(columns=["default", "common"])
+
+def _stored_scores(frame):
+    "Scored picks of the cells of a frame, from the folder that it came from"
+    if "sweep" not in frame.attrs:
+        raise ValueError("sweep_table: this frame forgot where it came from; pass scored=sweep_scores(path)")
+    if not (frame.status == "done").any(): return pd.DataFrame(columns=[*PICKS, *_SCORED])
+    return sweep_scores(frame.attrs["sweep"], frame.cell)
 
 def _p_holm(rows):
     "p-values of the rows that have a difference, after Holm; NaN for the others"
