@@ -536,9 +536,9 @@ def check_picks(
 @dataclass
 class _Work:
     "What is asked, of whom, and where the answers are kept"
-    pool:object
-    items:pd.DataFrame
-    scorer:object
+    pool:object # `Pool` with the queries
+    items:pd.DataFrame # queries and demonstrations
+    scorer:object # who is asked
     picking:dict # arguments of `pick`
     asking:dict # arguments of `ask`
     facts:FactCache # answers
@@ -568,10 +568,13 @@ def _adaptive(work, shots, by, weight, threshold):
     kept = []
     queries = None
     for S in shots:
-        asked.append(work.rows(S, queries))
-        kept.append(_one_each(asked[-1], by, weight))
+        every = work.rows(S, queries)
+        best = _one_each(every, by, weight)
+        asked.append(every)
+        kept.append(best)
         if threshold is None: continue
-        queries = kept[-1].question_id[~(kept[-1].confidence >= threshold)].tolist()
+        unsure = ~(best.confidence >= threshold) # so is NaN
+        queries = best.question_id[unsure].tolist()
         if not queries: break
     rows = adaptive_shots(pd.concat(kept, ignore_index=True), threshold)
     return rows, pd.concat(asked, ignore_index=True)
