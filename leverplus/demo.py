@@ -134,9 +134,8 @@ def score_all(
 # %% ../nbs/92_demo.ipynb #d0075d70
 def _groups(world, path, cfg, seed, progress):
     "Groups as the settings want them"
-    return make_groups(
-        world, path, cfg["train_queries"], cfg["dev_queries"], cfg["shots"], cfg["counts"], seed, progress
-    )
+    wanted = {k: cfg[k] for k in ("train_queries", "dev_queries", "shots", "counts")}
+    return make_groups(world, path, **wanted, seed=seed, progress=progress)
 
 def _fixed(world, cfg, cache):
     "Fixed demonstrations as the settings want them"
@@ -148,26 +147,6 @@ def _prints(world):
     "Fingerprints of what goes into a run"
     pools = {f"pool_{split}": pool.fingerprint for split, pool in world.pools.items()}
     return dict(lvlm=world.scorer.fingerprint, store=world.store.fingerprint, **pools)
-
-def _write(run, world, scored, learn, groups, cfg):
-    "Predictions, table and page of a run; the table"
-    run.save_frame("predictions.parquet", scored.assign(pointer=scored.pointer.map(list)))
-    table = result_table(scored, world.items)
-    looks = look(run.path, scored)
-    table.attrs["looks"] = looks
-    reward = recipe(cfg["best"], _KNOWN)["data"]["reward"]
-    write_report(
-        run.path, table, scored, world.items, learn.history.frame,
-        paired=paired_table(scored, world.items),
-        selector=cfg["best"],
-        shots=max(cfg["table_shots"]),
-        title="leverplus on the embedded world",
-        facts=data_facts(learn.dls),
-        data=health(groups, reward),
-        looks=looks,
-        n=cfg["cases"],
-    )
-    return table
 
 # %% ../nbs/92_demo.ipynb #c1757735
 def run_demo(
@@ -197,6 +176,26 @@ def run_demo(
     table = _write(run, world, scored, learn, groups, cfg)
     acc = table.set_index(["selector", "shots"]).acc
     run.finish(acc=float(acc[best, max(cfg["table_shots"])]))
+    return table
+
+def _write(run, world, scored, learn, groups, cfg):
+    "Predictions, table and page of a run; the table"
+    run.save_frame("predictions.parquet", scored.assign(pointer=scored.pointer.map(list)))
+    table = result_table(scored, world.items)
+    looks = look(run.path, scored)
+    table.attrs["looks"] = looks
+    reward = recipe(cfg["best"], _KNOWN)["data"]["reward"]
+    write_report(
+        run.path, table, scored, world.items, learn.history.frame,
+        paired=paired_table(scored, world.items),
+        selector=cfg["best"],
+        shots=max(cfg["table_shots"]),
+        title="leverplus on the embedded world",
+        facts=data_facts(learn.dls),
+        data=health(groups, reward),
+        looks=looks,
+        n=cfg["cases"],
+    )
     return table
 
 # %% ../nbs/92_demo.ipynb #4df52fc4
@@ -230,11 +229,9 @@ def run_seeds(
     for seed in seeds:
         groups = _groups(world, folder/f"seed-{seed}", cfg, seed, progress)
         models = _models(train_recipes(world, groups, cfg["recipes"], seed))
-        # the rows without training once
-        first = not picks
-        picks.append(
-            pick_all(world, models, facts, cfg["table_shots"], draw=seed, fixed=fixed, baselines=first)
-        )
+        first = not picks # the rows without training are picked once
+        shots = cfg["table_shots"]
+        picks.append(pick_all(world, models, facts, shots, draw=seed, fixed=fixed, baselines=first))
     return score_all(world, pd.concat(picks, ignore_index=True), facts, cache)
 
 def seeds_report(

@@ -55,18 +55,6 @@ def pick_baselines(
 # %% ../nbs/82_evaluate.ipynb #7a49af27
 _FACTS = ["vqa_acc_score", "vqa_gt_prob", "vqa_pred_answer"]
 
-def _first(f, bad):
-    "How many rows are `bad`, and the first of them"
-    r = f[bad].iloc[0]
-    return f"{int(bad.sum())} of {len(f)} rows, first question {r.question_id}, pointer {r.pointer}"
-
-def _check_columns(facts):
-    "Refuse facts that lack a column or come from several scorers"
-    lost = {"question_id", "pointer", *_FACTS} - set(facts)
-    if lost: raise ValueError(f"facts lack the columns {sorted(lost)}")
-    who = sorted(facts.scorer.dropna().unique()) if "scorer" in facts else []
-    if len(who) > 1: raise ValueError(f"facts of {len(who)} scorers {who}: keep one")
-
 def check_facts(
     facts:pd.DataFrame, # question_id, pointer, vqa_acc_score, vqa_gt_prob, vqa_pred_answer; maybe eval_failed, scorer
 )->pd.DataFrame: # a copy with tuple pointers, a bool `eval_failed`, NaN facts where failed, and no repeated rows
@@ -80,15 +68,27 @@ def check_facts(
     twice = f.duplicated(["question_id", "pointer"])
     if twice.any():
         raise ValueError(
-            f"facts contradict each other on {_first(f, twice)}: keep one scorer's, and the newest try of a"
+            f"facts contradict each other on {_how_many(f, twice)}: keep one scorer's, and the newest try of a"
             " failed row"
         )
     holes = f[numbers].isna().any(axis=1) & ~f.eval_failed
     if holes.any():
         raise ValueError(
-            f"facts lack a number on {_first(f, holes)}: ask with generate=True, or mark the row eval_failed"
+            f"facts lack a number on {_how_many(f, holes)}: ask with generate=True, or mark the row eval_failed"
         )
     return f
+
+def _how_many(f, bad):
+    "How many rows are `bad`, and the first of them, in words"
+    r = f[bad].iloc[0]
+    return f"{int(bad.sum())} of {len(f)} rows, first question {r.question_id}, pointer {r.pointer}"
+
+def _check_columns(facts):
+    "Refuse facts that lack a column or come from several scorers"
+    lost = {"question_id", "pointer", *_FACTS} - set(facts)
+    if lost: raise ValueError(f"facts lack the columns {sorted(lost)}")
+    who = sorted(facts.scorer.dropna().unique()) if "scorer" in facts else []
+    if len(who) > 1: raise ValueError(f"facts of {len(who)} scorers {who}: keep one")
 
 # %% ../nbs/82_evaluate.ipynb #726491de
 def fixed_pairs(
@@ -193,7 +193,7 @@ def score_picks(
     twice = picks.duplicated(PICKS[:4])
     if twice.any():
         raise ValueError(
-            f"a selector picks twice for a query: {_first(picks, twice)}; number the repetitions in `draw`"
+            f"a selector picks twice for a query: {_how_many(picks, twice)}; number the repetitions in `draw`"
         )
     f = check_facts(facts)
     row_of = {pair: i for i, pair in enumerate(zip(f.question_id, f.pointer))}
@@ -221,13 +221,6 @@ def failures(
     return by_row.agg(failed="sum", of="size").reset_index()
 
 # %% ../nbs/82_evaluate.ipynb #56588567
-def _commonest(answers):
-    "The answer most often given, the last of those"
-    said = [normalise(a) for a in answers]
-    count = Counter(said)
-    best = max(range(len(said)), key=lambda i: (count[said[i]], i))
-    return answers[best]
-
 def majority_vote(
     picks:pd.DataFrame, # picks with at least one demonstration each, e.g. those of similarity
     items:pd.DataFrame, # queries and demonstrations by question_id: `answer`, `answers`
@@ -250,12 +243,14 @@ def majority_vote(
         eval_failed=False,
     )
 
-# %% ../nbs/82_evaluate.ipynb #676cc921
-def _share(policy, random, oracle):
-    "Share of the way from random to oracle; NaN where the oracle is no better"
-    wide = np.where(oracle > random, oracle - random, np.nan)
-    return (policy - random) / wide
+def _commonest(answers):
+    "The answer most often given, the last of those"
+    said = [normalise(a) for a in answers]
+    count = Counter(said)
+    best = max(range(len(said)), key=lambda i: (count[said[i]], i))
+    return answers[best]
 
+# %% ../nbs/82_evaluate.ipynb #676cc921
 def gap_closed(
     policy, # [n] scores of a selector
     random, # [n] scores of random demonstrations, mean over draws, same queries
@@ -280,11 +275,12 @@ def gap_closed(
     if not gap_is_sure: return unknown
     return Interval(value, *bounds(_share(policies, randoms, oracles), level))
 
-# %% ../nbs/82_evaluate.ipynb #2d41c047
-def _good(scored, selector, shots):
-    "The rows of one selector that did not fail"
-    return scored[(scored.selector == selector) & (scored.shots == shots) & ~scored.eval_failed]
+def _share(policy, random, oracle):
+    "Share of the way from random to oracle; NaN where the oracle is no better"
+    wide = np.where(oracle > random, oracle - random, np.nan)
+    return (policy - random) / wide
 
+# %% ../nbs/82_evaluate.ipynb #2d41c047
 def changed(
     scored:pd.DataFrame, # from `score_picks`
     selector:str, # whose answers
@@ -299,6 +295,10 @@ def changed(
     both = own.merge(_good(scored, reference, reference_shots), on="question_id")
     other = (both.vqa_pred_answer_x != both.vqa_pred_answer_y).astype(float)
     return float(other.groupby(both.question_id).mean().mean())
+
+def _good(scored, selector, shots):
+    "The rows of one selector that did not fail"
+    return scored[(scored.selector == selector) & (scored.shots == shots) & ~scored.eval_failed]
 
 # %% ../nbs/82_evaluate.ipynb #ebbde58c
 def agreement(
@@ -316,12 +316,6 @@ def agreement(
     return float(same.groupby(both.question_id).mean().mean())
 
 # %% ../nbs/82_evaluate.ipynb #e7ef9acb
-def _copies(rows, items):
-    "Whether each answer repeats the last demonstration's [n], as 0 or 1"
-    last = [items.at[p[-1], "answer"] for p in rows.pointer]
-    same = [normalise(said) == normalise(shown) for said, shown in zip(rows.vqa_pred_answer, last)]
-    return np.array(same, dtype=float)
-
 def behaviour(
     scored:pd.DataFrame, # from `score_picks`
     items:pd.DataFrame, # queries and demonstrations by question_id: `answer`
@@ -346,6 +340,12 @@ def behaviour(
         ))
     return pd.DataFrame(rows, columns=["selector", "shots", "copy", "copy_wrong", "unique", "gini"])
 
+def _copies(rows, items):
+    "Whether each answer repeats the last demonstration's [n], as 0 or 1"
+    last = [items.at[p[-1], "answer"] for p in rows.pointer]
+    same = [normalise(said) == normalise(shown) for said, shown in zip(rows.vqa_pred_answer, last)]
+    return np.array(same, dtype=float)
+
 # %% ../nbs/82_evaluate.ipynb #f70fd05f
 def score_matrix(
     scored:pd.DataFrame, # from `score_picks`
@@ -369,12 +369,6 @@ def _pictures(items, ids):
 
 # %% ../nbs/82_evaluate.ipynb #7a52588d
 TABLE = ["selector", "shots", "n", "acc", "lo", "hi", "gap_closed", "changed"]
-
-def _order(names):
-    "Baselines first, oracle last, everything else as it came"
-    front = [s for s in BASELINES[:-1] if s in names]
-    own = [s for s in names if s not in BASELINES]
-    return front + own + [s for s in names if s == "oracle"]
 
 def result_table(
     scored:pd.DataFrame, # from `score_picks`, all selectors and shots together
@@ -415,6 +409,12 @@ def result_table(
     out.attrs |= dict(failed=int(scored.eval_failed.sum()), oracle=oracle_note(scored))
     return out
 
+def _order(names):
+    "Baselines first, oracle last, everything else as it came"
+    front = [s for s in BASELINES[:-1] if s in names]
+    own = [s for s in names if s not in BASELINES]
+    return front + own + [s for s in names if s == "oracle"]
+
 def _gap(x, m, reference, oracle):
     "Gap closed by the scores `x` against two columns of `m`; NaN where one is absent"
     if m is None or not {reference, oracle} <= set(m): return math.nan
@@ -454,11 +454,6 @@ def gap_table(
     return pd.DataFrame(rows, columns=["selector", "shots", "gap", "lo", "hi"])
 
 # %% ../nbs/82_evaluate.ipynb #a8ca6eee
-def _pair(matrix, a, b, items):
-    "Scores of `a`, scores of `b`, and pictures, of the queries that both have"
-    both = matrix[[a, b]].dropna()
-    return both[a], both[b], _pictures(items, both.index)
-
 def paired_table(
     scored:pd.DataFrame, # from `score_picks`
     items:pd.DataFrame|None=None, # items by question_id, for clustering
@@ -479,6 +474,11 @@ def paired_table(
     columns = ["selector", "against", "shots", "n", "delta", "lo", "hi", "mde", "verdict"]
     return pd.DataFrame(rows, columns=columns)
 
+def _pair(matrix, a, b, items):
+    "Scores of `a`, scores of `b`, and pictures, of the queries that both have"
+    both = matrix[[a, b]].dropna()
+    return both[a], both[b], _pictures(items, both.index)
+
 # %% ../nbs/82_evaluate.ipynb #3218ae78
 def _compared(scored, matrix, a, b, S, items, n_boot, seed):
     "Everything about one pair but what depends on the others"
@@ -493,17 +493,7 @@ def _compared(scored, matrix, a, b, S, items, n_boot, seed):
         p=paired_p(*pair),
     )
 
-def _family(scored, pairs, against):
-    "The pairs to be compared; ValueError names selectors without rows"
-    given = list(dict.fromkeys(scored.selector))
-    if pairs is None:
-        own = [s for s in given if s not in BASELINES]
-        pairs = [(a, b) for a in own for b in against if a != b]
-    pairs = list(pairs)
-    lost = {s for pair in pairs for s in pair} - set(given)
-    if lost: raise ValueError(f"no rows of {sorted(lost)}; scored holds {sorted(given)}")
-    return pairs
-
+# %% ../nbs/82_evaluate.ipynb #f33ee240
 def paired_tests(
     scored:pd.DataFrame, # from `score_picks`, or `over_shots` of it
     items:pd.DataFrame|None=None, # items by question_id, for clustering
@@ -522,11 +512,20 @@ def paired_tests(
     if not rows: raise ValueError(f"no pair of {pairs} has a shot count in common")
     t = pd.DataFrame(rows)
     t["p_holm"] = holm(t.p)
-    said = []
-    for r in t.itertuples():
-        survives = r.p_holm <= .05
-        said.append(claim(Interval(r.delta, r.lo, r.hi), r.mde) if survives else "no difference shown")
-    return t.assign(verdict=said)
+    alone = [claim(Interval(r.delta, r.lo, r.hi), r.mde) for r in t.itertuples()]
+    survives = t.p_holm <= .05
+    return t.assign(verdict=np.where(survives, alone, "no difference shown"))
+
+def _family(scored, pairs, against):
+    "The pairs to be compared; ValueError names selectors without rows"
+    given = list(dict.fromkeys(scored.selector))
+    if pairs is None:
+        own = [s for s in given if s not in BASELINES]
+        pairs = [(a, b) for a in own for b in against if a != b]
+    pairs = list(pairs)
+    lost = {s for pair in pairs for s in pair} - set(given)
+    if lost: raise ValueError(f"no rows of {sorted(lost)}; scored holds {sorted(given)}")
+    return pairs
 
 # %% ../nbs/82_evaluate.ipynb #69c4defd
 def over_shots(
@@ -584,7 +583,7 @@ def _gap_over_seeds(x, low, high, items, n_boot, seed):
     scores = all_three.to_numpy() # [n, k+2]
     means = boot_means(scores, _pictures(items, all_three.index), n_boot, seed)
     weights = seed_weights(rng("seeds", seed), n_boot, k)
-    def share(x, random, oracle): return (x - random) / (oracle - random)
+    def share(policy, random, oracle): return (policy - random) / (oracle - random)
     of_seed = share(scores[:, :k].mean(0), scores[:, k].mean(), scores[:, k + 1].mean())
     resampled = share((weights * means[:, :k]).sum(1), means[:, k], means[:, k + 1])
     lo, hi = bounds(resampled, .95)
@@ -593,6 +592,7 @@ def _gap_over_seeds(x, low, high, items, n_boot, seed):
         sd=of_seed.std(ddof=1) if k > 1 else math.nan,
     )
 
+# %% ../nbs/82_evaluate.ipynb #62600d32
 def seeds_table(
     scored:pd.DataFrame, # from `score_picks`; `draw` is the training seed
     shots:int, # one shot count
@@ -660,15 +660,6 @@ def load_subsets(
     return {k if k == "all" else int(k): tuple(v) for k, v in recorded.items()}
 
 # %% ../nbs/82_evaluate.ipynb #053a6bbd
-def _shown_by(m, items):
-    "What these queries can show: half an interval of random, and the median detectable effect against it"
-    random = m["random"]
-    known = random.notna()
-    pictures = _pictures(items, m.index)
-    se = standard_error(random[known].to_numpy(), None if pictures is None else pictures[known])
-    least = [mde(m[s], random, pictures) for s in m if s != "random"]
-    return dict(half_width=1.96*se, mde=float(np.median(least)))
-
 def size_table(
     scored:pd.DataFrame, # from `score_picks`
     subs:dict, # {size: ids} from `subsets` or `load_subsets`
@@ -686,6 +677,15 @@ def size_table(
         means = m[_order(list(m))].mean()
         rows[size] = {**means, **_shown_by(m, items)}
     return pd.DataFrame(rows).T.rename_axis("size")
+
+def _shown_by(m, items):
+    "What these queries can show: half an interval of random, and the median detectable effect against it"
+    random = m["random"]
+    known = random.notna()
+    pictures = _pictures(items, m.index)
+    se = standard_error(random[known].to_numpy(), None if pictures is None else pictures[known])
+    least = [mde(m[s], random, pictures) for s in m if s != "random"]
+    return dict(half_width=1.96*se, mde=float(np.median(least)))
 
 # %% ../nbs/82_evaluate.ipynb #9c761c89
 _EVALUATORS = ("official", "lmms", "openflamingo")
@@ -722,14 +722,6 @@ def type_table(
     return out
 
 # %% ../nbs/82_evaluate.ipynb #a14afbc0
-def _result_fingerprint(scored, split):
-    "Who picked what, and what came of it"
-    s = scored.sort_values(PICKS[:4])
-    who = [s[c].tolist() for c in PICKS[:4]]
-    return fingerprint(
-        "look", split, *who, [list(p) for p in s.pointer], s.vqa_acc_score.fillna(-1.).tolist()
-    )
-
 def look(
     path, # a .json file, or a run folder (its `looks.json`)
     scored:pd.DataFrame, # what was looked at
@@ -750,6 +742,14 @@ def look(
         ))
         write_json(path, seen)
     return sum(e["split"] == split for e in seen)
+
+def _result_fingerprint(scored, split):
+    "Who picked what, and what came of it"
+    s = scored.sort_values(PICKS[:4])
+    who = [s[c].tolist() for c in PICKS[:4]]
+    return fingerprint(
+        "look", split, *who, [list(p) for p in s.pointer], s.vqa_acc_score.fillna(-1.).tolist()
+    )
 
 # %% ../nbs/82_evaluate.ipynb #b1d8a250
 def expected_best(
@@ -826,6 +826,8 @@ def _common_shots(of_a, of_b):
     if max(of_a.shots.nunique(), of_b.shots.nunique()) > 1:
         raise ValueError(f"no shot count in common: {sorted(set(of_a.shots))} and {sorted(set(of_b.shots))}")
     return [f.assign(shots="own") for f in (of_a, of_b)]
+
+# %% ../nbs/82_evaluate.ipynb #9bd2410e
 def compare_runs(
     run_a, # folder or `Run` with predictions.parquet, e.g. of `infer.predict`
     run_b, # the run that it is compared with

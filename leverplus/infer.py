@@ -54,15 +54,6 @@ def _check_pointer(selector, q, p, shots, fewer):
         raise ValueError(f"{selector}: question {q} got pointer {p}, wanted {shots} distinct demonstrations")
 
 # %% ../nbs/80_infer.ipynb #85080d64
-def _with_room(pool, S):
-    "`pool`'s items, checked to hold at least `S` candidates each"
-    for q, c in pool.ids.items():
-        if len(c) < S:
-            raise ValueError(
-                f"question {q} has a pool of {len(c)}, {S} shots do not fit: fewer shots or a larger pool"
-            )
-    return pool.ids.items()
-
 def pick_zero(
     pool, # `Pool`; only its queries are used
 )->pd.DataFrame: # picks with selector "zero_shot", shots 0, pointer ()
@@ -84,13 +75,16 @@ def pick_random(
     frames = [picks_frame("random", pointers, S, draw) for draw, pointers in enumerate(drawn)]
     return pd.concat(frames, ignore_index=True)
 
-# %% ../nbs/80_infer.ipynb #b7a2fd1a
-def _cosines(store, q, c, kind):
-    "Vectors of candidates `c` [K,D] and their cosines with query `q` [K], rounded"
-    x = store.get(list(c), kind).double().cpu().numpy()
-    query = store.get([q], kind)[0].double().cpu().numpy()
-    return x, np.round(x @ query, 6)
+def _with_room(pool, S):
+    "`pool`'s items, checked to hold at least `S` candidates each"
+    for q, c in pool.ids.items():
+        if len(c) < S:
+            raise ValueError(
+                f"question {q} has a pool of {len(c)}, {S} shots do not fit: fewer shots or a larger pool"
+            )
+    return pool.ids.items()
 
+# %% ../nbs/80_infer.ipynb #b7a2fd1a
 def pick_similar(
     pool, # `Pool`
     store, # `EmbedStore`: `get(ids, kind)` gives unit vectors [n, D]
@@ -104,6 +98,12 @@ def pick_similar(
         best_first = np.lexsort((np.asarray(c), -cos))[:S]
         pointers[q] = [c[i] for i in best_first[::-1]]
     return picks_frame(f"similar_{kind}", pointers, S)
+
+def _cosines(store, q, c, kind):
+    "Vectors of candidates `c` [K,D] and their cosines with query `q` [K], rounded"
+    x = store.get(list(c), kind).double().cpu().numpy()
+    query = store.get([q], kind)[0].double().cpu().numpy()
+    return x, np.round(x @ query, 6)
 
 # %% ../nbs/80_infer.ipynb #e18748ef
 def pick_mmr(
@@ -216,11 +216,11 @@ def _most_shots(model, S):
 @dataclass
 class _Search:
     "How many sequences of a query are looked for, and how"
-    S:int|None
-    width:int
-    how:str
-    temperature:float
-    seed:int
+    S:int|None # shots; None: the selector stops by itself
+    width:int # sequences per query
+    how:str # beam | samples
+    temperature:float # of samples
+    seed:int # of samples
 
 def _noise(pool, qs, search):
     "[B,S,width,K] standard Gumbel draws; each query draws for its own pool size"
@@ -233,29 +233,6 @@ def _noise(pool, qs, search):
     return out
 
 # %% ../nbs/80_infer.ipynb #bd8dc20e
-def _of_length(model, enc, pool, qs, search):
-    "Sequences [B,W,S], log-probabilities [B,W] and lengths [B,W] of a fixed number of shots"
-    temperature = 1.
-    noise = None
-    if search.how == "samples":
-        temperature = search.temperature
-        noise = _noise(pool, qs, search)
-    seqs, logp = best_sequences(model, enc, len(qs), search.S, search.width, temperature, noise)
-    return seqs, logp, [[search.S]*seqs.shape[1]]*len(qs)
-
-def _until_stop(model, enc, pool, qs, search):
-    "The same for a single query and a selector that ends by itself"
-    q = qs[0]
-    k = len(pool[q])
-    there_are = sum(math.perm(k, s) for s in range(1, min(model.max_shots, k) + 1))
-    n = min(search.width, there_are)
-    if search.how == "beam": seqs, logp, mask = model.beam(enc, None, n)
-    else:
-        g = torch.Generator()
-        g.manual_seed(int(rng("candidates", search.seed, "stop", search.temperature, q).integers(2**62)))
-        seqs, logp, mask = model.sample(enc, None, n, search.temperature, generator=g)
-    return seqs, logp, mask.sum(-1).tolist()
-
 def candidates(
     model, # has `encode` and `step_logp(enc, prefix)`: a selector, or `SimilarityPrior`
     pool, # `Pool`
@@ -278,12 +255,36 @@ def candidates(
     find = _until_stop if S is None else _of_length
     rows = []
     for qs, enc in _encoded(model, pool, store, S, kind, 1 if S is None else bs):
-        found = find(model, enc, pool, qs, search)
-        for q, seqs, logps, lengths in zip(qs, found[0].tolist(), found[1].tolist(), found[2]):
-            for rank, (seq, logp, n) in enumerate(zip(seqs, logps, lengths)):
+        seqs, logps, lengths = find(model, enc, pool, qs, search)
+        for q, *found in zip(qs, seqs.tolist(), logps.tolist(), lengths):
+            for rank, (seq, logp, n) in enumerate(zip(*found)):
                 if logp == -math.inf: continue # the pool has fewer sequences
-                rows.append((q, tuple(pool[q][j] for j in seq[:n]), rank, logp))
+                pointer = tuple(pool[q][j] for j in seq[:n])
+                rows.append((q, pointer, rank, logp))
     return pd.DataFrame(rows, columns=["question_id", "pointer", "rank", "logp"])
+
+def _of_length(model, enc, pool, qs, search):
+    "Sequences [B,W,S], log-probabilities [B,W] and lengths [B,W] of a fixed number of shots"
+    temperature = 1.
+    noise = None
+    if search.how == "samples":
+        temperature = search.temperature
+        noise = _noise(pool, qs, search)
+    seqs, logp = best_sequences(model, enc, len(qs), search.S, search.width, temperature, noise)
+    return seqs, logp, [[search.S]*seqs.shape[1]]*len(qs)
+
+def _until_stop(model, enc, pool, qs, search):
+    "The same for a single query and a selector that ends by itself"
+    q = qs[0]
+    k = len(pool[q])
+    there_are = sum(math.perm(k, s) for s in range(1, min(model.max_shots, k) + 1))
+    n = min(search.width, there_are)
+    if search.how == "beam": seqs, logp, mask = model.beam(enc, None, n)
+    else:
+        g = torch.Generator()
+        g.manual_seed(int(rng("candidates", search.seed, "stop", search.temperature, q).integers(2**62)))
+        seqs, logp, mask = model.sample(enc, None, n, search.temperature, generator=g)
+    return seqs, logp, mask.sum(-1).tolist()
 
 # %% ../nbs/80_infer.ipynb #a6e5156b
 def _own(prompt, target, text, logprobs, error):
@@ -355,6 +356,7 @@ def run(self:OwnAnswer, prompts, targets=None, generate=True, progress=False):
         out[i] = Scored(s.question_id, s.pointer, said[i][0], s.logprobs, s.gt_prob, s.error)
     return out
 
+# %% ../nbs/80_infer.ipynb #5b51406b
 def confidence(
     pairs:pd.DataFrame, # question_id, pointer
     scorer, # see `ask`, or an `OwnAnswer`, whose counts then say what it cost
@@ -385,10 +387,10 @@ def rerank(
     failed = c.eval_failed.astype(bool)
     value = score.mask(failed).fillna(-np.inf)
     best_first = np.lexsort((c["rank"], -value, failed))
-    best = c.iloc[best_first].drop_duplicates("question_id")
-    at = pd.Series(best.index, best.question_id)[c.question_id.drop_duplicates()]
     oracle = not callable(by) and by in TRUTH
-    return c.loc[at].assign(score=score[at].to_numpy(), oracle=oracle).reset_index(drop=True)
+    ranked = c.assign(score=score, oracle=oracle).iloc[best_first]
+    best = ranked.drop_duplicates("question_id").set_index("question_id", drop=False)
+    return best.loc[c.question_id.drop_duplicates()].reset_index(drop=True)
 
 def _scores(c, by, weight):
     "What each row is worth [n]"
@@ -422,29 +424,23 @@ def adaptive_shots(
     threshold:float|None=None, # stop at the first count that reaches it; None: take the best of all
 )->pd.DataFrame: # one row per query, in order of appearance, + `asked`: prompts that asking from few to many takes
     "Choose the number of demonstrations per query"
-    r = rows.assign(_len=rows.pointer.map(len), _x=rows.confidence.astype(float).fillna(-np.inf))
-    r = r.reset_index(drop=True)
-    twice = r.duplicated(["question_id", "_len"])
+    sure = rows.confidence.astype(float).fillna(-np.inf)
+    r = rows.assign(_shots=rows.pointer.map(len), _sure=sure).reset_index(drop=True)
+    twice = r.duplicated(["question_id", "_shots"])
     if twice.any():
         raise ValueError(f"question {r.question_id[twice].iloc[0]} has two rows of one length: rerank first")
-    r = r.sort_values(["question_id", "_len"])
+    r = r.sort_values(["question_id", "_shots"])
     so_far = r.groupby("question_id").cumcount() + 1
-    in_all = r.groupby("question_id")._len.transform("size")
-    enough = pd.Series(False, r.index) if threshold is None else r._x >= threshold
+    in_all = r.groupby("question_id")._shots.transform("size")
+    enough = pd.Series(False, r.index) if threshold is None else r._sure >= threshold
     r["asked"] = so_far.where(enough, in_all)
-    r["_x"] = r._x.mask(enough, np.inf) # of those that are enough the shortest
-    best = r.sort_values(["_x", "_len"], ascending=[False, True]).drop_duplicates("question_id")
-    order = pd.Index(rows.question_id.drop_duplicates())
-    return best.set_index("question_id").loc[order].reset_index()[[*rows.columns, "asked"]]
+    # all that are enough are equally good, so the fewest shots win
+    r["_sure"] = r._sure.mask(enough, np.inf)
+    best = r.sort_values(["_sure", "_shots"], ascending=[False, True]).drop_duplicates("question_id")
+    best = best.set_index("question_id", drop=False).loc[rows.question_id.drop_duplicates()]
+    return best.reset_index(drop=True)[[*rows.columns, "asked"]]
 
 # %% ../nbs/80_infer.ipynb #5dc47c81
-def _check_entry(i, r):
-    "Refuse what is no entry of a results list"
-    if not isinstance(r, dict) or set(r) != {"question_id", "answer"}:
-        raise ValueError(f"entry {i} is {r!r}: wanted exactly question_id and answer")
-    if type(r["question_id"]) is not int or type(r["answer"]) is not str:
-        raise ValueError(f"entry {i} is {r!r}: wanted an integer question_id and a string answer")
-
 def check_results(
     results, # the list, or the path of a JSON file
     question_ids, # all questions of the split
@@ -477,6 +473,13 @@ def write_results(
     text = json.dumps(check_results(results, question_ids), ensure_ascii=False)
     with atomic_path(path) as tmp: Path(tmp).write_text(text, encoding="utf8")
     return Path(path)
+
+def _check_entry(i, r):
+    "Refuse what is no entry of a results list"
+    if not isinstance(r, dict) or set(r) != {"question_id", "answer"}:
+        raise ValueError(f"entry {i} is {r!r}: wanted exactly question_id and answer")
+    if type(r["question_id"]) is not int or type(r["answer"]) is not str:
+        raise ValueError(f"entry {i} is {r!r}: wanted an integer question_id and a string answer")
 
 # %% ../nbs/80_infer.ipynb #44030446
 PICKERS = (
@@ -531,11 +534,11 @@ def check_picks(
 
 # %% ../nbs/80_infer.ipynb #e0493ccc
 @dataclass
-class _Split:
+class _Work:
     "What is asked, of whom, and where the answers are kept"
-    pool:object
-    items:pd.DataFrame
-    scorer:object
+    pool:object # `Pool` with the queries
+    items:pd.DataFrame # queries and demonstrations
+    scorer:object # who is asked
     picking:dict # arguments of `pick`
     asking:dict # arguments of `ask`
     facts:FactCache # answers
@@ -559,19 +562,28 @@ def _one_each(rows, by, weight):
     if by is None: return rows.assign(score=rows.logp, oracle=False)
     return rerank(rows, by, weight)
 
-def _adaptive(split, shots, by, weight, threshold):
+def _adaptive(work, shots, by, weight, threshold):
     "(rows kept, all rows that were asked) from few shots to many"
     asked = []
     kept = []
     queries = None
     for S in shots:
-        asked.append(split.rows(S, queries))
-        kept.append(_one_each(asked[-1], by, weight))
+        every = work.rows(S, queries)
+        best = _one_each(every, by, weight)
+        asked.append(every)
+        kept.append(best)
         if threshold is None: continue
-        queries = kept[-1].question_id[~(kept[-1].confidence >= threshold)].tolist()
+        unsure = ~(best.confidence >= threshold) # so is NaN
+        queries = best.question_id[unsure].tolist()
         if not queries: break
     rows = adaptive_shots(pd.concat(kept, ignore_index=True), threshold)
     return rows, pd.concat(asked, ignore_index=True)
+
+def _answered(work, S, by, weight, threshold):
+    "(rows kept, all rows that were asked), for one shot count or several"
+    if isinstance(S, (tuple, list)): return _adaptive(work, sorted(S), by, weight, threshold)
+    every = work.rows(S)
+    return _one_each(every, by, weight), every
 
 # %% ../nbs/80_infer.ipynb #2e3cf364
 def _described(rows, items):
@@ -647,11 +659,11 @@ def predict(
     progress:bool=True, # show bars?
 )->Run: # with predictions.json, predictions.parquet (a row per question), candidates.parquet if there were several
     "Predict a split: pick, ask, choose, write; ValueError names questions without an answer"
+    if model is not None: check_pool(model, pool, other_pool) # before anything is written
+    if how not in PICKERS: raise ValueError(f"how={how!r}: choose one of {', '.join(PICKERS)}")
     several = isinstance(S, (tuple, list))
     rule = by if by is None or isinstance(by, str) else by.__name__
     label = name or _label(how, rule, several)
-    if model is not None: check_pool(model, pool, other_pool) # before anything is written
-    if how not in PICKERS: raise ValueError(f"how={how!r}: choose one of {', '.join(PICKERS)}")
     picking = dict(
         how=how, model=model, store=store,
         width=width, temperature=temperature, fixed=fixed, kind=kind, seed=seed, other_pool=other_pool,
@@ -666,18 +678,14 @@ def predict(
     prints = _prints(pool, items, scorer, store, model, asked)
     run = Run.create(path, settings, seed, prints, overwrite=overwrite)
     sure = several or "confidence" in (by, weight) or callable(by)
-    work = _Split(
+    work = _Work(
         pool, items, scorer, picking,
         asking=dict(asked, window=window, progress=progress),
         facts=FactCache(run.path/"facts") if cache is None else cache,
         own=FactCache(run.path/"confidence") if sure else None,
     )
     if how in ("beam", "samples") and by is None: by = "logp"
-    if several: rows, every = _adaptive(work, sorted(S), by, weight, threshold)
-    else:
-        every = work.rows(S)
-        rows = _one_each(every, by, weight)
-    most = max(S) if several else S
-    if S is None: most = model.max_shots
+    rows, every = _answered(work, S, by, weight, threshold)
+    most = max(S) if several else _most_shots(model, S)
     rows = rows.assign(selector=label, shots=most, draw=seed)
     return _write(run, rows, every, work, blank)

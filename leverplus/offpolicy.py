@@ -65,27 +65,50 @@ class _Draws:
 def _draws(rows):
     "The draws of a record"
     n = np.arange(len(rows))
-    shots = rows.pointer.map(len)
     drawn = rows.kappa.notna().to_numpy()
-    # a row that was not drawn stands alone
-    alone = np.where(drawn, -1, n)
-    key = [rows.question_id, shots, rows.gen_method, rows.temperature.fillna(0.), rows.kappa.fillna(0.)]
-    key = [k.to_numpy() for k in key]
-    head = pd.Series(n).groupby([*key, alone], sort=False).transform("first").to_numpy()
-    group = pd.factorize(pd.Series(list(zip(key[0].tolist(), key[1].tolist()))))[0]
+    alone = np.where(drawn, -1, n) # a row that was not drawn stands alone
+    group_keys = [rows.question_id.to_numpy(), rows.pointer.map(len).to_numpy()]
+    sources = [rows.gen_method, rows.temperature.fillna(0.), rows.kappa.fillna(0.)]
+    draw_keys = [*group_keys, *(s.to_numpy() for s in sources), alone]
+    numbers = pd.Series(n)
+    group = numbers.groupby(group_keys, sort=False).ngroup().to_numpy()
+    head = numbers.groupby(draw_keys, sort=False).transform("first").to_numpy() # first row of the draw
     order = np.lexsort((n, head, group))
     heads = head[order]
+    groups = group[order]
     first = np.flatnonzero(np.r_[True, heads[1:] != heads[:-1]])
     end = np.r_[first[1:], len(rows)]
-    start = np.searchsorted(group[order], group[order][first])
+    start = np.searchsorted(groups, groups[first])
     keep = drawn[order][first]
     return _Draws(order, start[keep], first[keep], end[keep])
 
 # %% ../nbs/72_offpolicy.ipynb #3dfe9192
 def _sources(rows):
     "Name of the source of each row"
-    heat = rows.temperature.map(lambda t: "" if t != t else f", T = {t:g}")
-    return rows.gen_method.astype(object) + heat
+    temperatures = ["" if pd.isna(t) else f", T = {t:g}" for t in rows.temperature]
+    return rows.gen_method.astype(object) + temperatures
+
+# %% ../nbs/72_offpolicy.ipynb #ae36b1ae
+@dataclass
+class _Lines:
+    "A line per draw: its stratum, then its own rows, then padding; all are [draws, longest]"
+    number:torch.Tensor # numbers of the rows
+    mask:torch.Tensor # bool; not padding
+    stratum:torch.Tensor # bool; part of the stratum
+
+    def of(self, column):
+        "float64 values of a column [rows], line by line; 0 on padding"
+        x = torch.from_numpy(np.array(column, dtype=np.float64))
+        return x[self.number].masked_fill(~self.mask, 0.)
+
+def _lines(draws, nothing_left):
+    "The lines of draws; `nothing_left` [draws] says which of them took all that there was"
+    start, first, end = (torch.from_numpy(x)[:, None] for x in (draws.start, draws.first, draws.end))
+    at = start + torch.arange(int((end - start).max()))
+    mask = at < end
+    number = torch.from_numpy(draws.order)[at.clamp(max=len(draws.order) - 1)]
+    whole = torch.tensor(list(nothing_left))[:, None]
+    return _Lines(number, mask, mask & ((at < first) | whole))
 
 # %% ../nbs/72_offpolicy.ipynb #37358a42
 def off_policy(
@@ -100,20 +123,13 @@ def off_policy(
     rows = ds.rows
     _must_have_draws(rows)
     draws = _draws(rows)
-    start, first, end = (torch.from_numpy(x)[:, None] for x in (draws.start, draws.first, draws.end))
-    # a line per draw, its stratum first
-    at = start + torch.arange(int((end - start).max()))
-    mask = at < end
-    number = torch.from_numpy(draws.order)[at.clamp(max=len(rows) - 1)]
-    def lines(column):
-        x = torch.from_numpy(np.array(column, dtype=np.float64))
-        return x[number].masked_fill(~mask, 0.)
-    heads = rows.iloc[draws.order[draws.first]]
-    nothing_left = torch.tensor((heads.kappa == -np.inf).tolist())[:, None]
-    stratum = mask & ((at < first) | nothing_left)
-    logmu = inclusion_logp(lines(rows.logprob_score.fillna(0.)), lines(rows.kappa.fillna(0.)))
-    logp = lines(stored_logp(policy, ds, False, bs))
-    r = lines(ds.rewards.numpy())
+    heads = rows.iloc[draws.order[draws.first]] # the first row of each draw
+    lines = _lines(draws, heads.kappa == -np.inf)
+    mask = lines.mask
+    stratum = lines.stratum
+    r = lines.of(ds.rewards.numpy())
+    logp = lines.of(stored_logp(policy, ds, stop=False, bs=bs))
+    logmu = inclusion_logp(lines.of(rows.logprob_score.fillna(0.)), lines.of(rows.kappa.fillna(0.)))
     v = off_policy_value(logp, r, mask, logmu, stratum, cut, floor)
     w = (logp - logmu.masked_fill(stratum, 0.)).exp().masked_fill(~mask, 0.)
     n = draws.end - draws.first
@@ -121,19 +137,17 @@ def off_policy(
     mass = v.mass.numpy()
     value = v.value.numpy()
     enough = (ess*n >= least) | (mass > 1 - 1e-6)
-    return pd.DataFrame(
-        dict(
-            question_id=heads.question_id.to_numpy(),
-            shots=heads.pointer.map(len).to_numpy(),
-            source=_sources(heads).to_numpy(),
-            n=n,
-            mass=mass,
-            ess=ess,
-            value=value,
-            unbiased=(w*r).sum(-1).numpy(),
-            trust=(ess >= floor) & enough & np.isfinite(value),
-        )
-    )
+    return pd.DataFrame(dict(
+        question_id=heads.question_id.to_numpy(),
+        shots=heads.pointer.map(len).to_numpy(),
+        source=_sources(heads).to_numpy(),
+        n=n,
+        mass=mass,
+        ess=ess,
+        value=value,
+        unbiased=(w*r).sum(-1).numpy(),
+        trust=(ess >= floor) & enough & np.isfinite(value),
+    ))
 
 def _must_have_draws(rows):
     if "kappa" not in rows or not rows.kappa.notna().any():
@@ -144,26 +158,6 @@ def _must_have_draws(rows):
         )
 
 # %% ../nbs/72_offpolicy.ipynb #60b25be7
-def _all_sources(f):
-    "One row per query and shot count"
-    keys = [f.question_id, f.shots]
-    def total(x): return x.groupby(keys).sum()
-    def mean(x, w):
-        there = w.where(x.notna(), 0.)
-        return total(w * x.fillna(0.)) / total(there).replace(0., np.nan)
-    effective = f.n * f.ess
-    own = effective.where(f.value.notna(), 0.)
-    usual = effective.groupby([f.shots, f.source]).transform("mean").clip(lower=1e-9)
-    out = dict(
-        value=mean(f.value, own),
-        unbiased=mean(f.unbiased, usual),
-        n=total(f.n),
-        mass=f.mass.groupby(keys).min(),
-        ess=total(own) / total(f.n),
-        trust=f.trust.groupby(keys).any(),
-    )
-    return pd.DataFrame(out).reset_index().assign(source="all")
-
 def summarise(
     f:pd.DataFrame, # of `off_policy`
 )->pd.DataFrame: # index (shots, source), "all" last; queries; means of n, mass, ess, trusted, value, unbiased; se
@@ -186,6 +180,26 @@ def summarise(
     # sources in the order in which they come
     names = list(dict.fromkeys(f.source))
     return t.sort_index(key=lambda i: i.map(names.index) if i.name == "source" else i)
+
+def _all_sources(f):
+    "One row per query and shot count"
+    keys = [f.question_id, f.shots]
+    def total(x): return x.groupby(keys).sum()
+    def mean(x, w):
+        there = w.where(x.notna(), 0.)
+        return total(w * x.fillna(0.)) / total(there).replace(0., np.nan)
+    effective = f.n * f.ess
+    own = effective.where(f.value.notna(), 0.)
+    usual = effective.groupby([f.shots, f.source]).transform("mean").clip(lower=1e-9)
+    out = dict(
+        value=mean(f.value, own),
+        unbiased=mean(f.unbiased, usual),
+        n=total(f.n),
+        mass=f.mass.groupby(keys).min(),
+        ess=total(own) / total(f.n),
+        trust=f.trust.groupby(keys).any(),
+    )
+    return pd.DataFrame(out).reset_index().assign(source="all")
 
 # %% ../nbs/72_offpolicy.ipynb #b203b079
 class OffPolicyStats(StageCallback):

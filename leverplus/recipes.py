@@ -86,13 +86,19 @@ FILTERS = {f.__name__: f for f in (skip_fallback, require_positive_query, by_gap
 def _named(spec, known, what):
     "`'Name'`, `['Name', {argument: value}]` or `['Name', [values]]` as a partial of what `known` has there"
     pair = [spec, {}] if isinstance(spec, str) else spec
-    name, given = pair if isinstance(pair, (list, tuple)) and len(pair) == 2 else (None, None)
-    if not isinstance(name, str) or name not in known or not isinstance(given, (dict, list)):
+    if not _is_call(pair, known):
         raise ValueError(
             f"{what} {spec!r}: wanted a name or [name, arguments], the name one of {', '.join(known)}"
         )
+    name, given = pair
     if isinstance(given, dict): return partial(known[name], **given)
     return partial(known[name], *given)
+
+def _is_call(pair, known):
+    "Is it a known name with arguments?"
+    if not isinstance(pair, (list, tuple)) or len(pair) != 2: return False
+    name, given = pair
+    return isinstance(name, str) and name in known and isinstance(given, (dict, list))
 
 # %% ../nbs/71_recipes.ipynb #c6c5cbc0
 _KEYS = {"name", "title", "source", "model", "data", "stages", "text_vs_code", "not_done", "changes"}
@@ -183,27 +189,6 @@ def load_recipe(
     except (ValueError, TypeError) as e: raise ValueError(f"{path}: {e}") from e
 
 # %% ../nbs/71_recipes.ipynb #31c5c867
-def _words(v, usual):
-    "A setting in words: [2, .5] is 2..0.5, a dict is `name value` without what is usual, names are joined"
-    if isinstance(v, dict):
-        odd = {k: x for k, x in v.items() if k not in usual or usual[k] != x}
-        return ", ".join(f"{k} {_words(x, usual)}" for k, x in odd.items())
-    if isinstance(v, (list, tuple)):
-        numbers = not any(isinstance(x, (str, list, tuple)) for x in v)
-        if numbers: return "..".join(_words(x, usual) for x in v)
-        return " + ".join(x if isinstance(x, str) else f"{x[0]} ({_words(x[1], usual)})" for x in v)
-    return f"{v:g}" if isinstance(v, float) else str(v)
-
-def _stage_words(stage, usual):
-    rest = {k: v for k, v in stage.items() if k not in ("fit", "n_epoch", "lr")}
-    lr = f" x {stage['lr']:g}" if "lr" in stage else ""
-    more = _words(rest, usual)
-    return f"{stage['fit']} {stage['n_epoch']}{lr}" + (f", {more}" if more else "")
-
-def _reward_words(data):
-    weights = data.get("weights")
-    return data.get("reward", "") + (f" ({_words(weights, {})})" if weights else "")
-
 def recipes_table(
     recipes:dict|None=None, # name -> recipe; default all of `RECIPES`
     usual:dict|None=None, # settings of model and stages that are not worth a word; default none
@@ -227,17 +212,38 @@ def recipes_table(
         rows.append(row)
     return pd.DataFrame(rows).set_index("recipe")
 
+def _words(v, usual):
+    "A setting in words: [2, .5] is 2..0.5, a dict is `name value` without what is usual, names are joined"
+    if isinstance(v, float): return f"{v:g}"
+    if isinstance(v, dict):
+        odd = {k: x for k, x in v.items() if k not in usual or usual[k] != x}
+        return ", ".join(f"{k} {_words(x, usual)}" for k, x in odd.items())
+    if isinstance(v, (list, tuple)):
+        names = any(isinstance(x, (str, list, tuple)) for x in v)
+        if names: return " + ".join(_name_words(x, usual) for x in v)
+        return "..".join(_words(x, usual) for x in v)
+    return str(v)
+
+def _name_words(spec, usual):
+    "A name, with its arguments in brackets if it has any"
+    if isinstance(spec, str): return spec
+    return f"{spec[0]} ({_words(spec[1], usual)})"
+
+def _stage_words(stage, usual):
+    "Kind, epochs x lr, what else it has"
+    words = f"{stage['fit']} {stage['n_epoch']}"
+    if "lr" in stage: words += f" x {stage['lr']:g}"
+    rest = {k: v for k, v in stage.items() if k not in ("fit", "n_epoch", "lr")}
+    more = _words(rest, usual)
+    return f"{words}, {more}" if more else words
+
+def _reward_words(data):
+    "Mode, and its weights in brackets"
+    reward = data.get("reward", "")
+    weights = data.get("weights")
+    return f"{reward} ({_words(weights, {})})" if weights else reward
+
 # %% ../nbs/71_recipes.ipynb #9e7e65cd
-def _filtered(data, filters):
-    for spec in filters: data = _named(spec, FILTERS, "filter")(data)
-    return data
-
-def _with_info(data, zero):
-    "The record with a column for the reward that a record itself has no room for"
-    out = copy(data)
-    out.rows = data.rows.assign(info_score=info_score(data.rows, zero))
-    return out
-
 def recipe_learner(
     name:str|dict, # of a recipe, or one
     train:RLData, # groups to learn from
@@ -268,6 +274,16 @@ def recipe_learner(
     learn = selector_learner(dls, start, seed=seed, choose_by=choose_by, **model)
     if items is not None: learn.warmup_from = items, store
     return learn
+
+def _filtered(data, filters):
+    for spec in filters: data = _named(spec, FILTERS, "filter")(data)
+    return data
+
+def _with_info(data, zero):
+    "The record with a column for the reward that a record itself has no room for"
+    out = copy(data)
+    out.rows = data.rows.assign(info_score=info_score(data.rows, zero))
+    return out
 
 def _check_zero(r, mode, zero):
     if zero is not None: return
@@ -308,6 +324,7 @@ def _chosen(learn, which):
         )
     return out
 
+# %% ../nbs/71_recipes.ipynb #e57af0ae
 def _frozen(learn, groups):
     "Callback that holds groups of parameters still"
     have = learn.model.groups() if hasattr(learn.model, "groups") else {}
@@ -335,10 +352,7 @@ def run_stage(
     specs = settings.pop("cbs", None) or ()
     if anchor and not dry: set_anchor(learn, anchor)
     makers = [_named(spec, CALLBACKS, "callback") for spec in specs]
-    # an old policy by name becomes the policy
-    for given in (settings, *(make.keywords for make in makers)):
-        if isinstance(given.get("old"), str):
-            given["old"] = learn.model if dry else find_reference(learn, given["old"], "GRPO")
+    for arguments in (settings, *(make.keywords for make in makers)): _find_old(learn, arguments, dry)
     cbs = [make() for make in makers]
     if freeze: cbs.append(_frozen(learn, freeze))
     if dry: settings["n_epoch"] = 0
@@ -347,6 +361,12 @@ def run_stage(
         if settings["n_epoch"] > 0: cbs.append(Phases({"some": (ids, settings["n_epoch"])}))
     fit(learn, cbs=cbs, resume=resume, **settings)
     return learn
+
+def _find_old(learn, arguments, dry):
+    "Put the policy where the arguments have the name of one"
+    name = arguments.get("old")
+    if not isinstance(name, str): return
+    arguments["old"] = learn.model if dry else find_reference(learn, name, "GRPO")
 
 # %% ../nbs/71_recipes.ipynb #cae97cbb
 def _full_reward(mode, **weights):
@@ -398,28 +418,7 @@ def _unknown_reference(learn, stages):
         for ref in _references(stage):
             if ref not in known and not (Path(ref) / "config.json").is_file(): return i, ref
 
-# %% ../nbs/71_recipes.ipynb #3a8c3662
-def fit_recipe(
-    learn:Learner, # of `recipe_learner`, or any that fits
-    name:str|dict, # of a recipe, or one
-    resume=None, # folder: each stage writes into its own below it, and goes on from there when called again
-    check:str|None="raise", # a Learner that is not what the recipe wants: "raise" | "warn" | None = do not look
-    **changes, # as in `recipe`
-)->Learner: # the Learner itself; `learn.recipe` is the recipe with its changes
-    "Run the stages of a recipe, in order"
-    r = recipe(name, **changes)
-    title = f"recipe {r.get('name', 'without a name')}"
-    _check_fits(learn, r, title, check)
-    _check_references(learn, r, title)
-    _check_settings(learn, r, title)
-    learn.recipe = r
-    _warn_idle_choice(learn, r, title)
-    for i, stage in enumerate(r["stages"], 1):
-        keeps = resume is not None and stage["n_epoch"] > 0
-        folder = Path(resume) / f"{i}-{stage['fit']}" if keeps else None
-        run_stage(learn, stage, folder)
-    return learn
-
+# %% ../nbs/71_recipes.ipynb #d8d5cbe7
 def _check_fits(learn, r, title, check):
     if check not in ("raise", "warn", None):
         raise ValueError(f"fit_recipe: check {check!r}, wanted 'raise', 'warn' or None")
@@ -448,6 +447,28 @@ def _check_settings(learn, r, title):
             try: run_stage(learn, stage, dry=True)
             except (TypeError, ValueError) as e:
                 raise ValueError(f"{title}, stage {i} ({stage['fit']}): {e}") from e
+
+# %% ../nbs/71_recipes.ipynb #3a8c3662
+def fit_recipe(
+    learn:Learner, # of `recipe_learner`, or any that fits
+    name:str|dict, # of a recipe, or one
+    resume=None, # folder: each stage writes into its own below it, and goes on from there when called again
+    check:str|None="raise", # a Learner that is not what the recipe wants: "raise" | "warn" | None = do not look
+    **changes, # as in `recipe`
+)->Learner: # the Learner itself; `learn.recipe` is the recipe with its changes
+    "Run the stages of a recipe, in order"
+    r = recipe(name, **changes)
+    title = f"recipe {r.get('name', 'without a name')}"
+    _check_fits(learn, r, title, check)
+    _check_references(learn, r, title)
+    _check_settings(learn, r, title)
+    learn.recipe = r
+    _warn_idle_choice(learn, r, title)
+    for i, stage in enumerate(r["stages"], 1):
+        keeps = resume is not None and stage["n_epoch"] > 0
+        folder = Path(resume) / f"{i}-{stage['fit']}" if keeps else None
+        run_stage(learn, stage, folder)
+    return learn
 
 def _warn_idle_choice(learn, r, title):
     keeps_last = all(s.get("best") is False for s in r["stages"])
