@@ -19,8 +19,8 @@ from .core import rng, seed_all
 from .lvlm import LVLM
 from .scorer import embed_prompts, rope_positions
 from leverplus.toy import (
-    ASKS, COLOURS, ISLANDS, NONCE, SHAPES, WORDINGS, Scene, Shown, episode, helps, random_dictionary, render,
-    say,
+    ASKS, COLOURS, ISLANDS, NONCE, SHAPES, WORDINGS, Scene, Shown, episode, helps, random_dictionary,
+    render, say,
 )
 
 # %% ../nbs/23_tiny.ipynb #d8b185de
