@@ -320,7 +320,7 @@ def pointer_problems(
     yield size == 0, "pointer is empty: a sequence has at least one demonstration"
     too_long = size >= pool_size[pd.Index(ids).get_indexer(query)]
     yield too_long, "the pool is not larger than the pointer: make a larger pool (K > S)"
-    ordered = np.sort(np.where(real, pointers, -1 - place), 1)
+    ordered = np.sort(np.where(real, pointers, -1 - place), 1)        # no two paddings are alike
     yield (ordered[:, 1:] == ordered[:, :-1]).any(1), "pointer {pointer} repeats an id"
     yield _outside(query, pointers, real, pool), "pointer {pointer} leaves the pool of its query"
     again = pd.DataFrame(pointers).assign(q=query).duplicated().to_numpy()
@@ -588,10 +588,11 @@ def save(self:RLData,
     "Write parts, pool and manifest; a kill at any moment leaves the old or the new content, never a mixture"
     path = Path(path)
     _check_free(path)
+    fingerprint = self.fingerprint
     parts = []
     for i, start in enumerate(range(0, max(len(self.rows), 1), part_rows)):
         rows = self.rows.iloc[start:start + part_rows]
-        name = f"part-{i:05d}-{self.fingerprint}.parquet"
+        name = f"part-{i:05d}-{fingerprint}.parquet"
         write_part(path/name, rows)
         parts.append(dict(file=name, rows=len(rows)))
     finish_manifest(path, self.manifest, parts, self.rows, self.pool)

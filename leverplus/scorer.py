@@ -156,8 +156,6 @@ def tree_mask(
     return torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill(~sees, torch.finfo(dtype).min)
 
 # %% ../nbs/22_scorer.ipynb #058a38dd
-PREFIX_CACHES = ("off", "query", "global")
-
 @dataclass
 class ScorerStats:
     "What a `SharedScorer` has done so far"
@@ -184,6 +182,9 @@ class ScorerStats:
         finally:
             if device.type == "cuda": torch.cuda.synchronize(device)
             self.seconds[what] = self.seconds.get(what, 0.) + time.perf_counter() - start
+
+# %% ../nbs/22_scorer.ipynb #20ed61f1
+PREFIX_CACHES = ("off", "query", "global")
 
 class SharedScorer:
     "Fast scorer: images once, shared beginnings once, all answers and the greedy text from one prefill"
@@ -537,7 +538,7 @@ def read_logits(
 # %% ../nbs/22_scorer.ipynb #6b998923
 @patch
 def _read_trees(self:SharedScorer, rows, run, total):
-    "Add to `total`, one number per answer of these rows, what its nodes say; returns the likeliest tokens, row by row"
+    "Add what the nodes say to `total`, a number per answer; returns the likeliest tokens, row by row"
     sizes = [len(row.tree.tokens) for row in rows]
     if not sum(sizes): return [[] for _ in rows]
     begin = np.cumsum([0, *sizes]) # place of each row's first node among all
@@ -576,7 +577,7 @@ def walk_tree(
 # %% ../nbs/22_scorer.ipynb #3977a8e6
 @patch
 def _decode(self:SharedScorer, rows, walks, off, run):
-    "Go on with the texts of rows `off`, which left the tree: extends their `walks` in place; the number of passes"
+    "Extend the `walks` of rows `off`, which left the tree, in place; returns the number of passes"
     lvlm = self.lvlm
     lm = lvlm.model.model.language_model
     which = torch.tensor(off, device=lvlm.device)
