@@ -588,11 +588,11 @@ def save(self:RLData,
     "Write parts, pool and manifest; a kill at any moment leaves the old or the new content, never a mixture"
     path = Path(path)
     _check_free(path)
-    fingerprint = self.fingerprint
+    content = self.fingerprint
     parts = []
     for i, start in enumerate(range(0, max(len(self.rows), 1), part_rows)):
         rows = self.rows.iloc[start:start + part_rows]
-        name = f"part-{i:05d}-{fingerprint}.parquet"
+        name = f"part-{i:05d}-{content}.parquet"
         write_part(path/name, rows)
         parts.append(dict(file=name, rows=len(rows)))
     finish_manifest(path, self.manifest, parts, self.rows, self.pool)

@@ -74,7 +74,7 @@ def load_lvlm(
     device:str|None=None, # default the GPU if there is one
     attn:str="sdpa", # sdpa | eager
     progress:bool=False, # show the bar of transformers while weights load?
-)->LVLM: # in eval mode, without gradients; errors as in `_check_model`
+)->LVLM: # in eval mode, without gradients; TypeError for another kind of model, ValueError for its attention
     "Load a Qwen-VL checkpoint"
     from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -82,9 +82,8 @@ def load_lvlm(
     if not os.path.isdir(name) and repo_path(name).is_dir(): name = str(repo_path(name))
     _check_model(path_or_name, AutoConfig.from_pretrained(name), attn)
     with loading_bar(progress):
-        model = AutoModelForImageTextToText.from_pretrained(
-            name, dtype=dtype or "auto", attn_implementation=attn
-        )
+        load = AutoModelForImageTextToText.from_pretrained
+        model = load(name, dtype=dtype or "auto", attn_implementation=attn)
     model = model.to(device).eval().requires_grad_(False)
     tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
     return LVLM(model, tokenizer, AutoImageProcessor.from_pretrained(name), name, attn)
