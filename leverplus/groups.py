@@ -50,11 +50,12 @@ TEXT_FACTS = dict(
 PROB_FACTS = dict(vqa_gt_prob="float", vqa_gt_logprobs="floats")
 FACT_COLUMNS = {**TEXT_FACTS, **PROB_FACTS, "eval_failed": "bool", "error": "str", "scorer": "str"}
 
+# in the record, the facts of probability stand behind accuracy
 _FACT_ORDER = (
-    "vqa_pred_answer vqa_raw_generation vqa_correct vqa_acc_score vqa_gt_prob vqa_gt_logprobs "
-    "vqa_rel_token_f1 vqa_rel_edit_sim vqa_rel_score vqa_eval_mode eval_failed error scorer"
-).split()
-RECORD = PROPOSAL_COLUMNS | {c: FACT_COLUMNS[c] for c in _FACT_ORDER} # {column: kind}, in the order of the record
+    "vqa_pred_answer", "vqa_raw_generation", "vqa_correct", "vqa_acc_score", "vqa_gt_prob", "vqa_gt_logprobs",
+    "vqa_rel_token_f1", "vqa_rel_edit_sim", "vqa_rel_score", "vqa_eval_mode", "eval_failed", "error", "scorer",
+)
+RECORD = PROPOSAL_COLUMNS | {c: FACT_COLUMNS[c] for c in _FACT_ORDER} # {column: kind}
 
 # %% ../nbs/30_groups.ipynb #06885c17
 _STR = pd.StringDtype(na_value=np.nan)
@@ -78,10 +79,14 @@ def _single(values, kind, name):
     return pd.Series(values).astype(_DTYPE[kind]).array
 
 # %% ../nbs/30_groups.ipynb #b8e0149a
-def _objects(xs):
-    out = np.empty(len(xs), dtype=object)
-    out[:] = xs
-    return out
+def _arrow_lists(values, kind):
+    "Lists as an arrow column, or None if arrow cannot take them as they are"
+    exact = None if kind == "ints" else _ARROW[kind]        # told int64, arrow would cut 1.5 to 1
+    try: column = pa.array(np.asarray(values, dtype=object), type=exact, from_pandas=True)
+    except (pa.ArrowInvalid, pa.ArrowTypeError, ValueError): return None
+    if column.type != _ARROW[kind]: return None
+    if kind == "ints" and (column.null_count or column.values.null_count): return None
+    return pa.chunked_array([column])
 
 def _tuples(column):
     "Arrow lists -> tuples: object [n]"
@@ -93,10 +98,24 @@ def _tuples(column):
     out = np.empty(len(column), dtype=object)
     for n in np.unique(size):
         i = np.flatnonzero(size == n)
-        if n == 0: out[i] = _objects([()] * len(i))
-        else: out[i] = _objects(list(zip(*(flat[start[i] + k].tolist() for k in range(n)))))
+        places = [flat[start[i] + k].tolist() for k in range(n)]        # all firsts, all seconds, ..
+        out[i] = _objects(list(zip(*places)) if n else [()] * len(i))
     if column.null_count: out[~column.is_valid().to_numpy(zero_copy_only=False)] = None
     return out
+
+def _objects(xs):
+    "A list as an array of objects, whatever they are"
+    out = np.empty(len(xs), dtype=object)
+    out[:] = xs
+    return out
+
+# %% ../nbs/30_groups.ipynb #449810f9
+def _lists(values, kind, name):
+    "A column of lists as tuples, exact"
+    column = _arrow_lists(values, kind)
+    if column is not None: return _tuples(column)
+    of = int if kind == "ints" else float
+    return _objects([_tuple(x, of, name) for x in values])
 
 def _tuple(x, of, name):
     "One value as a tuple of `of`; a list of floats may be missing"
@@ -105,22 +124,7 @@ def _tuple(x, of, name):
     if of is float and (x is None or x is pd.NA or x != x): return None
     raise TypeError(f"column {name!r} holds {x!r}: wanted a tuple or list of {of.__name__}s")
 
-def _lists(values, kind, name):
-    "A column of lists as tuples, exact"
-    exact = None if kind == "ints" else _ARROW[kind]        # told int64, arrow would cut 1.5 to 1
-    try: column = pa.array(np.asarray(values, dtype=object), type=exact, from_pandas=True)
-    except (pa.ArrowInvalid, pa.ArrowTypeError, ValueError): column = None
-    taken = column is not None and column.type == _ARROW[kind]
-    if taken and kind == "ints": taken = not (column.null_count or column.values.null_count)
-    if taken: return _tuples(pa.chunked_array([column]))
-    return _objects([_tuple(x, int if kind == "ints" else float, name) for x in values])
-
 # %% ../nbs/30_groups.ipynb #db2f7b26
-def _missing(kind, n, name):
-    if kind in ("int", "ints"): raise ValueError(f"column {name!r} is required")
-    if kind == "bool": return np.zeros(n, bool)
-    return np.full(n, None if kind == "floats" else np.nan, dtype=object)
-
 def as_record(
     frame:pd.DataFrame, # at least `question_id` and `pointer`; any other column of `columns`
     columns:dict=RECORD, # {name: kind}; kinds: int, ints, str, float, floats, bool
@@ -135,6 +139,12 @@ def as_record(
         out[name] = make(values, kind, name)
     return pd.DataFrame(out, index=pd.RangeIndex(len(frame)))
 
+def _missing(kind, n, name):
+    "A column of n times nothing"
+    if kind in ("int", "ints"): raise ValueError(f"column {name!r} is required")
+    if kind == "bool": return np.zeros(n, bool)
+    return np.full(n, None if kind == "floats" else np.nan, dtype=object)
+
 # %% ../nbs/30_groups.ipynb #045fc70a
 def pointer_matrix(
     pointers, # n tuples of ints, lengths may differ
@@ -146,6 +156,7 @@ def pointer_matrix(
     out[real] = np.fromiter(chain.from_iterable(pointers), np.int64, size.sum())
     return out, size
 
+# %% ../nbs/30_groups.ipynb #7aec5c24
 class RLData:
     "Groups of tried sequences with facts: `rows` (record frame), `pool`, `manifest`; opening it needs no model"
     def __init__(self,
@@ -189,10 +200,6 @@ class RLData:
         return self.rows.copy()
 
 # %% ../nbs/30_groups.ipynb #e3df0f53
-def _tally(values):
-    "{text: how often}, sorted; JSON-ready"
-    return {str(k): int(n) for k, n in values.value_counts().sort_index().items()}
-
 def count_rows(
     rows:pd.DataFrame, # record frame
 )->dict: # rows, queries, failed, and rows per shot count and per method; JSON-ready
@@ -205,11 +212,11 @@ def count_rows(
         methods=_tally(rows.gen_method.astype(object)),
     )
 
-def _sizes(sizes):
-    if not sizes: return "-"
-    least, most = min(sizes), max(sizes)
-    return f"{least}" if least == most else f"{least} to {most}"
+def _tally(values):
+    "{text: how often}, sorted; JSON-ready"
+    return {str(k): int(n) for k, n in values.value_counts().sort_index().items()}
 
+# %% ../nbs/30_groups.ipynb #9cbeba42
 @patch
 def summary(self:RLData):
     "What the data hold: Series"
@@ -235,6 +242,12 @@ def __repr__(self:RLData): return "RLData\n" + self.summary().to_string()
 
 @patch
 def _repr_html_(self:RLData): return self.summary().to_frame().to_html(border=0)
+
+def _sizes(sizes):
+    "\"4\" or \"2 to 4\""
+    if not sizes: return "-"
+    least, most = min(sizes), max(sizes)
+    return f"{least}" if least == most else f"{least} to {most}"
 
 # %% ../nbs/30_groups.ipynb #e03d4b7a
 class Group:
@@ -291,19 +304,6 @@ def group(self:RLData,
     return Group(question_id, rows, self.pool[question_id], items)
 
 # %% ../nbs/30_groups.ipynb #47a2a8fe
-def _outside(query, pointers, real, pool):
-    "Which rows point outside their query's pool: bool [n]"
-    ids = np.fromiter(pool.ids, np.int64, len(pool))
-    sizes = [len(candidates) for candidates in pool.ids.values()]
-    candidates = np.fromiter(chain.from_iterable(pool.ids.values()), np.int64, sum(sizes))
-    names, code = np.unique(np.concatenate([candidates, pointers[real]]), return_inverse=True)
-    # one number per (query, demonstration): those that may be, and those that are
-    may = np.repeat(np.arange(len(ids)), sizes) * len(names) + code[:len(candidates)]
-    at = np.broadcast_to(pd.Index(ids).get_indexer(query)[:, None], pointers.shape)[real]
-    out = np.zeros(pointers.shape, bool)
-    out[real] = ~np.isin(at * len(names) + code[len(candidates):], may)
-    return out.any(1)
-
 def pointer_problems(
     rows:pd.DataFrame, # record frame
     pool:Pool, # who may be picked
@@ -320,11 +320,25 @@ def pointer_problems(
     yield size == 0, "pointer is empty: a sequence has at least one demonstration"
     too_long = size >= pool_size[pd.Index(ids).get_indexer(query)]
     yield too_long, "the pool is not larger than the pointer: make a larger pool (K > S)"
-    ordered = np.sort(np.where(real, pointers, -1 - place), 1)
+    ordered = np.sort(np.where(real, pointers, -1 - place), 1)        # no two paddings are alike
     yield (ordered[:, 1:] == ordered[:, :-1]).any(1), "pointer {pointer} repeats an id"
     yield _outside(query, pointers, real, pool), "pointer {pointer} leaves the pool of its query"
     again = pd.DataFrame(pointers).assign(q=query).duplicated().to_numpy()
     yield again, "pointer {pointer} occurs twice in the same order: keep one of the rows"
+
+def _outside(query, pointers, real, pool):
+    "Which rows point outside their query's pool: bool [n]"
+    ids = np.fromiter(pool.ids, np.int64, len(pool))
+    sizes = [len(candidates) for candidates in pool.ids.values()]
+    candidates = np.fromiter(chain.from_iterable(pool.ids.values()), np.int64, sum(sizes))
+    names, code = np.unique(np.concatenate([candidates, pointers[real]]), return_inverse=True)
+    # one number per pair of query and demonstration: of those that may be, and of those that are
+    may = np.repeat(np.arange(len(ids)), sizes) * len(names) + code[:len(candidates)]
+    at = np.broadcast_to(pd.Index(ids).get_indexer(query)[:, None], pointers.shape)[real]
+    pairs = at * len(names) + code[len(candidates):]
+    out = np.zeros(pointers.shape, bool)
+    out[real] = ~np.isin(pairs, may)
+    return out.any(1)
 
 # %% ../nbs/30_groups.ipynb #74ce9811
 def fact_problems(
@@ -355,24 +369,6 @@ def fact_problems(
            "a threshold is finite or -inf, and belongs to a draw of known probability")
 
 # %% ../nbs/30_groups.ipynb #dfe4bbc9
-def _where(self, i):
-    "Name the part that holds row `i`"
-    if self.path is None: return f"row {i}"
-    if self.order is not None: i = int(self.order[i])        # its place among the parts, laid end to end
-    parts = self.manifest.get("parts", [])
-    k = int(np.searchsorted(np.cumsum([p["rows"] for p in parts]), i, side="right"))
-    return f"{self.path/parts[k]['file']}" if k < len(parts) else f"{self.path} row {i}"
-
-def _check_ids(self, items):
-    pointers, size = pointer_matrix(self.rows.pointer.to_numpy())
-    ids = np.column_stack([self.rows.question_id.to_numpy(), pointers])
-    unknown = ~np.isin(ids, items.index.to_numpy())
-    unknown[:, 1:] &= np.arange(pointers.shape[1]) < size[:, None]
-    if not unknown.any(): return
-    where = _where(self, int(unknown.any(1).argmax()))
-    raise ValueError(f"{where}: question_id {int(ids[unknown][0])} is not among the {len(items)} items: "
-                     "pass the items this data was made from")
-
 @patch
 def validate(self:RLData,
     items:pd.DataFrame|None=None, # frame of items indexed by question_id; None: ids are checked against the pool only
@@ -398,11 +394,26 @@ def from_frame(cls:RLData,
     "Make RLData from a frame and hold it to `validate`"
     return cls(rows, pool, manifest).validate()
 
-# %% ../nbs/30_groups.ipynb #f0c39a03
-def _draw_sizes(rows):
-    "How many rows have each (query, number of shots)"
-    return rows.groupby([rows.question_id.to_numpy(), rows.pointer.map(len).to_numpy()]).size()
+def _where(data, i):
+    "Name the part that holds row `i`"
+    if data.path is None: return f"row {i}"
+    if data.order is not None: i = int(data.order[i])        # its place among the parts, laid end to end
+    parts = data.manifest.get("parts", [])
+    k = int(np.searchsorted(np.cumsum([p["rows"] for p in parts]), i, side="right"))
+    return f"{data.path/parts[k]['file']}" if k < len(parts) else f"{data.path} row {i}"
 
+def _check_ids(data, items):
+    "ValueError that names an id which is not among the items"
+    pointers, size = pointer_matrix(data.rows.pointer.to_numpy())
+    ids = np.column_stack([data.rows.question_id.to_numpy(), pointers])
+    unknown = ~np.isin(ids, items.index.to_numpy())
+    unknown[:, 1:] &= np.arange(pointers.shape[1]) < size[:, None]
+    if not unknown.any(): return
+    where = _where(data, int(unknown.any(1).argmax()))
+    raise ValueError(f"{where}: question_id {int(ids[unknown][0])} is not among the {len(items)} items: "
+                     "pass the items this data was made from")
+
+# %% ../nbs/30_groups.ipynb #f0c39a03
 def whole_draws(
     rows:pd.DataFrame, # record frame
     pool:Pool, # who may be picked for its queries
@@ -415,11 +426,17 @@ def whole_draws(
         if d.pool is pool: continue
         moved |= {q for q in d.rows.question_id.unique() if pool.ids.get(q) != d.pool.ids.get(q)}
     draws = pd.concat([_draw_sizes(d.rows) for d in parents]).groupby(level=[0, 1])
-    mine = pd.MultiIndex.from_arrays([rows.question_id, rows.pointer.map(len)])        # each row's draw
-    complete = _draw_sizes(rows).reindex(mine).to_numpy() == draws.sum().reindex(mine).to_numpy()
-    one_parent = draws.size().reindex(mine).to_numpy() == 1
+    draw = pd.MultiIndex.from_arrays([rows.question_id, rows.pointer.map(len)])        # of each row
+    here = _draw_sizes(rows).reindex(draw).to_numpy()
+    there = draws.sum().reindex(draw).to_numpy()
+    complete = here == there
+    one_parent = draws.size().reindex(draw).to_numpy() == 1
     stayed = ~rows.question_id.isin(moved).to_numpy()
     return rows.assign(kappa=rows.kappa.where(complete & one_parent & stayed))
+
+def _draw_sizes(rows):
+    "How many rows have each (query, number of shots)"
+    return rows.groupby([rows.question_id.to_numpy(), rows.pointer.map(len).to_numpy()]).size()
 
 # %% ../nbs/30_groups.ipynb #8a1f6833
 def pack(
@@ -455,13 +472,6 @@ def write_part(
     with atomic_path(path) as tmp: pq.write_table(pack(frame, columns), tmp, compression="zstd")
     return Path(path)
 
-def _check_part(path, table, columns, optional, ignore, rows):
-    lacks = [c for c in columns if c not in table.column_names and c not in optional]
-    odd = [c for c in table.column_names if c not in columns and c not in ignore]
-    if odd or lacks: raise ValueError(f"{path}: columns missing {lacks}, unknown {odd}")
-    if rows is not None and len(table) != rows:
-        raise ValueError(f"{path}: {len(table)} rows, but the manifest says {rows}")
-
 def read_part(
     path, # a parquet file; FileNotFoundError if absent, ValueError if it is no parquet or has other columns
     columns:dict=RECORD, # {name: kind} that must be there
@@ -482,6 +492,14 @@ def read_part(
         else: filled = pa.nulls(len(table), _ARROW[kind])
         table = table.append_column(name, filled)
     return unpack(table, columns)
+
+def _check_part(path, table, columns, optional, ignore, rows):
+    "ValueError if a part has other columns, or another number of rows, than it should"
+    lacks = [c for c in columns if c not in table.column_names and c not in optional]
+    odd = [c for c in table.column_names if c not in columns and c not in ignore]
+    if odd or lacks: raise ValueError(f"{path}: columns missing {lacks}, unknown {odd}")
+    if rows is not None and len(table) != rows:
+        raise ValueError(f"{path}: {len(table)} rows, but the manifest says {rows}")
 
 # %% ../nbs/30_groups.ipynb #33faae10
 def check_shard(
@@ -513,27 +531,6 @@ def shard_files(
     return dict(sorted(found.items()))
 
 # %% ../nbs/30_groups.ipynb #e72db8e4
-def _keep_pool(pool, path, tag):
-    "Save the pool beside the parts; shards share one folder"
-    home = path/f"pool-{pool.fingerprint}"
-    if not tag:
-        pool.save(home)
-        return home.name
-    if (home/"pool.json").exists(): return home.name
-    tmp = path/f".pool-{pool.fingerprint}{tag}"
-    shutil.rmtree(tmp, ignore_errors=True)
-    pool.save(tmp)
-    try: tmp.rename(home)
-    except OSError:
-        if not (home/"pool.json").exists(): raise
-        shutil.rmtree(tmp)        # another shard was faster
-    return home.name
-
-def _own_parts(path, tag):
-    "Parts in `path` that carry the tag of a shard, or none where it is empty"
-    def tag_of(p): return re.match(r"part(-\d+of\d+)?-", p.name)[1] or ""
-    return [p for p in Path(path).glob("part-*.parquet") if tag_of(p) == tag]
-
 def finish_manifest(
     path, # the data's directory
     manifest:dict, # settings and whatever else is to be kept
@@ -561,13 +558,28 @@ def finish_manifest(
         if p.name not in named: p.unlink()
     return out
 
-def _check_free(path):
-    manifest = path/"manifest.json"
-    if manifest.exists() and not read_json(manifest).get("complete", True):
-        raise ValueError(f"{path}: an unfinished generation lies here; finish it, or save elsewhere")
-    shards = ", ".join(p.name for p in shard_files(path).values())
-    if shards: raise ValueError(f"{path}: shards lie here ({shards}); save elsewhere")
+def _keep_pool(pool, path, tag):
+    "Save the pool beside the parts; shards share one folder"
+    home = path/f"pool-{pool.fingerprint}"
+    if not tag:
+        pool.save(home)
+        return home.name
+    if (home/"pool.json").exists(): return home.name
+    tmp = path/f".pool-{pool.fingerprint}{tag}"
+    shutil.rmtree(tmp, ignore_errors=True)
+    pool.save(tmp)
+    try: tmp.rename(home)
+    except OSError:
+        if not (home/"pool.json").exists(): raise
+        shutil.rmtree(tmp)        # another shard was faster
+    return home.name
 
+def _own_parts(path, tag):
+    "Parts in `path` that carry the tag of a shard, or none where it is empty"
+    def tag_of(p): return re.match(r"part(-\d+of\d+)?-", p.name)[1] or ""
+    return [p for p in Path(path).glob("part-*.parquet") if tag_of(p) == tag]
+
+# %% ../nbs/30_groups.ipynb #37f77ddb
 @patch
 def save(self:RLData,
     path, # directory; made if absent. Data that lie there are replaced, an unfinished or divided generation is refused
@@ -576,16 +588,48 @@ def save(self:RLData,
     "Write parts, pool and manifest; a kill at any moment leaves the old or the new content, never a mixture"
     path = Path(path)
     _check_free(path)
+    content = self.fingerprint
     parts = []
     for i, start in enumerate(range(0, max(len(self.rows), 1), part_rows)):
         rows = self.rows.iloc[start:start + part_rows]
-        name = f"part-{i:05d}-{self.fingerprint}.parquet"
+        name = f"part-{i:05d}-{content}.parquet"
         write_part(path/name, rows)
         parts.append(dict(file=name, rows=len(rows)))
     finish_manifest(path, self.manifest, parts, self.rows, self.pool)
     return path
 
+def _check_free(path):
+    "ValueError if something lies in a directory that must not be replaced"
+    manifest = path/"manifest.json"
+    if manifest.exists() and not read_json(manifest).get("complete", True):
+        raise ValueError(f"{path}: an unfinished generation lies here; finish it, or save elsewhere")
+    shards = ", ".join(p.name for p in shard_files(path).values())
+    if shards: raise ValueError(f"{path}: shards lie here ({shards}); save elsewhere")
+
 # %% ../nbs/30_groups.ipynb #7a22d3ae
+@patch(cls_method=True)
+def load(cls:RLData,
+    path, # directory written by `save` or by `generate`, or a union of all its shards
+    check:bool=True, # hold the rows to `validate`
+    shard:tuple|None=None, # (i, n): only this shard of a divided generation
+)->RLData: # with `.path` and `.manifest` as found
+    "Open data; errors name the file, and the id where there is one"
+    path = Path(path)
+    shard = check_shard(shard)
+    shards = shard_files(path) if shard is None else {}
+    m = _union_manifest(path, shards) if shards else _read_manifest(path/f"manifest{shard_tag(shard)}.json")
+    if not m.get("complete"):
+        raise ValueError(f"{path}: generation is not finished; run `generate` again with the same settings, "
+                         "it continues")
+    data = cls.__new__(cls)        # the rows are exact already
+    data.rows = _read_rows(path, m["parts"])
+    data.pool = _read_pool(path/m["pool"]["folder"], m["pool"]["fingerprint"])
+    data.manifest = m
+    data.path = path
+    data.order = None
+    if shards: _in_pool_order(data)
+    return data.validate() if check else data
+
 def _read_manifest(file):
     m = read_json(file)
     if m.get("schema") != SCHEMA:
@@ -603,29 +647,6 @@ def _read_pool(folder, wanted):
         raise ValueError(f"{folder}: fingerprint {pool.fingerprint}, manifest says {wanted}")
     return pool
 
-@patch(cls_method=True)
-def load(cls:RLData,
-    path, # directory written by `save` or by `generate`, or a union of all its shards
-    check:bool=True, # hold the rows to `validate`
-    shard:tuple|None=None, # (i, n): only this shard of a divided generation
-)->RLData: # with `.path` and `.manifest` as found
-    "Open data; errors name the file, and the id where there is one"
-    path = Path(path)
-    shard = check_shard(shard)
-    shards = shard_files(path) if shard is None else {}
-    m = _union_manifest(path, shards) if shards else _read_manifest(path/f"manifest{shard_tag(shard)}.json")
-    if not m.get("complete"):
-        raise ValueError(f"{path}: generation is not finished; run `generate` again with the same settings, "
-                         "it continues")
-    self = cls.__new__(cls)
-    self.rows = _read_rows(path, m["parts"])
-    self.pool = _read_pool(path/m["pool"]["folder"], m["pool"]["fingerprint"])
-    self.manifest = m
-    self.path = path
-    self.order = None
-    if shards: _in_pool_order(self)
-    return self.validate() if check else self
-
 # %% ../nbs/30_groups.ipynb #e2ab5148
 def differing(
     there:dict, here:dict, # settings, JSON-ready
@@ -634,24 +655,9 @@ def differing(
     keys = sorted(k for k in {*there, *here} if there.get(k) != here.get(k))
     return "; ".join(f"{k}: there {there.get(k)}, here {here.get(k)}" for k in keys)
 
-def _check_union(path, files, manifests):
-    "Refuse a union whose shards are missing, renamed, of other settings or unfinished; `manifests` {i: manifest}"
-    n = max(n for _, n in files)
-    def refuse(bad, why, then):
-        if bad: raise ValueError(f"{path}: {why}: {', '.join(bad)}. {then}")
-    usual = Counter(fingerprint(m["settings"]) for m in manifests.values()).most_common(1)[0][0]
-    base = next(m for m in manifests.values() if fingerprint(m["settings"]) == usual)
-    said = {i: m.get("shard") for i, m in manifests.items()}
-    renamed = [f"{files[i, n].name} says {shard}" for i, shard in said.items() if shard != [i, n]]
-    refuse(renamed, "renamed manifests", "Give them their names back")
-    odd = {i: differing(base["settings"], m["settings"]) for i, m in manifests.items()}
-    refuse([f"{i}/{n} ({how})" for i, how in odd.items() if how],
-           f"shards of other settings than {base['shard'][0]}/{n}", "They are not parts of one generation")
-    todo = [f"{i}/{n}" for i, m in manifests.items() if not m.get("complete")]
-    refuse(todo, f"{len(todo)} of {n} shards not finished",
-           "Run `generate` on them again with the same settings, it continues")
-
+# %% ../nbs/30_groups.ipynb #6616eff9
 def _check_division(path, files):
+    "Refuse shards that are not those of one division; `files` {(i, n): manifest's path}"
     if (path/"manifest.json").exists():
         raise ValueError(f"{path}: manifest.json and {len(files)} shards lie here; "
                          "keep them in directories of their own")
@@ -665,14 +671,29 @@ def _check_division(path, files):
         raise ValueError(f"{path}: {len(lost)} of {n} shards missing: {', '.join(lost)}. "
                          "Copy their directories into this one, or generate them with `shard=`")
 
-# %% ../nbs/30_groups.ipynb #63fcf5ec
-def _join_checks(checks):
-    "One `verify` entry (see `rldata_generate`) out of several: counts added, differences the largest"
-    def total(k): return sum(c[k] for c in checks)
-    def most(k): return max(c[k] for c in checks)
-    return dict(drawn=total("drawn"), asked=total("asked"), logprob=most("logprob"), text=total("text"),
-                tolerance=most("tolerance"), rows=[row for c in checks for row in c["rows"]])
+def _check_union(path, files, manifests):
+    "Refuse a union whose shards are renamed, of other settings or unfinished; `manifests` {i: manifest}"
+    n = max(n for _, n in files)
+    def refuse(bad, why, then): raise ValueError(f"{path}: {why}: {', '.join(bad)}. {then}")
 
+    said = {i: m.get("shard") for i, m in manifests.items()}
+    renamed = [f"{files[i, n].name} says {shard}" for i, shard in said.items() if shard != [i, n]]
+    if renamed: refuse(renamed, "renamed manifests", "Give them their names back")
+
+    usual, _ = Counter(fingerprint(m["settings"]) for m in manifests.values()).most_common(1)[0]
+    base = next(m for m in manifests.values() if fingerprint(m["settings"]) == usual)
+    odd = {i: differing(base["settings"], m["settings"]) for i, m in manifests.items()}
+    others = [f"{i}/{n} ({how})" for i, how in odd.items() if how]
+    if others:
+        refuse(others, f"shards of other settings than {base['shard'][0]}/{n}",
+               "They are not parts of one generation")
+
+    todo = [f"{i}/{n}" for i, m in manifests.items() if not m.get("complete")]
+    if todo:
+        refuse(todo, f"{len(todo)} of {n} shards not finished",
+               "Run `generate` on them again with the same settings, it continues")
+
+# %% ../nbs/30_groups.ipynb #63fcf5ec
 def _union_manifest(path, files):
     "One manifest out of those of all shards, short of what the rows say; ValueError names what keeps them apart"
     _check_division(path, files)
@@ -684,14 +705,27 @@ def _union_manifest(path, files):
     if checks: out["verify"] = _join_checks(checks)
     return dict(out, shards=len(ms), parts=[part for m in ms for part in m["parts"]])
 
-def _in_pool_order(self):
+def _join_checks(checks):
+    "One `verify` entry (see `34_rldata_generate`) out of several: counts added, differences the largest"
+    def total(k): return sum(c[k] for c in checks)
+    def most(k): return max(c[k] for c in checks)
+    return dict(
+        drawn=total("drawn"),
+        asked=total("asked"),
+        logprob=most("logprob"),
+        text=total("text"),
+        tolerance=most("tolerance"),
+        rows=[row for c in checks for row in c["rows"]],
+    )
+
+def _in_pool_order(data):
     "Put the rows of a union into the order of the pool's queries, each of which must be there; count them"
-    ids = list(self.pool.ids)
-    lost = np.setdiff1d(ids, self.rows.question_id)
+    ids = list(data.pool.ids)
+    lost = np.setdiff1d(ids, data.rows.question_id)
     if len(lost):
-        raise ValueError(f"{self.path}: question_id {lost[0]} has no rows in any shard "
+        raise ValueError(f"{data.path}: question_id {lost[0]} has no rows in any shard "
                          f"({len(lost)} such queries): was a part list edited?")
-    self.order = np.argsort(pd.Index(ids).get_indexer(self.rows.question_id), kind="stable")
-    self.rows = self.rows.iloc[self.order].reset_index(drop=True)
-    scorers = sorted(self.rows.scorer.dropna().unique().tolist())
-    self.manifest.update(counts=count_rows(self.rows), scorers=scorers)
+    data.order = np.argsort(pd.Index(ids).get_indexer(data.rows.question_id), kind="stable")
+    data.rows = data.rows.iloc[data.order].reset_index(drop=True)
+    scorers = sorted(data.rows.scorer.dropna().unique().tolist())
+    data.manifest.update(counts=count_rows(data.rows), scorers=scorers)

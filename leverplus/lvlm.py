@@ -67,13 +67,14 @@ class LVLM:
         )
         return check_prompt(prompt, text)
 
+# %% ../nbs/21_lvlm.ipynb #f37db97b
 def load_lvlm(
     path_or_name:str="models/tiny-qwen2.5-vl", # folder (absolute, or below working folder or checkout) or hub name
     dtype:torch.dtype|None=None, # number format; None: the one that the checkpoint is stored in, on every device
     device:str|None=None, # default the GPU if there is one
     attn:str="sdpa", # sdpa | eager
     progress:bool=False, # show the bar of transformers while weights load?
-)->LVLM: # in eval mode, without gradients; errors as in `_check_model`
+)->LVLM: # in eval mode, without gradients; TypeError for another kind of model, ValueError for its attention
     "Load a Qwen-VL checkpoint"
     from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -81,9 +82,8 @@ def load_lvlm(
     if not os.path.isdir(name) and repo_path(name).is_dir(): name = str(repo_path(name))
     _check_model(path_or_name, AutoConfig.from_pretrained(name), attn)
     with loading_bar(progress):
-        model = AutoModelForImageTextToText.from_pretrained(
-            name, dtype=dtype or "auto", attn_implementation=attn
-        )
+        load = AutoModelForImageTextToText.from_pretrained
+        model = load(name, dtype=dtype or "auto", attn_implementation=attn)
     model = model.to(device).eval().requires_grad_(False)
     tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
     return LVLM(model, tokenizer, AutoImageProcessor.from_pretrained(name), name, attn)
@@ -120,23 +120,25 @@ VISION_SETTINGS = (
     "spatial_merge_size", "temporal_patch_size", "window_size",
 )
 
+def _settings(config, names):
+    "The named settings of a config or dictionary; None for those it lacks"
+    if not isinstance(config, dict): config = {name: getattr(config, name, None) for name in names}
+    return {name: _plain(config.get(name)) for name in names}
+
 def _plain(x):
+    "A value of a config as JSON has it"
     if hasattr(x, "keys"): return dict(x)
     return list(x) if isinstance(x, (list, tuple)) else x
 
-def _settings(config, names):
-    "The named settings of a config or dictionary; None for those it lacks"
-    get = config.get if isinstance(config, dict) else lambda name: getattr(config, name, None)
-    return {name: _plain(get(name)) for name in names}
-
 # %% ../nbs/21_lvlm.ipynb #fa4816d9
+def _weights(module):
+    "{name: [shape, ends]} of every tensor"
+    return {name: [list(tensor.shape), _ends(tensor)] for name, tensor in module.state_dict().items()}
+
 def _ends(tensor):
     "The first and last 64 values of a tensor"
     flat = tensor.detach().flatten()
     return torch.cat([flat[:64], flat[-64:]]).float().cpu()
-
-def _weights(module):
-    return {name: [list(tensor.shape), _ends(tensor)] for name, tensor in module.state_dict().items()}
 
 def _words(tokenizer):
     "What decides tokens, and not the tokenizer's whole state: padding and truncation of the last call are part of that"
@@ -146,13 +148,6 @@ def _words(tokenizer):
     return [type(tokenizer).__name__, rules["vocab"], merges, added]
 
 # %% ../nbs/21_lvlm.ipynb #421b1f7f
-def _eyes(lvlm):
-    "Settings of vision tower and image processor; the torchvision and the PIL class of the latter differ in pixels"
-    config = lvlm.model.config
-    settings = _settings(lvlm.image_processor.to_dict(), IMAGE_SETTINGS)
-    images = [type(lvlm.image_processor).__name__, settings]
-    return [config.model_type, _settings(config.vision_config, VISION_SETTINGS), images]
-
 def vision_parts(
     lvlm:LVLM, # whose
 )->list: # weights of the vision tower, number format, its settings and those of the image processor
@@ -168,6 +163,13 @@ def model_parts(
     settings = [_settings(text, TEXT_SETTINGS), _settings(text.rope_parameters, ROPE_SETTINGS)]
     tokens = [lvlm.image_id, _words(lvlm.tokenizer), lvlm.tokenizer.chat_template, lvlm.end_id]
     return [_weights(lvlm.model), *how, *settings, *tokens]
+
+def _eyes(lvlm):
+    "Settings of vision tower and image processor; the torchvision and the PIL class of the latter differ in pixels"
+    config = lvlm.model.config
+    tower = _settings(config.vision_config, VISION_SETTINGS)
+    processor = _settings(lvlm.image_processor.to_dict(), IMAGE_SETTINGS)
+    return [config.model_type, tower, [type(lvlm.image_processor).__name__, processor]]
 
 # %% ../nbs/21_lvlm.ipynb #658d859e
 @dataclass(frozen=True)
@@ -268,14 +270,6 @@ def greedy_texts(
 # %% ../nbs/21_lvlm.ipynb #eb78cc07
 NOT_FINITE = "logits that are not finite numbers; float16 overflows in some models: use bfloat16 or float32"
 
-def _token_ids(lvlm, text): return lvlm.tokenizer(text, add_special_tokens=False)["input_ids"]
-
-def _check_answer(lvlm, text, answer, ids, row):
-    "ValueError if an answer, end token included, is not tokenised behind the prompt as it is alone"
-    joint = _token_ids(lvlm, text + answer + "<|im_end|>")
-    if row[-len(ids):] != ids or joint != _token_ids(lvlm, text) + ids:
-        raise ValueError(f"answer {answer!r} is tokenised differently behind the prompt")
-
 @torch.no_grad()
 def answer_logprobs(
     lvlm:LVLM, # whom to ask
@@ -293,6 +287,14 @@ def answer_logprobs(
     logprobs = logprobs.gather(-1, x["input_ids"][:, -n:, None])[..., 0]
     if logprobs.isnan().any(): raise FloatingPointError(NOT_FINITE)
     return torch.stack([row[n - len(own):].sum() for row, own in zip(logprobs, ids)])
+
+def _token_ids(lvlm, text): return lvlm.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+def _check_answer(lvlm, text, answer, ids, row):
+    "ValueError if an answer, end token included, is not tokenised behind the prompt as it is alone"
+    joint = _token_ids(lvlm, text + answer + "<|im_end|>")
+    if row[-len(ids):] != ids or joint != _token_ids(lvlm, text) + ids:
+        raise ValueError(f"answer {answer!r} is tokenised differently behind the prompt")
 
 # %% ../nbs/21_lvlm.ipynb #9c0d1f88
 def targets_of(
@@ -379,14 +381,18 @@ class NaiveScorer:
         images = [prompt_images(self.lvlm, prompt) for prompt in prompts]
         says = [None]*len(prompts)
         if generate: says = greedy_texts(self.lvlm, texts, images, self.max_new_tokens)
+        logprobs = self._logprobs(texts, images, targets)
+        return [scored_prompt(*result) for result in zip(prompts, targets, logprobs, says)]
+
+    def _logprobs(self, texts, images, targets):
+        "Log-probabilities of all answers of each prompt; one row per answer, in batches"
         rows = [(k, answer) for k, target in enumerate(targets) for answer in target.texts]
-        logprobs = [[] for _ in prompts]
+        out = [[] for _ in texts]
         for i in range(0, len(rows), self.batch_size):
             which, answers = zip(*rows[i : i + self.batch_size])
             asked = answer_logprobs(self.lvlm, [texts[k] for k in which], [images[k] for k in which], answers)
-            for k, logprob in zip(which, asked.tolist()): logprobs[k].append(logprob)
-        results = zip(prompts, targets, logprobs, says)
-        return [scored_prompt(prompt, target, l, said) for prompt, target, l, said in results]
+            for k, logprob in zip(which, asked.tolist()): out[k].append(logprob)
+        return out
 
 # %% ../nbs/21_lvlm.ipynb #43e50382
 def compare(
@@ -426,7 +432,7 @@ class MockScorer:
         "Fingerprint of the facts it makes"
         return fingerprint("mock", self.seed)
 
-    tolerance = 0. # a hash has no rounding
+    tolerance = 0. # a hash is not rounded
 
     def reference(self):
         "Who is asked when facts are checked: itself"

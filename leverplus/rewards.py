@@ -81,19 +81,24 @@ def reward_facts(
     return tuple(needs), knobs
 
 # %% ../nbs/31_rewards.ipynb #502f52be
-_SCORER = "run the scorer with {}, or choose another reward"
-_GENERATED = _SCORER.format("generate=True") + " (of data made in two stages keep `evaluated(data)`)"
-_SOURCES = dict( # where a fact comes from
-    vqa_correct=_GENERATED,
-    vqa_acc_score=_GENERATED,
-    vqa_rel_score=_GENERATED,
-    vqa_gt_prob=_SCORER.format("Targets for each query"),
-    logprob_score="only beam, sample and random rows have it; keep those, or set alpha=0",
-    info_score="add it with `frame.assign(info_score=info_score(frame, zero))`, or set alpha=0",
-)
+def reward(
+    frame:pd.DataFrame, # rows of the record; `eval_failed` marks failures (absent: none failed)
+    mode:str="hard_plus_soft", # a name out of REWARDS
+    **weights, # arguments of that mode, e.g. `hard_weight=2.`; TypeError names one that it does not have
+)->np.ndarray: # [n] float64; NaN for rows that failed
+    "Reward of each row; ValueError names column and question_id of a missing fact"
+    needs, _ = reward_facts(mode, **weights)
+    failed = _failed(frame)
+    facts = {c: _fact(frame, c, failed, mode) for c in needs}
+    if mode in _IDLE:
+        _, unasked = _IDLE[mode]
+        facts.setdefault(unasked, np.where(failed, np.nan, 0.)) # any number will do: its weight is 0
+    return REWARDS[mode](**facts, **weights)
 
 def _failed(frame):
-    return frame["eval_failed"].to_numpy(dtype=bool) if "eval_failed" in frame else np.zeros(len(frame), bool)
+    "Which rows failed: bool [n]"
+    if "eval_failed" not in frame: return np.zeros(len(frame), bool)
+    return frame["eval_failed"].to_numpy(dtype=bool)
 
 def _fact(frame, name, failed, mode):
     "A column of facts, NaN where the row failed; ValueError where it is missing"
@@ -108,17 +113,16 @@ def _fact(frame, name, failed, mode):
                          f"({int(bad.sum())} rows that did not fail): {hint}")
     return np.where(failed, np.nan, x)
 
-def reward(
-    frame:pd.DataFrame, # rows of the record; `eval_failed` marks failures (absent: none failed)
-    mode:str="hard_plus_soft", # a name out of REWARDS
-    **weights, # arguments of that mode, e.g. `hard_weight=2.`; TypeError names one that it does not have
-)->np.ndarray: # [n] float64; NaN for rows that failed
-    "Reward of each row; ValueError names column and question_id of a missing fact"
-    needs, _ = reward_facts(mode, **weights)
-    failed = _failed(frame)
-    facts = {c: _fact(frame, c, failed, mode) for c in needs}
-    if mode in _IDLE: facts.setdefault(_IDLE[mode][1], np.where(failed, np.nan, 0.))
-    return REWARDS[mode](**facts, **weights)
+_SCORER = "run the scorer with {}, or choose another reward"
+_GENERATED = _SCORER.format("generate=True") + " (of data made in two stages keep `evaluated(data)`)"
+_SOURCES = dict( # where a fact comes from
+    vqa_correct=_GENERATED,
+    vqa_acc_score=_GENERATED,
+    vqa_rel_score=_GENERATED,
+    vqa_gt_prob=_SCORER.format("Targets for each query"),
+    logprob_score="only beam, sample and random rows have it; keep those, or set alpha=0",
+    info_score="add it with `frame.assign(info_score=info_score(frame, zero))`, or set alpha=0",
+)
 
 # %% ../nbs/31_rewards.ipynb #52669030
 @reward_mode
@@ -245,11 +249,12 @@ def reweigh(
     want = np.array([len(w) for w in worth], dtype=int)
     _check_fit(queries[code[has]], have, want[code[has]])
 
+    # all log-probabilities in one line, all weights in another: which weight belongs to which?
+    logp = np.fromiter(chain.from_iterable(logs), float, int(have.sum()))
+    weights = np.fromiter(chain.from_iterable(worth), float, int(want.sum()))
     row = np.repeat(np.arange(len(have)), have)                                   # the row of each log-probability
     place = np.arange(len(row)) - np.repeat(np.cumsum(have) - have, have)         # its place in the row
     begin = np.cumsum(want) - want                                                # of each query's weights
-    weights = np.fromiter(chain.from_iterable(worth), float, int(want.sum()))
-    logp = np.fromiter(chain.from_iterable(logs), float, len(row))
     mass = np.exp(logp) * weights[begin[code[has]][row] + place]
     out = np.full(len(frame), np.nan)
     out[has] = np.bincount(row, mass, len(have))
@@ -335,34 +340,18 @@ def answer_cosines(
     vectors = np.asarray(embed(list(texts)), dtype=float)
     vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(min=1e-12)
 
+    # one entry per pair of a row and one of its true answers; a failed row stands in with any text
     n = np.array([len(t) for t in truth], dtype=int)
-    row = np.repeat(np.arange(len(n)), n)                      # one entry per (row, true answer)
+    row = np.repeat(np.arange(len(n)), n)
     mine = texts.get_indexer([texts[0] if s is None else s for s in said])
     true = texts.get_indexer(list(chain.from_iterable(truth)))
     cosine = (vectors[mine[row]] * vectors[true]).sum(1)
-    out = np.full(len(n), -np.inf)
-    np.maximum.at(out, row, cosine)
-    out[[s is None for s in said]] = np.nan
-    return out
+    nearest = np.full(len(n), -np.inf)
+    np.maximum.at(nearest, row, cosine)
+    nearest[[s is None for s in said]] = np.nan
+    return nearest
 
 # %% ../nbs/31_rewards.ipynb #fb1ad63f
-def _check_shown(shown):
-    if not isinstance(shown, Correlation):
-        raise TypeError(f"semantic: shown is {shown!r}, wanted the Correlation that "
-                        "`spearman(cosine, accuracy, question_id)` gives")
-    if not (shown.rho > 0 and shown.low > 0):
-        seen = f"Spearman {shown.rho:.2f}, {shown.low:.2f} to {shown.high:.2f}, {shown.queries} queries"
-        raise ValueError(f"semantic: the cosine does not go along with accuracy ({seen}; wanted an interval "
-                         "above 0): measure it on more queries, or leave shaping out")
-
-def _check_cosines(cosine, frame, failed):
-    bad = ~failed & ~(np.abs(cosine) <= 1 + 1e-6)
-    if bad.any():
-        i = int(bad.argmax())
-        query = frame["question_id"].iloc[i]
-        raise ValueError(f"semantic: cosine {cosine[i]} for question_id {query}, a row that did not fail "
-                         f"({int(bad.sum())} such rows): wanted -1..1")
-
 def semantic(
     frame:pd.DataFrame, # rows of the record, with `vqa_correct`
     cosine, # [n] -1..1, see `answer_cosines`; NaN only where the row failed
@@ -378,6 +367,25 @@ def semantic(
     _check_cosines(cosine, frame, failed)
     wrong = _fact(frame, "vqa_correct", failed, "semantic") == 0
     return reward(frame, mode, **weights) + np.where(wrong, weight * cosine, 0.)
+
+def _check_shown(shown):
+    "Refuse what is no measured correlation, or one that may be 0"
+    if not isinstance(shown, Correlation):
+        raise TypeError(f"semantic: shown is {shown!r}, wanted the Correlation that "
+                        "`spearman(cosine, accuracy, question_id)` gives")
+    if not (shown.rho > 0 and shown.low > 0):
+        seen = f"Spearman {shown.rho:.2f}, {shown.low:.2f} to {shown.high:.2f}, {shown.queries} queries"
+        raise ValueError(f"semantic: the cosine does not go along with accuracy ({seen}; wanted an interval "
+                         "above 0): measure it on more queries, or leave shaping out")
+
+def _check_cosines(cosine, frame, failed):
+    "ValueError for a cosine that is none, in a row that did not fail"
+    bad = ~failed & ~(np.abs(cosine) <= 1 + 1e-6)
+    if bad.any():
+        i = int(bad.argmax())
+        query = frame["question_id"].iloc[i]
+        raise ValueError(f"semantic: cosine {cosine[i]} for question_id {query}, a row that did not fail "
+                         f"({int(bad.sum())} such rows): wanted -1..1")
 
 # %% ../nbs/31_rewards.ipynb #bce84080
 def group_stats(

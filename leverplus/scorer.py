@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import NamedTuple
 import numpy as np, torch
-from .vision import VisionCache, VisionEncoder, attempt
+from .vision import VisionCache, VisionEncoder, attempt, patch
 from .prefix import PrefixStore, plan_prefixes, plan_rounds
 from .cost import kv_bytes
 from .prompt import IMAGE_MARK, Prompt
@@ -21,16 +21,6 @@ from leverplus.lvlm import (
     LVLM, MAX_NEW_TOKENS, NOT_FINITE, NaiveScorer, Targets, failed_prompt, prompt_bar, scored_prompt,
     scorer_fingerprint, targets_of,
 )
-
-# %% ../nbs/22_scorer.ipynb #a7c3e515
-def patch(
-    fn, # function whose first argument is annotated with a class
-): # the function
-    "Make a function a method of the class of its first argument"
-    cls = next(iter(fn.__annotations__.values()))
-    fn.__qualname__ = f"{cls.__name__}.{fn.__name__}"
-    setattr(cls, fn.__name__, fn)
-    return fn
 
 # %% ../nbs/22_scorer.ipynb #c45703a2
 def rope_positions(
@@ -166,8 +156,6 @@ def tree_mask(
     return torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill(~sees, torch.finfo(dtype).min)
 
 # %% ../nbs/22_scorer.ipynb #058a38dd
-PREFIX_CACHES = ("off", "query", "global")
-
 @dataclass
 class ScorerStats:
     "What a `SharedScorer` has done so far"
@@ -194,6 +182,9 @@ class ScorerStats:
         finally:
             if device.type == "cuda": torch.cuda.synchronize(device)
             self.seconds[what] = self.seconds.get(what, 0.) + time.perf_counter() - start
+
+# %% ../nbs/22_scorer.ipynb #20ed61f1
+PREFIX_CACHES = ("off", "query", "global")
 
 class SharedScorer:
     "Fast scorer: images once, shared beginnings once, all answers and the greedy text from one prefill"
@@ -257,8 +248,6 @@ class Place(NamedTuple):
     tokens:int # how many tokens lie before
     images:int # how many images
 
-_START = Place(None, 0, 0)
-
 @dataclass
 class ReadyPrompt:
     "A prompt made ready to run"
@@ -268,7 +257,7 @@ class ReadyPrompt:
     pos:torch.Tensor # int64 [3, L]
     next_pos:int # next free position
     images:tuple=() # features of each image
-    places:tuple=() # where its beginnings of 0, 1, .. demonstrations end
+    places:tuple=() # where its beginnings of 0, 1, .. demonstrations end, each before an image
     tree:Trie=field(default_factory=Trie) # of the answers, and later of the drafts
     answers:tuple=() # nodes on the path of each answer
     drafts:tuple=() # token ids of the demonstrations' answers
@@ -284,9 +273,10 @@ class ReadyPrompt:
         for draft in self.drafts:
             if draft[0] == first: self.tree.add(draft)
 
-# %% ../nbs/22_scorer.ipynb #0739281e
+# %% ../nbs/22_scorer.ipynb #6c0f1618
 @patch
 def _token_ids(self:SharedScorer, text):
+    "Tokens of a text"
     if len(self._ids) > 200_000: self._ids.clear() # texts of queries do not come back
     if text not in self._ids:
         self._ids[text] = self.lvlm.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -303,6 +293,7 @@ def _answer_ids(self:SharedScorer, answer, tail):
         self._answers[answer, tail] = ids
     return self._answers[answer, tail]
 
+# %% ../nbs/22_scorer.ipynb #0739281e
 @patch
 def _row(self:SharedScorer, prompt, target, features):
     "Make a prompt ready; `features` are those of `VisionEncoder`, and an image that has an error raises it"
@@ -310,6 +301,18 @@ def _row(self:SharedScorer, prompt, target, features):
     for found in images:
         if isinstance(found, Exception): raise found
     opening, *pieces = self.lvlm.render(prompt).split(IMAGE_MARK)
+    ids, places = self._read(opening, pieces, images)
+    pos, next_pos = rope_positions(ids, [grid for _, grid, _ in images], self.lvlm.image_id)
+    last = pieces[-1]
+    tree, answers = self._answer_tree(target.texts, tail=last[last.rindex("<|im_start|>"):])
+    drafts = [self._token_ids(demo.answer) for demo in prompt.demos if demo.answer]
+    seen = [found for found, _, _ in images]
+    self.stats.tokens += len(ids)
+    return ReadyPrompt(prompt, target, ids, pos, next_pos, seen, places, tree, answers, drafts)
+
+@patch
+def _read(self:SharedScorer, opening, pieces, images):
+    "(token ids, places) of a text cut at its image marks"
     ids = list(self._token_ids(opening))
     key = opening
     places = []
@@ -317,18 +320,16 @@ def _row(self:SharedScorer, prompt, target, features):
         places.append(Place(key, len(ids), len(places)))
         ids += [self.lvlm.image_id]*(t*h*w) + self._token_ids(piece)
         key = (key, content, piece)
-    pos, next_pos = rope_positions(ids, [grid for _, grid, _ in images], self.lvlm.image_id)
-    tail = pieces[-1][pieces[-1].rindex("<|im_start|>"):]
+    return ids, places
+
+@patch
+def _answer_tree(self:SharedScorer, texts, tail):
+    "(Trie, nodes on the path of each answer); ValueError if two answers are the same tokens"
     tree = Trie()
-    answers = [tree.add(self._answer_ids(answer, tail)) for answer in target.texts]
-    twice = [answer for answer, path in zip(target.texts, answers) if answers.count(path) > 1]
+    paths = [tree.add(self._answer_ids(text, tail)) for text in texts]
+    twice = [text for text, path in zip(texts, paths) if paths.count(path) > 1]
     if twice: raise ValueError(f"answers {twice} are the same tokens: merge them")
-    drafts = [self._token_ids(demo.answer) for demo in prompt.demos if demo.answer]
-    self.stats.tokens += len(ids)
-    return ReadyPrompt(
-        prompt, target, ids, pos, next_pos,
-        images=[f for f, _, _ in images], places=places, tree=tree, answers=answers, drafts=drafts,
-    )
+    return tree, paths
 
 # %% ../nbs/22_scorer.ipynb #9b473600
 @dataclass
@@ -351,7 +352,7 @@ def _piece(self:SharedScorer, row, upto=None):
     end = row.end if upto is None else row.places[upto]
     for place in reversed(row.places[:upto]):
         if place.key in self.prefixes: return Piece(row, place, end)
-    return Piece(row, _START, end)
+    return Piece(row, Place(None, 0, 0), end)
 
 @patch
 def _size(self:SharedScorer, row, upto=None):
@@ -441,14 +442,9 @@ def _forward(self:SharedScorer, items):
     images = [features for piece in pieces for features in piece.images]
     embeddings, extra = embed_prompts(lvlm, tokens, images)
     cache = self._stored(pieces, batch.past)
-    hidden = run_text(
-        lvlm.model.model.language_model,
-        embeddings,
-        cache,
-        None if batch.mask.all() else mask,
-        batch.pos.to(lvlm.device),
-        **extra,
-    )
+    lm = lvlm.model.model.language_model
+    needed = None if batch.mask.all() else mask
+    hidden = run_text(lm, embeddings, cache, needed, batch.pos.to(lvlm.device), **extra)
     self.stats.ran += sum(len(piece.ids) for piece in pieces)
     self.stats.padded += tokens.numel()
     return Pass(pieces, hidden, cache, mask)
@@ -509,7 +505,9 @@ def _trees(self:SharedScorer, rows, run):
     if len(parts) == 1: return self._nodes(rows, run.cache, run.mask)
     config = self.lvlm.model.model.language_model.config
     out = []
-    for a, b in parts: out.append(self._nodes(rows[a:b], cache_rows(run.cache, a, b, config), run.mask[a:b]))
+    for a, b in parts:
+        cache = cache_rows(run.cache, a, b, config)
+        out.append(self._nodes(rows[a:b], cache, run.mask[a:b]))
     return torch.cat(out)
 
 # %% ../nbs/22_scorer.ipynb #0333aa82
@@ -540,7 +538,7 @@ def read_logits(
 # %% ../nbs/22_scorer.ipynb #6b998923
 @patch
 def _read_trees(self:SharedScorer, rows, run, total):
-    "Add to `total`, one number per answer of these rows, what its nodes say; returns the likeliest tokens, row by row"
+    "Add what the nodes say to `total`, a number per answer; returns the likeliest tokens, row by row"
     sizes = [len(row.tree.tokens) for row in rows]
     if not sum(sizes): return [[] for _ in rows]
     begin = np.cumsum([0, *sizes]) # place of each row's first node among all
@@ -579,7 +577,7 @@ def walk_tree(
 # %% ../nbs/22_scorer.ipynb #3977a8e6
 @patch
 def _decode(self:SharedScorer, rows, walks, off, run):
-    "Go on with the texts of rows `off`, which left the tree: extends their `walks` in place; the number of passes"
+    "Extend the `walks` of rows `off`, which left the tree, in place; returns the number of passes"
     lvlm = self.lvlm
     lm = lvlm.model.model.language_model
     which = torch.tensor(off, device=lvlm.device)
@@ -592,10 +590,11 @@ def _decode(self:SharedScorer, rows, walks, off, run):
     width = min(map(len, walks))
     passes = 0
     while not all(done):
-        now = [[*walk[fed : fed + width], lvlm.end_id][:width] for walk in walks] # who is done feeds the end
+        # a walk that is done has nothing left: it feeds the end
+        now = [[*walk[fed : fed + width], lvlm.end_id][:width] for walk in walks]
         tokens = torch.tensor(now, device=lvlm.device)
-        places = [[row.next_pos + fed + i for i in range(width)] for row in rows]
-        pos = torch.tensor(places, device=lvlm.device)
+        begin = torch.tensor([row.next_pos + fed for row in rows], device=lvlm.device)
+        pos = begin[:, None] + torch.arange(width, device=lvlm.device)
         mask = torch.cat([mask, mask.new_ones(len(rows), width)], 1)
         hidden = run_text(lm, lm.embed_tokens(tokens), run.cache, mask, pos.expand(3, -1, -1))
         said = lvlm.model.lm_head(hidden[:, -1]).argmax(-1).tolist()
@@ -628,13 +627,18 @@ def _greedy(self:SharedScorer, rows, best, said, run):
 @torch.no_grad()
 def _score(self:SharedScorer, rows, generate):
     "Score prompts in one batch: list of Scored"
+    # an answer's log-probability is its first token's, read behind the prompt, plus what its nodes say
     clock = self.stats.clock
     device = self.lvlm.device
     with clock("prefill", device):
         run = self._forward([(row, None) for row in rows])
-        firsts = [(b, row.tree.tokens[path[0]]) for b, row in enumerate(rows) for path in row.answers]
-        asked = [b for b, _ in firsts], [token for _, token in firsts]
-        best, total = read_logits(self.lvlm.model.lm_head, run.hidden[:, -1], *asked)
+        at = []
+        tokens = []
+        for b, row in enumerate(rows):
+            for path in row.answers:
+                at.append(b)
+                tokens.append(row.tree.tokens[path[0]])
+        best, total = read_logits(self.lvlm.model.lm_head, run.hidden[:, -1], at, tokens)
         run.hidden = None # large, and no longer needed
     with clock("answers", device):
         if generate:
@@ -702,6 +706,7 @@ def _cut(self:SharedScorer, items):
         out.append(torch.cat([front, behind], 3))
     return out
 
+# %% ../nbs/22_scorer.ipynb #bf013729
 @patch
 def _store_prefixes(self:SharedScorer, items):
     "Compute a batch of beginnings and keep them"
@@ -754,6 +759,7 @@ def _ready(self:SharedScorer, prompts, targets):
             except Exception as e: failed[k] = failed_prompt(prompt, e)
     return rows, failed
 
+# %% ../nbs/22_scorer.ipynb #93f11e8f
 @patch
 def _window(self:SharedScorer, prompts, targets, generate):
     "Yield (place, Scored), in the order in which prompts are done"
@@ -761,13 +767,12 @@ def _window(self:SharedScorer, prompts, targets, generate):
     yield from failed.items()
     if self.prefix_cache != "off":
         with self.stats.clock("beginnings", self.lvlm.device): self._make_prefixes(list(rows.values()))
-    todo = sorted(rows.items(), key=lambda kr: (*self._size(kr[1]), kr[0]))
+    todo = sorted(rows, key=lambda k: (*self._size(rows[k]), k))
     while todo:
-        n = self._fits([(row, None) for _, row in todo])
-        batch = sorted(todo[:n], key=lambda kr: (len(kr[1].tree.tokens), kr[0]))
+        n = self._fits([(rows[k], None) for k in todo])
+        batch = sorted(todo[:n], key=lambda k: (len(rows[k].tree.tokens), k))
         todo = todo[n:]
-        scored = self._ask([row for _, row in batch], generate)
-        for (k, _), s in zip(batch, scored): yield k, s
+        yield from zip(batch, self._ask([rows[k] for k in batch], generate))
     self.prefixes.held = frozenset()
     if self.prefix_cache == "query": self.prefixes.clear()
     else: self.prefixes.trim()

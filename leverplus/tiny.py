@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SPECIALS', 'CHAT_TEMPLATE', 'HEAD', 'TURN', 'IMAGE', 'WORDS', 'CURRICULUM', 'tiny_tokenizer', 'tiny_config',
-           'tiny_qwen', 'save_lvlm', 'known', 'stream', 'Part', 'Lesson', 'copy_lesson', 'pair_lesson', 'look_lesson',
-           'item_lesson', 'all_scenes', 'image_bank', 'lesson_tokens', 'collate_lessons', 'teach', 'Stage',
-           'draw_lessons', 'stage_rate', 'train_lvlm', 'in_context_accuracy', 'clip_texts', 'clip_tokenizer',
+           'tiny_qwen', 'save_lvlm', 'known', 'stream', 'Part', 'Lesson', 'copy_lesson', 'in_english', 'pair_lesson',
+           'look_lesson', 'item_lesson', 'all_scenes', 'image_bank', 'lesson_tokens', 'collate_lessons', 'teach',
+           'Stage', 'draw_lessons', 'stage_rate', 'train_lvlm', 'in_context_accuracy', 'clip_texts', 'clip_tokenizer',
            'tiny_clip', 'train_clip', 'save_clip']
 
 # %% ../nbs/23_tiny.ipynb #e3f79f4c
@@ -19,8 +19,8 @@ from .core import rng, seed_all
 from .lvlm import LVLM
 from .scorer import embed_prompts, rope_positions
 from leverplus.toy import (
-    ASKS, COLOURS, ISLANDS, NONCE, SHAPES, WORDINGS, Scene, Shown, episode, helps, random_dictionary, render,
-    say,
+    ASKS, COLOURS, ISLANDS, NONCE, SHAPES, WORDINGS, Scene, Shown, episode, helps, random_dictionary,
+    render, say,
 )
 
 # %% ../nbs/23_tiny.ipynb #d8b185de
@@ -41,27 +41,18 @@ CHAT_TEMPLATE = (
     " %}<|im_start|>assistant\n{% endif %}"
 )
 
-def _corpus():
-    "What the tokenizer is trained on; how often a word stands here decides whether it becomes one token"
-    words = list(NONCE + SHAPES + COLOURS)
-    asked = [f"Question: {wording} Short answer:" for ask in ASKS for wording in WORDINGS[ask]]
-    frame = ["system\nYou are a helpful assistant.", "user\n", "assistant\n"]
-    islands = [f" {island}" for island in ISLANDS]
-    return words*400 + asked*20 + (frame + islands)*20
-
 def tiny_tokenizer():
     "Train the world's tokenizer (Qwen2Tokenizer): 256 bytes, the merges its words need, Qwen's control tokens"
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
     from transformers import Qwen2Tokenizer
     from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
-    ByteLevel = pre_tokenizers.ByteLevel
+    split = pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated", invert=False)
+    by_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     t = Tokenizer(models.BPE())
     t.normalizer = normalizers.NFC()
-    split = pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated", invert=False)
-    by_bytes = ByteLevel(add_prefix_space=False, use_regex=False)
     t.pre_tokenizer = pre_tokenizers.Sequence([split, by_bytes])
     trainer = trainers.BpeTrainer(
-        initial_alphabet=sorted(ByteLevel.alphabet()), # sets have no order, and ids must not change between runs
+        initial_alphabet=sorted(by_bytes.alphabet()), # sets have no order, and ids must not change between runs
         special_tokens=[],
         vocab_size=2000,
         min_frequency=15,
@@ -79,6 +70,14 @@ def tiny_tokenizer():
         padding_side="left",
         chat_template=CHAT_TEMPLATE,
     )
+
+def _corpus():
+    "What the tokenizer is trained on; how often a word stands here decides whether it becomes one token"
+    words = list(NONCE + SHAPES + COLOURS)
+    asked = [f"Question: {wording} Short answer:" for ask in ASKS for wording in WORDINGS[ask]]
+    frame = ["system\nYou are a helpful assistant.", "user\n", "assistant\n"]
+    islands = [f" {island}" for island in ISLANDS]
+    return words*400 + asked*20 + (frame + islands)*20
 
 # %% ../nbs/23_tiny.ipynb #9780e52a
 def tiny_config(
@@ -139,6 +138,7 @@ def tiny_qwen(
     processor = Qwen2VLImageProcessor(size=dict(shortest_edge=area, longest_edge=16*area))
     return LVLM(model.float(), tok, processor, "tiny-qwen2.5-vl")
 
+# %% ../nbs/23_tiny.ipynb #cec56e51
 def save_lvlm(
     lvlm:LVLM, # what to save
     folder, # where to
@@ -218,13 +218,21 @@ def copy_lesson(
     for i in again: parts += [Part([keys[i]]), Part([values[i]], learn=True)]
     return Lesson(parts, [])
 
+# %% ../nbs/23_tiny.ipynb #eb7c8396
+def in_english(
+    scene:Scene, # what is seen
+    ask:str, # shape | colour | both
+)->str: # one word, or two for `both`
+    "What is asked about a scene, in English"
+    return f"{scene.colour} {scene.shape}" if ask == "both" else getattr(scene, ask)
+
 # %% ../nbs/23_tiny.ipynb #6577403d
 def pair_lesson(
     items, # of `stream`
     query, # asked last
 )->Lesson:
     "`island attribute Short answer: word`, one line each"
-    def key(item): return f"{item.scene.island} {getattr(item.scene, item.ask)} Short answer:"
+    def key(item): return f"{item.scene.island} {in_english(item.scene, item.ask)} Short answer:"
     parts = []
     for k, item in enumerate(items):
         parts += [Part(key(item) + " "), Part(item.answer, known(item, items[:k])), Part("\n")]
@@ -267,14 +275,10 @@ def item_lesson(
     parts = [Part(HEAD)]
     for k, demo in enumerate(demos):
         parts += [Part(ask(demo, shows[k]) + gap), Part(demo.answer, known(demo, demos[:k]))]
-        if echo: parts.append(Part(f" {demo.scene.island} {_english(demo)}", learn=True))
+        if echo: parts.append(Part(f" {demo.scene.island} {in_english(demo.scene, demo.ask)}", learn=True))
         parts.append(Part(end))
     parts += [Part(ask(query, shows[-1]) + TURN), Part(query.answer + "<|im_end|>", learn=True)]
     return Lesson(parts, [item.scene for item, show in zip(items, shows) if show])
-
-def _english(item):
-    scene = item.scene
-    return f"{scene.colour} {scene.shape}" if item.ask == "both" else getattr(scene, item.ask)
 
 # %% ../nbs/23_tiny.ipynb #8e7ed54f
 def all_scenes(
@@ -435,13 +439,6 @@ def stage_rate(
     return up*down
 
 # %% ../nbs/23_tiny.ipynb #1786319c
-def _optimisers(model, lr):
-    def inside(name, p): return p.ndim == 2 and "embed" not in name and "lm_head" not in name
-    inner = [p for name, p in model.named_parameters() if inside(name, p)]
-    rest = [p for p in model.parameters() if not any(p is q for q in inner)]
-    muon = torch.optim.Muon(inner, lr=lr[0], weight_decay=0., momentum=.95)
-    return [muon, torch.optim.AdamW(rest, lr=lr[1], weight_decay=0., betas=(.9, .95))]
-
 def train_lvlm(
     lvlm:LVLM, # of `tiny_qwen`; trained in place
     curriculum=CURRICULUM, # list of stages
@@ -479,6 +476,18 @@ def train_lvlm(
     lvlm.model.eval().requires_grad_(False)
     return pd.DataFrame(log)
 
+def _optimisers(model, lr):
+    "Muon for the matrices inside the blocks, AdamW for all else"
+    inner = []
+    rest = []
+    for name, p in model.named_parameters():
+        outside = "embed" in name or "lm_head" in name
+        if p.ndim == 2 and not outside: inner.append(p)
+        else: rest.append(p)
+    muon = torch.optim.Muon(inner, lr=lr[0], weight_decay=0., momentum=.95)
+    adamw = torch.optim.AdamW(rest, lr=lr[1], weight_decay=0., betas=(.9, .95))
+    return [muon, adamw]
+
 # %% ../nbs/23_tiny.ipynb #da3be3c7
 @torch.no_grad()
 def in_context_accuracy(
@@ -506,13 +515,14 @@ def clip_texts(
 )->tuple: # (64 scenes, their texts, bool [64, 64]: is this the text of that scene, too?)
     "A text for every scene, and which scenes each text fits"
     kind = str(g.choice(["caption", *ASKS]))
-    asked = "" if kind == "caption" else str(g.choice(WORDINGS[kind]))
     scenes = all_scenes()
-    texts = [_caption(scene) if kind == "caption" else f"{asked} {_named(scene, kind)}" for scene in scenes]
+    if kind == "caption": texts = [_caption(scene) for scene in scenes]
+    else:
+        asked = str(g.choice(WORDINGS[kind]))
+        texts = [f"{asked} {in_english(scene, kind)}" for scene in scenes]
     return scenes, texts, torch.tensor([[a == b for b in texts] for a in texts])
 
 def _caption(scene): return f"a {scene.colour} {scene.shape} on {scene.island}"
-def _named(scene, ask): return f"{scene.colour} {scene.shape}" if ask == "both" else getattr(scene, ask)
 
 # %% ../nbs/23_tiny.ipynb #e599d91b
 def clip_tokenizer():

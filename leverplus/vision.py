@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['GROUPED', 'patch_side', 'open_image', 'image_features', 'grouped_sdpa', 'grouped_windows', 'FeatureShards',
-           'VisionCache', 'out_of_memory', 'device_is_lost', 'Attempt', 'attempt', 'Pixels', 'grouping_fault',
-           'VisionTower', 'VisionEncoder']
+           'VisionCache', 'out_of_memory', 'device_is_lost', 'Attempt', 'attempt', 'Pixels', 'VisionTower',
+           'grouping_fault', 'content_key', 'VisionEncoder']
 
 # %% ../nbs/17_vision.ipynb #ad1a6d00
 import contextlib, hashlib, io, json, os, threading, warnings
@@ -42,10 +42,6 @@ def open_image(
         raise OSError(f"{name or source}: cannot be read as an image ({type(e).__name__}: {e})") from e
 
 # %% ../nbs/17_vision.ipynb #e28b2f0a
-def _by_image(layer, sizes):
-    "Features image by image, from a sequence of tensors or from one tensor that holds all of them"
-    return list(layer.split(sizes) if isinstance(layer, torch.Tensor) else layer)
-
 @torch.no_grad()
 def image_features(
     model, # Qwen2-VL, Qwen2.5-VL or Qwen3-VL, `...ForConditionalGeneration`
@@ -57,10 +53,12 @@ def image_features(
     pixels = pixel_values.to(device, model.dtype)
     with exact_float32(device):
         out = model.model.get_image_features(pixels, grids.to(device), return_dict=True)
-    layers = [out.pooler_output, *(getattr(out, "deepstack_features", None) or [])]
-    sizes = [len(features) for features in layers[0]]
-    images = zip(*(_by_image(layer, sizes) for layer in layers))
-    return [torch.cat(parts, -1) if len(parts) > 1 else parts[0] for parts in images]
+    sizes = [len(features) for features in out.pooler_output]
+    layers = [list(out.pooler_output)]
+    for inner in getattr(out, "deepstack_features", None) or []:
+        # transformers before 5.24 leaves the images of an inner layer in one tensor
+        layers.append(list(inner.split(sizes) if isinstance(inner, torch.Tensor) else inner))
+    return [torch.cat(parts, -1) if len(parts) > 1 else parts[0] for parts in zip(*layers)]
 
 # %% ../nbs/17_vision.ipynb #e14058b9
 def _segments(borders):
@@ -108,22 +106,9 @@ def grouped_windows(
     AttentionInterface.register(GROUPED, attention)
     visual.config._attn_implementation = GROUPED
     try: yield
-    finally:
-        visual.config._attn_implementation = before
-        seen.clear()
+    finally: visual.config._attn_implementation = before
 
 # %% ../nbs/17_vision.ipynb #479ba4bb
-@contextlib.contextmanager
-def _open_shard(file):
-    from safetensors import safe_open
-    try: shard = safe_open(file, "pt")
-    except Exception as e:
-        raise ValueError(
-            f"{file}: not a readable shard of image features ({e}); delete it, its images will be encoded"
-            " again"
-        ) from e
-    with shard: yield shard
-
 class FeatureShards:
     "Image features in a folder: safetensors files that several processes may write and read"
     def __init__(self,
@@ -172,12 +157,27 @@ class FeatureShards:
         if not self._new: return
         from safetensors.torch import save_file
         file = self.folder/f"features-{fingerprint(sorted(self._new))}.safetensors"
-        tensors = {key: features.contiguous() for key, (features, _) in self._new.items()}
-        grids = {key: grid for key, (_, grid) in self._new.items()}
+        tensors = {}
+        grids = {}
+        for key, (features, grid) in self._new.items():
+            tensors[key] = features.contiguous()
+            grids[key] = grid
         with atomic_path(file) as tmp: save_file(tensors, tmp, {"grids": json.dumps(grids)})
         self.places.update({key: (file, grid) for key, grid in grids.items()})
         self._files.add(file)
         self._new = {}
+
+@contextlib.contextmanager
+def _open_shard(file):
+    "Open a safetensors file to read from it; ValueError names one that cannot be read"
+    from safetensors import safe_open
+    try: shard = safe_open(file, "pt")
+    except Exception as e:
+        raise ValueError(
+            f"{file}: not a readable shard of image features ({e}); delete it, its images will be encoded"
+            " again"
+        ) from e
+    with shard: yield shard
 
 # %% ../nbs/17_vision.ipynb #9deea9e3
 class VisionCache:
@@ -276,33 +276,22 @@ def attempt(
         return Attempt(error=f"{type(e).__name__}: {e}", memory=out_of_memory(e))
 
 # %% ../nbs/17_vision.ipynb #b5f649c1
+def patch(
+    fn, # function whose first argument is annotated with a class
+): # the function
+    "Make a function a method of the class of its first argument"
+    cls = next(iter(fn.__annotations__.values()))
+    fn.__qualname__ = f"{cls.__name__}.{fn.__name__}"
+    setattr(cls, fn.__name__, fn)
+    return fn
+
+# %% ../nbs/17_vision.ipynb #7fe3aba8
 @dataclass
 class Pixels:
     "An image made ready for the tower"
     path:str # its file, for errors
     values:torch.Tensor # [patches, C]
     grid:torch.Tensor # int64 [1, 3]: (t, h, w) in patches
-
-def grouping_fault(
-    model, # whose vision tower
-    image_processor, # its image processor
-    width:int, # C, numbers per patch
-)->str|None: # what is wrong; None: features are the same up to rounding
-    "Try grouped attention on two made-up images, against the loop over windows"
-    window = getattr(model.config.vision_config, "window_size", 0)//patch_side(image_processor)//2*2
-    side = max(4, window)
-    grids = torch.tensor([[1, side, 2*side + 2], [1, side + 2, side]])
-    pixels = torch.randn(int(grids.prod(1).sum()), width, generator=torch.Generator().manual_seed(0))
-    try:
-        plain = torch.cat(image_features(model, pixels, grids)).float()
-        with grouped_windows(model.model.visual):
-            grouped = torch.cat(image_features(model, pixels, grids)).float()
-    except Exception as e:
-        if device_is_lost(e) or out_of_memory(e): raise
-        return f"{type(e).__name__}: {e}"
-    apart = float((grouped - plain).abs().max() / plain.abs().max())
-    most = 1e-4 if model.dtype == torch.float32 else .05
-    return None if apart < most else f"features differ by {apart:.1e} of their size"
 
 class VisionTower:
     "Pixels to features, as many images at once as fit"
@@ -316,9 +305,9 @@ class VisionTower:
         self.image_processor = image_processor
         self.patches = patches
         self.group = group
-        self._most = patches
-        self._tried = not group
-        self._clean = 0
+        self._most = patches # to which `patches` may grow again
+        self._tried = not group # is it known whether grouping works?
+        self._clean = 0 # batches since memory ran out
 
     def encode(self,
         images:list, # n Pixels
@@ -337,53 +326,82 @@ class VisionTower:
             if n and total > self.patches: return n
         return len(images)
 
-    def _batch(self, images):
-        tried = attempt(self._pass, images)
-        if tried.error is None:
-            self._clean += 1
-            if self._clean >= 20:
-                self.patches = min(self._most, self.patches + self.patches//4 + 1)
-                self._clean = 0
-            return tried.result
-        if tried.memory and torch.cuda.is_available(): torch.cuda.empty_cache()
-        if len(images) == 1: return [self._failure(images[0], tried)]
-        if tried.memory:
-            here = sum(len(image.values) for image in images)
-            self.patches = max(1, min(self.patches, here)//2)
+# %% ../nbs/17_vision.ipynb #346dc1dc
+def grouping_fault(
+    model, # whose vision tower
+    image_processor, # its image processor
+    width:int, # C, numbers per patch
+)->str|None: # what is wrong; None: features are the same up to rounding
+    "Try grouped attention on two made-up images, against the loop over windows"
+    window = getattr(model.config.vision_config, "window_size", 0)//patch_side(image_processor)//2*2
+    side = max(4, window) # in patches, of a whole window
+    grids = torch.tensor([[1, side, 2*side + 2], [1, side + 2, side]])
+    pixels = torch.randn(int(grids.prod(1).sum()), width, generator=torch.Generator().manual_seed(0))
+    try:
+        plain = torch.cat(image_features(model, pixels, grids)).float()
+        with grouped_windows(model.model.visual):
+            grouped = torch.cat(image_features(model, pixels, grids)).float()
+    except Exception as e:
+        if device_is_lost(e) or out_of_memory(e): raise
+        return f"{type(e).__name__}: {e}"
+    apart = float((grouped - plain).abs().max() / plain.abs().max())
+    most = 1e-4 if model.dtype == torch.float32 else .05
+    return None if apart < most else f"features differ by {apart:.1e} of their size"
+
+@patch
+def _try_grouping(self:VisionTower, width):
+    "Switch grouping off, with a warning, if it does not hold"
+    why = grouping_fault(self.model, self.image_processor, width)
+    self._tried = True
+    if why is None: return
+    self.group = False
+    warnings.warn(
+        f"grouped window attention is switched off for this model ({why}); the tower runs as usual,"
+        " only slower"
+    )
+
+# %% ../nbs/17_vision.ipynb #b0387d35
+@patch
+def _run(self:VisionTower, pixels, grids):
+    block = grouped_windows(self.model.model.visual) if self.group else contextlib.nullcontext()
+    with block: return image_features(self.model, pixels, grids)
+
+@patch
+def _pass(self:VisionTower, images):
+    if not self._tried: self._try_grouping(images[0].values.shape[1])
+    return self._run(torch.cat([x.values for x in images]), torch.cat([x.grid for x in images]))
+
+@patch
+def _batch(self:VisionTower, images):
+    "Features, or exceptions, of images that are run at once, or in halves if they must be"
+    tried = attempt(self._pass, images)
+    if tried.error is None:
+        self._clean += 1
+        if self._clean >= 20:
+            self.patches = min(self._most, self.patches + self.patches//4 + 1)
             self._clean = 0
-        half = len(images)//2
-        return self._batch(images[:half]) + self._batch(images[half:])
+        return tried.result
+    if tried.memory and torch.cuda.is_available(): torch.cuda.empty_cache()
+    if len(images) == 1: return [_failure(images[0], tried)]
+    if tried.memory:
+        here = sum(len(image.values) for image in images)
+        self.patches = max(1, min(self.patches, here)//2)
+        self._clean = 0
+    half = len(images)//2
+    return self._batch(images[:half]) + self._batch(images[half:])
 
-    def _failure(self, image, tried):
-        kind = MemoryError if tried.memory else RuntimeError
-        why = tried.error.splitlines()[0]
-        size = len(image.values)
-        return kind(f"{image.path}: the vision tower failed on this image of {size} patches ({why})")
-
-    def _pass(self, images):
-        if not self._tried: self._try_grouping(images[0].values.shape[1])
-        return self._run(torch.cat([x.values for x in images]), torch.cat([x.grid for x in images]))
-
-    def _run(self, pixels, grids):
-        block = grouped_windows(self.model.model.visual) if self.group else contextlib.nullcontext()
-        with block: return image_features(self.model, pixels, grids)
-
-    def _try_grouping(self, width):
-        why = grouping_fault(self.model, self.image_processor, width)
-        self._tried = True
-        if why is None: return
-        self.group = False
-        warnings.warn(
-            f"grouped window attention is switched off for this model ({why}); the tower runs as usual,"
-            " only slower"
-        )
+def _failure(image, tried):
+    "The exception that stands for the features of an image"
+    kind = MemoryError if tried.memory else RuntimeError
+    why = tried.error.splitlines()[0]
+    return kind(f"{image.path}: the vision tower failed on this image of {len(image.values)} patches ({why})")
 
 # %% ../nbs/17_vision.ipynb #1f8da525
-def _content_key(data): return hashlib.sha256(data).hexdigest()[:32]
-
-def _or_error(fn, *args):
-    try: return fn(*args)
-    except Exception as e: return e
+def content_key(
+    data:bytes, # of a file
+)->str: # 32 hexadecimal digits
+    "Hash the bytes of a file"
+    return hashlib.sha256(data).hexdigest()[:32]
 
 class VisionEncoder(VisionTower):
     "Paths to features through a `VisionCache`"
@@ -410,76 +428,94 @@ class VisionEncoder(VisionTower):
             stat = os.stat(path)
             mark = (stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size, stat.st_ino)
             if self._keys.get(path, (None, None))[0] != mark:
-                self._keys[path] = (mark, _content_key(Path(path).read_bytes()))
+                self._keys[path] = (mark, content_key(Path(path).read_bytes()))
         except OSError as e:
             raise OSError(f"{path}: cannot be read as an image ({type(e).__name__}: {e})") from e
         return self._keys[path][1]
 
-    @torch.no_grad()
-    def __call__(self,
-        paths, # image files
-    )->dict: # path -> (features [n, D], (t, h, w), key) or an exception; what the cache cannot hold lies on the CPU
-        "Features of every distinct path"
-        # one call at a time: the tower's settings are the model's
-        with self._lock, ThreadPoolExecutor(self.threads) as pool:
-            return self._features(list(dict.fromkeys(paths)), pool)
+# %% ../nbs/17_vision.ipynb #39a25571
+@patch
+def _prepare(self:VisionEncoder, key, path):
+    "Read a file and make its image ready: Pixels"
+    data = Path(path).read_bytes()
+    if content_key(data) != key: raise OSError(f"{path}: changed while it was being read; run again")
+    image = open_image(data, patch_side(self.image_processor), path)
+    x = self.image_processor(images=[image], return_tensors="pt")
+    return Pixels(path, x["pixel_values"], x["image_grid_thw"])
 
-    def _features(self, paths, pool):
-        self.cache.refresh()
-        out = {}
-        missing = {} # key -> paths
-        room = self.cache.max_bytes
-        def keep(path, features, grid, key):
-            nonlocal room
-            room -= features.nbytes
-            out[path] = (features if room >= 0 else features.cpu(), grid, key)
-        keys = pool.map(lambda path: _or_error(self.key, path), paths)
-        for path, key in zip(paths, keys):
-            if isinstance(key, Exception):
-                out[path] = key
-                self.counts["failed"] += 1
-                continue
-            hit = None if key in missing else self.cache.get(key)
-            if hit is None: missing.setdefault(key, []).append(path)
+# %% ../nbs/17_vision.ipynb #c98779fd
+def _or_error(fn, *args):
+    "What a function returns, or the exception that it raises"
+    try: return fn(*args)
+    except Exception as e: return e
+
+@patch
+def _encode_missing(self:VisionEncoder, missing, pool, chunk=256):
+    "Encode {key: paths of one image}; yields (key, (features, grid) or exception)"
+    jobs = [(key, paths[0]) for key, paths in missing.items()]
+    for i in range(0, len(jobs), chunk): # so that not all pixels are in memory at once
+        some = jobs[i : i + chunk]
+        ready = list(pool.map(lambda job: _or_error(self._prepare, *job), some))
+        good = []
+        for (key, _), image in zip(some, ready):
+            if not isinstance(image, Exception): good.append((key, image))
             else:
-                features, grid, where = hit
-                keep(path, features, grid, key)
-                self.counts[where] += 1
-        for key, found in self._encode_missing(missing, pool):
-            for path in missing[key]:
-                if isinstance(found, Exception): out[path] = found
-                else: keep(path, *found, key)
+                self.counts["failed"] += 1
+                yield key, image
+        encoded = self.encode([image for _, image in good])
+        for (key, image), features in zip(good, encoded):
+            if not isinstance(features, Exception): yield key, self._store(key, image, features)
+            else:
+                self.counts["failed"] += 1
+                yield key, features
+
+@patch
+def _store(self:VisionEncoder, key, image, features):
+    "Put features into the cache: (features as kept, grid in visual tokens)"
+    self.counts["encoded"] += 1
+    t, h, w = image.grid[0].tolist()
+    merge = self.image_processor.merge_size
+    grid = (t, h//merge, w//merge)
+    return self.cache.put(key, features, grid), grid
+
+# %% ../nbs/17_vision.ipynb #d45de9bb
+@patch
+@torch.no_grad()
+def __call__(self:VisionEncoder,
+    paths, # image files
+)->dict: # path -> (features [n, D], (t, h, w), key) or an exception; what the cache cannot hold lies on the CPU
+    "Features of every distinct path"
+    out = {}
+    room = self.cache.max_bytes
+    # one call at a time: the tower's settings are the model's
+    with self._lock, ThreadPoolExecutor(self.threads) as pool:
+        self.cache.refresh()
+        for path, found in self._look_up(list(dict.fromkeys(paths)), pool):
+            if not isinstance(found, Exception):
+                features, grid, key = found
+                room -= features.nbytes
+                if room < 0: found = (features.cpu(), grid, key)
+            out[path] = found
         self.cache.flush()
-        return out
+    return out
 
-    def _encode_missing(self, missing, pool, chunk=256):
-        "Yield (key, (features, grid) or exception)"
-        jobs = [(key, paths[0]) for key, paths in missing.items()]
-        for i in range(0, len(jobs), chunk): # so that not all pixels are in memory at once
-            some = jobs[i : i + chunk]
-            ready = list(pool.map(lambda job: _or_error(self._prepare, *job), some))
-            good = [(key, image) for (key, _), image in zip(some, ready) if not isinstance(image, Exception)]
-            for (key, _), image in zip(some, ready):
-                if isinstance(image, Exception): yield key, self._count(image)
-            encoded = self.encode([image for _, image in good])
-            for (key, image), features in zip(good, encoded):
-                if isinstance(features, Exception): yield key, self._count(features)
-                else: yield key, self._store(key, image, features)
-
-    def _prepare(self, key, path):
-        data = Path(path).read_bytes()
-        if _content_key(data) != key: raise OSError(f"{path}: changed while it was being read; run again")
-        image = open_image(data, patch_side(self.image_processor), path)
-        x = self.image_processor(images=[image], return_tensors="pt")
-        return Pixels(path, x["pixel_values"], x["image_grid_thw"])
-
-    def _count(self, error):
-        self.counts["failed"] += 1
-        return error
-
-    def _store(self, key, image, features):
-        self.counts["encoded"] += 1
-        t, h, w = image.grid[0].tolist()
-        merge = self.image_processor.merge_size
-        grid = (t, h//merge, w//merge)
-        return self.cache.put(key, features, grid), grid
+@patch
+def _look_up(self:VisionEncoder, paths, pool):
+    "Yield (path, (features, grid, key) or exception), first what is known; then what is missing, encoded"
+    missing = {} # key -> paths
+    keys = pool.map(lambda path: _or_error(self.key, path), paths)
+    for path, key in zip(paths, keys):
+        if isinstance(key, Exception):
+            self.counts["failed"] += 1
+            yield path, key
+            continue
+        hit = None if key in missing else self.cache.get(key)
+        if hit is None:
+            missing.setdefault(key, []).append(path)
+            continue
+        features, grid, where = hit
+        self.counts[where] += 1
+        yield path, (features, grid, key)
+    for key, found in self._encode_missing(missing, pool):
+        if not isinstance(found, Exception): found = (*found, key)
+        for path in missing[key]: yield path, found
