@@ -480,12 +480,21 @@ class _Splits:
         self.every = every[~every.question_id.duplicated()]
         self.job = next(iter(self.jobs.values()))
 
-    def places(self): return {s: embed_place(job, self.items[s]) for s, job in self.jobs.items()}
+    def places(self):
+        "Where the embeddings of each split lie"
+        return {s: embed_place(job, self.items[s]) for s, job in self.jobs.items()}
 
     def parts_folder(self):
         "Where parts lie until they are put together"
         who = fingerprint(items_fingerprint(self.every), Path(self.job.clip).name)
         return Path(self.job.store)/f"embed-parts-{who}"
+
+# %% ../nbs/95_cli.ipynb #9259c631
+def _model_path(name):
+    "A model's folder as it is given, or below the checkout, or else its name on the hub"
+    for folder in (Path(name).expanduser(), repo_path(name)):
+        if folder.is_dir(): return str(folder)
+    return name
 
 # %% ../nbs/95_cli.ipynb #65b71cf3
 def _embed_parts(args, splits):
@@ -506,12 +515,6 @@ def _embed_part(args, splits, shard, folder):
         if len(mine):
             embed_items(mine, clip, device=args.device, progress=not args.quiet).save(folder)
         (folder/"done").touch()
-
-def _model_path(name):
-    "A model's folder as it is given, or below the checkout, or else its name on the hub"
-    for folder in (Path(name).expanduser(), repo_path(name)):
-        if folder.is_dir(): return str(folder)
-    return name
 
 def _put_together(splits, parts, todo):
     "Make the embeddings of each split out of all parts, and remove the parts"
@@ -594,20 +597,24 @@ def do_pools(args):
     if args.dry_run: return _print_plan(args, **_pools_plan(args, splits))
     for s, job in splits.jobs.items():
         _, _, pool = job.inputs()
-        barred = ", ".join(f"{k} {v}" for k, v in pool.recipe["excluded"].items())
-        print(f"{s}: {len(pool)} questions, K = {pool.K}, sampler {pool.recipe['sampler']},"
-              f" fingerprint {pool.fingerprint}; barred pairs: {barred}")
+        print(f"{s}: {_pool_text(pool)}")
+
+def _pool_text(pool):
+    "What a pool is, and which pairs were kept out of it"
+    barred = ", ".join(f"{why} {n}" for why, n in pool.recipe["excluded"].items())
+    drawn = f"K = {pool.K}, sampler {pool.recipe['sampler']}, fingerprint {pool.fingerprint}"
+    return f"{len(pool)} questions, {drawn}; barred pairs: {barred}"
 
 def _pools_plan(args, splits):
     "Lines of the plan"
     questions = {s: int((items.split == s).sum()) for s, items in splits.items.items()}
     candidates = int((splits.every.split == args.candidates).sum())
-    embedded = all(map(_is_there, splits.places().values()))
+    embeddings = "not there: made first (leverplus embed does it in parts)"
+    if all(map(_is_there, splits.places().values())): embeddings = f"there, in {args.store}"
     return dict(
         questions=", ".join(f"{s} {n:,}" for s, n in questions.items()),
         pools=f"{args.K} of {candidates:,} candidates, sampler {args.sampler}",
-        embeddings=f"there, in {args.store}" if embedded
-                   else "not there: made first (leverplus embed does it in parts)",
+        embeddings=embeddings,
         LVLM_calls=0,
         disk=f"about {size_text(sum(questions.values())*args.K*8)} in {args.store}",
     )
@@ -642,73 +649,7 @@ def summary_text(
     failed = int(data.rows.eval_failed.sum())
     return f"rows {len(data)}, queries {len(data.queries)}, failed {failed}, fingerprint {data.fingerprint}"
 
-# %% ../nbs/95_cli.ipynb #6532938a
-def do_generate(args):
-    "Make the job and run it"
-    if args.verify < 0 or (args.ray is not None and args.ray < 1):
-        raise Bad("--verify wants a number >= 0, --ray one >= 1")
-    job = job_of(args, FIELDS)
-    _to_resume(args, f"manifest{shard_tag(args.shard)}.json")
-    job, model = _proposer(args, job)
-    if args.dry_run: return _print_plan(args, **_generate_plan(args, job))
-    data = _generated(args, job, model)
-    print(f"{args.out}: {summary_text(data)}{_verified(data)}")
-
-def _proposer(args, job):
-    "(the job with the embeddings that the selector reads, the selector or None)"
-    if args.selector is None: return job, None
-    model = open_selector(args.selector)
-    kind = (model.info or {}).get("kind") or job.kind
-    return replace(job, kind=kind), model
-
-def _generated(args, job, model):
-    "Run the job in this process, or on Ray"
-    how = dict(
-        shard=args.shard,
-        verify=args.verify,
-        progress=not args.quiet,
-        policy=model,
-        other_pool=args.other_pool,
-    )
-    if args.ray is None: return job.run(args.out, **how)
-    return generate_ray(job, args.out, args.ray, args.threads, args.gpus, **how)
-
-def _verified(data):
-    "What `--verify` found"
-    v = data.manifest.get("verify")
-    if not v: return ""
-    distance = f"log P within {v['logprob']:.1g} (allowed {v['tolerance']:g})"
-    return f", verified {v['asked']} of {v['drawn']}, {distance}, {v['text']} other texts"
-
-# %% ../nbs/95_cli.ipynb #2f5e8751
-def add_generate(
-    commands, # what `add_subparsers` returned
-):
-    "Add `leverplus generate`"
-    comes = "a data set, a CLIP, a vision-language model (--lvlm)"
-    goes = (
-        "a run in --out: each sequence that was tried, with the answer, its accuracy, and the probability of"
-        " the true answers. A run that was killed goes on when the same command is started again; a part"
-        " (--window) is the most that a kill can cost"
-    )
-    examples = (
-        "generate --limit 100 --out runs/groups/train",
-        "generate --split dev --limit 50 --out runs/groups/dev",
-        "generate --data ~/okvqa --clip openai/clip-vit-large-patch14"
-        " --lvlm Qwen/Qwen2.5-VL-3B-Instruct --K 64 --verify 8 --shard 0/4 --out runs/okvqa",
-        "generate --selector runs/rce --limit 100 --out runs/groups/second",
-    )
-    p = add_door(commands, "generate", do_generate, comes, goes, *examples, usage="--out DIR [options]")
-    _out_flag(p, "directory of the run; continued if it is there")
-    _data_flags(p, "train", limit=True)
-    _proposal_flags(p)
-    _model_flags(p)
-    g = _run_flags(p, "a run", "copy the directories of all parts into one")
-    _flag(g, "window", "questions per part, what a kill can cost", type=int, metavar="N")
-    _flag(g, "test", "questions of the self-test, 0: none", type=int, metavar="N")
-    _flag(g, "max_failed", "share of rows that may fail before the run stops", type=float, metavar="X")
-    _verify_and_ray_flags(g)
-
+# %% ../nbs/95_cli.ipynb #b02c425f
 def _proposal_flags(p):
     g = p.add_argument_group("who may be picked, and who is tried")
     _pool_flags(g)
@@ -736,6 +677,70 @@ def _verify_and_ray_flags(group):
     group.add_argument("--threads", type=int, default=1, metavar="N",
                        help="CPU threads of a Ray actor (default: 1)")
     group.add_argument("--gpus", type=float, default=0, metavar="X", help="GPUs of a Ray actor (default: 0)")
+
+# %% ../nbs/95_cli.ipynb #5876cb0d
+def _proposer(args, job):
+    "(the job with the embeddings that the selector reads, the selector or None)"
+    if args.selector is None: return job, None
+    model = open_selector(args.selector)
+    kind = (model.info or {}).get("kind") or job.kind
+    return replace(job, kind=kind), model
+
+def _generated(args, job, model):
+    "Run the job in this process, or on Ray"
+    how = dict(
+        shard=args.shard,
+        verify=args.verify,
+        progress=not args.quiet,
+        policy=model,
+        other_pool=args.other_pool,
+    )
+    if args.ray is None: return job.run(args.out, **how)
+    return generate_ray(job, args.out, args.ray, args.threads, args.gpus, **how)
+
+def _verified(data):
+    "What `--verify` found"
+    v = data.manifest.get("verify")
+    if not v: return ""
+    distance = f"log P within {v['logprob']:.1g} (allowed {v['tolerance']:g})"
+    return f", verified {v['asked']} of {v['drawn']}, {distance}, {v['text']} other texts"
+
+# %% ../nbs/95_cli.ipynb #2f5e8751
+def do_generate(args):
+    "Make the job and run it"
+    if args.verify < 0 or (args.ray is not None and args.ray < 1):
+        raise Bad("--verify wants a number >= 0, --ray one >= 1")
+    job = job_of(args, FIELDS)
+    _to_resume(args, f"manifest{shard_tag(args.shard)}.json")
+    job, model = _proposer(args, job)
+    if args.dry_run: return _print_plan(args, **_generate_plan(args, job))
+    data = _generated(args, job, model)
+    print(f"{args.out}: {summary_text(data)}{_verified(data)}")
+def add_generate(commands):
+    "Add `leverplus generate`"
+    comes = "a data set, a CLIP, a vision-language model (--lvlm)"
+    goes = (
+        "a run in --out: each sequence that was tried, with the answer, its accuracy, and the probability of"
+        " the true answers. A run that was killed goes on when the same command is started again; a part"
+        " (--window) is the most that a kill can cost"
+    )
+    examples = (
+        "generate --limit 100 --out runs/groups/train",
+        "generate --split dev --limit 50 --out runs/groups/dev",
+        "generate --data ~/okvqa --clip openai/clip-vit-large-patch14"
+        " --lvlm Qwen/Qwen2.5-VL-3B-Instruct --K 64 --verify 8 --shard 0/4 --out runs/okvqa",
+        "generate --selector runs/rce --limit 100 --out runs/groups/second",
+    )
+    p = add_door(commands, "generate", do_generate, comes, goes, *examples, usage="--out DIR [options]")
+    _out_flag(p, "directory of the run; continued if it is there")
+    _data_flags(p, "train", limit=True)
+    _proposal_flags(p)
+    _model_flags(p)
+    g = _run_flags(p, "a run", "copy the directories of all parts into one")
+    _flag(g, "window", "questions per part, what a kill can cost", type=int, metavar="N")
+    _flag(g, "test", "questions of the self-test, 0: none", type=int, metavar="N")
+    _flag(g, "max_failed", "share of rows that may fail before the run stops", type=float, metavar="X")
+    _verify_and_ray_flags(g)
 
 # %% ../nbs/95_cli.ipynb #59a1defc
 def _generate_plan(args, job):
@@ -804,7 +809,6 @@ def do_check(args):
         alarms = ", ".join(f"{a.file}: {a.cause}" for a in seen.verdict)
         raise Failed(f"{len(seen.verdict)} alarms: {alarms}")
 
-# %% ../nbs/95_cli.ipynb #6de1f4f7
 def add_check(commands):
     "Add `leverplus check`"
     comes = "runs of generate, mine or merge"
@@ -870,6 +874,12 @@ def same_scorer(
         )
     return who
 
+# %% ../nbs/95_cli.ipynb #31967e03
+def _check_other_folder(out, runs, what):
+    "`Bad` if results would be written over what they are made of"
+    if any(Path(out).resolve() == Path(r).resolve() for r in runs):
+        raise Bad(f"--out {out} is {what}: give it a folder of its own")
+
 # %% ../nbs/95_cli.ipynb #bc67eee4
 def do_mine(args):
     "Mine a run and save what came of it elsewhere"
@@ -901,12 +911,6 @@ def _mined(args, data):
         more.save(args.out)
     return more, log
 
-def _check_other_folder(out, runs, what):
-    "`Bad` if results would be written over what they are made of"
-    if any(Path(out).resolve() == Path(r).resolve() for r in runs):
-        raise Bad(f"--out {out} is {what}: give it a folder of its own")
-
-# %% ../nbs/95_cli.ipynb #9bc688ee
 def add_mine(commands):
     "Add `leverplus mine`"
     comes = "a run of generate; the data set and the model that made it (same flags)"
@@ -944,15 +948,7 @@ def _mine_plan(args, data, lacks):
         **_asking_costs(args, calls, shots=data.shots),
     )
 
-# %% ../nbs/95_cli.ipynb #7807d035
-def do_merge(args):
-    "Merge runs, then keep what is asked for"
-    _check_other_folder(args.out, args.runs, "one of the runs")
-    data = _merged(args)
-    print("\n".join(data.log))
-    if args.dry_run: return _print_plan(args, **_merge_plan(args, data))
-    print(f"{data.save(args.out)}: {summary_text(data)}")
-
+# %% ../nbs/95_cli.ipynb #b6bee811
 def _merged(args):
     "The runs as one, without what is not to be kept"
     from leverplus.rldata_merge import (
@@ -966,6 +962,34 @@ def _merged(args):
     if args.positive_share is not None: data = balance(data, args.positive_share, seed=args.seed)
     if args.sample is not None: data = sample_queries(data, args.sample, args.seed)
     return data
+
+def _merging_flags(p):
+    g = p.add_argument_group("merging")
+    g.add_argument("--pools", default="same", choices=["same", "unite"],
+                   help="candidates must agree, or are joined (default: same)")
+    g.add_argument("--facts", default="all", choices=["all", "common"],
+                   help="all runs must have the same facts, or what some lack is left out (default: all)")
+    g.add_argument("--mix", action="store_true", help="allow labels of several scorers in one question")
+
+def _keeping_flags(p):
+    g = p.add_argument_group("keeping, in this order")
+    g.add_argument("--drop-failed", action="store_true", help="rows that did not fail")
+    g.add_argument("--require-positive", action="store_true", help="questions with a right answer")
+    g.add_argument("--min-gap", type=float, metavar="X",
+                   help="questions whose best and worst reward lie so far apart")
+    g.add_argument("--positive-share", type=float, metavar="X",
+                   help="so many that this share of each question's rows is positive")
+    _number(g, "--sample", "so many questions, by lot")
+    _seed_flag(g, "the lots")
+
+# %% ../nbs/95_cli.ipynb #7807d035
+def do_merge(args):
+    "Merge runs, then keep what is asked for"
+    _check_other_folder(args.out, args.runs, "one of the runs")
+    data = _merged(args)
+    print("\n".join(data.log))
+    if args.dry_run: return _print_plan(args, **_merge_plan(args, data))
+    print(f"{data.save(args.out)}: {summary_text(data)}")
 
 def _merge_plan(args, data):
     "Lines of the plan"
@@ -992,25 +1016,6 @@ def add_merge(commands):
     _keeping_flags(p)
     _reward_flags(p)
     _run_flags(p, rate=None)
-
-def _merging_flags(p):
-    g = p.add_argument_group("merging")
-    g.add_argument("--pools", default="same", choices=["same", "unite"],
-                   help="candidates must agree, or are joined (default: same)")
-    g.add_argument("--facts", default="all", choices=["all", "common"],
-                   help="all runs must have the same facts, or what some lack is left out (default: all)")
-    g.add_argument("--mix", action="store_true", help="allow labels of several scorers in one question")
-
-def _keeping_flags(p):
-    g = p.add_argument_group("keeping, in this order")
-    g.add_argument("--drop-failed", action="store_true", help="rows that did not fail")
-    g.add_argument("--require-positive", action="store_true", help="questions with a right answer")
-    g.add_argument("--min-gap", type=float, metavar="X",
-                   help="questions whose best and worst reward lie so far apart")
-    g.add_argument("--positive-share", type=float, metavar="X",
-                   help="so many that this share of each question's rows is positive")
-    _number(g, "--sample", "so many questions, by lot")
-    _seed_flag(g, "the lots")
 
 # %% ../nbs/95_cli.ipynb #df9d13e2
 OBJECTIVES = dict(rce="fit_rce", listwise="fit_listwise", sft="fit_sft", grpo="fit_grpo")
