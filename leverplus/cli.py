@@ -1017,10 +1017,53 @@ def add_merge(commands):
     _reward_flags(p)
     _run_flags(p, rate=None)
 
-# %% ../nbs/95_cli.ipynb #df9d13e2
+# %% ../nbs/95_cli.ipynb #10c75b92
 OBJECTIVES = dict(rce="fit_rce", listwise="fit_listwise", sft="fit_sft", grpo="fit_grpo")
 EPOCHS = 5 # of an objective, if nothing is said
 
+def _objective_flags(p):
+    g = p.add_argument_group("objective")
+    g.add_argument("--objective", default="rce", choices=list(OBJECTIVES),
+                   help="what is trained (default: rce)")
+    g.add_argument("--recipe", metavar="NAME",
+                   help="stages and settings by name, in place of an objective (page 71)")
+    _number(g, "--epochs", f"of the objective (default: {EPOCHS})", least=0)
+    _number(g, "--lr", "peak learning rate (default: the objective's own)", least=0., kind=float, metavar="X")
+    g.add_argument("--set", type=counts_arg, metavar="JSON",
+                   help="more arguments of the objective, such as '{\"temp\": [2, 0.5]}', or changes to the"
+                        " recipe")
+    g.add_argument("--start", metavar="DIR", help="selector to start from (default: a new one)")
+    g.add_argument("--model", type=counts_arg, metavar="JSON",
+                   help="arguments of a new selector, such as '{\"d_hidden\": 256}'")
+    _number(g, "--bs", "questions per batch", 32)
+    _seed_flag(g, "weights and batches")
+
+def _development_flags(p):
+    g = p.add_argument_group("development")
+    g.add_argument("--dev", metavar="RUN",
+                   help="data that choose the epoch (default: a share of the training questions)")
+    g.add_argument("--dev-share", type=float, default=0.2, metavar="X",
+                   help="that share, disjoint by picture (default: 0.2)")
+    g.add_argument("--choose", default="regret", choices=["regret", "accuracy"],
+                   help="what an epoch is kept for: least regret on the groups of --dev, or the accuracy of"
+                        " what greedy picks, about which the vision-language model (--lvlm) is asked"
+                        " (default: regret)")
+
+def _train_flags(p):
+    p.add_argument("runs", nargs="+", metavar="RUN", help="training data; several are merged")
+    _out_flag(p, "folder of the run; continued if it is there")
+    _objective_flags(p)
+    _reward_flags(p)
+    _development_flags(p)
+    _data_flags(p)
+    p.add_argument("--split", metavar="NAME", help="split of the questions of --dev (default: dev)")
+    _kind_flag(p)
+    _model_flags(p)
+    g = _run_flags(p, "a state", rate="questions per second, for the plan")
+    _overwrite_flag(g)
+    g.add_argument("--progress", action="store_true", help="a bar per epoch")
+
+# %% ../nbs/95_cli.ipynb #df9d13e2
 def _epochs(args): return EPOCHS if args.epochs is None else args.epochs
 
 def _recipe(args):
@@ -1029,9 +1072,17 @@ def _recipe(args):
     from leverplus.earlier_recipes import EARLIER
     return recipe(args.recipe, RECIPES | EARLIER, **dict(args.set or {}))
 
+def _reward_of(args):
+    "(mode, weights) of the reward: those of the recipe, or of the flags"
+    weights = weights_of(args)
+    if not args.recipe: return args.reward, weights
+    data = _recipe(args).get("data", {})
+    return data.get("reward", args.reward), data.get("weights")
+
+# %% ../nbs/95_cli.ipynb #e48b7bd4
 @dataclass
 class _TrainingData:
-    "Groups to learn from, groups that choose the epoch, and the job that they are of"
+    "Groups to learn from, groups that choose the epoch, and the job whose questions they are"
     job:Job
     train:RLData
     dev:RLData
@@ -1058,13 +1109,6 @@ def _training_data(args):
     else: train, dev = split(train, (1 - args.dev_share, args.dev_share), args.seed, job.items())
     return _TrainingData(job, with_text(train, mode, weights), with_text(dev, mode, weights))
 
-def _reward_of(args):
-    "(mode, weights) of the reward, which a recipe may name"
-    weights = weights_of(args)
-    if not args.recipe: return args.reward, weights
-    data = _recipe(args).get("data", {})
-    return data.get("reward", args.reward), data.get("weights")
-
 # %% ../nbs/95_cli.ipynb #ae85dcf3
 def _learner(args, data):
     "(a Learner, the function of a state folder that fits it)"
@@ -1087,10 +1131,10 @@ def _without_pictures_of(questions, items):
 def _learner_of_objective(args, data, start):
     from leverplus.dls import group_dls
     from leverplus.learner import selector_learner
-    how = args.reward, args.kind, args.bs, args.seed, args.device
-    dls = group_dls(data.train, data.dev, data.store, *how, **weights_of(args))
-    model = {} if start is not None else args.model or {}
-    learn = selector_learner(dls, start, args.seed, **model)
+    how = _taken(args, "reward kind bs seed device".split())
+    dls = group_dls(data.train, data.dev, data.store, **how, **weights_of(args))
+    new = args.model or {} if start is None else {}    # arguments of a new selector
+    learn = selector_learner(dls, start, args.seed, **new)
     more = dict(args.set or {})
     if args.lr is not None: more["lr"] = args.lr
     stage = getattr(learn, OBJECTIVES[args.objective])
@@ -1112,14 +1156,15 @@ def _looks(args):
     return n + at_the_end
 
 def _check_looks(args):
-    if not _looks(args):
-        raise Bad(
-            "--choose accuracy, but no stage chooses an epoch (best is false): leave it out, or let a"
-            " stage keep its best"
-        )
+    if _looks(args): return
+    raise Bad(
+        "--choose accuracy, but no stage chooses an epoch (best is false): leave it out, or let a stage keep its"
+        " best"
+    )
 
+# %% ../nbs/95_cli.ipynb #cb04fd64
 def _greedy_loss(args, data, scorer, learn):
-    "The score of `--choose accuracy`; it knows what is stored of dev, and keeps what it asks in the run"
+    "What `--choose accuracy` makes small; it knows what is stored of dev, and keeps what it asks in the run"
     from leverplus.callback_onpolicy import Feedback, GreedyLoss
     cache = FactCache(Path(args.out)/"facts")
     dev = data.dev
@@ -1151,6 +1196,40 @@ def _epoch_line(learn):
     def log(values): print("  ".join(map(said, learn.recorder.metric_names, values)), flush=True)
     return log
 
+# %% ../nbs/95_cli.ipynb #01205f4d
+def _check_recipe_alone(args):
+    if not args.recipe: return
+    own = [f"--{k}" for k in ("epochs", "lr", "model") if getattr(args, k) is not None]
+    if own:
+        raise Bad(
+            f"{', '.join(own)} beside --recipe {args.recipe}: change a recipe with --set, such as '{{\"rce\":"
+            " {\"n_epoch\": 2}}'"
+        )
+
+def _train_settings(args):
+    "Settings of the run; a recipe brings its own"
+    both = dict(set=args.set, model=args.model) | _chosen(args)
+    if args.recipe: return dict(recipe=args.recipe) | both
+    own = _taken(args, "lr reward weights kind bs".split())
+    return dict(objective=args.objective, epochs=_epochs(args)) | own | both
+
+def _chosen(args): return {} if args.choose == "regret" else dict(choose=args.choose)
+
+# %% ../nbs/95_cli.ipynb #5ba27375
+def _keep(args, run, learn):
+    "Write history and checkpoint; words about how good they are"
+    history = learn.history.frame
+    regret = float(history.valid_loss.min()) if len(history) else math.nan      # the smallest of all epochs
+    accuracy = {}
+    if args.choose == "accuracy": accuracy["dev_accuracy"] = 1 - float(learn.choose_by(learn).mean())
+    what = dict(recipe=args.recipe) if args.recipe else dict(objective=args.objective)
+    run.save_history(history)
+    info = learn.dls.info | dict(seed=args.seed, **what, **_chosen(args))
+    learn.save_selector(run.checkpoint, info=info)
+    run.finish(regret=regret, epochs_done=len(history), **accuracy)
+    if accuracy: return f"dev accuracy {accuracy['dev_accuracy']:.4f} (of what is kept)"
+    return f"smallest dev regret {regret:.4g}"
+
 # %% ../nbs/95_cli.ipynb #1a921f34
 def do_train(args):
     "Train a selector in a run folder"
@@ -1174,43 +1253,6 @@ def do_train(args):
         kept = _keep(args, run, learn)
     print(f"{args.out}: epochs {len(learn.history.frame)}, {kept}, checkpoint {run.checkpoint}")
 
-def _check_recipe_alone(args):
-    if not args.recipe: return
-    own = [f"--{k}" for k in ("epochs", "lr", "model") if getattr(args, k) is not None]
-    if own:
-        raise Bad(
-            f"{', '.join(own)} beside --recipe {args.recipe}: change a recipe with --set, such as '{{\"rce\":"
-            " {\"n_epoch\": 2}}'"
-        )
-
-def _train_settings(args):
-    "Settings of the run"
-    if args.recipe: what = dict(recipe=args.recipe)
-    else:
-        what = dict(
-            objective=args.objective,
-            epochs=_epochs(args),
-            **_taken(args, "lr reward weights kind bs".split()),
-        )
-    return dict(what, set=args.set, model=args.model, **_chosen(args))
-
-def _chosen(args): return {} if args.choose == "regret" else dict(choose=args.choose)
-
-def _keep(args, run, learn):
-    "Write history and checkpoint; words about how good they are"
-    history = learn.history.frame
-    regret = float(history.valid_loss.min()) if len(history) else math.nan      # the smallest of all epochs
-    accuracy = {}
-    if args.choose == "accuracy": accuracy["dev_accuracy"] = 1 - float(learn.choose_by(learn).mean())
-    what = dict(recipe=args.recipe) if args.recipe else dict(objective=args.objective)
-    run.save_history(history)
-    info = learn.dls.info | dict(seed=args.seed, **what, **_chosen(args))
-    learn.save_selector(run.checkpoint, info=info)
-    run.finish(regret=regret, epochs_done=len(history), **accuracy)
-    if accuracy: return f"dev accuracy {accuracy['dev_accuracy']:.4f} (of what is kept)"
-    return f"smallest dev regret {regret:.4g}"
-
-# %% ../nbs/95_cli.ipynb #f4d7d173
 def add_train(commands):
     "Add `leverplus train`"
     comes = "runs of generate, mine or merge, and the data set that they were made from (for its embeddings)"
@@ -1227,46 +1269,7 @@ def add_train(commands):
     )
     usage = "RUN [RUN ...] --out DIR [options]"
     p = add_door(commands, "train", do_train, comes, goes, *examples, usage=usage)
-    p.add_argument("runs", nargs="+", metavar="RUN", help="training data; several are merged")
-    _out_flag(p, "folder of the run; continued if it is there")
-    _objective_flags(p)
-    _reward_flags(p)
-    _development_flags(p)
-    _data_flags(p)
-    p.add_argument("--split", metavar="NAME", help="split of the questions of --dev (default: dev)")
-    _kind_flag(p)
-    _model_flags(p)
-    g = _run_flags(p, "a state", rate="questions per second, for the plan")
-    _overwrite_flag(g)
-    g.add_argument("--progress", action="store_true", help="a bar per epoch")
-
-def _objective_flags(p):
-    g = p.add_argument_group("objective")
-    g.add_argument("--objective", default="rce", choices=list(OBJECTIVES),
-                   help="what is trained (default: rce)")
-    g.add_argument("--recipe", metavar="NAME",
-                   help="stages and settings by name, in place of an objective (page 71)")
-    _number(g, "--epochs", f"of the objective (default: {EPOCHS})", least=0)
-    _number(g, "--lr", "peak learning rate (default: the objective's own)", least=0., kind=float, metavar="X")
-    g.add_argument("--set", type=counts_arg, metavar="JSON",
-                   help="more arguments of the objective, such as '{\"temp\": [2, 0.5]}', or changes to the"
-                        " recipe")
-    g.add_argument("--start", metavar="DIR", help="selector to start from (default: a new one)")
-    g.add_argument("--model", type=counts_arg, metavar="JSON",
-                   help="arguments of a new selector, such as '{\"d_hidden\": 256}'")
-    _number(g, "--bs", "questions per batch", 32)
-    _seed_flag(g, "weights and batches")
-
-def _development_flags(p):
-    g = p.add_argument_group("development")
-    g.add_argument("--dev", metavar="RUN",
-                   help="data that choose the epoch (default: a share of the training questions)")
-    g.add_argument("--dev-share", type=float, default=0.2, metavar="X",
-                   help="that share, disjoint by picture (default: 0.2)")
-    g.add_argument("--choose", default="regret", choices=["regret", "accuracy"],
-                   help="what an epoch is kept for: least regret on the groups of --dev, or the accuracy of"
-                        " what greedy picks, about which the vision-language model (--lvlm) is asked"
-                        " (default: regret)")
+    _train_flags(p)
 
 # %% ../nbs/95_cli.ipynb #36894d21
 def _train_plan(args, train, dev):
