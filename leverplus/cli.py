@@ -1290,94 +1290,7 @@ def _train_plan(args, train, dev):
         disk=f"weights and a state after every epoch in {args.out}",
     )
 
-# %% ../nbs/95_cli.ipynb #838f0a5b
-@dataclass
-class Asked:
-    "Questions with their pools, and who is asked"
-    items:pd.DataFrame # questions and demonstrations
-    store:EmbedStore # their embeddings
-    pool:Pool # of the questions that are asked
-    scorer:object=None # the model; None: not loaded
-
-def asked_of(
-    args:argparse.Namespace, # with `limit`
-    job:Job, # for data, pools, and the split
-)->Asked: # without a scorer
-    "The first `--limit` questions of a split, with all they need but the model"
-    items, store, pool = job.inputs()
-    return Asked(items, store, pool.only(_first_questions(args, items, job.split)))
-
-def _first_questions(args, items, split):
-    return items.question_id[items.split == split][:args.limit].tolist()
-
-# %% ../nbs/95_cli.ipynb #0e677b22
-def do_infer(args):
-    "Predict a split"
-    _to_resume(args, "settings.json")
-    job = job_of(args)
-    models = load_models([args.selector] if args.selector else [])
-    model = next(iter(models.values()), None)
-    _check_selector_given(args, model)
-    if args.dry_run: return _print_plan(args, **_infer_plan(args, job))
-    asked = asked_of(args, job)
-    asked.scorer = job.scorer()
-    if args.shard is None:
-        with run_lock(args.out): run = _predict(args, args.out, asked, model)
-    else: run = _infer_shard(args, asked, model)
-    if run is None: return
-    m = run.metrics
-    print(f"{args.out}: questions {m.get('n', m.get('asked'))}, failed {m['failed']},"
-          f" accuracy {m['acc']:.4f} ({args.split}), {run.path/'predictions.json'}")
-
-def _check_selector_given(args, model):
-    if args.how in ("greedy", "beam", "samples") and model is None and args.shots != [0]:
-        raise Bad(f"--how {args.how} wants --selector DIR (a run of train)")
-
-def _predict(args, folder, asked, model):
-    "The run of `predict` in `folder`"
-    from leverplus.infer import predict
-    shots = args.shots[0] if len(args.shots) == 1 else tuple(args.shots)
-    name = args.name
-    if not name and model is not None: name = args.selector[0]
-    if args.by: name = None                            # `predict` names a vote itself
-    same = "how by weight threshold split width temperature fixed seed other_pool style blank overwrite"
-    more = _taken(args, same.split()) | dict(
-        S=shots,
-        model=model,
-        name=name,
-        kind=_kind_of(model, args),
-        progress=not args.quiet,
-    )
-    try: return predict(folder, asked.pool, asked.items, asked.scorer, asked.store, **more)
-    except ValueError as e:
-        if "have no answer" not in str(e): raise
-        raise Failed(f"{folder}: {e}; the same command asks them again, --blank writes \"\" for them") from e
-
-# %% ../nbs/95_cli.ipynb #a1181c0c
-def add_infer(commands):
-    "Add `leverplus infer`"
-    comes = "a selector (a run of train), a data set, a model"
-    goes = (
-        "a run in --out: predictions.json in the official results format, predictions.parquet to look at"
-        " cases; what was asked is kept, so the same command goes on after a kill"
-    )
-    examples = (
-        "infer --how similar_mixed --limit 50 --out runs/similar",
-        "infer --selector runs/rce --out runs/rce-dev",
-        "infer --selector runs/rce --how beam --width 5 --by vote --data ~/okvqa --split val"
-        " --lvlm Qwen/Qwen2.5-VL-3B-Instruct --shard 0/4 --out runs/val",
-    )
-    p = add_door(commands, "infer", do_infer, comes, goes, *examples, usage="--out DIR [options]")
-    _out_flag(p, "folder of the run; continued if it is there")
-    _picking_flags(p)
-    _kind_flag(p, None)
-    _data_flags(p, "dev", limit=True)
-    _pool_flags(p.add_argument_group("pools"))
-    _model_flags(p)
-    g = _run_flags(p, "a run", "the last one to finish writes the union; give all the same --out")
-    _overwrite_flag(g)
-    g.add_argument("--blank", action="store_true", help="write \"\" for questions whose evaluation failed")
-
+# %% ../nbs/95_cli.ipynb #4e69a907
 def _picking_flags(p):
     from leverplus.infer import PICKERS
     g = p.add_argument_group("who picks")
@@ -1402,6 +1315,92 @@ def _shots_flag(group, help):
     group.add_argument("--shots", type=shots_arg, nargs="+", default=[2], metavar="N",
                        help=f"{help} (default: 2)")
 
+def _infer_flags(p):
+    _out_flag(p, "folder of the run; continued if it is there")
+    _picking_flags(p)
+    _kind_flag(p, None)
+    _data_flags(p, "dev", limit=True)
+    _pool_flags(p.add_argument_group("pools"))
+    _model_flags(p)
+    g = _run_flags(p, "a run", "the last one to finish writes the union; give all the same --out")
+    _overwrite_flag(g)
+    g.add_argument("--blank", action="store_true", help="write \"\" for questions whose evaluation failed")
+
+def _check_selector_given(args, model):
+    if args.how in ("greedy", "beam", "samples") and model is None and args.shots != [0]:
+        raise Bad(f"--how {args.how} wants --selector DIR (a run of train)")
+
+# %% ../nbs/95_cli.ipynb #838f0a5b
+@dataclass
+class Asked:
+    "Questions with their pools, and who is asked"
+    items:pd.DataFrame # questions and demonstrations
+    store:EmbedStore # their embeddings
+    pool:Pool # of the questions that are asked
+    scorer:object=None # the model; None: not loaded
+
+def asked_of(
+    args:argparse.Namespace, # with `limit`
+    job:Job, # for data, pools, and the split
+)->Asked: # without a scorer
+    "The first `--limit` questions of a split, with all they need but the model"
+    items, store, pool = job.inputs()
+    return Asked(items, store, pool.only(_first_questions(args, items, job.split)))
+
+def _first_questions(args, items, split):
+    return items.question_id[items.split == split][:args.limit].tolist()
+
+# %% ../nbs/95_cli.ipynb #9e662a47
+def _predict(args, folder, asked, model):
+    "The run of `predict` in `folder`"
+    from leverplus.infer import predict
+    shots = args.shots[0] if len(args.shots) == 1 else tuple(args.shots)
+    name = args.name
+    if not name and model is not None: name = args.selector[0]
+    if args.by: name = None                            # `predict` names a vote itself
+    same = "how by weight threshold split width temperature fixed seed other_pool style blank overwrite"
+    how = _taken(args, same.split())
+    how |= dict(S=shots, model=model, name=name, kind=_kind_of(model, args), progress=not args.quiet)
+    try: return predict(folder, asked.pool, asked.items, asked.scorer, asked.store, **how)
+    except ValueError as e:
+        if "have no answer" not in str(e): raise
+        raise Failed(f"{folder}: {e}; the same command asks them again, --blank writes \"\" for them") from e
+
+# %% ../nbs/95_cli.ipynb #0e677b22
+def do_infer(args):
+    "Predict a split"
+    _to_resume(args, "settings.json")
+    job = job_of(args)
+    models = load_models([args.selector] if args.selector else [])
+    model = next(iter(models.values()), None)
+    _check_selector_given(args, model)
+    if args.dry_run: return _print_plan(args, **_infer_plan(args, job))
+    asked = asked_of(args, job)
+    asked.scorer = job.scorer()
+    if args.shard is None:
+        with run_lock(args.out): run = _predict(args, args.out, asked, model)
+    else: run = _infer_shard(args, asked, model)
+    if run is None: return
+    m = run.metrics
+    print(f"{args.out}: questions {m.get('n', m.get('asked'))}, failed {m['failed']},"
+          f" accuracy {m['acc']:.4f} ({args.split}), {run.path/'predictions.json'}")
+
+def add_infer(commands):
+    "Add `leverplus infer`"
+    comes = "a selector (a run of train), a data set, a model"
+    goes = (
+        "a run in --out: predictions.json in the official results format, predictions.parquet to look at"
+        " cases; what was asked is kept, so the same command goes on after a kill"
+    )
+    examples = (
+        "infer --how similar_mixed --limit 50 --out runs/similar",
+        "infer --selector runs/rce --out runs/rce-dev",
+        "infer --selector runs/rce --how beam --width 5 --by vote --data ~/okvqa --split val"
+        " --lvlm Qwen/Qwen2.5-VL-3B-Instruct --shard 0/4 --out runs/val",
+    )
+    p = add_door(commands, "infer", do_infer, comes, goes, *examples, usage="--out DIR [options]")
+    _infer_flags(p)
+
 # %% ../nbs/95_cli.ipynb #01188e5f
 def _infer_plan(args, job):
     "Lines of the plan"
@@ -1421,6 +1420,16 @@ def _infer_plan(args, job):
     return lines
 
 # %% ../nbs/95_cli.ipynb #811d3681
+def _join_frames(run, parts, name, pool):
+    "Save one frame of all shards, in the order of the pool"
+    frames = [p.frame(name) for p in parts if name in p.files()]
+    if not frames: return
+    place = {q: i for i, q in enumerate(pool)}
+    rows = pd.concat(frames, ignore_index=True)
+    order = np.argsort(rows.question_id.map(place), kind="stable")
+    run.save_frame(name, rows.iloc[order])
+
+# %% ../nbs/95_cli.ipynb #c8eaca78
 def _infer_shard(args, asked, model):
     "Predict one shard; the union's run if this was the last, else None"
     i, n = args.shard
@@ -1450,7 +1459,6 @@ def _union(args, pool, model):
 
 def _has_ended(folder): return (folder/"settings.json").exists() and Run(folder).finished
 
-# %% ../nbs/95_cli.ipynb #c8eaca78
 def _join(args, run, parts, pool):
     "Write the union of finished shards"
     from leverplus.infer import write_results
@@ -1467,15 +1475,6 @@ def _join(args, run, parts, pool):
         failed=int(rows.eval_failed.sum()),
         prompts=sum(p.metrics["prompts"] for p in parts),
     )
-
-def _join_frames(run, parts, name, pool):
-    "Save one frame of all shards, in the order of the pool"
-    frames = [p.frame(name) for p in parts if name in p.files()]
-    if not frames: return
-    place = {q: i for i, q in enumerate(pool)}
-    rows = pd.concat(frames, ignore_index=True)
-    order = np.argsort(rows.question_id.map(place), kind="stable")
-    run.save_frame(name, rows.iloc[order])
 
 # %% ../nbs/95_cli.ipynb #07bda5ea
 def known_facts(
