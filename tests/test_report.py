@@ -9,10 +9,9 @@ from matplotlib.colors import to_hex
 from PIL import Image
 from leverplus.evaluate import look, paired_table, result_table, score_picks
 from leverplus.infer import pick_zero, picks_frame
-from leverplus.groups import RLData
 from leverplus.pools import Pool
 from leverplus.report import (
-    CURVES, MARKS, OUTCOMES, Pictures, browser_html, case_html, cases, compare_many, curves_in, data_uri,
+    CURVES, MARKS, OUTCOMES, Pictures, case_html, cases, compare_many, curves_in, data_uri,
     described_items, diagnoses, mark, outcomes, picture, plot_curves, plot_examples, plot_gap, plot_shots,
     read_scored, report, runs_differ, truth, write_report,
 )
@@ -30,30 +29,22 @@ def world(tmp_path_factory):
     ids = [*range(8), *range(100, 106)]
     for i in ids:
         Image.new("RGB", (56, 56) if i < 100 else (400, 300), (2 * i % 256, 80, 160)).save(d / f"{i}.png")
-    ask = [
-        "<script>alert('x')</script> & \"why\" $5 is_it $ " if i == 2 else f"what is number {i}?" for i in ids
-    ]
+    ask = [f"what is number {i}?" for i in ids]
+    ask[2] = "<script>alert('x')</script> & \"why\" $5 is_it $ "
     ask[3] = "endless" * 40 # no place to break a line
-    items = pd.DataFrame(
-        dict(
-            question_id=ids,
-            image_id=ids,
-            image_path=[str(d / f"{i}.png") for i in ids],
-            question=ask,
-            answer=[f"word{i}" for i in ids],
-            answers=[[f"word{i}"] * 7 + ["<b>"] * 3 for i in ids],
-        ),
-        index=ids,
+    columns = dict(
+        question_id=ids,
+        image_id=ids,
+        image_path=[str(d / f"{i}.png") for i in ids],
+        question=ask,
+        answer=[f"word{i}" for i in ids],
+        answers=[[f"word{i}"] * 7 + ["<b>"] * 3 for i in ids],
     )
+    items = pd.DataFrame(columns, index=ids)
     pool = Pool({q: tuple(range(100, 106)) for q in range(8)}, {})
-    picks = pd.concat(
-        [
-            pick_zero(pool),
-            picks_frame("random", {q: (100, 101) for q in range(8)}, 2),
-            picks_frame("rce", {q: (103, 102) for q in range(8)}, 2),
-            picks_frame("oracle", {q: (104, 105) for q in range(8)}, 2),
-        ]
-    )
+    chosen = dict(random=(100, 101), rce=(103, 102), oracle=(104, 105))
+    same = [picks_frame(s, {q: pair for q in range(8)}, 2) for s, pair in chosen.items()]
+    picks = pd.concat([pick_zero(pool), *same])
     acc = dict(zero_shot=[0]*8, random=[0, 0, 0, 1, 1, 0, 0, 0], rce=[0, 1, 0, 1, .3, 0, 1, 1], oracle=[1]*8)
     facts = picks.assign(
         vqa_acc_score=[float(acc[s][q]) for s, q in zip(picks.selector, picks.question_id)],
@@ -61,76 +52,50 @@ def world(tmp_path_factory):
         vqa_pred_answer=[f"<i>said{q}" for q in picks.question_id],
         eval_failed=(picks.selector == "rce") & (picks.question_id == 7),
     )
-    return items, score_picks(
-        picks,
-        facts[["question_id", "pointer", "vqa_acc_score", "vqa_gt_prob", "vqa_pred_answer", "eval_failed"]],
-    )
+    told = ["question_id", "pointer", "vqa_acc_score", "vqa_gt_prob", "vqa_pred_answer", "eval_failed"]
+    return items, score_picks(picks, facts[told])
 
 def history(n=3, **kw):
-    return pd.concat(
-        [
-            pd.DataFrame(
-                dict(
-                    stage=s,
-                    epoch=range(n),
-                    train_loss=np.arange(n) + 1.0,
-                    valid_loss=0.3 - 0.1 * np.arange(n),
-                    kl=np.nan if s == "rce" else 0.1,
-                )
-            )
-            for s in ("rce", "grpo")
-        ],
-        ignore_index=True,
-    ).assign(**kw)
+    epoch = np.arange(n)
+    rce = pd.DataFrame(dict(stage="rce", epoch=epoch, train_loss=epoch + 1., valid_loss=.3 - .1*epoch, kl=np.nan))
+    grpo = rce.assign(stage="grpo", kl=.1)
+    return pd.concat([rce, grpo], ignore_index=True).assign(**kw)
 
-# ---- curves ------------------------------------------------------------------------------------------------
+# ---- curves ---------------------------------------------------------------------------------------------------------
 
 def test_curves_draw_what_there_is():
     h = history()
     axs = plot_curves(h)
-    assert (
-        curves_in(h)
-        == ["train_loss", "valid_loss", "kl"]
-        == [k for k in CURVES if CURVES[k] in [a.get_ylabel() for a in axs]]
-    )
-    (a, b), (c,) = axs[1].get_lines(), axs[2].get_lines()
-    assert (
-        a.get_xdata().tolist() == [1, 2, 3]
-        and b.get_xdata().tolist() == [4, 5, 6]
-        and c.get_xdata().tolist() == [4, 5, 6]
-    )
-    assert a.get_color() != b.get_color() == c.get_color() and [
-        t.get_text() for t in axs[0].get_legend().get_texts()
-    ] == ["rce", "grpo"]
+    drawn = [a.get_ylabel() for a in axs]
+    assert curves_in(h) == ["train_loss", "valid_loss", "kl"] == [k for k in CURVES if CURVES[k] in drawn]
+    a, b = axs[1].get_lines()
+    c, = axs[2].get_lines()
+    assert a.get_xdata().tolist() == [1, 2, 3]
+    assert b.get_xdata().tolist() == c.get_xdata().tolist() == [4, 5, 6]
+    assert a.get_color() != b.get_color() == c.get_color()
+    assert [t.get_text() for t in axs[0].get_legend().get_texts()] == ["rce", "grpo"]
 
 def test_curves_take_axes_and_seeds():
     mine = plt.subplots(1, 3)[1]
     h = pd.concat([history(seed=0), history(seed=1)])
     got = plot_curves(h, mine)
-    assert (
-        all(a is b for a, b in zip(got, mine))
-        and len(mine[1].get_lines()) == 4
-        and len(mine[0].get_legend().get_texts()) == 2
-    )
+    assert all(a is b for a, b in zip(got, mine))
+    assert len(mine[1].get_lines()) == 4
+    assert len(mine[0].get_legend().get_texts()) == 2
     with pytest.raises(ValueError, match="2 axes"): plot_curves(h, mine[:2])
     with pytest.raises(ValueError, match="nothing of"): plot_curves(h[["epoch"]])
     assert len(plot_curves(h[["train_loss"]])) == 1 # a history without stages is one stage
 
-# ---- cases -------------------------------------------------------------------------------------------------
+# ---- cases ----------------------------------------------------------------------------------------------------------
 
 def test_cases_take_right_and_wrong_in_turn(world):
     _, s = world
     c = cases(s, 6, "rce")
-    assert (
-        (c.vqa_acc_score >= 0.5).tolist() == [True, False] * 3
-        and c.equals(cases(s, 6, "rce"))
-        and not c.equals(cases(s, 6, "rce", seed=3))
-    )
-    assert (
-        (c.selector == "rce").all()
-        and len(cases(s, 99, "rce")) == 8
-        and cases(s, ids=[5, 2], selector="rce").question_id.tolist() == [5, 2]
-    )
+    assert (c.vqa_acc_score >= .5).tolist() == [True, False]*3
+    assert c.equals(cases(s, 6, "rce")) and not c.equals(cases(s, 6, "rce", seed=3))
+    assert (c.selector == "rce").all()
+    assert len(cases(s, 99, "rce")) == 8
+    assert cases(s, ids=[5, 2], selector="rce").question_id.tolist() == [5, 2]
     assert cases(s[s.selector == "oracle"], 3).vqa_acc_score.tolist() == [1]*3
     with pytest.raises(ValueError, match="grpo"): cases(s, selector="grpo")
     with pytest.raises(KeyError, match="question 55"): cases(s, selector="rce", ids=[55])
@@ -140,33 +105,29 @@ def test_outcomes_tell_won_from_lost(world):
     o = outcomes(s, "rce", 2, "random")
     # .3 against 1 is lost
     assert o.tolist() == ["unchanged", "won", "unchanged", "unchanged", "lost", "unchanged", "won", "failed"]
-    back = outcomes(s, "random", 2, "rce").map(
-        dict(won="lost", lost="won", unchanged="unchanged", failed="failed")
-    )
-    assert back.equals(o) and outcomes(s, "rce", 2, "zero_shot")[1] == "won" # zero-shot has no shots
+    mirror = dict(won="lost", lost="won", unchanged="unchanged", failed="failed")
+    assert outcomes(s, "random", 2, "rce").map(mirror).equals(o)
+    assert outcomes(s, "rce", 2, "zero_shot")[1] == "won" # zero-shot has no shots
     c = cases(s, 5, "rce", against="random")
     assert [o[q] for q in c.question_id] == ["won", "lost", "unchanged", "failed", "won"]
     with pytest.raises(ValueError, match="mmr"): outcomes(s, "rce", 2, "mmr")
 
-@pytest.mark.parametrize(
-    "acc,failed,word",
-    [
-        (1.0, False, "right"),
-        (0.95, False, "right"),
-        (0.6, False, "partly"),
-        (0.0, False, "wrong"),
-        (np.nan, True, "failed"),
-    ],
-)
+MARKED = [
+    (1., False, "right"),
+    (.95, False, "right"),
+    (.6, False, "partly"),
+    (0., False, "wrong"),
+    (np.nan, True, "failed"),
+]
+
+@pytest.mark.parametrize("acc,failed,word", MARKED)
 def test_marks(acc, failed, word):
     text, colour = mark(dict(vqa_acc_score=acc, eval_failed=failed))
     assert word in text and colour == MARKS[word]
 
 def test_truth_counts():
-    assert (
-        truth(["a"] * 6 + ["b"] * 3 + ["c"]) == "a ×6, b ×3, c ×1"
-        and truth(list("aabcd"), 2) == "a ×2, b ×1, …"
-    )
+    assert truth(["a"]*6 + ["b"]*3 + ["c"]) == "a ×6, b ×3, c ×1"
+    assert truth(list("aabcd"), 2) == "a ×2, b ×1, …"
 
 def texts(ax): return [ax.get_title(), ax.get_xlabel(), *(t.get_text() for t in ax.texts)]
 
@@ -182,16 +143,10 @@ def test_examples_show_the_prompt_in_order(world):
         assert f"number {q}?" in line[2].get_xlabel() and f"word{q}" not in line[2].get_xlabel()
         assert any(f"word{q} ×7" in t for t in texts(line[3]))
     said = [" ".join(texts(a)) for a in axs[:, 3]]
-    assert (
-        "✓ right" in said[0]
-        and "✗ wrong" in said[1]
-        and "partly right (0.3)" in said[2]
-        and "failed" in said[3]
-        and "said7" not in said[3]
-    )
-    assert [to_hex(a.texts[2].get_color()) for a in axs[:, 3]] == [
-        MARKS[k] for k in ("right", "wrong", "partly", "failed")
-    ]
+    for words, mine in zip(("✓ right", "✗ wrong", "partly right (0.3)", "failed"), said): assert words in mine
+    assert "said7" not in said[3]
+    colours = [MARKS[k] for k in ("right", "wrong", "partly", "failed")]
+    assert [to_hex(a.texts[2].get_color()) for a in axs[:, 3]] == colours
     axs[0, 0].figure.canvas.draw() # also with zero shots, and with text that looks like maths
     z = plot_examples(items, s, selector="zero_shot", ids=[2])
     z[0, 0].figure.canvas.draw()
@@ -200,26 +155,25 @@ def test_examples_show_the_prompt_in_order(world):
 
 def test_pictures_fail_by_name_or_say_that_there_are_none(world, tmp_path):
     items, s = world
-    assert picture(items, 0).size == (56, 56) and picture(items, 100, 200).size == (200, 150)
+    assert picture(items, 0).size == (56, 56)
+    assert picture(items, 100, 200).size == (200, 150)
     blind = items.assign(image_path=None)
-    assert (
-        picture(blind, 0) is None
-        and "(images not read)" in texts(plot_examples(blind, s, 1, "rce")[0, 0])
-        and "images not read" in case_html(blind, cases(s, 1, "rce").iloc[0])
-    )
+    assert picture(blind, 0) is None
+    assert "(images not read)" in texts(plot_examples(blind, s, 1, "rce")[0, 0])
+    assert "images not read" in case_html(blind, cases(s, 1, "rce").iloc[0])
     with pytest.raises(FileNotFoundError, match="question 3"):
         picture(items.assign(image_path=str(tmp_path / "no.png")), 3)
     with pytest.raises(KeyError, match="question 9"): picture(items, 9)
 
-# ---- figures of the table ----------------------------------------------------------------------------------
+# ---- figures of the table -------------------------------------------------------------------------------------------
 
 def test_shots_and_gap_figures():
-    t = pd.DataFrame(
-        [("zero_shot", 0, 0.1), ("random", 1, 0.2), ("rce", 1, 0.3), ("random", 2, 0.2), ("rce", 2, 0.4)],
-        columns=["selector", "shots", "acc"],
-    ).assign(lo=lambda d: d.acc - 0.1, hi=lambda d: d.acc + 0.1)
+    rows = [("zero_shot", 0, .1), ("random", 1, .2), ("rce", 1, .3), ("random", 2, .2), ("rce", 2, .4)]
+    t = pd.DataFrame(rows, columns=["selector", "shots", "acc"])
+    t = t.assign(lo=t.acc - .1, hi=t.acc + .1)
     ax = plt.subplots()[1]
-    assert plot_shots(t, ax) is ax and {a.get_text() for a in ax.texts} == {"zero_shot", "random", "rce"}
+    assert plot_shots(t, ax) is ax
+    assert {a.get_text() for a in ax.texts} == {"zero_shot", "random", "rce"}
     heights = {a.get_text(): a.get_position()[1] for a in ax.texts}
     assert heights["zero_shot"] < heights["random"] < heights["rce"]
     close = plot_shots(t.assign(acc=0.3, lo=0.2, hi=0.5))
@@ -227,25 +181,19 @@ def test_shots_and_gap_figures():
     lo, hi = close.get_ylim()
     assert min(np.diff(y)) > .06*(hi - lo) # names do not cover each other
     with pytest.raises(ValueError, match="no curve"): plot_shots(t[t.shots == 0])
-    g = pd.DataFrame(
-        [("rce", 1, 0.5, 0.4, 0.6), ("rce", 2, -0.1, -0.3, 0.2)],
-        columns=["selector", "shots", "gap", "lo", "hi"],
-    )
+    closed = [("rce", 1, .5, .4, .6), ("rce", 2, -.1, -.3, .2)]
+    g = pd.DataFrame(closed, columns=["selector", "shots", "gap", "lo", "hi"])
     assert sorted(b.get_width() for b in plot_gap(g).patches if b.get_height() < .5) == [-.1, .5]
     with pytest.raises(ValueError, match="no rows"): plot_gap(g[:0])
 
 def test_diagnoses_go_by_fit_and_seed():
     h = history().assign(live_before=[.6]*3 + [.01]*3)
     # stages stand for fits
-    assert [(d.stage, d.alarms) for d in diagnoses(h)] == [
-        ("rce, 3 epochs", []),
-        ("grpo, 3 epochs", ["live"]),
-    ]
-    assert [d.stage for d in diagnoses(pd.concat([h.assign(seed=0), h.assign(seed=7)]))][
-        -1
-    ] == "seed 7, grpo, 3 epochs"
+    assert [(d.stage, d.alarms) for d in diagnoses(h)] == [("rce, 3 epochs", []), ("grpo, 3 epochs", ["live"])]
+    seeds = diagnoses(pd.concat([h.assign(seed=0), h.assign(seed=7)]))
+    assert seeds[-1].stage == "seed 7, grpo, 3 epochs"
 
-# ---- the page ----------------------------------------------------------------------------------------------
+# ---- the page -------------------------------------------------------------------------------------------------------
 
 class Page(HTMLParser):
     "Tags, attributes and visible text; notices tags that do not match"
@@ -268,21 +216,18 @@ def sound(text):
     p = Page(text)
     ids = [a["id"] for _, a in p.tags if "id" in a]
     assert len(ids) == len(set(ids))
-    assert not {t for t, _ in p.tags} & {"script", "link", "iframe", "i", "s"} and not re.search(
-        r"https?:|url\(|src=\"(?!data:)", text
-    )
-    assert any(m.get("name") == "viewport" for m in p.all("meta")) and p.all("html")[0]["lang"] == "en"
+    assert not {t for t, _ in p.tags} & {"script", "link", "iframe", "i", "s"}
+    assert not re.search(r"https?:|url\(|src=\"(?!data:)", text)
+    assert any(m.get("name") == "viewport" for m in p.all("meta"))
+    assert p.all("html")[0]["lang"] == "en"
     levels = [int(t[1]) for t, _ in p.tags if re.fullmatch("h[1-6]", t)]
     assert levels[0] == 1 and levels.count(1) == 1 and max(np.diff(levels)) <= 1
     used = [a["href"] for a in p.all("use")]
-    assert {u[1:] for u in used} == {a["id"] for a in p.all("symbol")} and {
-        a["href"][1:] for a in p.all("a")
-    } <= set(ids)
-    assert (
-        all(a["alt"] for a in p.all("img"))
-        and all(a["aria-label"] for a in p.all("svg") if a.get("role") == "img")
-        and p.stack == []
-    )
+    assert {u[1:] for u in used} == {a["id"] for a in p.all("symbol")}
+    assert {a["href"][1:] for a in p.all("a")} <= set(ids)
+    assert all(a["alt"] for a in p.all("img"))
+    assert all(a["aria-label"] for a in p.all("svg") if a.get("role") == "img")
+    assert p.stack == []
     for uri in [a["src"] for a in p.all("img")] + [a["href"] for a in p.all("image")]:
         kind, raw = re.fullmatch(r"data:image/(png|jpeg|svg\+xml);base64,(.+)", uri).groups()
         raw = base64.b64decode(raw)
@@ -297,16 +242,8 @@ def run(world, tmp_path_factory):
     (d / "settings.json").write_text('{"note": "<s>tau"}')
     table = result_table(s, items, changed_from="random", n_boot=200)
     look(d, s)
-    path = write_report(
-        d,
-        table,
-        s,
-        items,
-        history(),
-        paired_table(s, items, ["random"], n_boot=200),
-        notes=["a & b"],
-        n_boot=200,
-    )
+    paired = paired_table(s, items, ["random"], n_boot=200)
+    path = write_report(d, table, s, items, history(), paired, notes=["a & b"], n_boot=200)
     return d, table, path
 
 def test_page_is_sound_and_escaped(run):
@@ -315,15 +252,9 @@ def test_page_is_sound_and_escaped(run):
     p = sound(text)
     words = "".join(p.words)
     assert str(d.parent) not in text and len(text) < 500_000
-    assert (
-        "my <run>" in words
-        and "a & b" in words
-        and "<script>alert('x')</script>" in words
-        and "<i>said" in words
-        and "<b> ×3" in words
-        and "<s>tau" in words
-    )
-    assert "no difference shown" in words and "1 evaluations failed" in words and "looks at test: 1" in words
+    nasty = ("my <run>", "a & b", "<script>alert('x')</script>", "<i>said", "<b> ×3", "<s>tau")
+    for said in nasty: assert said in words
+    for said in ("no difference shown", "1 evaluations failed", "looks at test: 1"): assert said in words
     assert len(p.all("symbol")) == 8 + 6 < len(p.all("use")) # each picture once, however often it is shown
 
 def test_page_says_what_the_table_says(run):
@@ -331,30 +262,15 @@ def test_page_says_what_the_table_says(run):
     p = Page(path.read_text())
     words = "".join(p.words)
     back = pd.read_csv(d / "results.csv")
-    assert list(back) == [
-        "selector",
-        "shots",
-        "n",
-        "acc",
-        "lo",
-        "hi",
-        "gap_closed",
-        "changed",
-    ] and np.allclose(back.acc, table.acc)
+    assert list(back) == ["selector", "shots", "n", "acc", "lo", "hi", "gap_closed", "changed"]
+    assert np.allclose(back.acc, table.acc)
     for r in table.itertuples():
         assert r.selector in words and f"{100*r.acc:.1f} [{100*r.lo:.1f}, {100*r.hi:.1f}]" in words
-    assert "Cases: rce, 2 shots" in words and words.count("The LVLM says") == len(p.all("article")) == 8
-    assert {f.name for f in d.iterdir()} == {
-        "results.csv",
-        "results.png",
-        "gap.png",
-        "curves.png",
-        "rl.png",
-        "examples.png",
-        "report.html",
-        "settings.json",
-        "looks.json",
-    }
+    assert "Cases: rce, 2 shots" in words
+    assert words.count("The LVLM says") == len(p.all("article")) == 8
+    figures = {"results.png", "gap.png", "curves.png", "rl.png", "examples.png"}
+    others = {"results.csv", "report.html", "settings.json", "looks.json"}
+    assert {f.name for f in d.iterdir()} == figures | others
     assert all(Image.open(f).size[0] > 250 for f in d.glob("*.png"))
 
 def test_a_case_shows_what_the_others_would_have_chosen(run, world):
@@ -363,19 +279,11 @@ def test_a_case_shows_what_the_others_would_have_chosen(run, world):
     text = "".join(p.words)
     one = text[text.index("Question 6") :]
     one = one[: one.index("Question", 9)] if "Question" in one[9:] else one
-    assert (
-        "won against random" in one
-        and "unchanged against zero_shot" not in one
-        and "probability of the right answer 0.50" in one
-        and "truth: word6 ×7" in one
-    )
+    assert "unchanged against zero_shot" not in one
+    for said in ("won against random", "probability of the right answer 0.50", "truth: word6 ×7"): assert said in one
     # prompt order, then the query
-    assert (
-        one.index("demonstration 1")
-        < one.index("word103")
-        < one.index("word102")
-        < one.rindex("what is number 6?")
-    )
+    assert one.index("demonstration 1") < one.index("word103")
+    assert one.index("word103") < one.index("word102") < one.rindex("what is number 6?")
     # zero-shot, random, the oracle last
     assert one.index("no demonstration") < one.index("word100") < one.index("word104")
 
@@ -383,12 +291,9 @@ def test_page_leaves_out_what_was_not_given(world, tmp_path):
     _, s = world
     path = write_report(tmp_path / "r", result_table(s, changed_from=None, n_boot=50), title="bare")
     words = "".join(sound(path.read_text()).words)
-    assert (
-        not re.search("Training|Cases|Differences|Settings|Data", words)
-        and "bare" in words
-        and not (tmp_path / "r" / "curves.png").exists()
-        and "not counted" in words
-    )
+    assert not re.search("Training|Cases|Differences|Settings|Data", words)
+    assert "bare" in words and "not counted" in words
+    assert not (tmp_path/"r"/"curves.png").exists()
 
 def test_pictures_fit_their_budget(tmp_path):
     ids = list(range(12))
@@ -402,24 +307,26 @@ def test_pictures_fit_their_budget(tmp_path):
         pics.show(items, i, 80)
         pics.show(items, i)
         wide.show(items, i)
-    assert (
-        len(pics.html()) < 170_000 < len(wide.html())
-        and pics.html().count("image/jpeg") == 12
-        and Pictures().html().count("<symbol") == 0
-    )
+    assert len(pics.html()) < 170_000 < len(wide.html())
+    assert pics.html().count("image/jpeg") == 12
+    assert Pictures().html().count("<symbol") == 0
     assert data_uri(Image.new("RGB", (56, 56))).startswith("data:image/png") # a drawing stays exact
 
-# ---- run folders -------------------------------------------------------------------------------------------
+# ---- run folders ----------------------------------------------------------------------------------------------------
 
 @pytest.fixture
 def quick(monkeypatch):
     "Pages without drawing: what is drawn is tested above"
-    img = f'<img class="plot" alt="a figure" src="{data_uri(Image.new("RGB", (2, 2)))}">'
-    monkeypatch.setattr("leverplus.report._svg", lambda ax, alt: plt.close(np.ravel(ax)[0].figure) or img)
+    def close(ax): plt.close(np.ravel(ax)[0].figure)
+    def svg(ax, alt):
+        close(ax)
+        return f'<img class="plot" alt="a figure" src="{data_uri(Image.new("RGB", (2, 2)))}">'
+    def save_fig(path, ax):
+        close(ax)
+        return path
+    monkeypatch.setattr("leverplus.report._svg", svg)
+    monkeypatch.setattr("leverplus.report._save_fig", save_fig)
     monkeypatch.setattr("leverplus.runs.git_state", lambda root=None: None)
-    monkeypatch.setattr(
-        "leverplus.report._save_fig", lambda path, ax: plt.close(np.ravel(ax)[0].figure) or path
-    )
 
 def make_run(path, scored, seed=0, pool="p", **settings):
     r = Run.create(path, dict(split="test", **settings), seed, dict(pool=pool))
@@ -432,19 +339,12 @@ def test_a_run_folder_is_enough(world, tmp_path, quick):
     r.save_history(history())
     text = report(r.path, items, n_boot=100).read_text()
     words = "".join(sound(text).words)
-    assert (
-        "Training" not in report(
-            make_run(tmp_path / "two", s), items, tmp_path / "there.html", n=1, n_boot=100
-        ).read_text()
-        and (tmp_path / "there.html").exists()
-    )
-    assert (
-        read_scored(r).pointer.tolist() == s.pointer.tolist()
-        and "Cases: rce" in words
-        and "Training" in words
-        and "fingerprints" in words
-        and (r.path / "results.csv").exists()
-    )
+    there = tmp_path/"there.html"
+    assert "Training" not in report(make_run(tmp_path/"two", s), items, there, n=1, n_boot=100).read_text()
+    assert there.exists()
+    assert read_scored(r).pointer.tolist() == s.pointer.tolist()
+    assert "Cases: rce" in words and "Training" in words and "fingerprints" in words
+    assert (r.path/"results.csv").exists()
     assert report(r, n_boot=100).read_text().count("<article") == 0 # no items, nothing described: no cases
     axs = r.show_results(items, 2, "rce", 2)
     assert axs.shape == (2, 4)
@@ -452,21 +352,21 @@ def test_a_run_folder_is_enough(world, tmp_path, quick):
 def test_described_predictions_need_no_items(world, tmp_path, quick):
     items, s = world
     one = s[s.selector == "rce"]
-    say = lambda c: [[items.at[d, c] for d in p] for p in one.pointer]
-    r = make_run(
-        tmp_path / "d",
-        one.assign(
-            image_id=one.question_id,
-            question=items.question[one.question_id].to_numpy(),
-            answers=items.answers[one.question_id].to_numpy(),
-            demo_questions=say("question"),
-            demo_answers=say("answer"),
-        ),
+    asked = items.loc[one.question_id]
+    described = one.assign(
+        image_id=one.question_id,
+        question=asked.question.to_numpy(),
+        answers=asked.answers.to_numpy(),
+        demo_questions=[[items.question[d] for d in p] for p in one.pointer],
+        demo_answers=[[items.answer[d] for d in p] for p in one.pointer],
     )
+    r = make_run(tmp_path/"d", described)
     known = described_items(read_scored(r))
-    assert known.answer[103] == "word103" and known.answer[4] == "word4" and described_items(s) is None
+    assert known.answer[103] == "word103" and known.answer[4] == "word4"
+    assert described_items(s) is None
     words = "".join(sound(report(r, n_boot=100).read_text()).words)
-    assert "(images not read)" in words and "Cases: rce" in words and "Differences" not in words
+    assert "(images not read)" in words and "Cases: rce" in words
+    assert "Differences" not in words
 
 def test_data_that_cannot_be_read_is_told(world, tmp_path, quick):
     items, s = world
@@ -479,39 +379,28 @@ def test_data_that_cannot_be_read_is_told(world, tmp_path, quick):
 
 def test_several_runs_are_compared_or_refused_in_words(world, tmp_path, quick):
     items, s = world
-    runs = [
-        make_run(tmp_path / "a", s),
-        make_run(tmp_path / "b", s, 1),
-        make_run(tmp_path / "c", s, pool="other", tau=2),
-    ]
+    runs = [make_run(tmp_path/"a", s), make_run(tmp_path/"b", s, 1)]
+    runs.append(make_run(tmp_path/"c", s, pool="other", tau=2))
     (runs[2].path / "predictions.parquet").rename(tmp_path / "x")
     d = runs_differ(runs)
-    assert d.index.tolist() == ["seed", "setting.tau", "fingerprint.pool"] and d.loc[
-        "setting.tau"
-    ].tolist() == ["absent", "absent", "2"]
+    assert d.index.tolist() == ["seed", "setting.tau", "fingerprint.pool"]
+    assert d.loc["setting.tau"].tolist() == ["absent", "absent", "2"]
     words = "".join(sound(report(runs, items, n=4, n_boot=100).read_text()).words)
-    assert (
-        "c against a: run 'c' has no predictions.parquet" in words
-        and "b: rce - a: rce: +0.0 points" in words
-        and (tmp_path / "report.html").exists()
-    )
-    assert (
-        "Over seeds" not in words
-        and "Over seeds" in report(runs[:2], items, tmp_path / "two.html", n=2, n_boot=100).read_text()
-    )
+    assert "c against a: run 'c' has no predictions.parquet" in words
+    assert "b: rce - a: rce: +0.0 points" in words
+    assert (tmp_path/"report.html").exists()
+    assert "Over seeds" not in words
+    assert "Over seeds" in report(runs[:2], items, tmp_path/"two.html", n=2, n_boot=100).read_text()
     (tmp_path / "x").rename(runs[2].path / "predictions.parquet")
     tests, refused = compare_many(runs, items=items, n_boot=100)
-    assert (
-        len(refused) == 1
-        and "not comparable: pool" in refused[0]
-        and set(tests.verdict) == {"no difference shown"}
-    )
+    assert len(refused) == 1 and "not comparable: pool" in refused[0]
+    assert set(tests.verdict) == {"no difference shown"}
     tests, refused = compare_many(runs, items=items, n_boot=100, other=("pool",))
     assert not refused and len(tests) == 2
     with pytest.raises(FileNotFoundError, match="not a run folder"): report(tmp_path/"nowhere")
     with pytest.raises(ValueError, match="no runs"): report([])
 
-# ---- in a browser ------------------------------------------------------------------------------------------
+# ---- in a browser ---------------------------------------------------------------------------------------------------
 
 BROWSERS = """
     chromium chromium-browser google-chrome google-chrome-stable chrome chromium-headless-shell microsoft-edge
@@ -530,39 +419,20 @@ ASK = """<script>onload = () => { document.title = JSON.stringify([...document.q
           back: click('.f-all')} })) }</script>"""
 
 def browse(tmp_path, page, *args):
-    return subprocess.run(
-        [
-            BROWSER,
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--hide-scrollbars",
-            f"--user-data-dir={tmp_path/'profile'}",
-            *args,
-            page.as_uri(),
-        ],
-        check=True,
-        capture_output=True,
-        timeout=120,
-        text=True,
-    ).stdout
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
+    command = [BROWSER, *flags, f"--user-data-dir={tmp_path/'profile'}", *args, page.as_uri()]
+    return subprocess.run(command, check=True, capture_output=True, timeout=120, text=True).stdout
 
 @pytest.mark.skipif(not BROWSER, reason="no headless Chromium or Chrome on this machine")
 def test_a_browser_shows_the_page(run, world, tmp_path):
     "At a phone's and a desk's width nothing runs out of the right edge, there is ink, and the filter filters"
     text = html.escape(run[2].read_text(), quote=True)
-    frames = "".join(
-        f'<iframe srcdoc="{text}" style="width:{w}px;height:900px;border:0"></iframe>' for w in WIDTHS
-    )
+    look = "height:900px;border:0"
+    frames = "".join(f'<iframe srcdoc="{text}" style="width:{w}px;{look}"></iframe>' for w in WIDTHS)
     both = tmp_path / "both.html"
     both.write_text(f"<!DOCTYPE html><meta charset=utf-8><title>-</title>{ASK}{frames}", encoding="utf8")
-    told = json.loads(
-        html.unescape(
-            re.search(
-                "<title>(.*?)</title>", browse(tmp_path, both, "--virtual-time-budget=5000", "--dump-dom")
-            )[1]
-        )
-    )
+    dump = browse(tmp_path, both, "--virtual-time-budget=5000", "--dump-dom")
+    told = json.loads(html.unescape(re.search("<title>(.*?)</title>", dump)[1]))
     o = outcomes(world[1], "rce", 2, "random").value_counts()
     for w, t in zip(WIDTHS, told):
         assert t["room"] == w and t["width"] <= w and t["cut"] == 0 and t["ink"] > 1000, t
