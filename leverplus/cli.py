@@ -1476,6 +1476,42 @@ def _join(args, run, parts, pool):
         prompts=sum(p.metrics["prompts"] for p in parts),
     )
 
+# %% ../nbs/95_cli.ipynb #8108c79c
+def _row_flags(p):
+    g = p.add_argument_group("rows")
+    g.add_argument("--selector", type=named_arg, action="append", metavar="[NAME=]DIR",
+                   help="run of train, or a checkpoint; give it several times")
+    _shots_flag(g, "demonstrations")
+    _number(g, "--draws", "random demonstrations, so many times", 5)
+    _number(g, "--fixed", "fixed sequences to choose from; 0: no such row", 16, least=0)
+    g.add_argument("--fixed-from", default="dev", metavar="NAME",
+                   help="split that they are chosen on (default: dev)")
+    g.add_argument("--exact-oracle", action="store_true", help="ask every sequence of every pool")
+    g.add_argument("--facts", nargs="*", metavar="PATH",
+                   help="facts that are known: parquet files, runs of generate"
+                        " (default: DATA/facts.parquet, if it is there)")
+    g.add_argument("--sizes", nargs="+", metavar="N",
+                   help="also a table by number of questions, such as 100 200 all")
+    _other_pool_flag(g, "a selector")
+    _seed_flag(g, "draws")
+
+def _eval_flags(p):
+    _out_flag(p, "folder of the run; continued if it is there")
+    _row_flags(p)
+    _kind_flag(p, None)
+    _data_flags(p, "dev", limit=True)
+    _pool_flags(p.add_argument_group("pools"))
+    _model_flags(p)
+    _overwrite_flag(_run_flags(p, "a run"))
+
+def _shots_above_zero(args): return [s for s in args.shots if s]
+
+def _check_eval(args, models):
+    from leverplus.evaluate import BASELINES
+    odd = [n for n in models if n in BASELINES]
+    if odd: raise Bad(f"--selector {odd[0]}: the name of a baseline; say NAME={odd[0]}")
+    if not any(args.shots) or None in args.shots: raise Bad("--shots wants numbers, at least one above 0")
+
 # %% ../nbs/95_cli.ipynb #07bda5ea
 def known_facts(
     paths, # parquet files, folders of facts, runs of `generate`
@@ -1548,15 +1584,13 @@ def _facts_paths(args):
     return [p for p in places if p.is_file()][:1]
 
 # %% ../nbs/95_cli.ipynb #43cfa814
-def _shots_above_zero(args): return [s for s in args.shots if s]
-
 def _fixed(args, job, known):
     "({S: the best fixed sequence}, notes about how it was chosen)"
     from leverplus.evaluate import best_fixed, fixed_pairs
     if not args.fixed or args.fixed_from == args.candidates: return {}, []
     judges = asked_of(args, job_of(args, split=args.fixed_from))
     flatters = args.fixed_from == job.split
-    out = {}
+    out = {} # S -> sequence
     notes = []
     for S in _shots_above_zero(args):
         facts = known.ask(fixed_pairs(judges.pool, S, args.fixed, args.seed), judges.items)
@@ -1568,6 +1602,7 @@ def _fixed(args, job, known):
         notes.append(note)
     return out, notes
 
+# %% ../nbs/95_cli.ipynb #03064873
 def _eval_picks(args, models, asked, fixed):
     "What baselines and selectors show: a row per question, selector and shot count"
     from leverplus.evaluate import pick_baselines
@@ -1575,11 +1610,8 @@ def _eval_picks(args, models, asked, fixed):
     shots = _shots_above_zero(args)
     picks = [pick_baselines(asked.pool, asked.store, shots, args.draws, fixed, asked.items, args.seed)]
     for name, model in models.items():
-        kind = _kind_of(model, args)
-        for S in shots:
-            picks.append(
-                pick_model(model, asked.pool, asked.store, S, kind, name, other_pool=args.other_pool)
-            )
+        how = dict(kind=_kind_of(model, args), name=name, other_pool=args.other_pool)
+        picks += [pick_model(model, asked.pool, asked.store, S, **how) for S in shots]
     return pd.concat(picks, ignore_index=True)
 
 def _scored(args, asked, picks, known):
@@ -1598,6 +1630,24 @@ def _scored(args, asked, picks, known):
     return pd.concat([scored, *votes], ignore_index=True)
 
 # %% ../nbs/95_cli.ipynb #0172a84c
+def _tests_text(run, scored, items):
+    "Selectors against two baselines, question by question"
+    from leverplus.evaluate import paired_tests
+    against = [b for b in ("random", "similar_mixed") if b in set(scored.selector)]
+    tests = paired_tests(scored, items, against=against)
+    run.save_frame("tests.csv", tests)
+    columns = "selector against shots n delta lo hi mde changed p_holm verdict".split()
+    return tests[columns].round(3).to_string(index=False)
+
+def _sizes_text(args, scored, asked):
+    "The table by number of questions"
+    from leverplus.evaluate import size_table, subsets
+    sizes = [s if s == "all" else int(s) for s in args.sizes]
+    some = subsets(asked.pool, sizes, args.seed)
+    last = _shots_above_zero(args)[-1]
+    return size_table(scored, some, last, asked.items).round(3).to_string()
+
+# %% ../nbs/95_cli.ipynb #76a56d94
 def do_eval(args):
     "Print the honest table"
     models = load_models(args.selector)
@@ -1617,55 +1667,6 @@ def do_eval(args):
         run = Run.create(args.out, settings, args.seed, prints, overwrite=args.overwrite)
         print(_evaluate(args, run, job, models, asked))
 
-def _check_eval(args, models):
-    from leverplus.evaluate import BASELINES
-    odd = [n for n in models if n in BASELINES]
-    if odd: raise Bad(f"--selector {odd[0]}: the name of a baseline; say NAME={odd[0]}")
-    if not any(args.shots) or None in args.shots: raise Bad("--shots wants numbers, at least one above 0")
-
-# %% ../nbs/95_cli.ipynb #5af407dc
-def add_eval(commands):
-    "Add `leverplus eval`"
-    comes = "selectors (runs of train), a data set, a model"
-    goes = (
-        "the table on the screen, with what must be read beside it; predictions.parquet, results.csv and"
-        " tests.csv in --out. Choose on dev; name test once, at the end: every look at a split is counted"
-    )
-    examples = (
-        "eval --limit 50 --out runs/eval",
-        "eval --selector runs/rce --selector grpo=runs/grpo --shots 1 2 --out runs/eval-dev",
-        "eval --selector runs/rce --split test --out runs/eval-test",
-        "eval --selector runs/okvqa-rce --data ~/okvqa --split val --fixed 0"
-        " --lvlm Qwen/Qwen2.5-VL-3B-Instruct --K 64 --out runs/val",
-    )
-    p = add_door(commands, "eval", do_eval, comes, goes, *examples, usage="--out DIR [options]")
-    _out_flag(p, "folder of the run; continued if it is there")
-    _row_flags(p)
-    _kind_flag(p, None)
-    _data_flags(p, "dev", limit=True)
-    _pool_flags(p.add_argument_group("pools"))
-    _model_flags(p)
-    _overwrite_flag(_run_flags(p, "a run"))
-
-def _row_flags(p):
-    g = p.add_argument_group("rows")
-    g.add_argument("--selector", type=named_arg, action="append", metavar="[NAME=]DIR",
-                   help="run of train, or a checkpoint; give it several times")
-    _shots_flag(g, "demonstrations")
-    _number(g, "--draws", "random demonstrations, so many times", 5)
-    _number(g, "--fixed", "fixed sequences to choose from; 0: no such row", 16, least=0)
-    g.add_argument("--fixed-from", default="dev", metavar="NAME",
-                   help="split that they are chosen on (default: dev)")
-    g.add_argument("--exact-oracle", action="store_true", help="ask every sequence of every pool")
-    g.add_argument("--facts", nargs="*", metavar="PATH",
-                   help="facts that are known: parquet files, runs of generate"
-                        " (default: DATA/facts.parquet, if it is there)")
-    g.add_argument("--sizes", nargs="+", metavar="N",
-                   help="also a table by number of questions, such as 100 200 all")
-    _other_pool_flag(g, "a selector")
-    _seed_flag(g, "draws")
-
-# %% ../nbs/95_cli.ipynb #76a56d94
 def _evaluate(args, run, job, models, asked):
     "Ask, score, write; the text of the table"
     from leverplus.evaluate import look, result_table, table_text
@@ -1691,23 +1692,23 @@ def _copy_history(args, run):
     history = Path(path)/"history.csv"
     if history.exists(): run.save_history(pd.read_csv(history))
 
-# %% ../nbs/95_cli.ipynb #1b0b1247
-def _tests_text(run, scored, items):
-    "Selectors against two baselines, question by question"
-    from leverplus.evaluate import paired_tests
-    against = [b for b in ("random", "similar_mixed") if b in set(scored.selector)]
-    tests = paired_tests(scored, items, against=against)
-    run.save_frame("tests.csv", tests)
-    columns = "selector against shots n delta lo hi mde changed p_holm verdict".split()
-    return tests[columns].round(3).to_string(index=False)
-
-def _sizes_text(args, scored, asked):
-    "The table by number of questions"
-    from leverplus.evaluate import size_table, subsets
-    sizes = [s if s == "all" else int(s) for s in args.sizes]
-    some = subsets(asked.pool, sizes, args.seed)
-    last = _shots_above_zero(args)[-1]
-    return size_table(scored, some, last, asked.items).round(3).to_string()
+# %% ../nbs/95_cli.ipynb #a5c872b7
+def add_eval(commands):
+    "Add `leverplus eval`"
+    comes = "selectors (runs of train), a data set, a model"
+    goes = (
+        "the table on the screen, with what must be read beside it; predictions.parquet, results.csv and"
+        " tests.csv in --out. Choose on dev; name test once, at the end: every look at a split is counted"
+    )
+    examples = (
+        "eval --limit 50 --out runs/eval",
+        "eval --selector runs/rce --selector grpo=runs/grpo --shots 1 2 --out runs/eval-dev",
+        "eval --selector runs/rce --split test --out runs/eval-test",
+        "eval --selector runs/okvqa-rce --data ~/okvqa --split val --fixed 0"
+        " --lvlm Qwen/Qwen2.5-VL-3B-Instruct --K 64 --out runs/val",
+    )
+    p = add_door(commands, "eval", do_eval, comes, goes, *examples, usage="--out DIR [options]")
+    _eval_flags(p)
 
 # %% ../nbs/95_cli.ipynb #bcce418a
 def _eval_plan(args, job, models):
