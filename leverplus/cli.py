@@ -1647,26 +1647,7 @@ def _sizes_text(args, scored, asked):
     last = _shots_above_zero(args)[-1]
     return size_table(scored, some, last, asked.items).round(3).to_string()
 
-# %% ../nbs/95_cli.ipynb #76a56d94
-def do_eval(args):
-    "Print the honest table"
-    models = load_models(args.selector)
-    job = job_of(args)
-    _to_resume(args, "settings.json")
-    _check_eval(args, models)
-    if args.dry_run: return _print_plan(args, **_eval_plan(args, job, models))
-    asked = asked_of(args, job)
-    asked.scorer = job.scorer()
-    who = facts_fingerprint(asked.scorer, args.style)
-    prints = dict(pool=asked.pool.fingerprint, scorer=who, store=asked.store.fingerprint)
-    settings = _taken(args, "split shots draws fixed fixed_from".split()) | dict(
-        exact=args.exact_oracle,
-        selectors={n: policy_fingerprint(m) for n, m in models.items()},
-    )
-    with run_lock(args.out):
-        run = Run.create(args.out, settings, args.seed, prints, overwrite=args.overwrite)
-        print(_evaluate(args, run, job, models, asked))
-
+# %% ../nbs/95_cli.ipynb #3926d467
 def _evaluate(args, run, job, models, asked):
     "Ask, score, write; the text of the table"
     from leverplus.evaluate import look, result_table, table_text
@@ -1692,7 +1673,26 @@ def _copy_history(args, run):
     history = Path(path)/"history.csv"
     if history.exists(): run.save_history(pd.read_csv(history))
 
-# %% ../nbs/95_cli.ipynb #a5c872b7
+# %% ../nbs/95_cli.ipynb #76a56d94
+def do_eval(args):
+    "Print the table"
+    models = load_models(args.selector)
+    job = job_of(args)
+    _to_resume(args, "settings.json")
+    _check_eval(args, models)
+    if args.dry_run: return _print_plan(args, **_eval_plan(args, job, models))
+    asked = asked_of(args, job)
+    asked.scorer = job.scorer()
+    who = facts_fingerprint(asked.scorer, args.style)
+    prints = dict(pool=asked.pool.fingerprint, scorer=who, store=asked.store.fingerprint)
+    settings = _taken(args, "split shots draws fixed fixed_from".split()) | dict(
+        exact=args.exact_oracle,
+        selectors={n: policy_fingerprint(m) for n, m in models.items()},
+    )
+    with run_lock(args.out):
+        run = Run.create(args.out, settings, args.seed, prints, overwrite=args.overwrite)
+        print(_evaluate(args, run, job, models, asked))
+
 def add_eval(commands):
     "Add `leverplus eval`"
     comes = "selectors (runs of train), a data set, a model"
@@ -1792,6 +1792,31 @@ def _value(text):
     try: return json.loads(text)
     except json.JSONDecodeError: return text
 
+# %% ../nbs/95_cli.ipynb #364d4118
+def _grid_flags(p):
+    g = p.add_argument_group("grid")
+    g.add_argument("--grid", required=True, nargs="+", metavar="GRID",
+                   help="key=a,b or a JSON file {key: [a, b]} or the name of a grid of page 85; keys are"
+                        " objective, reward, kind, bs, reward.WEIGHT, model.ARGUMENT, STAGE.ARGUMENT; the"
+                        " first value of each is the default")
+    g.add_argument("--base", nargs="+", metavar="KEY=VALUE", help="the same for all combinations")
+    g.add_argument("--seeds", nargs="+", type=number_arg(0), default=[0, 1, 2], metavar="N",
+                   help="of weights and batches (default: 0 1 2)")
+    _number(g, "--shots", "of the picks that are judged (default: those of the data)")
+
+# %% ../nbs/95_cli.ipynb #9f79bd7e
+def _swept(out, cells, items):
+    "Write what is there of a sweep; the text of its table"
+    from leverplus.sweep import plot_sweep, sweep_table, sweep_text
+    cells.to_csv(out/"cells.csv", index=False)
+    left = int((cells.status == "not run").sum())
+    if left: return f"{out}: {len(cells) - left} of {len(cells)} cells are there, {left} still to come"
+    if not cells.attrs["by"]: return cells.drop(columns=["error", "cell"]).round(3).to_string(index=False)
+    table = sweep_table(cells, items=items)
+    table.to_csv(out/"table.csv", index=False)
+    plot_sweep(cells, items=items).figure.savefig(out/"sweep.png", dpi=110)
+    return sweep_text(table)
+
 # %% ../nbs/95_cli.ipynb #d53f8b01
 def do_sweep(args):
     "Train every combination with every seed"
@@ -1817,19 +1842,6 @@ def do_sweep(args):
             " same command tries them again"
         )
 
-def _swept(out, cells, items):
-    "Write what is there of a sweep; the text of its table"
-    from leverplus.sweep import plot_sweep, sweep_table, sweep_text
-    cells.to_csv(out/"cells.csv", index=False)
-    left = int((cells.status == "not run").sum())
-    if left: return f"{out}: {len(cells) - left} of {len(cells)} cells are there, {left} still to come"
-    if not cells.attrs["by"]: return cells.drop(columns=["error", "cell"]).round(3).to_string(index=False)
-    table = sweep_table(cells, items=items)
-    table.to_csv(out/"table.csv", index=False)
-    plot_sweep(cells, items=items).figure.savefig(out/"sweep.png", dpi=110)
-    return sweep_text(table)
-
-# %% ../nbs/95_cli.ipynb #7deb60c8
 def add_sweep(commands):
     "Add `leverplus sweep`"
     comes = "groups of generate, mine or merge; a grid"
@@ -1853,17 +1865,6 @@ def add_sweep(commands):
     _data_flags(p, "dev", "split of the questions of --dev (default: dev)")
     _model_flags(p)
     _run_flags(p, "a sweep", "give all the same --out; the last one prints the table")
-
-def _grid_flags(p):
-    g = p.add_argument_group("grid")
-    g.add_argument("--grid", required=True, nargs="+", metavar="GRID",
-                   help="key=a,b or a JSON file {key: [a, b]} or the name of a grid of page 85; keys are"
-                        " objective, reward, kind, bs, reward.WEIGHT, model.ARGUMENT, STAGE.ARGUMENT; the"
-                        " first value of each is the default")
-    g.add_argument("--base", nargs="+", metavar="KEY=VALUE", help="the same for all combinations")
-    g.add_argument("--seeds", nargs="+", type=number_arg(0), default=[0, 1, 2], metavar="N",
-                   help="of weights and batches (default: 0 1 2)")
-    _number(g, "--shots", "of the picks that are judged (default: those of the data)")
 
 # %% ../nbs/95_cli.ipynb #8eb1e93f
 def _sweep_plan(args, combinations, groups):
