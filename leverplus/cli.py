@@ -270,6 +270,9 @@ def _model_flags(p):
     _flag(g, "vision_dir", "folder for image features, shared by processes", "memory only", type=folder_arg,
           metavar="DIR")
 
+def _device_flag(p):
+    p.add_argument("--device", metavar="NAME", help="torch device (default: a GPU if there is one)")
+
 # %% ../nbs/95_cli.ipynb #5eddec19
 _RATE_HELP = "prompts per second, for the plan (default: measured in DIR, or what is known of the model)"
 
@@ -565,9 +568,6 @@ def add_embed(commands):
     _number(p, "--parts", "divide the images, so that a kill costs one part", 1)
     shard = "the last one to finish puts all together; give all the same --store"
     _run_flags(p, shard=shard, rate="images per second, for the plan")
-
-def _device_flag(p):
-    p.add_argument("--device", metavar="NAME", help="torch device (default: a GPU if there is one)")
 
 # %% ../nbs/95_cli.ipynb #e5784eda
 def _embed_plan(args, splits, todo):
@@ -1158,8 +1158,8 @@ def _looks(args):
 def _check_looks(args):
     if _looks(args): return
     raise Bad(
-        "--choose accuracy, but no stage chooses an epoch (best is false): leave it out, or let a stage keep its"
-        " best"
+        "--choose accuracy, but no stage chooses an epoch (best is false): leave it out, or let a stage keep"
+        " its best"
     )
 
 # %% ../nbs/95_cli.ipynb #cb04fd64
