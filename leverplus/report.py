@@ -49,6 +49,27 @@ def curves_in(
     "Which curves a history can show"
     return [c for c in CURVES if c in history and history[c].notna().any()]
 
+# %% ../nbs/90_report.ipynb #1ec2d2e4
+def _curve(ax, history, col):
+    "One quantity over the epochs of all stages; a thin line per seed if there are several"
+    colour = {stage: f"C{i}" for i, stage in enumerate(dict.fromkeys(history.stage))}
+    runs = _by_seed(history)
+    for _, run in runs:
+        run = run.assign(step=range(1, len(run) + 1)).dropna(subset=[col])
+        marker = "." if len(run) < 30 else ""
+        width = 1.5 if len(runs) == 1 else .8
+        for stage, part in run.groupby("stage", sort=False):
+            ax.plot(part.step, part[col], color=colour[stage], label=stage, marker=marker, lw=width)
+    ax.set_xlabel("epoch, all stages")
+    ax.set_ylabel(CURVES[col])
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(alpha=.3)
+    ax.xaxis.get_major_locator().set_params(integer=True)
+
+def _by_seed(history):
+    "[(seed, its rows)]; the seed is None where the history has none"
+    return list(history.groupby("seed")) if "seed" in history else [(None, history)]
+
 # %% ../nbs/90_report.ipynb #104321ce
 def plot_curves(
     history:pd.DataFrame, # rows in training order: `stage`, any columns of `CURVES`, optional `seed` (a line each)
@@ -70,6 +91,12 @@ def _check_curves(history, cols):
         f"history has columns {list(history)} and {len(history)} rows: nothing of {list(CURVES)} to draw"
     )
 
+def _once(ax):
+    "Handles and labels without repeats"
+    handles, labels = ax.get_legend_handles_labels()
+    last = dict(zip(labels, handles))
+    return list(last.values()), list(last)
+
 def _curve_grid(n):
     "Axes for `n` curves, three across"
     import matplotlib.pyplot as plt
@@ -79,32 +106,6 @@ def _curve_grid(n):
     fig, axs = plt.subplots(down, across, figsize=size, layout="constrained", squeeze=False)
     for ax in axs.ravel()[n:]: fig.delaxes(ax)
     return axs.ravel()[:n]
-
-def _curve(ax, history, col):
-    "One quantity over the epochs of all stages; a thin line per seed if there are several"
-    colour = {stage: f"C{i}" for i, stage in enumerate(dict.fromkeys(history.stage))}
-    runs = _by_seed(history)
-    for _, run in runs:
-        run = run.assign(step=range(1, len(run) + 1)).dropna(subset=[col])
-        marker = "." if len(run) < 30 else ""
-        width = 1.5 if len(runs) == 1 else .8
-        for stage, part in run.groupby("stage", sort=False):
-            ax.plot(part.step, part[col], color=colour[stage], label=stage, marker=marker, lw=width)
-    ax.set_xlabel("epoch, all stages")
-    ax.set_ylabel(CURVES[col])
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.grid(alpha=.3)
-    ax.xaxis.get_major_locator().set_params(integer=True)
-
-def _by_seed(history):
-    "[(seed, its rows)]; the seed is None where the history has none"
-    return list(history.groupby("seed")) if "seed" in history else [(None, history)]
-
-def _once(ax):
-    "Handles and labels without repeats"
-    handles, labels = ax.get_legend_handles_labels()
-    last = dict(zip(labels, handles))
-    return list(last.values()), list(last)
 
 # %% ../nbs/90_report.ipynb #e155fcd7
 def diagnoses(
@@ -126,7 +127,16 @@ def _count_stages(rows):
     if "stage" not in rows: return 0
     return (rows.stage != rows.stage.shift()).cumsum()
 
-# %% ../nbs/90_report.ipynb #ebb5a726
+# %% ../nbs/90_report.ipynb #18155421
+def _apart(heights, gap):
+    "Rising heights, moved up and down until they are `gap` apart"
+    steps = gap*np.arange(len(heights))
+    level = np.array(heights) - steps # falls where two are too close
+    up = np.maximum.accumulate(level)
+    down = np.minimum.accumulate(level[::-1])[::-1]
+    return (up + down)/2 + steps
+
+# %% ../nbs/90_report.ipynb #b8c6bf88
 class _End(NamedTuple):
     "Last point of a line, and what is written beside it"
     name: str
@@ -143,14 +153,6 @@ def _names_at_end(ax, ends, x):
     look = dict(fontsize=8, va="center", arrowprops=hair, annotation_clip=False)
     for end, height in zip(ends, heights):
         ax.annotate(end.name, (end.x, end.y), (x, height), color=end.colour, **look)
-
-def _apart(heights, gap):
-    "Rising heights, moved up and down until they are `gap` apart"
-    steps = gap*np.arange(len(heights))
-    level = np.array(heights) - steps # falls where two are too close
-    up = np.maximum.accumulate(level)
-    down = np.minimum.accumulate(level[::-1])[::-1]
-    return (up + down)/2 + steps
 
 # %% ../nbs/90_report.ipynb #42991dff
 def plot_shots(
@@ -233,8 +235,7 @@ def outcomes(
     mine = _accuracies(scored, selector, shots)
     theirs = _accuracies(scored, against, 0 if against == "zero_shot" else shots)
     d = mine - theirs.reindex(mine.index)
-    sides = [d > 1e-9, d < -1e-9, d.abs() <= 1e-9]      # a missing score is on no side
-    return pd.Series(np.select(sides, OUTCOMES[:3], "failed"), mine.index)
+    return pd.Series(np.select([d > 1e-9, d < -1e-9, d.abs() <= 1e-9], OUTCOMES[:3], "failed"), mine.index)
 
 def _accuracies(scored, selector, shots):
     "Accuracy by question_id, NaN where the evaluation failed"
@@ -339,12 +340,7 @@ def picture(
         image.thumbnail((size, size))
         return image
 
-# %% ../nbs/90_report.ipynb #9cd0eb10
-def _wrap(text, width=26, lines=4):
-    "Lines of text for a figure; a dollar stays a dollar"
-    return "\n".join(textwrap.wrap(str(text), width, max_lines=lines, placeholder=" …")).replace("$", r"\$")
-
-# %% ../nbs/90_report.ipynb #6380dc26
+# %% ../nbs/90_report.ipynb #031a22e4
 def _item(ax, items, question_id, head, answer, edge="#b0b7bf"):
     "Image of an item with its question and answer underneath"
     image = picture(items, question_id)
@@ -361,17 +357,9 @@ def _item(ax, items, question_id, head, answer, edge="#b0b7bf"):
     ax.set_yticks([])
     ax.spines[:].set(color=edge, linewidth=1.5)
 
-def _said(ax, items, row):
-    "What the LVLM said, and what the annotators said"
-    word, colour = mark(row)
-    answer = "" if row.eval_failed else f"“{row.vqa_pred_answer}”"
-    right = truth(items.answers[row.question_id])
-    at = dict(transform=ax.transAxes, va="top")
-    ax.axis("off")
-    ax.text(0, .80, "the LVLM says", fontsize=8, color="#57606a", **at)
-    ax.text(0, .68, _wrap(answer, 18, 2), fontsize=12, color=colour, weight="bold", **at)
-    ax.text(0, .46, _wrap(word, 22, 2), fontsize=9, color=colour, **at)
-    ax.text(0, .26, "truth: " + _wrap(right, 22, 3), fontsize=9, **at)
+def _wrap(text, width=26, lines=4):
+    "Lines of text for a figure; a dollar stays a dollar"
+    return "\n".join(textwrap.wrap(str(text), width, max_lines=lines, placeholder=" …")).replace("$", r"\$")
 
 # %% ../nbs/90_report.ipynb #556fd97c
 def plot_examples(
@@ -396,11 +384,24 @@ def plot_examples(
     return axs
 
 def _case_grid(rows, across):
+    "Axes for cases in rows"
     import matplotlib.pyplot as plt
     size = 2.1*across, 2.6*rows
     fig, axs = plt.subplots(rows, across, figsize=size, squeeze=False, layout="constrained")
     fig.get_layout_engine().set(hspace=.08)
     return axs
+
+def _said(ax, items, row):
+    "What the LVLM said, and what the annotators said"
+    word, colour = mark(row)
+    answer = "" if row.eval_failed else f"“{row.vqa_pred_answer}”"
+    right = truth(items.answers[row.question_id])
+    at = dict(transform=ax.transAxes, va="top")
+    ax.axis("off")
+    ax.text(0, .80, "the LVLM says", fontsize=8, color="#57606a", **at)
+    ax.text(0, .68, _wrap(answer, 18, 2), fontsize=12, color=colour, weight="bold", **at)
+    ax.text(0, .46, _wrap(word, 22, 2), fontsize=9, color=colour, **at)
+    ax.text(0, .26, "truth: " + _wrap(right, 22, 3), fontsize=9, **at)
 
 # %% ../nbs/90_report.ipynb #f4f2f192
 def read_scored(
@@ -476,7 +477,6 @@ ul.says{padding-left:1.2rem}
 .says li{margin:.25rem 0}
 """
 
-# %% ../nbs/90_report.ipynb #2d92718d
 _TABLES_AND_FIGURES = """
 .wide{overflow-x:auto;max-width:100%;margin:.5rem 0}
 .wide img{min-width:38rem}
@@ -696,48 +696,41 @@ def _comparison(r):
 
 def _p(p): return "below .0001" if p < 1e-4 else f"{p:.2g}"
 
-# %% ../nbs/90_report.ipynb #baf36e5f
+# %% ../nbs/90_report.ipynb #16415c77
+def _told(row, prob, confidence):
+    "What the LVLM said, whether it is right, and two numbers under the names `prob` and `confidence`"
+    said = "" if row.eval_failed else f"“{_esc(row.vqa_pred_answer)}” "
+    numbers = {prob: row.get("vqa_gt_prob"), confidence: row.get("confidence")}
+    more = "".join(f" · {what} {p:.2f}" for what, p in numbers.items() if p is not None and not pd.isna(p))
+    return f'<b class="{_kind(row)}">{said}{_esc(mark(row)[0])}</b><span class="p">{more}</span>'
+
+# %% ../nbs/90_report.ipynb #c632cb10
+def _prompt(items, row, pics):
+    "Demonstrations in prompt order, then the query"
+    demos = [
+        _figure(items, d, f"demonstration {i + 1}", items.answer[d], pics) for i, d in enumerate(row.pointer)
+    ]
+    return "".join(demos) + _figure(items, int(row.question_id), "query", "?", pics, "query")
+
 def _figure(items, question_id, head, answer, pics, kind="demo"):
     "Image, question and answer of one item"
     text = f"{_esc(items.question[question_id])}<br>A: <b>{_esc(answer)}</b>"
     image = pics.show(items, question_id)
     return f'<figure class="{kind}"><small>{head}</small>{image}<figcaption>{text}</figcaption></figure>'
 
-def _prompt(items, row, pics):
-    "Demonstrations in prompt order, then the query"
-    figures = []
-    for i, d in enumerate(row.pointer, 1):
-        figures.append(_figure(items, d, f"demonstration {i}", items.answer[d], pics))
-    figures.append(_figure(items, int(row.question_id), "query", "?", pics, "query"))
-    return "".join(figures)
+# %% ../nbs/90_report.ipynb #2c21f65e
+def _others(items, others, pics):
+    "What other selectors would have chosen, a line each"
+    if others is None or not len(others): return ""
+    lines = "".join(_other(items, row, pics) for _, row in others.iterrows())
+    return f'<ul class="others">{lines}</ul>'
 
-# %% ../nbs/90_report.ipynb #c13df672
-def _told(row, prob, confidence):
-    "What the LVLM said, whether it is right, and two numbers by these names, where they are known"
-    said = "" if row.eval_failed else f"“{_esc(row.vqa_pred_answer)}” "
-    numbers = pd.Series({prob: row.get("vqa_gt_prob"), confidence: row.get("confidence")}, dtype=float)
-    more = "".join(f" · {name} {p:.2f}" for name, p in numbers.dropna().items())
-    return f'<b class="{_kind(row)}">{said}{_esc(mark(row)[0])}</b><span class="p">{more}</span>'
-
-def _answer(items, row):
-    "What the LVLM said, and the truth"
-    right = _esc(truth(items.answers[int(row.question_id)]))
-    told = _told(row, "probability of the right answer", "its own confidence")
-    return f'<p>The LVLM says {told}<br><span class="dim">truth: {right}</span></p>'
-
-# %% ../nbs/90_report.ipynb #686518b4
 def _other(items, row, pics):
     "One line: who, with which demonstrations, and what the LVLM said to them"
     demos = [f"<span>{pics.show(items, d, 80)}{_esc(items.answer[d])}</span>" for d in row.pointer]
     shown = "".join(demos) or "<span>no demonstration</span>"
     told = _told(row, "p", "confidence")
     return f'<li><span class="who">{_esc(row.selector)}</span>{shown}<span>{told}</span></li>'
-
-def _others(items, others, pics):
-    "What other selectors would have chosen, a line each"
-    if others is None or not len(others): return ""
-    lines = "".join(_other(items, row, pics) for _, row in others.iterrows())
-    return f'<ul class="others">{lines}</ul>'
 
 # %% ../nbs/90_report.ipynb #8854203e
 def case_html(
@@ -765,12 +758,18 @@ def case_html(
     if not pictures: parts.append(pics.html())
     return "".join(parts)
 
+def _answer(items, row):
+    "What the LVLM said, and the truth"
+    right = _esc(truth(items.answers[int(row.question_id)]))
+    told = _told(row, "probability of the right answer", "its own confidence")
+    return f'<p>The LVLM says {told}<br><span class="dim">truth: {right}</span></p>'
+
 def _tags(how):
     return "".join(f'<span class="tag">{outcome} against {_esc(s)}</span>' for s, outcome in how.items())
 
-# %% ../nbs/90_report.ipynb #1420a309
+# %% ../nbs/90_report.ipynb #0fee02d4
 def _filter(how, name):
-    "Radio buttons: all cases, or one outcome against one selector; `how`: {selector: outcomes of the cases shown}"
+    "Radio buttons: all cases, or one outcome against one selector; `how`: {selector: outcomes of the cases}"
     n = len(next(iter(how.values())))
     every = _button(name, "f-all", f"all {n} cases", " checked")
     lines = "".join(_filter_line(name, i, against, o) for i, (against, o) in enumerate(how.items()))
@@ -799,7 +798,7 @@ def _in_order(rows, names):
     order = [*first, *(s for s in names if s not in (*first, "oracle")), "oracle"]
     return rows.sort_values("selector", key=lambda s: s.map(order.index), kind="stable")
 
-# %% ../nbs/90_report.ipynb #dddf2c70
+# %% ../nbs/90_report.ipynb #a7114caf
 def browser_html(
     items:pd.DataFrame, # queries and demonstrations by question_id
     scored:pd.DataFrame, # from `evaluate.score_picks`
@@ -815,13 +814,12 @@ def browser_html(
 )->str: # HTML
     "Cases that can be filtered by won, lost and unchanged"
     pics = pictures or Pictures()
-    comparable = (scored.shots == shots) | ((scored.shots == 0) & (scored.selector == "zero_shot"))
-    scored_here = scored[comparable]
-    there = [s for s in dict.fromkeys(scored_here.selector) if s != selector]
+    same = scored[(scored.shots == shots) | ((scored.shots == 0) & (scored.selector == "zero_shot"))]
+    there = [s for s in dict.fromkeys(same.selector) if s != selector]
     against = [s for s in against if s in there][:_MOST]
-    how = {a: outcomes(scored, selector, shots, a) for a in against}
+    how = {a: outcomes(scored, selector, shots, a) for a in against} # of all queries
     rows = cases(scored, n, selector, shots, seed=seed, against=against[0] if against else None)
-    chosen = _chosen_by(scored_here, there if others is None else others, selector)
+    chosen = _chosen_by(same, there if others is None else others, selector)
     head = ""
     if against:
         head = _filter({a: o.loc[rows.question_id] for a, o in how.items()}, name)
@@ -870,7 +868,7 @@ def _checked(d):
     alarm = np.where(d.frame.alarm, "alarm", "ok")
     return d.frame.assign(alarm=alarm)[["alarm", "symptom", "value", "wanted"]]
 
-# %% ../nbs/90_report.ipynb #9c02ee88
+# %% ../nbs/90_report.ipynb #9319de9f
 _IN_PANELS = set().union(*PANELS.values()) # columns that `plot_rl` draws
 
 def _rl_rows(history):
@@ -884,7 +882,7 @@ def _several_seeds(history): return "seed" in history and history.seed.nunique()
 def _own_curves(history):
     "Curves of `plot_curves` that no panel of `plot_rl` shows"
     names = [c for c in curves_in(history) if c not in _IN_PANELS]
-    if _rl_rows(history) is not None: names = [c for c in names if c != "live"] # `plot_rl` has it by other names
+    if _rl_rows(history) is not None and "live" in names: names.remove("live") # a panel has it by other names
     if _several_seeds(history) and "valid_loss" in history: names.append("valid_loss")
     return names
 
@@ -1161,16 +1159,15 @@ def _add_data(page, data):
     if not isinstance(data, (str, Health)): data = health(data)
     page.add(data if isinstance(data, str) else health_html(data))
 
-# %% ../nbs/90_report.ipynb #a9e5090e
+# %% ../nbs/90_report.ipynb #3593eb7c
 def _add_cases(page, known, choice):
     "The browser; gives {file name: function that draws}"
     items = known.items
     scored = known.scored
     selector, shots = _whose(scored, choice)
     page.head(f"Cases: {selector}, {shots} shots")
-    on_page = dict(pictures=page.pictures, level=page.top + 1, name=f"show{len(page.contents)}")
-    chosen = dict(n=choice.n, against=choice.against, seed=choice.seed)
-    page.add(browser_html(items, scored, selector, shots, **chosen, **on_page))
+    place = dict(pictures=page.pictures, level=page.top + 1, name=f"show{len(page.contents)}")
+    page.add(browser_html(items, scored, selector, shots, choice.n, choice.against, seed=choice.seed, **place))
     return {"examples.png": lambda: plot_examples(items, scored, 4, selector, shots, seed=choice.seed)}
 
 def _whose(scored, choice):
@@ -1178,10 +1175,10 @@ def _whose(scored, choice):
     names = [s for s in dict.fromkeys(scored.selector) if s != "oracle"]
     trained = [s for s in names if s not in BASELINES]
     selector = choice.selector or (trained or names)[-1]
-    most = scored.shots[scored.selector == selector].max()
-    return selector, int(most) if choice.shots is None else choice.shots
+    if choice.shots is not None: return selector, choice.shots
+    return selector, int(scored.shots[scored.selector == selector].max())
 
-# %% ../nbs/90_report.ipynb #9ebff237
+# %% ../nbs/90_report.ipynb #8de1916f
 def _add_run(page, run_dir, known, choice):
     "Everything about one run; gives {file name: function that draws}"
     figures = {}
@@ -1206,7 +1203,7 @@ def _save_fig(path, ax):
     return path
 
 def _looks(run_dir, split):
-    "How many looks at a split the run's looks.json counts, or its metric of that name; None if nobody counted"
+    "How many looks at a split looks.json counts, or else the run's metric `looks`; None if nobody counted"
     counted = Path(run_dir)/"looks.json"
     if counted.exists(): return sum(entry["split"] == split for entry in read_json(counted))
     settings = Path(run_dir)/"settings.json"
@@ -1411,7 +1408,7 @@ def _side_by_side(held, items, n_boot, seed):
         own = scored[scored.selector.isin(_trained(run))]
         parts.append(own.assign(selector=f"{name}: " + own.selector))
     side = pd.concat(parts, ignore_index=True)
-    return result_table(side, items, reference=None, oracle=None, changed_from=None, n_boot=n_boot, seed=seed)
+    return result_table(side, items, None, None, None, n_boot=n_boot, seed=seed)
 
 def _add_side_by_side(page, table):
     page.head("Side by side")
@@ -1443,8 +1440,8 @@ def _mean_over_seeds(scored, selector, shots):
     mean = f"{100*acc.mean():.1f} % over {len(acc)} seeds"
     return f"{selector}, S = {shots}: {mean}, standard deviation {100*acc.std():.1f} points"
 
-# %% ../nbs/90_report.ipynb #3ecf6c39
-def _add_all(page, runs, reads, items, n_boot, seed):
+# %% ../nbs/90_report.ipynb #3472098b
+def _add_all_together(page, runs, reads, items, n_boot, seed):
     "The runs that have predictions side by side; over their seeds if they differ in nothing else"
     named = zip(_names(runs), runs, reads)
     held = {name: (run, known.scored) for name, run, known in named if known.scored is not None}
@@ -1455,19 +1452,6 @@ def _add_all(page, runs, reads, items, n_boot, seed):
         page.head("Over seeds")
         lines = _over_seeds(held, items, n_boot)
         page.add("<p>Intervals over queries and seeds, without correction:</p>", _list(lines))
-
-# %% ../nbs/90_report.ipynb #8bbe7c09
-def _as_runs(runs):
-    runs = runs if isinstance(runs, (list, tuple)) else [runs]
-    return [run if isinstance(run, Run) else Run(run) for run in runs]
-
-def _check_report(runs, data, facts):
-    if not runs: raise ValueError("report: no runs; pass a run folder, or several")
-    if len(runs) > 1 and (data is not None or facts is not None):
-        raise ValueError(
-            f"report: data and facts belong to one run, here are {len(runs)}: leave them out, or report"
-            " each run"
-        )
 
 # %% ../nbs/90_report.ipynb #993d08f9
 def report(
@@ -1495,22 +1479,30 @@ def report(
         known.looks = _looks(run.path, known.split)
     each = n if len(runs) == 1 else max(1, n // len(runs))
     choice = _Choice(selector, shots, each, against, seed)
-    if len(runs) == 1:
-        page = _Page(title or runs[0].path.name)
-        page.say(notes)
-        return _report_one(page, runs[0], reads[0], choice, path)
-    page = _Page(title or f"{len(runs)} runs")
+    page = _Page(title or (runs[0].path.name if len(runs) == 1 else f"{len(runs)} runs"))
     page.say(notes)
-    tests, refused = compare_many(runs, selector, other, items, n_boot, seed)
+    if len(runs) == 1: return _report_one(page, runs[0], reads[0], choice, path)
     _add_overview(page, runs)
-    _add_comparisons(page, tests, refused)
-    _add_all(page, runs, reads, items, n_boot, seed)
+    _add_comparisons(page, *compare_many(runs, selector, other, items, n_boot, seed))
+    _add_all_together(page, runs, reads, items, n_boot, seed)
     for name, run, known in zip(_names(runs), runs, reads):
         page.top = 2
         page.head(f"Run {name}")
         page.top = 3
         _add_run(page, run.path, known, choice)
     return page.write(Path(path or runs[0].path.parent/"report.html"))
+
+def _as_runs(runs):
+    runs = runs if isinstance(runs, (list, tuple)) else [runs]
+    return [run if isinstance(run, Run) else Run(run) for run in runs]
+
+def _check_report(runs, data, facts):
+    if not runs: raise ValueError("report: no runs; pass a run folder, or several")
+    if len(runs) > 1 and (data is not None or facts is not None):
+        raise ValueError(
+            f"report: data and facts belong to one run, here are {len(runs)}: leave them out, or report"
+            " each run"
+        )
 
 def _report_one(page, run, known, choice, path):
     "The page of one run; table and figures go into its folder, wherever the page goes"
