@@ -270,6 +270,9 @@ def _model_flags(p):
     _flag(g, "vision_dir", "folder for image features, shared by processes", "memory only", type=folder_arg,
           metavar="DIR")
 
+def _device_flag(p):
+    p.add_argument("--device", metavar="NAME", help="torch device (default: a GPU if there is one)")
+
 # %% ../nbs/95_cli.ipynb #5eddec19
 _RATE_HELP = "prompts per second, for the plan (default: measured in DIR, or what is known of the model)"
 
@@ -480,12 +483,21 @@ class _Splits:
         self.every = every[~every.question_id.duplicated()]
         self.job = next(iter(self.jobs.values()))
 
-    def places(self): return {s: embed_place(job, self.items[s]) for s, job in self.jobs.items()}
+    def places(self):
+        "Where the embeddings of each split lie"
+        return {s: embed_place(job, self.items[s]) for s, job in self.jobs.items()}
 
     def parts_folder(self):
         "Where parts lie until they are put together"
         who = fingerprint(items_fingerprint(self.every), Path(self.job.clip).name)
         return Path(self.job.store)/f"embed-parts-{who}"
+
+# %% ../nbs/95_cli.ipynb #9259c631
+def _model_path(name):
+    "A model's folder as it is given, or below the checkout, or else its name on the hub"
+    for folder in (Path(name).expanduser(), repo_path(name)):
+        if folder.is_dir(): return str(folder)
+    return name
 
 # %% ../nbs/95_cli.ipynb #65b71cf3
 def _embed_parts(args, splits):
@@ -506,12 +518,6 @@ def _embed_part(args, splits, shard, folder):
         if len(mine):
             embed_items(mine, clip, device=args.device, progress=not args.quiet).save(folder)
         (folder/"done").touch()
-
-def _model_path(name):
-    "A model's folder as it is given, or below the checkout, or else its name on the hub"
-    for folder in (Path(name).expanduser(), repo_path(name)):
-        if folder.is_dir(): return str(folder)
-    return name
 
 def _put_together(splits, parts, todo):
     "Make the embeddings of each split out of all parts, and remove the parts"
@@ -563,9 +569,6 @@ def add_embed(commands):
     shard = "the last one to finish puts all together; give all the same --store"
     _run_flags(p, shard=shard, rate="images per second, for the plan")
 
-def _device_flag(p):
-    p.add_argument("--device", metavar="NAME", help="torch device (default: a GPU if there is one)")
-
 # %% ../nbs/95_cli.ipynb #e5784eda
 def _embed_plan(args, splits, todo):
     "Lines of the plan"
@@ -594,20 +597,24 @@ def do_pools(args):
     if args.dry_run: return _print_plan(args, **_pools_plan(args, splits))
     for s, job in splits.jobs.items():
         _, _, pool = job.inputs()
-        barred = ", ".join(f"{k} {v}" for k, v in pool.recipe["excluded"].items())
-        print(f"{s}: {len(pool)} questions, K = {pool.K}, sampler {pool.recipe['sampler']},"
-              f" fingerprint {pool.fingerprint}; barred pairs: {barred}")
+        print(f"{s}: {_pool_text(pool)}")
+
+def _pool_text(pool):
+    "What a pool is, and which pairs were kept out of it"
+    barred = ", ".join(f"{why} {n}" for why, n in pool.recipe["excluded"].items())
+    drawn = f"K = {pool.K}, sampler {pool.recipe['sampler']}, fingerprint {pool.fingerprint}"
+    return f"{len(pool)} questions, {drawn}; barred pairs: {barred}"
 
 def _pools_plan(args, splits):
     "Lines of the plan"
     questions = {s: int((items.split == s).sum()) for s, items in splits.items.items()}
     candidates = int((splits.every.split == args.candidates).sum())
-    embedded = all(map(_is_there, splits.places().values()))
+    embeddings = "not there: made first (leverplus embed does it in parts)"
+    if all(map(_is_there, splits.places().values())): embeddings = f"there, in {args.store}"
     return dict(
         questions=", ".join(f"{s} {n:,}" for s, n in questions.items()),
         pools=f"{args.K} of {candidates:,} candidates, sampler {args.sampler}",
-        embeddings=f"there, in {args.store}" if embedded
-                   else "not there: made first (leverplus embed does it in parts)",
+        embeddings=embeddings,
         LVLM_calls=0,
         disk=f"about {size_text(sum(questions.values())*args.K*8)} in {args.store}",
     )
@@ -642,73 +649,7 @@ def summary_text(
     failed = int(data.rows.eval_failed.sum())
     return f"rows {len(data)}, queries {len(data.queries)}, failed {failed}, fingerprint {data.fingerprint}"
 
-# %% ../nbs/95_cli.ipynb #6532938a
-def do_generate(args):
-    "Make the job and run it"
-    if args.verify < 0 or (args.ray is not None and args.ray < 1):
-        raise Bad("--verify wants a number >= 0, --ray one >= 1")
-    job = job_of(args, FIELDS)
-    _to_resume(args, f"manifest{shard_tag(args.shard)}.json")
-    job, model = _proposer(args, job)
-    if args.dry_run: return _print_plan(args, **_generate_plan(args, job))
-    data = _generated(args, job, model)
-    print(f"{args.out}: {summary_text(data)}{_verified(data)}")
-
-def _proposer(args, job):
-    "(the job with the embeddings that the selector reads, the selector or None)"
-    if args.selector is None: return job, None
-    model = open_selector(args.selector)
-    kind = (model.info or {}).get("kind") or job.kind
-    return replace(job, kind=kind), model
-
-def _generated(args, job, model):
-    "Run the job in this process, or on Ray"
-    how = dict(
-        shard=args.shard,
-        verify=args.verify,
-        progress=not args.quiet,
-        policy=model,
-        other_pool=args.other_pool,
-    )
-    if args.ray is None: return job.run(args.out, **how)
-    return generate_ray(job, args.out, args.ray, args.threads, args.gpus, **how)
-
-def _verified(data):
-    "What `--verify` found"
-    v = data.manifest.get("verify")
-    if not v: return ""
-    distance = f"log P within {v['logprob']:.1g} (allowed {v['tolerance']:g})"
-    return f", verified {v['asked']} of {v['drawn']}, {distance}, {v['text']} other texts"
-
-# %% ../nbs/95_cli.ipynb #2f5e8751
-def add_generate(
-    commands, # what `add_subparsers` returned
-):
-    "Add `leverplus generate`"
-    comes = "a data set, a CLIP, a vision-language model (--lvlm)"
-    goes = (
-        "a run in --out: each sequence that was tried, with the answer, its accuracy, and the probability of"
-        " the true answers. A run that was killed goes on when the same command is started again; a part"
-        " (--window) is the most that a kill can cost"
-    )
-    examples = (
-        "generate --limit 100 --out runs/groups/train",
-        "generate --split dev --limit 50 --out runs/groups/dev",
-        "generate --data ~/okvqa --clip openai/clip-vit-large-patch14"
-        " --lvlm Qwen/Qwen2.5-VL-3B-Instruct --K 64 --verify 8 --shard 0/4 --out runs/okvqa",
-        "generate --selector runs/rce --limit 100 --out runs/groups/second",
-    )
-    p = add_door(commands, "generate", do_generate, comes, goes, *examples, usage="--out DIR [options]")
-    _out_flag(p, "directory of the run; continued if it is there")
-    _data_flags(p, "train", limit=True)
-    _proposal_flags(p)
-    _model_flags(p)
-    g = _run_flags(p, "a run", "copy the directories of all parts into one")
-    _flag(g, "window", "questions per part, what a kill can cost", type=int, metavar="N")
-    _flag(g, "test", "questions of the self-test, 0: none", type=int, metavar="N")
-    _flag(g, "max_failed", "share of rows that may fail before the run stops", type=float, metavar="X")
-    _verify_and_ray_flags(g)
-
+# %% ../nbs/95_cli.ipynb #b02c425f
 def _proposal_flags(p):
     g = p.add_argument_group("who may be picked, and who is tried")
     _pool_flags(g)
@@ -736,6 +677,70 @@ def _verify_and_ray_flags(group):
     group.add_argument("--threads", type=int, default=1, metavar="N",
                        help="CPU threads of a Ray actor (default: 1)")
     group.add_argument("--gpus", type=float, default=0, metavar="X", help="GPUs of a Ray actor (default: 0)")
+
+# %% ../nbs/95_cli.ipynb #5876cb0d
+def _proposer(args, job):
+    "(the job with the embeddings that the selector reads, the selector or None)"
+    if args.selector is None: return job, None
+    model = open_selector(args.selector)
+    kind = (model.info or {}).get("kind") or job.kind
+    return replace(job, kind=kind), model
+
+def _generated(args, job, model):
+    "Run the job in this process, or on Ray"
+    how = dict(
+        shard=args.shard,
+        verify=args.verify,
+        progress=not args.quiet,
+        policy=model,
+        other_pool=args.other_pool,
+    )
+    if args.ray is None: return job.run(args.out, **how)
+    return generate_ray(job, args.out, args.ray, args.threads, args.gpus, **how)
+
+def _verified(data):
+    "What `--verify` found"
+    v = data.manifest.get("verify")
+    if not v: return ""
+    distance = f"log P within {v['logprob']:.1g} (allowed {v['tolerance']:g})"
+    return f", verified {v['asked']} of {v['drawn']}, {distance}, {v['text']} other texts"
+
+# %% ../nbs/95_cli.ipynb #2f5e8751
+def do_generate(args):
+    "Make the job and run it"
+    if args.verify < 0 or (args.ray is not None and args.ray < 1):
+        raise Bad("--verify wants a number >= 0, --ray one >= 1")
+    job = job_of(args, FIELDS)
+    _to_resume(args, f"manifest{shard_tag(args.shard)}.json")
+    job, model = _proposer(args, job)
+    if args.dry_run: return _print_plan(args, **_generate_plan(args, job))
+    data = _generated(args, job, model)
+    print(f"{args.out}: {summary_text(data)}{_verified(data)}")
+def add_generate(commands):
+    "Add `leverplus generate`"
+    comes = "a data set, a CLIP, a vision-language model (--lvlm)"
+    goes = (
+        "a run in --out: each sequence that was tried, with the answer, its accuracy, and the probability of"
+        " the true answers. A run that was killed goes on when the same command is started again; a part"
+        " (--window) is the most that a kill can cost"
+    )
+    examples = (
+        "generate --limit 100 --out runs/groups/train",
+        "generate --split dev --limit 50 --out runs/groups/dev",
+        "generate --data ~/okvqa --clip openai/clip-vit-large-patch14"
+        " --lvlm Qwen/Qwen2.5-VL-3B-Instruct --K 64 --verify 8 --shard 0/4 --out runs/okvqa",
+        "generate --selector runs/rce --limit 100 --out runs/groups/second",
+    )
+    p = add_door(commands, "generate", do_generate, comes, goes, *examples, usage="--out DIR [options]")
+    _out_flag(p, "directory of the run; continued if it is there")
+    _data_flags(p, "train", limit=True)
+    _proposal_flags(p)
+    _model_flags(p)
+    g = _run_flags(p, "a run", "copy the directories of all parts into one")
+    _flag(g, "window", "questions per part, what a kill can cost", type=int, metavar="N")
+    _flag(g, "test", "questions of the self-test, 0: none", type=int, metavar="N")
+    _flag(g, "max_failed", "share of rows that may fail before the run stops", type=float, metavar="X")
+    _verify_and_ray_flags(g)
 
 # %% ../nbs/95_cli.ipynb #59a1defc
 def _generate_plan(args, job):
@@ -804,7 +809,6 @@ def do_check(args):
         alarms = ", ".join(f"{a.file}: {a.cause}" for a in seen.verdict)
         raise Failed(f"{len(seen.verdict)} alarms: {alarms}")
 
-# %% ../nbs/95_cli.ipynb #6de1f4f7
 def add_check(commands):
     "Add `leverplus check`"
     comes = "runs of generate, mine or merge"
@@ -870,6 +874,12 @@ def same_scorer(
         )
     return who
 
+# %% ../nbs/95_cli.ipynb #31967e03
+def _check_other_folder(out, runs, what):
+    "`Bad` if results would be written over what they are made of"
+    if any(Path(out).resolve() == Path(r).resolve() for r in runs):
+        raise Bad(f"--out {out} is {what}: give it a folder of its own")
+
 # %% ../nbs/95_cli.ipynb #bc67eee4
 def do_mine(args):
     "Mine a run and save what came of it elsewhere"
@@ -901,12 +911,6 @@ def _mined(args, data):
         more.save(args.out)
     return more, log
 
-def _check_other_folder(out, runs, what):
-    "`Bad` if results would be written over what they are made of"
-    if any(Path(out).resolve() == Path(r).resolve() for r in runs):
-        raise Bad(f"--out {out} is {what}: give it a folder of its own")
-
-# %% ../nbs/95_cli.ipynb #9bc688ee
 def add_mine(commands):
     "Add `leverplus mine`"
     comes = "a run of generate; the data set and the model that made it (same flags)"
@@ -944,15 +948,7 @@ def _mine_plan(args, data, lacks):
         **_asking_costs(args, calls, shots=data.shots),
     )
 
-# %% ../nbs/95_cli.ipynb #7807d035
-def do_merge(args):
-    "Merge runs, then keep what is asked for"
-    _check_other_folder(args.out, args.runs, "one of the runs")
-    data = _merged(args)
-    print("\n".join(data.log))
-    if args.dry_run: return _print_plan(args, **_merge_plan(args, data))
-    print(f"{data.save(args.out)}: {summary_text(data)}")
-
+# %% ../nbs/95_cli.ipynb #b6bee811
 def _merged(args):
     "The runs as one, without what is not to be kept"
     from leverplus.rldata_merge import (
@@ -966,6 +962,34 @@ def _merged(args):
     if args.positive_share is not None: data = balance(data, args.positive_share, seed=args.seed)
     if args.sample is not None: data = sample_queries(data, args.sample, args.seed)
     return data
+
+def _merging_flags(p):
+    g = p.add_argument_group("merging")
+    g.add_argument("--pools", default="same", choices=["same", "unite"],
+                   help="candidates must agree, or are joined (default: same)")
+    g.add_argument("--facts", default="all", choices=["all", "common"],
+                   help="all runs must have the same facts, or what some lack is left out (default: all)")
+    g.add_argument("--mix", action="store_true", help="allow labels of several scorers in one question")
+
+def _keeping_flags(p):
+    g = p.add_argument_group("keeping, in this order")
+    g.add_argument("--drop-failed", action="store_true", help="rows that did not fail")
+    g.add_argument("--require-positive", action="store_true", help="questions with a right answer")
+    g.add_argument("--min-gap", type=float, metavar="X",
+                   help="questions whose best and worst reward lie so far apart")
+    g.add_argument("--positive-share", type=float, metavar="X",
+                   help="so many that this share of each question's rows is positive")
+    _number(g, "--sample", "so many questions, by lot")
+    _seed_flag(g, "the lots")
+
+# %% ../nbs/95_cli.ipynb #7807d035
+def do_merge(args):
+    "Merge runs, then keep what is asked for"
+    _check_other_folder(args.out, args.runs, "one of the runs")
+    data = _merged(args)
+    print("\n".join(data.log))
+    if args.dry_run: return _print_plan(args, **_merge_plan(args, data))
+    print(f"{data.save(args.out)}: {summary_text(data)}")
 
 def _merge_plan(args, data):
     "Lines of the plan"
@@ -993,29 +1017,53 @@ def add_merge(commands):
     _reward_flags(p)
     _run_flags(p, rate=None)
 
-def _merging_flags(p):
-    g = p.add_argument_group("merging")
-    g.add_argument("--pools", default="same", choices=["same", "unite"],
-                   help="candidates must agree, or are joined (default: same)")
-    g.add_argument("--facts", default="all", choices=["all", "common"],
-                   help="all runs must have the same facts, or what some lack is left out (default: all)")
-    g.add_argument("--mix", action="store_true", help="allow labels of several scorers in one question")
-
-def _keeping_flags(p):
-    g = p.add_argument_group("keeping, in this order")
-    g.add_argument("--drop-failed", action="store_true", help="rows that did not fail")
-    g.add_argument("--require-positive", action="store_true", help="questions with a right answer")
-    g.add_argument("--min-gap", type=float, metavar="X",
-                   help="questions whose best and worst reward lie so far apart")
-    g.add_argument("--positive-share", type=float, metavar="X",
-                   help="so many that this share of each question's rows is positive")
-    _number(g, "--sample", "so many questions, by lot")
-    _seed_flag(g, "the lots")
-
-# %% ../nbs/95_cli.ipynb #df9d13e2
+# %% ../nbs/95_cli.ipynb #10c75b92
 OBJECTIVES = dict(rce="fit_rce", listwise="fit_listwise", sft="fit_sft", grpo="fit_grpo")
 EPOCHS = 5 # of an objective, if nothing is said
 
+def _objective_flags(p):
+    g = p.add_argument_group("objective")
+    g.add_argument("--objective", default="rce", choices=list(OBJECTIVES),
+                   help="what is trained (default: rce)")
+    g.add_argument("--recipe", metavar="NAME",
+                   help="stages and settings by name, in place of an objective (page 71)")
+    _number(g, "--epochs", f"of the objective (default: {EPOCHS})", least=0)
+    _number(g, "--lr", "peak learning rate (default: the objective's own)", least=0., kind=float, metavar="X")
+    g.add_argument("--set", type=counts_arg, metavar="JSON",
+                   help="more arguments of the objective, such as '{\"temp\": [2, 0.5]}', or changes to the"
+                        " recipe")
+    g.add_argument("--start", metavar="DIR", help="selector to start from (default: a new one)")
+    g.add_argument("--model", type=counts_arg, metavar="JSON",
+                   help="arguments of a new selector, such as '{\"d_hidden\": 256}'")
+    _number(g, "--bs", "questions per batch", 32)
+    _seed_flag(g, "weights and batches")
+
+def _development_flags(p):
+    g = p.add_argument_group("development")
+    g.add_argument("--dev", metavar="RUN",
+                   help="data that choose the epoch (default: a share of the training questions)")
+    g.add_argument("--dev-share", type=float, default=0.2, metavar="X",
+                   help="that share, disjoint by picture (default: 0.2)")
+    g.add_argument("--choose", default="regret", choices=["regret", "accuracy"],
+                   help="what an epoch is kept for: least regret on the groups of --dev, or the accuracy of"
+                        " what greedy picks, about which the vision-language model (--lvlm) is asked"
+                        " (default: regret)")
+
+def _train_flags(p):
+    p.add_argument("runs", nargs="+", metavar="RUN", help="training data; several are merged")
+    _out_flag(p, "folder of the run; continued if it is there")
+    _objective_flags(p)
+    _reward_flags(p)
+    _development_flags(p)
+    _data_flags(p)
+    p.add_argument("--split", metavar="NAME", help="split of the questions of --dev (default: dev)")
+    _kind_flag(p)
+    _model_flags(p)
+    g = _run_flags(p, "a state", rate="questions per second, for the plan")
+    _overwrite_flag(g)
+    g.add_argument("--progress", action="store_true", help="a bar per epoch")
+
+# %% ../nbs/95_cli.ipynb #df9d13e2
 def _epochs(args): return EPOCHS if args.epochs is None else args.epochs
 
 def _recipe(args):
@@ -1024,9 +1072,17 @@ def _recipe(args):
     from leverplus.earlier_recipes import EARLIER
     return recipe(args.recipe, RECIPES | EARLIER, **dict(args.set or {}))
 
+def _reward_of(args):
+    "(mode, weights) of the reward: those of the recipe, or of the flags"
+    weights = weights_of(args)
+    if not args.recipe: return args.reward, weights
+    data = _recipe(args).get("data", {})
+    return data.get("reward", args.reward), data.get("weights")
+
+# %% ../nbs/95_cli.ipynb #e48b7bd4
 @dataclass
 class _TrainingData:
-    "Groups to learn from, groups that choose the epoch, and the job that they are of"
+    "Groups to learn from, groups that choose the epoch, and the job whose questions they are"
     job:Job
     train:RLData
     dev:RLData
@@ -1053,13 +1109,6 @@ def _training_data(args):
     else: train, dev = split(train, (1 - args.dev_share, args.dev_share), args.seed, job.items())
     return _TrainingData(job, with_text(train, mode, weights), with_text(dev, mode, weights))
 
-def _reward_of(args):
-    "(mode, weights) of the reward, which a recipe may name"
-    weights = weights_of(args)
-    if not args.recipe: return args.reward, weights
-    data = _recipe(args).get("data", {})
-    return data.get("reward", args.reward), data.get("weights")
-
 # %% ../nbs/95_cli.ipynb #ae85dcf3
 def _learner(args, data):
     "(a Learner, the function of a state folder that fits it)"
@@ -1082,10 +1131,10 @@ def _without_pictures_of(questions, items):
 def _learner_of_objective(args, data, start):
     from leverplus.dls import group_dls
     from leverplus.learner import selector_learner
-    how = args.reward, args.kind, args.bs, args.seed, args.device
-    dls = group_dls(data.train, data.dev, data.store, *how, **weights_of(args))
-    model = {} if start is not None else args.model or {}
-    learn = selector_learner(dls, start, args.seed, **model)
+    how = _taken(args, "reward kind bs seed device".split())
+    dls = group_dls(data.train, data.dev, data.store, **how, **weights_of(args))
+    new = args.model or {} if start is None else {}    # arguments of a new selector
+    learn = selector_learner(dls, start, args.seed, **new)
     more = dict(args.set or {})
     if args.lr is not None: more["lr"] = args.lr
     stage = getattr(learn, OBJECTIVES[args.objective])
@@ -1107,14 +1156,15 @@ def _looks(args):
     return n + at_the_end
 
 def _check_looks(args):
-    if not _looks(args):
-        raise Bad(
-            "--choose accuracy, but no stage chooses an epoch (best is false): leave it out, or let a"
-            " stage keep its best"
-        )
+    if _looks(args): return
+    raise Bad(
+        "--choose accuracy, but no stage chooses an epoch (best is false): leave it out, or let a stage keep"
+        " its best"
+    )
 
+# %% ../nbs/95_cli.ipynb #cb04fd64
 def _greedy_loss(args, data, scorer, learn):
-    "The score of `--choose accuracy`; it knows what is stored of dev, and keeps what it asks in the run"
+    "What `--choose accuracy` makes small; it knows what is stored of dev, and keeps what it asks in the run"
     from leverplus.callback_onpolicy import Feedback, GreedyLoss
     cache = FactCache(Path(args.out)/"facts")
     dev = data.dev
@@ -1146,6 +1196,40 @@ def _epoch_line(learn):
     def log(values): print("  ".join(map(said, learn.recorder.metric_names, values)), flush=True)
     return log
 
+# %% ../nbs/95_cli.ipynb #01205f4d
+def _check_recipe_alone(args):
+    if not args.recipe: return
+    own = [f"--{k}" for k in ("epochs", "lr", "model") if getattr(args, k) is not None]
+    if own:
+        raise Bad(
+            f"{', '.join(own)} beside --recipe {args.recipe}: change a recipe with --set, such as '{{\"rce\":"
+            " {\"n_epoch\": 2}}'"
+        )
+
+def _train_settings(args):
+    "Settings of the run; a recipe brings its own"
+    both = dict(set=args.set, model=args.model) | _chosen(args)
+    if args.recipe: return dict(recipe=args.recipe) | both
+    own = _taken(args, "lr reward weights kind bs".split())
+    return dict(objective=args.objective, epochs=_epochs(args)) | own | both
+
+def _chosen(args): return {} if args.choose == "regret" else dict(choose=args.choose)
+
+# %% ../nbs/95_cli.ipynb #5ba27375
+def _keep(args, run, learn):
+    "Write history and checkpoint; words about how good they are"
+    history = learn.history.frame
+    regret = float(history.valid_loss.min()) if len(history) else math.nan      # the smallest of all epochs
+    accuracy = {}
+    if args.choose == "accuracy": accuracy["dev_accuracy"] = 1 - float(learn.choose_by(learn).mean())
+    what = dict(recipe=args.recipe) if args.recipe else dict(objective=args.objective)
+    run.save_history(history)
+    info = learn.dls.info | dict(seed=args.seed, **what, **_chosen(args))
+    learn.save_selector(run.checkpoint, info=info)
+    run.finish(regret=regret, epochs_done=len(history), **accuracy)
+    if accuracy: return f"dev accuracy {accuracy['dev_accuracy']:.4f} (of what is kept)"
+    return f"smallest dev regret {regret:.4g}"
+
 # %% ../nbs/95_cli.ipynb #1a921f34
 def do_train(args):
     "Train a selector in a run folder"
@@ -1169,43 +1253,6 @@ def do_train(args):
         kept = _keep(args, run, learn)
     print(f"{args.out}: epochs {len(learn.history.frame)}, {kept}, checkpoint {run.checkpoint}")
 
-def _check_recipe_alone(args):
-    if not args.recipe: return
-    own = [f"--{k}" for k in ("epochs", "lr", "model") if getattr(args, k) is not None]
-    if own:
-        raise Bad(
-            f"{', '.join(own)} beside --recipe {args.recipe}: change a recipe with --set, such as '{{\"rce\":"
-            " {\"n_epoch\": 2}}'"
-        )
-
-def _train_settings(args):
-    "Settings of the run"
-    if args.recipe: what = dict(recipe=args.recipe)
-    else:
-        what = dict(
-            objective=args.objective,
-            epochs=_epochs(args),
-            **_taken(args, "lr reward weights kind bs".split()),
-        )
-    return dict(what, set=args.set, model=args.model, **_chosen(args))
-
-def _chosen(args): return {} if args.choose == "regret" else dict(choose=args.choose)
-
-def _keep(args, run, learn):
-    "Write history and checkpoint; words about how good they are"
-    history = learn.history.frame
-    regret = float(history.valid_loss.min()) if len(history) else math.nan      # the smallest of all epochs
-    accuracy = {}
-    if args.choose == "accuracy": accuracy["dev_accuracy"] = 1 - float(learn.choose_by(learn).mean())
-    what = dict(recipe=args.recipe) if args.recipe else dict(objective=args.objective)
-    run.save_history(history)
-    info = learn.dls.info | dict(seed=args.seed, **what, **_chosen(args))
-    learn.save_selector(run.checkpoint, info=info)
-    run.finish(regret=regret, epochs_done=len(history), **accuracy)
-    if accuracy: return f"dev accuracy {accuracy['dev_accuracy']:.4f} (of what is kept)"
-    return f"smallest dev regret {regret:.4g}"
-
-# %% ../nbs/95_cli.ipynb #f4d7d173
 def add_train(commands):
     "Add `leverplus train`"
     comes = "runs of generate, mine or merge, and the data set that they were made from (for its embeddings)"
@@ -1222,46 +1269,7 @@ def add_train(commands):
     )
     usage = "RUN [RUN ...] --out DIR [options]"
     p = add_door(commands, "train", do_train, comes, goes, *examples, usage=usage)
-    p.add_argument("runs", nargs="+", metavar="RUN", help="training data; several are merged")
-    _out_flag(p, "folder of the run; continued if it is there")
-    _objective_flags(p)
-    _reward_flags(p)
-    _development_flags(p)
-    _data_flags(p)
-    p.add_argument("--split", metavar="NAME", help="split of the questions of --dev (default: dev)")
-    _kind_flag(p)
-    _model_flags(p)
-    g = _run_flags(p, "a state", rate="questions per second, for the plan")
-    _overwrite_flag(g)
-    g.add_argument("--progress", action="store_true", help="a bar per epoch")
-
-def _objective_flags(p):
-    g = p.add_argument_group("objective")
-    g.add_argument("--objective", default="rce", choices=list(OBJECTIVES),
-                   help="what is trained (default: rce)")
-    g.add_argument("--recipe", metavar="NAME",
-                   help="stages and settings by name, in place of an objective (page 71)")
-    _number(g, "--epochs", f"of the objective (default: {EPOCHS})", least=0)
-    _number(g, "--lr", "peak learning rate (default: the objective's own)", least=0., kind=float, metavar="X")
-    g.add_argument("--set", type=counts_arg, metavar="JSON",
-                   help="more arguments of the objective, such as '{\"temp\": [2, 0.5]}', or changes to the"
-                        " recipe")
-    g.add_argument("--start", metavar="DIR", help="selector to start from (default: a new one)")
-    g.add_argument("--model", type=counts_arg, metavar="JSON",
-                   help="arguments of a new selector, such as '{\"d_hidden\": 256}'")
-    _number(g, "--bs", "questions per batch", 32)
-    _seed_flag(g, "weights and batches")
-
-def _development_flags(p):
-    g = p.add_argument_group("development")
-    g.add_argument("--dev", metavar="RUN",
-                   help="data that choose the epoch (default: a share of the training questions)")
-    g.add_argument("--dev-share", type=float, default=0.2, metavar="X",
-                   help="that share, disjoint by picture (default: 0.2)")
-    g.add_argument("--choose", default="regret", choices=["regret", "accuracy"],
-                   help="what an epoch is kept for: least regret on the groups of --dev, or the accuracy of"
-                        " what greedy picks, about which the vision-language model (--lvlm) is asked"
-                        " (default: regret)")
+    _train_flags(p)
 
 # %% ../nbs/95_cli.ipynb #36894d21
 def _train_plan(args, train, dev):
@@ -1282,94 +1290,7 @@ def _train_plan(args, train, dev):
         disk=f"weights and a state after every epoch in {args.out}",
     )
 
-# %% ../nbs/95_cli.ipynb #838f0a5b
-@dataclass
-class Asked:
-    "Questions with their pools, and who is asked"
-    items:pd.DataFrame # questions and demonstrations
-    store:EmbedStore # their embeddings
-    pool:Pool # of the questions that are asked
-    scorer:object=None # the model; None: not loaded
-
-def asked_of(
-    args:argparse.Namespace, # with `limit`
-    job:Job, # for data, pools, and the split
-)->Asked: # without a scorer
-    "The first `--limit` questions of a split, with all they need but the model"
-    items, store, pool = job.inputs()
-    return Asked(items, store, pool.only(_first_questions(args, items, job.split)))
-
-def _first_questions(args, items, split):
-    return items.question_id[items.split == split][:args.limit].tolist()
-
-# %% ../nbs/95_cli.ipynb #0e677b22
-def do_infer(args):
-    "Predict a split"
-    _to_resume(args, "settings.json")
-    job = job_of(args)
-    models = load_models([args.selector] if args.selector else [])
-    model = next(iter(models.values()), None)
-    _check_selector_given(args, model)
-    if args.dry_run: return _print_plan(args, **_infer_plan(args, job))
-    asked = asked_of(args, job)
-    asked.scorer = job.scorer()
-    if args.shard is None:
-        with run_lock(args.out): run = _predict(args, args.out, asked, model)
-    else: run = _infer_shard(args, asked, model)
-    if run is None: return
-    m = run.metrics
-    print(f"{args.out}: questions {m.get('n', m.get('asked'))}, failed {m['failed']},"
-          f" accuracy {m['acc']:.4f} ({args.split}), {run.path/'predictions.json'}")
-
-def _check_selector_given(args, model):
-    if args.how in ("greedy", "beam", "samples") and model is None and args.shots != [0]:
-        raise Bad(f"--how {args.how} wants --selector DIR (a run of train)")
-
-def _predict(args, folder, asked, model):
-    "The run of `predict` in `folder`"
-    from leverplus.infer import predict
-    shots = args.shots[0] if len(args.shots) == 1 else tuple(args.shots)
-    name = args.name
-    if not name and model is not None: name = args.selector[0]
-    if args.by: name = None                            # `predict` names a vote itself
-    same = "how by weight threshold split width temperature fixed seed other_pool style blank overwrite"
-    more = _taken(args, same.split()) | dict(
-        S=shots,
-        model=model,
-        name=name,
-        kind=_kind_of(model, args),
-        progress=not args.quiet,
-    )
-    try: return predict(folder, asked.pool, asked.items, asked.scorer, asked.store, **more)
-    except ValueError as e:
-        if "have no answer" not in str(e): raise
-        raise Failed(f"{folder}: {e}; the same command asks them again, --blank writes \"\" for them") from e
-
-# %% ../nbs/95_cli.ipynb #a1181c0c
-def add_infer(commands):
-    "Add `leverplus infer`"
-    comes = "a selector (a run of train), a data set, a model"
-    goes = (
-        "a run in --out: predictions.json in the official results format, predictions.parquet to look at"
-        " cases; what was asked is kept, so the same command goes on after a kill"
-    )
-    examples = (
-        "infer --how similar_mixed --limit 50 --out runs/similar",
-        "infer --selector runs/rce --out runs/rce-dev",
-        "infer --selector runs/rce --how beam --width 5 --by vote --data ~/okvqa --split val"
-        " --lvlm Qwen/Qwen2.5-VL-3B-Instruct --shard 0/4 --out runs/val",
-    )
-    p = add_door(commands, "infer", do_infer, comes, goes, *examples, usage="--out DIR [options]")
-    _out_flag(p, "folder of the run; continued if it is there")
-    _picking_flags(p)
-    _kind_flag(p, None)
-    _data_flags(p, "dev", limit=True)
-    _pool_flags(p.add_argument_group("pools"))
-    _model_flags(p)
-    g = _run_flags(p, "a run", "the last one to finish writes the union; give all the same --out")
-    _overwrite_flag(g)
-    g.add_argument("--blank", action="store_true", help="write \"\" for questions whose evaluation failed")
-
+# %% ../nbs/95_cli.ipynb #4e69a907
 def _picking_flags(p):
     from leverplus.infer import PICKERS
     g = p.add_argument_group("who picks")
@@ -1394,6 +1315,92 @@ def _shots_flag(group, help):
     group.add_argument("--shots", type=shots_arg, nargs="+", default=[2], metavar="N",
                        help=f"{help} (default: 2)")
 
+def _infer_flags(p):
+    _out_flag(p, "folder of the run; continued if it is there")
+    _picking_flags(p)
+    _kind_flag(p, None)
+    _data_flags(p, "dev", limit=True)
+    _pool_flags(p.add_argument_group("pools"))
+    _model_flags(p)
+    g = _run_flags(p, "a run", "the last one to finish writes the union; give all the same --out")
+    _overwrite_flag(g)
+    g.add_argument("--blank", action="store_true", help="write \"\" for questions whose evaluation failed")
+
+def _check_selector_given(args, model):
+    if args.how in ("greedy", "beam", "samples") and model is None and args.shots != [0]:
+        raise Bad(f"--how {args.how} wants --selector DIR (a run of train)")
+
+# %% ../nbs/95_cli.ipynb #838f0a5b
+@dataclass
+class Asked:
+    "Questions with their pools, and who is asked"
+    items:pd.DataFrame # questions and demonstrations
+    store:EmbedStore # their embeddings
+    pool:Pool # of the questions that are asked
+    scorer:object=None # the model; None: not loaded
+
+def asked_of(
+    args:argparse.Namespace, # with `limit`
+    job:Job, # for data, pools, and the split
+)->Asked: # without a scorer
+    "The first `--limit` questions of a split, with all they need but the model"
+    items, store, pool = job.inputs()
+    return Asked(items, store, pool.only(_first_questions(args, items, job.split)))
+
+def _first_questions(args, items, split):
+    return items.question_id[items.split == split][:args.limit].tolist()
+
+# %% ../nbs/95_cli.ipynb #9e662a47
+def _predict(args, folder, asked, model):
+    "The run of `predict` in `folder`"
+    from leverplus.infer import predict
+    shots = args.shots[0] if len(args.shots) == 1 else tuple(args.shots)
+    name = args.name
+    if not name and model is not None: name = args.selector[0]
+    if args.by: name = None                            # `predict` names a vote itself
+    same = "how by weight threshold split width temperature fixed seed other_pool style blank overwrite"
+    how = _taken(args, same.split())
+    how |= dict(S=shots, model=model, name=name, kind=_kind_of(model, args), progress=not args.quiet)
+    try: return predict(folder, asked.pool, asked.items, asked.scorer, asked.store, **how)
+    except ValueError as e:
+        if "have no answer" not in str(e): raise
+        raise Failed(f"{folder}: {e}; the same command asks them again, --blank writes \"\" for them") from e
+
+# %% ../nbs/95_cli.ipynb #0e677b22
+def do_infer(args):
+    "Predict a split"
+    _to_resume(args, "settings.json")
+    job = job_of(args)
+    models = load_models([args.selector] if args.selector else [])
+    model = next(iter(models.values()), None)
+    _check_selector_given(args, model)
+    if args.dry_run: return _print_plan(args, **_infer_plan(args, job))
+    asked = asked_of(args, job)
+    asked.scorer = job.scorer()
+    if args.shard is None:
+        with run_lock(args.out): run = _predict(args, args.out, asked, model)
+    else: run = _infer_shard(args, asked, model)
+    if run is None: return
+    m = run.metrics
+    print(f"{args.out}: questions {m.get('n', m.get('asked'))}, failed {m['failed']},"
+          f" accuracy {m['acc']:.4f} ({args.split}), {run.path/'predictions.json'}")
+
+def add_infer(commands):
+    "Add `leverplus infer`"
+    comes = "a selector (a run of train), a data set, a model"
+    goes = (
+        "a run in --out: predictions.json in the official results format, predictions.parquet to look at"
+        " cases; what was asked is kept, so the same command goes on after a kill"
+    )
+    examples = (
+        "infer --how similar_mixed --limit 50 --out runs/similar",
+        "infer --selector runs/rce --out runs/rce-dev",
+        "infer --selector runs/rce --how beam --width 5 --by vote --data ~/okvqa --split val"
+        " --lvlm Qwen/Qwen2.5-VL-3B-Instruct --shard 0/4 --out runs/val",
+    )
+    p = add_door(commands, "infer", do_infer, comes, goes, *examples, usage="--out DIR [options]")
+    _infer_flags(p)
+
 # %% ../nbs/95_cli.ipynb #01188e5f
 def _infer_plan(args, job):
     "Lines of the plan"
@@ -1413,6 +1420,16 @@ def _infer_plan(args, job):
     return lines
 
 # %% ../nbs/95_cli.ipynb #811d3681
+def _join_frames(run, parts, name, pool):
+    "Save one frame of all shards, in the order of the pool"
+    frames = [p.frame(name) for p in parts if name in p.files()]
+    if not frames: return
+    place = {q: i for i, q in enumerate(pool)}
+    rows = pd.concat(frames, ignore_index=True)
+    order = np.argsort(rows.question_id.map(place), kind="stable")
+    run.save_frame(name, rows.iloc[order])
+
+# %% ../nbs/95_cli.ipynb #c8eaca78
 def _infer_shard(args, asked, model):
     "Predict one shard; the union's run if this was the last, else None"
     i, n = args.shard
@@ -1442,7 +1459,6 @@ def _union(args, pool, model):
 
 def _has_ended(folder): return (folder/"settings.json").exists() and Run(folder).finished
 
-# %% ../nbs/95_cli.ipynb #c8eaca78
 def _join(args, run, parts, pool):
     "Write the union of finished shards"
     from leverplus.infer import write_results
@@ -1460,14 +1476,41 @@ def _join(args, run, parts, pool):
         prompts=sum(p.metrics["prompts"] for p in parts),
     )
 
-def _join_frames(run, parts, name, pool):
-    "Save one frame of all shards, in the order of the pool"
-    frames = [p.frame(name) for p in parts if name in p.files()]
-    if not frames: return
-    place = {q: i for i, q in enumerate(pool)}
-    rows = pd.concat(frames, ignore_index=True)
-    order = np.argsort(rows.question_id.map(place), kind="stable")
-    run.save_frame(name, rows.iloc[order])
+# %% ../nbs/95_cli.ipynb #8108c79c
+def _row_flags(p):
+    g = p.add_argument_group("rows")
+    g.add_argument("--selector", type=named_arg, action="append", metavar="[NAME=]DIR",
+                   help="run of train, or a checkpoint; give it several times")
+    _shots_flag(g, "demonstrations")
+    _number(g, "--draws", "random demonstrations, so many times", 5)
+    _number(g, "--fixed", "fixed sequences to choose from; 0: no such row", 16, least=0)
+    g.add_argument("--fixed-from", default="dev", metavar="NAME",
+                   help="split that they are chosen on (default: dev)")
+    g.add_argument("--exact-oracle", action="store_true", help="ask every sequence of every pool")
+    g.add_argument("--facts", nargs="*", metavar="PATH",
+                   help="facts that are known: parquet files, runs of generate"
+                        " (default: DATA/facts.parquet, if it is there)")
+    g.add_argument("--sizes", nargs="+", metavar="N",
+                   help="also a table by number of questions, such as 100 200 all")
+    _other_pool_flag(g, "a selector")
+    _seed_flag(g, "draws")
+
+def _eval_flags(p):
+    _out_flag(p, "folder of the run; continued if it is there")
+    _row_flags(p)
+    _kind_flag(p, None)
+    _data_flags(p, "dev", limit=True)
+    _pool_flags(p.add_argument_group("pools"))
+    _model_flags(p)
+    _overwrite_flag(_run_flags(p, "a run"))
+
+def _shots_above_zero(args): return [s for s in args.shots if s]
+
+def _check_eval(args, models):
+    from leverplus.evaluate import BASELINES
+    odd = [n for n in models if n in BASELINES]
+    if odd: raise Bad(f"--selector {odd[0]}: the name of a baseline; say NAME={odd[0]}")
+    if not any(args.shots) or None in args.shots: raise Bad("--shots wants numbers, at least one above 0")
 
 # %% ../nbs/95_cli.ipynb #07bda5ea
 def known_facts(
@@ -1541,15 +1584,13 @@ def _facts_paths(args):
     return [p for p in places if p.is_file()][:1]
 
 # %% ../nbs/95_cli.ipynb #43cfa814
-def _shots_above_zero(args): return [s for s in args.shots if s]
-
 def _fixed(args, job, known):
     "({S: the best fixed sequence}, notes about how it was chosen)"
     from leverplus.evaluate import best_fixed, fixed_pairs
     if not args.fixed or args.fixed_from == args.candidates: return {}, []
     judges = asked_of(args, job_of(args, split=args.fixed_from))
     flatters = args.fixed_from == job.split
-    out = {}
+    out = {} # S -> sequence
     notes = []
     for S in _shots_above_zero(args):
         facts = known.ask(fixed_pairs(judges.pool, S, args.fixed, args.seed), judges.items)
@@ -1561,6 +1602,7 @@ def _fixed(args, job, known):
         notes.append(note)
     return out, notes
 
+# %% ../nbs/95_cli.ipynb #03064873
 def _eval_picks(args, models, asked, fixed):
     "What baselines and selectors show: a row per question, selector and shot count"
     from leverplus.evaluate import pick_baselines
@@ -1568,11 +1610,8 @@ def _eval_picks(args, models, asked, fixed):
     shots = _shots_above_zero(args)
     picks = [pick_baselines(asked.pool, asked.store, shots, args.draws, fixed, asked.items, args.seed)]
     for name, model in models.items():
-        kind = _kind_of(model, args)
-        for S in shots:
-            picks.append(
-                pick_model(model, asked.pool, asked.store, S, kind, name, other_pool=args.other_pool)
-            )
+        how = dict(kind=_kind_of(model, args), name=name, other_pool=args.other_pool)
+        picks += [pick_model(model, asked.pool, asked.store, S, **how) for S in shots]
     return pd.concat(picks, ignore_index=True)
 
 def _scored(args, asked, picks, known):
@@ -1591,74 +1630,24 @@ def _scored(args, asked, picks, known):
     return pd.concat([scored, *votes], ignore_index=True)
 
 # %% ../nbs/95_cli.ipynb #0172a84c
-def do_eval(args):
-    "Print the honest table"
-    models = load_models(args.selector)
-    job = job_of(args)
-    _to_resume(args, "settings.json")
-    _check_eval(args, models)
-    if args.dry_run: return _print_plan(args, **_eval_plan(args, job, models))
-    asked = asked_of(args, job)
-    asked.scorer = job.scorer()
-    who = facts_fingerprint(asked.scorer, args.style)
-    prints = dict(pool=asked.pool.fingerprint, scorer=who, store=asked.store.fingerprint)
-    settings = _taken(args, "split shots draws fixed fixed_from".split()) | dict(
-        exact=args.exact_oracle,
-        selectors={n: policy_fingerprint(m) for n, m in models.items()},
-    )
-    with run_lock(args.out):
-        run = Run.create(args.out, settings, args.seed, prints, overwrite=args.overwrite)
-        print(_evaluate(args, run, job, models, asked))
+def _tests_text(run, scored, items):
+    "Selectors against two baselines, question by question"
+    from leverplus.evaluate import paired_tests
+    against = [b for b in ("random", "similar_mixed") if b in set(scored.selector)]
+    tests = paired_tests(scored, items, against=against)
+    run.save_frame("tests.csv", tests)
+    columns = "selector against shots n delta lo hi mde changed p_holm verdict".split()
+    return tests[columns].round(3).to_string(index=False)
 
-def _check_eval(args, models):
-    from leverplus.evaluate import BASELINES
-    odd = [n for n in models if n in BASELINES]
-    if odd: raise Bad(f"--selector {odd[0]}: the name of a baseline; say NAME={odd[0]}")
-    if not any(args.shots) or None in args.shots: raise Bad("--shots wants numbers, at least one above 0")
+def _sizes_text(args, scored, asked):
+    "The table by number of questions"
+    from leverplus.evaluate import size_table, subsets
+    sizes = [s if s == "all" else int(s) for s in args.sizes]
+    some = subsets(asked.pool, sizes, args.seed)
+    last = _shots_above_zero(args)[-1]
+    return size_table(scored, some, last, asked.items).round(3).to_string()
 
-# %% ../nbs/95_cli.ipynb #5af407dc
-def add_eval(commands):
-    "Add `leverplus eval`"
-    comes = "selectors (runs of train), a data set, a model"
-    goes = (
-        "the table on the screen, with what must be read beside it; predictions.parquet, results.csv and"
-        " tests.csv in --out. Choose on dev; name test once, at the end: every look at a split is counted"
-    )
-    examples = (
-        "eval --limit 50 --out runs/eval",
-        "eval --selector runs/rce --selector grpo=runs/grpo --shots 1 2 --out runs/eval-dev",
-        "eval --selector runs/rce --split test --out runs/eval-test",
-        "eval --selector runs/okvqa-rce --data ~/okvqa --split val --fixed 0"
-        " --lvlm Qwen/Qwen2.5-VL-3B-Instruct --K 64 --out runs/val",
-    )
-    p = add_door(commands, "eval", do_eval, comes, goes, *examples, usage="--out DIR [options]")
-    _out_flag(p, "folder of the run; continued if it is there")
-    _row_flags(p)
-    _kind_flag(p, None)
-    _data_flags(p, "dev", limit=True)
-    _pool_flags(p.add_argument_group("pools"))
-    _model_flags(p)
-    _overwrite_flag(_run_flags(p, "a run"))
-
-def _row_flags(p):
-    g = p.add_argument_group("rows")
-    g.add_argument("--selector", type=named_arg, action="append", metavar="[NAME=]DIR",
-                   help="run of train, or a checkpoint; give it several times")
-    _shots_flag(g, "demonstrations")
-    _number(g, "--draws", "random demonstrations, so many times", 5)
-    _number(g, "--fixed", "fixed sequences to choose from; 0: no such row", 16, least=0)
-    g.add_argument("--fixed-from", default="dev", metavar="NAME",
-                   help="split that they are chosen on (default: dev)")
-    g.add_argument("--exact-oracle", action="store_true", help="ask every sequence of every pool")
-    g.add_argument("--facts", nargs="*", metavar="PATH",
-                   help="facts that are known: parquet files, runs of generate"
-                        " (default: DATA/facts.parquet, if it is there)")
-    g.add_argument("--sizes", nargs="+", metavar="N",
-                   help="also a table by number of questions, such as 100 200 all")
-    _other_pool_flag(g, "a selector")
-    _seed_flag(g, "draws")
-
-# %% ../nbs/95_cli.ipynb #76a56d94
+# %% ../nbs/95_cli.ipynb #3926d467
 def _evaluate(args, run, job, models, asked):
     "Ask, score, write; the text of the table"
     from leverplus.evaluate import look, result_table, table_text
@@ -1684,23 +1673,42 @@ def _copy_history(args, run):
     history = Path(path)/"history.csv"
     if history.exists(): run.save_history(pd.read_csv(history))
 
-# %% ../nbs/95_cli.ipynb #1b0b1247
-def _tests_text(run, scored, items):
-    "Selectors against two baselines, question by question"
-    from leverplus.evaluate import paired_tests
-    against = [b for b in ("random", "similar_mixed") if b in set(scored.selector)]
-    tests = paired_tests(scored, items, against=against)
-    run.save_frame("tests.csv", tests)
-    columns = "selector against shots n delta lo hi mde changed p_holm verdict".split()
-    return tests[columns].round(3).to_string(index=False)
+# %% ../nbs/95_cli.ipynb #76a56d94
+def do_eval(args):
+    "Print the table"
+    models = load_models(args.selector)
+    job = job_of(args)
+    _to_resume(args, "settings.json")
+    _check_eval(args, models)
+    if args.dry_run: return _print_plan(args, **_eval_plan(args, job, models))
+    asked = asked_of(args, job)
+    asked.scorer = job.scorer()
+    who = facts_fingerprint(asked.scorer, args.style)
+    prints = dict(pool=asked.pool.fingerprint, scorer=who, store=asked.store.fingerprint)
+    settings = _taken(args, "split shots draws fixed fixed_from".split()) | dict(
+        exact=args.exact_oracle,
+        selectors={n: policy_fingerprint(m) for n, m in models.items()},
+    )
+    with run_lock(args.out):
+        run = Run.create(args.out, settings, args.seed, prints, overwrite=args.overwrite)
+        print(_evaluate(args, run, job, models, asked))
 
-def _sizes_text(args, scored, asked):
-    "The table by number of questions"
-    from leverplus.evaluate import size_table, subsets
-    sizes = [s if s == "all" else int(s) for s in args.sizes]
-    some = subsets(asked.pool, sizes, args.seed)
-    last = _shots_above_zero(args)[-1]
-    return size_table(scored, some, last, asked.items).round(3).to_string()
+def add_eval(commands):
+    "Add `leverplus eval`"
+    comes = "selectors (runs of train), a data set, a model"
+    goes = (
+        "the table on the screen, with what must be read beside it; predictions.parquet, results.csv and"
+        " tests.csv in --out. Choose on dev; name test once, at the end: every look at a split is counted"
+    )
+    examples = (
+        "eval --limit 50 --out runs/eval",
+        "eval --selector runs/rce --selector grpo=runs/grpo --shots 1 2 --out runs/eval-dev",
+        "eval --selector runs/rce --split test --out runs/eval-test",
+        "eval --selector runs/okvqa-rce --data ~/okvqa --split val --fixed 0"
+        " --lvlm Qwen/Qwen2.5-VL-3B-Instruct --K 64 --out runs/val",
+    )
+    p = add_door(commands, "eval", do_eval, comes, goes, *examples, usage="--out DIR [options]")
+    _eval_flags(p)
 
 # %% ../nbs/95_cli.ipynb #bcce418a
 def _eval_plan(args, job, models):
@@ -1784,6 +1792,31 @@ def _value(text):
     try: return json.loads(text)
     except json.JSONDecodeError: return text
 
+# %% ../nbs/95_cli.ipynb #364d4118
+def _grid_flags(p):
+    g = p.add_argument_group("grid")
+    g.add_argument("--grid", required=True, nargs="+", metavar="GRID",
+                   help="key=a,b or a JSON file {key: [a, b]} or the name of a grid of page 85; keys are"
+                        " objective, reward, kind, bs, reward.WEIGHT, model.ARGUMENT, STAGE.ARGUMENT; the"
+                        " first value of each is the default")
+    g.add_argument("--base", nargs="+", metavar="KEY=VALUE", help="the same for all combinations")
+    g.add_argument("--seeds", nargs="+", type=number_arg(0), default=[0, 1, 2], metavar="N",
+                   help="of weights and batches (default: 0 1 2)")
+    _number(g, "--shots", "of the picks that are judged (default: those of the data)")
+
+# %% ../nbs/95_cli.ipynb #9f79bd7e
+def _swept(out, cells, items):
+    "Write what is there of a sweep; the text of its table"
+    from leverplus.sweep import plot_sweep, sweep_table, sweep_text
+    cells.to_csv(out/"cells.csv", index=False)
+    left = int((cells.status == "not run").sum())
+    if left: return f"{out}: {len(cells) - left} of {len(cells)} cells are there, {left} still to come"
+    if not cells.attrs["by"]: return cells.drop(columns=["error", "cell"]).round(3).to_string(index=False)
+    table = sweep_table(cells, items=items)
+    table.to_csv(out/"table.csv", index=False)
+    plot_sweep(cells, items=items).figure.savefig(out/"sweep.png", dpi=110)
+    return sweep_text(table)
+
 # %% ../nbs/95_cli.ipynb #d53f8b01
 def do_sweep(args):
     "Train every combination with every seed"
@@ -1809,19 +1842,6 @@ def do_sweep(args):
             " same command tries them again"
         )
 
-def _swept(out, cells, items):
-    "Write what is there of a sweep; the text of its table"
-    from leverplus.sweep import plot_sweep, sweep_table, sweep_text
-    cells.to_csv(out/"cells.csv", index=False)
-    left = int((cells.status == "not run").sum())
-    if left: return f"{out}: {len(cells) - left} of {len(cells)} cells are there, {left} still to come"
-    if not cells.attrs["by"]: return cells.drop(columns=["error", "cell"]).round(3).to_string(index=False)
-    table = sweep_table(cells, items=items)
-    table.to_csv(out/"table.csv", index=False)
-    plot_sweep(cells, items=items).figure.savefig(out/"sweep.png", dpi=110)
-    return sweep_text(table)
-
-# %% ../nbs/95_cli.ipynb #7deb60c8
 def add_sweep(commands):
     "Add `leverplus sweep`"
     comes = "groups of generate, mine or merge; a grid"
@@ -1845,17 +1865,6 @@ def add_sweep(commands):
     _data_flags(p, "dev", "split of the questions of --dev (default: dev)")
     _model_flags(p)
     _run_flags(p, "a sweep", "give all the same --out; the last one prints the table")
-
-def _grid_flags(p):
-    g = p.add_argument_group("grid")
-    g.add_argument("--grid", required=True, nargs="+", metavar="GRID",
-                   help="key=a,b or a JSON file {key: [a, b]} or the name of a grid of page 85; keys are"
-                        " objective, reward, kind, bs, reward.WEIGHT, model.ARGUMENT, STAGE.ARGUMENT; the"
-                        " first value of each is the default")
-    g.add_argument("--base", nargs="+", metavar="KEY=VALUE", help="the same for all combinations")
-    g.add_argument("--seeds", nargs="+", type=number_arg(0), default=[0, 1, 2], metavar="N",
-                   help="of weights and batches (default: 0 1 2)")
-    _number(g, "--shots", "of the picks that are judged (default: those of the data)")
 
 # %% ../nbs/95_cli.ipynb #8eb1e93f
 def _sweep_plan(args, combinations, groups):

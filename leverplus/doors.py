@@ -44,7 +44,6 @@ def answer(
     parser.parse_args(words)
     parser.error(f"{' '.join(words)}: names no command")
 
-# %% ../nbs/94_doors.ipynb #5ffe4e4f
 def front()->tuple: # (the parser, what `add_subparsers` returned: commands go there)
     "Parser of the command line, before any command is added"
     import leverplus

@@ -128,15 +128,6 @@ def _count_stages(rows):
     return (rows.stage != rows.stage.shift()).cumsum()
 
 # %% ../nbs/90_report.ipynb #18155421
-def _apart(heights, gap):
-    "Rising heights, moved up and down until they are `gap` apart"
-    steps = gap*np.arange(len(heights))
-    level = np.array(heights) - steps # falls where two are too close
-    up = np.maximum.accumulate(level)
-    down = np.minimum.accumulate(level[::-1])[::-1]
-    return (up + down)/2 + steps
-
-# %% ../nbs/90_report.ipynb #b8c6bf88
 class _End(NamedTuple):
     "Last point of a line, and what is written beside it"
     name: str
@@ -153,6 +144,14 @@ def _names_at_end(ax, ends, x):
     look = dict(fontsize=8, va="center", arrowprops=hair, annotation_clip=False)
     for end, height in zip(ends, heights):
         ax.annotate(end.name, (end.x, end.y), (x, height), color=end.colour, **look)
+
+def _apart(heights, gap):
+    "Rising heights, moved up and down until they are `gap` apart"
+    steps = gap*np.arange(len(heights))
+    level = np.array(heights) - steps # falls where two are too close
+    up = np.maximum.accumulate(level)
+    down = np.minimum.accumulate(level[::-1])[::-1]
+    return (up + down)/2 + steps
 
 # %% ../nbs/90_report.ipynb #42991dff
 def plot_shots(
@@ -235,7 +234,8 @@ def outcomes(
     mine = _accuracies(scored, selector, shots)
     theirs = _accuracies(scored, against, 0 if against == "zero_shot" else shots)
     d = mine - theirs.reindex(mine.index)
-    return pd.Series(np.select([d > 1e-9, d < -1e-9, d.abs() <= 1e-9], OUTCOMES[:3], "failed"), mine.index)
+    sides = [d > 1e-9, d < -1e-9, d.abs() <= 1e-9]      # a missing score is on no side
+    return pd.Series(np.select(sides, OUTCOMES[:3], "failed"), mine.index)
 
 def _accuracies(scored, selector, shots):
     "Accuracy by question_id, NaN where the evaluation failed"
@@ -477,6 +477,7 @@ ul.says{padding-left:1.2rem}
 .says li{margin:.25rem 0}
 """
 
+# %% ../nbs/90_report.ipynb #d20940a2
 _TABLES_AND_FIGURES = """
 .wide{overflow-x:auto;max-width:100%;margin:.5rem 0}
 .wide img{min-width:38rem}
@@ -700,17 +701,18 @@ def _p(p): return "below .0001" if p < 1e-4 else f"{p:.2g}"
 def _told(row, prob, confidence):
     "What the LVLM said, whether it is right, and two numbers under the names `prob` and `confidence`"
     said = "" if row.eval_failed else f"“{_esc(row.vqa_pred_answer)}” "
-    numbers = {prob: row.get("vqa_gt_prob"), confidence: row.get("confidence")}
-    more = "".join(f" · {what} {p:.2f}" for what, p in numbers.items() if p is not None and not pd.isna(p))
+    numbers = pd.Series({prob: row.get("vqa_gt_prob"), confidence: row.get("confidence")}, dtype=float)
+    more = "".join(f" · {name} {p:.2f}" for name, p in numbers.dropna().items())
     return f'<b class="{_kind(row)}">{said}{_esc(mark(row)[0])}</b><span class="p">{more}</span>'
 
 # %% ../nbs/90_report.ipynb #c632cb10
 def _prompt(items, row, pics):
     "Demonstrations in prompt order, then the query"
-    demos = [
-        _figure(items, d, f"demonstration {i + 1}", items.answer[d], pics) for i, d in enumerate(row.pointer)
-    ]
-    return "".join(demos) + _figure(items, int(row.question_id), "query", "?", pics, "query")
+    figures = []
+    for i, d in enumerate(row.pointer, 1):
+        figures.append(_figure(items, d, f"demonstration {i}", items.answer[d], pics))
+    figures.append(_figure(items, int(row.question_id), "query", "?", pics, "query"))
+    return "".join(figures)
 
 def _figure(items, question_id, head, answer, pics, kind="demo"):
     "Image, question and answer of one item"
@@ -1408,7 +1410,7 @@ def _side_by_side(held, items, n_boot, seed):
         own = scored[scored.selector.isin(_trained(run))]
         parts.append(own.assign(selector=f"{name}: " + own.selector))
     side = pd.concat(parts, ignore_index=True)
-    return result_table(side, items, None, None, None, n_boot=n_boot, seed=seed)
+    return result_table(side, items, reference=None, oracle=None, changed_from=None, n_boot=n_boot, seed=seed)
 
 def _add_side_by_side(page, table):
     page.head("Side by side")
@@ -1453,6 +1455,19 @@ def _add_all_together(page, runs, reads, items, n_boot, seed):
         lines = _over_seeds(held, items, n_boot)
         page.add("<p>Intervals over queries and seeds, without correction:</p>", _list(lines))
 
+# %% ../nbs/90_report.ipynb #66795f84
+def _as_runs(runs):
+    runs = runs if isinstance(runs, (list, tuple)) else [runs]
+    return [run if isinstance(run, Run) else Run(run) for run in runs]
+
+def _check_report(runs, data, facts):
+    if not runs: raise ValueError("report: no runs; pass a run folder, or several")
+    if len(runs) > 1 and (data is not None or facts is not None):
+        raise ValueError(
+            f"report: data and facts belong to one run, here are {len(runs)}: leave them out, or report"
+            " each run"
+        )
+
 # %% ../nbs/90_report.ipynb #993d08f9
 def report(
     runs, # a run folder or `Run`, or a list of them; FileNotFoundError or ValueError for what is no run
@@ -1479,7 +1494,8 @@ def report(
         known.looks = _looks(run.path, known.split)
     each = n if len(runs) == 1 else max(1, n // len(runs))
     choice = _Choice(selector, shots, each, against, seed)
-    page = _Page(title or (runs[0].path.name if len(runs) == 1 else f"{len(runs)} runs"))
+    default = runs[0].path.name if len(runs) == 1 else f"{len(runs)} runs"
+    page = _Page(title or default)
     page.say(notes)
     if len(runs) == 1: return _report_one(page, runs[0], reads[0], choice, path)
     _add_overview(page, runs)
@@ -1491,18 +1507,6 @@ def report(
         page.top = 3
         _add_run(page, run.path, known, choice)
     return page.write(Path(path or runs[0].path.parent/"report.html"))
-
-def _as_runs(runs):
-    runs = runs if isinstance(runs, (list, tuple)) else [runs]
-    return [run if isinstance(run, Run) else Run(run) for run in runs]
-
-def _check_report(runs, data, facts):
-    if not runs: raise ValueError("report: no runs; pass a run folder, or several")
-    if len(runs) > 1 and (data is not None or facts is not None):
-        raise ValueError(
-            f"report: data and facts belong to one run, here are {len(runs)}: leave them out, or report"
-            " each run"
-        )
 
 def _report_one(page, run, known, choice, path):
     "The page of one run; table and figures go into its folder, wherever the page goes"

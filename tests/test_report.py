@@ -61,7 +61,7 @@ def history(n=3, **kw):
     grpo = rce.assign(stage="grpo", kl=.1)
     return pd.concat([rce, grpo], ignore_index=True).assign(**kw)
 
-# ---- curves ------------------------------------------------------------------------------------------------
+# ---- curves ---------------------------------------------------------------------------------------------------------
 
 def test_curves_draw_what_there_is():
     h = history()
@@ -86,7 +86,7 @@ def test_curves_take_axes_and_seeds():
     with pytest.raises(ValueError, match="nothing of"): plot_curves(h[["epoch"]])
     assert len(plot_curves(h[["train_loss"]])) == 1 # a history without stages is one stage
 
-# ---- cases -------------------------------------------------------------------------------------------------
+# ---- cases ----------------------------------------------------------------------------------------------------------
 
 def test_cases_take_right_and_wrong_in_turn(world):
     _, s = world
@@ -165,7 +165,7 @@ def test_pictures_fail_by_name_or_say_that_there_are_none(world, tmp_path):
         picture(items.assign(image_path=str(tmp_path / "no.png")), 3)
     with pytest.raises(KeyError, match="question 9"): picture(items, 9)
 
-# ---- figures of the table ----------------------------------------------------------------------------------
+# ---- figures of the table -------------------------------------------------------------------------------------------
 
 def test_shots_and_gap_figures():
     rows = [("zero_shot", 0, .1), ("random", 1, .2), ("rce", 1, .3), ("random", 2, .2), ("rce", 2, .4)]
@@ -193,7 +193,7 @@ def test_diagnoses_go_by_fit_and_seed():
     seeds = diagnoses(pd.concat([h.assign(seed=0), h.assign(seed=7)]))
     assert seeds[-1].stage == "seed 7, grpo, 3 epochs"
 
-# ---- the page ----------------------------------------------------------------------------------------------
+# ---- the page -------------------------------------------------------------------------------------------------------
 
 class Page(HTMLParser):
     "Tags, attributes and visible text; notices tags that do not match"
@@ -312,7 +312,7 @@ def test_pictures_fit_their_budget(tmp_path):
     assert Pictures().html().count("<symbol") == 0
     assert data_uri(Image.new("RGB", (56, 56))).startswith("data:image/png") # a drawing stays exact
 
-# ---- run folders -------------------------------------------------------------------------------------------
+# ---- run folders ----------------------------------------------------------------------------------------------------
 
 @pytest.fixture
 def quick(monkeypatch):
@@ -400,7 +400,7 @@ def test_several_runs_are_compared_or_refused_in_words(world, tmp_path, quick):
     with pytest.raises(FileNotFoundError, match="not a run folder"): report(tmp_path/"nowhere")
     with pytest.raises(ValueError, match="no runs"): report([])
 
-# ---- in a browser ------------------------------------------------------------------------------------------
+# ---- in a browser ---------------------------------------------------------------------------------------------------
 
 BROWSERS = """
     chromium chromium-browser google-chrome google-chrome-stable chrome chromium-headless-shell microsoft-edge
