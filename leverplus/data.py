@@ -88,7 +88,7 @@ def _check_label(label):
         known = isinstance(score, (int, float)) and (score == 1 or abs(score - 2/3) < .01)
         _need(known, f"score {score!r} of {answer!r}, wanted .667 or 1")
 
-def _soft(entry):
+def _soft(entry): # the fields of such a copy; its image has COCO's name
     answers = expand_labels(entry.get("label"))
     out = dict(answers=answers, answer=majority(answers))
     image = entry.get("img_id")

@@ -306,7 +306,7 @@ def sample_plain(
     seqs, logp = independent(policy, enc, length.steps, n, noise, temperature=temperature, **length.how)
     return _as_asked(enc, seqs, logp, S)
 
-# %% ../nbs/14_decode.ipynb #bc87e243
+# %% ../nbs/14_decode.ipynb #1eb4be9e
 def _who_may_follow(seqs, K, ends):
     "bool [M,K], or [M,K+1] with STOP: which pick may follow each of the prefixes `seqs` [M,t]"
     free = torch.ones(len(seqs), K + ends, dtype=torch.bool, device=seqs.device).scatter(1, seqs, False)
@@ -316,6 +316,7 @@ def _who_may_follow(seqs, K, ends):
         free[:, K] = over | (seqs.shape[1] > 0)   # once ended it goes on ending; not before the first pick
     return free
 
+# %% ../nbs/14_decode.ipynb #bc87e243
 def enumerate_all(
     policy, # has `start`, `point` and `take`
     enc, # B queries with `mask`, pools padded to K

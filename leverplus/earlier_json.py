@@ -19,13 +19,6 @@ from .rldata_merge import derive
 
 # %% ../nbs/87_earlier_json.ipynb #1431a2bf
 DIALECTS = ("v1", "v4", "merged", "augmented", "k64", "balanced")
-_POOL_KEYS = ("candidate_pool_ids", "candidate_pool_indices")
-# fields by which a candidate of v4 or later is known
-_V4 = (
-    "vqa_gt_prob", "pointer_pos", "vqa_raw_generation", "vqa_rel_score", "vqa_rel_token_f1",
-    "vqa_rel_edit_sim", "eval_split_used", "eval_failed", "similarity_score",
-)
-_AUG = ("aug_type", "aug_round", "proxy_score")
 
 # %% ../nbs/87_earlier_json.ipynb #719232c4
 class _Odd(str):
@@ -131,6 +124,16 @@ class _File:
         return {**entry, **(entry.get("query") or {})}
 
 # %% ../nbs/87_earlier_json.ipynb #d9209b3a
+# names that a query's pool has in the files
+_POOL_KEYS = ("candidate_pool_ids", "candidate_pool_indices")
+# fields by which a candidate of v4 or later is known
+_V4 = (
+    "vqa_gt_prob", "pointer_pos", "vqa_raw_generation", "vqa_rel_score", "vqa_rel_token_f1",
+    "vqa_rel_edit_sim", "eval_split_used", "eval_failed", "similarity_score",
+)
+# fields of the augmentation tool
+_AUG = ("aug_type", "aug_round", "proxy_score")
+
 def _detect(f):
     "(dialect, why); ValueError if the file is of two minds"
     entries = f.entries.values()
@@ -430,7 +433,7 @@ def _labels(f, scale):
         prob=_numbers(f, "vqa_gt_prob"),
     )
 
-# %% ../nbs/87_earlier_json.ipynb #e5a242c5
+# %% ../nbs/87_earlier_json.ipynb #80ba96b3
 _ERROR = re.compile(
     r"\s*[\[<(]?(error|exception|traceback|failed)\b|\w*(Error|Exception)\b\s*[:(]|.*out of memory",
     re.I | re.S,
@@ -444,6 +447,7 @@ def _negative(pred, raw, acc):
     silent = not pred.strip() and not (raw or "").strip()
     return "empty answer, written with a label" if silent else None
 
+# %% ../nbs/87_earlier_json.ipynb #e5a242c5
 def _failures(f, labels):
     "Why each row is a failure: text or None"
     said = _texts(f, "error")
@@ -526,6 +530,7 @@ def _relevance(f, pred, text, answers):
         f.notes.append(f"relevance of {len(lack)} rows computed from the people's answers")
     return {c: np.where(text, h, np.nan) for c, h in zip(_RELEVANCE, have)}
 
+# %% ../nbs/87_earlier_json.ipynb #5579c1cd
 def _recheck(f, labels, text, answers):
     "Hold the labels of the official evaluator against the answers, where these are known"
     at = [i for i in np.flatnonzero(text) if answers[i] and labels.mode[i] == "official"]
@@ -727,7 +732,7 @@ HOLDS = dict(
 # dialects that can say in `_meta` what their ids are, and whose scorer it was
 _WITH_META = ("v4", "k64")
 
-# %% ../nbs/87_earlier_json.ipynb #16b4edc1
+# %% ../nbs/87_earlier_json.ipynb #998d82ef
 def _one_scorer(data):
     s = data.rows.scorer
     return s.iloc[0] if len(s) and s.notna().all() and s.nunique() == 1 else None
@@ -740,6 +745,7 @@ def _like_failures(rows, dialect):
         if _negative(r.vqa_pred_answer, raw, r.vqa_acc_score): n += 1
     return n
 
+# %% ../nbs/87_earlier_json.ipynb #16b4edc1
 def lost_in(
     data:RLData, # a record
     dialect:str, # one that can be written: a key of HOLDS
