@@ -21,7 +21,7 @@ from .core import fingerprint, read_json
 def _need(ok, reason): # unless `ok`, an error with this reason
     if not ok: raise ValueError(reason)
 
-def _id(entry, field):
+def _id(entry, field): # the whole number under `field`
     value = entry.get(field)
     whole = isinstance(value, int) and not isinstance(value, bool) and value >= 0
     _need(whole, f"{field} is {value!r}, wanted a whole number >= 0")
@@ -42,15 +42,15 @@ def majority(
     return counts.most_common(1)[0][0]
 
 # %% ../nbs/10_data.ipynb #b7adf320
-def _okvqa(entry, n_answers=10): # answers, answer, and what else the entry has
+def _okvqa(entry): # answers, answer, and what else the entry has
     people = entry.get("answers")
     _need(isinstance(people, list), f"answers is {type(people).__name__}, wanted a list")
-    _need(len(people) == n_answers, f"{len(people)} answers, wanted {n_answers}")
+    _need(len(people) == 10, f"{len(people)} answers, wanted 10")
     answers = _texts(people, "answer")
     _need(answers, "an answer without a text under 'answer'")
     return dict(answers=answers, answer=majority(answers)) | _extras(entry)
 
-def _vqav2(entry):
+def _vqav2(entry): # the same, with the answer that VQAv2 names
     agreed = entry.get("multiple_choice_answer")
     _need(isinstance(agreed, str) and agreed.strip(), f"multiple_choice_answer is {agreed!r}, wanted a text")
     return _okvqa(entry) | {"answer": agreed.strip()}
