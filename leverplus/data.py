@@ -18,16 +18,16 @@ from PIL import Image
 from .core import fingerprint, read_json
 
 # %% ../nbs/10_data.ipynb #df97deb2
-def _need(ok, reason):
+def _need(ok, reason): # unless `ok`, an error with this reason
     if not ok: raise ValueError(reason)
 
-def _id(entry, field):
+def _id(entry, field): # the whole number under `field`
     value = entry.get(field)
     whole = isinstance(value, int) and not isinstance(value, bool) and value >= 0
     _need(whole, f"{field} is {value!r}, wanted a whole number >= 0")
     return value
 
-def _question(entry):
+def _question(entry): # image_id and question of an entry
     text = entry.get("question")
     _need(isinstance(text, str) and text.strip(), f"question is {text!r}, wanted a text")
     return dict(image_id=_id(entry, "image_id"), question=text.strip())
@@ -42,15 +42,15 @@ def majority(
     return counts.most_common(1)[0][0]
 
 # %% ../nbs/10_data.ipynb #b7adf320
-def _okvqa(entry, n_answers=10):
+def _okvqa(entry): # answers, answer, and what else the entry has
     people = entry.get("answers")
     _need(isinstance(people, list), f"answers is {type(people).__name__}, wanted a list")
-    _need(len(people) == n_answers, f"{len(people)} answers, wanted {n_answers}")
+    _need(len(people) == 10, f"{len(people)} answers, wanted 10")
     answers = _texts(people, "answer")
     _need(answers, "an answer without a text under 'answer'")
     return dict(answers=answers, answer=majority(answers)) | _extras(entry)
 
-def _vqav2(entry):
+def _vqav2(entry): # the same, with the answer that VQAv2 names
     agreed = entry.get("multiple_choice_answer")
     _need(isinstance(agreed, str) and agreed.strip(), f"multiple_choice_answer is {agreed!r}, wanted a text")
     return _okvqa(entry) | {"answer": agreed.strip()}
@@ -78,7 +78,9 @@ def expand_labels(
     possible = spare == 0 or (spare > 0 and several)
     _need(possible, f"label {label!r} asks for {5 - spare} people, wanted 5")
     for i in range(spare): people[several[i % len(several)]] += 1
-    return [answer for answer, n in people.items() for _ in range(2*n)]
+    out = []
+    for answer, n in people.items(): out += [answer] * (2*n)
+    return out
 
 def _check_label(label):
     _need(isinstance(label, dict) and label, f"label is {label!r}, wanted a table answer -> score")
@@ -86,7 +88,7 @@ def _check_label(label):
         known = isinstance(score, (int, float)) and (score == 1 or abs(score - 2/3) < .01)
         _need(known, f"score {score!r} of {answer!r}, wanted .667 or 1")
 
-def _soft(entry):
+def _soft(entry): # the fields of such a copy; its image has COCO's name
     answers = expand_labels(entry.get("label"))
     out = dict(answers=answers, answer=majority(answers))
     image = entry.get("img_id")
@@ -176,7 +178,7 @@ def _entries(path, field): # the list under `field`, or at the top where `field`
     return content
 
 # %% ../nbs/10_data.ipynb #7b460a60
-def _join(questions, annotations, report): # {question_id: fields}
+def _join(questions, annotations, report): # {question_id: fields of both}
     _report_alone(questions, annotations, f"no annotation for this question of {questions.file}", report)
     _report_alone(annotations, questions, f"no question for this annotation of {annotations.file}", report)
     out = {}
@@ -214,6 +216,28 @@ def _look_at(images, split, image_id, verify):
     path = find_image(images, split, image_id)
     if path is None: return Path(_stem(split, image_id)), "no such image, neither .jpg nor .png"
     return path, image_fault(path, verify)
+
+# %% ../nbs/10_data.ipynb #3b5a93cd
+def _check_choices(on_bad, verify):
+    if on_bad not in ("raise", "skip"): raise ValueError(f"on_bad {on_bad!r}: pass 'raise' or 'skip'")
+    if verify not in VERIFY: raise ValueError(f"verify {verify!r}: pass one of {', '.join(VERIFY)}")
+
+def _existing(file, wanted):
+    path = Path(file).expanduser()
+    if path.is_file(): return path
+    if path.parent.is_dir():
+        near = sorted(p.name for p in path.parent.glob("*.json"))
+        has = f"the folder holds {', '.join(near) or 'no .json files'}"
+    else: has = "that folder does not exist"
+    raise FileNotFoundError(f"{path}: no such file. Wanted {wanted}; {has}")
+
+def _check_report(report, rows, q_file, split, on_bad):
+    if report.rows and (on_bad == "raise" or not rows):
+        tail = "pass on_bad='skip' to leave them out" if rows else "nothing would be left"
+        raise BadItems(
+            f"{q_file.parent}: {len(report.rows)} bad item(s) in split '{split}'; {tail}\n{report.text()}"
+        )
+    if not rows: raise BadItems(f"{q_file}: no questions")
 
 # %% ../nbs/10_data.ipynb #3918ed94
 COLUMNS = ["question_id", "image_id", "image_path", "question", "answers", "answer"]
@@ -259,28 +283,6 @@ def left_out(
             " drop it)"
         )
     return pd.DataFrame(frame.attrs["left_out"], columns=["question_id", "file", "reason"])
-
-# %% ../nbs/10_data.ipynb #3b5a93cd
-def _check_choices(on_bad, verify):
-    if on_bad not in ("raise", "skip"): raise ValueError(f"on_bad {on_bad!r}: pass 'raise' or 'skip'")
-    if verify not in VERIFY: raise ValueError(f"verify {verify!r}: pass one of {', '.join(VERIFY)}")
-
-def _existing(file, wanted):
-    path = Path(file).expanduser()
-    if path.is_file(): return path
-    if path.parent.is_dir():
-        near = sorted(p.name for p in path.parent.glob("*.json"))
-        has = f"the folder holds {', '.join(near) or 'no .json files'}"
-    else: has = "that folder does not exist"
-    raise FileNotFoundError(f"{path}: no such file. Wanted {wanted}; {has}")
-
-def _check_report(report, rows, q_file, split, on_bad):
-    if report.rows and (on_bad == "raise" or not rows):
-        tail = "pass on_bad='skip' to leave them out" if rows else "nothing would be left"
-        raise BadItems(
-            f"{q_file.parent}: {len(report.rows)} bad item(s) in split '{split}'; {tail}\n{report.text()}"
-        )
-    if not rows: raise BadItems(f"{q_file}: no questions")
 
 # %% ../nbs/10_data.ipynb #883efec6
 def read_okvqa(
@@ -328,8 +330,10 @@ def check_splits(
         for column in ("image_id", "question_id"):
             both = sorted(set(frame_a[column].tolist()) & set(frame_b[column].tolist()))
             if both:
-                raise ValueError(f"splits '{a}' and '{b}' share {len(both)} {column}s, e.g. {both[:5]}: move "
-                                 "them to one side")
+                raise ValueError(
+                    f"splits '{a}' and '{b}' share {len(both)} {column}s, e.g. {both[:5]}: move them to one"
+                    " side"
+                )
     sizes = {name: dict(questions=len(f), images=f.image_id.nunique()) for name, f in frames.items()}
     return pd.DataFrame(sizes).T
 

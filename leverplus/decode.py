@@ -47,7 +47,7 @@ class Stepwise:
         return Prefixes(torch.zeros(self.B, P, 0, dtype=torch.long))
 
     def point(self, enc, state, t, temperature=1., stop=None):
-        "Log-probabilities [B,P,K] of the pick at step `t`; `temperature` divides the logits, `stop` offers STOP"
+        "Log-probabilities [B,P,K] of pick `t`; `temperature` divides the logits, `stop` offers STOP"
         how = {} if self.stop is None or stop is None else dict(stop=stop)
         step = self.policy.step_logp(enc, state.seqs.to(device_of(self.policy)), **how)
         step = step.detach().cpu().double()
@@ -96,7 +96,7 @@ def gumbel_given_max(
     top:torch.Tensor, # [...] the value that the largest of them must get
     noise:torch.Tensor, # [...,n] standard Gumbel noise
 )->torch.Tensor: # [...,n] Gumbel values located at `phi`, whose maximum is `top`; -inf where `phi` is
-    "Gumbel noise on `phi`, conditioned on its maximum (appendix B of Kool et al., in the form that does not overflow)"
+    "Gumbel noise on `phi`, given its maximum (appendix B of Kool et al., in the form that does not overflow)"
     g = phi + noise
     top = top[..., None]
     v = top - g + torch.log(-torch.expm1(g - g.amax(-1, keepdim=True)))
@@ -141,11 +141,10 @@ def best_sequences(
     root:torch.Tensor|None=None, # [B] Gumbel draws: return the `rooted` keys by which sequences were kept, too
 )->tuple: # (seqs [B,W,S], logp [B,W], -inf where a pool has fewer), best or first drawn first; keys [B,W]
     "Beam search, or exact sampling without replacement, through any policy"
-    seqs, logp, keys = tree_search(
-        Stepwise(policy, B), enc, S, width,
-        origin=torch.zeros(B, 1, dtype=torch.float64),
-        noise=None if noise is None else stored_noise(noise),
-        stable=True, temperature=temperature, stop=False)
+    origin = torch.zeros(B, 1, dtype=torch.float64)
+    drawn = None if noise is None else stored_noise(noise)
+    how = dict(stable=True, temperature=temperature, stop=False)
+    seqs, logp, keys = tree_search(Stepwise(policy, B), enc, S, width, origin, drawn, **how)
     if root is None: return seqs, logp
     return seqs, logp, rooted(keys, root)
 
@@ -181,7 +180,8 @@ def check_room(
         b = int(n.argmin())
         raise ValueError(
             f"row {b} has {int(n[b])} candidates for S = {S} shots: wanted K > S, or there is nothing to"
-            " choose")
+            " choose"
+        )
 
 # %% ../nbs/14_decode.ipynb #780d5cfa
 @dataclass
@@ -207,6 +207,7 @@ def sequence_length(
     has_stop = getattr(policy, "stop", None) is not None
     return SequenceLength(S, False, dict(stop=False) if has_stop else {})
 
+# %% ../nbs/14_decode.ipynb #e4d87bed
 def _as_asked(enc, seqs, logp, S):
     "What a decoder returns: places in the pool; for S = None also which picks are real"
     real = seqs < enc.mask.shape[1]
@@ -231,7 +232,8 @@ def beam_search(
     length = sequence_length(policy, S)
     if not 1 <= width <= length.count(K):
         raise ValueError(
-            f"width {width}: wanted 1..{length.count(K)}, the number of sequences of K = {K}, S = {S}")
+            f"width {width}: wanted 1..{length.count(K)}, the number of sequences of K = {K}, S = {S}"
+        )
     at_once = max(1, room // (width*K))
     if B > at_once:
         parts = [slice(i, i + at_once) for i in range(0, B, at_once)]
@@ -241,6 +243,7 @@ def beam_search(
     seqs, logp, _ = tree_search(policy, enc, length.steps, width, origin, **length.how)
     return _as_asked(enc, seqs, logp, S)
 
+# %% ../nbs/14_decode.ipynb #641bcd8e
 @torch.no_grad()
 def greedy_search(
     policy, # has `start`, `point` and `take`
@@ -279,10 +282,12 @@ def sample_distinct(
     if not 1 <= n <= few:
         raise ValueError(
             f"n = {n} distinct sequences of S = {S}: the smallest pool has {few}; ask for 1..{few}, or"
-            " distinct=False")
+            " distinct=False"
+        )
     origin = torch.zeros(len(enc.mask), 1, dtype=torch.float64, device=enc.mask.device)
-    seqs, logp, _ = tree_search(
-        policy, enc, length.steps, n, origin, fresh_noise(generator), temperature=temperature, **length.how)
+    noise = fresh_noise(generator)
+    how = dict(temperature=temperature) | length.how
+    seqs, logp, _ = tree_search(policy, enc, length.steps, n, origin, noise, **how)
     return _as_asked(enc, seqs, logp, S)
 
 @torch.no_grad()
@@ -301,7 +306,7 @@ def sample_plain(
     seqs, logp = independent(policy, enc, length.steps, n, noise, temperature=temperature, **length.how)
     return _as_asked(enc, seqs, logp, S)
 
-# %% ../nbs/14_decode.ipynb #bc87e243
+# %% ../nbs/14_decode.ipynb #1eb4be9e
 def _who_may_follow(seqs, K, ends):
     "bool [M,K], or [M,K+1] with STOP: which pick may follow each of the prefixes `seqs` [M,t]"
     free = torch.ones(len(seqs), K + ends, dtype=torch.bool, device=seqs.device).scatter(1, seqs, False)
@@ -311,6 +316,7 @@ def _who_may_follow(seqs, K, ends):
         free[:, K] = over | (seqs.shape[1] > 0)   # once ended it goes on ending; not before the first pick
     return free
 
+# %% ../nbs/14_decode.ipynb #bc87e243
 def enumerate_all(
     policy, # has `start`, `point` and `take`
     enc, # B queries with `mask`, pools padded to K
@@ -324,7 +330,8 @@ def enumerate_all(
     if M > limit:
         raise ValueError(
             f"K = {K}, S = {S} has {M:,} sequences, more than the limit of {limit:,}: use beam or sample, or"
-            " raise `limit`")
+            " raise `limit`"
+        )
     state = policy.start(enc)
     logp = torch.zeros(B, 1, device=enc.mask.device)
     seqs = torch.zeros(1, 0, dtype=torch.long, device=enc.mask.device)

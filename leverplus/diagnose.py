@@ -50,6 +50,7 @@ def _drawable(f):
 
 # %% ../nbs/69_diagnose.ipynb #50de1b2e
 def _panel(ax, f, name, cols):
+    "Draw some columns of the history over epochs"
     epoch = np.arange(1, len(f)+1)
     for c in cols:
         style = "k:" if c == "kl_bound" else ".-"
@@ -300,6 +301,17 @@ def _steering(f, facts, t):
     valid = facts.get("pool_valid")
     if train and valid: yield _Found("pool", valid/train, abs(valid/train - 1) > .1)
 
+# %% ../nbs/69_diagnose.ipynb #003ccb13
+def _gap(f, facts):
+    "Validation regret above training regret, in standard errors, or None"
+    train = _last(f, "regret_train")
+    valid = _last(f, "valid_loss")
+    sd = _last(f, "regret_sd")
+    n = facts.get("queries")
+    n_valid = facts.get("queries_valid")
+    if None in (train, valid, sd, n, n_valid) or not sd > 0: return None
+    return (valid - train) / (sd * (1/n + 1/n_valid)**.5)
+
 # %% ../nbs/69_diagnose.ipynb #995addc9
 _OUTCOME = dict(
     uniform=Rule(
@@ -334,16 +346,6 @@ _OUTCOME = dict(
         "collect again with the present policy (`OnPolicy`), or stay nearer (`KLToRef`)",
     ),
 )
-
-def _gap(f, facts):
-    "Validation regret above training regret, in standard errors, or None"
-    train = _last(f, "regret_train")
-    valid = _last(f, "valid_loss")
-    sd = _last(f, "regret_sd")
-    n = facts.get("queries")
-    n_valid = facts.get("queries_valid")
-    if None in (train, valid, sd, n, n_valid) or not sd > 0: return None
-    return (valid - train) / (sd * (1/n + 1/n_valid)**.5)
 
 def _outcome(f, facts, t):
     above = _last(f, "above_uniform")
@@ -406,7 +408,7 @@ class Diagnosis:
         table = ["| | rule | symptom | value | wanted |", "|---|---|---|---|---|", *rows]
         return "\n".join([*self._lines(), "", *table])
 
-# %% ../nbs/69_diagnose.ipynb #27bb5fa7
+# %% ../nbs/69_diagnose.ipynb #ebc619e4
 def _one_fit(f, fit):
     "The epochs of one fit; None = the last"
     if not len(f):
@@ -437,6 +439,7 @@ def _in_words(found, t):
         remedy=rule.remedy.format(**t),
     )
 
+# %% ../nbs/69_diagnose.ipynb #27bb5fa7
 def diagnose(
     source, # a Learner with `RLStats` and `History`, a `History`, or its frame (a row per epoch)
     facts:dict|None=None, # of `data_facts`; default: read off the loaders if `source` is a Learner
@@ -475,7 +478,8 @@ def diagnose(
     return Diagnosis(frame.sort_values("alarm", ascending=False, kind="stable"), _fit_words(f))
 
 # %% ../nbs/69_diagnose.ipynb #8c61ab80
-class CannotLearn(ValueError): "A run that cannot learn, with the reasons and what to do"
+class CannotLearn(ValueError):
+    "A run that cannot learn, with the reasons and what to do"
 
 EARLY = dict(live=.05, unchanged=.999)   # stricter than at the end: what one epoch can show
 

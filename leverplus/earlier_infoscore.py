@@ -20,12 +20,14 @@ def truth_prob(
 )->np.ndarray: # [n] 0..1, NaN for rows that failed; ValueError names a row that did not, and yet has none
     "Probability of the truth"
     if prob not in ("credit", "answer"): raise ValueError(f"prob {prob!r}: wanted 'credit' or 'answer'")
-    if prob == "credit": p = facts["vqa_gt_prob"].to_numpy(dtype=float)
-    else:
-        # answers stand in order of worth
-        p = np.array([np.nan if lp is None else np.exp(lp[0]) for lp in facts["vqa_gt_logprobs"]])
+    p = facts["vqa_gt_prob"].to_numpy(dtype=float) if prob == "credit" else _first_answer(facts)
     _check_has_prob(facts, p, prob)
     return p
+
+def _first_answer(facts):
+    "Probability of the answer of most worth, which stands first"
+    logprobs = facts["vqa_gt_logprobs"]
+    return np.array([np.nan if lp is None else np.exp(lp[0]) for lp in logprobs])
 
 _SCORE_AGAIN = dict(
     credit="score the row again",
@@ -78,6 +80,29 @@ def _candidates(ids, pools, M, seed):
         out[q] = tuple(pools[q][i] for i in np.sort(drawn))
     return out
 
+# %% ../nbs/89_earlier_infoscore.ipynb #0ef3d3ba
+def _check_search(ids, pools, shots, beam, M, grow, order):
+    if len(set(ids)) < len(ids) or not ids:
+        raise ValueError(
+            f"infoscore_beams got {len(ids)} queries, {len(set(ids))} of them different: pass each once, and"
+            " at least one"
+        )
+    if shots < 1 or beam < 1: raise ValueError(f"infoscore_beams: shots {shots}, beam {beam}: wanted >= 1")
+    if grow not in ("left", "right") or order not in ("total", "last"):
+        raise ValueError(
+            f"infoscore_beams: grow {grow!r}, order {order!r}: wanted 'left' or 'right', 'total' or 'last'"
+        )
+    if M is not None and M <= shots:
+        raise ValueError(
+            f"infoscore_beams: {M} candidates for {shots} shots: wanted more candidates than shots"
+        )
+    for q in ids:
+        if len(pools[q]) <= shots:
+            raise ValueError(
+                f"question_id {q}: its pool has {len(pools[q])} candidates, {shots} shots need more: make a"
+                " larger pool (K > S)"
+            )
+
 # %% ../nbs/89_earlier_infoscore.ipynb #d9995b44
 def infoscore_beams(
     ids, # question_ids, distinct
@@ -105,10 +130,11 @@ def infoscore_beams(
     def facts_of(pairs):
         f = ask(pairs, scorer, items, cache, generate=False, window=window, **asking)
         return f.assign(p=truth_prob(f, prob))
+    # p() of every query; a beam is (query, pointer, its p)
     nothing = pd.DataFrame(dict(question_id=ids, pointer=[()] * len(ids)))
     zero = facts_of(nothing).set_index("question_id").p.dropna()
     beams = [(q, (), p) for q, p in zero.items()]
-    seen = len(ids)
+    seen = len(ids) # prompts
     with tqdm(total=shots, disable=not progress, desc="InfoScore", unit="shot") as bar:
         for _ in range(shots):
             new = _longer(beams, tried, grow).reset_index(drop=True)
@@ -126,41 +152,11 @@ def infoscore_beams(
         rows[list(FACT_COLUMNS)] = said[list(FACT_COLUMNS)]
     rows = rows[["question_id", "pointer", "beam_rank", *FACT_COLUMNS]].assign(gen_method="beam")
     manifest = dict(
-        shots=shots,
-        beam=beam,
-        candidates=candidates,
-        prob=prob,
-        grow=grow,
-        order=order,
-        seed=seed,
-        prompts=seen,
-        lost=lost,
-        zero={str(q): float(p) for q, p in zero.items()},
+        shots=shots, beam=beam, candidates=candidates, prob=prob, grow=grow, order=order, seed=seed,
+        prompts=seen, lost=lost, zero={str(q): float(p) for q, p in zero.items()},
     )
     kept = pools.only([q for q in ids if q not in lost])
     return RLData(as_record(rows), kept, dict(infoscore=manifest))
-
-def _check_search(ids, pools, shots, beam, M, grow, order):
-    if len(set(ids)) < len(ids) or not ids:
-        raise ValueError(
-            f"infoscore_beams got {len(ids)} queries, {len(set(ids))} of them different: pass each once, and"
-            " at least one"
-        )
-    if shots < 1 or beam < 1: raise ValueError(f"infoscore_beams: shots {shots}, beam {beam}: wanted >= 1")
-    if grow not in ("left", "right") or order not in ("total", "last"):
-        raise ValueError(
-            f"infoscore_beams: grow {grow!r}, order {order!r}: wanted 'left' or 'right', 'total' or 'last'"
-        )
-    if M is not None and M <= shots:
-        raise ValueError(
-            f"infoscore_beams: {M} candidates for {shots} shots: wanted more candidates than shots"
-        )
-    for q in ids:
-        if len(pools[q]) <= shots:
-            raise ValueError(
-                f"question_id {q}: its pool has {len(pools[q])} candidates, {shots} shots need more: make a"
-                " larger pool (K > S)"
-            )
 
 # %% ../nbs/89_earlier_infoscore.ipynb #a34ab877
 def _chosen_first(pointer, s, grow):

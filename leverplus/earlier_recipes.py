@@ -150,7 +150,7 @@ _EARLY = {
     ),
 }
 
-# settings of model and stages that nearly all of them have: not worth a word in a table
+# %% ../nbs/86_earlier_recipes.ipynb #4ffb102b
 EARLIER_USUAL = dict(
     **_MODEL,
     norm="raw",
@@ -360,7 +360,6 @@ _REPEATED = {
 # %% ../nbs/86_earlier_recipes.ipynb #2de0b61d
 _ADVISED = [_rce(n_epoch=1), _grpo(lr=1e-5, how="rank")]
 _ZSCORED = [_rce(n_epoch=1), _grpo(lr=1e-5, how="zscore")]
-_GRID = "Text: one cell of a grid. Code: the grid was never run."
 _LEGACY = dict(reward="legacy", weights=dict(alpha=0., beta=1.))
 _HYBRID = dict(reward="hybrid", weights=dict(alpha=.5))
 _ADVICE = {
@@ -402,158 +401,100 @@ _ADVICE = {
              " Code: the script handed neither weight on, so every reward was 0.",
         **_LEGACY,
     ),
-    "exp1.1": _entry(
-        title="Reward: legacy",
-        source="report 004, experiment 1.1",
-        stages=_ADVISED,
-        said=_GRID,
-        **_LEGACY,
-    ),
-    "exp1.2": _entry(
-        title="Reward: hard_plus_soft",
-        source="report 004, experiment 1.2",
-        stages=_ADVISED,
-        said=_GRID,
-    ),
-    "exp1.3": _entry(
-        title="Reward: hard_plus_soft_v2",
-        source="report 004, experiment 1.3",
-        stages=_ADVISED,
-        said=_GRID,
-        reward="hard_plus_soft_v2",
-    ),
-    "exp1.4": _entry(
-        title="Reward: hybrid",
-        source="report 004, experiment 1.4",
-        stages=_ADVISED,
-        said=_GRID,
-        **_HYBRID,
-    ),
-    "exp2.1": _entry(
-        title="Advantages: ranks",
-        source="report 004, experiment 2.1",
-        stages=_ADVISED,
-        said=_GRID,
-    ),
-    "exp2.2": _entry(
-        title="Advantages: z-scores",
-        source="report 004, experiment 2.2",
-        stages=_ZSCORED,
-        said=_GRID,
-    ),
-    "exp3.1": _entry(
-        title="Weights 1 and 1",
-        source="report 004, experiment 3.1",
-        stages=_ADVISED,
-        said=_GRID,
-        weights=dict(hard_weight=1., soft_weight=1.),
-    ),
-    "exp3.2": _entry(
-        title="Weights 2 and 1",
-        source="report 004, experiment 3.2",
-        stages=_ADVISED,
-        said=_GRID,
-        weights=dict(hard_weight=2., soft_weight=1.),
-    ),
-    "exp3.3": _entry(
-        title="Weights 1 and .5",
-        source="report 004, experiment 3.3",
-        stages=_ADVISED,
-        said=_GRID,
-        weights=dict(hard_weight=1., soft_weight=.5),
-    ),
-    "exp3.4": _entry(
-        title="Weights 2 and .5",
-        source="report 004, experiment 3.4",
-        stages=_ADVISED,
-        said=_GRID,
-        weights=dict(hard_weight=2., soft_weight=.5),
-    ),
+}
+
+# %% ../nbs/86_earlier_recipes.ipynb #b569e392
+def _cell(number, title, stages=_ADVISED, **data):
+    "An experiment of the grid"
+    said = "Text: one cell of a grid. Code: the grid was never run."
+    return _entry(title, f"report 004, experiment {number}", stages, said, **data)
+
+def _weighted(hard, soft): return dict(weights=dict(hard_weight=hard, soft_weight=soft))
+
+_GRID = {
+    "exp1.1": _cell("1.1", "Reward: legacy", **_LEGACY),
+    "exp1.2": _cell("1.2", "Reward: hard_plus_soft"),
+    "exp1.3": _cell("1.3", "Reward: hard_plus_soft_v2", reward="hard_plus_soft_v2"),
+    "exp1.4": _cell("1.4", "Reward: hybrid", **_HYBRID),
+    "exp2.1": _cell("2.1", "Advantages: ranks"),
+    "exp2.2": _cell("2.2", "Advantages: z-scores", _ZSCORED),
+    "exp3.1": _cell("3.1", "Weights 1 and 1", **_weighted(1., 1.)),
+    "exp3.2": _cell("3.2", "Weights 2 and 1", **_weighted(2., 1.)),
+    "exp3.3": _cell("3.3", "Weights 1 and .5", **_weighted(1., .5)),
+    "exp3.4": _cell("3.4", "Weights 2 and .5", **_weighted(2., .5)),
 }
 
 # %% ../nbs/86_earlier_recipes.ipynb #9e4dddb7
-_ONE_STAGE = _OURS + "; which stages each variant had is not recorded, RCE is used"
+def _variant(selector, title, said, n_epoch=5, **model):
+    "RCE of another selector"
+    source = f"selector {selector}, after the reports"
+    note = _OURS + "; which stages each variant had is not recorded, RCE is used"
+    return _entry(title, source, [_rce(n_epoch=n_epoch)], said, note, model)
+
 _V4 = {
-    "v4-1": _entry(
-        title="Gated update",
-        source="selector V4-1, after the reports",
-        stages=[_rce()],
-        said="Idea: a pick enters the query through a gate."
-             " Code: the same.",
-        note=_ONE_STAGE,
-        model=dict(state="gate"),
+    "v4-1": _variant(
+        "V4-1",
+        "Gated update",
+        "Idea: a pick enters the query through a gate."
+        " Code: the same.",
+        state="gate",
     ),
-    "v4-2": _entry(
-        title="GRU over the picks",
-        source="selector V4-2, after the reports",
-        stages=[_rce()],
-        said="Idea: with a learnt vector per step."
-             " Code: those of later steps than 2 were tested, never trained.",
-        note=_ONE_STAGE,
-        model=dict(state="gru"),
+    "v4-2": _variant(
+        "V4-2",
+        "GRU over the picks",
+        "Idea: with a learnt vector per step."
+        " Code: those of later steps than 2 were tested, never trained.",
+        state="gru",
     ),
-    "v4-3": _entry(
-        title="GRU and MMR",
-        source="selector V4-3, after the reports",
-        stages=[_rce()],
-        said="Idea: a learnt weight of .744."
-             " Code: that is softplus(.1), where it started.",
-        note=_ONE_STAGE,
-        model=dict(state="gru", diversity="mmr", diversity_weight=.744),
+    "v4-3": _variant(
+        "V4-3",
+        "GRU and MMR",
+        "Idea: a learnt weight of .744."
+        " Code: that is softplus(.1), where it started.",
+        state="gru", diversity="mmr", diversity_weight=.744,
     ),
-    "v4-4": _entry(
-        title="Candidates see each other",
-        source="selector V4-4, after the reports",
-        stages=[_rce()],
-        said="Idea: GRU, MMR, a layer over the candidates; no result."
-             " Code: the same.",
-        note=_ONE_STAGE,
-        model=dict(state="gru", diversity="mmr", diversity_weight=.744, cand_layers=1),
+    "v4-4": _variant(
+        "V4-4",
+        "Candidates see each other",
+        "Idea: GRU, MMR, a layer over the candidates; no result."
+        " Code: the same.",
+        state="gru", diversity="mmr", diversity_weight=.744, cand_layers=1,
     ),
-    "v4-5": _entry(
-        title="Additive scorer",
-        source="selector V4-5, after the reports",
-        stages=[_rce(n_epoch=15)],
-        said="Idea: v tanh(W q + W' c)."
-             " Code: 15 epochs of RCE.",
-        note=_ONE_STAGE,
-        model=dict(scorer="additive"),
+    "v4-5": _variant(
+        "V4-5",
+        "Additive scorer",
+        "Idea: v tanh(W q + W' c)."
+        " Code: 15 epochs of RCE.",
+        n_epoch=15,
+        scorer="additive",
     ),
-    "v4-5-bilinear": _entry(
-        title="Bilinear scorer",
-        source="selector V4-5, after the reports",
-        stages=[_rce()],
-        said="Idea: q W c."
-             " Code: the same.",
-        note=_ONE_STAGE,
-        model=dict(scorer="bilinear"),
+    "v4-5-bilinear": _variant(
+        "V4-5",
+        "Bilinear scorer",
+        "Idea: q W c."
+        " Code: the same.",
+        scorer="bilinear",
     ),
-    "v4-6": _entry(
-        title="Coverage of topics",
-        source="selector V4-6, after the reports",
-        stages=[_rce()],
-        said="Idea: 16 topics."
-             " Code: tested on another pool; where its weight started is not known, 0 here.",
-        note=_ONE_STAGE,
-        model=dict(state="gru", diversity="coverage"),
+    "v4-6": _variant(
+        "V4-6",
+        "Coverage of topics",
+        "Idea: 16 topics."
+        " Code: tested on another pool; where its weight started is not known, 0 here.",
+        state="gru", diversity="coverage",
     ),
-    "v4-7": _entry(
-        title="Determinantal diversity",
-        source="selector V4-7, after the reports",
-        stages=[_rce()],
-        said="Idea: rank 32."
-             " Code: new parameters lost on export; where its weight started is not known, 0 here.",
-        note=_ONE_STAGE,
-        model=dict(state="gru", diversity="dpp"),
+    "v4-7": _variant(
+        "V4-7",
+        "Determinantal diversity",
+        "Idea: rank 32."
+        " Code: new parameters lost on export; where its weight started is not known, 0 here.",
+        state="gru", diversity="dpp",
     ),
-    "v4-10": _entry(
-        title="STOP",
-        source="selector V4-10, after the reports",
-        stages=[_rce()],
-        said="Idea: the policy ends by itself."
-             " Code: STOP was never a positive label.",
-        note=_ONE_STAGE,
-        model=dict(state="gru", stop=True),
+    "v4-10": _variant(
+        "V4-10",
+        "STOP",
+        "Idea: the policy ends by itself."
+        " Code: STOP was never a positive label.",
+        state="gru", stop=True,
     ),
 }
 
@@ -563,6 +504,7 @@ EARLIER = {
     **_PLANS,
     **_REPEATED,
     **_ADVICE,
+    **_GRID,
     **_V4,
     "sft": _entry(
         title="Imitate the best sequence",

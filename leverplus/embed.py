@@ -68,8 +68,9 @@ def _check_rows(ids, image, text):
     if ids.has_duplicates:
         raise ValueError(f"question_id {ids[ids.duplicated()][0]} occurs twice: a store has one row per id")
     if not len(ids) == len(image) == len(text):
-        raise ValueError(f"{len(ids)} ids, {len(image)} image vectors, {len(text)} text vectors: the "
-                         "three must agree")
+        raise ValueError(
+            f"{len(ids)} ids, {len(image)} image vectors, {len(text)} text vectors: the three must agree"
+        )
 
 # %% ../nbs/12_embed.ipynb #233e5eeb
 @patch
@@ -150,8 +151,10 @@ def _check_head(store, head, path):
             f"{path}: embed.safetensors and embed.json are of different stores; write the store again"
         )
     if store.fingerprint != head["fingerprint"]:
-        raise ValueError(f"{path}/embed.json: fingerprint {head['fingerprint']} but its content gives "
-                         f"{store.fingerprint}; was it edited?")
+        raise ValueError(
+            f"{path}/embed.json: fingerprint {head['fingerprint']} but its content gives"
+            f" {store.fingerprint}; was it edited?"
+        )
 
 # %% ../nbs/12_embed.ipynb #ba465207
 def image_file(
@@ -160,8 +163,10 @@ def image_file(
 )->Path: # the same
     "Check that an image file is there; errors name file and `question_id`"
     if pd.isna(path):
-        raise ValueError(f"question_id {question_id} has no image_path: read the items with `images=` set to "
-                         "the image folder")
+        raise ValueError(
+            f"question_id {question_id} has no image_path: read the items with `images=` set to the image"
+            " folder"
+        )
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: image of question_id {question_id} does not exist")
     return Path(path)
@@ -192,6 +197,29 @@ def decode_image(
             f"{path}: image of question_id {question_id} is broken ({err}); copy it again or leave "
             "the item out"
         ) from err
+
+# %% ../nbs/12_embed.ipynb #a07042d1
+_CLIP_SETTINGS = (
+    "hidden_act", "layer_norm_eps", "num_attention_heads", "image_size", "patch_size", "eos_token_id",
+)
+_IMAGE_SETTINGS = (
+    "size", "crop_size", "resample", "rescale_factor", "image_mean", "image_std", "do_resize",
+    "do_center_crop", "do_rescale", "do_normalize",
+)
+
+def _weights_print(model):
+    "Fingerprint of weights, and of the settings that change what they compute"
+    config = model.config.to_dict()
+    towers = ("text_config", "vision_config")
+    settings = {tower: {k: config[tower].get(k) for k in _CLIP_SETTINGS} for tower in towers}
+    return fingerprint(settings, {name: w.float() for name, w in model.state_dict().items()})
+
+def _processor_settings(tokenizer, image_processor):
+    "What the two preprocessors do"
+    image = json.loads(image_processor.to_json_string())
+    text = json.loads(tokenizer.backend_tokenizer.to_str())
+    for follows_the_last_call in ("padding", "truncation"): text.pop(follows_the_last_call, None)
+    return {"image": {k: image.get(k) for k in _IMAGE_SETTINGS}, "text": fingerprint(text)}
 
 # %% ../nbs/12_embed.ipynb #945ff642
 class Clip:
@@ -236,26 +264,6 @@ class Clip:
         "transformers 4 gives the projected tensor, 5 an output object that holds it as `pooler_output`"
         return unit(out if isinstance(out, torch.Tensor) else out.pooler_output).cpu()
 
-_CLIP_SETTINGS = (
-    "hidden_act", "layer_norm_eps", "num_attention_heads", "image_size", "patch_size", "eos_token_id",
-)
-_IMAGE_SETTINGS = (
-    "size", "crop_size", "resample", "rescale_factor", "image_mean", "image_std", "do_resize",
-    "do_center_crop", "do_rescale", "do_normalize",
-)
-
-def _weights_print(model):
-    config = model.config.to_dict()
-    towers = ("text_config", "vision_config")
-    settings = {tower: {k: config[tower].get(k) for k in _CLIP_SETTINGS} for tower in towers}
-    return fingerprint(settings, {name: w.float() for name, w in model.state_dict().items()})
-
-def _processor_settings(tokenizer, image_processor):
-    image = json.loads(image_processor.to_json_string())
-    text = json.loads(tokenizer.backend_tokenizer.to_str())
-    for follows_the_last_call in ("padding", "truncation"): text.pop(follows_the_last_call, None)
-    return {"image": {k: image.get(k) for k in _IMAGE_SETTINGS}, "text": fingerprint(text)}
-
 # %% ../nbs/12_embed.ipynb #e596a3db
 def load_clip(
     model=None, # folder or hub name of a transformers CLIPModel, or a `Clip`; None: models/tiny-clip of the checkout
@@ -275,6 +283,32 @@ def load_clip(
     image_processor = AutoImageProcessor.from_pretrained(name)
     return Clip(net.to(device), tokenizer, image_processor, folder.name if folder.exists() else name)
 
+# %% ../nbs/12_embed.ipynb #bf1597ea
+def _hashes(items, progress): # [n] content hash of every item's picture; each file is read once
+    from tqdm import tqdm
+    files = items.drop_duplicates("image_path")
+    asked = tqdm(list(zip(files.image_path, files.question_id)), desc="read images", disable=not progress)
+    by_path = {path: content_hash(image_bytes(path, question_id)) for path, question_id in asked}
+    return items.image_path.map(by_path).to_numpy()
+
+def _encode_pictures(clip, items, hashes, batch_size, progress): # [n, D]
+    distinct = items[["image_path", "question_id"]].assign(hash=hashes).drop_duplicates("hash")
+    def encode(batch):
+        return clip.images([decode_image(image_bytes(path, q), path, q) for path, q in batch])
+    files = list(zip(distinct.image_path, distinct.question_id))
+    vectors = _in_batches(files, encode, batch_size, progress, "images")
+    return vectors[pd.Index(distinct.hash).get_indexer(hashes)]
+
+def _encode_questions(clip, questions, batch_size, progress): # [n, D]
+    distinct = pd.Index(questions.unique())
+    vectors = _in_batches(distinct.tolist(), clip.texts, batch_size, progress, "questions")
+    return vectors[distinct.get_indexer(questions)]
+
+def _in_batches(todo, encode, batch_size, progress, desc): # [len(todo), D]
+    from tqdm import tqdm
+    batches = [todo[i : i+batch_size] for i in range(0, len(todo), batch_size)]
+    return torch.cat([encode(batch) for batch in tqdm(batches, desc=desc, disable=not progress)])
+
 # %% ../nbs/12_embed.ipynb #94394d8c
 def embed_items(
     items:pd.DataFrame, # columns question_id (distinct), image_path, question
@@ -283,7 +317,7 @@ def embed_items(
     device=None, # torch device; None: cuda if there is one, else cpu
     progress:bool=True, # show a bar
 )->EmbedStore: # one row per item, in the order of `items`
-    "Encode pictures and questions of `items` with a CLIP; a missing or broken picture is an error that names it"
+    "Encode pictures and questions of `items`; a missing or broken picture is an error that names it"
     _check_items(items)
     clip = load_clip(model, device)
     hashes = _hashes(items, progress)
@@ -308,36 +342,6 @@ def _check_items(items):
 def _cut_short(clip, questions): # how many are longer than the text tower
     tokens = clip.tokenizer(questions, truncation=False, padding=False, verbose=False)["input_ids"]
     return sum(len(t) > clip.max_length for t in tokens)
-
-# %% ../nbs/12_embed.ipynb #bf1597ea
-def _hashes(items, progress): # [n] content hash of every item's picture; each file is read once
-    from tqdm import tqdm
-    files = items.drop_duplicates("image_path")
-    bar = tqdm(total=len(files), desc="read images", disable=not progress)
-    by_path = {}
-    with bar:
-        for path, question_id in zip(files.image_path, files.question_id):
-            by_path[path] = content_hash(image_bytes(path, question_id))
-            bar.update()
-    return items.image_path.map(by_path).to_numpy()
-
-def _encode_pictures(clip, items, hashes, batch_size, progress): # [n, D]
-    distinct = items[["image_path", "question_id"]].assign(hash=hashes).drop_duplicates("hash")
-    def encode(batch):
-        return clip.images([decode_image(image_bytes(path, q), path, q) for path, q in batch])
-    files = list(zip(distinct.image_path, distinct.question_id))
-    vectors = _in_batches(files, encode, batch_size, progress, "images")
-    return vectors[pd.Index(distinct.hash).get_indexer(hashes)]
-
-def _encode_questions(clip, questions, batch_size, progress): # [n, D]
-    distinct = pd.Index(questions.unique())
-    vectors = _in_batches(distinct.tolist(), clip.texts, batch_size, progress, "questions")
-    return vectors[distinct.get_indexer(questions)]
-
-def _in_batches(todo, encode, batch_size, progress, desc):
-    from tqdm import tqdm
-    batches = [todo[i : i+batch_size] for i in range(0, len(todo), batch_size)]
-    return torch.cat([encode(batch) for batch in tqdm(batches, desc=desc, disable=not progress)])
 
 # %% ../nbs/12_embed.ipynb #df5660b4
 def nearest(

@@ -30,8 +30,10 @@ class Pool:
     def __getitem__(self, question_id):
         try: return self.ids[int(question_id)]
         except KeyError:
-            raise KeyError(f"question_id {question_id} has no pool here ({len(self)} queries): "
-                           "make the pool for these queries") from None
+            raise KeyError(
+                f"question_id {question_id} has no pool here ({len(self)} queries): make the pool for these"
+                " queries"
+            ) from None
     def __len__(self): return len(self.ids)
     def __iter__(self): return iter(self.ids)
     def __contains__(self, question_id): return question_id in self.ids
@@ -191,8 +193,10 @@ def load(cls:Pool,
     table = pd.read_parquet(path/"pool.parquet")
     pool = cls(dict(zip(table.question_id.tolist(), table.candidates)), head["recipe"])
     if pool.fingerprint != head["fingerprint"]:
-        raise ValueError(f"{path}: pool.json says fingerprint {head['fingerprint']}, the content gives "
-                         f"{pool.fingerprint}; the two files are not of one pool, or one was edited")
+        raise ValueError(
+            f"{path}: pool.json says fingerprint {head['fingerprint']}, the content gives {pool.fingerprint};"
+            " the two files are not of one pool, or one was edited"
+        )
     return pool
 
 # %% ../nbs/13_pools.ipynb #257dea7a
@@ -212,9 +216,8 @@ def _content_labels(items): # object [n]: equal for byte-identical files; an ite
     label = {}
     for path, question_id, same_size in zip(files.image_path, files.question_id, read):
         label[path] = content_hash(image_bytes(path, question_id)) if same_size else str(path)
-    return np.array(
-        [label[path] if pd.notna(path) else f"#{i}" for i, path in enumerate(items.image_path)], dtype=object
-    )
+    labels = [label[path] if pd.notna(path) else f"#{i}" for i, path in enumerate(items.image_path)]
+    return np.array(labels, dtype=object)
 
 def _united(a, b): # int64 [n]: equal where `a` is equal, or `b`, or where both are linked through others
     label = pd.Series(a)
@@ -253,6 +256,51 @@ def draw_block(
         taken.scatter_(1, pick, True)
         picks.append(pick)
     return torch.cat(picks, 1)
+
+# %% ../nbs/13_pools.ipynb #4eb8529a
+def _barred(queries, demos, K): # bool [B, M] what may not be picked
+    def equal(column): return queries[column].to_numpy()[:, None] == demos[column].to_numpy()[None]
+    barred = equal("question_id") | equal("picture")
+    free = (~barred).sum(1)
+    if (free < K).any():
+        i = int(free.argmin())
+        raise ValueError(
+            f"query {queries.question_id.iloc[i]}: {free[i]} candidates are available ({len(demos)}"
+            f" demonstrations, {len(demos) - free[i]} barred) but K={K}; choose a smaller K or give more"
+            " demonstrations"
+        )
+    return barred
+
+def _excluded(queries, demos):
+    "Pairs (query, demonstration) that each rule bars, counted under the first rule that does"
+    same_id = _equal_pairs(queries.question_id, demos.question_id)
+    same_image_id = _equal_pairs(queries.image_id, demos.image_id)
+    same_picture = _equal_pairs(queries.picture, demos.picture)
+    return {
+        "self": same_id,
+        "same_image_id": same_image_id - same_id,
+        "same_image_bytes": same_picture - same_image_id,
+    }
+
+def _equal_pairs(a, b): # how many pairs (x of a, y of b) are equal
+    return int(b.value_counts().reindex(a).fillna(0).sum())
+
+# %% ../nbs/13_pools.ipynb #35b0d7fb
+def _draw(queries, demos, parts, store, seed): # {question_id: its candidates, shuffled}
+    ids = demos.question_id.to_numpy(np.int64)
+    vectors = {kind: store.get(ids, kind).double() for kind in parts if kind != "random"}
+    size = max(1, 4_000_000 // len(demos))
+    out = {}
+    for start in range(0, len(queries), size):
+        block = queries.iloc[start : start+size]
+        asked = block.question_id.tolist()
+        barred = torch.from_numpy(_barred(block, demos, sum(parts.values())))
+        keys = torch.from_numpy(np.stack([rng("pool", seed, q).random(len(demos)) for q in asked]))
+        sims = {kind: store.get(asked, kind).double() @ v.T for kind, v in vectors.items()}
+        picks = draw_block(keys, sims, barred, parts).numpy()
+        for query, candidates in zip(asked, ids[picks]):
+            out[query] = tuple(rng("pool-order", seed, query).permutation(candidates).tolist())
+    return out
 
 # %% ../nbs/13_pools.ipynb #b4750552
 def make_pool(
@@ -299,48 +347,6 @@ def _with_pictures(queries, demos): # both frames with a column `picture`, equal
 def _items_print(items):
     return items_fingerprint(items if "answers" in items else items.assign(answers=[[]]*len(items)))
 
-# %% ../nbs/13_pools.ipynb #16eaee17
-def _draw(queries, demos, parts, store, seed): # {question_id: its candidates, shuffled}
-    ids = demos.question_id.to_numpy(np.int64)
-    vectors = {kind: store.get(ids, kind).double() for kind in parts if kind != "random"}
-    size = max(1, 4_000_000 // len(demos))
-    out = {}
-    for start in range(0, len(queries), size):
-        block = queries.iloc[start : start+size]
-        asked = block.question_id.tolist()
-        barred = torch.from_numpy(_barred(block, demos, sum(parts.values())))
-        keys = torch.from_numpy(np.stack([rng("pool", seed, q).random(len(demos)) for q in asked]))
-        sims = {kind: store.get(asked, kind).double() @ v.T for kind, v in vectors.items()}
-        picks = draw_block(keys, sims, barred, parts).numpy()
-        for query, candidates in zip(asked, ids[picks]):
-            out[query] = tuple(rng("pool-order", seed, query).permutation(candidates).tolist())
-    return out
-
-def _barred(queries, demos, K): # bool [B, M] what may not be picked
-    def equal(column): return queries[column].to_numpy()[:, None] == demos[column].to_numpy()[None]
-    barred = equal("question_id") | equal("picture")
-    free = (~barred).sum(1)
-    if (free < K).any():
-        i = int(free.argmin())
-        raise ValueError(f"query {queries.question_id.iloc[i]}: {free[i]} candidates are available "
-                         f"({len(demos)} demonstrations, {len(demos) - free[i]} barred) but K={K}; choose a "
-                         "smaller K or give more demonstrations")
-    return barred
-
-def _excluded(queries, demos):
-    "Pairs (query, demonstration) that each rule bars; each pair counts once, under the first rule that bars it"
-    same_id = _equal_pairs(queries.question_id, demos.question_id)
-    same_image_id = _equal_pairs(queries.image_id, demos.image_id)
-    same_picture = _equal_pairs(queries.picture, demos.picture)
-    return {
-        "self": same_id,
-        "same_image_id": same_image_id - same_id,
-        "same_image_bytes": same_picture - same_image_id,
-    }
-
-def _equal_pairs(a, b): # how many pairs (x of a, y of b) are equal
-    return int(b.value_counts().reindex(a).fillna(0).sum())
-
 # %% ../nbs/13_pools.ipynb #d0afa113
 @patch
 def validate(self:Pool,
@@ -360,15 +366,19 @@ def validate(self:Pool,
     same = picture.loc[query].to_numpy() == picture.loc[candidate].to_numpy()
     if same.any():
         i = same.argmax()
-        raise ValueError(f"query {query[i]}: candidate {candidate[i]} shows the same picture "
-                         f"({int(same.sum())} such pairs); make the pool again with make_pool")
+        raise ValueError(
+            f"query {query[i]}: candidate {candidate[i]} shows the same picture ({int(same.sum())} such"
+            " pairs); make the pool again with make_pool"
+        )
     return self
 
 def _check_known(what, ids, items):
     unknown = np.setdiff1d(ids, items.question_id.to_numpy())
     if len(unknown):
-        raise KeyError(f"{what} {unknown[0]} of the pool is not among the items ({len(unknown)} unknown): "
-                       "give the items that the pool was made of")
+        raise KeyError(
+            f"{what} {unknown[0]} of the pool is not among the items ({len(unknown)} unknown): give the items"
+            " that the pool was made of"
+        )
 
 # %% ../nbs/13_pools.ipynb #70569c2f
 def check_pool(

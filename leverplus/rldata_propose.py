@@ -52,7 +52,7 @@ def nearest_sets(
     return ranking.gather(1, sets[best].flatten(1)).view(len(cos), -1, S), total
 
 def _sets_by_rank(K, S, n):
-    "Sets [M,S] of ranks among which the `n` best must be, falling within a set"
+    "Sets [M,S] of ranks among which the `n` best must be, the nearest last"
     least = S*(S-1)//2   # ranks 0, 1, ..., S-1
     near = [ranks[::-1] for ranks in combinations(range(K), S) if sum(ranks) - least < n]
     return torch.tensor(near)
@@ -207,6 +207,50 @@ class Proposals:
         noise, root = named_noise(self.batch, self.S, n, *name)
         return best_sequences(policy, enc, len(root), self.S, n + 1, temperature, noise, root)
 
+# %% ../nbs/32_rldata_propose.ipynb #39217d1d
+def _propose_batch(batch, S, policy, counts, seed):
+    "Proposals of one batch: the methods take turns"
+    device = device_of(policy)
+    enc = policy.encode(batch.query.to(device), batch.cands.to(device), batch.mask.to(device))
+    cos = torch.einsum("bd,bkd->bk", batch.query, batch.cands).masked_fill(~batch.mask, -torch.inf)
+    even = SimilarityPrior(0.)
+    flat = even.encode(batch.query, batch.cands, batch.mask)
+    B = len(batch.queries)
+    proposals = Proposals(batch, S)
+    def beam(width): return best_sequences(policy, enc, B, S, width)
+    def retrieval(width): return nearest_sets(cos, S, width)
+    def random(width): return proposals.draw(even, flat, width, 1., seed, "random")
+    proposals.add(counts["beam"], beam, "beam")
+    proposals.add(counts["retrieval"], retrieval, "retrieval")
+    for T, n in counts["temperature"].items():
+        def sample(width): return proposals.draw(policy, enc, width, T, seed, "sample", T)
+        proposals.add(n, sample, "sample", T)
+    proposals.add(counts["random"], random, "random")
+    return _record(proposals.blocks, batch, cos)
+
+def _record(blocks, batch, cos):
+    "Record columns of a batch, queries in order"
+    found = []
+    for b in blocks:
+        for i in range(b.seqs.shape[1]):
+            beam_rank = i if b.method == "beam" else math.nan
+            found.append((b.method, beam_rank, b.temperature))
+    seqs = torch.cat([b.seqs for b in blocks], 1)
+    logp = torch.cat([b.logp for b in blocks], 1)
+    kappa = torch.cat([b.kappa for b in blocks], 1)
+    kept = torch.cat([b.kept for b in blocks], 1)
+    q, j = kept.numpy().nonzero()   # query and sequence of each row
+    pick = seqs[q, j].numpy()
+    how = pd.DataFrame(found, columns=["gen_method", "beam_rank", "temperature"])
+    rows = how.iloc[j].reset_index(drop=True).assign(
+        question_id=np.array(batch.queries)[q],
+        pointer=list(map(tuple, batch.ids[q[:, None], pick].tolist())),
+        logprob_score=logp[q, j].numpy(),
+        similarity_score=cos.numpy()[q[:, None], pick].mean(1),
+        kappa=kappa[q, j].numpy(),
+    )
+    return rows[list(PROPOSAL_COLUMNS)]
+
 # %% ../nbs/32_rldata_propose.ipynb #378a5941
 def propose(
     pool, # `Pool`; more than S candidates for every query, else ValueError names the query
@@ -244,42 +288,6 @@ def check_queries(
             " the queries: pass each once")
     if not queries or S < 1:
         raise ValueError(f"propose got {len(queries)} queries and S={S}: pass at least one query and S >= 1")
-
-# %% ../nbs/32_rldata_propose.ipynb #39217d1d
-def _propose_batch(batch, S, policy, counts, seed):
-    "Proposals of one batch: the methods take turns"
-    device = device_of(policy)
-    enc = policy.encode(batch.query.to(device), batch.cands.to(device), batch.mask.to(device))
-    cos = torch.einsum("bd,bkd->bk", batch.query, batch.cands).masked_fill(~batch.mask, -torch.inf)
-    even = SimilarityPrior(0.)
-    flat = even.encode(batch.query, batch.cands, batch.mask)
-    B = len(batch.queries)
-    proposals = Proposals(batch, S)
-    proposals.add(counts["beam"], lambda width: best_sequences(policy, enc, B, S, width), "beam")
-    proposals.add(counts["retrieval"], lambda width: nearest_sets(cos, S, width), "retrieval")
-    for T, n in counts["temperature"].items():
-        proposals.add(n, lambda width: proposals.draw(policy, enc, width, T, seed, "sample", T), "sample", T)
-    proposals.add(counts["random"], lambda width: proposals.draw(even, flat, width, 1., seed, "random"), "random")
-    return _record(proposals.blocks, batch, cos)
-
-def _record(blocks, batch, cos):
-    "Record columns of a batch, queries in order"
-    found = [(b.method, i if b.method == "beam" else math.nan, b.temperature)
-             for b in blocks for i in range(b.seqs.shape[1])]
-    seqs = torch.cat([b.seqs for b in blocks], 1)
-    logp = torch.cat([b.logp for b in blocks], 1)
-    kappa = torch.cat([b.kappa for b in blocks], 1)
-    kept = torch.cat([b.kept for b in blocks], 1)
-    q, j = (x.numpy() for x in kept.nonzero(as_tuple=True))
-    pick = seqs[q, j].numpy()
-    how = pd.DataFrame(found, columns=["gen_method", "beam_rank", "temperature"])
-    rows = how.iloc[j].reset_index(drop=True).assign(
-        question_id=np.array(batch.queries)[q],
-        pointer=list(map(tuple, batch.ids[q[:, None], pick].tolist())),
-        logprob_score=logp[q, j].numpy(),
-        similarity_score=cos.numpy()[q[:, None], pick].mean(1),
-        kappa=kappa[q, j].numpy())
-    return rows[list(PROPOSAL_COLUMNS)]
 
 # %% ../nbs/32_rldata_propose.ipynb #e2b1daed
 def plot_proposals(

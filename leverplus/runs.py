@@ -57,7 +57,7 @@ def settings_diff(
         if not (in_both and _in_json(there) == _in_json(here)): out[".".join(keys)] = (there, here)
     return out
 
-def _leaves(settings, above=()): # pairs ((key, key below it, ...), value)
+def _leaves(settings, above=()): # pairs ((key, key below it, ...), value); an empty dict is a leaf
     for key, value in settings.items():
         if isinstance(value, dict) and value: yield from _leaves(value, above + (key,))
         else: yield above + (key,), value
@@ -143,6 +143,33 @@ class Run:
         write_json(self.path/"settings.json", plain(record, "run"))
         return self
 
+# %% ../nbs/01_runs.ipynb #9be3e46b
+RESERVED = ("run", "seed", "finished") # columns of `runs_frame`
+
+def _wanted(settings, seed, fingerprints): # the three as JSON would read them back
+    if not isinstance(settings, dict):
+        raise TypeError(f"settings are a {type(settings).__name__}, wanted a dict")
+    taken = [key for key in RESERVED if key in settings]
+    if taken: raise ValueError(f"settings named {taken}: these names are taken; the seed is passed as seed=")
+    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
+        raise ValueError(f"seed is {seed!r}, wanted an integer >= 0")
+    prints = plain(fingerprints or {}, "fingerprints")
+    return {"settings": plain(settings), "seed": int(seed), "fingerprints": prints}
+
+def _check_folder(path):
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(f"{path} is a file; a run wants a folder")
+    if not path.is_dir() or (path/"settings.json").exists(): return
+    if any(not p.name.startswith(".") for p in path.iterdir()):
+        raise FileExistsError(f"{path} holds files but no run; choose another folder")
+
+def _refusal(path, diff):
+    lines = "".join(f"\n  {name}: {there!r} there, {now!r} now" for name, (there, now) in diff.items())
+    return (
+        f"{path} holds a run with other settings:{lines}\nChoose another folder, or pass overwrite=True to"
+        " empty this one."
+    )
+
 # %% ../nbs/01_runs.ipynb #2545d387
 @patch(cls_method=True)
 def create(cls:Run,
@@ -158,8 +185,8 @@ def create(cls:Run,
     _check_folder(path)
     run = cls(path) if (path/"settings.json").exists() else None
     diff = _differs(run, wanted) if run else {}
+    if diff and not overwrite: raise ValueError(_refusal(path, diff))
     if diff:
-        if not overwrite: raise ValueError(_refusal(path, diff))
         empty_folder(path, last="settings.json")   # killed half-way, it is still a run that can be emptied
         run = None
     if run is None: run = _blank(cls, path)
@@ -188,33 +215,6 @@ def _differs(run, wanted): # {name: (there, now)}; a fingerprint that only one s
     return diff
 
 def _now(): return datetime.now(timezone.utc).isoformat(timespec="seconds")
-
-# %% ../nbs/01_runs.ipynb #9be3e46b
-RESERVED = ("run", "seed", "finished") # columns of `runs_frame`
-
-def _wanted(settings, seed, fingerprints): # the three as JSON would read them back
-    if not isinstance(settings, dict):
-        raise TypeError(f"settings are a {type(settings).__name__}, wanted a dict")
-    taken = [key for key in RESERVED if key in settings]
-    if taken: raise ValueError(f"settings named {taken}: these names are taken; the seed is passed as seed=")
-    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
-        raise ValueError(f"seed is {seed!r}, wanted an integer >= 0")
-    prints = plain(fingerprints or {}, "fingerprints")
-    return {"settings": plain(settings), "seed": int(seed), "fingerprints": prints}
-
-def _check_folder(path):
-    if path.exists() and not path.is_dir():
-        raise NotADirectoryError(f"{path} is a file; a run wants a folder")
-    if not path.is_dir() or (path/"settings.json").exists(): return
-    if any(not p.name.startswith(".") for p in path.iterdir()):
-        raise FileExistsError(f"{path} holds files but no run; choose another folder")
-
-def _refusal(path, diff):
-    lines = "".join(f"\n  {name}: {there!r} there, {now!r} now" for name, (there, now) in diff.items())
-    return (
-        f"{path} holds a run with other settings:{lines}\nChoose another folder, or pass overwrite=True to"
-        " empty this one."
-    )
 
 # %% ../nbs/01_runs.ipynb #64a05053
 @patch
@@ -322,7 +322,7 @@ def runs_frame(
         run = Run(file.parent)
         who = {"run": run.path.name, "seed": run.seed, "finished": run.finished}
         rows.append(who | _dotted(run.settings) | run.metrics)
-    return pd.DataFrame(rows, columns=None if rows else ["run", "seed", "finished"])
+    return pd.DataFrame(rows) if rows else pd.DataFrame(columns=list(RESERVED))
 
 # %% ../nbs/01_runs.ipynb #d20c3eed
 class Busy(RuntimeError):
