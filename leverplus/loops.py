@@ -191,20 +191,20 @@ class Loop:
         self.world = world
         self.path = Path(path)
         self.shots = shots
-        self.kind = kind
-        self.seed = seed
-        self.train = train
-        self.progress = progress
         self.counts = counts
         self.policy_counts = policy_counts
         self.second = second
         self.mining = mining
-        self.warm = warm
-        self.draws = draws
         self.reward = reward
         self.weights = weights or {}
+        self.kind = kind
         self.bs = bs
         self.model_kw = model or {}
+        self.train = train
+        self.warm = warm
+        self.draws = draws
+        self.seed = seed
+        self.progress = progress
         self.split = dict(train=splits[0], valid=splits[1], dev=splits[1])
         self.queries = loop_queries(world.items, n, dev, valid, seed, splits)
         self.settings = plain(dict(
