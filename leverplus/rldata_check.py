@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['EPS', 'MIN_STD', 'METRICS', 'REMEDIES', 'RowFacts', 'row_facts', 'proposer_picks', 'query_facts', 'count_metrics',
            'positive_metrics', 'teaching_metrics', 'rank_reach', 'soft_metrics', 'same_answers', 'headroom_metrics',
-           'file_metrics', 'wilson', 'source_table', 'teaches', 'Alarm', 'label_alarms', 'oracle_alarms',
-           'group_alarms', 'headroom_alarms', 'soft_alarms', 'judge', 'histograms', 'Health', 'health']
+           'file_metrics', 'wilson', 'source_table', 'teaches', 'label_alarms', 'oracle_alarms', 'group_alarms',
+           'headroom_alarms', 'soft_alarms', 'Alarm', 'judge', 'histograms', 'Health', 'health']
 
 # %% ../nbs/36_rldata_check.ipynb #622ed67b
 from dataclasses import dataclass
@@ -36,15 +36,6 @@ class RowFacts:
     shots:np.ndarray # int [n], length of the pointer
     again:np.ndarray # bool [n], an earlier row of the query has the same pointer
 
-def _known_rewards(rows, ok, reward, weights):
-    needs, _ = reward_facts(reward, **weights)
-    has = ok & rows.reindex(columns=list(needs)).notna().to_numpy().all(1)
-    part = has if has.any() else slice(None)        # nothing to reward: let `reward` say what is missing
-    columns = ["question_id", "eval_failed", *[c for c in needs if c in rows]]
-    out = np.full(len(rows), np.nan)
-    out[part] = reward_of(rows[columns][part], reward, **weights)
-    return out
-
 def row_facts(
     rows:pd.DataFrame, # record frame
     reward:str="hard_plus_soft", # a name out of REWARDS; ValueError if no row has its facts
@@ -68,13 +59,17 @@ def row_facts(
         again=pd.DataFrame(pointers).assign(query=code).duplicated().to_numpy(),
     )
 
-# %% ../nbs/36_rldata_check.ipynb #ef09cab9
-def _first(code, n, key, among):
-    "Rows of `among` whose key is the smallest of their query: bool [rows]"
-    best = np.full(n, np.inf)
-    np.minimum.at(best, code[among], key[among])
-    return among & (key == best[code])
+def _known_rewards(rows, ok, reward, weights):
+    "Rewards of the rows that have the facts for it, NaN for the others"
+    needs, _ = reward_facts(reward, **weights)
+    has = ok & rows.reindex(columns=list(needs)).notna().to_numpy().all(1)
+    part = has if has.any() else slice(None)        # nothing to reward: let `reward` say what is missing
+    columns = ["question_id", "eval_failed", *[c for c in needs if c in rows]]
+    out = np.full(len(rows), np.nan)
+    out[part] = reward_of(rows[columns][part], reward, **weights)
+    return out
 
+# %% ../nbs/36_rldata_check.ipynb #ef09cab9
 def proposer_picks(
     rows:pd.DataFrame, # record frame
     code:np.ndarray, # int [n], the query of each row
@@ -90,15 +85,15 @@ def proposer_picks(
     drawn = rows.gen_method.isin(["sample", "policy"]).to_numpy() & untempered & ~np.isnan(logp)
     return _first(code, n, rank, beam) | _first(code, n, -logp, drawn & ~has_beam[code])
 
+def _first(code, n, key, among):
+    "Rows of `among` whose key is the smallest of their query: bool [rows]"
+    best = np.full(n, np.inf)
+    np.minimum.at(best, code[among], key[among])
+    return among & (key == best[code])
+
 # %% ../nbs/36_rldata_check.ipynb #5da31556
 EPS = 1e-6 # rewards this close are equal, as in `60_losses`
 MIN_STD = .1 # smallest divisor of advantages, as in `60_losses`
-
-def _uniform_nll(size, shots):
-    "ln K!/(K-S)! of each row: nats"
-    out = np.zeros(len(size))
-    for t in range(shots.max(initial=0)): out += np.where(t < shots, np.log(np.maximum(size - t, 1)), 0.)
-    return out
 
 def query_facts(
     data:RLData, # a file
@@ -136,6 +131,12 @@ def query_facts(
         uniform_nll=stats(_uniform_nll(pool[facts.code], facts.shots))["mean"],
     ))
 
+def _uniform_nll(size, shots):
+    "ln K!/(K-S)! of each row: nats"
+    out = np.zeros(len(size))
+    for t in range(shots.max(initial=0)): out += np.where(t < shots, np.log(np.maximum(size - t, 1)), 0.)
+    return out
+
 # %% ../nbs/36_rldata_check.ipynb #b39bfc8e
 _COUNTS = dict(
     queries="queries with a row",
@@ -153,9 +154,6 @@ _COUNTS = dict(
     group_median="median group",
     group_max="largest group",
 )
-
-def _ends(x, name):
-    return {f"{name}_min": int(x.min()), f"{name}_median": float(np.median(x)), f"{name}_max": int(x.max())}
 
 def count_metrics(
     rows:pd.DataFrame, # record frame
@@ -178,6 +176,10 @@ def count_metrics(
         **_ends(queries.rewarded, "group"),
     )
 
+def _ends(x, name):
+    "{name_min: ..., name_median: ..., name_max: ...}"
+    return {f"{name}_min": int(x.min()), f"{name}_median": float(np.median(x)), f"{name}_max": int(x.max())}
+
 # %% ../nbs/36_rldata_check.ipynb #5d9e61d5
 _POSITIVES = dict(
     positive_rate="positives per judged row",
@@ -188,20 +190,6 @@ _POSITIVES = dict(
     positives_max="most positives of a query",
     pct_zero_positive_query="% of judged queries without a positive",
 )
-
-def _five(x, name):
-    "Quartiles and ends: {name_min: ..., name_q1: ..., ...}, NaN for nothing"
-    at = np.quantile(x, [0, .25, .5, .75, 1]) if len(x) else [np.nan] * 5
-    return {f"{name}_{k}": float(v) for k, v in zip(("min", "q1", "median", "q3", "max"), at)}
-
-def _mean(x):
-    x = np.asarray(x, dtype=float)
-    x = x[~np.isnan(x)]
-    return float(x.mean()) if len(x) else np.nan
-
-def _median(x):
-    x = x[~np.isnan(x)]
-    return float(np.median(x)) if len(x) else np.nan
 
 def positive_metrics(
     facts:RowFacts, # of the rows
@@ -214,6 +202,22 @@ def positive_metrics(
         **_five(judged.positives, "positives"),
         pct_zero_positive_query=100 * _mean(judged.positives == 0),
     )
+
+def _five(x, name):
+    "Quartiles and ends: {name_min: ..., name_q1: ..., ...}, NaN for nothing"
+    at = np.quantile(x, [0, .25, .5, .75, 1]) if len(x) else [np.nan] * 5
+    return {f"{name}_{k}": float(v) for k, v in zip(("min", "q1", "median", "q3", "max"), at)}
+
+def _mean(x):
+    "Mean of what is not NaN"
+    x = np.asarray(x, dtype=float)
+    x = x[~np.isnan(x)]
+    return float(x.mean()) if len(x) else np.nan
+
+def _median(x):
+    "Median of what is not NaN"
+    x = x[~np.isnan(x)]
+    return float(np.median(x)) if len(x) else np.nan
 
 # %% ../nbs/36_rldata_check.ipynb #23b10048
 _TEACHING = dict(
@@ -305,8 +309,6 @@ _HEADROOM = dict(
     answers="distinct answers",
 )
 
-def _pairs(sizes): return float((sizes.astype(float) * (sizes - 1)).sum()) # ordered pairs within each pile
-
 def same_answers(
     answers:np.ndarray, # [n] texts
     code:np.ndarray, # int [n], the query of each
@@ -318,9 +320,13 @@ def same_answers(
     across = _pairs(np.array([len(code)])) - within
     alike = _pairs(np.bincount(answer))
     alike_within = _pairs(np.unique(both, return_counts=True)[1])
-    return (alike_within / within if within else np.nan,
-            (alike - alike_within) / across if across else np.nan,
-            len(names))
+    share_within = alike_within / within if within else np.nan
+    share_across = (alike - alike_within) / across if across else np.nan
+    return share_within, share_across, len(names)
+
+def _pairs(sizes):
+    "Ordered pairs of two rows of the same pile, over piles of these sizes"
+    return float((sizes.astype(float) * (sizes - 1)).sum())
 
 def headroom_metrics(
     rows:pd.DataFrame, # record frame
@@ -417,14 +423,6 @@ def teaches(
     out = (f"{m['live_groups']:.0f} of {m['groups']:.0f} groups can teach: "
            f"mean advantage std {m['adv_std']:.3g} over all groups")
     return out + (f", {m['adv_std_live']:.3g} over those" if m["live_groups"] else "")
-
-class Alarm(NamedTuple):
-    "Something that training would suffer from"
-    file:str # which file
-    cause:str # labels | failures | prompts | pool or prompts | headroom | proposals | flat groups | soft reward
-    seen:str # what was seen
-    wanted:str # what was wanted
-    remedy:str # what to do
 
 # %% ../nbs/36_rldata_check.ipynb #4ff8c31d
 REMEDIES = dict(
@@ -533,6 +531,14 @@ def soft_alarms(
         yield "soft reward", seen, wanted, REMEDIES["soft"]
 
 # %% ../nbs/36_rldata_check.ipynb #5e897a8e
+class Alarm(NamedTuple):
+    "Something that training would suffer from"
+    file:str # which file
+    cause:str # labels | failures | prompts | pool or prompts | headroom | proposals | flat groups | soft reward
+    seen:str # what was seen
+    wanted:str # what was wanted
+    remedy:str # what to do
+
 def judge(
     metrics, # of one file: a row of `Health.frame`, or a dict with the keys of METRICS
     file:str="data", # its name
@@ -576,22 +582,15 @@ def histograms(
     return pd.concat(out, ignore_index=True)
 
 # %% ../nbs/36_rldata_check.ipynb #ff9ad59e
+@dataclass(repr=False, eq=False)
 class Health:
     "What files of tried sequences can teach; shows itself, verdict first"
-    def __init__(self,
-        frame:pd.DataFrame, # one row per file, columns METRICS, index the file names
-        sources:pd.DataFrame, # one row per file and source
-        queries:pd.DataFrame, # one row per file and query
-        spread:pd.DataFrame, # histograms of reward and vqa_gt_prob, one row per file, fact and bin
-        verdict:list, # of Alarm
-        reward:str, # what rows were rewarded with
-    ):
-        self.frame = frame
-        self.sources = sources
-        self.queries = queries
-        self.spread = spread
-        self.verdict = verdict
-        self.reward = reward
+    frame:pd.DataFrame # one row per file, columns METRICS, index the file names
+    sources:pd.DataFrame # one row per file and source
+    queries:pd.DataFrame # one row per file and query
+    spread:pd.DataFrame # histograms of reward and vqa_gt_prob, one row per file, fact and bin
+    verdict:list # of Alarm
+    reward:str # what rows were rewarded with
 
     @property
     def advice(self):
@@ -605,25 +604,7 @@ class Health:
         "The verdict as a frame"
         return pd.DataFrame(self.verdict, columns=Alarm._fields)
 
-def _check_file(name, data):
-    if not isinstance(data, RLData):
-        raise TypeError(f"health: {name!r} is a {type(data).__name__}, wanted RLData (`RLData.load`, or "
-                        "`RLData.from_frame(rows, pool)`)")
-    rows = data.rows
-    if not len(rows):
-        raise ValueError(f"health: {name!r} has no rows: "
-                         "nothing was generated, or everything was filtered out")
-    if rows.eval_failed.all():
-        first = f"question_id {rows.question_id[0]}: {rows.error[0]}"
-        raise ValueError(f"health: all {len(rows)} rows of {name!r} failed (first: {first}): "
-                         "mend the cause and run the generation again, it asks them again")
-
-def _named(data):
-    "{name: RLData}; a single file is called as on disk, or \"data\""
-    if isinstance(data, dict): return {str(name): d for name, d in data.items()}
-    path = getattr(data, "path", None)
-    return {Path(path).name if path else "data": data}
-
+# %% ../nbs/36_rldata_check.ipynb #99e605c7
 @delegates(judge, but=["file"])
 def health(
     data, # RLData, or {name: RLData} for several side by side
@@ -649,11 +630,32 @@ def health(
         sources.append(source_table(d.rows, facts).assign(file=name))
         spread.append(histograms(facts).assign(file=name))
         verdict += judge(metrics[name], name, **kwargs)
-    def joined(frames):
-        frame = pd.concat(frames, ignore_index=True)
-        return frame[["file", *frame.columns.drop("file")]]
     frame = pd.DataFrame(list(metrics.values()), index=pd.Index(metrics, name="file"))
-    return Health(frame, joined(sources), joined(queries), joined(spread), verdict, reward)
+    return Health(frame, _joined(sources), _joined(queries), _joined(spread), verdict, reward)
+
+def _joined(frames):
+    "One frame, the file first"
+    frame = pd.concat(frames, ignore_index=True)
+    return frame[["file", *frame.columns.drop("file")]]
+
+def _named(data):
+    "{name: RLData}; a single file is called as on disk, or \"data\""
+    if isinstance(data, dict): return {str(name): d for name, d in data.items()}
+    path = getattr(data, "path", None)
+    return {Path(path).name if path else "data": data}
+
+def _check_file(name, data):
+    if not isinstance(data, RLData):
+        raise TypeError(f"health: {name!r} is a {type(data).__name__}, wanted RLData (`RLData.load`, or "
+                        "`RLData.from_frame(rows, pool)`)")
+    rows = data.rows
+    if not len(rows):
+        raise ValueError(f"health: {name!r} has no rows: "
+                         "nothing was generated, or everything was filtered out")
+    if rows.eval_failed.all():
+        first = f"question_id {rows.question_id[0]}: {rows.error[0]}"
+        raise ValueError(f"health: all {len(rows)} rows of {name!r} failed (first: {first}): "
+                         "mend the cause and run the generation again, it asks them again")
 
 # %% ../nbs/36_rldata_check.ipynb #5f6afcd1
 _TABLE = {

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TIERS', 'PHASES', 'sources', 'derive', 'step_text', 'keep_rows', 'drop_failed', 'skip_fallback', 'row_reward',
            'label_rows', 'query_table', 'keep_queries', 'by_gap', 'by_counts', 'require_positive_query', 'tiers',
-           'phases', 'row_lots', 'rank_within', 'counts_for_share', 'balance', 'split', 'sample_queries',
+           'phases', 'row_lots', 'rank_within', 'counts_for_share', 'stay_keys', 'balance', 'split', 'sample_queries',
            'scorer_ranks', 'choose_rows', 'dedupe', 'merge_pools', 'merge', 'plot_balance']
 
 # %% ../nbs/38_rldata_merge.ipynb #e3e94e6d
@@ -18,6 +18,7 @@ from .core import stable_hash
 from .groups import PROB_FACTS, RECORD, TEXT_FACTS, RLData, pointer_matrix, whole_draws
 from .pools import Pool, image_groups
 from .rewards import reward as reward_of, reward_facts
+from .rldata_ask import scramble
 
 # %% ../nbs/38_rldata_merge.ipynb #57334da1
 _ON_DISK = ("schema", "complete", "parts", "counts", "pool", "shard", "shards", "sources", "history")
@@ -293,22 +294,15 @@ def phases(
     return out
 
 # %% ../nbs/38_rldata_merge.ipynb #1929baa6
-def _mix(x):
-    "The finaliser of splitmix64 (Steele, Lea, Flood 2014): uint64 [n] -> uint64 [n]"
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
 def row_lots(
     *columns, # int [n] each, at least one
     key=(), # what the lots are for, e.g. ("split", 0)
 )->np.ndarray: # [n] float in [0, 1): the same for the same numbers and key, on every machine
     "Draw a lot for each row from its numbers alone"
     h = np.full(len(columns[0]), stable_hash(*key), np.uint64)
-    with np.errstate(over="ignore"):
-        for column in columns:
-            bits = np.asarray(column).astype(np.int64).view(np.uint64)
-            h = _mix((h ^ bits) + np.uint64(0x9E3779B97F4A7C15))
+    for column in columns:
+        bits = np.asarray(column).astype(np.int64).view(np.uint64)
+        h = scramble(h ^ bits)
     return (h >> np.uint64(11)).astype(float) / 2**53
 
 # %% ../nbs/38_rldata_merge.ipynb #9d8eb310
@@ -345,28 +339,23 @@ def counts_for_share(
     now = positives / np.maximum(positives + contrasts, 1)
     fewer_positives = _nearest(positives, contrasts, share, max(1, min_positive))
     fewer_contrasts = _nearest(contrasts, positives, 1 - share, max(1, min_contrast))
-    return (np.where(both & (now > share), fewer_positives, positives),
-            np.where(both & (now < share), fewer_contrasts, contrasts))
+    keep_positives = np.where(both & (now > share), fewer_positives, positives)
+    keep_contrasts = np.where(both & (now < share), fewer_contrasts, contrasts)
+    return keep_positives, keep_contrasts
 
-# %% ../nbs/38_rldata_merge.ipynb #1a37450c
-def _check_balance(positive_share, limits):
-    for kind, (least, most) in limits.items():
-        if least < 0 or most is not None and most < max(least, 1):
-            raise ValueError(f"balance: min_{kind}={least}, max_{kind}={most}; "
-                             "wanted 0 <= min <= max and max >= 1")
-    if positive_share is not None and not 0 < positive_share < 1:
-        raise ValueError(f"balance: positive_share={positive_share}, "
-                         "wanted a number between 0 and 1, both excluded")
-
-def _preference(rows, prefer, seed):
-    "What decides which rows stay, smallest first: the column, then the lot"
+# %% ../nbs/38_rldata_merge.ipynb #0e43f4cd
+def stay_keys(
+    rows:pd.DataFrame, # record frame
+    prefer:str|None=None, # column whose largest values come first; None: by lot alone
+    seed:int=0, # of the lots
+)->list: # keys for `rank_within`
+    "What decides which rows stay: the column, then the lot"
     pointers = pointer_matrix(rows.pointer.to_numpy())[0]
     lots = row_lots(rows.question_id, *pointers.T, key=("balance", seed))
     if prefer is None: return [lots]
     return [-rows[prefer].fillna(-np.inf).to_numpy(float), lots]
 
-def _share(label): return f"{np.nanmean(label):.3f}" if (~np.isnan(label)).any() else "unknown"
-
+# %% ../nbs/38_rldata_merge.ipynb #1a37450c
 def balance(
     data:RLData, # a record
     positive_share:float|None=None, # wanted share of positives where a query has both kinds, 0 < share < 1; None: any
@@ -391,12 +380,13 @@ def balance(
     poor = (contrasts < min_contrast)[code]
     most_p = positives if max_positive is None else np.minimum(positives, max_positive)
     most_c = contrasts if max_contrast is None else np.minimum(contrasts, max_contrast)
-    want_p, want_c = most_p, most_c
+    want_p = most_p
+    want_c = most_c
     if positive_share is not None:
         want_p, want_c = counts_for_share(most_p, most_c, positive_share, min_positive, min_contrast)
 
     # each row's place among those of its query and kind; rows of unknown kind come behind the contrasts
-    place = rank_within(code * 2 + is_positive, unknown, *_preference(data.rows, prefer, seed))
+    place = rank_within(code * 2 + is_positive, unknown, *stay_keys(data.rows, prefer, seed))
     keep = ~few & ~poor & (unknown | (place < np.where(is_positive, want_p[code], want_c[code])))
     reasons = {
         f"in queries with fewer than {min_positive} positives": few,
@@ -413,17 +403,18 @@ def balance(
     note = f"share of positives {_share(label)} -> {_share(label[keep])}"
     return keep_rows(data, keep, step, reasons, note)
 
-# %% ../nbs/38_rldata_merge.ipynb #abc4647f
-def _pictures(data, items):
-    "A number per query that is equal for queries about the same picture: the smallest image_id among its twins"
-    queries = np.asarray(data.queries, dtype=np.int64)
-    lost = np.setdiff1d(queries, items.question_id.to_numpy())
-    if len(lost):
-        raise ValueError(f"question_id {lost[0]} is not among the {len(items)} items "
-                         f"({len(lost)} such queries): pass the items that the data were made from")
-    first = pd.Series(items.image_id.to_numpy()).groupby(image_groups(items)).transform("min")
-    return pd.Series(first.to_numpy(), index=items.question_id.to_numpy()).reindex(queries).to_numpy()
+def _check_balance(positive_share, limits):
+    for kind, (least, most) in limits.items():
+        if least < 0 or (most is not None and most < max(least, 1)):
+            raise ValueError(f"balance: min_{kind}={least}, max_{kind}={most}; "
+                             "wanted 0 <= min <= max and max >= 1")
+    if positive_share is not None and not 0 < positive_share < 1:
+        raise ValueError(f"balance: positive_share={positive_share}, "
+                         "wanted a number between 0 and 1, both excluded")
 
+def _share(label): return f"{np.nanmean(label):.3f}" if (~np.isnan(label)).any() else "unknown"
+
+# %% ../nbs/38_rldata_merge.ipynb #abc4647f
 def split(
     data:RLData, # a record
     fractions:tuple=(.8, .2), # of the queries, each > 0, sum 1; met on average
@@ -443,6 +434,16 @@ def split(
         step = step_text(split, part=i, fractions=tuple(fractions), seed=seed, **how)
         out.append(keep_queries(data, part == i, step, {"in other parts": part != i}))
     return out
+
+def _pictures(data, items):
+    "A number per query that is equal for queries about the same picture: the smallest image_id among its twins"
+    queries = np.asarray(data.queries, dtype=np.int64)
+    lost = np.setdiff1d(queries, items.question_id.to_numpy())
+    if len(lost):
+        raise ValueError(f"question_id {lost[0]} is not among the {len(items)} items "
+                         f"({len(lost)} such queries): pass the items that the data were made from")
+    first = pd.Series(items.image_id.to_numpy()).groupby(image_groups(items)).transform("min")
+    return pd.Series(first.to_numpy(), index=items.question_id.to_numpy()).reindex(queries).to_numpy()
 
 # %% ../nbs/38_rldata_merge.ipynb #c04f2dac
 def sample_queries(
@@ -477,17 +478,6 @@ def scorer_ranks(
     return scorer.map(rank).fillna(-1).to_numpy().astype(int)
 
 # %% ../nbs/38_rldata_merge.ipynb #896e52dc
-def _query_scorer(rank, failed, query):
-    "Rank of the scorer whose labels the row's query takes: any label before any failure"
-    def best(x): return pd.Series(x).groupby(query).transform("max").to_numpy()
-    labelled = best(~failed)
-    return np.where(labelled, best(np.where(failed, -1, rank)), best(rank))
-
-def _sequence_numbers(rows, query):
-    "One number per (query, ordered pointer)"
-    pointers = pd.DataFrame(pointer_matrix(rows.pointer.to_numpy())[0]).assign(query=query)
-    return pointers.groupby(list(pointers), sort=False).ngroup().to_numpy()
-
 def choose_rows(
     rows:pd.DataFrame, # record frame, older rows first
     prefer="newest", # as for `scorer_ranks`
@@ -521,6 +511,17 @@ def choose_rows(
     }
     return ~other & first, reasons, note
 
+def _query_scorer(rank, failed, query):
+    "Rank of the scorer whose labels the row's query takes: any label before any failure"
+    def best(x): return pd.Series(x).groupby(query).transform("max").to_numpy()
+    labelled = best(~failed)
+    return np.where(labelled, best(np.where(failed, -1, rank)), best(rank))
+
+def _sequence_numbers(rows, query):
+    "One number per (query, ordered pointer)"
+    pointers = pd.DataFrame(pointer_matrix(rows.pointer.to_numpy())[0]).assign(query=query)
+    return pointers.groupby(list(pointers), sort=False).ngroup().to_numpy()
+
 # %% ../nbs/38_rldata_merge.ipynb #87abe26a
 def dedupe(
     data:RLData, # a record that need not be valid yet
@@ -531,22 +532,6 @@ def dedupe(
     return keep_rows(data, keep, step_text(dedupe, prefer=prefer), reasons, note)
 
 # %% ../nbs/38_rldata_merge.ipynb #364d6709
-def _check_rules(pools):
-    first = pools[0].rule
-    for other in (p.rule for p in pools[1:]):
-        odd = [f"{k} {first[k]!r} / {other[k]!r}" for k in first if first[k] != other[k]]
-        if odd:
-            raise ValueError(f"merge: pools are made by different rules: {', '.join(odd)}; "
-                             "pass pools='unite' if that is meant")
-
-def _merged_recipe(pools, ids, united):
-    first, *rest = [p.recipe for p in pools]
-    if all(r == first for r in rest) and not united: return first
-    shared = {k: v for k, v in first.items() if k != "merged" and all(r.get(k) == v for r in rest)}
-    shared["merged"] = sorted({f for p in pools for f in p.recipe.get("merged", [p.fingerprint])})
-    if united: shared |= dict(sampler="united", K=max(map(len, ids.values())))
-    return shared
-
 def merge_pools(
     pools:list, # of Pool
     queries, # question_ids that the result needs, each in at least one of the pools
@@ -569,19 +554,23 @@ def merge_pools(
         united = True
     return Pool(ids, _merged_recipe(pools, ids, united))
 
-# %% ../nbs/38_rldata_merge.ipynb #6bc1df68
-def _common_facts(frames, facts):
-    "Frames with the same facts of probability, and the names of those that were left out"
-    if facts not in ("all", "common"): raise ValueError(f"facts={facts!r}: wanted 'all' or 'common'")
-    has = {c: [f[c].notna().any() for f in frames if not f.eval_failed.all()] for c in PROB_FACTS}
-    drop = [c for c, there in has.items() if any(there) and not all(there)]
-    if drop and facts == "all":
-        there = has[drop[0]]
-        raise ValueError(f"merge: {', '.join(drop)} is there in {sum(there)} of {len(there)} sources only; "
-                         "score the rest, or pass facts='common' to leave it out")
-    def without(f): return f.assign(**dict.fromkeys(drop)).astype({c: f[c].dtype for c in drop})
-    return [without(f) for f in frames], drop
+def _check_rules(pools):
+    first = pools[0].rule
+    for other in (p.rule for p in pools[1:]):
+        odd = [f"{k} {first[k]!r} / {other[k]!r}" for k in first if first[k] != other[k]]
+        if odd:
+            raise ValueError(f"merge: pools are made by different rules: {', '.join(odd)}; "
+                             "pass pools='unite' if that is meant")
 
+def _merged_recipe(pools, ids, united):
+    first, *rest = [p.recipe for p in pools]
+    if all(r == first for r in rest) and not united: return first
+    shared = {k: v for k, v in first.items() if k != "merged" and all(r.get(k) == v for r in rest)}
+    shared["merged"] = sorted({f for p in pools for f in p.recipe.get("merged", [p.fingerprint])})
+    if united: shared |= dict(sampler="united", K=max(map(len, ids.values())))
+    return shared
+
+# %% ../nbs/38_rldata_merge.ipynb #6bc1df68
 def merge(
     *data:RLData, # records, older first
     prefer="newest", # whose label counts: "newest", or a list of scorer fingerprints, best first
@@ -602,6 +591,18 @@ def merge(
     notes = [note] if note else []
     if left_out: notes.append(f"left out of all rows: {', '.join(left_out)}")
     return derive(list(data), kept, pool, step, _account(keep, reasons), "; ".join(notes)).validate()
+
+def _common_facts(frames, facts):
+    "Frames with the same facts of probability, and the names of those that were left out"
+    if facts not in ("all", "common"): raise ValueError(f"facts={facts!r}: wanted 'all' or 'common'")
+    has = {c: [f[c].notna().any() for f in frames if not f.eval_failed.all()] for c in PROB_FACTS}
+    drop = [c for c, there in has.items() if any(there) and not all(there)]
+    if drop and facts == "all":
+        there = has[drop[0]]
+        raise ValueError(f"merge: {', '.join(drop)} is there in {sum(there)} of {len(there)} sources only; "
+                         "score the rest, or pass facts='common' to leave it out")
+    def without(f): return f.assign(**dict.fromkeys(drop)).astype({c: f[c].dtype for c in drop})
+    return [without(f) for f in frames], drop
 
 # %% ../nbs/38_rldata_merge.ipynb #8e592210
 def plot_balance(

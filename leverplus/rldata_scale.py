@@ -71,7 +71,6 @@ class Job:
         if self.second is not None: object.__setattr__(self, "second", check_second(self.second))
         _check_job(self)
 
-# %% ../nbs/39_rldata_scale.ipynb #77243017
 CHOICES = dict(
     reader=tuple(READERS), sampler=SAMPLERS, style=STYLES, dtype=(None, *DTYPES), attn=("sdpa", "eager"),
     prefix_cache=PREFIX_CACHES, kind=KINDS, check=VERIFY,
@@ -151,6 +150,31 @@ def scorer(self:Job):
     lvlm = load_lvlm(self.lvlm, dtype, self.device, self.attn)
     return SharedScorer(lvlm, self.batch_tokens, vision_dir=self.vision_dir, prefix_cache=self.prefix_cache)
 
+# %% ../nbs/39_rldata_scale.ipynb #128eb8e3
+@patch
+def check_policy(self:Job,
+    policy, # a selector, or anything else that proposes
+    store, pool, # of `inputs`
+    other_pool:bool=False, # see `check_pool`
+)->None: # ValueError says what does not fit
+    "Refuse a selector that reads other embeddings, was trained on other pools, or picks fewer demonstrations"
+    kind = (getattr(policy, "info", None) or {}).get("kind")
+    most = getattr(policy, "max_shots", None)
+    width = getattr(policy, "d_in", None)
+    if kind not in (None, self.kind):
+        raise ValueError(
+            f"the selector reads embeddings of kind {kind!r}, this job has {self.kind!r}: make it a"
+            f" Job(kind={kind!r})"
+        )
+    if width not in (None, store.dim(self.kind)):
+        raise ValueError(
+            f"the selector reads vectors of {width} numbers, {self.kind!r} ones of {Path(self.clip).name}"
+            f" have {store.dim(self.kind)}: take the embedder (clip) that it was trained with"
+        )
+    if most is not None and max(self.shots) > most:
+        raise ValueError(f"{max(self.shots)} shots: the selector picks at most {most} (max_shots)")
+    check_pool(policy, pool, other_pool)
+
 # %% ../nbs/39_rldata_scale.ipynb #6b62b65c
 @patch
 def generation(self:Job,
@@ -181,30 +205,6 @@ def run(self:Job,
 )->RLData: # what lies in `path` when all is done; with `shard`, the rows of that shard
     "Run this job in this process, see `generate`"
     return self.generation(path, shard, verify, policy=policy, other_pool=other_pool).run(progress)
-
-@patch
-def check_policy(self:Job,
-    policy, # a selector, or anything else that proposes
-    store, pool, # of `inputs`
-    other_pool:bool=False, # see `check_pool`
-)->None: # ValueError says what does not fit
-    "Refuse a selector that reads other embeddings, was trained on other pools, or picks fewer demonstrations"
-    kind = (getattr(policy, "info", None) or {}).get("kind")
-    most = getattr(policy, "max_shots", None)
-    width = getattr(policy, "d_in", None)
-    if kind not in (None, self.kind):
-        raise ValueError(
-            f"the selector reads embeddings of kind {kind!r}, this job has {self.kind!r}: make it a"
-            f" Job(kind={kind!r})"
-        )
-    if width not in (None, store.dim(self.kind)):
-        raise ValueError(
-            f"the selector reads vectors of {width} numbers, {self.kind!r} ones of {Path(self.clip).name}"
-            f" have {store.dim(self.kind)}: take the embedder (clip) that it was trained with"
-        )
-    if most is not None and max(self.shots) > most:
-        raise ValueError(f"{max(self.shots)} shots: the selector picks at most {most} (max_shots)")
-    check_pool(policy, pool, other_pool)
 
 # %% ../nbs/39_rldata_scale.ipynb #3d1b354c
 class RayWorker:
@@ -243,6 +243,31 @@ class RayWorker:
                 out.update(tally=json.dumps(tally(rows)), seen=json.dumps(seen))
             except Exception: out["error"] = traceback.format_exc()
         return out | dict(end=time.time())
+
+# %% ../nbs/39_rldata_scale.ipynb #5c46d155
+def _ray():
+    try: return import_module("ray"), import_module("ray.data")
+    except ImportError as e:
+        raise ImportError("generate_ray needs Ray: pip install -e '.[ray]', on every machine of the cluster. "
+                          "Without Ray, run n processes with shard=(i, n) instead") from e
+
+@contextmanager
+def _cluster(ray, cpus, gpus):
+    "A connected cluster with enough room; one that was not there before is left again"
+    ours = not ray.is_initialized()
+    if ours: ray.init(include_dashboard=False, log_to_driver=False)
+    try:
+        _check_room(ray.cluster_resources(), cpus, gpus)
+        yield
+    finally:
+        if ours: ray.shutdown()
+
+def _check_room(have, cpus, gpus):
+    if cpus > have.get("CPU", 0) or gpus > have.get("GPU", 0):
+        raise ValueError(
+            f"workers ask for {cpus} CPUs and {gpus:g} GPUs, the cluster has {have.get('CPU', 0):g} and"
+            f" {have.get('GPU', 0):g}: take fewer workers or threads, or add nodes first"
+        )
 
 # %% ../nbs/39_rldata_scale.ipynb #ba912af9
 def generate_ray(
@@ -296,31 +321,6 @@ def _stream(data, todo, workers, threads, gpus, args, kw):
         )
         yield from done.iter_rows()
     finally: context.enable_progress_bars = bars
-
-# %% ../nbs/39_rldata_scale.ipynb #5c46d155
-def _ray():
-    try: return import_module("ray"), import_module("ray.data")
-    except ImportError as e:
-        raise ImportError("generate_ray needs Ray: pip install -e '.[ray]', on every machine of the cluster. "
-                          "Without Ray, run n processes with shard=(i, n) instead") from e
-
-@contextmanager
-def _cluster(ray, cpus, gpus):
-    "A connected cluster with enough room; one that was not there before is left again"
-    ours = not ray.is_initialized()
-    if ours: ray.init(include_dashboard=False, log_to_driver=False)
-    try:
-        _check_room(ray.cluster_resources(), cpus, gpus)
-        yield
-    finally:
-        if ours: ray.shutdown()
-
-def _check_room(have, cpus, gpus):
-    if cpus > have.get("CPU", 0) or gpus > have.get("GPU", 0):
-        raise ValueError(
-            f"workers ask for {cpus} CPUs and {gpus:g} GPUs, the cluster has {have.get('CPU', 0):g} and"
-            f" {have.get('GPU', 0):g}: take fewer workers or threads, or add nodes first"
-        )
 
 # %% ../nbs/39_rldata_scale.ipynb #abc7cc06
 def plan_run(
