@@ -248,6 +248,7 @@ class OnPolicy(StageCallback):
     "Groups drawn by the policy of the moment, in rounds of one epoch"
     order = Objective.order-9.5   # before everything that reads a batch or a loader, after `Resume`
     transient = ("acc", "now", "drawn", "kappa")
+    draws = True   # tells `GRPO` and `RLOO` that the stored groups are not what is learned from
 
     def __init__(self,
         scorer, # see `ask`; None: all facts are in `cache`
