@@ -394,8 +394,8 @@ def _recorder_state(rec):
     "What fastai's Recorder has noted, packed"
     smooth = rec.smooth_loss
     values = [list(row) for row in rec.values]
-    noted = dict(lrs=rec.lrs, iters=rec.iters, losses=rec.losses, values=values, n=smooth.count, val=smooth.val)
-    return _pack(noted)
+    lists = dict(lrs=rec.lrs, iters=rec.iters, losses=rec.losses, values=values)
+    return _pack(dict(**lists, n=smooth.count, val=smooth.val))
 
 def _set_recorder(rec, noted):
     "Give fastai's Recorder back what `_recorder_state` packed"

@@ -605,7 +605,8 @@ def all_orders(
 )->tuple: # (int [B,N,S!,S] every order, bool [B,N,S!] which ones count: padding stays where it is)
     "Sequences in every order of their picks"
     S = seqs.shape[-1]
-    if S > 4: raise ValueError(f"logp_set of {S} picks would sum {math.factorial(S)} orders: wanted at most 4")
+    if S > 4:
+        raise ValueError(f"logp_set of {S} picks would sum {math.factorial(S)} orders: wanted at most 4")
     orders = torch.tensor(list(permutations(range(S))), device=seqs.device)
     step = torch.arange(S, device=seqs.device)
     n = real.sum(-1)[..., None, None]
@@ -689,8 +690,10 @@ class Checkpoint(PyTorchModelHubMixin):
                 f"from_pretrained got {', '.join(sorted(odd))}: neither a setting of {cls.__name__} nor of"
                 " the hub")
         model = cls(**{k: kwargs[k] for k in settings})
-        if not Path(model_id).is_dir(): file = Path(hf_hub_download(model_id, file.name, **hub))
-        elif not file.exists(): raise FileNotFoundError(f"{file}: no such file; was the checkpoint copied whole?")
+        here = Path(model_id).is_dir()
+        if not here: file = Path(hf_hub_download(model_id, file.name, **hub))
+        if here and not file.exists():
+            raise FileNotFoundError(f"{file}: no such file; was the checkpoint copied whole?")
         load_strict(model, load_file(file), file)
         model.info = info
         return model.to(map_location).eval()
