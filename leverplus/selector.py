@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['check_settings', 'PointerParts', 'Shared', 'distinct_units', 'look_up', 'scores_of', 'cosines', 'check_cands',
            'Encoded', 'PointerCandidates', 'PointerEncoder', 'State', 'PointerLogits', 'PointerNet', 'check_seqs',
-           'places_among', 'with_end', 'begin_alike', 'tree_logps', 'PointerPolicy', 'all_orders', 'load_strict',
-           'check_config', 'Checkpoint', 'PointerSelector', 'plot_steps']
+           'places_among', 'with_end', 'begin_alike', 'tree_logps', 'PointerPolicy', 'PointerSets', 'all_orders',
+           'load_strict', 'check_config', 'Checkpoint', 'PointerSelector', 'plot_steps']
 
 # %% ../nbs/50_selector.ipynb #1db16602
 import inspect, json, math
@@ -14,7 +14,6 @@ from dataclasses import dataclass, fields, replace
 from itertools import permutations
 from pathlib import Path
 import torch
-from fastcore.basics import patch
 from torch import nn
 from torch.nn import functional as F
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
@@ -585,19 +584,20 @@ class PointerPolicy(PointerNet):
             raise ValueError(f"{S} shots: this selector was made for 1..{self.max_shots} (max_shots)")
 
 # %% ../nbs/50_selector.ipynb #b1100729
-@patch
-def logp_set(self:PointerPolicy,
-    enc:Encoded, # from `encode`
-    seqs:torch.Tensor, # int [B,N,S], S <= 4; their order plays no role
-    seq_mask:torch.Tensor|None=None, # bool [B,N,S]; default all
-)->torch.Tensor: # [B,N] log of the sum of pi over the n! orders of the n real picks
-    "Log-probability of sets of picks, whatever their order"
-    N = seqs.shape[1]
-    real = torch.ones_like(seqs, dtype=torch.bool) if seq_mask is None else seq_mask
-    every, counts = all_orders(seqs, real)
-    mask = real[:, :, None].expand_as(every)
-    lp = self.logp(enc, every.flatten(1, 2), mask.flatten(1, 2)).unflatten(1, (N, -1))
-    return lp.masked_fill(~counts, -torch.inf).logsumexp(-1)
+class PointerSets(PointerPolicy):
+    "Adds the probability of sets"
+    def logp_set(self,
+        enc:Encoded, # from `encode`
+        seqs:torch.Tensor, # int [B,N,S], S <= 4; their order plays no role
+        seq_mask:torch.Tensor|None=None, # bool [B,N,S]; default all
+    )->torch.Tensor: # [B,N] log of the sum of pi over the n! orders of the n real picks
+        "Log-probability of sets of picks, whatever their order"
+        N = seqs.shape[1]
+        real = torch.ones_like(seqs, dtype=torch.bool) if seq_mask is None else seq_mask
+        every, counts = all_orders(seqs, real)
+        mask = real[:, :, None].expand_as(every)
+        lp = self.logp(enc, every.flatten(1, 2), mask.flatten(1, 2)).unflatten(1, (N, -1))
+        return lp.masked_fill(~counts, -torch.inf).logsumexp(-1)
 
 def all_orders(
     seqs:torch.Tensor, # int [B,N,S], S <= 4, else ValueError
@@ -705,7 +705,7 @@ _GROUPS = dict( # what a parameter does, by the first part of its name
     update="state", step_emb="state", gains="prior", match="match", match_gain="match",
     diversity="diversity", stop="stop")
 
-class PointerSelector(PointerPolicy, Checkpoint, library_name="leverplus"):
+class PointerSelector(PointerSets, Checkpoint, library_name="leverplus"):
     "Policy over sequences of demonstrations: encode once, then `logp`, `greedy`, `beam`, `sample`, `enumerate`"
     __init__ = PointerParts.__init__   # named here so that help shows these arguments, not the mixin's
 
