@@ -297,7 +297,8 @@ class Resume(StageCallback):
         self.run_dir = None   # the `Run` in `folder`, once it is open
         self.state = None     # what was last written or read
         self.ready = False    # all is where the state left it: training may go on
-        self.dirty = False    # an epoch: True = trained and not written yet, None = training, False = neither
+        self.trains = False   # this epoch has begun to train
+        self.dirty = False    # an epoch has trained and is not written yet
         self.done = 0         # whole epochs
 
     @property
@@ -313,12 +314,13 @@ class Resume(StageCallback):
         if self.finished: raise CancelFitException
         if self.epoch < self.done: raise CancelEpochException
         if not self.ready: self.restore()
-        self.dirty = None
+        self.trains = True
 
     def after_epoch(self):
-        if self.dirty is None:
-            self.dirty = True
-            self.done = self.epoch + 1
+        if not self.trains: return   # one that an earlier start has done
+        self.trains = False
+        self.dirty = True
+        self.done = self.epoch + 1
 
     def before_epoch(self):
         if self.dirty: self.save()
