@@ -302,8 +302,13 @@ def clipped_surrogate(
     if dual is not None: gain = torch.where(adv < 0, torch.maximum(gain, dual*adv), gain)
     return -group_mean(gain, mask)
 
-def log_ratio(logp, old, mask, limit=20.):
-    "`log pi - log pi_old` [B,N]: 0 on padding, cut at +-`limit` so that `exp` stays finite"
+def log_ratio(
+    logp:Tensor, # [B,N] log-probabilities under the policy
+    old:Tensor, # [B,N] the same under another
+    mask:Tensor, # bool [B,N]
+    limit:float=20., # largest absolute value, so that `exp` stays finite
+)->Tensor: # [B,N] nats, 0 on padding
+    "`log pi - log pi_old`"
     return (logp.masked_fill(~mask, 0.) - old.masked_fill(~mask, 0.)).clamp(-limit, limit)
 
 def policy_gradient(
@@ -315,7 +320,14 @@ def policy_gradient(
     return -group_mean(adv * logp.masked_fill(~mask, 0.), mask)
 
 # %% ../nbs/60_losses.ipynb #5a00deb9
-def clip_shares(logp, old, adv, mask, clip_low=.2, clip_high=.28):
+def clip_shares(
+    logp:Tensor, # [B,N] log-probabilities under the policy
+    old:Tensor, # [B,N] the same under the policy that is compared with
+    adv:Tensor, # [B,N] advantages
+    mask:Tensor, # bool [B,N] what counts in the loss
+    clip_low:float=.2, # as in `clipped_surrogate`
+    clip_high:float=.28, # as in `clipped_surrogate`
+)->tuple: # two scalars, 0..1
     "Shares of sequences without gradient: (of those with A > 0, of those with A < 0); nan where there are none"
     ratio = log_ratio(logp, old, mask).exp()
     good = mask & (adv > 0)
