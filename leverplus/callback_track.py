@@ -97,8 +97,9 @@ def valid_loss(
     learn, # any Learner
 )->float: # the number that fit reports as `valid_loss`, computed without any callback
     "Loss of the model as it is on the validation split"
-    out = _over_valid(learn, learn.loss_func)
-    return sum(n*v.item() for n, v in out) / sum(n for n, _ in out)
+    batches = _over_valid(learn, learn.loss_func)
+    total = sum(n * mean.item() for n, mean in batches)
+    return total / sum(n for n, _ in batches)
 
 def regrets(
     learn, # any Learner of a policy
@@ -143,7 +144,8 @@ def evaluating(
 # %% ../nbs/66_callback_track.ipynb #b2e92b27
 class Best(StageCallback):
     "Give the fit the best weights it has seen; those it began with count too"
-    order, _stateattrs = 61, ("weights",)
+    order = 61
+    _stateattrs = ("weights",)
     def __init__(self,
         score=valid_loss, # function of the Learner -> number, or one per query; smaller is better; default: fit's own
         min_delta:float=0., # how much better a later epoch must be
@@ -210,7 +212,8 @@ def judge_epoch(self:Best):
     "Keep the weights of this epoch if they are better"
     value, each = self.measure(fitted=True)
     p = self.luck(each) if self.promote == "paired" else float("nan")
-    better = value < self.value - self.min_delta and not p >= self.alpha
+    lucky = p >= self.alpha   # never without a test: p is nan then
+    better = value < self.value - self.min_delta and not lucky
     if math.isnan(self.value): better = True   # whatever has a score beats what has none
     self.stale += 1
     if better: self.keep(value, each, self.epoch)
@@ -228,11 +231,13 @@ def keep(self:Best, value, each, epoch):
 @patch
 def measure(self:Best, fitted=False):
     "(mean, number per query or None) of the weights as they are"
-    if fitted and self.promote == "mean" and self.score is valid_loss: return self.shown_loss(), None
-    score = regrets if self.promote == "paired" and self.score is valid_loss else self.score
+    paired = self.promote == "paired"
+    score = self.score
+    if score is valid_loss and paired: score = regrets   # the same, query by query
+    if score is valid_loss and fitted: return self.shown_loss(), None
     got = score(self.learn)
     each = torch.as_tensor(got, dtype=torch.float64).detach().cpu()
-    if self.promote == "paired": self.check_each(each)
+    if paired: self.check_each(each)
     value = got if isinstance(got, float) else each.mean().item()
     return value, (each if each.ndim else None)
 
@@ -292,7 +297,8 @@ class Resume(StageCallback):
         self.run_dir = None   # the `Run` in `folder`, once it is open
         self.state = None     # what was last written or read
         self.ready = False    # all is where the state left it: training may go on
-        self.dirty = False    # an epoch: True = trained and not written yet, None = training, False = neither
+        self.trains = False   # this epoch has begun to train
+        self.dirty = False    # an epoch has trained and is not written yet
         self.done = 0         # whole epochs
 
     @property
@@ -308,12 +314,13 @@ class Resume(StageCallback):
         if self.finished: raise CancelFitException
         if self.epoch < self.done: raise CancelEpochException
         if not self.ready: self.restore()
-        self.dirty = None
+        self.trains = True
 
     def after_epoch(self):
-        if self.dirty is None:
-            self.dirty = True
-            self.done = self.epoch + 1
+        if not self.trains: return   # one that an earlier start has done
+        self.trains = False
+        self.dirty = True
+        self.done = self.epoch + 1
 
     def before_epoch(self):
         if self.dirty: self.save()
@@ -389,8 +396,8 @@ def _recorder_state(rec):
     "What fastai's Recorder has noted, packed"
     smooth = rec.smooth_loss
     values = [list(row) for row in rec.values]
-    noted = dict(lrs=rec.lrs, iters=rec.iters, losses=rec.losses, values=values, n=smooth.count, val=smooth.val)
-    return _pack(noted)
+    lists = dict(lrs=rec.lrs, iters=rec.iters, losses=rec.losses, values=values)
+    return _pack(dict(**lists, n=smooth.count, val=smooth.val))
 
 def _set_recorder(rec, noted):
     "Give fastai's Recorder back what `_recorder_state` packed"
@@ -433,6 +440,28 @@ def _stage_settings(learn):
         model=type(learn.model).__name__,
         callbacks={cb.name: _described_attributes(cb) for cb in learn.cbs if matters(cb)},
     )
+
+# %% ../nbs/66_callback_track.ipynb #0085941f
+@patch
+def open(self:Resume):
+    "Open the folder, or refuse it; read what is there"
+    prints = dict(data=self.print_of_data(), start=fingerprint(self.model.state_dict()))
+    seed = getattr(self.learn, "seed", 0)
+    self.run_dir = Run.create(self.folder, _stage_settings(self.learn), seed, prints)
+    if not self.file.exists(): return
+    device = next(self.model.parameters()).device
+    self.state = torch.load(self.file, map_location=device, weights_only=True)
+    self.done = self.state["done"]
+
+@patch
+def print_of_data(self:Resume):
+    "Fingerprint of the data: both ends of the training split and one validation batch stand for all"
+    ds = self.dls.train_ds
+    with torch.random.fork_rng(devices=()): valid = list(self.dls.valid.one_batch())
+    parts = [ds[0], ds[len(ds) - 1], len(ds), self.dls.train.bs, valid]
+    warmup = getattr(self.dls, "info", {}).get("warmup")   # how a warm-up draws is in none of its items
+    if warmup is not None: parts.append(warmup)
+    return fingerprint(parts)
 
 # %% ../nbs/66_callback_track.ipynb #d5ae65f5
 @patch
@@ -482,28 +511,6 @@ def restore(self:Resume):
     _set_recorder(self.recorder, state["recorder"])
     if "scaler" in state: self.scaler().load_state_dict(state["scaler"])
     _set_rng_state(self.dls, state["rng"])
-
-# %% ../nbs/66_callback_track.ipynb #0085941f
-@patch
-def open(self:Resume):
-    "Open the folder, or refuse it; read what is there"
-    prints = dict(data=self.print_of_data(), start=fingerprint(self.model.state_dict()))
-    seed = getattr(self.learn, "seed", 0)
-    self.run_dir = Run.create(self.folder, _stage_settings(self.learn), seed, prints)
-    if not self.file.exists(): return
-    device = next(self.model.parameters()).device
-    self.state = torch.load(self.file, map_location=device, weights_only=True)
-    self.done = self.state["done"]
-
-@patch
-def print_of_data(self:Resume):
-    "Fingerprint of the data: both ends of the training split and one validation batch stand for all"
-    ds = self.dls.train_ds
-    with torch.random.fork_rng(devices=()): valid = list(self.dls.valid.one_batch())
-    parts = [ds[0], ds[len(ds) - 1], len(ds), self.dls.train.bs, valid]
-    warmup = getattr(self.dls, "info", {}).get("warmup")   # how a warm-up draws is in none of its items
-    if warmup is not None: parts.append(warmup)
-    return fingerprint(parts)
 
 # %% ../nbs/66_callback_track.ipynb #b23d25bd
 def stored_mass(
@@ -737,7 +744,6 @@ def log_advantages(self:RLStats):
     std = (self.obj.adv.square().sum(-1) / (n - 1).clamp(min=1)).sqrt()
     self.log(len(n), adv_std_all=std.mean())
 
-# %% ../nbs/66_callback_track.ipynb #8d1b3538
 @patch
 def log_model(self:RLStats):
     "Active dropout, and how sure the policy is"

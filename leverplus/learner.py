@@ -147,7 +147,9 @@ def fit_grpo(self:Learner,
     cbs = [NoDropout(), GRPO(**grpo_kw), *_kl(beta, ref), *L(cbs)]
     return self.fit_stage(n_epoch, lr, cbs, max_norm, skip_flat, best, watch, resume, split_shots)
 
-def _kl(beta, ref): return [KLToRef(ref, beta)] if beta > 0 else []
+def _kl(beta, ref):
+    "The KL term of a stage, if it has a weight"
+    return [KLToRef(ref, beta)] if beta > 0 else []
 
 # %% ../nbs/70_learner.ipynb #512ae714
 @patch
@@ -168,9 +170,10 @@ def show_results(self:SelectorLearner,
     likeliest = rewards.gather(-1, logp.argmax(-1, keepdim=True))[:, 0]
     queries = list(getattr(dl.dataset, "question_ids", range(n)))[:n]
     pool = getattr(dl.dataset, "pool", None)
-    if pool is not None: picks = [[pool[q][i] for i in places] for q, places in zip(queries, picks)]
-    rewards = dict(expected=expected.tolist(), best=best.tolist(), likeliest=likeliest.tolist())
-    return pd.DataFrame(dict(query=queries, picks=picks, **rewards))
+    if pool is not None:   # ids, instead of places in the pool
+        picks = [[pool[q][i] for i in places] for q, places in zip(queries, picks)]
+    got = dict(expected=expected.tolist(), best=best.tolist(), likeliest=likeliest.tolist())
+    return pd.DataFrame(dict(query=queries, picks=picks, **got))
 
 def _first_groups(dl, n):
     "The first `n` groups of a loader in one batch; leaves the random states alone"
@@ -292,7 +295,6 @@ def load_selector(
 )->PointerSelector: # in eval mode, with what was saved as `info` in `.info`
     "Load a selector, strictly"
     if not Path(path).is_dir() and (isinstance(path, Path) or str(path).count("/") != 1):
-        raise FileNotFoundError(
-            f"{path}: no such folder; give one of `save_selector`, or 'owner/name' on the hub"
-        )
+        raise FileNotFoundError(f"{path}: no such folder; give one of `save_selector`,"
+                                " or 'owner/name' on the hub")
     return PointerSelector.from_pretrained(path)

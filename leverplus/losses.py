@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['ADVANTAGES', 'SCALES', 'live_groups', 'group_mean', 'group_mass', 'regret', 'rce_loss', 'imitation_loss',
            'rce_weights', 'ess', 'top_weights', 'listwise_loss', 'listwise_target', 'group_kl', 'solve_tau',
-           'merge_orders', 'advantage', 'clipped_surrogate', 'log_ratio', 'policy_gradient', 'clip_shares', 'kl_exact',
-           'kl_steps', 'entropy_exact', 'entropy_steps', 'inclusion_logp', 'kl_k3', 'random_logp', 'tempered_logp',
-           'mixture_logp', 'OffPolicy', 'off_policy_value']
+           'merge_orders', 'advantage', 'clipped_surrogate', 'log_ratio', 'policy_gradient', 'clip_shares',
+           'walk_prefixes', 'kl_exact', 'kl_steps', 'entropy_exact', 'entropy_steps', 'inclusion_logp', 'kl_k3',
+           'random_logp', 'tempered_logp', 'mixture_logp', 'OffPolicy', 'off_policy_value']
 
 # %% ../nbs/60_losses.ipynb #d607edc5
 import math
@@ -168,7 +168,8 @@ def listwise_target(
     lr = masked_log_softmax(ref.masked_fill(~mask, 0.), mask)
     if tau is None:
         empty = ~mask.any(-1, keepdim=True)
-        tau = solve_tau(lr.masked_fill(empty, -math.log(lr.shape[-1])), rewards, ess, limits)
+        finite = lr.masked_fill(empty, -math.log(lr.shape[-1]))   # an empty group counts as uniform
+        tau = solve_tau(finite, rewards, ess, limits)
     else: tau = torch.full_like(rewards[:, 0], tau)
     logits = lr.masked_fill(~mask, 0.) + rewards/tau[:, None]
     return masked_log_softmax(logits, mask), tau
@@ -188,9 +189,8 @@ def _check_listwise(tau, ess, limits):
     if tau is not None and tau <= 0:
         raise ValueError(f"listwise_target: tau {tau}, wanted > 0, or None and a share `ess`")
     if tau is None and not (0 < ess < 1 and 0 < limits[0] <= limits[1]):
-        raise ValueError(
-            f"listwise_target: ess {ess} and limits {limits}, wanted a share in (0,1) and 0 < least <= most"
-        )
+        raise ValueError(f"listwise_target: ess {ess} and limits {limits},"
+                         " wanted a share in (0,1) and 0 < least <= most")
 
 # %% ../nbs/60_losses.ipynb #f4519deb
 @torch.no_grad()
@@ -269,7 +269,10 @@ def _std(a, m, scale):
 
 ADVANTAGES = dict(zscore=_center, center=_center, loo=_loo, rank=_rank)
 SCALES = dict(
-    zscore=("group",), center=("none", "group", "batch"), loo=("none", "group", "batch"), rank=("none",)
+    zscore=("group",),
+    center=("none", "group", "batch"),
+    loo=("none", "group", "batch"),
+    rank=("none",),
 )
 
 def _check_advantage(how, scale):
@@ -299,8 +302,13 @@ def clipped_surrogate(
     if dual is not None: gain = torch.where(adv < 0, torch.maximum(gain, dual*adv), gain)
     return -group_mean(gain, mask)
 
-def log_ratio(logp, old, mask, limit=20.):
-    "`log pi - log pi_old` [B,N]: 0 on padding, cut at +-`limit` so that `exp` stays finite"
+def log_ratio(
+    logp:Tensor, # [B,N] log-probabilities under the policy
+    old:Tensor, # [B,N] the same under another
+    mask:Tensor, # bool [B,N]
+    limit:float=20., # largest absolute value, so that `exp` stays finite
+)->Tensor: # [B,N] nats, 0 on padding
+    "`log pi - log pi_old`"
     return (logp.masked_fill(~mask, 0.) - old.masked_fill(~mask, 0.)).clamp(-limit, limit)
 
 def policy_gradient(
@@ -312,7 +320,14 @@ def policy_gradient(
     return -group_mean(adv * logp.masked_fill(~mask, 0.), mask)
 
 # %% ../nbs/60_losses.ipynb #5a00deb9
-def clip_shares(logp, old, adv, mask, clip_low=.2, clip_high=.28):
+def clip_shares(
+    logp:Tensor, # [B,N] log-probabilities under the policy
+    old:Tensor, # [B,N] the same under the policy that is compared with
+    adv:Tensor, # [B,N] advantages
+    mask:Tensor, # bool [B,N] what counts in the loss
+    clip_low:float=.2, # as in `clipped_surrogate`
+    clip_high:float=.28, # as in `clipped_surrogate`
+)->tuple: # two scalars, 0..1
     "Shares of sequences without gradient: (of those with A > 0, of those with A < 0); nan where there are none"
     ratio = log_ratio(logp, old, mask).exp()
     good = mask & (adv > 0)
@@ -321,45 +336,15 @@ def clip_shares(logp, old, adv, mask, clip_low=.2, clip_high=.28):
     silent_bad = bad & (ratio < 1-clip_low)
     return silent_good.sum() / good.sum(), silent_bad.sum() / bad.sum()
 
-# %% ../nbs/60_losses.ipynb #6f840357
-def kl_exact(step_p, step_q, cand_mask, shots, limit=5000):
-    "Exact KL [B] of whole sequences, in nats; arguments as in `kl_steps`, never drawn"
-    return kl_steps(step_p, step_q, cand_mask, shots, limit).sum(-1)
-
-def kl_steps(
-    step_p, # `prefix [B,P,t] -> log-probabilities [B,P,K]` of the policy, -inf for picked and padded candidates
-    step_q, # the same for the reference
+# %% ../nbs/60_losses.ipynb #d6c5abe5
+def walk_prefixes(
+    step, # `prefix [B,P,t] -> log-probabilities [B,P,K]` of the policy, -inf for picked and padded candidates
     cand_mask:Tensor, # bool [B,K], True = real candidates
-    shots:int, # S, picks counted
-    limit:int=5000, # most prefixes per query and step, of K!/(K-S+1)! at the last one
+    shots:int, # S, steps of the walk
+    limit:int, # most prefixes per query and step, of K!/(K-S+1)! at the last one
     draw=None, # numpy `Generator` that chooses `limit` prefixes where a step has more; None: that is a ValueError
-)->Tensor: # [B,S] expected KL of each step, unbiased where prefixes were drawn; sums to the KL of whole sequences
-    "KL divergence, step by step; exact while no step has more than `limit` prefixes"
-    out = []
-    for w, prefix, lp in _walk(step_p, cand_mask, shots, limit, draw):
-        lq = step_q(prefix)
-        _check_reference(lp, lq)
-        can = lp > -torch.inf
-        lp = lp.masked_fill(~can, 0.)
-        lq = lq.masked_fill(~can, 0.)
-        kl = (lp.exp() * (lp - lq)).masked_fill(~can, 0.).sum(-1)   # [B,P]
-        out.append((w * kl).sum(-1))
-    return torch.stack(out, -1)
-
-def _check_reference(lp, lq):
-    "Refuse a reference with other options than the policy's"
-    if lq.shape != lp.shape:
-        raise ValueError(
-            f"kl: {lp.shape[-1]} options per step against {lq.shape[-1]} of the reference: have both"
-            " STOP, or neither?"
-        )
-    if ((lp > -torch.inf) & (lq == -torch.inf)).any():
-        raise ValueError("kl: the reference gives probability 0 to a candidate that the policy may pick; "
-                         "are pools and masks the same?")
-
-# %% ../nbs/60_losses.ipynb #fb6ee865
-def _walk(step, cand_mask, shots, limit, draw=None):
-    "Yield per step: weight of each prefix [B,P], prefixes [B,P,t], log-probabilities of the next pick [B,P,K]"
+): # yields per step: weight of each prefix [B,P], prefixes [B,P,t], log-probabilities of the next pick [B,P,K]
+    "Visit the prefixes of every step"
     B, K = cand_mask.shape
     _check_walk(K, shots, limit, draw)
     logw = cand_mask.new_zeros(B, 1, dtype=torch.get_default_dtype())
@@ -388,9 +373,7 @@ def _check_walk(K, shots, limit, draw):
     if shots > K:
         raise ValueError(f"{shots} shots from a pool of {K}: a sequence has no repeats, ask for at most {K}")
     if limit < 2:
-        raise ValueError(
-            f"limit {limit} of prefixes per query, wanted >= 2: one alone has no finite variance"
-        )
+        raise ValueError(f"limit {limit} of prefixes per query, wanted >= 2: one alone has no finite variance")
     P = math.perm(K, shots-1)
     if P > limit and draw is None:
         raise ValueError(
@@ -398,6 +381,40 @@ def _check_walk(K, shots, limit, draw):
             " fewer shots or a smaller pool, raise `limit` if there is memory for [B, prefixes, K], or pass"
             " `draw` for an unbiased estimate"
         )
+
+# %% ../nbs/60_losses.ipynb #6f840357
+def kl_exact(step_p, step_q, cand_mask, shots, limit=5000):
+    "Exact KL [B] of whole sequences, in nats; arguments as in `kl_steps`, never drawn"
+    return kl_steps(step_p, step_q, cand_mask, shots, limit).sum(-1)
+
+def kl_steps(
+    step_p, # `prefix [B,P,t] -> log-probabilities [B,P,K]` of the policy, see `walk_prefixes`
+    step_q, # the same for the reference
+    cand_mask:Tensor, # bool [B,K], True = real candidates
+    shots:int, # S, picks counted
+    limit:int=5000, # most prefixes per query and step
+    draw=None, # numpy `Generator` that chooses `limit` prefixes where a step has more; None: that is a ValueError
+)->Tensor: # [B,S] expected KL of each step, unbiased where prefixes were drawn; sums to the KL of whole sequences
+    "KL divergence, step by step; exact while no step has more than `limit` prefixes"
+    out = []
+    for w, prefix, lp in walk_prefixes(step_p, cand_mask, shots, limit, draw):
+        lq = step_q(prefix)
+        _check_reference(lp, lq)
+        can = lp > -torch.inf
+        lp = lp.masked_fill(~can, 0.)
+        lq = lq.masked_fill(~can, 0.)
+        kl = (lp.exp() * (lp - lq)).masked_fill(~can, 0.).sum(-1)   # [B,P]
+        out.append((w * kl).sum(-1))
+    return torch.stack(out, -1)
+
+def _check_reference(lp, lq):
+    "Refuse a reference with other options than the policy's"
+    if lq.shape != lp.shape:
+        raise ValueError(f"kl: {lp.shape[-1]} options per step against {lq.shape[-1]} of the reference:"
+                         " have both STOP, or neither?")
+    if ((lp > -torch.inf) & (lq == -torch.inf)).any():
+        raise ValueError("kl: the reference gives probability 0 to a candidate that the policy may pick; "
+                         "are pools and masks the same?")
 
 # %% ../nbs/60_losses.ipynb #408081db
 def entropy_exact(step_p, cand_mask, shots, limit=5000):
@@ -416,7 +433,7 @@ def entropy_steps(
     K = cand_mask.shape[1]
     n = cand_mask.sum(-1)
     out = []
-    for t, (w, _, lp) in enumerate(_walk(step_p, cand_mask, shots, limit, draw)):
+    for t, (w, _, lp) in enumerate(walk_prefixes(step_p, cand_mask, shots, limit, draw)):
         can = lp > -torch.inf
         lp = lp.masked_fill(~can, 0.)
         h = -(w * (lp.exp() * lp).masked_fill(~can, 0.).sum(-1)).sum(-1)

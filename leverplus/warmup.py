@@ -48,7 +48,7 @@ class AnswerGroups:
     "Training items as queries whose pools, sequences and rewards are drawn for every batch"
     n_inp = 5
     def __init__(self,
-        items:pd.DataFrame, # training items, see below: distinct `question_id`, `image_id, answer`
+        items:pd.DataFrame, # training items, see above: distinct `question_id`, `image_id, answer`
         store, # embeddings: `get(ids, kind) -> [n,D]`
         K:int=16, # pool size, > every shot count
         shots=(2,), # shot counts, one drawn per batch
@@ -73,69 +73,69 @@ class AnswerGroups:
         i = i % len(self.question_ids)
         return self.question_ids[i], self.query[i]
 
-    def batch(self,
-        i, # B row numbers
-        g:torch.Generator, # source of pools and sequences
-    )->tuple: # query, cands, cand_mask, seqs, seq_mask, rewards, mask: as `40_dls` makes them
-        "Fresh groups of some queries"
-        i = torch.as_tensor(i) % len(self.question_ids)
-        S = self.shots[int(torch.randint(len(self.shots), (1,), generator=g))]
-        pool = self.pools(i, g)
-        seqs = self.sequences(S, g).expand(len(i), -1, -1)
-        rewards = contained(self.words[i], self.words[pool], seqs)
-        def every(x): return torch.ones(x.shape, dtype=torch.bool)
-        return self.query[i], self.query[pool], every(pool), seqs, every(seqs), rewards, every(rewards)
+    def set_items(self, items):
+        "Keep what has words; note whose image is whose, and who is the twin of somebody before"
+        words, _ = word_ids(items.answer)
+        some = (words >= 0).any(-1)
+        if not some.any():
+            raise ValueError(f"AnswerGroups: none of the {len(items)} items has an answer with a word in it")
+        items = items[some.numpy()].reset_index(drop=True)
+        self.words = words[some]
+        self.lost = int((~some).sum())
+        self.question_ids = items.question_id.to_numpy()
+        if len(set(self.question_ids)) < len(self.question_ids):
+            raise ValueError("AnswerGroups: a question_id comes twice; pass each training item once")
+        self.image = torch.tensor(image_groups(items))
+        self.twin = torch.zeros(len(items), dtype=torch.bool)
+        if "question" in items:
+            asked = pd.DataFrame(dict(image=self.image.numpy(), question=items.question))
+            self.twin = torch.tensor(asked.duplicated().to_numpy())
+        self.check_pools(items)
 
-    def pools(self, i, g):
-        "Rows of the candidates of queries `i`: [B,K]"
-        keys = torch.rand(len(i), len(self.question_ids), generator=g)
-        sims = {k: v[i] @ v.T for k, v in self.near.items()}
-        barred = (self.image[i][:, None] == self.image) | self.twin
-        return draw_block(keys, sims, barred, self.parts)
+    def check_shots(self):
+        "Refuse shot counts that no pool can serve"
+        if not 0 < min(self.shots) <= max(self.shots) < self.K:
+            raise ValueError(f"AnswerGroups: shots {self.shots} with pools of K = {self.K}: wanted 1..K-1")
 
-    def sequences(self, S, g):
-        "All ordered sequences of `S` picks [M,S], or `n` drawn ones"
-        if math.perm(self.K, S) <= self.n: return torch.tensor(list(permutations(range(self.K), S)))
-        return torch.rand(self.n, self.K, generator=g).topk(S, -1).indices.unique(dim=0)
+    def check_pools(self, items):
+        "Refuse items of which so many share an image that others do not fill a pool"
+        per_image = self.image[~self.twin].bincount(minlength=int(self.image.max()) + 1)
+        few = int((~self.twin).sum() - per_image.max())
+        if few < self.K:
+            first = int((self.image == per_image.argmax()).int().argmax())
+            raise ValueError(
+                f"AnswerGroups: pools of K = {self.K} from items with other images, but image"
+                f" {items.image_id[first]} leaves only {few}"
+            )
 
 # %% ../nbs/51_warmup.ipynb #62c1c9ff
 @patch
-def set_items(self:AnswerGroups, items):
-    "Keep what has words; note whose image is whose, and who is the twin of somebody before"
-    words, _ = word_ids(items.answer)
-    some = (words >= 0).any(-1)
-    if not some.any():
-        raise ValueError(f"AnswerGroups: none of the {len(items)} items has an answer with a word in it")
-    items = items[some.numpy()].reset_index(drop=True)
-    self.words = words[some]
-    self.lost = int((~some).sum())
-    self.question_ids = items.question_id.to_numpy()
-    if len(set(self.question_ids)) < len(self.question_ids):
-        raise ValueError("AnswerGroups: a question_id comes twice; pass each training item once")
-    self.image = torch.tensor(image_groups(items))
-    self.twin = torch.zeros(len(items), dtype=torch.bool)
-    if "question" in items:
-        asked = pd.DataFrame(dict(image=self.image.numpy(), question=items.question))
-        self.twin = torch.tensor(asked.duplicated().to_numpy())
-    self.check_pools(items)
+def batch(self:AnswerGroups,
+    i, # B row numbers
+    g:torch.Generator, # source of pools and sequences
+)->tuple: # query, cands, cand_mask, seqs, seq_mask, rewards, mask: as `40_dls` makes them
+    "Fresh groups of some queries"
+    i = torch.as_tensor(i) % len(self.question_ids)
+    S = self.shots[int(torch.randint(len(self.shots), (1,), generator=g))]
+    pool = self.pools(i, g)
+    seqs = self.sequences(S, g).expand(len(i), -1, -1)
+    rewards = contained(self.words[i], self.words[pool], seqs)
+    def every(x): return torch.ones(x.shape, dtype=torch.bool)
+    return self.query[i], self.query[pool], every(pool), seqs, every(seqs), rewards, every(rewards)
 
 @patch
-def check_shots(self:AnswerGroups):
-    "Refuse shot counts that no pool can serve"
-    if not 0 < min(self.shots) <= max(self.shots) < self.K:
-        raise ValueError(f"AnswerGroups: shots {self.shots} with pools of K = {self.K}: wanted 1..K-1")
+def pools(self:AnswerGroups, i, g):
+    "Rows of the candidates of queries `i`: [B,K]"
+    keys = torch.rand(len(i), len(self.question_ids), generator=g)
+    sims = {k: v[i] @ v.T for k, v in self.near.items()}
+    barred = (self.image[i][:, None] == self.image) | self.twin
+    return draw_block(keys, sims, barred, self.parts)
 
 @patch
-def check_pools(self:AnswerGroups, items):
-    "Refuse items of which so many share an image that others do not fill a pool"
-    per_image = self.image[~self.twin].bincount(minlength=int(self.image.max()) + 1)
-    few = int((~self.twin).sum() - per_image.max())
-    if few < self.K:
-        first = int((self.image == per_image.argmax()).int().argmax())
-        raise ValueError(
-            f"AnswerGroups: pools of K = {self.K} from items with other images, but image"
-            f" {items.image_id[first]} leaves only {few}"
-        )
+def sequences(self:AnswerGroups, S, g):
+    "All ordered sequences of `S` picks [M,S], or `n` drawn ones"
+    if math.perm(self.K, S) <= self.n: return torch.tensor(list(permutations(range(self.K), S)))
+    return torch.rand(self.n, self.K, generator=g).topk(S, -1).indices.unique(dim=0)
 
 # %% ../nbs/51_warmup.ipynb #a4d0845d
 def warmup_dls(
