@@ -1,10 +1,10 @@
 """Execute notebooks from a fresh kernel and store their outputs.
 
-`python .ci/notebooks.py [NAME ...] [--flags "slow net"]`. NAME is a path, or a stem such as `00_core` or `tutorials/01_walk`; without names: nbs/*.ipynb and
-nbs/tutorials/*.ipynb. Cells flagged slow, gpu or net (`tst_flags` in settings.ini) and `#| eval: false` are
-skipped and KEEP their stored outputs; `--flags slow` runs those flagged slow. A notebook that fails is left
-as it was, and the exit status is 1. Nothing that changes between two runs is stored: no counts, times, ids
-of objects, or split-up streams.
+`python .ci/notebooks.py [NAME ...] [--flags "slow net"]`. NAME is a path, or a stem such as `00_core` or
+`tutorials/01_walk`; without names: nbs/*.ipynb and nbs/tutorials/*.ipynb. Cells flagged slow, gpu or net
+(`tst_flags` in settings.ini) and `#| eval: false` are skipped and KEEP their stored outputs; `--flags slow`
+runs those flagged slow. A notebook that fails is left as it was, and the exit status is 1. Nothing that
+changes between two runs is stored: no counts, times, ids of objects, or split-up streams.
 """
 import argparse, os, sys, tempfile, time
 from pathlib import Path

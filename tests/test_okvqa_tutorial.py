@@ -11,17 +11,16 @@ from leverplus.infer import check_results
 
 STEPS = "read embed draw load count tell look_at enrich train_both choose_on_dev answer compare page".split()
 
+def is_step_or_setting(n):
+    "Is a statement an import, a function, or one of the two worlds' settings?"
+    if isinstance(n, ast.Assign): return ast.unparse(n.targets[0]) in ("islands", "okvqa")
+    return isinstance(n, (ast.Import, ast.ImportFrom, ast.FunctionDef))
+
 def tutorial():
     "Imports, settings and functions of the page: none of its work"
     cells = json.loads(repo_path("nbs", "tutorials", "03_okvqa.ipynb").read_text(encoding="utf8"))["cells"]
-    body = [n for c in cells if c["cell_type"] == "code" for n in ast.parse("".join(c["source"])).body]
-    keep = [
-        n
-        for n in body
-        if isinstance(n, (ast.Import, ast.ImportFrom, ast.FunctionDef))
-        or isinstance(n, ast.Assign)
-        and ast.unparse(n.targets[0]) in ("islands", "okvqa")
-    ]
+    sources = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
+    keep = [n for source in sources for n in ast.parse(source).body if is_step_or_setting(n)]
     space = {}
     exec(compile(ast.Module(keep, []), "03_okvqa", "exec"), space)
     return space
@@ -34,17 +33,13 @@ def some_okvqa(okvqa, folder, n):
         q = json.loads((okvqa / f"OpenEnded_mscoco_{split}2014_questions.json").read_text(encoding="utf8"))
         q["questions"] = q["questions"][:n]
         ids = {x["question_id"] for x in q["questions"]}
-        a = [
-            x
-            for x in json.loads((okvqa / f"{split}_soft_labels.json").read_text(encoding="utf8"))
-            if x["question_id"] in ids
-        ]
+        a = json.loads((okvqa / f"{split}_soft_labels.json").read_text(encoding="utf8"))
+        a = [x for x in a if x["question_id"] in ids]
         (folder / f"OpenEnded_mscoco_{split}2014_questions.json").write_text(json.dumps(q), encoding="utf8")
         (folder / f"{split}_soft_labels.json").write_text(json.dumps(a), encoding="utf8")
         for i in {x["image_id"] for x in q["questions"]}:
-            Image.fromarray(rng.integers(255, size=(56, 56, 3), dtype=np.uint8)).save(
-                folder / f"COCO_{split}2014_{i:012d}.jpg"
-            )
+            noise = rng.integers(255, size=(56, 56, 3), dtype=np.uint8)
+            Image.fromarray(noise).save(folder / f"COCO_{split}2014_{i:012d}.jpg")
     return folder
 
 def test_the_steps_run_on_okvqa(okvqa, tmp_path):
@@ -67,10 +62,8 @@ def test_the_steps_run_on_okvqa(okvqa, tmp_path):
         changes=dict(warmup=dict(n_epoch=1, steps=2, bs=8), listwise=dict(n_epoch=1)),
         bars=False,
     )
-    # mixed pools, as in the real run
-    w = SimpleNamespace(
-        **page["okvqa"] | {k: page["islands"][k] for k in ("clip", "lvlm", "asking", "K")} | own
-    )
+    tiny = {k: page["islands"][k] for k in ("clip", "lvlm", "asking", "K")}
+    w = SimpleNamespace(**page["okvqa"] | tiny | own) # mixed pools, as in the real run
     out = {}
     for s in STEPS: out[s] = page[s](w, 14, 6) if s == "count" else page[s](w)
     assert out["tell"]["rows"] == 14 * 8
@@ -80,6 +73,7 @@ def test_the_steps_run_on_okvqa(okvqa, tmp_path):
     assert w.pools["test"].recipe["parts"] == dict(text=4, image=4, random=8)
     assert {"chosen", "oracle", "random", "zero_shot"} <= set(w.table.selector)
     assert (w.eval.path / "report.html").stat().st_size > 20_000
+    other = SimpleNamespace(**vars(w) | dict(sampler="random"))
+    page["draw"](other)
     with pytest.raises(ValueError, match="trained on another kind of pool"): # what a checkpoint is for
-        page["draw"](v := SimpleNamespace(**vars(w) | dict(sampler="random")))
-        page["answer"](v)
+        page["answer"](other)
