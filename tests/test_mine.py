@@ -103,19 +103,8 @@ def test_rows_are_new_marked_and_within_the_budget(tmp_path_factory, world, trie
     data = start(world, s, tmp_path_factory.mktemp("m"))
     s.asked.clear()
     cache = FactCache()
-    out, log = mine(
-        data,
-        items,
-        s,
-        store,
-        tries=tries,
-        top=top,
-        rounds=rounds,
-        budget=budget,
-        seed=seed,
-        cache=cache,
-        progress=False,
-    )
+    search = dict(tries=tries, top=top, rounds=rounds, budget=budget, seed=seed, cache=cache, progress=False)
+    out, log = mine(data, items, s, store, **search)
     old = out.rows[:len(data)]
     new = out.rows[len(data):]
     pd.testing.assert_frame_equal(old, data.rows)
@@ -130,19 +119,7 @@ def test_rows_are_new_marked_and_within_the_budget(tmp_path_factory, world, trie
     assert log.asked.sum() == len(new)
     assert log.texts.sum() == new.vqa_acc_score.notna().sum()
     s.asked.clear()
-    again, _ = mine(
-        data,
-        items,
-        s,
-        store,
-        tries=tries,
-        top=top,
-        rounds=rounds,
-        budget=budget,
-        seed=seed,
-        cache=cache,
-        progress=False,
-    )
+    again, _ = mine(data, items, s, store, **search)
     assert not s.asked and again.fingerprint == out.fingerprint # the cache knows it all
 
 def test_interrupted_search_goes_on_where_it_was(world, tmp_path, monkeypatch):
