@@ -14,6 +14,7 @@ import numpy as np, pandas as pd, torch
 import torch.nn.functional as F
 from torch import Tensor
 from fastcore.basics import patch
+from .settings import Asking
 from .core import fingerprint, masked_mean, pad_rows, rng
 from leverplus.decode import (
     Stepwise, best_sequences, deciding, device_of, independent, rooted, stored_noise, tree_search,
@@ -161,9 +162,7 @@ class Feedback:
         items:pd.DataFrame, # queries and demonstrations, indexed by question_id
         cache=None, # `FactCache` or frame of facts, looked up first and added to
         reward:str="hard_plus_soft", # mode of `rewards.reward`
-        style:str="interleaved", # prompt style, as in `ask`
-        mode:str="official", # evaluator, as in `ask`
-        weight:str="official", # of ground-truth answers, as in `ask`
+        asking:Asking=Asking(), # see `ask`
         window:int=256, # prompts per call of the scorer
         progress:bool=False, # show a bar while the scorer is asked
         **weights, # of the reward mode
@@ -176,7 +175,7 @@ class Feedback:
         self.weights = weights
         self.generate = bool(set(needs) & set(TEXT_FACTS))
         self.known = 0
-        self.asking = dict(style=style, mode=mode, weight=weight, window=window, progress=progress)
+        self.asking = dict(asking=asking, window=window, progress=progress)
         if scorer is None and len(self.cache.scorers) != 1:
             raise ValueError(
                 f"Feedback: no scorer, and facts of {len(self.cache.scorers)} scorers in {self.cache}: pass a"
@@ -191,7 +190,7 @@ class Feedback:
     def fingerprint(self):
         "Who judges, and by which reward"
         if self.scorer is None: who = self.cache.scorers[0]
-        else: who = facts_fingerprint(self.scorer, *[self.asking[k] for k in ("style", "mode", "weight")])
+        else: who = facts_fingerprint(self.scorer, self.asking["asking"])
         return fingerprint("feedback", who, self.reward, self.weights)
 
 # %% ../nbs/68_callback_onpolicy.ipynb #ab161a65

@@ -9,6 +9,7 @@ __all__ = ['truth_prob', 'infoscore_beams', 'infoscores', 'write_beams']
 import numpy as np, pandas as pd
 from tqdm import tqdm
 from .core import rng, write_json
+from .settings import Asking
 from .pools import Pool
 from .rldata_ask import FactCache, as_cache, ask
 from .groups import FACT_COLUMNS, RLData, as_record
@@ -120,7 +121,7 @@ def infoscore_beams(
     seed:int=0, # of the candidates that are drawn
     window:int=1024, # prompts between two writes of the cache
     progress:bool=True, # show a bar over shots, with the prompts that were looked at
-    **asking, # style, mode, weight of `ask`
+    asking:Asking=Asking(), # see `ask`
 )->RLData: # `beam` rows per query, best first; the manifest's "infoscore" has settings, `zero` (p() by query), `lost`
     "Search the demonstrations of each query by InfoScore"
     ids = [int(q) for q in ids]
@@ -128,7 +129,7 @@ def infoscore_beams(
     _check_search(ids, pools, shots, beam, candidates, grow, order)
     tried = _candidates(ids, pools, candidates, seed)
     def facts_of(pairs):
-        f = ask(pairs, scorer, items, cache, generate=False, window=window, **asking)
+        f = ask(pairs, scorer, items, cache, asking=asking, generate=False, window=window)
         return f.assign(p=truth_prob(f, prob))
     # p() of every query; a beam is (query, pointer, its p)
     nothing = pd.DataFrame(dict(question_id=ids, pointer=[()] * len(ids)))
@@ -148,7 +149,7 @@ def infoscore_beams(
     rows = _in_order(new, ids)
     lost = [q for q in ids if q not in set(rows.question_id)]
     if text:
-        said = ask(rows, scorer, items, cache, window=window, **asking)
+        said = ask(rows, scorer, items, cache, asking, window=window)
         rows[list(FACT_COLUMNS)] = said[list(FACT_COLUMNS)]
     rows = rows[["question_id", "pointer", "beam_rank", *FACT_COLUMNS]].assign(gen_method="beam")
     manifest = dict(
@@ -168,7 +169,7 @@ def infoscores(
     items:pd.DataFrame, # queries and demonstrations, indexed by question_id
     scorer, # as in `infoscore_beams`
     cache:FactCache|pd.DataFrame|None=None, # the facts of the search
-    **asking, # style, mode, weight of `ask`
+    asking:Asking=Asking(), # see `ask`
 )->list: # n tuples of S numbers -1..1, in the order of choice: what 1..S add ("total"), or what each added ("last")
     "InfoScore of every row, shot by shot"
     how = data.manifest["infoscore"]
@@ -177,7 +178,7 @@ def infoscores(
     for q, pointer in rows:
         for s in range(1, len(pointer) + 1): steps.append((q, _chosen_first(pointer, s, how["grow"])))
     steps = pd.DataFrame(steps, columns=["question_id", "pointer"])
-    facts = ask(steps, scorer, items, as_cache(cache), generate=False, **asking)
+    facts = ask(steps, scorer, items, as_cache(cache), asking, generate=False)
     probs = iter(truth_prob(facts, how["prob"]))
     out = []
     for q, pointer in rows:

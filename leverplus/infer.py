@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
+from .settings import Asking
 from .core import atomic_path, fingerprint, pad_rows, rng
 from .runs import Run
 from .pools import check_pool
@@ -628,7 +629,7 @@ def _prints(pool, items, scorer, store, model, asked):
     ids = sorted({*pool.ids, *(d for c in pool.ids.values() for d in c)})
     prints = dict(
         pool=pool.fingerprint,
-        scorer=facts_fingerprint(scorer, **asked),
+        scorer=facts_fingerprint(scorer, asked),
         queries=fingerprint("queries", sorted(pool.ids)),
         items=fingerprint(ids, item_hashes(items, ids)),
     )
@@ -668,19 +669,19 @@ def predict(
         how=how, model=model, store=store,
         width=width, temperature=temperature, fixed=fixed, kind=kind, seed=seed, other_pool=other_pool,
     )
-    asked = dict(style=style, mode=mode, weight=target_weight)
+    asked = Asking(style=style, evaluator=mode, answer_weight=target_weight)
     settings = dict(
         split=split, how=how, shots=S, name=label,
         by=rule, weight=weight, threshold=threshold,
         width=width, temperature=temperature, fixed=fixed, kind=kind, other_pool=other_pool,
-        **{f"ask_{k}": v for k, v in asked.items()},
+        ask_style=style, ask_mode=mode, ask_weight=target_weight,
     )
     prints = _prints(pool, items, scorer, store, model, asked)
     run = Run.create(path, settings, seed, prints, overwrite=overwrite)
     sure = several or "confidence" in (by, weight) or callable(by)
     work = _Work(
         pool, items, scorer, picking,
-        asking=dict(asked, window=window, progress=progress),
+        asking=dict(asking=asked, window=window, progress=progress),
         facts=FactCache(run.path/"facts") if cache is None else cache,
         own=FactCache(run.path/"confidence") if sure else None,
     )

@@ -13,6 +13,7 @@ import numpy as np, pandas as pd
 from fastcore.basics import patch
 from tqdm import tqdm
 from .core import fingerprint, rng, stable_hash
+from .settings import Asking
 from .vqa import answer_targets, postprocess, relevances, vqa_accuracies
 from .prompt import prompter
 from .lvlm import Targets
@@ -23,14 +24,13 @@ def score_pairs(
     pairs:pd.DataFrame, # question_id, pointer
     scorer, # `run(prompts, targets, generate, progress) -> list of Scored`
     items:pd.DataFrame, # queries and demonstrations, indexed by question_id
-    style:str="interleaved", # prompt style: interleaved | chat
-    weight:str="official", # weight of ground-truth answers: official | count3
+    asking:Asking=Asking(), # its `style` and `answer_weight`
     generate:bool=True, # False: probabilities only, no text
 )->list: # of `Scored`, one per pair, in order; ValueError if the scorer answers something else
     "Ask a scorer about pairs, in one call"
-    make = prompter(_needed(items, pairs), style)
+    make = prompter(_needed(items, pairs), asking.style)
     prompts = [make(q, p) for q, p in zip(pairs.question_id, pairs.pointer)]
-    targets = [Targets(*answer_targets(items.at[q, "answers"], weight)) for q in pairs.question_id]
+    targets = [Targets(*answer_targets(items.at[q, "answers"], asking.answer_weight)) for q in pairs.question_id]
     scored = scorer.run(prompts, targets, generate=generate, progress=False)
     _check_answered(scorer, prompts, scored)
     return scored
@@ -54,9 +54,9 @@ def facts_frame(
     pairs:pd.DataFrame, # question_id, pointer
     scored:list, # of `Scored`, one per pair
     items:pd.DataFrame, # the queries, indexed by question_id
-    mode:str="official", # evaluator of `vqa.vqa_accuracy`
+    evaluator:str="official", # of `vqa.vqa_accuracy`
     generate:bool=True, # was a text asked for?
-    who:str="", # fingerprint of who said it, see `facts_fingerprint`
+    scorer:str="", # fingerprint of who said it, see `facts_fingerprint`
 )->pd.DataFrame: # question_id, pointer and the columns of FACT_COLUMNS; same rows and order as `pairs`
     "What was said, as facts"
     errors = [_error(s, generate) for s in scored]
@@ -65,10 +65,10 @@ def facts_frame(
     facts = dict(vqa_gt_prob=[s.gt_prob for s in good], vqa_gt_logprobs=[tuple(s.logprobs) for s in good])
     if generate and good:
         truth = items.answers.loc[pairs.question_id[ok]].tolist()
-        facts |= _text_facts([s.text for s in good], truth, mode)
+        facts |= _text_facts([s.text for s in good], truth, evaluator)
     keys = pairs[["question_id", "pointer"]].reset_index(drop=True)
     rows = keys.join(pd.DataFrame(facts, index=np.flatnonzero(ok)))
-    rows = rows.assign(eval_failed=~ok, error=errors, scorer=who)
+    rows = rows.assign(eval_failed=~ok, error=errors, scorer=scorer)
     return as_record(rows, {"question_id": "int", "pointer": "ints", **FACT_COLUMNS})
 
 def _error(s, generate):
@@ -78,28 +78,26 @@ def _error(s, generate):
     if generate and s.text is None: return "no text was generated"
     return None
 
-def _text_facts(texts, truth, mode):
+def _text_facts(texts, truth, evaluator):
     "{column: values} of generated texts"
     said = [postprocess(t) for t in texts]
-    acc = vqa_accuracies(said, truth, mode)
+    acc = vqa_accuracies(said, truth, evaluator)
     facts = dict(
         vqa_raw_generation=texts,
         vqa_pred_answer=said,
         vqa_acc_score=acc,
         vqa_correct=(acc > 0) * 1.0,
-        vqa_eval_mode=mode,
+        vqa_eval_mode=evaluator,
     )
     return facts | {c: x.to_numpy() for c, x in relevances(said, truth).items()}
 
 # %% ../nbs/33_rldata_ask.ipynb #c747b8cf
 def facts_fingerprint(
     scorer, # has `fingerprint`
-    style:str="interleaved", # prompt style
-    mode:str="official", # evaluator
-    weight:str="official", # weight of ground-truth answers: official | count3
+    asking:Asking=Asking(), # how it is asked; who gets a text changes no fact
 )->str: # 16 hexadecimal digits: the column `scorer`
     "Fingerprint of everything that turns a (query, pointer) into facts, the texts aside"
-    return fingerprint("facts", scorer.fingerprint, style, mode, weight)
+    return fingerprint("facts", scorer.fingerprint, asking.style, asking.evaluator, asking.answer_weight)
 
 # %% ../nbs/33_rldata_ask.ipynb #fdfa4ab8
 def scramble(
@@ -304,9 +302,7 @@ def ask(
     scorer, # see `score_pairs`, and has `fingerprint`; None: the cache must know all, KeyError names what it lacks
     items:pd.DataFrame, # queries and demonstrations, indexed by question_id
     cache:FactCache|None=None, # looked up first, added to after each window; None: none
-    style:str="interleaved", # prompt style: interleaved | chat
-    mode:str="official", # evaluator of `vqa.vqa_accuracy`
-    weight:str="official", # weight of ground-truth answers: official | count3
+    asking:Asking=Asking(), # how: prompt style, evaluator, weight of true answers
     generate:bool=True, # False: probabilities only, no text
     window:int=256, # prompts per call of the scorer
     progress:bool=False, # show a bar over prompts
@@ -315,18 +311,18 @@ def ask(
     pairs = as_record(pairs[["question_id", "pointer"]], {"question_id": "int", "pointer": "ints"})
     need = "vqa_acc_score" if generate else "vqa_gt_prob"
     if scorer is None: return _all_known(pairs, items, cache, need)
-    who = facts_fingerprint(scorer, style, mode, weight)
-    keys = pd.Index(pair_keys(pairs.question_id, pairs.pointer.to_numpy(), who))
+    own = facts_fingerprint(scorer, asking)
+    keys = pd.Index(pair_keys(pairs.question_id, pairs.pointer.to_numpy(), own))
     content = content_keys(items, pairs.question_id, pairs.pointer.to_numpy())
     cache = FactCache() if cache is None else cache
-    have = cache.lookup(pairs, who, content, need)
+    have = cache.lookup(pairs, own, content, need)
     todo = pairs[~pairs.index.isin(have.index) & ~keys.duplicated()]
     frames = [have.drop(columns="content").set_axis(keys[have.index])] # facts, indexed by key
     with tqdm(total=len(todo), disable=not progress, desc="asking", unit="prompt") as bar:
         for i in range(0, len(todo), window):
             part = todo[i:i+window]
-            scored = score_pairs(part, scorer, items, style, weight, generate)
-            facts = facts_frame(part, scored, items, mode, generate, who)
+            scored = score_pairs(part, scorer, items, asking, generate)
+            facts = facts_frame(part, scored, items, asking.evaluator, generate, own)
             cache.add(facts.assign(content=content[part.index]))
             frames.append(facts.set_axis(keys[part.index]))
             bar.update(len(part))
@@ -381,16 +377,16 @@ def self_test(
     n:int=32, # queries, >= 2
     S:int=2, # shots
     seed:int=0, # of the draw
-    style:str="interleaved", # prompt style
-    **kw, # `cache`, `mode`, `weight` of `ask`
+    asking:Asking=Asking(), # see `ask`
+    cache:FactCache|None=None, # see `ask`
 )->dict: # asked, failed, compared, greedy_wins (0..1), spearman (-1..1), prompt; a number that cannot be had is None
     "Is what the model writes likelier to it than another answer, and does gt_prob go along with accuracy?"
     draw = rng("self-test", seed, S)
     queries = draw.choice(list(pool), min(n, len(pool)), replace=False).tolist()
     pointers = [tuple(draw.choice(pool[q], S, replace=False).tolist()) for q in queries]
     pairs = pd.DataFrame(dict(question_id=queries, pointer=pointers))
-    make = prompter(_needed(items, pairs), style)
-    facts = ask(pairs, scorer, items, style=style, **kw)
+    make = prompter(_needed(items, pairs), asking.style)
+    facts = ask(pairs, scorer, items, cache, asking)
     good = facts[~facts.eval_failed]
     wins = _wins(good, scorer, make, seed)
     return dict(

@@ -12,6 +12,7 @@ import numpy as np, pandas as pd
 from fastcore.basics import patch
 from tqdm import tqdm
 from .core import rng
+from .settings import Asking
 from .groups import FACT_COLUMNS, PROPOSAL_COLUMNS, RLData, as_record
 from .rldata_propose import propose
 from .rldata_ask import FactCache, ask
@@ -60,7 +61,7 @@ class Search:
     kind:str="mixed" # embeddings that the policy reads
     scale:float=10. # sharpness of the prior
     cache:FactCache|None=None # shared facts
-    asking:dict|None=None # style, mode, weight of `ask`
+    asking:Asking=Asking() # see `ask`
 
     def __post_init__(self):
         self.rows = self.data.rows
@@ -145,11 +146,11 @@ def ask_about(self:Search,
     lacks:pd.Series, # what their queries lack
 )->dict: # asked, texts, failed, found: counts
     "Ask for probabilities, then for texts of the best, and add the rows"
-    how = self.asking or {}
-    rows = _with_facts(new, ask(new, self.scorer, self.items, self.cache, generate=False, **how))
+    asking = self.asking
+    rows = _with_facts(new, ask(new, self.scorer, self.items, self.cache, asking=asking, generate=False))
     ranked = best_first(rows[~rows.eval_failed], lacks)
     best = ranked.groupby("question_id", sort=False).head(self.top).sort_index()
-    full = _with_facts(new.loc[best.index], ask(best, self.scorer, self.items, self.cache, **how))
+    full = _with_facts(new.loc[best.index], ask(best, self.scorer, self.items, self.cache, asking))
     rows = pd.concat([rows.drop(best.index), full.set_axis(best.index)]).sort_index()
     self.rows = pd.concat([self.rows, rows], ignore_index=True)
     self.spent += len(new) + len(best)
@@ -173,7 +174,7 @@ def mine(
     kind:str="mixed", scale:float=10., # embeddings that the policy reads; sharpness of the prior
     cache:FactCache|None=None, # shared facts
     progress:bool=True, # show a bar over rounds
-    **asking, # style, mode, weight of `ask`
+    asking:Asking=Asking(), # see `ask`
 )->tuple: # (RLData with the mined rows behind the old ones, frame of rounds: lacking, asked, texts, failed, found)
     "Look for what flat groups lack, by swaps and samples"
     cache = FactCache() if cache is None else cache
@@ -204,10 +205,10 @@ def reask(
     scorer, # the present one
     cache:FactCache|None=None, # shared facts
     progress:bool=True, # show a bar
-    **asking, # style, mode, weight of `ask`
+    asking:Asking=Asking(), # see `ask`
 )->RLData: # the same sequences in the same order with new facts; what fails now is a failed row
     "Ask the present scorer about the sequences of old data"
-    facts = ask(data.rows, scorer, items, cache, progress=progress, **asking)
+    facts = ask(data.rows, scorer, items, cache, asking, progress=progress)
     rows = _with_facts(data.rows[list(PROPOSAL_COLUMNS)], facts)
     were = sorted(data.rows.scorer.dropna().unique().tolist())
     return RLData.from_frame(rows, data.pool, dict(data.manifest, reasked=dict(were=were)))

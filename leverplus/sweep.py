@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import NormalDist
 import numpy as np, pandas as pd
 from tqdm import tqdm
+from .settings import Asking
 from .core import fingerprint
 from .runs import git_state, library_versions, plain
 from .synth import quiet
@@ -147,7 +148,7 @@ def data_fingerprint(
 )->str: # 16 hexadecimal digits
     "What all cells of a sweep share"
     stored = {k: d.fingerprint for k, d in groups.items()}
-    return fingerprint("sweep", stored, world.store.fingerprint, facts_fingerprint(world.scorer, style))
+    return fingerprint("sweep", stored, world.store.fingerprint, facts_fingerprint(world.scorer, Asking(style=style)))
 
 def cell_id(
     settings:dict, # a combination of `expand_grid`
@@ -173,7 +174,7 @@ class SweepData:
 
     def ask(self, pairs):
         "Facts about (query, pointer) pairs"
-        return ask(pairs, self.world.scorer, self.world.items, self.cache, self.style)
+        return ask(pairs, self.world.scorer, self.world.items, self.cache, Asking(style=self.style))
 
 def train_cell(
     settings:dict, # a combination of `expand_grid`

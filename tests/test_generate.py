@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from hypothesis import given, settings, strategies as st
+from leverplus.settings import Asking
 from leverplus.core import rng
 from leverplus.decode import best_sequences
 from leverplus.embed import EmbedStore
@@ -350,15 +351,15 @@ def test_facts_without_a_scorer():
     with pytest.raises(KeyError, match=r"question_id 0, pointer \(1000,\): not among"):
         ask(pd.DataFrame(dict(question_id=[0], pointer=[(1000,)])), None, ITEMS, table)
     with pytest.raises(ValueError, match="other questions"): ask(PAIRS, None, ITEMS.assign(question="?"), own)
-    ask(PAIRS, Scripted(), ITEMS, table, style="chat")
+    ask(PAIRS, Scripted(), ITEMS, table, Asking(style="chat"))
     with pytest.raises(ValueError, match="of 2 scorers"): ask(PAIRS, None, ITEMS, table)
 
 def test_scorers_styles_and_weights_do_not_mix():
     cache = FactCache()
-    kws = [dict(), dict(style="chat"), dict(weight="count3"), dict(mode="lmms")]
+    kws = [dict(), dict(style="chat"), dict(answer_weight="count3"), dict(evaluator="lmms")]
     for kw in kws:
         s = Scripted()
-        ask(PAIRS, s, ITEMS, cache, **kw)
+        ask(PAIRS, s, ITEMS, cache, Asking(**kw))
         assert len(s.asked) == len(PAIRS)
     s = Scripted(seed=1)
     ask(PAIRS, s, ITEMS, cache)
