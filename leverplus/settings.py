@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['CHECKS', 'Count', 'Natural', 'Share', 'Positive', 'Folder', 'Json', 'TWO_STAGE', 'TwoStage', 'Evaluator', 'COUNTS',
            'Counts', 'Picker', 'Shots', 'Judge', 'Kind', 'Reward', 'group', 'in_words', 'flag', 'plain_settings',
-           'read_settings', 'flat_names', 'change', 'settings_of', 'Data', 'Pools', 'json_object', 'Model',
+           'read_settings', 'draft', 'flat_names', 'change', 'settings_of', 'Data', 'Pools', 'json_object', 'Model',
            'check_two_stage', 'Asking', 'check_counts', 'several', 'Proposing', 'Guarding', 'Mining', 'Job', 'Picking',
-           'Rewarding']
+           'Rewarding', 'Rows']
 
-# %% ../nbs/04_settings.ipynb #178eb5e8
+# %% ../nbs/04_settings.ipynb #1a02abb3
 import json
-from dataclasses import field, fields, is_dataclass, replace
+from dataclasses import MISSING, field, fields, is_dataclass, replace
 from difflib import get_close_matches
 from functools import wraps
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
@@ -21,7 +21,7 @@ from pydantic.dataclasses import dataclass
 from tyro.conf import arg
 from tyro.constructors import PrimitiveConstructorSpec
 
-# %% ../nbs/04_settings.ipynb #dadf2afa
+# %% ../nbs/04_settings.ipynb #31c58af9
 CHECKS = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 def group(
@@ -57,6 +57,7 @@ def _sentence(error, cls):
     if kind == "greater_than_equal": wanted = f"wanted a number >= {known['ge']}"
     if kind == "greater_than": wanted = f"wanted a number > {known['gt']}"
     if kind == "less_than_equal": wanted = f"wanted a number <= {known['le']}"
+    if kind == "too_short": return f"{name}: wanted at least one"
     if kind == "literal_error": wanted = f"choose one of {known['expected'].replace(' or ', ', ')}"
     return f"{name} {error['input']!r}: {wanted[0].lower()}{wanted[1:]}"
 
@@ -69,7 +70,7 @@ def _unknown(name, cls):
     near = get_close_matches(last, flat_names(cls), 1)
     return f"{name}: no such setting" + (f"; did you mean {near[0]}?" if near else f" of {cls.__name__}")
 
-# %% ../nbs/04_settings.ipynb #b607642d
+# %% ../nbs/04_settings.ipynb #3ed437f2
 Count = Annotated[int, Ge(1), arg(metavar="N")]
 Natural = Annotated[int, Ge(0), arg(metavar="N")]
 Share = Annotated[float, Interval(ge=0, le=1), arg(metavar="X")]
@@ -77,13 +78,13 @@ Positive = Annotated[float, Gt(0), arg(metavar="X")]
 Folder = Annotated[str, arg(metavar="DIR")]
 
 def flag(
-    shown=None, # what help says about a default that says nothing itself: None is "all", or "a GPU if there is one"
+    shown=None, # what help says where the default is None: "all", "a GPU if there is one"
     *aliases, # other names of the flag, with their hyphens
     **kw, # `name` and `metavar` of `tyro.conf.arg`
 ): # to annotate a field with
     "How a field looks on the command line"
-    hint = None if shown is None else f"(default: {shown})"
-    return arg(help_behavior_hint=hint, aliases=aliases or None, **kw)
+    def hint(default): return f"(default: {shown if default in ('None', 'null', '') else default})"
+    return arg(help_behavior_hint=None if shown is None else hint, aliases=aliases or None, **kw)
 
 # %% ../nbs/04_settings.ipynb #b804d04c
 def plain_settings(
@@ -100,7 +101,30 @@ def read_settings(
     try: return TypeAdapter(cls).validate_python(values)
     except ValidationError as e: raise ValueError(in_words(e, cls)) from None
 
-# %% ../nbs/04_settings.ipynb #eb1d343f
+# %% ../nbs/04_settings.ipynb #7e549227
+def draft(
+    cls, # a group
+    values:dict, # some of its fields, as in `read_settings`
+    missing, # stands where a field has no default and nothing was said
+): # a group that was not checked as a whole; ValueError for a value that is wrong by itself
+    "A group that is not complete"
+    hints = get_type_hints(cls, include_extras=True)
+    out = object.__new__(cls)
+    for f in fields(cls):
+        value = missing
+        if f.name in values: value = _part(cls, f.name, hints[f.name], values[f.name])
+        elif f.default is not MISSING: value = f.default
+        elif f.default_factory is not MISSING: value = f.default_factory()
+        object.__setattr__(out, f.name, value)
+    return out
+
+def _part(cls, name, hint, value):
+    "The value of one field"
+    if is_dataclass(hint) and isinstance(value, dict): return read_settings(hint, value)
+    try: return TypeAdapter(hint).validate_python(value)
+    except ValidationError as e: raise ValueError(f"{name}: {in_words(e, cls)}") from None
+
+# %% ../nbs/04_settings.ipynb #b5776a84
 def flat_names(
     cls, # a group
 )->dict: # {flat name: (field, field of the group below, ...)}
@@ -142,7 +166,7 @@ def settings_of(
     "Make a group out of flat names"
     return change(cls(), **flat)
 
-# %% ../nbs/04_settings.ipynb #7174e215
+# %% ../nbs/04_settings.ipynb #68574683
 @group
 class Data:
     "Where the data lie"
@@ -161,7 +185,7 @@ class Pools:
     sampler:Literal["random", "text", "image", "mixed"]="random" # how pools are drawn
     seed:Annotated[Natural, flag(name="pool-seed", metavar="N")]=0 # seed of the pools
 
-# %% ../nbs/04_settings.ipynb #aad8ff4e
+# %% ../nbs/04_settings.ipynb #d3cbda2c
 def json_object(
     text:str, # such as '{"beam": 5}'
 )->dict: # ValueError if it is no JSON object
@@ -202,7 +226,7 @@ def check_two_stage(
         raise ValueError(f"two stages {counts}: {wanted}")
     return out
 
-TwoStage = Annotated[Json|None, BeforeValidator(check_two_stage)]
+TwoStage = Annotated[Json|None, BeforeValidator(check_two_stage), flag("all", "--second", metavar="JSON")]
 Evaluator = Literal["official", "lmms", "openflamingo", "lmms_vqav2"]
 
 @group
@@ -211,9 +235,9 @@ class Asking:
     style:Literal["interleaved", "chat"]="interleaved" # prompt style
     evaluator:Evaluator="official" # how an answer is judged, see `vqa_accuracy`
     answer_weight:Literal["official", "count3"]="official" # weight of true answers in `vqa_gt_prob`
-    two_stage:Annotated[TwoStage, flag("all", "--second")]=None # how many of a question get a text, like TWO_STAGE
+    two_stage:TwoStage=None # how many of a question get a text, like TWO_STAGE
 
-# %% ../nbs/04_settings.ipynb #4facbae5
+# %% ../nbs/04_settings.ipynb #956c6961
 COUNTS = dict(beam=5, temperature={1.0: 2, 1.3: 2}, random=1, retrieval=5)
 
 def check_counts(
@@ -260,7 +284,7 @@ class Guarding:
     verify:Natural=0 # questions of which one row is asked again of the reference scorer; stops if it disagrees
     max_failed:Share=.2 # share of rows that may fail before the run stops
 
-# %% ../nbs/04_settings.ipynb #5d249064
+# %% ../nbs/04_settings.ipynb #be175a9b
 @group
 class Mining:
     "How far to look for what is missing"
@@ -270,7 +294,7 @@ class Mining:
     budget:Annotated[Count|None, flag("no limit", metavar="N")]=None # prompts in all
     seed:Natural=0 # of the search
 
-# %% ../nbs/04_settings.ipynb #3560988c
+# %% ../nbs/04_settings.ipynb #3fe4477d
 @group
 class Job:
     "A generation described by settings: small, the same on every machine"
@@ -287,7 +311,7 @@ class Job:
         if max(self.proposing.shots) >= self.pools.K:
             raise ValueError(f"shots {self.proposing.shots}, K {self.pools.K}: wanted 1 <= shots < K")
 
-# %% ../nbs/04_settings.ipynb #173c4d83
+# %% ../nbs/04_settings.ipynb #213c6826
 Picker = Literal[
     "greedy", "beam", "samples", "zero_shot", "random", "similar_image", "similar_text", "similar_mixed", "mmr",
     "fixed",
@@ -321,4 +345,20 @@ Reward = Literal[
 class Rewarding:
     "What is good"
     reward:Reward="hard_plus_soft" # how facts become rewards
-    weights:Annotated[Json|None, flag("its own")]=None # of the reward, such as '{"hard_weight": 2}'
+    weights:Annotated[Json|None, flag("its own", metavar="JSON")]=None # of the reward, such as '{"hard_weight": 2}'
+
+# %% ../nbs/04_settings.ipynb #8f45a90c
+@group
+class Rows:
+    "Which rows a comparison has"
+    shots:Annotated[tuple[Natural, ...], BeforeValidator(several)]=(2,) # demonstrations, one number or more
+    draws:Count=5 # random demonstrations, so many times
+    fixed:Natural=16 # fixed sequences to choose from; 0: no such row
+    fixed_from:Annotated[str, arg(metavar="NAME")]="dev" # split that they are chosen on
+    exact_oracle:bool=False # ask every sequence of every pool
+    sizes:Annotated[tuple[Count|Literal["all"], ...], flag("none", metavar="N")]=() # also a table by number of questions
+    other_pool:bool=False # take pools of another kind than a selector was trained on
+    seed:Natural=0 # of draws
+
+    def __post_init__(self):
+        if not any(self.shots): raise ValueError(f"shots {self.shots}: wanted numbers, at least one above 0")
