@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np, pandas as pd, pyarrow as pa, pyarrow.parquet as pq
 from fastcore.basics import patch
 from .core import fingerprint, atomic_path, write_json, read_json
+from .runs import present_command
 from .pools import Pool
 
 # %% ../nbs/30_groups.ipynb #8c3a3c61
@@ -543,8 +544,10 @@ def finish_manifest(
     path = Path(path)
     tag = shard_tag(shard)
     folder = _keep_pool(pool, path, tag)
+    kept = {k: v for k, v in manifest.items() if k != "command"} # the command that made these, not one before
     out = dict(
-        manifest,
+        kept,
+        **present_command(),
         schema=SCHEMA,
         complete=True,
         pool=dict(folder=folder, fingerprint=pool.fingerprint),
