@@ -7,8 +7,8 @@ __all__ = ['STATUS', 'Shard', 'Out', 'Rate', 'Selectors', 'Selector', 'Runs', 'O
            'MoreSettings', 'Store', 'OBJECTIVES', 'EPOCHS', 'Facts', 'DOORS', 'ROAD', 'NUMBERS', 'Around', 'Running',
            'shard_of', 'out_folder', 'named', 'Door', 'Embed', 'DrawPools', 'Spread', 'Generate', 'Check', 'Mine',
            'Merging', 'Keeping', 'Merge', 'Teaching', 'Choosing', 'Train', 'Infer', 'Eval', 'Report', 'Sweep', 'Demo',
-           'read_config', 'config_door', 'explained', 'one_or_none', 'one_sentence', 'read_door', 'command_settings',
-           'first_page', 'answer']
+           'read_config', 'explained', 'one_or_none', 'one_sentence', 'read_door', 'command_settings', 'first_page',
+           'answer']
 
 # %% ../nbs/94_doors.ipynb #f69f9855
 import contextlib, io, json, re, sys, textwrap
@@ -484,7 +484,7 @@ DOORS = dict(
 )
 ROAD = "embed - pools - generate - check - mine - merge - train - infer - eval - report; sweep for many settings"
 
-# %% ../nbs/94_doors.ipynb #f18292f0
+# %% ../nbs/94_doors.ipynb #5b4f5ad8
 def _config_of(words):
     "(the file that --config names or None, the other words)"
     for i, word in enumerate(words):
@@ -511,8 +511,9 @@ def read_config(
 def _config_file(path):
     "The file itself, or the settings in a run's folder"
     if not path.is_dir(): return path
-    files = [path/name for name in ("settings.json", "manifest.json") if (path/name).exists()]
-    if not files: raise FileNotFoundError(f"{path}: no settings.json and no manifest.json in it")
+    kept = "settings.json", "manifest.json", "command.json"
+    files = [path/name for name in kept if (path/name).exists()]
+    if not files: raise FileNotFoundError(f"{path}: none of {', '.join(kept)} in it")
     return files[0]
 
 def _command_of(values):
@@ -530,12 +531,12 @@ def _known(values, name, file):
     if odd: raise ValueError(f"{file}: {', '.join(map(str, odd))}: no settings of leverplus {name}")
     return {key: value for key, value in values.items() if key in own}
 
-def config_door(
-    name:str, # of the command
-    path, # as in `read_config`
-): # a door, `tyro.MISSING` where it must still be told
-    "What a door is by default, with a config file"
-    return draft(DOORS[name], read_config(path, name), tyro.MISSING)
+def _default(name, words):
+    "(the door by default, with its config file; words without --config); `tyro.MISSING` where it must still be told"
+    path, words = _config_of(words)
+    values = {} if path is None else read_config(path, name)
+    try: return draft(DOORS[name], values, tyro.MISSING), words
+    except ValueError as e: raise ValueError(f"{path}: {e}") from None
 
 # %% ../nbs/94_doors.ipynb #ef4272cd
 def explained(
@@ -588,7 +589,7 @@ def _word_or_none(choices):
     def is_one(value): return value is None or value in choices
     return PrimitiveConstructorSpec(1, "{" + ",".join(choices) + "}", read, is_one, lambda value: [str(value)])
 
-# %% ../nbs/94_doors.ipynb #01c9c189
+# %% ../nbs/94_doors.ipynb #ca87b2c2
 def one_sentence(
     box:str, # what tyro wrote
 )->str: # without frame and without the pointer to help
@@ -610,21 +611,20 @@ def _in_one_line(name):
         if not e.code: raise
         print(f"leverplus {name}: {one_sentence(said.getvalue())}", file=sys.stderr)
         raise SystemExit(2) from None
-    except (ValueError, OSError) as e:
-        print(f"leverplus {name}: {e}", file=sys.stderr)
-        raise SystemExit(2) from None
 
 def read_door(
     words:list, # of a command line, the command first
 ): # the door; SystemExit 0 after help, 2 with a line on stderr for words that make none
     "Make a door of words"
     name, *words = words
+    try: default, words = _default(name, words)
+    except (ValueError, OSError) as e:
+        print(f"leverplus {name}: {e}", file=sys.stderr)
+        raise SystemExit(2) from None
     with _in_one_line(name):
-        path, words = _config_of(words)
-        default = None if path is None else config_door(name, path)
         return tyro.cli(
             DOORS[name], prog=f"leverplus {name}", args=words, description=explained(name), registry=NUMBERS,
-            config=(OmitArgPrefixes, FlagCreatePairsOff), **({} if default is None else dict(default=default)),
+            config=(OmitArgPrefixes, FlagCreatePairsOff), default=default,
         )
 
 # %% ../nbs/94_doors.ipynb #226d5899

@@ -21,7 +21,7 @@ from pydantic.dataclasses import dataclass
 from tyro.conf import arg
 from tyro.constructors import PrimitiveConstructorSpec
 
-# %% ../nbs/04_settings.ipynb #31c58af9
+# %% ../nbs/04_settings.ipynb #17b1cecd
 CHECKS = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 def group(
@@ -40,13 +40,15 @@ def group(
 def in_words(
     e:ValidationError, # what pydantic says
     cls, # the group
+    *above:str, # names that lead to it
 )->str: # one line
     "Say what is wrong with settings"
-    return "; ".join(dict.fromkeys(_sentence(error, cls) for error in e.errors()))
+    return "; ".join(dict.fromkeys(_sentence(error, cls, above) for error in e.errors()))
 
-def _sentence(error, cls):
+def _sentence(error, cls, above):
     "Name, what came, what was wanted"
-    path = [str(part) for part in error["loc"] if not isinstance(part, int) and not _is_a_type(part)]
+    own = [str(part) for part in error["loc"] if not isinstance(part, int) and not _is_a_type(part)]
+    path = [*above, *own]
     name = ".".join(path)
     kind = error["type"]
     known = error.get("ctx", {})
@@ -101,7 +103,7 @@ def read_settings(
     try: return TypeAdapter(cls).validate_python(values)
     except ValidationError as e: raise ValueError(in_words(e, cls)) from None
 
-# %% ../nbs/04_settings.ipynb #7e549227
+# %% ../nbs/04_settings.ipynb #fb06de08
 def draft(
     cls, # a group
     values:dict, # some of its fields, as in `read_settings`
@@ -120,9 +122,8 @@ def draft(
 
 def _part(cls, name, hint, value):
     "The value of one field"
-    if is_dataclass(hint) and isinstance(value, dict): return read_settings(hint, value)
     try: return TypeAdapter(hint).validate_python(value)
-    except ValidationError as e: raise ValueError(f"{name}: {in_words(e, cls)}") from None
+    except ValidationError as e: raise ValueError(in_words(e, hint if is_dataclass(hint) else cls, name)) from None
 
 # %% ../nbs/04_settings.ipynb #b5776a84
 def flat_names(

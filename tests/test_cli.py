@@ -5,9 +5,10 @@ from pathlib import Path
 import pandas as pd, pytest
 import own_warnings
 from leverplus import cli
-from leverplus.doors import STATUS
+from leverplus.doors import DOORS, STATUS, command_settings, read_door
 from leverplus.groups import RLData
-from leverplus.rldata_scale import Job
+from leverplus.settings import change, flat_names, settings_of
+from leverplus.settings import Job
 
 ROOT = Path(__file__).resolve().parent.parent
 # what the console script does
@@ -42,7 +43,7 @@ def go(line, code=0):
 def test_a_command_that_causes_a_warning_ends_with_a_status(monkeypatch):
     "The instrument itself"
     module = dict(__name__="leverplus.cli")
-    exec("import warnings\ndef old(args): warnings.warn('old argument', FutureWarning)", module)
+    exec("import warnings\ndef old(door): warnings.warn('old argument', FutureWarning)", module)
     monkeypatch.setattr(cli, "do_check", module["old"])
     with warnings.catch_warnings():
         warnings.simplefilter("always") # whatever pytest was told
@@ -57,7 +58,7 @@ ROAD = (
     "check runs/train runs/dev --csv runs/health",
     "mine runs/train --out runs/mined --rounds 1 --tries 2 --quiet",
     "merge runs/train runs/mined --out runs/all",
-    "train runs/all --dev runs/dev --out runs/rce --epochs 2 --bs 4",
+    "train runs/all --dev runs/dev --objective rce --out runs/rce --epochs 2 --bs 4",
     "infer --selector runs/rce --n 12 --quiet --out runs/answers",
     (
         "eval --selector runs/rce --selector again=runs/rce --n 12 --shots 1 2 --draws 2 --fixed 2 --facts"
@@ -360,7 +361,8 @@ def test_recipes_and_shares(there):
     assert "did you mean" in go("train runs/all --recipe rce-onlyy --out runs/x", 2)
     assert "--lr beside --recipe" in go("train runs/all --recipe rce-only --lr 1 --out runs/x", 2)
     for more in (["--set", '{"speed": 9}'], ["--model", '{"speed": 9}'], ["--weights", '{"speed": 9}']):
-        assert "speed" in go(["train", "runs/all", "--dev", "runs/dev", "--out", "runs/x", *more], 2)
+        line = "train runs/all --dev runs/dev --objective rce --out runs/x".split()
+        assert "speed" in go([*line, *more], 2)
     go("train runs/all --dev runs/dev --objective grpo --epochs 1 --start runs/rce --quiet --out runs/grpo")
     assert not Path("runs/x").exists()
 
@@ -403,6 +405,57 @@ def test_the_demo_gets_its_words(monkeypatch, tmp_path):
     assert "report.html" in said
     assert got == [((str(tmp_path), 3, False, False), dict(train_queries=24, dev_queries=9))]
     assert "the demo knows" in go(["demo", "--set", '{"speed": 9}'], 2)
+
+REPEATED = {
+    "runs/train": "manifest.json",
+    "runs/mined": "manifest.json",
+    "runs/all": "manifest.json",
+    "runs/rce": "settings.json",
+    "runs/answers": "settings.json",
+    "runs/eval": "settings.json",
+    "runs/sweep": "command.json",
+}
+
+@pytest.mark.parametrize("run", REPEATED)
+def test_a_runs_own_settings_file_repeats_it(there, run):
+    "`--config` with the file, or with the folder, and another --out"
+    line = next(l for l in ROAD if f" --out {run}" in l)
+    door = line.split()[0]
+    again = f"{run}-again"
+    go(f"{door} --config {run}/{REPEATED[run]} --out {again}")
+    for name in ("predictions.json", "results.csv", "cells.csv", "checkpoint/model.safetensors"):
+        if (Path(run)/name).exists() and name != "cells.csv":
+            assert (Path(again)/name).read_bytes() == (Path(run)/name).read_bytes(), name
+    if REPEATED[run] == "manifest.json":
+        pd.testing.assert_frame_equal(RLData.load(again).rows, RLData.load(run).rows)
+    if door == "sweep":
+        judged = ["cell", "status", "accuracy"]
+        cells = [pd.read_csv(f"{r}/cells.csv") for r in (run, again)]
+        same = [c for c in judged if c in cells[0]]
+        pd.testing.assert_frame_equal(*[c[same] for c in cells])
+    assert command_settings(read_door([door, "--config", again, "--out", run])) == command_settings(
+        read_door([*line.split()]))
+    assert "wanted leverplus report" in go(f"report x --config {run}", 2)
+
+def test_a_config_file_of_ones_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a.yaml").write_text("split: val\npools: {K: 64}\nmodel: {lvlm: mock}\nmining: {rounds: 2}\nshard: 1/4\n")
+    door = read_door("infer --config a.yaml --K 32 --out x".split())
+    assert (door.split, door.pools.K, door.model.lvlm, door.shard) == ("val", 32, "mock", (1, 4))
+    assert read_door("mine runs/a --config=a.yaml --out x".split()).mining.rounds == 2
+    for text, says in [
+        ("pools: {J: 64}", "a.yaml: pools.J: no such setting"),
+        ("pool: {K: 64}", "a.yaml: pool: no settings of leverplus infer"),
+        ("pools: {K: 0}", "a.yaml: pools.K 0: wanted a number >= 1"),
+        ("pools: [", "a.yaml: no YAML"),
+        ("- 1", "a.yaml: wanted settings by name"),
+    ]:
+        Path("a.yaml").write_text(text)
+        said = go("infer --config a.yaml --out x", 2)
+        assert says in said, said
+    assert "--config wants a file" in go("infer --out x --config", 2)
+    Path("a").mkdir()
+    assert "none of settings.json" in go("infer --config a --out x", 2)
 
 def test_six_questions_end_to_end(tmp_path, monkeypatch, capsys, road):
     """From another working folder: the embedded world, the tiny model, verified, in two shards, one of them in
@@ -464,7 +517,7 @@ def test_six_questions_end_to_end(tmp_path, monkeypatch, capsys, road):
 def test_help_is_good_to_read(monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     top = go("--help")
-    commands = [a.__name__.removeprefix("add_") for a in cli.DOORS]
+    commands = list(DOORS)
     for code in STATUS: assert f"{code}  {STATUS[code]}" in top
     for c in commands:
         sub = go(f"{c} --help")
@@ -489,10 +542,10 @@ def test_help_is_good_to_read(monkeypatch):
         assert flag in go("generate --help"), flag
 
 def test_examples_of_the_help_are_words_that_the_parser_knows(monkeypatch):
-    for c in [a.__name__.removeprefix("add_") for a in cli.DOORS]:
+    for c in DOORS:
         lines = re.split("\n  leverplus ", go(f"{c} --help").split("examples:")[1].replace("\\\n", " "))
         assert len(lines) > 1
-        for l in lines[1:]: assert cli.parser().parse_args(l.split()).command == c
+        for l in lines[1:]: assert command_settings(read_door(l.split()))["door"] == c
 
 def status(words, capsys):
     try: code = cli.main(words)
@@ -511,15 +564,19 @@ BASE = "generate --lvlm mock --limit 3 --test 0 --quiet --out run".split()
         (["--counts", "[1]"], "wanted an object"),
         (["--counts", '{"beams": 1}'], "beams"),
         (["--shots", "16"], "shots < K"),
-        (["--dtype", "int8"], "invalid choice"),
+        (["--dtype", "int8"], "choose one of float32, bfloat16, float16"),
         (["--data", "nowhere"], "nowhere"),
         (["--split", "val"], "split 'val'"),
         (["--limit", "0"], "limit 0"),
-        (["--verify", "-1"], "--verify wants"),
-        (["--ray", "0"], "--ray one >= 1"),
-        (["--nonsense"], "unrecognized"),
-        (["--limit", "many"], "invalid int"),
-        (["--rate", "0"], "wanted a number >= 1e-09"),
+        (["--verify", "-1"], "verify -1: wanted a number >= 0"),
+        (["--ray", "0"], "ray 0: wanted a number >= 1"),
+        (["--nonsense"], "Unrecognized options: --nonsense"),
+        (["--limit", "many"], "'many': wanted an integer"),
+        (["--rate", "0"], "rate 0.0: wanted a number > 0"),
+        (["--rate", "nan"], "rate nan: wanted a finite number"),
+        (["--max-failed", "nan"], "max_failed nan: wanted a finite number"),
+        (["--second", '{"most": 1}'], "wanted integers >= 0 for top, low, random"),
+        (["--out", ""], "would be the working directory"),
         (["--images", "."], "question 10010: no such image"),
     ],
 )
@@ -535,21 +592,26 @@ def test_bad_arguments_exit_with_2_and_a_sentence(tmp_path, capsys, monkeypatch,
 @pytest.mark.parametrize(
     "line, says",
     [
-        ("", "required: COMMAND"),
+        ("", "wanted a COMMAND"),
+        ("trian", "is no command"),
         ("generate", "--out"),
         ("check nowhere", "nowhere/manifest.json"),
         ("mine nowhere --out x", "nowhere/manifest.json"),
         ("merge nowhere --out x", "nowhere/manifest.json"),
         ("merge x --out x", "folder of its own"),
         ("train nowhere --out x", "nowhere/manifest.json"),
-        ("infer --out x", "--how greedy wants --selector"),
+        ("infer --out x", "--picker greedy wants --selector"),
         ("infer --selector ./none --out x", "./none"),
         ("eval --out x --shots 0", "at least one above 0"),
         ("eval --out x --selector random=y", "y: no such"),
         ("report nowhere", "nowhere is not a run folder"),
         ("embed --data nowhere", "nowhere"),
         ("pools --K 0", "K 0"),
-        ("infer --shots two --out x", "invalid shots_arg"),
+        ("infer --shots two --out x", "--shots: Could not find valid parse"),
+        ("train x --out y --epochs 2", "--epochs beside --recipe ours: name an --objective"),
+        ("train x --out y --objective sft --recipe ours", "--objective sft beside --recipe ours"),
+        ("train --out y", "runs: wanted at least one"),
+        ("infer --config nowhere.yaml --out x", "nowhere.yaml"),
     ],
 )
 def test_every_door_says_what_is_wrong(tmp_path, monkeypatch, line, says):
@@ -613,13 +675,12 @@ def test_what_cannot_go_on(tmp_path, capsys, monkeypatch, road):
     monkeypatch.setattr(Job, "scorer", lambda self: 1 / 0)
     assert "ZeroDivisionError" in go(BASE[:-1] + ["third", *store], 1)
 
-def test_every_flag_is_a_field_with_its_default():
-    args = cli.parser().parse_args(["generate", "--out", "x"])
-    names = {f.name for f in fields(Job)}
-    assert set(cli.FIELDS) <= names
-    assert names - set(cli.FIELDS) == {"check", "kind"}
-    assert args.store == "runs/store"
-    assert Job(**{k: getattr(args, k) for k in cli.FIELDS if k != "store"}) == Job()
+def test_a_door_says_its_job_in_full():
+    "Every setting of a generation has a flag, and the door's defaults are those of `Job`, but for the store"
+    door = read_door("generate --out x".split())
+    assert set(flat_names(Job)) <= set(flat_names(type(door)))
+    assert change(door.job(), store=None) == Job()
+    assert door.data.store == "runs/store"
 
 def test_the_console_script_is_declared():
     import configparser
@@ -638,7 +699,7 @@ def test_a_selector_is_judged_by_stored_rows(there):
     assert re.search(r"^2 +sample, T = 1 +12 ", table, re.M)
     assert re.search(r"^ +all +12 ", table, re.M)
     assert "unbiased se" in table
-    go("train runs/train --dev runs/dev --out runs/own --epochs 1 --bs 4")
+    go("train runs/train --dev runs/dev --objective rce --out runs/own --epochs 1 --bs 4")
     assert "judging own, WHICH WAS TRAINED ON THESE ROWS" in go("check runs/train --selector own=runs/own")
     assert "WHICH WAS" not in said
     # a merged run: its draws are not whole
