@@ -7,7 +7,7 @@ __all__ = ['CHECKS', 'Count', 'Natural', 'Share', 'Positive', 'Folder', 'Json', 
            'Counts', 'Picker', 'Shots', 'Judge', 'Kind', 'Reward', 'group', 'in_words', 'flag', 'plain_settings',
            'read_settings', 'flat_names', 'change', 'settings_of', 'Data', 'Pools', 'json_object', 'Model',
            'check_two_stage', 'Asking', 'check_counts', 'several', 'Proposing', 'Guarding', 'Mining', 'Job', 'Picking',
-           'Rewarding']
+           'Rewarding', 'Rows']
 
 # %% ../nbs/04_settings.ipynb #178eb5e8
 import json
@@ -322,3 +322,20 @@ class Rewarding:
     "What is good"
     reward:Reward="hard_plus_soft" # how facts become rewards
     weights:Annotated[Json|None, flag("its own")]=None # of the reward, such as '{"hard_weight": 2}'
+
+# %% ../nbs/04_settings.ipynb #c49528e8
+@group
+class Rows:
+    "Which rows a table has"
+    shots:Annotated[tuple[Natural, ...], BeforeValidator(several)]=(2,) # demonstrations, one number or more
+    draws:Count=5 # random demonstrations, so many times
+    fixed:Natural=16 # fixed sequences to choose from; 0: no such row
+    fixed_from:Annotated[str, arg(metavar="NAME")]="dev" # split that they are chosen on
+    exact_oracle:bool=False # ask every sequence of every pool
+    sizes:tuple[Count|Literal["all"], ...]=() # also a table by number of questions, such as 100 200 all
+    kind:Kind=None # embeddings that selectors read
+    other_pool:bool=False # take pools of another kind than a selector was trained on
+    seed:Natural=0 # of random draws, fixed sequences and sizes
+
+    def __post_init__(self):
+        if not any(self.shots): raise ValueError(f"shots {self.shots}: wanted numbers, at least one above 0")
