@@ -332,7 +332,7 @@ class Rows:
     fixed:Natural=16 # fixed sequences to choose from; 0: no such row
     fixed_from:Annotated[str, arg(metavar="NAME")]="dev" # split that they are chosen on
     exact_oracle:bool=False # ask every sequence of every pool
-    sizes:tuple[Count|Literal["all"], ...]=() # also a table by number of questions, such as 100 200 all
+    sizes:Annotated[tuple[Count|Literal["all"], ...], BeforeValidator(several)]=() # also a table by number of questions, such as 100 200 all
     kind:Kind=None # embeddings that selectors read
     other_pool:bool=False # take pools of another kind than a selector was trained on
     seed:Natural=0 # of random draws, fixed sequences and sizes

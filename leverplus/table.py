@@ -238,10 +238,12 @@ def _sizes_there(path, rows):
     if not (path/"settings.json").exists(): return rows.sizes
     return Run(path).settings.get("rows", {}).get("sizes", rows.sizes)
 
-def _check_names(models):
-    "Refuse a selector that is called like a baseline"
+def _check_table(asked, models, rows):
+    "Refuse what cannot end well, before anything is asked"
+    if asked.scorer is None: raise ValueError("nobody to ask: wanted Asked(..., scorer=...)")
     odd = [name for name in models if name in BASELINES]
     if odd: raise ValueError(f"selector {odd[0]!r}: the name of a baseline; give it another one")
+    subsets(asked.pool, rows.sizes, rows.seed) # refuses more questions than there are
 
 def _keep_curve(run, trained):
     "Copy the training curve of a selector, for the report"
@@ -267,8 +269,7 @@ def full_table(
     "Compare selectors with every baseline and the oracle"
     path = ask_for_a_folder(path)
     models = models or {}
-    _check_names(models)
-    if asked.scorer is None: raise ValueError("nobody to ask: wanted Asked(..., scorer=...)")
+    _check_table(asked, models, rows)
     judges, notes = _judges(asked, rows, judges)
     with run_lock(path):
         run = _begin(path, asked, models, rows, asking, overwrite)
