@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['PICKS', 'TRUTH', 'PICKERS', 'as_pointer', 'picks_frame', 'pick_zero', 'pick_random', 'pick_similar', 'pick_mmr',
            'pick_fixed', 'pick_model', 'candidates', 'OwnAnswer', 'confidence', 'rerank', 'adaptive_shots',
-           'Unanswered', 'check_results', 'write_results', 'kind_of', 'pick', 'check_picks', 'Prediction', 'predict']
+           'Unanswered', 'check_results', 'write_results', 'kind_of', 'pick', 'check_picks', 'Prediction',
+           'plan_prediction', 'predict']
 
 # %% ../nbs/80_infer.ipynb #7ed8ca85
 import json, math
@@ -594,8 +595,7 @@ class _Work:
     @property
     def sure(self):
         "Does anything ask how sure the LVLM is of its own answers?"
-        named = "confidence" in (self.picking.by, self.picking.weight)
-        return named or self.judge is not None or len(_counts(self.picking)) > 1
+        return _wants_confidence(self.picking, self.judge)
 
     def rows(self, shots, queries=None):
         "Picks of so many shots and what the LVLM said to them, a row per sequence"
@@ -609,6 +609,11 @@ class _Work:
         if self.sure:
             rows["confidence"] = confidence(picks, self.scorer, self.items, self.own, facts, **asking)
         return rows
+
+def _wants_confidence(picking, judge):
+    "Does picking, or a judge, look at how sure the LVLM is?"
+    named = "confidence" in (picking.by, picking.weight)
+    return named or judge is not None or len(_counts(picking)) > 1
 
 # %% ../nbs/80_infer.ipynb #429bc259
 def _one_each(work, rows):
@@ -661,8 +666,14 @@ def _write(run, rows, every, work, blank):
     rows = rows[[*PICKS, *(c for c in rows if c not in PICKS)]]
     run.save_frame("predictions.parquet", _described(rows, work.items))
     if len(every) > len(rows):
+        every = _in_order(every, work.pool)
         run.save_frame("candidates.parquet", every.assign(pointer=every.pointer.map(list)))
     return _finish(run, rows, work.pool, blank, prompts=len(every))
+
+def _in_order(rows, pool):
+    "Rows in the order of the pool's queries"
+    place = {q: i for i, q in enumerate(pool)}
+    return rows.iloc[np.argsort(rows.question_id.map(place), kind="stable")]
 
 def _finish(run, rows, pool, blank, prompts):
     "Results file and metrics of a table of predictions"
@@ -780,18 +791,33 @@ def _has_ended(folder): return (folder/"settings.json").exists() and Run(folder)
 
 def _join(union, parts, pool, blank):
     "Write the union of finished shards"
-    for name in ("predictions.parquet", "candidates.parquet"): _join_frames(union, parts, name, pool)
-    rows = union.frame("predictions.parquet")
+    rows = pd.concat([part.frame("predictions.parquet") for part in parts], ignore_index=True)
+    rows = _in_order(rows, pool)
+    union.save_frame("predictions.parquet", rows)
+    every = _joined_candidates(parts)
+    if every is not None: union.save_frame("candidates.parquet", _in_order(every, pool))
     return _finish(union, rows, pool, blank, prompts=sum(part.metrics["prompts"] for part in parts))
 
-def _join_frames(union, parts, name, pool):
-    "Save one frame of all shards, in the order of the pool"
-    frames = [part.frame(name) for part in parts if name in part.files()]
-    if not frames: return
-    place = {q: i for i, q in enumerate(pool)}
-    rows = pd.concat(frames, ignore_index=True)
-    order = np.argsort(rows.question_id.map(place), kind="stable")
-    union.save_frame(name, rows.iloc[order])
+def _joined_candidates(parts):
+    "All sequences that were asked; None: each question had one. A shard without that file asked one of each"
+    several = [part for part in parts if "candidates.parquet" in part.files()]
+    if not several: return None
+    frames = [part.frame("candidates.parquet") for part in several]
+    lone = [part.frame("predictions.parquet") for part in parts if part not in several]
+    return pd.concat([*frames, *(rows[list(frames[0])] for rows in lone)], ignore_index=True)
+
+# %% ../nbs/80_infer.ipynb #cdced1fa
+def plan_prediction(
+    picking:Picking, # who picks
+    questions:int, # that are asked
+    judge=None, # see `predict`
+)->dict: # sequences per question, `answers` that are stored, `scorings` of them, and `prompts`: both together
+    "Say what a prediction will ask"
+    width = picking.width if picking.picker in ("beam", "samples") else 1
+    sequences = width * len(_counts(picking))
+    answers = questions * sequences
+    scorings = answers if _wants_confidence(picking, judge) else 0
+    return dict(sequences=sequences, answers=answers, scorings=scorings, prompts=answers + scorings)
 
 # %% ../nbs/80_infer.ipynb #1e6370ed
 def predict(

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['CHECKS', 'Count', 'Natural', 'Share', 'Positive', 'Folder', 'Json', 'TWO_STAGE', 'TwoStage', 'Evaluator', 'COUNTS',
-           'Counts', 'Picker', 'Shots', 'Judge', 'Kind', 'Reward', 'group', 'in_words', 'flag', 'plain_settings',
-           'read_settings', 'flat_names', 'change', 'settings_of', 'Data', 'Pools', 'json_object', 'Model',
-           'check_two_stage', 'Asking', 'check_counts', 'several', 'Proposing', 'Guarding', 'Mining', 'Job', 'Picking',
-           'Rewarding', 'Rows']
+           'Counts', 'Picker', 'Shots', 'Judge', 'Kind', 'Reward', 'Sizes', 'group', 'in_words', 'flag',
+           'plain_settings', 'read_settings', 'flat_names', 'change', 'settings_of', 'Data', 'Pools', 'json_object',
+           'Model', 'check_two_stage', 'Asking', 'check_counts', 'several', 'Proposing', 'Guarding', 'Mining', 'Job',
+           'Picking', 'Rewarding', 'Rows']
 
 # %% ../nbs/04_settings.ipynb #178eb5e8
 import json
@@ -324,6 +324,8 @@ class Rewarding:
     weights:Annotated[Json|None, flag("its own")]=None # of the reward, such as '{"hard_weight": 2}'
 
 # %% ../nbs/04_settings.ipynb #c49528e8
+Sizes = Annotated[tuple[Count|Literal["all"], ...], BeforeValidator(several)]
+
 @group
 class Rows:
     "Which rows a table has"
@@ -332,7 +334,7 @@ class Rows:
     fixed:Natural=16 # fixed sequences to choose from; 0: no such row
     fixed_from:Annotated[str, arg(metavar="NAME")]="dev" # split that they are chosen on
     exact_oracle:bool=False # ask every sequence of every pool
-    sizes:Annotated[tuple[Count|Literal["all"], ...], BeforeValidator(several)]=() # also a table by number of questions, such as 100 200 all
+    sizes:Annotated[Sizes, flag("none", metavar="N")]=() # also a table by number of questions, such as 100 200 all
     kind:Kind=None # embeddings that selectors read
     other_pool:bool=False # take pools of another kind than a selector was trained on
     seed:Natural=0 # of random draws, fixed sequences and sizes

@@ -1,6 +1,7 @@
 "Picking, reranking, predicting: against brute force, with failures and interruptions, and in the official format"
 import json, math
 from dataclasses import fields
+from functools import partial
 from itertools import permutations
 from typing import get_args
 import numpy as np, pandas as pd, pytest, torch
@@ -9,7 +10,7 @@ from leverplus.core import rng
 from leverplus.embed import EmbedStore
 from leverplus.infer import (
     PICKERS, TRUTH, OwnAnswer, Unanswered, adaptive_shots, candidates, check_picks, check_results,
-    confidence, kind_of, pick, pick_fixed, pick_mmr, pick_model, pick_similar, predict, rerank, write_results,
+    confidence, kind_of, pick, pick_fixed, pick_mmr, pick_model, plan_prediction, predict, rerank, write_results,
 )
 from leverplus.pools import check_pool
 from leverplus.runs import Busy, Run
@@ -455,12 +456,15 @@ def part(path, shard, scorer=None, picking=VOTE, **kw):
         path, POOL, ITEMS, scorer or Says(), STORE, picking, model=MODEL, shard=shard, progress=False, **kw
     )
 
-@pytest.mark.parametrize("n", [2, 4, 20])
-def test_shards_make_the_whole(tmp_path, n):
-    whole = part(tmp_path/"whole", None)
+SURE = Picking(shots=(0, 1, 2), threshold=.2)
+
+@pytest.mark.parametrize("picking,n", [(VOTE, 2), (VOTE, 4), (VOTE, 20), (SURE, 2), (SURE, 20), (Picking(), 4)])
+def test_shards_make_the_whole(tmp_path, picking, n):
+    go = partial(part, picking=picking)
+    whole = go(tmp_path/"whole", None)
     assert whole.left == ()
     assert whole.sentence() == f"questions 10, failed 0, accuracy {whole.metrics['acc']:.4f} (test)"
-    runs = [part(tmp_path/"union", (i, n)) for i in range(n)]
+    runs = [go(tmp_path/"union", (i, n)) for i in range(n)]
     real = [f"{i}/{n}" for i in range(n) if (tmp_path/"union"/f"shard-{i:03d}of{n:03d}").exists()]
     assert runs[0].left == tuple(name for name in real if name != f"0/{n}")
     assert runs[0].sentence() == f"shard 0/{n} is done; still to come: {', '.join(runs[0].left)}"
@@ -469,12 +473,13 @@ def test_shards_make_the_whole(tmp_path, n):
     assert union.metrics == whole.metrics
     assert union.settings == whole.settings | dict(shards=n)
     assert union.fingerprints == whole.fingerprints
-    for name in ("predictions.parquet", "candidates.parquet"):
-        pd.testing.assert_frame_equal(union.frame(name), whole.frame(name))
+    tables = [name for name in whole.files() if name.endswith(".parquet")]
+    assert ("candidates.parquet" in tables) == (picking != Picking())
+    for name in tables: pd.testing.assert_frame_equal(union.frame(name), whole.frame(name))
     written = [(run.path/"predictions.json").read_bytes() for run in (union, whole)]
     assert written[0] == written[1]
     # again: nothing is asked
-    assert part(tmp_path/"union", (1, n), Says(stop=0)).metrics == whole.metrics
+    assert go(tmp_path/"union", (1, n), Says(stop=0)).metrics == whole.metrics
 
 def test_other_shards_other_settings_and_other_models_are_refused(tmp_path):
     part(tmp_path/"run", (0, 2))
@@ -506,6 +511,19 @@ def test_nobody_else_writes_the_same_prediction(tmp_path):
     part(tmp_path/"union", (0, 2))
     with run_lock(tmp_path/"union"/"shard-001of002"):
         with pytest.raises(Busy): part(tmp_path/"union", (1, 2))
+
+# ---- costs -------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("picking", [VOTE, SURE, Picking(), Picking(picker="samples", weight="confidence", by="vote")])
+def test_the_plan_is_kept(tmp_path, picking):
+    plan = plan_prediction(picking, len(QS))
+    scorer = Says()
+    run = part(tmp_path/"run", None, scorer, picking)
+    texts = [generate for *_, generate in scorer.asked]
+    assert run.metrics["prompts"] <= plan["answers"] == len(QS)*plan["sequences"]
+    assert sum(texts) == run.metrics["prompts"]
+    assert len(texts) - sum(texts) <= plan["scorings"] <= plan["prompts"] - plan["answers"]
+    assert (plan["scorings"] > 0) == (len(texts) > sum(texts))
 
 # ---- results -----------------------------------------------------------------------------------------------
 
