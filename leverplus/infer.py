@@ -489,7 +489,7 @@ def _check_entry(i, r):
     if type(r["question_id"]) is not int or type(r["answer"]) is not str:
         raise ValueError(f"entry {i} is {r!r}: wanted an integer question_id and a string answer")
 
-# %% ../nbs/80_infer.ipynb #44030446
+# %% ../nbs/80_infer.ipynb #b1c90456
 PICKERS = get_args(Picker)
 
 def kind_of(
@@ -500,31 +500,7 @@ def kind_of(
     info = getattr(model, "info", None) or {}
     return kind or info.get("kind") or "mixed"
 
-def pick(
-    pool, # `Pool`
-    picking:Picking=Picking(), # who picks; with one number of shots, unless `shots` says it
-    model=None, # the selector of greedy, beam and samples
-    store=None, # `EmbedStore`, where embeddings are needed
-    items:pd.DataFrame|None=None, # for a fixed set
-    shots:int|str|None=None, # instead of those of `picking`; 0 shows none, "stop" leaves it to a selector with STOP
-)->pd.DataFrame: # question_id, pointer, rank, logp (NaN where there is none)
-    "Demonstrations for every query of a pool, by name"
-    S = _one_count(picking) if shots is None else shots
-    picker = "zero_shot" if S == 0 else picking.picker
-    kind = kind_of(model, picking.kind)
-    _check_means(picking, picker, S, model, store)
-    if S == "stop": S = None
-    if picker in ("beam", "samples"):
-        drawn = dict(temp=picking.temp, kind=kind, seed=picking.seed, other_pool=picking.other_pool)
-        return candidates(model, pool, store, S, picking.width, picker, **drawn)
-    if picker == "zero_shot": picks = pick_zero(pool)
-    elif picker == "greedy": picks = pick_model(model, pool, store, S, kind, other_pool=picking.other_pool)
-    elif picker == "random": picks = pick_random(pool, S, 1, picking.seed)
-    elif picker == "fixed": picks = pick_fixed(pool, picking.fixed, items)
-    elif picker == "mmr": picks = pick_mmr(pool, store, S, kind)
-    else: picks = pick_similar(pool, store, S, picker.removeprefix("similar_"))
-    return picks[["question_id", "pointer"]].assign(rank=0, logp=math.nan)
-
+# %% ../nbs/80_infer.ipynb #71530e36
 def _counts(picking):
     "Numbers of shots, ascending; or 'stop' alone"
     shots = picking.shots
@@ -551,6 +527,31 @@ def _check_means(picking, picker, S, model, store):
     if picker == "fixed" and not picking.fixed:
         raise ValueError("picker 'fixed' needs question_ids: Picking(picker='fixed', fixed=(1, 2))")
 
+# %% ../nbs/80_infer.ipynb #44030446
+def pick(
+    pool, # `Pool`
+    picking:Picking=Picking(), # who picks; with one number of shots, unless `shots` says it
+    model=None, # the selector of greedy, beam and samples
+    store=None, # `EmbedStore`, where embeddings are needed
+    items:pd.DataFrame|None=None, # for a fixed set
+    shots:int|str|None=None, # instead of those of `picking`; 0 shows none, "stop" leaves it to a selector with STOP
+)->pd.DataFrame: # question_id, pointer, rank, logp (NaN where there is none)
+    "Demonstrations for every query of a pool, by name"
+    S = _one_count(picking) if shots is None else shots
+    picker = "zero_shot" if S == 0 else picking.picker
+    kind = kind_of(model, picking.kind)
+    _check_means(picking, picker, S, model, store)
+    if S == "stop": S = None
+    if picker in ("beam", "samples"):
+        drawn = dict(temp=picking.temp, kind=kind, seed=picking.seed, other_pool=picking.other_pool)
+        return candidates(model, pool, store, S, picking.width, picker, **drawn)
+    if picker == "zero_shot": picks = pick_zero(pool)
+    elif picker == "greedy": picks = pick_model(model, pool, store, S, kind, other_pool=picking.other_pool)
+    elif picker == "random": picks = pick_random(pool, S, 1, picking.seed)
+    elif picker == "fixed": picks = pick_fixed(pool, picking.fixed, items)
+    elif picker == "mmr": picks = pick_mmr(pool, store, S, kind)
+    else: picks = pick_similar(pool, store, S, picker.removeprefix("similar_"))
+    return picks[["question_id", "pointer"]].assign(rank=0, logp=math.nan)
 
 # %% ../nbs/80_infer.ipynb #2af4e761
 def check_picks(
@@ -735,6 +736,7 @@ class Prediction(Run):
         split = self.settings["split"]
         return f"questions {m['n']}, failed {m['failed']}, accuracy {m['acc']:.4f} ({split})"
 
+# %% ../nbs/80_infer.ipynb #617196ed
 @dataclass
 class _Place:
     "Where a prediction goes"
@@ -827,7 +829,7 @@ def predict(
     scorer, # see `ask`
     store=None, # `EmbedStore`, where picking needs one
     picking:Picking=Picking(), # who picks; several shots, e.g. (0, 1, 2), choose per query by the LVLM's confidence
-    asking:Asking=Asking(), # how it is asked
+    asking:Asking=Asking(), # how it is asked; every sequence gets a text
     *,
     model=None, # the selector of greedy, beam and samples
     judge=None, # a named function that keeps one of several sequences, see `rerank`; instead of `picking.by`
