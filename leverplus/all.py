@@ -47,6 +47,7 @@ from leverplus.offpolicy import *
 from leverplus.infer import *
 from leverplus.statistics import *
 from leverplus.evaluate import *
+from leverplus.table import *
 from leverplus.loops import *
 from leverplus.sweep import *
 from leverplus.earlier_recipes import *

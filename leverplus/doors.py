@@ -10,7 +10,7 @@ __all__ = ['STATUS', 'Shard', 'Out', 'Rate', 'Selectors', 'Selector', 'Runs', 'O
            'read_config', 'explained', 'one_or_none', 'one_sentence', 'read_door', 'command_settings', 'first_page',
            'answer']
 
-# %% ../nbs/94_doors.ipynb #f69f9855
+# %% ../nbs/94_doors.ipynb #9aa0f59f
 import contextlib, io, json, re, sys, textwrap
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
@@ -20,7 +20,7 @@ from pydantic import BeforeValidator
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, UseAppendAction, arg
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec
 from leverplus.settings import (
-    Asking, Count, Data, Folder, Guarding, Job, Json, Kind, Mining, Model, Natural, Picking, Pools, Positive, Proposing,
+    Asking, Count, Data, Folder, Guarding, Job, Json, Mining, Model, Natural, Picking, Pools, Positive, Proposing,
     Rewarding, Rows, Share, draft, flag, group, plain_settings,
 )
 
@@ -339,7 +339,7 @@ class Train(Door):
     running:Running=Running()
     around:Around=Around()
 
-# %% ../nbs/94_doors.ipynb #863ff210
+# %% ../nbs/94_doors.ipynb #71012f43
 @group
 class Infer(Door):
     what = "answer the questions of a split, with demonstrations that a selector picks"
@@ -392,7 +392,6 @@ class Eval(Door):
     selector:Selectors=() # run of train, or a checkpoint; give it several times
     split:Split="dev" # whose questions are asked
     limit:Limit=None # at most so many questions, the first of the split
-    kind:Kind=None # embeddings that the selectors read
     facts:Facts=None # what is known: parquet files, runs of generate
     resume:bool=False # go on, and refuse to begin: a run must be there
     overwrite:bool=False # empty a folder with other settings

@@ -5,24 +5,28 @@
 # %% auto #0
 __all__ = ['PICKS', 'TRUTH', 'PICKERS', 'as_pointer', 'picks_frame', 'pick_zero', 'pick_random', 'pick_similar', 'pick_mmr',
            'pick_fixed', 'pick_model', 'candidates', 'OwnAnswer', 'confidence', 'rerank', 'adaptive_shots',
-           'check_results', 'write_results', 'pick', 'check_picks', 'predict']
+           'Unanswered', 'check_results', 'write_results', 'kind_of', 'pick', 'check_picks', 'Prediction',
+           'plan_prediction', 'predict']
 
 # %% ../nbs/80_infer.ipynb #7ed8ca85
 import json, math
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import get_args
 import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
-from .settings import Asking
-from .core import atomic_path, fingerprint, pad_rows, rng
+from filelock import FileLock
+from .core import ask_for_a_folder, atomic_path, fingerprint, pad_rows, rng
 from .runs import Run
+from .settings import Asking, Picker, Picking, plain_settings
 from .pools import check_pool
 from .vqa import normalise
-from .lvlm import Scored, Targets
-from .rldata_ask import FactCache, ask, facts_fingerprint, item_hashes
 from .decode import best_sequences
-from .rldata_generate import policy_fingerprint
+from .lvlm import Scored, Targets
+from .groups import check_shard, shard_tag
+from .rldata_ask import FactCache, ask, facts_fingerprint, item_hashes
+from .rldata_generate import policy_fingerprint, run_lock, shard_queries
 
 # %% ../nbs/80_infer.ipynb #0fa208f5
 PICKS = ["selector", "shots", "draw", "question_id", "pointer"]
@@ -219,8 +223,8 @@ class _Search:
     "How many sequences of a query are looked for, and how"
     S:int|None # shots; None: the selector stops by itself
     width:int # sequences per query
-    how:str # beam | samples
-    temperature:float # of samples
+    method:str # beam | samples
+    temp:float # of samples
     seed:int # of samples
 
 def _noise(pool, qs, search):
@@ -229,7 +233,7 @@ def _noise(pool, qs, search):
     out = torch.zeros(len(qs), search.S, search.width, K, dtype=torch.float64)
     for b, q in enumerate(qs):
         k = len(pool[q])
-        g = rng("candidates", search.seed, search.S, search.temperature, q)
+        g = rng("candidates", search.seed, search.S, search.temp, q)
         out[b, ..., :k] = torch.from_numpy(g.gumbel(size=(search.S, search.width, k)))
     return out
 
@@ -240,23 +244,23 @@ def candidates(
     store, # `EmbedStore`
     S:int|None, # shots, 1..K-1; None: the selector stops by itself
     width:int=5, # sequences per query; fewer where a pool has fewer
-    how:str="beam", # beam | samples
-    temperature:float=1., # > 0, of samples
+    search:str="beam", # beam | samples
+    temp:float=1., # > 0, of samples
     kind:str="mixed", # the embeddings that the selector was trained on
     seed:int=0, # of samples
     bs:int=256, # queries per batch; changes nothing
     other_pool:bool=False, # see `check_pool`
 )->pd.DataFrame: # question_id, pointer, rank (0 = first), logp; queries in the pool's order
     "Several sequences per query from one selector"
-    if how not in ("beam", "samples") or width < 1:
-        raise ValueError(f"how={how!r}, width={width}: wanted 'beam' or 'samples', and a width >= 1")
+    if search not in ("beam", "samples") or width < 1:
+        raise ValueError(f"search={search!r}, width={width}: wanted 'beam' or 'samples', and a width >= 1")
     check_pool(model, pool, other_pool)
     _most_shots(model, S)
-    search = _Search(S, width, how, temperature, seed)
+    looked_for = _Search(S, width, search, temp, seed)
     find = _until_stop if S is None else _of_length
     rows = []
     for qs, enc in _encoded(model, pool, store, S, kind, 1 if S is None else bs):
-        seqs, logps, lengths = find(model, enc, pool, qs, search)
+        seqs, logps, lengths = find(model, enc, pool, qs, looked_for)
         for q, *found in zip(qs, seqs.tolist(), logps.tolist(), lengths):
             for rank, (seq, logp, n) in enumerate(zip(*found)):
                 if logp == -math.inf: continue # the pool has fewer sequences
@@ -266,12 +270,12 @@ def candidates(
 
 def _of_length(model, enc, pool, qs, search):
     "Sequences [B,W,S], log-probabilities [B,W] and lengths [B,W] of a fixed number of shots"
-    temperature = 1.
+    temp = 1.
     noise = None
-    if search.how == "samples":
-        temperature = search.temperature
+    if search.method == "samples":
+        temp = search.temp
         noise = _noise(pool, qs, search)
-    seqs, logp = best_sequences(model, enc, len(qs), search.S, search.width, temperature, noise)
+    seqs, logp = best_sequences(model, enc, len(qs), search.S, search.width, temp, noise)
     return seqs, logp, [[search.S]*seqs.shape[1]]*len(qs)
 
 def _until_stop(model, enc, pool, qs, search):
@@ -280,11 +284,11 @@ def _until_stop(model, enc, pool, qs, search):
     k = len(pool[q])
     there_are = sum(math.perm(k, s) for s in range(1, min(model.max_shots, k) + 1))
     n = min(search.width, there_are)
-    if search.how == "beam": seqs, logp, mask = model.beam(enc, None, n)
+    if search.method == "beam": seqs, logp, mask = model.beam(enc, None, n)
     else:
         g = torch.Generator()
-        g.manual_seed(int(rng("candidates", search.seed, "stop", search.temperature, q).integers(2**62)))
-        seqs, logp, mask = model.sample(enc, None, n, search.temperature, generator=g)
+        g.manual_seed(int(rng("candidates", search.seed, "stop", search.temp, q).integers(2**62)))
+        seqs, logp, mask = model.sample(enc, None, n, search.temp, generator=g)
     return seqs, logp, mask.sum(-1).tolist()
 
 # %% ../nbs/80_infer.ipynb #a6e5156b
@@ -364,7 +368,7 @@ def confidence(
     items:pd.DataFrame, # queries and demonstrations, by question_id
     cache:FactCache|None=None, # a cache of its own; not the one of other facts
     facts:pd.DataFrame|None=None, # what `ask` said about the same pairs; spares the first pass
-    **kwargs, # style, mode, weight, window, progress: as they were for `facts`
+    **kwargs, # `asking`, `window` and `progress` of `ask`, as they were for `facts`
 )->np.ndarray: # [n] P(greedy text, end), 0..1; NaN where it failed
     "How sure the LVLM is of its own answer"
     own = scorer if isinstance(scorer, OwnAnswer) else OwnAnswer(scorer, facts)
@@ -442,10 +446,13 @@ def adaptive_shots(
     return best.reset_index(drop=True)[[*rows.columns, "asked"]]
 
 # %% ../nbs/80_infer.ipynb #5dc47c81
+class Unanswered(ValueError):
+    "Questions without an answer"
+
 def check_results(
     results, # the list, or the path of a JSON file
     question_ids, # all questions of the split
-)->list: # the list; ValueError says what is wrong with it
+)->list: # the list; ValueError says what is wrong with it, `Unanswered` that answers are missing
     "Hold predictions against the official results format"
     if isinstance(results, (str, Path)): results = json.loads(Path(results).read_text(encoding="utf8"))
     if not isinstance(results, list):
@@ -456,7 +463,7 @@ def check_results(
         raise ValueError(f"question {next(q for q in ids if ids.count(q) > 1)} is answered twice")
     wanted = {int(q) for q in question_ids}
     lost = sorted(wanted - set(ids))
-    if lost: raise ValueError(f"{len(lost)} questions have no answer, first {lost[:5]}")
+    if lost: raise Unanswered(f"{len(lost)} questions have no answer, first {lost[:5]}")
     odd = sorted(set(ids) - wanted)
     if odd: raise ValueError(f"{len(odd)} answers to questions that were not asked, first {odd[:5]}")
     return results
@@ -466,7 +473,7 @@ def write_results(
     answers, # {question_id: answer}; None = no answer
     question_ids, # all questions of the split
     blank:bool=False, # write "" where there is no answer, instead of refusing
-)->Path: # the file; ValueError names questions without an answer
+)->Path: # the file; `Unanswered` names questions without an answer
     "Write predictions in the official results format"
     said = {int(q): a for q, a in answers.items() if isinstance(a, str)}
     if blank: said = {int(q): "" for q in question_ids} | said
@@ -482,38 +489,68 @@ def _check_entry(i, r):
     if type(r["question_id"]) is not int or type(r["answer"]) is not str:
         raise ValueError(f"entry {i} is {r!r}: wanted an integer question_id and a string answer")
 
-# %% ../nbs/80_infer.ipynb #44030446
-PICKERS = (
-    "greedy", "beam", "samples",
-    "zero_shot", "random", "similar_image", "similar_text", "similar_mixed", "mmr", "fixed",
-)
+# %% ../nbs/80_infer.ipynb #b1c90456
+PICKERS = get_args(Picker)
 
+def kind_of(
+    model, # a selector, whose `info["kind"]` says what it was trained on; None: nobody
+    kind:str|None=None, # "image" | "text" | "mixed" decides; None: as it was trained, or mixed
+)->str: # "image" | "text" | "mixed"
+    "Which embeddings are read"
+    info = getattr(model, "info", None) or {}
+    return kind or info.get("kind") or "mixed"
+
+# %% ../nbs/80_infer.ipynb #71530e36
+def _counts(picking):
+    "Numbers of shots, ascending; or 'stop' alone"
+    shots = picking.shots
+    if not shots or ("stop" in shots and len(shots) > 1):
+        raise ValueError(f"shots {shots}: wanted one number, several, or 'stop' alone")
+    return tuple(sorted(set(shots)))
+
+def _one_count(picking):
+    "The only number of shots, or 'stop'"
+    counts = _counts(picking)
+    if len(counts) > 1: raise ValueError(f"shots {counts}: `predict` chooses among several; say shots= here")
+    return counts[0]
+
+_SELECTS = "greedy", "beam", "samples"
+
+def _check_means(picking, picker, S, model, store):
+    "Refuse a picker that lacks what it picks with"
+    if S == "stop" and picker not in _SELECTS:
+        raise ValueError(f"shots 'stop': a selector decides, picker {picker!r} wants a number")
+    if picker in _SELECTS and (model is None or store is None):
+        raise ValueError(f"picker {picker!r} needs a model and a store")
+    if picker not in ("zero_shot", "random", "fixed") and store is None:
+        raise ValueError(f"picker {picker!r} needs a store")
+    if picker == "fixed" and not picking.fixed:
+        raise ValueError("picker 'fixed' needs question_ids: Picking(picker='fixed', fixed=(1, 2))")
+
+# %% ../nbs/80_infer.ipynb #44030446
 def pick(
     pool, # `Pool`
-    how:str="greedy", # one of `PICKERS`
-    S:int|None=2, # shots; 0 shows none, a fixed set has its own length; None: a selector with STOP decides
+    picking:Picking=Picking(), # who picks; with one number of shots, unless `shots` says it
     model=None, # the selector of greedy, beam and samples
     store=None, # `EmbedStore`, where embeddings are needed
     items:pd.DataFrame|None=None, # for a fixed set
-    width:int=5, temperature:float=1., # of beam and samples
-    fixed=None, # the fixed set
-    kind:str="mixed", # embeddings of selector and MMR
-    seed:int=0, # of random and samples
-    other_pool:bool=False, # see `check_pool`
+    shots:int|str|None=None, # instead of those of `picking`; 0 shows none, "stop" leaves it to a selector with STOP
 )->pd.DataFrame: # question_id, pointer, rank, logp (NaN where there is none)
     "Demonstrations for every query of a pool, by name"
-    if how not in PICKERS: raise ValueError(f"how={how!r}: choose one of {', '.join(PICKERS)}")
-    if S == 0: how = "zero_shot"
-    if how in ("greedy", "beam", "samples") and (model is None or store is None):
-        raise ValueError(f"how={how!r} needs a model and a store")
-    if how in ("beam", "samples"):
-        return candidates(model, pool, store, S, width, how, temperature, kind, seed, other_pool=other_pool)
-    if how == "zero_shot": picks = pick_zero(pool)
-    elif how == "greedy": picks = pick_model(model, pool, store, S, kind, other_pool=other_pool)
-    elif how == "random": picks = pick_random(pool, S, 1, seed)
-    elif how == "fixed": picks = pick_fixed(pool, fixed, items)
-    elif how == "mmr": picks = pick_mmr(pool, store, S, kind)
-    else: picks = pick_similar(pool, store, S, how.removeprefix("similar_"))
+    S = _one_count(picking) if shots is None else shots
+    picker = "zero_shot" if S == 0 else picking.picker
+    kind = kind_of(model, picking.kind)
+    _check_means(picking, picker, S, model, store)
+    if S == "stop": S = None
+    if picker in ("beam", "samples"):
+        drawn = dict(temp=picking.temp, kind=kind, seed=picking.seed, other_pool=picking.other_pool)
+        return candidates(model, pool, store, S, picking.width, picker, **drawn)
+    if picker == "zero_shot": picks = pick_zero(pool)
+    elif picker == "greedy": picks = pick_model(model, pool, store, S, kind, other_pool=picking.other_pool)
+    elif picker == "random": picks = pick_random(pool, S, 1, picking.seed)
+    elif picker == "fixed": picks = pick_fixed(pool, picking.fixed, items)
+    elif picker == "mmr": picks = pick_mmr(pool, store, S, kind)
+    else: picks = pick_similar(pool, store, S, picker.removeprefix("similar_"))
     return picks[["question_id", "pointer"]].assign(rank=0, logp=math.nan)
 
 # %% ../nbs/80_infer.ipynb #2af4e761
@@ -540,37 +577,60 @@ class _Work:
     pool:object # `Pool` with the queries
     items:pd.DataFrame # queries and demonstrations
     scorer:object # who is asked
-    picking:dict # arguments of `pick`
-    asking:dict # arguments of `ask`
-    facts:FactCache # answers
-    own:FactCache|None # how sure of them; None: nobody wants to know
+    store:object # `EmbedStore`, or None
+    picking:Picking # who picks
+    asking:Asking # how it is asked
+    model:object=None # the selector
+    judge:object=None # a function that keeps one of several sequences
+    facts:FactCache|None=None # answers; None: forgotten
+    own:FactCache|None=None # how sure of them; None: nobody wants to know
+    window:int=256 # prompts between two savings
+    progress:bool=False # show bars?
 
-    def rows(self, S, queries=None):
-        "Picks of `S` shots and what the LVLM said to them, a row per sequence"
+    @property
+    def by(self):
+        "What keeps one of several sequences; None: there is one"
+        several = self.picking.picker in ("beam", "samples")
+        return self.judge or self.picking.by or ("logp" if several else None)
+
+    @property
+    def sure(self):
+        "Does anything ask how sure the LVLM is of its own answers?"
+        return _wants_confidence(self.picking, self.judge)
+
+    def rows(self, shots, queries=None):
+        "Picks of so many shots and what the LVLM said to them, a row per sequence"
         pool = self.pool if queries is None else self.pool.only(queries)
-        picks = pick(pool, S=S, items=self.items, **self.picking)
+        picks = pick(pool, self.picking, self.model, self.store, self.items, shots)
         check_picks(picks, self.items)
-        facts = ask(picks, self.scorer, self.items, self.facts, **self.asking)
+        asking = dict(asking=self.asking, window=self.window, progress=self.progress)
+        facts = ask(picks, self.scorer, self.items, self.facts, **asking)
         said = facts.drop(columns=["question_id", "pointer"])
         rows = pd.concat([picks.reset_index(drop=True), said.reset_index(drop=True)], axis=1)
-        if self.own is not None:
-            rows["confidence"] = confidence(picks, self.scorer, self.items, self.own, facts, **self.asking)
+        if self.sure:
+            rows["confidence"] = confidence(picks, self.scorer, self.items, self.own, facts, **asking)
         return rows
 
-# %% ../nbs/80_infer.ipynb #429bc259
-def _one_each(rows, by, weight):
-    "The row of each query that is kept"
-    if by is None: return rows.assign(score=rows.logp, oracle=False)
-    return rerank(rows, by, weight)
+def _wants_confidence(picking, judge):
+    "Does picking, or a judge, look at how sure the LVLM is?"
+    named = "confidence" in (picking.by, picking.weight)
+    return named or judge is not None or len(_counts(picking)) > 1
 
-def _adaptive(work, shots, by, weight, threshold):
+# %% ../nbs/80_infer.ipynb #429bc259
+def _one_each(work, rows):
+    "The row of each query that is kept"
+    if work.by is None: return rows.assign(score=rows.logp, oracle=False)
+    return rerank(rows, work.by, work.picking.weight)
+
+def _adaptive(work, counts):
     "(rows kept, all rows that were asked) from few shots to many"
+    threshold = work.picking.threshold
     asked = []
     kept = []
     queries = None
-    for S in shots:
-        every = work.rows(S, queries)
-        best = _one_each(every, by, weight)
+    for shots in counts:
+        every = work.rows(shots, queries)
+        best = _one_each(work, every)
         asked.append(every)
         kept.append(best)
         if threshold is None: continue
@@ -580,11 +640,12 @@ def _adaptive(work, shots, by, weight, threshold):
     rows = adaptive_shots(pd.concat(kept, ignore_index=True), threshold)
     return rows, pd.concat(asked, ignore_index=True)
 
-def _answered(work, S, by, weight, threshold):
+def _answered(work):
     "(rows kept, all rows that were asked), for one shot count or several"
-    if isinstance(S, (tuple, list)): return _adaptive(work, sorted(S), by, weight, threshold)
-    every = work.rows(S)
-    return _one_each(every, by, weight), every
+    counts = _counts(work.picking)
+    if len(counts) > 1: return _adaptive(work, counts)
+    every = work.rows(counts[0])
+    return _one_each(work, every), every
 
 # %% ../nbs/80_infer.ipynb #2e3cf364
 def _described(rows, items):
@@ -606,36 +667,159 @@ def _write(run, rows, every, work, blank):
     rows = rows[[*PICKS, *(c for c in rows if c not in PICKS)]]
     run.save_frame("predictions.parquet", _described(rows, work.items))
     if len(every) > len(rows):
+        every = _in_order(every, work.pool)
         run.save_frame("candidates.parquet", every.assign(pointer=every.pointer.map(list)))
+    return _finish(run, rows, work.pool, blank, prompts=len(every))
+
+def _in_order(rows, pool):
+    "Rows in the order of the pool's queries"
+    place = {q: i for i, q in enumerate(pool)}
+    return rows.iloc[np.argsort(rows.question_id.map(place), kind="stable")]
+
+def _finish(run, rows, pool, blank, prompts):
+    "Results file and metrics of a table of predictions"
     answers = dict(zip(rows.question_id, rows.vqa_pred_answer.mask(rows.eval_failed, None)))
-    write_results(run.path/"predictions.json", answers, work.pool.ids, blank)
+    write_results(run.path/"predictions.json", answers, pool.ids, blank)
     return run.finish(
         acc=float(rows.vqa_acc_score.mean()),
         n=len(rows),
         failed=int(rows.eval_failed.sum()),
-        prompts=len(every),
+        prompts=prompts,
     )
 
 # %% ../nbs/80_infer.ipynb #d92d3d38
-def _label(how, rule, several):
+def _label(picking, judge=None):
     "Name of a selector in tables, e.g. beam+vote"
-    parts = [how]
-    if rule: parts.append(rule)
-    if several: parts.append("adaptive")
+    if picking.name: return picking.name
+    parts = [picking.picker]
+    if judge is not None: parts.append(judge.__name__)
+    elif picking.by: parts.append(picking.by)
+    if len(_counts(picking)) > 1: parts.append("adaptive")
     return "+".join(parts)
 
-def _prints(pool, items, scorer, store, model, asked):
+def _settings(work, split):
+    "What was chosen, in plain values"
+    return dict(
+        split=split,
+        label=_label(work.picking, work.judge),
+        judge=None if work.judge is None else work.judge.__name__,
+        picking=plain_settings(work.picking),
+        asking=plain_settings(work.asking),
+    )
+
+def _prints(work):
     "Fingerprints of what goes into a prediction"
+    pool = work.pool
     ids = sorted({*pool.ids, *(d for c in pool.ids.values() for d in c)})
     prints = dict(
         pool=pool.fingerprint,
-        scorer=facts_fingerprint(scorer, asked),
+        scorer=facts_fingerprint(work.scorer, work.asking),
         queries=fingerprint("queries", sorted(pool.ids)),
-        items=fingerprint(ids, item_hashes(items, ids)),
+        items=fingerprint(ids, item_hashes(work.items, ids)),
     )
-    if store is not None: prints["store"] = store.fingerprint
-    if model is not None: prints["selector"] = policy_fingerprint(model)
+    if work.store is not None: prints["store"] = work.store.fingerprint
+    if work.model is not None: prints["selector"] = policy_fingerprint(work.model)
     return prints
+
+# %% ../nbs/80_infer.ipynb #0f2b1073
+class Prediction(Run):
+    "A run of `predict`"
+    shard = None # (i, n) of the shard that was done
+    left = () # shards that are still to come, such as "0/3"; empty: the split is complete
+
+    def sentence(self)->str:
+        "How it went, in a line"
+        if self.left:
+            i, n = self.shard
+            return f"shard {i}/{n} is done; still to come: {', '.join(self.left)}"
+        m = self.metrics
+        split = self.settings["split"]
+        return f"questions {m['n']}, failed {m['failed']}, accuracy {m['acc']:.4f} ({split})"
+
+# %% ../nbs/80_infer.ipynb #617196ed
+@dataclass
+class _Place:
+    "Where a prediction goes"
+    path:Path # the run folder
+    split:str="test" # how the split is called
+    cache:FactCache|None=None # facts shared with other runs
+    blank:bool=False # write "" where the evaluation failed
+    overwrite:bool=False # empty a folder with other settings
+
+    def begin(self, work, **more):
+        "Start a prediction, or continue it"
+        settings = _settings(work, self.split) | more
+        return Prediction.create(self.path, settings, work.picking.seed, _prints(work), self.overwrite)
+
+def _whole(work, place):
+    "Predict all queries of `work`, in one folder"
+    with run_lock(place.path):
+        run = place.begin(work)
+        facts = FactCache(run.path/"facts") if place.cache is None else place.cache
+        own = FactCache(run.path/"confidence") if work.sure else None
+        work = replace(work, facts=facts, own=own)
+        rows, every = _answered(work)
+        rows = rows.assign(selector=run.settings["label"], shots=_most(work), draw=work.picking.seed)
+        return _write(run, rows, every, work, place.blank)
+
+def _most(work):
+    "Shots that are shown at most"
+    most = _counts(work.picking)[-1]
+    if work.picking.picker == "zero_shot": return 0
+    if work.picking.picker == "fixed" and most: return len(work.picking.fixed)
+    return _most_shots(work.model, None) if most == "stop" else most
+
+# %% ../nbs/80_infer.ipynb #cf5d2d25
+def _sharded(work, place, shard):
+    "Predict one shard; the union's run if it was the last, else its own"
+    i, n = shard
+    parts = [shard_queries(work.pool, (k, n)) for k in range(n)]
+    folders = [place.path/f"shard{shard_tag((k, n))}" for k in range(n)]
+    place.path.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(place.path/".union.lock")
+    with lock: run = place.begin(work, shards=n)
+    if parts[i]:
+        mine = replace(work, pool=work.pool.only(parts[i]))
+        run = _whole(mine, replace(place, path=folders[i]))
+    run.shard = shard
+    run.left = tuple(f"{k}/{n}" for k in range(n) if parts[k] and not _has_ended(folders[k]))
+    if run.left: return run
+    with lock:
+        union = place.begin(work, shards=n)
+        done = [Run(folder) for folder in folders if folder.exists()]
+        return _join(union, done, work.pool, place.blank)
+
+def _has_ended(folder): return (folder/"settings.json").exists() and Run(folder).finished
+
+def _join(union, parts, pool, blank):
+    "Write the union of finished shards"
+    rows = pd.concat([part.frame("predictions.parquet") for part in parts], ignore_index=True)
+    rows = _in_order(rows, pool)
+    union.save_frame("predictions.parquet", rows)
+    every = _joined_candidates(parts)
+    if every is not None: union.save_frame("candidates.parquet", _in_order(every, pool))
+    return _finish(union, rows, pool, blank, prompts=sum(part.metrics["prompts"] for part in parts))
+
+def _joined_candidates(parts):
+    "All sequences that were asked; None: each question had one. A shard without that file asked one of each"
+    several = [part for part in parts if "candidates.parquet" in part.files()]
+    if not several: return None
+    frames = [part.frame("candidates.parquet") for part in several]
+    lone = [part.frame("predictions.parquet") for part in parts if part not in several]
+    return pd.concat([*frames, *(rows[list(frames[0])] for rows in lone)], ignore_index=True)
+
+# %% ../nbs/80_infer.ipynb #cdced1fa
+def plan_prediction(
+    picking:Picking, # who picks
+    questions:int, # that are asked
+    judge=None, # see `predict`
+)->dict: # sequences per question, `answers` that are stored, `scorings` of them, and `prompts`: both together
+    "Say what a prediction will ask"
+    width = picking.width if picking.picker in ("beam", "samples") else 1
+    sequences = width * len(_counts(picking))
+    answers = questions * sequences
+    scorings = answers if _wants_confidence(picking, judge) else 0
+    return dict(sequences=sequences, answers=answers, scorings=scorings, prompts=answers + scorings)
 
 # %% ../nbs/80_infer.ipynb #1e6370ed
 def predict(
@@ -644,49 +828,37 @@ def predict(
     items:pd.DataFrame, # queries and demonstrations, by question_id
     scorer, # see `ask`
     store=None, # `EmbedStore`, where picking needs one
-    how:str="greedy", # one of `PICKERS`
-    S=2, # shots; several, e.g. (0, 1, 2), choose per query by the LVLM's confidence; None: a selector with STOP decides
-    model=None, # the selector
-    by=None, # see `rerank`: "vote" | "confidence" | a named callable | "vqa_gt_prob" (oracle); None: the first
-    weight:str|None=None, # of votes: None | "confidence"
-    threshold:float|None=None, # with several S: stop asking where the confidence reaches it
+    picking:Picking=Picking(), # who picks; several shots, e.g. (0, 1, 2), choose per query by the LVLM's confidence
+    asking:Asking=Asking(), # how it is asked; every sequence gets a text
+    *,
+    model=None, # the selector of greedy, beam and samples
+    judge=None, # a named function that keeps one of several sequences, see `rerank`; instead of `picking.by`
     split:str="test", # how the split is called, for the record
-    name:str|None=None, # of the selector in tables; default `how`, with what reranks it
-    width:int=5, temperature:float=1., fixed=None, kind:str="mixed", seed:int=0, other_pool:bool=False, # see `pick`
-    style:str="interleaved", mode:str="official", target_weight:str="official", window:int=256, # see `ask`
     cache:FactCache|None=None, # facts shared with other runs; None: the run's own
+    shard:tuple|None=None, # (i, n): only part i of n; the last one joins all
+    window:int=256, # prompts between two savings, what a kill can cost
     blank:bool=False, # write "" for questions whose evaluation failed, instead of refusing
     overwrite:bool=False, # empty a folder with other settings?
     progress:bool=True, # show bars?
-)->Run: # with predictions.json, predictions.parquet (a row per question), candidates.parquet if there were several
-    "Predict a split: pick, ask, choose, write; ValueError names questions without an answer"
-    if model is not None: check_pool(model, pool, other_pool) # before anything is written
-    if how not in PICKERS: raise ValueError(f"how={how!r}: choose one of {', '.join(PICKERS)}")
-    several = isinstance(S, (tuple, list))
-    rule = by if by is None or isinstance(by, str) else by.__name__
-    label = name or _label(how, rule, several)
-    picking = dict(
-        how=how, model=model, store=store,
-        width=width, temperature=temperature, fixed=fixed, kind=kind, seed=seed, other_pool=other_pool,
-    )
-    asked = Asking(style=style, evaluator=mode, answer_weight=target_weight)
-    settings = dict(
-        split=split, how=how, shots=S, name=label,
-        by=rule, weight=weight, threshold=threshold,
-        width=width, temperature=temperature, fixed=fixed, kind=kind, other_pool=other_pool,
-        ask_style=style, ask_mode=mode, ask_weight=target_weight,
-    )
-    prints = _prints(pool, items, scorer, store, model, asked)
-    run = Run.create(path, settings, seed, prints, overwrite=overwrite)
-    sure = several or "confidence" in (by, weight) or callable(by)
-    work = _Work(
-        pool, items, scorer, picking,
-        asking=dict(asking=asked, window=window, progress=progress),
-        facts=FactCache(run.path/"facts") if cache is None else cache,
-        own=FactCache(run.path/"confidence") if sure else None,
-    )
-    if how in ("beam", "samples") and by is None: by = "logp"
-    rows, every = _answered(work, S, by, weight, threshold)
-    most = max(S) if several else _most_shots(model, S)
-    rows = rows.assign(selector=label, shots=most, draw=seed)
-    return _write(run, rows, every, work, blank)
+)->Prediction: # with predictions.json, predictions.parquet (a row per query), candidates.parquet if there were several
+    "Predict a split: pick, ask, choose, write; `Unanswered` names questions without an answer"
+    path = ask_for_a_folder(path)
+    shard = check_shard(shard)
+    _check_prediction(pool, picking, model, store, judge)
+    how_often = dict(window=window, progress=progress)
+    work = _Work(pool, items, scorer, store, picking, asking, model, judge, **how_often)
+    place = _Place(path, split, cache, blank, overwrite)
+    if shard is None: return _whole(work, place)
+    return _sharded(work, place, shard)
+
+def _check_prediction(pool, picking, model, store, judge):
+    "Refuse what cannot end well, before anything is written"
+    if model is not None: check_pool(model, pool, picking.other_pool)
+    most = _counts(picking)[-1]
+    picker = "zero_shot" if most == 0 else picking.picker
+    _check_means(picking, picker, most, model, store)
+    if most == "stop": _most_shots(model, None)
+    if judge is None: return
+    if picking.by: raise ValueError(f"by {picking.by!r}, and a judge: one of them decides, leave one out")
+    if not callable(judge) or getattr(judge, "__name__", "<lambda>") == "<lambda>":
+        raise ValueError(f"judge {judge!r}: wanted a function with a name, for the run's settings")

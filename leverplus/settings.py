@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['CHECKS', 'Count', 'Natural', 'Share', 'Positive', 'Folder', 'Json', 'TWO_STAGE', 'TwoStage', 'Evaluator', 'COUNTS',
-           'Counts', 'Picker', 'Shots', 'Judge', 'Kind', 'Reward', 'group', 'in_words', 'flag', 'plain_settings',
-           'read_settings', 'draft', 'flat_names', 'change', 'settings_of', 'Data', 'Pools', 'json_object', 'Model',
-           'check_two_stage', 'Asking', 'check_counts', 'several', 'Proposing', 'Guarding', 'Mining', 'Job', 'Picking',
-           'Rewarding', 'Rows']
+           'Counts', 'Picker', 'Shots', 'Judge', 'Kind', 'Reward', 'Sizes', 'group', 'in_words', 'flag',
+           'plain_settings', 'read_settings', 'draft', 'flat_names', 'change', 'settings_of', 'Data', 'Pools',
+           'json_object', 'Model', 'check_two_stage', 'Asking', 'check_counts', 'several', 'Proposing', 'Guarding',
+           'Mining', 'Job', 'Picking', 'Rewarding', 'Rows']
 
 # %% ../nbs/04_settings.ipynb #1a02abb3
 import json
@@ -21,7 +21,7 @@ from pydantic.dataclasses import dataclass
 from tyro.conf import arg
 from tyro.constructors import PrimitiveConstructorSpec
 
-# %% ../nbs/04_settings.ipynb #17b1cecd
+# %% ../nbs/04_settings.ipynb #38257089
 CHECKS = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 def group(
@@ -53,7 +53,9 @@ def _sentence(error, cls, above):
     kind = error["type"]
     known = error.get("ctx", {})
     if kind == "unexpected_keyword_argument": return _unknown(name, cls)
-    if kind == "missing_keyword_only": return f"{name} is missing: it has no default"
+    if kind == "unexpected_positional_argument":
+        return f"{error['input']!r}: {cls.__name__} takes its settings by name"
+    if kind in ("missing", "missing_keyword_only"): return f"{name} is missing: it has no default"
     if kind == "value_error": return str(known["error"])
     wanted = error["msg"].replace("Input should be", "wanted")
     if kind == "greater_than_equal": wanted = f"wanted a number >= {known['ge']}"
@@ -238,7 +240,7 @@ class Asking:
     answer_weight:Literal["official", "count3"]="official" # weight of true answers in `vqa_gt_prob`
     two_stage:TwoStage=None # how many of a question get a text, like TWO_STAGE
 
-# %% ../nbs/04_settings.ipynb #956c6961
+# %% ../nbs/04_settings.ipynb #1a01bf9a
 COUNTS = dict(beam=5, temperature={1.0: 2, 1.3: 2}, random=1, retrieval=5)
 
 def check_counts(
@@ -269,7 +271,7 @@ Counts = Annotated[Json, BeforeValidator(check_counts)]
 class Proposing:
     "Who is tried"
     shots:Annotated[tuple[Count, ...], BeforeValidator(several)]=(2,) # demonstrations per sequence, one number or more
-    counts:Counts=field(default_factory=lambda: COUNTS) # proposals per question, JSON
+    counts:Counts=field(default_factory=lambda: check_counts(COUNTS)) # proposals per question, JSON
     kind:Literal["image", "text", "mixed"]="mixed" # embeddings that the proposer reads
     scale:Positive=10. # sharpness of the similarity that proposes where no selector does
     seed:Natural=0 # of proposals
@@ -348,18 +350,21 @@ class Rewarding:
     reward:Reward="hard_plus_soft" # how facts become rewards
     weights:Annotated[Json|None, flag("its own", metavar="JSON")]=None # of the reward, such as '{"hard_weight": 2}'
 
-# %% ../nbs/04_settings.ipynb #8f45a90c
+# %% ../nbs/04_settings.ipynb #024a9cec
+Sizes = Annotated[tuple[Count|Literal["all"], ...], BeforeValidator(several)]
+
 @group
 class Rows:
-    "Which rows a comparison has"
+    "Which rows a table has"
     shots:Annotated[tuple[Natural, ...], BeforeValidator(several)]=(2,) # demonstrations, one number or more
     draws:Count=5 # random demonstrations, so many times
     fixed:Natural=16 # fixed sequences to choose from; 0: no such row
     fixed_from:Annotated[str, arg(metavar="NAME")]="dev" # split that they are chosen on
     exact_oracle:bool=False # ask every sequence of every pool
-    sizes:Annotated[tuple[Count|Literal["all"], ...], flag("none", metavar="N")]=() # also a table by number of questions
+    sizes:Annotated[Sizes, flag("none", metavar="N")]=() # also a table by number of questions, such as 100 200 all
+    kind:Kind=None # embeddings that selectors read
     other_pool:bool=False # take pools of another kind than a selector was trained on
-    seed:Natural=0 # of draws
+    seed:Natural=0 # of random draws, fixed sequences and sizes
 
     def __post_init__(self):
         if not any(self.shots): raise ValueError(f"shots {self.shots}: wanted numbers, at least one above 0")

@@ -1,15 +1,21 @@
 "Picking, reranking, predicting: against brute force, with failures and interruptions, and in the official format"
 import json, math
+from dataclasses import fields
+from functools import partial
 from itertools import permutations
+from typing import get_args
 import numpy as np, pandas as pd, pytest, torch
 from hypothesis import given, settings, strategies as st
 from leverplus.core import rng
 from leverplus.embed import EmbedStore
 from leverplus.infer import (
-    PICKERS, TRUTH, OwnAnswer, adaptive_shots, candidates, check_picks, check_results, confidence, pick,
-    pick_fixed, pick_mmr, pick_model, pick_similar, predict, rerank, write_results,
+    PICKERS, TRUTH, OwnAnswer, Unanswered, adaptive_shots, candidates, check_picks, check_results,
+    confidence, kind_of, pick, pick_fixed, pick_mmr, pick_model, plan_prediction, predict, rerank, write_results,
 )
 from leverplus.pools import check_pool
+from leverplus.runs import Busy, Run
+from leverplus.settings import Asking, Picker, Picking, change, read_settings
+from leverplus.rldata_generate import run_lock
 from leverplus.lvlm import MockScorer, Scored, Targets
 from leverplus.pools import Pool
 from leverplus.rldata_ask import FactCache, ask
@@ -96,25 +102,25 @@ def test_mmr_is_brute_force_and_blind_to_the_pool_order(seed, w):
         .pointer.equals(got)
     )
 
-@pytest.mark.parametrize("how,S", [("beam", 1), ("beam", 2), ("samples", 2)])
-def test_candidates_are_the_best_or_fair_draws_whatever_the_batch(how, S):
+@pytest.mark.parametrize("search,S", [("beam", 1), ("beam", 2), ("samples", 2)])
+def test_candidates_are_the_best_or_fair_draws_whatever_the_batch(search, S):
     prior = SimilarityPrior(4.0)
-    got = candidates(prior, POOL, STORE, S, 200, how)
+    got = candidates(prior, POOL, STORE, S, 200, search)
     for q, g in got.groupby("question_id"): # wide enough: everything, each once, with its probability
         assert set(g.pointer) == set(permutations(POOL[q], S))
         assert len(g) == math.perm(len(POOL[q]), S)
         assert g["rank"].tolist() == list(range(len(g)))
         assert np.exp(g.logp).sum() == pytest.approx(1)
-        assert how == "samples" or (np.diff(g.logp) <= 1e-12).all()
-    few = candidates(prior, POOL, STORE, S, 3, how)
-    part = candidates(prior, POOL.only([7, 2]), STORE, S, 3, how, bs=1)
+        assert search == "samples" or (np.diff(g.logp) <= 1e-12).all()
+    few = candidates(prior, POOL, STORE, S, 3, search)
+    part = candidates(prior, POOL.only([7, 2]), STORE, S, 3, search, bs=1)
     assert len(few) == 30
     assert part[part.question_id == 2].pointer.tolist() == few[few.question_id == 2].pointer.tolist()
-    if how == "samples": # first draws follow the policy
+    if search == "samples": # first draws follow the policy
         one = Pool({0: (100, 101, 102)}, {})
         p = candidates(prior, one, STORE, 1, 3).set_index("pointer").logp.map(math.exp)
         n = pd.Series(
-            [candidates(prior, one, STORE, 1, 1, how, seed=s).pointer[0] for s in range(400)]
+            [candidates(prior, one, STORE, 1, 1, search, seed=s).pointer[0] for s in range(400)]
         ).value_counts(normalize=True)
         assert all(abs(n.get(k, 0) - v) < 4*math.sqrt(v*(1 - v)/400) for k, v in p.items())
 
@@ -140,7 +146,7 @@ def test_foreign_pools_and_self_shown_queries_are_refused(tmp_path):
         lambda **kw: pick_model(m, POOL, STORE, 2, **kw),
         lambda **kw: candidates(m, POOL, STORE, 2, **kw),
         lambda **kw: predict(
-            tmp_path / "run", POOL, ITEMS, Says(), STORE, "greedy", 2, m, progress=False, **kw
+            tmp_path / "run", POOL, ITEMS, Says(), STORE, Picking(**kw), model=m, progress=False
         ),
     ):
         with pytest.raises(ValueError, match="sampler: 'text' in the checkpoint, 'random' here"): f()
@@ -280,17 +286,16 @@ def test_confidence_is_the_probability_of_the_own_text_and_costs_what_it_says():
 # ---- predictions -------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize(
-    "how,kw",
-    [(h, {}) for h in PICKERS if h not in ("beam", "samples", "fixed")]
+    "picker,kw",
+    [(p, {}) for p in PICKERS if p not in ("beam", "samples", "fixed")]
     + [
         ("beam", dict(by="vote")), ("samples", dict(by="confidence")), ("beam", dict(by="vqa_gt_prob")),
-        ("greedy", dict(S=(0, 1, 2), threshold=0.2))
+        ("greedy", dict(shots=(0, 1, 2), threshold=0.2))
     ],
 )
-def test_predictions_are_official_and_complete(tmp_path, how, kw):
-    run = predict(
-        tmp_path / "run", POOL, ITEMS, Says(), STORE, how, model=MODEL, progress=False, **{"S": 2, **kw}
-    )
+def test_predictions_are_official_and_complete(tmp_path, picker, kw):
+    picking = Picking(picker=picker, **kw)
+    run = predict(tmp_path/"run", POOL, ITEMS, Says(), STORE, picking, model=MODEL, progress=False)
     f = run.frame("predictions.parquet")
     out = check_results(run.path / "predictions.json", QS)
     assert {r["question_id"]: r["answer"] for r in out} == dict(zip(f.question_id, f.vqa_pred_answer))
@@ -305,8 +310,9 @@ def test_predictions_are_official_and_complete(tmp_path, how, kw):
 
 @pytest.mark.parametrize("after", [1, 17, 40])
 def test_broken_off_and_continued_is_uninterrupted(tmp_path, after):
-    go = lambda path, s: predict(
-        tmp_path / path, POOL, ITEMS, s, STORE, "beam", 2, MODEL, by="confidence", window=4, progress=False
+    sure = Picking(picker="beam", by="confidence")
+    go = lambda path, s, picking=sure: predict(
+        tmp_path/path, POOL, ITEMS, s, STORE, picking, model=MODEL, window=4, progress=False
     )
     s = Says()
     whole = go("whole", s).frame("predictions.parquet")
@@ -320,22 +326,17 @@ def test_broken_off_and_continued_is_uninterrupted(tmp_path, after):
     assert written[0] == written[1]
     # at most a window twice
     assert total <= len(first.asked) + len(rest.asked) <= total + 8
-    with pytest.raises(ValueError, match="width: 5 there, 7 now"):
-        predict(
-            tmp_path / "cut", POOL, ITEMS, rest, STORE, "beam", 2, MODEL, by="confidence", window=4, width=7,
-            progress=False
-        )
+    with pytest.raises(ValueError, match="width: 5 there, 7 now"): go("cut", rest, change(sure, width=7))
 
 def test_failures_are_named_then_asked_again(tmp_path):
-    go = lambda s, **kw: predict(tmp_path/"run", POOL, ITEMS, s, how="random", S=2, progress=False, **kw)
+    two = Picking(picker="random")
+    go = lambda s, **kw: predict(tmp_path/"run", POOL, ITEMS, s, picking=two, progress=False, **kw)
     with pytest.raises(ValueError, match=r"2 questions have no answer, first \[3, 8\]"):
         go(Says(fails=[3, 8]))
     s = Says()
     run = go(s)
     assert {q for q, *_ in s.asked} == {3, 8} and run.metrics["failed"] == 0
-    run = predict(
-        tmp_path / "blank", POOL, ITEMS, Says(fails=[3]), how="random", S=2, progress=False, blank=True
-    )
+    run = predict(tmp_path/"blank", POOL, ITEMS, Says(fails=[3]), picking=two, progress=False, blank=True)
     out = {r["question_id"]: r["answer"] for r in check_results(run.path / "predictions.json", QS)}
     assert out[3] == ""
     assert run.metrics["failed"] == 1
@@ -343,6 +344,188 @@ def test_failures_are_named_then_asked_again(tmp_path):
         run.metrics["acc"]
         == pytest.approx(run.frame("predictions.parquet").query("question_id != 3").vqa_acc_score.mean())
     )
+
+# ---- settings ----------------------------------------------------------------------------------------------
+
+OTHERS = dict(
+    picker="beam", shots=(1, 2), width=3, temp=2., by="vote", weight="confidence", threshold=.5, fixed=(100,),
+    name="mine", kind="mixed", other_pool=True, seed=4,
+)
+
+def test_settings_lie_in_the_run_as_they_are_and_come_back(tmp_path):
+    assert set(OTHERS) == {f.name for f in fields(Picking)}
+    picking = Picking(**OTHERS)
+    asking = Asking(style="chat", evaluator="lmms", answer_weight="count3")
+    run = predict(
+        tmp_path/"run", POOL, ITEMS, Says(), STORE, picking, asking, model=MODEL, split="dev", progress=False
+    )
+    kept = Run(tmp_path/"run")
+    assert read_settings(Picking, kept.settings["picking"]) == picking
+    assert read_settings(Asking, kept.settings["asking"]) == asking
+    assert (kept.settings["split"], kept.settings["label"], kept.seed) == ("dev", "mine", 4)
+    again = predict(
+        tmp_path/"run", POOL, ITEMS, Says(stop=0), STORE, read_settings(Picking, kept.settings["picking"]),
+        read_settings(Asking, kept.settings["asking"]), model=MODEL, split="dev", progress=False,
+    )
+    assert again.metrics == run.metrics
+
+@pytest.mark.parametrize("name", sorted(OTHERS))
+def test_every_setting_tells_runs_apart(tmp_path, name):
+    def go(picking):
+        return predict(tmp_path/"run", POOL, ITEMS, Says(), STORE, picking, model=MODEL, progress=False)
+    go(Picking())
+    with pytest.raises(ValueError, match=name): go(Picking(**{name: OTHERS[name]}))
+
+def test_the_names_of_pickers_are_those_of_the_settings():
+    assert PICKERS == get_args(Picker)
+    for picker in PICKERS:
+        picks = pick(POOL, Picking(picker=picker, fixed=(129,)), MODEL, STORE, ITEMS)
+        assert set(picks.question_id) == set(QS)
+
+def test_a_given_name_wins(tmp_path):
+    def label(**kw):
+        picking = Picking(**kw)
+        path = tmp_path/str(hash(picking))
+        run = predict(path, POOL, ITEMS, Says(), STORE, picking, model=MODEL, progress=False)
+        assert set(run.frame("predictions.parquet").selector) == {run.settings["label"]}
+        return run.settings["label"]
+    assert label() == "greedy"
+    assert label(picker="beam", by="vote") == "beam+vote"
+    assert label(shots=(1, 2)) == "greedy+adaptive"
+    assert label(picker="beam", by="vote", name="mine") == "mine"
+
+def test_a_judge_has_a_name_and_sees_no_truth(tmp_path):
+    seen = []
+    def last(rows):
+        seen.extend(rows)
+        return rows["rank"]
+    def go(path, picking=Picking(picker="beam"), **kw):
+        return predict(tmp_path/path, POOL, ITEMS, Says(), STORE, picking, model=MODEL, progress=False, **kw)
+    run = go("run", judge=last)
+    every = run.frame("candidates.parquet")
+    kept = run.frame("predictions.parquet")
+    assert (run.settings["judge"], run.settings["label"]) == ("last", "beam+last")
+    assert not set(TRUTH) & set(seen)
+    assert kept["rank"].tolist() == every.groupby("question_id")["rank"].max().loc[kept.question_id].tolist()
+    with pytest.raises(ValueError, match="judge: 'last' there, None now"): go("run")
+    for judge in (lambda rows: rows.logp, "vote", object()):
+        with pytest.raises(ValueError, match="a function with a name"): go("x", judge=judge)
+    with pytest.raises(ValueError, match="one of them decides"): go("x", VOTE, judge=last)
+    assert not (tmp_path/"x").exists()
+
+def test_shots_are_one_number_several_or_the_selectors_own(tmp_path):
+    stopper = PointerSelector(STORE.dim("mixed"), d_hidden=8, max_shots=3, stop=True)
+    with torch.no_grad(): stopper.stop.bias.copy_(torch.tensor([-20., 20.]))
+    def shown(model, picking, path):
+        run = predict(tmp_path/path, POOL, ITEMS, Says(), STORE, picking, model=model, progress=False)
+        frame = run.frame("predictions.parquet")
+        return set(frame.pointer.map(len)), set(frame.shots)
+    assert shown(stopper, Picking(shots="stop"), "stop") == ({2}, {3})
+    assert shown(stopper, Picking(shots=3), "three") == ({3}, {3})
+    assert shown(None, Picking(picker="zero_shot"), "none") == ({0}, {0})
+    assert shown(None, Picking(shots=0), "greedy none") == ({0}, {0})
+    assert shown(None, Picking(picker="fixed", fixed=(120, 121, 122), seed=1), "fixed")[1] == {3}
+    for picking, wanted in (
+        (Picking(shots=(1, "stop")), "'stop' alone"),
+        (Picking(shots=()), "wanted one number"),
+        (Picking(shots="stop"), "no STOP"),
+        (Picking(picker="mmr", shots="stop"), "wants a number"),
+        (Picking(picker="fixed"), "needs question_ids"),
+    ):
+        with pytest.raises(ValueError, match=wanted): shown(MODEL, picking, "x")
+    assert not (tmp_path/"x").exists()
+    with pytest.raises(ValueError, match="needs a model and a store"): shown(None, Picking(), "x")
+    several = Picking(shots=(1, 2))
+    with pytest.raises(ValueError, match="chooses among several"): pick(POOL, several, MODEL, STORE)
+
+def test_embeddings_are_read_as_the_selector_was_trained():
+    m = PointerSelector(STORE.dim("text"), d_hidden=8)
+    m.info = dict(kind="text")
+    assert [kind_of(m), kind_of(m, "image"), kind_of(None), kind_of(MODEL)] == ["text", "image", "mixed", "mixed"]
+    told = pick_model(m, POOL, STORE, 2, "text")
+    assert pick(POOL, Picking(), m, STORE).pointer.tolist() == told.pointer.tolist()
+    near = pick(POOL, Picking(picker="mmr", kind="image"), None, STORE)
+    assert near.pointer.tolist() == pick_mmr(POOL, STORE, 2, "image").pointer.tolist()
+
+# ---- shards ------------------------------------------------------------------------------------------------
+
+VOTE = Picking(picker="beam", width=3, by="vote")
+
+def part(path, shard, scorer=None, picking=VOTE, **kw):
+    return predict(
+        path, POOL, ITEMS, scorer or Says(), STORE, picking, model=MODEL, shard=shard, progress=False, **kw
+    )
+
+SURE = Picking(shots=(0, 1, 2), threshold=.2)
+
+@pytest.mark.parametrize("picking,n", [(VOTE, 2), (VOTE, 4), (VOTE, 20), (SURE, 2), (SURE, 20), (Picking(), 4)])
+def test_shards_make_the_whole(tmp_path, picking, n):
+    go = partial(part, picking=picking)
+    whole = go(tmp_path/"whole", None)
+    assert whole.left == ()
+    assert whole.sentence() == f"questions 10, failed 0, accuracy {whole.metrics['acc']:.4f} (test)"
+    runs = [go(tmp_path/"union", (i, n)) for i in range(n)]
+    real = [f"{i}/{n}" for i in range(n) if (tmp_path/"union"/f"shard-{i:03d}of{n:03d}").exists()]
+    assert runs[0].left == tuple(name for name in real if name != f"0/{n}")
+    assert runs[0].sentence() == f"shard 0/{n} is done; still to come: {', '.join(runs[0].left)}"
+    union = runs[-1]
+    assert union.path == tmp_path/"union"
+    assert union.metrics == whole.metrics
+    assert union.settings == whole.settings | dict(shards=n)
+    assert union.fingerprints == whole.fingerprints
+    tables = [name for name in whole.files() if name.endswith(".parquet")]
+    assert ("candidates.parquet" in tables) == (picking != Picking())
+    for name in tables: pd.testing.assert_frame_equal(union.frame(name), whole.frame(name))
+    written = [(run.path/"predictions.json").read_bytes() for run in (union, whole)]
+    assert written[0] == written[1]
+    # again: nothing is asked
+    assert go(tmp_path/"union", (1, n), Says(stop=0)).metrics == whole.metrics
+
+def test_other_shards_other_settings_and_other_models_are_refused(tmp_path):
+    part(tmp_path/"run", (0, 2))
+    with pytest.raises(ValueError, match="shards: 2 there, 3 now"): part(tmp_path/"run", (0, 3))
+    wider = change(VOTE, width=5)
+    with pytest.raises(ValueError, match="width: 3 there, 5 now"): part(tmp_path/"run", (1, 2), None, wider)
+    with pytest.raises(ValueError, match="fingerprint of scorer"): part(tmp_path/"run", (1, 2), MockScorer())
+    for shard in ((2, 2), (0, 0), "1/2"):
+        with pytest.raises(ValueError, match="shard"): part(tmp_path/"x", shard)
+    assert not (tmp_path/"x").exists()
+    assert part(tmp_path/"run", (0, 3), overwrite=True).left == ("1/3", "2/3")
+    assert not (tmp_path/"run"/"shard-000of002"/"settings.json").exists()
+
+def test_a_shard_that_fails_is_still_to_come(tmp_path):
+    part(tmp_path/"run", (0, 2))
+    done = Run(tmp_path/"run"/"shard-000of002").frame("predictions.parquet").question_id.tolist()
+    q = next(q for q in QS if q not in done)
+    with pytest.raises(Unanswered, match=rf"1 questions have no answer, first \[{q}\]"):
+        part(tmp_path/"run", (1, 2), Says(fails=[q]))
+    assert part(tmp_path/"run", (0, 2), Says(stop=0)).left == ("1/2",)
+    assert not (tmp_path/"run"/"predictions.json").exists()
+    blank = part(tmp_path/"run", (1, 2), Says(fails=[q]), blank=True)
+    out = {r["question_id"]: r["answer"] for r in check_results(blank.path/"predictions.json", QS)}
+    assert (out[q], blank.metrics["failed"]) == ("", 1)
+
+def test_nobody_else_writes_the_same_prediction(tmp_path):
+    with run_lock(tmp_path/"run"):
+        with pytest.raises(Busy): part(tmp_path/"run", None)
+    part(tmp_path/"union", (0, 2))
+    with run_lock(tmp_path/"union"/"shard-001of002"):
+        with pytest.raises(Busy): part(tmp_path/"union", (1, 2))
+
+# ---- costs -------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("picking", [VOTE, SURE, Picking(), Picking(picker="samples", weight="confidence", by="vote")])
+def test_the_plan_is_kept(tmp_path, picking):
+    plan = plan_prediction(picking, len(QS))
+    scorer = Says()
+    run = part(tmp_path/"run", None, scorer, picking)
+    texts = [generate for *_, generate in scorer.asked]
+    assert run.metrics["prompts"] <= plan["answers"] == len(QS)*plan["sequences"]
+    assert sum(texts) == run.metrics["prompts"]
+    assert len(texts) - sum(texts) <= plan["scorings"] <= plan["prompts"] - plan["answers"]
+    assert (plan["scorings"] > 0) == (len(texts) > sum(texts))
+
+# ---- results -----------------------------------------------------------------------------------------------
 
 @given(
     st.lists(st.integers(0, 10**9), min_size=1, max_size=8, unique=True), st.integers(0, 7), st.integers(0, 5)
