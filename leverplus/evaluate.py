@@ -450,7 +450,9 @@ def gap_table(
             if selector in ("random", "oracle"): continue
             gap = gap_closed(m[selector], m["random"], m["oracle"], pictures, bootstrap)
             rows.append((selector, S, *gap))
-    return pd.DataFrame(rows, columns=["selector", "shots", "gap", "lo", "hi"])
+    out = pd.DataFrame(rows, columns=["selector", "shots", "gap", "lo", "hi"])
+    out.attrs["level"] = bootstrap.level
+    return out
 
 # %% ../nbs/82_evaluate.ipynb #a8ca6eee
 def paired_table(
@@ -855,7 +857,7 @@ def compare_runs(
 
 # %% ../nbs/82_evaluate.ipynb #4b3bccac
 def level_text(
-    table:pd.DataFrame, # from `result_table`; a table read from a file has forgotten, and stands for 95 %
+    table:pd.DataFrame, # from `result_table`, `gap_table`; one read from a file has forgotten, and stands for 95 %
 )->str: # e.g. "95 %"
     "Coverage of a table's intervals"
     return f"{100*table.attrs.get('level', .95):g} %"
