@@ -21,8 +21,8 @@ from .recipes import RECIPES, fit_recipe, recipe, recipe_learner
 from .earlier_recipes import EARLIER
 from .infer import pick_model
 from leverplus.evaluate import (
-    best_fixed, check_facts, count_look, fixed_pairs, majority_vote, paired_table, pick_baselines, pick_oracle,
-    result_table, score_picks, seeds_table, table_text, unasked,
+    best_fixed, check_facts, count_look, fixed_pairs, majority_vote, paired_table, pick_baselines,
+    pick_oracle, result_table, score_picks, seeds_table, table_text, unasked,
 )
 from .report import Cases, Findings, write_report
 from .world import World, load_world

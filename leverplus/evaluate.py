@@ -24,8 +24,8 @@ from leverplus.infer import (
     PICKS, as_pointer, pick_fixed, pick_mmr, pick_random, pick_similar, pick_zero, picks_frame,
 )
 from leverplus.statistics import (
-    Bootstrap, Interval, boot_means, bounds, claim, holm, mcnemar, mde, paired_bootstrap, paired_p, seed_weights,
-    seeds_bootstrap, standard_error,
+    Bootstrap, Interval, boot_means, bounds, claim, holm, mcnemar, mde, paired_bootstrap, paired_p,
+    seed_weights, seeds_bootstrap, standard_error,
 )
 
 # %% ../nbs/82_evaluate.ipynb #8e88dbb0
@@ -378,7 +378,7 @@ def result_table(
     zero_at:int|None=None, # shots whose random, oracle and reference rows zero_shot is measured against; None: NaN
     bootstrap:Bootstrap=Bootstrap(), # resamples, and the coverage of intervals
     metric:str="vqa_acc_score", # or "vqa_gt_prob"
-)->pd.DataFrame: # exactly `TABLE`, in 0..1; `.attrs`: `failed` evaluations left out, `oracle_note`, `level` of intervals
+)->pd.DataFrame: # exactly `TABLE`, in 0..1; `.attrs`: `failed` evaluations left out, `oracle_note`, `level`
     "One row per selector and shot count; ValueError if a named reference is nowhere in `scored`"
     names = list(dict.fromkeys(scored.selector))
     lost = [name for name in (reference, oracle, changed_from) if name and name not in names]

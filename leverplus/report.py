@@ -19,7 +19,7 @@ from fastcore.basics import patch
 from .core import atomic_path, read_json, rng
 from .runs import ABSENT, Run, settings_diff
 from leverplus.markup import (
-    Block, Blocks, Cell, Figure, Fold, Heading, Paragraph, Preformatted, Scroll, Sentences, Shown, Strip,
+    Block, Blocks, Cell, Figure, Fold, Heading, Paragraph, Preformatted, Scroll, Sentences, Filled, Strip,
     Table, frame_table,
 )
 from .groups import RLData, shard_files
@@ -474,10 +474,10 @@ class Pictures(Block):
     )->Block: # points to the picture; says so where the items were read without images
         "A picture in a page, by reference"
         image = item_picture(items, question_id, size)
-        if image is None: return Shown("picture.html", number=None)
+        if image is None: return Filled("picture.html", number=None)
         n = self._keep(str(items.image_path[question_id]), image, size)
         width, height = image.size
-        return Shown("picture.html", number=n, question_id=int(question_id), width=width, height=height)
+        return Filled("picture.html", number=n, question_id=int(question_id), width=width, height=height)
 
     def _keep(self, path, image, size):
         "Keep the largest version of an image that was asked for; gives its number"
@@ -548,7 +548,7 @@ def comparisons_block(
 )->Block: # a list with one verdict per line
     "Differences in words for a page"
     lines = [dict(said=_difference(r), verdict=r.verdict) for r in paired.itertuples()]
-    return Shown("verdicts.html", lines=lines)
+    return Filled("verdicts.html", lines=lines)
 
 def _difference(r):
     "One difference: how large, and how sure"
@@ -578,7 +578,8 @@ def _number(row, name):
 # %% ../nbs/90_report.ipynb #c632cb10
 def _item(items, question_id, answer, pics, size=224):
     "An item of a prompt, with this answer"
-    return dict(picture=pics.show(items, question_id, size), question=items.question[question_id], answer=answer)
+    picture = pics.show(items, question_id, size)
+    return dict(picture=picture, question=items.question[question_id], answer=answer)
 
 def _demos(items, row, pics, size=224):
     "Demonstrations in prompt order"
@@ -609,7 +610,7 @@ def case_block(
     "One case for a page"
     pics = pictures or Pictures()
     q = int(row.question_id)
-    return Shown(
+    return Filled(
         "case.html",
         question_id=q,
         question=items.question[q],
@@ -678,7 +679,7 @@ def browser_block(
     for _, row in rows.iterrows():
         q = row.question_id
         shown.append(case_block(items, row, chosen.get(q), {a: o[q] for a, o in went.items()}, pics, level))
-    return Shown(
+    return Filled(
         "browser.html",
         name=name, # of the filter
         filter={a: _count_outcomes(o.loc[rows.question_id]) for a, o in went.items()},
@@ -1267,7 +1268,8 @@ def _as_runs(runs):
 
 def _check_report(runs, findings):
     if not runs: raise ValueError("report: no runs; pass a run folder, or several")
-    own = [name for name, value in vars(findings).items() if value is not None and name not in ("items", "split")]
+    given = [name for name, value in vars(findings).items() if value is not None]
+    own = [name for name in given if name not in ("items", "split")]
     if len(runs) > 1 and own:
         raise ValueError(
             f"report: {', '.join(own)} belong to one run, here are {len(runs)}: leave them out, or report"

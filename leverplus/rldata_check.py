@@ -17,7 +17,7 @@ import numpy as np, pandas as pd
 from fastcore.basics import patch
 from fastcore.meta import delegates
 from .core import atomic_path
-from .markup import Block, Cell, Shown, Table
+from .markup import Block, Cell, Filled, Table
 from .groups import METHODS, RLData, pointer_matrix
 from .rewards import group_stats, reward as reward_of, reward_facts, spearman
 
@@ -732,7 +732,7 @@ def _repr_markdown_(self:Health):
 def block(self:Health)->Block: # verdicts and all tables
     "The data's health as a piece of a page"
     tables = [(title, _text_table(df, title)) for title, df in self._parts()]
-    return Shown("health.html", reward=self.reward, lines=self._lines(), tables=tables)
+    return Filled("health.html", reward=self.reward, lines=self._lines(), tables=tables)
 
 @patch
 def _repr_html_(self:Health): return self.block().html()

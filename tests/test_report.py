@@ -13,8 +13,8 @@ from leverplus.markup import Figure, Paragraph
 from leverplus.pools import Pool
 from leverplus.report import (
     CURVES, MARKS, OUTCOMES, Cases, Findings, Pictures, case_block, compare_many, curves_in,
-    data_uri, described_items, diagnoses, item_picture, mark_of, pick_cases, plot_curves, plot_examples, plot_gap,
-    plot_shots, query_outcomes, read_scored, report, runs_differ, truth_text, write_report,
+    data_uri, described_items, diagnoses, item_picture, mark_of, pick_cases, plot_curves, plot_examples,
+    plot_gap, plot_shots, query_outcomes, read_scored, report, runs_differ, truth_text, write_report,
 )
 from leverplus.runs import Run
 from leverplus.statistics import Bootstrap
@@ -384,7 +384,8 @@ def test_data_that_cannot_be_read_is_told(world, tmp_path, quick):
     (d / "manifest.json").write_text('{"format": 99}')
     assert "train was not read: " in report(r, items, cases=Cases(n=1), bootstrap=FEW).read_text()
     given = Findings(facts={}, data="fit to train on")
-    with pytest.raises(ValueError, match="facts, data belong to one run"): report([r, r], items, findings=given)
+    with pytest.raises(ValueError, match="facts, data belong to one run"):
+        report([r, r], items, findings=given)
 
 def test_several_runs_are_compared_or_refused_in_words(world, tmp_path, quick):
     items, s = world
@@ -412,7 +413,7 @@ def test_several_runs_are_compared_or_refused_in_words(world, tmp_path, quick):
 
 # ---- nothing that a run holds is HTML ----------------------------------------------------------------------
 
-ESCAPE_BY_HAND = {"groups", "loops", "rldata_merge"} # a sentence above a frame of pandas, which escapes itself
+ESCAPE_BY_HAND = {"groups", "loops", "rldata_merge"} # sentences above a frame of pandas
 NASTY = "<img src=x onerror=alert(1)>&amp;\"'</title></style><b>"
 
 def nasty(place): return f"{place} {NASTY}"
@@ -443,7 +444,8 @@ def marked(world):
 
 def test_a_run_of_markup_is_text_everywhere(marked, tmp_path):
     items, s = marked
-    r = make_run(tmp_path/"<i>run & folder", s, pool=nasty("fingerprint"), **{nasty("key"): {"a": nasty("value")}})
+    settings = {nasty("key"): {"a": nasty("value")}}
+    r = make_run(tmp_path/"<i>run & folder", s, pool=nasty("fingerprint"), **settings)
     r.save_history(history(stage=nasty("stage")).assign(live_before=.01, **{nasty("column"): 1.}))
     tests = pd.DataFrame([{
         "selector": nasty("tested"), "against": nasty("rival"), "shots": 2, "n": 8, "delta": .1, "lo": .0,
@@ -466,8 +468,11 @@ def test_a_run_of_markup_is_text_everywhere(marked, tmp_path):
 
 def test_names_and_differences_of_runs_are_text(marked, tmp_path, quick):
     items, s = marked
-    runs = [make_run(tmp_path/"<b>a", s, who=nasty("mine")), make_run(tmp_path/"<i>b", s, 1, who=nasty("yours"))]
-    runs.append(make_run(tmp_path/"<s>c", s, pool=nasty("other pool")))
+    runs = [
+        make_run(tmp_path/"<b>a", s, maker=nasty("mine")),
+        make_run(tmp_path/"<i>b", s, 1, maker=nasty("yours")),
+        make_run(tmp_path/"<s>c", s, pool=nasty("other pool")),
+    ]
     page = report(runs, items, cases=Cases(n=3), notes=[nasty("note")], bootstrap=FEW)
     shown_as_text(page, ["note", "mine", "yours", "other pool", "selector"])
     words = " ".join(Page(page.read_text()).words)
