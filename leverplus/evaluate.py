@@ -88,8 +88,8 @@ def _check_columns(facts):
     "Refuse facts that lack a column or come from several scorers"
     lost = {"question_id", "pointer", *_FACTS} - set(facts)
     if lost: raise ValueError(f"facts lack the columns {sorted(lost)}")
-    who = sorted(facts.scorer.dropna().unique()) if "scorer" in facts else []
-    if len(who) > 1: raise ValueError(f"facts of {len(who)} scorers {who}: keep one")
+    scorers = sorted(facts.scorer.dropna().unique()) if "scorer" in facts else []
+    if len(scorers) > 1: raise ValueError(f"facts of {len(scorers)} scorers {scorers}: keep one")
 
 # %% ../nbs/82_evaluate.ipynb #726491de
 def fixed_pairs(
@@ -518,13 +518,13 @@ def paired_tests(
 
 def _family(scored, pairs, against):
     "The pairs to be compared; ValueError names selectors without rows"
-    given = list(dict.fromkeys(scored.selector))
+    there = list(dict.fromkeys(scored.selector))
     if pairs is None:
-        own = [s for s in given if s not in BASELINES]
+        own = [s for s in there if s not in BASELINES]
         pairs = [(a, b) for a in own for b in against if a != b]
     pairs = list(pairs)
-    lost = {s for pair in pairs for s in pair} - set(given)
-    if lost: raise ValueError(f"no rows of {sorted(lost)}; scored holds {sorted(given)}")
+    lost = {s for pair in pairs for s in pair} - set(there)
+    if lost: raise ValueError(f"no rows of {sorted(lost)}; scored holds {sorted(there)}")
     return pairs
 
 # %% ../nbs/82_evaluate.ipynb #69c4defd

@@ -851,7 +851,7 @@ class _Page(Block):
         return Path(path)
 
 # %% ../nbs/90_report.ipynb #c7ce7b6b
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Findings:
     "What is known of a run; None for what is not"
     table:pd.DataFrame|None = None # from `evaluate.result_table` -> results.csv, results.png, shots.png
@@ -863,10 +863,16 @@ class Findings:
     facts:dict|None = None # of `diagnose.data_facts`, for the diagnosis
     data:object = None # `Health`; RLData or {name: RLData}, examined with the reward hard_plus_soft; a sentence
     looks:int|None = None # at the split; default what the run counted (looks.json, or its metric `looks`)
-    split:str|None = None # of the scores; default "test", or for a `Run` its setting of that name
+    split:str|None = None # of the scores; default "test", in `report` the run's setting of that name
 
     @property
     def has_cases(self): return self.scored is not None and self.items is not None
+
+    def _known(self):
+        "{field: value} of what is known"
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+    def __repr__(self): return f"Findings: {', '.join(self._known()) or 'nothing'}"
 
 # %% ../nbs/90_report.ipynb #867bb2c7
 def _add_results(page, known, bootstrap):
@@ -1034,6 +1040,7 @@ def write_report(
     bootstrap:Bootstrap=Bootstrap(2000), # of what is computed here
 )->Path: # the page, report.html
     "Write tables, figures and a self-contained page about a run into its folder"
+    _check_findings(findings)
     run_dir = Path(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     if findings.looks is None: findings = replace(findings, looks=_looks(run_dir, findings.split or "test"))
@@ -1043,6 +1050,13 @@ def write_report(
     figures = _add_run(page, run_dir, findings, cases, bootstrap)
     for name, draw in figures.items(): _save_fig(run_dir/name, draw())
     return page.write(run_dir/"report.html")
+
+def _check_findings(findings):
+    if isinstance(findings, Findings): return
+    raise TypeError(
+        f"write_report: findings are a {type(findings).__name__}, wanted Findings, as"
+        " write_report(run_dir, Findings(table=table))"
+    )
 
 def _save_table(path, table):
     with atomic_path(path) as tmp: table.to_csv(tmp, index=False, float_format="%.6g")
@@ -1086,19 +1100,18 @@ def _load_groups(run):
     return data, wrong
 
 # %% ../nbs/90_report.ipynb #d23a56a3
-def _read(run, given, bootstrap):
-    "What is known of a run: what was given, and the rest from its folder"
+def _read(run, findings, bootstrap):
+    "What is known of a run: these findings, and the rest from its folder"
     files = set(run.files())
-    split = given.split or run.settings.get("split", "test")
+    split = findings.split or run.settings.get("split", "test")
     found = dict(split=split, looks=_looks(run.path, split))
-    if given.data is None: found["data"] = _found_data(run)
+    if findings.data is None: found["data"] = _found_data(run)
     if "history.csv" in files: found["history"] = run.frame("history.csv")
     if "tests.csv" in files: found["tests"] = run.frame("tests.csv")
     if "predictions.parquet" in files:
         found["scored"] = read_scored(run)
         found["items"] = described_items(found["scored"])
-    said = {name: value for name, value in vars(given).items() if value is not None}
-    known = Findings(**found | said)
+    known = Findings(**found | findings._known())
     if known.table is not None or known.scored is None: return known
     return replace(known, table=_table_of(known, bootstrap))
 
@@ -1268,8 +1281,7 @@ def _as_runs(runs):
 
 def _check_report(runs, findings):
     if not runs: raise ValueError("report: no runs; pass a run folder, or several")
-    given = [name for name, value in vars(findings).items() if value is not None]
-    own = [name for name in given if name not in ("items", "split")]
+    own = [name for name in findings._known() if name not in ("items", "split")]
     if len(runs) > 1 and own:
         raise ValueError(
             f"report: {', '.join(own)} belong to one run, here are {len(runs)}: leave them out, or report"

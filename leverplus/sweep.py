@@ -539,10 +539,10 @@ def sweep_text(
         lines.append(f"The best of {n} equal rows would look about {luck:.1f} points better than it is.")
     failed = int(table.failed.sum())
     if failed: lines.append(f"{failed} cells failed; they are left out, and tried again by the next `sweep`.")
-    few = int(ok.seeds.min())
-    if few < 5:
+    fewest = int(ok.seeds.min())
+    if fewest < 5:
         lines.append(
-            f"Some rows have {few} seed{'s'*(few > 1)}: so few say little about the spread over seeds."
+            f"Some rows have {fewest} seed{'s'*(fewest > 1)}: so few say little about the spread over seeds."
         )
     lines.append("Development questions only: hold what you choose here against the test split once.")
     return "\n".join(lines)

@@ -523,6 +523,12 @@ def test_settings_of_a_page_are_keywords():
     for make in (Findings, Cases):
         with pytest.raises(TypeError, match="positional"): make(None)
     with pytest.raises(dataclasses.FrozenInstanceError): Cases().n = 3
+    assert repr(Findings(split="dev", looks=3)) == "Findings: looks, split"
+
+def test_a_table_alone_is_no_finding(tmp_path):
+    with pytest.raises(TypeError, match="a DataFrame, wanted Findings"):
+        write_report(tmp_path/"r", pd.DataFrame())
+    assert not (tmp_path/"r").exists()
 
 # ---- in a browser ---------------------------------------------------------------------------------------------------
 
