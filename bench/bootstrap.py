@@ -9,7 +9,7 @@ had before.
 import resource, statistics, sys, time
 import numpy as np
 from leverplus.core import rng
-from leverplus.statistics import boot_means
+from leverplus.statistics import Bootstrap, boot_means
 
 def scores(n, k, seed=0):
     "[n, k] accuracies in {0, .6, 1} of k selectors that answer most queries alike"
@@ -31,11 +31,12 @@ def timed(f, *args):
     out = f(*args)
     return out, time.process_time() - t
 
-def main(n=5046, k=20, n_boot=10_000, n_loop=100, repeats=3):
+def main(n=5046, k=20, n_resamples=10_000, n_loop=100, repeats=3):
     x = scores(n, k)
-    boot_means(x, n_boot=10)
+    boot_means(x, bootstrap=Bootstrap(10))
+    bootstrap = Bootstrap(n_resamples)
     had = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    runs = [timed(boot_means, x, None, n_boot, 0) for _ in range(repeats)]
+    runs = [timed(boot_means, x, None, bootstrap) for _ in range(repeats)]
     peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - had) / 1024
     ours = statistics.median(t for _, t in runs)
     draws = rng("bootstrap", 0).integers(n, size=(n_loop, n))
@@ -46,16 +47,16 @@ def main(n=5046, k=20, n_boot=10_000, n_loop=100, repeats=3):
     ):
         got, t = timed(loop, x, draws[:m])
         assert np.allclose(got, runs[0][0][:m], atol=1e-12), name
-        table.append((name, m, t, t*n_boot/m))
+        table.append((name, m, t, t*n_resamples/m))
     image = np.arange(n) // 2
-    clustered = statistics.median(timed(boot_means, x, image, n_boot, 0)[1] for _ in range(repeats))
+    clustered = statistics.median(timed(boot_means, x, image, bootstrap)[1] for _ in range(repeats))
     table += [
-        ("`boot_means`", n_boot, ours, ours),
-        ("`boot_means`, two queries an image", n_boot, clustered, clustered),
+        ("`boot_means`", n_resamples, ours, ours),
+        ("`boot_means`, two queries an image", n_resamples, clustered, clustered),
     ]
     print(
-        f"{n_boot:,} paired resamples of {n:,} queries x {k} selectors; median of {repeats}; peak memory of"
-        f" `boot_means` beyond the data: {peak:.0f} MB\n"
+        f"{n_resamples:,} paired resamples of {n:,} queries x {k} selectors; median of {repeats}; peak memory"
+        f" of `boot_means` beyond the data: {peak:.0f} MB\n"
     )
     print("| way | resamples run | CPU seconds | for all | times slower |\n|---|---|---|---|---|")
     for name, m, t, whole in table: print(f"| {name} | {m:,} | {t:.2f} | {whole:,.1f} | {whole/ours:,.1f} |")

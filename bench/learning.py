@@ -22,7 +22,7 @@ import numpy as np, pandas as pd, torch
 from leverplus.callback_onpolicy import Feedback, GreedyLoss
 from leverplus.core import atomic_path, read_json, rng, write_json
 from leverplus.dls import group_dls
-from leverplus.evaluate import look, pick_oracle, score_picks, seeds_table
+from leverplus.evaluate import count_look, pick_oracle, score_picks, seeds_table
 from leverplus.groups import RLData
 from leverplus.infer import pick_mmr, pick_model, pick_random, pick_similar
 from leverplus.learner import selector_learner
@@ -437,7 +437,7 @@ def main():
     if a.store: return store(a.out, a.store)
     if a.table is None: return run(world, a.out, a.seeds, a.suites, a.methods)
     scored = load(a.out, a.table)
-    if a.table == "test": print(f"look number {look(a.out, scored)} at the test split")
+    if a.table == "test": print(f"look number {count_look(a.out, scored)} at the test split")
     for name in a.suites:
         for S in shots_of(name):
             t = seeds_table(

@@ -1650,13 +1650,13 @@ def _sizes_text(args, scored, asked):
 # %% ../nbs/95_cli.ipynb #3926d467
 def _evaluate(args, run, job, models, asked):
     "Ask, score, write; the text of the table"
-    from leverplus.evaluate import look, result_table, table_text
+    from leverplus.evaluate import count_look, result_table, table_text
     known = _Known(args, run.path/"facts", asked.scorer)
     fixed, notes = _fixed(args, job, known)
     scored = _scored(args, asked, _eval_picks(args, models, asked, fixed), known)
     shots = _shots_above_zero(args)
     table = result_table(scored, asked.items, zero_at=shots[0] if len(shots) == 1 else None)
-    looks = look(Path(job.store)/"looks.json", scored, f"{Path(args.data).name} {args.split}")
+    looks = count_look(Path(job.store)/"looks.json", scored, f"{Path(args.data).name} {args.split}")
     run.save_frame("predictions.parquet", scored.assign(pointer=scored.pointer.map(list)))
     run.save_frame("results.csv", table)
     out = [table_text(table, looks, args.split), *notes]
@@ -1738,13 +1738,16 @@ def _eval_plan(args, job, models):
 # %% ../nbs/95_cli.ipynb #b6280c97
 def do_report(args):
     "Write a page about runs"
-    from leverplus.report import report
+    from leverplus.report import Cases, Findings, report
+    from leverplus.statistics import Bootstrap
     items = _Splits(args).every if args.split else None
     data = {Path(p).name: RLData.load(p) for p in args.groups} if args.groups else None
     if args.groups and len(args.runs) > 1:
         raise Bad("--groups goes with one run: several runs have their own")
     runs = args.runs if len(args.runs) > 1 else args.runs[0]
-    page = report(runs, items, args.out, title=args.title, n=args.cases, data=data, seed=args.seed)
+    cases = Cases(n=args.cases, seed=args.seed)
+    resampled = Bootstrap(seed=args.seed)
+    page = report(runs, items, args.out, cases, Findings(data=data), args.title, bootstrap=resampled)
     print(page)
 
 def add_report(commands):

@@ -21,10 +21,10 @@ from .recipes import RECIPES, fit_recipe, recipe, recipe_learner
 from .earlier_recipes import EARLIER
 from .infer import pick_model
 from leverplus.evaluate import (
-    best_fixed, check_facts, fixed_pairs, look, majority_vote, paired_table, pick_baselines, pick_oracle,
-    result_table, score_picks, seeds_table, table_text, unasked,
+    best_fixed, check_facts, count_look, fixed_pairs, majority_vote, paired_table, pick_baselines,
+    pick_oracle, result_table, score_picks, seeds_table, table_text, unasked,
 )
-from .report import write_report
+from .report import Cases, Findings, write_report
 from .world import World, load_world
 
 # %% ../nbs/92_demo.ipynb #fb599317
@@ -182,20 +182,21 @@ def _write(run, world, scored, learn, groups, cfg):
     "Predictions, table and page of a run; the table"
     run.save_frame("predictions.parquet", scored.assign(pointer=scored.pointer.map(list)))
     table = result_table(scored, world.items)
-    looks = look(run.path, scored)
+    looks = count_look(run.path, scored)
     table.attrs["looks"] = looks
     reward = recipe(cfg["best"], _KNOWN)["data"]["reward"]
-    write_report(
-        run.path, table, scored, world.items, learn.history.frame,
+    findings = Findings(
+        table=table,
+        scored=scored,
+        items=world.items,
+        history=learn.history.frame,
         paired=paired_table(scored, world.items),
-        selector=cfg["best"],
-        shots=max(cfg["table_shots"]),
-        title="leverplus on the embedded world",
         facts=data_facts(learn.dls),
         data=health(groups, reward),
         looks=looks,
-        n=cfg["cases"],
     )
+    cases = Cases(selector=cfg["best"], shots=max(cfg["table_shots"]), n=cfg["cases"])
+    write_report(run.path, findings, cases, title="leverplus on the embedded world")
     return table
 
 # %% ../nbs/92_demo.ipynb #4df52fc4

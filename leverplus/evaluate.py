@@ -7,7 +7,8 @@ __all__ = ['BASELINES', 'TABLE', 'pick_baselines', 'check_facts', 'fixed_pairs',
            'unasked', 'score_picks', 'failures', 'majority_vote', 'gap_closed', 'changed', 'agreement', 'behaviour',
            'score_matrix', 'result_table', 'shots_table', 'gap_table', 'paired_table', 'paired_tests', 'over_shots',
            'seed_matrix', 'compare_seeds', 'seeds_table', 'subsets', 'save_subsets', 'load_subsets', 'size_table',
-           'mode_table', 'type_table', 'look', 'expected_best', 'table_text', 'compare_runs', 'plot_results']
+           'mode_table', 'type_table', 'count_look', 'expected_best', 'table_text', 'compare_runs', 'level_text',
+           'plot_results']
 
 # %% ../nbs/82_evaluate.ipynb #291d6c92
 import math
@@ -23,8 +24,8 @@ from leverplus.infer import (
     PICKS, as_pointer, pick_fixed, pick_mmr, pick_random, pick_similar, pick_zero, picks_frame,
 )
 from leverplus.statistics import (
-    Interval, boot_means, bounds, claim, holm, mcnemar, mde, paired_bootstrap, paired_p, seed_weights,
-    seeds_bootstrap, standard_error,
+    Bootstrap, Interval, boot_means, bounds, claim, holm, mcnemar, mde, paired_bootstrap, paired_p,
+    seed_weights, seeds_bootstrap, standard_error,
 )
 
 # %% ../nbs/82_evaluate.ipynb #8e88dbb0
@@ -87,8 +88,8 @@ def _check_columns(facts):
     "Refuse facts that lack a column or come from several scorers"
     lost = {"question_id", "pointer", *_FACTS} - set(facts)
     if lost: raise ValueError(f"facts lack the columns {sorted(lost)}")
-    who = sorted(facts.scorer.dropna().unique()) if "scorer" in facts else []
-    if len(who) > 1: raise ValueError(f"facts of {len(who)} scorers {who}: keep one")
+    scorers = sorted(facts.scorer.dropna().unique()) if "scorer" in facts else []
+    if len(scorers) > 1: raise ValueError(f"facts of {len(scorers)} scorers {scorers}: keep one")
 
 # %% ../nbs/82_evaluate.ipynb #726491de
 def fixed_pairs(
@@ -256,9 +257,7 @@ def gap_closed(
     random, # [n] scores of random demonstrations, mean over draws, same queries
     oracle, # [n] scores of the oracle, same queries; queries with a NaN in any of the three are left out
     cluster=None, # [n] cluster of each query
-    n_boot:int=10_000, # resamples; 0 gives the value alone, with NaN bounds
-    seed:int=0, # of the resamples
-    level:float=.95, # coverage, 0..1
+    bootstrap:Bootstrap=Bootstrap(), # resamples, and coverage; `Bootstrap(0)` gives the value alone, with NaN bounds
 )->Interval: # 0 = random, 1 = oracle; may be negative; all NaN if oracle <= random
     "Share of the gap between random and oracle that a selector closes"
     x = np.stack([np.asarray(v, dtype=float) for v in (policy, random, oracle)], 1)
@@ -268,12 +267,12 @@ def gap_closed(
     x = x[all_three]
     value = float(_share(*x.mean(0)))
     unknown = Interval(value, math.nan, math.nan)
-    if not n_boot or math.isnan(value): return unknown
+    if not bootstrap.n or math.isnan(value): return unknown
     clusters = None if cluster is None else np.asarray(cluster)[all_three]
-    policies, randoms, oracles = boot_means(x, clusters, n_boot, seed).T
-    gap_is_sure = bounds(oracles - randoms, level)[0] > 0
+    policies, randoms, oracles = boot_means(x, clusters, bootstrap).T
+    gap_is_sure = bounds(oracles - randoms, bootstrap.level)[0] > 0
     if not gap_is_sure: return unknown
-    return Interval(value, *bounds(_share(policies, randoms, oracles), level))
+    return Interval(value, *bounds(_share(policies, randoms, oracles), bootstrap.level))
 
 def _share(policy, random, oracle):
     "Share of the way from random to oracle; NaN where the oracle is no better"
@@ -377,10 +376,9 @@ def result_table(
     oracle:str|None="oracle", # gap 1; None leaves gap_closed NaN
     changed_from:str|None="similar_mixed", # reference of `changed`; None leaves it NaN
     zero_at:int|None=None, # shots whose random, oracle and reference rows zero_shot is measured against; None: NaN
-    n_boot:int=10_000, # resamples
-    seed:int=0, # of the resamples
+    bootstrap:Bootstrap=Bootstrap(), # resamples, and the coverage of intervals
     metric:str="vqa_acc_score", # or "vqa_gt_prob"
-)->pd.DataFrame: # exactly `TABLE`, in 0..1; `.attrs`: `failed` counts evaluations left out, `oracle` is `oracle_note`
+)->pd.DataFrame: # exactly `TABLE`, in 0..1; `.attrs`: `failed` evaluations left out, `oracle_note`, `level`
     "One row per selector and shot count; ValueError if a named reference is nowhere in `scored`"
     names = list(dict.fromkeys(scored.selector))
     lost = [name for name in (reference, oracle, changed_from) if name and name not in names]
@@ -388,10 +386,10 @@ def result_table(
     matrices = {S: score_matrix(scored, S, metric) for S in sorted(scored.shots.unique())}
     rows = []
     for S, m in matrices.items():
-        means = boot_means(m.to_numpy(), _pictures(items, m.index), n_boot, seed)
+        means = boot_means(m.to_numpy(), _pictures(items, m.index), bootstrap)
         against = zero_at if S == 0 else S
         for selector in _order(list(m)):
-            lo, hi = bounds(means[:, m.columns.get_loc(selector)], .95)
+            lo, hi = bounds(means[:, m.columns.get_loc(selector)], bootstrap.level)
             other = math.nan
             if changed_from and against is not None:
                 other = changed(scored, selector, S, changed_from, against)
@@ -406,7 +404,8 @@ def result_table(
                 changed=other,
             ))
     out = pd.DataFrame(rows, columns=TABLE)
-    out.attrs |= dict(failed=int(scored.eval_failed.sum()), oracle=oracle_note(scored))
+    failed = int(scored.eval_failed.sum())
+    out.attrs |= dict(failed=failed, oracle=oracle_note(scored), level=bootstrap.level)
     return out
 
 def _order(names):
@@ -420,7 +419,7 @@ def _gap(x, m, reference, oracle):
     if m is None or not {reference, oracle} <= set(m): return math.nan
     three = pd.concat([x, m[reference], m[oracle]], axis=1).dropna()
     if not len(three): return math.nan
-    return gap_closed(*three.to_numpy().T, n_boot=0).value
+    return gap_closed(*three.to_numpy().T, bootstrap=Bootstrap(0)).value
 
 # %% ../nbs/82_evaluate.ipynb #1c53b7a6
 def shots_table(
@@ -439,7 +438,7 @@ def shots_table(
 def gap_table(
     scored:pd.DataFrame, # from `score_picks`
     items:pd.DataFrame|None=None, # items by question_id, for clustering
-    n_boot:int=10_000, seed:int=0, # resamples, and their seed
+    bootstrap:Bootstrap=Bootstrap(), # resamples, and the coverage of intervals
 )->pd.DataFrame: # selector, shots, gap, lo, hi
     "Share of the gap that every selector closes, with intervals"
     rows = []
@@ -449,17 +448,18 @@ def gap_table(
         pictures = _pictures(items, m.index)
         for selector in _order(list(m)):
             if selector in ("random", "oracle"): continue
-            gap = gap_closed(m[selector], m["random"], m["oracle"], pictures, n_boot, seed)
+            gap = gap_closed(m[selector], m["random"], m["oracle"], pictures, bootstrap)
             rows.append((selector, S, *gap))
-    return pd.DataFrame(rows, columns=["selector", "shots", "gap", "lo", "hi"])
+    out = pd.DataFrame(rows, columns=["selector", "shots", "gap", "lo", "hi"])
+    out.attrs["level"] = bootstrap.level
+    return out
 
 # %% ../nbs/82_evaluate.ipynb #a8ca6eee
 def paired_table(
     scored:pd.DataFrame, # from `score_picks`
     items:pd.DataFrame|None=None, # items by question_id, for clustering
     against=("random", "similar_mixed"), # every other selector is compared with each of these at the same shots
-    n_boot:int=10_000, # resamples
-    seed:int=0, # of the resamples
+    bootstrap:Bootstrap=Bootstrap(), # resamples, and the coverage of intervals
 )->pd.DataFrame: # `selector, against, shots, n, delta, lo, hi, mde, verdict`
     "Every selector against the baselines, paired by query"
     rows = []
@@ -468,9 +468,9 @@ def paired_table(
         pairs = [(a, b) for b in against if b in m for a in _order(list(m)) if a != b]
         for a, b in pairs:
             pair = _pair(m, a, b, items)
-            est = paired_bootstrap(*pair, n_boot, seed)
-            least = mde(*pair)
-            rows.append((a, b, S, len(pair[0]), *est, least, claim(est, least)))
+            est = paired_bootstrap(*pair, bootstrap)
+            found = mde(*pair, level=bootstrap.level)
+            rows.append((a, b, S, len(pair[0]), *est, found, claim(est, found)))
     columns = ["selector", "against", "shots", "n", "delta", "lo", "hi", "mde", "verdict"]
     return pd.DataFrame(rows, columns=columns)
 
@@ -480,14 +480,14 @@ def _pair(matrix, a, b, items):
     return both[a], both[b], _pictures(items, both.index)
 
 # %% ../nbs/82_evaluate.ipynb #3218ae78
-def _compared(scored, matrix, a, b, S, items, n_boot, seed):
+def _compared(scored, matrix, a, b, S, items, bootstrap):
     "Everything about one pair but what depends on the others"
     pair = _pair(matrix, a, b, items)
-    est = paired_bootstrap(*pair, n_boot, seed)
+    est = paired_bootstrap(*pair, bootstrap)
     signs = mcnemar(*pair[:2])
     return dict(
         selector=a, against=b, shots=S, n=len(pair[0]),
-        delta=est.value, lo=est.lo, hi=est.hi, mde=mde(*pair),
+        delta=est.value, lo=est.lo, hi=est.hi, mde=mde(*pair, level=bootstrap.level),
         better=signs.better, worse=signs.worse, p_changed=signs.p,
         changed=changed(scored, a, S, b), agree=agreement(scored, a, b, S),
         p=paired_p(*pair),
@@ -499,7 +499,7 @@ def paired_tests(
     items:pd.DataFrame|None=None, # items by question_id, for clustering
     pairs=None, # family [(selector, against), ...]; None: every selector but the baselines against `against`
     against=("random", "similar_mixed"), # if there are no `pairs`
-    n_boot:int=10_000, seed:int=0, # resamples, and their seed
+    bootstrap:Bootstrap=Bootstrap(), # resamples, and the coverage of intervals
 )->pd.DataFrame: # as `paired_table`, with better, worse, p_changed, changed, agree, p, p_holm before the verdict
     "Compare a family of pairs: difference, detectable effect, what changed, and a verdict after Holm"
     pairs = _family(scored, pairs, against)
@@ -508,23 +508,23 @@ def paired_tests(
         m = score_matrix(scored, S)
         for a, b in pairs:
             if not {a, b} <= set(m): continue
-            rows.append(_compared(scored, m, a, b, S, items, n_boot, seed))
+            rows.append(_compared(scored, m, a, b, S, items, bootstrap))
     if not rows: raise ValueError(f"no pair of {pairs} has a shot count in common")
     t = pd.DataFrame(rows)
     t["p_holm"] = holm(t.p)
     alone = [claim(Interval(r.delta, r.lo, r.hi), r.mde) for r in t.itertuples()]
-    survives = t.p_holm <= .05
+    survives = t.p_holm <= 1 - bootstrap.level
     return t.assign(verdict=np.where(survives, alone, "no difference shown"))
 
 def _family(scored, pairs, against):
     "The pairs to be compared; ValueError names selectors without rows"
-    given = list(dict.fromkeys(scored.selector))
+    there = list(dict.fromkeys(scored.selector))
     if pairs is None:
-        own = [s for s in given if s not in BASELINES]
+        own = [s for s in there if s not in BASELINES]
         pairs = [(a, b) for a in own for b in against if a != b]
     pairs = list(pairs)
-    lost = {s for pair in pairs for s in pair} - set(given)
-    if lost: raise ValueError(f"no rows of {sorted(lost)}; scored holds {sorted(given)}")
+    lost = {s for pair in pairs for s in pair} - set(there)
+    if lost: raise ValueError(f"no rows of {sorted(lost)}; scored holds {sorted(there)}")
     return pairs
 
 # %% ../nbs/82_evaluate.ipynb #69c4defd
@@ -561,8 +561,7 @@ def compare_seeds(
     shots:int, # shot count of both
     paired:bool=False, # seeds belong together (b continues a's checkpoint of the same seed); needs equal draws
     items:pd.DataFrame|None=None, # items by question_id, for clustering
-    n_boot:int=10_000, # resamples
-    seed:int=0, # of the resamples
+    bootstrap:Bootstrap=Bootstrap(), # resamples, and the coverage of intervals
 )->Interval: # delta = mean(a) - mean(b), lo, hi; queries that failed under any seed are left out
     "Paired difference with an interval over queries and seeds (two-way bootstrap)"
     A = seed_matrix(scored, a, shots)
@@ -573,20 +572,20 @@ def compare_seeds(
     if not len(both): raise ValueError(f"{a} and {b} have no query in common that all seeds answered")
     x = both.to_numpy()
     k = A.shape[1]
-    return seeds_bootstrap(x[:, :k], x[:, k:], _pictures(items, both.index), paired, n_boot, seed)
+    return seeds_bootstrap(x[:, :k], x[:, k:], _pictures(items, both.index), paired, bootstrap)
 
 # %% ../nbs/82_evaluate.ipynb #e5a4f10a
-def _gap_over_seeds(x, low, high, items, n_boot, seed):
+def _gap_over_seeds(x, low, high, items, bootstrap):
     "Draws, accuracy, gap closed with its interval over queries and seeds, and its spread over seeds"
     all_three = pd.concat([x, low, high], axis=1, join="inner").dropna()
     k = x.shape[1]
     scores = all_three.to_numpy() # [n, k+2]
-    means = boot_means(scores, _pictures(items, all_three.index), n_boot, seed)
-    weights = seed_weights(rng("seeds", seed), n_boot, k)
+    means = boot_means(scores, _pictures(items, all_three.index), bootstrap)
+    weights = seed_weights(rng("seeds", bootstrap.seed), bootstrap.n, k)
     def share(policy, random, oracle): return (policy - random) / (oracle - random)
     of_seed = share(scores[:, :k].mean(0), scores[:, k].mean(), scores[:, k + 1].mean())
     resampled = share((weights * means[:, :k]).sum(1), means[:, k], means[:, k + 1])
-    lo, hi = bounds(resampled, .95)
+    lo, hi = bounds(resampled, bootstrap.level)
     return dict(
         draws=k, acc=scores[:, :k].mean(), gap=of_seed.mean(), lo=lo, hi=hi,
         sd=of_seed.std(ddof=1) if k > 1 else math.nan,
@@ -599,9 +598,9 @@ def seeds_table(
     items:pd.DataFrame|None=None, # items by question_id, for clustering
     against=(), # selectors over which a lead is wanted
     reference:str="random", oracle:str="oracle", # gap 0 and gap 1
-    n_boot:int=10_000, seed:int=0, # resamples, and their seed
+    bootstrap:Bootstrap=Bootstrap(), # resamples, and the coverage of intervals
 )->pd.DataFrame: # by selector, worst first: draws, acc, gap, lo, hi, sd of the gap (NaN for one draw), leads
-    "Trained selectors over seeds: gap closed and leads, with 95 % intervals"
+    "Trained selectors over seeds: gap closed and leads, with intervals"
     names = dict.fromkeys(scored.selector[scored.shots == shots])
     matrices = {name: seed_matrix(scored, name, shots) for name in names}
     lost = {reference, oracle, *against} - matrices.keys()
@@ -613,12 +612,12 @@ def seeds_table(
         raise ValueError(f"{oracle} is no better than {reference} ({wide:+.3f}): there is no gap to close")
     rows = {}
     for name, x in matrices.items():
-        rows[name] = _gap_over_seeds(x, low, high, items, n_boot, seed)
+        rows[name] = _gap_over_seeds(x, low, high, items, bootstrap)
         for other in against:
             lead = Interval(0., math.nan, math.nan)
             if other != name:
                 paired = x.shape[1] > 1 and list(x) == list(matrices[other])
-                lead = compare_seeds(scored, name, other, shots, paired, items, n_boot, seed)
+                lead = compare_seeds(scored, name, other, shots, paired, items, bootstrap)
             rows[name][f"over {other}"] = lead.value/wide
             rows[name][f"{other} lo"] = lead.lo/wide
             rows[name][f"{other} hi"] = lead.hi/wide
@@ -684,8 +683,8 @@ def _shown_by(m, items):
     known = random.notna()
     pictures = _pictures(items, m.index)
     se = standard_error(random[known].to_numpy(), None if pictures is None else pictures[known])
-    least = [mde(m[s], random, pictures) for s in m if s != "random"]
-    return dict(half_width=1.96*se, mde=float(np.median(least)))
+    found = [mde(m[s], random, pictures) for s in m if s != "random"]
+    return dict(half_width=1.96*se, mde=float(np.median(found)))
 
 # %% ../nbs/82_evaluate.ipynb #9c761c89
 _EVALUATORS = ("official", "lmms", "openflamingo")
@@ -722,7 +721,7 @@ def type_table(
     return out
 
 # %% ../nbs/82_evaluate.ipynb #a14afbc0
-def look(
+def count_look(
     path, # a .json file, or a run folder (its `looks.json`)
     scored:pd.DataFrame, # what was looked at
     split:str="test", # which split
@@ -746,9 +745,9 @@ def look(
 def _result_fingerprint(scored, split):
     "Who picked what, and what came of it"
     s = scored.sort_values(PICKS[:4])
-    who = [s[c].tolist() for c in PICKS[:4]]
+    keys = [s[c].tolist() for c in PICKS[:4]]
     return fingerprint(
-        "look", split, *who, [list(p) for p in s.pointer], s.vqa_acc_score.fillna(-1.).tolist()
+        "look", split, *keys, [list(p) for p in s.pointer], s.vqa_acc_score.fillna(-1.).tolist()
     )
 
 # %% ../nbs/82_evaluate.ipynb #b1d8a250
@@ -764,7 +763,7 @@ def expected_best(
 # %% ../nbs/82_evaluate.ipynb #4c4b042e
 def table_text(
     table:pd.DataFrame, # from `result_table`
-    looks:int|None=None, # from `look`; None: nobody counted
+    looks:int|None=None, # from `count_look`; None: nobody counted
     split:str="test", # which split
 )->str: # the table and what must be read with it
     "A table with its small print"
@@ -834,7 +833,7 @@ def compare_runs(
     selector_a:str|None=None, selector_b:str|None=None, # which, where a run holds several
     other=(), # what may differ: names out of the error message, e.g. ("pool", "queries")
     items:pd.DataFrame|None=None, # items by question_id, for clustering; default the runs' own `image_id`
-    n_boot:int=10_000, seed:int=0, # resamples, and their seed
+    bootstrap:Bootstrap=Bootstrap(), # resamples, and the coverage of intervals
 )->pd.DataFrame: # as `paired_tests`, a row per shot count that both have
     "Compare two runs on the same questions; ValueError names what differs between them"
     a, of_a = _run_scores(run_a, selector_a)
@@ -854,9 +853,15 @@ def compare_runs(
     both = pd.concat(_common_shots(of_a, of_b), ignore_index=True)
     if items is None and "image_id" in of_a and "image_id" in of_b:
         items = both.drop_duplicates("question_id").set_index("question_id")[["image_id"]]
-    return paired_tests(both, items, [(name_a, name_b)], n_boot=n_boot, seed=seed)
+    return paired_tests(both, items, [(name_a, name_b)], bootstrap=bootstrap)
 
 # %% ../nbs/82_evaluate.ipynb #4b3bccac
+def level_text(
+    table:pd.DataFrame, # from `result_table`, `gap_table`; one read from a file has forgotten, and stands for 95 %
+)->str: # e.g. "95 %"
+    "Coverage of a table's intervals"
+    return f"{100*table.attrs.get('level', .95):g} %"
+
 def plot_results(
     table:pd.DataFrame, # from `result_table`
     ax=None, # matplotlib axes; None makes new ones
@@ -878,7 +883,7 @@ def plot_results(
     if len(shots) == 1 and len(line): ax.axvline(line.iloc[0], ls=":", lw=1, color="grey", zorder=0)
     ax.set_yticks(range(len(names)), names)
     ax.invert_yaxis()
-    ax.set_xlabel("VQA accuracy (95 % interval)")
+    ax.set_xlabel(f"VQA accuracy ({level_text(table)} interval)")
     ax.grid(axis="x", alpha=.3)
     ax.spines[["top", "right"]].set_visible(False)
     if len(shots) > 1: ax.legend(frameon=False)

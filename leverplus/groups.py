@@ -11,13 +11,13 @@ __all__ = ['SCHEMA', 'METHODS', 'PROPOSAL_COLUMNS', 'LATER', 'TEXT_FACTS', 'PROB
 # %% ../nbs/30_groups.ipynb #d8fbe2b0
 import re, shutil
 from collections import Counter
-from html import escape
 from itertools import chain
 from pathlib import Path
 import numpy as np, pandas as pd, pyarrow as pa, pyarrow.parquet as pq
 from fastcore.basics import patch
 from .core import fingerprint, atomic_path, write_json, read_json
 from .runs import present_command
+from .markup import Blocks, Paragraph, frame_table
 from .pools import Pool
 
 # %% ../nbs/30_groups.ipynb #8c3a3c61
@@ -242,7 +242,12 @@ def summary(self:RLData):
 def __repr__(self:RLData): return "RLData\n" + self.summary().to_string()
 
 @patch
-def _repr_html_(self:RLData): return self.summary().to_frame().to_html(border=0)
+def _repr_html_(self:RLData): return self._table().html()
+
+@patch
+def _table(self:RLData):
+    "The summary as a table of a page"
+    return frame_table(self.summary().rename_axis("").to_frame(), "summary of the data")
 
 def _sizes(sizes):
     "\"4\" or \"2 to 4\""
@@ -290,8 +295,7 @@ class Group:
 
     def __repr__(self): return f"{self.title}\n{self.frame().to_string(float_format='%.2f', na_rep='-')}"
     def _repr_html_(self):
-        table = self.frame().to_html(float_format="%.2f".__mod__, na_rep="-", border=0)
-        return f"<p>{escape(self.title)}</p>{table}"
+        return Blocks([Paragraph(self.title), frame_table(self.frame(), "sequences")]).html()
 
 @patch
 def group(self:RLData,

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from .core import fingerprint, rng, write_json
 from .runs import Run, plain
 from .synth import quiet
+from .markup import Blocks, Heading, Paragraph, frame_table
 from .groups import RLData
 from .rldata_propose import COUNTS, SimilarityPrior
 from .rldata_ask import FactCache, ask, facts_fingerprint, item_hashes
@@ -649,10 +650,9 @@ class ClosedLoop:
         frames = [f.round(3).to_string(index=False) for f in (self.frame, self.table)]
         return "\n".join([*self.lines, "", frames[0], "", frames[1]])
     def _repr_html_(self):
-        from html import escape
-        lines = [f"<b>{escape(self.lines[0])}</b>", *map(escape, self.lines[1:])]
-        frames = [f.round(3).to_html(index=False, border=0) for f in (self.frame, self.table)]
-        return "".join(f"<p>{l}</p>" for l in lines) + "".join(frames)
+        first, *rest = self.lines
+        tables = [frame_table(self.frame, "conditions"), frame_table(self.table, "picks against the oracle")]
+        return Blocks([Heading(first, 4), *map(Paragraph, rest), *tables]).html()
 
 @delegates(Loop)
 def closed_loop(
@@ -782,9 +782,7 @@ class Rounds:
         return plot_rounds(self.frame, ax)
     def __repr__(self): return "\n".join([*self.said, "", self.frame.round(3).to_string(index=False)])
     def _repr_html_(self):
-        from html import escape
-        lines = "".join(f"<p>{escape(l)}</p>" for l in self.said)
-        return lines + self.frame.round(3).to_html(index=False, border=0)
+        return Blocks([*map(Paragraph, self.said), frame_table(self.frame, "rounds")]).html()
 
 @delegates(Loop)
 def rounds(

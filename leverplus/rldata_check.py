@@ -10,7 +10,6 @@ __all__ = ['EPS', 'MIN_STD', 'METRICS', 'REMEDIES', 'RowFacts', 'row_facts', 'pr
 
 # %% ../nbs/36_rldata_check.ipynb #622ed67b
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from statistics import NormalDist
 from typing import NamedTuple
@@ -18,6 +17,7 @@ import numpy as np, pandas as pd
 from fastcore.basics import patch
 from fastcore.meta import delegates
 from .core import atomic_path
+from .markup import Block, Cell, Filled, Table
 from .groups import METHODS, RLData, pointer_matrix
 from .rewards import group_stats, reward as reward_of, reward_facts, spearman
 
@@ -711,11 +711,9 @@ def _md(df):
     head = [_md_line(df.columns), _md_line(["---"] * df.shape[1])]
     return "\n".join(head + [_md_line(row) for row in _cells(df)])
 
-def _html_row(cells, tag):
-    return "<tr>" + "".join(f"<{tag} align=left>{escape(str(c))}</{tag}>" for c in cells) + "</tr>"
-def _html(df):
-    head = _html_row(df.columns, "th")
-    return "<table>" + head + "".join(_html_row(row, "td") for row in _cells(df)) + "</table>"
+def _text_table(df, title):
+    rows = [[Cell(str(v)) for v in row] for row in _cells(df)]
+    return Table(title, [str(name) for name in df.columns], rows)
 
 @patch
 def _parts(self:Health):
@@ -731,12 +729,13 @@ def _repr_markdown_(self:Health):
     return "\n".join([f"Health, reward `{self.reward}`", "", *lines, *tables])
 
 @patch
-def _repr_html_(self:Health):
-    lines = [f"<li><b>{escape(file)}: {escape(advice)}.</b> {escape(taught)}.</li>"
-             for file, advice, taught in self._lines()]
-    tables = [f"<p><b>{title}</b></p>{_html(df)}" for title, df in self._parts()]
-    head = f"<p>Health, reward <code>{escape(self.reward)}</code></p>"
-    return head + f"<ul>{''.join(lines)}</ul>" + "".join(tables)
+def block(self:Health)->Block: # verdicts and all tables
+    "The data's health as a piece of a page"
+    tables = [(title, _text_table(df, title)) for title, df in self._parts()]
+    return Filled("health.html", reward=self.reward, lines=self._lines(), tables=tables)
+
+@patch
+def _repr_html_(self:Health): return self.block().html()
 
 # %% ../nbs/36_rldata_check.ipynb #83430003
 def _plot_positives(queries, ax):

@@ -11,10 +11,10 @@ __all__ = ['TIERS', 'PHASES', 'sources', 'derive', 'step_text', 'keep_rows', 'dr
 # %% ../nbs/38_rldata_merge.ipynb #e3e94e6d
 import inspect
 from copy import copy
-from html import escape
 import numpy as np, pandas as pd
 from fastcore.basics import patch
 from .core import stable_hash
+from .markup import Blocks, Paragraph
 from .groups import PROB_FACTS, RECORD, TEXT_FACTS, RLData, pointer_matrix, whole_draws
 from .pools import Pool, image_groups
 from .rewards import reward as reward_of, reward_facts
@@ -85,8 +85,7 @@ def __repr__(self:RLData): return "\n".join(["RLData", self.summary().to_string(
 
 @patch
 def _repr_html_(self:RLData):
-    lines = "".join(f"<p>{escape(line)}</p>" for line in self.log)
-    return self.summary().to_frame().to_html(border=0) + lines
+    return Blocks([self._table(), *map(Paragraph, self.log)]).html()
 
 # %% ../nbs/38_rldata_merge.ipynb #d6550549
 def step_text(

@@ -28,8 +28,8 @@ from .callback_track import valid_loss
 from .selector import PointerSelector
 from .learner import SelectorLearner, selector_learner
 from .infer import PICKS, as_pointer, check_picks, pick_model
-from .statistics import Interval, claim, detectable, holm
-from .evaluate import compare_seeds, expected_best, score_picks
+from .statistics import Bootstrap, Interval, claim, detectable, holm
+from .evaluate import compare_seeds, expected_best, level_text, score_picks
 from .loops import code_fingerprint
 
 # %% ../nbs/85_sweep.ipynb #5ddd3f55
@@ -430,40 +430,45 @@ def _group_scores(cells, scored, label):
 # %% ../nbs/85_sweep.ipynb #de062d07
 _UNKNOWN = Interval(np.nan, np.nan, np.nan)
 
-def _difference(a, b, boot):
+def _difference(a, b, items, bootstrap):
     "Difference of two groups of cells over the seeds and questions that both have"
     common = set(a.draw) & set(b.draw)
     both = pd.concat([f[f.draw.isin(common)] for f in (a, b)])
-    return compare_seeds(both, a.selector.iloc[0], b.selector.iloc[0], 0, paired=True, **boot)
+    return compare_seeds(both, a.selector.iloc[0], b.selector.iloc[0], 0, True, items, bootstrap)
 
-def _p(est):
-    "Two-sided p of a difference with a 95 % interval (normal); 1 if nothing differs"
-    se = (est.hi - est.lo) / (2*NormalDist().inv_cdf(.975))
+def _p(est, level):
+    "Two-sided p of a difference with an interval (normal); 1 if nothing differs"
+    se = (est.hi - est.lo) / _width(level)
     return 2*NormalDist().cdf(-abs(est.value)/se) if se > 0 else float(est.value == 0)
 
-def _table_row(cells, own, first, default, boot):
+def _width(level):
+    "Width of an interval of this coverage, in standard errors"
+    return 2*NormalDist().inv_cdf((1 + level)/2)
+
+def _table_row(cells, own, first, default, items, bootstrap):
     "Numbers of one row of the table, but for what depends on the others"
     by_seed = own.groupby("draw").vqa_acc_score.mean()
     common = 0 if default else len(set(own.draw) & set(first.draw))
     mean = _UNKNOWN
-    if len(own): mean = _difference(own, own.assign(selector="nothing", vqa_acc_score=0.), boot)
-    delta = _difference(own, first, boot) if common else _UNKNOWN
+    nothing = own.assign(selector="nothing", vqa_acc_score=0.)
+    if len(own): mean = _difference(own, nothing, items, bootstrap)
+    delta = _difference(own, first, items, bootstrap) if common else _UNKNOWN
     return dict(
         default=default, common=common,
         configs=cells.config.nunique(), seeds=len(by_seed),
         failed=int((cells.status == "failed").sum()), n=own.question_id.nunique(),
         acc=mean.value, lo=mean.lo, hi=mean.hi,
         sd_seeds=by_seed.std() if len(by_seed) > 1 else np.nan,
-        delta=delta.value, delta_lo=delta.lo, delta_hi=delta.hi, mde=detectable(delta),
+        delta=delta.value, delta_lo=delta.lo, delta_hi=delta.hi, mde=detectable(delta, level=bootstrap.level),
     )
 
-def _row_verdict(r, p):
+def _row_verdict(r, p, level):
     "What may be said of a row, with the p-value that is left after Holm"
     if not r["seeds"]: return "failed" if r["failed"] else "not run"
     if r["default"]: return "default"
     if not r["common"]: return "no seed in common with the default"
     if r["common"] < 2: return "no verdict: one seed"
-    if p > .05: return "no difference shown"
+    if p > 1 - level: return "no difference shown"
     return claim(Interval(r["delta"], r["delta_lo"], r["delta_hi"]), r["mde"])
 
 # %% ../nbs/85_sweep.ipynb #4dd842cb
@@ -473,7 +478,7 @@ def sweep_table(
     default:dict|None=None, # {setting: value as the frame shows it}; None: the first row's
     scored:pd.DataFrame|None=None, # of `sweep_scores`; None: read from the folder that the frame came from
     items:pd.DataFrame|None=None, # by question_id, for clustering by picture
-    n_boot:int=10_000, seed:int=0, # resamples, and their seed
+    bootstrap:Bootstrap=Bootstrap(), # resamples, and the coverage of intervals
 )->pd.DataFrame: # settings, configs, seeds, failed, n, acc, lo, hi, sd_seeds, delta with lo, hi, mde, p_holm, verdict
     "Mean and spread over seeds, and the difference to the default with an interval over questions and seeds"
     by = [by] if isinstance(by, str) else list(by or frame.attrs.get("by") or [])
@@ -487,13 +492,14 @@ def sweep_table(
         wanted = dict(zip(by, first))
         raise ValueError(f"sweep_table: no cells of the default {wanted}; there are {list(parts)}")
     scores = {k: _group_scores(cells, scored, str(i)) for i, (k, cells) in enumerate(parts.items())}
-    boot = dict(items=items, n_boot=n_boot, seed=seed)
     rows = []
     for k, cells in parts.items():
-        rows.append(dict(zip(by, k)) | _table_row(cells, scores[k], scores[first], k == first, boot))
+        numbers = _table_row(cells, scores[k], scores[first], k == first, items, bootstrap)
+        rows.append(dict(zip(by, k)) | numbers)
     out = pd.DataFrame(rows)
-    out["p_holm"] = _p_holm(out)
-    out["verdict"] = [_row_verdict(r, r["p_holm"]) for r in out.to_dict("records")]
+    out.attrs["level"] = bootstrap.level
+    out["p_holm"] = _p_holm(out, bootstrap.level)
+    out["verdict"] = [_row_verdict(r, r["p_holm"], bootstrap.level) for r in out.to_dict("records")]
     return out.drop(columns=["default", "common"])
 
 def _stored_scores(frame):
@@ -503,13 +509,13 @@ def _stored_scores(frame):
     if not (frame.status == "done").any(): return pd.DataFrame(columns=[*PICKS, *_SCORED])
     return sweep_scores(frame.attrs["sweep"], frame.cell)
 
-def _p_holm(rows):
+def _p_holm(rows, level):
     "p-values of the rows that have a difference, after Holm; NaN for the others"
     p = np.full(len(rows), np.nan)
     told = rows.delta.notna().to_numpy()
     if told.any():
         deltas = rows.loc[told, ["delta", "delta_lo", "delta_hi"]].to_numpy()
-        p[told] = holm([_p(Interval(*delta)) for delta in deltas])
+        p[told] = holm([_p(Interval(*delta), level) for delta in deltas])
     return p
 
 # %% ../nbs/85_sweep.ipynb #e68989eb
@@ -526,17 +532,18 @@ def sweep_text(
         " gives; the others: no difference shown, which is not the same as no difference."
     )
     # a difference has the error of two rows
-    se = ((ok.delta_hi - ok.delta_lo)/3.92/math.sqrt(2)).median()
+    width = _width(table.attrs.get("level", .95))
+    se = ((ok.delta_hi - ok.delta_lo)/width/math.sqrt(2)).median()
     if len(ok) > 1 and se > 0:
         n = len(ok)
         luck = 100*expected_best(n)*se
         lines.append(f"The best of {n} equal rows would look about {luck:.1f} points better than it is.")
     failed = int(table.failed.sum())
     if failed: lines.append(f"{failed} cells failed; they are left out, and tried again by the next `sweep`.")
-    few = int(ok.seeds.min())
-    if few < 5:
+    fewest = int(ok.seeds.min())
+    if fewest < 5:
         lines.append(
-            f"Some rows have {few} seed{'s'*(few > 1)}: so few say little about the spread over seeds."
+            f"Some rows have {fewest} seed{'s'*(fewest > 1)}: so few say little about the spread over seeds."
         )
     lines.append("Development questions only: hold what you choose here against the test split once.")
     return "\n".join(lines)
@@ -566,5 +573,5 @@ def plot_sweep(
     if len(default): ax.axvline(default.iloc[0], ls=":", color="0.4", lw=1)
     ax.set_yticks(range(len(t)), names, fontsize=8)
     ax.set_ylim(len(t) - .5, -.5)
-    ax.set(xlabel="accuracy, development questions (95 %)", ylabel=", ".join(by))
+    ax.set(xlabel=f"accuracy, development questions ({level_text(t)})", ylabel=", ".join(by))
     return ax

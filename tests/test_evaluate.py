@@ -8,7 +8,7 @@ from leverplus.core import rng
 from leverplus.embed import EmbedStore
 from leverplus.evaluate import (
     TABLE, agreement, behaviour, best_fixed, changed, check_facts, compare_runs, compare_seeds,
-    seeds_table, expected_best, failures, fixed_pairs, gap_closed, gap_table, load_subsets, look,
+    count_look, seeds_table, expected_best, failures, fixed_pairs, gap_closed, gap_table, load_subsets,
     majority_vote, mode_table, oracle_note, over_shots, paired_table, paired_tests, pick_baselines,
     pick_oracle, plot_results, result_table, save_subsets, score_picks, seed_matrix, shots_table,
     size_table, subsets, table_text, type_table, unasked,
@@ -16,8 +16,8 @@ from leverplus.evaluate import (
 from leverplus.core import gini
 from leverplus.infer import pick_model, pick_random, pick_similar, pick_zero, picks_frame
 from leverplus.statistics import (
-    Interval, boot_means, bootstrap_mean, detectable, differs, holm, mcnemar, mde, paired_bootstrap,
-    paired_p, plan_mde, plan_power, verdict,
+    Bootstrap, Interval, boot_means, bootstrap_mean, detectable, differs, holm, mcnemar, mde,
+    paired_bootstrap, paired_p, plan_mde, plan_power, verdict,
 )
 from leverplus.pools import Pool
 from leverplus.runs import Run
@@ -157,7 +157,7 @@ def test_failures_are_excluded_and_counted():
     assert n.failed.sum() == 1
     assert n.of["random"] == 60
     assert s.vqa_acc_score.isna().sum() == 1
-    t = result_table(s, n_boot=200)
+    t = result_table(s, bootstrap=Bootstrap(200))
     row = t.set_index("selector").loc["zero_shot"]
     good = f[(f.pointer.map(len) == 0) & ~f.eval_failed]
     assert row.n == 11 and row.acc == pytest.approx(good.vqa_acc_score.mean()) and t.attrs["failed"] == 1
@@ -193,29 +193,54 @@ def test_bootstrap_is_a_plain_loop(seed, n, clustered, holes):
     x = g.random((n, 3))
     cluster = g.integers(8, size=n) if clustered else np.arange(n)
     if holes: x[:2, 1] = np.nan
-    got = boot_means(x, cluster if clustered else None, n_boot=20, seed=seed)
+    got = boot_means(x, cluster if clustered else None, bootstrap=Bootstrap(20, seed=seed))
     for k in range(3): assert np.allclose(got[:, k], loop_means(x[:, k], cluster, 20, seed))
 
 def test_blocks_cover_all_resamples():
     x = rng("blocks").random(7000) # 2e6/7000 = 285 resamples a block
-    m = boot_means(x, n_boot=1000)[:, 0]
+    m = boot_means(x, bootstrap=Bootstrap(1000))[:, 0]
     assert len(m) == 1000 and len(set(m)) == 1000 and m.std() == pytest.approx(x.std()/7000**.5, rel=.15)
 
 def test_interval_has_the_textbook_width_and_is_reproducible():
     x = rng("width").choice([0, 0.6, 1], 5046, p=[0.45, 0.10, 0.45])
-    est = bootstrap_mean(x, n_boot=3000)
-    assert est == bootstrap_mean(x, n_boot=3000)
+    est = bootstrap_mean(x, bootstrap=Bootstrap(3000))
+    assert est == bootstrap_mean(x, bootstrap=Bootstrap(3000))
     # +-1.3 points
     assert (est.hi - est.lo) / 2 == pytest.approx(1.96 * x.std() / 5046**0.5, rel=0.06)
-    delta, lo, hi = paired_bootstrap(x, x[::-1], n_boot=500)
-    assert lo <= delta <= hi and paired_bootstrap(x, x, n_boot=100) == Interval(0, 0, 0)
+    delta, lo, hi = paired_bootstrap(x, x[::-1], bootstrap=Bootstrap(500))
+    assert lo <= delta <= hi and paired_bootstrap(x, x, bootstrap=Bootstrap(100)) == Interval(0, 0, 0)
+
+def test_a_level_goes_through_everything():
+    "A wider coverage gives wider intervals, a larger detectable effect and a stricter family, in every table"
+    s = score_picks(PICKS, DATA)
+    usual, strict = Bootstrap(300), Bootstrap(300, level=.999)
+    x = np.random.default_rng(0).random(60)
+    assert np.diff(bootstrap_mean(x, bootstrap=strict)[1:]) > np.diff(bootstrap_mean(x, bootstrap=usual)[1:])
+    tables = [(result_table, {}), (paired_table, {}), (paired_tests, dict(pairs=[("oracle", "random")]))]
+    for make, kw in tables:
+        a, b = (make(s, ITEMS, bootstrap=boot, **kw) for boot in (usual, strict))
+        assert ((b.hi - b.lo) >= (a.hi - a.lo)).all() and (b.hi - b.lo).sum() > (a.hi - a.lo).sum()
+        if "mde" in a: assert (b.mde >= a.mde).all() and b.mde.sum() > a.mde.sum()
+    assert "99.9 %" in plot_results(result_table(s, bootstrap=strict)).get_xlabel()
+    est = Interval(.1, 0., .2)
+    assert detectable(est, level=.99) < detectable(est) # the same width says less where it had to hold more
+    s, items = two_names(.13, np.random.default_rng(1))
+    one = paired_tests(s, items, [("new", "old")], bootstrap=usual).iloc[0]
+    assert one.verdict == "better" and 1e-12 < one.p_holm < .05
+    stricter = Bootstrap(300, level=1 - one.p_holm/2)
+    assert paired_tests(s, items, [("new", "old")], bootstrap=stricter).verdict[0] == "no difference shown"
+
+def test_settings_of_a_bootstrap_are_checked():
+    with pytest.raises(ValueError, match="-1 resamples"): Bootstrap(-1)
+    for level in (0, 1, 95):
+        with pytest.raises(ValueError, match="between 0 and 1"): Bootstrap(level=level)
 
 def test_clustering_matters():
     g = rng("cluster")
     x = np.repeat(g.random(100), 9)
     image = np.repeat(np.arange(100), 9)
     zero = np.zeros(900)
-    wide, narrow = (np.diff(paired_bootstrap(x, zero, c, 2000)[1:])[0] for c in (image, None))
+    wide, narrow = (np.diff(paired_bootstrap(x, zero, c, Bootstrap(2000))[1:])[0] for c in (image, None))
     assert wide / narrow == pytest.approx(3, rel=0.15)
     assert mde(x, zero, image) / mde(x, zero) == pytest.approx(3, rel=0.02)
     assert mde(x, zero, np.arange(900)) == pytest.approx(mde(x, zero))
@@ -266,7 +291,7 @@ def test_planted_effects_are_judged_right():
     said = []
     for i in range(200): # the same policy under two names
         s, items = two_names(0.0, g)
-        t = paired_table(s, items, ["old"], n_boot=200, seed=i).iloc[0]
+        t = paired_table(s, items, ["old"], bootstrap=Bootstrap(200, seed=i)).iloc[0]
         said.append((t.verdict == "no difference shown", t.lo <= 0 <= t.hi, t.mde))
     quiet, covered, least = np.mean(said, axis=0)
     assert quiet >= 0.94 and covered >= 0.90
@@ -281,7 +306,9 @@ def test_planted_effects_are_judged_right():
     )
     assert true == pytest.approx(0.10, abs=0.01)
     # it has to reach `mde`
-    found = [paired_tests(*two_names(0.13, g), [("new", "old")], n_boot=200).iloc[0] for _ in range(40)]
+    few = Bootstrap(200)
+    pairs = [("new", "old")]
+    found = [paired_tests(*two_names(0.13, g), pairs, bootstrap=few).iloc[0] for _ in range(40)]
     power = Z.cdf((true - least) / (least / 2.8016))
     assert power > 0.9
     assert np.mean([f.verdict == "better" for f in found]) >= power - 0.1
@@ -303,23 +330,25 @@ def test_gap_closed_runs_from_random_to_oracle(seed):
     g = np.random.default_rng(seed)
     r = g.random(40)
     o = r + g.random(40)
-    for w in (0, .25, 1): assert gap_closed(r + w*(o - r), r, o, n_boot=50) == pytest.approx((w, w, w))
-    est = gap_closed(g.random(40), r, o, n_boot=300)
+    for w in (0, .25, 1):
+        assert gap_closed(r + w*(o - r), r, o, bootstrap=Bootstrap(50)) == pytest.approx((w, w, w))
+    est = gap_closed(g.random(40), r, o, bootstrap=Bootstrap(300))
     assert est.lo <= est.value <= est.hi
 
 def test_gap_is_a_ratio_of_means_and_knows_when_it_is_not_defined():
     # most queries have no gap of their own
     r = np.array([0., 0, 1, .5])
     o = np.array([1., 0, 1, .5])
-    assert gap_closed([1., 0, .5, .5], r, o, n_boot=0).value == pytest.approx(.5)
+    assert gap_closed([1., 0, .5, .5], r, o, bootstrap=Bootstrap(0)).value == pytest.approx(.5)
     # the gap rests on one query
-    assert math.isnan(gap_closed(r, o, r).value) and math.isnan(gap_closed(o, r, o, n_boot=200).lo)
-    assert gap_closed([1, np.nan, .5, .5], r, o, n_boot=0).value == pytest.approx(.5)
+    assert math.isnan(gap_closed(r, o, r).value)
+    assert math.isnan(gap_closed(o, r, o, bootstrap=Bootstrap(200)).lo)
+    assert gap_closed([1, np.nan, .5, .5], r, o, bootstrap=Bootstrap(0)).value == pytest.approx(.5)
 
 def test_table_is_what_the_parts_say():
     items = pd.DataFrame(dict(image_id=np.arange(12) // 2), index=range(12))
     s = score_picks(PICKS, DATA)
-    t = result_table(s, items, n_boot=500)
+    t = result_table(s, items, bootstrap=Bootstrap(500))
     assert list(t) == TABLE
     assert list(t.selector) == ["zero_shot", "random", "similar_mixed", "oracle"]
     assert t.attrs["failed"] == 0
@@ -331,10 +360,10 @@ def test_table_is_what_the_parts_say():
     assert math.isnan(row.gap_closed["zero_shot"])
     assert math.isnan(row.changed["zero_shot"])
     assert row.shots.tolist() == [0, 2, 2, 2]
-    est = bootstrap_mean(rand, items.image_id, 500)
+    est = bootstrap_mean(rand, items.image_id, Bootstrap(500))
     assert (row.lo["random"], row.hi["random"]) == pytest.approx(est[1:])
     assert ((t.lo <= t.acc) & (t.acc <= t.hi)).all()
-    asked = result_table(s, items, n_boot=100, zero_at=2).set_index("selector")
+    asked = result_table(s, items, bootstrap=Bootstrap(100), zero_at=2).set_index("selector")
     m = row.acc
     assert (
         asked.gap_closed["zero_shot"]
@@ -342,11 +371,12 @@ def test_table_is_what_the_parts_say():
     )
     assert asked.changed["zero_shot"] > 0
     with pytest.raises(ValueError, match="similar_text"): result_table(s, changed_from="similar_text")
-    assert result_table(s[s.selector != "oracle"], oracle=None, n_boot=50).gap_closed.isna().all()
+    without = result_table(s[s.selector != "oracle"], oracle=None, bootstrap=Bootstrap(50))
+    assert without.gap_closed.isna().all()
 
 def test_table_over_several_shots():
     picks = pd.concat([PICKS, pick_random(POOL, 1), pick_similar(POOL, STORE, 1), pick_oracle(DATA, 1, POOL)])
-    t = result_table(score_picks(picks, DATA), n_boot=50)
+    t = result_table(score_picks(picks, DATA), bootstrap=Bootstrap(50))
     assert t.shots.tolist() == [0, 1, 1, 1, 2, 2, 2]
     assert t[t.selector == "oracle"].gap_closed.tolist() == [1, 1]
 
@@ -366,7 +396,7 @@ def test_changed_counts_answers_not_picks():
     assert changed(s, "x", 2, "ref") == 0 and changed(s, "ref", 2, "x") == 0
 
 def test_paired_table_says_the_verdict():
-    t = paired_table(score_picks(PICKS, DATA), against=["random", "similar_mixed"], n_boot=500)
+    t = paired_table(score_picks(PICKS, DATA), against=["random", "similar_mixed"], bootstrap=Bootstrap(500))
     assert len(t) == 4
     assert set(t.verdict) <= {"better", "worse", "no difference shown"}
     assert (t.selector != t.against).all()
@@ -398,14 +428,14 @@ def seeded(name, effect, k, noise, g, n=400):
 def test_seeds_widen_the_interval():
     g = rng("seeds test")
     s = pd.concat([seeded("a", 0.02, 5, 0.05, g), seeded("b", 0, 5, 0.05, g), seeded("fixed", 0, 1, 0, g)])
-    both = compare_seeds(s, "a", "b", 2, n_boot=4000)
+    both = compare_seeds(s, "a", "b", 2, bootstrap=Bootstrap(4000))
     mean = seed_matrix(s, "a", 2).mean(axis=1) - seed_matrix(s, "b", 2).mean(axis=1)
-    only_queries = bootstrap_mean(mean, n_boot=4000)
+    only_queries = bootstrap_mean(mean, bootstrap=Bootstrap(4000))
     assert both.value == pytest.approx(only_queries.value)
     assert both.hi - both.lo > 4 * (only_queries.hi - only_queries.lo)
     sd = [seed_matrix(s, x, 2).mean().std(ddof=1)/5**.5 for x in "ab"] # what seeds alone contribute
     assert (both.hi - both.lo)/3.92 == pytest.approx(math.hypot(*sd), rel=.1)
-    one = compare_seeds(s, "fixed", "fixed", 2, n_boot=200)
+    one = compare_seeds(s, "fixed", "fixed", 2, bootstrap=Bootstrap(200))
     assert one == Interval(0, 0, 0)
 
 def test_paired_seeds_cancel_what_they_share():
@@ -413,8 +443,8 @@ def test_paired_seeds_cancel_what_they_share():
     a = seeded("a", 0, 6, 0.05, g)
     b = a.assign(selector="b", vqa_acc_score=a.vqa_acc_score - 0.03)
     s = pd.concat([a, b])
-    est = compare_seeds(s, "a", "b", 2, paired=True, n_boot=500)
-    loose = compare_seeds(s, "a", "b", 2, n_boot=500)
+    est = compare_seeds(s, "a", "b", 2, paired=True, bootstrap=Bootstrap(500))
+    loose = compare_seeds(s, "a", "b", 2, bootstrap=Bootstrap(500))
     assert est == pytest.approx((.03, .03, .03)) and loose.lo < 0 < loose.hi
     with pytest.raises(ValueError, match="paired=False"):
         compare_seeds(s[(s.selector == "a") | (s.draw < 3)], "a", "b", 2, paired=True)
@@ -434,7 +464,7 @@ def test_plot_takes_and_returns_axes():
     import matplotlib.pyplot as plt
     s = score_picks(PICKS, DATA)
     ax = plt.subplots()[1]
-    assert plot_results(result_table(s, n_boot=50), ax) is ax
+    assert plot_results(result_table(s, bootstrap=Bootstrap(50)), ax) is ax
     assert [t.get_text() for t in ax.get_yticklabels()] == ["zero_shot", "random", "similar_mixed", "oracle"]
     plt.close("all")
 
@@ -514,7 +544,7 @@ def test_majority_vote_is_brute_force():
         assert r.vqa_acc_score == vqa_accuracy(best, ITEMS.answers[r.question_id])
     with pytest.raises(ValueError, match="no demonstration to vote"): majority_vote(pick_zero(POOL), ITEMS)
     one = score_picks(PICKS, DATA)
-    t = result_table(pd.concat([one, got[got.shots == 2]]), metric="vqa_gt_prob", n_boot=50)
+    t = result_table(pd.concat([one, got[got.shots == 2]]), metric="vqa_gt_prob", bootstrap=Bootstrap(50))
     assert "majority_vote" not in set(t.selector)
 
 def test_the_best_fixed_sequence_is_brute_force():
@@ -542,8 +572,8 @@ def test_all_baselines_are_there_and_the_oracle_says_what_it_is():
     assert not p.duplicated(["selector", "shots", "draw", "question_id"]).any()
     part = DATA.drop(index=DATA[(DATA.question_id == 3) & (DATA.pointer.map(len) == 2)].index[0])
     s = score_picks(pd.concat([PICKS[PICKS.selector != "oracle"], pick_oracle(part, 2, POOL)]), part)
-    assert "exact for 11 of 12" in table_text(result_table(s, n_boot=50))
-    assert "exact: every" in table_text(result_table(score_picks(PICKS, DATA), n_boot=50))
+    assert "exact for 11 of 12" in table_text(result_table(s, bootstrap=Bootstrap(50)))
+    assert "exact: every" in table_text(result_table(score_picks(PICKS, DATA), bootstrap=Bootstrap(50)))
     assert oracle_note(pick_zero(POOL)) == {}
 
 def test_behaviour_and_agreement_are_brute_force():
@@ -570,8 +600,8 @@ def test_behaviour_and_agreement_are_brute_force():
 def test_paired_tests_agree_with_their_parts():
     s = score_picks(PICKS, DATA)
     pairs = [("oracle", "random"), ("similar_mixed", "random"), ("oracle", "similar_mixed")]
-    t = paired_tests(s, ITEMS, pairs, n_boot=300)
-    alone = paired_table(s, ITEMS, n_boot=300)
+    t = paired_tests(s, ITEMS, pairs, bootstrap=Bootstrap(300))
+    alone = paired_table(s, ITEMS, bootstrap=Bootstrap(300))
     for r in t.itertuples():
         m = s[(s.shots == 2)].groupby(["question_id", "selector"]).vqa_acc_score.mean().unstack()
         up = (m[r.selector] - m[r.against]).round(9)
@@ -586,12 +616,12 @@ def test_paired_tests_agree_with_their_parts():
 def test_the_mean_over_shots_is_per_query():
     picks = pd.concat([PICKS, pick_random(POOL, 1), pick_oracle(DATA, 1, POOL), pick_similar(POOL, STORE, 1)])
     s = score_picks(picks, DATA)
-    t = paired_tests(over_shots(s), ITEMS, [("oracle", "random")], n_boot=50).iloc[0]
+    t = paired_tests(over_shots(s), ITEMS, [("oracle", "random")], bootstrap=Bootstrap(50)).iloc[0]
     acc = s[s.shots > 0].groupby(["selector", "shots", "draw"]).vqa_acc_score.mean()
     assert t.shots == "mean"
     assert t.n == 12
     assert t.delta == pytest.approx(acc["oracle"].mean() - acc["random"].mean())
-    wide = shots_table(result_table(s, n_boot=20))
+    wide = shots_table(result_table(s, bootstrap=Bootstrap(20)))
     assert wide.loc["oracle", "mean"] == pytest.approx(wide.loc["oracle", [1, 2]].mean())
     assert math.isnan(wide.loc["zero_shot", "mean"])
     with pytest.raises(ValueError, match=r"similar_mixed has no rows with \[1\]"):
@@ -605,16 +635,16 @@ def test_tables_by_gap_size_type_and_mode(tmp_path):
     assert load_subsets(tmp_path / "s.json") == sub
     assert (
         t.loc["all", "oracle"]
-        == pytest.approx(result_table(s, n_boot=20).set_index("selector").acc["oracle"])
+        == pytest.approx(result_table(s, bootstrap=Bootstrap(20)).set_index("selector").acc["oracle"])
     )
     assert list(t.index) == [4, 8, "all"]
     with pytest.raises(ValueError, match="other subsets lie there"):
         save_subsets(tmp_path / "s.json", subsets(POOL, (4,), seed=1))
     with pytest.raises(ValueError, match="1 of its 12 queries were not scored"):
         size_table(s[s.question_id != 5], sub, 2)
-    gap = gap_table(s, ITEMS, n_boot=100).set_index("selector")
+    gap = gap_table(s, ITEMS, bootstrap=Bootstrap(100)).set_index("selector")
     assert gap.gap["similar_mixed"] == pytest.approx(
-        result_table(s, n_boot=20).set_index("selector").gap_closed["similar_mixed"]
+        result_table(s, bootstrap=Bootstrap(20)).set_index("selector").gap_closed["similar_mixed"]
     )
     by = type_table(s, ITEMS)
     odd = s[(s.selector == "oracle") & (s.question_id % 2 == 1)]
@@ -634,12 +664,15 @@ def test_tables_by_gap_size_type_and_mode(tmp_path):
 def test_looks_are_counted_once_each(tmp_path):
     s = score_picks(PICKS, DATA)
     n = [
-        look(tmp_path, s), look(tmp_path, s.sample(frac=1, random_state=1)), look(tmp_path, s, "dev"),
-        look(tmp_path, s.assign(vqa_acc_score=0.0)), look(tmp_path, s)
+        count_look(tmp_path, s),
+        count_look(tmp_path, s.sample(frac=1, random_state=1)),
+        count_look(tmp_path, s, "dev"),
+        count_look(tmp_path, s.assign(vqa_acc_score=0.0)),
+        count_look(tmp_path, s),
     ]
     assert n == [1, 1, 1, 2, 2]
-    assert "looks at test: 2; the best of 2" in table_text(result_table(s, n_boot=20), 2)
-    assert "looks at test: not counted" in table_text(result_table(s, n_boot=20))
+    assert "looks at test: 2; the best of 2" in table_text(result_table(s, bootstrap=Bootstrap(20)), 2)
+    assert "looks at test: not counted" in table_text(result_table(s, bootstrap=Bootstrap(20)))
     assert [expected_best(m) for m in (5, 20)] == pytest.approx([1.163, 1.867], abs=.001)
 
 def test_runs_are_compared_only_if_they_are_alike(tmp_path):
@@ -656,8 +689,8 @@ def test_runs_are_compared_only_if_they_are_alike(tmp_path):
         return run.path
     a = made("a", ["oracle"])
     b = made("b", ["random"])
-    got = compare_runs(a, b, n_boot=300).iloc[0]
-    want = paired_tests(s, ITEMS, [("oracle", "random")], n_boot=300).iloc[0]
+    got = compare_runs(a, b, bootstrap=Bootstrap(300)).iloc[0]
+    want = paired_tests(s, ITEMS, [("oracle", "random")], bootstrap=Bootstrap(300)).iloc[0]
     assert (got.delta, got.lo, got.hi, got.mde, got.better, got.changed) == pytest.approx(
         (want.delta, want.lo, want.hi, want.mde, want.better, want.changed)
     )
@@ -671,10 +704,11 @@ def test_runs_are_compared_only_if_they_are_alike(tmp_path):
         c = made(name, ["random"], **kw)
         key = words.split(":")[0]
         with pytest.raises(ValueError, match=words): compare_runs(a, c)
-        assert compare_runs(a, c, other=(key,), n_boot=50).n.iloc[0] == (10 if key == "queries" else 12)
+        compared = compare_runs(a, c, other=(key,), bootstrap=Bootstrap(50))
+        assert compared.n.iloc[0] == (10 if key == "queries" else 12)
     both = made("both", ["random", "oracle"])
     with pytest.raises(ValueError, match="name one"): compare_runs(a, both)
-    assert compare_runs(a, both, selector_b="oracle", n_boot=50).iloc[0].agree == 1
+    assert compare_runs(a, both, selector_b="oracle", bootstrap=Bootstrap(50)).iloc[0].agree == 1
 
 def test_seeds_table_agrees_with_the_plain_numbers():
     g = np.random.default_rng(0)
@@ -696,7 +730,7 @@ def test_seeds_table_agrees_with_the_plain_numbers():
         ],
         ignore_index=True,
     )
-    t = seeds_table(s, 2, against=("random", "a"), n_boot=2000)
+    t = seeds_table(s, 2, against=("random", "a"), bootstrap=Bootstrap(2000))
     gap = lambda v: (v.mean() - low.mean()) / (oracle.mean() - low.mean())
     assert t.gap["oracle"] == 1
     assert t.gap["random"] == 0 == t["over random"]["weak"]

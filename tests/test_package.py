@@ -126,6 +126,15 @@ def test_the_wheel_brings_the_world(site):
     assert Path(image).is_relative_to(site)
     assert (int(items), int(facts)) == (2150, 257_000)
 
+def test_the_wheel_brings_the_templates(site):
+    "Every template of the checkout, and they are those that are used"
+    def names(package): return sorted(p.name for p in (package/"templates").iterdir())
+    assert names(site/"leverplus") == names(ROOT/"leverplus")
+    code = "import leverplus.markup as m; print(m.__file__, m.Preformatted('1<2').html())"
+    module, said = python(site, code).split()
+    assert Path(module).is_relative_to(site)
+    assert said == "<pre>1&lt;2</pre>"
+
 def test_the_wheel_works_at_the_doors(site):
     from leverplus import __version__
     assert python(site, None, "-m", "leverplus", "--version").strip() == f"leverplus {__version__}"

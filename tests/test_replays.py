@@ -2,7 +2,7 @@
 import math
 import numpy as np, pytest
 from leverplus.core import rng
-from leverplus.statistics import mde, paired_bootstrap
+from leverplus.statistics import Bootstrap, mde, paired_bootstrap
 from leverplus.earlier_replays import (
     BY_SIZE, BY_SIZE_BEFORE, REPORTED_BASELINE, REPORTED_LOG, REPORTED_PLANS, SCORE_SD, best_of,
     homogeneous_p, least_changed, least_wins, logged_advantages, plot_prefixes, plot_replays,
@@ -37,7 +37,7 @@ def test_assumed_intervals_are_those_of_data_made_that_way():
     k = round(n * f / 2)
     d[:k], d[k : 2 * k] = 0.72**0.5, -(0.72**0.5)
     est, least = reported_difference(0.0, n, f)
-    got = paired_bootstrap(g.permutation(d), np.zeros(n), n_boot=2000)
+    got = paired_bootstrap(g.permutation(d), np.zeros(n), bootstrap=Bootstrap(2000))
     assert least == pytest.approx(mde(d, 0 * d), rel=0.01)
     assert (got.hi - got.lo) == pytest.approx(est.hi - est.lo, rel=0.06)
     assert 800*least_changed(.38) < 2

@@ -1,21 +1,25 @@
 "Figures and the page: right words, right colours, nothing from outside, nothing unescaped"
-import base64, html, io, json, re, shutil, subprocess
+import base64, dataclasses, html, io, json, pathlib, re, shutil, subprocess
 from html.parser import HTMLParser
 import matplotlib
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest
+import leverplus, matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest
 from matplotlib.colors import to_hex
 from PIL import Image
-from leverplus.evaluate import look, paired_table, result_table, score_picks
+from leverplus.evaluate import count_look, paired_table, result_table, score_picks
 from leverplus.infer import pick_zero, picks_frame
+from leverplus.markup import Figure, Paragraph
 from leverplus.pools import Pool
 from leverplus.report import (
-    CURVES, MARKS, OUTCOMES, Pictures, case_html, cases, compare_many, curves_in, data_uri,
-    described_items, diagnoses, mark, outcomes, picture, plot_curves, plot_examples, plot_gap, plot_shots,
-    read_scored, report, runs_differ, truth, write_report,
+    CURVES, MARKS, OUTCOMES, Cases, Findings, Pictures, case_block, compare_many, curves_in,
+    data_uri, described_items, diagnoses, item_picture, mark_of, pick_cases, plot_curves, plot_examples,
+    plot_gap, plot_shots, query_outcomes, read_scored, report, runs_differ, truth_text, write_report,
 )
 from leverplus.runs import Run
+from leverplus.statistics import Bootstrap
+
+FEW = Bootstrap(100)
 
 @pytest.fixture(autouse=True)
 def close_figures():
@@ -90,27 +94,27 @@ def test_curves_take_axes_and_seeds():
 
 def test_cases_take_right_and_wrong_in_turn(world):
     _, s = world
-    c = cases(s, 6, "rce")
+    c = pick_cases(s, 6, "rce")
     assert (c.vqa_acc_score >= .5).tolist() == [True, False]*3
-    assert c.equals(cases(s, 6, "rce")) and not c.equals(cases(s, 6, "rce", seed=3))
+    assert c.equals(pick_cases(s, 6, "rce")) and not c.equals(pick_cases(s, 6, "rce", seed=3))
     assert (c.selector == "rce").all()
-    assert len(cases(s, 99, "rce")) == 8
-    assert cases(s, ids=[5, 2], selector="rce").question_id.tolist() == [5, 2]
-    assert cases(s[s.selector == "oracle"], 3).vqa_acc_score.tolist() == [1]*3
-    with pytest.raises(ValueError, match="grpo"): cases(s, selector="grpo")
-    with pytest.raises(KeyError, match="question 55"): cases(s, selector="rce", ids=[55])
+    assert len(pick_cases(s, 99, "rce")) == 8
+    assert pick_cases(s, ids=[5, 2], selector="rce").question_id.tolist() == [5, 2]
+    assert pick_cases(s[s.selector == "oracle"], 3).vqa_acc_score.tolist() == [1]*3
+    with pytest.raises(ValueError, match="grpo"): pick_cases(s, selector="grpo")
+    with pytest.raises(KeyError, match="question 55"): pick_cases(s, selector="rce", ids=[55])
 
 def test_outcomes_tell_won_from_lost(world):
     _, s = world
-    o = outcomes(s, "rce", 2, "random")
+    o = query_outcomes(s, "rce", 2, "random")
     # .3 against 1 is lost
     assert o.tolist() == ["unchanged", "won", "unchanged", "unchanged", "lost", "unchanged", "won", "failed"]
     mirror = dict(won="lost", lost="won", unchanged="unchanged", failed="failed")
-    assert outcomes(s, "random", 2, "rce").map(mirror).equals(o)
-    assert outcomes(s, "rce", 2, "zero_shot")[1] == "won" # zero-shot has no shots
-    c = cases(s, 5, "rce", against="random")
+    assert query_outcomes(s, "random", 2, "rce").map(mirror).equals(o)
+    assert query_outcomes(s, "rce", 2, "zero_shot")[1] == "won" # zero-shot has no shots
+    c = pick_cases(s, 5, "rce", against="random")
     assert [o[q] for q in c.question_id] == ["won", "lost", "unchanged", "failed", "won"]
-    with pytest.raises(ValueError, match="mmr"): outcomes(s, "rce", 2, "mmr")
+    with pytest.raises(ValueError, match="mmr"): query_outcomes(s, "rce", 2, "mmr")
 
 MARKED = [
     (1., False, "right"),
@@ -122,12 +126,12 @@ MARKED = [
 
 @pytest.mark.parametrize("acc,failed,word", MARKED)
 def test_marks(acc, failed, word):
-    text, colour = mark(dict(vqa_acc_score=acc, eval_failed=failed))
+    text, colour = mark_of(dict(vqa_acc_score=acc, eval_failed=failed))
     assert word in text and colour == MARKS[word]
 
 def test_truth_counts():
-    assert truth(["a"]*6 + ["b"]*3 + ["c"]) == "a ×6, b ×3, c ×1"
-    assert truth(list("aabcd"), 2) == "a ×2, b ×1, …"
+    assert truth_text(["a"]*6 + ["b"]*3 + ["c"]) == "a ×6, b ×3, c ×1"
+    assert truth_text(list("aabcd"), 2) == "a ×2, b ×1, …"
 
 def texts(ax): return [ax.get_title(), ax.get_xlabel(), *(t.get_text() for t in ax.texts)]
 
@@ -155,15 +159,15 @@ def test_examples_show_the_prompt_in_order(world):
 
 def test_pictures_fail_by_name_or_say_that_there_are_none(world, tmp_path):
     items, s = world
-    assert picture(items, 0).size == (56, 56)
-    assert picture(items, 100, 200).size == (200, 150)
+    assert item_picture(items, 0).size == (56, 56)
+    assert item_picture(items, 100, 200).size == (200, 150)
     blind = items.assign(image_path=None)
-    assert picture(blind, 0) is None
+    assert item_picture(blind, 0) is None
     assert "(images not read)" in texts(plot_examples(blind, s, 1, "rce")[0, 0])
-    assert "images not read" in case_html(blind, cases(s, 1, "rce").iloc[0])
+    assert "images not read" in case_block(blind, pick_cases(s, 1, "rce").iloc[0]).html()
     with pytest.raises(FileNotFoundError, match="question 3"):
-        picture(items.assign(image_path=str(tmp_path / "no.png")), 3)
-    with pytest.raises(KeyError, match="question 9"): picture(items, 9)
+        item_picture(items.assign(image_path=str(tmp_path / "no.png")), 3)
+    with pytest.raises(KeyError, match="question 9"): item_picture(items, 9)
 
 # ---- figures of the table -------------------------------------------------------------------------------------------
 
@@ -240,10 +244,12 @@ def run(world, tmp_path_factory):
     d = tmp_path_factory.mktemp("runs") / "my <run>"
     d.mkdir()
     (d / "settings.json").write_text('{"note": "<s>tau"}')
-    table = result_table(s, items, changed_from="random", n_boot=200)
-    look(d, s)
-    paired = paired_table(s, items, ["random"], n_boot=200)
-    path = write_report(d, table, s, items, history(), paired, notes=["a & b"], n_boot=200)
+    few = Bootstrap(200)
+    table = result_table(s, items, changed_from="random", bootstrap=few)
+    count_look(d, s)
+    paired = paired_table(s, items, ["random"], few)
+    findings = Findings(table=table, scored=s, items=items, history=history(), paired=paired)
+    path = write_report(d, findings, notes=["a & b"], bootstrap=few)
     return d, table, path
 
 def test_page_is_sound_and_escaped(run):
@@ -289,7 +295,8 @@ def test_a_case_shows_what_the_others_would_have_chosen(run, world):
 
 def test_page_leaves_out_what_was_not_given(world, tmp_path):
     _, s = world
-    path = write_report(tmp_path / "r", result_table(s, changed_from=None, n_boot=50), title="bare")
+    table = result_table(s, changed_from=None, bootstrap=FEW)
+    path = write_report(tmp_path / "r", Findings(table=table), title="bare")
     words = "".join(sound(path.read_text()).words)
     assert not re.search("Training|Cases|Differences|Settings|Data", words)
     assert "bare" in words and "not counted" in words
@@ -320,7 +327,7 @@ def quick(monkeypatch):
     def close(ax): plt.close(np.ravel(ax)[0].figure)
     def svg(ax, alt):
         close(ax)
-        return f'<img class="plot" alt="a figure" src="{data_uri(Image.new("RGB", (2, 2)))}">'
+        return Figure(data_uri(Image.new("RGB", (2, 2))), alt)
     def save_fig(path, ax):
         close(ax)
         return path
@@ -329,7 +336,7 @@ def quick(monkeypatch):
     monkeypatch.setattr("leverplus.runs.git_state", lambda root=None: None)
 
 def make_run(path, scored, seed=0, pool="p", **settings):
-    r = Run.create(path, dict(split="test", **settings), seed, dict(pool=pool))
+    r = Run.create(path, dict(split="test") | settings, seed, dict(pool=pool))
     r.save_frame("predictions.parquet", scored.assign(pointer=scored.pointer.map(list)))
     return r.finish(acc=.5)
 
@@ -337,15 +344,16 @@ def test_a_run_folder_is_enough(world, tmp_path, quick):
     items, s = world
     r = make_run(tmp_path / "one", s)
     r.save_history(history())
-    text = report(r.path, items, n_boot=100).read_text()
+    text = report(r.path, items, bootstrap=FEW).read_text()
     words = "".join(sound(text).words)
     there = tmp_path/"there.html"
-    assert "Training" not in report(make_run(tmp_path/"two", s), items, there, n=1, n_boot=100).read_text()
+    two = make_run(tmp_path/"two", s)
+    assert "Training" not in report(two, items, there, Cases(n=1), bootstrap=FEW).read_text()
     assert there.exists()
     assert read_scored(r).pointer.tolist() == s.pointer.tolist()
     assert "Cases: rce" in words and "Training" in words and "fingerprints" in words
     assert (r.path/"results.csv").exists()
-    assert report(r, n_boot=100).read_text().count("<article") == 0 # no items, nothing described: no cases
+    assert report(r, bootstrap=FEW).read_text().count("<article") == 0 # no items, nothing described: no cases
     axs = r.show_results(items, 2, "rce", 2)
     assert axs.shape == (2, 4)
 
@@ -364,7 +372,7 @@ def test_described_predictions_need_no_items(world, tmp_path, quick):
     known = described_items(read_scored(r))
     assert known.answer[103] == "word103" and known.answer[4] == "word4"
     assert described_items(s) is None
-    words = "".join(sound(report(r, n_boot=100).read_text()).words)
+    words = "".join(sound(report(r, bootstrap=FEW).read_text()).words)
     assert "(images not read)" in words and "Cases: rce" in words
     assert "Differences" not in words
 
@@ -374,8 +382,10 @@ def test_data_that_cannot_be_read_is_told(world, tmp_path, quick):
     d = r.path / "groups" / "train"
     d.mkdir(parents=True)
     (d / "manifest.json").write_text('{"format": 99}')
-    assert "train was not read: " in report(r, items, n=1, n_boot=100).read_text()
-    with pytest.raises(ValueError, match="belong to one run"): report([r, r], items, facts={})
+    assert "train was not read: " in report(r, items, cases=Cases(n=1), bootstrap=FEW).read_text()
+    given = Findings(facts={}, data="fit to train on")
+    with pytest.raises(ValueError, match="facts, data belong to one run"):
+        report([r, r], items, findings=given)
 
 def test_several_runs_are_compared_or_refused_in_words(world, tmp_path, quick):
     items, s = world
@@ -385,20 +395,139 @@ def test_several_runs_are_compared_or_refused_in_words(world, tmp_path, quick):
     d = runs_differ(runs)
     assert d.index.tolist() == ["seed", "setting.tau", "fingerprint.pool"]
     assert d.loc["setting.tau"].tolist() == ["absent", "absent", "2"]
-    words = "".join(sound(report(runs, items, n=4, n_boot=100).read_text()).words)
+    words = "".join(sound(report(runs, items, cases=Cases(n=4), bootstrap=FEW).read_text()).words)
     assert "c against a: run 'c' has no predictions.parquet" in words
     assert "b: rce - a: rce: +0.0 points" in words
     assert (tmp_path/"report.html").exists()
     assert "Over seeds" not in words
-    assert "Over seeds" in report(runs[:2], items, tmp_path/"two.html", n=2, n_boot=100).read_text()
+    two = report(runs[:2], items, tmp_path/"two.html", Cases(n=2), bootstrap=FEW)
+    assert "Over seeds" in two.read_text()
     (tmp_path / "x").rename(runs[2].path / "predictions.parquet")
-    tests, refused = compare_many(runs, items=items, n_boot=100)
+    tests, refused = compare_many(runs, items=items, bootstrap=FEW)
     assert len(refused) == 1 and "not comparable: pool" in refused[0]
     assert set(tests.verdict) == {"no difference shown"}
-    tests, refused = compare_many(runs, items=items, n_boot=100, other=("pool",))
+    tests, refused = compare_many(runs, other=("pool",), items=items, bootstrap=FEW)
     assert not refused and len(tests) == 2
     with pytest.raises(FileNotFoundError, match="not a run folder"): report(tmp_path/"nowhere")
     with pytest.raises(ValueError, match="no runs"): report([])
+
+# ---- nothing that a run holds is HTML ----------------------------------------------------------------------
+
+NASTY = "<img src=x onerror=alert(1)>&amp;\"'</title></style><b>"
+
+def nasty(place): return f"{place} {NASTY}"
+
+def shown_as_text(page, places):
+    "A sound page on which what stands in these places is read as it was written"
+    text = page.read_text()
+    words = " ".join(sound(text).words)
+    assert "onerror=alert(1)>" not in text and NASTY not in text
+    for place in places:
+        quoted = json.dumps(nasty(place), ensure_ascii=False) # settings stand on the page as JSON
+        assert nasty(place) in words or quoted in words, place
+    attributes = [value for _, given in Page(text).tags for value in given.values() if value]
+    assert not any("javascript:" in value for value in attributes)
+
+@pytest.fixture
+def marked(world):
+    "Items and scored picks whose every text holds markup"
+    items, s = world
+    items = items.assign(
+        question=[nasty(f"question {i}") for i in items.index],
+        answer=[nasty(f"answer {i}") for i in items.index],
+        answers=[[nasty(f"annotator {i}")] * 10 for i in items.index],
+        question_type=[nasty("type") if i % 2 else "plain" for i in items.index],
+    )
+    named = s.selector.replace(dict(rce=nasty("selector")))
+    return items, s.assign(selector=named, vqa_pred_answer=[nasty(f"said {q}") for q in s.question_id])
+
+def test_a_run_of_markup_is_text_everywhere(marked, tmp_path):
+    items, s = marked
+    settings = {nasty("key"): {"a": nasty("value")}}
+    r = make_run(tmp_path/"<i>run & folder", s, pool=nasty("fingerprint"), **settings)
+    r.save_history(history(stage=nasty("stage")).assign(live_before=.01, **{nasty("column"): 1.}))
+    tests = pd.DataFrame([{
+        "selector": nasty("tested"), "against": nasty("rival"), "shots": 2, "n": 8, "delta": .1, "lo": .0,
+        "hi": .2, "mde": .1, "better": 1, "worse": 0, "p_changed": .5, "changed": .2, "agree": .3, "p": .01,
+        "p_holm": .01, "verdict": nasty("verdict"), nasty("tests column"): nasty("tests value"),
+    }])
+    r.save_frame("tests.csv", tests)
+    r.finish(**{"acc": .5, nasty("metric"): nasty("measured")})
+    train = r.path/"groups"/"<u>train"
+    train.mkdir(parents=True)
+    (train/"manifest.json").write_text(json.dumps({"format": nasty("format")}))
+    page = report(r, items, title=nasty("title"), notes=[nasty("note")], bootstrap=FEW)
+    shown_as_text(page, [
+        "title", "note", "key", "value", "fingerprint", "metric", "measured", "stage", "tested", "rival",
+        "verdict", "tests column", "tests value", "selector", "question 3", "question 103", "answer 103",
+        "annotator 4", "said 5", "type",
+    ])
+    words = " ".join(Page(page.read_text()).words)
+    assert "<u>train was not read" in words
+
+def test_names_and_differences_of_runs_are_text(marked, tmp_path, quick):
+    items, s = marked
+    runs = [
+        make_run(tmp_path/"<b>a", s, maker=nasty("mine")),
+        make_run(tmp_path/"<i>b", s, 1, maker=nasty("yours")),
+        make_run(tmp_path/"<s>c", s, pool=nasty("other pool")),
+    ]
+    page = report(runs, items, cases=Cases(n=3), notes=[nasty("note")], bootstrap=FEW)
+    shown_as_text(page, ["note", "mine", "yours", "other pool", "selector"])
+    words = " ".join(Page(page.read_text()).words)
+    for name in ("Run <b>a", "<i>b: selector", "<s>c against <b>a: "): assert name in words
+
+def test_a_bare_folder_of_markup_is_text(world, tmp_path, quick):
+    d = tmp_path/"<b>bare"
+    d.mkdir()
+    (d/"settings.json").write_text(json.dumps({nasty("name"): "any"}))
+    (d/"looks.json").write_text("[]")
+    table = result_table(world[1], changed_from=None, bootstrap=FEW)
+    table.attrs["oracle"] = {2: nasty("oracle")}
+    findings = Findings(table=table, data=nasty("data"), split=nasty("split"))
+    page = write_report(d, findings)
+    shown_as_text(page, ["data", "split", "oracle"])
+    words = " ".join(sound(page.read_text()).words)
+    assert "<b>bare" in words and json.dumps(nasty("name"), ensure_ascii=False) in words
+
+def test_only_blocks_are_html():
+    "No template calls its data safe, and no module does"
+    package = pathlib.Path(leverplus.__file__).parent
+    templates = sorted((package/"templates").iterdir())
+    assert len(templates) > 15
+    for path in templates: assert not re.search(r"\bsafe\b|autoescape", path.read_text()), path.name
+    for path in package.glob("*.py"):
+        words = set(re.findall(r"(?<![.\w])(?:Markup|escape)(?=\()", path.read_text()))
+        assert not words and "to_html(" not in path.read_text(), path.name
+
+def test_a_level_is_said_where_it_is_used(world, tmp_path, quick):
+    items, s = world
+    strict = Bootstrap(100, level=.99)
+    table = result_table(s, items, changed_from="random", bootstrap=strict)
+    page = write_report(tmp_path/"r", Findings(table=table, scored=s, items=items), bootstrap=strict)
+    words = " ".join(Page(page.read_text()).words)
+    assert "accuracy, % [99 %]" in words and "gap closed [99 %]" in words and "95 %" not in words
+
+def test_what_is_given_goes_before_what_is_found(world, tmp_path, quick):
+    items, s = world
+    r = make_run(tmp_path/"run", s, split="dev")
+    count_look(r.path, s, "dev")
+    given = Findings(history=history(), data=Paragraph("looked at by hand"), looks=7)
+    words = "".join(Page(report(r, items, findings=given, bootstrap=FEW).read_text()).words)
+    assert "Training" in words and "looked at by hand" in words and "looks at dev: 7" in words
+    found = "".join(Page(report(r, items, bootstrap=FEW).read_text()).words)
+    assert "Training" not in found and "looks at dev: 1" in found
+
+def test_settings_of_a_page_are_keywords():
+    for make in (Findings, Cases):
+        with pytest.raises(TypeError, match="positional"): make(None)
+    with pytest.raises(dataclasses.FrozenInstanceError): Cases().n = 3
+    assert repr(Findings(split="dev", looks=3)) == "Findings: looks, split"
+
+def test_a_table_alone_is_no_finding(tmp_path):
+    with pytest.raises(TypeError, match="a DataFrame, wanted Findings"):
+        write_report(tmp_path/"r", pd.DataFrame())
+    assert not (tmp_path/"r").exists()
 
 # ---- in a browser ---------------------------------------------------------------------------------------------------
 
@@ -433,7 +562,7 @@ def test_a_browser_shows_the_page(run, world, tmp_path):
     both.write_text(f"<!DOCTYPE html><meta charset=utf-8><title>-</title>{ASK}{frames}", encoding="utf8")
     dump = browse(tmp_path, both, "--virtual-time-budget=5000", "--dump-dom")
     told = json.loads(html.unescape(re.search("<title>(.*?)</title>", dump)[1]))
-    o = outcomes(world[1], "rce", 2, "random").value_counts()
+    o = query_outcomes(world[1], "rce", 2, "random").value_counts()
     for w, t in zip(WIDTHS, told):
         assert t["room"] == w and t["width"] <= w and t["cut"] == 0 and t["ink"] > 1000, t
         assert t["all"] == t["back"] == 8 and [t[k] for k in OUTCOMES[:3]] == [o[k] for k in OUTCOMES[:3]], t

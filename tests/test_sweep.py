@@ -8,6 +8,7 @@ from leverplus.runs import Busy
 from leverplus.rldata_generate import generate, run_lock
 from leverplus.rldata_ask import FactCache, facts_fingerprint
 from leverplus.runs import plain
+from leverplus.statistics import Bootstrap
 from leverplus.sweep import (
     FIXED, GRIDS, append_row, cell_id, data_fingerprint, expand_grid, plot_sweep, read_rows, sweep,
     sweep_scores, sweep_table, sweep_text,
@@ -273,28 +274,30 @@ def planted(effect, seeds=5, n=120, cells=2, g=np.random.default_rng(0)):
     return pd.DataFrame(rows), pd.concat(out, ignore_index=True)
 
 def test_no_effect_is_not_called_one_and_a_planted_one_is_found():
-    said = [sweep_table(f, "x", scored=s, n_boot=400).verdict for f, s in (planted(0.0) for _ in range(50))]
+    worlds = [planted(0.0) for _ in range(50)]
+    said = [sweep_table(f, "x", scored=s, bootstrap=Bootstrap(400)).verdict for f, s in worlds]
     assert np.mean([v[1] == "no difference shown" for v in said]) >= 0.94
-    up, down = (sweep_table(f, "x", scored=s, n_boot=1000) for f, s in (planted(0.3), planted(-0.3)))
+    worlds = planted(0.3), planted(-0.3)
+    up, down = (sweep_table(f, "x", scored=s, bootstrap=Bootstrap(1000)) for f, s in worlds)
     assert up.verdict[1] == "better" and down.verdict[1] == "worse"
     f, s = planted(0.3, cells=3)
-    t = sweep_table(f, "x", scored=s, n_boot=1000)
+    t = sweep_table(f, "x", scored=s, bootstrap=Bootstrap(1000))
     assert (t.p_holm[1:] <= 0.05).all() and "2 of 2 rows differ" in sweep_text(t)
     assert t.acc.tolist() == pytest.approx(f.groupby("x").acc.mean().tolist())
     assert t.sd_seeds.tolist() == pytest.approx(f.groupby("x").acc.std().tolist())
     assert t.delta[1:].tolist() == pytest.approx((t.acc[1:] - t.acc[0]).tolist())
     assert ((t.lo <= t.acc) & (t.acc <= t.hi)).all()
-    other = sweep_table(f, "x", dict(x=2), s, n_boot=1000)
+    other = sweep_table(f, "x", dict(x=2), s, bootstrap=Bootstrap(1000))
     assert other.verdict[2] == "default" and other.delta[0] == pytest.approx(-t.delta[2])
 
 def test_one_seed_has_no_verdict_and_only_common_seeds_are_compared():
     f, s = planted(0.3, seeds=1)
-    t = sweep_table(f, "x", scored=s, n_boot=500)
+    t = sweep_table(f, "x", scored=s, bootstrap=Bootstrap(500))
     assert t.verdict[1] == "no verdict: one seed" and "1 seed" in sweep_text(t)
     f, s = planted(0.3, seeds=4)
     f.loc[(f.x == 1) & (f.seed == 0), ["status", "acc"]] = "failed", np.nan
     s = s[s.selector.isin(f.cell[f.status == "done"])]
-    t = sweep_table(f, "x", scored=s, n_boot=500)
+    t = sweep_table(f, "x", scored=s, bootstrap=Bootstrap(500))
     assert t.seeds.tolist() == [4, 3] and t.failed.tolist() == [0, 1]
     wide = f[f.seed > 0].groupby("x").acc.mean()
     assert t.delta[1] == pytest.approx(wide[1] - wide[0])
@@ -303,13 +306,13 @@ def test_other_settings_are_averaged_within_a_seed():
     f, s = planted(0.0, cells=4)
     f["y"] = f.x % 2
     f["x"] = f.x // 2
-    t = sweep_table(f, "x", scored=s, n_boot=500)
+    t = sweep_table(f, "x", scored=s, bootstrap=Bootstrap(500))
     assert t.configs.tolist() == [2, 2] and t.seeds.tolist() == [5, 5]
     assert t.acc.tolist() == pytest.approx(f.groupby("x").acc.mean().tolist())
     assert t.sd_seeds.tolist() == pytest.approx(
         f.groupby(["x", "seed"]).acc.mean().groupby("x").std().tolist()
     )
-    assert len(sweep_table(f, ["x", "y"], scored=s, n_boot=500)) == 4
+    assert len(sweep_table(f, ["x", "y"], scored=s, bootstrap=Bootstrap(500))) == 4
     with pytest.raises(ValueError, match="scored=sweep_scores"): sweep_table(f, "x")
     with pytest.raises(ValueError, match="wanted columns"): sweep_table(f, "z", scored=s)
     with pytest.raises(ValueError, match="no cells of the default"): sweep_table(f, "x", dict(x=9), s)
