@@ -19,7 +19,7 @@ the oracle is exact; for three and four it is the best that `best_found` finds, 
 import argparse, contextlib, os, time, warnings
 from pathlib import Path
 import numpy as np, pandas as pd, torch
-from leverplus.callback_onpolicy import Feedback, GreedyLoss
+from leverplus.callback_onpolicy import Drawing, Feedback, GreedyLoss
 from leverplus.core import atomic_path, read_json, rng, write_json
 from leverplus.dls import group_dls
 from leverplus.evaluate import look, pick_oracle, score_picks, seeds_table
@@ -31,6 +31,7 @@ from leverplus.recipes import RECIPES, fit_recipe, recipe, recipe_learner
 from leverplus.earlier_recipes import EARLIER
 from leverplus.rldata_ask import FactCache, ask
 from leverplus.rldata_generate import generate
+from leverplus.settings import Rewarding
 from leverplus.world import all_pointers, load_world
 
 SUITES = {
@@ -39,7 +40,7 @@ SUITES = {
     "starved": "hard_only",
     "ragged": "soft_only",
 }
-SUITES |= {"joint": "soft_only"} | {f"joint {s}": how for s, how in SUITES.items() if s != "dense-soft"}
+SUITES |= {"joint": "soft_only"} | {f"joint {s}": mode for s, mode in SUITES.items() if s != "dense-soft"}
 # behind a method's name: epochs are chosen by the LVLM's accuracy on dev, of what greedy picks, and not by
 # regret on its stored groups
 ACC = ", by accuracy"
@@ -131,7 +132,8 @@ class Trial:
         self.choose_by = None
         if name != method: # the same facts of dev serve all seeds
             feedback = Feedback(
-                self.world.scorer, self.world.items, everything(self.world, self.out, "dev"), "soft_only"
+                self.world.scorer, self.world.items, everything(self.world, self.out, "dev"),
+                Rewarding(reward="soft_only"),
             )
             self.choose_by = GreedyLoss(
                 feedback, self.world.pools["dev"], self.world.store, shots_of(self.name)
@@ -177,22 +179,11 @@ def on_policy(t, learn, objective, lr, rounds=10, G=12):
     w = t.world
     shots = shots_of(t.name)
     bs = 32 // len(shots)
-    return learn.fit_onpolicy(
-        w.scorer,
-        w.items,
-        w.store,
-        rounds,
-        lr,
-        objective,
-        G=G,
-        shots=shots,
-        queries_per_round=len(t.train.queries) // rounds,
-        bs=bs,
-        reward=t.mode,
-        patience=None,
-        cache=FactCache(t.out / "facts" / "train"),
-        seed=t.seed,
+    drawing = Drawing(
+        G=G, shots=shots, queries_per_round=len(t.train.queries) // rounds, bs=bs, patience=None, seed=t.seed,
     )
+    feedback = Feedback(w.scorer, w.items, FactCache(t.out / "facts" / "train"), Rewarding(reward=t.mode))
+    return learn.fit_onpolicy(feedback, w.store, rounds, lr, objective, drawing)
 
 def mended(t):
     """The reports' RCE + GRPO with four defects of the second stage mended: old policy and reference from its

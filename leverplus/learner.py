@@ -22,7 +22,7 @@ from .callback_kl import KLToRef
 from .callback_schedule import TempSchedule, NoDropout, SplitShots, as_schedule
 from .callback_track import History, RLStats, Best, Resume, evaluating, greedy_picks, valid_loss
 from .callback_listwise import Listwise, SFT
-from .callback_onpolicy import DistinctPG, OnPolicy
+from .callback_onpolicy import DistinctPG, Drawing, Feedback, OnPolicy
 from .diagnose import Watch
 from fastai.learner import Learner
 from fastai.callback.schedule import ParamScheduler, SchedCos
@@ -249,34 +249,35 @@ def fit_warmup(self:Learner,
 # %% ../nbs/70_learner.ipynb #c785ee0a
 @patch
 def fit_onpolicy(self:Learner,
-    scorer, # see `ask`; None: all facts are in `cache=`
-    items:pd.DataFrame, # queries and demonstrations, indexed by question_id
+    feedback:Feedback, # who gives rewards
     store, # `EmbedStore` of queries and demonstrations
     rounds:int=10, # at most; an epoch each
     lr:float=3e-4, # peak learning rate
     objective="rloo", # "rloo" | "grpo" | "distinct": drawn without replacement | an objective of your own
+    drawing:Drawing=Drawing(), # how groups are drawn; what it leaves open goes with the objective
     beta:float=0., # weight of the KL to `ref`, loss units per nat; 0 = no KL
     ref="start", # reference of the KL, as in `fit_grpo`
     cbs=(), # more callbacks of this stage
+    pool=None, # as in `OnPolicy`
+    queries=None, # as in `OnPolicy`
+    tolerance:float=1e-3, # as in `OnPolicy`
     skip_flat:bool|None=None, # as in `fit_stage`; None: yes, but for "distinct", whose flat groups count
-    stage:dict|None=None, # `max_norm, best, watch, resume` of `fit_stage`
-    **kw, # of `OnPolicy`: `G, shots, queries_per_round, every, passes, patience, reward, cache, seed, ...`
+    **kw, # `max_norm, best, watch, resume` of `fit_stage`
 )->Learner: # `learn.onpolicy` is its `OnPolicy`: the `table` of rounds, and `data()`, what was drawn
     "Stage of rounds: draw groups from the policy as it is, ask the scorer, update; ends early without less headroom"
-    if objective == "grpo": kw = {"every": "round", **kw}
-    if objective == "distinct": kw = {"distinct": True, **kw}
-    if isinstance(objective, str): objective = _drawn_objective(objective, kw.get("every"))
+    if isinstance(objective, str): objective = _drawn_objective(objective, drawing.every)
     if skip_flat is None: skip_flat = not isinstance(objective, DistinctPG)
-    self.onpolicy = OnPolicy(scorer, items, store, **kw)
+    self.onpolicy = OnPolicy(feedback, store, drawing, pool, queries, tolerance)
     cbs = [NoDropout(), objective, self.onpolicy, *_kl(beta, ref), *L(cbs)]
-    return self.fit_stage(rounds, lr, cbs, skip_flat=skip_flat, **(stage or {}))
+    return self.fit_stage(rounds, lr, cbs, skip_flat=skip_flat, **kw)
 
 def _drawn_objective(name, every):
-    "Objective for groups that the policy has drawn; `every` says how often"
+    "Objective for groups that the policy has drawn; `every` says how often, if it was said"
     if name == "rloo": return RLOO()
-    if name == "grpo": return GRPO(refresh="epoch" if every == "round" else 1)
+    if name == "grpo": return GRPO(refresh=1 if every == "batch" else "epoch")
     if name == "distinct": return DistinctPG()
     raise ValueError(f"fit_onpolicy: objective {name!r}, wanted 'rloo', 'grpo', 'distinct' or an objective")
+
 
 # %% ../nbs/70_learner.ipynb #c0a39c76
 @patch

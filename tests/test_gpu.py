@@ -238,6 +238,7 @@ def test_mixed_precision_trains(precision):
 @pytest.mark.parametrize("objective", ["rloo", "grpo", "distinct"])
 def test_rounds_on_policy(islands, objective):
     "The scorer answers on the same card, within the fit; twice the same"
+    from leverplus.callback_onpolicy import Drawing, Feedback
     from leverplus.rldata_ask import FactCache
     groups = small_groups(islands)
     def train():
@@ -245,17 +246,13 @@ def test_rounds_on_policy(islands, objective):
         fit(
             learn,
             "fit_onpolicy",
-            scorer=islands.scorer,
-            items=islands.items,
+            feedback=Feedback(islands.scorer, islands.items, FactCache()),
             store=islands.store,
             rounds=2,
             lr=1e-3,
             objective=objective,
-            G=4,
-            queries_per_round=12,
-            patience=None,
-            cache=FactCache(),
-            stage=dict(watch=None),
+            drawing=Drawing(G=4, queries_per_round=12, patience=None),
+            watch=None,
         )
         return weights(learn)
     assert same(train(), train())
