@@ -81,6 +81,10 @@ def test_a_grid_holds_every_combination_that_differs_once(grid):
 def test_wrong_grids_are_refused_before_anything_is_trained(grid, base, what):
     with pytest.raises(ValueError, match=what): expand_grid(grid, base)
 
+@pytest.mark.parametrize("name", ["grpo.clip_low", "grpo.refresh", "grpo.baseline", "grpo.min_live", "grpo.beta"])
+def test_all_arguments_of_an_objective_can_be_tried(name):
+    assert len(expand_grid({"objective": [("rce", "grpo")], name: [1, 2]})) == 2
+
 def test_the_reports_grids_can_be_read():
     assert [len(expand_grid(g)) for g in GRIDS.values()] == [34, 4, 2, 4]
 
