@@ -18,7 +18,9 @@ from .settings import Asking
 from .vqa import answer_targets, postprocess, relevances, vqa_accuracies
 from .prompt import prompter
 from .lvlm import Targets
-from .groups import FACT_COLUMNS, PROPOSAL_COLUMNS, RLData, as_record, pointer_matrix, read_part, shard_files, write_part
+from leverplus.groups import (
+    FACT_COLUMNS, PROPOSAL_COLUMNS, RLData, as_record, pointer_matrix, read_part, shard_files, write_part,
+)
 
 # %% ../nbs/33_rldata_ask.ipynb #ef57e002
 def score_pairs(
