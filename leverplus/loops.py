@@ -18,13 +18,14 @@ import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
 from fastcore.meta import delegates
 from tqdm import tqdm
+from .settings import COUNTS, Asking, Guarding, Mining, Proposing, plain_settings
 from .core import fingerprint, rng, write_json
 from .runs import Run, plain
 from .synth import quiet
 from .groups import RLData
-from .rldata_propose import COUNTS, SimilarityPrior
+from .rldata_propose import SimilarityPrior
 from .rldata_ask import FactCache, ask, facts_fingerprint, item_hashes
-from .rldata_generate import evaluated, generate, plain_counts
+from .rldata_generate import evaluated, generate
 from .rldata_check import health, wilson
 from .rldata_mine import mine
 from .rldata_merge import merge
@@ -162,6 +163,8 @@ def loop_prints(
 # %% ../nbs/84_loops.ipynb #984f48e5
 POLICY_COUNTS = dict(beam=5, temperature={1.0: 5, 1.3: 4}, random=1)
 
+def _plain(counts): return plain_settings(Proposing(counts=counts))["counts"]
+
 class Loop:
     "A loop made ready: its questions, its groups, and how a round is made"
     def __init__(self,
@@ -208,8 +211,8 @@ class Loop:
         self.split = dict(train=splits[0], valid=splits[1], dev=splits[1])
         self.queries = loop_queries(world.items, n, dev, valid, seed, splits)
         self.settings = plain(dict(
-            n=n, dev=dev, valid=valid, shots=shots, counts=plain_counts(counts),
-            policy_counts=plain_counts(policy_counts), second=second, mining=mining, reward=reward,
+            n=n, dev=dev, valid=valid, shots=shots, counts=_plain(counts),
+            policy_counts=_plain(policy_counts), second=second, mining=mining, reward=reward,
             weights=self.weights, kind=kind, bs=bs, model=self.model_kw, train=code_fingerprint(train),
             warm=warm, draws=draws, splits=list(splits),
         ))
@@ -232,8 +235,8 @@ def propose(self:Loop, path, part, policy=None, seed=0):
     counts = self.counts if policy is None else self.policy_counts
     return generate(
         path, self.queries[part], w.items, self.pool(part), w.scorer, w.store, policy, self.progress,
-        shots=(self.shots,), counts=counts, seed=seed, kind=self.kind, cache=self.cache, test=0,
-        second=self.second,
+        proposing=Proposing(shots=self.shots, counts=counts, seed=seed, kind=self.kind),
+        asking=Asking(two_stage=self.second), guarding=Guarding(test=0), cache=self.cache,
     )
 
 @patch
@@ -277,8 +280,8 @@ def joined(self:Loop, k, old, new, policy):
     if not self.mining: return data
     w = self.world
     mined, *_ = mine(
-        data, w.items, w.scorer, w.store, policy, rounds=self.mining, seed=self.seed + k, kind=self.kind,
-        cache=self.cache, progress=self.progress,
+        data, w.items, w.scorer, w.store, policy, Mining(rounds=self.mining, seed=self.seed + k),
+        proposing=Proposing(kind=self.kind), cache=self.cache, progress=self.progress,
     )
     return mined
 
