@@ -31,7 +31,7 @@ from leverplus.recipes import RECIPES, fit_recipe, recipe, recipe_learner
 from leverplus.earlier_recipes import EARLIER
 from leverplus.rldata_ask import FactCache, ask
 from leverplus.rldata_generate import generate
-from leverplus.settings import Rewarding
+from leverplus.settings import Proposing, Rewarding
 from leverplus.world import all_pointers, load_world
 
 SUITES = {
@@ -50,6 +50,7 @@ def base_groups(world, out, seed, split, shots=(2,), n=20, queries=None, prior=T
     """Up to n sequences of the prior and n random ones that it has not drawn, per query and of each shot
     count; or n random ones alone
     """
+    counts = dict(temperature={1.0: n}, random=n) if prior else dict(random=n)
     return generate(
         out / "groups" / f"{split}-{'-'.join(map(str, shots))}-{n}-{seed}{'' if prior else '-random'}",
         world.ids(split)[:queries],
@@ -57,9 +58,7 @@ def base_groups(world, out, seed, split, shots=(2,), n=20, queries=None, prior=T
         world.pools[split],
         world.scorer,
         world.store,
-        shots=shots,
-        counts=dict(temperature={1.0: n}, random=n) if prior else dict(random=n),
-        seed=seed,
+        proposing=Proposing(shots=shots, counts=counts, seed=seed),
         cache=FactCache(out / "facts" / split),
     )
 

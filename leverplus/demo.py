@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 from .runs import Run
 from .synth import quiet
-from .rldata_propose import COUNTS
+from .settings import COUNTS, Proposing
 from .rldata_ask import FactCache, ask
 from .rldata_generate import generate
 from .rldata_check import health
@@ -50,13 +50,14 @@ def make_groups(
     progress:bool=True, # show bars?
 )->dict: # {"train": RLData, "dev": RLData}
     "Propose sequences for training and development queries and ask the LVLM about them"
+    proposing = Proposing(shots=shots, counts=counts, seed=seed)
     cache = FactCache()
     groups = {}
     for split, n in (("train", train_queries), ("dev", dev_queries)):
         queries = world.ids(split)[:n]
         groups[split] = generate(
             Path(path)/split, queries, world.items, world.pools[split], world.scorer, world.store,
-            shots=tuple(shots), counts=counts, seed=seed, cache=cache, progress=progress,
+            proposing=proposing, cache=cache, progress=progress,
         )
     return groups
 

@@ -19,8 +19,8 @@ from fastcore.basics import patch
 from fastcore.meta import delegates
 from tqdm import tqdm
 from leverplus.settings import (
-    Asking, Count, Counts, Json, Mining, Natural, Proposing, Rewarding, change, check_counts, group, plain_settings,
-    read_settings,
+    Asking, Count, Counts, Guarding, Json, Mining, Natural, Proposing, Rewarding, change, check_counts, group,
+    plain_settings, read_settings,
 )
 from .core import fingerprint, rng, write_json
 from .runs import Run, plain
@@ -252,13 +252,10 @@ def loop_settings(
 def propose(self:Loop, path, part, policy=None, seed=0):
     "Groups of the questions of `part`, in `path`"
     w = self.world
-    proposing = self.proposing(policy, seed)
-    asking = self.settings.asking
     return generate(
         path, self.queries[part], w.items, self.pool(part), w.scorer, w.store, policy, self.progress,
-        shots=proposing.shots, counts=proposing.counts, seed=proposing.seed, kind=proposing.kind,
-        scale=proposing.scale, style=asking.style, mode=asking.evaluator, weight=asking.answer_weight,
-        second=asking.two_stage, cache=self.cache, test=0,
+        proposing=self.proposing(policy, seed), asking=self.settings.asking, guarding=Guarding(test=0),
+        cache=self.cache,
     )
 
 @patch
@@ -312,9 +309,8 @@ def joined(self:Loop, k, old, new, policy):
     w = self.world
     mining = replace(s.mining, seed=s.mining.seed + s.seed + k)
     mined, *_ = mine(
-        data, w.items, w.scorer, w.store, policy, tries=mining.tries, top=mining.top, rounds=mining.rounds,
-        budget=mining.budget, seed=mining.seed, kind=s.proposing.kind, scale=s.proposing.scale, cache=self.cache,
-        asking=s.asking, progress=self.progress,
+        data, w.items, w.scorer, w.store, policy, mining, proposing=s.proposing, asking=s.asking, cache=self.cache,
+        progress=self.progress,
     )
     return mined
 

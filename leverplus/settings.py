@@ -51,7 +51,9 @@ def _sentence(error, cls):
     kind = error["type"]
     known = error.get("ctx", {})
     if kind == "unexpected_keyword_argument": return _unknown(name, cls)
-    if kind == "missing_keyword_only": return f"{name} is missing: it has no default"
+    if kind == "unexpected_positional_argument":
+        return f"{error['input']!r}: {cls.__name__} takes its settings by name"
+    if kind in ("missing", "missing_keyword_only"): return f"{name} is missing: it has no default"
     if kind == "value_error": return str(known["error"])
     wanted = error["msg"].replace("Input should be", "wanted")
     if kind == "greater_than_equal": wanted = f"wanted a number >= {known['ge']}"
@@ -244,7 +246,7 @@ Counts = Annotated[Json, BeforeValidator(check_counts)]
 class Proposing:
     "Who is tried"
     shots:Annotated[tuple[Count, ...], BeforeValidator(several)]=(2,) # demonstrations per sequence, one number or more
-    counts:Counts=field(default_factory=lambda: COUNTS) # proposals per question, JSON
+    counts:Counts=field(default_factory=lambda: check_counts(COUNTS)) # proposals per question, JSON
     kind:Literal["image", "text", "mixed"]="mixed" # embeddings that the proposer reads
     scale:Positive=10. # sharpness of the similarity that proposes where no selector does
     seed:Natural=0 # of proposals

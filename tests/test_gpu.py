@@ -152,6 +152,7 @@ def small_groups(islands):
     "Groups of 24 training and 16 development questions"
     import tempfile
     from leverplus.rldata_generate import generate
+    from leverplus.settings import Guarding, Proposing
     def some(split, n):
         ids = islands.ids(split)[:n]
         return generate(
@@ -161,8 +162,8 @@ def small_groups(islands):
             islands.pools[split],
             islands.scorer,
             islands.store,
-            counts=dict(random=4),
-            test=0,
+            proposing=Proposing(counts=dict(random=4)),
+            guarding=Guarding(test=0),
             progress=False,
         )
     return some("train", 24), some("dev", 16)

@@ -16,6 +16,7 @@ from leverplus.loops import (
     code_fingerprint, loop_queries, loop_settings, needed, oracle_ranks, plot_rounds, rounds,
 )
 from leverplus.pools import Pool
+from leverplus.settings import Guarding, Proposing
 from leverplus.rldata_propose import SimilarityPrior
 from leverplus.rldata_ask import ask
 from leverplus.rldata_generate import generate
@@ -153,9 +154,8 @@ def test_ranks_are_those_of_brute_force(tmp_path, S):
         qs,
         w.scorer,
         w.store,
-        shots=(S,),
-        counts=FEW,
-        test=0,
+        proposing=Proposing(shots=S, counts=FEW),
+        guarding=Guarding(test=0),
         progress=False,
     )
     for policy in (

@@ -1,6 +1,5 @@
 "Jobs: the same rows from paths, in one process, in shards, and on Ray actors; kills; plans"
 import json, os, pickle, shutil, signal, subprocess, sys, textwrap, time
-from dataclasses import asdict, replace
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from hypothesis import given, settings, strategies as st
@@ -8,7 +7,8 @@ from leverplus.core import read_json, repo_path
 from leverplus.data import BadItems
 from leverplus.groups import RLData
 from leverplus.runs import Busy
-from leverplus.rldata_scale import Job, RayWorker, generate_ray, plan_run
+from leverplus.rldata_scale import RayWorker, generate_ray, plan_run
+from leverplus.settings import Job, change, plain_settings, read_settings, settings_of
 
 SOFT = ["vqa_gt_prob", "vqa_gt_logprobs"]
 
@@ -23,29 +23,31 @@ def kept(tmp_path_factory):
     return str(tmp_path_factory.mktemp("store"))
 
 @pytest.fixture(scope="module")
-def mock(kept): return Job(lvlm="mock", store=kept, limit=24, window=2, test=4)
+def mock(kept): return settings_of(Job, lvlm="mock", store=kept, limit=24, window=2, test=4)
 
 @pytest.fixture(scope="module")
-def tiny(kept): return Job(store=kept, limit=8, window=2, test=4, device="cpu", counts=dict(beam=2, random=2))
+def tiny(kept):
+    counts = dict(beam=2, random=2)
+    return settings_of(Job, store=kept, limit=8, window=2, test=4, device="cpu", counts=counts)
 
 # ---- jobs --------------------------------------------------------------------------------------------------
 
 def test_a_job_is_small_and_survives_every_journey(mock):
-    odd = replace(mock, shots=[1, 2], counts={"temperature": {"1.3": 2}, "beam": 1}, limit=None)
+    odd = change(mock, shots=[1, 2], counts={"temperature": {"1.3": 2}, "beam": 1}, limit=None)
     for j in (mock, odd):
-        assert pickle.loads(pickle.dumps(j)) == j == Job(**json.loads(json.dumps(asdict(j))))
+        assert pickle.loads(pickle.dumps(j)) == j == read_settings(Job, json.loads(json.dumps(plain_settings(j))))
         assert len(pickle.dumps(j)) < 2000
-    assert odd.shots == (1, 2) and odd.counts["temperature"] == {1.3: 2}
+    assert odd.proposing.shots == (1, 2) and odd.proposing.counts["temperature"] == {1.3: 2}
 
 @pytest.mark.parametrize(
     "bad, says",
     [
-        (dict(reader="gqa"), "okvqa, vqav2"),
-        (dict(sampler="best"), "random, text"),
+        (dict(reader="gqa"), "'okvqa', 'vqav2'"),
+        (dict(sampler="best"), "'random', 'text'"),
         (dict(dtype="int8"), "bfloat16"),
         (dict(style="prose"), "interleaved"),
         (dict(K=2, shots=(2,)), "shots < K"),
-        (dict(prefix_cache="on"), "off, query, global"),
+        (dict(prefix_cache="on"), "'off', 'query', 'global'"),
         (dict(window=0), "window 0"),
         (dict(limit=0), "limit 0"),
         (dict(counts=dict(beams=3)), "beams"),
@@ -53,17 +55,17 @@ def test_a_job_is_small_and_survives_every_journey(mock):
     ],
 )
 def test_bad_jobs_say_so_at_once(bad, says):
-    with pytest.raises(ValueError, match=says): Job(**bad)
+    with pytest.raises(ValueError, match=says): settings_of(Job, **bad)
 
 def test_missing_data_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere"): Job(data=str(tmp_path/"nowhere")).items()
-    with pytest.raises(FileNotFoundError, match="split 'val'"): Job(split="val").items()
+    with pytest.raises(FileNotFoundError, match="nowhere"): settings_of(Job, data=str(tmp_path/"nowhere")).items()
+    with pytest.raises(FileNotFoundError, match="split 'val'"): settings_of(Job, split="val").items()
     with pytest.raises(FileNotFoundError, match="no such folder of images"):
-        Job(images=str(tmp_path / "none")).items()
+        settings_of(Job, images=str(tmp_path / "none")).items()
 
 def test_inputs_are_made_once_and_equal_when_made_again(tmp_path, monkeypatch):
     import leverplus.rldata_scale as s
-    job = Job(lvlm="mock", store=str(tmp_path / "s"), split="dev", sampler="mixed", K=8, limit=5)
+    job = settings_of(Job, lvlm="mock", store=str(tmp_path/"s"), split="dev", sampler="mixed", K=8, limit=5)
     items, store, pool = job.inputs()
     # nobody may make them again
     monkeypatch.setattr(s, "embed_items", None)
@@ -73,11 +75,11 @@ def test_inputs_are_made_once_and_equal_when_made_again(tmp_path, monkeypatch):
     assert pool2 == pool
     assert len(pool) == 250
     assert set(items.split) == {"train", "dev"}
-    with pytest.raises(TypeError): replace(job, K=9).inputs() # another pool has to be made
+    with pytest.raises(TypeError): change(job, K=9).inputs() # another pool has to be made
     for f in (tmp_path/"s").glob("*/done"): f.unlink() # killed before it was whole
     with pytest.raises(TypeError): job.inputs()
     monkeypatch.undo()
-    fresh = replace(job, store=None).inputs()
+    fresh = change(job, store=None).inputs()
     assert fresh[1].fingerprint == store.fingerprint and fresh[2] == pool
 
 def test_the_embedded_world_as_a_job_has_the_facts_of_the_demo(tmp_path, kept):
@@ -85,7 +87,7 @@ def test_the_embedded_world_as_a_job_has_the_facts_of_the_demo(tmp_path, kept):
     from leverplus.world import load_world
     groups = make_groups(load_world(), tmp_path/"demo", train_queries=6, dev_queries=4, progress=False)
     for split, n in dict(train=6, dev=4).items():
-        job = Job(split=split, limit=n, store=kept)
+        job = settings_of(Job, split=split, limit=n, store=kept)
         data = job.run(tmp_path / split, progress=False)
         want = groups[split]
         assert data.pool == want.pool and data.rows.scorer.equals(want.rows.scorer)
@@ -114,7 +116,8 @@ def test_real_okvqa(tmp_path, okvqa):
         Image.new("RGB", (32, 32), (k % 256, k * 7 % 256, 90)).save(
             root / "images" / f"COCO_val2014_{i:012d}.jpg"
         )
-    job = Job(
+    job = settings_of(
+        Job,
         data=str(root),
         reader="soft_labels",
         split="val",
@@ -134,8 +137,8 @@ def test_real_okvqa(tmp_path, okvqa):
     with pytest.raises(BadItems, match="image file is empty"): job.items()
 
 def test_a_job_in_shards_and_verified(tmp_path, tiny):
-    whole = tiny.run(tmp_path/"one", verify=2, progress=False)
-    for i in range(2): tiny.run(tmp_path/"two", shard=(i, 2), verify=1, progress=False)
+    whole = change(tiny, verify=2).run(tmp_path/"one", progress=False)
+    for i in range(2): change(tiny, verify=1).run(tmp_path/"two", shard=(i, 2), progress=False)
     union = RLData.load(tmp_path / "two")
     same(union, whole)
     v = whole.manifest["verify"]
@@ -145,16 +148,16 @@ def test_a_job_in_shards_and_verified(tmp_path, tiny):
 def test_settings_that_change_no_fact_may_change_on_the_way(tmp_path, tiny):
     "Batches, caches and the folder's place are not settings; type and style are"
     tiny.run(tmp_path / "r", progress=False)
-    free = replace(tiny, batch_tokens=512, prefix_cache="global", vision_dir=str(tmp_path / "v"), store=None)
+    free = change(tiny, batch_tokens=512, prefix_cache="global", vision_dir=str(tmp_path / "v"), store=None)
     assert len(free.run(tmp_path/"r", progress=False)) == 8*4
     for bad in (dict(dtype="bfloat16"), dict(style="chat"), dict(limit=7), dict(pool_seed=1)):
         with pytest.raises(ValueError, match="belong to other settings"):
-            replace(tiny, **bad).run(tmp_path / "r", progress=False)
+            change(tiny, **bad).run(tmp_path / "r", progress=False)
 
 # ---- workers -----------------------------------------------------------------------------------------------
 
 def test_a_worker_makes_windows_and_reports_errors_as_rows(tmp_path, mock):
-    w = RayWorker(mock, tmp_path / "r", verify=3)
+    w = RayWorker(change(mock, verify=3), tmp_path / "r")
     out = w(dict(window=np.array([0, 5])))
     assert [json.loads(t)["rows"] for t in out["tally"]] == [30, 30]
     assert out["error"] == ["", ""]
@@ -162,11 +165,11 @@ def test_a_worker_makes_windows_and_reports_errors_as_rows(tmp_path, mock):
     assert out["end"][0] >= out["start"][0]
     assert sum(len(json.loads(s)) for s in out["seen"]) <= 3
     assert len(set(map(len, out.values()))) == 1
-    bad = RayWorker(replace(mock, seed=1), tmp_path / "r")(dict(window=[1]))
-    assert "seed: there 0, here 1" in bad["error"][0]
+    bad = RayWorker(change(mock, seed=1), tmp_path / "r")(dict(window=[1]))
+    assert "proposing.seed: there 0, here 1" in bad["error"][0]
     assert bad["tally"] == ["{}"]
     assert len(list((tmp_path / "r").glob("part-*"))) == 2
-    gone = RayWorker(replace(mock, lvlm=str(tmp_path / "no-model")), tmp_path / "x")(dict(window=[0]))
+    gone = RayWorker(change(mock, lvlm=str(tmp_path / "no-model")), tmp_path / "x")(dict(window=[0]))
     assert "no-model" in gone["error"][0]
     late = RayWorker(mock, tmp_path / "r")
     late.run.items = late.run.items.drop(late.run.windows[3][0])
@@ -223,10 +226,11 @@ def test_two_ray_actors_make_what_one_process_makes(tmp_path, mock, ray):
     _, store, _ = mock.inputs()
     torch.manual_seed(0)
     policy = PointerSelector(store.dim("mixed"), d_hidden=16, prior=False).eval()
-    whole = mock.run(tmp_path / "one", verify=4, progress=False, policy=policy)
+    mock = change(mock, verify=4)
+    whole = mock.run(tmp_path / "one", progress=False, policy=policy)
     seen = []
     data = generate_ray(
-        mock, tmp_path / "ray", workers=2, verify=4, progress=False, each=seen.append, policy=policy
+        mock, tmp_path / "ray", workers=2, progress=False, each=seen.append, policy=policy
     )
     pd.testing.assert_frame_equal(data.rows, whole.rows)
     assert data.fingerprint == whole.fingerprint and data.manifest["settings"] == whole.manifest["settings"]
@@ -262,33 +266,34 @@ def test_what_a_worker_cannot_do_stops_the_driver(tmp_path, mock, ray, monkeypat
     monkeypatch.setattr(s, "_stream", local)
     run = lambda job, **kw: generate_ray(job, tmp_path / "r", workers=1, progress=False, **kw)
     with pytest.raises(RuntimeError, match="window 0: .*no-model"):
-        run(replace(mock, lvlm=str(tmp_path / "no-model")))
+        run(change(mock, lvlm=str(tmp_path / "no-model")))
     whole = run(mock)
     assert whole.manifest["complete"] and len(whole) == 24 * 15
     # though all its windows lie there
-    with pytest.raises(RuntimeError, match="window 0: ValueError: .*seed: there 0, here 1(.|\\n)*Traceback"):
-        run(replace(mock, seed=1))
-    assert run(mock, verify=3).manifest["verify"]["asked"] == 3 # windows on disk, opened again to verify them
+    with pytest.raises(RuntimeError, match="window 0: ValueError: .*proposing.seed: there 0, here 1(.|\\n)*Traceback"):
+        run(change(mock, seed=1))
+    assert run(change(mock, verify=3)).manifest["verify"]["asked"] == 3 # windows on disk, opened again to verify them
     part = generate_ray(mock, tmp_path / "s", workers=1, shard=(0, 2), progress=False)
     assert part.manifest["shard"] == [0, 2] and 0 < len(part.queries) < 24
 
 DRIVER = """
     import sys; sys.path.insert(0, {root!r})
-    from leverplus.rldata_scale import Job, generate_ray
+    from leverplus.rldata_scale import generate_ray
+    from leverplus.settings import Job, read_settings
     import ray, time
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100_000_000)
     def hang(out):
         print(out["window"], flush=True)
         time.sleep(600)
-    generate_ray(Job(**{job!r}), {path!r}, workers=1, progress=False, each=hang)
+    generate_ray(read_settings(Job, {job!r}), {path!r}, workers=1, progress=False, each=hang)
 """
 
 def test_kill_9_of_the_ray_driver(tmp_path, mock):
     "Its actor dies with it; the directory is free, and what lies there is not asked again"
     pytest.importorskip("ray")
-    job = replace(mock, limit=160)
+    job = change(mock, limit=160)
     code = textwrap.dedent(DRIVER).format(
-        root=str(Path(__file__).parent.parent), job=asdict(job), path=str(tmp_path / "r")
+        root=str(Path(__file__).parent.parent), job=plain_settings(job), path=str(tmp_path / "r")
     )
     p = subprocess.Popen(
         [sys.executable, "-c", code],

@@ -8,6 +8,7 @@ from leverplus.runs import Busy
 from leverplus.rldata_generate import generate, run_lock
 from leverplus.rldata_ask import FactCache, facts_fingerprint
 from leverplus.runs import plain
+from leverplus.settings import Asking, Guarding, Proposing
 from leverplus.sweep import (
     FIXED, GRIDS, append_row, cell_id, data_fingerprint, expand_grid, plot_sweep, read_rows, sweep,
     sweep_scores, sweep_table, sweep_text,
@@ -19,7 +20,7 @@ def data(tmp_path_factory):
     "(world, groups) of 10 questions each"
     w = make_world()
     d = tmp_path_factory.mktemp("groups")
-    kw = dict(counts=dict(beam=2, random=3), test=0, progress=False)
+    kw = dict(proposing=Proposing(counts=dict(beam=2, random=3)), guarding=Guarding(test=0), progress=False)
     return w, {
         s: generate(
             d / s, list(w.pools[s])[:10], w.items, w.pools[s].only(list(w.pools[s])[:10]), w.scorer, w.store,
@@ -181,7 +182,7 @@ def test_facts_are_asked_in_the_style_that_was_asked_for(data, tmp_path):
     }
     assert cells["interleaved"] != cells["chat"]
     assert set(FactCache(tmp_path / "s" / "facts").scorers) == {
-        facts_fingerprint(s.scorer, how) for how in cells
+        facts_fingerprint(s.scorer, Asking(style=style)) for style in cells
     }
 
 def test_a_failed_cell_is_recorded_and_tried_again_and_a_kill_costs_one_cell(data, tmp_path, monkeypatch):
