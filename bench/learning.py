@@ -170,7 +170,7 @@ class Trial:
         return learn
 
 def warm_alike(t): return t.warm(t.world.pools["train"].recipe["sampler"])
-def listwise(t, learn): return learn.fit_listwise(t.epochs, 3e-3, tau=.2, **t.split)
+def listwise(t, learn): return learn.fit_listwise(t.epochs, 3e-3, temp=.2, **t.split)
 def on_policy(t, learn, objective, lr, rounds=10, G=12):
     "As many different questions to the LVLM as the stored groups have rows, at most, and the greedy sequences"
     # 32 groups per batch
@@ -201,7 +201,7 @@ def mended(t):
     cbs = dict((c, {}) if isinstance(c, str) else c for c in recipe("plan5-as-run", EARLIER)["stages"][1]["cbs"])
     del cbs["TopKCurriculum"]
     cbs["GRPO"] |= dict(old=None, refresh="epoch")
-    cbs["KLToRef"] |= dict(ref="start", how="exact")
+    cbs["KLToRef"] |= dict(ref="start", estimator="exact")
     cbs["NoDropout"] = {}
     return t.recipe("plan5-as-run", stage=dict(n_epoch=3, cbs=[list(c) for c in cbs.items()]))
 

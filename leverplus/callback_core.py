@@ -209,7 +209,7 @@ def set_anchor(
 def find_reference(
     learn, # the Learner of the fit
     ref, # "start" | the name of an anchor | a module | folder of a checkpoint (str or Path)
-    who:str, # who asks, for the message
+    asker:str, # who asks, for the message
 )->nn.Module|None: # frozen, on the Learner's device; None for "start": the asker copies the policy when training begins
     "The policy that `ref` stands for"
     if isinstance(ref, str) and ref == "start": return None
@@ -220,7 +220,7 @@ def find_reference(
         found = type(learn.model).from_pretrained(ref)
     else:
         raise ValueError(
-            f"{who}: ref {ref!r} is neither 'start' nor a module, nor an anchor (there are:"
+            f"{asker}: ref {ref!r} is neither 'start' nor a module, nor an anchor (there are:"
             f" {', '.join(anchors) or 'none'}; `set_anchor(learn, name)` makes one), nor the folder of a"
             " checkpoint"
         )

@@ -446,7 +446,7 @@ def check_refresh(
 )->None: # ValueError unless the old policy is the one that draws
     "Refuse an old policy that is not the one that drew"
     want = "epoch" if every == "round" else 1
-    if objective.refresh != want or objective.given is not None:
+    if objective.refresh != want or objective.given_old is not None:
         raise ValueError(
             f"{type(objective).__name__}: refresh {objective.refresh!r}, but groups are drawn every {every}: the old"
             f" policy must be the one that drew, so refresh={want!r} and no `old`")

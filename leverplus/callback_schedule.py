@@ -107,18 +107,18 @@ def keep_k(
     rewards:Tensor, # [B,N]
     mask:Tensor, # bool [B,N]
     k:int, # how many of each group, >= 1
-    how:str="stratified", # "best" | "worst" by reward | "stratified": a third best, a third worst, the rest at random
+    which:str="stratified", # "best" | "worst" by reward | "stratified": a third best, a third worst, the rest at random
     lots:Tensor|None=None, # [B,N] in 0..1, decides between equal rewards and what is drawn; default drawn here
 )->Tensor: # bool [B,N], at most k True per row; "stratified" with k >= 2 never makes a live group flat
     "Choose `k` sequences of each group"
     if k < 1: raise ValueError(f"keep_k: k {k}, wanted >= 1")
-    if how not in ("best", "worst", "stratified"):
-        raise ValueError(f"keep_k: how {how!r}, wanted 'best', 'worst' or 'stratified'")
+    if which not in ("best", "worst", "stratified"):
+        raise ValueError(f"keep_k: which {which!r}, wanted 'best', 'worst' or 'stratified'")
     lots = torch.rand_like(rewards) if lots is None else lots
     best = _places((-rewards).masked_fill(~mask, torch.inf), lots)
     worst = _places(rewards.masked_fill(~mask, torch.inf), lots)
-    if how == "best": return mask & (best < k)
-    if how == "worst": return mask & (worst < k)
+    if which == "best": return mask & (best < k)
+    if which == "worst": return mask & (worst < k)
     n_best = math.ceil(k / 3)
     n_worst = math.ceil((k - n_best) / 2)
     queue = lots + 1   # the best come first, then the worst, then lots
@@ -137,11 +137,11 @@ class TopKCurriculum(StageCallback):
     order = Objective.order+1
     def __init__(self,
         k=(3, 5), # sequences per group, >= 1: a number | by epoch, the last goes on | a function of progress 0..1
-        how:str="stratified", # which, see `keep_k`; "best" and "worst" take one side away
+        which:str="stratified", # see `keep_k`; "best" and "worst" take one side away
         before:bool=False, # cut before the advantages are computed, so that they are those of the sequences kept
     ):
         self.k = k
-        self.how = how
+        self.which = which
         self.before = before
         self.obj = None
         if before: self.order = Objective.order-1
@@ -154,7 +154,7 @@ class TopKCurriculum(StageCallback):
         if not self.before: self.check_advantages()
         rewards, mask = self.rewards, self.mask
         k = self.k_now()
-        kept = keep_k(rewards, mask, k, self.how)
+        kept = keep_k(rewards, mask, k, self.which)
         def live(m): return live_groups(rewards, m).double().mean()
         self.log(len(mask), top_k=k, top_before=live(mask), top_after=live(kept))
         self.learn.yb = rewards, kept

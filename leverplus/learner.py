@@ -117,7 +117,7 @@ def _best(learn, best):
 def fit_rce(self:Learner,
     n_epoch:int=5, # epochs
     lr:float=1e-3, # peak learning rate
-    temp=(2., .5), # tau of RCE: a constant, (first, last) along a line, or what else `as_schedule` takes
+    temp=(2., .5), # temperature of RCE: a constant, (first, last) along a line, or what else `as_schedule` takes
     norm:str="raw", # "raw" rewards | "zscore" within each group
     cbs=(), # more callbacks of this stage, e.g. `KLToRef()`, `Freeze(...)`
     weights:str="softmax", # "softmax" | "rank" | "top1" of `RCE`
@@ -141,7 +141,7 @@ def fit_grpo(self:Learner,
     watch:str|Watch|None="warn", # as in `fit_stage`
     resume=None, # as in `fit_stage`
     split_shots:bool=False, # as in `fit_stage`
-    **grpo_kw, # of `GRPO`: `how, scale, min_std, adv_clip, clip_low, clip_high, dual, refresh, old, ...`
+    **grpo_kw, # of `GRPO`: `baseline, scale, min_std, adv_clip, clip_low, clip_high, dual, refresh, old, ...`
 )->Learner:
     "Stage of group-relative policy optimisation, without dropout, near a reference"
     cbs = [NoDropout(), GRPO(**grpo_kw), *_kl(beta, ref), *L(cbs)]
@@ -188,21 +188,21 @@ def fit_listwise(self:Learner,
     n_epoch:int=5, # epochs
     lr:float=1e-3, # peak learning rate
     ref="start", # reference of the target: "start" of this stage | "none" | an anchor's name, a module, a folder
-    tau=None, # temperature: None = per query, for `ess` | a number or what else `as_schedule` takes
-    ess:float=.35, # share of the group that the target keeps, where `tau` is None
+    temp=None, # temperature: None = per query, for `ess` | a number or what else `as_schedule` takes
+    ess:float=.35, # share of the group that the target keeps, where `temp` is None
     beta:float=0., # weight of the KL to the start of the stage, loss units per nat; 0 = no KL
     cbs=(), # more callbacks of this stage
-    limits:tuple=(.02, 1.), # smallest and largest tau that is solved for
+    limits:tuple=(.02, 1.), # smallest and largest temperature that is solved for
     over:str="sequence", # what is compared: "sequence" | "set", see `Listwise`
     **kw, # `max_norm, skip_flat, best, watch, resume, split_shots` of `fit_stage`
 )->Learner:
-    "Stage towards `softmax(log ref + r/tau)` inside each group, whoever proposed its sequences"
+    "Stage towards `softmax(log ref + r/temp)` inside each group, whoever proposed its sequences"
     first = None
     move = []
-    if tau is not None:
-        schedule = as_schedule(tau)
+    if temp is not None:
+        schedule = as_schedule(temp)
         first = float(schedule(0.))
-        move = [TempSchedule("listwise", tau=schedule)]
+        move = [TempSchedule("listwise", temp=schedule)]
     objective = Listwise(ref, first, ess, limits, over)
     return self.fit_stage(n_epoch, lr, [objective, *move, *_kl(beta, "start"), *L(cbs)], **kw)
 
@@ -212,12 +212,12 @@ def fit_sft(self:Learner,
     lr:float=1e-3, # peak learning rate
     top:int|None=1, # how many of each group are imitated; None = all
     temp:float|None=None, # weigh them by softmax(score / temp); None = alike
-    least:float|None=None, # sequences with a lower score leave
+    min_score:float|None=None, # sequences with a lower score leave
     cbs=(), # more callbacks of this stage
     **kw, # `max_norm, skip_flat, best, watch, resume, split_shots` of `fit_stage`
 )->Learner:
     "Stage of supervised imitation of the best stored sequences"
-    return self.fit_stage(n_epoch, lr, [SFT(top, temp, least), *L(cbs)], **kw)
+    return self.fit_stage(n_epoch, lr, [SFT(top, temp, min_score), *L(cbs)], **kw)
 
 # %% ../nbs/70_learner.ipynb #1305f410
 @patch
@@ -226,7 +226,7 @@ def fit_warmup(self:Learner,
     store, # their embeddings
     n_epoch:int=15, # epochs of about `steps` batches
     lr:float=1e-2, # peak learning rate
-    tau=.1, # temperature of the target, in shares of the answer's words
+    temp=.1, # temperature of the target, in shares of the answer's words
     cbs=(), # more callbacks of this stage
     K:int|None=None, # pool size; None = that of the training groups
     sampler:str="random", # how pools are drawn, see `make_pool`: random | text | image | mixed
@@ -243,7 +243,7 @@ def fit_warmup(self:Learner,
     if shots is None: shots = sorted(set((groups.seqs >= 0).sum(-1).tolist()))
     if seed is None: seed = getattr(self, "seed", 0)
     self.dls = warmup_dls(own, items, store, K or groups.cands.shape[1], shots, n, bs, steps, seed, sampler)
-    try: return self.fit_listwise(n_epoch, lr, "none", tau, cbs=cbs, **kw)
+    try: return self.fit_listwise(n_epoch, lr, "none", temp, cbs=cbs, **kw)
     finally: self.dls = own
 
 # %% ../nbs/70_learner.ipynb #c785ee0a

@@ -46,8 +46,8 @@ def _own(title, stages, model=None):
     )
 
 _MATCH_NET = dict(d_hidden=64, n_layers=0, state="none", match="net", n_match=8)
-_WARMUP = dict(fit="warmup", n_epoch=15, lr=1e-2, tau=.1, best=False)
-_LISTWISE = dict(fit="listwise", n_epoch=20, lr=3e-3, tau=.2)
+_WARMUP = dict(fit="warmup", n_epoch=15, lr=1e-2, temp=.1, best=False)
+_LISTWISE = dict(fit="listwise", n_epoch=20, lr=3e-3, temp=.2)
 _SHARP_RCE = dict(fit="rce", n_epoch=10, lr=3e-3, temp=.1)
 _GRPO = dict(fit="grpo", n_epoch=10, lr=1e-3)
 
@@ -90,15 +90,15 @@ def _named(spec, known, what):
         raise ValueError(
             f"{what} {spec!r}: wanted a name or [name, arguments], the name one of {', '.join(known)}"
         )
-    name, given = pair
-    if isinstance(given, dict): return partial(known[name], **given)
-    return partial(known[name], *given)
+    name, arguments = pair
+    if isinstance(arguments, dict): return partial(known[name], **arguments)
+    return partial(known[name], *arguments)
 
 def _is_call(pair, known):
     "Is it a known name with arguments?"
     if not isinstance(pair, (list, tuple)) or len(pair) != 2: return False
-    name, given = pair
-    return isinstance(name, str) and name in known and isinstance(given, (dict, list))
+    name, arguments = pair
+    return isinstance(name, str) and name in known and isinstance(arguments, (dict, list))
 
 # %% ../nbs/71_recipes.ipynb #c6c5cbc0
 _KEYS = {"name", "title", "source", "model", "data", "stages", "text_vs_code", "not_done", "changes"}
@@ -305,8 +305,8 @@ def _record(dataset):
 
 def _tiers(learn):
     "Tiers of the training queries, by the reward of the loaders"
-    how = dict(learn.dls.info["reward"])
-    return tiers(_record(learn.dls.train_ds), reward=how.pop("mode"), **how)
+    reward = dict(learn.dls.info["reward"])
+    return tiers(_record(learn.dls.train_ds), reward=reward.pop("mode"), **reward)
 
 def _chosen(learn, which):
     "question_ids of the training queries in these tiers, or with a positive"
@@ -404,10 +404,10 @@ def _misfits(learn, r):
 # %% ../nbs/71_recipes.ipynb #4b572c8f
 def _references(stage):
     "Names of the policies that a stage leans on"
-    given = [stage]
+    calls = [stage]
     for spec in stage.get("cbs") or ():
-        if not isinstance(spec, str) and isinstance(spec[1], dict): given.append(spec[1])
-    named = [g.get(key) for g in given for key in ("ref", "old")]
+        if not isinstance(spec, str) and isinstance(spec[1], dict): calls.append(spec[1])
+    named = [call.get(key) for call in calls for key in ("ref", "old")]
     return [ref for ref in named if isinstance(ref, str)]
 
 def _unknown_reference(learn, stages):

@@ -57,7 +57,7 @@ def grpo_stage(): return [NoDropout(), GRPO(), SkipFlat(), KLToRef(beta=.1), Bes
 def listwise_stage():
     band = AdaptiveKL(0., .01, limits=(.01, 1.))
     return [Listwise(), SkipFlat(), KLToRef(beta=.1), band, EntropyFloor(.9), Best(), GradientClip(1.)]
-def sft_stage(): return [SFT(top=2), KLToRef(how="k3"), Best(), GradientClip(1.)]
+def sft_stage(): return [SFT(top=2), KLToRef(estimator="k3"), Best(), GradientClip(1.)]
 def rloo_stage():
     rloo = RLOO(min_positive=.2, positive=.5)
     return [NoDropout(), rloo, KLToRef(on="live"), EntropyFloor(.9), Best(), GradientClip(.5)]
@@ -139,9 +139,9 @@ def test_rce_is_its_formula():
         lambda: [RCE(0.3, "zscore")],
         lambda: [RCE(0.3, weights="rank")],
         lambda: [Listwise(), SkipFlat()],
-        lambda: [Listwise("none", tau=0.2)],
+        lambda: [Listwise("none", temp=0.2)],
         lambda: [SFT()],
-        lambda: [SFT(top=None, temp=0.2, least=0.3)],
+        lambda: [SFT(top=None, temp=0.2, min_score=0.3)],
         lambda: [NoDropout(), RLOO()],
         lambda: [NoDropout(), GRPO("loo", "batch"), SkipFlat()],
         lambda: [NoDropout(), GRPO("rank", refresh=3)],
@@ -299,14 +299,14 @@ def test_rl_refuses_groups_that_cannot_teach(RL):
     learn = dead()
     w = weights(learn)
     with pytest.warns(UserWarning, match="the stage is skipped"):
-        fit(learn, 3, [RL(few="skip"), NoDropout(), SkipFlat(), Best(), KLToRef()])
+        fit(learn, 3, [RL(too_few="skip"), NoDropout(), SkipFlat(), Best(), KLToRef()])
     assert same(w, weights(learn)) and not set(vars(learn)) & {"grpo", "rloo", "best"}
     # told so, it goes on
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         fit(learn, 1, [NoDropout(), RL(min_live=0.0), SkipFlat()])
     assert not same(w, weights(learn))
-    with pytest.raises(ValueError, match="'raise' or 'skip'"): RL(few="none")
+    with pytest.raises(ValueError, match="'raise' or 'skip'"): RL(too_few="none")
 
 def test_conditional_rl_trains_on_groups_with_enough_positives():
     spy = Spy(after_loss=lambda s: (s.yb, s.grpo.adv))
@@ -356,10 +356,10 @@ def test_listwise_is_its_formula_and_starts_at_its_start():
     )
     fit(learn, 2, [Listwise(), SkipFlat(), spy])
     assert all(a == pytest.approx(b, rel=1e-5) and not c for a, b, c in spy.seen)
-    first = {k: float(learn.stats.buf[k][0][0]) for k in ("tau", "kl_target")}
-    assert 0.02 <= first["tau"] <= 1 and first["kl_target"] > 0
+    first = {k: float(learn.stats.buf[k][0][0]) for k in ("temp", "kl_target")}
+    assert 0.02 <= first["temp"] <= 1 and first["kl_target"] > 0
     assert learn.stats.mean("ess") < 1 and all(
-        not p.requires_grad for p in Listwise(learn.model).given.parameters()
+        not p.requires_grad for p in Listwise(learn.model).given_ref.parameters()
     )
 
 def test_listwise_references():
@@ -374,14 +374,14 @@ def test_listwise_references():
                 listwise_loss(s.pred, *s.yb, None if want is None else want(*s.xb), 0.3).item(),
             )
         )
-        fit(learn, 1, [Listwise(ref, tau=0.3), spy])
+        fit(learn, 1, [Listwise(ref, temp=0.3), spy])
         assert all(a == pytest.approx(b, rel=1e-4) for a, b in spy.seen), ref
     with pytest.raises(ValueError, match="Listwise: ref 'rce' is neither .*there are: sft"):
         fit(learn, 1, Listwise("rce"))
     with pytest.raises(ValueError, match="means something else"): set_anchor(learn, "start")
     with pytest.raises(ValueError, match="over='set' needs a model with `logp_set`"):
         fit(learn, 1, Listwise(over="set"))
-    for kw in (dict(tau=-1.), dict(ess=2.), dict(over="pair")):
+    for kw in (dict(temp=-1.), dict(ess=2.), dict(over="pair")):
         with pytest.raises(ValueError): Listwise(**kw)
 
 class Sets(ToySelector):
@@ -421,17 +421,17 @@ def test_listwise_over_sets_does_not_see_the_order():
                 lp(s),
                 torch.tensor([[0.6, 0.3]]).expand(len(s.pred), 2),
                 torch.ones(len(s.pred), 2).bool(),
-                tau=0.2,
+                temp=0.2,
             ).item(),
         )
     )
-    fit(learn, 1, [Listwise("none", tau=0.2, over="set"), spy])
+    fit(learn, 1, [Listwise("none", temp=0.2, over="set"), spy])
     assert all(x == pytest.approx(y, rel=1e-4) for x, y in spy.seen)
 
 def test_sft_imitates_what_it_is_told():
     seen = {}
     for name, cb in dict(
-        best=SFT(), two=SFT(top=2), lever_lm=SFT(top=None, least=0.3), soft=SFT(top=2, temp=0.2)
+        best=SFT(), two=SFT(top=2), lever_lm=SFT(top=None, min_score=0.3), soft=SFT(top=2, temp=0.2)
     ).items():
         spy = Spy(after_loss=lambda s: (s.yb, s.loss_grad, s.pred))
         fit(learner(), 1, [cb, spy])
@@ -544,7 +544,7 @@ def test_k3_of_the_reports_stands_beside_it_and_can_be_trained_with():
             kl_k3(ref(*s.xb), s.pred, s.xb[4].any(-1)).item(),
         )
     )
-    fit(learn, 1, [RCE(), SkipFlat(), KLToRef(ref, 2., how="k3"), spy])
+    fit(learn, 1, [RCE(), SkipFlat(), KLToRef(ref, 2., estimator="k3"), spy])
     for g, l, k3 in spy.seen: assert g == pytest.approx(l + 2*k3, rel=1e-4)
     assert [float(v) for v, _ in learn.stats.buf["k3"]] == pytest.approx(
         [k for *_, k in spy.seen], rel=1e-5
@@ -564,7 +564,7 @@ def test_kl_references_by_name_and_by_folder(tmp_path):
         assert same(w, cb.ref.state_dict()) and learn.stats.mean("kl") > 0
     with pytest.raises(ValueError, match="neither 'start' nor a module.*sft.*nor the folder"):
         fit(learn, 1, [RCE(), KLToRef("stf")])
-    for kw in (dict(ref=3), dict(how="k2"), dict(beta=-1.)):
+    for kw in (dict(ref=3), dict(estimator="k2"), dict(beta=-1.)):
         with pytest.raises(ValueError, match="KLToRef"): KLToRef(**kw)
 
 def test_adaptive_kl_looks_once_per_epoch_at_the_mean():

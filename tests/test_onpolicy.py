@@ -637,7 +637,7 @@ def test_all_stages_choose_by_it_and_asking_costs_one_prompt_per_new_pick():
     for stage, kw in (
         ("fit_rce", {}),
         ("fit_sft", {}),
-        ("fit_listwise", dict(tau=0.1)),
+        ("fit_listwise", dict(temp=0.1)),
         ("fit_grpo", dict(min_live=0.0)),
         (
             "fit_onpolicy",

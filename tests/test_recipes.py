@@ -119,7 +119,7 @@ def test_plan_5_is_what_report_003_says():
     # section 1: '50 epochs GRPO, KL_BETA=0.1, USE_RANK_ADVANTAGE=false, GRPO_LR=5e-6'
     # section 3: z-score, std clamped at .1; section 2.2: RCE lr 1e-4
     rce, grpo = EARLIER["plan5"]["stages"]
-    said = dict(n_epoch=50, beta=.1, how="zscore", lr=5e-6, min_std=.1)
+    said = dict(n_epoch=50, beta=.1, baseline="zscore", lr=5e-6, min_std=.1)
     assert {k: grpo[k] for k in said} == said
     assert rce["lr"] == 1e-4
     # plan 6: ten times
@@ -165,7 +165,7 @@ def test_changes_are_merged_and_noted(name, n, lr, mode):
         (lambda: recipe("xyz", ALL), "there are rce-only"),
         (lambda: recipe("plan5", ALL, sft=dict(lr=1.0)), "one of model, data, rce, grpo"),
         (lambda: recipe("plan5", ALL, grpo=3), "change grpo=3"),
-        (lambda: recipe("plan5", ALL, grpo=dict(how=torch.relu)), "is a builtin"),
+        (lambda: recipe("plan5", ALL, grpo=dict(baseline=torch.relu)), "is a builtin"),
         (lambda: recipe("plan5", ALL, model=dict(width=3)), "no setting of the model is called width"),
         (lambda: recipe("plan5", ALL, data=dict(reward="best")), "reward mode 'best'"),
         (lambda: recipe("plan5", ALL, data=dict(weights=dict(w=1.0))), "has no .'w'."),
@@ -185,7 +185,7 @@ def test_what_cannot_be_meant(change, said):
     "stage,more,said",
     [
         ("grpo", dict(epochs=3), "stage 2 .grpo.*epochs"),
-        ("grpo", dict(how="best"), "stage 2.*how 'best'"),
+        ("grpo", dict(baseline="best"), "stage 2.*baseline 'best'"),
         ("grpo", dict(freeze=["body"]), "freeze body: this PointerSelector has .*encoder, attention, head"),
         ("grpo", dict(queries=["top"]), "queries .'top'."),
         (
