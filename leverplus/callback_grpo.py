@@ -12,7 +12,7 @@ from fastcore.basics import patch
 from .core import frozen
 from .losses import advantage, clipped_surrogate, clip_shares, log_ratio, policy_gradient
 from .callback_core import Objective, active_dropout, survey_groups
-from fastai.callback.core import CancelBatchException, CancelFitException
+from fastai.callback.core import CancelFitException
 
 # %% ../nbs/63_callback_grpo.ipynb #86ae62e6
 class PolicyGradient(Objective):
@@ -27,6 +27,8 @@ class PolicyGradient(Objective):
         positive:float=0., # a sequence with a reward above this is positive
         too_few:str="raise", # below `min_live`: "raise" an error | "skip" the stage with a warning
         strict:bool=True, # errors for what spoils log-probabilities; False makes them warnings
+        skip_flat:bool=True, # groups without reward differences leave the loss
+        dropout:bool=False, # keep the model's dropout while it trains; only with `strict=False`
     ):
         self.adv_kw = dict(baseline=baseline, scale=scale, min_std=min_std, clip=adv_clip)
         self.min_live = min_live
@@ -34,6 +36,8 @@ class PolicyGradient(Objective):
         self.positive = positive
         self.too_few = too_few
         self.strict = strict
+        self.skip_flat = skip_flat
+        self.dropout = dropout
         self.adv = None
         self.check_settings()
 
@@ -50,11 +54,11 @@ class PolicyGradient(Objective):
         return type(self).__name__
 
     def before_batch(self):
+        super().before_batch()
         self.adv = advantage(self.rewards, self.mask, **self.adv_kw)
         if self.min_positive > 0: self.drop_negative()
 
-    def before_backward(self):
-        if not self.mask.any(): raise CancelBatchException()   # no group left, as in `SkipFlat`
+    def before_backward(self): self.end_if_empty()
 
 # %% ../nbs/63_callback_grpo.ipynb #eabcc5a7
 class RLOO(PolicyGradient):
@@ -63,7 +67,7 @@ class RLOO(PolicyGradient):
         scale:str="batch", # "batch" | "group" | "none"
         min_std:float=.1, # smallest divisor, in units of reward
         adv_clip:float|None=5., # advantages are cut to +-adv_clip
-        **kw, # `min_live, min_positive, positive, too_few, strict` of `PolicyGradient`
+        **kw, # `min_live, min_positive, positive, too_few, strict, skip_flat, dropout` of `PolicyGradient`
     ): super().__init__("loo", scale, min_std, adv_clip, **kw)
 
     def objective(self, logp, rewards, mask):
@@ -84,6 +88,7 @@ def record(self:PolicyGradient):
 @patch
 def before_train(self:PolicyGradient):
     "Ask what has to be right before anything trains"
+    super(PolicyGradient, self).before_train()
     self.check_dropout()
     if self.epoch == 0: self.check_groups()
 
@@ -94,7 +99,7 @@ def check_dropout(self:PolicyGradient):
     if drop:
         self.complain(
             f"{self.who}: dropout is active in {', '.join(drop)}: log-probabilities are random, and old"
-            " and new ones differ before any update. Add `NoDropout()` to cbs, or build the model with"
+            " and new ones differ before any update. Leave `dropout=False` as it is, or build the model with"
             " dropout=0"
         )
 
@@ -171,7 +176,7 @@ class GRPO(PolicyGradient):
         refresh:str|int="epoch", # when the old policy is renewed: "epoch" | "never" | every so many batches
         old=None, # an old policy to begin with instead of the current one (module); makes sense with refresh="never"
         strict:bool=True, # errors for active dropout and ratios off 1; False makes them warnings
-        **kw, # `min_live, min_positive, positive, too_few` of `PolicyGradient`
+        **kw, # `min_live, min_positive, positive, too_few, skip_flat, dropout` of `PolicyGradient`
     ):
         super().__init__(baseline, scale, min_std, adv_clip, strict=strict, **kw)
         self.clip_kw = dict(clip_low=clip_low, clip_high=clip_high)
@@ -232,6 +237,6 @@ def check_ratio(self:GRPO, logp, old, mask):
     self.fresh = False
     off = (log_ratio(logp.detach(), old, mask).exp() - 1).abs().max().item()
     self.log(ratio_off=off)
-    why = "The forward pass is random or not in eval mode (dropout, BatchNorm): add `NoDropout()` to cbs"
+    why = "The forward pass is random, or another in training mode: keep `dropout=False`, or look into the model"
     if self.given_old: why = "The old policy given is not this policy: leave `old` out, or the clip silences it"
     if off > 1e-4: self.complain(f"GRPO: ratio is off 1 by up to {off:.3g} at the first step. {why}")

@@ -11,7 +11,7 @@ from fastcore.basics import patch
 from torch import nn
 from .core import frozen, masked_mean, masked_softmax
 from .losses import ess, group_kl, imitation_loss, listwise_target, merge_orders, top_weights
-from .callback_core import Objective, find_reference
+from .callback_core import Objective, find_reference, start_of
 
 # %% ../nbs/67_callback_listwise.ipynb #13b00936
 class Listwise(Objective):
@@ -19,21 +19,23 @@ class Listwise(Objective):
     _stateattrs = ("ref",)
     def __init__(self,
         ref="start", # "start" | "none" | an anchor's name, a module or a checkpoint's folder, see `find_reference`
-        temp:float|None=None, # temperature > 0 in units of reward; None = solved per query, for `ess`
+        temp=None, # > 0 in units of reward: a number, or what else `as_schedule` takes; None = solved per query, for `ess`
         ess:float=.35, # share of the reference's effective sample size that the target keeps, in (0,1)
         limits:tuple=(.02, 1.), # smallest and largest temperature that is solved for
         over:str="sequence", # what is compared: "sequence" | "set", whose model needs `logp_set`
+        skip_flat:bool=True, # groups without reward differences leave the loss
     ):
         if over not in ("sequence", "set"):
             raise ValueError(f"Listwise: over {over!r}, wanted 'sequence' or 'set'")
+        self.temp, self.schedule = start_of(temp)
         one_group = torch.zeros(1, 2)
-        listwise_target(one_group, one_group == 0, None, temp, ess, limits)   # refuses here what it would there
+        listwise_target(one_group, one_group == 0, None, self.temp, ess, limits)   # refuses here what it would there
         self.given_ref = frozen(ref) if isinstance(ref, nn.Module) else ref
         self.ref = None
-        self.temp = temp
         self.ess = ess
         self.limits = limits
         self.over = over
+        self.skip_flat = skip_flat
 
     @property
     def alone(self):
@@ -46,7 +48,12 @@ class Listwise(Objective):
         self.ref = None if self.alone else find_reference(self.learn, self.given_ref, "Listwise")
 
     def before_train(self):
+        super().before_train()
         if self.ref is None and not self.alone: self.ref = frozen(self.model)
+
+    def before_batch(self):
+        super().before_batch()
+        if self.schedule is not None: self.temp = self.schedule(self.pct_train)
 
     def objective(self, logp, rewards, mask):
         if self.over == "set":
@@ -86,6 +93,7 @@ class SFT(Objective):
         top:int|None=1, # how many of each group are imitated, those tied for the last place share it; None = all
         temp:float|None=None, # > 0: weigh them by softmax(score / temp), in units of the score; None = alike
         min_score:float|None=None, # sequences with a lower score leave; None = none do
+        skip_flat:bool=True, # groups without reward differences leave the loss
     ):
         one_group = torch.zeros(1, 2)
         top_weights(one_group, one_group == 0, top)   # refuses here what it would there
@@ -93,6 +101,7 @@ class SFT(Objective):
         self.top = top
         self.temp = temp
         self.min_score = min_score
+        self.skip_flat = skip_flat
 
     def objective(self, logp, rewards, mask):
         if self.min_score is not None: mask = mask & (rewards >= self.min_score)

@@ -214,7 +214,7 @@ _DISTANCE = dict(
         "ratio is not 1 at the first step",
         "1 +- {ratio:g}",
         "the old policy is not the policy: a snapshot from before another stage, or a random forward pass",
-        "leave `old` out so that it is taken at the start, `refresh='epoch'`, `NoDropout()`; or `Listwise`,"
+        "leave `old` out so that it is taken at the start, `refresh='epoch'`, `dropout=False`; or `Listwise`,"
         " which has no ratio",
     ),
     clip=Rule(
@@ -227,7 +227,7 @@ _DISTANCE = dict(
         "dropout while log-probabilities are compared",
         "none active",
         "old and new log-probabilities differ by chance before any update",
-        "`NoDropout()`, or a model with dropout=0",
+        "`GRPO(dropout=False)`, which is the default, or a model with dropout=0",
     ),
 )
 

@@ -28,7 +28,7 @@ _ADAPTIVE = ["AdaptiveKL", dict(low=.01, high=.1, factor=1.5, limits=[.001, 10.]
 
 def _as_run(n_epoch=3, lr=5e-6, beta=.15, clip_only=False, before="before", **more):
     "GRPO as the code did it; `before` names the old policy, which is the reference of the KL too"
-    grpo = dict(**_SURROGATE, refresh="never", old=before, strict=False, min_live=0.)
+    grpo = dict(**_SURROGATE, refresh="never", old=before, strict=False, dropout=True, min_live=0.)
     kl = dict(ref=before, beta=0. if clip_only else beta, estimator="k3")
     cut = dict(k=[3, 5], which="best", before=True)
     cbs = [["TopKCurriculum", cut], ["GRPO", grpo], ["KLToRef", kl]]
