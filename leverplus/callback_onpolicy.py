@@ -554,6 +554,8 @@ def table(self:OnPolicy):
 # %% ../nbs/68_callback_onpolicy.ipynb #4450e3d8
 class DistinctPG(Objective):
     "Policy gradient for groups that `OnPolicy(distinct=True)` has drawn"
+    skip_flat = False   # a flat group counts: its weights do not sum to 0
+    dropout = False     # log-probabilities must not be random
     def __init__(self):
         self.adv = None
         self.source = None

@@ -179,7 +179,7 @@ def test_zero_variance_gives_zero_grpo_gradient_without_skipping():
     learn = learner()
     learn.dls.train_ds.rows = [(*row, torch.full_like(r, 0.6)) for *row, r in learn.dls.train_ds.rows]
     spy = Spy(before_step=lambda s: max(float(p.grad.abs().max()) for p in s.model.parameters()))
-    fit(learn, 1, [NoDropout(), GRPO(min_live=0.0), spy])
+    fit(learn, 1, [NoDropout(), GRPO(min_live=0.0, skip_flat=False), spy])
     assert spy.seen and max(spy.seen) == 0
 
 # --- GRPO --------------------------------------------------------------------------------------------------
@@ -208,8 +208,9 @@ def test_first_grpo_gradient_is_policy_gradient():
     for p, g in zip(model.parameters(), grabbed["g"]): assert torch.allclose(p.grad, g, atol=1e-6)
 
 def test_grpo_refuses_dropout():
-    with pytest.raises(ValueError, match=r"drop.*NoDropout\(\)"): fit(learner(dropout=.1), 1, GRPO())
-    with pytest.warns(UserWarning) as ws: fit(learner(dropout=.1), 1, GRPO(strict=False))
+    keeps = dict(dropout=True)
+    with pytest.raises(ValueError, match="dropout is active in drop"): fit(learner(dropout=.1), 1, GRPO(**keeps))
+    with pytest.warns(UserWarning) as ws: fit(learner(dropout=.1), 1, GRPO(strict=False, **keeps))
     said = [str(w.message) for w in ws]
     assert any("dropout is active" in m for m in said) and any("off 1 by up to" in m for m in said)
 
@@ -311,7 +312,7 @@ def test_rl_refuses_groups_that_cannot_teach(RL):
 def test_conditional_rl_trains_on_groups_with_enough_positives():
     spy = Spy(after_loss=lambda s: (s.yb, s.grpo.adv))
     learn = learner(cbs=Stats())
-    fit(learn, 1, [NoDropout(), GRPO(min_positive=0.4, positive=0.5), spy])
+    fit(learn, 1, [NoDropout(), GRPO(min_positive=0.4, positive=0.5, skip_flat=False), spy])
     used = 0
     for (r, m), adv in spy.seen:
         real = torch.stack([(r > 0.5) & m], 0)[0].sum(-1) / m.sum(-1).clamp(min=1)
@@ -341,7 +342,7 @@ def test_rloo_is_the_policy_gradient():
     )
     fit(learner(), 1, [NoDropout(), SkipFlat(), RLOO(), spy])
     assert all(a == pytest.approx(b, abs=1e-7) for a, b in spy.seen)
-    with pytest.raises(ValueError, match="RLOO: dropout"): fit(learner(dropout=.1), 1, RLOO())
+    with pytest.raises(ValueError, match="RLOO: dropout"): fit(learner(dropout=.1), 1, RLOO(dropout=True))
 
 # --- listwise, SFT -----------------------------------------------------------------------------------------
 def test_listwise_is_its_formula_and_starts_at_its_start():
@@ -430,11 +431,11 @@ def test_listwise_over_sets_does_not_see_the_order():
 
 def test_sft_imitates_what_it_is_told():
     seen = {}
-    for name, cb in dict(
-        best=SFT(), two=SFT(top=2), lever_lm=SFT(top=None, min_score=0.3), soft=SFT(top=2, temp=0.2)
+    for name, kw in dict(
+        best=dict(), two=dict(top=2), lever_lm=dict(top=None, min_score=0.3), soft=dict(top=2, temp=0.2)
     ).items():
         spy = Spy(after_loss=lambda s: (s.yb, s.loss_grad, s.pred))
-        fit(learner(), 1, [cb, spy])
+        fit(learner(), 1, [SFT(skip_flat=False, **kw), spy])
         seen[name] = spy.seen[0]
     def by_hand(name, pick):
         (r, m), loss, lp = seen[name]
@@ -698,7 +699,7 @@ def test_history_survives_everything():
         learn.get_preds()
         learn.get_preds(with_loss=True)
     with pytest.raises(KeyboardInterrupt): fit(learn, 2, [RCE(), SkipFlat(), Interrupt()])
-    fit(learn, 1, [NoDropout(), GRPO(), KLToRef()])
+    fit(learn, 1, [NoDropout(), GRPO(skip_flat=False), KLToRef()])
     f = learn.history.frame
     assert (
         f.stage.tolist() == ["rce", "rce", "grpo"]
