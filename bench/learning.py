@@ -27,7 +27,7 @@ from leverplus.groups import RLData
 from leverplus.infer import pick_mmr, pick_model, pick_random, pick_similar
 from leverplus.learner import selector_learner
 from leverplus.pools import SAMPLERS
-from leverplus.recipes import RECIPES, fit_recipe, recipe, recipe_learner
+from leverplus.recipes import RECIPES, recipe, recipe_learner
 from leverplus.earlier_recipes import EARLIER
 from leverplus.rldata_ask import FactCache, ask
 from leverplus.rldata_generate import generate
@@ -147,8 +147,8 @@ class Trial:
 
     def recipe(self, name, **changes):
         r = recipe(name, RECIPES | EARLIER, data=dict(reward=self.mode), **changes)
-        learn = recipe_learner(r, self.train, self.dev, self.world.store, self.seed, choose_by=self.choose_by)
-        return fit_recipe(learn, r)
+        learn = recipe_learner(self.train, self.dev, self.world.store, r, self.seed, choose_by=self.choose_by)
+        return learn.fit_recipe()
 
     def warm(self, sampler="random"):
         "A learner after the warm-up, which knows nothing of the groups but their shot counts; made once per seed"
@@ -200,9 +200,8 @@ def mended(t):
     """
     cbs = dict((c, {}) if isinstance(c, str) else c for c in recipe("plan5-as-run", EARLIER)["stages"][1]["cbs"])
     del cbs["TopKCurriculum"]
-    cbs["GRPO"] |= dict(old=None, refresh="epoch")
+    cbs["GRPO"] |= dict(old=None, refresh="epoch", dropout=False)
     cbs["KLToRef"] |= dict(ref="start", estimator="exact")
-    cbs["NoDropout"] = {}
     return t.recipe("plan5-as-run", stage=dict(n_epoch=3, cbs=[list(c) for c in cbs.items()]))
 
 METHODS = {
