@@ -27,7 +27,7 @@ from leverplus.groups import RLData
 from leverplus.infer import pick_mmr, pick_model, pick_random, pick_similar
 from leverplus.learner import selector_learner
 from leverplus.pools import SAMPLERS
-from leverplus.recipes import RECIPES, fit_recipe, recipe, recipe_learner
+from leverplus.recipes import RECIPES, recipe, recipe_learner
 from leverplus.earlier_recipes import EARLIER
 from leverplus.rldata_ask import FactCache, ask
 from leverplus.rldata_generate import generate
@@ -148,8 +148,8 @@ class Trial:
 
     def recipe(self, name, **changes):
         r = recipe(name, RECIPES | EARLIER, data=dict(reward=self.mode), **changes)
-        learn = recipe_learner(r, self.train, self.dev, self.world.store, self.seed, choose_by=self.choose_by)
-        return fit_recipe(learn, r)
+        learn = recipe_learner(self.train, self.dev, self.world.store, r, self.seed, choose_by=self.choose_by)
+        return learn.fit_recipe()
 
     def warm(self, sampler="random"):
         "A learner after the warm-up, which knows nothing of the groups but their shot counts; made once per seed"
@@ -171,7 +171,7 @@ class Trial:
         return learn
 
 def warm_alike(t): return t.warm(t.world.pools["train"].recipe["sampler"])
-def listwise(t, learn): return learn.fit_listwise(t.epochs, 3e-3, tau=.2, **t.split)
+def listwise(t, learn): return learn.fit_listwise(t.epochs, 3e-3, temp=.2, **t.split)
 def on_policy(t, learn, objective, lr, rounds=10, G=12):
     "As many different questions to the LVLM as the stored groups have rows, at most, and the greedy sequences"
     # 32 groups per batch
@@ -190,9 +190,8 @@ def mended(t):
     """
     cbs = dict((c, {}) if isinstance(c, str) else c for c in recipe("plan5-as-run", EARLIER)["stages"][1]["cbs"])
     del cbs["TopKCurriculum"]
-    cbs["GRPO"] |= dict(old=None, refresh="epoch")
-    cbs["KLToRef"] |= dict(ref="start", how="exact")
-    cbs["NoDropout"] = {}
+    cbs["GRPO"] |= dict(old=None, refresh="epoch", dropout=False)
+    cbs["KLToRef"] |= dict(ref="start", estimator="exact")
     return t.recipe("plan5-as-run", stage=dict(n_epoch=3, cbs=[list(c) for c in cbs.items()]))
 
 METHODS = {

@@ -458,7 +458,7 @@ def check_refresh(
 )->None: # ValueError unless the old policy is the one that draws
     "Refuse an old policy that is not the one that drew"
     want = "epoch" if every == "round" else 1
-    if objective.refresh != want or objective.given is not None:
+    if objective.refresh != want or objective.given_old is not None:
         raise ValueError(
             f"{type(objective).__name__}: refresh {objective.refresh!r}, but groups are drawn every {every}: the old"
             f" policy must be the one that drew, so refresh={want!r} and no `old`")
@@ -568,6 +568,8 @@ def table(self:OnPolicy):
 class DistinctPG(Objective):
     "Policy gradient for groups that `OnPolicy` has drawn without replacement"
     wants_distinct = True   # see `drawing_for`
+    skip_flat = False   # a flat group counts: its weights do not sum to 0
+    dropout = False     # log-probabilities must not be random
     def __init__(self):
         self.adv = None
         self.source = None

@@ -17,7 +17,7 @@ from .rldata_ask import FactCache, ask
 from .rldata_generate import generate
 from .rldata_check import health
 from .diagnose import data_facts
-from .recipes import RECIPES, fit_recipe, recipe, recipe_learner
+from .recipes import RECIPES, recipe, recipe_learner
 from .earlier_recipes import EARLIER
 from .infer import pick_model
 from leverplus.evaluate import (
@@ -75,8 +75,8 @@ def train_recipes(
     learners = {}
     for name, changes in recipes.items():
         r = recipe(name, _KNOWN, **changes)
-        learn = recipe_learner(r, groups["train"], groups["dev"], world.store, seed, items=train_items)
-        with quiet(learn): learners[name] = fit_recipe(learn, r)
+        learn = recipe_learner(groups["train"], groups["dev"], world.store, r, seed, items=train_items)
+        with quiet(learn): learners[name] = learn.fit_recipe()
     return learners
 
 # %% ../nbs/92_demo.ipynb #bcc6f7df

@@ -26,7 +26,7 @@ from .dls import group_dls
 from .callback_grpo import GRPO, PolicyGradient
 from .callback_track import valid_loss
 from .selector import PointerSelector
-from .learner import SelectorLearner, selector_learner
+from .learner import SelectorLearner, Stage, selector_learner
 from .infer import PICKS, as_pointer, check_picks, pick_model
 from .statistics import Interval, claim, detectable, holm
 from .evaluate import compare_seeds, expected_best, score_picks
@@ -53,7 +53,7 @@ def _stage_takes(name, stages):
     fit = getattr(SelectorLearner, f"fit_{name}", None)
     if fit is None or name == "stage":
         raise ValueError(f"objective {name!r}: no `fit_{name}`, and not among stages={sorted(stages)}")
-    passed_on = [SelectorLearner.fit_stage]
+    passed_on = [Stage]
     if name == "grpo": passed_on += [GRPO.__init__, PolicyGradient.__init__]
     return (_takes(fit, *passed_on) or set()) - {"cbs", "resume", "kw"}
 

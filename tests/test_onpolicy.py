@@ -254,9 +254,9 @@ def test_the_ratio_is_one_where_it_must_be(objective, kw, every):
 @pytest.mark.parametrize(
     "objective, kw, steps",
     [
-        (lambda: RLOO(), {}, 3),
+        (lambda: RLOO(skip_flat=False), {}, 3),
         (DistinctPG, dict(distinct=True), 3),
-        (lambda: GRPO(), dict(every="round", passes=2), 6),
+        (lambda: GRPO(skip_flat=False), dict(every="round", passes=2), 6),
     ],
 )
 def test_several_shot_counts_are_groups_of_their_own(objective, kw, steps):
@@ -336,7 +336,7 @@ def test_shot_counts_of_their_own_are_trained_as_if_alone():
                     )
                 )
         cb.draw = lambda qs: _drawn(cb, qs)
-        fit(learn, 1, [NoDropout(), RLOO(scale="none", adv_clip=None), cb, Grad()], lr=0.0)
+        fit(learn, 1, [NoDropout(), RLOO(scale="none", adv_clip=None, skip_flat=False), cb, Grad()], lr=0.0)
         return out[0]
     def _drawn(cb, qs): # the same noise whatever else is drawn
         from leverplus.callback_onpolicy import stack_padded
@@ -354,8 +354,10 @@ def test_shot_counts_of_their_own_are_trained_as_if_alone():
     )
 
 def test_dropout_is_noticed():
+    class Noisy(DistinctPG): dropout = True
     with pytest.raises(ValueError, match="NoDropout"):
-        fit(learner(dropout=0.5), 1, [DistinctPG(), policy(distinct=True)])
+        fit(learner(dropout=0.5), 1, [Noisy(), policy(distinct=True)])
+    fit(learner(dropout=0.5), 1, [DistinctPG(), policy(distinct=True)])
 
 def test_it_learns_what_pays():
     "Greedy reward of the questions that are trained on, after rounds on a table of all pairs; every objective"
@@ -618,7 +620,7 @@ def test_a_sequence_that_was_drawn_twice_has_its_mass_once():
                 self.seen.append(sum(once.values()))
                 self.repeated += sum(m) - len(once)
     learn = learner()
-    fit(learn, 1, [RLOO(), policy(G=9), spy := Mass()])
+    fit(learn, 1, [RLOO(skip_flat=False), policy(G=9), spy := Mass()])
     assert spy.repeated > 20
     assert (
         learn.history.frame.mass.iloc[0] == pytest.approx(np.mean(spy.seen), rel=1e-4)
@@ -692,7 +694,7 @@ def test_all_stages_choose_by_it_and_asking_costs_one_prompt_per_new_pick():
     for stage, kw in (
         ("fit_rce", {}),
         ("fit_sft", {}),
-        ("fit_listwise", dict(tau=0.1)),
+        ("fit_listwise", dict(temp=0.1)),
         ("fit_grpo", dict(min_live=0.0)),
         (
             "fit_onpolicy",
