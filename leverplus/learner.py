@@ -21,7 +21,7 @@ from .callback_core import Objective, SkipFlat
 from .callback_rce import RCE
 from .callback_grpo import GRPO, RLOO
 from .callback_kl import KLToRef
-from .callback_schedule import NoDropout, SplitShots
+from .callback_schedule import SplitShots
 from .callback_track import History, RLStats, Best, Resume, evaluating, greedy_picks, valid_loss
 from .callback_listwise import Listwise, SFT
 from .callback_onpolicy import DistinctPG, Drawing, Feedback, OnPolicy
