@@ -241,8 +241,8 @@ def shot_counts(
     asker:str, # whom the message names
 )->tuple: # of counts; (None,) for a policy with STOP; else ValueError
     "Shot counts as a tuple"
-    if shots in (None, (None,), [None]): return (None,)
     out = tuple(np.atleast_1d(shots).tolist())
+    if out == (None,): return out
     counts = all(isinstance(s, int) and s > 0 for s in out)
     if not out or not counts or len(set(out)) < len(out):
         raise ValueError(

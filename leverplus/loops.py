@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['POLICY_COUNTS', 'LIMITS', 'ADVICE', 'Questions', 'loop_queries', 'oracle_ranks', 'code_fingerprint', 'loop_fit',
-           'loop_prints', 'Training', 'LoopSettings', 'Loop', 'loop_settings', 'Round', 'compare_oracle', 'Check',
-           'data_checks', 'advise', 'needed', 'ClosedLoop', 'closed_loop', 'Rounds', 'rounds', 'plot_rounds']
+           'loop_prints', 'Training', 'LoopSettings', 'changed_settings', 'Loop', 'loop_settings', 'Round',
+           'compare_oracle', 'Check', 'data_checks', 'advise', 'needed', 'ClosedLoop', 'closed_loop', 'Rounds',
+           'rounds', 'plot_rounds']
 
 # %% ../nbs/84_loops.ipynb #9fba8a5f
 import math
@@ -197,6 +198,17 @@ class LoopSettings:
         if len(self.proposing.shots) > 1:
             raise ValueError(f"a loop has one number of shots, not {self.proposing.shots}: make a loop of each")
 
+# %% ../nbs/84_loops.ipynb #5cad5e71
+def changed_settings(
+    settings:LoopSettings|None=None, # None: the defaults
+    **changes, # flat names
+)->LoopSettings: # ValueError names what nobody knows
+    "Settings of a loop, changed"
+    if settings is None: settings = LoopSettings()
+    if not isinstance(settings, LoopSettings):
+        raise ValueError(f"settings {settings!r}: wanted LoopSettings, or settings by their names, such as n=60")
+    return change(settings, **changes)
+
 # %% ../nbs/84_loops.ipynb #984f48e5
 class Loop:
     "A loop made ready: its questions, its groups, and how a round is made"
@@ -209,7 +221,7 @@ class Loop:
         progress:bool=False, # show bars?
         **changes, # of `settings`, by flat names: n, dev, shots, counts, two_stage, reward, model, seed, ...
     ):
-        settings = change(settings or LoopSettings(), **changes)
+        settings = changed_settings(settings, **changes)
         train_split, dev_split = settings.questions.splits
         self.world = world
         self.path = Path(path)
@@ -244,7 +256,10 @@ def loop_settings(
     path, # folder of a loop
 )->LoopSettings: # as it was made with, but for `train`, which is a function
     "Read the settings of a loop"
-    return read_settings(LoopSettings, Run(path).settings["loop"])
+    settings = Run(path).settings
+    if "loop" not in settings:
+        raise ValueError(f"{path} is no folder of a loop: its settings are {', '.join(settings)}")
+    return read_settings(LoopSettings, settings["loop"])
 
 
 # %% ../nbs/84_loops.ipynb #bc0c9811

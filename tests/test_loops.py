@@ -18,6 +18,7 @@ from leverplus.loops import (
 from leverplus.pools import Pool
 from leverplus.settings import Guarding, Proposing
 from leverplus.rldata_propose import SimilarityPrior
+from leverplus.runs import Run
 from leverplus.rldata_ask import ask
 from leverplus.rldata_generate import generate
 from leverplus.selector import PointerSelector
@@ -81,9 +82,12 @@ KW = dict(
 @settings(max_examples=25)
 @given(
     st.integers(2, 99), st.integers(1, 4), st.sampled_from([None, Mining(rounds=2, budget=9)]),
-    st.sampled_from([None, dict(top=2)]), st.sampled_from([{}, dict(d_hidden=8)]), st.booleans(), st.integers(0, 9),
+    st.sampled_from([None, dict(top=2)]), st.sampled_from([{}, dict(d_hidden=8)]), st.booleans(),
+    st.integers(0, 9),
 )
-def test_settings_are_saved_in_the_run_and_read_back(tmp_path_factory, n, shots, mining, two_stage, model, warm, seed):
+def test_settings_are_saved_in_the_run_and_read_back(
+    tmp_path_factory, n, shots, mining, two_stage, model, warm, seed
+):
     path = tmp_path_factory.mktemp("loop")
     chosen = dict(shots=shots, mining=mining, two_stage=two_stage, model=model, warm=warm, seed=seed)
     made = change(LoopSettings(), n=min(n, 24), dev=10, valid=4, counts=FEW, reward="gtprob", **chosen)
@@ -105,7 +109,13 @@ def test_flat_names_are_the_settings_of_the_groups(tmp_path):
         (dict(mining=1), "mining"), (dict(counts=dict(beams=1)), "beams"),
     ]:
         with pytest.raises(ValueError, match=says): Loop(make_world(), tmp_path / "no", **wrong)
+    with pytest.raises(ValueError, match="settings 60: wanted"): Loop(make_world(), tmp_path / "no", 60)
     assert not (tmp_path / "no").exists()
+
+def test_a_folder_of_something_else_has_no_settings_of_a_loop(tmp_path):
+    Run.create(tmp_path / "other", dict(bs=8), 0)
+    with pytest.raises(ValueError, match="no folder of a loop: its settings are bs"):
+        loop_settings(tmp_path / "other")
 
 def test_seeds_of_proposing_and_mining_count_from_that_of_the_loop(tmp_path):
     loop = Loop(make_world(), tmp_path / "a", **KW | dict(seed=3))

@@ -430,6 +430,7 @@ def test_a_drawing_is_saved_and_read_back(G, shots, every, distinct, seed):
     shots = tuple(shots) if isinstance(shots, set) else shots
     drawing = Drawing(G=G, shots=shots, every=every, distinct=distinct, seed=seed)
     assert drawing.shots == (shots if isinstance(shots, tuple) else (shots,))
+    if shots: assert Drawing(shots=np.array(shots)).shots == drawing.shots
     assert read_settings(Drawing, json.loads(json.dumps(plain_settings(drawing)))) == drawing
 
 @pytest.mark.parametrize("objective, every, distinct", [
