@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from fastcore.meta import delegates
 from filelock import FileLock, Timeout
 from tqdm import tqdm
-from .settings import TWO_STAGE, Asking, Guarding, Proposing, check_two_stage, plain_settings
+from .settings import TWO_STAGE, Asking, Guarding, Job, Proposing, check_two_stage, plain_settings
 from .core import ask_for_a_folder, fingerprint, leftovers, read_json, rng, stable_hash, write_json
 from .runs import Busy
 from .lvlm import Scored, compare
@@ -218,6 +218,7 @@ class Generation:
         guarding:Guarding=Guarding(), # window, self-test, verification, failures (looked at from 100 rows on)
         cache:FactCache|None=None, # shared facts
         shard:tuple|None=None, # (i, n): only part i of n, 0 <= i < n; None: everything
+        job:Job|None=None, # who made this ready (`39_rldata_scale`): the manifest keeps it, so that it can be repeated
     ):
         self.path = ask_for_a_folder(path)
         self.shard = check_shard(shard)
@@ -231,6 +232,7 @@ class Generation:
         self.asking = asking
         self.guarding = guarding
         self.cache = cache
+        self.job = job
         own = shard_queries(self.queries, self.shard)
         size = guarding.window
         self.windows = [own[i:i+size] for i in range(0, len(own), size)] # lists of question_ids
@@ -253,6 +255,9 @@ class Generation:
 def begin(self:Generation):
     "Find or write the manifest, and run the self-test; ValueError names settings that differ"
     self.manifest = begin_manifest(self.path, self.settings, self.shard)
+    if self.job is not None:
+        self.manifest["job"] = plain_settings(self.job)
+        write_json(self.file, self.manifest)
     test = self.guarding.test
     if test and "self_test" not in self.manifest:
         self.manifest["self_test"] = self_test(

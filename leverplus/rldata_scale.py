@@ -250,7 +250,7 @@ def generation(self:Job,
     queries = self.questions(items)
     scorer = self.scorer() if asks else None
     return Generation(path, queries, items, pool, scorer, store, policy, proposing=self.proposing,
-                      asking=self.asking, guarding=self.guarding, shard=shard)
+                      asking=self.asking, guarding=self.guarding, shard=shard, job=self)
 
 @patch
 def run(self:Job,
