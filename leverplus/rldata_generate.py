@@ -91,8 +91,9 @@ def proposer_settings(
     scale:float=10., # sharpness of the prior
 )->dict: # policy: a fingerprint, proposer: a name
     "Who proposes, as a run keeps it"
-    if policy is None: return dict(policy=policy_fingerprint(SimilarityPrior(scale)), proposer="similarity prior")
-    return dict(policy=policy_fingerprint(policy), proposer=type(policy).__name__)
+    name = "similarity prior" if policy is None else type(policy).__name__
+    policy = SimilarityPrior(scale) if policy is None else policy
+    return dict(policy=policy_fingerprint(policy), proposer=name)
 
 # %% ../nbs/34_rldata_generate.ipynb #07ee35a4
 def run_settings(

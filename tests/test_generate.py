@@ -5,7 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from hypothesis import given, settings, strategies as st
-from leverplus.settings import COUNTS, Asking, Guarding, Job, Proposing, check_counts, read_settings, settings_of
+from leverplus.settings import (
+    COUNTS, Asking, Guarding, Job, Proposing, check_counts, read_settings, settings_of,
+)
 from leverplus.core import rng
 from leverplus.decode import best_sequences
 from leverplus.embed import EmbedStore
@@ -495,11 +497,13 @@ def test_facts_are_read_wherever_they_lie(tmp_path):
     assert len(known_facts([tmp_path/"facts"], facts_fingerprint(MockScorer(), chat))) == 20
     assert len(known_facts([tmp_path/"run", str(tmp_path/"shards"), tmp_path/"all.parquet"], own)) == 15*12
     assert len(known_facts([], own)) == 0
-    with pytest.raises(FileNotFoundError, match="nowhere: no such facts"): known_facts([tmp_path/"nowhere"], own)
+    nowhere = tmp_path/"nowhere"
+    with pytest.raises(FileNotFoundError, match="nowhere: no such facts"): known_facts([nowhere], own)
+
+SOME_PAIRS = st.lists(st.integers(0, 39), unique=True, max_size=15)
 
 @settings(max_examples=30, deadline=None)
-@given(st.lists(st.integers(0, 39), unique=True, max_size=15), st.lists(st.integers(0, 39), unique=True, max_size=15),
-       st.lists(st.integers(0, 39), unique=True, max_size=15))
+@given(SOME_PAIRS, SOME_PAIRS, SOME_PAIRS)
 def test_only_what_nobody_knows_is_asked(wanted, elsewhere, here):
     asking = Asking(style="chat")
     extra = FactCache()
@@ -532,7 +536,7 @@ def test_facts_of_two_scorers_are_not_mixed(tmp_path):
         (MockScorer(), Asking(evaluator="lmms")),
         (MockScorer(), Asking(answer_weight="count3")),
     ):
-        with pytest.raises(ValueError, match="run: its facts are of scorer .* name those that it was made with"):
+        with pytest.raises(ValueError, match="run: its facts are of scorer .* name those that it was made"):
             same_scorer(data, scorer, asking)
     # who gets a text is no part of a fact
     assert same_scorer(data, MockScorer(), Asking(two_stage=dict(top=1))) == data.manifest["scorers"][0]
@@ -562,7 +566,9 @@ def grouped(**flat):
     job = settings_of(Job, **flat)
     return dict(proposing=job.proposing, asking=job.asking, guarding=job.guarding)
 
-def made(path, queries, items, pool, scorer, store, policy=None, cache=None, shard=None, progress=False, **flat):
+def made(
+    path, queries, items, pool, scorer, store, policy=None, cache=None, shard=None, progress=False, **flat
+):
     "`generate` with settings by their flat names"
     kw = grouped(**flat) | dict(cache=cache, shard=shard, progress=progress)
     return generate(path, queries, items, pool, scorer, store, policy, **kw)

@@ -9,8 +9,8 @@ from leverplus.groups import RLData
 from leverplus.runs import Busy
 from leverplus.embed import EmbedStore
 from leverplus.rldata_scale import (
-    ROW_BYTES, RayWorker, Splits, asking_costs, embed_plan, embed_splits, generate_plan, generate_ray, measured_rate,
-    plan_run, questions_there, rate_of, sequences_of, size_text, time_text,
+    ROW_BYTES, RayWorker, Splits, asking_costs, embed_plan, embed_splits, generate_plan, generate_ray,
+    measured_rate, plan_run, questions_there, rate_of, sequences_of, size_text, time_text,
 )
 from leverplus.settings import Job, change, plain_settings, read_settings, settings_of
 
@@ -39,7 +39,8 @@ def tiny(kept):
 def test_a_job_is_small_and_survives_every_journey(mock):
     odd = change(mock, shots=[1, 2], counts={"temperature": {"1.3": 2}, "beam": 1}, limit=None)
     for j in (mock, odd):
-        assert pickle.loads(pickle.dumps(j)) == j == read_settings(Job, json.loads(json.dumps(plain_settings(j))))
+        said = json.dumps(plain_settings(j))
+        assert pickle.loads(pickle.dumps(j)) == j == read_settings(Job, json.loads(said))
         assert len(pickle.dumps(j)) < 2000
     assert odd.proposing.shots == (1, 2) and odd.proposing.counts["temperature"] == {1.3: 2}
 
@@ -62,7 +63,8 @@ def test_bad_jobs_say_so_at_once(bad, says):
     with pytest.raises(ValueError, match=says): settings_of(Job, **bad)
 
 def test_missing_data_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere"): settings_of(Job, data=str(tmp_path/"nowhere")).items()
+    nowhere = settings_of(Job, data=str(tmp_path/"nowhere"))
+    with pytest.raises(FileNotFoundError, match="nowhere"): nowhere.items()
     with pytest.raises(FileNotFoundError, match="split 'val'"): settings_of(Job, split="val").items()
     with pytest.raises(FileNotFoundError, match="no such folder of images"):
         settings_of(Job, images=str(tmp_path / "none")).items()
@@ -358,9 +360,11 @@ def test_what_a_worker_cannot_do_stops_the_driver(tmp_path, mock, ray, monkeypat
     whole = run(mock)
     assert whole.manifest["complete"] and len(whole) == 24 * 15
     # though all its windows lie there
-    with pytest.raises(RuntimeError, match="window 0: ValueError: .*proposing.seed: there 0, here 1(.|\\n)*Traceback"):
+    other_seed = "window 0: ValueError: .*proposing.seed: there 0, here 1(.|\\n)*Traceback"
+    with pytest.raises(RuntimeError, match=other_seed):
         run(change(mock, seed=1))
-    assert run(change(mock, verify=3)).manifest["verify"]["asked"] == 3 # windows on disk, opened again to verify them
+    # windows on disk, opened again to verify them
+    assert run(change(mock, verify=3)).manifest["verify"]["asked"] == 3
     part = generate_ray(mock, tmp_path / "s", workers=1, shard=(0, 2), progress=False)
     assert part.manifest["shard"] == [0, 2] and 0 < len(part.queries) < 24
 
