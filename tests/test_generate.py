@@ -5,9 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from hypothesis import given, settings, strategies as st
-from leverplus.settings import (
-    COUNTS, Asking, Guarding, Job, Proposing, check_counts, read_settings, settings_of,
-)
+from leverplus.settings import Asking, Guarding, Job, Proposing, check_counts, read_settings, settings_of
 from leverplus.core import rng
 from leverplus.decode import best_sequences
 from leverplus.embed import EmbedStore
