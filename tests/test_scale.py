@@ -235,6 +235,18 @@ def test_a_part_that_somebody_makes_is_left_to_them(dev):
         with pytest.raises(Busy, match="is writing this run"): embed_splits(splits, (0, 2), progress=False)
         assert embed_splits(splits, (1, 2), progress=False).left == ["000of002"]
 
+def test_somebody_else_may_be_the_last(dev, monkeypatch):
+    "They put all together, and remove the parts, before this process has looked which are there"
+    import leverplus.rldata_scale as s
+    splits = Splits(dev, ["dev"])
+    real = s._embed_part
+    def embed(splits, shard, folder, progress):
+        real(splits, shard, folder, progress)
+        if shard == (0, 2): assert embed_splits(splits, (1, 2), progress=False).left == []
+    monkeypatch.setattr(s, "_embed_part", embed)
+    assert embed_splits(splits, (0, 2), progress=False).left == []
+    assert splits.to_do() == []
+
 def test_splits_share_what_is_embedded(tmp_path, kept):
     "Each split has its candidates beside it; every item is embedded once, and lies in each store that wants it"
     job = settings_of(Job, store=str(tmp_path/"s"), candidates="dev", device="cpu")
