@@ -34,7 +34,8 @@ ENV = dict(os.environ, OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", RAY_worker_nicen
 
 def processes(job, path, n):
     "n processes, a shard each: (seconds until Ray is there: none, log of windows)"
-    words = lambda i: [sys.executable, "-c", WORKER, json.dumps(plain_settings(job)), str(path), json.dumps([i, n])]
+    said = json.dumps(plain_settings(job))
+    words = lambda i: [sys.executable, "-c", WORKER, said, str(path), json.dumps([i, n])]
     ps = [
         subprocess.Popen(words(i), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=ENV)
         for i in range(n)

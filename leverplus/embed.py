@@ -254,8 +254,8 @@ class Clip:
     )->torch.Tensor: # [n, D] float32, length 1
         "Encode texts"
         device = self.model.device
-        how = dict(padding=True, truncation=True, max_length=self.max_length, return_tensors="pt")
-        x = self.tokenizer(list(texts), **how).to(device)
+        options = dict(padding=True, truncation=True, max_length=self.max_length, return_tensors="pt")
+        x = self.tokenizer(list(texts), **options).to(device)
         ids, mask = x["input_ids"], x["attention_mask"]
         with exact_float32(device): out = self.model.get_text_features(input_ids=ids, attention_mask=mask)
         return self._unit(out)

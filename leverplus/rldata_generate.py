@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from fastcore.meta import delegates
 from filelock import FileLock, Timeout
 from tqdm import tqdm
-from .settings import TWO_STAGE, Asking, Guarding, Proposing, check_two_stage, plain_settings
+from .settings import TWO_STAGE, Asking, Guarding, Job, Proposing, check_two_stage, plain_settings
 from .core import ask_for_a_folder, fingerprint, leftovers, read_json, rng, stable_hash, write_json
 from .runs import Busy
 from .lvlm import Scored, compare
@@ -91,8 +91,9 @@ def proposer_settings(
     scale:float=10., # sharpness of the prior
 )->dict: # policy: a fingerprint, proposer: a name
     "Who proposes, as a run keeps it"
-    if policy is None: return dict(policy=policy_fingerprint(SimilarityPrior(scale)), proposer="similarity prior")
-    return dict(policy=policy_fingerprint(policy), proposer=type(policy).__name__)
+    name = "similarity prior" if policy is None else type(policy).__name__
+    policy = SimilarityPrior(scale) if policy is None else policy
+    return dict(policy=policy_fingerprint(policy), proposer=name)
 
 # %% ../nbs/34_rldata_generate.ipynb #07ee35a4
 def run_settings(
@@ -218,6 +219,7 @@ class Generation:
         guarding:Guarding=Guarding(), # window, self-test, verification, failures (looked at from 100 rows on)
         cache:FactCache|None=None, # shared facts
         shard:tuple|None=None, # (i, n): only part i of n, 0 <= i < n; None: everything
+        job:Job|None=None, # who made this ready (`39_rldata_scale`): the manifest keeps it, so that it can be repeated
     ):
         self.path = ask_for_a_folder(path)
         self.shard = check_shard(shard)
@@ -231,6 +233,7 @@ class Generation:
         self.asking = asking
         self.guarding = guarding
         self.cache = cache
+        self.job = job
         own = shard_queries(self.queries, self.shard)
         size = guarding.window
         self.windows = [own[i:i+size] for i in range(0, len(own), size)] # lists of question_ids
@@ -253,6 +256,9 @@ class Generation:
 def begin(self:Generation):
     "Find or write the manifest, and run the self-test; ValueError names settings that differ"
     self.manifest = begin_manifest(self.path, self.settings, self.shard)
+    if self.job is not None:
+        self.manifest["job"] = plain_settings(self.job)
+        write_json(self.file, self.manifest)
     test = self.guarding.test
     if test and "self_test" not in self.manifest:
         self.manifest["self_test"] = self_test(

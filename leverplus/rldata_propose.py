@@ -129,7 +129,7 @@ def new_first(
 class ProposalBlock:
     "Sequences that one method contributes to a batch"
     method:str # beam | retrieval | sample | random
-    temperature:float # of a sample, else nan
+    temp:float # temperature of a sample, else nan
     seqs:torch.Tensor # int [B,n,S]
     logp:torch.Tensor # [B,n]; nan for retrieval, which has none
     kept:torch.Tensor # bool [B,n], False where a query had no more
@@ -146,7 +146,7 @@ def block_of(
     had:torch.Tensor|None, # int [B,M] codes of what is kept already
     K:int, # candidates of the largest pool
     method:str, # see `ProposalBlock`
-    temperature:float=math.nan, # see `ProposalBlock`
+    temp:float=math.nan, # see `ProposalBlock`
 )->ProposalBlock: # see there
     "Keep the first `n` new sequences"
     seqs, score, *keys = found
@@ -157,7 +157,7 @@ def block_of(
     logp = score.gather(1, place).double()
     if method == "retrieval": logp = torch.full_like(logp, math.nan)   # a sum of cosines, no log-probability
     seqs = seqs.gather(1, place[..., None].expand(-1, -1, seqs.shape[-1]))
-    return ProposalBlock(method, temperature, seqs, logp, new, kappa.expand(place.shape))
+    return ProposalBlock(method, temp, seqs, logp, new, kappa.expand(place.shape))
 
 # %% ../nbs/32_rldata_propose.ipynb #26176568
 class Proposals:
@@ -176,17 +176,17 @@ class Proposals:
         codes = [torch.where(b.kept, sequence_codes(b.seqs, self.K), -1) for b in self.blocks]
         return torch.cat(codes, 1) if codes else None
 
-    def add(self, n, find, method, temperature=math.nan):
+    def add(self, n, find, method, temp=math.nan):
         "Add the first `n` new sequences of `find(width)`"
         if not n: return
         had = self.had()
         width = n + (0 if had is None else had.shape[1])
-        self.blocks.append(block_of(n, find(width), had, self.K, method, temperature))
+        self.blocks.append(block_of(n, find(width), had, self.K, method, temp))
 
-    def draw(self, policy, enc, n, temperature, *name):
+    def draw(self, policy, enc, n, temp, *name):
         "`n` sequences of a policy without replacement, with their keys, and one more"
         noise, root = named_noise(self.batch, self.S, n, *name)
-        return best_sequences(policy, enc, len(root), self.S, n + 1, temperature, noise, root)
+        return best_sequences(policy, enc, len(root), self.S, n + 1, temp, noise, root)
 
 # %% ../nbs/32_rldata_propose.ipynb #39217d1d
 def _propose_batch(batch, S, policy, counts, seed):
@@ -215,7 +215,7 @@ def _record(blocks, batch, cos):
     for b in blocks:
         for i in range(b.seqs.shape[1]):
             beam_rank = i if b.method == "beam" else math.nan
-            found.append((b.method, beam_rank, b.temperature))
+            found.append((b.method, beam_rank, b.temp))
     seqs = torch.cat([b.seqs for b in blocks], 1)
     logp = torch.cat([b.logp for b in blocks], 1)
     kappa = torch.cat([b.kappa for b in blocks], 1)

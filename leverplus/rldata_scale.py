@@ -18,8 +18,8 @@ import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
 from filelock import FileLock
 from .core import fingerprint, read_json, repo_path, rng
-from .settings import Job, change
 from .runs import empty_folder
+from .settings import Job, change
 from .data import check_splits, items_fingerprint, read_okvqa, read_soft_labels, read_vqav2
 from .embed import EmbedStore, embed_items, gather_stores
 from .pools import Pool, check_pool, make_pool
@@ -174,8 +174,9 @@ def embed_splits(
     folders = [splits.parts_folder()/f"{i:03d}of{n:03d}" for i in range(n)]
     for i in [shard[0]] if shard else range(n):
         if not _is_there(folders[i]): _embed_part(splits, (i, n), folders[i], progress)
-    out.left = [f.name for f in folders if not _is_there(f)]
-    if not out.left: _put_together(splits, folders, todo)
+    left = [f.name for f in folders if not _is_there(f)]
+    if not left: _put_together(splits, folders, todo)
+    if splits.to_do(): out.left = left # unless somebody else has put all together meanwhile
     return out
 
 def _embed_part(splits, shard, folder, progress):
@@ -250,7 +251,7 @@ def generation(self:Job,
     queries = self.questions(items)
     scorer = self.scorer() if asks else None
     return Generation(path, queries, items, pool, scorer, store, policy, proposing=self.proposing,
-                      asking=self.asking, guarding=self.guarding, shard=shard)
+                      asking=self.asking, guarding=self.guarding, shard=shard, job=self)
 
 @patch
 def run(self:Job,

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from hypothesis import given, settings, strategies as st
-from leverplus.settings import COUNTS, Asking, Guarding, Job, Proposing, check_counts, read_settings, settings_of
+from leverplus.settings import Asking, Guarding, Job, Proposing, check_counts, read_settings, settings_of
 from leverplus.core import rng
 from leverplus.decode import best_sequences
 from leverplus.embed import EmbedStore
@@ -15,9 +15,12 @@ from leverplus.lvlm import MockScorer
 from leverplus.pools import Pool
 from leverplus.rldata_propose import SimilarityPrior, nearest_sets, propose
 from leverplus.runs import Busy
-from leverplus.rldata_generate import Generation, NotVerified, flat_queries, generate, run_lock, shard_queries
+from leverplus.rldata_generate import (
+    Generation, NotVerified, flat_queries, generate, run_lock, shard_queries, summary_text, verified_text,
+)
 from leverplus.rldata_ask import (
-    FactCache, as_cache, ask, content_keys, facts_fingerprint, item_hashes, pair_keys, self_test,
+    FactCache, as_cache, ask, ask_around, content_keys, facts_fingerprint, item_hashes, known_facts, pair_keys,
+    same_scorer, self_test, stored_facts,
 )
 from leverplus.selector import PointerSelector
 
@@ -471,6 +474,73 @@ class Knows:
             for s, t in zip(out, targets)
         ]
 
+# ---- what others asked -------------------------------------------------------------------------------------
+
+def test_facts_are_read_wherever_they_lie(tmp_path):
+    own = facts_fingerprint(MockScorer())
+    run = made(tmp_path/"run", QS, ITEMS, POOL, MockScorer(fails=[3]), STORE, test=0)
+    for i in range(2): made(tmp_path/"shards", QS, ITEMS, POOL, MockScorer(), STORE, test=0, shard=(i, 2))
+    cache = FactCache(tmp_path/"facts")
+    chat = Asking(style="chat")
+    ask(PAIRS[:20], MockScorer(), ITEMS, cache, chat)
+    ask(PAIRS[20:30], MockScorer(), ITEMS, cache, generate=False)       # these have no answer
+    ask(PAIRS[30:35], MockScorer(), ITEMS, cache)
+    cache.save(tmp_path/"all.parquet")
+    assert len(stored_facts(tmp_path/"run")) == len(run) == len(stored_facts(tmp_path/"shards"))
+    assert len(stored_facts(tmp_path/"facts")) == len(stored_facts(str(tmp_path/"all.parquet"))) == 35
+    known = known_facts([tmp_path/"run"], own)
+    assert len(known) == (~run.rows.eval_failed).sum() == 15*11
+    assert known.scorers == [own]
+    assert len(known_facts([tmp_path/"facts"], own)) == 5
+    assert len(known_facts([tmp_path/"facts"], facts_fingerprint(MockScorer(), chat))) == 20
+    assert len(known_facts([tmp_path/"run", str(tmp_path/"shards"), tmp_path/"all.parquet"], own)) == 15*12
+    assert len(known_facts([], own)) == 0
+    nowhere = tmp_path/"nowhere"
+    with pytest.raises(FileNotFoundError, match="nowhere: no such facts"): known_facts([nowhere], own)
+
+SOME_PAIRS = st.lists(st.integers(0, 39), unique=True, max_size=15)
+
+@settings(max_examples=30, deadline=None)
+@given(SOME_PAIRS, SOME_PAIRS, SOME_PAIRS)
+def test_only_what_nobody_knows_is_asked(wanted, elsewhere, here):
+    asking = Asking(style="chat")
+    extra = FactCache()
+    own = FactCache()
+    ask(PAIRS.iloc[elsewhere], MockScorer(), ITEMS, extra, asking)
+    ask(PAIRS.iloc[here], MockScorer(), ITEMS, own, asking)
+    s = Scripted()
+    pairs = PAIRS.iloc[wanted]
+    facts = ask_around(pairs, s, ITEMS, extra, own, asking)
+    pd.testing.assert_frame_equal(facts, ask(pairs, MockScorer(), ITEMS, asking=asking), check_dtype=False)
+    assert {(q, p) for q, p, _ in s.asked} == {
+        (PAIRS.question_id[i], PAIRS.pointer[i]) for i in set(wanted) - set(elsewhere) - set(here)
+    }
+    assert len(extra) == len(elsewhere)
+    assert len(own) == len((set(wanted) - set(elsewhere)) | set(here))
+
+def test_facts_of_other_texts_are_not_believed(tmp_path):
+    extra = FactCache()
+    ask(PAIRS[:5], MockScorer(), ITEMS, extra)
+    other = ITEMS.assign(question="Who?")
+    with pytest.raises(ValueError, match="other questions, answers or images"):
+        ask_around(PAIRS[:5], MockScorer(), other, extra, FactCache())
+
+def test_facts_of_two_scorers_are_not_mixed(tmp_path):
+    data = made(tmp_path/"run", QS[:3], ITEMS, POOL, MockScorer(), STORE, test=0)
+    assert same_scorer(data, MockScorer()) == facts_fingerprint(MockScorer())
+    for scorer, asking in (
+        (MockScorer(1), Asking()),
+        (MockScorer(), Asking(style="chat")),
+        (MockScorer(), Asking(evaluator="lmms")),
+        (MockScorer(), Asking(answer_weight="count3")),
+    ):
+        with pytest.raises(ValueError, match="run: its facts are of scorer .* name those that it was made"):
+            same_scorer(data, scorer, asking)
+    # who gets a text is no part of a fact
+    assert same_scorer(data, MockScorer(), Asking(two_stage=dict(top=1))) == data.manifest["scorers"][0]
+    nothing = RLData(data.rows.assign(scorer=None, eval_failed=True), data.pool)
+    assert same_scorer(nothing, MockScorer(1)) == facts_fingerprint(MockScorer(1))
+
 def test_self_test_tells_sense_from_nonsense():
     good, bad = (self_test(Knows(s), ITEMS, POOL, n=12) for s in (1, -1))
     assert good["greedy_wins"] == 1
@@ -494,7 +564,9 @@ def grouped(**flat):
     job = settings_of(Job, **flat)
     return dict(proposing=job.proposing, asking=job.asking, guarding=job.guarding)
 
-def made(path, queries, items, pool, scorer, store, policy=None, cache=None, shard=None, progress=False, **flat):
+def made(
+    path, queries, items, pool, scorer, store, policy=None, cache=None, shard=None, progress=False, **flat
+):
     "`generate` with settings by their flat names"
     kw = grouped(**flat) | dict(cache=cache, shard=shard, progress=progress)
     return generate(path, queries, items, pool, scorer, store, policy, **kw)
@@ -578,6 +650,13 @@ def test_a_run_with_flat_settings_is_refused(tmp_path):
     file.write_text(json.dumps(old))
     with pytest.raises(ValueError, match="belong to other settings .*proposing.seed: there None, here 0"):
         made(tmp_path/"r", QS, ITEMS, POOL, MockScorer(), STORE, **RUN)
+
+def test_a_summary_says_what_is_there(tmp_path):
+    data = made(tmp_path/"r", QS, ITEMS, POOL, MockScorer(fails=[2]), STORE, test=0)
+    assert summary_text(data) == f"rows 180, queries 12, failed 15, fingerprint {data.fingerprint}"
+    assert verified_text(data) == ""
+    checked = made(tmp_path/"v", QS, ITEMS, POOL, Tampered(), STORE, test=0, verify=3)
+    assert verified_text(checked) == "verified 3 of 3, log P within 0 (allowed 0.001), 0 other texts"
 
 def test_unfinished_and_foreign_directories(tmp_path):
     class Stops(Scripted):

@@ -26,7 +26,8 @@ def loop(path, s, seed=0, cache=None):
     kw = dict(seed=seed, test=0, progress=False, window=5, max_failed=1.0)
     one = made(path/"one", QS, ITEMS, POOL, s, STORE, counts=dict(beam=3, random=3), cache=first, **kw)
     two = made(
-        path / "two", QS, ITEMS, POOL, s, STORE, counts=MANY, two_stage=dict(TWO_STAGE, top=2), cache=cache, **kw
+        path / "two", QS, ITEMS, POOL, s, STORE, counts=MANY, two_stage=dict(TWO_STAGE, top=2),
+        cache=cache, **kw
     )
     mining = Mining(tries=3, top=2, rounds=2, seed=seed)
     mined, log = mine(two, ITEMS, s, STORE, mining=mining, cache=cache, progress=False)

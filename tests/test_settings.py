@@ -89,9 +89,9 @@ def test_every_setting_says_what_it_is(cls):
     assert cls.__doc__
 
 NOT_THE_DEFAULT = dict(
-    data="elsewhere", reader="vqav2", candidates="dev", images="pictures", check="decode", clip="a-clip", store="kept",
-    K=9, sampler="text", pool_seed=3, lvlm="mock", dtype="bfloat16", device="cpu", attn="eager", batch_tokens=7,
-    prefix_cache="query", vision_dir="seen", style="chat", evaluator="lmms", answer_weight="count3",
+    data="elsewhere", reader="vqav2", candidates="dev", images="pictures", check="decode", clip="a-clip",
+    store="kept", K=9, sampler="text", pool_seed=3, lvlm="mock", dtype="bfloat16", device="cpu", attn="eager",
+    batch_tokens=7, prefix_cache="query", vision_dir="seen", style="chat", evaluator="lmms", answer_weight="count3",
     two_stage=dict(top=1, low=0, random=3), shots=(1, 3), counts=check_counts(dict(beam=2, temperature={.5: 1})),
     kind="text", scale=2.5, seed=4, window=5, test=0, verify=2, max_failed=.5, tries=2, top=1, rounds=9, budget=10,
     split="dev", limit=6, picker="beam", width=2, temp=.5, by="vote", weight="confidence", threshold=.1,
@@ -221,6 +221,7 @@ def test_number_formats_are_those_of_torch():
     assert all(isinstance(getattr(torch, name), torch.dtype) for name in choices(Model, "dtype"))
 
 def test_settings_import_nothing_heavy():
-    code = "import sys, leverplus.settings; print(sorted({'torch', 'numpy', 'pandas', 'fastai'} & set(sys.modules)))"
+    heavy = "{'torch', 'numpy', 'pandas', 'fastai'}"
+    code = f"import sys, leverplus.settings; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

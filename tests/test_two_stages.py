@@ -5,7 +5,7 @@ import numpy as np, pandas as pd, pytest
 from hypothesis import assume, given, settings, strategies as st
 from leverplus.groups import RLData
 from leverplus.core import read_json
-from leverplus.rldata_generate import TooManyFailures, choose, evaluated, tally
+from leverplus.rldata_generate import TooManyFailures, choose, evaluated, tally, with_text
 from leverplus.settings import TWO_STAGE, Asking, check_two_stage
 from leverplus.rldata_ask import FactCache
 from leverplus.rewards import reward
@@ -73,6 +73,16 @@ def test_rows_of_both_stages_are_kept(tmp_path):
     assert sum(g for *_, g in s.asked) == len(texts) and sum(not g for *_, g in s.asked) == len(data)
     with pytest.raises(ValueError, match="evaluated"): reward(data.rows)
     assert np.isfinite(reward(texts.rows)).all() and np.isfinite(reward(data.rows, "gtprob")).all()
+
+def test_a_reward_gets_the_rows_that_it_can_judge(tmp_path):
+    data = run(tmp_path/"two", Scripted())
+    assert len(with_text(data, "gtprob")) == len(data)
+    texts = with_text(data)
+    pd.testing.assert_frame_equal(texts.rows, evaluated(data).rows)
+    assert np.isfinite(reward(texts.rows)).all()
+    assert len(with_text(data, "hybrid", dict(alpha=0.))) == len(texts)
+    with pytest.raises(TypeError, match="has no .'beta'."): with_text(data, "gtprob", dict(beta=1.))
+    with pytest.raises(ValueError, match="reward mode 'none'"): with_text(data, "none")
 
 @pytest.mark.parametrize("after", [5, 60, 130, 230])
 def test_broken_off_and_continued_is_uninterrupted(tmp_path, after):
