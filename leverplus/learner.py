@@ -63,6 +63,7 @@ def selector_learner(
         cbs=[stats, History(), *L(cbs)],
         metrics=[*L(metrics), *stats.metrics("live", "mass", "kl")],
     )
+    learn.recorder.add_time = False   # `History` keeps the seconds; a table without them is the same every time
     learn.seed = seed
     learn.choose_by = choose_by
     return learn
