@@ -148,7 +148,7 @@ def fit_stage(self:Learner,
 def fit_rce(self:Learner,
     n_epoch:int=5, # epochs
     lr:float=1e-3, # peak learning rate
-    temp=(2., .5), # temperature of RCE: a constant, (first, last) along a line, or what else `as_schedule` takes
+    temp=(2., .5), # temperature of RCE: a number, (first, last) along a line, or what else `as_schedule` takes
     norm:str="raw", # "raw" rewards | "zscore" within each group
     cbs=(), # more callbacks of this stage, e.g. `KLToRef()`, `Freeze(...)`
     weights:str="softmax", # "softmax" | "rank" | "top1" of `RCE`
@@ -164,7 +164,7 @@ def fit_grpo(self:Learner,
     beta:float=.02, # weight of the KL to `ref`, loss units per nat; 0 = no KL
     ref="start", # reference of the KL: "start" of this stage | an anchor's name, a module, a checkpoint's folder
     cbs=(), # more callbacks of this stage, e.g. `AdaptiveKL()`, `EntropyFloor()`, `TopKCurriculum()`
-    **kw, # of `Stage`, and of `GRPO`: `baseline, scale, min_std, adv_clip, clip_low, clip_high, dual, refresh, old, ...`
+    **kw, # of `Stage`, and of `GRPO`: `baseline, scale, min_std, clip_low, clip_high, dual, refresh, old, ...`
 )->Learner:
     "Stage of group-relative policy optimisation, without dropout, near a reference"
     stage, grpo = _parted(kw)
