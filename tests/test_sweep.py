@@ -37,7 +37,7 @@ same = lambda a, b: pd.testing.assert_frame_equal(a.drop(columns="seconds"), b.d
 VALUES = {
     "objective": ["rce", "sft", "listwise", ("rce", "grpo")],
     "reward": ["hard_only", "legacy", "gtprob", ("hybrid", dict(alpha=0.3))],
-    "reward.hard_weight": [1.0, 2.0], "rce.norm": ["raw", "zscore"], "grpo.how": ["rank", "zscore"],
+    "reward.hard_weight": [1.0, 2.0], "rce.norm": ["raw", "zscore"], "grpo.baseline": ["rank", "zscore"],
     "kind": ["mixed", "text"], "model.d_hidden": [8, 16]
 }
 
@@ -67,7 +67,7 @@ def test_a_grid_holds_every_combination_that_differs_once(grid):
         assert sum(all(full[k] == v for k, v in c.items()) and set(FIXED) <= set(c) for c in got) >= 1
     for c in got:
         assert ("rce.norm" not in c) or "rce" in c["objective"]
-        assert ("grpo.how" not in c) or "grpo" in c["objective"]
+        assert ("grpo.baseline" not in c) or "grpo" in c["objective"]
 
 @pytest.mark.parametrize(
     "grid, base, what",
@@ -75,7 +75,7 @@ def test_a_grid_holds_every_combination_that_differs_once(grid):
         ({"rce.nrom": ["raw"]}, {}, "rce.nrom"), ({"objective": ["rec"]}, {}, "fit_rec"),
         ({"rce.norm": "raw"}, {}, "wanted a list"), ({"kind": ["text"]}, {"kind": "image"}, "grid and base"),
         ({"reward": ["hard_onyl"]}, {}, "hard_onyl"), ({"rce.resume": ["x"]}, {}, "rce.resume"),
-        ({"grpo.how": ["rank"]}, {}, "grpo.how"), ({"kind": []}, {}, "wanted a list")
+        ({"grpo.baseline": ["rank"]}, {}, "grpo.baseline"), ({"kind": []}, {}, "wanted a list")
     ],
 )
 def test_wrong_grids_are_refused_before_anything_is_trained(grid, base, what):
