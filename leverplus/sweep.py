@@ -128,7 +128,7 @@ GRIDS = {
     },
     "advantages": {
         "objective": [("rce", "grpo")],
-        "grpo.how": ["rank", "zscore"],
+        "grpo.baseline": ["rank", "zscore"],
         "grpo.n_epoch": [3],
         "grpo.min_std": [.1],
     },
