@@ -9,6 +9,7 @@ __all__ = ['PolicyGradient', 'RLOO', 'GRPO']
 import warnings
 import torch
 from fastcore.basics import patch
+from fastcore.meta import delegates
 from .core import frozen
 from .losses import advantage, clipped_surrogate, clip_shares, log_ratio, policy_gradient
 from .callback_core import Objective, active_dropout, survey_groups
@@ -63,12 +64,13 @@ class PolicyGradient(Objective):
 # %% ../nbs/63_callback_grpo.ipynb #eabcc5a7
 class RLOO(PolicyGradient):
     "Leave-one-out policy gradient `-A log pi`, for groups that the policy has drawn itself"
+    @delegates(PolicyGradient.__init__, but=["baseline"])
     def __init__(self,
         scale:str="batch", # "batch" | "group" | "none"
         min_std:float=.1, # smallest divisor, in units of reward
         adv_clip:float|None=5., # advantages are cut to +-adv_clip
-        **kw, # `min_live, min_positive, positive, too_few, strict, skip_flat, dropout` of `PolicyGradient`
-    ): super().__init__("loo", scale, min_std, adv_clip, **kw)
+        **kwargs, # `min_live, min_positive, positive, too_few, strict, skip_flat, dropout` of `PolicyGradient`
+    ): super().__init__("loo", scale, min_std, adv_clip, **kwargs)
 
     def objective(self, logp, rewards, mask):
         self.record()
@@ -165,6 +167,7 @@ def drop_negative(self:PolicyGradient):
 class GRPO(PolicyGradient):
     "Group-relative policy optimisation: clipped sequence ratios times advantages over the whole group"
     _stateattrs = ("old",)
+    @delegates(PolicyGradient.__init__)
     def __init__(self,
         baseline:str="zscore", # of `advantage`: "zscore" | "center" | "rank" | "loo"
         scale:str|None=None, # "group" | "batch" | "none"; None = what goes with the baseline
@@ -176,9 +179,9 @@ class GRPO(PolicyGradient):
         refresh:str|int="epoch", # when the old policy is renewed: "epoch" | "never" | every so many batches
         old=None, # an old policy to begin with instead of the current one (module); makes sense with refresh="never"
         strict:bool=True, # errors for active dropout and ratios off 1; False makes them warnings
-        **kw, # `min_live, min_positive, positive, too_few, skip_flat, dropout` of `PolicyGradient`
+        **kwargs, # `min_live, min_positive, positive, too_few, skip_flat, dropout` of `PolicyGradient`
     ):
-        super().__init__(baseline, scale, min_std, adv_clip, strict=strict, **kw)
+        super().__init__(baseline, scale, min_std, adv_clip, strict=strict, **kwargs)
         self.clip_kw = dict(clip_low=clip_low, clip_high=clip_high)
         self.dual = dual
         self.refresh = refresh

@@ -19,7 +19,7 @@ class Listwise(Objective):
     _stateattrs = ("ref",)
     def __init__(self,
         ref="start", # "start" | "none" | an anchor's name, a module or a checkpoint's folder, see `find_reference`
-        temp=None, # > 0 in units of reward: a number, or what else `as_schedule` takes; None = solved per query, for `ess`
+        temp=None, # > 0, in units of reward; whatever `as_schedule` takes; None = solved per query, for `ess`
         ess:float=.35, # share of the reference's effective sample size that the target keeps, in (0,1)
         limits:tuple=(.02, 1.), # smallest and largest temperature that is solved for
         over:str="sequence", # what is compared: "sequence" | "set", whose model needs `logp_set`

@@ -14,7 +14,7 @@ from .callback_core import Objective, start_of
 class RCE(Objective):
     "Reward-conditioned estimation: `-sum softmax(r/temp) log pi` over each group"
     def __init__(self,
-        temp=1., # > 0, in units of the (normalised) reward, or of ranks 0..1: a number, or what else `as_schedule` takes
+        temp=1., # > 0, in units of the (normalised) reward, or of ranks 0..1; whatever `as_schedule` takes
         norm:str="raw", # "raw" rewards | "zscore" within each group
         weights:str="softmax", # "softmax" of rewards | "rank" | "top1", see `rce_weights`
         skip_flat:bool=True, # groups without reward differences leave the loss

@@ -63,6 +63,7 @@ def selector_learner(
         cbs=[stats, History(), *L(cbs)],
         metrics=[*L(metrics), *stats.metrics("live", "mass", "kl")],
     )
+    learn.recorder.add_time = False   # `History` keeps the seconds; a table without them is the same every time
     learn.seed = seed
     learn.choose_by = choose_by
     return learn
@@ -126,12 +127,12 @@ def fit_stage(self:Learner,
     n_epoch:int, # epochs, >= 0; 0 says so and changes nothing
     lr:float, # peak learning rate, falls to 0 along a cosine
     cbs, # what makes the stage: objective, penalties, schedules
-    **kw, # of `Stage`
+    **kwargs, # of `Stage`
 )->Learner: # the Learner itself
     "Train one stage with a fresh optimiser; leaves nothing behind but weights and history"
     if n_epoch < 0: raise ValueError(f"fit_stage: {n_epoch} epochs, wanted 0 or more")
     cbs = L(cbs)
-    more = Stage(**kw).callbacks(self, cbs)   # settings are refused with 0 epochs, too
+    more = Stage(**kwargs).callbacks(self, cbs)   # settings are refused with 0 epochs, too
     if n_epoch == 0:
         name = ", ".join(type(cb).__name__ for cb in cbs)
         warnings.warn(f"0 epochs asked of the stage ({name}): the policy stays as it is")
@@ -147,14 +148,14 @@ def fit_stage(self:Learner,
 def fit_rce(self:Learner,
     n_epoch:int=5, # epochs
     lr:float=1e-3, # peak learning rate
-    temp=(2., .5), # temperature of RCE: a constant, (first, last) along a line, or what else `as_schedule` takes
+    temp=(2., .5), # temperature of RCE: a number, (first, last) along a line, or what else `as_schedule` takes
     norm:str="raw", # "raw" rewards | "zscore" within each group
     cbs=(), # more callbacks of this stage, e.g. `KLToRef()`, `Freeze(...)`
     weights:str="softmax", # "softmax" | "rank" | "top1" of `RCE`
-    **kw, # of `Stage`
+    **kwargs, # of `Stage`
 )->Learner:
     "Stage of reward-conditioned estimation; the usual recipe is this alone"
-    return self.fit_stage(n_epoch, lr, [RCE(temp, norm, weights), *L(cbs)], **kw)
+    return self.fit_stage(n_epoch, lr, [RCE(temp, norm, weights), *L(cbs)], **kwargs)
 
 @patch
 def fit_grpo(self:Learner,
@@ -163,7 +164,7 @@ def fit_grpo(self:Learner,
     beta:float=.02, # weight of the KL to `ref`, loss units per nat; 0 = no KL
     ref="start", # reference of the KL: "start" of this stage | an anchor's name, a module, a checkpoint's folder
     cbs=(), # more callbacks of this stage, e.g. `AdaptiveKL()`, `EntropyFloor()`, `TopKCurriculum()`
-    **kw, # of `Stage`, and of `GRPO`: `baseline, scale, min_std, adv_clip, clip_low, clip_high, dual, refresh, old, ...`
+    **kw, # of `Stage`, and of `GRPO`: `baseline, scale, min_std, clip_low, clip_high, dual, refresh, old, ...`
 )->Learner:
     "Stage of group-relative policy optimisation, without dropout, near a reference"
     stage, grpo = _parted(kw)
@@ -223,11 +224,11 @@ def fit_listwise(self:Learner,
     cbs=(), # more callbacks of this stage
     limits:tuple=(.02, 1.), # smallest and largest temperature that is solved for
     over:str="sequence", # what is compared: "sequence" | "set", see `Listwise`
-    **kw, # of `Stage`
+    **kwargs, # of `Stage`
 )->Learner:
     "Stage towards `softmax(log ref + r/temp)` inside each group, whoever proposed its sequences"
     objective = Listwise(ref, temp, ess, limits, over)
-    return self.fit_stage(n_epoch, lr, [objective, *_kl(beta, "start"), *L(cbs)], **kw)
+    return self.fit_stage(n_epoch, lr, [objective, *_kl(beta, "start"), *L(cbs)], **kwargs)
 
 @patch
 @delegates(Stage)
@@ -238,10 +239,10 @@ def fit_sft(self:Learner,
     temp:float|None=None, # weigh them by softmax(score / temp); None = alike
     min_score:float|None=None, # sequences with a lower score leave
     cbs=(), # more callbacks of this stage
-    **kw, # of `Stage`
+    **kwargs, # of `Stage`
 )->Learner:
     "Stage of supervised imitation of the best stored sequences"
-    return self.fit_stage(n_epoch, lr, [SFT(top, temp, min_score), *L(cbs)], **kw)
+    return self.fit_stage(n_epoch, lr, [SFT(top, temp, min_score), *L(cbs)], **kwargs)
 
 # %% ../nbs/70_learner.ipynb #1305f410
 @patch
@@ -260,7 +261,7 @@ def fit_warmup(self:Learner,
     bs:int=64, # queries per batch
     steps:int=100, # batches per epoch, about
     seed:int|None=None, # of pools and order; None = the Learner's
-    **kw, # of `Stage`
+    **kwargs, # of `Stage`
 )->Learner:
     "Stage without the LVLM: fresh pools of items, rewarded by the words of the answer that the picks contain"
     own = self.dls
@@ -268,7 +269,7 @@ def fit_warmup(self:Learner,
     if shots is None: shots = sorted(set((groups.seqs >= 0).sum(-1).tolist()))
     if seed is None: seed = getattr(self, "seed", 0)
     self.dls = warmup_dls(own, items, store, K or groups.cands.shape[1], shots, n, bs, steps, seed, sampler)
-    try: return self.fit_listwise(n_epoch, lr, "none", temp, cbs=cbs, **kw)
+    try: return self.fit_listwise(n_epoch, lr, "none", temp, cbs=cbs, **kwargs)
     finally: self.dls = own
 
 # %% ../nbs/70_learner.ipynb #c785ee0a

@@ -24,9 +24,7 @@ from .callback_core import SkipFlat, find_reference, set_anchor
 from .callback_rce import RCE
 from .callback_grpo import GRPO, RLOO
 from .callback_kl import AdaptiveKL, EntropyFloor, KLToRef
-from leverplus.callback_schedule import (
-    Freeze, NoDropout, Phases, SplitShots, TempSchedule, TopKCurriculum,
-)
+from .callback_schedule import Freeze, NoDropout, Phases, SplitShots, TempSchedule, TopKCurriculum
 from .callback_listwise import SFT, Listwise
 from .learner import MODEL, selector_learner
 from fastai.learner import Learner

@@ -207,7 +207,8 @@ def test_phases_refuse_early():
 # --- lengths -----------------------------------------------------------------------------------------------
 def test_split_shots_loses_nothing_and_separates():
     spy = Spy(lambda s: (s.xb, s.yb, s.pred))
-    learn = fit(learner(dls=synth_dls(32, 16, 32, K=6, N=8, shots=(1, 2, 3))), 1, [RCE(skip_flat=False), SplitShots(), spy])
+    dls = synth_dls(32, 16, 32, K=6, N=8, shots=(1, 2, 3))
+    learn = fit(learner(dls=dls), 1, [RCE(skip_flat=False), SplitShots(), spy])
     ((xb, (r, m), pred),) = spy.seen
     n = xb[4].sum(-1)
     rows = learn.dls.train_ds.rows
