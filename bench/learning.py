@@ -19,7 +19,7 @@ the oracle is exact; for three and four it is the best that `best_found` finds, 
 import argparse, contextlib, os, time, warnings
 from pathlib import Path
 import numpy as np, pandas as pd, torch
-from leverplus.callback_onpolicy import Feedback, GreedyLoss
+from leverplus.callback_onpolicy import Drawing, Feedback, GreedyLoss
 from leverplus.core import atomic_path, read_json, rng, write_json
 from leverplus.dls import group_dls
 from leverplus.evaluate import count_look, pick_oracle, score_picks, seeds_table
@@ -27,10 +27,11 @@ from leverplus.groups import RLData
 from leverplus.infer import pick_mmr, pick_model, pick_random, pick_similar
 from leverplus.learner import selector_learner
 from leverplus.pools import SAMPLERS
-from leverplus.recipes import RECIPES, fit_recipe, recipe, recipe_learner
+from leverplus.recipes import RECIPES, recipe, recipe_learner
 from leverplus.earlier_recipes import EARLIER
 from leverplus.rldata_ask import FactCache, ask
 from leverplus.rldata_generate import generate
+from leverplus.settings import Proposing, Rewarding
 from leverplus.world import all_pointers, load_world
 
 SUITES = {
@@ -39,7 +40,7 @@ SUITES = {
     "starved": "hard_only",
     "ragged": "soft_only",
 }
-SUITES |= {"joint": "soft_only"} | {f"joint {s}": how for s, how in SUITES.items() if s != "dense-soft"}
+SUITES |= {"joint": "soft_only"} | {f"joint {s}": mode for s, mode in SUITES.items() if s != "dense-soft"}
 # behind a method's name: epochs are chosen by the LVLM's accuracy on dev, of what greedy picks, and not by
 # regret on its stored groups
 ACC = ", by accuracy"
@@ -49,6 +50,7 @@ def base_groups(world, out, seed, split, shots=(2,), n=20, queries=None, prior=T
     """Up to n sequences of the prior and n random ones that it has not drawn, per query and of each shot
     count; or n random ones alone
     """
+    counts = dict(temperature={1.0: n}, random=n) if prior else dict(random=n)
     return generate(
         out / "groups" / f"{split}-{'-'.join(map(str, shots))}-{n}-{seed}{'' if prior else '-random'}",
         world.ids(split)[:queries],
@@ -56,9 +58,7 @@ def base_groups(world, out, seed, split, shots=(2,), n=20, queries=None, prior=T
         world.pools[split],
         world.scorer,
         world.store,
-        shots=shots,
-        counts=dict(temperature={1.0: n}, random=n) if prior else dict(random=n),
-        seed=seed,
+        proposing=Proposing(shots=shots, counts=counts, seed=seed),
         cache=FactCache(out / "facts" / split),
     )
 
@@ -131,7 +131,8 @@ class Trial:
         self.choose_by = None
         if name != method: # the same facts of dev serve all seeds
             feedback = Feedback(
-                self.world.scorer, self.world.items, everything(self.world, self.out, "dev"), "soft_only"
+                self.world.scorer, self.world.items, everything(self.world, self.out, "dev"),
+                Rewarding(reward="soft_only"),
             )
             self.choose_by = GreedyLoss(
                 feedback, self.world.pools["dev"], self.world.store, shots_of(self.name)
@@ -147,8 +148,8 @@ class Trial:
 
     def recipe(self, name, **changes):
         r = recipe(name, RECIPES | EARLIER, data=dict(reward=self.mode), **changes)
-        learn = recipe_learner(r, self.train, self.dev, self.world.store, self.seed, choose_by=self.choose_by)
-        return fit_recipe(learn, r)
+        learn = recipe_learner(self.train, self.dev, self.world.store, r, self.seed, choose_by=self.choose_by)
+        return learn.fit_recipe()
 
     def warm(self, sampler="random"):
         "A learner after the warm-up, which knows nothing of the groups but their shot counts; made once per seed"
@@ -170,29 +171,18 @@ class Trial:
         return learn
 
 def warm_alike(t): return t.warm(t.world.pools["train"].recipe["sampler"])
-def listwise(t, learn): return learn.fit_listwise(t.epochs, 3e-3, tau=.2, **t.split)
+def listwise(t, learn): return learn.fit_listwise(t.epochs, 3e-3, temp=.2, **t.split)
 def on_policy(t, learn, objective, lr, rounds=10, G=12):
     "As many different questions to the LVLM as the stored groups have rows, at most, and the greedy sequences"
     # 32 groups per batch
     w = t.world
     shots = shots_of(t.name)
     bs = 32 // len(shots)
-    return learn.fit_onpolicy(
-        w.scorer,
-        w.items,
-        w.store,
-        rounds,
-        lr,
-        objective,
-        G=G,
-        shots=shots,
-        queries_per_round=len(t.train.queries) // rounds,
-        bs=bs,
-        reward=t.mode,
-        patience=None,
-        cache=FactCache(t.out / "facts" / "train"),
-        seed=t.seed,
+    drawing = Drawing(
+        G=G, shots=shots, queries_per_round=len(t.train.queries) // rounds, bs=bs, patience=None, seed=t.seed,
     )
+    feedback = Feedback(w.scorer, w.items, FactCache(t.out / "facts" / "train"), Rewarding(reward=t.mode))
+    return learn.fit_onpolicy(feedback, w.store, rounds, lr, objective, drawing)
 
 def mended(t):
     """The reports' RCE + GRPO with four defects of the second stage mended: old policy and reference from its
@@ -200,9 +190,8 @@ def mended(t):
     """
     cbs = dict((c, {}) if isinstance(c, str) else c for c in recipe("plan5-as-run", EARLIER)["stages"][1]["cbs"])
     del cbs["TopKCurriculum"]
-    cbs["GRPO"] |= dict(old=None, refresh="epoch")
-    cbs["KLToRef"] |= dict(ref="start", how="exact")
-    cbs["NoDropout"] = {}
+    cbs["GRPO"] |= dict(old=None, refresh="epoch", dropout=False)
+    cbs["KLToRef"] |= dict(ref="start", estimator="exact")
     return t.recipe("plan5-as-run", stage=dict(n_epoch=3, cbs=[list(c) for c in cbs.items()]))
 
 METHODS = {

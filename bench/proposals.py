@@ -10,8 +10,9 @@ import math, random, statistics, sys, time
 import numpy as np, pandas as pd, torch
 from leverplus.embed import EmbedStore
 from leverplus.pools import Pool
-from leverplus.rldata_propose import COUNTS, propose
+from leverplus.rldata_propose import propose
 from leverplus.selector import PointerSelector
+from leverplus.settings import COUNTS
 
 def world(n, K=64, D=512, demos=4000, seed=0):
     "Pool and store of `n` queries over `demos` demonstrations"

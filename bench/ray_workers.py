@@ -8,17 +8,18 @@ taken while all workers are at it. Ray's workers run at the niceness of everythi
 default is 15).
 """
 import json, os, statistics, subprocess, sys, tempfile, time
-from dataclasses import asdict
 from pathlib import Path
 import pandas as pd
 from leverplus.groups import RLData
-from leverplus.rldata_scale import Job, generate_ray
+from leverplus.rldata_scale import generate_ray
+from leverplus.settings import Job, plain_settings, settings_of
 
 WORKER = """
 import json, sys, time, torch
 torch.set_num_threads(1)
-from leverplus.rldata_scale import Job
-run = Job(**json.loads(sys.argv[1])).generation(sys.argv[2], json.loads(sys.argv[3]))
+import leverplus.rldata_scale # what a job can do
+from leverplus.settings import Job, read_settings
+run = read_settings(Job, json.loads(sys.argv[1])).generation(sys.argv[2], json.loads(sys.argv[3]))
 with run.lock():
     run.begin()
     for i in range(len(run.windows)):
@@ -33,7 +34,8 @@ ENV = dict(os.environ, OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", RAY_worker_nicen
 
 def processes(job, path, n):
     "n processes, a shard each: (seconds until Ray is there: none, log of windows)"
-    words = lambda i: [sys.executable, "-c", WORKER, json.dumps(asdict(job)), str(path), json.dumps([i, n])]
+    said = json.dumps(plain_settings(job))
+    words = lambda i: [sys.executable, "-c", WORKER, said, str(path), json.dumps([i, n])]
     ps = [
         subprocess.Popen(words(i), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=ENV)
         for i in range(n)
@@ -95,7 +97,7 @@ def main(questions=256, repeats=3):
     }
     runs = {k: [] for k in ways}
     with tempfile.TemporaryDirectory() as d:
-        job = Job(limit=questions, window=8, test=0, device="cpu", store=f"{d}/store")
+        job = settings_of(Job, limit=questions, window=8, test=0, device="cpu", store=f"{d}/store")
         job.inputs()
         ref = None
         for r in range(repeats):

@@ -12,6 +12,7 @@ from leverplus.lvlm import NaiveScorer, Targets, compare, load_lvlm
 from leverplus.scorer import SharedScorer
 from leverplus.prompt import prompter
 from leverplus.rldata_generate import generate
+from leverplus.settings import Guarding
 from leverplus.vqa import answer_targets
 from leverplus.world import load_world, read_islands
 
@@ -99,7 +100,7 @@ def groups(lvlm, repeats, queries=6):
                     world.pools["train"],
                     scorer,
                     world.store,
-                    test=0,
+                    guarding=Guarding(test=0),
                     progress=False,
                 )
                 times.setdefault(k, []).append(time.perf_counter() - t)

@@ -107,7 +107,7 @@ def beam_plain(m, enc, b):
             ask = torch.nn.functional.normalize(state + m.step_emb[t], dim=-1)
             scores = {}
             for k in range(len(pool)):
-                if k not in seq: scores[k] = (a*m.prior_scale*sim[k] + g*(ask @ pool[k])/m.temperature).item()
+                if k not in seq: scores[k] = (a*m.prior_scale*sim[k] + g*(ask @ pool[k])/m.pointer_temp).item()
             top = max(scores.values())
             norm = top + math.log(sum(math.exp(s - top) for s in scores.values()))
             grown += [((*seq, k), lp + s - norm, state) for k, s in scores.items()]

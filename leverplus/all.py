@@ -7,6 +7,7 @@ from leverplus.runs import *
 from leverplus.toy import *
 from leverplus.synth import *
 from leverplus.markup import *
+from leverplus.settings import *
 from leverplus.data import *
 from leverplus.vqa import *
 from leverplus.embed import *

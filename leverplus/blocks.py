@@ -210,12 +210,12 @@ class Heads(nn.Module):
         n:int, # width of what is compared
         n_heads:int=8, # subspaces, each of n/n_heads dimensions (at least 1)
         soft_and:bool=False, # every attribute must agree, instead of their sum
-        tau:float=.1, # softness of the `and` in units of cosine, > 0
+        temp:float=.1, # softness of the `and` in units of cosine, > 0
     ):
         super().__init__()
         self.n_heads = n_heads
         self.soft_and = soft_and
-        self.tau = tau
+        self.temp = temp
         self.proj = nn.Linear(n, n_heads * max(1, n // n_heads), bias=False)
         nn.init.orthogonal_(self.proj.weight)
         # softplus of it sums to 1
@@ -235,7 +235,7 @@ class Heads(nn.Module):
         total = 0
         for h, (w, b) in enumerate(zip(self.weights, self.bias)):
             agree = dots(q[..., h, :], k[..., h, :])
-            total = total + w * self.tau * F.logsigmoid((agree - b) / self.tau)
+            total = total + w * self.temp * F.logsigmoid((agree - b) / self.temp)
         return total
 
 def soft_and(

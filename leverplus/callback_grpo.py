@@ -9,38 +9,43 @@ __all__ = ['PolicyGradient', 'RLOO', 'GRPO']
 import warnings
 import torch
 from fastcore.basics import patch
+from fastcore.meta import delegates
 from .core import frozen
 from .losses import advantage, clipped_surrogate, clip_shares, log_ratio, policy_gradient
 from .callback_core import Objective, active_dropout, survey_groups
-from fastai.callback.core import CancelBatchException, CancelFitException
+from fastai.callback.core import CancelFitException
 
 # %% ../nbs/63_callback_grpo.ipynb #86ae62e6
 class PolicyGradient(Objective):
     "Base of objectives that weight sequences by their advantage over the group"
     def __init__(self,
-        how:str="zscore", # baseline of `advantage`: "zscore" | "center" | "rank" | "loo"
-        scale:str|None=None, # "group" | "batch" | "none"; None = what goes with `how`
+        baseline:str="zscore", # of `advantage`: "zscore" | "center" | "rank" | "loo"
+        scale:str|None=None, # "group" | "batch" | "none"; None = what goes with the baseline
         min_std:float=.1, # smallest divisor, in units of reward
         adv_clip:float|None=5., # advantages are cut to +-adv_clip
         min_live:float=.05, # smallest share of groups that can teach; 0 starts on any data
         min_positive:float=0., # groups with a smaller share of positive sequences leave the loss, 0..1
         positive:float=0., # a sequence with a reward above this is positive
-        few:str="raise", # below `min_live`: "raise" an error | "skip" the stage with a warning
+        too_few:str="raise", # below `min_live`: "raise" an error | "skip" the stage with a warning
         strict:bool=True, # errors for what spoils log-probabilities; False makes them warnings
+        skip_flat:bool=True, # groups without reward differences leave the loss
+        dropout:bool=False, # keep the model's dropout while it trains; only with `strict=False`
     ):
-        self.adv_kw = dict(how=how, scale=scale, min_std=min_std, clip=adv_clip)
+        self.adv_kw = dict(baseline=baseline, scale=scale, min_std=min_std, clip=adv_clip)
         self.min_live = min_live
         self.min_positive = min_positive
         self.positive = positive
-        self.few = few
+        self.too_few = too_few
         self.strict = strict
+        self.skip_flat = skip_flat
+        self.dropout = dropout
         self.adv = None
         self.check_settings()
 
     def check_settings(self):
         "Refuse here what training would refuse later"
-        if self.few not in ("raise", "skip"):
-            raise ValueError(f"{self.who}: few {self.few!r}, wanted 'raise' or 'skip'")
+        if self.too_few not in ("raise", "skip"):
+            raise ValueError(f"{self.who}: too_few {self.too_few!r}, wanted 'raise' or 'skip'")
         one_group = torch.zeros(1, 2)
         advantage(one_group, one_group == 0, **self.adv_kw)
 
@@ -50,21 +55,22 @@ class PolicyGradient(Objective):
         return type(self).__name__
 
     def before_batch(self):
+        super().before_batch()
         self.adv = advantage(self.rewards, self.mask, **self.adv_kw)
         if self.min_positive > 0: self.drop_negative()
 
-    def before_backward(self):
-        if not self.mask.any(): raise CancelBatchException()   # no group left, as in `SkipFlat`
+    def before_backward(self): self.end_if_empty()
 
 # %% ../nbs/63_callback_grpo.ipynb #eabcc5a7
 class RLOO(PolicyGradient):
     "Leave-one-out policy gradient `-A log pi`, for groups that the policy has drawn itself"
+    @delegates(PolicyGradient.__init__, but=["baseline"])
     def __init__(self,
         scale:str="batch", # "batch" | "group" | "none"
         min_std:float=.1, # smallest divisor, in units of reward
         adv_clip:float|None=5., # advantages are cut to +-adv_clip
-        **kw, # `min_live, min_positive, positive, few, strict` of `PolicyGradient`
-    ): super().__init__("loo", scale, min_std, adv_clip, **kw)
+        **kwargs, # `min_live, min_positive, positive, too_few, strict, skip_flat, dropout` of `PolicyGradient`
+    ): super().__init__("loo", scale, min_std, adv_clip, **kwargs)
 
     def objective(self, logp, rewards, mask):
         self.record()
@@ -84,6 +90,7 @@ def record(self:PolicyGradient):
 @patch
 def before_train(self:PolicyGradient):
     "Ask what has to be right before anything trains"
+    super(PolicyGradient, self).before_train()
     self.check_dropout()
     if self.epoch == 0: self.check_groups()
 
@@ -94,7 +101,7 @@ def check_dropout(self:PolicyGradient):
     if drop:
         self.complain(
             f"{self.who}: dropout is active in {', '.join(drop)}: log-probabilities are random, and old"
-            " and new ones differ before any update. Add `NoDropout()` to cbs, or build the model with"
+            " and new ones differ before any update. Leave `dropout=False` as it is, or build the model with"
             " dropout=0"
         )
 
@@ -119,17 +126,17 @@ def check_live(self:PolicyGradient, found):
     n = len(found["live"])
     useful = (found["live"] & (found["positive"] >= self.min_positive)).sum()
     if useful >= self.min_live*n: return
-    few = ""
+    enough = ""
     if self.min_positive > 0:
-        few = f", and {int(useful)} of them have at least {self.min_positive:.0%} positive sequences"
+        enough = f", and {int(useful)} of them have at least {self.min_positive:.0%} positive sequences"
     msg = (
-        f"{self.who}: {int(found['live'].sum())} of {n} groups have any reward difference{few}; wanted"
+        f"{self.who}: {int(found['live'].sum())} of {n} groups have any reward difference{enough}; wanted"
         f" {self.min_live:.0%} (min_live). Collect sequences that differ, or use a softer reward"
     )
-    if self.few == "skip":
+    if self.too_few == "skip":
         warnings.warn(msg + "; the stage is skipped")
         raise CancelFitException(msg)
-    raise ValueError(msg + "; or pass min_live=0 to go on all the same, few='skip' to leave the stage out")
+    raise ValueError(msg + "; or pass min_live=0 to go on all the same, too_few='skip' to leave the stage out")
 
 # %% ../nbs/63_callback_grpo.ipynb #55c1ecd3
 @patch
@@ -137,12 +144,12 @@ def check_raw(self:PolicyGradient, found):
     "Refuse rewards that were normalised before, where the advantage would do it again"
     centred = found["centred"].sum()
     live = found["live"].sum()
-    only_centres = self.adv_kw["how"] in ("center", "loo") and self.adv_kw["scale"] in (None, "none")
+    only_centres = self.adv_kw["baseline"] in ("center", "loo") and self.adv_kw["scale"] in (None, "none")
     if live == 0 or centred <= .9*live or only_centres: return
     raise ValueError(
         f"{self.who}: rewards have mean 0 in {int(centred)} of {int(live)} live"
-        f" groups, so they were normalised before; how={self.adv_kw['how']!r} would do it twice. Pass"
-        " raw rewards, or how='center', scale='none'"
+        f" groups, so they were normalised before; baseline={self.adv_kw['baseline']!r} would do it twice. Pass"
+        " raw rewards, or baseline='center', scale='none'"
     )
 
 # %% ../nbs/63_callback_grpo.ipynb #6620fe8b
@@ -160,9 +167,10 @@ def drop_negative(self:PolicyGradient):
 class GRPO(PolicyGradient):
     "Group-relative policy optimisation: clipped sequence ratios times advantages over the whole group"
     _stateattrs = ("old",)
+    @delegates(PolicyGradient.__init__)
     def __init__(self,
-        how:str="zscore", # baseline of `advantage`: "zscore" | "center" | "rank" | "loo"
-        scale:str|None=None, # "group" | "batch" | "none"; None = what goes with `how`
+        baseline:str="zscore", # of `advantage`: "zscore" | "center" | "rank" | "loo"
+        scale:str|None=None, # "group" | "batch" | "none"; None = what goes with the baseline
         min_std:float=.1, # smallest divisor, in units of reward
         adv_clip:float|None=5., # advantages are cut to +-adv_clip
         clip_low:float=.2, # ratios below 1 - clip_low stop pulling
@@ -171,18 +179,18 @@ class GRPO(PolicyGradient):
         refresh:str|int="epoch", # when the old policy is renewed: "epoch" | "never" | every so many batches
         old=None, # an old policy to begin with instead of the current one (module); makes sense with refresh="never"
         strict:bool=True, # errors for active dropout and ratios off 1; False makes them warnings
-        **kw, # `min_live, min_positive, positive, few` of `PolicyGradient`
+        **kwargs, # `min_live, min_positive, positive, too_few, skip_flat, dropout` of `PolicyGradient`
     ):
-        super().__init__(how, scale, min_std, adv_clip, strict=strict, **kw)
+        super().__init__(baseline, scale, min_std, adv_clip, strict=strict, **kwargs)
         self.clip_kw = dict(clip_low=clip_low, clip_high=clip_high)
         self.dual = dual
         self.refresh = refresh
-        self.given = None if old is None else frozen(old)
+        self.given_old = None if old is None else frozen(old)
         self.check_refresh()
         self.start_over()
 
     def start_over(self):
-        self.old = self.given
+        self.old = self.given_old
         self.fresh = True   # the next batch is the first one with this old policy
         self.n_step = 0
 
@@ -196,8 +204,8 @@ class GRPO(PolicyGradient):
 
     def before_train(self):
         super().before_train()
-        keep_given = self.given and self.epoch == 0
-        if self.old is None or (self.refresh == "epoch" and not keep_given): self.renew()
+        keep = self.given_old and self.epoch == 0
+        if self.old is None or (self.refresh == "epoch" and not keep): self.renew()
 
     def before_batch(self):
         if isinstance(self.refresh, int) and self.n_step and self.n_step % self.refresh == 0: self.renew()
@@ -232,6 +240,6 @@ def check_ratio(self:GRPO, logp, old, mask):
     self.fresh = False
     off = (log_ratio(logp.detach(), old, mask).exp() - 1).abs().max().item()
     self.log(ratio_off=off)
-    why = "The forward pass is random or not in eval mode (dropout, BatchNorm): add `NoDropout()` to cbs"
-    if self.given: why = "The old policy given is not this policy: leave `old` out, or the clip silences it"
+    why = "The forward pass is random, or another in training mode: keep `dropout=False`, or look into the model"
+    if self.given_old: why = "The old policy given is not this policy: leave `old` out, or the clip silences it"
     if off > 1e-4: self.complain(f"GRPO: ratio is off 1 by up to {off:.3g} at the first step. {why}")

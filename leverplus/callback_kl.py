@@ -102,23 +102,23 @@ class KLToRef(StepTerm):
         ref="start", # "start" | the name of an anchor, e.g. "sft" | a module, which is copied | folder of a checkpoint
         beta:float=.02, # weight, >= 0, loss units per nat; `AdaptiveKL` or `TempSchedule` may move it
         on:str="all", # mean over "all" queries of the batch | "live" ones, whose group is in the loss
-        how:str="exact", # what is added: "exact" KL | "k3" over stored sequences; both are logged
+        estimator:str="exact", # what is added: "exact" KL | "k3" over stored sequences; both are logged
         shots:int|None=None, # steps that count; None = as many as the batch's sequences have, and one more for STOP
         limit:int=256, # most prefixes per query and step; where there are more, so many are drawn, see `kl_steps`
     ):
-        _check_kl(ref, beta, on, how, limit)
+        _check_kl(ref, beta, on, estimator, limit)
         self.beta = beta
         self.on = on
-        self.how = how
+        self.estimator = estimator
         self.shots = shots
         self.limit = limit
-        self.given = frozen(ref) if isinstance(ref, nn.Module) else ref
+        self.given_ref = frozen(ref) if isinstance(ref, nn.Module) else ref
         self.ref = None
         self.forget()
 
     def before_fit(self):
         super().before_fit()
-        self.ref = find_reference(self.learn, self.given, "KLToRef")
+        self.ref = find_reference(self.learn, self.given_ref, "KLToRef")
 
     def before_train(self):
         self.forget()
@@ -132,20 +132,20 @@ class KLToRef(StepTerm):
         kl = masked_mean(kls.sum(-1), counts.any(-1))
         k3 = self.k3_of_stored(ref_enc)
         if self.beta > 0:
-            term = kl if self.how == "exact" else k3
+            term = kl if self.estimator == "exact" else k3
             self.learn.loss_grad = self.loss_grad + self.beta * term
         self.record(kls.detach(), counts, float(kl.detach()), k3.detach())
 
     @property
     def mean_kl(self): return self.mean
 
-def _check_kl(ref, beta, on, how, limit):
+def _check_kl(ref, beta, on, estimator, limit):
     "Refuse settings of `KLToRef` that cannot be meant"
     if limit < 2: raise ValueError(f"KLToRef: limit {limit} prefixes, wanted >= 2")
     if not isinstance(ref, (nn.Module, str)) and not hasattr(ref, "__fspath__"):
         raise ValueError(f"KLToRef: ref {ref!r}, wanted 'start', the name of an anchor, a module or a folder")
     if on not in ("all", "live"): raise ValueError(f"KLToRef: on {on!r}, wanted 'all' or 'live'")
-    if how not in ("exact", "k3"): raise ValueError(f"KLToRef: how {how!r}, wanted 'exact' or 'k3'")
+    if estimator not in ("exact", "k3"): raise ValueError(f"KLToRef: estimator {estimator!r}, wanted 'exact' or 'k3'")
     if beta < 0: raise ValueError(f"KLToRef: beta {beta}, wanted >= 0")
 
 # %% ../nbs/64_callback_kl.ipynb #409603b0
@@ -160,7 +160,7 @@ def kl_per_step(self:KLToRef, ref_enc, counts):
             with torch.no_grad(): return self.ref.step_logp(enc, prefix)
         step = steps_of(self.model, self.model.encode(*xb))
         return kl_steps(step, ref_step, xb[2], S, self.limit, draw)
-    with torch.set_grad_enabled(self.how == "exact" and self.beta > 0): return self.per_step(sums, counts)
+    with torch.set_grad_enabled(self.estimator == "exact" and self.beta > 0): return self.per_step(sums, counts)
 
 @patch
 def k3_of_stored(self:KLToRef, ref_enc):
@@ -201,7 +201,7 @@ class AdaptiveKL(StageCallback):
         if not 0 <= low < high: raise ValueError(f"AdaptiveKL: band {low}..{high}, wanted 0 <= low < high")
         if factor <= 1: raise ValueError(f"AdaptiveKL: factor {factor}, wanted > 1")
         if not 0 < limits[0] <= limits[1]:
-            raise ValueError(f"AdaptiveKL: limits {limits}, wanted 0 < least <= most")
+            raise ValueError(f"AdaptiveKL: limits {limits}, wanted 0 < smallest <= largest")
         self.low = low
         self.high = high
         self.factor = factor
@@ -227,10 +227,10 @@ class AdaptiveKL(StageCallback):
         "Refuse a fit without `KLToRef`, and a beta that begins outside the limits"
         if self.target is None:
             raise ValueError("AdaptiveKL moves the beta of `KLToRef`, and this fit has none: add it to cbs")
-        least, most = self.limits
-        if not least <= self.target.beta <= most:
+        low, high = self.limits
+        if not low <= self.target.beta <= high:
             raise ValueError(f"AdaptiveKL: KLToRef begins with beta {self.target.beta:g}, outside the limits"
-                             f" {least:g}..{most:g}")
+                             f" {low:g}..{high:g}")
 
     def warn_of_limit(self, kl, beta):
         "Say that the penalty no longer steers"
@@ -243,8 +243,8 @@ class AdaptiveKL(StageCallback):
 
 def within(
     x:float, # any number
-    limits:tuple, # (least, most)
-)->float: # least..most
+    limits:tuple, # (smallest, largest)
+)->float: # inside the limits
     "The nearest number that the limits allow"
     return min(max(x, limits[0]), limits[1])
 

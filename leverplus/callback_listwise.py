@@ -11,51 +11,58 @@ from fastcore.basics import patch
 from torch import nn
 from .core import frozen, masked_mean, masked_softmax
 from .losses import ess, group_kl, imitation_loss, listwise_target, merge_orders, top_weights
-from .callback_core import Objective, find_reference
+from .callback_core import Objective, find_reference, start_of
 
 # %% ../nbs/67_callback_listwise.ipynb #13b00936
 class Listwise(Objective):
-    "KL from `softmax(log ref + r/tau)` to the policy, inside each group"
+    "KL from `softmax(log ref + r/temp)` to the policy, inside each group"
     _stateattrs = ("ref",)
     def __init__(self,
         ref="start", # "start" | "none" | an anchor's name, a module or a checkpoint's folder, see `find_reference`
-        tau:float|None=None, # temperature > 0 in units of reward; None = solved per query, for `ess`
+        temp=None, # > 0, in units of reward; whatever `as_schedule` takes; None = solved per query, for `ess`
         ess:float=.35, # share of the reference's effective sample size that the target keeps, in (0,1)
-        limits:tuple=(.02, 1.), # smallest and largest tau that is solved for
+        limits:tuple=(.02, 1.), # smallest and largest temperature that is solved for
         over:str="sequence", # what is compared: "sequence" | "set", whose model needs `logp_set`
+        skip_flat:bool=True, # groups without reward differences leave the loss
     ):
         if over not in ("sequence", "set"):
             raise ValueError(f"Listwise: over {over!r}, wanted 'sequence' or 'set'")
+        self.temp, self.schedule = start_of(temp)
         one_group = torch.zeros(1, 2)
-        listwise_target(one_group, one_group == 0, None, tau, ess, limits)   # refuses here what it would there
-        self.given = frozen(ref) if isinstance(ref, nn.Module) else ref
+        listwise_target(one_group, one_group == 0, None, self.temp, ess, limits)   # refuses here what it would there
+        self.given_ref = frozen(ref) if isinstance(ref, nn.Module) else ref
         self.ref = None
-        self.tau = tau
         self.ess = ess
         self.limits = limits
         self.over = over
+        self.skip_flat = skip_flat
 
     @property
     def alone(self):
         "Is there no reference?"
-        return isinstance(self.given, str) and self.given == "none"
+        return isinstance(self.given_ref, str) and self.given_ref == "none"
 
     def before_fit(self):
         super().before_fit()
         if self.over == "set": self.check_sets()
-        self.ref = None if self.alone else find_reference(self.learn, self.given, "Listwise")
+        self.ref = None if self.alone else find_reference(self.learn, self.given_ref, "Listwise")
 
     def before_train(self):
+        super().before_train()
         if self.ref is None and not self.alone: self.ref = frozen(self.model)
+
+    def before_batch(self):
+        super().before_batch()
+        if self.schedule is not None: self.temp = self.schedule(self.pct_train)
 
     def objective(self, logp, rewards, mask):
         if self.over == "set":
             rewards, mask = merge_orders(self.seqs, self.seq_mask, rewards, mask)
             logp = self.logp_of(self.model)
         ref_logp = self.reference_logp()
-        target, tau = listwise_target(rewards, mask, ref_logp, self.tau, self.ess, self.limits)
+        target, temp = listwise_target(rewards, mask, ref_logp, self.temp, self.ess, self.limits)
         some = mask.any(-1)
-        self.log(some.sum(), tau=tau[some].mean(), ess=ess(target.exp(), mask)[some].mean())
+        self.log(some.sum(), temp=temp[some].mean(), ess=ess(target.exp(), mask)[some].mean())
         if ref_logp is not None: self.log(some.sum(), kl_target=group_kl(target, ref_logp, mask)[some].mean())
         return masked_mean(group_kl(target, logp, mask), some)
 
@@ -85,17 +92,19 @@ class SFT(Objective):
     def __init__(self,
         top:int|None=1, # how many of each group are imitated, those tied for the last place share it; None = all
         temp:float|None=None, # > 0: weigh them by softmax(score / temp), in units of the score; None = alike
-        least:float|None=None, # sequences with a lower score leave; None = none do
+        min_score:float|None=None, # sequences with a lower score leave; None = none do
+        skip_flat:bool=True, # groups without reward differences leave the loss
     ):
         one_group = torch.zeros(1, 2)
         top_weights(one_group, one_group == 0, top)   # refuses here what it would there
         if temp is not None and temp <= 0: raise ValueError(f"SFT: temp {temp}, wanted > 0 or None")
         self.top = top
         self.temp = temp
-        self.least = least
+        self.min_score = min_score
+        self.skip_flat = skip_flat
 
     def objective(self, logp, rewards, mask):
-        if self.least is not None: mask = mask & (rewards >= self.least)
+        if self.min_score is not None: mask = mask & (rewards >= self.min_score)
         w = top_weights(rewards, mask, self.top)
         if self.temp is not None: w = masked_softmax(rewards/self.temp + w.clamp(min=1e-30).log(), w > 0)
         some = mask.any(-1)

@@ -8,21 +8,27 @@ __all__ = ['RCE']
 # %% ../nbs/62_callback_rce.ipynb #a6b8c058
 import torch
 from .losses import ess, imitation_loss, rce_weights
-from .callback_core import Objective
+from .callback_core import Objective, start_of
 
 # %% ../nbs/62_callback_rce.ipynb #39f1321f
 class RCE(Objective):
     "Reward-conditioned estimation: `-sum softmax(r/temp) log pi` over each group"
     def __init__(self,
-        temp:float=1., # tau > 0 in units of the (normalised) reward, or of ranks 0..1; `TempSchedule` moves it
+        temp=1., # > 0, in units of the (normalised) reward, or of ranks 0..1; whatever `as_schedule` takes
         norm:str="raw", # "raw" rewards | "zscore" within each group
         weights:str="softmax", # "softmax" of rewards | "rank" | "top1", see `rce_weights`
+        skip_flat:bool=True, # groups without reward differences leave the loss
     ):
+        self.temp, self.schedule = start_of(temp)
         one_group = torch.zeros(1, 2)
-        rce_weights(one_group, one_group == 0, temp, norm, weights)   # refuses here what it would there
-        self.temp = temp
+        rce_weights(one_group, one_group == 0, self.temp, norm, weights)   # refuses here what it would there
         self.norm = norm
         self.weights = weights
+        self.skip_flat = skip_flat
+
+    def before_batch(self):
+        super().before_batch()
+        if self.schedule is not None: self.temp = self.schedule(self.pct_train)
 
     def objective(self, logp, rewards, mask):
         w = rce_weights(rewards, mask, self.temp, self.norm, self.weights)

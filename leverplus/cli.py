@@ -1117,11 +1117,11 @@ def _learner(args, data):
     return _learner_of_objective(args, data, start)
 
 def _learner_of_recipe(args, data, start):
-    from leverplus.recipes import fit_recipe, recipe_learner
+    from leverplus.recipes import recipe_learner
     r = _recipe(args)
     for_warmup = _without_pictures_of(data.dev.queries, data.demos())
-    learn = recipe_learner(r, data.train, data.dev, data.store, args.seed, start, items=for_warmup)
-    def fit(folder): return fit_recipe(learn, r, resume=folder)
+    learn = recipe_learner(data.train, data.dev, data.store, r, args.seed, start, items=for_warmup)
+    def fit(folder): return learn.fit_recipe(resume=folder)
     return learn, fit
 
 def _without_pictures_of(questions, items):

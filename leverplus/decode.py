@@ -46,12 +46,12 @@ class Stepwise:
         "`P` empty prefixes per query"
         return Prefixes(torch.zeros(self.B, P, 0, dtype=torch.long))
 
-    def point(self, enc, state, t, temperature=1., stop=None):
-        "Log-probabilities [B,P,K] of pick `t`; `temperature` divides the logits, `stop` offers STOP"
-        how = {} if self.stop is None or stop is None else dict(stop=stop)
-        step = self.policy.step_logp(enc, state.seqs.to(device_of(self.policy)), **how)
+    def point(self, enc, state, t, temp=1., stop=None):
+        "Log-probabilities [B,P,K] of pick `t`; `temp` divides the logits, `stop` offers STOP"
+        offer = {} if self.stop is None or stop is None else dict(stop=stop)
+        step = self.policy.step_logp(enc, state.seqs.to(device_of(self.policy)), **offer)
         step = step.detach().cpu().double()
-        if temperature != 1: step = (step / temperature).log_softmax(-1)
+        if temp != 1: step = (step / temp).log_softmax(-1)
         return torch.where(step.isnan(), -torch.inf, step)   # NaN: nobody was left to pick
 
     def take(self, enc, state, pick):
@@ -73,14 +73,14 @@ def tree_search(
     origin:torch.Tensor, # [B,1] zeros, the log-probability of nothing; its dtype and device are those of the sums
     noise=None, # (t, [B,P,K]) -> Gumbel noise of that shape: sample without replacement; None: beam search
     stable:bool=False, # of equal keys the first wins, on every machine; otherwise as `topk` likes, which is faster
-    **how, # for `point`: temperature, stop
+    **point_kw, # for `point`: temp, stop
 )->tuple: # (seqs int [B,W,T], logp [B,W], keys [B,W]), largest key first; -inf where a query has fewer sequences
     "Keep the `width` prefixes with the largest keys, step by step"
     state = policy.start(enc)
     seqs = torch.zeros(len(origin), 1, 0, dtype=torch.long, device=origin.device)
     logp = keys = origin
     for t in range(steps):
-        child = logp[..., None] + policy.point(enc, state, t, **how)   # [B,P,K]
+        child = logp[..., None] + policy.point(enc, state, t, **point_kw)   # [B,P,K]
         grown = child if noise is None else gumbel_given_max(child, keys, noise(t, child))
         keys, place = _largest(grown.flatten(1), width, stable)
         logp = child.flatten(1).gather(1, place)
@@ -136,15 +136,15 @@ def best_sequences(
     B:int, # queries
     S:int, # shots
     width:int, # sequences per query, > 0
-    temperature:float=1., # > 0; divides the step logits
+    temp:float=1., # > 0; divides the step logits
     noise:torch.Tensor|None=None, # [B,S,width,K] Gumbel draws: sample without replacement; None: beam search
     root:torch.Tensor|None=None, # [B] Gumbel draws: return the `rooted` keys by which sequences were kept, too
 )->tuple: # (seqs [B,W,S], logp [B,W], -inf where a pool has fewer), best or first drawn first; keys [B,W]
     "Beam search, or exact sampling without replacement, through any policy"
     origin = torch.zeros(B, 1, dtype=torch.float64)
     drawn = None if noise is None else stored_noise(noise)
-    how = dict(stable=True, temperature=temperature, stop=False)
-    seqs, logp, keys = tree_search(Stepwise(policy, B), enc, S, width, origin, drawn, **how)
+    search = dict(stable=True, temp=temp, stop=False)
+    seqs, logp, keys = tree_search(Stepwise(policy, B), enc, S, width, origin, drawn, **search)
     if root is None: return seqs, logp
     return seqs, logp, rooted(keys, root)
 
@@ -155,14 +155,14 @@ def independent(
     steps:int, # T, picks of a sequence
     n:int, # sequences per query
     noise, # function (t, [B,n,K]) -> standard Gumbel noise of that shape
-    **how, # for `point`: temperature, stop
+    **point_kw, # for `point`: temp, stop
 )->tuple: # (seqs int [B,n,T], logp [B,n])
     "Draw `n` sequences per query that know nothing of each other"
     state = policy.start(enc, n)
     picks = []
     logp = 0.
     for t in range(steps):
-        step = policy.point(enc, state, t, **how)
+        step = policy.point(enc, state, t, **point_kw)
         pick = (step + noise(t, step)).argmax(-1)
         logp = logp + step.gather(-1, pick[..., None])[..., 0]
         picks.append(pick)
@@ -189,7 +189,7 @@ class SequenceLength:
     "How many picks a sequence has"
     steps:int # T: exactly so many, or at most
     ends:bool # does the policy end by itself?
-    how:dict # what `point` is told about STOP
+    offer:dict # what `point` is told about STOP
 
     def count(self, k:int)->int:
         "Number of sequences of a pool of `k`"
@@ -240,7 +240,7 @@ def beam_search(
         found = [beam_search(policy, enc.rows(part), S, width, room) for part in parts]
         return tuple(torch.cat(x) for x in zip(*found))
     origin = torch.zeros(B, 1, device=enc.mask.device)
-    seqs, logp, _ = tree_search(policy, enc, length.steps, width, origin, **length.how)
+    seqs, logp, _ = tree_search(policy, enc, length.steps, width, origin, **length.offer)
     return _as_asked(enc, seqs, logp, S)
 
 # %% ../nbs/14_decode.ipynb #641bcd8e
@@ -257,7 +257,7 @@ def greedy_search(
     state = policy.start(enc)
     picks = []
     for t in range(length.steps):
-        logp = policy.point(enc, state, t, **length.how)
+        logp = policy.point(enc, state, t, **length.offer)
         stop = logp.shape[-1] - 1
         best = logp[..., :stop].argmax(-1)
         picks.append(best.masked_fill(logp[..., stop] > math.log(.5), stop))
@@ -272,7 +272,7 @@ def sample_distinct(
     enc, # B queries, with `mask`
     S:int|None, # shots, fewer than the real candidates of any pool; None = the policy ends by itself
     n:int, # sequences per query; ValueError if a pool has fewer
-    temperature:float=1., # > 0 divides the logits of every step; 1 = the policy itself
+    temp:float=1., # > 0 divides the logits of every step; 1 = the policy itself
     generator:torch.Generator|None=None, # source of randomness; default torch's own
 )->tuple: # (seqs int [B,n,S] all different, logp [B,n] float64, tempered); for S = None also seq_mask
     "Draw `n` different sequences per query, without replacement, by stochastic beam search"
@@ -286,8 +286,8 @@ def sample_distinct(
         )
     origin = torch.zeros(len(enc.mask), 1, dtype=torch.float64, device=enc.mask.device)
     noise = fresh_noise(generator)
-    how = dict(temperature=temperature) | length.how
-    seqs, logp, _ = tree_search(policy, enc, length.steps, n, origin, noise, **how)
+    point_kw = dict(temp=temp) | length.offer
+    seqs, logp, _ = tree_search(policy, enc, length.steps, n, origin, noise, **point_kw)
     return _as_asked(enc, seqs, logp, S)
 
 @torch.no_grad()
@@ -296,14 +296,14 @@ def sample_plain(
     enc, # B queries, with `mask`
     S:int|None, # shots, fewer than the real candidates of any pool; None = the policy ends by itself
     n:int, # sequences per query
-    temperature:float=1., # > 0 divides the logits of every step; 1 = the policy itself
+    temp:float=1., # > 0 divides the logits of every step; 1 = the policy itself
     generator:torch.Generator|None=None, # source of randomness; default torch's own
 )->tuple: # (seqs int [B,n,S], logp [B,n]) as `sample_distinct`; for S = None also seq_mask
     "Draw `n` independent sequences per query, with replacement"
     check_room(enc.mask, 1 if S is None else S)
     length = sequence_length(policy, S)
     noise = fresh_noise(generator)
-    seqs, logp = independent(policy, enc, length.steps, n, noise, temperature=temperature, **length.how)
+    seqs, logp = independent(policy, enc, length.steps, n, noise, temp=temp, **length.offer)
     return _as_asked(enc, seqs, logp, S)
 
 # %% ../nbs/14_decode.ipynb #1eb4be9e
@@ -337,7 +337,7 @@ def enumerate_all(
     seqs = torch.zeros(1, 0, dtype=torch.long, device=enc.mask.device)
     for t in range(length.steps):
         parent, pick = _who_may_follow(seqs, K, length.ends).nonzero().T
-        logp = logp[:, parent] + policy.point(enc, state, t, **length.how)[:, parent, pick]
+        logp = logp[:, parent] + policy.point(enc, state, t, **length.offer)[:, parent, pick]
         seqs = torch.cat([seqs[parent], pick[:, None]], 1)
         if t < length.steps - 1: state = policy.take(enc, state.at(parent), pick.expand(B, -1))
     return _as_asked(enc, seqs.expand(B, -1, -1), logp, S)

@@ -12,12 +12,12 @@ from pathlib import Path
 import pandas as pd
 from .runs import Run
 from .synth import quiet
-from .rldata_propose import COUNTS
+from .settings import COUNTS, Proposing
 from .rldata_ask import FactCache, ask
 from .rldata_generate import generate
 from .rldata_check import health
 from .diagnose import data_facts
-from .recipes import RECIPES, fit_recipe, recipe, recipe_learner
+from .recipes import RECIPES, recipe, recipe_learner
 from .earlier_recipes import EARLIER
 from .infer import pick_model
 from leverplus.evaluate import (
@@ -50,13 +50,14 @@ def make_groups(
     progress:bool=True, # show bars?
 )->dict: # {"train": RLData, "dev": RLData}
     "Propose sequences for training and development queries and ask the LVLM about them"
+    proposing = Proposing(shots=shots, counts=counts, seed=seed)
     cache = FactCache()
     groups = {}
     for split, n in (("train", train_queries), ("dev", dev_queries)):
         queries = world.ids(split)[:n]
         groups[split] = generate(
             Path(path)/split, queries, world.items, world.pools[split], world.scorer, world.store,
-            shots=tuple(shots), counts=counts, seed=seed, cache=cache, progress=progress,
+            proposing=proposing, cache=cache, progress=progress,
         )
     return groups
 
@@ -74,8 +75,8 @@ def train_recipes(
     learners = {}
     for name, changes in recipes.items():
         r = recipe(name, _KNOWN, **changes)
-        learn = recipe_learner(r, groups["train"], groups["dev"], world.store, seed, items=train_items)
-        with quiet(learn): learners[name] = fit_recipe(learn, r)
+        learn = recipe_learner(groups["train"], groups["dev"], world.store, r, seed, items=train_items)
+        with quiet(learn): learners[name] = learn.fit_recipe()
     return learners
 
 # %% ../nbs/92_demo.ipynb #bcc6f7df

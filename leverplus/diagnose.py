@@ -37,7 +37,7 @@ PANELS = {
     "share of gradient": dict(grad_policy="policy", grad_kl_to_ref="KL", grad_entropy_floor="entropy"),
     "picks unchanged": dict(agreement="since last epoch", same_as_start="since start"),
     "advantage std, mass": dict(adv_std="std, live groups", mass="mass of groups"),
-    "knobs": dict(temp="tau of RCE", tau="tau", beta="beta", alpha="alpha", top_k="k"),
+    "knobs": dict(temp="temp", beta="beta", alpha="alpha", top_k="k"),
 }
 
 def _drawable(f):
@@ -179,7 +179,7 @@ _TEACHING = dict(
         "a drop of at most {filter:.0%}",
         "sequences were cut by reward, so live groups fell from {before:.0%} to {after:.0%}; cut before the"
         " advantages, what is left is alike",
-        "no cut by reward; if a cap is needed, `TopKCurriculum(how='stratified')`, which cuts after the"
+        "no cut by reward; if a cap is needed, `TopKCurriculum(which='stratified')`, which cuts after the"
         " advantages",
     ),
 )
@@ -208,13 +208,13 @@ _DISTANCE = dict(
         "at most {k3:g} times the exact KL",
         "k3 is averaged over stored sequences, which the policy did not draw, or against an old policy; it"
         " says that stored sequences became likelier",
-        "steer by the exact KL (`KLToRef(how='exact')`), reference = start of the stage",
+        "steer by the exact KL (`KLToRef(estimator='exact')`), reference = start of the stage",
     ),
     ratio=Rule(
         "ratio is not 1 at the first step",
         "1 +- {ratio:g}",
         "the old policy is not the policy: a snapshot from before another stage, or a random forward pass",
-        "leave `old` out so that it is taken at the start, `refresh='epoch'`, `NoDropout()`; or `Listwise`,"
+        "leave `old` out so that it is taken at the start, `refresh='epoch'`, `dropout=False`; or `Listwise`,"
         " which has no ratio",
     ),
     clip=Rule(
@@ -227,7 +227,7 @@ _DISTANCE = dict(
         "dropout while log-probabilities are compared",
         "none active",
         "old and new log-probabilities differ by chance before any update",
-        "`NoDropout()`, or a model with dropout=0",
+        "`GRPO(dropout=False)`, which is the default, or a model with dropout=0",
     ),
 )
 
@@ -261,8 +261,8 @@ _STEERING = dict(
     ess=Rule(
         "reward scale and temperature do not fit",
         "{ess[0]:g} to {ess[1]:g} of a group",
-        "tau is too large for the rewards (all sequences weigh the same) or too small (one has all)",
-        "`Listwise(ess=.35)`, or `TempSchedule` with tau near the spread of rewards in a group; do not"
+        "temp is too large for the rewards (all sequences weigh the same) or too small (one has all)",
+        "`Listwise(ess=.35)`, or `TempSchedule` with temp near the spread of rewards in a group; do not"
         " normalise twice",
     ),
     soft=Rule(
@@ -291,7 +291,7 @@ def _steering(f, facts, t):
         # after one epoch beta stands where it began
         yield _Found("beta", beta, len(f) > 1 and not inside)
     ess = _last(f, "ess")
-    temp = _first_known(_last(f, "temp"), _last(f, "tau"))
+    temp = _last(f, "temp")
     if ess is not None and temp is not None:
         low, high = t["ess"]
         yield _Found("ess", ess, not low <= ess <= high)

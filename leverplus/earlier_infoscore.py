@@ -172,19 +172,19 @@ def infoscores(
     asking:Asking=Asking(), # see `ask`
 )->list: # n tuples of S numbers -1..1, in the order of choice: what 1..S add ("total"), or what each added ("last")
     "InfoScore of every row, shot by shot"
-    how = data.manifest["infoscore"]
+    search = data.manifest["infoscore"]
     rows = list(zip(data.rows.question_id, data.rows.pointer))
     steps = []
     for q, pointer in rows:
-        for s in range(1, len(pointer) + 1): steps.append((q, _chosen_first(pointer, s, how["grow"])))
+        for s in range(1, len(pointer) + 1): steps.append((q, _chosen_first(pointer, s, search["grow"])))
     steps = pd.DataFrame(steps, columns=["question_id", "pointer"])
     facts = ask(steps, scorer, items, as_cache(cache), asking, generate=False)
-    probs = iter(truth_prob(facts, how["prob"]))
+    probs = iter(truth_prob(facts, search["prob"]))
     out = []
     for q, pointer in rows:
         p = np.array([next(probs) for _ in pointer])
-        zero = how["zero"][str(q)]
-        before = zero if how["order"] == "total" else np.array([zero, *p[:-1]])
+        zero = search["zero"][str(q)]
+        before = zero if search["order"] == "total" else np.array([zero, *p[:-1]])
         out.append(tuple((p - before).tolist()))
     return out
 

@@ -9,7 +9,7 @@ __all__ = ['EARLIER_USUAL', 'EARLIER']
 from copy import deepcopy
 
 # %% ../nbs/86_earlier_recipes.ipynb #0939edc4
-_MODEL = dict(d_hidden=256, n_layers=1, n_heads=1, dropout=.5, temperature=.1, state="scalar", prior=False)
+_MODEL = dict(d_hidden=256, n_layers=1, n_heads=1, dropout=.5, temp=.1, state="scalar", prior=False)
 _DATA = dict(reward="hard_plus_soft", weights={}, kind="mixed", bs=1, filters=["skip_fallback"])
 
 def _rce(**changes):
@@ -17,7 +17,7 @@ def _rce(**changes):
     return dict(fit="rce", n_epoch=5, lr=1e-4, temp=[2., .5], norm="raw") | changes
 
 # z-scores with a smallest std (report 003, section 3, plan 5), cut at 5; ratios clipped at 1 ± .2 (plan 7)
-_SURROGATE = dict(how="zscore", min_std=.1, adv_clip=5., clip_low=.2, clip_high=.2, dual=None)
+_SURROGATE = dict(baseline="zscore", min_std=.1, adv_clip=5., clip_low=.2, clip_high=.2, dual=None)
 
 def _grpo(**changes):
     "GRPO of report 003, section 2.2"
@@ -28,9 +28,9 @@ _ADAPTIVE = ["AdaptiveKL", dict(low=.01, high=.1, factor=1.5, limits=[.001, 10.]
 
 def _as_run(n_epoch=3, lr=5e-6, beta=.15, clip_only=False, before="before", **more):
     "GRPO as the code did it; `before` names the old policy, which is the reference of the KL too"
-    grpo = dict(**_SURROGATE, refresh="never", old=before, strict=False, min_live=0.)
-    kl = dict(ref=before, beta=0. if clip_only else beta, how="k3")
-    cut = dict(k=[3, 5], how="best", before=True)
+    grpo = dict(**_SURROGATE, refresh="never", old=before, strict=False, dropout=True, min_live=0.)
+    kl = dict(ref=before, beta=0. if clip_only else beta, estimator="k3")
+    cut = dict(k=[3, 5], which="best", before=True)
     cbs = [["TopKCurriculum", cut], ["GRPO", grpo], ["KLToRef", kl]]
     if not clip_only: cbs.append(_ADAPTIVE)
     return dict(fit="stage", n_epoch=n_epoch, lr=lr, cbs=cbs, skip_flat=False, best=False) | more
@@ -169,28 +169,28 @@ _PLANS = {
     "plan1": _entry(
         title="GRPO for 1, 2, 3 epochs",
         source="report 003, section 1",
-        stages=[_rce(), _grpo(how="rank", freeze=_HALF)],
+        stages=[_rce(), _grpo(baseline="rank", freeze=_HALF)],
         said="Text: ranks, backbone frozen, three epochs that pick nearly the same."
              " Code: z-scores, see plan1-as-run.",
     ),
     "plan2": _entry(
         title="Smaller KL weight",
         source="report 003, section 1",
-        stages=[_rce(), _grpo(how="rank", beta=.12, freeze=_HALF)],
+        stages=[_rce(), _grpo(baseline="rank", beta=.12, freeze=_HALF)],
         said="Text: .15 to .12 and .05, all picks the same."
              " Code: beta was moved after every query between .001 and 10, so .12 was where it started.",
     ),
     "plan3": _entry(
         title="Nothing frozen",
         source="report 003, section 1",
-        stages=[_rce(), _grpo(how="rank")],
+        stages=[_rce(), _grpo(baseline="rank")],
         said="Text: 50.1 % to 100 % of the parameters train."
              " Code: the 50.1 % were the cross-attention, and no head.",
     ),
     "plan4": _entry(
         title="Rewards in two bands",
         source="report 003, section 1",
-        stages=[_rce(), _grpo(how="rank")],
+        stages=[_rce(), _grpo(baseline="rank")],
         said="Text: right 2..3, wrong 0..1; whether frozen is not said, here not."
              " Code: normalised advantages forget the scale.",
         reward="separated",
@@ -243,7 +243,7 @@ _PLANS = {
     "plan8": _entry(
         title="Wrong answers earn relevance",
         source="report 003, section 3, plan 8",
-        stages=[_rce(), _grpo(how="rank")],
+        stages=[_rce(), _grpo(baseline="rank")],
         said="Text: reward h + .5 p + .3 (1-h) relevance; no other setting, no result."
              " Code: p was about 1e-7, which leaves h and relevance.",
         reward="hard_plus_gtprob_plus_rel",
@@ -271,7 +271,7 @@ _PLANS = {
     "plan9-sketch": _entry(
         title="First queries with a positive",
         source="report 003, section 3, plan 9",
-        stages=[_rce(), _grpo(n_epoch=2, how="rank", queries="positive"), _grpo(n_epoch=2, how="rank")],
+        stages=[_rce(), _grpo(n_epoch=2, baseline="rank", queries="positive"), _grpo(n_epoch=2, baseline="rank")],
         said="Text: 2 epochs on queries with a positive (55 % of the data), then 2 on all."
              " Code: run as plan 9 instead.",
     ),
@@ -358,8 +358,8 @@ _REPEATED = {
 }
 
 # %% ../nbs/86_earlier_recipes.ipynb #2de0b61d
-_ADVISED = [_rce(n_epoch=1), _grpo(lr=1e-5, how="rank")]
-_ZSCORED = [_rce(n_epoch=1), _grpo(lr=1e-5, how="zscore")]
+_ADVISED = [_rce(n_epoch=1), _grpo(lr=1e-5, baseline="rank")]
+_ZSCORED = [_rce(n_epoch=1), _grpo(lr=1e-5, baseline="zscore")]
 _LEGACY = dict(reward="legacy", weights=dict(alpha=0., beta=1.))
 _HYBRID = dict(reward="hybrid", weights=dict(alpha=.5))
 _ADVICE = {
@@ -389,7 +389,7 @@ _ADVICE = {
     "advice4": _entry(
         title="GRPO where positives are",
         source="report 004, plan 4",
-        stages=[_rce(n_epoch=1), _grpo(lr=1e-5, how="rank", min_positive=.2)],
+        stages=[_rce(n_epoch=1), _grpo(lr=1e-5, baseline="rank", min_positive=.2)],
         said="Text: only queries with 20 % positives or more."
              " Code: never built.",
     ),

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'unit', 'EmbedStore', 'image_file', 'image_bytes', 'content_hash', 'decode_image', 'Clip', 'load_clip',
-           'embed_items', 'nearest', 'show_neighbours']
+           'embed_items', 'gather_stores', 'nearest', 'show_neighbours']
 
 # %% ../nbs/12_embed.ipynb #082972af
 import hashlib, io, json, textwrap
@@ -254,8 +254,8 @@ class Clip:
     )->torch.Tensor: # [n, D] float32, length 1
         "Encode texts"
         device = self.model.device
-        how = dict(padding=True, truncation=True, max_length=self.max_length, return_tensors="pt")
-        x = self.tokenizer(list(texts), **how).to(device)
+        options = dict(padding=True, truncation=True, max_length=self.max_length, return_tensors="pt")
+        x = self.tokenizer(list(texts), **options).to(device)
         ids, mask = x["input_ids"], x["attention_mask"]
         with exact_float32(device): out = self.model.get_text_features(input_ids=ids, attention_mask=mask)
         return self._unit(out)
@@ -342,6 +342,42 @@ def _check_items(items):
 def _cut_short(clip, questions): # how many are longer than the text tower
     tokens = clip.tokenizer(questions, truncation=False, padding=False, verbose=False)["input_ids"]
     return sum(len(t) > clip.max_length for t in tokens)
+
+# %% ../nbs/12_embed.ipynb #0c6eaa82
+def gather_stores(
+    items:pd.DataFrame, # question_id, question
+    parts, # `EmbedStore`s of one CLIP that hold them, as `embed_items` makes them
+)->EmbedStore: # what `embed_items(items)` would give; ValueError names an item that none of the parts holds
+    "Make a store of items out of other stores"
+    clip = _one_clip(parts)
+    ids = pd.Index(np.concatenate([p.ids for p in parts]))
+    _check_held(items, ids, len(parts))
+    first = np.flatnonzero(~ids.duplicated())           # an item may lie in several parts
+    rows = first[ids[first].get_indexer(items.question_id)]
+    def gathered(kind): return torch.cat([getattr(p, kind) for p in parts])[torch.as_tensor(rows)]
+    hashes = [h for p in parts for h in p.meta["image_hash"]]
+    hashes = [hashes[i] for i in rows]
+    meta = dict(
+        model=parts[0].meta["model"],
+        source=dict(clip=clip, items=fingerprint(hashes, items.question.tolist())),
+        image_hash=hashes,
+        cut_short=sum(p.meta["cut_short"] for p in parts),
+    )
+    return EmbedStore(items.question_id, gathered("image"), gathered("text"), meta)
+
+def _one_clip(parts):
+    clips = {p.meta["source"]["clip"] for p in parts}
+    if len(clips) != 1:
+        raise ValueError(f"stores of {len(clips)} CLIPs {sorted(clips)}: embed all parts with one")
+    return clips.pop()
+
+def _check_held(items, ids, n):
+    lost = items.question_id[~items.question_id.isin(ids)]
+    if len(lost):
+        raise ValueError(
+            f"question_id {lost.iloc[0]} is in none of {n} stores ({len(lost)} such items): embed"
+            " all parts first"
+        )
 
 # %% ../nbs/12_embed.ipynb #df5660b4
 def nearest(

@@ -656,11 +656,19 @@ def _read_pool(folder, wanted):
 
 # %% ../nbs/30_groups.ipynb #e2ab5148
 def differing(
-    there:dict, here:dict, # settings, JSON-ready
-)->str: # "seed: there 0, here 1; window: there 8, here 16", empty if they agree
+    there:dict, here:dict, # settings, JSON-ready; a group of settings is a dict
+)->str: # "guarding.window: there 8, here 16; pool: there a, here b", empty if they agree
     "Say in what two settings differ"
-    keys = sorted(k for k in {*there, *here} if there.get(k) != here.get(k))
-    return "; ".join(f"{k}: there {there.get(k)}, here {here.get(k)}" for k in keys)
+    there = dict(_dotted(there))
+    here = dict(_dotted(here))
+    names = sorted(k for k in {*there, *here} if there.get(k) != here.get(k))
+    return "; ".join(f"{k}: there {there.get(k)}, here {here.get(k)}" for k in names)
+
+def _dotted(settings, above=""):
+    "(dotted name, value) of each setting, those of groups included"
+    for key, value in settings.items():
+        if isinstance(value, dict) and value: yield from _dotted(value, f"{above}{key}.")
+        else: yield above + key, value
 
 # %% ../nbs/30_groups.ipynb #6616eff9
 def _check_division(path, files):

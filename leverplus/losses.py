@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ADVANTAGES', 'SCALES', 'live_groups', 'group_mean', 'group_mass', 'regret', 'rce_loss', 'imitation_loss',
-           'rce_weights', 'ess', 'top_weights', 'listwise_loss', 'listwise_target', 'group_kl', 'solve_tau',
+           'rce_weights', 'ess', 'top_weights', 'listwise_loss', 'listwise_target', 'group_kl', 'solve_temp',
            'merge_orders', 'advantage', 'clipped_surrogate', 'log_ratio', 'policy_gradient', 'clip_shares',
            'walk_prefixes', 'kl_exact', 'kl_steps', 'entropy_exact', 'entropy_steps', 'inclusion_logp', 'kl_k3',
            'random_logp', 'tempered_logp', 'mixture_logp', 'OffPolicy', 'off_policy_value']
@@ -62,7 +62,7 @@ def rce_loss(
     logp:Tensor, # [B,N]
     rewards:Tensor, # [B,N]
     mask:Tensor, # bool [B,N]; drop flat groups here if they are not to be imitated
-    temp:float=1., # tau > 0
+    temp:float=1., # > 0
     norm:str="raw", # see `rce_weights`
     weights:str="softmax", # see `rce_weights`
 )->Tensor: # scalar, nats
@@ -81,7 +81,7 @@ def imitation_loss(
 def rce_weights(
     rewards:Tensor, # [B,N]
     mask:Tensor, # bool [B,N]
-    temp:float=1., # tau > 0, in units of the (normalised) reward, or of ranks 0..1
+    temp:float=1., # > 0, in units of the (normalised) reward, or of ranks 0..1
     norm:str="raw", # "raw" | "zscore": rewards of each group standardised, as in `advantage`
     weights:str="softmax", # "softmax" of rewards | "rank": softmax of ranks 0..1 | "top1": the best alone
 )->Tensor: # [B,N] each row sums to 1 over its real entries, 0 elsewhere
@@ -145,34 +145,34 @@ def listwise_loss(
     rewards:Tensor, # [B,N]
     mask:Tensor, # bool [B,N]
     ref:Tensor|None=None, # [B,N] under the reference; None = all alike
-    tau:float|None=None, # as in `listwise_target`
+    temp:float|None=None, # as in `listwise_target`
     ess:float=.35, # as in `listwise_target`
     limits:tuple=(.02, 1.), # as in `listwise_target`
 )->Tensor: # scalar, nats, 0 where the target is met; mean over queries with a sequence
     "KL between the listwise target and the policy, inside each group"
-    target, _ = listwise_target(rewards, mask, ref, tau, ess, limits)
+    target, _ = listwise_target(rewards, mask, ref, temp, ess, limits)
     return masked_mean(group_kl(target, logp, mask), mask.any(-1))
 
 def listwise_target(
     rewards:Tensor, # [B,N]
     mask:Tensor, # bool [B,N]
     ref:Tensor|None=None, # [B,N] log-probabilities under the reference; None = all sequences alike
-    tau:float|None=None, # temperature > 0 in units of reward, for all queries; None = solved for `ess`
-    ess:float=.35, # see `solve_tau`; not looked at if `tau` is given
-    limits:tuple=(.02, 1.), # see `solve_tau`
-)->tuple: # (log of the target [B,N], -inf on padding; tau [B])
-    "Log of `softmax(log ref + r/tau)` over each group, and the temperature of each query"
-    _check_listwise(tau, ess, limits)
+    temp:float|None=None, # temperature > 0 in units of reward, for all queries; None = solved for `ess`
+    ess:float=.35, # see `solve_temp`; not looked at if `temp` is given
+    limits:tuple=(.02, 1.), # see `solve_temp`
+)->tuple: # (log of the target [B,N], -inf on padding; temp [B])
+    "Log of `softmax(log ref + r/temp)` over each group, and the temperature of each query"
+    _check_listwise(temp, ess, limits)
     rewards = rewards.detach().masked_fill(~mask, 0.)
     ref = torch.zeros_like(rewards) if ref is None else ref.detach().to(rewards.dtype)
     lr = masked_log_softmax(ref.masked_fill(~mask, 0.), mask)
-    if tau is None:
+    if temp is None:
         empty = ~mask.any(-1, keepdim=True)
         finite = lr.masked_fill(empty, -math.log(lr.shape[-1]))   # an empty group counts as uniform
-        tau = solve_tau(finite, rewards, ess, limits)
-    else: tau = torch.full_like(rewards[:, 0], tau)
-    logits = lr.masked_fill(~mask, 0.) + rewards/tau[:, None]
-    return masked_log_softmax(logits, mask), tau
+        temp = solve_temp(finite, rewards, ess, limits)
+    else: temp = torch.full_like(rewards[:, 0], temp)
+    logits = lr.masked_fill(~mask, 0.) + rewards/temp[:, None]
+    return masked_log_softmax(logits, mask), temp
 
 def group_kl(
     lp:Tensor, # [B,N] log-probabilities of a target over each group, -inf on padding
@@ -184,36 +184,36 @@ def group_kl(
     gap = lp.masked_fill(~mask, 0.) - lq.masked_fill(~mask, 0.)
     return (lp.exp() * gap).masked_fill(~mask, 0.).sum(-1)
 
-def _check_listwise(tau, ess, limits):
+def _check_listwise(temp, ess, limits):
     "Refuse a temperature, a share or limits that cannot be"
-    if tau is not None and tau <= 0:
-        raise ValueError(f"listwise_target: tau {tau}, wanted > 0, or None and a share `ess`")
-    if tau is None and not (0 < ess < 1 and 0 < limits[0] <= limits[1]):
+    if temp is not None and temp <= 0:
+        raise ValueError(f"listwise_target: temp {temp}, wanted > 0, or None and a share `ess`")
+    if temp is None and not (0 < ess < 1 and 0 < limits[0] <= limits[1]):
         raise ValueError(f"listwise_target: ess {ess} and limits {limits},"
                          " wanted a share in (0,1) and 0 < least <= most")
 
 # %% ../nbs/60_losses.ipynb #f4519deb
 @torch.no_grad()
-def solve_tau(
+def solve_temp(
     lr:Tensor, # [B,N] log-probabilities of the reference over each group, -inf on padding
     rewards:Tensor, # [B,N] 0 on padding
     ess:float=.35, # wanted share, in (0,1)
-    limits:tuple=(.02, 1.), # smallest and largest tau, in units of reward
-    n_iter:int=16, # halvings of the interval of log tau
+    limits:tuple=(.02, 1.), # smallest and largest temperature, in units of reward
+    n_iter:int=16, # halvings of the interval of its logarithm
 )->Tensor: # [B]; a group that cannot reach `ess` within the limits gets the nearer one, a flat group the largest
     "Temperature at which the target keeps a share `ess` of the reference's effective sample size"
     lo, hi = (torch.full_like(rewards[:, 0], math.log(t)) for t in limits)
     for _ in range(n_iter):
         mid = (lo + hi) / 2
-        too_sharp = _chi_share(lr, rewards, mid.exp()) < ess   # a larger tau is needed
+        too_sharp = _chi_share(lr, rewards, mid.exp()) < ess   # a larger temperature is needed
         lo = torch.where(too_sharp, mid, lo)
         hi = torch.where(too_sharp, hi, mid)
-    flat = (_chi_share(lr, rewards, hi.exp()) - 1).abs() < 1e-6   # a share of 1 whatever tau is
+    flat = (_chi_share(lr, rewards, hi.exp()) - 1).abs() < 1e-6   # a share of 1 at any temperature
     return torch.where(flat, torch.full_like(hi, limits[1]), hi.exp())
 
-def _chi_share(lr, rewards, tau):
+def _chi_share(lr, rewards, temp):
     "(E_ref w)^2 / E_ref w^2 [B], from log-probabilities `lr` [B,N] that sum to 1, -inf on padding"
-    x = rewards / tau[:, None]
+    x = rewards / temp[:, None]
     one, two = torch.stack([lr + x, lr + 2*x]).logsumexp(-1)
     return (2*one - two).exp()
 
@@ -237,17 +237,17 @@ def merge_orders(
 def advantage(
     rewards:Tensor, # [B,N] of the whole group
     mask:Tensor, # bool [B,N]
-    how:str="zscore", # "zscore" | "center" | "rank" | "loo"
+    baseline:str="zscore", # "zscore" | "center" | "rank" | "loo"
     scale:str|None=None, # "group" | "batch" | "none"; None = the first one in the table above
     min_std:float=.1, # smallest divisor when scaled, in units of reward
     clip:float|None=None, # cut to -clip..clip; None = no cut
     eps:float=1e-6, # rewards this close are equal
 )->Tensor: # [B,N]; 0 on padding and in flat groups; `scale="batch"` depends on the company of the batch
     "Advantage of each sequence over its group"
-    _check_advantage(how, scale)
-    scale = scale or SCALES[how][0]
+    _check_advantage(baseline, scale)
+    scale = scale or SCALES[baseline][0]
     m = mask & live_groups(rewards, mask, eps)[:, None]
-    a = ADVANTAGES[how](rewards.masked_fill(~mask, 0.), m).masked_fill(~m, 0.)
+    a = ADVANTAGES[baseline](rewards.masked_fill(~mask, 0.), m).masked_fill(~m, 0.)
     if scale != "none": a = a / _std(a, m, scale).clamp(min=max(min_std, 1e-12))
     return a if clip is None else a.clamp(-clip, clip)
 
@@ -275,13 +275,13 @@ SCALES = dict(
     rank=("none",),
 )
 
-def _check_advantage(how, scale):
+def _check_advantage(baseline, scale):
     "Refuse a rule or a scale that is not in the table"
-    if how not in ADVANTAGES:
-        raise ValueError(f"advantage: how {how!r}, wanted one of {', '.join(ADVANTAGES)}")
-    if scale and scale not in SCALES[how]:
+    if baseline not in ADVANTAGES:
+        raise ValueError(f"advantage: baseline {baseline!r}, wanted one of {', '.join(ADVANTAGES)}")
+    if scale and scale not in SCALES[baseline]:
         raise ValueError(
-            f"advantage: how {how!r} allows scale {' or '.join(map(repr, SCALES[how]))}, got {scale!r}: "
+            f"advantage: baseline {baseline!r} allows scale {' or '.join(map(repr, SCALES[baseline]))}, got {scale!r}: "
             "its values are normalised already, and twice is a different thing"
         )
 
@@ -490,12 +490,12 @@ def tempered_logp(
     steps:Tensor, # [B,N,S,K] log-probabilities at every step (`step_logps`), -inf for who cannot be picked
     seqs:Tensor, # int [B,N,S] local indices
     seq_mask:Tensor, # bool [B,N,S], True = a real pick
-    temperature:float, # T > 0 that divides the logits of every step
+    temp:float, # T > 0 that divides the logits of every step
 )->Tensor: # [B,N]
     "Log-probability of sequences under the policy at another temperature"
-    if temperature <= 0: raise ValueError(f"tempered_logp: temperature {temperature}, wanted > 0")
+    if temp <= 0: raise ValueError(f"tempered_logp: temp {temp}, wanted > 0")
     can = steps > -torch.inf
-    tempered = masked_log_softmax(steps.masked_fill(~can, 0.) / temperature, can)
+    tempered = masked_log_softmax(steps.masked_fill(~can, 0.) / temp, can)
     lp = tempered.gather(-1, seqs[..., None])[..., 0]
     return lp.masked_fill(~seq_mask, 0.).sum(-1)
 

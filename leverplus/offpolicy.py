@@ -116,7 +116,7 @@ def off_policy(
     ds, # `GroupDataset` of groups as they were generated, not those that the policy was trained on
     cut:float|None=5., # largest weight, relative to the mean weight of a draw; None = no cut
     floor:float=.3, # smallest effective share that is trusted
-    least:float=3., # smallest number of effective rows that is trusted
+    min_ess:float=3., # smallest number of effective rows that is trusted
     bs:int=256, # queries at once; changes nothing
 )->pd.DataFrame: # per query, shot count and draw: question_id, shots, source, n, mass, ess, value, unbiased, trust
     "Expected reward of a policy per draw, from stored groups; ValueError if nothing was drawn with a known probability"
@@ -136,7 +136,7 @@ def off_policy(
     ess = v.ess.nan_to_num(0.).numpy()
     mass = v.mass.numpy()
     value = v.value.numpy()
-    enough = (ess*n >= least) | (mass > 1 - 1e-6)
+    enough = (ess*n >= min_ess) | (mass > 1 - 1e-6)
     return pd.DataFrame(dict(
         question_id=heads.question_id.to_numpy(),
         shots=heads.pointer.map(len).to_numpy(),

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DATA', 'RECIPES', 'STAGES', 'CALLBACKS', 'FILTERS', 'check_recipe', 'recipe', 'save_recipe', 'load_recipe',
-           'recipes_table', 'recipe_learner', 'run_stage', 'fit_recipe']
+           'recipes_table', 'recipe_learner', 'run_stage']
 
 # %% ../nbs/71_recipes.ipynb #250c593f
 import difflib, inspect, warnings
@@ -12,6 +12,7 @@ from copy import copy, deepcopy
 from functools import partial
 from pathlib import Path
 import pandas as pd
+from fastcore.basics import patch
 from .core import read_json, write_json
 from .runs import plain
 from .groups import RECORD, RLData
@@ -23,11 +24,9 @@ from .callback_core import SkipFlat, find_reference, set_anchor
 from .callback_rce import RCE
 from .callback_grpo import GRPO, RLOO
 from .callback_kl import AdaptiveKL, EntropyFloor, KLToRef
-from leverplus.callback_schedule import (
-    Freeze, NoDropout, Phases, SplitShots, TempSchedule, TopKCurriculum,
-)
+from .callback_schedule import Freeze, NoDropout, Phases, SplitShots, TempSchedule, TopKCurriculum
 from .callback_listwise import SFT, Listwise
-from .learner import selector_learner
+from .learner import MODEL, selector_learner
 from fastai.learner import Learner
 
 # %% ../nbs/71_recipes.ipynb #c8f63909
@@ -38,21 +37,20 @@ def _own(title, stages, model=None):
     return dict(
         title=title,
         source="ours",
-        model=model or {},
+        model=dict(model or {}),
         data=deepcopy(DATA),
         stages=stages,
         text_vs_code="",
         not_done="",
     )
 
-_MATCH_NET = dict(d_hidden=64, n_layers=0, state="none", match="net", n_match=8)
-_WARMUP = dict(fit="warmup", n_epoch=15, lr=1e-2, tau=.1, best=False)
-_LISTWISE = dict(fit="listwise", n_epoch=20, lr=3e-3, tau=.2)
+_WARMUP = dict(fit="warmup", n_epoch=15, lr=1e-2, temp=.1, best=False)
+_LISTWISE = dict(fit="listwise", n_epoch=20, lr=3e-3, temp=.2)
 _SHARP_RCE = dict(fit="rce", n_epoch=10, lr=3e-3, temp=.1)
 _GRPO = dict(fit="grpo", n_epoch=10, lr=1e-3)
 
 RECIPES = {
-    "ours": _own("Warm-up without the LVLM, then listwise", [_WARMUP, _LISTWISE], _MATCH_NET),
+    "ours": _own("Warm-up without the LVLM, then listwise", [_WARMUP, _LISTWISE], MODEL),
     "listwise": _own("Listwise alone", [_LISTWISE]),
     "corrected": _own("RCE, then GRPO, as they were meant", [_SHARP_RCE, _GRPO]),
 }
@@ -90,15 +88,15 @@ def _named(spec, known, what):
         raise ValueError(
             f"{what} {spec!r}: wanted a name or [name, arguments], the name one of {', '.join(known)}"
         )
-    name, given = pair
-    if isinstance(given, dict): return partial(known[name], **given)
-    return partial(known[name], *given)
+    name, arguments = pair
+    if isinstance(arguments, dict): return partial(known[name], **arguments)
+    return partial(known[name], *arguments)
 
 def _is_call(pair, known):
     "Is it a known name with arguments?"
     if not isinstance(pair, (list, tuple)) or len(pair) != 2: return False
-    name, given = pair
-    return isinstance(name, str) and name in known and isinstance(given, (dict, list))
+    name, arguments = pair
+    return isinstance(name, str) and name in known and isinstance(arguments, (dict, list))
 
 # %% ../nbs/71_recipes.ipynb #c6c5cbc0
 _KEYS = {"name", "title", "source", "model", "data", "stages", "text_vs_code", "not_done", "changes"}
@@ -136,7 +134,7 @@ def _check_stage(stage, where):
 
 # %% ../nbs/71_recipes.ipynb #735a2d93
 def recipe(
-    name:str|dict, # a key of `among`, or a recipe, which stays as it is
+    name:str|dict="ours", # a key of `among`, or a recipe, which stays as it is
     among:dict|None=None, # name -> recipe; default `RECIPES`
     **changes, # by part: `model`, `data`, or the `fit` of stages, each a dict that is merged into what is there
 )->dict: # a copy; `changes` in it says what was changed
@@ -245,10 +243,10 @@ def _reward_words(data):
 
 # %% ../nbs/71_recipes.ipynb #9e7e65cd
 def recipe_learner(
-    name:str|dict, # of a recipe, or one
     train:RLData, # groups to learn from
     dev:RLData, # groups to judge by; never filtered
     store, # `EmbedStore` that knows all queries and demonstrations
+    name:str|dict="ours", # of a recipe, or one
     seed:int=0, # of weights, dropout and the order of batches
     start=None, # a selector to start from, e.g. of `load_selector`; default a new one as the recipe wants it
     zero:dict|None=None, # {question_id: `vqa_gt_prob` of the zero-shot prompt}: for rewards with InfoScore
@@ -256,7 +254,7 @@ def recipe_learner(
     items:pd.DataFrame|None=None, # training items for a warm-up: `question_id, image_id, answer`
     choose_by=None, # score by which stages choose their epoch, see `selector_learner`
     **changes, # as in `recipe`
-)->Learner: # `dls.info` records the filters; ready for `fit_recipe`
+)->Learner: # `dls.info` records the filters, `recipe` is the recipe with its changes; ready for `fit_recipe`
     "Learner with the data and model settings of a recipe"
     r = recipe(name, **changes)
     data = DATA | r.get("data", {})
@@ -270,10 +268,16 @@ def recipe_learner(
         dev = _with_info(dev, zero)
     dls = group_dls(train, dev, store, mode, data["kind"], data["bs"], seed, device, **weights)
     dls.info["filters"] = data["filters"]
-    model = r.get("model", {}) if start is None else {}
+    model = _all_settings(r.get("model", {})) if start is None else {}
     learn = selector_learner(dls, start, seed=seed, choose_by=choose_by, **model)
+    learn.recipe = r
     if items is not None: learn.warmup_from = items, store
     return learn
+
+def _all_settings(model):
+    "Settings of a `PointerSelector`, those of its own defaults too"
+    params = inspect.signature(PointerSelector).parameters
+    return {k: p.default for k, p in params.items() if k != "d_in"} | model
 
 def _filtered(data, filters):
     for spec in filters: data = _named(spec, FILTERS, "filter")(data)
@@ -305,8 +309,8 @@ def _record(dataset):
 
 def _tiers(learn):
     "Tiers of the training queries, by the reward of the loaders"
-    how = dict(learn.dls.info["reward"])
-    return tiers(_record(learn.dls.train_ds), reward=how.pop("mode"), **how)
+    reward = dict(learn.dls.info["reward"])
+    return tiers(_record(learn.dls.train_ds), reward=reward.pop("mode"), **reward)
 
 def _chosen(learn, which):
     "question_ids of the training queries in these tiers, or with a positive"
@@ -404,10 +408,10 @@ def _misfits(learn, r):
 # %% ../nbs/71_recipes.ipynb #4b572c8f
 def _references(stage):
     "Names of the policies that a stage leans on"
-    given = [stage]
+    calls = [stage]
     for spec in stage.get("cbs") or ():
-        if not isinstance(spec, str) and isinstance(spec[1], dict): given.append(spec[1])
-    named = [g.get(key) for g in given for key in ("ref", "old")]
+        if not isinstance(spec, str) and isinstance(spec[1], dict): calls.append(spec[1])
+    named = [call.get(key) for call in calls for key in ("ref", "old")]
     return [ref for ref in named if isinstance(ref, str)]
 
 def _unknown_reference(learn, stages):
@@ -449,26 +453,27 @@ def _check_settings(learn, r, title):
                 raise ValueError(f"{title}, stage {i} ({stage['fit']}): {e}") from e
 
 # %% ../nbs/71_recipes.ipynb #3a8c3662
-def fit_recipe(
-    learn:Learner, # of `recipe_learner`, or any that fits
-    name:str|dict, # of a recipe, or one
+@patch
+def fit_recipe(self:Learner,
+    name:str|dict|None=None, # of a recipe, or one; None = that of `recipe_learner`, or of the last call, else "ours"
     resume=None, # folder: each stage writes into its own below it, and goes on from there when called again
     check:str|None="raise", # a Learner that is not what the recipe wants: "raise" | "warn" | None = do not look
     **changes, # as in `recipe`
 )->Learner: # the Learner itself; `learn.recipe` is the recipe with its changes
     "Run the stages of a recipe, in order"
+    if name is None: name = vars(self).get("recipe", "ours")
     r = recipe(name, **changes)
     title = f"recipe {r.get('name', 'without a name')}"
-    _check_fits(learn, r, title, check)
-    _check_references(learn, r, title)
-    _check_settings(learn, r, title)
-    learn.recipe = r
-    _warn_idle_choice(learn, r, title)
+    _check_fits(self, r, title, check)
+    _check_references(self, r, title)
+    _check_settings(self, r, title)
+    self.recipe = r
+    _warn_idle_choice(self, r, title)
     for i, stage in enumerate(r["stages"], 1):
         keeps = resume is not None and stage["n_epoch"] > 0
         folder = Path(resume) / f"{i}-{stage['fit']}" if keeps else None
-        run_stage(learn, stage, folder)
-    return learn
+        run_stage(self, stage, folder)
+    return self
 
 def _warn_idle_choice(learn, r, title):
     keeps_last = all(s.get("best") is False for s in r["stages"])

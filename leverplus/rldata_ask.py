@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['CACHE_COLUMNS', 'score_pairs', 'facts_frame', 'facts_fingerprint', 'scramble', 'pair_keys', 'item_hashes',
-           'content_keys', 'FactCache', 'ask', 'as_cache', 'self_test']
+           'content_keys', 'FactCache', 'ask', 'as_cache', 'stored_facts', 'known_facts', 'ask_around', 'same_scorer',
+           'self_test']
 
 # %% ../nbs/33_rldata_ask.ipynb #107e6c80
 import math
@@ -17,7 +18,9 @@ from .settings import Asking
 from .vqa import answer_targets, postprocess, relevances, vqa_accuracies
 from .prompt import prompter
 from .lvlm import Targets
-from .groups import FACT_COLUMNS, PROPOSAL_COLUMNS, as_record, pointer_matrix, read_part, write_part
+from leverplus.groups import (
+    FACT_COLUMNS, PROPOSAL_COLUMNS, RLData, as_record, pointer_matrix, read_part, shard_files, write_part,
+)
 
 # %% ../nbs/33_rldata_ask.ipynb #ef57e002
 def score_pairs(
@@ -184,8 +187,8 @@ class FactCache:
     def __len__(self): return sum(len(frame) for _, frame in self.parts)
     def __repr__(self):
         where = "memory" if self.path is None else self.path.name
-        how = ", read-only" if self.readonly else ""
-        return f"FactCache({where}{how}): {len(self)} facts, scorers {self.scorers}"
+        state = ", read-only" if self.readonly else ""
+        return f"FactCache({where}{state}): {len(self)} facts, scorers {self.scorers}"
 
     @property
     def scorers(self):
@@ -358,6 +361,68 @@ def as_cache(
     cache = FactCache()
     cache.add(facts[[c for c in facts if c in CACHE_COLUMNS]])
     return cache
+
+# %% ../nbs/33_rldata_ask.ipynb #2f29683b
+def stored_facts(
+    path, # a run of `generate`, a `.parquet` file, or a folder of facts; FileNotFoundError if it is not there
+)->pd.DataFrame: # question_id, pointer, columns of FACT_COLUMNS, and whatever else lies there
+    "Read facts wherever they lie"
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path}: no such facts; wanted a .parquet file, a folder of facts, or a run of generate"
+        )
+    is_run = (path/"manifest.json").exists() or shard_files(path)
+    return RLData.load(path).rows if is_run else FactCache(path).to_frame()
+
+def known_facts(
+    paths, # see `stored_facts`
+    scorer:str, # fingerprint of the scorer whose facts count, see `facts_fingerprint`
+)->FactCache: # in memory, of answers that did not fail
+    "Gather facts that were asked before"
+    out = FactCache()
+    for path in paths:
+        facts = stored_facts(path)
+        facts = facts[(facts.scorer == scorer) & ~facts.eval_failed & facts.vqa_acc_score.notna()]
+        out.add(facts[[c for c in CACHE_COLUMNS if c in facts]])
+    return out
+
+# %% ../nbs/33_rldata_ask.ipynb #1808d87e
+def ask_around(
+    pairs:pd.DataFrame, # question_id, pointer; distinct
+    scorer, # see `ask`
+    items:pd.DataFrame, # queries and demonstrations, indexed by question_id
+    extra:FactCache, # looked up first, nothing is added to it
+    own:FactCache, # then here; new facts go here
+    asking:Asking=Asking(), # see `ask`
+    progress:bool=False, # show a bar over prompts
+)->pd.DataFrame: # question_id, pointer and the columns of FACT_COLUMNS; same rows and order as `pairs`
+    "Ask only what nobody knows"
+    pairs = pairs[["question_id", "pointer"]].reset_index(drop=True)
+    content = content_keys(items, pairs.question_id, pairs.pointer.to_numpy())
+    known = extra.lookup(pairs, facts_fingerprint(scorer, asking), content).drop(columns="content")
+    rest = pairs.drop(known.index)
+    if not len(rest): return known.reset_index(drop=True)
+    new = ask(rest, scorer, items, own, asking, progress=progress).set_axis(rest.index)
+    if not len(known): return new.reset_index(drop=True)
+    return pd.concat([known, new]).sort_index().reset_index(drop=True)
+
+# %% ../nbs/33_rldata_ask.ipynb #551ca21b
+def same_scorer(
+    data:RLData, # facts that are there
+    scorer, # who is to be asked, see `ask`
+    asking:Asking=Asking(), # see `ask`
+)->str: # fingerprint of the scorer; ValueError if the facts are not its own
+    "Refuse to mix facts of two models or prompts"
+    own = facts_fingerprint(scorer, asking)
+    there = sorted(data.rows.scorer.dropna().unique())
+    if there not in ([], [own]):
+        raise ValueError(
+            f"{data.path}: its facts are of scorer {', '.join(there)}; the model and the way of asking that"
+            f" are named here (lvlm, dtype, style, evaluator, answer_weight) make {own}: name those that it was"
+            " made with"
+        )
+    return own
 
 # %% ../nbs/33_rldata_ask.ipynb #09a04913
 def _other_text(said, seed):

@@ -522,12 +522,12 @@ def soft_alarms(
     seen = (f"Spearman(vqa_gt_prob, vqa_acc_score) {m['spearman']:.2f} "
             f"({m['spearman_low']:.2f} to {m['spearman_high']:.2f}); "
             f"median vqa_gt_prob {m['gt_prob_right']:.2g} where right, {m['gt_prob_wrong']:.2g} where wrong")
-    least = spearman * m["spearman_reach"]
-    wanted = f"{least:.2g} or more, interval above 0"
+    enough = spearman * m["spearman_reach"]
+    wanted = f"{enough:.2g} or more, interval above 0"
     never_varies = np.isnan(m["spearman"]) and 0 < m["positive_rate"] < 1
-    if m["spearman"] >= least and m["spearman_low"] <= 0:
+    if m["spearman"] >= enough and m["spearman_low"] <= 0:
         yield "soft reward", seen, wanted, REMEDIES["few"]
-    elif m["spearman"] < least or never_varies:
+    elif m["spearman"] < enough or never_varies:
         yield "soft reward", seen, wanted, REMEDIES["soft"]
 
 # %% ../nbs/36_rldata_check.ipynb #5e897a8e

@@ -229,9 +229,9 @@ def by_counts(
     table = query_table(data, positive, positive, at)
     limits = dict(positive=(min_positive, max_positive), contrast=(min_contrast, max_contrast))
     reasons = {}
-    for kind, (least, most) in limits.items():
-        reasons[f"in queries with fewer than {least} {kind}s"] = table[kind] < least
-        if most is not None: reasons[f"in queries with more than {most} {kind}s"] = table[kind] > most
+    for kind, (lowest, highest) in limits.items():
+        reasons[f"in queries with fewer than {lowest} {kind}s"] = table[kind] < lowest
+        if highest is not None: reasons[f"in queries with more than {highest} {kind}s"] = table[kind] > highest
     keep = ~np.any(list(reasons.values()), axis=0)
     step = step_text(by_counts, min_positive=min_positive, max_positive=max_positive,
                      min_contrast=min_contrast, max_contrast=max_contrast, positive=positive, at=at)
@@ -319,10 +319,10 @@ def rank_within(
     out[order] = at - begin
     return out
 
-def _nearest(n, other, share, least):
-    "How many of `n` rows to keep, at least `least`, so that n/(n + other) comes nearest to `share`"
+def _nearest(n, other, share, min_kept):
+    "How many of `n` rows to keep, at least `min_kept`, so that n/(n + other) comes nearest to `share`"
     exact = np.floor(other * share / (1 - share)).astype(int)
-    fewer, more = (np.clip(exact + i, np.minimum(least, n), n) for i in (0, 1))
+    fewer, more = (np.clip(exact + i, np.minimum(min_kept, n), n) for i in (0, 1))
     def off(kept): return np.abs(kept / np.maximum(kept + other, 1) - share)
     return np.where(off(fewer) <= off(more), fewer, more)
 
@@ -375,7 +375,7 @@ def balance(
 
     positives = np.bincount(code[is_positive], minlength=len(queries))
     contrasts = np.bincount(code[is_contrast], minlength=len(queries))
-    few = (positives < min_positive)[code]
+    too_few = (positives < min_positive)[code]
     poor = (contrasts < min_contrast)[code]
     most_p = positives if max_positive is None else np.minimum(positives, max_positive)
     most_c = contrasts if max_contrast is None else np.minimum(contrasts, max_contrast)
@@ -386,9 +386,9 @@ def balance(
 
     # each row's place among those of its query and kind; rows of unknown kind come behind the contrasts
     place = rank_within(code * 2 + is_positive, unknown, *stay_keys(data.rows, prefer, seed))
-    keep = ~few & ~poor & (unknown | (place < np.where(is_positive, want_p[code], want_c[code])))
+    keep = ~too_few & ~poor & (unknown | (place < np.where(is_positive, want_p[code], want_c[code])))
     reasons = {
-        f"in queries with fewer than {min_positive} positives": few,
+        f"in queries with fewer than {min_positive} positives": too_few,
         f"in queries with fewer than {min_contrast} contrasts": poor,
         f"positives beyond {max_positive}": is_positive & (place >= most_p[code]),
         f"contrasts beyond {max_contrast}": is_contrast & (place >= most_c[code]),
@@ -403,9 +403,9 @@ def balance(
     return keep_rows(data, keep, step, reasons, note)
 
 def _check_balance(positive_share, limits):
-    for kind, (least, most) in limits.items():
-        if least < 0 or (most is not None and most < max(least, 1)):
-            raise ValueError(f"balance: min_{kind}={least}, max_{kind}={most}; "
+    for kind, (lowest, highest) in limits.items():
+        if lowest < 0 or (highest is not None and highest < max(lowest, 1)):
+            raise ValueError(f"balance: min_{kind}={lowest}, max_{kind}={highest}; "
                              "wanted 0 <= min <= max and max >= 1")
     if positive_share is not None and not 0 < positive_share < 1:
         raise ValueError(f"balance: positive_share={positive_share}, "
@@ -427,10 +427,10 @@ def split(
     number = np.array(data.queries, np.int64) if items is None else _pictures(data, items)
     lots = row_lots(number, key=("split", seed))
     part = np.searchsorted(np.cumsum(shares)[:-1], lots, side="right")
-    how = {} if items is None else dict(by="picture")
+    by_picture = {} if items is None else dict(by="picture")
     out = []
     for i in range(len(shares)):
-        step = step_text(split, part=i, fractions=tuple(fractions), seed=seed, **how)
+        step = step_text(split, part=i, fractions=tuple(fractions), seed=seed, **by_picture)
         out.append(keep_queries(data, part == i, step, {"in other parts": part != i}))
     return out
 
@@ -534,18 +534,18 @@ def dedupe(
 def merge_pools(
     pools:list, # of Pool
     queries, # question_ids that the result needs, each in at least one of the pools
-    how:str="same", # "same": candidates must agree, and the rules too; "unite": all candidates of all pools
+    joining:str="same", # "same": candidates must agree, and the rules too; "unite": all candidates of all pools
 )->Pool: # of `queries`; ValueError names rule or query that disagree
     "Make one pool of several"
-    if how not in ("same", "unite"): raise ValueError(f"pools={how!r}: wanted 'same' or 'unite'")
-    if how == "same": _check_rules(pools)
-    united = how == "unite" and any(p.rule != pools[0].rule for p in pools)
+    if joining not in ("same", "unite"): raise ValueError(f"pools={joining!r}: wanted 'same' or 'unite'")
+    if joining == "same": _check_rules(pools)
+    united = joining == "unite" and any(p.rule != pools[0].rule for p in pools)
     ids = {}
     for q in queries:
         have = [p.ids[q] for p in pools if q in p.ids]
         ids[q] = have[-1]
         if all(set(candidates) == set(ids[q]) for candidates in have): continue
-        if how == "same":
+        if joining == "same":
             odd = sorted(set(have[0]) ^ set(ids[q]))[0]
             raise ValueError(f"merge: question_id {q} has different candidates in the sources, e.g. "
                              f"{odd} is not in all; pass pools='unite' to join them")

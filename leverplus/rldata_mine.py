@@ -6,13 +6,13 @@
 __all__ = ['lacking', 'neighbours', 'Search', 'best_first', 'affordable', 'mine', 'reask']
 
 # %% ../nbs/37_rldata_mine.ipynb #8127ba1c
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 import numpy as np, pandas as pd
 from fastcore.basics import patch
 from tqdm import tqdm
 from .core import rng
-from .settings import Asking
+from .settings import Asking, Mining, Proposing, plain_settings
 from .groups import FACT_COLUMNS, PROPOSAL_COLUMNS, RLData, as_record
 from .rldata_propose import propose
 from .rldata_ask import FactCache, ask
@@ -54,14 +54,11 @@ class Search:
     scorer:object # see `ask`
     store:object # `EmbedStore` of queries and demonstrations
     policy:object=None # that samples; None: the similarity prior
-    tries:int=8 # sequences per query and round from each of the two sources
-    top:int=3 # of these that are asked for a text
+    mining:Mining=Mining() # how far to look; its `seed` orders neighbours and draws samples
     positive:float=0. # accuracy above which an answer counts as positive
-    seed:int=0 # of the order in which neighbours are tried
-    kind:str="mixed" # embeddings that the policy reads
-    scale:float=10. # sharpness of the prior
-    cache:FactCache|None=None # shared facts
+    proposing:Proposing=Proposing() # `kind` of embeddings that the policy reads, `scale` of the prior
     asking:Asking=Asking() # see `ask`
+    cache:FactCache|None=None # shared facts
 
     def __post_init__(self):
         self.rows = self.data.rows
@@ -93,8 +90,8 @@ def swaps(self:Search,
     for q, rows in best_first(known, lacks).groupby("question_id", sort=False):
         near = [x for p in rows.pointer[:2] for x in neighbours(p, self.data.pool[q])]
         near = [x for x in dict.fromkeys(near) if x not in self.tried[q]]
-        order = rng("mine", self.seed, q, len(self.tried[q])).permutation(len(near))
-        out += [(q, near[i]) for i in order[:self.tries]]
+        order = rng("mine", self.mining.seed, q, len(self.tried[q])).permutation(len(near))
+        out += [(q, near[i]) for i in order[:self.mining.tries]]
     return pd.DataFrame(out, columns=["question_id", "pointer"])
 
 # %% ../nbs/37_rldata_mine.ipynb #defeb2e3
@@ -105,13 +102,13 @@ def samples(self:Search,
 )->pd.DataFrame: # columns of proposals
     "Untried samples of the policy, `tries` for each query and shot count"
     most_tried = max(len(self.tried[q]) for q in lacks.index)
-    counts = dict(temperature={1.: most_tried + self.tries})
+    enough = dict(temperature={1.: most_tried + self.mining.tries})
+    proposing = replace(self.proposing, counts=enough, seed=self.mining.seed + k)
     out = [pd.DataFrame(columns=["question_id", "pointer"])]
     for S in self.data.shots:
-        rows = propose(self.data.pool, self.store, lacks.index.tolist(), S, self.policy, counts,
-                       self.seed + k, self.kind, self.scale)
+        rows = propose(self.data.pool, self.store, lacks.index.tolist(), S, self.policy, proposing)
         new = [p not in self.tried[q] for q, p in zip(rows.question_id, rows.pointer)]
-        out.append(rows[new].groupby("question_id").head(self.tries))
+        out.append(rows[new].groupby("question_id").head(self.mining.tries))
     return pd.concat(out, ignore_index=True)
 
 @patch
@@ -146,11 +143,11 @@ def ask_about(self:Search,
     lacks:pd.Series, # what their queries lack
 )->dict: # asked, texts, failed, found: counts
     "Ask for probabilities, then for texts of the best, and add the rows"
-    asking = self.asking
-    rows = _with_facts(new, ask(new, self.scorer, self.items, self.cache, asking=asking, generate=False))
+    facts = ask(new, self.scorer, self.items, self.cache, self.asking, generate=False)
+    rows = _with_facts(new, facts)
     ranked = best_first(rows[~rows.eval_failed], lacks)
-    best = ranked.groupby("question_id", sort=False).head(self.top).sort_index()
-    full = _with_facts(new.loc[best.index], ask(best, self.scorer, self.items, self.cache, asking))
+    best = ranked.groupby("question_id", sort=False).head(self.mining.top).sort_index()
+    full = _with_facts(new.loc[best.index], ask(best, self.scorer, self.items, self.cache, self.asking))
     rows = pd.concat([rows.drop(best.index), full.set_axis(best.index)]).sort_index()
     self.rows = pd.concat([self.rows, rows], ignore_index=True)
     self.spent += len(new) + len(best)
@@ -165,36 +162,33 @@ def mine(
     scorer, # see `ask`; the facts of `data` should be its own
     store, # `EmbedStore` of queries and demonstrations
     policy=None, # that samples; None: the similarity prior
-    tries:int=8, # sequences per query and round from each of the two sources, >= 1
-    top:int=3, # of these that are asked for a text
-    rounds:int=4, # at most
-    budget:int|None=None, # prompts in all; None: no limit
+    mining:Mining=Mining(), # how far to look
+    *,
     positive:float=0., # accuracy above which an answer counts as positive
-    seed:int=0, # of the order in which neighbours are tried
-    kind:str="mixed", scale:float=10., # embeddings that the policy reads; sharpness of the prior
+    proposing:Proposing=Proposing(), # `kind` of embeddings that the policy reads, `scale` of the prior
+    asking:Asking=Asking(), # see `ask`
     cache:FactCache|None=None, # shared facts
     progress:bool=True, # show a bar over rounds
-    asking:Asking=Asking(), # see `ask`
 )->tuple: # (RLData with the mined rows behind the old ones, frame of rounds: lacking, asked, texts, failed, found)
     "Look for what flat groups lack, by swaps and samples"
     cache = FactCache() if cache is None else cache
-    search = Search(data, items, scorer, store, policy, tries=tries, top=top, positive=positive, seed=seed,
-                    kind=kind, scale=scale, cache=cache, asking=asking)
+    search = Search(data, items, scorer, store, policy, mining, positive, proposing, asking, cache)
+    budget = mining.budget
     start = search.lacks()
     log = []
-    with tqdm(total=rounds, disable=not progress, desc="mining", unit="round") as bar:
-        for k in range(rounds):
+    with tqdm(total=mining.rounds, disable=not progress, desc="mining", unit="round") as bar:
+        for k in range(mining.rounds):
             lacks = search.lacks()
             if not len(lacks): break
             if budget is not None and search.spent >= budget: break
             new = search.proposals(lacks, k)
-            if budget is not None: new = affordable(new, top, budget - search.spent, seed)
+            if budget is not None: new = affordable(new, mining.top, budget - search.spent, mining.seed)
             if not len(new): break        # every sequence of these pools was tried, or the budget is spent
             log.append(dict(round=k + 1, lacking=len(lacks), **search.ask_about(new, lacks)))
             bar.update()
             bar.set_postfix(lacking=len(lacks) - log[-1]["found"], asked=search.spent)
     mined = dict(rounds=len(log), asked=search.spent, lacked=start.value_counts().to_dict(),
-                 tries=tries, top=top, seed=seed)
+                 mining=plain_settings(mining))
     out = RLData(search.rows, data.pool, dict(data.manifest, mined=mined)).validate()
     return out, pd.DataFrame(log, columns=["round", "lacking", "asked", "texts", "failed", "found"])
 

@@ -41,8 +41,8 @@ def check_settings(
         raise ValueError(
             "prior='match' wanted match='heads' or 'and', which start as a similarity; heads with"
             " n_match=1 is the plain cosine at the start")
-    temperature = config["temperature"]
-    if temperature <= 0: raise ValueError(f"temperature {temperature}: wanted > 0")
+    temp = config["temp"]
+    if temp <= 0: raise ValueError(f"temp {temp}: wanted > 0")
     max_shots = config["max_shots"]
     if config["stop"] and max_shots < 2:
         raise ValueError(f"stop=True, max_shots {max_shots}: STOP is offered from the second step on;"
@@ -65,7 +65,7 @@ class PointerParts(nn.Module):
         n_layers:int=1, # rounds of query -> candidates attention, >= 0
         n_heads:int=1, # attention heads; divides `d_hidden`
         dropout:float=.1, # in `encode` only, 0..1: decoding and `logp` share one encoding
-        temperature:float=.1, # T > 0 of the pointer's cosine
+        temp:float=.1, # T > 0 of the pointer's cosine
         state:str="gate", # what a pick changes: none (only the mask) | scalar | gate | gru
         prior:bool|str=True, # start as retrieval; "match": by a match that learns; False: a plain pointer network
         prior_scale:float=10., # s, how sharply the prior prefers the more similar; 10 is the prior alone at T = .1
@@ -81,13 +81,13 @@ class PointerParts(nn.Module):
         super().__init__()
         self.config = dict(
             d_in=d_in, d_hidden=d_hidden, n_layers=n_layers, n_heads=n_heads, dropout=dropout,
-            temperature=temperature, state=state, prior=prior, prior_scale=prior_scale, max_shots=max_shots,
+            temp=temp, state=state, prior=prior, prior_scale=prior_scale, max_shots=max_shots,
             scorer=scorer, cand_layers=cand_layers, match=match, n_match=n_match, diversity=diversity,
             diversity_weight=diversity_weight, stop=stop)
         self.info = {}   # what a checkpoint says about itself
         make_state, make_scorer, make_match, make_diversity = check_settings(self.config)
         self.d_in = d_in
-        self.temperature = temperature
+        self.pointer_temp = temp   # not `temp`: callbacks that have one look for it on the model, too
         self.prior = prior
         self.prior_scale = prior_scale
         self.max_shots = max_shots
@@ -368,7 +368,7 @@ class PointerLogits(PointerEncoder):
     def terms(self, enc, state, t):
         "Logits of step `t` by source, name -> [B,1,K] or [B,P,K]; they add up"
         out = {}
-        f = self.scorer(self.asking(state, t), enc.keys) / self.temperature
+        f = self.scorer(self.asking(state, t), enc.keys) / self.pointer_temp
         if self.prior: out["prior"] = self.gains[0] * self.prior_scale * enc.sim[:, None]
         out["pointer"] = self.gains[1] * f if self.prior else f
         seen, kept = self.memories(state)
@@ -393,12 +393,12 @@ class PointerNet(PointerLogits):
                 "this selector never stops by itself: make it with stop=True, or say how many shots")
         return self.stop is not None if stop is None else stop
 
-    def point(self, enc, state, t, temperature=1., stop=None):
+    def point(self, enc, state, t, temp=1., stop=None):
         "Log-probabilities [B,P,K] of the pick at step `t` >= 0, -inf for who is not free; [B,P,K+1] with STOP"
         logits = sum(self.terms(enc, state, t).values())
-        lp = masked_log_softmax(logits / temperature, state.free)
+        lp = masked_log_softmax(logits / temp, state.free)
         if not self.stops(stop): return lp
-        z = self.stop(self.asking(state, t), t) / temperature if t else None   # not before the first pick
+        z = self.stop(self.asking(state, t), t) / temp if t else None   # not before the first pick
         return with_stop(lp, z, state.done)
 
     def take(self, enc, state, pick, real=None):
@@ -636,6 +636,8 @@ def load_strict(
 def _listed(wrong): return "; ".join(f"{what}: {', '.join(names)}" for what, names in wrong.items() if names)
 
 # %% ../nbs/50_selector.ipynb #00926771
+_EARLIER_NAMES = dict(temperature="temp")   # what a setting was called in checkpoints written before
+
 def check_config(
     cls, # the class that is to be made
     config:dict, # content of a config.json
@@ -643,6 +645,8 @@ def check_config(
 )->tuple: # (settings, info); ValueError for another class, and for settings that are missing or unknown
     "Take a config.json apart"
     config = dict(config)
+    for old, new in _EARLIER_NAMES.items():
+        if old in config and new not in config: config[new] = config.pop(old)
     name = config.pop("class", None)
     info = config.pop("info", {})
     if name != cls.__name__:
@@ -689,7 +693,7 @@ class Checkpoint(PyTorchModelHubMixin):
             raise TypeError(
                 f"from_pretrained got {', '.join(sorted(odd))}: neither a setting of {cls.__name__} nor of"
                 " the hub")
-        model = cls(**{k: kwargs[k] for k in settings})
+        model = cls(**{k: kwargs.get(k, v) for k, v in settings.items()})
         here = Path(model_id).is_dir()
         if not here: file = Path(hf_hub_download(model_id, file.name, **hub))
         if here and not file.exists():
@@ -719,11 +723,11 @@ class PointerSelector(PointerSets, Checkpoint, library_name="leverplus"):
         self._check_shots(S)
         return beam_search(self, enc, S, width)
 
-    def sample(self, enc, S, n, temperature=1., distinct=True, generator=None):
+    def sample(self, enc, S, n, temp=1., distinct=True, generator=None):
         "`sample_distinct` or `sample_plain`: (seqs [B,n,S], logp [B,n]); for S = None also seq_mask"
         self._check_shots(S)
-        if not distinct: return sample_plain(self, enc, S, n, temperature, generator)
-        seqs, logp, *real = sample_distinct(self, enc, S, n, temperature, generator)
+        if not distinct: return sample_plain(self, enc, S, n, temp, generator)
+        seqs, logp, *real = sample_distinct(self, enc, S, n, temp, generator)
         return seqs, logp.to(enc.sim.dtype), *real
 
     def enumerate(self, enc, S, limit=1_000_000):

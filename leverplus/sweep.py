@@ -26,7 +26,7 @@ from .dls import group_dls
 from .callback_grpo import GRPO, PolicyGradient
 from .callback_track import valid_loss
 from .selector import PointerSelector
-from .learner import SelectorLearner, selector_learner
+from .learner import SelectorLearner, Stage, selector_learner
 from .infer import PICKS, as_pointer, check_picks, pick_model
 from .statistics import Bootstrap, Interval, claim, detectable, holm
 from .evaluate import compare_seeds, expected_best, level_text, score_picks
@@ -35,14 +35,17 @@ from .loops import code_fingerprint
 # %% ../nbs/85_sweep.ipynb #5ddd3f55
 def _takes(function, *passed_on):
     "Names of a function's arguments, and of the functions that its ** goes to; None if it takes anything"
-    params = inspect.signature(function).parameters.values()
-    named = [p for p in params if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
-    names = {p.name for p in named} - {"self", "learn"}
-    takes_more = any(p.kind is p.VAR_KEYWORD for p in params)
+    names, takes_more = _named(function)
     if not takes_more: return names
     if not passed_on: return None
-    for f in passed_on: names |= _takes(f) or set()
+    for f in passed_on: names |= _named(f)[0]
     return names
+
+def _named(function):
+    "(names of a function's arguments, does it have ** too?)"
+    params = inspect.signature(function).parameters.values()
+    named = [p for p in params if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    return {p.name for p in named} - {"self", "learn"}, any(p.kind is p.VAR_KEYWORD for p in params)
 
 def _stage_takes(name, stages):
     "Names of the settings of a stage; ValueError for a stage that nobody knows"
@@ -50,7 +53,7 @@ def _stage_takes(name, stages):
     fit = getattr(SelectorLearner, f"fit_{name}", None)
     if fit is None or name == "stage":
         raise ValueError(f"objective {name!r}: no `fit_{name}`, and not among stages={sorted(stages)}")
-    passed_on = [SelectorLearner.fit_stage]
+    passed_on = [Stage]
     if name == "grpo": passed_on += [GRPO.__init__, PolicyGradient.__init__]
     return (_takes(fit, *passed_on) or set()) - {"cbs", "resume", "kw"}
 
@@ -129,7 +132,7 @@ GRIDS = {
     },
     "advantages": {
         "objective": [("rce", "grpo")],
-        "grpo.how": ["rank", "zscore"],
+        "grpo.baseline": ["rank", "zscore"],
         "grpo.n_epoch": [3],
         "grpo.min_std": [.1],
     },

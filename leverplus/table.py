@@ -13,13 +13,12 @@ import pandas as pd
 from .core import ask_for_a_folder, repo_path
 from .runs import Run
 from .settings import Asking, Rows, plain_settings
-from .groups import FACT_COLUMNS, RLData, shard_files
-from .rldata_ask import FactCache, ask, content_keys, facts_fingerprint
+from .rldata_ask import FactCache, ask_around, facts_fingerprint, known_facts
 from .rldata_generate import policy_fingerprint, run_lock
 from .world import all_pointers
 from .infer import kind_of, pick_model
 from leverplus.evaluate import (
-    BASELINES, best_fixed, fixed_pairs, look, majority_vote, paired_tests, pick_baselines, pick_oracle,
+    BASELINES, best_fixed, count_look, fixed_pairs, majority_vote, paired_tests, pick_baselines, pick_oracle,
     result_table, score_picks, size_table, subsets, table_text,
 )
 
@@ -69,37 +68,6 @@ def facts_beside(
     places = Path(data).expanduser()/"facts.parquet", repo_path(data, "facts.parquet")
     return [p for p in places if p.is_file()][:1]
 
-def _known_facts(paths, whose):
-    "Facts of one scorer that were asked elsewhere, in memory"
-    out = FactCache()
-    for path in map(Path, paths):
-        facts = _stored_facts(path)
-        facts = facts[(facts.scorer == whose) & ~facts.eval_failed & facts.vqa_acc_score.notna()]
-        columns = ["question_id", "pointer", *FACT_COLUMNS]
-        if "content" in facts: columns.append("content")
-        out.add(facts[columns])
-    return out
-
-def _stored_facts(path):
-    "Rows of a run, or of a file or folder of facts"
-    if not path.exists():
-        raise FileNotFoundError(
-            f"{path}: no such facts; wanted a .parquet file, a folder of facts, or a run of generate"
-        )
-    is_run = (path/"manifest.json").exists() or shard_files(path)
-    return RLData.load(path).rows if is_run else FactCache(path).to_frame()
-
-def _ask_around(pairs, scorer, items, extra, own, asking, progress):
-    "Ask only what neither `extra` nor `own` knows"
-    pairs = pairs[["question_id", "pointer"]].reset_index(drop=True)
-    content = content_keys(items, pairs.question_id, pairs.pointer.to_numpy())
-    whose = facts_fingerprint(scorer, asking)
-    known = extra.lookup(pairs, whose, content) if len(pairs) else extra.to_frame()
-    rest = pairs.drop(known.index)
-    facts = [known.drop(columns="content")]
-    if len(rest): facts.append(ask(rest, scorer, items, own, asking, progress=progress))
-    return pd.concat(facts, ignore_index=True)
-
 # %% ../nbs/83_table.ipynb #2d60c070
 class _Known:
     "Facts known elsewhere (`extra`), those of this run (`own`), and a scorer for the rest"
@@ -108,14 +76,12 @@ class _Known:
         self.asking = asking
         self.progress = progress
         self.whose = facts_fingerprint(scorer, asking)
-        self.extra = _known_facts(paths, self.whose)
+        self.extra = known_facts(paths, self.whose)
         self.own = FactCache(folder)
 
     def ask(self, pairs, items):
         "Facts about pairs, those first that are known elsewhere"
-        return _ask_around(
-            pairs, self.scorer, items, self.extra, self.own, self.asking, self.progress
-        )
+        return ask_around(pairs, self.scorer, items, self.extra, self.own, self.asking, self.progress)
 
     def about(self, pool, facts):
         "`facts`, and all others about the questions of a pool"
@@ -290,7 +256,7 @@ def _tables(run, asked, models, rows, scored, counted, notes):
         split=asked.split,
         scored=scored,
         table=result_table(scored, asked.items, zero_at=shots[0] if len(shots) == 1 else None),
-        looks=look(counted, scored, f"{asked.data} {asked.split}".strip()),
+        looks=count_look(counted, scored, f"{asked.data} {asked.split}".strip()),
         notes=notes,
         tests=_tested(scored, asked.items, models),
         sizes=_by_size(asked, rows, scored),

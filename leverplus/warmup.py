@@ -158,8 +158,8 @@ def warmup_dls(
     _check_warmup(ds, dls, bs)
     out = DataLoaders(AnswerDL(ds, bs, seed=seed), dls.valid, device=dls.device)
     prints = fingerprint([str(q) for q in ds.question_ids])
-    how = dict(K=K, sampler=sampler, shots=list(ds.shots), n=n, seed=seed, items=prints)
-    out.info = info | dict(warmup=how)
+    draws = dict(K=K, sampler=sampler, shots=list(ds.shots), n=n, seed=seed, items=prints)
+    out.info = info | dict(warmup=draws)
     return out
 
 class AnswerDL(DataLoader):

@@ -66,7 +66,7 @@ def test_scorers_by_hand():
         h = made(dict(h=Heads), "h", 8, 2, soft)
         u = h.proj.weight.view(2, 4, 8)
         cos = torch.stack([F.cosine_similarity(u[i] @ q[0, 0], u[i] @ c[0, 0], dim=0) for i in range(2)])
-        want = (h.weights * (h.tau * F.logsigmoid((cos - h.bias) / h.tau) if soft else cos)).sum()
+        want = (h.weights * (h.temp * F.logsigmoid((cos - h.bias) / h.temp) if soft else cos)).sum()
         close(h(q, h.keys(c))[0, 0, 0], want)
         assert (h.weights > 0).all()
     close(Heads(8, 2).weights.sum(), torch.tensor(1.))

@@ -15,14 +15,14 @@ from leverplus.losses import (
 from leverplus.selector import PointerSelector
 from leverplus.synth import ToySelector, quiet, synth_dls, toy_learner
 from leverplus.callback_core import (
-    Objective, SkipFlat, StageCallback, Stats, active_dropout, check_name, find_reference, set_anchor,
-    survey_groups,
+    Objective, SkipFlat, StageCallback, Stats, active_dropout, as_schedule, check_name, find_reference,
+    set_anchor, survey_groups,
 )
 from leverplus.callback_rce import RCE
 from leverplus.callback_grpo import GRPO, RLOO
 from leverplus.callback_kl import AdaptiveKL, EntropyFloor, KLToRef
 from leverplus.callback_listwise import SFT, Listwise
-from leverplus.callback_schedule import Freeze, NoDropout, SplitShots, TempSchedule
+from leverplus.callback_schedule import Freeze, NoDropout, SplitShots, TempSchedule, TopKCurriculum
 from leverplus.callback_track import Best, History, RLStats, plot_history, valid_loss
 
 RAGGED = dict(K=(4, 7), N=(2, 6), shots=(1, 2))
@@ -57,7 +57,7 @@ def grpo_stage(): return [NoDropout(), GRPO(), SkipFlat(), KLToRef(beta=.1), Bes
 def listwise_stage():
     band = AdaptiveKL(0., .01, limits=(.01, 1.))
     return [Listwise(), SkipFlat(), KLToRef(beta=.1), band, EntropyFloor(.9), Best(), GradientClip(1.)]
-def sft_stage(): return [SFT(top=2), KLToRef(how="k3"), Best(), GradientClip(1.)]
+def sft_stage(): return [SFT(top=2), KLToRef(estimator="k3"), Best(), GradientClip(1.)]
 def rloo_stage():
     rloo = RLOO(min_positive=.2, positive=.5)
     return [NoDropout(), rloo, KLToRef(on="live"), EntropyFloor(.9), Best(), GradientClip(.5)]
@@ -139,9 +139,9 @@ def test_rce_is_its_formula():
         lambda: [RCE(0.3, "zscore")],
         lambda: [RCE(0.3, weights="rank")],
         lambda: [Listwise(), SkipFlat()],
-        lambda: [Listwise("none", tau=0.2)],
+        lambda: [Listwise("none", temp=0.2)],
         lambda: [SFT()],
-        lambda: [SFT(top=None, temp=0.2, least=0.3)],
+        lambda: [SFT(top=None, temp=0.2, min_score=0.3)],
         lambda: [NoDropout(), RLOO()],
         lambda: [NoDropout(), GRPO("loo", "batch"), SkipFlat()],
         lambda: [NoDropout(), GRPO("rank", refresh=3)],
@@ -179,8 +179,155 @@ def test_zero_variance_gives_zero_grpo_gradient_without_skipping():
     learn = learner()
     learn.dls.train_ds.rows = [(*row, torch.full_like(r, 0.6)) for *row, r in learn.dls.train_ds.rows]
     spy = Spy(before_step=lambda s: max(float(p.grad.abs().max()) for p in s.model.parameters()))
-    fit(learn, 1, [NoDropout(), GRPO(min_live=0.0), spy])
+    fit(learn, 1, [NoDropout(), GRPO(min_live=0.0, skip_flat=False), spy])
     assert spy.seen and max(spy.seen) == 0
+
+# --- what an objective does by itself ----------------------------------------------------------------------
+IMITATE = dict(rce=lambda **k: RCE(.3, **k), listwise=lambda **k: Listwise("none", .2, **k), sft=lambda **k: SFT(**k))
+PUSH = dict(grpo=lambda **k: GRPO(**k), rloo=lambda **k: RLOO(**k), positive=lambda **k: GRPO(min_positive=.3, **k))
+
+@pytest.mark.parametrize("name", [*IMITATE, *PUSH])
+def test_an_objective_alone_is_what_it_was_with_company(name):
+    "Eval mode where probabilities are compared, flat groups out, both counted: as with `NoDropout` and `SkipFlat`"
+    make = (IMITATE | PUSH)[name]
+    alone = fit(learner(dropout=.3, cbs=Stats()), 2, make())
+    company = [NoDropout()] if name in PUSH else []
+    both = fit(learner(dropout=.3, cbs=Stats()), 2, [*company, SkipFlat(), make(skip_flat=False)])
+    more = fit(learner(dropout=.3, cbs=Stats()), 2, [*company, SkipFlat(), make()])
+    assert same(weights(alone), weights(both)) and same(weights(alone), weights(more))
+    assert 0 < alone.stats.mean("live") < 1
+    assert alone.stats.means() == pytest.approx(both.stats.means(), nan_ok=True)
+    assert [float(n) for _, n in alone.stats.buf["live"]] == [float(n) for _, n in more.stats.buf["live"]]
+    kept = fit(learner(dropout=.3, cbs=Stats()), 2, make(skip_flat=False))
+    assert not same(weights(alone), weights(kept)) and "live" not in kept.stats.buf
+
+def test_a_skip_flat_with_settings_of_its_own_wins():
+    learn = learner(cbs=Stats())
+    rce = RCE(.3)
+    wide = SkipFlat(eps=.5)
+    fit(learn, 1, [wide, rce])
+    assert 0 < wide.n_live < 64 and rce.n == 0
+    alone = RCE(.3)
+    fit(learner(), 1, alone)
+    assert alone.n == 64 and alone.n_live > wide.n_live
+
+def test_dead_groups_are_told_without_skip_flat():
+    learn = relabel(learner(), lambda r, i: 0*r)
+    w = weights(learn)
+    with pytest.warns(UserWarning, match="RCE: 0 of 64 groups have any reward difference"):
+        fit(learn, 1, RCE())
+    assert same(w, weights(learn))
+
+def test_flat_are_the_groups_of_the_data_not_those_of_a_cut():
+    "A cut before the advantages makes groups flat; they stay in the mean over groups, as they did with `SkipFlat`"
+    def run(*more, **kw):
+        learn = toy_learner(regret, synth_dls(64, 32, 16, N=8), cbs=Stats())
+        fit(learn, 2, [TopKCurriculum(2, "best", before=True), GRPO(**kw), *more])
+        return weights(learn), learn.stats.mean("live"), learn.stats.mean("adv_live")
+    w, live, adv_live = run()
+    again, _, _ = run(SkipFlat(), skip_flat=False)
+    assert same(w, again) and adv_live < live
+
+@pytest.mark.parametrize("stage", [lambda: RCE(.3), lambda: Listwise(), lambda: GRPO(), lambda: SFT(), lambda: RLOO()])
+def test_one_objective_in_two_fits_and_two_learners(stage):
+    "Nothing is left over from a fit: what comes second is what a new objective would have done"
+    def second(cb, again):
+        a, b = learner(dropout=.2), learner(seed=1, dropout=.2)
+        fit(a, 1, cb)
+        torch.manual_seed(0)
+        fit(b, 2, again)
+        return weights(b)
+    cb = stage()
+    assert same(second(cb, cb), second(stage(), stage()))
+
+@pytest.mark.parametrize("verb", ["fit", "fit_one_cycle", "fit_flat_cos", "fine_tune"])
+@pytest.mark.parametrize("make", [lambda: GRPO(), lambda: RCE(temp=(1., .1)), lambda: Listwise(), lambda: SFT()])
+def test_the_fits_of_fastai_train(verb, make):
+    learn = learner(128, dropout=.1, cbs=[Stats(), History()])
+    v0 = valid_loss(learn)
+    with quiet(learn): getattr(learn, verb)(2, 5e-2, cbs=make())
+    assert valid_loss(learn) < v0 - .005
+    assert len(learn.history.frame) == 2 + (verb == "fine_tune")
+    assert not set(vars(learn)) & {"grpo", "rce", "listwise", "sft"}
+
+# --- accumulated gradients ---------------------------------------------------------------------------------
+class Sum(Objective):
+    "A loss that is a sum over live groups, so that flat ones change it neither in the mask nor out of it"
+    def __init__(self, skip_flat=True): self.skip_flat = skip_flat
+    def objective(self, logp, r, m): return (advantage(r, m) * -logp.masked_fill(~m, 0)).sum() / 10
+
+class Steps(StageCallback):
+    order = 90
+    def before_fit(self): self.at = []
+    def after_step(self): self.at.append(self.train_iter)
+
+def dead_batches(dead, bs=16, n=64):
+    "A learner whose batches in `dead` have no live group; not shuffled"
+    learn = learner(n, bs)
+    def r_of(r, i): return 0*r if i // bs in dead else torch.arange(len(r)).float()
+    relabel(learn, r_of)
+    learn.dls.train_ds.rows = [row if len(row[-1]) > 1 else (*row[:2], [(0, 1), (1, 0)], r_of(torch.zeros(2), i))
+                               for i, row in enumerate(learn.dls.train_ds.rows)]
+    learn.dls.loaders[0] = learn.dls.train.new(shuffle=False)
+    return learn
+
+@pytest.mark.parametrize("dead", [(1,), (0,), (0, 3), (2,), (3,)])
+@pytest.mark.parametrize("n_acc", [32, 48, 64])
+@pytest.mark.parametrize("where", ["objective", "callback"])
+def test_an_empty_batch_takes_its_turn_in_accumulation(dead, n_acc, where):
+    "Steps come when they are due, with weights as if the empty batch had brought a gradient of zero"
+    def run(cbs):
+        learn = dead_batches(dead)
+        fit(learn, 2, [*cbs, GradientAccumulation(n_acc), steps := Steps()])
+        return weights(learn), steps.at
+    skips = [Sum()] if where == "objective" else [Sum(False), SkipFlat()]
+    (a, at), (b, when) = run(skips), run([Sum(False)])
+    assert at == when and len(at) > 0
+    assert all(torch.allclose(a[k], b[k], atol=1e-6) for k in a)
+
+def test_a_step_of_empty_batches_alone_moves_nothing():
+    "Not by momentum and weight decay either; the steps of the others stay where they are"
+    def run(dead):
+        learn = dead_batches(dead, n=96)
+        fit(learn, 1, [Sum(), GradientAccumulation(32), steps := Steps(), seen := Spy(before_step=weights_of)])
+        return learn, steps.at, seen.seen
+    def weights_of(s): return {k: v.clone() for k, v in s.model.state_dict().items()}
+    learn, at, seen = run((2, 3))
+    assert at == [1, 5]                       # batches 2 and 3 take no step
+    assert same(seen[-1], seen[-2]) and not same(seen[-1], weights(learn))
+    assert run(())[1] == [1, 3, 5]
+    with pytest.warns(UserWarning, match="0 of 96"):
+        learn, at, _ = run(range(6))
+    assert at == []
+
+@pytest.mark.parametrize("n_acc", [0, 32])
+def test_an_empty_batch_in_mixed_precision(n_acc):
+    learn = dead_batches((1, 2))
+    gather = [GradientAccumulation(n_acc)] if n_acc else []
+    fit(learn, 2, [RCE(), KLToRef(), *gather, Autocast(), GradientClip(1.)])
+    assert not torch.is_autocast_enabled("cpu")
+    fit(learn, 1, [GRPO(), *gather, MixedPrecision(AMPMode.BF16)], reset_opt=True)
+    assert all(v.isfinite().all() for v in weights(learn).values())
+
+# --- schedules of their own --------------------------------------------------------------------------------
+@pytest.mark.parametrize("temp", ["wide", (2., .5), SchedCos(1., .1), lambda p: 2 - p])
+def test_a_temperature_that_moves(temp):
+    "As with `TempSchedule`, batch by batch; a second fit begins anew"
+    for make, name in ((RCE, "rce"), (lambda temp: Listwise("none", temp), "listwise")):
+        spy = Spy(after_loss=lambda s: (getattr(s, name).temp, s.pct_train))
+        cb = make(temp)
+        a = fit(learner(), 2, [cb, spy])
+        b = fit(learner(), 2, [make(9.), TempSchedule(name, temp=temp)])
+        assert same(weights(a), weights(b))
+        schedule = as_schedule(temp)
+        assert [t for t, _ in spy.seen] == pytest.approx([float(schedule(p)) for _, p in spy.seen])
+        assert spy.seen[0][0] == schedule(0.) != spy.seen[-1][0]
+        fit(a, 1, [cb, spy])
+        assert spy.seen[8][0] == schedule(0.)
+        with pytest.raises(ValueError, match="moves its temp itself"):
+            fit(a, 1, [cb, TempSchedule(name, temp=.1)])
+    with pytest.raises(ValueError, match="temp 0"): RCE(temp=(0., 1.))
+    with pytest.raises(ValueError, match="wide, sharp"): RCE(temp="narrow")
 
 # --- GRPO --------------------------------------------------------------------------------------------------
 def test_ratio_is_one_and_kl_zero_at_the_first_step():
@@ -208,8 +355,9 @@ def test_first_grpo_gradient_is_policy_gradient():
     for p, g in zip(model.parameters(), grabbed["g"]): assert torch.allclose(p.grad, g, atol=1e-6)
 
 def test_grpo_refuses_dropout():
-    with pytest.raises(ValueError, match=r"drop.*NoDropout\(\)"): fit(learner(dropout=.1), 1, GRPO())
-    with pytest.warns(UserWarning) as ws: fit(learner(dropout=.1), 1, GRPO(strict=False))
+    keeps = dict(dropout=True)
+    with pytest.raises(ValueError, match="dropout is active in drop"): fit(learner(dropout=.1), 1, GRPO(**keeps))
+    with pytest.warns(UserWarning) as ws: fit(learner(dropout=.1), 1, GRPO(strict=False, **keeps))
     said = [str(w.message) for w in ws]
     assert any("dropout is active" in m for m in said) and any("off 1 by up to" in m for m in said)
 
@@ -299,19 +447,19 @@ def test_rl_refuses_groups_that_cannot_teach(RL):
     learn = dead()
     w = weights(learn)
     with pytest.warns(UserWarning, match="the stage is skipped"):
-        fit(learn, 3, [RL(few="skip"), NoDropout(), SkipFlat(), Best(), KLToRef()])
+        fit(learn, 3, [RL(too_few="skip"), NoDropout(), SkipFlat(), Best(), KLToRef()])
     assert same(w, weights(learn)) and not set(vars(learn)) & {"grpo", "rloo", "best"}
     # told so, it goes on
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         fit(learn, 1, [NoDropout(), RL(min_live=0.0), SkipFlat()])
     assert not same(w, weights(learn))
-    with pytest.raises(ValueError, match="'raise' or 'skip'"): RL(few="none")
+    with pytest.raises(ValueError, match="'raise' or 'skip'"): RL(too_few="none")
 
 def test_conditional_rl_trains_on_groups_with_enough_positives():
     spy = Spy(after_loss=lambda s: (s.yb, s.grpo.adv))
     learn = learner(cbs=Stats())
-    fit(learn, 1, [NoDropout(), GRPO(min_positive=0.4, positive=0.5), spy])
+    fit(learn, 1, [NoDropout(), GRPO(min_positive=0.4, positive=0.5, skip_flat=False), spy])
     used = 0
     for (r, m), adv in spy.seen:
         real = torch.stack([(r > 0.5) & m], 0)[0].sum(-1) / m.sum(-1).clamp(min=1)
@@ -341,7 +489,7 @@ def test_rloo_is_the_policy_gradient():
     )
     fit(learner(), 1, [NoDropout(), SkipFlat(), RLOO(), spy])
     assert all(a == pytest.approx(b, abs=1e-7) for a, b in spy.seen)
-    with pytest.raises(ValueError, match="RLOO: dropout"): fit(learner(dropout=.1), 1, RLOO())
+    with pytest.raises(ValueError, match="RLOO: dropout"): fit(learner(dropout=.1), 1, RLOO(dropout=True))
 
 # --- listwise, SFT -----------------------------------------------------------------------------------------
 def test_listwise_is_its_formula_and_starts_at_its_start():
@@ -356,10 +504,10 @@ def test_listwise_is_its_formula_and_starts_at_its_start():
     )
     fit(learn, 2, [Listwise(), SkipFlat(), spy])
     assert all(a == pytest.approx(b, rel=1e-5) and not c for a, b, c in spy.seen)
-    first = {k: float(learn.stats.buf[k][0][0]) for k in ("tau", "kl_target")}
-    assert 0.02 <= first["tau"] <= 1 and first["kl_target"] > 0
+    first = {k: float(learn.stats.buf[k][0][0]) for k in ("temp", "kl_target")}
+    assert 0.02 <= first["temp"] <= 1 and first["kl_target"] > 0
     assert learn.stats.mean("ess") < 1 and all(
-        not p.requires_grad for p in Listwise(learn.model).given.parameters()
+        not p.requires_grad for p in Listwise(learn.model).given_ref.parameters()
     )
 
 def test_listwise_references():
@@ -374,14 +522,14 @@ def test_listwise_references():
                 listwise_loss(s.pred, *s.yb, None if want is None else want(*s.xb), 0.3).item(),
             )
         )
-        fit(learn, 1, [Listwise(ref, tau=0.3), spy])
+        fit(learn, 1, [Listwise(ref, temp=0.3), spy])
         assert all(a == pytest.approx(b, rel=1e-4) for a, b in spy.seen), ref
     with pytest.raises(ValueError, match="Listwise: ref 'rce' is neither .*there are: sft"):
         fit(learn, 1, Listwise("rce"))
     with pytest.raises(ValueError, match="means something else"): set_anchor(learn, "start")
     with pytest.raises(ValueError, match="over='set' needs a model with `logp_set`"):
         fit(learn, 1, Listwise(over="set"))
-    for kw in (dict(tau=-1.), dict(ess=2.), dict(over="pair")):
+    for kw in (dict(temp=-1.), dict(ess=2.), dict(over="pair")):
         with pytest.raises(ValueError): Listwise(**kw)
 
 class Sets(ToySelector):
@@ -421,20 +569,20 @@ def test_listwise_over_sets_does_not_see_the_order():
                 lp(s),
                 torch.tensor([[0.6, 0.3]]).expand(len(s.pred), 2),
                 torch.ones(len(s.pred), 2).bool(),
-                tau=0.2,
+                temp=0.2,
             ).item(),
         )
     )
-    fit(learn, 1, [Listwise("none", tau=0.2, over="set"), spy])
+    fit(learn, 1, [Listwise("none", temp=0.2, over="set"), spy])
     assert all(x == pytest.approx(y, rel=1e-4) for x, y in spy.seen)
 
 def test_sft_imitates_what_it_is_told():
     seen = {}
-    for name, cb in dict(
-        best=SFT(), two=SFT(top=2), lever_lm=SFT(top=None, least=0.3), soft=SFT(top=2, temp=0.2)
+    for name, kw in dict(
+        best=dict(), two=dict(top=2), lever_lm=dict(top=None, min_score=0.3), soft=dict(top=2, temp=0.2)
     ).items():
         spy = Spy(after_loss=lambda s: (s.yb, s.loss_grad, s.pred))
-        fit(learner(), 1, [cb, spy])
+        fit(learner(), 1, [SFT(skip_flat=False, **kw), spy])
         seen[name] = spy.seen[0]
     def by_hand(name, pick):
         (r, m), loss, lp = seen[name]
@@ -544,7 +692,7 @@ def test_k3_of_the_reports_stands_beside_it_and_can_be_trained_with():
             kl_k3(ref(*s.xb), s.pred, s.xb[4].any(-1)).item(),
         )
     )
-    fit(learn, 1, [RCE(), SkipFlat(), KLToRef(ref, 2., how="k3"), spy])
+    fit(learn, 1, [RCE(), SkipFlat(), KLToRef(ref, 2., estimator="k3"), spy])
     for g, l, k3 in spy.seen: assert g == pytest.approx(l + 2*k3, rel=1e-4)
     assert [float(v) for v, _ in learn.stats.buf["k3"]] == pytest.approx(
         [k for *_, k in spy.seen], rel=1e-5
@@ -564,7 +712,7 @@ def test_kl_references_by_name_and_by_folder(tmp_path):
         assert same(w, cb.ref.state_dict()) and learn.stats.mean("kl") > 0
     with pytest.raises(ValueError, match="neither 'start' nor a module.*sft.*nor the folder"):
         fit(learn, 1, [RCE(), KLToRef("stf")])
-    for kw in (dict(ref=3), dict(how="k2"), dict(beta=-1.)):
+    for kw in (dict(ref=3), dict(estimator="k2"), dict(beta=-1.)):
         with pytest.raises(ValueError, match="KLToRef"): KLToRef(**kw)
 
 def test_adaptive_kl_looks_once_per_epoch_at_the_mean():
@@ -698,7 +846,7 @@ def test_history_survives_everything():
         learn.get_preds()
         learn.get_preds(with_loss=True)
     with pytest.raises(KeyboardInterrupt): fit(learn, 2, [RCE(), SkipFlat(), Interrupt()])
-    fit(learn, 1, [NoDropout(), GRPO(), KLToRef()])
+    fit(learn, 1, [NoDropout(), GRPO(skip_flat=False), KLToRef()])
     f = learn.history.frame
     assert (
         f.stage.tolist() == ["rce", "rce", "grpo"]

@@ -61,7 +61,7 @@ def test_a_healthy_run_raises_no_alarm(good):
 
 def test_four_live_groups_of_640():
     learn = run(
-        NoDropout(), GRPO(min_live=0), KLToRef(toy_learner(regret, seed=1).model, 0.15), dls=starved(), n=1
+        GRPO(min_live=0, skip_flat=False), KLToRef(toy_learner(regret, seed=1).model, 0.15), dls=starved(), n=1
     )
     d = diagnose(learn)
     # the mean standard deviation of z-scored groups is the share of live ones
@@ -92,7 +92,7 @@ def test_stale_old_policy_clips_what_is_good():
     assert learn.history.frame.clip_pos.iloc[0] > .2
 
 def test_dropout_in_ratios():
-    d = diagnose(run(GRPO(strict=False), dropout=0.5))
+    d = diagnose(run(GRPO(dropout=True, strict=False), dropout=0.5))
     assert {"ratio", "dropout"} <= set(d.alarms)
     assert not {"ratio", "dropout"} & set(diagnose(run(NoDropout(), GRPO(), dropout=0.5)).alarms)
     assert "dropout" not in diagnose(run(RCE(), dropout=0.5)).alarms
@@ -212,7 +212,7 @@ def test_facts_come_without_a_draw(good):
     "cbs,kw,said",
     [
         (lambda: [NoDropout(), GRPO(min_live=0)], dict(dls=starved(160, 1)), "Few groups can teach"),
-        (lambda: [GRPO(strict=False)], dict(dropout=0.5), "Ratio is not 1"),
+        (lambda: [GRPO(dropout=True, strict=False)], dict(dropout=0.5), "Ratio is not 1"),
         (lambda: [NoDropout(), TopKByReward(), GRPO()], {}, "A filter makes"),
         (lambda: [NoDropout(), GRPO()], dict(lr=1e-9), "Picks are those of the start"),
         (lambda: [RCE(9.0), KLToRef(toy_learner(regret, seed=1).model, 9.0)], {}, "A penalty steers"),

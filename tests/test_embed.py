@@ -2,7 +2,9 @@
 import numpy as np, pandas as pd, pytest, torch
 from hypothesis import given, settings, strategies as st
 from PIL import Image
-from leverplus.embed import Clip, EmbedStore, embed_items, load_clip, nearest, show_neighbours, unit
+from leverplus.embed import (
+    Clip, EmbedStore, embed_items, gather_stores, load_clip, nearest, show_neighbours, unit,
+)
 
 WORDS = "what shape colour is this that thing on the island ?".split()
 
@@ -208,6 +210,30 @@ def test_save_load_round_trip_and_tampering(store, tmp_path):
     with pytest.raises(ValueError, match="different stores"): EmbedStore.load(tmp_path/"s")
     with pytest.raises(FileNotFoundError, match="embed.safetensors"): EmbedStore.load(tmp_path/"t")
     with pytest.raises(FileNotFoundError, match="embed.json"): EmbedStore.load(tmp_path/"none")
+
+@settings(max_examples=8, deadline=None)
+@given(st.lists(st.integers(0, 2), min_size=12, max_size=12), st.integers(1, 12))
+def test_any_parts_make_the_whole(world, clip, store, whose, n):
+    "Parts may overlap, hold more than is wanted, and be empty of what is wanted"
+    items = world["items"]
+    parts = [items[[w == k or k == 0 and i < 3 for i, w in enumerate(whose)]] for k in (0, 1, 2)]
+    stores = [embed_items(p, clip, batch_size=2, progress=False) for p in parts if len(p)]
+    got = gather_stores(items[:n], stores)
+    want = embed_items(items[:n], clip, progress=False)
+    assert got.fingerprint == want.fingerprint
+    assert got.ids.tolist() == want.ids.tolist()
+    assert got.meta["image_hash"] == want.meta["image_hash"]
+    for kind in ("image", "text", "mixed"):
+        assert torch.allclose(got.get(got.ids, kind), want.get(want.ids, kind), atol=1e-5)
+
+def test_parts_that_do_not_fit_are_refused(world, store, clip, tmp_path):
+    items = world["items"]
+    half = embed_items(items[:6], clip, progress=False)
+    with pytest.raises(ValueError, match=r"question_id 506 is in none of 1 stores \(6 such items\)"):
+        gather_stores(items, [half])
+    other = embed_items(items[6:], load_clip(make_clip(tmp_path/"other", seed=1), "cpu"), progress=False)
+    with pytest.raises(ValueError, match="stores of 2 CLIPs"): gather_stores(items, [half, other])
+    with pytest.raises(ValueError, match="stores of 0 CLIPs"): gather_stores(items, [])
 
 def test_nearest_leaves_out_the_item_by_id_even_when_a_twin_is_nearer():
     v = unit(torch.tensor([[1.0, 0], [1, 0], [0.6, 0.8], [0, 1]]))

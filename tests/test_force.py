@@ -3,11 +3,11 @@ import subprocess, sys
 from pathlib import Path
 import pytest
 from filelock import FileLock
-from test_generate import ITEMS, POOL, QS, RUN, STORE
+from test_generate import ITEMS, POOL, QS, RUN, STORE, made
 from leverplus import cli
 from leverplus.core import atomic_path, leftovers
 from leverplus.lvlm import MockScorer
-from leverplus.rldata_generate import generate, run_lock
+from leverplus.rldata_generate import run_lock
 from leverplus.runs import Busy, Run, empty_folder, is_lock
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,7 +36,7 @@ FOREIGN = (
 )
 
 def run(path, **kw):
-    return generate(path, QS[:4], ITEMS, POOL, MockScorer(), STORE, **RUN | dict(test=0) | kw)
+    return made(path, QS[:4], ITEMS, POOL, MockScorer(), STORE, **RUN | dict(test=0) | kw)
 
 def test_generate_removes_nothing_of_others(tmp_path):
     "Not in a folder where it begins, not where it goes on, not where it refuses"

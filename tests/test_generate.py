@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from hypothesis import given, settings, strategies as st
-from leverplus.settings import Asking
+from leverplus.settings import Asking, Guarding, Job, Proposing, check_counts, read_settings, settings_of
 from leverplus.core import rng
 from leverplus.decode import best_sequences
 from leverplus.embed import EmbedStore
@@ -13,11 +13,14 @@ from leverplus.groups import PROPOSAL_COLUMNS, RLData
 from leverplus.losses import inclusion_logp
 from leverplus.lvlm import MockScorer
 from leverplus.pools import Pool
-from leverplus.rldata_propose import COUNTS, SimilarityPrior, check_counts, nearest_sets, propose
+from leverplus.rldata_propose import SimilarityPrior, nearest_sets, propose
 from leverplus.runs import Busy
-from leverplus.rldata_generate import Generation, NotVerified, flat_queries, generate, run_lock, shard_queries
+from leverplus.rldata_generate import (
+    Generation, NotVerified, flat_queries, generate, run_lock, shard_queries, summary_text, verified_text,
+)
 from leverplus.rldata_ask import (
-    FactCache, as_cache, ask, content_keys, facts_fingerprint, item_hashes, pair_keys, self_test,
+    FactCache, as_cache, ask, ask_around, content_keys, facts_fingerprint, item_hashes, known_facts, pair_keys,
+    same_scorer, self_test, stored_facts,
 )
 from leverplus.selector import PointerSelector
 
@@ -149,7 +152,7 @@ def test_default_counts_and_columns():
 
 @pytest.mark.parametrize("S", [1, 2, 3, 4])
 def test_log_probabilities_and_similarity(S):
-    rows = propose(POOL, STORE, QS[:3], S=S, scale=5.)
+    rows = propose(POOL, STORE, QS[:3], S=S, proposing=Proposing(scale=5.))
     for r in rows.itertuples():
         cos = (STORE.get(POOL[r.question_id]).double() @ STORE.get(r.question_id).double()).numpy()
         at = [POOL[r.question_id].index(i) for i in r.pointer]
@@ -179,7 +182,7 @@ def test_proposals_do_not_depend_on_company():
         pd.testing.assert_frame_equal(
             a[a.question_id == q].reset_index(drop=True), b[b.question_id == q].reset_index(drop=True)
         )
-    assert not propose(POOL, STORE, QS, seed=1).pointer.equals(a.pointer)
+    assert not propose(POOL, STORE, QS, proposing=Proposing(seed=1)).pointer.equals(a.pointer)
 
 def test_small_and_ragged_pools():
     pool = Pool({0: (1000, 1001, 1002), 1: tuple(range(1003, 1011))})
@@ -193,9 +196,11 @@ def test_small_and_ragged_pools():
 
 def test_provenance_keeps_the_earlier_method():
     pool = Pool({0: (1000, 1001, 1002)})
-    rows = propose(pool, STORE, [0], counts=dict(beam=6, random=6, retrieval=3, temperature={1.0: 6}))
+    every = Proposing(counts=dict(beam=6, random=6, retrieval=3, temperature={1.0: 6}))
+    rows = propose(pool, STORE, [0], proposing=every)
     assert rows.gen_method.tolist() == ["beam"]*6
-    rows = propose(pool, STORE, [0], counts=dict(random=6, retrieval=3, temperature={1.0: 6}))
+    some = Proposing(counts=dict(random=6, retrieval=3, temperature={1.0: 6}))
+    rows = propose(pool, STORE, [0], proposing=some)
     assert Counter(rows.gen_method) == dict(retrieval=3, sample=3)
 
 def test_a_selector_proposes_what_it_decodes():
@@ -203,11 +208,12 @@ def test_a_selector_proposes_what_it_decodes():
     model = PointerSelector(STORE.dim("mixed"), d_hidden=16, dropout=0.5)
     torch.nn.init.normal_(next(model.parameters()))
     model.train()
-    rows = propose(POOL, STORE, QS, policy=model, counts=dict(beam=3, temperature={1.: 2, 1.3: 1}))
+    more = Proposing(counts=dict(beam=3, temperature={1.: 2, 1.3: 1}))
+    rows = propose(POOL, STORE, QS, policy=model, proposing=more)
     # dropout was off
     assert (
         model.training
-        and propose(POOL, STORE, QS, policy=model, counts=dict(beam=3)).pointer.tolist()
+        and propose(POOL, STORE, QS, policy=model, proposing=Proposing(counts=dict(beam=3))).pointer.tolist()
         == rows[rows.gen_method == "beam"].pointer.tolist()
     )
     model.eval()
@@ -250,8 +256,8 @@ def test_kappa_weighs_what_was_drawn():
         *[torch.cat([torch.ones(n, 4), torch.randn(5, 4, generator=torch.Generator().manual_seed(1))])] * 2
     )
     pool = Pool({q: tuple(range(5000, 5005)) for q in range(n)})
-    how = dict(counts=dict(beam=2, temperature={1.3: 3}, random=2), scale=2.)
-    rows = propose(pool, store, range(n), **how)
+    proposing = Proposing(counts=dict(beam=2, temperature={1.3: 3}, random=2), scale=2.)
+    rows = propose(pool, store, range(n), proposing=proposing)
     assert rows.kappa.isna().equals(rows.gen_method == "beam")
     drawn = rows[rows.temperature == 1.3]
     p = np.exp(drawn.logprob_score)
@@ -273,7 +279,7 @@ def test_kappa_weighs_what_was_drawn():
     # what was left to draw, without bias
     left = 1 - sum(math.exp(every[pool.local(0, b)]) for b in beams)
     assert abs(w.mean() - left) < 5 * w.std() / n**0.5
-    whole = propose(pool, store, [0], counts=dict(random=20))
+    whole = propose(pool, store, [0], proposing=Proposing(counts=dict(random=20)))
     assert (whole.kappa == -np.inf).all()
 
 @pytest.mark.parametrize(
@@ -468,6 +474,73 @@ class Knows:
             for s, t in zip(out, targets)
         ]
 
+# ---- what others asked -------------------------------------------------------------------------------------
+
+def test_facts_are_read_wherever_they_lie(tmp_path):
+    own = facts_fingerprint(MockScorer())
+    run = made(tmp_path/"run", QS, ITEMS, POOL, MockScorer(fails=[3]), STORE, test=0)
+    for i in range(2): made(tmp_path/"shards", QS, ITEMS, POOL, MockScorer(), STORE, test=0, shard=(i, 2))
+    cache = FactCache(tmp_path/"facts")
+    chat = Asking(style="chat")
+    ask(PAIRS[:20], MockScorer(), ITEMS, cache, chat)
+    ask(PAIRS[20:30], MockScorer(), ITEMS, cache, generate=False)       # these have no answer
+    ask(PAIRS[30:35], MockScorer(), ITEMS, cache)
+    cache.save(tmp_path/"all.parquet")
+    assert len(stored_facts(tmp_path/"run")) == len(run) == len(stored_facts(tmp_path/"shards"))
+    assert len(stored_facts(tmp_path/"facts")) == len(stored_facts(str(tmp_path/"all.parquet"))) == 35
+    known = known_facts([tmp_path/"run"], own)
+    assert len(known) == (~run.rows.eval_failed).sum() == 15*11
+    assert known.scorers == [own]
+    assert len(known_facts([tmp_path/"facts"], own)) == 5
+    assert len(known_facts([tmp_path/"facts"], facts_fingerprint(MockScorer(), chat))) == 20
+    assert len(known_facts([tmp_path/"run", str(tmp_path/"shards"), tmp_path/"all.parquet"], own)) == 15*12
+    assert len(known_facts([], own)) == 0
+    nowhere = tmp_path/"nowhere"
+    with pytest.raises(FileNotFoundError, match="nowhere: no such facts"): known_facts([nowhere], own)
+
+SOME_PAIRS = st.lists(st.integers(0, 39), unique=True, max_size=15)
+
+@settings(max_examples=30, deadline=None)
+@given(SOME_PAIRS, SOME_PAIRS, SOME_PAIRS)
+def test_only_what_nobody_knows_is_asked(wanted, elsewhere, here):
+    asking = Asking(style="chat")
+    extra = FactCache()
+    own = FactCache()
+    ask(PAIRS.iloc[elsewhere], MockScorer(), ITEMS, extra, asking)
+    ask(PAIRS.iloc[here], MockScorer(), ITEMS, own, asking)
+    s = Scripted()
+    pairs = PAIRS.iloc[wanted]
+    facts = ask_around(pairs, s, ITEMS, extra, own, asking)
+    pd.testing.assert_frame_equal(facts, ask(pairs, MockScorer(), ITEMS, asking=asking), check_dtype=False)
+    assert {(q, p) for q, p, _ in s.asked} == {
+        (PAIRS.question_id[i], PAIRS.pointer[i]) for i in set(wanted) - set(elsewhere) - set(here)
+    }
+    assert len(extra) == len(elsewhere)
+    assert len(own) == len((set(wanted) - set(elsewhere)) | set(here))
+
+def test_facts_of_other_texts_are_not_believed(tmp_path):
+    extra = FactCache()
+    ask(PAIRS[:5], MockScorer(), ITEMS, extra)
+    other = ITEMS.assign(question="Who?")
+    with pytest.raises(ValueError, match="other questions, answers or images"):
+        ask_around(PAIRS[:5], MockScorer(), other, extra, FactCache())
+
+def test_facts_of_two_scorers_are_not_mixed(tmp_path):
+    data = made(tmp_path/"run", QS[:3], ITEMS, POOL, MockScorer(), STORE, test=0)
+    assert same_scorer(data, MockScorer()) == facts_fingerprint(MockScorer())
+    for scorer, asking in (
+        (MockScorer(1), Asking()),
+        (MockScorer(), Asking(style="chat")),
+        (MockScorer(), Asking(evaluator="lmms")),
+        (MockScorer(), Asking(answer_weight="count3")),
+    ):
+        with pytest.raises(ValueError, match="run: its facts are of scorer .* name those that it was made"):
+            same_scorer(data, scorer, asking)
+    # who gets a text is no part of a fact
+    assert same_scorer(data, MockScorer(), Asking(two_stage=dict(top=1))) == data.manifest["scorers"][0]
+    nothing = RLData(data.rows.assign(scorer=None, eval_failed=True), data.pool)
+    assert same_scorer(nothing, MockScorer(1)) == facts_fingerprint(MockScorer(1))
+
 def test_self_test_tells_sense_from_nonsense():
     good, bad = (self_test(Knows(s), ITEMS, POOL, n=12) for s in (1, -1))
     assert good["greedy_wins"] == 1
@@ -486,13 +559,25 @@ def test_self_test_without_variation_has_no_number():
 
 RUN = dict(shots=(1, 2), window=4, test=5, progress=False)
 
+def grouped(**flat):
+    "Settings by their flat names, as `generate` takes them"
+    job = settings_of(Job, **flat)
+    return dict(proposing=job.proposing, asking=job.asking, guarding=job.guarding)
+
+def made(
+    path, queries, items, pool, scorer, store, policy=None, cache=None, shard=None, progress=False, **flat
+):
+    "`generate` with settings by their flat names"
+    kw = grouped(**flat) | dict(cache=cache, shard=shard, progress=progress)
+    return generate(path, queries, items, pool, scorer, store, policy, **kw)
+
 def test_generate_is_propose_then_ask(tmp_path):
-    data = generate(tmp_path / "r", QS, ITEMS, POOL, MockScorer(), STORE, **RUN)
+    data = made(tmp_path / "r", QS, ITEMS, POOL, MockScorer(), STORE, **RUN)
     data.validate(ITEMS)
     assert data.shots == (1, 2)
     assert data.queries == QS
     assert data.manifest["complete"]
-    assert data.manifest["settings"]["shots"] == [1, 2]
+    assert data.manifest["settings"]["proposing"]["shots"] == [1, 2]
     assert data.manifest["self_test"]["asked"] == 5
     assert data.pool.ids == POOL.ids
     assert data.manifest["scorers"] == [facts_fingerprint(MockScorer())]
@@ -501,47 +586,88 @@ def test_generate_is_propose_then_ask(tmp_path):
         got = data.rows[data.rows.pointer.map(len) == S]
         assert got.pointer.tolist() == want.pointer.tolist()
     pd.testing.assert_frame_equal(
-        generate(tmp_path / "r", QS, ITEMS, POOL, Scripted(), STORE, **RUN).rows, data.rows
+        made(tmp_path / "r", QS, ITEMS, POOL, Scripted(), STORE, **RUN).rows, data.rows
     )
 
 def test_a_finished_run_asks_nothing(tmp_path):
-    generate(tmp_path / "r", QS, ITEMS, POOL, MockScorer(), STORE, **RUN)
+    made(tmp_path / "r", QS, ITEMS, POOL, MockScorer(), STORE, **RUN)
     quiet = Scripted()
-    generate(tmp_path / "r", QS, ITEMS, POOL, quiet, STORE, **RUN)
+    made(tmp_path / "r", QS, ITEMS, POOL, quiet, STORE, **RUN)
     assert not quiet.asked
 
 @pytest.mark.parametrize(
     "change, names",
     [
-        (dict(seed=1), ["seed"]),
-        (dict(shots=(2,)), ["shots"]),
-        (dict(counts=dict(beam=2)), ["counts"]),
-        (dict(window=5), ["window"]),
-        (dict(scale=3.0), ["policy"]),
+        (dict(seed=1), ["proposing.seed"]),
+        (dict(shots=(2,)), ["proposing.shots"]),
+        (dict(counts=dict(beam=2)), ["proposing.counts.beam", "proposing.counts.temperature.1.3"]),
+        (dict(window=5), ["guarding.window"]),
+        (dict(scale=3.0), ["policy", "proposing.scale"]),
         (dict(queries=QS[:6]), ["queries", "query_ids", "pool"]),
         (dict(scorer=MockScorer(1)), ["scorer"]),
-        (dict(style="chat"), ["style", "scorer"]),
+        (dict(style="chat"), ["asking.style", "scorer"]),
+        (dict(evaluator="lmms"), ["asking.evaluator", "scorer"]),
+        (dict(two_stage=dict(top=3)), ["asking.two_stage.top"]),
         (dict(items=ITEMS.assign(answer="hat")), ["items"]),
         (dict(policy=PointerSelector(12, d_hidden=8)), ["policy", "proposer"]),
     ],
 )
 def test_other_settings_are_refused_and_named(tmp_path, change, names):
     base = dict(queries=QS, items=ITEMS, pool=POOL, scorer=MockScorer(), store=STORE, **RUN)
-    generate(tmp_path / "r", **base)
+    made(tmp_path / "r", **base)
     with pytest.raises(ValueError, match="belong to other settings") as e:
-        generate(tmp_path / "r", **base | change)
+        made(tmp_path / "r", **base | change)
     assert all(f"{n}: there" in str(e.value) for n in names) and "kind: there" not in str(e.value)
+
+def test_the_settings_of_a_run_lie_there_and_are_read_back(tmp_path):
+    groups = grouped(shots=(1, 2), seed=3, style="chat", two_stage=dict(top=2), window=5, test=4, verify=1)
+    path = tmp_path/"r"
+    data = generate(path, QS, ITEMS, POOL, Tampered(), STORE, **groups, progress=False)
+    there = json.loads((path/"manifest.json").read_text())["settings"]
+    assert read_settings(Proposing, there["proposing"]) == groups["proposing"]
+    assert read_settings(Asking, there["asking"]) == groups["asking"]
+    assert there["guarding"] == dict(window=5)
+    again = groups | dict(proposing=read_settings(Proposing, there["proposing"]))
+    asks_nobody = Tampered()
+    same = generate(path, QS, ITEMS, POOL, asks_nobody, STORE, **again, progress=False)
+    pd.testing.assert_frame_equal(same.rows, data.rows)
+    assert not asks_nobody.asked
+
+@pytest.mark.parametrize("more", [dict(test=0), dict(test=9), dict(max_failed=.5), dict(verify=3)])
+def test_what_no_row_depends_on_may_change_on_the_way(tmp_path, more):
+    data = made(tmp_path/"r", QS, ITEMS, POOL, Tampered(), STORE, **RUN)
+    asks_nobody = Tampered()
+    again = made(tmp_path/"r", QS, ITEMS, POOL, asks_nobody, STORE, **RUN | more)
+    pd.testing.assert_frame_equal(again.rows, data.rows)
+    assert not asks_nobody.asked
+
+def test_a_run_with_flat_settings_is_refused(tmp_path):
+    made(tmp_path/"r", QS, ITEMS, POOL, MockScorer(), STORE, **RUN)
+    file = tmp_path/"r"/"manifest.json"
+    old = json.loads(file.read_text())
+    settings = old["settings"]
+    settings |= settings.pop("proposing") | settings.pop("asking") | settings.pop("guarding")
+    file.write_text(json.dumps(old))
+    with pytest.raises(ValueError, match="belong to other settings .*proposing.seed: there None, here 0"):
+        made(tmp_path/"r", QS, ITEMS, POOL, MockScorer(), STORE, **RUN)
+
+def test_a_summary_says_what_is_there(tmp_path):
+    data = made(tmp_path/"r", QS, ITEMS, POOL, MockScorer(fails=[2]), STORE, test=0)
+    assert summary_text(data) == f"rows 180, queries 12, failed 15, fingerprint {data.fingerprint}"
+    assert verified_text(data) == ""
+    checked = made(tmp_path/"v", QS, ITEMS, POOL, Tampered(), STORE, test=0, verify=3)
+    assert verified_text(checked) == "verified 3 of 3, log P within 0 (allowed 0.001), 0 other texts"
 
 def test_unfinished_and_foreign_directories(tmp_path):
     class Stops(Scripted):
         def run(self, prompts, *a, **k):
             if len(self.asked) > 150: raise KeyboardInterrupt
             return super().run(prompts, *a, **k)
-    with pytest.raises(KeyboardInterrupt): generate(tmp_path/"r", QS, ITEMS, POOL, Stops(), STORE, **RUN)
+    with pytest.raises(KeyboardInterrupt): made(tmp_path/"r", QS, ITEMS, POOL, Stops(), STORE, **RUN)
     with pytest.raises(ValueError, match="not finished"): RLData.load(tmp_path/"r")
-    done = generate(tmp_path/"r", QS, ITEMS, POOL, MockScorer(), STORE, **RUN)
+    done = made(tmp_path/"r", QS, ITEMS, POOL, MockScorer(), STORE, **RUN)
     with pytest.raises(ValueError, match="without a manifest"):
-        (tmp_path / "r" / "manifest.json").unlink() or generate(
+        (tmp_path / "r" / "manifest.json").unlink() or made(
             tmp_path / "r", QS, ITEMS, POOL, MockScorer(), STORE, **RUN
         )
     assert len(done) == 12*(8 + 15)
@@ -552,22 +678,22 @@ def test_failed_rows_are_asked_again_and_only_they(tmp_path):
         if 1007 in s.pointer
         else s
     )
-    whole = generate(tmp_path / "whole", QS, ITEMS, POOL, MockScorer(), STORE, **RUN)
-    data = generate(tmp_path / "r", QS, ITEMS, POOL, Scripted(bad), STORE, **RUN)
+    whole = made(tmp_path / "whole", QS, ITEMS, POOL, MockScorer(), STORE, **RUN)
+    data = made(tmp_path / "r", QS, ITEMS, POOL, Scripted(bad), STORE, **RUN)
     n = data.manifest["counts"]["failed"]
     assert n == sum(1007 in p for p in whole.rows.pointer) > 0
     assert data.rows.vqa_acc_score[data.rows.eval_failed].isna().all()
     mended = Scripted()
-    again = generate(tmp_path / "r", QS, ITEMS, POOL, mended, STORE, **RUN)
+    again = made(tmp_path / "r", QS, ITEMS, POOL, mended, STORE, **RUN)
     assert len(mended.asked) == n and again.manifest["counts"]["failed"] == 0
     pd.testing.assert_frame_equal(again.rows, whole.rows)
 
 def test_cache_is_shared_between_runs(tmp_path):
     cache = FactCache(tmp_path / "c")
     s = Scripted()
-    generate(tmp_path / "a", QS[:6], ITEMS, POOL, s, STORE, cache=cache, **RUN | dict(test=0))
+    made(tmp_path / "a", QS[:6], ITEMS, POOL, s, STORE, cache=cache, **RUN | dict(test=0))
     n = len(s.asked)
-    generate(tmp_path / "b", QS, ITEMS, POOL, s, STORE, cache=cache, **RUN | dict(test=0))
+    made(tmp_path / "b", QS, ITEMS, POOL, s, STORE, cache=cache, **RUN | dict(test=0))
     assert len(s.asked) == 2 * n == 12 * (8 + 15)
 
 def test_flat_queries_leave_failures_out():
@@ -602,7 +728,7 @@ KILLED = """
         if not child:
             killed_at(random.Random(_).randint(1, 60))
             run = RUN | dict(window=1, test=4)
-            generate(path, QS, ITEMS, POOL, Told(), STORE, cache=FactCache(path + "-facts"), **run)
+            made(path, QS, ITEMS, POOL, Told(), STORE, cache=FactCache(path + "-facts"), **run)
             os._exit(0)
         status = os.waitpid(child, 0)[1]
         if not os.WIFSIGNALED(status): break
@@ -626,10 +752,10 @@ def test_kill_9_at_random_points(tmp_path):
     assert out.returncode == 0, out.stderr[-2000:]
     kills, status = map(int, out.stdout.split())
     assert kills >= 5 and status == 0, out.stdout + out.stderr[-2000:]
-    straight = generate(
+    straight = made(
         tmp_path / "straight", QS, ITEMS, POOL, MockScorer(), STORE, **RUN | dict(window=1, test=4)
     )
-    resumed = generate(
+    resumed = made(
         tmp_path / "killed", QS, ITEMS, POOL, MockScorer(), STORE, **RUN | dict(window=1, test=4)
     )
     pd.testing.assert_frame_equal(resumed.rows, straight.rows)
@@ -666,7 +792,7 @@ def test_shards_are_even_and_the_same_everywhere():
 @pytest.mark.parametrize("bad", [(2, 2), (-1, 2), (0, 0), 3, (1, 2, 3)])
 def test_bad_shards(tmp_path, bad):
     with pytest.raises(ValueError, match="shard"):
-        generate(tmp_path / "r", QS, ITEMS, POOL, MockScorer(), STORE, shard=bad, **PART)
+        made(tmp_path / "r", QS, ITEMS, POOL, MockScorer(), STORE, shard=bad, **PART)
     assert not (tmp_path/"r").exists()
 
 @settings(max_examples=5)
@@ -675,11 +801,11 @@ def test_any_division_is_the_undivided_run(tmp_path_factory, n, window, data):
     tmp = tmp_path_factory.mktemp("d")
     kw = PART | dict(window=window)
     qs = data.draw(st.permutations(QS))
-    straight = generate(tmp/"straight", qs, ITEMS, POOL, MockScorer(), STORE, **kw)
+    straight = made(tmp/"straight", qs, ITEMS, POOL, MockScorer(), STORE, **kw)
     for i in data.draw(st.permutations(range(n))):
         # some shards have no queries
         where = tmp / data.draw(st.sampled_from(["a", "b"]))
-        own = generate(where, qs, ITEMS, POOL, MockScorer(), STORE, shard=(i, n), **kw)
+        own = made(where, qs, ITEMS, POOL, MockScorer(), STORE, shard=(i, n), **kw)
         assert own.queries == shard_queries(qs, (i, n)) and own.pool == POOL.only(qs)
     for d in ("a", "b"):
         if (tmp/d).exists(): shutil.copytree(tmp/d, tmp/"all", dirs_exist_ok=True)
@@ -694,7 +820,7 @@ def test_any_division_is_the_undivided_run(tmp_path_factory, n, window, data):
     pd.testing.assert_frame_equal(RLData.load(union.save(tmp/"one")).rows, straight.rows) # and one file again
 
 def shards(path, n=3, **kw):
-    for i in range(n): generate(path, QS, ITEMS, POOL, MockScorer(), STORE, **PART | dict(shard=(i, n)) | kw)
+    for i in range(n): made(path, QS, ITEMS, POOL, MockScorer(), STORE, **PART | dict(shard=(i, n)) | kw)
     return path
 
 def test_missing_unfinished_and_foreign_shards(tmp_path):
@@ -712,8 +838,10 @@ def test_missing_unfinished_and_foreign_shards(tmp_path):
     m.write_text(json.dumps(json.loads(text) | dict(shard=[2, 3])))
     refused("manifest-001of003.json", "renamed", "[2, 3]")
     old = json.loads(text)
-    m.write_text(json.dumps(old | dict(settings=old["settings"] | dict(seed=4))))
-    refused("1/3 (seed: there 0, here 4)", "not parts of one generation")
+    other = json.loads(text)
+    other["settings"]["proposing"]["seed"] = 4
+    m.write_text(json.dumps(other))
+    refused("1/3 (proposing.seed: there 0, here 4)", "not parts of one generation")
     m.write_text(json.dumps(old | dict(parts=[])))
     refused("has no rows in any shard")
     m.write_text(text)
@@ -746,13 +874,13 @@ def test_a_wrong_row_is_found_in_its_own_part(tmp_path):
         RLData.load(d)
 
 def test_divisions_and_settings_do_not_mix_in_a_directory(tmp_path):
-    one = lambda path, **kw: generate(path, QS, ITEMS, POOL, MockScorer(), STORE, **PART | kw)
+    one = lambda path, **kw: made(path, QS, ITEMS, POOL, MockScorer(), STORE, **PART | kw)
     one(tmp_path/"d", shard=(0, 3))
     for kw, says in [
         (dict(), "shards of a generation lie here"),
         (dict(shard=(1, 4)), "divides this run otherwise"),
-        (dict(shard=(1, 3), seed=1), "seed: there 0, here 1"),
-        (dict(shard=(0, 3), seed=1), "seed: there 0"),
+        (dict(shard=(1, 3), seed=1), "proposing.seed: there 0, here 1"),
+        (dict(shard=(0, 3), seed=1), "proposing.seed: there 0"),
     ]:
         with pytest.raises(ValueError, match=says): one(tmp_path/"d", **kw)
     one(tmp_path/"u")
@@ -780,7 +908,7 @@ def test_a_lock_is_held_by_the_living_only(tmp_path):
     "Another process holds shard 0; nobody else can have it, but shard 1 is free; kill -9, and it is free again"
     p = child("with run_lock(path, (0, 2)): print('held', flush=True); sys.stdin.read()", tmp_path / "d")
     assert p.stdout.readline() == "held\n"
-    run = lambda i: generate(tmp_path/"d", QS, ITEMS, POOL, MockScorer(), STORE, shard=(i, 2), **PART)
+    run = lambda i: made(tmp_path/"d", QS, ITEMS, POOL, MockScorer(), STORE, shard=(i, 2), **PART)
     with pytest.raises(Busy, match=f"process {p.pid} on .* is writing this shard"): run(0)
     run(1)
     p.kill()
@@ -810,11 +938,11 @@ def test_kill_9_inside_a_shard(tmp_path):
         env=dict(os.environ, OMP_NUM_THREADS="1", TQDM_DISABLE="1"),
     )
     kw = RUN | dict(window=1, test=4)
-    generate(tmp_path / "killed", QS, ITEMS, POOL, MockScorer(), STORE, shard=(1, 2), **kw)
+    made(tmp_path / "killed", QS, ITEMS, POOL, MockScorer(), STORE, shard=(1, 2), **kw)
     kills, status = map(int, p.communicate(timeout=300)[0].split())
     assert kills >= 3 and status == 0
     union = RLData.load(tmp_path / "killed")
-    straight = generate(tmp_path / "straight", QS, ITEMS, POOL, MockScorer(), STORE, **kw)
+    straight = made(tmp_path / "straight", QS, ITEMS, POOL, MockScorer(), STORE, **kw)
     pd.testing.assert_frame_equal(union.rows, straight.rows)
     assert not list((tmp_path / "killed").rglob("*.tmp"))
 
@@ -830,8 +958,8 @@ def test_shards_of_a_real_model_agree_to_rounding(tmp_path):
     scorer = SharedScorer(load_lvlm(device="cpu"))
     kw = dict(window=4, test=0, progress=False, counts=dict(beam=2, random=2))
     qs = items.question_id.tolist()[:12]
-    straight = generate(tmp_path/"s", qs, items, pool, scorer, store, **kw)
-    for i in range(2): generate(tmp_path/"d", qs, items, pool, scorer, store, shard=(i, 2), verify=1, **kw)
+    straight = made(tmp_path/"s", qs, items, pool, scorer, store, **kw)
+    for i in range(2): made(tmp_path/"d", qs, items, pool, scorer, store, shard=(i, 2), verify=1, **kw)
     union = RLData.load(tmp_path / "d")
     soft = ["vqa_gt_prob", "vqa_gt_logprobs"]
     pd.testing.assert_frame_equal(union.rows.drop(columns=soft), straight.rows.drop(columns=soft))
@@ -874,18 +1002,19 @@ class Tampered(Scripted):
         )
         return [spoil(s) for s in super().run(*a, **k)]
 
-def drawn(k): return sorted(Generation("x", QS, ITEMS, POOL, None, STORE, verify=k).drawn)
+def drawn(k):
+    return sorted(Generation("x", QS, ITEMS, POOL, None, STORE, guarding=Guarding(verify=k)).drawn)
 
 def test_verify_draws_by_seed_and_passes(tmp_path):
     s = Tampered()
-    data = generate(tmp_path / "r", QS, ITEMS, POOL, s, STORE, verify=5, **RUN)
+    data = made(tmp_path / "r", QS, ITEMS, POOL, s, STORE, verify=5, **RUN)
     v = data.manifest["verify"]
     assert sorted(s.checked) == drawn(5)
     assert len(set(s.checked)) == 5
     assert [r["question_id"] for r in v.pop("rows")] == s.checked
     assert v == dict(drawn=5, asked=5, logprob=0., text=0, tolerance=1e-3)
     pd.testing.assert_frame_equal(
-        data.rows, generate(tmp_path / "plain", QS, ITEMS, POOL, MockScorer(), STORE, **RUN).rows
+        data.rows, made(tmp_path / "plain", QS, ITEMS, POOL, MockScorer(), STORE, **RUN).rows
     )
     assert set(drawn(5)) < set(drawn(8)) and drawn(99) == QS # more is more of the same
 
@@ -902,7 +1031,7 @@ def test_verify_draws_by_seed_and_passes(tmp_path):
 def test_verify_stops_before_the_part_is_written(tmp_path, how, says):
     bad = drawn(1)[0]
     at = QS.index(bad) // RUN["window"]
-    run = lambda s: generate(tmp_path / "r", QS, ITEMS, POOL, s, STORE, verify=1, **PART)
+    run = lambda s: made(tmp_path / "r", QS, ITEMS, POOL, s, STORE, verify=1, **PART)
     with pytest.raises(NotVerified, match=f"question_id {bad}, pointer .*{says}") as e:
         run(Tampered(bad, **how))
     assert "Nothing of this window was written" in str(e.value)
@@ -911,11 +1040,11 @@ def test_verify_stops_before_the_part_is_written(tmp_path, how, says):
     mended = run(Tampered())
     assert mended.manifest["verify"]["asked"] == 1
     pd.testing.assert_frame_equal(
-        mended.rows, generate(tmp_path / "plain", QS, ITEMS, POOL, MockScorer(), STORE, **PART).rows
+        mended.rows, made(tmp_path / "plain", QS, ITEMS, POOL, MockScorer(), STORE, **PART).rows
     )
 
 def test_half_precision_may_flip_a_text_but_not_move_far(tmp_path):
-    v = generate(
+    v = made(
         tmp_path / "r",
         QS,
         ITEMS,
@@ -929,7 +1058,7 @@ def test_half_precision_may_flip_a_text_but_not_move_far(tmp_path):
 
 def test_only_what_is_wrong_is_noticed(tmp_path):
     "A spoilt query that is not drawn passes: verification is a sample"
-    generate(
+    made(
         tmp_path / "r",
         QS,
         ITEMS,
@@ -945,7 +1074,7 @@ def test_resumes_keep_what_was_verified(tmp_path):
         def run(self, prompts, *a, **k):
             if len(self.asked) > 150: raise KeyboardInterrupt
             return super().run(prompts, *a, **k)
-    run = lambda s, k: generate(tmp_path / "r", QS, ITEMS, POOL, s, STORE, verify=k, **PART)
+    run = lambda s, k: made(tmp_path / "r", QS, ITEMS, POOL, s, STORE, verify=k, **PART)
     first = Stops()
     second = Tampered()
     third = Tampered()
@@ -966,8 +1095,8 @@ def test_resumes_keep_what_was_verified(tmp_path):
     assert run(fourth, 0).manifest["verify"]["asked"] == 12 and not fourth.checked and not fourth.asked
     # facts on disk that the reference does not confirm
     with pytest.raises(NotVerified, match="part-0000. holds it|part-0000..parquet holds it"):
-        generate(tmp_path / "w", QS, ITEMS, POOL, Tampered(drawn(1)[0], logprob=1.0), STORE, **PART)
-        generate(tmp_path / "w", QS, ITEMS, POOL, Tampered(), STORE, verify=1, **PART)
+        made(tmp_path / "w", QS, ITEMS, POOL, Tampered(drawn(1)[0], logprob=1.0), STORE, **PART)
+        made(tmp_path / "w", QS, ITEMS, POOL, Tampered(), STORE, verify=1, **PART)
 
 def test_failed_rows_are_not_verified(tmp_path):
     bad = drawn(1)[0]
@@ -978,10 +1107,10 @@ def test_failed_rows_are_not_verified(tmp_path):
     )
     s = Tampered()
     s.spoil = spoil
-    data = generate(tmp_path / "r", QS, ITEMS, POOL, s, STORE, verify=1, **PART)
+    data = made(tmp_path / "r", QS, ITEMS, POOL, s, STORE, verify=1, **PART)
     assert not s.checked and "verify" not in data.manifest
     mended = Tampered()
-    again = generate(tmp_path / "r", QS, ITEMS, POOL, mended, STORE, verify=1, **PART)
+    again = made(tmp_path / "r", QS, ITEMS, POOL, mended, STORE, verify=1, **PART)
     assert mended.checked == [bad] and again.manifest["verify"]["asked"] == 1
 
 def test_verification_of_shards_adds_up(tmp_path):

@@ -152,6 +152,7 @@ def small_groups(islands):
     "Groups of 24 training and 16 development questions"
     import tempfile
     from leverplus.rldata_generate import generate
+    from leverplus.settings import Guarding, Proposing
     def some(split, n):
         ids = islands.ids(split)[:n]
         return generate(
@@ -161,8 +162,8 @@ def small_groups(islands):
             islands.pools[split],
             islands.scorer,
             islands.store,
-            counts=dict(random=4),
-            test=0,
+            proposing=Proposing(counts=dict(random=4)),
+            guarding=Guarding(test=0),
             progress=False,
         )
     return some("train", 24), some("dev", 16)
@@ -238,6 +239,7 @@ def test_mixed_precision_trains(precision):
 @pytest.mark.parametrize("objective", ["rloo", "grpo", "distinct"])
 def test_rounds_on_policy(islands, objective):
     "The scorer answers on the same card, within the fit; twice the same"
+    from leverplus.callback_onpolicy import Drawing, Feedback
     from leverplus.rldata_ask import FactCache
     groups = small_groups(islands)
     def train():
@@ -245,17 +247,13 @@ def test_rounds_on_policy(islands, objective):
         fit(
             learn,
             "fit_onpolicy",
-            scorer=islands.scorer,
-            items=islands.items,
+            feedback=Feedback(islands.scorer, islands.items, FactCache()),
             store=islands.store,
             rounds=2,
             lr=1e-3,
             objective=objective,
-            G=4,
-            queries_per_round=12,
-            patience=None,
-            cache=FactCache(),
-            stage=dict(watch=None),
+            drawing=Drawing(G=4, queries_per_round=12, patience=None),
+            watch=None,
         )
         return weights(learn)
     assert same(train(), train())

@@ -7,6 +7,7 @@ from leverplus.embed import EmbedStore
 from leverplus.groups import PROB_FACTS, RECORD, TEXT_FACTS, RLData
 from leverplus.lvlm import MockScorer
 from leverplus.pools import Pool
+from leverplus.settings import Guarding
 from leverplus.rewards import reward
 from leverplus.rldata_generate import generate
 from leverplus.earlier_json import DIALECTS, HOLDS, detect, lost_in, read_beams, row_map
@@ -638,7 +639,7 @@ def test_imported_data_go_the_way_of_others(read, tmp_path):
         Pool({100: [IDS[i] for i in range(2, 6)]}),
         MockScorer(),
         store := EmbedStore(list(IDS.values()), torch.randn(N, 4), torch.randn(N, 4)),
-        test=0,
+        guarding=Guarding(test=0),
         progress=False,
     )
     fails(lambda: merge(old, new, pools="unite"), "facts='common'")

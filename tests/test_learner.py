@@ -1,11 +1,17 @@
 "The learner of the real selector: stages, identities of the policy in training, checkpoints"
-import json, os, random, signal, subprocess, sys, warnings
+import inspect, json, os, random, signal, subprocess, sys, warnings
+from dataclasses import fields
 import pytest, torch
+from fastai.callback.schedule import ParamScheduler, SchedCos
+from fastai.callback.training import GradientClip
 from leverplus.callback_core import StageCallback, Stats
+from leverplus.callback_grpo import GRPO
 from leverplus.callback_kl import AdaptiveKL, EntropyFloor, KLToRef
+from leverplus.callback_listwise import SFT, Listwise
+from leverplus.callback_rce import RCE
 from leverplus.callback_schedule import Freeze, Phases, TopKCurriculum
 from leverplus.callback_track import Best, Resume, missed, regrets, valid_loss
-from leverplus.learner import load_selector, selector_learner
+from leverplus.learner import Stage, load_selector, selector_learner
 from leverplus.synth import quiet
 from leverplus.losses import kl_exact, regret
 from leverplus.selector import PointerSelector
@@ -75,9 +81,10 @@ def test_zero_epochs_says_so():
     learn = learner()
     w = weights(learn)
     with pytest.warns(UserWarning, match="0 epochs asked of the stage .*GRPO"):
-        assert learn.fit_grpo() is learn
+        assert learn.fit_grpo(0) is learn
     assert same(w, weights(learn)) and learn.history.rows == []
     with pytest.raises(ValueError, match="-1 epochs"): learn.fit_rce(-1)
+    with pytest.raises(TypeError, match="n_epoch"): learn.fit_grpo()
 
 def test_nothing_stays_behind():
     learn = learner()
@@ -134,7 +141,7 @@ def test_stage_options():
         or learn.history.frame.live.isna().all()
     )
     with quiet(learn):
-        learn.fit_grpo(1, beta=0.0, how="loo", scale="batch", refresh=2, best=(best := Best(min_delta=0.5)))
+        learn.fit_grpo(1, beta=0.0, baseline="loo", scale="batch", refresh=2, best=(best := Best(min_delta=0.5)))
     assert learn.history.frame.kl.isna().all() and best.best_epoch == -1
 
 def test_get_preds_with_loss_is_regret_per_query():
@@ -168,15 +175,119 @@ def test_save_and_load(tmp_path):
     with pytest.raises((ValueError, RuntimeError), match="query_proj"): load_selector(tmp_path/"a")
     with pytest.raises(FileNotFoundError): load_selector(tmp_path/"nowhere")
 
+# --- what a stage adds to a fit ----------------------------------------------------------------------------
+class Look(StageCallback):
+    "Norm of the gradient, and learning rate, of every step that is taken"
+    order = 90
+    def before_fit(self): self.norms, self.lrs = [], []
+    def before_step(self):
+        grads = [p.grad.norm() for p in self.model.parameters() if p.grad is not None]
+        self.norms.append(float(torch.stack(grads).norm()))
+    def after_step(self): self.lrs.append(self.opt.hypers[-1]["lr"])
+
+STAGES = dict(
+    fit_rce=lambda: [RCE(temp=(2., .5))],
+    fit_listwise=lambda: [Listwise()],
+    fit_sft=lambda: [SFT()],
+    fit_grpo=lambda: [GRPO(), KLToRef()],
+)
+@pytest.mark.parametrize("name", STAGES)
+def test_a_stage_is_a_fit_with_what_the_table_says(name):
+    "Schedule, clipping, best weights, fresh optimiser: with them a plain fit ends at the same weights"
+    cbs = STAGES[name]
+    def plain(*more, **fit_kw):
+        learn = learner(dropout=.3)
+        with quiet(learn): learn.fit(3, 1e-2, cbs=[*cbs(), *more], **fit_kw)
+        return weights(learn)
+    def staged(**more):
+        learn = learner(dropout=.3)
+        with quiet(learn): getattr(learn, name)(3, 1e-2, **more)
+        return weights(learn)
+    def falling(): return ParamScheduler({"lr": SchedCos(1e-2, 0.)})
+    assert same(staged(), plain(falling(), GradientClip(1.), Best()))
+    assert same(staged(best=False), plain(falling(), GradientClip(1.)))
+    assert same(staged(best=False, max_norm=None), plain(falling()))
+    assert not same(staged(best=False, max_norm=None), plain())
+
+def test_schedule_and_clipping_of_a_stage():
+    def seen(verb, *args, **kw):
+        learn = learner()
+        with quiet(learn): getattr(learn, verb)(2, 1e-2, *args, cbs=[*kw.pop("cbs", ()), look := Look()], **kw)
+        return look
+    staged = seen("fit_rce", max_norm=.5)
+    plain = seen("fit", cbs=[RCE(temp=(2., .5))])
+    assert staged.lrs[0] == pytest.approx(1e-2) and staged.lrs[-1] < 1e-3
+    assert all(b < a for a, b in zip(staged.lrs, staged.lrs[1:]))
+    assert set(plain.lrs) == {1e-2}
+    assert max(staged.norms) <= .5 + 1e-4 < max(plain.norms)
+
+def test_best_of_a_stage_and_its_watch():
+    class Worse(RCE):
+        def objective(self, *a): return -super().objective(*a)
+    start = weights(learner())
+    learn = learner()
+    with quiet(learn): learn.fit_stage(2, 1e-2, Worse(.1))
+    assert same(start, weights(learn))
+    with quiet(learn): learn.fit(2, 1e-2, cbs=Worse(.1))
+    assert not same(start, weights(learn))
+    dead = learner()
+    dead.dls.train_ds.rows = [(*row, torch.zeros_like(r)) for *row, r in dead.dls.train_ds.rows]
+    def said(verb, *args, **kw):
+        with quiet(dead), warnings.catch_warnings(record=True) as ws:
+            warnings.simplefilter("always")
+            getattr(dead, verb)(1, 1e-2, *args, **kw)
+        return [str(w.message) for w in ws]
+    assert any("after one epoch: Few groups" in m for m in said("fit_stage", RCE()))
+    assert not any("after one epoch" in m for m in said("fit", cbs=RCE()))
+
+def test_a_stage_has_a_fresh_optimiser():
+    def steps(learn): return {int(s["step"]) for s in learn.opt.state_dict()["state"] if "step" in s}
+    learn = learner()
+    with quiet(learn):
+        learn.fit(1, 1e-2, cbs=RCE())
+        learn.fit(1, 1e-2, cbs=RCE())
+        assert max(steps(learn)) == 8
+        learn.fit_rce(1, 1e-2)
+    assert max(steps(learn)) == 4
+
+def test_settings_of_a_stage():
+    "One place: every method takes them, refuses others, and hands them on"
+    learn = learner()
+    with pytest.raises(Exception, match="frozen|cannot assign"): Stage().max_norm = 2.
+    with pytest.raises(TypeError): Stage(1.)
+    for call in (
+        lambda: learn.fit_rce(0, max_nrm=1.),
+        lambda: learn.fit_stage(0, 1e-3, RCE(), colour="red"),
+        lambda: learn.fit_grpo(0, colour="red"),
+        lambda: learn.fit_listwise(0, tau=.1),
+    ):
+        with pytest.raises(TypeError, match="max_nrm|colour|tau"): call()
+    names = {f.name for f in fields(Stage)}
+    for verb in ("fit_stage", "fit_rce", "fit_listwise", "fit_sft", "fit_warmup"):
+        assert names <= set(inspect.signature(getattr(type(learn), verb)).parameters)
+
+class Nothing(StageCallback):
+    "Does nothing"
+
+@pytest.mark.parametrize("said", [None, True, False])
+def test_who_says_whether_flat_groups_leave(said):
+    def live(objective):
+        learn = learner()
+        with quiet(learn): learn.fit_stage(1, 1e-2, objective, skip_flat=said, watch=None)
+        return learn.stats.mean("live") == learn.stats.mean("live")
+    assert live(RCE()) == (said is not False)
+    assert live(RCE(skip_flat=False)) == (said is True)
+    assert live(Nothing()) == (said is not False)   # no objective: the Learner's own loss
+
 # --- the other stages, shots, results ----------------------------------------------------------------------
 @pytest.mark.parametrize(
     "stage,kw",
     [
         ("fit_listwise", {}),
-        ("fit_listwise", dict(tau=(0.5, 0.1), beta=0.1)),
+        ("fit_listwise", dict(temp=(0.5, 0.1), beta=0.1)),
         ("fit_listwise", dict(ref="none", ess=0.5)),
         ("fit_sft", {}),
-        ("fit_sft", dict(top=None, temp=0.2, least=0.1)),
+        ("fit_sft", dict(top=None, temp=0.2, min_score=0.1)),
         ("fit_rce", dict(temp="sharp", weights="rank")),
     ],
 )
@@ -190,7 +301,7 @@ def test_first_stages_reduce_regret(stage, kw):
         and set(f.stage) == {stage.removeprefix("fit_")}
         and f.same_as_start.iloc[-1] < 1
     )
-    if "tau" in kw: assert f.tau.iloc[0] > .3 > f.tau.iloc[-1] and f.kl.notna().all()
+    if "temp" in kw and stage == "fit_listwise": assert f.temp.iloc[0] > .3 > f.temp.iloc[-1] and f.kl.notna().all()
 
 @pytest.mark.parametrize("split", [False, True])
 def test_one_model_for_one_to_four_shots(split):

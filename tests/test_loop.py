@@ -4,11 +4,12 @@ from hypothesis import given, settings, strategies as st
 from leverplus.groups import RLData
 from leverplus.lvlm import MockScorer
 from leverplus.rldata_check import health
-from leverplus.rldata_generate import SECOND, evaluated, generate
+from leverplus.rldata_generate import evaluated
+from leverplus.settings import TWO_STAGE, Mining
 from leverplus.rldata_ask import FactCache, ask
 from leverplus.rldata_merge import balance, by_gap, drop_failed, merge, query_table, require_positive_query
 from leverplus.rldata_mine import lacking, mine
-from test_generate import ITEMS, POOL, QS, STORE, Scripted
+from test_generate import ITEMS, POOL, QS, STORE, Scripted, made
 
 MANY = dict(beam=6, temperature={1.0: 6}, random=6)
 
@@ -23,11 +24,13 @@ def loop(path, s, seed=0, cache=None):
     first = cache
     cache = FactCache() if cache is None else cache
     kw = dict(seed=seed, test=0, progress=False, window=5, max_failed=1.0)
-    one = generate(path/"one", QS, ITEMS, POOL, s, STORE, counts=dict(beam=3, random=3), cache=first, **kw)
-    two = generate(
-        path / "two", QS, ITEMS, POOL, s, STORE, counts=MANY, second=dict(SECOND, top=2), cache=cache, **kw
+    one = made(path/"one", QS, ITEMS, POOL, s, STORE, counts=dict(beam=3, random=3), cache=first, **kw)
+    two = made(
+        path / "two", QS, ITEMS, POOL, s, STORE, counts=MANY, two_stage=dict(TWO_STAGE, top=2),
+        cache=cache, **kw
     )
-    mined, log = mine(two, ITEMS, s, STORE, tries=3, top=2, rounds=2, seed=seed, cache=cache, progress=False)
+    mining = Mining(tries=3, top=2, rounds=2, seed=seed)
+    mined, log = mine(two, ITEMS, s, STORE, mining=mining, cache=cache, progress=False)
     rich = drop_failed(evaluated(merge(one, mined)))
     return one, two, mined, log, rich, balance(by_gap(rich, lo=.1), positive_share=.4, max_contrast=4)
 
@@ -101,8 +104,8 @@ def test_failures_are_counted_left_out_and_mended(tmp_path, fails):
 
 def test_asked_and_written_agree(tmp_path):
     s = Scripted(seed=1)
-    two = generate(
-        tmp_path / "two", QS, ITEMS, POOL, s, STORE, counts=MANY, second=SECOND, test=0, progress=False
+    two = made(
+        tmp_path / "two", QS, ITEMS, POOL, s, STORE, counts=MANY, two_stage=TWO_STAGE, test=0, progress=False
     )
     assert (sum(not g for *_, g in s.asked), sum(g for *_, g in s.asked)) == (len(two), len(evaluated(two)))
     s.asked.clear()

@@ -1,5 +1,6 @@
 "The closed loop and its rounds: what an interrupt costs, who may judge, what n questions may claim"
 import itertools
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 import numpy as np, pandas as pd, pytest, torch
@@ -11,14 +12,17 @@ from leverplus.groups import RLData
 from leverplus.infer import as_pointer
 from leverplus.lvlm import MockScorer
 from leverplus.loops import (
-    LIMITS, Check, Loop, _gained, _held, _last_shrink, advise, closed_loop, code_fingerprint,
-    loop_queries, needed, oracle_ranks, plot_rounds, rounds,
+    LIMITS, Check, Loop, LoopSettings, Questions, _gained, _held, _last_shrink, advise, closed_loop,
+    code_fingerprint, loop_queries, loop_settings, needed, oracle_ranks, plot_rounds, rounds,
 )
 from leverplus.pools import Pool
+from leverplus.settings import Guarding, Proposing
 from leverplus.rldata_propose import SimilarityPrior
+from leverplus.runs import Run
 from leverplus.rldata_ask import ask
 from leverplus.rldata_generate import generate
 from leverplus.selector import PointerSelector
+from leverplus.settings import Mining, change, plain_settings, read_settings
 
 class Scripted:
     "Counts what it is asked, and is interrupted after `stop` prompts"
@@ -73,18 +77,78 @@ KW = dict(
     n=12, dev=10, valid=4, counts=FEW, policy_counts=FEW, model=dict(d_hidden=8), bs=6, draws=2, train=fit
 )
 
+# ---- settings ----------------------------------------------------------------------------------------------
+
+@settings(max_examples=25)
+@given(
+    st.integers(2, 99), st.integers(1, 4), st.sampled_from([None, Mining(rounds=2, budget=9)]),
+    st.sampled_from([None, dict(top=2)]), st.sampled_from([{}, dict(d_hidden=8)]), st.booleans(),
+    st.integers(0, 9),
+)
+def test_settings_are_saved_in_the_run_and_read_back(
+    tmp_path_factory, n, shots, mining, two_stage, model, warm, seed
+):
+    path = tmp_path_factory.mktemp("loop")
+    chosen = dict(shots=shots, mining=mining, two_stage=two_stage, model=model, warm=warm, seed=seed)
+    made = change(LoopSettings(), n=min(n, 24), dev=10, valid=4, counts=FEW, reward="gtprob", **chosen)
+    loop = Loop(make_world(), path, made)
+    assert loop.settings == made == loop_settings(path)
+    assert read_settings(LoopSettings, plain_settings(made)) == made
+    assert Loop(make_world(), path, loop_settings(path)).run.starts[1:]
+    with pytest.raises(ValueError, match=f"draws: 5 there, {made.draws + 1} now"):
+        Loop(make_world(), path, loop_settings(path), draws=made.draws + 1)
+
+def test_flat_names_are_the_settings_of_the_groups(tmp_path):
+    kw = dict(n=12, dev=10, valid=4, counts=FEW, policy_counts=FEW, draws=2)
+    flat = Loop(make_world(), tmp_path / "flat", **kw, shots=3, warm=True)
+    by_hand = change(LoopSettings(), **kw, shots=3, warm=True)
+    assert flat.settings == by_hand and by_hand.proposing.shots == (3,) and by_hand.training.warm
+    for wrong, says in [
+        (dict(shot=2), "did you mean shots"), (dict(shots=(1, 2)), "one number of shots"),
+        (dict(reward="nice"), "reward 'nice': choose one of"), (dict(n=0), "n 0: wanted a number >= 1"),
+        (dict(mining=1), "mining"), (dict(counts=dict(beams=1)), "beams"),
+    ]:
+        with pytest.raises(ValueError, match=says): Loop(make_world(), tmp_path / "no", **wrong)
+    with pytest.raises(ValueError, match="settings 60: wanted"): Loop(make_world(), tmp_path / "no", 60)
+    assert not (tmp_path / "no").exists()
+
+def test_a_folder_of_something_else_has_no_settings_of_a_loop(tmp_path):
+    Run.create(tmp_path / "other", dict(bs=8), 0)
+    with pytest.raises(ValueError, match="no folder of a loop: its settings are bs"):
+        loop_settings(tmp_path / "other")
+
+def test_seeds_of_proposing_and_mining_count_from_that_of_the_loop(tmp_path):
+    loop = Loop(make_world(), tmp_path / "a", **KW | dict(seed=3))
+    assert loop.proposing(None, loop.settings.seed + 2).seed == 5
+    moved = change(LoopSettings(), **{k: v for k, v in KW.items() if k != "train"})
+    moved = replace(moved, proposing=replace(moved.proposing, seed=10))
+    assert Loop(make_world(), tmp_path / "b", moved).proposing(None, 2).seed == 12
+
+def test_what_is_asked_is_asked_as_was_said(tmp_path):
+    "Style and evaluator reach proposals, picks, mined sequences, and the fingerprints of the folder"
+    styles = set()
+    class Styles(Scripted):
+        def run(self, prompts, *args, **kw):
+            styles.update(p.style for p in prompts)
+            return super().run(prompts, *args, **kw)
+    chat = dict(KW, style="chat", evaluator="lmms", mining=Mining(rounds=1, tries=2))
+    loop = closed_loop(make_world(Styles()), tmp_path / "a", **chat).loop
+    assert styles == {"chat"}
+    plain_loop = Loop(make_world(), tmp_path / "b", **KW)
+    assert loop.run.fingerprints["scorer"] != plain_loop.run.fingerprints["scorer"]
+
 # ---- questions ---------------------------------------------------------------------------------------------
 
 @settings(max_examples=15)
 @given(st.integers(2, 20), st.integers(2, 10), st.integers(2, 6), st.integers(0, 99))
 def test_judges_share_no_picture_with_those_who_choose_and_fewer_are_a_part_of_more(n, dev, valid, seed):
     w = make_world()
-    q = loop_queries(w.items, n, dev, valid, seed)
+    q = loop_queries(w.items, Questions(n=n, dev=dev, valid=valid), seed)
     image = lambda k: set(w.items.image_id.loc[q[k]])
     assert not image("dev") & image("valid")
     assert {k: len(v) for k, v in q.items()} == dict(train=n, dev=dev, valid=valid)
     assert [set(w.items.split.loc[q[k]]) for k in ("train", "valid", "dev")] == [{"train"}, {"dev"}, {"dev"}]
-    more = loop_queries(w.items, n + 3, dev + 2, 2, seed)
+    more = loop_queries(w.items, Questions(n=n + 3, dev=dev + 2, valid=2), seed)
     assert more["train"][:n] == q["train"] and more["dev"][:dev] == q["dev"]
 
 # ---- numbers -----------------------------------------------------------------------------------------------
@@ -100,9 +164,8 @@ def test_ranks_are_those_of_brute_force(tmp_path, S):
         qs,
         w.scorer,
         w.store,
-        shots=(S,),
-        counts=FEW,
-        test=0,
+        proposing=Proposing(shots=S, counts=FEW),
+        guarding=Guarding(test=0),
         progress=False,
     )
     for policy in (
@@ -166,9 +229,10 @@ def test_a_round_adds_up_and_the_test_split_is_never_asked(tmp_path):
 
 @settings(max_examples=60)
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=8), st.floats(0, .3))
-def test_the_last_shrink_is_a_record(h, least):
-    at = _last_shrink(h, least)
-    assert all(x >= h[at] - least - 1e-9 for x in h[at+1:]) and (at == 0 or h[at] < min(h[:at]) or least > 0)
+def test_the_last_shrink_is_a_record(h, min_shrink):
+    at = _last_shrink(h, min_shrink)
+    assert all(x >= h[at] - min_shrink - 1e-9 for x in h[at+1:])
+    assert at == 0 or h[at] < min(h[:at]) or min_shrink > 0
 
 # ---- resume ------------------------------------------------------------------------------------------------
 
@@ -236,7 +300,7 @@ def test_a_folder_refuses_what_is_not_its_own(tmp_path):
 
 def test_other_ways_through(tmp_path):
     s = Scripted()
-    kw = dict(mining=1, second=dict(top=2, random=1), warm=True, n=6, dev=6)
+    kw = dict(mining=Mining(rounds=1), two_stage=dict(top=2, random=1), warm=True, n=6, dev=6)
     a = rounds(make_world(s), tmp_path / "a", most=2, **KW | kw)
     mined = a.played[0].data.rows
     assert (mined.gen_method == "mined").any() and mined.vqa_acc_score.isna().any() and len(a.frame) == 2
@@ -249,7 +313,7 @@ def test_other_ways_through(tmp_path):
     assert b.round.data.shots == (1,) and b.health.reward == "gtprob"
 
 def test_failures_are_no_negatives_and_the_advice_names_them(tmp_path):
-    q = loop_queries(make_world().items, 12, 10, 4)
+    q = loop_queries(make_world().items, Questions(n=12, dev=10, valid=4))
     bad = q["train"][:2] + q["dev"][:1]
     r = closed_loop(make_world(Scripted(fails=bad)), tmp_path / "loop", **KW)
     assert r.frame.set_index("what").outcome["rows that failed"] == "not met"
@@ -262,12 +326,12 @@ def test_failures_are_no_negatives_and_the_advice_names_them(tmp_path):
 
 @settings(max_examples=80)
 @given(st.floats(0, 1), st.floats(0, .5), st.floats(0, .5), st.floats(0, 1), st.booleans())
-def test_a_condition_is_met_by_the_whole_interval_or_not_at_all(v, a, b, limit, least):
-    o = _held("x", (v, v - a, v + b), limit, "", least).outcome
+def test_a_condition_is_met_by_the_whole_interval_or_not_at_all(v, a, b, limit, at_least):
+    o = _held("x", (v, v - a, v + b), limit, "", at_least).outcome
     inside = v - a < limit < v + b
     assert not inside or o == "open"
-    if o == "met": assert (v >= limit) if least else (v <= limit)
-    if o == "not met": assert (v < limit) if least else (v > limit)
+    if o == "met": assert (v >= limit) if at_least else (v <= limit)
+    if o == "not met": assert (v < limit) if at_least else (v > limit)
 
 def test_no_effect_is_not_called_one_and_a_large_effect_is_found():
     g = np.random.default_rng(0)

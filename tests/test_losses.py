@@ -30,7 +30,7 @@ LOSSES = {
     "rce_zscore": lambda l, r, m: rce_loss(l, r, m, 0.4, "zscore"),
     "rce_rank": lambda l, r, m: rce_loss(l, r, m, 0.4, weights="rank"),
     "rce_top1": lambda l, r, m: rce_loss(l, r, m, weights="top1"),
-    "listwise": lambda l, r, m: listwise_loss(l, r, m, away(l), tau=0.3),
+    "listwise": lambda l, r, m: listwise_loss(l, r, m, away(l), temp=0.3),
     "listwise_ess": lambda l, r, m: listwise_loss(l, r, m, away(l)),
     "listnet": lambda l, r, m: listwise_loss(l, r, m, ess=0.6),
     "top2": lambda l, r, m: imitation_loss(l, top_weights(r, m, 2), m),
@@ -43,11 +43,11 @@ POLICY = {
     "listwise_start": lambda l, r, m: listwise_loss(l, r, m, l),
     "rce_live": lambda l, r, m: rce_loss(l, r, m & live_groups(r, m)[:, None], 0.4),
     **{
-        f"{how}_{sc}": lambda l, r, m, how=how, sc=sc: clipped_surrogate(
-            l, l.detach(), advantage(r, m, how, sc), m
+        f"{baseline}_{sc}": lambda l, r, m, baseline=baseline, sc=sc: clipped_surrogate(
+            l, l.detach(), advantage(r, m, baseline, sc), m
         )
-        for how in SCALES
-        for sc in SCALES[how]
+        for baseline in SCALES
+        for sc in SCALES[baseline]
     },
 }
 
@@ -126,10 +126,10 @@ def test_regret_bounds_and_reductions():
     with pytest.raises(ValueError, match="reduction"): regret(logp, rewards, mask, reduction="sum")
 
 @settings(max_examples=50, deadline=None)
-@given(seed=st.integers(0, 10_000), how=st.sampled_from(list(SCALES)))
-def test_advantages(seed, how):
+@given(seed=st.integers(0, 10_000), baseline=st.sampled_from(list(SCALES)))
+def test_advantages(seed, baseline):
     _, r, m = groups(seed)
-    a = advantage(r, m, how)
+    a = advantage(r, m, baseline)
     assert (
         (a[~m] == 0).all()
         and (a[1:] == 0).all()
@@ -137,9 +137,9 @@ def test_advantages(seed, how):
     )
     i, j = m[0].nonzero()[:, 0].tolist()[:2]
     assert (a[0, i] - a[0, j]).sign() == (r[0, i] - r[0, j]).sign()
-    assert torch.allclose(a, advantage(r + 5, m, how), atol=1e-6)
-    if how == "rank": assert a.abs().max() <= 1
-    assert advantage(r, m, how, clip=.2).abs().max() <= .2
+    assert torch.allclose(a, advantage(r + 5, m, baseline), atol=1e-6)
+    if baseline == "rank": assert a.abs().max() <= 1
+    assert advantage(r, m, baseline, clip=.2).abs().max() <= .2
 
 def test_advantage_by_hand():
     r = torch.tensor([[1., 0, 0, 0, 7]])
@@ -159,8 +159,8 @@ def test_advantage_by_hand():
         1.1547,
         rel_tol=1e-4,
     )
-    for how, scale in (("zscore", "none"), ("rank", "group"), ("zscore", "batch")):
-        with pytest.raises(ValueError, match="normalised already"): advantage(r, m, how, scale)
+    for baseline, scale in (("zscore", "none"), ("rank", "group"), ("zscore", "batch")):
+        with pytest.raises(ValueError, match="normalised already"): advantage(r, m, baseline, scale)
     with pytest.raises(ValueError, match="zscore, center, loo, rank"): advantage(r, m, "z")
 
 def test_ratio_one_is_policy_gradient():
@@ -402,14 +402,14 @@ def test_top_weights_are_the_mean_over_ways_to_break_ties(seed, top):
     assert torch.allclose(rce_weights(r, m, weights="rank"), rce_weights(r**3 + 7, m, weights="rank"))
 
 def test_the_listwise_optimum_does_not_depend_on_the_sampler():
-    "At pi = ref * exp(r/tau) every group of every sampler is met: no loss, no gradient. RCE follows what was drawn"
+    "At pi = ref * exp(r/temp) every group of every sampler is met: no loss, no gradient. RCE follows what was drawn"
     g = torch.Generator().manual_seed(0)
-    ref, r, tau = (
+    ref, r, temp = (
         torch.randn(12, generator=g).double().log_softmax(-1),
         torch.rand(12, generator=g).double(),
         0.3,
     )
-    best = (ref + r / tau).log_softmax(-1)
+    best = (ref + r / temp).log_softmax(-1)
     pulls = {}
     for name, w in dict(
         even=torch.ones(12), late=torch.linspace(0, 4, 12).exp(), early=torch.linspace(4, 0, 12).exp()
@@ -417,15 +417,15 @@ def test_the_listwise_optimum_does_not_depend_on_the_sampler():
         i = torch.multinomial(w.expand(500, 12), 5, generator=g)
         m = torch.rand(500, 5, generator=g) < 0.8
         x = best.clone().requires_grad_()
-        listwise_loss(x[i], r[i], m, ref[i], tau).backward()
+        listwise_loss(x[i], r[i], m, ref[i], temp).backward()
         assert (
-            float(listwise_loss(x[i], r[i], m, ref[i], tau).detach()) < 1e-12 and x.grad.abs().max() < 1e-9
+            float(listwise_loss(x[i], r[i], m, ref[i], temp).detach()) < 1e-12 and x.grad.abs().max() < 1e-9
         ), name
         # and only there
         y = best + 0.5 * torch.randn(12, generator=g)
-        assert float(listwise_loss(y[i], r[i], m, ref[i], tau)) > 0.01
+        assert float(listwise_loss(y[i], r[i], m, ref[i], temp)) > 0.01
         z = best.clone().requires_grad_()
-        rce_loss(z.log_softmax(-1)[i], r[i], m, tau).backward()
+        rce_loss(z.log_softmax(-1)[i], r[i], m, temp).backward()
         pulls[name] = z.grad
     assert (pulls["late"] - pulls["early"]).abs().max() > .05
 
@@ -440,31 +440,31 @@ def test_tau_meets_the_wanted_share_in_any_unit(seed, want, scale):
     r[7] = 0.6
     for ref in (None, 3*torch.randn(8, 12, generator=g).double()):
         wide = (1e-4 * scale, 1e4 * scale)
-        lt, tau = listwise_target(r * scale, m, ref, ess=want, limits=wide)
+        lt, temp = listwise_target(r * scale, m, ref, ess=want, limits=wide)
         lr = masked_log_softmax(torch.zeros_like(r) if ref is None else ref, m)
         chi = ((2 * lt - lr).masked_fill(~m, -torch.inf)).logsumexp(-1)
         share = (-chi).exp()
         least = 1 / ((lt.exp()**2 / lr.exp()).masked_fill(~m, 0.).sum(-1))
         assert torch.allclose(share, least)                      # 1 / (1 + chi^2)
         step = (wide[1] / wide[0]) ** (2**-16)
-        cooler = masked_log_softmax(lr.masked_fill(~m, 0.0) + r * scale * step / tau[:, None], m)
+        cooler = masked_log_softmax(lr.masked_fill(~m, 0.0) + r * scale * step / temp[:, None], m)
         below = (-(2 * cooler - lr).masked_fill(~m, -torch.inf).logsumexp(-1)).exp()
         # as near as the last halving, which is all there is where the share jumps
         met = ((share - want).abs() < 1e-3) | (below <= want) & (want <= share)
-        out = tau < wide[0]*1.01
+        out = temp < wide[0]*1.01
         assert (met | out)[:7].all() and (share[out] >= want - 1e-3).all()
         # flat: the target is the reference
-        assert tau[7] == wide[1] and torch.allclose(lt[7][m[7]], lr[7][m[7]])
+        assert temp[7] == wide[1] and torch.allclose(lt[7][m[7]], lr[7][m[7]])
         if ref is None: assert torch.allclose(share, globals()["ess"](lt.exp(), m))
         assert torch.allclose(
             listwise_target(r, m, ref, ess=want, limits=(1e-4, 1e4))[1][met & ~out],
-            tau[met & ~out] / scale,
+            temp[met & ~out] / scale,
             rtol=1e-3,
         )
 
 def test_listwise_refuses_and_survives():
     _, r, m = groups(0)
-    for kw in (dict(tau=0.), dict(ess=1.), dict(ess=.3, limits=(0., 1.)), dict(limits=(2., 1.))):
+    for kw in (dict(temp=0.), dict(ess=1.), dict(ess=.3, limits=(0., 1.)), dict(limits=(2., 1.))):
         with pytest.raises(ValueError, match="listwise_target"): listwise_target(r, m, **kw)
     logp, *_ = groups(0)
     x = logp.clone().requires_grad_()
@@ -473,11 +473,11 @@ def test_listwise_refuses_and_survives():
     listwise_loss(x, r, m, x).backward()
     listwise_loss(y, r, m, logp).backward()
     assert torch.allclose(x.grad, y.grad) and (y.grad[0] != 0).any()
-    lt, tau = listwise_target(r, m, away(torch.zeros_like(r)))
+    lt, temp = listwise_target(r, m, away(torch.zeros_like(r)))
     assert (
-        tau.isfinite().all()
-        and (tau >= 0.0199).all()
-        and (tau <= 1.0).all()
+        temp.isfinite().all()
+        and (temp >= 0.0199).all()
+        and (temp <= 1.0).all()
         and torch.allclose(lt.exp().sum(-1), m.any(-1).double())
     )
 

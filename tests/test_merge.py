@@ -5,6 +5,7 @@ from leverplus.core import stable_hash
 from leverplus.groups import FACT_COLUMNS, RECORD, RLData
 from leverplus.lvlm import MockScorer
 from leverplus.pools import Pool
+from leverplus.settings import Guarding, Proposing
 from leverplus.rldata_merge import (
     PHASES, TIERS, balance, by_counts, by_gap, dedupe, derive, drop_failed, label_rows, merge, phases,
     plot_balance, query_table, require_positive_query, row_lots, row_reward, sample_queries, scorer_ranks,
@@ -511,8 +512,8 @@ def test_chain_over_generated_data(seed):
                 pool,
                 MockScorer(s, fails=(s,)),
                 store,
-                seed=seed,
-                test=0,
+                proposing=Proposing(seed=seed),
+                guarding=Guarding(test=0),
                 progress=False,
             )
             for s in (0, 1)

@@ -7,6 +7,7 @@ from leverplus.pools import Pool
 from leverplus.rldata_ask import FactCache
 from leverplus.rldata_propose import SimilarityPrior
 from leverplus.rldata_generate import generate
+from leverplus.settings import Guarding, Mining, Proposing, read_settings
 from leverplus.rldata_mine import lacking, mine, neighbours, reask
 from leverplus.embed import EmbedStore
 
@@ -72,14 +73,15 @@ def world():
 def start(world, scorer, tmp_path, counts=dict(random=2), **kw):
     items, store, pool = world
     return generate(
-        tmp_path / "run", QUERIES, items, pool, scorer, store, counts=counts, test=0, progress=False, **kw
+        tmp_path / "run", QUERIES, items, pool, scorer, store, proposing=Proposing(counts=counts),
+        guarding=Guarding(test=0), progress=False, **kw
     )
 
 def test_finds_what_an_exhaustive_search_finds(world, tmp_path):
     items, store, pool = world
     s = Rule(always=[3], never=[4])
     data = start(world, s, tmp_path)
-    out, log = mine(data, items, s, store, tries=40, rounds=6, progress=False)
+    out, log = mine(data, items, s, store, mining=Mining(tries=40, rounds=6), progress=False)
     # what can be found is found
     left = lacking(out)
     assert left[3] == "contrast"
@@ -93,8 +95,8 @@ def test_finds_what_an_exhaustive_search_finds(world, tmp_path):
 @given(
     st.integers(1, 6),
     st.integers(1, 4),
-    st.integers(0, 3),
-    st.one_of(st.none(), st.integers(0, 60)),
+    st.integers(1, 3),
+    st.one_of(st.none(), st.integers(1, 60)),
     st.integers(0, 3),
 )
 def test_rows_are_new_marked_and_within_the_budget(tmp_path_factory, world, tries, top, rounds, budget, seed):
@@ -103,7 +105,8 @@ def test_rows_are_new_marked_and_within_the_budget(tmp_path_factory, world, trie
     data = start(world, s, tmp_path_factory.mktemp("m"))
     s.asked.clear()
     cache = FactCache()
-    search = dict(tries=tries, top=top, rounds=rounds, budget=budget, seed=seed, cache=cache, progress=False)
+    mining = Mining(tries=tries, top=top, rounds=rounds, budget=budget, seed=seed)
+    search = dict(mining=mining, cache=cache, progress=False)
     out, log = mine(data, items, s, store, **search)
     old = out.rows[:len(data)]
     new = out.rows[len(data):]
@@ -121,12 +124,13 @@ def test_rows_are_new_marked_and_within_the_budget(tmp_path_factory, world, trie
     s.asked.clear()
     again, _ = mine(data, items, s, store, **search)
     assert not s.asked and again.fingerprint == out.fingerprint # the cache knows it all
+    assert read_settings(Mining, out.manifest["mined"]["mining"]) == mining
 
 def test_interrupted_search_goes_on_where_it_was(world, tmp_path, monkeypatch):
     items, store, pool = world
     s = Rule(never=[4, 5, 6])
     data = start(world, s, tmp_path)
-    whole, _ = mine(data, items, s, store, tries=3, progress=False)
+    whole, _ = mine(data, items, s, store, mining=Mining(tries=3), progress=False)
     cache = FactCache(tmp_path / "facts")
     s = Rule(never=[4, 5, 6])
     real, n = s.run, []
@@ -135,9 +139,10 @@ def test_interrupted_search_goes_on_where_it_was(world, tmp_path, monkeypatch):
         if len(n) == 4: raise KeyboardInterrupt
         return real(*a, **k)
     s.run = run
-    with pytest.raises(KeyboardInterrupt): mine(data, items, s, store, tries=3, cache=cache, progress=False)
+    three = dict(mining=Mining(tries=3), progress=False)
+    with pytest.raises(KeyboardInterrupt): mine(data, items, s, store, cache=cache, **three)
     first = len(s.asked)
-    out, _ = mine(data, items, s, store, tries=3, cache=FactCache(tmp_path / "facts"), progress=False)
+    out, _ = mine(data, items, s, store, cache=FactCache(tmp_path / "facts"), **three)
     assert out.fingerprint == whole.fingerprint
     assert len({(q, p, g) for q, p, g in s.asked}) == len(s.asked)
     assert first
@@ -148,7 +153,7 @@ def test_failures_are_not_contrasts(world, tmp_path):
     data = start(world, s, tmp_path)
     assert set(lacking(data)) == {"contrast"}
     s.fails = frozenset([1, 2])
-    out, log = mine(data, items, s, store, rounds=1, progress=False)
+    out, log = mine(data, items, s, store, mining=Mining(rounds=1), progress=False)
     bad = out.rows[out.rows.eval_failed]
     assert set(bad.question_id) == {1, 2}
     assert log.failed[0] == len(bad)
@@ -158,9 +163,14 @@ def test_policy_samples_come_from_the_policy(world, tmp_path):
     items, store, pool = world
     s = Rule(never=QUERIES)
     data = start(world, s, tmp_path)
-    a, _ = mine(data, items, s, store, SimilarityPrior(0.0), rounds=1, tries=2, progress=False)
-    b, _ = mine(data, items, s, store, SimilarityPrior(500.0), rounds=1, tries=2, progress=False)
+    short = Mining(rounds=1, tries=2)
+    def mined(policy=None, **kw): return mine(data, items, s, store, policy, short, progress=False, **kw)[0]
+    a = mined(SimilarityPrior(0.0))
+    b = mined(SimilarityPrior(500.0))
     assert a.fingerprint != b.fingerprint
+    # without a policy: the prior, as sharp as `scale` says
+    assert mined(proposing=Proposing(scale=500.)).fingerprint == b.fingerprint
+    assert mined(proposing=Proposing(kind="text")).fingerprint != mined().fingerprint
 
 def test_nothing_lacking_asks_nothing(world, tmp_path):
     items, store, pool = world

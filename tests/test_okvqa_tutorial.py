@@ -55,7 +55,7 @@ def test_the_steps_run_on_okvqa(okvqa, tmp_path):
         reader=read_soft_labels,
         folder=tmp_path / "run",
         n=(14, 6),
-        second=dict(top=2, low=1, random=1),
+        two_stage=dict(top=2, low=1, random=1),
         mine=dict(tries=1, top=1, rounds=1),
         verify=1,
         counts=dict(beam=3, random=3, retrieval=2),

@@ -7,7 +7,8 @@ from hypothesis import given, settings, strategies as st
 from leverplus.callback_core import SkipFlat, StageCallback, Stats
 from leverplus.callback_grpo import GRPO, RLOO
 from leverplus.callback_onpolicy import (
-    DistinctPG, Feedback, GreedyLoss, NoReward, OnPolicy, distinct_advantage, draw_groups, greedy_rewards,
+    DistinctPG, Drawing, Feedback, GreedyLoss, NoReward, OnPolicy, distinct_advantage, draw_groups,
+    drawing_for, greedy_rewards,
 )
 from leverplus.callback_schedule import NoDropout, Phases, SplitShots
 from leverplus.core import rng
@@ -23,6 +24,7 @@ from leverplus.pools import Pool
 from leverplus.rewards import reward
 from leverplus.rldata_ask import FactCache, ask
 from leverplus.selector import PointerSelector
+from leverplus.settings import Asking, Rewarding, plain_settings, read_settings
 
 WORDS = "cat dog car".split()
 IDS = [*range(24), *range(100, 120)]
@@ -81,13 +83,13 @@ def learner(cbs=(), **kw):
     return selector_learner(
         DataLoaders(GroupDL(ds(QS), 5, shuffle=True), GroupDL(ds(range(16, 24)), 8)), selector(**kw), cbs=cbs
     )
-def policy(scorer=None, **kw):
-    return OnPolicy(
-        scorer,
-        ITEMS,
-        STORE,
-        **dict(G=3, queries_per_round=12, patience=None, cache=FACTS if scorer is None else None) | kw
-    )
+def feedback(scorer=None, cache=None, reward="hard_plus_soft"):
+    "Rewards of a scorer, or of the table of facts"
+    if cache is None and scorer is None: cache = FACTS
+    return Feedback(scorer, ITEMS, cache, Rewarding(reward=reward))
+def policy(judge=None, queries=None, **drawing):
+    drawing = dict(G=3, queries_per_round=12, patience=None) | drawing
+    return OnPolicy(judge or feedback(), STORE, Drawing(**drawing), queries=queries)
 def fit(learn, n, cbs, lr=1e-2):
     with quiet(learn): learn.fit(n, lr, cbs=cbs)
     return learn
@@ -252,9 +254,9 @@ def test_the_ratio_is_one_where_it_must_be(objective, kw, every):
 @pytest.mark.parametrize(
     "objective, kw, steps",
     [
-        (lambda: RLOO(), {}, 3),
+        (lambda: RLOO(skip_flat=False), {}, 3),
         (DistinctPG, dict(distinct=True), 3),
-        (lambda: GRPO(), dict(every="round", passes=2), 6),
+        (lambda: GRPO(skip_flat=False), dict(every="round", passes=2), 6),
     ],
 )
 def test_several_shot_counts_are_groups_of_their_own(objective, kw, steps):
@@ -266,25 +268,25 @@ def test_several_shot_counts_are_groups_of_their_own(objective, kw, steps):
         def before_batch(self):
             picks = self.seq_mask.sum(-1).masked_fill(~self.mask, 0)
             self.groups.append((self.query[:, 0].tolist(), picks, self.seqs, self.yb))
-    few = [q for q in QS if len(POOL[q]) > 3]
-    cache = pd.concat([facts_of(POOL.only(few), S) for S in (1, 2, 3)])
-    G = dict(queries=few, queries_per_round=None, bs=4, cache=cache)
+    large = [q for q in QS if len(POOL[q]) > 3]
+    cache = pd.concat([facts_of(POOL.only(large), S) for S in (1, 2, 3)])
     learn = learner()
     spy = Groups(None)
     spy.groups = []
-    spy.cb = cb = OnPolicy(None, ITEMS, STORE, shots=(3, 1, 2), G=4, patience=None, **G, **kw)
+    drawing = dict(shots=(3, 1, 2), G=4, queries_per_round=None, bs=4) | kw
+    spy.cb = cb = policy(feedback(cache=cache), large, **drawing)
     fit(learn, 1, [NoDropout(), objective(), cb, spy])
     seen = spy.groups
     assert len(seen) == steps
-    assert cb.shots == (3, 1, 2)
-    assert len(few) == 10
+    assert cb.drawing.shots == (3, 1, 2)
+    assert len(large) == 10
     assert cb.table.queries.tolist() == [10]
     for qs, n, seqs, (r, m) in seen:
         k = len(qs) // 3
         assert qs == qs[:k] * 3
         assert [set(x[x > 0].tolist()) for x in n] == [{s} for s in (3, 1, 2) for _ in range(k)]
         assert m.any(-1).all()
-        at = {round(float(STORE.get([q])[0, 0]), 4): q for q in few}
+        at = {round(float(STORE.get([q])[0, 0]), 4): q for q in large}
         for q, ss, ms, rr, ok in zip(qs, seqs.tolist(), n.tolist(), r.tolist(), m.tolist()):
             q = at[round(q, 4)]
             f = cache[cache.question_id == q].set_index("pointer")
@@ -300,7 +302,7 @@ def test_several_shot_counts_are_groups_of_their_own(objective, kw, steps):
         first = cb.data().rows
         store, pool, _ = cb.world()
         batch = {round(x, 4) for x in seen[0][0]}
-        there = [q for q in few if round(float(STORE.get([q])[0, 0]), 4) in batch]
+        there = [q for q in large if round(float(STORE.get([q])[0, 0]), 4) in batch]
         for S in (3, 1, 2):
             d = draw_groups(learner().model, pool, store, there, S, 4, True, (0, 0, S))
             mine = first[(first.pointer.map(len) == S) & (first.gen_method == "policy")]
@@ -310,7 +312,7 @@ def test_several_shot_counts_are_groups_of_their_own(objective, kw, steps):
     rows = cb.data().validate(ITEMS).rows
     assert set(rows.pointer.map(len)) == {1, 2, 3}
     assert cb.data().manifest["onpolicy"]["shots"] == [3, 1, 2]
-    assert set(cb.seen) == {(q, s) for q in few for s in (1, 2, 3)}
+    assert set(cb.seen) == {(q, s) for q in large for s in (1, 2, 3)}
     by_group = rows.assign(r=reward(rows, "hard_plus_soft")).groupby(["question_id", rows.pointer.map(len)])
     best = by_group.r.max()
     assert {k: pytest.approx(v, abs=1e-6) for k, v in best.items()} == cb.seen
@@ -319,18 +321,8 @@ def test_shot_counts_of_their_own_are_trained_as_if_alone():
     "One update on groups of one and of two shots is the mean of the updates on each: no comparison crosses them"
     def grads(shots):
         learn = learner(seed=1)
-        cb = OnPolicy(
-            None,
-            ITEMS,
-            STORE,
-            G=4,
-            shots=shots,
-            queries_per_round=None,
-            bs=16,
-            patience=None,
-            queries=QS,
-            cache=pd.concat([facts_of(POOL, 1), FACTS]),
-        )
+        known = feedback(cache=pd.concat([facts_of(POOL, 1), FACTS]))
+        cb = policy(known, QS, G=4, shots=shots, queries_per_round=None, bs=16)
         out = []
         class Grad(StageCallback):
             order = 50
@@ -344,12 +336,13 @@ def test_shot_counts_of_their_own_are_trained_as_if_alone():
                     )
                 )
         cb.draw = lambda qs: _drawn(cb, qs)
-        fit(learn, 1, [NoDropout(), RLOO(scale="none", adv_clip=None), cb, Grad()], lr=0.0)
+        fit(learn, 1, [NoDropout(), RLOO(scale="none", adv_clip=None, skip_flat=False), cb, Grad()], lr=0.0)
         return out[0]
     def _drawn(cb, qs): # the same noise whatever else is drawn
         from leverplus.callback_onpolicy import stack_padded
         store, pool, _ = cb.world()
-        parts = [draw_groups(cb.model, pool, store, qs, S, cb.G, key=(7, S)) for S in cb.shots]
+        drawing = cb.drawing
+        parts = [draw_groups(cb.model, pool, store, qs, S, drawing.G, key=(7, S)) for S in drawing.shots]
         return {k: None if parts[0][k] is None else stack_padded([d[k] for d in parts]) for k in parts[0]}
     one = grads(1)
     two = grads(2)
@@ -361,12 +354,15 @@ def test_shot_counts_of_their_own_are_trained_as_if_alone():
     )
 
 def test_dropout_is_noticed():
+    class Noisy(DistinctPG): dropout = True
     with pytest.raises(ValueError, match="NoDropout"):
-        fit(learner(dropout=0.5), 1, [DistinctPG(), policy(distinct=True)])
+        fit(learner(dropout=0.5), 1, [Noisy(), policy(distinct=True)])
+    fit(learner(dropout=0.5), 1, [DistinctPG(), policy(distinct=True)])
 
 def test_it_learns_what_pays():
     "Greedy reward of the questions that are trained on, after rounds on a table of all pairs; every objective"
-    judge = Feedback(None, ITEMS, FACTS, "gtprob")
+    judge = feedback(reward="gtprob")
+    drawing = Drawing(G=4, bs=16, queries_per_round=None, patience=None)
     value = lambda l: greedy_rewards(l.model, POOL, STORE, judge, queries=QS).mean()
     for objective in ("rloo", "grpo", "distinct"):
         learn = learner()
@@ -374,20 +370,8 @@ def test_it_learns_what_pays():
         with quiet(learn):
             assert (
                 learn.fit_onpolicy(
-                    None,
-                    ITEMS,
-                    STORE,
-                    12,
-                    5e-2,
-                    objective,
-                    cache=FACTS,
-                    reward="gtprob",
-                    G=4,
-                    bs=16,
-                    queries_per_round=None,
-                    patience=None,
-                    beta=0.001,
-                    stage=dict(best=False, watch=None),
+                    feedback(reward="gtprob"), STORE, 12, 5e-2, objective, drawing, beta=0.001, best=False,
+                    watch=None,
                 )
                 is learn
             )
@@ -403,7 +387,7 @@ def test_it_learns_what_pays():
 def test_prompts_are_counted_and_asked_once():
     s = Counting()
     cache = FactCache()
-    learn = fit(learner(), 3, [RLOO(), a := policy(s, cache=cache)])
+    learn = fit(learner(), 3, [RLOO(), a := policy(feedback(s, cache))])
     t = a.table
     assert (
         t.new.sum() == len(s.asked) == len(set(s.asked)) == len(cache) == t.pairs.iloc[-1]
@@ -412,7 +396,7 @@ def test_prompts_are_counted_and_asked_once():
     )
     again = Counting()
     b = None
-    other = fit(learner(), 3, [RLOO(), b := policy(again, cache=cache)])
+    other = fit(learner(), 3, [RLOO(), b := policy(feedback(again, cache))])
     assert (
         not again.asked
         and b.tried == a.tried
@@ -428,7 +412,7 @@ def test_prompts_are_counted_and_asked_once():
 def test_rounds_end_without_less_headroom():
     flat = FACTS.assign(vqa_acc_score=1.0, vqa_correct=1.0)
     learn = learner()
-    cb = policy(patience=2, cache=flat)
+    cb = policy(feedback(cache=flat), patience=2)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         fit(learn, 9, [RLOO(), SkipFlat(), cb])
@@ -438,6 +422,75 @@ def test_rounds_end_without_less_headroom():
         and (cb.table.live == 0).all()
         and not learn.model.training
     )
+
+# --- settings -------------------------------------------------------------------------------------
+@given(st.integers(2, 20), st.one_of(st.none(), st.integers(1, 4), st.sets(st.integers(1, 6), min_size=1)),
+       st.sampled_from([None, "batch", "round"]), st.sampled_from([None, True, False]), st.integers(0, 99))
+def test_a_drawing_is_saved_and_read_back(G, shots, every, distinct, seed):
+    shots = tuple(shots) if isinstance(shots, set) else shots
+    drawing = Drawing(G=G, shots=shots, every=every, distinct=distinct, seed=seed)
+    assert drawing.shots == (shots if isinstance(shots, tuple) else (shots,))
+    if shots: assert Drawing(shots=np.array(shots)).shots == drawing.shots
+    assert read_settings(Drawing, json.loads(json.dumps(plain_settings(drawing)))) == drawing
+
+@pytest.mark.parametrize("objective, every, distinct", [
+    (RLOO, "batch", False),
+    (GRPO, "round", False),
+    (lambda: GRPO(refresh=1), "batch", False),
+    (DistinctPG, "batch", True),
+])
+def test_what_is_left_open_goes_with_the_objective(objective, every, distinct):
+    "Filled in for every fit anew, as if it had been said; what was said stays"
+    said = policy(every=every, distinct=distinct)
+    cb = policy()
+    a = fit(learner(), 2, [objective(), said])
+    b = fit(learner(), 2, [objective(), cb])
+    assert torch.equal(weights(a), weights(b)) and said.tried == cb.tried
+    assert (cb.drawing.every, cb.drawing.distinct) == (every, distinct)
+    fit(learner(), 1, [RLOO(), cb])
+    assert (cb.drawing.every, cb.drawing.distinct) == ("batch", False)
+    assert drawing_for(objective(), Drawing(every="round", distinct=False)) == Drawing(every="round", distinct=False)
+
+def test_grpo_can_be_told_to_draw_every_batch():
+    learn = learner()
+    drawing = Drawing(G=3, every="batch")
+    with quiet(learn): learn.fit_onpolicy(feedback(), STORE, 2, 1e-2, "grpo", drawing, watch=None)
+    assert learn.onpolicy.drawing == replace(drawing, distinct=False) and len(learn.onpolicy.table) == 2
+
+@pytest.mark.parametrize("objective, drawing, says", [
+    ("rloo", dict(distinct=True), "biased"),
+    ("rloo", dict(every="round"), "no ratio"),
+    ("rloo", dict(passes=2), "a second pass"),
+    ("distinct", dict(distinct=False), "without replacement"),
+    ("distinct", dict(passes=2), "a second pass"),
+    ("ppo", {}, "wanted 'rloo', 'grpo', 'distinct'"),
+])
+def test_a_stage_refuses_a_drawing_that_contradicts_its_objective(objective, drawing, says):
+    learn = learner()
+    with pytest.raises(ValueError, match=says), quiet(learn):
+        learn.fit_onpolicy(feedback(), STORE, 2, 1e-2, objective, Drawing(**drawing))
+
+def test_rewards_are_those_of_the_mode_and_its_weights():
+    weighted = Feedback(None, ITEMS, FACTS, Rewarding(reward="hard_plus_soft", weights=dict(hard_weight=2.)))
+    pairs = FACTS[["question_id", "pointer"]].head(9)
+    assert weighted(pairs).tolist() == reward(FACTS.head(9), "hard_plus_soft", hard_weight=2.).tolist()
+    assert weighted.fingerprint != feedback().fingerprint
+    with pytest.raises(TypeError, match="heavy"): Feedback(None, ITEMS, FACTS, Rewarding(weights=dict(heavy=1)))
+
+def test_the_scorer_is_asked_as_was_said():
+    class Styles(Counting):
+        def run(self, prompts, *args, **kw):
+            self.styles = {p.style for p in prompts}
+            return super().run(prompts, *args, **kw)
+    scorer = Styles()
+    chat = Feedback(scorer, ITEMS, asking=Asking(style="chat"))
+    chat(FACTS[["question_id", "pointer"]].head(2))
+    assert scorer.styles == {"chat"} and chat.fingerprint != Feedback(Counting(), ITEMS).fingerprint
+
+def test_a_run_is_not_continued_with_another_drawing(tmp_path):
+    def run(**kw): return fit(learner(), 1, [RLOO(), policy(**kw), Resume(tmp_path / "r")])
+    run()
+    with pytest.raises(ValueError, match="on_policy.drawing.G: 3 there, 4 now"): run(G=4)
 
 # --- failures -------------------------------------------------------------------------------------
 def test_a_sequence_without_reward_stops_everything_by_name():
@@ -450,16 +503,16 @@ def test_a_sequence_without_reward_stops_everything_by_name():
     s = Counting(bad)
     learn = learner()
     with pytest.raises(NoReward, match=r"question_id 3, pointer \(1\d\d, 1\d\d\): OSError: no image"):
-        fit(learn, 2, [RLOO(), policy(s, cache=cache, queries=QS)])
+        fit(learn, 2, [RLOO(), policy(feedback(s, cache), QS)])
     kept = len(cache)
     assert kept and "on_policy" not in {c.name for c in learn.cbs}
     mended = Counting()
-    fit(learner(), 2, [RLOO(), cb := policy(mended, cache=cache, queries=QS)])
+    fit(learner(), 2, [RLOO(), cb := policy(feedback(mended, cache), QS)])
     assert cb.table.pairs.iloc[-1] == kept + len(mended.asked) and any(q == 3 for q, _ in mended.asked)
 
 def test_a_table_that_lacks_a_pair_names_it():
     with pytest.raises(KeyError, match=r"question_id \d+, pointer .* no scorer to ask"):
-        fit(learner(), 2, [RLOO(), policy(cache=FACTS[FACTS.question_id != 3])])
+        fit(learner(), 2, [RLOO(), policy(feedback(cache=FACTS[FACTS.question_id != 3]))])
 
 @pytest.mark.parametrize(
     "cbs, says",
@@ -467,7 +520,12 @@ def test_a_table_that_lacks_a_pair_names_it():
         (lambda: [policy()], "add an objective"),
         (lambda: [RLOO(), policy(distinct=True)], "biased"),
         (lambda: [RLOO(), policy(every="round")], "no ratio"),
-        (lambda: [GRPO(), policy()], "refresh=1"),
+        (lambda: [GRPO(), policy(every="batch")], "refresh=1"),
+        (lambda: [GRPO(refresh=1), policy(every="round")], "refresh='epoch'"),
+        (lambda: [DistinctPG(), policy(distinct=False)], "without replacement"),
+        (lambda: [DistinctPG(), policy(every="round")], "without replacement"),
+        (lambda: [policy(every="batch", passes=2)], "every='round'"),
+        (lambda: [policy(every="day")], "choose one of 'batch', 'round'"),
         (lambda: [GRPO(refresh="never"), policy(every="round")], "refresh='epoch'"),
         (lambda: [DistinctPG()], "without replacement"),
         (lambda: [RLOO(), Phases({"a": (None, 1)}), policy()], "Phases"),
@@ -477,10 +535,11 @@ def test_a_table_that_lacks_a_pair_names_it():
         (lambda: [policy(shots=())], "several different"),
         (lambda: [policy(shots=(2, 2))], "several different"),
         (lambda: [policy(shots=(None, 2))], "several different"),
-        (lambda: [policy(passes=2)], "every='round'"),
+        (lambda: [RLOO(), policy(passes=2)], "every='round'"),
         (lambda: [policy(G=1)], "G >= 2"),
-        (lambda: [policy(cache=None)], "pass a scorer"),
-        (lambda: [policy(reward="nice")], "nice"),
+        (lambda: [policy(Feedback(None, ITEMS))], "pass a scorer"),
+        (lambda: [policy(feedback(reward="nice"))], "nice"),
+        (lambda: [policy(seeds=1)], "seeds: no such setting; did you mean seed?"),
     ],
 )
 def test_refusals(cbs, says):
@@ -489,15 +548,15 @@ def test_refusals(cbs, says):
 # --- what is kept ---------------------------------------------------------------------------------
 def test_what_was_drawn_becomes_a_record(tmp_path):
     from leverplus.rldata_merge import merge
-    fit(learner(), 2, [DistinctPG(), cb := policy(Counting(), distinct=True)])
+    fit(learner(), 2, [DistinctPG(), cb := policy(feedback(Counting()), distinct=True)])
     d = cb.data().validate(ITEMS)
     r = d.rows
-    how = d.manifest["onpolicy"]
+    manifest = d.manifest["onpolicy"]
     assert (
         set(r.gen_method) <= {"policy", "beam"}
         and len(r) == cb.table.pairs.iloc[-1]
-        and len(how["round"]) == len(r)
-        and json.loads(json.dumps(how, allow_nan=False)) == how
+        and len(manifest["round"]) == len(r)
+        and json.loads(json.dumps(manifest, allow_nan=False)) == manifest
     )
     drawn = r.gen_method == "policy"
     assert r[["logprob_score", "kappa"]][drawn].notna().all(axis=None) and r[["logprob_score", "kappa"]][
@@ -517,7 +576,7 @@ def test_a_killed_run_goes_on(tmp_path):
     "Killed in the third round and started again: weights, rounds and samples of an unbroken run, no prompt twice"
     def run(scorer, folder, cache):
         learn = learner()
-        return fit(learn, 4, [RLOO(), cb := policy(scorer, cache=FactCache(cache)), Resume(folder)]), cb
+        return fit(learn, 4, [RLOO(), cb := policy(feedback(scorer, FactCache(cache))), Resume(folder)]), cb
     s = Counting()
     whole, a = run(s, tmp_path / "a", tmp_path / "fa")
     stop = int(a.table.new[:2].sum()) + 1
@@ -562,7 +621,7 @@ def test_a_sequence_that_was_drawn_twice_has_its_mass_once():
                 self.seen.append(sum(once.values()))
                 self.repeated += sum(m) - len(once)
     learn = learner()
-    fit(learn, 1, [RLOO(), policy(G=9), spy := Mass()])
+    fit(learn, 1, [RLOO(skip_flat=False), policy(G=9), spy := Mass()])
     assert spy.repeated > 20
     assert (
         learn.history.frame.mass.iloc[0] == pytest.approx(np.mean(spy.seen), rel=1e-4)
@@ -572,9 +631,7 @@ def test_a_sequence_that_was_drawn_twice_has_its_mass_once():
 # --- choosing an epoch ----------------------------------------------------------------------------
 DEV = list(range(16, 24))
 def judge(scorer=None, shots=2, **kw):
-    return GreedyLoss(
-        Feedback(scorer, ITEMS, FACTS if scorer is None else None, "soft_only"), POOL, STORE, shots, DEV, **kw
-    )
+    return GreedyLoss(feedback(scorer, reward="soft_only"), POOL, STORE, shots, DEV, **kw)
 
 def test_greedy_loss_is_what_a_table_would_say():
     "The same number by `pick_model` and facts looked up one by one; no batch, mode or random state is touched"
@@ -594,14 +651,14 @@ def test_greedy_loss_is_what_a_table_would_say():
         and torch.equal(torch.get_rng_state(), state)
     )
     assert greedy_rewards(
-        m, POOL, STORE, Feedback(None, ITEMS, FACTS, "soft_only"), queries=DEV, bs=3
+        m, POOL, STORE, feedback(reward="soft_only"), queries=DEV, bs=3
     ).tolist() == pytest.approx([1 - w for w in want])
     both = judge(MockScorer(0), (1, 2))(learn)
     one = judge(MockScorer(0), 1)(learn)
     assert both.tolist() == pytest.approx(((one + got) / 2).tolist())
     with pytest.raises(ValueError, match="shots \\(\\)"): judge(shots=())
     with pytest.raises(ValueError, match="no queries"):
-        GreedyLoss(Feedback(None, ITEMS, FACTS), POOL, STORE, queries=[])
+        GreedyLoss(feedback(), POOL, STORE, queries=[])
     with pytest.raises(NoReward, match=f"question_id {DEV[0]}"):
         judge(Counting(lambda s: replace(s, error="broken")))(learn)
     assert (
@@ -618,8 +675,8 @@ def test_greedy_loss_is_what_a_table_would_say():
     with pytest.warns(
         UserWarning, match=f"1 of 8 greedy picks have no reward and count as 0, first question_id {DEV[3]}"
     ):
-        few = judge(Poor(), max_failed=0.2)(learn)
-    assert few[3] == 1 and torch.equal(few[:3], got[:3]) and torch.equal(few[4:], got[4:])
+        poor = judge(Poor(), max_failed=0.2)(learn)
+    assert poor[3] == 1 and torch.equal(poor[:3], got[:3]) and torch.equal(poor[4:], got[4:])
     with pytest.raises(NoReward, match=f"1 of 8 .* first question_id {DEV[3]}"):
         judge(Poor(), max_failed=0.1)(learn)
 
@@ -632,25 +689,17 @@ def test_all_stages_choose_by_it_and_asking_costs_one_prompt_per_new_pick():
             out = super().__call__(learn)
             seen.append((out.mean().item(), weights(learn)))
             return out
-    score = Watched(Feedback(scorer, ITEMS, None, "soft_only"), POOL, STORE, 2, DEV)
+    score = Watched(feedback(scorer, reward="soft_only"), POOL, STORE, 2, DEV)
+    drawing = Drawing(G=3, queries_per_round=12, patience=None)
     ways = set()
     for stage, kw in (
         ("fit_rce", {}),
         ("fit_sft", {}),
-        ("fit_listwise", dict(tau=0.1)),
+        ("fit_listwise", dict(temp=0.1)),
         ("fit_grpo", dict(min_live=0.0)),
         (
             "fit_onpolicy",
-            dict(
-                scorer=None,
-                items=ITEMS,
-                store=STORE,
-                rounds=4,
-                cache=FACTS,
-                G=3,
-                queries_per_round=12,
-                patience=None,
-            ),
+            dict(feedback=feedback(), store=STORE, rounds=4, drawing=drawing),
         ),
     ):
         kept = {}

@@ -10,13 +10,13 @@ from leverplus.core import rng
 from leverplus.embed import EmbedStore
 from leverplus.groups import RLData
 from leverplus.synth import quiet
-from leverplus.learner import selector_learner
+from leverplus.learner import MODEL, selector_learner
 from leverplus.pools import Pool
 from leverplus.recipes import (
-    RECIPES, STAGES, check_recipe, fit_recipe, load_recipe, recipe, recipe_learner, recipes_table,
-    save_recipe,
+    RECIPES, STAGES, check_recipe, load_recipe, recipe, recipe_learner, recipes_table, save_recipe,
 )
 from leverplus.rewards import REWARDS
+from leverplus.selector import PointerSelector
 from leverplus.synth import synth_dls
 
 # the earlier ones first: an unknown name is told in this order
@@ -65,11 +65,11 @@ ITEMS = pd.DataFrame(
     dict(question_id=range(40), image_id=range(40), answer=["red bus", "bus", "blue dog", "dog"] * 10)
 )
 def make(r, train=TRAIN, **kw):
-    return recipe_learner(r, train, DEV, STORE, zero=ZERO, **{"items": ITEMS} | kw)
+    return recipe_learner(train, DEV, STORE, r, zero=ZERO, **{"items": ITEMS} | kw)
 def fit(learn, r, **kw):
     with quiet(learn), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return fit_recipe(learn, r, **kw)
+        return learn.fit_recipe(r, **kw)
 def weights(learn): return {k: v.detach().clone() for k, v in learn.model.state_dict().items()}
 def same(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
@@ -119,7 +119,7 @@ def test_plan_5_is_what_report_003_says():
     # section 1: '50 epochs GRPO, KL_BETA=0.1, USE_RANK_ADVANTAGE=false, GRPO_LR=5e-6'
     # section 3: z-score, std clamped at .1; section 2.2: RCE lr 1e-4
     rce, grpo = EARLIER["plan5"]["stages"]
-    said = dict(n_epoch=50, beta=.1, how="zscore", lr=5e-6, min_std=.1)
+    said = dict(n_epoch=50, beta=.1, baseline="zscore", lr=5e-6, min_std=.1)
     assert {k: grpo[k] for k in said} == said
     assert rce["lr"] == 1e-4
     # plan 6: ten times
@@ -165,7 +165,7 @@ def test_changes_are_merged_and_noted(name, n, lr, mode):
         (lambda: recipe("xyz", ALL), "there are rce-only"),
         (lambda: recipe("plan5", ALL, sft=dict(lr=1.0)), "one of model, data, rce, grpo"),
         (lambda: recipe("plan5", ALL, grpo=3), "change grpo=3"),
-        (lambda: recipe("plan5", ALL, grpo=dict(how=torch.relu)), "is a builtin"),
+        (lambda: recipe("plan5", ALL, grpo=dict(baseline=torch.relu)), "is a builtin"),
         (lambda: recipe("plan5", ALL, model=dict(width=3)), "no setting of the model is called width"),
         (lambda: recipe("plan5", ALL, data=dict(reward="best")), "reward mode 'best'"),
         (lambda: recipe("plan5", ALL, data=dict(weights=dict(w=1.0))), "has no .'w'."),
@@ -185,7 +185,7 @@ def test_what_cannot_be_meant(change, said):
     "stage,more,said",
     [
         ("grpo", dict(epochs=3), "stage 2 .grpo.*epochs"),
-        ("grpo", dict(how="best"), "stage 2.*how 'best'"),
+        ("grpo", dict(baseline="best"), "stage 2.*baseline 'best'"),
         ("grpo", dict(freeze=["body"]), "freeze body: this PointerSelector has .*encoder, attention, head"),
         ("grpo", dict(queries=["top"]), "queries .'top'."),
         (
@@ -201,12 +201,32 @@ def test_what_cannot_be_meant(change, said):
 )
 def test_settings_are_tried_before_anything_trains(stage, more, said):
     r = small("plan5", **{stage: more})
-    learn = make(r)
+    learn = make(small("plan5"))
     w = weights(learn)
     with pytest.raises(ValueError, match=said): fit(learn, r)
     assert same(w, weights(learn))
     assert not learn.history.rows
-    assert "recipe" not in vars(learn)
+    assert learn.recipe == small("plan5")
+
+def test_a_learner_knows_its_recipe():
+    "What `recipe_learner` was told need not be told again; a name, or a change, may be"
+    told = small("plan5", rce=dict(lr=3e-3))
+    a = fit(make(told), None)
+    b = fit(make(told), told)
+    assert same(weights(a), weights(b)) and a.recipe == told
+    fit(a, None, rce=dict(n_epoch=0), grpo=dict(n_epoch=0))
+    assert [s["n_epoch"] for s in a.recipe["stages"]] == [0, 0]
+    with pytest.raises(ValueError, match="recipe listwise does not fit.*batch size 8"): fit(b, "listwise")
+
+def test_ours_is_what_one_gets_without_a_word():
+    assert recipe() == recipe("ours") and recipe()["model"] == MODEL
+    learn = recipe_learner(TRAIN, DEV, STORE, items=ITEMS)
+    assert learn.recipe == recipe()
+    plain = selector_learner(learn.dls)
+    assert plain.model.config == learn.model.config == PointerSelector(16, **MODEL).config
+    assert recipe_learner(TRAIN, DEV, STORE, "listwise").model.config == PointerSelector(16).config
+    with pytest.raises(ValueError, match="recipe ours, stage 1 .warmup.: a warm-up needs the training items"):
+        plain.fit_recipe()
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_learner_that_is_something_else_is_refused_or_named():
@@ -222,7 +242,7 @@ def test_a_learner_that_is_something_else_is_refused_or_named():
         with pytest.raises(ValueError, match=said): fit(learn, recipe(r, **change))
     fit(learn, recipe(r, data=dict(weights=dict(hard_weight=1.))))   # the default, said aloud
     with quiet(learn), pytest.warns(UserWarning, match="dropout 0.5, wanted 0.1"):
-        fit_recipe(learn, recipe(r, model=dict(dropout=0.1)), check="warn")
+        learn.fit_recipe(r, check="warn", model=dict(dropout=0.1))
     with pytest.raises(ValueError, match="rows would not pass skip_fallback"):
         fit(make(recipe(r, data=dict(filters=[]))), r)
     synth = selector_learner(synth_dls(16, 8, 8), d_hidden=16)
@@ -231,7 +251,7 @@ def test_a_learner_that_is_something_else_is_refused_or_named():
     with pytest.raises(ValueError, match="without rows"): fit(synth, small("plan9"), check=None)
     with pytest.raises(ValueError, match="check 'no'"): fit(learn, r, check="no")
     with pytest.raises(ValueError, match="needs InfoScore: pass zero"):
-        recipe_learner(recipe("advice2", ALL), TRAIN, DEV, STORE)
+        recipe_learner(TRAIN, DEV, STORE, recipe("advice2", ALL))
 
 def test_a_broken_file_names_itself(tmp_path):
     f = tmp_path/"r.json"
@@ -252,7 +272,7 @@ def test_no_epochs_of_grpo_say_so_and_stop():
     with quiet(learn), pytest.warns(
         UserWarning, match="0 epochs asked of the stage .*GRPO.*stays as it is"
     ) as said:
-        assert fit_recipe(learn, r) is learn
+        assert learn.fit_recipe(r) is learn
     assert len(said) == 2
     assert same(w, weights(learn))
     assert not learn.history.rows
@@ -329,7 +349,7 @@ def test_stages_of_a_recipe_choose_their_epoch_by_what_the_learner_is_told():
         assert learn.choose_by is not None
         with quiet(learn), warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
-            fit_recipe(learn, r)
+            learn.fit_recipe(r)
         assert len(asked) == (0 if best is False else 4)
         assert any("chooses nothing" in str(w.message) for w in said) == (best is False)
 

@@ -1,6 +1,5 @@
 "Jobs: the same rows from paths, in one process, in shards, and on Ray actors; kills; plans"
 import json, os, pickle, shutil, signal, subprocess, sys, textwrap, time
-from dataclasses import asdict, replace
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from hypothesis import given, settings, strategies as st
@@ -8,7 +7,12 @@ from leverplus.core import read_json, repo_path
 from leverplus.data import BadItems
 from leverplus.groups import RLData
 from leverplus.runs import Busy
-from leverplus.rldata_scale import Job, RayWorker, generate_ray, plan_run
+from leverplus.embed import EmbedStore
+from leverplus.rldata_scale import (
+    ROW_BYTES, RayWorker, Splits, asking_costs, embed_plan, embed_splits, generate_plan, generate_ray,
+    measured_rate, plan_run, questions_there, rate_of, sequences_of, size_text, time_text,
+)
+from leverplus.settings import Job, change, plain_settings, read_settings, settings_of
 
 SOFT = ["vqa_gt_prob", "vqa_gt_logprobs"]
 
@@ -23,29 +27,32 @@ def kept(tmp_path_factory):
     return str(tmp_path_factory.mktemp("store"))
 
 @pytest.fixture(scope="module")
-def mock(kept): return Job(lvlm="mock", store=kept, limit=24, window=2, test=4)
+def mock(kept): return settings_of(Job, lvlm="mock", store=kept, limit=24, window=2, test=4)
 
 @pytest.fixture(scope="module")
-def tiny(kept): return Job(store=kept, limit=8, window=2, test=4, device="cpu", counts=dict(beam=2, random=2))
+def tiny(kept):
+    counts = dict(beam=2, random=2)
+    return settings_of(Job, store=kept, limit=8, window=2, test=4, device="cpu", counts=counts)
 
 # ---- jobs --------------------------------------------------------------------------------------------------
 
 def test_a_job_is_small_and_survives_every_journey(mock):
-    odd = replace(mock, shots=[1, 2], counts={"temperature": {"1.3": 2}, "beam": 1}, limit=None)
+    odd = change(mock, shots=[1, 2], counts={"temperature": {"1.3": 2}, "beam": 1}, limit=None)
     for j in (mock, odd):
-        assert pickle.loads(pickle.dumps(j)) == j == Job(**json.loads(json.dumps(asdict(j))))
+        said = json.dumps(plain_settings(j))
+        assert pickle.loads(pickle.dumps(j)) == j == read_settings(Job, json.loads(said))
         assert len(pickle.dumps(j)) < 2000
-    assert odd.shots == (1, 2) and odd.counts["temperature"] == {1.3: 2}
+    assert odd.proposing.shots == (1, 2) and odd.proposing.counts["temperature"] == {1.3: 2}
 
 @pytest.mark.parametrize(
     "bad, says",
     [
-        (dict(reader="gqa"), "okvqa, vqav2"),
-        (dict(sampler="best"), "random, text"),
+        (dict(reader="gqa"), "'okvqa', 'vqav2'"),
+        (dict(sampler="best"), "'random', 'text'"),
         (dict(dtype="int8"), "bfloat16"),
         (dict(style="prose"), "interleaved"),
         (dict(K=2, shots=(2,)), "shots < K"),
-        (dict(prefix_cache="on"), "off, query, global"),
+        (dict(prefix_cache="on"), "'off', 'query', 'global'"),
         (dict(window=0), "window 0"),
         (dict(limit=0), "limit 0"),
         (dict(counts=dict(beams=3)), "beams"),
@@ -53,17 +60,18 @@ def test_a_job_is_small_and_survives_every_journey(mock):
     ],
 )
 def test_bad_jobs_say_so_at_once(bad, says):
-    with pytest.raises(ValueError, match=says): Job(**bad)
+    with pytest.raises(ValueError, match=says): settings_of(Job, **bad)
 
 def test_missing_data_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere"): Job(data=str(tmp_path/"nowhere")).items()
-    with pytest.raises(FileNotFoundError, match="split 'val'"): Job(split="val").items()
+    nowhere = settings_of(Job, data=str(tmp_path/"nowhere"))
+    with pytest.raises(FileNotFoundError, match="nowhere"): nowhere.items()
+    with pytest.raises(FileNotFoundError, match="split 'val'"): settings_of(Job, split="val").items()
     with pytest.raises(FileNotFoundError, match="no such folder of images"):
-        Job(images=str(tmp_path / "none")).items()
+        settings_of(Job, images=str(tmp_path / "none")).items()
 
 def test_inputs_are_made_once_and_equal_when_made_again(tmp_path, monkeypatch):
     import leverplus.rldata_scale as s
-    job = Job(lvlm="mock", store=str(tmp_path / "s"), split="dev", sampler="mixed", K=8, limit=5)
+    job = settings_of(Job, lvlm="mock", store=str(tmp_path/"s"), split="dev", sampler="mixed", K=8, limit=5)
     items, store, pool = job.inputs()
     # nobody may make them again
     monkeypatch.setattr(s, "embed_items", None)
@@ -73,11 +81,11 @@ def test_inputs_are_made_once_and_equal_when_made_again(tmp_path, monkeypatch):
     assert pool2 == pool
     assert len(pool) == 250
     assert set(items.split) == {"train", "dev"}
-    with pytest.raises(TypeError): replace(job, K=9).inputs() # another pool has to be made
+    with pytest.raises(TypeError): change(job, K=9).inputs() # another pool has to be made
     for f in (tmp_path/"s").glob("*/done"): f.unlink() # killed before it was whole
     with pytest.raises(TypeError): job.inputs()
     monkeypatch.undo()
-    fresh = replace(job, store=None).inputs()
+    fresh = change(job, store=None).inputs()
     assert fresh[1].fingerprint == store.fingerprint and fresh[2] == pool
 
 def test_the_embedded_world_as_a_job_has_the_facts_of_the_demo(tmp_path, kept):
@@ -85,7 +93,7 @@ def test_the_embedded_world_as_a_job_has_the_facts_of_the_demo(tmp_path, kept):
     from leverplus.world import load_world
     groups = make_groups(load_world(), tmp_path/"demo", train_queries=6, dev_queries=4, progress=False)
     for split, n in dict(train=6, dev=4).items():
-        job = Job(split=split, limit=n, store=kept)
+        job = settings_of(Job, split=split, limit=n, store=kept)
         data = job.run(tmp_path / split, progress=False)
         want = groups[split]
         assert data.pool == want.pool and data.rows.scorer.equals(want.rows.scorer)
@@ -114,7 +122,8 @@ def test_real_okvqa(tmp_path, okvqa):
         Image.new("RGB", (32, 32), (k % 256, k * 7 % 256, 90)).save(
             root / "images" / f"COCO_val2014_{i:012d}.jpg"
         )
-    job = Job(
+    job = settings_of(
+        Job,
         data=str(root),
         reader="soft_labels",
         split="val",
@@ -134,8 +143,8 @@ def test_real_okvqa(tmp_path, okvqa):
     with pytest.raises(BadItems, match="image file is empty"): job.items()
 
 def test_a_job_in_shards_and_verified(tmp_path, tiny):
-    whole = tiny.run(tmp_path/"one", verify=2, progress=False)
-    for i in range(2): tiny.run(tmp_path/"two", shard=(i, 2), verify=1, progress=False)
+    whole = change(tiny, verify=2).run(tmp_path/"one", progress=False)
+    for i in range(2): change(tiny, verify=1).run(tmp_path/"two", shard=(i, 2), progress=False)
     union = RLData.load(tmp_path / "two")
     same(union, whole)
     v = whole.manifest["verify"]
@@ -145,16 +154,112 @@ def test_a_job_in_shards_and_verified(tmp_path, tiny):
 def test_settings_that_change_no_fact_may_change_on_the_way(tmp_path, tiny):
     "Batches, caches and the folder's place are not settings; type and style are"
     tiny.run(tmp_path / "r", progress=False)
-    free = replace(tiny, batch_tokens=512, prefix_cache="global", vision_dir=str(tmp_path / "v"), store=None)
+    free = change(tiny, batch_tokens=512, prefix_cache="global", vision_dir=str(tmp_path / "v"), store=None)
     assert len(free.run(tmp_path/"r", progress=False)) == 8*4
     for bad in (dict(dtype="bfloat16"), dict(style="chat"), dict(limit=7), dict(pool_seed=1)):
         with pytest.raises(ValueError, match="belong to other settings"):
-            replace(tiny, **bad).run(tmp_path / "r", progress=False)
+            change(tiny, **bad).run(tmp_path / "r", progress=False)
+
+def test_a_run_keeps_the_job_that_repeats_it(tmp_path, mock):
+    mock = change(mock, verify=1, two_stage=dict(top=2), style="chat", max_failed=.5)
+    data = mock.run(tmp_path/"r", progress=False)
+    again = read_settings(Job, read_json(tmp_path/"r"/"manifest.json")["job"])
+    assert again == mock
+    repeated = again.run(tmp_path/"again", progress=False)
+    pd.testing.assert_frame_equal(repeated.rows, data.rows)
+    assert repeated.manifest["settings"] == data.manifest["settings"]
+    # what no row depends on may change on the way, and the manifest says what it is now
+    more = change(mock, verify=3, batch_tokens=99)
+    assert read_settings(Job, more.run(tmp_path/"r", progress=False).manifest["job"]) == more
+    for i in range(2): mock.run(tmp_path/"shards", shard=(i, 2), progress=False)
+    assert read_settings(Job, RLData.load(tmp_path/"shards").manifest["job"]) == mock
+
+# ---- embeddings in parts -----------------------------------------------------------------------------------
+
+@pytest.fixture
+def dev(tmp_path): # a small data set: 250 questions about 125 pictures
+    return settings_of(Job, split="dev", candidates="dev", lvlm="mock", store=str(tmp_path/"s"), device="cpu")
+
+def test_parts_of_embeddings_make_the_whole(tmp_path, dev, monkeypatch):
+    "The same fingerprint as in one go, where `Job.inputs` looks for it; nothing is embedded twice"
+    import leverplus.rldata_scale as s
+    whole = change(dev, store=str(tmp_path/"whole")).inputs()[1]
+    splits = Splits(dev, ["dev", "dev"])
+    assert splits.to_do() == ["dev"] and len(splits.every) == 250
+    first = embed_splits(splits, (1, 3), progress=False)
+    assert first.left == ["000of003", "002of003"]
+    folder = splits.parts_folder()
+    assert first.lines() == [f"{folder}: 1 of 3 parts are there; still to come: 000of003, 002of003"]
+    assert not dev.embed_place().exists()
+    real = s.embed_items
+    asked = []
+    def embed(items, *a, **k):
+        asked.append(len(items))
+        return real(items, *a, **k)
+    monkeypatch.setattr(s, "embed_items", embed)
+    assert embed_splits(splits, (0, 3), progress=False).left == ["002of003"]
+    assert embed_splits(splits, (1, 3), progress=False).left == ["002of003"]        # it lies there
+    assert len(asked) == 1
+    done = embed_splits(splits, (2, 3), progress=False)
+    assert done.left == done.before == [] and len(asked) == 2
+    assert done.lines() == [f"dev: 250 items with their candidates, {dev.embed_place()}"]
+    assert not list(folder.glob("*/[!.]*")) # parts are removed, locks stay
+    again = embed_splits(splits, parts=5, progress=False)
+    assert again.before == ["dev"] and len(asked) == 2
+    assert again.lines()[0].endswith("(was there)")
+    store = dev.inputs()[1]
+    assert len(asked) == 2
+    assert store.fingerprint == whole.fingerprint
+    torch.testing.assert_close(store.get(store.ids), whole.get(store.ids), atol=1e-5, rtol=0)
+
+def test_a_kill_costs_one_part(tmp_path, dev, monkeypatch):
+    import leverplus.rldata_scale as s
+    real = s.embed_items
+    asked = []
+    def embed(items, *a, **k):
+        asked.append(len(items))
+        if len(asked) == 2: raise KeyboardInterrupt
+        return real(items, *a, **k)
+    monkeypatch.setattr(s, "embed_items", embed)
+    splits = Splits(dev, ["dev"])
+    with pytest.raises(KeyboardInterrupt): embed_splits(splits, parts=3, progress=False)
+    assert [f.parent.name for f in splits.parts_folder().glob("*/done")] == ["000of003"]
+    assert embed_splits(splits, parts=3, progress=False).left == []
+    assert len(asked) == 4 and splits.to_do() == []
+    assert EmbedStore.load(dev.embed_place()).fingerprint == dev.inputs()[1].fingerprint
+
+def test_a_part_that_somebody_makes_is_left_to_them(dev):
+    from leverplus.rldata_generate import run_lock
+    splits = Splits(dev, ["dev"])
+    with run_lock(splits.parts_folder()/"000of002"):
+        with pytest.raises(Busy, match="is writing this run"): embed_splits(splits, (0, 2), progress=False)
+        assert embed_splits(splits, (1, 2), progress=False).left == ["000of002"]
+
+def test_somebody_else_may_be_the_last(dev, monkeypatch):
+    "They put all together, and remove the parts, before this process has looked which are there"
+    import leverplus.rldata_scale as s
+    splits = Splits(dev, ["dev"])
+    real = s._embed_part
+    def embed(splits, shard, folder, progress):
+        real(splits, shard, folder, progress)
+        if shard == (0, 2): assert embed_splits(splits, (1, 2), progress=False).left == []
+    monkeypatch.setattr(s, "_embed_part", embed)
+    assert embed_splits(splits, (0, 2), progress=False).left == []
+    assert splits.to_do() == []
+
+def test_splits_share_what_is_embedded(tmp_path, kept):
+    "Each split has its candidates beside it; every item is embedded once, and lies in each store that wants it"
+    job = settings_of(Job, store=str(tmp_path/"s"), candidates="dev", device="cpu")
+    splits = Splits(job, ["dev", "test"])
+    assert len(splits.every) < sum(map(len, splits.items.values()))
+    with pytest.raises(FileNotFoundError, match="split 'val'"): Splits(job, ["val"])
+    with pytest.raises(ValueError, match="no split"): Splits(job, [])
+    with pytest.raises(ValueError, match="store None"): Splits(change(job, store=None), ["dev"])
 
 # ---- workers -----------------------------------------------------------------------------------------------
 
 def test_a_worker_makes_windows_and_reports_errors_as_rows(tmp_path, mock):
-    w = RayWorker(mock, tmp_path / "r", verify=3)
+    w = RayWorker(change(mock, verify=3), tmp_path / "r")
     out = w(dict(window=np.array([0, 5])))
     assert [json.loads(t)["rows"] for t in out["tally"]] == [30, 30]
     assert out["error"] == ["", ""]
@@ -162,11 +267,11 @@ def test_a_worker_makes_windows_and_reports_errors_as_rows(tmp_path, mock):
     assert out["end"][0] >= out["start"][0]
     assert sum(len(json.loads(s)) for s in out["seen"]) <= 3
     assert len(set(map(len, out.values()))) == 1
-    bad = RayWorker(replace(mock, seed=1), tmp_path / "r")(dict(window=[1]))
-    assert "seed: there 0, here 1" in bad["error"][0]
+    bad = RayWorker(change(mock, seed=1), tmp_path / "r")(dict(window=[1]))
+    assert "proposing.seed: there 0, here 1" in bad["error"][0]
     assert bad["tally"] == ["{}"]
     assert len(list((tmp_path / "r").glob("part-*"))) == 2
-    gone = RayWorker(replace(mock, lvlm=str(tmp_path / "no-model")), tmp_path / "x")(dict(window=[0]))
+    gone = RayWorker(change(mock, lvlm=str(tmp_path / "no-model")), tmp_path / "x")(dict(window=[0]))
     assert "no-model" in gone["error"][0]
     late = RayWorker(mock, tmp_path / "r")
     late.run.items = late.run.items.drop(late.run.windows[3][0])
@@ -223,10 +328,11 @@ def test_two_ray_actors_make_what_one_process_makes(tmp_path, mock, ray):
     _, store, _ = mock.inputs()
     torch.manual_seed(0)
     policy = PointerSelector(store.dim("mixed"), d_hidden=16, prior=False).eval()
-    whole = mock.run(tmp_path / "one", verify=4, progress=False, policy=policy)
+    mock = change(mock, verify=4)
+    whole = mock.run(tmp_path / "one", progress=False, policy=policy)
     seen = []
     data = generate_ray(
-        mock, tmp_path / "ray", workers=2, verify=4, progress=False, each=seen.append, policy=policy
+        mock, tmp_path / "ray", workers=2, progress=False, each=seen.append, policy=policy
     )
     pd.testing.assert_frame_equal(data.rows, whole.rows)
     assert data.fingerprint == whole.fingerprint and data.manifest["settings"] == whole.manifest["settings"]
@@ -262,33 +368,36 @@ def test_what_a_worker_cannot_do_stops_the_driver(tmp_path, mock, ray, monkeypat
     monkeypatch.setattr(s, "_stream", local)
     run = lambda job, **kw: generate_ray(job, tmp_path / "r", workers=1, progress=False, **kw)
     with pytest.raises(RuntimeError, match="window 0: .*no-model"):
-        run(replace(mock, lvlm=str(tmp_path / "no-model")))
+        run(change(mock, lvlm=str(tmp_path / "no-model")))
     whole = run(mock)
     assert whole.manifest["complete"] and len(whole) == 24 * 15
     # though all its windows lie there
-    with pytest.raises(RuntimeError, match="window 0: ValueError: .*seed: there 0, here 1(.|\\n)*Traceback"):
-        run(replace(mock, seed=1))
-    assert run(mock, verify=3).manifest["verify"]["asked"] == 3 # windows on disk, opened again to verify them
+    other_seed = "window 0: ValueError: .*proposing.seed: there 0, here 1(.|\\n)*Traceback"
+    with pytest.raises(RuntimeError, match=other_seed):
+        run(change(mock, seed=1))
+    # windows on disk, opened again to verify them
+    assert run(change(mock, verify=3)).manifest["verify"]["asked"] == 3
     part = generate_ray(mock, tmp_path / "s", workers=1, shard=(0, 2), progress=False)
     assert part.manifest["shard"] == [0, 2] and 0 < len(part.queries) < 24
 
 DRIVER = """
     import sys; sys.path.insert(0, {root!r})
-    from leverplus.rldata_scale import Job, generate_ray
+    from leverplus.rldata_scale import generate_ray
+    from leverplus.settings import Job, read_settings
     import ray, time
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100_000_000)
     def hang(out):
         print(out["window"], flush=True)
         time.sleep(600)
-    generate_ray(Job(**{job!r}), {path!r}, workers=1, progress=False, each=hang)
+    generate_ray(read_settings(Job, {job!r}), {path!r}, workers=1, progress=False, each=hang)
 """
 
 def test_kill_9_of_the_ray_driver(tmp_path, mock):
     "Its actor dies with it; the directory is free, and what lies there is not asked again"
     pytest.importorskip("ray")
-    job = replace(mock, limit=160)
+    job = change(mock, limit=160)
     code = textwrap.dedent(DRIVER).format(
-        root=str(Path(__file__).parent.parent), job=asdict(job), path=str(tmp_path / "r")
+        root=str(Path(__file__).parent.parent), job=plain_settings(job), path=str(tmp_path / "r")
     )
     p = subprocess.Popen(
         [sys.executable, "-c", code],
@@ -323,6 +432,83 @@ def test_a_plan_by_hand():
     assert (p.rows_gb == 1000 * 36 * 50 / 1e9).all()
     assert (p.features_gb == 1.0).all()
     with pytest.raises(ValueError, match="prompts_per_second"): plan_run(0.)
+
+def test_how_long_and_how_large_in_words():
+    assert time_text(3600*62, 62.) == "1 h at 62 prompts/s (given)"
+    assert time_text(90, 1., "images", "measured") == "1.5 min at 1 images/s (measured)"
+    assert time_text(0, 5.) == time_text(0, None) == "none: everything is there"
+    assert "not known" in time_text(1, None)
+    assert [size_text(n) for n in (2e9, 3e6, 4e3)] == ["2 GB", "3 MB", "4 kB"]
+
+def test_the_rate_of_a_run_is_measured(tmp_path, mock):
+    job = change(mock, limit=8)
+    job.run(tmp_path/"run", progress=False)
+    parts = sorted(tmp_path.glob("run/part-*.parquet"))
+    assert len(parts) == 4
+    for i, p in enumerate(parts): os.utime(p, (1000 + 10*i, 1000 + 10*i))
+    assert measured_rate(tmp_path/"run") == 2*15/10
+    assert rate_of(job, tmp_path/"run") == (3., f"measured in {tmp_path/'run'}")
+    for p in parts[:2]: p.unlink()
+    assert measured_rate(tmp_path/"run") is measured_rate(tmp_path/"nowhere") is None
+
+def test_a_rate_is_given_measured_known_expected_or_not_known(tmp_path, mock):
+    assert rate_of(mock, tmp_path, 7.) == (7., "given")
+    assert rate_of(Job())[0] == 320
+    assert rate_of(change(mock, lvlm="somebody/else"), tmp_path) == (None, "")
+    big = change(mock, lvlm="Qwen/Qwen2.5-VL-7B-Instruct")
+    rate, why = rate_of(big)
+    assert "ASSUMED, not measured: 35% of a H100's peak, images of 4 tokens, encoded before, 1." in why
+    slower, _ = rate_of(big, shots=(8,))
+    faster, _ = rate_of(change(big, lvlm="Qwen/Qwen2.5-VL-3B-Instruct"))
+    assert slower < rate < faster
+
+def test_sequences_of_a_question():
+    assert sequences_of(Job()) == 5 + 1 + 5 + 2 + 2
+    assert sequences_of(settings_of(Job, shots=(1, 2))) == 30
+    assert sequences_of(settings_of(Job, K=3)) == 3*2
+    assert sequences_of(settings_of(Job, counts=dict(random=9), K=4, shots=(1, 2))) == 4 + 9
+
+def test_the_plan_of_a_job_is_what_it_then_asks(tmp_path, mock):
+    job = change(mock, limit=9, window=2, test=4, verify=0, max_failed=1.)
+    path = tmp_path/"r"
+    def calls(**kw): return generate_plan(job, path, **kw)["LVLM calls"]
+    assert calls() == f"at most {9*15 + 4}"
+    assert not path.exists()
+    assert generate_plan(job, path, rate=.5)["time"].endswith("at 0.5 prompts/s (given)")
+    job.run(path, progress=False)
+    assert calls() == "0" and generate_plan(job, path)["time"] == "none: everything is there"
+    assert generate_plan(job, path)["questions"] == "9 of data/islands, split train; 9 are there already"
+    (path/"part-00004.parquet").unlink() # one question
+    (path/"part-00001.parquet").unlink() # two
+    assert questions_there(job, path) == 6 and calls() == f"at most {3*15 + 4}"
+    own = change(job, limit=None)
+    plan = generate_plan(own, path, shard=(0, 3))
+    assert "900 of data/islands, split train, part 0 of 3: " in plan["questions"]
+    assert "; 0 are there already" in plan["questions"]
+    two = generate_plan(change(job, two_stage=dict(top=2, random=1)), path)
+    assert two["sequences"] == "15 per question (shots 2; pools of 16); of each shot count at most 3 get a text"
+
+def test_costs_of_asking():
+    costs = asking_costs(1000, 10., "measured", 500, "runs/x")
+    assert list(costs) == ["LVLM calls", "time", "disk"]
+    assert costs["LVLM calls"] == "at most 1,000"
+    assert costs["time"] == "1.7 min at 10 prompts/s (measured)"
+    assert costs["disk"] == f"about {size_text(500*ROW_BYTES)} in runs/x"
+    assert asking_costs(1000, None)["disk"] == f"about {size_text(1000*ROW_BYTES)} in "
+
+def test_the_plan_of_embedding(dev):
+    splits = Splits(dev, ["dev"])
+    plan = embed_plan(splits, rate=50.)
+    assert plan["to do"] == "dev"
+    assert plan["images"] == "125 to encode"
+    assert plan["time"] == "2.5 s at 50 images/s (given)"
+    assert embed_plan(splits, (0, 5))["images"] == "25 to encode"
+    assert plan["disk"] == f"about {size_text(2*250*64*4)} in {dev.data.store}"
+    embed_splits(splits, (0, 2), progress=False)
+    assert embed_plan(splits)["images"].endswith("some of them in 1 parts that are there")
+    embed_splits(splits, (1, 2), progress=False)
+    assert embed_plan(splits)["to do"] == "nothing, all is there"
+    assert "768 numbers" in embed_plan(Splits(change(dev, clip="somebody/clip"), ["dev"]))["disk"]
 
 @given(st.floats(1, 1e4), st.integers(1, 10**7), st.integers(1, 64))
 def test_more_gpus_never_take_longer_and_never_less_than_their_share(rate, queries, sequences):

@@ -231,31 +231,31 @@ def test_decoders_refuse_too_much():
     check_room(mask, 1)
 
 @settings(max_examples=15, deadline=None)
-@given(seed=st.integers(0, 10**6), S=st.integers(1, 3), temperature=st.sampled_from([.5, 1., 2.]))
-def test_distinct_samples(seed, S, temperature):
+@given(seed=st.integers(0, 10**6), S=st.integers(1, 3), temp=st.sampled_from([.5, 1., 2.]))
+def test_distinct_samples(seed, S, temp):
     m = selector(seed)
     q, c, mask = pools(seed, K=5, pad=1)
     enc = m.encode(q, c, mask)
     n = math.perm(4, S)
     g = torch.Generator().manual_seed(seed)
-    seqs, lp = m.sample(enc, S, n, temperature, generator=g)
+    seqs, lp = m.sample(enc, S, n, temp, generator=g)
     assert all(len(set(map(tuple, s.tolist()))) == n for s in seqs)
     check_seqs(seqs, None, mask)
     assert lp.isfinite().all()
-    if temperature == 1: close(m.logp(enc, seqs), lp, 1e-4)
-    again, _ = m.sample(enc, S, n, temperature, generator=torch.Generator().manual_seed(seed))
+    if temp == 1: close(m.logp(enc, seqs), lp, 1e-4)
+    again, _ = m.sample(enc, S, n, temp, generator=torch.Generator().manual_seed(seed))
     assert torch.equal(seqs, again)
     close(lp[1:].exp().sum(-1), torch.ones(2), 1e-4) # a padded pool was drawn empty
 
 @pytest.mark.parametrize("distinct", [True, False])
-@pytest.mark.parametrize("temperature", [1., 2.])
-def test_first_draw_has_the_policys_frequencies(distinct, temperature):
-    m = selector(8, prior_scale=2., temperature=1.)
+@pytest.mark.parametrize("temp", [1., 2.])
+def test_first_draw_has_the_policys_frequencies(distinct, temp):
+    m = selector(8, prior_scale=2., temp=1.)
     q, c, mask = pools(8, B=2, K=4, pad=1)
     n = 6000
     q, c, mask = (x[1:].expand(n, *x.shape[1:]) for x in (q, c, mask))
     enc = m.encode(q, c, mask)
-    seqs, lp = m.sample(enc, 2, 3 if distinct else 1, temperature, distinct, torch.Generator().manual_seed(0))
+    seqs, lp = m.sample(enc, 2, 3 if distinct else 1, temp, distinct, torch.Generator().manual_seed(0))
     small = m.encode(q[:1], c[:1], mask[:1])
     all_seqs = every(3, 2)
     st0 = m.start(small)
@@ -264,8 +264,8 @@ def test_first_draw_has_the_policys_frequencies(distinct, temperature):
         st1 = m.take(small, st0, torch.tensor([[s[0]]]))
         p[tuple(s)] = (
             (
-                m.point(small, st0, 0, temperature)[0, 0, s[0]]
-                + m.point(small, st1, 1, temperature)[0, 0, s[1]]
+                m.point(small, st0, 0, temp)[0, 0, s[0]]
+                + m.point(small, st1, 1, temp)[0, 0, s[1]]
             )
             .exp()
             .item()
@@ -580,7 +580,7 @@ def test_stop_sequences_of_all_lengths_sum_to_one(seed, pad):
     ).all()
 
 def test_stop_samples_have_the_policys_lengths():
-    m = selector(18, stop=True, max_shots=3, prior_scale=2., temperature=1.)
+    m = selector(18, stop=True, max_shots=3, prior_scale=2., temp=1.)
     q, c, mask = pools(18, B=1, K=4, pad=0)
     with torch.no_grad():
         m.stop.bias.zero_()
@@ -686,7 +686,7 @@ def test_shapes_are_refused_with_a_sentence():
         (lambda: m.encode(q, c, mask.float()), "bool"),
         (lambda: m.encode(q, c, torch.zeros_like(mask)), "row 0"),
         (lambda: PointerSelector(4, state="lstm"), "'gru'"),
-        (lambda: PointerSelector(4, temperature=0.0), "temperature"),
+        (lambda: PointerSelector(4, temp=0.0), "temp"),
         (lambda: PointerSelector(4, scorer="dot"), "'bilinear'"),
         (lambda: PointerSelector(4, diversity="x"), "'coverage'"),
         (lambda: PointerSelector(4, match="x"), "'heads'"),
@@ -752,8 +752,19 @@ def test_strict_config(ckpt):
     edit_config(d, state="gate", **{"class": "PointerSelectorV3"})
     with pytest.raises(ValueError, match="checkpoint of 'PointerSelectorV3'"):
         PointerSelector.from_pretrained(d)
+    edit_config(d, temperature=.2, **{"class": "PointerSelector"})   # both words for one setting
+    with pytest.raises(ValueError, match="unknown: temperature"): PointerSelector.from_pretrained(d)
     (d/"config.json").unlink()
     with pytest.raises(FileNotFoundError, match="config.json"): PointerSelector.from_pretrained(d)
+
+def test_a_checkpoint_that_says_temperature_loads(ckpt):
+    m, d = ckpt
+    edit_config(d, temp="DROP", temperature=.3)
+    back = PointerSelector.from_pretrained(d)
+    assert back.pointer_temp == back.config["temp"] == .3 and "temperature" not in back.config
+    assert PointerSelector.from_pretrained(d, temp=.5).pointer_temp == .5
+    back.save_pretrained(d)
+    assert json.loads((d/"config.json").read_text())["temp"] == .3
 
 def test_incomplete_and_odd(ckpt):
     m, d = ckpt

@@ -9,6 +9,7 @@ from leverplus.rldata_generate import generate, run_lock
 from leverplus.rldata_ask import FactCache, facts_fingerprint
 from leverplus.runs import plain
 from leverplus.statistics import Bootstrap
+from leverplus.settings import Asking, Guarding, Proposing
 from leverplus.sweep import (
     FIXED, GRIDS, append_row, cell_id, data_fingerprint, expand_grid, plot_sweep, read_rows, sweep,
     sweep_scores, sweep_table, sweep_text,
@@ -20,7 +21,7 @@ def data(tmp_path_factory):
     "(world, groups) of 10 questions each"
     w = make_world()
     d = tmp_path_factory.mktemp("groups")
-    kw = dict(counts=dict(beam=2, random=3), test=0, progress=False)
+    kw = dict(proposing=Proposing(counts=dict(beam=2, random=3)), guarding=Guarding(test=0), progress=False)
     return w, {
         s: generate(
             d / s, list(w.pools[s])[:10], w.items, w.pools[s].only(list(w.pools[s])[:10]), w.scorer, w.store,
@@ -38,7 +39,7 @@ same = lambda a, b: pd.testing.assert_frame_equal(a.drop(columns="seconds"), b.d
 VALUES = {
     "objective": ["rce", "sft", "listwise", ("rce", "grpo")],
     "reward": ["hard_only", "legacy", "gtprob", ("hybrid", dict(alpha=0.3))],
-    "reward.hard_weight": [1.0, 2.0], "rce.norm": ["raw", "zscore"], "grpo.how": ["rank", "zscore"],
+    "reward.hard_weight": [1.0, 2.0], "rce.norm": ["raw", "zscore"], "grpo.baseline": ["rank", "zscore"],
     "kind": ["mixed", "text"], "model.d_hidden": [8, 16]
 }
 
@@ -68,7 +69,7 @@ def test_a_grid_holds_every_combination_that_differs_once(grid):
         assert sum(all(full[k] == v for k, v in c.items()) and set(FIXED) <= set(c) for c in got) >= 1
     for c in got:
         assert ("rce.norm" not in c) or "rce" in c["objective"]
-        assert ("grpo.how" not in c) or "grpo" in c["objective"]
+        assert ("grpo.baseline" not in c) or "grpo" in c["objective"]
 
 @pytest.mark.parametrize(
     "grid, base, what",
@@ -76,11 +77,15 @@ def test_a_grid_holds_every_combination_that_differs_once(grid):
         ({"rce.nrom": ["raw"]}, {}, "rce.nrom"), ({"objective": ["rec"]}, {}, "fit_rec"),
         ({"rce.norm": "raw"}, {}, "wanted a list"), ({"kind": ["text"]}, {"kind": "image"}, "grid and base"),
         ({"reward": ["hard_onyl"]}, {}, "hard_onyl"), ({"rce.resume": ["x"]}, {}, "rce.resume"),
-        ({"grpo.how": ["rank"]}, {}, "grpo.how"), ({"kind": []}, {}, "wanted a list")
+        ({"grpo.baseline": ["rank"]}, {}, "grpo.baseline"), ({"kind": []}, {}, "wanted a list")
     ],
 )
 def test_wrong_grids_are_refused_before_anything_is_trained(grid, base, what):
     with pytest.raises(ValueError, match=what): expand_grid(grid, base)
+
+@pytest.mark.parametrize("name", ["grpo.clip_low", "grpo.refresh", "grpo.baseline", "grpo.min_live", "grpo.beta"])
+def test_all_arguments_of_an_objective_can_be_tried(name):
+    assert len(expand_grid({"objective": [("rce", "grpo")], name: [1, 2]})) == 2
 
 def test_the_reports_grids_can_be_read():
     assert [len(expand_grid(g)) for g in GRIDS.values()] == [34, 4, 2, 4]
@@ -173,12 +178,12 @@ def test_facts_are_asked_in_the_style_that_was_asked_for(data, tmp_path):
     w, groups = data
     s = make_world(Scripted())
     cells = {
-        how: sweep(tmp_path / "s", {"mine.lr": [1e-2]}, groups, s, [0], MINE, STAGES, style=how).cell[0]
-        for how in ("interleaved", "chat")
+        style: sweep(tmp_path / "s", {"mine.lr": [1e-2]}, groups, s, [0], MINE, STAGES, style=style).cell[0]
+        for style in ("interleaved", "chat")
     }
     assert cells["interleaved"] != cells["chat"]
     assert set(FactCache(tmp_path / "s" / "facts").scorers) == {
-        facts_fingerprint(s.scorer, how) for how in cells
+        facts_fingerprint(s.scorer, Asking(style=style)) for style in cells
     }
 
 def test_a_failed_cell_is_recorded_and_tried_again_and_a_kill_costs_one_cell(data, tmp_path, monkeypatch):

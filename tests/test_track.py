@@ -4,13 +4,12 @@ import numpy as np, pandas as pd, pytest, torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
 from fastai.learner import Learner
-from leverplus.callback_core import Objective, SkipFlat, StageCallback, Stats
+from leverplus.callback_core import SCHEDULES, Objective, SkipFlat, StageCallback, Stats, as_schedule
 from leverplus.callback_grpo import GRPO
 from leverplus.callback_kl import EntropyFloor, KLToRef
 from leverplus.callback_rce import RCE
 from leverplus.callback_schedule import (
-    SCHEDULES, Freeze, NoDropout, Phases, SplitShots, TempSchedule, TopKCurriculum, as_schedule, keep_k,
-    part_of, phase_rows,
+    Freeze, NoDropout, Phases, SplitShots, TempSchedule, TopKCurriculum, keep_k, part_of, phase_rows,
 )
 from leverplus.callback_track import (
     Best, History, RLStats, candidate_ids, greedy_picks, missed, promotion_p, regrets, valid_loss,
@@ -62,7 +61,7 @@ def test_schedules_by_any_name():
 def test_keep_k(rm, k, seed):
     r, m = rm
     torch.manual_seed(seed)
-    kept = {how: keep_k(r, m, k, how) for how in ("best", "worst", "stratified")}
+    kept = {which: keep_k(r, m, k, which) for which in ("best", "worst", "stratified")}
     for x in kept.values(): assert not (x & ~m).any() and (x.sum(-1) == m.sum(-1).clamp(max=k)).all()
     for b in range(len(r)):
         if not m[b].any(): continue
@@ -103,7 +102,7 @@ def test_top_k_is_refused_elsewhere():
         fit(learner(), 1, [RCE(), TopKCurriculum()])
     with pytest.raises(ValueError, match="not those of this batch"):
         fit(learner(), 1, [NoDropout(), Late(), TopKCurriculum()])
-    for bad in (dict(k=0), dict(how="top")):
+    for bad in (dict(k=0), dict(which="top")):
         with pytest.raises(ValueError, match="keep_k"):
             fit(learner(), 1, [NoDropout(), GRPO(), TopKCurriculum(**bad)])
 
@@ -208,7 +207,8 @@ def test_phases_refuse_early():
 # --- lengths -----------------------------------------------------------------------------------------------
 def test_split_shots_loses_nothing_and_separates():
     spy = Spy(lambda s: (s.xb, s.yb, s.pred))
-    learn = fit(learner(dls=synth_dls(32, 16, 32, K=6, N=8, shots=(1, 2, 3))), 1, [RCE(), SplitShots(), spy])
+    dls = synth_dls(32, 16, 32, K=6, N=8, shots=(1, 2, 3))
+    learn = fit(learner(dls=dls), 1, [RCE(skip_flat=False), SplitShots(), spy])
     ((xb, (r, m), pred),) = spy.seen
     n = xb[4].sum(-1)
     rows = learn.dls.train_ds.rows

@@ -2,21 +2,20 @@
 import math
 from dataclasses import replace
 import numpy as np, pandas as pd, pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import assume, given, settings, strategies as st
 from leverplus.groups import RLData
 from leverplus.core import read_json
-from leverplus.rldata_generate import (
-    SECOND, TooManyFailures, check_second, choose, evaluated, generate, tally,
-)
+from leverplus.rldata_generate import TooManyFailures, choose, evaluated, tally, with_text
+from leverplus.settings import TWO_STAGE, Asking, check_two_stage
 from leverplus.rldata_ask import FactCache
 from leverplus.rewards import reward
-from test_generate import ITEMS, POOL, QS, STORE, Scripted
+from test_generate import ITEMS, POOL, QS, STORE, Scripted, made
 
 MANY = dict(beam=4, random=12)
 KW = dict(counts=MANY, test=0, progress=False, window=4)
 
 def run(path, scorer, **kw):
-    return generate(path, QS, ITEMS, POOL, scorer, STORE, **{**KW, "second": SECOND, **kw})
+    return made(path, QS, ITEMS, POOL, scorer, STORE, **{**KW, "two_stage": TWO_STAGE, **kw})
 
 @settings(max_examples=200)
 @given(
@@ -44,7 +43,8 @@ def test_choose(rows, top, low, random, seed):
             for i, (q, S, g, bad) in enumerate(rows)
         ]
     )
-    picked = choose(f, top, low, random, seed)
+    assume(top + low + random)
+    picked = choose(f, dict(top=top, low=low, random=random), seed)
     assert not picked[f.eval_failed].any()
     for _, g in f.assign(picked=picked)[~f.eval_failed].groupby(["question_id", f.pointer.map(len)]):
         n = len(g)
@@ -54,15 +54,14 @@ def test_choose(rows, top, low, random, seed):
         got = np.sort(g.vqa_gt_prob[g.picked])[::-1]
         assert (got[: min(top, n)] == best[: min(top, n)]).all()
         assert low == 0 or (got[-min(low, n) :] == best[-min(low, n) :]).all()
-    assert (
-        choose(f.sample(frac=1, random_state=seed), top, 0, 0, seed).sum() == choose(f, top, 0, 0, seed).sum()
-    )
+    shuffled = f.sample(frac=1, random_state=seed)
+    if top: assert choose(shuffled, dict(top=top), seed).sum() == choose(f, dict(top=top), seed).sum()
 
 def test_rows_of_both_stages_are_kept(tmp_path):
     s = Scripted()
     data = run(tmp_path / "two", s)
     texts = evaluated(data)
-    one = run(tmp_path / "one", Scripted(), second=None)
+    one = run(tmp_path / "one", Scripted(), two_stage=None)
     assert len(data) == len(one) == 16*len(QS) and (texts.rows.groupby("question_id").size() == 12).all()
     # the same facts as in one stage
     pd.testing.assert_series_equal(data.rows.vqa_gt_prob, one.rows.vqa_gt_prob)
@@ -74,6 +73,16 @@ def test_rows_of_both_stages_are_kept(tmp_path):
     assert sum(g for *_, g in s.asked) == len(texts) and sum(not g for *_, g in s.asked) == len(data)
     with pytest.raises(ValueError, match="evaluated"): reward(data.rows)
     assert np.isfinite(reward(texts.rows)).all() and np.isfinite(reward(data.rows, "gtprob")).all()
+
+def test_a_reward_gets_the_rows_that_it_can_judge(tmp_path):
+    data = run(tmp_path/"two", Scripted())
+    assert len(with_text(data, "gtprob")) == len(data)
+    texts = with_text(data)
+    pd.testing.assert_frame_equal(texts.rows, evaluated(data).rows)
+    assert np.isfinite(reward(texts.rows)).all()
+    assert len(with_text(data, "hybrid", dict(alpha=0.))) == len(texts)
+    with pytest.raises(TypeError, match="has no .'beta'."): with_text(data, "gtprob", dict(beta=1.))
+    with pytest.raises(ValueError, match="reward mode 'none'"): with_text(data, "none")
 
 @pytest.mark.parametrize("after", [5, 60, 130, 230])
 def test_broken_off_and_continued_is_uninterrupted(tmp_path, after):
@@ -113,12 +122,15 @@ def test_shards_choose_alike(tmp_path):
 
 def test_one_stage_and_two_do_not_mix(tmp_path):
     run(tmp_path/"a", Scripted())
-    for other in (None, dict(SECOND, top=3)):
-        with pytest.raises(ValueError, match="second"): run(tmp_path/"a", Scripted(), second=other)
+    for other in (None, dict(TWO_STAGE, top=3)):
+        with pytest.raises(ValueError, match="asking.two_stage.top: there 8"):
+            run(tmp_path/"a", Scripted(), two_stage=other)
 
-@pytest.mark.parametrize("second", [dict(top=-1), dict(top=0), dict(best=3), dict(top=1.5), {}])
-def test_bad_second_stage(second):
-    with pytest.raises(ValueError, match="second stage"): check_second(second)
+@pytest.mark.parametrize("counts", [dict(top=-1), dict(top=0), dict(best=3), dict(top=1.5), {}])
+def test_bad_counts_of_two_stages(counts):
+    for check in (check_two_stage, lambda x: Asking(two_stage=x)):
+        with pytest.raises(ValueError, match="two stages"): check(counts)
+    with pytest.raises(ValueError, match="two stages"): choose(pd.DataFrame(), counts)
 
 # ---- budget of failures ------------------------------------------------------------------------------------
 
@@ -130,17 +142,17 @@ def test_budget_of_failures(tmp_path, max_failed, stops):
         if s.question_id % 2
         else s
     )
-    go = lambda scorer, **kw: run(tmp_path/"run", scorer, second=None, max_failed=max_failed, **kw)
+    go = lambda scorer, **kw: run(tmp_path/"run", scorer, two_stage=None, max_failed=max_failed, **kw)
     if stops:
         with pytest.raises(TooManyFailures, match="disk gone.*failed rows are asked again"): go(Scripted(bad))
         assert list((tmp_path / "run").glob("part-*"))
         assert not read_json(tmp_path / "run" / "manifest.json")["complete"]
     else: assert go(Scripted(bad)).rows.eval_failed.mean() == .5
-    pd.testing.assert_frame_equal(go(Scripted()).rows, run(tmp_path/"whole", Scripted(), second=None).rows)
+    pd.testing.assert_frame_equal(go(Scripted()).rows, run(tmp_path/"whole", Scripted(), two_stage=None).rows)
 
 def test_a_few_failures_of_few_rows_stop_nothing(tmp_path):
     bad = lambda s: replace(s, text=None, logprobs=(), gt_prob=math.nan, error="OSError: disk gone")
-    data = generate(
+    data = made(
         tmp_path / "r", QS[:3], ITEMS, POOL, Scripted(bad), STORE, counts=MANY, test=0, progress=False
     )
     assert data.rows.eval_failed.all() and len(data) == 48
