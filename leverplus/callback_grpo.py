@@ -45,12 +45,12 @@ class PolicyGradient(Objective):
     def check_settings(self):
         "Refuse here what training would refuse later"
         if self.too_few not in ("raise", "skip"):
-            raise ValueError(f"{self.who}: too_few {self.too_few!r}, wanted 'raise' or 'skip'")
+            raise ValueError(f"{self.caller}: too_few {self.too_few!r}, wanted 'raise' or 'skip'")
         one_group = torch.zeros(1, 2)
         advantage(one_group, one_group == 0, **self.adv_kw)
 
     @property
-    def who(self):
+    def caller(self):
         "Name of the class, for messages"
         return type(self).__name__
 
@@ -100,7 +100,7 @@ def check_dropout(self:PolicyGradient):
     drop = active_dropout(self.model)
     if drop:
         self.complain(
-            f"{self.who}: dropout is active in {', '.join(drop)}: log-probabilities are random, and old"
+            f"{self.caller}: dropout is active in {', '.join(drop)}: log-probabilities are random, and old"
             " and new ones differ before any update. Leave `dropout=False` as it is, or build the model with"
             " dropout=0"
         )
@@ -130,7 +130,7 @@ def check_live(self:PolicyGradient, found):
     if self.min_positive > 0:
         enough = f", and {int(useful)} of them have at least {self.min_positive:.0%} positive sequences"
     msg = (
-        f"{self.who}: {int(found['live'].sum())} of {n} groups have any reward difference{enough}; wanted"
+        f"{self.caller}: {int(found['live'].sum())} of {n} groups have any reward difference{enough}; wanted"
         f" {self.min_live:.0%} (min_live). Collect sequences that differ, or use a softer reward"
     )
     if self.too_few == "skip":
@@ -147,7 +147,7 @@ def check_raw(self:PolicyGradient, found):
     only_centres = self.adv_kw["baseline"] in ("center", "loo") and self.adv_kw["scale"] in (None, "none")
     if live == 0 or centred <= .9*live or only_centres: return
     raise ValueError(
-        f"{self.who}: rewards have mean 0 in {int(centred)} of {int(live)} live"
+        f"{self.caller}: rewards have mean 0 in {int(centred)} of {int(live)} live"
         f" groups, so they were normalised before; baseline={self.adv_kw['baseline']!r} would do it twice. Pass"
         " raw rewards, or baseline='center', scale='none'"
     )

@@ -262,7 +262,7 @@ _STEERING = dict(
         "reward scale and temperature do not fit",
         "{ess[0]:g} to {ess[1]:g} of a group",
         "temp is too large for the rewards (all sequences weigh the same) or too small (one has all)",
-        "`Listwise(ess=.35)`, or `TempSchedule` with temp near the spread of rewards in a group; do not"
+        "`Listwise(ess=.35)`, or a `temp` near the spread of rewards in a group, which may fall; do not"
         " normalise twice",
     ),
     soft=Rule(

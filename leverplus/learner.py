@@ -94,7 +94,7 @@ class Stage:
         learn:Learner, # whose fit it will be
         cbs, # what else that fit has
     )->list:
-        "The callbacks that these settings ask for"
+        "The callbacks that these settings ask for; the objective is told whether flat groups leave"
         out = []
         if self.split_shots: out.append(SplitShots())
         if self.max_norm is not None: out.append(GradientClip(self.max_norm))
@@ -107,11 +107,11 @@ class Stage:
         return out
 
 def _skip_flat(skip_flat, cbs):
-    "Tell the objective whether flat groups leave; without one it takes a callback"
+    "Tell the objective whether flat groups leave; the callbacks that it takes where there is no objective"
     objective = next((cb for cb in cbs if isinstance(cb, Objective)), None)
-    if objective is None: return [] if skip_flat is False else [SkipFlat()]
-    if skip_flat is not None: objective.skip_flat = skip_flat
-    return []
+    if objective is not None and skip_flat is not None: objective.skip_flat = skip_flat
+    if objective is not None or skip_flat is False: return []
+    return [SkipFlat()]
 
 def _best(learn, best):
     "The `Best` that the setting `best` of a stage means"
@@ -158,16 +158,17 @@ def fit_rce(self:Learner,
     return self.fit_stage(n_epoch, lr, [RCE(temp, norm, weights), *L(cbs)], **kwargs)
 
 @patch
+@delegates(Stage, keep=True)
 def fit_grpo(self:Learner,
     n_epoch:int, # epochs; 0 says so and changes nothing
     lr:float=3e-4, # peak learning rate
     beta:float=.02, # weight of the KL to `ref`, loss units per nat; 0 = no KL
     ref="start", # reference of the KL: "start" of this stage | an anchor's name, a module, a checkpoint's folder
     cbs=(), # more callbacks of this stage, e.g. `AdaptiveKL()`, `EntropyFloor()`, `TopKCurriculum()`
-    **kw, # of `Stage`, and of `GRPO`: `baseline, scale, min_std, clip_low, clip_high, dual, refresh, old, ...`
+    **kwargs, # of `Stage`, and of `GRPO`: `baseline, scale, min_std, clip_low, clip_high, dual, refresh, ...`
 )->Learner:
     "Stage of group-relative policy optimisation, without dropout, near a reference"
-    stage, grpo = _parted(kw)
+    stage, grpo = _parted(kwargs)
     return self.fit_stage(n_epoch, lr, [GRPO(**grpo), *_kl(beta, ref), *L(cbs)], **stage)
 
 def _parted(kw):

@@ -1,5 +1,6 @@
 "Callbacks on the tensor world: each does its thing, composes, and leaves nothing behind"
 import copy, warnings
+from functools import partial
 import pandas as pd, pytest, torch
 from torch import nn
 from fastai.callback.core import Callback, CancelFitException
@@ -183,12 +184,20 @@ def test_zero_variance_gives_zero_grpo_gradient_without_skipping():
     assert spy.seen and max(spy.seen) == 0
 
 # --- what an objective does by itself ----------------------------------------------------------------------
-IMITATE = dict(rce=lambda **k: RCE(.3, **k), listwise=lambda **k: Listwise("none", .2, **k), sft=lambda **k: SFT(**k))
-PUSH = dict(grpo=lambda **k: GRPO(**k), rloo=lambda **k: RLOO(**k), positive=lambda **k: GRPO(min_positive=.3, **k))
+IMITATE = dict(
+    rce=partial(RCE, .3),
+    listwise=partial(Listwise, "none", .2),
+    sft=SFT,
+)
+PUSH = dict(
+    grpo=GRPO,
+    rloo=RLOO,
+    positive=partial(GRPO, min_positive=.3),
+)
 
 @pytest.mark.parametrize("name", [*IMITATE, *PUSH])
 def test_an_objective_alone_is_what_it_was_with_company(name):
-    "Eval mode where probabilities are compared, flat groups out, both counted: as with `NoDropout` and `SkipFlat`"
+    "Eval mode where probabilities are compared, flat groups out: as with `NoDropout` and `SkipFlat`"
     make = (IMITATE | PUSH)[name]
     alone = fit(learner(dropout=.3, cbs=Stats()), 2, make())
     company = [NoDropout()] if name in PUSH else []
@@ -219,7 +228,7 @@ def test_dead_groups_are_told_without_skip_flat():
     assert same(w, weights(learn))
 
 def test_flat_are_the_groups_of_the_data_not_those_of_a_cut():
-    "A cut before the advantages makes groups flat; they stay in the mean over groups, as they did with `SkipFlat`"
+    "A cut before the advantages makes groups flat; they stay in the mean over groups, as with `SkipFlat`"
     def run(*more, **kw):
         learn = toy_learner(regret, synth_dls(64, 32, 16, N=8), cbs=Stats())
         fit(learn, 2, [TopKCurriculum(2, "best", before=True), GRPO(**kw), *more])
@@ -228,7 +237,7 @@ def test_flat_are_the_groups_of_the_data_not_those_of_a_cut():
     again, _, _ = run(SkipFlat(), skip_flat=False)
     assert same(w, again) and adv_live < live
 
-@pytest.mark.parametrize("stage", [lambda: RCE(.3), lambda: Listwise(), lambda: GRPO(), lambda: SFT(), lambda: RLOO()])
+@pytest.mark.parametrize("stage", [partial(RCE, .3), Listwise, GRPO, SFT, RLOO])
 def test_one_objective_in_two_fits_and_two_learners(stage):
     "Nothing is left over from a fit: what comes second is what a new objective would have done"
     def second(cb, again):
@@ -241,7 +250,7 @@ def test_one_objective_in_two_fits_and_two_learners(stage):
     assert same(second(cb, cb), second(stage(), stage()))
 
 @pytest.mark.parametrize("verb", ["fit", "fit_one_cycle", "fit_flat_cos", "fine_tune"])
-@pytest.mark.parametrize("make", [lambda: GRPO(), lambda: RCE(temp=(1., .1)), lambda: Listwise(), lambda: SFT()])
+@pytest.mark.parametrize("make", [GRPO, partial(RCE, (1., .1)), Listwise, SFT])
 def test_the_fits_of_fastai_train(verb, make):
     learn = learner(128, dropout=.1, cbs=[Stats(), History()])
     v0 = valid_loss(learn)
@@ -263,11 +272,8 @@ class Steps(StageCallback):
 
 def dead_batches(dead, bs=16, n=64):
     "A learner whose batches in `dead` have no live group; not shuffled"
-    learn = learner(n, bs)
-    def r_of(r, i): return 0*r if i // bs in dead else torch.arange(len(r)).float()
-    relabel(learn, r_of)
-    learn.dls.train_ds.rows = [row if len(row[-1]) > 1 else (*row[:2], [(0, 1), (1, 0)], r_of(torch.zeros(2), i))
-                               for i, row in enumerate(learn.dls.train_ds.rows)]
+    learn = toy_learner(regret, synth_dls(n, 32, bs))
+    relabel(learn, lambda r, i: 0*r if i // bs in dead else torch.arange(len(r)).float())
     learn.dls.loaders[0] = learn.dls.train.new(shuffle=False)
     return learn
 
@@ -289,7 +295,8 @@ def test_a_step_of_empty_batches_alone_moves_nothing():
     "Not by momentum and weight decay either; the steps of the others stay where they are"
     def run(dead):
         learn = dead_batches(dead, n=96)
-        fit(learn, 1, [Sum(), GradientAccumulation(32), steps := Steps(), seen := Spy(before_step=weights_of)])
+        seen = Spy(before_step=weights_of)
+        fit(learn, 1, [Sum(), GradientAccumulation(32), steps := Steps(), seen])
         return learn, steps.at, seen.seen
     def weights_of(s): return {k: v.clone() for k, v in s.model.state_dict().items()}
     learn, at, seen = run((2, 3))
@@ -355,9 +362,9 @@ def test_first_grpo_gradient_is_policy_gradient():
     for p, g in zip(model.parameters(), grabbed["g"]): assert torch.allclose(p.grad, g, atol=1e-6)
 
 def test_grpo_refuses_dropout():
-    keeps = dict(dropout=True)
-    with pytest.raises(ValueError, match="dropout is active in drop"): fit(learner(dropout=.1), 1, GRPO(**keeps))
-    with pytest.warns(UserWarning) as ws: fit(learner(dropout=.1), 1, GRPO(strict=False, **keeps))
+    with pytest.raises(ValueError, match="dropout is active in drop"):
+        fit(learner(dropout=.1), 1, GRPO(dropout=True))
+    with pytest.warns(UserWarning) as ws: fit(learner(dropout=.1), 1, GRPO(dropout=True, strict=False))
     said = [str(w.message) for w in ws]
     assert any("dropout is active" in m for m in said) and any("off 1 by up to" in m for m in said)
 

@@ -212,7 +212,9 @@ def test_a_stage_is_a_fit_with_what_the_table_says(name):
 def test_schedule_and_clipping_of_a_stage():
     def seen(verb, *args, **kw):
         learn = learner()
-        with quiet(learn): getattr(learn, verb)(2, 1e-2, *args, cbs=[*kw.pop("cbs", ()), look := Look()], **kw)
+        look = Look()
+        cbs = [*kw.pop("cbs", ()), look]
+        with quiet(learn): getattr(learn, verb)(2, 1e-2, *args, cbs=cbs, **kw)
         return look
     staged = seen("fit_rce", max_norm=.5)
     plain = seen("fit", cbs=[RCE(temp=(2., .5))])
