@@ -261,8 +261,9 @@ def show_prompts(
         for ax in line: ax.set_axis_off()
         asked = row.pop("query")
         picks = row.pop("picks")
-        for ax, pick in zip(line, picks): _show_item(ax, items.loc[pick], items.answer[pick])
-        _show_item(line[-1], items.loc[asked], "\n".join(f"{k} {_short(v)}" for k, v in row.items()))
+        for ax, pick in zip(line[shots - len(picks):], picks): _show_item(ax, items.loc[pick], items.answer[pick])
+        known = [f"{name} {_short(value)}" for name, value in row.items()]
+        _show_item(line[-1], items.loc[asked], "\n".join([f"true: {items.answer[asked]}", *known]))
     return axes
 
 def _show_item(ax, item, below):
@@ -319,7 +320,7 @@ def group_dls(
     seed:int=0, # of the order of training batches
     device=None, # where batches go; default fastai's default device
     any_pool:bool=False, # allow pools of different rules
-    items:pd.DataFrame|None=None, # questions, answers and pictures by question_id: `show_batch` and `show_results` draw them
+    items:pd.DataFrame|None=None, # `question, answer, image_path` by question_id: what is shown is drawn
     **weights, # arguments of the reward mode
 )->DataLoaders: # its attribute `info` says what a checkpoint should record: fingerprints, pool rule, reward, kind
     "DataLoaders of two records"
