@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FitOnly', 'looks_for_lr', 'History', 'plot_history', 'valid_loss', 'regrets', 'missed', 'evaluating', 'Best',
-           'promotion_p', 'Resume', 'same_draws', 'stored_mass', 'drawn_before', 'sureness', 'greedy_picks',
-           'candidate_ids', 'gradient_shares', 'RLStats']
+           'promotion_p', 'Resume', 'same_draws', 'is_logger', 'stage_settings', 'stored_mass', 'drawn_before',
+           'sureness', 'greedy_picks', 'candidate_ids', 'gradient_shares', 'RLStats']
 
 # %% ../nbs/66_callback_track.ipynb #74d10a84
 import math, random, time
@@ -21,7 +21,9 @@ from .losses import entropy_steps, group_mass, live_groups, regret
 from .callback_core import StageCallback, Objective, Stats, active_dropout
 from .callback_kl import AdaptiveKL
 from fastai.callback import progress
-from fastai.callback.core import Callback, CancelEpochException, CancelFitException, TrainEvalCallback
+from fastai.callback.core import (
+    Callback, CancelEpochException, CancelFitException, FetchPredsCallback, TrainEvalCallback,
+)
 from fastai.learner import CastToTensor, Recorder
 from fastai.torch_core import find_bs
 
@@ -453,11 +455,26 @@ def _described_attributes(v, depth=0):
         if k != "learn" and not isinstance(i, Callback)
     }
 
-_SILENT = (TrainEvalCallback, CastToTensor, Recorder, progress.ProgressCallback)   # of these nothing depends
+# of these nothing depends
+_SILENT = (
+    TrainEvalCallback, CastToTensor, Recorder, FetchPredsCallback,
+    progress.ProgressCallback, progress.ShowGraphCallback, progress.CSVLogger,
+)
+_LOGGERS = ("fastai.callback.tensorboard", "fastai.callback.wandb")   # modules that are imported by those who use them
 
-def _stage_settings(learn):
+def is_logger(
+    cb, # any callback
+)->bool: # True for the callbacks of TensorBoard and W&B
+    "Does this callback only tell somebody else about the fit?"
+    return any(cls.__module__ in _LOGGERS for cls in type(cb).__mro__)
+
+def stage_settings(
+    learn, # a Learner in a fit
+)->dict: # JSON: `n_epoch, optimiser, model, callbacks`
     "What decides how a stage goes, but for data and weights"
-    def matters(cb): return not isinstance(cb, (Stats, History, Resume)) and type(cb) not in _SILENT
+    def matters(cb):
+        if type(cb) in _SILENT or is_logger(cb): return False
+        return not isinstance(cb, (Stats, History, Resume))
     return dict(
         n_epoch=learn.n_epoch,
         optimiser=_describe(dict(learn.opt.hypers[-1])),
@@ -471,7 +488,7 @@ def open(self:Resume):
     "Open the folder, or refuse it; read what is there"
     prints = dict(data=self.print_of_data(), start=fingerprint(self.model.state_dict()))
     seed = getattr(self.learn, "seed", 0)
-    self.run_dir = Run.create(self.folder, _stage_settings(self.learn), seed, prints)
+    self.run_dir = Run.create(self.folder, stage_settings(self.learn), seed, prints)
     if not self.file.exists(): return
     device = next(self.model.parameters()).device
     self.state = torch.load(self.file, map_location=device, weights_only=True)

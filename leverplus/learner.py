@@ -9,7 +9,6 @@ __all__ = ['INSTEAD', 'SelectorLearner', 'selector_learner', 'load_selector']
 import random, sys, warnings
 from functools import partial
 from pathlib import Path
-import cloudpickle
 import pandas as pd, torch
 from fastcore.basics import patch
 from fastcore.foundation import L
@@ -24,7 +23,7 @@ from .callback_rce import RCE
 from .callback_grpo import GRPO, RLOO
 from .callback_kl import KLToRef
 from .callback_schedule import TempSchedule, NoDropout, SplitShots, as_schedule
-from .callback_track import History, RLStats, Best, Resume, evaluating, greedy_picks, same_draws, valid_loss
+from .callback_track import History, RLStats, Best, Resume, evaluating, greedy_picks, is_logger, same_draws, stage_settings, valid_loss
 from .callback_listwise import Listwise, SFT
 from .callback_onpolicy import DistinctPG, OnPolicy
 from .diagnose import Watch
@@ -336,7 +335,8 @@ def predict(self:SelectorLearner,
         if shots is None: shots = max(map(len, seqs))
         def name(places): return ds.name(i, places)
     if shots is None: raise ValueError("predict: vectors do not say how many demonstrations are wanted: pass shots=")
-    if not 0 < shots < len(cands): raise ValueError(f"predict: {shots} shots of {len(cands)} candidates, wanted 0 < S < K")
+    if not 0 < shots < len(cands):
+        raise ValueError(f"predict: {shots} shots of {len(cands)} candidates, wanted 0 < S < K")
     everybody = torch.ones(1, len(cands), dtype=torch.bool)
     xb = self._set_device((query[None].float(), cands[None].float(), everybody))
     places = greedy_picks(self.model, xb, shots)
@@ -377,13 +377,8 @@ def _pad_all(parts):
 @patch
 def validate(self:SelectorLearner, ds_idx=1, dl=None, cbs=None):
     "`Learner.validate`; trackers and loggers of fits stand aside"
-    aside = [cb for cb in self.cbs if isinstance(cb, (TrackerCallback, CSVLogger)) or _logger_module(cb)]
+    aside = [cb for cb in self.cbs if isinstance(cb, (TrackerCallback, CSVLogger)) or is_logger(cb)]
     with self.removed_cbs(aside): return super(SelectorLearner, self).validate(ds_idx, dl, cbs)
-
-def _logger_module(cb):
-    "The module of fastai that a logger is from; None for other callbacks"
-    names = ("fastai.callback.tensorboard", "fastai.callback.wandb")
-    return next((sys.modules[cls.__module__] for cls in type(cb).__mro__ if cls.__module__ in names), None)
 
 # %% ../nbs/70_learner.ipynb #d417cbf5
 @patch
@@ -413,7 +408,15 @@ def freeze_to(self:SelectorLearner, n):
 
 @patch
 @delegates(Learner.fine_tune)
-def fine_tune(self:SelectorLearner, epochs, base_lr=2e-3, freeze_epochs=1, lr_mult=100, pct_start=.3, div=5., **kwargs):
+def fine_tune(self:SelectorLearner,
+    epochs, # of the second cycle
+    base_lr=2e-3, # peak learning rate of the first cycle; the second has half of it
+    freeze_epochs=1, # of the first cycle
+    lr_mult=100, # how much slower the first of several parameter groups is
+    pct_start=.3, # share of the second cycle in which the rate rises
+    div=5., # how far below its peak it begins
+    **kwargs,
+):
     "`Learner.fine_tune`; with one parameter group both of its cycles train all weights"
     if self.opt is None: self.create_opt()
     if len(self.opt.param_lists) > 1:
@@ -431,16 +434,13 @@ def tta(self:SelectorLearner, *args, **kwargs):
     )
 
 @patch
-def export(self:SelectorLearner, fname="export.pkl", pickle_module=cloudpickle, pickle_protocol=2):
+@delegates(Learner.export)
+def export(self:SelectorLearner, fname="export.pkl", **kwargs):
     "`Learner.export`: all but data and optimiser state, for `load_learner`; see also `save_selector`"
-    self._end_cleanup()
     own = self.dls
     opt = self.opt
     drawn = vars(self).pop("onpolicy", None)   # holds items and groups
-    self.dls = own.new_empty()
-    self.dls.info = getattr(own, "info", {})
-    self.opt = None
-    try: torch.save(self, self.path/fname, pickle_module=pickle_module, pickle_protocol=pickle_protocol)
+    try: super(SelectorLearner, self).export(fname, **kwargs)
     finally:
         self.dls = own
         self.opt = opt
@@ -457,6 +457,7 @@ INSTEAD = {   # a callback of fastai -> what to use in its place
     "RNNCallback": "a policy returns log-probabilities alone: leave it out",
     "RNNRegularizer": "use `wd=` and `dropout=` of `selector_learner`",
     "ParallelTrainer": "a policy trains on one device; what many share is asking the LVLM: `39_rldata_scale`",
+    "TensorBoardProjectorCallback": "a projector shows pictures of a batch, and groups have none: leave it out",
     "DistributedTrainer": "a policy trains on one device; what many share is asking the LVLM: `39_rldata_scale`",
 }
 
@@ -468,38 +469,55 @@ def add_cb(self:SelectorLearner, cb):
         if cls.__module__.startswith("fastai.") and cls.__name__ in INSTEAD:
             raise TypeError(f"{type(cb).__name__}: {INSTEAD[cls.__name__]}")
     super(SelectorLearner, self).add_cb(cb)
-    logger = _logger_module(cb)
-    if logger is not None: _teach(logger, cb)
+    if is_logger(cb): _teach(cb)
     return self
 
-def _teach(logger, cb):
-    "Make a logger of fastai ready for groups"
-    if getattr(cb, "projector", False) or type(cb).__name__ == "TensorBoardProjectorCallback":
-        raise TypeError(f"{type(cb).__name__}: its projector shows pictures of a batch, and groups have none")
+def _teach(cb):
+    "Make a logger of fastai, whose module has been imported, ready for groups"
     if hasattr(cb, "trace_model"): cb._setup_writer = partial(_open_writer, cb)
-    if hasattr(logger, "knows_groups"): return
-    logger.knows_groups = True
-    if hasattr(logger, "tensorboard_log"): logger.tensorboard_log.dispatch(_log_to_tensorboard)
-    if hasattr(logger, "wandb_process"): logger.wandb_process.dispatch(_log_to_wandb)
+    tensorboard = sys.modules.get("fastai.callback.tensorboard")
+    wandb = sys.modules.get("fastai.callback.wandb")
+    if tensorboard is not None: _teach_once(tensorboard.tensorboard_log, _log_to_tensorboard)
+    if wandb is not None: _teach_once(wandb.wandb_process, _log_to_wandb)
+
+_taught = []   # functions of fastai that know groups
+
+def _teach_once(function, log):
+    "Let a function of fastai that goes by types take `log` for groups"
+    if function in _taught: return
+    function.dispatch(log)
+    _taught.append(function)
 
 def _open_writer(cb):
-    "Open the writer of a `TensorBoardCallback`, and let it trace a model of five inputs"
+    "Open the writer of a `TensorBoardCallback`; it writes the model as text, for a policy cannot be traced"
     type(cb)._setup_writer(cb)
-    trace = cb.writer.add_graph
-    def add_graph(model, *xb):
-        with same_draws(cb.dls), evaluating(model): trace(model, cb.learn._set_device(xb))
+    def add_graph(model, *xb): cb.writer.add_text("model", _verbatim(repr(model)))
     cb.writer.add_graph = add_graph
 
+def _verbatim(text):
+    "Text that markdown leaves as it is"
+    return "\n".join(f"    {line}" for line in text.splitlines())
+
 def _log_to_tensorboard(x:ShownGroups, y, its, outs, writer, step):
-    lines = x.table.round(3).to_string().splitlines()
-    writer.add_text("picks", "\n".join(f"    {line}" for line in lines), step)
+    writer.add_text("picks", _verbatim(x.table.round(3).to_string()), step)
     axes = x.draw()
     if axes is not None: writer.add_figure("prompts", axes.flat[0].figure, step)
 
+@patch
+def gather_args(self:SelectorLearner):
+    "Tell W&B the settings of this fit; fastai's own way of telling them fails with fastcore 2.2"
+    from fastai.callback.wandb import wandb
+    wandb.config.update(stage_settings(self), allow_val_change=True)
+    return {}   # nothing is left to fastai
+
 def _log_to_wandb(x:ShownGroups, y, samples, outs, preds):
-    import wandb
+    import matplotlib.pyplot as plt
+    from fastai.callback.wandb import wandb
     table = x.table.assign(picks=x.table.picks.map(str))
     out = {"picks": wandb.Table(dataframe=table)}
     axes = x.draw()
-    if axes is not None: out["prompts"] = wandb.Image(axes.flat[0].figure)
+    if axes is not None:
+        figure = axes.flat[0].figure
+        out["prompts"] = wandb.Image(figure)
+        plt.close(figure)
     return out
