@@ -35,12 +35,13 @@ def find(names):
     return [p.resolve() for p in paths]
 
 def without_times(outputs):
-    "The tables of `fit` as they are in every run: no column `time`, no style sheet, each once"
+    "The tables of `fit` as they are in every run: no column `time`, no style sheet, no bar, each once"
     kept = []
     for o in outputs:
-        html = o.get("data", {}).get("text/html", "")
-        if "table.fastprogress" in html: continue
-        if 'class="fastprogress"' in html:
+        html = o.get("data", {}).get("text/html")
+        if html is not None and html.strip() in ("", "<div></div>"): continue   # a bar that has ended
+        if "table.fastprogress" in (html or ""): continue
+        if 'class="fastprogress"' in (html or ""):
             o.data = {"text/html": re.sub(r"<t([hd])>(time|[\d:]+)</t\1></tr>", "</tr>", html)}
         kept.append(o)
     return kept

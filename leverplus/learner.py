@@ -23,7 +23,10 @@ from .callback_rce import RCE
 from .callback_grpo import GRPO, RLOO
 from .callback_kl import KLToRef
 from .callback_schedule import TempSchedule, NoDropout, SplitShots, as_schedule
-from .callback_track import History, RLStats, Best, Resume, evaluating, greedy_picks, is_logger, same_draws, stage_settings, valid_loss
+from leverplus.callback_track import (
+    History, RLStats, Best, Resume, evaluating, greedy_picks, is_logger, same_draws, stage_settings,
+    valid_loss,
+)
 from .callback_listwise import Listwise, SFT
 from .callback_onpolicy import DistinctPG, OnPolicy
 from .diagnose import Watch
@@ -177,6 +180,7 @@ def show_results(self:SelectorLearner,
     dl=None, # another loader
     max_n:int=9, # most queries
     shots:int|None=None, # S; default as many as the stored sequences have
+    show:bool=True, # False: the table alone, without pictures
     ctxs=None, # axes to draw into, where pictures are known
 )->pd.DataFrame: # query, picks, and rewards: expected on the stored group, best in it, of the likeliest stored sequence
     "What the policy picks for a few queries; drawn, if the loaders have been given `items`"
@@ -191,7 +195,7 @@ def show_results(self:SelectorLearner,
     picks = [dl.dataset.name(i, places) for i, places in enumerate(picks)]   # ids, instead of places in the pool
     got = dict(expected=expected.tolist(), best=best.tolist(), likeliest=likeliest.tolist())
     table = pd.DataFrame(dict(query=dl.dataset.items[:n], picks=picks, **got))
-    dl.draw(table, ctxs)
+    if show: dl.draw(table, ctxs)
     return table
 
 def _first_groups(dl, n):
