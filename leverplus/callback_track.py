@@ -9,6 +9,7 @@ __all__ = ['FitOnly', 'looks_for_lr', 'History', 'plot_history', 'valid_loss', '
 
 # %% ../nbs/66_callback_track.ipynb #74d10a84
 import math, random, time
+from collections import defaultdict
 from contextlib import contextmanager
 from pathlib import Path
 import numpy as np, pandas as pd, torch
@@ -656,8 +657,7 @@ class RLStats(FitOnly, Stats):
     order = Objective.order - 8
     columns = ("live", "mass", "entropy", "kl", "clip_pos", "clip_neg")
     transient = ("by_term", "raw", "obj", "probe", "ids")   # what nobody need keep between epochs
-    _stateattrs = ("raw", "obj", "probe", "ids")            # nor in a file: an export carries no data
-    raw = obj = probe = ids = None
+    _stateattrs = ("buf", "raw", "obj", "probe", "ids")     # nor in a file: an export carries no data
     def __init__(self,
         every:int=10, # batches between two looks at the gradient of each term, from the first of each epoch; 0 = never
         probe:int=128, # most validation queries whose greedy picks are followed
@@ -672,6 +672,12 @@ class RLStats(FitOnly, Stats):
         self.ids = None     # which demonstrations their candidates are
         self.first = None   # their greedy picks when the fit began
         self.last = None    # and an epoch ago
+
+    def _init_state(self):
+        "Behind a read from a file: empty what the file did not keep"
+        super()._init_state()
+        self.buf = defaultdict(list)
+        self.raw = self.obj = self.probe = self.ids = None
 
     def metrics(self, *ks): return super().metrics(*(ks or self.columns))
 

@@ -20,7 +20,7 @@ from .selector import PointerSelector
 from .losses import regret
 from .callback_core import SkipFlat
 from .callback_rce import RCE
-from .callback_grpo import GRPO, RLOO
+from .callback_grpo import GRPO, PolicyGradient, RLOO
 from .callback_kl import KLToRef
 from .callback_schedule import TempSchedule, NoDropout, SplitShots, as_schedule
 from leverplus.callback_track import (
@@ -31,8 +31,9 @@ from .callback_listwise import Listwise, SFT
 from .callback_onpolicy import DistinctPG, OnPolicy
 from .diagnose import Watch
 from fastai.learner import Learner
+from fastai.callback.hook import total_params
 from fastai.callback.progress import CSVLogger
-from fastai.callback.schedule import ParamScheduler, SchedCos
+from fastai.callback.schedule import LRFinder, ParamScheduler, SchedCos
 from fastai.callback.tracker import TrackerCallback
 from fastai.callback.training import GradientClip
 from fastai.torch_core import default_device
@@ -43,6 +44,7 @@ class SelectorLearner(Learner):
     def fit(self, n_epoch, lr=None, wd=None, cbs=None, reset_opt=False, start_epoch=0):
         "`Learner.fit`, with kernels that add in a fixed order: same seed, same weights"
         _check_monitors(self, cbs)
+        _never_diverge(self, cbs)
         with reproducible(self.dls.device or default_device()):
             super().fit(n_epoch, lr, wd, cbs, reset_opt, start_epoch)
 
@@ -93,6 +95,13 @@ def _check_monitors(learn, cbs):
             f"{type(cb).__name__}: there is no column {cb.monitor!r} to monitor; there are {', '.join(columns)}."
             " `selector_learner(dls, metrics=...)` adds columns"
         )
+
+def _never_diverge(learn, cbs):
+    "Let `LRFinder` go on where it would stop at once: fastai stops at 4 times the least loss, which may be below 0 here"
+    cbs = [*learn.cbs, *L(cbs)]
+    if not any(isinstance(cb, (PolicyGradient, DistinctPG)) for cb in cbs): return
+    for cb in cbs:
+        if isinstance(cb, LRFinder): cb.stop_div = False
 
 # %% ../nbs/70_learner.ipynb #7221d35b
 @patch
@@ -399,6 +408,13 @@ def lr_find(self:SelectorLearner,
         return super(SelectorLearner, self).lr_find(start_lr, end_lr, num_it, **kwargs)
 
 # %% ../nbs/70_learner.ipynb #060044dd
+@patch
+def summary(self:SelectorLearner):
+    "`Learner.summary`, and how many parameters there are; fastai counts those of layers alone"
+    said = super(SelectorLearner, self).summary()
+    n = total_params(self.model)[0]
+    return type(said)(f"{said}\n\n{n:,} parameters, with those that belong to no layer and are not in the table")
+
 @patch
 def freeze_to(self:SelectorLearner, n):
     "`Learner.freeze_to`; refused where there is one parameter group"
