@@ -97,7 +97,7 @@ def _check_monitors(learn, cbs):
         )
 
 def _never_diverge(learn, cbs):
-    "Let `LRFinder` go on where it would stop at once: fastai stops at 4 times the least loss, which may be below 0 here"
+    "Let `LRFinder` go on where the loss may be below 0: fastai stops at 4 times the least loss"
     cbs = [*learn.cbs, *L(cbs)]
     if not any(isinstance(cb, (PolicyGradient, DistinctPG)) for cb in cbs): return
     for cb in cbs:

@@ -1,8 +1,8 @@
-"Fastai's verbs, row by row: what the table says of each is what it does, on real groups and on synthetic ones"
-import importlib.util, json, random, re, sys, types, warnings
+"Fastai's verbs, row by row: what the table says is what happens, on stored groups and on synthetic ones"
+import importlib, inspect, json, random, re, sys, types, warnings
 from pathlib import Path
 import matplotlib.pyplot as plt
-import numpy as np, pandas as pd, pytest, torch
+import pandas as pd, pytest, torch
 from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.core import Callback, FetchPredsCallback
 from fastai.callback.mixup import CutMix, MixUp
@@ -22,7 +22,7 @@ from leverplus.callback_kl import KLToRef
 from leverplus.callback_listwise import Listwise
 from leverplus.callback_rce import RCE
 from leverplus.callback_schedule import NoDropout
-from leverplus.callback_track import Best, History, Resume, RLStats, regrets, stage_settings, valid_loss
+from leverplus.callback_track import Best, History, Resume, RLStats, regrets, valid_loss
 from leverplus.core import rng
 from leverplus.data import read_okvqa
 from leverplus.dls import group_dls
@@ -49,7 +49,8 @@ def store():
 def record(name, queries):
     "Ragged pools, groups and shots"
     g = rng("test_verbs", name)
-    pool = Pool({q: g.choice(DEMOS, g.integers(6, 9), replace=False) for q in queries}, dict(sampler="random", K=8))
+    ids = {q: g.choice(DEMOS, g.integers(6, 9), replace=False) for q in queries}
+    pool = Pool(ids, dict(sampler="random", K=8))
     tried = [
         (q, tuple(g.choice(pool[q], g.integers(1, 3), replace=False).tolist()))
         for q in queries
@@ -125,7 +126,8 @@ def try_show_batch(learn, verb):
         for row in table.itertuples():
             i = dl.dataset.items.index(row.query)
             _, cands, seqs, rewards = dl.dataset[i]
-            assert row.candidates == len(cands) and row.rewards[0] == pytest.approx(rewards.max().item(), abs=1e-3)
+            assert row.candidates == len(cands)
+            assert row.rewards[0] == pytest.approx(rewards.max().item(), abs=1e-3)
             assert row.picks == dl.dataset.name(i, seqs[int(rewards.argmax())])
     assert learn.dls.show_batch().shape == (4, 4)
 
@@ -246,7 +248,8 @@ def try_trackers(learn, verb):
         warnings.filterwarnings("error", message="You are shadowing")
         for kw in (dict(), dict(monitor="mass"), dict(monitor="live")):
             learn.fit(2, cbs=[RCE(), SkipFlat(), Best(), cls(**kw)])
-    refuses("no column 'regret' to monitor; there are train_loss, valid_loss, live", learn.fit, 1, cbs=cls("regret"))
+    says = "no column 'regret' to monitor; there are train_loss, valid_loss, live"
+    refuses(says, learn.fit, 1, cbs=cls("regret"))
 
 @tries("GradientAccumulation", "GradientClip", "ShortEpochCallback", "TerminateOnNaNCallback", "BnFreeze")
 def try_training_callbacks(learn, verb):
@@ -309,7 +312,9 @@ def try_tta(learn, verb): refuses("MCDropoutCallback()", learn.tta)
 def try_classes(learn, verb): refuses("show_results", ClassificationInterpretation.from_learner, learn)
 
 @tries("plot_top_losses")
-def try_plot_top_losses(learn, verb): refuses("show_batch", Interpretation.from_learner(learn).plot_top_losses, 2)
+def try_plot_top_losses(learn, verb):
+    interp = Interpretation.from_learner(learn)
+    refuses("show_batch", interp.plot_top_losses, 2)
 
 @tries("MixUp", "CutMix", "ChannelsLast", "ModelResetter", "RNNCallback", "RNNRegularizer")
 def try_callbacks_of_others(learn, verb):
@@ -323,7 +328,7 @@ def try_callbacks_of_others(learn, verb):
 @tries("to_non_native_fp16")
 def try_old_half(learn, verb): refuses("to_bf16", learn.to_non_native_fp16)
 
-# --- loggers: with small stand-ins, and with the real ones where they are ------------------------------------
+# --- loggers: with small stand-ins, and with the real ones where they are ----------------------------------
 class Writer:
     "What fastai asks of a `SummaryWriter`"
     def __init__(self, log_dir=None): self.seen = {}
@@ -331,7 +336,7 @@ class Writer:
     def add_scalar(self, tag, value, step): self.note("scalar", tag, float(value))
     def add_text(self, tag, text, step=None): self.note("text", tag, text)
     def add_figure(self, tag, figure, step=None): self.note("figure", tag, figure)
-    def add_graph(self, model, input_to_model=None, verbose=False, use_strict_trace=True): raise NotImplementedError
+    def add_graph(self, model, input_to_model=None, verbose=False): raise NotImplementedError
     def close(self): self.note("closed", "", True)
 
 class Run(types.SimpleNamespace): pass
@@ -413,7 +418,8 @@ def test_a_logger_does_not_change_what_a_stage_is(tensorboard, tmp_path):
         learn = learner(synthetic(), tmp_path)
         with quiet(learn): learn.fit(1, cbs=[RCE(), Resume(tmp_path/"stage"), *cbs])
         return weights(learn)
-    assert same(stage([]), stage([tensorboard.TensorBoardCallback(), CSVLogger()]))   # not refused: the same stage
+    first = stage([])
+    assert same(first, stage([tensorboard.TensorBoardCallback(), CSVLogger()]))   # not refused: the same stage
 
 def test_the_real_tensorboard(learn, tmp_path):
     pytest.importorskip("tensorboard")
@@ -506,7 +512,6 @@ def test_ctrl_c_in_lr_find_leaves_history_awake(learn):
 # --- names -------------------------------------------------------------------------------------------------
 def written_by(cls):
     "Attributes that a callback writes on itself"
-    import inspect
     source = inspect.getsource(cls)
     names = set()
     for left in re.findall(r"((?:self\.\w+\s*,\s*)*self\.\w+)\s*=[^=]", source):
@@ -514,19 +519,24 @@ def written_by(cls):
     return names
 
 def test_no_name_of_ours_is_an_attribute_of_fastais_trackers():
-    theirs = set()
-    for cls in (TrackerCallback, SaveModelCallback, EarlyStoppingCallback, ReduceLROnPlateau, GradientAccumulation,
-                CSVLogger, ShowGraphCallback, Recorder, LRFinder): theirs |= written_by(cls)
+    trackers = TrackerCallback, SaveModelCallback, EarlyStoppingCallback, ReduceLROnPlateau
+    others = GradientAccumulation, CSVLogger, ShowGraphCallback, Recorder, LRFinder
+    theirs = set.union(*(written_by(cls) for cls in (*trackers, *others)))
     assert {"best", "new_best", "wait", "patience", "file"} <= theirs
-    ours = [RCE(), GRPO(), KLToRef(), SkipFlat(), NoDropout(), Listwise(), Best(), History(), RLStats(), Resume("x")]
+    objectives = [RCE(), GRPO(), Listwise()]
+    ours = [*objectives, KLToRef(), SkipFlat(), NoDropout(), Best(), History(), RLStats(), Resume("x")]
     assert not {cb.name for cb in ours} & theirs
 
 # --- looking without touching ------------------------------------------------------------------------------
 def test_looking_changes_no_draw(learn):
-    def states(): return [torch.get_rng_state().tolist(), random.getstate(), [dl.rng.getstate() for dl in learn.dls.loaders]]
+    def states():
+        loaders = [dl.rng.getstate() for dl in learn.dls.loaders]
+        return torch.get_rng_state().tolist(), random.getstate(), loaders
     before = states()
     first = learn.dls.show_batch()
-    for look in (learn.show_results, learn.dls.show_batch, lambda: learn.predict(learn.dls.valid_ds.items[0])): look()
+    learn.show_results()
+    learn.dls.show_batch()
+    learn.predict(learn.dls.valid_ds.items[0])
     assert states() == before
     assert learn.dls.show_batch().equals(first)
     next(iter(learn.dls.train))
@@ -547,15 +557,18 @@ def test_pictures_are_drawn_where_items_are_known(tmp_path):
     plain = learner(real(), tmp_path)
     for verb in ("show_batch", "show_results"):
         plt.close("all")
-        look = getattr(learn.dls if verb == "show_batch" else learn, verb)
-        bare = getattr(plain.dls if verb == "show_batch" else plain, verb)
-        assert bare(max_n=3).equals(t := look(max_n=3))
+        def look(learn): return getattr(learn.dls if verb == "show_batch" else learn, verb)(max_n=3)
+        bare = look(plain)
+        assert not plt.get_fignums()
+        t = look(learn)
+        assert bare.equals(t)
         assert len(plt.get_fignums()) == 1
         axes = plt.gcf().axes
         assert len(axes) == 3 * (1 + max(map(len, t.picks)))
         drawn = [ax for ax in axes if ax.images]
         assert len(drawn) == 3 + sum(map(len, t.picks))
-        asked = [" ".join(ax.get_title().split()) for ax in axes[t.picks.map(len).max()::t.picks.map(len).max() + 1]]
+        shots = t.picks.map(len).max()
+        asked = [" ".join(ax.get_title().split()) for ax in axes[shots::shots + 1]]
         assert asked == [" ".join(items.question[q].split()) for q in t["query"]]
     plt.close("all")
     learn.show_results(max_n=2, show=False)
