@@ -7,7 +7,7 @@ from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.core import Callback, FetchPredsCallback
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.preds import MCDropoutCallback
-from fastai.callback.progress import CSVLogger, ProgressCallback, ShowGraphCallback
+from fastai.callback.progress import CSVLogger, ShowGraphCallback
 from fastai.callback.rnn import ModelResetter, RNNCallback, RNNRegularizer
 from fastai.callback.schedule import LRFinder
 from fastai.callback.tracker import (
@@ -34,6 +34,14 @@ from leverplus.pools import Pool
 from leverplus.synth import quiet, synth_dls
 from leverplus.verbs import VERBS, verbs
 
+CALLBACKS = {
+    cls.__name__: cls
+    for cls in (
+        BnFreeze, ChannelsLast, CutMix, EarlyStoppingCallback, FetchPredsCallback, GradientAccumulation, GradientClip,
+        MixUp, ModelResetter, ReduceLROnPlateau, RNNCallback, RNNRegularizer, SaveModelCallback, ShortEpochCallback,
+        ShowGraphCallback, TerminateOnNaNCallback,
+    )
+}
 ROOT = Path(__file__).resolve().parent.parent
 DEMOS = range(100)
 TRAIN = range(1000, 1040)
@@ -242,7 +250,7 @@ def try_half(learn, verb):
 
 @tries("SaveModelCallback", "EarlyStoppingCallback", "ReduceLROnPlateau")
 def try_trackers(learn, verb):
-    cls = globals()[verb]
+    cls = CALLBACKS[verb]
     trains(learn, learn.fit, 2, cbs=[RCE(), cls()])
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="You are shadowing")
@@ -254,7 +262,7 @@ def try_trackers(learn, verb):
 @tries("GradientAccumulation", "GradientClip", "ShortEpochCallback", "TerminateOnNaNCallback", "BnFreeze")
 def try_training_callbacks(learn, verb):
     args = dict(GradientAccumulation=(16,), ShortEpochCallback=(.5,)).get(verb, ())
-    trains(learn, learn.fit, 1, cbs=[RCE(), globals()[verb](*args)])
+    trains(learn, learn.fit, 1, cbs=[RCE(), CALLBACKS[verb](*args)])
 
 @tries("CSVLogger")
 def try_csv_logger(learn, verb):
@@ -270,7 +278,7 @@ def try_csv_logger(learn, verb):
 @tries("ProgressCallback", "ShowGraphCallback", "FetchPredsCallback")
 def try_progress(learn, verb):
     if verb == "ProgressCallback": assert [type(cb).__name__ for cb in learn.cbs].count(verb) == 1
-    else: trains(learn, learn.fit, 2, cbs=globals()[verb]())
+    else: trains(learn, learn.fit, 2, cbs=CALLBACKS[verb]())
 
 @tries("MCDropoutCallback")
 def try_mc_dropout(learn, verb):
@@ -318,7 +326,7 @@ def try_plot_top_losses(learn, verb):
 
 @tries("MixUp", "CutMix", "ChannelsLast", "ModelResetter", "RNNCallback", "RNNRegularizer")
 def try_callbacks_of_others(learn, verb):
-    cls = globals()[verb]
+    cls = CALLBACKS[verb]
     instead = dict(MixUp="fit_warmup", CutMix="fit_warmup", RNNRegularizer="`wd=` and `dropout=`")
     before = weights(learn)
     for cb in (cls, cls()): refuses(instead.get(verb, "leave it out"), learn.fit, 1, cbs=cb)
@@ -353,10 +361,14 @@ def fake_wandb():
     fake.watch = lambda *args, **kw: None
     return fake
 
-def forget(monkeypatch, name):
-    "fastai's page of a logger is imported anew, and forgotten with the stand-in"
-    monkeypatch.delitem(sys.modules, name, raising=False)
-    monkeypatch.setattr(sys.modules["fastai.callback"], name.rpartition(".")[2], None, raising=False)
+def page_of(logger):
+    "fastai's page of a logger, imported anew; it is forgotten with the stand-in that it has imported"
+    name = f"fastai.callback.{logger}"
+    had = sys.modules.pop(name, None)
+    yield importlib.import_module(name)
+    del sys.modules[name]
+    delattr(sys.modules["fastai.callback"], logger)
+    if had is not None: sys.modules[name] = had
 
 @pytest.fixture
 def tensorboard(monkeypatch):
@@ -364,14 +376,12 @@ def tensorboard(monkeypatch):
     fake.SummaryWriter = Writer
     monkeypatch.setitem(sys.modules, "tensorboard", types.ModuleType("tensorboard"))
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
-    forget(monkeypatch, "fastai.callback.tensorboard")
-    return importlib.import_module("fastai.callback.tensorboard")
+    yield from page_of("tensorboard")
 
 @pytest.fixture
 def wandb(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", fake_wandb())
-    forget(monkeypatch, "fastai.callback.wandb")
-    return importlib.import_module("fastai.callback.wandb")
+    yield from page_of("wandb")
 
 def islands():
     "Items with pictures, under the ids of the groups here"
