@@ -312,9 +312,17 @@ class GroupDL(GroupLoader):
 
 # %% ../nbs/40_dls.ipynb #efac38d9
 class GroupDataLoaders(DataLoaders):
-    "Loaders of groups and `info`, what a checkpoint should record of them"
-    info = None
+    "Loaders of groups, and what a checkpoint should record of them"
+    def __init__(self,
+        *loaders, # of the training split and of the validation split
+        info:dict|None=None, # fingerprints, pool rule, reward, kind: anything JSON
+        **kwargs, # `path, device` of fastai's `DataLoaders`
+    ):
+        super().__init__(*loaders, **kwargs)
+        self.info = info or {}
+
     def new_empty(self):
+        "Loaders without a group, for an export; they remember `info`"
         empty = super().new_empty()
         empty.info = self.info
         return empty
@@ -340,15 +348,15 @@ def group_dls(
     val = dataset(valid)
     _check_pair(trn, val, any_pool)
     device = default_device() if device is None else torch.device(device)
-    dls = GroupDataLoaders(GroupDL(trn, bs, shuffle=True, seed=seed), GroupDL(val, 4 * bs), device=device)
-    dls.info = dict(
+    info = dict(
         pool=trn.pool.rule,
         data=dict(train=train.fingerprint, valid=valid.fingerprint),
         store=store.fingerprint,
         kind=kind,
         reward=dict(mode=reward, **weights),
     )
-    return dls
+    loaders = GroupDL(trn, bs, shuffle=True, seed=seed), GroupDL(val, 4 * bs)
+    return GroupDataLoaders(*loaders, info=info, device=device)
 
 def _check_pair(train, valid, any_pool):
     "Refuse datasets that share a query, and pools made by different rules"
