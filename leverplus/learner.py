@@ -370,8 +370,12 @@ def _find_question(dls, question_id):
 # %% ../nbs/70_learner.ipynb #a7aab58b
 @patch
 @delegates(Learner.get_preds)
-def get_preds(self:SelectorLearner, ds_idx=1, dl=None, **kwargs):
-    "Log-probabilities [n,N] of stored sequences and their (rewards [n,N], mask [n,N]), as `Learner.get_preds`"
+def get_preds(self:SelectorLearner,
+    ds_idx=1, # 0: training split | 1: validation split
+    dl=None, # another loader
+    **kwargs,
+)->tuple: # (log-probabilities [n,N] of stored sequences, (rewards [n,N], mask [n,N])); more with `with_input`, ...
+    "`Learner.get_preds`, padded where batches differ in width"
     return tuple(_padded(part) for part in super(SelectorLearner, self).get_preds(ds_idx, dl, **kwargs))
 
 def _padded(part):
@@ -388,7 +392,11 @@ def _pad_all(parts):
     return out
 
 @patch
-def validate(self:SelectorLearner, ds_idx=1, dl=None, cbs=None):
+def validate(self:SelectorLearner,
+    ds_idx=1, # 0: training split | 1: validation split
+    dl=None, # another loader
+    cbs=None, # more callbacks
+)->list: # regret, then the metrics
     "`Learner.validate`; trackers and loggers of fits stand aside"
     aside = [cb for cb in self.cbs if isinstance(cb, (TrackerCallback, CSVLogger)) or is_logger(cb)]
     with self.removed_cbs(aside): return super(SelectorLearner, self).validate(ds_idx, dl, cbs)
@@ -400,21 +408,14 @@ def lr_find(self:SelectorLearner,
     start_lr=1e-7, # first learning rate
     end_lr=10, # last learning rate
     num_it=100, # batches
-    cbs=(), # of the stage, e.g. an objective; None: the loss, which is regret
+    cbs=(), # of the stage; without an objective among them the loss is regret
     **kwargs,
-):
+)->tuple: # suggested rates by name, as fastai gives them
     "`Learner.lr_find` for a stage; weights, history and random states stay as they are"
     with same_draws(self.dls), self.added_cbs(L(cbs)):
         return super(SelectorLearner, self).lr_find(start_lr, end_lr, num_it, **kwargs)
 
 # %% ../nbs/70_learner.ipynb #060044dd
-@patch
-def summary(self:SelectorLearner):
-    "`Learner.summary`, and how many parameters there are; fastai counts those of layers alone"
-    said = super(SelectorLearner, self).summary()
-    n = total_params(self.model)[0]
-    return type(said)(f"{said}\n\n{n:,} parameters, with those that belong to no layer and are not in the table")
-
 @patch
 def freeze_to(self:SelectorLearner, n):
     "`Learner.freeze_to`; refused where there is one parameter group"
@@ -454,6 +455,14 @@ def tta(self:SelectorLearner, *args, **kwargs):
     )
 
 @patch
+def summary(self:SelectorLearner):
+    "`Learner.summary`, and how many parameters there are; fastai counts those of layers alone"
+    said = super(SelectorLearner, self).summary()
+    n = total_params(self.model)[0]
+    return type(said)(f"{said}\n\n{n:,} parameters, with those that belong to no layer and are not in the table")
+
+# %% ../nbs/70_learner.ipynb #f2ac24ac
+@patch
 @delegates(Learner.export)
 def export(self:SelectorLearner, fname="export.pkl", **kwargs):
     "`Learner.export`: all but data and optimiser state, for `load_learner`; see also `save_selector`"
@@ -485,13 +494,20 @@ INSTEAD = {   # a callback of fastai -> what to use in its place
 def add_cb(self:SelectorLearner, cb):
     "`Learner.add_cb`; refuses what cannot work on groups, and teaches loggers to show them"
     if isinstance(cb, type): cb = cb()
-    for cls in type(cb).__mro__:
-        if cls.__module__.startswith("fastai.") and cls.__name__ in INSTEAD:
-            raise TypeError(f"{type(cb).__name__}: {INSTEAD[cls.__name__]}")
+    _refuse(cb)
     super(SelectorLearner, self).add_cb(cb)
     if is_logger(cb): _teach(cb)
     return self
 
+def _refuse(cb):
+    "Say what to use instead of a callback that is not for groups"
+    for cls in type(cb).__mro__:
+        if cls.__module__.startswith("fastai.") and cls.__name__ in INSTEAD:
+            raise TypeError(f"{type(cb).__name__}: {INSTEAD[cls.__name__]}")
+    if getattr(cb, "projector", False):
+        raise TypeError(f"{type(cb).__name__}(projector=True): {INSTEAD['TensorBoardProjectorCallback']}")
+
+# %% ../nbs/70_learner.ipynb #e74d9b2b
 def _teach(cb):
     "Make a logger of fastai, whose module has been imported, ready for groups"
     if hasattr(cb, "trace_model"): cb._setup_writer = partial(_open_writer, cb)

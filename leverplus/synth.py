@@ -132,7 +132,7 @@ def like(self:SynthGroups,
     "Which queries have this vector"
     return [i for i, row in enumerate(self.rows) if torch.equal(row[0], query)]
 
-# %% ../nbs/03_synth.ipynb #4fd61626
+# %% ../nbs/03_synth.ipynb #6762c0bb
 _CLASSES = "groups have no classes: `learn.show_results()` says what is picked, `regrets(learn)` what that costs"
 _WHOLE = "a batch of groups is shown as a whole: `show_batch(b)`; some queries are `loader.new(ids).show_batch()`"
 NOT_OF_GROUPS = dict(   # what fastai asks of other loaders -> what to use instead
@@ -141,75 +141,18 @@ NOT_OF_GROUPS = dict(   # what fastai asks of other loaders -> what to use inste
 
 class GroupLoader(DataLoader):
     "Loader of groups that can be looked at"
-    max_n = 4   # queries that `show_batch` shows if it is not told how many
     def new(self, dataset=None, cls=None, **kwargs):
         "A loader like this one, of another data set, or of some items of this one (a list)"
         kwargs.pop("process", None)   # fastai's `Interpretation` says so to every loader; it is for tables
         if isinstance(dataset, (list, tuple, L)): dataset = self.dataset.select(dataset)
         return super().new(dataset, cls, **kwargs)
 
-    def show_batch(self,
-        b=None, # a batch of this loader; None: what the next one would be
-        max_n:int|None=None, # most queries; None: `max_n` of the loader
-        ctxs=None, # axes to draw into, where pictures are known
-        show:bool=True, # False: what the loggers of fastai ask for, a `ShownGroups`, and three times None
-        **kwargs, # fastai's `unique`, which changes nothing here
-    ):
-        "Table of the groups of a batch: query, candidates, rewards of its sequences, and the best picks"
-        if b is None: b = self.peek()
-        rows = self.rows_of_batch(b, max_n or self.max_n)
-        return self.shown([_group_row(self.dataset, i) for i in rows], ctxs, show)
-
-    def show_results(self,
-        b, # a batch of this loader
-        out, # [B,N] what the policy says of its sequences: log-probabilities
-        max_n:int=9, # most queries
-        ctxs=None, # axes to draw into, where pictures are known
-        show:bool=True, # as in `show_batch`
-        **kwargs,
-    ):
-        "Table of what a policy would take: the likeliest stored picks, and rewards: expected, best, of these picks"
-        if isinstance(out, (list, tuple)): out = out[0]
-        rows = self.rows_of_batch(b, max_n)
-        return self.shown([_result_row(self.dataset, i, logp) for i, logp in zip(rows, out)], ctxs, show)
-
-    def shown(self, rows, ctxs, show):
-        "The table, drawn where pictures are known; or what a logger is given"
-        seen = ShownGroups(pd.DataFrame(rows), self)
-        if not show: return seen, None, None, None
-        seen.draw(ctxs)
-        return seen.table
-
     def draw(self, table, ctxs=None):
-        "Draw a table; here nothing has a picture"
+        "Draw a table of `show_batch` or `show_results`; here nothing has a picture"
 
     def __getattr__(self, name):
         if name in NOT_OF_GROUPS: raise AttributeError(f"loader.{name}: {NOT_OF_GROUPS[name]}")
         return super().__getattr__(name)
-
-class ShownGroups:
-    "A table of groups, and the loader that can draw it"
-    def __init__(self, table, dl):
-        self.table = table
-        self.dl = dl
-
-    def draw(self, ctxs=None): return self.dl.draw(self.table, ctxs)
-
-def _group_row(ds, i):
-    "What `show_batch` says of one group"
-    _, cands, seqs, rewards = ds[i]
-    best = ds.name(i, seqs[int(rewards.argmax())])
-    ordered = [round(float(r), 3) for r in rewards.sort(descending=True).values]
-    return dict(query=ds.items[i], candidates=len(cands), rewards=ordered, picks=best)
-
-def _result_row(ds, i, logp):
-    "What `show_results` says of one group"
-    _, _, seqs, rewards = ds[i]
-    logp = logp[: len(seqs)].detach().cpu()
-    first = int(logp.argmax())
-    expected = float((logp.softmax(-1) * rewards).sum())
-    got = dict(expected=expected, best=float(rewards.max()), likeliest=float(rewards[first]))
-    return dict(query=ds.items[i], picks=ds.name(i, seqs[first]), **got)
 
 # %% ../nbs/03_synth.ipynb #5c030820
 @patch
@@ -238,6 +181,66 @@ def _find_row(ds, query, rewards, place):
     raise ValueError(
         f"query {place} of the batch is not among the groups of this loader: give a batch of this loader"
     )
+
+# %% ../nbs/03_synth.ipynb #b2f7934f
+class ShownGroups:
+    "A table of groups, and the loader that can draw it"
+    def __init__(self, table, dl):
+        self.table = table
+        self.dl = dl
+
+    def draw(self, ctxs=None): return self.dl.draw(self.table, ctxs)
+
+@patch
+def show_batch(self:GroupLoader,
+    b=None, # a batch of this loader; None: what the next one would be
+    max_n:int=4, # most queries
+    ctxs=None, # axes to draw into, where pictures are known
+    show:bool=True, # False: neither draw nor return the table, but (`ShownGroups`, None, None, None), for loggers
+    **kwargs, # fastai's `unique`, which changes nothing here
+)->pd.DataFrame: # query, candidates, rewards from the best to the worst, and the best picks
+    "Show the groups of a batch"
+    if b is None: b = self.peek()
+    rows = [_group_row(self.dataset, i) for i in self.rows_of_batch(b, max_n)]
+    return _shown(ShownGroups(pd.DataFrame(rows), self), ctxs, show)
+
+def _group_row(ds, i):
+    "What `show_batch` says of one group"
+    _, cands, seqs, rewards = ds[i]
+    best = ds.name(i, seqs[int(rewards.argmax())])
+    ordered = [round(float(r), 3) for r in rewards.sort(descending=True).values]
+    return dict(query=ds.items[i], candidates=len(cands), rewards=ordered, picks=best)
+
+def _shown(seen, ctxs, show):
+    "The table, drawn; or what a logger is given"
+    if not show: return seen, None, None, None
+    seen.draw(ctxs)
+    return seen.table
+
+# %% ../nbs/03_synth.ipynb #69cae341
+@patch
+def show_results(self:GroupLoader,
+    b, # a batch of this loader
+    out, # [B,N] what the policy says of its sequences: log-probabilities
+    max_n:int=9, # most queries
+    ctxs=None, # axes to draw into, where pictures are known
+    show:bool=True, # as in `show_batch`
+    **kwargs, # of fastai; nothing here
+)->pd.DataFrame: # query, likeliest stored picks, and rewards: expected, best, of these picks
+    "Show what a policy would take"
+    if isinstance(out, (list, tuple)): out = out[0]
+    rows = self.rows_of_batch(b, max_n)
+    table = pd.DataFrame([_result_row(self.dataset, i, logp) for i, logp in zip(rows, out)])
+    return _shown(ShownGroups(table, self), ctxs, show)
+
+def _result_row(ds, i, logp):
+    "What `show_results` says of one group"
+    _, _, seqs, rewards = ds[i]
+    logp = logp[: len(seqs)].detach().cpu()
+    first = int(logp.argmax())
+    expected = float((logp.softmax(-1) * rewards).sum())
+    got = dict(expected=expected, best=float(rewards.max()), likeliest=float(rewards[first]))
+    return dict(query=ds.items[i], picks=ds.name(i, seqs[first]), **got)
 
 # %% ../nbs/03_synth.ipynb #a61a83b1
 def synth_dls(
