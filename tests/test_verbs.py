@@ -404,6 +404,7 @@ def test_tensorboard_with_its_defaults(learn, tensorboard):
     learn.add_cb(tensorboard.TensorBoardCallback())
     learn.validate()   # opens no writer
     refuses("leave it out", learn.fit, 1, cbs=tensorboard.TensorBoardProjectorCallback())
+    refuses("leave it out", learn.fit, 1, cbs=tensorboard.TensorBoardCallback(projector=True))
 
 def test_wandb_with_its_defaults(learn, wandb, capsys):
     trains(learn, learn.fit, 2, cbs=[RCE(.5), wandb.WandbCallback()])
