@@ -9,12 +9,12 @@ __all__ = ['VERBS', 'verbs']
 import pandas as pd
 
 # %% ../nbs/73_verbs.ipynb #01d005b2
-VERBS = {   # names -> what they do here: "work: ..." or "use ...", what there is instead
+VERBS = {   # names -> what they do here: "work", or "use ...", what there is instead
     "fit fit_one_cycle fit_flat_cos fit_sgdr fine_tune":
         "work: the loss is regret, and an objective in `cbs` replaces it in training",
-    "lr_find": "work: `lr_find(cbs=RCE())` for a stage; leaves weights, history and random states as they are",
+    "lr_find": "works: `lr_find(cbs=RCE())` for a stage; leaves weights, history and random states as they are",
     "show_batch show_results": "work: a table of groups; with pictures, if loaders know `items`",
-    "predict": "work: of a question_id, or of vectors of a new question",
+    "predict": "works: of a question_id, or of vectors of a new question",
     "get_preds validate": "work: log-probabilities of stored sequences, and (rewards, mask); regret",
     "one_batch test_dl loss_func": "work: a tuple of seven tensors; a loader of question_ids; `regret`",
     "summary show_training_loop plot_loss plot_sched": "work",
@@ -25,8 +25,8 @@ VERBS = {   # names -> what they do here: "work: ..." or "use ...", what there i
     "GradientAccumulation GradientClip ShortEpochCallback TerminateOnNaNCallback BnFreeze": "work",
     "CSVLogger ShowGraphCallback ProgressCallback FetchPredsCallback MCDropoutCallback": "work",
     "TensorBoardCallback WandbCallback": "work: with their defaults; they log the table of `show_results`",
-    "Interpretation": "work: `top_losses(k, items=True)` are the questions of most regret",
-    "unfreeze": "work",
+    "Interpretation": "works: `top_losses(k, items=True)` are the questions of most regret",
+    "unfreeze": "works",
     "freeze": "use `Freeze(*parts)` in `cbs`: all weights are in one parameter group",
     "tta": "use `MCDropoutCallback()` in `get_preds(cbs=...)`",
     "ClassificationInterpretation": "use `show_results` and `regrets(learn)`: groups have no classes",

@@ -634,3 +634,20 @@ def test_trackers_that_stay_on_the_learner_are_kept_out_of_validate(tmp_path):
         assert file.stat().st_mtime_ns == kept and isinstance(learn.save_model, SaveModelCallback)
         Learner.validate(learn)
         assert file.stat().st_mtime_ns > kept   # so this is what it is for
+
+def test_stored_tables_of_fit_have_no_times(monkeypatch):
+    nbformat = pytest.importorskip("nbformat")
+    monkeypatch.syspath_prepend(str(ROOT/".ci"))
+    from notebooks import without_times
+    def shown(html): return nbformat.v4.new_output("display_data", {"text/html": html, "text/plain": html})
+    def table(*rows):
+        cells = ("".join(f"<td>{cell}</td>" for cell in row) for row in rows)
+        return f'<div><table class="fastprogress">{"".join(f"<tr>{row}</tr>" for row in cells)}</table></div>'
+    frame = shown("<table class=\"dataframe\"><tr><td>00:01</td></tr></table>")
+    said = nbformat.v4.new_output("stream", text="00:01")
+    timed = shown(table(("epoch", "loss", "time"), (0, .5, "00:01"), (1, .4, "1:00:01")))
+    style = shown("<style> table.fastprogress { margin: 1em } </style>")
+    kept = without_times([style, shown(""), shown("<div></div>"), timed, frame, said])
+    assert kept == [timed, frame, said]
+    assert timed.data == {"text/html": table(("epoch", "loss"), (0, .5), (1, .4))}
+    assert "00:01" in frame.data["text/html"]
