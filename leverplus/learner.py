@@ -536,7 +536,7 @@ def _verbatim(text):
 
 def _log_to_tensorboard(x:ShownGroups, y, its, outs, writer, step):
     writer.add_text("picks", _verbatim(x.table.round(3).to_string()), step)
-    axes = x.draw()
+    axes = x.draw(n=9)
     if axes is not None: writer.add_figure("prompts", axes.flat[0].figure, step)
 
 @patch
@@ -551,7 +551,7 @@ def _log_to_wandb(x:ShownGroups, y, samples, outs, preds):
     from fastai.callback.wandb import wandb
     table = x.table.assign(picks=x.table.picks.map(str))
     out = {"picks": wandb.Table(dataframe=table)}
-    axes = x.draw()
+    axes = x.draw(n=9)
     if axes is not None:
         figure = axes.flat[0].figure
         out["prompts"] = wandb.Image(figure)

@@ -189,7 +189,9 @@ class ShownGroups:
         self.table = table
         self.dl = dl
 
-    def draw(self, ctxs=None): return self.dl.draw(self.table, ctxs)
+    def draw(self, ctxs=None, n=None):
+        "Draw the first `n` queries, or all"
+        return self.dl.draw(self.table[:n], ctxs)
 
 @patch
 def show_batch(self:GroupLoader,
