@@ -6,7 +6,7 @@
 runs those flagged slow. A notebook that fails is left as it was, and the exit status is 1. Nothing that
 changes between two runs is stored: no counts, times, ids of objects, or split-up streams.
 """
-import argparse, os, sys, tempfile, time
+import argparse, os, re, sys, tempfile, time
 from pathlib import Path
 from directives import is_skipped
 
@@ -34,6 +34,18 @@ def find(names):
     if absent: sys.exit(f"no such notebook: {', '.join(absent)}; give a path or a stem such as 00_core")
     return [p.resolve() for p in paths]
 
+def without_times(outputs):
+    "The tables of `fit` as they are in every run: no column `time`, no style sheet, no bar, each once"
+    kept = []
+    for o in outputs:
+        html = o.get("data", {}).get("text/html")
+        if html is not None and html.strip() in ("", "<div></div>"): continue   # a bar that has ended
+        if "table.fastprogress" in (html or ""): continue
+        if 'class="fastprogress"' in (html or ""):
+            o.data = {"text/html": re.sub(r"<t([hd])>(time|[\d:]+)</t\1></tr>", "</tr>", html)}
+        kept.append(o)
+    return kept
+
 def execute(path, flags, timeout):
     "Run notebook `path` in its folder and store the outputs"
     import nbformat
@@ -57,7 +69,9 @@ def execute(path, flags, timeout):
             skip_cells_with_tag=SKIP,
             resources={"metadata": {"path": str(path.parent)}},
         ).execute()
-    for c in nb.cells: c.metadata = {}
+    for c in nb.cells:
+        c.metadata = {}
+        if c.cell_type == "code": c.outputs = without_times(c.outputs)
     nb.metadata = {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}
     nbformat.write(nb, path)
     nbdev_clean(str(path))

@@ -46,6 +46,7 @@ from leverplus.diagnose import *
 from leverplus.learner import *
 from leverplus.recipes import *
 from leverplus.offpolicy import *
+from leverplus.verbs import *
 from leverplus.infer import *
 from leverplus.statistics import *
 from leverplus.evaluate import *
