@@ -10,7 +10,7 @@ __all__ = ['STATUS', 'Shard', 'Out', 'Rate', 'Selectors', 'Selector', 'Runs', 'O
            'read_config', 'explained', 'one_or_none', 'one_sentence', 'read_door', 'command_settings', 'first_page',
            'answer']
 
-# %% ../nbs/94_doors.ipynb #9aa0f59f
+# %% ../nbs/94_doors.ipynb #003b6823
 import contextlib, io, json, re, sys, textwrap
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
@@ -20,7 +20,7 @@ from pydantic import BeforeValidator
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, UseAppendAction, arg
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec
 from leverplus.settings import (
-    Asking, Count, Data, Folder, Guarding, Job, Json, Mining, Model, Natural, Picking, Pools, Positive, Proposing,
+    Asking, Count, Data, Folder, Guarding, Json, Mining, Model, Natural, Picking, Pools, Positive, Proposing,
     Rewarding, Rows, Share, draft, flag, group, plain_settings,
 )
 
@@ -97,7 +97,7 @@ Limit = Annotated[Count|None, flag("all", "--n", metavar="N")]
 MoreSettings = Annotated[Json|None, flag("none", metavar="JSON")]
 Store = Data(store="runs/store")
 
-# %% ../nbs/94_doors.ipynb #0a8d2722
+# %% ../nbs/94_doors.ipynb #4d600d5c
 class Door:
     "Base of all doors"
     what:ClassVar[str] # the command's sentence
@@ -183,11 +183,6 @@ class Generate(Door):
     spread:Spread=Spread()
     running:Running=Running()
     around:Around=Around()
-
-    def job(self):
-        "The generation that is asked for"
-        names = "split limit data pools model proposing asking guarding".split()
-        return Job(**{name: getattr(self, name) for name in names})
 
 # %% ../nbs/94_doors.ipynb #d82ad69f
 @group

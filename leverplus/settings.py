@@ -127,7 +127,7 @@ def _part(cls, name, hint, value):
     try: return TypeAdapter(hint).validate_python(value)
     except ValidationError as e: raise ValueError(in_words(e, hint if is_dataclass(hint) else cls, name)) from None
 
-# %% ../nbs/04_settings.ipynb #b5776a84
+# %% ../nbs/04_settings.ipynb #8eead28d
 def flat_names(
     cls, # a group
 )->dict: # {flat name: (field, field of the group below, ...)}
@@ -155,7 +155,7 @@ def change(
     below = {}
     here = {}
     for name, value in flat.items():
-        if name in own and name not in known: here[name] = value
+        if name in own and (name not in known or is_dataclass(value)): here[name] = value
         elif name not in known: raise ValueError(_unknown(name, type(settings)))
         elif len(known[name]) == 1: here[known[name][0]] = value
         else: below.setdefault(known[name][0], {})[name] = value

@@ -679,7 +679,7 @@ def test_a_door_says_its_job_in_full():
     "Every setting of a generation has a flag, and the door's defaults are those of `Job`, but for the store"
     door = read_door("generate --out x".split())
     assert set(flat_names(Job)) <= set(flat_names(type(door)))
-    assert change(door.job(), store=None) == Job()
+    assert change(cli.job_of(door), store=None) == Job()
     assert door.data.store == "runs/store"
 
 def test_the_console_script_is_declared():
