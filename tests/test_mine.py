@@ -8,7 +8,7 @@ from leverplus.rldata_ask import FactCache
 from leverplus.rldata_propose import SimilarityPrior
 from leverplus.rldata_generate import generate
 from leverplus.settings import Guarding, Mining, Proposing, read_settings
-from leverplus.rldata_mine import lacking, mine, neighbours, reask
+from leverplus.rldata_mine import lacking, mine, mining_calls, neighbours, reask
 from leverplus.embed import EmbedStore
 
 K = 6
@@ -117,6 +117,7 @@ def test_rows_are_new_marked_and_within_the_budget(tmp_path_factory, world, trie
     assert set(new.question_id) <= set(lacking(data)[lambda x: x != ""].index)
     asked = log.asked.sum() + log.texts.sum()
     assert budget is None or asked <= budget
+    assert asked <= mining_calls(data, mining)
     assert ((log.texts > 0) | (log.failed > 0)).all()
     assert len(s.asked) == asked
     assert log.asked.sum() == len(new)
@@ -171,6 +172,19 @@ def test_policy_samples_come_from_the_policy(world, tmp_path):
     # without a policy: the prior, as sharp as `scale` says
     assert mined(proposing=Proposing(scale=500.)).fingerprint == b.fingerprint
     assert mined(proposing=Proposing(kind="text")).fingerprint != mined().fingerprint
+
+def test_the_most_that_a_search_asks(world, tmp_path):
+    items, store, pool = world
+    s = Rule(never=QUERIES)
+    data = start(world, s, tmp_path)
+    one = Mining(rounds=1, tries=2, top=1)
+    _, log = mine(data, items, s, store, mining=one, progress=False)
+    # fewer where a swap is a sample, too
+    assert log.asked.sum() + log.texts.sum() <= mining_calls(data, one) == len(QUERIES)*(2 + 2 + 1)
+    assert mining_calls(data, Mining(rounds=3, tries=2, top=1)) == 3*mining_calls(data, one)
+    assert mining_calls(data, Mining(budget=7)) == 7
+    every = start(world, Rule(), tmp_path/"every", counts=dict(random=30))
+    assert mining_calls(every) == 0
 
 def test_nothing_lacking_asks_nothing(world, tmp_path):
     items, store, pool = world
