@@ -426,7 +426,7 @@ def _described_attributes(v, depth=0):
     return {
         k: _describe(i, depth)
         for k, i in vars(v).items()
-        if k != "learn" and not isinstance(i, Callback)
+        if k not in ("learn", "run") and not isinstance(i, Callback)   # fastai sets `run` after a fit
     }
 
 _SILENT = (TrainEvalCallback, CastToTensor, Recorder, progress.ProgressCallback)   # of these nothing depends
