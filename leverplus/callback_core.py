@@ -166,10 +166,12 @@ class Objective(LiveOnly):
     order = 0
     skip_flat = True   # do groups without reward differences leave the loss?
     dropout = True     # does the model keep its dropout while it trains?
+    schedule = None    # what moves its `temp`: a function of progress 0..1
     left = False       # have flat groups left this batch already?
     def before_fit(self):
         super().before_fit()
         self.left = False
+        if self.schedule is not None: self.temp = float(self.schedule(0.))
         names = [type(cb).__name__ for cb in self.learn.cbs if isinstance(cb, Objective)]
         if len(names) > 1:
             raise ValueError(f"this fit has {len(names)} objectives ({', '.join(names)}): pass one per fit")
@@ -181,6 +183,7 @@ class Objective(LiveOnly):
     def before_batch(self):
         self.leave_flat()
         self.left = False
+        if self.schedule is not None: self.temp = self.schedule(self.pct_train)
 
     def leave_flat(self):
         "Let flat groups leave the batch, once"

@@ -54,6 +54,10 @@ class PolicyGradient(Objective):
         "Name of the class, for messages"
         return type(self).__name__
 
+    def before_fit(self):
+        super().before_fit()
+        self.adv = None
+
     def before_batch(self):
         super().before_batch()
         self.adv = advantage(self.rewards, self.mask, **self.adv_kw)

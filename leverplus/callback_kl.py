@@ -21,6 +21,7 @@ class StepTerm(StageCallback):
     order = Objective.order+1
     needs = ("encode", "step_logp")
     def before_fit(self):
+        self.forget()
         lacks = [m for m in self.needs if not callable(getattr(self.model, m, None))]
         if lacks:
             raise ValueError(

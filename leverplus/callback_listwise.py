@@ -51,10 +51,6 @@ class Listwise(Objective):
         super().before_train()
         if self.ref is None and not self.alone: self.ref = frozen(self.model)
 
-    def before_batch(self):
-        super().before_batch()
-        if self.schedule is not None: self.temp = self.schedule(self.pct_train)
-
     def objective(self, logp, rewards, mask):
         if self.over == "set":
             rewards, mask = merge_orders(self.seqs, self.seq_mask, rewards, mask)

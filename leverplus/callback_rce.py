@@ -26,10 +26,6 @@ class RCE(Objective):
         self.weights = weights
         self.skip_flat = skip_flat
 
-    def before_batch(self):
-        super().before_batch()
-        if self.schedule is not None: self.temp = self.schedule(self.pct_train)
-
     def objective(self, logp, rewards, mask):
         w = rce_weights(rewards, mask, self.temp, self.norm, self.weights)
         some = mask.any(-1)

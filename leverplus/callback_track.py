@@ -453,7 +453,7 @@ def _described_attributes(v, depth=0):
     return {
         k: _describe(i, depth)
         for k, i in vars(v).items()
-        if k != "learn" and not isinstance(i, Callback)
+        if k not in ("learn", "run") and not isinstance(i, Callback)   # fastai sets `run` after a fit
     }
 
 # of these nothing depends

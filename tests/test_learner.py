@@ -271,6 +271,22 @@ def test_settings_of_a_stage():
 class Nothing(StageCallback):
     "Does nothing"
 
+@pytest.mark.parametrize("make", [lambda: RCE((2., .5)), lambda: Listwise(temp="sharp"), SFT, GRPO])
+def test_an_objective_that_was_used_before_resumes(tmp_path, make):
+    "What is left on it from another fit is no setting"
+    def go(*cbs):
+        learn = learner(32)
+        with quiet(learn), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            learn.fit_stage(2, 1e-2, cbs, resume=tmp_path/"run")
+        return weights(learn)
+    new = go(make(), KLToRef())
+    used = make()
+    kl = KLToRef()
+    other = learner(48)
+    with quiet(other): other.fit(1, cbs=[used, kl])
+    assert same(new, go(used, kl))
+
 @pytest.mark.parametrize("said", [None, True, False])
 def test_who_says_whether_flat_groups_leave(said):
     def live(objective):
