@@ -10,7 +10,7 @@ __all__ = ['METHODS', 'Bad', 'Failed', 'status_of', 'one_line', 'carry_out', 'pr
            'asked_of', 'do_infer', 'plan_infer', 'do_eval', 'plan_eval', 'do_report', 'grid_of', 'SweepPlan',
            'sweep_plan', 'do_sweep', 'plan_sweep', 'demo_settings', 'do_demo', 'plan_demo', 'main']
 
-# %% ../nbs/95_cli.ipynb #63d1e1d9
+# %% ../nbs/95_cli.ipynb #8c1b8bee
 import json, math, sys, traceback, warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,14 +19,15 @@ from types import SimpleNamespace
 import numpy as np, pandas as pd
 from fastcore.basics import noop
 from .core import read_json, write_json
-from .settings import Job, Model, Proposing, change, plain_settings
+from .settings import Job, Model, Proposing, Rewarding, change, plain_settings
 from .runs import Busy, Run, by_command, present_command
 from .embed import EmbedStore
 from .groups import FACT_COLUMNS, RLData, shard_tag
 from .rewards import reward, reward_facts
 from .rldata_ask import FactCache, same_scorer
 from leverplus.rldata_generate import (
-    NotVerified, TooManyFailures, policy_fingerprint, run_lock, shard_queries, summary_text, with_text,
+    NotVerified, TooManyFailures, policy_fingerprint, run_lock, shard_queries, summary_text, verified_text,
+    with_text,
 )
 from leverplus.rldata_scale import (
     ROW_BYTES, Splits, asking_costs, embed_plan, embed_splits, generate_plan, generate_ray, rate_of, sequences_of, size_text,
@@ -219,7 +220,7 @@ def plan_pools(door:DrawPools)->dict: # lines of the plan
         disk=f"about {size_text(sum(questions.values())*door.pools.K*8)} in {data.store}",
     )
 
-# %% ../nbs/95_cli.ipynb #18c08694
+# %% ../nbs/95_cli.ipynb #7b3a9e72
 def _proposer(door):
     "(the job with the embeddings that the selector reads, the selector or None)"
     job = job_of(door)
@@ -236,14 +237,7 @@ def do_generate(door:Generate):
     ray = door.spread
     if ray.ray is None: data = job.run(door.out, **how)
     else: data = generate_ray(job, door.out, ray.ray, ray.threads, ray.gpus, **how)
-    print(f"{door.out}: {summary_text(data)}{_verified(data)}")
-
-def _verified(data):
-    "What `--verify` found"
-    v = data.manifest.get("verify")
-    if not v: return ""
-    distance = f"log P within {v['logprob']:.1g} (allowed {v['tolerance']:g})"
-    return f", verified {v['asked']} of {v['drawn']}, {distance}, {v['text']} other texts"
+    print(f"{door.out}: {summary_text(data)}{verified_text(data)}")
 
 # %% ../nbs/95_cli.ipynb #6d933ad9
 def plan_generate(door:Generate)->dict: # lines of the plan
@@ -298,7 +292,7 @@ def _flatters(model, data):
     if trained_on != data.fingerprint: return ""
     return ", WHICH WAS TRAINED ON THESE ROWS: the estimate flatters it"
 
-# %% ../nbs/95_cli.ipynb #9d7b206e
+# %% ../nbs/95_cli.ipynb #0617cb88
 def do_mine(door:Mine):
     "Mine a run and save what came of it elsewhere"
     from leverplus.rldata_mine import lacking, mine
@@ -329,15 +323,13 @@ def _to_mine(door):
 
 def plan_mine(door:Mine)->dict: # lines of the plan
     "What mining costs"
+    from leverplus.rldata_mine import mining_calls
     data, lacks = _to_mine(door)
-    m = door.mining
-    calls = len(lacks) * (2*m.tries*len(data.shots) + m.top) * m.rounds
-    if m.budget is not None: calls = min(calls, m.budget)
     what = ", ".join(f"{n:,} a {w}" for w, n in lacks.value_counts().items())
     return dict(
         questions=f"{len(lacks):,} of {len(data.queries):,} lack something: {what}",
-        rounds=m.rounds,
-        **costs_of(door, job_of(door), calls, shots=data.shots),
+        rounds=door.mining.rounds,
+        **costs_of(door, job_of(door), mining_calls(data, door.mining), shots=data.shots),
     )
 
 # %% ../nbs/95_cli.ipynb #0ae408ee
@@ -465,7 +457,7 @@ def _learner_of_objective(door, data, start):
 
 def _epochs(teaching): return EPOCHS if teaching.epochs is None else teaching.epochs
 
-# %% ../nbs/95_cli.ipynb #1f886ea3
+# %% ../nbs/95_cli.ipynb #d197c1d5
 def looks_at_dev(door:Train)->int: # 0 where regret chooses
     "How often `--choose accuracy` asks about every question of dev, at most"
     if door.choosing.choose == "regret": return 0
@@ -491,7 +483,9 @@ def _greedy_loss(door, data, scorer, learn):
     dev = data.dev
     known = dev.rows[~dev.rows.eval_failed]
     if not len(cache): cache.add(known[["question_id", "pointer", *FACT_COLUMNS]])
-    feedback = Feedback(scorer, data.items, cache, "soft_only", door.asking, progress=door.progress)
+    feedback = Feedback(
+        scorer, data.items, cache, Rewarding(reward="soft_only"), door.asking, progress=door.progress,
+    )
     stops = getattr(learn.model, "stop", None) is not None
     shots = None if stops else dev.shots
     kind = learn.dls.info["kind"]
