@@ -10,7 +10,7 @@ __all__ = ['METHODS', 'Bad', 'Failed', 'status_of', 'one_line', 'carry_out', 'pr
            'asked_of', 'do_infer', 'plan_infer', 'do_eval', 'plan_eval', 'do_report', 'grid_of', 'SweepPlan',
            'sweep_plan', 'do_sweep', 'plan_sweep', 'demo_settings', 'do_demo', 'plan_demo', 'main']
 
-# %% ../nbs/95_cli.ipynb #8c1b8bee
+# %% ../nbs/95_cli.ipynb #2429865e
 import json, math, sys, traceback, warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -30,8 +30,8 @@ from leverplus.rldata_generate import (
     with_text,
 )
 from leverplus.rldata_scale import (
-    ROW_BYTES, Splits, asking_costs, embed_plan, embed_splits, generate_plan, generate_ray, rate_of, sequences_of, size_text,
-    time_text,
+    ROW_BYTES, Splits, asking_costs, embed_plan, embed_splits, generate_plan, generate_ray, rate_of, sequences_of,
+    size_text, time_text,
 )
 from leverplus.doors import (
     DOORS, EPOCHS, Check, Demo, DrawPools, Embed, Eval, Generate, Infer, Merge, Mine, Report, Sweep, Train, answer,
@@ -793,8 +793,8 @@ def plan_sweep(door:Sweep)->dict: # lines of the plan
         **costs_of(door, job_of(door), mine*len(dev.queries), shots=shots),
     )
 
-# %% ../nbs/95_cli.ipynb #f737e460
-def demo_settings(door:Demo)->tuple: # (all settings of the demo, those that are not its own); `Bad` names what it does not know
+# %% ../nbs/95_cli.ipynb #af99e0ab
+def demo_settings(door:Demo)->tuple: # (all settings of the demo, those that are not its own)
     "Settings of the demo"
     from leverplus.demo import SETTINGS
     asked = dict(train_queries=door.train_queries, dev_queries=door.dev_queries)

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['STATUS', 'Shard', 'Out', 'Rate', 'Selectors', 'Selector', 'Runs', 'OneRun', 'Split', 'Splits', 'Limit',
-           'MoreSettings', 'Store', 'OBJECTIVES', 'EPOCHS', 'Facts', 'DOORS', 'ROAD', 'NUMBERS', 'Around', 'Running',
-           'shard_of', 'out_folder', 'named', 'Door', 'Embed', 'DrawPools', 'Spread', 'Generate', 'Check', 'Mine',
-           'Merging', 'Keeping', 'Merge', 'Teaching', 'Choosing', 'Train', 'Infer', 'Eval', 'Report', 'Sweep', 'Demo',
-           'read_config', 'explained', 'one_or_none', 'one_sentence', 'read_door', 'command_settings', 'first_page',
-           'answer']
+           'MoreSettings', 'Store', 'OBJECTIVES', 'EPOCHS', 'NewSelector', 'Facts', 'DOORS', 'ROAD', 'NUMBERS',
+           'Around', 'Running', 'shard_of', 'out_folder', 'named', 'Door', 'Embed', 'DrawPools', 'Spread', 'Generate',
+           'Check', 'Mine', 'Merging', 'Keeping', 'Merge', 'Teaching', 'Choosing', 'Train', 'Infer', 'Eval', 'Report',
+           'Sweep', 'Demo', 'read_config', 'explained', 'one_or_none', 'one_sentence', 'read_door', 'command_settings',
+           'first_page', 'answer']
 
 # %% ../nbs/94_doors.ipynb #003b6823
 import contextlib, io, json, re, sys, textwrap
@@ -97,17 +97,16 @@ Limit = Annotated[Count|None, flag("all", "--n", metavar="N")]
 MoreSettings = Annotated[Json|None, flag("none", metavar="JSON")]
 Store = Data(store="runs/store")
 
-# %% ../nbs/94_doors.ipynb #4d600d5c
+# %% ../nbs/94_doors.ipynb #c4b8c3e3
 class Door:
     "Base of all doors"
-    what:ClassVar[str] # the command's sentence
     comes:ClassVar[str]="nothing" # what comes in
     goes:ClassVar[str] # what goes out
     examples:ClassVar[tuple] # command lines without "leverplus"
 
 @group
 class Embed(Door):
-    what = "encode pictures and questions with a CLIP"
+    "Encode pictures and questions with a CLIP"
     comes = "a data set (--data, --images) and a CLIP (--clip)"
     goes = (
         "unit vectors in --store, one file per split, where every other command finds them; a finished split is"
@@ -129,7 +128,7 @@ class Embed(Door):
 
 @group
 class DrawPools(Door):
-    what = "draw the candidates that each question may be shown"
+    "Draw the candidates that each question may be shown"
     comes = "a data set, and its embeddings (made if they are not in --store)"
     goes = "K candidates per question in --store, never the question itself nor its picture"
     examples = (
@@ -152,7 +151,7 @@ class Spread:
 
 @group
 class Generate(Door):
-    what = "try sequences of demonstrations and ask the model about them"
+    "Try sequences of demonstrations and ask the model about them"
     comes = "a data set, a CLIP, a vision-language model (--lvlm)"
     goes = (
         "a run in --out: each sequence that was tried, with the answer, its accuracy, and the probability of the"
@@ -184,10 +183,10 @@ class Generate(Door):
     running:Running=Running()
     around:Around=Around()
 
-# %% ../nbs/94_doors.ipynb #d82ad69f
+# %% ../nbs/94_doors.ipynb #8e3c9db4
 @group
 class Check(Door):
-    what = "say what tried sequences can teach, and if they cannot, why"
+    "Say what tried sequences can teach, and if they cannot, why"
     comes = "runs of generate, mine or merge"
     goes = (
         "metrics, alarms and what to do about them, on the screen; tables in --csv; what a --selector would earn,"
@@ -209,7 +208,7 @@ class Check(Door):
 
 @group
 class Mine(Door):
-    what = "look for good sequences where a question has none, and for bad ones where all are good"
+    "Look for good sequences where a question has none, and for bad ones where all are good"
     comes = "a run of generate; the data set and the model that made it (same flags)"
     goes = (
         "the run with the mined rows in --out; facts are kept there as they come, so the same command goes on"
@@ -250,7 +249,7 @@ class Keeping:
 
 @group
 class Merge(Door):
-    what = "make one run of several, and keep what can teach"
+    "Make one run of several, and keep what can teach"
     comes = "runs of generate or mine, older first"
     goes = "one run in --out, and a line per step that says what was dropped and why"
     examples = (
@@ -265,20 +264,22 @@ class Merge(Door):
     running:Running=Running()
     around:Around=Around()
 
-# %% ../nbs/94_doors.ipynb #eec7872a
+# %% ../nbs/94_doors.ipynb #affb5c23
 OBJECTIVES = ("rce", "listwise", "sft", "grpo")
 EPOCHS = 5 # of an objective, if nothing is said
+
+NewSelector = Annotated[Json|None, flag("its own", name="model", metavar="JSON")]
 
 @group
 class Teaching:
     "What is trained"
-    recipe:Annotated[str|None, flag("ours", metavar="NAME")]=None # stages and settings by name, in place of an objective
+    recipe:Annotated[str|None, flag("ours", metavar="NAME")]=None # stages and settings by name
     objective:Annotated[Literal["rce", "listwise", "sft", "grpo"]|None, flag("none")]=None # a single stage, instead
     epochs:Annotated[Natural|None, flag(EPOCHS, metavar="N")]=None # of the objective
     lr:Annotated[Positive|None, flag("the objective's own", metavar="X")]=None # its peak learning rate
     set:MoreSettings=None # more arguments of it, or changes to the recipe
     start:Annotated[str|None, flag("a new selector", metavar="DIR")]=None # selector to start from
-    new:Annotated[Json|None, flag("its own", name="model", metavar="JSON")]=None # arguments of a new one, such as '{"d_hidden": 256}'
+    new:NewSelector=None # arguments of a new one, such as '{"d_hidden": 256}'
     kind:Literal["image", "text", "mixed"]="mixed" # embeddings that the selector reads
     bs:Count=32 # questions per batch
     seed:Natural=0 # of weights and batches
@@ -305,7 +306,7 @@ class Choosing:
 
 @group
 class Train(Door):
-    what = "train a selector on tried sequences"
+    "Train a selector on tried sequences"
     comes = "runs of generate, mine or merge, and the data set that they were made from (for its embeddings)"
     goes = (
         "a run in --out: settings, history, checkpoint, a state after every epoch; started again with the same"
@@ -334,10 +335,10 @@ class Train(Door):
     running:Running=Running()
     around:Around=Around()
 
-# %% ../nbs/94_doors.ipynb #71012f43
+# %% ../nbs/94_doors.ipynb #2b3693b9
 @group
 class Infer(Door):
-    what = "answer the questions of a split, with demonstrations that a selector picks"
+    "Answer the questions of a split, with demonstrations that a selector picks"
     comes = "a selector (a run of train), a data set, a model"
     goes = (
         "a run in --out: predictions.json in the official results format, predictions.parquet to look at cases;"
@@ -370,7 +371,7 @@ Facts = Annotated[tuple[str, ...]|None, flag("DATA/facts.parquet, if it is there
 
 @group
 class Eval(Door):
-    what = "compare selectors with every baseline and the oracle, with intervals"
+    "Compare selectors with every baseline and the oracle, with intervals"
     comes = "selectors (runs of train), a data set, a model"
     goes = (
         "the table on the screen, with what must be read beside it; predictions.parquet, results.csv and tests.csv"
@@ -401,7 +402,7 @@ class Eval(Door):
 
 @group
 class Report(Door):
-    what = "write one self-contained page about a run, or about several side by side"
+    "Write one self-contained page about a run, or about several side by side"
     comes = "runs of train, infer, eval or the demo; the data set, for pictures"
     goes = "report.html: a table, curves, the data's health, a browser of cases"
     examples = (
@@ -421,7 +422,7 @@ class Report(Door):
 
 @group
 class Sweep(Door):
-    what = "train every combination of settings with every seed, on the same groups"
+    "Train every combination of settings with every seed, on the same groups"
     comes = "groups of generate, mine or merge; a grid"
     goes = (
         "cells.csv, table.csv and sweep.png in --out: mean over seeds, spread, and the difference to the first"
@@ -454,7 +455,7 @@ class Sweep(Door):
 
 @group
 class Demo(Door):
-    what = "the whole road on the embedded world"
+    "The whole road on the embedded world"
     comes = "nothing but this package"
     goes = "a run in --out: data, training, the full table, a report that opens"
     examples = (
@@ -478,7 +479,7 @@ DOORS = dict(
 )
 ROAD = "embed - pools - generate - check - mine - merge - train - infer - eval - report; sweep for many settings"
 
-# %% ../nbs/94_doors.ipynb #5b4f5ad8
+# %% ../nbs/94_doors.ipynb #b92d05b0
 def _config_of(words):
     "(the file that --config names or None, the other words)"
     for i, word in enumerate(words):
@@ -511,11 +512,13 @@ def _config_file(path):
     return files[0]
 
 def _command_of(values):
-    "What a run keeps about the command that made it; a run of a function has its settings"
+    "What a run keeps of the command that made it, or the groups of settings of a function that did; else the values"
     starts = values.get("starts")
-    if isinstance(starts, list) and starts: return dict(starts[-1].get("command") or values.get("settings", {}))
-    if "command" in values and isinstance(values["command"], dict): return dict(values["command"])
-    return dict(values.get("settings", {})) if "schema" in values else dict(values)
+    start = starts[-1] if isinstance(starts, list) and starts else values
+    if isinstance(start.get("command"), dict): return dict(start["command"])
+    if "settings" not in values: return dict(values)
+    kept = values.get("job") or values["settings"]
+    return {key: value for key, value in kept.items() if isinstance(value, dict) or key in ("split", "limit")}
 
 def _known(values, name, file):
     "The settings that this door has; those of other doors are left out, what nobody knows is an error"
@@ -532,14 +535,13 @@ def _default(name, words):
     try: return draft(DOORS[name], values, tyro.MISSING), words
     except ValueError as e: raise ValueError(f"{path}: {e}") from None
 
-# %% ../nbs/94_doors.ipynb #ef4272cd
+# %% ../nbs/94_doors.ipynb #59aa1cd0
 def explained(
     name:str, # of a command, one of `DOORS`
 )->str: # what help says before the flags
     "Say what a command is for"
     door = DOORS[name]
-    title = door.what[0].upper() + door.what[1:] + "."
-    lines = [title, "", _paragraph("in:", door.comes), "", _paragraph("out:", door.goes)]
+    lines = [f"{door.__doc__}.", "", _paragraph("in:", door.comes), "", _paragraph("out:", door.goes)]
     return "\n".join([*lines, "", "examples:", *map(_to_copy, door.examples)])
 
 def _paragraph(head, text):
@@ -631,10 +633,10 @@ def command_settings(
     for key in ("running", "around", "resume", "overwrite", "rate", "progress"): values.pop(key, None)
     return dict(door=name, **values)
 
-# %% ../nbs/94_doors.ipynb #93cde343
+# %% ../nbs/94_doors.ipynb #fea7bac5
 def first_page()->str: # help of `leverplus` itself
     "What commands there are, and how they end"
-    commands = [f"  {name:10} {door.what}" for name, door in DOORS.items()]
+    commands = [f"  {name:10} {door.__doc__[0].lower()}{door.__doc__[1:]}" for name, door in DOORS.items()]
     status = [f"  {code:3}  {means}" for code, means in STATUS.items()]
     hints = [
         "'leverplus COMMAND --help' says what comes in, what goes out, and gives lines to copy.",

@@ -215,7 +215,7 @@ class Generation:
         policy=None, # who proposes: `encode`, `step_logp`, `fingerprint` or `state_dict`; None: the similarity prior
         *,
         proposing:Proposing=Proposing(), # who is tried; each shot count has its own `counts`
-        asking:Asking=Asking(), # how it is asked; with `two_stage` those that `choose` picks get a text
+        asking:Asking=Asking(), # how it is asked
         guarding:Guarding=Guarding(), # window, self-test, verification, failures (looked at from 100 rows on)
         cache:FactCache|None=None, # shared facts
         shard:tuple|None=None, # (i, n): only part i of n, 0 <= i < n; None: everything
@@ -291,14 +291,14 @@ def proposed(self:Generation, queries):
 def mended(self:Generation, rows):
     "The same rows, those that failed asked again"
     redo = rows[rows.eval_failed]
-    if self.asking.two_stage is not None: redo = rows[rows.question_id.isin(redo.question_id)]
+    if self.proposing.two_stage is not None: redo = rows[rows.question_id.isin(redo.question_id)]
     again = redo[list(PROPOSAL_COLUMNS)].join(self.facts_of(redo))[list(RECORD)]
     return as_record(pd.concat([rows.drop(redo.index), again]).sort_index())
 
 @patch
 def facts_of(self:Generation, rows):
     "Facts of rows, in one stage or in two"
-    two_stage = self.asking.two_stage
+    two_stage = self.proposing.two_stage
     if two_stage is None: return self.asked(rows)
     facts = self.asked(rows, generate=False)
     picked = choose(rows[list(PROPOSAL_COLUMNS)].join(facts), two_stage, self.proposing.seed)

@@ -581,7 +581,7 @@ def generate_plan(
     tests = job.guarding.test + job.guarding.verify if left else 0
     part = f", part {shard[0]} of {shard[1]}: {len(own):,}" if shard else ""
     shots = ", ".join(map(str, job.proposing.shots))
-    two_stage = job.asking.two_stage
+    two_stage = job.proposing.two_stage
     texts = f"; of each shot count at most {sum(two_stage.values())} get a text" if two_stage else ""
     return dict(
         questions=f"{len(every):,} of {job.data.folder}, split {job.split}{part}; {there:,} are there already",

@@ -536,8 +536,7 @@ def test_facts_of_two_scorers_are_not_mixed(tmp_path):
     ):
         with pytest.raises(ValueError, match="run: its facts are of scorer .* name those that it was made"):
             same_scorer(data, scorer, asking)
-    # who gets a text is no part of a fact
-    assert same_scorer(data, MockScorer(), Asking(two_stage=dict(top=1))) == data.manifest["scorers"][0]
+    assert same_scorer(data, MockScorer()) == data.manifest["scorers"][0]
     nothing = RLData(data.rows.assign(scorer=None, eval_failed=True), data.pool)
     assert same_scorer(nothing, MockScorer(1)) == facts_fingerprint(MockScorer(1))
 
@@ -607,7 +606,7 @@ def test_a_finished_run_asks_nothing(tmp_path):
         (dict(scorer=MockScorer(1)), ["scorer"]),
         (dict(style="chat"), ["asking.style", "scorer"]),
         (dict(evaluator="lmms"), ["asking.evaluator", "scorer"]),
-        (dict(two_stage=dict(top=3)), ["asking.two_stage.top"]),
+        (dict(two_stage=dict(top=3)), ["proposing.two_stage.top"]),
         (dict(items=ITEMS.assign(answer="hat")), ["items"]),
         (dict(policy=PointerSelector(12, d_hidden=8)), ["policy", "proposer"]),
     ],

@@ -141,7 +141,7 @@ def test_any_job_is_saved_and_read_back(shots, counts, two_stage, scale, seed, s
         (Pools, dict(pool_seed=-1), "seed -1: wanted a number >= 0"),
         (Model, dict(dtype="int8"), "choose one of 'float32', 'bfloat16', 'float16'"),
         (Model, dict(batch_tokens=0), "batch_tokens 0"),
-        (Asking, dict(two_stage=dict(top=0)), "two stages"),
+        (Proposing, dict(two_stage=dict(top=0)), "two stages"),
         (Asking, dict(evaluator="mine"), "evaluator 'mine'"),
         (Proposing, dict(shots=()), "wanted at least one number"),
         (Proposing, dict(shots=0), "shots 0"),
@@ -175,7 +175,7 @@ def test_defaults_cannot_be_changed_by_accident():
     assert mine.counts is not COUNTS and mine.counts is not Proposing().counts
     mine.counts["beam"] = 99
     assert Proposing().counts["beam"] == COUNTS["beam"] == 5
-    assert Asking(two_stage=TWO_STAGE).two_stage is not TWO_STAGE
+    assert Proposing(two_stage=TWO_STAGE).two_stage is not TWO_STAGE
 
 # ---- choices agree with the pages that use them ------------------------------------------------------------
 

@@ -123,12 +123,12 @@ def test_shards_choose_alike(tmp_path):
 def test_one_stage_and_two_do_not_mix(tmp_path):
     run(tmp_path/"a", Scripted())
     for other in (None, dict(TWO_STAGE, top=3)):
-        with pytest.raises(ValueError, match="asking.two_stage.top: there 8"):
+        with pytest.raises(ValueError, match="proposing.two_stage.top: there 8"):
             run(tmp_path/"a", Scripted(), two_stage=other)
 
 @pytest.mark.parametrize("counts", [dict(top=-1), dict(top=0), dict(best=3), dict(top=1.5), {}])
 def test_bad_counts_of_two_stages(counts):
-    for check in (check_two_stage, lambda x: Asking(two_stage=x)):
+    for check in (check_two_stage, lambda x: Proposing(two_stage=x)):
         with pytest.raises(ValueError, match="two stages"): check(counts)
     with pytest.raises(ValueError, match="two stages"): choose(pd.DataFrame(), counts)
 
