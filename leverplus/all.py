@@ -1,60 +1,56 @@
-"""Everything at once, for people at a prompt: `from leverplus.all import *`
+"""What a person types at a prompt: `from leverplus.all import *`
 
-Written by hand, in the order of the notebooks. Library code imports from the modules by name.
+Written by hand, in the order of the notebooks. Words that could as well be a variable of yours (`ask`, `pick`, `merge`,
+`split`, `sweep`) are left out; these, and all the rest, are imported from their modules by name.
 """
-from leverplus.core import *
-from leverplus.runs import *
-from leverplus.toy import *
-from leverplus.synth import *
-from leverplus.markup import *
-from leverplus.settings import *
-from leverplus.data import *
-from leverplus.vqa import *
-from leverplus.embed import *
-from leverplus.pools import *
-from leverplus.decode import *
-from leverplus.vision import *
-from leverplus.prefix import *
-from leverplus.cost import *
-from leverplus.prompt import *
-from leverplus.lvlm import *
-from leverplus.scorer import *
-from leverplus.groups import *
-from leverplus.rewards import *
-from leverplus.rldata_propose import *
-from leverplus.rldata_ask import *
-from leverplus.rldata_generate import *
-from leverplus.world import *
-from leverplus.rldata_check import *
-from leverplus.rldata_mine import *
-from leverplus.rldata_merge import *
-from leverplus.rldata_scale import *
-from leverplus.dls import *
-from leverplus.blocks import *
-from leverplus.selector import *
-from leverplus.warmup import *
-from leverplus.losses import *
-from leverplus.callback_core import *
-from leverplus.callback_rce import *
-from leverplus.callback_grpo import *
-from leverplus.callback_kl import *
-from leverplus.callback_schedule import *
-from leverplus.callback_track import *
-from leverplus.callback_listwise import *
-from leverplus.callback_onpolicy import *
-from leverplus.diagnose import *
-from leverplus.learner import *
-from leverplus.recipes import *
-from leverplus.offpolicy import *
-from leverplus.verbs import *
-from leverplus.infer import *
-from leverplus.statistics import *
-from leverplus.evaluate import *
-from leverplus.table import *
-from leverplus.loops import *
-from leverplus.sweep import *
-from leverplus.earlier_recipes import *
-from leverplus.earlier_json import *
-from leverplus.earlier_replays import *
-from leverplus.earlier_infoscore import *
-from leverplus.report import *
+from leverplus.core import seed_all
+from leverplus.runs import Run, runs_frame
+from leverplus.synth import quiet, synth_dls, toy_learner
+from leverplus.settings import (
+    Asking, Data, Guarding, Job, Mining, Model, Picking, Pools, Proposing, Rewarding, Rows, plain_settings,
+    read_settings, settings_of,
+)
+from leverplus.data import check_splits, read_okvqa, read_soft_labels, read_vqav2, show_items
+from leverplus.vqa import vqa_accuracies, vqa_accuracy
+from leverplus.embed import EmbedStore, embed_items, load_clip, show_neighbours
+from leverplus.pools import Pool, make_pool, plot_pools
+from leverplus.prompt import Demo, Prompt, make_prompt
+from leverplus.lvlm import MockScorer, NaiveScorer, load_lvlm
+from leverplus.scorer import SharedScorer
+from leverplus.groups import RLData
+from leverplus.rewards import REWARDS, plot_rewards
+from leverplus.rldata_propose import SimilarityPrior, plot_proposals, propose
+from leverplus.rldata_ask import FactCache, self_test
+from leverplus.rldata_generate import generate
+from leverplus.world import World, load_world
+from leverplus.rldata_check import Health, health
+from leverplus.rldata_merge import by_gap, drop_failed, plot_balance
+from leverplus.rldata_scale import generate_ray, plan_run
+from leverplus.dls import GroupDataset, group_dls
+from leverplus.selector import PointerSelector
+from leverplus.losses import kl_exact, regret
+from leverplus.callback_core import Objective, SkipFlat, StageCallback, set_anchor
+from leverplus.callback_rce import RCE
+from leverplus.callback_grpo import GRPO, RLOO
+from leverplus.callback_kl import AdaptiveKL, EntropyFloor, KLToRef
+from leverplus.callback_schedule import Freeze, NoDropout, Phases, SplitShots, TempSchedule, TopKCurriculum
+from leverplus.callback_track import Best, History, Resume, RLStats, plot_history
+from leverplus.callback_listwise import SFT, Listwise
+from leverplus.callback_onpolicy import DistinctPG, Drawing, Feedback, GreedyLoss, OnPolicy
+from leverplus.diagnose import Watch, diagnose, plot_rl
+from leverplus.learner import SelectorLearner, load_selector, selector_learner
+from leverplus.recipes import RECIPES, load_recipe, recipe, recipe_learner, recipes_table, save_recipe
+from leverplus.offpolicy import OffPolicyStats, off_policy
+from leverplus.verbs import verbs
+from leverplus.infer import pick_mmr, pick_model, pick_random, pick_similar, pick_zero, predict, rerank
+from leverplus.statistics import Bootstrap, Interval, holm, paired_bootstrap
+from leverplus.evaluate import (
+    best_fixed, compare_runs, compare_seeds, gap_closed, gap_table, majority_vote, paired_table, paired_tests,
+    pick_baselines, pick_oracle, plot_results, result_table, score_picks, seeds_table, shots_table, size_table, table_text,
+)
+from leverplus.table import Asked, full_table
+from leverplus.loops import closed_loop, plot_rounds
+from leverplus.sweep import plot_sweep, sweep_table
+from leverplus.report import (
+    Cases, Findings, pick_cases, plot_curves, plot_examples, plot_gap, plot_shots, report, write_report,
+)
