@@ -8,7 +8,7 @@ __all__ = ['METHODS', 'Bad', 'Failed', 'status_of', 'one_line', 'carry_out', 'pr
            'plan_generate', 'weights_of', 'do_check', 'judged', 'do_mine', 'plan_mine', 'do_merge', 'plan_merge',
            'recipe_of', 'TrainingData', 'training_data', 'learner_of', 'looks_at_dev', 'do_train', 'plan_train',
            'asked_of', 'do_infer', 'plan_infer', 'do_eval', 'plan_eval', 'do_report', 'grid_of', 'SweepPlan',
-           'sweep_plan', 'do_sweep', 'plan_sweep', 'demo_settings', 'do_demo', 'plan_demo', 'main']
+           'sweep_plan', 'do_sweep', 'plan_sweep', 'demo_settings', 'do_demo', 'plan_demo', 'enter', 'main']
 
 # %% ../nbs/95_cli.ipynb #2429865e
 import json, math, sys, traceback, warnings
@@ -220,7 +220,7 @@ def plan_pools(door:DrawPools)->dict: # lines of the plan
         disk=f"about {size_text(sum(questions.values())*door.pools.K*8)} in {data.store}",
     )
 
-# %% ../nbs/95_cli.ipynb #7b3a9e72
+# %% ../nbs/95_cli.ipynb #68145d74
 def _proposer(door):
     "(the job with the embeddings that the selector reads, the selector or None)"
     job = job_of(door)
@@ -237,7 +237,8 @@ def do_generate(door:Generate):
     ray = door.spread
     if ray.ray is None: data = job.run(door.out, **how)
     else: data = generate_ray(job, door.out, ray.ray, ray.threads, ray.gpus, **how)
-    print(f"{door.out}: {summary_text(data)}{verified_text(data)}")
+    said = [summary_text(data), verified_text(data)]
+    print(f"{door.out}: {', '.join(filter(None, said))}")
 
 # %% ../nbs/95_cli.ipynb #6d933ad9
 def plan_generate(door:Generate)->dict: # lines of the plan
@@ -825,13 +826,19 @@ def plan_demo(door:Demo)->dict: # lines of the plan
         **costs_of(door, job, n*each),
     )
 
-# %% ../nbs/95_cli.ipynb #88f8b96f
+# %% ../nbs/95_cli.ipynb #84d6b671
+def enter(
+    door, # of `read_door`
+)->int: # exit status, one of `STATUS`
+    "Carry out a door"
+    name = command_settings(door)["door"]
+    here = globals()
+    return carry_out(door, here[f"do_{name}"], here.get(f"plan_{name}"))
+
 def main(
     argv=None, # words; None: those of the command line
 )->int: # exit status, one of `STATUS`; SystemExit after help, a version, or words that make no door
     "`leverplus ...`"
     words = sys.argv[1:] if argv is None else list(argv)
     if not words or words[0] not in DOORS: answer(words)
-    door = read_door(words)
-    here = globals()
-    return carry_out(door, here[f"do_{words[0]}"], here.get(f"plan_{words[0]}"))
+    return enter(read_door(words))

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CHECKS', 'Count', 'Natural', 'Share', 'Positive', 'Folder', 'Json', 'Evaluator', 'COUNTS', 'TWO_STAGE', 'Counts',
-           'TwoStage', 'Picker', 'Shots', 'Judge', 'Kind', 'Reward', 'Sizes', 'group', 'in_words', 'flag',
-           'plain_settings', 'read_settings', 'draft', 'flat_names', 'change', 'settings_of', 'Data', 'Pools',
+           'TwoStage', 'Picker', 'Shots', 'Judge', 'Kind', 'Reward', 'Sizes', 'group', 'in_words', 'folder_name',
+           'flag', 'plain_settings', 'read_settings', 'draft', 'flat_names', 'change', 'settings_of', 'Data', 'Pools',
            'json_object', 'Model', 'Asking', 'check_counts', 'several', 'check_two_stage', 'Proposing', 'Guarding',
            'Mining', 'Job', 'Picking', 'Rewarding', 'Rows']
 
@@ -74,12 +74,21 @@ def _unknown(name, cls):
     near = get_close_matches(last, flat_names(cls), 1)
     return f"{name}: no such setting" + (f"; did you mean {near[0]}?" if near else f" of {cls.__name__}")
 
-# %% ../nbs/04_settings.ipynb #3ed437f2
+# %% ../nbs/04_settings.ipynb #1e2e7e41
 Count = Annotated[int, Ge(1), arg(metavar="N")]
 Natural = Annotated[int, Ge(0), arg(metavar="N")]
 Share = Annotated[float, Interval(ge=0, le=1), arg(metavar="X")]
 Positive = Annotated[float, Gt(0), arg(metavar="X")]
-Folder = Annotated[str, arg(metavar="DIR")]
+
+def folder_name(
+    text, # "runs/a"
+): # the same; ValueError for an empty text, which would mean the working directory
+    "Refuse a folder without a name"
+    if isinstance(text, str) and not text.strip():
+        raise ValueError("the folder is an empty text, which would be the working directory: name a folder, or '.'")
+    return text
+
+Folder = Annotated[str, BeforeValidator(folder_name), arg(metavar="DIR")]
 
 def flag(
     shown=None, # what help says where the default is None: "all", "a GPU if there is one"

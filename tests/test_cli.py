@@ -1,13 +1,13 @@
 "The command line: words in, files and an exit status out"
 import contextlib, io, json, os, re, subprocess, sys, warnings
-from dataclasses import fields
 from pathlib import Path
 import pandas as pd, pytest
 import own_warnings
 from leverplus import cli
 from leverplus.doors import DOORS, STATUS, command_settings, read_door
 from leverplus.groups import RLData
-from leverplus.settings import change, flat_names, settings_of
+from leverplus.rldata_scale import measured_rate
+from leverplus.settings import Proposing, change, flat_names, settings_of
 from leverplus.settings import Job
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -175,15 +175,15 @@ def test_dry_runs_ask_nothing_and_write_nothing(there, monkeypatch):
         "prompts/s (ASSUMED, not measured: 35% of a H100's peak, images of 4 tokens, encoded before, 1."
         in big
     ), big
-    assert cli.measured_rate("runs/x") is None
-    assert cli.measured_rate("runs/nowhere") is None
+    assert measured_rate("runs/x") is None
+    assert measured_rate("runs/nowhere") is None
 
 def test_the_rate_of_a_run_is_measured(tmp_path):
     part = RLData.load(go_mock(tmp_path, "--window 2 --n 8"))
     parts = sorted(tmp_path.glob("run/part-*.parquet"))
     assert len(parts) == 4
     for i, p in enumerate(parts): os.utime(p, (1000 + 10*i, 1000 + 10*i))
-    assert cli.measured_rate(tmp_path / "run") == 2 * 15 / 10
+    assert measured_rate(tmp_path / "run") == 2 * 15 / 10
     plan = go(f"generate --lvlm mock --n 20 --window 2 --dry-run --out {tmp_path/'run'}")
     assert "3 prompts/s (measured in" in plan
 
@@ -199,18 +199,18 @@ def one_store(road):
 def test_parts_of_embeddings_make_the_whole(there, monkeypatch):
     "The same fingerprint as in one go, where `Job.inputs` looks for it"
     import torch
-    from leverplus.embed import EmbedStore, embed_items
-    job = Job(split="dev", store="runs/store")
+    from leverplus.embed import EmbedStore, embed_items, gather_stores
+    job = settings_of(Job, split="dev", store="runs/store")
     items = job.items()
     some = items.iloc[::60]
     whole = embed_items(some, ROOT / "models" / "tiny-clip", progress=False)
-    kept = EmbedStore.load(cli.embed_place(job, items))
+    kept = EmbedStore.load(job.embed_place(items))
     monkeypatch.setattr("leverplus.rldata_scale.embed_items", lambda *a, **k: pytest.fail("embedded again"))
     store = job.inputs()[1]
     assert store.fingerprint == kept.fingerprint
     assert torch.allclose(kept.get(some.question_id), whole.get(some.question_id), atol=1e-5)
     # locks stay
-    assert cli.gather_stores(some, [kept]).fingerprint == whole.fingerprint
+    assert gather_stores(some, [kept]).fingerprint == whole.fingerprint
     assert not list(Path("runs/store").glob("embed-parts-*/*/[!.]*"))
     assert "(was there)" in go(ROAD[0])
 
@@ -255,9 +255,9 @@ def test_a_selector_proposes(there):
     rows = RLData.load("runs/second")
     go(line + "similar")
     assert RLData.load("runs/similar").rows.pointer.tolist() != rows.rows.pointer.tolist()
-    job = Job(store="runs/store")
+    job = settings_of(Job, store="runs/store")
     _, store, pool = job.inputs()
-    want = propose(pool, store, rows.queries, 2, policy=model, counts=dict(beam=4))
+    want = propose(pool, store, rows.queries, 2, model, Proposing(counts=dict(beam=4)))
     assert rows.rows.pointer.tolist() == want.pointer.tolist()
     assert rows.manifest["settings"]["policy"] == policy_fingerprint(model)
     for i in (0, 1): go(line + f"shards --selector runs/wild --shard {i}/2")
@@ -500,7 +500,8 @@ def test_six_questions_end_to_end(tmp_path, monkeypatch, capsys, road):
     assert len(data) == 6 * 6
     assert data.shots == (1, 2)
     assert data.manifest["shards"] == 2
-    want = Job(
+    want = settings_of(
+        Job,
         limit=6,
         window=2,
         test=4,
@@ -529,7 +530,7 @@ def test_help_is_good_to_read(monkeypatch):
     for flag in (
         "--out",
         "--shard I/N",
-        "--verify K",
+        "--verify N",
         "--ray WORKERS",
         "--prefix-cache {off,query,global}",
         "--dtype {float32,bfloat16,float16}",
@@ -543,7 +544,8 @@ def test_help_is_good_to_read(monkeypatch):
 
 def test_examples_of_the_help_are_words_that_the_parser_knows(monkeypatch):
     for c in DOORS:
-        lines = re.split("\n  leverplus ", go(f"{c} --help").split("examples:")[1].replace("\\\n", " "))
+        examples = go(f"{c} --help").split("examples:")[1].split("\n\n")[0]
+        lines = re.split("\n  leverplus ", examples.replace("\\\n", " "))
         assert len(lines) > 1
         for l in lines[1:]: assert command_settings(read_door(l.split()))["door"] == c
 

@@ -183,7 +183,7 @@ def test_training_twice_into_one_folder(tmp_path, monkeypatch, capsys):
             )
             == 0
         )
-    line = "train runs/train --dev runs/dev --out runs/rce --bs 4 --epochs 1".split()
+    line = "train runs/train --dev runs/dev --objective rce --out runs/rce --bs 4 --epochs 1".split()
     assert cli.main(line) == 0
     before = there("runs/rce")
     with run_lock("runs/rce"): assert cli.main([*line, "--lr", "0.5", "--overwrite"]) == 3

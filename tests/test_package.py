@@ -163,27 +163,29 @@ def test_entry_points_of_the_wheel(site):
 
 HEAVY = {"torch", "pandas", "numpy", "fastai", "fastcore", "transformers", "matplotlib", "pyarrow"}
 
-def test_nothing_heavy_before_a_command_is_named():
-    "`import leverplus`, --help and --version stay on the standard library"
+def test_nothing_heavy_before_a_command_is_carried_out():
+    "`import leverplus`, all help, --version and words that are wrong import nothing that takes its time"
     show = f"import sys; print(sorted({HEAVY!r} & set(sys.modules)))"
+    lines = "--help", "--version", "nonsense", "", "train --help", "infer --out x --limit 0", "eval --nonsense"
     first = (
-        "import contextlib, io\nfrom leverplus.__main__ import main\nfor words in (['--help'], ['--version'],"
-        " ['nonsense'], []):\n    with contextlib.suppress(SystemExit),"
-        " contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()): main(words)\n"
+        f"import contextlib, io\nfrom leverplus.__main__ import main\nfor line in {lines!r}:\n"
+        "    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()),"
+        " contextlib.redirect_stderr(io.StringIO()): main(line.split())\n"
     )
-    for code in ("import leverplus\n", first): assert python(ROOT, code + show).strip() == "[]"
+    for code in ("import leverplus\n", "import leverplus.settings\n", first):
+        assert python(ROOT, code + show).strip() == "[]"
 
-def test_the_first_page_is_that_of_the_full_parser(capsys):
-    from leverplus import cli
-    from leverplus.doors import COMMANDS, answer
+def test_the_first_page_names_every_door(capsys):
+    from leverplus.doors import DOORS, STATUS, answer
     with pytest.raises(SystemExit) as e: answer(["--help"])
     first = capsys.readouterr().out
     assert e.value.code == 0
-    assert first == cli.parser().format_help()
-    assert [a.__name__.removeprefix("add_") for a in cli.DOORS] == list(COMMANDS)
+    for name, door in DOORS.items():
+        assert re.search(rf"^  {name} +{door.__doc__[0].lower()}{re.escape(door.__doc__[1:])}$", first, re.M), name
+    for code, means in STATUS.items(): assert f"{code}  {means}" in first
     with pytest.raises(SystemExit) as e: answer(["trian"])
     assert e.value.code == 2
-    assert "invalid choice: 'trian'" in capsys.readouterr().err
+    assert "'trian' is no command" in capsys.readouterr().err
 
 def test_both_ways_in_are_the_same_door():
     from leverplus.__main__ import main
