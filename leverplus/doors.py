@@ -4,24 +4,23 @@
 
 # %% auto #0
 __all__ = ['STATUS', 'Shard', 'Rate', 'Selectors', 'Selector', 'Runs', 'OneRun', 'Split', 'Splits', 'Limit', 'MoreSettings',
-           'Store', 'OBJECTIVES', 'EPOCHS', 'NewSelector', 'Facts', 'DOORS', 'ROAD', 'NUMBERS', 'Around', 'Running',
-           'shard_of', 'named', 'Door', 'Embed', 'DrawPools', 'Spread', 'Generate', 'Check', 'Mine', 'Merging',
-           'Keeping', 'Merge', 'Teaching', 'Choosing', 'Train', 'Infer', 'Eval', 'Report', 'Sweep', 'Demo',
-           'read_config', 'explained', 'one_or_none', 'one_sentence', 'read_door', 'command_settings', 'first_page',
-           'answer']
+           'Store', 'Facts', 'DOORS', 'ROAD', 'NUMBERS', 'Around', 'Running', 'shard_of', 'named', 'Door', 'Embed',
+           'DrawPools', 'Spread', 'Generate', 'Check', 'Mine', 'Merging', 'Keeping', 'Merge', 'Train', 'Infer', 'Eval',
+           'Report', 'Sweep', 'Demo', 'read_config', 'explained', 'one_or_none', 'one_sentence', 'read_door',
+           'command_settings', 'first_page', 'answer']
 
-# %% ../nbs/94_doors.ipynb #003b6823
-import contextlib, io, json, re, sys, textwrap
+# %% ../nbs/94_doors.ipynb #a72d4924
+import contextlib, io, re, sys, textwrap
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, ClassVar, Literal, get_args, get_origin, get_type_hints
 import tyro, yaml
 from annotated_types import MinLen
 from pydantic import BeforeValidator
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, UseAppendAction, arg
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec
 from leverplus.settings import (
-    Asking, Count, Data, Folder, Guarding, Json, Mining, Model, Natural, Picking, Pools, Positive, Proposing,
-    Rewarding, Rows, Share, draft, flag, group, plain_settings,
+    Asking, Choosing, Count, Data, Folder, Guarding, Json, Mining, Model, Natural, Picking, Pools, Positive, Proposing,
+    Rewarding, Rows, Share, Teaching, draft, flag, group, plain_settings, several,
 )
 
 # %% ../nbs/94_doors.ipynb #bd457666
@@ -68,7 +67,7 @@ Shard = Annotated[
 
 Rate = Annotated[Positive|None, flag("measured in DIR, or what is known of the model", metavar="X")]
 
-# %% ../nbs/94_doors.ipynb #2bef27e7
+# %% ../nbs/94_doors.ipynb #07365f6a
 def named(
     text:str, # "mine=runs/rce", or "runs/rce"
 )->tuple: # ("mine", "runs/rce")
@@ -80,7 +79,7 @@ def named(
 
 Selectors = Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="[NAME=]DIR")]
 Selector = Annotated[str|None, flag("none", metavar="[NAME=]DIR")]
-Runs = Annotated[tuple[str, ...], MinLen(1), Positional, flag("at least one", metavar="RUN")]
+Runs = Annotated[tuple[str, ...], BeforeValidator(several), MinLen(1), Positional, flag("at least one", metavar="RUN")]
 OneRun = Annotated[str, Positional, arg(metavar="RUN")]
 Split = Annotated[str, arg(metavar="NAME")]
 Splits = Annotated[tuple[str, ...], arg(metavar="NAME")]
@@ -255,46 +254,7 @@ class Merge(Door):
     running:Running=Running()
     around:Around=Around()
 
-# %% ../nbs/94_doors.ipynb #bf64b01a
-OBJECTIVES = ("rce", "listwise", "sft", "grpo")
-EPOCHS = 5 # of an objective, if nothing is said
-
-NewSelector = Annotated[Json|None, flag("its own", name="model", metavar="JSON")]
-
-@group
-class Teaching:
-    "What is trained"
-    recipe:Annotated[str|None, flag("ours", metavar="NAME")]=None # stages and settings by name
-    objective:Annotated[Literal["rce", "listwise", "sft", "grpo"]|None, flag("none")]=None # a single stage, instead
-    epochs:Annotated[Natural|None, flag(EPOCHS, metavar="N")]=None # of the objective
-    lr:Annotated[Positive|None, flag("the objective's own", metavar="X")]=None # its peak learning rate
-    set:MoreSettings=None # more arguments of it, or changes to the recipe
-    start:Annotated[str|None, flag("a new selector", metavar="DIR")]=None # selector to start from
-    new:NewSelector=None # arguments of a new one, such as '{"d_hidden": 256}'
-    kind:Literal["image", "text", "mixed"]="mixed" # embeddings that the selector reads
-    bs:Count=32 # questions per batch
-    seed:Natural=0 # of weights and batches
-
-    def __post_init__(self):
-        if self.objective is not None and self.recipe is not None:
-            raise ValueError(f"--objective {self.objective} beside --recipe {self.recipe}: name one of them")
-        own = [name for name in ("epochs", "lr", "new") if getattr(self, name) is not None]
-        if self.objective is None and own:
-            words = ", ".join("--model" if name == "new" else f"--{name}" for name in own)
-            example = "'{\"listwise\": {\"n_epoch\": 2}}'"
-            raise ValueError(f"{words} beside --recipe {self.name}: name an --objective, or change the recipe with"
-                             f" --set, such as {example}")
-
-    @property
-    def name(self): return self.objective or self.recipe or "ours"
-
-@group
-class Choosing:
-    "Which epoch is kept"
-    dev:Annotated[str|None, flag("a share of the training questions", metavar="RUN")]=None # data that choose the epoch
-    dev_share:Share=.2 # that share, disjoint by picture
-    choose:Literal["regret", "accuracy"]="regret" # by regret on --dev, or by accuracy, for which --lvlm is asked
-
+# %% ../nbs/94_doors.ipynb #5662dc14
 @group
 class Train(Door):
     "Train a selector on tried sequences"

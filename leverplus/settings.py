@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['CHECKS', 'Count', 'Natural', 'Share', 'Positive', 'Folder', 'Json', 'Evaluator', 'COUNTS', 'TWO_STAGE', 'Counts',
-           'TwoStage', 'Picker', 'Shots', 'Judge', 'Kind', 'Reward', 'Sizes', 'group', 'in_words', 'folder_name',
-           'flag', 'plain_settings', 'read_settings', 'draft', 'flat_names', 'change', 'settings_of', 'Data', 'Pools',
-           'json_object', 'Model', 'Asking', 'check_counts', 'several', 'check_two_stage', 'Proposing', 'Guarding',
-           'Mining', 'Job', 'Picking', 'Rewarding', 'Rows']
+           'TwoStage', 'Picker', 'Shots', 'Judge', 'Kind', 'Reward', 'ObjectiveName', 'ExtraSettings', 'EPOCHS',
+           'NewSelector', 'Sizes', 'group', 'in_words', 'folder_name', 'flag', 'plain_settings', 'read_settings',
+           'draft', 'flat_names', 'change', 'settings_of', 'Data', 'Pools', 'json_object', 'Model', 'Asking',
+           'check_counts', 'several', 'check_two_stage', 'Proposing', 'Guarding', 'Mining', 'Job', 'Picking',
+           'Rewarding', 'Teaching', 'Choosing', 'Rows']
 
 # %% ../nbs/04_settings.ipynb #1a02abb3
 import json
@@ -359,7 +360,49 @@ class Rewarding:
     reward:Reward="hard_plus_soft" # how facts become rewards
     weights:Annotated[Json|None, flag("its own", metavar="JSON")]=None # of the reward, such as '{"hard_weight": 2}'
 
-# %% ../nbs/04_settings.ipynb #024a9cec
+# %% ../nbs/04_settings.ipynb #72bce6cb
+ObjectiveName = Literal["rce", "listwise", "sft", "grpo"]
+ExtraSettings = Annotated[Json|None, flag("none", metavar="JSON")]
+EPOCHS = 5 # of an objective, if nothing is said
+
+NewSelector = Annotated[Json|None, flag("its own", name="model", metavar="JSON")]
+
+@group
+class Teaching:
+    "What is trained"
+    recipe:Annotated[str|None, flag("ours", metavar="NAME")]=None # stages and settings by name
+    objective:Annotated[ObjectiveName|None, flag("none")]=None # a single stage, instead
+    epochs:Annotated[Natural|None, flag(EPOCHS, metavar="N")]=None # of the objective
+    lr:Annotated[Positive|None, flag("the objective's own", metavar="X")]=None # its peak learning rate
+    set:ExtraSettings=None # more arguments of it, or changes to the recipe
+    start:Annotated[str|None, flag("a new selector", metavar="DIR")]=None # selector to start from
+    new:NewSelector=None # arguments of a new one, such as '{"d_hidden": 256}'
+    kind:Literal["image", "text", "mixed"]="mixed" # embeddings that the selector reads
+    bs:Count=32 # questions per batch
+    seed:Natural=0 # of weights and batches
+
+    def __post_init__(self):
+        if self.objective is not None and self.recipe is not None:
+            raise ValueError(f"objective {self.objective} beside recipe {self.recipe}: name one of them")
+        given = dict(epochs=self.epochs, lr=self.lr, model=self.new)
+        own = [name for name, value in given.items() if value is not None]
+        if self.objective is None and own:
+            raise ValueError(
+                f"{', '.join(own)} beside recipe {self.name}: name an objective, or change the recipe with `set`,"
+                " such as {\"listwise\": {\"n_epoch\": 2}}"
+            )
+
+    @property
+    def name(self): return self.objective or self.recipe or "ours"
+
+@group
+class Choosing:
+    "Which epoch is kept"
+    dev:Annotated[str|None, flag("a share of the training questions", metavar="RUN")]=None # data that choose the epoch
+    dev_share:Share=.2 # that share, disjoint by picture
+    choose:Literal["regret", "accuracy"]="regret" # by regret on --dev, or by accuracy, for which --lvlm is asked
+
+# %% ../nbs/04_settings.ipynb #330a0a11
 Sizes = Annotated[tuple[Count|Literal["all"], ...], BeforeValidator(several)]
 
 @group

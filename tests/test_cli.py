@@ -359,7 +359,7 @@ def test_recipes_and_shares(there):
         " {\"warmup\":{\"n_epoch\":1,\"steps\":2},\"listwise\":{\"n_epoch\":1}} --quiet --out runs/ours"
     )
     assert "did you mean" in go("train runs/all --recipe rce-onlyy --out runs/x", 2)
-    assert "--lr beside --recipe" in go("train runs/all --recipe rce-only --lr 1 --out runs/x", 2)
+    assert "lr beside recipe" in go("train runs/all --recipe rce-only --lr 1 --out runs/x", 2)
     for more in (["--set", '{"speed": 9}'], ["--model", '{"speed": 9}'], ["--weights", '{"speed": 9}']):
         line = "train runs/all --dev runs/dev --objective rce --out runs/x".split()
         assert "speed" in go([*line, *more], 2)
@@ -610,8 +610,8 @@ def test_bad_arguments_exit_with_2_and_a_sentence(tmp_path, capsys, monkeypatch,
         ("embed --data nowhere", "nowhere"),
         ("pools --K 0", "K 0"),
         ("infer --shots two --out x", "--shots: Could not find valid parse"),
-        ("train x --out y --epochs 2", "--epochs beside --recipe ours: name an --objective"),
-        ("train x --out y --objective sft --recipe ours", "--objective sft beside --recipe ours"),
+        ("train x --out y --epochs 2", "epochs beside recipe ours: name an objective"),
+        ("train x --out y --objective sft --recipe ours", "objective sft beside recipe ours"),
         ("train --out y", "runs: wanted at least one"),
         ("infer --config nowhere.yaml --out x", "nowhere.yaml"),
     ],

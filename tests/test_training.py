@@ -1,0 +1,123 @@
+"Training runs: from groups to a checkpoint, and on from there"
+import pytest, torch
+from fastcore.basics import noop
+from leverplus.groups import RLData
+from leverplus.learner import load_selector
+from leverplus.runs import Run
+from leverplus.settings import (
+    Choosing, Job, Rewarding, Teaching, change, plain_settings, read_settings, settings_of,
+)
+import leverplus.rldata_scale
+from leverplus.training import (
+    accuracy_chooser, learner_of, looks_at_dev, train_run, training_data, training_settings,
+)
+
+SHORT = Teaching(objective="rce", epochs=2, bs=4, set=dict(watch=None))
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    "A folder with groups of 16 training and 8 development questions, answered by hash"
+    path = tmp_path_factory.mktemp("training")
+    for split, n in (("train", 16), ("dev", 8)):
+        job_of(path, split=split, limit=n).run(path/split, progress=False)
+    return path
+
+def job_of(path, **flat): return settings_of(Job, lvlm="mock", store=str(path/"store"), test=0, **flat)
+
+def data_of(place, teaching=SHORT, choosing=None, **kw):
+    choosing = Choosing(dev=str(place/"dev")) if choosing is None else choosing
+    return training_data([place/"train"], job_of(place, split="dev"), teaching, choosing, **kw)
+
+def weights(run): return load_selector(run.checkpoint).state_dict()
+
+def same(a, b): return all(torch.equal(x, b[k]) for k, x in a.items())
+
+def test_a_run_is_known_by_its_settings_and_data(place, tmp_path):
+    run = train_run(tmp_path/"a", data_of(place), SHORT, say=noop)
+    assert read_settings(Teaching, run.settings["teaching"]) == change(SHORT, recipe=None)
+    assert read_settings(Rewarding, run.settings["rewarding"]) == Rewarding()
+    assert run.fingerprints["train"] == RLData.load(place/"train").fingerprint
+    assert run.metrics["epochs_done"] == len(run.history) == 2
+    assert run.metrics["smallest_regret"] == run.history.valid_loss.min()
+    before = weights(run)
+    again = train_run(tmp_path/"a", data_of(place), SHORT, say=noop)
+    assert same(before, weights(again))
+    assert len(again.starts) == 2
+    for other, says in (
+        (change(SHORT, lr=.1), "teaching.lr: None there, 0.1 now"),
+        (change(SHORT, seed=1), "seed: 0 there, 1 now"),
+        (Teaching(), "teaching.recipe: None there, 'ours' now"),
+    ):
+        with pytest.raises(ValueError, match=says): train_run(tmp_path/"a", data_of(place), other, say=noop)
+    share = data_of(place, choosing=Choosing(dev_share=.25))
+    with pytest.raises(ValueError, match="fingerprint of train"): train_run(tmp_path/"a", share, SHORT, say=noop)
+    assert same(before, weights(Run(tmp_path/"a")))
+    other = train_run(tmp_path/"a", data_of(place), change(SHORT, lr=.1), say=noop, overwrite=True)
+    assert not same(before, weights(other))
+
+def test_lines_or_a_table(place, tmp_path, capsys):
+    said = []
+    train_run(tmp_path/"a", data_of(place), SHORT, say=said.append)
+    assert [line.split("  ")[0] for line in said] == ["epoch 0", "epoch 1"]
+    assert capsys.readouterr().out == ""
+    train_run(tmp_path/"b", data_of(place), SHORT)
+    assert "valid_loss" in capsys.readouterr().out
+
+def test_a_recipe_is_the_default_and_brings_its_reward(place, tmp_path):
+    short = Teaching(set=dict(warmup=dict(n_epoch=1, steps=2), listwise=dict(n_epoch=1)))
+    run = train_run(tmp_path/"ours", data_of(place, short), short, say=noop)
+    assert run.settings["teaching"]["recipe"] == "ours"
+    assert load_selector(run.checkpoint).info["recipe"] == "ours"
+    assert run.history.fit.tolist() == [1, 2] # a warm-up and a stage
+    data = data_of(place, short).open()
+    pictures = set(data.items.image_id.loc[data.dev.queries])
+    assert not set(data.warmup_items().image_id) & pictures
+    assert len(data.warmup_items()) > 0
+
+def test_a_selector_to_start_from_is_known_by_its_weights(place, tmp_path):
+    moving = change(SHORT, lr=.05, set=dict(watch=None, best=False))
+    first = train_run(tmp_path/"first", data_of(place), moving, say=noop)
+    go_on = change(moving, start=str(first.checkpoint))
+    second = train_run(tmp_path/"second", data_of(place), go_on, say=noop)
+    assert "start" in second.fingerprints
+    assert second.settings["teaching"] == training_settings(moving, Choosing(), Rewarding())["teaching"]
+    with pytest.raises(ValueError, match="fingerprint of start"):
+        train_run(tmp_path/"second", data_of(place), go_on, say=noop, start=load_selector(tmp_path/"second"/"checkpoint"))
+
+def test_an_epoch_chosen_by_accuracy_knows_what_is_stored(place, tmp_path):
+    by_accuracy = Choosing(dev=str(place/"dev"), choose="accuracy")
+    sft = change(SHORT, objective="sft", lr=.05)
+    run = train_run(tmp_path/"a", data_of(place, sft, by_accuracy), sft, by_accuracy, say=noop)
+    data = data_of(place, sft, by_accuracy).open()
+    learn, _ = learner_of(data, sft)
+    learn.model.load_state_dict(weights(run))
+    class Silent:
+        "Nobody is asked: all is in the run"
+        inner = job_of(place).scorer()
+        fingerprint = inner.fingerprint
+        tolerance = inner.tolerance
+        def run(self, *a, **k): pytest.fail("asked")
+    loss = accuracy_chooser(tmp_path/"a", data, Silent(), learn)(learn)
+    assert 1 - loss.mean() == pytest.approx(run.metrics["dev_accuracy"])
+    assert looks_at_dev(sft, by_accuracy) == 3
+    assert looks_at_dev(change(sft, set=dict(best=False)), by_accuracy) == 0
+    with pytest.raises(ValueError, match="no stage chooses one"):
+        train_run(tmp_path/"b", data, change(sft, set=dict(best=False)), by_accuracy, say=noop)
+    assert not (tmp_path/"b").exists()
+
+@pytest.mark.parametrize("kw, says", [
+    (dict(set=dict(speed=9)), "speed"),
+    (dict(new=dict(speed=9)), "speed"),
+    (dict(objective=None, epochs=None, set=dict(speed=9)), "speed"),
+])
+def test_settings_are_tried_before_anything_is_written(place, tmp_path, kw, says):
+    with pytest.raises((TypeError, ValueError), match=says):
+        train_run(tmp_path/"a", data_of(place), change(SHORT, **kw), say=noop)
+    assert not (tmp_path/"a").exists()
+
+def test_groups_of_other_items_are_refused(place, tmp_path):
+    data = data_of(place)
+    data.job = change(data.job, candidates="test")
+    with pytest.raises(ValueError): train_run(tmp_path/"a", data, SHORT, say=noop)
+    assert not (tmp_path/"a").exists()
+    assert plain_settings(SHORT)["objective"] == "rce"
