@@ -286,14 +286,11 @@ def test_generation_goes_on_after_an_interrupt(tmp_path, monkeypatch):
 def test_training_goes_on_after_an_interrupt(there, monkeypatch):
     line = "train runs/all --dev runs/dev --epochs 3 --bs 4 --objective sft --out runs/"
     seen = []
-    def logger(learn):
-        return lambda log: (
-            seen.append(log) or (_ for _ in ()).throw(KeyboardInterrupt())
-            if len(seen) == 1
-            else seen.append(log)
-        )
+    def line_or_interrupt(text):
+        seen.append(text)
+        if len(seen) == 2: raise KeyboardInterrupt
     with monkeypatch.context() as m:
-        m.setattr(cli, "_epoch_line", logger)
+        m.setattr(cli, "_line", line_or_interrupt)
         assert go(line + "cut", 130).endswith("the same command goes on from here")
     assert (Path("runs/cut") / "state/sft/state.pt").exists()
     assert "no selector lies there" in go("infer --selector runs/cut --out runs/x", 2)
