@@ -7,8 +7,8 @@ from leverplus.core import seed_all
 from leverplus.runs import Run, runs_frame
 from leverplus.synth import quiet, synth_dls, toy_learner
 from leverplus.settings import (
-    Asking, Data, Guarding, Job, Mining, Model, Picking, Pools, Proposing, Rewarding, Rows, plain_settings,
-    read_settings, settings_of,
+    Asking, Choosing, Data, Guarding, Job, Mining, Model, Picking, Pools, Proposing, Rewarding, Rows, Teaching,
+    plain_settings, read_settings, settings_of,
 )
 from leverplus.data import check_splits, read_okvqa, read_soft_labels, read_vqav2, show_items
 from leverplus.vqa import vqa_accuracies, vqa_accuracy
@@ -42,6 +42,7 @@ from leverplus.learner import SelectorLearner, load_selector, selector_learner
 from leverplus.recipes import RECIPES, load_recipe, recipe, recipe_learner, recipes_table, save_recipe
 from leverplus.offpolicy import OffPolicyStats, off_policy
 from leverplus.verbs import verbs
+from leverplus.training import train_run, training_data
 from leverplus.infer import pick_mmr, pick_model, pick_random, pick_similar, pick_zero, predict, rerank
 from leverplus.statistics import Bootstrap, Interval, holm, paired_bootstrap
 from leverplus.evaluate import (

@@ -9,7 +9,7 @@ __all__ = ['STATUS', 'Shard', 'Rate', 'Selectors', 'Selector', 'Runs', 'OneRun',
            'Report', 'Sweep', 'Demo', 'read_config', 'explained', 'one_or_none', 'one_sentence', 'read_door',
            'command_settings', 'first_page', 'answer']
 
-# %% ../nbs/94_doors.ipynb #a72d4924
+# %% ../nbs/94_doors.ipynb #a0696a6d
 import contextlib, io, re, sys, textwrap
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, get_args, get_origin, get_type_hints
@@ -19,8 +19,8 @@ from pydantic import BeforeValidator
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, UseAppendAction, arg
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec
 from leverplus.settings import (
-    Asking, Choosing, Count, Data, Folder, Guarding, Json, Mining, Model, Natural, Picking, Pools, Positive, Proposing,
-    Rewarding, Rows, Share, Teaching, draft, flag, group, plain_settings, several,
+    Amount, Asking, Choosing, Count, Data, Folder, Guarding, Json, Mining, Model, Natural, Picking, Pools, Positive,
+    Proposing, Rewarding, Rows, Share, Teaching, draft, flag, group, plain_settings, several,
 )
 
 # %% ../nbs/94_doors.ipynb #bd457666
@@ -87,7 +87,7 @@ Limit = Annotated[Count|None, flag("all", "--n", metavar="N")]
 MoreSettings = Annotated[Json|None, flag("none", metavar="JSON")]
 Store = Data(store="runs/store")
 
-# %% ../nbs/94_doors.ipynb #4f46795f
+# %% ../nbs/94_doors.ipynb #8e3c1ef6
 class Door:
     "Base of all doors"
     comes:ClassVar[str]="nothing" # what comes in
@@ -137,7 +137,7 @@ class Spread:
     "Over Ray actors (needs pip install -e '.[ray]')"
     ray:Annotated[Count|None, flag("this process alone", metavar="WORKERS")]=None # spread windows over so many actors
     threads:Count=1 # CPU threads of an actor
-    gpus:Annotated[float, arg(metavar="X")]=0. # GPUs of an actor
+    gpus:Amount=0. # GPUs of an actor
 
 @group
 class Generate(Door):
@@ -173,7 +173,7 @@ class Generate(Door):
     running:Running=Running()
     around:Around=Around()
 
-# %% ../nbs/94_doors.ipynb #5d28edd5
+# %% ../nbs/94_doors.ipynb #e2739c2f
 @group
 class Check(Door):
     "Say what tried sequences can teach, and if they cannot, why"
@@ -232,7 +232,7 @@ class Keeping:
     "What is kept, in this order"
     drop_failed:bool=False # rows that did not fail
     require_positive:bool=False # questions with a right answer
-    min_gap:Annotated[float|None, flag("all", metavar="X")]=None # questions whose rewards lie at least so far apart
+    min_gap:Annotated[Amount|None, flag("all", metavar="X")]=None # questions whose rewards lie at least so far apart
     positive_share:Annotated[Share|None, flag("all", metavar="X")]=None # rows, so many are positive
     sample:Annotated[Count|None, flag("all", metavar="N")]=None # so many questions, by lot
     seed:Natural=0 # of the lots
@@ -536,7 +536,7 @@ def _word_or_none(choices):
     def is_one(value): return value is None or value in choices
     return PrimitiveConstructorSpec(1, "{" + ",".join(choices) + "}", read, is_one, lambda value: [str(value)])
 
-# %% ../nbs/94_doors.ipynb #ca87b2c2
+# %% ../nbs/94_doors.ipynb #b63a4055
 def one_sentence(
     box:str, # what tyro wrote
 )->str: # without frame and without the pointer to help
@@ -545,7 +545,7 @@ def one_sentence(
     text = "\n".join("" if set(line) <= set("─-") else line for line in lines)
     sections = [" ".join(section.split()) for section in text.split("\n\n")]
     kept = [s for s in sections if not s.startswith(("Argument helptext", "For full helptext"))]
-    text = " ".join(kept).strip()
+    text = re.sub(r"Missing from leverplus \w+:", "missing:", " ".join(kept).strip())
     return re.sub(r"^Error parsing [A-Za-z_.]+: ", "", text)
 
 @contextlib.contextmanager
