@@ -82,7 +82,7 @@ def test_a_selector_to_start_from_is_known_by_its_weights(place, tmp_path):
     assert "start" in second.fingerprints
     assert second.settings["teaching"] == training_settings(moving, Choosing(), Rewarding())["teaching"]
     with pytest.raises(ValueError, match="fingerprint of start"):
-        train_run(tmp_path/"second", data_of(place), go_on, say=noop, start=load_selector(tmp_path/"second"/"checkpoint"))
+        train_run(tmp_path/"second", data_of(place), go_on, say=noop, start=load_selector(second.checkpoint))
 
 def test_an_epoch_chosen_by_accuracy_knows_what_is_stored(place, tmp_path):
     by_accuracy = Choosing(dev=str(place/"dev"), choose="accuracy")
