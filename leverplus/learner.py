@@ -320,12 +320,12 @@ def fit_onpolicy(self:Learner,
     pool=None, # as in `OnPolicy`
     queries=None, # as in `OnPolicy`
     tolerance:float=1e-3, # as in `OnPolicy`
-    **kw, # of `Stage`
+    **kwargs, # of `Stage`
 )->Learner: # `learn.onpolicy` is its `OnPolicy`: the `table` of rounds, and `data()`, what was drawn
     "Stage of rounds: draw groups from the policy as it is, ask the scorer, update; ends early without less headroom"
     if isinstance(objective, str): objective = _drawn_objective(objective, drawing.every)
     self.onpolicy = OnPolicy(feedback, store, drawing, pool, queries, tolerance)
-    return self.fit_stage(rounds, lr, [objective, self.onpolicy, *_kl(beta, ref), *L(cbs)], **kw)
+    return self.fit_stage(rounds, lr, [objective, self.onpolicy, *_kl(beta, ref), *L(cbs)], **kwargs)
 
 def _drawn_objective(name, every):
     "Objective for groups that the policy has drawn; `every` says how often, if it was said"
