@@ -536,7 +536,7 @@ def _word_or_none(choices):
     def is_one(value): return value is None or value in choices
     return PrimitiveConstructorSpec(1, "{" + ",".join(choices) + "}", read, is_one, lambda value: [str(value)])
 
-# %% ../nbs/94_doors.ipynb #b63a4055
+# %% ../nbs/94_doors.ipynb #12e18545
 def one_sentence(
     box:str, # what tyro wrote
 )->str: # without frame and without the pointer to help
@@ -557,6 +557,9 @@ def _in_one_line(name):
     except SystemExit as e:
         if not e.code: raise
         print(f"leverplus {name}: {one_sentence(said.getvalue())}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except ValueError as e: # of the door as a whole; an older tyro lets it pass
+        print(f"leverplus {name}: {e}", file=sys.stderr)
         raise SystemExit(2) from None
 
 def read_door(

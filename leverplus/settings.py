@@ -22,7 +22,7 @@ from pydantic.dataclasses import dataclass
 from tyro.conf import arg
 from tyro.constructors import PrimitiveConstructorSpec
 
-# %% ../nbs/04_settings.ipynb #38257089
+# %% ../nbs/04_settings.ipynb #d8418815
 CHECKS = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 def group(
@@ -59,9 +59,9 @@ def _sentence(error, cls, above):
     if kind in ("missing", "missing_keyword_only"): return f"{name} is missing: it has no default"
     if kind == "value_error": return str(known["error"])
     wanted = error["msg"].replace("Input should be", "wanted")
-    if kind == "greater_than_equal": wanted = f"wanted a number >= {known['ge']}"
-    if kind == "greater_than": wanted = f"wanted a number > {known['gt']}"
-    if kind == "less_than_equal": wanted = f"wanted a number <= {known['le']}"
+    if kind == "greater_than_equal": wanted = f"wanted a number >= {known['ge']:g}"
+    if kind == "greater_than": wanted = f"wanted a number > {known['gt']:g}"
+    if kind == "less_than_equal": wanted = f"wanted a number <= {known['le']:g}"
     if kind == "too_short": return f"{name}: wanted at least one"
     if kind == "literal_error": wanted = f"choose one of {known['expected'].replace(' or ', ', ')}"
     return f"{name} {error['input']!r}: {wanted[0].lower()}{wanted[1:]}"
