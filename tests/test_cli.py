@@ -420,9 +420,12 @@ def test_a_runs_own_settings_file_repeats_it(there, run):
     door = line.split()[0]
     again = f"{run}-again"
     go(f"{door} --config {run}/{REPEATED[run]} --out {again}")
-    for name in ("predictions.json", "results.csv", "cells.csv", "checkpoint/model.safetensors"):
-        if (Path(run)/name).exists() and name != "cells.csv":
+    for name in ("predictions.json", "tests.csv", "checkpoint/model.safetensors"):
+        if (Path(run)/name).exists():
             assert (Path(again)/name).read_bytes() == (Path(run)/name).read_bytes(), name
+    if door == "eval":
+        scored = [pd.read_parquet(f"{r}/predictions.parquet") for r in (run, again)]
+        pd.testing.assert_frame_equal(*scored)
     if REPEATED[run] == "manifest.json":
         pd.testing.assert_frame_equal(RLData.load(again).rows, RLData.load(run).rows)
     if door == "sweep":
