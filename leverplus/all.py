@@ -46,7 +46,8 @@ from leverplus.infer import pick_mmr, pick_model, pick_random, pick_similar, pic
 from leverplus.statistics import Bootstrap, Interval, holm, paired_bootstrap
 from leverplus.evaluate import (
     best_fixed, compare_runs, compare_seeds, gap_closed, gap_table, majority_vote, paired_table, paired_tests,
-    pick_baselines, pick_oracle, plot_results, result_table, score_picks, seeds_table, shots_table, size_table, table_text,
+    pick_baselines, pick_oracle, plot_results, result_table, score_picks, seeds_table, shots_table, size_table,
+    table_text,
 )
 from leverplus.table import Asked, full_table
 from leverplus.loops import closed_loop, plot_rounds

@@ -283,8 +283,11 @@ def public(path):
         [],
     )
 
-COMMON = """ask balance cases change check choose compare confidence cosine filter frozen group look mark merge mine mode normalise
-pick picture plain rng rounds several source split subsets summarise sweep tiers truth unit verdict K MODEL DATA TABLE""".split()
+COMMON = """
+ask balance cases change check choose compare confidence cosine filter frozen group look mark merge mine mode
+normalise pick picture plain rng rounds several source split subsets summarise sweep tiers truth unit verdict
+K MODEL DATA TABLE
+""".split()
 
 def test_all_brings_what_a_person_types():
     "Some 150 names, each of its own module, in the order of the notebooks; none that is a variable of everybody's"
