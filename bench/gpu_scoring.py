@@ -152,17 +152,17 @@ class Work:
 
     def ids(self, text): return self.tok(text, add_special_tokens=False)["input_ids"]
 
-    def flops(self, config, n, how, new_tokens, **known):
+    def flops(self, config, n, way, new_tokens, **known):
         "Operations for the facts about the first n prompts"
         each = dict(
             answers=len(self.answers.texts),
-            answer_tokens=self.nodes if how == "shared" else self.answer_tokens,
+            answer_tokens=self.nodes if way == "shared" else self.answer_tokens,
             new_tokens=new_tokens,
         )
         # of tokens, a share is given
         kept = lambda L: {k: v * L if k == "known_tokens" else v for k, v in known.items()}
         return sum(
-            prompt_flops(config, im, text, how=how, **each, **kept(sum(im) + text)).total
+            prompt_flops(config, im, text, way=way, **each, **kept(sum(im) + text)).total
             for im, text in self.sizes[:n]
         )
 
@@ -402,13 +402,13 @@ def clean(out):
 def naive_rows(table, a, lvlm, work):
     way = Naive(lvlm, a.new_tokens)
     asked = work.prompts[:a.naive]
-    def row(name, rows, all_logits, how, ref=None):
+    def row(name, rows, all_logits, flops_way, ref=None):
         # warm-up
         run = lambda prompts: way.run(prompts, work.answers, rows, all_logits)
         run(asked[:1])
         seconds, out, gib = timed(lambda: run(asked), lvlm.device, a.repeats)
         table.add(
-            name, len(asked), seconds, work.flops(lvlm.model.config, len(asked), how, a.new_tokens), gib
+            name, len(asked), seconds, work.flops(lvlm.model.config, len(asked), flops_way, a.new_tokens), gib
         )
         if ref: check(table, ref, out, lvlm.model.dtype, name) # what batching alone does to the numbers
         return out

@@ -151,9 +151,9 @@ def timed(fn, repeats):
         if k < repeats - 1: del out
     return statistics.median(times), min(times), max(times), peak, out
 
-def main(n=1_000_000, few=60_000, repeats=5):
+def main(n=1_000_000, small_n=60_000, repeats=5):
     data = world(n)
-    small = world(few)
+    small = world(small_n)
     show = lambda rows, cols: print(
         pd.DataFrame(rows, columns=cols).to_string(index=False, float_format="%.3g"), "\n"
     )
@@ -184,7 +184,7 @@ def main(n=1_000_000, few=60_000, repeats=5):
         b = timed(quick, repeats)
         if name != "health": np.testing.assert_allclose(a[4], b[4])
         rows.append((name, a[0], b[0], a[0]/b[0], a[1]/b[2], a[2]/b[1]))
-    print(f"{few:,} rows, the loop against the columns")
+    print(f"{small_n:,} rows, the loop against the columns")
     show(rows, ["", "loop, s", "columns, s", "ratio", "(least)", "(most)"])
     with tempfile.TemporaryDirectory() as d:
         path = data.save(Path(d) / "data")

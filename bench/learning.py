@@ -45,6 +45,8 @@ SUITES |= {"joint": "soft_only"} | {f"joint {s}": mode for s, mode in SUITES.ite
 # regret on its stored groups
 ACC = ", by accuracy"
 NET = dict(d_hidden=64, n_layers=0, state="none", match="net", n_match=8)
+# the plain selector: the defaults of `PointerSelector`, not those of `selector_learner`
+PLAIN = dict(match="none")
 
 def base_groups(world, out, seed, split, shots=(2,), n=20, queries=None, prior=True):
     """Up to n sequences of the prior and n random ones that it has not drawn, per query and of each shot
@@ -144,7 +146,7 @@ class Trial:
 
     def learner(self, mode=None, **model):
         dls = group_dls(self.train, self.dev, self.world.store, mode or self.mode, bs=64, seed=self.seed)
-        return selector_learner(dls, seed=self.seed, wd=.05, choose_by=self.choose_by, **model)
+        return selector_learner(dls, seed=self.seed, wd=.05, choose_by=self.choose_by, **model or PLAIN)
 
     def recipe(self, name, **changes):
         r = recipe(name, RECIPES | EARLIER, data=dict(reward=self.mode), **changes)

@@ -39,20 +39,20 @@ def run(seed, epochs):
     there = int((v <= before - 0.98 * (before - v.min())).to_numpy().argmax())
     return took * (there+1) / epochs, there+1, before, float(v[there]), float(v.min()), learn
 
-def plain(learn, few=40):
+def plain(learn, looped=40):
     "Seconds per epoch of 800 queries, the usual way"
     query, cands, mask, seqs, sm, r, ok = learn.dls.train.one_batch()
     m = learn.model.train()
     m.fold = False
     opt = torch.optim.AdamW(m.parameters(), 1e-4)
-    few = min(few, len(query))
+    looped = min(looped, len(query))
     start = time.perf_counter()
-    for q in range(few):
+    for q in range(looped):
         lp = m(query[q].repeat(N, 1), cands[q].repeat(N, 1, 1), None, seqs[q][:, None]).T
         opt.zero_grad()
         rce_loss(lp, r[q : q + 1], ok[q : q + 1]).backward()
         opt.step()
-    return (time.perf_counter() - start) / few * 800
+    return (time.perf_counter() - start) / looped * 800
 
 def main(threads=1, seeds=5, epochs=20):
     torch.set_num_threads(threads)

@@ -22,9 +22,9 @@ def world(n, K=64, D=512, demos=4000, seed=0):
     pool = Pool({i: n + np.sort(g.choice(demos, K, replace=False)) for i in range(n)})
     return pool, EmbedStore(range(n + demos), x, y)
 
-def _next(cos, prefix, scale, temperature):
+def _next(cos, prefix, scale, temp):
     "Probability of each candidate behind `prefix`, one candidate after the other"
-    e = {k: math.exp(scale * c / temperature) for k, c in enumerate(cos) if k not in prefix}
+    e = {k: math.exp(scale * c / temp) for k, c in enumerate(cos) if k not in prefix}
     z = sum(e.values())
     return {k: v/z for k, v in e.items()}
 
@@ -91,11 +91,11 @@ def same(a, b, methods):
     y = pick(b)
     assert x == y, next((q, x[q], y.get(q)) for q in x if x[q] != y.get(q))
 
-def main(n=800, few=20, repeats=3, threads=1):
+def main(n=800, looped=20, repeats=3, threads=1):
     torch.set_num_threads(threads)
     pool, store = world(n)
     queries = list(range(n))
-    part = list(range(few))
+    part = list(range(looped))
     model = PointerSelector(512, 256).eval()
     rows = []
     for name, policy in (("similarity prior", None), ("selector, H = 256", model)):
@@ -114,7 +114,7 @@ def main(n=800, few=20, repeats=3, threads=1):
         )
         if not policy:
             plain = done["plain: a loop over candidates"][1]
-            mine = full[full.question_id < few]
+            mine = full[full.question_id < looped]
             same(plain, mine, ["beam", "retrieval"])
             assert (
                 plain.groupby(["question_id", "gen_method"])

@@ -75,17 +75,17 @@ def epoch(m, losses):
         f().backward()
         opt.step()
 
-def same_gradients(data, few):
+def same_gradients(data, looped):
     "Losses and gradients of the plain way, of batches and of shared batches agree on some queries"
     out = []
-    i = torch.arange(few)
+    i = torch.arange(looped)
     ways = [(False, f) for f in (loss_plain, loss_repeated)] + [
         (fold, lambda m, s=s: loss_batch(m, data, i, s))
         for fold, s in ((False, False), (True, False), (False, True))
     ]
     for fold, f in ways:
         m = policy(fold)
-        losses = [f(m, data, q) / few for q in range(few)] if f in (loss_plain, loss_repeated) else [f(m)]
+        losses = [f(m, data, q) / looped for q in range(looped)] if f in (loss_plain, loss_repeated) else [f(m)]
         for l in losses: l.backward()
         out.append((sum(l.item() for l in losses), [p.grad for p in m.parameters()]))
     for total, grads in out[1:]:
@@ -212,7 +212,7 @@ def main(threads=1, repeats=3, Q=800, U=BIG):
         " thread(s)\n"
     )
     same_gradients(data, min(8, Q))
-    few = min(40, Q)
+    looped = min(40, Q)
     share = {B: statistics.fmean(len(i.unique())/i.numel() for i in index.split(B)) for B in (32, 128, Q)}
     print(
         "distinct demonstrations per candidate of a batch: "
@@ -220,10 +220,10 @@ def main(threads=1, repeats=3, Q=800, U=BIG):
     )
     def plain(f):
         m = policy()
-        epoch(m, [lambda q=q: f(m, data, q) for q in range(few)])
+        epoch(m, [lambda q=q: f(m, data, q) for q in range(looped)])
     jobs = [
-        ("plain: a query at a time, candidates repeated per sequence", few, lambda: plain(loss_repeated)),
-        ("plainer: a sequence at a time", few, lambda: plain(loss_plain)),
+        ("plain: a query at a time, candidates repeated per sequence", looped, lambda: plain(loss_repeated)),
+        ("plainer: a sequence at a time", looped, lambda: plain(loss_plain)),
     ]
     for B, fold, shared in (
         (32, False, False),
@@ -261,9 +261,9 @@ def main(threads=1, repeats=3, Q=800, U=BIG):
                     )
                 )
             ]
-        few = min(20, Q)
+        looped = min(20, Q)
         jobs = [
-            ("plain: a loop over candidates", few, lambda: naive(few)),
+            ("plain: a loop over candidates", looped, lambda: naive(looped)),
             ("batched, B = 128", Q, lambda: batched(m, 128)),
             ("batched, B = 128, folded", Q, lambda: batched(f, 128)),
             (

@@ -278,10 +278,10 @@ def sample_distinct(
     "Draw `n` different sequences per query, without replacement, by stochastic beam search"
     check_room(enc.mask, 1 if S is None else S)
     length = sequence_length(policy, S)
-    few = min(length.count(int(k)) for k in enc.mask.sum(-1))
-    if not 1 <= n <= few:
+    room = min(length.count(int(k)) for k in enc.mask.sum(-1))
+    if not 1 <= n <= room:
         raise ValueError(
-            f"n = {n} distinct sequences of S = {S}: the smallest pool has {few}; ask for 1..{few}, or"
+            f"n = {n} distinct sequences of S = {S}: the smallest pool has {room}; ask for 1..{room}, or"
             " distinct=False"
         )
     origin = torch.zeros(len(enc.mask), 1, dtype=torch.float64, device=enc.mask.device)

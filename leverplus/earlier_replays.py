@@ -82,7 +82,7 @@ def reported_difference(
 # %% ../nbs/88_earlier_replays.ipynb #d4b412c1
 def _replayed(plan, shots, acc, baseline, source, n, changed):
     "A row of the table"
-    est, least = reported_difference(acc - baseline, n, changed)
+    est, mde = reported_difference(acc - baseline, n, changed)
     return dict(
         plan=plan,
         shots=shots,
@@ -90,9 +90,9 @@ def _replayed(plan, shots, acc, baseline, source, n, changed):
         delta=100*est.value,
         lo=100*est.lo,
         hi=100*est.hi,
-        mde=100*least,
+        mde=100*mde,
         z=1.96 * 2*est.value / (est.hi - est.lo),
-        verdict=verdict(est, least).split(": ")[-1],
+        verdict=verdict(est, mde).split(": ")[-1],
         source=source,
     )
 
@@ -121,9 +121,9 @@ def plot_replays(
     p = p[p.shots == shots]
     if ax is None: ax = plt.subplots(figsize=(5, 3), layout="constrained")[1]
     y = np.arange(len(p))
-    least = p.mde.iloc[0]
+    mde = p.mde.iloc[0]
     which = "mean over shots" if shots == "mean" else f"{shots} shots"
-    ax.axvspan(-least, least, color="grey", alpha=.18, lw=0)
+    ax.axvspan(-mde, mde, color="grey", alpha=.18, lw=0)
     ax.errorbar(p.delta, y, xerr=[p.delta - p.lo, p.hi - p.delta], fmt="o", ms=5, capsize=2, lw=1.5)
     ax.axvline(0, ls=":", lw=1, color="grey")
     ax.set_yticks(y, p.plan)
@@ -242,10 +242,10 @@ def logged_advantages(
     return std/groups, largest/groups
 
 # %% ../nbs/88_earlier_replays.ipynb #fead5a94
-def _numbers(est, least):
+def _numbers(est, mde):
     "Points of a difference, its interval and what could be detected"
     value, lo, hi = (100*x for x in est)
-    return f"{value:+.2f} [{lo:+.2f}, {hi:+.2f}], detectable {100*least:.2f}"
+    return f"{value:+.2f} [{lo:+.2f}, {hi:+.2f}], detectable {100*mde:.2f}"
 
 def _gain_claims():
     "Claims that something got better: claim, numbers, verdict"
@@ -253,7 +253,7 @@ def _gain_claims():
     one = reported_difference(acc[0] - REPORTED_BASELINE[0])
     mean = reported_difference(np.mean(acc) - np.mean(REPORTED_BASELINE))
     need = f"needs {plan_power(.0038, .05):,} to {plan_power(.0038, .10):,} queries"
-    def say(est, least): return "better" if differs(est, least) else "no difference shown"
+    def say(est, mde): return "better" if differs(est, mde) else "no difference shown"
     yield "plan 5 improves one shot", f"50.15 against 48.55 at n = 800: {_numbers(*one)}", say(*one)
     yield "plan 5 improves the mean over shots", f"{_numbers(*mean)}; {need}", say(*mean)
 

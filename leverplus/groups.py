@@ -698,7 +698,7 @@ def _check_union(path, files, manifests):
     usual, _ = Counter(fingerprint(m["settings"]) for m in manifests.values()).most_common(1)[0]
     base = next(m for m in manifests.values() if fingerprint(m["settings"]) == usual)
     odd = {i: differing(base["settings"], m["settings"]) for i, m in manifests.items()}
-    others = [f"{i}/{n} ({how})" for i, how in odd.items() if how]
+    others = [f"{i}/{n} ({what})" for i, what in odd.items() if what]
     if others:
         refuse(others, f"shards of other settings than {base['shard'][0]}/{n}",
                "They are not parts of one generation")

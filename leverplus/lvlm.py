@@ -159,10 +159,10 @@ def model_parts(
 )->list: # weights, number format, attention, settings of tower and language model, tokenizer, template, control tokens
     "What facts depend on"
     text = lvlm.model.config.get_text_config()
-    how = [str(lvlm.model.dtype), lvlm.attn, _eyes(lvlm)]
+    number_format = [str(lvlm.model.dtype), lvlm.attn, _eyes(lvlm)]
     settings = [_settings(text, TEXT_SETTINGS), _settings(text.rope_parameters, ROPE_SETTINGS)]
     tokens = [lvlm.image_id, _words(lvlm.tokenizer), lvlm.tokenizer.chat_template, lvlm.end_id]
-    return [_weights(lvlm.model), *how, *settings, *tokens]
+    return [_weights(lvlm.model), *number_format, *settings, *tokens]
 
 def _eyes(lvlm):
     "Settings of vision tower and image processor; the torchvision and the PIL class of the latter differ in pixels"
@@ -321,8 +321,8 @@ def scorer_fingerprint(
     max_new_tokens:int=MAX_NEW_TOKENS, # longest answer
 )->str: # 16 hexadecimal digits; the prompt's style is part of the prompt and not in it
     "What the facts of a model depend on: its own fingerprint and how it is asked"
-    how = ("greedy", "repetition_penalty", 1., "max_new_tokens", max_new_tokens, "end", lvlm.end_id)
-    return fingerprint(lvlm.fingerprint, *how)
+    asking = ("greedy", "repetition_penalty", 1., "max_new_tokens", max_new_tokens, "end", lvlm.end_id)
+    return fingerprint(lvlm.fingerprint, *asking)
 
 # %% ../nbs/21_lvlm.ipynb #425f7ead
 class NaiveScorer:

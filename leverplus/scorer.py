@@ -452,7 +452,7 @@ def _forward(self:SharedScorer, items):
 # %% ../nbs/22_scorer.ipynb #2bd1bd1a
 def even_parts(
     sizes:np.ndarray, # int [B], about ascending
-    least:int=256, # nodes of padding that a cut must spare
+    min_saving:int=256, # nodes of padding that a cut must spare
 )->list: # runs (a, b) that cover 0..B
     "Cut trees into parts of about one size"
     n = len(sizes)
@@ -460,10 +460,10 @@ def even_parts(
     right = np.maximum.accumulate(sizes[::-1])[::-1]
     i = np.arange(1, n)
     spared = n*left[-1] - left[:-1]*i - right[1:]*(n - i)
-    if max(spared, default=0) < least: return [(0, n)]
+    if max(spared, default=0) < min_saving: return [(0, n)]
     cut = int(spared.argmax()) + 1
-    behind = [(cut + a, cut + b) for a, b in even_parts(sizes[cut:], least)]
-    return even_parts(sizes[:cut], least) + behind
+    behind = [(cut + a, cut + b) for a, b in even_parts(sizes[cut:], min_saving)]
+    return even_parts(sizes[:cut], min_saving) + behind
 
 def cache_rows(
     cache, # `DynamicCache`

@@ -4,7 +4,7 @@ import pytest, torch
 from hypothesis import given, settings, strategies as st
 from leverplus.core import repo_path
 from leverplus.cost import (
-    HOWS, PEAKS, count_flops, feature_bytes, kv_bytes, mfu, peak_flops, prompt_flops, qwen_config,
+    WAYS, PEAKS, count_flops, feature_bytes, kv_bytes, mfu, peak_flops, prompt_flops, qwen_config,
     text_flops, vision_flops,
 )
 from leverplus.scorer import run_text
@@ -169,9 +169,9 @@ def test_a_whole_prompt_on_the_embedded_model():
     size = dict(image_tokens=16, text_tokens=text, answers=A, answer_tokens=n, causal=False)
     slow = count_flops(naive)
     fast = count_flops(shared)
-    assert prompt_flops(c, **size, new_tokens=1, how="naive").total == pytest.approx(slow, rel=.01)
+    assert prompt_flops(c, **size, new_tokens=1, way="naive").total == pytest.approx(slow, rel=.01)
     assert (
-        prompt_flops(c, **size, new_tokens=3, how="shared").total == pytest.approx(fast, rel=0.01)
+        prompt_flops(c, **size, new_tokens=3, way="shared").total == pytest.approx(fast, rel=0.01)
         and fast < slow / 3
     )
 
@@ -187,9 +187,9 @@ sizes = dict(
 def test_sharing_only_saves(images, text, A, n, new):
     c = qwen_config("3b")
     L = sum(images) + text
-    cost = lambda how, **kw: prompt_flops(c, images, text, A, n, new, how, **kw)
-    total = {h: cost(h).total for h in HOWS}
-    assert all(v >= 0 for h in HOWS for v in asdict(cost(h)).values())
+    cost = lambda way, **kw: prompt_flops(c, images, text, A, n, new, way, **kw)
+    total = {way: cost(way).total for way in WAYS}
+    assert all(v >= 0 for way in WAYS for v in asdict(cost(way)).values())
     assert cost("naive").total == pytest.approx(sum(asdict(cost("naive")).values()))
     if not A and not new:
         assert set(total.values()) == {0}
@@ -217,9 +217,9 @@ def test_table_of_the_3b_model():
     p = dict(image_tokens=[300] * 3, text_tokens=60)
     t = lambda **kw: prompt_flops(c, **p, **kw).total / 1e12
     got = [
-        t(how="naive"),
-        t(how="naive_logits"),
-        t(how="naive_vision"),
+        t(way="naive"),
+        t(way="naive_logits"),
+        t(way="naive_vision"),
         t(),
         t(known_images=1),
         t(known_images=1, known_tokens=320),
@@ -267,9 +267,9 @@ def test_refusals():
         text_flops(
             qwen_config("3b", dict(use_sliding_window=True, sliding_window=64, max_window_layers=10)), 5
         )
-    with pytest.raises(ValueError, match="how='fast'"): prompt_flops(c, 300, 60, how="fast")
+    with pytest.raises(ValueError, match="way='fast'"): prompt_flops(c, 300, 60, way="fast")
     with pytest.raises(ValueError, match="keeps nothing"):
-        prompt_flops(c, 300, 60, how="naive_logits", known_tokens=5)
+        prompt_flops(c, 300, 60, way="naive_logits", known_tokens=5)
     for bad in (dict(known_images=1.5), dict(known_tokens=360), dict(known_tokens=-1)):
         with pytest.raises(ValueError, match="wanted 0"): prompt_flops(c, 300, 60, **bad)
     for s, p in ((0, 1), (1, 0), (-1, 1)):

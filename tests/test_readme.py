@@ -81,7 +81,7 @@ def test_links_lead_somewhere():
 LINES = (
     "generate --n 6 --split train --test 2 --window 3 --out runs/train",
     "generate --lvlm mock --n 6 --split dev --test 0 --quiet --out runs/dev",
-    "train runs/train --dev runs/dev --epochs 1 --bs 4 --out runs/rce --seed 1",
+    "train runs/train --dev runs/dev --objective rce --epochs 1 --bs 4 --out runs/rce --seed 1",
 )
 
 def test_generate_and_train_say_nothing(tmp_path):

@@ -301,7 +301,7 @@ def test_a_selector_that_does_not_fit_is_refused_before_anything_is_written(tmp_
     other = make(info=dict(pool=rule | dict(K=64)))
     mock.run(tmp_path/"o", policy=other, other_pool=True, progress=False)
     # the same weights, another temperature
-    hot = make(temperature=1.0)
+    hot = make(temp=1.0)
     hot.load_state_dict(good.state_dict())
     assert policy_fingerprint(hot) != policy_fingerprint(good)
     with pytest.raises(ValueError, match="policy: there"): mock.run(tmp_path/"r", policy=hot, progress=False)
