@@ -1,9 +1,3 @@
-"""Learn which demonstrations to show a vision-language model, and in which order
-
-Modules:
-
-- `leverplus.all`: What a person types at a prompt: `from leverplus.all import *`"""
-
 __version__ = "0.1.0"
 
 import warnings
