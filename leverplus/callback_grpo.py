@@ -120,7 +120,8 @@ def complain(self:PolicyGradient, msg):
 @patch
 def check_groups(self:PolicyGradient):
     "Refuse stored groups that cannot teach, or that were normalised before"
-    if any(getattr(cb, "draws", False) for cb in self.learn.cbs): return
+    draws = any(getattr(cb, "draws", False) for cb in self.learn.cbs)
+    if draws and not looks_for_lr(self.learn): return
     found = survey_groups(self.dls.train, self.positive)
     self.check_live(found)
     self.check_raw(found)

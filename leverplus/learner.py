@@ -430,27 +430,27 @@ def lr_find(self:SelectorLearner,
     **kwargs,
 )->tuple: # suggested rates by name, as fastai gives them
     "`Learner.lr_find` for a stage; weights, history, random states and what callbacks remember stay as they are"
-    with same_draws(self.dls), self.added_cbs(L(cbs)), _same_memory(self.cbs), _no_new_folder(self.path/self.model_dir):
+    with same_draws(self.dls), self.added_cbs(L(cbs)), _as_before(self):
         return super(SelectorLearner, self).lr_find(start_lr, end_lr, num_it, **kwargs)
 
 @contextmanager
-def _same_memory(cbs):
-    "What our callbacks remember is behind the block as before it"
-    before = {cb: dict(vars(cb)) for cb in cbs if isinstance(cb, StageCallback)}
+def _as_before(learn):
+    "What callbacks remember, the rates of the optimiser, and the folder are behind the block as before it"
+    memories = {cb: dict(vars(cb)) for cb in learn.cbs if isinstance(cb, StageCallback)}
+    hypers = None if learn.opt is None else [dict(group) for group in learn.opt.hypers]
+    folder = learn.path/learn.model_dir
+    was_there = folder.exists()
     try: yield
     finally:
-        for cb, memory in before.items():
-            learn = cb.learn
-            vars(cb).clear()
-            vars(cb).update(memory, learn=learn)
+        for cb, memory in memories.items(): _remember_alone(cb, memory)
+        if hypers is None: learn.opt = None
+        else: learn.opt.hypers = L(hypers)
+        if not was_there and folder.is_dir() and not any(folder.iterdir()): folder.rmdir()
 
-@contextmanager
-def _no_new_folder(folder):
-    "An empty folder that was not there before the block goes"
-    there = folder.exists()
-    try: yield
-    finally:
-        if not there and folder.is_dir() and not any(folder.iterdir()): folder.rmdir()
+def _remember_alone(cb, memory):
+    "Give a callback these attributes, and no others"
+    vars(cb).clear()
+    vars(cb).update(memory)
 
 # %% ../nbs/70_learner.ipynb #060044dd
 @patch
