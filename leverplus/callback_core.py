@@ -109,7 +109,7 @@ def so_far(self:StageCallback):
 # %% ../nbs/61_callback_core.ipynb #1feab177
 class Stats(StageCallback):
     "Collect train-time scalars; `mean(k)` of the epoch, `metrics(*ks)` as columns"
-    order, name = 48, "stats"
+    order, name = -9, "stats"   # the epoch begins anew before anybody logs
     def __init__(self): self.buf = defaultdict(list)
     def before_train(self): self.buf.clear()
 
