@@ -12,12 +12,13 @@ from fastcore.basics import patch
 from fastcore.meta import delegates
 from .core import frozen
 from .losses import advantage, clipped_surrogate, clip_shares, log_ratio, policy_gradient
-from .callback_core import Objective, active_dropout, survey_groups
+from .callback_core import Objective, active_dropout, looks_for_lr, survey_groups
 from fastai.callback.core import CancelFitException
 
 # %% ../nbs/63_callback_grpo.ipynb #86ae62e6
 class PolicyGradient(Objective):
     "Base of objectives that weight sequences by their advantage over the group"
+    signed = True
     def __init__(self,
         baseline:str="zscore", # of `advantage`: "zscore" | "center" | "rank" | "loo"
         scale:str|None=None, # "group" | "batch" | "none"; None = what goes with the baseline
@@ -119,7 +120,8 @@ def complain(self:PolicyGradient, msg):
 @patch
 def check_groups(self:PolicyGradient):
     "Refuse stored groups that cannot teach, or that were normalised before"
-    if any(getattr(cb, "draws", False) for cb in self.learn.cbs): return
+    draws = any(getattr(cb, "draws", False) for cb in self.learn.cbs)
+    if draws and not looks_for_lr(self.learn): return
     found = survey_groups(self.dls.train, self.positive)
     self.check_live(found)
     self.check_raw(found)
@@ -137,7 +139,7 @@ def check_live(self:PolicyGradient, found):
         f"{self.caller}: {int(found['live'].sum())} of {n} groups have any reward difference{enough}; wanted"
         f" {self.min_live:.0%} (min_live). Collect sequences that differ, or use a softer reward"
     )
-    if self.too_few == "skip":
+    if self.too_few == "skip" and not looks_for_lr(self.learn):
         warnings.warn(msg + "; the stage is skipped")
         raise CancelFitException(msg)
     raise ValueError(msg + "; or pass min_live=0 to go on all the same, too_few='skip' to leave the stage out")

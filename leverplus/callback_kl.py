@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from torch import nn
 from .core import frozen, masked_mean, rng
 from .losses import entropy_steps, kl_k3, kl_steps
-from .callback_core import StageCallback, Objective, active_dropout, find_reference
+from .callback_core import FitOnly, StageCallback, Objective, active_dropout, find_reference, looks_for_lr
 
 # %% ../nbs/64_callback_kl.ipynb #fa80db55
 class StepTerm(StageCallback):
@@ -190,7 +190,7 @@ def warn_of_dropout(self:KLToRef):
         )
 
 # %% ../nbs/64_callback_kl.ipynb #72a9abb3
-class AdaptiveKL(StageCallback):
+class AdaptiveKL(FitOnly):
     "Move the `beta` of `KLToRef` once per epoch so that the mean KL stays in a band"
     order = KLToRef.order+1
     def __init__(self,
@@ -296,7 +296,7 @@ class EntropyFloor(StepTerm):
         return self.per_step(sums, counts)
 
     def after_train(self):
-        if not self.adaptive or not self.n: return
+        if not self.adaptive or not self.n or looks_for_lr(self.learn): return
         low = self.mean < self.floor
         wanted = self.alpha * self.factor if low else self.alpha / self.factor
         self.alpha = within(wanted, self.limits)

@@ -26,7 +26,7 @@ from .rewards import reward as reward_of, reward_facts
 from .rldata_generate import TooManyFailures
 from .rldata_ask import as_cache, ask, facts_fingerprint
 from .losses import inclusion_logp, live_groups
-from .callback_core import Objective, StageCallback
+from .callback_core import FitOnly, Objective, looks_for_lr
 from .callback_grpo import GRPO, RLOO
 from .callback_schedule import Phases, SplitShots
 from fastai.callback.core import CancelFitException
@@ -290,7 +290,7 @@ def drawing_for(
 # %% ../nbs/68_callback_onpolicy.ipynb #d0b08a0b
 def _these(*x): return x
 
-class OnPolicy(StageCallback):
+class OnPolicy(FitOnly):
     "Groups drawn by the policy of the moment, in rounds of one epoch"
     order = Objective.order-9.5   # before everything that reads a batch or a loader, after `Resume`
     transient = ("acc", "now", "drawn", "kappa")
@@ -570,12 +570,17 @@ class DistinctPG(Objective):
     wants_distinct = True   # see `drawing_for`
     skip_flat = False   # a flat group counts: its weights do not sum to 0
     dropout = False     # log-probabilities must not be random
+    signed = True
     def __init__(self):
         self.adv = None
         self.source = None
 
     def before_fit(self):
         super().before_fit()
+        if looks_for_lr(self.learn):
+            raise ValueError(
+                "DistinctPG: `lr_find` asks no scorer, so nothing is drawn there, and stored groups are not what it"
+                " learns from: look for a rate with `RLOO()`")
         self.source = next((cb for cb in self.learn.cbs if isinstance(cb, OnPolicy)), None)
         drawing = None if self.source is None else self.source.drawing
         if drawing is None or not drawing.distinct or drawing.every != "batch":

@@ -14,7 +14,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 from .losses import live_groups
-from .callback_core import Objective, StageCallback, as_schedule
+from .callback_core import FitOnly, Objective, StageCallback, as_schedule, looks_for_lr
 
 # %% ../nbs/65_callback_schedule.ipynb #a4499b20
 class TempSchedule(StageCallback):
@@ -32,7 +32,7 @@ class TempSchedule(StageCallback):
         self.check_target()
 
     def before_batch(self):
-        for name, schedule in self.scheds.items(): setattr(self.target, name, schedule(self.pct_train))
+        for name, schedule in self.scheds.items(): setattr(self.target, name, schedule(self.so_far))
 
     def check_target(self):
         "Refuse a callback that is not there, and attributes that it has not"
@@ -150,9 +150,10 @@ class TopKCurriculum(StageCallback):
 
     def k_now(self):
         "How many in this batch"
-        if callable(self.k): return max(1, round(float(self.k(self.pct_train))))
+        if callable(self.k): return max(1, round(float(self.k(self.so_far))))
         if isinstance(self.k, int): return self.k
-        return self.k[min(self.epoch, len(self.k)-1)]
+        epoch = 0 if looks_for_lr(self.learn) else self.epoch
+        return self.k[min(epoch, len(self.k)-1)]
 
 @patch
 def check_place(self:TopKCurriculum):
@@ -181,7 +182,7 @@ def check_advantages(self:TopKCurriculum):
         )
 
 # %% ../nbs/65_callback_schedule.ipynb #7fa4a47e
-class Phases(StageCallback):
+class Phases(FitOnly):
     "Curriculum over queries: each phase trains on its own part of the training split"
     order = Objective.order-7
     def __init__(self,

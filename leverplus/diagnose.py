@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np, pandas as pd, torch
 from .losses import live_groups
 from .rewards import spearman
-from .callback_core import StageCallback, Stats
+from .callback_core import FitOnly, Stats
 from .callback_track import History
 
 # %% ../nbs/69_diagnose.ipynb #2080b2a3
@@ -483,7 +483,7 @@ class CannotLearn(ValueError):
 
 EARLY = dict(live=.05, unchanged=.999)   # stricter than at the end: what one epoch can show
 
-class Watch(StageCallback):
+class Watch(FitOnly):
     "Say after the first epoch that, and why, a stage cannot learn"
     order = History.order+1
     rules = "live", "filter", "ratio", "dropout", "penalty", "unchanged"

@@ -7,6 +7,7 @@ __all__ = ['MODEL', 'INSTEAD', 'SelectorLearner', 'selector_learner', 'Stage', '
 
 # %% ../nbs/70_learner.ipynb #4dbabef8
 import random, sys, warnings
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -19,9 +20,9 @@ from .synth import ShownGroups
 from .warmup import warmup_dls
 from .selector import PointerSelector
 from .losses import regret
-from .callback_core import Objective, SkipFlat
+from .callback_core import Objective, SkipFlat, StageCallback
 from .callback_rce import RCE
-from .callback_grpo import GRPO, PolicyGradient, RLOO
+from .callback_grpo import GRPO, RLOO
 from .callback_kl import KLToRef
 from .callback_schedule import SplitShots
 from leverplus.callback_track import (
@@ -34,7 +35,7 @@ from .diagnose import Watch
 from fastai.learner import Learner
 from fastai.callback.hook import total_params
 from fastai.callback.progress import CSVLogger
-from fastai.callback.schedule import LRFinder, ParamScheduler, SchedCos
+from fastai.callback.schedule import ParamScheduler, SchedCos
 from fastai.callback.tracker import TrackerCallback
 from fastai.callback.training import GradientClip
 from fastai.torch_core import default_device
@@ -45,7 +46,6 @@ class SelectorLearner(Learner):
     def fit(self, n_epoch, lr=None, wd=None, cbs=None, reset_opt=False, start_epoch=0):
         "`Learner.fit`, with kernels that add in a fixed order: same seed, same weights"
         _check_monitors(self, cbs)
-        _never_diverge(self, cbs)
         with reproducible(self.dls.device or default_device()):
             super().fit(n_epoch, lr, wd, cbs, reset_opt, start_epoch)
 
@@ -100,13 +100,6 @@ def _check_monitors(learn, cbs):
             f"{type(cb).__name__}: there is no column {cb.monitor!r} to monitor; there are {', '.join(columns)}."
             " `selector_learner(dls, metrics=...)` adds columns"
         )
-
-def _never_diverge(learn, cbs):
-    "Let `LRFinder` go on where the loss may be below 0: fastai stops at 4 times the least loss"
-    cbs = [*learn.cbs, *L(cbs)]
-    if not any(isinstance(cb, (PolicyGradient, DistinctPG)) for cb in cbs): return
-    for cb in cbs:
-        if isinstance(cb, LRFinder): cb.stop_div = False
 
 # %% ../nbs/70_learner.ipynb #7221d35b
 @dataclass(frozen=True, kw_only=True)
@@ -436,9 +429,28 @@ def lr_find(self:SelectorLearner,
     cbs=(), # of the stage; without an objective among them the loss is regret
     **kwargs,
 )->tuple: # suggested rates by name, as fastai gives them
-    "`Learner.lr_find` for a stage; weights, history and random states stay as they are"
-    with same_draws(self.dls), self.added_cbs(L(cbs)):
+    "`Learner.lr_find` for a stage; weights, history, random states and what callbacks remember stay as they are"
+    with same_draws(self.dls), self.added_cbs(L(cbs)), _as_before(self):
         return super(SelectorLearner, self).lr_find(start_lr, end_lr, num_it, **kwargs)
+
+@contextmanager
+def _as_before(learn):
+    "What callbacks remember, the rates of the optimiser, and the folder are behind the block as before it"
+    memories = {cb: dict(vars(cb)) for cb in learn.cbs if isinstance(cb, StageCallback)}
+    hypers = None if learn.opt is None else [dict(group) for group in learn.opt.hypers]
+    folder = learn.path/learn.model_dir
+    was_there = folder.exists()
+    try: yield
+    finally:
+        for cb, memory in memories.items(): _remember_alone(cb, memory)
+        if hypers is None: learn.opt = None
+        else: learn.opt.hypers = L(hypers)
+        if not was_there and folder.is_dir() and not any(folder.iterdir()): folder.rmdir()
+
+def _remember_alone(cb, memory):
+    "Give a callback these attributes, and no others"
+    vars(cb).clear()
+    vars(cb).update(memory)
 
 # %% ../nbs/70_learner.ipynb #060044dd
 @patch

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np, pandas as pd, torch
 from .losses import inclusion_logp, off_policy_value
 from .decode import deciding, device_of
-from .callback_core import StageCallback
+from .callback_core import FitOnly
 
 # %% ../nbs/72_offpolicy.ipynb #672a961e
 def sequence_logp(
@@ -202,7 +202,7 @@ def _all_sources(f):
     return pd.DataFrame(out).reset_index().assign(source="all")
 
 # %% ../nbs/72_offpolicy.ipynb #b203b079
-class OffPolicyStats(StageCallback):
+class OffPolicyStats(FitOnly):
     "Estimate, after every epoch, what the policy would earn, from groups that it does not train on"
     order = 45   # before `Stats` and `History` close the epoch
     def __init__(self,

@@ -16,6 +16,7 @@ from .core import rng, pad_rows, masked_log_softmax, seed_all
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
+from fastai.callback.progress import ProgressCallback
 
 # %% ../nbs/03_synth.ipynb #381ad4d7
 LEVELS = ((0., .3), (.2, .6), (.4, 1.))   # (worth above which, reward)
@@ -311,12 +312,14 @@ def toy_learner(
     if dls is None: dls = synth_dls(seed=seed)
     seed_all(seed)
     model = ToySelector(dls.train_ds.d, dropout)
-    return Learner(dls, model, loss_func, lr=lr, **kw)
+    learn = Learner(dls, model, loss_func, lr=lr, **kw)
+    learn.recorder.add_time = False   # a table without times is the same every time
+    return learn
 
 @contextlib.contextmanager
 def quiet(
     learn:Learner, # any learner
 ):
     "No progress bars and no printed rows inside the block"
-    bars = [cb for cb in learn.cbs if type(cb).__name__ == "ProgressCallback"]
+    bars = [cb for cb in learn.cbs if isinstance(cb, ProgressCallback)]
     with learn.no_logging(), learn.no_mbar(), learn.removed_cbs(bars): yield learn

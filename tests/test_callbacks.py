@@ -1042,3 +1042,31 @@ def test_bare_exceptions_have_words():
     import leverplus.callback_track as t
     import leverplus.callback_listwise as l, leverplus.callback_rce as r
     for mod in (c, g, k, l, r, s, t): assert "assert " not in inspect.getsource(mod)
+
+# --- looking for a learning rate, with fastai's own Learner ------------------------------------------------
+LOOKED_FOR = dict(
+    rce=lambda: [RCE((2., .5))], listwise=lambda: [Listwise()], sft=lambda: [SFT()], rloo=lambda: [RLOO()],
+    grpo=lambda: [GRPO(), KLToRef(), AdaptiveKL(), TopKCurriculum()], floor=lambda: [RCE(), EntropyFloor(.99), Best()],
+)
+
+@pytest.mark.parametrize("name", LOOKED_FOR)
+def test_lr_find_of_a_plain_learner(name, tmp_path):
+    "It comes to its last rate where the loss may be below 0, moves no weight of a penalty, and logs nothing"
+    cbs = LOOKED_FOR[name]()
+    learn = learner(cbs=[Stats(), *cbs], path=tmp_path)
+    before = weights(learn)
+    with quiet(learn), warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        found = learn.lr_find(1e-5, .1, 30, show_plot=False)
+    assert len(learn.recorder.losses) == 30 and 1e-5 < found.valley < .1
+    assert same(before, weights(learn)) and learn.stats.means() == {}
+    for cb in cbs:
+        if isinstance(cb, KLToRef): assert cb.beta == .02
+        if isinstance(cb, EntropyFloor): assert cb.alpha == .1
+        if isinstance(cb, RCE): assert cb.temp in (1., 2.)
+        if isinstance(cb, AdaptiveKL): assert cb.trace == []
+
+def test_a_loss_that_is_never_below_zero_may_still_diverge(tmp_path):
+    learn = learner(cbs=RCE(), path=tmp_path)
+    with quiet(learn): learn.lr_find(1e-3, 1e3, 60, show_plot=False)
+    assert len(learn.recorder.losses) < 60   # fastai stops where it has got four times as bad

@@ -13,6 +13,7 @@ from leverplus.offpolicy import OffPolicyStats, off_policy, sequence_logp, store
 from leverplus.pools import Pool
 from leverplus.rldata_propose import SimilarityPrior, propose
 from leverplus.selector import PointerSelector
+from leverplus.settings import Proposing
 from leverplus.synth import quiet
 
 N, K = 400, 5
@@ -23,12 +24,11 @@ STORE = EmbedStore(
     *[torch.cat([torch.randn(1, 4, generator=G).expand(N, 4), torch.randn(K, 4, generator=G)])] * 2
 )
 POOL = Pool({q: tuple(range(5000, 5000+K)) for q in range(N)}, dict(sampler="all", K=K))
-HOW = dict(scale=3.)
 # depends on the order
 def pays(pointer):
     return math.sin(sum((i + 1) * x for i, x in enumerate(pointer)) % 97) / 2 + 0.5
 def groups(counts, S=2, queries=range(N), policy=None):
-    return propose(POOL, STORE, queries, S, policy, counts, **HOW)
+    return propose(POOL, STORE, queries, S, policy, Proposing(counts=counts, scale=3.))
 def dataset(rows): return GroupDataset(rows, POOL, STORE, rows.pointer.map(pays).to_numpy())
 def logps(policy, S):
     every = pd.DataFrame(dict(question_id=0, pointer=list(permutations(POOL[0], S))))
@@ -54,7 +54,7 @@ def test_weights_of_a_draw_sum_to_one(S, counts, scale):
     same = torch.randn(1, 4, generator=g).expand(n, 4)
     store = EmbedStore([*range(n), *demos], *[torch.cat([same, torch.randn(8, 4, generator=g)])] * 2)
     pool = Pool({q: tuple(demos) for q in range(n)})
-    rows = propose(pool, store, range(n), S, None, counts, scale=scale)
+    rows = propose(pool, store, range(n), S, None, Proposing(counts=counts, scale=scale))
     sums = off_policy(SimilarityPrior(scale), GroupDataset(rows, pool, store, np.ones(len(rows)))).unbiased
     assert abs(sums.mean() - 1) < 4*sums.std()/n**.5
 

@@ -595,6 +595,31 @@ def test_a_killed_run_goes_on(tmp_path):
     pd.testing.assert_frame_equal(b.table.drop(columns=drop), a.table.drop(columns=drop))
 
 # --- beside stored groups -------------------------------------------------------------------------
+@pytest.mark.parametrize("objective", [RLOO, GRPO])
+def test_lr_find_asks_no_scorer(objective, tmp_path):
+    "The losses are those of the stored groups, and the stage behind it is that without"
+    def run(look):
+        scorer = Counting()
+        learn = learner()
+        learn.path = tmp_path
+        cb = policy(feedback(scorer, FactCache()))
+        learn.add_cbs([objective(), cb])
+        with quiet(learn):
+            if look:
+                learn.lr_find(num_it=20, show_plot=False)
+                assert scorer.asked == [] and not cb.trace and len(learn.recorder.losses) == 20
+            learn.fit(2, 1e-2)
+        return weights(learn), cb.table, scorer.asked
+    (a, table, asked), (b, again, asked_again) = run(False), run(True)
+    assert torch.equal(a, b) and asked == asked_again
+    pd.testing.assert_frame_equal(table, again)
+
+def test_lr_find_with_what_only_weighs_draws_is_refused(tmp_path):
+    learn = learner()
+    learn.path = tmp_path
+    with quiet(learn), pytest.raises(ValueError, match="look for a rate with `RLOO"):
+        learn.lr_find(num_it=20, cbs=[DistinctPG(), policy()], show_plot=False)
+
 def test_stored_groups_that_cannot_teach_do_not_matter():
     def flat():
         rows = FACTS.groupby("question_id").head(1)

@@ -17,14 +17,15 @@ from fastai.callback.training import BnFreeze, GradientAccumulation, GradientCli
 from fastai.interpret import ClassificationInterpretation, Interpretation
 from fastai.learner import Learner, Recorder, load_learner
 from leverplus.callback_core import SkipFlat, StageCallback
-from leverplus.callback_grpo import GRPO
-from leverplus.callback_kl import KLToRef
-from leverplus.callback_listwise import Listwise
+from leverplus.callback_grpo import GRPO, RLOO
+from leverplus.callback_kl import AdaptiveKL, EntropyFloor, KLToRef
+from leverplus.callback_listwise import SFT, Listwise
 from leverplus.callback_rce import RCE
-from leverplus.callback_schedule import NoDropout
+from leverplus.callback_schedule import Freeze, NoDropout, Phases, SplitShots, TempSchedule, TopKCurriculum
 from leverplus.callback_track import Best, History, Resume, RLStats, regrets, valid_loss
 from leverplus.core import rng
 from leverplus.data import read_okvqa
+from leverplus.diagnose import Watch
 from leverplus.dls import group_dls
 from leverplus.embed import EmbedStore
 from leverplus.groups import RLData
@@ -484,7 +485,7 @@ def test_a_refused_callback_is_one_of_fastai(learn):
 OBJECTIVES = dict(
     rce=lambda: [RCE()],
     listwise=lambda: [Listwise()],
-    grpo=lambda: [NoDropout(), SkipFlat(), GRPO(), KLToRef()],
+    grpo=lambda: [GRPO(), KLToRef()],
 )
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -501,6 +502,80 @@ def test_lr_find_of_any_stage(learn, name, tmp_path):
         learn.fit(9, cbs=[*OBJECTIVES[name](), Best(), Resume(tmp_path/"stage"), LRFinder(1e-4, 1, 24)])
         assert same(before, weights(learn)) and len(learn.history.frame) == 0
         assert not (tmp_path/"stage").exists() and learn.stats.means() == {}
+
+STAGES = dict(   # callbacks that stay on the Learner
+    regret=lambda items: [Best()],
+    rce=lambda items: [RCE(temp=(2., .5)), Best(promote="paired", patience=1)],
+    listwise=lambda items: [Listwise(), Best()],
+    sft=lambda items: [SFT(), Watch()],
+    rloo=lambda items: [RLOO(), Best(patience=1)],
+    grpo=lambda items: [GRPO(), KLToRef(), AdaptiveKL(limits=(1e-4, 4.)), EntropyFloor(.99), Best(), Watch()],
+    grpo_by_steps=lambda items: [GRPO(refresh=2), TopKCurriculum((2, 3))],
+    moved=lambda items: [NoDropout(), RCE(), KLToRef(), TempSchedule("kl_to_ref", beta=(1., .5))],
+    frozen=lambda items: [RCE(), Freeze("query_proj")],
+    phases=lambda items: [RCE(), Phases(dict(some=(items[:9], 1), all=(None, 2)))],
+    lengths=lambda items: [RCE(), SplitShots()],
+)
+
+def footprint(learn):
+    "Whatever `lr_find` might leave behind"
+    ours = [cb for cb in learn.cbs if isinstance(cb, StageCallback)]
+    remembered = {cb.name: repr({k: v for k, v in vars(cb).items() if k != "learn"}) for cb in ours}
+    loaders = [dl.rng.getstate() for dl in learn.dls.loaders]
+    draws = repr((random.getstate(), torch.get_rng_state().tolist(), loaders))
+    optimiser = repr(learn.opt.state_dict()) if learn.opt else ""
+    return dict(
+        weights=repr(weights(learn)), optimiser=optimiser, draws=draws, files=sorted(learn.path.rglob("*")),
+        callbacks=[cb.name for cb in learn.cbs], rows=len(learn.history.frame), remembered=remembered)
+
+@pytest.mark.parametrize("name", STAGES)
+def test_lr_find_with_whatever_is_on_the_learner(name, learn):
+    "It works with its defaults, says nothing that belongs to training, and leaves nothing behind"
+    trained = hasattr(learn.dls.train_ds, "pool")   # stored groups: behind a fit; synthetic ones: before any
+    cbs = STAGES[name](learn.dls.train_ds.items)
+    with quiet(learn), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if trained: learn.fit(3, 1e-2)
+        learn.add_cbs(cbs)
+        before = footprint(learn)
+        warnings.filterwarnings("error", message="AdaptiveKL|after one epoch|RCE: |GRPO: ")
+        found = learn.lr_find(show_plot=False)
+        assert 1e-7 < found.valley < 10 and len(learn.recorder.losses) > 20
+        assert footprint(learn) == before
+        warnings.simplefilter("ignore")
+        learn.fit(3, 1e-3)   # and the stage itself begins as ever
+
+def test_what_moves_with_progress_stays_where_it_begins_in_lr_find(tmp_path):
+    class Spy(Callback):
+        def after_loss(self):
+            if self.training: seen.append((self.grpo.temp, self.kl_to_ref.beta, int(self.yb[1].sum(-1).max())))
+    class Warm(GRPO):
+        name, schedule = "grpo", staticmethod(lambda progress: 2 - progress)
+    seen = []
+    learn = learner(synth_dls(40, 24, 8, N=6), tmp_path)
+    cbs = [Warm(), KLToRef(), TempSchedule("kl_to_ref", beta=(1., .5)), TopKCurriculum((2, 3)), Spy()]
+    with quiet(learn): learn.lr_find(num_it=20, cbs=cbs, show_plot=False)
+    assert len(seen) == 20 and set(seen) == {(2., 1., 2)}
+
+def test_lr_find_begins_with_the_loss_of_the_stage(tmp_path):
+    "What acts in training acts there: the first loss is that of the fit, the penalty in the gradient included"
+    class First(Callback):
+        order = 40
+        def before_backward(self): seen.append((float(self.loss), float(self.loss_grad)))
+    def first(look):
+        seen.clear()
+        learn = learner(synthetic(), tmp_path)
+        cbs = [GRPO(), KLToRef(selector_learner(synthetic(), d_hidden=8, seed=3).model, beta=2.), First()]
+        with quiet(learn): learn.lr_find(num_it=20, cbs=cbs, show_plot=False) if look else learn.fit(1, cbs=cbs)
+        return seen[0]
+    seen = []
+    assert first(True) == first(False)
+
+def test_lr_find_of_a_stage_that_would_be_skipped_says_so(tmp_path):
+    learn = learner(synthetic(), tmp_path)
+    ds = learn.dls.train_ds
+    ds.rows = [(*row, 0*rewards) for *row, rewards in ds.rows]
+    with quiet(learn): refuses("wanted 5% (min_live)", learn.lr_find, cbs=GRPO(too_few="skip"), show_plot=False)
 
 def test_a_fit_behind_lr_find_is_the_fit_without(tmp_path):
     def run(look):

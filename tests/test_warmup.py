@@ -3,6 +3,10 @@ from hypothesis import given, settings, strategies as st
 from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders
 from leverplus.all import *
+from leverplus.dls import GroupDL, GroupDataset
+from leverplus.pools import make_pool
+from leverplus.selector import check_seqs
+from leverplus.warmup import AnswerGroups, contained, word_ids
 
 def world(n=40, D=6, images=20, seed=0):
     g = np.random.default_rng(seed)
