@@ -559,7 +559,7 @@ def _value(text):
     try: return json.loads(text)
     except json.JSONDecodeError: return text
 
-# %% ../nbs/95_cli.ipynb #bba7a548
+# %% ../nbs/95_cli.ipynb #1b48108a
 @dataclass
 class SweepPlan:
     "What is swept over, on which groups"
@@ -588,7 +588,7 @@ def do_sweep(door:Sweep):
     for data in s.groups.values(): data.validate(items)
     world = SimpleNamespace(items=items, store=store, scorer=job.scorer())
     cells = sweep(door.out, s.grid, s.groups, world, door.seeds, s.base, shots=door.shots, shard=door.shard,
-                  style=door.asking.style, progress=not door.running.quiet)
+                  asking=door.asking, progress=not door.running.quiet)
     write_json(Path(door.out)/"command.json", present_command())
     print(_swept(Path(door.out), cells, items))
     bad = cells[cells.status == "failed"]

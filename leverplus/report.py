@@ -1084,7 +1084,7 @@ def _found_data(run):
     data, wrong = _load_groups(run)
     blocks = []
     if data:
-        try: blocks.append(health_block(health(data, run.settings.get("reward", "hard_plus_soft"))))
+        try: blocks.append(health_block(health(data, *_reward_of(run))))
         except ValueError as e: wrong.append(f"not examined: {e}")
     if wrong: blocks.append(Sentences(wrong))
     return Blocks(blocks) if blocks else None
@@ -1098,6 +1098,11 @@ def _load_groups(run):
         try: data[p.name] = RLData.load(p)
         except ValueError as e: wrong.append(f"{p.name} was not read: {e}")
     return data, wrong
+
+def _reward_of(run):
+    "(mode, weights) by which a run was trained, else the default"
+    rewarding = run.settings.get("rewarding") or {}
+    return rewarding.get("reward", "hard_plus_soft"), rewarding.get("weights")
 
 # %% ../nbs/90_report.ipynb #d23a56a3
 def _read(run, findings, bootstrap):

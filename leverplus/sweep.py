@@ -147,11 +147,11 @@ GRIDS = {
 def data_fingerprint(
     groups:dict, # {"train": RLData, "dev": RLData}, and maybe "valid"
     world, # with `store` and `scorer`
-    style:str="interleaved", # prompt style
+    asking:Asking=Asking(), # how picks are asked about
 )->str: # 16 hexadecimal digits
     "What all cells of a sweep share"
     stored = {k: d.fingerprint for k, d in groups.items()}
-    return fingerprint("sweep", stored, world.store.fingerprint, facts_fingerprint(world.scorer, Asking(style=style)))
+    return fingerprint("sweep", stored, world.store.fingerprint, facts_fingerprint(world.scorer, asking))
 
 def cell_id(
     settings:dict, # a combination of `expand_grid`
@@ -173,11 +173,11 @@ class SweepData:
     shots:int # S of the picks that are judged
     cache:FactCache # shared facts
     stages:dict # {name: function of a Learner and its arguments}: objectives of your own
-    style:str="interleaved" # prompt style in which picks are asked
+    asking:Asking=Asking() # how picks are asked about
 
     def ask(self, pairs):
         "Facts about (query, pointer) pairs"
-        return ask(pairs, self.world.scorer, self.world.items, self.cache, Asking(style=self.style))
+        return ask(pairs, self.world.scorer, self.world.items, self.cache, self.asking)
 
 def train_cell(
     settings:dict, # a combination of `expand_grid`
@@ -361,7 +361,7 @@ def sweep(
     cache:FactCache|None=None, # shared facts; None: those in the folder
     shard:tuple|None=None, # (i, n): only part i of n
     progress:bool=False, # show a bar over cells?
-    style:str="interleaved", # prompt style in which picks are asked
+    asking:Asking=Asking(), # how picks are asked about
 )->pd.DataFrame: # a row per cell, default first: config, settings, seed, status, numbers, error, cell
     "Train every combination with every seed on the same groups, and judge it on the development questions"
     path = Path(path)
@@ -371,7 +371,7 @@ def sweep(
     _check_sweep(groups, seeds, shots)
     configs = expand_grid(grid, base, stages)
     shots = shots or groups["train"].shots[0]
-    data = data_fingerprint(groups, world, style)
+    data = data_fingerprint(groups, world, asking)
     cells = {}
     for settings, seed in itertools.product(configs, seeds):
         k = cell_id(settings | dict(_shots=shots), seed, data, stages) # other shots, other cell
@@ -380,7 +380,7 @@ def sweep(
     file = path/f"cells{shard_tag(shard)}.jsonl"
     with run_lock(path, shard):
         if cache is None: cache = FactCache(path/"facts")
-        shared = SweepData(groups, world, shots, cache, stages, style)
+        shared = SweepData(groups, world, shots, cache, stages, asking)
         have = _cells(path)
         made = dict(versions=library_versions(("leverplus", "torch")), git=git_state())
         for k in tqdm(_left(cells, have, shard), disable=not progress, desc=path.name, unit="cell"):

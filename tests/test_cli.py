@@ -7,6 +7,7 @@ from leverplus import cli
 from leverplus.doors import DOORS, STATUS, command_settings, read_door
 from leverplus.groups import RLData
 from leverplus.rldata_scale import measured_rate
+from leverplus.runs import Run
 from leverplus.settings import Proposing, change, flat_names, settings_of
 from leverplus.settings import Job
 
@@ -439,13 +440,28 @@ def test_a_runs_own_settings_file_repeats_it(there, run):
 
 def test_a_config_file_of_ones_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Path("a.yaml").write_text("split: val\npools: {K: 64}\nmodel: {lvlm: mock}\nmining: {rounds: 2}\nshard: 1/4\n")
+    Path("a.yaml").write_text("split: val\npools: {K: 64}\nmodel: {lvlm: mock}\nshard: 1/4\nblank: true\n")
     door = read_door("infer --config a.yaml --K 32 --out x".split())
     assert (door.split, door.pools.K, door.model.lvlm, door.shard) == ("val", 32, "mock", (1, 4))
-    assert read_door("mine runs/a --config=a.yaml --out x".split()).mining.rounds == 2
+    assert door.blank and read_door("infer --config=a.yaml --blank --shard none --out x".split()).shard is None
+    Path("a.yaml").write_text("selector: [a]\nsplit: val\n")
+    assert read_door("eval --config a.yaml --selector b --out x".split()).selector == ("b",)
+    assert read_door("eval --config a.yaml --out x".split()).selector == ("a",)
+    Path("a.yaml").write_text("teaching: {epochs: 3}\nruns: a\nout: ~/x\n")
+    door = read_door("train --config a.yaml --objective rce".split())
+    assert (door.teaching.epochs, door.runs, door.out) == (3, ("a",), str(Path("~/x").expanduser()))
     for text, says in [
         ("pools: {J: 64}", "a.yaml: pools.J: no such setting"),
-        ("pool: {K: 64}", "a.yaml: pool: no settings of leverplus infer"),
+        ("pool: {K: 64}", "a.yaml: pool: no such setting; did you mean pools?"),
+        ("mining: {rounds: 2}", "a.yaml: mining: no such setting"),
+        ("K: 64", "a.yaml: K: no such setting; it lives in pools: Infer(pools=Pools(K=...))"),
+        ("pools: {pool_seed: 3}", "a.yaml: pools.pool_seed: no such setting; it is called seed in its group"),
+        ("pools: {pool-seed: 3}", "a.yaml: pools.pool-seed: no such setting"),
+        ("pools: 5", "a.yaml: pools 5: wanted settings by name"),
+        ("pools: {K: true}", "a.yaml: pools.K True: wanted a number"),
+        ("shard: 5", "a.yaml: 5 is no shard"),
+        ("picking: {shots: [1, stop]}", "the selector decides alone"),
+        ("around: {debug: true}", "a.yaml: around: --config and --debug are words"),
         ("pools: {K: 0}", "a.yaml: pools.K 0: wanted a number >= 1"),
         ("pools: [", "a.yaml: no YAML"),
         ("- 1", "a.yaml: wanted settings by name"),
@@ -454,6 +470,12 @@ def test_a_config_file_of_ones_own(tmp_path, monkeypatch):
         said = go("infer --config a.yaml --out x", 2)
         assert says in said, said
     assert "--config wants a file" in go("infer --out x --config", 2)
+    assert "--config wants a file" in go(["infer", "--out", "x", "--config", ""], 2)
+    assert "--config twice" in go("infer --out x --config a.yaml --config b.yaml", 2)
+    Path("a.yaml").write_bytes(b"\xff\xfe\x00")
+    assert "a.yaml: no YAML" in go("infer --config a.yaml --out x", 2)
+    Run.create("by-function", dict(a=1))
+    assert "a function made this run" in go("infer --config by-function --out x", 2)
     Path("a").mkdir()
     assert "none of settings.json" in go("infer --config a --out x", 2)
 
@@ -611,6 +633,13 @@ def test_bad_arguments_exit_with_2_and_a_sentence(tmp_path, capsys, monkeypatch,
         ("pools --K 0", "K 0"),
         ("infer --shots two --out x", "--shots: Could not find valid parse"),
         ("train x --out y --epochs 2", "epochs beside recipe ours: name an objective"),
+        ("train x --out y --reward gtprob", "reward, weights beside recipe ours"),
+        ("train x --out y --bs 4", "bs beside recipe ours"),
+        ("train x --out y --objective rce --set {\"lr\":1}", "lr in `set`: say it by its own name"),
+        ("generate --out y --threads 2", "threads 2, gpus 0: of Ray actors"),
+        ("generate --out y --counts {\"beam\":null}", "proposal counts {'beam': None}"),
+        ("train x --out y --set {\"a\":NaN}", "wanted finite numbers"),
+        ("embed --split", "split"),
         ("train x --out y --objective sft --recipe ours", "objective sft beside recipe ours"),
         ("train --out y", "runs: wanted at least one"),
         ("infer --config nowhere.yaml --out x", "nowhere.yaml"),

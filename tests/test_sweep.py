@@ -178,7 +178,9 @@ def test_facts_are_asked_in_the_style_that_was_asked_for(data, tmp_path):
     w, groups = data
     s = make_world(Scripted())
     cells = {
-        style: sweep(tmp_path / "s", {"mine.lr": [1e-2]}, groups, s, [0], MINE, STAGES, style=style).cell[0]
+        style: sweep(
+            tmp_path / "s", {"mine.lr": [1e-2]}, groups, s, [0], MINE, STAGES, asking=Asking(style=style),
+        ).cell[0]
         for style in ("interleaved", "chat")
     }
     assert cells["interleaved"] != cells["chat"]

@@ -34,7 +34,7 @@ def same(a, b): return all(torch.equal(x, b[k]) for k, x in a.items())
 
 def test_a_run_is_known_by_its_settings_and_data(place, tmp_path):
     run = train_run(tmp_path/"a", data_of(place), SHORT, say=noop)
-    assert read_settings(Teaching, run.settings["teaching"]) == change(SHORT, recipe=None)
+    assert read_settings(Teaching, run.settings["teaching"]) == SHORT
     assert read_settings(Rewarding, run.settings["rewarding"]) == Rewarding()
     assert run.fingerprints["train"] == RLData.load(place/"train").fingerprint
     assert run.metrics["epochs_done"] == len(run.history) == 2
@@ -108,7 +108,7 @@ def test_an_epoch_chosen_by_accuracy_knows_what_is_stored(place, tmp_path):
 @pytest.mark.parametrize("kw, says", [
     (dict(set=dict(speed=9)), "speed"),
     (dict(new=dict(speed=9)), "speed"),
-    (dict(objective=None, epochs=None, set=dict(speed=9)), "speed"),
+    (dict(objective=None, epochs=None, bs=None, set=dict(speed=9)), "speed"),
 ])
 def test_settings_are_tried_before_anything_is_written(place, tmp_path, kw, says):
     with pytest.raises((TypeError, ValueError), match=says):

@@ -6,7 +6,7 @@ from hypothesis import assume, given, settings, strategies as st
 from leverplus.groups import RLData
 from leverplus.core import read_json
 from leverplus.rldata_generate import TooManyFailures, choose, evaluated, tally, with_text
-from leverplus.settings import TWO_STAGE, Asking, check_two_stage
+from leverplus.settings import TWO_STAGE, Proposing, check_two_stage
 from leverplus.rldata_ask import FactCache
 from leverplus.rewards import reward
 from test_generate import ITEMS, POOL, QS, STORE, Scripted, made
