@@ -6,18 +6,17 @@
 __all__ = ['Bad', 'Failed', 'status_of', 'one_line', 'carry_out', 'print_plan', 'job_of', 'costs_of', 'open_selector',
            'load_models', 'splits_of', 'do_embed', 'plan_embed', 'do_pools', 'plan_pools', 'do_generate',
            'plan_generate', 'do_check', 'judged', 'do_mine', 'plan_mine', 'do_merge', 'plan_merge', 'do_train',
-           'plan_train', 'asked_of', 'do_infer', 'plan_infer', 'do_eval', 'plan_eval', 'do_report', 'grid_of',
-           'SweepPlan', 'sweep_plan', 'do_sweep', 'plan_sweep', 'demo_settings', 'do_demo', 'plan_demo', 'enter',
-           'main']
+           'plan_train', 'asked_of', 'do_infer', 'plan_infer', 'do_eval', 'plan_eval', 'do_report', 'SweepPlan',
+           'sweep_plan', 'do_sweep', 'plan_sweep', 'demo_settings', 'do_demo', 'plan_demo', 'enter', 'main']
 
-# %% ../nbs/95_cli.ipynb #d3563b99
-import json, math, sys, traceback, warnings
+# %% ../nbs/95_cli.ipynb #740b8ff7
+import math, sys, traceback, warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 import numpy as np
 from fastcore.basics import noop
-from .core import read_json, write_json
+from .core import write_json
 from .settings import Job, Model, Proposing, change, plain_settings
 from .runs import Busy, by_command, present_command
 from .groups import RLData, shard_tag
@@ -535,31 +534,7 @@ def do_report(door:Report):
                   bootstrap=Bootstrap(seed=door.seed))
     print(page)
 
-# %% ../nbs/95_cli.ipynb #60aa675a
-def grid_of(
-    texts, # each a JSON file, a name in `GRIDS` of page 85, or "key=a,b"
-)->dict: # {key: values}; `Bad` or an error that names the file
-    "Read a grid; what comes later replaces what came before"
-    from leverplus.sweep import GRIDS
-    out = {}
-    for text in texts or ():
-        key, equals, values = text.partition("=")
-        if text in GRIDS: out |= GRIDS[text]
-        elif equals: out[key] = _values(values)
-        else: out |= read_json(Path(text).expanduser())
-    return out
-
-def _values(text):
-    "Values between commas: JSON as a whole, or each by itself"
-    try: return json.loads(f"[{text}]")
-    except json.JSONDecodeError: return [_value(part) for part in text.split(",")]
-
-def _value(text):
-    "A number, true, false, null, or the text itself"
-    try: return json.loads(text)
-    except json.JSONDecodeError: return text
-
-# %% ../nbs/95_cli.ipynb #1b48108a
+# %% ../nbs/95_cli.ipynb #172a7558
 @dataclass
 class SweepPlan:
     "What is swept over, on which groups"
@@ -570,9 +545,9 @@ class SweepPlan:
 
 def sweep_plan(door:Sweep)->SweepPlan: # `Bad` or an error that names what is wrong
     "Read grid and groups"
-    from leverplus.sweep import expand_grid
-    grid = grid_of(door.grid)
-    base = {k: values[0] for k, values in grid_of(door.base).items()}
+    from leverplus.sweep import expand_grid, read_grid
+    grid = read_grid(door.grid)
+    base = {k: values[0] for k, values in read_grid(door.base).items()}
     n = len(expand_grid(grid, base))
     _to_resume(door, "cells*.jsonl")
     groups = dict(train=RLData.load(door.run), dev=RLData.load(door.dev))
@@ -628,7 +603,7 @@ def plan_sweep(door:Sweep)->dict: # lines of the plan
         **costs_of(door, job_of(door), mine*len(dev.queries), shots=shots),
     )
 
-# %% ../nbs/95_cli.ipynb #590e2485
+# %% ../nbs/95_cli.ipynb #ae6c9a33
 def demo_settings(door:Demo)->tuple: # (all settings of the demo, those that are not its own)
     "Settings of the demo"
     from leverplus.demo import SETTINGS
@@ -660,7 +635,7 @@ def plan_demo(door:Demo)->dict: # lines of the plan
         **costs_of(door, job, n*each),
     )
 
-# %% ../nbs/95_cli.ipynb #15594595
+# %% ../nbs/95_cli.ipynb #4fb49214
 def enter(
     door, # of `read_door`
 )->int: # exit status, one of `STATUS`

@@ -9,6 +9,7 @@ from leverplus.groups import RLData
 from leverplus.rldata_scale import measured_rate
 from leverplus.runs import Run
 from leverplus.settings import Proposing, change, flat_names, settings_of
+from leverplus.sweep import read_grid
 from leverplus.settings import Job
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -375,7 +376,7 @@ def test_sweeps_in_shards(there):
     assert "default" in b
     assert len(pd.read_csv("runs/shards/table.csv")) == 2
     assert "2 lie in runs/shards" in go(line + "--grid grid.json sft.lr=0.001,0.01 --dry-run")
-    assert cli.grid_of(["a=x,1", "b=[1,2],[3]", "c=true"]) == dict(a=["x", 1], b=[[1, 2], [3]], c=[True])
+    assert read_grid(["a=x,1", "b=[1,2],[3]", "c=true"]) == dict(a=["x", 1], b=[[1, 2], [3]], c=[True])
     assert "speed" in go(line + "--grid speed=1,2", 2)
     assert "nowhere.json" in go(line + "--grid nowhere.json", 2)
     bad = go(line + "--grid model.d_hidden=0", 1)
