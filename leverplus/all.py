@@ -1,6 +1,6 @@
 "What a person types at a prompt: `from leverplus.all import *`"
-# Written by hand, in the order of the notebooks. Words that could as well be your variables (`ask`, `pick`, `split`) are
-# left out; these, and all the rest, are imported from their modules by name.
+# Written by hand, in the order of the notebooks. Words that could as well be your variables (`ask`, `pick`, `split`)
+# are left out; these, and all the rest, are imported from their modules by name.
 from leverplus.core import seed_all
 from leverplus.runs import Run, runs_frame
 from leverplus.synth import quiet, synth_dls, toy_learner
