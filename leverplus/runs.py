@@ -116,7 +116,7 @@ _COMMAND = ContextVar("command", default=None)
 
 @contextmanager
 def by_command(
-    command:dict, # settings of a command, plain values
+    command:dict, # settings of a command, plain values; threads and processes that are started inside do not know it
 ):
     "Let runs that are started in this block remember the command"
     token = _COMMAND.set(plain(command, "command"))

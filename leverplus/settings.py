@@ -24,7 +24,7 @@ from pydantic.dataclasses import dataclass
 from tyro.conf import arg
 from tyro.constructors import PrimitiveConstructorSpec
 
-# %% ../nbs/04_settings.ipynb #51c3ab07
+# %% ../nbs/04_settings.ipynb #60391551
 CHECKS = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 def group(
@@ -38,7 +38,15 @@ def group(
         try: check(self, *args, **kw)
         except ValidationError as e: raise ValueError(in_words(e, cls)) from None
     made.__init__ = init
+    made.__repr__ = _what_is_not_default
     return made
+
+def _what_is_not_default(settings):
+    "A group as one would type it: settings that are their defaults are left out"
+    def default(f): return f.default if f.default_factory is MISSING else f.default_factory()
+    values = {f.name: getattr(settings, f.name) for f in fields(settings)}
+    odd = [f"{f.name}={values[f.name]!r}" for f in fields(settings) if values[f.name] != default(f)]
+    return f"{type(settings).__name__}({', '.join(odd)})"
 
 def in_words(
     e:ValidationError, # what pydantic says
@@ -131,7 +139,7 @@ def flag(
     def hint(default): return f"(default: {shown if default in ('None', 'null', '') else default})"
     return arg(help_behavior_hint=None if shown is None else hint, aliases=aliases or None, **kw)
 
-# %% ../nbs/04_settings.ipynb #b804d04c
+# %% ../nbs/04_settings.ipynb #60201397
 def plain_settings(
     settings, # a group
 )->dict: # {name: value or dict}, as JSON has them
@@ -146,7 +154,7 @@ def read_settings(
     try: return TypeAdapter(cls).validate_python(values)
     except ValidationError as e: raise ValueError(in_words(e, cls)) from None
 
-# %% ../nbs/04_settings.ipynb #7aa483d2
+# %% ../nbs/04_settings.ipynb #3a7f8369
 def draft(
     cls, # a group
     values:dict, # some of its fields, as in `read_settings`
@@ -173,7 +181,7 @@ def _part(cls, name, hint, value, missing):
     try: return TypeAdapter(hint).validate_python(value)
     except ValidationError as e: raise ValueError(in_words(e, cls, name)) from None
 
-# %% ../nbs/04_settings.ipynb #a6feaa32
+# %% ../nbs/04_settings.ipynb #8a3400cb
 def flat_names(
     cls, # a group
 )->dict: # {flat name: (field, field of the group below, ...)}
@@ -217,7 +225,7 @@ def settings_of(
     "Make a group out of flat names"
     return change(cls(), **flat)
 
-# %% ../nbs/04_settings.ipynb #68574683
+# %% ../nbs/04_settings.ipynb #9a00c7c1
 @group
 class Data:
     "Where the data lie"
@@ -236,7 +244,7 @@ class Pools:
     sampler:Literal["random", "text", "image", "mixed"]="random" # how pools are drawn
     seed:Annotated[Natural, flag(name="pool-seed", metavar="N")]=0 # seed of the pools
 
-# %% ../nbs/04_settings.ipynb #35c49b5d
+# %% ../nbs/04_settings.ipynb #21e37325
 def json_object(
     text:str, # such as '{"beam": 5}'
 )->dict: # ValueError if it is no JSON object
@@ -284,7 +292,7 @@ class Asking:
     evaluator:Evaluator="official" # how an answer is judged, see `vqa_accuracy`
     answer_weight:Literal["official", "count3"]="official" # weight of true answers in `vqa_gt_prob`
 
-# %% ../nbs/04_settings.ipynb #40432292
+# %% ../nbs/04_settings.ipynb #cc5713de
 COUNTS = dict(beam=5, temperature={1.0: 2, 1.3: 2}, random=1, retrieval=5)
 
 def check_counts(
@@ -353,7 +361,7 @@ class Guarding:
     verify:Natural=0 # questions of which one row is asked again of the reference scorer; stops if it disagrees
     max_failed:Share=.2 # share of rows that may fail before the run stops
 
-# %% ../nbs/04_settings.ipynb #be175a9b
+# %% ../nbs/04_settings.ipynb #25ad0c21
 @group
 class Mining:
     "How far to look for what is missing"
@@ -363,7 +371,7 @@ class Mining:
     budget:Annotated[Count|None, flag("no limit", metavar="N")]=None # prompts in all
     seed:Natural=0 # of the search
 
-# %% ../nbs/04_settings.ipynb #3fe4477d
+# %% ../nbs/04_settings.ipynb #6f2fa11e
 @group
 class Job:
     "A generation described by settings: small, the same on every machine"
@@ -380,7 +388,7 @@ class Job:
         if max(self.proposing.shots) >= self.pools.K:
             raise ValueError(f"shots {self.proposing.shots}, K {self.pools.K}: wanted 1 <= shots < K")
 
-# %% ../nbs/04_settings.ipynb #55ffd273
+# %% ../nbs/04_settings.ipynb #058e4fdd
 Picker = Literal[
     "greedy", "beam", "samples", "zero_shot", "random", "similar_image", "similar_text", "similar_mixed", "mmr",
     "fixed",
@@ -423,7 +431,7 @@ class Rewarding:
     reward:Reward="hard_plus_soft" # how facts become rewards
     weights:Annotated[JsonOrNone, flag("its own", metavar="JSON")]=None # of the reward, such as '{"hard_weight": 2}'
 
-# %% ../nbs/04_settings.ipynb #371d3d8e
+# %% ../nbs/04_settings.ipynb #f985cca7
 ObjectiveName = Literal["rce", "listwise", "sft", "grpo"]
 ExtraSettings = Annotated[JsonOrNone, flag("none", metavar="JSON")]
 EPOCHS = 5 # of an objective, if nothing is said
@@ -469,7 +477,7 @@ class Choosing:
     dev_share:Share=.2 # that share, disjoint by picture
     choose:Literal["regret", "accuracy"]="regret" # by regret on --dev, or by accuracy, for which --lvlm is asked
 
-# %% ../nbs/04_settings.ipynb #330a0a11
+# %% ../nbs/04_settings.ipynb #7a735b40
 Sizes = Annotated[tuple[Count|Literal["all"], ...], BeforeValidator(several)]
 
 @group
