@@ -10,11 +10,12 @@ __all__ = ['CHECKS', 'Count', 'Natural', 'Share', 'Amount', 'Positive', 'Folder'
            'json_object', 'json_value', 'Model', 'Asking', 'check_counts', 'several', 'check_two_stage', 'Proposing',
            'Guarding', 'Mining', 'Job', 'Picking', 'Rewarding', 'Teaching', 'Choosing', 'Rows']
 
-# %% ../nbs/04_settings.ipynb #0bcb9926
+# %% ../nbs/04_settings.ipynb #3f8a0936
 import json, math
 from dataclasses import MISSING, field, fields, is_dataclass, replace
 from difflib import get_close_matches
 from functools import wraps
+from numbers import Real
 from os import PathLike
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
@@ -292,7 +293,7 @@ class Asking:
     evaluator:Evaluator="official" # how an answer is judged, see `vqa_accuracy`
     answer_weight:Literal["official", "count3"]="official" # weight of true answers in `vqa_gt_prob`
 
-# %% ../nbs/04_settings.ipynb #cc5713de
+# %% ../nbs/04_settings.ipynb #e466d142
 COUNTS = dict(beam=5, temperature={1.0: 2, 1.3: 2}, random=1, retrieval=5)
 
 def check_counts(
@@ -335,7 +336,7 @@ def check_two_stage(
         raise ValueError(f"two stages {counts}: {wanted}")
     return {name: int(n) for name, n in out.items()}
 
-def _counts(n): return isinstance(n, (int, float)) and not isinstance(n, bool) and int(n) == n and n >= 0
+def _counts(n): return isinstance(n, Real) and not isinstance(n, bool) and int(n) == n and n >= 0
 
 Counts = Annotated[Json, BeforeValidator(check_counts)]
 TwoStage = Annotated[JsonOrNone, BeforeValidator(check_two_stage), flag("all", "--second", metavar="JSON")]

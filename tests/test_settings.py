@@ -1,12 +1,13 @@
 "Settings: groups that check themselves, are saved and read back, and agree with the pages that use them"
 import inspect, json, pickle, re, subprocess, sys
 from dataclasses import FrozenInstanceError, fields, is_dataclass, replace
+from pathlib import Path
 from typing import Annotated, get_args, get_origin, get_type_hints
-import pytest, torch
+import numpy as np, pytest, torch
 from hypothesis import given, settings as examples, strategies as st
 from leverplus.settings import (
-    COUNTS, TWO_STAGE, Asking, Count, Data, Guarding, Job, Mining, Model, Picking, Pools, Proposing, Rewarding,
-    change, check_counts, flag, flat_names, group, json_object, plain_settings, read_settings, settings_of,
+    COUNTS, TWO_STAGE, Asking, Count, Data, Guarding, Job, Mining, Model, Picking, Pools, Proposing,
+    Rewarding, Teaching, change, check_counts, draft, flag, flat_names, group, json_object, plain_settings, read_settings, settings_of,
 )
 
 GROUPS = Data, Pools, Model, Asking, Proposing, Guarding, Mining, Job, Picking, Rewarding
@@ -225,3 +226,50 @@ def test_settings_import_nothing_heavy():
     code = f"import sys, leverplus.settings; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+# ---- what a person reads -----------------------------------------------------------------------------------
+
+def test_a_group_shows_what_is_not_its_default():
+    assert repr(Job()) == "Job()"
+    small = settings_of(Job, K=8, limit=6)
+    assert repr(small) == "Job(limit=6, pools=Pools(K=8))"
+    assert eval(repr(small), dict(Job=Job, Pools=Pools)) == small
+
+@pytest.mark.parametrize("make, says", [
+    (lambda: Job(K=3), "K: no such setting; it lives in pools: Job(pools=Pools(K=...))"),
+    (lambda: Pools(pool_seed=3), "pool_seed: no such setting; it is called seed in its group"),
+    (lambda: Pools(k=3), "k: no such setting of Pools"),
+    (lambda: Pools(sampler_="x"), "did you mean sampler?"),
+    (lambda: settings_of(Job, limt=3), "limt: no such setting; did you mean limit?"),
+    (lambda: Pools(K=True), "K True: wanted a number"),
+    (lambda: Job(pools=5), "pools 5: wanted settings by name"),
+    (lambda: Rewarding(weights=dict(a=float("nan"))), "weights nan: wanted finite numbers"),
+    (lambda: Rewarding(weights=dict(a=object())), "wanted numbers, texts, lists and dicts"),
+    (lambda: Data(folder=""), "would be the working directory"),
+    (lambda: Proposing(counts=None), "proposal counts None"),
+    (lambda: Proposing(counts=dict(temperature=5)), "proposal counts {'temperature': 5}"),
+    (lambda: Picking(shots=()), "shots (): wanted one number, or several different ones"),
+    (lambda: Picking(shots=(1, "stop")), "the selector decides alone"),
+    (lambda: Teaching(objective="rce", recipe="ours"), "objective rce beside recipe ours"),
+    (lambda: Teaching(bs=4), "bs beside recipe ours"),
+    (lambda: Teaching(objective="rce", set=dict(n_epoch=3)), "epochs in `set`: say it by its own name"),
+])
+def test_what_is_wrong_is_said_with_what_to_do(make, says):
+    with pytest.raises(ValueError) as e: make()
+    assert says in str(e.value), e.value
+
+def test_settings_are_copies_of_what_was_given():
+    given = dict(listwise=dict(n_epoch=1))
+    teaching = Teaching(set=given)
+    given["listwise"]["n_epoch"] = 99
+    assert teaching.set == dict(listwise=dict(n_epoch=1))
+    assert Rewarding(weights=dict(a=np.float32(2))).weights == dict(a=2.)
+    assert json.dumps(plain_settings(Proposing(counts=dict(beam=np.int64(2)))))
+    assert Data(folder=Path("a")/"b").folder == str(Path("a")/"b")
+
+def test_a_draft_is_checked_value_by_value_only():
+    missing = object()
+    half = draft(Job, dict(pools=dict(K=2), proposing=dict(shots=5)), missing)
+    assert (half.pools.K, half.proposing.shots) == (2, (5,)) # no job: 5 of 2
+    with pytest.raises(ValueError, match="pools.K 0: wanted"): draft(Job, dict(pools=dict(K=0)), missing)
+    with pytest.raises(ValueError, match="pools.J: no such setting"): draft(Job, dict(pools=dict(J=0)), missing)
