@@ -503,10 +503,7 @@ def kind_of(
 # %% ../nbs/80_infer.ipynb #71530e36
 def _counts(picking):
     "Numbers of shots, ascending; or 'stop' alone"
-    shots = picking.shots
-    if not shots or ("stop" in shots and len(shots) > 1):
-        raise ValueError(f"shots {shots}: wanted one number, several, or 'stop' alone")
-    return tuple(sorted(set(shots)))
+    return tuple(sorted(set(picking.shots)))
 
 def _one_count(picking):
     "The only number of shots, or 'stop'"

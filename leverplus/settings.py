@@ -389,7 +389,7 @@ class Job:
         if max(self.proposing.shots) >= self.pools.K:
             raise ValueError(f"shots {self.proposing.shots}, K {self.pools.K}: wanted 1 <= shots < K")
 
-# %% ../nbs/04_settings.ipynb #058e4fdd
+# %% ../nbs/04_settings.ipynb #3ba673e2
 Picker = Literal[
     "greedy", "beam", "samples", "zero_shot", "random", "similar_image", "similar_text", "similar_mixed", "mmr",
     "fixed",
@@ -416,10 +416,8 @@ class Picking:
     seed:Natural=0 # of random picks and samples
 
     def __post_init__(self):
-        if not self.shots or len(set(self.shots)) < len(self.shots):
-            raise ValueError(f"shots {self.shots}: wanted one number, or several different ones")
-        if "stop" in self.shots and len(self.shots) > 1:
-            raise ValueError(f"shots {self.shots}: the selector decides alone ('stop'), or choose among numbers")
+        if not self.shots or ("stop" in self.shots and len(self.shots) > 1):
+            raise ValueError(f"shots {self.shots}: wanted one number, several, or 'stop' alone")
 
 Reward = Literal[
     "hard_plus_soft", "gtprob", "hard_only", "soft_only", "expected_acc", "hard_plus_soft_v2", "separated",

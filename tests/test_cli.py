@@ -461,7 +461,7 @@ def test_a_config_file_of_ones_own(tmp_path, monkeypatch):
         ("pools: 5", "a.yaml: pools 5: wanted settings by name"),
         ("pools: {K: true}", "a.yaml: pools.K True: wanted a number"),
         ("shard: 5", "a.yaml: 5 is no shard"),
-        ("picking: {shots: [1, stop]}", "the selector decides alone"),
+        ("picking: {shots: [1, stop]}", "several, or 'stop' alone"),
         ("around: {debug: true}", "a.yaml: around: --config and --debug are words"),
         ("pools: {K: 0}", "a.yaml: pools.K 0: wanted a number >= 1"),
         ("pools: [", "a.yaml: no YAML"),

@@ -426,8 +426,6 @@ def test_shots_are_one_number_several_or_the_selectors_own(tmp_path):
     assert shown(None, Picking(shots=0), "greedy none") == ({0}, {0})
     assert shown(None, Picking(picker="fixed", fixed=(120, 121, 122), seed=1), "fixed")[1] == {3}
     for picking, wanted in (
-        (Picking(shots=(1, "stop")), "'stop' alone"),
-        (Picking(shots=()), "wanted one number"),
         (Picking(shots="stop"), "no STOP"),
         (Picking(picker="mmr", shots="stop"), "wants a number"),
         (Picking(picker="fixed"), "needs question_ids"),
