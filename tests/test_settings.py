@@ -7,7 +7,8 @@ import numpy as np, pytest, torch
 from hypothesis import given, settings as examples, strategies as st
 from leverplus.settings import (
     COUNTS, TWO_STAGE, Asking, Count, Data, Guarding, Job, Mining, Model, Picking, Pools, Proposing,
-    Rewarding, Teaching, change, check_counts, draft, flag, flat_names, group, json_object, plain_settings, read_settings, settings_of,
+    Rewarding, Teaching, change, check_counts, draft, flag, flat_names, group, json_object, plain_settings,
+    read_settings, settings_of,
 )
 
 GROUPS = Data, Pools, Model, Asking, Proposing, Guarding, Mining, Job, Picking, Rewarding
