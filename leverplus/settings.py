@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['CHECKS', 'Count', 'Natural', 'Share', 'Amount', 'Positive', 'Folder', 'Json', 'JsonOrNone', 'Evaluator', 'COUNTS',
            'TWO_STAGE', 'Counts', 'TwoStage', 'Picker', 'Shots', 'Ids', 'Judge', 'Kind', 'Reward', 'ObjectiveName',
-           'ExtraSettings', 'EPOCHS', 'BATCH', 'NewSelector', 'Sizes', 'group', 'in_words', 'no_switch', 'folder_name',
-           'flag', 'plain_settings', 'read_settings', 'draft', 'flat_names', 'change', 'settings_of', 'Data', 'Pools',
-           'json_object', 'json_value', 'Model', 'Asking', 'check_counts', 'several', 'check_two_stage', 'Proposing',
-           'Guarding', 'Mining', 'Job', 'Picking', 'Rewarding', 'Teaching', 'Choosing', 'Rows']
+           'ExtraSettings', 'EPOCHS', 'BATCH', 'NewSelector', 'Sizes', 'group', 'no_switch', 'folder_name', 'flag',
+           'in_words', 'plain_settings', 'read_settings', 'draft', 'flat_names', 'change', 'settings_of', 'Data',
+           'Pools', 'json_object', 'json_value', 'Model', 'Asking', 'check_counts', 'several', 'check_two_stage',
+           'Proposing', 'Guarding', 'Mining', 'Job', 'Picking', 'Rewarding', 'Teaching', 'Choosing', 'Rows']
 
 # %% ../nbs/04_settings.ipynb #3f8a0936
 import json, math
@@ -25,7 +25,7 @@ from pydantic.dataclasses import dataclass
 from tyro.conf import arg
 from tyro.constructors import PrimitiveConstructorSpec
 
-# %% ../nbs/04_settings.ipynb #60391551
+# %% ../nbs/04_settings.ipynb #58232949
 CHECKS = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 def group(
@@ -49,6 +49,41 @@ def _what_is_not_default(settings):
     odd = [f"{f.name}={values[f.name]!r}" for f in fields(settings) if values[f.name] != default(f)]
     return f"{type(settings).__name__}({', '.join(odd)})"
 
+# %% ../nbs/04_settings.ipynb #dced5607
+def no_switch(
+    value, # what was given for a number
+): # the same; ValueError for true and false, which Python counts as 1 and 0
+    "Refuse a switch for a number"
+    if isinstance(value, bool): raise ValueError(f"{value}: wanted a number")
+    return value
+
+Count = Annotated[int, BeforeValidator(no_switch), Ge(1), arg(metavar="N")]
+Natural = Annotated[int, BeforeValidator(no_switch), Ge(0), arg(metavar="N")]
+Share = Annotated[float, BeforeValidator(no_switch), Interval(ge=0, le=1), arg(metavar="X")]
+Amount = Annotated[float, BeforeValidator(no_switch), Ge(0), arg(metavar="X")]
+Positive = Annotated[float, BeforeValidator(no_switch), Gt(0), arg(metavar="X")]
+
+def folder_name(
+    path, # "runs/a", "~/okvqa", or a `Path`
+): # text, with the home folder for ~; ValueError for an empty text, which would mean the working directory
+    "Read the name of a folder"
+    if not isinstance(path, (str, PathLike)): return path
+    if not str(path).strip():
+        raise ValueError("the folder is an empty text, which would be the working directory: name a folder, or '.'")
+    return str(Path(path).expanduser())
+
+Folder = Annotated[str, BeforeValidator(folder_name), arg(metavar="DIR")]
+
+def flag(
+    shown=None, # what help says where the default is None: "all", "a GPU if there is one"
+    *aliases, # other names of the flag, with their hyphens
+    **kw, # `name` and `metavar` of `tyro.conf.arg`
+): # to annotate a field with
+    "How a field looks on the command line"
+    def hint(default): return f"(default: {shown if default in ('None', 'null', '') else default})"
+    return arg(help_behavior_hint=None if shown is None else hint, aliases=aliases or None, **kw)
+
+# %% ../nbs/04_settings.ipynb #dde39924
 def in_words(
     e:ValidationError, # what pydantic says
     cls, # the group
@@ -106,41 +141,7 @@ def _nested(path, cls):
     below = get_type_hints(cls)[name]
     return f"{name}={below.__name__}({_nested(rest, below)})"
 
-# %% ../nbs/04_settings.ipynb #dced5607
-def no_switch(
-    value, # what was given for a number
-): # the same; ValueError for true and false, which Python counts as 1 and 0
-    "Refuse a switch for a number"
-    if isinstance(value, bool): raise ValueError(f"{value}: wanted a number")
-    return value
-
-Count = Annotated[int, BeforeValidator(no_switch), Ge(1), arg(metavar="N")]
-Natural = Annotated[int, BeforeValidator(no_switch), Ge(0), arg(metavar="N")]
-Share = Annotated[float, BeforeValidator(no_switch), Interval(ge=0, le=1), arg(metavar="X")]
-Amount = Annotated[float, BeforeValidator(no_switch), Ge(0), arg(metavar="X")]
-Positive = Annotated[float, BeforeValidator(no_switch), Gt(0), arg(metavar="X")]
-
-def folder_name(
-    path, # "runs/a", "~/okvqa", or a `Path`
-): # text, with the home folder for ~; ValueError for an empty text, which would mean the working directory
-    "Read the name of a folder"
-    if not isinstance(path, (str, PathLike)): return path
-    if not str(path).strip():
-        raise ValueError("the folder is an empty text, which would be the working directory: name a folder, or '.'")
-    return str(Path(path).expanduser())
-
-Folder = Annotated[str, BeforeValidator(folder_name), arg(metavar="DIR")]
-
-def flag(
-    shown=None, # what help says where the default is None: "all", "a GPU if there is one"
-    *aliases, # other names of the flag, with their hyphens
-    **kw, # `name` and `metavar` of `tyro.conf.arg`
-): # to annotate a field with
-    "How a field looks on the command line"
-    def hint(default): return f"(default: {shown if default in ('None', 'null', '') else default})"
-    return arg(help_behavior_hint=None if shown is None else hint, aliases=aliases or None, **kw)
-
-# %% ../nbs/04_settings.ipynb #60201397
+# %% ../nbs/04_settings.ipynb #74e239b3
 def plain_settings(
     settings, # a group
 )->dict: # {name: value or dict}, as JSON has them
@@ -155,7 +156,7 @@ def read_settings(
     try: return TypeAdapter(cls).validate_python(values)
     except ValidationError as e: raise ValueError(in_words(e, cls)) from None
 
-# %% ../nbs/04_settings.ipynb #3a7f8369
+# %% ../nbs/04_settings.ipynb #b3aff5d6
 def draft(
     cls, # a group
     values:dict, # some of its fields, as in `read_settings`
@@ -182,7 +183,7 @@ def _part(cls, name, hint, value, missing):
     try: return TypeAdapter(hint).validate_python(value)
     except ValidationError as e: raise ValueError(in_words(e, cls, name)) from None
 
-# %% ../nbs/04_settings.ipynb #8a3400cb
+# %% ../nbs/04_settings.ipynb #bcb3a7e6
 def flat_names(
     cls, # a group
 )->dict: # {flat name: (field, field of the group below, ...)}
@@ -226,7 +227,7 @@ def settings_of(
     "Make a group out of flat names"
     return change(cls(), **flat)
 
-# %% ../nbs/04_settings.ipynb #9a00c7c1
+# %% ../nbs/04_settings.ipynb #3fead3dd
 @group
 class Data:
     "Where the data lie"
@@ -245,7 +246,7 @@ class Pools:
     sampler:Literal["random", "text", "image", "mixed"]="random" # how pools are drawn
     seed:Annotated[Natural, flag(name="pool-seed", metavar="N")]=0 # seed of the pools
 
-# %% ../nbs/04_settings.ipynb #21e37325
+# %% ../nbs/04_settings.ipynb #08610f5f
 def json_object(
     text:str, # such as '{"beam": 5}'
 )->dict: # ValueError if it is no JSON object
@@ -293,7 +294,7 @@ class Asking:
     evaluator:Evaluator="official" # how an answer is judged, see `vqa_accuracy`
     answer_weight:Literal["official", "count3"]="official" # weight of true answers in `vqa_gt_prob`
 
-# %% ../nbs/04_settings.ipynb #e466d142
+# %% ../nbs/04_settings.ipynb #c06c6127
 COUNTS = dict(beam=5, temperature={1.0: 2, 1.3: 2}, random=1, retrieval=5)
 
 def check_counts(
@@ -362,7 +363,7 @@ class Guarding:
     verify:Natural=0 # questions of which one row is asked again of the reference scorer; stops if it disagrees
     max_failed:Share=.2 # share of rows that may fail before the run stops
 
-# %% ../nbs/04_settings.ipynb #25ad0c21
+# %% ../nbs/04_settings.ipynb #91ba89e2
 @group
 class Mining:
     "How far to look for what is missing"
@@ -372,7 +373,7 @@ class Mining:
     budget:Annotated[Count|None, flag("no limit", metavar="N")]=None # prompts in all
     seed:Natural=0 # of the search
 
-# %% ../nbs/04_settings.ipynb #6f2fa11e
+# %% ../nbs/04_settings.ipynb #d556d56f
 @group
 class Job:
     "A generation described by settings: small, the same on every machine"
@@ -389,7 +390,7 @@ class Job:
         if max(self.proposing.shots) >= self.pools.K:
             raise ValueError(f"shots {self.proposing.shots}, K {self.pools.K}: wanted 1 <= shots < K")
 
-# %% ../nbs/04_settings.ipynb #3ba673e2
+# %% ../nbs/04_settings.ipynb #e5114a5f
 Picker = Literal[
     "greedy", "beam", "samples", "zero_shot", "random", "similar_image", "similar_text", "similar_mixed", "mmr",
     "fixed",
@@ -430,7 +431,7 @@ class Rewarding:
     reward:Reward="hard_plus_soft" # how facts become rewards
     weights:Annotated[JsonOrNone, flag("its own", metavar="JSON")]=None # of the reward, such as '{"hard_weight": 2}'
 
-# %% ../nbs/04_settings.ipynb #f985cca7
+# %% ../nbs/04_settings.ipynb #64090818
 ObjectiveName = Literal["rce", "listwise", "sft", "grpo"]
 ExtraSettings = Annotated[JsonOrNone, flag("none", metavar="JSON")]
 EPOCHS = 5 # of an objective, if nothing is said
@@ -476,7 +477,7 @@ class Choosing:
     dev_share:Share=.2 # that share, disjoint by picture
     choose:Literal["regret", "accuracy"]="regret" # by regret on --dev, or by accuracy, for which --lvlm is asked
 
-# %% ../nbs/04_settings.ipynb #7a735b40
+# %% ../nbs/04_settings.ipynb #dd10b8cc
 Sizes = Annotated[tuple[Count|Literal["all"], ...], BeforeValidator(several)]
 
 @group
