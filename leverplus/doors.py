@@ -261,7 +261,7 @@ class Merge(Door):
     running:Running=Running()
     around:Around=Around()
 
-# %% ../nbs/94_doors.ipynb #846235d9
+# %% ../nbs/94_doors.ipynb #5662dc14
 @group
 class Train(Door):
     "Train a selector on tried sequences"
@@ -292,13 +292,6 @@ class Train(Door):
     asking:Asking=Asking()
     running:Running=Running()
     around:Around=Around()
-
-    def __post_init__(self):
-        if self.teaching.objective is None and self.rewarding != Rewarding():
-            raise ValueError(
-                f"reward, weights beside recipe {self.teaching.name}: name an objective, or change the recipe with"
-                " `set`, such as {\"data\": {\"reward\": \"gtprob\"}}"
-            )
 
 # %% ../nbs/94_doors.ipynb #17dab7da
 @group
@@ -456,7 +449,7 @@ DOORS = dict(
 )
 ROAD = "embed - pools - generate - check - mine - merge - train - infer - eval - report; sweep for many settings"
 
-# %% ../nbs/94_doors.ipynb #94053e1f
+# %% ../nbs/94_doors.ipynb #9c8beeac
 def _config_of(words):
     "(the file that --config names or None, the other words)"
     at = [i for i, word in enumerate(words) if word == "--config" or word.startswith("--config=")]
@@ -509,7 +502,8 @@ def _default(name, words):
     if any(word.split("=")[0] == "--selector" for word in words): values.pop("selector", None)   # it would be added to
     try: door = draft(DOORS[name], values, tyro.MISSING)
     except ValueError as e: raise ValueError(f"{path}: {e}") from None
-    return door, [word for word in words if word not in _switched_on(door)]
+    said_already = _switched_on(door)
+    return door, [word for word in words if word not in said_already]
 
 def _switched_on(door):
     "Flags of switches that a config file has switched on: saying so again changes nothing"

@@ -100,7 +100,7 @@ def training_data(
         train, dev = split(train, shares, teaching.seed, job.items())
     return TrainingData(job, with_text(train, mode, weights), with_text(dev, mode, weights))
 
-# %% ../nbs/74_training.ipynb #2da6546b
+# %% ../nbs/74_training.ipynb #b4ca970c
 FIT_METHODS = dict(rce="fit_rce", listwise="fit_listwise", sft="fit_sft", grpo="fit_grpo")
 
 def learner_of(
@@ -116,7 +116,10 @@ def learner_of(
         start = load_selector(run if run.is_dir() else teaching.start)
     r = recipe_of(teaching, among)
     if r is None: return _learner_of_objective(data, teaching, rewarding, start)
-    learn = recipe_learner(data.train, data.dev, data.store, r, teaching.seed, start, items=data.warmup_items())
+    learn = recipe_learner(
+        data.train, data.dev, data.store, r, teaching.seed, start, device=data.job.model.device,
+        items=data.warmup_items(),
+    )
     def fit(folder): return learn.fit_recipe(resume=folder)
     return learn, fit
 
@@ -178,7 +181,7 @@ def accuracy_chooser(
     kind = learn.dls.info["kind"]
     return GreedyLoss(feedback, dev.pool, data.store, shots, dev.queries, kind, max_failed=most)
 
-# %% ../nbs/74_training.ipynb #82c48fb6
+# %% ../nbs/74_training.ipynb #71a983ab
 def training_settings(
     teaching:Teaching, # what is trained
     choosing:Choosing, # who chooses the epoch
@@ -223,6 +226,7 @@ def train_run(
     overwrite:bool=False, # empty a folder with other settings
 )->Run: # with history, checkpoint, states; its metrics: `smallest_regret`, `epochs_done`, maybe `dev_accuracy`
     "Train a selector in a run folder"
+    settings = training_settings(teaching, choosing, rewarding, among)
     by_accuracy = choosing.choose == "accuracy"
     if by_accuracy: _check_looks(teaching, choosing, among)
     data.open()
@@ -233,7 +237,6 @@ def train_run(
         scorer = data.job.scorer()
         prints["scorer"] = same_scorer(data.dev, scorer, asking)
     with run_lock(path):
-        settings = training_settings(teaching, choosing, rewarding, among)
         run = Run.create(path, settings, teaching.seed, prints, overwrite=overwrite)
         if by_accuracy: learn.choose_by = accuracy_chooser(path, data, scorer, learn, asking, progress=say is None)
         with epoch_lines(learn, say): fit(Path(path)/"state")

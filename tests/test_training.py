@@ -121,3 +121,19 @@ def test_groups_of_other_items_are_refused(place, tmp_path):
     with pytest.raises(ValueError): train_run(tmp_path/"a", data, SHORT, say=noop)
     assert not (tmp_path/"a").exists()
     assert plain_settings(SHORT)["objective"] == "rce"
+
+def test_a_recipe_trains_where_it_is_told(place, monkeypatch):
+    got = {}
+    monkeypatch.setattr("leverplus.training.recipe_learner", lambda *a, **kw: got.update(kw))
+    data = data_of(place, Teaching())
+    data.job = change(data.job, device="cpu")
+    learner_of(data.open(), Teaching())
+    assert got["device"] == "cpu"
+
+def test_a_reward_beside_a_recipe_is_refused_before_anything_is_written(place, tmp_path):
+    other = Rewarding(reward="gtprob")
+    with pytest.raises(ValueError, match="reward, weights beside recipe ours"):
+        train_run(tmp_path/"a", data_of(place, Teaching()), Teaching(), rewarding=other, say=noop)
+    with pytest.raises(ValueError, match="reward, weights beside recipe ours"):
+        data_of(place, Teaching(), rewarding=other)
+    assert not (tmp_path/"a").exists()
