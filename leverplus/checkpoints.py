@@ -71,8 +71,8 @@ def check_checkpoint(
     "Look at the files of a checkpoint before they are loaded"
     folder = _folder(name)
     if folder is None: return
-    for file in SETTINGS_FILES: _check_text(folder/file, parse_json)
-    for file in TEXT_FILES: _check_text(folder/file, _not_instead)
+    for file in SETTINGS_FILES: _check_text(folder/file, _is_object)
+    for file in TEXT_FILES: _check_text(folder/file, _is_text)
     for path in sorted(folder.glob("*.safetensors")): check_weights(path)
 
 def _folder(name):
@@ -96,6 +96,11 @@ def _check_text(path, check):
         )
     check(raw, path)
 
-def _not_instead(raw, path):
+def _is_object(raw, path):
+    settings = parse_json(raw, path)
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path}: holds a {type(settings).__name__}, wanted an object with settings")
+
+def _is_text(raw, path):
     other = what_instead(raw)
     if other: raise ValueError(f"{path}: not a text but {other}")

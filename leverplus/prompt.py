@@ -141,13 +141,15 @@ def check_prompt(
     tokens=(), # control tokens of the tokenizer, beside what looks like one
 )->str: # `rendered`; ValueError naming the query, and the item that cannot be shown or what is missing
     "Assert that a rendered prompt holds every question, every shown answer, and every image, and no commands"
-    at = 0
-    for i, what, text in [*_shown(prompt.demos), (prompt.question_id, "question", prompt.question)]:
+    shown = [*_shown(prompt.demos), (prompt.question_id, "question", prompt.question)]
+    for i, what, text in shown:
         fault = text_fault(text, tokens)
         if fault:
             raise ValueError(
                 f"question {prompt.question_id}, pointer {prompt.pointer}: the {what} of question {i} {fault}"
             )
+    at = 0
+    for _, _, text in shown:
         found = rendered.find(text, at)
         if found < 0:
             raise ValueError(
