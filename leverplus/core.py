@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['masked_mean', 'masked_log_softmax', 'masked_softmax', 'spread', 'pad_rows', 'frozen', 'gini', 'stable_hash', 'rng',
-           'seed_all', 'fingerprint', 'atomic_path', 'write_json', 'read_json', 'file_bytes', 'what_instead',
-           'parse_json', 'leftovers', 'ask_for_a_folder', 'repo_path', 'world_path', 'exact_float32', 'reproducible',
+           'seed_all', 'fingerprint', 'atomic_path', 'write_json', 'file_bytes', 'what_instead', 'parse_json',
+           'read_json', 'leftovers', 'ask_for_a_folder', 'repo_path', 'world_path', 'exact_float32', 'reproducible',
            'loading_bar']
 
 # %% ../nbs/00_core.ipynb #f91ab82d
@@ -173,12 +173,6 @@ def write_json(
     with atomic_path(path) as tmp: tmp.write_text(text, encoding="utf8")
     return Path(path)
 
-def read_json(
-    path, # a JSON file, packed by gzip or not; FileNotFoundError names it if it is absent
-): # what it holds; ValueError says what the file is instead, or where it is broken
-    "Read a JSON file with errors that name the file"
-    return parse_json(file_bytes(path), path)
-
 # %% ../nbs/00_core.ipynb #95b2852b
 def file_bytes(
     path, # a file; FileNotFoundError names it if it is absent
@@ -190,7 +184,8 @@ def file_bytes(
     if not raw.startswith(_GZIP): return raw
     try: return gzip.decompress(raw)
     except (EOFError, OSError, zlib.error) as e:
-        raise ValueError(f"{path}: packed by gzip, and broken ({e}); was the download or copy cut short?") from e
+        says = f"packed by gzip, and broken ({e}); was the download or copy cut short?"
+        raise ValueError(f"{path}: {says}") from e
 
 _GZIP = b"\x1f\x8b" # how a packed file begins
 
@@ -248,12 +243,20 @@ def _once(pairs):
 
 def _where_it_breaks(e):
     "What is wrong with a text, by the error of its parser"
-    at_the_end = e.pos >= len(e.doc.rstrip()) or e.msg.startswith("Unterminated string")
-    if at_the_end: return f"({e}); was the download or copy cut short?"
-    another_line = "\n" in e.doc[:e.pos].strip(" \t") and e.doc[e.pos] in "{["
-    if e.msg == "Extra data" and another_line:
-        return f"but JSON lines, a value to a line ({e}): put the lines into one list"
+    text = e.doc.strip()
+    if e.msg == "Extra data":
+        another_line = "\n" in e.doc[:e.pos].lstrip() and e.doc[e.pos] in "{["
+        if another_line: return f"but JSON lines, a value to a line ({e}): put the lines into one list"
+    elif text[:1] in ("{", "[") and text[-1:] not in ("}", "]") or e.msg.startswith("Unterminated string"):
+        return f"({e}); was the download or copy cut short?"
     return f"({e}); mend that place, or copy the file again"
+
+# %% ../nbs/00_core.ipynb #1c736f0e
+def read_json(
+    path, # a JSON file, packed by gzip or not; FileNotFoundError names it if it is absent
+): # what it holds; ValueError says what the file is instead, or where it is broken
+    "Read a JSON file with errors that name the file"
+    return parse_json(file_bytes(path), path)
 
 # %% ../nbs/00_core.ipynb #635e3bb1
 _TEMPORARY = re.compile(r"\.(?P<final>.+)\.\d+-[0-9a-f]{8}\.tmp") # as `atomic_path` names them

@@ -42,7 +42,7 @@ class LVLM:
 
     @property
     def control_tokens(self)->list:
-        "Added tokens that command: the special ones, and those in angle brackets; not words that were added to it"
+        "Added tokens that command: the special ones, and those in angle brackets; no words that were added"
         added = self.tokenizer.added_tokens_decoder.values()
         return [t.content for t in added if t.special or (t.content[:1], t.content[-1:]) == ("<", ">")]
 
@@ -70,7 +70,7 @@ class LVLM:
     def render(self,
         prompt:Prompt, # what to show
     )->str: # text with one image mark per image
-        "Render a prompt with the model's own chat template, and check that all is in it, and no control token"
+        "Render a prompt with the model's own chat template, and check it (see `check_prompt`)"
         text = self.tokenizer.apply_chat_template(
             messages(prompt), tokenize=False, add_generation_prompt=True
         )

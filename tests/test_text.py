@@ -17,7 +17,7 @@ def test_compose_is_nfc_and_settled(text):
     out = compose(text)
     assert out == unicodedata.normalize("NFC", text) and compose(out) == out
 
-@pytest.mark.parametrize("text", ["", "a <| b", "x < y | z > w", "<html>", "\0", "\u200b", "\ufeff", "\U0001f600"])
+@pytest.mark.parametrize("text", ["", "a <| b", "x < y | z > w", "<html>", "\0", "\u200b", "\U0001f600"])
 def test_ordinary_texts_pass(text): assert text_fault(text) == "" and control_token(text) is None
 
 @pytest.mark.parametrize(
@@ -45,9 +45,10 @@ ITEMS = pd.DataFrame(dict(
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("what,of", [("question", 2), ("answer", 2), ("question", 3)])
 def test_the_guard_names_the_item_and_the_query(style, what, of):
-    made = prompter(ITEMS.assign(**{what: np.where(ITEMS.question_id == of, "x <|vision_start|>", ITEMS[what])}), style)
-    with pytest.raises(ValueError, match=rf"question 3, pointer \(1, 2\): the {what} of question {of} holds .*vision_start"):
-        check_prompt(made(3, (1, 2)), "whatever was rendered")
+    spoilt = ITEMS.assign(**{what: np.where(ITEMS.question_id == of, "x <|vision_start|>", ITEMS[what])})
+    says = rf"question 3, pointer \(1, 2\): the {what} of question {of} holds .*vision_start"
+    prompt = prompter(spoilt, style)(3, (1, 2))
+    with pytest.raises(ValueError, match=says): check_prompt(prompt, "whatever was rendered")
 
 def test_missing_texts_are_refused_where_they_would_be_shown():
     make = prompter(ITEMS)
@@ -84,8 +85,9 @@ def plain(tmp_path_factory):
     "A prompt of two demonstrations"
     d = tmp_path_factory.mktemp("images")
     for i in range(3): Image.new("RGB", (56, 56), (80*i, 40, 200 - 60*i)).save(d/f"{i}.png")
-    demos = (Demo(1, str(d/"0.png"), "What shape is it?", "dax"), Demo(2, str(d/"1.png"), "Which hue?", "wug"))
-    return Prompt(3, str(d/"2.png"), "Name the colour.", demos)
+    a, b, c = (str(d/f"{i}.png") for i in range(3))
+    demos = (Demo(1, a, "What shape is it?", "dax"), Demo(2, b, "Which hue?", "wug"))
+    return Prompt(3, c, "Name the colour.", demos)
 
 GOAL = Targets(("dax", "mot"), (1., .3))
 
@@ -95,9 +97,18 @@ def altered(prompt, where, text):
     return replace(prompt, demos=(prompt.demos[0], replace(prompt.demos[1], **{where: text})))
 
 ODD = {
-    "nothing": "", "lines": "a\nb\r\nc\td", "the frame": "Question: what? Short answer: no", "blanks": "  two  ",
-    "right to left": "\u200f\u05d0\u05d1", "emoji": "\U0001f469\u200d\U0001f680", "NUL": "a\0b", "long": "dax "*300,
-    "no width": "a\u200bb\ufeff", "no-break": "a\u00a0b", "full width": "\uff21\uff1f", "decomposed": "cafe\u0301",
+    "nothing": "",
+    "lines": "a\nb\r\nc\td",
+    "the frame": "Question: what? Short answer: no",
+    "blanks": "  two  ",
+    "right to left": "\u200f\u05d0\u05d1",
+    "emoji": "\U0001f469\u200d\U0001f680",
+    "NUL": "a\0b",
+    "long": "dax "*300,
+    "no width": "a\u200bb\ufeff",
+    "no-break": "a\u00a0b",
+    "full width": "\uff21\uff1f",
+    "decomposed": "cafe\u0301",
     "almost a command": "<|im_end |> <im_end> |im_end|",
 }
 
@@ -121,7 +132,8 @@ def test_composed_and_decomposed_questions_are_one_prompt(scorers, plain):
 @pytest.mark.parametrize("where,of", [("query", 3), ("question", 2), ("answer", 2)])
 def test_commands_fail_their_prompt_by_name_in_every_scorer(lvlm, scorers, plain, style, where, of):
     prompts = [replace(plain, style=style)]
-    for token in lvlm.control_tokens: prompts.append(replace(altered(plain, where, f"x {token} y"), style=style))
+    for token in lvlm.control_tokens:
+        prompts.append(replace(altered(plain, where, f"x {token} y"), style=style))
     outs = [scorer.run(prompts, [GOAL]*len(prompts)) for scorer in scorers]
     assert len(prompts) == 15 and len({tuple(said.error for said in out) for out in outs}) == 1
     assert outs[0][0].error is None
@@ -142,7 +154,7 @@ def test_commands_in_true_answers_fail_by_name(lvlm, plain):
     assert len(lvlm.control_tokens) == 14
 
 def test_answers_of_any_tokenizer(lvlm, plain):
-    "What has the same tokens is one event, whatever the tokenizer drops or maps; what has none cannot be asked"
+    "What has the same tokens is one event, whatever the tokenizer drops or maps; what has none is refused"
     letters = {"a": [1], "A": [1], "\u200ba": [1], "b": [2], "\u200b": []}
     target = Targets(("b", "a", "\u200ba", "A"), (.1, .5, .2, .9))
     assert checked_targets(lvlm, plain, target, letters.get).weights == (.1, 1., 0., 0.)
@@ -156,7 +168,7 @@ def test_weights_are_shares(weights):
 @settings(max_examples=60, deadline=None)
 @given(text=st.text(min_size=1, max_size=8))
 def test_tokens_tell_composed_texts_apart(lvlm, text):
-    "Composing is all that this tokenizer does to a text, so answers that `compose` tells apart are different tokens"
+    "Composing is all that this tokenizer does to a text: what `compose` tells apart has other tokens"
     if text_fault(text, lvlm.control_tokens): return
     ids = lvlm.tokenizer(text, add_special_tokens=False)["input_ids"]
     assert lvlm.tokenizer.decode(ids) == compose(text)

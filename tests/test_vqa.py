@@ -257,13 +257,14 @@ def test_targets_by_hand():
 def test_people_who_spell_differently_are_counted_together(n, weight):
     "The weight of c people is that of c composed answers, and the capped sum of the weights of any two parts"
     one, two = "caf\u00e9", "cafe\u0301"
+    def worth(k): return match_accuracy(k, n) if weight == "official" else min(k/3, 1)
     for c in range(1, n + 1):
         others = ["dog"]*(n - c)
         want = answer_targets([one]*c + others, weight)
         for decomposed in range(c + 1):
             people = [two]*decomposed + others + [one]*(c - decomposed)
             assert answer_targets(people, weight) == want
-            parts = [match_accuracy(k, n) if weight == "official" else min(k/3, 1) for k in (decomposed, c - decomposed)]
+            parts = [worth(decomposed), worth(c - decomposed)]
             assert min(1., sum(parts)) == pytest.approx(dict(zip(*want))[one])
 
 @pytest.mark.parametrize("mode", MODES)
