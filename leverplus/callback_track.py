@@ -17,6 +17,7 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 from torch import Tensor, nn
 from .core import atomic_path, fingerprint, frozen, gini, rng
+from .checkpoints import read_state
 from .runs import Run
 from .losses import entropy_steps, group_mass, live_groups, regret
 from .callback_core import FitOnly, StageCallback, Objective, Stats, active_dropout
@@ -480,7 +481,7 @@ def open(self:Resume):
     self.run_dir = Run.create(self.folder, stage_settings(self.learn), seed, prints)
     if not self.file.exists(): return
     device = next(self.model.parameters()).device
-    self.state = torch.load(self.file, map_location=device, weights_only=True)
+    self.state = read_state(self.file, device)
     self.done = self.state["done"]
 
 @patch

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['masked_mean', 'masked_log_softmax', 'masked_softmax', 'spread', 'pad_rows', 'frozen', 'gini', 'stable_hash', 'rng',
-           'seed_all', 'fingerprint', 'atomic_path', 'write_json', 'read_json', 'leftovers', 'ask_for_a_folder',
-           'repo_path', 'world_path', 'exact_float32', 'reproducible', 'loading_bar']
+           'seed_all', 'fingerprint', 'atomic_path', 'write_json', 'file_bytes', 'what_instead', 'parse_json',
+           'read_json', 'leftovers', 'ask_for_a_folder', 'repo_path', 'world_path', 'exact_float32', 'reproducible',
+           'loading_bar']
 
 # %% ../nbs/00_core.ipynb #f91ab82d
-import contextlib, hashlib, json, os, random, re, uuid, warnings
+import codecs, contextlib, gzip, hashlib, json, os, random, re, uuid, warnings, zlib
 from copy import deepcopy
 from pathlib import Path
 import numpy as np, torch
@@ -172,15 +173,90 @@ def write_json(
     with atomic_path(path) as tmp: tmp.write_text(text, encoding="utf8")
     return Path(path)
 
-def read_json(
-    path, # a JSON file; FileNotFoundError names it if it is absent, ValueError names file and line if it is broken
-):
-    "Read a JSON file with errors that name the file"
+# %% ../nbs/00_core.ipynb #95b2852b
+def file_bytes(
+    path, # a file; FileNotFoundError names it if it is absent
+)->bytes: # what it holds, unpacked if it is packed by gzip; ValueError if it is packed and broken
+    "Read a file, packed or not"
     path = Path(path)
     if not path.exists(): raise FileNotFoundError(f"{path}: no such file")
-    try: return json.loads(path.read_text(encoding="utf8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise ValueError(f"{path}: not valid JSON ({e}); was the download or copy cut short?") from e
+    raw = path.read_bytes()
+    if not raw.startswith(_GZIP): return raw
+    try: return gzip.decompress(raw)
+    except (EOFError, OSError, zlib.error) as e:
+        says = f"packed by gzip, and broken ({e}); was the download or copy cut short?"
+        raise ValueError(f"{path}: {says}") from e
+
+_GZIP = b"\x1f\x8b" # how a packed file begins
+
+# %% ../nbs/00_core.ipynb #a704e911
+_INSTEAD = ( # how other files begin, what they are, and what to do
+    (b"version https://git-lfs", "a Git LFS pointer, not the file that it stands for: run `git lfs pull`"),
+    (b"<!doctype html", "an HTML page, such as a server's error or login page: download the file again"),
+    (b"<html", "an HTML page, such as a server's error or login page: download the file again"),
+    (b"<?xml", "an XML document, such as a server's error: download the file again"),
+    (b"pk\x03\x04", "a zip archive: unpack it"),
+    (b"bzh", "packed by bzip2: unpack it"),
+    (b"\xfd7zxz", "packed by xz: unpack it"),
+    (b"(\xb5/\xfd", "packed by Zstandard: unpack it"),
+    (b"par1", "a Parquet file: read it with pandas.read_parquet"),
+)
+
+def what_instead(
+    raw:bytes, # content of a file, or its first kilobyte
+)->str: # what it is and what to do, e.g. "a zip archive: unpack it"; "" if it looks like none of these
+    "Say what a file is that cannot be what was asked for"
+    if not raw.strip(b"\0 \t\r\n"): return f"{len(raw)} bytes of nothing: copy or download the file again"
+    begins = raw[:100].removeprefix(codecs.BOM_UTF8).lstrip().lower()
+    return next((says for how, says in _INSTEAD if begins.startswith(how)), "")
+
+# %% ../nbs/00_core.ipynb #4212f94b
+def parse_json(
+    raw:bytes, # content of a JSON file, in UTF-8, UTF-16 or UTF-32
+    where, # what errors call it, e.g. its path
+    constant=float, # function of "NaN", "Infinity" or "-Infinity": what is read in their place
+): # what it holds; ValueError says what it is instead, where it is broken, or which key stands twice
+    "Parse JSON with errors that name the file"
+    other = what_instead(raw)
+    if other: raise ValueError(f"{where}: not valid JSON: {other}")
+    try:
+        text = raw.decode(json.detect_encoding(raw))
+        return json.loads(text, object_pairs_hook=_once, parse_constant=constant)
+    except UnicodeDecodeError as e:
+        says = f"byte {e.start} is not {e.encoding}; save the file as UTF-8"
+        raise ValueError(f"{where}: not valid JSON: {says}") from e
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{where}: not valid JSON {_where_it_breaks(e)}") from e
+    except LookupError as e:
+        raise ValueError(
+            f"{where}: key {e.args[0]!r} occurs twice in one object; a reader would keep one and lose the"
+            " other. Join them first"
+        ) from e
+
+def _once(pairs):
+    "An object whose keys are all different"
+    out = dict(pairs)
+    if len(out) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise LookupError(next(key for key in keys if keys.count(key) > 1))
+    return out
+
+def _where_it_breaks(e):
+    "What is wrong with a text, by the error of its parser"
+    text = e.doc.strip()
+    if e.msg == "Extra data":
+        another_line = "\n" in e.doc[:e.pos].lstrip() and e.doc[e.pos] in "{["
+        if another_line: return f"but JSON lines, a value to a line ({e}): put the lines into one list"
+    elif text[:1] in ("{", "[") and text[-1:] not in ("}", "]") or e.msg.startswith("Unterminated string"):
+        return f"({e}); was the download or copy cut short?"
+    return f"({e}); mend that place, or copy the file again"
+
+# %% ../nbs/00_core.ipynb #1c736f0e
+def read_json(
+    path, # a JSON file, packed by gzip or not; FileNotFoundError names it if it is absent
+): # what it holds; ValueError says what the file is instead, or where it is broken
+    "Read a JSON file with errors that name the file"
+    return parse_json(file_bytes(path), path)
 
 # %% ../nbs/00_core.ipynb #635e3bb1
 _TEMPORARY = re.compile(r"\.(?P<final>.+)\.\d+-[0-9a-f]{8}\.tmp") # as `atomic_path` names them

@@ -6,12 +6,12 @@
 __all__ = ['DIALECTS', 'EVAL_MODES', 'HOLDS', 'detect', 'row_map', 'lost_in', 'read_beams']
 
 # %% ../nbs/87_earlier_json.ipynb #f0c705aa
-import json, re
+import re
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, pandas as pd
 from fastcore.basics import patch
-from .core import fingerprint, write_json
+from .core import file_bytes, fingerprint, parse_json, write_json
 from .vqa import MODES, relevances, vqa_accuracies
 from .pools import Pool
 from .groups import METHODS, RECORD, TEXT_FACTS, RLData, as_record
@@ -24,35 +24,17 @@ DIALECTS = ("v1", "v4", "merged", "augmented", "k64", "balanced")
 class _Odd(str):
     "NaN or Infinity, as it stood in the file"
 
-def _once(pairs):
-    "An object whose keys are all different"
-    out = dict(pairs)
-    if len(out) < len(pairs):
-        keys = [k for k, _ in pairs]
-        raise LookupError(next(k for k in keys if keys.count(k) > 1))
-    return out
-
 def _parse(path):
-    "(object, bytes) of a JSON file; errors name the file"
-    path = Path(path)
-    if not path.exists(): raise FileNotFoundError(f"{path}: no such file")
-    raw = path.read_bytes()
-    try: out = json.loads(raw.decode("utf8"), object_pairs_hook=_once, parse_constant=_Odd)
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise ValueError(f"{path}: not valid JSON ({e}); was the download or copy cut short?") from e
-    except LookupError as e:
-        raise ValueError(
-            f"{path}: key {e.args[0]!r} occurs twice in one object; a reader would keep one and lose the"
-            " other. Join them first"
-        ) from e
+    "(object, bytes) of a JSON file, packed or not; errors name the file"
+    raw = file_bytes(path)
+    out = parse_json(raw, path, constant=_Odd)
     _check_queries_are_keys(path, out)
     return out, raw
 
 def _check_queries_are_keys(path, out):
-    if not isinstance(out, dict) or not set(out) - {"_meta"}:
-        raise ValueError(
-            f"{path}: wanted an object with one entry per query, got {type(out).__name__} of {len(out)}"
-        )
+    wanted = f"{path}: wanted an object with one entry per query"
+    if not isinstance(out, dict): raise ValueError(f"{wanted}, got a {type(out).__name__}")
+    if not set(out) - {"_meta"}: raise ValueError(f"{wanted}, got none")
     odd = [k for k in out if k != "_meta" and not re.fullmatch(r"\d+", k)]
     if odd:
         raise ValueError(

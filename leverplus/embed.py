@@ -11,6 +11,7 @@ import hashlib, io, json, textwrap
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
+from .checkpoints import check_checkpoint, read_weights
 from leverplus.core import (
     atomic_path, exact_float32, fingerprint, loading_bar, read_json, world_path, write_json,
 )
@@ -131,12 +132,11 @@ def load(cls:EmbedStore,
     path, # folder that `save` wrote; FileNotFoundError names what is missing, ValueError what does not fit
 )->EmbedStore: # equal vectors, equal fingerprint
     "Read a saved store and check that its two files belong together"
-    from safetensors.torch import load_file
     path = Path(path)
     head = read_json(path/"embed.json")
     if not (path/"embed.safetensors").exists():
         raise FileNotFoundError(f"{path/'embed.safetensors'}: no such file, though embed.json is there")
-    vectors = load_file(path/"embed.safetensors")
+    vectors = read_weights(path/"embed.safetensors")
     self = cls.__new__(cls)                      # the vectors have length 1 already, to the last bit
     self.ids = pd.Index(np.asarray(head["ids"], dtype=np.int64))
     self.image = vectors["image"]
@@ -269,7 +269,7 @@ def load_clip(
     model=None, # folder or hub name of a transformers CLIPModel, or a `Clip`; None: models/tiny-clip of the checkout
     device=None, # torch device; None: cuda if there is one, else cpu
     progress:bool=False, # show the bar of transformers while weights load?
-)->Clip: # float32, eval mode, no gradients
+)->Clip: # float32, eval mode, no gradients; ValueError names a file that is broken
     "Load a CLIP by path or hub name"
     if isinstance(model, Clip): return model
     from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
@@ -277,6 +277,7 @@ def load_clip(
     folder = Path(name)
     if folder.is_absolute() and not (folder/"config.json").exists():
         raise FileNotFoundError(f"{name}: no CLIP here (config.json is missing)")
+    check_checkpoint(name)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     with loading_bar(progress): net = CLIPModel.from_pretrained(name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(name)

@@ -4,16 +4,19 @@
 
 # %% auto #0
 __all__ = ['FAMILY', 'IMAGE_SETTINGS', 'TEXT_SETTINGS', 'ROPE_SETTINGS', 'VISION_SETTINGS', 'MAX_NEW_TOKENS', 'NOT_FINITE',
-           'LVLM', 'load_lvlm', 'vision_parts', 'model_parts', 'Targets', 'Scored', 'scored_prompt', 'failed_prompt',
-           'official_inputs', 'prompt_images', 'greedy_texts', 'answer_logprobs', 'targets_of', 'prompt_bar',
-           'scorer_fingerprint', 'NaiveScorer', 'compare', 'MockScorer']
+           'LVLM', 'load_lvlm', 'vision_parts', 'model_parts', 'Targets', 'checked_targets', 'weights_once', 'Scored',
+           'scored_prompt', 'failed_prompt', 'official_inputs', 'prompt_images', 'greedy_texts', 'read_texts',
+           'answer_logprobs', 'targets_of', 'prompt_bar', 'scorer_fingerprint', 'NaiveScorer', 'compare', 'MockScorer']
 
 # %% ../nbs/21_lvlm.ipynb #b8dffa05
 import json, math, os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import takewhile
 import numpy as np, torch
 from .core import exact_float32, fingerprint, loading_bar, repo_path, stable_hash
+from .checkpoints import check_checkpoint
+from .text import control_token, text_fault
 from .vision import patch_side
 from .prompt import Prompt, check_prompt, messages
 
@@ -36,6 +39,12 @@ class LVLM:
     def end_id(self)->int: return self.tokenizer.convert_tokens_to_ids("<|im_end|>")
     @property
     def image_id(self)->int: return self.model.config.image_token_id
+
+    @property
+    def control_tokens(self)->list:
+        "Added tokens that command: the special ones, and those in angle brackets; no words that were added"
+        added = self.tokenizer.added_tokens_decoder.values()
+        return [t.content for t in added if t.special or (t.content[:1], t.content[-1:]) == ("<", ">")]
 
     @property
     def tolerance(self)->float:
@@ -61,11 +70,11 @@ class LVLM:
     def render(self,
         prompt:Prompt, # what to show
     )->str: # text with one image mark per image
-        "Render a prompt with the model's own chat template, and check that everything is in it"
+        "Render a prompt with the model's own chat template, and check it (see `check_prompt`)"
         text = self.tokenizer.apply_chat_template(
             messages(prompt), tokenize=False, add_generation_prompt=True
         )
-        return check_prompt(prompt, text)
+        return check_prompt(prompt, text, self.control_tokens)
 
 # %% ../nbs/21_lvlm.ipynb #f37db97b
 def load_lvlm(
@@ -74,12 +83,13 @@ def load_lvlm(
     device:str|None=None, # default the GPU if there is one
     attn:str="sdpa", # sdpa | eager
     progress:bool=False, # show the bar of transformers while weights load?
-)->LVLM: # in eval mode, without gradients; TypeError for another kind of model, ValueError for its attention
+)->LVLM: # in eval mode, without gradients; TypeError: another kind of model; ValueError: its attention, a broken file
     "Load a Qwen-VL checkpoint"
     from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     name = str(path_or_name)
     if not os.path.isdir(name) and repo_path(name).is_dir(): name = str(repo_path(name))
+    check_checkpoint(name)
     _check_model(path_or_name, AutoConfig.from_pretrained(name), attn)
     with loading_bar(progress):
         load = AutoModelForImageTextToText.from_pretrained
@@ -176,7 +186,7 @@ def _eyes(lvlm):
 class Targets:
     "Distinct true answers and how much each counts; ValueError for texts that are no answers, or stand twice"
     texts:tuple=() # A distinct answers, stripped
-    weights:tuple=() # A weights, >= 0
+    weights:tuple=() # A weights, 0..1
 
     def __post_init__(self):
         if len(self.texts) != len(self.weights):
@@ -184,9 +194,38 @@ class Targets:
         if len(set(self.texts)) != len(self.texts):
             raise ValueError(f"targets: an answer stands twice in {self.texts}; merge them first")
         for text, weight in zip(self.texts, self.weights):
-            if not text or text != text.strip() or "<|" in text:
+            if not text or text != text.strip() or control_token(text):
                 raise ValueError(f"targets: {text!r} is empty, not stripped, or holds a control token")
-            if not weight >= 0: raise ValueError(f"targets: weight {weight} of {text!r}; wanted a number >= 0")
+            if not 0 <= weight <= 1:
+                raise ValueError(f"targets: weight {weight} of {text!r}; wanted a number in 0..1")
+
+# %% ../nbs/21_lvlm.ipynb #fffd3fa6
+def checked_targets(
+    lvlm:LVLM, # who will be asked
+    prompt:Prompt, # behind which prompt
+    target:Targets, # its true answers
+    token_ids, # function of a text: its tokens, alone
+)->Targets: # the same texts; ValueError names question and answer where one cannot be asked for
+    "Check that true answers can be asked for, and give every event its weight once"
+    if not target.texts: return target
+    controls = lvlm.control_tokens
+    ids = []
+    for text in target.texts:
+        fault = text_fault(text, controls)
+        if not fault:
+            ids.append(tuple(token_ids(text)))
+            if not ids[-1]: fault = "has no tokens: the tokenizer drops all of it"
+        if fault: raise ValueError(f"question {prompt.question_id}: the true answer {text!r} {fault}")
+    return replace(target, weights=weights_once(ids, target.weights))
+
+def weights_once(
+    events, # A events, hashable; equal ones may stand several times
+    weights, # A weights, 0..1
+)->tuple: # A weights: the sum of an event's, at most 1, where it stands first; 0 where it stands again
+    "Give every event its weight once"
+    total = {}
+    for event, weight in zip(events, weights): total[event] = min(1., total.get(event, 0.) + weight)
+    return tuple(total.pop(event, 0.) for event in events)
 
 # %% ../nbs/21_lvlm.ipynb #9a2e10af
 @dataclass(frozen=True)
@@ -249,7 +288,7 @@ def greedy_texts(
     texts, # n rendered prompts
     images, # n lists of images
     max_new_tokens:int=MAX_NEW_TOKENS, # longest answer, end token included
-)->list: # n texts, without control tokens
+)->list: # n texts, see `read_texts`
     "Generate greedy answers"
     from transformers import GenerationConfig
     x = official_inputs(lvlm, texts, images)
@@ -265,7 +304,16 @@ def greedy_texts(
     )
     ids = lvlm.model.generate(**x, generation_config=greedy)
     behind = ids[:, x["input_ids"].shape[1]:]
-    return lvlm.tokenizer.batch_decode(behind, skip_special_tokens=True)
+    return read_texts(lvlm, behind.tolist())
+
+def read_texts(
+    lvlm:LVLM, # who said it
+    said, # n lists of generated tokens
+)->list: # n texts, each up to its first special token: where a command begins, an answer has ended
+    "Turn generated tokens into texts"
+    special = set(lvlm.tokenizer.all_special_ids)
+    own = [list(takewhile(lambda token: token not in special, tokens)) for tokens in said]
+    return lvlm.tokenizer.batch_decode(own)
 
 # %% ../nbs/21_lvlm.ipynb #eb78cc07
 NOT_FINITE = "logits that are not finite numbers; float16 overflows in some models: use bfloat16 or float32"
@@ -378,6 +426,8 @@ class NaiveScorer:
 
     def _score(self, prompts, targets, generate):
         texts = [self.lvlm.render(prompt) for prompt in prompts]
+        def ids(text): return _token_ids(self.lvlm, text)
+        targets = [checked_targets(self.lvlm, *asked, ids) for asked in zip(prompts, targets)]
         images = [prompt_images(self.lvlm, prompt) for prompt in prompts]
         says = [None]*len(prompts)
         if generate: says = greedy_texts(self.lvlm, texts, images, self.max_new_tokens)

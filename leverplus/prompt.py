@@ -7,6 +7,7 @@ __all__ = ['STYLES', 'IMAGE_MARK', 'Demo', 'Prompt', 'ask_text', 'messages', 'pr
 
 # %% ../nbs/20_prompt.ipynb #5915289e
 from dataclasses import dataclass
+from .text import text_fault
 
 # %% ../nbs/20_prompt.ipynb #b0cd764b
 STYLES = ("interleaved", "chat")
@@ -83,7 +84,7 @@ def _chat(prompt):
 def prompter(
     items, # pandas frame of `leverplus.data`: queries and demonstrations; question_id, image_path, question, answer
     style:str="interleaved", # one of STYLES
-): # function (question_id, pointer) -> Prompt; KeyError: unknown id; ValueError: an item shown twice, or the query
+): # function (question_id, pointer) -> Prompt; KeyError: unknown id; ValueError: item shown twice, or without a text
     "Make a function that makes prompts"
     if style not in STYLES: raise ValueError(f"prompt style {style!r}, wanted one of {STYLES}")
     columns = (items[c] for c in ("question_id", "image_path", "question", "answer"))
@@ -94,6 +95,7 @@ def prompter(
         query = known[int(question_id)]
         demos = tuple(known[int(d)] for d in pointer)
         _check_distinct(query, demos, pointer)
+        _check_texts(query, demos)
         return Prompt(query.question_id, query.image, query.question, demos, style)
     return make
 
@@ -111,6 +113,16 @@ def _check_distinct(query, demos, pointer):
         f"question {query.question_id}: pointer {pointer} repeats an item or shows the query itself"
     )
 
+def _check_texts(query, demos):
+    for i, what, text in [(query.question_id, "question", query.question), *_shown(demos)]:
+        if not isinstance(text, str): raise ValueError(f"question {i}: its {what} is {text!r}, wanted a text")
+
+def _shown(demos):
+    "(id, what it is, text) of all that demonstrations show, in order"
+    for demo in demos:
+        yield demo.question_id, "question", demo.question
+        yield demo.question_id, "answer", demo.answer
+
 def make_prompt(
     items, # as for `prompter`
     question_id:int, # the query
@@ -126,12 +138,18 @@ IMAGE_MARK = "<|image_pad|>" # what stands for an image in rendered text, once p
 def check_prompt(
     prompt:Prompt, # what was to be shown
     rendered:str, # what the chat template made of it, image marks not yet expanded
-)->str: # `rendered`; ValueError naming the query and what is missing
-    "Assert that a rendered prompt holds every question, every shown answer, and every image"
-    shown = []
-    for demo in prompt.demos: shown += [demo.question, demo.answer]
+    tokens=(), # control tokens of the tokenizer, beside what looks like one
+)->str: # `rendered`; ValueError naming the query, and the item that cannot be shown or what is missing
+    "Assert that a rendered prompt holds every question, every shown answer, and every image, and no commands"
+    shown = [*_shown(prompt.demos), (prompt.question_id, "question", prompt.question)]
+    for i, what, text in shown:
+        fault = text_fault(text, tokens)
+        if fault:
+            raise ValueError(
+                f"question {prompt.question_id}, pointer {prompt.pointer}: the {what} of question {i} {fault}"
+            )
     at = 0
-    for text in [*shown, prompt.question]:
+    for _, _, text in shown:
         found = rendered.find(text, at)
         if found < 0:
             raise ValueError(

@@ -18,8 +18,8 @@ from .prefix import PrefixStore, plan_prefixes, plan_rounds
 from .cost import kv_bytes
 from .prompt import IMAGE_MARK, Prompt
 from leverplus.lvlm import (
-    LVLM, MAX_NEW_TOKENS, NOT_FINITE, NaiveScorer, Targets, failed_prompt, prompt_bar, scored_prompt,
-    scorer_fingerprint, targets_of,
+    LVLM, MAX_NEW_TOKENS, NOT_FINITE, NaiveScorer, Targets, checked_targets, failed_prompt, prompt_bar,
+    read_texts, scored_prompt, scorer_fingerprint, targets_of,
 )
 
 # %% ../nbs/22_scorer.ipynb #c45703a2
@@ -286,7 +286,7 @@ def _token_ids(self:SharedScorer, text):
 def _answer_ids(self:SharedScorer, answer, tail):
     "Tokens of an answer; they must be those it has behind `tail`, the last turn's opening"
     if (answer, tail) not in self._answers:
-        ids = self.lvlm.tokenizer(answer, add_special_tokens=False)["input_ids"]
+        ids = self._token_ids(answer)
         joint = self.lvlm.tokenizer(tail + answer, add_special_tokens=False)["input_ids"]
         if joint != self._token_ids(tail) + ids:
             raise ValueError(f"answer {answer!r} is tokenised differently behind the prompt")
@@ -297,15 +297,17 @@ def _answer_ids(self:SharedScorer, answer, tail):
 @patch
 def _row(self:SharedScorer, prompt, target, features):
     "Make a prompt ready; `features` are those of `VisionEncoder`, and an image that has an error raises it"
+    opening, *pieces = self.lvlm.render(prompt).split(IMAGE_MARK)
+    target = checked_targets(self.lvlm, prompt, target, self._token_ids)
     images = [features[image] for image in prompt.images]
     for found in images:
         if isinstance(found, Exception): raise found
-    opening, *pieces = self.lvlm.render(prompt).split(IMAGE_MARK)
     ids, places = self._read(opening, pieces, images)
     pos, next_pos = rope_positions(ids, [grid for _, grid, _ in images], self.lvlm.image_id)
     last = pieces[-1]
     tree, answers = self._answer_tree(target.texts, tail=last[last.rindex("<|im_start|>"):])
-    drafts = [self._token_ids(demo.answer) for demo in prompt.demos if demo.answer]
+    shown = [self._token_ids(demo.answer) for demo in prompt.demos]
+    drafts = [tokens for tokens in shown if tokens]
     seen = [found for found, _, _ in images]
     self.stats.tokens += len(ids)
     return ReadyPrompt(prompt, target, ids, pos, next_pos, seen, places, tree, answers, drafts)
@@ -324,11 +326,9 @@ def _read(self:SharedScorer, opening, pieces, images):
 
 @patch
 def _answer_tree(self:SharedScorer, texts, tail):
-    "(Trie, nodes on the path of each answer); ValueError if two answers are the same tokens"
+    "(Trie, nodes on the path of each answer); answers of the same tokens have the same path"
     tree = Trie()
     paths = [tree.add(self._answer_ids(text, tail)) for text in texts]
-    twice = [text for text, path in zip(texts, paths) if paths.count(path) > 1]
-    if twice: raise ValueError(f"answers {twice} are the same tokens: merge them")
     return tree, paths
 
 # %% ../nbs/22_scorer.ipynb #9b473600
@@ -619,7 +619,7 @@ def _greedy(self:SharedScorer, rows, best, said, run):
     passes = self._decode(rows, walks, off, run) if off else 0
     self.stats.steps += passes
     self.stats.off_tree += len(off)
-    texts = self.lvlm.tokenizer.batch_decode(walks, skip_special_tokens=True)
+    texts = read_texts(self.lvlm, walks)
     return [(text, passes if b in off else 0) for b, text in enumerate(texts)]
 
 # %% ../nbs/22_scorer.ipynb #fd10dfc6

@@ -17,8 +17,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from .core import atomic_path, masked_log_softmax, write_json
+from .checkpoints import check_checkpoint, read_weights
 from .decode import beam_search, enumerate_all, greedy_search, sample_distinct, sample_plain
 from leverplus.blocks import (
     STATES, SCORERS, MATCHES, DIVERSITY, CrossAttend, Heads, MatchNet, SelfAttend, Stop, dots,
@@ -680,6 +681,15 @@ class Checkpoint(PyTorchModelHubMixin):
         write_json(save_directory/"config.json", about, indent=2)
 
     @classmethod
+    def from_pretrained(cls,
+        path, # folder of `save_pretrained`, or a name on the hub; ValueError names a file that is broken
+        **kwargs, # for PyTorchModelHubMixin, and settings that are to differ from the stored ones
+    ):
+        "Load what `save_pretrained` wrote, strictly"
+        check_checkpoint(path)
+        return super().from_pretrained(path, **kwargs)
+
+    @classmethod
     def _from_pretrained(cls, *, model_id, config=None, map_location="cpu", **kwargs):
         where = Path(model_id)/"config.json"
         file = Path(model_id)/"model.safetensors"
@@ -698,7 +708,7 @@ class Checkpoint(PyTorchModelHubMixin):
         if not here: file = Path(hf_hub_download(model_id, file.name, **hub))
         if here and not file.exists():
             raise FileNotFoundError(f"{file}: no such file; was the checkpoint copied whole?")
-        load_strict(model, load_file(file), file)
+        load_strict(model, read_weights(file), file)
         model.info = info
         return model.to(map_location).eval()
 

@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from functools import lru_cache
 import numpy as np, pandas as pd
+from .text import compose
 
 # %% ../nbs/11_vqa.ipynb #b809ff25
 def match_accuracy(
@@ -190,15 +191,15 @@ def _check_rows(preds, answers_list):
     if n != m: raise ValueError(f"{n} predictions but {m} answer lists: pass one list per prediction")
 
 # %% ../nbs/11_vqa.ipynb #0fbb421f
-_END = re.compile(r"<\|(?:im_end|im_start|endoftext|endofchunk)\|>|</s>")
+_END = re.compile(r"<\|\w+\|>|</s>") # any control token
 _LABEL = re.compile(r"\s*(?:(?:short\s+)?answer\s*:\s*)+", re.I)
 _NEXT = re.compile(r"[\r\n]|\b(?:question|(?:short\s+)?answer)\s*:", re.I)
 
 def postprocess(
     text:str, # a raw generation
-)->str: # one line without surrounding space; can be empty
-    "Keep the first line of an answer, without end tokens, a leading `Answer:` label, or a following `Question:`"
-    text = _END.split(text, maxsplit=1)[0].strip()
+)->str: # one line, composed (NFC), without surrounding space; can be empty
+    "Keep the first line of an answer, without control tokens, a leading `Answer:` label, or a following `Question:`"
+    text = _END.split(compose(text), maxsplit=1)[0].strip()
     label = _LABEL.match(text)
     if label: text = text[label.end():]
     return _NEXT.split(text, maxsplit=1)[0].strip()
@@ -265,11 +266,11 @@ def relevances(
 def answer_targets(
     answers, # strings or annotation dictionaries, >= 1; ValueError if all are blank
     weight:str="official", # official | count3
-)->tuple: # (texts: tuple of distinct non-empty str, weights: tuple of float in 0..1), equally long
+)->tuple: # (texts: distinct non-empty str, composed (NFC); weights: float, 0..1): two tuples of one length
     "List the distinct right answers of a question and what each is worth"
     if weight not in ("official", "count3"):
         raise ValueError(f"weight {weight!r}: pass 'official' or 'count3'")
-    texts = _texts(answers)
+    texts = tuple(map(compose, _texts(answers)))
     rewrite = _rewriting(texts, "official")
     written = {}                                     # rewritten answer -> what people wrote for it
     for text in map(_one_line, texts): written.setdefault(rewrite(text), []).append(text)

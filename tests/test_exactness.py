@@ -475,11 +475,24 @@ def test_a_demonstration_without_an_answer(lvlm, oracle, images):
     t = [goals("dax")]
     assert_same(SharedScorer(lvlm).run([p], t), oracle.run([p], t))
 
-def test_answers_of_the_same_tokens_are_refused(lvlm, images):
-    out = SharedScorer(lvlm).run(
-        [prompt(images, 20, ()), prompt(images, 21, ())], [goals("caf\u00e9", "cafe\u0301"), goals("dax")]
-    )
-    assert "same tokens" in out[0].error and out[1].error is None
+def test_answers_of_the_same_tokens_count_once(lvlm, oracle, images):
+    "Whatever the spellings, their order and their weights; each keeps its log-probability"
+    p = prompt(images, 20, (1,))
+    one, two = "caf\u00e9", "cafe\u0301"
+    alone = oracle.run([p], [Targets((one,), (1.,))])[0].gt_prob
+    red = oracle.run([p], [Targets(("red",), (1.,))])[0].gt_prob
+    cases = {
+        Targets((one, two), (.6, .3)): .9*alone,
+        Targets((two, one), (.6, .6)): alone,
+        Targets((two, "red", one), (.3, .6, 0.)): .3*alone + .6*red,
+        Targets((two,), (1.,)): alone,
+    }
+    for scorer in (SharedScorer(lvlm), SharedScorer(lvlm, prefix_cache="global"), oracle):
+        for target, want in cases.items():
+            said = scorer.run([p], [target])[0]
+            assert said.error is None and said.gt_prob == pytest.approx(want, rel=1e-3)
+            spelled = [l for text, l in zip(target.texts, said.logprobs) if text in (one, two)]
+            assert spelled == [spelled[0]]*len(spelled)
 
 def test_a_lost_device_stops_the_run(lvlm, world, monkeypatch):
     s = SharedScorer(lvlm)

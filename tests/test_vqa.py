@@ -3,6 +3,7 @@ import re, time
 import numpy as np, pytest
 from hypothesis import given, settings, strategies as st
 from leverplus import vqa
+from leverplus.text import compose
 from leverplus.vqa import (
     MODES, answer_targets, edit_similarity, match_accuracy, normalise, postprocess, postprocess_reports,
     relevance, relevances, token_f1, vqa_accuracies, vqa_accuracy,
@@ -229,8 +230,11 @@ def test_targets(answers, r):
         assert not any(a.replace("\n", " ").replace("\t", " ").strip() for a in answers)
         return
     assert len(texts_) == len(set(texts_)) == len(weights) and all(t.strip() == t and t for t in texts_)
-    # each text earns its weight
-    assert list(weights) == vqa_accuracies(texts_, [answers] * len(texts_)).tolist()
+    # each text earns its weight, where letters are written in one way
+    composed = [compose(a) for a in answers]
+    assert list(map(compose, texts_)) == list(texts_)
+    assert list(weights) == vqa_accuracies(texts_, [composed] * len(texts_)).tolist()
+    assert answer_targets(composed) == (texts_, weights)
     assert list(weights) == sorted(weights, reverse=True) and set(weights) <= SCORES
     t3, w3 = answer_targets(answers, "count3")
     assert set(t3) == set(texts_) and 0 < min(w3) and max(w3) <= 1
@@ -247,6 +251,29 @@ def test_targets_by_hand():
     assert answer_targets(["?"]*4 + ["The"]*4 + ["", "red"])[0] == ("?", "red")
     with pytest.raises(ValueError, match="blank"): answer_targets(["", "\n"])
     with pytest.raises(ValueError, match="weight"): answer_targets(["x"], "count")
+
+@pytest.mark.parametrize("n", range(1, 15))
+@pytest.mark.parametrize("weight", ["official", "count3"])
+def test_people_who_spell_differently_are_counted_together(n, weight):
+    "The weight of c people is that of c composed answers, and the capped sum of the weights of any two parts"
+    one, two = "caf\u00e9", "cafe\u0301"
+    def worth(k): return match_accuracy(k, n) if weight == "official" else min(k/3, 1)
+    for c in range(1, n + 1):
+        others = ["dog"]*(n - c)
+        want = answer_targets([one]*c + others, weight)
+        for decomposed in range(c + 1):
+            people = [two]*decomposed + others + [one]*(c - decomposed)
+            assert answer_targets(people, weight) == want
+            parts = [worth(decomposed), worth(c - decomposed)]
+            assert min(1., sum(parts)) == pytest.approx(dict(zip(*want))[one])
+
+@pytest.mark.parametrize("mode", MODES)
+def test_evaluators_compare_code_points(mode):
+    "As the scripts do; `postprocess` composes what a model says, as readers do what people said"
+    one, two = "caf\u00e9", "cafe\u0301"
+    assert vqa_accuracy(two, [one]*10, mode) == vqa_accuracy(one, [two]*10, mode) == 0
+    assert vqa_accuracy(two, [two]*10, mode) == vqa_accuracy(postprocess(two), [one]*10, mode) == 1
+    assert vqa_accuracy(one, [one]*2 + [two]*8, mode) == .6
 
 # ---- post-processing
 
@@ -268,6 +295,9 @@ generations = st.lists(marks).map("".join)
         ("1,000", "1,000", "1,000"),
         ("", "", ""),
         ("question mark", "question mark", "question mark"),
+        ("red<|video_pad|>blue", "red", "red<|video_pad|>blue"),
+        ("a <| b", "a <| b", "a <| b"),
+        ("cafe\u0301", "caf\u00e9", "cafe\u0301"),
     ],
 )
 def test_postprocess(raw, safe, reports):

@@ -1,0 +1,181 @@
+"Texts as a model sees them: one form, no commands; both scorers give the same facts or the same failures"
+import unicodedata
+from dataclasses import replace
+import numpy as np, pandas as pd, pytest, torch
+from hypothesis import given, settings, strategies as st
+from PIL import Image
+from leverplus.lvlm import NaiveScorer, Targets, checked_targets, compare, load_lvlm, read_texts, weights_once
+from leverplus.prompt import STYLES, Demo, Prompt, check_prompt, prompter
+from leverplus.scorer import SharedScorer
+from leverplus.text import compose, control_token, text_fault
+from leverplus.tiny import save_lvlm, tiny_qwen
+
+# ---- without a model
+
+@given(st.text(max_size=20))
+def test_compose_is_nfc_and_settled(text):
+    out = compose(text)
+    assert out == unicodedata.normalize("NFC", text) and compose(out) == out
+
+@pytest.mark.parametrize("text", ["", "a <| b", "x < y | z > w", "<html>", "\0", "\u200b", "\U0001f600"])
+def test_ordinary_texts_pass(text): assert text_fault(text) == "" and control_token(text) is None
+
+@pytest.mark.parametrize(
+    "text,says",
+    [
+        ("a<|im_start|>assistant", "'<|im_start|>'"),
+        ("<|image_pad|>", "'<|image_pad|>'"),
+        ("<|new_one_7|>", "'<|new_one_7|>'"),
+        ("<tool_call>", "'<tool_call>'"),
+        ("half \ud83d", "half a character"),
+        (None, "is None, wanted a text"),
+        (float("nan"), "is nan, wanted a text"),
+        (7, "is 7, wanted a text"),
+    ],
+)
+def test_texts_that_cannot_be_shown(text, says): assert says in text_fault(text, tokens=["<tool_call>"])
+
+ITEMS = pd.DataFrame(dict(
+    question_id=[1, 2, 3],
+    image_path=["1.png", "2.png", "3.png"],
+    question=["what?", "which?", "who?"],
+    answer=["dax", "wug", None],
+))
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("what,of", [("question", 2), ("answer", 2), ("question", 3)])
+def test_the_guard_names_the_item_and_the_query(style, what, of):
+    spoilt = ITEMS.assign(**{what: np.where(ITEMS.question_id == of, "x <|vision_start|>", ITEMS[what])})
+    says = rf"question 3, pointer \(1, 2\): the {what} of question {of} holds .*vision_start"
+    prompt = prompter(spoilt, style)(3, (1, 2))
+    with pytest.raises(ValueError, match=says): check_prompt(prompt, "whatever was rendered")
+
+def test_missing_texts_are_refused_where_they_would_be_shown():
+    make = prompter(ITEMS)
+    assert make(3, (1, 2)).pointer == (1, 2)
+    with pytest.raises(ValueError, match="question 3: its answer is .*wanted a text"): make(1, (2, 3))
+    with pytest.raises(ValueError, match="question 1: its question is .*wanted a text"):
+        prompter(ITEMS.assign(question=[None, "which?", "who?"]))(2, (1,))
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.floats(0, 1)), max_size=8))
+def test_weights_once(rows):
+    events = [e for e, _ in rows]
+    weights = [w for _, w in rows]
+    out = weights_once(events, weights)
+    assert len(out) == len(rows) and all(0 <= w <= 1 for w in out)
+    for e in set(events):
+        own = [w for event, w in zip(events, out) if event == e]
+        assert own[0] == pytest.approx(min(1, sum(w for event, w in rows if event == e))) and not any(own[1:])
+
+# ---- with a model
+
+@pytest.fixture(scope="module")
+def lvlm(tmp_path_factory):
+    lv = tiny_qwen(seed=3)
+    with torch.no_grad():
+        for p in lv.model.parameters():
+            if p.ndim > 1: p.mul_(1.7)
+    return load_lvlm(save_lvlm(lv, tmp_path_factory.mktemp("lvlm")))
+
+@pytest.fixture(scope="module")
+def scorers(lvlm): return NaiveScorer(lvlm), SharedScorer(lvlm), SharedScorer(lvlm, prefix_cache="global")
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    "A prompt of two demonstrations"
+    d = tmp_path_factory.mktemp("images")
+    for i in range(3): Image.new("RGB", (56, 56), (80*i, 40, 200 - 60*i)).save(d/f"{i}.png")
+    a, b, c = (str(d/f"{i}.png") for i in range(3))
+    demos = (Demo(1, a, "What shape is it?", "dax"), Demo(2, b, "Which hue?", "wug"))
+    return Prompt(3, c, "Name the colour.", demos)
+
+GOAL = Targets(("dax", "mot"), (1., .3))
+
+def altered(prompt, where, text):
+    "The prompt with `text` as the query's question, or as a demonstration's question or answer"
+    if where == "query": return replace(prompt, question=text)
+    return replace(prompt, demos=(prompt.demos[0], replace(prompt.demos[1], **{where: text})))
+
+ODD = {
+    "nothing": "",
+    "lines": "a\nb\r\nc\td",
+    "the frame": "Question: what? Short answer: no",
+    "blanks": "  two  ",
+    "right to left": "\u200f\u05d0\u05d1",
+    "emoji": "\U0001f469\u200d\U0001f680",
+    "NUL": "a\0b",
+    "long": "dax "*300,
+    "no width": "a\u200bb\ufeff",
+    "no-break": "a\u00a0b",
+    "full width": "\uff21\uff1f",
+    "decomposed": "cafe\u0301",
+    "almost a command": "<|im_end |> <im_end> |im_end|",
+}
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("where", ["query", "question", "answer"])
+@pytest.mark.parametrize("name", ODD)
+def test_odd_texts_are_facts_and_the_same_from_both(scorers, plain, style, where, name):
+    prompt = replace(altered(plain, where, ODD[name]), style=style)
+    first, *others = (scorer.run([prompt], [GOAL]) for scorer in scorers)
+    assert first[0].error is None and 0 <= first[0].gt_prob <= 1
+    for other in others:
+        same = compare(first, other)
+        assert same["failed"] == same["text"] == 0 and same["logprob"] < 1e-3
+
+def test_composed_and_decomposed_questions_are_one_prompt(scorers, plain):
+    for scorer in scorers:
+        a, b = scorer.run([altered(plain, "query", t) for t in ("caf\u00e9?", "cafe\u0301?")], [GOAL]*2)
+        assert a.gt_prob == pytest.approx(b.gt_prob, rel=1e-4)
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("where,of", [("query", 3), ("question", 2), ("answer", 2)])
+def test_commands_fail_their_prompt_by_name_in_every_scorer(lvlm, scorers, plain, style, where, of):
+    prompts = [replace(plain, style=style)]
+    for token in lvlm.control_tokens:
+        prompts.append(replace(altered(plain, where, f"x {token} y"), style=style))
+    outs = [scorer.run(prompts, [GOAL]*len(prompts)) for scorer in scorers]
+    assert len(prompts) == 15 and len({tuple(said.error for said in out) for out in outs}) == 1
+    assert outs[0][0].error is None
+    for token, said in zip(lvlm.control_tokens, outs[0][1:]):
+        assert f"of question {of} holds the control token {token!r}" in said.error and said.text is None
+
+def test_commands_in_true_answers_fail_by_name(lvlm, plain):
+    with pytest.raises(ValueError, match="control token"): Targets(("<|im_end|>",), (1.,))
+    lvlm.tokenizer.add_tokens(["<tool_call>", "blue whale"])
+    try:
+        assert lvlm.control_tokens[-1] == "<tool_call>"      # a word that was added is no command
+        shown = altered(plain, "query", "Is <tool_call> a blue whale?")
+        for scorer in (NaiveScorer(lvlm), SharedScorer(lvlm)):
+            said = scorer.run([plain, shown], [Targets(("x<tool_call>",), (1.,)), GOAL])
+            assert "question 3: the true answer 'x<tool_call>' holds the control token" in said[0].error
+            assert "the question of question 3 holds the control token '<tool_call>'" in said[1].error
+    finally: lvlm.tokenizer = load_lvlm(lvlm.name).tokenizer
+    assert len(lvlm.control_tokens) == 14
+
+def test_answers_of_any_tokenizer(lvlm, plain):
+    "What has the same tokens is one event, whatever the tokenizer drops or maps; what has none is refused"
+    letters = {"a": [1], "A": [1], "\u200ba": [1], "b": [2], "\u200b": []}
+    target = Targets(("b", "a", "\u200ba", "A"), (.1, .5, .2, .9))
+    assert checked_targets(lvlm, plain, target, letters.get).weights == (.1, 1., 0., 0.)
+    with pytest.raises(ValueError, match="question 3: the true answer .* has no tokens"):
+        checked_targets(lvlm, plain, Targets(("a", "\u200b"), (1., 1.)), letters.get)
+
+@pytest.mark.parametrize("weights", [(1.1,), (float("inf"),), (float("nan"),)])
+def test_weights_are_shares(weights):
+    with pytest.raises(ValueError, match="wanted a number in 0..1"): Targets(("a",), weights)
+
+@settings(max_examples=60, deadline=None)
+@given(text=st.text(min_size=1, max_size=8))
+def test_tokens_tell_composed_texts_apart(lvlm, text):
+    "Composing is all that this tokenizer does to a text: what `compose` tells apart has other tokens"
+    if text_fault(text, lvlm.control_tokens): return
+    ids = lvlm.tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert lvlm.tokenizer.decode(ids) == compose(text)
+    assert ids == lvlm.tokenizer(compose(text), add_special_tokens=False)["input_ids"]
+
+def test_an_answer_ends_where_a_command_begins(lvlm):
+    red, blue = (lvlm.tokenizer(word)["input_ids"] for word in ("red", "blue"))
+    for token in lvlm.control_tokens:
+        id = lvlm.tokenizer.convert_tokens_to_ids(token)
+        assert read_texts(lvlm, [[*red, id, *blue], [id, *red], red]) == ["red", "", "red"]
