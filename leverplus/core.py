@@ -148,7 +148,8 @@ def _canonical_list(xs): # a long list of plain values is the common case, and w
 def _as_array(x): # numpy has no bfloat16 and no float8: their bits count, under the name of their type
     x = x.detach().cpu()
     try: return x.numpy()
-    except TypeError: return [str(x.dtype), list(x.shape), x.contiguous().reshape(-1).view(torch.uint8).numpy()]
+    except TypeError: bits = x.contiguous().reshape(-1).view(torch.uint8)
+    return [str(x.dtype), list(x.shape), bits.numpy()]
 
 def _sha256(b): return hashlib.sha256(b).hexdigest()
 
@@ -167,8 +168,8 @@ def tensor_hash(
     return sums[0]
 
 def _words(x):
-    "A tensor's bytes in reading order, as 32-bit words: int32 [n]; a last word that is not full is filled with zeros"
-    if x.device.type == "meta": raise ValueError("a tensor on the meta device has no content that could be hashed")
+    "A tensor's bytes in reading order, as 32-bit words: int32 [n], the last filled up with zeros"
+    if x.device.type == "meta": raise ValueError("a tensor on the meta device has no content: load it first")
     flat = x.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
     if len(flat) % 4: flat = torch.nn.functional.pad(flat, (0, -len(flat) % 4))
     if flat.storage_offset() % 4: flat = flat.clone()
@@ -213,7 +214,9 @@ def tensors_fingerprint(
     hashes = {}
     for name, x in tensors.items():
         if x.device.type == "meta":
-            raise ValueError(f"{name} lies on the meta device and has no content: load the model without offloading")
+            raise ValueError(
+                f"{name} lies on the meta device and has no content: load the model without offloading"
+            )
         if _where(x) not in hashes: hashes[_where(x)] = tensor_hash(x)
     numbers = dict(zip(hashes, _to_host(list(hashes.values()))))
     rows = [[name, str(x.dtype), list(x.shape), numbers[_where(x)]] for name, x in sorted(tensors.items())]

@@ -15,7 +15,9 @@ from leverplus.core import (
     atomic_path, exact_float32, fingerprint, loading_bar, read_json, tensors_fingerprint, world_path,
     write_json,
 )
-from .identity import image_settings, said, tokenizer_fingerprint, unlike_config, weights_fingerprint
+from leverplus.identity import (
+    image_settings, named_settings, tokenizer_fingerprint, unlike_config, weights_fingerprint,
+)
 from .pictures import DECODING
 
 # %% ../nbs/12_embed.ipynb #711428ba
@@ -228,7 +230,7 @@ _CLIP_SETTINGS = (
 def _tower_settings(model):
     "What changes what the weights compute"
     towers = dict(text=model.config.text_config, vision=model.config.vision_config)
-    return {name: said(config, _CLIP_SETTINGS) for name, config in towers.items()}
+    return {name: named_settings(config, _CLIP_SETTINGS) for name, config in towers.items()}
 
 def _preprocessing(tokenizer, image_processor, max_length):
     "How a picture and a question reach the towers"
@@ -347,7 +349,8 @@ def embed_items(
         cut_short=_cut_short(clip, items.question.unique().tolist()),
     )
     store = EmbedStore(items.question_id, image, text, meta)
-    store._comes_from(dict(clip=clip.fingerprint, items=fingerprint(hashes.tolist(), items.question.tolist())))
+    of_items = fingerprint(hashes.tolist(), items.question.tolist())
+    store._comes_from(dict(clip=clip.fingerprint, items=of_items))
     return store
 
 def _check_items(items):

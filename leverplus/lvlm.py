@@ -13,7 +13,9 @@ import math, os
 from dataclasses import dataclass
 import numpy as np, torch
 from .core import exact_float32, fingerprint, loading_bar, repo_path, stable_hash
-from .identity import image_settings, said, tokenizer_fingerprint, unlike_config, weights_fingerprint
+from leverplus.identity import (
+    image_settings, named_settings, tokenizer_fingerprint, unlike_config, weights_fingerprint,
+)
 from .pictures import DECODING
 from .vision import patch_side
 from .prompt import Prompt, check_prompt, messages
@@ -42,7 +44,7 @@ class LVLM:
 
     @property
     def attn(self)->str:
-        "Attention of the language model, as its config has it now; ValueError for one that takes no tree of answers"
+        "Attention of the language model, as its config has it now; ValueError for flash-attention"
         return _check_attention(self.model.config.get_text_config()._attn_implementation)
     @property
     def device(self)->torch.device: return self.model.device
@@ -131,11 +133,12 @@ def _check_model(name, config, attn):
 
 # %% ../nbs/21_lvlm.ipynb #d4ee5d18
 TEXT_SETTINGS = (
-    "head_dim", "hidden_act", "max_position_embeddings", "num_attention_heads", "num_key_value_heads", "rms_norm_eps",
+    "head_dim", "hidden_act", "max_position_embeddings", "num_attention_heads", "num_key_value_heads",
+    "rms_norm_eps",
 )
 ROPE_SETTINGS = (
-    "attention_factor", "beta_fast", "beta_slow", "factor", "high_freq_factor", "long_factor", "low_freq_factor",
-    "mrope_interleaved", "mrope_section", "mscale", "mscale_all_dim", "original_max_position_embeddings",
+    "attention_factor", "beta_fast", "beta_slow", "factor", "high_freq_factor", "long_factor",
+    "low_freq_factor", "mrope_interleaved", "mrope_section", "mscale", "mscale_all_dim", "original_max_position_embeddings",
     "partial_rotary_factor", "rope_theta", "rope_type", "short_factor", "truncate",
 )
 VISION_SETTINGS = (
@@ -153,7 +156,7 @@ def _pixels(lvlm):
     "How a picture file becomes the numbers that the tower reads"
     from qwen_vl_utils import vision_process
     limits = ("IMAGE_MIN_TOKEN_NUM", "IMAGE_MAX_TOKEN_NUM", "SPATIAL_MERGE_SIZE")
-    return [DECODING, said(vision_process, limits), image_settings(lvlm.image_processor)]
+    return [DECODING, named_settings(vision_process, limits), image_settings(lvlm.image_processor)]
 
 # %% ../nbs/21_lvlm.ipynb #421b1f7f
 def vision_parts(
@@ -170,14 +173,15 @@ def model_parts(
     model = lvlm.model
     text = model.config.get_text_config()
     number_format = [str(model.dtype), lvlm.attn, *_eyes(lvlm)]
-    settings = [said(text, TEXT_SETTINGS), said(text.rope_parameters, ROPE_SETTINGS), _sliding(model.config)]
+    rope = named_settings(text.rope_parameters, ROPE_SETTINGS)
+    settings = [named_settings(text, TEXT_SETTINGS), rope, _sliding(model.config)]
     tokens = [lvlm.image_id, tokenizer_fingerprint(lvlm.tokenizer), lvlm.tokenizer.chat_template, lvlm.end_id]
     return [weights_fingerprint(model), unlike_config(model), *number_format, *settings, *tokens]
 
 def _eyes(lvlm):
     "Settings of the vision tower, and how a picture becomes its pixels"
     config = lvlm.model.config
-    return [config.model_type, said(config.vision_config, VISION_SETTINGS), _pixels(lvlm)]
+    return [config.model_type, named_settings(config.vision_config, VISION_SETTINGS), _pixels(lvlm)]
 
 # %% ../nbs/21_lvlm.ipynb #658d859e
 @dataclass(frozen=True)

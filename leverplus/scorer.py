@@ -802,9 +802,10 @@ def _renew(self:SharedScorer):
     self.prefixes.clear()
     self._ids.clear()
     self._answers.clear()
-    eyes = self._feature_cache(self.lvlm.vision_fingerprint)
-    if (eyes.owner, eyes.device) == (self.vision.cache.owner, self.vision.cache.device): eyes = self.vision.cache
-    self.vision.renew(self.lvlm.model, self.lvlm.image_processor, eyes)
+    cache = self._feature_cache(self.lvlm.vision_fingerprint)
+    before = self.vision.cache
+    if (before.owner, before.device) == (cache.owner, cache.device): cache = before
+    self.vision.renew(self.lvlm.model, self.lvlm.image_processor, cache)
     self._of = now
 
 @patch
