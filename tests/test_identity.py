@@ -475,3 +475,23 @@ def test_a_policy_in_half_precision_has_a_fingerprint():
     was = policy_fingerprint(net)
     net.weight.data[1, 2] += 1
     assert policy_fingerprint(net) != was
+
+def test_a_selector_is_its_settings_of_now():
+    from leverplus.selector import PointerSelector
+    torch.manual_seed(0)
+    policy = PointerSelector(8, d_hidden=8)
+    was = policy_fingerprint(policy)
+    state = torch.get_rng_state()
+    assert policy_fingerprint(policy.eval()) == was and torch.equal(torch.get_rng_state(), state)
+    again = PointerSelector(8, d_hidden=8)
+    again.load_state_dict(policy.state_dict())
+    assert policy_fingerprint(again) == was == fingerprint(
+        "PointerSelector", dict(policy.state_dict()), policy.config) # as it was before settings were looked at
+    policy.pointer_temp = .2
+    hotter = policy_fingerprint(policy)
+    policy.prior_scale = 3.
+    assert len({was, hotter, policy_fingerprint(policy)}) == 3
+
+def test_a_policy_whose_config_is_no_list_of_arguments():
+    class Told(torch.nn.Linear): config = dict(temperature=.5)
+    assert policy_fingerprint(Told(2, 3)) != policy_fingerprint(Told(2, 3))
