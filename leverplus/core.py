@@ -179,7 +179,7 @@ def _row_sums(words, level):
     "Weighted sums of rows of words: int64 [rows], at least one"
     weights = _place_weights(level, words.device)
     whole = len(words)//_ROW
-    at_once = 4 if words.device.type == "cpu" else 256  # rows: what a CPU's cache holds, what keeps a GPU busy
+    at_once = 4 if words.device.type == "cpu" else 64 # rows: what a CPU's cache holds, what keeps a GPU busy
     full = words[:whole*_ROW].view(whole, _ROW)
     sums = [_weighted(rows, weights) for rows in full.split(at_once)]
     rest = words[whole*_ROW:]
