@@ -126,8 +126,7 @@ def large(n=6, side=476):
     g = np.random.default_rng(0)
     big = {}
     prompts, targets = work(n, seed=1)
-    for proc in (lvlm.image_processor, lvlm.processor.image_processor):
-        proc.size = dict(shortest_edge=56 * 56, longest_edge=side * side)
+    lvlm.image_processor.size = dict(shortest_edge=56 * 56, longest_edge=side * side)
     for p in prompts:
         for im in p.images:
             if im not in big:
@@ -188,7 +187,6 @@ def peak_main(way, n):
         "global": lambda: SharedScorer(lvlm, prefix_cache="global"),
     }[way]
     # Linux: forget the peak so far
-    lvlm.processor
     new().run(prompts[:1], targets[:1])
     open("/proc/self/clear_refs", "w").write("5")
     before = status("VmRSS:")

@@ -675,14 +675,25 @@ class GreedyLoss:
         queries = [int(q) for q in (pool if queries is None else queries)]
         if not queries: raise ValueError("GreedyLoss: no queries, wanted at least one")
         self.world = partial(_these, feedback, pool, store, queries)   # out of sight of whoever describes a run
-        self.fingerprint = fingerprint(
+        self.made_of = self.fingerprint   # what a run remembers
+
+    @property
+    def fingerprint(self)->str:
+        "Who judges what, as it is now"
+        feedback, pool, store, queries = self.world()
+        return fingerprint(
             "greedy loss", feedback.fingerprint, pool.only(queries).fingerprint, store.fingerprint, queries,
             self.shots)
 
     def __call__(self,
         learn, # Learner of a policy
     )->torch.Tensor: # float64 [queries], `top` - reward, mean over `shots`; `NoReward` names a sequence without one
-        "Loss per query of the weights as they are"
+        "Loss per query of the weights as they are; ValueError if what it judges by has changed"
+        if self.fingerprint != self.made_of:
+            raise ValueError(
+                "GreedyLoss: the scorer, the pool, the store or the shots are not those that it was made with; its"
+                " numbers would not compare with those before: make a new one"
+            )
         feedback, pool, store, queries = self.world()
         strict = self.max_failed == 0
         rewards = np.stack([

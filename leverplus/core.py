@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['masked_mean', 'masked_log_softmax', 'masked_softmax', 'spread', 'pad_rows', 'frozen', 'gini', 'stable_hash', 'rng',
-           'seed_all', 'fingerprint', 'atomic_path', 'write_json', 'file_bytes', 'what_instead', 'parse_json',
-           'read_json', 'leftovers', 'ask_for_a_folder', 'repo_path', 'world_path', 'exact_float32', 'reproducible',
-           'loading_bar']
+           'seed_all', 'fingerprint', 'tensor_hash', 'tensors_fingerprint', 'atomic_path', 'write_json', 'file_bytes',
+           'what_instead', 'parse_json', 'read_json', 'leftovers', 'ask_for_a_folder', 'repo_path', 'world_path',
+           'exact_float32', 'reproducible', 'loading_bar']
 
 # %% ../nbs/00_core.ipynb #f91ab82d
 import codecs, contextlib, gzip, hashlib, json, os, random, re, uuid, warnings, zlib
 from copy import deepcopy
+from functools import lru_cache
 from pathlib import Path
 import numpy as np, torch
 
@@ -128,7 +129,7 @@ def fingerprint(
 def _canonical(x):
     if isinstance(x, dict): return {str(k): _canonical(x[k]) for k in sorted(x, key=str)}
     if isinstance(x, (list, tuple)): return _canonical_list(x)
-    if isinstance(x, torch.Tensor): x = x.detach().cpu().numpy()
+    if isinstance(x, torch.Tensor): return _canonical(_as_array(x))
     if isinstance(x, np.ndarray):
         return [str(x.dtype), list(x.shape), _sha256(np.ascontiguousarray(x).tobytes())]
     if isinstance(x, np.generic): return x.item()
@@ -145,7 +146,90 @@ _AS_IS = {int, float, str, bool, type(None)} # what JSON writes as it is
 def _canonical_list(xs): # a long list of plain values is the common case, and worth a shortcut
     return list(xs) if set(map(type, xs)) <= _AS_IS else [_canonical(x) for x in xs]
 
+def _as_array(x): # numpy has no bfloat16 and no float8: their bits count, under the name of their type
+    x = x.detach().cpu()
+    try: return x.numpy()
+    except TypeError: bits = x.contiguous().reshape(-1).view(torch.uint8)
+    return [str(x.dtype), list(x.shape), bits.numpy()]
+
 def _sha256(b): return hashlib.sha256(b).hexdigest()
+
+# %% ../nbs/00_core.ipynb #d77f83bf
+_ROW = 1 << 16 # words that are added up at once; their sums are words for the next level
+
+def tensor_hash(
+    x:torch.Tensor, # any shape, type and layout; ValueError on the meta device, where there are no numbers
+)->torch.Tensor: # int64 [], on the device of `x`; shape and type are not in it
+    "Hash every bit of a tensor, where it lies"
+    sums = _row_sums(_words(x), 0)
+    level = 0
+    while len(sums) > 1:
+        level += 1
+        sums = _row_sums(sums.view(torch.int32), level)
+    return sums[0]
+
+def _words(x):
+    "A tensor's bytes in reading order, as 32-bit words: int32 [n], the last filled up with zeros"
+    if x.device.type == "meta": raise ValueError("a tensor on the meta device has no content: load it first")
+    flat = x.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
+    if len(flat) % 4: flat = torch.nn.functional.pad(flat, (0, -len(flat) % 4))
+    if flat.storage_offset() % 4: flat = flat.clone()
+    return flat.view(torch.int32)
+
+def _row_sums(words, level):
+    "Weighted sums of rows of words: int64 [rows], at least one"
+    weights = _place_weights(level, words.device)
+    whole = len(words)//_ROW
+    at_once = 4 if words.device.type == "cpu" else 64 # rows: what a CPU's cache holds, what keeps a GPU busy
+    full = words[:whole*_ROW].view(whole, _ROW)
+    sums = [_weighted(rows, weights) for rows in full.split(at_once)]
+    rest = words[whole*_ROW:]
+    if len(rest) or not whole: sums.append(_weighted(rest[None], weights[:len(rest)]))
+    return torch.cat(sums)
+
+def _weighted(rows, weights):
+    "Sum of weight x word for each row, modulo 2**64"
+    if rows.device.type == "cpu": return torch.mv(rows.view(torch.uint32).to(torch.int64), weights)
+    return _weighted_anywhere(rows, weights)
+
+def _weighted_anywhere(rows, weights):
+    "The same, by operations that every device has for integers"
+    unsigned = rows.to(torch.int64).bitwise_and_(0xFFFFFFFF)
+    return unsigned.mul_(weights).sum(1)
+
+@lru_cache(maxsize=None)
+def _place_weights(level, device):
+    "Weights of the places in a row: int64 [65536], by splitmix64 (Steele, Lea, Flood 2014)"
+    x = np.arange(_ROW, dtype=np.uint64) + np.uint64(level << 32)
+    x = (x + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    x = x ^ (x >> np.uint64(31))
+    return torch.from_numpy(x.view(np.int64)).to(device)
+
+# %% ../nbs/00_core.ipynb #2585ead4
+def tensors_fingerprint(
+    tensors:dict, # {name: tensor}, e.g. a `state_dict`; ValueError names one without content
+)->str: # 16 hexadecimal digits: the same on every device
+    "Fingerprint of named tensors: names, types, shapes and every bit"
+    hashes = {}
+    for name, x in tensors.items():
+        if x.device.type == "meta":
+            raise ValueError(
+                f"{name} lies on the meta device and has no content: load the model without offloading"
+            )
+        if _where(x) not in hashes: hashes[_where(x)] = tensor_hash(x)
+    numbers = dict(zip(hashes, _to_host(list(hashes.values()))))
+    rows = [[name, str(x.dtype), list(x.shape), numbers[_where(x)]] for name, x in sorted(tensors.items())]
+    return fingerprint("tensors", rows)
+
+def _where(x): return x.device, x.data_ptr(), x.dtype, x.shape, x.stride()
+
+def _to_host(scalars):
+    "Numbers of scalar tensors, fetched at once if they are on one device"
+    if not scalars: return []
+    home = scalars[0].device
+    return torch.stack([s.to(home) for s in scalars]).tolist()
 
 # %% ../nbs/00_core.ipynb #b34cd3c2
 @contextlib.contextmanager

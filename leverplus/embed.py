@@ -7,14 +7,19 @@ __all__ = ['KINDS', 'unit', 'EmbedStore', 'image_file', 'image_bytes', 'content_
            'embed_items', 'gather_stores', 'nearest', 'show_neighbours']
 
 # %% ../nbs/12_embed.ipynb #082972af
-import hashlib, io, json, textwrap
+import hashlib, io, textwrap
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
 from .checkpoints import check_checkpoint, read_weights
 from leverplus.core import (
-    atomic_path, exact_float32, fingerprint, loading_bar, read_json, world_path, write_json,
+    atomic_path, exact_float32, fingerprint, loading_bar, read_json, tensors_fingerprint, world_path,
+    write_json,
 )
+from leverplus.identity import (
+    image_settings, named_settings, tokenizer_fingerprint, unlike_config, weights_fingerprint,
+)
+from .pictures import DECODING
 
 # %% ../nbs/12_embed.ipynb #711428ba
 def unit(
@@ -43,14 +48,23 @@ class EmbedStore:
         ids, # [n] distinct question_ids; ValueError names a repeated one
         image:torch.Tensor, # [n, D] picture vectors; normalised here
         text:torch.Tensor, # [n, D'] question vectors; normalised here
-        meta:dict|None=None, # what made them, JSON-able; its entry `source` (default the vectors) is fingerprinted
+        meta:dict|None=None, # what is known of them, JSON-able; an entry `source` is of other vectors, and left out
     ):
         self.ids = pd.Index(np.asarray(ids, dtype=np.int64))
         _check_rows(self.ids, image, text)
         self.image = unit(torch.as_tensor(image))
         self.text = unit(torch.as_tensor(text))
         self.meta = dict(meta or {})
-        self.meta.setdefault("source", {"vectors": self._digest()})
+        self._comes_from({"vectors": self._digest()})
+
+    def _comes_from(self, source):
+        "Record where ids and vectors, as they are now, come from"
+        self.meta["source"] = source
+        self._recorded = (self._content(), fingerprint(source))
+
+    def _content(self):
+        ids = torch.tensor(self.ids.to_numpy())
+        return tensors_fingerprint(dict(ids=ids, image=self.image, text=self.text))
 
     def __len__(self): return len(self.ids)
     def __contains__(self, question_id): return question_id in self.ids
@@ -59,9 +73,16 @@ class EmbedStore:
         return f"EmbedStore({len(self)} items, {widths}, {self.fingerprint})"
 
     @property
+    def source(self)->dict: # {clip, items} of `embed_items`, or {vectors}
+        "Where the vectors come from, or what they are if they are not those that were embedded (any more)"
+        source = self.meta.get("source")
+        if self._recorded == (self._content(), fingerprint(source)): return source
+        return {"vectors": self._digest()}
+
+    @property
     def fingerprint(self)->str:
         "Fingerprint of ids and source (encoder weights, preprocessing, items)"
-        return fingerprint("embed", self.ids.to_numpy(), self.meta["source"])
+        return fingerprint("embed", self.ids.to_numpy(), self.source)
 
     def _digest(self): return fingerprint(self.ids.to_numpy(), self.image, self.text)
 
@@ -122,8 +143,9 @@ def save(self:EmbedStore,
     from safetensors.torch import save_file
     path = Path(path)
     vectors = {"image": self.image.contiguous(), "text": self.text.contiguous()}
+    meta = self.meta | dict(source=self.source)
     with atomic_path(path/"embed.safetensors") as tmp: save_file(vectors, tmp)
-    head = dict(fingerprint=self.fingerprint, digest=self._digest(), meta=self.meta, ids=self.ids.tolist())
+    head = dict(fingerprint=self.fingerprint, digest=self._digest(), meta=meta, ids=self.ids.tolist())
     write_json(path/"embed.json", head, indent=None)
     return path
 
@@ -142,6 +164,7 @@ def load(cls:EmbedStore,
     self.image = vectors["image"]
     self.text = vectors["text"]
     self.meta = head["meta"]
+    self._comes_from(head["meta"]["source"])
     _check_head(self, head, path)
     return self
 
@@ -201,25 +224,17 @@ def decode_image(
 # %% ../nbs/12_embed.ipynb #a07042d1
 _CLIP_SETTINGS = (
     "hidden_act", "layer_norm_eps", "num_attention_heads", "image_size", "patch_size", "eos_token_id",
-)
-_IMAGE_SETTINGS = (
-    "size", "crop_size", "resample", "rescale_factor", "image_mean", "image_std", "do_resize",
-    "do_center_crop", "do_rescale", "do_normalize",
+    "max_position_embeddings",
 )
 
-def _weights_print(model):
-    "Fingerprint of weights, and of the settings that change what they compute"
-    config = model.config.to_dict()
-    towers = ("text_config", "vision_config")
-    settings = {tower: {k: config[tower].get(k) for k in _CLIP_SETTINGS} for tower in towers}
-    return fingerprint(settings, {name: w.float() for name, w in model.state_dict().items()})
+def _tower_settings(model):
+    "What changes what the weights compute"
+    towers = dict(text=model.config.text_config, vision=model.config.vision_config)
+    return {name: named_settings(config, _CLIP_SETTINGS) for name, config in towers.items()}
 
-def _processor_settings(tokenizer, image_processor):
-    "What the two preprocessors do"
-    image = json.loads(image_processor.to_json_string())
-    text = json.loads(tokenizer.backend_tokenizer.to_str())
-    for follows_the_last_call in ("padding", "truncation"): text.pop(follows_the_last_call, None)
-    return {"image": {k: image.get(k) for k in _IMAGE_SETTINGS}, "text": fingerprint(text)}
+def _preprocessing(tokenizer, image_processor, max_length):
+    "How a picture and a question reach the towers"
+    return [DECODING, image_settings(image_processor), tokenizer_fingerprint(tokenizer), max_length]
 
 # %% ../nbs/12_embed.ipynb #945ff642
 class Clip:
@@ -235,8 +250,13 @@ class Clip:
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         self.max_length = model.config.text_config.max_position_embeddings
-        settings = _processor_settings(tokenizer, image_processor)
-        self.fingerprint = fingerprint("clip", _weights_print(model), settings, self.max_length)
+
+    @property
+    def fingerprint(self)->str:
+        "Hash of everything that decides a vector, as it is now"
+        computes = [weights_fingerprint(self.model), unlike_config(self.model), _tower_settings(self.model)]
+        reads = _preprocessing(self.tokenizer, self.image_processor, self.max_length)
+        return fingerprint("clip", computes, reads)
 
     @torch.inference_mode()
     def images(self,
@@ -326,11 +346,13 @@ def embed_items(
     text = _encode_questions(clip, items.question, batch_size, progress)
     meta = dict(
         model=clip.name,
-        source=dict(clip=clip.fingerprint, items=fingerprint(hashes.tolist(), items.question.tolist())),
         image_hash=hashes.tolist(),
         cut_short=_cut_short(clip, items.question.unique().tolist()),
     )
-    return EmbedStore(items.question_id, image, text, meta)
+    store = EmbedStore(items.question_id, image, text, meta)
+    of_items = fingerprint(hashes.tolist(), items.question.tolist())
+    store._comes_from(dict(clip=clip.fingerprint, items=of_items))
+    return store
 
 def _check_items(items):
     missing = [c for c in ("question_id", "image_path", "question") if c not in items]
@@ -360,14 +382,20 @@ def gather_stores(
     hashes = [hashes[i] for i in rows]
     meta = dict(
         model=parts[0].meta["model"],
-        source=dict(clip=clip, items=fingerprint(hashes, items.question.tolist())),
         image_hash=hashes,
         cut_short=sum(p.meta["cut_short"] for p in parts),
     )
-    return EmbedStore(items.question_id, gathered("image"), gathered("text"), meta)
+    store = EmbedStore(items.question_id, gathered("image"), gathered("text"), meta)
+    store._comes_from(dict(clip=clip, items=fingerprint(hashes, items.question.tolist())))
+    return store
 
 def _one_clip(parts):
-    clips = {p.meta["source"]["clip"] for p in parts}
+    unknown = [part for part in parts if "clip" not in part.source]
+    if unknown:
+        raise ValueError(
+            f"{unknown[0]}: its vectors are not those that a CLIP made of items: `embed_items` makes such a store"
+        )
+    clips = {part.source["clip"] for part in parts}
     if len(clips) != 1:
         raise ValueError(f"stores of {len(clips)} CLIPs {sorted(clips)}: embed all parts with one")
     return clips.pop()

@@ -8,10 +8,10 @@ __all__ = ['EXACT', 'choose', 'evaluated', 'with_text', 'policy_fingerprint', 'p
            'TooManyFailures', 'summary_text', 'verified_text', 'generate']
 
 # %% ../nbs/34_rldata_generate.ipynb #3a6f44c7
-import contextlib, json, os, platform, re
+import contextlib, inspect, json, os, platform, re
 from functools import cached_property
 from pathlib import Path
-import numpy as np, pandas as pd
+import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
 from fastcore.meta import delegates
 from filelock import FileLock, Timeout
@@ -82,8 +82,19 @@ def policy_fingerprint(
         )
     made_of = [type(policy).__name__, dict(policy.state_dict())]
     config = getattr(policy, "config", None) # what is no weight, such as a temperature
-    if isinstance(config, dict): made_of.append(config)
+    if isinstance(config, dict): made_of += [config, *_set_later(policy, config)]
     return fingerprint(*made_of)
+
+def _set_later(policy, config):
+    "[name, value] of a policy's own settings that are not those which its config gave it"
+    if not config.keys() <= inspect.signature(type(policy)).parameters.keys(): return []
+    with torch.device("meta"): as_made = type(policy)(**config) # without weights
+    usual = vars(as_made)
+    return [
+        [name, value]
+        for name, value in sorted(vars(policy).items())
+        if isinstance(value, (bool, int, float, str)) and name != "training" and value != usual.get(name)
+    ]
 
 # %% ../nbs/34_rldata_generate.ipynb #bd685df2
 def proposer_settings(

@@ -23,7 +23,11 @@ class SimilarityPrior:
         scale:float=10., # sharpness, >= 0; 0 is the uniform policy
     ):
         self.scale = scale
-        self.fingerprint = fingerprint("similarity prior", float(scale))
+
+    @property
+    def fingerprint(self)->str:
+        "Who proposes, at the scale of now"
+        return fingerprint("similarity prior", float(self.scale))
 
     def encode(self, query, cands, cand_mask):
         "Logits [B,K] from query [B,D], cands [B,K,D] of unit length and cand_mask [B,K]"

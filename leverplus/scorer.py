@@ -210,7 +210,9 @@ class SharedScorer:
         self.prefix_depth = prefix_depth
         self.prefixes = PrefixStore(prefix_bytes)
         self.equal_lengths = lvlm.device.type == "cuda" if equal_lengths is None else equal_lengths
-        cache = VisionCache(lvlm.vision_fingerprint, cache_bytes, vision_dir, device=lvlm.device)
+        self._features = (cache_bytes, vision_dir) # where image features are kept
+        self._of = None # fingerprint and device of the model that everything kept is of; None: nothing is kept yet
+        cache = self._feature_cache(lvlm.vision_fingerprint)
         self.vision = VisionEncoder(lvlm.model, lvlm.image_processor, cache, 4*batch_tokens, group_windows)
         self.stats = ScorerStats(images=self.vision.counts)
         self.budget = batch_tokens # padded tokens per batch now: less after memory ran out
@@ -231,6 +233,11 @@ class SharedScorer:
     def reference(self)->NaiveScorer:
         "The reference scorer of the same model"
         return NaiveScorer(self.lvlm, max_new_tokens=self.max_new_tokens)
+
+    def _feature_cache(self, owner):
+        "An empty memory for image features, in front of the folder of their owner"
+        cache_bytes, folder = self._features
+        return VisionCache(owner, cache_bytes, folder, device=self.lvlm.device)
 
 def _check_settings(prefix_cache, batch_tokens, max_new_tokens, window):
     if prefix_cache not in PREFIX_CACHES:
@@ -788,6 +795,20 @@ def _shares(self:SharedScorer):
     )
 
 @patch
+def _renew(self:SharedScorer):
+    "Forget what was computed from another state of the model: beginnings, image features, tokens"
+    now = (self.lvlm.fingerprint, self.lvlm.device)
+    if now == self._of: return
+    self.prefixes.clear()
+    self._ids.clear()
+    self._answers.clear()
+    cache = self._feature_cache(self.lvlm.vision_fingerprint)
+    before = self.vision.cache
+    if (before.owner, before.device) == (cache.owner, cache.device): cache = before
+    self.vision.renew(self.lvlm.model, self.lvlm.image_processor, cache)
+    self._of = now
+
+@patch
 def run(self:SharedScorer,
     prompts, # list of n Prompt
     targets=None, # list of n Targets; None: no answers to score
@@ -798,6 +819,7 @@ def run(self:SharedScorer,
     prompts = list(prompts)
     targets = targets_of(prompts, targets)
     out = [None]*len(prompts)
+    self._renew()
     with prompt_bar(len(prompts), progress, "shared") as bar:
         for i in range(0, len(prompts), self.window):
             part = slice(i, i + self.window)

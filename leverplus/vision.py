@@ -305,6 +305,7 @@ class VisionTower:
         self.image_processor = image_processor
         self.patches = patches
         self.group = group
+        self._grouping = group # as it was asked for
         self._most = patches # to which `patches` may grow again
         self._tried = not group # is it known whether grouping works?
         self._clean = 0 # batches since memory ran out
@@ -519,3 +520,18 @@ def _look_up(self:VisionEncoder, paths, pool):
     for key, found in self._encode_missing(missing, pool):
         if not isinstance(found, Exception): found = (*found, key)
         for path in missing[key]: yield path, found
+
+# %% ../nbs/17_vision.ipynb #45d1f3d2
+@patch
+def renew(self:VisionEncoder,
+    model, # whose vision tower from now on
+    image_processor, # its image processor
+    cache:VisionCache, # of these two; what was kept before is left alone
+):
+    "See with other eyes from now on; files that were read keep their keys"
+    with self._lock:
+        self.model = model
+        self.image_processor = image_processor
+        self.cache = cache
+        self._tried = not self._grouping # whether grouping works is to be tried again
+        self.group = self._grouping

@@ -37,6 +37,26 @@ def on_the_gpu():
 def folder(tmp_path_factory):
     return save_lvlm(louder(tiny_qwen(seed=1)), tmp_path_factory.mktemp("lvlm"))
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.bool], ids=str)
+@pytest.mark.parametrize("shape", [(), (0,), (7,), (300, 1001)], ids=str)
+def test_content_hashes_the_same_on_both(dtype, shape):
+    from leverplus.core import tensor_hash
+    x = (10*torch.randn(shape, generator=torch.Generator().manual_seed(0))).to(dtype)
+    there = x.to(CUDA)
+    assert tensor_hash(x).item() == tensor_hash(there).item()
+    if x.ndim == 2: assert tensor_hash(there.T).item() == tensor_hash(x.T).item()
+
+def test_a_model_is_the_same_on_both_and_may_move(folder, images):
+    lv = load_lvlm(folder, device="cpu")
+    there = load_lvlm(folder, device="cuda")
+    assert (lv.fingerprint, lv.vision_fingerprint) == (there.fingerprint, there.vision_fingerprint)
+    prompts = [prompt(images, 20 + k, (1, 2)) for k in range(4)]
+    targets = [goals("dax", "yes")]*4
+    scorer = SharedScorer(lv, prefix_cache="global", prefix_depth=2)
+    before = scorer.run(prompts, targets)
+    lv.model.to(CUDA)
+    assert compare(before, scorer.run(prompts, targets))["logprob"] < lv.tolerance
+
 STORES = dict(
     off={}, query=dict(prefix_cache="query"), everything=dict(prefix_cache="global", prefix_depth=2)
 )

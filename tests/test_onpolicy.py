@@ -705,6 +705,17 @@ def test_greedy_loss_is_what_a_table_would_say():
     with pytest.raises(NoReward, match=f"1 of 8 .* first question_id {DEV[3]}"):
         judge(Poor(), max_failed=0.1)(learn)
 
+def test_greedy_loss_judges_by_what_it_was_made_with():
+    scorer = MockScorer(0)
+    one = judge(scorer)
+    learn = learner()
+    before, was = one(learn), one.fingerprint
+    scorer.seed = 1 # as a model whose weights change
+    assert one.fingerprint != was
+    with pytest.raises(ValueError, match="not those that it was made with"): one(learn)
+    scorer.seed = 0
+    assert torch.equal(one(learn), before)
+
 def test_all_stages_choose_by_it_and_asking_costs_one_prompt_per_new_pick():
     "`choose_by` decides which weights a stage keeps, and is part of what a resumed stage must have in common"
     scorer = Counting()
