@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 
-# %% ../nbs/08_pictures.ipynb #3890845c
+# %% ../nbs/08_pictures.ipynb #385978af
 class BadPicture(OSError, ValueError):
     "A picture that cannot be read; the message names file and item"
     why = "" # what is wrong with it, to be read behind "it"
@@ -36,7 +36,9 @@ def _bad_picture(e, label, question_id):
     why = _why(e)
     what = "cannot be read as an image: it" if question_id is None else f"image of question_id {question_id}"
     kind = NoPicture if isinstance(e, FileNotFoundError) else BadPicture
-    bad = kind(f"{label}: {what} {why}; mend the file or leave the item out")
+    return _told(kind(f"{label}: {what} {why}; mend the file or leave the item out"), why)
+
+def _told(bad, why):
     bad.why = why
     return bad
 
@@ -54,7 +56,7 @@ def _label(source, name):
     if name is not None: return str(name)
     return f"picture of {len(source)} bytes" if isinstance(source, bytes) else str(source)
 
-# %% ../nbs/08_pictures.ipynb #e1d9d306
+# %% ../nbs/08_pictures.ipynb #e542fdcf
 def picture_file(
     path, # a picture file, or None or nan where an item has none
     question_id=None, # whose it is, for errors
@@ -62,7 +64,8 @@ def picture_file(
     "Check that a picture file is there, `BadPicture` if not"
     if not isinstance(path, (str, os.PathLike)): # None, nan, pandas' NA
         whose = "an item" if question_id is None else f"question_id {question_id}"
-        raise BadPicture(f"{whose} has no image_path: read the items with `images=` set to the image folder")
+        why = "has no image_path: read the items with `images=` set to the image folder"
+        raise _told(BadPicture(f"{whose} {why}"), why)
     with _named(path, None, question_id):
         if not os.path.isfile(path): raise FileNotFoundError(path)
     return Path(path)
@@ -101,7 +104,7 @@ def _mark(path):
     stat = os.stat(path)
     return stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size, stat.st_ino
 
-# %% ../nbs/08_pictures.ipynb #1728039e
+# %% ../nbs/08_pictures.ipynb #b384ccbc
 def read_picture(
     path, # a picture file; `BadPicture` names it if it cannot be read
     key:str|None=None, # its `picture_key`; `BadPicture` if the content is another by now. None: not compared
@@ -159,7 +162,7 @@ def _upright(image, orientation):
     turn = _TURNS.get(orientation)
     return image if turn is None else image.transpose(turn)
 
-# %% ../nbs/08_pictures.ipynb #51990c1a
+# %% ../nbs/08_pictures.ipynb #98179e84
 ASPECT_LIMIT = 200 # longest side / shortest side, that of `qwen_vl_utils` and of transformers' Qwen-VL processors
 
 def _opened(source):
@@ -188,7 +191,7 @@ def _check_strict():
             " ones; switch it off"
         )
 
-# %% ../nbs/08_pictures.ipynb #05d14cab
+# %% ../nbs/08_pictures.ipynb #34dd2431
 def _rgb(image, depth):
     "RGB of a loaded picture, not yet turned"
     if image.mode[0] in "IF": return _of_deep(image)
@@ -219,7 +222,7 @@ def _png_depth(data):
     "Bits per channel of a PNG file; 8 for other files"
     return data[24] if data[:4] == b"\x89PNG" and data[12:16] == b"IHDR" else 8
 
-# %% ../nbs/08_pictures.ipynb #4f706203
+# %% ../nbs/08_pictures.ipynb #168b6c4b
 def _of_deep(image):
     "RGB of a loaded grey picture of more than 8 bits"
     values = np.asarray(image) # [h,w]
@@ -256,7 +259,7 @@ def _by_value(values):
     else: out = np.full_like(values, 127.5) # one value only, and no hint what it means
     return np.floor(out + .5)
 
-# %% ../nbs/08_pictures.ipynb #8c16e4e6
+# %% ../nbs/08_pictures.ipynb #305d76d5
 _SAID = set()
 
 def _say_first_frame(label):
@@ -268,7 +271,7 @@ def _say_first_frame(label):
         " not said again"
     )
 
-# %% ../nbs/08_pictures.ipynb #5558a773
+# %% ../nbs/08_pictures.ipynb #e9fdba5d
 def picture_fault(
     source, # path of a picture file, or its bytes
     pixels:bool=True, # read the pixels? Else the header only
@@ -284,7 +287,7 @@ def _look_at_header(source):
     if not isinstance(source, bytes): picture_file(source)
     with _named(source, None, None), _opened(source): pass
 
-# %% ../nbs/08_pictures.ipynb #c237fc9d
+# %% ../nbs/08_pictures.ipynb #501b5837
 def picture_size(
     source, # path of a picture file, or its bytes
     name=None, # what errors call it; None: the path
@@ -293,5 +296,5 @@ def picture_size(
     "Read the size of a picture"
     if not isinstance(source, bytes): picture_file(source, question_id)
     with _named(source, name, question_id), _opened(source) as image:
-        on_its_side = image.format != "TIFF" and _orientation(image) >= 5   # Pillow turns TIFF files itself
+        on_its_side = image.format != "TIFF" and _orientation(image) in (5, 6, 7, 8)   # Pillow turns TIFF files itself
         return image.size[::-1] if on_its_side else image.size

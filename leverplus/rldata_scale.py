@@ -455,7 +455,7 @@ def _tokens_of(question_id, path):
     try: return visual_tokens(*picture_size(path, question_id=question_id))
     except BadPicture as e:
         raise ValueError(
-            f"question_id {question_id}: image {path} cannot be opened, or is no picture ({e}): give a rate"
+            f"question_id {question_id}: image {path} cannot be opened, or is no picture (it {e.why}): give a rate"
             " instead, or mend the file"
         ) from e
 
