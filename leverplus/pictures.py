@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 
-# %% ../nbs/08_pictures.ipynb #385978af
+# %% ../nbs/08_pictures.ipynb #2d607e83
 class BadPicture(OSError, ValueError):
     "A picture that cannot be read; the message names file and item"
     why = "" # what is wrong with it, to be read behind "it"
@@ -56,7 +56,7 @@ def _label(source, name):
     if name is not None: return str(name)
     return f"picture of {len(source)} bytes" if isinstance(source, bytes) else str(source)
 
-# %% ../nbs/08_pictures.ipynb #e542fdcf
+# %% ../nbs/08_pictures.ipynb #4dad141e
 def picture_file(
     path, # a picture file, or None or nan where an item has none
     question_id=None, # whose it is, for errors
@@ -104,7 +104,7 @@ def _mark(path):
     stat = os.stat(path)
     return stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size, stat.st_ino
 
-# %% ../nbs/08_pictures.ipynb #b384ccbc
+# %% ../nbs/08_pictures.ipynb #7adc3d19
 def read_picture(
     path, # a picture file; `BadPicture` names it if it cannot be read
     key:str|None=None, # its `picture_key`; `BadPicture` if the content is another by now. None: not compared
@@ -162,8 +162,8 @@ def _upright(image, orientation):
     turn = _TURNS.get(orientation)
     return image if turn is None else image.transpose(turn)
 
-# %% ../nbs/08_pictures.ipynb #98179e84
-ASPECT_LIMIT = 200 # longest side / shortest side, that of `qwen_vl_utils` and of transformers' Qwen-VL processors
+# %% ../nbs/08_pictures.ipynb #6259fdfa
+ASPECT_LIMIT = 200 # longest side / shortest side, as in `qwen_vl_utils` and in transformers' Qwen-VL
 
 def _opened(source):
     "A picture that is in order as far as its header tells, no pixels read yet"
@@ -187,11 +187,11 @@ def _check_sides(width, height):
 def _check_strict():
     if ImageFile.LOAD_TRUNCATED_IMAGES:
         raise RuntimeError(
-            "PIL.ImageFile.LOAD_TRUNCATED_IMAGES is on, so that files that were cut short would pass for whole"
-            " ones; switch it off"
+            "PIL.ImageFile.LOAD_TRUNCATED_IMAGES is on, so that files that were cut short would pass for"
+            " whole ones; switch it off"
         )
 
-# %% ../nbs/08_pictures.ipynb #34dd2431
+# %% ../nbs/08_pictures.ipynb #09a17912
 def _rgb(image, depth):
     "RGB of a loaded picture, not yet turned"
     if image.mode[0] in "IF": return _of_deep(image)
@@ -222,7 +222,7 @@ def _png_depth(data):
     "Bits per channel of a PNG file; 8 for other files"
     return data[24] if data[:4] == b"\x89PNG" and data[12:16] == b"IHDR" else 8
 
-# %% ../nbs/08_pictures.ipynb #168b6c4b
+# %% ../nbs/08_pictures.ipynb #24bf28ca
 def _of_deep(image):
     "RGB of a loaded grey picture of more than 8 bits"
     values = np.asarray(image) # [h,w]
@@ -254,12 +254,12 @@ def _by_value(values):
     if not np.isfinite(values).all(): raise _Refusal("has values that are not finite numbers")
     low, high = values.min(), values.max()
     if low >= 0 and high <= 1: out = 255*values
-    elif low >= 0 and high <= 255: out = values
+    elif low >= 0 and 2 <= high <= 255: out = values
     elif low < high: out = 255*(values - low)/(high - low)
     else: out = np.full_like(values, 127.5) # one value only, and no hint what it means
     return np.floor(out + .5)
 
-# %% ../nbs/08_pictures.ipynb #305d76d5
+# %% ../nbs/08_pictures.ipynb #c38c0a04
 _SAID = set()
 
 def _say_first_frame(label):
@@ -271,7 +271,7 @@ def _say_first_frame(label):
         " not said again"
     )
 
-# %% ../nbs/08_pictures.ipynb #e9fdba5d
+# %% ../nbs/08_pictures.ipynb #0bed3e6d
 def picture_fault(
     source, # path of a picture file, or its bytes
     pixels:bool=True, # read the pixels? Else the header only
@@ -287,7 +287,7 @@ def _look_at_header(source):
     if not isinstance(source, bytes): picture_file(source)
     with _named(source, None, None), _opened(source): pass
 
-# %% ../nbs/08_pictures.ipynb #501b5837
+# %% ../nbs/08_pictures.ipynb #2bba7286
 def picture_size(
     source, # path of a picture file, or its bytes
     name=None, # what errors call it; None: the path
@@ -296,5 +296,5 @@ def picture_size(
     "Read the size of a picture"
     if not isinstance(source, bytes): picture_file(source, question_id)
     with _named(source, name, question_id), _opened(source) as image:
-        on_its_side = image.format != "TIFF" and _orientation(image) in (5, 6, 7, 8)   # Pillow turns TIFF files itself
-        return image.size[::-1] if on_its_side else image.size
+        if image.format == "TIFF": return image.size                # turned already, by Pillow
+        return image.size[::-1] if _orientation(image) in (5, 6, 7, 8) else image.size

@@ -1,5 +1,5 @@
-"Pictures: one decoder whose pixels both models see, one key; what cannot be read is refused everywhere by name"
-import ast, io, struct, warnings, zlib
+"Pictures: one decoder whose pixels both models see, one key; what cannot be read is refused by name"
+import ast, io, pickle, struct, warnings, zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RGB = np.random.default_rng(0).integers(256, size=(40, 52, 3), dtype=np.uint8)
 GREY = RGB[..., 0]
 
-# ---- files of every kind --------------------------------------------------------------------------------------------
+# ---- files of every kind -----------------------------------------------------------------------------------
 
 def saved(pixels, kind="PNG", mode=None, **options):
     image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
@@ -53,7 +53,8 @@ def tiff(data, width, height, bits, sample=1, photometric=1):
     ]
     data += b"\0"*(len(data) % 2)
     entries = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in tags)
-    return b"II*\0" + struct.pack("<I", 8 + len(data)) + data + struct.pack("<H", len(tags)) + entries + b"\0"*4
+    directory = struct.pack("<H", len(tags)) + entries + b"\0"*4
+    return b"II*\0" + struct.pack("<I", 8 + len(data)) + data + directory
 
 def exif(orientation):
     out = Image.Exif()
@@ -106,6 +107,13 @@ def bits12(values):
     bits = "".join(format(v, "012b") for v in values)
     return int(bits, 2).to_bytes(len(bits)//8, "big")
 
+one_clear = (RGB == RGB[3, 3]).all(-1, keepdims=True)
+RGB_KEY = np.where(one_clear, 255, RGB).astype(np.uint8)
+DEEP_KEY = np.where(DEEP == DEEP[3, 3], 255, DEEP >> 8)
+STRETCHED = np.floor(255*(DEEP - float(DEEP.min()))/(DEEP.max() - float(DEEP.min())) + .5)
+BITS12 = tiff(bits12([0, 15, 16, 2048, 4095, 4080]*40), 6, 40, 12)
+RGBA16 = np.dstack([DEEP_RGB, ALPHA.astype(np.uint16)*257])
+FAR = np.float32([[-2, 0, 2], [1, -1, 2]]*20)
 SIGNED = np.tile(np.array([-1000, 0, 1000, 3000], np.int16), (40, 10))
 WIDE = np.tile(np.array([0, 2**31, 2**32 - 1], np.uint32), (30, 10))
 LONG = Image.new("RGB", (1, 200), (200, 30, 90))
@@ -116,32 +124,33 @@ CASES = { # name -> (file, what everybody sees)
     "grey of 16 bits, big-endian TIFF": (saved(Image.fromarray(DEEP.astype(">u2")), "TIFF"), grey(DEEP >> 8)),
     "grey of 16 bits, PGM": (b"P5 52 40 65535\n" + DEEP.astype(">u2").tobytes(), grey(DEEP >> 8)),
     "grey of 16 bits, all below 256": (saved(DEEP & 255), grey(DEEP*0)),
-    "grey of 12 bits": (tiff(bits12([0, 15, 16, 2048, 4095, 4080]*40), 6, 40, 12), grey([[0, 0, 1, 128, 255, 255]]*40)),
+    "grey of 12 bits": (BITS12, grey([[0, 0, 1, 128, 255, 255]]*40)),
     "16 bits, 0 is white": (tiff(DEEP.tobytes(), 52, 40, 16, photometric=0), grey(255 - (DEEP >> 8))),
     "colours of 16 bits": (png(DEEP_RGB, 16, 2), (DEEP_RGB >> 8).astype(np.uint8)),
     "floats within 0..1": (saved(GREY.astype(np.float32)/255, "TIFF"), grey(GREY)),
     "floats within 0..255": (saved(GREY.astype(np.float32), "TIFF"), grey(GREY)),
-    "floats beyond": (saved(np.float32([[-2, 0, 2], [1, -1, 2]]*20), "TIFF"), grey([[0, 128, 255], [191, 64, 255]]*20)),
+    "floats beyond": (saved(FAR, "TIFF"), grey([[0, 128, 255], [191, 64, 255]]*20)),
+    "floats a little beyond 1": (saved(np.float32([[0, .5, 1.001]]*30), "TIFF"), grey([[0, 127, 255]]*30)),
     "large floats": (saved(np.float32([[3e38, -3e38, 0]]*30), "TIFF"), grey([[255, 0, 128]]*30)),
     "floats, all alike": (saved(np.full((30, 30), 7e4, np.float32), "TIFF"), grey(np.full((30, 30), 128))),
     "floats, PFM": (b"Pf\n3 1\n-1.0\n" + np.float32([0, .5, 1]).tobytes(), grey([[0, 128, 255]])),
     "16 bits with a sign": (tiff(SIGNED.tobytes(), 40, 40, 16, sample=2), grey([[0, 64, 128, 255]*10]*40)),
     "32 bits": (tiff(WIDE.tobytes(), 30, 30, 32), grey([[0, 128, 255]*10]*30)),
-    "32 bits with a sign": (saved(DEEP.astype(np.int32) - 9, "TIFF"), None),
+    "32 bits with a sign": (saved(DEEP.astype(np.int32) - 9, "TIFF"), grey(STRETCHED)),
     "RGBA": (saved(np.dstack([RGB, ALPHA])), over_white(RGB, ALPHA)),
     "RGBA, WebP": (saved(np.dstack([RGB, ALPHA]), "WEBP", lossless=True, exact=True), over_white(RGB, ALPHA)),
-    "RGBA of 16 bits": (png(np.dstack([DEEP_RGB, ALPHA.astype(np.uint16)*257]), 16, 6), over_white(DEEP_RGB >> 8, ALPHA)),
+    "RGBA of 16 bits": (png(RGBA16, 16, 6), over_white(DEEP_RGB >> 8, ALPHA)),
     "grey with alpha": (saved(np.dstack([GREY, ALPHA])), over_white(grey(GREY), ALPHA)),
     "palette, one entry clear": (palette(1), with_clear_stripe(1, 0)),
     "palette, one entry half clear": (palette(bytes([255, 255, 51])), with_clear_stripe(2, 51)),
     "palette, opaque": (palette(None), STRIPES),
     "grey, one clear": (saved(GREY, transparency=int(GREY[3, 3])), grey(key_as_white(GREY, GREY[3, 3]))),
-    "RGB, one clear": (png(RGB, 8, 2, b"".join(struct.pack(">H", v) for v in RGB[3, 3])), None),
+    "RGB, one clear": (png(RGB, 8, 2, struct.pack(">HHH", *RGB[3, 3])), RGB_KEY),
     "grey of 1 bit, black clear": (png(TWO % 2, 1, 0, struct.pack(">H", 0)), grey(np.full((40, 52), 255))),
     "grey of 1 bit, white clear": (png(TWO % 2, 1, 0, struct.pack(">H", 1)), grey(255*(TWO % 2))),
     "grey of 2 bits, one clear": (png(TWO, 2, 0, struct.pack(">H", 1)), grey(key_as_white(85*TWO, 85))),
     "grey of 4 bits, one clear": (png(TWO, 4, 0, struct.pack(">H", 2)), grey(key_as_white(17*TWO, 34))),
-    "grey of 16 bits, one clear": (png(DEEP, 16, 0, struct.pack(">H", DEEP[3, 3])), None),
+    "grey of 16 bits, one clear": (png(DEEP, 16, 0, struct.pack(">H", DEEP[3, 3])), grey(DEEP_KEY)),
     "CMYK": (saved(LEVEL, "TIFF", mode="CMYK"), LEVEL),
     "CMYK, JPEG": (saved(LEVEL, "JPEG", mode="CMYK", quality=100), LEVEL),
     "YCbCr": (saved(LEVEL, "JPEG", quality=100), LEVEL),
@@ -161,18 +170,10 @@ CASES = { # name -> (file, what everybody sees)
     "EXIF 9": (saved(RGB, exif=exif(9)), RGB),
     "ICC profile": (saved(RGB, icc_profile=b"no profile at all"), RGB),
 }
-one_clear = (RGB == RGB[3, 3]).all(-1)
-CASES["RGB, one clear"] = CASES["RGB, one clear"][0], np.where(one_clear[..., None], 255, RGB).astype(np.uint8)
-deep_clear = np.where(DEEP == DEEP[3, 3], 255, DEEP >> 8)
-CASES["grey of 16 bits, one clear"] = CASES["grey of 16 bits, one clear"][0], grey(deep_clear)
-low, high = int(DEEP.min()), int(DEEP.max())
-stretched = np.floor(255*(DEEP.astype(float) - low)/(high - low) + .5)
-CASES["32 bits with a sign"] = CASES["32 bits with a sign"][0], grey(stretched)
 for o, stored in DISPLAYED.items():
-    for kind in ("PNG", "TIFF"): CASES[f"{kind}, EXIF {o}"] = saved(stored, kind, exif=exif(o)), RGB
-    CASES[f"WebP, EXIF {o}"] = saved(stored, "WEBP", exif=exif(o), lossless=True), RGB
-DEEP_LYING = saved(np.rot90(DEEP, 1).copy(), exif=exif(6))
-CASES["grey of 16 bits, EXIF 6"] = DEEP_LYING, grey(DEEP >> 8)
+    for kind in ("PNG", "TIFF"): CASES[f"{kind}, EXIF {o}"] = (saved(stored, kind, exif=exif(o)), RGB)
+    CASES[f"WebP, EXIF {o}"] = (saved(stored, "WEBP", exif=exif(o), lossless=True), RGB)
+CASES["grey of 16 bits, EXIF 6"] = (saved(np.rot90(DEEP, 1).copy(), exif=exif(6)), grey(DEEP >> 8))
 
 LOSSY = {"CMYK, JPEG": 3, "YCbCr": 2} # name -> largest difference that compression explains
 each = pytest.mark.parametrize("name", CASES)
@@ -205,7 +206,7 @@ def said(monkeypatch):
 
 quiet = pytest.mark.filterwarnings("ignore:.*several frames", "ignore:.*EXIF")
 
-# ---- what everybody sees --------------------------------------------------------------------------------------------
+# ---- what everybody sees -----------------------------------------------------------------------------------
 
 @quiet
 @each
@@ -250,8 +251,10 @@ def test_fast_scorer_and_reference_see_the_same_pixels(name, files, lvlm):
 
 @quiet
 def test_scorers_agree_on_strange_pictures(files, lvlm):
-    some = ["grey of 16 bits", "floats beyond", "RGBA", "palette, one entry clear", "PNG, EXIF 6", "1 x 1", "1 x 200",
-            "GIF of two frames", "CMYK", "grey with alpha"]
+    some = [
+        "grey of 16 bits", "floats beyond", "RGBA", "palette, one entry clear", "PNG, EXIF 6", "1 x 1",
+        "1 x 200", "GIF of two frames", "CMYK", "grey with alpha",
+    ]
     prompts = [
         Prompt(i, files[name], "what is this?", (Demo(100, files[other], "who?", "dax"),))
         for i, (name, other) in enumerate(zip(some, some[1:] + some[:1]))
@@ -265,20 +268,24 @@ def processors(folder):
     from transformers import AutoImageProcessor, CLIPImageProcessorPil
     return [AutoImageProcessor.from_pretrained(folder), CLIPImageProcessorPil.from_pretrained(folder)]
 
-@pytest.mark.parametrize("size", [(1, 1), (3, 1), (1, 3), (3, 3), (4, 3), (1, 200), (200, 1), (3, 300), (300, 3)])
+SMALL = [(1, 1), (3, 1), (1, 3), (3, 3), (4, 3), (1, 200), (200, 1), (3, 300), (300, 3)]
+
+@pytest.mark.parametrize("size", SMALL)
 def test_a_side_of_one_or_three_is_no_channel(size, lvlm, clip):
     "A picture of one colour stays of that colour, in every channel, whatever its sides"
     colour = np.array([200, 30, 90])
     image = open_image(saved(Image.new("RGB", size, tuple(colour.tolist()))))
     for processor in (clip.image_processor, *processors(ROOT/"models"/"tiny-clip")):
-        x = processor(images=[image], return_tensors="pt")["pixel_values"][0].double().numpy()
-        back = 255*(x*np.reshape(processor.image_std, (3, 1, 1)) + np.reshape(processor.image_mean, (3, 1, 1)))
-        assert np.abs(back - colour[:, None, None]).max() < .01
+        pixels = processor(images=[image], return_tensors="pt")["pixel_values"] # [1,3,H,W]
+        assert np.abs(as_colours(pixels, processor) - colour[:, None]).max() < .01
     processor = lvlm.image_processor
-    x = processor(images=[open_resized(saved(image))], return_tensors="pt")["pixel_values"].double().numpy()
-    x = x.reshape(len(x), 3, -1)
-    back = 255*(x*np.reshape(processor.image_std, (3, 1)) + np.reshape(processor.image_mean, (3, 1)))
-    assert np.abs(back - colour[:, None]).max() < .01
+    patches = processor(images=[open_resized(saved(image))], return_tensors="pt")["pixel_values"] # [n,3*C]
+    assert np.abs(as_colours(patches, processor) - colour[:, None]).max() < .01
+
+def as_colours(pixels, processor):
+    "What a processor made of pixels, taken back: [n,3,..] in 0..255"
+    pixels = pixels.double().numpy().reshape(len(pixels), 3, -1)
+    return 255*(pixels*np.reshape(processor.image_std, (3, 1)) + np.reshape(processor.image_mean, (3, 1)))
 
 def test_ordinary_pictures_are_what_they_were():
     "The islands: bit by bit what Pillow's plain conversion gives"
@@ -294,27 +301,29 @@ def test_pictures_of_reports_are_upright_and_small(files):
 
 def test_nobody_else_decodes():
     "A second decoder would read some file in another way"
-    found = []
+    readers = ("Image.open", "PIL.Image.open", "plt.imread", "process_vision_info")
+    found = set()
     for path in [*(ROOT/"leverplus").rglob("*.py"), *(ROOT/"bench").rglob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf8"))):
-            call = isinstance(node, ast.Call) and ast.unparse(node.func)
-            if call in ("Image.open", "PIL.Image.open", "plt.imread", "process_vision_info"): found.append((path.name, call))
-    assert sorted(set(found)) == [("pictures.py", "Image.open"), ("vision.py", "process_vision_info")]
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in readers:
+                found.add((path.name, ast.unparse(node.func)))
+    assert found == {("pictures.py", "Image.open"), ("vision.py", "process_vision_info")}
 
-# ---- several frames -------------------------------------------------------------------------------------------------
+# ---- several frames ----------------------------------------------------------------------------------------
 
 def test_several_frames_are_said_once(files):
     with warnings.catch_warnings(record=True) as given, ThreadPoolExecutor(8) as pool:
         warnings.simplefilter("always")
         names = ["GIF of two frames", "PNG of two frames", "TIFF of two pages", "WebP of two frames"]
         list(pool.map(open_image, [files[name] for name in names*4]))
-    assert len(given) == 1 and any(f"{files[name]} has several frames" in str(given[0].message) for name in names)
+    assert len(given) == 1
+    assert any(f"{files[name]} has several frames" in str(given[0].message) for name in names)
 
 @pytest.mark.filterwarnings("error:.*frames")
 def test_one_frame_says_nothing(files):
     for name in ("GIF", "PNG, EXIF 1", "grey of 16 bits, TIFF"): open_image(files[name])
 
-# ---- what is refused ------------------------------------------------------------------------------------------------
+# ---- what is refused ---------------------------------------------------------------------------------------
 
 def damaged():
     data = bytearray(saved(RGB))
@@ -345,35 +354,41 @@ def test_what_cannot_be_read_is_refused_by_name(name, tmp_path, lvlm, clip):
     data, words, in_header = REFUSED[name]
     path = tmp_path/"odd.png"
     path.write_bytes(data)
-    with pytest.raises(BadPicture, match=f"odd.png: image of question_id 17 .*{words}"): open_image(path, question_id=17)
-    with pytest.raises(BadPicture, match=f"a name: cannot be read as an image.*{words}"): open_image(data, "a name")
+    told = f"odd.png: image of question_id 17 .*{words}"
+    with pytest.raises(BadPicture, match=told): open_image(path, question_id=17)
+    with pytest.raises(BadPicture, match=f"a name: cannot be read.*{words}"): open_image(data, "a name")
     with pytest.raises(BadPicture, match=f"picture of {len(data)} bytes.*{words}"): open_image(data)
     assert words in picture_fault(path) and words in image_fault(path)
-    assert (words in picture_fault(path, pixels=False)) == (picture_fault(path, pixels=False) != "") == in_header
-    assert (image_fault(path, "header") != "") == in_header and (image_fault(path, "exists") == "") == (data != b"")
+    assert picture_fault(path, pixels=False) == (picture_fault(path) if in_header else "")
+    assert (image_fault(path, "header") != "") == in_header
+    assert (image_fault(path, "exists") != "") == (data == b"")
     items = pd.DataFrame(dict(question_id=[17], image_path=[str(path)], question=["what?"]))
-    with pytest.raises(BadPicture, match=f"odd.png: image of question_id 17 .*{words}"):
-        embed_items(items, clip, progress=False)
+    with pytest.raises(BadPicture, match=told): embed_items(items, clip, progress=False)
     prompt = Prompt(17, str(path), "what?")
     for scorer in (SharedScorer(lvlm), NaiveScorer(lvlm)):
         error = scorer.run([prompt], [Targets(("dax",), (1.,))])[0].error
         assert error.startswith("BadPicture") and "odd.png" in error and words in error
 
-def test_an_error_is_caught_as_either_and_the_same_in_every_run(tmp_path):
+def test_an_error_is_caught_as_either_and_travels_and_is_the_same_in_every_run():
     for kind in (OSError, ValueError):
         with pytest.raises(kind): open_image(b"no picture")
     def text():
         with pytest.raises(BadPicture) as e: open_image(b"no picture", "x.png", 3)
         return str(e.value)
     assert text() == text() and "0x" not in text()
+    with pytest.raises(BadPicture) as e: open_image(b"", "x.png", 3)
+    back = pickle.loads(pickle.dumps(e.value))
+    assert (str(back), back.why) == (str(e.value), e.value.why)
 
 def test_missing_files_and_items_without_one(tmp_path):
     gone = tmp_path/"gone.png"
+    told = "gone.png: image of question_id 17 does not exist"
+    without = "question_id 17 has no image_path"
     for look in (open_image, picture_size, picture_key, picture_file, read_picture):
-        with pytest.raises(NoPicture, match="gone.png: image of question_id 17 does not exist"): look(gone, question_id=17)
+        with pytest.raises(NoPicture, match=told): look(gone, question_id=17)
         with pytest.raises(FileNotFoundError): look(str(gone))
         for none in (None, np.nan, pd.NA):
-            with pytest.raises(BadPicture, match="question_id 17 has no image_path"): look(none, question_id=17)
+            with pytest.raises(BadPicture, match=without): look(none, question_id=17)
     assert picture_fault(gone) == "does not exist" and "no image_path" in picture_fault(None)
     with pytest.raises(BadPicture, match="does not exist"): open_image(tmp_path)
 
@@ -388,7 +403,7 @@ def test_cut_files_do_not_pass_because_of_a_switch(monkeypatch):
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
     with pytest.raises(RuntimeError, match="LOAD_TRUNCATED_IMAGES is on"): open_image(saved(RGB))
 
-# ---- one key --------------------------------------------------------------------------------------------------------
+# ---- one key -----------------------------------------------------------------------------------------------
 
 def test_key_is_the_content(tmp_path):
     a, b = tmp_path/"a.png", tmp_path/"b.png"
