@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 
-# %% ../nbs/08_pictures.ipynb #2d607e83
+# %% ../nbs/08_pictures.ipynb #739dc28d
 class BadPicture(OSError, ValueError):
     "A picture that cannot be read; the message names file and item"
     why = "" # what is wrong with it, to be read behind "it"
@@ -47,7 +47,8 @@ def _why(e):
     if isinstance(e, _Refusal): return str(e)
     if isinstance(e, FileNotFoundError): return "does not exist"
     if isinstance(e, UnidentifiedImageError): return "is broken, or of no format that Pillow reads"
-    if isinstance(e, Image.DecompressionBombError): return f"is too large ({e})"
+    if isinstance(e, Image.DecompressionBombError): 
+        return f"is too large ({e}): make it smaller, or raise PIL.Image.MAX_IMAGE_PIXELS"
     if isinstance(e, OSError) and e.strerror: return f"cannot be opened ({type(e).__name__}: {e.strerror})"
     return f"is broken ({type(e).__name__}: {e})"
 
@@ -56,7 +57,7 @@ def _label(source, name):
     if name is not None: return str(name)
     return f"picture of {len(source)} bytes" if isinstance(source, bytes) else str(source)
 
-# %% ../nbs/08_pictures.ipynb #4dad141e
+# %% ../nbs/08_pictures.ipynb #bc438f47
 def picture_file(
     path, # a picture file, or None or nan where an item has none
     question_id=None, # whose it is, for errors
@@ -104,7 +105,7 @@ def _mark(path):
     stat = os.stat(path)
     return stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size, stat.st_ino
 
-# %% ../nbs/08_pictures.ipynb #7adc3d19
+# %% ../nbs/08_pictures.ipynb #f7941278
 def read_picture(
     path, # a picture file; `BadPicture` names it if it cannot be read
     key:str|None=None, # its `picture_key`; `BadPicture` if the content is another by now. None: not compared
@@ -162,7 +163,7 @@ def _upright(image, orientation):
     turn = _TURNS.get(orientation)
     return image if turn is None else image.transpose(turn)
 
-# %% ../nbs/08_pictures.ipynb #6259fdfa
+# %% ../nbs/08_pictures.ipynb #fd7442a5
 ASPECT_LIMIT = 200 # longest side / shortest side, as in `qwen_vl_utils` and in transformers' Qwen-VL
 
 def _opened(source):
@@ -180,8 +181,8 @@ def _check_sides(width, height):
     if min(width, height) < 1: raise _Refusal(f"is {width} x {height} pixels: there is nothing to see")
     if max(width, height) > ASPECT_LIMIT * min(width, height):
         raise _Refusal(
-            f"is {width} x {height} pixels: the processor of the language model takes pictures one of whose"
-            f" sides is {ASPECT_LIMIT} times the other at most"
+            f"is {width} x {height} pixels, and one side may be at most {ASPECT_LIMIT} times the other, which"
+            " is the limit of the language model's processor"
         )
 
 def _check_strict():
@@ -191,7 +192,7 @@ def _check_strict():
             " whole ones; switch it off"
         )
 
-# %% ../nbs/08_pictures.ipynb #09a17912
+# %% ../nbs/08_pictures.ipynb #1f126d5a
 def _rgb(image, depth):
     "RGB of a loaded picture, not yet turned"
     if image.mode[0] in "IF": return _of_deep(image)
@@ -222,12 +223,12 @@ def _png_depth(data):
     "Bits per channel of a PNG file; 8 for other files"
     return data[24] if data[:4] == b"\x89PNG" and data[12:16] == b"IHDR" else 8
 
-# %% ../nbs/08_pictures.ipynb #24bf28ca
+# %% ../nbs/08_pictures.ipynb #8109ade8
 def _of_deep(image):
     "RGB of a loaded grey picture of more than 8 bits"
     values = np.asarray(image) # [h,w]
     tags = getattr(image, "tag_v2", {}) # of a TIFF file
-    if image.mode != "F" and _has_range(image, tags): grey = values >> (_bits(tags) - 8)
+    if _has_range(image): grey = values >> (_bits(tags) - 8)
     else: grey = _by_value(_signed(values, image, tags))
     grey = grey.astype(np.uint8)
     if tags.get(_PHOTOMETRIC) == 0: grey = 255 - grey # 0 is white
@@ -238,9 +239,9 @@ _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339 # tags of TIFF
 
 def _bits(tags): return tags.get(_BITS, (16,))[0]
 
-def _has_range(image, tags):
+def _has_range(image):
     "Are these 12 or 16 bits without a sign? Pillow holds those of PGM files in 32 bits"
-    return image.mode.startswith("I;16") or image.format == "PPM"
+    return image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
 
 def _signed(values, image, tags):
     "Pillow holds 32 bits with and without a sign alike"
@@ -259,7 +260,7 @@ def _by_value(values):
     else: out = np.full_like(values, 127.5) # one value only, and no hint what it means
     return np.floor(out + .5)
 
-# %% ../nbs/08_pictures.ipynb #c38c0a04
+# %% ../nbs/08_pictures.ipynb #9bbdbffe
 _SAID = set()
 
 def _say_first_frame(label):
@@ -271,7 +272,7 @@ def _say_first_frame(label):
         " not said again"
     )
 
-# %% ../nbs/08_pictures.ipynb #0bed3e6d
+# %% ../nbs/08_pictures.ipynb #80f82e44
 def picture_fault(
     source, # path of a picture file, or its bytes
     pixels:bool=True, # read the pixels? Else the header only
@@ -287,7 +288,7 @@ def _look_at_header(source):
     if not isinstance(source, bytes): picture_file(source)
     with _named(source, None, None), _opened(source): pass
 
-# %% ../nbs/08_pictures.ipynb #2bba7286
+# %% ../nbs/08_pictures.ipynb #085f82ae
 def picture_size(
     source, # path of a picture file, or its bytes
     name=None, # what errors call it; None: the path
