@@ -22,6 +22,7 @@ from leverplus.cost import (
     vision_flops,
 )
 from leverplus.lvlm import LVLM, Targets, load_lvlm
+from leverplus.pictures import open_image
 from leverplus.scorer import SharedScorer, run_text
 from leverplus.prompt import IMAGE_MARK, Demo, Prompt
 
@@ -108,10 +109,8 @@ def write_image(path, shape, seed):
     return str(path)
 
 def open_plain(source, *_, **__):
-    "Stands in for `open_image` where qwen_vl_utils is absent"
-    from io import BytesIO
-    from PIL import Image
-    return Image.open(BytesIO(source) if isinstance(source, bytes) else source).convert("RGB")
+    "Stands in for `open_resized` where qwen_vl_utils is absent"
+    return open_image(source)
 
 class Work:
     """Prompts of two demonstrations out of small pools and a query of its own, with ten answers; all prompts
@@ -190,7 +189,7 @@ class Naive:
 
     def prepare(self, prompt):
         lv, dev = self.lvlm, self.lvlm.device
-        x = lv.image_processor(images=[vision.open_image(im) for im in prompt.images], return_tensors="pt")
+        x = lv.image_processor(images=[vision.open_resized(im) for im in prompt.images], return_tensors="pt")
         per = x["image_grid_thw"].prod(-1) // lv.image_processor.merge_size**2
         pieces = lv.render(prompt).split(IMAGE_MARK)
         text = pieces[0] + "".join(IMAGE_MARK*n + piece for n, piece in zip(per.tolist(), pieces[1:]))
@@ -527,7 +526,7 @@ def vision_rows(table, a, lvlm, work):
     "The vision tower alone: one attention call per window, or one per distinct length of window"
     paths = list(work.tokens)[:a.images]
     t = time.perf_counter()
-    x = lvlm.image_processor(images=[vision.open_image(p) for p in paths], return_tensors="pt")
+    x = lvlm.image_processor(images=[vision.open_resized(p) for p in paths], return_tensors="pt")
     table.note(
         f"opening and preparing an image takes {(time.perf_counter() - t)/len(paths)*1e3:.1f} ms of one"
         " thread"
@@ -635,9 +634,9 @@ def main(argv=None):
     with tempfile.TemporaryDirectory() as folder:
         try: import qwen_vl_utils
         except ImportError:
-            vision.open_image = open_plain
+            vision.open_resized = open_plain
             table.note(
-                "qwen_vl_utils is absent: images are opened with pillow alone; their sides are such that it"
+                "qwen_vl_utils is absent: images are opened and not resized; their sides are such that it"
                 " would not resize them"
             )
         work = Work(lvlm, a.prompts, folder, SHAPES["tiny" if tiny else "full"])

@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 import numpy as np, pandas as pd
-from PIL import Image
 from .core import fingerprint, read_json
-from .pictures import picture_key
+from .pictures import open_image, picture_fault, picture_key
 from .text import compose, text_fault
 
 # %% ../nbs/10_data.ipynb #df97deb2
@@ -174,20 +173,14 @@ VERIFY = ("decode", "header", "exists")
 
 def image_fault(
     path, # an image file
-    verify:str="decode", # decode: every pixel | header: open it, check PNG checksums | exists: it is not empty
+    verify:str="decode", # decode: every pixel | header: kind, sides, PNG checksums | exists: it is not empty
 )->str: # "" if it is sound, else what is wrong
     "Say what is wrong with an image file"
     path = Path(path)
     if path.stat().st_size == 0: return "image file is empty"
     if verify == "exists": return ""
-    try:
-        with Image.open(path) as im: im.verify()
-        if verify == "decode":
-            with Image.open(path) as im: im.load()
-    # Pillow raises many kinds for a broken file; all mean the same here and none is lost
-    except Exception as e:
-        return f"image cannot be read ({type(e).__name__}: {str(e).replace(str(path), path.name)})"
-    return ""
+    why = picture_fault(path, pixels=verify == "decode")
+    return f"image cannot be read: it {why}" if why else ""
 
 # %% ../nbs/10_data.ipynb #bc22b16a
 class BadItems(ValueError):
@@ -428,8 +421,7 @@ def show_items(
 def _show_item(ax, item):
     import textwrap
     ax.set(xticks=[], yticks=[])
-    if isinstance(item.image_path, str):
-        with Image.open(item.image_path) as im: ax.imshow(im.convert("RGB"))
+    if isinstance(item.image_path, str): ax.imshow(open_image(item.image_path, question_id=item.question_id))
     else:
         ax.text(.5, .5, f"image {item.image_id}", ha="center", va="center", transform=ax.transAxes)
         ax.set_box_aspect(1)

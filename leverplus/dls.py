@@ -11,6 +11,7 @@ import random, textwrap
 import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
 from .core import pad_rows
+from .pictures import open_image
 from .synth import GroupLoader
 from .groups import RLData
 from .pools import Pool
@@ -269,12 +270,10 @@ def show_prompts(
 
 def _show_item(ax, item, below):
     "One picture, its question above and a text below"
-    from PIL import Image
     ax.set(xticks=[], yticks=[], frame_on=True)
     ax.set_axis_on()
     path = item.get("image_path")
-    if isinstance(path, str):
-        with Image.open(path) as im: ax.imshow(im.convert("RGB").resize((96, 96)))
+    if isinstance(path, str): ax.imshow(open_image(path, question_id=item.name).resize((96, 96)))
     else:
         ax.text(.5, .5, f"item {item.name}", ha="center", va="center", transform=ax.transAxes)
         ax.set_box_aspect(1)

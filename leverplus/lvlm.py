@@ -21,7 +21,7 @@ from leverplus.identity import (
 )
 from .pictures import DECODING
 from .text import control_token, text_fault
-from .vision import patch_side
+from .vision import open_resized, patch_side
 from .prompt import Prompt, check_prompt, messages
 
 # %% ../nbs/21_lvlm.ipynb #a3409968
@@ -289,11 +289,11 @@ def official_inputs(
 def prompt_images(
     lvlm:LVLM, # for whom
     prompt:Prompt, # whose
-)->list: # PIL images, in the order in which the model sees them; an unreadable one raises
-    "Open the images of a prompt"
-    from qwen_vl_utils import process_vision_info
-    images, _ = process_vision_info(messages(prompt), image_patch_size=patch_side(lvlm.image_processor))
-    return images
+)->list: # PIL images, in the order in which the model sees them; `BadPicture` names file and item
+    "Open the images of a prompt, as every scorer does"
+    patch = patch_side(lvlm.image_processor)
+    ids = (*prompt.pointer, prompt.question_id)
+    return [open_resized(path, patch, question_id=q) for path, q in zip(prompt.images, ids, strict=True)]
 
 @torch.no_grad()
 def greedy_texts(

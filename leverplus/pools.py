@@ -13,8 +13,9 @@ import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
 from .core import atomic_path, fingerprint, read_json, rng, write_json
 from .runs import plain, settings_diff
+from .pictures import picture_file, picture_key
 from .data import items_fingerprint
-from .embed import EmbedStore, content_hash, image_bytes, image_file
+from .embed import EmbedStore
 
 # %% ../nbs/13_pools.ipynb #4fee26b9
 class Pool:
@@ -211,11 +212,11 @@ def image_groups(
 
 def _content_labels(items): # object [n]: equal for byte-identical files; an item without a file has its own
     files = items[items.image_path.notna()].drop_duplicates("image_path")
-    sizes = [image_file(path, q).stat().st_size for path, q in zip(files.image_path, files.question_id)]
+    sizes = [picture_file(path, q).stat().st_size for path, q in zip(files.image_path, files.question_id)]
     read = pd.Series(sizes, dtype="int64").duplicated(keep=False)
     label = {}
     for path, question_id, same_size in zip(files.image_path, files.question_id, read):
-        label[path] = content_hash(image_bytes(path, question_id)) if same_size else str(path)
+        label[path] = picture_key(path, question_id) if same_size else str(path)
     labels = [label[path] if pd.notna(path) else f"#{i}" for i, path in enumerate(items.image_path)]
     return np.array(labels, dtype=object)
 

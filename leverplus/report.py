@@ -22,6 +22,7 @@ from leverplus.markup import (
     Block, Blocks, Cell, Figure, Fold, Heading, Paragraph, Preformatted, Scroll, Sentences, Filled, Strip,
     Table, frame_table,
 )
+from .pictures import open_image
 from .groups import RLData, shard_files
 from .rldata_check import Health, health, teaches
 from .diagnose import Diagnosis, PANELS, diagnose, plot_rl
@@ -333,16 +334,14 @@ def item_picture(
     size:int=320, # longest side in pixels; smaller images stay as they are
 ):# PIL image in RGB, or None where the items were read without images; FileNotFoundError names file and question
     "The image of an item, small enough to show"
-    from PIL import Image
     if question_id not in items.index:
         raise KeyError(f"question {question_id} is not in items: pass queries and demonstrations together")
     path = items.image_path[question_id] if "image_path" in items else None
     if path is None or pd.isna(path): return None
     if not Path(path).exists(): raise FileNotFoundError(f"image of question {question_id} is not at {path}")
-    with Image.open(path) as image:
-        image = image.convert("RGB")
-        image.thumbnail((size, size))
-        return image
+    image = open_image(path, question_id=question_id)
+    image.thumbnail((size, size))
+    return image
 
 # %% ../nbs/90_report.ipynb #031a22e4
 def _draw_item(ax, items, question_id, head, answer, edge="#b0b7bf"):

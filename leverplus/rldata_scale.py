@@ -20,6 +20,7 @@ from filelock import FileLock
 from .core import fingerprint, read_json, repo_path, rng
 from .runs import empty_folder
 from .settings import Job, change
+from .pictures import BadPicture, picture_size
 from .data import check_splits, items_fingerprint, read_okvqa, read_soft_labels, read_vqav2
 from .embed import EmbedStore, embed_items, gather_stores
 from .pools import Pool, check_pool, make_pool
@@ -451,12 +452,10 @@ def expected_rate(
     return dict(prompts_per_second=rate, tflop=flops/1e12, image_tokens=image, answers=answers, why=why)
 
 def _tokens_of(question_id, path):
-    from PIL import Image
-    try:
-        with Image.open(path) as im: return visual_tokens(*im.size)
-    except (OSError, ValueError) as e:
+    try: return visual_tokens(*picture_size(path, question_id=question_id))
+    except BadPicture as e:
         raise ValueError(
-            f"question_id {question_id}: image {path} cannot be opened, or is no picture ({e}): give a rate"
+            f"question_id {question_id}: image {path} cannot be opened, or is no picture (it {e.why}): give a rate"
             " instead, or mend the file"
         ) from e
 

@@ -155,7 +155,7 @@ def test_a_failing_part_leaves_the_others(bench, tmp_path, monkeypatch):
 
 def test_failed_prompts_are_no_fast_prompts(bench, monkeypatch, tmp_path):
     monkeypatch.setattr(
-        bench.vision, "open_image", lambda *a, **k: (_ for _ in ()).throw(OSError("no such picture"))
+        bench.vision, "open_resized", lambda *a, **k: (_ for _ in ()).throw(OSError("no such picture"))
     )
     assert bench.main(quick("--out", str(tmp_path/"o.json"))) == 1
     data = json.loads((tmp_path/"o.json").read_text())

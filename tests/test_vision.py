@@ -3,9 +3,10 @@ import json, subprocess, sys, warnings
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from PIL import Image
+from leverplus.pictures import picture_key
 from leverplus.tiny import tiny_qwen
 from leverplus.vision import (
-    VisionCache, VisionEncoder, grouped_windows, image_features, open_image, out_of_memory, patch_side,
+    VisionCache, VisionEncoder, grouped_windows, image_features, open_resized, out_of_memory, patch_side,
 )
 
 @pytest.fixture(scope="module")
@@ -28,7 +29,7 @@ def encoder(lv, **kw):
     return VisionEncoder(lv.model, lv.image_processor, VisionCache(lv.vision_fingerprint, **cache), **kw)
 
 def by_hand(lv, path):
-    x = lv.image_processor(images=[open_image(path)], return_tensors="pt")
+    x = lv.image_processor(images=[open_resized(path)], return_tensors="pt")
     features = image_features(lv.model, x["pixel_values"], x["image_grid_thw"])
     return features[0], tuple(x["image_grid_thw"][0].tolist())
 
@@ -230,12 +231,11 @@ def test_a_file_that_changes_under_way_is_not_stored_under_the_wrong_key(lv, pic
     f = tmp_path / "a.png"
     f.write_bytes(open(pictures[3], "rb").read())
     enc = encoder(lv)
-    real = mod.VisionEncoder.key
-    def key(self, path):
-        k = real(self, path)
+    def key(path):
+        k = picture_key(path)
         f.write_bytes(open(pictures[4], "rb").read())
         return k
-    monkeypatch.setattr(mod.VisionEncoder, "key", key)
+    monkeypatch.setattr(mod, "picture_key", key)
     out = enc([str(f)])
     assert "changed while" in str(out[str(f)]) and len(enc.cache) == 0
 
