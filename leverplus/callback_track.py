@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['History', 'plot_history', 'valid_loss', 'regrets', 'missed', 'evaluating', 'Best', 'promotion_p', 'Resume',
-           'same_draws', 'is_logger', 'stage_settings', 'stored_mass', 'drawn_before', 'sureness', 'greedy_picks',
-           'candidate_ids', 'gradient_shares', 'RLStats']
+           'same_draws', 'is_logger', 'stage_settings', 'data_prints', 'stored_mass', 'drawn_before', 'sureness',
+           'greedy_picks', 'candidate_ids', 'gradient_shares', 'RLStats']
 
 # %% ../nbs/66_callback_track.ipynb #74d10a84
 import math, random, time
 from collections import defaultdict
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
@@ -18,6 +19,9 @@ from fastcore.foundation import L
 from torch import Tensor, nn
 from .core import atomic_path, fingerprint, frozen, gini, rng
 from .runs import Run
+from .embed import EmbedStore
+from .pools import Pool
+from .groups import RLData
 from .losses import entropy_steps, group_mass, live_groups, regret
 from .callback_core import FitOnly, StageCallback, Objective, Stats, active_dropout
 from .callback_kl import AdaptiveKL
@@ -428,13 +432,35 @@ def _describe(v, depth=0):
     "Settings as JSON: modules and tensors by fingerprint, functions by name, objects by class and what they hold"
     if v is None or isinstance(v, (bool, int, float, str)): return v
     if isinstance(v, nn.Module): return f"{type(v).__name__} {fingerprint(v.state_dict())}"
-    if isinstance(v, (torch.Tensor, np.ndarray)): return fingerprint(v)
+    if isinstance(v, (torch.Tensor, np.ndarray, bytes)): return fingerprint(v)
+    if isinstance(v, (RLData, Pool, EmbedStore)): return f"{type(v).__name__} {v.fingerprint}"
+    if isinstance(v, (pd.DataFrame, pd.Series, pd.Index)): return f"{type(v).__name__} {_print_of_frame(v)}"
     if isinstance(v, set): v = sorted(v)
     if isinstance(v, (list, tuple, range)): return [_describe(i, depth) for i in v]
     if isinstance(v, dict): return {str(k): _describe(i, depth) for k, i in v.items()}
-    if isinstance(v, type) or hasattr(v, "__qualname__"): return v.__qualname__
+    if isinstance(v, partial): return [_describe(part, depth) for part in (v.func, v.args, v.keywords)]
+    if isinstance(v, type) or hasattr(v, "__qualname__"): return _name_of(v)
     if depth > 3 or not hasattr(v, "__dict__"): return type(v).__name__
     return {"class": type(v).__name__, **_described_attributes(v, depth + 1)}
+
+def _print_of_frame(frame):
+    "Fingerprint of a table, row by row, its index too"
+    if not isinstance(frame, pd.DataFrame): frame = frame.to_frame()
+    columns = {str(name): list(map(repr, column)) for name, column in frame.items()}
+    return fingerprint(list(map(repr, frame.index)), columns)
+
+def _name_of(f):
+    "Name of a class or a function; of one made on the spot its code too, and the numbers and texts it took along"
+    name = f.__qualname__
+    if "<" not in name or not hasattr(f, "__code__"): return name
+    around = [cell.cell_contents for cell in f.__closure__ or ()] + list(f.__defaults__ or ())
+    taken = [v for v in around if isinstance(v, (bool, int, float, str))]
+    return f"{name} {fingerprint(_code(f.__code__), taken)[:8]}"
+
+def _code(code):
+    "What a piece of code does, as plain values"
+    inner = [_code(c) if hasattr(c, "co_code") else repr(c) for c in code.co_consts]
+    return [code.co_code, list(code.co_names), inner]
 
 def _described_attributes(v, depth=0):
     "Attributes of an object, described; but for the Learner and other callbacks"
@@ -471,11 +497,47 @@ def stage_settings(
         callbacks={cb.name: _described_attributes(cb) for cb in learn.cbs if matters(cb)},
     )
 
+# %% ../nbs/66_callback_track.ipynb #a110f2e4
+def data_prints(
+    dls, # DataLoaders: training split, then the one that judges
+)->dict: # {"train rewards", "dev embeddings", ...: fingerprint}; ValueError for a dataset that cannot be compared
+    "Fingerprints of everything that a fit reads"
+    info = getattr(dls, "info", {})
+    out = dict(reward=fingerprint(info.get("reward")), warmup=fingerprint(info.get("warmup")))
+    for split, dl in zip(("train", "dev"), dls.loaders):
+        kinds = [type(dl).__qualname__, type(dl.dataset).__qualname__]
+        out[f"{split} batches"] = fingerprint(kinds, [dl.bs, dl.n, dl.shuffle, dl.drop_last])
+        with same_draws(dls): parts = _content(dl.dataset)
+        out |= {f"{split} {name}": _print_of(part, dl.dataset, name) for name, part in parts.items()}
+    return out
+
+def _content(dataset):
+    "What a dataset consists of: what it says itself, or all its items"
+    if hasattr(dataset, "content"): return dataset.content()
+    kind = type(dataset).__qualname__
+    try: n = len(dataset)
+    except TypeError as e: raise ValueError(_wants_content(kind, "it has no length")) from e
+    if n and _print_of(dataset[0], dataset, "items") != _print_of(dataset[0], dataset, "items"):
+        raise ValueError(_wants_content(kind, "its items are drawn anew each time"))
+    return dict(items=[dataset[i] for i in range(n)])
+
+def _print_of(part, dataset, name):
+    "Fingerprint of a part of a dataset"
+    try: return fingerprint(part)
+    except TypeError as e: raise ValueError(_wants_content(type(dataset).__qualname__, f"{name}: {e}")) from e
+
+def _wants_content(kind, why):
+    return (
+        f"Resume cannot tell whether a {kind} is the one that a fit began with ({why}): give it a method"
+        " `content()` that returns {name: arrays, numbers or texts} of all that its batches are made of"
+    )
+
 # %% ../nbs/66_callback_track.ipynb #0085941f
 @patch
 def open(self:Resume):
     "Open the folder, or refuse it; read what is there"
-    prints = dict(data=self.print_of_data(), start=fingerprint(self.model.state_dict()))
+    prints = data_prints(self.dls) | dict(start=fingerprint(self.model.state_dict()))
+    self.refuse_earlier()
     seed = getattr(self.learn, "seed", 0)
     self.run_dir = Run.create(self.folder, stage_settings(self.learn), seed, prints)
     if not self.file.exists(): return
@@ -484,14 +546,15 @@ def open(self:Resume):
     self.done = self.state["done"]
 
 @patch
-def print_of_data(self:Resume):
-    "Fingerprint of the data: both ends of the training split and one validation batch stand for all"
-    ds = self.dls.train_ds
-    with torch.random.fork_rng(devices=()): valid = list(self.dls.valid.one_batch())
-    parts = [ds[0], ds[len(ds) - 1], len(ds), self.dls.train.bs, valid]
-    warmup = getattr(self.dls, "info", {}).get("warmup")   # how a warm-up draws is in none of its items
-    if warmup is not None: parts.append(warmup)
-    return fingerprint(parts)
+def refuse_earlier(self:Resume):
+    "Refuse a state that knows its data by a sample"
+    if not (self.folder/"settings.json").exists(): return
+    if "data" not in Run(self.folder).fingerprints: return
+    raise ValueError(
+        f"{self.folder}: a state of an earlier version, which knew its data by a sample: nobody can tell whether"
+        " they are the same; empty the folder and start this stage anew"
+    )
+
 
 # %% ../nbs/66_callback_track.ipynb #d5ae65f5
 @patch
