@@ -241,11 +241,11 @@ class Objective(LiveOnly):
 
     def after_loss(self):
         loss = self.objective(self.pred, self.rewards, self.mask)
-        self.put(loss, self.groups(self.rewards, self.mask))
+        self.put(loss, self.n_groups(self.rewards, self.mask))
         self.learn.loss_grad = loss.clone()
         self.learn.loss = loss.detach().clone()
 
-    def groups(self, rewards, mask):
+    def n_groups(self, rewards, mask):
         "Over how many groups `objective` is a mean"
         return mask.any(-1).sum()
 

@@ -187,8 +187,10 @@ def k3_of_stored(self:KLToRef, ref_enc):
 def record(self:KLToRef, kls, counts, kl, k3):
     "Log the batch, and add it to the mean of the epoch"
     n = int(counts.any(-1).sum())
+    live = counts.any(-1) & self.mask.any(-1)
     self.note(kl, n)
     self.log(n, kl=kl, k3=k3, beta=self.beta)
+    self.log(live.sum(), kl_live=masked_mean(kls.sum(-1), live))
     for t, counts_t in enumerate(counts.T):
         self.log(counts_t.sum(), **{f"kl_{t+1}": masked_mean(kls[:, t], counts_t)})
 

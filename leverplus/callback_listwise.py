@@ -103,7 +103,7 @@ class SFT(Objective):
         "Which sequences are good enough to be imitated"
         return mask if self.min_score is None else mask & (rewards >= self.min_score)
 
-    def groups(self, rewards, mask): return self.counted(rewards, mask).any(-1).sum()
+    def n_groups(self, rewards, mask): return self.counted(rewards, mask).any(-1).sum()
 
     def objective(self, logp, rewards, mask):
         mask = self.counted(rewards, mask)

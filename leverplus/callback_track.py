@@ -22,9 +22,11 @@ from .runs import Run
 from .embed import EmbedStore
 from .pools import Pool
 from .groups import RLData
+from .rewards import live_parts
 from .losses import entropy_steps, group_mass, live_groups, regret
 from .callback_core import FitOnly, StageCallback, Objective, Stats, active_dropout
 from .callback_kl import AdaptiveKL
+from .callback_schedule import SplitShots
 from fastai.callback import progress
 from fastai.callback.core import (
     Callback, CancelEpochException, CancelFitException, FetchPredsCallback, TrainEvalCallback,
@@ -723,6 +725,7 @@ class RLStats(FitOnly, Stats):
         self.ids = None     # which demonstrations their candidates are
         self.first = None   # their greedy picks when the fit began
         self.last = None    # and an epoch ago
+        self.part_shares = {}     # share of training groups that differ in each part of the reward
 
     def _init_state(self):
         "Behind a read from a file: empty what the file did not keep"
@@ -737,6 +740,7 @@ class RLStats(FitOnly, Stats):
         self.first = None
         self.last = None
         self.obj = next((cb for cb in self.learn.cbs if isinstance(cb, Objective)), None)
+        self.part_shares = self.find_parts()
         self.listen()
 
     def before_train(self):
@@ -744,6 +748,8 @@ class RLStats(FitOnly, Stats):
         if self.last is None and self.has_steps: self.first = self.last = self.picks()
         for cb in self.learn.cbs:
             if isinstance(cb, AdaptiveKL): self.log(beta_least=cb.limits[0], beta_most=cb.limits[1])
+        self.log(**self.part_shares)
+        if self.own_reward: self.log(own_reward=1.)
 
     def before_batch(self):
         self.raw = self.yb
@@ -767,6 +773,17 @@ class RLStats(FitOnly, Stats):
 
     @property
     def has_steps(self): return hasattr(self.model, "step_logp")
+
+    @property
+    def own_reward(self):
+        "Is the reward of training another one than that of validation, as in a warm-up?"
+        return getattr(self.dls, "info", {}).get("warmup") is not None
+
+    @property
+    def own_groups(self):
+        "Are training groups made in another way than those of validation: drawn, split, or rewarded otherwise?"
+        cbs = self.learn.cbs
+        return self.own_reward or any(isinstance(cb, SplitShots) or getattr(cb, "draws", False) for cb in cbs)
 
 # %% ../nbs/66_callback_track.ipynb #9701be26
 @patch
@@ -829,7 +846,20 @@ def log_rewards(self:RLStats):
     self.log(len(mask), live_before=live(mask), live_after=live(self.mask))
     each = regret(self.pred.detach(), rewards, mask, "none")[mask.any(-1)]
     spread = each.std() if len(each) > 1 else each.new_tensor(torch.nan)   # one group has no spread
-    self.log(len(each), regret_train=each.mean(), regret_sd=spread)
+    name = "regret_own" if self.own_groups else "regret_train"
+    self.log(len(each), **{name: each.mean()}, regret_sd=spread)
+
+@patch
+def find_parts(self:RLStats):
+    "{column: share of training groups}, where the reward is known and has several parts"
+    reward = getattr(self.dls, "info", {}).get("reward")
+    rows = getattr(self.dls.train_ds, "rows", None)
+    if reward is None or self.own_groups or not isinstance(rows, pd.DataFrame): return {}
+    rows = rows[rows.question_id.isin(self.dls.train_ds.question_ids)]   # of a data set of some of the queries
+    parts = live_parts(rows, **reward)
+    if len(parts) < 4: return {}   # one part alone cannot cancel
+    del parts["reward"]
+    return {name if name == "cancelled" else f"live_{name}": share for name, share in parts.items()}
 
 @patch
 def log_mass(self:RLStats):

@@ -290,8 +290,8 @@ COMPANY = dict(
     kl=lambda: [KLToRef(ToySelector(8), beta=3.)],
     live=lambda: [KLToRef(ToySelector(8), beta=3., on="live"), GradientClip(.05)],
     k3=lambda: [KLToRef(ToySelector(8), beta=.1, estimator="k3")],
-    floor=lambda: [EntropyFloor(.93, 2., adaptive=False), GradientClip(.05)],
-    both=lambda: [KLToRef(ToySelector(8), beta=.5), AdaptiveKL(0., .01), EntropyFloor(.93, 2.), Freeze("after")],
+    floor=lambda: [EntropyFloor(.987, 2., adaptive=False), GradientClip(.05)],
+    both=lambda: [KLToRef(ToySelector(8), beta=.5), AdaptiveKL(0., .01), EntropyFloor(.987, 2.), Freeze("after")],
 )
 
 def two_ways(make, company, dead, n_acc, n=72, bs=16):
@@ -327,6 +327,20 @@ def test_an_empty_batch_takes_its_turn_in_accumulation(dead, n_acc, where):
     (a, at), (b, when) = two_ways(make, COMPANY["both"], dead, n_acc)
     assert at == when > 0
     assert nearly(a, b)
+
+def test_a_floor_between_two_batches_of_a_step_is_that_of_their_mean():
+    "One batch is above the floor and one below it: the mean of both decides, as in a large batch"
+    seen = []
+    class Each(StageCallback):
+        order = 8
+        def after_loss(self):
+            if self.entropy_floor.share is not None: seen.append(self.entropy_floor.share[0].item())
+    def floor(): return [EntropyFloor(.987, 2., adaptive=False)]
+    two_ways(partial(RCE, .3), lambda: [*floor(), Each()], (1,), 32)
+    assert min(seen[:2]) < .987 < max(seen[:2])
+    (a, _), (b, _) = two_ways(partial(RCE, .3), floor, (1,), 32)
+    (free, _), _ = two_ways(partial(RCE, .3), COMPANY["alone"], (1,), 32)
+    assert nearly(a, b) and not nearly(a, free)
 
 def test_accumulation_is_not_the_mean_of_means():
     "What fastai alone does differs where flat groups leave unevenly; the test above would see it"
