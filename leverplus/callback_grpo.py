@@ -12,7 +12,7 @@ from fastcore.basics import patch
 from fastcore.meta import delegates
 from .core import frozen
 from .losses import advantage, clipped_surrogate, clip_shares, log_ratio, policy_gradient
-from .callback_core import Objective, active_dropout, looks_for_lr, survey_groups
+from .callback_core import Objective, accumulation, active_dropout, looks_for_lr, survey_groups
 from fastai.callback.core import CancelFitException
 
 # %% ../nbs/63_callback_grpo.ipynb #86ae62e6
@@ -50,6 +50,14 @@ class PolicyGradient(Objective):
         one_group = torch.zeros(1, 2)
         advantage(one_group, one_group == 0, **self.adv_kw)
 
+    def check_scale(self):
+        "Refuse advantages that depend on the company of a batch where several batches are to be one"
+        if self.adv_kw["scale"] != "batch" or accumulation(self.learn) is None: return
+        raise ValueError(
+            f"{self.caller}: scale='batch' divides advantages by the spread of a batch, and gradients are accumulated"
+            " over several, each with a spread of its own: pass scale='none' or 'group', or larger batches instead"
+        )
+
     @property
     def caller(self):
         "Name of the class, for messages"
@@ -58,6 +66,7 @@ class PolicyGradient(Objective):
     def before_fit(self):
         super().before_fit()
         self.adv = None
+        self.check_scale()
 
     def before_batch(self):
         super().before_batch()

@@ -13,14 +13,15 @@ from fastcore.basics import patch
 from torch import nn
 from .core import frozen, masked_mean, rng
 from .losses import entropy_steps, kl_k3, kl_steps
-from .callback_core import FitOnly, StageCallback, Objective, active_dropout, find_reference, looks_for_lr
+from .callback_core import FitOnly, Objective, Term, active_dropout, find_reference, looks_for_lr
 
 # %% ../nbs/64_callback_kl.ipynb #fa80db55
-class StepTerm(StageCallback):
+class StepTerm(Term):
     "Base of added terms that are sums over the exact distributions of each step"
     order = Objective.order+1
     needs = ("encode", "step_logp")
     def before_fit(self):
+        super().before_fit()
         self.forget()
         lacks = [m for m in self.needs if not callable(getattr(self.model, m, None))]
         if lacks:
@@ -132,10 +133,10 @@ class KLToRef(StepTerm):
         kls = self.kl_per_step(ref_enc, counts)
         kl = masked_mean(kls.sum(-1), counts.any(-1))
         k3 = self.k3_of_stored(ref_enc)
-        if self.beta > 0:
-            term = kl if self.estimator == "exact" else k3
-            self.learn.loss_grad = self.loss_grad + self.beta * term
+        if self.beta > 0: self.add(kl, k3, counts)
         self.record(kls.detach(), counts, float(kl.detach()), k3.detach())
+
+    def weight(self, mean): return self.beta
 
     @property
     def mean_kl(self): return self.mean
@@ -164,18 +165,32 @@ def kl_per_step(self:KLToRef, ref_enc, counts):
     with torch.set_grad_enabled(self.estimator == "exact" and self.beta > 0): return self.per_step(sums, counts)
 
 @patch
+def add(self:KLToRef, kl, k3, counts):
+    "Add the term to the loss, and say over how many groups it is a mean"
+    term = kl if self.estimator == "exact" else k3
+    groups = counts if self.estimator == "exact" else self.stored
+    self.put(term, groups.any(-1).sum())
+    self.learn.loss_grad = self.loss_grad + self.beta * term
+
+@patch(as_prop=True)
+def stored(self:KLToRef):
+    "Stored sequences over which k3 is a mean: bool [B,N]"
+    return self.mask if self.on == "live" else self.seq_mask.any(-1)
+
+@patch
 def k3_of_stored(self:KLToRef, ref_enc):
     "k3 over the stored sequences"
     with torch.no_grad(): ref_logp = self.ref.logp(ref_enc, self.seqs, self.seq_mask)
-    stored = self.mask if self.on == "live" else self.seq_mask.any(-1)
-    return kl_k3(ref_logp, self.pred, stored)
+    return kl_k3(ref_logp, self.pred, self.stored)
 
 @patch
 def record(self:KLToRef, kls, counts, kl, k3):
     "Log the batch, and add it to the mean of the epoch"
     n = int(counts.any(-1).sum())
+    live = counts.any(-1) & self.mask.any(-1)
     self.note(kl, n)
     self.log(n, kl=kl, k3=k3, beta=self.beta)
+    self.log(live.sum(), kl_live=masked_mean(kls.sum(-1), live))
     for t, counts_t in enumerate(counts.T):
         self.log(counts_t.sum(), **{f"kl_{t+1}": masked_mean(kls[:, t], counts_t)})
 
@@ -282,10 +297,13 @@ class EntropyFloor(StepTerm):
         some = counts.any(-1)
         each = masked_mean(self.entropy_per_step(counts), counts, -1)
         h = masked_mean(each, some)
-        self.learn.loss_grad = self.loss_grad + self.alpha * (self.floor - h).relu()
         n = int(some.sum())
+        self.put(h, n)
+        self.learn.loss_grad = self.loss_grad + self.alpha * (self.floor - h).relu()
         self.note(float(h.detach()), n)
         self.log(n, entropy_exact=h.detach(), alpha=self.alpha)
+
+    def weight(self, mean): return -self.alpha if mean < self.floor else 0.
 
     def entropy_per_step(self, counts):
         "Normalised entropy of each step that counts [B,S]"

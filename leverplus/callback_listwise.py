@@ -99,8 +99,14 @@ class SFT(Objective):
         self.min_score = min_score
         self.skip_flat = skip_flat
 
+    def counted(self, rewards, mask):
+        "Which sequences are good enough to be imitated"
+        return mask if self.min_score is None else mask & (rewards >= self.min_score)
+
+    def n_groups(self, rewards, mask): return self.counted(rewards, mask).any(-1).sum()
+
     def objective(self, logp, rewards, mask):
-        if self.min_score is not None: mask = mask & (rewards >= self.min_score)
+        mask = self.counted(rewards, mask)
         w = top_weights(rewards, mask, self.top)
         if self.temp is not None: w = masked_softmax(rewards/self.temp + w.clamp(min=1e-30).log(), w > 0)
         some = mask.any(-1)

@@ -21,6 +21,7 @@ from .core import fingerprint, masked_mean, pad_rows, rng
 from leverplus.decode import (
     Stepwise, best_sequences, deciding, device_of, independent, rooted, stored_noise, tree_search,
 )
+from .pools import check_encoder, encoder_of
 from .groups import FACT_COLUMNS, TEXT_FACTS, RLData, as_record
 from .rewards import reward as reward_of, reward_facts
 from .rldata_generate import TooManyFailures
@@ -495,6 +496,7 @@ def before_fit(self:OnPolicy):
     if pool is None: raise ValueError("OnPolicy: the training data have no `pool`: pass pool=")
     if queries is None: queries = ds.question_ids if pool is own else pool
     queries = [int(q) for q in queries]
+    for trained in (self.model, self.dls): check_encoder(trained, encoder_of(store))
     self.world = partial(_these, store, pool, queries)
     self.fingerprint = fingerprint(
         "on-policy", pool.only(queries).fingerprint, store.fingerprint, self.feedback.fingerprint, queries)

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['History', 'plot_history', 'valid_loss', 'regrets', 'missed', 'evaluating', 'Best', 'promotion_p', 'Resume',
-           'same_draws', 'is_logger', 'stage_settings', 'stored_mass', 'drawn_before', 'sureness', 'greedy_picks',
-           'candidate_ids', 'gradient_shares', 'RLStats']
+           'same_draws', 'is_logger', 'stage_settings', 'data_prints', 'stored_mass', 'drawn_before', 'sureness',
+           'greedy_picks', 'candidate_ids', 'gradient_shares', 'RLStats']
 
 # %% ../nbs/66_callback_track.ipynb #74d10a84
 import math, random, time
 from collections import defaultdict
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
@@ -19,9 +20,14 @@ from torch import Tensor, nn
 from .core import atomic_path, fingerprint, frozen, gini, rng
 from .checkpoints import read_state
 from .runs import Run
+from .embed import EmbedStore
+from .pools import Pool
+from .groups import RLData
+from .rewards import live_parts
 from .losses import entropy_steps, group_mass, live_groups, regret
 from .callback_core import FitOnly, StageCallback, Objective, Stats, active_dropout
 from .callback_kl import AdaptiveKL
+from .callback_schedule import SplitShots
 from fastai.callback import progress
 from fastai.callback.core import (
     Callback, CancelEpochException, CancelFitException, FetchPredsCallback, TrainEvalCallback,
@@ -429,13 +435,35 @@ def _describe(v, depth=0):
     "Settings as JSON: modules and tensors by fingerprint, functions by name, objects by class and what they hold"
     if v is None or isinstance(v, (bool, int, float, str)): return v
     if isinstance(v, nn.Module): return f"{type(v).__name__} {fingerprint(v.state_dict())}"
-    if isinstance(v, (torch.Tensor, np.ndarray)): return fingerprint(v)
+    if isinstance(v, (torch.Tensor, np.ndarray, bytes)): return fingerprint(v)
+    if isinstance(v, (RLData, Pool, EmbedStore)): return f"{type(v).__name__} {v.fingerprint}"
+    if isinstance(v, (pd.DataFrame, pd.Series, pd.Index)): return f"{type(v).__name__} {_print_of_frame(v)}"
     if isinstance(v, set): v = sorted(v)
     if isinstance(v, (list, tuple, range)): return [_describe(i, depth) for i in v]
     if isinstance(v, dict): return {str(k): _describe(i, depth) for k, i in v.items()}
-    if isinstance(v, type) or hasattr(v, "__qualname__"): return v.__qualname__
+    if isinstance(v, partial): return [_describe(part, depth) for part in (v.func, v.args, v.keywords)]
+    if isinstance(v, type) or hasattr(v, "__qualname__"): return _name_of(v)
     if depth > 3 or not hasattr(v, "__dict__"): return type(v).__name__
     return {"class": type(v).__name__, **_described_attributes(v, depth + 1)}
+
+def _print_of_frame(frame):
+    "Fingerprint of a table, row by row, its index too"
+    if not isinstance(frame, pd.DataFrame): frame = frame.to_frame()
+    columns = {str(name): list(map(repr, column)) for name, column in frame.items()}
+    return fingerprint(list(map(repr, frame.index)), columns)
+
+def _name_of(f):
+    "Name of a class or a function; of one made on the spot its code too, and the numbers and texts it took along"
+    name = f.__qualname__
+    if "<" not in name or not hasattr(f, "__code__"): return name
+    around = [cell.cell_contents for cell in f.__closure__ or ()] + list(f.__defaults__ or ())
+    taken = [v for v in around if isinstance(v, (bool, int, float, str))]
+    return f"{name} {fingerprint(_code(f.__code__), taken)[:8]}"
+
+def _code(code):
+    "What a piece of code does, as plain values"
+    inner = [_code(c) if hasattr(c, "co_code") else repr(c) for c in code.co_consts]
+    return [code.co_code, list(code.co_names), inner]
 
 def _described_attributes(v, depth=0):
     "Attributes of an object, described; but for the Learner and other callbacks"
@@ -472,11 +500,47 @@ def stage_settings(
         callbacks={cb.name: _described_attributes(cb) for cb in learn.cbs if matters(cb)},
     )
 
+# %% ../nbs/66_callback_track.ipynb #a110f2e4
+def data_prints(
+    dls, # DataLoaders: training split, then the one that judges
+)->dict: # {"train rewards", "dev embeddings", ...: fingerprint}; ValueError for a dataset that cannot be compared
+    "Fingerprints of everything that a fit reads"
+    info = getattr(dls, "info", {})
+    out = dict(reward=fingerprint(info.get("reward")), warmup=fingerprint(info.get("warmup")))
+    for split, dl in zip(("train", "dev"), dls.loaders):
+        kinds = [type(dl).__qualname__, type(dl.dataset).__qualname__]
+        out[f"{split} batches"] = fingerprint(kinds, [dl.bs, dl.n, dl.shuffle, dl.drop_last])
+        with same_draws(dls): parts = _content(dl.dataset)
+        out |= {f"{split} {name}": _print_of(part, dl.dataset, name) for name, part in parts.items()}
+    return out
+
+def _content(dataset):
+    "What a dataset consists of: what it says itself, or all its items"
+    if hasattr(dataset, "content"): return dataset.content()
+    kind = type(dataset).__qualname__
+    try: n = len(dataset)
+    except TypeError as e: raise ValueError(_wants_content(kind, "it has no length")) from e
+    if n and _print_of(dataset[0], dataset, "items") != _print_of(dataset[0], dataset, "items"):
+        raise ValueError(_wants_content(kind, "its items are drawn anew each time"))
+    return dict(items=[dataset[i] for i in range(n)])
+
+def _print_of(part, dataset, name):
+    "Fingerprint of a part of a dataset"
+    try: return fingerprint(part)
+    except TypeError as e: raise ValueError(_wants_content(type(dataset).__qualname__, f"{name}: {e}")) from e
+
+def _wants_content(kind, why):
+    return (
+        f"Resume cannot tell whether a {kind} is the one that a fit began with ({why}): give it a method"
+        " `content()` that returns {name: arrays, numbers or texts} of all that its batches are made of"
+    )
+
 # %% ../nbs/66_callback_track.ipynb #0085941f
 @patch
 def open(self:Resume):
     "Open the folder, or refuse it; read what is there"
-    prints = dict(data=self.print_of_data(), start=fingerprint(self.model.state_dict()))
+    prints = data_prints(self.dls) | dict(start=fingerprint(self.model.state_dict()))
+    self.refuse_earlier()
     seed = getattr(self.learn, "seed", 0)
     self.run_dir = Run.create(self.folder, stage_settings(self.learn), seed, prints)
     if not self.file.exists(): return
@@ -485,14 +549,15 @@ def open(self:Resume):
     self.done = self.state["done"]
 
 @patch
-def print_of_data(self:Resume):
-    "Fingerprint of the data: both ends of the training split and one validation batch stand for all"
-    ds = self.dls.train_ds
-    with torch.random.fork_rng(devices=()): valid = list(self.dls.valid.one_batch())
-    parts = [ds[0], ds[len(ds) - 1], len(ds), self.dls.train.bs, valid]
-    warmup = getattr(self.dls, "info", {}).get("warmup")   # how a warm-up draws is in none of its items
-    if warmup is not None: parts.append(warmup)
-    return fingerprint(parts)
+def refuse_earlier(self:Resume):
+    "Refuse a state that knows its data by a sample"
+    if not (self.folder/"settings.json").exists(): return
+    if "data" not in Run(self.folder).fingerprints: return
+    raise ValueError(
+        f"{self.folder}: a state of an earlier version, which knew its data by a sample: nobody can tell whether"
+        " they are the same; empty the folder and start this stage anew"
+    )
+
 
 # %% ../nbs/66_callback_track.ipynb #d5ae65f5
 @patch
@@ -661,6 +726,7 @@ class RLStats(FitOnly, Stats):
         self.ids = None     # which demonstrations their candidates are
         self.first = None   # their greedy picks when the fit began
         self.last = None    # and an epoch ago
+        self.part_shares = {}     # share of training groups that differ in each part of the reward
 
     def _init_state(self):
         "Behind a read from a file: empty what the file did not keep"
@@ -675,6 +741,7 @@ class RLStats(FitOnly, Stats):
         self.first = None
         self.last = None
         self.obj = next((cb for cb in self.learn.cbs if isinstance(cb, Objective)), None)
+        self.part_shares = self.find_parts()
         self.listen()
 
     def before_train(self):
@@ -682,6 +749,8 @@ class RLStats(FitOnly, Stats):
         if self.last is None and self.has_steps: self.first = self.last = self.picks()
         for cb in self.learn.cbs:
             if isinstance(cb, AdaptiveKL): self.log(beta_least=cb.limits[0], beta_most=cb.limits[1])
+        self.log(**self.part_shares)
+        if self.own_reward: self.log(own_reward=1.)
 
     def before_batch(self):
         self.raw = self.yb
@@ -705,6 +774,17 @@ class RLStats(FitOnly, Stats):
 
     @property
     def has_steps(self): return hasattr(self.model, "step_logp")
+
+    @property
+    def own_reward(self):
+        "Is the reward of training another one than that of validation, as in a warm-up?"
+        return getattr(self.dls, "info", {}).get("warmup") is not None
+
+    @property
+    def own_groups(self):
+        "Are training groups made in another way than those of validation: drawn, split, or rewarded otherwise?"
+        cbs = self.learn.cbs
+        return self.own_reward or any(isinstance(cb, SplitShots) or getattr(cb, "draws", False) for cb in cbs)
 
 # %% ../nbs/66_callback_track.ipynb #9701be26
 @patch
@@ -767,7 +847,20 @@ def log_rewards(self:RLStats):
     self.log(len(mask), live_before=live(mask), live_after=live(self.mask))
     each = regret(self.pred.detach(), rewards, mask, "none")[mask.any(-1)]
     spread = each.std() if len(each) > 1 else each.new_tensor(torch.nan)   # one group has no spread
-    self.log(len(each), regret_train=each.mean(), regret_sd=spread)
+    name = "regret_own" if self.own_groups else "regret_train"
+    self.log(len(each), **{name: each.mean()}, regret_sd=spread)
+
+@patch
+def find_parts(self:RLStats):
+    "{column: share of training groups}, where the reward is known and has several parts"
+    reward = getattr(self.dls, "info", {}).get("reward")
+    rows = getattr(self.dls.train_ds, "rows", None)
+    if reward is None or self.own_groups or not isinstance(rows, pd.DataFrame): return {}
+    rows = rows[rows.question_id.isin(self.dls.train_ds.question_ids)]   # of a data set of some of the queries
+    parts = live_parts(rows, **reward)
+    if len(parts) < 4: return {}   # one part alone cannot cancel
+    del parts["reward"]
+    return {name if name == "cancelled" else f"live_{name}": share for name, share in parts.items()}
 
 @patch
 def log_mass(self:RLStats):

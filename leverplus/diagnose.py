@@ -30,6 +30,7 @@ def _frame(source):
 # title of a panel -> its columns of the history, and what the legend calls them
 PANELS = {
     "regret (reward)": dict(valid_loss="validation", regret_train="training"),
+    "regret, groups of its own": dict(regret_own="training"),
     "KL to reference (nats)": dict(kl="KL", k3="k3", kl_bound="ln K!/(K-S)!"),
     "share clipped": dict(clip_pos="A > 0", clip_neg="A < 0"),
     "live groups": dict(live_before="before filters", live_after="in the loss"),
@@ -174,6 +175,12 @@ _TEACHING = dict(
         "collect sequences that differ (mine, more sources), use a softer reward, drop dead groups; below"
         " {start:.0%} do not start",
     ),
+    cancel=Rule(
+        "parts of the reward cancel",
+        "{cancel:.0%} of the groups or less",
+        "their sequences differ in a fact that the reward depends on, and its parts add up to one number all the same",
+        "other weights, or another reward; the columns live_... say which part differs how often",
+    ),
     filter=Rule(
         "a filter makes groups flat",
         "a drop of at most {filter:.0%}",
@@ -187,10 +194,12 @@ _TEACHING = dict(
 def _teaching(f, facts, t):
     before = _last(f, "live_before")
     after = _last(f, "live_after")
+    cancelled = _last(f, "cancelled")
     live = _first_known(before, _last(f, "live"), _last(f, "adv_live"), facts.get("live"))
     if live is not None:
         std = _first_known(_last(f, "adv_std_all"), live)
         yield _Found("live", live, live < t["live"], dict(std=std))
+    if cancelled is not None: yield _Found("cancel", cancelled, cancelled > t["cancel"])
     if before and after is not None:
         lost = 1 - after/before
         yield _Found("filter", after/before - 1, lost > t["filter"], dict(before=before, after=after))
@@ -422,9 +431,16 @@ def _one_fit(f, fit):
     return f
 
 def _fit_words(f):
-    "Stage and number of epochs"
+    "Stage, number of epochs, and whether its training regret can be held against that of validation"
     n = len(f)
-    return f"{f['stage'].iloc[-1]}, {n} epoch{'s'*(n != 1)}" if "stage" in f else f"{n} epochs"
+    words = f"{f['stage'].iloc[-1]}, {n} epoch{'s'*(n != 1)}" if "stage" in f else f"{n} epochs"
+    if _last(f, "own_reward"): return f"{words} with a reward of its own"
+    return f"{words} on groups of its own" if _last(f, "regret_own") is not None else words
+
+def _facts_of_fit(f, facts):
+    "What the loaders tell about this fit: a warm-up trains on other data than theirs"
+    if not _last(f, "own_reward"): return facts
+    return {name: value for name, value in facts.items() if name == "queries_valid"}
 
 def _in_words(found, t):
     "A row of the diagnosis"
@@ -446,6 +462,7 @@ def diagnose(
     fit:int|None=None, # which fit, as counted in the column `fit`; default the last
     live:float=.3, # least share of live groups
     start:float=.05, # share of live groups below which RL should not start
+    cancel:float=.05, # largest share of groups that differ in parts of the reward, though not in the reward
     filter:float=.1, # largest part of the live groups that filters may make flat
     kl:float=.5, # largest exact KL to the reference, nats
     k3:float=5., # largest k3, in exact KLs
@@ -464,12 +481,13 @@ def diagnose(
 )->Diagnosis: # shows itself in a notebook; ValueError if there is no epoch
     "Say why a fit did not learn, or that nothing speaks against it"
     t = dict(
-        live=live, start=start, filter=filter, kl=kl, k3=k3, ratio=ratio, clip=clip, penalty=penalty,
+        live=live, start=start, cancel=cancel, filter=filter, kl=kl, k3=k3, ratio=ratio, clip=clip, penalty=penalty,
         beta=beta, ess=ess, soft=soft, uniform=uniform, unchanged=unchanged, overfit=overfit, entropy=entropy,
         unique=unique, mass=mass,
     )
     f = _one_fit(_frame(source), fit)
     if facts is None: facts = data_facts(source.dls) if hasattr(source, "dls") else {}
+    facts = _facts_of_fit(f, facts)
     rows = []
     for part in (_teaching, _distance, _steering, _outcome):
         for found in part(f, facts, t): rows.append(_in_words(found, t))

@@ -14,7 +14,7 @@ from .core import pad_rows
 from .pictures import open_image
 from .synth import GroupLoader
 from .groups import RLData
-from .pools import Pool
+from .pools import Pool, encoder_of
 from .rewards import reward as reward_of
 from fastai.data.core import DataLoaders
 from fastai.torch_core import default_device
@@ -112,6 +112,7 @@ class GroupDataset:
     def _vectors(self, store):
         "Vectors of the queries [Q,D] and of demonstrations [M+1,D], 0 at last for padding; rows of the pools [Q,K]"
         own, cands = pool_rows(self.pool, self.question_ids)
+        self.demos = own   # whose vectors they are
         query = store.get(self.question_ids, self.kind)
         vecs = store.get(own, self.kind)
         if not (query.isfinite().all() and vecs.isfinite().all()):
@@ -185,6 +186,7 @@ def new_empty(self:GroupDataset)->GroupDataset:
     none.rows = self.rows.iloc[:0]
     for part in ("rewards", "seqs"): setattr(none, part, getattr(self, part)[:0].clone())
     none.vecs = self.vecs[-1:].clone()   # of the padding
+    none.demos = self.demos[:0]
     none.pool = Pool({}, self.pool.recipe)
     none.about = None
     return none
@@ -226,6 +228,24 @@ def batch(self:GroupDataset,
     rewards = self.rewards[row].masked_fill(~mask, 0.)
     inputs = self.query[i], self.vecs[cands[:, :K]], cand_mask[:, :K], seqs[..., :S], seq_mask[..., :S]
     return *inputs, rewards, mask
+
+# %% ../nbs/40_dls.ipynb #8f64c0f7
+_LOOKS = {"about", "rows", "lost", "n_failed"}   # of a dataset: for people, in no batch
+
+@patch
+def content(self:GroupDataset)->dict: # {part: what `fingerprint` takes}
+    "All that batches are made of, in parts with a name"
+    parts = dict(
+        queries=self.question_ids.tolist(),
+        rows=[self.n, self.first, self.seqs],
+        pools=[self.demos, self.cands],
+        embeddings=[self.kind, self.query, self.vecs],
+        rewards=self.rewards,
+    )
+    ours = {"question_ids", "n", "first", "seqs", "pool", "demos", "cands"}
+    ours |= {"kind", "query", "vecs", "rewards"} | _LOOKS
+    more = {name: value for name, value in vars(self).items() if name not in ours}
+    return parts | dict(more=more) if more else parts
 
 # %% ../nbs/40_dls.ipynb #8134cc24
 def show_group(
@@ -338,7 +358,7 @@ def group_dls(
     any_pool:bool=False, # allow pools of different rules
     items:pd.DataFrame|None=None, # `question, answer, image_path` by question_id: what is shown is drawn
     **weights, # arguments of the reward mode
-)->DataLoaders: # its attribute `info` says what a checkpoint should record: fingerprints, pool rule, reward, kind
+)->DataLoaders: # its `info` is what a checkpoint should record: fingerprints, pool rule, reward, kind, encoder
     "DataLoaders of two records"
     def dataset(data):
         rewards = reward_of(data.rows, reward, **weights)
@@ -351,6 +371,7 @@ def group_dls(
         pool=trn.pool.rule,
         data=dict(train=train.fingerprint, valid=valid.fingerprint),
         store=store.fingerprint,
+        encoder=encoder_of(store),
         kind=kind,
         reward=dict(mode=reward, **weights),
     )

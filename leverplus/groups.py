@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SCHEMA', 'METHODS', 'PROPOSAL_COLUMNS', 'LATER', 'TEXT_FACTS', 'PROB_FACTS', 'FACT_COLUMNS', 'RECORD', 'as_record',
-           'pointer_matrix', 'RLData', 'count_rows', 'Group', 'pointer_problems', 'fact_problems', 'whole_draws',
-           'pack', 'unpack', 'write_part', 'read_part', 'check_shard', 'shard_tag', 'shard_files', 'finish_manifest',
-           'differing']
+           'pointer_matrix', 'column_content', 'RLData', 'count_rows', 'Group', 'pointer_problems', 'fact_problems',
+           'whole_draws', 'pack', 'unpack', 'write_part', 'read_part', 'check_shard', 'shard_tag', 'shard_files',
+           'finish_manifest', 'differing']
 
 # %% ../nbs/30_groups.ipynb #d8fbe2b0
 import re, shutil
@@ -157,6 +157,23 @@ def pointer_matrix(
     out[real] = np.fromiter(chain.from_iterable(pointers), np.int64, size.sum())
     return out, size
 
+# %% ../nbs/30_groups.ipynb #41586663
+def column_content(
+    column:pd.Series, # numbers, booleans, texts or tuples of numbers
+)->list: # for `fingerprint`; equal columns, equal content, whatever their index
+    "A column as a few arrays and texts"
+    values = column.to_numpy()
+    if values.dtype.kind in "biu": return [values]
+    if values.dtype.kind == "f": return [np.where(np.isnan(values), np.nan, values) + 0.]   # one nan, one 0
+    values = column.astype(object).to_numpy()
+    lists = [v if isinstance(v, tuple) else None for v in values]
+    if any(v is not None for v in lists):
+        size = np.array([-1 if v is None else len(v) for v in lists])
+        flat = list(chain.from_iterable(v for v in lists if v is not None))
+        return [size, np.array(flat, dtype="float64")]
+    code, texts = pd.factorize(values)
+    return [code.astype("int64"), list(texts)]
+
 # %% ../nbs/30_groups.ipynb #7aec5c24
 class RLData:
     "Groups of tried sequences with facts: `rows` (record frame), `pool`, `manifest`; opening it needs no model"
@@ -185,12 +202,9 @@ class RLData:
 
     @property
     def fingerprint(self):
-        "Fingerprint of sequences, facts and pool: 16 hexadecimal digits"
-        query = self.rows.question_id.to_numpy()
-        pointers = pointer_matrix(self.rows.pointer.to_numpy())[0]
-        facts = self.rows[["vqa_acc_score", "vqa_correct", "vqa_gt_prob"]].to_numpy()
-        failed = self.rows.eval_failed.to_numpy()
-        return fingerprint(SCHEMA, query, pointers, facts, failed, self.pool.fingerprint)
+        "Fingerprint of all columns but `error`, in the order of the rows, and of the pool: 16 hexadecimal digits"
+        columns = {name: column_content(self.rows[name]) for name in self.rows if name != "error"}
+        return fingerprint(SCHEMA, columns, self.pool.fingerprint)
 
     def groups(self):
         "Rows by query in order of first appearance: a pandas group-by, iterate for (question_id, frame)"

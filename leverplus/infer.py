@@ -20,7 +20,7 @@ from filelock import FileLock
 from .core import ask_for_a_folder, atomic_path, fingerprint, pad_rows, rng
 from .runs import Run
 from .settings import Asking, Picker, Picking, plain_settings
-from .pools import check_pool
+from .pools import check_encoder, check_pool, encoder_of
 from .vqa import normalise
 from .decode import best_sequences
 from .lvlm import Scored, Targets
@@ -194,6 +194,7 @@ def pick_model(
 )->pd.DataFrame: # picks
     "What a selector picks greedily"
     check_pool(model, pool, other_pool)
+    check_encoder(model, encoder_of(store))
     most = _most_shots(model, S)
     pointers = {}
     for qs, enc in _encoded(model, pool, store, S, kind, bs):
@@ -255,6 +256,7 @@ def candidates(
     if search not in ("beam", "samples") or width < 1:
         raise ValueError(f"search={search!r}, width={width}: wanted 'beam' or 'samples', and a width >= 1")
     check_pool(model, pool, other_pool)
+    check_encoder(model, encoder_of(store))
     _most_shots(model, S)
     looked_for = _Search(S, width, search, temp, seed)
     find = _until_stop if S is None else _of_length
@@ -850,7 +852,9 @@ def predict(
 
 def _check_prediction(pool, picking, model, store, judge):
     "Refuse what cannot end well, before anything is written"
-    if model is not None: check_pool(model, pool, picking.other_pool)
+    if model is not None:
+        check_pool(model, pool, picking.other_pool)
+        check_encoder(model, encoder_of(store))
     most = _counts(picking)[-1]
     picker = "zero_shot" if most == 0 else picking.picker
     _check_means(picking, picker, most, model, store)

@@ -16,6 +16,7 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 from fastcore.meta import delegates
 from .core import reproducible, seed_all
+from .pools import check_encoder
 from .synth import ShownGroups
 from .warmup import warmup_dls
 from .selector import PointerSelector
@@ -65,6 +66,7 @@ def selector_learner(
 )->SelectorLearner:
     "Learner of a pointer selector whose loss is regret"
     _check_learner(dls, model, model_kw)
+    check_encoder(model, getattr(dls, "info", {}).get("encoder"))
     seed_all(seed)
     if model is None: model = PointerSelector(dls.valid.one_batch()[0].shape[-1], **model_kw or MODEL)
     stats = RLStats()

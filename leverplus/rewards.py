@@ -7,11 +7,11 @@ __all__ = ['REWARDS', 'reward_mode', 'hard_plus_soft', 'gtprob', 'hard_only', 's
            'hard_plus_soft_v2', 'separated', 'hard01_plus_gtprob', 'hard01_plus_gtprob_separated',
            'hard_plus_gtprob_plus_rel', 'legacy', 'hybrid', 'info_score', 'expected_acc', 'reweigh', 'plot_rewards',
            'Correlation', 'spearman', 'answer_cosines', 'semantic', 'group_stats', 'z_score', 'z_score_clamp',
-           'rank_normalise']
+           'rank_normalise', 'parts_of', 'live_parts']
 
 # %% ../nbs/31_rewards.ipynb #675bd03b
 import inspect
-from itertools import chain
+from itertools import chain, product
 from statistics import NormalDist
 from typing import NamedTuple
 import numpy as np, pandas as pd
@@ -448,3 +448,37 @@ def rank_normalise(
     n = group.transform("count").to_numpy()
     rank = group.rank().to_numpy()
     return 2 * (rank - 1) / np.maximum(n - 1, 1) - np.where(n > 1, 1., 0.)
+
+# %% ../nbs/31_rewards.ipynb #f6a1b22b
+def parts_of(
+    mode:str, # a name out of REWARDS
+    **weights, # arguments of that mode
+)->tuple: # of column names; a fact whose weight is 0 is none
+    "Facts that a reward depends on, as it is weighted"
+    needs, _ = reward_facts(mode, **weights)
+    levels = np.array(list(product([0., .3, 1.], repeat=len(needs))))   # [n,facts] every combination of three values
+    worth = reward(pd.DataFrame(levels, columns=list(needs)), mode, **weights)
+    def matters(k):
+        others = pd.DataFrame(np.delete(levels, k, 1)).assign(worth=worth)
+        by = list(others.columns[:-1])
+        if not by: return np.ptp(worth) > 0
+        return (others.groupby(by).worth.nunique() > 1).any()
+    return tuple(fact for k, fact in enumerate(needs) if matters(k))
+
+def live_parts(
+    frame:pd.DataFrame, # rows of the record, with the facts of the mode
+    mode:str="hard_plus_soft", # a name out of REWARDS
+    eps:float=1e-6, # values this close are equal
+    **weights, # arguments of that mode
+)->dict: # {"reward", each of `parts_of`, "cancelled": share 0..1 of the groups with a row that did not fail}
+    "Share of groups that differ in a reward, in its parts, and in a part though not in the reward"
+    ok = ~_failed(frame)
+    code, queries = pd.factorize(frame["question_id"][ok])
+    def differs(x):
+        stats = group_stats(x, code, len(queries))
+        return (stats["max"] - stats["min"] > eps).to_numpy()
+    live = differs(reward(frame, mode, **weights)[ok])
+    parts = {fact: differs(frame[fact][ok].to_numpy(dtype=float)) for fact in parts_of(mode, **weights)}
+    hidden = np.any(list(parts.values()), axis=0) & ~live if parts else np.zeros(len(live), bool)
+    shares = dict(reward=live, **parts, cancelled=hidden)
+    return {name: float(x.mean()) if len(x) else float("nan") for name, x in shares.items()}

@@ -19,7 +19,7 @@ from fastcore.meta import delegates
 from .core import atomic_path
 from .markup import Block, Cell, Filled, Table
 from .groups import METHODS, RLData, pointer_matrix
-from .rewards import group_stats, reward as reward_of, reward_facts, spearman
+from .rewards import group_stats, parts_of, reward as reward_of, reward_facts, spearman
 
 # %% ../nbs/36_rldata_check.ipynb #5030f113
 @dataclass
@@ -35,6 +35,7 @@ class RowFacts:
     reward:np.ndarray # float [n], reward
     shots:np.ndarray # int [n], length of the pointer
     again:np.ndarray # bool [n], an earlier row of the query has the same pointer
+    parts:dict # {fact that the reward depends on: float [n]}
 
 def row_facts(
     rows:pd.DataFrame, # record frame
@@ -57,6 +58,7 @@ def row_facts(
         reward=_known_rewards(rows, ok, reward, weights),
         shots=shots,
         again=pd.DataFrame(pointers).assign(query=code).duplicated().to_numpy(),
+        parts={fact: known(fact) for fact in parts_of(reward, **weights) if fact in rows},
     )
 
 def _known_rewards(rows, ok, reward, weights):
@@ -222,6 +224,7 @@ def _median(x):
 # %% ../nbs/36_rldata_check.ipynb #23b10048
 _TEACHING = dict(
     pct_flat_reward_query="% of groups that are not live",
+    pct_cancelled_query="% of groups that are not live though a part of their reward differs: parts cancel",
     groups="groups: queries with a reward",
     live_groups="groups that can teach",
     adv_std="mean over ALL groups of the std of standardised advantages: what GRPO logs",
@@ -236,6 +239,14 @@ _TEACHING = dict(
     reward_max="largest",
 )
 
+def _part_differs(facts):
+    "Which queries have rewarded rows that differ in a fact that the reward depends on: bool [Q]"
+    out = np.zeros(len(facts.queries), bool)
+    for x in facts.parts.values():
+        stats = group_stats(np.where(np.isnan(facts.reward), np.nan, x), facts.code, len(facts.queries))
+        out |= (stats["max"] - stats["min"] > EPS).to_numpy()
+    return out
+
 def teaching_metrics(
     facts:RowFacts, # of the rows
     queries:pd.DataFrame, # of `query_facts`
@@ -246,6 +257,7 @@ def teaching_metrics(
     rewards = facts.reward[~np.isnan(facts.reward)]
     return dict(
         pct_flat_reward_query=100 * _mean(~groups.live),
+        pct_cancelled_query=100 * _mean(_part_differs(facts)[queries.rewarded > 0] & ~groups.live),
         groups=len(groups),
         live_groups=len(live),
         adv_std=_mean(groups.adv_std),
@@ -442,6 +454,8 @@ REMEDIES = dict(
     flat="Find positives where there are none and negatives where there is nothing else, "
          "or reward probability as well (hard01_plus_gtprob); drop flat groups from the loss and its denominator. "
          "Learning rate, KL weight and normalisation cannot help.",
+    cancel="What differs in a group adds up to one number: give the parts of the reward other weights, "
+           "or choose a reward with one of them.",
     headroom="The proposer already picks what is best here. "
              "Try sequences that it does not think of (random, mined), or harder queries.",
     few="Too few queries to tell: measure on more before you lean on vqa_gt_prob.",
@@ -489,6 +503,7 @@ def group_alarms(
     zero_positive:float=.5, # largest share of queries without a positive, 0..1
     live:float=.3, # least share of groups that can teach, 0..1
     start:float=.05, # share of live groups below which GRPO should not begin, 0..1
+    cancelled:float=.05, # largest share of groups in which parts of the reward cancel, 0..1
 ): # yields (cause, seen, wanted, remedy)
     "Ask whether queries have positives, and whether groups differ"
     zero = m["pct_zero_positive_query"]
@@ -499,6 +514,10 @@ def group_alarms(
     if share < live:
         stop = f"Below {start:.0%}: do not start GRPO on this file. " if share < start else ""
         yield "flat groups", teaches(m), f"at least {live:.0%} of groups", stop + REMEDIES["flat"]
+    hidden = m["pct_cancelled_query"]
+    if hidden > 100 * cancelled:
+        seen = f"in {hidden:.1f} % of groups a part of the reward differs, though the reward does not"
+        yield "cancelling parts", seen, f"at most {cancelled:.0%}", REMEDIES["cancel"]
 
 # %% ../nbs/36_rldata_check.ipynb #c9a3ce80
 def headroom_alarms(
@@ -534,7 +553,7 @@ def soft_alarms(
 class Alarm(NamedTuple):
     "Something that training would suffer from"
     file:str # which file
-    cause:str # labels | failures | prompts | pool or prompts | headroom | proposals | flat groups | soft reward
+    cause:str # labels | failures | prompts | pool or prompts | headroom | proposals | flat groups | cancelling parts | ...
     seen:str # what was seen
     wanted:str # what was wanted
     remedy:str # what to do
@@ -547,6 +566,7 @@ def judge(
     zero_positive:float=.5, # largest share of queries without a positive, 0..1
     live:float=.3, # least share of groups that can teach, 0..1
     start:float=.05, # share of live groups below which GRPO should not begin, 0..1
+    cancelled:float=.05, # largest share of groups in which parts of the reward cancel, 0..1
     spearman:float=.3, # least rank correlation of vqa_gt_prob and accuracy, as a share of `spearman_reach`
     same_answer:float=.25, # how often answers to different queries may agree when the oracle is low, 0..1
     failed:float=.01, # largest share of failed rows, 0..1
@@ -555,7 +575,7 @@ def judge(
     found = [
         *label_alarms(metrics, failed),
         *oracle_alarms(metrics, oracle, same_answer),
-        *group_alarms(metrics, zero_positive, live, start),
+        *group_alarms(metrics, zero_positive, live, start, cancelled),
         *headroom_alarms(metrics, headroom, live),
         *soft_alarms(metrics, spearman),
     ]
@@ -611,7 +631,7 @@ def health(
     reward:str="hard_plus_soft", # what training will use: a name out of REWARDS
     weights:dict|None=None, # arguments of that reward, e.g. dict(hard_weight=2.)
     clear:float=.2, # a gap above this is a clear one, in accuracy
-    **kwargs, # thresholds of `judge`: oracle, headroom, zero_positive, live, start, spearman, same_answer, failed
+    **kwargs, # thresholds of `judge`: oracle, headroom, zero_positive, live, start, cancelled, spearman, ...
 )->Health: # shows itself in a notebook
     "Examine files of tried sequences; ValueError for a file without rows, without labels, or without a needed fact"
     files = _named(data)
@@ -662,7 +682,7 @@ _TABLE = {
     "what is there": "queries rows failed unrewarded scorers unofficial unique_rate pool_median "
                      "group_min group_median group_max",
     "positives": "positive_rate positives_q1 positives_median positives_q3 pct_zero_positive_query",
-    "what GRPO will see": "pct_flat_reward_query live_groups adv_std adv_std_live reward_std reward_std_live "
+    "what GRPO will see": "pct_flat_reward_query pct_cancelled_query live_groups adv_std adv_std_live reward_std reward_std_live "
                           "reward_mean uniform_nll",
     "soft reward": "gt_prob_median gt_prob_right gt_prob_wrong spearman spearman_low spearman_high",
     "headroom": "oracle_in_data model_pick mean_in_data gap_mean pct_clear_gap "

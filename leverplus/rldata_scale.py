@@ -23,7 +23,7 @@ from .settings import Job, change
 from .pictures import BadPicture, picture_size
 from .data import check_splits, items_fingerprint, read_okvqa, read_soft_labels, read_vqav2
 from .embed import EmbedStore, embed_items, gather_stores
-from .pools import Pool, check_pool, make_pool
+from .pools import Pool, check_encoder, check_pool, encoder_of, make_pool
 from .vqa import answer_targets
 from .cost import PEAKS, prompt_flops, qwen_config
 from .scorer import SharedScorer
@@ -236,6 +236,7 @@ def check_policy(self:Job,
     if most is not None and shots > most:
         raise ValueError(f"{shots} shots: the selector picks at most {most} (max_shots)")
     check_pool(policy, pool, other_pool)
+    check_encoder(policy, encoder_of(store))
 
 # %% ../nbs/39_rldata_scale.ipynb #6b62b65c
 @patch

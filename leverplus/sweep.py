@@ -20,7 +20,7 @@ from .runs import git_state, library_versions, plain
 from .synth import quiet
 from .groups import check_shard, shard_tag
 from .rewards import info_score, reward_facts
-from .rldata_ask import FactCache, ask, facts_fingerprint
+from .rldata_ask import FactCache, ask, facts_fingerprint, item_hashes
 from .rldata_generate import evaluated, run_lock
 from .dls import group_dls
 from .callback_grpo import GRPO, PolicyGradient
@@ -169,12 +169,15 @@ def _word(text):
 # %% ../nbs/85_sweep.ipynb #0c38ae5a
 def data_fingerprint(
     groups:dict, # {"train": RLData, "dev": RLData}, and maybe "valid"
-    world, # with `store` and `scorer`
+    world, # with `items`, `store` and `scorer`
     asking:Asking=Asking(), # how picks are asked about
 )->str: # 16 hexadecimal digits
     "What all cells of a sweep share"
     stored = {k: d.fingerprint for k, d in groups.items()}
-    return fingerprint("sweep", stored, world.store.fingerprint, facts_fingerprint(world.scorer, asking))
+    pools = [d.pool.ids for d in groups.values()]
+    ids = sorted({i for pool in pools for q, candidates in pool.items() for i in (q, *candidates)})
+    items = item_hashes(world.items, ids)
+    return fingerprint("sweep", stored, items, world.store.fingerprint, facts_fingerprint(world.scorer, asking))
 
 def cell_id(
     settings:dict, # a combination of `expand_grid`

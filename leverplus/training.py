@@ -12,10 +12,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 import pandas as pd
+from .core import fingerprint
 from .settings import BATCH, EPOCHS, Asking, Choosing, Job, Rewarding, Teaching, plain_settings, several
 from .runs import Run
 from .embed import EmbedStore
-from .groups import FACT_COLUMNS, RLData
+from .groups import FACT_COLUMNS, RLData, column_content
 from .rewards import reward_facts
 from .rldata_ask import FactCache, same_scorer
 from .rldata_generate import policy_fingerprint, run_lock, with_text
@@ -231,8 +232,7 @@ def train_run(
     if by_accuracy: _check_looks(teaching, choosing, among)
     data.open()
     learn, fit = learner_of(data, teaching, rewarding, start, among)
-    prints = dict(train=data.train.fingerprint, dev=data.dev.fingerprint, store=data.store.fingerprint)
-    if start is not None or teaching.start is not None: prints["start"] = policy_fingerprint(learn.model)
+    prints = _prints(data, learn, recipe_of(teaching, among))
     if by_accuracy:
         scorer = data.job.scorer()
         prints["scorer"] = same_scorer(data.dev, scorer, asking)
@@ -241,6 +241,22 @@ def train_run(
         if by_accuracy: learn.choose_by = accuracy_chooser(path, data, scorer, learn, asking, progress=say is None)
         with epoch_lines(learn, say): fit(Path(path)/"state")
         return _kept(run, learn, teaching, by_accuracy)
+
+def _prints(data, learn, r):
+    "Fingerprints of what goes into a training run"
+    prints = dict(
+        train=data.train.fingerprint,
+        dev=data.dev.fingerprint,
+        store=data.store.fingerprint,
+        start=policy_fingerprint(learn.model),
+    )
+    if r is None: return prints
+    prints["recipe"] = fingerprint({part: r.get(part) for part in ("model", "data", "stages")})
+    if any(stage["fit"] == "warmup" for stage in r["stages"]):
+        items = data.warmup_items()
+        read = {name: column_content(items[name]) for name in ("image_id", "answer")}   # what a warm-up reads of them
+        prints["warmup items"] = fingerprint(items.index.tolist(), read)
+    return prints
 
 def _check_looks(teaching, choosing, among):
     if looks_at_dev(teaching, choosing, among): return

@@ -11,7 +11,7 @@ from itertools import permutations
 import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
 from .core import fingerprint
-from .pools import draw_block, image_groups, sampler_parts
+from .pools import draw_block, encoder_of, image_groups, sampler_parts
 from .vqa import normalise
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
@@ -137,6 +137,17 @@ def sequences(self:AnswerGroups, S, g):
     if math.perm(self.K, S) <= self.n: return torch.tensor(list(permutations(range(self.K), S)))
     return torch.rand(self.n, self.K, generator=g).topk(S, -1).indices.unique(dim=0)
 
+# %% ../nbs/51_warmup.ipynb #730fd78b
+@patch
+def content(self:AnswerGroups)->dict: # {part: what `fingerprint` takes}
+    "All that groups are drawn from, in parts with a name"
+    return dict(
+        queries=self.question_ids.tolist(),
+        rewards=[self.words, self.image, self.twin],
+        embeddings=[self.kind, self.query, self.near],
+        draws=dict(K=self.K, shots=list(self.shots), n=self.n, rounds=self.rounds, parts=self.parts),
+    )
+
 # %% ../nbs/51_warmup.ipynb #a4d0845d
 def warmup_dls(
     dls:DataLoaders, # of `group_dls`: its validation groups, device and `info` are used
@@ -156,9 +167,9 @@ def warmup_dls(
     rounds = max(1, round(steps * bs / len(items)))
     ds = AnswerGroups(items, store, K, shots, kind, n, rounds, sampler)
     _check_warmup(ds, dls, bs)
+    _check_one_encoder(info.get("encoder"), encoder_of(store))
     out = DataLoaders(AnswerDL(ds, bs, seed=seed), dls.valid, device=dls.device)
-    prints = fingerprint([str(q) for q in ds.question_ids])
-    draws = dict(K=K, sampler=sampler, shots=list(ds.shots), n=n, seed=seed, items=prints)
+    draws = dict(K=K, sampler=sampler, shots=list(ds.shots), n=n, seed=seed, items=fingerprint(ds.content()))
     out.info = info | dict(warmup=draws)
     return out
 
@@ -173,6 +184,13 @@ class AnswerDL(DataLoader):
     def create_batch(self, i):
         return self.dataset.batch(i, torch.Generator().manual_seed(self.rng.getrandbits(62)))
     def retain(self, res, b): return res
+
+def _check_one_encoder(groups, items):
+    "Refuse vectors of another CLIP than those of the groups; None where nobody knows"
+    if None in (groups, items) or groups == items: return
+    raise ValueError(
+        f"warmup_dls: the items have vectors of CLIP {items}, the groups of CLIP {groups}: embed both with one"
+    )
 
 def _check_warmup(ds, dls, bs):
     "Refuse batches larger than an epoch, and validation queries among the training items"

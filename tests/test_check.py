@@ -485,3 +485,19 @@ def test_data_are_left_alone():
     before = d.rows.copy()
     health(d, "hard01_plus_gtprob")
     pd.testing.assert_frame_equal(d.rows, before)
+
+# --- parts of a reward that cancel ---------------------------------------------------------------------------
+def test_parts_that_cancel_are_an_alarm_of_their_own():
+    "Accuracy 1 beside probability .2, and 0 beside .7: weighted 1 to 2 they come to one number"
+    data = made({q: [(1., .2), (0., .7)] for q in range(20)} | {q: [(1., .9), (0., .1)] for q in range(20, 100)})
+    opposed = health(data, "hard01_plus_gtprob", dict(hard_weight=1., soft_weight=2.))
+    m = opposed.frame.loc["data"]
+    assert m.pct_cancelled_query == m.pct_flat_reward_query == pytest.approx(20.)
+    alarm, = [a for a in opposed.verdict if a.cause == "cancelling parts"]
+    assert alarm.seen.startswith("in 20.0 % of groups")
+    usual = health(data, "hard01_plus_gtprob").frame.loc["data"]
+    assert usual.pct_cancelled_query == 0 == usual.pct_flat_reward_query
+    one = health(data, "gtprob").frame.loc["data"]
+    assert one.pct_cancelled_query == 0
+    assert not [a for a in health(data, "hard01_plus_gtprob", dict(hard_weight=1., soft_weight=2.),
+                                  cancelled=.2).verdict if a.cause == "cancelling parts"]

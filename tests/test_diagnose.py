@@ -115,6 +115,7 @@ def test_k3_is_no_kl_and_beta_hits_its_bound():
 # what each rule must say of a history that has just this: (columns, facts, alarms)
 CASES = dict(
     live=(dict(live_before=[0.2]), {}),
+    cancel=(dict(cancelled=[0.2]), {}),
     filter=(dict(live_before=[0.54], live_after=[0.26]), {}),
     kl=(dict(kl=[0.1, 0.6]), {}),
     k3=(dict(kl=[0.1], k3=[17.0]), {}),
@@ -151,6 +152,7 @@ def test_every_rule_alone(rule):
     assert rule in d._repr_markdown_() or RULES[rule].symptom in d._repr_markdown_()
     loose = dict(
         live=0.0,
+        cancel=1.0,
         filter=1.0,
         kl=99.0,
         k3=1e9,
@@ -184,6 +186,22 @@ def test_any_history_can_be_judged(row):
     assert set(d.frame.index) <= set(RULES)
     assert d.frame.value.notna().all()
     assert len(d.sentences) == len(d.alarms)
+
+def test_a_warmup_is_not_held_against_validation():
+    "Its reward is another one: neither its regret nor the facts of the LVLM's groups say anything about it"
+    facts = dict(queries=100, queries_valid=100, spearman=-.9, pool_train=16., pool_valid=64., live=.01)
+    numbers = dict(fit=1, stage="listwise", valid_loss=[.9, .8], regret_sd=[.1, .1], live_before=[.9, .9])
+    warm = pd.DataFrame(dict(numbers, regret_own=[.2, .1], own_reward=1.))
+    d = diagnose(warm, facts)
+    assert d.alarms == []
+    assert "overfit" not in d.frame.index and "soft" not in d.frame.index
+    assert d.stage == "listwise, 2 epochs with a reward of its own"
+    stored = pd.DataFrame(dict(numbers, regret_train=[.2, .1]))
+    assert {"overfit", "soft", "pool"} <= set(diagnose(stored, facts).alarms)
+    drawn = pd.DataFrame(dict(numbers, regret_own=[.2, .1]))
+    d = diagnose(drawn, facts)
+    assert d.stage == "listwise, 2 epochs on groups of its own"
+    assert set(d.alarms) == {"soft", "pool"}
 
 def test_what_cannot_be_judged(good):
     with pytest.raises(ValueError, match="no epochs"): diagnose(History())
@@ -245,7 +263,7 @@ def test_watch_warns_once_and_needs_stats():
 def test_plot_rl_draws_what_was_recorded(good):
     f = good.history.frame
     axs = plot_rl(good)
-    assert [a.get_title() for a in axs] == list(PANELS)
+    assert [a.get_title() for a in axs] == [title for title in PANELS if title != "regret, groups of its own"]
     assert all(a.get_xlabel() == "epoch" for a in axs)
     kl = next(a for a in axs if a.get_title().startswith("KL"))
     got = {l.get_label(): l.get_ydata() for l in kl.lines}

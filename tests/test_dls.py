@@ -2,13 +2,15 @@
 import numpy as np, pandas as pd, pytest, torch
 from fastai.learner import Learner
 from hypothesis import given, settings, strategies as st
-from leverplus.core import rng
+from leverplus.core import fingerprint, rng
 from leverplus.dls import GroupDataset, GroupDL, group_dls, show_group
 from leverplus.embed import EmbedStore
 from leverplus.groups import RLData
+from leverplus.learner import selector_learner
 from leverplus.pools import Pool
 from leverplus.selector import PointerSelector, check_seqs
 from leverplus.synth import pad_groups, quiet
+from leverplus.warmup import warmup_dls
 
 NAMES = "query cands cand_mask seqs seq_mask rewards mask".split()
 
@@ -168,6 +170,44 @@ def test_info_names_where_it_came_from():
     assert dls.info["pool"]["sampler"] == "random"
     assert dls.info["kind"] == "text"
     assert dls.info["reward"] == dict(mode="hard_plus_soft", hard_weight=2.)
+
+def test_info_knows_whose_vectors_these_are():
+    trn, val = records()
+    assert group_dls(trn, val, STORE, device="cpu").info["encoder"] is None
+    store = vectors()
+    store.meta = dict(source=dict(clip="aaaa"))
+    dls = group_dls(trn, val, store, device="cpu")
+    assert dls.info["encoder"] == "aaaa"
+    learn = selector_learner(dls, d_hidden=8)
+    start = learn.model
+    start.info = dict(encoder="aaaa")
+    assert selector_learner(dls, start).model is start
+    start.info = dict(encoder="bbbb")
+    with pytest.raises(ValueError, match="vectors of CLIP bbbb, these are of CLIP aaaa"): selector_learner(dls, start)
+    items = pd.DataFrame(dict(question_id=range(30), image_id=range(30), answer=[f"word{i % 5}" for i in range(30)]))
+    with pytest.raises(ValueError, match="items have vectors of CLIP cccc, the groups of CLIP aaaa"):
+        other = vectors()
+        other.meta = dict(source=dict(clip="cccc"))
+        warmup_dls(dls, items, other, K=4, bs=4, steps=2)
+
+def test_content_follows_everything_that_a_batch_holds():
+    rows, pool = world()
+    ds = dataset(rows, pool)
+    def differ(other):
+        a, b = ds.content(), other.content()
+        return [name for name in a if fingerprint(a[name]) != fingerprint(b[name])]
+    assert differ(dataset(rows, pool)) == []
+    assert differ(dataset(rows, pool, about=pd.DataFrame())) == []
+    good = rows.index[~rows.eval_failed][3]
+    better = rows.assign(vqa_acc_score=rows.vqa_acc_score.where(rows.index != good, .123))
+    assert differ(dataset(better, pool)) == ["rewards"]
+    again = rows.assign(eval_failed=rows.eval_failed | (rows.index == good))
+    assert {"rows", "rewards"} <= set(differ(dataset(again, pool)))
+    assert differ(dataset(rows, pool, kind="image")) == ["embeddings"]
+    less = ds.select(ds.items[1:])
+    assert "queries" in differ(less)
+    turned = Pool({q: ids[::-1] for q, ids in pool.ids.items()}, pool.recipe)
+    assert set(differ(dataset(rows, turned))) == {"rows", "pools"}
 
 def test_show_group():
     rows, pool = world(5, fail=0)

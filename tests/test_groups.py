@@ -254,6 +254,35 @@ def test_fingerprint_follows_facts_and_order():
         )
         == 4)
 
+def other_value(x, kind):
+    "A value of the same kind that is another one"
+    if kind == "str": return "other" if pd.isna(x) else f"{x} "
+    if kind == "ints": return tuple(reversed(x))
+    if kind == "floats": return (-.5,) if x is None else (*x, -.5)
+    if kind == "bool": return not x
+    return 1. if pd.isna(x) else x + 1
+
+@pytest.mark.parametrize("column", [c for c in RECORD if c != "error"])
+def test_fingerprint_follows_every_column_a_reader_may_read(column):
+    "A reward, a filter or a merge may read any of them; the words of an error none does"
+    data = RLData(tried(), POOL)
+    before = data.fingerprint
+    values = list(data.rows[column])
+    values[1] = other_value(values[1], RECORD[column])
+    data.rows[column] = pd.Series(values, dtype=data.rows[column].dtype)
+    assert data.fingerprint != before
+
+def test_fingerprint_of_what_is_missing_and_of_what_is_none():
+    def f(rows): return RLData(rows, POOL).fingerprint
+    rows = RLData(tried(), POOL).rows
+    assert f(rows) == f(rows.assign(error="other words"))
+    assert f(rows.assign(vqa_pred_answer="")) != f(rows.assign(vqa_pred_answer=np.nan))
+    assert f(rows.assign(logprob_score=0.)) == f(rows.assign(logprob_score=-0.))
+    assert f(rows.assign(vqa_gt_logprobs=[()] * 4)) != f(rows.assign(vqa_gt_logprobs=None))
+    added = RLData(rows, POOL)
+    added.rows = rows.assign(info_score=[.1, .2, .3, .4])   # what a reward reads though a record has no room for it
+    assert added.fingerprint != f(rows)
+
 def test_to_frame_is_a_copy():
     data = RLData(tried(), POOL)
     frame = data.to_frame()

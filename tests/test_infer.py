@@ -1,5 +1,5 @@
 "Picking, reranking, predicting: against brute force, with failures and interruptions, and in the official format"
-import json, math
+import copy, json, math
 from dataclasses import fields
 from functools import partial
 from itertools import permutations
@@ -138,6 +138,30 @@ def test_selectors_with_stop_may_show_fewer():
     assert drawn.groupby("question_id").pointer.nunique().eq(4).all()
     assert drawn.equals(candidates(m, POOL, STORE, None, 4, "samples"))
     with pytest.raises(ValueError, match="no STOP"): pick_model(MODEL, POOL, STORE, None)
+
+def test_vectors_of_another_encoder_are_refused(tmp_path):
+    "Two CLIPs may give vectors of one width: the checkpoint says whose it was trained on"
+    def of_clip(name):
+        store = copy.copy(STORE)
+        store.meta = dict(STORE.meta, source=dict(clip=name))
+        return store
+    m = PointerSelector(STORE.dim("mixed"), d_hidden=8)
+    m.info = dict(encoder="aaaa")
+    mine, other = of_clip("aaaa"), of_clip("bbbb")
+    want = pick_model(m, POOL, mine, 2)
+    assert pick_model(m, POOL, STORE, 2).equals(want)   # nobody knows whose vectors these are
+    for f in (
+        lambda: pick_model(m, POOL, other, 2),
+        lambda: candidates(m, POOL, other, 2),
+        lambda: predict(tmp_path/"run", POOL, ITEMS, Says(), other, Picking(), model=m, progress=False),
+    ):
+        with pytest.raises(ValueError, match="vectors of CLIP aaaa, these are of CLIP bbbb: take the embedder"): f()
+    assert not (tmp_path/"run").exists()
+    m.save_pretrained(tmp_path/"ckpt")
+    kept = PointerSelector.from_pretrained(tmp_path/"ckpt")
+    with pytest.raises(ValueError, match="CLIP aaaa"): pick_model(kept, POOL, other, 2)
+    kept.info.pop("encoder")                            # told
+    assert pick_model(kept, POOL, other, 2).equals(want)
 
 def test_foreign_pools_and_self_shown_queries_are_refused(tmp_path):
     m = PointerSelector(STORE.dim("mixed"), d_hidden=8)

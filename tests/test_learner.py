@@ -1,7 +1,8 @@
 "The learner of the real selector: stages, identities of the policy in training, checkpoints"
 import inspect, json, os, random, signal, subprocess, sys, warnings
 from dataclasses import fields
-import pytest, torch
+from functools import partial
+import pandas as pd, pytest, torch
 from fastai.callback.schedule import ParamScheduler, SchedCos
 from fastai.callback.training import GradientClip
 from leverplus.callback_core import StageCallback, Stats
@@ -10,10 +11,15 @@ from leverplus.callback_kl import AdaptiveKL, EntropyFloor, KLToRef
 from leverplus.callback_listwise import SFT, Listwise
 from leverplus.callback_rce import RCE
 from leverplus.callback_schedule import Freeze, Phases, TopKCurriculum
-from leverplus.callback_track import Best, Resume, missed, regrets, valid_loss
+from leverplus.callback_track import Best, Resume, _describe, data_prints, missed, regrets, valid_loss
+from leverplus.core import read_json, rng, write_json
+from leverplus.dls import GroupDataset, group_dls
+from leverplus.embed import EmbedStore
+from leverplus.groups import RLData
 from leverplus.learner import Stage, load_selector, selector_learner
 from leverplus.synth import quiet
 from leverplus.losses import kl_exact, regret
+from leverplus.pools import Pool
 from leverplus.selector import PointerSelector
 from leverplus.synth import ToySelector, synth_dls
 
@@ -485,7 +491,156 @@ def test_other_data_and_weights_are_refused(tmp_path):
         with quiet(learn): learn.fit_rce(1, resume=tmp_path/"run")
     go()
     with pytest.raises(ValueError, match="seed: 0 there, 1 now(.|\n)*fingerprint of start"): go(seed=1)
-    with pytest.raises(ValueError, match="fingerprint of data"): go(n=33)
+    with pytest.raises(ValueError, match="fingerprint of train items"): go(n=33)
+
+# --- data that changed between a kill and the next start ----------------------------------------------------
+STORE_IDS = [*range(40), *range(1000, 1060), *range(2000, 2020)]
+
+def a_store(seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return EmbedStore(STORE_IDS, *(torch.randn(len(STORE_IDS), 4, generator=g) for _ in range(2)))
+
+def a_record(first, n, seed=0):
+    "Groups of four sequences of two out of pools of six"
+    g = rng("resume data", first)
+    ids = range(first, first + n)
+    pool = Pool({q: g.choice(40, 6, replace=False) for q in ids}, dict(sampler="random", K=6))
+    tried = [(q, tuple(pool[q][i] for i in pair)) for q in ids for pair in ((0, 1), (2, 3), (4, 5), (1, 0))]
+    rows = pd.DataFrame(tried, columns=["question_id", "pointer"])
+    rows["vqa_acc_score"] = rng("resume rewards", first, seed).choice([0., .3, .6, 1.], len(rows))
+    rows["vqa_correct"] = (rows.vqa_acc_score > 0)*1.
+    return RLData(rows, pool)
+
+def with_rows(data, rows): return RLData(rows, data.pool)
+
+def other_reward(data, which):
+    rows = data.rows.copy()
+    rows.loc[rows.index[which], "vqa_acc_score"] = 1 - rows.vqa_acc_score.iloc[which]
+    return with_rows(data, rows)
+
+def other_pools(data):
+    "The same sequences in pools with one more candidate"
+    more = {q: (*pool, next(d for d in range(40) if d not in pool)) for q, pool in data.pool.ids.items()}
+    return RLData(data.rows, Pool(more, data.pool.recipe))
+
+def without(data, row): return with_rows(data, data.rows.drop(index=row).reset_index(drop=True))
+
+def reordered(data):
+    "The first query's sequences the other way round; all else as it was"
+    rows = data.rows
+    return with_rows(data, rows.iloc[[3, 2, 1, 0, *range(4, len(rows))]].reset_index(drop=True))
+
+TRAIN, DEV = a_record(1000, 60), a_record(2000, 20)
+CHANGES = dict(
+    many_rewards=(dict(train=other_reward(TRAIN, slice(4, 236))), "train rewards"),
+    one_reward=(dict(train=other_reward(TRAIN, 117)), "train rewards"),
+    a_dev_reward=(dict(valid=other_reward(DEV, 40)), "dev rewards"),
+    a_row_less=(dict(train=without(TRAIN, 117)), "train rows"),
+    reordered=(dict(train=reordered(TRAIN)), "train rows"),
+    queries=(dict(train=with_rows(TRAIN, TRAIN.rows.iloc[:-4])), "train queries"),
+    pools=(dict(train=other_pools(TRAIN), any_pool=True), "train pools"),
+    embeddings=(dict(store=a_store(1)), "train embeddings"),
+    another_dev=(dict(valid=a_record(2000, 19)), "dev queries"),
+    another_mode=(dict(reward="hard_plus_soft"), "reward"),
+    weights=(dict(soft_weight=2.), "reward"),
+    batches=(dict(bs=10), "train batches"),
+)
+
+def train_groups(folder, at=None, **kw):
+    Die.at = at
+    how = dict(train=TRAIN, valid=DEV, store=a_store(), reward="soft_only", bs=12, device="cpu") | kw
+    learn = selector_learner(group_dls(**how), d_hidden=8)
+    with quiet(learn), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        learn.fit_rce(3, 1e-2, cbs=Die(), resume=folder)
+    return learn
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_changed_data_are_refused_by_name(tmp_path, name):
+    kw, says = CHANGES[name]
+    with pytest.raises(SystemExit): train_groups(tmp_path/"run", at=7)
+    before = (tmp_path/"run"/"state.pt").read_bytes()
+    with pytest.raises(ValueError, match=f"fingerprint of {says}"): train_groups(tmp_path/"run", **kw)
+    assert (tmp_path/"run"/"state.pt").read_bytes() == before
+    again = train_groups(tmp_path/"run")
+    assert same(weights(again), weights(train_groups(None)))
+
+def test_one_other_reward_is_the_only_thing_that_is_named(tmp_path):
+    with pytest.raises(SystemExit): train_groups(tmp_path/"run", at=7)
+    with pytest.raises(ValueError) as e: train_groups(tmp_path/"run", train=other_reward(TRAIN, 117))
+    assert str(e.value).count("fingerprint of") == 1
+
+def test_a_state_that_knows_a_sample_of_its_data_is_refused(tmp_path):
+    with pytest.raises(SystemExit): train_groups(tmp_path/"run", at=7)
+    settings = read_json(tmp_path/"run"/"settings.json")
+    settings["fingerprints"] = dict(data="0123456789abcdef", start=settings["fingerprints"]["start"])
+    write_json(tmp_path/"run"/"settings.json", settings)
+    with pytest.raises(ValueError, match="an earlier version, which knew its data by a sample"):
+        train_groups(tmp_path/"run")
+
+class Extra(GroupDataset):
+    "A dataset of one's own, which adds something to its rewards"
+    bonus = 0.
+    def batch(self, i):
+        *xb, rewards, mask = super().batch(i)
+        return *xb, rewards + self.bonus * mask, mask
+
+def test_datasets_of_ones_own_are_compared_whole_or_refused(tmp_path):
+    def prints(change=lambda ds: None, kind=Extra):
+        dls = group_dls(TRAIN, DEV, a_store(), "soft_only", device="cpu")
+        dls.train_ds.__class__ = kind
+        change(dls.train_ds)
+        return data_prints(dls)
+    def differ(a, b): return [name for name in {**a, **b} if a.get(name) != b.get(name)]
+    assert prints() == prints()
+    assert differ(prints(), prints(lambda ds: setattr(ds, "bonus", 1.))) == ["train more"]
+    assert differ(prints(), prints(kind=GroupDataset)) == ["train batches"]
+    def odd(ds): ds.helper = object()
+    with pytest.raises(ValueError, match="whether a Extra is the one that .*more: .*object.*`content"):
+        prints(odd)
+
+def test_data_without_content_are_read_item_by_item():
+    dls = synth_dls(64, 32)
+    before = data_prints(dls)
+    rows = dls.train_ds.rows
+    rows[40], rows[41] = rows[41], rows[40]
+    after = data_prints(dls)
+    assert [name for name in before if before[name] != after[name]] == ["train items"]
+    state = torch.get_rng_state(), random.getstate(), dls.train.rng.getstate()
+    data_prints(dls)
+    assert torch.equal(state[0], torch.get_rng_state())
+    assert state[1:] == (random.getstate(), dls.train.rng.getstate())
+
+def test_a_warmup_knows_its_answers(tmp_path):
+    ids = range(1000, 1060)
+    items = pd.DataFrame(dict(question_id=ids, image_id=ids, answer=[f"word{i % 7} of{i % 3}" for i in ids]))
+    def go(items, at=None):
+        Die.at = at
+        learn = selector_learner(group_dls(TRAIN, DEV, a_store(), "soft_only", device="cpu"), d_hidden=8)
+        with quiet(learn), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            learn.fit_warmup(items, a_store(), 3, steps=4, bs=15, cbs=Die(), resume=tmp_path/"run")
+    with pytest.raises(SystemExit): go(items, at=5)
+    other = items.assign(answer=items.answer.where(items.question_id != 1030, "word0 of1"))
+    with pytest.raises(ValueError, match="fingerprint of train rewards"): go(other)
+    go(items)
+
+def test_what_callbacks_hold_is_described_by_content():
+    def lam(x): return lambda p: x + p
+    frame = pd.DataFrame(dict(a=[1, 2], b=["x", "y"]))
+    pairs = [
+        (frame, frame.assign(b=["x", "z"])),
+        (TRAIN, other_reward(TRAIN, 117)),
+        (a_store(), a_store(1)),
+        (lam(1), lam(2)),
+        (lambda p: p + 1, lambda p: p + 2),
+        (partial(max, 1), partial(max, 2)),
+        (b"1", b"2"),
+        (pd.Series([1., 2.]), pd.Series([1., 3.])),
+    ]
+    for a, b in pairs: assert _describe(a) != _describe(b)
+    for make in (lambda: frame.copy(), lambda: lam(1), lambda: partial(max, 1), lambda: a_store()):
+        assert _describe(make()) == _describe(make())
 
 def test_resume_leaves_validation_alone(tmp_path):
     learn = train("rce", tmp_path / "run")

@@ -4,8 +4,8 @@ from hypothesis import given, strategies as st
 from leverplus.core import pad_rows
 from leverplus.losses import advantage
 from leverplus.rewards import (
-    REWARDS, Correlation, answer_cosines, group_stats, info_score, plot_rewards, rank_normalise, reward,
-    reward_facts, reweigh, semantic, spearman, z_score, z_score_clamp,
+    REWARDS, Correlation, answer_cosines, group_stats, info_score, live_parts, parts_of, plot_rewards,
+    rank_normalise, reward, reward_facts, reweigh, semantic, spearman, z_score, z_score_clamp,
 )
 from leverplus.vqa import answer_targets
 
@@ -355,3 +355,31 @@ def test_plot():
     assert len(plot_rewards()) == len(REWARDS)
     axs = plot_rewards(("hard_only", "gtprob"), cols=2)
     assert [ax.get_title() for ax in axs] == ["hard_only", "gtprob"]
+
+# --- parts that cancel ---------------------------------------------------------------------------------------
+CANCEL = pd.DataFrame(dict(
+    question_id=[1, 1, 2, 2, 3, 3, 4, 4],
+    vqa_correct=[1., 0., 1., 1., 0., 0., 1., np.nan],
+    vqa_acc_score=[1., 0., .3, 1., 0., 0., .6, np.nan],
+    vqa_gt_prob=[0., 1., .5, .5, .2, .2, .1, np.nan],
+    eval_failed=[False]*7 + [True],
+))
+
+def test_parts_of_a_reward_are_those_that_it_depends_on():
+    assert parts_of("hard_plus_soft") == ("vqa_correct", "vqa_acc_score")
+    assert parts_of("hard_plus_soft", hard_weight=0.) == ("vqa_acc_score",)
+    assert parts_of("gtprob") == ("vqa_gt_prob",)
+    assert parts_of("gtprob", soft_weight=0.) == ()
+    assert parts_of("legacy") == ("vqa_correct",)
+    assert parts_of("hard_plus_gtprob_plus_rel", rel_weight=0.) == ("vqa_correct", "vqa_gt_prob")
+    for mode in REWARDS: assert set(parts_of(mode)) <= set(reward_facts(mode)[0])
+
+def test_what_cancels_is_counted_apart():
+    assert live_parts(CANCEL, "hard_plus_soft") == dict(
+        reward=.5, vqa_correct=.25, vqa_acc_score=.5, cancelled=0.)
+    # credit 1 against probability 1: the group that differs most is flat
+    assert live_parts(CANCEL, "hard01_plus_gtprob", hard_weight=1., soft_weight=1.) == dict(
+        reward=0., vqa_correct=.25, vqa_gt_prob=.25, cancelled=.25)
+    assert live_parts(CANCEL, "hard01_plus_gtprob") == dict(
+        reward=.25, vqa_correct=.25, vqa_gt_prob=.25, cancelled=0.)
+    assert live_parts(CANCEL.iloc[::-1], "hard_plus_soft") == live_parts(CANCEL, "hard_plus_soft")

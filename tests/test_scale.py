@@ -8,6 +8,7 @@ from leverplus.data import BadItems
 from leverplus.groups import RLData
 from leverplus.runs import Busy
 from leverplus.embed import EmbedStore
+from leverplus.pools import encoder_of
 from leverplus.rldata_scale import (
     ROW_BYTES, RayWorker, Splits, asking_costs, embed_plan, embed_splits, generate_plan, generate_ray,
     measured_rate, plan_run, questions_there, rate_of, sequences_of, size_text, time_text,
@@ -292,6 +293,7 @@ def test_a_selector_that_does_not_fit_is_refused_before_anything_is_written(tmp_
         (make(7), "vectors of 7 numbers"),
         (make(max_shots=1), "picks at most 1"),
         (make(info=dict(pool=rule | dict(K=64))), "K: 64 in the checkpoint"),
+        (make(info=dict(encoder="0123")), f"of CLIP 0123, these are of CLIP {encoder_of(store)}"),
     ]:
         with pytest.raises(ValueError, match=says): mock.run(tmp_path/"r", policy=m, progress=False)
         assert says in RayWorker(mock, tmp_path / "r", policy=m)(dict(window=[0]))["error"][0]

@@ -1,5 +1,5 @@
 "Sweeps: every combination once, whatever dies on the way; and tables that claim no more than seeds and questions show"
-import itertools, json, math
+import copy, itertools, json, math
 import numpy as np, pandas as pd, pytest, torch
 from hypothesis import given, settings, strategies as st
 from leverplus.core import fingerprint
@@ -154,6 +154,10 @@ def test_same_settings_same_rows_and_a_changed_grid_reuses_what_is_there(data, t
     ) & set(a.cell)
     less = groups | dict(train=RLData(groups["train"].rows[:-1], groups["train"].pool))
     assert data_fingerprint(less, w) != data_fingerprint(groups, w)
+    q = groups["dev"].queries[0]
+    said = copy.copy(w)
+    said.items = w.items.assign(question=w.items.question.where(w.items.index != q, "something else?"))
+    assert data_fingerprint(groups, said) != data_fingerprint(groups, w)
     ids = [cell_id(dict(FIXED, **MINE), s, d) for s in (0, 1) for d in "xy"]
     assert len(set(ids)) == 4
 

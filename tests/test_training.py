@@ -1,15 +1,17 @@
 "Training runs: from groups to a checkpoint, and on from there"
+from types import SimpleNamespace
 import pytest, torch
 from fastcore.basics import noop
 from leverplus.groups import RLData
 from leverplus.learner import load_selector
+from leverplus.recipes import RECIPES
 from leverplus.runs import Run
 from leverplus.settings import (
     Choosing, Job, Rewarding, Teaching, change, plain_settings, read_settings, settings_of,
 )
 import leverplus.rldata_scale
 from leverplus.training import (
-    accuracy_chooser, learner_of, looks_at_dev, train_run, training_data, training_settings,
+    TrainingData, accuracy_chooser, learner_of, looks_at_dev, train_run, training_data, training_settings,
 )
 
 SHORT = Teaching(objective="rce", epochs=2, bs=4, set=dict(watch=None))
@@ -83,6 +85,38 @@ def test_a_selector_to_start_from_is_known_by_its_weights(place, tmp_path):
     assert second.settings["teaching"] == training_settings(moving, Choosing(), Rewarding())["teaching"]
     with pytest.raises(ValueError, match="fingerprint of start"):
         train_run(tmp_path/"second", data_of(place), go_on, say=noop, start=load_selector(second.checkpoint))
+
+def test_a_recipe_is_known_by_its_content_and_a_warmup_by_its_items(place, tmp_path):
+    short = dict(RECIPES["ours"], stages=[
+        dict(fit="warmup", n_epoch=1, lr=1e-2, steps=2, bs=8, best=False, watch=None),
+        dict(fit="listwise", n_epoch=1, lr=1e-3, watch=None),
+    ])
+    mine = Teaching(recipe="mine")
+    def go(recipe=short, change=lambda data: None):
+        data = data_of(place, mine, among=dict(mine=recipe))
+        change(data)
+        return train_run(tmp_path/"a", data, mine, say=noop, among=dict(mine=recipe))
+    run = go()
+    assert {"recipe", "warmup items", "start"} <= set(run.fingerprints)
+    longer = dict(short, stages=[short["stages"][0], dict(fit="listwise", n_epoch=1, lr=2e-3, watch=None)])
+    with pytest.raises(ValueError, match="fingerprint of recipe"): go(longer)
+    go(dict(short, title="another title"))
+    def other_answer(data):
+        inputs = data.job.inputs
+        def changed():
+            items, *rest = inputs()
+            last = items.index[items.split == "train"][-1]
+            return items.assign(answer=items.answer.where(items.index != last, "another")), *rest
+        data.open = lambda: TrainingData.open(data)
+        data.job = SimpleNamespace(inputs=changed, data=data.job.data, model=data.job.model, guarding=data.job.guarding)
+    with pytest.raises(ValueError, match="fingerprint of warmup items"): go(change=other_answer)
+    go()
+
+def test_a_new_start_is_not_continued_from_another_selector(place, tmp_path):
+    moving = change(SHORT, lr=.05, set=dict(watch=None, best=False))
+    first = train_run(tmp_path/"first", data_of(place), moving, say=noop)
+    with pytest.raises(ValueError, match="fingerprint of start"):
+        train_run(tmp_path/"first", data_of(place), moving, say=noop, start=load_selector(first.checkpoint))
 
 def test_an_epoch_chosen_by_accuracy_knows_what_is_stored(place, tmp_path):
     by_accuracy = Choosing(dev=str(place/"dev"), choose="accuracy")

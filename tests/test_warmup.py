@@ -151,7 +151,7 @@ def test_a_stage_learns_what_answers_share_and_puts_everything_back(tmp_path):
         same = {k: v.clone() for k, v in learn.model.state_dict().items()}
         # how it draws is part of what a stage is
         for other in (dict(sampler="text"), dict(n=5), dict(seed=9)):
-            with pytest.raises(Exception, match="data"):
+            with pytest.raises(Exception, match="fingerprint of warmup"):
                 learn.fit_warmup(rest, store, 1, resume=tmp_path / "warm", **other, **few)
         with pytest.raises(ValueError, match=f"question_id {valid[0]}"): learn.fit_warmup(items, store, 1)
         assert learn.dls is dls
