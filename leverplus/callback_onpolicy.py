@@ -24,7 +24,7 @@ from leverplus.decode import (
 from .groups import FACT_COLUMNS, TEXT_FACTS, RLData, as_record
 from .rewards import reward as reward_of, reward_facts
 from .rldata_generate import TooManyFailures
-from .rldata_ask import as_cache, ask, facts_fingerprint
+from .rldata_ask import as_cache, ask, facts_fingerprint, item_hashes
 from .losses import inclusion_logp, live_groups
 from .callback_core import FitOnly, Objective, looks_for_lr
 from .callback_grpo import GRPO, RLOO
@@ -199,6 +199,12 @@ class Feedback:
         if self.scorer is None: scorer = self.cache.scorers[0]
         else: scorer = facts_fingerprint(self.scorer, self.asking)
         return fingerprint("feedback", scorer, self.rewarding.reward, self.weights)
+
+    def fingerprint_about(self, pool):
+        "`fingerprint`, and what the items of a pool are made of, pictures included"
+        ids = sorted({i for q in pool for i in (q, *pool[q])})
+        about = None if self.items is None else item_hashes(self.items, ids)
+        return fingerprint(self.fingerprint, ids, about)
 
 
 # %% ../nbs/68_callback_onpolicy.ipynb #ab161a65
@@ -496,8 +502,9 @@ def before_fit(self:OnPolicy):
     if queries is None: queries = ds.question_ids if pool is own else pool
     queries = [int(q) for q in queries]
     self.world = partial(_these, store, pool, queries)
+    asked = pool.only(queries)
     self.fingerprint = fingerprint(
-        "on-policy", pool.only(queries).fingerprint, store.fingerprint, self.feedback.fingerprint, queries)
+        "on-policy", asked.fingerprint, store.fingerprint, self.feedback.fingerprint_about(asked), queries)
     self.trace = []
     self.tried = []
     self.seen = {}
@@ -675,8 +682,9 @@ class GreedyLoss:
         queries = [int(q) for q in (pool if queries is None else queries)]
         if not queries: raise ValueError("GreedyLoss: no queries, wanted at least one")
         self.world = partial(_these, feedback, pool, store, queries)   # out of sight of whoever describes a run
+        asked = pool.only(queries)
         self.fingerprint = fingerprint(
-            "greedy loss", feedback.fingerprint, pool.only(queries).fingerprint, store.fingerprint, queries,
+            "greedy loss", feedback.fingerprint_about(asked), asked.fingerprint, store.fingerprint, queries,
             self.shots)
 
     def __call__(self,

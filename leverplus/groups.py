@@ -726,11 +726,11 @@ def read_contents(
 
 def known_contents(
     there:pd.DataFrame, here:pd.DataFrame, # by question_id: text, picture
-)->pd.DataFrame: # all items of both; what was not readable there is taken from here
+)->pd.DataFrame: # all items of both, ascending; what was not readable there is taken from here
     "Join two tables of contents that do not disagree"
     better = here[here.picture != UNREADABLE]
     first = there.drop(there.index[(there.picture == UNREADABLE) & there.index.isin(better.index)])
-    return pd.concat([first, here.drop(here.index.intersection(first.index))])
+    return pd.concat([first, here.drop(here.index.intersection(first.index))]).sort_index()
 
 # %% ../nbs/30_groups.ipynb #6616eff9
 def _check_division(path, files):

@@ -228,7 +228,7 @@ class Contents:
     )->None: # `OtherContents` if there is none, or as `compare` says
         "Compare items, and write down those that are new"
         now = item_contents(items, ids)
-        if self.table is not None and now.equals(self.table.reindex(now.index)): return
+        if self.table is not None and now.equals(self.table.reindex(now.index)): return   # nothing new
         with FileLock(self.folder/".contents.lock"):
             there = read_contents(self.folder)
             if begun and not self.file.exists(): raise OtherContents(self._unknown())
@@ -268,13 +268,15 @@ def begin_run(
     except OtherContents:
         if not overwrite: raise
         empty_folder(run.path, last="settings.json")
-        run = create()
+        run.metrics = {}
+        run.save_settings()
         contents.hold(items, ids)
     return run
 
 def _has_results(path):
-    "Does anything lie in a run folder but settings, and what is hidden?"
-    return any(f.name != "settings.json" and not f.name.startswith(".") for f in path.iterdir())
+    "Does any file lie in a run folder but settings, and what is hidden?"
+    files = (f for f in path.rglob("*") if f.is_file() and not f.name.startswith("."))
+    return any(f != path/"settings.json" for f in files)
 
 # %% ../nbs/34_rldata_generate.ipynb #ff46696a
 class Generation:
