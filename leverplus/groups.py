@@ -81,7 +81,7 @@ def _single(values, kind, name):
     if kind == "int" and (np.asarray(values) != np.asarray(values).astype("int64")).any():
         raise ValueError(f"column {name!r} holds numbers that are not integers")
     if kind == "int" and _rounded(np.asarray(values)):
-        raise ValueError(f"column {name!r} holds floats above 2**53, which were rounded: keep integers as integers")
+        raise ValueError(f"column {name!r} holds floats above 2**53, which were rounded: keep it as integers")
     values = np.asarray(values, dtype=object) if kind == "str" else np.asarray(values)
     return pd.Series(values).astype(_DTYPE[kind]).array
 
@@ -696,14 +696,14 @@ def other_items(
     pictures = both[read & (was.picture.fillna("") != now.picture.fillna(""))]
     texts = both[was.text != now.text]
     said = []
-    if len(pictures): said.append(f"the pictures of question_id {_some(pictures)} ({len(pictures)} of {len(here)} items)")
-    if len(texts): said.append(f"question or answers of question_id {_some(texts)} ({len(texts)} of {len(here)} items)")
+    if len(pictures): said.append(f"the pictures of {_some(pictures, len(here))}")
+    if len(texts): said.append(f"question or answers of {_some(texts, len(here))}")
     return " and ".join(said)
 
-def _some(ids, n=20):
+def _some(ids, total, n=20):
     "Ids as text, the first `n` of them"
     more = f" and {len(ids) - n} more" if len(ids) > n else ""
-    return ", ".join(map(str, ids[:n])) + more
+    return f"question_id {', '.join(map(str, ids[:n]))}{more} ({len(ids)} of {total} items)"
 
 class OtherContents(ValueError):
     "Items are not those that something began with"
@@ -718,8 +718,8 @@ def read_contents(
         changed = other_items(out, table)
         if changed:
             raise OtherContents(
-                f"{path}: {changed} in {file.name} are not those of the shards before it. They are not parts of one"
-                " generation: make one of them again with the items of the other"
+                f"{path}: {changed} in {file.name} are not those of the shards before it. They are no parts of"
+                " one generation: make one of them again with the items of the other"
             )
         out = known_contents(out, table)
     return out

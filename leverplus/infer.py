@@ -750,7 +750,8 @@ class _Place:
     def begin(self, work, pool=None, **more):
         "Start a prediction, or continue it with the same items, those of `pool`"
         settings = _settings(work, self.split) | more
-        def create(): return Prediction.create(self.path, settings, work.picking.seed, _prints(work), self.overwrite)
+        prints = _prints(work)
+        def create(): return Prediction.create(self.path, settings, work.picking.seed, prints, self.overwrite)
         ids = _item_ids(work.pool if pool is None else pool)
         return begin_run(create, self.path, work.items, ids, self.overwrite)
 

@@ -20,8 +20,8 @@ from fastcore.basics import patch
 from fastcore.meta import delegates
 from tqdm import tqdm
 from leverplus.settings import (
-    Asking, Count, Counts, Guarding, Json, Mining, Natural, Proposing, Rewarding, change, check_counts, group,
-    plain_settings, read_settings,
+    Asking, Count, Counts, Guarding, Json, Mining, Natural, Proposing, Rewarding, change, check_counts,
+    group, plain_settings, read_settings,
 )
 from .core import fingerprint, rng, write_json
 from .runs import Run, plain

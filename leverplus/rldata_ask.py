@@ -144,7 +144,7 @@ def _fold(first, rest, size):
 def item_contents(
     items:pd.DataFrame, # by question_id: question, answer, answers, maybe image_path
     ids, # question_ids; KeyError names one that `items` lacks
-)->pd.DataFrame: # by question_id: text (hash of question, answer and answers), picture (None: it has none; or "unreadable")
+)->pd.DataFrame: # by question_id: text (a hash), picture (its content, "unreadable", or missing: it has none)
     "What items are made of, a row per id"
     pictures = list(map(_picture, _column(_rows_of(items, ids), "image_path")))
     out = pd.DataFrame(dict(question_id=ids, text=text_hashes(items, ids), picture=pictures))
@@ -315,7 +315,8 @@ def lookup(self:FactCache,
     same = same_content(found.content, content[found.index])
     if not (same.all() or self.warned):
         self.warned = True
-        warnings.warn(f"{self.name}: {_about_others(found, ~same)}. They count as not there, and are asked again")
+        why = _about_others(found, ~same)
+        warnings.warn(f"{self.name}: {why}. They count as not there, and are asked again")
     return found[same]
 
 @patch
@@ -352,8 +353,8 @@ def _about_others(facts, other):
     "Say which facts are about something else"
     q, p = facts.loc[other, ["question_id", "pointer"]].iloc[0]
     return (
-        f"{other.sum()} of {len(facts)} facts (first: question_id {q}, pointer {p}) are about other questions, answers"
-        " or pictures than those that have these ids now"
+        f"{other.sum()} of {len(facts)} facts (first: question_id {q}, pointer {p}) are about other questions,"
+        " answers or pictures than those that have these ids now"
     )
 
 @patch
@@ -402,7 +403,8 @@ def ask(
             part = todo[i:i+window]
             about = content[part.index]
             scored = score_pairs(part, scorer, items, asking, generate)
-            scored = _unless_replaced(scored, about, content_keys(items, part.question_id, part.pointer.to_numpy()))
+            now = content_keys(items, part.question_id, part.pointer.to_numpy())
+            scored = _unless_replaced(scored, about, now)
             facts = facts_frame(part, scored, items, asking.evaluator, generate, own, about)
             cache.add(facts)
             frames.append(facts.set_axis(keys[part.index]))
@@ -412,7 +414,7 @@ def ask(
     return known.loc[keys].reset_index(drop=True)
 
 def _unless_replaced(scored, before, after):
-    "What was said, as failures where a picture was replaced meanwhile: nobody knows which of the two was seen"
+    "What was said; failures where a picture was replaced meanwhile, as nobody knows which one was seen"
     why = "a picture was replaced while it was asked about"
     return [s if a == b else replace(s, error=why) for s, a, b in zip(scored, before, after)]
 
@@ -458,8 +460,8 @@ def check_contents(
     if "eval_failed" in facts: other &= ~facts.eval_failed.to_numpy()
     if other.any():
         raise ValueError(
-            f"{what}: {_about_others(facts, other)}. Take the items that they were made from, or ask again (pass a"
-            " scorer; of stored groups, `reask`)"
+            f"{what}: {_about_others(facts, other)}. Take the items that they were made from, or ask again"
+            " (pass a scorer; of stored groups, `reask`)"
         )
 
 # %% ../nbs/33_rldata_ask.ipynb #cc763a66

@@ -21,9 +21,9 @@ from .core import ask_for_a_folder, fingerprint, leftovers, read_json, rng, stab
 from .runs import Busy, Run, empty_folder
 from .lvlm import Scored, compare
 from leverplus.groups import (
-    CONTENTS, FACT_COLUMNS, PROPOSAL_COLUMNS, RECORD, SCHEMA, TEXT_FACTS, OtherContents, RLData, as_record,
-    check_shard, differing, finish_manifest, known_contents, other_items, read_contents, read_part, shard_files,
-    shard_tag, whole_draws, write_part,
+    CONTENTS, FACT_COLUMNS, PROPOSAL_COLUMNS, RECORD, SCHEMA, TEXT_FACTS, OtherContents, RLData,
+    as_record, check_shard, differing, finish_manifest, known_contents, other_items, read_contents,
+    read_part, shard_files, shard_tag, whole_draws, write_part,
 )
 from .rewards import reward_facts
 from .rldata_propose import SimilarityPrior, propose
@@ -242,14 +242,14 @@ class Contents:
         changed = other_items(there, now)
         if changed:
             raise OtherContents(
-                f"{self.folder}: {changed} are not those that this run began with. Put back what was replaced, or begin"
-                " anew in another folder"
+                f"{self.folder}: {changed} are not those that this run began with. Put back what was replaced,"
+                " or begin anew in another folder"
             )
 
     def _unknown(self):
         return (
-            f"{self.folder}: no {self.file.name} beside what was made here: nobody knows which pictures it was made of,"
-            " since an earlier version made it. Begin anew in another folder"
+            f"{self.folder}: no {self.file.name} beside what was made here, so nobody knows which pictures it was"
+            " made of (earlier versions kept none). Begin anew in another folder"
         )
 
 # %% ../nbs/34_rldata_generate.ipynb #59071e5a

@@ -138,11 +138,11 @@ def _checked(store, items, clip, place):
     elif not np.array_equal(store.ids, items.index): what = "of other items"
     else:
         pictures = item_contents(items, items.index).picture.fillna("")
-        made_of = zip(store.meta["image_hash"], pictures)
-        other = [q for q, (then, now) in zip(items.index, made_of) if now != UNREADABLE and not now.startswith(then)]
+        then = store.meta["image_hash"]
+        other = [q for q, a, b in zip(items.index, then, pictures) if b != UNREADABLE and not b.startswith(a)]
         if other: what = f"of other pictures ({len(other)}, first that of question_id {other[0]})"
     if what is not None:
-        raise ValueError(f"{place}: these embeddings are {what} than they should be: remove the folder, and embed again")
+        raise ValueError(f"{place}: embeddings {what} than asked for: remove the folder, and embed again")
     return store
 
 # %% ../nbs/39_rldata_scale.ipynb #da8c08fa
@@ -323,7 +323,8 @@ class RayWorker:
             self.run = job.generation(path, **kw)
             self.run.path.mkdir(parents=True, exist_ok=True) # an older filelock does not make it
             # the first one writes the manifest, the others compare
-            with FileLock(self.run.path/f".begin{shard_tag(self.run.shard)}.lock"): self.run.begin(whole=False)
+            lock = FileLock(self.run.path/f".begin{shard_tag(self.run.shard)}.lock")
+            with lock: self.run.begin(whole=False)
         except Exception: self.error = traceback.format_exc()
 
     def __call__(self,

@@ -13,13 +13,15 @@ import pandas as pd
 from .core import ask_for_a_folder, fingerprint, repo_path
 from .runs import Run
 from .settings import Asking, Rows, plain_settings
-from .rldata_ask import FactCache, about_items, ask_around, facts_fingerprint, known_facts, text_hashes
+from leverplus.rldata_ask import (
+    FactCache, about_items, ask_around, facts_fingerprint, known_facts, text_hashes,
+)
 from .rldata_generate import begin_run, policy_fingerprint, run_lock
 from .world import all_pointers
 from .infer import kind_of, pick_model
 from leverplus.evaluate import (
-    BASELINES, best_fixed, count_look, fixed_pairs, majority_vote, paired_tests, pick_baselines, pick_oracle,
-    result_table, score_picks, size_table, subsets, table_text,
+    BASELINES, best_fixed, count_look, fixed_pairs, majority_vote, paired_tests, pick_baselines,
+    pick_oracle, result_table, score_picks, size_table, subsets, table_text,
 )
 
 # %% ../nbs/83_table.ipynb #859cff74
