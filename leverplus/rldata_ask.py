@@ -401,7 +401,7 @@ def ask(
     with tqdm(total=len(todo), disable=not progress, desc="asking", unit="prompt") as bar:
         for i in range(0, len(todo), window):
             part = todo[i:i+window]
-            about = content[part.index]
+            about = content_keys(items, part.question_id, part.pointer.to_numpy())
             scored = score_pairs(part, scorer, items, asking, generate)
             now = content_keys(items, part.question_id, part.pointer.to_numpy())
             scored = _unless_replaced(scored, about, now)
