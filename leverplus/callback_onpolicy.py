@@ -25,7 +25,7 @@ from .pools import check_encoder, encoder_of
 from .groups import FACT_COLUMNS, TEXT_FACTS, RLData, as_record
 from .rewards import reward as reward_of, reward_facts
 from .rldata_generate import TooManyFailures
-from .rldata_ask import as_cache, ask, facts_fingerprint
+from .rldata_ask import as_cache, ask, facts_fingerprint, item_hashes
 from .losses import inclusion_logp, live_groups
 from .callback_core import FitOnly, Objective, looks_for_lr
 from .callback_grpo import GRPO, RLOO
@@ -200,6 +200,12 @@ class Feedback:
         if self.scorer is None: scorer = self.cache.scorers[0]
         else: scorer = facts_fingerprint(self.scorer, self.asking)
         return fingerprint("feedback", scorer, self.rewarding.reward, self.weights)
+
+    def fingerprint_about(self, pool):
+        "`fingerprint`, and what the items of a pool are made of, pictures included"
+        ids = sorted({i for q in pool for i in (q, *pool[q])})
+        about = None if self.items is None else item_hashes(self.items, ids)
+        return fingerprint(self.fingerprint, ids, about)
 
 
 # %% ../nbs/68_callback_onpolicy.ipynb #ab161a65
@@ -498,8 +504,9 @@ def before_fit(self:OnPolicy):
     queries = [int(q) for q in queries]
     for trained in (self.model, self.dls): check_encoder(trained, encoder_of(store))
     self.world = partial(_these, store, pool, queries)
+    asked = pool.only(queries)
     self.fingerprint = fingerprint(
-        "on-policy", pool.only(queries).fingerprint, store.fingerprint, self.feedback.fingerprint, queries)
+        "on-policy", asked.fingerprint, store.fingerprint, self.feedback.fingerprint_about(asked), queries)
     self.trace = []
     self.tried = []
     self.seen = {}
@@ -683,8 +690,9 @@ class GreedyLoss:
     def fingerprint(self)->str:
         "Who judges what, as it is now"
         feedback, pool, store, queries = self.world()
+        asked = pool.only(queries)
         return fingerprint(
-            "greedy loss", feedback.fingerprint, pool.only(queries).fingerprint, store.fingerprint, queries,
+            "greedy loss", feedback.fingerprint_about(asked), asked.fingerprint, store.fingerprint, queries,
             self.shots)
 
     def __call__(self,

@@ -702,7 +702,7 @@ _V1_HOLDS = {
     "question_id", "pointer", "gen_method", "beam_rank", "temperature", "logprob_score", "vqa_pred_answer",
     "vqa_correct", "vqa_acc_score", "vqa_eval_mode", "eval_failed",
 }
-_V4_HOLDS = set(RECORD) - {"kappa", "vqa_gt_logprobs", "error", "scorer"}
+_V4_HOLDS = set(RECORD) - {"kappa", "vqa_gt_logprobs", "error", "scorer", "content"}
 # columns of a record that each dialect holds; for `balanced` the last two follow from the accuracies
 HOLDS = dict(
     v1=_V1_HOLDS,
@@ -739,7 +739,8 @@ def lost_in(
     out = []
     for c in RECORD:
         if c in HOLDS[dialect] or c == "scorer": continue
-        n = int(r[c].notna().sum())
+        known = r[c] != 0 if c == "content" else r[c].notna()
+        n = int(known.sum())
         if n: out.append(f"{c} of {n} rows")
     has_meta = dialect in _WITH_META
     if not (has_meta and _one_scorer(data)): out.append(f"scorer of {len(r)} rows")

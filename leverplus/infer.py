@@ -25,8 +25,8 @@ from .vqa import normalise
 from .decode import best_sequences
 from .lvlm import Scored, Targets
 from .groups import check_shard, shard_tag
-from .rldata_ask import FactCache, ask, facts_fingerprint, item_hashes
-from .rldata_generate import policy_fingerprint, run_lock, shard_queries
+from .rldata_ask import FactCache, ask, facts_fingerprint, text_hashes
+from .rldata_generate import begin_run, policy_fingerprint, run_lock, shard_queries
 
 # %% ../nbs/80_infer.ipynb #0fa208f5
 PICKS = ["selector", "shots", "draw", "question_id", "pointer"]
@@ -709,16 +709,20 @@ def _settings(work, split):
 def _prints(work):
     "Fingerprints of what goes into a prediction"
     pool = work.pool
-    ids = sorted({*pool.ids, *(d for c in pool.ids.values() for d in c)})
+    ids = _item_ids(pool)
     prints = dict(
         pool=pool.fingerprint,
         scorer=facts_fingerprint(work.scorer, work.asking),
         queries=fingerprint("queries", sorted(pool.ids)),
-        items=fingerprint(ids, item_hashes(work.items, ids)),
+        items=fingerprint(ids, text_hashes(work.items, ids)),
     )
     if work.store is not None: prints["store"] = work.store.fingerprint
     if work.model is not None: prints["selector"] = policy_fingerprint(work.model)
     return prints
+
+def _item_ids(pool):
+    "Queries and candidates of a pool, ascending"
+    return sorted({*pool.ids, *(d for candidates in pool.ids.values() for d in candidates)})
 
 # %% ../nbs/80_infer.ipynb #0f2b1073
 class Prediction(Run):
@@ -745,10 +749,13 @@ class _Place:
     blank:bool=False # write "" where the evaluation failed
     overwrite:bool=False # empty a folder with other settings
 
-    def begin(self, work, **more):
-        "Start a prediction, or continue it"
+    def begin(self, work, pool=None, **more):
+        "Start a prediction, or continue it with the same items, those of `pool`"
         settings = _settings(work, self.split) | more
-        return Prediction.create(self.path, settings, work.picking.seed, _prints(work), self.overwrite)
+        prints = _prints(work)
+        def create(): return Prediction.create(self.path, settings, work.picking.seed, prints, self.overwrite)
+        ids = _item_ids(work.pool if pool is None else pool)
+        return begin_run(create, self.path, work.items, ids, self.overwrite)
 
 def _whole(work, place):
     "Predict all queries of `work`, in one folder"
@@ -776,10 +783,9 @@ def _sharded(work, place, shard):
     folders = [place.path/f"shard{shard_tag((k, n))}" for k in range(n)]
     place.path.mkdir(parents=True, exist_ok=True)
     lock = FileLock(place.path/".union.lock")
-    with lock: run = place.begin(work, shards=n)
-    if parts[i]:
-        mine = replace(work, pool=work.pool.only(parts[i]))
-        run = _whole(mine, replace(place, path=folders[i]))
+    own = work.pool.only(parts[i])
+    with lock: run = place.begin(work, own, shards=n)
+    if parts[i]: run = _whole(replace(work, pool=own), replace(place, path=folders[i]))
     run.shard = shard
     run.left = tuple(f"{k}/{n}" for k in range(n) if parts[k] and not _has_ended(folders[k]))
     if run.left: return run

@@ -20,8 +20,8 @@ from fastcore.basics import patch
 from fastcore.meta import delegates
 from tqdm import tqdm
 from leverplus.settings import (
-    Asking, Count, Counts, Guarding, Json, Mining, Natural, Proposing, Rewarding, change, check_counts, group,
-    plain_settings, read_settings,
+    Asking, Count, Counts, Guarding, Json, Mining, Natural, Proposing, Rewarding, change, check_counts,
+    group, plain_settings, read_settings,
 )
 from .core import fingerprint, rng, write_json
 from .runs import Run, plain
@@ -29,8 +29,8 @@ from .synth import quiet
 from .markup import Blocks, Heading, Paragraph, frame_table
 from .groups import RLData
 from .rldata_propose import SimilarityPrior
-from .rldata_ask import FactCache, ask, facts_fingerprint, item_hashes
-from .rldata_generate import evaluated, generate
+from .rldata_ask import FactCache, ask, facts_fingerprint, text_hashes
+from .rldata_generate import begin_run, evaluated, generate
 from .rldata_check import health, wilson
 from .rldata_mine import mine
 from .rldata_merge import merge
@@ -158,19 +158,28 @@ def loop_prints(
     asking:Asking=Asking(), # how the scorer is asked
 )->dict: # {what: fingerprint} of scorer, store, items, and the pool of each split
     "Fingerprints of what goes into a loop"
-    pools = {}
-    for name in dict.fromkeys(split.values()):
-        asked = [q for part, ids in queries.items() if split[part] == name for q in ids]
-        pools[name] = world.pools[name].only(asked)
-    asked = {q for ids in queries.values() for q in ids}
-    demos = {d for pool in pools.values() for cands in pool.ids.values() for d in cands}
-    ids = sorted(asked | demos)
+    pools = _loop_pools(world, queries, split)
+    ids = _loop_ids(queries, pools)
     prints = dict(
         scorer=facts_fingerprint(world.scorer, asking),
         store=world.store.fingerprint,
-        items=fingerprint(ids, item_hashes(world.items, ids)),
+        items=fingerprint(ids, text_hashes(world.items, ids)),
     )
     return prints | {f"pool_{name}": pool.fingerprint for name, pool in pools.items()}
+
+def _loop_pools(world, queries, split):
+    "{name of a split: pool of its questions}"
+    out = {}
+    for name in dict.fromkeys(split.values()):
+        asked = [q for part, ids in queries.items() if split[part] == name for q in ids]
+        out[name] = world.pools[name].only(asked)
+    return out
+
+def _loop_ids(queries, pools):
+    "Questions and candidates, ascending"
+    asked = {q for ids in queries.values() for q in ids}
+    demos = {d for pool in pools.values() for candidates in pool.ids.values() for d in candidates}
+    return sorted(asked | demos)
 
 # %% ../nbs/84_loops.ipynb #13d74f1f
 POLICY_COUNTS = dict(beam=5, temperature={1.0: 5, 1.3: 4}, random=1)
@@ -234,7 +243,9 @@ class Loop:
         self.made = {} # groups of the development questions
         self.run_settings = plain(dict(loop=plain_settings(settings), train=code_fingerprint(train)))
         prints = loop_prints(world, self.queries, self.split, settings.asking)
-        self.run = Run.create(self.path, self.run_settings, settings.seed, prints)
+        ids = _loop_ids(self.queries, _loop_pools(world, self.queries, self.split))
+        def create(): return Run.create(self.path, self.run_settings, settings.seed, prints)
+        self.run = begin_run(create, self.path, world.items, ids)
         self.cache = FactCache(self.path/"facts") if cache is None else cache
 
     @property

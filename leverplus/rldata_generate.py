@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['EXACT', 'choose', 'evaluated', 'with_text', 'policy_fingerprint', 'proposer_settings', 'run_settings',
-           'shard_queries', 'run_lock', 'begin_manifest', 'Generation', 'tally', 'flat_queries', 'NotVerified', 'hold',
-           'TooManyFailures', 'summary_text', 'verified_text', 'generate']
+           'shard_queries', 'run_lock', 'begin_manifest', 'Contents', 'begin_run', 'Generation', 'tally',
+           'flat_queries', 'NotVerified', 'hold', 'TooManyFailures', 'summary_text', 'verified_text', 'generate']
 
 # %% ../nbs/34_rldata_generate.ipynb #3a6f44c7
 import contextlib, inspect, json, os, platform, re
@@ -18,16 +18,17 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 from .settings import TWO_STAGE, Asking, Guarding, Job, Proposing, check_two_stage, plain_settings
 from .core import ask_for_a_folder, fingerprint, leftovers, read_json, rng, stable_hash, write_json
-from .runs import Busy
+from .runs import Busy, Run, empty_folder
 from .lvlm import Scored, compare
 from leverplus.groups import (
-    FACT_COLUMNS, PROPOSAL_COLUMNS, RECORD, SCHEMA, TEXT_FACTS, RLData, as_record, check_shard, differing,
-    finish_manifest, read_part, shard_files, shard_tag, whole_draws, write_part,
+    CONTENTS, FACT_COLUMNS, PROPOSAL_COLUMNS, RECORD, SCHEMA, TEXT_FACTS, OtherContents, RLData,
+    as_record, check_shard, differing, finish_manifest, known_contents, other_items, read_contents,
+    read_part, shard_files, shard_tag, whole_draws, write_part,
 )
 from .rewards import reward_facts
 from .rldata_propose import SimilarityPrior, propose
 from leverplus.rldata_ask import (
-    FactCache, ask, facts_fingerprint, item_hashes, pair_keys, score_pairs, self_test,
+    FactCache, ask, facts_fingerprint, item_contents, pair_keys, score_pairs, self_test, text_hashes,
 )
 
 # %% ../nbs/34_rldata_generate.ipynb #ef804742
@@ -120,7 +121,7 @@ def run_settings(
     out = dict(
         queries=len(queries),
         query_ids=fingerprint(queries),
-        items=fingerprint(ids, item_hashes(items, ids)),
+        items=fingerprint(ids, text_hashes(items, ids)),
         pool=pool.fingerprint,
         store=store.fingerprint,
         scorer=facts_fingerprint(scorer, asking),
@@ -213,6 +214,81 @@ def _check_settings(path, settings, manifests):
                 " or continue with the same settings"
             )
 
+# %% ../nbs/34_rldata_generate.ipynb #8008df2d
+class Contents:
+    "What the items of a run are made of: `contents.parquet` in its folder, and its shards' tables beside it"
+    def __init__(self,
+        folder, # of the run; it need not be there yet
+        shard:tuple|None=None, # (i, n): whose table this is
+    ):
+        self.folder = Path(folder)
+        self.file = self.folder/f"contents{shard_tag(shard)}.parquet"
+        self.table = None # what was read or written last
+
+    def compare(self,
+        items:pd.DataFrame, # by question_id
+        ids, # question_ids that matter
+    )->None: # `OtherContents` names those that have changed; without a table there is nothing to compare
+        "Hold items against those that the run began with"
+        self._compare(item_contents(items, ids), read_contents(self.folder))
+
+    def hold(self,
+        items:pd.DataFrame, # by question_id
+        ids, # question_ids that matter
+        begun:bool=False, # do results lie there already? Then there must be a table
+    )->None: # `OtherContents` if there is none, or as `compare` says
+        "Compare items, and write down those that are new"
+        now = item_contents(items, ids)
+        if self.table is not None and now.equals(self.table.reindex(now.index)): return   # nothing new
+        with FileLock(self.folder/".contents.lock"):
+            there = read_contents(self.folder)
+            if begun and not self.file.exists(): raise OtherContents(self._unknown())
+            self._compare(now, there)
+            self.table = known_contents(there, now)
+            if not (self.file.exists() and self.table.equals(there)):
+                rows = self.table.rename_axis("question_id").reset_index()
+                write_part(self.file, as_record(rows, CONTENTS), CONTENTS)
+
+    def _compare(self, now, there):
+        changed = other_items(there, now)
+        if changed:
+            raise OtherContents(
+                f"{self.folder}: {changed} are not those that this run began with. Put back what was replaced,"
+                " or begin anew in another folder"
+            )
+
+    def _unknown(self):
+        return (
+            f"{self.folder}: no {self.file.name} beside what was made here, so nobody knows which pictures it was"
+            " made of (earlier versions kept none). Begin anew in another folder"
+        )
+
+# %% ../nbs/34_rldata_generate.ipynb #59071e5a
+def begin_run(
+    create, # starts or continues the `Run` in `path`; called without arguments
+    path, # run folder
+    items:pd.DataFrame, # by question_id
+    ids, # question_ids that the run is about
+    overwrite:bool=False, # empty the folder if it holds results about other items?
+)->Run: # `OtherContents` names items that have changed since the run began
+    "Start a run with its table of contents, or continue it with the same items"
+    contents = Contents(path)
+    if not overwrite: contents.compare(items, ids)
+    run = create()
+    try: contents.hold(items, ids, begun=_has_results(run.path))
+    except OtherContents:
+        if not overwrite: raise
+        empty_folder(run.path, last="settings.json")
+        run.metrics = {}
+        run.save_settings()
+        contents.hold(items, ids)
+    return run
+
+def _has_results(path):
+    "Does any file lie in a run folder but settings, and what is hidden?"
+    files = (f for f in path.rglob("*") if f.is_file() and not f.name.startswith("."))
+    return any(f != path/"settings.json" for f in files)
+
 # %% ../nbs/34_rldata_generate.ipynb #ff46696a
 class Generation:
     "A generation made ready: its windows, how one is made, and what is written when all are done"
@@ -251,10 +327,16 @@ class Generation:
         order = rng("verify", proposing.seed).permutation(own)
         self.drawn = set(order[:guarding.verify].tolist()) # to be verified
         self.manifest = {}
+        self.contents = Contents(self.path, self.shard)
 
     @property
     def file(self): return self.path/f"manifest{shard_tag(self.shard)}.json"
     def part(self, i): return self.path/f"part{shard_tag(self.shard)}-{i:05d}.parquet"
+
+    def item_ids(self, queries=None):
+        "Ids of queries, those of all windows by default, and of their candidates"
+        if queries is None: queries = [q for window in self.windows for q in window]
+        return sorted({*queries, *(d for q in queries for d in self.pool[q])})
 
     @cached_property
     def settings(self):
@@ -264,9 +346,14 @@ class Generation:
 
 # %% ../nbs/34_rldata_generate.ipynb #13a2de7c
 @patch
-def begin(self:Generation):
-    "Find or write the manifest, and run the self-test; ValueError names settings that differ"
+def begin(self:Generation,
+    whole:bool=True, # compare all items now? False: those of each window when its turn comes
+)->Generation: # itself; ValueError names settings that differ, `OtherContents` items that have changed
+    "Find or write the manifest and the table of contents, and run the self-test"
+    ids = self.item_ids() if whole else []
+    if self.file.exists(): self.contents.compare(self.items, ids)
     self.manifest = begin_manifest(self.path, self.settings, self.shard)
+    self.contents.hold(self.items, ids, begun=self.has_parts())
     if self.job is not None:
         self.manifest["job"] = plain_settings(self.job)
         write_json(self.file, self.manifest)
@@ -278,6 +365,12 @@ def begin(self:Generation):
         )
         write_json(self.file, self.manifest)
     return self
+
+@patch
+def has_parts(self:Generation)->bool:
+    "Is any window there?"
+    return any(self.part(i).exists() for i in range(len(self.windows)))
+
 
 # %% ../nbs/34_rldata_generate.ipynb #72e8066c
 @patch
@@ -425,6 +518,7 @@ def window(self:Generation,
     i:int, # 0 <= i < len(windows)
 )->tuple: # (rows, what was verified: list of dicts, see `note`)
     "Make a window, verify it, and only then write its part; `NotVerified` if the reference scorer disagrees"
+    self.contents.hold(self.items, self.item_ids(self.windows[i]))
     rows, new = self.rows_of(i)
     state = "Nothing of this window was written" if new else f"{self.part(i).name} holds it"
     seen = self.verify(rows, state)
@@ -468,9 +562,9 @@ def lock(self:Generation):
         yield
 
 def _sweep(path, shard):
-    "Remove temporary files of parts, manifest and pool"
+    "Remove temporary files of parts, manifest, contents and pool"
     tag = re.escape(shard_tag(shard))
-    found = leftovers(path, rf"(part{tag}-\d+\.parquet|manifest{tag}\.json)")
+    found = leftovers(path, rf"(part{tag}-\d+\.parquet|manifest{tag}\.json|contents{tag}\.parquet)")
     for pool in path.glob("pool-*"): found += leftovers(pool, r"pool\.(parquet|json)")
     for file in found: file.unlink(missing_ok=True)
 

@@ -498,6 +498,7 @@ def choose_rows(
     stands = stands[sequence]        # the row that stands for the sequence of each row
 
     again = ~other & ~first
+    _check_contents(rows, stands, again & ~failed & ~failed[stands] & (rank == rank[stands]))
     same = rank == rank[stands]
     acc = rows.vqa_acc_score.to_numpy()
     odd = int((again & same & (np.abs(acc - acc[stands]) > 1e-6)).sum())
@@ -509,6 +510,19 @@ def choose_rows(
         "repeated sequences, of a scorer less preferred": again,
     }
     return ~other & first, reasons, note
+
+def _check_contents(rows, stands, again):
+    "Refuse two facts of one scorer about one sequence whose items are others in the one than in the other"
+    content = rows.content.to_numpy()
+    there = content[stands]
+    odd = again & (content != there) & (content != 0) & (there != 0)
+    if not odd.any(): return
+    row = rows[odd].iloc[0]
+    raise ValueError(
+        f"question_id {row.question_id}, pointer {row.pointer}: two facts of scorer {row.scorer} are about other"
+        f" questions, answers or pictures ({odd.sum()} such rows): items were replaced between the runs, so other"
+        " rows may be out of date, too. Ask about the older data again (`reask`), or leave them out"
+    )
 
 def _query_scorer(rank, failed, query):
     "Rank of the scorer whose labels the row's query takes: any label before any failure"

@@ -15,7 +15,7 @@ from .core import rng
 from .settings import Asking, Mining, Proposing, plain_settings
 from .groups import FACT_COLUMNS, PROPOSAL_COLUMNS, RLData, as_record
 from .rldata_propose import propose
-from .rldata_ask import FactCache, ask
+from .rldata_ask import FactCache, ask, check_contents
 
 # %% ../nbs/37_rldata_mine.ipynb #bc4aa9f3
 def lacking(
@@ -171,6 +171,7 @@ def mine(
     progress:bool=True, # show a bar over rounds
 )->tuple: # (RLData with the mined rows behind the old ones, frame of rounds: lacking, asked, texts, failed, found)
     "Look for what flat groups lack, by swaps and samples"
+    check_contents(data.rows, items, "mine: " + _named(data))
     cache = FactCache() if cache is None else cache
     search = Search(data, items, scorer, store, policy, mining, positive, proposing, asking, cache)
     budget = mining.budget
@@ -191,6 +192,8 @@ def mine(
                  mining=plain_settings(mining))
     out = RLData(search.rows, data.pool, dict(data.manifest, mined=mined)).validate()
     return out, pd.DataFrame(log, columns=["round", "lacking", "asked", "texts", "failed", "found"])
+
+def _named(data): return "the data" if data.path is None else f"{data.path}"
 
 # %% ../nbs/37_rldata_mine.ipynb #65bb44ac
 def mining_calls(

@@ -12,23 +12,26 @@ import json, math, os, platform, re, time, traceback
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import import_module
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
 from filelock import FileLock
+from huggingface_hub import try_to_load_from_cache
 from .core import fingerprint, read_json, repo_path, rng
 from .runs import empty_folder
 from .settings import Job, change
 from .pictures import BadPicture, picture_size
 from .data import check_splits, items_fingerprint, read_okvqa, read_soft_labels, read_vqav2
-from .embed import EmbedStore, embed_items, gather_stores
+from .embed import EmbedStore, embed_items, gather_stores, load_clip
 from .pools import Pool, check_encoder, check_pool, encoder_of, make_pool
 from .vqa import answer_targets
 from .cost import PEAKS, prompt_flops, qwen_config
 from .scorer import SharedScorer
 from .lvlm import MockScorer, load_lvlm
-from .groups import RLData, shard_tag
+from .groups import UNREADABLE, RLData, shard_tag
+from .rldata_ask import item_contents
 from .rldata_generate import Generation, run_lock, shard_queries, tally
 
 # %% ../nbs/39_rldata_scale.ipynb #b9b89fca
@@ -78,16 +81,26 @@ def kept(self:Job,
         (place/"done").touch()
         return made
 
-def _embed_name(job, items, kind="embed"):
-    "Folder of embeddings in a store: by their items and the CLIP"
-    return f"{kind}-{fingerprint(items_fingerprint(items), Path(job.data.clip).name)}"
+@patch
+def clip(self:Job): # `Clip`; an error names a folder that holds none
+    "Load the CLIP"
+    return load_clip(str(_folder(self.data.clip)), self.model.device)
+
+def _embed_name(clip, items, kind="embed"):
+    "Folder of embeddings in a store: by the CLIP, the ids, the questions and the pictures"
+    pictures = item_contents(items, items.index).picture.fillna("").tolist()
+    return f"{kind}-{fingerprint(clip.fingerprint, items.index.tolist(), items.question.tolist(), pictures)}"
 
 @patch
 def embed_place(self:Job,
     items:pd.DataFrame|None=None, # of `Job.items`; None: they are read
+    clip=None, # of `Job.clip`; None: it is loaded
 )->Path: # with a file `done` in it if they are whole; ValueError without a store folder
     "Folder of the embeddings of a job"
-    return _store_of(self)/_embed_name(self, self.items() if items is None else items)
+    folder = _store_of(self)
+    items = self.items() if items is None else items
+    clip = self.clip() if clip is None else clip
+    return folder/_embed_name(clip, items)
 
 def _store_of(job):
     if job.data.store is None:
@@ -104,14 +117,34 @@ def inputs(self:Job)->tuple: # (items, EmbedStore, Pool of the whole split)
     queries = items[items.split == self.split]
     candidates = items[items.split == data.candidates]
 
-    def embed(): return embed_items(items, str(_folder(data.clip)), device=self.model.device, progress=False)
-    store = self.kept(_embed_name(self, items), EmbedStore.load, embed)
+    clip = self.clip()
+    def embed(): return _embed(items, clip)
+    def load(place): return _checked(EmbedStore.load(place), items, clip, place)
+    store = self.kept(_embed_name(clip, items), load, embed)
 
     def draw(): return make_pool(queries, candidates, pools.K, pools.sampler, store, pools.seed)
     name = fingerprint(
         of_items, self.split, data.candidates, pools.K, pools.sampler, pools.seed, store.fingerprint
     )
     return items, store, self.kept(f"pool-{name}", Pool.load, draw)
+
+def _embed(items, clip, progress=False):
+    "Embeddings of items, as their pictures are now"
+    return _checked(embed_items(items, clip, progress=progress), items, clip, "what was embedded just now")
+
+def _checked(store, items, clip, place):
+    "A store, if it is of these items and this CLIP; ValueError says what it is of"
+    what = None
+    if store.meta["source"]["clip"] != clip.fingerprint: what = "of another CLIP"
+    elif not np.array_equal(store.ids, items.index): what = "of other items"
+    else:
+        pictures = item_contents(items, items.index).picture.fillna("")
+        then = store.meta["image_hash"]
+        other = [q for q, a, b in zip(items.index, then, pictures) if b != UNREADABLE and not b.startswith(a)]
+        if other: what = f"of other pictures ({len(other)}, first that of question_id {other[0]})"
+    if what is not None:
+        raise ValueError(f"{place}: embeddings {what} than asked for: remove the folder, and embed again")
+    return store
 
 # %% ../nbs/39_rldata_scale.ipynb #da8c08fa
 def _is_there(folder): return (folder/"done").exists()
@@ -130,17 +163,28 @@ class Splits:
         self.every = every[~every.question_id.duplicated()] # each item once
         self.job = next(iter(self.jobs.values()))
 
+    @cached_property
+    def clip(self):
+        "The CLIP, loaded once"
+        return self.job.clip()
+
+    def has_clip(self)->bool: # False for a name on the hub that was never loaded: nothing of it can be there
+        "Is the CLIP on this machine?"
+        name = self.job.data.clip
+        return _folder(name).exists() or isinstance(try_to_load_from_cache(name, "config.json"), str)
+
     def places(self)->dict: # {split: folder}
         "Where the embeddings of each split lie, or will"
-        return {s: job.embed_place(self.items[s]) for s, job in self.jobs.items()}
+        return {s: job.embed_place(self.items[s], self.clip) for s, job in self.jobs.items()}
 
     def to_do(self)->list: # splits
         "Splits whose embeddings are not there"
+        if not self.has_clip(): return list(self.jobs)
         return [s for s, place in self.places().items() if not _is_there(place)]
 
     def parts_folder(self)->Path:
         "Where parts lie until they are put together"
-        return _store_of(self.job)/_embed_name(self.job, self.every, "embed-parts")
+        return _store_of(self.job)/_embed_name(self.clip, self.every, "embed-parts")
 
 # %% ../nbs/39_rldata_scale.ipynb #c20dcfe6
 @dataclass
@@ -184,9 +228,8 @@ def _embed_part(splits, shard, folder, progress):
     "Embed one part of the items; whose pictures they are is drawn by lot"
     pictures = shard_queries(splits.every.image_id.unique(), shard)
     own = splits.every[splits.every.image_id.isin(pictures)]
-    clip = str(_folder(splits.job.data.clip))
     with run_lock(folder):
-        if len(own): embed_items(own, clip, device=splits.job.model.device, progress=progress).save(folder)
+        if len(own): _embed(own, splits.clip, progress).save(folder)
         (folder/"done").touch()
 
 def _put_together(splits, folders, todo):
@@ -196,7 +239,8 @@ def _put_together(splits, folders, todo):
         stores = [EmbedStore.load(f) for f in folders if (f/"embed.json").exists()]
         for s in todo:
             if _is_there(places[s]): continue          # somebody else was faster
-            gather_stores(splits.items[s], stores).save(places[s])
+            items = splits.items[s]
+            _checked(gather_stores(items, stores), items, splits.clip, splits.parts_folder()).save(places[s])
             (places[s]/"done").touch()
         empty_folder(splits.parts_folder())
 
@@ -281,7 +325,8 @@ class RayWorker:
             self.run = job.generation(path, **kw)
             self.run.path.mkdir(parents=True, exist_ok=True) # an older filelock does not make it
             # the first one writes the manifest, the others compare
-            with FileLock(self.run.path/f".begin{shard_tag(self.run.shard)}.lock"): self.run.begin()
+            lock = FileLock(self.run.path/f".begin{shard_tag(self.run.shard)}.lock")
+            with lock: self.run.begin(whole=False)
         except Exception: self.error = traceback.format_exc()
 
     def __call__(self,
@@ -349,6 +394,7 @@ def generate_ray(
     run = job.generation(path, shard, asks=False, **proposer)
     args = (job, str(run.path), threads)
     kwargs = dict(shard=run.shard, **proposer)
+    if run.is_here(): run.contents.compare(run.items, run.item_ids()) # once for all; workers look window by window
     with run.lock(), _cluster(ray, workers*threads, workers*gpus):
         todo = run.todo() or [0] # one is opened in any case: its worker compares the settings
         there = set(range(len(run.windows))) - set(todo)
@@ -603,7 +649,7 @@ def embed_plan(
     doubt = "" if config.is_file() else ", if its vectors have 768 numbers"
     images = splits.every.image_path.nunique() if todo else 0
     if shard: images /= shard[1]
-    parts = len(list(splits.parts_folder().glob("*/done")))
+    parts = len(list(splits.parts_folder().glob("*/done"))) if splits.has_clip() else 0
     begun = f", some of them in {parts} parts that are there" if parts else ""
     each = ", ".join(f"{s} {len(items):,}" for s, items in splits.items.items())
     vectors = 2*sum(len(splits.items[s]) for s in todo)

@@ -21,7 +21,7 @@ from .synth import quiet
 from .groups import check_shard, shard_tag
 from .rewards import info_score, reward_facts
 from .rldata_ask import FactCache, ask, facts_fingerprint, item_hashes
-from .rldata_generate import evaluated, run_lock
+from .rldata_generate import Contents, evaluated, run_lock
 from .dls import group_dls
 from .callback_grpo import GRPO, PolicyGradient
 from .callback_track import valid_loss
@@ -352,6 +352,11 @@ def _left(cells, have, shard):
     i, n = shard
     return [k for k in left if int(k, 16) % n == i]
 
+def _item_ids(groups):
+    "Queries and candidates of all groups, ascending"
+    pools = [d.pool for d in groups.values()]
+    return sorted({i for pool in pools for q in pool for i in (q, *pool[q])})
+
 # %% ../nbs/85_sweep.ipynb #ac34010d
 def _shown(v):
     "A setting as a table shows it"
@@ -405,6 +410,7 @@ def sweep(
     shard = check_shard(shard)
     file = path/f"cells{shard_tag(shard)}.jsonl"
     with run_lock(path, shard):
+        Contents(path, shard).hold(world.items, _item_ids(groups), begun=file.exists())
         if cache is None: cache = FactCache(path/"facts")
         shared = SweepData(groups, world, shots, cache, stages, asking)
         have = _cells(path)

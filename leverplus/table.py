@@ -10,16 +10,18 @@ import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 import pandas as pd
-from .core import ask_for_a_folder, repo_path
+from .core import ask_for_a_folder, fingerprint, repo_path
 from .runs import Run
 from .settings import Asking, Rows, plain_settings
-from .rldata_ask import FactCache, ask_around, facts_fingerprint, known_facts
-from .rldata_generate import policy_fingerprint, run_lock
+from leverplus.rldata_ask import (
+    FactCache, about_items, ask_around, facts_fingerprint, known_facts, text_hashes,
+)
+from .rldata_generate import begin_run, policy_fingerprint, run_lock
 from .world import all_pointers
 from .infer import kind_of, pick_model
 from leverplus.evaluate import (
-    BASELINES, best_fixed, count_look, fixed_pairs, majority_vote, paired_tests, pick_baselines, pick_oracle,
-    result_table, score_picks, size_table, subsets, table_text,
+    BASELINES, best_fixed, count_look, fixed_pairs, majority_vote, paired_tests, pick_baselines,
+    pick_oracle, result_table, score_picks, size_table, subsets, table_text,
 )
 
 # %% ../nbs/83_table.ipynb #859cff74
@@ -83,13 +85,13 @@ class _Known:
         "Facts about pairs, those first that are known elsewhere"
         return ask_around(pairs, self.scorer, items, self.extra, self.own, self.asking, self.progress)
 
-    def about(self, pool, facts):
-        "`facts`, and all others about the questions of a pool"
-        others = [cache.to_frame().drop(columns="content") for cache in (self.extra, self.own)]
-        every = pd.concat([facts, *others])
-        every = every[(every.scorer == self.whose) | every.eval_failed]
-        every = every.drop_duplicates(["question_id", "pointer"])
-        return every[every.question_id.isin(list(pool))]
+    def about(self, pool, facts, items):
+        "`facts`, and all others about the questions of a pool, as these items are now"
+        others = pd.concat([cache.to_frame() for cache in (self.extra, self.own)], ignore_index=True)
+        others = others[others.question_id.isin(list(pool)) & (others.scorer == self.whose)]
+        every = pd.concat([facts, others[about_items(others, items)]])
+        every = every[every.question_id.isin(list(pool))]
+        return every.drop_duplicates(["question_id", "pointer"])
 
 # %% ../nbs/83_table.ipynb #ae1f0ae8
 def _judges(asked, rows, judges):
@@ -141,7 +143,7 @@ def _scored(asked, picks, rows, known):
     wanted = [picks]
     if rows.exact_oracle: wanted.append(all_pointers(asked.pool, shots))
     pairs = pd.concat(wanted)[["question_id", "pointer"]].drop_duplicates()
-    facts = known.about(asked.pool, known.ask(pairs, asked.items))
+    facts = known.about(asked.pool, known.ask(pairs, asked.items), asked.items)
     oracle = pd.concat([pick_oracle(facts, s, asked.pool) for s in shots])
     scored = score_picks(pd.concat([picks, oracle], ignore_index=True), facts)
     similar = picks[picks.selector == "similar_mixed"]
@@ -185,8 +187,9 @@ def _by_size(asked, rows, scored):
     return size_table(scored, some, _shots_above_zero(rows)[-1], asked.items)
 
 # %% ../nbs/83_table.ipynb #eed8570c
-def _begin(path, asked, models, rows, asking, overwrite):
+def _begin(path, asked, judges, models, rows, asking, overwrite):
     "Start the run of a table, or continue it"
+    items, ids = _table_items(asked, judges)
     settings = dict(
         split=asked.split,
         rows=plain_settings(replace(rows, sizes=_sizes_there(path, rows))),
@@ -194,10 +197,24 @@ def _begin(path, asked, models, rows, asking, overwrite):
         selectors={name: policy_fingerprint(model) for name, model in models.items()},
     )
     scorer = facts_fingerprint(asked.scorer, asking)
-    prints = dict(pool=asked.pool.fingerprint, scorer=scorer, store=asked.store.fingerprint)
-    run = Run.create(path, settings, rows.seed, prints, overwrite)
+    prints = dict(
+        pool=asked.pool.fingerprint,
+        scorer=scorer,
+        store=asked.store.fingerprint,
+        items=fingerprint(ids, text_hashes(items, ids)),
+    )
+    def create(): return Run.create(path, settings, rows.seed, prints, overwrite)
+    run = begin_run(create, path, items, ids, overwrite)
     run.settings["rows"] = plain_settings(rows)
     return run.save_settings()
+
+def _table_items(asked, judges):
+    "(items, ids of those that matter) of the questions, and of those on which fixed sequences are chosen"
+    parts = [asked] if judges is None else [asked, judges]
+    items = pd.concat([part.items for part in parts])
+    ids = {q for part in parts for q in part.pool.ids}
+    ids |= {d for part in parts for candidates in part.pool.ids.values() for d in candidates}
+    return items[~items.index.duplicated()], sorted(ids)
 
 def _sizes_there(path, rows):
     "The sizes of the run that is there, or those that are wanted"
@@ -238,7 +255,7 @@ def full_table(
     _check_table(asked, models, rows)
     judges, notes = _judges(asked, rows, judges)
     with run_lock(path):
-        run = _begin(path, asked, models, rows, asking, overwrite)
+        run = _begin(path, asked, judges, models, rows, asking, overwrite)
         known = _Known(asked.scorer, asking, facts, run.path/"facts", progress)
         fixed, chosen = _fixed(asked, rows, judges, known)
         scored = _scored(asked, _picks(asked, models, rows, fixed), rows, known)

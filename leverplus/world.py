@@ -17,7 +17,7 @@ from .embed import EmbedStore, embed_items
 from .pools import Pool, make_pool
 from .scorer import SharedScorer
 from .lvlm import load_lvlm
-from .rldata_ask import FactCache, ask, facts_fingerprint
+from .rldata_ask import FactCache, ask, check_contents, facts_fingerprint
 
 # %% ../nbs/35_world.ipynb #9bef0202
 K = 16 # pool size of the embedded world
@@ -39,10 +39,12 @@ class World:
         return self.items.question_id[self.items.split == split].tolist()
 
     def facts(self)->pd.DataFrame:
-        "Exhaustive facts of the test split; ValueError if they are of another model or prompt"
+        "Exhaustive facts of the test split; ValueError if they are of another model, prompt or items"
         have = FactCache(self.facts_file)
         _check_whose(have, self.scorer)
-        return have.to_frame()
+        facts = have.to_frame()
+        check_contents(facts, self.items, have.name)
+        return facts
 
 def _check_whose(have, scorer):
     want = facts_fingerprint(scorer)

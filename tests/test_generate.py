@@ -6,21 +6,22 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from hypothesis import given, settings, strategies as st
 from leverplus.settings import Asking, Guarding, Job, Proposing, check_counts, read_settings, settings_of
-from leverplus.core import rng
+from leverplus.core import rng, stable_hash
 from leverplus.decode import best_sequences
 from leverplus.embed import EmbedStore
-from leverplus.groups import PROPOSAL_COLUMNS, RLData
+from leverplus.groups import PROPOSAL_COLUMNS, OtherContents, RLData, other_items
 from leverplus.losses import inclusion_logp
-from leverplus.lvlm import MockScorer
+from leverplus.lvlm import MockScorer, Scored
 from leverplus.pools import Pool
 from leverplus.rldata_propose import SimilarityPrior, nearest_sets, propose
 from leverplus.runs import Busy
 from leverplus.rldata_generate import (
-    Generation, NotVerified, flat_queries, generate, run_lock, shard_queries, summary_text, verified_text,
+    Contents, Generation, NotVerified, flat_queries, generate, run_lock, shard_queries, summary_text,
+    verified_text,
 )
 from leverplus.rldata_ask import (
-    FactCache, as_cache, ask, ask_around, content_keys, facts_fingerprint, item_hashes, known_facts, pair_keys,
-    same_scorer, self_test, stored_facts,
+    FactCache, about_items, as_cache, ask, ask_around, check_contents, content_keys, facts_fingerprint,
+    item_contents, item_hashes, known_facts, pair_keys, same_scorer, self_test, stored_facts,
 )
 from leverplus.selector import PointerSelector
 
@@ -356,7 +357,8 @@ def test_facts_without_a_scorer():
     assert as_cache(table) is table
     with pytest.raises(KeyError, match=r"question_id 0, pointer \(1000,\): not among"):
         ask(pd.DataFrame(dict(question_id=[0], pointer=[(1000,)])), None, ITEMS, table)
-    with pytest.raises(ValueError, match="other questions"): ask(PAIRS, None, ITEMS.assign(question="?"), own)
+    says = r"180 of 180 facts \(first: question_id 0, pointer .*\) are about other questions, answers or pictures"
+    with pytest.raises(ValueError, match=says): ask(PAIRS, None, ITEMS.assign(question="?"), own)
     ask(PAIRS, Scripted(), ITEMS, table, Asking(style="chat"))
     with pytest.raises(ValueError, match="of 2 scorers"): ask(PAIRS, None, ITEMS, table)
 
@@ -397,12 +399,17 @@ def test_cache_on_disk(tmp_path):
     files[0].write_bytes(files[0].read_bytes()[:99])
     with pytest.raises(ValueError, match=files[0].name): FactCache(tmp_path/"c")
 
-def test_other_texts_under_the_same_ids_are_refused():
+def test_other_texts_under_the_same_ids_are_asked_again():
     cache = FactCache()
     ask(PAIRS, MockScorer(), ITEMS, cache)
     for c, v in dict(question="Who?", answer="hat", image_id=5).items():
-        with pytest.raises(ValueError, match="was made from other questions, answers or images"):
-            ask(PAIRS, MockScorer(), ITEMS.assign(**{c: v}), cache)
+        cache.warned = False
+        other = ITEMS.assign(**{c: v})
+        with pytest.warns(UserWarning, match="180 of 180 facts"): facts = ask(PAIRS, MockScorer(), other, cache)
+        pd.testing.assert_frame_equal(facts, ask(PAIRS, MockScorer(), other))
+        quiet = Scripted()
+        pd.testing.assert_frame_equal(ask(PAIRS, quiet, other, cache), facts)      # the newest wins
+        assert not quiet.asked and len(cache) == len(PAIRS)
 
 def test_newest_fact_wins_and_parts_stay_few():
     cache = FactCache()
@@ -444,6 +451,256 @@ def test_unknown_items_and_confused_scorers():
     class Swaps(Scripted):
         def run(self, *a, **k): return super().run(*a, **k)[::-1]
     with pytest.raises(ValueError, match="in order"): ask(PAIRS, Swaps(), ITEMS)
+
+# ---- pictures that are replaced ----------------------------------------------------------------------------
+
+class Looks:
+    "A scorer whose answers follow from the bytes of the pictures that it is shown; it counts what it is asked"
+    fingerprint, tolerance = "looks", 0.
+    def __init__(self, stop=math.inf): self.stop, self.asked = stop, []
+    def run(self, prompts, targets, generate=True, progress=False):
+        return [self.one(p, generate) for p in prompts]
+    def one(self, p, generate):
+        if len(self.asked) >= self.stop: raise KeyboardInterrupt
+        self.asked.append((p.question_id, p.pointer))
+        try: seen = [Path(image).read_bytes() for image in p.images]
+        except OSError as e: return Scored(p.question_id, p.pointer, error=f"OSError: {e}")
+        prob = float(rng("looks", seen).random())
+        return Scored(p.question_id, p.pointer, "cat" if generate else None, (math.log(prob),), prob)
+
+def album(folder, items=ITEMS):
+    "Items whose pictures are files"
+    folder.mkdir()
+    for i in items.index: (folder/f"{i}.png").write_bytes(f"picture {i}".encode())
+    return items.assign(image_path=[str(folder/f"{i}.png") for i in items.index])
+
+def replace_pictures(items, *ids):
+    for i in ids: Path(items.image_path[i]).write_bytes(f"another picture {i}".encode())
+
+def put_back(items, *ids):
+    for i in ids: Path(items.image_path[i]).write_bytes(f"picture {i}".encode())
+
+def shows(pairs, *ids): return [bool({q, *p} & set(ids)) for q, p in zip(pairs.question_id, pairs.pointer)]
+
+def test_content_is_of_the_bytes_of_pictures(tmp_path):
+    items = album(tmp_path/"a")
+    was = content_keys(items, PAIRS.question_id, PAIRS.pointer)
+    def now(frame): return content_keys(frame, PAIRS.question_id, PAIRS.pointer)
+    for i in (3, 1002):
+        replace_pictures(items, i)
+        assert (now(items) != was).tolist() == shows(PAIRS, i)
+        put_back(items, i)
+    assert (now(items) == was).all()
+    assert (now(items.assign(image_id=7)) == was).all()                  # a name is no content
+    shutil.copytree(tmp_path/"a", tmp_path/"b")
+    assert (now(items.assign(image_path=items.image_path.str.replace("/a/", "/b/"))) == was).all()
+    turned = items.copy()
+    turned.loc[[0, 1], "image_path"] = items.loc[[1, 0], "image_path"].to_numpy()
+    assert (now(turned) != was).tolist() == shows(PAIRS, 0, 1)
+
+def test_items_without_a_picture_have_the_hashes_that_they_had():
+    "Facts of worlds of texts stay valid, and the number of a picture counts where there is nothing else"
+    def hashes(frame): return item_hashes(frame, frame.index[:3]).tolist()
+    r = [ITEMS.loc[i] for i in range(3)]
+    want = [stable_hash(x.question, int(x.image_id), x.answer, [str(a) for a in x.answers]) for x in r]
+    assert hashes(ITEMS.assign(image_path=None)) == want
+    assert hashes(ITEMS.drop(columns="image_path")) == want
+    assert hashes(ITEMS.assign(image_path=None, image_id=ITEMS.image_id.astype("float64"))) == want
+    unread = hashes(ITEMS)
+    assert len({*unread, *want, *hashes(ITEMS.assign(image_id=9))}) == 9
+    named = hashes(ITEMS.drop(columns="image_path").assign(image_id="VizWiz_val_00000042.jpg"))
+    assert len({*named, *hashes(ITEMS.drop(columns=["image_path", "image_id"])), *want}) == 9
+
+def test_contents_say_what_has_changed(tmp_path):
+    items = album(tmp_path/"a")
+    was = item_contents(items, [0, 1, 2, 1000])
+    replace_pictures(items, 1, 1000)
+    items.at[2, "answers"] = ["hat"]*10
+    now = item_contents(items, [0, 1, 2, 1000])
+    assert (was.picture != now.picture).tolist() == [False, True, False, True]
+    assert (was.text != now.text).tolist() == [False, False, True, False]
+    assert other_items(was, now) == (
+        "the pictures of question_id 1, 1000 (2 of 4 items) and question or answers of question_id 2 (1 of 4 items)")
+    assert item_contents(items.assign(image_path=None), [0]).picture.isna().all()
+    Path(items.image_path[0]).unlink()
+    assert item_contents(items, [0]).picture.tolist() == ["unreadable"]
+
+def knowing(kind, folder, items):
+    "Somewhere that facts are kept, with the facts of all pairs"
+    facts = FactCache(folder/"facts" if kind in ("folder", "file") else None)
+    got = ask(PAIRS, Looks(), items, facts)
+    if kind == "folder": return FactCache(folder/"facts")
+    if kind == "file": return FactCache(facts.save(folder/"facts.parquet"))
+    return as_cache(got) if kind == "frame" else facts
+
+@pytest.mark.parametrize("kind", ["memory", "folder", "file", "frame"])
+def test_facts_about_replaced_pictures_are_asked_again(tmp_path, kind):
+    items = album(tmp_path/"a")
+    cache = knowing(kind, tmp_path, items)
+    replace_pictures(items, 3, 1002)
+    scorer = Looks()
+    n = sum(shows(PAIRS, 3, 1002))
+    with pytest.warns(UserWarning) as said: facts = ask(PAIRS, scorer, items, cache, window=40)
+    assert [f"{n} of 180 facts" in str(w.message) for w in said] == [True]
+    assert scorer.asked == [(q, p) for q, p, x in zip(PAIRS.question_id, PAIRS.pointer, shows(PAIRS, 3, 1002)) if x]
+    pd.testing.assert_frame_equal(facts, ask(PAIRS, Looks(), items), check_dtype=False)
+    again = Looks()
+    pd.testing.assert_frame_equal(ask(PAIRS, again, items, cache), facts)
+    assert not again.asked and len(cache) == len(PAIRS)
+
+def test_replaced_pictures_and_nobody_to_ask(tmp_path):
+    items = album(tmp_path/"a")
+    cache = knowing("file", tmp_path, items)
+    facts = ask(PAIRS, None, items, cache)
+    replace_pictures(items, 1002)
+    n = sum(shows(PAIRS, 1002))
+    says = f"facts.parquet: {n} of 180 facts .* are about other questions, answers or pictures"
+    with pytest.raises(ValueError, match=says): ask(PAIRS, None, items, cache)
+    whole = [not x for x in shows(PAIRS, 1002)]
+    pd.testing.assert_frame_equal(ask(PAIRS[whole], None, items, cache), facts[whole].reset_index(drop=True))
+    imported = as_cache(facts.drop(columns="content"))                     # nobody knows what these are about
+    assert ask(PAIRS, None, items, imported).vqa_gt_prob.tolist() == facts.vqa_gt_prob.tolist()
+    assert about_items(facts, items).tolist() == whole
+    assert about_items(facts.assign(content=0), items).all()
+    assert about_items(facts, items.drop(1002)).tolist() == whole          # an item that is not there is none of these
+
+def test_facts_of_runs_know_what_they_are_about(tmp_path):
+    "What `generate` wrote, `known_facts`, `stored_facts` and `ask_around` pass on is compared, too"
+    items = album(tmp_path/"a")
+    data = made(tmp_path/"r", QS, items, POOL, Looks(), STORE, test=0)
+    assert (data.rows.content == content_keys(items, data.rows.question_id, data.rows.pointer)).all()
+    replace_pictures(items, 1002)
+    known = known_facts([tmp_path/"r"], facts_fingerprint(Looks()))
+    pairs = data.rows[["question_id", "pointer"]]
+    n = sum(shows(pairs, 1002))
+    assert 0 < n < len(pairs)
+    scorer = Looks()
+    with pytest.warns(UserWarning, match=f"{n} of {len(pairs)} facts"):
+        facts = ask_around(pairs, scorer, items, known, FactCache())
+    assert len(scorer.asked) == n
+    pd.testing.assert_frame_equal(facts, ask(pairs, Looks(), items), check_dtype=False)
+    with pytest.raises(ValueError, match=f"old groups: {n} of {len(pairs)} facts"):
+        check_contents(data.rows, items, "old groups")
+
+def test_what_cannot_be_read_is_a_failure_and_equal_to_nothing_readable(tmp_path):
+    items = album(tmp_path/"a")
+    file = Path(items.image_path[1002])
+    file.unlink()
+    lost = shows(PAIRS, 1002)
+    cache = FactCache()
+    facts = ask(PAIRS, Looks(), items, cache)
+    assert facts.eval_failed.tolist() == lost and facts.error[lost].str.contains("1002.png").all()
+    put_back(items, 1002)
+    scorer = Looks()
+    full = ask(PAIRS, scorer, items, cache)
+    assert len(scorer.asked) == sum(lost) and not full.eval_failed.any()
+    file.unlink()                                        # gone again: what was seen then is not what is there now
+    with pytest.warns(UserWarning, match=f"{sum(lost)} of 180"): gone = ask(PAIRS, Looks(), items, cache)
+    assert gone.eval_failed.tolist() == lost
+    put_back(items, 1002)
+    pd.testing.assert_frame_equal(ask(PAIRS, Looks(stop=0), items, cache), full)
+
+def test_a_picture_replaced_while_it_is_asked_about(tmp_path):
+    items = album(tmp_path/"a")
+    often = int(PAIRS.pointer.explode().mode()[0])
+    class Late(Looks):
+        def run(self, prompts, *a, **k):
+            out = super().run(prompts, *a, **k)
+            if len(self.asked) == 80: replace_pictures(items, often)
+            return out
+    cache = FactCache()
+    facts = ask(PAIRS, Late(), items, cache, window=40)
+    window = np.arange(len(PAIRS))//40
+    assert {0, 1, 2, 3} == set(window[shows(PAIRS, often)])
+    assert facts.eval_failed.tolist() == ((window == 1) & shows(PAIRS, often)).tolist()
+    assert set(facts.error[facts.eval_failed]) == {"a picture was replaced while it was asked about"}
+    with pytest.warns(UserWarning, match="about other"): now = ask(PAIRS, Looks(), items, cache)
+    pd.testing.assert_frame_equal(now, ask(PAIRS, Looks(), items), check_dtype=False)
+
+SMALL = dict(shots=(1, 2), window=4, test=0)
+
+def killed(path, items, stop=100, **kw):
+    with pytest.raises(KeyboardInterrupt): made(path, QS, items, POOL, Looks(stop), STORE, **SMALL | kw)
+
+@pytest.mark.parametrize("shard", [None, (0, 1)])
+def test_a_killed_run_is_not_continued_with_other_pictures(tmp_path, shard):
+    items = album(tmp_path/"a")
+    go = dict(SMALL, shard=shard)
+    whole = made(tmp_path/"whole", QS, items, POOL, Looks(), STORE, **go)
+    killed(tmp_path/"r", items, shard=shard)
+    shown = sorted(set(QS).union(*(POOL[q] for q in QS)))
+    replace_pictures(items, 3, 7, 1002)
+    asks_nobody = Looks(stop=0)
+    with pytest.raises(OtherContents) as e: made(tmp_path/"r", QS, items, POOL, asks_nobody, STORE, **go)
+    assert f"the pictures of question_id 3, 7, 1002 (3 of {len(shown)} items) are not those" in str(e.value)
+    reworded = items.assign(question=items.question.where(items.index != 5, "Who?"))
+    put_back(items, 3, 7, 1002)
+    with pytest.raises(OtherContents, match=r"question or answers of question_id 5 \(1 of"):
+        made(tmp_path/"r", QS, reworded, POOL, asks_nobody, STORE, **go)
+    done = made(tmp_path/"r", QS, items, POOL, Looks(), STORE, **go)      # all as it was: the same rows
+    pd.testing.assert_frame_equal(done.rows, whole.rows)
+    replace_pictures(items, 3)
+    with pytest.raises(OtherContents): made(tmp_path/"r", QS, items, POOL, asks_nobody, STORE, **go)
+
+def test_a_picture_that_was_not_readable_may_be_mended(tmp_path):
+    items = album(tmp_path/"a")
+    whole = made(tmp_path/"whole", QS, items, POOL, Looks(), STORE, **SMALL)
+    Path(items.image_path[1002]).unlink()
+    broken = made(tmp_path/"r", QS, items, POOL, Looks(), STORE, **SMALL)
+    assert broken.rows.eval_failed.tolist() == shows(broken.rows, 1002)
+    put_back(items, 1002)
+    scorer = Looks()
+    mended = made(tmp_path/"r", QS, items, POOL, scorer, STORE, **SMALL)
+    pd.testing.assert_frame_equal(mended.rows, whole.rows)
+    assert len(scorer.asked) == broken.rows.eval_failed.sum()
+    replace_pictures(items, 1002)                                          # the table has learned it
+    with pytest.raises(OtherContents, match="question_id 1002 "):
+        made(tmp_path/"r", QS, items, POOL, Looks(), STORE, **SMALL)
+    Path(items.image_path[1002]).unlink()                                  # gone is no other: all its rows are there
+    pd.testing.assert_frame_equal(made(tmp_path/"r", QS, items, POOL, Looks(0), STORE, **SMALL).rows, whole.rows)
+
+def test_pictures_replaced_while_a_run_goes_on(tmp_path):
+    items = album(tmp_path/"a")
+    class Late(Looks):
+        def run(self, prompts, *a, **k):
+            out = super().run(prompts, *a, **k)
+            if len(self.asked) == 2*4*23: replace_pictures(items, 9)      # two windows are asked about
+            return out
+    with pytest.raises(OtherContents, match="question_id 9 "):
+        made(tmp_path/"r", QS, items, POOL, Late(), STORE, **SMALL)
+    assert len(list((tmp_path/"r").glob("part-*.parquet"))) == 2
+
+def test_a_kill_between_manifest_and_contents(tmp_path, monkeypatch):
+    "Whatever was written last, the next start goes on, or says that nobody can know"
+    items = album(tmp_path/"a")
+    real = Contents.hold
+    def dies(self, *a, **k): raise KeyboardInterrupt
+    monkeypatch.setattr(Contents, "hold", dies)
+    with pytest.raises(KeyboardInterrupt): made(tmp_path/"r", QS, items, POOL, Looks(), STORE, **SMALL)
+    assert sorted(f.name for f in (tmp_path/"r").glob("[!.]*")) == ["manifest.json"]
+    monkeypatch.setattr(Contents, "hold", real)
+    replace_pictures(items, 3)                                             # nothing was made of the old ones
+    made(tmp_path/"r", QS, items, POOL, Looks(), STORE, **SMALL)
+    (tmp_path/"r"/"contents.parquet").unlink()
+    with pytest.raises(OtherContents, match="no contents.parquet beside"):
+        made(tmp_path/"r", QS, items, POOL, Looks(), STORE, **SMALL)
+
+def test_shards_of_other_pictures_are_never_put_together(tmp_path):
+    items = album(tmp_path/"a")
+    def go(path, i): return made(path, QS, items, POOL, Looks(), STORE, shard=(i, 2), **SMALL)
+    first, second = (set().union(*(POOL[q] for q in shard_queries(QS, (i, 2)))) for i in range(2))
+    shared = min(first & second)
+    go(tmp_path/"one", 0)
+    shutil.copytree(tmp_path/"one", tmp_path/"both")
+    replace_pictures(items, shared)
+    with pytest.raises(OtherContents, match=f"question_id {shared} "): go(tmp_path/"one", 1)     # the same folder
+    go(tmp_path/"two", 1)                                                                     # another machine
+    shutil.copytree(tmp_path/"two", tmp_path/"both", dirs_exist_ok=True)
+    says = f"question_id {shared} .* in contents-001of002.parquet are not those of the shards before it"
+    with pytest.raises(OtherContents, match=says): RLData.load(tmp_path/"both")
+    put_back(items, shared)
+    go(tmp_path/"one", 1)
+    assert RLData.load(tmp_path/"one").queries == QS
 
 # ---- self-test ---------------------------------------------------------------------------------------------
 
@@ -518,12 +775,14 @@ def test_only_what_nobody_knows_is_asked(wanted, elsewhere, here):
     assert len(extra) == len(elsewhere)
     assert len(own) == len((set(wanted) - set(elsewhere)) | set(here))
 
-def test_facts_of_other_texts_are_not_believed(tmp_path):
+def test_facts_of_other_texts_are_not_believed():
     extra = FactCache()
     ask(PAIRS[:5], MockScorer(), ITEMS, extra)
     other = ITEMS.assign(question="Who?")
-    with pytest.raises(ValueError, match="other questions, answers or images"):
-        ask_around(PAIRS[:5], MockScorer(), other, extra, FactCache())
+    s = Scripted()
+    with pytest.warns(UserWarning, match="5 of 5 facts"): facts = ask_around(PAIRS[:5], s, other, extra, FactCache())
+    assert len(s.asked) == 5
+    pd.testing.assert_frame_equal(facts, ask(PAIRS[:5], MockScorer(), other))
 
 def test_facts_of_two_scorers_are_not_mixed(tmp_path):
     data = made(tmp_path/"run", QS[:3], ITEMS, POOL, MockScorer(), STORE, test=0)
@@ -607,7 +866,6 @@ def test_a_finished_run_asks_nothing(tmp_path):
         (dict(style="chat"), ["asking.style", "scorer"]),
         (dict(evaluator="lmms"), ["asking.evaluator", "scorer"]),
         (dict(two_stage=dict(top=3)), ["proposing.two_stage.top"]),
-        (dict(items=ITEMS.assign(answer="hat")), ["items"]),
         (dict(policy=PointerSelector(12, d_hidden=8)), ["policy", "proposer"]),
     ],
 )

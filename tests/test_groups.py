@@ -40,7 +40,7 @@ def tried(**over):
 def test_columns_are_those_of_the_record():
     proposed = "question_id pointer gen_method beam_rank temperature logprob_score similarity_score kappa"
     answered = "vqa_pred_answer vqa_raw_generation vqa_correct vqa_acc_score vqa_gt_prob vqa_gt_logprobs"
-    judged = "vqa_rel_token_f1 vqa_rel_edit_sim vqa_rel_score vqa_eval_mode eval_failed error scorer"
+    judged = "vqa_rel_token_f1 vqa_rel_edit_sim vqa_rel_score vqa_eval_mode eval_failed error scorer content"
     assert list(RECORD) == f"{proposed} {answered} {judged}".split()
     rec = as_record(tried())
     assert list(rec.columns) == list(RECORD)
@@ -218,6 +218,27 @@ def test_parts_of_earlier_versions_have_no_kappa(tmp_path):
     assert list(old) == list(RECORD)
     assert old.kappa.isna().all()
     assert old.kappa.dtype == "float64"
+
+def test_parts_of_earlier_versions_have_no_content(tmp_path):
+    "Nobody knows what their facts were about: 0; a hash is kept to its last bit"
+    import pyarrow.parquet as pq
+    d = tmp_path / "d"
+    large = [2**62 + 1, 2**53 + 1, 0, 3]
+    RLData.from_frame(tried().assign(content=large), POOL).save(d)
+    assert RLData.load(d).rows.content.tolist() == large
+    part = next(d.glob("part-*.parquet"))
+    pq.write_table(pq.read_table(part).drop_columns(["content"]), part)
+    old = RLData.load(d).rows
+    assert old.content.tolist() == [0]*4
+    assert old.content.dtype == "int64"
+
+def test_a_hash_that_became_a_float_is_refused():
+    "A gap turns integers into floats, and 2**62 + 1 into 2**62: nobody would see it"
+    known = pd.DataFrame(dict(content=[2**62 + 1]))
+    joined = tried().join(known)                                  # three rows have none
+    with pytest.raises(ValueError, match="'content' has missing values"): as_record(joined)
+    with pytest.raises(ValueError, match="'content' holds floats above"): as_record(joined.fillna({"content": 0}))
+    assert as_record(tried().assign(content=[1., 2., 3., 4.])).content.tolist() == [1, 2, 3, 4]
 
 @pytest.mark.parametrize(
     "odd", [dict(kappa=np.inf, logprob_score=-2.0), dict(kappa=-1.0, logprob_score=np.nan)]
