@@ -8,7 +8,7 @@ __all__ = ['as_id', 'as_ids', 'as_image_id', 'as_items', 'given_ids']
 # %% ../nbs/09_items.ipynb #b6e5d888
 import math, re
 from itertools import chain
-from numbers import Integral, Real
+from numbers import Real
 from os import PathLike, fspath
 import numpy as np, pandas as pd
 from .core import stable_hash
@@ -43,9 +43,9 @@ def _whole(x, name):
     "A number as a whole number"
     if isinstance(x, bool): raise ValueError(f"{name} {x!r} is a truth value, wanted an id")
     if isinstance(x, float) and not (x.is_integer() and abs(x) < 2**53):
-        raise ValueError(f"{name} {x!r} is a float that may have lost digits, wanted a whole number or a text")
+        raise ValueError(f"{name} {x!r} is a float that may have lost digits: wanted a whole number")
     if x < 0: raise ValueError(f"{name} {int(x)} is negative, wanted a whole number >= 0")
-    if x >= 2**63: raise ValueError(f"{name} {x} does not fit into 64 bits: give it as a text, with a letter before it")
+    if x >= 2**63: raise ValueError(f"{name} {x} does not fit into 64 bits: put a letter before it")
     return int(x)
 
 def _check_kind(x, name):
