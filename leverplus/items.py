@@ -53,7 +53,8 @@ def _check_kind(x, name):
     for part in parts:
         if isinstance(part, tuple): _check_kind(part, name)
         elif not isinstance(part, (str, int, float)):
-            raise ValueError(f"{name} {x!r}: a {type(part).__name__}, wanted a number, a text, or a tuple of them")
+            kind = type(part).__name__
+            raise ValueError(f"{name} {x!r}: a {kind}, wanted a number, a text, or a tuple of them")
 
 # %% ../nbs/09_items.ipynb #830436a4
 def as_ids(
@@ -61,7 +62,7 @@ def as_ids(
     name:str="question_id", # see `as_id`
 )->np.ndarray: # int64 [n]
     "Turn ids into whole numbers; ValueError names the place of one that cannot be"
-    if isinstance(ids, (str, bytes)): raise ValueError(f"{name}s are one text {ids[:40]!r}, wanted a list of ids")
+    if isinstance(ids, str): raise ValueError(f"{name}s are one text {ids[:40]!r}, wanted a list of ids")
     ids = ids if hasattr(ids, "__len__") else list(ids)
     numbers = _as_numbers(ids)
     if numbers is not None and (numbers >= 0).all(): return numbers
@@ -77,7 +78,7 @@ def _as_numbers(ids):
         small = set(map(type, ids)) <= {int} and all(x < 2**63 for x in ids)
         return np.array(list(ids), np.int64) if small else None
     if ids.dtype.kind not in "iu" or pd.isna(ids).any(): return None
-    return np.array(ids, np.int64)            # what exceeds 63 bits turns negative, and is looked at one by one
+    return np.array(ids, np.int64)            # what exceeds 63 bits turns negative, and is looked at singly
 
 # %% ../nbs/09_items.ipynb #84d53d93
 def as_image_id(
@@ -107,14 +108,14 @@ def _with_column(frame, what):
     if "question_id" in frame:
         if named and not np.array_equal(_ids(frame.index, what), _ids(frame["question_id"], what)):
             raise ValueError(
-                f"{what}: index and column are both called question_id and hold different ids: drop the wrong one"
-                " (reset_index(drop=True) drops the index)"
+                f"{what}: index and column are both called question_id and hold different ids: drop the"
+                " wrong one (reset_index(drop=True) drops the index)"
             )
         return frame
     if named: return frame.reset_index()
     raise ValueError(
-        f"{what} has no column question_id (columns {list(frame.columns)[:8]}, index {frame.index.name!r}): name the ids"
-        " with rename(columns={...: 'question_id'})"
+        f"{what} has no column question_id (columns {list(frame.columns)[:8]}, index {frame.index.name!r}):"
+        " name the ids with rename(columns={...: 'question_id'})"
     )
 
 def _in_order(index, column):
@@ -127,7 +128,7 @@ def _ids(given, what):
     try: return as_ids(given)
     except ValueError as e: raise ValueError(f"{what}, {e}") from None
 
-def _are_numbers(given): return given.dtype.kind in "iuf" or given.map(lambda x: isinstance(x, Real)).all()
+def _are_numbers(given): return all(isinstance(x, Real) for x in given)
 def _as_text(x): return str(x) if isinstance(x, (str, Real)) else repr(_plain(x))
 
 # %% ../nbs/09_items.ipynb #2f6267b4
@@ -135,11 +136,12 @@ def _twice(frame, what):
     "Refuse a table with an id that stands more than once"
     ids = frame.index[frame.index.duplicated()].unique()
     first = np.flatnonzero(frame.index == ids[0])[:2]
-    given = f" (given as {' and '.join(map(repr, frame.given_id.iloc[first]))})" if "given_id" in frame else ""
+    texts = frame.given_id.iloc[first] if "given_id" in frame else ()
+    given = f" (given as {' and '.join(map(repr, texts))})" if len(texts) else ""
     raise ValueError(
-        f"{what}: question_id {ids[0]}{given} stands in rows {first[0]} and {first[1]} ({len(ids)} ids of {len(frame)} rows"
-        " stand more than once). If the rows are the same, drop_duplicates('question_id') keeps one of each; if they are"
-        " different questions, give them ids of their own"
+        f"{what}: question_id {ids[0]}{given} stands in rows {first[0]} and {first[1]} ({len(ids)} ids of"
+        f" {len(frame)} rows stand more than once). If the rows are the same, drop_duplicates('question_id')"
+        " keeps one of each; if they are different questions, give them ids of their own"
     )
 
 # %% ../nbs/09_items.ipynb #c88595f6
@@ -169,10 +171,11 @@ def _as_answers(x):
     "Answers as a list of texts"
     if isinstance(x, str):
         raise ValueError(
-            f"answers is one text {x[:40]!r}, wanted a list of them; a CSV file keeps lists as text: read it back with"
-            " json.loads or ast.literal_eval, or keep items as parquet"
+            f"answers is one text {x[:40]!r}, wanted a list of them; a CSV file keeps lists as text: read it"
+            " back with json.loads or ast.literal_eval, or keep items as parquet"
         )
-    if not isinstance(x, (list, tuple, np.ndarray, pd.Series)): raise ValueError(f"answers is {x!r}, wanted a list of texts")
+    if not isinstance(x, (list, tuple, np.ndarray, pd.Series)):
+        raise ValueError(f"answers is {x!r}, wanted a list of texts")
     for answer in x:
         if not isinstance(answer, str): raise ValueError(f"answers holds {answer!r}, wanted texts")
     return list(map(str, x))
@@ -186,7 +189,8 @@ def _image_ids(frame, what):
     for i, (q, x) in enumerate(zip(frame.index, given)):
         try: ids[i] = as_image_id(x)
         except ValueError as e:
-            hint = "; an item without a picture may have its question_id there" if _is_missing(_plain(x)) else ""
+            lost = _is_missing(_plain(x))
+            hint = "; an item without a picture may have its question_id there" if lost else ""
             raise ValueError(f"{what}, question_id {q}: {e}{hint}") from None
     texts = {} if _are_numbers(given) else {"given_image_id": list(map(_as_text, given))}
     return {"image_id": ids} | texts
@@ -196,10 +200,12 @@ def _check_needed(frame, need, what):
     lost = [c for c in need if c not in frame]
     if lost:
         hint = "; read the items with `images=` set to the image folder" if "image_path" in lost else ""
-        raise ValueError(f"{what} has no column {', '.join(lost)}; it has {', '.join(map(str, frame.columns))}{hint}")
-    for column in set(need) & {"question", "answer"}: _changed(frame, column, _are_texts, _as_needed(column), what)
+        has = ", ".join(map(str, frame.columns))
+        raise ValueError(f"{what} has no column {', '.join(lost)}; it has {has}{hint}")
+    for column in ("question", "answer"):
+        if column in need: _changed(frame, column, _are_texts, _needed(column), what)
 
-def _as_needed(column):
+def _needed(column):
     "A function that takes a text, and refuses what is none"
     def make(x):
         if isinstance(x, str): return x
@@ -211,10 +217,10 @@ def as_items(
     frame:pd.DataFrame, # `question_id` as a column, as the index, or both; any other columns
     need=(), # columns that must be there, e.g. `("question", "answers")`
     what:str="items", # how errors call the table
-)->pd.DataFrame: # index = `question_id`, int64, distinct; `image_path` text or missing; `answers` lists. As it was if it was so
+)->pd.DataFrame: # index = `question_id`, int64, distinct; paths texts, answers lists; as it was if it was so
     "Put a table of items in order; ValueError says what is wrong with it and what to do"
     if not isinstance(frame, pd.DataFrame):
-        raise TypeError(f"{what} is a {type(frame).__name__}, wanted a pandas DataFrame with a column question_id")
+        raise TypeError(f"{what} is a {type(frame).__name__}, wanted a DataFrame with a column question_id")
     frame = _keyed(frame, what)
     _check_needed(frame, need, what)
     changed = {}
