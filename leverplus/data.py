@@ -10,27 +10,33 @@ __all__ = ['VERIFY', 'COLUMNS', 'EXTRAS', 'majority', 'expand_labels', 'find_ima
 # %% ../nbs/10_data.ipynb #e8adfbb0
 import json
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
 import numpy as np, pandas as pd
 from PIL import Image
 from .core import fingerprint, read_json
+from .items import as_id, as_image_id, as_items
 
 # %% ../nbs/10_data.ipynb #df97deb2
 def _need(ok, reason): # unless `ok`, an error with this reason
     if not ok: raise ValueError(reason)
 
-def _id(entry, field): # the whole number under `field`
+def _id(entry, field, make=as_id): # the whole number that stands for what is under `field`
     value = entry.get(field)
-    whole = isinstance(value, int) and not isinstance(value, bool) and value >= 0
-    _need(whole, f"{field} is {value!r}, wanted a whole number >= 0")
-    return value
+    try: return make(value)
+    except ValueError: raise ValueError(f"{field} is {value!r}, wanted a whole number >= 0, or a text") from None
+
+def _image_id(entry): # a whole number, or a text that is the name of a file
+    value = entry.get("image_id")
+    number = _id(entry, "image_id", as_image_id)
+    is_name = isinstance(value, str) and number == as_id(value, "image_id") and str(number) != value
+    return value if is_name else number
 
 def _question(entry): # image_id and question of an entry
     text = entry.get("question")
     _need(isinstance(text, str) and text.strip(), f"question is {text!r}, wanted a text")
-    return dict(image_id=_id(entry, "image_id"), question=text.strip())
+    return dict(image_id=_image_id(entry), question=text.strip())
 
 # %% ../nbs/10_data.ipynb #bf495e4b
 def majority(
@@ -63,7 +69,7 @@ def _extras(entry): # what some files have and others have not
     out = {k: entry[k] for k in ("question_type", "answer_type") if isinstance(entry.get(k), str)}
     raw = _texts(entry["answers"], "raw_answer")
     if raw: out["raw_answers"] = raw
-    if "image_id" in entry: out["image_id"] = _id(entry, "image_id")
+    if "image_id" in entry: out["image_id"] = _image_id(entry)
     return out
 
 # %% ../nbs/10_data.ipynb #f6e560ff
@@ -155,19 +161,23 @@ class _Report:
 class _Table:
     "What one file says of each question"
     file:str # its name, for the report
-    rows:dict # question_id -> parsed entry
+    rows:dict # question_id, a whole number -> parsed entry
+    given:dict = field(default_factory=dict) # question_id -> the id as the file has it
 
-def _read_table(path, field, parse, report):
-    rows = {}
-    for i, entry in enumerate(_entries(path, field)):
+    def name(self, question_id): return self.given.get(question_id, question_id)
+
+def _read_table(path, place, parse, report):
+    out = _Table(path.name, {})
+    for i, entry in enumerate(_entries(path, place)):
         question_id = entry.get("question_id") if isinstance(entry, dict) else None
         try:
             _need(isinstance(entry, dict), f"entry {i} is {type(entry).__name__}, wanted an object")
-            _id(entry, "question_id")
-            _need(question_id not in rows, f"question_id appears twice (entry {i}; the first is kept)")
-            rows[question_id] = parse(entry)
+            number = _id(entry, "question_id")
+            _need(number not in out.rows, f"question_id appears twice (entry {i}; the first is kept)")
+            out.rows[number] = parse(entry)
+            out.given[number] = question_id
         except ValueError as e: report.add(question_id, path.name, str(e))
-    return _Table(path.name, rows)
+    return out
 
 def _entries(path, field): # the list under `field`, or at the top where `field` is None
     content = read_json(path)
@@ -186,16 +196,18 @@ def _join(questions, annotations, report): # {question_id: fields of both}
         if question_id not in annotations.rows: continue
         a = annotations.rows[question_id]
         image_id = a.get("image_id", q["image_id"])
-        if image_id == q["image_id"]: out[question_id] = dict(question_id=question_id) | q | a
+        name = questions.name(question_id)
+        if image_id == q["image_id"]: out[question_id] = dict(question_id=name) | q | a
         else:
             reason = f"image_id {image_id}, but {q['image_id']} in {questions.file}"
-            report.add(question_id, annotations.file, reason)
+            report.add(name, annotations.file, reason)
     return out
 
 def _report_alone(here, there, reason, report):
     for question_id in here.rows:
-        known = question_id in there.rows or question_id in report.ids
-        if not known: report.add(question_id, there.file, reason)
+        name = here.name(question_id)
+        known = question_id in there.rows or name in report.ids
+        if not known: report.add(name, there.file, reason)
 
 # %% ../nbs/10_data.ipynb #91bf0c8e
 def _add_images(rows, images, split, verify, report):
@@ -209,13 +221,19 @@ def _add_images(rows, images, split, verify, report):
         path, fault = looked[image_id]
         row["image_path"] = str(path)
         if fault:
-            report.add(question_id, path.name, fault)
+            report.add(row["question_id"], path.name, fault)
             del rows[question_id]
 
 def _look_at(images, split, image_id, verify):
-    path = find_image(images, split, image_id)
-    if path is None: return Path(_stem(split, image_id)), "no such image, neither .jpg nor .png"
-    return path, image_fault(path, verify)
+    if isinstance(image_id, str): path = _named_image(images, image_id)
+    else: path = find_image(images, split, image_id)
+    if path is not None: return path, image_fault(path, verify)
+    looked_for = image_id if isinstance(image_id, str) else _stem(split, image_id)
+    return Path(looked_for), "no such image, neither .jpg nor .png"
+
+def _named_image(images, name): # the file of that name, whose ending may be left out
+    paths = [images/(name + ending) for ending in ("", ".jpg", ".png")]
+    return next((path for path in paths if path.is_file()), None)
 
 # %% ../nbs/10_data.ipynb #3b5a93cd
 def _check_choices(on_bad, verify):
@@ -270,8 +288,7 @@ def read_items(
 def _frame(rows, split):
     columns = COLUMNS + [c for c in EXTRAS if all(c in row for row in rows)]
     frame = pd.DataFrame({c: [row.get(c) for row in rows] for c in columns} | {"split": split})
-    frame.index = pd.Index(frame.question_id.tolist())
-    return frame
+    return as_items(frame)
 
 def left_out(
     frame:pd.DataFrame, # what a reader returned
@@ -326,6 +343,7 @@ def check_splits(
     **frames, # name=frame, e.g. train=..., test=...
 )->pd.DataFrame: # index = names; `questions`, `images`; ValueError naming two splits and ids that they share
     "Check that no two splits share an image or a question"
+    frames = {name: as_items(f, need=("image_id",), what=f"split '{name}'") for name, f in frames.items()}
     for (a, frame_a), (b, frame_b) in combinations(frames.items(), 2):
         for column in ("image_id", "question_id"):
             both = sorted(set(frame_a[column].tolist()) & set(frame_b[column].tolist()))
@@ -342,6 +360,7 @@ def items_fingerprint(
     items:pd.DataFrame, # what a reader returned, or rows of it
 )->str: # 16 hexadecimal digits
     "Fingerprint items by id, image id, question and answers; row order and paths do not matter"
+    items = as_items(items, need=("image_id", "question", "answers"))
     ids = items.question_id.tolist()
     answers = map(list, items.answers)
     rows = sorted(zip(ids, items.image_id.tolist(), items.question.tolist(), answers))
@@ -354,6 +373,7 @@ def show_items(
     axes=None, # n matplotlib axes; a new row of them if None
 )->np.ndarray: # the axes
     "Show items: question above, image, and the three most frequent answers with their counts below"
+    frame = as_items(frame, need=("image_id", "image_path", "question", "answers"))
     import matplotlib.pyplot as plt
     n = min(n, len(frame))
     if axes is None: axes = plt.subplots(1, n, figsize=(max(5, 1.7*n), 3), squeeze=False)[1]
@@ -379,6 +399,7 @@ def plot_people(
     ax=None, # matplotlib axes; a new figure if None
 ): # the axes
     "Plot the share of questions by the size of their largest group of equal answers"
+    frame = as_items(frame, need=("answers",))
     import matplotlib.pyplot as plt
     ax = ax or plt.subplots(figsize=(5, 3))[1]
     largest = pd.Series([max(Counter(answers).values()) for answers in frame.answers])

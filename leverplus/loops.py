@@ -20,13 +20,14 @@ from fastcore.basics import patch
 from fastcore.meta import delegates
 from tqdm import tqdm
 from leverplus.settings import (
-    Asking, Count, Counts, Guarding, Json, Mining, Natural, Proposing, Rewarding, change, check_counts, group,
-    plain_settings, read_settings,
+    Asking, Count, Counts, Guarding, Json, Mining, Natural, Proposing, Rewarding, change, check_counts,
+    group, plain_settings, read_settings,
 )
 from .core import fingerprint, rng, write_json
 from .runs import Run, plain
 from .synth import quiet
 from .markup import Blocks, Heading, Paragraph, frame_table
+from .items import as_items
 from .groups import RLData
 from .rldata_propose import SimilarityPrior
 from .rldata_ask import FactCache, ask, facts_fingerprint, item_hashes
@@ -56,6 +57,7 @@ def loop_queries(
     seed:int=0, # of the draw
 )->dict: # {"train": ids, "valid": ids, "dev": ids}; ValueError if a split is too small
     "Draw the questions of a loop"
+    items = as_items(items, need=("split", "image_id"))
     def shuffled(split):
         ids = np.sort(items.question_id[items.split == split].to_numpy())
         return ids[rng("loop", seed, split).permutation(len(ids))]
@@ -463,6 +465,7 @@ def compare_oracle(
     shots:int=2, # S
 )->pd.DataFrame: # selector, n, acc, lo, hi, headroom, headroom_lo, headroom_hi, as_good, same, rank, chance
     "How far picks are from the best known sequence"
+    items = as_items(items, need=("image_id",))
     rows = []
     for name in dict.fromkeys(scored.selector):
         score, best, picture = _scores(scored, items, shots, name, "oracle")
@@ -482,7 +485,7 @@ def _scores(scored, items, shots, *names):
     "Scores of some selectors on the questions that all of them have, then the picture of each question"
     m = score_matrix(scored, shots)[list(dict.fromkeys(names))].dropna()
     scores = [m[name].to_numpy() for name in names]
-    picture = items.image_id.loc[m.index].to_numpy()
+    picture = as_items(items, need=("image_id",)).image_id.loc[m.index].to_numpy()
     return *scores, picture
 
 # %% ../nbs/84_loops.ipynb #9d7ecc1a

@@ -18,8 +18,8 @@ from .rldata_generate import policy_fingerprint, run_lock
 from .world import all_pointers
 from .infer import kind_of, pick_model
 from leverplus.evaluate import (
-    BASELINES, best_fixed, count_look, fixed_pairs, majority_vote, paired_tests, pick_baselines, pick_oracle,
-    result_table, score_picks, size_table, subsets, table_text,
+    BASELINES, best_fixed, count_look, fixed_pairs, majority_vote, paired_tests, pick_baselines,
+    pick_oracle, result_table, score_picks, size_table, subsets, table_text,
 )
 
 # %% ../nbs/83_table.ipynb #859cff74
@@ -33,6 +33,9 @@ class Asked:
     split:str="dev" # how the questions are called
     candidates:str="train" # what the split of the demonstrations is called
     data:str="" # what the data set is called, where looks are counted
+
+    def __post_init__(self):
+        self.items = as_items(self.items, need=("image_id", "question", "answer", "answers"))
 
 # %% ../nbs/83_table.ipynb #2e7f6769
 def plan_table(
