@@ -170,7 +170,7 @@ class Feedback:
         progress:bool=False, # show a bar while the scorer is asked
     ):
         self.scorer = None if scorer is None else _Counted(scorer)
-        self.items = as_items(items, need=("question", "answer", "answers"))
+        self.items = None if items is None else as_items(items, need=("question", "answer", "answers"))
         self.cache = as_cache(cache)
         self.rewarding = rewarding
         self.asking = asking

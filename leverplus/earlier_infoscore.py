@@ -125,7 +125,7 @@ def infoscore_beams(
     asking:Asking=Asking(), # see `ask`
 )->RLData: # `beam` rows per query, best first; the manifest's "infoscore" has settings, `zero` (p() by query), `lost`
     "Search the demonstrations of each query by InfoScore"
-    items = as_items(items, need=("question", "answer", "answers"))
+    if items is not None: items = as_items(items, need=("question", "answer", "answers"))
     ids = as_ids(ids).tolist()
     cache = as_cache(cache)
     _check_search(ids, pools, shots, beam, candidates, grow, order)
@@ -174,7 +174,7 @@ def infoscores(
     asking:Asking=Asking(), # see `ask`
 )->list: # n tuples of S numbers -1..1, in the order of choice: what 1..S add ("total"), or what each added ("last")
     "InfoScore of every row, shot by shot"
-    items = as_items(items, need=("question", "answer", "answers"))
+    if items is not None: items = as_items(items, need=("question", "answer", "answers"))
     search = data.manifest["infoscore"]
     rows = list(zip(data.rows.question_id, data.rows.pointer))
     steps = []

@@ -20,8 +20,8 @@ from filelock import FileLock
 from .core import ask_for_a_folder, atomic_path, fingerprint, pad_rows, rng
 from .runs import Run
 from .settings import Asking, Picker, Picking, plain_settings
-from .items import as_ids, as_items
-from .pools import check_pool
+from .items import as_ids, as_items, given_ids
+from .pools import check_pool, image_groups
 from .vqa import normalise
 from .decode import best_sequences
 from .lvlm import Scored, Targets
@@ -145,8 +145,9 @@ def pick_fixed(
     "The same demonstrations for every query"
     items = as_items(items, need=("image_id",))
     p = as_pointer(pointer)
-    pictures = set(items.loc[list(p), "image_id"])
-    clash = [q for q in pool.ids if q in p or items.at[q, "image_id"] in pictures]
+    known = items[items.index.isin([*pool.ids, *p])]
+    picture = pd.Series(image_groups(known, strict=False), index=known.index)
+    clash = [q for q in pool.ids if q in p or picture[q] in set(picture.loc[list(p)])]
     if clash:
         raise ValueError(
             f"fixed: question {clash[0]} shares its picture with the fixed demonstrations {p}: take others,"
@@ -565,8 +566,9 @@ def check_picks(
     q = np.repeat(picks.question_id.to_numpy(), picks.pointer.map(len))
     d = np.array([i for p in picks.pointer for i in p], dtype=np.int64)
     if not len(d): return
-    image = items.image_id
-    same = (q == d) | (image.loc[q].to_numpy() == image.loc[d].to_numpy())
+    known = items[items.index.isin([*q, *d])]
+    picture = pd.Series(image_groups(known, strict=False), index=known.index)
+    same = (q == d) | (picture.loc[q].to_numpy() == picture.loc[d].to_numpy())
     if same.any():
         raise ValueError(
             f"question {q[same][0]} is shown itself or its own picture (demonstration {d[same][0]}): make the"
@@ -655,6 +657,7 @@ def _described(rows, items):
     "`rows` with everything that a person needs to look at a case"
     q = rows.question_id
     def shown(column): return [[str(items.at[d, column]) for d in p] for p in rows.pointer]
+    if "given_id" in items: rows = rows.assign(given_id=given_ids(items, q))
     return rows.assign(
         image_id=items.image_id.loc[q].to_numpy(),
         question=items.question.loc[q].to_numpy(),

@@ -28,6 +28,7 @@ from .runs import Run, plain
 from .synth import quiet
 from .markup import Blocks, Heading, Paragraph, frame_table
 from .items import as_items
+from .pools import image_groups
 from .groups import RLData
 from .rldata_propose import SimilarityPrior
 from .rldata_ask import FactCache, ask, facts_fingerprint, item_hashes
@@ -65,8 +66,10 @@ def loop_queries(
     train = shuffled(train_split)[:questions.n]
     others = shuffled(dev_split)
     judges = others[:questions.dev]
-    seen = set(items.image_id.loc[judges])
-    unseen = [q for q in others[::-1] if items.at[q, "image_id"] not in seen]
+    known = items[items.split == dev_split]
+    picture = pd.Series(image_groups(known, strict=False), index=known.index)
+    seen = set(picture.loc[judges])
+    unseen = [q for q in others[::-1] if picture[q] not in seen]
     choose = unseen[:questions.valid]
     for name, ids in dict(n=train, dev=judges, valid=choose).items():
         _check_size(name, len(ids), getattr(questions, name))

@@ -353,9 +353,9 @@ def make_pool(
         raise ValueError(
             f"sampler {sampler!r} needs `store`: embed queries and demonstrations first (embed_items)"
         )
-    queries = _not_empty(queries, "queries")
-    demos = _not_empty(demos, "demos")
-    asked, offered = _with_pictures(_in_order(queries), _in_order(demos), store)
+    queries = as_items(queries, need=("image_id", "question"), what="queries")
+    demos = as_items(demos, need=("image_id", "question"), what="demos")
+    asked, offered = _with_pictures(_in_order(queries, "queries"), _in_order(demos, "demos"), store)
     twin = offered.duplicated(["picture", "question"])
     ids = _draw(asked, offered[~twin], parts, store, seed)
     recipe = dict(
@@ -368,12 +368,8 @@ def make_pool(
     )
     return Pool({query: ids[query] for query in queries.question_id}, recipe)
 
-def _not_empty(items, what): # the items, of which there are some
-    items = as_items(items, need=("image_id", "question"), what=what)
+def _in_order(items, what): # by ascending question_id
     if not len(items): raise ValueError(f"{what} is empty")
-    return items
-
-def _in_order(items): # by ascending question_id
     return items.sort_values("question_id", kind="stable").reset_index(drop=True)
 
 def _with_pictures(queries, demos, store): # both frames with a column `picture`, equal where the picture is

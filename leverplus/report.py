@@ -22,7 +22,7 @@ from leverplus.markup import (
     Block, Blocks, Cell, Figure, Fold, Heading, Paragraph, Preformatted, Scroll, Sentences, Filled, Strip,
     Table, frame_table,
 )
-from .items import as_items
+from .items import as_id, as_items
 from .groups import RLData, shard_files
 from .rldata_check import Health, health, teaches
 from .diagnose import Diagnosis, PANELS, diagnose, plot_rl
@@ -1079,7 +1079,8 @@ def described_items(
     rows = {}
     for r in scored.itertuples():
         for d, question, answer in zip(r.pointer, r.demo_questions, r.demo_answers):
-            rows[d] = dict(question=question, answer=answer, answers=[answer])
+            unknown = as_id(("of a demonstration", d), "image_id")          # nobody's picture
+            rows[d] = dict(question=question, answer=answer, answers=[answer], image_id=unknown)
     for r in scored.itertuples(): # queries after demonstrations: where one is both, its own answers count
         answers = list(r.answers)
         most = pd.Series(answers).mode()[0]

@@ -13,6 +13,7 @@ import pandas as pd
 from .core import ask_for_a_folder, repo_path
 from .runs import Run
 from .settings import Asking, Rows, plain_settings
+from .items import as_items
 from .rldata_ask import FactCache, ask_around, facts_fingerprint, known_facts
 from .rldata_generate import policy_fingerprint, run_lock
 from .world import all_pointers
