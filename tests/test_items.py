@@ -21,7 +21,7 @@ from leverplus.infer import check_picks, confidence, pick, pick_fixed, predict
 from leverplus.items import as_id, as_ids, as_image_id, as_items, given_ids
 from leverplus.lvlm import MockScorer
 from leverplus.loops import Questions, loop_queries
-from leverplus.pools import image_groups, make_pool
+from leverplus.pools import Pool, image_groups, make_pool
 from leverplus.prompt import make_prompt, prompter
 from leverplus.recipes import recipe_learner
 from leverplus.report import Findings, browser_block, item_picture, plot_examples
@@ -182,7 +182,7 @@ def test_every_function_that_takes_items_opens_the_door():
         if name in OTHERS: continue
         code = inspect.getsource(dataclass_of(name).__post_init__ if HAND_ON.get(name) == "" else f)
         wanted = HAND_ON.get(name) or "as_items("
-        assert wanted in code, f"{name} takes items: begin with `items = as_items(items, ...)`, or say who does"
+        assert wanted in code, f"{name} takes items: begin with `items = as_items(items)`, or say who does"
 
 def dataclass_of(name):
     module, cls, _ = name.split(".")
@@ -337,3 +337,57 @@ def test_the_result_does_not_depend_on_where_the_key_stands(world, name):
         plt.close("all")
     twice = pd.concat([world.items, world.items])
     with pytest.raises(ValueError, match="occurs more than once"): call(world, twice)
+
+# ---- pictures ----------------------------------------------------------------------------------------------
+
+def same_picture_twice(folder):
+    "Items 0 and 1 show one picture under two ids and two file names; 2 has its own, 3 a file that is lost"
+    for name, colour in dict(a=9, b=9, c=200).items():
+        Image.new("RGB", (32, 32), (colour,)*3).save(folder/f"{name}.png")
+    paths = [folder/f"{name}.png" for name in "abcd"]
+    return frame(range(4), image_id=["VizWiz_1.jpg", "VizWiz_2.jpg", "VizWiz_3.jpg", 7], image_path=paths)
+
+def picks_of(*pairs): return pd.DataFrame(pairs, columns=["question_id", "pointer"])
+
+def test_a_picture_under_two_names_is_one_picture(tmp_path):
+    items = same_picture_twice(tmp_path)
+    assert image_groups(items, strict=False).tolist() == [0, 0, 2, 3]
+    with pytest.raises(FileNotFoundError, match="d.png: image of question_id 3 does not exist"): image_groups(items)
+    known = items[:3]
+    pool = make_pool(known, known, 1)
+    assert pool.ids[0] == pool.ids[1] == (2,)
+    with pytest.raises(ValueError, match="query 0: 1 candidates are available"): make_pool(known, known, 2)
+    with pytest.raises(ValueError, match="candidate 1 shows the same picture"): Pool({0: (1,)}).validate(known)
+    check_picks(picks_of((0, (2, 3))), items)
+    with pytest.raises(ValueError, match="question 0 is shown itself or its own picture .demonstration 1"):
+        check_picks(picks_of((2, (3,)), (0, (2, 1))), items)
+    with pytest.raises(ValueError, match="question 0 shares its picture with the fixed demonstrations"):
+        pick_fixed(Pool({0: (2, 3), 2: (3,)}), (1,), items)
+    assert len(pick_fixed(Pool({0: (2, 3)}), (2,), items)) == 1
+
+def test_embeddings_remember_pictures_whose_files_are_gone(tmp_path):
+    known = same_picture_twice(tmp_path)[:3]
+    store = embed_items(known, progress=False)
+    bare = known.drop(columns="image_path")
+    assert image_groups(bare).tolist() == [0, 1, 2] and image_groups(bare, store).tolist() == [0, 0, 2]
+    assert make_pool(bare, bare, 1, "image", store).ids[0] == (2,)
+    half = known.assign(image_path=[None, *known.image_path[1:]])        # one file is left, the other is remembered
+    assert image_groups(half, store).tolist() == [0, 0, 2]
+
+def test_a_loop_chooses_epochs_by_other_pictures(tmp_path):
+    "Development questions that judge and those that choose share no picture, whatever its name"
+    more = frame(range(4, 14), image_id=range(100, 110), image_path=None, split=["dev"]*3 + ["train"]*7)
+    every = pd.concat([same_picture_twice(tmp_path)[:3].assign(split="dev"), more])
+    judged = set()
+    for seed in range(12):
+        found = loop_queries(every, Questions(n=2, dev=2, valid=3), seed)
+        judged |= {0, 1} & set(found["dev"])
+        assert not ({0, 1} & set(found["dev"]) and {0, 1} & set(found["valid"])), seed
+    assert judged == {0, 1}
+
+def test_names_and_numbers_of_coco_are_one_id():
+    queries = frame([0], image_id=["COCO_train2014_000000000042"])
+    demos = frame([1, 2], image_id=[42, 43])
+    assert make_pool(queries, demos, 1).ids == {0: (2,)}
+    with pytest.raises(ValueError, match="queries, question_id 0: image_id None is missing"):
+        make_pool(queries.assign(image_id=None), demos, 1)
