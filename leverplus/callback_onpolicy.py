@@ -18,6 +18,7 @@ from torch import Tensor
 from fastcore.basics import patch
 from .settings import Asking, Count, Natural, Rewarding, change, group
 from .core import fingerprint, masked_mean, pad_rows, rng
+from .items import as_items
 from leverplus.decode import (
     Stepwise, best_sequences, deciding, device_of, independent, rooted, stored_noise, tree_search,
 )
@@ -170,7 +171,7 @@ class Feedback:
         progress:bool=False, # show a bar while the scorer is asked
     ):
         self.scorer = None if scorer is None else _Counted(scorer)
-        self.items = items
+        self.items = None if items is None else as_items(items, need=("question", "answer", "answers"))
         self.cache = as_cache(cache)
         self.rewarding = rewarding
         self.asking = asking

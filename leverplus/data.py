@@ -10,11 +10,12 @@ __all__ = ['ENDINGS', 'VERIFY', 'COLUMNS', 'EXTRAS', 'majority', 'expand_labels'
 # %% ../nbs/10_data.ipynb #e8adfbb0
 import json, os
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
 import numpy as np, pandas as pd
 from .core import fingerprint, read_json
+from .items import as_id, as_image_id, as_items
 from .pictures import open_image, picture_fault, picture_key
 from .text import compose, text_fault
 
@@ -22,14 +23,19 @@ from .text import compose, text_fault
 def _need(ok, reason): # unless `ok`, an error with this reason
     if not ok: raise ValueError(reason)
 
-def _id(entry, field): # the whole number under `field`
+def _id(entry, field, make=as_id): # the whole number that stands for what is under `field`
     value = entry.get(field)
-    whole = isinstance(value, int) and not isinstance(value, bool) and value >= 0
-    _need(whole, f"{field} is {value!r}, wanted a whole number >= 0")
-    return value
+    try: return make(value)
+    except ValueError: raise ValueError(f"{field} is {value!r}, wanted a whole number >= 0, or a text") from None
+
+def _image_id(entry): # a whole number, or a text that is the name of a file
+    value = entry.get("image_id")
+    number = _id(entry, "image_id", as_image_id)
+    is_name = isinstance(value, str) and number == as_id(value, "image_id") and str(number) != value
+    return value if is_name else number
 
 def _question(entry): # image_id and question of an entry
-    return dict(image_id=_id(entry, "image_id"), question=_text(entry, "question"))
+    return dict(image_id=_image_id(entry), question=_text(entry, "question"))
 
 def _text(entry, field): # the text under `field`, composed and stripped
     text = entry.get(field)
@@ -72,7 +78,7 @@ def _extras(entry): # what some files have and others have not
     out = {k: entry[k] for k in ("question_type", "answer_type") if isinstance(entry.get(k), str)}
     raw = _texts(entry["answers"], "raw_answer")
     if raw: out["raw_answers"] = raw
-    if "image_id" in entry: out["image_id"] = _id(entry, "image_id")
+    if "image_id" in entry: out["image_id"] = _image_id(entry)
     return out
 
 # %% ../nbs/10_data.ipynb #f6e560ff
@@ -121,14 +127,17 @@ class PictureFolder:
         self.places = {place: _files(self.images/place) for place in places if (self.images/place).is_dir()}
 
     def names(self,
-        image_id:int, # >= 0
+        image_id:int|str, # >= 0, or the name of a file
     )->list: # of names without their endings
         "List the names that a picture may have"
+        if isinstance(image_id, str):
+            name, ending = os.path.splitext(image_id)
+            return [name if ending.lower() in ENDINGS else image_id]
         number = f"{image_id:012d}"
         return [f"COCO_{self.split}2014_{number}", f"COCO_{self.split}2015_{number}", number]
 
     def find(self,
-        image_id:int, # >= 0
+        image_id:int|str, # >= 0, or the name of a file
     )->Path|None: # None if there is no such file; ValueError names two that differ
         "Find a picture"
         found = []
@@ -144,7 +153,7 @@ class PictureFolder:
         raise ValueError(f"two files that differ, {one} and {other}, are image {image_id}: keep one of them")
 
     def sought(self,
-        image_id:int, # >= 0
+        image_id:int|str, # >= 0, or the name of a file
     )->str: # for a message
         "Say where a picture was looked for, and under which names"
         places = ", ".join(place or "." for place in self.places)
@@ -207,19 +216,23 @@ class _Report:
 class _Table:
     "What one file says of each question"
     file:str # its name, for the report
-    rows:dict # question_id -> parsed entry
+    rows:dict # question_id, a whole number -> parsed entry
+    given:dict = field(default_factory=dict) # question_id -> the id as the file has it
 
-def _read_table(path, field, parse, report):
-    rows = {}
-    for i, entry in enumerate(_entries(path, field)):
+    def name(self, question_id): return self.given.get(question_id, question_id)
+
+def _read_table(path, place, parse, report):
+    out = _Table(path.name, {})
+    for i, entry in enumerate(_entries(path, place)):
         question_id = entry.get("question_id") if isinstance(entry, dict) else None
         try:
             _need(isinstance(entry, dict), f"entry {i} is {type(entry).__name__}, wanted an object")
-            _id(entry, "question_id")
-            _need(question_id not in rows, f"question_id appears twice (entry {i}; the first is kept)")
-            rows[question_id] = parse(entry)
+            number = _id(entry, "question_id")
+            _need(number not in out.rows, f"question_id appears twice (entry {i}; the first is kept)")
+            out.rows[number] = parse(entry)
+            out.given[number] = question_id
         except ValueError as e: report.add(question_id, path.name, str(e))
-    return _Table(path.name, rows)
+    return out
 
 def _entries(path, field): # the list under `field`, or at the top where `field` is None
     content = read_json(path)
@@ -238,16 +251,18 @@ def _join(questions, annotations, report): # {question_id: fields of both}
         if question_id not in annotations.rows: continue
         a = annotations.rows[question_id]
         image_id = a.get("image_id", q["image_id"])
-        if image_id == q["image_id"]: out[question_id] = dict(question_id=question_id) | q | a
+        name = questions.name(question_id)
+        if image_id == q["image_id"]: out[question_id] = dict(question_id=name) | q | a
         else:
             reason = f"image_id {image_id}, but {q['image_id']} in {questions.file}"
-            report.add(question_id, annotations.file, reason)
+            report.add(name, annotations.file, reason)
     return out
 
 def _report_alone(here, there, reason, report):
     for question_id in here.rows:
-        known = question_id in there.rows or question_id in report.ids
-        if not known: report.add(question_id, there.file, reason)
+        name = here.name(question_id)
+        known = question_id in there.rows or name in report.ids
+        if not known: report.add(name, there.file, reason)
 
 # %% ../nbs/10_data.ipynb #91bf0c8e
 def _add_images(rows, images, split, verify, report):
@@ -262,7 +277,7 @@ def _add_images(rows, images, split, verify, report):
         path, fault = looked[image_id]
         row["image_path"] = str(path)
         if fault:
-            report.add(question_id, path.name, fault)
+            report.add(row["question_id"], path.name, fault)
             del rows[question_id]
 
 def _look_at(folder, image_id, verify): # (path, what is wrong with it)
@@ -327,8 +342,7 @@ def read_items(
 def _frame(rows, split):
     columns = COLUMNS + [c for c in EXTRAS if all(c in row for row in rows)]
     frame = pd.DataFrame({c: [row.get(c) for row in rows] for c in columns} | {"split": split})
-    frame.index = pd.Index(frame.question_id.tolist())
-    return frame
+    return as_items(frame)
 
 def left_out(
     frame:pd.DataFrame, # what a reader returned
@@ -383,6 +397,7 @@ def check_splits(
     **frames, # name=frame, e.g. train=..., test=...
 )->pd.DataFrame: # index = names; `questions`, `images`; ValueError naming two splits and ids that they share
     "Check that no two splits share an image or a question"
+    frames = {name: as_items(f, need=("image_id",), what=f"split '{name}'") for name, f in frames.items()}
     for (a, frame_a), (b, frame_b) in combinations(frames.items(), 2):
         for column in ("image_id", "question_id"):
             both = sorted(set(frame_a[column].tolist()) & set(frame_b[column].tolist()))
@@ -399,6 +414,7 @@ def items_fingerprint(
     items:pd.DataFrame, # what a reader returned, or rows of it
 )->str: # 16 hexadecimal digits
     "Fingerprint items by id, image id, question and answers; row order and paths do not matter"
+    items = as_items(items, need=("image_id", "question", "answers"))
     ids = items.question_id.tolist()
     answers = map(list, items.answers)
     rows = sorted(zip(ids, items.image_id.tolist(), items.question.tolist(), answers))
@@ -411,6 +427,7 @@ def show_items(
     axes=None, # n matplotlib axes; a new row of them if None
 )->np.ndarray: # the axes
     "Show items: question above, image, and the three most frequent answers with their counts below"
+    frame = as_items(frame, need=("image_id", "image_path", "question", "answers"))
     import matplotlib.pyplot as plt
     n = min(n, len(frame))
     if axes is None: axes = plt.subplots(1, n, figsize=(max(5, 1.7*n), 3), squeeze=False)[1]
@@ -435,6 +452,7 @@ def plot_people(
     ax=None, # matplotlib axes; a new figure if None
 ): # the axes
     "Plot the share of questions by the size of their largest group of equal answers"
+    frame = as_items(frame, need=("answers",))
     import matplotlib.pyplot as plt
     ax = ax or plt.subplots(figsize=(5, 3))[1]
     largest = pd.Series([max(Counter(answers).values()) for answers in frame.answers])

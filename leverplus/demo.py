@@ -13,6 +13,7 @@ import pandas as pd
 from .runs import Run
 from .synth import quiet
 from .settings import COUNTS, Proposing
+from .items import as_items
 from .rldata_ask import FactCache, ask
 from .rldata_generate import generate
 from .rldata_check import health
@@ -243,5 +244,6 @@ def seeds_report(
     against=("similar_mixed", "sft"), # over whom a lead is wanted
 )->pd.DataFrame: # of `seeds_table`
     "Gap closed and leads, with 95 % intervals over queries and seeds"
+    items = as_items(items, need=("image_id",))
     there = set(scored.selector)
     return seeds_table(scored, shots, items, [name for name in against if name in there])

@@ -13,6 +13,7 @@ from fastcore.basics import patch
 from .core import pad_rows
 from .pictures import open_image
 from .synth import GroupLoader
+from .items import as_items
 from .groups import RLData
 from .pools import Pool, encoder_of
 from .rewards import reward as reward_of
@@ -81,7 +82,7 @@ class GroupDataset:
         question_ids=None, # the queries, in order; ValueError names one without a usable row; None: all that have one
         about:pd.DataFrame|None=None, # questions, answers and pictures, indexed by question_id, to look at groups with
     ):
-        self.about = about
+        self.about = None if about is None else as_items(about, need=("question", "answer"), what="about")
         usable = usable_rows(rows, rewards)
         query = rows["question_id"].to_numpy()
         if question_ids is None: question_ids = pd.Index(query[usable]).unique()
@@ -255,6 +256,7 @@ def show_group(
     columns:tuple=("gen_method", "vqa_pred_answer"), # facts to show beside the reward, where the rows have them
 )->pd.DataFrame: # one row per sequence, best reward first; the query's text stands in the corner
     "Table of one group"
+    if items is not None: items = as_items(items, need=("question", "answer"))
     if question_id not in ds.question_ids:
         raise KeyError(f"question_id {question_id} is not among the {len(ds)} queries of this dataset")
     here = ds.rows_of(ds.question_ids.get_loc(question_id))
@@ -274,6 +276,7 @@ def show_prompts(
     axes=None, # matplotlib axes, a row per query; default new ones
 ): # the axes [queries, picks + 1]
     "Draw prompts: picked demonstrations in order, then the question"
+    items = as_items(items, need=("image_path", "question", "answer"))
     import matplotlib.pyplot as plt
     shots = max(map(len, table.picks), default=0)
     if axes is None:
@@ -360,6 +363,7 @@ def group_dls(
     **weights, # arguments of the reward mode
 )->DataLoaders: # its `info` is what a checkpoint should record: fingerprints, pool rule, reward, kind, encoder
     "DataLoaders of two records"
+    if items is not None: items = as_items(items, need=("question", "answer"))
     def dataset(data):
         rewards = reward_of(data.rows, reward, **weights)
         return GroupDataset(data.rows, data.pool, store, rewards, kind, about=items)

@@ -10,6 +10,7 @@ import numpy as np, pandas as pd
 from tqdm import tqdm
 from .core import rng, write_json
 from .settings import Asking
+from .items import as_ids, as_items
 from .pools import Pool
 from .rldata_ask import FactCache, as_cache, ask
 from .groups import FACT_COLUMNS, RLData, as_record
@@ -124,7 +125,8 @@ def infoscore_beams(
     asking:Asking=Asking(), # see `ask`
 )->RLData: # `beam` rows per query, best first; the manifest's "infoscore" has settings, `zero` (p() by query), `lost`
     "Search the demonstrations of each query by InfoScore"
-    ids = [int(q) for q in ids]
+    if items is not None: items = as_items(items, need=("question", "answer", "answers"))
+    ids = as_ids(ids).tolist()
     cache = as_cache(cache)
     _check_search(ids, pools, shots, beam, candidates, grow, order)
     tried = _candidates(ids, pools, candidates, seed)
@@ -172,6 +174,7 @@ def infoscores(
     asking:Asking=Asking(), # see `ask`
 )->list: # n tuples of S numbers -1..1, in the order of choice: what 1..S add ("total"), or what each added ("last")
     "InfoScore of every row, shot by shot"
+    if items is not None: items = as_items(items, need=("question", "answer", "answers"))
     search = data.manifest["infoscore"]
     rows = list(zip(data.rows.question_id, data.rows.pointer))
     steps = []

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np, pandas as pd
 from fastcore.basics import patch
 from .core import file_bytes, fingerprint, parse_json, write_json
+from .items import as_items
 from .vqa import MODES, relevances, vqa_accuracies
 from .pools import Pool
 from .groups import METHODS, RECORD, TEXT_FACTS, RLData, as_record
@@ -180,6 +181,7 @@ def row_map(
     items:pd.DataFrame, # all items of the split that the file was made from, with `question_id`
 )->dict: # {row number in the order of question_id: question_id}
     "Number the items as the older files do"
+    items = as_items(items)
     q = np.sort(items.question_id.to_numpy())
     twice = q[:-1][q[1:] == q[:-1]]
     if len(twice): raise ValueError(f"row_map: question_id {twice[0]} occurs twice among the items")
@@ -659,6 +661,7 @@ def from_json(cls:RLData,
     method:str|dict|None=None, # gen_method of rows without one, or {name in the file: one of METHODS}
 )->RLData: # validated; `.log` says what was detected, dropped and filled
     "Read an older JSON file; ValueError names file, query and field of what is ambiguous or inconsistent"
+    if items is not None: items = as_items(items, need=("question", "answers"))
     f = _File(path)
     dialect, why = _dialect(f, dialect)
     # whose rows they are
@@ -836,6 +839,7 @@ def to_json(self:RLData,
     items:pd.DataFrame|None=None, # question_id, image_id, question, answers: for the query blocks of v4 and k64
 )->list: # of str: what the file does not hold
     "Write an older JSON dialect, atomically"
+    if items is not None: items = as_items(items, need=("image_id", "question", "answers"))
     lost = lost_in(self, dialect)
     _check_ids_can_be_told(path, dialect, id_map)
     rows = _row_of(self, id_map, dialect, path)

@@ -18,6 +18,7 @@ from leverplus.core import (
 from leverplus.identity import (
     image_settings, named_settings, tokenizer_fingerprint, unlike_config, weights_fingerprint,
 )
+from .items import as_ids, as_items
 from .pictures import DECODING, open_image, picture_key, read_picture
 
 # %% ../nbs/12_embed.ipynb #711428ba
@@ -99,8 +100,8 @@ def rows(self:EmbedStore,
     ids, # question_ids: one, or any nesting of equal length
 )->np.ndarray: # int64, same shape: row numbers; KeyError names unknown ids
     "Row numbers of `ids`"
-    ids = np.asarray(ids, dtype=np.int64)
-    flat = ids.ravel()
+    ids = np.asarray(ids)
+    flat = as_ids(ids.ravel())
     row = self.ids.get_indexer(flat)
     unknown = np.unique(flat[row < 0])
     if len(unknown):
@@ -298,6 +299,7 @@ def embed_items(
     progress:bool=True, # show a bar
 )->EmbedStore: # one row per item, in the order of `items`
     "Encode pictures and questions of `items`; a missing or broken picture is a `BadPicture` that names it"
+    items = as_items(items, need=("image_path", "question"))
     _check_items(items)
     clip = load_clip(model, device)
     hashes = _hashes(items, progress)
@@ -331,6 +333,7 @@ def gather_stores(
     parts, # `EmbedStore`s of one CLIP that hold them, as `embed_items` makes them
 )->EmbedStore: # what `embed_items(items)` would give; ValueError names an item that none of the parts holds
     "Make a store of items out of other stores"
+    items = as_items(items, need=("question",))
     clip = _one_clip(parts)
     ids = pd.Index(np.concatenate([p.ids for p in parts]))
     _check_held(items, ids, len(parts))
@@ -391,6 +394,7 @@ def show_neighbours(
     axs=None, # [3, k+1] axes; None makes them
 ): # the axes
     "The item and its nearest neighbours, a row for each kind of embedding"
+    items = as_items(items, need=("image_path", "question", "answer"))
     import matplotlib.pyplot as plt
     axs = plt.subplots(3, k+1, figsize=(5, 3), layout="constrained")[1] if axs is None else axs
     items = items.set_index("question_id", drop=False)

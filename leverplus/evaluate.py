@@ -19,6 +19,7 @@ from statistics import NormalDist
 import numpy as np, pandas as pd
 from .core import fingerprint, gini, read_json, rng, write_json
 from .runs import Run
+from .items import as_items
 from .vqa import normalise, vqa_accuracies
 from leverplus.infer import (
     PICKS, as_pointer, pick_fixed, pick_mmr, pick_random, pick_similar, pick_zero, picks_frame,
@@ -45,6 +46,7 @@ def pick_baselines(
     seed:int=0, # of the draws
 )->pd.DataFrame: # picks: zero_shot, random, similar_image, similar_text, similar_mixed, mmr, and fixed
     "Picks of every baseline that needs no training"
+    if items is not None: items = as_items(items, need=("image_id",))
     out = [pick_zero(pool)]
     for S in shots:
         out.append(pick_random(pool, S, draws, seed))
@@ -227,6 +229,7 @@ def majority_vote(
     items:pd.DataFrame, # queries and demonstrations by question_id: `answer`, `answers`
 )->pd.DataFrame: # scored rows without `vqa_gt_prob`; no LVLM is asked
     "What the demonstrations' own answers would score"
+    items = as_items(items, need=("answer", "answers"))
     alone = picks.pointer.map(len) == 0
     if alone.any():
         raise ValueError(
@@ -321,6 +324,7 @@ def behaviour(
     pool=None, # `Pool`: Gini over all that could be picked; None: over those that any selector here picked
 )->pd.DataFrame: # selector, shots, copy, copy_wrong, unique, gini
     "Share of answers that copy the last demonstration's (of all; of the wrong ones), and use of demonstrations"
+    items = as_items(items, need=("answer",))
     s = scored[scored.pointer.map(len) > 0]
     could_be = {d for c in (s.pointer if pool is None else pool.ids.values()) for d in c}
     rows = []
@@ -380,6 +384,7 @@ def result_table(
     metric:str="vqa_acc_score", # or "vqa_gt_prob"
 )->pd.DataFrame: # exactly `TABLE`, in 0..1; `.attrs`: `failed` evaluations left out, `oracle_note`, `level`
     "One row per selector and shot count; ValueError if a named reference is nowhere in `scored`"
+    if items is not None: items = as_items(items, need=("image_id",))
     names = list(dict.fromkeys(scored.selector))
     lost = [name for name in (reference, oracle, changed_from) if name and name not in names]
     if lost: raise ValueError(f"no rows of {lost}; scored holds {names}: name another one or None")
@@ -441,6 +446,7 @@ def gap_table(
     bootstrap:Bootstrap=Bootstrap(), # resamples, and the coverage of intervals
 )->pd.DataFrame: # selector, shots, gap, lo, hi
     "Share of the gap that every selector closes, with intervals"
+    if items is not None: items = as_items(items, need=("image_id",))
     rows = []
     for S in sorted(set(scored.shots) - {0}):
         m = score_matrix(scored, S)
@@ -462,6 +468,7 @@ def paired_table(
     bootstrap:Bootstrap=Bootstrap(), # resamples, and the coverage of intervals
 )->pd.DataFrame: # `selector, against, shots, n, delta, lo, hi, mde, verdict`
     "Every selector against the baselines, paired by query"
+    if items is not None: items = as_items(items, need=("image_id",))
     rows = []
     for S in sorted(set(scored.shots) - {0}):
         m = score_matrix(scored, S)
@@ -502,6 +509,7 @@ def paired_tests(
     bootstrap:Bootstrap=Bootstrap(), # resamples, and the coverage of intervals
 )->pd.DataFrame: # as `paired_table`, with better, worse, p_changed, changed, agree, p, p_holm before the verdict
     "Compare a family of pairs: difference, detectable effect, what changed, and a verdict after Holm"
+    if items is not None: items = as_items(items, need=("image_id",))
     pairs = _family(scored, pairs, against)
     rows = []
     for S in sorted(set(scored.shots) - {0}):
@@ -564,6 +572,7 @@ def compare_seeds(
     bootstrap:Bootstrap=Bootstrap(), # resamples, and the coverage of intervals
 )->Interval: # delta = mean(a) - mean(b), lo, hi; queries that failed under any seed are left out
     "Paired difference with an interval over queries and seeds (two-way bootstrap)"
+    if items is not None: items = as_items(items, need=("image_id",))
     A = seed_matrix(scored, a, shots)
     B = seed_matrix(scored, b, shots)
     if paired and list(A) != list(B):
@@ -601,6 +610,7 @@ def seeds_table(
     bootstrap:Bootstrap=Bootstrap(), # resamples, and the coverage of intervals
 )->pd.DataFrame: # by selector, worst first: draws, acc, gap, lo, hi, sd of the gap (NaN for one draw), leads
     "Trained selectors over seeds: gap closed and leads, with intervals"
+    if items is not None: items = as_items(items, need=("image_id",))
     names = dict.fromkeys(scored.selector[scored.shots == shots])
     matrices = {name: seed_matrix(scored, name, shots) for name in names}
     lost = {reference, oracle, *against} - matrices.keys()
@@ -666,6 +676,7 @@ def size_table(
     items:pd.DataFrame|None=None, # items by question_id, for clustering
 )->pd.DataFrame: # by size: a column per selector, then `half_width` of random, and the median `mde` against it
     "Accuracy by the number of queries, with what that number can show"
+    if items is not None: items = as_items(items, need=("image_id",))
     rows = {}
     for size, ids in subs.items():
         part = scored[scored.question_id.isin(ids)]
@@ -694,6 +705,7 @@ def mode_table(
     items:pd.DataFrame, # by question_id: `answers`
 )->pd.DataFrame: # selector, shots, n, a column per evaluator (0..1), `disagree`: share of queries on which they differ
     "The same answers under several evaluators"
+    items = as_items(items, need=("answers",))
     s = scored[~scored.eval_failed]
     truth = [items.at[q, "answers"] for q in s.question_id]
     s = s.assign(**{mode: vqa_accuracies(s.vqa_pred_answer, truth, mode) for mode in _EVALUATORS})
@@ -711,6 +723,7 @@ def type_table(
     by:str="question_type", # "question_type" | "answer_type" | another column of `items`
 )->pd.DataFrame: # a row per selector and shot count, a column per type; the row ("queries", 0) counts
     "Scores by kind of question"
+    items = as_items(items)
     if by not in items: raise ValueError(f"items have no column {by!r}: {list(items)}")
     s = scored[~scored.eval_failed]
     s = s.assign(_kind=items[by].loc[s.question_id].to_numpy())
@@ -836,6 +849,7 @@ def compare_runs(
     bootstrap:Bootstrap=Bootstrap(), # resamples, and the coverage of intervals
 )->pd.DataFrame: # as `paired_tests`, a row per shot count that both have
     "Compare two runs on the same questions; ValueError names what differs between them"
+    if items is not None: items = as_items(items, need=("image_id",))
     a, of_a = _run_scores(run_a, selector_a)
     b, of_b = _run_scores(run_b, selector_b)
     unlike = {k: v for k, v in _unlike(a, b, of_a, of_b).items() if k not in other}

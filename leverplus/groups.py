@@ -19,6 +19,7 @@ from fastcore.basics import patch
 from .core import fingerprint, atomic_path, write_json, read_json
 from .runs import present_command
 from .markup import Blocks, Paragraph, frame_table
+from .items import as_id, as_items
 from .pools import Pool
 
 # %% ../nbs/30_groups.ipynb #8c3a3c61
@@ -292,7 +293,7 @@ class Group:
         best_first = ["vqa_gt_prob", "vqa_acc_score"]
         self.question_id = question_id
         self.pool_ids = pool_ids
-        self.items = items
+        self.items = None if items is None else as_items(items, need=("question", "answer"))
         self.rows = rows.sort_values(best_first, ascending=False, na_position="last", kind="stable")
 
     def _name(self, i):
@@ -328,6 +329,7 @@ def group(self:RLData,
     items:pd.DataFrame|None=None, # to show questions and answers in place of ids
 )->Group: # shows itself in a notebook
     "All rows of one query, best first"
+    question_id = as_id(question_id)
     rows = self.rows[self.rows.question_id == question_id]
     if not len(rows):
         raise KeyError(f"question_id {question_id} has no rows here; queries begin with {self.queries[:3]}")
@@ -404,6 +406,7 @@ def validate(self:RLData,
     items:pd.DataFrame|None=None, # frame of items indexed by question_id; None: ids are checked against the pool only
 )->RLData: # itself
     "Return self if every row holds; ValueError that names file, question_id and what is wrong with it if not"
+    if items is not None: items = as_items(items)
     if items is not None: _check_ids(self, items)
     for bad, what in chain(pointer_problems(self.rows, self.pool), fact_problems(self.rows)):
         if not bad.any(): continue

@@ -20,7 +20,8 @@ from filelock import FileLock
 from .core import ask_for_a_folder, atomic_path, fingerprint, pad_rows, rng
 from .runs import Run
 from .settings import Asking, Picker, Picking, plain_settings
-from .pools import check_encoder, check_pool, encoder_of
+from .items import as_ids, as_items, given_ids
+from .pools import check_encoder, check_pool, encoder_of, image_groups
 from .vqa import normalise
 from .decode import best_sequences
 from .lvlm import Scored, Targets
@@ -36,7 +37,7 @@ def as_pointer(
 )->tuple: # the same as a tuple of int, so that it can be a key
     "One pointer as a tuple of `int`"
     values = p.tolist() if hasattr(p, "tolist") else p
-    return tuple(map(int, values))
+    return tuple(as_ids(values).tolist())
 
 def picks_frame(
     selector:str, # the name that the row will have in the table
@@ -46,7 +47,8 @@ def picks_frame(
     fewer:bool=False, # may a pointer be shorter (a selector that stops)?
 )->pd.DataFrame: # columns `selector, shots, draw, question_id, pointer`
     "Picks of one selector as a frame; ValueError names the first query whose pointer will not do"
-    ps = {int(q): as_pointer(p) for q, p in pointers.items()}
+    queries = as_ids(list(pointers)).tolist()
+    ps = {q: as_pointer(p) for q, p in zip(queries, pointers.values())}
     for q, p in ps.items(): _check_pointer(selector, q, p, shots, fewer)
     columns = dict(selector=selector, shots=shots, draw=draw, question_id=list(ps), pointer=list(ps.values()))
     return pd.DataFrame(columns, columns=PICKS)
@@ -141,9 +143,11 @@ def pick_fixed(
     items:pd.DataFrame, # queries and demonstrations by question_id, to compare pictures
 )->pd.DataFrame: # picks; ValueError names a query that is itself, or shares its picture with, one of the demonstrations
     "The same demonstrations for every query"
+    items = as_items(items, need=("image_id",))
     p = as_pointer(pointer)
-    pictures = set(items.loc[list(p), "image_id"])
-    clash = [q for q in pool.ids if q in p or items.at[q, "image_id"] in pictures]
+    known = items[items.index.isin([*pool.ids, *p])]
+    picture = pd.Series(image_groups(known, strict=False), index=known.index)
+    clash = [q for q in pool.ids if q in p or picture[q] in set(picture.loc[list(p)])]
     if clash:
         raise ValueError(
             f"fixed: question {clash[0]} shares its picture with the fixed demonstrations {p}: take others,"
@@ -373,6 +377,7 @@ def confidence(
     **kwargs, # `asking`, `window` and `progress` of `ask`, as they were for `facts`
 )->np.ndarray: # [n] P(greedy text, end), 0..1; NaN where it failed
     "How sure the LVLM is of its own answer"
+    items = as_items(items, need=("question", "answer", "answers"))
     own = scorer if isinstance(scorer, OwnAnswer) else OwnAnswer(scorer, facts)
     return ask(pairs, own, items, cache, **kwargs).vqa_gt_prob.to_numpy(float)
 
@@ -536,6 +541,7 @@ def pick(
     shots:int|str|None=None, # instead of those of `picking`; 0 shows none, "stop" leaves it to a selector with STOP
 )->pd.DataFrame: # question_id, pointer, rank, logp (NaN where there is none)
     "Demonstrations for every query of a pool, by name"
+    if items is not None: items = as_items(items)
     S = _one_count(picking) if shots is None else shots
     picker = "zero_shot" if S == 0 else picking.picker
     kind = kind_of(model, picking.kind)
@@ -558,11 +564,13 @@ def check_picks(
     items:pd.DataFrame, # by question_id
 )->None: # ValueError names a query that is shown itself, or its own picture
     "No query may see itself: on the training split this is what keeps the numbers honest"
+    items = as_items(items, need=("image_id",))
     q = np.repeat(picks.question_id.to_numpy(), picks.pointer.map(len))
     d = np.array([i for p in picks.pointer for i in p], dtype=np.int64)
     if not len(d): return
-    image = items.image_id
-    same = (q == d) | (image.loc[q].to_numpy() == image.loc[d].to_numpy())
+    known = items[items.index.isin([*q, *d])]
+    picture = pd.Series(image_groups(known, strict=False), index=known.index)
+    same = (q == d) | (picture.loc[q].to_numpy() == picture.loc[d].to_numpy())
     if same.any():
         raise ValueError(
             f"question {q[same][0]} is shown itself or its own picture (demonstration {d[same][0]}): make the"
@@ -651,6 +659,7 @@ def _described(rows, items):
     "`rows` with everything that a person needs to look at a case"
     q = rows.question_id
     def shown(column): return [[str(items.at[d, column]) for d in p] for p in rows.pointer]
+    if "given_id" in items: rows = rows.assign(given_id=given_ids(items, q))
     return rows.assign(
         image_id=items.image_id.loc[q].to_numpy(),
         question=items.question.loc[q].to_numpy(),
@@ -847,6 +856,7 @@ def predict(
     progress:bool=True, # show bars?
 )->Prediction: # with predictions.json, predictions.parquet (a row per query), candidates.parquet if there were several
     "Predict a split: pick, ask, choose, write; `Unanswered` names questions without an answer"
+    items = as_items(items, need=("image_id", "question", "answer", "answers"))
     path = ask_for_a_folder(path)
     shard = check_shard(shard)
     _check_prediction(pool, picking, model, store, judge)

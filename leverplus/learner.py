@@ -18,6 +18,7 @@ from fastcore.meta import delegates
 from .core import reproducible, seed_all
 from .pools import check_encoder
 from .synth import ShownGroups
+from .items import as_items
 from .warmup import warmup_dls
 from .selector import PointerSelector
 from .losses import regret
@@ -291,6 +292,7 @@ def fit_warmup(self:Learner,
     **kwargs, # of `Stage`
 )->Learner:
     "Stage without the LVLM: fresh pools of items, rewarded by the words of the answer that the picks contain"
+    items = as_items(items, need=("image_id", "answer"))
     own = self.dls
     groups = own.train_ds
     if shots is None: shots = sorted(set((groups.seqs >= 0).sum(-1).tolist()))

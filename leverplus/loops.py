@@ -27,6 +27,8 @@ from .core import fingerprint, rng, write_json
 from .runs import Run, plain
 from .synth import quiet
 from .markup import Blocks, Heading, Paragraph, frame_table
+from .items import as_items
+from .pools import image_groups
 from .groups import RLData
 from .rldata_propose import SimilarityPrior
 from .rldata_ask import FactCache, ask, facts_fingerprint, text_hashes
@@ -56,6 +58,7 @@ def loop_queries(
     seed:int=0, # of the draw
 )->dict: # {"train": ids, "valid": ids, "dev": ids}; ValueError if a split is too small
     "Draw the questions of a loop"
+    items = as_items(items, need=("split", "image_id"))
     def shuffled(split):
         ids = np.sort(items.question_id[items.split == split].to_numpy())
         return ids[rng("loop", seed, split).permutation(len(ids))]
@@ -63,8 +66,10 @@ def loop_queries(
     train = shuffled(train_split)[:questions.n]
     others = shuffled(dev_split)
     judges = others[:questions.dev]
-    seen = set(items.image_id.loc[judges])
-    unseen = [q for q in others[::-1] if items.at[q, "image_id"] not in seen]
+    known = items[items.split == dev_split]
+    picture = pd.Series(image_groups(known, strict=False), index=known.index)
+    seen = set(picture.loc[judges])
+    unseen = [q for q in others[::-1] if picture[q] not in seen]
     choose = unseen[:questions.valid]
     for name, ids in dict(n=train, dev=judges, valid=choose).items():
         _check_size(name, len(ids), getattr(questions, name))
@@ -474,6 +479,7 @@ def compare_oracle(
     shots:int=2, # S
 )->pd.DataFrame: # selector, n, acc, lo, hi, headroom, headroom_lo, headroom_hi, as_good, same, rank, chance
     "How far picks are from the best known sequence"
+    items = as_items(items, need=("image_id",))
     rows = []
     for name in dict.fromkeys(scored.selector):
         score, best, picture = _scores(scored, items, shots, name, "oracle")
@@ -493,7 +499,7 @@ def _scores(scored, items, shots, *names):
     "Scores of some selectors on the questions that all of them have, then the picture of each question"
     m = score_matrix(scored, shots)[list(dict.fromkeys(names))].dropna()
     scores = [m[name].to_numpy() for name in names]
-    picture = items.image_id.loc[m.index].to_numpy()
+    picture = as_items(items, need=("image_id",)).image_id.loc[m.index].to_numpy()
     return *scores, picture
 
 # %% ../nbs/84_loops.ipynb #9d7ecc1a

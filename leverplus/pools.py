@@ -7,13 +7,15 @@ __all__ = ['SAMPLERS', 'Pool', 'image_groups', 'sampler_parts', 'draw_block', 'm
            'check_encoder', 'pool_similarity', 'plot_pools']
 
 # %% ../nbs/13_pools.ipynb #78d81950
+import os
 from itertools import chain
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
 from .core import atomic_path, fingerprint, read_json, rng, write_json
 from .runs import plain, settings_diff
-from .pictures import picture_file, picture_key
+from .items import as_id, as_ids, as_items
+from .pictures import picture_key
 from .data import items_fingerprint
 from .embed import EmbedStore
 
@@ -24,12 +26,13 @@ class Pool:
         ids:dict, # {question_id: K distinct candidate question_ids}; ValueError names the query whose pool is wrong
         recipe:dict|None=None, # how it was made, JSON-able; see `make_pool`
     ):
-        self.ids = {int(query): _integers(candidates) for query, candidates in ids.items()}
+        queries = as_ids(list(ids)).tolist()
+        self.ids = {query: _integers(query, candidates) for query, candidates in zip(queries, ids.values())}
         self.recipe = dict(recipe or {"sampler": "given"})
         for query, candidates in self.ids.items(): _check_candidates(query, candidates)
 
     def __getitem__(self, question_id):
-        try: return self.ids[int(question_id)]
+        try: return self.ids[as_id(question_id)]
         except KeyError:
             raise KeyError(
                 f"question_id {question_id} has no pool here ({len(self)} queries): make the pool for these"
@@ -37,7 +40,7 @@ class Pool:
             ) from None
     def __len__(self): return len(self.ids)
     def __iter__(self): return iter(self.ids)
-    def __contains__(self, question_id): return question_id in self.ids
+    def __contains__(self, question_id): return as_id(question_id) in self.ids
     def __eq__(self, other):
         return isinstance(other, Pool) and self.ids == other.ids and self.recipe == other.recipe
     __hash__ = None
@@ -63,9 +66,9 @@ class Pool:
         "The part of the recipe that training and evaluation must share: not the queries, not the seed"
         return {k: self.recipe.get(k) for k in ("sampler", "K", "parts", "clip", "demos")}
 
-def _integers(candidates): # a tuple of Python's own integers
-    if isinstance(candidates, np.ndarray) and candidates.dtype.kind == "i": return tuple(candidates.tolist())
-    return tuple(map(int, candidates))
+def _integers(query, candidates): # a tuple of Python's own integers
+    try: return tuple(as_ids(candidates).tolist())
+    except ValueError as e: raise ValueError(f"query {query}, candidates, {e}") from None
 
 def _check_candidates(query, candidates):
     if not candidates: raise ValueError(f"query {query} has an empty pool")
@@ -82,12 +85,13 @@ def local(self:Pool,
 )->tuple: # S indices 0..K-1 into `pool[question_id]`
     "Local indices of a sequence of ids"
     place = {candidate: i for i, candidate in enumerate(self[question_id])}
-    strangers = [c for c in pointer if int(c) not in place]
+    pointer = as_ids(pointer).tolist()
+    strangers = [c for c in pointer if c not in place]
     if strangers:
         raise ValueError(
             f"query {question_id}: demonstration {strangers[0]} is not in its pool of {len(place)}"
         )
-    return tuple(place[int(c)] for c in pointer)
+    return tuple(place[c] for c in pointer)
 
 @patch
 def ids_of(self:Pool,
@@ -106,7 +110,7 @@ def ids_of(self:Pool,
 
 # %% ../nbs/13_pools.ipynb #6b4d17d5
 def _table(pool, question_ids): # int64 [n, K] candidates of each of n queries, -1 = padding
-    distinct, row = np.unique(np.asarray(question_ids, dtype=np.int64), return_inverse=True)
+    distinct, row = np.unique(as_ids(question_ids), return_inverse=True)
     table = np.full((len(distinct), pool.K), -1, dtype=np.int64)
     for i, query in enumerate(distinct):
         candidates = pool[query]
@@ -116,7 +120,7 @@ def _table(pool, question_ids): # int64 [n, K] candidates of each of n queries, 
 def _padded(pointers): # int64 [n, S max], -1 = padding
     sizes = np.fromiter(map(len, pointers), dtype=np.int64, count=len(pointers))
     out = np.full((len(pointers), sizes.max(initial=0)), -1, dtype=np.int64)
-    flat = np.fromiter((int(i) for pointer in pointers for i in pointer), dtype=np.int64, count=sizes.sum())
+    flat = as_ids(list(chain.from_iterable(pointers)))
     real = np.arange(out.shape[1]) < sizes[:, None]
     out[real] = flat
     return out
@@ -129,7 +133,7 @@ def local_rows(self:Pool,
 )->np.ndarray: # int64 [n, S max] local indices, -1 = padding
     "Local indices of a column of pointers"
     picks = _padded(list(pointers))
-    queries = np.asarray(question_ids, dtype=np.int64)
+    queries = as_ids(question_ids)
     table = _table(self, queries)
     if len(queries) != len(picks):
         raise ValueError(f"{len(queries)} question_ids but {len(picks)} pointers: one pointer per row")
@@ -150,7 +154,7 @@ def ids_rows(self:Pool,
 )->list: # n tuples of candidate question_ids
     "Ids of a matrix of local indices"
     local = np.asarray(local, dtype=np.int64)
-    queries = np.asarray(question_ids, dtype=np.int64)
+    queries = as_ids(question_ids)
     table = _table(self, queries)
     if len(queries) != len(local):
         raise ValueError(f"{len(queries)} question_ids but {len(local)} rows of local indices: one row each")
@@ -168,7 +172,7 @@ def only(self:Pool,
     question_ids, # queries to keep; KeyError names one without a pool
 )->Pool: # same recipe, fewer queries
     "The pool of some of the queries"
-    return Pool({int(query): self[query] for query in question_ids}, self.recipe)
+    return Pool({query: self[query] for query in as_ids(question_ids).tolist()}, self.recipe)
 
 @patch
 def save(self:Pool,
@@ -202,23 +206,31 @@ def load(cls:Pool,
 
 # %% ../nbs/13_pools.ipynb #257dea7a
 def image_groups(
-    items:pd.DataFrame, # columns question_id, image_id and, if files are to be compared, image_path (may hold None)
+    items:pd.DataFrame, # image_id and, if files are to be compared, image_path (may hold None), see `as_items`
+    store=None, # `EmbedStore` of them: says what picture an item without a file had when it was embedded
+    strict:bool=True, # refuse a file that cannot be read? False: it is like no other
 )->np.ndarray: # int64 [n]; equal number = same picture
     "Label pictures: same `image_id` or byte-identical files; FileNotFoundError names file and question_id"
-    by_id = pd.factorize(items.image_id)[0]
-    if "image_path" not in items or items.image_path.isna().all(): return by_id
-    by_content = pd.factorize(_content_labels(items))[0]
-    return _united(by_id, by_content)
+    return _labels(as_items(items, need=("image_id",)), store, strict)
 
-def _content_labels(items): # object [n]: equal for byte-identical files; an item without a file has its own
-    files = items[items.image_path.notna()].drop_duplicates("image_path")
-    sizes = [picture_file(path, q).stat().st_size for path, q in zip(files.image_path, files.question_id)]
-    read = pd.Series(sizes, dtype="int64").duplicated(keep=False)
-    label = {}
-    for path, question_id, same_size in zip(files.image_path, files.question_id, read):
-        label[path] = picture_key(path, question_id) if same_size else str(path)
-    labels = [label[path] if pd.notna(path) else f"#{i}" for i, path in enumerate(items.image_path)]
-    return np.array(labels, dtype=object)
+def _labels(items, store=None, strict=True): # the same, of items that may stand twice
+    by_id = pd.factorize(items.image_id)[0]
+    contents = _contents(items, store, strict)
+    known = pd.notna(contents)
+    if not known.any(): return by_id
+    own = np.array([f"#{i}" for i in range(len(items))], dtype=object)   # what is not known is like no other
+    return _united(by_id, pd.factorize(np.where(known, contents, own))[0])
+
+def _contents(items, store, strict): # object [n]: equal for byte-identical files; None where nothing is known
+    out = np.full(len(items), None, dtype=object)
+    paths = items.image_path.to_numpy(object) if "image_path" in items else out
+    has_file = pd.notna(paths)
+    if store is not None: out[~has_file] = _stored_hashes(store, items.question_id.to_numpy()[~has_file])
+    files = pd.Series(items.question_id.to_numpy()[has_file], index=paths[has_file])
+    files = files[~files.index.duplicated()].to_dict()                  # path -> the first id that has it
+    label = _file_labels(files, strict, read_all=pd.notna(out).any())
+    out[has_file] = [label[path] for path in paths[has_file]]
+    return out
 
 def _united(a, b): # int64 [n]: equal where `a` is equal, or `b`, or where both are linked through others
     label = pd.Series(a)
@@ -226,6 +238,28 @@ def _united(a, b): # int64 [n]: equal where `a` is equal, or `b`, or where both 
         new = label.groupby(b).transform("min").groupby(a).transform("min")
         if new.equals(label): return new.to_numpy()
         label = new
+
+# %% ../nbs/13_pools.ipynb #123526f1
+def _file_labels(files, strict, read_all): # {path: label}: equal for byte-identical files, None for a lost one
+    sizes = {path: _size(path, question_id, strict) for path, question_id in files.items()}
+    several = pd.Series(sizes, dtype="object").duplicated(keep=False).to_numpy()
+    label = {}
+    for (path, size), same_size in zip(sizes.items(), several):
+        if size is None: label[path] = None
+        else: label[path] = _hash16(picture_key(path)) if same_size or read_all else path
+    return label
+
+def _size(path, question_id, strict): # of a file; None for one that cannot be read
+    file = Path(path)
+    if file.is_file() and os.access(file, os.R_OK): return file.stat().st_size
+    if strict: raise FileNotFoundError(f"{path}: image of question_id {question_id} does not exist, or may not be read")
+    return None
+
+def _stored_hashes(store, ids): # object [n]: hashes of pictures that a store keeps, None for others
+    known = pd.Series(store.meta.get("image_hash"), index=store.ids, dtype=object)
+    return known.reindex(ids).map(_hash16, na_action="ignore").to_numpy(object)
+
+def _hash16(key): return key[:16]        # of sha256; older stores keep no more
 
 # %% ../nbs/13_pools.ipynb #b1c8dddd
 SAMPLERS = {"random": {}, "text": {"text": 1.}, "image": {"image": 1.}, "mixed": {"text": .25, "image": .25}}
@@ -319,7 +353,9 @@ def make_pool(
         raise ValueError(
             f"sampler {sampler!r} needs `store`: embed queries and demonstrations first (embed_items)"
         )
-    asked, offered = _with_pictures(_in_order(queries, "queries"), _in_order(demos, "demos"))
+    queries = as_items(queries, need=("image_id", "question"), what="queries")
+    demos = as_items(demos, need=("image_id", "question"), what="demos")
+    asked, offered = _with_pictures(_in_order(queries, "queries"), _in_order(demos, "demos"), store)
     twin = offered.duplicated(["picture", "question"])
     ids = _draw(asked, offered[~twin], parts, store, seed)
     recipe = dict(
@@ -330,19 +366,14 @@ def make_pool(
         n_queries=len(asked), n_demos=len(offered),
         excluded=_excluded(asked, offered) | {"twin_demos": int(twin.sum())},
     )
-    return Pool({query: ids[query] for query in map(int, queries.question_id)}, recipe)
+    return Pool({query: ids[query] for query in queries.question_id}, recipe)
 
-def _in_order(items, what): # the frame by ascending question_id, after a look at its columns and ids
-    missing = [c for c in ("question_id", "image_id", "question") if c not in items]
-    if missing: raise ValueError(f"{what} has no column {', '.join(missing)}")
+def _in_order(items, what): # by ascending question_id
     if not len(items): raise ValueError(f"{what} is empty")
-    twice = items.question_id[items.question_id.duplicated()]
-    if len(twice):
-        raise ValueError(f"{what}: question_id {twice.iloc[0]} occurs more than once; ids must be distinct")
     return items.sort_values("question_id", kind="stable").reset_index(drop=True)
 
-def _with_pictures(queries, demos): # both frames with a column `picture`, equal where the picture is
-    picture = image_groups(pd.concat([queries, demos], ignore_index=True))
+def _with_pictures(queries, demos, store): # both frames with a column `picture`, equal where the picture is
+    picture = _labels(pd.concat([queries, demos], ignore_index=True), store)
     return queries.assign(picture=picture[:len(queries)]), demos.assign(picture=picture[len(queries):])
 
 def _items_print(items):
@@ -355,7 +386,8 @@ def validate(self:Pool,
     queries:pd.DataFrame|None=None, # the queries; default `items`
 )->Pool: # the pool itself; ValueError or KeyError names the query and the candidate that breaks a rule
     "Check that every query and candidate is known and that no candidate shows its query's picture"
-    asked = items if queries is None else queries
+    items = as_items(items, need=("image_id",))
+    asked = items if queries is None else as_items(queries, need=("image_id",), what="queries")
     both = pd.concat([asked, items], ignore_index=True).drop_duplicates("question_id")
     picture = pd.Series(image_groups(both), index=both.question_id.to_numpy())
     table = _table(self, list(self))

@@ -7,6 +7,7 @@ __all__ = ['STYLES', 'IMAGE_MARK', 'Demo', 'Prompt', 'ask_text', 'messages', 'pr
 
 # %% ../nbs/20_prompt.ipynb #5915289e
 from dataclasses import dataclass
+from .items import as_id, as_ids, as_items
 from .text import text_fault
 
 # %% ../nbs/20_prompt.ipynb #b0cd764b
@@ -86,14 +87,16 @@ def prompter(
     style:str="interleaved", # one of STYLES
 ): # function (question_id, pointer) -> Prompt; KeyError: unknown id; ValueError: item shown twice, or without a text
     "Make a function that makes prompts"
+    items = as_items(items, need=("image_path", "question", "answer"))
     if style not in STYLES: raise ValueError(f"prompt style {style!r}, wanted one of {STYLES}")
     columns = (items[c] for c in ("question_id", "image_path", "question", "answer"))
     known = {int(i): Demo(int(i), image, question, answer) for i, image, question, answer in zip(*columns)}
     def make(question_id, pointer=()):
-        pointer = tuple(pointer)
+        question_id = as_id(question_id)
+        pointer = tuple(as_ids(pointer).tolist())
         _check_known(known, question_id, pointer)
-        query = known[int(question_id)]
-        demos = tuple(known[int(d)] for d in pointer)
+        query = known[question_id]
+        demos = tuple(known[d] for d in pointer)
         _check_distinct(query, demos, pointer)
         _check_texts(query, demos)
         return Prompt(query.question_id, query.image, query.question, demos, style)
@@ -101,9 +104,9 @@ def prompter(
 
 def _check_known(known, question_id, pointer):
     for i in (question_id, *pointer):
-        if int(i) in known: continue
+        if i in known: continue
         raise KeyError(
-            f"question {question_id}: id {int(i)} is not among the {len(known)} items; pass queries and"
+            f"question {question_id}: id {i} is not among the {len(known)} items; pass queries and"
             " demonstrations in one frame"
         )
 
@@ -130,7 +133,9 @@ def make_prompt(
     style:str="interleaved", # one of STYLES
 )->Prompt: # errors as for `prompter`
     "One prompt (for many, keep a `prompter`)"
-    return prompter(items[items.question_id.isin([question_id, *pointer])], style)(question_id, pointer)
+    items = as_items(items, need=("image_path", "question", "answer"))
+    shown = as_ids([question_id, *pointer])
+    return prompter(items[items.index.isin(shown)], style)(question_id, pointer)
 
 # %% ../nbs/20_prompt.ipynb #c95a0ab1
 IMAGE_MARK = "<|image_pad|>" # what stands for an image in rendered text, once per image before expansion

@@ -15,6 +15,7 @@ import pandas as pd
 from fastcore.basics import patch
 from .core import read_json, write_json
 from .runs import plain
+from .items import as_items
 from .groups import RECORD, RLData
 from .rewards import info_score, reward_facts
 from .rldata_merge import by_counts, by_gap, require_positive_query, skip_fallback, tiers
@@ -256,6 +257,7 @@ def recipe_learner(
     **changes, # as in `recipe`
 )->Learner: # `dls.info` records the filters, `recipe` is the recipe with its changes; ready for `fit_recipe`
     "Learner with the data and model settings of a recipe"
+    if items is not None: items = as_items(items, need=("image_id", "answer"))
     r = recipe(name, **changes)
     data = DATA | r.get("data", {})
     mode = data["reward"]

@@ -22,6 +22,7 @@ from leverplus.markup import (
     Block, Blocks, Cell, Figure, Fold, Heading, Paragraph, Preformatted, Scroll, Sentences, Filled, Strip,
     Table, frame_table,
 )
+from .items import as_id, as_items
 from .pictures import open_image
 from .groups import RLData, shard_files
 from .rldata_check import Health, health, teaches
@@ -334,6 +335,7 @@ def item_picture(
     size:int=320, # longest side in pixels; smaller images stay as they are
 ):# PIL image in RGB, or None where the items were read without images; FileNotFoundError names file and question
     "The image of an item, small enough to show"
+    items = as_items(items)
     if question_id not in items.index:
         raise KeyError(f"question {question_id} is not in items: pass queries and demonstrations together")
     path = items.image_path[question_id] if "image_path" in items else None
@@ -376,6 +378,7 @@ def plot_examples(
     axs=None, # [cases, shots + 2] axes; None makes them
 ):# [cases, shots + 2] array of axes
     "Cases in rows: demonstrations in prompt order, the query, the LVLM's answer with right or wrong"
+    items = as_items(items, need=("question", "answer", "answers"))
     rows = pick_cases(scored, n, selector, shots, ids, seed)
     shape = len(rows), len(rows.pointer.iloc[0]) + 2
     axs = _case_grid(*shape) if axs is None else np.reshape(axs, shape)
@@ -472,6 +475,7 @@ class Pictures(Block):
         size:int=224, # longest side in pixels
     )->Block: # points to the picture; says so where the items were read without images
         "A picture in a page, by reference"
+        items = as_items(items)
         image = item_picture(items, question_id, size)
         if image is None: return Filled("picture.html", number=None)
         n = self._keep(str(items.image_path[question_id]), image, size)
@@ -607,6 +611,7 @@ def case_block(
     level:int=3, # of its heading
 )->Block:
     "One case for a page"
+    items = as_items(items, need=("question", "answer", "answers"))
     pics = pictures or Pictures()
     q = int(row.question_id)
     return Filled(
@@ -665,6 +670,7 @@ def browser_block(
     name:str="show", # of the filter, unique in a page
 )->Block:
     "Cases that can be filtered by won, lost and unchanged"
+    items = as_items(items, need=("question", "answer", "answers"))
     pics = pictures or Pictures()
     selector, shots = _whose(scored, cases)
     same = scored[(scored.shots == shots) | ((scored.shots == 0) & (scored.selector == "zero_shot"))]
@@ -863,6 +869,9 @@ class Findings:
     data:object = None # `Health`; RLData or {name: RLData}, examined with the reward hard_plus_soft; a sentence
     looks:int|None = None # at the split; default what the run counted (looks.json, or its metric `looks`)
     split:str|None = None # of the scores; default "test", in `report` the run's setting of that name
+
+    def __post_init__(self):
+        if self.items is not None: object.__setattr__(self, "items", as_items(self.items))
 
     @property
     def has_cases(self): return self.scored is not None and self.items is not None
@@ -1069,7 +1078,8 @@ def described_items(
     rows = {}
     for r in scored.itertuples():
         for d, question, answer in zip(r.pointer, r.demo_questions, r.demo_answers):
-            rows[d] = dict(question=question, answer=answer, answers=[answer])
+            unknown = as_id(("of a demonstration", d), "image_id")          # nobody's picture
+            rows[d] = dict(question=question, answer=answer, answers=[answer], image_id=unknown)
     for r in scored.itertuples(): # queries after demonstrations: where one is both, its own answers count
         answers = list(r.answers)
         most = pd.Series(answers).mode()[0]
@@ -1169,6 +1179,7 @@ def compare_many(
     bootstrap:Bootstrap=Bootstrap(), # resamples, coverage of intervals, and with it the level of the whole family
 )->tuple: # (as `paired_tests`, with Holm over everything here; list of sentences: what was refused, and why)
     "Runs against the first of them; what cannot be compared is told, not raised"
+    if items is not None: items = as_items(items, need=("image_id",))
     first = runs[0]
     names = _names(runs)
     found = []

@@ -15,6 +15,7 @@ from itertools import chain, product
 from statistics import NormalDist
 from typing import NamedTuple
 import numpy as np, pandas as pd
+from .items import as_items
 from .vqa import answer_targets
 
 # %% ../nbs/31_rewards.ipynb #7059b528
@@ -238,6 +239,7 @@ def reweigh(
     weight:str="official", # weight wanted: official | count3
 )->np.ndarray: # [n] `vqa_gt_prob` under the new weight; NaN where there are no log-probabilities
     "Recompute `vqa_gt_prob` with other weights; ValueError if a row's log-probabilities do not fit its answers"
+    items = as_items(items, need=("answers",))
     code, queries = pd.factorize(frame["question_id"])
     has = frame["vqa_gt_logprobs"].notna().to_numpy()
     logs = frame["vqa_gt_logprobs"][has]

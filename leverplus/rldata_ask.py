@@ -17,6 +17,7 @@ from fastcore.basics import patch
 from tqdm import tqdm
 from .core import fingerprint, rng, stable_hash
 from .settings import Asking
+from .items import as_items
 from .pictures import picture_key
 from .vqa import answer_targets, postprocess, relevances, vqa_accuracies
 from .prompt import prompter
@@ -35,6 +36,7 @@ def score_pairs(
     generate:bool=True, # False: probabilities only, no text
 )->list: # of `Scored`, one per pair, in order; ValueError if the scorer answers something else
     "Ask a scorer about pairs, in one call"
+    items = as_items(items, need=("image_path", "question", "answer", "answers"))
     make = prompter(_needed(items, pairs), asking.style)
     prompts = [make(q, p) for q, p in zip(pairs.question_id, pairs.pointer)]
     targets = [Targets(*answer_targets(items.at[q, "answers"], asking.answer_weight)) for q in pairs.question_id]
@@ -67,6 +69,7 @@ def facts_frame(
     content=0, # [n] or one: hash of what it was said about, see `content_keys`; 0: unknown
 )->pd.DataFrame: # question_id, pointer and the columns of FACT_COLUMNS; same rows and order as `pairs`
     "What was said, as facts"
+    items = as_items(items, need=("answers",))
     errors = [_error(s, generate) for s in scored]
     ok = np.array([e is None for e in errors], dtype=bool)
     good = [s for s, is_good in zip(scored, ok) if is_good]
@@ -146,6 +149,7 @@ def item_contents(
     ids, # question_ids; KeyError names one that `items` lacks
 )->pd.DataFrame: # by question_id: text (a hash), picture (its content, "unreadable", or missing: it has none)
     "What items are made of, a row per id"
+    items = as_items(items, need=("question", "answer", "answers"))
     pictures = list(map(_picture, _column(_rows_of(items, ids), "image_path")))
     out = pd.DataFrame(dict(question_id=ids, text=text_hashes(items, ids), picture=pictures))
     return as_record(out, CONTENTS).set_index("question_id")
@@ -155,6 +159,7 @@ def text_hashes(
     ids, # question_ids; KeyError names one that `items` lacks
 )->np.ndarray: # int64, one per id
     "Hash the texts of each item"
+    items = as_items(items, need=("question", "answer", "answers"))
     rows = _rows_of(items, ids)
     hashes = map(stable_hash, rows.question, rows.answer, map(_texts, rows.answers))
     return np.array(list(hashes), dtype=np.int64)
@@ -188,6 +193,7 @@ def item_hashes(
     ids, # question_ids; KeyError names one that `items` lacks
 )->np.ndarray: # uint64, one per id
     "Hash what a prompt takes from each item, picture included, and its ground truth"
+    items = as_items(items, need=("question", "answer", "answers"))
     rows = _rows_of(items, ids)
     pictures = map(_picture, _column(rows, "image_path"))
     names = map(_whole, _column(rows, "image_id"))
@@ -211,6 +217,7 @@ def content_keys(
     pointers, # n tuples of ints
 )->np.ndarray: # int64 [n], never 0
     "Hash the items behind each (query, pointer)"
+    items = as_items(items, need=("question", "answer", "answers"))
     pointer, size = pointer_matrix(pointers)
     query = np.asarray(question_ids, dtype=np.int64)
     real = np.arange(pointer.shape[1]) < size[:, None]
@@ -388,6 +395,7 @@ def ask(
     progress:bool=False, # show a bar over prompts
 )->pd.DataFrame: # question_id, pointer and the columns of FACT_COLUMNS; same rows and order as `pairs`
     "Turn (query, pointer) pairs into facts"
+    if items is not None: items = as_items(items, need=("question", "answer", "answers"))
     pairs = as_record(pairs[["question_id", "pointer"]], {"question_id": "int", "pointer": "ints"})
     need = "vqa_acc_score" if generate else "vqa_gt_prob"
     if scorer is None: return _all_known(pairs, items, cache, need)
@@ -511,6 +519,7 @@ def ask_around(
     progress:bool=False, # show a bar over prompts
 )->pd.DataFrame: # question_id, pointer and the columns of FACT_COLUMNS; same rows and order as `pairs`
     "Ask only what nobody knows"
+    items = as_items(items, need=("question", "answer", "answers"))
     pairs = pairs[["question_id", "pointer"]].reset_index(drop=True)
     content = content_keys(items, pairs.question_id, pairs.pointer.to_numpy())
     known = extra.lookup(pairs, facts_fingerprint(scorer, asking), content)
@@ -559,6 +568,7 @@ def self_test(
     cache:FactCache|None=None, # see `ask`
 )->dict: # asked, failed, compared, greedy_wins (0..1), spearman (-1..1), prompt; a number that cannot be had is None
     "Is what the model writes likelier to it than another answer, and does gt_prob go along with accuracy?"
+    items = as_items(items, need=("image_path", "question", "answer", "answers"))
     draw = rng("self-test", seed, S)
     queries = draw.choice(list(pool), min(n, len(pool)), replace=False).tolist()
     pointers = [tuple(draw.choice(pool[q], S, replace=False).tolist()) for q in queries]

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from .settings import TWO_STAGE, Asking, Guarding, Job, Proposing, check_two_stage, plain_settings
 from .core import ask_for_a_folder, fingerprint, leftovers, read_json, rng, stable_hash, write_json
 from .runs import Busy, Run, empty_folder
+from .items import as_ids, as_items
 from .lvlm import Scored, compare
 from leverplus.groups import (
     CONTENTS, FACT_COLUMNS, PROPOSAL_COLUMNS, RECORD, SCHEMA, TEXT_FACTS, OtherContents, RLData,
@@ -117,6 +118,7 @@ def run_settings(
     window:int=16, # whole queries per part
 )->dict: # JSON-ready; `proposing`, `asking` and `guarding` are groups that `read_settings` reads
     "What the rows of a run depend on, as JSON would give it back"
+    items = as_items(items, need=("question", "answer", "answers"))
     ids = np.unique(np.concatenate([queries, *(np.array(pool[q]) for q in queries)]))
     out = dict(
         queries=len(queries),
@@ -138,7 +140,7 @@ def shard_queries(
     shard:tuple|None=None, # (i, n), part i of n, 0 <= i < n; None: all
 )->list: # the queries of this shard, order kept
     "Choose the queries of a shard, by a hash of their ids"
-    queries = [int(q) for q in queries]
+    queries = as_ids(queries).tolist()
     shard = check_shard(shard)
     if shard is None: return queries
     i, n = shard
@@ -310,8 +312,8 @@ class Generation:
     ):
         self.path = ask_for_a_folder(path)
         self.shard = check_shard(shard)
-        self.queries = [int(q) for q in queries]
-        self.items = items
+        self.queries = as_ids(queries).tolist()
+        self.items = as_items(items, need=("question", "answer", "answers"))
         self.pool = pool.only(self.queries)
         self.scorer = scorer
         self.store = store

@@ -15,6 +15,7 @@ import numpy as np, pandas as pd
 from fastcore.basics import patch
 from .core import stable_hash
 from .markup import Blocks, Paragraph
+from .items import as_items
 from .groups import PROB_FACTS, RECORD, TEXT_FACTS, RLData, pointer_matrix, whole_draws
 from .pools import Pool, image_groups
 from .rewards import reward as reward_of, reward_facts
@@ -421,6 +422,7 @@ def split(
     items:pd.DataFrame|None=None, # frame of items with question_id and image_id: parts are disjoint by picture
 )->list: # of RLData, one per fraction, in order; together all rows, no query (and no picture) in two
     "Divide into parts by query"
+    if items is not None: items = as_items(items, need=("image_id",))
     shares = np.asarray(fractions, float)
     if not len(shares) or (shares <= 0).any() or abs(shares.sum() - 1) > 1e-9:
         raise ValueError(f"split: fractions {tuple(fractions)}, wanted positive numbers that sum to 1")

@@ -13,6 +13,7 @@ from fastcore.basics import patch
 from tqdm import tqdm
 from .core import rng
 from .settings import Asking, Mining, Proposing, plain_settings
+from .items import as_items
 from .groups import FACT_COLUMNS, PROPOSAL_COLUMNS, RLData, as_record
 from .rldata_propose import propose
 from .rldata_ask import FactCache, ask, check_contents
@@ -61,6 +62,7 @@ class Search:
     cache:FactCache|None=None # shared facts
 
     def __post_init__(self):
+        self.items = as_items(self.items, need=("question", "answer", "answers"))
         self.rows = self.data.rows
         self.tried = {q: set(rows.pointer) for q, rows in self.data.groups()}
         self.spent = 0
@@ -171,6 +173,7 @@ def mine(
     progress:bool=True, # show a bar over rounds
 )->tuple: # (RLData with the mined rows behind the old ones, frame of rounds: lacking, asked, texts, failed, found)
     "Look for what flat groups lack, by swaps and samples"
+    items = as_items(items, need=("question", "answer", "answers"))
     check_contents(data.rows, items, "mine: " + _named(data))
     cache = FactCache() if cache is None else cache
     search = Search(data, items, scorer, store, policy, mining, positive, proposing, asking, cache)
@@ -217,6 +220,7 @@ def reask(
     asking:Asking=Asking(), # see `ask`
 )->RLData: # the same sequences in the same order with new facts; what fails now is a failed row
     "Ask the present scorer about the sequences of old data"
+    items = as_items(items, need=("question", "answer", "answers"))
     facts = ask(data.rows, scorer, items, cache, asking, progress=progress)
     rows = _with_facts(data.rows[list(PROPOSAL_COLUMNS)], facts)
     were = sorted(data.rows.scorer.dropna().unique().tolist())

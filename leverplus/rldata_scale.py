@@ -22,6 +22,7 @@ from huggingface_hub import try_to_load_from_cache
 from .core import fingerprint, read_json, repo_path, rng
 from .runs import empty_folder
 from .settings import Job, change
+from .items import as_items
 from .pictures import BadPicture, picture_size
 from .data import check_splits, items_fingerprint, read_okvqa, read_soft_labels, read_vqav2
 from .embed import EmbedStore, embed_items, gather_stores, load_clip
@@ -52,13 +53,14 @@ def items(self:Job)->pd.DataFrame: # by question_id; FileNotFoundError, `BadItem
     splits = dict.fromkeys((data.candidates, self.split))
     frames = {s: read(folder, s, images=images, verify=data.check) for s in splits}
     if len(frames) > 1: check_splits(**frames)
-    return pd.concat(frames.values())
+    return as_items(pd.concat(frames.values()))
 
 @patch
 def questions(self:Job,
     items:pd.DataFrame|None=None, # of `Job.items`; None: they are read
 )->list: # question_ids: the first `limit` of the split
     "Say whose questions are asked"
+    items = self.items() if items is None else as_items(items, need=("split",))
     items = self.items() if items is None else items
     return items.question_id[items.split == self.split][:self.limit].tolist()
 
@@ -479,6 +481,7 @@ def expected_rate(
     seed:int=0, # of their draw
 )->dict: # prompts_per_second; tflop of a prompt; image_tokens, answers: means; why, in words
     "Prompts per second that a GPU would answer about such items: assumed, not measured"
+    items = as_items(items, need=("image_path", "answers"))
     if not len(items): raise ValueError("expected_rate: no items")
     some = items.iloc[rng("expected rate", seed).permutation(len(items))[:n]]
     tokens = [_tokens_of(q, path) for q, path in zip(some.question_id, some.image_path)]

@@ -18,6 +18,7 @@ from .settings import Asking
 from .core import fingerprint, read_json
 from .runs import git_state, library_versions, plain
 from .synth import quiet
+from .items import as_items
 from .groups import check_shard, shard_tag
 from .rewards import info_score, reward_facts
 from .rldata_ask import FactCache, ask, facts_fingerprint, item_hashes
@@ -516,6 +517,7 @@ def sweep_table(
     bootstrap:Bootstrap=Bootstrap(), # resamples, and the coverage of intervals
 )->pd.DataFrame: # settings, configs, seeds, failed, n, acc, lo, hi, sd_seeds, delta with lo, hi, mde, p_holm, verdict
     "Mean and spread over seeds, and the difference to the default with an interval over questions and seeds"
+    if items is not None: items = as_items(items, need=("image_id",))
     by = [by] if isinstance(by, str) else list(by or frame.attrs.get("by") or [])
     if not by or set(by) - set(frame):
         there = [c for c in frame if c not in ("seed", "status", "error", "cell")]

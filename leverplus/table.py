@@ -13,6 +13,7 @@ import pandas as pd
 from .core import ask_for_a_folder, fingerprint, repo_path
 from .runs import Run
 from .settings import Asking, Rows, plain_settings
+from .items import as_items
 from leverplus.rldata_ask import (
     FactCache, about_items, ask_around, facts_fingerprint, known_facts, text_hashes,
 )
@@ -35,6 +36,9 @@ class Asked:
     split:str="dev" # how the questions are called
     candidates:str="train" # what the split of the demonstrations is called
     data:str="" # what the data set is called, where looks are counted
+
+    def __post_init__(self):
+        self.items = as_items(self.items, need=("image_id", "question", "answer", "answers"))
 
 # %% ../nbs/83_table.ipynb #2e7f6769
 def plan_table(

@@ -16,6 +16,7 @@ from .core import fingerprint
 from .settings import BATCH, EPOCHS, Asking, Choosing, Job, Rewarding, Teaching, plain_settings, several
 from .runs import Run
 from .embed import EmbedStore
+from .pools import image_groups
 from .groups import FACT_COLUMNS, RLData, column_content
 from .rewards import reward_facts
 from .rldata_ask import FactCache, same_scorer
@@ -47,8 +48,8 @@ class TrainingData:
     def warmup_items(self):
         "Demonstrations whose pictures no development question has"
         demos = self.items[self.items.split == self.job.data.candidates]
-        pictures = self.items.image_id.loc[self.dev.queries]
-        return demos[~demos.image_id.isin(pictures)]
+        picture = pd.Series(image_groups(self.items, self.store, strict=False), index=self.items.index)
+        return demos[~picture.loc[demos.index].isin(picture.loc[self.dev.queries])]
 
 def recipe_of(
     teaching:Teaching, # what is trained

@@ -11,6 +11,7 @@ from itertools import permutations
 import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
 from .core import fingerprint
+from .items import as_items
 from .pools import draw_block, encoder_of, image_groups, sampler_parts
 from .vqa import normalise
 from fastai.data.core import DataLoaders
@@ -63,7 +64,7 @@ class AnswerGroups:
         self.n = n
         self.rounds = rounds
         self.check_shots()
-        self.set_items(items)
+        self.set_items(as_items(items, need=("image_id", "answer"), what="AnswerGroups, items"))
         self.parts = sampler_parts(sampler, K)
         self.query = store.get(self.question_ids, kind)
         self.near = {k: store.get(self.question_ids, k).double() for k in self.parts if k != "random"}
@@ -83,8 +84,6 @@ class AnswerGroups:
         self.words = words[some]
         self.lost = int((~some).sum())
         self.question_ids = items.question_id.to_numpy()
-        if len(set(self.question_ids)) < len(self.question_ids):
-            raise ValueError("AnswerGroups: a question_id comes twice; pass each training item once")
         self.image = torch.tensor(image_groups(items))
         self.twin = torch.zeros(len(items), dtype=torch.bool)
         if "question" in items:
@@ -162,6 +161,7 @@ def warmup_dls(
     sampler:str="random", # how pools are drawn, as in `AnswerGroups`
 )->DataLoaders: # training: fresh groups; validation: that of `dls`
     "DataLoaders of the warm-up"
+    items = as_items(items, need=("image_id", "answer"))
     info = getattr(dls, "info", {})
     kind = info.get("kind", "mixed")
     rounds = max(1, round(steps * bs / len(items)))

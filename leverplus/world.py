@@ -12,6 +12,7 @@ from pathlib import Path
 import pandas as pd, torch
 from .core import world_path
 from .toy import DATASET
+from .items import as_items
 from .data import check_splits, read_okvqa
 from .embed import EmbedStore, embed_items
 from .pools import Pool, make_pool
@@ -31,6 +32,9 @@ class World:
     pools:dict # {split: Pool}; candidates always from train
     scorer:object # SharedScorer on the tiny Qwen2.5-VL
     facts_file:Path # exhaustive facts of the test split
+
+    def __post_init__(self):
+        self.items = as_items(self.items, need=("image_id", "question", "answer", "answers", "split"))
 
     def ids(self,
         split:str, # train | dev | test
@@ -82,7 +86,7 @@ def read_islands(
     folder = world_path(folder)
     frames = {s: read_okvqa(folder, s, images=folder/"images") for s in splits}
     check_splits(**frames)
-    return pd.concat(frames.values())
+    return as_items(pd.concat(frames.values()))
 
 # %% ../nbs/35_world.ipynb #a3ffedd6
 def all_pointers(

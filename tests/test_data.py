@@ -10,6 +10,7 @@ from leverplus.data import (
     BadItems, check_splits, expand_labels, image_fault, items_fingerprint, left_out, majority, read_okvqa,
     read_soft_labels, read_vqav2, show_items,
 )
+from leverplus.items import as_id, as_image_id, given_ids
 from leverplus.vqa import answer_targets
 
 Q, A = "OpenEnded_mscoco_train2014_questions.json", "mscoco_train2014_annotations.json"
@@ -88,7 +89,6 @@ def eleven(qs, an): an[1]["answers"].append(dict(answer="red"))
 def no_answers(qs, an): del an[1]["answers"]
 def number(qs, an): an[1]["answers"][0]["answer"] = 7
 def blank(qs, an): [a.update(answer=" ") for a in an[1]["answers"]]
-def text_id(qs, an): qs[1]["question_id"] = "11"
 def true_id(qs, an): qs[1]["question_id"] = True
 def no_image_id(qs, an): del qs[1]["image_id"]
 def negative(qs, an): qs[1]["image_id"] = -1
@@ -110,7 +110,6 @@ def annotated_twice(qs, an): an.append(copy.deepcopy(an[1]))
         (no_answers, 1, f"{A}: question 11: answers is NoneType"),
         (number, 1, f"{A}: question 11: an answer without a text"),
         (blank, 1, f"{A}: question 11: all answers are blank"),
-        (text_id, 1, f"{Q}: question 11: question_id is '11'"),
         (true_id, 1, f"{Q}: question True: question_id is True"),
         (list_id, 1, f"{Q}: question [11]: question_id is [11]"),
         (no_image_id, 1, f"{Q}: question 11: image_id is None"),
@@ -208,6 +207,39 @@ def test_report_survives_and_says_when_it_is_gone(tmp_path):
     assert items_fingerprint(g) == items_fingerprint(f) and g.index.tolist() == f.index.tolist()
     other = read_okvqa(put(tmp_path/"b", *world()), "train")
     assert len(pd.concat([f, other])) == 11 # reports that differ do not hinder concat
+
+def test_ids_and_pictures_that_are_texts(tmp_path):
+    "Numbers written as texts are numbers; other texts are mapped, kept, and name the picture's file"
+    qs, an = world()
+    qs[1]["question_id"] = "11"
+    for entry in (qs[2], an[2]): entry.update(question_id="22MexNk", image_id="VizWiz_val_00000002.jpg")
+    for entry in (qs[3], an[3]): entry["image_id"] = "COCO_train2014_000000000003"
+    put(tmp_path, qs, an)
+    im = paint(tmp_path/"im", range(6))
+    (im/"COCO_train2014_000000000002.png").rename(im/"VizWiz_val_00000002.jpg")
+    f = read_okvqa(tmp_path, "train", images=im)
+    new = as_id("22MexNk")
+    assert f.index.tolist() == f.question_id.tolist() == [1, 11, new, 31, 41, 51]
+    assert f.given_id.tolist() == ["1", "11", "22MexNk", "31", "41", "51"]
+    assert f.image_id.tolist() == [0, 1, as_image_id("VizWiz_val_00000002.jpg"), 3, 4, 5]
+    assert Path(f.image_path[new]).name == "VizWiz_val_00000002.jpg"
+    f.to_parquet(tmp_path/"f.parquet")
+    assert given_ids(pd.read_parquet(tmp_path/"f.parquet"), [new, 31]) == ["22MexNk", "31"]
+
+def test_a_text_id_that_one_file_lacks_is_named(tmp_path):
+    qs, an = world()
+    qs[1]["question_id"] = an[1]["question_id"] = "22MexNk"
+    del an[1]
+    with pytest.raises(BadItems, match="question 22MexNk: no annotation"): read_okvqa(put(tmp_path, qs, an), "train")
+
+def test_splits_are_compared_by_what_ids_mean():
+    "One picture under a number and under a COCO name is one picture"
+    a = pd.DataFrame(dict(question_id=[1, 2], image_id=[42, 43]))
+    b = pd.DataFrame(dict(question_id=["3", "x"], image_id=["COCO_val2014_000000000042", "other.jpg"]))
+    with pytest.raises(ValueError, match=r"share 1 image_ids, e.g. \[42\]"): check_splits(train=a, val=b)
+    assert check_splits(train=a, val=b[1:]).questions.tolist() == [2, 1]
+    with pytest.raises(ValueError, match="split 'train', question_id 2: image_id nan is missing"):
+        check_splits(train=a.assign(image_id=[42, None]), val=b)
 
 # ---- helpers
 

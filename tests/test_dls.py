@@ -215,9 +215,8 @@ def test_show_group():
     t = show_group(ds, 1007)
     assert len(t) == (rows.question_id == 1007).sum()
     assert t.reward.is_monotonic_decreasing
-    items = pd.DataFrame(
-        dict(question=[f"q{i}?" for i in STORE.ids], answer=[f"a{i}" for i in STORE.ids]), index=STORE.ids
-    )
+    texts = dict(question=[f"q{i}?" for i in STORE.ids], answer=[f"a{i}" for i in STORE.ids])
+    items = pd.DataFrame(dict(question_id=STORE.ids) | texts)
     t = show_group(ds, 1007, items)
     assert t.columns.name == "1007: q1007? a1007"
     best = rows[rows.question_id == 1007].sort_values("vqa_acc_score", ascending=False, kind="stable").iloc[0]

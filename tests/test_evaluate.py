@@ -284,7 +284,7 @@ def two_names(effect, g, n=500):
         )
         for s, q in zip(("old", "new"), p)
     ]
-    return pd.concat(rows, ignore_index=True), pd.DataFrame(dict(image_id=np.arange(n)//2), index=range(n))
+    return pd.concat(rows, ignore_index=True), pd.DataFrame(dict(question_id=range(n), image_id=np.arange(n)//2))
 
 def test_planted_effects_are_judged_right():
     g = rng("planted")
@@ -346,7 +346,7 @@ def test_gap_is_a_ratio_of_means_and_knows_when_it_is_not_defined():
     assert gap_closed([1, np.nan, .5, .5], r, o, bootstrap=Bootstrap(0)).value == pytest.approx(.5)
 
 def test_table_is_what_the_parts_say():
-    items = pd.DataFrame(dict(image_id=np.arange(12) // 2), index=range(12))
+    items = pd.DataFrame(dict(question_id=range(12), image_id=np.arange(12) // 2))
     s = score_picks(PICKS, DATA)
     t = result_table(s, items, bootstrap=Bootstrap(500))
     assert list(t) == TABLE

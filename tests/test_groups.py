@@ -134,7 +134,7 @@ def test_probability_only_rows_are_whole():
     RLData.from_frame(tried(**dict.fromkeys(TEXT_FACTS)), POOL)
 
 def test_unknown_ids_are_named():
-    items = pd.DataFrame(dict(question="q", answer="a"), index=[1, 2, 3, 4, 5, 6, 7, 8])
+    items = pd.DataFrame(dict(question_id=range(1, 9), question="q", answer="a"), index=range(1, 9))
     data = RLData.from_frame(tried(), POOL)
     data.validate(items)
     with pytest.raises(ValueError, match="question_id 3 is not among the 7 items"):
@@ -252,7 +252,8 @@ def test_groups_and_repr():
     assert [(q, len(f)) for q, f in data.groups()] == [(7, 3), (8, 1)]
     assert data.shots == (1, 2)
     assert data.queries == [7, 8]
-    items = pd.DataFrame(dict(question=[f"Q{i} <b>?" for i in range(9)], answer=[f"A{i}" for i in range(9)]))
+    texts = dict(question=[f"Q{i} <b>?" for i in range(9)], answer=[f"A{i}" for i in range(9)])
+    items = pd.DataFrame(dict(question_id=range(9)) | texts)
     g = data.group(7, items)
     assert g.frame().gt_prob.tolist() == [0.8, 0.5, 0.1]
     assert "Q1 <b>? [A1] > 2: Q2 <b>? [A2]" in repr(g)

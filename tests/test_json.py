@@ -242,7 +242,7 @@ def test_places_or_row_numbers(read):
 
 def test_id_maps(read):
     assert row_map(ITEMS.sample(frac=1, random_state=0)) == IDS
-    fails(lambda: row_map(pd.concat([ITEMS, ITEMS[:1]])), "100 occurs twice")
+    fails(lambda: row_map(pd.concat([ITEMS, ITEMS[:1]])), "100 occurs more than once")
     want = read(v4()).rows
     pd.testing.assert_frame_equal(read(v4(), id_map=list(IDS.values())).rows, want)
     pd.testing.assert_frame_equal(read(v4(), id_map={str(k): v for k, v in IDS.items()}).rows, want)

@@ -307,7 +307,7 @@ def test_pictures_fit_their_budget(tmp_path):
     noise = np.random.default_rng(0)
     for i in ids:
         Image.fromarray(noise.integers(0, 255, (300, 400, 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")
-    items = pd.DataFrame(dict(image_path=[str(tmp_path / f"{i}.png") for i in ids]), index=ids)
+    items = pd.DataFrame(dict(question_id=ids, image_path=[str(tmp_path / f"{i}.png") for i in ids]))
     pics = Pictures(160_000)
     wide = Pictures()
     for i in ids:

@@ -215,7 +215,8 @@ def test_info_score():
 )
 def test_reweigh_is_the_sum_over_answers(answers, asked, weight, seed):
     g = np.random.default_rng(seed)
-    items = pd.DataFrame(dict(answers=answers), index=range(10, 10 + len(answers)))
+    ids = np.arange(10, 10 + len(answers))
+    items = pd.DataFrame(dict(question_id=ids, answers=answers), index=ids)
     q = g.integers(0, len(answers), 6) + 10
     def texts(i): return answer_targets(items.at[i, "answers"], asked)[0]
     logs = [tuple(np.log(g.dirichlet(np.ones(len(texts(i)) + 1))[:-1])) for i in q]
@@ -232,7 +233,7 @@ def test_reweigh_refuses_other_items():
     with pytest.raises(ValueError, match="question_id 7: 2 log-probabilities for 1 answers"):
         reweigh(
             pd.DataFrame(dict(question_id=[7], vqa_gt_logprobs=[(-1.0, -2.0)])),
-            pd.DataFrame(dict(answers=[["cat"] * 10]), index=[7]),
+            pd.DataFrame(dict(question_id=[7], answers=[["cat"] * 10])),
             "official",
         )
 
