@@ -19,7 +19,7 @@ from .embed import EmbedStore
 from .pools import image_groups
 from .groups import FACT_COLUMNS, RLData, column_content
 from .rewards import reward_facts
-from .rldata_ask import FactCache, same_scorer
+from .rldata_ask import FactCache, check_contents, same_scorer
 from .rldata_generate import policy_fingerprint, run_lock, with_text
 from .rldata_merge import merge, split
 import leverplus.rldata_scale # teaches `Job` to read items and embeddings
@@ -41,8 +41,9 @@ class TrainingData:
     def open(self):
         "Read items and embeddings; ValueError if the groups are of other items"
         self.items, self.store, _ = self.job.inputs()
-        self.train.validate(self.items)
-        self.dev.validate(self.items)
+        for name, groups in dict(train=self.train, dev=self.dev).items():
+            groups.validate(self.items)
+            check_contents(groups.rows, self.items, f"the groups of {name}")
         return self
 
     def warmup_items(self):
