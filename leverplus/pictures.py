@@ -140,8 +140,9 @@ def open_image(
     with _named(source, name, question_id), _opened(data) as image:
         image.load()
         rgb = _upright(_rgb(image, _png_depth(data)), _orientation(image))
-        if getattr(image, "is_animated", False): _say_first_frame(_label(source, name))
-        return rgb
+        has_frames = getattr(image, "is_animated", False)
+    if has_frames: _say_first_frame(_label(source, name))
+    return rgb
 
 def _orientation(image):
     "EXIF orientation, 1 to 8; 1 where EXIF has none or cannot be read"

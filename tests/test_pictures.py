@@ -321,6 +321,10 @@ def test_several_frames_are_said_once(files):
     assert any(f"{files[name]} has several frames" in str(given[0].message) for name in names)
 
 @pytest.mark.filterwarnings("error:.*frames")
+def test_whoever_makes_warnings_errors_gets_this_one(files):
+    with pytest.raises(UserWarning, match="has several frames"): open_image(files["GIF of two frames"])
+
+@pytest.mark.filterwarnings("error:.*frames")
 def test_one_frame_says_nothing(files):
     for name in ("GIF", "PNG, EXIF 1", "grey of 16 bits, TIFF"): open_image(files[name])
 
