@@ -3,14 +3,15 @@ import ast, io, pickle, struct, warnings, zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
+from hypothesis import given, settings, strategies as st
 from PIL import Image, ImageFile, PngImagePlugin
 import leverplus.pictures as pictures
 from leverplus.data import image_fault
 from leverplus.embed import Clip, embed_items, load_clip
 from leverplus.lvlm import NaiveScorer, Targets, compare, load_lvlm, official_inputs, prompt_images
 from leverplus.pictures import (
-    ASPECT_LIMIT, BadPicture, NoPicture, open_image, picture_fault, picture_file, picture_key, picture_size,
-    read_picture,
+    ASPECT_LIMIT, TOKEN_SIDES, BadPicture, NoPicture, open_image, picture_fault, picture_file, picture_key,
+    picture_size, read_picture,
 )
 from leverplus.prompt import Demo, Prompt
 from leverplus.report import item_picture
@@ -320,6 +321,10 @@ def test_several_frames_are_said_once(files):
     assert any(f"{files[name]} has several frames" in str(given[0].message) for name in names)
 
 @pytest.mark.filterwarnings("error:.*frames")
+def test_whoever_makes_warnings_errors_gets_this_one(files):
+    with pytest.raises(UserWarning, match="has several frames"): open_image(files["GIF of two frames"])
+
+@pytest.mark.filterwarnings("error:.*frames")
 def test_one_frame_says_nothing(files):
     for name in ("GIF", "PNG, EXIF 1", "grey of 16 bits, TIFF"): open_image(files[name])
 
@@ -342,6 +347,7 @@ REFUSED = { # name -> (file, words, seen from the header alone?)
     "1 x 201": (saved(Image.new("RGB", (1, 201))), "is 1 x 201 pixels", True),
     "300 x 1": (saved(Image.new("RGB", (300, 1))), "is 300 x 1 pixels", True),
     "601 x 3": (saved(Image.new("L", (601, 3))), "is 601 x 3 pixels", True),
+    "41 x 8200": (saved(Image.new("L", (41, 8200))), "become 1 x 293 visual tokens", True),
     "bomb": (b"P6 20000 20000 255 ", "is too large", True),
     "not a number": (saved(np.float32([[0, np.nan]]), "TIFF"), "not finite", False),
     "infinite": (saved(np.float32([[0, np.inf]]), "TIFF"), "not finite", False),
@@ -398,6 +404,33 @@ def test_limit_is_the_processors(lvlm):
     assert ASPECT_LIMIT == MAX_RATIO
     smart_resize(ASPECT_LIMIT, 1)
     with pytest.raises(ValueError): smart_resize(ASPECT_LIMIT + 1, 1)
+
+SIDES = st.tuples(st.integers(1, 400), st.floats(60, 210), st.booleans())
+
+@settings(max_examples=400, deadline=None, derandomize=True)
+@given(SIDES)
+def test_long_pictures_are_refused_where_the_processors_refuse_them(sides):
+    "By qwen_vl_utils as they are, or by transformers as qwen_vl_utils resizes them"
+    from qwen_vl_utils.vision_process import smart_resize
+    from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize as second
+    short, ratio, lying = sides
+    width, height = (round(short*ratio), short) if lying else (short, round(short*ratio))
+    taken = True
+    for side in TOKEN_SIDES:
+        try: second(*smart_resize(height, width, side), side)
+        except ValueError: taken = False
+    if taken: pictures._check_sides(width, height)
+    else:
+        told = f"{width} x {height} pixels"
+        with pytest.raises(pictures._Refusal, match=told): pictures._check_sides(width, height)
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.integers(1, 9000), st.integers(1, 9000), st.sampled_from(TOKEN_SIDES))
+def test_whole_tokens_are_those_of_qwen_vl_utils(width, height, side):
+    from qwen_vl_utils.vision_process import smart_resize
+    if max(width, height) > ASPECT_LIMIT*min(width, height): return
+    h, w = smart_resize(height, width, side)
+    assert pictures._in_tokens(width, height, side) == (w//side, h//side)
 
 def test_cut_files_do_not_pass_because_of_a_switch(monkeypatch):
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
