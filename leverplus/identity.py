@@ -109,27 +109,34 @@ def image_settings(
     return [type(image_processor).__name__, named_settings(used, IMAGE_SETTINGS)]
 
 # %% ../nbs/06_identity.ipynb #628153b7
+_PARTS = ("normalizer", "pre_tokenizer", "model", "post_processor", "decoder") # `model`: words and merges
+
 def tokenizer_fingerprint(
     tokenizer, # fast tokenizer of transformers; its chat template is not in it
 )->str: # 16 hexadecimal digits
     "Fingerprint of what decides tokens and texts"
-    text = tokenizer.backend_tokenizer.to_str()
-    last_call, rules = text.split('"added_tokens":', 1) # in front: version, truncation, padding
-    digest = hashlib.sha256(rules.encode()).hexdigest()
-    if digest not in _RULES:
-        if len(_RULES) > 64: _RULES.clear()
-        _RULES[digest] = fingerprint(_said_inside(json.loads(text)))
+    backend = tokenizer.backend_tokenizer
+    rules = {name: _rules(getattr(backend, name)) for name in _PARTS}
+    added = [[number, *_token(token)] for number, token in sorted(backend.get_added_tokens_decoder().items())]
     clean = bool(getattr(tokenizer, "clean_up_tokenization_spaces", False))
-    return fingerprint("tokenizer", type(tokenizer).__name__, clean, _RULES[digest])
+    return fingerprint("tokenizer", type(tokenizer).__name__, clean, rules, added)
 
-_RULES = {} # sha256 of a tokenizer's own text -> fingerprint of its rules
+def _token(token):
+    "An added token and its flags"
+    return [token.content, token.lstrip, token.rstrip, token.normalized, token.single_word, token.special]
 
-def _said_inside(rules):
-    "The rules without what follows the last call, and without what is absent or off"
-    return _on({k: v for k, v in rules.items() if k not in ("version", "truncation", "padding")})
+_KNOWN = {} # sha256 of how a part of a tokenizer is pickled -> fingerprint of its rules
 
-def _on(x):
-    "A nested setting without what is None or False"
-    if isinstance(x, list): return [_on(value) for value in x]
-    if not isinstance(x, dict): return x
-    return {key: _on(value) for key, value in x.items() if value is not None and value is not False}
+def _rules(part):
+    "Fingerprint of a part of a tokenizer; None if it has no such part"
+    if part is None: return None
+    state = part.__getstate__() # JSON, a tenth of a second for a large vocabulary at most
+    digest = hashlib.sha256(state).hexdigest()
+    if digest not in _KNOWN:
+        if len(_KNOWN) > 256: _KNOWN.clear()
+        _KNOWN[digest] = fingerprint(json.dumps(json.loads(state, object_hook=_on), sort_keys=True))
+    return _KNOWN[digest]
+
+def _on(settings):
+    "A dictionary without what is None or False"
+    return {key: value for key, value in settings.items() if value is not None and value is not False}

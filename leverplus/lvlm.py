@@ -149,8 +149,9 @@ TEXT_SETTINGS = (
 )
 ROPE_SETTINGS = (
     "attention_factor", "beta_fast", "beta_slow", "factor", "high_freq_factor", "long_factor",
-    "low_freq_factor", "mrope_interleaved", "mrope_section", "mscale", "mscale_all_dim", "original_max_position_embeddings",
-    "partial_rotary_factor", "rope_theta", "rope_type", "short_factor", "truncate",
+    "low_freq_factor", "mrope_interleaved", "mrope_section", "mscale", "mscale_all_dim",
+    "original_max_position_embeddings", "partial_rotary_factor", "rope_theta", "rope_type", "short_factor",
+    "truncate",
 )
 VISION_SETTINGS = (
     "deepstack_visual_indexes", "fullatt_block_indexes", "hidden_act", "num_heads", "patch_size",
