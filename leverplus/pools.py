@@ -360,7 +360,7 @@ def make_pool(
     ids = _draw(asked, offered[~twin], parts, store, seed)
     recipe = dict(
         sampler=sampler, K=K, parts=parts, seed=seed, order="shuffled",
-        clip=store.meta["source"].get("clip") if similar else None,
+        clip=store.source.get("clip") if similar else None,
         store=store.fingerprint if similar else None,
         queries=_items_print(asked), demos=_items_print(offered),
         n_queries=len(asked), n_demos=len(offered),

@@ -137,7 +137,7 @@ def _embed(items, clip, progress=False):
 def _checked(store, items, clip, place):
     "A store, if it is of these items and this CLIP; ValueError says what it is of"
     what = None
-    if store.meta["source"]["clip"] != clip.fingerprint: what = "of another CLIP"
+    if store.source.get("clip") != clip.fingerprint: what = "of another CLIP"
     elif not np.array_equal(store.ids, items.index): what = "of other items"
     else:
         pictures = item_contents(items, items.index).picture.fillna("")
