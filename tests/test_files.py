@@ -126,6 +126,14 @@ def test_a_label_that_is_no_number_is_a_bad_item(tmp_path):
     (tmp_path/"train_soft_labels.json").write_text('[{"question_id": 7, "label": {"red": NaN}}]')
     with pytest.raises(BadItems, match="question 7: score nan of 'red'"): read_soft_labels(tmp_path, "train")
 
+def test_results_are_read_like_other_json(tmp_path):
+    from leverplus.infer import check_results
+    said = [dict(question_id=7, answer="red")]
+    (tmp_path/"r.json").write_text(json.dumps(said), encoding="utf-8-sig")
+    assert check_results(tmp_path/"r.json", [7]) == said
+    (tmp_path/"r.json").write_text("<html>")
+    with pytest.raises(ValueError, match="r.json: not valid JSON: an HTML page"): check_results(tmp_path/"r.json", [7])
+
 # ---- pictures
 
 @pytest.mark.parametrize("ending", ["jpg", "JPG", "jpeg", "JPEG", "png", "PNG", "Jpg"])
