@@ -122,8 +122,8 @@ class PictureFolder:
         self.images = Path(images)
         self.split = split
         own = [f"{split}{year}" for year in (2014, 2015, 2017)]
-        both = [f"{part}2017" for part in ("train", "val")]   # the pictures of 2014 are divided anew
-        places = ["", *dict.fromkeys([*own, *both])]
+        anew = ["train2017", "val2017"]   # hold the pictures of 2014 in another division
+        places = ["", *dict.fromkeys([*own, *anew])]
         self.places = {place: _files(self.images/place) for place in places if (self.images/place).is_dir()}
 
     def names(self,
@@ -134,7 +134,8 @@ class PictureFolder:
             name, ending = os.path.splitext(image_id)
             return [name if ending.lower() in ENDINGS else image_id]
         number = f"{image_id:012d}"
-        return [f"COCO_{self.split}2014_{number}", f"COCO_{self.split}2015_{number}", number]
+        years = (2014, 2015) if self.split == "test" else (2014,)
+        return [*(f"COCO_{self.split}{year}_{number}" for year in years), number]
 
     def find(self,
         image_id:int|str, # >= 0, or the name of a file
@@ -155,9 +156,9 @@ class PictureFolder:
     def sought(self,
         image_id:int|str, # >= 0, or the name of a file
     )->str: # for a message
-        "Say where a picture was looked for, and under which names"
-        places = ", ".join(place or "." for place in self.places)
-        return f"looked for {', '.join(self.names(image_id))} with {', '.join(ENDINGS)} in {places}"
+        "Say under which names a picture was looked for, and where"
+        places = ", ".join(str(Path(self.images.name)/place) for place in self.places)
+        return f"no {' or '.join(self.names(image_id))} ({', '.join(ENDINGS)}) in {places}"
 
 def _files(folder): # {name in small letters, without its ending: image files that are called so}
     out = {}

@@ -17,7 +17,7 @@ from typing import get_args
 import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
 from filelock import FileLock
-from .core import ask_for_a_folder, atomic_path, fingerprint, pad_rows, rng
+from .core import ask_for_a_folder, atomic_path, fingerprint, pad_rows, read_json, rng
 from .runs import Run
 from .settings import Asking, Picker, Picking, plain_settings
 from .items import as_ids, as_items, given_ids
@@ -461,7 +461,7 @@ def check_results(
     question_ids, # all questions of the split
 )->list: # the list; ValueError says what is wrong with it, `Unanswered` that answers are missing
     "Hold predictions against the official results format"
-    if isinstance(results, (str, Path)): results = json.loads(Path(results).read_text(encoding="utf8"))
+    if isinstance(results, (str, Path)): results = read_json(results)
     if not isinstance(results, list):
         raise ValueError(f"results are a {type(results).__name__}: wanted a list")
     for i, r in enumerate(results): _check_entry(i, r)

@@ -39,10 +39,15 @@ def score_pairs(
     items = as_items(items, need=("image_path", "question", "answer", "answers"))
     make = prompter(_needed(items, pairs), asking.style)
     prompts = [make(q, p) for q, p in zip(pairs.question_id, pairs.pointer)]
-    targets = [Targets(*answer_targets(items.at[q, "answers"], asking.answer_weight)) for q in pairs.question_id]
+    targets = [_targets(items, q, asking.answer_weight) for q in pairs.question_id]
     scored = scorer.run(prompts, targets, generate=generate, progress=False)
     _check_answered(scorer, prompts, scored)
     return scored
+
+def _targets(items, q, weight):
+    "The true answers of a question; errors name it"
+    try: return Targets(*answer_targets(items.at[q, "answers"], weight))
+    except ValueError as e: raise ValueError(f"question {q}: {e}") from e
 
 def _needed(items, pairs):
     "The items that `pairs` mention"

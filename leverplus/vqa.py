@@ -287,5 +287,5 @@ def answer_targets(
     return tuple(zip(*targets))
 
 def _target_text(key, raws): # a text that is rewritten to `key`: itself, if that holds, or what people wrote
-    stays = key and normalise(key) == key
+    stays = key and normalise(key) == key == compose(key)
     return key if stays else min(filter(None, raws))

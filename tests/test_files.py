@@ -126,14 +126,22 @@ def test_a_label_that_is_no_number_is_a_bad_item(tmp_path):
     (tmp_path/"train_soft_labels.json").write_text('[{"question_id": 7, "label": {"red": NaN}}]')
     with pytest.raises(BadItems, match="question 7: score nan of 'red'"): read_soft_labels(tmp_path, "train")
 
+def test_results_are_read_like_other_json(tmp_path):
+    from leverplus.infer import check_results
+    said = [dict(question_id=7, answer="red")]
+    (tmp_path/"r.json").write_text(json.dumps(said), encoding="utf-8-sig")
+    assert check_results(tmp_path/"r.json", [7]) == said
+    (tmp_path/"r.json").write_text("<html>")
+    with pytest.raises(ValueError, match="r.json: not valid JSON: an HTML page"): check_results(tmp_path/"r.json", [7])
+
 # ---- pictures
 
 @pytest.mark.parametrize("ending", ["jpg", "JPG", "jpeg", "JPEG", "png", "PNG", "Jpg"])
 @pytest.mark.parametrize(
     "place,front",
     [
-        ("", "COCO_train2014_"), ("train2014", "COCO_train2014_"), ("", "COCO_train2015_"),
-        ("train2015", "COCO_train2015_"), ("", ""), ("train2017", ""), ("val2017", ""), ("train2014", ""),
+        ("", "COCO_train2014_"), ("train2014", "COCO_train2014_"), ("", ""), ("train2014", ""), ("train2017", ""),
+        ("val2017", ""),
     ],
 )
 def test_pictures_are_found_by_any_of_their_names(tmp_path, place, front, ending):
@@ -146,6 +154,13 @@ def test_pictures_are_found_by_any_of_their_names(tmp_path, place, front, ending
     assert find_image(tmp_path/"im", "train", 43) is None and find_image(tmp_path/"im", "train", 4) is None
     items = read_okvqa(put(tmp_path), "train", images=tmp_path/"im")
     assert items.image_path.tolist() == [str(file)]
+
+@pytest.mark.parametrize("name", ["COCO_test2015_000000000042.jpg", "test2015/COCO_test2015_000000000042.jpg"])
+def test_test_pictures_are_those_of_2015(tmp_path, name):
+    (tmp_path/name).parent.mkdir(exist_ok=True)
+    (tmp_path/name).touch()
+    assert find_image(tmp_path, "test", 42) == tmp_path/name
+    assert find_image(tmp_path, "val", 42) is None
 
 def test_pictures_of_another_split_are_not_taken(tmp_path):
     val = "COCO_val2014_000000000042.jpg"
@@ -172,8 +187,8 @@ def test_two_files_for_one_picture(tmp_path):
 def test_a_picture_that_is_not_there_says_what_was_sought(tmp_path):
     (tmp_path/"im"/"val2017").mkdir(parents=True)
     with pytest.raises(BadItems) as e: read_okvqa(put(tmp_path), "train", images=tmp_path/"im")
-    names = "COCO_train2014_000000000042, COCO_train2015_000000000042, 000000000042"
-    assert f"no such image: looked for {names} with .jpg, .jpeg, .png in ., val2017" in str(e.value)
+    sought = "no COCO_train2014_000000000042 or 000000000042 (.jpg, .jpeg, .png) in im, im/val2017"
+    assert f"COCO_train2014_000000000042: question 7: no such image: {sought}" in str(e.value)
 
 def test_a_folder_is_listed_once(tmp_path, monkeypatch):
     n = 20_000

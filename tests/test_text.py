@@ -4,8 +4,11 @@ from dataclasses import replace
 import numpy as np, pandas as pd, pytest, torch
 from hypothesis import given, settings, strategies as st
 from PIL import Image
-from leverplus.lvlm import NaiveScorer, Targets, checked_targets, compare, load_lvlm, read_texts, weights_once
+from leverplus.lvlm import (
+    MockScorer, NaiveScorer, Targets, checked_targets, compare, load_lvlm, read_texts, weights_once,
+)
 from leverplus.prompt import STYLES, Demo, Prompt, check_prompt, prompter
+from leverplus.rldata_ask import score_pairs
 from leverplus.scorer import SharedScorer
 from leverplus.text import compose, control_token, text_fault
 from leverplus.tiny import save_lvlm, tiny_qwen
@@ -56,6 +59,12 @@ def test_missing_texts_are_refused_where_they_would_be_shown():
     with pytest.raises(ValueError, match="question 3: its answer is .*wanted a text"): make(1, (2, 3))
     with pytest.raises(ValueError, match="question 1: its question is .*wanted a text"):
         prompter(ITEMS.assign(question=[None, "which?", "who?"]))(2, (1,))
+
+@pytest.mark.parametrize("answers,says", [(["<|im_end|>"]*10, "control token"), ([" "]*10, "all 10 answers are blank")])
+def test_answers_that_cannot_be_asked_for_name_their_question(answers, says):
+    items = ITEMS.assign(answers=[["dax"]*10, answers, ["wug"]*10]).set_index("question_id", drop=False)
+    pairs = pd.DataFrame(dict(question_id=[1, 2], pointer=[(2,), (1,)]))
+    with pytest.raises(ValueError, match=f"question 2: .*{says}"): score_pairs(pairs, MockScorer(), items)
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.floats(0, 1)), max_size=8))
 def test_weights_once(rows):

@@ -249,6 +249,8 @@ def test_targets_by_hand():
     assert answer_targets(["yes"]*2 + ["no"]*8, "count3") == (("no", "yes"), (1., 2/3))
     assert answer_targets(["Red."]*10) == (("Red.",), (1.,))
     assert answer_targets(["?"]*4 + ["The"]*4 + ["", "red"])[0] == ("?", "red")
+    # a dropped mark leaves a letter and an accent apart
+    assert answer_targets(["e.\u0301"]*5 + ["red"]*5)[0] == ("e.\u0301", "red")
     with pytest.raises(ValueError, match="blank"): answer_targets(["", "\n"])
     with pytest.raises(ValueError, match="weight"): answer_targets(["x"], "count")
 
