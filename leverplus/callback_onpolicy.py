@@ -22,10 +22,10 @@ from leverplus.decode import (
     Stepwise, best_sequences, deciding, device_of, independent, rooted, stored_noise, tree_search,
 )
 from .pools import check_encoder, encoder_of
-from .groups import FACT_COLUMNS, TEXT_FACTS, RLData, as_record
+from .groups import FACT_COLUMNS, TEXT_FACTS, RLData, as_record, column_content
 from .rewards import reward as reward_of, reward_facts
 from .rldata_generate import TooManyFailures
-from .rldata_ask import as_cache, ask, facts_fingerprint
+from .rldata_ask import as_cache, ask, facts_fingerprint, item_hashes
 from .losses import inclusion_logp, live_groups
 from .callback_core import FitOnly, Objective, looks_for_lr
 from .callback_grpo import GRPO, RLOO
@@ -205,6 +205,17 @@ class Feedback:
 # %% ../nbs/68_callback_onpolicy.ipynb #ab161a65
 class NoReward(TooManyFailures):
     "A sequence that was drawn has no reward"
+
+@patch
+def print_of(self:Feedback, pool):
+    "Fingerprint of what the rewards of a pool's queries come from: its items; stored facts, where nobody is asked"
+    ids = sorted({i for q in pool for i in (q, *pool[q])})
+    said = None
+    if self.scorer is None:
+        facts = self.cache.to_frame()
+        facts = facts[facts.question_id.isin(list(pool))]
+        said = {name: column_content(facts[name]) for name in facts if name != "error"}
+    return fingerprint(self.fingerprint, item_hashes(self.items, ids), said)
 
 @patch
 def facts(self:Feedback, pairs):
@@ -498,8 +509,9 @@ def before_fit(self:OnPolicy):
     queries = [int(q) for q in queries]
     for trained in (self.model, self.dls): check_encoder(trained, encoder_of(store))
     self.world = partial(_these, store, pool, queries)
+    asked = pool.only(queries)
     self.fingerprint = fingerprint(
-        "on-policy", pool.only(queries).fingerprint, store.fingerprint, self.feedback.fingerprint, queries)
+        "on-policy", asked.fingerprint, store.fingerprint, self.feedback.print_of(asked), queries)
     self.trace = []
     self.tried = []
     self.seen = {}
@@ -677,9 +689,9 @@ class GreedyLoss:
         queries = [int(q) for q in (pool if queries is None else queries)]
         if not queries: raise ValueError("GreedyLoss: no queries, wanted at least one")
         self.world = partial(_these, feedback, pool, store, queries)   # out of sight of whoever describes a run
+        asked = pool.only(queries)
         self.fingerprint = fingerprint(
-            "greedy loss", feedback.fingerprint, pool.only(queries).fingerprint, store.fingerprint, queries,
-            self.shots)
+            "greedy loss", feedback.print_of(asked), asked.fingerprint, store.fingerprint, queries, self.shots)
 
     def __call__(self,
         learn, # Learner of a policy
