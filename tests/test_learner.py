@@ -595,7 +595,9 @@ def test_datasets_of_ones_own_are_compared_whole_or_refused(tmp_path):
         return data_prints(dls)
     def differ(a, b): return [name for name in {**a, **b} if a.get(name) != b.get(name)]
     assert prints() == prints()
-    assert differ(prints(), prints(lambda ds: setattr(ds, "bonus", 1.))) == ["train more"]
+    def more(bonus): return prints(lambda ds: setattr(ds, "bonus", bonus))
+    assert differ(more(1.), more(2.)) == ["train more"]
+    assert differ(prints(), more(1.)) == ["parts", "train more"]   # the first alone is seen by a run that has no second
     assert differ(prints(), prints(kind=GroupDataset)) == ["train batches"]
     def odd(ds): ds.helper = object()
     with pytest.raises(ValueError, match="whether a Extra is the one that .*more: .*object.*`content"):
