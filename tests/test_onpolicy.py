@@ -59,13 +59,14 @@ FACTS = facts_of(POOL)
 
 def test_a_state_knows_what_its_rewards_come_from(tmp_path):
     "Other stored facts where nobody is asked, another question, another CLIP: the rounds of before are not continued"
-    def go(judge, at=None, cbs=()):
+    def go(judge, at=None):
         class Die(StageCallback):
             order = 7
             def after_backward(self):
                 if self.train_iter == at: raise SystemExit("killed")
         learn = learner()
-        with quiet(learn): learn.fit_onpolicy(judge, STORE, 3, drawing=Drawing(G=3), cbs=[Die(), *cbs], resume=tmp_path/"run")
+        how = dict(drawing=Drawing(G=3), cbs=Die(), resume=tmp_path/"run")
+        with quiet(learn): learn.fit_onpolicy(judge, STORE, 3, **how)
     with pytest.raises(SystemExit): go(Feedback(None, ITEMS, FACTS), at=6)
     other = FACTS.assign(vqa_acc_score=1 - FACTS.vqa_acc_score)
     asked = ITEMS.assign(question=ITEMS.question.where(ITEMS.index != 3, "What else?"))
