@@ -295,14 +295,15 @@ def gather(self:LiveOnly):
 def settle(self:LiveOnly, terms, params):
     "Put the gradient of all batches that wait where the step looks for it"
     some_live = self.waiting is not None
-    parts = [(cb.weight(cb.waiting["value"] / cb.waiting["n"]), cb.waiting) for cb in terms if cb.waiting is not None]
+    sums = [(term, term.waiting) for term in terms if term.waiting is not None]
     for term in terms: term.waiting = None
     if not some_live:   # there is nothing to step with
         accumulation(self.learn).count = 0
         raise CancelBatchException()
-    for i, p in enumerate(params):
-        grads = [weight / sums["n"] * sums["grads"][i] for weight, sums in parts if sums["grads"][i] is not None]
-        if grads: p.grad = sum(grads)
+    factors = [term.weight(s["value"] / s["n"]) / s["n"] for term, s in sums]
+    for p, *grads in zip(params, *(s["grads"] for _, s in sums)):
+        parts = [factor * g for factor, g in zip(factors, grads) if g is not None]
+        if parts: p.grad = sum(parts)
 
 # %% ../nbs/61_callback_core.ipynb #7437d97d
 class SkipFlat(LiveOnly):

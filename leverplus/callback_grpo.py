@@ -66,11 +66,13 @@ class PolicyGradient(Objective):
     def before_fit(self):
         super().before_fit()
         self.adv = None
+        self.adv_size = None   # sequences of each group whose advantages these are
         self.check_scale()
 
     def before_batch(self):
         super().before_batch()
         self.adv = advantage(self.rewards, self.mask, **self.adv_kw)
+        self.adv_size = self.mask.sum(-1)
         if self.min_positive > 0: self.drop_negative()
 
     def before_backward(self): self.end_if_empty()
@@ -94,9 +96,8 @@ class RLOO(PolicyGradient):
 def record(self:PolicyGradient):
     "Log the live share of all groups and the spread of live advantages"
     live = self.adv.abs().amax(-1) > 0
-    adv = self.adv[live]
-    n = (self.mask & live[:, None]).sum(-1)[live].clamp(min=1)
-    std = (adv.square().sum(-1) / n).sqrt()
+    n = self.adv_size[live]   # of the whole group, whatever leaves the loss later
+    std = (self.adv[live].square().sum(-1) / (n - 1)).sqrt()
     self.log(len(live), adv_live=live.double().mean())
     self.log(live.sum(), adv_std=std.mean())
 

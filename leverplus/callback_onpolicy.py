@@ -23,7 +23,7 @@ from leverplus.decode import (
     Stepwise, best_sequences, deciding, device_of, independent, rooted, stored_noise, tree_search,
 )
 from .pools import check_encoder, encoder_of
-from .groups import FACT_COLUMNS, TEXT_FACTS, RLData, as_record
+from .groups import FACT_COLUMNS, TEXT_FACTS, RLData, as_record, column_content
 from .rewards import reward as reward_of, reward_facts
 from .rldata_generate import TooManyFailures
 from .rldata_ask import as_cache, ask, facts_fingerprint, item_hashes
@@ -202,16 +202,21 @@ class Feedback:
         else: scorer = facts_fingerprint(self.scorer, self.asking)
         return fingerprint("feedback", scorer, self.rewarding.reward, self.weights)
 
-    def fingerprint_about(self, pool):
-        "`fingerprint`, and what the items of a pool are made of, pictures included"
-        ids = sorted({i for q in pool for i in (q, *pool[q])})
-        about = None if self.items is None else item_hashes(self.items, ids)
-        return fingerprint(self.fingerprint, ids, about)
-
-
 # %% ../nbs/68_callback_onpolicy.ipynb #ab161a65
 class NoReward(TooManyFailures):
     "A sequence that was drawn has no reward"
+
+@patch
+def print_of(self:Feedback, pool):
+    "Fingerprint of what the rewards of a pool's queries come from: its items; stored facts, where nobody is asked"
+    ids = sorted({i for q in pool for i in (q, *pool[q])})
+    said = None
+    if self.scorer is None:
+        facts = self.cache.to_frame()
+        facts = facts[facts.question_id.isin(list(pool))]
+        said = {name: column_content(facts[name]) for name in facts if name != "error"}
+    about = None if self.items is None else item_hashes(self.items, ids)
+    return fingerprint(self.fingerprint, ids, about, said)
 
 @patch
 def facts(self:Feedback, pairs):
@@ -507,7 +512,7 @@ def before_fit(self:OnPolicy):
     self.world = partial(_these, store, pool, queries)
     asked = pool.only(queries)
     self.fingerprint = fingerprint(
-        "on-policy", asked.fingerprint, store.fingerprint, self.feedback.fingerprint_about(asked), queries)
+        "on-policy", asked.fingerprint, store.fingerprint, self.feedback.print_of(asked), queries)
     self.trace = []
     self.tried = []
     self.seen = {}
@@ -693,8 +698,7 @@ class GreedyLoss:
         feedback, pool, store, queries = self.world()
         asked = pool.only(queries)
         return fingerprint(
-            "greedy loss", feedback.fingerprint_about(asked), asked.fingerprint, store.fingerprint, queries,
-            self.shots)
+            "greedy loss", feedback.print_of(asked), asked.fingerprint, store.fingerprint, queries, self.shots)
 
     def __call__(self,
         learn, # Learner of a policy

@@ -512,6 +512,7 @@ def data_prints(
         out[f"{split} batches"] = fingerprint(kinds, [dl.bs, dl.n, dl.shuffle, dl.drop_last])
         with same_draws(dls): parts = _content(dl.dataset)
         out |= {f"{split} {name}": _print_of(part, dl.dataset, name) for name, part in parts.items()}
+    out["parts"] = fingerprint(sorted(out))   # a part that only one of two fits has is a difference, too
     return out
 
 def _content(dataset):

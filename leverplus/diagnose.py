@@ -370,7 +370,8 @@ def _outcome(f, facts, t):
         sure = entropy is not None and entropy < t["entropy"]
         few = unique is not None and unique < t["unique"]
         yield _Found("collapse", _first_known(entropy, unique), sure or few)
-    if mass and mass[0]: yield _Found("mass", mass[-1]/mass[0], mass[-1] < t["mass"]*mass[0])
+    stored = _last(f, "own_reward") is None and _last(f, "drawn_reward") is None   # other groups are new every time
+    if stored and mass and mass[0]: yield _Found("mass", mass[-1]/mass[0], mass[-1] < t["mass"]*mass[0])
 
 # name -> words of every rule
 RULES = _TEACHING | _DISTANCE | _STEERING | _OUTCOME

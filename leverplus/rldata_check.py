@@ -553,7 +553,7 @@ def soft_alarms(
 class Alarm(NamedTuple):
     "Something that training would suffer from"
     file:str # which file
-    cause:str # labels | failures | prompts | pool or prompts | headroom | proposals | flat groups | cancelling parts | ...
+    cause:str # labels | failures | prompts | pool or prompts | headroom | proposals | flat groups | soft reward | ...
     seen:str # what was seen
     wanted:str # what was wanted
     remedy:str # what to do

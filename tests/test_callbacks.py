@@ -461,6 +461,15 @@ def test_advantages_see_the_whole_group():
     fit(learner(), 1, [NoDropout(), SkipFlat(), TopOne(), GRPO(), spy])
     assert all((a.masked_fill(m, 0) < 0).any() and (a[m] > 0).all() for a, r, m in spy.seen)
 
+def test_spread_of_advantages_is_that_of_whole_groups():
+    "Standardised advantages spread by 1 in every live group, whatever a cut takes out of the loss afterwards"
+    def spread(*more):
+        learn = toy_learner(regret, synth_dls(64, 32, 16, N=8), cbs=Stats())
+        fit(learn, 1, [NoDropout(), GRPO(min_std=0., adv_clip=None), *more])
+        return learn.stats.mean("adv_std")
+    assert spread() == pytest.approx(1., abs=1e-5)
+    assert spread(TopKCurriculum(2)) == pytest.approx(1., abs=1e-5)
+
 def test_refresh_every_k_batches():
     class Count(GRPO):
         def renew(self):
@@ -698,6 +707,31 @@ def test_kl_is_exact_and_only_loss_grad_changes():
     fit(learn, 1, [RCE(), KLToRef(ref, beta=3.0), spy])
     for g, l, kl in spy.seen: assert g == pytest.approx(l + 3*kl, rel=1e-4)
     assert learn.stats.mean("kl") == pytest.approx(sum(s[2] for s in spy.seen)/4, rel=1e-4)
+
+def test_kl_of_live_groups_stands_beside_that_of_all():
+    "By hand, group by group; with `on='live'` the two are one number"
+    def run(on):
+        learn = relabel(learner(cbs=Stats()), lambda r, i: r if i % 3 else 0*r)
+        ref = ToySelector(8)
+        each, live = [], []
+        def look(s):
+            m, q = s.model, s.kl_to_ref.ref
+            ep, eq = m.encode(*s.xb[:3]), q.encode(*s.xb[:3])
+            n = s.xb[4].sum(-1).amax(-1)
+            for b, steps in enumerate(n.tolist()):
+                one = slice(b, b + 1)
+                kl = kl_exact(lambda p: m.step_logp(tuple(x[one] for x in ep), p),
+                              lambda p: q.step_logp(tuple(x[one] for x in eq), p), s.xb[2][one], steps)
+                each.append(kl.item())
+            live.extend(s.mask.any(-1).tolist())
+        fit(learn, 1, [RCE(), KLToRef(ref, beta=1., on=on), Spy(after_loss=look)])
+        return learn.stats.mean("kl"), learn.stats.mean("kl_live"), torch.tensor(each), torch.tensor(live)
+    kl, kl_live, each, live = run("all")
+    assert 0 < live.sum() < len(live) == 64
+    assert kl == pytest.approx(each.mean().item(), rel=1e-4)
+    assert kl_live == pytest.approx(each[live].mean().item(), rel=1e-4) != pytest.approx(kl, rel=1e-3)
+    kl, kl_live, each, live = run("live")
+    assert kl == pytest.approx(kl_live) == pytest.approx(each[live].mean().item(), rel=1e-4)
 
 @pytest.mark.parametrize("S", [1, 2])
 def test_kl_counts_the_step_at_which_a_policy_may_stop(S):

@@ -4,7 +4,7 @@ from dataclasses import fields
 from functools import partial
 import pandas as pd, pytest, torch
 from fastai.callback.schedule import ParamScheduler, SchedCos
-from fastai.callback.training import GradientClip
+from fastai.callback.training import GradientAccumulation, GradientClip
 from leverplus.callback_core import StageCallback, Stats
 from leverplus.callback_grpo import GRPO
 from leverplus.callback_kl import AdaptiveKL, EntropyFloor, KLToRef
@@ -13,6 +13,7 @@ from leverplus.callback_rce import RCE
 from leverplus.callback_schedule import Freeze, Phases, TopKCurriculum
 from leverplus.callback_track import Best, Resume, _describe, data_prints, missed, regrets, valid_loss
 from leverplus.core import read_json, rng, write_json
+from leverplus.diagnose import data_facts
 from leverplus.dls import GroupDataset, group_dls
 from leverplus.embed import EmbedStore
 from leverplus.groups import RLData
@@ -20,6 +21,7 @@ from leverplus.learner import Stage, load_selector, selector_learner
 from leverplus.synth import quiet
 from leverplus.losses import kl_exact, regret
 from leverplus.pools import Pool
+from leverplus.report import diagnoses
 from leverplus.selector import PointerSelector
 from leverplus.synth import ToySelector, synth_dls
 
@@ -593,7 +595,9 @@ def test_datasets_of_ones_own_are_compared_whole_or_refused(tmp_path):
         return data_prints(dls)
     def differ(a, b): return [name for name in {**a, **b} if a.get(name) != b.get(name)]
     assert prints() == prints()
-    assert differ(prints(), prints(lambda ds: setattr(ds, "bonus", 1.))) == ["train more"]
+    def more(bonus): return prints(lambda ds: setattr(ds, "bonus", bonus))
+    assert differ(more(1.), more(2.)) == ["train more"]
+    assert differ(prints(), more(1.)) == ["parts", "train more"]   # the first alone is seen by a run that has no second
     assert differ(prints(), prints(kind=GroupDataset)) == ["train batches"]
     def odd(ds): ds.helper = object()
     with pytest.raises(ValueError, match="whether a Extra is the one that .*more: .*object.*`content"):
@@ -624,6 +628,37 @@ def test_a_warmup_knows_its_answers(tmp_path):
     other = items.assign(answer=items.answer.where(items.question_id != 1030, "word0 of1"))
     with pytest.raises(ValueError, match="fingerprint of train rewards"): go(other)
     go(items)
+
+def test_a_fit_that_accumulates_goes_on_as_well(tmp_path):
+    "The last step of an epoch is taken before its state is written"
+    def go(folder, at=None):
+        Die.at = at
+        learn = learner(56, dropout=.3)
+        cbs = [KLToRef(beta=.5), GradientAccumulation(32), Die()]
+        with quiet(learn), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            learn.fit_rce(3, 1e-2, cbs=cbs, resume=folder)
+        return learn
+    whole = go(None)
+    for at in (5, 9):
+        with pytest.raises(SystemExit): go(tmp_path/"run", at)
+    assert same(weights(whole), weights(go(tmp_path/"run")))
+
+def test_a_warmup_and_what_follows_are_judged_by_what_they_are():
+    "The warm-up of the usual recipe has a reward of its own: its regret is not held against validation"
+    ids = range(1000, 1060)
+    items = pd.DataFrame(dict(question_id=ids, image_id=ids, answer=[f"word{i % 7} of{i % 3}" for i in ids]))
+    learn = selector_learner(group_dls(TRAIN, DEV, a_store(), "soft_only", device="cpu"), d_hidden=8)
+    with quiet(learn), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        learn.fit_warmup(items, a_store(), 2, steps=4, bs=15)
+        learn.fit_listwise(2, 1e-3)
+    warm, then = diagnoses(learn.history.frame, data_facts(learn.dls))
+    assert warm.stage.endswith("2 epochs with a reward of its own") and then.stage == "listwise, 2 epochs"
+    assert "overfit" in then.frame.index and "overfit" not in warm.frame.index
+    assert "pool" in then.frame.index and "pool" not in warm.frame.index
+    f = learn.history.frame
+    assert f.regret_own.notna().tolist() == [True, True, False, False] == f.regret_train.isna().tolist()
 
 def test_what_callbacks_hold_is_described_by_content():
     def lam(x): return lambda p: x + p

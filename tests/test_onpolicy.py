@@ -57,6 +57,27 @@ def facts_of(pool, S=2):
     )
 FACTS = facts_of(POOL)
 
+def test_a_state_knows_what_its_rewards_come_from(tmp_path):
+    "Other stored facts where nobody is asked, another question, another CLIP: the rounds of before are not continued"
+    def go(judge, at=None):
+        class Die(StageCallback):
+            order = 7
+            def after_backward(self):
+                if self.train_iter == at: raise SystemExit("killed")
+        learn = learner()
+        how = dict(drawing=Drawing(G=3), cbs=Die(), resume=tmp_path/"run")
+        with quiet(learn): learn.fit_onpolicy(judge, STORE, 3, **how)
+    with pytest.raises(SystemExit): go(Feedback(None, ITEMS, FACTS), at=6)
+    other = FACTS.assign(vqa_acc_score=1 - FACTS.vqa_acc_score)
+    asked = ITEMS.assign(question=ITEMS.question.where(ITEMS.index != 3, "What else?"))
+    for judge in (Feedback(None, ITEMS, other), Feedback(None, asked, FACTS)):
+        with pytest.raises(ValueError, match="on_policy.fingerprint"): go(judge)
+    go(Feedback(None, ITEMS, FACTS))
+    elsewhere = FACTS.assign(vqa_acc_score=FACTS.vqa_acc_score.where(FACTS.question_id != 20, .5))
+    def prints(facts, items=ITEMS): return GreedyLoss(Feedback(None, items, facts), POOL, STORE, 2, QS).fingerprint
+    assert prints(FACTS) == prints(elsewhere)   # of a query that is not asked about
+    assert len({prints(FACTS), prints(other), prints(FACTS, asked)}) == 3
+
 class Counting:
     "MockScorer that counts prompts, and spoils or breaks off on request"
     def __init__(self, spoil=None, stop=10**9):

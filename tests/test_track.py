@@ -15,6 +15,11 @@ from leverplus.callback_track import (
     Best, History, RLStats, candidate_ids, greedy_picks, missed, promotion_p, regrets, valid_loss,
 )
 from leverplus.core import gini
+from leverplus.dls import group_dls
+from leverplus.embed import EmbedStore
+from leverplus.groups import RLData
+from leverplus.learner import selector_learner
+from leverplus.pools import Pool
 from leverplus.losses import advantage, group_mass, live_groups, regret
 from leverplus.synth import ToySelector, quiet, synth_dls, toy_learner
 
@@ -355,6 +360,47 @@ def test_live_shares_and_mass_by_length():
         if m[i].any()
     ]
     assert learn.stats.mean("mass") == pytest.approx(np.mean(want), rel=1e-4)
+
+def test_regret_of_groups_of_its_own_has_a_name_of_its_own():
+    "A warm-up, split lengths and drawn groups are not what validation is made of"
+    def columns(cbs, info=None):
+        learn = learner(cbs=[RLStats()])
+        if info is not None: learn.dls.info = info
+        fit(learn, 1, [NoDropout(), GRPO(), *cbs])
+        return learn.stats.means()
+    class Draws(StageCallback): draws = True
+    plain = columns([])
+    assert "regret_train" in plain and not {"regret_own", "own_reward"} & plain.keys()
+    for cbs in ([SplitShots()], [Draws()]):
+        own = columns(cbs)
+        assert "regret_own" in own and not {"regret_train", "own_reward"} & own.keys()
+    warm = columns([], dict(warmup=dict(K=4)))
+    assert warm["own_reward"] == 1 and "regret_train" not in warm
+    assert warm["regret_own"] == pytest.approx(plain["regret_train"])
+
+def test_live_shares_of_the_parts_of_a_reward():
+    "Credit against accuracy: what cancels is seen, part by part; rewards of one part say nothing new"
+    rows = pd.DataFrame([(q, p) for q in range(100, 120) for p in ((0, 1), (1, 2), (2, 3))],
+                        columns=["question_id", "pointer"])
+    first = rows.pointer == (0, 1)
+    opposed = rows.question_id < 105
+    rows["vqa_acc_score"] = np.where(first, .6, 0.)
+    rows["vqa_correct"] = np.where(first, 1., 0.)
+    rows.loc[opposed & ~first, "vqa_acc_score"] = .3
+    rows.loc[opposed & ~first, "vqa_correct"] = 1.
+    store = EmbedStore(range(140), *(torch.randn(140, 4, generator=torch.Generator().manual_seed(i)) for i in (0, 1)))
+    def shares(train, **reward):
+        pool = Pool({q: range(5) for q in train.question_id.unique()}, dict(sampler="given", K=5))
+        dev = train.assign(question_id=train.question_id + 20)
+        dev_pool = Pool({q: range(5) for q in dev.question_id.unique()}, dict(sampler="given", K=5))
+        dls = group_dls(RLData(train, pool), RLData(dev, dev_pool), store, bs=5, device="cpu", **reward)
+        learn = fit(selector_learner(dls, d_hidden=8), 1, [RCE()])
+        names = [name for name in learn.history.frame if name.startswith("live_vqa") or name == "cancelled"]
+        return learn.history.frame[names].iloc[0].to_dict()
+    half = dict(reward="hard_plus_soft", hard_weight=-.6, soft_weight=1.)
+    assert shares(rows, **half) == dict(live_vqa_correct=.75, live_vqa_acc_score=1., cancelled=.75)
+    assert shares(rows) == dict(live_vqa_correct=.75, live_vqa_acc_score=1., cancelled=0.)
+    assert shares(rows, reward="soft_only") == {}
 
 def test_picks_agreement_and_hubs():
     learn = learner(dls=synth_dls(64, 40, 16))
