@@ -8,6 +8,7 @@ from leverplus.data import BadItems
 from leverplus.groups import RLData
 from leverplus.runs import Busy
 from leverplus.embed import EmbedStore
+from leverplus.rldata_ask import FactCache, ask
 from leverplus.rldata_scale import (
     ROW_BYTES, RayWorker, Splits, asking_costs, embed_plan, embed_splits, generate_plan, generate_ray,
     measured_rate, plan_run, questions_there, rate_of, sequences_of, size_text, time_text,
@@ -280,6 +281,24 @@ def test_replaced_pictures_are_embedded_again(own, monkeypatch):
     exchange(a, b)                                                   # back: the old ones are there still
     monkeypatch.setattr(s, "embed_items", None)
     assert job.inputs()[1].fingerprint == before.fingerprint
+
+def test_facts_of_the_real_model_follow_the_pictures(tmp_path, own):
+    "The same ids and the same cache after pictures were exchanged: the facts of a cache that never saw the others"
+    job, exchange = own
+    items = job.items()
+    scorer = change(job, lvlm="models/tiny-qwen2.5-vl").scorer()
+    twins = items.groupby("image_id").question_id.apply(list)
+    a, b, c, d = (twins.iloc[i][0] for i in (0, 7, 12, 20))
+    pairs = pd.DataFrame(dict(question_id=[a, b, c, a], pointer=[(c,), (d,), (d,), ()]))
+    cache = FactCache(tmp_path/"facts")
+    before = ask(pairs, scorer, items, cache)
+    exchange(a, b)
+    with pytest.warns(UserWarning, match="3 of 4 facts"): after = ask(pairs, scorer, items, cache)
+    fresh = ask(pairs, change(job, lvlm="models/tiny-qwen2.5-vl").scorer(), items, FactCache())
+    np.testing.assert_allclose(after.vqa_gt_prob, fresh.vqa_gt_prob, rtol=1e-4)
+    assert after.vqa_pred_answer.tolist() == fresh.vqa_pred_answer.tolist()
+    gap = (np.log(after.vqa_gt_prob) - np.log(before.vqa_gt_prob)).abs()
+    assert (gap > 1e-3).tolist() == [True, True, False, True]
 
 def test_two_clips_of_one_name_have_two_stores(tmp_path, dev):
     from safetensors.torch import load_file, save_file
