@@ -88,21 +88,27 @@ def clip(self:Job): # `Clip`; an error names a folder that holds none
     "Load the CLIP"
     return load_clip(str(_folder(self.data.clip)), self.model.device)
 
-def _embed_name(clip, items, kind="embed"):
+def _pictures(items):
+    "Contents of the pictures, by question_id"
+    return item_contents(items, items.index).picture.fillna("")
+
+def _embed_name(clip, items, pictures, kind="embed"):
     "Folder of embeddings in a store: by the CLIP, the ids, the questions and the pictures"
-    pictures = item_contents(items, items.index).picture.fillna("").tolist()
-    return f"{kind}-{fingerprint(clip.fingerprint, items.index.tolist(), items.question.tolist(), pictures)}"
+    made_of = [items.index.tolist(), items.question.tolist(), pictures.loc[items.index].tolist()]
+    return f"{kind}-{fingerprint(clip.fingerprint, *made_of)}"
 
 @patch
 def embed_place(self:Job,
     items:pd.DataFrame|None=None, # of `Job.items`; None: they are read
     clip=None, # of `Job.clip`; None: it is loaded
+    pictures:pd.Series|None=None, # their contents, by question_id; None: the files are looked at
 )->Path: # with a file `done` in it if they are whole; ValueError without a store folder
     "Folder of the embeddings of a job"
     folder = _store_of(self)
     items = self.items() if items is None else items
     clip = self.clip() if clip is None else clip
-    return folder/_embed_name(clip, items)
+    pictures = _pictures(items) if pictures is None else pictures
+    return folder/_embed_name(clip, items, pictures)
 
 def _store_of(job):
     if job.data.store is None:
@@ -120,9 +126,10 @@ def inputs(self:Job)->tuple: # (items, EmbedStore, Pool of the whole split)
     candidates = items[items.split == data.candidates]
 
     clip = self.clip()
-    def embed(): return _embed(items, clip)
-    def load(place): return _checked(EmbedStore.load(place), items, clip, place)
-    store = self.kept(_embed_name(clip, items), load, embed)
+    pictures = _pictures(items)
+    def embed(): return _embed(items, clip, pictures)
+    def load(place): return _checked(EmbedStore.load(place), items, clip, pictures, place)
+    store = self.kept(_embed_name(clip, items, pictures), load, embed)
 
     def draw(): return make_pool(queries, candidates, pools.K, pools.sampler, store, pools.seed)
     name = fingerprint(
@@ -130,19 +137,20 @@ def inputs(self:Job)->tuple: # (items, EmbedStore, Pool of the whole split)
     )
     return items, store, self.kept(f"pool-{name}", Pool.load, draw)
 
-def _embed(items, clip, progress=False):
-    "Embeddings of items, as their pictures are now"
-    return _checked(embed_items(items, clip, progress=progress), items, clip, "what was embedded just now")
+def _embed(items, clip, pictures, progress=False):
+    "Embeddings of items; ValueError if pictures were replaced meanwhile"
+    store = embed_items(items, clip, progress=progress)
+    return _checked(store, items, clip, pictures, "what was embedded just now")
 
-def _checked(store, items, clip, place):
-    "A store, if it is of these items and this CLIP; ValueError says what it is of"
+def _checked(store, items, clip, pictures, place):
+    "A store, if it is of these items, this CLIP and these pictures; ValueError says what it is of"
     what = None
     if store.source.get("clip") != clip.fingerprint: what = "of another CLIP"
     elif not np.array_equal(store.ids, items.index): what = "of other items"
     else:
-        pictures = item_contents(items, items.index).picture.fillna("")
+        wanted = pictures.loc[items.index]
         then = store.meta["image_hash"]
-        other = [q for q, a, b in zip(items.index, then, pictures) if b != UNREADABLE and not b.startswith(a)]
+        other = [q for q, a, b in zip(items.index, then, wanted) if b != UNREADABLE and not b.startswith(a)]
         if other: what = f"of other pictures ({len(other)}, first that of question_id {other[0]})"
     if what is not None:
         raise ValueError(f"{place}: embeddings {what} than asked for: remove the folder, and embed again")
@@ -170,6 +178,11 @@ class Splits:
         "The CLIP, loaded once"
         return self.job.clip()
 
+    @cached_property
+    def pictures(self):
+        "Contents of all pictures, as they were when they were first looked at"
+        return _pictures(self.every)
+
     def has_clip(self)->bool: # False for a name on the hub that was never loaded: nothing of it can be there
         "Is the CLIP on this machine?"
         name = self.job.data.clip
@@ -177,7 +190,7 @@ class Splits:
 
     def places(self)->dict: # {split: folder}
         "Where the embeddings of each split lie, or will"
-        return {s: job.embed_place(self.items[s], self.clip) for s, job in self.jobs.items()}
+        return {s: job.embed_place(self.items[s], self.clip, self.pictures) for s, job in self.jobs.items()}
 
     def to_do(self)->list: # splits
         "Splits whose embeddings are not there"
@@ -186,7 +199,7 @@ class Splits:
 
     def parts_folder(self)->Path:
         "Where parts lie until they are put together"
-        return _store_of(self.job)/_embed_name(self.clip, self.every, "embed-parts")
+        return _store_of(self.job)/_embed_name(self.clip, self.every, self.pictures, "embed-parts")
 
 # %% ../nbs/39_rldata_scale.ipynb #c20dcfe6
 @dataclass
@@ -231,7 +244,7 @@ def _embed_part(splits, shard, folder, progress):
     pictures = shard_queries(splits.every.image_id.unique(), shard)
     own = splits.every[splits.every.image_id.isin(pictures)]
     with run_lock(folder):
-        if len(own): _embed(own, splits.clip, progress).save(folder)
+        if len(own): _embed(own, splits.clip, splits.pictures, progress).save(folder)
         (folder/"done").touch()
 
 def _put_together(splits, folders, todo):
@@ -242,7 +255,8 @@ def _put_together(splits, folders, todo):
         for s in todo:
             if _is_there(places[s]): continue          # somebody else was faster
             items = splits.items[s]
-            _checked(gather_stores(items, stores), items, splits.clip, splits.parts_folder()).save(places[s])
+            whole = gather_stores(items, stores)
+            _checked(whole, items, splits.clip, splits.pictures, splits.parts_folder()).save(places[s])
             (places[s]/"done").touch()
         empty_folder(splits.parts_folder())
 

@@ -15,7 +15,8 @@ from leverplus.infer import (
 from leverplus.pools import check_pool
 from leverplus.runs import Busy, Run
 from leverplus.settings import Asking, Picker, Picking, change, read_settings
-from leverplus.rldata_generate import run_lock
+from leverplus.groups import OtherContents
+from leverplus.rldata_generate import run_lock, shard_queries
 from leverplus.lvlm import MockScorer, Scored, Targets
 from leverplus.pools import Pool
 from leverplus.rldata_ask import FactCache, ask
@@ -502,6 +503,47 @@ def test_shards_make_the_whole(tmp_path, picking, n):
     assert written[0] == written[1]
     # again: nothing is asked
     assert go(tmp_path/"union", (1, n), Says(stop=0)).metrics == whole.metrics
+
+def album(folder):
+    "Items whose pictures are files"
+    folder.mkdir()
+    for i in ITEMS.index: (folder/f"{i}.jpg").write_bytes(f"picture {i}".encode())
+    return ITEMS.assign(image_path=[str(folder/f"{i}.jpg") for i in ITEMS.index])
+
+@pytest.mark.parametrize("shard", [None, (0, 2)])
+def test_a_prediction_is_not_continued_with_other_pictures(tmp_path, shard):
+    items = album(tmp_path/"a")
+    def go(scorer, items=items, **kw):
+        return predict(tmp_path/"run", POOL, items, scorer, STORE, VOTE, model=MODEL, shard=shard, window=4,
+                       progress=False, **kw)
+    with pytest.raises(KeyboardInterrupt): go(Says(stop=9))
+    shown = sorted({d for q in shard_queries(POOL, shard) for d in POOL[q]})
+    one = shown[0]
+    (tmp_path/"a"/f"{one}.jpg").write_bytes(b"another picture")
+    with pytest.raises(OtherContents, match=f"the pictures of question_id {one} .1 of "): go(Says())
+    (tmp_path/"a"/f"{one}.jpg").write_bytes(f"picture {one}".encode())
+    first = shard_queries(POOL, shard)[0]
+    reworded = items.assign(answer=items.answer.where(items.index != first, "hat"))
+    with pytest.raises(OtherContents, match=f"question or answers of question_id {first} "): go(Says(), reworded)
+    done = go(Says())
+    (tmp_path/"a"/f"{one}.jpg").write_bytes(b"another picture")
+    with pytest.raises(OtherContents): go(Says())
+    again = go(Says(), overwrite=True)                                     # begun anew: all is asked
+    assert again.sentence() == done.sentence()
+    (tmp_path/"run"/"contents.parquet").unlink()
+    with pytest.raises(OtherContents, match="no contents.parquet"): go(Says())
+
+def test_a_finished_shard_is_joined_with_its_own_pictures_only(tmp_path):
+    items = album(tmp_path/"a")
+    def go(i):
+        return predict(tmp_path/"run", POOL, items, Says(), STORE, VOTE, model=MODEL, shard=(i, 2), progress=False)
+    first, second = (shard_queries(POOL, (i, 2)) for i in range(2))
+    go(0)
+    own = first[0]                                                         # a question of the finished shard alone
+    (tmp_path/"a"/f"{own}.jpg").write_bytes(b"another picture")
+    with pytest.raises(OtherContents, match=f"the pictures of question_id {own} "): go(1)
+    (tmp_path/"a"/f"{own}.jpg").write_bytes(f"picture {own}".encode())
+    assert go(1).left == ()
 
 def test_other_shards_other_settings_and_other_models_are_refused(tmp_path):
     part(tmp_path/"run", (0, 2))

@@ -552,9 +552,8 @@ def test_round_trip(dialect, d, mapped, tmp_path_factory):
     assert back.pool == data.pool
     assert (back.rows.scorer == "s1").all() == meta
     for c in set(RECORD) - set(held) - {"scorer"}:
-        assert any(l.startswith(f"{c} of {data.rows[c].notna().sum()} rows") for l in lost) == bool(
-            data.rows[c].notna().any()
-        )
+        known = data.rows[c] != 0 if c == "content" else data.rows[c].notna()
+        assert any(l.startswith(f"{c} of {known.sum()} rows") for l in lost) == bool(known.any())
     back.to_json(f.with_name("y.json"), dialect, ids)
     once, twice = (json.loads(p.read_text()) for p in (f, f.with_name("y.json")))
     key = next(k for k in once if k != "_meta")

@@ -8,7 +8,7 @@ from hypothesis import assume, given, settings, strategies as st
 from leverplus.core import rng
 from leverplus.embed import EmbedStore
 from leverplus.statistics import Interval
-from leverplus.groups import RLData
+from leverplus.groups import OtherContents, RLData
 from leverplus.infer import as_pointer
 from leverplus.lvlm import MockScorer
 from leverplus.loops import (
@@ -76,6 +76,25 @@ def fit(learn): return learn.fit_listwise(2, 1e-2, best=False, watch=None)
 KW = dict(
     n=12, dev=10, valid=4, counts=FEW, policy_counts=FEW, model=dict(d_hidden=8), bs=6, draws=2, train=fit
 )
+
+def pictured(world, folder):
+    "The same world, its pictures in files"
+    paths = [folder/name for name in world.items.image_path]
+    for p in paths: p.write_bytes(p.name.encode())
+    world.items = world.items.assign(image_path=list(map(str, paths)))
+    return world
+
+def test_a_loop_is_not_continued_with_other_pictures(tmp_path):
+    world = pictured(make_world(Scripted(stop=40)), tmp_path)
+    with pytest.raises(KeyboardInterrupt): Loop(world, tmp_path/"loop", **KW).play(0)
+    loop = Loop(world, tmp_path/"loop", **KW)
+    one = loop.queries["dev"][0]
+    file = tmp_path/f"{one//100}.png"
+    file.write_bytes(b"another picture")
+    with pytest.raises(OtherContents, match=f"the pictures of question_id {one} .1 of "):
+        Loop(world, tmp_path/"loop", **KW)
+    file.write_bytes(file.name.encode())
+    Loop(world, tmp_path/"loop", **KW)
 
 # ---- settings ----------------------------------------------------------------------------------------------
 

@@ -376,10 +376,28 @@ def test_a_scorer_that_contradicts_itself_is_counted():
     assert "1 of the repeated sequences had another accuracy from the same scorer" in merge(a, b).log[-1]
     assert merge(a, b).rows.vqa_acc_score.tolist() == [0.6]
 
+def test_two_facts_of_one_scorer_about_other_pictures_are_refused():
+    pool = data([("s1", 0, (10,))]).pool
+    def run(contents, scorer="s1"):
+        rows = pd.DataFrame([facts(scorer, 0, p, acc=1.) for p in ((10,), (11,))])
+        return RLData.from_frame(rows.assign(gen_method="sample", content=contents), pool)
+    old, new = run([5, 6]), run([7, 6])
+    says = r"question_id 0, pointer \(10,\): two facts of scorer s1 are about other questions, .* \(\d such rows\)"
+    for pair in ((old, new), (new, old), (old, old, new)):
+        with pytest.raises(ValueError, match=says): merge(*pair)
+    with pytest.raises(ValueError, match=says): dedupe(RLData(pd.concat([old.rows, new.rows]), pool))
+    assert merge(new, new).rows.content.tolist() == [7, 6]
+    assert merge(run([0, 6]), new).rows.content.tolist() == [7, 6]         # what the first was about nobody knows
+    assert merge(old, run([7, 8], "s2")).rows.content.tolist() == [7, 8]   # asked again: no label of the old is left
+    lost = pd.DataFrame([facts("s1", 0, (10,)) | dict.fromkeys(FACT_COLUMNS)]).assign(
+        eval_failed=True, error="gone", gen_method="sample", scorer="s1", content=9
+    )
+    assert merge(old, RLData.from_frame(lost, pool)).rows.content.tolist() == [5, 6]      # a failure is about nothing
+
 def test_failures_without_a_scorer_stay_and_are_not_labels():
     a = data([("s1", 0, (10,)), ("s1", 0, (12,))])
     lost = pd.DataFrame([facts("s1", 0, (11,)) | dict.fromkeys(FACT_COLUMNS)]).assign(
-        eval_failed=True, error="no answer", gen_method="mined"
+        eval_failed=True, error="no answer", gen_method="mined", content=0
     )
     m = merge(a, RLData.from_frame(lost, a.pool))
     assert len(m) == 3

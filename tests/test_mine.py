@@ -235,3 +235,18 @@ def test_reask_keeps_sequences_and_replaces_facts(world, tmp_path):
     assert set(new.rows.scorer.dropna()).isdisjoint(data.rows.scorer)
     assert set(new.rows[new.rows.eval_failed].question_id) == {5}
     assert new.manifest["reasked"]["were"] == sorted(set(data.rows.scorer))
+
+def test_facts_about_other_items_are_not_gone_on_from(world, tmp_path):
+    "A record of half old and half new pictures would be of nothing; asked again, it is of the new"
+    items, store, pool = world
+    s = Rule()
+    data = start(world, s, tmp_path)
+    first = data.queries[0]
+    new = items.assign(question=items.question.where(items.question_id != first, "What now?"))
+    n = (data.rows.question_id == first).sum()
+    says = f"run: {n} of {len(data)} facts .first: question_id {first}, .* are about other questions"
+    with pytest.raises(ValueError, match=says): mine(data, new, s, store, progress=False)
+    again = reask(data, new, s, progress=False)
+    out, _ = mine(again, new, s, store, progress=False)
+    assert len(out) >= len(data)
+    mine(data, items, s, store, progress=False)

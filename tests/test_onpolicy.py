@@ -1,6 +1,7 @@
 "On-policy rounds: what is drawn is what is trained, estimators against enumeration, the cache, failures, a kill"
 import itertools, json, warnings
 from dataclasses import replace
+from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from fastai.data.core import DataLoaders
 from hypothesis import given, settings, strategies as st
@@ -512,6 +513,22 @@ def test_a_run_is_not_continued_with_another_drawing(tmp_path):
     def run(**kw): return fit(learner(), 1, [RLOO(), policy(**kw), Resume(tmp_path / "r")])
     run()
     with pytest.raises(ValueError, match="on_policy.drawing.G: 3 there, 4 now"): run(G=4)
+
+def test_a_run_is_not_continued_with_other_items(tmp_path):
+    "The pictures and texts behind its pool count, others do not"
+    items = ITEMS.assign(image_path=[str(tmp_path/f"{i}.png") for i in ITEMS.index])
+    for path in items.image_path: Path(path).write_bytes(path.encode())
+    shown = QS[0]
+    def run(items=items):
+        judge = Feedback(Counting(), items, FactCache(tmp_path/"facts"))
+        return fit(learner(), 1, [RLOO(), policy(judge, queries=QS), Resume(tmp_path/"r")])
+    run()
+    run()
+    Path(items.image_path[shown]).write_bytes(b"another picture")
+    with pytest.raises(ValueError, match="on_policy"): run()
+    Path(items.image_path[shown]).write_bytes(items.image_path[shown].encode())
+    with pytest.raises(ValueError, match="on_policy"): run(items.assign(question="Who?"))
+    run()
 
 # --- failures -------------------------------------------------------------------------------------
 def test_a_sequence_without_reward_stops_everything_by_name():

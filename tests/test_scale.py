@@ -9,6 +9,7 @@ from leverplus.groups import RLData
 from leverplus.runs import Busy
 from leverplus.embed import EmbedStore
 from leverplus.pools import encoder_of
+from leverplus.rldata_ask import FactCache, ask
 from leverplus.rldata_scale import (
     ROW_BYTES, RayWorker, Splits, asking_costs, embed_plan, embed_splits, generate_plan, generate_ray,
     measured_rate, plan_run, questions_there, rate_of, sequences_of, size_text, time_text,
@@ -247,6 +248,129 @@ def test_somebody_else_may_be_the_last(dev, monkeypatch):
     monkeypatch.setattr(s, "_embed_part", embed)
     assert embed_splits(splits, (0, 2), progress=False).left == []
     assert splits.to_do() == []
+
+@pytest.fixture
+def own(tmp_path, dev):
+    "(the small data set with pictures of its own, a function that exchanges the pictures of two items)"
+    pictures = tmp_path/"images"
+    pictures.mkdir()
+    for path in dev.items().image_path.unique(): shutil.copy(path, pictures)
+    job = change(dev, images=str(pictures))
+    def exchange(a, b):
+        paths = job.items().image_path
+        one, other = (Path(paths[i]).read_bytes() for i in (a, b))
+        Path(paths[a]).write_bytes(other)
+        Path(paths[b]).write_bytes(one)
+    return job, exchange
+
+def test_replaced_pictures_are_embedded_again(own, monkeypatch):
+    "The same ids, the same store folder: the vectors are those of the pictures that are there"
+    import leverplus.rldata_scale as s
+    job, exchange = own
+    items, before, _ = job.inputs()
+    twins = items.groupby("image_id").question_id.apply(list)
+    a, b = twins.iloc[0][0], twins.iloc[7][0]
+    changed = [*twins.iloc[0], *twins.iloc[7]]
+    exchange(a, b)
+    _, store, _ = job.inputs()
+    true = s.embed_items(items, progress=False, device="cpu")
+    assert torch.equal(store.image, true.image) and torch.equal(store.text, true.text)
+    assert store.fingerprint == true.fingerprint != before.fingerprint
+    cosine = (store.get(items.index, "image") * before.get(items.index, "image")).sum(-1)
+    assert ((cosine < .999).numpy() == items.index.isin(changed)).all()
+    assert torch.equal(store.get(a, "image"), before.get(b, "image"))
+    exchange(a, b)                                                   # back: the old ones are there still
+    monkeypatch.setattr(s, "embed_items", None)
+    assert job.inputs()[1].fingerprint == before.fingerprint
+
+def test_facts_of_the_real_model_follow_the_pictures(tmp_path, own):
+    "The same ids and the same cache after pictures were exchanged: the facts of a cache that never saw the others"
+    job, exchange = own
+    items = job.items()
+    scorer = change(job, lvlm="models/tiny-qwen2.5-vl").scorer()
+    twins = items.groupby("image_id").question_id.apply(list)
+    a, b, c, d = (twins.iloc[i][0] for i in (0, 7, 12, 20))
+    pairs = pd.DataFrame(dict(question_id=[a, b, c, a], pointer=[(c,), (d,), (d,), ()]))
+    cache = FactCache(tmp_path/"facts")
+    before = ask(pairs, scorer, items, cache)
+    exchange(a, b)
+    with pytest.warns(UserWarning, match="3 of 4 facts"): after = ask(pairs, scorer, items, cache)
+    fresh = ask(pairs, change(job, lvlm="models/tiny-qwen2.5-vl").scorer(), items, FactCache())
+    np.testing.assert_allclose(after.vqa_gt_prob, fresh.vqa_gt_prob, rtol=1e-4)
+    assert after.vqa_pred_answer.tolist() == fresh.vqa_pred_answer.tolist()
+    gap = (np.log(after.vqa_gt_prob) - np.log(before.vqa_gt_prob)).abs()
+    assert (gap > 1e-3).tolist() == [True, True, False, True]
+
+def test_two_clips_of_one_name_have_two_stores(tmp_path, dev):
+    from safetensors.torch import load_file, save_file
+    for name in "xy": shutil.copytree(repo_path("models", "tiny-clip"), tmp_path/name/"tiny-clip")
+    file = tmp_path/"y"/"tiny-clip"/"model.safetensors"
+    weights = load_file(file)
+    weights["visual_projection.weight"] += .1
+    save_file(weights, file, metadata=dict(format="pt"))
+    x, y = (change(dev, clip=str(tmp_path/name/"tiny-clip")) for name in "xy")
+    same, other = x.inputs()[1], y.inputs()[1]
+    assert dev.embed_place() == x.embed_place() != y.embed_place()       # a folder's name and place do not count
+    assert not torch.allclose(same.image, other.image)
+    shutil.rmtree(y.embed_place())
+    shutil.copytree(x.embed_place(), y.embed_place())                    # somebody mixed them up
+    with pytest.raises(ValueError, match="embeddings of another CLIP than asked for: remove the folder"): y.inputs()
+
+def test_parts_of_other_pictures_are_never_put_together(own):
+    job, exchange = own
+    before = Splits(job, ["dev"])
+    assert embed_splits(before, (0, 2), progress=False).left == ["001of002"]
+    ids = job.items().index
+    exchange(ids[0], ids[-1])
+    after = Splits(job, ["dev"])
+    assert after.parts_folder() != before.parts_folder()                # each as it was when it was opened
+    assert embed_splits(after, (1, 2), progress=False).left == ["000of002"]
+    assert embed_splits(after, (0, 2), progress=False).left == []
+    from leverplus.embed import embed_items
+    true = embed_items(job.items(), progress=False, device="cpu")
+    assert job.inputs()[1].meta["image_hash"] == true.meta["image_hash"]
+
+def test_pictures_replaced_while_they_are_embedded(own, monkeypatch):
+    import leverplus.rldata_scale as s
+    job, exchange = own
+    ids = job.items().index
+    real = s.embed_items
+    def late(items, *a, **k):
+        exchange(ids[0], ids[-1])
+        return real(items, *a, **k)
+    monkeypatch.setattr(s, "embed_items", late)
+    with pytest.raises(ValueError, match=f"of other pictures .* first that of question_id {ids[0]}"): job.inputs()
+    with pytest.raises(ValueError, match="of other pictures"): embed_splits(Splits(job, ["dev"]), progress=False)
+    monkeypatch.setattr(s, "embed_items", real)
+    assert len(job.inputs()[1]) == 250
+
+def test_a_plan_loads_the_clip_once(own, monkeypatch):
+    import leverplus.rldata_scale as s
+    job, _ = own
+    loaded = []
+    def load(*a, **k):
+        loaded.append(a)
+        return real(*a, **k)
+    real = s.load_clip
+    monkeypatch.setattr(s, "load_clip", load)
+    splits = Splits(job, ["dev"])
+    embed_plan(splits)
+    embed_splits(splits, parts=2, progress=False).lines()
+    assert len(loaded) == 1
+    generate_plan(job, job.data.store)
+    assert len(loaded) == 1
+
+def test_workers_look_at_the_items_of_their_windows(tmp_path, own):
+    "A worker compares what it is about to make; whoever goes on compares all"
+    job, exchange = own
+    job = change(job, limit=6, window=2, test=0)
+    w = RayWorker(job, tmp_path/"r")
+    assert w.window(0)["error"] == ""
+    ids = w.run.windows[1]
+    exchange(ids[0], w.run.windows[2][0])
+    assert f"the pictures of question_id {min(w.run.windows[0] + ids)}" not in w.window(0)["error"]
+    fresh = RayWorker(job, tmp_path/"r")
+    assert "belong to other settings (store: there" in fresh.window(1)["error"]       # it embeds the new ones
 
 def test_splits_share_what_is_embedded(tmp_path, kept):
     "Each split has its candidates beside it; every item is embedded once, and lies in each store that wants it"

@@ -3,7 +3,7 @@ import copy, itertools, json, math
 import numpy as np, pandas as pd, pytest, torch
 from hypothesis import given, settings, strategies as st
 from leverplus.core import fingerprint
-from leverplus.groups import RLData
+from leverplus.groups import OtherContents, RLData
 from leverplus.runs import Busy
 from leverplus.rldata_generate import generate, run_lock
 from leverplus.rldata_ask import FactCache, facts_fingerprint
@@ -191,6 +191,21 @@ def test_facts_are_asked_in_the_style_that_was_asked_for(data, tmp_path):
     assert set(FactCache(tmp_path / "s" / "facts").scorers) == {
         facts_fingerprint(s.scorer, Asking(style=style)) for style in cells
     }
+
+def test_cells_judged_on_other_pictures_do_not_stand_beside_new_ones(data, tmp_path):
+    _, groups = data
+    w = make_world()
+    paths = [tmp_path/name for name in w.items.image_path]
+    for p in paths: p.write_bytes(p.name.encode())
+    w.items = w.items.assign(image_path=list(map(str, paths)))
+    def go(**kw): return sweep(tmp_path/"s", {"mine.lr": [1e-2]}, groups, w, [0], MINE, STAGES, **kw)
+    go()
+    one = groups["dev"].queries[0]
+    (tmp_path/f"{one//100}.png").write_bytes(b"another picture")
+    for shard in (None, (0, 2)):
+        with pytest.raises(OtherContents, match=f"the pictures of question_id {one} "): go(shard=shard)
+    (tmp_path/f"{one//100}.png").write_bytes(f"{one//100}.png".encode())
+    assert (go().status == "done").all()
 
 def test_a_failed_cell_is_recorded_and_tried_again_and_a_kill_costs_one_cell(data, tmp_path, monkeypatch):
     w, groups = data

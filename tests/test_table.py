@@ -11,6 +11,7 @@ from leverplus.evaluate import (
 from leverplus.infer import pick_model
 from leverplus.lvlm import MockScorer
 from leverplus.pools import Pool
+from leverplus.groups import OtherContents
 from leverplus.rldata_ask import FactCache, ask, facts_fingerprint
 from leverplus.rldata_generate import policy_fingerprint, run_lock
 from leverplus.runs import Busy, Run
@@ -201,6 +202,27 @@ def test_facts_of_others_lift_the_oracle(tmp_path):
     assert (helped == best.loc[helped.index]).all()
     assert (helped >= alone.loc[helped.index]).all()
     assert helped.sum() > alone.sum()
+
+def test_what_is_known_about_replaced_pictures_counts_nowhere(tmp_path):
+    "Neither as an answer nor for the oracle; and a table that began with them is not continued"
+    (tmp_path/"a").mkdir()
+    items = ITEMS.assign(image_path=[str(tmp_path/"a"/f"{i}.jpg") for i in IDS])
+    for i in IDS: (tmp_path/"a"/f"{i}.jpg").write_bytes(f"picture {i}".encode())
+    pairs = all_pointers(pool_of(TEST), (2,))
+    said = ask(pairs, Counts(), items)
+    FactCache(tmp_path/"known").add(said.assign(vqa_acc_score=1., vqa_correct=1.))      # an oracle without a fault
+    def table(name, **kw):
+        asked = replace(asked_of(), items=items)
+        return full_table(tmp_path/name, asked, rows=Rows(draws=1, fixed=0), progress=False, **kw)
+    def oracle(made): return made.scored[made.scored.selector == "oracle"].vqa_acc_score
+    assert (oracle(table("old", facts=[tmp_path/"known"])) == 1).all()
+    for i in IDS: (tmp_path/"a"/f"{i}.jpg").write_bytes(f"another picture {i}".encode())
+    with pytest.warns(UserWarning, match="are about other questions, answers or pictures"):
+        helped = table("new", facts=[tmp_path/"known"])
+    pd.testing.assert_frame_equal(helped.table, table("alone").table)
+    assert oracle(helped).mean() < 1
+    with pytest.raises(OtherContents, match="the pictures of question_id 0, 1, "): table("old")
+    assert (oracle(table("old", overwrite=True)) == oracle(helped)).all()
 
 @pytest.mark.parametrize("after", [5, 60])
 def test_broken_off_and_continued_is_uninterrupted(tmp_path, after):
