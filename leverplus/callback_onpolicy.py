@@ -18,7 +18,7 @@ from torch import Tensor
 from fastcore.basics import patch
 from .settings import Asking, Count, Natural, Rewarding, change, group
 from .core import fingerprint, masked_mean, pad_rows, rng
-from .items import as_items
+from .items import as_ids, as_items
 from leverplus.decode import (
     Stepwise, best_sequences, deciding, device_of, independent, rooted, stored_noise, tree_search,
 )
@@ -47,7 +47,7 @@ def draw_groups(
     kind:str="mixed", # embeddings that the policy reads
 )->dict: # CPU tensors: a batch, seqs [B,G,S], mask and logp [B,G], kappa [B] or None, greedy [B,S]; all below
     "Draw groups from the policy as it is, without dropout; logp is exact, kappa the threshold of `inclusion_logp`"
-    queries = [int(q) for q in queries]
+    queries = as_ids(queries).tolist()
     sizes = [len(pool[q]) for q in queries]
     check_draw(policy, queries, sizes, shots, G)
     B = len(queries)
@@ -507,7 +507,7 @@ def before_fit(self:OnPolicy):
     if pool is None: pool = own
     if pool is None: raise ValueError("OnPolicy: the training data have no `pool`: pass pool=")
     if queries is None: queries = ds.question_ids if pool is own else pool
-    queries = [int(q) for q in queries]
+    queries = as_ids(queries).tolist()
     for trained in (self.model, self.dls): check_encoder(trained, encoder_of(store))
     self.world = partial(_these, store, pool, queries)
     asked = pool.only(queries)
@@ -662,7 +662,7 @@ def greedy_rewards(
     strict:bool=True, # `NoReward` for a pick that has none; False: NaN
 )->np.ndarray: # [n] rewards, in the order of the queries
     "Rewards of what the policy picks greedily"
-    queries = [int(q) for q in (pool if queries is None else queries)]
+    queries = as_ids(pool if queries is None else queries).tolist()
     pairs = []
     for i in range(0, len(queries), bs):
         some = queries[i:i+bs]
@@ -687,7 +687,7 @@ class GreedyLoss:
         self.kind = kind
         self.top = top
         self.max_failed = max_failed
-        queries = [int(q) for q in (pool if queries is None else queries)]
+        queries = as_ids(pool if queries is None else queries).tolist()
         if not queries: raise ValueError("GreedyLoss: no queries, wanted at least one")
         self.world = partial(_these, feedback, pool, store, queries)   # out of sight of whoever describes a run
         self.made_of = self.fingerprint   # what a run remembers

@@ -19,7 +19,7 @@ from statistics import NormalDist
 import numpy as np, pandas as pd
 from .core import fingerprint, gini, read_json, rng, write_json
 from .runs import Run
-from .items import as_items
+from .items import as_ids, as_items
 from .vqa import normalise, vqa_accuracies
 from leverplus.infer import (
     PICKS, as_pointer, pick_fixed, pick_mmr, pick_random, pick_similar, pick_zero, picks_frame,
@@ -641,7 +641,7 @@ def subsets(
     seed:int=0, # of the permutation
 )->dict: # {size: sorted tuple of ids}, nested
     "Nested random subsets of queries"
-    ids = sorted(int(i) for i in ids)
+    ids = sorted(as_ids(ids).tolist())
     if len(set(ids)) < len(ids): raise ValueError("subsets: an id occurs twice")
     too_large = [s for s in sizes if s != "all" and not 0 < s <= len(ids)]
     if too_large: raise ValueError(f"subsets of {too_large} asked, there are {len(ids)} ids")

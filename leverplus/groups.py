@@ -79,6 +79,8 @@ def _single(values, kind, name):
     "A column of numbers, texts or booleans, exact"
     if kind in ("int", "bool") and pd.isna(values).any():
         raise ValueError(f"column {name!r} has missing values: it must be known for every row")
+    if kind == "int" and np.asarray(values).dtype.kind in "OU" and str in set(map(type, values)):
+        raise ValueError(f"column {name!r} holds texts, wanted whole numbers (of ids, `as_ids` makes them)")
     if kind == "int" and (np.asarray(values) != np.asarray(values).astype("int64")).any():
         raise ValueError(f"column {name!r} holds numbers that are not integers")
     if kind == "int" and _rounded(np.asarray(values)):

@@ -20,7 +20,7 @@ from filelock import FileLock
 from .core import ask_for_a_folder, atomic_path, fingerprint, pad_rows, read_json, rng
 from .runs import Run
 from .settings import Asking, Picker, Picking, plain_settings
-from .items import as_ids, as_items, given_ids
+from .items import as_id, as_ids, as_items, given_ids
 from .pools import check_encoder, check_pool, encoder_of, image_groups
 from .vqa import normalise
 from .decode import best_sequences
@@ -468,7 +468,7 @@ def check_results(
     ids = [r["question_id"] for r in results]
     if len(set(ids)) < len(ids):
         raise ValueError(f"question {next(q for q in ids if ids.count(q) > 1)} is answered twice")
-    wanted = {int(q) for q in question_ids}
+    wanted = set(as_ids(question_ids).tolist())
     lost = sorted(wanted - set(ids))
     if lost: raise Unanswered(f"{len(lost)} questions have no answer, first {lost[:5]}")
     odd = sorted(set(ids) - wanted)
@@ -482,8 +482,8 @@ def write_results(
     blank:bool=False, # write "" where there is no answer, instead of refusing
 )->Path: # the file; `Unanswered` names questions without an answer
     "Write predictions in the official results format"
-    said = {int(q): a for q, a in answers.items() if isinstance(a, str)}
-    if blank: said = {int(q): "" for q in question_ids} | said
+    said = {as_id(q): a for q, a in answers.items() if isinstance(a, str)}
+    if blank: said = dict.fromkeys(as_ids(question_ids).tolist(), "") | said
     results = [dict(question_id=q, answer=a) for q, a in sorted(said.items())]
     text = json.dumps(check_results(results, question_ids), ensure_ascii=False)
     with atomic_path(path) as tmp: Path(tmp).write_text(text, encoding="utf8")

@@ -13,6 +13,7 @@ from itertools import combinations
 import numpy as np, pandas as pd, torch
 from .core import fingerprint, rng
 from .settings import Proposing
+from .items import as_ids
 from .decode import best_sequences, deciding, device_of
 from .groups import PROPOSAL_COLUMNS
 
@@ -247,7 +248,7 @@ def propose(
     batch_size:int=256, # queries at once; changes no proposal
 )->pd.DataFrame: # columns of PROPOSAL_COLUMNS; distinct ordered sequences per query, queries in the given order
     "Choose the sequences that are to be tried"
-    queries = [int(q) for q in queries]
+    queries = as_ids(queries).tolist()
     check_queries(queries, S)
     if policy is None: policy = SimilarityPrior(proposing.scale)
     parts = []

@@ -11,7 +11,7 @@ from leverplus.demo import seeds_report
 from leverplus.dls import group_dls, show_group, show_prompts
 from leverplus.earlier_infoscore import infoscore_beams
 from leverplus.earlier_json import row_map
-from leverplus.embed import embed_items, gather_stores, show_neighbours
+from leverplus.embed import EmbedStore, embed_items, gather_stores, show_neighbours
 from leverplus.evaluate import (
     behaviour, compare_runs, compare_seeds, gap_table, majority_vote, mode_table, paired_table,
     paired_tests, pick_baselines, pick_oracle, result_table, score_picks, seeds_table, size_table, subsets,
@@ -27,9 +27,10 @@ from leverplus.recipes import recipe_learner
 from leverplus.report import Findings, browser_block, item_picture, plot_examples
 from leverplus.rewards import reweigh
 from leverplus.rldata_ask import FactCache, ask, ask_around, content_keys, item_hashes, score_pairs, self_test
-from leverplus.rldata_generate import generate, run_settings
+from leverplus.rldata_generate import generate, run_settings, shard_queries
 from leverplus.rldata_merge import split
 from leverplus.rldata_mine import mine, reask
+from leverplus.rldata_propose import propose
 from leverplus.rldata_scale import expected_rate
 from leverplus.settings import Guarding, Mining, Picking, Proposing
 from leverplus.statistics import Bootstrap
@@ -122,6 +123,28 @@ def test_texts_lead_back_from_pool_answers_and_files(tmp_path):
     run = predict(tmp_path/"run", pool, f, MockScorer(), picking=picking, progress=False)
     told = run.frame("predictions.parquet")
     assert told.given_id.tolist() == given_ids(items, told.question_id) and set(told.given_id) == set(names)
+
+@pytest.mark.parametrize("ids", [["a", "b"], ["3", "0"]])
+def test_tables_of_pairs_hold_numbers(ids):
+    asked = pd.DataFrame(dict(question_id=ids, pointer=[(2,), (1,)]))
+    with pytest.raises(ValueError, match="column 'question_id' holds texts, wanted whole numbers"):
+        ask(asked, MockScorer(), frame(image_path=None))
+    asked = asked.assign(question_id=as_ids(["3", "0"]))
+    assert ask(asked, MockScorer(), frame(image_path=None)).question_id.tolist() == [3, 0]
+
+def test_functions_that_take_ids_take_texts():
+    f = frame(range(8), image_id=range(8)).assign(question_id=list("abcdefgh"))
+    items = as_items(f)
+    x = torch.eye(8)
+    store = EmbedStore(items.index, x, x)
+    pool = make_pool(f, f, 4)
+    assert torch.equal(store.get(["b", "c"], "text"), x[1:3])
+    assert propose(pool, store, ["a", "b"], 1).equals(propose(pool, store, as_ids(["a", "b"]), 1))
+    assert shard_queries(["a", "7"]) == [as_id("a"), 7]
+    assert list(subsets(["a", "b"], ("all",)).values()) == [tuple(sorted(as_ids(["a", "b"])))]
+    assert pool.local("a", given_ids(items, pool["a"])) == (0, 1, 2, 3)
+    for wrong in ("a", [1.5], [None], [-1]):
+        with pytest.raises(ValueError, match="question_id"): shard_queries(wrong)
 
 # ---- every function that takes items -----------------------------------------------------------------------
 
