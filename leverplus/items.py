@@ -139,9 +139,9 @@ def _twice(frame, what):
     texts = frame.given_id.iloc[first] if "given_id" in frame else ()
     given = f" (given as {' and '.join(map(repr, texts))})" if len(texts) else ""
     raise ValueError(
-        f"{what}: question_id {ids[0]}{given} occurs more than once, in rows {first[0]} and {first[1]} ({len(ids)}"
-        f" such ids in {len(frame)} rows). If the rows are the same, drop_duplicates('question_id') keeps one of"
-        " each; if they are different questions, give them ids of their own"
+        f"{what}: question_id {ids[0]}{given} occurs more than once, in rows {first[0]} and {first[1]}"
+        f" ({len(ids)} such ids in {len(frame)} rows). If the rows are the same, drop_duplicates('question_id')"
+        " keeps one of each; if they are different questions, give them ids of their own"
     )
 
 # %% ../nbs/09_items.ipynb #c88595f6
