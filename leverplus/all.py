@@ -8,6 +8,8 @@ from leverplus.settings import (
     Asking, Choosing, Data, Guarding, Job, Mining, Model, Picking, Pools, Proposing, Rewarding, Rows, Teaching,
     plain_settings, read_settings, settings_of,
 )
+from leverplus.pictures import open_image, picture_key
+from leverplus.items import as_items, given_ids
 from leverplus.data import check_splits, read_okvqa, read_soft_labels, read_vqav2, show_items
 from leverplus.vqa import vqa_accuracies, vqa_accuracy
 from leverplus.embed import EmbedStore, embed_items, load_clip, show_neighbours

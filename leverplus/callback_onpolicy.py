@@ -209,7 +209,7 @@ class NoReward(TooManyFailures):
 @patch
 def print_of(self:Feedback, pool):
     "Fingerprint of what the rewards of a pool's queries come from: its items; stored facts, where nobody is asked"
-    ids = sorted({i for q in pool for i in (q, *pool[q])})
+    ids = pool.item_ids
     said = None
     if self.scorer is None:
         facts = self.cache.to_frame()

@@ -91,7 +91,7 @@ def _check_text(path, check):
     raw = path.read_bytes()
     if raw.startswith(_MARKS):
         raise ValueError(
-            f"{path}: begins with a byte order mark, which does not belong into a checkpoint; save it as"
+            f"{path}: begins with a byte order mark, which does not belong in a checkpoint; save it as"
             " UTF-8 without a mark, or copy it again"
         )
     check(raw, path)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['masked_mean', 'masked_log_softmax', 'masked_softmax', 'spread', 'pad_rows', 'frozen', 'gini', 'stable_hash', 'rng',
-           'seed_all', 'fingerprint', 'tensor_hash', 'tensors_fingerprint', 'atomic_path', 'write_json', 'file_bytes',
-           'what_instead', 'parse_json', 'read_json', 'leftovers', 'ask_for_a_folder', 'repo_path', 'world_path',
-           'exact_float32', 'reproducible', 'loading_bar']
+           'seed_all', 'scramble', 'fingerprint', 'tensor_hash', 'tensors_fingerprint', 'atomic_path', 'write_json',
+           'file_bytes', 'what_instead', 'parse_json', 'read_json', 'leftovers', 'ask_for_a_folder', 'repo_path',
+           'world_path', 'exact_float32', 'reproducible', 'loading_bar']
 
 # %% ../nbs/00_core.ipynb #f91ab82d
 import codecs, contextlib, gzip, hashlib, json, os, random, re, uuid, warnings, zlib
@@ -118,6 +118,18 @@ def seed_all(
     torch.manual_seed(seed)
     return seed
 
+# %% ../nbs/00_core.ipynb #644a1c45
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15) # how far apart splitmix64 takes its numbers
+
+def scramble(
+    x:np.ndarray, # uint64, any shape
+)->np.ndarray: # uint64, same shape
+    "Hash each number (a step of splitmix64: Steele, Lea, Flood 2014)"
+    x = x + _GOLDEN
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
 # %% ../nbs/00_core.ipynb #ed040f37
 def fingerprint(
     *parts, # numbers, strings, bytes, arrays, tensors, or nested lists and dicts of them; anything else is a TypeError
@@ -199,13 +211,9 @@ def _weighted_anywhere(rows, weights):
 
 @lru_cache(maxsize=None)
 def _place_weights(level, device):
-    "Weights of the places in a row: int64 [65536], by splitmix64 (Steele, Lea, Flood 2014)"
-    x = np.arange(_ROW, dtype=np.uint64) + np.uint64(level << 32)
-    x = (x + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    x = x ^ (x >> np.uint64(31))
-    return torch.from_numpy(x.view(np.int64)).to(device)
+    "Weights of the places in a row: int64 [65536], the numbers of splitmix64"
+    place = np.arange(_ROW, dtype=np.uint64) + np.uint64(level << 32)
+    return torch.from_numpy(scramble(place * _GOLDEN).view(np.int64)).to(device)
 
 # %% ../nbs/00_core.ipynb #2585ead4
 def tensors_fingerprint(

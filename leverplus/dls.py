@@ -231,7 +231,9 @@ def batch(self:GroupDataset,
     return *inputs, rewards, mask
 
 # %% ../nbs/40_dls.ipynb #8f64c0f7
-_LOOKS = {"about", "rows", "lost", "n_failed"}   # of a dataset: for people, in no batch
+# attributes of a dataset: those that stand in the parts below (`demos` and `cands` are the pool) ...
+_IN_PARTS = {"question_ids", "n", "first", "seqs", "pool", "demos", "cands", "kind", "query", "vecs", "rewards"}
+_LOOKS = {"about", "rows", "lost", "n_failed"} # ... and those for people, in no batch
 
 @patch
 def content(self:GroupDataset)->dict: # {part: what `fingerprint` takes}
@@ -243,9 +245,7 @@ def content(self:GroupDataset)->dict: # {part: what `fingerprint` takes}
         embeddings=[self.kind, self.query, self.vecs],
         rewards=self.rewards,
     )
-    ours = {"question_ids", "n", "first", "seqs", "pool", "demos", "cands"}
-    ours |= {"kind", "query", "vecs", "rewards"} | _LOOKS
-    more = {name: value for name, value in vars(self).items() if name not in ours}
+    more = {name: value for name, value in vars(self).items() if name not in _IN_PARTS | _LOOKS}
     return parts | dict(more=more) if more else parts
 
 # %% ../nbs/40_dls.ipynb #8134cc24

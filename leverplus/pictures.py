@@ -15,7 +15,7 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 # %% ../nbs/08_pictures.ipynb #739dc28d
 class BadPicture(OSError, ValueError):
     "A picture that cannot be read; the message names file and item"
-    why = "" # what is wrong with it, to be read behind "it"
+    why = "" # what is wrong with it, to be read after "it"
 
 class NoPicture(BadPicture, FileNotFoundError):
     "A picture file that is not there"
@@ -299,7 +299,7 @@ def _say_first_frame(label):
 def picture_fault(
     source, # path of a picture file, or its bytes
     pixels:bool=True, # read the pixels? Else the header only
-)->str: # "" if `open_image` reads it, else what is wrong, to be read behind "it"
+)->str: # "" if `open_image` reads it, else what is wrong, to be read after "it"
     "Say what is wrong with a picture"
     try:
         if pixels: open_image(source)

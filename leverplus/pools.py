@@ -77,6 +77,12 @@ def _check_candidates(query, candidates):
     if query in candidates:
         raise ValueError(f"query {query} is its own candidate; leave it out of its pool")
 
+# %% ../nbs/13_pools.ipynb #d5f2505c
+@patch(as_prop=True)
+def item_ids(self:Pool)->list: # question_ids, ascending, each once
+    "Queries and candidates"
+    return sorted(set(self.ids).union(*self.ids.values()))
+
 # %% ../nbs/13_pools.ipynb #4bf1d2fb
 @patch
 def local(self:Pool,

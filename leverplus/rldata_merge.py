@@ -13,13 +13,12 @@ import inspect
 from copy import copy
 import numpy as np, pandas as pd
 from fastcore.basics import patch
-from .core import stable_hash
+from .core import scramble, stable_hash
 from .markup import Blocks, Paragraph
 from .items import as_items
 from .groups import PROB_FACTS, RECORD, TEXT_FACTS, RLData, pointer_matrix, whole_draws
 from .pools import Pool, image_groups
 from .rewards import reward as reward_of, reward_facts
-from .rldata_ask import scramble
 
 # %% ../nbs/38_rldata_merge.ipynb #57334da1
 _ON_DISK = ("schema", "complete", "parts", "counts", "pool", "shard", "shards", "sources", "history")

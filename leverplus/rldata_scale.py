@@ -61,7 +61,6 @@ def questions(self:Job,
 )->list: # question_ids: the first `limit` of the split
     "Say whose questions are asked"
     items = self.items() if items is None else as_items(items, need=("split",))
-    items = self.items() if items is None else items
     return items.question_id[items.split == self.split][:self.limit].tolist()
 
 # %% ../nbs/39_rldata_scale.ipynb #a1ea55c5

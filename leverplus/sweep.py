@@ -175,10 +175,12 @@ def data_fingerprint(
 )->str: # 16 hexadecimal digits
     "What all cells of a sweep share"
     stored = {k: d.fingerprint for k, d in groups.items()}
-    pools = [d.pool.ids for d in groups.values()]
-    ids = sorted({i for pool in pools for q, candidates in pool.items() for i in (q, *candidates)})
-    items = item_hashes(world.items, ids)
+    items = item_hashes(world.items, _item_ids(groups))
     return fingerprint("sweep", stored, items, world.store.fingerprint, facts_fingerprint(world.scorer, asking))
+
+def _item_ids(groups):
+    "Queries and candidates of all groups, ascending"
+    return sorted(set().union(*(data.pool.item_ids for data in groups.values())))
 
 def cell_id(
     settings:dict, # a combination of `expand_grid`
@@ -352,11 +354,6 @@ def _left(cells, have, shard):
     if shard is None: return left
     i, n = shard
     return [k for k in left if int(k, 16) % n == i]
-
-def _item_ids(groups):
-    "Queries and candidates of all groups, ascending"
-    pools = [d.pool for d in groups.values()]
-    return sorted({i for pool in pools for q in pool for i in (q, *pool[q])})
 
 # %% ../nbs/85_sweep.ipynb #ac34010d
 def _shown(v):

@@ -216,8 +216,7 @@ def _table_items(asked, judges):
     "(items, ids of those that matter) of the questions, and of those on which fixed sequences are chosen"
     parts = [asked] if judges is None else [asked, judges]
     items = pd.concat([part.items for part in parts])
-    ids = {q for part in parts for q in part.pool.ids}
-    ids |= {d for part in parts for candidates in part.pool.ids.values() for d in candidates}
+    ids = set().union(*(part.pool.item_ids for part in parts))
     return items[~items.index.duplicated()], sorted(ids)
 
 def _sizes_there(path, rows):

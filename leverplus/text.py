@@ -31,7 +31,7 @@ def control_token(
 def text_fault(
     text, # what should be a text
     tokens=(), # see `control_token`
-)->str: # "" if it can be shown to a language model, else what is wrong, to stand behind "the question"
+)->str: # "" if it can be shown to a language model, else what is wrong, to be read after "the question"
     "Say why something cannot be shown to a language model"
     if not isinstance(text, str): return f"is {text!r}, wanted a text"
     token = control_token(text, tokens)

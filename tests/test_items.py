@@ -181,6 +181,10 @@ HAND_ON = {
     "rldata_scale.questions_there": "job.questions",
     "report.report": "Findings",
     "runs.Run.show_results": "plot_examples",
+    "rldata_ask.check_contents": "content_keys",
+    "rldata_generate.Contents.compare": "item_contents",
+    "rldata_generate.Contents.hold": "item_contents",
+    "rldata_generate.begin_run": "contents.hold",
     "settings.Job.embed_place": "_embed_name",
     # dataclasses: see `__post_init__`
     "rldata_mine.Search.__init__": "",
