@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np, pandas as pd
 from .core import fingerprint, read_json
 from .items import as_id, as_image_id, as_items
-from .pictures import open_image, picture_fault, picture_key
-from .text import compose, text_fault
+from .pictures import BadPicture, open_image, picture_fault, picture_file, picture_key
+from .text import sound_text
 
 # %% ../nbs/10_data.ipynb #df97deb2
 def _need(ok, reason): # unless `ok`, an error with this reason
@@ -40,12 +40,7 @@ def _question(entry): # image_id and question of an entry
 def _text(entry, field): # the text under `field`, composed and stripped
     text = entry.get(field)
     _need(isinstance(text, str) and text.strip(), f"{field} is {text!r}, wanted a text")
-    return _sound(text, field).strip()
-
-def _sound(text, what): # a text composed, if a model can be shown it
-    fault = text_fault(text)
-    _need(not fault, f"{what} {fault}")
-    return compose(text)
+    return sound_text(text, field).strip()
 
 # %% ../nbs/10_data.ipynb #bf495e4b
 def majority(
@@ -72,7 +67,7 @@ def _vqav2(entry): # the same, with the answer that VQAv2 names
 def _texts(people, field): # what each of them says under `field`, composed; None if one says no text
     out = [person.get(field) if isinstance(person, dict) else None for person in people]
     if not all(isinstance(text, str) for text in out): return None
-    return [_sound(text, f"an {field.replace('_', ' ')}") for text in out]
+    return [sound_text(text, f"an {field.replace('_', ' ')}") for text in out]
 
 def _extras(entry): # what some files have and others have not
     out = {k: entry[k] for k in ("question_type", "answer_type") if isinstance(entry.get(k), str)}
@@ -104,7 +99,7 @@ def _check_label(label):
         _need(known, f"score {score!r} of {answer!r}, wanted .667 or 1")
 
 def _soft(entry): # the fields of such a copy; its image has COCO's name
-    answers = [_sound(answer, "an answer") for answer in expand_labels(entry.get("label"))]
+    answers = [sound_text(answer, "an answer") for answer in expand_labels(entry.get("label"))]
     out = dict(answers=answers, answer=majority(answers))
     image = entry.get("img_id")
     if isinstance(image, str) and image[-12:].isdigit(): out["image_id"] = int(image[-12:])
@@ -186,7 +181,8 @@ def image_fault(
     verify:str="decode", # decode: every pixel | header: kind, sides, PNG checksums | exists: it is not empty
 )->str: # "" if it is sound, else what is wrong
     "Say what is wrong with an image file"
-    path = Path(path)
+    try: path = picture_file(path)
+    except BadPicture as e: return f"image cannot be read: it {e.why}"
     if path.stat().st_size == 0: return "image file is empty"
     if verify == "exists": return ""
     why = picture_fault(path, pixels=verify == "decode")
@@ -412,12 +408,12 @@ def check_splits(
 
 # %% ../nbs/10_data.ipynb #ae690bf7
 def items_fingerprint(
-    items:pd.DataFrame, # what a reader returned, or rows of it
+    items:pd.DataFrame, # what a reader returned, or rows of it; without `answers`, there are none
 )->str: # 16 hexadecimal digits
     "Fingerprint items by id, image id, question and answers; row order and paths do not matter"
-    items = as_items(items, need=("image_id", "question", "answers"))
+    items = as_items(items, need=("image_id", "question"))
     ids = items.question_id.tolist()
-    answers = map(list, items.answers)
+    answers = items.answers.tolist() if "answers" in items else [[]]*len(items)
     rows = sorted(zip(ids, items.image_id.tolist(), items.question.tolist(), answers))
     return fingerprint("items", json.dumps(rows, ensure_ascii=False))
 

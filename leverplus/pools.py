@@ -355,6 +355,7 @@ def make_pool(
         )
     queries = as_items(queries, need=("image_id", "question"), what="queries")
     demos = as_items(demos, need=("image_id", "question"), what="demos")
+    _check_shared(queries, demos)
     asked, offered = _with_pictures(_in_order(queries, "queries"), _in_order(demos, "demos"), store)
     twin = offered.duplicated(["picture", "question"])
     ids = _draw(asked, offered[~twin], parts, store, seed)
@@ -362,7 +363,7 @@ def make_pool(
         sampler=sampler, K=K, parts=parts, seed=seed, order="shuffled",
         clip=store.source.get("clip") if similar else None,
         store=store.fingerprint if similar else None,
-        queries=_items_print(asked), demos=_items_print(offered),
+        queries=items_fingerprint(asked), demos=items_fingerprint(offered),
         n_queries=len(asked), n_demos=len(offered),
         excluded=_excluded(asked, offered) | {"twin_demos": int(twin.sum())},
     )
@@ -376,8 +377,20 @@ def _with_pictures(queries, demos, store): # both frames with a column `picture`
     picture = _labels(pd.concat([queries, demos], ignore_index=True), store)
     return queries.assign(picture=picture[:len(queries)]), demos.assign(picture=picture[len(queries):])
 
-def _items_print(items):
-    return items_fingerprint(items if "answers" in items else items.assign(answers=[[]]*len(items)))
+def _check_shared(queries, demos):
+    "Refuse an id that is one question among the queries and another among the demonstrations"
+    both = queries.index.intersection(demos.index)
+    for column in ("question", "image_id"):
+        if column not in queries or column not in demos: continue
+        one = queries[column].loc[both].to_numpy(object)
+        other = demos[column].loc[both].to_numpy(object)
+        unlike = np.flatnonzero(one != other)
+        if not len(unlike): continue
+        i = unlike[0]
+        raise ValueError(
+            f"question_id {both[i]} has {column} {one[i]!r} among the queries, {other[i]!r} among the demonstrations"
+            f" ({len(unlike)} such ids): an id is one question, give those of one table other ids"
+        )
 
 # %% ../nbs/13_pools.ipynb #d0afa113
 @patch
@@ -388,6 +401,7 @@ def validate(self:Pool,
     "Check that every query and candidate is known and that no candidate shows its query's picture"
     items = as_items(items, need=("image_id",))
     asked = items if queries is None else as_items(queries, need=("image_id",), what="queries")
+    _check_shared(asked, items)
     both = pd.concat([asked, items], ignore_index=True).drop_duplicates("question_id")
     picture = pd.Series(image_groups(both), index=both.question_id.to_numpy())
     table = _table(self, list(self))

@@ -48,10 +48,20 @@ ITEMS = pd.DataFrame(dict(
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("what,of", [("question", 2), ("answer", 2), ("question", 3)])
 def test_the_guard_names_the_item_and_the_query(style, what, of):
-    spoilt = ITEMS.assign(**{what: np.where(ITEMS.question_id == of, "x <|vision_start|>", ITEMS[what])})
     says = rf"question 3, pointer \(1, 2\): the {what} of question {of} holds .*vision_start"
-    prompt = prompter(spoilt, style)(3, (1, 2))
+    prompt = prompter(ITEMS, style)(3, (1, 2))
+    spoilt = {what: "x <|vision_start|>"}
+    demos = tuple(replace(d, **spoilt) if d.question_id == of else d for d in prompt.demos)
+    prompt = replace(prompt, demos=demos, **(spoilt if of == 3 else {}))
     with pytest.raises(ValueError, match=says): check_prompt(prompt, "whatever was rendered")
+
+@pytest.mark.parametrize("what,of", [("question", 2), ("answer", 2), ("question", 3)])
+def test_a_table_with_commands_is_refused_where_it_comes_in(what, of):
+    "As a reader refuses it, whoever takes the table, and whether or not the text would be shown"
+    spoilt = ITEMS.assign(**{what: np.where(ITEMS.question_id == of, "x <|vision_start|>", ITEMS[what])})
+    says = f"question_id {of}: {what} holds the control token '<|vision_start|>'"
+    with pytest.raises(ValueError, match=re.escape(says)): prompter(spoilt)
+    with pytest.raises(ValueError, match=re.escape(says)): as_items(spoilt)
 
 def test_missing_texts_are_refused_where_they_would_be_shown():
     make = prompter(ITEMS)
@@ -62,9 +72,9 @@ def test_missing_texts_are_refused_where_they_would_be_shown():
 
 @pytest.mark.parametrize("answers,says", [(["<|im_end|>"]*10, "control token"), ([" "]*10, "all 10 answers are blank")])
 def test_answers_that_cannot_be_asked_for_name_their_question(answers, says):
-    items = ITEMS.assign(answers=[["dax"]*10, answers, ["wug"]*10]).set_index("question_id", drop=False)
+    items = ITEMS.assign(answer="dax", answers=[["dax"]*10, answers, ["wug"]*10])
     pairs = pd.DataFrame(dict(question_id=[1, 2], pointer=[(2,), (1,)]))
-    with pytest.raises(ValueError, match=f"question 2: .*{says}"): score_pairs(pairs, MockScorer(), items)
+    with pytest.raises(ValueError, match=f"question_id 2: .*{says}"): score_pairs(pairs, MockScorer(), items)
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.floats(0, 1)), max_size=8))
 def test_weights_once(rows):
