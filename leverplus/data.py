@@ -427,6 +427,7 @@ def show_items(
     frame = as_items(frame, need=("image_id", "image_path", "question", "answers"))
     import matplotlib.pyplot as plt
     n = min(n, len(frame))
+    if n < 1: raise ValueError(f"{n} of {len(frame)} items to show: wanted at least one")
     if axes is None: axes = plt.subplots(1, n, figsize=(max(5, 1.7*n), 3), squeeze=False)[1]
     axes = np.atleast_1d(axes).ravel()
     for ax, item in zip(axes, frame.head(n).itertuples(index=False), strict=True): _show_item(ax, item)

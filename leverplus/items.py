@@ -182,10 +182,14 @@ def _changed(frame, column, is_right, make, what):
     values = frame[column].tolist()
     if is_right(values) and not _is_packed(frame[column].dtype): return {}
     out = np.empty(len(values), dtype=object)
-    for i, (q, x) in enumerate(zip(frame.index, values)):
+    for i, x in enumerate(values):
         try: out[i] = make(x)
-        except ValueError as e: raise ValueError(f"{what}, question_id {q}: {e}") from None
+        except ValueError as e: raise ValueError(f"{what}, question_id {_name(frame, i)}: {e}") from None
     return {column: out}
+
+def _name(frame, i):
+    "The id of a row as it was given, for errors"
+    return repr(frame["given_id"].iloc[i]) if "given_id" in frame else frame.index[i]
 
 def _is_packed(dtype): # values of such a column are other objects each time, or not all texts may be put there
     return isinstance(dtype, (pd.CategoricalDtype, pd.ArrowDtype))
@@ -230,12 +234,12 @@ def _image_ids(frame, what):
     given = frame["image_id"]
     if given.dtype == np.int64 and bool((given >= 0).all()): return {}
     ids = np.empty(len(given), np.int64)
-    for i, (q, x) in enumerate(zip(frame.index, given)):
+    for i, x in enumerate(_singly(given)):
         try: ids[i] = as_image_id(x)
         except ValueError as e:
             lost = _is_missing(_plain(x))
             hint = "; an item without a picture may have its question_id there" if lost else ""
-            raise ValueError(f"{what}, question_id {q}: {e}{hint}") from None
+            raise ValueError(f"{what}, question_id {_name(frame, i)}: {e}{hint}") from None
     texts = {} if _are_numbers(given) else {"given_image_id": list(map(_as_text, given))}
     return {"image_id": ids} | texts
 

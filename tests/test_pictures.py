@@ -296,7 +296,7 @@ def test_ordinary_pictures_are_what_they_were():
         with Image.open(path) as plain: assert open_image(path).tobytes() == plain.convert("RGB").tobytes()
 
 def test_pictures_of_reports_are_upright_and_small(files):
-    items = pd.DataFrame(dict(image_path=[files["PNG, EXIF 6"]]), index=[7])
+    items = pd.DataFrame(dict(question_id=[7], image_path=[files["PNG, EXIF 6"]]))
     assert difference(item_picture(items, 7), RGB) == 0
     assert item_picture(items, 7, 26).size == (26, 20)
 
@@ -338,7 +338,11 @@ def damaged():
 NOISE = np.random.default_rng(5).integers(256, size=(64, 64, 3), dtype=np.uint8)
 REFUSED = { # name -> (file, words, seen from the header alone?)
     "empty": (b"", "file is empty", True),
-    "text": (b"<html>not found</html>", "no format that Pillow reads", True),
+    "text": (b"not found", "no format that Pillow reads", True),
+    "web page": (b"<html>not found</html>", "is a web page", True),
+    "HEIC of a phone": (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + b"\0"*99, "is HEIC, which Pillow does not read", True),
+    "pointer of Git LFS": (b"version https://git-lfs.github.com/spec/v1\noid", "is a pointer of Git LFS", True),
+    "drawing": (b"<?xml version='1.0'?>\n<svg xmlns='http://www.w3.org/2000/svg'/>", "is SVG", True),
     "cut PNG": (saved(NOISE)[:3000], "is broken", True),
     "cut JPEG": (saved(NOISE, "JPEG")[:1500], "truncated", False),
     "cut GIF": (saved(NOISE, "GIF")[:2500], "is broken", False),

@@ -1,9 +1,10 @@
 "Texts as a model sees them: one form, no commands; both scorers give the same facts or the same failures"
-import unicodedata
+import re, unicodedata
 from dataclasses import replace
 import numpy as np, pandas as pd, pytest, torch
 from hypothesis import given, settings, strategies as st
 from PIL import Image
+from leverplus.items import as_items
 from leverplus.lvlm import (
     MockScorer, NaiveScorer, Targets, checked_targets, compare, load_lvlm, read_texts, weights_once,
 )
