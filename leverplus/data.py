@@ -15,9 +15,9 @@ from itertools import combinations
 from pathlib import Path
 import numpy as np, pandas as pd
 from .core import fingerprint, read_json
-from .items import as_id, as_image_id, as_items
+from .items import as_id, as_image_id, as_items, given_ids
 from .pictures import BadPicture, open_image, picture_fault, picture_file, picture_key
-from .text import sound_text
+from .text import compose, sound_text
 
 # %% ../nbs/10_data.ipynb #df97deb2
 def _need(ok, reason): # unless `ok`, an error with this reason
@@ -45,9 +45,9 @@ def _text(entry, field): # the text under `field`, composed and stripped
 # %% ../nbs/10_data.ipynb #bf495e4b
 def majority(
     answers, # strings; ValueError if all are blank
-)->str: # stripped
+)->str: # composed and stripped
     "Find the most frequent answer; of equally frequent ones, the one that comes first"
-    counts = Counter(a.strip() for a in answers if a.strip())
+    counts = Counter(compose(a).strip() for a in answers if a.strip())
     _need(counts, "all answers are blank")
     return counts.most_common(1)[0][0]
 
@@ -400,11 +400,17 @@ def check_splits(
             both = sorted(set(frame_a[column].tolist()) & set(frame_b[column].tolist()))
             if both:
                 raise ValueError(
-                    f"splits '{a}' and '{b}' share {len(both)} {column}s, e.g. {both[:5]}: move them to one"
-                    " side"
+                    f"splits '{a}' and '{b}' share {len(both)} {column}s, e.g. {_given(frame_a, column, both[:5])}:"
+                    " move them to one side"
                 )
     sizes = {name: dict(questions=len(f), images=f.image_id.nunique()) for name, f in frames.items()}
     return pd.DataFrame(sizes).T
+
+def _given(frame, column, ids): # ids as they were given, for errors
+    if column == "question_id": return given_ids(frame, ids)
+    if "given_image_id" not in frame: return ids
+    names = dict(zip(frame.image_id.tolist(), frame.given_image_id))
+    return [names[i] for i in ids]
 
 # %% ../nbs/10_data.ipynb #ae690bf7
 def items_fingerprint(

@@ -8,7 +8,6 @@ __all__ = ['as_id', 'as_ids', 'as_image_id', 'as_items', 'given_ids']
 # %% ../nbs/09_items.ipynb #b6e5d888
 import math, re
 from decimal import Decimal
-from itertools import chain
 from numbers import Real
 from os import PathLike, fspath
 from uuid import UUID
@@ -191,18 +190,21 @@ def _name(frame, i):
     "The id of a row as it was given, for errors"
     return repr(frame["given_id"].iloc[i]) if "given_id" in frame else frame.index[i]
 
-def _is_packed(dtype): # values of such a column are other objects each time, or not all texts may be put there
+def _is_packed(dtype):
+    "Does a column hold its values in a form of its own, which takes only certain texts, or gives arrays for lists?"
     return isinstance(dtype, (pd.CategoricalDtype, pd.ArrowDtype))
 
 def _types(values): return set(map(type, values))
 def _are_paths(values): return _types(values) <= {str, type(None)} or all(map(_is_path, values))
 def _are_answers(values):
-    if not (_types(values) <= {list} and _types(chain.from_iterable(values)) <= {str}): return False
-    return are_sound(chain.from_iterable(values))
+    "Are all of them lists of texts, as readers make them? One text that is none, and they cannot be joined"
+    if not (_types(values) <= {list} and _types([answers[0] for answers in values if answers]) <= {str}): return False
+    try: return are_sound(map("\n".join, values))
+    except TypeError: return False
 
 def _are_texts(values):
     "Are all that are texts as readers make them?"
-    texts = [x for x in values if isinstance(x, str)]
+    texts = values if _types(values) <= {str} else [x for x in values if isinstance(x, str)]
     return _types(texts) <= {str} and list(map(str.strip, texts)) == texts and are_sound(texts)
 
 def _is_path(x): return isinstance(x, str) or x is None or x is pd.NA or x != x
@@ -226,7 +228,8 @@ def _as_answers(x):
     x = [a.get("answer") if isinstance(a, dict) else a for a in x]
     for answer in x:
         if not isinstance(answer, str): raise ValueError(f"answers holds {answer!r}, wanted texts")
-    return [sound_text(str(answer), "an answer") for answer in x]
+    texts = list(map(str, x))
+    return texts if are_sound(texts) else [sound_text(text, "an answer") for text in texts]
 
 # %% ../nbs/09_items.ipynb #9344e7e6
 def _image_ids(frame, what):
@@ -253,14 +256,16 @@ def _check_columns(frame, columns, what):
 
 _HINTS = dict(
     image_path="read the items with `images=` set to the image folder",
-    answer="the answer that is shown is often that of most people: frame.answers.map(majority), see `10_data`",
-    answers="it holds the list of people's answers, maybe under another name: rename(columns={...: 'answers'})",
+    answer="that of most people is often shown: frame.answers.map(majority), see `10_data`",
+    answers="a list of people's answers, maybe there under another name: rename(columns={...: 'answers'})",
 )
 
 # %% ../nbs/09_items.ipynb #9ae9b716
 def _texts(frame, column, is_needed, what):
     "{column: texts} where some are not as readers make them; {} where all are"
-    def is_right(values): return _are_texts(values) and not (is_needed and any(map(_is_blank, set(values))))
+    def is_right(values):
+        if is_needed and ("" in values or not _types(values) <= {str}): return False
+        return _are_texts(values)
     def make(x):
         if is_needed and _is_blank(x): raise ValueError(f"{column} is {x!r}, wanted a text")
         return sound_text(str(x), column).strip() if isinstance(x, str) else x
@@ -268,7 +273,7 @@ def _texts(frame, column, is_needed, what):
 
 def _answers(frame, is_needed, what):
     "{answers: lists of texts} where some are not as readers make them; {} where all are"
-    def is_right(values): return _are_answers(values) and not (is_needed and any(map(_are_blank, values)))
+    def is_right(values): return _are_answers(values) and (not is_needed or _have_words(values))
     def make(x):
         answers = _as_answers(x)
         if not (is_needed and _are_blank(answers)): return answers
@@ -279,16 +284,23 @@ def _answers(frame, is_needed, what):
 def _is_blank(x): return not isinstance(x, str) or not x.strip()
 def _are_blank(answers): return not any(map(str.strip, answers))
 
+def _have_words(values):
+    "Is there a word in each list? Mostly the first answer is one, so that is looked at first"
+    if not all(values): return False
+    return all(map(str.strip, {answers[0] for answers in values})) or not any(map(_are_blank, values))
+
 # %% ../nbs/09_items.ipynb #3b46d07e
 def as_items(
     frame:pd.DataFrame, # `question_id` as a column, as the index, or both; any other columns
     need=(), # columns that must be there, no text missing, e.g. `("question", "answers")`
     what:str="items", # how errors call the table
     columns=(), # columns that must be there, texts may be missing
-)->pd.DataFrame: # index = `question_id`, int64, distinct; texts composed, answers lists; as it was if it was so
+)->pd.DataFrame: # index = `question_id`, int64, distinct; texts composed, answers lists; itself if it was so
     "Put a table of items in order; ValueError says what is wrong with it and what to do"
     if not isinstance(frame, pd.DataFrame):
-        raise TypeError(f"{what} is a {type(frame).__name__}, wanted a DataFrame with a column question_id")
+        kind = type(frame).__name__
+        how = "pd.DataFrame(...) makes one of a list of rows"
+        raise TypeError(f"{what} is a {kind}, wanted a DataFrame with a column question_id; {how}")
     _check_names(frame, what)
     frame = _keyed(frame, what)
     _check_columns(frame, (*need, *columns), what)
@@ -304,7 +316,7 @@ def _check_names(frame, what):
     "Refuse a table in which a name means several columns"
     levels = frame.columns.nlevels
     if levels > 1:
-        raise ValueError(f"{what} has columns of {levels} levels, such as {frame.columns[0]}: give each one name")
+        raise ValueError(f"{what} has columns of {levels} levels, like {frame.columns[0]}: give each one name")
     for name in ("question_id", "image_id", "image_path", "question", "answer", "answers"):
         n = int((frame.columns == name).sum())
         if n > 1: raise ValueError(f"{what} has {n} columns {name}: rename or drop all but one")

@@ -67,7 +67,7 @@ def picture_file(
         whose = "an item" if question_id is None else f"question_id {question_id}"
         why = "has no image_path: read the items with `images=` set to the image folder"
         kind = type(path).__name__
-        if isinstance(path, (bytes, bytearray)): why = f"has {kind} in place of a path: wanted the path as text"
+        if isinstance(path, (bytes, bytearray)): why = f"has {kind} in place of a path, wanted a text"
         raise _told(BadPicture(f"{whose} {why}"), why)
     with _named(path, None, question_id):
         if not os.path.isfile(path): raise FileNotFoundError(_no_file(os.fspath(path)))
@@ -81,7 +81,8 @@ def _no_file(path):
     "Why there is no file of this name"
     if re.match(r"\w+://", path): return "is an address, wanted the path of a file"
     if os.path.exists(path): return "does not exist as a file: there is a folder, or something else"
-    return 'does not exist; a "~" is not expanded: write the whole path' if path[:1] == "~" else "does not exist"
+    if path[:1] == "~": return 'does not exist; a "~" is not expanded: write the whole path'
+    return "does not exist"
 
 # %% ../nbs/08_pictures.ipynb #bfb806c2
 def content_hash(
@@ -176,6 +177,24 @@ def _upright(image, orientation):
     turn = _TURNS.get(orientation)
     return image if turn is None else image.transpose(turn)
 
+# %% ../nbs/08_pictures.ipynb #7536acc4
+_OTHERS = ( # (beginning of a file, what it is, and what to do)
+    (rb"....ftyp(hei|hev|mif|msf)", "is HEIC, which Pillow does not read: save it as JPEG or PNG"),
+    (rb"....ftypavi", "is AVIF, which this Pillow does not read: take a newer one, or save it as PNG"),
+    (rb"version https://git-lfs", "is a pointer of Git LFS: fetch the file itself, with git lfs pull"),
+    (rb"\s*(<\?xml.*)?<svg", "is SVG, a drawing without pixels: save it as PNG"),
+    (rb"\s*<(!doctype html|html)", "is a web page: the download got that in place of a picture"),
+    (rb"%PDF", "is a PDF: save its page as PNG"),
+)
+
+def _no_picture(source):
+    "What a file is that Pillow does not know"
+    opened = io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb")
+    with opened as file: start = file.read(400)
+    for beginning, why in _OTHERS:
+        if re.match(beginning, start, re.I | re.S): return why
+    return "is broken, or of no format that Pillow reads"
+
 # %% ../nbs/08_pictures.ipynb #fd7442a5
 def _opened(source):
     "A picture that is in order as far as its header tells, no pixels read yet"
@@ -196,23 +215,6 @@ def _check_strict():
             "PIL.ImageFile.LOAD_TRUNCATED_IMAGES is on, so that files that were cut short would pass for"
             " whole ones; switch it off"
         )
-
-# %% ../nbs/08_pictures.ipynb #7536acc4
-_OTHERS = ( # (beginning of a file, what it is, and what to do)
-    (rb"....ftyp(hei|hev|mif|msf)", "is HEIC, which Pillow does not read: save it as JPEG or PNG"),
-    (rb"....ftypavi", "is AVIF, which this Pillow does not read: save it as JPEG or PNG, or take a newer Pillow"),
-    (rb"version https://git-lfs", "is a pointer of Git LFS: fetch the file itself, with git lfs pull"),
-    (rb"\s*(<\?xml.*)?<svg", "is SVG, a drawing without pixels: save it as PNG"),
-    (rb"\s*<(!doctype html|html)", "is a web page: the download got that in place of a picture"),
-    (rb"%PDF", "is a PDF: save its page as PNG"),
-)
-
-def _no_picture(source):
-    "What a file is that Pillow does not know"
-    with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file: start = file.read(400)
-    for beginning, why in _OTHERS:
-        if re.match(beginning, start, re.I | re.S): return why
-    return "is broken, or of no format that Pillow reads"
 
 # %% ../nbs/08_pictures.ipynb #a18896ca
 ASPECT_LIMIT = 200 # longest side / shortest side, as in `qwen_vl_utils` and in transformers' Qwen-VL

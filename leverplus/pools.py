@@ -388,8 +388,8 @@ def _check_shared(queries, demos):
         if not len(unlike): continue
         i = unlike[0]
         raise ValueError(
-            f"question_id {both[i]} has {column} {one[i]!r} among the queries, {other[i]!r} among the demonstrations"
-            f" ({len(unlike)} such ids): an id is one question, give those of one table other ids"
+            f"question_id {both[i]} has {column} {one[i]!r} among the queries, {other[i]!r} among the"
+            f" demonstrations ({len(unlike)} such ids): an id is one question, give those of one table other ids"
         )
 
 # %% ../nbs/13_pools.ipynb #d0afa113

@@ -36,11 +36,15 @@ def text_fault(
     if not isinstance(text, str): return f"is {text!r}, wanted a text"
     token = control_token(text, tokens)
     if token: return f"holds the control token {token!r}, which a model takes for a command: take it out"
-    half = None if text.isascii() else _SURROGATE.search(text)
-    if half: return f"holds half a character ({half.group()!r}): was it cut inside an emoji? Mend it"
+    half = _half_character(text)
+    if half: return f"holds half a character ({half!r}): was it cut inside an emoji? Mend it"
     return ""
 
-_SURROGATE = re.compile(r"[\ud800-\udfff]") # a half of a character that needs two; alone it is no text
+def _half_character(text):
+    "The first half of a character that needs two (a surrogate) and has no other half; None: there is none"
+    try: text.encode("utf8")
+    except UnicodeEncodeError as e: return text[e.start]
+    return None
 
 # %% ../nbs/07_text.ipynb #5e766f5d
 def sound_text(

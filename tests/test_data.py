@@ -238,6 +238,10 @@ def test_splits_are_compared_by_what_ids_mean():
     b = pd.DataFrame(dict(question_id=["3", "x"], image_id=["COCO_val2014_000000000042", "other.jpg"]))
     with pytest.raises(ValueError, match=r"share 1 image_ids, e.g. \[42\]"): check_splits(train=a, val=b)
     assert check_splits(train=a, val=b[1:]).questions.tolist() == [2, 1]
+    c = a.assign(question_id=["x", "y"], image_id=["other.jpg", "third.jpg"])
+    with pytest.raises(ValueError, match=r"share 1 image_ids, e.g. \['other.jpg'\]"): check_splits(val=b, test=c)
+    with pytest.raises(ValueError, match=r"share 1 question_ids, e.g. \['x'\]"):
+        check_splits(val=b, test=c.assign(image_id=[1, 2]))
     with pytest.raises(ValueError, match="split 'train', question_id 2: image_id nan is missing"):
         check_splits(train=a.assign(image_id=[42, None]), val=b)
 
@@ -252,6 +256,9 @@ def test_majority(answers):
         return
     best = max(Counter(said).values())
     assert majority(answers) == next(a for a in said if Counter(said)[a] == best)
+
+def test_the_majority_is_counted_in_one_form():
+    assert majority(["tea"]*4 + ["caf\u00e9"]*3 + ["cafe\u0301 "]*3) == "caf\u00e9"
 
 def test_check_splits(tmp_path):
     f = read_okvqa(put(tmp_path, *world()), "train")

@@ -293,6 +293,19 @@ def test_a_case_shows_what_the_others_would_have_chosen(run, world):
     # zero-shot, random, the oracle last
     assert one.index("no demonstration") < one.index("word100") < one.index("word104")
 
+def test_a_case_has_the_id_that_came_in(tmp_path):
+    "Where ids were texts, a reader of the page looks for those"
+    Image.new("RGB", (8, 8), "red").save(tmp_path/"a.png")
+    texts = dict(question="what?", answer="dax", answers=[["dax"]*10]*2, image_path=str(tmp_path/"a.png"))
+    items = pd.DataFrame(dict(question_id=["22MexNk", 7]) | texts)
+    row = pick_zero(Pool({"22MexNk": (7,)}, {})).iloc[0]
+    told = row.copy()
+    for column in ("vqa_pred_answer", "vqa_acc_score", "vqa_gt_prob", "eval_failed", "error"):
+        told[column] = dict(vqa_pred_answer="dax", vqa_acc_score=1., vqa_gt_prob=.5, eval_failed=False).get(column)
+    page = case_block(items, told).html()
+    assert "Question 22MexNk: what?" in page and 'aria-label="image of question 22MexNk"' in page
+    assert item_picture(items, "22MexNk").size == item_picture(items, "7").size == (8, 8)
+
 def test_page_leaves_out_what_was_not_given(world, tmp_path):
     _, s = world
     table = result_table(s, changed_from=None, bootstrap=FEW)
