@@ -188,7 +188,8 @@ def _changed(frame, column, is_right, make, what):
 
 def _name(frame, i):
     "The id of a row as it was given, for errors"
-    return repr(frame["given_id"].iloc[i]) if "given_id" in frame else frame.index[i]
+    given = frame["given_id"].iloc[i] if "given_id" in frame else None
+    return repr(given) if isinstance(given, str) else frame.index[i]
 
 def _is_packed(dtype):
     "Does a column hold its values in a form of its own, which takes only certain texts, or gives arrays for lists?"

@@ -14,7 +14,7 @@ import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
 from .core import atomic_path, fingerprint, read_json, rng, write_json
 from .runs import plain, settings_diff
-from .items import as_id, as_ids, as_items
+from .items import as_id, as_ids, as_items, given_ids
 from .pictures import picture_key
 from .data import items_fingerprint
 from .embed import EmbedStore
@@ -299,8 +299,9 @@ def _barred(queries, demos, K): # bool [B, M] what may not be picked
     free = (~barred).sum(1)
     if (free < K).any():
         i = int(free.argmin())
+        query = given_ids(queries, [queries.question_id.iloc[i]])[0]
         raise ValueError(
-            f"query {queries.question_id.iloc[i]}: {free[i]} candidates are available ({len(demos)}"
+            f"query {query}: {free[i]} candidates are available ({len(demos)}"
             f" demonstrations, {len(demos) - free[i]} barred) but K={K}; choose a smaller K or give more"
             " demonstrations"
         )
@@ -387,8 +388,9 @@ def _check_shared(queries, demos):
         unlike = np.flatnonzero(one != other)
         if not len(unlike): continue
         i = unlike[0]
+        shared = given_ids(queries, [both[i]])[0]
         raise ValueError(
-            f"question_id {both[i]} has {column} {one[i]!r} among the queries, {other[i]!r} among the"
+            f"question_id {shared!r} has {column} {one[i]!r} among the queries, {other[i]!r} among the"
             f" demonstrations ({len(unlike)} such ids): an id is one question, give those of one table other ids"
         )
 

@@ -22,7 +22,7 @@ from leverplus.markup import (
     Block, Blocks, Cell, Figure, Fold, Heading, Paragraph, Preformatted, Scroll, Sentences, Filled, Strip,
     Table, frame_table,
 )
-from .items import as_id, as_items, given_ids
+from .items import as_id, as_ids, as_items, given_ids
 from .pictures import open_image
 from .groups import RLData, shard_files
 from .rldata_check import Health, health, teaches
@@ -284,6 +284,7 @@ def pick_cases(
 
 def _named(rows, ids):
     "The rows of these queries, in this order"
+    ids = as_ids(ids).tolist()
     for i in ids:
         if i not in rows.index: raise KeyError(f"question {i} was not scored for these picks")
     return rows.loc[ids].reset_index(drop=True)
@@ -1087,6 +1088,9 @@ def described_items(
         most = pd.Series(answers).mode()[0]
         rows[r.question_id] = dict(question=r.question, answer=most, answers=answers, image_id=r.image_id)
     out = pd.DataFrame.from_dict(rows, orient="index").rename_axis("question_id")
+    if "given_id" in scored:
+        queries = scored.drop_duplicates("question_id").set_index("question_id")
+        out["given_id"] = queries.given_id.reindex(out.index)
     return out.assign(question_id=out.index, image_path=None)
 
 # %% ../nbs/90_report.ipynb #2dbd491b

@@ -27,7 +27,7 @@ from leverplus.loops import Questions, loop_queries
 from leverplus.pools import Pool, image_groups, make_pool
 from leverplus.prompt import make_prompt, prompter
 from leverplus.recipes import recipe_learner
-from leverplus.report import Findings, browser_block, item_picture, plot_examples
+from leverplus.report import Findings, browser_block, item_picture, pick_cases, plot_examples
 from leverplus.rewards import reweigh
 from leverplus.rldata_ask import FactCache, ask, ask_around, content_keys, item_hashes, score_pairs, self_test
 from leverplus.rldata_generate import generate, run_settings, shard_queries
@@ -211,6 +211,11 @@ def test_texts_lead_back_from_pool_answers_and_files(tmp_path):
     assert told.given_id.tolist() == given_ids(items, told.question_id) and set(told.given_id) == set(names)
     assert {r["question_id"] for r in read_json(run.path/"predictions.json")} == set(names)
     assert item_picture(f, "b") is None                        # known, without a picture
+    scored = score_picks(told.assign(selector="random"), told)
+    assert pick_cases(scored, ids=["f", "a"]).question_id.tolist() == [as_id("f"), as_id("a")]
+    with pytest.raises(ValueError, match="query a: 5 candidates are available"): make_pool(f[:1], f, 6)
+    with pytest.raises(ValueError, match="question_id 'b' has question 'q1.' among the queries, 'other.'"):
+        make_pool(f[1:2], f.assign(question="other?"), 3)
 
 @pytest.mark.parametrize("ids", [["a", "b"], ["3", "0"]])
 def test_tables_of_pairs_hold_numbers(ids):

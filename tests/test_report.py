@@ -9,6 +9,7 @@ from matplotlib.colors import to_hex
 from PIL import Image
 from leverplus.evaluate import count_look, paired_table, result_table, score_picks
 from leverplus.infer import pick_zero, picks_frame
+from leverplus.items import given_ids
 from leverplus.markup import Figure, Paragraph
 from leverplus.pools import Pool
 from leverplus.report import (
@@ -385,6 +386,8 @@ def test_described_predictions_need_no_items(world, tmp_path, quick):
     known = described_items(read_scored(r))
     assert known.answer[103] == "word103" and known.answer[4] == "word4"
     assert described_items(s) is None
+    named = described_items(read_scored(r).assign(given_id=[f"id {q}" for q in one.question_id]))
+    assert given_ids(named, [4, 103]) == ["id 4", 103]         # demonstrations are told by number
     words = "".join(sound(report(r, bootstrap=FEW).read_text()).words)
     assert "(images not read)" in words and "Cases: rce" in words
     assert "Differences" not in words
