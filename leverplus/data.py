@@ -139,7 +139,7 @@ class PictureFolder:
         found = []
         for place, files in self.places.items():
             for name in self.names(image_id):
-                found += [self.images/place/file for file in files.get(name.lower(), [])]
+                found += [self.images/place/file for file in files.get(compose(name.lower()), [])]
         for other in found[1:]: self._check_same(image_id, found[0], other)
         return found[0] if found else None
 
@@ -155,11 +155,11 @@ class PictureFolder:
         places = ", ".join(str(Path(self.images.name)/place) for place in self.places)
         return f"no {' or '.join(self.names(image_id))} ({', '.join(ENDINGS)}) in {places}"
 
-def _files(folder): # {name in small letters, without its ending: image files that are called so}
+def _files(folder): # {name, composed, in small letters, without its ending: image files that are called so}
     out = {}
     with os.scandir(folder) as entries:
         for entry in entries:
-            name, ending = os.path.splitext(entry.name.lower())
+            name, ending = os.path.splitext(compose(entry.name.lower()))
             if ending in ENDINGS and entry.is_file(): out.setdefault(name, []).append(entry.name)
     def order(file): return ENDINGS.index(os.path.splitext(file.lower())[1]), file
     return {name: sorted(files, key=order) for name, files in out.items()}

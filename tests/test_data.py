@@ -232,6 +232,18 @@ def test_a_text_id_that_one_file_lacks_is_named(tmp_path):
     del an[1]
     with pytest.raises(BadItems, match="question 22MexNk: no annotation"): read_okvqa(put(tmp_path, qs, an), "train")
 
+FORMS = [("cafe\u0301.PNG", "caf\u00e9.png"), ("Caf\u00e9.png", "cafe\u0301"), ("a b%20.png", "a b%20.png")]
+
+@pytest.mark.parametrize("there, asked", FORMS)
+def test_a_file_name_is_found_in_either_form(tmp_path, there, asked):
+    "Some file systems decompose the names that archives and questions have composed"
+    (tmp_path/"images").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path/"images"/there)
+    qs, an = world()
+    for entry in (qs[0], an[0]): entry["image_id"] = asked
+    found = read_okvqa(put(tmp_path, qs[:1], an[:1]), "train", images=tmp_path/"images")
+    assert Path(found.image_path.iloc[0]).name == there
+
 def test_splits_are_compared_by_what_ids_mean():
     "One picture under a number and under a COCO name is one picture"
     a = pd.DataFrame(dict(question_id=[1, 2], image_id=[42, 43]))
