@@ -15,9 +15,9 @@ from itertools import combinations
 from pathlib import Path
 import numpy as np, pandas as pd
 from .core import fingerprint, read_json
-from .items import as_id, as_image_id, as_items
-from .pictures import open_image, picture_fault, picture_key
-from .text import compose, text_fault
+from .items import as_id, as_image_id, as_items, given_ids
+from .pictures import BadPicture, open_image, picture_fault, picture_file, picture_key
+from .text import compose, sound_text
 
 # %% ../nbs/10_data.ipynb #df97deb2
 def _need(ok, reason): # unless `ok`, an error with this reason
@@ -40,19 +40,14 @@ def _question(entry): # image_id and question of an entry
 def _text(entry, field): # the text under `field`, composed and stripped
     text = entry.get(field)
     _need(isinstance(text, str) and text.strip(), f"{field} is {text!r}, wanted a text")
-    return _sound(text, field).strip()
-
-def _sound(text, what): # a text composed, if a model can be shown it
-    fault = text_fault(text)
-    _need(not fault, f"{what} {fault}")
-    return compose(text)
+    return sound_text(text, field).strip()
 
 # %% ../nbs/10_data.ipynb #bf495e4b
 def majority(
     answers, # strings; ValueError if all are blank
-)->str: # stripped
+)->str: # composed and stripped
     "Find the most frequent answer; of equally frequent ones, the one that comes first"
-    counts = Counter(a.strip() for a in answers if a.strip())
+    counts = Counter(compose(a).strip() for a in answers if a.strip())
     _need(counts, "all answers are blank")
     return counts.most_common(1)[0][0]
 
@@ -72,7 +67,7 @@ def _vqav2(entry): # the same, with the answer that VQAv2 names
 def _texts(people, field): # what each of them says under `field`, composed; None if one says no text
     out = [person.get(field) if isinstance(person, dict) else None for person in people]
     if not all(isinstance(text, str) for text in out): return None
-    return [_sound(text, f"an {field.replace('_', ' ')}") for text in out]
+    return [sound_text(text, f"an {field.replace('_', ' ')}") for text in out]
 
 def _extras(entry): # what some files have and others have not
     out = {k: entry[k] for k in ("question_type", "answer_type") if isinstance(entry.get(k), str)}
@@ -104,7 +99,7 @@ def _check_label(label):
         _need(known, f"score {score!r} of {answer!r}, wanted .667 or 1")
 
 def _soft(entry): # the fields of such a copy; its image has COCO's name
-    answers = [_sound(answer, "an answer") for answer in expand_labels(entry.get("label"))]
+    answers = [sound_text(answer, "an answer") for answer in expand_labels(entry.get("label"))]
     out = dict(answers=answers, answer=majority(answers))
     image = entry.get("img_id")
     if isinstance(image, str) and image[-12:].isdigit(): out["image_id"] = int(image[-12:])
@@ -144,7 +139,7 @@ class PictureFolder:
         found = []
         for place, files in self.places.items():
             for name in self.names(image_id):
-                found += [self.images/place/file for file in files.get(name.lower(), [])]
+                found += [self.images/place/file for file in files.get(compose(name.lower()), [])]
         for other in found[1:]: self._check_same(image_id, found[0], other)
         return found[0] if found else None
 
@@ -160,11 +155,11 @@ class PictureFolder:
         places = ", ".join(str(Path(self.images.name)/place) for place in self.places)
         return f"no {' or '.join(self.names(image_id))} ({', '.join(ENDINGS)}) in {places}"
 
-def _files(folder): # {name in small letters, without its ending: image files that are called so}
+def _files(folder): # {name, composed, in small letters, without its ending: image files that are called so}
     out = {}
     with os.scandir(folder) as entries:
         for entry in entries:
-            name, ending = os.path.splitext(entry.name.lower())
+            name, ending = os.path.splitext(compose(entry.name.lower()))
             if ending in ENDINGS and entry.is_file(): out.setdefault(name, []).append(entry.name)
     def order(file): return ENDINGS.index(os.path.splitext(file.lower())[1]), file
     return {name: sorted(files, key=order) for name, files in out.items()}
@@ -186,7 +181,8 @@ def image_fault(
     verify:str="decode", # decode: every pixel | header: kind, sides, PNG checksums | exists: it is not empty
 )->str: # "" if it is sound, else what is wrong
     "Say what is wrong with an image file"
-    path = Path(path)
+    try: path = picture_file(path)
+    except BadPicture as e: return f"image cannot be read: it {e.why}"
     if path.stat().st_size == 0: return "image file is empty"
     if verify == "exists": return ""
     why = picture_fault(path, pixels=verify == "decode")
@@ -404,20 +400,26 @@ def check_splits(
             both = sorted(set(frame_a[column].tolist()) & set(frame_b[column].tolist()))
             if both:
                 raise ValueError(
-                    f"splits '{a}' and '{b}' share {len(both)} {column}s, e.g. {both[:5]}: move them to one"
-                    " side"
+                    f"splits '{a}' and '{b}' share {len(both)} {column}s, e.g. {_given(frame_a, column, both[:5])}:"
+                    " move them to one side"
                 )
     sizes = {name: dict(questions=len(f), images=f.image_id.nunique()) for name, f in frames.items()}
     return pd.DataFrame(sizes).T
 
+def _given(frame, column, ids): # ids as they were given, for errors
+    if column == "question_id": return given_ids(frame, ids)
+    if "given_image_id" not in frame: return ids
+    names = dict(zip(frame.image_id.tolist(), frame.given_image_id))
+    return [names[i] for i in ids]
+
 # %% ../nbs/10_data.ipynb #ae690bf7
 def items_fingerprint(
-    items:pd.DataFrame, # what a reader returned, or rows of it
+    items:pd.DataFrame, # what a reader returned, or rows of it; without `answers`, there are none
 )->str: # 16 hexadecimal digits
     "Fingerprint items by id, image id, question and answers; row order and paths do not matter"
-    items = as_items(items, need=("image_id", "question", "answers"))
+    items = as_items(items, need=("image_id", "question"))
     ids = items.question_id.tolist()
-    answers = map(list, items.answers)
+    answers = items.answers.tolist() if "answers" in items else [[]]*len(items)
     rows = sorted(zip(ids, items.image_id.tolist(), items.question.tolist(), answers))
     return fingerprint("items", json.dumps(rows, ensure_ascii=False))
 
@@ -431,6 +433,7 @@ def show_items(
     frame = as_items(frame, need=("image_id", "image_path", "question", "answers"))
     import matplotlib.pyplot as plt
     n = min(n, len(frame))
+    if n < 1: raise ValueError(f"{n} of {len(frame)} items to show: wanted at least one")
     if axes is None: axes = plt.subplots(1, n, figsize=(max(5, 1.7*n), 3), squeeze=False)[1]
     axes = np.atleast_1d(axes).ravel()
     for ax, item in zip(axes, frame.head(n).itertuples(index=False), strict=True): _show_item(ax, item)

@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from .core import pad_rows
 from .pictures import open_image
 from .synth import GroupLoader
-from .items import as_items
+from .items import as_ids, as_items
 from .groups import RLData
 from .pools import Pool, encoder_of
 from .rewards import reward as reward_of
@@ -86,7 +86,7 @@ class GroupDataset:
         usable = usable_rows(rows, rewards)
         query = rows["question_id"].to_numpy()
         if question_ids is None: question_ids = pd.Index(query[usable]).unique()
-        self.question_ids = pd.Index(question_ids)
+        self.question_ids = pd.Index(as_ids(question_ids))
         at = self.question_ids.get_indexer(query)
         keep = usable & (at >= 0)
         _check_kept(self.question_ids, query, keep, usable)

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np, pandas as pd
 from fastcore.basics import patch
 from .core import file_bytes, fingerprint, parse_json, write_json
-from .items import as_items
+from .items import as_id, as_items
+from .text import compose
 from .vqa import MODES, relevances, vqa_accuracies
 from .pools import Pool
 from .groups import METHODS, RECORD, TEXT_FACTS, RLData, as_record
@@ -234,7 +235,7 @@ def _check_queries(f, qid_of, items):
         where = f"{f.path}: query {k}"
         if "query_id" in said and int(said["query_id"]) != k:
             raise ValueError(f"{where}: query_id is {said['query_id']}")
-        if said.get("question_id") is not None and int(said["question_id"]) != q:
+        if said.get("question_id") is not None and as_id(said["question_id"]) != q:
             raise ValueError(
                 f"{where}: question_id is {said['question_id']}, but the id map says {q}: it is the map of"
                 " another set"
@@ -242,7 +243,7 @@ def _check_queries(f, qid_of, items):
         if items is not None and q not in asked:
             raise ValueError(f"{where}: question_id {q} is not among the {len(asked)} items")
         question = said.get("question")
-        if question and q in asked and question.strip() != asked[q].strip():
+        if question and q in asked and compose(question).strip() != asked[q].strip():
             raise ValueError(
                 f"{where}: question is {question!r}, but question_id {q} asks {asked[q]!r}: the id map"
                 " or the items are those of another set"

@@ -459,19 +459,21 @@ class Unanswered(ValueError):
 def check_results(
     results, # the list, or the path of a JSON file
     question_ids, # all questions of the split
+    items:pd.DataFrame|None=None, # the questions; where their ids were texts, the results have those
 )->list: # the list; ValueError says what is wrong with it, `Unanswered` that answers are missing
     "Hold predictions against the official results format"
     if isinstance(results, (str, Path)): results = read_json(results)
     if not isinstance(results, list):
         raise ValueError(f"results are a {type(results).__name__}: wanted a list")
-    for i, r in enumerate(results): _check_entry(i, r)
+    wanted = _ids_of_results(question_ids, items)
+    kinds = {int, *map(type, wanted)}
+    for i, r in enumerate(results): _check_entry(i, r, kinds)
     ids = [r["question_id"] for r in results]
     if len(set(ids)) < len(ids):
         raise ValueError(f"question {next(q for q in ids if ids.count(q) > 1)} is answered twice")
-    wanted = set(as_ids(question_ids).tolist())
-    lost = sorted(wanted - set(ids))
+    lost = sorted(set(wanted) - set(ids), key=_numbers_first)
     if lost: raise Unanswered(f"{len(lost)} questions have no answer, first {lost[:5]}")
-    odd = sorted(set(ids) - wanted)
+    odd = sorted(set(ids) - set(wanted), key=_numbers_first)
     if odd: raise ValueError(f"{len(odd)} answers to questions that were not asked, first {odd[:5]}")
     return results
 
@@ -480,21 +482,31 @@ def write_results(
     answers, # {question_id: answer}; None = no answer
     question_ids, # all questions of the split
     blank:bool=False, # write "" where there is no answer, instead of refusing
+    items:pd.DataFrame|None=None, # the questions; where their ids were texts, those are written
 )->Path: # the file; `Unanswered` names questions without an answer
     "Write predictions in the official results format"
     said = {as_id(q): a for q, a in answers.items() if isinstance(a, str)}
     if blank: said = dict.fromkeys(as_ids(question_ids).tolist(), "") | said
-    results = [dict(question_id=q, answer=a) for q, a in sorted(said.items())]
-    text = json.dumps(check_results(results, question_ids), ensure_ascii=False)
+    said = dict(sorted(said.items()))
+    names = _ids_of_results(said, items)
+    results = [dict(question_id=q, answer=a) for q, a in zip(names, said.values())]
+    text = json.dumps(check_results(results, question_ids, items), ensure_ascii=False)
     with atomic_path(path) as tmp: Path(tmp).write_text(text, encoding="utf8")
     return Path(path)
 
-def _check_entry(i, r):
+def _ids_of_results(question_ids, items):
+    "Ids as the questions file has them"
+    return as_ids(list(question_ids)).tolist() if items is None else given_ids(items, list(question_ids))
+
+def _numbers_first(question_id): return isinstance(question_id, str), question_id
+
+def _check_entry(i, r, kinds):
     "Refuse what is no entry of a results list"
     if not isinstance(r, dict) or set(r) != {"question_id", "answer"}:
         raise ValueError(f"entry {i} is {r!r}: wanted exactly question_id and answer")
-    if type(r["question_id"]) is not int or type(r["answer"]) is not str:
-        raise ValueError(f"entry {i} is {r!r}: wanted an integer question_id and a string answer")
+    if type(r["question_id"]) not in kinds or type(r["answer"]) is not str:
+        kind = "a question_id as the items have it" if str in kinds else "an integer question_id"
+        raise ValueError(f"entry {i} is {r!r}: wanted {kind} and a string answer")
 
 # %% ../nbs/80_infer.ipynb #b1c90456
 PICKERS = get_args(Picker)
@@ -677,17 +689,17 @@ def _write(run, rows, every, work, blank):
     if len(every) > len(rows):
         every = _in_order(every, work.pool)
         run.save_frame("candidates.parquet", every.assign(pointer=every.pointer.map(list)))
-    return _finish(run, rows, work.pool, blank, prompts=len(every))
+    return _finish(run, rows, work, blank, prompts=len(every))
 
 def _in_order(rows, pool):
     "Rows in the order of the pool's queries"
     place = {q: i for i, q in enumerate(pool)}
     return rows.iloc[np.argsort(rows.question_id.map(place), kind="stable")]
 
-def _finish(run, rows, pool, blank, prompts):
+def _finish(run, rows, work, blank, prompts):
     "Results file and metrics of a table of predictions"
     answers = dict(zip(rows.question_id, rows.vqa_pred_answer.mask(rows.eval_failed, None)))
-    write_results(run.path/"predictions.json", answers, pool.ids, blank)
+    write_results(run.path/"predictions.json", answers, work.pool.ids, blank, work.items)
     return run.finish(
         acc=float(rows.vqa_acc_score.mean()),
         n=len(rows),
@@ -801,18 +813,18 @@ def _sharded(work, place, shard):
     with lock:
         union = place.begin(work, shards=n)
         done = [Run(folder) for folder in folders if folder.exists()]
-        return _join(union, done, work.pool, place.blank)
+        return _join(union, done, work, place.blank)
 
 def _has_ended(folder): return (folder/"settings.json").exists() and Run(folder).finished
 
-def _join(union, parts, pool, blank):
+def _join(union, parts, work, blank):
     "Write the union of finished shards"
     rows = pd.concat([part.frame("predictions.parquet") for part in parts], ignore_index=True)
-    rows = _in_order(rows, pool)
+    rows = _in_order(rows, work.pool)
     union.save_frame("predictions.parquet", rows)
     every = _joined_candidates(parts)
-    if every is not None: union.save_frame("candidates.parquet", _in_order(every, pool))
-    return _finish(union, rows, pool, blank, prompts=sum(part.metrics["prompts"] for part in parts))
+    if every is not None: union.save_frame("candidates.parquet", _in_order(every, work.pool))
+    return _finish(union, rows, work, blank, prompts=sum(part.metrics["prompts"] for part in parts))
 
 def _joined_candidates(parts):
     "All sequences that were asked; None: each question had one. A shard without that file asked one of each"

@@ -7,11 +7,13 @@ __all__ = ['as_id', 'as_ids', 'as_image_id', 'as_items', 'given_ids']
 
 # %% ../nbs/09_items.ipynb #b6e5d888
 import math, re
-from itertools import chain
+from decimal import Decimal
 from numbers import Real
 from os import PathLike, fspath
+from uuid import UUID
 import numpy as np, pandas as pd
 from .core import stable_hash
+from .text import are_sound, compose, sound_text
 
 # %% ../nbs/09_items.ipynb #d6e3d61a
 def as_id(
@@ -19,42 +21,64 @@ def as_id(
     name:str="question_id", # what it is an id of; the same text under two names gets two numbers
 )->int: # 0 .. 2**63 - 1; what is no whole number gets 52 bits of a hash
     "Turn an id into a whole number, the same one in every process; ValueError if that cannot be"
+    digits = _digits(x)
     x = _plain(x)
     if _is_missing(x): raise ValueError(f"{name} {x!r} is missing")
-    if isinstance(x, str) and re.fullmatch("0|-?[1-9][0-9]{0,17}", x): x = int(x)
-    if isinstance(x, (bool, int, float)): return _whole(x, name)
+    if isinstance(x, str) and _writes_number(x): x = int(x)
+    if isinstance(x, (bool, int, float)): return _whole(x, name, digits)
     _check_kind(x, name)
     return stable_hash(name, x) >> 11
 
 def _plain(x):
     "Python's own number, text or tuple"
     if isinstance(x, (np.datetime64, np.timedelta64)): return x
-    if isinstance(x, tuple): return tuple(map(_plain, x))
-    if isinstance(x, str): return str(x)
+    if isinstance(x, tuple): return tuple(map(_plain_part, x))
+    if isinstance(x, str): return compose(str(x))
+    if isinstance(x, UUID): return str(x)
+    if isinstance(x, Decimal): return _plain_decimal(x)
     return x.item() if getattr(x, "ndim", None) == 0 else x
+
+def _plain_part(x):
+    "The same, of what stands in a tuple: 3. is 3"
+    x = _plain(x)
+    return int(x) if isinstance(x, float) and x.is_integer() else x
+
+def _plain_decimal(x):
+    if not x.is_finite(): return math.nan
+    return int(x) if x == x.to_integral_value() else x
 
 def _is_missing(x):
     if x is None or x is pd.NA or x is pd.NaT: return True
     if isinstance(x, float): return not math.isfinite(x)
+    if isinstance(x, tuple): return not x or any(map(_is_missing, x))
     return isinstance(x, str) and not x.strip()
 
+def _writes_number(text):
+    "Does a text write a whole number, without zeros before it?"
+    return re.fullmatch("0|-?[1-9][0-9]{0,18}", text) is not None and int(text) < 2**63
+
+def _digits(x): # binary digits that a float of this type holds
+    return np.finfo(x.dtype).nmant + 1 if isinstance(x, np.floating) else 53
+
 # %% ../nbs/09_items.ipynb #f6b74005
-def _whole(x, name):
+def _whole(x, name, digits=53):
     "A number as a whole number"
     if isinstance(x, bool): raise ValueError(f"{name} {x!r} is a truth value, wanted an id")
-    if isinstance(x, float) and not (x.is_integer() and abs(x) < 2**53):
+    if isinstance(x, float) and not (x.is_integer() and abs(x) < 2**digits):
         raise ValueError(f"{name} {x!r} is a float that may have lost digits: wanted a whole number")
     if x < 0: raise ValueError(f"{name} {int(x)} is negative, wanted a whole number >= 0")
     if x >= 2**63: raise ValueError(f"{name} {x} does not fit into 64 bits: put a letter before it")
     return int(x)
 
 def _check_kind(x, name):
-    parts = x if isinstance(x, tuple) and x else (x,)
+    parts = x if isinstance(x, tuple) else (x,)
     for part in parts:
         if isinstance(part, tuple): _check_kind(part, name)
+        elif isinstance(part, bool): raise ValueError(f"{name} {x!r} holds a truth value, wanted an id")
         elif not isinstance(part, (str, int, float)):
             kind = type(part).__name__
-            raise ValueError(f"{name} {x!r}: a {kind}, wanted a number, a text, or a tuple of them")
+            how = "decode it" if isinstance(part, bytes) else "make a text of it, with str"
+            raise ValueError(f"{name} {x!r}: a {kind}, wanted a number, a text, or a tuple of them: {how}")
 
 # %% ../nbs/09_items.ipynb #830436a4
 def as_ids(
@@ -67,10 +91,15 @@ def as_ids(
     numbers = _as_numbers(ids)
     if numbers is not None and (numbers >= 0).all(): return numbers
     out = np.empty(len(ids), np.int64)
-    for i, x in enumerate(ids):
+    for i, x in enumerate(_singly(ids)):
         try: out[i] = as_id(x, name)
         except ValueError as e: raise ValueError(f"row {i}: {e}") from None
     return out
+
+def _singly(ids):
+    "To go through one by one: of narrow floats in a Series, Python makes wide ones, which look exact"
+    is_narrow = getattr(ids, "dtype", None) in (np.float16, np.float32)
+    return np.asarray(ids) if is_narrow else ids
 
 def _as_numbers(ids):
     "int64 [n] where all are whole numbers already, else None"
@@ -85,16 +114,17 @@ def as_image_id(
     x, # as for `as_id`, or the name of a COCO file
 )->int: # as from `as_id`
     "Turn the id of a picture into a whole number; ValueError if that cannot be"
-    in_coco = re.fullmatch(r"(?:COCO_[a-z]+20\d\d_)?(\d{12})(?:\.\w+)?", x) if isinstance(x, str) else None
+    in_coco = _COCO.fullmatch(x) if isinstance(x, str) else None
     return int(in_coco[1]) if in_coco else as_id(x, "image_id")
+
+_FOLDER = r"(?:.*/)?(?:COCO_[a-z]+20\d\d_|(?:train|val|test|unlabeled)20\d\d/)"
+_COCO = re.compile(rf"(?:{_FOLDER})?(\d{{12}})(?:\.\w+)?", re.ASCII) # the name of a picture of COCO
 
 # %% ../nbs/09_items.ipynb #4ea80748
 def _keyed(frame, what):
     "The frame with index = column question_id: whole numbers, distinct"
     frame = _with_column(frame, what)
     given = frame["question_id"]
-    if isinstance(given, pd.DataFrame):
-        raise ValueError(f"{what} has {given.shape[1]} columns question_id: rename or drop all but one")
     if not _in_order(frame.index, given):
         ids = _ids(given, what)
         texts = {} if _are_numbers(given) else {"given_id": list(map(_as_text, given))}
@@ -104,15 +134,16 @@ def _keyed(frame, what):
 
 def _with_column(frame, what):
     "The frame with its ids in the column question_id"
-    named = frame.index.name == "question_id"
+    named = "question_id" in frame.index.names
     if "question_id" in frame:
-        if named and not np.array_equal(_ids(frame.index, what), _ids(frame["question_id"], what)):
+        own = frame.index.get_level_values("question_id") if named else None
+        if named and not np.array_equal(_ids(own, what), _ids(frame["question_id"], what)):
             raise ValueError(
                 f"{what}: index and column are both called question_id and hold different ids: drop the"
                 " wrong one (reset_index(drop=True) drops the index)"
             )
         return frame
-    if named: return frame.reset_index()
+    if named: return frame.reset_index([level for level in frame.index.names if level and level not in frame])
     raise ValueError(
         f"{what} has no column question_id (columns {list(frame.columns)[:8]}, index {frame.index.name!r}):"
         " name the ids with rename(columns={...: 'question_id'})"
@@ -128,8 +159,8 @@ def _ids(given, what):
     try: return as_ids(given)
     except ValueError as e: raise ValueError(f"{what}, {e}") from None
 
-def _are_numbers(given): return all(isinstance(x, Real) for x in given)
-def _as_text(x): return str(x) if isinstance(x, (str, Real)) else repr(_plain(x))
+def _are_numbers(given): return all(isinstance(x, (Real, Decimal)) for x in given)
+def _as_text(x): return str(x) if isinstance(x, (str, Real, UUID)) else repr(_plain(x))
 
 # %% ../nbs/09_items.ipynb #2f6267b4
 def _twice(frame, what):
@@ -148,17 +179,35 @@ def _twice(frame, what):
 def _changed(frame, column, is_right, make, what):
     "{column: values} where some are not as they should be; {} where all are"
     values = frame[column].tolist()
-    if is_right(values): return {}
+    if is_right(values) and not _is_packed(frame[column].dtype): return {}
     out = np.empty(len(values), dtype=object)
-    for i, (q, x) in enumerate(zip(frame.index, values)):
+    for i, x in enumerate(values):
         try: out[i] = make(x)
-        except ValueError as e: raise ValueError(f"{what}, question_id {q}: {e}") from None
+        except ValueError as e: raise ValueError(f"{what}, question_id {_name(frame, i)}: {e}") from None
     return {column: out}
+
+def _name(frame, i):
+    "The id of a row as it was given, for errors"
+    given = frame["given_id"].iloc[i] if "given_id" in frame else None
+    return repr(given) if isinstance(given, str) else frame.index[i]
+
+def _is_packed(dtype):
+    "Does a column hold its values in a form of its own, which takes only certain texts, or gives arrays for lists?"
+    return isinstance(dtype, (pd.CategoricalDtype, pd.ArrowDtype))
 
 def _types(values): return set(map(type, values))
 def _are_paths(values): return _types(values) <= {str, type(None)} or all(map(_is_path, values))
-def _are_answers(values): return _types(values) <= {list} and _types(chain.from_iterable(values)) <= {str}
-def _are_texts(values): return _types(values) <= {str}
+def _are_answers(values):
+    "Are all of them lists of texts, as readers make them? One text that is none, and they cannot be joined"
+    if not (_types(values) <= {list} and _types([answers[0] for answers in values if answers]) <= {str}): return False
+    try: return are_sound(map("\n".join, values))
+    except TypeError: return False
+
+def _are_texts(values):
+    "Are all that are texts as readers make them?"
+    texts = values if _types(values) <= {str} else [x for x in values if isinstance(x, str)]
+    return _types(texts) <= {str} and list(map(str.strip, texts)) == texts and are_sound(texts)
+
 def _is_path(x): return isinstance(x, str) or x is None or x is pd.NA or x != x
 
 def _as_path(x):
@@ -168,7 +217,8 @@ def _as_path(x):
     raise ValueError(f"image_path is a {type(x).__name__}, wanted the path of a file")
 
 def _as_answers(x):
-    "Answers as a list of texts"
+    "Answers as a list of texts, whether texts came or what annotation files hold"
+    if isinstance(x, dict): x = x.get("answer", x)
     if isinstance(x, str):
         raise ValueError(
             f"answers is one text {x[:40]!r}, wanted a list of them; a CSV file keeps lists as text: read it"
@@ -176,9 +226,11 @@ def _as_answers(x):
         )
     if not isinstance(x, (list, tuple, np.ndarray, pd.Series)):
         raise ValueError(f"answers is {x!r}, wanted a list of texts")
+    x = [a.get("answer") if isinstance(a, dict) else a for a in x]
     for answer in x:
         if not isinstance(answer, str): raise ValueError(f"answers holds {answer!r}, wanted texts")
-    return list(map(str, x))
+    texts = list(map(str, x))
+    return texts if are_sound(texts) else [sound_text(text, "an answer") for text in texts]
 
 # %% ../nbs/09_items.ipynb #9344e7e6
 def _image_ids(frame, what):
@@ -186,48 +238,89 @@ def _image_ids(frame, what):
     given = frame["image_id"]
     if given.dtype == np.int64 and bool((given >= 0).all()): return {}
     ids = np.empty(len(given), np.int64)
-    for i, (q, x) in enumerate(zip(frame.index, given)):
+    for i, x in enumerate(_singly(given)):
         try: ids[i] = as_image_id(x)
         except ValueError as e:
             lost = _is_missing(_plain(x))
             hint = "; an item without a picture may have its question_id there" if lost else ""
-            raise ValueError(f"{what}, question_id {q}: {e}{hint}") from None
+            raise ValueError(f"{what}, question_id {_name(frame, i)}: {e}{hint}") from None
     texts = {} if _are_numbers(given) else {"given_image_id": list(map(_as_text, given))}
     return {"image_id": ids} | texts
 
-def _check_needed(frame, need, what):
-    "Refuse a table that lacks a column, or a text in `question` or `answer`, which is needed"
-    lost = [c for c in need if c not in frame]
-    if lost:
-        hint = "; read the items with `images=` set to the image folder" if "image_path" in lost else ""
-        has = ", ".join(map(str, frame.columns))
-        raise ValueError(f"{what} has no column {', '.join(lost)}; it has {has}{hint}")
-    for column in ("question", "answer"):
-        if column in need: _changed(frame, column, _are_texts, _needed(column), what)
+def _check_columns(frame, columns, what):
+    "Refuse a table that lacks a column"
+    lost = [c for c in columns if c not in frame]
+    if not lost: return
+    has = ", ".join(map(str, frame.columns))
+    hint = "".join(f"; {_HINTS[c]}" for c in lost if c in _HINTS)
+    raise ValueError(f"{what} has no column {', '.join(lost)}; it has {has}{hint}")
 
-def _needed(column):
-    "A function that takes a text, and refuses what is none"
+_HINTS = dict(
+    image_path="read the items with `images=` set to the image folder",
+    answer="that of most people is often shown: frame.answers.map(majority), see `10_data`",
+    answers="a list of people's answers, maybe there under another name: rename(columns={...: 'answers'})",
+)
+
+# %% ../nbs/09_items.ipynb #9ae9b716
+def _texts(frame, column, is_needed, what):
+    "{column: texts} where some are not as readers make them; {} where all are"
+    def is_right(values):
+        if is_needed and ("" in values or not _types(values) <= {str}): return False
+        return _are_texts(values)
     def make(x):
-        if isinstance(x, str): return x
-        raise ValueError(f"{column} is {x!r}, wanted a text")
-    return make
+        if is_needed and _is_blank(x): raise ValueError(f"{column} is {x!r}, wanted a text")
+        return sound_text(str(x), column).strip() if isinstance(x, str) else x
+    return _changed(frame, column, is_right, make, what)
+
+def _answers(frame, is_needed, what):
+    "{answers: lists of texts} where some are not as readers make them; {} where all are"
+    def is_right(values): return _are_answers(values) and (not is_needed or _have_words(values))
+    def make(x):
+        answers = _as_answers(x)
+        if not (is_needed and _are_blank(answers)): return answers
+        if not answers: raise ValueError("answers is empty, wanted at least one")
+        raise ValueError(f"all {len(answers)} answers are blank")
+    return _changed(frame, "answers", is_right, make, what)
+
+def _is_blank(x): return not isinstance(x, str) or not x.strip()
+def _are_blank(answers): return not any(map(str.strip, answers))
+
+def _have_words(values):
+    "Is there a word in each list? Mostly the first answer is one, so that is looked at first"
+    if not all(values): return False
+    return all(map(str.strip, {answers[0] for answers in values})) or not any(map(_are_blank, values))
 
 # %% ../nbs/09_items.ipynb #3b46d07e
 def as_items(
     frame:pd.DataFrame, # `question_id` as a column, as the index, or both; any other columns
-    need=(), # columns that must be there, e.g. `("question", "answers")`
+    need=(), # columns that must be there, no text missing, e.g. `("question", "answers")`
     what:str="items", # how errors call the table
-)->pd.DataFrame: # index = `question_id`, int64, distinct; paths texts, answers lists; as it was if it was so
+    columns=(), # columns that must be there, texts may be missing
+)->pd.DataFrame: # index = `question_id`, int64, distinct; texts composed, answers lists; itself if it was so
     "Put a table of items in order; ValueError says what is wrong with it and what to do"
     if not isinstance(frame, pd.DataFrame):
-        raise TypeError(f"{what} is a {type(frame).__name__}, wanted a DataFrame with a column question_id")
+        kind = type(frame).__name__
+        how = "pd.DataFrame(...) makes one of a list of rows"
+        raise TypeError(f"{what} is a {kind}, wanted a DataFrame with a column question_id; {how}")
+    _check_names(frame, what)
     frame = _keyed(frame, what)
-    _check_needed(frame, need, what)
+    _check_columns(frame, (*need, *columns), what)
     changed = {}
     if "image_id" in frame: changed |= _image_ids(frame, what)
     if "image_path" in frame: changed |= _changed(frame, "image_path", _are_paths, _as_path, what)
-    if "answers" in frame: changed |= _changed(frame, "answers", _are_answers, _as_answers, what)
+    if "question" in frame: changed |= _texts(frame, "question", "question" in need, what)
+    if "answer" in frame: changed |= _texts(frame, "answer", "answer" in need, what)
+    if "answers" in frame: changed |= _answers(frame, "answers" in need, what)
     return frame.assign(**changed) if changed else frame
+
+def _check_names(frame, what):
+    "Refuse a table in which a name means several columns"
+    levels = frame.columns.nlevels
+    if levels > 1:
+        raise ValueError(f"{what} has columns of {levels} levels, like {frame.columns[0]}: give each one name")
+    for name in ("question_id", "image_id", "image_path", "question", "answer", "answers"):
+        n = int((frame.columns == name).sum())
+        if n > 1: raise ValueError(f"{what} has {n} columns {name}: rename or drop all but one")
 
 # %% ../nbs/09_items.ipynb #6ac51803
 def given_ids(

@@ -7,7 +7,7 @@ __all__ = ['DECODING', 'ASPECT_LIMIT', 'TOKEN_SIDES', 'BadPicture', 'NoPicture',
            'read_picture', 'open_image', 'picture_fault', 'picture_size']
 
 # %% ../nbs/08_pictures.ipynb #9d2264db
-import contextlib, hashlib, io, math, os, struct, threading, time, warnings
+import contextlib, hashlib, io, math, os, re, struct, threading, time, warnings
 from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
@@ -45,7 +45,7 @@ def _told(bad, why):
 def _why(e):
     "What an exception says of a picture"
     if isinstance(e, _Refusal): return str(e)
-    if isinstance(e, FileNotFoundError): return "does not exist"
+    if isinstance(e, FileNotFoundError): return "does not exist" if e.errno else str(e)
     if isinstance(e, UnidentifiedImageError): return "is broken, or of no format that Pillow reads"
     if isinstance(e, Image.DecompressionBombError): 
         return f"is too large ({e}): make it smaller, or raise PIL.Image.MAX_IMAGE_PIXELS"
@@ -66,10 +66,23 @@ def picture_file(
     if not isinstance(path, (str, os.PathLike)): # None, nan, pandas' NA
         whose = "an item" if question_id is None else f"question_id {question_id}"
         why = "has no image_path: read the items with `images=` set to the image folder"
+        kind = type(path).__name__
+        if isinstance(path, (bytes, bytearray)): why = f"has {kind} in place of a path, wanted a text"
         raise _told(BadPicture(f"{whose} {why}"), why)
     with _named(path, None, question_id):
-        if not os.path.isfile(path): raise FileNotFoundError(path)
+        if not os.path.isfile(path): raise FileNotFoundError(_no_file(os.fspath(path)))
+        size = os.path.getsize(path)
+        if size > _LARGEST: raise _Refusal(f"is too large: {size/2**30:.1f} GiB, at most 1 may be read")
     return Path(path)
+
+_LARGEST = 2**30 # bytes of a picture file; it is read whole
+
+def _no_file(path):
+    "Why there is no file of this name"
+    if re.match(r"\w+://", path): return "is an address, wanted the path of a file"
+    if os.path.exists(path): return "does not exist as a file: there is a folder, or something else"
+    if path[:1] == "~": return 'does not exist; a "~" is not expanded: write the whole path'
+    return "does not exist"
 
 # %% ../nbs/08_pictures.ipynb #bfb806c2
 def content_hash(
@@ -164,12 +177,32 @@ def _upright(image, orientation):
     turn = _TURNS.get(orientation)
     return image if turn is None else image.transpose(turn)
 
+# %% ../nbs/08_pictures.ipynb #7536acc4
+_OTHERS = ( # (beginning of a file, what it is, and what to do)
+    (rb"....ftyp(hei|hev|mif|msf)", "is HEIC, which Pillow does not read: save it as JPEG or PNG"),
+    (rb"....ftypavi", "is AVIF, which this Pillow does not read: take a newer one, or save it as PNG"),
+    (rb"version https://git-lfs", "is a pointer of Git LFS: fetch the file itself, with git lfs pull"),
+    (rb"\s*(<\?xml.*)?<svg", "is SVG, a drawing without pixels: save it as PNG"),
+    (rb"\s*<(!doctype html|html)", "is a web page: the download got that in place of a picture"),
+    (rb"%PDF", "is a PDF: save its page as PNG"),
+)
+
+def _no_picture(source):
+    "What a file is that Pillow does not know"
+    opened = io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb")
+    with opened as file: start = file.read(400)
+    for beginning, why in _OTHERS:
+        if re.match(beginning, start, re.I | re.S): return why
+    return "is broken, or of no format that Pillow reads"
+
 # %% ../nbs/08_pictures.ipynb #fd7442a5
 def _opened(source):
     "A picture that is in order as far as its header tells, no pixels read yet"
     size = len(source) if isinstance(source, bytes) else os.path.getsize(source)
     if not size: raise _Refusal("is broken: the file is empty")
-    with _header(source) as image:
+    try: opened = _header(source)
+    except UnidentifiedImageError: raise _Refusal(_no_picture(source)) from None
+    with opened as image:
         _check_sides(*image.size)
         image.verify()
     return _header(source)
@@ -220,6 +253,7 @@ def _rgb(image, depth):
     "RGB of a loaded picture, not yet turned"
     if image.mode[0] in "IF": return _of_deep(image)
     if image.mode in ("1", "L", "RGB"): return _over_key(image, depth)
+    if image.mode == "La": image = image.convert("LA")
     if image.has_transparency_data: return _over_white(image.convert("RGBA"))
     return image.convert("RGB")
 

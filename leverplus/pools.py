@@ -14,7 +14,7 @@ import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
 from .core import atomic_path, fingerprint, read_json, rng, write_json
 from .runs import plain, settings_diff
-from .items import as_id, as_ids, as_items
+from .items import as_id, as_ids, as_items, given_ids
 from .pictures import picture_key
 from .data import items_fingerprint
 from .embed import EmbedStore
@@ -305,8 +305,9 @@ def _barred(queries, demos, K): # bool [B, M] what may not be picked
     free = (~barred).sum(1)
     if (free < K).any():
         i = int(free.argmin())
+        query = given_ids(queries, [queries.question_id.iloc[i]])[0]
         raise ValueError(
-            f"query {queries.question_id.iloc[i]}: {free[i]} candidates are available ({len(demos)}"
+            f"query {query}: {free[i]} candidates are available ({len(demos)}"
             f" demonstrations, {len(demos) - free[i]} barred) but K={K}; choose a smaller K or give more"
             " demonstrations"
         )
@@ -361,6 +362,7 @@ def make_pool(
         )
     queries = as_items(queries, need=("image_id", "question"), what="queries")
     demos = as_items(demos, need=("image_id", "question"), what="demos")
+    _check_shared(queries, demos)
     asked, offered = _with_pictures(_in_order(queries, "queries"), _in_order(demos, "demos"), store)
     twin = offered.duplicated(["picture", "question"])
     ids = _draw(asked, offered[~twin], parts, store, seed)
@@ -368,7 +370,7 @@ def make_pool(
         sampler=sampler, K=K, parts=parts, seed=seed, order="shuffled",
         clip=store.source.get("clip") if similar else None,
         store=store.fingerprint if similar else None,
-        queries=_items_print(asked), demos=_items_print(offered),
+        queries=items_fingerprint(asked), demos=items_fingerprint(offered),
         n_queries=len(asked), n_demos=len(offered),
         excluded=_excluded(asked, offered) | {"twin_demos": int(twin.sum())},
     )
@@ -382,8 +384,21 @@ def _with_pictures(queries, demos, store): # both frames with a column `picture`
     picture = _labels(pd.concat([queries, demos], ignore_index=True), store)
     return queries.assign(picture=picture[:len(queries)]), demos.assign(picture=picture[len(queries):])
 
-def _items_print(items):
-    return items_fingerprint(items if "answers" in items else items.assign(answers=[[]]*len(items)))
+def _check_shared(queries, demos):
+    "Refuse an id that is one question among the queries and another among the demonstrations"
+    both = queries.index.intersection(demos.index)
+    for column in ("question", "image_id"):
+        if column not in queries or column not in demos: continue
+        one = queries[column].loc[both].to_numpy(object)
+        other = demos[column].loc[both].to_numpy(object)
+        unlike = np.flatnonzero(one != other)
+        if not len(unlike): continue
+        i = unlike[0]
+        shared = given_ids(queries, [both[i]])[0]
+        raise ValueError(
+            f"question_id {shared!r} has {column} {one[i]!r} among the queries, {other[i]!r} among the"
+            f" demonstrations ({len(unlike)} such ids): an id is one question, give those of one table other ids"
+        )
 
 # %% ../nbs/13_pools.ipynb #d0afa113
 @patch
@@ -394,6 +409,7 @@ def validate(self:Pool,
     "Check that every query and candidate is known and that no candidate shows its query's picture"
     items = as_items(items, need=("image_id",))
     asked = items if queries is None else as_items(queries, need=("image_id",), what="queries")
+    _check_shared(asked, items)
     both = pd.concat([asked, items], ignore_index=True).drop_duplicates("question_id")
     picture = pd.Series(image_groups(both), index=both.question_id.to_numpy())
     table = _table(self, list(self))

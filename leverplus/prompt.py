@@ -87,7 +87,7 @@ def prompter(
     style:str="interleaved", # one of STYLES
 ): # function (question_id, pointer) -> Prompt; KeyError: unknown id; ValueError: item shown twice, or without a text
     "Make a function that makes prompts"
-    items = as_items(items, need=("image_path", "question", "answer"))
+    items = as_items(items, columns=("image_path", "question", "answer"))
     if style not in STYLES: raise ValueError(f"prompt style {style!r}, wanted one of {STYLES}")
     columns = (items[c] for c in ("question_id", "image_path", "question", "answer"))
     known = {int(i): Demo(int(i), image, question, answer) for i, image, question, answer in zip(*columns)}
@@ -118,7 +118,8 @@ def _check_distinct(query, demos, pointer):
 
 def _check_texts(query, demos):
     for i, what, text in [(query.question_id, "question", query.question), *_shown(demos)]:
-        if not isinstance(text, str): raise ValueError(f"question {i}: its {what} is {text!r}, wanted a text")
+        if isinstance(text, str) and text.strip(): continue
+        raise ValueError(f"question {i}: its {what} is {text!r}, wanted a text")
 
 def _shown(demos):
     "(id, what it is, text) of all that demonstrations show, in order"
@@ -133,7 +134,7 @@ def make_prompt(
     style:str="interleaved", # one of STYLES
 )->Prompt: # errors as for `prompter`
     "One prompt (for many, keep a `prompter`)"
-    items = as_items(items, need=("image_path", "question", "answer"))
+    items = as_items(items, columns=("image_path", "question", "answer"))
     shown = as_ids([question_id, *pointer])
     return prompter(items[items.index.isin(shown)], style)(question_id, pointer)
 

@@ -22,7 +22,7 @@ from leverplus.markup import (
     Block, Blocks, Cell, Figure, Fold, Heading, Paragraph, Preformatted, Scroll, Sentences, Filled, Strip,
     Table, frame_table,
 )
-from .items import as_id, as_items
+from .items import as_id, as_ids, as_items, given_ids
 from .pictures import open_image
 from .groups import RLData, shard_files
 from .rldata_check import Health, health, teaches
@@ -284,6 +284,7 @@ def pick_cases(
 
 def _named(rows, ids):
     "The rows of these queries, in this order"
+    ids = as_ids(ids).tolist()
     for i in ids:
         if i not in rows.index: raise KeyError(f"question {i} was not scored for these picks")
     return rows.loc[ids].reset_index(drop=True)
@@ -336,6 +337,7 @@ def item_picture(
 ):# PIL image in RGB, or None where the items were read without images; FileNotFoundError names file and question
     "The image of an item, small enough to show"
     items = as_items(items)
+    question_id = as_id(question_id)
     if question_id not in items.index:
         raise KeyError(f"question {question_id} is not in items: pass queries and demonstrations together")
     path = items.image_path[question_id] if "image_path" in items else None
@@ -478,9 +480,10 @@ class Pictures(Block):
         items = as_items(items)
         image = item_picture(items, question_id, size)
         if image is None: return Filled("picture.html", number=None)
-        n = self._keep(str(items.image_path[question_id]), image, size)
+        n = self._keep(str(items.image_path[as_id(question_id)]), image, size)
         width, height = image.size
-        return Filled("picture.html", number=n, question_id=int(question_id), width=width, height=height)
+        shown = given_ids(items, [question_id])[0]
+        return Filled("picture.html", number=n, question_id=shown, width=width, height=height)
 
     def _keep(self, path, image, size):
         "Keep the largest version of an image that was asked for; gives its number"
@@ -616,7 +619,7 @@ def case_block(
     q = int(row.question_id)
     return Filled(
         "case.html",
-        question_id=q,
+        question_id=given_ids(items, [q])[0],
         question=items.question[q],
         prompt=_prompt(items, row, pics),
         told=_told(row),
@@ -1085,6 +1088,9 @@ def described_items(
         most = pd.Series(answers).mode()[0]
         rows[r.question_id] = dict(question=r.question, answer=most, answers=answers, image_id=r.image_id)
     out = pd.DataFrame.from_dict(rows, orient="index").rename_axis("question_id")
+    if "given_id" in scored:
+        queries = scored.drop_duplicates("question_id").set_index("question_id")
+        out["given_id"] = queries.given_id.reindex(out.index)
     return out.assign(question_id=out.index, image_path=None)
 
 # %% ../nbs/90_report.ipynb #2dbd491b

@@ -232,12 +232,28 @@ def test_a_text_id_that_one_file_lacks_is_named(tmp_path):
     del an[1]
     with pytest.raises(BadItems, match="question 22MexNk: no annotation"): read_okvqa(put(tmp_path, qs, an), "train")
 
+FORMS = [("cafe\u0301.PNG", "caf\u00e9.png"), ("Caf\u00e9.png", "cafe\u0301"), ("a b%20.png", "a b%20.png")]
+
+@pytest.mark.parametrize("there, asked", FORMS)
+def test_a_file_name_is_found_in_either_form(tmp_path, there, asked):
+    "Some file systems decompose the names that archives and questions have composed"
+    (tmp_path/"images").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path/"images"/there)
+    qs, an = world()
+    for entry in (qs[0], an[0]): entry["image_id"] = asked
+    found = read_okvqa(put(tmp_path, qs[:1], an[:1]), "train", images=tmp_path/"images")
+    assert Path(found.image_path.iloc[0]).name == there
+
 def test_splits_are_compared_by_what_ids_mean():
     "One picture under a number and under a COCO name is one picture"
     a = pd.DataFrame(dict(question_id=[1, 2], image_id=[42, 43]))
     b = pd.DataFrame(dict(question_id=["3", "x"], image_id=["COCO_val2014_000000000042", "other.jpg"]))
     with pytest.raises(ValueError, match=r"share 1 image_ids, e.g. \[42\]"): check_splits(train=a, val=b)
     assert check_splits(train=a, val=b[1:]).questions.tolist() == [2, 1]
+    c = a.assign(question_id=["x", "y"], image_id=["other.jpg", "third.jpg"])
+    with pytest.raises(ValueError, match=r"share 1 image_ids, e.g. \['other.jpg'\]"): check_splits(val=b, test=c)
+    with pytest.raises(ValueError, match=r"share 1 question_ids, e.g. \['x'\]"):
+        check_splits(val=b, test=c.assign(image_id=[1, 2]))
     with pytest.raises(ValueError, match="split 'train', question_id 2: image_id nan is missing"):
         check_splits(train=a.assign(image_id=[42, None]), val=b)
 
@@ -252,6 +268,9 @@ def test_majority(answers):
         return
     best = max(Counter(said).values())
     assert majority(answers) == next(a for a in said if Counter(said)[a] == best)
+
+def test_the_majority_is_counted_in_one_form():
+    assert majority(["tea"]*4 + ["caf\u00e9"]*3 + ["cafe\u0301 "]*3) == "caf\u00e9"
 
 def test_check_splits(tmp_path):
     f = read_okvqa(put(tmp_path, *world()), "train")

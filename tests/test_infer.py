@@ -12,7 +12,8 @@ from leverplus.infer import (
     PICKERS, TRUTH, OwnAnswer, Unanswered, adaptive_shots, candidates, check_picks, check_results,
     confidence, kind_of, pick, pick_fixed, pick_mmr, pick_model, plan_prediction, predict, rerank, write_results,
 )
-from leverplus.pools import check_pool
+from leverplus.items import as_items
+from leverplus.pools import check_pool, make_pool
 from leverplus.runs import Busy, Run
 from leverplus.settings import Asking, Picker, Picking, change, read_settings
 from leverplus.groups import OtherContents
@@ -607,6 +608,37 @@ def test_the_format_checker_finds_every_fault(ids, at, fault):
     elif fault == 4: bad[i]["score"] = 1
     else: bad.append(dict(question_id=max(ids) + 1, answer=""))
     with pytest.raises(ValueError): check_results(bad, ids)
+
+def test_results_have_the_ids_that_came_in(tmp_path):
+    "A server looks for the ids of its questions file: texts where they were texts, '17' too"
+    items = pd.DataFrame(dict(question_id=["22MexNk", "17", ("coco", 3), "e\u0301"]))
+    ids = as_items(items).index
+    wanted = {"22MexNk": "cat", "17": "dog", "('coco', 3)": "", "e\u0301": "é"}
+    said = dict(zip(ids, wanted.values()))
+    file = write_results(tmp_path/"r.json", said, ids, items=items)
+    assert {r["question_id"]: r["answer"] for r in json.loads(file.read_text(encoding="utf8"))} == wanted
+    assert check_results(file, items.question_id, items) == json.loads(file.read_text(encoding="utf8"))
+    with pytest.raises(ValueError, match="wanted an integer question_id"): check_results(file, ids)
+    with pytest.raises(Unanswered, match=r"1 questions have no answer, first \['17'\]"):
+        write_results(tmp_path/"x.json", {q: a for q, a in said.items() if q != 17}, ids, items=items)
+    odd = [dict(question_id="other", answer=""), *json.loads(file.read_text(encoding="utf8"))]
+    with pytest.raises(ValueError, match=r"1 answers to questions that were not asked, first \['other'\]"):
+        check_results(odd, ids, items)
+    numbers = as_items(pd.DataFrame(dict(question_id=[2, 1])))
+    file = write_results(tmp_path/"n.json", {1: "a", "2": "b"}, [1, 2], items=numbers)
+    assert check_results(file, [1, 2]) == [dict(question_id=1, answer="a"), dict(question_id=2, answer="b")]
+
+def test_shards_have_the_ids_that_came_in(tmp_path):
+    names = list("abcdef")
+    texts = dict(question="what?", answer="dax", answers=[["dax"]*10]*6)
+    items = pd.DataFrame(dict(question_id=names, image_id=range(6), image_path=None) | texts)
+    pool = make_pool(items, items, 3)
+    how = dict(picking=Picking(picker="random", shots=(2,)), progress=False)
+    whole = predict(tmp_path/"whole", pool, items, MockScorer(), **how)
+    for i in range(2): union = predict(tmp_path/"union", pool, items, MockScorer(), shard=(i, 2), **how)
+    told = check_results(union.path/"predictions.json", names, items)
+    assert told == check_results(whole.path/"predictions.json", names, items)
+    assert {r["question_id"] for r in told} == set(names)
 
 def test_results_survive_the_file(tmp_path):
     f = write_results(tmp_path / "r.json", {np.int64(2): "naïve “quote”", 1: ""}, [1, 2])

@@ -1,12 +1,15 @@
 "Tables of items: one door, and every function that takes items goes through it"
 import importlib, inspect, pkgutil
+from decimal import Decimal
 from types import SimpleNamespace
-import numpy as np, pandas as pd, pytest, torch
+from uuid import UUID
+import numpy as np, pandas as pd, pyarrow as pa, pytest, torch
 from fastai.learner import Learner
 from PIL import Image
 import leverplus
 from leverplus.callback_onpolicy import Feedback
-from leverplus.data import check_splits, items_fingerprint, plot_people, show_items
+from leverplus.core import read_json, write_json
+from leverplus.data import check_splits, items_fingerprint, plot_people, read_okvqa, show_items
 from leverplus.demo import seeds_report
 from leverplus.dls import group_dls, show_group, show_prompts
 from leverplus.earlier_infoscore import infoscore_beams
@@ -24,7 +27,7 @@ from leverplus.loops import Questions, loop_queries
 from leverplus.pools import Pool, image_groups, make_pool
 from leverplus.prompt import make_prompt, prompter
 from leverplus.recipes import recipe_learner
-from leverplus.report import Findings, browser_block, item_picture, plot_examples
+from leverplus.report import Findings, browser_block, item_picture, pick_cases, plot_examples
 from leverplus.rewards import reweigh
 from leverplus.rldata_ask import FactCache, ask, ask_around, content_keys, item_hashes, score_pairs, self_test
 from leverplus.rldata_generate import generate, run_settings, shard_queries
@@ -47,6 +50,17 @@ def frame(ids=(3, 0, 2, 1), **columns):
     made = pd.DataFrame(keys | dict(answers=[[f"a{i}"]*8 + ["no"]*2 for i in ids]) | texts)
     return made.assign(**columns).set_axis(pd.Index(list(ids)))
 
+TEXTS = ["question", "answer"]
+
+def annotated(answers): return [dict(answer=a, answer_confidence="yes") for a in answers]
+
+def of_numpy(column): return pd.Series(list(map(np.str_, column)), column.index, dtype=object)
+
+def frozen(column):
+    values = column.to_numpy(copy=True)
+    values.flags.writeable = False
+    return values
+
 WAYS = {
     "index lost": lambda f: f.reset_index(drop=True),
     "index beside the column": lambda f: f.set_index("question_id", drop=False),
@@ -56,6 +70,15 @@ WAYS = {
     "floats": lambda f: f.reset_index(drop=True).astype({"question_id": float, "image_id": float}),
     "tuples": lambda f: f.assign(answers=f.answers.map(tuple)),
     "arrays": lambda f: f.assign(answers=f.answers.map(np.array)),
+    "a level of the index": lambda f: f.set_index(["question_id", f.index + 7]),
+    "categories": lambda f: f.reset_index(drop=True).astype(dict.fromkeys(["question_id", *TEXTS], "category")),
+    "Arrow": lambda f: pa.Table.from_pandas(f, preserve_index=False).to_pandas(types_mapper=pd.ArrowDtype),
+    "decimals": lambda f: f.assign(question_id=f.question_id.map(Decimal)),
+    "rows of an annotation file": lambda f: f.assign(answers=f.answers.map(annotated)),
+    "columns of an annotation file": lambda f: f.assign(answers=[dict(answer=a, n=[1]) for a in f.answers]),
+    "texts of numpy": lambda f: f.assign(question=of_numpy(f.question), answer=of_numpy(f.answer)),
+    "blanks around texts": lambda f: f.assign(question="\n" + f.question + " ", answer=f.answer + "\u00a0"),
+    "read-only": lambda f: pd.DataFrame({c: frozen(f[c]) for c in f}, copy=False),
 }
 
 @pytest.mark.parametrize("way", WAYS)
@@ -89,6 +112,24 @@ def test_files_and_merges_keep_the_key(tmp_path):
         (lambda f: f.assign(image_path=[1, 2, 3, 4]), "question_id 3: image_path is a int"),
         (lambda f: f.drop(columns="question"), "has no column question; it has"),
         (lambda f: f.assign(question=["q", None, "q", "q"]), "question_id 0: question is "),
+        (lambda f: f.assign(question=["q", "q", " \u00a0", "q"]), "question_id 2: question is .*wanted a text"),
+        (lambda f: f.assign(question=["q", "q", "q", "<|im_end|>"]), "question_id 1: question holds the control"),
+        (lambda f: f.assign(answers=[["a"], ["\ud83d"], ["a"], ["a"]]), "question_id 0: an answer holds half"),
+        (lambda f: f.assign(answers=[["a"], ["<|x|>"], ["a"], ["a"]]), "question_id 0: an answer holds the control"),
+        (lambda f: f.assign(answers=[["a"], ["a"], [], ["a"]]), "question_id 2: answers is empty"),
+        (lambda f: f.assign(answers=[["a"], ["a"], ["", " "], ["a"]]), "question_id 2: all 2 answers are blank"),
+        (lambda f: f.assign(answers=[["a"], ["a", None], ["a"], ["a"]]), "question_id 0: answers holds None"),
+        (lambda f: f.assign(answers=[[dict(raw="a")]]*4), "question_id 3: answers holds None"),
+        (lambda f: f.assign(question_id=list("abcd"), question=["q", " ", "q", "q"]), "question_id 'b': question is"),
+        (lambda f: f.assign(question_id=list("abcd"), image_id=[1, None, 2, 3]), "question_id 'b': image_id nan"),
+        (lambda f: pd.concat([f, f[["answers"]]], axis=1), "has 2 columns answers: rename or drop"),
+        (lambda f: pd.concat([f, f[["image_id"]]], axis=1), "has 2 columns image_id: rename or drop"),
+        (lambda f: pd.concat(dict(a=f), axis=1), "columns of 2 levels, like .'a', 'question_id'.: give each"),
+        (lambda f: f.merge(f, on="image_id"), "has no column question_id .columns .'question_id_x'"),
+        (lambda f: f.rename(columns=dict(answers="direct_answers")), "direct_answers.*under another name"),
+        (lambda f: f.assign(question_id=[17, "17", 1, 2]), "question_id 17 .given as '17' and '17'. occurs more"),
+        (lambda f: f.assign(question_id=np.float32([1, 2, 3, 2**24])), "row 3: question_id 16777216.0 is"),
+        (lambda f: f.assign(image_id=np.float32([1, 2, 3, 2**24])), "question_id 1: image_id 16777216.0 is"),
     ],
 )
 def test_what_has_no_one_meaning_is_refused(change, words):
@@ -106,7 +147,52 @@ def test_an_id_is_the_same_number_everywhere():
     for far in (2**63, np.uint64(2**63)):
         with pytest.raises(ValueError, match="does not fit into 64 bits"): as_id(far)
     assert as_id(2**63 - 1) == 2**63 - 1
+    for lost in ((), ("a", None), ("a", float("nan")), ("a", ("b", " "))):
+        with pytest.raises(ValueError, match="is missing"): as_id(lost)
+    with pytest.raises(ValueError, match="holds a truth value"): as_id(("a", True))
+    for narrow in (np.float32(2**24 + 1), np.float16(2**11 + 1)):
+        with pytest.raises(ValueError, match="float that may have lost digits"): as_id(narrow)
+    assert as_id(str(2**63 - 1)) == 2**63 - 1 and as_id("1" + "0"*18) == 10**18
+    assert as_id(str(2**63)) < 2**52                            # no number of 64 bits, so a text
+    assert as_id("cafe\u0301") == as_id("caf\u00e9") and as_id("\uff11\uff17") != 17 == as_id(Decimal("17.0"))
+    assert as_id(UUID(int=17)) == as_id(str(UUID(int=17)))
+    assert as_id(("coco", 3.)) == as_id(("coco", np.float32(3))) == as_id(("coco", 3)) != as_id(("coco", "3"))
     assert as_id(float(as_id("x"))) == as_id("x")              # a merge that leaves gaps makes floats
+
+def test_a_table_made_by_hand_is_the_one_that_is_read(tmp_path):
+    "Decomposed texts and blanks around them, in files and in a table: one table, one fingerprint"
+    texts = {3: "Cafe\u0301?", 0: " Na\u00efve? ", 2: "Plain?"}
+    told = {q: ["cafe\u0301"]*6 + ["tea"]*4 for q in texts}
+    questions = [dict(question_id=q, image_id=q, question=text) for q, text in texts.items()]
+    answers = [dict(question_id=q, image_id=q, answers=annotated(a)) for q, a in told.items()]
+    write_json(tmp_path/"OpenEnded_mscoco_dev2014_questions.json", dict(questions=questions))
+    write_json(tmp_path/"mscoco_dev2014_annotations.json", dict(annotations=answers))
+    read = read_okvqa(tmp_path, "dev")
+    by_hand = pd.DataFrame(questions).assign(answers=list(told.values()), answer="cafe\u0301")
+    made = as_items(by_hand, need=("question", "answer", "answers"))
+    assert made.question.tolist() == ["Caf\u00e9?", "Na\u00efve?", "Plain?"] == read.question.tolist()
+    pd.testing.assert_frame_equal(made[TEXTS + ["answers"]], read[TEXTS + ["answers"]])
+    assert items_fingerprint(by_hand) == items_fingerprint(read)
+    assert item_hashes(by_hand, [3, 0]).tolist() == item_hashes(read, [3, 0]).tolist()
+    assert by_hand.question[0] == "Cafe\u0301?"                 # what was given is left as it was
+
+def test_what_nobody_needs_may_be_missing():
+    items = frame().assign(answer=["a", None, " ", "a"], question=[None, "q", "q", "q"])
+    assert as_items(items).answer.tolist()[2] == "" and pd.isna(as_items(items).question[3])
+    assert as_items(items, columns=("question", "answer")).index.tolist() == [3, 0, 2, 1]
+    with pytest.raises(ValueError, match="has no column split"): as_items(items, columns=("split",))
+    unknown = frame().assign(answers=[[], ["", ""], ["a"], ["a"]])
+    assert as_items(unknown) is unknown
+    assert items_fingerprint(frame()[["question_id", "image_id", "question"]]) != items_fingerprint(frame())
+
+def test_no_items_and_one_are_tables():
+    for none in (frame()[:0], pd.DataFrame(columns=frame().columns)):
+        ready = as_items(none, need=("question", "answers", "image_id"))
+        assert len(ready) == 0 and ready.index.dtype == np.int64
+    one = frame()[:1]
+    assert as_items(one) is one
+    with pytest.raises(ValueError, match="queries is empty"): make_pool(frame()[:0], frame(), 1)
+    with pytest.raises(ValueError, match="query 3: 0 candidates are available"): make_pool(one, one, 1)
 
 def test_texts_lead_back_from_pool_answers_and_files(tmp_path):
     "Text ids: the pool, what is asked, the predictions and the results file speak of the same questions"
@@ -123,6 +209,13 @@ def test_texts_lead_back_from_pool_answers_and_files(tmp_path):
     run = predict(tmp_path/"run", pool, f, MockScorer(), picking=picking, progress=False)
     told = run.frame("predictions.parquet")
     assert told.given_id.tolist() == given_ids(items, told.question_id) and set(told.given_id) == set(names)
+    assert {r["question_id"] for r in read_json(run.path/"predictions.json")} == set(names)
+    assert item_picture(f, "b") is None                        # known, without a picture
+    scored = score_picks(told.assign(selector="random"), told)
+    assert pick_cases(scored, ids=["f", "a"]).question_id.tolist() == [as_id("f"), as_id("a")]
+    with pytest.raises(ValueError, match="query a: 5 candidates are available"): make_pool(f[:1], f, 6)
+    with pytest.raises(ValueError, match="question_id 'b' has question 'q1.' among the queries, 'other.'"):
+        make_pool(f[1:2], f.assign(question="other?"), 3)
 
 @pytest.mark.parametrize("ids", [["a", "b"], ["3", "0"]])
 def test_tables_of_pairs_hold_numbers(ids):
@@ -177,6 +270,8 @@ def takers():
 # they hand the items on, as they are, to one that opens the door
 HAND_ON = {
     "groups.RLData.group": "Group",
+    "infer.check_results": "_ids_of_results",
+    "infer.write_results": "_ids_of_results",
     "rldata_generate.generate": "Generation",
     "rldata_scale.questions_there": "job.questions",
     "report.report": "Findings",

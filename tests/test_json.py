@@ -262,6 +262,15 @@ def test_a_map_of_another_set_is_noticed(read):
     off = {i: IDS[(i + 1) % N] for i in IDS}
     fails(lambda: read(v4(), id_map=off), "query 0: question_id is 100, but the id map says 107")
     o = v4()
+    o["0"]["query"]["question_id"] = "100"
+    assert read(o).rows.question_id.tolist() == read(v4()).rows.question_id.tolist()
+    o["0"]["query"]["question_id"] = "22MexNk"
+    fails(lambda: read(o), "query 0: question_id is 22MexNk, but the id map says 100")
+    accent = ITEMS.assign(question="Caf\u00e9?")
+    o = v4()
+    o["0"]["query"]["question"] = "Cafe\u0301?"
+    assert read(o, items=accent).rows.question_id.tolist() == read(v4()).rows.question_id.tolist()
+    o = v4()
     o["0"]["query"].pop("question_id")
     fails(lambda: read(o, id_map=off), "question is 'What is 0?', but question_id 107 asks 'What is 1?'")
     o = v4()

@@ -1,5 +1,5 @@
 "Pictures: one decoder whose pixels both models see, one key; what cannot be read is refused by name"
-import ast, io, pickle, struct, warnings, zlib
+import ast, io, os, pickle, socket, struct, warnings, zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
@@ -296,7 +296,7 @@ def test_ordinary_pictures_are_what_they_were():
         with Image.open(path) as plain: assert open_image(path).tobytes() == plain.convert("RGB").tobytes()
 
 def test_pictures_of_reports_are_upright_and_small(files):
-    items = pd.DataFrame(dict(image_path=[files["PNG, EXIF 6"]]), index=[7])
+    items = pd.DataFrame(dict(question_id=[7], image_path=[files["PNG, EXIF 6"]]))
     assert difference(item_picture(items, 7), RGB) == 0
     assert item_picture(items, 7, 26).size == (26, 20)
 
@@ -338,7 +338,11 @@ def damaged():
 NOISE = np.random.default_rng(5).integers(256, size=(64, 64, 3), dtype=np.uint8)
 REFUSED = { # name -> (file, words, seen from the header alone?)
     "empty": (b"", "file is empty", True),
-    "text": (b"<html>not found</html>", "no format that Pillow reads", True),
+    "text": (b"not found", "no format that Pillow reads", True),
+    "web page": (b"<html>not found</html>", "is a web page", True),
+    "HEIC of a phone": (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + b"\0"*99, "is HEIC, which Pillow does not read", True),
+    "pointer of Git LFS": (b"version https://git-lfs.github.com/spec/v1\noid", "is a pointer of Git LFS", True),
+    "drawing": (b"<?xml version='1.0'?>\n<svg xmlns='http://www.w3.org/2000/svg'/>", "is SVG", True),
     "cut PNG": (saved(NOISE)[:3000], "is broken", True),
     "cut JPEG": (saved(NOISE, "JPEG")[:1500], "truncated", False),
     "cut GIF": (saved(NOISE, "GIF")[:2500], "is broken", False),
@@ -474,3 +478,119 @@ def test_a_picture_that_changes_while_it_is_embedded_is_refused(tmp_path, clip, 
     items = pd.DataFrame(dict(question_id=[17], image_path=[str(path)], question=["what?"]))
     with pytest.raises(BadPicture, match="a.png: image of question_id 17 changed while it was being read"):
         embed_items(items, clip, progress=False)
+
+# ---- files as people have them -----------------------------------------------------------------------------
+
+SMALL = Image.new("RGB", (8, 6), (200, 100, 50))
+
+NAMES = ["a b.png", "\u00fc\u65e5.png", "100%20.png", "~x.png", "#?&.png", "A.PNG", "not_a.gif"]
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_is_taken_as_it_stands(name, tmp_path, monkeypatch):
+    (tmp_path/name).write_bytes(saved(SMALL))
+    os.symlink(tmp_path/name, tmp_path/"link")
+    monkeypatch.chdir(tmp_path)
+    for path in (tmp_path/name, str(tmp_path/name), name, tmp_path/"link"):
+        assert difference(open_image(path), np.asarray(SMALL)) == 0 and image_fault(path) == ""
+        assert picture_key(path) == picture_key(tmp_path/name)
+
+def no_files(folder):
+    "{name: path of something that is no picture file}"
+    os.mkfifo(folder/"pipe.png")
+    os.symlink(folder/"gone.png", folder/"dangling.png")
+    os.symlink(folder/"loop.png", folder/"loop.png")
+    with open(folder/"large.png", "wb") as file: file.truncate(5 * 2**30)
+    return {
+        "folder": (folder, "does not exist as a file"),
+        "pipe": (folder/"pipe.png", "does not exist as a file"),
+        "device": ("/dev/zero", "does not exist as a file"),
+        "dangling": (folder/"dangling.png", "does not exist"),
+        "loop": (folder/"loop.png", "does not exist"),
+        "address": (f"file://{folder}/a.png", "is an address, wanted the path of a file"),
+        "web": ("https://example.com/a.png", "is an address"),
+        "home": ("~/gone.png", 'a "~" is not expanded'),
+        "nothing": ("", "does not exist"),
+        "NUL": ("a\0b.png", "does not exist"),
+        "large": (folder/"large.png", "is too large: 5.0 GiB"),
+    }
+
+def test_what_is_no_file_is_refused_by_name_and_soon(tmp_path):
+    with socket.socket(socket.AF_UNIX) as s:
+        s.bind(str(tmp_path/"s.png"))
+        there = no_files(tmp_path) | {"socket": (tmp_path/"s.png", "does not exist as a file")}
+        for name, (path, why) in there.items():
+            told = f"{path}: image of question_id 17 "
+            for look in (picture_file, picture_key, picture_size):
+                with pytest.raises(BadPicture) as e: look(path, question_id=17)
+                assert told in str(e.value) and why in str(e.value), name
+            assert why in image_fault(path, "exists") and why in image_fault(path), name
+    for data in (b"a.png", bytearray(b"a.png")):
+        with pytest.raises(BadPicture, match="question_id 17 has byte.* in place of a path"): picture_file(data, 17)
+
+def test_a_picture_that_became_a_text_file(tmp_path):
+    path = tmp_path/"a.png"
+    path.write_bytes(saved(SMALL))
+    before = picture_key(path)
+    path.write_text("404: not found")
+    assert picture_key(path) != before
+    told = "a.png: image of question_id 17 "
+    with pytest.raises(BadPicture, match=told + "changed"): read_picture(path, before, 17)
+    with pytest.raises(BadPicture, match=told + "is broken"): open_image(path, question_id=17)
+
+def premultiplied(mode, colour):
+    "A TIFF file whose colours are multiplied by their alpha, which one tag says"
+    data = bytearray(saved(Image.new(mode, (8, 6), colour), "TIFF"))
+    at = data.find(struct.pack("<HHI", 338, 3, 1))
+    data[at+8:at+10] = struct.pack("<H", 1)
+    return bytes(data)
+
+def phone():
+    "Two frames, the first lies on its side"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    out = io.BytesIO()
+    more = dict(save_all=True, append_images=[Image.new("RGB", (4, 3), "blue")], exif=exif)
+    Image.new("RGB", (8, 6), (200, 100, 50)).save(out, "MPO", **more)
+    return out.getvalue()
+
+def moving(kind, **how):
+    out = io.BytesIO()
+    SMALL.save(out, kind, save_all=True, append_images=[Image.new("RGB", (8, 6), "blue")], **how)
+    return out.getvalue()
+
+HALF = (227, 177, 152) # (200, 100, 50), half transparent on white
+SEEN = { # name -> (file, size, colour, largest difference; None where this Pillow cannot make it)
+    "premultiplied": (premultiplied("RGBA", (100, 50, 25, 128)), (8, 6), HALF, 1),
+    "moving WebP": (moving("WEBP", lossless=True), (8, 6), (200, 100, 50), 0),
+    "moving PNG": (moving("PNG"), (8, 6), (200, 100, 50), 0),
+    "phone": (phone(), (6, 8), (200, 100, 50), 4),
+    "JPEG 2000": (saved(SMALL, "JPEG2000"), (8, 6), (200, 100, 50), 0),
+    "JPEG 2000, alpha": (saved(Image.new("RGBA", (8, 6), (200, 100, 50, 128)), "JPEG2000"), (8, 6), HALF, 1),
+    "WebP, alpha": (saved(Image.new("RGBA", (8, 6), (200, 100, 50, 128)), "WEBP"), (8, 6), HALF, 6),
+    "grey, alpha": (saved(Image.new("LA", (8, 6), (100, 128)), "TIFF"), (8, 6), (177, 177, 177), 1),
+    "1 bit": (saved(Image.new("1", (8, 6), 1)), (8, 6), (255, 255, 255), 0),
+    "1 bit of a fax": (saved(Image.new("1", (8, 6), 0), "TIFF"), (8, 6), (0, 0, 0), 0),
+    "Lab, white": (saved(Image.frombytes("LAB", (8, 6), bytes([255, 0, 0])*48), "TIFF"), (8, 6), (255, 255, 255), 1),
+    "big-endian": (saved(Image.frombytes("I;16B", (8, 6), b"\x80\0"*48), "TIFF"), (8, 6), (128, 128, 128), 0),
+    "bytes behind the end": (saved(SMALL) + b"more", (8, 6), (200, 100, 50), 0),
+}
+
+@pytest.mark.parametrize("name", SEEN)
+@pytest.mark.filterwarnings("ignore:.*several frames")
+def test_what_people_see(name):
+    data, size, colour, apart = SEEN[name]
+    image = open_image(data)
+    assert image.mode == "RGB" and image.size == picture_size(data) == size
+    assert np.abs(np.asarray(image).astype(int) - colour).max() <= apart
+
+def test_premultiplied_grey_is_read_or_refused():
+    "Old releases of Pillow do not know this kind"
+    data = premultiplied("LA", (100, 128))
+    if picture_fault(data): assert picture_fault(data) == "is broken, or of no format that Pillow reads"
+    else: assert np.abs(np.asarray(open_image(data)).astype(int) - 227).max() <= 1
+
+@pytest.mark.skipif(".avif" not in Image.registered_extensions(), reason="this Pillow reads no AVIF")
+def test_avif_is_upright_and_on_white():
+    data = saved(Image.new("RGBA", (64, 48), (200, 100, 50, 128)), "AVIF")
+    assert open_image(data).size == (64, 48)
+    assert np.abs(np.asarray(open_image(data)).astype(int) - HALF).max() <= 8

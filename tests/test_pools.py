@@ -241,3 +241,18 @@ def test_real_okvqa_training_queries_never_see_their_picture():
     pool = make_pool(train, train, 32)
     pool.validate(train)
     assert pool.recipe["excluded"]["self"] == 9009 and pool.recipe["excluded"]["same_image_id"] == 22
+
+@pytest.mark.parametrize("column, value", [("question", "another?"), ("image_id", 77)])
+def test_an_id_is_one_question(column, value):
+    "Two tables that both count from 0: a shared id would bar a stranger, and be shown with the other's texts"
+    n = 12
+    columns = dict(question_id=range(n), image_id=range(n), question=[f"what {i}?" for i in range(n)])
+    items = pd.DataFrame(columns)
+    other = items.copy()
+    other.loc[5, column] = value
+    says = f"question_id 5 has {column} .* among the queries, .*{value}.* among the demonstrations .1 such ids"
+    with pytest.raises(ValueError, match=says): make_pool(items[3:7], other, 3)
+    pool = make_pool(items[3:7], items, 3)
+    with pytest.raises(ValueError, match="question_id 5 has"): pool.validate(other, queries=items[3:7])
+    assert make_pool(items[:5], other, 3).validate(other, queries=items[:5])      # 5 is no query
+    assert make_pool(items.assign(question=items.question + " "), items, 3).ids == make_pool(items, items, 3).ids

@@ -9,6 +9,7 @@ from matplotlib.colors import to_hex
 from PIL import Image
 from leverplus.evaluate import count_look, paired_table, result_table, score_picks
 from leverplus.infer import pick_zero, picks_frame
+from leverplus.items import given_ids
 from leverplus.markup import Figure, Paragraph
 from leverplus.pools import Pool
 from leverplus.report import (
@@ -293,6 +294,19 @@ def test_a_case_shows_what_the_others_would_have_chosen(run, world):
     # zero-shot, random, the oracle last
     assert one.index("no demonstration") < one.index("word100") < one.index("word104")
 
+def test_a_case_has_the_id_that_came_in(tmp_path):
+    "Where ids were texts, a reader of the page looks for those"
+    Image.new("RGB", (8, 8), "red").save(tmp_path/"a.png")
+    texts = dict(question="what?", answer="dax", answers=[["dax"]*10]*2, image_path=str(tmp_path/"a.png"))
+    items = pd.DataFrame(dict(question_id=["22MexNk", 7]) | texts)
+    row = pick_zero(Pool({"22MexNk": (7,)}, {})).iloc[0]
+    told = row.copy()
+    for column in ("vqa_pred_answer", "vqa_acc_score", "vqa_gt_prob", "eval_failed", "error"):
+        told[column] = dict(vqa_pred_answer="dax", vqa_acc_score=1., vqa_gt_prob=.5, eval_failed=False).get(column)
+    page = case_block(items, told).html()
+    assert "Question 22MexNk: what?" in page and 'aria-label="image of question 22MexNk"' in page
+    assert item_picture(items, "22MexNk").size == item_picture(items, "7").size == (8, 8)
+
 def test_page_leaves_out_what_was_not_given(world, tmp_path):
     _, s = world
     table = result_table(s, changed_from=None, bootstrap=FEW)
@@ -372,6 +386,8 @@ def test_described_predictions_need_no_items(world, tmp_path, quick):
     known = described_items(read_scored(r))
     assert known.answer[103] == "word103" and known.answer[4] == "word4"
     assert described_items(s) is None
+    named = described_items(read_scored(r).assign(given_id=[f"id {q}" for q in one.question_id]))
+    assert given_ids(named, [4, 103]) == ["id 4", 103]         # demonstrations are told by number
     words = "".join(sound(report(r, bootstrap=FEW).read_text()).words)
     assert "(images not read)" in words and "Cases: rce" in words
     assert "Differences" not in words

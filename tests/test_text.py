@@ -1,17 +1,19 @@
 "Texts as a model sees them: one form, no commands; both scorers give the same facts or the same failures"
-import unicodedata
+import re, unicodedata
 from dataclasses import replace
 import numpy as np, pandas as pd, pytest, torch
 from hypothesis import given, settings, strategies as st
 from PIL import Image
+from leverplus.items import as_items
 from leverplus.lvlm import (
     MockScorer, NaiveScorer, Targets, checked_targets, compare, load_lvlm, read_texts, weights_once,
 )
 from leverplus.prompt import STYLES, Demo, Prompt, check_prompt, prompter
 from leverplus.rldata_ask import score_pairs
 from leverplus.scorer import SharedScorer
-from leverplus.text import compose, control_token, text_fault
+from leverplus.text import are_sound, compose, control_token, sound_text, text_fault
 from leverplus.tiny import save_lvlm, tiny_qwen
+from leverplus.vqa import answer_targets, postprocess, vqa_accuracy
 
 # ---- without a model
 
@@ -38,6 +40,20 @@ def test_ordinary_texts_pass(text): assert text_fault(text) == "" and control_to
 )
 def test_texts_that_cannot_be_shown(text, says): assert says in text_fault(text, tokens=["<tool_call>"])
 
+ODDITIES = st.sampled_from(["a<|b|>", "<|", "e\u0301", "\u0301", "\ud83d", "\ude00"])
+
+@settings(max_examples=200)
+@given(st.lists(st.text(st.characters(exclude_categories=()), max_size=6) | ODDITIES, max_size=4))
+def test_many_texts_are_sound_if_each_is(texts):
+    "Looking at all of them at once says what looking at each does"
+    def stays(text): return not text_fault(text) and sound_text(text) == text
+    assert are_sound(texts) == all(map(stays, texts))
+
+def test_taking_a_text_in_says_what_it_is_called():
+    assert sound_text("cafe\u0301", "question") == "caf\u00e9"
+    with pytest.raises(ValueError, match="answer is None, wanted a text"): sound_text(None, "answer")
+    with pytest.raises(ValueError, match="question holds half a character"): sound_text("\ud83d", "question")
+
 ITEMS = pd.DataFrame(dict(
     question_id=[1, 2, 3],
     image_path=["1.png", "2.png", "3.png"],
@@ -48,23 +64,35 @@ ITEMS = pd.DataFrame(dict(
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("what,of", [("question", 2), ("answer", 2), ("question", 3)])
 def test_the_guard_names_the_item_and_the_query(style, what, of):
-    spoilt = ITEMS.assign(**{what: np.where(ITEMS.question_id == of, "x <|vision_start|>", ITEMS[what])})
     says = rf"question 3, pointer \(1, 2\): the {what} of question {of} holds .*vision_start"
-    prompt = prompter(spoilt, style)(3, (1, 2))
+    prompt = prompter(ITEMS, style)(3, (1, 2))
+    spoilt = {what: "x <|vision_start|>"}
+    demos = tuple(replace(d, **spoilt) if d.question_id == of else d for d in prompt.demos)
+    prompt = replace(prompt, demos=demos, **(spoilt if of == 3 else {}))
     with pytest.raises(ValueError, match=says): check_prompt(prompt, "whatever was rendered")
+
+@pytest.mark.parametrize("what,of", [("question", 2), ("answer", 2), ("question", 3)])
+def test_a_table_with_commands_is_refused_where_it_comes_in(what, of):
+    "As a reader refuses it, whoever takes the table, and whether or not the text would be shown"
+    spoilt = ITEMS.assign(**{what: np.where(ITEMS.question_id == of, "x <|vision_start|>", ITEMS[what])})
+    says = f"question_id {of}: {what} holds the control token '<|vision_start|>'"
+    with pytest.raises(ValueError, match=re.escape(says)): prompter(spoilt)
+    with pytest.raises(ValueError, match=re.escape(says)): as_items(spoilt)
 
 def test_missing_texts_are_refused_where_they_would_be_shown():
     make = prompter(ITEMS)
     assert make(3, (1, 2)).pointer == (1, 2)
     with pytest.raises(ValueError, match="question 3: its answer is .*wanted a text"): make(1, (2, 3))
+    with pytest.raises(ValueError, match="question 3: its answer is '', wanted a text"):
+        prompter(ITEMS.assign(answer=["dax", "wug", " "]))(1, (2, 3))
     with pytest.raises(ValueError, match="question 1: its question is .*wanted a text"):
         prompter(ITEMS.assign(question=[None, "which?", "who?"]))(2, (1,))
 
 @pytest.mark.parametrize("answers,says", [(["<|im_end|>"]*10, "control token"), ([" "]*10, "all 10 answers are blank")])
 def test_answers_that_cannot_be_asked_for_name_their_question(answers, says):
-    items = ITEMS.assign(answers=[["dax"]*10, answers, ["wug"]*10]).set_index("question_id", drop=False)
+    items = ITEMS.assign(answer="dax", answers=[["dax"]*10, answers, ["wug"]*10])
     pairs = pd.DataFrame(dict(question_id=[1, 2], pointer=[(2,), (1,)]))
-    with pytest.raises(ValueError, match=f"question 2: .*{says}"): score_pairs(pairs, MockScorer(), items)
+    with pytest.raises(ValueError, match=f"question_id 2: .*{says}"): score_pairs(pairs, MockScorer(), items)
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.floats(0, 1)), max_size=8))
 def test_weights_once(rows):
@@ -131,6 +159,44 @@ def test_odd_texts_are_facts_and_the_same_from_both(scorers, plain, style, where
     for other in others:
         same = compare(first, other)
         assert same["failed"] == same["text"] == 0 and same["logprob"] < 1e-3
+
+WOMAN, ROCKET = "\U0001f469", "\u200d\U0001f680" # an emoji, and what joins it and makes another
+
+ANSWERS = { # what ten people wrote -> distinct right answers
+    "beginnings of one another": (["red"]*4 + ["red car"]*3 + ["r"]*3, ["red", "r", "red car"]),
+    "equal but for marks": (["red."]*5 + ["the Red!"]*5, ["red"]),
+    "nothing behind the rules": (["the"]*4 + ["a"]*3 + ["?"]*3, ["?"]),
+    "some are blank": (["", " ", "red"] + ["blue"]*7, ["blue", "red"]),
+    "joined emoji": ([WOMAN + ROCKET]*5 + [WOMAN]*5, [WOMAN, WOMAN + ROCKET]),
+    "Turkish capital": (["\u0130zmir"]*5 + ["izmir"]*5, ["izmir", "i\u0307zmir"]),
+    "wide digits": (["\uff11\uff12"]*5 + ["12"]*5, ["12", "\uff11\uff12"]),
+    "ligature": (["\ufb01sh"]*5 + ["fish"]*5, ["fish", "\ufb01sh"]),
+    "Kelvin and Angstrom": (["5 \u212a"]*5 + ["5 k"]*5, ["5 k"]),
+    "Hangul in letters": (["\u1112\u1161\u11ab"]*5 + ["\ud55c"]*5, ["\ud55c"]),
+    "marks in another order": (["a\u0323\u0307"]*5 + ["a\u0307\u0323"]*5, ["\u1ea1\u0307"]),
+    "a mark that joins the dash": (["c/\u0338b"]*5 + ["x"]*5, ["c \u0338b", "x"]),
+    "templates": (["{{ x }}"]*4 + ["{x}"]*3 + ["<b>x</b>"]*3, ["x", "b x b"]),
+    "two lines": (["a\nb"]*5 + ["a b"]*5, ["a b"]),
+    "long": (["dax "*120]*10, ["dax "*119 + "dax"]),
+}
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_true_answers_are_the_same_for_both_scorers_and_for_the_evaluator(scorers, plain, name):
+    "Each right answer is asked for once, weighs what its accuracy is, and has the same probability from both"
+    told, wanted = ANSWERS[name]
+    texts = dict(question=["what?", "{{ q }} {x} {% if %}?"], answer=["dax", "wug"], answers=[["dax"]*10, told])
+    paths = [plain.demos[0].image, plain.image]
+    items = pd.DataFrame(dict(question_id=[1, 3], image_path=paths) | texts)
+    answers = as_items(items).answers[3]
+    texts, weights = answer_targets(answers)
+    assert sorted(texts) == sorted(wanted)
+    assert [vqa_accuracy(postprocess(t), answers) for t in texts] == pytest.approx(weights)
+    pairs = pd.DataFrame(dict(question_id=[3], pointer=[(1,)]))
+    first, *others = (score_pairs(pairs, scorer, items) for scorer in scorers)
+    for other in others:
+        same = compare(first, other)
+        assert same["failed"] == 0 and same["logprob"] < 1e-3
+        assert other[0].gt_prob == pytest.approx(first[0].gt_prob, rel=1e-3)
 
 def test_composed_and_decomposed_questions_are_one_prompt(scorers, plain):
     for scorer in scorers:

@@ -105,7 +105,8 @@ def test_retrieved_pools_are_those_of_the_job(sampler):
     "change, kw, what",
     [
         (lambda d: d.assign(image_id=1), {}, "leaves only 0"),
-        (lambda d: d.assign(answer=""), {}, "none of the 40 items"),
+        (lambda d: d.assign(answer="the"), {}, "none of the 40 items"),
+        (lambda d: d.assign(answer=""), {}, "question_id .*: answer is '', wanted a text"),
         (lambda d: pd.concat([d, d[:1]]), {}, "more than once"),
         (lambda d: d, dict(shots=16), "1..K-1"),
         (lambda d: d, dict(shots=(0,)), "1..K-1"),
