@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['History', 'plot_history', 'valid_loss', 'regrets', 'missed', 'evaluating', 'Best', 'promotion_p', 'Resume',
-           'same_draws', 'is_logger', 'stage_settings', 'data_prints', 'stored_mass', 'drawn_before', 'sureness',
-           'greedy_picks', 'candidate_ids', 'gradient_shares', 'RLStats']
+           'same_draws', 'is_logger', 'stage_settings', 'matters', 'numbered', 'data_prints', 'stored_mass',
+           'drawn_before', 'sureness', 'greedy_picks', 'candidate_ids', 'gradient_shares', 'RLStats']
 
 # %% ../nbs/66_callback_track.ipynb #74d10a84
 import math, random, time
-from collections import defaultdict
+from collections import defaultdict, deque
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from .embed import EmbedStore
 from .pools import Pool
 from .groups import RLData
 from .rewards import live_parts
+from .rldata_generate import policy_fingerprint
 from .losses import entropy_steps, group_mass, live_groups, regret
 from .callback_core import FitOnly, StageCallback, Objective, Stats, active_dropout
 from .callback_kl import AdaptiveKL
@@ -32,7 +33,7 @@ from fastai.callback import progress
 from fastai.callback.core import (
     Callback, CancelEpochException, CancelFitException, FetchPredsCallback, TrainEvalCallback,
 )
-from fastai.learner import CastToTensor, Recorder
+from fastai.learner import CastToTensor, Learner, Recorder
 from fastai.torch_core import find_bs
 
 # %% ../nbs/66_callback_track.ipynb #f1f305c4
@@ -312,6 +313,7 @@ class Resume(FitOnly):
         self.trains = False   # this epoch has begun to train
         self.dirty = False    # an epoch has trained and is not written yet
         self.done = 0         # whole epochs
+        self.hushed = []      # callbacks that do not hear of an epoch which an earlier start has done
 
     @property
     def file(self): return self.folder/"state.pt"
@@ -323,6 +325,7 @@ class Resume(FitOnly):
 
     def before_train(self):
         if self.run_dir is None: self.open()
+        if self.finished or self.epoch < self.done: self.hush()
         if self.finished: raise CancelFitException
         if self.epoch < self.done: raise CancelEpochException
         if not self.ready: self.restore()
@@ -335,9 +338,11 @@ class Resume(FitOnly):
         self.done = self.epoch + 1
 
     def before_epoch(self):
+        self.wake()
         if self.dirty: self.save()
 
     def after_fit(self):
+        self.wake()
         if self.run_dir is None: return   # nothing has trained
         if not self.ready and self.state is not None:
             self.restore()
@@ -350,36 +355,63 @@ class _Skip: "Stands for what cannot be kept"
 
 def _pack(v):
     "`v` as plain values, tensors, arrays and states of modules; `_Skip` for what holds anything else"
-    if v is None or isinstance(v, (bool, int, float, str)): return v
+    if type(v) in (type(None), bool, int, float, str): return v
     if isinstance(v, np.generic): return v.item()
     if isinstance(v, torch.Tensor): return v.detach().clone()
     if isinstance(v, np.ndarray): return {"_array": torch.as_tensor(v)}
     if isinstance(v, nn.Module): return {"_state": _pack(v.state_dict())}
-    if isinstance(v, (list, tuple, L)):
-        parts = [_pack(i) for i in v]
-        if any(i is _Skip for i in parts): return _Skip
-        return tuple(parts) if isinstance(v, tuple) else parts
+    if isinstance(v, (set, frozenset)): return _packed_all(v, list)
+    if isinstance(v, (list, tuple, L, deque)): return _packed_all(v, tuple if isinstance(v, tuple) else list)
     if isinstance(v, dict):
         parts = {k: _pack(i) for k, i in v.items()}
         return _Skip if any(i is _Skip for i in parts.values()) else parts
     return _Skip
 
+def _packed_all(values, kind):
+    "Packed values as a list or a tuple; `_Skip` if one of them cannot be kept"
+    parts = [_pack(i) for i in values]
+    return _Skip if any(i is _Skip for i in parts) else kind(parts)
+
 def _memory(cb):
     "What a callback remembers, packed"
     leave = {"learn", "buf", "run", "run_train", "run_valid", *getattr(type(cb), "transient", ())}
-    packed = {k: _pack(v) for k, v in vars(cb).items() if k not in leave}
+    packed = {k: _pack_chance(v) or _pack(v) for k, v in vars(cb).items() if k not in leave}
     return {k: v for k, v in packed.items() if v is not _Skip}
+
+def _pack_chance(v):
+    "State of a source of chance; None for anything else"
+    if isinstance(v, np.random.Generator): return {"_numpy": v.bit_generator.state}
+    if isinstance(v, random.Random): return {"_python": v.getstate()}
 
 def _remember(cb, memory, model):
     "Give a callback back what `_memory` packed"
-    for k, v in memory.items():
-        kind = next(iter(v)) if isinstance(v, dict) and len(v) == 1 else None
-        if kind == "_array": setattr(cb, k, v["_array"].numpy())
-        elif kind == "_state":
-            # a copy of the model that training would have made
-            if not hasattr(vars(cb).get(k), "load_state_dict"): setattr(cb, k, frozen(model))
-            vars(cb)[k].load_state_dict(v["_state"])
-        else: setattr(cb, k, v)
+    for k, v in memory.items(): setattr(cb, k, _unpacked(v, vars(cb).get(k), model))
+
+def _unpacked(v, now, model):
+    "What `_pack` packed; containers and sources of chance of a kind of their own are filled again where they are, `now`"
+    kind = next(iter(v)) if isinstance(v, dict) and len(v) == 1 else None
+    if kind == "_array": return v["_array"].cpu().numpy()
+    if kind == "_state":
+        # a copy of the model that training would have made
+        module = now if hasattr(now, "load_state_dict") else frozen(model)
+        module.load_state_dict(v["_state"])
+        return module
+    if kind == "_numpy": now.bit_generator.state = v["_numpy"]
+    elif kind == "_python": now.setstate(v["_python"])
+    elif isinstance(v, dict): return _refilled(now, {k: _unpacked(i, None, model) for k, i in v.items()}, dict)
+    elif isinstance(v, list): return _refilled(now, [_unpacked(i, None, model) for i in v], list)
+    elif isinstance(v, tuple): return tuple(_unpacked(i, None, model) for i in v)
+    else: return v
+    return now
+
+def _refilled(now, values, plain):
+    "`values`, in the container `now` if that is one of another kind than `plain`, such as a `Counter` or a set"
+    if isinstance(now, frozenset): return frozenset(values)
+    if type(now) is plain or not isinstance(now, (dict, set, list, L, deque)): return values
+    now.clear()
+    if isinstance(now, (dict, set)): now.update(values)
+    else: now.extend(values)
+    return now
 
 # %% ../nbs/66_callback_track.ipynb #d37159db
 def _rng_state(dls):
@@ -442,7 +474,7 @@ def _describe(v, depth=0):
     if isinstance(v, (list, tuple, range)): return [_describe(i, depth) for i in v]
     if isinstance(v, dict): return {str(k): _describe(i, depth) for k, i in v.items()}
     if isinstance(v, partial): return [_describe(part, depth) for part in (v.func, v.args, v.keywords)]
-    if isinstance(v, type) or hasattr(v, "__qualname__"): return _name_of(v)
+    if isinstance(v, type) or hasattr(v, "__qualname__"): return _described_function(v, depth)
     if depth > 3 or not hasattr(v, "__dict__"): return type(v).__name__
     return {"class": type(v).__name__, **_described_attributes(v, depth + 1)}
 
@@ -452,13 +484,20 @@ def _print_of_frame(frame):
     columns = {str(name): list(map(repr, column)) for name, column in frame.items()}
     return fingerprint(list(map(repr, frame.index)), columns)
 
-def _name_of(f):
-    "Name of a class or a function; of one made on the spot its code too, and the numbers and texts it took along"
+_LIBRARIES = ("leverplus", "fastai", "fastcore", "torch", "numpy", "builtins")   # whose functions are what they are called
+
+def _described_function(f, depth):
+    "Name of a class or a function; of one's own its code too, and what it took along; of a method its object"
     name = f.__qualname__
-    if "<" not in name or not hasattr(f, "__code__"): return name
-    around = [cell.cell_contents for cell in f.__closure__ or ()] + list(f.__defaults__ or ())
-    taken = [v for v in around if isinstance(v, (bool, int, float, str))]
-    return f"{name} {fingerprint(_code(f.__code__), taken)[:8]}"
+    owner = getattr(f, "__self__", None)
+    taken = [cell.cell_contents for cell in getattr(f, "__closure__", None) or ()]
+    taken += [getattr(f, "__defaults__", None), getattr(f, "__kwdefaults__", None)]
+    if hasattr(owner, "__dict__") and not isinstance(owner, (type, Callback, Learner)): taken.append(owner)
+    own = f.__module__ is None or f.__module__.split(".")[0] not in _LIBRARIES
+    if isinstance(f, type) or not hasattr(f, "__code__"): own = False
+    if not own and not any(taken): return name
+    code = _code(f.__code__) if own else None
+    return f"{name} {fingerprint(code, [_describe(v, depth + 1) for v in taken])[:8]}"
 
 def _code(code):
     "What a piece of code does, as plain values"
@@ -490,15 +529,42 @@ def stage_settings(
     learn, # a Learner in a fit
 )->dict: # JSON: `n_epoch, optimiser, model, callbacks`
     "What decides how a stage goes, but for data and weights"
-    def matters(cb):
-        if type(cb) in _SILENT or is_logger(cb): return False
-        return not isinstance(cb, (Stats, History, Resume))
+    deciding = [cb for cb in learn.cbs if matters(cb) and not isinstance(cb, (Stats, History))]
     return dict(
         n_epoch=learn.n_epoch,
-        optimiser=_describe(dict(learn.opt.hypers[-1])),
-        model=type(learn.model).__name__,
-        callbacks={cb.name: _described_attributes(cb) for cb in learn.cbs if matters(cb)},
+        optimiser=_described_optimiser(learn.opt),
+        model=_described_model(learn.model),
+        loss=_describe(learn.loss_func),
+        callbacks={name: _described_attributes(cb) for name, cb in numbered(deciding).items()},
     )
+
+def _described_optimiser(opt):
+    "Kind and steps of an optimiser, and its settings: of the last group, and of others where they have their own"
+    groups = [_describe(dict(group)) for group in opt.hypers]
+    before = [group for group in groups[:-1] if group != groups[-1]]
+    steps = [_describe(step) for step in getattr(opt, "cbs", ())]
+    return groups[-1] | dict(kind=type(opt).__name__, steps=steps, before=before)
+
+def _described_model(model):
+    "Kind of a model, fingerprint of how it is built, and the parameters that stand still"
+    still = [name for name, p in model.named_parameters() if not p.requires_grad]
+    return dict(kind=type(model).__name__, built=fingerprint(repr(model)), still=still)
+
+def matters(
+    cb, # any callback
+)->bool: # False for the callbacks of fastai that show and note, for loggers, and for `Resume`
+    "Can a callback change what a fit ends with?"
+    return type(cb) not in _SILENT and not is_logger(cb) and not isinstance(cb, Resume)
+
+def numbered(
+    cbs, # callbacks
+)->dict: # name -> callback; the second of a name is "name 2", and so on
+    "Callbacks by name, each by one of its own"
+    out = {}
+    for cb in cbs:
+        n = sum(cb.name == other.name for other in out.values())
+        out[cb.name if not n else f"{cb.name} {n + 1}"] = cb
+    return out
 
 # %% ../nbs/66_callback_track.ipynb #a110f2e4
 def data_prints(
@@ -540,7 +606,7 @@ def _wants_content(kind, why):
 @patch
 def open(self:Resume):
     "Open the folder, or refuse it; read what is there"
-    prints = data_prints(self.dls) | dict(start=fingerprint(self.model.state_dict()))
+    prints = data_prints(self.dls) | dict(start=policy_fingerprint(self.model))
     self.refuse_earlier()
     seed = getattr(self.learn, "seed", 0)
     self.run_dir = Run.create(self.folder, stage_settings(self.learn), seed, prints)
@@ -587,7 +653,19 @@ def save(self:Resume, finished=False):
 @patch
 def cbs_by_name(self:Resume):
     "The callbacks whose memory counts"
-    return {cb.name: cb for cb in self.learn.cbs if isinstance(cb, StageCallback) and cb is not self}
+    return numbered(cb for cb in self.learn.cbs if matters(cb))
+
+@patch
+def hush(self:Resume):
+    "Let nobody hear the end of an epoch that an earlier start has done"
+    self.hushed = [cb for cb in self.learn.cbs if cb.run and matters(cb)]
+    for cb in self.hushed: cb.run = False
+
+@patch
+def wake(self:Resume):
+    "Let everybody hear again"
+    for cb in self.hushed: cb.run = True
+    self.hushed = []
 
 @patch
 def scaler(self:Resume):
