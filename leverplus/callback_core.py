@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOOP_NAMES', 'SCHEDULES', 'StageCallback', 'check_name', 'FitOnly', 'looks_for_lr', 'Stats', 'accumulation', 'Term',
-           'LiveOnly', 'Objective', 'SkipFlat', 'as_schedule', 'start_of', 'active_dropout', 'survey_groups',
+           'LiveOnly', 'too_few', 'Objective', 'SkipFlat', 'as_schedule', 'start_of', 'active_dropout', 'survey_groups',
            'set_anchor', 'find_reference']
 
 # %% ../nbs/61_callback_core.ipynb #7e879242
@@ -186,11 +186,19 @@ class LiveOnly(Term):
         elif not self.mask.any(): raise CancelBatchException()
 
     def after_train(self):
-        if self.n_live < self.warn*self.n and not looks_for_lr(self.learn):
+        if too_few(self.n_live, self.warn, self.n) and not looks_for_lr(self.learn):
             warnings.warn(
                 f"{type(self).__name__}: {self.n_live} of {self.n} groups have any reward difference; "
                 "little or nothing can be learned. Use a softer reward, or collect sequences that differ."
             )
+
+def too_few(
+    n:int, # how many there are
+    share:float, # that is wanted, 0..1
+    of:int, # of how many
+)->bool: # 7 of 100 are not too few for .07, though .07 * 100 is a little more than 7 in floating point
+    "Is `n` less than a share of a number, by more than rounding?"
+    return n < share*of - 1e-9*of
 
 # %% ../nbs/61_callback_core.ipynb #1f77d2a1
 class Objective(LiveOnly):

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['History', 'plot_history', 'valid_loss', 'regrets', 'missed', 'evaluating', 'Best', 'promotion_p', 'Resume',
-           'same_draws', 'is_logger', 'stage_settings', 'matters', 'numbered', 'data_prints', 'stored_mass',
-           'drawn_before', 'sureness', 'greedy_picks', 'candidate_ids', 'gradient_shares', 'RLStats']
+           'same_draws', 'is_logger', 'stage_settings', 'data_prints', 'stored_mass', 'drawn_before', 'sureness',
+           'greedy_picks', 'candidate_ids', 'gradient_shares', 'RLStats']
 
 # %% ../nbs/66_callback_track.ipynb #74d10a84
-import math, random, time
+import inspect, math, random, time
 from collections import defaultdict, deque
 from contextlib import contextmanager
 from functools import partial
@@ -251,7 +251,7 @@ def measure(self:Best, fitted=False):
     got = score(self.learn)
     each = torch.as_tensor(got, dtype=torch.float64).detach().cpu()
     if paired: self.check_each(each)
-    value = got if isinstance(got, float) else each.mean().item()
+    value = float(got) if isinstance(got, float) else each.mean().item()
     return value, (each if each.ndim else None)
 
 @patch
@@ -276,7 +276,7 @@ def promotion_p(
     seed:int=0, # of the resamples
 )->float: # 0..1; small: the new one is better on more than these queries
     "One-sided p of \"the new one is not better\" by a paired bootstrap"
-    gain = (torch.as_tensor(kept) - torch.as_tensor(new)).double().numpy()
+    gain = (torch.as_tensor(kept).cpu() - torch.as_tensor(new).cpu()).double().numpy()
     n = len(gain)
     draws = rng("paired_p", seed, n).integers(n, size=(n_boot, n), dtype="int32")
     not_better = (gain[draws].mean(1) <= 0).sum()
@@ -388,7 +388,7 @@ def _remember(cb, memory, model):
     for k, v in memory.items(): setattr(cb, k, _unpacked(v, vars(cb).get(k), model))
 
 def _unpacked(v, now, model):
-    "What `_pack` packed; containers and sources of chance of a kind of their own are filled again where they are, `now`"
+    "What was packed; what has a kind of its own, such as a `Counter`, is filled again where it is, in `now`"
     kind = next(iter(v)) if isinstance(v, dict) and len(v) == 1 else None
     if kind == "_array": return v["_array"].cpu().numpy()
     if kind == "_state":
@@ -484,20 +484,22 @@ def _print_of_frame(frame):
     columns = {str(name): list(map(repr, column)) for name, column in frame.items()}
     return fingerprint(list(map(repr, frame.index)), columns)
 
-_LIBRARIES = ("leverplus", "fastai", "fastcore", "torch", "numpy", "builtins")   # whose functions are what they are called
+# whose functions are what they are called
+_LIBRARIES = ("leverplus", "fastai", "fastcore", "torch", "numpy", "builtins")
 
 def _described_function(f, depth):
-    "Name of a class or a function; of one's own its code too, and what it took along; of a method its object"
+    "Name of a class or a function; of one's own function its code too, of any what it took along, of a method its object"
     name = f.__qualname__
-    owner = getattr(f, "__self__", None)
+    if isinstance(f, type) or depth > 3: return name
+    owner = f.__self__ if inspect.ismethod(f) else None
     taken = [cell.cell_contents for cell in getattr(f, "__closure__", None) or ()]
     taken += [getattr(f, "__defaults__", None), getattr(f, "__kwdefaults__", None)]
-    if hasattr(owner, "__dict__") and not isinstance(owner, (type, Callback, Learner)): taken.append(owner)
-    own = f.__module__ is None or f.__module__.split(".")[0] not in _LIBRARIES
-    if isinstance(f, type) or not hasattr(f, "__code__"): own = False
-    if not own and not any(taken): return name
-    code = _code(f.__code__) if own else None
-    return f"{name} {fingerprint(code, [_describe(v, depth + 1) for v in taken])[:8]}"
+    if not isinstance(owner, (type, Callback, Learner)): taken.append(owner)
+    taken = [_describe(v, depth + 1) for v in taken if v is not None]
+    module = getattr(f, "__module__", None) or ""
+    own = hasattr(f, "__code__") and module.split(".")[0] not in _LIBRARIES
+    if not own and not taken: return name
+    return f"{name} {fingerprint(_code(f.__code__) if own else None, taken)[:8]}"
 
 def _code(code):
     "What a piece of code does, as plain values"
@@ -529,13 +531,13 @@ def stage_settings(
     learn, # a Learner in a fit
 )->dict: # JSON: `n_epoch, optimiser, model, callbacks`
     "What decides how a stage goes, but for data and weights"
-    deciding = [cb for cb in learn.cbs if matters(cb) and not isinstance(cb, (Stats, History))]
+    deciding = [cb for cb in learn.cbs if _matters(cb) and not isinstance(cb, (Stats, History))]
     return dict(
         n_epoch=learn.n_epoch,
         optimiser=_described_optimiser(learn.opt),
         model=_described_model(learn.model),
         loss=_describe(learn.loss_func),
-        callbacks={name: _described_attributes(cb) for name, cb in numbered(deciding).items()},
+        callbacks={name: _described_attributes(cb) for name, cb in _numbered(deciding).items()},
     )
 
 def _described_optimiser(opt):
@@ -550,16 +552,12 @@ def _described_model(model):
     still = [name for name, p in model.named_parameters() if not p.requires_grad]
     return dict(kind=type(model).__name__, built=fingerprint(repr(model)), still=still)
 
-def matters(
-    cb, # any callback
-)->bool: # False for the callbacks of fastai that show and note, for loggers, and for `Resume`
-    "Can a callback change what a fit ends with?"
+def _matters(cb):
+    "Can a callback change what a fit ends with? Not those of fastai that show and note, loggers, and `Resume`"
     return type(cb) not in _SILENT and not is_logger(cb) and not isinstance(cb, Resume)
 
-def numbered(
-    cbs, # callbacks
-)->dict: # name -> callback; the second of a name is "name 2", and so on
-    "Callbacks by name, each by one of its own"
+def _numbered(cbs):
+    "{name: callback}; the second of a name is \"name 2\", and so on"
     out = {}
     for cb in cbs:
         n = sum(cb.name == other.name for other in out.values())
@@ -653,12 +651,12 @@ def save(self:Resume, finished=False):
 @patch
 def cbs_by_name(self:Resume):
     "The callbacks whose memory counts"
-    return numbered(cb for cb in self.learn.cbs if matters(cb))
+    return _numbered(cb for cb in self.learn.cbs if _matters(cb))
 
 @patch
 def hush(self:Resume):
     "Let nobody hear the end of an epoch that an earlier start has done"
-    self.hushed = [cb for cb in self.learn.cbs if cb.run and matters(cb)]
+    self.hushed = [cb for cb in self.learn.cbs if cb.run and _matters(cb)]
     for cb in self.hushed: cb.run = False
 
 @patch
@@ -789,8 +787,8 @@ class RLStats(FitOnly, Stats):
     # sees a batch before any filter, and in `before_backward` after every `after_loss`
     order = Objective.order - 8
     columns = ("live", "mass", "entropy", "kl", "clip_pos", "clip_neg")
-    transient = ("by_term", "raw", "obj", "probe", "ids")   # what nobody need keep between epochs
-    _stateattrs = ("buf", "raw", "obj", "probe", "ids")     # nor in a file: an export carries no data
+    transient = ("by_term", "raw", "each", "obj", "probe", "ids")   # what nobody need keep between epochs
+    _stateattrs = ("buf", "raw", "each", "obj", "probe", "ids")     # nor in a file: an export carries no data
     def __init__(self,
         every:int=10, # batches between two looks at the gradient of each term, from the first of each epoch; 0 = never
         probe:int=128, # most validation queries whose greedy picks are followed
@@ -800,6 +798,7 @@ class RLStats(FitOnly, Stats):
         self.max_probe = probe
         self.by_term = {}   # what each callback added to the loss of this batch
         self.raw = None     # rewards and mask of this batch before any filter
+        self.each = []      # regret of every group of this epoch, batch by batch
         self.obj = None     # the objective of this fit
         self.probe = None   # inputs of the queries that are followed
         self.ids = None     # which demonstrations their candidates are
@@ -811,6 +810,7 @@ class RLStats(FitOnly, Stats):
         "Behind a read from a file: empty what the file did not keep"
         super()._init_state()
         self.buf = defaultdict(list)
+        self.each = []
         self.raw = self.obj = self.probe = self.ids = None
 
     def metrics(self, *ks): return super().metrics(*(ks or self.columns))
@@ -825,6 +825,7 @@ class RLStats(FitOnly, Stats):
 
     def before_train(self):
         super().before_train()
+        self.each = []
         if self.last is None and self.has_steps: self.first = self.last = self.picks()
         for cb in self.learn.cbs:
             if isinstance(cb, AdaptiveKL): self.log(beta_least=cb.limits[0], beta_most=cb.limits[1])
@@ -844,6 +845,7 @@ class RLStats(FitOnly, Stats):
 
     def after_train(self):
         if self.last is not None: self.log_picks()
+        self.log_spread()
 
     def after_fit(self):
         self.stop_listening()
@@ -925,9 +927,16 @@ def log_rewards(self:RLStats):
     def live(m): return live_groups(rewards, m).double().mean()
     self.log(len(mask), live_before=live(mask), live_after=live(self.mask))
     each = regret(self.pred.detach(), rewards, mask, "none")[mask.any(-1)]
-    spread = each.std() if len(each) > 1 else each.new_tensor(torch.nan)   # one group has no spread
     name = "regret_own" if self.own_groups else "regret_train"
-    self.log(len(each), **{name: each.mean()}, regret_sd=spread)
+    self.log(len(each), **{name: each.mean()})
+    self.each.append(each.cpu())
+
+@patch
+def log_spread(self:RLStats):
+    "Standard deviation of regret over all groups of the epoch, however small its batches were"
+    each = torch.cat(self.each) if self.each else torch.empty(0)
+    if len(each) > 1: self.log(regret_sd=each.std())
+    self.each = []
 
 @patch
 def find_parts(self:RLStats):
@@ -950,7 +959,8 @@ def log_mass(self:RLStats):
 @patch
 def log_advantages(self:RLStats):
     "Mean over ALL groups of the standard deviation of advantages"
-    n = self.raw[1].sum(-1)
+    n = getattr(self.obj, "adv_size", None)   # another one than in the data where a cut came before the advantages
+    if n is None: n = self.raw[1].sum(-1)
     std = (self.obj.adv.square().sum(-1) / (n - 1).clamp(min=1)).sqrt()
     self.log(len(n), adv_std_all=std.mean())
 

@@ -17,7 +17,7 @@ from leverplus.selector import PointerSelector
 from leverplus.synth import ToySelector, quiet, synth_dls, toy_learner
 from leverplus.callback_core import (
     Objective, SkipFlat, StageCallback, Stats, active_dropout, as_schedule, check_name, find_reference,
-    set_anchor, survey_groups,
+    set_anchor, survey_groups, too_few,
 )
 from leverplus.callback_rce import RCE
 from leverplus.callback_grpo import GRPO, RLOO
@@ -291,6 +291,7 @@ COMPANY = dict(
     live=lambda: [KLToRef(ToySelector(8), beta=3., on="live"), GradientClip(.05)],
     k3=lambda: [KLToRef(ToySelector(8), beta=.1, estimator="k3")],
     floor=lambda: [EntropyFloor(.987, 2., adaptive=False), GradientClip(.05)],
+    amp=lambda: [KLToRef(ToySelector(8), beta=.5), MixedPrecision(AMPMode.BF16), GradientClip(.05)],
     both=lambda: [KLToRef(ToySelector(8), beta=.5), AdaptiveKL(0., .01), EntropyFloor(.987, 2.), Freeze("after")],
 )
 
@@ -1173,3 +1174,41 @@ def test_a_loss_that_is_never_below_zero_may_still_diverge(tmp_path):
     learn = learner(cbs=RCE(), path=tmp_path)
     with quiet(learn): learn.lr_find(1e-3, 1e3, 60, show_plot=False)
     assert len(learn.recorder.losses) < 60   # fastai stops where it has got four times as bad
+
+# --- thresholds and spreads ---------------------------------------------------------------------------------
+def test_exactly_the_wanted_share_is_enough():
+    ".07 * 100 is a little more than 7 in floating point; 7 of 100 are 7 % all the same"
+    assert not too_few(7, .07, 100) and too_few(6, .07, 100) and .07 * 100 > 7
+    learn = learner(100)
+    relabel(learn, lambda r, i: torch.arange(len(r)).float() if i < 7 else 0*r)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit(learn, 1, [GRPO(min_live=.07)])
+    relabel(learn, lambda r, i: torch.arange(len(r)).float() if i < 6 else 0*r)
+    with pytest.raises(ValueError, match="6 of 100 groups"): fit(learn, 1, [GRPO(min_live=.07)])
+
+@pytest.mark.parametrize("before", [False, True])
+def test_spread_of_all_advantages_counts_the_sequences_they_are_of(before):
+    "A cut before the advantages makes groups of k; the divisor is k - 1 then, not that of the data"
+    stds = []
+    class Std(StageCallback):
+        order = 5
+        def before_backward(self):
+            for a, n in zip(self.grpo.adv, self.grpo.adv_size):
+                stds.append(a.square().sum().item() / max(n.item() - 1, 1))
+    learn = toy_learner(regret, synth_dls(32, 16, 32, N=6), cbs=[RLStats(), History()])
+    grpo = GRPO("center", adv_clip=None)
+    fit(learn, 1, [grpo, TopKCurriculum(3, before=before), Std()])
+    want = torch.tensor(stds[:32]).double().sqrt().mean().item()
+    assert learn.history.frame.adv_std_all.iloc[0] == pytest.approx(want, rel=1e-5)
+
+@pytest.mark.parametrize("bs", [1, 2, 7, 64])
+def test_spread_of_regret_is_that_of_the_epoch(bs):
+    "Batches of two have a smaller spread than their epoch, of one none; the weights stand still here"
+    learn = toy_learner(regret, synth_dls(64, 16, bs, seed=3, **RAGGED), cbs=[RLStats(), History()])
+    fit(learn, 1, [RCE()], lr=0.)
+    xy = learn.dls.train.new(shuffle=False, bs=64).one_batch()
+    with torch.no_grad(): each = regret(learn.model.eval()(*xy[:5]), *xy[5:], "none")
+    row = learn.history.frame.iloc[0]
+    assert row.regret_sd == pytest.approx(each.std().item(), rel=1e-4)
+    assert row.regret_train == pytest.approx(each.mean().item(), rel=1e-4)
