@@ -494,8 +494,8 @@ def _described_function(f, depth):
     owner = f.__self__ if inspect.ismethod(f) else None
     taken = [cell.cell_contents for cell in getattr(f, "__closure__", None) or ()]
     taken += [getattr(f, "__defaults__", None), getattr(f, "__kwdefaults__", None)]
-    if not isinstance(owner, (type, Callback, Learner)): taken.append(owner)
-    taken = [_describe(v, depth + 1) for v in taken if v is not None]
+    if not isinstance(owner, type): taken.append(owner)
+    taken = [_describe(v, depth + 1) for v in taken if v is not None and not isinstance(v, (Callback, Learner))]
     module = getattr(f, "__module__", None) or ""
     own = hasattr(f, "__code__") and module.split(".")[0] not in _LIBRARIES
     if not own and not taken: return name
@@ -506,12 +506,14 @@ def _code(code):
     inner = [_code(c) if hasattr(c, "co_code") else repr(c) for c in code.co_consts]
     return [code.co_code, list(code.co_names), inner]
 
+_OF_A_FIT = ("learn", "run", "after_loss")   # what a fit gives to a callback: fastai the first two, `RLStats` the last
+
 def _described_attributes(v, depth=0):
     "Attributes of an object, described; but for the Learner and other callbacks"
     return {
         k: _describe(i, depth)
         for k, i in vars(v).items()
-        if k not in ("learn", "run") and not isinstance(i, Callback)   # fastai sets `run` after a fit
+        if k not in _OF_A_FIT and not isinstance(i, Callback)
     }
 
 # of these nothing depends
