@@ -23,7 +23,7 @@ from leverplus.callback_rce import RCE
 from leverplus.callback_grpo import GRPO, RLOO
 from leverplus.callback_kl import AdaptiveKL, EntropyFloor, KLToRef
 from leverplus.callback_listwise import SFT, Listwise
-from leverplus.callback_schedule import Freeze, NoDropout, SplitShots, TempSchedule, TopKCurriculum
+from leverplus.callback_schedule import Freeze, NoDropout, Phases, SplitShots, TempSchedule, TopKCurriculum
 from leverplus.callback_track import Best, History, RLStats, plot_history, valid_loss
 
 RAGGED = dict(K=(4, 7), N=(2, 6), shots=(1, 2))
@@ -316,6 +316,25 @@ def nearly(a, b): return all(torch.allclose(a[k], b[k], atol=2e-5) for k in a)
 def test_accumulated_batches_are_one_large_batch(name, company):
     "The same weights, whatever is flat, where a batch is emptied, and in the last, smaller step of an epoch"
     (a, n), (b, want) = two_ways(ACCUMULATED[name], COMPANY[company], (1,), 32)
+    assert n == want > 0
+    assert nearly(a, b)
+
+MORE_COMPANY = dict(
+    split=(partial(RCE, .3), lambda: [SplitShots(), GradientClip(.05)]),
+    split_grpo=(GRPO, lambda: [SplitShots(), KLToRef(ToySelector(8), beta=.5)]),
+    best_of=(GRPO, lambda: [TopKCurriculum(3, which="best")]),
+    cut_before=(GRPO, lambda: [TopKCurriculum(3, which="worst", before=True)]),
+    phases=(partial(RCE, .3), lambda: [Phases(dict(a=(range(40), 1), b=(range(30, 72), 1)))]),
+    fp16=(partial(RCE, .3), lambda: [MixedPrecision(), GradientClip(.05)]),
+    band=(GRPO, lambda: [NoDropout(), KLToRef(beta=1.), AdaptiveKL(0., .001), Best()]),
+)
+@pytest.mark.parametrize("dead,n_acc", [((1,), 32), ((0, 3), 48)])
+@pytest.mark.parametrize("name", MORE_COMPANY)
+def test_accumulated_batches_are_one_large_batch_in_any_company(name, dead, n_acc, monkeypatch):
+    "Queries are counted, not the groups that they are divided into; equals are cut in one order here, not by lot"
+    monkeypatch.setattr(torch, "rand_like", torch.zeros_like)
+    make, company = MORE_COMPANY[name]
+    (a, n), (b, want) = two_ways(make, company, dead, n_acc)
     assert n == want > 0
     assert nearly(a, b)
 
