@@ -742,7 +742,7 @@ def greedy_picks(
     model, # a policy with `encode` and `step_logp`
     xb, # inputs of a batch: query, cands, cand_mask, ...
     shots:int, # S >= 1
-)->Tensor: # [B,S] local indices
+)->Tensor: # [B,S] local indices; K where a policy with STOP has ended
     "The likeliest pick at each step, without dropout"
     cand_mask = xb[2]
     picks = cand_mask.new_zeros(len(cand_mask), 1, 0, dtype=torch.long)
@@ -916,8 +916,9 @@ def log_picks(self:RLStats):
     "How many picks are as an epoch ago and as at the start, how many are different, how unequally they are spread"
     now = self.picks()
     def same(old): return (now == old).all(-1).double().mean()
-    counts = torch.bincount(self.ids.gather(1, now).flatten(), minlength=int(self.ids.max()) + 1)
-    unique = (counts > 0).sum() / min(now.numel(), len(counts))
+    shown = now < self.ids.shape[1]   # not STOP
+    counts = torch.bincount(self.ids.gather(1, now.where(shown, 0))[shown], minlength=int(self.ids.max()) + 1)
+    unique = (counts > 0).sum() / min(int(shown.sum()), len(counts))
     self.log(agreement=same(self.last), same_as_start=same(self.first), unique=unique, gini=gini(counts))
     self.last = now
 

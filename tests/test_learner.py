@@ -866,3 +866,25 @@ def test_what_callbacks_count_and_draw_is_kept(tmp_path):
     assert b.some == {1, 2} and list(b.last) == [2, 3] and b.last.maxlen == 2 and b.number == 0
     assert b.draws.random() == a.draws.random() and b.lots.random() == a.lots.random()
     assert b.arrays[0].tolist() == [0, 1, 2] and b.arrays[1]["x"].tolist() == [1, 1]
+
+def ends_soon(likely):
+    "A selector that may stop, and does so after its first pick (or never) where it is greedy"
+    torch.manual_seed(0)
+    model = PointerSelector(8, d_hidden=16, stop=True, max_shots=3)
+    with torch.no_grad(): model.stop.bias += 20. if likely else -20.
+    return model
+
+@pytest.mark.parametrize("likely", [True, False])
+def test_a_policy_that_stops_is_watched_and_shown(likely):
+    "STOP is no demonstration: it is in no pick that is named or counted"
+    learn = selector_learner(synth_dls(64, 32, 16, K=(5, 7), N=(2, 6), shots=(1, 2)), ends_soon(likely))
+    with quiet(learn), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        learn.fit_rce(2, 0.)
+    f = learn.history.frame
+    n = 1 if likely else 2
+    picks = learn.show_results(show=False, shots=2).picks
+    assert [len(p) for p in picks] == [n] * len(picks)
+    assert 0 < f.unique.iloc[-1] <= 1 and f.agreement.iloc[-1] == 1
+    named, places, p = learn.predict(learn.dls.valid_ds.items[0], shots=2)
+    assert len(named) == len(places) == n and 0 < p <= 1
