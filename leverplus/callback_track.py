@@ -488,7 +488,7 @@ def _print_of_frame(frame):
 _LIBRARIES = ("leverplus", "fastai", "fastcore", "torch", "numpy", "builtins")
 
 def _described_function(f, depth):
-    "Name of a class or a function; of one's own function its code too, of any what it took along, of a method its object"
+    "Name of a class or a function; of one's own its code too, of any what it took along, of a method its object"
     name = f.__qualname__
     if isinstance(f, type) or depth > 3: return name
     owner = f.__self__ if inspect.ismethod(f) else None

@@ -691,8 +691,8 @@ _TABLE = {
     "what is there": "queries rows failed unrewarded scorers unofficial unique_rate pool_median "
                      "group_min group_median group_max",
     "positives": "positive_rate positives_q1 positives_median positives_q3 pct_zero_positive_query",
-    "what GRPO will see": "pct_flat_reward_query pct_cancelled_query live_groups adv_std adv_std_live reward_std reward_std_live "
-                          "reward_mean uniform_nll",
+    "what GRPO will see": "pct_flat_reward_query pct_cancelled_query live_groups adv_std adv_std_live reward_std "
+                          "reward_std_live reward_mean uniform_nll",
     "soft reward": "gt_prob_median gt_prob_right gt_prob_wrong spearman spearman_low spearman_high",
     "headroom": "oracle_in_data model_pick mean_in_data gap_mean pct_clear_gap "
                 "same_answer_within same_answer_across",
