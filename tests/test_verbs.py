@@ -389,7 +389,7 @@ def islands():
     folder = ROOT/"data"/"islands"
     items = read_okvqa(folder, "dev", images=folder/"images")
     ids = [*DEMOS, *TRAIN, *VALID]
-    return items.iloc[:len(ids)].assign(question_id=ids)
+    return items.iloc[:len(ids)].assign(question_id=ids).set_index("question_id", drop=False)
 
 LOGGED = "TensorBoardCallback", "WandbCallback", "TensorBoardProjectorCallback"
 
