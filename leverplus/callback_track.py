@@ -493,11 +493,11 @@ def _described_function(f, depth):
     if isinstance(f, type) or depth > 3: return name
     owner = f.__self__ if inspect.ismethod(f) else None
     taken = [cell.cell_contents for cell in getattr(f, "__closure__", None) or ()]
-    taken += [getattr(f, "__defaults__", None), getattr(f, "__kwdefaults__", None)]
     if not isinstance(owner, type): taken.append(owner)
-    taken = [_describe(v, depth + 1) for v in taken if v is not None and not isinstance(v, (Callback, Learner))]
     module = getattr(f, "__module__", None) or ""
     own = hasattr(f, "__code__") and module.split(".")[0] not in _LIBRARIES
+    if own: taken += [f.__defaults__, f.__kwdefaults__]
+    taken = [_describe(v, depth + 1) for v in taken if v is not None and not isinstance(v, (Callback, Learner))]
     if not own and not taken: return name
     return f"{name} {fingerprint(_code(f.__code__) if own else None, taken)[:8]}"
 
