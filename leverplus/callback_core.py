@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LOOP_NAMES', 'SCHEDULES', 'StageCallback', 'check_name', 'FitOnly', 'looks_for_lr', 'Stats', 'accumulation', 'Term',
-           'LiveOnly', 'Objective', 'SkipFlat', 'as_schedule', 'start_of', 'active_dropout', 'survey_groups',
-           'set_anchor', 'find_reference']
+           'LiveOnly', 'too_few', 'Objective', 'queries_in', 'SkipFlat', 'as_schedule', 'start_of', 'active_dropout',
+           'survey_groups', 'set_anchor', 'find_reference']
 
 # %% ../nbs/61_callback_core.ipynb #7e879242
 import inspect, random, warnings
@@ -186,11 +186,19 @@ class LiveOnly(Term):
         elif not self.mask.any(): raise CancelBatchException()
 
     def after_train(self):
-        if self.n_live < self.warn*self.n and not looks_for_lr(self.learn):
+        if too_few(self.n_live, self.warn, self.n) and not looks_for_lr(self.learn):
             warnings.warn(
                 f"{type(self).__name__}: {self.n_live} of {self.n} groups have any reward difference; "
                 "little or nothing can be learned. Use a softer reward, or collect sequences that differ."
             )
+
+def too_few(
+    n:int, # how many there are
+    share:float, # that is wanted, 0..1
+    of:int, # of how many
+)->bool: # 7 of 100 are not too few for .07, though .07 * 100 is a little more than 7 in floating point
+    "Is `n` less than a share of a number, by more than rounding?"
+    return n < share*of - 1e-9*of
 
 # %% ../nbs/61_callback_core.ipynb #1f77d2a1
 class Objective(LiveOnly):
@@ -286,6 +294,7 @@ def gather(self:LiveOnly):
     for term in terms: term.keep_waiting(params)
     steps = accumulation(self.learn)
     size = find_bs(self.learn.yb)
+    steps.count += queries_in(self.learn) - size   # fastai will add `size`
     if self.iter == self.n_iter - 1: steps.count = max(steps.count, steps.n_acc - size)   # the last one of an epoch
     if steps.count + size >= steps.n_acc: self.settle(terms, params)
     # nothing is left to differentiate
@@ -304,6 +313,13 @@ def settle(self:LiveOnly, terms, params):
     for p, *grads in zip(params, *(s["grads"] for _, s in sums)):
         parts = [factor * g for factor, g in zip(factors, grads) if g is not None]
         if parts: p.grad = sum(parts)
+
+def queries_in(
+    learn, # a Learner in a batch
+)->int: # as many as there are groups, but where a callback such as `SplitShots` has divided them and says `n_queries`
+    "How many queries a batch has"
+    told = [cb.n_queries for cb in learn.cbs if getattr(type(cb), "divides", False)]
+    return told[0] if told else find_bs(learn.yb)
 
 # %% ../nbs/61_callback_core.ipynb #7437d97d
 class SkipFlat(LiveOnly):

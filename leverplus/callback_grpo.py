@@ -12,7 +12,7 @@ from fastcore.basics import patch
 from fastcore.meta import delegates
 from .core import frozen
 from .losses import advantage, clipped_surrogate, clip_shares, log_ratio, policy_gradient
-from .callback_core import Objective, accumulation, active_dropout, looks_for_lr, survey_groups
+from .callback_core import Objective, accumulation, active_dropout, looks_for_lr, survey_groups, too_few
 from fastai.callback.core import CancelFitException
 
 # %% ../nbs/63_callback_grpo.ipynb #86ae62e6
@@ -141,7 +141,7 @@ def check_live(self:PolicyGradient, found):
     "Refuse to start, or leave the stage out, where too few groups can teach"
     n = len(found["live"])
     useful = (found["live"] & (found["positive"] >= self.min_positive)).sum()
-    if useful >= self.min_live*n: return
+    if not too_few(int(useful), self.min_live, n): return
     enough = ""
     if self.min_positive > 0:
         enough = f", and {int(useful)} of them have at least {self.min_positive:.0%} positive sequences"
@@ -245,7 +245,7 @@ def check_refresh(self:GRPO):
 @patch
 def record_clip(self:GRPO, logp, old, mask):
     "Log clip shares by sign of the advantage"
-    pos, neg = clip_shares(logp, old, self.adv, mask, **self.clip_kw)
+    pos, neg = clip_shares(logp, old, self.adv, mask, dual=self.dual, **self.clip_kw)
     self.log((mask & (self.adv > 0)).sum(), clip_pos=pos)
     self.log((mask & (self.adv < 0)).sum(), clip_neg=neg)
 

@@ -266,7 +266,12 @@ def part_of(
 class SplitShots(StageCallback):
     "Sequences of different lengths are groups of their own, in training"
     order = Objective.order-9
+    divides = True   # accumulated gradients count queries, not these groups
+    n_queries = 0    # of this batch
+    def before_fit(self): self.n_queries = 0
+
     def before_batch(self):
+        self.n_queries = len(self.mask)
         row, own, mask = split_by_length(self.seq_mask.sum(-1), self.mask)
         def mine(x): return x[row[:, None], own]
         pool = [x[row] for x in self.xb[:3]]

@@ -8,8 +8,8 @@ __all__ = ['History', 'plot_history', 'valid_loss', 'regrets', 'missed', 'evalua
            'greedy_picks', 'candidate_ids', 'gradient_shares', 'RLStats']
 
 # %% ../nbs/66_callback_track.ipynb #74d10a84
-import math, random, time
-from collections import defaultdict
+import inspect, math, random, time
+from collections import defaultdict, deque
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from .embed import EmbedStore
 from .pools import Pool
 from .groups import RLData
 from .rewards import live_parts
+from .rldata_generate import policy_fingerprint
 from .losses import entropy_steps, group_mass, live_groups, regret
 from .callback_core import FitOnly, StageCallback, Objective, Stats, active_dropout
 from .callback_kl import AdaptiveKL
@@ -32,7 +33,7 @@ from fastai.callback import progress
 from fastai.callback.core import (
     Callback, CancelEpochException, CancelFitException, FetchPredsCallback, TrainEvalCallback,
 )
-from fastai.learner import CastToTensor, Recorder
+from fastai.learner import CastToTensor, Learner, Recorder
 from fastai.torch_core import find_bs
 
 # %% ../nbs/66_callback_track.ipynb #f1f305c4
@@ -250,7 +251,7 @@ def measure(self:Best, fitted=False):
     got = score(self.learn)
     each = torch.as_tensor(got, dtype=torch.float64).detach().cpu()
     if paired: self.check_each(each)
-    value = got if isinstance(got, float) else each.mean().item()
+    value = float(got) if isinstance(got, float) else each.mean().item()
     return value, (each if each.ndim else None)
 
 @patch
@@ -275,7 +276,7 @@ def promotion_p(
     seed:int=0, # of the resamples
 )->float: # 0..1; small: the new one is better on more than these queries
     "One-sided p of \"the new one is not better\" by a paired bootstrap"
-    gain = (torch.as_tensor(kept) - torch.as_tensor(new)).double().numpy()
+    gain = (torch.as_tensor(kept).cpu() - torch.as_tensor(new).cpu()).double().numpy()
     n = len(gain)
     draws = rng("paired_p", seed, n).integers(n, size=(n_boot, n), dtype="int32")
     not_better = (gain[draws].mean(1) <= 0).sum()
@@ -312,6 +313,7 @@ class Resume(FitOnly):
         self.trains = False   # this epoch has begun to train
         self.dirty = False    # an epoch has trained and is not written yet
         self.done = 0         # whole epochs
+        self.hushed = []      # callbacks that do not hear of an epoch which an earlier start has done
 
     @property
     def file(self): return self.folder/"state.pt"
@@ -323,6 +325,7 @@ class Resume(FitOnly):
 
     def before_train(self):
         if self.run_dir is None: self.open()
+        if self.finished or self.epoch < self.done: self.hush()
         if self.finished: raise CancelFitException
         if self.epoch < self.done: raise CancelEpochException
         if not self.ready: self.restore()
@@ -335,9 +338,11 @@ class Resume(FitOnly):
         self.done = self.epoch + 1
 
     def before_epoch(self):
+        self.wake()
         if self.dirty: self.save()
 
     def after_fit(self):
+        self.wake()
         if self.run_dir is None: return   # nothing has trained
         if not self.ready and self.state is not None:
             self.restore()
@@ -350,36 +355,63 @@ class _Skip: "Stands for what cannot be kept"
 
 def _pack(v):
     "`v` as plain values, tensors, arrays and states of modules; `_Skip` for what holds anything else"
-    if v is None or isinstance(v, (bool, int, float, str)): return v
+    if type(v) in (type(None), bool, int, float, str): return v
     if isinstance(v, np.generic): return v.item()
     if isinstance(v, torch.Tensor): return v.detach().clone()
     if isinstance(v, np.ndarray): return {"_array": torch.as_tensor(v)}
     if isinstance(v, nn.Module): return {"_state": _pack(v.state_dict())}
-    if isinstance(v, (list, tuple, L)):
-        parts = [_pack(i) for i in v]
-        if any(i is _Skip for i in parts): return _Skip
-        return tuple(parts) if isinstance(v, tuple) else parts
+    if isinstance(v, (set, frozenset)): return _packed_all(v, list)
+    if isinstance(v, (list, tuple, L, deque)): return _packed_all(v, tuple if isinstance(v, tuple) else list)
     if isinstance(v, dict):
         parts = {k: _pack(i) for k, i in v.items()}
         return _Skip if any(i is _Skip for i in parts.values()) else parts
     return _Skip
 
+def _packed_all(values, kind):
+    "Packed values as a list or a tuple; `_Skip` if one of them cannot be kept"
+    parts = [_pack(i) for i in values]
+    return _Skip if any(i is _Skip for i in parts) else kind(parts)
+
 def _memory(cb):
     "What a callback remembers, packed"
     leave = {"learn", "buf", "run", "run_train", "run_valid", *getattr(type(cb), "transient", ())}
-    packed = {k: _pack(v) for k, v in vars(cb).items() if k not in leave}
+    packed = {k: _pack_chance(v) or _pack(v) for k, v in vars(cb).items() if k not in leave}
     return {k: v for k, v in packed.items() if v is not _Skip}
+
+def _pack_chance(v):
+    "State of a source of chance; None for anything else"
+    if isinstance(v, np.random.Generator): return {"_numpy": v.bit_generator.state}
+    if isinstance(v, random.Random): return {"_python": v.getstate()}
 
 def _remember(cb, memory, model):
     "Give a callback back what `_memory` packed"
-    for k, v in memory.items():
-        kind = next(iter(v)) if isinstance(v, dict) and len(v) == 1 else None
-        if kind == "_array": setattr(cb, k, v["_array"].numpy())
-        elif kind == "_state":
-            # a copy of the model that training would have made
-            if not hasattr(vars(cb).get(k), "load_state_dict"): setattr(cb, k, frozen(model))
-            vars(cb)[k].load_state_dict(v["_state"])
-        else: setattr(cb, k, v)
+    for k, v in memory.items(): setattr(cb, k, _unpacked(v, vars(cb).get(k), model))
+
+def _unpacked(v, now, model):
+    "What was packed; what has a kind of its own, such as a `Counter`, is filled again where it is, in `now`"
+    kind = next(iter(v)) if isinstance(v, dict) and len(v) == 1 else None
+    if kind == "_array": return v["_array"].cpu().numpy()
+    if kind == "_state":
+        # a copy of the model that training would have made
+        module = now if hasattr(now, "load_state_dict") else frozen(model)
+        module.load_state_dict(v["_state"])
+        return module
+    if kind == "_numpy": now.bit_generator.state = v["_numpy"]
+    elif kind == "_python": now.setstate(v["_python"])
+    elif isinstance(v, dict): return _refilled(now, {k: _unpacked(i, None, model) for k, i in v.items()}, dict)
+    elif isinstance(v, list): return _refilled(now, [_unpacked(i, None, model) for i in v], list)
+    elif isinstance(v, tuple): return tuple(_unpacked(i, None, model) for i in v)
+    else: return v
+    return now
+
+def _refilled(now, values, plain):
+    "`values`, in the container `now` if that is one of another kind than `plain`, such as a `Counter` or a set"
+    if isinstance(now, frozenset): return frozenset(values)
+    if type(now) is plain or not isinstance(now, (dict, set, list, L, deque)): return values
+    now.clear()
+    if isinstance(now, (dict, set)): now.update(values)
+    else: now.extend(values)
+    return now
 
 # %% ../nbs/66_callback_track.ipynb #d37159db
 def _rng_state(dls):
@@ -442,7 +474,7 @@ def _describe(v, depth=0):
     if isinstance(v, (list, tuple, range)): return [_describe(i, depth) for i in v]
     if isinstance(v, dict): return {str(k): _describe(i, depth) for k, i in v.items()}
     if isinstance(v, partial): return [_describe(part, depth) for part in (v.func, v.args, v.keywords)]
-    if isinstance(v, type) or hasattr(v, "__qualname__"): return _name_of(v)
+    if isinstance(v, type) or hasattr(v, "__qualname__"): return _described_function(v, depth)
     if depth > 3 or not hasattr(v, "__dict__"): return type(v).__name__
     return {"class": type(v).__name__, **_described_attributes(v, depth + 1)}
 
@@ -452,25 +484,36 @@ def _print_of_frame(frame):
     columns = {str(name): list(map(repr, column)) for name, column in frame.items()}
     return fingerprint(list(map(repr, frame.index)), columns)
 
-def _name_of(f):
-    "Name of a class or a function; of one made on the spot its code too, and the numbers and texts it took along"
+# whose functions are what they are called
+_LIBRARIES = ("leverplus", "fastai", "fastcore", "torch", "numpy", "builtins")
+
+def _described_function(f, depth):
+    "Name of a class or a function; of one's own its code too, of any what it took along, of a method its object"
     name = f.__qualname__
-    if "<" not in name or not hasattr(f, "__code__"): return name
-    around = [cell.cell_contents for cell in f.__closure__ or ()] + list(f.__defaults__ or ())
-    taken = [v for v in around if isinstance(v, (bool, int, float, str))]
-    return f"{name} {fingerprint(_code(f.__code__), taken)[:8]}"
+    if isinstance(f, type) or depth > 3: return name
+    owner = f.__self__ if inspect.ismethod(f) else None
+    taken = [cell.cell_contents for cell in getattr(f, "__closure__", None) or ()]
+    if not isinstance(owner, type): taken.append(owner)
+    module = getattr(f, "__module__", None) or ""
+    own = hasattr(f, "__code__") and module.split(".")[0] not in _LIBRARIES
+    if own: taken += [f.__defaults__, f.__kwdefaults__]
+    taken = [_describe(v, depth + 1) for v in taken if v is not None and not isinstance(v, (Callback, Learner))]
+    if not own and not taken: return name
+    return f"{name} {fingerprint(_code(f.__code__) if own else None, taken)[:8]}"
 
 def _code(code):
     "What a piece of code does, as plain values"
     inner = [_code(c) if hasattr(c, "co_code") else repr(c) for c in code.co_consts]
     return [code.co_code, list(code.co_names), inner]
 
+_OF_A_FIT = ("learn", "run", "after_loss")   # what a fit gives to a callback: fastai the first two, `RLStats` the last
+
 def _described_attributes(v, depth=0):
     "Attributes of an object, described; but for the Learner and other callbacks"
     return {
         k: _describe(i, depth)
         for k, i in vars(v).items()
-        if k not in ("learn", "run") and not isinstance(i, Callback)   # fastai sets `run` after a fit
+        if k not in _OF_A_FIT and not isinstance(i, Callback)
     }
 
 # of these nothing depends
@@ -490,15 +533,38 @@ def stage_settings(
     learn, # a Learner in a fit
 )->dict: # JSON: `n_epoch, optimiser, model, callbacks`
     "What decides how a stage goes, but for data and weights"
-    def matters(cb):
-        if type(cb) in _SILENT or is_logger(cb): return False
-        return not isinstance(cb, (Stats, History, Resume))
+    deciding = [cb for cb in learn.cbs if _matters(cb) and not isinstance(cb, (Stats, History))]
     return dict(
         n_epoch=learn.n_epoch,
-        optimiser=_describe(dict(learn.opt.hypers[-1])),
-        model=type(learn.model).__name__,
-        callbacks={cb.name: _described_attributes(cb) for cb in learn.cbs if matters(cb)},
+        optimiser=_described_optimiser(learn.opt),
+        model=_described_model(learn.model),
+        loss=_describe(learn.loss_func),
+        callbacks={name: _described_attributes(cb) for name, cb in _numbered(deciding).items()},
     )
+
+def _described_optimiser(opt):
+    "Kind and steps of an optimiser, and its settings: of the last group, and of others where they have their own"
+    groups = [_describe(dict(group)) for group in opt.hypers]
+    before = [group for group in groups[:-1] if group != groups[-1]]
+    steps = [_describe(step) for step in getattr(opt, "cbs", ())]
+    return groups[-1] | dict(kind=type(opt).__name__, steps=steps, before=before)
+
+def _described_model(model):
+    "Kind of a model, fingerprint of how it is built, and the parameters that stand still"
+    still = [name for name, p in model.named_parameters() if not p.requires_grad]
+    return dict(kind=type(model).__name__, built=fingerprint(repr(model)), still=still)
+
+def _matters(cb):
+    "Can a callback change what a fit ends with? Not those of fastai that show and note, loggers, and `Resume`"
+    return type(cb) not in _SILENT and not is_logger(cb) and not isinstance(cb, Resume)
+
+def _numbered(cbs):
+    "{name: callback}; the second of a name is \"name 2\", and so on"
+    out = {}
+    for cb in cbs:
+        n = sum(cb.name == other.name for other in out.values())
+        out[cb.name if not n else f"{cb.name} {n + 1}"] = cb
+    return out
 
 # %% ../nbs/66_callback_track.ipynb #a110f2e4
 def data_prints(
@@ -540,7 +606,7 @@ def _wants_content(kind, why):
 @patch
 def open(self:Resume):
     "Open the folder, or refuse it; read what is there"
-    prints = data_prints(self.dls) | dict(start=fingerprint(self.model.state_dict()))
+    prints = data_prints(self.dls) | dict(start=policy_fingerprint(self.model))
     self.refuse_earlier()
     seed = getattr(self.learn, "seed", 0)
     self.run_dir = Run.create(self.folder, stage_settings(self.learn), seed, prints)
@@ -587,7 +653,19 @@ def save(self:Resume, finished=False):
 @patch
 def cbs_by_name(self:Resume):
     "The callbacks whose memory counts"
-    return {cb.name: cb for cb in self.learn.cbs if isinstance(cb, StageCallback) and cb is not self}
+    return _numbered(cb for cb in self.learn.cbs if _matters(cb))
+
+@patch
+def hush(self:Resume):
+    "Let nobody hear the end of an epoch that an earlier start has done"
+    self.hushed = [cb for cb in self.learn.cbs if cb.run and _matters(cb)]
+    for cb in self.hushed: cb.run = False
+
+@patch
+def wake(self:Resume):
+    "Let everybody hear again"
+    for cb in self.hushed: cb.run = True
+    self.hushed = []
 
 @patch
 def scaler(self:Resume):
@@ -664,7 +742,7 @@ def greedy_picks(
     model, # a policy with `encode` and `step_logp`
     xb, # inputs of a batch: query, cands, cand_mask, ...
     shots:int, # S >= 1
-)->Tensor: # [B,S] local indices
+)->Tensor: # [B,S] local indices; K where a policy with STOP has ended
     "The likeliest pick at each step, without dropout"
     cand_mask = xb[2]
     picks = cand_mask.new_zeros(len(cand_mask), 1, 0, dtype=torch.long)
@@ -711,8 +789,8 @@ class RLStats(FitOnly, Stats):
     # sees a batch before any filter, and in `before_backward` after every `after_loss`
     order = Objective.order - 8
     columns = ("live", "mass", "entropy", "kl", "clip_pos", "clip_neg")
-    transient = ("by_term", "raw", "obj", "probe", "ids")   # what nobody need keep between epochs
-    _stateattrs = ("buf", "raw", "obj", "probe", "ids")     # nor in a file: an export carries no data
+    transient = ("by_term", "raw", "each", "obj", "probe", "ids")   # what nobody need keep between epochs
+    _stateattrs = ("buf", "raw", "each", "obj", "probe", "ids")     # nor in a file: an export carries no data
     def __init__(self,
         every:int=10, # batches between two looks at the gradient of each term, from the first of each epoch; 0 = never
         probe:int=128, # most validation queries whose greedy picks are followed
@@ -722,6 +800,7 @@ class RLStats(FitOnly, Stats):
         self.max_probe = probe
         self.by_term = {}   # what each callback added to the loss of this batch
         self.raw = None     # rewards and mask of this batch before any filter
+        self.each = []      # regret of every group of this epoch, batch by batch
         self.obj = None     # the objective of this fit
         self.probe = None   # inputs of the queries that are followed
         self.ids = None     # which demonstrations their candidates are
@@ -733,6 +812,7 @@ class RLStats(FitOnly, Stats):
         "Behind a read from a file: empty what the file did not keep"
         super()._init_state()
         self.buf = defaultdict(list)
+        self.each = []
         self.raw = self.obj = self.probe = self.ids = None
 
     def metrics(self, *ks): return super().metrics(*(ks or self.columns))
@@ -747,6 +827,7 @@ class RLStats(FitOnly, Stats):
 
     def before_train(self):
         super().before_train()
+        self.each = []
         if self.last is None and self.has_steps: self.first = self.last = self.picks()
         for cb in self.learn.cbs:
             if isinstance(cb, AdaptiveKL): self.log(beta_least=cb.limits[0], beta_most=cb.limits[1])
@@ -766,6 +847,7 @@ class RLStats(FitOnly, Stats):
 
     def after_train(self):
         if self.last is not None: self.log_picks()
+        self.log_spread()
 
     def after_fit(self):
         self.stop_listening()
@@ -834,8 +916,9 @@ def log_picks(self:RLStats):
     "How many picks are as an epoch ago and as at the start, how many are different, how unequally they are spread"
     now = self.picks()
     def same(old): return (now == old).all(-1).double().mean()
-    counts = torch.bincount(self.ids.gather(1, now).flatten(), minlength=int(self.ids.max()) + 1)
-    unique = (counts > 0).sum() / min(now.numel(), len(counts))
+    shown = now < self.ids.shape[1]   # not STOP
+    counts = torch.bincount(self.ids.gather(1, now.where(shown, 0))[shown], minlength=int(self.ids.max()) + 1)
+    unique = (counts > 0).sum() / min(int(shown.sum()), len(counts))
     self.log(agreement=same(self.last), same_as_start=same(self.first), unique=unique, gini=gini(counts))
     self.last = now
 
@@ -847,9 +930,16 @@ def log_rewards(self:RLStats):
     def live(m): return live_groups(rewards, m).double().mean()
     self.log(len(mask), live_before=live(mask), live_after=live(self.mask))
     each = regret(self.pred.detach(), rewards, mask, "none")[mask.any(-1)]
-    spread = each.std() if len(each) > 1 else each.new_tensor(torch.nan)   # one group has no spread
     name = "regret_own" if self.own_groups else "regret_train"
-    self.log(len(each), **{name: each.mean()}, regret_sd=spread)
+    self.log(len(each), **{name: each.mean()})
+    self.each.append(each.cpu())
+
+@patch
+def log_spread(self:RLStats):
+    "Standard deviation of regret over all groups of the epoch, however small its batches were"
+    each = torch.cat(self.each) if self.each else torch.empty(0)
+    if len(each) > 1: self.log(regret_sd=each.std())
+    self.each = []
 
 @patch
 def find_parts(self:RLStats):
@@ -872,7 +962,8 @@ def log_mass(self:RLStats):
 @patch
 def log_advantages(self:RLStats):
     "Mean over ALL groups of the standard deviation of advantages"
-    n = self.raw[1].sum(-1)
+    n = getattr(self.obj, "adv_size", None)   # another one than in the data where a cut came before the advantages
+    if n is None: n = self.raw[1].sum(-1)
     std = (self.obj.adv.square().sum(-1) / (n - 1).clamp(min=1)).sqrt()
     self.log(len(n), adv_std_all=std.mean())
 

@@ -125,6 +125,7 @@ def data_facts(
     rows = getattr(dls.train_ds, "rows", None)
     soft = float("nan")
     if isinstance(rows, pd.DataFrame) and {"vqa_gt_prob", "vqa_acc_score"} <= set(rows):
+        rows = rows[rows.question_id.isin(dls.train_ds.question_ids)]   # of a data set of some of the queries
         soft = spearman(rows.vqa_gt_prob, rows.vqa_acc_score).rho
     return dict(
         queries=len(train.live),
@@ -162,6 +163,14 @@ def _largest(f, c):
     values = _recorded(f, c)
     return float(max(values)) if values else None
 
+def _under(x, limit):
+    "Is `x` less than `limit`, by more than rounding?"
+    return x < limit - 1e-9
+
+def _over(x, limit):
+    "Is `x` more than `limit`, by more than rounding?"
+    return x > limit + 1e-9
+
 def _first_known(*values):
     return next((v for v in values if v is not None and v == v), None)
 
@@ -198,11 +207,11 @@ def _teaching(f, facts, t):
     live = _first_known(before, _last(f, "live"), _last(f, "adv_live"), facts.get("live"))
     if live is not None:
         std = _first_known(_last(f, "adv_std_all"), live)
-        yield _Found("live", live, live < t["live"], dict(std=std))
-    if cancelled is not None: yield _Found("cancel", cancelled, cancelled > t["cancel"])
+        yield _Found("live", live, _under(live, t["live"]), dict(std=std))
+    if cancelled is not None: yield _Found("cancel", cancelled, _over(cancelled, t["cancel"]))
     if before and after is not None:
         lost = 1 - after/before
-        yield _Found("filter", after/before - 1, lost > t["filter"], dict(before=before, after=after))
+        yield _Found("filter", after/before - 1, _over(lost, t["filter"]), dict(before=before, after=after))
 
 # %% ../nbs/69_diagnose.ipynb #d12d3651
 _DISTANCE = dict(
@@ -250,7 +259,7 @@ def _distance(f, facts, t):
     if kl is not None: yield _Found("kl", kl, kl > t["kl"])
     if kl is not None and k3 is not None: yield _Found("k3", k3, k3 > 1 and (k3 > t["k3"]*kl or k3 > bound))
     if off is not None: yield _Found("ratio", 1 + off, off > t["ratio"])
-    if clipped is not None: yield _Found("clip", clipped, clipped > t["clip"])
+    if clipped is not None: yield _Found("clip", clipped, _over(clipped, t["clip"]))
     if off is not None and dropout is not None: yield _Found("dropout", dropout, dropout > 0)
 
 # %% ../nbs/69_diagnose.ipynb #24343b35
@@ -292,7 +301,7 @@ def _steering(f, facts, t):
     penalties = [c for c in f if c.startswith("grad_") and c != "grad_policy" and f[c].notna().any()]
     if penalties:
         share = float(f[penalties].sum(axis=1).mean())
-        yield _Found("penalty", share, share > t["penalty"])
+        yield _Found("penalty", share, _over(share, t["penalty"]))
     beta = _last(f, "beta")
     least, most = t["beta"] or (_last(f, "beta_least"), _last(f, "beta_most"))
     if None not in (beta, least, most):
@@ -308,7 +317,7 @@ def _steering(f, facts, t):
     if soft is not None: yield _Found("soft", soft, soft < t["soft"])
     train = facts.get("pool_train")
     valid = facts.get("pool_valid")
-    if train and valid: yield _Found("pool", valid/train, abs(valid/train - 1) > .1)
+    if train and valid: yield _Found("pool", valid/train, _over(abs(valid/train - 1), .1))
 
 # %% ../nbs/69_diagnose.ipynb #003ccb13
 def _gap(f, facts):
@@ -316,7 +325,7 @@ def _gap(f, facts):
     train = _last(f, "regret_train")
     valid = _last(f, "valid_loss")
     sd = _last(f, "regret_sd")
-    n = facts.get("queries")
+    n = _first_known(_last(f, "queries"), facts.get("queries"))   # of the last phase, if there are phases
     n_valid = facts.get("queries_valid")
     if None in (train, valid, sd, n, n_valid) or not sd > 0: return None
     return (valid - train) / (sd * (1/n + 1/n_valid)**.5)
@@ -364,14 +373,14 @@ def _outcome(f, facts, t):
     unique = _last(f, "unique")
     mass = _recorded(f, "mass")
     if above is not None: yield _Found("uniform", above, above < t["uniform"])
-    if same is not None: yield _Found("unchanged", same, same > t["unchanged"])
+    if same is not None: yield _Found("unchanged", same, _over(same, t["unchanged"]))
     if gap is not None: yield _Found("overfit", gap, gap > t["overfit"])
     if entropy is not None or unique is not None:
         sure = entropy is not None and entropy < t["entropy"]
-        few = unique is not None and unique < t["unique"]
+        few = unique is not None and _under(unique, t["unique"])
         yield _Found("collapse", _first_known(entropy, unique), sure or few)
     stored = _last(f, "own_reward") is None and _last(f, "drawn_reward") is None   # other groups are new every time
-    if stored and mass and mass[0]: yield _Found("mass", mass[-1]/mass[0], mass[-1] < t["mass"]*mass[0])
+    if stored and mass and mass[0]: yield _Found("mass", mass[-1]/mass[0], _under(mass[-1]/mass[0], t["mass"]))
 
 # name -> words of every rule
 RULES = _TEACHING | _DISTANCE | _STEERING | _OUTCOME

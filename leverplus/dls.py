@@ -149,6 +149,12 @@ def rows_of(self:GroupDataset,
     return slice(begin, begin + int(self.n[i]))
 
 @patch
+def row_numbers(self:GroupDataset)->np.ndarray: # int [all sequences]; of a dataset of all queries 0, 1, 2, ...
+    "Which of `rows` are of these queries, group by group"
+    within = torch.arange(int(self.n.sum())) - (self.n.cumsum(0) - self.n).repeat_interleave(self.n)
+    return (self.first.repeat_interleave(self.n) + within).numpy()
+
+@patch
 def __getitem__(self:GroupDataset,
     i:int, # which query, 0-based
 )->tuple: # (query [D], cands [k,D], n tuples of local indices, rewards [n])

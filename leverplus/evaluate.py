@@ -20,6 +20,7 @@ import numpy as np, pandas as pd
 from .core import fingerprint, gini, read_json, rng, write_json
 from .runs import Run
 from .items import as_ids, as_items
+from .pools import image_groups
 from .vqa import normalise, vqa_accuracies
 from leverplus.infer import (
     PICKS, as_pointer, pick_fixed, pick_mmr, pick_random, pick_similar, pick_zero, picks_frame,
@@ -273,14 +274,17 @@ def gap_closed(
     if not bootstrap.n or math.isnan(value): return unknown
     clusters = None if cluster is None else np.asarray(cluster)[all_three]
     policies, randoms, oracles = boot_means(x, clusters, bootstrap).T
-    gap_is_sure = bounds(oracles - randoms, bootstrap.level)[0] > 0
-    if not gap_is_sure: return unknown
+    if not _sure_gap(randoms, oracles, bootstrap.level): return unknown
     return Interval(value, *bounds(_share(policies, randoms, oracles), bootstrap.level))
 
+def _sure_gap(randoms, oracles, level):
+    "Is the oracle better than random in (nearly) all resamples? A share of a gap that may be none has no interval"
+    return bounds(oracles - randoms, level)[0] > 1e-9
+
 def _share(policy, random, oracle):
-    "Share of the way from random to oracle; NaN where the oracle is no better"
-    wide = np.where(oracle > random, oracle - random, np.nan)
-    return (policy - random) / wide
+    "Share of the way from random to oracle; NaN where the oracle is no better, but for rounding"
+    gap = oracle - random
+    return (policy - random) / np.where(gap > 1e-9, gap, np.nan)
 
 # %% ../nbs/82_evaluate.ipynb #2d41c047
 def changed(
@@ -363,6 +367,12 @@ def score_matrix(
     matrix = s.groupby(["question_id", "selector"])[metric].mean().unstack()[order]
     return matrix.dropna(axis=1, how="all") # a vote has no probability
 
+def _with_pictures(items):
+    "Items whose `image_id` says which picture they show: the same file under two ids is one; None without items"
+    if items is None: return None
+    items = as_items(items, need=("image_id",))
+    return items.assign(image_id=image_groups(items, strict=False))
+
 def _pictures(items, ids):
     "Picture of each query in `ids`, by which they are clustered; None without items"
     if items is None: return None
@@ -384,7 +394,7 @@ def result_table(
     metric:str="vqa_acc_score", # or "vqa_gt_prob"
 )->pd.DataFrame: # exactly `TABLE`, in 0..1; `.attrs`: `failed` evaluations left out, `oracle_note`, `level`
     "One row per selector and shot count; ValueError if a named reference is nowhere in `scored`"
-    if items is not None: items = as_items(items, need=("image_id",))
+    items = _with_pictures(items)
     names = list(dict.fromkeys(scored.selector))
     lost = [name for name in (reference, oracle, changed_from) if name and name not in names]
     if lost: raise ValueError(f"no rows of {lost}; scored holds {names}: name another one or None")
@@ -446,7 +456,7 @@ def gap_table(
     bootstrap:Bootstrap=Bootstrap(), # resamples, and the coverage of intervals
 )->pd.DataFrame: # selector, shots, gap, lo, hi
     "Share of the gap that every selector closes, with intervals"
-    if items is not None: items = as_items(items, need=("image_id",))
+    items = _with_pictures(items)
     rows = []
     for S in sorted(set(scored.shots) - {0}):
         m = score_matrix(scored, S)
@@ -468,7 +478,7 @@ def paired_table(
     bootstrap:Bootstrap=Bootstrap(), # resamples, and the coverage of intervals
 )->pd.DataFrame: # `selector, against, shots, n, delta, lo, hi, mde, verdict`
     "Every selector against the baselines, paired by query"
-    if items is not None: items = as_items(items, need=("image_id",))
+    items = _with_pictures(items)
     rows = []
     for S in sorted(set(scored.shots) - {0}):
         m = score_matrix(scored, S)
@@ -509,7 +519,7 @@ def paired_tests(
     bootstrap:Bootstrap=Bootstrap(), # resamples, and the coverage of intervals
 )->pd.DataFrame: # as `paired_table`, with better, worse, p_changed, changed, agree, p, p_holm before the verdict
     "Compare a family of pairs: difference, detectable effect, what changed, and a verdict after Holm"
-    if items is not None: items = as_items(items, need=("image_id",))
+    items = _with_pictures(items)
     pairs = _family(scored, pairs, against)
     rows = []
     for S in sorted(set(scored.shots) - {0}):
@@ -572,7 +582,7 @@ def compare_seeds(
     bootstrap:Bootstrap=Bootstrap(), # resamples, and the coverage of intervals
 )->Interval: # delta = mean(a) - mean(b), lo, hi; queries that failed under any seed are left out
     "Paired difference with an interval over queries and seeds (two-way bootstrap)"
-    if items is not None: items = as_items(items, need=("image_id",))
+    items = _with_pictures(items)
     A = seed_matrix(scored, a, shots)
     B = seed_matrix(scored, b, shots)
     if paired and list(A) != list(B):
@@ -585,16 +595,17 @@ def compare_seeds(
 
 # %% ../nbs/82_evaluate.ipynb #e5a4f10a
 def _gap_over_seeds(x, low, high, items, bootstrap):
-    "Draws, accuracy, gap closed with its interval over queries and seeds, and its spread over seeds"
+    "Draws, accuracy, gap closed with its interval over queries and seeds (NaN if no gap is sure), spread over seeds"
     all_three = pd.concat([x, low, high], axis=1, join="inner").dropna()
     k = x.shape[1]
     scores = all_three.to_numpy() # [n, k+2]
     means = boot_means(scores, _pictures(items, all_three.index), bootstrap)
     weights = seed_weights(rng("seeds", bootstrap.seed), bootstrap.n, k)
-    def share(policy, random, oracle): return (policy - random) / (oracle - random)
-    of_seed = share(scores[:, :k].mean(0), scores[:, k].mean(), scores[:, k + 1].mean())
-    resampled = share((weights * means[:, :k]).sum(1), means[:, k], means[:, k + 1])
-    lo, hi = bounds(resampled, bootstrap.level)
+    of_seed = _share(scores[:, :k].mean(0), scores[:, k].mean(), scores[:, k + 1].mean())
+    lo, hi = math.nan, math.nan
+    if _sure_gap(means[:, k], means[:, k + 1], bootstrap.level):
+        resampled = _share((weights * means[:, :k]).sum(1), means[:, k], means[:, k + 1])
+        lo, hi = bounds(resampled, bootstrap.level)
     return dict(
         draws=k, acc=scores[:, :k].mean(), gap=of_seed.mean(), lo=lo, hi=hi,
         sd=of_seed.std(ddof=1) if k > 1 else math.nan,
@@ -610,7 +621,7 @@ def seeds_table(
     bootstrap:Bootstrap=Bootstrap(), # resamples, and the coverage of intervals
 )->pd.DataFrame: # by selector, worst first: draws, acc, gap, lo, hi, sd of the gap (NaN for one draw), leads
     "Trained selectors over seeds: gap closed and leads, with intervals"
-    if items is not None: items = as_items(items, need=("image_id",))
+    items = _with_pictures(items)
     names = dict.fromkeys(scored.selector[scored.shots == shots])
     matrices = {name: seed_matrix(scored, name, shots) for name in names}
     lost = {reference, oracle, *against} - matrices.keys()
@@ -618,7 +629,7 @@ def seeds_table(
     low = matrices[reference].mean(axis=1)
     high = matrices[oracle].mean(axis=1)
     wide = float((high - low).mean())
-    if not wide > 0:
+    if not wide > 1e-9:
         raise ValueError(f"{oracle} is no better than {reference} ({wide:+.3f}): there is no gap to close")
     rows = {}
     for name, x in matrices.items():
@@ -676,7 +687,7 @@ def size_table(
     items:pd.DataFrame|None=None, # items by question_id, for clustering
 )->pd.DataFrame: # by size: a column per selector, then `half_width` of random, and the median `mde` against it
     "Accuracy by the number of queries, with what that number can show"
-    if items is not None: items = as_items(items, need=("image_id",))
+    items = _with_pictures(items)
     rows = {}
     for size, ids in subs.items():
         part = scored[scored.question_id.isin(ids)]
@@ -849,7 +860,7 @@ def compare_runs(
     bootstrap:Bootstrap=Bootstrap(), # resamples, and the coverage of intervals
 )->pd.DataFrame: # as `paired_tests`, a row per shot count that both have
     "Compare two runs on the same questions; ValueError names what differs between them"
-    if items is not None: items = as_items(items, need=("image_id",))
+    items = _with_pictures(items)
     a, of_a = _run_scores(run_a, selector_a)
     b, of_b = _run_scores(run_b, selector_b)
     unlike = {k: v for k, v in _unlike(a, b, of_a, of_b).items() if k not in other}

@@ -226,7 +226,8 @@ def show_results(self:SelectorLearner,
     expected = (logp.softmax(-1) * rewards.masked_fill(~mask, 0)).sum(-1)
     best = rewards.masked_fill(~mask, -torch.inf).amax(-1)
     likeliest = rewards.gather(-1, logp.argmax(-1, keepdim=True))[:, 0]
-    picks = [dl.dataset.name(i, places) for i, places in enumerate(picks)]   # ids, instead of places in the pool
+    K = xb[1].shape[1]   # the place of STOP
+    picks = [dl.dataset.name(i, [p for p in places if p < K]) for i, places in enumerate(picks)]   # ids, for places
     got = dict(expected=expected.tolist(), best=best.tolist(), likeliest=likeliest.tolist())
     table = pd.DataFrame(dict(query=dl.dataset.items[:n], picks=picks, **got))
     if show: dl.draw(table, ctxs)
@@ -375,6 +376,7 @@ def predict(self:SelectorLearner,
     everybody = torch.ones(1, len(cands), dtype=torch.bool)
     xb = self._set_device((query[None].float(), cands[None].float(), everybody))
     places = greedy_picks(self.model, xb, shots)
+    places = places[:, places[0] < len(cands)]   # up to STOP
     picks = places[:, None]
     with evaluating(self.model) as model: logp = model(*xb, picks, torch.ones_like(picks, dtype=torch.bool))
     return name(places[0].tolist()), places[0].cpu(), logp.exp().item()

@@ -327,6 +327,7 @@ def clip_shares(
     mask:Tensor, # bool [B,N] what counts in the loss
     clip_low:float=.2, # as in `clipped_surrogate`
     clip_high:float=.28, # as in `clipped_surrogate`
+    dual:float|None=3., # as in `clipped_surrogate`
 )->tuple: # two scalars, 0..1
     "Shares of sequences without gradient: (of those with A > 0, of those with A < 0); nan where there are none"
     ratio = log_ratio(logp, old, mask).exp()
@@ -334,6 +335,7 @@ def clip_shares(
     bad = mask & (adv < 0)
     silent_good = good & (ratio > 1+clip_high)
     silent_bad = bad & (ratio < 1-clip_low)
+    if dual is not None: silent_bad = silent_bad | (bad & (ratio > dual))
     return silent_good.sum() / good.sum(), silent_bad.sum() / bad.sum()
 
 # %% ../nbs/60_losses.ipynb #d6c5abe5

@@ -49,7 +49,7 @@ def batch_logp(
             out.append((lp.double().cpu(), rewards, mask))
     return out
 
-def stored_logp(policy, ds, stop=None, bs=256)->np.ndarray: # float64 [rows], in the order of `ds.rows`
+def stored_logp(policy, ds, stop=None, bs=256)->np.ndarray: # float64 [rows], in the order of `ds.row_numbers()`
     "Log-probability of every stored sequence; arguments as in `batch_logp`"
     return torch.cat([lp[mask] for lp, _, mask in batch_logp(policy, ds, stop, bs)]).numpy()
 
@@ -120,14 +120,15 @@ def off_policy(
     bs:int=256, # queries at once; changes nothing
 )->pd.DataFrame: # per query, shot count and draw: question_id, shots, source, n, mass, ess, value, unbiased, trust
     "Expected reward of a policy per draw, from stored groups; ValueError if nothing was drawn with a known probability"
-    rows = ds.rows
+    own = ds.row_numbers()   # `ds.rows` may hold those of other queries, too
+    rows = ds.rows.iloc[own].reset_index(drop=True)
     _must_have_draws(rows)
     draws = _draws(rows)
     heads = rows.iloc[draws.order[draws.first]] # the first row of each draw
     lines = _lines(draws, heads.kappa == -np.inf)
     mask = lines.mask
     stratum = lines.stratum
-    r = lines.of(ds.rewards.numpy())
+    r = lines.of(ds.rewards[own].numpy())
     logp = lines.of(stored_logp(policy, ds, stop=False, bs=bs))
     logmu = inclusion_logp(lines.of(rows.logprob_score.fillna(0.)), lines.of(rows.kappa.fillna(0.)))
     v = off_policy_value(logp, r, mask, logmu, stratum, cut, floor)

@@ -307,7 +307,8 @@ def _record(dataset):
         raise ValueError(
             f"the training split is a {type(dataset).__name__} without rows; wanted loaders of `group_dls`"
         )
-    return RLData(dataset.rows[[c for c in RECORD if c in dataset.rows]], dataset.pool)
+    rows = dataset.rows[dataset.rows.question_id.isin(dataset.question_ids)]   # of a data set of some of the queries
+    return RLData(rows[[c for c in RECORD if c in rows]].reset_index(drop=True), dataset.pool)
 
 def _tiers(learn):
     "Tiers of the training queries, by the reward of the loaders"

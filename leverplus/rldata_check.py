@@ -129,9 +129,17 @@ def query_facts(
         oracle=acc["max"],
         pick=pick,
         mean_acc=acc["mean"],
-        gap=acc["max"] - pick,
+        gap=_gap_by_shots(facts, picked),
         uniform_nll=stats(_uniform_nll(pool[facts.code], facts.shots))["mean"],
     ))
+
+def _gap_by_shots(facts, picked):
+    "Best accuracy minus that of the pick among sequences of as many shots, mean over a query's shot counts [Q]"
+    by_shots, pairs = pd.factorize(facts.code * (facts.shots.max(initial=0) + 1) + facts.shots)
+    def stats(x): return group_stats(x, by_shots, len(pairs))
+    gap = stats(facts.acc)["max"] - stats(np.where(picked, facts.acc, np.nan))["mean"]
+    query = pairs // (facts.shots.max(initial=0) + 1)
+    return group_stats(gap.to_numpy(), query, len(facts.queries))["mean"].to_numpy()
 
 def _uniform_nll(size, shots):
     "ln K!/(K-S)! of each row: nats"
@@ -314,7 +322,7 @@ _HEADROOM = dict(
     oracle_in_data="accuracy if each query took its best row",
     model_pick="accuracy of the row that the proposer ranked first",
     mean_in_data="accuracy of a row drawn blindly",
-    gap_mean="oracle_in_data - model_pick, over queries that have both",
+    gap_mean="best accuracy - model_pick among sequences of as many shots, over queries that have both",
     pct_clear_gap="% of those with a gap above `clear`",
     same_answer_within="how often two rows of one query have the same answer",
     same_answer_across="how often two rows of different queries do",
@@ -477,7 +485,7 @@ def label_alarms(
         yield "labels", seen, "none", REMEDIES["unrewarded"]
     if not m["positive_rate"] >= 0: # NaN
         yield "labels", "no row has an accuracy", "rows with generated answers", REMEDIES["unjudged"]
-    if m["failed"] > failed * m["rows"]:
+    if m["failed"] / m["rows"] > failed:
         seen = f"{m['failed']} of {m['rows']} rows failed, most often: {m['error']}"
         yield "failures", seen, f"at most {failed:.0%}", REMEDIES["failures"]
 
@@ -526,9 +534,10 @@ def headroom_alarms(
     live:float=.3, # with fewer live groups this is not asked: flat groups have no gap, and an alarm of their own
 ): # yields (cause, seen, wanted, remedy)
     "Ask whether the best rows lie above the proposer's choice"
-    if m["live_groups"] < live * m["groups"] or not m["gap_mean"] < headroom: return
+    share = m["live_groups"] / m["groups"] if m["groups"] else 0.
+    if share < live or not m["gap_mean"] < headroom - 1e-9: return
     seen = (f"oracle_in_data {m['oracle_in_data']:.3f}, model_pick {m['model_pick']:.3f}, "
-            f"mean gap {m['gap_mean']:.3f}")
+            f"mean gap at as many shots {m['gap_mean']:.3f}")
     yield "headroom", seen, f"a gap of {headroom:g} or more", REMEDIES["headroom"]
 
 def soft_alarms(

@@ -78,9 +78,16 @@ def boot_means(
 
 def _cluster_codes(cluster, n):
     "Number 0..C-1 of each query's cluster"
-    code = np.arange(n) if cluster is None else pd.factorize(np.asarray(cluster))[0]
+    code = np.arange(n) if cluster is None else _numbered(cluster)
     if len(code) != n: raise ValueError(f"{n} scores but {len(code)} clusters: pass one cluster per query")
     if not n: raise ValueError("bootstrap of no queries: nothing was scored")
+    return code
+
+def _numbered(cluster):
+    "Number of each cluster in order of appearance; a missing one (None, NaN) is like no other"
+    code, names = pd.factorize(np.asarray(cluster))
+    missing = code < 0
+    code[missing] = len(names) + np.arange(missing.sum())
     return code
 
 def _cluster_sums(x, code):
@@ -142,7 +149,7 @@ def standard_error(
 )->float: # in the unit of `d`; inf with fewer than two clusters
     "Standard error of a mean, deviations summed within clusters"
     t = d - d.mean()
-    if c is not None: t = np.bincount(pd.factorize(c)[0], t)
+    if c is not None: t = np.bincount(_numbered(c), t)
     if len(t) < 2: return math.inf
     return math.sqrt((t**2).sum() * len(t)/(len(t) - 1)) / len(d)
 
@@ -152,9 +159,16 @@ def mde(
     cluster=None, # [n] cluster of each query
     power:float=.8, # chance to find an effect of that size, 0..1
     level:float=.95, # of the two-sided interval, 0..1
-)->float: # in the unit of the scores; inf with fewer than two clusters
+)->float: # in the unit of the scores; inf with so few clusters that they may all go one way by luck: five at 95 %
     "Smallest true difference that a comparison of these two would find with `power`"
-    return _reach(power, level) * standard_error(*_diff(a, b, cluster))
+    d, c = _diff(a, b, cluster)
+    n = len(d) if c is None else _numbered(c).max() + 1
+    if _one_way(n) > 1 - level: return math.inf
+    return _reach(power, level) * standard_error(d, c)
+
+def _one_way(n):
+    "Chance, 0..1, that `n` fair coins all fall alike: no two-sided test of `n` differences can have a smaller p"
+    return min(1., 2.**(1 - n))
 
 def _reach(power=.8, level=.95):
     "Standard errors between zero and the detectable effect"
@@ -243,11 +257,13 @@ def paired_p(
     b, # [n] scores of the other on the same queries
     cluster=None, # [n] cluster of each query
 )->float: # two-sided, 0..1; 1 if the two are equal everywhere
-    "p-value of the mean difference (normal, clustered standard error)"
+    "p-value of the mean difference (normal, clustered standard error), never below that of so many fair coins"
     d, c = _diff(a, b, cluster)
     size = abs(d.mean())
     se = standard_error(d, c)
-    return 2*NormalDist().cdf(-size/se) if se > 0 else float(size == 0)
+    moved = d if c is None else np.bincount(_numbered(c), d)
+    p = 2*NormalDist().cdf(-size/se) if se > 0 else float(size == 0)
+    return max(p, _one_way(int((abs(moved) > 1e-12).sum())))
 
 def holm(
     p, # [m] p-values of one family

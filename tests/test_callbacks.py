@@ -17,13 +17,13 @@ from leverplus.selector import PointerSelector
 from leverplus.synth import ToySelector, quiet, synth_dls, toy_learner
 from leverplus.callback_core import (
     Objective, SkipFlat, StageCallback, Stats, active_dropout, as_schedule, check_name, find_reference,
-    set_anchor, survey_groups,
+    set_anchor, survey_groups, too_few,
 )
 from leverplus.callback_rce import RCE
 from leverplus.callback_grpo import GRPO, RLOO
 from leverplus.callback_kl import AdaptiveKL, EntropyFloor, KLToRef
 from leverplus.callback_listwise import SFT, Listwise
-from leverplus.callback_schedule import Freeze, NoDropout, SplitShots, TempSchedule, TopKCurriculum
+from leverplus.callback_schedule import Freeze, NoDropout, Phases, SplitShots, TempSchedule, TopKCurriculum
 from leverplus.callback_track import Best, History, RLStats, plot_history, valid_loss
 
 RAGGED = dict(K=(4, 7), N=(2, 6), shots=(1, 2))
@@ -291,6 +291,7 @@ COMPANY = dict(
     live=lambda: [KLToRef(ToySelector(8), beta=3., on="live"), GradientClip(.05)],
     k3=lambda: [KLToRef(ToySelector(8), beta=.1, estimator="k3")],
     floor=lambda: [EntropyFloor(.987, 2., adaptive=False), GradientClip(.05)],
+    amp=lambda: [KLToRef(ToySelector(8), beta=.5), MixedPrecision(AMPMode.BF16), GradientClip(.05)],
     both=lambda: [KLToRef(ToySelector(8), beta=.5), AdaptiveKL(0., .01), EntropyFloor(.987, 2.), Freeze("after")],
 )
 
@@ -315,6 +316,25 @@ def nearly(a, b): return all(torch.allclose(a[k], b[k], atol=2e-5) for k in a)
 def test_accumulated_batches_are_one_large_batch(name, company):
     "The same weights, whatever is flat, where a batch is emptied, and in the last, smaller step of an epoch"
     (a, n), (b, want) = two_ways(ACCUMULATED[name], COMPANY[company], (1,), 32)
+    assert n == want > 0
+    assert nearly(a, b)
+
+MORE_COMPANY = dict(
+    split=(partial(RCE, .3), lambda: [SplitShots(), GradientClip(.05)]),
+    split_grpo=(GRPO, lambda: [SplitShots(), KLToRef(ToySelector(8), beta=.5)]),
+    best_of=(GRPO, lambda: [TopKCurriculum(3, which="best")]),
+    cut_before=(GRPO, lambda: [TopKCurriculum(3, which="worst", before=True)]),
+    phases=(partial(RCE, .3), lambda: [Phases(dict(a=(range(40), 1), b=(range(30, 72), 1)))]),
+    fp16=(partial(RCE, .3), lambda: [MixedPrecision(), GradientClip(.05)]),
+    band=(GRPO, lambda: [NoDropout(), KLToRef(beta=1.), AdaptiveKL(0., .001), Best()]),
+)
+@pytest.mark.parametrize("dead,n_acc", [((1,), 32), ((0, 3), 48)])
+@pytest.mark.parametrize("name", MORE_COMPANY)
+def test_accumulated_batches_are_one_large_batch_in_any_company(name, dead, n_acc, monkeypatch):
+    "Queries are counted, not the groups that they are divided into; equals are cut in one order here, not by lot"
+    monkeypatch.setattr(torch, "rand_like", torch.zeros_like)
+    make, company = MORE_COMPANY[name]
+    (a, n), (b, want) = two_ways(make, company, dead, n_acc)
     assert n == want > 0
     assert nearly(a, b)
 
@@ -1173,3 +1193,41 @@ def test_a_loss_that_is_never_below_zero_may_still_diverge(tmp_path):
     learn = learner(cbs=RCE(), path=tmp_path)
     with quiet(learn): learn.lr_find(1e-3, 1e3, 60, show_plot=False)
     assert len(learn.recorder.losses) < 60   # fastai stops where it has got four times as bad
+
+# --- thresholds and spreads ---------------------------------------------------------------------------------
+def test_exactly_the_wanted_share_is_enough():
+    ".07 * 100 is a little more than 7 in floating point; 7 of 100 are 7 % all the same"
+    assert not too_few(7, .07, 100) and too_few(6, .07, 100) and .07 * 100 > 7
+    learn = learner(100)
+    relabel(learn, lambda r, i: torch.arange(len(r)).float() if i < 7 else 0*r)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit(learn, 1, [GRPO(min_live=.07)])
+    relabel(learn, lambda r, i: torch.arange(len(r)).float() if i < 6 else 0*r)
+    with pytest.raises(ValueError, match="6 of 100 groups"): fit(learn, 1, [GRPO(min_live=.07)])
+
+@pytest.mark.parametrize("before", [False, True])
+def test_spread_of_all_advantages_counts_the_sequences_they_are_of(before):
+    "A cut before the advantages makes groups of k; the divisor is k - 1 then, not that of the data"
+    stds = []
+    class Std(StageCallback):
+        order = 5
+        def before_backward(self):
+            for a, n in zip(self.grpo.adv, self.grpo.adv_size):
+                stds.append(a.square().sum().item() / max(n.item() - 1, 1))
+    learn = toy_learner(regret, synth_dls(32, 16, 32, N=6), cbs=[RLStats(), History()])
+    grpo = GRPO("center", adv_clip=None)
+    fit(learn, 1, [grpo, TopKCurriculum(3, before=before), Std()])
+    want = torch.tensor(stds[:32]).double().sqrt().mean().item()
+    assert learn.history.frame.adv_std_all.iloc[0] == pytest.approx(want, rel=1e-5)
+
+@pytest.mark.parametrize("bs", [1, 2, 7, 64])
+def test_spread_of_regret_is_that_of_the_epoch(bs):
+    "Batches of two have a smaller spread than their epoch, of one none; the weights stand still here"
+    learn = toy_learner(regret, synth_dls(64, 16, bs, seed=3, **RAGGED), cbs=[RLStats(), History()])
+    fit(learn, 1, [RCE()], lr=0.)
+    xy = learn.dls.train.new(shuffle=False, bs=64).one_batch()
+    with torch.no_grad(): each = regret(learn.model.eval()(*xy[:5]), *xy[5:], "none")
+    row = learn.history.frame.iloc[0]
+    assert row.regret_sd == pytest.approx(each.std().item(), rel=1e-4)
+    assert row.regret_train == pytest.approx(each.mean().item(), rel=1e-4)

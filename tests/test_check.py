@@ -8,7 +8,7 @@ from leverplus.groups import METHODS, RLData
 from leverplus.losses import advantage, live_groups
 from leverplus.pools import Pool
 from leverplus.rewards import reward
-from leverplus.rldata_check import METRICS, Alarm, Health, health, judge, teaches, wilson
+from leverplus.rldata_check import METRICS, Alarm, Health, health, judge, label_alarms, teaches, wilson
 
 def made(groups, K=6, **columns):
     "RLData from {question_id: [(accuracy or None for a failure, gt_prob), ...]}; the first three of a query are beams"
@@ -99,21 +99,25 @@ def by_loop(data):
     live = [q for q, r in rew.items() if max(r) - min(r) > 1e-6]
     std = {q: statistics.stdev(r) if len(r) > 1 else 0.0 for q, r in rew.items()}
     pos = [sum(r.vqa_correct > 0 for r in g) for g in judged.values()]
-    def pick(rows):
+    def picked_of(rows):
         beam = [r for r in rows if r.beam_rank == r.beam_rank]
         drawn = [r for r in rows if r.gen_method in ("sample", "policy") and r.temperature != 1.3]
         drawn = [r for r in drawn if r.logprob_score == r.logprob_score]
         if beam:
             best = min(r.beam_rank for r in beam)
-            picked = [r for r in beam if r.beam_rank == best]
+            return [r for r in beam if r.beam_rank == best and not r.eval_failed]
         elif drawn:
             best = max(r.logprob_score for r in drawn)
-            picked = [r for r in drawn if r.logprob_score == best]
-        else: return math.nan
-        return mean([r.vqa_acc_score for r in picked if not r.eval_failed])
+            return [r for r in drawn if r.logprob_score == best and not r.eval_failed]
+        return []
+    def best_of(rows, shots): return max(r.vqa_acc_score for r in rows if len(r.pointer) == shots)
+    def gap(q):
+        of_shots = {}
+        for r in picked_of(groups[q]): of_shots.setdefault(len(r.pointer), []).append(r.vqa_acc_score)
+        return mean([best_of(good[q], shots) - mean(accs) for shots, accs in of_shots.items()])
     top = {q: max((r.vqa_acc_score for r in good[q]), default=math.nan) for q in groups}
-    picks = {q: pick(g) for q, g in groups.items()}
-    gaps = [top[q] - picks[q] for q in groups if not math.isnan(top[q] - picks[q])]
+    picks = {q: mean([r.vqa_acc_score for r in picked_of(g)]) for q, g in groups.items()}
+    gaps = [x for x in map(gap, groups) if not math.isnan(x)]
     pairs = [(a, b) for i, a in enumerate(flat) for b in flat[:i]]
     def agree(same):
         some = [(a, b) for a, b in pairs if (a.question_id == b.question_id) == same]
@@ -501,3 +505,26 @@ def test_parts_that_cancel_are_an_alarm_of_their_own():
     assert one.pct_cancelled_query == 0
     assert not [a for a in health(data, "hard01_plus_gtprob", dict(hard_weight=1., soft_weight=2.),
                                   cancelled=.2).verdict if a.cause == "cancelling parts"]
+
+def test_headroom_is_that_of_as_many_shots():
+    "With one shot nothing helps and with two everything does: nobody who is asked for one or for two has any headroom"
+    rows = []
+    for q in range(20):
+        for shots, acc in ((1, 0.), (2, 1.)):
+            for rank in range(3):
+                pointer = tuple(1000 + (rank + i) % 6 for i in range(shots))
+                rows.append(dict(question_id=q, pointer=pointer, beam_rank=float(rank), gen_method="beam",
+                                 vqa_acc_score=acc, vqa_correct=acc, vqa_pred_answer=f"{q}", vqa_gt_prob=acc,
+                                 vqa_eval_mode="official", eval_failed=False, scorer="s"))
+    data = RLData(pd.DataFrame(rows), Pool({q: range(1000, 1006) for q in range(20)}))
+    h = health(data)
+    m = h.frame.loc["data"]
+    assert (m.oracle_in_data, m.model_pick, m.gap_mean) == (1., .5, 0.)
+    assert "headroom" in [alarm.cause for alarm in h.verdict]
+
+def test_a_share_that_is_met_is_no_alarm():
+    "29 of 100 failed is 29 %, however .29 * 100 is rounded"
+    assert .29 * 100 < 29
+    metrics = dict(scorers=1, unrewarded=0, positive_rate=.5, failed=29, rows=100, error="")
+    assert list(label_alarms(metrics, failed=.29)) == []
+    assert [alarm[0] for alarm in label_alarms(metrics, failed=.28)] == ["failures"]

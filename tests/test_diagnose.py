@@ -273,3 +273,18 @@ def test_plot_rl_draws_what_was_recorded(good):
     assert list(plot_rl(f[["fit", "valid_loss", "entropy"]], own)) == list(own)
     with pytest.raises(ValueError, match="2 axes for 9 panels"): plot_rl(good.history, own)
     with pytest.raises(ValueError, match="nothing to draw"): plot_rl(f[["fit", "epoch", "kl_bound"]])
+
+def test_a_threshold_that_is_met_is_no_alarm_by_rounding():
+    "Means over batches are off in the last place"
+    below = np.nextafter(.3, 0)
+    assert below < .3
+    assert not diagnose(pd.DataFrame(dict(live_before=[below])), {}).alarms
+    assert diagnose(pd.DataFrame(dict(live_before=[.29])), {}).alarms == ["live"]
+    assert not diagnose(pd.DataFrame(dict(same_as_start=[np.nextafter(.98, 1)])), {}).alarms
+
+def test_the_gap_counts_the_queries_of_the_phase():
+    "Twenty queries have a larger standard error than the hundred that the split has"
+    facts = dict(queries=100, queries_valid=100)
+    f = pd.DataFrame(dict(regret_train=[.1], valid_loss=[.14], regret_sd=[.12]))
+    assert diagnose(f, facts).alarms == ["overfit"]
+    assert diagnose(f.assign(queries=20), facts).alarms == []

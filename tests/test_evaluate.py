@@ -744,3 +744,73 @@ def test_seeds_table_agrees_with_the_plain_numbers():
     assert t["over a"]["twin"] == t["a lo"]["twin"] == t["a hi"]["twin"] == 0
     with pytest.raises(ValueError, match="no rows of .'sft'."): seeds_table(s, 2, against=["sft"])
     with pytest.raises(ValueError, match="no gap to close"): seeds_table(s, 2, oracle="random")
+
+# ---- what is no gap, no picture, and no evidence --------------------------------------------------------
+def test_no_gap_has_no_share_however_it_is_rounded():
+    "The same scores in another order have the same mean; their sums differ in the last place"
+    low, high = np.array([.1, .2, .3]), np.array([.3, .2, .1])
+    assert high.mean() != low.mean() or low.mean() != np.mean([.2, .3, .1])
+    for a, b in ((low, high), (high, low), (np.array([.2, .3, .1]), low)):
+        assert np.isnan(gap_closed([1., 0., 1.], a, b)).all()
+        assert np.isnan(gap_closed([1., 0., 1.], a, b, bootstrap=Bootstrap(0))).all()
+
+def seeds_with_gap(gap, n=60, seed=0):
+    "Scores of a policy with three seeds, random, and an oracle that is better by `gap` on average, but not always"
+    g = rng("uncertain gap", seed)
+    r = g.choice([0., .3, .6, 1.], n)
+    more = g.normal(0, .3, n)
+    o = r + gap + more - more.mean()
+    rows = [("random", 0, r), ("oracle", 0, o)] + [("mine", s, g.choice([0., .6, 1.], n)) for s in range(3)]
+    parts = [
+        pd.DataFrame(dict(
+            question_id=range(n), selector=name, shots=1, draw=draw, pointer=[(1000,)]*n, vqa_acc_score=x,
+            eval_failed=False))
+        for name, draw, x in rows
+    ]
+    return pd.concat(parts, ignore_index=True)
+
+def test_a_gap_that_may_be_none_has_no_interval_over_seeds():
+    "Resamples without a gap would turn the share around or blow it up"
+    t = seeds_table(seeds_with_gap(.02), 1, bootstrap=Bootstrap(500))
+    assert np.isfinite(t.gap["mine"]) and t[["lo", "hi"]].isna().all(axis=None)
+    sure = seeds_table(seeds_with_gap(.3), 1, bootstrap=Bootstrap(500))
+    assert sure.lo["mine"] < sure.gap["mine"] < sure.hi["mine"]
+
+def test_a_missing_cluster_is_like_no_other():
+    x = np.array([1., 0, 1, 0, 1, 1])
+    missing = np.array([7, 7, None, None, np.nan, None], dtype=object)
+    alone = [7, 7, 1, 2, 3, 4]
+    assert bootstrap_mean(x, missing) == bootstrap_mean(x, alone)
+    assert mde(x, 0*x, missing) == mde(x, 0*x, alone) and paired_p(x, 0*x, missing) == paired_p(x, 0*x, alone)
+
+@pytest.mark.parametrize("n,says", [(2, "no difference shown"), (5, "no difference shown"), (6, "better")])
+def test_a_handful_of_questions_shows_nothing(n, says):
+    "Five coins all fall alike once in sixteen times; an interval without width does not know that"
+    s = pd.concat([
+        pd.DataFrame(dict(
+            question_id=range(n), selector=name, shots=1, draw=0, pointer=[(1000,)]*n, vqa_acc_score=x,
+            vqa_pred_answer="a", eval_failed=False))
+        for name, x in (("mine", 1.), ("random", 0.))
+    ])
+    t = paired_table(s, against=["random"], bootstrap=Bootstrap(200))
+    assert t.verdict.tolist() == [says] and t.delta.tolist() == [1.]
+    assert math.isinf(t.mde[0]) == (n < 6)
+    assert paired_tests(s, against=["random"], bootstrap=Bootstrap(200)).p.tolist() == [2.**(1 - n)]
+    twice = np.repeat(range(n), 2)   # two questions about each picture are no more evidence
+    assert paired_p(np.ones(2*n), np.zeros(2*n), twice) == 2.**(1 - n)
+
+def test_one_picture_under_two_ids_is_one(tmp_path):
+    "Copies of a file are drawn together: the interval is that of as many pictures as there are"
+    n = 24
+    for i in range(n): (tmp_path/f"{i}.png").write_bytes(b"picture %d" % (i % 12))
+    g = rng("copied pictures", 0)
+    of_picture = g.choice([0., 1.], 12)
+    s = pd.DataFrame(dict(
+        question_id=range(n), selector="random", shots=1, draw=0, pointer=[(1000,)]*n,
+        vqa_acc_score=of_picture[np.arange(n) % 12], vqa_pred_answer="a", eval_failed=False))
+    def table(image_id, path):
+        items = pd.DataFrame(dict(question_id=range(n), image_id=image_id, image_path=path))
+        t = result_table(s, items, oracle=None, changed_from=None, bootstrap=Bootstrap(400))
+        return t.lo[0], t.hi[0]
+    files = [str(tmp_path/f"{i}.png") for i in range(n)]
+    assert table(range(n), files) == table(np.arange(n) % 12, None) != table(range(n), None)

@@ -1,17 +1,25 @@
 "The learner of the real selector: stages, identities of the policy in training, checkpoints"
 import inspect, json, os, random, signal, subprocess, sys, warnings
+from collections import Counter, defaultdict, deque
 from dataclasses import fields
 from functools import partial
-import pandas as pd, pytest, torch
-from fastai.callback.schedule import ParamScheduler, SchedCos
+import numpy as np, pandas as pd, pytest, torch
+from fastai.callback.core import Callback
+from fastai.callback.schedule import ParamScheduler, SchedCos, SchedLin, combine_scheds
+from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, SaveModelCallback
 from fastai.callback.training import GradientAccumulation, GradientClip
+from fastai.optimizer import Adam, RAdam
 from leverplus.callback_core import StageCallback, Stats
 from leverplus.callback_grpo import GRPO
 from leverplus.callback_kl import AdaptiveKL, EntropyFloor, KLToRef
 from leverplus.callback_listwise import SFT, Listwise
 from leverplus.callback_rce import RCE
 from leverplus.callback_schedule import Freeze, Phases, TopKCurriculum
-from leverplus.callback_track import Best, Resume, _describe, data_prints, missed, regrets, valid_loss
+from leverplus.callback_schedule import TempSchedule
+from leverplus.callback_track import (
+    Best, Resume, _describe, _memory, _remember, data_prints, missed, regrets, valid_loss,
+)
+from leverplus.checkpoints import read_state
 from leverplus.core import read_json, rng, write_json
 from leverplus.diagnose import data_facts
 from leverplus.dls import GroupDataset, group_dls
@@ -714,3 +722,169 @@ def test_a_stage_is_watched():
     with quiet(learn), warnings.catch_warnings():
         warnings.simplefilter("error")
         learn.fit_rce(1, watch=None, skip_flat=False)
+
+# --- killed anywhere ----------------------------------------------------------------------------------------
+class Killed(Callback):
+    "Killed the second time that an event comes while training, or the sixth time if it comes batch by batch"
+    name, order = "killed", 99
+    event, left = None, 0
+    def __call__(self, event):
+        in_a_batch = not event.endswith(("epoch", "train", "validate", "fit"))
+        if event != Killed.event or (in_a_batch and not self.learn.training): return
+        Killed.left -= 5 if not in_a_batch else 1
+        if Killed.left < 0: raise KeyboardInterrupt
+
+def kept(resume): return [Resume(resume)] if resume else []
+TO_KILL = dict(
+    accumulated=lambda l, cbs, resume: l.fit_stage(
+        3, 1e-2, [GradientAccumulation(36), *cbs], skip_flat=False, best=False, resume=resume),
+    tracked=lambda l, cbs, resume: l.fit_rce(
+        4, 1e-1, best=False, cbs=[EarlyStoppingCallback(min_delta=.01, patience=2), *cbs], resume=resume),
+    saved=lambda l, cbs, resume: l.fit_rce(3, 1e-1, best=False, cbs=[SaveModelCallback(), *cbs], resume=resume),
+    plateau=lambda l, cbs, resume: l.fit(
+        4, 1e-1, cbs=[RCE(), ReduceLROnPlateau(patience=1, min_delta=1.), *cbs, *kept(resume)]),
+    one_cycle=lambda l, cbs, resume: l.fit_one_cycle(3, 1e-2, cbs=[RCE(), *cbs, *kept(resume)]),
+    two_kls=lambda l, cbs, resume: l.fit_listwise(
+        3, 1e-2, beta=.5, best=False, cbs=[KLToRef(PointerSelector(8, d_hidden=16), .1), *cbs], resume=resume),
+    grpo=lambda l, cbs, resume: l.fit_grpo(
+        3, 1e-2, refresh=3, cbs=[AdaptiveKL(0., .001), TopKCurriculum((2, 3)), *cbs], resume=resume),
+)
+EVENTS = (
+    "before_epoch before_train before_batch after_pred after_loss before_backward after_backward before_step"
+    " after_step after_batch after_train before_validate after_validate after_epoch after_fit"
+).split()
+
+def killed(name, path, event=None, folder=None):
+    Killed.event, Killed.left = event, 5
+    learn = learner(56, dropout=.2, path=path)
+    torch.manual_seed(3)
+    with quiet(learn), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        TO_KILL[name](learn, [Killed()], folder)
+    return learn
+
+AT = {name: EVENTS if name == "grpo" else ("before_train", "before_batch", "after_epoch") for name in TO_KILL}
+@pytest.mark.parametrize("name,event", [(name, event) for name, events in AT.items() for event in events])
+def test_killed_anywhere_goes_on(tmp_path, name, event):
+    "Steps across an epoch's border, trackers of fastai, schedules of fastai, two callbacks of one name"
+    whole = killed(name, tmp_path)
+    if event == "after_fit": Killed.left = 0
+    with pytest.raises(KeyboardInterrupt):
+        killed(name, tmp_path, event, tmp_path/"run")
+        if event == "after_fit": raise KeyboardInterrupt   # it comes once, so nobody was killed
+    again = killed(name, tmp_path, None, tmp_path/"run")
+    assert same(weights(whole), weights(again))
+    fa, fb = (l.history.frame.drop(columns="seconds") for l in (whole, again))
+    pd.testing.assert_frame_equal(fa, fb, check_exact=True)
+
+class Judge:
+    "A score with a setting"
+    def __init__(self, penalty): self.penalty = penalty
+    def loss(self, learn): return valid_loss(learn) + self.penalty
+
+def own_score(factor):
+    "A function of one's own, under a name that says nothing"
+    code = f"def score(learn): return {factor} * valid_loss(learn)"
+    space = dict(valid_loss=valid_loss, __name__="mine")
+    exec(code, space)
+    return space["score"]
+
+def bent(p): return combine_scheds([p, 1 - p], [SchedLin(2., 1.), SchedLin(1., .5)])
+def half_regret(*args, **kw): return regret(*args, **kw) / 2
+
+def two_schedules(last):
+    first = TempSchedule("kl_to_ref", beta=(0., last))
+    return [first, KLToRef(), TempSchedule("gradient_clip", max_norm=(1., 2.))]
+
+@pytest.mark.parametrize("make,a,b,says", [
+    (lambda factor: dict(best=Best(own_score(factor))), 1, 2, "best_weights.score"),
+    (lambda penalty: dict(best=Best(Judge(penalty).loss)), 0., 1., "best_weights.score"),
+    (lambda bend: dict(temp=bent(bend)), .3, .6, "rce.schedule"),
+    (lambda last: dict(cbs=two_schedules(last)), 1., 2., "temp_schedule.scheds.beta.end"),
+])
+def test_what_a_stage_is_made_of_is_compared_by_content(tmp_path, make, a, b, says):
+    "Functions by what they do, methods by their object, schedules by what they are made of, two of one name as two"
+    def go(value):
+        learn = learner(32)
+        with quiet(learn), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            learn.fit_rce(2, **make(value), resume=tmp_path/"run")
+    go(a)
+    with pytest.raises(ValueError, match=f"holds a run with other settings(.|\n)*{says}"): go(b)
+    go(a)
+
+def with_dropout(p):
+    "A model with other dropout, and the same weights"
+    torch.manual_seed(0)
+    return PointerSelector(8, d_hidden=16, dropout=p)
+
+def still(model, name):
+    model.get_parameter(name).requires_grad_(False)
+    return model
+
+NAME = next(name for name, _ in with_dropout(0.).named_parameters())
+@pytest.mark.parametrize("a,b,says", [
+    (lambda l: setattr(l, "opt_func", Adam), lambda l: setattr(l, "opt_func", RAdam), "optimiser.steps"),
+    (lambda l: None, lambda l: setattr(l, "loss_func", half_regret), "loss"),
+    (lambda l: setattr(l, "model", with_dropout(.1)), lambda l: setattr(l, "model", with_dropout(.5)), "model.built"),
+    (lambda l: setattr(l, "model", with_dropout(0.)), lambda l: setattr(l, "model", still(with_dropout(0.), NAME)),
+     "model.still"),
+])
+def test_optimiser_loss_and_model_are_compared(tmp_path, a, b, says):
+    def go(change):
+        learn = learner(32)
+        change(learn)
+        with quiet(learn): learn.fit_rce(1, watch=None, resume=tmp_path/"run")
+    go(a)
+    with pytest.raises(ValueError, match=f"holds a run with other settings(.|\n)*{says}"): go(b)
+    go(a)
+
+def test_what_callbacks_count_and_draw_is_kept(tmp_path):
+    class Counts(StageCallback):
+        name = "counts"
+        def __init__(self, seed=0):
+            self.seen = Counter()
+            self.lists = defaultdict(list)
+            self.some = set()
+            self.last = deque(maxlen=2)
+            self.draws = np.random.default_rng(seed)
+            self.lots = random.Random(seed)
+            self.arrays = []
+            self.number = np.float64(seed)
+    a = Counts()
+    a.seen.update("aab")
+    a.lists["x"].append(1)
+    a.some |= {1, 2}
+    a.last.extend([1, 2, 3])
+    a.draws.random(3)
+    a.lots.random()
+    a.arrays = [np.arange(3.), dict(x=np.ones(2))]
+    torch.save(_memory(a), tmp_path/"state.pt")
+    b = Counts(5)
+    _remember(b, read_state(tmp_path/"state.pt", "cpu"), None)
+    assert b.seen == a.seen and type(b.seen) is Counter and b.lists == a.lists and b.lists["new"] == []
+    assert b.some == {1, 2} and list(b.last) == [2, 3] and b.last.maxlen == 2 and b.number == 0
+    assert b.draws.random() == a.draws.random() and b.lots.random() == a.lots.random()
+    assert b.arrays[0].tolist() == [0, 1, 2] and b.arrays[1]["x"].tolist() == [1, 1]
+
+def ends_soon(likely):
+    "A selector that may stop, and does so after its first pick (or never) where it is greedy"
+    torch.manual_seed(0)
+    model = PointerSelector(8, d_hidden=16, stop=True, max_shots=3)
+    with torch.no_grad(): model.stop.bias += 20. if likely else -20.
+    return model
+
+@pytest.mark.parametrize("likely", [True, False])
+def test_a_policy_that_stops_is_watched_and_shown(likely):
+    "STOP is no demonstration: it is in no pick that is named or counted"
+    learn = selector_learner(synth_dls(64, 32, 16, K=(5, 7), N=(2, 6), shots=(1, 2)), ends_soon(likely))
+    with quiet(learn), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        learn.fit_rce(2, 0.)
+    f = learn.history.frame
+    n = 1 if likely else 2
+    picks = learn.show_results(show=False, shots=2).picks
+    assert [len(p) for p in picks] == [n] * len(picks)
+    assert 0 < f.unique.iloc[-1] <= 1 and f.agreement.iloc[-1] == 1
+    named, places, p = learn.predict(learn.dls.valid_ds.items[0], shots=2)
+    assert len(named) == len(places) == n and 0 < p <= 1

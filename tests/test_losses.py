@@ -603,3 +603,17 @@ def test_inclusion_probabilities_make_the_stochastic_beam_unbiased():
     assert float(inclusion_logp(torch.tensor(-60.0).double(), torch.tensor(0.0).double())) == pytest.approx(
         -60.0
     )
+
+@pytest.mark.parametrize("dual", [None, 1.5, 3.])
+def test_clip_shares_are_those_of_the_gradient(dual):
+    "Sequences whose log-probability gets no gradient, by sign of the advantage; the dual clip silences, too"
+    torch.manual_seed(1)
+    lp = torch.randn(8, 6, dtype=torch.float64, requires_grad=True)
+    old = torch.randn(8, 6, dtype=torch.float64)
+    mask = torch.rand(8, 6) > .2
+    adv = advantage(torch.rand(8, 6, dtype=torch.float64), mask)
+    clipped_surrogate(lp, old, adv, mask, dual=dual).backward()
+    silent = lp.grad == 0
+    for share, which in zip(clip_shares(lp.detach(), old, adv, mask, dual=dual), (adv > 0, adv < 0)):
+        those = mask & which
+        assert share.item() == pytest.approx((silent & those).sum().item() / those.sum().item())

@@ -274,3 +274,18 @@ def test_no_thresholds_no_callback():
         learn = learner()
         learn.dls.valid_ds.rows["kappa"] = np.nan
         learn.fit_rce(1, cbs=OffPolicyStats())
+
+@pytest.mark.parametrize("some", [[*range(20)][::-1], [3, 7, 5], [11]])
+def test_some_of_the_queries_are_judged_by_their_own_rows(some):
+    "A data set of some queries, or of all in another order, shares the rows of the whole one"
+    g = torch.Generator().manual_seed(1)
+    demos = range(5000, 5000 + K)
+    store = EmbedStore([*range(20), *demos], *(torch.randn(20 + K, 4, generator=g) for _ in range(2)))
+    pool = Pool({q: tuple(demos) for q in range(20)}, dict(sampler="all", K=K))
+    rows = propose(pool, store, range(20), 2, None, Proposing(counts=dict(temperature={1.: 4}, beam=1), scale=3.))
+    ds = GroupDataset(rows, pool, store, rows.pointer.map(pays).to_numpy())
+    whole = off_policy(SimilarityPrior(3.), ds)
+    part = off_policy(SimilarityPrior(3.), ds.select(some))
+    want = whole[whole.question_id.isin(some)]
+    by = ["question_id", "shots", "source"]
+    pd.testing.assert_frame_equal(part.sort_values(by, ignore_index=True), want.sort_values(by, ignore_index=True))

@@ -293,6 +293,17 @@ def test_frozen_groups_stay_and_queries_are_those_of_the_tiers():
     assert q.iloc[1] == len(parts["high"].queries) + len(parts["medium"].queries) < len(learn.dls.train_ds)
     assert np.isnan(q.iloc[2])
 
+def test_tiers_are_those_of_the_queries_that_are_there():
+    "A training split of some queries shares the rows of all; the others have no tier and no phase"
+    r = small("plan9")
+    learn = make(r)
+    parts = R.tiers(RLData(learn.dls.train_ds.rows, learn.dls.train_ds.pool))
+    chosen = [*parts["high"].queries, *parts["medium"].queries]
+    some = [q for q in learn.dls.train_ds.items if q not in chosen[1:]]
+    learn.dls.loaders[0] = learn.dls.train.new(learn.dls.train_ds.select(some))
+    fit(learn, r)
+    assert learn.history.frame.queries.iloc[1] == 1
+
 def test_as_run_begins_where_plan_5_refuses_and_shows_why():
     few = groups("few", 40, 1000, live=1 / 40)
     r = small("plan5")
