@@ -287,14 +287,27 @@ def proposer(self:Loop, k):
 
 @patch
 def selector(self:Loop, k):
-    "The selector of round k; ValueError if it is not the one that the round trained"
+    "The selector of round k; ValueError if it is not the one that the round has trained"
+    model = load_selector(self.folder(k)/"checkpoint")
+    self.check_trained(k, "checkpoint", selector=policy_fingerprint(model))
+    return model
+
+@patch
+def groups_after(self:Loop, k):
+    "All groups of the rounds up to k; ValueError if they are not those that round k has trained on"
+    data = RLData.load(self.folder(k)/"data")
+    self.check_trained(k, "data", data=data.fingerprint)
+    return data
+
+@patch
+def check_trained(self:Loop, k, name, **prints):
+    "Hold what lies in a round's folder against what the round has noted; earlier versions noted nothing"
     folder = self.folder(k)
-    model = load_selector(folder/"checkpoint")
-    trained = read_json(folder/"trained.json").get("selector")     # earlier versions noted none
-    if trained in (None, policy_fingerprint(model)): return model
+    noted = read_json(folder/"trained.json") if (folder/"trained.json").exists() else {}
+    if all(noted.get(what, now) == now for what, now in prints.items()): return
     raise ValueError(
-        f"{folder/'checkpoint'}: not the selector that this round has trained, whose picks are judged here: put it"
-        f" back, or remove {folder.name} and the rounds after it, and play them again"
+        f"{folder/name}: not what this round has trained, and what is judged here: put it back, or remove"
+        f" {folder.name} and the rounds after it, and play them again"
     )
 
 # %% ../nbs/84_loops.ipynb #d18195f7
@@ -304,10 +317,10 @@ def round_data(self:Loop, k):
     folder = self.folder(k)
     policy = self.proposer(k)
     new = self.propose(folder/"proposals", "train", policy, self.settings.seed + k)
-    old = None if k == 0 else RLData.load(self.folder(k-1)/"data")
+    old = None if k == 0 else self.groups_after(k-1)
     if not (folder/"data"/"manifest.json").exists():
         self.joined(k, old, new, policy).save(folder/"data")
-    data = RLData.load(folder/"data")
+    data = self.groups_after(k)
     added = _pairs(data.rows) if old is None else _without(_pairs(data.rows), _pairs(old.rows))
     return data, _pairs(new.rows, added)
 
@@ -357,12 +370,6 @@ def fit(self:Loop, k, data):
             data=data.fingerprint,
         )
         write_json(folder/"trained.json", made)
-    trained_on = read_json(folder/"trained.json").get("data")
-    if trained_on not in (None, data.fingerprint):
-        raise ValueError(
-            f"{folder/'data'}: not the groups that this round has trained on: put them back, or remove"
-            f" {folder.name} and the rounds after it, and play them again"
-        )
     return self.selector(k)
 
 # %% ../nbs/84_loops.ipynb #f88728d6
@@ -416,6 +423,7 @@ def play(self:Loop,
 )->Round:
     "Make round k, or read what is there of it"
     folder = self.folder(k)
+    if k: self.record(k-1)
     run = self.record(k)
     data, pairs = self.round_data(k)
     model = self.fit(k, data)

@@ -29,7 +29,7 @@ from leverplus.groups import (
 from .rewards import reward_facts
 from .rldata_propose import SimilarityPrior, propose
 from leverplus.rldata_ask import (
-    FactCache, ask, check_contents, facts_fingerprint, item_contents, pair_keys, score_pairs, self_test,
+    FactCache, ask, facts_fingerprint, item_contents, pair_keys, score_pairs, self_test,
     text_hashes,
 )
 
@@ -369,7 +369,7 @@ def begin(self:Generation,
 )->Generation: # itself; ValueError names settings that differ, `OtherContents` items that have changed
     "Find or write the manifest and the table of contents, and run the self-test"
     ids = self.item_ids() if whole else []
-    if self.file.exists(): self.contents.compare(self.items, ids)
+    self.contents.compare(self.items, ids)
     self.manifest = begin_manifest(self.path, self.settings, self.shard)
     self.contents.hold(self.items, ids, begun=self.has_parts())
     if self.job is not None:
@@ -398,7 +398,6 @@ def rows_of(self:Generation, i):
         new = self.proposed(self.windows[i])
         return as_record(new.join(self.facts_of(new))), True
     rows = self.read(i)
-    check_contents(rows, self.items, self.part(i))
     if not rows.eval_failed.any(): return rows, False
     return self.mended(rows), True
 

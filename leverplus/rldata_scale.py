@@ -163,7 +163,7 @@ def _checked(store, items, clip, pictures, place):
     elif not np.array_equal(store.ids, items.index): what = "of other items"
     else:
         other = store.unlike(items.index, pictures.loc[items.index], items.question)
-        if other: what = f"of other pictures or questions ({len(other)}, first question_id {other[0]})"
+        if other: what = f"of other pictures or questions ({len(other)}, first that of question_id {other[0]})"
     if what is not None:
         raise ValueError(f"{place}: embeddings {what} than asked for: remove the folder, and embed again")
     return store
