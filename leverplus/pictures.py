@@ -102,7 +102,8 @@ def picture_key(
 
 def _known_key(path):
     "The key of a file that was hashed and not written to since, else None: fast, as it is asked for again and again"
-    mark, key = _KEYS.get(path, (None, None)) if isinstance(path, str) else (None, None)
+    if not isinstance(path, (str, os.PathLike)): return None
+    mark, key = _KEYS.get(os.fspath(path), (None, None))
     if key is None: return None
     try: return key if _mark(path) == mark else None
     except OSError: return None                        # gone: `picture_file` says so

@@ -460,6 +460,7 @@ def about_items(
     items:pd.DataFrame, # by question_id, see `item_hashes`
 )->np.ndarray: # bool [n]; False too where an item of the fact is not among `items`
     "Which facts are about these items, as they are now? Those whose content nobody knows are taken"
+    items = as_items(items, need=("question", "answer", "answers"))
     pointer, size = pointer_matrix(facts.pointer.to_numpy())
     ids = np.column_stack([facts.question_id.to_numpy(), pointer])
     out = (np.isin(ids, items.index.to_numpy()) | (np.arange(ids.shape[1]) > size[:, None])).all(axis=1)
