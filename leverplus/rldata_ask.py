@@ -475,6 +475,7 @@ def check_contents(
     what:str="facts", # how the error calls them
 )->None: # ValueError names the first that is about something else
     "Refuse facts about other questions, answers or pictures than those that have these ids now"
+    items = as_items(items, need=("question", "answer", "answers"))
     other = ~same_content(facts.content, content_keys(items, facts.question_id, facts.pointer.to_numpy()))
     if "eval_failed" in facts: other &= ~facts.eval_failed.to_numpy()
     if other.any():

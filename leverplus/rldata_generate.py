@@ -235,6 +235,7 @@ class Contents:
         ids, # question_ids that matter
     )->None: # `OtherContents` names those that have changed; without a table there is nothing to compare
         "Hold items against those that the run began with, and against those that were embedded"
+        items = as_items(items, need=("question", "answer", "answers"))
         now = item_contents(items, ids)
         self._compare(now, read_contents(self.folder))
         self._check_embedded(items, now)
@@ -245,6 +246,7 @@ class Contents:
         begun:bool=False, # do results lie there already? Then there must be a table
     )->None: # `OtherContents` if there is none, or as `compare` says
         "Compare items, and write down those that are new"
+        items = as_items(items, need=("question", "answer", "answers"))
         now = item_contents(items, ids)
         if self.table is not None and now.equals(self.table.reindex(now.index)): return   # nothing new
         with FileLock(self.folder/".contents.lock"):
@@ -267,7 +269,7 @@ class Contents:
 
     def _check_embedded(self, items, now):
         if self.store is None: return
-        other = self.store.unlike(now.index, now.picture, as_items(items).question.loc[now.index])
+        other = self.store.unlike(now.index, now.picture, items.question.loc[now.index])
         if other:
             raise ValueError(
                 f"{self.folder}: the embeddings of question_id {other[0]} are of another picture or question than"
@@ -290,6 +292,7 @@ def begin_run(
     store=None, # `EmbedStore` that is used beside the items, see `Contents`
 )->Run: # `OtherContents` names items that have changed since the run began
     "Start a run with its table of contents, or continue it with the same items"
+    items = as_items(items, need=("question", "answer", "answers"))
     contents = Contents(path, store=store)
     if not overwrite: contents.compare(items, ids)
     run = create()
