@@ -620,7 +620,7 @@ def questions_there(
     return sum(len(part) for i, part in enumerate(parts) if Path(path, f"part{tag}-{i:05d}.parquet").exists())
 
 # %% ../nbs/39_rldata_scale.ipynb #6902d560
-ROW_BYTES = 68 # of a stored sequence, measured on this page; real answers are longer
+ROW_BYTES = 78 # of a stored sequence, measured on this page; real answers are longer
 
 def asking_costs(
     calls:int, # prompts, at most
