@@ -308,6 +308,7 @@ class Resume(FitOnly):
 
     def forget(self):
         self.run_dir = None   # the `Run` in `folder`, once it is open
+        self.of = None        # fingerprint of its settings, its seed, and what went in
         self.state = None     # what was last written or read
         self.ready = False    # all is where the state left it: training may go on
         self.trains = False   # this epoch has begun to train
@@ -610,9 +611,11 @@ def open(self:Resume):
     self.refuse_earlier()
     seed = getattr(self.learn, "seed", 0)
     self.run_dir = Run.create(self.folder, stage_settings(self.learn), seed, prints)
+    self.of = fingerprint(self.run_dir.settings, seed, prints)
     if not self.file.exists(): return
     device = next(self.model.parameters()).device
     self.state = read_state(self.file, device)
+    if self.state.get("of") != self.of: self.refuse_state()
     self.done = self.state["done"]
 
 @patch
@@ -625,12 +628,19 @@ def refuse_earlier(self:Resume):
         " they are the same; empty the folder and start this stage anew"
     )
 
+@patch
+def refuse_state(self:Resume):
+    "Refuse a state that was written by another fit than the one that this folder is of"
+    whose = "does not say of which fit it is" if "of" not in self.state else "was copied here from another fit"
+    raise ValueError(f"{self.file}: {whose}; put the right file there, or empty the folder and start anew")
+
 
 # %% ../nbs/66_callback_track.ipynb #d5ae65f5
 @patch
 def save(self:Resume, finished=False):
     "Write the state, and the history beside it"
     state = dict(
+        of=self.of,
         done=self.done,
         finished=finished,
         model=self.model.state_dict(),

@@ -6,7 +6,7 @@
 __all__ = ['KINDS', 'unit', 'EmbedStore', 'Clip', 'load_clip', 'embed_items', 'gather_stores', 'nearest', 'show_neighbours']
 
 # %% ../nbs/12_embed.ipynb #082972af
-import textwrap
+import re, textwrap
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
@@ -19,7 +19,7 @@ from leverplus.identity import (
     image_settings, named_settings, tokenizer_fingerprint, unlike_config, weights_fingerprint,
 )
 from .items import as_ids, as_items
-from .pictures import DECODING, open_image, picture_key, read_picture
+from .pictures import DECODING, content_hash, open_image, picture_key, read_picture
 
 # %% ../nbs/12_embed.ipynb #711428ba
 def unit(
@@ -133,6 +133,35 @@ def dim(self:EmbedStore,
 
 def _check_kind(kind):
     if kind not in KINDS: raise ValueError(f"kind {kind!r}: choose one of {', '.join(KINDS)}")
+
+# %% ../nbs/12_embed.ipynb #4dfccf7b
+def _question_hashes(questions):
+    "A short hash of each text"
+    return [content_hash(question.encode())[:16] for question in questions]
+
+@patch
+def unlike(self:EmbedStore,
+    ids, # n question_ids; those that are not in the store are passed over
+    pictures, # n contents, see `picture_key`; what is no content, such as None, is not compared
+    questions, # n texts
+)->list: # question_ids, in the order of `ids`
+    "Say which items were embedded with another picture or another question than they have"
+    ids = as_ids(ids)
+    row = self.ids.get_indexer(ids)
+    known_pictures = self.meta.get("image_hash")
+    known_questions = self.meta.get("question_hash")
+    out = []
+    for q, i, picture, question in zip(ids.tolist(), row, pictures, _question_hashes(questions)):
+        if i < 0: continue
+        other_picture = known_pictures is not None and _is_another(picture, known_pictures[i])
+        other_question = known_questions is not None and question != known_questions[i]
+        if other_picture or other_question: out.append(q)
+    return out
+
+def _is_another(picture, known):
+    "Is a content another than what is known of it? Earlier versions kept its first 16 digits"
+    is_content = isinstance(picture, str) and re.fullmatch("[0-9a-f]{32}", picture) is not None
+    return is_content and not picture.startswith(known)
 
 # %% ../nbs/12_embed.ipynb #dec9432c
 @patch
@@ -308,6 +337,7 @@ def embed_items(
     meta = dict(
         model=clip.name,
         image_hash=hashes.tolist(),
+        question_hash=_question_hashes(items.question),
         cut_short=_cut_short(clip, items.question.unique().tolist()),
     )
     store = EmbedStore(items.question_id, image, text, meta)
@@ -340,11 +370,13 @@ def gather_stores(
     first = np.flatnonzero(~ids.duplicated())           # an item may lie in several parts
     rows = first[ids[first].get_indexer(items.question_id)]
     def gathered(kind): return torch.cat([getattr(p, kind) for p in parts])[torch.as_tensor(rows)]
-    hashes = [h for p in parts for h in p.meta["image_hash"]]
-    hashes = [hashes[i] for i in rows]
+    every = [h for p in parts for h in p.meta["image_hash"]]
+    hashes = [every[i] for i in rows]
+    _check_alike(items, hashes, parts)
     meta = dict(
         model=parts[0].meta["model"],
         image_hash=hashes,
+        question_hash=_question_hashes(items.question),
         cut_short=sum(p.meta["cut_short"] for p in parts),
     )
     store = EmbedStore(items.question_id, gathered("image"), gathered("text"), meta)
@@ -361,6 +393,16 @@ def _one_clip(parts):
     if len(clips) != 1:
         raise ValueError(f"stores of {len(clips)} CLIPs {sorted(clips)}: embed all parts with one")
     return clips.pop()
+
+def _check_alike(items, hashes, parts):
+    "Refuse parts that hold an item with another picture or question than it has"
+    for part in parts:
+        other = part.unlike(items.question_id, hashes, items.question)
+        if other:
+            raise ValueError(
+                f"question_id {other[0]}: one of {len(parts)} stores holds it with another picture, or another"
+                f" question than it has now ({len(other)} such items): embed these items again"
+            )
 
 def _check_held(items, ids, n):
     lost = items.question_id[~items.question_id.isin(ids)]

@@ -18,7 +18,7 @@ import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
 from filelock import FileLock
 from .core import ask_for_a_folder, atomic_path, fingerprint, pad_rows, read_json, rng
-from .runs import Run
+from .runs import Run, settings_diff
 from .settings import Asking, Picker, Picking, plain_settings
 from .items import as_id, as_ids, as_items, given_ids
 from .pools import check_encoder, check_pool, encoder_of, image_groups
@@ -27,7 +27,7 @@ from .decode import best_sequences
 from .lvlm import Scored, Targets
 from .groups import check_shard, shard_tag
 from .rldata_ask import FactCache, ask, facts_fingerprint, text_hashes
-from .rldata_generate import begin_run, policy_fingerprint, run_lock, shard_queries
+from .rldata_generate import Contents, begin_run, policy_fingerprint, run_lock, shard_queries
 
 # %% ../nbs/80_infer.ipynb #0fa208f5
 PICKS = ["selector", "shots", "draw", "question_id", "pointer"]
@@ -776,7 +776,7 @@ class _Place:
         prints = _prints(work)
         def create(): return Prediction.create(self.path, settings, work.picking.seed, prints, self.overwrite)
         ids = _item_ids(work.pool if pool is None else pool)
-        return begin_run(create, self.path, work.items, ids, self.overwrite)
+        return begin_run(create, self.path, work.items, ids, self.overwrite, work.store)
 
 def _whole(work, place):
     "Predict all queries of `work`, in one folder"
@@ -812,8 +812,21 @@ def _sharded(work, place, shard):
     if run.left: return run
     with lock:
         union = place.begin(work, shards=n)
-        done = [Run(folder) for folder in folders if folder.exists()]
+        done = [Run(folder) for k, folder in enumerate(folders) if parts[k]]
+        for part, queries in zip(done, filter(None, parts)): _check_part(union, part, work, queries)
         return _join(union, done, work, place.blank)
+
+def _check_part(union, part, work, queries):
+    "ValueError for a shard that was copied here from another prediction, or is about other items"
+    wanted = {name: value for name, value in union.settings.items() if name != "shards"}
+    prints = union.fingerprints | _prints(replace(work, pool=work.pool.only(queries)))
+    differs = settings_diff(part.settings, wanted) | settings_diff(part.fingerprints, prints)
+    if differs:
+        raise ValueError(
+            f"{part.path}: not a shard of this prediction, other {', '.join(differs)}: remove the folder, and"
+            " predict this shard again"
+        )
+    Contents(part.path).compare(work.items, _item_ids(work.pool.only(queries)))
 
 def _has_ended(folder): return (folder/"settings.json").exists() and Run(folder).finished
 

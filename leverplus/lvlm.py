@@ -10,7 +10,7 @@ __all__ = ['PROCESSORS', 'VIDEO_PROCESSORS', 'FAMILY', 'TEXT_SETTINGS', 'ROPE_SE
            'NaiveScorer', 'compare', 'MockScorer']
 
 # %% ../nbs/21_lvlm.ipynb #b8dffa05
-import math, os
+import contextlib, math, os
 from dataclasses import dataclass, replace
 from itertools import takewhile
 import numpy as np, torch
@@ -316,9 +316,18 @@ def greedy_texts(
         eos_token_id=lvlm.end_id,
         pad_token_id=lvlm.tokenizer.pad_token_id,
     )
-    ids = lvlm.model.generate(**x, generation_config=greedy)
+    with _own_settings(lvlm.model): ids = lvlm.model.generate(**x, generation_config=greedy)
     behind = ids[:, x["input_ids"].shape[1]:]
     return read_texts(lvlm, behind.tolist())
+
+@contextlib.contextmanager
+def _own_settings(model):
+    "Inside, `generate` does as it is told: a checkpoint's generation config would fill in what is not said"
+    from transformers import GenerationConfig
+    before = model.generation_config
+    model.generation_config = GenerationConfig()
+    try: yield
+    finally: model.generation_config = before
 
 def read_texts(
     lvlm:LVLM, # who said it

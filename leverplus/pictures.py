@@ -101,11 +101,11 @@ def picture_key(
     question_id=None, # whose it is, for errors
 )->str: # 32 hexadecimal digits, see `content_hash`
     "Hash a file's bytes, once per size, times and inode of the file"
+    known = _known_key(path)
+    if known is not None: return known
     path = str(picture_file(path, question_id))
     with _named(path, None, question_id):
         mark = _mark(path)
-        known_mark, known = _KEYS.get(path, (None, None))
-        if known_mark == mark: return known
         key = content_hash(Path(path).read_bytes())
     settled = time.time_ns() - max(mark[:2]) > _SETTLED
     with _LOCK:
@@ -113,10 +113,18 @@ def picture_key(
         else: _KEYS.pop(path, None)
     return key
 
+def _known_key(path):
+    "The key of a file that was hashed and not written to since, else None: fast, as it is asked for again and again"
+    if not isinstance(path, (str, os.PathLike)): return None
+    mark, key = _KEYS.get(os.fspath(path), (None, None))
+    if key is None: return None
+    try: return key if _mark(path) == mark else None
+    except OSError: return None                        # gone: `picture_file` says so
+
 def _mark(path):
-    "What changes when a file is written to"
+    "What changes when a file is written to, or another lies in its place"
     stat = os.stat(path)
-    return stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size, stat.st_ino
+    return stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size, stat.st_ino, stat.st_dev
 
 # %% ../nbs/08_pictures.ipynb #f7941278
 def read_picture(

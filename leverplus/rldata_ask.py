@@ -178,7 +178,7 @@ def _column(rows, name):
 
 def _picture(path):
     "Content of a picture file; None where there is none"
-    if pd.isna(path): return None
+    if not isinstance(path, str) and pd.isna(path): return None
     try: return picture_key(path)
     except OSError: return UNREADABLE # asking about it fails, and says why
 
@@ -188,18 +188,20 @@ def item_hashes(
     ids, # question_ids; KeyError names one that `items` lacks
 )->np.ndarray: # uint64, one per id
     "Hash what a prompt takes from each item, picture included, and its ground truth"
-    items = as_items(items, need=("question", "answer", "answers"))
+    return _item_hashes(as_items(items, need=("question", "answer", "answers")), ids)
+
+def _item_hashes(items, ids):
+    "The same, of items that are in order"
     rows = _rows_of(items, ids)
-    pictures = map(_picture, _column(rows, "image_path"))
-    names = map(_whole, _column(rows, "image_id"))
-    seen = map(_seen, pictures, names)
+    seen = map(_seen, _column(rows, "image_path"), _column(rows, "image_id"))
     hashes = map(stable_hash, rows.question, seen, rows.answer, map(_texts, rows.answers))
     return np.array(list(hashes), dtype=np.uint64)
 
-def _seen(picture, name):
+def _seen(path, name):
     "What is known of an item's picture: its content, or nothing but its name"
-    if picture is None: return name
-    return (UNREADABLE, name) if picture == UNREADABLE else picture
+    picture = _picture(path)
+    if picture is None: return _whole(name)
+    return (UNREADABLE, _whole(name)) if picture == UNREADABLE else picture
 
 def _whole(x):
     "A whole number as int, whatever its type; what is missing as None"
@@ -212,12 +214,15 @@ def content_keys(
     pointers, # n tuples of ints
 )->np.ndarray: # int64 [n], never 0
     "Hash the items behind each (query, pointer)"
-    items = as_items(items, need=("question", "answer", "answers"))
+    return _content_keys(as_items(items, need=("question", "answer", "answers")), question_ids, pointers)
+
+def _content_keys(items, question_ids, pointers):
+    "The same, of items that are in order"
     pointer, size = pointer_matrix(pointers)
     query = np.asarray(question_ids, dtype=np.int64)
     real = np.arange(pointer.shape[1]) < size[:, None]
     ids = np.unique(np.concatenate([query, pointer[real]]))
-    hashes = item_hashes(items, ids)
+    hashes = _item_hashes(items, ids)
     def of(x): return hashes[np.searchsorted(ids, x).clip(max=len(ids) - 1)]
     return (_fold(of(query), of(pointer), size) >> np.uint64(1)).astype(np.int64) | 1
 
@@ -396,7 +401,7 @@ def ask(
     if scorer is None: return _all_known(pairs, items, cache, need)
     own = facts_fingerprint(scorer, asking)
     keys = pd.Index(pair_keys(pairs.question_id, pairs.pointer.to_numpy(), own))
-    content = content_keys(items, pairs.question_id, pairs.pointer.to_numpy())
+    content = _content_keys(items, pairs.question_id, pairs.pointer.to_numpy())
     cache = FactCache() if cache is None else cache
     have = cache.lookup(pairs, own, content, need)
     todo = pairs[~pairs.index.isin(have.index) & ~keys.duplicated()]
@@ -404,9 +409,9 @@ def ask(
     with tqdm(total=len(todo), disable=not progress, desc="asking", unit="prompt") as bar:
         for i in range(0, len(todo), window):
             part = todo[i:i+window]
-            about = content_keys(items, part.question_id, part.pointer.to_numpy())
+            about = _content_keys(items, part.question_id, part.pointer.to_numpy())
             scored = score_pairs(part, scorer, items, asking, generate)
-            now = content_keys(items, part.question_id, part.pointer.to_numpy())
+            now = _content_keys(items, part.question_id, part.pointer.to_numpy())
             scored = _unless_replaced(scored, about, now)
             facts = facts_frame(part, scored, items, asking.evaluator, generate, own, about)
             cache.add(facts)
@@ -460,6 +465,7 @@ def check_contents(
     what:str="facts", # how the error calls them
 )->None: # ValueError names the first that is about something else
     "Refuse facts about other questions, answers or pictures than those that have these ids now"
+    items = as_items(items, need=("question", "answer", "answers"))
     other = ~same_content(facts.content, content_keys(items, facts.question_id, facts.pointer.to_numpy()))
     if "eval_failed" in facts: other &= ~facts.eval_failed.to_numpy()
     if other.any():

@@ -29,7 +29,8 @@ from leverplus.groups import (
 from .rewards import reward_facts
 from .rldata_propose import SimilarityPrior, propose
 from leverplus.rldata_ask import (
-    FactCache, ask, facts_fingerprint, item_contents, pair_keys, score_pairs, self_test, text_hashes,
+    FactCache, ask, facts_fingerprint, item_contents, pair_keys, score_pairs, self_test,
+    text_hashes,
 )
 
 # %% ../nbs/34_rldata_generate.ipynb #ef804742
@@ -222,8 +223,10 @@ class Contents:
     def __init__(self,
         folder, # of the run; it need not be there yet
         shard:tuple|None=None, # (i, n): whose table this is
+        store=None, # `EmbedStore` that is used beside the items: its vectors must be theirs; None: not compared
     ):
         self.folder = Path(folder)
+        self.store = store
         self.file = self.folder/f"contents{shard_tag(shard)}.parquet"
         self.table = None # what was read or written last
 
@@ -231,8 +234,11 @@ class Contents:
         items:pd.DataFrame, # by question_id
         ids, # question_ids that matter
     )->None: # `OtherContents` names those that have changed; without a table there is nothing to compare
-        "Hold items against those that the run began with"
-        self._compare(item_contents(items, ids), read_contents(self.folder))
+        "Hold items against those that the run began with, and against those that were embedded"
+        items = as_items(items, need=("question", "answer", "answers"))
+        now = item_contents(items, ids)
+        self._compare(now, read_contents(self.folder))
+        self._check_embedded(items, now)
 
     def hold(self,
         items:pd.DataFrame, # by question_id
@@ -240,12 +246,14 @@ class Contents:
         begun:bool=False, # do results lie there already? Then there must be a table
     )->None: # `OtherContents` if there is none, or as `compare` says
         "Compare items, and write down those that are new"
+        items = as_items(items, need=("question", "answer", "answers"))
         now = item_contents(items, ids)
         if self.table is not None and now.equals(self.table.reindex(now.index)): return   # nothing new
         with FileLock(self.folder/".contents.lock"):
             there = read_contents(self.folder)
             if begun and not self.file.exists(): raise OtherContents(self._unknown())
             self._compare(now, there)
+            self._check_embedded(items, now)
             self.table = known_contents(there, now)
             if not (self.file.exists() and self.table.equals(there)):
                 rows = self.table.rename_axis("question_id").reset_index()
@@ -257,6 +265,15 @@ class Contents:
             raise OtherContents(
                 f"{self.folder}: {changed} are not those that this run began with. Put back what was replaced,"
                 " or begin anew in another folder"
+            )
+
+    def _check_embedded(self, items, now):
+        if self.store is None: return
+        other = self.store.unlike(now.index, now.picture, items.question.loc[now.index])
+        if other:
+            raise ValueError(
+                f"{self.folder}: the embeddings of question_id {other[0]} are of another picture or question than"
+                f" it has now ({len(other)} of {len(now)} items): embed the items as they are, and start again"
             )
 
     def _unknown(self):
@@ -272,9 +289,11 @@ def begin_run(
     items:pd.DataFrame, # by question_id
     ids, # question_ids that the run is about
     overwrite:bool=False, # empty the folder if it holds results about other items?
+    store=None, # `EmbedStore` that is used beside the items, see `Contents`
 )->Run: # `OtherContents` names items that have changed since the run began
     "Start a run with its table of contents, or continue it with the same items"
-    contents = Contents(path)
+    items = as_items(items, need=("question", "answer", "answers"))
+    contents = Contents(path, store=store)
     if not overwrite: contents.compare(items, ids)
     run = create()
     try: contents.hold(items, ids, begun=_has_results(run.path))
@@ -329,7 +348,7 @@ class Generation:
         order = rng("verify", proposing.seed).permutation(own)
         self.drawn = set(order[:guarding.verify].tolist()) # to be verified
         self.manifest = {}
-        self.contents = Contents(self.path, self.shard)
+        self.contents = Contents(self.path, self.shard, self.store)
 
     @property
     def file(self): return self.path/f"manifest{shard_tag(self.shard)}.json"
@@ -353,7 +372,7 @@ def begin(self:Generation,
 )->Generation: # itself; ValueError names settings that differ, `OtherContents` items that have changed
     "Find or write the manifest and the table of contents, and run the self-test"
     ids = self.item_ids() if whole else []
-    if self.file.exists(): self.contents.compare(self.items, ids)
+    self.contents.compare(self.items, ids)
     self.manifest = begin_manifest(self.path, self.settings, self.shard)
     self.contents.hold(self.items, ids, begun=self.has_parts())
     if self.job is not None:
@@ -381,9 +400,22 @@ def rows_of(self:Generation, i):
     if not self.part(i).exists():
         new = self.proposed(self.windows[i])
         return as_record(new.join(self.facts_of(new))), True
-    rows = read_part(self.part(i))
+    rows = self.read(i)
     if not rows.eval_failed.any(): return rows, False
     return self.mended(rows), True
+
+@patch
+def read(self:Generation, i):
+    "Rows of window i as they lie there; ValueError if they were copied there from another run"
+    rows = read_part(self.part(i))
+    strangers = set(rows.question_id) - set(self.windows[i])
+    others = set(rows.scorer.dropna()) - {self.manifest["settings"]["scorer"]}
+    if strangers or others:
+        what = f"question_id {min(strangers)}" if strangers else f"facts of scorer {min(others)}"
+        raise ValueError(
+            f"{self.part(i)}: holds {what}, not of this run: remove the file, and its window is made again"
+        )
+    return rows
 
 @patch
 def proposed(self:Generation, queries):
@@ -629,7 +661,7 @@ class _Step:
 @patch
 def finish(self:Generation)->RLData: # what lies in `path`; with a shard, the rows of that shard
     "Complete the manifest from the parts"
-    done = [read_part(self.part(i)) for i in range(len(self.windows))]
+    done = [self.read(i) for i in range(len(self.windows))]
     parts = [dict(file=self.part(i).name, rows=len(rows)) for i, rows in enumerate(done)]
     if done: rows = pd.concat(done, ignore_index=True)
     else: rows = as_record(pd.DataFrame(dict(question_id=[], pointer=[]))) # a shard may have no queries

@@ -31,7 +31,7 @@ from .vqa import answer_targets
 from .cost import PEAKS, prompt_flops, qwen_config
 from .scorer import SharedScorer
 from .lvlm import MockScorer, load_lvlm
-from .groups import UNREADABLE, RLData, shard_tag
+from .groups import RLData, shard_tag
 from .rldata_ask import item_contents
 from .rldata_generate import Generation, run_lock, shard_queries, tally
 
@@ -76,11 +76,26 @@ def kept(self:Job,
     place = folder/name
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder/f".{name}.lock"):
-        if (place/"done").exists(): return load(place)
+        if _is_there(place): return _as_kept(load(place), place)
         made = make()
-        made.save(place)
-        (place/"done").touch()
+        _keep(made, place)
         return made
+
+def _is_there(place): return (place/"done").exists()
+
+def _keep(made, place):
+    "Save something whole, and note what it is"
+    made.save(place)
+    (place/"done").write_text(made.fingerprint, encoding="utf8")
+
+def _as_kept(found, place):
+    "The same; ValueError if it is not what was saved there"
+    note = (place/"done").read_text(encoding="utf8")      # earlier versions wrote none
+    if note in ("", found.fingerprint): return found
+    raise ValueError(
+        f"{place}: holds {found}, but {note} was saved there, so it was copied from elsewhere: remove the"
+        " folder, and it is made again"
+    )
 
 @patch
 def clip(self:Job): # `Clip`; an error names a folder that holds none
@@ -147,17 +162,13 @@ def _checked(store, items, clip, pictures, place):
     if store.source.get("clip") != clip.fingerprint: what = "of another CLIP"
     elif not np.array_equal(store.ids, items.index): what = "of other items"
     else:
-        wanted = pictures.loc[items.index]
-        then = store.meta["image_hash"]
-        other = [q for q, a, b in zip(items.index, then, wanted) if b != UNREADABLE and not b.startswith(a)]
-        if other: what = f"of other pictures ({len(other)}, first that of question_id {other[0]})"
+        other = store.unlike(items.index, pictures.loc[items.index], items.question)
+        if other: what = f"of other pictures or questions ({len(other)}, first that of question_id {other[0]})"
     if what is not None:
         raise ValueError(f"{place}: embeddings {what} than asked for: remove the folder, and embed again")
     return store
 
 # %% ../nbs/39_rldata_scale.ipynb #da8c08fa
-def _is_there(folder): return (folder/"done").exists()
-
 class Splits:
     "Some splits of one data set, each with its candidates"
     def __init__(self,
@@ -255,8 +266,7 @@ def _put_together(splits, folders, todo):
             if _is_there(places[s]): continue          # somebody else was faster
             items = splits.items[s]
             whole = gather_stores(items, stores)
-            _checked(whole, items, splits.clip, splits.pictures, splits.parts_folder()).save(places[s])
-            (places[s]/"done").touch()
+            _keep(_checked(whole, items, splits.clip, splits.pictures, splits.parts_folder()), places[s])
         empty_folder(splits.parts_folder())
 
 # %% ../nbs/39_rldata_scale.ipynb #541e715e
@@ -610,7 +620,7 @@ def questions_there(
     return sum(len(part) for i, part in enumerate(parts) if Path(path, f"part{tag}-{i:05d}.parquet").exists())
 
 # %% ../nbs/39_rldata_scale.ipynb #6902d560
-ROW_BYTES = 68 # of a stored sequence, measured on this page; real answers are longer
+ROW_BYTES = 78 # of a stored sequence, measured on this page; real answers are longer
 
 def asking_costs(
     calls:int, # prompts, at most

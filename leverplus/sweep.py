@@ -16,12 +16,13 @@ import numpy as np, pandas as pd
 from tqdm import tqdm
 from .settings import Asking
 from .core import fingerprint, read_json
+from .identity import code_fingerprint
 from .runs import git_state, library_versions, plain
 from .synth import quiet
 from .items import as_items
 from .groups import check_shard, shard_tag
 from .rewards import info_score, reward_facts
-from .rldata_ask import FactCache, ask, facts_fingerprint, item_hashes
+from .rldata_ask import FactCache, ask, check_contents, facts_fingerprint, item_hashes
 from .rldata_generate import Contents, evaluated, run_lock
 from .dls import group_dls
 from .callback_grpo import GRPO, PolicyGradient
@@ -31,7 +32,6 @@ from .learner import SelectorLearner, Stage, selector_learner
 from .infer import PICKS, as_pointer, check_picks, pick_model
 from .statistics import Bootstrap, Interval, claim, detectable, holm
 from .evaluate import compare_seeds, expected_best, level_text, score_picks
-from .loops import code_fingerprint
 
 # %% ../nbs/85_sweep.ipynb #5ddd3f55
 def _takes(function, *passed_on):
@@ -394,6 +394,7 @@ def sweep(
 )->pd.DataFrame: # a row per cell, default first: config, settings, seed, status, numbers, error, cell
     "Train every combination with every seed on the same groups, and judge it on the development questions"
     path = Path(path)
+    for name, data in groups.items(): check_contents(data.rows, world.items, f"sweep: the groups of {name}")
     seeds = [int(s) for s in seeds]
     base = base or {}
     stages = stages or {}
@@ -408,7 +409,7 @@ def sweep(
     shard = check_shard(shard)
     file = path/f"cells{shard_tag(shard)}.jsonl"
     with run_lock(path, shard):
-        Contents(path, shard).hold(world.items, _item_ids(groups), begun=file.exists())
+        Contents(path, shard, world.store).hold(world.items, _item_ids(groups), begun=file.exists())
         if cache is None: cache = FactCache(path/"facts")
         shared = SweepData(groups, world, shots, cache, stages, asking)
         have = _cells(path)

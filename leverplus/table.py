@@ -208,7 +208,7 @@ def _begin(path, asked, judges, models, rows, asking, overwrite):
         items=fingerprint(ids, text_hashes(items, ids)),
     )
     def create(): return Run.create(path, settings, rows.seed, prints, overwrite)
-    run = begin_run(create, path, items, ids, overwrite)
+    run = begin_run(create, path, items, ids, overwrite, asked.store)
     run.settings["rows"] = plain_settings(rows)
     return run.save_settings()
 

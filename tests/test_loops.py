@@ -1,5 +1,5 @@
 "The closed loop and its rounds: what an interrupt costs, who may judge, what n questions may claim"
-import itertools
+import itertools, shutil
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -95,6 +95,24 @@ def test_a_loop_is_not_continued_with_other_pictures(tmp_path):
         Loop(world, tmp_path/"loop", **KW)
     file.write_bytes(file.name.encode())
     Loop(world, tmp_path/"loop", **KW)
+
+@pytest.mark.parametrize("what", ["the selector", "the groups", "the round"])
+def test_a_round_is_what_it_left(tmp_path, what):
+    loop = Loop(make_world(), tmp_path/"loop", **KW)
+    first = loop.play(0)
+    other = Loop(make_world(Scripted(seed=5)), tmp_path/"other", **KW | dict(seed=1))
+    other.play(0)
+    part = {"the selector": "checkpoint", "the groups": "data", "the round": "."}[what]
+    shutil.copytree(loop.folder(0), tmp_path/"before")
+    shutil.rmtree(loop.folder(0)/part)
+    shutil.copytree(other.folder(0)/part, loop.folder(0)/part)
+    says = "no round of this loop, other loop.seed, seed" if what == "the round" else "not what this round has trained"
+    with pytest.raises(ValueError, match=says): loop.play(1)
+    with pytest.raises(ValueError, match=says): Loop(make_world(), tmp_path/"loop", **KW).play(0)
+    shutil.rmtree(loop.folder(0))
+    shutil.copytree(tmp_path/"before", loop.folder(0))
+    pd.testing.assert_frame_equal(loop.play(0).scored, first.scored)
+    loop.play(1)
 
 # ---- settings ----------------------------------------------------------------------------------------------
 
