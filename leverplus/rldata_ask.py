@@ -409,11 +409,12 @@ def ask(
     with tqdm(total=len(todo), disable=not progress, desc="asking", unit="prompt") as bar:
         for i in range(0, len(todo), window):
             part = todo[i:i+window]
-            about = _content_keys(items, part.question_id, part.pointer.to_numpy())
-            scored = score_pairs(part, scorer, items, asking, generate)
-            now = _content_keys(items, part.question_id, part.pointer.to_numpy())
+            shown = _needed(items, part)
+            about = _content_keys(shown, part.question_id, part.pointer.to_numpy())
+            scored = score_pairs(part, scorer, shown, asking, generate)
+            now = _content_keys(shown, part.question_id, part.pointer.to_numpy())
             scored = _unless_replaced(scored, about, now)
-            facts = facts_frame(part, scored, items, asking.evaluator, generate, own, about)
+            facts = facts_frame(part, scored, shown, asking.evaluator, generate, own, about)
             cache.add(facts)
             frames.append(facts.set_axis(keys[part.index]))
             bar.update(len(part))
