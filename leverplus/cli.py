@@ -19,9 +19,10 @@ from fastcore.basics import noop
 from .core import write_json
 from .settings import Job, Model, Proposing, change, plain_settings
 from .runs import Busy, by_command, present_command
+from .pools import check_encoder, encoder_of
 from .groups import RLData, shard_tag
 from .rewards import reward
-from .rldata_ask import FactCache, same_scorer
+from .rldata_ask import FactCache, check_contents, same_scorer
 from leverplus.rldata_generate import (
     NotVerified, TooManyFailures, run_lock, shard_queries, summary_text, verified_text, with_text,
 )
@@ -266,10 +267,12 @@ def judged(door:Check)->list: # of texts, one per run and selector
     models = load_models(door.selector)
     mode = door.rewarding.reward
     weights = weights_of(door.rewarding)
-    _, store, _ = job_of(door).inputs()
+    items, store, _ = job_of(door).inputs()
+    for model in models.values(): check_encoder(model, encoder_of(store))
     out = []
     for path in door.runs:
         data = with_text(RLData.load(path), mode, weights)
+        check_contents(data.rows, items, path)
         rewards = reward(data.rows, mode, **weights)
         for name, model in models.items():
             groups = GroupDataset(data.rows, data.pool, store, rewards, model.info.get("kind", "mixed"))
