@@ -467,11 +467,12 @@ def _set_recorder(rec, noted):
 def _describe(v, depth=0):
     "Settings as JSON: modules and tensors by fingerprint, functions by name, objects by class and what they hold"
     if v is None or isinstance(v, (bool, int, float, str)): return v
+    if isinstance(v, (np.generic, complex, torch.dtype)): return f"{type(v).__name__} {v}"
     if isinstance(v, nn.Module): return f"{type(v).__name__} {fingerprint(v.state_dict())}"
     if isinstance(v, (torch.Tensor, np.ndarray, bytes)): return fingerprint(v)
     if isinstance(v, (RLData, Pool, EmbedStore)): return f"{type(v).__name__} {v.fingerprint}"
     if isinstance(v, (pd.DataFrame, pd.Series, pd.Index)): return f"{type(v).__name__} {_print_of_frame(v)}"
-    if isinstance(v, set): v = sorted(v)
+    if isinstance(v, (set, frozenset)): v = sorted(v)
     if isinstance(v, (list, tuple, range)): return [_describe(i, depth) for i in v]
     if isinstance(v, dict): return {str(k): _describe(i, depth) for k, i in v.items()}
     if isinstance(v, partial): return [_describe(part, depth) for part in (v.func, v.args, v.keywords)]
@@ -482,8 +483,13 @@ def _describe(v, depth=0):
 def _print_of_frame(frame):
     "Fingerprint of a table, row by row, its index too"
     if not isinstance(frame, pd.DataFrame): frame = frame.to_frame()
-    columns = {str(name): list(map(repr, column)) for name, column in frame.items()}
+    columns = {str(name): list(map(_whole, column)) for name, column in frame.items()}
     return fingerprint(list(map(repr, frame.index)), columns)
+
+def _whole(x):
+    "A value of a table, arrays with all their numbers: `repr` leaves some out"
+    if isinstance(x, (np.ndarray, torch.Tensor)): return fingerprint(x)
+    return list(map(_whole, x)) if isinstance(x, (list, tuple)) else repr(x)
 
 # whose functions are what they are called
 _LIBRARIES = ("leverplus", "fastai", "fastcore", "torch", "numpy", "builtins")

@@ -142,8 +142,7 @@ def _canonical(x):
     if isinstance(x, dict): return {str(k): _canonical(x[k]) for k in sorted(x, key=str)}
     if isinstance(x, (list, tuple)): return _canonical_list(x)
     if isinstance(x, torch.Tensor): return _canonical(_as_array(x))
-    if isinstance(x, np.ndarray):
-        return [str(x.dtype), list(x.shape), _sha256(np.ascontiguousarray(x).tobytes())]
+    if isinstance(x, np.ndarray): return [str(x.dtype), list(x.shape), _canonical_numbers(x)]
     if isinstance(x, np.generic): return x.item()
     if isinstance(x, bytes): return _sha256(x)
     if isinstance(x, Path): return str(x)
@@ -157,6 +156,10 @@ _AS_IS = {int, float, str, bool, type(None)} # what JSON writes as it is
 
 def _canonical_list(xs): # a long list of plain values is the common case, and worth a shortcut
     return list(xs) if set(map(type, xs)) <= _AS_IS else [_canonical(x) for x in xs]
+
+def _canonical_numbers(x): # an array of objects holds addresses, so there the objects count
+    if x.dtype.hasobject: return _canonical_list(x.ravel().tolist())
+    return _sha256(np.ascontiguousarray(x).tobytes())
 
 def _as_array(x): # numpy has no bfloat16 and no float8: their bits count, under the name of their type
     x = x.detach().cpu()

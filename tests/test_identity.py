@@ -131,6 +131,13 @@ def test_fingerprints_of_half_precision():
     prints = [fingerprint(t) for t in (x, x.half(), x.bfloat16(), x.bfloat16().float(), x.bfloat16()[:2])]
     assert len(set(prints)) == 5
 
+def test_an_array_of_objects_is_known_by_what_they_are():
+    "Its memory holds addresses, which differ from process to process"
+    def array(*texts): return np.array(["".join(list(text)) for text in texts], dtype=object)
+    assert fingerprint(array("red", "bus")) == fingerprint(array("red", "bus"))
+    assert len({fingerprint(x) for x in (array("red", "bus"), array("bus", "red"), array("red"))}) == 3
+    with pytest.raises(TypeError, match="fingerprint got a object"): fingerprint(np.array([object()]))
+
 # ---- weights -----------------------------------------------------------------------------------------------
 
 def test_a_bit_of_any_weight_is_another_model():

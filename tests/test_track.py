@@ -12,7 +12,7 @@ from leverplus.callback_schedule import (
     Freeze, NoDropout, Phases, SplitShots, TempSchedule, TopKCurriculum, keep_k, part_of, phase_rows,
 )
 from leverplus.callback_track import (
-    Best, History, RLStats, candidate_ids, greedy_picks, missed, promotion_p, regrets, valid_loss,
+    Best, History, RLStats, candidate_ids, greedy_picks, missed, promotion_p, regrets, stage_settings, valid_loss,
 )
 from leverplus.core import gini
 from leverplus.dls import group_dls
@@ -234,6 +234,29 @@ def test_split_shots_loses_nothing_and_separates():
     assert all(torch.allclose(x, y, atol=1e-6) for x, y in zip(a.model.parameters(), b.model.parameters()))
 
 # --- the best ----------------------------------------------------------------------------------------------
+class Holds(StageCallback):
+    "A callback with one setting of any kind"
+    def __init__(self, setting): self.setting = setting
+
+def table(changed=0.): return pd.DataFrame(dict(vector=[np.where(np.arange(2000) == 1000, changed, 0.)]))
+
+@pytest.mark.parametrize("one, other", [
+    (np.int64(3), np.int64(4)), (np.float32(.3), np.float32(.4)), (np.bool_(True), np.bool_(False)),
+    (table(), table(1.)), (table().vector, table(1.).vector),
+    (table().assign(vector=[[table().vector[0]]]), table().assign(vector=[[table(1.).vector[0]]])),
+    (torch.float16, torch.bfloat16), (1 + 2j, 1 + 3j), (frozenset([1, 2]), frozenset([1, 3])),
+])
+def test_settings_of_a_stage_know_every_number(one, other):
+    "A fit is resumed only with the settings of its start"
+    def described(setting):
+        learn = learner()
+        learn.create_opt()
+        learn.n_epoch = 1
+        learn.add_cb(Holds(setting))
+        return stage_settings(learn)["callbacks"]["holds"]
+    assert described(one) == described(one)
+    assert described(one) != described(other)
+
 def test_scores_per_query():
     learn = learner()
     assert regrets(learn).mean().item() == pytest.approx(valid_loss(learn), abs=1e-6)
