@@ -137,7 +137,7 @@ def as_cell(
 def _digits(v):
     if pd.isna(v): return "–"
     if isinstance(v, (int, np.integer)): return str(v)
-    return f"{v:.0f}" if v == int(v) and abs(v) >= 10 else f"{v:.3g}"
+    return f"{v:.0f}" if float(v).is_integer() and abs(v) >= 10 else f"{v:.3g}"
 
 # %% ../nbs/15_markup.ipynb #c1fec91f
 def frame_table(

@@ -1,5 +1,5 @@
 "Blocks and their templates: text stays text, blocks are HTML, nothing is left empty by mistake"
-import pathlib, re
+import math, pathlib, re
 from html.parser import HTMLParser
 import numpy as np, pandas as pd, pytest
 from jinja2.exceptions import TemplateNotFound, UndefinedError
@@ -78,3 +78,8 @@ def test_every_template_is_used():
     for path in files: used |= set(re.findall(r'"([\w.]+\.(?:html|css))"', path.read_text()))
     assert {p.name for p in (package/"templates").iterdir()} <= used
     assert all(kind.template in used for kind in Block.__subclasses__() if hasattr(kind, "template"))
+
+@pytest.mark.parametrize("v,said", [(math.inf, "inf"), (-math.inf, "-inf"), (np.float64(math.inf), "inf"), (12., "12")])
+def test_an_effect_that_nothing_could_detect_is_a_number(v, said):
+    "The detectable effect of a handful of questions is infinite"
+    assert as_cell(v).text == said
