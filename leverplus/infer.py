@@ -730,7 +730,7 @@ def _settings(work, split):
 def _prints(work):
     "Fingerprints of what goes into a prediction"
     pool = work.pool
-    ids = _item_ids(pool)
+    ids = pool.item_ids
     prints = dict(
         pool=pool.fingerprint,
         scorer=facts_fingerprint(work.scorer, work.asking),
@@ -740,10 +740,6 @@ def _prints(work):
     if work.store is not None: prints["store"] = work.store.fingerprint
     if work.model is not None: prints["selector"] = policy_fingerprint(work.model)
     return prints
-
-def _item_ids(pool):
-    "Queries and candidates of a pool, ascending"
-    return sorted({*pool.ids, *(d for candidates in pool.ids.values() for d in candidates)})
 
 # %% ../nbs/80_infer.ipynb #0f2b1073
 class Prediction(Run):
@@ -775,7 +771,7 @@ class _Place:
         settings = _settings(work, self.split) | more
         prints = _prints(work)
         def create(): return Prediction.create(self.path, settings, work.picking.seed, prints, self.overwrite)
-        ids = _item_ids(work.pool if pool is None else pool)
+        ids = (work.pool if pool is None else pool).item_ids
         return begin_run(create, self.path, work.items, ids, self.overwrite, work.store)
 
 def _whole(work, place):
@@ -826,7 +822,7 @@ def _check_part(union, part, work, queries):
             f"{part.path}: not a shard of this prediction, other {', '.join(differs)}: remove the folder, and"
             " predict this shard again"
         )
-    Contents(part.path).compare(work.items, _item_ids(work.pool.only(queries)))
+    Contents(part.path).compare(work.items, work.pool.only(queries).item_ids)
 
 def _has_ended(folder): return (folder/"settings.json").exists() and Run(folder).finished
 

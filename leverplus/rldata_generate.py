@@ -29,8 +29,7 @@ from leverplus.groups import (
 from .rewards import reward_facts
 from .rldata_propose import SimilarityPrior, propose
 from leverplus.rldata_ask import (
-    FactCache, ask, facts_fingerprint, item_contents, pair_keys, score_pairs, self_test,
-    text_hashes,
+    FactCache, ask, facts_fingerprint, item_contents, pair_keys, score_pairs, self_test, text_hashes,
 )
 
 # %% ../nbs/34_rldata_generate.ipynb #ef804742
@@ -120,7 +119,7 @@ def run_settings(
 )->dict: # JSON-ready; `proposing`, `asking` and `guarding` are groups that `read_settings` reads
     "What the rows of a run depend on, as JSON would give it back"
     items = as_items(items, need=("question", "answer", "answers"))
-    ids = np.unique(np.concatenate([queries, *(np.array(pool[q]) for q in queries)]))
+    ids = pool.only(queries).item_ids
     out = dict(
         queries=len(queries),
         query_ids=fingerprint(queries),
@@ -357,7 +356,7 @@ class Generation:
     def item_ids(self, queries=None):
         "Ids of queries, those of all windows by default, and of their candidates"
         if queries is None: queries = [q for window in self.windows for q in window]
-        return sorted({*queries, *(d for q in queries for d in self.pool[q])})
+        return self.pool.only(queries).item_ids
 
     @cached_property
     def settings(self):
