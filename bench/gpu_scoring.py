@@ -13,6 +13,7 @@ come: a run that is cut off leaves what it has.
 import argparse, gc, json, math, os, platform, random, statistics, sys, tempfile, time, traceback
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 import numpy as np, torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -635,6 +636,8 @@ def main(argv=None):
         try: import qwen_vl_utils
         except ImportError:
             vision.open_resized = open_plain
+            # its limits are part of a model's fingerprint; where it is absent, there are none
+            sys.modules["qwen_vl_utils"] = SimpleNamespace(vision_process=None)
             table.note(
                 "qwen_vl_utils is absent: images are opened and not resized; their sides are such that it"
                 " would not resize them"

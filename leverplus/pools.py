@@ -458,7 +458,7 @@ def encoder_of(
     store, # `EmbedStore`
 )->str|None: # None: its vectors came from elsewhere
     "Fingerprint of the CLIP that made a store's vectors"
-    return getattr(store, "source", {}).get("clip")
+    return getattr(store, "meta", {}).get("source", {}).get("clip")
 
 def check_encoder(
     model, # a selector; its `info["encoder"]`, if any, is the CLIP whose vectors it was trained on

@@ -7,7 +7,6 @@ __all__ = ['STYLES', 'IMAGE_MARK', 'Demo', 'Prompt', 'ask_text', 'messages', 'pr
 
 # %% ../nbs/20_prompt.ipynb #5915289e
 from dataclasses import dataclass
-from .items import as_id, as_ids, as_items
 from .text import text_fault
 
 # %% ../nbs/20_prompt.ipynb #b0cd764b
@@ -87,6 +86,7 @@ def prompter(
     style:str="interleaved", # one of STYLES
 ): # function (question_id, pointer) -> Prompt; KeyError: unknown id; ValueError: item shown twice, or without a text
     "Make a function that makes prompts"
+    from leverplus.items import as_id, as_ids, as_items     # with pandas, which prompts themselves do without
     items = as_items(items, columns=("image_path", "question", "answer"))
     if style not in STYLES: raise ValueError(f"prompt style {style!r}, wanted one of {STYLES}")
     columns = (items[c] for c in ("question_id", "image_path", "question", "answer"))
@@ -134,6 +134,7 @@ def make_prompt(
     style:str="interleaved", # one of STYLES
 )->Prompt: # errors as for `prompter`
     "One prompt (for many, keep a `prompter`)"
+    from leverplus.items import as_ids, as_items
     items = as_items(items, columns=("image_path", "question", "answer"))
     shown = as_ids([question_id, *pointer])
     return prompter(items[items.index.isin(shown)], style)(question_id, pointer)

@@ -269,6 +269,14 @@ def takers():
 
 # they hand the items on, as they are, to one that opens the door
 HAND_ON = {
+    "evaluate.result_table": "_with_pictures",
+    "evaluate.gap_table": "_with_pictures",
+    "evaluate.paired_table": "_with_pictures",
+    "evaluate.paired_tests": "_with_pictures",
+    "evaluate.compare_seeds": "_with_pictures",
+    "evaluate.seeds_table": "_with_pictures",
+    "evaluate.size_table": "_with_pictures",
+    "evaluate.compare_runs": "_with_pictures",
     "groups.RLData.group": "Group",
     "infer.check_results": "_ids_of_results",
     "infer.write_results": "_ids_of_results",
