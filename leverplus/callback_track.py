@@ -376,7 +376,8 @@ def _packed_all(values, kind):
 def _memory(cb):
     "What a callback remembers, packed"
     leave = {"learn", "buf", "run", "run_train", "run_valid", *getattr(type(cb), "transient", ())}
-    packed = {k: _pack_chance(v) or _pack(v) for k, v in vars(cb).items() if k not in leave}
+    kept = {k: v for k, v in vars(cb).items() if k not in leave and not k.startswith("__")}   # __: fastcore's own
+    packed = {k: _pack_chance(v) or _pack(v) for k, v in kept.items()}
     return {k: v for k, v in packed.items() if v is not _Skip}
 
 def _pack_chance(v):
