@@ -11,6 +11,7 @@ import contextlib, hashlib, io, math, os, re, struct, threading, time, warnings
 from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
+from .core import what_instead
 
 # %% ../nbs/08_pictures.ipynb #739dc28d
 class BadPicture(OSError, ValueError):
@@ -47,7 +48,7 @@ def _why(e):
     if isinstance(e, _Refusal): return str(e)
     if isinstance(e, FileNotFoundError): return "does not exist" if e.errno else str(e)
     if isinstance(e, UnidentifiedImageError): return "is broken, or of no format that Pillow reads"
-    if isinstance(e, Image.DecompressionBombError): 
+    if isinstance(e, Image.DecompressionBombError):
         return f"is too large ({e}): make it smaller, or raise PIL.Image.MAX_IMAGE_PIXELS"
     if isinstance(e, OSError) and e.strerror: return f"cannot be opened ({type(e).__name__}: {e.strerror})"
     return f"is broken ({type(e).__name__}: {e})"
@@ -189,9 +190,7 @@ def _upright(image, orientation):
 _OTHERS = ( # (beginning of a file, what it is, and what to do)
     (rb"....ftyp(hei|hev|mif|msf)", "is HEIC, which Pillow does not read: save it as JPEG or PNG"),
     (rb"....ftypavi", "is AVIF, which this Pillow does not read: take a newer one, or save it as PNG"),
-    (rb"version https://git-lfs", "is a pointer of Git LFS: fetch the file itself, with git lfs pull"),
     (rb"\s*(<\?xml.*)?<svg", "is SVG, a drawing without pixels: save it as PNG"),
-    (rb"\s*<(!doctype html|html)", "is a web page: the download got that in place of a picture"),
     (rb"%PDF", "is a PDF: save its page as PNG"),
 )
 
@@ -201,7 +200,8 @@ def _no_picture(source):
     with opened as file: start = file.read(400)
     for beginning, why in _OTHERS:
         if re.match(beginning, start, re.I | re.S): return why
-    return "is broken, or of no format that Pillow reads"
+    other = what_instead(start)
+    return f"is {other}" if other else "is broken, or of no format that Pillow reads"
 
 # %% ../nbs/08_pictures.ipynb #fd7442a5
 def _opened(source):

@@ -339,9 +339,9 @@ NOISE = np.random.default_rng(5).integers(256, size=(64, 64, 3), dtype=np.uint8)
 REFUSED = { # name -> (file, words, seen from the header alone?)
     "empty": (b"", "file is empty", True),
     "text": (b"not found", "no format that Pillow reads", True),
-    "web page": (b"<html>not found</html>", "is a web page", True),
+    "web page": (b"<html>not found</html>", "is an HTML page", True),
     "HEIC of a phone": (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + b"\0"*99, "is HEIC, which Pillow does not read", True),
-    "pointer of Git LFS": (b"version https://git-lfs.github.com/spec/v1\noid", "is a pointer of Git LFS", True),
+    "pointer of Git LFS": (b"version https://git-lfs.github.com/spec/v1\noid", "is a Git LFS pointer", True),
     "drawing": (b"<?xml version='1.0'?>\n<svg xmlns='http://www.w3.org/2000/svg'/>", "is SVG", True),
     "cut PNG": (saved(NOISE)[:3000], "is broken", True),
     "cut JPEG": (saved(NOISE, "JPEG")[:1500], "truncated", False),
