@@ -209,13 +209,14 @@ def from_vectors(cls:EmbedStore,
     text:torch.Tensor|None=None, # [n, D'] question vectors; normalised here
     image:torch.Tensor|None=None, # [n, D] picture vectors; normalised here
     *,
-    source:dict, # what made them and of what, JSON-able, e.g. dict(encoder="minilm", items="okvqa"); ValueError if empty
+    source:dict, # what made them, of what, JSON-able: dict(encoder="minilm", items="okvqa"); ValueError if empty
     meta:dict|None=None, # what else is known, JSON-able
     **others, # further vectors by name
 )->EmbedStore: # whose fingerprint is that of ids and source
     "Make a store of vectors whose source is known"
     if not source: raise ValueError("source is empty: say what made these vectors, and of what")
-    if "vectors" in source: raise ValueError("source: 'vectors' stands for vectors of no known source: take another word")
+    if "vectors" in source:
+        raise ValueError("source: 'vectors' stands for vectors of no known source: take another word")
     self = cls(ids, image, text, meta, **others)
     self._comes_from(dict(source))
     return self
@@ -358,7 +359,7 @@ def _hashes(items, progress): # [n] key of every item's picture, None where it h
     by_path = {path: picture_key(path, question_id) for path, question_id in asked}
     return [by_path.get(path) for path in paths]
 
-def _encode_pictures(clip, items, hashes, batch_size, progress): # [n, D], zeros where there is no picture; None: nowhere
+def _encode_pictures(clip, items, hashes, batch_size, progress): # [n, D], zeros where an item has none; None: all
     there = np.array([h is not None for h in hashes])
     if not there.any(): return None
     shown = items[there].assign(hash=[h for h in hashes if h is not None])

@@ -30,7 +30,7 @@ from .pools import image_groups
 from .groups import RLData
 from .rldata_propose import SimilarityPrior
 from .rldata_ask import FactCache, ask, facts_fingerprint, text_hashes
-from .rldata_generate import begin_run, evaluated, generate, policy_fingerprint
+from .rldata_generate import begin_run, evaluated, generate, policy_fingerprint, with_kind
 from .rldata_check import health, wilson
 from .rldata_mine import mine
 from .rldata_merge import merge
@@ -84,7 +84,7 @@ def oracle_ranks(
     policy, # has `encode` and `step_logp`: a selector, or `SimilarityPrior`
     data:RLData, # groups of one shot count
     store, # `EmbedStore`
-    kind:str="mixed", # the embeddings that the policy reads
+    kind:str|None=None, # the embeddings that the policy reads, see `EmbedStore.kind`
     by:str="vqa_acc_score", # what is best: a numeric fact
     bs:int=256, # queries at once; changes nothing
 )->pd.DataFrame: # question_id, sequences, best (how many share the top), rank (1 = first), chance; live groups
@@ -199,6 +199,7 @@ class Loop:
         **changes, # of `settings`, by flat names: n, dev, shots, counts, two_stage, reward, model, seed, ...
     ):
         settings = changed_settings(settings, **changes)
+        settings = replace(settings, proposing=with_kind(settings.proposing, world.store))
         train_split, dev_split = settings.questions.splits
         self.world = world
         self.path = Path(path)

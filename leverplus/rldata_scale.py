@@ -287,7 +287,7 @@ def check_policy(self:Job,
     other_pool:bool=False, # see `check_pool`
 )->None: # ValueError says what does not fit
     "Refuse a selector that reads other embeddings, was trained on other pools, or picks fewer demonstrations"
-    own = self.proposing.kind
+    own = store.kind(self.proposing.kind)
     kind = (getattr(policy, "info", None) or {}).get("kind")
     most = getattr(policy, "max_shots", None)
     width = getattr(policy, "d_in", None)
