@@ -235,7 +235,7 @@ class Data:
     folder:Annotated[Folder, flag(name="data")]="data/islands" # folder of the data set
     reader:Literal["okvqa", "vqav2", "soft_labels"]="okvqa" # its format
     candidates:Annotated[str, arg(metavar="NAME")]="train" # split that demonstrations come from
-    images:Annotated[Folder|None, flag("DATA/images", metavar="DIR")]=None # folder of images
+    images:Annotated[Folder|None, flag("DATA/images", metavar="DIR")]=None # folder of images; "none": without pictures
     check:Literal["decode", "header", "exists"]="header" # how hard image files are looked at
     clip:Annotated[str, arg(metavar="MODEL")]="models/tiny-clip" # folder or hub name of the embedder
     store:Annotated[Folder|None, flag("memory only", metavar="DIR")]=None # keeps embeddings and pools for all commands
