@@ -324,9 +324,10 @@ def _check_names(frame, what):
 
 # %% ../nbs/09_items.ipynb #b8627cf3
 def picture_paths(
-    items:pd.DataFrame, # behind `as_items`
+    items:pd.DataFrame, # see `as_items`
 )->list: # n paths as texts; None: the item has no picture
     "List the pictures of items"
+    items = as_items(items)
     if "image_path" not in items: return [None]*len(items)
     return [path if isinstance(path, str) else None for path in items.image_path]
 

@@ -35,8 +35,8 @@ def pool(items, store): return make_pool(items[:24], items[10:], 8, "text", stor
 def data(items, store, pool, scorer, tmp_path_factory):
     proposing = Proposing(shots=(1, 2), counts=dict(beam=2, retrieval=2, random=2))
     guarding = Guarding(window=8, test=6, verify=24)
-    path = tmp_path_factory.mktemp("run")
-    return generate(path, list(pool), items, pool, scorer, store, progress=False, proposing=proposing, guarding=guarding)
+    how = dict(proposing=proposing, guarding=guarding, progress=False)
+    return generate(tmp_path_factory.mktemp("run"), list(pool), items, pool, scorer, store, **how)
 
 def test_readers_give_items_without_pictures(items, okvqa):
     real = read_soft_labels(okvqa, "val")
@@ -80,7 +80,8 @@ def test_a_picture_that_comes_later_is_another_content(items, store, pool, score
     pictured = read_okvqa(ROOT, "dev", images=ROOT/"images").loc[items.index]
     assert item_contents(items, queries).picture.isna().all()
     assert item_contents(pictured, queries).picture.notna().all()
-    with pytest.warns(UserWarning, match="are about other questions"): seen = ask(pairs, scorer, pictured, cache)
+    with pytest.warns(UserWarning, match="are about other questions"):
+        seen = ask(pairs, scorer, pictured, cache)
     pd.testing.assert_frame_equal(seen, ask(pairs, scorer, pictured))
     with pytest.raises(ValueError, match="are about other questions"): ask(pairs, None, items, cache)
     how = dict(progress=False, guarding=Guarding(window=4, test=0))
@@ -98,7 +99,8 @@ def test_a_path_that_leads_nowhere_is_no_absent_picture(items, pool, scorer):
 
 def part(data, queries):
     "The groups of some queries"
-    return RLData(data.rows[data.rows.question_id.isin(queries)].reset_index(drop=True), data.pool.only(queries))
+    rows = data.rows[data.rows.question_id.isin(queries)]
+    return RLData(rows.reset_index(drop=True), data.pool.only(queries))
 
 def test_a_selector_learns_from_texts_and_says_so(data, items, store, pool, tmp_path):
     train, valid = part(data, data.queries[:16]), part(data, data.queries[16:])
@@ -114,7 +116,8 @@ def test_a_selector_learns_from_texts_and_says_so(data, items, store, pool, tmp_
     picks = pick_model(model, pool, store, 2)
     assert picks.pointer.tolist() == pick(pool, Picking(shots=(2,)), model, store).pointer.tolist()
     model.info["kind"] = "mixed"
-    with pytest.raises(ValueError, match="kind 'mixed' is not in this store"): pick_model(model, pool, store, 2)
+    with pytest.raises(ValueError, match="kind 'mixed' is not in this store"):
+        pick_model(model, pool, store, 2)
 
 def test_baselines_are_those_that_there_are(items, store, pool):
     names = set(pick_baselines(pool, store, (1, 2), draws=1).selector)
@@ -125,7 +128,8 @@ def test_baselines_are_those_that_there_are(items, store, pool):
 def test_vectors_of_another_encoder_serve_as_well(items, pool):
     g = torch.Generator().manual_seed(0)
     source = dict(encoder="another", items="islands")
-    mine = EmbedStore.from_vectors(items.question_id, torch.randn(len(items), 8, generator=g), source=source)
+    vectors = torch.randn(len(items), 8, generator=g)
+    mine = EmbedStore.from_vectors(items.question_id, vectors, source=source)
     assert make_pool(items[:24], items[10:], 8, "text", mine).recipe["store"] == mine.fingerprint
     assert len(propose(pool, mine, list(pool)[:3])) > 0
 

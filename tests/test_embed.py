@@ -214,7 +214,8 @@ def test_given_vectors_are_known_by_their_source(tmp_path):
     text, answer = torch.randn(4, 5, generator=g), torch.randn(4, 3, generator=g)
     made = dict(encoder="minilm", items="okvqa")
     s = EmbedStore.from_vectors(range(4), text, answer=answer, source=made)
-    assert s.source == made and s.kinds == ("text", "answer") and s.kind() == "text" and s.kind("answer") == "answer"
+    assert s.source == made and s.kinds == ("text", "answer")
+    assert [s.kind(), s.kind("answer")] == ["text", "answer"]
     torch.testing.assert_close(s.get([2], "answer"), unit(answer[2:3]))
     rounded = EmbedStore.from_vectors(range(4), text*(1 + 1e-6), answer=answer, source=made)
     assert rounded.fingerprint == s.fingerprint
@@ -241,7 +242,11 @@ def test_same_numbers_under_other_names_are_other_stores():
 
 @pytest.mark.parametrize(
     "given,says",
-    [(dict(), "no vectors"), (dict(mixed=torch.eye(2)), "made of image and text"), (dict(text=torch.eye(3)), "3 text")],
+    [
+        (dict(), "no vectors"),
+        (dict(mixed=torch.eye(2)), "made of image and text"),
+        (dict(text=torch.eye(3)), "3 text vectors"),
+    ],
 )
 def test_stores_that_cannot_be(given, says):
     with pytest.raises(ValueError, match=says): EmbedStore([1, 2], **given)

@@ -255,7 +255,8 @@ PREFIXES = [{}, dict(prefix_cache="query"), dict(prefix_cache="global", prefix_d
 def test_prompts_without_pictures(lvlm, images, style):
     "Alone, in batches beside prompts with pictures, and with pictures for some items only"
     ps = [prompt(images, 20 + k, ptr, style) for k, (ptr, _) in enumerate(MIXED)]
-    ps = [blind(p) for p in ps] + ps[:3] + [blind(p, demos=False) for p in ps] + [blind(p, query=False) for p in ps]
+    one_sided = [blind(p, demos=False) for p in ps] + [blind(p, query=False) for p in ps]
+    ps = [blind(p) for p in ps] + ps[:3] + one_sided
     ts = [Targets(ANSWERS, (1.,)*5)]*len(ps)
     naive = NaiveScorer(lvlm).run(ps, ts)
     assert_same(NaiveScorer(lvlm, batch_size=1).run(ps, ts), naive)
@@ -272,7 +273,8 @@ def test_text_prompts_share_their_beginnings(lvlm, images, style):
     ps = [blind(prompt(images, 20 + q, (a, b), style)) for q in range(3) for a in (1, 2) for b in (3, 4, 5)]
     off = SharedScorer(lvlm)
     shared = SharedScorer(lvlm, prefix_cache="query")
-    assert_same(shared.run(ps, [Targets(("dax",), (1.,))]*len(ps)), off.run(ps, [Targets(("dax",), (1.,))]*len(ps)))
+    ts = [Targets(("dax",), (1.,))]*len(ps)
+    assert_same(shared.run(ps, ts), off.run(ps, ts))
     assert off.stats.ran == off.stats.tokens == shared.stats.tokens
     assert shared.stats.ran < .6*shared.stats.tokens and shared.stats.reused == len(ps)
 
@@ -284,16 +286,18 @@ def test_an_absent_picture_is_not_a_missing_one(lvlm, images):
         assert out[0].error is None and "gone.png" in out[1].error
 
 LINES = (
-    "{% for m in messages %}{{ m['content'] if m['role'] == 'user' else ' ' + m['content'] + '\n' }}{% endfor %}"
+    "{% for m in messages %}"
+    "{{ m['content'] if m['role'] == 'user' else ' ' + m['content'] + '\n' }}"
+    "{% endfor %}"
 )
 TEMPLATES = dict(
     lines=LINES,
     # the blank stands at the end of the prompt; messages in parts
     trailing="{% for m in messages %}{% for c in m['content'] %}{{ c['text'] }}{% endfor %}"
-    "{% if m['role'] == 'user' %}{% if add_generation_prompt or not loop.last %} {% endif %}{% else %}\n{% endif %}"
-    "{% endfor %}",
+    "{% if m['role'] != 'user' %}\n{% elif add_generation_prompt or not loop.last %} {% endif %}{% endfor %}",
     # no generation prompt, and another end
-    tags="{% for m in messages %}<|object_ref_start|>{{ m['role'] }}\n{{ m['content'] }}<|box_end|>{% endfor %}",
+    tags="{% for m in messages %}<|object_ref_start|>{{ m['role'] }}\n"
+    "{{ m['content'] }}<|box_end|>{% endfor %}",
 )
 
 def with_template(lvlm, template, eos="<|endoftext|>"):
@@ -343,8 +347,8 @@ def test_the_template_of_the_second_world(lvlm, images, blind_okvqa):
     "template,eos,says",
     [
         (LINES, None, "no end of text"),
-        (LINES + "{% if add_generation_prompt %}Think:{% endif %}", "<|endoftext|>", "the same text before the answer"),
-        ("{% for m in messages %}{{ m['role'] }}{% endfor %}", "<|endoftext|>", "of a message"),
+        (LINES + "{% if add_generation_prompt %}Think:{% endif %}", "</s>", "same text before the answer"),
+        ("{% for m in messages %}{{ m['role'] }}{% endfor %}", "</s>", "of a message"),
     ],
 )
 def test_templates_that_are_refused_when_a_model_is_loaded(lvlm, template, eos, says, tmp_path):

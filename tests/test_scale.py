@@ -84,7 +84,8 @@ def test_a_data_set_can_be_read_without_its_pictures(tmp_path):
     pictured = expected_rate(settings_of(Job, split="dev").items()[:20])
     assert blind["image_tokens"] == 0 < pictured["image_tokens"]
     assert blind["prompts_per_second"] > pictured["prompts_per_second"]
-    with pytest.raises(ValueError, match="kind 'mixed' is not in this store"): change(job, kind="mixed").run(tmp_path/"b")
+    with pytest.raises(ValueError, match="kind 'mixed' is not in this store"):
+        change(job, kind="mixed").run(tmp_path/"mixed")
 
 def test_inputs_are_made_once_and_equal_when_made_again(tmp_path, monkeypatch):
     import leverplus.rldata_scale as s
