@@ -321,9 +321,11 @@ def _row(self:SharedScorer, prompt, target, features):
     images = [features[image] for image in prompt.images]
     for found in images:
         if isinstance(found, Exception): raise found
-    ids, places = self._read(text, prompt_cuts(prompt, text), images)
+    cuts = prompt_cuts(prompt, text)
+    ids, places = self._read(text, cuts, images)
     pos, next_pos = rope_positions(ids, [grid for _, grid, _ in images], self.lvlm.image_id)
-    tree, answers = self._answer_tree(target.texts, last_piece(text, self.lvlm.control_tokens))
+    query = text[cuts[-1]:] if places else text
+    tree, answers = self._answer_tree(target.texts, last_piece(query, self.lvlm.control_tokens))
     shown = [said(demo.answer) for demo in prompt.demos]
     drafts = [tokens for tokens in shown if tokens]
     seen = [found for found, _, _ in images]
