@@ -30,7 +30,7 @@ from .pools import image_groups
 from .groups import RLData
 from .rldata_propose import SimilarityPrior
 from .rldata_ask import FactCache, ask, facts_fingerprint, text_hashes
-from .rldata_generate import begin_run, evaluated, generate, policy_fingerprint, with_kind
+from .rldata_generate import begin_run, evaluated, generate, policy_fingerprint
 from .rldata_check import health, wilson
 from .rldata_mine import mine
 from .rldata_merge import merge
@@ -199,7 +199,6 @@ class Loop:
         **changes, # of `settings`, by flat names: n, dev, shots, counts, two_stage, reward, model, seed, ...
     ):
         settings = changed_settings(settings, **changes)
-        settings = replace(settings, proposing=with_kind(settings.proposing, world.store))
         train_split, dev_split = settings.questions.splits
         self.world = world
         self.path = Path(path)
@@ -219,7 +218,7 @@ class Loop:
     @property
     def shots(self): return self.settings.proposing.shots[0]
     @property
-    def kind(self): return self.settings.proposing.kind
+    def kind(self): return self.world.store.kind(self.settings.proposing.kind)
     @property
     def reward(self): return self.settings.rewarding.reward
     @property
