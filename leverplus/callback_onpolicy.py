@@ -44,7 +44,7 @@ def draw_groups(
     G:int=8, # sequences per query, >= 1
     distinct:bool=False, # without replacement?
     key:tuple=(0,), # names the draw, e.g. (seed, round)
-    kind:str="mixed", # embeddings that the policy reads
+    kind:str|None=None, # embeddings that the policy reads, see `EmbedStore.kind`
 )->dict: # CPU tensors: a batch, seqs [B,G,S], mask and logp [B,G], kappa [B] or None, greedy [B,S]; all below
     "Draw groups from the policy as it is, without dropout; logp is exact, kappa the threshold of `inclusion_logp`"
     queries = as_ids(queries).tolist()
@@ -277,7 +277,7 @@ class Drawing:
     bs:Count|None=None # queries per batch, each with a group per shot count; None: as the training loader has it
     patience:int|None=3 # end after so many rounds in a row without less headroom, >= 1; None: never
     min_delta:float=0. # less headroom by more than this counts, in units of reward
-    kind:Literal["image", "text", "mixed"]="mixed" # embeddings that the policy reads
+    kind:Literal["image", "text", "mixed"]|None=None # embeddings that the policy reads, see `EmbedStore.kind`
     seed:Natural=0 # of samples, and of the order of queries
 
     def __post_init__(self):
@@ -643,7 +643,7 @@ def data(self:OnPolicy,
     rows["beam_rank"] = np.where(drawn, np.nan, 0.)
     d = self.drawing
     drawn_by = dict(
-        G=d.G, every=d.every, distinct=d.distinct, kind=d.kind,
+        G=d.G, every=d.every, distinct=d.distinct, kind=store.kind(d.kind),
         shots=list(d.shots) if len(d.shots) > 1 else d.shots[0],
         seed=d.seed, round=rows["round"].tolist())
     record = as_record(rows.drop(columns="round").join(facts))
@@ -657,7 +657,7 @@ def greedy_rewards(
     feedback:Feedback, # who gives rewards
     shots:int|None=2, # S; None for a policy with STOP
     queries=None, # question_ids; None: all of `pool`
-    kind:str="mixed", # embeddings that the policy reads
+    kind:str|None=None, # embeddings that the policy reads, see `EmbedStore.kind`
     bs:int=256, # queries at once; changes no pick
     strict:bool=True, # `NoReward` for a pick that has none; False: NaN
 )->np.ndarray: # [n] rewards, in the order of the queries
@@ -679,7 +679,7 @@ class GreedyLoss:
         store, # `EmbedStore` of queries and candidates
         shots=2, # S, or several, whose mean counts; None for a policy with STOP
         queries=None, # question_ids; None: all of `pool`
-        kind:str="mixed", # embeddings that the policy reads
+        kind:str|None=None, # embeddings that the policy reads, see `EmbedStore.kind`
         top:float=1., # the best reward there is
         max_failed:float=0., # share of picks, 0..1, that may lack a reward; they count as 0, with a warning
     ):

@@ -275,7 +275,7 @@ def judged(door:Check)->list: # of texts, one per run and selector
         check_contents(data.rows, items, path)
         rewards = reward(data.rows, mode, **weights)
         for name, model in models.items():
-            groups = GroupDataset(data.rows, data.pool, store, rewards, model.info.get("kind", "mixed"))
+            groups = GroupDataset(data.rows, data.pool, store, rewards, model.info.get("kind"))
             table = summarise(off_policy(model, groups)).round(3).to_string()
             out.append(f"\n{path}, judging {name}{_flatters(model, data)}\n{table}")
     return out

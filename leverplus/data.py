@@ -15,7 +15,7 @@ from itertools import combinations
 from pathlib import Path
 import numpy as np, pandas as pd
 from .core import fingerprint, read_json
-from .items import as_id, as_image_id, as_items, given_ids
+from .items import as_id, as_image_id, as_items, given_ids, picture_paths
 from .pictures import BadPicture, open_image, picture_fault, picture_file, picture_key
 from .text import compose, sound_text
 
@@ -430,7 +430,8 @@ def show_items(
     axes=None, # n matplotlib axes; a new row of them if None
 )->np.ndarray: # the axes
     "Show items: question above, image, and the three most frequent answers with their counts below"
-    frame = as_items(frame, need=("image_id", "image_path", "question", "answers"))
+    frame = as_items(frame, need=("image_id", "question", "answers"))
+    frame = frame.assign(image_path=picture_paths(frame))
     import matplotlib.pyplot as plt
     n = min(n, len(frame))
     if n < 1: raise ValueError(f"{n} of {len(frame)} items to show: wanted at least one")

@@ -78,7 +78,7 @@ class GroupDataset:
         pool:Pool, # who may be picked; a pointer that leaves it is a ValueError naming question_id and demonstration
         store, # embeddings: `get(ids, kind) -> [..., D]`
         rewards, # [n] one per row; NaN only where the row failed
-        kind:str="mixed", # which embedding: image | text | mixed
+        kind:str|None=None, # which embedding, see `EmbedStore.kind`
         question_ids=None, # the queries, in order; ValueError names one without a usable row; None: all that have one
         about:pd.DataFrame|None=None, # questions, answers and pictures, indexed by question_id, to look at groups with
     ):
@@ -94,7 +94,7 @@ class GroupDataset:
         self.rows = rows.iloc[order].reset_index(drop=True)
         self.rewards = torch.as_tensor(np.asarray(rewards, dtype=np.float32)[order])
         self.pool = pool
-        self.kind = kind
+        self.kind = store.kind(kind)
         self.n_failed = int((~usable).sum())
         self.lost = pd.Index(query).unique().difference(self.question_ids).tolist()
         self.n = torch.as_tensor(np.bincount(at[keep], minlength=len(self.question_ids))) # sequences per group
@@ -278,11 +278,11 @@ def show_group(
 # %% ../nbs/40_dls.ipynb #4f819fc1
 def show_prompts(
     table:pd.DataFrame, # `query` and `picks` (question_ids); what else it has stands under the question
-    items:pd.DataFrame, # `question, answer, image_path`, indexed by question_id
+    items:pd.DataFrame, # `question, answer, maybe image_path`, indexed by question_id
     axes=None, # matplotlib axes, a row per query; default new ones
 ): # the axes [queries, picks + 1]
     "Draw prompts: picked demonstrations in order, then the question"
-    items = as_items(items, need=("image_path", "question", "answer"))
+    items = as_items(items, need=("question", "answer"))
     import matplotlib.pyplot as plt
     shots = max(map(len, table.picks), default=0)
     if axes is None:
@@ -360,7 +360,7 @@ def group_dls(
     valid:RLData, # groups to judge by; other queries, same pool rule
     store, # `EmbedStore` that knows all queries and demonstrations
     reward:str="hard_plus_soft", # mode of `rewards.reward`
-    kind:str="mixed", # embedding: image | text | mixed
+    kind:str|None=None, # which embedding, see `EmbedStore.kind`
     bs:int=32, # B, queries per batch (validation: 4 times as many)
     seed:int=0, # of the order of training batches
     device=None, # where batches go; default fastai's default device
@@ -382,7 +382,7 @@ def group_dls(
         data=dict(train=train.fingerprint, valid=valid.fingerprint),
         store=store.fingerprint,
         encoder=encoder_of(store),
-        kind=kind,
+        kind=trn.kind,
         reward=dict(mode=reward, **weights),
     )
     loaders = GroupDL(trn, bs, shuffle=True, seed=seed), GroupDL(val, 4 * bs)

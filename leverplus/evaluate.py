@@ -20,6 +20,7 @@ import numpy as np, pandas as pd
 from .core import fingerprint, gini, read_json, rng, write_json
 from .runs import Run
 from .items import as_ids, as_items
+from .embed import KINDS
 from .pools import image_groups
 from .vqa import normalise, vqa_accuracies
 from leverplus.infer import (
@@ -51,7 +52,7 @@ def pick_baselines(
     out = [pick_zero(pool)]
     for S in shots:
         out.append(pick_random(pool, S, draws, seed))
-        out += [pick_similar(pool, store, S, kind) for kind in ("image", "text", "mixed")]
+        out += [pick_similar(pool, store, S, kind) for kind in KINDS if kind in store.kinds]
         out.append(pick_mmr(pool, store, S))
     out += [pick_fixed(pool, pointer, items) for pointer in (fixed or {}).values()]
     return pd.concat(out, ignore_index=True)

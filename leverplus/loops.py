@@ -84,7 +84,7 @@ def oracle_ranks(
     policy, # has `encode` and `step_logp`: a selector, or `SimilarityPrior`
     data:RLData, # groups of one shot count
     store, # `EmbedStore`
-    kind:str="mixed", # the embeddings that the policy reads
+    kind:str|None=None, # the embeddings that the policy reads, see `EmbedStore.kind`
     by:str="vqa_acc_score", # what is best: a numeric fact
     bs:int=256, # queries at once; changes nothing
 )->pd.DataFrame: # question_id, sequences, best (how many share the top), rank (1 = first), chance; live groups
@@ -218,7 +218,7 @@ class Loop:
     @property
     def shots(self): return self.settings.proposing.shots[0]
     @property
-    def kind(self): return self.settings.proposing.kind
+    def kind(self): return self.world.store.kind(self.settings.proposing.kind)
     @property
     def reward(self): return self.settings.rewarding.reward
     @property

@@ -476,7 +476,7 @@ def check_encoder(
 def pool_similarity(
     pool:Pool, # any pool
     store:EmbedStore, # embeddings of its queries and candidates
-    kind:str="mixed", # image | text | mixed
+    kind:str|None=None, # see `EmbedStore.kind`
 )->np.ndarray: # float32 [number of (query, candidate) pairs] cosines
     "Cosine of every candidate with its query"
     queries = np.asarray(list(pool), dtype=np.int64)
@@ -487,12 +487,13 @@ def pool_similarity(
 def plot_pools(
     pools:dict, # {name: Pool}
     store:EmbedStore, # embeddings of their queries and candidates
-    kind:str="mixed", # image | text | mixed
+    kind:str|None=None, # see `EmbedStore.kind`
     ax=None, # axes to draw on; None makes them
 ): # the axes
     "Box plot of candidate-query cosines, a box per pool (whiskers: 5 % and 95 %)"
     import matplotlib.pyplot as plt
     ax = plt.subplots(figsize=(5, 3))[1] if ax is None else ax
+    kind = store.kind(kind)
     cosines = [pool_similarity(pool, store, kind) for pool in pools.values()]
     ax.boxplot(cosines, whis=(5, 95), showfliers=False, tick_labels=list(pools))
     ax.set(xlabel="sampler", ylabel=f"cosine to the query ({kind})")

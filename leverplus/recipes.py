@@ -32,7 +32,7 @@ from fastai.learner import Learner
 
 # %% ../nbs/71_recipes.ipynb #c8f63909
 # what a recipe's `data` may say, and what holds where it says nothing
-DATA = dict(reward="soft_only", weights={}, kind="mixed", bs=64, filters=[])
+DATA = dict(reward="soft_only", weights={}, kind=None, bs=64, filters=[])
 
 def _own(title, stages, model=None):
     return dict(
@@ -398,7 +398,7 @@ def _misfits(learn, r):
     if "bs" in data: hold("batch size", learn.dls.train.bs, data["bs"])
     if info is None and {"reward", "kind"} & set(data):
         return [*out, f"the loaders do not say what reward they hold, wanted {data.get('reward')!r}"]
-    if "kind" in data: hold("embedding", info["kind"], data["kind"])
+    if data.get("kind") is not None: hold("embedding", info["kind"], data["kind"])
     if "reward" in data:
         want = _full_reward(data["reward"], **data.get("weights", {}))
         hold("reward", _full_reward(**info["reward"]), want)

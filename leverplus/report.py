@@ -22,7 +22,7 @@ from leverplus.markup import (
     Block, Blocks, Cell, Figure, Fold, Heading, Paragraph, Preformatted, Scroll, Sentences, Filled, Strip,
     Table, frame_table,
 )
-from .items import as_id, as_ids, as_items, given_ids
+from .items import as_id, as_ids, as_items, given_ids, picture_paths
 from .pictures import open_image
 from .groups import RLData, shard_files
 from .rldata_check import Health, health, teaches
@@ -334,14 +334,14 @@ def item_picture(
     items:pd.DataFrame, # items by question_id
     question_id:int, # whose image; KeyError if it is not in `items`
     size:int=320, # longest side in pixels; smaller images stay as they are
-):# PIL image in RGB, or None where the items were read without images; FileNotFoundError names file and question
+):# PIL image in RGB, or None where the item has no picture; FileNotFoundError names file and question
     "The image of an item, small enough to show"
     items = as_items(items)
     question_id = as_id(question_id)
     if question_id not in items.index:
         raise KeyError(f"question {question_id} is not in items: pass queries and demonstrations together")
-    path = items.image_path[question_id] if "image_path" in items else None
-    if path is None or pd.isna(path): return None
+    path, = picture_paths(items.loc[[question_id]])
+    if path is None: return None
     if not Path(path).exists(): raise FileNotFoundError(f"image of question {question_id} is not at {path}")
     image = open_image(path, question_id=question_id)
     image.thumbnail((size, size))
@@ -352,7 +352,7 @@ def _draw_item(ax, items, question_id, head, answer, edge="#b0b7bf"):
     "Image of an item with its question and answer underneath"
     image = item_picture(items, question_id)
     if image is None:
-        ax.text(.5, .5, "(images not read)", ha="center", va="center", fontsize=8, color="grey")
+        ax.text(.5, .5, "(no picture here)", ha="center", va="center", fontsize=8, color="grey")
         ax.set_aspect(1)
     else:
         drawing = max(image.size) < 128
@@ -370,7 +370,7 @@ def _wrap(text, width=26, lines=4):
 
 # %% ../nbs/90_report.ipynb #556fd97c
 def plot_examples(
-    items:pd.DataFrame, # queries and demonstrations by question_id: `question, answer, answers, image_path`
+    items:pd.DataFrame, # queries and demonstrations by question_id: `question, answer, answers`, maybe `image_path`
     scored:pd.DataFrame, # from `evaluate.score_picks`
     n:int=4, # cases
     selector:str|None=None, # whose; None if there is only one
@@ -475,7 +475,7 @@ class Pictures(Block):
         items:pd.DataFrame, # items by question_id
         question_id:int, # whose picture
         size:int=224, # longest side in pixels
-    )->Block: # points to the picture; says so where the items were read without images
+    )->Block: # points to the picture; says so where there is none
         "A picture in a page, by reference"
         items = as_items(items)
         image = item_picture(items, question_id, size)

@@ -36,7 +36,7 @@ def score_pairs(
     generate:bool=True, # False: probabilities only, no text
 )->list: # of `Scored`, one per pair, in order; ValueError if the scorer answers something else
     "Ask a scorer about pairs, in one call"
-    items = as_items(items, need=("image_path", "question", "answer", "answers"))
+    items = as_items(items, need=("question", "answer", "answers"))
     make = prompter(_needed(items, pairs), asking.style)
     prompts = [make(q, p) for q, p in zip(pairs.question_id, pairs.pointer)]
     targets = [_targets(items, q, asking.answer_weight) for q in pairs.question_id]
@@ -571,7 +571,7 @@ def self_test(
     cache:FactCache|None=None, # see `ask`
 )->dict: # asked, failed, compared, greedy_wins (0..1), spearman (-1..1), prompt; a number that cannot be had is None
     "Is what the model writes likelier to it than another answer, and does gt_prob go along with accuracy?"
-    items = as_items(items, need=("image_path", "question", "answer", "answers"))
+    items = as_items(items, need=("question", "answer", "answers"))
     draw = rng("self-test", seed, S)
     queries = draw.choice(list(pool), min(n, len(pool)), replace=False).tolist()
     pointers = [tuple(draw.choice(pool[q], S, replace=False).tolist()) for q in queries]

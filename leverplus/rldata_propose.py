@@ -78,7 +78,7 @@ def pool_batch(
     store, # `EmbedStore`
     queries, # B question_ids
     S:int, # shots, fewer than the candidates of any pool; else ValueError names the query
-    kind:str="mixed", # image | text | mixed
+    kind:str|None=None, # see `EmbedStore.kind`
 )->PoolBatch: # see there
     "Collect the pools of some queries"
     sizes = [len(pool[q]) for q in queries]

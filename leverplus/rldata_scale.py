@@ -22,7 +22,7 @@ from huggingface_hub import try_to_load_from_cache
 from .core import fingerprint, read_json, repo_path, rng
 from .runs import empty_folder
 from .settings import Job, change
-from .items import as_items
+from .items import as_items, picture_paths
 from .pictures import BadPicture, picture_size
 from .data import check_splits, items_fingerprint, read_okvqa, read_soft_labels, read_vqav2
 from .embed import EmbedStore, embed_items, gather_stores, load_clip
@@ -43,12 +43,17 @@ def _folder(path):
     p = Path(path).expanduser()
     return p if p.exists() or not repo_path(path).exists() else repo_path(path)
 
+def _images_of(data, folder):
+    "The folder of the images of a data set; None: it is read without"
+    if data.images is None: return folder/"images"
+    return None if data.images == "none" else _folder(data.images)
+
 @patch
 def items(self:Job)->pd.DataFrame: # by question_id; FileNotFoundError, `BadItems`, ValueError name what is wrong
     "Read the questions and the demonstrations"
     data = self.data
     folder = _folder(data.folder)
-    images = folder/"images" if data.images is None else _folder(data.images)
+    images = _images_of(data, folder)
     read = READERS[data.reader]
     splits = dict.fromkeys((data.candidates, self.split))
     frames = {s: read(folder, s, images=images, verify=data.check) for s in splits}
@@ -287,7 +292,7 @@ def check_policy(self:Job,
     other_pool:bool=False, # see `check_pool`
 )->None: # ValueError says what does not fit
     "Refuse a selector that reads other embeddings, was trained on other pools, or picks fewer demonstrations"
-    own = self.proposing.kind
+    own = store.kind(self.proposing.kind)
     kind = (getattr(policy, "info", None) or {}).get("kind")
     most = getattr(policy, "max_shots", None)
     width = getattr(policy, "d_in", None)
@@ -504,10 +509,10 @@ def expected_rate(
     seed:int=0, # of their draw
 )->dict: # prompts_per_second; tflop of a prompt; image_tokens, answers: means; why, in words
     "Prompts per second that a GPU would answer about such items: assumed, not measured"
-    items = as_items(items, need=("image_path", "answers"))
+    items = as_items(items, need=("answers",))
     if not len(items): raise ValueError("expected_rate: no items")
     some = items.iloc[rng("expected rate", seed).permutation(len(items))[:n]]
-    tokens = [_tokens_of(q, path) for q, path in zip(some.question_id, some.image_path)]
+    tokens = [_tokens_of(q, path) for q, path in zip(some.question_id, picture_paths(some))]
     image = sum(tokens)/len(tokens)
     answers = sum(len(answer_targets(a)[0]) for a in some.answers)/len(some)
     costs = []
@@ -525,6 +530,8 @@ def expected_rate(
     return dict(prompts_per_second=rate, tflop=flops/1e12, image_tokens=image, answers=answers, why=why)
 
 def _tokens_of(question_id, path):
+    "Visual tokens of an item's picture; 0 where it has none"
+    if path is None: return 0
     try: return visual_tokens(*picture_size(path, question_id=question_id))
     except BadPicture as e:
         raise ValueError(

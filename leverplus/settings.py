@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['CHECKS', 'Count', 'Natural', 'Share', 'Amount', 'Positive', 'Folder', 'Json', 'JsonOrNone', 'Evaluator', 'COUNTS',
-           'TWO_STAGE', 'Counts', 'TwoStage', 'Picker', 'Shots', 'Ids', 'Judge', 'Kind', 'Reward', 'ObjectiveName',
-           'ExtraSettings', 'EPOCHS', 'BATCH', 'NewSelector', 'Sizes', 'group', 'no_switch', 'folder_name', 'flag',
-           'in_words', 'plain_settings', 'read_settings', 'draft', 'flat_names', 'change', 'settings_of', 'Data',
-           'Pools', 'json_object', 'json_value', 'Model', 'Asking', 'check_counts', 'several', 'check_two_stage',
-           'Proposing', 'Guarding', 'Mining', 'Job', 'Picking', 'Rewarding', 'Teaching', 'Choosing', 'Rows']
+           'TWO_STAGE', 'Counts', 'TwoStage', 'StoreKind', 'Picker', 'Shots', 'Ids', 'Judge', 'Kind', 'Reward',
+           'ObjectiveName', 'ExtraSettings', 'EPOCHS', 'BATCH', 'NewSelector', 'Sizes', 'group', 'no_switch',
+           'folder_name', 'flag', 'in_words', 'plain_settings', 'read_settings', 'draft', 'flat_names', 'change',
+           'settings_of', 'Data', 'Pools', 'json_object', 'json_value', 'Model', 'Asking', 'check_counts', 'several',
+           'check_two_stage', 'Proposing', 'Guarding', 'Mining', 'Job', 'Picking', 'Rewarding', 'Teaching', 'Choosing',
+           'Rows']
 
 # %% ../nbs/04_settings.ipynb #3f8a0936
 import json, math
@@ -234,7 +235,7 @@ class Data:
     folder:Annotated[Folder, flag(name="data")]="data/islands" # folder of the data set
     reader:Literal["okvqa", "vqav2", "soft_labels"]="okvqa" # its format
     candidates:Annotated[str, arg(metavar="NAME")]="train" # split that demonstrations come from
-    images:Annotated[Folder|None, flag("DATA/images", metavar="DIR")]=None # folder of images
+    images:Annotated[Folder|None, flag("DATA/images", metavar="DIR")]=None # folder of images; "none": without pictures
     check:Literal["decode", "header", "exists"]="header" # how hard image files are looked at
     clip:Annotated[str, arg(metavar="MODEL")]="models/tiny-clip" # folder or hub name of the embedder
     store:Annotated[Folder|None, flag("memory only", metavar="DIR")]=None # keeps embeddings and pools for all commands
@@ -342,12 +343,14 @@ def _counts(n): return isinstance(n, Real) and not isinstance(n, bool) and int(n
 Counts = Annotated[Json, BeforeValidator(check_counts)]
 TwoStage = Annotated[JsonOrNone, BeforeValidator(check_two_stage), flag("all", "--second", metavar="JSON")]
 
+StoreKind = Annotated[Literal["image", "text", "mixed"]|None, flag("mixed, or text where there are no pictures")]
+
 @group
 class Proposing:
     "Who is tried"
     shots:Annotated[tuple[Count, ...], BeforeValidator(several)]=(2,) # demonstrations per sequence, one number or more
     counts:Counts=field(default_factory=lambda: check_counts(COUNTS)) # proposals per question, JSON
-    kind:Literal["image", "text", "mixed"]="mixed" # embeddings that the proposer reads
+    kind:StoreKind=None # embeddings that the proposer reads
     two_stage:TwoStage=None # how many sequences of a question get a text, like TWO_STAGE
     scale:Positive=10. # sharpness of the similarity that proposes where no selector does
     seed:Natural=0 # of proposals
@@ -398,7 +401,7 @@ Picker = Literal[
 Shots = Annotated[tuple[Natural|Literal["stop"], ...], BeforeValidator(several)]
 Ids = Annotated[tuple[int, ...], BeforeValidator(several), flag("none", metavar="ID")]
 Judge = Literal["vote", "confidence", "logp", "vqa_gt_prob"]
-Kind = Annotated[Literal["image", "text", "mixed"]|None, flag("as the selector was trained, or mixed")]
+Kind = Annotated[Literal["image", "text", "mixed"]|None, flag("as the selector was trained, or mixed, or text")]
 
 @group
 class Picking:
@@ -449,7 +452,7 @@ class Teaching:
     set:ExtraSettings=None # more arguments of it, or changes to the recipe
     start:Annotated[str|None, flag("a new selector", metavar="DIR")]=None # selector to start from
     new:NewSelector=None # arguments of a new one, such as '{"d_hidden": 256}'
-    kind:Annotated[Literal["image", "text", "mixed"]|None, flag("mixed")]=None # embeddings that it reads
+    kind:StoreKind=None # embeddings that it reads
     bs:Annotated[Count|None, flag(BATCH, metavar="N")]=None # questions per batch of the objective
     seed:Natural=0 # of weights and batches
 

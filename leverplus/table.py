@@ -135,7 +135,7 @@ def _picks(asked, models, rows, fixed):
     shots = _shots_above_zero(rows)
     picks = [pick_baselines(asked.pool, asked.store, shots, rows.draws, fixed, asked.items, rows.seed)]
     for name, model in models.items():
-        kind = kind_of(model, rows.kind)
+        kind = kind_of(model, rows.kind, asked.store)
         for S in shots:
             of_model = pick_model(model, asked.pool, asked.store, S, kind, name, other_pool=rows.other_pool)
             picks.append(of_model)

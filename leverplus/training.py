@@ -128,7 +128,7 @@ def learner_of(
 
 def _learner_of_objective(data, teaching, rewarding, start):
     how = dict(
-        reward=rewarding.reward, kind=teaching.kind or "mixed", bs=teaching.bs or BATCH, seed=teaching.seed,
+        reward=rewarding.reward, kind=teaching.kind, bs=teaching.bs or BATCH, seed=teaching.seed,
     )
     dls = group_dls(data.train, data.dev, data.store, **how, device=data.job.model.device, **weights_of(rewarding))
     new = dict(teaching.new or {}) if start is None else {}

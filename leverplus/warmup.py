@@ -53,20 +53,20 @@ class AnswerGroups:
         store, # embeddings: `get(ids, kind) -> [n,D]`
         K:int=16, # pool size, > every shot count
         shots=(2,), # shot counts, one drawn per batch
-        kind:str="mixed", # embedding: image | text | mixed
+        kind:str|None=None, # which embedding, see `EmbedStore.kind`
         n:int=256, # sequences per group at most
         rounds:int=1, # how often every query comes in an epoch
         sampler:str="random", # how pools are drawn, see `make_pool`: random | text | image | mixed
     ):
         self.K = K
         self.shots = (shots,) if isinstance(shots, int) else tuple(shots)
-        self.kind = kind
+        self.kind = store.kind(kind)
         self.n = n
         self.rounds = rounds
         self.check_shots()
         self.set_items(as_items(items, need=("image_id", "answer"), what="AnswerGroups, items"))
         self.parts = sampler_parts(sampler, K)
-        self.query = store.get(self.question_ids, kind)
+        self.query = store.get(self.question_ids, self.kind)
         self.near = {k: store.get(self.question_ids, k).double() for k in self.parts if k != "random"}
 
     def __len__(self): return len(self.question_ids) * self.rounds
@@ -163,7 +163,7 @@ def warmup_dls(
     "DataLoaders of the warm-up"
     items = as_items(items, need=("image_id", "answer"))
     info = getattr(dls, "info", {})
-    kind = info.get("kind", "mixed")
+    kind = info.get("kind")
     rounds = max(1, round(steps * bs / len(items)))
     ds = AnswerGroups(items, store, K, shots, kind, n, rounds, sampler)
     _check_warmup(ds, dls, bs)

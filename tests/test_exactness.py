@@ -413,6 +413,19 @@ def test_relatives_speak_the_same_protocol(kind, tmp_path, images, world):
     a, b = s.run([p, replace(p, image=images[4])], [goals("dax")] * 2)
     assert abs(a.logprobs[0] - b.logprobs[0]) > 1e-2
 
+@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen3_vl"])
+def test_relatives_read_texts_alone(kind, tmp_path, world):
+    "Without any picture, and beside prompts with pictures"
+    lv = relative(kind, tmp_path)
+    def blind(p): return replace(p, image=None, demos=tuple(replace(d, image=None) for d in p.demos))
+    half = [replace(p, image=None) for p in world[0][:4]]
+    prompts = [*map(blind, world[0][:6]), *half, *world[0][:2]]
+    targets = [goals("dax", "yes", "yes it is")]*len(prompts)
+    want = NaiveScorer(lv).run(prompts, targets)
+    for kw in ({}, dict(prefix_cache="global", prefix_depth=2)):
+        s = SharedScorer(lv, **kw)
+        for _ in range(2): assert_same(s.run(prompts, targets), want)
+
 def test_sliding_windows_and_flash_are_refused(lvlm, tmp_path):
     import json, shutil
     shutil.copytree(lvlm.name, tmp_path / "m")

@@ -17,7 +17,7 @@ from leverplus.rldata_propose import SimilarityPrior, nearest_sets, propose
 from leverplus.runs import Busy
 from leverplus.rldata_generate import (
     Contents, Generation, NotVerified, flat_queries, generate, run_lock, shard_queries, summary_text,
-    verified_text,
+    verified_text, with_kind,
 )
 from leverplus.rldata_ask import (
     FactCache, about_items, as_cache, ask, ask_around, check_contents, content_keys, facts_fingerprint,
@@ -881,7 +881,7 @@ def test_the_settings_of_a_run_lie_there_and_are_read_back(tmp_path):
     path = tmp_path/"r"
     data = generate(path, QS, ITEMS, POOL, Tampered(), STORE, **groups, progress=False)
     there = json.loads((path/"manifest.json").read_text())["settings"]
-    assert read_settings(Proposing, there["proposing"]) == groups["proposing"]
+    assert read_settings(Proposing, there["proposing"]) == with_kind(groups["proposing"], STORE)
     assert read_settings(Asking, there["asking"]) == groups["asking"]
     assert there["guarding"] == dict(window=5)
     again = groups | dict(proposing=read_settings(Proposing, there["proposing"]))

@@ -164,8 +164,8 @@ def test_pictures_fail_by_name_or_say_that_there_are_none(world, tmp_path):
     assert item_picture(items, 100, 200).size == (200, 150)
     blind = items.assign(image_path=None)
     assert item_picture(blind, 0) is None
-    assert "(images not read)" in texts(plot_examples(blind, s, 1, "rce")[0, 0])
-    assert "images not read" in case_block(blind, pick_cases(s, 1, "rce").iloc[0]).html()
+    assert "(no picture here)" in texts(plot_examples(blind, s, 1, "rce")[0, 0])
+    assert "no picture here" in case_block(blind, pick_cases(s, 1, "rce").iloc[0]).html()
     with pytest.raises(FileNotFoundError, match="question 3"):
         item_picture(items.assign(image_path=str(tmp_path / "no.png")), 3)
     with pytest.raises(KeyError, match="question 9"): item_picture(items, 9)
@@ -389,7 +389,7 @@ def test_described_predictions_need_no_items(world, tmp_path, quick):
     named = described_items(read_scored(r).assign(given_id=[f"id {q}" for q in one.question_id]))
     assert given_ids(named, [4, 103]) == ["id 4", 103]         # demonstrations are told by number
     words = "".join(sound(report(r, bootstrap=FEW).read_text()).words)
-    assert "(images not read)" in words and "Cases: rce" in words
+    assert "(no picture here)" in words and "Cases: rce" in words
     assert "Differences" not in words
 
 def test_data_that_cannot_be_read_is_told(world, tmp_path, quick):

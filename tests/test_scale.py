@@ -11,8 +11,8 @@ from leverplus.embed import EmbedStore
 from leverplus.pools import encoder_of
 from leverplus.rldata_ask import FactCache, ask
 from leverplus.rldata_scale import (
-    ROW_BYTES, RayWorker, Splits, asking_costs, embed_plan, embed_splits, generate_plan, generate_ray,
-    measured_rate, plan_run, questions_there, rate_of, sequences_of, size_text, time_text,
+    ROW_BYTES, RayWorker, Splits, asking_costs, embed_plan, embed_splits, expected_rate, generate_plan,
+    generate_ray, measured_rate, plan_run, questions_there, rate_of, sequences_of, size_text, time_text,
 )
 from leverplus.settings import Job, change, plain_settings, read_settings, settings_of
 
@@ -70,6 +70,22 @@ def test_missing_data_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="split 'val'"): settings_of(Job, split="val").items()
     with pytest.raises(FileNotFoundError, match="no such folder of images"):
         settings_of(Job, images=str(tmp_path / "none")).items()
+
+def test_a_data_set_can_be_read_without_its_pictures(tmp_path):
+    how = dict(lvlm="mock", store=str(tmp_path/"s"), split="dev", sampler="text", K=8, limit=5)
+    job = settings_of(Job, images="none", **how)
+    items, store, pool = job.inputs()
+    assert items.image_path.isna().all() and store.kinds == ("text",)
+    assert job.inputs()[1].fingerprint == store.fingerprint
+    data = job.run(tmp_path/"run", progress=False)
+    assert data.manifest["settings"]["proposing"]["kind"] == "text"
+    assert data.manifest["job"]["data"]["images"] == "none"
+    blind = expected_rate(items[:20])
+    pictured = expected_rate(settings_of(Job, split="dev").items()[:20])
+    assert blind["image_tokens"] == 0 < pictured["image_tokens"]
+    assert blind["prompts_per_second"] > pictured["prompts_per_second"]
+    with pytest.raises(ValueError, match="kind 'mixed' is not in this store"):
+        change(job, kind="mixed").run(tmp_path/"mixed")
 
 def test_inputs_are_made_once_and_equal_when_made_again(tmp_path, monkeypatch):
     import leverplus.rldata_scale as s
@@ -646,7 +662,7 @@ def test_more_gpus_never_take_longer_and_never_less_than_their_share(rate, queri
 def test_a_rate_from_sizes_and_answers(tmp_path):
     from PIL import Image
     from leverplus.cost import PEAKS, prompt_flops, qwen_config
-    from leverplus.rldata_scale import expected_rate, visual_tokens
+    from leverplus.rldata_scale import visual_tokens
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
     made = Qwen2VLImageProcessorPil(
         patch_size=14, merge_size=2, size=dict(shortest_edge=3136, longest_edge=12_845_056)
