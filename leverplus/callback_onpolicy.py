@@ -273,7 +273,7 @@ DrawnShots = Annotated[tuple[int|None, ...], BeforeValidator(partial(shot_counts
 class Drawing:
     "How groups are drawn, round by round"
     G:int=8 # sequences per group, >= 2
-    shots:DrawnShots=(2,) # S, or several, such as `(1, 2, 3, 4)`: a group of each; None: a selector with STOP ends by itself
+    shots:DrawnShots=(2,) # S, or several, such as `(1, 2, 3, 4)`: a group of each; None: a selector with STOP chooses
     queries_per_round:Count|None=64 # at most: rounds are of even size; None: all queries in every round
     every:Literal["batch", "round"]|None=None # when groups are drawn; None: as the objective wants it
     passes:int=1 # walks over the groups of a round, >= 1; more than 1 needs every="round"

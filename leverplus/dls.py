@@ -230,8 +230,8 @@ def check_choice(
     n = sum(getattr(ds, "n_empty", 0) for ds in datasets)
     if not n or may_be_empty(policy): return
     raise ValueError(
-        f"{n} stored sequence{'s' * (n > 1)} without a demonstration, and a {type(policy).__name__} that cannot choose to show"
-        " nothing: make it with stop=True and min_shots=0, or leave the rows of 0 shots out of the data")
+        f"{n} stored sequence{'s' * (n > 1)} without a demonstration, and a {type(policy).__name__} that cannot choose"
+        " to show nothing: make it with stop=True and min_shots=0, or leave the rows of 0 shots out of the data")
 
 # %% ../nbs/40_dls.ipynb #2797fbdd
 @patch

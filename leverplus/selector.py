@@ -53,11 +53,11 @@ def _check_counts(stop, min_shots, max_shots):
     "Refuse numbers of shots among which there is nothing to choose"
     if max_shots < 1: raise ValueError(f"max_shots {max_shots}: wanted >= 1")
     if stop and not 0 <= min_shots < max_shots:
-        raise ValueError(f"stop=True, min_shots {min_shots}, max_shots {max_shots}: STOP is offered after min_shots"
-                         " picks; wanted 0 <= min_shots < max_shots")
+        raise ValueError(f"stop=True, min_shots {min_shots}, max_shots {max_shots}: STOP is offered after"
+                         " min_shots picks; wanted 0 <= min_shots < max_shots")
     if min_shots and not stop:
-        raise ValueError(f"min_shots {min_shots} without stop=True: only a policy that ends by itself has a least number;"
-                         " wanted stop=True, or 0")
+        raise ValueError(f"min_shots {min_shots} without stop=True: only a policy that ends by itself has a least"
+                         " number; wanted stop=True, or 0")
 
 def _choice(what, name, choices):
     "What `name` stands for among `choices`"

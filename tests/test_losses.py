@@ -327,8 +327,12 @@ def test_merge_orders_knows_the_empty_set(width):
         seqs[0, 1:3] = torch.tensor([[0, 1], [1, 0]])
         real[0, 1:3] = True
     merged, kept = merge_orders(seqs, real, rewards, mask)
-    if width == 2: assert kept.tolist() == [[True, True, False, False]] and merged[0, :2].tolist() == pytest.approx([.2, .8])
-    else: assert kept.tolist() == [[True, False, False, False]] and merged[0, 0].item() == pytest.approx(.6)
+    if width == 2:
+        assert kept.tolist() == [[True, True, False, False]]
+        assert merged[0, :2].tolist() == pytest.approx([.2, .8])
+    else:
+        assert kept.tolist() == [[True, False, False, False]]
+        assert merged[0, 0].item() == pytest.approx(.6)
 
 def test_uniform_policy_has_all_the_entropy():
     cm = torch.ones(2, 6, dtype=torch.bool)

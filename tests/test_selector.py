@@ -185,7 +185,8 @@ def test_one_model_serves_all_shots():
 def test_no_shots_are_one_certain_sequence(kw):
     m = selector(6, **kw)
     q, c, mask = pools(6)
-    for enc in (m.encode(q, c, mask), m.encode(q, c, mask, top_m=2), m.encode(q, Shared(c[0], torch.arange(5).repeat(3, 1)))):
+    shared = Shared(c[0], torch.arange(5).repeat(3, 1))
+    for enc in (m.encode(q, c, mask), m.encode(q, c, mask, top_m=2), m.encode(q, shared), m.encode(q, c[0])):
         nothing = torch.zeros(3, 1, 0, dtype=torch.long)
         for seqs, lp in (
             m.beam(enc, 0, 1),
@@ -622,7 +623,8 @@ def test_a_pool_that_is_used_up_needs_no_stop(K):
 
 def test_untrained_every_count_is_equally_likely():
     q, c, mask = pools(32, K=6)
-    for kw in (dict(max_shots=3), dict(max_shots=1), dict(max_shots=4, min_shots=1), dict(max_shots=2, prior=False)):
+    some = dict(max_shots=4, min_shots=1)
+    for kw in (dict(max_shots=3), dict(max_shots=1), some, dict(max_shots=2, prior=False)):
         m = selector(32, stir=False, stop=True, **kw)
         _, lp, real = m.enumerate(m.encode(q, c, mask), None)
         counts = range(m.min_shots, m.max_shots + 1)
@@ -670,7 +672,8 @@ def test_stop_samples_have_the_policys_lengths():
         assert real.sum(-1).tolist() == [shots, shots]
         assert torch.equal(seqs[:, :shots], m.greedy(few, shots))
     with torch.no_grad(): m.stop.bias[:] = 3.
-    for seqs, lp, real in (m.beam(few, None, 1), m.sample(few, None, 1, generator=torch.Generator().manual_seed(0))):
+    g = torch.Generator().manual_seed(0)
+    for seqs, lp, real in (m.beam(few, None, 1), m.sample(few, None, 1, generator=g)):
         assert not real.any()
         close(lp, m.logp(few, seqs, real))
     plain = selector(18)
