@@ -720,9 +720,8 @@ def generate_together(
         steps = {name: held.enter_context(run.bar(progress)) for name, run in runs.items()}
         for run in runs.values(): run.begin()
         for name, i in _in_step({name: len(run.windows) for name, run in runs.items()}):
-            run = runs[name]
-            if not (limit.another() or run.is_whole(i)): continue
-            with limit.part(): run.make(i, steps[name])
+            if not limit.another(): break
+            with limit.part(): runs[name].make(i, steps[name])
         return {name: run.finish() for name, run in runs.items()}
 
 def _in_step(sizes):
@@ -736,7 +735,8 @@ def summary_text(
 )->str: # "rows 600, queries 40, failed 0, fingerprint b72b5f0592d52e34"
     "Say what stored sequences amount to"
     failed = int(data.rows.eval_failed.sum())
-    return f"rows {len(data)}, queries {len(data.queries)}, failed {failed}, fingerprint {data.fingerprint}"
+    counts = f"rows {len(data)}, queries {len(data.queries)}, failed {failed}, fingerprint {data.fingerprint}"
+    return counts if data.manifest.get("complete", True) else f"{counts}, not finished: the time was over"
 
 def verified_text(
     data:RLData, # what a run made

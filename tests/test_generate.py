@@ -16,8 +16,8 @@ from leverplus.pools import Pool
 from leverplus.rldata_propose import SimilarityPrior, nearest_sets, propose
 from leverplus.runs import Busy
 from leverplus.rldata_generate import (
-    Contents, Generation, NotVerified, flat_queries, generate, run_lock, shard_queries, summary_text,
-    verified_text,
+    Contents, Generation, NotVerified, TimeLimit, flat_queries, generate, generate_together, run_lock,
+    shard_queries, summary_text, verified_text,
 )
 from leverplus.rldata_ask import (
     FactCache, about_items, as_cache, ask, ask_around, check_contents, content_keys, facts_fingerprint,
@@ -927,10 +927,10 @@ class Hourly(MockScorer):
         self.time += 3600
         return super().run(*args, **kw)
 
-def hourly(path, queries, limit, **more):
+def hourly(path, queries, limit):
     "Several runs of whole hours, until the limit"
     scorer = Hourly()
-    kw = grouped(**RUN | dict(window=2, test=0) | more)
+    kw = grouped(shots=(1, 2), window=2, test=0)
     runs = {
         name: Generation(path/name, own, ITEMS, POOL, scorer, STORE, **kw) for name, own in queries.items()
     }
