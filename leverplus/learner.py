@@ -28,12 +28,13 @@ from .callback_grpo import GRPO, RLOO
 from .callback_kl import KLToRef
 from .callback_schedule import SplitShots
 from leverplus.callback_track import (
-    History, RLStats, Best, Resume, evaluating, greedy_picks, is_logger, same_draws, stage_settings,
+    History, KeptFit, RLStats, Best, Resume, evaluating, greedy_picks, is_logger, same_draws, stage_settings,
     valid_loss,
 )
 from .callback_listwise import Listwise, SFT
 from .callback_onpolicy import DistinctPG, Drawing, Feedback, OnPolicy
 from .diagnose import Watch
+from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.callback.hook import total_params
 from fastai.callback.progress import CSVLogger
@@ -113,6 +114,7 @@ class Stage:
     best:bool|dict|Best=True # keep the best weights; a dict has settings of `Best`; or your own; False = keep the last
     watch:str|Watch|None="warn" # after the first epoch: "warn" | "raise" if nothing can be learned; None = not
     resume:str|Path|None=None # folder of this stage: written after every epoch, continued after a kill; see `Resume`
+    keep:str|Path|None=None # folder of many fits, by content: what an equal fit has trained is taken; see `KeptFit`
     split_shots:bool=False # sequences of different lengths are groups of their own, see `SplitShots`
 
     def callbacks(self,
@@ -128,7 +130,10 @@ class Stage:
         if best: out.append(best)
         if self.watch and any(isinstance(cb, RLStats) for cb in learn.cbs):
             out.append(Watch(self.watch) if isinstance(self.watch, str) else self.watch)
+        if self.resume is not None and self.keep is not None:
+            raise ValueError("resume beside keep: a fit that is kept goes on after a kill, too; name one of them")
         if self.resume is not None: out.append(Resume(self.resume))
+        if self.keep is not None: out.append(KeptFit(self.keep))
         return out
 
 def _skip_flat(skip_flat, cbs):
@@ -281,10 +286,12 @@ def fit_warmup(self:Learner,
     store, # their embeddings
     n_epoch:int=15, # epochs of about `steps` batches
     lr:float=1e-2, # peak learning rate
-    temp=.1, # temperature of the target, in shares of the answer's words
+    temp=.1, # temperature of the target, in units of the reward
     cbs=(), # more callbacks of this stage
     K:int|None=None, # pool size; None = that of the training groups
-    sampler:str="random", # how pools are drawn, see `make_pool`: random | text | image | mixed
+    sampler:str|dict="auto", # how pools are drawn, see `warmup_parts`; auto: as `choose_sampler` says
+    reward:str="contained", # what is compared of two answers: contained | f1 | soft | cosine, see `AnswerGroups`
+    answers=None, # vectors of answers, for `cosine`
     shots=None, # shot counts of the drawn sequences; None = those of the training groups
     n:int=256, # sequences per group at most
     bs:int=64, # queries per batch
@@ -292,15 +299,28 @@ def fit_warmup(self:Learner,
     seed:int|None=None, # of pools and order; None = the Learner's
     **kwargs, # of `Stage`
 )->Learner:
-    "Stage without the LVLM: fresh pools of items, rewarded by the words of the answer that the picks contain"
-    items = as_items(items, need=("image_id", "answer"))
+    "Stage without the LVLM: fresh pools of items, rewarded by what the picks' answers share with the true one"
+    how = dict(sampler=sampler, reward=reward, answers=answers, n=n, bs=bs, steps=steps, seed=seed)
     own = self.dls
-    groups = own.train_ds
-    if shots is None: shots = sorted(set((groups.seqs >= 0).sum(-1).tolist()))
-    if seed is None: seed = getattr(self, "seed", 0)
-    self.dls = warmup_dls(own, items, store, K or groups.cands.shape[1], shots, n, bs, steps, seed, sampler)
+    self.dls = self.warmup_dls(items, store, K, shots, **how)
     try: return self.fit_listwise(n_epoch, lr, "none", temp, cbs=cbs, **kwargs)
     finally: self.dls = own
+
+@patch
+def warmup_dls(self:Learner,
+    items, # training items, as in `fit_warmup`
+    store, # their embeddings
+    K:int|None=None, # pool size; None = that of the training groups
+    shots=None, # shot counts; None = those of the training groups
+    seed:int|None=None, # of pools and order; None = the Learner's
+    **kwargs, # of `warmup_dls`
+)->DataLoaders: # fresh groups, and the Learner's validation groups
+    "The loaders that a warm-up of this Learner has"
+    items = as_items(items, need=("image_id", "answer"))
+    groups = self.dls.train_ds
+    if shots is None: shots = sorted(set((groups.seqs >= 0).sum(-1).tolist()))
+    if seed is None: seed = getattr(self, "seed", 0)
+    return warmup_dls(self.dls, items, store, K or groups.cands.shape[1], shots, seed=seed, **kwargs)
 
 # %% ../nbs/70_learner.ipynb #c785ee0a
 @patch
