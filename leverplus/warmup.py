@@ -324,7 +324,7 @@ def warmup_dls(
     seed:int=0, # of pools and order
     sampler:str|dict="auto", # how pools are drawn, see `warmup_parts`; auto: as `choose_sampler` says
     **kwargs, # of `AnswerGroups`: `reward, answers`
-)->DataLoaders: # training: fresh groups; validation: that of `dls`; `info["warmup"]` says what is drawn
+)->DataLoaders: # training: fresh groups; validation: that of `dls`; `info` says what is drawn: `warmup, warmup_pools`
     "DataLoaders of the warm-up"
     items = as_items(items, need=("image_id", "answer"))
     info = getattr(dls, "info", {})
@@ -339,10 +339,10 @@ def warmup_dls(
     _check_warmup(ds, dls, bs)
     out = DataLoaders(AnswerDL(ds, bs, seed=seed), dls.valid, device=dls.device)
     draws = dict(
-        K=K, sampler=sampler, shots=list(ds.shots), n=n, seed=seed, reward=ds.reward, why=why,
+        K=K, sampler=sampler, shots=list(ds.shots), n=n, seed=seed, reward=ds.reward,
         items=fingerprint(ds.content()),
     )
-    out.info = info | dict(warmup=draws)
+    out.info = info | dict(warmup=draws, warmup_pools=why)
     return out
 
 class AnswerDL(DataLoader):
