@@ -96,7 +96,7 @@ class World:
 
 # %% ../nbs/35_world.ipynb #57c1b57a
 def islands_world(
-    pools:str="random", # how pools are drawn: random | text | image | mixed; facts are of the random ones, seed 0, K 16
+    pools:str="random", # how pools are drawn: random | text | image | mixed; facts are of random ones, seed 0, K 16 alone
     seed:int=0, # of the pools
     K:int=K, # pool size
     clip="models/tiny-clip", lvlm="models/tiny-qwen2.5-vl", # folders below the checkout
@@ -109,8 +109,9 @@ def islands_world(
     train = items[items.split == "train"]
     drawn = {s: make_pool(items[items.split == s], train, K, pools, store, seed) for s in SPLITS}
     scorer = SharedScorer(load_lvlm(str(world_path(lvlm)), dtype, device), prefix_cache="global")
-    stored = Stored(facts=dict(test=world_path(DATASET, "facts.parquet")))
-    return World(items, store, drawn, scorer, stored, "islands")
+    of_facts = (pools, seed, K) == ("random", 0, 16)
+    facts = dict(test=world_path(DATASET, "facts.parquet")) if of_facts else {}
+    return World(items, store, drawn, scorer, Stored(facts), "islands")
 
 def read_islands(
     folder=DATASET, # below the checkout, or absolute
