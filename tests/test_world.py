@@ -197,7 +197,7 @@ def test_exhaustive_rows_are_merged_balanced_and_examined(folder):
     assert both.rows.kappa.isna().all() # of two parents: nobody can tell what the second one left out
     again = name_exhaustive(both.rows, both.pool)
     assert (again.gen_method == "exhaustive").all() and (again.kappa == -np.inf).all()
-    assert set(by_counts(data, pos=1, neg=1).rows.gen_method) == {"exhaustive"}
+    assert set(by_counts(data, min_positive=1).rows.gen_method) == {"exhaustive"}
     assert health({"groups": data}, "soft_only").frame["rows"].iloc[0] == len(data)
 
 # ---- asking about everything -------------------------------------------------------------------------------
