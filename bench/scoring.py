@@ -81,7 +81,7 @@ def speed(lvlm, prompts, targets, repeats):
 
 def groups(lvlm, repeats, queries=6):
     "Seconds to generate the demo's groups for some queries, files and all"
-    world = world("islands")
+    islands = world("islands")
     times = {}
     rows = {}
     for _ in range(repeats):
@@ -95,11 +95,11 @@ def groups(lvlm, repeats, queries=6):
                 t = time.perf_counter()
                 out = generate(
                     Path(d) / "run",
-                    world.ids("train")[:queries],
-                    world.items,
-                    world.pools["train"],
+                    islands.ids("train")[:queries],
+                    islands.items,
+                    islands.pools["train"],
                     scorer,
-                    world.store,
+                    islands.store,
                     guarding=Guarding(test=0),
                     progress=False,
                 )

@@ -144,7 +144,7 @@ def test_vectors_and_pools_are_those_of_a_cpu(islands):
 def test_half_precision_is_asked_for_and_then_said(islands):
     from leverplus.world import world
     half = world("islands", dtype=torch.bfloat16)
-    with pytest.raises(ValueError, match="bfloat16.*world\('islands'\)\"): half.facts()
+    with pytest.raises(ValueError, match=r"bfloat16.*world\('islands'\)"): half.facts()
 
 
 # ---- training ----------------------------------------------------------------------------------------------
