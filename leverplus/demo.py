@@ -149,9 +149,15 @@ def score_all(
         said = ask(new, world.scorer, world.items, cache, world.asking)
         facts = pd.concat([check_facts(facts), check_facts(said)], ignore_index=True)
     scored = score_picks(picks, facts)
-    near = picks[(picks.selector == "similar_mixed") & (picks.shots > 0)]
+    near = _nearest(picks)
     if not len(near): return scored
     return pd.concat([scored, majority_vote(near, world.items)], ignore_index=True)
+
+def _nearest(picks):
+    "Picks of similarity: in picture and question, or in the question alone where there are no pictures"
+    shown = picks[picks.shots > 0]
+    mixed = shown[shown.selector == "similar_mixed"]
+    return mixed if len(mixed) else shown[shown.selector == "similar_text"]
 
 # %% ../nbs/92_demo.ipynb #d0075d70
 def _groups(world, path, cfg, seed, progress):
