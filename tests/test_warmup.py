@@ -8,7 +8,7 @@ from leverplus.pools import make_pool
 from leverplus.selector import check_seqs
 from leverplus.vqa import token_f1, vqa_accuracy
 from leverplus.warmup import (
-    AnswerGroups, answer_cosines, answer_scores, best_shown, choose_sampler, contained, live_share, soft_scores,
+    AnswerGroups, vector_cosines, answer_scores, best_shown, choose_sampler, contained, live_share, soft_scores,
     token_f1s, warmup_dls, warmup_parts, warmup_shares, word_ids,
 )
 
@@ -188,7 +188,7 @@ def test_soft_scores_are_vqa_accuracies(seed):
 
 def test_cosines_and_the_best_shown():
     x = torch.nn.functional.normalize(torch.randn(7, 5, generator=rng_()), dim=-1)
-    cos = answer_cosines(x[:2], x[2:].expand(2, -1, -1))
+    cos = vector_cosines(x[:2], x[2:].expand(2, -1, -1))
     assert torch.allclose(cos, (x[:2] @ x[2:].T).clamp(min=0), atol=1e-6)
     seqs = torch.tensor([[[0, 1], [4, 2]], [[3, 3], [1, 0]]])
     best = best_shown(cos, seqs)
