@@ -146,8 +146,8 @@ class AnswerGroups:
         self.reward = reward
         self.check_shots()
         self.parts = warmup_parts(sampler, K)
-        items = self.set_items(as_items(items, need=("image_id", "answer"), what="AnswerGroups, items"))
-        self.set_rewards(items, answers)
+        kept = self.set_items(as_items(items, need=("image_id", "answer"), what="AnswerGroups, items"))
+        self.set_rewards(kept, answers)
         self.query = store.get(self.question_ids, kind)
         kinds = [k for k in self.parts if k not in ("random", "answers")]
         self.near = {k: store.get(self.question_ids, k).double() for k in kinds}
@@ -175,20 +175,20 @@ class AnswerGroups:
         self.check_pools(items)
         return items
 
-    def set_rewards(self, items, answers):
+    def set_rewards(self, kept, answers):
         "Get ready what the reward compares: `facts`, besides words"
         if self.reward not in ANSWER_REWARDS:
             raise ValueError(f"AnswerGroups: reward {self.reward!r}, wanted one of {', '.join(ANSWER_REWARDS)}")
-        if self.reward == "soft" and "answers" not in items:
+        if self.reward == "soft" and "answers" not in kept:
             raise ValueError("AnswerGroups: reward 'soft' wants a column `answers`, what everybody said")
         if self.reward == "cosine" and answers is None:
             raise ValueError("AnswerGroups: reward 'cosine' wants vectors of the answers (answers=)")
-        number, distinct = pd.factorize(items.answer)
+        number, _ = pd.factorize(kept.answer)
         self.text = torch.as_tensor(number) # which text an item's answer is
         self.first = torch.as_tensor(np.unique(number, return_index=True)[1]) # the first item with each text
         self.facts = {}
         if self.reward == "soft":
-            _, which, worth = answer_scores(items.answer, items.answers)
+            _, which, worth = answer_scores(kept.answer, kept.answers)
             self.facts = dict(which=which, worth=worth)
         if self.reward == "cosine": self.facts = dict(vectors=answers.get(self.question_ids, "text"))
 
@@ -307,6 +307,7 @@ def warmup_shares(
     **kwargs, # of `AnswerGroups`, but for its sampler
 )->dict: # {sampler: share of live groups}
     "Share of live groups under each sampler"
+    items = as_items(items, need=("image_id", "answer"))
     has = {kind for kind in ("text", "image") if getattr(store, kind, None) is not None}
     able = [name for name, shares in SAMPLERS.items() if set(shares) <= has]
     return {name: live_share(AnswerGroups(items, store, sampler=name, **kwargs), n, seed) for name in able}
