@@ -29,8 +29,8 @@ from .callback_grpo import GRPO, RLOO
 from .callback_kl import KLToRef
 from .callback_schedule import SplitShots
 from leverplus.callback_track import (
-    History, KeptFit, RLStats, Best, Resume, evaluating, greedy_picks, is_logger, same_draws, stage_settings,
-    valid_loss,
+    History, KeptFit, RLStats, Best, Resume, evaluating, greedy_picks, is_logger, same_draws,
+    stage_settings, valid_loss,
 )
 from .callback_listwise import Listwise, SFT
 from .callback_onpolicy import DistinctPG, Drawing, Feedback, OnPolicy
@@ -301,6 +301,7 @@ def fit_warmup(self:Learner,
     **kwargs, # of `Stage`
 )->Learner:
     "Stage without the LVLM: fresh pools of items, rewarded by what the picks' answers share with the true one"
+    items = as_items(items, need=("image_id", "answer"))
     how = dict(sampler=sampler, reward=reward, answers=answers, n=n, bs=bs, steps=steps, seed=seed)
     own = self.dls
     self.dls = self.warmup_dls(items, store, K, shots, **how)

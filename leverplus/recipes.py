@@ -49,7 +49,7 @@ def _own(title, stages, model=None):
 _WARMUP = dict(fit="warmup", n_epoch=15, lr=1e-2, temp=.1, best=False)
 _LISTWISE = dict(fit="listwise", n_epoch=20, lr=3e-3, temp=.2)
 _SHARE = dict(needs=dict(live=LIVE))   # of groups with any difference of reward, of those that the stage trains on
-_SOME = dict(needs=dict(groups=2))   # as many groups with a difference
+_SOME = dict(needs=dict(groups=1))   # as many groups with a difference
 _SHARP_RCE = dict(fit="rce", n_epoch=10, lr=3e-3, temp=.1)
 _GRPO = dict(fit="grpo", n_epoch=10, lr=1e-3)
 
@@ -147,7 +147,7 @@ def _check_stage(stage, where):
 def recipe(
     name:str|dict="ours", # a key of `among`, or a recipe, which stays as it is
     among:dict|None=None, # name -> recipe; default `RECIPES`
-    **changes, # by part: `model`, `data`, or the `fit` of stages, each a dict that is merged into what is there; see above
+    **changes, # by part, each a dict that is merged: `model`, `data`, the `fit` of stages; None and `stages`: see above
 )->dict: # a copy; `changes` in it says what was changed
     "A recipe by name, with changes"
     among = RECIPES if among is None else among
@@ -183,13 +183,15 @@ def _fits(r): return ", ".join(dict.fromkeys(s["fit"] for s in r["stages"]))
 
 def _in_order(r, wanted):
     "Stages by name, the second of a name the second of its kind if there is one; and stages that are given"
-    if not isinstance(wanted, list): raise ValueError(f"recipe {r.get('name')}: stages {wanted!r}, wanted a list")
+    if not isinstance(wanted, list):
+        raise ValueError(f"recipe {r.get('name')}: stages {wanted!r}, wanted a list")
     out = []
     for i, stage in enumerate(wanted):
         own = [s for s in r["stages"] if s["fit"] == stage]
         if not own and not isinstance(stage, dict):
             raise ValueError(
-                f"recipe {r.get('name')}: stage {stage!r}; wanted one of {_fits(r)}, or a dict with `fit` and `n_epoch`"
+                f"recipe {r.get('name')}: stage {stage!r}; wanted one of {_fits(r)}, or a dict with `fit` and"
+                " `n_epoch`"
             )
         nth = min(wanted[:i].count(stage), len(own) - 1)
         out.append(deepcopy(own[nth] if own else stage))
@@ -428,7 +430,8 @@ def fit_ensemble(
     **kwargs, # of `fit_distill`
 )->Learner: # the Learner itself
     "Train several selectors, then one towards their mean"
-    if members < 1 or not stages: raise ValueError(f"ensemble: {members} members, stages {stages!r}: wanted some of both")
+    if members < 1 or not stages:
+        raise ValueError(f"ensemble: {members} members, stages {stages!r}: wanted some of both")
     if folds and members < 2: raise ValueError("ensemble: one member with folds; wanted two or more")
     for i, stage in enumerate(stages, 1): _check_stage(stage, f"ensemble, stage {i}")
     if n_epoch == 0:
@@ -446,7 +449,7 @@ def fit_ensemble(
     return learn.fit_distill(teachers, n_epoch, lr, **_folder(last, keep), **kwargs)
 
 def _member(learn, i, part):
-    "A Learner like this one with a new selector and another seed; without the questions of `part`, by which it chooses"
+    "A Learner like this one, with a new selector and another seed; the questions of `part` are held out and choose"
     seed = getattr(learn, "seed", 0) + 1000*i
     own, dev = learn.dls.train, learn.dls.valid
     train, valid = own.dataset, dev.dataset
@@ -477,7 +480,8 @@ def _folds(learn, n):
         of_query = dict(zip(items.question_id, items.image_id))
         picture = pd.Series([str(of_query.get(q, f"question {q}")) for q in queries])
     order = rng("folds", getattr(learn, "seed", 0)).permutation(sorted(set(picture)))
-    if len(order) < n: raise ValueError(f"ensemble: {n} folds, but the training questions have {len(order)} pictures")
+    if len(order) < n:
+        raise ValueError(f"ensemble: {n} folds, but the training questions have {len(order)} pictures")
     fold = {name: i % n for i, name in enumerate(order)}
     return [set(queries[picture.map(fold) == i]) for i in range(n)]
 
@@ -619,10 +623,10 @@ def fit_recipe(self:Learner,
     keep=None, # folder that many trainings share: what an equal stage has trained is taken from it, see `KeptFit`
     check:str|None="raise", # a Learner that is not what the recipe wants: "raise" | "warn" | None = do not look
     **changes, # as in `recipe`
-)->Learner: # the Learner itself; `recipe` is the recipe with its changes, `plan` what the data decided about its stages
+)->Learner: # itself; `recipe` is the recipe with its changes, `plan` says what the data decided about its stages
     "Run the stages of a recipe that can teach, in order"
     if resume is not None and keep is not None:
-        raise ValueError("fit_recipe: resume beside keep; stages that are kept go on after a kill, too; name one of them")
+        raise ValueError("fit_recipe: resume beside keep; what is kept goes on after a kill, too: name one of them")
     if name is None: name = vars(self).get("recipe", "ours")
     r = recipe(name, **changes)
     title = f"recipe {r.get('name', 'without a name')}"
