@@ -96,7 +96,7 @@ class World:
 
 # %% ../nbs/35_world.ipynb #57c1b57a
 def islands_world(
-    pools:str="random", # how pools are drawn: random | text | image | mixed; facts are of random ones, seed 0, K 16 alone
+    pools:str="random", # how pools are drawn, see `make_pool`; facts are of random ones, seed 0, K 16 alone
     seed:int=0, # of the pools
     K:int=K, # pool size
     clip="models/tiny-clip", lvlm="models/tiny-qwen2.5-vl", # folders below the checkout
