@@ -1,46 +1,50 @@
 """What each objective learns: one table, the same stored groups for all, seeds of proposals, weights and batches.
 
-`python bench/learning.py OUT [--seeds 0 1 2 3 4] [--suites ...] [--methods ...]` trains every method on
-every suite of the embedded world and appends what it picks on dev and on test, with the LVLM's verdicts, to
-OUT/picks/*.parquet, one file per (suite, method, seed); what is there is not done again, so several
-processes may share OUT once the groups of a seed are made. `python bench/learning.py OUT --table dev`
-prints the gap closed on dev with intervals over queries and seeds; `--table test` the same on test, and
-counts the look. Settings of the methods were chosen on dev. A method's name with ", by accuracy" behind it
-(`--methods "sft, by accuracy"`) chooses its epochs by the accuracy of greedy picks on dev.
+`python bench/learning.py OUT [--world islands] [--seeds 0 1 2 3 4] [--suites ...] [--methods ...] [--recipes ...]`
+trains every method on every suite of a world and appends what it picks on dev and on test, with the language
+model's verdicts, to OUT/picks/*.parquet, one file per (suite, method, seed); what is there is not done again, so
+several processes may share OUT once the groups of a seed are made. `--table dev` prints the gap closed on dev with
+intervals over queries and seeds; `--table test` the same on test, and counts the look; `--store FILE` writes what
+the tables need. Settings of the methods were chosen on dev.
 
-Suites, 900 training and 250 dev queries, K = 16, S = 2: `dense-soft` 12 sequences per query, half of the
-similarity prior, half random, reward = VQA accuracy with its parts; `sparse-hard` 12 drawn uniformly,
-reward 0/1; `starved` reward 0/1, live groups are 1 % of all; `ragged` 2..40 sequences per query, reward as
-dense-soft. `joint` is dense-soft with 12 sequences of each of 1, 2, 3 and 4 shots for 450 training queries,
-one model for all; `joint sparse-hard`, `joint starved` and `joint ragged` alike. `--sampler mixed` does the
-same with pools of which a half was retrieved (a quarter by text, a quarter by image). For one and two shots
-the oracle is exact; for three and four it is the best that `best_found` finds, a lower bound.
+A method is one of METHODS, or with `--recipes` a recipe by its name (page 71), called `recipe NAME` in the table. A
+name with ", by accuracy" behind it (`--methods "sft, by accuracy"`) chooses its epochs by the accuracy of greedy
+picks on dev. What several rows begin with, such as a warm-up, is trained once per seed and kept in OUT/kept.
+
+Suites of the islands, 900 training and 250 dev queries, K = 16, S = 2: `dense-soft` 12 sequences per query, half of
+the similarity prior, half random, reward = VQA accuracy with its parts; `sparse-hard` 12 drawn uniformly, reward
+0/1; `starved` reward 0/1, live groups are 1 % of all; `ragged` 2..40 sequences per query, reward as dense-soft.
+`joint` is dense-soft with 12 sequences of each of 1, 2, 3 and 4 shots for 450 training queries, one model for all;
+`joint sparse-hard`, `joint starved` and `joint ragged` alike. For one and two shots the oracle is exact; for three
+and four it is the best that `best_found` finds, a lower bound.
+
+`--world blind_okvqa --root DIR --pools text` takes the groups that lie there, whose suites are `pairs` (16 of two
+demonstrations per query), `singles` (all 16 of one) and `pairs and singles`, reward = VQA accuracy. Its dev groups are
+exhaustive. Nobody can be asked there, so methods that ask while they train have no row. `--numbers FILE` writes
+the row of page 35.
+
+`--pools` of the islands: random, or such as `mixed`, of which a half was retrieved (a quarter by text, a quarter by
+image).
 """
 import argparse, contextlib, os, time, warnings
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from leverplus.callback_onpolicy import Drawing, Feedback, GreedyLoss
 from leverplus.core import atomic_path, read_json, rng, write_json
 from leverplus.dls import group_dls
-from leverplus.evaluate import count_look, pick_oracle, score_picks, seeds_table
+from leverplus.evaluate import count_look, majority_vote, pick_oracle, score_picks, seeds_table
 from leverplus.groups import RLData
 from leverplus.infer import pick_mmr, pick_model, pick_random, pick_similar
 from leverplus.learner import selector_learner
-from leverplus.pools import SAMPLERS
 from leverplus.recipes import RECIPES, recipe, recipe_learner
 from leverplus.earlier_recipes import EARLIER
 from leverplus.rldata_ask import FactCache, ask
 from leverplus.rldata_generate import generate
 from leverplus.settings import Proposing, Rewarding
-from leverplus.world import all_pointers, load_world
+from leverplus.world import WORLDS, ask_everything, world, world_numbers
 
-SUITES = {
-    "dense-soft": "soft_only",
-    "sparse-hard": "hard_only",
-    "starved": "hard_only",
-    "ragged": "soft_only",
-}
-SUITES |= {"joint": "soft_only"} | {f"joint {s}": mode for s, mode in SUITES.items() if s != "dense-soft"}
 # behind a method's name: epochs are chosen by the LVLM's accuracy on dev, of what greedy picks, and not by
 # regret on its stored groups
 ACC = ", by accuracy"
@@ -48,21 +52,31 @@ NET = dict(d_hidden=64, n_layers=0, state="none", match="net", n_match=8)
 # the plain selector: the defaults of `PointerSelector`, not those of `selector_learner`
 PLAIN = dict(match="none")
 
-def base_groups(world, out, seed, split, shots=(2,), n=20, queries=None, prior=True):
-    """Up to n sequences of the prior and n random ones that it has not drawn, per query and of each shot
-    count; or n random ones alone
-    """
-    counts = dict(temperature={1.0: n}, random=n) if prior else dict(random=n)
-    return generate(
-        out / "groups" / f"{split}-{'-'.join(map(str, shots))}-{n}-{seed}{'' if prior else '-random'}",
-        world.ids(split)[:queries],
-        world.items,
-        world.pools[split],
-        world.scorer,
-        world.store,
-        proposing=Proposing(shots=shots, counts=counts, seed=seed),
-        cache=FactCache(out / "facts" / split),
-    )
+# ---- suites ------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Suite:
+    "Groups of one kind"
+    shots: tuple  # shot counts, one model for all
+    reward: str  # what it is trained on
+
+PAIR, EVERY = (2,), (1, 2, 3, 4)
+PROPOSED = {  # groups that are asked for here
+    "dense-soft": Suite(PAIR, "soft_only"),
+    "sparse-hard": Suite(PAIR, "hard_only"),
+    "starved": Suite(PAIR, "hard_only"),
+    "ragged": Suite(PAIR, "soft_only"),
+    "joint": Suite(EVERY, "soft_only"),
+    "joint sparse-hard": Suite(EVERY, "hard_only"),
+    "joint starved": Suite(EVERY, "hard_only"),
+    "joint ragged": Suite(EVERY, "soft_only"),
+}
+STORED = {  # groups that lie in a world
+    "pairs": Suite(PAIR, "soft_only"),
+    "singles": Suite((1,), "soft_only"),
+    "pairs and singles": Suite((1, 2), "soft_only"),
+}
+SUITES = PROPOSED | STORED
 
 def cut(data, keep): return RLData(data.rows[np.asarray(keep)].reset_index(drop=True), data.pool)
 
@@ -70,121 +84,192 @@ def number(data):
     "Each row's place among the rows of its query, method and shot count"
     return data.rows.groupby(["question_id", "gen_method", data.rows.pointer.map(len)]).cumcount().to_numpy()
 
-def suite(name, train, dev, seed):
-    "The groups (train, dev) of a suite"
-    # one shot: the prior has drawn every candidate
-    alone = lambda d: (
-        d.rows.groupby(["question_id", d.rows.pointer.map(len)]).gen_method.transform("nunique") == 1
-    ).to_numpy()
-    dense = lambda d: cut(d, number(d) < np.where(alone(d), 12, 6))
-    if name.startswith("joint "): return _joint(name.removeprefix("joint "), train, dev, seed)
-    if name in ("dense-soft", "joint"): return dense(train), dense(dev)
-    if name == "sparse-hard": return train, dense(dev)
-    g = rng("learning", name, seed)
-    if name == "ragged":
-        n = {q: g.integers(2, 41) for q in train.queries}
-        order = train.rows.assign(u=g.random(len(train.rows))).groupby("question_id").u.rank(method="first")
-        return cut(train, order.to_numpy() <= train.rows.question_id.map(n).to_numpy()), dense(dev)
-    data = dense(train)
-    spread = data.rows.groupby("question_id").vqa_acc_score.agg(lambda a: a.max() > a.min())
-    flat = spread.index[~spread]
-    live = g.permutation(spread.index[spread])[: max(1, round(len(flat) / 99))]
-    return cut(data, data.rows.question_id.isin([*flat, *live])), dense(dev)
+def dense(data):
+    "Six sequences of each method; twelve where there is one: of single shots the prior has drawn every candidate"
+    shots = data.rows.pointer.map(len)
+    methods = data.rows.groupby(["question_id", shots]).gen_method.transform("nunique").to_numpy()
+    return cut(data, number(data) < np.where(methods == 1, 12, 6))
 
-def _joint(name, train, dev, seed):
-    "The same suite for each shot count, one behind the other"
-    per = [
-        suite(name, *(cut(d, d.rows.pointer.map(len) == S) for d in (train, dev)), seed) for S in train.shots
-    ]
-    return [
-        RLData(pd.concat([x[i].rows for x in per], ignore_index=True), d.pool)
-        for i, d in enumerate((train, dev))
-    ]
+def ragged(data, seed):
+    "Two to forty sequences of each query"
+    g = rng("learning", "ragged", seed)
+    n = {q: g.integers(2, 41) for q in data.queries}
+    drawn = data.rows.assign(u=g.random(len(data.rows)))
+    order = drawn.groupby("question_id").u.rank(method="first").to_numpy()
+    return cut(data, order <= data.rows.question_id.map(n).to_numpy())
+
+def starved(data, seed):
+    "Groups of which one in a hundred is live"
+    g = rng("learning", "starved", seed)
+    data = dense(data)
+    live = data.rows.groupby("question_id").vqa_acc_score.agg(lambda acc: acc.max() > acc.min())
+    flat = live.index[~live]
+    few = g.permutation(live.index[live])[: max(1, round(len(flat) / 99))]
+    return cut(data, data.rows.question_id.isin([*flat, *few]))
+
+def training_groups(name, data, seed):
+    "The training groups of a suite, of one shot count"
+    if name == "sparse-hard": return data
+    if name == "ragged": return ragged(data, seed)
+    if name == "starved": return starved(data, seed)
+    return dense(data)
+
+def of_shots(data, S): return cut(data, data.rows.pointer.map(len) == S)
+
+def one_behind_the_other(parts):
+    "Groups of several shot counts as one"
+    return RLData(pd.concat([part.rows for part in parts], ignore_index=True), parts[0].pool)
+
+def proposed_suite(name, train, dev, seed):
+    "The groups (train, dev) of a suite out of those that were proposed"
+    kind = name.removeprefix("joint").strip() or "dense-soft"
+    made = [training_groups(kind, of_shots(train, S), seed) for S in train.shots]
+    judged = [dense(of_shots(dev, S)) for S in train.shots]
+    return one_behind_the_other(made), one_behind_the_other(judged)
+
+# ---- what a run of this program shares ---------------------------------------------------------------------
+
+class Bench:
+    "A world, a folder, and what was asked of the world"
+    def __init__(self, world, out):
+        self.world = world
+        self.out = out
+        self.facts = {}
+
+    @property
+    def splits(self):
+        "Splits that can be judged"
+        known = self.world.pools if self.world.can_ask else self.world.exhaustive
+        return [split for split in ("dev", "test") if split in known]
+
+    @property
+    def suites(self): return STORED if self.world.stored.groups else PROPOSED
+
+    @property
+    def kinds(self):
+        "Embeddings by which similarity may pick"
+        items = self.world.items
+        pictures = "image_path" in items and items.image_path.notna().any()
+        return ("image", "text", "mixed") if pictures else ("text",)
+
+    @cached_property
+    def bank(self): return self.world.items[self.world.items.split == "train"]
+
+    def everything(self, split):
+        "Exhaustive facts of one and two shots: stored in the world, or asked once"
+        if split not in self.facts: self.facts[split] = self._everything(split)
+        return self.facts[split]
+
+    def _everything(self, split):
+        if split in self.world.exhaustive: return self.world.facts(split)
+        file = self.out/"facts"/f"{split}.parquet"
+        if not file.exists():
+            cache = FactCache(self.out/"facts"/f"{split}-parts")
+            made = ask_everything(self.world, (split,), (1, 2), cache)[split]
+            whole = FactCache()
+            whole.add(made)
+            whole.save(file)
+        return FactCache(file).to_frame()
+
+    def proposed(self, seed, split, shots=(2,), n=20, queries=None, prior=True):
+        "Up to n sequences of the prior and n random ones that it has not drawn; or n random ones alone"
+        counts = dict(temperature={1.0: n}, random=n) if prior else dict(random=n)
+        name = f"{split}-{'-'.join(map(str, shots))}-{n}-{seed}{'' if prior else '-random'}"
+        w = self.world
+        return generate(
+            self.out/"groups"/name, w.ids(split)[:queries], w.items, w.pools[split], w.scorer, w.store,
+            proposing=Proposing(shots=shots, counts=counts, seed=seed), asking=w.asking,
+            cache=FactCache(self.out/"facts"/split),
+        )
+
+    def groups(self, name, seed):
+        "The groups (train, dev) of a suite"
+        shots = SUITES[name].shots
+        if name in STORED: return self.world.groups("train", shots), self.world.groups("dev", shots)
+        joint = name.startswith("joint")
+        queries = 450 if joint else None
+        n = 6 if name == "joint" else 20
+        if "sparse-hard" in name: train = self.proposed(seed, "train", shots, 12, queries, prior=False)
+        else: train = self.proposed(seed, "train", shots, n, queries)
+        dev = self.proposed(seed, "dev", shots, 6 if joint else n, queries)
+        return proposed_suite(name, train, dev, seed)
+
+    def judge(self, split, picks):
+        "Picks of one shot count with the verdicts on them"
+        facts = self.everything(split)
+        if picks.shots.iloc[0] > 2:
+            cache = FactCache(self.out/"facts"/f"{split}-more")
+            facts = ask(picks, self.world.scorer, self.world.items, cache, self.world.asking)
+        return score_picks(picks, facts).assign(split=split)
+
+# ---- methods -----------------------------------------------------------------------------------------------
 
 class Trial:
     "One suite and seed: what the methods below start from"
-    def __init__(self, world, out, name, seed):
-        self.world = world
-        self.out = out
+    def __init__(self, bench, name, seed):
+        self.bench = bench
+        self.world = bench.world
         self.name = name
         self.seed = seed
-        self.mode = SUITES[name]
+        self.shots = SUITES[name].shots
+        self.mode = SUITES[name].reward
+        self.keep = bench.out/"kept"
         self.choose_by = None
-        joint = name.startswith("joint")
-        shots, queries = ((1, 2, 3, 4), 450) if joint else ((2,), None)
-        n = 6 if name == "joint" else 20
-        groups = [
-            base_groups(
-                world,
-                out,
-                seed,
-                "train",
-                *((shots, 12, queries, False) if "sparse-hard" in name else (shots, n, queries))
-            ),
-            base_groups(world, out, seed, "dev", shots, 6 if joint else n, queries),
-        ]
-        self.train, self.dev = suite(name, *groups, seed)
-        # `joint` has twice the rows
-        self.split, self.epochs = (dict(split_shots=True), 8) if joint else ({}, 20)
+        self.train, self.dev = bench.groups(name, seed)
+        several = len(self.shots) > 1
+        self.split = dict(split_shots=True) if several else {}
+        self.epochs = 8 if several else 20  # several shot counts have so many times the rows
 
     def train_by(self, method):
         "The learner that a method has trained"
         name = method.removesuffix(ACC)
         self.choose_by = None
-        if name != method: # the same facts of dev serve all seeds
-            feedback = Feedback(
-                self.world.scorer, self.world.items, everything(self.world, self.out, "dev"),
-                Rewarding(reward="soft_only"),
-            )
-            self.choose_by = GreedyLoss(
-                feedback, self.world.pools["dev"], self.world.store, shots_of(self.name)
-            )
-        learn = METHODS[name](self)
-        if self.choose_by is not None and not feedback.known:
+        if name != method: self.choose_by = self.by_accuracy()
+        learn = METHODS[name](self) if name in METHODS else self.recipe(name.removeprefix("recipe "))
+        if self.choose_by is not None and not self.feedback.known:
             raise ValueError(f"{method}: no stage of {name} chooses an epoch, so this would be {name} again")
         return learn
+
+    def by_accuracy(self):
+        "A score for epochs: what greedy picks on dev; the same facts serve all seeds"
+        facts = self.bench.everything("dev")
+        scorer = self.world.scorer if self.world.can_ask else None
+        rewarding = Rewarding(reward="soft_only")
+        self.feedback = Feedback(scorer, self.world.items, facts, rewarding, self.world.asking)
+        return GreedyLoss(self.feedback, self.world.pools["dev"], self.world.store, self.shots)
 
     def learner(self, mode=None, **model):
         dls = group_dls(self.train, self.dev, self.world.store, mode or self.mode, bs=64, seed=self.seed)
         return selector_learner(dls, seed=self.seed, wd=.05, choose_by=self.choose_by, **model or PLAIN)
 
     def recipe(self, name, **changes):
+        "A recipe by its name; with `keep`, stages that others have trained alike are not trained again"
         r = recipe(name, RECIPES | EARLIER, data=dict(reward=self.mode), **changes)
-        learn = recipe_learner(self.train, self.dev, self.world.store, r, self.seed, choose_by=self.choose_by)
-        return learn.fit_recipe()
+        learn = recipe_learner(
+            self.train, self.dev, self.world.store, r, self.seed, choose_by=self.choose_by, items=self.bench.bank
+        )
+        return learn.fit_recipe(keep=self.keep)
 
     def warm(self, sampler="random"):
         "A learner after the warm-up, which knows nothing of the groups but their shot counts; made once per seed"
-        file = (
-            self.out
-            / "warm"
-            / f"{'joint' if self.split else 'pairs'}-{self.seed}{'' if sampler == 'random' else '-' + sampler}.pt"
-        )
         learn = self.learner(**NET)
-        if file.exists():
-            learn.model.load_state_dict(torch.load(file))
-            return learn
-        items = self.world.items
-        items = items[items.split == "train"]
-        learn.fit_warmup(
-            items, self.world.store, 15, best=False, n=64 if self.split else 256, sampler=sampler
+        n = 64 if len(self.shots) > 1 else 256
+        return learn.fit_warmup(
+            self.bench.bank, self.world.store, 15, best=False, n=n, sampler=sampler, keep=self.keep
         )
-        with atomic_path(file) as tmp: torch.save(learn.model.state_dict(), tmp)
-        return learn
 
 def warm_alike(t): return t.warm(t.world.pools["train"].recipe["sampler"])
 def listwise(t, learn): return learn.fit_listwise(t.epochs, 3e-3, temp=.2, **t.split)
+
 def on_policy(t, learn, objective, lr, rounds=10, G=12):
     "As many different questions to the LVLM as the stored groups have rows, at most, and the greedy sequences"
-    # 32 groups per batch
-    w = t.world
-    shots = shots_of(t.name)
-    bs = 32 // len(shots)
+    bs = 32 // len(t.shots)  # 32 groups per batch
     drawing = Drawing(
-        G=G, shots=shots, queries_per_round=len(t.train.queries) // rounds, bs=bs, patience=None, seed=t.seed,
+        G=G, shots=t.shots, queries_per_round=len(t.train.queries) // rounds, bs=bs, patience=None, seed=t.seed,
     )
-    feedback = Feedback(w.scorer, w.items, FactCache(t.out / "facts" / "train"), Rewarding(reward=t.mode))
-    return learn.fit_onpolicy(feedback, w.store, rounds, lr, objective, drawing)
+    cache = FactCache(t.bench.out/"facts"/"train")
+    feedback = Feedback(t.world.scorer, t.world.items, cache, Rewarding(reward=t.mode), t.world.asking)
+    return learn.fit_onpolicy(feedback, t.world.store, rounds, lr, objective, drawing)
 
 def mended(t):
     """The reports' RCE + GRPO with four defects of the second stage mended: old policy and reference from its
@@ -210,7 +295,7 @@ METHODS = {
     "warm-up, rce": lambda t: t.warm().fit_rce(10, 1e-3, temp=.1, **t.split),
     "warm-up, grpo": lambda t: t.warm().fit_grpo(20, 1e-3, **t.split),
     "warm-up, listwise": lambda t: listwise(t, t.warm()),
-    "warm-up in such pools": warm_alike, # another than "warm-up" with `--sampler` alone
+    "warm-up in such pools": warm_alike,  # another than "warm-up" where pools are not random
     "warm-up in such pools, listwise": lambda t: listwise(t, warm_alike(t)),
     "on-policy rloo": lambda t: on_policy(t, t.learner(), "rloo", 1e-3),
     "on-policy grpo": lambda t: on_policy(t, t.learner(), "grpo", 1e-3),
@@ -220,227 +305,202 @@ METHODS = {
     "reports, rce alone": lambda t: t.recipe("plan5-as-run", stage=dict(n_epoch=0)),
     "reports, no flat groups": lambda t: t.recipe("plan5-as-run", rce=dict(skip_flat=True), stage=dict(n_epoch=3)),
 }
+ASK = [m for m in METHODS if "on-policy" in m]  # these need somebody who can be asked while they train
 
-def everything(world, out, split, _made={}):
-    "Exhaustive facts of dev or test, one and two shots"
-    if split not in _made:
-        file = (
-            world.facts_file
-            if split == "test" and world.pools[split].recipe["sampler"] == "random"
-            else out / "facts" / f"{split}.parquet"
-        )
-        if not file.exists():
-            cache = FactCache()
-            ask(
-                all_pointers(world.pools[split], (1, 2)),
-                world.scorer,
-                world.items,
-                cache,
-                window=4096,
-                progress=True,
-            )
-            cache.save(file)
-        _made[split] = FactCache(file).to_frame()
-    return _made[split]
+# ---- rows without training ---------------------------------------------------------------------------------
 
-def judge(world, out, split, picks):
-    "Picks of one shot count with the LVLM's verdicts"
-    if picks.shots.iloc[0] <= 2: return score_picks(picks, everything(world, out, split)).assign(split=split)
-    cache = FactCache(out / "facts" / f"{split}-more")
-    ask(picks, world.scorer, world.items, cache)
-    return score_picks(picks, cache.to_frame()).assign(split=split)
-
-def best_found(world, out, split, S, width=8):
+def best_found(bench, split, S, width=8):
     """Facts of what a search finds: the best sequences of S-1, with every other candidate before and behind; a
     query whose accuracy is 1 is not searched any further
     """
-    parents = everything(world, out, split) if S == 3 else best_found(world, out, split, S - 1, width)
+    parents = bench.everything(split) if S == 3 else best_found(bench, split, S - 1, width)
     parents = parents[parents.pointer.map(len) == S - 1]
-    parents = (
-        parents.sort_values(["vqa_acc_score", "vqa_gt_prob"], ascending=False, kind="stable")
-        .groupby("question_id")
-        .head(width)
-    )
-    place, pool, cache, solved = (
-        parents.groupby("question_id").cumcount(),
-        world.pools[split],
-        FactCache(out / "facts" / f"{split}-search"),
-        set(),
-    )
+    parents = parents.sort_values(["vqa_acc_score", "vqa_gt_prob"], ascending=False, kind="stable")
+    parents = parents.groupby("question_id").head(width)
+    place = parents.groupby("question_id").cumcount()
+    cache = FactCache(bench.out/"facts"/f"{split}-search")
+    w = bench.world
+    solved = set()
     found = []
     for lot in range(0, width, 2):
-        todo = parents[place.isin((lot, lot+1)) & ~parents.question_id.isin(solved)]
-        pairs = [
-            (q, s)
-            for q, p in zip(todo.question_id, todo.pointer)
-            for c in pool[q]
-            if c not in p
-            for s in ((c, *p), (*p, c))
-        ]
-        pairs = pd.DataFrame(list(dict.fromkeys(pairs)), columns=["question_id", "pointer"])
-        found.append(ask(pairs, world.scorer, world.items, cache, window=4096, progress=True))
+        todo = parents[place.isin((lot, lot + 1)) & ~parents.question_id.isin(solved)]
+        pairs = longer(todo, w.pools[split])
+        found.append(ask(pairs, w.scorer, w.items, cache, w.asking, window=4096, progress=True))
         solved |= set(found[-1].question_id[found[-1].vqa_acc_score == 1])
     return pd.concat(found, ignore_index=True).drop_duplicates(["question_id", "pointer"], ignore_index=True)
 
+def longer(rows, pool):
+    "Pairs with another candidate before and behind"
+    pairs = {}
+    for q, pointer in zip(rows.question_id, rows.pointer):
+        for c in pool[q]:
+            if c in pointer: continue
+            pairs[q, (c, *pointer)] = None
+            pairs[q, (*pointer, c)] = None
+    return pd.DataFrame(list(pairs), columns=["question_id", "pointer"])
+
 def mean_of(facts, S, split):
     "Random demonstrations, exactly: the mean over all sequences"
-    f = facts[facts.pointer.map(len) == S]
-    m = f.groupby("question_id")[["vqa_acc_score", "vqa_gt_prob"]].mean().reset_index()
-    return m.assign(
-        selector="random",
-        shots=S,
-        draw=0,
-        pointer=[()] * len(m),
-        vqa_pred_answer="",
-        eval_failed=False,
+    own = facts[facts.pointer.map(len) == S]
+    mean = own.groupby("question_id")[["vqa_acc_score", "vqa_gt_prob"]].mean().reset_index()
+    return mean.assign(
+        selector="random", shots=S, draw=0, pointer=[()]*len(mean), vqa_pred_answer="", eval_failed=False,
         split=split,
     )
+
+def baselines(bench, shots):
+    "What needs no training, once"
+    for S in shots:
+        file = bench.out/"picks"/f"baselines-{S}.parquet"
+        if file.exists(): continue
+        save(file, [row for split in bench.splits for row in untrained(bench, split, S)])
+
+def untrained(bench, split, S):
+    "Scored rows that need no training: similarity, MMR, the vote of what is nearest, random, oracle"
+    w = bench.world
+    pool = w.pools[split]
+    near = [pick_similar(pool, w.store, S, kind) for kind in bench.kinds]
+    picks = [*near, pick_mmr(pool, w.store, S, bench.kinds[-1])]
+    rows = [bench.judge(split, f) for f in picks]
+    rows.append(majority_vote(near[-1], w.items).assign(split=split))
+    if S <= 2:
+        facts = bench.everything(split)
+        return [*rows, bench.judge(split, pick_oracle(facts, S, pool)), mean_of(facts, S, split)]
+    more = best_found(bench, split, S)
+    oracle = score_picks(pick_oracle(more, S), more).assign(split=split)
+    return [*rows, bench.judge(split, pick_random(pool, S, draws=5)), oracle]
+
+# ---- runs and tables ---------------------------------------------------------------------------------------
 
 def save(file, frames):
     frame = pd.concat(frames, ignore_index=True)
     with atomic_path(file) as tmp: frame.assign(pointer=frame.pointer.map(list)).to_parquet(tmp)
 
-def baselines(world, out, shots):
-    "What needs no training, once"
-    for S in shots:
-        if (file := out/"picks"/f"baselines-{S}.parquet").exists(): continue
-        done = []
-        for split in ("dev", "test"):
-            pool = world.pools[split]
-            facts = everything(world, out, split)
-            done += [
-                judge(world, out, split, f)
-                for f in (
-                    *(pick_similar(pool, world.store, S, k) for k in ("image", "text", "mixed")),
-                    pick_mmr(pool, world.store, S),
-                )
-            ]
-            if S <= 2:
-                done += [judge(world, out, split, pick_oracle(facts, S, pool)), mean_of(facts, S, split)]
-            else:
-                done += [
-                    judge(world, out, split, pick_random(pool, S, draws=5)),
-                    score_picks(pick_oracle(more := best_found(world, out, split, S), S), more).assign(
-                        split=split
-                    ),
-                ]
-        save(file, done)
+def picks_file(bench, suite, method, seed):
+    return bench.out/"picks"/f"{suite}_{method.replace(', ', '-').replace(' ', '_')}_{seed}.parquet"
 
-def shots_of(suite): return (1, 2, 3, 4) if suite.startswith("joint") else (2,)
+@contextlib.contextmanager
+def quietly():
+    "Without the line per epoch that is welcome elsewhere"
+    with warnings.catch_warnings(), open(os.devnull, "w") as null, contextlib.redirect_stdout(null):
+        warnings.simplefilter("ignore")
+        yield
 
-def run(world, out, seeds, suites, methods):
-    baselines(world, out, sorted({S for s in suites for S in shots_of(s)}))
+def run(bench, seeds, suites, methods):
+    "Train and judge what is not there yet"
+    baselines(bench, sorted({S for name in suites for S in SUITES[name].shots}))
     for seed in seeds:
         for name in suites:
-            trial = None
-            for m in methods:
-                if (
-                    file := out / "picks" / f"{name}_{m.replace(', ', '-').replace(' ', '_')}_{seed}.parquet"
-                ).exists():
-                    continue
-                trial = trial or Trial(world, out, name, seed)
-                start = time.perf_counter()
-                done = []
-                # a line per epoch, elsewhere welcome
-                with warnings.catch_warnings(), open(os.devnull, "w") as null, contextlib.redirect_stdout(
-                    null
-                ):
-                    warnings.simplefilter("ignore")
-                    model = trial.train_by(m).model.eval()
-                took = time.perf_counter() - start
-                for split in ("dev", "test"):
-                    for S in shots_of(name):
-                        done.append(
-                            judge(
-                                world,
-                                out,
-                                split,
-                                pick_model(model, world.pools[split], world.store, S, name=m, draw=seed),
-                            ).assign(suite=name, seconds=took)
-                        )
-                save(file, done)
-                print(
-                    f"{name:12} {m:22} seed {seed}: dev accuracy {100*done[0].vqa_acc_score.mean():.1f},"
-                    f" {took:.0f} s",
-                    flush=True,
-                )
+            left = [m for m in methods if not picks_file(bench, name, m, seed).exists()]
+            if not left: continue
+            trial = Trial(bench, name, seed)
+            for method in left: run_one(trial, method)
+
+def run_one(trial, method):
+    "Train one method and store what it picks"
+    bench = trial.bench
+    start = time.perf_counter()
+    with quietly(): model = trial.train_by(method).model.eval()
+    took = time.perf_counter() - start
+    rows = []
+    for split in bench.splits:
+        for S in trial.shots:
+            picks = pick_model(model, bench.world.pools[split], bench.world.store, S, name=method, draw=trial.seed)
+            rows.append(bench.judge(split, picks).assign(suite=trial.name, seconds=took))
+    save(picks_file(bench, trial.name, method, trial.seed), rows)
+    dev = 100*rows[0].vqa_acc_score.mean()
+    print(f"{trial.name:12} {method:22} seed {trial.seed}: dev accuracy {dev:.1f}, {took:.0f} s", flush=True)
 
 def load(out, split):
     "All picks of a split; baselines belong to every suite"
-    f = pd.concat([pd.read_parquet(p) for p in sorted((out / "picks").glob("*.parquet"))], ignore_index=True)
+    f = pd.concat([pd.read_parquet(p) for p in sorted((out/"picks").glob("*.parquet"))], ignore_index=True)
     f = f[f.split == split]
     return f.assign(pointer=f.pointer.map(tuple))
 
-def store(out, file):
+KEPT = ["suite", "selector", "shots", "draw", "split", "question_id", "vqa_acc_score", "eval_failed", "seconds"]
+SMALL = dict(
+    suite="category", selector="category", split="category", shots="int8", draw="int8", vqa_acc_score="float32"
+)
+
+def store(bench, file):
     "The scores alone, small enough to be kept beside the pages"
-    f = pd.concat([load(out, s) for s in ("dev", "test")], ignore_index=True)[
-        [
-            "suite",
-            "selector",
-            "shots",
-            "draw",
-            "split",
-            "question_id",
-            "vqa_acc_score",
-            "eval_failed",
-            "seconds",
-        ]
-    ]
-    with atomic_path(file) as tmp:
-        f.astype(
-            dict(
-                suite="category",
-                selector="category",
-                split="category",
-                shots="int8",
-                draw="int8",
-                vqa_acc_score="float32",
-            )
-        ).to_parquet(tmp, compression="zstd")
+    f = pd.concat([load(bench.out, split) for split in bench.splits], ignore_index=True)
+    with atomic_path(file) as tmp: f[KEPT].astype(SMALL).to_parquet(tmp, compression="zstd")
+
+def store_numbers(bench, file, pools):
+    "What choosing is worth in a world of stored groups, beside what the file says of other pools"
+    split = bench.splits[-1]
+    known = read_json(file) if file.exists() else {}
+    groups = bench.world.groups("train").rows
+    known[f"OKVQA, {pools} pools, {split}"] = world_numbers(bench.world, split, groups, kind=bench.kinds[-1])
+    write_json(file, known, indent=1)
 
 def of_suite(scored, suite): return scored[scored.suite.isna() | (scored.suite == suite)]
 
-def main():
+def print_tables(bench, split, suites):
+    "The gap closed, a table per suite and shot count"
+    scored = load(bench.out, split)
+    if split == "test": print(f"look number {count_look(bench.out, scored)} at the test split")
+    for name in suites:
+        own = of_suite(scored, name)
+        rivals = [m for m in ("sft", "rce (reports)", "rce + grpo (reports)") if m in set(own.selector)]
+        for S in SUITES[name].shots:
+            table = seeds_table(own, S, bench.world.items, rivals)
+            print(f"\n{name}, S = {S}\n{table.round(3).to_string()}")
+
+# ---- the door ----------------------------------------------------------------------------------------------
+
+def parser():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("out", type=Path)
+    p.add_argument("--world", default="islands", choices=list(WORLDS))
+    p.add_argument("--root", type=Path, help="folder of a world that is not embedded")
+    p.add_argument("--pools", help="random | text | image | mixed; default: those that the world has by itself")
     p.add_argument("--seeds", type=int, nargs="+", default=list(range(5)))
     p.add_argument("--threads", type=int, default=1)
-    p.add_argument("--suites", nargs="+", default=list(SUITES)[:4], choices=list(SUITES))
-    p.add_argument(
-        "--methods", nargs="+", default=list(METHODS), choices=[*METHODS, *(m + ACC for m in METHODS)]
-    )
-    p.add_argument(
-        "--sampler",
-        default="random",
-        choices=list(SAMPLERS),
-        help="of the pools; other than random in a folder of its own",
-    )
+    p.add_argument("--suites", nargs="+", choices=list(SUITES), help="default: those of one shot count, of this world")
+    p.add_argument("--methods", nargs="*", choices=[*METHODS, *(m + ACC for m in METHODS)], help="default: all")
+    p.add_argument("--recipes", nargs="+", default=[], choices=[*RECIPES, *EARLIER], help="recipes of page 71, by name")
     p.add_argument("--store", type=Path, help="write what the tables need into this parquet file, and stop")
+    p.add_argument("--numbers", type=Path, help="write the row of page 35 into this JSON file, and stop")
     p.add_argument("--table", choices=["dev", "test"])
+    return p
+
+def opened(p, a):
+    "The world, and the folder, which may hold runs of no other"
+    options = dict(root=a.root, pools=a.pools)
+    w = world(a.world, **{name: value for name, value in options.items() if value is not None})
+    made_of = dict(world=w.name, fingerprint=w.fingerprint)
+    file = a.out/"world.json"
+    there = read_json(file) if file.exists() else made_of
+    if there != made_of: p.error(f"{a.out} holds runs in world {there}: take another folder")
+    write_json(file, made_of)
+    return Bench(w, a.out)
+
+def wanted_suites(p, a, bench):
+    "Suites that were named, or those of one shot count"
+    suites = a.suites or [name for name, suite in bench.suites.items() if len(suite.shots) == 1]
+    odd = [name for name in suites if name not in bench.suites]
+    if odd: p.error(f"suites {', '.join(odd)}: world {bench.world.name} has {', '.join(bench.suites)}")
+    return suites
+
+def wanted_methods(p, a, bench):
+    "Methods that were named, and recipes; all that can be trained in this world if nothing was"
+    named = a.methods
+    if named is None: named = [] if a.recipes else [m for m in METHODS if bench.world.can_ask or m not in ASK]
+    asks = [m for m in named if m.removesuffix(ACC) in ASK]
+    if asks and not bench.world.can_ask: p.error(f"{', '.join(asks)}: world {bench.world.name} has nobody to ask")
+    return [*named, *(f"recipe {name}" for name in a.recipes)]
+
+def main():
+    p = parser()
     a = p.parse_args()
     torch.set_num_threads(a.threads)
-    world = load_world(sampler=a.sampler)
-    if (
-        was := read_json(a.out / "pools.json") if (a.out / "pools.json").exists() else dict(sampler=a.sampler)
-    ) != dict(sampler=a.sampler):
-        p.error(f"{a.out} holds runs with pools {was}: take another folder")
-    write_json(a.out/"pools.json", dict(sampler=a.sampler))
-    if a.store: return store(a.out, a.store)
-    if a.table is None: return run(world, a.out, a.seeds, a.suites, a.methods)
-    scored = load(a.out, a.table)
-    if a.table == "test": print(f"look number {count_look(a.out, scored)} at the test split")
-    for name in a.suites:
-        for S in shots_of(name):
-            t = seeds_table(
-                of_suite(scored, name),
-                S,
-                world.items,
-                [
-                    m
-                    for m in ("sft", "rce (reports)", "rce + grpo (reports)")
-                    if m in set(of_suite(scored, name).selector)
-                ],
-            )
-            print(f"\n{name}, S = {S}\n{t.round(3).to_string()}")
+    bench = opened(p, a)
+    suites = wanted_suites(p, a, bench)
+    if a.store: store(bench, a.store)
+    elif a.numbers: store_numbers(bench, a.numbers, a.pools or "text")
+    elif a.table: print_tables(bench, a.table, suites)
+    else: run(bench, a.seeds, suites, wanted_methods(p, a, bench))
 
 if __name__ == "__main__": main()

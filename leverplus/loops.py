@@ -192,12 +192,13 @@ class Loop:
     def __init__(self,
         world, # `World`, or anything with `items, store, pools, scorer`
         path, # folder of the loop; continued if its settings are the same, else ValueError names what differs
-        settings:LoopSettings|None=None, # what is asked about, proposed, trained and compared; None: the defaults
+        settings:LoopSettings|None=None, # what is asked about, proposed, trained and compared; None: the usual
         train=loop_fit, # function of a Learner
         cache:FactCache|None=None, # shared facts; None: those in the folder
         progress:bool=False, # show bars?
         **changes, # of `settings`, by flat names: n, dev, shots, counts, two_stage, reward, model, seed, ...
     ):
+        if settings is None: settings = LoopSettings(asking=getattr(world, "asking", Asking()))
         settings = changed_settings(settings, **changes)
         train_split, dev_split = settings.questions.splits
         self.world = world
@@ -206,7 +207,7 @@ class Loop:
         self.train = train
         self.progress = progress
         self.split = dict(train=train_split, valid=dev_split, dev=dev_split)
-        self.queries = loop_queries(world.items, settings.questions, settings.seed)
+        self.queries = loop_queries(_with_pools(world, self.split), settings.questions, settings.seed)
         self.made = {} # groups of the development questions
         self.run_settings = plain(dict(loop=plain_settings(settings), train=code_fingerprint(train)))
         prints = loop_prints(world, self.queries, self.split, settings.asking)
@@ -230,6 +231,11 @@ class Loop:
         "Facts about pairs, from the loop's cache where they are known"
         world = self.world
         return ask(pairs, world.scorer, world.items, self.cache, self.settings.asking, progress=self.progress)
+
+def _with_pools(world, split):
+    "Items of the splits of a loop whose questions have a pool"
+    asked = [q for name in dict.fromkeys(split.values()) for q in world.pools[name]]
+    return world.items[world.items.question_id.isin(asked)]
 
 def loop_settings(
     path, # folder of a loop

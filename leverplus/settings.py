@@ -365,6 +365,7 @@ class Guarding:
     test:Natural=32 # questions of the self-test, 0: none
     verify:Natural=0 # questions of which one row is asked again of the reference scorer; stops if it disagrees
     max_failed:Share=.2 # share of rows that may fail before the run stops
+    seconds:Annotated[Amount|None, flag("no limit", metavar="X")]=None # no part is begun that would end later than this
 
 # %% ../nbs/04_settings.ipynb #91ba89e2
 @group
@@ -451,6 +452,7 @@ class Teaching:
     lr:Annotated[Positive|None, flag("the objective's own", metavar="X")]=None # its peak learning rate
     set:ExtraSettings=None # more arguments of it, or changes to the recipe
     start:Annotated[str|None, flag("a new selector", metavar="DIR")]=None # selector to start from
+    keep:Annotated[str|None, flag("none", metavar="DIR")]=None # folder of stages that runs share: equal ones train once
     new:NewSelector=None # arguments of a new one, such as '{"d_hidden": 256}'
     kind:StoreKind=None # embeddings that it reads
     bs:Annotated[Count|None, flag(BATCH, metavar="N")]=None # questions per batch of the objective

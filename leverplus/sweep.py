@@ -176,7 +176,12 @@ def data_fingerprint(
     "What all cells of a sweep share"
     stored = {k: d.fingerprint for k, d in groups.items()}
     items = item_hashes(world.items, _item_ids(groups))
-    return fingerprint("sweep", stored, items, world.store.fingerprint, facts_fingerprint(world.scorer, asking))
+    who = "stored answers" if _scorer(world) is None else facts_fingerprint(world.scorer, asking)
+    return fingerprint("sweep", stored, items, world.store.fingerprint, who)
+
+def _scorer(world):
+    "Who can be asked; None in a world of stored answers alone"
+    return world.scorer if getattr(world, "can_ask", True) else None
 
 def _item_ids(groups):
     "Queries and candidates of all groups, ascending"
@@ -206,7 +211,7 @@ class SweepData:
 
     def ask(self, pairs):
         "Facts about (query, pointer) pairs"
-        return ask(pairs, self.world.scorer, self.world.items, self.cache, self.asking)
+        return ask(pairs, _scorer(self.world), self.world.items, self.cache, self.asking)
 
 def train_cell(
     settings:dict, # a combination of `expand_grid`
@@ -387,13 +392,14 @@ def sweep(
     base:dict|None=None, # {name: value} for all combinations
     stages:dict|None=None, # {name: function of a Learner and its arguments}: objectives of your own
     shots:int|None=None, # S of the picks that are judged; None: that of the stored sequences
-    cache:FactCache|None=None, # shared facts; None: those in the folder
+    cache:FactCache|None=None, # shared facts; None: those in the folder, or what a world of stored answers knows
     shard:tuple|None=None, # (i, n): only part i of n
     progress:bool=False, # show a bar over cells?
-    asking:Asking=Asking(), # how picks are asked about
+    asking:Asking|None=None, # how picks are asked about; None: as the world says
 )->pd.DataFrame: # a row per cell, default first: config, settings, seed, status, numbers, error, cell
     "Train every combination with every seed on the same groups, and judge it on the development questions"
     path = Path(path)
+    if asking is None: asking = getattr(world, "asking", Asking())
     for name, data in groups.items(): check_contents(data.rows, world.items, f"sweep: the groups of {name}")
     seeds = [int(s) for s in seeds]
     base = base or {}
@@ -410,7 +416,7 @@ def sweep(
     file = path/f"cells{shard_tag(shard)}.jsonl"
     with run_lock(path, shard):
         Contents(path, shard, world.store).hold(world.items, _item_ids(groups), begun=file.exists())
-        if cache is None: cache = FactCache(path/"facts")
+        if cache is None: cache = FactCache(path/"facts") if _scorer(world) is not None else world.known()
         shared = SweepData(groups, world, shots, cache, stages, asking)
         have = _cells(path)
         made = dict(versions=library_versions(("leverplus", "torch")), git=git_state())

@@ -108,8 +108,8 @@ def test_inputs_are_made_once_and_equal_when_made_again(tmp_path, monkeypatch):
 
 def test_the_embedded_world_as_a_job_has_the_facts_of_the_demo(tmp_path, kept):
     from leverplus.demo import make_groups
-    from leverplus.world import load_world
-    groups = make_groups(load_world(), tmp_path/"demo", train_queries=6, dev_queries=4, progress=False)
+    from leverplus.world import world
+    groups = make_groups(world("islands"), tmp_path/"demo", train_queries=6, dev_queries=4, progress=False)
     for split, n in dict(train=6, dev=4).items():
         job = settings_of(Job, split=split, limit=n, store=kept)
         data = job.run(tmp_path / split, progress=False)
@@ -408,6 +408,9 @@ def test_a_worker_makes_windows_and_reports_errors_as_rows(tmp_path, mock):
     assert out["end"][0] >= out["start"][0]
     assert sum(len(json.loads(s)) for s in out["seen"]) <= 3
     assert len(set(map(len, out.values()))) == 1
+    assert out["left"] == [False, False]
+    no_time = RayWorker(mock, tmp_path/"r", until=time.time())(dict(window=[1]))
+    assert no_time["left"] == [True] and no_time["tally"] == ["{}"] and no_time["error"] == [""]
     bad = RayWorker(change(mock, seed=1), tmp_path / "r")(dict(window=[1]))
     assert "proposing.seed: there 0, here 1" in bad["error"][0]
     assert bad["tally"] == ["{}"]
