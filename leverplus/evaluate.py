@@ -26,8 +26,8 @@ from leverplus.infer import (
     PICKS, as_pointer, pick_fixed, pick_mmr, pick_random, pick_similar, pick_zero, picks_frame,
 )
 from leverplus.statistics import (
-    Bootstrap, Interval, boot_means, bounds, claim, holm, mcnemar, mde, paired_bootstrap, paired_p,
-    seed_weights, seeds_bootstrap, standard_error,
+    NO_DIFFERENCE, Bootstrap, Interval, boot_means, bounds, claim, count_clusters, holm, mcnemar, mde,
+    paired_bootstrap, paired_p, seed_weights, seeds_bootstrap, standard_error,
 )
 
 # %% ../nbs/82_evaluate.ipynb #8e88dbb0
@@ -274,12 +274,13 @@ def gap_closed(
     if not bootstrap.n or math.isnan(value): return unknown
     clusters = None if cluster is None else np.asarray(cluster)[all_three]
     policies, randoms, oracles = boot_means(x, clusters, bootstrap).T
-    if not _sure_gap(randoms, oracles, bootstrap.level): return unknown
-    return Interval(value, *bounds(_share(policies, randoms, oracles), bootstrap.level))
+    how_sure = bootstrap.level, count_clusters(clusters, len(x))
+    if not _sure_gap(randoms, oracles, *how_sure): return unknown
+    return Interval(value, *bounds(_share(policies, randoms, oracles), *how_sure))
 
-def _sure_gap(randoms, oracles, level):
+def _sure_gap(randoms, oracles, level, clusters=None):
     "Is the oracle better than random in (nearly) all resamples? A share of a gap that may be none has no interval"
-    return bounds(oracles - randoms, level)[0] > 1e-9
+    return bounds(oracles - randoms, level, clusters)[0] > 1e-9
 
 def _share(policy, random, oracle):
     "Share of the way from random to oracle; NaN where the oracle is no better, but for rounding"
@@ -401,10 +402,12 @@ def result_table(
     matrices = {S: score_matrix(scored, S, metric) for S in sorted(scored.shots.unique())}
     rows = []
     for S, m in matrices.items():
-        means = boot_means(m.to_numpy(), _pictures(items, m.index), bootstrap)
+        pictures = _pictures(items, m.index)
+        means = boot_means(m.to_numpy(), pictures, bootstrap)
+        clusters = count_clusters(pictures, len(m))
         against = zero_at if S == 0 else S
         for selector in _order(list(m)):
-            lo, hi = bounds(means[:, m.columns.get_loc(selector)], bootstrap.level)
+            lo, hi = bounds(means[:, m.columns.get_loc(selector)], bootstrap.level, clusters)
             other = math.nan
             if changed_from and against is not None:
                 other = changed(scored, selector, S, changed_from, against)
@@ -532,7 +535,7 @@ def paired_tests(
     t["p_holm"] = holm(t.p)
     alone = [claim(Interval(r.delta, r.lo, r.hi), r.mde) for r in t.itertuples()]
     survives = t.p_holm <= 1 - bootstrap.level
-    return t.assign(verdict=np.where(survives, alone, "no difference shown"))
+    return t.assign(verdict=np.where(survives, alone, NO_DIFFERENCE))
 
 def _family(scored, pairs, against):
     "The pairs to be compared; ValueError names selectors without rows"
@@ -599,13 +602,15 @@ def _gap_over_seeds(x, low, high, items, bootstrap):
     all_three = pd.concat([x, low, high], axis=1, join="inner").dropna()
     k = x.shape[1]
     scores = all_three.to_numpy() # [n, k+2]
-    means = boot_means(scores, _pictures(items, all_three.index), bootstrap)
+    pictures = _pictures(items, all_three.index)
+    means = boot_means(scores, pictures, bootstrap)
+    how_sure = bootstrap.level, count_clusters(pictures, len(scores))
     weights = seed_weights(rng("seeds", bootstrap.seed), bootstrap.n, k)
     of_seed = _share(scores[:, :k].mean(0), scores[:, k].mean(), scores[:, k + 1].mean())
     lo, hi = math.nan, math.nan
-    if _sure_gap(means[:, k], means[:, k + 1], bootstrap.level):
+    if _sure_gap(means[:, k], means[:, k + 1], *how_sure):
         resampled = _share((weights * means[:, :k]).sum(1), means[:, k], means[:, k + 1])
-        lo, hi = bounds(resampled, bootstrap.level)
+        lo, hi = bounds(resampled, *how_sure)
     return dict(
         draws=k, acc=scores[:, :k].mean(), gap=of_seed.mean(), lo=lo, hi=hi,
         sd=of_seed.std(ddof=1) if k > 1 else math.nan,
