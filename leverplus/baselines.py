@@ -66,33 +66,35 @@ def best_last(
 def vote_scores(
     answers:Answers, # of all items
     candidates, # question_ids [K] whose answers are voted on
-    voters, # question_ids [V] that vote; a candidate among them has no vote for itself
-    weights, # [V] of the voters, >= 0
+    voters, # question_ids [V] that vote
+    near, # [V] cosines of the voters with the query
+    width:float=.05, # a cosine that is so much lower weighs 1/e
+    own:bool=True, # does a candidate among the voters vote for itself?
 )->np.ndarray: # [K], 0..1: share of the weight that agrees
-    "How far the answers of others agree with each candidate's"
-    weights = np.asarray(weights, dtype=float)
+    "How far the answers of nearby questions agree with each candidate's"
+    weights = np.exp((near - near.max())/width)
     agree = np.zeros((len(candidates), len(voters)))
     for j, voter in enumerate(voters):
         right = answers.right(voter)
-        agree[:, j] = [0. if c == voter else right.get(answers.shown(c), 0.) for c in candidates]
-    total = weights.sum()
-    return np.round(agree @ weights / total, 9) if total > 0 else np.zeros(len(candidates))
+        agree[:, j] = [right.get(answers.shown(c), 0.) if own or c != voter else 0. for c in candidates]
+    return np.round(agree @ weights / weights.sum(), 9)
 
 @dataclass
 class Vote:
-    "Rule: show the demonstrations whose answers the others agree with; ties go to the more similar one"
+    "Rule: show the demonstrations whose answers nearby questions agree with; ties go to the more similar one"
     store:object # `EmbedStore`
     items:pd.DataFrame # by question_id: `answer`, `answers`
     kind:str = "mixed" # which embeddings
     voters:object = None # `Pool` of those who vote, such as the 60 nearest of the bank; None: the candidates
+    width:float = .05 # of a voter's weight, see `vote_scores`
 
     def __post_init__(self): self.answers = Answers(self.items)
 
     def scores(self, query, candidates)->np.ndarray:
-        "How far others agree with each candidate [K]"
+        "How far nearby questions agree with each candidate [K]"
         voters = candidates if self.voters is None else self.voters[query]
-        weights = cosines(self.store, query, voters, self.kind).clip(min=0)
-        return vote_scores(self.answers, candidates, voters, weights)
+        near = cosines(self.store, query, voters, self.kind)
+        return vote_scores(self.answers, candidates, voters, near, self.width)
 
     def best(self, query, candidates, S)->tuple:
         "S candidates in prompt order"
@@ -164,7 +166,7 @@ def features(
     near = cosines(store, query, candidates, kind)
     place = np.empty(len(near))
     place[np.lexsort((np.asarray(candidates), -near))] = np.arange(len(near))
-    votes = vote_scores(answers, candidates, candidates, near.clip(min=0))
+    votes = vote_scores(answers, candidates, candidates, near)
     asked = _words(answers.items.at[query, "question"])
     in_question = [_share(_words(answers.shown(c)), asked) for c in candidates]
     questions = [_words(answers.items.at[c, "question"]) for c in candidates]
