@@ -769,9 +769,10 @@ def _free_gap(x, mixed, matrix):
     return gap_closed(*three.to_numpy().T, bootstrap=Bootstrap(0)).value
 
 def _over_both(matrix, row, items, bootstrap):
-    "Lead of a free number over the better of always (the same selector at its largest number) and never"
-    always = row[0].removesuffix("_free"), row[1]
-    if always not in matrix: return {}
+    "Lead of a free number over the better of always (the same selector at its largest fixed number) and never"
+    fixed = [other for other in matrix if other[0] == row[0].removesuffix("_free")]
+    if not fixed: return {}
+    always = max(fixed, key=lambda other: other[1])
     x = matrix[[row, always, ("zero_shot", 0)]].dropna()
     pictures = _pictures(items, x.index)
     own, *others = boot_means(x.to_numpy(), pictures, bootstrap).T

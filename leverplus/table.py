@@ -139,12 +139,14 @@ def _picks(asked, models, rows, fixed, groups=None):
     plain = pick_baselines(asked.pool, asked.store, shots, rows.draws, fixed, asked.items, rows.seed, groups)
     picks = [plain]
     for name, model in models.items():
-        kind = kind_of(model, rows.kind)
-        def of_model(S, called): return pick_model(
-            model, asked.pool, asked.store, S, kind, called, other_pool=rows.other_pool)
-        picks += [of_model(S, name) for S in shots]
-        if _may_stop(model): picks.append(of_model(None, f"{name}_free"))
+        picks += [_model_picks(asked, model, rows, S, name) for S in shots]
+        if _may_stop(model): picks.append(_model_picks(asked, model, rows, None, f"{name}_free"))
     return pd.concat(picks, ignore_index=True)
+
+def _model_picks(asked, model, rows, S, name):
+    "What a selector shows; S = None: as many as it wants"
+    kind = kind_of(model, rows.kind)
+    return pick_model(model, asked.pool, asked.store, S, kind, name, other_pool=rows.other_pool)
 
 def _may_stop(model):
     "Does a selector choose by itself how many it shows?"
