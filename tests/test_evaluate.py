@@ -610,7 +610,8 @@ def test_all_baselines_are_there_and_the_oracle_says_what_it_is():
     n = p.groupby(["selector", "shots"]).draw.nunique()
     assert (
         set(p.selector)
-        == {"zero_shot", "random", "similar_image", "similar_text", "similar_mixed", "mmr", "fixed"}
+        == {"zero_shot", "random", "similar_image", "similar_text", "similar_mixed", "similar_mixed_first", "mmr",
+            "vote", "fixed"}
     )
     assert n["random", 1] == n["random", 2] == 5
     assert not p.duplicated(["selector", "shots", "draw", "question_id"]).any()

@@ -6,7 +6,7 @@ from leverplus.core import rng
 from leverplus.embed import EmbedStore
 from leverplus.evaluate import (
     best_fixed, fixed_pairs, majority_vote, paired_tests, pick_baselines, pick_oracle, result_table, score_picks,
-    size_table, subsets, table_text,
+    size_table, subsets, table_text, vote_of_all,
 )
 from leverplus.infer import pick_model
 from leverplus.lvlm import MockScorer
@@ -88,6 +88,7 @@ def by_hand(rows, models):
     oracle = [pick_oracle(facts, S, pool) for S in rows.shots]
     similar = picks[picks.selector == "similar_mixed"]
     votes = [majority_vote(similar[similar.shots == S], ITEMS) for S in rows.shots]
+    votes.append(vote_of_all(pool, STORE, ITEMS, rows.shots))
     return pd.concat([score_picks(pd.concat([picks, *oracle], ignore_index=True), facts), *votes]), facts
 
 # ---- what it says ------------------------------------------------------------------------------------------
