@@ -15,9 +15,7 @@ from .items import as_items
 from .pools import Pool, image_groups, make_pool
 from .vqa import normalise, vqa_accuracy
 from .rldata_ask import FactCache, ask
-from leverplus.statistics import (
-    Bootstrap, Interval, bootstrap_mean, claim, mde, paired_bootstrap,
-)
+from .statistics import Bootstrap, bootstrap_mean, claim, mde, paired_bootstrap
 from .baselines import best_last, cosines
 from .infer import PICKS, as_pointer, kind_of, pick_model, pick_random, pick_rule, pick_similar
 from .evaluate import score_picks
