@@ -88,7 +88,9 @@ class Vote:
     voters:object = None # `Pool` of those who vote, such as the 60 nearest of the bank; None: the candidates
     width:float = .05 # of a voter's weight, see `vote_scores`
 
-    def __post_init__(self): self.answers = Answers(self.items)
+    def __post_init__(self):
+        self.items = as_items(self.items, need=("answer", "answers"))
+        self.answers = Answers(self.items)
 
     def scores(self, query, candidates)->np.ndarray:
         "How far nearby questions agree with each candidate [K]"
@@ -198,7 +200,8 @@ class Logistic:
     kind:str = "mixed" # which embeddings
 
     def __post_init__(self):
-        self.answers = Answers(as_items(self.items, need=("question", "answer", "answers")))
+        self.items = as_items(self.items, need=("question", "answer", "answers"))
+        self.answers = Answers(self.items)
         x, right = self._stored()
         if not 0 < right.sum() < len(right):
             raise ValueError(

@@ -24,8 +24,8 @@ from .lvlm import official_inputs, prompt_images
 from .infer import as_pointer, kind_of, pick_model
 from leverplus.evaluate import (
     BASELINES, best_fixed, chosen_counts, count_look, counts_table, fixed_pairs, majority_vote, named,
-    paired_tests, pick_baselines, pick_oracle, result_table, score_picks, similar_row, size_table, subsets,
-    table_text, vote_of_all,
+    paired_tests, pick_baselines, pick_oracle, result_table, score_picks, similar_row, size_table,
+    subsets, table_text, vote_of_all,
 )
 
 # %% ../nbs/83_table.ipynb #859cff74

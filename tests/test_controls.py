@@ -1,7 +1,7 @@
 "What a lead is made of, with models whose habits are known: one copies what it reads last, one reads nothing"
 import numpy as np, pandas as pd, pytest, torch
 from leverplus.controls import (
-    CONTROLS, ask_controls, controls_table, copied, copied_lead, copy_table, nearest_wrong_answer, order_table,
+    CONTROLS, _nearest_wrong_answer, ask_controls, controls_table, copied, copied_lead, copy_table, order_table,
     pool_shift, whole_bank,
 )
 from leverplus.baselines import Vote, best_last, cosines
@@ -102,7 +102,7 @@ def test_each_control_changes_one_thing():
         first, last = r.pointer
         said = {tuple((d.question, d.answer) for d in p.demos) for p in shown[r.question_id]}
         q1, q2, a1, a2 = ITEMS.question[first], ITEMS.question[last], TRUTH[first], TRUTH[last]
-        wrong = nearest_wrong_answer(r.question_id, POOL[r.question_id], STORE, ITEMS)
+        wrong = _nearest_wrong_answer(r.question_id, POOL[r.question_id], STORE, ITEMS)
         assert ((q1, a1), (q2, a2)) in said and ((q2, a2), (q1, a1)) in said
         assert ((q1, a2), (q2, a1)) in said and (("?", a1), ("?", a2)) in said
         assert ((q1, a1), (q2, wrong)) in said and wrong != TRUTH[r.question_id]
@@ -140,7 +140,7 @@ def test_controls_are_kept_apart_and_repeatable(tmp_path):
     with pytest.raises(ValueError, match="choose among as_shown"):
         ask_controls(PICKS, scorer, ITEMS, POOL, STORE, ["upside_down"])
     with pytest.raises(ValueError, match="are right"):
-        nearest_wrong_answer(0, [100], STORE, ITEMS.assign(answer=TRUTH[0]))
+        _nearest_wrong_answer(0, [100], STORE, ITEMS.assign(answer=TRUTH[0]))
 
 # ---- pools of other sizes ----------------------------------------------------------------------------------
 
