@@ -16,7 +16,7 @@ from .pools import Pool, image_groups, make_pool
 from .vqa import normalise, vqa_accuracy
 from .rldata_ask import FactCache, ask
 from .statistics import Bootstrap, bootstrap_mean, claim, mde, paired_bootstrap
-from .baselines import best_last, cosines
+from .baselines import best_last, query_cosines
 from .infer import PICKS, as_pointer, kind_of, pick_model, pick_random, pick_rule, pick_similar
 from .evaluate import score_picks
 
@@ -29,7 +29,8 @@ def copied(
     items = as_items(items, need=("answer",))
     shown = {d: normalise(items.at[d, "answer"]) for d in {d for p in scored.pointer for d in p}}
     rows = zip(scored.pointer, scored.vqa_pred_answer, scored.eval_failed)
-    return np.array([not bad and normalise(said) in {shown[d] for d in p} for p, said, bad in rows], dtype=bool)
+    same = [not bad and normalise(said) in {shown[d] for d in p} for p, said, bad in rows]
+    return np.array(same, dtype=bool)
 
 def copy_table(
     scored:pd.DataFrame, # from `score_picks`
@@ -85,10 +86,10 @@ def _difference(x, y, items, bootstrap):
 # %% ../nbs/91_controls.ipynb #3ed58082
 def order_table(
     picks:pd.DataFrame, # picks with at least two demonstrations; others are left out
-    facts:pd.DataFrame, # facts about all orders of them, see `check_facts`; rows with an order that is unknown are left out
+    facts:pd.DataFrame, # about all orders of them, see `check_facts`; where one is unknown, the pick is left out
     items:pd.DataFrame, # by question_id, to cluster by picture
     bootstrap:Bootstrap=Bootstrap(), # resamples, and the coverage of intervals
-)->pd.DataFrame: # by selector and shots: n, acc, reversed, any, best, and delta = acc - reversed with lo, hi, mde, verdict
+)->pd.DataFrame: # by selector and shots: n, acc, reversed, any, best, delta = acc - reversed, lo, hi, mde, verdict
     "What the order of the same demonstrations is worth"
     items = as_items(items, need=("image_id",))
     good = facts[~facts.eval_failed.astype(bool)] if "eval_failed" in facts else facts
@@ -102,11 +103,12 @@ def order_table(
         if len(same) < math.factorial(len(p)): continue
         rows.append(dict(
             selector=r.selector, shots=r.shots, question_id=r.question_id,
-            acc=right[r.question_id, p], reversed=right[r.question_id, p[::-1]], any=np.mean(same), best=max(same),
+            acc=right[r.question_id, p], reversed=right[r.question_id, p[::-1]],
+            any=np.mean(same), best=max(same),
         ))
     columns = ["acc", "reversed", "any", "best"]
     found = pd.DataFrame(rows, columns=["selector", "shots", "question_id", *columns])
-    if not len(found): raise LookupError("the facts hold all orders of none of these picks: ask for them first")
+    if not len(found): raise LookupError("the facts hold all orders of none of these picks: ask for them")
     table = []
     for (selector, shots), g in found.groupby(["selector", "shots"], sort=False):
         of_query = g.groupby("question_id")[columns].mean()
@@ -136,7 +138,8 @@ class _Copies:
         "The items and all copies"
         rows = []
         for (demo, question, answer), new in self.ids.items():
-            rows.append(self.items.loc[demo].to_dict() | dict(question_id=new, question=question, answer=answer))
+            changed = dict(question_id=new, question=question, answer=answer)
+            rows.append(self.items.loc[demo].to_dict() | changed)
         if not rows: return self.items
         copies = pd.DataFrame(rows, index=[r["question_id"] for r in rows])
         return as_items(pd.concat([self.items, copies[list(self.items)]]))
@@ -155,13 +158,14 @@ def _changed(control, picks, copies, seed, wrong):
         others = iter(rng("shuffled answers", seed).permutation(len(shown)))
         return [tuple(copies.of(d, answer=answer[shown[next(others)]]) for d in p) for p in pointers]
     if control == "wrong_answer":
-        return [p and (*p[:-1], copies.of(p[-1], answer=wrong(q))) for q, p in zip(picks.question_id, pointers)]
+        pairs = zip(picks.question_id, pointers)
+        return [p and (*p[:-1], copies.of(p[-1], answer=wrong(q))) for q, p in pairs]
     raise ValueError(f"control {control!r}: choose among {', '.join(CONTROLS)}")
 
 def _nearest_wrong_answer(query, candidates, store, items):
     "The answer of the most similar candidate whose answer scores 0; ValueError if all are right"
-    nearest_first = best_last(cosines(store, query, candidates, store.kind(None)), candidates, len(candidates))[::-1]
-    for d in nearest_first:
+    near = query_cosines(store, query, candidates, store.kind(None))
+    for d in reversed(best_last(near, candidates, len(candidates))):
         answer = items.at[d, "answer"]
         if vqa_accuracy(answer, items.at[query, "answers"]) == 0: return answer
     raise ValueError(f"question {query}: the answers of all {len(candidates)} candidates are right")
@@ -205,11 +209,10 @@ def controls_table(
     rows = []
     for (selector, shots), g in good.groupby(["selector", "shots"], sort=False):
         matrix = g.groupby(["question_id", "control"]).vqa_acc_score.mean().unstack()
-        for control in dict.fromkeys(g.control):
-            both = matrix[[control, "as_shown"]].dropna() if control != "as_shown" else matrix[[control]].dropna()
-            own = g[g.control == control]
-            told = dict(selector=selector, shots=shots, control=control, n=len(both), acc=both[control].mean(),
-                        copied=own.copied.mean())
+        for control, own in g.groupby("control", sort=False):
+            both = matrix[list({control: None, "as_shown": None})].dropna()
+            told = dict(selector=selector, shots=shots, control=control, n=len(both))
+            told |= dict(acc=both[control].mean(), copied=own.copied.mean())
             if control != "as_shown": told |= _difference(both[control], both.as_shown, items, bootstrap)
             rows.append(told)
     return pd.DataFrame(rows)
@@ -257,7 +260,8 @@ def pool_shift(
     cache = FactCache() if cache is None else cache
     parts = []
     for K in Ks:
-        pool = whole_bank(queries, demos) if K == "all" else make_pool(queries, demos, K, sampler, store, seed)
+        if K == "all": pool = whole_bank(queries, demos)
+        else: pool = make_pool(queries, demos, K, sampler, store, seed)
         picks = _shift_picks(model, pool, store, S, name, rules, draws, seed)
         facts = ask(picks, scorer, items, cache, asking, progress=progress)
         scored = score_picks(picks, facts.drop_duplicates(["question_id", "pointer"]))
@@ -280,10 +284,12 @@ def _shift_rows(K, scored, items, bootstrap):
     rows = []
     for selector in dict.fromkeys(scored.selector):
         both = matrix[[selector]].assign(similar=matrix.similar).dropna()
-        acc, lo, hi = bootstrap_mean(both[selector].to_numpy(), pictures.loc[both.index].to_numpy(), bootstrap)
+        of_picture = pictures.loc[both.index].to_numpy()
+        acc, lo, hi = bootstrap_mean(both[selector].to_numpy(), of_picture, bootstrap)
         told = dict(K=K, selector=selector, n=len(both), acc=acc, lo=lo, hi=hi)
         if selector != "similar":
             lead = _difference(both[selector], both.similar, items, bootstrap)
-            told |= dict(delta=lead["delta"], delta_lo=lead["lo"], delta_hi=lead["hi"], verdict=lead["verdict"])
+            told |= dict(delta=lead["delta"], delta_lo=lead["lo"], delta_hi=lead["hi"])
+            told["verdict"] = lead["verdict"]
         rows.append(told)
     return pd.DataFrame(rows)

@@ -23,13 +23,14 @@ from .items import as_ids, as_items
 from .embed import KINDS
 from .pools import image_groups
 from .vqa import normalise, vqa_accuracies
-from .baselines import best_last, cosines
+from .baselines import best_last, query_cosines
 from leverplus.infer import (
-    PICKS, as_pointer, pick_fixed, pick_mmr, pick_random, pick_rule, pick_similar, pick_zero, picks_frame, rule_of,
+    PICKS, as_pointer, pick_fixed, pick_mmr, pick_random, pick_rule, pick_similar, pick_zero, picks_frame,
+    rule_of,
 )
 from leverplus.statistics import (
-    NO_DIFFERENCE, Bootstrap, Interval, boot_means, bootstrap_mean, bounds, claim, count_clusters, holm, mcnemar, mde,
-    paired_bootstrap, paired_p, seed_weights, seeds_bootstrap, standard_error,
+    NO_DIFFERENCE, Bootstrap, Interval, boot_means, bootstrap_mean, bounds, claim, count_clusters, holm,
+    mcnemar, mde, paired_bootstrap, paired_p, seed_weights, seeds_bootstrap, standard_error,
 )
 
 # %% ../nbs/82_evaluate.ipynb #8e88dbb0
@@ -50,7 +51,7 @@ def pick_baselines(
     items:pd.DataFrame|None=None, # by question_id, for the rows fixed, vote and logistic; None: none of these
     seed:int=0, # of the draws
     groups=None, # `RLData` of training questions, for the rows knn_facts and logistic; None: none of these
-)->pd.DataFrame: # picks of zero_shot, random, similar_<kind>, similar_<kind>_first, mmr, and what `items` and `groups` allow
+)->pd.DataFrame: # picks of zero_shot, random, similarity in both orders, mmr, and what `items` and `groups` allow
     "Picks of every baseline that needs no training of ours"
     if items is not None: items = as_items(items, need=("image_id",))
     kind = store.kind(None)
@@ -167,7 +168,7 @@ def pick_oracle(
     pool=None, # `Pool`: its queries only, sequences inside it only; None uses all facts and never claims to be exact
     by:str="vqa_acc_score", # what is maximised, or "vqa_gt_prob"; the other one breaks ties
     price:float=0., # what a demonstration costs, in the unit of `by`
-)->pd.DataFrame: # picks of "oracle" (S None: "oracle_free") and a bool column `exact`; ValueError: a query without a fact
+)->pd.DataFrame: # picks of "oracle" (S None: "oracle_free") and a bool column `exact`; ValueError without a fact
     "The best sequence of each query among the facts"
     f = check_facts(facts)
     f = f[~f.eval_failed]
@@ -193,13 +194,13 @@ def _check_asked(f, S, pool):
     "Refuse a pool with a query that no good fact is known of"
     lost = [] if pool is None else sorted(set(pool.ids) - set(f.question_id))
     if lost or not len(f):
+        about = "" if S is None else f" of {S} shots"
         raise ValueError(
-            f"oracle: {len(lost)} queries without a good fact{'' if S is None else f' of {S} shots'}, first {lost[:1]}:"
-            " generate facts for them"
+            f"oracle: {len(lost)} queries without a good fact{about}, first {lost[:1]}: generate facts for them"
         )
 
 def _best_first(f, by, price):
-    "Order of the rows: by query, the highest `by` first, then the other number, fewer demonstrations, smaller pointer"
+    "Order of the rows: by query, the highest `by` first, then the other number, fewer shown, smaller pointer"
     tie = "vqa_gt_prob" if by == "vqa_acc_score" else "vqa_acc_score"
     shown = f.pointer.map(len).to_numpy()
     places = np.full((len(f), shown.max()), -1, dtype=np.int64)
@@ -297,7 +298,7 @@ def vote_of_all(
 )->pd.DataFrame: # scored rows "majority_vote_all"; no LVLM is asked
     "What all candidates' answers together would score"
     kind = store.kind(None)
-    nearest_last = {q: best_last(cosines(store, q, c, kind), c, len(c)) for q, c in pool.ids.items()}
+    nearest_last = {q: best_last(query_cosines(store, q, c, kind), c, len(c)) for q, c in pool.ids.items()}
     picks = picks_frame("majority_vote_all", nearest_last, pool.K, fewer=True)
     votes = majority_vote(picks, items).assign(selector="majority_vote_all")
     return pd.concat([votes.assign(shots=S) for S in shots], ignore_index=True)
@@ -728,7 +729,7 @@ def chosen_counts(
 
 # %% ../nbs/82_evaluate.ipynb #b6a80f9f
 def counts_table(
-    scored:pd.DataFrame, # from `score_picks`: zero_shot, random, selectors at fixed numbers and `<name>_free`, oracle_free
+    scored:pd.DataFrame, # from `score_picks`: zero_shot, random, selectors <name> and <name>_free, oracle_free
     items:pd.DataFrame|None=None, # items by question_id, for clustering
     tokens:dict|None=None, # {(question_id, pointer): tokens of the prompt}; None: demonstrations are counted
     bootstrap:Bootstrap=Bootstrap(), # resamples, and the coverage of intervals
@@ -743,8 +744,9 @@ def counts_table(
     wanted = ["zero_shot", "random", *bases, *free, "oracle_free"]
     matrix = good.groupby(["question_id", "selector", "shots"]).vqa_acc_score.mean().unstack([1, 2])
     mixed = matrix[[row for row in matrix if row[0] in ("zero_shot", "random")]].mean(axis=1)
+    there = [row for row in matrix if row[0] in wanted]
     rows = []
-    for row in sorted((row for row in matrix if row[0] in wanted), key=lambda row: (wanted.index(row[0]), row[1])):
+    for row in sorted(there, key=lambda row: (wanted.index(row[0]), row[1])):
         x = matrix[row].dropna()
         pictures = _pictures(items, x.index)
         acc, lo, hi = bootstrap_mean(x.to_numpy(), pictures, bootstrap)
@@ -762,14 +764,14 @@ def _cost(rows, tokens):
     return float(np.mean([tokens[q, as_pointer(p)] for q, p in zip(rows.question_id, rows.pointer)]))
 
 def _free_gap(x, mixed, matrix):
-    "Share of the way from random demonstrations in a random number to the oracle over numbers; NaN without that"
+    "Share of the way from random demonstrations in a random number to the oracle over numbers"
     oracle = [row for row in matrix if row[0] == "oracle_free"]
     if not oracle: return math.nan
     three = pd.concat([x, mixed, matrix[oracle[-1]]], axis=1).dropna()
     return gap_closed(*three.to_numpy().T, bootstrap=Bootstrap(0)).value
 
 def _over_both(matrix, row, items, bootstrap):
-    "Lead of a free number over the better of always (the same selector at its largest fixed number) and never"
+    "Lead of a free number over the better of always (the selector at its largest number) and never"
     fixed = [other for other in matrix if other[0] == row[0].removesuffix("_free")]
     if not fixed: return {}
     always = max(fixed, key=lambda other: other[1])
@@ -778,7 +780,8 @@ def _over_both(matrix, row, items, bootstrap):
     own, *others = boot_means(x.to_numpy(), pictures, bootstrap).T
     mean = x.mean().to_numpy()
     clusters = count_clusters(pictures, len(x))
-    lead = Interval(mean[0] - mean[1:].max(), *bounds(own - np.max(others, axis=0), bootstrap.level, clusters))
+    leads = own - np.max(others, axis=0)
+    lead = Interval(mean[0] - mean[1:].max(), *bounds(leads, bootstrap.level, clusters))
     better = x.iloc[:, 1 + int(mean[1:].argmax())]
     found = mde(x.iloc[:, 0], better, pictures, level=bootstrap.level)
     return dict(over=lead.value, over_lo=lead.lo, over_hi=lead.hi, verdict=claim(lead, found))

@@ -187,7 +187,8 @@ def prompt_tokens(
     for i in range(0, len(wanted), bs):
         part = wanted[i:i + bs]
         prompts = [make(*pair) for pair in part]
-        inputs = official_inputs(lvlm, [lvlm.render(p) for p in prompts], [prompt_images(lvlm, p) for p in prompts])
+        texts = [lvlm.render(p) for p in prompts]
+        inputs = official_inputs(lvlm, texts, [prompt_images(lvlm, p) for p in prompts])
         tokens |= zip(part, inputs["attention_mask"].sum(1).tolist())
     return tokens
 
@@ -212,7 +213,7 @@ class FullTable:
         if self.tests is not None:
             columns = "selector against shots n delta lo hi mde changed p_holm verdict".split()
             out += ["", self.tests[columns].round(3).to_string(index=False)]
-            out.append("mde: a true difference of that size is found 80 % of the time, a smaller one less often")
+            out.append("mde: a true difference of that size is found 80 % of the time, smaller ones less often")
         if self.counts is not None: out += ["", self.counts.round(3).to_string(index=False)]
         for name, chosen in (self.chosen or {}).items(): out += ["", name, chosen.round(3).to_string()]
         if self.sizes is not None: out += ["", self.sizes.round(3).to_string()]
@@ -283,7 +284,7 @@ def _check_table(asked, models, rows):
     "Refuse what cannot end well, before anything is asked"
     if asked.scorer is None: raise ValueError("nobody to ask: wanted Asked(..., scorer=...)")
     odd = [name for name in models if name in BASELINES or name.endswith("_free")]
-    if odd: raise ValueError(f"selector {odd[0]!r}: the name of a baseline or of a free row; give it another one")
+    if odd: raise ValueError(f"selector {odd[0]!r}: a baseline's name, or that of a free row; take another one")
     subsets(asked.pool, rows.sizes, rows.seed) # refuses more questions than there are
 
 def _keep_curve(run, trained):
@@ -293,6 +294,8 @@ def _keep_curve(run, trained):
     if history.exists(): run.save_history(pd.read_csv(history))
 
 # %% ../nbs/83_table.ipynb #86add334
+_UNLEARNED = "knn_facts, logistic: no rows, they learn from stored groups (groups=)"
+
 def full_table(
     path, # run folder; continued if its settings are the same
     asked:Asked, # the questions, with a scorer
@@ -313,7 +316,7 @@ def full_table(
     models = models or {}
     _check_table(asked, models, rows)
     judges, notes = _judges(asked, rows, judges)
-    if groups is None: notes = [*notes, "knn_facts, logistic: no rows, they learn from stored groups (groups=)"]
+    if groups is None: notes = [*notes, _UNLEARNED]
     with run_lock(path):
         run = _begin(path, asked, judges, models, rows, asking, overwrite, groups)
         known = _Known(asked.scorer, asking, facts, run.path/"facts", progress)

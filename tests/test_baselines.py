@@ -10,7 +10,8 @@ from leverplus.groups import RLData
 from leverplus.infer import pick_random, pick_rule, pick_similar, pick_zero, picks_frame, rule_of
 from leverplus.pools import Pool
 from leverplus.baselines import (
-    FEATURES, Answers, FactsNearby, Logistic, Vote, best_last, best_linear, cosines, effects, features, vote_scores,
+    FEATURES, Answers, FactsNearby, Logistic, Vote, best_last, best_linear, effects, features, query_cosines,
+    vote_scores,
 )
 
 WORDS = "red blue green cat dog".split()
@@ -59,7 +60,7 @@ def test_best_last_ignores_the_order_of_the_pool(score, S, random):
 def test_votes_are_a_plain_sum():
     answers = Answers(ITEMS)
     c = POOL[0]
-    near = cosines(STORE, 0, c, "text")
+    near = query_cosines(STORE, 0, c, "text")
     weight = np.exp(near/.05) # the largest cosine cancels
     for own in (True, False):
         want = []
@@ -72,7 +73,7 @@ def test_votes_are_a_plain_sum():
 def test_voters_may_be_others_than_the_candidates():
     voters = pool_of(QS, K=20, seed=5)
     vote = Vote(STORE, ITEMS, "text", voters)
-    near = cosines(STORE, 3, voters[3], "text")
+    near = query_cosines(STORE, 3, voters[3], "text")
     assert (vote.scores(3, POOL[3]) == vote_scores(Answers(ITEMS), POOL[3], voters[3], near)).all()
     assert vote.best(3, POOL[3], 2) == vote.best(3, POOL[3][::-1], 2)
 
@@ -111,9 +112,9 @@ def test_the_best_linear_sequence_is_the_best_of_all(seed, S):
     assert best_linear(inner[::-1], last[::-1], ids[::-1], S) == found
 
 def test_a_regression_learns_what_its_features_show():
-    "Right where the demonstration is the most similar one: then it picks that, and puts it last or first as it was right"
+    "Right where the demonstration is the most similar one: then that is what it picks"
     pool = pool_of(TRAIN, seed=2)
-    top = {q: best_last(cosines(STORE, q, c, "text"), c, 1)[0] for q, c in pool.ids.items()}
+    top = {q: best_last(query_cosines(STORE, q, c, "text"), c, 1)[0] for q, c in pool.ids.items()}
     rule = Logistic(tried(pool, lambda q, d: d == top[q]), STORE, ITEMS, "text")
     picks = pick_rule(rule, POOL, 1, "logistic")
     assert list(picks.pointer) == list(pick_similar(POOL, STORE, 1, "text").pointer)

@@ -4,7 +4,7 @@ from leverplus.controls import (
     CONTROLS, _nearest_wrong_answer, ask_controls, controls_table, copied, copied_lead, copy_table, order_table,
     pool_shift, whole_bank,
 )
-from leverplus.baselines import Vote, best_last, cosines
+from leverplus.baselines import Vote, best_last, query_cosines
 from leverplus.core import rng
 from leverplus.embed import EmbedStore
 from leverplus.evaluate import score_picks
@@ -161,7 +161,7 @@ def test_a_lead_is_followed_over_pool_sizes():
     assert t.K.tolist() == [4]*4 + [20]*4 + ["all"]*4
     assert t.selector.tolist() == ["random", "similar", "vote", "selector"]*3
     bank = whole_bank(queries, demos)
-    near = [best_last(cosines(STORE, q, bank[q], "text"), bank[q], 1)[0] for q in QS]
+    near = [best_last(query_cosines(STORE, q, bank[q], "text"), bank[q], 1)[0] for q in QS]
     want = np.mean([TRUTH[d] == TRUTH[q] for q, d in zip(QS, near)])
     whole = t[t.K == "all"].set_index("selector")
     assert whole.acc["similar"] == pytest.approx(want)

@@ -47,8 +47,10 @@ STORE = EmbedStore(
 MODEL = PointerSelector(STORE.dim("mixed"), d_hidden=8)
 
 TRIED = pd.DataFrame([
-    dict(question_id=q, pointer=(d,), gen_method="random", vqa_acc_score=float(d % 2), vqa_gt_prob=.5, vqa_correct=d % 2,
-         eval_failed=False)
+    dict(
+        question_id=q, pointer=(d,), gen_method="random", vqa_acc_score=float(d % 2), vqa_gt_prob=.5,
+        vqa_correct=d % 2, eval_failed=False,
+    )
     for q in QS[:4] for d in POOL[q]
 ])
 GROUPS = RLData(TRIED, POOL)

@@ -5,8 +5,8 @@ import pandas as pd, pytest, torch
 from leverplus.core import rng
 from leverplus.embed import EmbedStore
 from leverplus.evaluate import (
-    best_fixed, chosen_counts, counts_table, fixed_pairs, majority_vote, paired_tests, pick_baselines, pick_oracle, result_table, score_picks,
-    size_table, subsets, table_text, vote_of_all,
+    best_fixed, chosen_counts, counts_table, fixed_pairs, majority_vote, paired_tests, pick_baselines,
+    pick_oracle, result_table, score_picks, size_table, subsets, table_text, vote_of_all,
 )
 from leverplus.groups import RLData
 from leverplus.infer import pick_model, pick_rule, rule_of
@@ -181,7 +181,7 @@ def test_a_selector_with_stop_has_a_free_row(tmp_path):
     pd.testing.assert_frame_equal(made.chosen["ours_free"], want)
     assert "counts.csv" in made.run.files() and "ours_free" in made.text()
     assert made.run.frame("predictions.parquet").pointer.map(len).min() == 0
-    with pytest.raises(ValueError, match="of a free row"):
+    with pytest.raises(ValueError, match="that of a free row"):
         make(tmp_path/"x", rows=rows, models=dict(ours_free=free), judges=None)
 
 # ---- a fixed row -------------------------------------------------------------------------------------------
