@@ -284,7 +284,7 @@ def _check_table(asked, models, rows):
     "Refuse what cannot end well, before anything is asked"
     if asked.scorer is None: raise ValueError("nobody to ask: wanted Asked(..., scorer=...)")
     odd = [name for name in models if name in BASELINES or name.endswith("_free")]
-    if odd: raise ValueError(f"selector {odd[0]!r}: a baseline's name, or that of a free row; take another one")
+    if odd: raise ValueError(f"selector {odd[0]!r}: the name of a baseline, or of a free row; take another")
     subsets(asked.pool, rows.sizes, rows.seed) # refuses more questions than there are
 
 def _keep_curve(run, trained):

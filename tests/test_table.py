@@ -181,7 +181,7 @@ def test_a_selector_with_stop_has_a_free_row(tmp_path):
     pd.testing.assert_frame_equal(made.chosen["ours_free"], want)
     assert "counts.csv" in made.run.files() and "ours_free" in made.text()
     assert made.run.frame("predictions.parquet").pointer.map(len).min() == 0
-    with pytest.raises(ValueError, match="that of a free row"):
+    with pytest.raises(ValueError, match="of a free row"):
         make(tmp_path/"x", rows=rows, models=dict(ours_free=free), judges=None)
 
 # ---- a fixed row -------------------------------------------------------------------------------------------
