@@ -118,7 +118,7 @@ def test_a_regression_learns_what_its_features_show():
     rule = Logistic(tried(pool, lambda q, d: d == top[q]), STORE, ITEMS, "text")
     picks = pick_rule(rule, POOL, 1, "logistic")
     assert list(picks.pointer) == list(pick_similar(POOL, STORE, 1, "text").pointer)
-    assert rule.table().loc[["similarity", "rank"]].sum(axis=None) > 0
+    assert rule.table().loc[["similarity", "rank"]].to_numpy().sum() > 0
     seen = features(0, POOL[0], STORE, Answers(ITEMS), "text")
     assert seen.shape == (6, len(FEATURES)) and abs(seen).max() <= 1
     with pytest.raises(ValueError, match="nothing to be fitted"):
