@@ -13,7 +13,7 @@ import math
 from statistics import NormalDist
 from typing import NamedTuple
 import numpy as np, pandas as pd
-from .statistics import Interval, differs, mcnemar, plan_mde, plan_power, verdict
+from .statistics import Interval, claim, mcnemar, plan_mde, plan_power
 from .evaluate import expected_best
 
 # %% ../nbs/88_earlier_replays.ipynb #bc5e1fd5
@@ -92,7 +92,7 @@ def _replayed(plan, shots, acc, baseline, source, n, changed):
         hi=100*est.hi,
         mde=100*mde,
         z=1.96 * 2*est.value / (est.hi - est.lo),
-        verdict=verdict(est, mde).split(": ")[-1],
+        verdict=claim(est, mde),
         source=source,
     )
 
@@ -253,9 +253,8 @@ def _gain_claims():
     one = reported_difference(acc[0] - REPORTED_BASELINE[0])
     mean = reported_difference(np.mean(acc) - np.mean(REPORTED_BASELINE))
     need = f"needs {plan_power(.0038, .05):,} to {plan_power(.0038, .10):,} queries"
-    def say(est, mde): return "better" if differs(est, mde) else "no difference shown"
-    yield "plan 5 improves one shot", f"50.15 against 48.55 at n = 800: {_numbers(*one)}", say(*one)
-    yield "plan 5 improves the mean over shots", f"{_numbers(*mean)}; {need}", say(*mean)
+    yield "plan 5 improves one shot", f"50.15 against 48.55 at n = 800: {_numbers(*one)}", claim(*one)
+    yield "plan 5 improves the mean over shots", f"{_numbers(*mean)}; {need}", claim(*mean)
 
 def _other_claims():
     "Claims about choosing, sizes, data and advantages: claim, numbers, verdict"

@@ -588,7 +588,7 @@ def _difference(a, b, cluster, name_a, name_b):
 def _gained(what, where, a, b, cluster, why, still="open"):
     "Did the selector's scores `a` gain on the proposer's `b`? (Check, sentence); `still`: if none changed"
     d = _difference(a, b, cluster, "selector", "proposer")
-    wanted = "above 0" if d.same else f"above 0, at least {d.detectable:.3f} (detectable)"
+    wanted = "above 0" if d.same else f"above 0 (detectable: {d.detectable:.3f})"
     better = differs(d.est, d.detectable) and d.est.value > 0
     outcome = still if d.same else _outcome(better, d.est.hi < 0)
     return Check(what, *d.est, wanted, outcome, why), f"{where}: {d.said}."

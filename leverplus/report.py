@@ -28,7 +28,9 @@ from .groups import RLData, shard_files
 from .rldata_check import Health, health, teaches
 from .diagnose import Diagnosis, PANELS, diagnose, plot_rl
 from .infer import as_pointer
-from .statistics import Bootstrap, Interval, detectable, holm, verdict
+from leverplus.statistics import (
+    NO_DIFFERENCE, Bootstrap, Interval, claim, detectable, difference_text, holm, verdict,
+)
 from leverplus.evaluate import (
     BASELINES, behaviour, compare_runs, compare_seeds, gap_table, level_text, mode_table, paired_tests,
     plot_results, result_table, size_table, subsets, table_text, type_table,
@@ -558,7 +560,7 @@ def comparisons_block(
 
 def _difference(r):
     "One difference: how large, and how sure"
-    said = verdict(Interval(r.delta, r.lo, r.hi), r.mde, r.selector, r.against).rsplit(": ", 1)[0]
+    said = difference_text(Interval(r.delta, r.lo, r.hi), r.mde, r.selector, r.against)
     if hasattr(r, "p_holm"):
         said += f"; {r.better} queries up, {r.worse} down, p {_p(r.p_holm)} after Holm"
     return f"S = {r.shots}, {r.n} queries: {said}"
@@ -1216,8 +1218,8 @@ def _trained(run):
     return [s for s in names if s not in BASELINES] or names
 
 def _verdict_after_holm(r, level):
-    if r.p_holm > 1 - level: return "no difference shown"
-    return verdict(Interval(r.delta, r.lo, r.hi), r.mde).split(": ")[-1]
+    if r.p_holm > 1 - level: return NO_DIFFERENCE
+    return claim(Interval(r.delta, r.lo, r.hi), r.mde)
 
 # %% ../nbs/90_report.ipynb #fc041bca
 def _add_overview(page, runs):

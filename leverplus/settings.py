@@ -396,7 +396,8 @@ class Job:
 
 # %% ../nbs/04_settings.ipynb #e5114a5f
 Picker = Literal[
-    "greedy", "beam", "samples", "zero_shot", "random", "similar_image", "similar_text", "similar_mixed", "mmr",
+    "greedy", "beam", "samples", "zero_shot", "random", "similar_image", "similar_text", "similar_mixed",
+    "similar_image_first", "similar_text_first", "similar_mixed_first", "mmr", "vote", "knn_facts", "logistic",
     "fixed",
 ]
 Shots = Annotated[tuple[Natural|Literal["stop"], ...], BeforeValidator(several)]

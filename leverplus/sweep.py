@@ -30,7 +30,7 @@ from .callback_track import valid_loss
 from .selector import PointerSelector
 from .learner import SelectorLearner, Stage, selector_learner
 from .infer import PICKS, as_pointer, check_picks, pick_model
-from .statistics import Bootstrap, Interval, claim, detectable, holm
+from .statistics import NO_DIFFERENCE, Bootstrap, Interval, claim, detectable, holm
 from .evaluate import compare_seeds, expected_best, level_text, score_picks
 
 # %% ../nbs/85_sweep.ipynb #5ddd3f55
@@ -508,7 +508,7 @@ def _row_verdict(r, p, level):
     if r["default"]: return "default"
     if not r["common"]: return "no seed in common with the default"
     if r["common"] < 2: return "no verdict: one seed"
-    if p > 1 - level: return "no difference shown"
+    if p > 1 - level: return NO_DIFFERENCE
     return claim(Interval(r["delta"], r["delta_lo"], r["delta_hi"]), r["mde"])
 
 # %% ../nbs/85_sweep.ipynb #4dd842cb

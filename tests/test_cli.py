@@ -110,7 +110,8 @@ def test_all_doors_on_the_embedded_world(there, road):
     table = pd.read_csv("runs/eval/results.csv")
     scored = pd.read_parquet("runs/eval/predictions.parquet")
     assert set(scored.question_id) == set(dev)
-    baselines = "random similar_image similar_text similar_mixed mmr majority_vote fixed oracle".split()
+    baselines = """random similar_image similar_text similar_mixed similar_mixed_first mmr vote majority_vote
+        majority_vote_all fixed oracle""".split()
     picked = [*baselines, "rce", "again"]
     assert set(table.selector) == {*picked, "zero_shot"}
     with_shots = {(s, k) for s, k in zip(table.selector, table.shots) if k}

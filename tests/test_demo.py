@@ -28,7 +28,8 @@ def test_files_and_rows(demo):
     on_disk = pd.read_csv(path/"results.csv")
     assert list(on_disk) == ["selector", "shots", "n", "acc", "lo", "hi", "gap_closed", "changed"]
     assert {
-        "zero_shot", "random", "similar_image", "similar_text", "similar_mixed", "mmr", "majority_vote",
+        "zero_shot", "random", "similar_image", "similar_text", "similar_mixed", "similar_mixed_first", "mmr",
+        "vote", "majority_vote",
         "fixed", "sft", "ours", "oracle"
     } == set(on_disk.selector)
     assert set(on_disk.shots) == {0, 2} and (on_disk.n == 1000).all()

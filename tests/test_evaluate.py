@@ -16,8 +16,8 @@ from leverplus.evaluate import (
 from leverplus.core import gini
 from leverplus.infer import pick_model, pick_random, pick_similar, pick_zero, picks_frame
 from leverplus.statistics import (
-    Bootstrap, Interval, boot_means, bootstrap_mean, detectable, differs, holm, mcnemar, mde,
-    paired_bootstrap, paired_p, plan_mde, plan_power, verdict,
+    NO_DIFFERENCE, Bootstrap, Interval, boot_means, bootstrap_mean, claim, detectable, differs, holm, mcnemar, mde,
+    paired_bootstrap, paired_p, plan_mde, plan_power, seeds_bootstrap, tail, verdict,
 )
 from leverplus.pools import Pool
 from leverplus.runs import Run
@@ -314,13 +314,57 @@ def test_planted_effects_are_judged_right():
     assert np.mean([f.verdict == "better" for f in found]) >= power - 0.1
     assert not any(f.verdict == "worse" for f in found)
 
-def test_differs_needs_both_conditions():
-    assert differs(Interval(0.1, 0.01, 0.2), 0.1)
-    assert not differs(Interval(0.1, 0.01, 0.2), 0.11)
+def test_a_verdict_says_what_its_interval_says():
+    "Below the detectable effect too: then with a warning; a handful of clusters claims nothing"
+    assert differs(Interval(0.1, 0.01, 0.2), 0.1) and differs(Interval(0.1, 0.01, 0.2), 0.11)
     assert not differs(Interval(0.1, -0.01, 0.2), 0.05)
+    assert not differs(Interval(0.1, 0., 0.2), 0.05) and not differs(Interval(.1, math.nan, math.nan), .01)
+    assert claim(Interval(1., 1., 1.), math.inf) == NO_DIFFERENCE
+    said = verdict(Interval(-.044, -.080, -.012), .049, "random", "similar")
+    assert said == (
+        "random - similar: -4.4 points, worse [-8.0, -1.2], detectable 4.9 (small study: differences under 4.9"
+        " are found less than 80 % of the time)"
+    )
+    assert verdict(Interval(.06, .012, .08), .049).endswith("better [+1.2, +8.0], detectable 4.9")
+    assert "no difference shown [-1.2, +8.0]" in verdict(Interval(.03, -.012, .08), .049)
+    assert verdict(Interval(1., 1., 1.), math.inf).endswith("(too few questions to show anything)")
+
     x = rng("detect").normal(size=2000)
     z = 0 * x
     assert detectable(paired_bootstrap(x, z)) == pytest.approx(mde(x, z), rel=.06)
+
+@pytest.mark.parametrize("clusters", [12, 30, 130])
+@pytest.mark.parametrize("each", [1, 3])
+def test_intervals_cover_the_truth(clusters, each):
+    "Soft scores of few and of many clusters, with a true difference: 95 % of the intervals hold it, 1,500 studies"
+    g = rng("coverage", clusters, each)
+    cluster = np.repeat(np.arange(clusters), each)
+    covered, loose = [], []
+    for _ in range(1500):
+        b = g.beta(.5, .5, len(cluster))
+        a = b + .05 + .3*(g.beta(2, 2, clusters)[cluster] - .5) + .2*(g.beta(1, 1, len(cluster)) - .5)
+        est = paired_bootstrap(a, b, cluster, Bootstrap(400))
+        covered.append(est.lo <= .05 <= est.hi)
+        below = np.quantile(boot_means(a - b, cluster, Bootstrap(400)), [.025, .975])
+        loose.append(below[0] <= .05 <= below[1])
+    assert .93 <= np.mean(covered) <= .985
+    assert np.mean(covered) >= np.mean(loose)
+    if clusters == 12: assert np.mean(loose) < .93   # what plain percentiles would give
+
+def test_few_clusters_widen_an_interval():
+    "As Student's t does, in every interval over questions; of a single cluster nothing is known but its resamples"
+    from scipy.stats import t as student
+    for n in (6, 20, 200):
+        reach = -Z.inv_cdf(tail(.95, n))
+        assert reach == pytest.approx(student.ppf(.975, n - 1)*(n/(n - 1))**.5)
+    assert tail(.95) == pytest.approx(.025) and tail(.9, 10**6) == pytest.approx(.05, abs=1e-6)
+    assert tail(.95, 1) == 0.
+    g = rng("widen")
+    x = g.random((10, 1))
+    wide = seeds_bootstrap(x, 0*x)
+    plain = np.quantile(boot_means(x[:, 0]), [.025, .975])
+    assert wide.lo < plain[0] and wide.hi > plain[1]
+    assert wide == paired_bootstrap(x[:, 0], 0*x[:, 0])
 
 # ---- gap, table, seeds -------------------------------------------------------------------------------------
 
@@ -566,7 +610,8 @@ def test_all_baselines_are_there_and_the_oracle_says_what_it_is():
     n = p.groupby(["selector", "shots"]).draw.nunique()
     assert (
         set(p.selector)
-        == {"zero_shot", "random", "similar_image", "similar_text", "similar_mixed", "mmr", "fixed"}
+        == {"zero_shot", "random", "similar_image", "similar_text", "similar_mixed", "similar_mixed_first", "mmr",
+            "vote", "fixed"}
     )
     assert n["random", 1] == n["random", 2] == 5
     assert not p.duplicated(["selector", "shots", "draw", "question_id"]).any()

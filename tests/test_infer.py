@@ -16,7 +16,7 @@ from leverplus.items import as_items
 from leverplus.pools import check_pool, make_pool
 from leverplus.runs import Busy, Run
 from leverplus.settings import Asking, Picker, Picking, change, read_settings
-from leverplus.groups import OtherContents
+from leverplus.groups import OtherContents, RLData
 from leverplus.rldata_generate import run_lock, shard_queries
 from leverplus.lvlm import MockScorer, Scored, Targets
 from leverplus.pools import Pool
@@ -45,6 +45,15 @@ STORE = EmbedStore(
     IDS, *(torch.randn(len(IDS), n, generator=torch.Generator().manual_seed(n)) for n in (5, 6)), {}
 )
 MODEL = PointerSelector(STORE.dim("mixed"), d_hidden=8)
+
+TRIED = pd.DataFrame([
+    dict(
+        question_id=q, pointer=(d,), gen_method="random", vqa_acc_score=float(d % 2), vqa_gt_prob=.5,
+        vqa_correct=d % 2, eval_failed=False,
+    )
+    for q in QS[:4] for d in POOL[q]
+])
+GROUPS = RLData(TRIED, POOL)
 
 class Says:
     "A scorer that answers by rule, remembers what it was asked, and breaks off after `stop` prompts"
@@ -317,7 +326,7 @@ def test_confidence_is_the_probability_of_the_own_text_and_costs_what_it_says():
 
 @pytest.mark.parametrize(
     "picker,kw",
-    [(p, {}) for p in PICKERS if p not in ("beam", "samples", "fixed")]
+    [(p, {}) for p in PICKERS if p not in ("beam", "samples", "fixed", "knn_facts", "logistic")]
     + [
         ("beam", dict(by="vote")), ("samples", dict(by="confidence")), ("beam", dict(by="vqa_gt_prob")),
         ("greedy", dict(shots=(0, 1, 2), threshold=0.2))
@@ -409,8 +418,44 @@ def test_every_setting_tells_runs_apart(tmp_path, name):
 def test_the_names_of_pickers_are_those_of_the_settings():
     assert PICKERS == get_args(Picker)
     for picker in PICKERS:
-        picks = pick(POOL, Picking(picker=picker, fixed=(129,)), MODEL, STORE, ITEMS)
+        picks = pick(POOL, Picking(picker=picker, fixed=(129,)), MODEL, STORE, ITEMS, groups=GROUPS)
         assert set(picks.question_id) == set(QS)
+
+def test_rules_that_learn_ask_for_groups_and_record_them(tmp_path):
+    for picker in ("knn_facts", "logistic"):
+        picking = Picking(picker=picker)
+        with pytest.raises(ValueError, match="pass groups="): pick(POOL, picking, None, STORE, ITEMS)
+        def go(name, groups): return predict(
+            tmp_path/name, POOL, ITEMS, Says(), STORE, picking, groups=groups, progress=False)
+        with pytest.raises(ValueError, match="pass groups="): go(picker, None)
+        run = go(picker, GROUPS)
+        assert run.fingerprints["groups"] == GROUPS.fingerprint
+        other = RLData(GROUPS.rows.iloc[1:], GROUPS.pool)
+        with pytest.raises(ValueError, match="groups"): go(picker, other)
+    with pytest.raises(ValueError, match="looks at answers"): pick(POOL, Picking(picker="vote"), None, STORE)
+
+def test_the_nearest_comes_first_or_last():
+    for kind in ("image", "text", "mixed"):
+        last = pick(POOL, Picking(picker=f"similar_{kind}", shots=(3,)), None, STORE).pointer
+        first = pick(POOL, Picking(picker=f"similar_{kind}_first", shots=(3,)), None, STORE).pointer
+        assert [p[::-1] for p in last] == list(first)
+
+def test_a_selector_may_show_nothing(tmp_path):
+    "shots 'stop': a row per question, with zero to max_shots demonstrations, asked and written like any other"
+    free = PointerSelector(STORE.dim("mixed"), d_hidden=8, max_shots=2, stop=True)
+    torch.manual_seed(3)
+    with torch.no_grad(): free.stop.weight.normal_()
+    run = predict(tmp_path/"run", POOL, ITEMS, Says(), STORE, Picking(shots="stop"), model=free, progress=False)
+    f = run.frame("predictions.parquet")
+    lengths = set(f.pointer.map(len))
+    assert {0} < lengths <= {0, 1, 2} and (f.shots == 2).all()
+    assert f.pointer.map(tuple).tolist() == pick_model(free, POOL, STORE, None).pointer.tolist()
+    assert [len(d) for d in f.demo_answers] == [len(p) for p in f.pointer]
+    several = candidates(free, POOL, STORE, None, width=500)
+    for q, found in several.groupby("question_id"):
+        k = len(POOL[q])
+        assert len(found) == 1 + k + k*(k - 1) and len(set(found.pointer)) == len(found)
+        assert np.exp(found.logp).sum() == pytest.approx(1, abs=1e-5)
 
 def test_a_given_name_wins(tmp_path):
     def label(**kw):

@@ -10,6 +10,8 @@ import leverplus
 from leverplus.callback_onpolicy import Feedback
 from leverplus.core import read_json, write_json
 from leverplus.data import check_splits, items_fingerprint, plot_people, read_okvqa, show_items
+from leverplus.baselines import Vote
+from leverplus.controls import ask_controls, copy_table, whole_bank
 from leverplus.demo import seeds_report
 from leverplus.dls import group_dls, show_group, show_prompts
 from leverplus.earlier_infoscore import infoscore_beams
@@ -18,9 +20,9 @@ from leverplus.embed import EmbedStore, embed_items, gather_stores, show_neighbo
 from leverplus.evaluate import (
     behaviour, compare_runs, compare_seeds, gap_table, majority_vote, mode_table, paired_table,
     paired_tests, pick_baselines, pick_oracle, result_table, score_picks, seeds_table, size_table, subsets,
-    type_table,
+    type_table, vote_of_all,
 )
-from leverplus.infer import check_picks, confidence, pick, pick_fixed, predict
+from leverplus.infer import check_picks, confidence, pick, pick_fixed, pick_rule, predict
 from leverplus.items import as_id, as_ids, as_image_id, as_items, given_ids
 from leverplus.lvlm import MockScorer
 from leverplus.loops import Questions, loop_queries
@@ -277,6 +279,11 @@ HAND_ON = {
     "evaluate.seeds_table": "_with_pictures",
     "evaluate.size_table": "_with_pictures",
     "evaluate.compare_runs": "_with_pictures",
+    "evaluate.counts_table": "_with_pictures",
+    "evaluate.vote_of_all": "majority_vote",
+    "infer.rule_of": "Vote",
+    "controls.copy_table": "copied",
+    "table.prompt_tokens": "prompter",
     "groups.RLData.group": "Group",
     "infer.check_results": "_ids_of_results",
     "infer.write_results": "_ids_of_results",
@@ -292,6 +299,9 @@ HAND_ON = {
     # dataclasses: see `__post_init__`
     "rldata_mine.Search.__init__": "",
     "report.Findings.__init__": "",
+    "baselines.Answers.__init__": "",
+    "baselines.Vote.__init__": "",
+    "baselines.Logistic.__init__": "",
     "table.Asked.__init__": "",
     "world.World.__init__": "",
 }
@@ -424,6 +434,11 @@ CALLS = {
     ).frame("predictions.parquet"),
     "pick_baselines": lambda w, f: pick_baselines(w.pool, w.store, (2,), 1, {2: (20, 22)}, f),
     "majority_vote": lambda w, f: majority_vote(w.picks[w.picks.shots > 0], f),
+    "vote_of_all": lambda w, f: vote_of_all(w.pool, w.store, f),
+    "Vote": lambda w, f: pick_rule(Vote(w.store, f), w.pool, 2, "vote"),
+    "ask_controls": lambda w, f: ask_controls(w.picks[w.picks.selector == "mmr"], w.scorer, f, w.pool, w.store),
+    "copy_table": lambda w, f: copy_table(w.scored, f),
+    "whole_bank": lambda w, f: whole_bank(f, f).ids,
     "behaviour": lambda w, f: behaviour(w.scored, f),
     "result_table": lambda w, f: result_table(w.scored, f, bootstrap=FEW),
     "gap_table": lambda w, f: gap_table(w.scored, f, FEW),

@@ -5,10 +5,11 @@ import pandas as pd, pytest, torch
 from leverplus.core import rng
 from leverplus.embed import EmbedStore
 from leverplus.evaluate import (
-    best_fixed, fixed_pairs, majority_vote, paired_tests, pick_baselines, pick_oracle, result_table, score_picks,
-    size_table, subsets, table_text,
+    best_fixed, chosen_counts, counts_table, fixed_pairs, majority_vote, paired_tests, pick_baselines,
+    pick_oracle, result_table, score_picks, size_table, subsets, table_text, vote_of_all,
 )
-from leverplus.infer import pick_model
+from leverplus.groups import RLData
+from leverplus.infer import pick_model, pick_rule, rule_of
 from leverplus.lvlm import MockScorer
 from leverplus.pools import Pool
 from leverplus.groups import OtherContents
@@ -70,6 +71,8 @@ MODELS = dict(one=shaken(1), other=shaken(2))
 ROWS = Rows(shots=(1, 2), draws=2, fixed=3, sizes=(6, "all"), seed=3)
 JUDGES = asked_of(queries=DEV, split="dev")
 
+UNLEARNED = "knn_facts, logistic: no rows, they learn from stored groups (groups=)"
+
 def make(path, scorer=None, rows=ROWS, models=MODELS, judges=JUDGES, **kw):
     return full_table(path, asked_of(scorer), models, rows, judges=judges, progress=False, **kw)
 
@@ -88,6 +91,7 @@ def by_hand(rows, models):
     oracle = [pick_oracle(facts, S, pool) for S in rows.shots]
     similar = picks[picks.selector == "similar_mixed"]
     votes = [majority_vote(similar[similar.shots == S], ITEMS) for S in rows.shots]
+    votes.append(vote_of_all(pool, STORE, ITEMS, rows.shots))
     return pd.concat([score_picks(pd.concat([picks, *oracle], ignore_index=True), facts), *votes]), facts
 
 # ---- what it says ------------------------------------------------------------------------------------------
@@ -145,6 +149,41 @@ def test_what_a_selector_reads_is_what_it_was_trained_on(tmp_path):
     want = pick_model(model, pool_of(TEST), STORE, 2, "text", other_pool=True).pointer
     assert made.scored[made.scored.selector == "mine"].pointer.tolist() == want.tolist()
 
+# ---- rows that learn from facts, and free numbers ------------------------------------------------------------
+
+def test_rules_join_where_there_are_groups(tmp_path):
+    train = pool_of(DEV)
+    tried = [(q, (d,)) for q in train for d in train[q]]
+    facts = ask(pd.DataFrame(tried, columns=["question_id", "pointer"]), Counts(), ITEMS)
+    groups = RLData(facts.assign(gen_method="random"), train)
+    rows = Rows(shots=(1, 2), draws=1, fixed=0)
+    made = make(tmp_path/"run", rows=rows, models=None, judges=None, groups=groups)
+    assert {"vote", "knn_facts", "logistic"} <= set(made.table.selector)
+    assert UNLEARNED not in made.notes
+    assert made.run.fingerprints["groups"] == groups.fingerprint
+    for name in ("vote", "knn_facts", "logistic"):
+        rule = rule_of(name, STORE, ITEMS, groups)
+        want = pick_rule(rule, pool_of(TEST), 2, name).pointer.tolist()
+        own = made.scored[(made.scored.selector == name) & (made.scored.shots == 2)]
+        assert own.pointer.tolist() == want
+
+def test_a_selector_with_stop_has_a_free_row(tmp_path):
+    free = PointerSelector(STORE.dim("mixed"), d_hidden=8, max_shots=2, stop=True)
+    torch.manual_seed(0)
+    with torch.no_grad(): free.stop.weight.normal_()
+    rows = Rows(shots=(1, 2), draws=2, fixed=0)
+    made = make(tmp_path/"run", rows=rows, models=dict(ours=free, one=MODELS["one"]), judges=None)
+    own = made.scored[made.scored.selector == "ours_free"]
+    assert own.pointer.tolist() == pick_model(free, pool_of(TEST), STORE, None).pointer.tolist()
+    assert own.pointer.map(len).nunique() > 1 and "one_free" not in set(made.scored.selector)
+    pd.testing.assert_frame_equal(made.counts, counts_table(made.scored, ITEMS))
+    want = chosen_counts(made.scored, "ours_free", ["zero_shot", "ours"])
+    pd.testing.assert_frame_equal(made.chosen["ours_free"], want)
+    assert "counts.csv" in made.run.files() and "ours_free" in made.text()
+    assert made.run.frame("predictions.parquet").pointer.map(len).min() == 0
+    with pytest.raises(ValueError, match="of a free row"):
+        make(tmp_path/"x", rows=rows, models=dict(ours_free=free), judges=None)
+
 # ---- a fixed row -------------------------------------------------------------------------------------------
 
 def test_a_fixed_sequence_is_chosen_on_other_questions_or_said_to_flatter(tmp_path):
@@ -155,12 +194,12 @@ def test_a_fixed_sequence_is_chosen_on_other_questions_or_said_to_flatter(tmp_pa
     made = make(tmp_path/"run", rows=rows, models=None)
     assert set(made.scored[made.scored.selector == "fixed"].pointer) == {best}
     note = "fixed, 1 shot: the best of 6 sequences on 8 questions of dev"
-    assert made.notes == [f"{note} ({acc[best]:.3f} there)"]
+    assert made.notes == [UNLEARNED, f"{note} ({acc[best]:.3f} there)"]
     own = make(tmp_path/"own", rows=change(rows, fixed_from="test"), models=None, judges=None)
-    assert own.notes[0].endswith("chosen on the questions of this table, so its row flatters")
+    assert own.notes[-1].endswith("chosen on the questions of this table, so its row flatters")
     none = make(tmp_path/"none", rows=change(rows, fixed_from="train"), models=None, judges=None)
     assert "fixed" not in set(none.table.selector)
-    assert none.notes == ["fixed: no row, demonstrations come from train, choose on another split"]
+    assert none.notes == ["fixed: no row, demonstrations come from train, choose on another split", UNLEARNED]
     with pytest.raises(ValueError, match="pass judges="): make(tmp_path/"x", rows=rows, judges=None)
     with pytest.raises(ValueError, match="judges are of 'dev', fixed_from is 'val'"):
         make(tmp_path/"x", rows=change(rows, fixed_from="val"))
@@ -234,8 +273,8 @@ def test_broken_off_and_continued_is_uninterrupted(tmp_path, after):
 
 def test_the_plan_counts_by_hand():
     test = plan_table(Rows(shots=(1, 2), draws=5, fixed=4), 100, 3, 16, judges=20)
-    assert test["prompts"] == 100*(1 + 2*(5 + 4 + 3 + 1)) + 4*20*2
-    assert test["rows"] == "2 x (5 random, 4 of similarity, 3 selectors), zero-shot, votes, oracle (best found)"
+    assert test["prompts"] == 100*(1 + 3 + 2*(5 + 8 + 3 + 1)) + 4*20*2
+    assert test["rows"] == "2 x (5 random, 8 plain rules, 3 selectors), zero-shot, votes, oracle (best found)"
     assert test["fixed"] == "4 sequences x 20 questions of dev x 2 shot counts, to choose one"
     exact = plan_table(Rows(exact_oracle=True), 250, 0, 16)
     assert (exact["prompts"], exact["fixed"]) == (250*240, "no row")
