@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['PROCESSORS', 'VIDEO_PROCESSORS', 'FAMILY', 'TEXT_SETTINGS', 'ROPE_SETTINGS', 'VISION_SETTINGS', 'MAX_NEW_TOKENS',
-           'NOT_FINITE', 'LVLM', 'load_lvlm', 'vision_parts', 'model_parts', 'Targets', 'checked_targets',
-           'weights_once', 'Scored', 'scored_prompt', 'failed_prompt', 'official_inputs', 'prompt_images',
-           'greedy_texts', 'read_texts', 'answer_logprobs', 'targets_of', 'prompt_bar', 'scorer_fingerprint',
-           'NaiveScorer', 'compare', 'MockScorer']
+           'NOT_FINITE', 'AnswerPlace', 'answer_place', 'control_tokens_of', 'render_chat', 'LVLM', 'load_lvlm',
+           'vision_parts', 'model_parts', 'Targets', 'checked_targets', 'weights_once', 'Scored', 'scored_prompt',
+           'failed_prompt', 'official_inputs', 'prompt_images', 'greedy_texts', 'read_texts', 'answer_logprobs',
+           'targets_of', 'prompt_bar', 'scorer_fingerprint', 'NaiveScorer', 'compare', 'MockScorer']
 
 # %% ../nbs/21_lvlm.ipynb #b8dffa05
 import contextlib, math, os
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import takewhile
+from typing import NamedTuple
 import numpy as np, torch
 from .core import exact_float32, fingerprint, loading_bar, repo_path, stable_hash
 from .checkpoints import check_checkpoint
@@ -23,6 +25,72 @@ from .pictures import DECODING
 from .text import control_token, text_fault
 from .vision import open_resized, patch_side
 from .prompt import Prompt, check_prompt, messages
+
+# %% ../nbs/21_lvlm.ipynb #bd2afbb9
+class AnswerPlace(NamedTuple):
+    "Where a chat template puts an answer"
+    opening:str # what it writes before an answer and not at the end of a prompt; mostly nothing
+    blank:str # the blank before an answer, if it writes one there: part of the answer's first token
+    end_id:int # token that ends an answer
+    parts:bool # does it take messages in parts, as `messages` makes them? Else a message must be one text
+
+def answer_place(
+    tokenizer, # whose chat template
+)->AnswerPlace: # ValueError says why answers cannot be placed
+    "Find out where a chat template puts an answer, by showing it one"
+    if not tokenizer.chat_template: raise ValueError("the tokenizer has no chat template")
+    controls = tuple(control_tokens_of(tokenizer))
+    return _answer_place(tokenizer, str(tokenizer.chat_template), tokenizer.eos_token_id, controls)
+
+def control_tokens_of(
+    tokenizer, # whose
+)->list: # texts
+    "Added tokens that command: the special ones, and those in angle brackets; no words that were added"
+    added = tokenizer.added_tokens_decoder.values()
+    return [t.content for t in added if t.special or (t.content[:1], t.content[-1:]) == ("<", ">")]
+
+_ASKED = messages(Prompt(0, None, "What swims?"))
+_SAID = "a platypus"
+
+@lru_cache(maxsize=8)
+def _answer_place(tokenizer, template, eos_id, controls):
+    "The same, for a template, an end of text and control tokens"
+    parts = _takes_parts(tokenizer)
+    prompt = render_chat(tokenizer, _ASKED, parts)
+    said = dict(role="assistant", content=[dict(type="text", text=_SAID)])
+    whole = render_chat(tokenizer, [*_ASKED, said], parts, generate=False)
+    if not _shows(prompt): raise ValueError(f"the chat template makes {prompt!r} of a message {_ASKED[0]}")
+    if not whole.startswith(prompt) or _SAID not in whole[len(prompt):]:
+        raise ValueError(
+            f"the chat template ends a prompt with {prompt[-60:]!r}, and writes {whole[-120:]!r} with an answer:"
+            " wanted the same text before the answer"
+        )
+    before, behind = whole[len(prompt):].split(_SAID, 1)
+    text = (prompt + before).rstrip(" ")
+    blank = (prompt + before)[len(text):]
+    closing = [token for token in controls if behind.startswith(token)]
+    end_id = tokenizer.convert_tokens_to_ids(max(closing, key=len)) if closing else eos_id
+    if end_id is None: raise ValueError("the chat template ends no answer, and the tokenizer has no end of text")
+    return AnswerPlace(before.rstrip(" "), blank, end_id, parts)
+
+def _shows(text): return _ASKED[0]["content"][0]["text"] in text and "'type'" not in text
+
+def _takes_parts(tokenizer):
+    "Does a chat template read messages in parts?"
+    from jinja2 import TemplateError
+    try: return _shows(render_chat(tokenizer, _ASKED))
+    except (TypeError, TemplateError): return False
+
+# %% ../nbs/21_lvlm.ipynb #8d0ab27c
+def render_chat(
+    tokenizer, # whose chat template
+    chat, # list of messages, see `messages`
+    parts:bool=True, # as they are? Else their texts alone
+    generate:bool=True, # with what opens the next answer?
+)->str: # text
+    "Render messages with a chat template"
+    if not parts: chat = [m | dict(content="".join(part["text"] for part in m["content"])) for m in chat]
+    return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=generate)
 
 # %% ../nbs/21_lvlm.ipynb #a3409968
 # model types whose positions, cache and image features are known here, and their official processors
@@ -53,15 +121,22 @@ class LVLM:
     @property
     def device(self)->torch.device: return self.model.device
     @property
-    def end_id(self)->int: return self.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    def end_id(self)->int: return answer_place(self.tokenizer).end_id
+    @property
+    def end_token(self)->str: return self.tokenizer.convert_ids_to_tokens(self.end_id)
+    @property
+    def blank(self)->str: return answer_place(self.tokenizer).blank
+    @property
+    def pad_id(self)->int:
+        "Token of padding, which nobody reads: the end, where the tokenizer has none"
+        return self.end_id if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
     @property
     def image_id(self)->int: return self.model.config.image_token_id
 
     @property
     def control_tokens(self)->list:
-        "Added tokens that command: the special ones, and those in angle brackets; no words that were added"
-        added = self.tokenizer.added_tokens_decoder.values()
-        return [t.content for t in added if t.special or (t.content[:1], t.content[-1:]) == ("<", ">")]
+        "See `control_tokens_of`"
+        return control_tokens_of(self.tokenizer)
 
     @property
     def tolerance(self)->float:
@@ -90,11 +165,12 @@ class LVLM:
     def render(self,
         prompt:Prompt, # what to show
     )->str: # text with one image mark per image
-        "Render a prompt with the model's own chat template, and check it (see `check_prompt`)"
-        text = self.tokenizer.apply_chat_template(
-            messages(prompt), tokenize=False, add_generation_prompt=True
-        )
-        return check_prompt(prompt, text, self.control_tokens)
+        "Render a prompt with the model's own chat template, up to its answer, and check it (see `check_prompt`)"
+        place = answer_place(self.tokenizer)
+        if prompt.images and not place.parts:
+            raise ValueError(f"question {prompt.question_id}: this chat template takes texts only, no pictures")
+        text = render_chat(self.tokenizer, messages(prompt), place.parts) + place.opening
+        return check_prompt(prompt, text.rstrip(" "), self.control_tokens)
 
 # %% ../nbs/21_lvlm.ipynb #f37db97b
 def load_lvlm(
@@ -103,7 +179,7 @@ def load_lvlm(
     device:str|None=None, # default the GPU if there is one
     attn:str="sdpa", # sdpa | eager
     progress:bool=False, # show the bar of transformers while weights load?
-)->LVLM: # in eval mode, without gradients; TypeError: another kind of model; ValueError: its attention, a broken file
+)->LVLM: # in eval mode, without gradients; TypeError: another kind of model; ValueError: attention, template, broken file
     "Load a Qwen-VL checkpoint"
     from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -116,7 +192,13 @@ def load_lvlm(
         model = load(name, dtype=dtype or "auto", attn_implementation=attn)
     model = model.to(device).eval().requires_grad_(False)
     tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
+    _check_template(name, tokenizer)
     return LVLM(model, tokenizer, AutoImageProcessor.from_pretrained(name), name)
+
+def _check_template(name, tokenizer):
+    "ValueError for a chat template whose answers cannot be placed"
+    try: answer_place(tokenizer)
+    except ValueError as e: raise ValueError(f"{name}: {e}; set another chat_template in this folder") from None
 
 def _check_attention(attn):
     "The same; ValueError for attention that takes no mask of our own"
@@ -218,7 +300,7 @@ def checked_targets(
     lvlm:LVLM, # who will be asked
     prompt:Prompt, # behind which prompt
     target:Targets, # its true answers
-    token_ids, # function of a text: its tokens, alone
+    token_ids, # function of a text: its tokens as an answer
 )->Targets: # the same texts; ValueError names question and answer where one cannot be asked for
     "Check that true answers can be asked for, and give every event its weight once"
     if not target.texts: return target
@@ -284,7 +366,8 @@ def official_inputs(
 ): # what `AutoProcessor` makes of them, padded on the left, on the model's device
     "Make a batch the way the model's authors do"
     flat = [image for own in images for image in own]
-    x = lvlm.processor(text=texts, images=flat, padding=True, padding_side="left", return_tensors="pt")
+    how = dict(padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt")
+    x = lvlm.processor(text=texts, images=flat or None, **how)
     return x.to(lvlm.device)
 
 def prompt_images(
@@ -293,8 +376,8 @@ def prompt_images(
 )->list: # PIL images, in the order in which the model sees them; `BadPicture` names file and item
     "Open the images of a prompt, as every scorer does"
     patch = patch_side(lvlm.image_processor)
-    ids = (*prompt.pointer, prompt.question_id)
-    return [open_resized(path, patch, question_id=q) for path, q in zip(prompt.images, ids, strict=True)]
+    pictured = [item for item in prompt.items if item.image is not None]
+    return [open_resized(item.image, patch, question_id=item.question_id) for item in pictured]
 
 @torch.no_grad()
 def greedy_texts(
@@ -314,7 +397,7 @@ def greedy_texts(
         min_new_tokens=0,
         max_new_tokens=max_new_tokens,
         eos_token_id=lvlm.end_id,
-        pad_token_id=lvlm.tokenizer.pad_token_id,
+        pad_token_id=lvlm.pad_id,
     )
     with _own_settings(lvlm.model): ids = lvlm.model.generate(**x, generation_config=greedy)
     behind = ids[:, x["input_ids"].shape[1]:]
@@ -333,10 +416,10 @@ def read_texts(
     lvlm:LVLM, # who said it
     said, # n lists of generated tokens
 )->list: # n texts, each up to its first special token: where a command begins, an answer has ended
-    "Turn generated tokens into texts"
-    special = set(lvlm.tokenizer.all_special_ids)
+    "Turn generated tokens into texts, without the blank before an answer"
+    special = {lvlm.end_id, *lvlm.tokenizer.all_special_ids}
     own = [list(takewhile(lambda token: token not in special, tokens)) for tokens in said]
-    return lvlm.tokenizer.batch_decode(own)
+    return [text.removeprefix(lvlm.blank) for text in lvlm.tokenizer.batch_decode(own)]
 
 # %% ../nbs/21_lvlm.ipynb #eb78cc07
 NOT_FINITE = "logits that are not finite numbers; float16 overflows in some models: use bfloat16 or float32"
@@ -349,9 +432,10 @@ def answer_logprobs(
     answers, # n answers, one behind each prompt
 )->torch.Tensor: # [n] log-probabilities, end token included
     "Log-probability of an answer behind each prompt, one forward for all"
-    ids = [_token_ids(lvlm, answer + "<|im_end|>") for answer in answers]
-    x = official_inputs(lvlm, [text + a + "<|im_end|>" for text, a in zip(texts, answers)], images)
-    for text, answer, own, row in zip(texts, answers, ids, x["input_ids"].tolist()):
+    said = [lvlm.blank + answer + lvlm.end_token for answer in answers]
+    ids = [_token_ids(lvlm, text) for text in said]
+    x = official_inputs(lvlm, [text + own for text, own in zip(texts, said)], images)
+    for text, answer, own, row in zip(texts, said, ids, x["input_ids"].tolist()):
         _check_answer(lvlm, text, answer, own, row)
     n = max(map(len, ids)) # of the longest answer; rows end together, as they are padded on the left
     logprobs = lvlm.model(**x, logits_to_keep=n + 1).logits[:, :-1].float().log_softmax(-1)
@@ -361,10 +445,11 @@ def answer_logprobs(
 
 def _token_ids(lvlm, text): return lvlm.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-def _check_answer(lvlm, text, answer, ids, row):
-    "ValueError if an answer, end token included, is not tokenised behind the prompt as it is alone"
-    joint = _token_ids(lvlm, text + answer + "<|im_end|>")
+def _check_answer(lvlm, text, said, ids, row):
+    "ValueError if an answer, blank and end token included, is not tokenised behind the prompt as it is alone"
+    joint = _token_ids(lvlm, text + said)
     if row[-len(ids):] != ids or joint != _token_ids(lvlm, text) + ids:
+        answer = said.removeprefix(lvlm.blank).removesuffix(lvlm.end_token)
         raise ValueError(f"answer {answer!r} is tokenised differently behind the prompt")
 
 # %% ../nbs/21_lvlm.ipynb #9c0d1f88
@@ -449,7 +534,7 @@ class NaiveScorer:
 
     def _score(self, prompts, targets, generate):
         texts = [self.lvlm.render(prompt) for prompt in prompts]
-        def ids(text): return _token_ids(self.lvlm, text)
+        def ids(text): return _token_ids(self.lvlm, self.lvlm.blank + text)
         targets = [checked_targets(self.lvlm, *asked, ids) for asked in zip(prompts, targets)]
         images = [prompt_images(self.lvlm, prompt) for prompt in prompts]
         says = [None]*len(prompts)

@@ -57,3 +57,10 @@ def okvqa():
     path = ROOT.parent/"shared"/"data"/"okvqa"
     if not path.is_dir(): pytest.skip("no OKVQA files in ../shared/data/okvqa")
     return path
+
+@pytest.fixture(scope="session")
+def blind_okvqa():
+    "Folder of the second world beside the checkout; the test is skipped where there is none"
+    path = ROOT.parent/"shared"/"data"/"blind_okvqa"
+    if not path.is_dir(): pytest.skip("no second world in ../shared/data/blind_okvqa")
+    return path

@@ -4,7 +4,7 @@ from dataclasses import replace
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from PIL import Image
-from leverplus.lvlm import MockScorer, NaiveScorer, Scored, Targets, load_lvlm
+from leverplus.lvlm import MockScorer, NaiveScorer, Scored, Targets, answer_place, load_lvlm
 from leverplus.scorer import SharedScorer, Trie, rope_positions
 from leverplus.prompt import Demo, Prompt
 from leverplus.tiny import save_lvlm, tiny_qwen
@@ -241,3 +241,132 @@ def test_imports_without_fastai():
         " ('fastai', 'fastcore', 'transformers')]; sys.exit(str(bad) if bad else 0)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+# --- items without pictures, and other chat templates
+
+def blind(p, query=True, demos=True):
+    "A prompt without the pictures of its query, of its demonstrations, or of both"
+    shown = tuple(replace(d, image=None) for d in p.demos) if demos else p.demos
+    return replace(p, image=None if query else p.image, demos=shown)
+
+PREFIXES = [{}, dict(prefix_cache="query"), dict(prefix_cache="global", prefix_depth=2)]
+
+@pytest.mark.parametrize("style", ["interleaved", "chat"])
+def test_prompts_without_pictures(lvlm, images, style):
+    "Alone, in batches beside prompts with pictures, and with pictures for some items only"
+    ps = [prompt(images, 20 + k, ptr, style) for k, (ptr, _) in enumerate(MIXED)]
+    ps = [blind(p) for p in ps] + ps[:3] + [blind(p, demos=False) for p in ps] + [blind(p, query=False) for p in ps]
+    ts = [Targets(ANSWERS, (1.,)*5)]*len(ps)
+    naive = NaiveScorer(lvlm).run(ps, ts)
+    assert_same(NaiveScorer(lvlm, batch_size=1).run(ps, ts), naive)
+    for settings_ in [*PREFIXES, dict(window=5), dict(batch_tokens=1)]:
+        scorer = SharedScorer(lvlm, **settings_)
+        assert_same(scorer.run(ps, ts), naive)
+        assert_same(scorer.run(ps, ts), naive)
+    pictured = NaiveScorer(lvlm).run([prompt(images, 20, (1, 2), style)], ts[:1])[0]
+    without = NaiveScorer(lvlm).run([blind(prompt(images, 20, (1, 2), style))], ts[:1])[0]
+    assert np.abs(np.subtract(pictured.logprobs, without.logprobs)).max() > 1e-2
+
+@pytest.mark.parametrize("style", ["interleaved", "chat"])
+def test_text_prompts_share_their_beginnings(lvlm, images, style):
+    ps = [blind(prompt(images, 20 + q, (a, b), style)) for q in range(3) for a in (1, 2) for b in (3, 4, 5)]
+    off = SharedScorer(lvlm)
+    shared = SharedScorer(lvlm, prefix_cache="query")
+    assert_same(shared.run(ps, [Targets(("dax",), (1.,))]*len(ps)), off.run(ps, [Targets(("dax",), (1.,))]*len(ps)))
+    assert off.stats.ran == off.stats.tokens == shared.stats.tokens
+    assert shared.stats.ran < .6*shared.stats.tokens and shared.stats.reused == len(ps)
+
+def test_an_absent_picture_is_not_a_missing_one(lvlm, images):
+    p = prompt(images, 20, (1,))
+    gone = replace(blind(p), image="gone.png")
+    for scorer in (NaiveScorer(lvlm), SharedScorer(lvlm)):
+        out = scorer.run([blind(p), gone])
+        assert out[0].error is None and "gone.png" in out[1].error
+
+LINES = (
+    "{% for m in messages %}{{ m['content'] if m['role'] == 'user' else ' ' + m['content'] + '\n' }}{% endfor %}"
+)
+TEMPLATES = dict(
+    lines=LINES,
+    # the blank stands at the end of the prompt; messages in parts
+    trailing="{% for m in messages %}{% for c in m['content'] %}{{ c['text'] }}{% endfor %}"
+    "{% if m['role'] == 'user' %}{% if add_generation_prompt or not loop.last %} {% endif %}{% else %}\n{% endif %}"
+    "{% endfor %}",
+    # no generation prompt, and another end
+    tags="{% for m in messages %}<|object_ref_start|>{{ m['role'] }}\n{{ m['content'] }}<|box_end|>{% endfor %}",
+)
+
+def with_template(lvlm, template, eos="<|endoftext|>"):
+    lv = load_lvlm(lvlm.name)
+    lv.tokenizer.chat_template = template
+    lv.tokenizer.eos_token = eos
+    return lv
+
+def assert_answers_are_behind(lv, ps):
+    "Both scorers agree, and an answer's number is that of the rendered text, its answer and its end"
+    ts = [Targets(("dax blik", "yes"), (1., .5))]*len(ps)
+    naive = NaiveScorer(lv).run(ps, ts)
+    for settings_ in PREFIXES: assert_same(SharedScorer(lv, **settings_).run(ps, ts), naive)
+    whole = lv.render(ps[0]) + lv.blank + "dax blik" + lv.end_token
+    ids = lv.tokenizer(whole, add_special_tokens=False)["input_ids"]
+    n = len(lv.tokenizer(lv.blank + "dax blik", add_special_tokens=False)["input_ids"]) + 1
+    with torch.no_grad(): lp = lv.model(input_ids=torch.tensor([ids])).logits[0].double().log_softmax(-1)
+    byhand = sum(float(lp[i - 1, ids[i]]) for i in range(len(ids) - n, len(ids)))
+    assert naive[0].logprobs[0] == pytest.approx(byhand, abs=1e-4)
+
+@pytest.mark.parametrize("style", ["interleaved", "chat"])
+@pytest.mark.parametrize(
+    "name,opening,blank,end",
+    [("lines", "", " ", "<|endoftext|>"), ("trailing", "", " ", "<|endoftext|>"),
+     ("tags", "<|object_ref_start|>assistant\n", "", "<|box_end|>")],
+)
+def test_other_chat_templates(lvlm, images, style, name, opening, blank, end):
+    lv = with_template(lvlm, TEMPLATES[name])
+    place = answer_place(lv.tokenizer)
+    assert (place.opening, place.blank, lv.end_token) == (opening, blank, end)
+    ps = [blind(prompt(images, 20 + k, ptr, style)) for k, (ptr, _) in enumerate(MIXED[:4])]
+    assert not lv.render(ps[0]).endswith(" ")
+    assert_answers_are_behind(lv, ps)
+
+def test_the_template_of_the_second_world(lvlm, images, blind_okvqa):
+    "A question line and an answer line, without a generation prompt"
+    lv = with_template(lvlm, (blind_okvqa/"chat_template.jinja").read_text())
+    ps = [blind(prompt(images, 20 + k, ptr, "chat")) for k, (ptr, _) in enumerate(MIXED[:4])]
+    assert lv.render(ps[1]) == (
+        "<|im_start|>Question: What shape is it? Short answer:yes it is<|im_end|>\n"
+        "<|im_start|>Question: Name the colour. Short answer:"
+    )
+    assert answer_place(lv.tokenizer)[:2] == ("", "") and lv.end_token == "<|im_end|>"
+    assert_answers_are_behind(lv, ps)
+
+@pytest.mark.parametrize(
+    "template,eos,says",
+    [
+        (LINES, None, "no end of text"),
+        (LINES + "{% if add_generation_prompt %}Think:{% endif %}", "<|endoftext|>", "the same text before the answer"),
+        ("{% for m in messages %}{{ m['role'] }}{% endfor %}", "<|endoftext|>", "of a message"),
+    ],
+)
+def test_templates_that_are_refused_when_a_model_is_loaded(lvlm, template, eos, says, tmp_path):
+    lv = with_template(lvlm, template, eos)
+    save_lvlm(lv, tmp_path)
+    with pytest.raises(ValueError, match=says): load_lvlm(tmp_path)
+
+def test_a_template_of_texts_shows_no_picture(lvlm, images):
+    lv = with_template(lvlm, LINES)
+    for scorer in (NaiveScorer(lv), SharedScorer(lv)):
+        with_picture, without = scorer.run([prompt(images, 20, (1,)), blind(prompt(images, 20, (1,)))])
+        assert "takes texts only" in with_picture.error and without.error is None
+
+def test_what_is_remembered_of_texts_is_bounded(lvlm, images, monkeypatch):
+    import leverplus.scorer as mod
+    monkeypatch.setattr(mod, "KEPT", 10)
+    ps = [blind(prompt(images, 20 + k, (1, 2))) for k in range(4)]
+    ts = [Targets(tuple(f"{word} {k}" for word in ("dax", "blik", "vex")), (1.,)*3) for k in range(4)]
+    scorer = SharedScorer(lvlm)
+    out = []
+    for p, t in zip(ps, ts):
+        out += scorer.run([p], [t])
+        assert len(scorer._ids) <= 10 and 0 < len(scorer._answers) <= 10
+    monkeypatch.undo()
+    assert_same(out, SharedScorer(lvlm).run(ps, ts))
