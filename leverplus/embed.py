@@ -18,7 +18,7 @@ from leverplus.core import (
 from leverplus.identity import (
     image_settings, named_settings, tokenizer_fingerprint, unlike_config, weights_fingerprint,
 )
-from .items import as_ids, as_items
+from .items import as_ids, as_items, picture_paths
 from .pictures import DECODING, content_hash, open_image, picture_key, read_picture
 
 # %% ../nbs/12_embed.ipynb #711428ba
@@ -46,16 +46,24 @@ class EmbedStore:
     "Unit vectors of items, keyed by `question_id`"
     def __init__(self,
         ids, # [n] distinct question_ids; ValueError names a repeated one
-        image:torch.Tensor, # [n, D] picture vectors; normalised here
-        text:torch.Tensor, # [n, D'] question vectors; normalised here
+        image:torch.Tensor|None=None, # [n, D] picture vectors; normalised here; None: there are no pictures
+        text:torch.Tensor|None=None, # [n, D'] question vectors; normalised here
         meta:dict|None=None, # what is known of them, JSON-able; an entry `source` is of other vectors, and left out
+        pictured=None, # bool [n]: who has a picture? Others get zeros for it; None: all
+        **others, # further vectors by name, [n, any width]
     ):
+        given = dict(image=image, text=text, **others)
+        given = {name: torch.as_tensor(x) for name, x in given.items() if x is not None}
         self.ids = pd.Index(np.asarray(ids, dtype=np.int64))
-        _check_rows(self.ids, image, text)
-        self.image = unit(torch.as_tensor(image))
-        self.text = unit(torch.as_tensor(text))
+        _check_rows(self.ids, given)
+        self.vectors = {name: _unit_of(x, pictured if name == "image" else None) for name, x in given.items()}
         self.meta = dict(meta or {})
         self._comes_from({"vectors": self._digest()})
+
+    @property
+    def image(self): return self.vectors.get("image") # [n, D], or None
+    @property
+    def text(self): return self.vectors.get("text") # [n, D'], or None
 
     def _comes_from(self, source):
         "Record where ids and vectors, as they are now, come from"
@@ -63,17 +71,16 @@ class EmbedStore:
         self._recorded = (self._content(), fingerprint(source))
 
     def _content(self):
-        ids = torch.tensor(self.ids.to_numpy())
-        return tensors_fingerprint(dict(ids=ids, image=self.image, text=self.text))
+        return tensors_fingerprint(dict(ids=torch.tensor(self.ids.to_numpy()), **self.vectors))
 
     def __len__(self): return len(self.ids)
     def __contains__(self, question_id): return question_id in self.ids
     def __repr__(self):
-        widths = f"image {self.image.shape[1]}, text {self.text.shape[1]}"
+        widths = ", ".join(f"{name} {x.shape[1]}" for name, x in self.vectors.items())
         return f"EmbedStore({len(self)} items, {widths}, {self.fingerprint})"
 
     @property
-    def source(self)->dict: # {clip, items} of `embed_items`, or {vectors}
+    def source(self)->dict: # {clip, items} of `embed_items`, what `from_vectors` was told, or {vectors}
         "Where the vectors come from, or what they are if they are not those that were embedded (any more)"
         source = self.meta.get("source")
         if self._recorded == (self._content(), fingerprint(source)): return source
@@ -84,15 +91,26 @@ class EmbedStore:
         "Fingerprint of ids and source (encoder weights, preprocessing, items)"
         return fingerprint("embed", self.ids.to_numpy(), self.source)
 
-    def _digest(self): return fingerprint(self.ids.to_numpy(), self.image, self.text)
+    def _digest(self):
+        others = {name: x for name, x in self.vectors.items() if name not in KINDS}
+        return fingerprint(self.ids.to_numpy(), self.image, self.text, *([others] if others else []))
 
-def _check_rows(ids, image, text):
+def _unit_of(x, there):
+    "Scale vectors to length 1; rows that are not `there` become zeros"
+    if there is None: return unit(x)
+    there = torch.as_tensor(np.asarray(there, dtype=bool))
+    out = torch.zeros(x.shape)
+    out[there] = unit(x[there])
+    return out
+
+def _check_rows(ids, given):
     if ids.has_duplicates:
         raise ValueError(f"question_id {ids[ids.duplicated()][0]} occurs twice: a store has one row per id")
-    if not len(ids) == len(image) == len(text):
-        raise ValueError(
-            f"{len(ids)} ids, {len(image)} image vectors, {len(text)} text vectors: the three must agree"
-        )
+    if not given: raise ValueError("a store of no vectors: give it those of the questions (text=), at least")
+    if "mixed" in given: raise ValueError("mixed vectors are made of image and text: give these, or another name")
+    if {len(ids), *map(len, given.values())} != {len(ids)}:
+        counts = [f"{len(x)} {name} vectors" for name, x in given.items()]
+        raise ValueError(f"{len(ids)} ids, {', '.join(counts)}: all must agree")
 
 # %% ../nbs/12_embed.ipynb #233e5eeb
 @patch
@@ -111,28 +129,49 @@ def rows(self:EmbedStore,
         )
     return row.reshape(ids.shape)
 
+@patch(as_prop=True)
+def kinds(self:EmbedStore)->tuple: # of names
+    "Kinds of vector that there are, `mixed` where it can be made"
+    mixed = ["mixed"] if {"image", "text"} <= set(self.vectors) else []
+    return tuple(sorted([*self.vectors, *mixed], key=_place))
+
+def _place(name): return KINDS.index(name) if name in KINDS else len(KINDS)
+
+@patch
+def kind(self:EmbedStore,
+    kind:str|None=None, # one of `kinds`; None: mixed where there are pictures, text where there are none
+)->str: # ValueError names the kinds that there are
+    "Say which kind of vector is meant"
+    if kind is None: return next(k for k in ("mixed", "text", *self.kinds) if k in self.kinds)
+    if kind in self.kinds: return kind
+    raise ValueError(f"kind {kind!r} is not in this store: choose one of {', '.join(self.kinds)}")
+
 @patch
 def get(self:EmbedStore,
     ids, # question_ids: one, or any nesting of equal length, shape [...]
-    kind:str="mixed", # image | text | mixed
-)->torch.Tensor: # [..., D] float32, length 1
+    kind:str|None=None, # see `kind`
+)->torch.Tensor: # [..., D] float32, length 1; zeros as `image` of an item without a picture
     "Vectors of `ids`"
-    _check_kind(kind)
+    kind = self.kind(kind)
     row = torch.as_tensor(self.rows(ids))
-    if kind == "mixed": return torch.cat([self.image[row], self.text[row]], -1) / 2**.5
-    return getattr(self, kind)[row]
+    return self._mixed(row) if kind == "mixed" else self.vectors[kind][row]
+
+@patch
+def _mixed(self:EmbedStore, row):
+    "Picture and question side by side; the question alone where there is no picture"
+    image = self.image[row]
+    both = torch.cat([image, self.text[row]], -1)
+    pictured = image.any(-1, keepdim=True)
+    return torch.where(pictured, both / 2**.5, both)
 
 @patch
 def dim(self:EmbedStore,
-    kind:str="mixed", # image | text | mixed
+    kind:str|None=None, # see `kind`
 )->int: # width D of that kind
     "Width of the vectors of `kind`"
-    _check_kind(kind)
+    kind = self.kind(kind)
     if kind == "mixed": return self.dim("image") + self.dim("text")
-    return getattr(self, kind).shape[1]
-
-def _check_kind(kind):
-    if kind not in KINDS: raise ValueError(f"kind {kind!r}: choose one of {', '.join(KINDS)}")
+    return self.vectors[kind].shape[1]
 
 # %% ../nbs/12_embed.ipynb #4dfccf7b
 def _question_hashes(questions):
@@ -161,7 +200,25 @@ def unlike(self:EmbedStore,
 def _is_another(picture, known):
     "Is a content another than what is known of it? Earlier versions kept its first 16 digits"
     is_content = isinstance(picture, str) and re.fullmatch("[0-9a-f]{32}", picture) is not None
-    return is_content and not picture.startswith(known)
+    return is_content and (known is None or not picture.startswith(known))
+
+# %% ../nbs/12_embed.ipynb #a8898cd0
+@patch(cls_method=True)
+def from_vectors(cls:EmbedStore,
+    ids, # [n] distinct question_ids
+    text:torch.Tensor|None=None, # [n, D'] question vectors; normalised here
+    image:torch.Tensor|None=None, # [n, D] picture vectors; normalised here
+    *,
+    source:dict, # what made them and of what, JSON-able, e.g. dict(encoder="minilm", items="okvqa"); ValueError if empty
+    meta:dict|None=None, # what else is known, JSON-able
+    **others, # further vectors by name
+)->EmbedStore: # whose fingerprint is that of ids and source
+    "Make a store of vectors whose source is known"
+    if not source: raise ValueError("source is empty: say what made these vectors, and of what")
+    if "vectors" in source: raise ValueError("source: 'vectors' stands for vectors of no known source: take another word")
+    self = cls(ids, image, text, meta, **others)
+    self._comes_from(dict(source))
+    return self
 
 # %% ../nbs/12_embed.ipynb #dec9432c
 @patch
@@ -171,7 +228,7 @@ def save(self:EmbedStore,
     "Write `embed.safetensors` and `embed.json`, atomically"
     from safetensors.torch import save_file
     path = Path(path)
-    vectors = {"image": self.image.contiguous(), "text": self.text.contiguous()}
+    vectors = {name: x.contiguous() for name, x in self.vectors.items()}
     meta = self.meta | dict(source=self.source)
     with atomic_path(path/"embed.safetensors") as tmp: save_file(vectors, tmp)
     head = dict(fingerprint=self.fingerprint, digest=self._digest(), meta=meta, ids=self.ids.tolist())
@@ -190,8 +247,7 @@ def load(cls:EmbedStore,
     vectors = read_weights(path/"embed.safetensors")
     self = cls.__new__(cls)                      # the vectors have length 1 already, to the last bit
     self.ids = pd.Index(np.asarray(head["ids"], dtype=np.int64))
-    self.image = vectors["image"]
-    self.text = vectors["text"]
+    self.vectors = {name: vectors[name] for name in sorted(vectors, key=_place)}
     self.meta = head["meta"]
     self._comes_from(head["meta"]["source"])
     _check_head(self, head, path)
@@ -292,19 +348,27 @@ def load_clip(
     return Clip(net.to(device), tokenizer, image_processor, folder.name if folder.exists() else name)
 
 # %% ../nbs/12_embed.ipynb #bf1597ea
-def _hashes(items, progress): # [n] key of every item's picture; each file is read once
+def _hashes(items, progress): # [n] key of every item's picture, None where it has none; each file is read once
     from tqdm import tqdm
-    files = items.drop_duplicates("image_path")
-    asked = tqdm(list(zip(files.image_path, files.question_id)), desc="read images", disable=not progress)
+    paths = picture_paths(items)
+    first = {}                                   # path -> the question that is named if it cannot be read
+    for path, question_id in zip(paths, items.question_id):
+        if path is not None: first.setdefault(path, question_id)
+    asked = tqdm(list(first.items()), desc="read images", disable=not progress)
     by_path = {path: picture_key(path, question_id) for path, question_id in asked}
-    return items.image_path.map(by_path).to_numpy()
+    return [by_path.get(path) for path in paths]
 
-def _encode_pictures(clip, items, hashes, batch_size, progress): # [n, D]
-    distinct = items[["image_path", "question_id"]].assign(hash=hashes).drop_duplicates("hash")
+def _encode_pictures(clip, items, hashes, batch_size, progress): # [n, D], zeros where there is no picture; None: nowhere
+    there = np.array([h is not None for h in hashes])
+    if not there.any(): return None
+    shown = items[there].assign(hash=[h for h in hashes if h is not None])
+    distinct = shown.drop_duplicates("hash")
     def encode(batch): return clip.images([_picture(*file) for file in batch])
     files = list(zip(distinct.image_path, distinct.hash, distinct.question_id))
     vectors = _in_batches(files, encode, batch_size, progress, "images")
-    return vectors[pd.Index(distinct.hash).get_indexer(hashes)]
+    out = torch.zeros(len(items), vectors.shape[1])
+    out[torch.as_tensor(there)] = vectors[pd.Index(distinct.hash).get_indexer(shown.hash)]
+    return out
 
 def _picture(path, key, question_id): # RGB of the very content that has this key
     return open_image(read_picture(path, key, question_id), path, question_id)
@@ -321,37 +385,33 @@ def _in_batches(todo, encode, batch_size, progress, desc): # [len(todo), D]
 
 # %% ../nbs/12_embed.ipynb #94394d8c
 def embed_items(
-    items:pd.DataFrame, # columns question_id (distinct), image_path, question
+    items:pd.DataFrame, # columns question_id (distinct), question, and image_path if there are pictures
     model=None, # folder or hub name of a CLIPModel, or a `Clip`; None: models/tiny-clip of the checkout
     batch_size:int=64, # pictures or questions per forward
     device=None, # torch device; None: cuda if there is one, else cpu
     progress:bool=True, # show a bar
 )->EmbedStore: # one row per item, in the order of `items`
     "Encode pictures and questions of `items`; a missing or broken picture is a `BadPicture` that names it"
-    items = as_items(items, need=("image_path", "question"))
-    _check_items(items)
+    items = as_items(items, need=("question",))
+    if not len(items): raise ValueError("embed_items got no items")
     clip = load_clip(model, device)
     hashes = _hashes(items, progress)
     image = _encode_pictures(clip, items, hashes, batch_size, progress)
     text = _encode_questions(clip, items.question, batch_size, progress)
     meta = dict(
         model=clip.name,
-        image_hash=hashes.tolist(),
+        image_hash=hashes,
         question_hash=_question_hashes(items.question),
         cut_short=_cut_short(clip, items.question.unique().tolist()),
     )
-    store = EmbedStore(items.question_id, image, text, meta)
-    of_items = fingerprint(hashes.tolist(), items.question.tolist())
+    store = EmbedStore(items.question_id, image, text, meta, _are_there(hashes))
+    of_items = fingerprint(hashes, items.question.tolist())
     store._comes_from(dict(clip=clip.fingerprint, items=of_items))
     return store
 
-def _check_items(items):
-    missing = [c for c in ("question_id", "image_path", "question") if c not in items]
-    if missing:
-        raise ValueError(
-            f"items has no column {', '.join(missing)}: read them with `images=` set to the image folder"
-        )
-    if not len(items): raise ValueError("embed_items got no items")
+def _are_there(hashes):
+    "bool [n]: who has a picture; None: all have one"
+    return None if None not in hashes else np.array([h is not None for h in hashes])
 
 def _cut_short(clip, questions): # how many are longer than the text tower
     tokens = clip.tokenizer(questions, truncation=False, padding=False, verbose=False)["input_ids"]
@@ -368,8 +428,7 @@ def gather_stores(
     ids = pd.Index(np.concatenate([p.ids for p in parts]))
     _check_held(items, ids, len(parts))
     first = np.flatnonzero(~ids.duplicated())           # an item may lie in several parts
-    rows = first[ids[first].get_indexer(items.question_id)]
-    def gathered(kind): return torch.cat([getattr(p, kind) for p in parts])[torch.as_tensor(rows)]
+    rows = torch.as_tensor(first[ids[first].get_indexer(items.question_id)])
     every = [h for p in parts for h in p.meta["image_hash"]]
     hashes = [every[i] for i in rows]
     _check_alike(items, hashes, parts)
@@ -379,9 +438,18 @@ def gather_stores(
         question_hash=_question_hashes(items.question),
         cut_short=sum(p.meta["cut_short"] for p in parts),
     )
-    store = EmbedStore(items.question_id, gathered("image"), gathered("text"), meta)
+    text = torch.cat([p.text for p in parts])[rows]
+    image = _gathered_pictures(parts)
+    if image is not None: image = image[rows] if any(hashes) else None
+    store = EmbedStore(items.question_id, image, text, meta, _are_there(hashes))
     store._comes_from(dict(clip=clip, items=fingerprint(hashes, items.question.tolist())))
     return store
+
+def _gathered_pictures(parts):
+    "Picture vectors of all parts, zeros where a part has none; None if no part has any"
+    widths = [part.dim("image") for part in parts if part.image is not None]
+    if not widths: return None
+    return torch.cat([torch.zeros(len(part), widths[0]) if part.image is None else part.image for part in parts])
 
 def _one_clip(parts):
     unknown = [part for part in parts if "clip" not in part.source]
@@ -417,7 +485,7 @@ def nearest(
     store:EmbedStore, # holds `question_id` and `among`
     question_id:int, # whose neighbours
     k:int=5, # how many, >= 1
-    kind:str="mixed", # image | text | mixed
+    kind:str|None=None, # see `EmbedStore.kind`
     among=None, # question_ids to choose from; default the whole store
 )->pd.Series: # cosines, largest first, indexed by question_id; equal ones by id
     "Nearest items of `question_id`, itself left out"
@@ -430,17 +498,19 @@ def nearest(
 # %% ../nbs/12_embed.ipynb #72543903
 def show_neighbours(
     store:EmbedStore, # embeddings of `items`
-    items:pd.DataFrame, # columns question_id, image_path, question, answer
+    items:pd.DataFrame, # columns question_id, question, answer, and image_path if there are pictures
     question_id:int, # the item on the left
     k:int=4, # neighbours per row
-    axs=None, # [3, k+1] axes; None makes them
+    axs=None, # [kinds, k+1] axes; None makes them
 ): # the axes
     "The item and its nearest neighbours, a row for each kind of embedding"
-    items = as_items(items, need=("image_path", "question", "answer"))
+    items = as_items(items, need=("question", "answer"))
+    items = items.assign(image_path=picture_paths(items))
     import matplotlib.pyplot as plt
-    axs = plt.subplots(3, k+1, figsize=(5, 3), layout="constrained")[1] if axs is None else axs
-    items = items.set_index("question_id", drop=False)
-    for row, kind in zip(axs, KINDS):
+    if axs is None:
+        size = dict(figsize=(5, len(store.kinds)), layout="constrained", squeeze=False)
+        axs = plt.subplots(len(store.kinds), k+1, **size)[1]
+    for row, kind in zip(axs, store.kinds, strict=True):
         near = nearest(store, question_id, k, kind, items.index)
         row[0].set_ylabel(kind, fontsize=8)
         for ax, q in zip(row, [question_id, *near.index]):
@@ -449,7 +519,8 @@ def show_neighbours(
     return axs
 
 def _show_item(ax, item, title, with_question):
-    ax.imshow(open_image(item.image_path, question_id=item.question_id))
+    if isinstance(item.image_path, str): ax.imshow(open_image(item.image_path, question_id=item.question_id))
+    else: ax.set_box_aspect(1)
     ax.set(xticks=[], yticks=[])
     ax.set_title(title, fontsize=6, pad=2)
     if with_question: ax.set_xlabel(textwrap.fill(item.question, 24), fontsize=5)

@@ -179,7 +179,7 @@ def load_lvlm(
     device:str|None=None, # default the GPU if there is one
     attn:str="sdpa", # sdpa | eager
     progress:bool=False, # show the bar of transformers while weights load?
-)->LVLM: # in eval mode, without gradients; TypeError: another kind of model; ValueError: attention, template, broken file
+)->LVLM: # in eval mode, no gradients; TypeError: another kind of model; ValueError: attention, template, broken file
     "Load a Qwen-VL checkpoint"
     from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")

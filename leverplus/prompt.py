@@ -88,7 +88,7 @@ def _chat(prompt):
 
 # %% ../nbs/20_prompt.ipynb #4ec9b4b5
 def prompter(
-    items, # pandas frame of `leverplus.data`: queries and demonstrations; question_id, question, answer, maybe image_path
+    items, # frame of `leverplus.data`, queries and demonstrations: question_id, question, answer, maybe image_path
     style:str="interleaved", # one of STYLES
 ): # function (question_id, pointer) -> Prompt; KeyError: unknown id; ValueError: item shown twice, or without a text
     "Make a function that makes prompts"

@@ -161,15 +161,92 @@ def test_missing_picture_column_model(world, clip):
     it = world["items"]
     with pytest.raises(FileNotFoundError, match="gone.png: image of question_id 500"):
         embed_items(it.assign(image_path="gone.png"), clip, progress=False)
-    for none in (None, np.nan):
-        with pytest.raises(ValueError, match="question_id 500 has no image_path.*images="):
-            embed_items(it.assign(image_path=none), clip, progress=False)
-    with pytest.raises(ValueError, match="no column image_path"):
-        embed_items(it.drop(columns="image_path"), clip, progress=False)
+    with pytest.raises(ValueError, match="no column question"):
+        embed_items(it.drop(columns="question"), clip, progress=False)
     with pytest.raises(ValueError, match="no items"): embed_items(it.head(0), clip, progress=False)
     with pytest.raises(ValueError, match="500 occurs more than once"):
         embed_items(pd.concat([it, it.head(1)]), clip, progress=False)
     with pytest.raises(FileNotFoundError, match="config.json is missing"): load_clip(world["dir"]/"img")
+
+# -- without pictures ---------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("column", ["absent", None, np.nan, pd.NA])
+def test_items_without_pictures(world, clip, store, column, tmp_path):
+    it = world["items"].drop(columns="image_path")
+    if not isinstance(column, str): it = it.assign(image_path=[column]*len(it))
+    s = embed_items(it, clip, progress=False)
+    assert s.kinds == ("text",) and s.kind() == "text" and s.image is None
+    assert torch.equal(s.get(s.ids), store.get(s.ids, "text")) and s.dim() == 12
+    for kind in ("image", "mixed"):
+        with pytest.raises(ValueError, match=f"kind '{kind}' is not in this store: choose one of text"):
+            s.get(500, kind)
+    assert nearest(s, 500, 2).equals(nearest(store, 500, 2, "text"))
+    s.save(tmp_path/"s")
+    back = EmbedStore.load(tmp_path/"s")
+    assert back.kinds == s.kinds and back.fingerprint == s.fingerprint != store.fingerprint
+    assert torch.equal(back.get(back.ids), s.get(s.ids))
+    assert s.unlike([500], ["0"*32], [it.question.iloc[0]]) == [500]       # a picture came later
+    assert s.unlike([500], [None], [it.question.iloc[0]]) == []
+
+def test_some_items_without_a_picture(world, clip, store, tmp_path):
+    "They are like nothing by image, and their question by mixed; all others are as they were"
+    it = world["items"].copy()
+    it["image_path"] = [None if i in (0, 5) else str(path) for i, path in enumerate(it.image_path)]
+    s = embed_items(it, clip, progress=False)
+    assert s.kinds == store.kinds and s.kind() == "mixed"
+    blind, others = it.question_id.iloc[[0, 5]], it.question_id.drop(index=[0, 5])
+    torch.testing.assert_close(s.get(others), store.get(others), atol=1e-5, rtol=0)
+    assert not s.get(blind, "image").any()
+    assert torch.equal(s.get(blind)[:, 12:], s.get(blind, "text")) and not s.get(blind)[:, :12].any()
+    torch.testing.assert_close(s.get(s.ids).norm(dim=-1), torch.ones(len(s)))
+    assert s.meta["image_hash"][0] is None
+    s.save(tmp_path/"s")
+    assert torch.equal(EmbedStore.load(tmp_path/"s").get(s.ids), s.get(s.ids))
+    parts = [embed_items(it[:1], clip, progress=False), embed_items(it[1:], clip, progress=False)]
+    got = gather_stores(it, parts)
+    assert got.fingerprint == s.fingerprint
+    torch.testing.assert_close(got.get(s.ids), s.get(s.ids), atol=1e-5, rtol=0)
+    text_only = gather_stores(it[:1], parts)
+    assert text_only.kinds == ("text",) and text_only.fingerprint == parts[0].fingerprint
+
+def test_given_vectors_are_known_by_their_source(tmp_path):
+    g = torch.Generator().manual_seed(0)
+    text, answer = torch.randn(4, 5, generator=g), torch.randn(4, 3, generator=g)
+    made = dict(encoder="minilm", items="okvqa")
+    s = EmbedStore.from_vectors(range(4), text, answer=answer, source=made)
+    assert s.source == made and s.kinds == ("text", "answer") and s.kind() == "text" and s.kind("answer") == "answer"
+    torch.testing.assert_close(s.get([2], "answer"), unit(answer[2:3]))
+    rounded = EmbedStore.from_vectors(range(4), text*(1 + 1e-6), answer=answer, source=made)
+    assert rounded.fingerprint == s.fingerprint
+    others = [
+        EmbedStore(range(4), text=text, answer=answer),
+        EmbedStore.from_vectors(range(4), text, answer=answer, source=dict(encoder="other", items="okvqa")),
+        EmbedStore.from_vectors(range(1, 5), text, answer=answer, source=made),
+    ]
+    assert len({s.fingerprint, *(o.fingerprint for o in others)}) == 4
+    s.save(tmp_path/"s")
+    back = EmbedStore.load(tmp_path/"s")
+    assert back.fingerprint == s.fingerprint and back.source == made and back.kinds == s.kinds
+    s.vectors["answer"][0, 0] += .1
+    assert "vectors" in s.source and s.fingerprint != back.fingerprint
+
+def test_same_numbers_under_other_names_are_other_stores():
+    v = torch.eye(3)
+    stores = [
+        EmbedStore(range(3), v), EmbedStore(range(3), text=v), EmbedStore(range(3), answer=v),
+        EmbedStore(range(3), other=v), EmbedStore(range(3), v, v), EmbedStore(range(3), text=v, answer=v),
+    ]
+    assert len({s.fingerprint for s in stores}) == len(stores)
+    assert [s.kind() for s in stores] == ["image", "text", "answer", "other", "mixed", "text"]
+
+@pytest.mark.parametrize(
+    "given,says",
+    [(dict(), "no vectors"), (dict(mixed=torch.eye(2)), "made of image and text"), (dict(text=torch.eye(3)), "3 text")],
+)
+def test_stores_that_cannot_be(given, says):
+    with pytest.raises(ValueError, match=says): EmbedStore([1, 2], **given)
+    with pytest.raises(ValueError, match="take another word"):
+        EmbedStore.from_vectors([1, 2], torch.eye(2), source=dict(vectors="abc"))
 
 # -- the store ----------------------------------------------------------------------------------------------
 
@@ -250,4 +327,6 @@ def test_show_neighbours_takes_and_returns_axes(world, store):
     import matplotlib.pyplot as plt
     axs = plt.subplots(3, 3)[1]
     assert show_neighbours(store, world["items"], 500, 2, axs) is axs
+    blind = embed_items(world["items"].drop(columns="image_path"), world["path"], device="cpu", progress=False)
+    assert show_neighbours(blind, world["items"].drop(columns="image_path"), 500, 2).shape == (1, 3)
     plt.close("all")
