@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['EXACT', 'choose', 'evaluated', 'with_text', 'policy_fingerprint', 'proposer_settings', 'run_settings',
            'shard_queries', 'run_lock', 'begin_manifest', 'Contents', 'begin_run', 'Generation', 'tally',
-           'flat_queries', 'NotVerified', 'hold', 'TooManyFailures', 'summary_text', 'verified_text', 'generate']
+           'flat_queries', 'NotVerified', 'hold', 'TimeLimit', 'TooManyFailures', 'generate_together', 'summary_text',
+           'verified_text', 'generate']
 
 # %% ../nbs/34_rldata_generate.ipynb #3a6f44c7
-import contextlib, inspect, json, os, platform, re
+import contextlib, inspect, json, os, platform, re, time
 from functools import cached_property
 from pathlib import Path
 import numpy as np, pandas as pd, torch
@@ -558,6 +559,30 @@ def window(self:Generation,
     if new: write_part(self.part(i), rows)
     return rows, seen
 
+# %% ../nbs/34_rldata_generate.ipynb #9a39fd50
+class TimeLimit:
+    "How long a run may last"
+    def __init__(self,
+        seconds:float|None=None, # from now on; None: no limit
+        clock=time.monotonic, # what says the time, in seconds
+    ):
+        self.seconds = seconds
+        self.clock = clock
+        self.start = clock()
+        self.longest = 0. # seconds that the longest part took
+
+    def another(self)->bool:
+        "May another part be begun?"
+        if self.seconds is None: return True
+        return self.clock() - self.start + self.longest < self.seconds
+
+    @contextlib.contextmanager
+    def part(self):
+        "Time a part"
+        start = self.clock()
+        yield
+        self.longest = max(self.longest, self.clock() - start)
+
 # %% ../nbs/34_rldata_generate.ipynb #3f70f708
 @patch
 def todo(self:Generation)->list: # window numbers
@@ -659,26 +684,50 @@ class _Step:
 # %% ../nbs/34_rldata_generate.ipynb #ff02612d
 @patch
 def finish(self:Generation)->RLData: # what lies in `path`; with a shard, the rows of that shard
-    "Complete the manifest from the parts"
-    done = [self.read(i) for i in range(len(self.windows))]
-    parts = [dict(file=self.part(i).name, rows=len(rows)) for i, rows in enumerate(done)]
+    "Write the manifest from the parts that lie there; it is complete if they are all"
+    there = [i for i in range(len(self.windows)) if self.part(i).exists()]
+    done = [self.read(i) for i in there]
+    parts = [dict(file=self.part(i).name, rows=len(rows)) for i, rows in zip(there, done)]
     if done: rows = pd.concat(done, ignore_index=True)
     else: rows = as_record(pd.DataFrame(dict(question_id=[], pointer=[]))) # a shard may have no queries
-    self.manifest = finish_manifest(self.path, self.manifest, parts, rows, self.pool, self.shard)
-    return RLData.load(self.path, shard=self.shard)
+    whole = len(there) == len(self.windows)
+    self.manifest = finish_manifest(self.path, self.manifest, parts, rows, self.pool, self.shard, whole)
+    return RLData.load(self.path, shard=self.shard, unfinished=True)
+
+@patch
+def make(self:Generation, i, step):
+    "Make window i, note what was verified, and tell the bar"
+    rows, seen = self.window(i)
+    self.note(seen)
+    step(i, **tally(rows))
 
 @patch
 def run(self:Generation,
     progress:bool=True, # show a bar: failures, share of flat queries, what was verified
-)->RLData: # see `finish`
-    "Make all windows here; `Busy` if somebody else is at it"
-    with self.lock(), self.bar(progress) as step:
-        self.begin()
-        for i in range(len(self.windows)):
-            rows, seen = self.window(i)
-            self.note(seen)
-            step(i, **tally(rows))
-        return self.finish()
+)->RLData: # see `finish`; of the first windows, if `guarding.seconds` are over before the last
+    "Make all windows here, one after the other; `Busy` if somebody else is at it"
+    return generate_together(dict(one=self), TimeLimit(self.guarding.seconds), progress)["one"]
+
+def generate_together(
+    runs:dict, # {name: Generation}, each in a folder of its own
+    limit:TimeLimit|None=None, # no window is begun that would end later; None: no limit
+    progress:bool=True, # show bars?
+)->dict: # {name: RLData}, see `Generation.finish`
+    "Make the windows of several runs, each run as far as the others, so that the end of time finds them alike"
+    if limit is None: limit = TimeLimit()
+    with contextlib.ExitStack() as held:
+        for run in runs.values(): held.enter_context(run.lock())
+        steps = {name: held.enter_context(run.bar(progress)) for name, run in runs.items()}
+        for run in runs.values(): run.begin()
+        for name, i in _in_step({name: len(run.windows) for name, run in runs.items()}):
+            if not limit.another(): break
+            with limit.part(): runs[name].make(i, steps[name])
+        return {name: run.finish() for name, run in runs.items()}
+
+def _in_step(sizes):
+    "(name, number) of all parts of several runs of these sizes, so ordered that no run is ahead of another"
+    places = [((i + .5)/n, name, i) for name, n in sizes.items() for i in range(n)]
+    return [(name, i) for _, name, i in sorted(places)]
 
 # %% ../nbs/34_rldata_generate.ipynb #f42c3557
 def summary_text(
@@ -686,7 +735,8 @@ def summary_text(
 )->str: # "rows 600, queries 40, failed 0, fingerprint b72b5f0592d52e34"
     "Say what stored sequences amount to"
     failed = int(data.rows.eval_failed.sum())
-    return f"rows {len(data)}, queries {len(data.queries)}, failed {failed}, fingerprint {data.fingerprint}"
+    counts = f"rows {len(data)}, queries {len(data.queries)}, failed {failed}, fingerprint {data.fingerprint}"
+    return counts if data.manifest.get("complete", True) else f"{counts}, not finished: the time was over"
 
 def verified_text(
     data:RLData, # what a run made

@@ -33,7 +33,7 @@ from .scorer import SharedScorer
 from .lvlm import MockScorer, load_lvlm
 from .groups import RLData, shard_tag
 from .rldata_ask import item_contents
-from .rldata_generate import Generation, run_lock, shard_queries, tally
+from .rldata_generate import Generation, TimeLimit, run_lock, shard_queries, tally
 
 # %% ../nbs/39_rldata_scale.ipynb #b9b89fca
 READERS = dict(okvqa=read_okvqa, vqav2=read_vqav2, soft_labels=read_soft_labels)
@@ -341,8 +341,10 @@ class RayWorker:
         job:Job, # what to open
         path, # directory of the run
         threads:int=1, # of torch
+        until:float|None=None, # seconds since the epoch: no window is begun that would end later; None: no limit
         **kw, # `shard`, `policy` and `other_pool` of `Job.generation`
     ):
+        self.limit = TimeLimit(None if until is None else until - time.time())
         self.run = None
         self.error = None
         try:
@@ -356,7 +358,7 @@ class RayWorker:
 
     def __call__(self,
         batch:dict, # {"window": [n] window numbers}
-    )->dict: # n entries per key: window, worker, start, end, tally (JSON), seen (JSON), error
+    )->dict: # n entries per key: window, worker, start, end, tally (JSON), seen (JSON), error, left (no time for it)
         "Make windows"
         rows = [self.window(int(i)) for i in batch["window"]]
         return {k: [r[k] for r in rows] for k in rows[0]}
@@ -365,10 +367,10 @@ class RayWorker:
         "Make one window; what there is to say of it"
         worker = f"{platform.node()}-{os.getpid()}"
         out = dict(window=i, worker=worker, start=time.time(), end=0., tally="{}", seen="[]",
-                   error=self.error or "")
-        if self.error is None:
+                   error=self.error or "", left=not self.limit.another())
+        if self.error is None and not out["left"]:
             try:
-                rows, seen = self.run.window(i)
+                with self.limit.part(): rows, seen = self.run.window(i)
                 out.update(tally=json.dumps(tally(rows)), seen=json.dumps(seen))
             except Exception: out["error"] = traceback.format_exc()
         return out | dict(end=time.time())
@@ -418,7 +420,9 @@ def generate_ray(
     proposer = dict(policy=policy, other_pool=other_pool)
     run = job.generation(path, shard, asks=False, **proposer)
     args = (job, str(run.path), threads)
-    kwargs = dict(shard=run.shard, **proposer)
+    seconds = job.guarding.seconds
+    until = None if seconds is None else time.time() + seconds
+    kwargs = dict(shard=run.shard, until=until, **proposer)
     if run.is_here(): run.contents.compare(run.items, run.item_ids()) # once for all; workers look window by window
     with run.lock(), _cluster(ray, workers*threads, workers*gpus):
         todo = run.todo() or [0] # one is opened in any case: its worker compares the settings
@@ -427,6 +431,7 @@ def generate_ray(
             for k, out in enumerate(_stream(data, todo, workers, threads, gpus, args, kwargs)):
                 _check_worker(out)
                 if k == 0: run.look() # a worker has begun
+                if out["left"]: continue
                 run.note(json.loads(out["seen"]))
                 step(out["window"], **json.loads(out["tally"]))
                 if each is not None: each(out)

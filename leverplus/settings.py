@@ -362,6 +362,7 @@ class Guarding:
     test:Natural=32 # questions of the self-test, 0: none
     verify:Natural=0 # questions of which one row is asked again of the reference scorer; stops if it disagrees
     max_failed:Share=.2 # share of rows that may fail before the run stops
+    seconds:Annotated[Amount|None, flag("no limit", metavar="X")]=None # no part is begun that would end later than this
 
 # %% ../nbs/04_settings.ipynb #91ba89e2
 @group

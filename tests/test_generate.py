@@ -16,8 +16,8 @@ from leverplus.pools import Pool
 from leverplus.rldata_propose import SimilarityPrior, nearest_sets, propose
 from leverplus.runs import Busy
 from leverplus.rldata_generate import (
-    Contents, Generation, NotVerified, flat_queries, generate, run_lock, shard_queries, summary_text,
-    verified_text,
+    Contents, Generation, NotVerified, TimeLimit, flat_queries, generate, generate_together, run_lock,
+    shard_queries, summary_text, verified_text,
 )
 from leverplus.rldata_ask import (
     FactCache, about_items, as_cache, ask, ask_around, check_contents, content_keys, facts_fingerprint,
@@ -890,7 +890,7 @@ def test_the_settings_of_a_run_lie_there_and_are_read_back(tmp_path):
     pd.testing.assert_frame_equal(same.rows, data.rows)
     assert not asks_nobody.asked
 
-@pytest.mark.parametrize("more", [dict(test=0), dict(test=9), dict(max_failed=.5), dict(verify=3)])
+@pytest.mark.parametrize("more", [dict(test=0), dict(test=9), dict(max_failed=.5), dict(verify=3), dict(seconds=0)])
 def test_what_no_row_depends_on_may_change_on_the_way(tmp_path, more):
     data = made(tmp_path/"r", QS, ITEMS, POOL, Tampered(), STORE, **RUN)
     asks_nobody = Tampered()
@@ -914,6 +914,80 @@ def test_a_summary_says_what_is_there(tmp_path):
     assert verified_text(data) == ""
     checked = made(tmp_path/"v", QS, ITEMS, POOL, Tampered(), STORE, test=0, verify=3)
     assert verified_text(checked) == "verified 3 of 3, log P within 0 (allowed 0.001), 0 other texts"
+
+class Hourly(MockScorer):
+    "Every call takes an hour of a clock that tests can read"
+    def __init__(self, **kw):
+        super().__init__(**kw)
+        self.time = 0.
+
+    def clock(self): return self.time
+
+    def run(self, *args, **kw):
+        self.time += 3600
+        return super().run(*args, **kw)
+
+def hourly(path, queries, limit):
+    "Several runs of whole hours, until the limit"
+    scorer = Hourly()
+    kw = grouped(shots=(1, 2), window=2, test=0)
+    runs = {
+        name: Generation(path/name, own, ITEMS, POOL, scorer, STORE, **kw) for name, own in queries.items()
+    }
+    return generate_together(runs, TimeLimit(limit, scorer.clock), progress=False)
+
+def test_no_window_is_begun_that_would_end_too_late(tmp_path):
+    straight = hourly(tmp_path/"s", dict(one=QS), None)["one"]
+    assert straight.manifest["complete"]
+    for hours, windows in ((0, 0), (.5, 1), (1.5, 1), (2.5, 2), (3.5, 3)):
+        some = hourly(tmp_path/f"{hours}", dict(one=QS), hours*3600)["one"]
+        assert some.queries == QS[:2*windows]
+        assert not some.manifest["complete"] and len(some.manifest["parts"]) == windows
+        wanted = straight.rows[straight.rows.question_id.isin(some.queries)].reset_index(drop=True)
+        pd.testing.assert_frame_equal(some.rows, wanted)
+        later = RLData.load(tmp_path/f"{hours}"/"one", unfinished=True)
+        pd.testing.assert_frame_equal(later.rows, some.rows)
+        with pytest.raises(ValueError, match="not finished.*unfinished=True"):
+            RLData.load(tmp_path/f"{hours}"/"one")
+    rest = hourly(tmp_path/"2.5", dict(one=QS), None)["one"]
+    pd.testing.assert_frame_equal(rest.rows, straight.rows)
+    assert rest.manifest["complete"]
+
+def test_whatever_stops_them_several_runs_are_equally_far(tmp_path):
+    queries = dict(few=QS[:4], many=QS[4:])
+    for hours in range(6):
+        made = hourly(tmp_path/f"{hours}", queries, (hours + .5)*3600)
+        done = {name: len(data.queries)/len(queries[name]) for name, data in made.items()}
+        windows = sum(len(data.manifest["parts"]) for data in made.values())
+        assert windows == max(1, hours)
+        assert abs(done["few"] - done["many"]) <= 1/2
+
+def test_what_a_kill_left_is_read_and_continued(tmp_path):
+    class Stops(Scripted):
+        def run(self, prompts, *a, **k):
+            if len(self.asked) > 150: raise KeyboardInterrupt
+            return super().run(prompts, *a, **k)
+    with pytest.raises(KeyboardInterrupt): made(tmp_path/"r", QS, ITEMS, POOL, Stops(), STORE, **RUN)
+    with pytest.raises(ValueError, match="it was ended while it worked"):
+        RLData.load(tmp_path/"r", unfinished=True)
+    asks_nobody = Tampered()
+    some = made(tmp_path/"r", QS, ITEMS, POOL, asks_nobody, STORE, **RUN | dict(seconds=0))
+    assert not asks_nobody.asked and 0 < len(some.queries) < len(QS)
+    assert "not finished" in summary_text(some)
+    whole = made(tmp_path/"r", QS, ITEMS, POOL, MockScorer(), STORE, **RUN)
+    assert whole.queries == QS and "not finished" not in summary_text(whole)
+
+def test_shards_whose_time_was_up_are_a_union_of_what_they_have(tmp_path):
+    def shard(i, **more): return made(tmp_path/"u", QS, ITEMS, POOL, MockScorer(), STORE, shard=(i, 2), **RUN | more)
+    first = shard(0)
+    nothing = shard(1, seconds=0)
+    assert not len(nothing)
+    with pytest.raises(ValueError, match="not finished: 1/2"): RLData.load(tmp_path/"u")
+    union = RLData.load(tmp_path/"u", unfinished=True)
+    assert sorted(union.queries) == sorted(first.queries)
+    assert not union.manifest["complete"]
+    shard(1)
+    assert RLData.load(tmp_path/"u", unfinished=True).manifest["complete"]
 
 def test_unfinished_and_foreign_directories(tmp_path):
     class Stops(Scripted):

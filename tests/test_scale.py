@@ -392,6 +392,9 @@ def test_a_worker_makes_windows_and_reports_errors_as_rows(tmp_path, mock):
     assert out["end"][0] >= out["start"][0]
     assert sum(len(json.loads(s)) for s in out["seen"]) <= 3
     assert len(set(map(len, out.values()))) == 1
+    assert out["left"] == [False, False]
+    no_time = RayWorker(mock, tmp_path/"r", until=time.time())(dict(window=[1]))
+    assert no_time["left"] == [True] and no_time["tally"] == ["{}"] and no_time["error"] == [""]
     bad = RayWorker(change(mock, seed=1), tmp_path / "r")(dict(window=[1]))
     assert "proposing.seed: there 0, here 1" in bad["error"][0]
     assert bad["tally"] == ["{}"]

@@ -97,7 +97,7 @@ NOT_THE_DEFAULT = dict(
     two_stage=dict(top=1, low=0, random=3), shots=(1, 3), counts=check_counts(dict(beam=2, temperature={.5: 1})),
     kind="text", scale=2.5, seed=4, window=5, test=0, verify=2, max_failed=.5, tries=2, top=1, rounds=9, budget=10,
     split="dev", limit=6, picker="beam", width=2, temp=.5, by="vote", weight="confidence", threshold=.1,
-    fixed=(3, 1), name="mine", other_pool=True, reward="gtprob", weights=dict(alpha=2.),
+    fixed=(3, 1), name="mine", other_pool=True, seconds=5.5, reward="gtprob", weights=dict(alpha=2.),
 )
 
 @pytest.mark.parametrize("cls", GROUPS)
