@@ -14,7 +14,7 @@ from leverplus.prompt import prompter
 from leverplus.rldata_generate import generate
 from leverplus.settings import Guarding
 from leverplus.vqa import answer_targets
-from leverplus.world import load_world, read_islands
+from leverplus.world import read_islands, world
 
 def work(n, A=8, S=2, seed=0, pool=64):
     "n prompts with S demonstrations out of one pool, A answers each: the true ones first, then other items' answers"
@@ -81,14 +81,14 @@ def speed(lvlm, prompts, targets, repeats):
 
 def groups(lvlm, repeats, queries=6):
     "Seconds to generate the demo's groups for some queries, files and all"
-    world = load_world()
+    world = world("islands")
     times = {}
     rows = {}
     for _ in range(repeats):
         for k, new in {
             "naive, one prompt at a time": lambda: NaiveScorer(lvlm, batch_size=1),
             "naive, batches of 16": lambda: NaiveScorer(lvlm),
-            "shared": lambda: load_world().scorer,
+            "shared": lambda: world("islands").scorer,
         }.items():
             with tempfile.TemporaryDirectory() as d:
                 scorer = new()

@@ -376,8 +376,8 @@ def test_weights_reach_the_reward():
 def test_planted_faults_on_the_embedded_world(tmp_path):
     from leverplus.rldata_generate import generate
     from leverplus.settings import Guarding, Proposing
-    from leverplus.world import load_world
-    w = load_world()
+    from leverplus.world import world
+    w = world("islands")
     ids = w.ids("train")[:60]
     counts = dict(beam=3, temperature={1.0: 3}, random=4)
     kw = dict(proposing=Proposing(counts=counts), guarding=Guarding(test=0), progress=False)

@@ -3,7 +3,7 @@ import pandas as pd, pytest
 from leverplus.core import read_json
 from leverplus.demo import run_demo
 from leverplus.learner import load_selector
-from leverplus.world import load_world, all_pointers
+from leverplus.world import all_pointers, world
 
 SMALL = dict(
     train_queries=24,
@@ -61,7 +61,7 @@ def test_other_settings_are_refused(demo):
 def test_stored_facts_are_what_the_model_says():
     "A sample of the exhaustive facts, asked again"
     from leverplus.rldata_ask import FactCache, ask
-    w = load_world()
+    w = world("islands")
     facts = w.facts()
     sample = facts.sample(64, random_state=0)
     assert len(facts) == len(all_pointers(w.pools["test"]))

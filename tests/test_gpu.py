@@ -109,8 +109,8 @@ def test_running_out_of_memory_is_survived(folder, images):
 
 @pytest.fixture(scope="module")
 def islands():
-    from leverplus.world import load_world
-    return load_world()
+    from leverplus.world import world
+    return world("islands")
 
 def test_stored_facts_hold(islands):
     "Facts that a CPU stored are this model's, and it says the same again"
@@ -142,9 +142,9 @@ def test_vectors_and_pools_are_those_of_a_cpu(islands):
     assert np.mean([list(near[q]) == list(same_there[q]) for q in near]) >= 0.99
 
 def test_half_precision_is_asked_for_and_then_said(islands):
-    from leverplus.world import load_world
-    half = load_world(dtype=torch.bfloat16)
-    with pytest.raises(ValueError, match="bfloat16.*load_world"): half.facts()
+    from leverplus.world import world
+    half = world("islands", dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="bfloat16.*world\('islands'\)\"): half.facts()
 
 
 # ---- training ----------------------------------------------------------------------------------------------

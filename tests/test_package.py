@@ -123,7 +123,7 @@ def python(site, code, *words):
     return r.stdout
 
 def test_the_wheel_brings_the_world(site):
-    code = ("import leverplus, torch; from leverplus.world import load_world; w = load_world(device='cpu'); "
+    code = ("import leverplus, torch; from leverplus.world import world; w = world("islands", device='cpu'); "
             "print(leverplus.__file__, len(w.items), len(w.facts()), w.items.image_path.iloc[0])")
     package, items, facts, image = python(site, code).split()
     assert Path(package).is_relative_to(site)
@@ -151,7 +151,7 @@ def test_without_the_world_it_says_where_to_get_it(site, tmp_path):
     bare = tmp_path/"site"
     shutil.copytree(site, bare, ignore=shutil.ignore_patterns("embedded"))
     code = (
-        "from leverplus.world import load_world\ntry: load_world()\nexcept FileNotFoundError as e: print(e)"
+        "from leverplus.world import world\ntry: world("islands")\nexcept FileNotFoundError as e: print(e)"
     )
     said = python(bare, code)
     assert "islands" in said

@@ -92,8 +92,8 @@ def test_inputs_are_made_once_and_equal_when_made_again(tmp_path, monkeypatch):
 
 def test_the_embedded_world_as_a_job_has_the_facts_of_the_demo(tmp_path, kept):
     from leverplus.demo import make_groups
-    from leverplus.world import load_world
-    groups = make_groups(load_world(), tmp_path/"demo", train_queries=6, dev_queries=4, progress=False)
+    from leverplus.world import world
+    groups = make_groups(world("islands"), tmp_path/"demo", train_queries=6, dev_queries=4, progress=False)
     for split, n in dict(train=6, dev=4).items():
         job = settings_of(Job, split=split, limit=n, store=kept)
         data = job.run(tmp_path / split, progress=False)
