@@ -5,6 +5,9 @@ NB ?=
 # CONSTRAINTS=file: the versions that are installed; CONSTRAINTS= (empty): what the registry offers today
 CONSTRAINTS ?= constraints.txt
 export CONSTRAINTS
+# EXTRAS=smol: with what asks a real language model on two cores (page 24); its cells and tests run then
+EXTRAS ?=
+export EXTRAS
 # `make gpu` sets nothing up: it takes $(VENV) where there is one, or else the machine's own Python
 GPUPY := $(if $(wildcard $(PY)),$(PY),python3)
 
@@ -12,7 +15,8 @@ GPUPY := $(if $(wildcard $(PY)),$(PY),python3)
 
 help:
 	@echo 'make venv                  set up $(VENV) with everything that development needs (VENV=path: reuse one;'
-	@echo '                           CONSTRAINTS=constraints-oldest.txt: the oldest versions; CONSTRAINTS=: today'"'"'s)'
+	@echo '                           CONSTRAINTS=constraints-oldest.txt: the oldest versions; CONSTRAINTS=: today'"'"'s;'
+	@echo '                           EXTRAS=smol: and a small real language model, 190 MB; also with make test)'
 	@echo 'make demo                  the whole road on the embedded world; writes runs/demo/'
 	@echo 'make test                  all checks: exports, clean notebooks, README, rules, notebooks, tests; with a GPU, its tests too'
 	@echo 'make gpu                   on a GPU: its tests, then bench/gpu_scoring.py -> runs/gpu_scoring.json'

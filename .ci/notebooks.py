@@ -4,11 +4,12 @@
 `tutorials/01_walk`; without names: nbs/*.ipynb and nbs/tutorials/*.ipynb. Cells flagged slow, gpu or net
 (`tst_flags` in settings.ini) and `#| eval: false` are skipped and KEEP their stored outputs; `--flags slow`
 runs those flagged slow. A notebook that fails is left as it was, and the exit status is 1. Nothing that
-changes between two runs is stored: no counts, times, ids of objects, or split-up streams.
+changes between two runs is stored: no counts, times, ids of objects, or split-up streams. Cells flagged smol
+run where the packages are that they want (directives.py).
 """
 import argparse, os, re, sys, tempfile, time
 from pathlib import Path
-from directives import is_skipped
+from directives import flags_off, is_skipped
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / "nbs"
@@ -97,7 +98,7 @@ def main():
     os.environ.update(ENV)
     from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
     from nbdev.config import get_config
-    flags = set(get_config().tst_flags.split()) - set(args.flags.split())
+    flags = flags_off(get_config().tst_flags.split()) - set(args.flags.split())
     failed = []
     for p in paths:
         t = time.time()

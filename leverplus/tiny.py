@@ -150,7 +150,7 @@ def save_lvlm(
         image_processor=lvlm.image_processor,
         tokenizer=lvlm.tokenizer,
         video_processor=Qwen2VLVideoProcessor(),
-        chat_template=CHAT_TEMPLATE,
+        chat_template=lvlm.tokenizer.chat_template,
     )
     processor.save_pretrained(folder)
     lvlm.tokenizer.save_pretrained(folder)

@@ -7,6 +7,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / "nbs"
+sys.path.insert(0, str(ROOT/".ci"))
+from directives import flags_off
+
 # without index: README is made from it, and `test_readme.py` runs its code
 NOTEBOOKS = [
     p
@@ -18,10 +21,10 @@ LONG = [p for p in NOTEBOOKS if p.parent.name == "tutorials" or p.stem == "92_de
 page = lambda p: p.relative_to(NBS).with_suffix("").as_posix()
 
 def flags():
-    "The cell flags that tests skip, from settings.ini"
+    "The cell flags that tests skip: those of settings.ini whose cells cannot run here"
     cfg = configparser.ConfigParser(delimiters=["="])
     cfg.read(ROOT / "settings.ini", encoding="utf8")
-    return cfg["DEFAULT"]["tst_flags"].split()
+    return sorted(flags_off(cfg["DEFAULT"]["tst_flags"].split()))
 
 @pytest.fixture
 def clean_process():

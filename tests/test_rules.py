@@ -256,12 +256,17 @@ def test_no_print_in_library_code(path):
 
 def test_settings_list_every_import():
     norm = lambda s: re.sub(r"[-_.]+", "-", s).lower()
-    listed = {norm(re.split(r"[<>=!~\[; ]", r)[0]) for r in settings()["requirements"].split()}
+    listed = {norm(re.split(r"[<>=!~\[; ]", r)[0]) for r in wanted_anywhere()}
     missing = {}
     for p in MODULES:
         for name in third_party(ast.parse(p.read_text(encoding="utf8"))):
             if norm(DISTRIBUTION.get(name, name)) not in listed: missing.setdefault(name, []).append(p.name)
     assert not missing, f"imported, but not in settings.ini's requirements: {missing}"
+
+def wanted_anywhere():
+    "What the package requires, and what its extras do, those of developers aside"
+    names = [key for key in settings() if key == "requirements" or key.endswith("_requirements")]
+    return [r for key in names if key != "dev_requirements" for r in settings()[key].split()]
 
 def third_party(tree):
     "Top-level packages that a syntax tree imports, at any depth, beyond the standard library and this package"
