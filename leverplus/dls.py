@@ -352,6 +352,14 @@ def batch_rows(self:GroupDL,
     "Which groups a batch consists of"
     return self.walk[k*self.bs : (k+1)*self.bs]
 
+@patch
+def one_batch(self:GroupDL)->tuple: # a batch
+    "The first batch of a walk of its own; the one under way stays what it is"
+    walk = vars(self).get("walk", [])
+    batch = super(GroupDL, self).one_batch()
+    self.walk = walk
+    return batch
+
 # %% ../nbs/40_dls.ipynb #efac38d9
 class GroupDataLoaders(DataLoaders):
     "Loaders of groups, and what a checkpoint should record of them"

@@ -83,7 +83,7 @@ def passk_advantage(
     others = _choose(_places(r), k - 2)   # subsets of the others whose best stands at this place
     below = others.cumsum(-1) - others
     worth = (others * r).cumsum(-1) - others * r
-    added = n * (r * below - worth) / _choose(n, k)
+    added = (n * (r * below - worth) / _choose(n, k)).clamp(min=0.)   # less is rounding
     return torch.zeros_like(added).scatter(1, order, added).masked_fill(~mask, 0.).to(rewards)
 
 # %% ../nbs/75_objectives.ipynb #dd98717f
