@@ -4,8 +4,8 @@
 objective with every seed and write what they pick on dev, judged, to OUT/{world}-{objective}-{seed}.parquet; what is
 there is not done again. `--store FILE` puts all of OUT into one small file, `--table` prints it with intervals.
 
-One setting for all, none tuned: the net of `MODEL`, RCE (10 epochs, 3e-3, temp .1) on accuracy, then six epochs at 1e-3;
-listwise has ten epochs at 3e-3 and no start. Epochs are chosen by regret on a tenth of the training questions;
+One setting for all, none tuned: the net of `MODEL`, RCE (10 epochs, 3e-3, temp .1) on accuracy, then six epochs
+at 1e-3; ", from scratch" and listwise are ten epochs at 3e-3 and no start. Epochs are chosen by regret on a tenth of the training questions;
 dev is seen once, by the judge. Islands: 500 training and 250 dev questions, random pools of 16, six pairs of the
 similarity prior and six random ones each. Blind: 1,140 training questions of OKVQA in text pools of 16, sixteen pairs
 each, and 133 dev questions of which every pair was asked; `FOLDER` holds what its README describes.
@@ -28,7 +28,7 @@ from leverplus.rewards import reward_mode
 from leverplus.rldata_ask import FactCache, ask
 from leverplus.rldata_propose import propose
 from leverplus.settings import Proposing
-from leverplus.statistics import Bootstrap, seeds_bootstrap
+from leverplus.statistics import seeds_bootstrap
 from leverplus.world import load_world
 
 S = 2
@@ -124,25 +124,40 @@ def started(t, seed, reward="soft_only", _made={}):
     learn.model.load_state_dict(_made[t.name, seed])
     return learn
 
-def then(objective, *more, reward="soft_only"):
+def then(*makers, reward="soft_only"):
     "A second stage after RCE: classes or functions that make its callbacks"
-    def run(t, seed): return started(t, seed, reward).fit_stage(6, 1e-3, [make() for make in (objective, *more)])
+    def run(t, seed): return started(t, seed, reward).fit_stage(6, 1e-3, [make() for make in makers])
     return run
 
+def alone(*makers):
+    "The only stage of a new selector"
+    def run(t, seed): return learner(t, seed).fit_stage(10, 3e-3, [make() for make in makers])
+    return run
+
+def kl_on_live(): return KLToRef(on="live")
+def both_parts(): return GDPO(PARTS)
+def one_try(): return BestOfK(1)
+def best_of_tried(): return BestOfK(TRIED)
+
+MAKERS = {
+    "grpo": [GRPO],
+    "grpo, kl": [GRPO, KLToRef],
+    "grpo, kl on live groups": [GRPO, kl_on_live],
+    "gdpo": [both_parts],
+    "cispo": [CISPO],
+    "sapo": [SAPO],
+    "corrected grpo": [CorrectedGRPO],
+    "pass@2": [PassK],
+    "regret": [one_try],
+    "best of 4": [best_of_tried],
+}
+NEW = ", from scratch"
 OBJECTIVES = {
     "rce alone": started,
     "listwise": lambda t, seed: learner(t, seed).fit_listwise(10, 3e-3, temp=.2),
-    "grpo": then(GRPO),
-    "grpo, kl": then(GRPO, KLToRef),
-    "grpo, kl on live groups": then(GRPO, lambda: KLToRef(on="live")),
     "grpo, sum of parts": then(GRPO, reward="sum_of_parts"),
-    "gdpo": then(lambda: GDPO(PARTS)),
-    "cispo": then(CISPO),
-    "sapo": then(SAPO),
-    "corrected grpo": then(CorrectedGRPO),
-    "pass@2": then(PassK),
-    "regret": then(lambda: BestOfK(1)),
-    "best of 4": then(lambda: BestOfK(TRIED)),
+    **{name: then(*makers) for name, makers in MAKERS.items()},
+    **{name + NEW: alone(*makers) for name, makers in MAKERS.items() if "kl" not in name},
 }
 
 def judged(t, picks, name, seed):
@@ -192,17 +207,17 @@ def compare(
     reference:str="grpo", # objective that others are compared with
     column:str="acc", # "acc" of the first sequence | "best" of those that are tried
 )->pd.DataFrame: # by objective: mean, difference to the reference with its interval; all in points
-    "Objectives against one, over questions (clustered by image) and seeds"
+    "Objectives against one, over questions (clustered by image) and seeds; what starts anew against what does"
     def matrix(name): return f[f.objective == name].pivot(index="question_id", columns="seed", values=column)
-    base = matrix(reference)
-    image = f.drop_duplicates("question_id").set_index("question_id").image.loc[base.index]
+    images = f.drop_duplicates("question_id").set_index("question_id").image
     rows = {}
     for name in f.objective.unique():
-        x = matrix(name).loc[base.index]
+        other = reference + NEW if name.endswith(NEW) else reference
+        x, base = matrix(name), matrix(other)
         rows[name] = dict(points=100*x.to_numpy().mean())
-        if name == reference or x.isna().any(axis=None): continue
+        if name == other or x.isna().any(axis=None): continue
         paired = list(x) == list(base)
-        d = seeds_bootstrap(x.to_numpy(), base.to_numpy(), image.to_numpy(), paired, Bootstrap())
+        d = seeds_bootstrap(x.to_numpy(), base.loc[x.index].to_numpy(), images[x.index].to_numpy(), paired)
         rows[name] |= dict(over=100*d.value, lo=100*d.lo, hi=100*d.hi)
     return pd.DataFrame.from_dict(rows, orient="index")
 

@@ -12,7 +12,9 @@ from fastcore.basics import patch
 from fastcore.meta import delegates
 from .core import frozen
 from .losses import advantage, clipped_surrogate, clip_shares, log_ratio, policy_gradient
-from .callback_core import Objective, accumulation, active_dropout, looks_for_lr, survey_groups, too_few
+from leverplus.callback_core import (
+    Objective, accumulation, active_dropout, looks_for_lr, survey_groups, too_few,
+)
 from fastai.callback.core import CancelFitException
 
 # %% ../nbs/63_callback_grpo.ipynb #86ae62e6

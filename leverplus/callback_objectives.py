@@ -13,13 +13,14 @@ from fastcore.meta import delegates
 from torch import Tensor
 from .core import masked_mean
 from .rewards import reward as reward_of, reward_facts
-from .losses import advantage, ess, clipped_surrogate, live_groups, log_ratio
+from .losses import ess, clipped_surrogate, live_groups, log_ratio
 from .callback_core import Objective, StageCallback, looks_for_lr
 from .callback_grpo import GRPO
 from .callback_schedule import SplitShots, split_by_length
 from .offpolicy import found_logp
 from leverplus.objectives import (
-    behaviour_weights, best_of_k_regret, cispo_loss, parts_advantage, passk_advantage, recentred, sapo_loss,
+    behaviour_weights, best_of_k_regret, cispo_loss, parts_advantage, passk_advantage, recentred,
+    sapo_loss,
 )
 
 # %% ../nbs/76_callback_objectives.ipynb #21a77fd2
@@ -135,6 +136,7 @@ def check_columns(
 # %% ../nbs/76_callback_objectives.ipynb #2275e1ca
 class GDPO(GRPO):
     "GRPO with each part of the reward standardised in its group before they are added"
+    transient = ("facts", "values", "now")
     @delegates(GRPO.__init__, but=["baseline", "scale", "min_std"])
     def __init__(self,
         parts:dict, # {mode of `rewards.reward`: weight}, e.g. `dict(soft_only=1., gtprob=.5)`
@@ -183,6 +185,7 @@ def drop_flat(self:GDPO):
 # %% ../nbs/76_callback_objectives.ipynb #b3bfc0a5
 class CorrectedGRPO(GRPO):
     "GRPO weighted by how likely the old policy is to draw what another sampler has found"
+    transient = ("rows", "found", "weights", "shares")
     @delegates(GRPO.__init__)
     def __init__(self,
         *args, # of `GRPO`
@@ -242,6 +245,7 @@ class CorrectedGRPO(GRPO):
 class KnownNames(StageCallback):
     "Log what other trainers log, under their names"
     order = Objective.order - .5   # before flat groups leave the batch
+    transient = ("raw",)
     def before_fit(self): self.raw = None
 
     def before_batch(self): self.raw = self.rewards, self.mask

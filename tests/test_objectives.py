@@ -28,7 +28,7 @@ from leverplus.offpolicy import found_logp, stored_logp
 from leverplus.pools import Pool
 from leverplus.rldata_propose import SimilarityPrior, propose
 from leverplus.settings import Proposing
-from leverplus.synth import quiet, synth_dls, toy_learner
+from leverplus.synth import quiet, toy_learner
 from test_losses import groups
 
 SOFT = dict(cispo=cispo_loss, sapo=sapo_loss)
@@ -341,7 +341,8 @@ def test_a_corrected_stage_is_its_formula():
         order = 50
         def after_loss(self):
             if seen: return
-            seen.append((self.learn.loss.item(), self.pred.detach(), self.rewards, self.mask, self.learn.dls.train.batch_rows(0)))
+            order = self.learn.dls.train.batch_rows(0)
+            seen.append((self.learn.loss.item(), self.pred.detach(), self.rewards, self.mask, order))
     with quiet(learn): learn.fit(1, 1e-3, cbs=[CorrectedGRPO(cut=2., **PLAIN), Keep()])
     loss, logp, rewards, mask, order = seen[0]
     found = torch.from_numpy(found_logp(ds.rows)).float()
@@ -366,11 +367,11 @@ def test_columns_lie_as_the_batch_does():
             for got, want, mask in seen: assert torch.equal(got.masked_fill(~mask, 0.), want.masked_fill(~mask, 0.))
 
 def test_columns_follow_groups_of_two_lengths():
-    rows = pd.concat([
-        propose(POOL, STORE, range(24), S, None, Proposing(counts=dict(random=4), scale=3.)) for S in (1, 2)
-    ], ignore_index=True)
+    proposing = Proposing(counts=dict(random=4), scale=3.)
+    rows = pd.concat([propose(POOL, STORE, range(24), S, None, proposing) for S in (1, 2)], ignore_index=True)
     rows["vqa_acc_score"] = [round(pays((*p, q))) for p, q in zip(rows.pointer, rows.question_id)]
-    train, valid = [RLData(rows[rows.question_id.isin(q)].reset_index(drop=True), POOL) for q in (range(16), range(16, 24))]
+    first = rows.question_id < 16
+    train, valid = [RLData(rows[own].reset_index(drop=True), POOL) for own in (first, ~first)]
     learn = selector_learner(group_dls(train, valid, STORE, "soft_only", bs=4))
     number = torch.arange(len(learn.dls.train_ds.rows))
     seen = []
@@ -390,10 +391,11 @@ def test_columns_are_refused_where_groups_are_drawn_or_changed():
         order = -5
         def before_batch(self): self.learn.xb = *self.xb[:3], self.seqs.flip(1), self.seq_mask.flip(1)
     learn = learner()
+    one_part = GDPO(dict(soft_only=1.))
     with quiet(learn):
-        with pytest.raises(ValueError, match="another callback draws"): learn.fit(1, cbs=[GDPO(dict(soft_only=1.)), Draws()])
+        with pytest.raises(ValueError, match="another callback draws"): learn.fit(1, cbs=[one_part, Draws()])
         with pytest.raises(ValueError, match="not what the training loader made"):
-            learn.fit(1, cbs=[GDPO(dict(soft_only=1.)), Turned()])
+            learn.fit(1, cbs=[one_part, Turned()])
         with pytest.raises(ValueError, match="no vqa_rel_score"):
             learn.dls.train_ds.rows = learn.dls.train_ds.rows.drop(columns="vqa_rel_score")
             learn.fit(1, cbs=GDPO(dict(hard_plus_gtprob_plus_rel=1.)))
@@ -468,7 +470,9 @@ def test_they_train_and_leave_no_trace(name):
     assert list(learn.cbs) == cbs and learn.loss_func is regret
     assert learn.validate()[0] < .95*before
 
-@pytest.mark.parametrize("make", [lambda: GDPO(dict(soft_only=1., gtprob=1.)), CorrectedGRPO], ids=["gdpo", "corrected"])
+def both_parts(): return GDPO(dict(soft_only=1., gtprob=1.))
+
+@pytest.mark.parametrize("make", [both_parts, CorrectedGRPO], ids=["gdpo", "corrected"])
 def test_stages_with_columns_train_and_look_for_rates(make, tmp_path):
     learn = learner(n=80, path=tmp_path)
     before = learn.validate()[0]
