@@ -5,10 +5,10 @@ objective with every seed and write what they pick on dev, judged, to OUT/{world
 there is not done again. `--store FILE` puts all of OUT into one small file, `--table` prints it with intervals.
 
 One setting for all, none tuned: the net of `MODEL`, RCE (10 epochs, 3e-3, temp .1) on accuracy, then six epochs
-at 1e-3; ", from scratch" and listwise are ten epochs at 3e-3 and no start. Epochs are chosen by regret on a tenth of the training questions;
-dev is seen once, by the judge. Islands: 500 training and 250 dev questions, random pools of 16, six pairs of the
-similarity prior and six random ones each. Blind: 1,140 training questions of OKVQA in text pools of 16, sixteen pairs
-each, and 133 dev questions of which every pair was asked; `FOLDER` holds what its README describes.
+at 1e-3; ", from scratch" and listwise are ten epochs at 3e-3 and no start. Epochs are chosen by regret on a tenth of
+the training questions; dev is seen once, by the judge. Islands: 500 training and 250 dev questions, random pools of
+16, six pairs of the similarity prior and six random ones each. Blind: 1,140 training questions of OKVQA in text pools
+of 16, sixteen pairs each, and 133 dev questions of which every pair was asked; `FOLDER` holds what its README says.
 """
 import argparse, contextlib, os, time, warnings
 from dataclasses import dataclass

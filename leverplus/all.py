@@ -43,7 +43,6 @@ from leverplus.recipes import RECIPES, load_recipe, recipe, recipe_learner, reci
 from leverplus.offpolicy import OffPolicyStats, off_policy
 from leverplus.verbs import verbs
 from leverplus.training import train_run, training_data
-from leverplus.callback_objectives import CISPO, GDPO, SAPO, BestOfK, CorrectedGRPO, KnownNames, PassK
 from leverplus.infer import pick_mmr, pick_model, pick_random, pick_similar, pick_zero, predict, rerank
 from leverplus.statistics import Bootstrap, Interval, holm, paired_bootstrap
 from leverplus.evaluate import (

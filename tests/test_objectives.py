@@ -9,7 +9,7 @@ from leverplus.callback_core import StageCallback, Stats
 from leverplus.callback_grpo import GRPO
 from leverplus.callback_kl import KLToRef
 from leverplus.callback_objectives import (
-    CISPO, GDPO, SAPO, BestOfK, CorrectedGRPO, KnownNames, PassK, group_std, of_batch, part_of,
+    CISPO, GDPO, SAPO, BestOfK, CorrectedGRPO, KnownNames, PassK, group_std, of_batch, reward_part,
 )
 from leverplus.callback_schedule import NoDropout, SplitShots
 from leverplus.core import masked_softmax
@@ -420,7 +420,7 @@ def test_gdpo_keeps_groups_that_differ_in_any_part():
     assert m["live_soft_only"] < m["live_gtprob"] == m["live"] == 1.
     with quiet(learn): learn.fit(1, 1e-3, cbs=GRPO())
     assert stats.mean("live") == pytest.approx(m["live_soft_only"])
-    price = part_of("price", pd.DataFrame(dict(pointer=[(), (1,), (1, 2)])))
+    price = reward_part("price", pd.DataFrame(dict(pointer=[(), (1,), (1, 2)])))
     assert price.tolist() == [0., -1., -2.]
     for wrong in ({}, dict(softly=1.)):
         with pytest.raises(ValueError, match="no parts|softly"): GDPO(wrong)
