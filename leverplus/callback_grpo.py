@@ -12,7 +12,9 @@ from fastcore.basics import patch
 from fastcore.meta import delegates
 from .core import frozen
 from .losses import advantage, clipped_surrogate, clip_shares, log_ratio, policy_gradient
-from .callback_core import Objective, accumulation, active_dropout, looks_for_lr, survey_groups, too_few
+from leverplus.callback_core import (
+    Objective, accumulation, active_dropout, looks_for_lr, survey_groups, too_few,
+)
 from fastai.callback.core import CancelFitException
 
 # %% ../nbs/63_callback_grpo.ipynb #86ae62e6
@@ -71,9 +73,13 @@ class PolicyGradient(Objective):
 
     def before_batch(self):
         super().before_batch()
-        self.adv = advantage(self.rewards, self.mask, **self.adv_kw)
+        self.adv = self.advantages(self.rewards, self.mask)
         self.adv_size = self.mask.sum(-1)
         if self.min_positive > 0: self.drop_negative()
+
+    def advantages(self, rewards, mask):
+        "Advantages [B,N] of whole groups; another rule is a subclass away"
+        return advantage(rewards, mask, **self.adv_kw)
 
     def before_backward(self): self.end_if_empty()
 
@@ -207,6 +213,7 @@ class GRPO(PolicyGradient):
 
     def start_over(self):
         self.old = self.given_old
+        self.old_logp = None   # of this batch
         self.fresh = True   # the next batch is the first one with this old policy
         self.n_step = 0
 
@@ -230,9 +237,14 @@ class GRPO(PolicyGradient):
 
     def objective(self, logp, rewards, mask):
         with torch.no_grad(): old = self.old(*self.xb)
+        self.old_logp = old
         if self.fresh: self.check_ratio(logp, old, mask)
         self.record()
         self.record_clip(logp.detach(), old, mask)
+        return self.surrogate(logp, old, mask)
+
+    def surrogate(self, logp, old, mask):
+        "What is differentiated; another way to hold ratios is a subclass away"
         return clipped_surrogate(logp, old, self.adv, mask, dual=self.dual, **self.clip_kw)
 
 @patch

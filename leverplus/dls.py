@@ -357,6 +357,28 @@ class GroupDL(GroupLoader):
         "Draw a table of `show_batch` or `show_results`, if items are known"
         if self.dataset.about is not None: return show_prompts(table, self.dataset.about, ctxs)
 
+# %% ../nbs/40_dls.ipynb #d420622e
+@patch
+def get_idxs(self:GroupDL)->list: # row numbers, in the order of the walk that begins
+    "Settle an order, and remember it for `batch_rows`"
+    self.walk = list(super(GroupDL, self).get_idxs())
+    return self.walk
+
+@patch
+def batch_rows(self:GroupDL,
+    k:int, # which batch of the walk that began last, 0-based
+)->list: # row numbers of its groups
+    "Which groups a batch consists of"
+    return self.walk[k*self.bs : (k+1)*self.bs]
+
+@patch
+def one_batch(self:GroupDL)->tuple: # a batch
+    "The first batch of a walk of its own; the one under way stays what it is"
+    walk = vars(self).get("walk", [])
+    batch = super(GroupDL, self).one_batch()
+    self.walk = walk
+    return batch
+
 # %% ../nbs/40_dls.ipynb #efac38d9
 class GroupDataLoaders(DataLoaders):
     "Loaders of groups, and what a checkpoint should record of them"

@@ -294,12 +294,14 @@ def clipped_surrogate(
     clip_low:float=.2, # ratio is cut below 1 - clip_low
     clip_high:float=.28, # and above 1 + clip_high
     dual:float|None=3., # c > 1 of the dual clip; None = off
+    weights:Tensor|None=None, # [B,N] how much each sequence counts, no gradient; None = all alike
 )->Tensor: # scalar to minimise; mean over the group, then over queries
     "Clipped policy-gradient loss with sequence-level ratios"
     if dual is not None and dual <= 1: raise ValueError(f"clipped_surrogate: dual {dual}, wanted > 1 or None")
     ratio = log_ratio(logp, old, mask).exp()
     gain = torch.minimum(ratio*adv, ratio.clamp(1-clip_low, 1+clip_high)*adv)
     if dual is not None: gain = torch.where(adv < 0, torch.maximum(gain, dual*adv), gain)
+    if weights is not None: gain = weights * gain
     return -group_mean(gain, mask)
 
 def log_ratio(
