@@ -24,7 +24,7 @@ from .pools import Pool
 
 # %% ../nbs/30_groups.ipynb #8c3a3c61
 SCHEMA = 1 # of the directory
-METHODS = ("beam", "retrieval", "sample", "random", "policy", "mined") # values of `gen_method`
+METHODS = ("beam", "retrieval", "sample", "random", "policy", "mined", "zero_shot") # values of `gen_method`
 
 # who was proposed, how
 PROPOSAL_COLUMNS = dict(
@@ -312,7 +312,7 @@ class Group:
         "Sequences and what came of them: frame"
         rows = self.rows.reset_index(drop=True)
         out = pd.DataFrame(dict(
-            demonstrations=[" > ".join(map(self._name, p)) for p in rows.pointer],
+            demonstrations=[" > ".join(map(self._name, p)) or "none" for p in rows.pointer],
             method=rows.gen_method,
             answer=rows.vqa_pred_answer.fillna(""),
             acc=rows.vqa_acc_score,
@@ -351,7 +351,8 @@ def pointer_problems(
     pool_size = np.fromiter(map(len, pool.ids.values()), np.int64, len(pool))
 
     yield ~np.isin(query, ids), "has no pool: generate it with the pool that holds it, or drop its rows"
-    yield size == 0, "pointer is empty: a sequence has at least one demonstration"
+    shows = rows.gen_method.eq("zero_shot").to_numpy() & (size > 0)
+    yield shows, "gen_method 'zero_shot' beside pointer {pointer}: a zero-shot row shows nothing"
     too_long = size >= pool_size[pd.Index(ids).get_indexer(query)]
     yield too_long, "the pool is not larger than the pointer: make a larger pool (K > S)"
     ordered = np.sort(np.where(real, pointers, -1 - place), 1)        # no two paddings are alike
