@@ -113,7 +113,9 @@ def reward(
 def _demonstrations(frame):
     "How many demonstrations each row shows: int [n]"
     if "pointer" not in frame:
-        raise ValueError("a price per demonstration needs column 'pointer', which this frame lacks: keep it, or set price=0")
+        raise ValueError(
+            "a price per demonstration needs column 'pointer', which this frame lacks: keep it, or set price=0"
+        )
     return frame["pointer"].map(len).to_numpy()
 
 def _failed(frame):

@@ -396,8 +396,9 @@ def shown_facts(
 # %% ../nbs/36_rldata_check.ipynb #72a5806f
 def count_table(
     facts:RowFacts, # of the rows
-)->pd.DataFrame: # index shots (numbers, then "free"): queries, live (share), blind, oracle, best_for; empty for one number
+)->pd.DataFrame: # index shots (numbers, then "free"): queries, live, blind, oracle, best_for; empty for one number
     "Compare numbers of demonstrations, on the queries that were tried with all of them"
+    columns = ["queries", "live", "blind", "oracle", "best_for"]
     counts = np.unique(facts.shots)
     Q = len(facts.queries)
     def stats(x, S): return group_stats(np.where(facts.shots == S, x, np.nan), facts.code, Q)
@@ -407,7 +408,7 @@ def count_table(
     whole = group_stats(facts.reward, facts.code, Q)
     live = np.column_stack([r["max"] - r["min"] > EPS for r in [*rewards, whole]])
     every = ~np.isnan(blind).any(1)
-    if len(counts) < 2 or not every.any(): return pd.DataFrame(columns=["queries", "live", "blind", "oracle", "best_for"])
+    if len(counts) < 2 or not every.any(): return pd.DataFrame(columns=columns)
     blind, oracle, live = (x[every] for x in (blind, oracle, live))
     best = (blind >= blind.max(1, keepdims=True) - EPS).argmax(1)        # of equals the smallest number
     return pd.DataFrame(dict(
@@ -536,9 +537,9 @@ def nothing_shown(
     "Say whether the number of demonstrations should be free"
     if not m["zero_shot"] >= 0: return ""
     win = 100 * (m["count_free"] - m["count_fixed"])
-    return (f"alone {m['zero_shot']:.3f}, with a blind row {m['shown']:.3f}: {m['pct_spoilt']:.0f} % of the queries are "
-            f"spoilt, no sequence helps {m['pct_nothing_helps']:.0f} %; a free number of demonstrations can win at most "
-            f"{win:.1f} points over the best fixed one")
+    return (f"alone {m['zero_shot']:.3f}, with a blind row {m['shown']:.3f}: {m['pct_spoilt']:.0f} % of the queries"
+            f" are spoilt, no sequence helps {m['pct_nothing_helps']:.0f} %; a free number of demonstrations can win"
+            f" at most {win:.1f} points over the best fixed one")
 
 # %% ../nbs/36_rldata_check.ipynb #4ff8c31d
 REMEDIES = dict(
@@ -634,7 +635,8 @@ def headroom_alarms(
 ): # yields (cause, seen, wanted, remedy)
     "Ask whether the best rows lie above the proposer's choice, and above showing nothing"
     if m["pct_nothing_helps"] > 100 * nothing:
-        seen = f"no sequence helps {m['pct_nothing_helps']:.1f} % of the queries; alone they are at {m['zero_shot']:.3f}"
+        helped = f"no sequence helps {m['pct_nothing_helps']:.1f} % of the queries"
+        seen = f"{helped}; alone they are at {m['zero_shot']:.3f}"
         yield "nothing helps", seen, f"at most {nothing:.0%}", REMEDIES["nothing"]
     share = m["live_groups"] / m["groups"] if m["groups"] else 0.
     if share < live or not m["gap_mean"] < headroom - 1e-9: return

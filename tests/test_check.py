@@ -123,7 +123,8 @@ def by_loop(data):
         some = [(a, b) for a, b in pairs if (a.question_id == b.question_id) == same]
         return mean([a.vqa_pred_answer == b.vqa_pred_answer for a, b in some])
     def blind(rows, shots=None):
-        return mean([r.vqa_acc_score for r in rows if (len(r.pointer) > 0 if shots is None else len(r.pointer) == shots)])
+        def wanted(n): return n > 0 if shots is None else n == shots
+        return mean([r.vqa_acc_score for r in rows if wanted(len(r.pointer))])
     alone = {q: blind(g, 0) for q, g in good.items()}
     both = [q for q in good if alone[q] == alone[q] and blind(good[q]) == blind(good[q])]
     def worse(q): return mean([r.vqa_acc_score < alone[q] - 1e-6 for r in good[q] if r.pointer])
