@@ -450,8 +450,8 @@ def shown_metrics(
         pct_spoilt_all=100 * _mean(both.worse == 1),
         pct_nothing_helps=100 * _mean(both.gain <= EPS),
         live_shown=int(q.live_shown.sum()),
-        count_fixed=counts.blind[:-1].max() if some else np.nan,
-        count_free=counts.blind["free"] if some else np.nan,
+        count_fixed=float(counts.blind[:-1].max()) if some else np.nan,
+        count_free=float(counts.blind["free"]) if some else np.nan,
     )
 
 # %% ../nbs/36_rldata_check.ipynb #c09b9f6f
@@ -536,7 +536,7 @@ def nothing_shown(
 )->str: # "alone .533, with a blind row .617: ..."; "" for a file that never shows nothing
     "Say whether the number of demonstrations should be free"
     if not m["zero_shot"] >= 0: return ""
-    win = 100 * (m["count_free"] - m["count_fixed"])
+    win = max(0., 100 * (m["count_free"] - m["count_fixed"]))        # not -0.0
     return (f"alone {m['zero_shot']:.3f}, with a blind row {m['shown']:.3f}: {m['pct_spoilt']:.0f} % of the queries"
             f" are spoilt, no sequence helps {m['pct_nothing_helps']:.0f} %; a free number of demonstrations can win"
             f" at most {win:.1f} points over the best fixed one")
