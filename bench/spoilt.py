@@ -19,7 +19,7 @@ from leverplus.rldata_ask import FactCache, ask
 from leverplus.rldata_generate import generate
 from leverplus.rldata_merge import by_shots
 from leverplus.settings import Guarding, Proposing
-from leverplus.spoilt import PICKS, free_count_table, spoilt_world
+from leverplus.spoilt import SPOILT_PICKS, free_count_table, spoilt_world
 
 COUNTS = dict(temperature={1.: 6}, random=6)
 # row: (shots of the rows that it learns from, shots that it picks; None: as many as it likes, settings of the model)
@@ -76,7 +76,7 @@ def main():
     p.add_argument("--table", action="store_true", help="print the table of what is stored, and do no more")
     args = p.parse_args()
     if args.table:
-        print(free_count_table(pd.read_parquet(repo_path(PICKS))).round(3).to_string())
+        print(free_count_table(pd.read_parquet(repo_path(SPOILT_PICKS))).round(3).to_string())
         return
     torch.set_num_threads(1)
     world = spoilt_world(device="cpu")
@@ -92,6 +92,6 @@ def main():
                 rows.append(judged(world, picks, split, cache))
                 here = rows[-1]
                 print(seed, name, split, f"{here.acc.mean():.3f}", here.shown.value_counts().to_dict(), flush=True)
-    with atomic_path(repo_path(PICKS)) as tmp: pd.concat(rows, ignore_index=True).to_parquet(tmp, index=False)
+    with atomic_path(repo_path(SPOILT_PICKS)) as tmp: pd.concat(rows, ignore_index=True).to_parquet(tmp, index=False)
 
 if __name__ == "__main__": main()

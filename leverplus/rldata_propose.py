@@ -245,7 +245,9 @@ def zero_shot_rows(
     rows = pd.DataFrame(dict(question_id=np.array(queries, dtype=np.int64), gen_method="zero_shot"))
     rows["pointer"] = pd.Series([()] * len(rows), dtype=object)
     missing = [c for c in PROPOSAL_COLUMNS if c not in rows]
-    return rows.assign(**dict.fromkeys(missing, math.nan))[list(PROPOSAL_COLUMNS)]
+    rows = rows.assign(**dict.fromkeys(missing, math.nan))
+    rows["similarity_score"] = rows.similarity_score.astype("float32")        # as cosines are
+    return rows[list(PROPOSAL_COLUMNS)]
 
 # %% ../nbs/32_rldata_propose.ipynb #378a5941
 def propose(
