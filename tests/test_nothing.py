@@ -3,15 +3,18 @@ from itertools import product
 import numpy as np, pandas as pd, pytest
 import leverplus.earlier_json
 from leverplus.core import read_json, world_path
+from leverplus.callback_onpolicy import Feedback
+from leverplus.dls import group_dls
 from leverplus.embed import EmbedStore
 from leverplus.groups import RLData
 from leverplus.lvlm import MockScorer
 from leverplus.pools import Pool
 from leverplus.rldata_check import count_table, health, nothing_shown, row_facts
 from leverplus.rldata_generate import generate
-from leverplus.rldata_merge import by_shots, merge
+from leverplus.rldata_merge import by_shots, merge, query_table
 from leverplus.rldata_propose import propose, zero_shot_rows
-from leverplus.settings import Guarding, Proposing
+from leverplus.rewards import reward
+from leverplus.settings import Guarding, Proposing, Rewarding
 from leverplus.spoilt import HOME, as_believed, free_count_table, lead, spoil, spoilt_questions, visited_episode
 from leverplus.toy import DATASET, Scene, helps, say
 from leverplus.world import read_islands
@@ -78,6 +81,23 @@ def test_files_of_earlier_programs_keep_it(tmp_path, dialect):
     columns = ["question_id", "pointer", "gen_method"]
     def keyed(d): return sorted(map(tuple, d.rows[columns].to_numpy().tolist()))
     assert keyed(again) == keyed(data)
+
+# ---- a price -----------------------------------------------------------------------------------------------
+
+def test_feedback_takes_the_price_off_and_says_so():
+    pairs = pd.DataFrame(dict(question_id=[0, 0, 0], pointer=[(), (100,), (100, 101)]))
+    def feedback(**kw): return Feedback(MockScorer(), ITEMS, rewarding=Rewarding(reward="gtprob", **kw))
+    np.testing.assert_allclose(feedback(price=.25)(pairs), feedback()(pairs) - [0, .25, .5])
+    assert feedback(price=0.).fingerprint == feedback().fingerprint != feedback(price=.25).fingerprint
+
+def test_the_price_is_kept_beside_the_mode_in_what_a_checkpoint_records(tmp_path):
+    data = by_shots(generated(tmp_path/"run", (0, 1, 2)), (1, 2))
+    def of(queries): return RLData(data.rows[data.rows.question_id.isin(queries)], data.pool.only(queries))
+    dls = group_dls(of(QUERIES[:3]), of(QUERIES[3:]), STORE, reward="gtprob", price=.25)
+    assert dls.info["reward"] == dict(mode="gtprob", price=.25)
+    paid = data.rows.vqa_gt_prob - .25*data.rows.pointer.map(len)
+    np.testing.assert_allclose(reward(data.rows, "gtprob", price=.25), paid)
+    assert query_table(data, "gtprob", price=.25).high.max() < query_table(data, "gtprob").high.max()
 
 # ---- health ------------------------------------------------------------------------------------------------
 
