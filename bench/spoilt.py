@@ -1,6 +1,6 @@
 """Is a selector that may show nothing better than always showing something, and than never? On the spoilt islands.
 
-`python bench/spoilt.py OUT [--seeds 0 1 2 3 4]` trains three selectors on the same stored groups (sequences of
+`python bench/spoilt.py OUT [--seeds 0 1 2 3 4]` trains four selectors on the same stored groups (sequences of
 0, 1 and 2 demonstrations; a selector that must show S of them learns from the rows that do) and asks the reader
 about what they pick on dev and on test. OUT/groups keeps the groups and OUT/facts all answers, so a run that was
 stopped goes on. The answers are written to `data/spoilt/picks.parquet`; `--table` prints the table of page
@@ -26,6 +26,7 @@ COUNTS = dict(temperature={1.: 6}, random=6)
 SELECTORS = {
     "always one": ((1,), 1, dict(max_shots=1)),
     "always two": ((2,), 2, dict(max_shots=2)),
+    "one or two": ((1, 2), None, dict(max_shots=2, stop=True, min_shots=1)),
     "free": ((0, 1, 2), None, dict(max_shots=2, stop=True, min_shots=0)),
 }
 
