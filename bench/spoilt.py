@@ -1,10 +1,10 @@
-"""Is a selector that may show nothing better than always showing something, and than never? On the spoilt islands.
+"""Is a selector that may show nothing better than always showing something, and than never? The spoilt islands.
 
 `python bench/spoilt.py OUT [--seeds 0 1 2 3 4]` trains four selectors on the same stored groups (sequences of
-0, 1 and 2 demonstrations; a selector that must show S of them learns from the rows that do) and asks the reader
-about what they pick on dev and on test. OUT/groups keeps the groups and OUT/facts all answers, so a run that was
-stopped goes on. The answers are written to `data/spoilt/picks.parquet`; `--table` prints the table of page
-`91_spoilt` from there.
+0, 1 and 2 demonstrations; a selector that must show S of them learns from the rows that do) and asks the
+reader about what they pick on dev and on test. OUT/groups keeps the groups and OUT/facts all answers, so a
+run that was stopped goes on. The answers are written to `data/spoilt/picks.parquet`; `--table` prints the
+table of page `91_spoilt` from there.
 
 Objective, epochs and rate are those of the recipe `listwise`, for every row; nothing was chosen on test.
 """
@@ -22,7 +22,8 @@ from leverplus.settings import Guarding, Proposing
 from leverplus.spoilt import SPOILT_PICKS, free_count_table, spoilt_world
 
 COUNTS = dict(temperature={1.: 6}, random=6)
-# row: (shots of the rows that it learns from, shots that it picks; None: as many as it likes, settings of the model)
+# row: (shots of the rows that it learns from, shots that it picks, settings of the model)
+# None shots: as many as it likes
 SELECTORS = {
     "always one": ((1,), 1, dict(max_shots=1)),
     "always two": ((2,), 2, dict(max_shots=2)),
@@ -33,8 +34,9 @@ SELECTORS = {
 def stored_groups(world, out, split, seed, cache):
     "Groups of a split, the same for all selectors of a seed"
     proposing = Proposing(shots=(0, 1, 2), counts=COUNTS, seed=seed)
+    pool = world.pools[split]
     return generate(
-        out/"groups"/f"{split}-{seed}", list(world.pools[split]), world.items, world.pools[split], world.scorer,
+        out/"groups"/f"{split}-{seed}", list(pool), world.items, pool, world.scorer,
         world.store, proposing=proposing, guarding=Guarding(test=0), cache=cache, progress=False,
     )
 
@@ -66,7 +68,9 @@ def baselines(world, split, seeds):
     pool = world.pools[split]
     picks = [pick_zero(pool)]
     for S in (1, 2):
-        for seed in seeds: picks.append(pick_random(pool, S, 1, seed).assign(draw=seed, selector=f"random, {S}"))
+        for seed in seeds:
+            drawn = pick_random(pool, S, 1, seed)
+            picks.append(drawn.assign(draw=seed, selector=f"random, {S}"))
         picks.append(pick_similar(pool, world.store, S, "mixed").assign(selector=f"similar, {S}"))
     return pd.concat(picks, ignore_index=True)
 
@@ -88,11 +92,14 @@ def main():
         for name in SELECTORS:
             model = trained(world, groups, name, seed)
             for split in ("dev", "test"):
+                pool = world.pools[split]
                 S = SELECTORS[name][1]
-                picks = pick_model(model, world.pools[split], world.store, S, name=name, draw=seed, other_pool=True)
+                picks = pick_model(model, pool, world.store, S, name=name, draw=seed, other_pool=True)
                 rows.append(judged(world, picks, split, cache))
                 here = rows[-1]
-                print(seed, name, split, f"{here.acc.mean():.3f}", here.shown.value_counts().to_dict(), flush=True)
-    with atomic_path(repo_path(SPOILT_PICKS)) as tmp: pd.concat(rows, ignore_index=True).to_parquet(tmp, index=False)
+                shown = here.shown.value_counts().to_dict()
+                print(seed, name, split, f"{here.acc.mean():.3f}", shown, flush=True)
+    every = pd.concat(rows, ignore_index=True)
+    with atomic_path(repo_path(SPOILT_PICKS)) as tmp: every.to_parquet(tmp, index=False)
 
 if __name__ == "__main__": main()

@@ -277,8 +277,8 @@ def _id_lists(f, field):
         if not _whole_numbers(v):
             raise ValueError(f"{f.place(i)}: {field} is {v!r}, wanted a list of whole numbers")
         if not v and methods[i] not in _MAY_SHOW_NOTHING:
-            raise ValueError(f"{f.place(i)}: {field} is [] beside gen_method {methods[i]!r}, wanted demonstrations; "
-                             f"only {' and '.join(_MAY_SHOW_NOTHING)} may show nothing")
+            raise ValueError(f"{f.place(i)}: {field} is [] beside gen_method {methods[i]!r}: wanted "
+                             f"demonstrations; only {' and '.join(_MAY_SHOW_NOTHING)} may show nothing")
     return values
 
 _MAY_SHOW_NOTHING = ("zero_shot", "policy") # values of `gen_method`

@@ -26,7 +26,8 @@ def reward_mode(
 ): # `f`
     "Make a function of facts available by its name; `price` is an argument of all modes, and of none"
     if "price" in inspect.signature(f).parameters:
-        raise ValueError(f"reward_mode: {f.__name__} has an argument 'price', which `reward` takes for every mode")
+        raise ValueError(
+            f"reward_mode: {f.__name__} has an argument 'price', which `reward` takes for every mode")
     REWARDS[f.__name__] = f
     return f
 
@@ -114,7 +115,8 @@ def _demonstrations(frame):
     "How many demonstrations each row shows: int [n]"
     if "pointer" not in frame:
         raise ValueError(
-            "a price per demonstration needs column 'pointer', which this frame lacks: keep it, or set price=0"
+            "a price per demonstration needs column 'pointer', which this frame lacks:"
+            " keep it, or set price=0"
         )
     return frame["pointer"].map(len).to_numpy()
 

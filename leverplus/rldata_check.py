@@ -429,7 +429,7 @@ _SHOWN = dict(
     pct_nothing_helps="% that no sequence makes better",
     live_shown="groups that could teach without the empty sequence",
     count_fixed="accuracy of a blind row with the number of demonstrations that is best for all",
-    count_free="the same with the number that is best for each query: a bound of what a free number can bring",
+    count_free="the same with the number that is best for each query: a bound for a free number",
 )
 
 def shown_metrics(
@@ -537,9 +537,11 @@ def nothing_shown(
     "Say whether the number of demonstrations should be free"
     if not m["zero_shot"] >= 0: return ""
     win = max(0., 100 * (m["count_free"] - m["count_fixed"]))        # not -0.0
-    return (f"alone {m['zero_shot']:.3f}, with a blind row {m['shown']:.3f}: {m['pct_spoilt']:.0f} % of the queries"
-            f" are spoilt, no sequence helps {m['pct_nothing_helps']:.0f} %; a free number of demonstrations can win"
-            f" at most {win:.1f} points over the best fixed one")
+    return (
+        f"alone {m['zero_shot']:.3f}, with a blind row {m['shown']:.3f}:"
+        f" {m['pct_spoilt']:.0f} % of the queries are spoilt, no sequence helps {m['pct_nothing_helps']:.0f} %;"
+        f" a free number of demonstrations can win at most {win:.1f} points over the best fixed one"
+    )
 
 # %% ../nbs/36_rldata_check.ipynb #4ff8c31d
 REMEDIES = dict(
@@ -563,8 +565,8 @@ REMEDIES = dict(
            "or choose a reward with one of them.",
     headroom="The proposer already picks what is best here. "
              "Try sequences that it does not think of (random, mined), or harder queries.",
-    nothing="The model answers these questions as well alone. Show nothing (`zero_shot`), or find questions, pools or "
-            "prompts in which demonstrations matter.",
+    nothing="The model answers these questions as well alone. Show nothing (`zero_shot`), "
+            "or find questions, pools or prompts in which demonstrations matter.",
     few="Too few queries to tell: measure on more before you lean on vqa_gt_prob.",
     soft="vqa_gt_prob is not the probability of the answers. Hold the scorer to the reference "
          "(`verify=` of `generate`): the tokens that are scored must be those of the answer, "
@@ -927,8 +929,8 @@ def plot_alone(self:Health,
     file = self.frame.index[0] if file is None else file
     q = self.queries[(self.queries.file == file) & self.queries.zero.notna()]
     if not len(q):
-        raise ValueError(f"plot_alone: no query of {file!r} was tried with and without demonstrations: propose with "
-                         "shots=(0, ...)")
+        raise ValueError(f"plot_alone: no query of {file!r} was tried with and without demonstrations: "
+                         "propose with shots=(0, ...)")
     if ax is None: ax = plt.subplots(figsize=(5, 3))[1]
     x = 100 * (np.arange(len(q)) + .5) / len(q)
     blind = np.sort(q.shown - q.zero)

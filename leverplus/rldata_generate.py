@@ -379,8 +379,9 @@ def begin(self:Generation,
         write_json(self.file, self.manifest)
     test = self.guarding.test
     if test and "self_test" not in self.manifest:
+        shots = _tested_shots(self.proposing.shots)
         self.manifest["self_test"] = self_test(
-            self.scorer, self.items, self.pool, test, _tested_shots(self.proposing.shots), self.proposing.seed,
+            self.scorer, self.items, self.pool, test, shots, self.proposing.seed,
             asking=self.asking, cache=self.cache,
         )
         write_json(self.file, self.manifest)

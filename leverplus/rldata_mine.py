@@ -119,7 +119,7 @@ def samples(self:Search,
     lacks:pd.Series, # of the queries to look at
     k:int=0, # number of the round
 )->pd.DataFrame: # columns of proposals
-    "Untried samples of the policy, `tries` for each query and shot count; of no demonstrations there is only one"
+    "Untried samples of the policy, `tries` for each query and shot count; of 0 shots there is one"
     most_tried = max(len(self.tried[q]) for q in lacks.index)
     enough = dict(temperature={1.: most_tried + self.mining.tries})
     proposing = replace(self.proposing, counts=enough, seed=self.mining.seed + k)

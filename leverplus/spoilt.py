@@ -54,7 +54,8 @@ def visited_episode(
     words = random_dictionary(g)
     shown = []
     for demo in demos:
-        if demo.scene.island == HOME: demo = replace(demo, answer=as_a_visitor_says(demo.scene, demo.ask, words))
+        if demo.scene.island == HOME:
+            demo = replace(demo, answer=as_a_visitor_says(demo.scene, demo.ask, words))
         shown.append(demo)
     if query.scene.island == HOME: query = replace(query, answer=as_believed(query, shown, words))
     return shown, query
@@ -62,7 +63,8 @@ def visited_episode(
 # %% ../nbs/91_spoilt.ipynb #d2c3e263
 CREDULOUS = "models/tiny-qwen2.5-vl-credulous" # folder of the reader, below the checkout
 VISITS = [
-    Stage("visitors", "items", 240, 24, end=.02, n=4, p_stream=.2, demos=(0, 1, 2, 2, 2, 3), images=1., p_chat=.1),
+    Stage("visitors", "items", 240, 24, end=.02, n=4, p_stream=.2, demos=(0, 1, 2, 2, 2, 3), images=1.,
+          p_chat=.1),
 ]
 VISIT_RATES = (4e-3, 8e-4) # learning rates of Muon and AdamW
 
@@ -129,7 +131,7 @@ def spoilt_world(
     return world
 
 # %% ../nbs/91_spoilt.ipynb #ac475b6b
-SPOILT_PICKS = "data/spoilt/picks.parquet" # below the checkout: selector, seed, split, question_id, image_id, shown, acc
+SPOILT_PICKS = "data/spoilt/picks.parquet" # selector, seed, split, question_id, image_id, shown, acc
 
 def accuracies(
     picks:pd.DataFrame, # as in SPOILT_PICKS
@@ -151,7 +153,8 @@ def lead(
     x = accuracies(picks, a, split)
     y = accuracies(picks, b, split).loc[x.index]
     paired = x.shape[1] > 1 and list(x) == list(y)
-    return seeds_bootstrap(x.to_numpy(), y.to_numpy(), x.index.get_level_values("image_id"), paired, bootstrap)
+    picture = x.index.get_level_values("image_id")
+    return seeds_bootstrap(x.to_numpy(), y.to_numpy(), picture, paired, bootstrap)
 
 def free_count_table(
     picks:pd.DataFrame, # as in SPOILT_PICKS

@@ -7,8 +7,8 @@ from leverplus.lvlm import MockScorer
 from leverplus.pools import Pool
 from leverplus.settings import Guarding, Proposing
 from leverplus.rldata_merge import (
-    PHASES, TIERS, balance, by_counts, by_gap, by_shots, dedupe, derive, drop_failed, label_rows, merge, phases,
-    plot_balance, query_table, require_positive_query, row_lots, row_reward, sample_queries, scorer_ranks,
+    PHASES, TIERS, balance, by_counts, by_gap, by_shots, dedupe, derive, drop_failed, label_rows, merge,
+    phases, plot_balance, query_table, require_positive_query, row_lots, row_reward, sample_queries, scorer_ranks,
     skip_fallback, sources, split, tiers,
 )
 

@@ -1,4 +1,4 @@
-"The empty sequence in the data: proposed, asked about, kept, merged, examined; and the world in which it is best"
+"The empty sequence in the data: proposed, asked about, kept, merged, examined; and a world where it is best"
 from itertools import product
 import numpy as np, pandas as pd, pytest
 import leverplus.earlier_json
@@ -15,7 +15,7 @@ from leverplus.rldata_merge import by_shots, merge, query_table
 from leverplus.rldata_propose import propose, zero_shot_rows
 from leverplus.rewards import reward
 from leverplus.settings import Guarding, Proposing, Rewarding
-from leverplus.spoilt import HOME, as_believed, free_count_table, lead, spoil, spoilt_questions, visited_episode
+from leverplus.spoilt import HOME, free_count_table, lead, spoil, spoilt_questions, visited_episode
 from leverplus.toy import DATASET, Scene, helps, say
 from leverplus.world import read_islands
 
@@ -25,8 +25,8 @@ POOL = Pool({q: tuple(DEMOS[q:q + 5]) for q in QUERIES}, dict(split="train", sam
 g = np.random.default_rng(0)
 STORE = EmbedStore(QUERIES + DEMOS, g.normal(size=(18, 4)), g.normal(size=(18, 4)))
 ITEMS = pd.DataFrame(dict(
-    question_id=QUERIES + DEMOS, image_id=QUERIES + DEMOS, image_path="x.png", question="What is it?", answer="cat",
-    answers=[["cat"] * 10] * 18, split="train",
+    question_id=QUERIES + DEMOS, image_id=QUERIES + DEMOS, image_path="x.png", question="What is it?",
+    answer="cat", answers=[["cat"] * 10] * 18, split="train",
 )).set_index("question_id", drop=False)
 
 def generated(path, shots, **kw):
@@ -40,7 +40,8 @@ def test_nothing_is_proposed_once_per_query_and_by_its_name():
     assert rows.question_id.tolist() == [3, 1]
     assert rows.pointer.tolist() == [(), ()]
     assert set(rows.gen_method) == {"zero_shot"}
-    assert rows[["logprob_score", "kappa", "similarity_score", "beam_rank", "temperature"]].isna().all(axis=None)
+    unknown = ["logprob_score", "kappa", "similarity_score", "beam_rank", "temperature"]
+    assert rows[unknown].isna().all(axis=None)
     with pytest.raises(KeyError): propose(POOL, STORE, [77], S=0)
     with pytest.raises(ValueError, match="twice"): propose(POOL, STORE, [1, 1], S=0)
     assert len(zero_shot_rows([])) == 0
@@ -171,7 +172,8 @@ def test_a_lead_is_paired_and_has_the_sign_of_its_name():
     rows = []
     for name, seed, q in product("ab", range(3), range(40)):
         rows.append((name, seed, "dev", q, q, 1, float(name == "a" or q % 2)))
-    picks = pd.DataFrame(rows, columns=["selector", "seed", "split", "question_id", "image_id", "shown", "acc"])
+    columns = ["selector", "seed", "split", "question_id", "image_id", "shown", "acc"]
+    picks = pd.DataFrame(rows, columns=columns)
     ahead = lead(picks.sample(frac=1, random_state=0), "a", "b", "dev")
     assert ahead.value == pytest.approx(.5) and 0 < ahead.lo < ahead.hi
     table = free_count_table(picks, against="a")

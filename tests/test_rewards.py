@@ -207,7 +207,8 @@ def test_a_price_is_asked_for_what_it_needs():
     with pytest.raises(ValueError, match="needs column 'pointer'"): reward(rows(), price=.1)
     for price in (-.1, np.inf, np.nan):
         with pytest.raises(ValueError, match="wanted a finite number >= 0"): reward(shown, price=price)
-    with pytest.raises(ValueError, match="argument 'price'"): reward_mode(lambda vqa_correct, price=1.: vqa_correct)
+    def priced(vqa_correct, price=1.): return vqa_correct
+    with pytest.raises(ValueError, match="argument 'price'"): reward_mode(priced)
 
 def test_a_price_makes_a_tie_a_lesson():
     tied = pd.DataFrame(dict(question_id=7, pointer=[(), (1,)], vqa_correct=1., vqa_acc_score=1.))
