@@ -9,7 +9,10 @@ from setuptools import setup
 from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).resolve().parent
-WORLD = ("data/islands", "models/tiny-clip", "models/tiny-qwen2.5-vl")
+WORLD = (
+    "data/islands", "data/spoilt",
+    "models/tiny-clip", "models/tiny-qwen2.5-vl", "models/tiny-qwen2.5-vl-credulous",
+)
 
 
 class BuildWithWorld(build_py):

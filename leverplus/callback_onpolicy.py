@@ -190,8 +190,8 @@ class Feedback:
 
     @property
     def weights(self):
-        "Of the reward mode, where they are not its own"
-        return self.rewarding.weights or {}
+        "Of the reward mode, where they are not its own; and the price"
+        return self.rewarding.arguments
 
     @property
     def new(self):

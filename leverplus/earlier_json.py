@@ -272,10 +272,16 @@ def _own_pools(f):
 # %% ../nbs/87_earlier_json.ipynb #95292e42
 def _id_lists(f, field):
     values = f.of(field)
+    methods = _texts(f, "gen_method")
     for i, v in enumerate(values):
-        if not v or not _whole_numbers(v):
+        if not _whole_numbers(v):
             raise ValueError(f"{f.place(i)}: {field} is {v!r}, wanted a list of whole numbers")
+        if not v and methods[i] not in _MAY_SHOW_NOTHING:
+            raise ValueError(f"{f.place(i)}: {field} is [] beside gen_method {methods[i]!r}: wanted "
+                             f"demonstrations; only {' and '.join(_MAY_SHOW_NOTHING)} may show nothing")
     return values
+
+_MAY_SHOW_NOTHING = ("zero_shot", "policy") # values of `gen_method`
 
 def _from_places(where, places, pool):
     "The ids at these places of a pool"

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['SCHEMA', 'METHODS', 'PROPOSAL_COLUMNS', 'LATER', 'TEXT_FACTS', 'PROB_FACTS', 'SOURCE_FACTS', 'FACT_COLUMNS', 'RECORD',
            'UNREADABLE', 'CONTENTS', 'as_record', 'pointer_matrix', 'column_content', 'RLData', 'count_rows', 'Group',
-           'pointer_problems', 'fact_problems', 'whole_draws', 'name_exhaustive', 'pack', 'unpack', 'write_part',
-           'read_part', 'check_shard', 'shard_tag', 'shard_files', 'finish_manifest', 'differing', 'other_items',
-           'OtherContents', 'read_contents', 'known_contents']
+           'pointer_problems', 'fact_problems', 'whole_draws', 'pack', 'unpack', 'write_part', 'read_part',
+           'check_shard', 'shard_tag', 'shard_files', 'finish_manifest', 'differing', 'other_items', 'OtherContents',
+           'read_contents', 'known_contents']
 
 # %% ../nbs/30_groups.ipynb #d8fbe2b0
-import math, re, shutil
+import re, shutil
 from collections import Counter
 from itertools import chain
 from pathlib import Path
@@ -24,7 +24,7 @@ from .pools import Pool
 
 # %% ../nbs/30_groups.ipynb #8c3a3c61
 SCHEMA = 1 # of the directory
-METHODS = ("beam", "retrieval", "sample", "random", "policy", "mined", "exhaustive") # values of `gen_method`
+METHODS = ("beam", "retrieval", "sample", "random", "policy", "mined", "zero_shot") # values of `gen_method`
 
 # who was proposed, how
 PROPOSAL_COLUMNS = dict(
@@ -312,7 +312,7 @@ class Group:
         "Sequences and what came of them: frame"
         rows = self.rows.reset_index(drop=True)
         out = pd.DataFrame(dict(
-            demonstrations=[" > ".join(map(self._name, p)) for p in rows.pointer],
+            demonstrations=[" > ".join(map(self._name, p)) or "none" for p in rows.pointer],
             method=rows.gen_method,
             answer=rows.vqa_pred_answer.fillna(""),
             acc=rows.vqa_acc_score,
@@ -351,7 +351,8 @@ def pointer_problems(
     pool_size = np.fromiter(map(len, pool.ids.values()), np.int64, len(pool))
 
     yield ~np.isin(query, ids), "has no pool: generate it with the pool that holds it, or drop its rows"
-    yield size == 0, "pointer is empty: a sequence has at least one demonstration"
+    shows = rows.gen_method.eq("zero_shot").to_numpy() & (size > 0)
+    yield shows, "gen_method 'zero_shot' beside pointer {pointer}: a zero-shot row shows nothing"
     too_long = size >= pool_size[pd.Index(ids).get_indexer(query)]
     yield too_long, "the pool is not larger than the pointer: make a larger pool (K > S)"
     ordered = np.sort(np.where(real, pointers, -1 - place), 1)        # no two paddings are alike
@@ -473,26 +474,6 @@ def _draw_sizes(rows):
     "How many rows have each (query, number of shots)"
     return rows.groupby([rows.question_id.to_numpy(), rows.pointer.map(len).to_numpy()]).size()
 
-# %% ../nbs/30_groups.ipynb #6d65ae2b
-def name_exhaustive(
-    rows:pd.DataFrame, # question_id, distinct pointers within the pool, other columns of the record
-    pool:Pool, # who may be picked for its queries
-)->pd.DataFrame: # record frame, same rows in the same order
-    "Name the rows that are all sequences of their length: method `exhaustive`, probability, threshold -inf"
-    rows = as_record(rows)
-    size = rows.pointer.map(len).to_numpy()
-    tried = rows.groupby([rows.question_id.to_numpy(), size]).question_id.transform("size").to_numpy()
-    candidates = [len(pool[q]) for q in rows.question_id]
-    there_are = np.array([math.perm(K, S) for K, S in zip(candidates, size)])
-    every = pd.Series(tried == there_are, index=rows.index)
-    return rows.assign(
-        gen_method=rows.gen_method.mask(every, "exhaustive"),
-        beam_rank=rows.beam_rank.mask(every),
-        temperature=rows.temperature.mask(every),
-        logprob_score=rows.logprob_score.mask(every, -np.log(there_are)),
-        kappa=rows.kappa.mask(every, -np.inf),
-    )
-
 # %% ../nbs/30_groups.ipynb #8a1f6833
 def pack(
     frame:pd.DataFrame, # columns as `as_record` makes them
@@ -593,7 +574,6 @@ def finish_manifest(
     rows:pd.DataFrame, # all rows, for the counts
     pool:Pool, # saved beside the parts
     shard:tuple|None=None, # (i, n): the manifest of one shard
-    complete:bool=True, # False: more is to come, and `RLData.load` opens this if it is told `unfinished`
 )->dict: # the manifest as written
     "Write the pool, then the manifest: from here on the directory is valid; then remove parts that no longer belong"
     path = Path(path)
@@ -604,7 +584,7 @@ def finish_manifest(
         kept,
         **present_command(),
         schema=SCHEMA,
-        complete=complete,
+        complete=True,
         pool=dict(folder=folder, fingerprint=pool.fingerprint),
         parts=parts,
         counts=count_rows(rows),
@@ -670,31 +650,23 @@ def load(cls:RLData,
     path, # directory written by `save` or by `generate`, or a union of all its shards
     check:bool=True, # hold the rows to `validate`
     shard:tuple|None=None, # (i, n): only this shard of a divided generation
-    unfinished:bool=False, # take a generation whose time was up, too: the groups that it has so far
 )->RLData: # with `.path` and `.manifest` as found
     "Open data; errors name the file, and the id where there is one"
     path = Path(path)
     shard = check_shard(shard)
     shards = shard_files(path) if shard is None else {}
-    if shards: m = _union_manifest(path, shards, unfinished)
-    else: m = _read_manifest(path/f"manifest{shard_tag(shard)}.json")
-    _check_finished(path, m, unfinished)
+    m = _union_manifest(path, shards) if shards else _read_manifest(path/f"manifest{shard_tag(shard)}.json")
+    if not m.get("complete"):
+        raise ValueError(f"{path}: generation is not finished; run `generate` again with the same settings, "
+                         "it continues")
     data = cls.__new__(cls)        # the rows are exact already
     data.rows = _read_rows(path, m["parts"])
     data.pool = _read_pool(path/m["pool"]["folder"], m["pool"]["fingerprint"])
     data.manifest = m
     data.path = path
     data.order = None
-    if shards: _in_pool_order(data, unfinished)
+    if shards: _in_pool_order(data)
     return data.validate() if check else data
-
-def _check_finished(path, manifest, unfinished):
-    "ValueError for a generation that was not finished, unless it may be and has noted what it has"
-    if manifest.get("complete") or (unfinished and "parts" in manifest): return
-    why = "it was ended while it worked" if unfinished else "`unfinished=True` opens what one has whose time was up"
-    raise ValueError(
-        f"{path}: generation is not finished ({why}); run `generate` again with the same settings, it continues"
-    )
 
 def _read_manifest(file):
     m = read_json(file)
@@ -796,7 +768,7 @@ def _check_division(path, files):
         raise ValueError(f"{path}: {len(lost)} of {n} shards missing: {', '.join(lost)}. "
                          "Copy their directories into this one, or generate them with `shard=`")
 
-def _check_union(path, files, manifests, unfinished=False):
+def _check_union(path, files, manifests):
     "Refuse a union whose shards are renamed, of other settings or unfinished; `manifests` {i: manifest}"
     n = max(n for _, n in files)
     def refuse(bad, why, then): raise ValueError(f"{path}: {why}: {', '.join(bad)}. {then}")
@@ -814,24 +786,22 @@ def _check_union(path, files, manifests, unfinished=False):
                "They are not parts of one generation")
 
     todo = [f"{i}/{n}" for i, m in manifests.items() if not m.get("complete")]
-    if todo and not unfinished:
+    if todo:
         refuse(todo, f"{len(todo)} of {n} shards not finished",
                "Run `generate` on them again with the same settings, it continues")
 
 # %% ../nbs/30_groups.ipynb #63fcf5ec
-def _union_manifest(path, files, unfinished=False):
+def _union_manifest(path, files):
     "One manifest out of those of all shards, short of what the rows say; ValueError names what keeps them apart"
     _check_division(path, files)
     manifests = {i: _read_manifest(p) for (i, _), p in files.items()}
-    _check_union(path, files, manifests, unfinished)
-    for m in manifests.values(): _check_finished(path, m, unfinished)
+    _check_union(path, files, manifests)
     read_contents(path)
     ms = list(manifests.values())
     out = {k: v for k, v in ms[0].items() if k not in ("shard", "verify", "counts", "scorers", "parts")}
     checks = [m["verify"] for m in ms if "verify" in m]
     if checks: out["verify"] = _join_checks(checks)
-    whole = all(m["complete"] for m in ms)
-    return dict(out, complete=whole, shards=len(ms), parts=[part for m in ms for part in m["parts"]])
+    return dict(out, shards=len(ms), parts=[part for m in ms for part in m["parts"]])
 
 def _join_checks(checks):
     "One `verify` entry (see `34_rldata_generate`) out of several: counts added, differences the largest"
@@ -846,11 +816,11 @@ def _join_checks(checks):
         rows=[row for c in checks for row in c["rows"]],
     )
 
-def _in_pool_order(data, unfinished=False):
-    "Put the rows of a union into the order of the pool's queries, all of which a finished one has; count them"
+def _in_pool_order(data):
+    "Put the rows of a union into the order of the pool's queries, each of which must be there; count them"
     ids = list(data.pool.ids)
     lost = np.setdiff1d(ids, data.rows.question_id)
-    if len(lost) and not unfinished:
+    if len(lost):
         raise ValueError(f"{data.path}: question_id {lost[0]} has no rows in any shard "
                          f"({len(lost)} such queries): was a part list edited?")
     data.order = np.argsort(pd.Index(ids).get_indexer(data.rows.question_id), kind="stable")

@@ -223,7 +223,7 @@ class Loop:
     @property
     def reward(self): return self.settings.rewarding.reward
     @property
-    def weights(self): return self.settings.rewarding.weights or {}
+    def weights(self): return self.settings.rewarding.arguments
 
     def pool(self, part): return self.world.pools[self.split[part]].only(self.queries[part])
     def folder(self, k): return self.path/f"round-{k:02d}"

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['EPS', 'MIN_STD', 'METRICS', 'REMEDIES', 'RowFacts', 'row_facts', 'proposer_picks', 'query_facts', 'count_metrics',
            'positive_metrics', 'teaching_metrics', 'rank_reach', 'soft_metrics', 'same_answers', 'headroom_metrics',
-           'file_metrics', 'wilson', 'source_table', 'teaches', 'label_alarms', 'oracle_alarms', 'group_alarms',
-           'headroom_alarms', 'soft_alarms', 'Alarm', 'judge', 'histograms', 'Health', 'health']
+           'shown_facts', 'count_table', 'shown_metrics', 'file_metrics', 'wilson', 'source_table', 'teaches',
+           'nothing_shown', 'label_alarms', 'oracle_alarms', 'group_alarms', 'headroom_alarms', 'soft_alarms', 'Alarm',
+           'judge', 'histograms', 'Health', 'health']
 
 # %% ../nbs/36_rldata_check.ipynb #622ed67b
 from dataclasses import dataclass
@@ -369,11 +370,95 @@ def headroom_metrics(
         answers=answers,
     )
 
+# %% ../nbs/36_rldata_check.ipynb #94e26b9b
+def shown_facts(
+    facts:RowFacts, # of the rows
+)->pd.DataFrame: # a line per query: zero, shown (mean), best_shown, worse (share of the sequences), live_shown
+    "Compare showing nothing with showing something, query by query; NaN where a query lacks one of them"
+    Q = len(facts.queries)
+    alone = facts.shots == 0
+    def stats(x): return group_stats(x, facts.code, Q)
+    zero = stats(np.where(alone, facts.acc, np.nan))["mean"].to_numpy()
+    shown = stats(np.where(alone, np.nan, facts.acc))
+    rewards = stats(np.where(alone, np.nan, facts.reward))
+    other = np.where(alone, np.nan, facts.acc) - zero[facts.code]
+    worse = np.where(np.isnan(other), np.nan, other < -EPS)
+    both = ~np.isnan(zero) & (shown["count"] > 0)
+    def known(x): return np.where(both, x, np.nan)
+    return pd.DataFrame(dict(
+        zero=known(zero),
+        shown=known(shown["mean"]),
+        best_shown=known(shown["max"]),
+        worse=stats(worse)["mean"],
+        live_shown=rewards["max"] - rewards["min"] > EPS,
+    ))
+
+# %% ../nbs/36_rldata_check.ipynb #72a5806f
+def count_table(
+    facts:RowFacts, # of the rows
+)->pd.DataFrame: # index shots (numbers, then "free"): queries, live, blind, oracle, best_for; empty for one number
+    "Compare numbers of demonstrations, on the queries that were tried with all of them"
+    columns = ["queries", "live", "blind", "oracle", "best_for"]
+    counts = np.unique(facts.shots)
+    Q = len(facts.queries)
+    def stats(x, S): return group_stats(np.where(facts.shots == S, x, np.nan), facts.code, Q)
+    blind = np.column_stack([stats(facts.acc, S)["mean"] for S in counts])
+    oracle = np.column_stack([stats(facts.acc, S)["max"] for S in counts])
+    rewards = [stats(facts.reward, S) for S in counts]
+    whole = group_stats(facts.reward, facts.code, Q)
+    live = np.column_stack([r["max"] - r["min"] > EPS for r in [*rewards, whole]])
+    every = ~np.isnan(blind).any(1)
+    if len(counts) < 2 or not every.any(): return pd.DataFrame(columns=columns)
+    blind, oracle, live = (x[every] for x in (blind, oracle, live))
+    best = (blind >= blind.max(1, keepdims=True) - EPS).argmax(1)        # of equals the smallest number
+    return pd.DataFrame(dict(
+        queries=len(blind),
+        live=live.mean(0),
+        blind=[*blind.mean(0), blind.max(1).mean()],
+        oracle=[*oracle.mean(0), oracle.max(1).mean()],
+        best_for=[*(np.mean(best == k) for k in range(len(counts))), 1.],
+    ), index=pd.Index([*counts.tolist(), "free"], name="shots"))
+
+# %% ../nbs/36_rldata_check.ipynb #42475171
+_SHOWN = dict(
+    zero_shot="accuracy when nothing is shown, of the queries that were tried with and without",
+    shown="theirs, of a row drawn blindly among those that show something",
+    pct_spoilt="% of them that are spoilt: better alone than after a blind row, by `clear` or more",
+    pct_spoilt_most="% that most of their sequences make worse",
+    pct_spoilt_all="% that every one of their sequences makes worse",
+    pct_nothing_helps="% that no sequence makes better",
+    live_shown="groups that could teach without the empty sequence",
+    count_fixed="accuracy of a blind row with the number of demonstrations that is best for all",
+    count_free="the same with the number that is best for each query: a bound for a free number",
+)
+
+def shown_metrics(
+    facts:RowFacts, # of the rows
+    clear:float=.2, # a difference of this is a clear one, in accuracy
+)->dict: # {metric: number}
+    "Say whether showing nothing would be better"
+    q = shown_facts(facts)
+    q = q.assign(gain=q.best_shown - q.zero, loss=q.zero - q.shown)
+    both = q[q.zero.notna()]
+    counts = count_table(facts) if len(both) else []
+    some = len(counts) > 0
+    return dict(
+        zero_shot=_mean(both.zero),
+        shown=_mean(both.shown),
+        pct_spoilt=100 * _mean(both.loss >= clear - EPS),
+        pct_spoilt_most=100 * _mean(both.worse > .5),
+        pct_spoilt_all=100 * _mean(both.worse == 1),
+        pct_nothing_helps=100 * _mean(both.gain <= EPS),
+        live_shown=int(q.live_shown.sum()),
+        count_fixed=float(counts.blind[:-1].max()) if some else np.nan,
+        count_free=float(counts.blind["free"]) if some else np.nan,
+    )
+
 # %% ../nbs/36_rldata_check.ipynb #c09b9f6f
 _YARDSTICK = dict(
     uniform_nll="- log-probability of a stored sequence under a policy that knows nothing: ln K!/(K-S)!, nats"
 )
-METRICS = _COUNTS | _POSITIVES | _TEACHING | _SOFT | _HEADROOM | _YARDSTICK # {metric: what it says}
+METRICS = _COUNTS | _POSITIVES | _TEACHING | _SOFT | _HEADROOM | _SHOWN | _YARDSTICK # {metric: what it says}
 
 def file_metrics(
     rows:pd.DataFrame, # record frame
@@ -387,6 +472,7 @@ def file_metrics(
             | teaching_metrics(facts, queries)
             | soft_metrics(facts)
             | headroom_metrics(rows, facts, queries, clear)
+            | shown_metrics(facts, clear)
             | dict(uniform_nll=_mean(queries.uniform_nll)))
 
 # %% ../nbs/36_rldata_check.ipynb #5a3ffcbd
@@ -444,6 +530,19 @@ def teaches(
            f"mean advantage std {m['adv_std']:.3g} over all groups")
     return out + (f", {m['adv_std_live']:.3g} over those" if m["live_groups"] else "")
 
+# %% ../nbs/36_rldata_check.ipynb #8d10de39
+def nothing_shown(
+    m, # metrics of a file, see METRICS
+)->str: # "alone .533, with a blind row .617: ..."; "" for a file that never shows nothing
+    "Say whether the number of demonstrations should be free"
+    if not m["zero_shot"] >= 0: return ""
+    win = max(0., 100 * (m["count_free"] - m["count_fixed"]))        # not -0.0
+    return (
+        f"alone {m['zero_shot']:.3f}, with a blind row {m['shown']:.3f}:"
+        f" {m['pct_spoilt']:.0f} % of the queries are spoilt, no sequence helps {m['pct_nothing_helps']:.0f} %;"
+        f" a free number of demonstrations can win at most {win:.1f} points over the best fixed one"
+    )
+
 # %% ../nbs/36_rldata_check.ipynb #4ff8c31d
 REMEDIES = dict(
     scorers="Keep the rows of one scorer, or score the others again with it: "
@@ -466,6 +565,8 @@ REMEDIES = dict(
            "or choose a reward with one of them.",
     headroom="The proposer already picks what is best here. "
              "Try sequences that it does not think of (random, mined), or harder queries.",
+    nothing="The model answers these questions as well alone. Show nothing (`zero_shot`), "
+            "or find questions, pools or prompts in which demonstrations matter.",
     few="Too few queries to tell: measure on more before you lean on vqa_gt_prob.",
     soft="vqa_gt_prob is not the probability of the answers. Hold the scorer to the reference "
          "(`verify=` of `generate`): the tokens that are scored must be those of the answer, "
@@ -532,8 +633,13 @@ def headroom_alarms(
     m, # metrics of a file
     headroom:float=.02, # least mean gap between oracle and model pick, 0..1
     live:float=.3, # with fewer live groups this is not asked: flat groups have no gap, and an alarm of their own
+    nothing:float=.95, # largest share of queries that no sequence makes better than nothing shown, 0..1
 ): # yields (cause, seen, wanted, remedy)
-    "Ask whether the best rows lie above the proposer's choice"
+    "Ask whether the best rows lie above the proposer's choice, and above showing nothing"
+    if m["pct_nothing_helps"] > 100 * nothing:
+        helped = f"no sequence helps {m['pct_nothing_helps']:.1f} % of the queries"
+        seen = f"{helped}; alone they are at {m['zero_shot']:.3f}"
+        yield "nothing helps", seen, f"at most {nothing:.0%}", REMEDIES["nothing"]
     share = m["live_groups"] / m["groups"] if m["groups"] else 0.
     if share < live or not m["gap_mean"] < headroom - 1e-9: return
     seen = (f"oracle_in_data {m['oracle_in_data']:.3f}, model_pick {m['model_pick']:.3f}, "
@@ -579,13 +685,14 @@ def judge(
     spearman:float=.3, # least rank correlation of vqa_gt_prob and accuracy, as a share of `spearman_reach`
     same_answer:float=.25, # how often answers to different queries may agree when the oracle is low, 0..1
     failed:float=.01, # largest share of failed rows, 0..1
+    nothing:float=.95, # largest share of queries that no sequence makes better than nothing shown, 0..1
 )->list: # of Alarm, in the order in which to act; empty: train
     "Compare metrics with thresholds"
     found = [
         *label_alarms(metrics, failed),
         *oracle_alarms(metrics, oracle, same_answer),
         *group_alarms(metrics, zero_positive, live, start, cancelled),
-        *headroom_alarms(metrics, headroom, live),
+        *headroom_alarms(metrics, headroom, live, nothing),
         *soft_alarms(metrics, spearman),
     ]
     return [Alarm(file, *alarm) for alarm in found]
@@ -655,7 +762,8 @@ def health(
         facts = row_facts(d.rows, reward, **(weights or {}))
         per_query = query_facts(d, facts)
         metrics[name] = file_metrics(d.rows, facts, per_query, clear)
-        queries.append(per_query.assign(file=name))
+        alone = shown_facts(facts)[["zero", "shown", "best_shown", "worse"]]
+        queries.append(per_query.join(alone).assign(file=name))
         sources.append(source_table(d.rows, facts).assign(file=name))
         spread.append(histograms(facts).assign(file=name))
         verdict += judge(metrics[name], name, **kwargs)
@@ -696,6 +804,8 @@ _TABLE = {
     "soft reward": "gt_prob_median gt_prob_right gt_prob_wrong spearman spearman_low spearman_high",
     "headroom": "oracle_in_data model_pick mean_in_data gap_mean pct_clear_gap "
                 "same_answer_within same_answer_across",
+    "nothing shown": "zero_shot shown pct_spoilt pct_spoilt_most pct_spoilt_all pct_nothing_helps live_shown "
+                     "count_fixed count_free",
 }
 
 def _say(x):
@@ -709,6 +819,7 @@ def table(self:Health):
     "The metrics worth reading first, one column per file: frame of text"
     rows = []
     for part, names in _TABLE.items():
+        if part == "nothing shown" and self.frame.zero_shot.isna().all(): continue
         for i, metric in enumerate(names.split()):
             said = {file: _say(self.frame.at[file, metric]) for file in self.frame.index}
             rows.append({"": "" if i else part, "metric": metric, **said, "meaning": METRICS[metric]})
@@ -716,13 +827,15 @@ def table(self:Health):
 
 @patch
 def _lines(self:Health):
-    "(file, what to do, how many groups can teach) of each file"
+    "(file, what to do, how many groups can teach, and whether to show nothing) of each file"
     out = []
     for file, advice in self.advice.items():
         m = self.frame.loc[file]
         measured = m["gt_prob_max"] >= 0
         if advice == "train" and not measured: advice += " (vqa_gt_prob was not measured)"
-        out.append((file, advice, teaches(m)))
+        taught = teaches(m)
+        alone = nothing_shown(m)
+        out.append((file, advice, f"{taught}; {alone}" if alone else taught))
     return out
 
 @patch
@@ -804,6 +917,30 @@ def plot(self:Health):
     names = "positives of a query (black: none)", "vqa_gt_prob (share of answers)", "rate of positives"
     for ax, name in zip(axs[-1], names): ax.set_xlabel(name, fontsize=7)
     return axs
+
+# %% ../nbs/36_rldata_check.ipynb #499b37c0
+@patch
+def plot_alone(self:Health,
+    file:str|None=None, # which one; None: the first
+    ax=None, # matplotlib axes; None makes them
+): # the axes; ValueError for a file that never shows nothing
+    "Draw what demonstrations win or lose against showing nothing, queries in order of it"
+    import matplotlib.pyplot as plt
+    file = self.frame.index[0] if file is None else file
+    q = self.queries[(self.queries.file == file) & self.queries.zero.notna()]
+    if not len(q):
+        raise ValueError(f"plot_alone: no query of {file!r} was tried with and without demonstrations: "
+                         "propose with shots=(0, ...)")
+    if ax is None: ax = plt.subplots(figsize=(5, 3))[1]
+    x = 100 * (np.arange(len(q)) + .5) / len(q)
+    blind = np.sort(q.shown - q.zero)
+    ax.plot(x, np.sort(q.best_shown - q.zero), color=".6", label="best of those tried")
+    ax.plot(x, blind, color="k", label="drawn blindly")
+    ax.fill_between(x, np.minimum(blind, 0), 0, color="k", alpha=.2)
+    ax.axhline(0, color="k", lw=.5)
+    ax.set(xlabel="queries, in order (%)", ylabel="accuracy, minus that of nothing shown", ylim=(-1.05, 1.05))
+    ax.legend(frameon=False, fontsize=8)
+    return ax
 
 # %% ../nbs/36_rldata_check.ipynb #c9294513
 @patch

@@ -380,12 +380,17 @@ def begin(self:Generation,
         write_json(self.file, self.manifest)
     test = self.guarding.test
     if test and "self_test" not in self.manifest:
+        shots = _tested_shots(self.proposing.shots)
         self.manifest["self_test"] = self_test(
-            self.scorer, self.items, self.pool, test, min(self.proposing.shots), self.proposing.seed,
+            self.scorer, self.items, self.pool, test, shots, self.proposing.seed,
             asking=self.asking, cache=self.cache,
         )
         write_json(self.file, self.manifest)
     return self
+
+def _tested_shots(shots):
+    "The smallest shot count that shows something, or 0 where none does"
+    return min([S for S in shots if S] or [0])
 
 @patch
 def has_parts(self:Generation)->bool:

@@ -348,7 +348,7 @@ StoreKind = Annotated[Literal["image", "text", "mixed"]|None, flag("mixed, or te
 @group
 class Proposing:
     "Who is tried"
-    shots:Annotated[tuple[Count, ...], BeforeValidator(several)]=(2,) # demonstrations per sequence, one number or more
+    shots:Annotated[tuple[Natural, ...], BeforeValidator(several)]=(2,) # demonstrations, one number or more; 0: none
     counts:Counts=field(default_factory=lambda: check_counts(COUNTS)) # proposals per question, JSON
     kind:StoreKind=None # embeddings that the proposer reads
     two_stage:TwoStage=None # how many sequences of a question get a text, like TWO_STAGE
@@ -375,6 +375,7 @@ class Mining:
     top:Count=3 # of these get a text
     rounds:Count=4 # at most
     budget:Annotated[Count|None, flag("no limit", metavar="N")]=None # prompts in all
+    zero_shot:bool=False # also try no demonstration at all, and let a sequence lose its demonstrations one by one
     seed:Natural=0 # of the search
 
 # %% ../nbs/04_settings.ipynb #d556d56f
@@ -392,7 +393,7 @@ class Job:
 
     def __post_init__(self):
         if max(self.proposing.shots) >= self.pools.K:
-            raise ValueError(f"shots {self.proposing.shots}, K {self.pools.K}: wanted 1 <= shots < K")
+            raise ValueError(f"shots {self.proposing.shots}, K {self.pools.K}: wanted 0 <= shots < K")
 
 # %% ../nbs/04_settings.ipynb #e5114a5f
 Picker = Literal[
@@ -435,6 +436,15 @@ class Rewarding:
     "What is good"
     reward:Reward="hard_plus_soft" # how facts become rewards
     weights:Annotated[JsonOrNone, flag("its own", metavar="JSON")]=None # of the reward, such as '{"hard_weight": 2}'
+    price:Amount=0. # of each demonstration, in units of the reward
+
+    def __post_init__(self):
+        if "price" in (self.weights or {}): raise ValueError("price in `weights`: say it by its own name")
+
+    @property
+    def arguments(self)->dict:
+        "What `reward` takes beside the mode: the weights, and the price if there is one"
+        return dict(self.weights or {}) | (dict(price=self.price) if self.price else {})
 
 # %% ../nbs/04_settings.ipynb #64090818
 ObjectiveName = Literal["rce", "listwise", "sft", "grpo"]

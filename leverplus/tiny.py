@@ -162,7 +162,7 @@ def known(
     before, # the items shown before it
 )->bool: # does English, or what was shown before, give its answer away?
     "Can the answer of an item be known?"
-    english = item.scene.island == ISLANDS[0]
+    english = item.scene.island == ISLANDS[0] and item.answer == in_english(item.scene, item.ask)
     if english: return True
     need = {"shape", "colour"} if item.ask == "both" else {item.ask}
     told = set()
@@ -444,6 +444,7 @@ def train_lvlm(
     curriculum=CURRICULUM, # list of stages
     lr=(.01, 2e-3), # learning rates of Muon and AdamW
     seed:int=0, # decides every lesson
+    draw=draw_lessons, # makes a batch of lessons: function of a generator, the tokenizer and the stage
     every:int=50, # steps per row of the log
     say=None, # function called with each row of the log, e.g. `print`
 )->pd.DataFrame: # log: step, stage, loss, acc (share of last answers right, knowable or not), seconds
@@ -462,7 +463,7 @@ def train_lvlm(
             for opt, full in zip(opts, lr):
                 opt.param_groups[0]["lr"] = full*stage_rate(stage, k)
                 opt.zero_grad(set_to_none=True)
-            loss, right = teach(lvlm, draw_lessons(g, lvlm.tokenizer, stage), g, bank, cache)
+            loss, right = teach(lvlm, draw(g, lvlm.tokenizer, stage), g, bank, cache)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(lvlm.model.parameters(), 1.)
             for opt in opts: opt.step()

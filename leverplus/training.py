@@ -65,7 +65,7 @@ def weights_of(
     rewarding:Rewarding, # mode and weights of a reward
 )->dict: # ValueError names a weight that the reward does not have
     "Weights of a reward"
-    weights = dict(rewarding.weights or {})
+    weights = rewarding.arguments
     try: reward_facts(rewarding.reward, **weights)
     except TypeError as e: raise ValueError(f"weights: {e}") from e
     return weights

@@ -48,14 +48,14 @@ def made(groups, K=6, **columns):
 # ---- against a plain loop ----------------------------------------------------------------------------------
 
 def random_data(seed):
-    "Ragged groups, ragged pools, 1 to 3 shots, every method, failures, ties, no manners"
+    "Ragged groups, ragged pools, 0 to 3 shots, every method, failures, ties, no manners"
     g = np.random.default_rng(seed)
     rows, pools = [], {}
     for q in g.permutation(50)[:g.integers(1, 8)].tolist():
         pools[q] = tuple((100 + g.permutation(20)[: g.integers(4, 9)]).tolist())
         hard = g.uniform()
         for ptr in {
-            tuple(g.permutation(pools[q])[: g.integers(1, 4)].tolist()) for _ in range(g.integers(1, 9))
+            tuple(g.permutation(pools[q])[: g.integers(0, 4)].tolist()) for _ in range(g.integers(1, 9))
         }:
             method = str(g.choice(METHODS))
             failed = bool(g.uniform() < 0.2)
@@ -122,6 +122,17 @@ def by_loop(data):
     def agree(same):
         some = [(a, b) for a, b in pairs if (a.question_id == b.question_id) == same]
         return mean([a.vqa_pred_answer == b.vqa_pred_answer for a, b in some])
+    def blind(rows, shots=None):
+        def wanted(n): return n > 0 if shots is None else n == shots
+        return mean([r.vqa_acc_score for r in rows if wanted(len(r.pointer))])
+    alone = {q: blind(g, 0) for q, g in good.items()}
+    both = [q for q in good if alone[q] == alone[q] and blind(good[q]) == blind(good[q])]
+    def worse(q): return mean([r.vqa_acc_score < alone[q] - 1e-6 for r in good[q] if r.pointer])
+    def best_shown(q): return max(r.vqa_acc_score for r in good[q] if r.pointer)
+    counts = sorted({len(r.pointer) for r in data.rows.itertuples()})
+    every = [q for q in good if all(blind(good[q], S) == blind(good[q], S) for S in counts)]
+    if len(counts) < 2 or not both: every = []
+    def shown_rewards(q): return [r.vqa_correct + r.vqa_acc_score for r in good[q] if r.pointer]
     def nll(r): return sum(math.log(len(data.pool[r.question_id]) - t) for t in range(len(r.pointer)))
     def quart(x): return dict(zip(("min", "q1", "median", "q3", "max"), np.quantile(x, [0, .25, .5, .75, 1])))
     return dict(
@@ -154,6 +165,15 @@ def by_loop(data):
         same_answer_within=agree(True),
         same_answer_across=agree(False),
         answers=len({r.vqa_pred_answer for r in flat}),
+        zero_shot=mean([alone[q] for q in both]),
+        shown=mean([blind(good[q]) for q in both]),
+        pct_spoilt=100 * mean([alone[q] - blind(good[q]) >= .2 - 1e-6 for q in both]),
+        pct_spoilt_most=100 * mean([worse(q) > .5 for q in both]),
+        pct_spoilt_all=100 * mean([worse(q) == 1 for q in both]),
+        pct_nothing_helps=100 * mean([best_shown(q) <= alone[q] + 1e-6 for q in both]),
+        live_shown=sum(max(x, default=0) - min(x, default=0) > 1e-6 for x in map(shown_rewards, good)),
+        count_fixed=max((mean([blind(good[q], S) for q in every]) for S in counts), default=math.nan),
+        count_free=mean([max(blind(good[q], S) for S in counts) for q in every]),
         uniform_nll=mean([mean(map(nll, g)) for g in groups.values()]),
         gt_prob_mean=mean([r.vqa_gt_prob for r in flat]),
         gt_prob_right=statistics.median([r.vqa_gt_prob for r in flat if r.vqa_correct] or [math.nan]),

@@ -100,7 +100,11 @@ def test_same_set_in_another_order_is_no_duplicate():
 
 BAD = dict(
     no_pool=(dict(question_id=[7, 7, 7, 9]), "question_id 9: has no pool"),
-    empty=(dict(pointer=[(1, 2), (), (3,), (1, 3)]), "question_id 7: pointer is empty"),
+    shows=(
+        dict(gen_method=["beam", "zero_shot", "sample", "sample"]),
+        "question_id 7: gen_method 'zero_shot' beside pointer (2, 1)",
+    ),
+    nothing_twice=(dict(pointer=[(), (), (3,), (1, 3)]), "question_id 7: pointer () occurs twice"),
     repeats=(dict(pointer=[(1, 2), (2, 2), (3,), (1, 3)]), "question_id 7: pointer (2, 2) repeats"),
     outside=(dict(pointer=[(1, 2), (2, 1), (3,), (1, 4)]), "question_id 8: pointer (1, 4) leaves the pool"),
     too_long=(dict(pointer=[(1, 2), (2, 1), (3,), (1, 3, 5, 6)]), "question_id 8: the pool is not larger"),
@@ -129,6 +133,25 @@ def test_validate_names_query_and_fault(name):
     over, says = BAD[name]
     with pytest.raises(ValueError) as e: RLData.from_frame(tried(**over), POOL)
     assert says in str(e.value), str(e.value)
+
+def test_nothing_shown_is_a_row_like_any_other(tmp_path):
+    methods = ["beam", "zero_shot", "random", "policy"]
+    data = RLData.from_frame(tried(pointer=[(1, 2), (), (3,), ()], gen_method=methods), POOL)
+    assert data.shots == (0, 1, 2)
+    data.save(tmp_path/"run")
+    again = RLData.load(tmp_path/"run")
+    assert again.rows.pointer.tolist() == [(1, 2), (), (3,), ()]
+    assert again.fingerprint == data.fingerprint
+    other = RLData.from_frame(tried(pointer=[(1, 2), (2,), (3,), ()], gen_method="policy"), POOL)
+    assert other.fingerprint != data.fingerprint
+    assert "none" in data.group(7).frame().demonstrations.tolist()
+
+def test_a_record_of_nothing_but_empty_pointers_is_whole(tmp_path):
+    rows = tried(pointer=[(), (1,), (3,), ()]).iloc[[0, 3]].assign(gen_method="zero_shot")
+    data = RLData.from_frame(rows, POOL)
+    assert pointer_matrix(data.rows.pointer)[0].shape == (2, 0)
+    data.save(tmp_path/"run")
+    pd.testing.assert_frame_equal(RLData.load(tmp_path/"run").rows, data.rows)
 
 def test_probability_only_rows_are_whole():
     RLData.from_frame(tried(**dict.fromkeys(TEXT_FACTS)), POOL)

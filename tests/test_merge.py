@@ -7,8 +7,8 @@ from leverplus.lvlm import MockScorer
 from leverplus.pools import Pool
 from leverplus.settings import Guarding, Proposing
 from leverplus.rldata_merge import (
-    PHASES, TIERS, balance, by_counts, by_gap, dedupe, derive, drop_failed, label_rows, merge, phases,
-    plot_balance, query_table, require_positive_query, row_lots, row_reward, sample_queries, scorer_ranks,
+    PHASES, TIERS, balance, by_counts, by_gap, by_shots, dedupe, derive, drop_failed, label_rows, merge,
+    phases, plot_balance, query_table, require_positive_query, row_lots, row_reward, sample_queries, scorer_ranks,
     skip_fallback, sources, split, tiers,
 )
 
@@ -47,7 +47,7 @@ def data(tried, pool=None):
 
 # few, so that records share some
 pointers = st.sampled_from(
-    [(a,) for a in DEMOS[:3]] + [(a, b) for a in DEMOS[:3] for b in DEMOS[:3] if a != b]
+    [()] + [(a,) for a in DEMOS[:3]] + [(a, b) for a in DEMOS[:3] for b in DEMOS[:3] if a != b]
 )
 def records(scorers=("s1", "s2")):
     return st.dictionaries(
@@ -87,6 +87,8 @@ def accounted(out, *parents):
 @settings(max_examples=20)
 @given(records(), st.sampled_from([0., .5, 1., 1.3]), st.integers(0, 3), st.integers(0, 3))
 def test_filters_account_for_rows_and_do_what_they_say(d, gap, p, c):
+    for S in d.shots: assert accounted(by_shots(d, S), d).shots == (S,)
+    with pytest.raises(ValueError, match="no row has"): by_shots(d, 5)
     for f in (drop_failed, skip_fallback, require_positive_query): accounted(f(d), d)
     low = accounted(by_gap(d, hi=gap), d)
     high = accounted(by_gap(d, lo=gap), d)

@@ -7,7 +7,7 @@ from leverplus.pools import Pool
 from leverplus.rldata_ask import FactCache
 from leverplus.rldata_propose import SimilarityPrior
 from leverplus.rldata_generate import generate
-from leverplus.settings import Guarding, Mining, Proposing, read_settings
+from leverplus.settings import Guarding, Mining, Proposing, change, read_settings
 from leverplus.rldata_mine import lacking, mine, mining_calls, neighbours, reask
 from leverplus.embed import EmbedStore
 
@@ -219,6 +219,51 @@ def test_neighbours_are_one_swap_away(data):
         differ = [i for i in range(S) if n[i] != p[i]]
         assert len(set(n)) == S
         assert len(differ) == 1 or len(differ) == 2 and sorted(n) == sorted(p)
+
+@settings(max_examples=50)
+@given(st.data())
+def test_neighbours_of_other_lengths_gain_or_lose_one(data):
+    cand = data.draw(st.lists(st.integers(0, 9), min_size=2, max_size=6, unique=True))
+    S = data.draw(st.integers(0, len(cand)))
+    p = tuple(cand[:S])
+    near = neighbours(p, cand, range(4))
+    same = neighbours(p, cand)
+    assert len(near) == len(set(near))
+    assert set(same) == {n for n in near if len(n) == S}
+    less = {n for n in near if len(n) < S}
+    more = {n for n in near if len(n) > S}
+    assert less == ({p[:i] + p[i+1:] for i in range(S)} if 1 <= S <= 4 else set())
+    assert more == ({(c, *p) for c in cand if c not in p} if S < 3 else set())
+
+class Misled:
+    "A model that is right alone, and misled by any demonstration"
+    fingerprint = "misled"
+    tolerance = 1e-3
+    def run(self, prompts, targets=None, generate=True, progress=False):
+        text = {True: "no", False: "yes"}
+        out = []
+        for p, t in zip(prompts, targets):
+            shows = bool(p.demos)
+            prob = .1 if shows else .9
+            out.append(Scored(p.question_id, p.pointer, text[shows] if generate else None,
+                              tuple(np.log(prob/len(t.texts)) for _ in t.texts), prob))
+        return out
+
+def test_what_helps_may_be_nothing(world, tmp_path):
+    items, store, pool = world
+    s = Misled()
+    data = start(world, s, tmp_path)
+    assert set(lacking(data)) == {"positive"}
+    one = Mining(rounds=1, tries=2, top=1)
+    def mined(**kw): return mine(data, items, s, store, mining=change(one, **kw), progress=False)
+    shown, log = mined()
+    assert 0 not in shown.shots and log.found.sum() == 0
+    out, log = mined(zero_shot=True)
+    alone = out.rows[out.rows.pointer.map(len) == 0]
+    assert sorted(alone.question_id) == sorted(QUERIES)
+    assert set(alone.gen_method) == {"zero_shot"}
+    assert set(lacking(out)) == {""} and log.found.sum() == len(QUERIES)
+    assert log.asked.sum() + log.texts.sum() <= mining_calls(data, change(one, zero_shot=True))
 
 def test_lacking_reads_only_answers(world, tmp_path):
     data = start(world, Rule(fails=[2]), tmp_path)

@@ -5,7 +5,7 @@ from leverplus.core import pad_rows
 from leverplus.losses import advantage
 from leverplus.rewards import (
     REWARDS, Correlation, answer_cosines, group_stats, info_score, live_parts, parts_of, plot_rewards,
-    rank_normalise, reward, reward_facts, reweigh, semantic, spearman, z_score, z_score_clamp,
+    rank_normalise, reward, reward_facts, reward_mode, reweigh, semantic, spearman, z_score, z_score_clamp,
 )
 from leverplus.vqa import answer_targets
 
@@ -189,6 +189,31 @@ def test_unknown_mode_and_weight():
     with pytest.raises(TypeError, match="soft_weight"): reward(rows(), "hard_only", soft_weight=1)
     with pytest.raises(ValueError, match="wanted '01' or 'pm1'"): reward(rows(), "legacy", scale="-1")
     with pytest.raises(ValueError, match="both 0"): reward(rows(), "legacy", beta=0.)
+
+@given(facts, st.floats(0, 2), st.lists(st.integers(0, 4), min_size=5, max_size=5))
+def test_a_price_takes_so_much_for_each_demonstration(facts, price, shots):
+    f = framed(facts)
+    f = f.assign(pointer=[tuple(range(shots[i % 5])) for i in range(len(f))])
+    for m in REWARDS:
+        want = reward(f, m) - price*f.pointer.map(len).to_numpy()
+        np.testing.assert_allclose(reward(f, m, price=price), want)
+    assert parts_of("hard_plus_soft", price=price) == parts_of("hard_plus_soft")
+
+def test_a_price_is_asked_for_what_it_needs():
+    shown = rows().assign(pointer=[(1, 2), (), (3,), (4,)])
+    assert np.isnan(reward(shown, price=.1)[3])
+    assert reward_facts("hard_only", price=0.) == reward_facts("hard_only")
+    assert reward_facts("hard_only", price=.1)[0] == ("vqa_correct", "pointer")
+    with pytest.raises(ValueError, match="needs column 'pointer'"): reward(rows(), price=.1)
+    for price in (-.1, np.inf, np.nan):
+        with pytest.raises(ValueError, match="wanted a finite number >= 0"): reward(shown, price=price)
+    def priced(vqa_correct, price=1.): return vqa_correct
+    with pytest.raises(ValueError, match="argument 'price'"): reward_mode(priced)
+
+def test_a_price_makes_a_tie_a_lesson():
+    tied = pd.DataFrame(dict(question_id=7, pointer=[(), (1,)], vqa_correct=1., vqa_acc_score=1.))
+    assert live_parts(tied)["reward"] == 0
+    assert live_parts(tied, price=.1) == dict(reward=1, vqa_correct=0, vqa_acc_score=0, cancelled=0)
 
 def test_frame_is_left_alone():
     a = rows()

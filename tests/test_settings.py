@@ -98,6 +98,7 @@ NOT_THE_DEFAULT = dict(
     kind="text", scale=2.5, seed=4, window=5, test=0, verify=2, max_failed=.5, tries=2, top=1, rounds=9, budget=10,
     split="dev", limit=6, picker="beam", width=2, temp=.5, by="vote", weight="confidence", threshold=.1,
     fixed=(3, 1), name="mine", other_pool=True, seconds=5.5, reward="gtprob", weights=dict(alpha=2.),
+    price=.25, zero_shot=True,
 )
 
 @pytest.mark.parametrize("cls", GROUPS)
@@ -124,7 +125,7 @@ two_stage = st.none() | st.fixed_dictionaries(dict(top=st.integers(0, 9), low=st
 )
 
 @examples(max_examples=100)
-@given(st.lists(st.integers(1, 5), min_size=1, max_size=3), counts, two_stage, st.floats(1e-3, 99),
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=3), counts, two_stage, st.floats(1e-3, 99),
        st.integers(0, 2**40), st.floats(0, 1), st.integers(6, 64))
 def test_any_job_is_saved_and_read_back(shots, counts, two_stage, scale, seed, share, K):
     job = settings_of(Job, shots=shots, counts=counts, two_stage=two_stage, scale=scale, seed=seed,
@@ -146,7 +147,9 @@ def test_any_job_is_saved_and_read_back(shots, counts, two_stage, scale, seed, s
         (Proposing, dict(two_stage=dict(top=0)), "two stages"),
         (Asking, dict(evaluator="mine"), "evaluator 'mine'"),
         (Proposing, dict(shots=()), "wanted at least one number"),
-        (Proposing, dict(shots=0), "shots 0"),
+        (Proposing, dict(shots=-1), "shots -1"),
+        (Rewarding, dict(price=-.5), "price -0.5"),
+        (Rewarding, dict(weights=dict(price=.1)), "say it by its own name"),
         (Proposing, dict(counts=dict(beam=0)), "at least one above 0"),
         (Proposing, dict(counts=dict(temperature={float("inf"): 1})), "wanted finite numbers > 0"),
         (Proposing, dict(counts=dict(temperature={0.: 1})), "wanted finite numbers > 0"),
@@ -157,7 +160,7 @@ def test_any_job_is_saved_and_read_back(shots, counts, two_stage, scale, seed, s
         (Mining, dict(rounds=0), "rounds 0"),
         (Mining, dict(budget=0), "budget 0"),
         (Job, dict(limit=0), "limit 0"),
-        (Job, dict(K=4, shots=4), "wanted 1 <= shots < K"),
+        (Job, dict(K=4, shots=4), "wanted 0 <= shots < K"),
         (Picking, dict(picker="best"), "picker 'best'"),
         (Picking, dict(shots="go"), "shots"),
         (Picking, dict(temp=0.), "temp 0.0: wanted a number > 0"),
