@@ -146,7 +146,7 @@ def _learner_of_objective(data, teaching, rewarding, start):
 
 def _states(folder, teaching):
     "Where the states of stages go: into the run, or where other runs find them, too"
-    return dict(resume=folder) if teaching.keep is None else dict(keep=Path(teaching.keep).expanduser())
+    return dict(resume=folder) if teaching.kept is None else dict(kept=Path(teaching.kept).expanduser())
 
 def epochs_of(
     teaching:Teaching, # of a single objective
@@ -199,7 +199,7 @@ def training_settings(
 )->dict: # settings of the run, as JSON has them
     "What a training run is known by"
     own = plain_settings(teaching)
-    for name in ("start", "seed", "keep"): del own[name]
+    for name in ("start", "seed", "kept"): del own[name]
     own["recipe"] = None if teaching.objective else teaching.name
     mode, weights = reward_of(teaching, rewarding, among)
     return dict(teaching=own, rewarding=dict(reward=mode, weights=weights or None), choose=choosing.choose)
