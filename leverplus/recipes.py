@@ -21,6 +21,7 @@ from .rewards import info_score, reward_facts
 from .rldata_merge import by_counts, by_gap, require_positive_query, skip_fallback, tiers
 from .dls import group_dls
 from .selector import PointerSelector
+from .warmup import LIVE, live_share
 from .callback_core import SkipFlat, find_reference, set_anchor
 from .callback_rce import RCE
 from .callback_grpo import GRPO, RLOO
@@ -28,7 +29,6 @@ from .callback_kl import AdaptiveKL, EntropyFloor, KLToRef
 from .callback_schedule import Freeze, NoDropout, Phases, SplitShots, TempSchedule, TopKCurriculum
 from .callback_listwise import SFT, Listwise
 from .learner import MODEL, selector_learner
-from .warmup import LIVE, live_share
 from fastai.learner import Learner
 
 # %% ../nbs/71_recipes.ipynb #c8f63909

@@ -13,9 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 import pandas as pd
 from .core import fingerprint, write_json
-from leverplus.settings import (
-    BATCH, EPOCHS, Asking, Choosing, Job, Rewarding, Teaching, plain_settings, several,
-)
+from .settings import BATCH, EPOCHS, Asking, Choosing, Job, Rewarding, Teaching, plain_settings, several
 from .runs import Run
 from .embed import EmbedStore
 from .pools import image_groups
@@ -24,6 +22,7 @@ from .rewards import reward_facts
 from .rldata_ask import FactCache, check_contents, same_scorer
 from .rldata_generate import policy_fingerprint, run_lock, with_text
 from .rldata_merge import merge, split
+import leverplus.rldata_scale # teaches `Job` to read items and embeddings
 from .dls import group_dls
 from .callback_onpolicy import Feedback, GreedyLoss
 from .learner import load_selector, selector_learner
