@@ -117,7 +117,7 @@ class Stage:
     best:bool|dict|Best=True # keep the best weights; a dict has settings of `Best`; or your own; False = keep the last
     watch:str|Watch|None="warn" # after the first epoch: "warn" | "raise" if nothing can be learned; None = not
     resume:str|Path|None=None # folder of this stage: written after every epoch, continued after a kill; see `Resume`
-    keep:str|Path|None=None # folder of many fits, by content: what an equal fit has trained is taken; see `KeptFit`
+    kept:str|Path|None=None # folder of many fits, by content: what an equal fit has trained is taken; see `KeptFit`
     split_shots:bool=False # sequences of different lengths are groups of their own, see `SplitShots`
 
     def callbacks(self,
@@ -133,10 +133,10 @@ class Stage:
         if best: out.append(best)
         if self.watch and any(isinstance(cb, RLStats) for cb in learn.cbs):
             out.append(Watch(self.watch) if isinstance(self.watch, str) else self.watch)
-        if self.resume is not None and self.keep is not None:
-            raise ValueError("resume beside keep: a fit that is kept goes on after a kill, too; name one of them")
+        if self.resume is not None and self.kept is not None:
+            raise ValueError("resume beside kept: a fit that is kept goes on after a kill, too; name one of them")
         if self.resume is not None: out.append(Resume(self.resume))
-        if self.keep is not None: out.append(KeptFit(self.keep))
+        if self.kept is not None: out.append(KeptFit(self.kept))
         return out
 
 def _skip_flat(skip_flat, cbs):

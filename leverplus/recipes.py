@@ -21,6 +21,7 @@ from .rewards import info_score, reward_facts
 from .rldata_merge import by_counts, by_gap, require_positive_query, skip_fallback, tiers
 from .dls import group_dls
 from .selector import PointerSelector
+from .warmup import LIVE, live_share
 from .callback_core import SkipFlat, find_reference, set_anchor
 from .callback_rce import RCE
 from .callback_grpo import GRPO, RLOO
@@ -28,7 +29,6 @@ from .callback_kl import AdaptiveKL, EntropyFloor, KLToRef
 from .callback_schedule import Freeze, NoDropout, Phases, SplitShots, TempSchedule, TopKCurriculum
 from .callback_listwise import SFT, Listwise
 from .learner import MODEL, selector_learner
-from .warmup import LIVE, live_share
 from fastai.learner import Learner
 
 # %% ../nbs/71_recipes.ipynb #c8f63909
@@ -384,7 +384,7 @@ def run_stage(
     learn:Learner, # any whose model has what the stage freezes
     stage:dict, # of a recipe
     resume=None, # folder of this stage
-    keep=None, # folder of many stages, see `KeptFit`
+    kept=None, # folder of many stages, see `KeptFit`
     dry:bool=False, # try the settings, train nothing
 )->Learner: # the Learner itself
     "Run one stage"
@@ -404,12 +404,12 @@ def run_stage(
     if queries is not None:
         ids = _chosen(learn, queries)
         if settings["n_epoch"] > 0: cbs.append(Phases({"some": (ids, settings["n_epoch"])}))
-    fit(learn, cbs=cbs, **_folder(resume, keep), **settings)
+    fit(learn, cbs=cbs, **_folder(resume, kept), **settings)
     return learn
 
-def _folder(resume, keep):
-    "Who remembers the fit; stages of one's own need not know `keep`"
-    return dict(resume=resume) if keep is None else dict(keep=keep)
+def _folder(resume, kept):
+    "Who remembers the fit; stages of one's own need not know `kept`"
+    return dict(resume=resume) if kept is None else dict(kept=kept)
 
 def _find_old(learn, arguments, dry):
     "Put the policy where the arguments have the name of one"
@@ -426,7 +426,7 @@ def fit_ensemble(
     members:int=3, # how many
     folds:bool=False, # members leave out a part of the training questions each, and choose their epochs by it
     resume=None, # folder: members and mean each in one of their own
-    keep=None, # folder of many stages, see `KeptFit`
+    kept=None, # folder of many stages, see `KeptFit`
     **kwargs, # of `fit_distill`
 )->Learner: # the Learner itself
     "Train several selectors, then one towards their mean"
@@ -443,10 +443,10 @@ def fit_ensemble(
         member = _member(learn, i, part)
         for j, stage in enumerate(stages, 1):
             folder = None if resume is None else Path(resume) / f"member-{i}" / f"{j}-{stage['fit']}"
-            run_stage(member, stage, folder, keep)
+            run_stage(member, stage, folder, kept)
         teachers.append(member.model)
     last = None if resume is None else Path(resume) / "mean"
-    return learn.fit_distill(teachers, n_epoch, lr, **_folder(last, keep), **kwargs)
+    return learn.fit_distill(teachers, n_epoch, lr, **_folder(last, kept), **kwargs)
 
 def _member(learn, i, part):
     "A Learner like this one, with a new selector and another seed; the questions of `part` are held out and choose"
@@ -620,13 +620,13 @@ def _check_settings(learn, r, title):
 def fit_recipe(self:Learner,
     name:str|dict|None=None, # of a recipe, or one; None = that of `recipe_learner`, or of the last call, else "ours"
     resume=None, # folder: each stage writes into its own below it, and goes on from there when called again
-    keep=None, # folder that many trainings share: what an equal stage has trained is taken from it, see `KeptFit`
+    kept=None, # folder that many trainings share: what an equal stage has trained is taken from it, see `KeptFit`
     check:str|None="raise", # a Learner that is not what the recipe wants: "raise" | "warn" | None = do not look
     **changes, # as in `recipe`
 )->Learner: # itself; `recipe` is the recipe with its changes, `plan` says what the data decided about its stages
     "Run the stages of a recipe that can teach, in order"
-    if resume is not None and keep is not None:
-        raise ValueError("fit_recipe: resume beside keep; what is kept goes on after a kill, too: name one of them")
+    if resume is not None and kept is not None:
+        raise ValueError("fit_recipe: resume beside kept; what is kept goes on after a kill, too: name one of them")
     if name is None: name = vars(self).get("recipe", "ours")
     r = recipe(name, **changes)
     title = f"recipe {r.get('name', 'without a name')}"
@@ -640,7 +640,7 @@ def fit_recipe(self:Learner,
     for i, stage in enumerate(planned["stages"], 1):
         trains = stage["n_epoch"] > 0
         folder = Path(resume) / f"{i}-{stage['fit']}" if resume is not None and trains else None
-        run_stage(self, stage, folder, keep if trains else None)
+        run_stage(self, stage, folder, kept if trains else None)
     return self
 
 @patch

@@ -13,9 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 import pandas as pd
 from .core import fingerprint, write_json
-from leverplus.settings import (
-    BATCH, EPOCHS, Asking, Choosing, Job, Rewarding, Teaching, plain_settings, several,
-)
+from .settings import BATCH, EPOCHS, Asking, Choosing, Job, Rewarding, Teaching, plain_settings, several
 from .runs import Run
 from .embed import EmbedStore
 from .pools import image_groups
@@ -24,6 +22,7 @@ from .rewards import reward_facts
 from .rldata_ask import FactCache, check_contents, same_scorer
 from .rldata_generate import policy_fingerprint, run_lock, with_text
 from .rldata_merge import merge, split
+import leverplus.rldata_scale # teaches `Job` to read items and embeddings
 from .dls import group_dls
 from .callback_onpolicy import Feedback, GreedyLoss
 from .learner import load_selector, selector_learner
@@ -146,7 +145,7 @@ def _learner_of_objective(data, teaching, rewarding, start):
 
 def _states(folder, teaching):
     "Where the states of stages go: into the run, or where other runs find them, too"
-    return dict(resume=folder) if teaching.keep is None else dict(keep=Path(teaching.keep).expanduser())
+    return dict(resume=folder) if teaching.kept is None else dict(kept=Path(teaching.kept).expanduser())
 
 def epochs_of(
     teaching:Teaching, # of a single objective
@@ -199,7 +198,7 @@ def training_settings(
 )->dict: # settings of the run, as JSON has them
     "What a training run is known by"
     own = plain_settings(teaching)
-    for name in ("start", "seed", "keep"): del own[name]
+    for name in ("start", "seed", "kept"): del own[name]
     own["recipe"] = None if teaching.objective else teaching.name
     mode, weights = reward_of(teaching, rewarding, among)
     return dict(teaching=own, rewarding=dict(reward=mode, weights=weights or None), choose=choosing.choose)

@@ -896,10 +896,10 @@ class KillOnce(StageCallback):
         if self.train_iter == KillOnce.at: raise KeyboardInterrupt
 
 def test_a_kept_fit_goes_on_after_a_kill_and_is_found_again(tmp_path):
-    def run(keep=None, **kw):
+    def run(kept=None, **kw):
         learn = learner(dropout=.3)
         learn.add_cb(KillOnce())
-        with quiet(learn): learn.fit_rce(3, 1e-2, keep=keep, **kw)
+        with quiet(learn): learn.fit_rce(3, 1e-2, kept=kept, **kw)
         return learn
     KillOnce.at = 5
     with pytest.raises(KeyboardInterrupt): run(tmp_path)
@@ -913,7 +913,7 @@ def test_a_kept_fit_goes_on_after_a_kill_and_is_found_again(tmp_path):
     assert found.history.frame.seconds.tolist() == again.history.frame.seconds.tolist()
     run(tmp_path, temp=.3)
     assert len(list(tmp_path.iterdir())) == 2
-    with pytest.raises(ValueError, match="resume beside keep"): run(tmp_path, resume=tmp_path/"x")
+    with pytest.raises(ValueError, match="resume beside kept"): run(tmp_path, resume=tmp_path/"x")
     assert isinstance(KeptFit(tmp_path), Resume)
 
 @pytest.mark.parametrize("change", ["seed", "chance", "reward", "weight"])
@@ -924,7 +924,7 @@ def test_what_a_kept_fit_is_known_by(tmp_path, change):
         if change == "chance": torch.rand(1)
         if change == "reward": learn.dls.train_ds.rows[0][3].add_(.01)
         if change == "weight": next(learn.model.parameters()).data.view(-1)[0] += 1
-        with quiet(learn): learn.fit_rce(1, 1e-2, keep=tmp_path)
+        with quiet(learn): learn.fit_rce(1, 1e-2, kept=tmp_path)
         return len(list(tmp_path.iterdir()))
     assert run() == run() == 1
     assert run(change) == 2

@@ -487,7 +487,7 @@ def test_one_warm_up_serves_several_rows(tmp_path):
         learn = make(r, seed=seed)
         learn.add_cb(Count())
         n = len(trained)
-        fit(learn, r, keep=tmp_path)
+        fit(learn, r, kept=tmp_path)
         return len(trained) - n, weights(learn)
     both, first = run()
     assert both > 0
@@ -499,8 +499,8 @@ def test_one_warm_up_serves_several_rows(tmp_path):
     assert alone == both
     seeds, _ = run(seed=1)
     assert seeds == both
-    with pytest.raises(ValueError, match="resume beside keep"):
-        fit(make(ours()), ours(), keep=tmp_path, resume=tmp_path)
+    with pytest.raises(ValueError, match="resume beside kept"):
+        fit(make(ours()), ours(), kept=tmp_path, resume=tmp_path)
     r = ours()
     plain = fit(make(r), r)
     assert same(weights(plain), first)

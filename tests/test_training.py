@@ -79,9 +79,9 @@ def test_a_recipe_is_the_default_and_brings_its_reward(place, tmp_path):
 
 def test_runs_share_what_they_begin_with(place, tmp_path):
     "One warm-up for two runs; what the data decided is in each; where states lie is no setting of a run"
-    def go(name, epochs, keep=str(tmp_path/"kept")):
+    def go(name, epochs, kept=str(tmp_path/"kept")):
         stages = dict(warmup=dict(n_epoch=1, steps=2), listwise=dict(n_epoch=epochs, watch=None))
-        short = Teaching(set=stages, keep=keep)
+        short = Teaching(set=stages, kept=kept)
         return train_run(tmp_path/name, data_of(place, short), short, say=noop)
     first = go("a", 1)
     assert len(list((tmp_path/"kept").iterdir())) == 2
@@ -90,7 +90,7 @@ def test_runs_share_what_they_begin_with(place, tmp_path):
     assert second.history.seconds.iloc[0] == first.history.seconds.iloc[0]
     plan = read_json(first.path/"plan.json")
     assert len(plan) == 2 and load_selector(first.checkpoint).info["plan"] == plan
-    assert "keep" not in first.settings["teaching"]
+    assert "kept" not in first.settings["teaching"]
     alone = go("c", 1, None)
     assert (alone.path/"state").is_dir() and not (first.path/"state").exists()
     a, c = (load_selector(run.checkpoint).state_dict() for run in (first, alone))
