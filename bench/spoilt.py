@@ -4,7 +4,7 @@
 0, 1 and 2 demonstrations; a selector that must show S of them learns from the rows that do) and asks the
 reader about what they pick on dev and on test. OUT/groups keeps the groups and OUT/facts all answers, so a
 run that was stopped goes on. The answers are written to `data/spoilt/picks.parquet`; `--table` prints the
-table of page `91_spoilt` from there.
+table of page `93_spoilt` from there.
 
 Objective, epochs and rate are those of the recipe `listwise`, for every row; nothing was chosen on test.
 """

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['SCHEMA', 'METHODS', 'PROPOSAL_COLUMNS', 'LATER', 'TEXT_FACTS', 'PROB_FACTS', 'SOURCE_FACTS', 'FACT_COLUMNS', 'RECORD',
            'UNREADABLE', 'CONTENTS', 'as_record', 'pointer_matrix', 'column_content', 'RLData', 'count_rows', 'Group',
-           'pointer_problems', 'fact_problems', 'whole_draws', 'pack', 'unpack', 'write_part', 'read_part',
-           'check_shard', 'shard_tag', 'shard_files', 'finish_manifest', 'differing', 'other_items', 'OtherContents',
-           'read_contents', 'known_contents']
+           'pointer_problems', 'fact_problems', 'whole_draws', 'name_exhaustive', 'pack', 'unpack', 'write_part',
+           'read_part', 'check_shard', 'shard_tag', 'shard_files', 'finish_manifest', 'differing', 'other_items',
+           'OtherContents', 'read_contents', 'known_contents']
 
 # %% ../nbs/30_groups.ipynb #d8fbe2b0
-import re, shutil
+import math, re, shutil
 from collections import Counter
 from itertools import chain
 from pathlib import Path
@@ -24,7 +24,7 @@ from .pools import Pool
 
 # %% ../nbs/30_groups.ipynb #8c3a3c61
 SCHEMA = 1 # of the directory
-METHODS = ("beam", "retrieval", "sample", "random", "policy", "mined", "zero_shot") # values of `gen_method`
+METHODS = ("beam", "retrieval", "sample", "random", "policy", "mined", "exhaustive", "zero_shot") # values of `gen_method`
 
 # who was proposed, how
 PROPOSAL_COLUMNS = dict(
@@ -474,6 +474,26 @@ def _draw_sizes(rows):
     "How many rows have each (query, number of shots)"
     return rows.groupby([rows.question_id.to_numpy(), rows.pointer.map(len).to_numpy()]).size()
 
+# %% ../nbs/30_groups.ipynb #6d65ae2b
+def name_exhaustive(
+    rows:pd.DataFrame, # question_id, distinct pointers within the pool, other columns of the record
+    pool:Pool, # who may be picked for its queries
+)->pd.DataFrame: # record frame, same rows in the same order
+    "Name the rows that are all sequences of their length: method `exhaustive`, probability, threshold -inf"
+    rows = as_record(rows)
+    size = rows.pointer.map(len).to_numpy()
+    tried = rows.groupby([rows.question_id.to_numpy(), size]).question_id.transform("size").to_numpy()
+    candidates = [len(pool[q]) for q in rows.question_id]
+    there_are = np.array([math.perm(K, S) for K, S in zip(candidates, size)])
+    every = pd.Series(tried == there_are, index=rows.index)
+    return rows.assign(
+        gen_method=rows.gen_method.mask(every, "exhaustive"),
+        beam_rank=rows.beam_rank.mask(every),
+        temperature=rows.temperature.mask(every),
+        logprob_score=rows.logprob_score.mask(every, -np.log(there_are)),
+        kappa=rows.kappa.mask(every, -np.inf),
+    )
+
 # %% ../nbs/30_groups.ipynb #8a1f6833
 def pack(
     frame:pd.DataFrame, # columns as `as_record` makes them
@@ -574,6 +594,7 @@ def finish_manifest(
     rows:pd.DataFrame, # all rows, for the counts
     pool:Pool, # saved beside the parts
     shard:tuple|None=None, # (i, n): the manifest of one shard
+    complete:bool=True, # False: more is to come, and `RLData.load` opens this if it is told `unfinished`
 )->dict: # the manifest as written
     "Write the pool, then the manifest: from here on the directory is valid; then remove parts that no longer belong"
     path = Path(path)
@@ -584,7 +605,7 @@ def finish_manifest(
         kept,
         **present_command(),
         schema=SCHEMA,
-        complete=True,
+        complete=complete,
         pool=dict(folder=folder, fingerprint=pool.fingerprint),
         parts=parts,
         counts=count_rows(rows),
@@ -650,23 +671,31 @@ def load(cls:RLData,
     path, # directory written by `save` or by `generate`, or a union of all its shards
     check:bool=True, # hold the rows to `validate`
     shard:tuple|None=None, # (i, n): only this shard of a divided generation
+    unfinished:bool=False, # take a generation whose time was up, too: the groups that it has so far
 )->RLData: # with `.path` and `.manifest` as found
     "Open data; errors name the file, and the id where there is one"
     path = Path(path)
     shard = check_shard(shard)
     shards = shard_files(path) if shard is None else {}
-    m = _union_manifest(path, shards) if shards else _read_manifest(path/f"manifest{shard_tag(shard)}.json")
-    if not m.get("complete"):
-        raise ValueError(f"{path}: generation is not finished; run `generate` again with the same settings, "
-                         "it continues")
+    if shards: m = _union_manifest(path, shards, unfinished)
+    else: m = _read_manifest(path/f"manifest{shard_tag(shard)}.json")
+    _check_finished(path, m, unfinished)
     data = cls.__new__(cls)        # the rows are exact already
     data.rows = _read_rows(path, m["parts"])
     data.pool = _read_pool(path/m["pool"]["folder"], m["pool"]["fingerprint"])
     data.manifest = m
     data.path = path
     data.order = None
-    if shards: _in_pool_order(data)
+    if shards: _in_pool_order(data, unfinished)
     return data.validate() if check else data
+
+def _check_finished(path, manifest, unfinished):
+    "ValueError for a generation that was not finished, unless it may be and has noted what it has"
+    if manifest.get("complete") or (unfinished and "parts" in manifest): return
+    why = "it was ended while it worked" if unfinished else "`unfinished=True` opens what one has whose time was up"
+    raise ValueError(
+        f"{path}: generation is not finished ({why}); run `generate` again with the same settings, it continues"
+    )
 
 def _read_manifest(file):
     m = read_json(file)
@@ -768,7 +797,7 @@ def _check_division(path, files):
         raise ValueError(f"{path}: {len(lost)} of {n} shards missing: {', '.join(lost)}. "
                          "Copy their directories into this one, or generate them with `shard=`")
 
-def _check_union(path, files, manifests):
+def _check_union(path, files, manifests, unfinished=False):
     "Refuse a union whose shards are renamed, of other settings or unfinished; `manifests` {i: manifest}"
     n = max(n for _, n in files)
     def refuse(bad, why, then): raise ValueError(f"{path}: {why}: {', '.join(bad)}. {then}")
@@ -786,22 +815,24 @@ def _check_union(path, files, manifests):
                "They are not parts of one generation")
 
     todo = [f"{i}/{n}" for i, m in manifests.items() if not m.get("complete")]
-    if todo:
+    if todo and not unfinished:
         refuse(todo, f"{len(todo)} of {n} shards not finished",
                "Run `generate` on them again with the same settings, it continues")
 
 # %% ../nbs/30_groups.ipynb #63fcf5ec
-def _union_manifest(path, files):
+def _union_manifest(path, files, unfinished=False):
     "One manifest out of those of all shards, short of what the rows say; ValueError names what keeps them apart"
     _check_division(path, files)
     manifests = {i: _read_manifest(p) for (i, _), p in files.items()}
-    _check_union(path, files, manifests)
+    _check_union(path, files, manifests, unfinished)
+    for m in manifests.values(): _check_finished(path, m, unfinished)
     read_contents(path)
     ms = list(manifests.values())
     out = {k: v for k, v in ms[0].items() if k not in ("shard", "verify", "counts", "scorers", "parts")}
     checks = [m["verify"] for m in ms if "verify" in m]
     if checks: out["verify"] = _join_checks(checks)
-    return dict(out, shards=len(ms), parts=[part for m in ms for part in m["parts"]])
+    whole = all(m["complete"] for m in ms)
+    return dict(out, complete=whole, shards=len(ms), parts=[part for m in ms for part in m["parts"]])
 
 def _join_checks(checks):
     "One `verify` entry (see `34_rldata_generate`) out of several: counts added, differences the largest"
@@ -816,11 +847,11 @@ def _join_checks(checks):
         rows=[row for c in checks for row in c["rows"]],
     )
 
-def _in_pool_order(data):
-    "Put the rows of a union into the order of the pool's queries, each of which must be there; count them"
+def _in_pool_order(data, unfinished=False):
+    "Put the rows of a union into the order of the pool's queries, all of which a finished one has; count them"
     ids = list(data.pool.ids)
     lost = np.setdiff1d(ids, data.rows.question_id)
-    if len(lost):
+    if len(lost) and not unfinished:
         raise ValueError(f"{data.path}: question_id {lost[0]} has no rows in any shard "
                          f"({len(lost)} such queries): was a part list edited?")
     data.order = np.argsort(pd.Index(ids).get_indexer(data.rows.question_id), kind="stable")

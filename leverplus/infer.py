@@ -97,10 +97,11 @@ def pick_similar(
     pool, # `Pool`
     store, # `EmbedStore`: `get(ids, kind)` gives unit vectors [n, D]
     S:int, # shots, 1..K
-    kind:str="mixed", # "image" | "text" | "mixed"
+    kind:str|None=None, # see `EmbedStore.kind`
     first:bool=False, # the most similar one first, farthest from the query?
 )->pd.DataFrame: # picks with selector "similar_<kind>", or "similar_<kind>_first"
     "The S most similar candidates, most similar last"
+    kind = store.kind(kind)
     pointers = {}
     for q, c in _with_room(pool, S):
         nearest_last = best_last(query_cosines(store, q, c, kind), c, S)
@@ -112,7 +113,7 @@ def pick_mmr(
     pool, # `Pool`
     store, # `EmbedStore`
     S:int, # shots, 1..K
-    kind:str="mixed", # "image" | "text" | "mixed"
+    kind:str|None=None, # see `EmbedStore.kind`
     weight:float=.5, # w, 0..1; 1 is similarity alone
 )->pd.DataFrame: # picks with selector "mmr"
     "Similar to the query, and not to each other"
@@ -196,13 +197,14 @@ def pick_model(
     pool, # `Pool`
     store, # `EmbedStore`
     S:int|None, # shots, 1..K; None: as many as a selector with STOP wants, from its `min_shots` to its `max_shots`
-    kind:str="mixed", # the embeddings that the selector was trained on
+    kind:str|None=None, # embeddings that the selector reads; None: as it was trained, see `kind_of`
     name:str="selector", # its name in the table
     draw:int=0, # its training seed, when several are compared
     bs:int=256, # queries per batch; changes no pick
     other_pool:bool=False, # take a pool of another kind than the checkpoint says?
 )->pd.DataFrame: # picks
     "What a selector picks greedily"
+    kind = kind_of(model, kind, store)
     check_pool(model, pool, other_pool)
     check_encoder(model, encoder_of(store))
     most = _most_shots(model, S)
@@ -257,12 +259,13 @@ def candidates(
     width:int=5, # sequences per query; fewer where a pool has fewer
     search:str="beam", # beam | samples
     temp:float=1., # > 0, of samples
-    kind:str="mixed", # the embeddings that the selector was trained on
+    kind:str|None=None, # embeddings that the selector reads; None: as it was trained, see `kind_of`
     seed:int=0, # of samples
     bs:int=256, # queries per batch; changes nothing
     other_pool:bool=False, # see `check_pool`
 )->pd.DataFrame: # question_id, pointer, rank (0 = first), logp; queries in the pool's order
     "Several sequences per query from one selector"
+    kind = kind_of(model, kind, store)
     if search not in ("beam", "samples") or width < 1:
         raise ValueError(f"search={search!r}, width={width}: wanted 'beam' or 'samples', and a width >= 1")
     check_pool(model, pool, other_pool)
@@ -519,11 +522,13 @@ PICKERS = get_args(Picker)
 
 def kind_of(
     model, # a selector, whose `info["kind"]` says what it was trained on; None: nobody
-    kind:str|None=None, # "image" | "text" | "mixed" decides; None: as it was trained, or mixed
-)->str: # "image" | "text" | "mixed"
+    kind:str|None=None, # "image" | "text" | "mixed" decides; None: as it was trained, or what the store has
+    store=None, # `EmbedStore` that is read; None: one with pictures
+)->str: # "image" | "text" | "mixed"; ValueError if the store has none of that kind
     "Which embeddings are read"
     info = getattr(model, "info", None) or {}
-    return kind or info.get("kind") or "mixed"
+    kind = kind or info.get("kind")
+    return (kind or "mixed") if store is None else store.kind(kind)
 
 # %% ../nbs/80_infer.ipynb #71530e36
 def _counts(picking):
@@ -591,7 +596,7 @@ def pick(
     if items is not None: items = as_items(items)
     S = _one_count(picking) if shots is None else shots
     picker = "zero_shot" if S == 0 else picking.picker
-    kind = kind_of(model, picking.kind)
+    kind = kind_of(model, picking.kind, store)
     _check_means(picking, picker, S, model, store, items, groups)
     if S == "stop": S = None
     if picker in ("beam", "samples"):

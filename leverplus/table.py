@@ -147,7 +147,7 @@ def _picks(asked, models, rows, fixed, groups=None):
 
 def _model_picks(asked, model, rows, S, name):
     "What a selector shows; S = None: as many as it wants"
-    kind = kind_of(model, rows.kind)
+    kind = kind_of(model, rows.kind, asked.store)
     return pick_model(model, asked.pool, asked.store, S, kind, name, other_pool=rows.other_pool)
 
 def _may_stop(model):

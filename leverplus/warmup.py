@@ -131,7 +131,7 @@ class AnswerGroups:
         store, # embeddings: `get(ids, kind) -> [n,D]`
         K:int=16, # pool size, > every shot count
         shots=(2,), # shot counts, one drawn per batch
-        kind:str="mixed", # embedding: image | text | mixed
+        kind:str|None=None, # which embedding, see `EmbedStore.kind`
         n:int=256, # sequences per group at most
         rounds:int=1, # how often every query comes in an epoch
         sampler:str|dict="random", # how pools are drawn, see `warmup_parts`
@@ -140,7 +140,7 @@ class AnswerGroups:
     ):
         self.K = K
         self.shots = (shots,) if isinstance(shots, int) else tuple(shots)
-        self.kind = kind
+        self.kind = store.kind(kind)
         self.n = n
         self.rounds = rounds
         self.reward = reward
@@ -148,7 +148,7 @@ class AnswerGroups:
         self.parts = warmup_parts(sampler, K)
         kept = self.set_items(as_items(items, need=("image_id", "answer"), what="AnswerGroups, items"))
         self.set_rewards(kept, answers)
-        self.query = store.get(self.question_ids, kind)
+        self.query = store.get(self.question_ids, self.kind)
         kinds = [k for k in self.parts if k not in ("random", "answers")]
         self.near = {k: store.get(self.question_ids, k).double() for k in kinds}
 
@@ -330,7 +330,7 @@ def warmup_dls(
     items = as_items(items, need=("image_id", "answer"))
     info = getattr(dls, "info", {})
     _check_one_encoder(info.get("encoder"), encoder_of(store))
-    how = dict(K=K, shots=shots, kind=info.get("kind", "mixed"), n=n, **kwargs)
+    how = dict(K=K, shots=shots, kind=info.get("kind"), n=n, **kwargs)
     why = f"{sampler} pools, as asked"
     if sampler == "auto":
         shares = warmup_shares(items, store, **how)
