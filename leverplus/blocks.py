@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STATES', 'SCORERS', 'MATCHES', 'DIVERSITY', 'dots', 'picked', 'near_identity', 'attend', 'CrossAttend', 'SelfAttend',
            'Scalar', 'Gate', 'Recurrent', 'Cosine', 'Bilinear', 'Additive', 'Heads', 'soft_and', 'MatchNet', 'MMR',
-           'Coverage', 'DPP', 'Stop', 'with_stop']
+           'Coverage', 'DPP', 'best_and_mean', 'Stop', 'with_stop']
 
 # %% ../nbs/49_blocks.ipynb #ccf561b0
 import contextlib, math
@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from .core import masked_mean
 
 # %% ../nbs/49_blocks.ipynb #237d98e7
 def dots(
@@ -388,21 +389,35 @@ class DPP(nn.Module):
 # choices of `diversity`
 DIVERSITY = dict(none=None, mmr=MMR, coverage=Coverage, dpp=DPP)
 
+# %% ../nbs/49_blocks.ipynb #22bc9578
+def best_and_mean(
+    logits:torch.Tensor, # [B,1,K] or [B,P,K] of a step
+    free:torch.Tensor, # bool [B,P,K], True = may be picked
+)->torch.Tensor: # [B,P,2]; 0 where nobody is free
+    "Largest and mean logit of those who may be picked: how good a pick would be"
+    logits = logits.expand_as(free)
+    best = logits.masked_fill(~free, -torch.inf).amax(-1).masked_fill(~free.any(-1), 0.)
+    return torch.stack([best, masked_mean(logits, free, -1)], -1)
+
 # %% ../nbs/49_blocks.ipynb #d1e7d705
 class Stop(nn.Module):
     "Logit of ending here instead of picking one more"
     def __init__(self,
         n:int, # H, width of the state
-        max_shots:int, # >= 2; a bias for each step but the first
-        start:float=-4., # of the bias
+        max_shots:int, # T >= 1, most picks of a sequence
+        min_shots:int=0, # STOP is offered after so many picks, 0..T-1
     ):
         super().__init__()
+        self.min_shots = min_shots
         self.weight = nn.Parameter(torch.zeros(n))
-        self.bias = nn.Parameter(torch.full((max_shots-1,), float(start)))
+        self.worth = nn.Parameter(torch.zeros(2))   # of `best_and_mean`
+        more = torch.arange(max_shots - min_shots, 0, -1)   # how many larger counts there are at each step
+        self.bias = nn.Parameter(-more.float().log())
 
-    def forward(self, q, t):
-        "q [B,P,n] unit vectors, step t >= 1 -> [B,P]"
-        return (q * q.shape[-1]**.5) @ self.weight + self.bias[t-1]
+    def forward(self, q, logits, free, t):
+        "q [B,P,n] unit vectors; logits and free [B,P,K] of step t >= min_shots -> [B,P]"
+        about_pool = best_and_mean(logits, free) @ self.worth
+        return (q * q.shape[-1]**.5) @ self.weight + about_pool + self.bias[t - self.min_shots]
 
 # %% ../nbs/49_blocks.ipynb #703fb86c
 def with_stop(

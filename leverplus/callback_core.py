@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from fastcore.basics import camel2snake, patch
 from .core import frozen, masked_mean
+from .dls import check_choice
 from .losses import live_groups
 from fastai.callback.core import Callback, CancelBatchException
 from fastai.callback.schedule import LRFinder, SchedLin, SchedNo
@@ -164,6 +165,7 @@ class LiveOnly(Term):
     n_live = 0        # those with different rewards
     def before_fit(self):
         super().before_fit()
+        check_choice(self.model, *(dl.dataset for dl in self.dls.loaders))
         self.n = 0
         self.n_live = 0
 

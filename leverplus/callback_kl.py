@@ -73,7 +73,9 @@ def steps(self:StepTerm):
 def counted(self:StepTerm, S, on="all"):
     "Steps that count [B,S], STOP included; with `on='live'` only of groups in the loss"
     longest = self.seq_mask.sum(-1).amax(-1, keepdim=True)
-    counts = torch.arange(S, device=longest.device) < longest + (self.ends & (longest > 0))
+    last = torch.zeros_like(longest)   # is STOP asked for behind the last pick?
+    if self.ends: last = longest >= self.model.min_shots
+    counts = torch.arange(S, device=longest.device) < longest + last
     if on == "live": counts = counts & self.mask.any(-1, keepdim=True)
     return counts
 
@@ -174,8 +176,8 @@ def add(self:KLToRef, kl, k3, counts):
 
 @patch(as_prop=True)
 def stored(self:KLToRef):
-    "Stored sequences over which k3 is a mean: bool [B,N]"
-    return self.mask if self.on == "live" else self.seq_mask.any(-1)
+    "Stored sequences over which k3 is a mean: bool [B,N]; an empty one counts as long as its group is in the loss"
+    return self.mask if self.on == "live" else self.seq_mask.any(-1) | self.mask
 
 @patch
 def k3_of_stored(self:KLToRef, ref_enc):

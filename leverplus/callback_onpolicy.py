@@ -63,7 +63,8 @@ def draw_groups(
             root = torch.tensor([rng("on-policy root", *key, q).gumbel() for q in queries], dtype=torch.float64)
             seqs, logp, kappa = _distinct(steps, enc, noise, root)
         else:
-            seqs, logp = independent(steps, enc, T, G, stored_noise(noise))
+            origin = torch.zeros(B, 1, dtype=torch.float64)
+            seqs, logp = independent(steps, enc, T, G, origin, stored_noise(noise))
             kappa = None
         greedy, greedy_mask = _greedy(policy, enc, B, shots)
     mask = logp > -torch.inf
@@ -88,8 +89,10 @@ def check_draw(
             f"draw_groups: shots {shots} and a policy {'with' if ends else 'without'} STOP: wanted "
             + ("shots=None, it ends its sequences itself" if ends else "a number of shots"))
     if G < 1 or (shots is not None and shots < 1):
-        raise ValueError(f"draw_groups: G {G}, shots {shots}: wanted >= 1")
-    picks = 1 if shots is None else shots
+        raise ValueError(
+            f"draw_groups: G {G}, shots {shots}: wanted >= 1; of 0 shots there is one sequence alone, and a policy with"
+            " STOP draws it among the others (shots=None)")
+    picks = policy.min_shots if shots is None else shots
     for q, k in zip(queries, sizes):
         if k <= picks:
             raise ValueError(
@@ -250,7 +253,7 @@ def _missing(facts, rewards, bad):
 
 # %% ../nbs/68_callback_onpolicy.ipynb #ccad40fe
 def shot_counts(
-    shots, # one count >= 1, or several different ones; None for a policy with STOP
+    shots, # one count >= 1, or several different ones; None for a policy with STOP, which chooses between them and none
     asker:str, # whom the message names
 )->tuple: # of counts; (None,) for a policy with STOP; else ValueError
     "Shot counts as a tuple"
@@ -259,7 +262,8 @@ def shot_counts(
     counts = all(isinstance(s, int) and s > 0 for s in out)
     if not out or not counts or len(set(out)) < len(out):
         raise ValueError(
-            f"{asker}: shots {shots}, wanted one count or several different ones, each at least one")
+            f"{asker}: shots {shots}, wanted one count or several different ones, each at least one; None lets a"
+            " selector with STOP choose, among them to show nothing")
     return out
 
 # %% ../nbs/68_callback_onpolicy.ipynb #daa3fda0
@@ -269,7 +273,7 @@ DrawnShots = Annotated[tuple[int|None, ...], BeforeValidator(partial(shot_counts
 class Drawing:
     "How groups are drawn, round by round"
     G:int=8 # sequences per group, >= 2
-    shots:DrawnShots=(2,) # S, or several, such as `(1, 2, 3, 4)`: a group of each; None for a selector with STOP
+    shots:DrawnShots=(2,) # S, or several, such as `(1, 2, 3, 4)`: a group of each; None: a selector with STOP chooses
     queries_per_round:Count|None=64 # at most: rounds are of even size; None: all queries in every round
     every:Literal["batch", "round"]|None=None # when groups are drawn; None: as the objective wants it
     passes:int=1 # walks over the groups of a round, >= 1; more than 1 needs every="round"
@@ -390,12 +394,15 @@ def pairs_of(
     queries:list, # B question_ids
     seqs:Tensor, # int [B,N,S] local indices
     seq_mask:Tensor, # bool [B,N,S], True = a real pick
-)->list: # (question_id, pointer) of every sequence that has a pick
+    mask:Tensor|None=None, # bool [B,N], True = a sequence, also where it has no pick; default all
+)->list: # (question_id, pointer) of every sequence
     "Sequences by the ids of their picks"
+    if mask is None: mask = torch.ones(seqs.shape[:2], dtype=torch.bool)
     pairs = []
-    for q, some, lengths in zip(queries, seqs.tolist(), seq_mask.sum(-1).tolist()):
-        for s, n in zip(some, lengths):
-            if n: pairs.append((q, tuple(pool[q][i] for i in s[:n])))
+    for b, n in mask.nonzero().tolist():
+        ids = pool[queries[b]]
+        places = seqs[b, n][seq_mask[b, n]].tolist()
+        pairs.append((queries[b], tuple(ids[i] for i in places)))
     return pairs
 
 @patch
@@ -404,7 +411,7 @@ def collect(self:OnPolicy, qs):
     pool = self.world()[1]
     d = self.draw(qs)
     qs = list(qs) * len(self.drawing.shots)
-    drawn = pairs_of(pool, qs, d["seqs"], d["seq_mask"])
+    drawn = pairs_of(pool, qs, d["seqs"], d["seq_mask"], d["mask"])
     greedy = pairs_of(pool, qs, d["greedy"][:, None], d["greedy_mask"][:, None])
     pairs = drawn + greedy
     rewards = torch.from_numpy(self.feedback(pd.DataFrame(pairs, columns=["question_id", "pointer"])))
@@ -623,6 +630,11 @@ def _each_once(tried):
     once = drawn_before_greedy.drop_duplicates(["question_id", "pointer"])
     return once.sort_index().reset_index(drop=True)
 
+def _similarity(store, pointer, query, kind):
+    "Mean cosine of the demonstrations with a query; NaN if there is none"
+    if not pointer: return float("nan")
+    return float((store.get(list(pointer), kind) @ query).mean())
+
 @patch
 def data(self:OnPolicy,
     rounds=None, # which, e.g. `[3]`; None: all
@@ -636,8 +648,7 @@ def data(self:OnPolicy,
     facts = self.feedback.facts(rows)[list(FACT_COLUMNS)]
     self.feedback.known = known   # a look, not a prompt that was spared
     queries = store.get(rows.question_id.tolist(), self.drawing.kind)
-    rows["similarity_score"] = [
-        float((store.get(list(p), self.drawing.kind) @ q).mean()) for p, q in zip(rows.pointer, queries)]
+    rows["similarity_score"] = [_similarity(store, p, q, self.drawing.kind) for p, q in zip(rows.pointer, queries)]
     drawn = rows.gen_method == "policy"
     rows["temperature"] = np.where(drawn, 1., np.nan)
     rows["beam_rank"] = np.where(drawn, np.nan, 0.)

@@ -760,15 +760,21 @@ def greedy_picks(
     xb, # inputs of a batch: query, cands, cand_mask, ...
     shots:int, # S >= 1
 )->Tensor: # [B,S] local indices; K where a policy with STOP has ended
-    "The likeliest pick at each step, without dropout"
+    "The likeliest pick at each step, as `greedy_search` decides, without dropout"
     cand_mask = xb[2]
     picks = cand_mask.new_zeros(len(cand_mask), 1, 0, dtype=torch.long)
     with evaluating(model):
         enc = model.encode(*xb[:3])
         for _ in range(shots):
-            pick = model.step_logp(enc, picks).argmax(-1)
+            pick = _likeliest(model.step_logp(enc, picks), cand_mask.shape[1])
             picks = torch.cat([picks, pick[..., None]], -1)
     return picks[:, 0]
+
+def _likeliest(lp, K):
+    "Most probable of K candidates [B,1]; K where a policy with STOP rather ends than goes on"
+    best = lp[..., :K].argmax(-1)
+    if lp.shape[-1] == K: return best
+    return best.masked_fill(lp[..., K] > math.log(.5), K)
 
 # %% ../nbs/66_callback_track.ipynb #5764f5e3
 def candidate_ids(

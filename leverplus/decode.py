@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['device_of', 'Prefixes', 'Stepwise', 'tree_search', 'gumbel_given_max', 'fresh_noise', 'stored_noise', 'rooted',
-           'best_sequences', 'independent', 'check_room', 'SequenceLength', 'sequence_length', 'beam_search',
-           'greedy_search', 'sample_distinct', 'sample_plain', 'enumerate_all', 'deciding']
+           'best_sequences', 'independent', 'check_room', 'SequenceLength', 'sequence_length', 'may_be_empty',
+           'beam_search', 'greedy_search', 'sample_distinct', 'sample_plain', 'enumerate_all', 'deciding']
 
 # %% ../nbs/14_decode.ipynb #87f0d6b9
 import contextlib, math
@@ -154,20 +154,21 @@ def independent(
     enc, # B queries
     steps:int, # T, picks of a sequence
     n:int, # sequences per query
+    origin:torch.Tensor, # [B,1] zeros, the log-probability of nothing, as in `tree_search`
     noise, # function (t, [B,n,K]) -> standard Gumbel noise of that shape
     **point_kw, # for `point`: temp, stop
 )->tuple: # (seqs int [B,n,T], logp [B,n])
     "Draw `n` sequences per query that know nothing of each other"
     state = policy.start(enc, n)
-    picks = []
-    logp = 0.
+    seqs = torch.zeros(*origin.shape[:1], n, 0, dtype=torch.long, device=origin.device)
+    logp = origin.expand(-1, n)
     for t in range(steps):
         step = policy.point(enc, state, t, **point_kw)
         pick = (step + noise(t, step)).argmax(-1)
         logp = logp + step.gather(-1, pick[..., None])[..., 0]
-        picks.append(pick)
+        seqs = torch.cat([seqs, pick[..., None]], -1)
         if t < steps - 1: state = policy.take(enc, state, pick)
-    return torch.stack(picks, -1), logp
+    return seqs, logp
 
 # %% ../nbs/14_decode.ipynb #33865da5
 def check_room(
@@ -187,25 +188,31 @@ def check_room(
 @dataclass
 class SequenceLength:
     "How many picks a sequence has"
-    steps:int # T: exactly so many, or at most
-    ends:bool # does the policy end by itself?
+    least:int # fewest picks
+    steps:int # T, most picks
+    ends:bool # does the policy end by itself? If not, least = steps
     offer:dict # what `point` is told about STOP
 
     def count(self, k:int)->int:
         "Number of sequences of a pool of `k`"
-        lengths = range(1, self.steps + 1) if self.ends else [self.steps]
-        return sum(math.perm(k, s) for s in lengths)
+        return sum(math.perm(k, s) for s in range(self.least, self.steps + 1))
 
 def sequence_length(
-    policy, # for S = None it has `stops` and `max_shots`
-    S:int|None, # shots; None = the policy ends by itself, ValueError if it cannot
+    policy, # for S = None it has `stops`, `min_shots` and `max_shots`
+    S:int|None, # shots, >= 0; None = the policy ends by itself, ValueError if it cannot
 )->SequenceLength: # see there
     "What a number of shots asks of a policy"
     if S is None:
         policy.stops(True)
-        return SequenceLength(policy.max_shots, True, dict(stop=True))
+        return SequenceLength(policy.min_shots, policy.max_shots, True, dict(stop=True))
     has_stop = getattr(policy, "stop", None) is not None
-    return SequenceLength(S, False, dict(stop=False) if has_stop else {})
+    return SequenceLength(S, S, False, dict(stop=False) if has_stop else {})
+
+def may_be_empty(
+    policy, # with `stop` and `min_shots`, if it can end by itself
+)->bool: # is STOP among the choices of its first step?
+    "Can a policy choose to show nothing?"
+    return getattr(policy, "stop", None) is not None and policy.min_shots == 0
 
 # %% ../nbs/14_decode.ipynb #e4d87bed
 def _as_asked(enc, seqs, logp, S):
@@ -222,14 +229,14 @@ def _as_asked(enc, seqs, logp, S):
 def beam_search(
     policy, # has `start`, `point` and `take`
     enc, # B queries, with `mask`
-    S:int|None, # shots, fewer than the real candidates of any pool; None = the policy ends by itself
+    S:int|None, # shots, 0 or more and fewer than any pool has candidates; None = the policy ends by itself
     width:int, # W >= 1 beams per query, at most K!/(K-S)!
     room:int=2**20, # queries go in parts with at most so many scores at once; changes no result
 )->tuple: # (seqs int [B,W,S], logp [B,W]) best first, -inf where a pool has fewer; for S = None also seq_mask
     "The `width` most probable sequences that a beam of that width finds"
-    check_room(enc.mask, 1 if S is None else S)
-    B, K = enc.mask.shape
     length = sequence_length(policy, S)
+    check_room(enc.mask, length.least)
+    B, K = enc.mask.shape
     if not 1 <= width <= length.count(K):
         raise ValueError(
             f"width {width}: wanted 1..{length.count(K)}, the number of sequences of K = {K}, S = {S}"
@@ -248,12 +255,12 @@ def beam_search(
 def greedy_search(
     policy, # has `start`, `point` and `take`
     enc, # B queries, with `mask`
-    S:int|None, # shots; None: until STOP is more probable than not
+    S:int|None, # shots, >= 0; None: until STOP is more probable than not
 ): # int [B,S]; for S = None (seqs [B,max_shots], seq_mask)
     "The most probable pick at each step"
     if S is not None: return beam_search(policy, enc, S, 1)[0][:, 0]
     length = sequence_length(policy, None)
-    check_room(enc.mask, 1)
+    check_room(enc.mask, length.least)
     state = policy.start(enc)
     picks = []
     for t in range(length.steps):
@@ -270,14 +277,14 @@ def greedy_search(
 def sample_distinct(
     policy, # has `start`, `point` and `take`
     enc, # B queries, with `mask`
-    S:int|None, # shots, fewer than the real candidates of any pool; None = the policy ends by itself
+    S:int|None, # shots, 0 or more and fewer than any pool has candidates; None = the policy ends by itself
     n:int, # sequences per query; ValueError if a pool has fewer
     temp:float=1., # > 0 divides the logits of every step; 1 = the policy itself
     generator:torch.Generator|None=None, # source of randomness; default torch's own
 )->tuple: # (seqs int [B,n,S] all different, logp [B,n] float64, tempered); for S = None also seq_mask
     "Draw `n` different sequences per query, without replacement, by stochastic beam search"
-    check_room(enc.mask, 1 if S is None else S)
     length = sequence_length(policy, S)
+    check_room(enc.mask, length.least)
     room = min(length.count(int(k)) for k in enc.mask.sum(-1))
     if not 1 <= n <= room:
         raise ValueError(
@@ -294,33 +301,34 @@ def sample_distinct(
 def sample_plain(
     policy, # has `start`, `point` and `take`
     enc, # B queries, with `mask`
-    S:int|None, # shots, fewer than the real candidates of any pool; None = the policy ends by itself
+    S:int|None, # shots, 0 or more and fewer than any pool has candidates; None = the policy ends by itself
     n:int, # sequences per query
     temp:float=1., # > 0 divides the logits of every step; 1 = the policy itself
     generator:torch.Generator|None=None, # source of randomness; default torch's own
 )->tuple: # (seqs int [B,n,S], logp [B,n]) as `sample_distinct`; for S = None also seq_mask
     "Draw `n` independent sequences per query, with replacement"
-    check_room(enc.mask, 1 if S is None else S)
     length = sequence_length(policy, S)
+    check_room(enc.mask, length.least)
+    origin = torch.zeros(len(enc.mask), 1, device=enc.mask.device)
     noise = fresh_noise(generator)
-    seqs, logp = independent(policy, enc, length.steps, n, noise, temp=temp, **length.offer)
+    seqs, logp = independent(policy, enc, length.steps, n, origin, noise, temp=temp, **length.offer)
     return _as_asked(enc, seqs, logp, S)
 
 # %% ../nbs/14_decode.ipynb #1eb4be9e
-def _who_may_follow(seqs, K, ends):
+def _who_may_follow(seqs, K, length):
     "bool [M,K], or [M,K+1] with STOP: which pick may follow each of the prefixes `seqs` [M,t]"
-    free = torch.ones(len(seqs), K + ends, dtype=torch.bool, device=seqs.device).scatter(1, seqs, False)
-    if ends:
+    free = torch.ones(len(seqs), K + length.ends, dtype=torch.bool, device=seqs.device).scatter(1, seqs, False)
+    if length.ends:
         over = (seqs == K).any(-1)
         free[over, :K] = False
-        free[:, K] = over | (seqs.shape[1] > 0)   # once ended it goes on ending; not before the first pick
+        free[:, K] = over | (seqs.shape[1] >= length.least)   # once ended it goes on ending
     return free
 
 # %% ../nbs/14_decode.ipynb #bc87e243
 def enumerate_all(
     policy, # has `start`, `point` and `take`
     enc, # B queries with `mask`, pools padded to K
-    S:int|None, # shots; None = whatever the policy may end with, 1..max_shots
+    S:int|None, # shots, >= 0; None = whatever the policy may end with, min_shots..max_shots
     limit:int=1_000_000, # refuse more sequences than this
 )->tuple: # (seqs int [B,M,S], logp [B,M]), M = K!/(K-S)!, -inf where padding is picked; for S = None also seq_mask
     "Every ordered sequence of `S` picks and its log-probability"
@@ -336,7 +344,7 @@ def enumerate_all(
     logp = torch.zeros(B, 1, device=enc.mask.device)
     seqs = torch.zeros(1, 0, dtype=torch.long, device=enc.mask.device)
     for t in range(length.steps):
-        parent, pick = _who_may_follow(seqs, K, length.ends).nonzero().T
+        parent, pick = _who_may_follow(seqs, K, length).nonzero().T
         logp = logp[:, parent] + policy.point(enc, state, t, **length.offer)[:, parent, pick]
         seqs = torch.cat([seqs[parent], pick[:, None]], 1)
         if t < length.steps - 1: state = policy.take(enc, state.at(parent), pick.expand(B, -1))

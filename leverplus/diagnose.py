@@ -112,7 +112,7 @@ def _sizes(dl):
             for _, _, cand_mask, _, seq_mask, rewards, mask in dl.new(shuffle=False, drop_last=False):
                 pools.append(cand_mask.sum(-1))
                 live.append(live_groups(rewards, mask))
-                shots |= {int(n) for n in seq_mask.sum(-1).unique() if n > 0}
+                shots |= set(seq_mask.sum(-1)[mask].tolist())
     finally: random.setstate(state)
     return _Sizes(torch.cat(pools), shots, torch.cat(live))
 

@@ -291,7 +291,7 @@ def _until_stop(model, enc, pool, qs, search):
     "The same for a single query and a selector that ends by itself"
     q = qs[0]
     k = len(pool[q])
-    there_are = sum(math.perm(k, s) for s in range(1, min(model.max_shots, k) + 1))
+    there_are = sum(math.perm(k, s) for s in range(model.min_shots, min(model.max_shots, k) + 1))
     n = min(search.width, there_are)
     if search.method == "beam": seqs, logp, mask = model.beam(enc, None, n)
     else:

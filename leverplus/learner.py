@@ -19,6 +19,7 @@ from .core import reproducible, seed_all
 from .pools import check_encoder
 from .synth import ShownGroups
 from .items import as_items
+from .dls import check_choice
 from .warmup import warmup_dls
 from .selector import PointerSelector
 from .losses import regret
@@ -70,6 +71,7 @@ def selector_learner(
     check_encoder(model, getattr(dls, "info", {}).get("encoder"))
     seed_all(seed)
     if model is None: model = PointerSelector(dls.valid.one_batch()[0].shape[-1], **model_kw or MODEL)
+    check_choice(model, *(dl.dataset for dl in dls.loaders))
     stats = RLStats()
     learn = SelectorLearner(
         dls, model, loss_func=regret, wd=wd, train_bn=False, path=path,

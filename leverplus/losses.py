@@ -6,8 +6,8 @@
 __all__ = ['ADVANTAGES', 'SCALES', 'live_groups', 'group_mean', 'group_mass', 'regret', 'rce_loss', 'imitation_loss',
            'rce_weights', 'ess', 'top_weights', 'listwise_loss', 'listwise_target', 'group_kl', 'solve_temp',
            'merge_orders', 'advantage', 'clipped_surrogate', 'log_ratio', 'policy_gradient', 'clip_shares',
-           'walk_prefixes', 'kl_exact', 'kl_steps', 'entropy_exact', 'entropy_steps', 'inclusion_logp', 'kl_k3',
-           'random_logp', 'tempered_logp', 'mixture_logp', 'OffPolicy', 'off_policy_value']
+           'walk_prefixes', 'kl_exact', 'kl_steps', 'entropy_exact', 'entropy_steps', 'shot_chances', 'inclusion_logp',
+           'kl_k3', 'random_logp', 'tempered_logp', 'mixture_logp', 'OffPolicy', 'off_policy_value']
 
 # %% ../nbs/60_losses.ipynb #d607edc5
 import math
@@ -445,6 +445,22 @@ def entropy_steps(
             h = h / (most * w.sum(-1).clamp(min=1e-12))
         out.append(h)
     return torch.stack(out, -1)
+
+# %% ../nbs/60_losses.ipynb #38b8810b
+def shot_chances(
+    step_p, # `prefix [B,P,t] -> log-probabilities [B,P,K+1]` of a policy with STOP, or [B,P,K] of one without
+    cand_mask:Tensor, # bool [B,K]
+    shots:int, # S, most picks of a sequence
+    limit:int=5000, # as in `kl_steps`
+    draw=None, # as in `kl_steps`
+)->Tensor: # [B,S+1] probability of 0..S picks; unbiased where prefixes were drawn
+    "How probable each number of picks is"
+    K = cand_mask.shape[1]
+    chances = []
+    for w, _, lp in walk_prefixes(step_p, cand_mask, shots, limit, draw):
+        chances.append((w * lp[..., K:].exp().sum(-1)).sum(-1))
+        go_on = (w * lp[..., :K].exp().sum(-1)).sum(-1)
+    return torch.stack([*chances, go_on], -1)
 
 # %% ../nbs/60_losses.ipynb #e66cb273
 def inclusion_logp(

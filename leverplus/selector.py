@@ -20,7 +20,9 @@ from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
 from safetensors.torch import save_file
 from .core import atomic_path, masked_log_softmax, write_json
 from .checkpoints import check_checkpoint, read_weights
-from .decode import beam_search, enumerate_all, greedy_search, sample_distinct, sample_plain
+from leverplus.decode import (
+    beam_search, enumerate_all, greedy_search, may_be_empty, sample_distinct, sample_plain,
+)
 from leverplus.blocks import (
     STATES, SCORERS, MATCHES, DIVERSITY, CrossAttend, Heads, MatchNet, SelfAttend, Stop, dots,
     near_identity, picked, with_stop,
@@ -44,11 +46,18 @@ def check_settings(
             " n_match=1 is the plain cosine at the start")
     temp = config["temp"]
     if temp <= 0: raise ValueError(f"temp {temp}: wanted > 0")
-    max_shots = config["max_shots"]
-    if config["stop"] and max_shots < 2:
-        raise ValueError(f"stop=True, max_shots {max_shots}: STOP is offered from the second step on;"
-                         " wanted max_shots >= 2")
+    _check_counts(config["stop"], config["min_shots"], config["max_shots"])
     return state, scorer, match, diversity
+
+def _check_counts(stop, min_shots, max_shots):
+    "Refuse numbers of shots among which there is nothing to choose"
+    if max_shots < 1: raise ValueError(f"max_shots {max_shots}: wanted >= 1")
+    if stop and not 0 <= min_shots < max_shots:
+        raise ValueError(f"stop=True, min_shots {min_shots}, max_shots {max_shots}: STOP is offered after"
+                         " min_shots picks; wanted 0 <= min_shots < max_shots")
+    if min_shots and not stop:
+        raise ValueError(f"min_shots {min_shots} without stop=True: only a policy that ends by itself has a least"
+                         " number; wanted stop=True, or 0")
 
 def _choice(what, name, choices):
     "What `name` stands for among `choices`"
@@ -78,19 +87,21 @@ class PointerParts(nn.Module):
         diversity:str="none", # what a pick takes from the others: none | mmr | coverage | dpp
         diversity_weight:float=0., # where its learned weight starts; 0 keeps the untrained policy as it is
         stop:bool=False, # may the policy end before max_shots?
+        min_shots:int=0, # but not before so many picks, < max_shots; 0 = it may show nothing at all
     ):
         super().__init__()
         self.config = dict(
             d_in=d_in, d_hidden=d_hidden, n_layers=n_layers, n_heads=n_heads, dropout=dropout,
             temp=temp, state=state, prior=prior, prior_scale=prior_scale, max_shots=max_shots,
             scorer=scorer, cand_layers=cand_layers, match=match, n_match=n_match, diversity=diversity,
-            diversity_weight=diversity_weight, stop=stop)
+            diversity_weight=diversity_weight, stop=stop, min_shots=min_shots)
         self.info = {}   # what a checkpoint says about itself
         make_state, make_scorer, make_match, make_diversity = check_settings(self.config)
         self.d_in = d_in
         self.pointer_temp = temp   # not `temp`: callbacks that have one look for it on the model, too
         self.prior = prior
         self.prior_scale = prior_scale
+        self.min_shots = min_shots
         self.max_shots = max_shots
 
         # the encoder and the pointer
@@ -116,7 +127,7 @@ class PointerParts(nn.Module):
         self.match_gain = nn.Parameter(torch.tensor(float(prior is not True))) if has_gain else None
 
         self.diversity = make_diversity(d_in, d_hidden, diversity_weight) if make_diversity else None
-        self.stop = Stop(d_hidden, max_shots) if stop else None
+        self.stop = Stop(d_hidden, max_shots, min_shots) if stop else None
 
 # %% ../nbs/50_selector.ipynb #d02861c4
 @dataclass
@@ -399,7 +410,8 @@ class PointerNet(PointerLogits):
         logits = sum(self.terms(enc, state, t).values())
         lp = masked_log_softmax(logits / temp, state.free)
         if not self.stops(stop): return lp
-        z = self.stop(self.asking(state, t), t) / temp if t else None   # not before the first pick
+        z = None
+        if t >= self.min_shots: z = self.stop(self.asking(state, t), logits, state.free, t) / temp
         return with_stop(lp, z, state.done)
 
     def take(self, enc, state, pick, real=None):
@@ -423,7 +435,7 @@ class PointerNet(PointerLogits):
 # %% ../nbs/50_selector.ipynb #973bb209
 def check_seqs(
     seqs:torch.Tensor, # int [B,N,S] local indices into each query's pool
-    seq_mask:torch.Tensor|None=None, # bool [B,N,S], True = a real pick; a sequence's real picks come first; default all
+    seq_mask:torch.Tensor|None=None, # bool [B,N,S], True = a real pick; a sequence's picks come first; default all
     cand_mask:torch.Tensor|None=None, # bool [B,K], True = a real candidate; default: no check against the pool
     names=None, # B names of the queries for the message, e.g. question_ids; default their row numbers
 )->torch.Tensor: # `seqs`, if every real pick is in the pool and no sequence repeats one; else ValueError
@@ -477,14 +489,16 @@ def with_end(
     mask:torch.Tensor|None, # bool [B,N,S], True = a real pick; None = all
     T:int, # steps that are counted, S or S + 1
     stop:int, # the index that means STOP
-)->tuple: # (int [B,N,T], bool [B,N,T]): STOP counts as real; a sequence of T picks needs none, one of no picks has none
+    empty:bool=True, # may the policy show nothing? If not, a row without a pick is padding and gets no STOP
+)->tuple: # (int [B,N,T], bool [B,N,T]): STOP counts as real; a sequence of T picks needs none
     "Sequences with STOP behind the last real pick"
     if mask is None: mask = torch.ones_like(seqs, dtype=torch.bool)
     more = T - seqs.shape[-1]
     seqs = F.pad(seqs, (0, more))
     mask = F.pad(mask, (0, more))
     n = mask.sum(-1, keepdim=True)
-    end = (torch.arange(T, device=seqs.device) == n) & (n > 0)
+    end = torch.arange(T, device=seqs.device) == n
+    if not empty: end = end & (n > 0)
     return seqs.masked_fill(end, stop), mask | end
 
 # %% ../nbs/50_selector.ipynb #c50ae049
@@ -495,7 +509,7 @@ def begin_alike(
 )->bool: # True if all queries have the same sequences, whole, and more of them than candidates
     "Do the sequences share enough beginnings to compute these once?"
     _, N, S = seqs.shape
-    if S == 1 or N <= enc.mask.shape[1] or enc.index is not None: return False
+    if S <= 1 or N <= enc.mask.shape[1] or enc.index is not None: return False
     if seq_mask is not None and not seq_mask.all(): return False
     return bool((seqs == seqs[:1]).all())
 
@@ -543,7 +557,7 @@ class PointerPolicy(PointerNet):
 
     def step_logps(self,
         enc:Encoded, # from `encode`
-        seqs:torch.Tensor, # int [B,N,S] local indices, S <= max_shots; 0 where padded
+        seqs:torch.Tensor, # int [B,N,S] local indices, 0 <= S <= max_shots; 0 where padded
         seq_mask:torch.Tensor|None=None, # bool [B,N,S], True = a real pick; default all
         stop:bool|None=None, # as in `step_logp`; with STOP, one step more than S, but at most max_shots
     )->torch.Tensor: # [B,N,S,K] log-probabilities at every step, -inf for who is picked already or padding
@@ -551,6 +565,7 @@ class PointerPolicy(PointerNet):
         S = seqs.shape[-1]
         self._check_shots(S)
         T = S + (self.stops(stop) and S < self.max_shots)
+        if T == 0: return enc.sim.new_zeros(*seqs.shape, enc.mask.shape[1])
         if begin_alike(enc, seqs, seq_mask): return tree_logps(self, enc, seqs, T, stop)
         seqs = places_among(enc, seqs, seq_mask)
         state = self.start(enc, seqs.shape[1])
@@ -567,11 +582,12 @@ class PointerPolicy(PointerNet):
         seqs:torch.Tensor, # int [B,N,S], checked by `check_seqs`
         seq_mask:torch.Tensor|None=None, # bool [B,N,S]; default all
         stop:bool|None=None, # count STOP behind a sequence shorter than max_shots; default as the selector is made
-    )->torch.Tensor: # [B,N] log pi(sequence), summed over its real picks; 0 for a padded sequence
-        "Log-probability of whole sequences"
+    )->torch.Tensor: # [B,N]; of a row without a pick that of STOP at once; 0 for a policy that may not show nothing
+        "Log-probability of whole sequences, summed over their real picks and STOP"
         steps = self.step_logps(enc, seqs, seq_mask, stop)
         seqs = places_among(enc, seqs, seq_mask)
-        if self.stops(stop): seqs, seq_mask = with_end(seqs, seq_mask, steps.shape[2], steps.shape[3]-1)
+        if self.stops(stop):
+            seqs, seq_mask = with_end(seqs, seq_mask, steps.shape[2], steps.shape[3]-1, may_be_empty(self))
         lp = steps.gather(-1, seqs[..., None])[..., 0]
         if seq_mask is not None: lp = lp.masked_fill(~seq_mask, 0.)
         return lp.sum(-1)
@@ -581,8 +597,8 @@ class PointerPolicy(PointerNet):
         return self.logp(self.encode(query, cands, cand_mask), seqs, seq_mask)
 
     def _check_shots(self, S):
-        if S is not None and not 1 <= S <= self.max_shots:
-            raise ValueError(f"{S} shots: this selector was made for 1..{self.max_shots} (max_shots)")
+        if S is not None and not 0 <= S <= self.max_shots:
+            raise ValueError(f"{S} shots: this selector was made for 0..{self.max_shots} (max_shots)")
 
 # %% ../nbs/50_selector.ipynb #b1100729
 class PointerSets(PointerPolicy):
@@ -591,7 +607,7 @@ class PointerSets(PointerPolicy):
         enc:Encoded, # from `encode`
         seqs:torch.Tensor, # int [B,N,S], S <= 4; their order plays no role
         seq_mask:torch.Tensor|None=None, # bool [B,N,S]; default all
-    )->torch.Tensor: # [B,N] log of the sum of pi over the n! orders of the n real picks
+    )->torch.Tensor: # [B,N] log of the sum of pi over the n! orders of the n real picks; nothing has one order
         "Log-probability of sets of picks, whatever their order"
         N = seqs.shape[1]
         real = torch.ones_like(seqs, dtype=torch.bool) if seq_mask is None else seq_mask
@@ -608,7 +624,7 @@ def all_orders(
     S = seqs.shape[-1]
     if S > 4:
         raise ValueError(f"logp_set of {S} picks would sum {math.factorial(S)} orders: wanted at most 4")
-    orders = torch.tensor(list(permutations(range(S))), device=seqs.device)
+    orders = torch.tensor(list(permutations(range(S))), dtype=torch.long, device=seqs.device)   # S = 0: one, of nothing
     step = torch.arange(S, device=seqs.device)
     n = real.sum(-1)[..., None, None]
     counts = ((orders == step) | (n > torch.maximum(orders, step))).all(-1)
@@ -638,6 +654,7 @@ def _listed(wrong): return "; ".join(f"{what}: {', '.join(names)}" for what, nam
 
 # %% ../nbs/50_selector.ipynb #00926771
 _EARLIER_NAMES = dict(temperature="temp")   # what a setting was called in checkpoints written before
+_LATER = dict(min_shots=0)   # settings that came later, and what their absence means
 
 def check_config(
     cls, # the class that is to be made
@@ -654,6 +671,11 @@ def check_config(
         raise ValueError(
             f"{where}: a checkpoint of {name!r}, not of {cls.__name__}; load it with its own class")
     known = set(inspect.signature(cls.__init__).parameters) - {"self"}
+    if "min_shots" in known - config.keys() and config.get("stop"):
+        raise ValueError(
+            f"{where}: a selector with stop=True from before STOP was offered at the first step (no min_shots); its"
+            " STOP saw less and could not show nothing, so it cannot be loaded as what it was: train it again")
+    config = {name: value for name, value in _LATER.items() if name in known} | config
     wrong = {"missing": sorted(known - config.keys()), "unknown": sorted(config.keys() - known)}
     if any(wrong.values()): raise ValueError(f"{where}: not the settings of {name}: {_listed(wrong)}")
     return config, info

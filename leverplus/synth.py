@@ -92,7 +92,7 @@ def pad_groups(
     query, cands, groups, rewards = zip(*items)
     cands, cand_mask = pad_rows(cands, 0.)
     rewards, mask = pad_rows(rewards, 0.)
-    S = max(len(seq) for group in groups for seq in group)
+    S = max(1, max(len(seq) for group in groups for seq in group))
     seqs = torch.zeros(*mask.shape, S, dtype=torch.long)
     seq_mask = torch.zeros(*mask.shape, S, dtype=torch.bool)
     for b, group in enumerate(groups):

@@ -4,8 +4,8 @@ import pytest, torch
 from torch.nn import functional as F
 from hypothesis import given, settings, strategies as st
 from leverplus.blocks import (
-    DIVERSITY, SCORERS, STATES, Additive, CrossAttend, DPP, Heads, SelfAttend, Stop, dots, picked,
-    with_stop,
+    DIVERSITY, SCORERS, STATES, Additive, CrossAttend, DPP, Heads, SelfAttend, Stop, best_and_mean, dots,
+    picked, with_stop,
 )
 
 close = lambda a, b, tol=1e-5: torch.testing.assert_close(a, b, atol=tol, rtol=tol)
@@ -193,13 +193,26 @@ def test_with_stop_is_a_distribution(seed, z, done, offered):
     if not done and offered: close(out[1, -1].exp(), torch.sigmoid(torch.tensor(z)))
     if not done and not offered: assert out[1, -1] == -torch.inf
 
-def test_stop_starts_rare_and_every_step_has_its_own_bias():
-    s = Stop(8, 3)
+@pytest.mark.parametrize("least", [0, 1])
+def test_stop_starts_fair_and_every_step_has_its_own_bias(least):
+    s = Stop(8, 3, least)
     q = unit(2, 4, 8)
-    close(s(q, 1).sigmoid(), torch.full((2, 4), 1 / (1 + math.exp(4))))
-    with torch.no_grad(): s.bias[1] = 2.
-    close(s(q, 2), torch.full((2, 4), 2.0))
-    close(s(q, 1), torch.full((2, 4), -4.0))
+    logits = torch.randn(2, 1, 5)
+    free = torch.rand(2, 4, 5) < .5
+    for t in range(least, 3): close(s(q, logits, free, t).sigmoid(), torch.full((2, 4), 1 / (4 - t)))
+    with torch.no_grad(): s.bias[-1] = 2.
+    close(s(q, logits, free, 2), torch.full((2, 4), 2.0))
+    close(s(q, logits, free, 1), torch.full((2, 4), -math.log(2)))
+
+def test_best_and_mean_look_at_the_free_alone():
+    logits = torch.tensor([[[1., 5, 3]]], requires_grad=True)
+    free = torch.tensor([[[True, False, True], [False, False, False]]])
+    out = best_and_mean(logits, free)
+    close(out, torch.tensor([[[3., 2], [0, 0]]]))
+    out.sum().backward()
+    close(logits.grad, torch.tensor([[[.5, 0, 1.5]]]))
+    perm = torch.tensor([2, 0, 1])
+    close(best_and_mean(logits[..., perm], free[..., perm]), out)
 
 def test_dots_and_picked_of_one_pool():
     q = torch.randn(3, 4, 8)

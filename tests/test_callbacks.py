@@ -761,7 +761,9 @@ def test_kl_counts_the_step_at_which_a_policy_may_stop(S):
     make = lambda: PointerSelector(8, d_hidden=8, max_shots=S + 1, stop=True, dropout=0.0)
     p = make()
     q = make()
-    for m, b in ((p, 1.), (q, -1.)): torch.nn.init.constant_(m.stop.bias, b)
+    for m, b in ((p, 1.), (q, -1.)):
+        torch.nn.init.constant_(m.stop.bias, -4.)   # few end before
+        with torch.no_grad(): m.stop.bias[-1] = b
     learn = Learner(dls, p, regret, lr=0.0, cbs=Stats())
     xb = dls.train.one_batch()[:3]
     ep = p.encode(*xb)
@@ -772,6 +774,97 @@ def test_kl_counts_the_step_at_which_a_policy_may_stop(S):
     fit(learn, 1, [KLToRef(q, beta=0.1), EntropyFloor(0.9)])
     assert abs(learn.stats.mean("kl") - float((lp.exp() * (lp - lq)).sum(-1).mean())) < 1e-4
     assert learn.stats.mean(f"kl_{S+1}") > .1
+
+# --- the empty sequence --------------------------------------------------------------------------------------
+def chooser(seed=0, **kw):
+    torch.manual_seed(seed)
+    m = PointerSelector(8, **dict(d_hidden=8, stop=True, max_shots=3, dropout=0.) | kw)
+    with torch.no_grad():
+        for p in m.parameters(): p.add_(.1 * torch.randn_like(p))
+    return m
+def with_empties(n=32, bs=8, shots=(0, 1, 2)): return synth_dls(n, 16, bs, K=(4, 6), N=(2, 6), shots=shots)
+
+@pytest.mark.parametrize("estimator", ["exact", "k3"])
+def test_groups_with_nothing_in_them_start_at_ratio_one_and_kl_zero(estimator):
+    learn = Learner(with_empties(bs=32), chooser(), regret, cbs=Stats())   # one batch
+    fit(learn, 1, [GRPO(), KLToRef(estimator=estimator), EntropyFloor(.9)])
+    assert learn.stats.mean("ratio_off") < 1e-5
+    for name in ("kl", "kl_1", "kl_2", "k3"): assert abs(learn.stats.mean(name)) < 1e-6
+
+@pytest.mark.parametrize("shots, steps", [((0,), 1), ((0, 2), 3)])
+def test_kl_asks_for_stop_where_nothing_is_stored(shots, steps):
+    p, q = chooser(0), chooser(1)
+    dls = with_empties(8, 8, shots) if len(shots) > 1 else synth_dls(8, 8, 8, K=5, N=1, shots=shots)
+    learn = Learner(dls, p, regret, lr=0., cbs=Stats())
+    def look(s): return s.kl_to_ref.counted(s.kl_to_ref.steps).sum(-1), s.seq_mask.sum(-1).amax(-1)
+    spy = Spy(after_loss=look)
+    xb = dls.train.one_batch()[:3]
+    fit(learn, 1, [KLToRef(q, beta=.1), spy])
+    counts, longest = spy.seen[0]
+    assert torch.equal(counts, longest + 1) and counts.max() == steps
+    ep, eq = p.encode(*xb), q.encode(*xb)
+    if steps == 1:
+        want = kl_exact(lambda x: p.step_logp(ep, x), lambda x: q.step_logp(eq, x), xb[2], 1).mean()
+        assert learn.stats.mean("kl") == pytest.approx(want.item(), rel=1e-4)
+        assert (p.step_logp(ep, torch.zeros(8, 1, 0, dtype=torch.long))[..., -1].exp() > .1).all()
+
+STAGES = {
+    "regret": lambda: [],
+    "rce": lambda: [RCE(.3)],
+    "sft": lambda: [SFT()],
+    "listwise": lambda: [Listwise()],
+    "listwise of sets": lambda: [Listwise(over="set")],
+    "grpo": lambda: [GRPO(), KLToRef(beta=.01), EntropyFloor(.2)],
+    "rloo": lambda: [RLOO()],
+    "top": lambda: [GRPO(), TopKCurriculum()],
+    "split": lambda: [RCE(.3), SplitShots()],
+    "flat stay": lambda: [RCE(.3, skip_flat=False), KLToRef(estimator="k3")],
+}
+@pytest.mark.parametrize("name", STAGES)
+def test_every_objective_learns_from_groups_with_the_empty_sequence(name):
+    "Nothing pays best for half of the queries, for the others it pays nothing: weights stay finite, regret falls"
+    learn = Learner(with_empties(96), chooser(), regret, lr=3e-2, cbs=Stats())
+    for dl in learn.dls.loaders:
+        rows = dl.dataset.rows
+        for i, (query, cands, seqs, rewards) in enumerate(rows):
+            pays = torch.tensor([float(query[0] > 0) if not s else .5 for s in seqs])
+            rows[i] = (query, cands, seqs, pays)
+    with learn.no_bar(): before = learn.validate()[0]
+    fit(learn, 15, STAGES[name]())
+    assert all(p.isfinite().all() for p in learn.model.parameters())
+    with learn.no_bar(): after = learn.validate()[0]
+    if name == "split": return   # an empty sequence is alone in its group there, so nothing compares it
+    assert after < .85 * before, (before, after)
+    q, c, mask = learn.dls.valid.one_batch()[:3]
+    real = learn.model.eval().greedy(learn.model.encode(q, c, mask), None)[1]
+    assert ((~real.any(-1)) == (q[:, 0] > 0)).float().mean() > .7
+
+def test_a_batch_with_empties_is_its_groups_one_by_one_and_padding_changes_nothing():
+    m = chooser()
+    *xb, rewards, mask = with_empties(12, 12).train.one_batch()
+    empty = mask & ~xb[4].any(-1)
+    assert empty.any() and (~mask & ~xb[4].any(-1)).any()   # both kinds of row without a pick
+    losses = [regret, lambda *x: rce_loss(*x, .3), listwise_loss,
+              lambda lp, r, k: policy_gradient(lp, advantage(r, k), k)]
+    more = lambda x: torch.cat([x, torch.zeros_like(x[:, :2])], 1)
+    wider = [*xb[:3], *(torch.nn.functional.pad(more(x), (0, 1)) for x in xb[3:])]
+    for loss in losses:
+        m.zero_grad()
+        whole = loss(m(*xb), rewards, mask)
+        whole.backward()
+        grads = [p.grad.clone() for p in m.parameters()]
+        one_by_one = []
+        for b in range(12):
+            n = int(mask[b].sum())
+            own = [x[b:b+1] for x in xb[:3]] + [x[b:b+1, :n] for x in xb[3:]]
+            one_by_one.append(loss(m(*own), rewards[b:b+1, :n], mask[b:b+1, :n]))
+        torch.testing.assert_close(torch.stack(one_by_one).mean(), whole, atol=1e-5, rtol=1e-4)
+        m.zero_grad()
+        padded = loss(m(*wider), more(rewards), more(mask))
+        torch.testing.assert_close(padded, whole, atol=1e-5, rtol=1e-4)
+        padded.backward()
+        for p, g in zip(m.parameters(), grads): torch.testing.assert_close(p.grad, g, atol=1e-5, rtol=1e-3)
+        assert m.stop.bias.grad[0] != 0   # STOP at once is taught
 
 def test_kl_holds_the_policy_and_the_reference_stands_still():
     def moved(beta):

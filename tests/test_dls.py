@@ -3,7 +3,7 @@ import numpy as np, pandas as pd, pytest, torch
 from fastai.learner import Learner
 from hypothesis import given, settings, strategies as st
 from leverplus.core import fingerprint, rng
-from leverplus.dls import GroupDataset, GroupDL, group_dls, show_group
+from leverplus.dls import GroupDataset, GroupDL, check_choice, group_dls, show_group
 from leverplus.embed import EmbedStore
 from leverplus.groups import RLData
 from leverplus.learner import selector_learner
@@ -68,6 +68,38 @@ def test_batch_equals_slow_padding(seed, kind):
     for name, a, b in zip(NAMES, fast, pad_groups([ds[int(j)] for j in i])): assert torch.equal(a, b), name
     check_seqs(fast[3], fast[4], fast[2])
 
+@pytest.mark.parametrize("shots", [(0, 1, 2), (0,)])
+def test_the_empty_sequence_is_a_member(shots):
+    rows, pool = world(2, shots=shots, fail=0)
+    ds = dataset(rows, pool)
+    empty = rows.pointer.map(len) == 0
+    assert ds.n_empty == empty.sum() > 0
+    assert f"{'/'.join(map(str, shots))} shots" in repr(ds)
+    query, cands, cand_mask, seqs, seq_mask, rewards, mask = ds.batch(range(6))
+    assert seqs.shape[-1] == max(1, *shots) and check_seqs(seqs, seq_mask, cand_mask) is seqs
+    assert (mask & ~seq_mask.any(-1)).sum() == ds.n_empty   # and not padding
+    for a, b in zip(ds.batch(range(6)), pad_groups([ds[i] for i in range(6)])): assert torch.equal(a, b)
+    one = ds.select(ds.question_ids[:1])
+    assert one.n_empty == empty[rows.question_id == ds.question_ids[0]].sum()
+    assert "(none)" in show_group(ds, rows.question_id[empty.idxmax()]).demonstrations.tolist()
+    m = PointerSelector(6, d_hidden=8, dropout=0., stop=True, max_shots=3).eval()
+    lp = m(query, cands, cand_mask, seqs, seq_mask)
+    alone = m(*(x[:1] for x in (query, cands, cand_mask)), torch.zeros(1, 1, 0).long(), torch.zeros(1, 1, 0).bool())
+    first = mask[0] & ~seq_mask[0].any(-1)
+    torch.testing.assert_close(lp[0][first], alone[0].expand(int(first.sum())))
+
+def test_a_policy_that_always_picks_does_not_meet_the_empty_sequence():
+    (train, pool), (valid, other) = world(2, shots=(0, 1, 2), fail=0), world(0, shots=(1, 2), first=5000)
+    dls = group_dls(RLData(train, pool), RLData(valid, other), STORE, "soft_only", any_pool=True)
+    n = (train.pointer.map(len) == 0).sum()
+    for kw in ({}, dict(stop=True, min_shots=1)):
+        with pytest.raises(ValueError, match=f"{n} stored sequences without a demonstration.*stop=True"):
+            selector_learner(dls, d_hidden=8, **kw)
+    learn = selector_learner(dls, d_hidden=8, stop=True)
+    learn.model = PointerSelector(6, d_hidden=8)   # put there later: the fit looks again
+    with pytest.raises(ValueError, match="cannot choose to show nothing"), quiet(learn): learn.fit_rce(1)
+    check_choice(PointerSelector(6, d_hidden=8), dls.valid_ds)
+
 def test_padding_is_to_the_batch_not_to_the_dataset():
     rows, pool = world(3)
     ds = dataset(rows, pool)
@@ -114,8 +146,8 @@ def test_what_is_refused():
         dataset(one_bad(rows, (own[0], outside)), pool)
     with pytest.raises(ValueError, match=f"question_id {q} has a pointer that repeats"):
         dataset(one_bad(rows, (own[0], own[0])), pool)
-    with pytest.raises(ValueError, match=f"question_id {q} has an empty pointer"):
-        dataset(one_bad(rows, ()), pool)
+    with pytest.raises(ValueError, match=f"question_id {q} has the same pointer twice"):
+        dataset(pd.concat([rows, rows.iloc[:1], rows.iloc[:1]]).assign(pointer=[*rows.pointer, (), ()]), pool)
     twin = rows[rows.question_id == q].pointer.iloc[1]
     with pytest.raises(ValueError, match="same pointer twice"): dataset(one_bad(rows, twin), pool)
     with pytest.raises(ValueError, match="K > S"): dataset(one_bad(rows, own), pool)

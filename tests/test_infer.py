@@ -128,7 +128,7 @@ def test_candidates_are_the_best_or_fair_draws_whatever_the_batch(search, S):
 
 def test_selectors_with_stop_may_show_fewer():
     m = PointerSelector(STORE.dim("mixed"), d_hidden=8, max_shots=3, stop=True)
-    with torch.no_grad(): m.stop.bias.copy_(torch.tensor([-20., 20.]))
+    with torch.no_grad(): m.stop.bias.copy_(torch.tensor([-20., -20., 20.]))
     got = pick_model(m, POOL, STORE, None)
     beam = candidates(m, POOL, STORE, None, 4)
     drawn = candidates(m, POOL, STORE, None, 4, "samples")
@@ -139,6 +139,10 @@ def test_selectors_with_stop_may_show_fewer():
     assert set(candidates(m, POOL, STORE, 3, 2).pointer.map(len)) == {3}
     assert drawn.groupby("question_id").pointer.nunique().eq(4).all()
     assert drawn.equals(candidates(m, POOL, STORE, None, 4, "samples"))
+    every = candidates(m, Pool({0: (100, 101)}, {}), STORE, None, 9)   # nothing, one, and two in both orders
+    assert set(every.pointer) == {(), (100,), (101,), (100, 101), (101, 100)}
+    with torch.no_grad(): m.stop.bias.fill_(20.)   # nothing at all
+    assert set(pick_model(m, POOL, STORE, None).pointer) == {()}
     with pytest.raises(ValueError, match="no STOP"): pick_model(MODEL, POOL, STORE, None)
 
 def test_vectors_of_another_encoder_are_refused(tmp_path):
@@ -441,7 +445,7 @@ def test_a_judge_has_a_name_and_sees_no_truth(tmp_path):
 
 def test_shots_are_one_number_several_or_the_selectors_own(tmp_path):
     stopper = PointerSelector(STORE.dim("mixed"), d_hidden=8, max_shots=3, stop=True)
-    with torch.no_grad(): stopper.stop.bias.copy_(torch.tensor([-20., 20.]))
+    with torch.no_grad(): stopper.stop.bias.copy_(torch.tensor([-20., -20., 20.]))
     def shown(model, picking, path):
         run = predict(tmp_path/path, POOL, ITEMS, Says(), STORE, picking, model=model, progress=False)
         frame = run.frame("predictions.parquet")

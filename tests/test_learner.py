@@ -871,7 +871,7 @@ def ends_soon(likely):
     "A selector that may stop, and does so after its first pick (or never) where it is greedy"
     torch.manual_seed(0)
     model = PointerSelector(8, d_hidden=16, stop=True, max_shots=3)
-    with torch.no_grad(): model.stop.bias += 20. if likely else -20.
+    with torch.no_grad(): model.stop.bias.copy_(torch.tensor([-20., 20., 20.] if likely else [-20.] * 3))
     return model
 
 @pytest.mark.parametrize("likely", [True, False])

@@ -264,6 +264,76 @@ def test_stop_is_an_option_of_the_entropy():
     with pytest.raises(ValueError, match="5 options per step against 4"):
         kl_steps(step, lambda p: step(p)[..., :4], mask, 2)
 
+def may_end(seed, K, mask, T, first=True):
+    "A random policy with STOP, from the first step on or from the second"
+    g = torch.Generator().manual_seed(seed)
+    w = torch.rand(len(mask), (K + 1)**(T + 1), K + 1, generator=g, dtype=torch.float64) + .1
+    def step(prefix):
+        B, P, t = prefix.shape
+        number = (prefix + 1) @ torch.tensor([(K + 1)**i for i in range(t)], dtype=torch.long)
+        free = mask[:, None].expand(-1, P, -1).scatter(-1, prefix, False)
+        stop = torch.full((B, P, 1), first or t > 0)
+        x = w.gather(1, number[..., None].expand(-1, -1, K + 1)) * torch.cat([free, stop], -1)
+        return (x / x.sum(-1, keepdim=True)).log()
+    return step
+
+@pytest.mark.parametrize("T, first", [(1, True), (2, True), (3, True), (2, False)])
+def test_exact_sums_over_all_lengths_are_brute_force(T, first):
+    "Sequences of 0 to T picks, pools of 4 and 3: probabilities, KL, entropy and counts, one sequence at a time"
+    K = 4
+    mask = torch.tensor([[True]*4, [True]*3 + [False]])
+    p, q = (may_end(seed, K, mask, T, first) for seed in (0, 1))
+    total, kl, h = (torch.zeros(2, dtype=torch.float64) for _ in range(3))
+    counts = torch.zeros(2, T + 1, dtype=torch.float64)
+    for n in range(T + 1):
+        for s in permutations(range(K), n):
+            picks = torch.tensor(s, dtype=torch.long).expand(2, 1, n)
+            steps = [*s, K][:T]   # STOP behind the last pick, unless there are T
+            lps = [sum(f(picks[..., :t])[:, 0, k] for t, k in enumerate(steps)) for f in (p, q)]
+            ok = lps[0] > -torch.inf
+            lp, lq = (x.masked_fill(~ok, 0.) for x in lps)
+            w = lps[0].exp()
+            total += w
+            kl += w * (lp - lq)
+            h -= w * lp
+            counts[:, n] += w
+    close = lambda a, b: torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
+    close(total, torch.ones(2, dtype=torch.float64))
+    close(kl_exact(p, q, mask, T).double(), kl)
+    close(entropy_exact(p, mask, T).double(), h)
+    close(shot_chances(p, mask, T).double(), counts)
+    assert (counts[:, 0] > 0).all() == first
+    drawn = torch.stack([shot_chances(p, mask, T, 3, np.random.default_rng(i)) for i in range(400)])
+    off = (drawn.mean(0) - counts).abs()
+    assert (off <= 5 * drawn.std(0) / 20 + 1e-6).all() and off.max() < .1
+    normed = entropy_steps(p, mask, T, normed=True)
+    assert ((normed > 0) & (normed < 1)).all()
+
+def test_a_policy_without_stop_takes_all_its_picks():
+    mask = torch.ones(1, 3, dtype=torch.bool)
+    def step(prefix):
+        free = mask[:, None].expand(-1, prefix.shape[1], -1).scatter(-1, prefix, False)
+        return (free / free.sum(-1, keepdim=True)).log()
+    assert torch.allclose(shot_chances(step, mask, 2), torch.tensor([[0., 0., 1.]]))
+
+@pytest.mark.parametrize("width", [0, 1, 2])
+def test_merge_orders_knows_the_empty_set(width):
+    "An empty sequence is one set; padding, which looks the same, is none"
+    seqs = torch.zeros(1, 4, width, dtype=torch.long)
+    real = torch.zeros(1, 4, width, dtype=torch.bool)
+    rewards = torch.tensor([[.2, .6, 1., 7.]])
+    mask = torch.tensor([[True, True, True, False]])
+    if width == 2:
+        seqs[0, 1:3] = torch.tensor([[0, 1], [1, 0]])
+        real[0, 1:3] = True
+    merged, kept = merge_orders(seqs, real, rewards, mask)
+    if width == 2:
+        assert kept.tolist() == [[True, True, False, False]]
+        assert merged[0, :2].tolist() == pytest.approx([.2, .8])
+    else:
+        assert kept.tolist() == [[True, False, False, False]]
+        assert merged[0, 0].item() == pytest.approx(.6)
+
 def test_uniform_policy_has_all_the_entropy():
     cm = torch.ones(2, 6, dtype=torch.bool)
     cm[1, 4:] = False

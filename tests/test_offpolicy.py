@@ -9,7 +9,9 @@ from leverplus.dls import GroupDataset, group_dls
 from leverplus.embed import EmbedStore
 from leverplus.groups import RLData
 from leverplus.learner import selector_learner
-from leverplus.offpolicy import OffPolicyStats, off_policy, sequence_logp, stored_logp, summarise
+from leverplus.offpolicy import (
+    OffPolicyStats, off_policy, sequence_logp, stored_logp, summarise, value_by_count,
+)
 from leverplus.pools import Pool
 from leverplus.rldata_propose import SimilarityPrior, propose
 from leverplus.selector import PointerSelector
@@ -145,6 +147,45 @@ def test_a_selector_with_stop_is_judged_among_sequences_of_one_length():
     drawn = groups(dict(temperature={1.0: 6}), policy=model.eval())
     t = summarise(off_policy(model, dataset(drawn))).loc[2]
     assert abs(t.unbiased["all"] - want) < 4.5 * t["unbiased se"]["all"]
+
+def test_a_policy_that_chooses_its_count_earns_the_sum_over_counts():
+    "All sequences of 0, 1 and 2 picks were drawn: the sum is the expected reward under the enumeration, as STOP is"
+    torch.manual_seed(0)
+    model = PointerSelector(8, d_hidden=8, max_shots=2, stop=True)
+    with torch.no_grad():
+        for p in model.parameters(): p.add_(.1 * torch.randn_like(p))
+    nothing = pd.DataFrame(dict(question_id=[0, 1], pointer=[(), ()]))
+    rows = pd.concat([groups(dict(random=20), S, range(2)) for S in (1, 2)] + [nothing], ignore_index=True)
+    ds = dataset(rows)
+    assert set(off_policy(model, ds).shots) == {1, 2}   # nobody drew the empty ones
+    t = value_by_count(model, ds, bs=1)
+    assert t.shots.tolist() == [0, 1, 2] * 2
+    model.eval()
+    with torch.no_grad():
+        query, cands, cand_mask = ds.batch([0])[:3]
+        seqs, lp, real = model.enumerate(model.encode(query, cands, cand_mask), None)
+    r = [pays([POOL[0][i] for i, here in zip(s, m) if here]) for s, m in zip(seqs[0].tolist(), real[0].tolist())]
+    want = float(lp[0].double().exp() @ torch.tensor(r, dtype=torch.float64))
+    got = (t.chance * t.value).groupby(t.question_id).sum()
+    assert np.allclose(got, want, atol=1e-5) and np.allclose(t.chance.groupby(t.question_id).sum(), 1)
+    told = off_policy(model, ds)   # how it would choose if it could not stop is another policy
+    one = told[(told.question_id == 0) & (told.shots == 1)].value.iloc[0]
+    assert abs(one - t.value[(t.question_id == 0) & (t.shots == 1)].iloc[0]) > 1e-4
+    p_nothing = lp[0][real[0].sum(-1) == 0].exp()
+    assert t.chance[t.shots == 0].tolist() == pytest.approx([float(p_nothing)] * 2, abs=1e-5)
+    alone = value_by_count(model, dataset(nothing))
+    assert alone.value.notna().tolist() == [True, False, False] * 2
+    # the log-probabilities of stored sequences know the empty one, too
+    assert np.exp(stored_logp(model, ds)).reshape(2, -1).sum(1) == pytest.approx([1., 1.], abs=1e-5)
+
+def test_an_empty_sequence_that_was_drawn_is_its_whole_stratum():
+    rows = groups(dict(random=3), 1, range(2))
+    nothing = rows.groupby("question_id").head(1).assign(
+        pointer=[(), ()], logprob_score=0., kappa=-np.inf
+    )
+    f = off_policy(SimilarityPrior(2.), dataset(pd.concat([rows, nothing], ignore_index=True)))
+    zero = f[f.shots == 0]
+    assert zero.mass.tolist() == [1., 1.] and zero.value.tolist() == [pays(())] * 2 and zero.trust.all()
 
 def test_failed_rows_are_no_rows():
     rows = groups(dict(temperature={1.0: 4}, random=2), queries=range(3))

@@ -145,11 +145,12 @@ def test_what_is_drawn_is_in_the_pool_with_its_log_probability(distinct, S, seed
     with torch.no_grad():
         lp = m(*(d[k] for k in ("query", "cands", "cand_mask", "seqs", "seq_mask"))).double()
     assert ((lp - d["logp"]).masked_fill(~d["mask"], 0.0).abs() < 1e-4).all() and (
-        d["seq_mask"].any(-1) == d["mask"]
+        d["seq_mask"].any(-1) <= d["mask"]
     ).all()
+    assert stop or (d["seq_mask"].any(-1) == d["mask"]).all()   # who ends by itself may show nothing
     for b, q in enumerate(qs):
         drawn = [tuple(s[k].tolist()) for s, k, ok in zip(d["seqs"][b], d["seq_mask"][b], d["mask"][b]) if ok]
-        assert all(len(set(s)) == len(s) and max(s) < len(pool[q]) for s in drawn)
+        assert all(len(set(s)) == len(s) and max(s, default=0) < len(pool[q]) for s in drawn)
         assert not distinct or len(set(drawn)) == len(drawn)
         one = draw_groups(m, pool, STORE, [q], None if stop else S, 5, distinct, (seed,))
         n = one["seqs"].shape[1]
@@ -188,6 +189,61 @@ def test_samples_are_from_the_policy():
     assert ((est.mean(0) - p).abs() < 5 * est.std(0) / n**0.5 + 1e-9).all()
     whole = w.sum(-1)
     assert abs(whole.mean() - 1) < 4 * whole.std() / n**0.5
+
+@pytest.mark.parametrize("distinct", [False, True])
+def test_a_policy_that_ends_by_itself_draws_every_count_as_often_as_it_should(distinct):
+    n = 3000
+    g = torch.Generator().manual_seed(3)
+    parts = torch.cat([torch.ones(n, 3), torch.randn(3, 3, generator=g)])
+    store = EmbedStore([*range(n), *range(5000, 5003)], parts, parts)
+    pool = Pool({q: tuple(range(5000, 5003)) for q in range(n)})
+    torch.manual_seed(0)
+    m = PointerSelector(store.dim("mixed"), d_hidden=8, dropout=0., prior_scale=2., stop=True, max_shots=2).eval()
+    with torch.no_grad(): m.stop.bias[0] = .5
+    d = draw_groups(m, pool, store, range(n), None, 2, distinct)
+    with torch.no_grad():
+        every, lp, real = m.enumerate(m.encode(d["query"][:1], d["cands"][:1], d["cand_mask"][:1]), None)
+    def code(seqs, real): return ((seqs + 1) * real * torch.tensor([1, 4])).sum(-1)   # 0: nothing
+    p = torch.zeros(16, dtype=torch.float64)
+    p[code(every[0], real[0])] = lp[0].double().exp()
+    assert len(every[0]) == 10 and .5 < p[0] < .7
+    first = code(d["seqs"], d["seq_mask"])[:, 0]
+    freq = torch.bincount(first, minlength=16) / n
+    assert ((freq - p).abs() < 5 * (p / n).sqrt() + 1e-9).all()
+
+def facts_of_all_counts(pool):
+    pairs = [(q, p) for q in pool for S in range(3) for p in itertools.permutations(pool[q], S)]
+    return ask(pd.DataFrame(pairs, columns=["question_id", "pointer"]), MockScorer(0), ITEMS)
+
+@pytest.mark.parametrize("objective, drawing", [
+    (RLOO, dict(every="batch")),
+    (DistinctPG, dict(distinct=True)),
+    (GRPO, dict(every="round", passes=2)),
+    (GRPO, dict(every="round", distinct=True)),
+])
+def test_rounds_of_a_policy_that_may_show_nothing(objective, drawing):
+    "What pays here is to show nothing: the policy learns it, and its record holds the empty sequence"
+    facts = facts_of_all_counts(POOL)
+    nothing = facts.pointer.map(len) == 0
+    facts["vqa_acc_score"] = np.where(nothing, 1., .2 * facts.vqa_acc_score)
+    facts["vqa_gt_prob"] = np.where(nothing, .9, .1)
+    judge = feedback(cache=facts, reward="soft_only")
+    m = selector(stop=True, max_shots=2)
+    rows = facts.groupby("question_id").head(4)
+    def ds(qs): return GroupDataset(r := rows[rows.question_id.isin(qs)], POOL.only(qs), STORE, r.vqa_gt_prob)
+    learn = selector_learner(DataLoaders(GroupDL(ds(QS), 5), GroupDL(ds(range(16, 24)), 8)), m)
+    before = greedy_rewards(m, POOL, STORE, judge, None, QS)
+    cb = policy(judge, G=4, shots=None, **drawing)
+    spy = Spy(cb)
+    fit(learn, 12, [objective(), cb, spy], lr=3e-2)
+    if drawing.get("every") != "round": assert max(spy.ratios) < 1e-3   # what is trained is what drew
+    after = greedy_rewards(m, POOL, STORE, judge, None, QS)
+    assert before.mean() < .5 and after.mean() > .9
+    data = cb.data()
+    empty = data.rows.pointer.map(len) == 0
+    assert empty.any() and data.rows.similarity_score[empty].isna().all()
+    assert data.rows.similarity_score[~empty].notna().all() and set(data.shots) >= {0, 1}
+    assert cb.table.reward.iloc[-1] > cb.table.reward.iloc[0]
 
 # --- estimators -----------------------------------------------------------------------------------
 def test_rloo_is_the_policy_gradient_in_expectation():

@@ -177,8 +177,29 @@ def test_one_model_serves_all_shots():
     enc = m.encode(q, c, mask)
     picks = [m.greedy(enc, S) for S in (1, 2, 3, 4)]
     for a, b in zip(picks, picks[1:]): assert torch.equal(a, b[:, :-1])
-    for S in (0, 5):
-        with pytest.raises(ValueError, match=r"1\.\.4"): m.greedy(enc, S)
+    assert m.greedy(enc, 0).shape == (3, 0)   # no pick is a number, too
+    for S in (-1, 5):
+        with pytest.raises(ValueError, match=r"0\.\.4"): m.greedy(enc, S)
+
+@pytest.mark.parametrize("kw", [{}, dict(stop=True)])
+def test_no_shots_are_one_certain_sequence(kw):
+    m = selector(6, **kw)
+    q, c, mask = pools(6)
+    shared = Shared(c[0], torch.arange(5).repeat(3, 1))
+    for enc in (m.encode(q, c, mask), m.encode(q, c, mask, top_m=2), m.encode(q, shared), m.encode(q, c[0])):
+        nothing = torch.zeros(3, 1, 0, dtype=torch.long)
+        for seqs, lp in (
+            m.beam(enc, 0, 1),
+            m.sample(enc, 0, 1),
+            m.sample(enc, 0, 1, distinct=False),
+            m.enumerate(enc, 0),
+        ):
+            assert torch.equal(seqs, nothing) and torch.equal(lp, torch.zeros(3, 1))
+        barred = dict(stop=False) if kw else {}
+        assert m.step_logps(enc, nothing, **barred).shape == (3, 1, 0, enc.mask.shape[1])
+        assert torch.equal(m.logp(enc, nothing, **barred), torch.zeros(3, 1))
+    assert torch.equal(m.logp_set(enc, nothing), m.logp(enc, nothing))
+    with pytest.raises(ValueError, match="width 2: wanted 1..1"): m.beam(enc, 0, 2)
 
 # --- decoding -------------------------------------------------------------------------------------
 
@@ -441,6 +462,7 @@ def test_blocks_start_as_retrieval_and_every_parameter_learns(kw):
                 "match_gain",
                 "diversity.weight",
                 "stop.weight",
+                "stop.worth",
                 "stop.bias",
                 "match.out.weight",
             }, live
@@ -552,15 +574,17 @@ def test_a_stored_sequence_from_outside_is_refused():
 # --- STOP -----------------------------------------------------------------------------------------
 
 @settings(max_examples=8, deadline=None)
-@given(seed=st.integers(0, 10**6), pad=st.integers(0, 2))
-def test_stop_sequences_of_all_lengths_sum_to_one(seed, pad):
-    m = selector(seed, stop=True, max_shots=3)
+@given(seed=st.integers(0, 10**6), pad=st.integers(0, 2), least=st.integers(0, 2))
+def test_stop_sequences_of_all_lengths_sum_to_one(seed, pad, least):
+    m = selector(seed, stop=True, min_shots=least, max_shots=3)
     q, c, mask = pools(seed, K=4, pad=pad)
+    if pad == 2 and least == 2: mask[1:, 2] = True   # a pool of two leaves no choice of two
     enc = m.encode(q, c, mask)
     seqs, lp, real = m.enumerate(enc, None)
-    assert seqs.shape[1] == 4 + 12 + 24
+    assert seqs.shape[1] == sum(math.perm(4, n) for n in range(least, 4))
     close(lp.exp().sum(-1), torch.ones(3))
-    assert (real.sum(-1) >= 1).all() and (seqs[~real] == 0).all()
+    assert (real.sum(-1) >= least).all() and (seqs[~real] == 0).all()
+    assert (real.sum(-1) == 0).sum() == 3 * (least == 0)
     # barred from stopping
     seqs2, lp2 = m.enumerate(enc, 2)
     close(lp2.exp().sum(-1), torch.ones(3))
@@ -571,13 +595,62 @@ def test_stop_sequences_of_all_lengths_sum_to_one(seed, pad):
             m.step_logp(enc, torch.tensor(s[:t]).view(1, 1, t).expand(3, -1, -1))[0, 0]
             for t in range(min(n + 1, 3))
         ]
+        if n < least: continue
         by_hand.append(sum(steps[t][s[t]] for t in range(n)) + (steps[n][4] if n < 3 else 0.))
     close(torch.stack(by_hand), lp[0])
     close(m.logp(enc, seqs[:1].expand(3, -1, -1), real[:1].expand(3, -1, -1))[0], lp[0])
-    # wholly padding
-    assert (
-        m.logp(enc, torch.zeros(3, 1, 2, dtype=torch.long), torch.zeros(3, 1, 2, dtype=torch.bool)) == 0
-    ).all()
+    # a row without a pick: STOP at once, or padding where that is not possible
+    row = torch.zeros(3, 1, 2, dtype=torch.long)
+    lp_row = m.logp(enc, row, row.bool())
+    close(lp_row, m.logp(enc, row[..., :0]))
+    first = m.step_logp(enc, row[..., :0])[..., -1]
+    close(lp_row, first if least == 0 else torch.zeros(3, 1))
+    assert least == 0 or (first == -torch.inf).all()
+
+@pytest.mark.parametrize("K", [1, 2, 3])
+def test_a_pool_that_is_used_up_needs_no_stop(K):
+    m = selector(31, stop=True, max_shots=3)
+    q, c, mask = pools(31, K=4, pad=0)
+    mask[:, K:] = False
+    seqs, lp, real = m.enumerate(m.encode(q, c, mask), None)
+    possible = lp.isfinite()
+    assert possible.sum() == 3 * sum(math.perm(K, n) for n in range(min(K, 3) + 1))
+    close(lp.exp().sum(-1), torch.ones(3))
+    few = m.encode(q, c[:, :K], mask[:, :K])
+    close(m.logp(few, seqs % K, real)[possible], lp[possible])
+    picks, shown = m.greedy(few, None)
+    assert (shown.sum(-1) <= K).all() and (picks < K).all()
+
+def test_untrained_every_count_is_equally_likely():
+    q, c, mask = pools(32, K=6)
+    some = dict(max_shots=4, min_shots=1)
+    for kw in (dict(max_shots=3), dict(max_shots=1), some, dict(max_shots=2, prior=False)):
+        m = selector(32, stir=False, stop=True, **kw)
+        _, lp, real = m.enumerate(m.encode(q, c, mask), None)
+        counts = range(m.min_shots, m.max_shots + 1)
+        share = [lp.masked_fill(real.sum(-1) != n, -torch.inf).logsumexp(-1).exp() for n in counts]
+        close(torch.stack(share), torch.full((len(counts), 3), 1 / len(counts)))
+        picks = m.greedy(m.encode(q, c, mask), None)[0]
+        assert torch.equal(picks, m.greedy(m.encode(q, c, mask), m.max_shots))   # retrieval, as without STOP
+
+def test_stop_sees_the_query_and_how_good_a_pick_would_be():
+    m = selector(33, stir=False, stop=True, max_shots=2)
+    q, c, mask = pools(33, K=5)
+    def ends(c):
+        enc = m.encode(q, c, mask)
+        return m.step_logp(enc, torch.zeros(3, 1, 0, dtype=torch.long))[:, 0, -1]
+    close(ends(c), torch.full((3,), math.log(1 / 3)))
+    with torch.no_grad(): m.stop.worth.copy_(torch.tensor([-1., 0.]))
+    better = c.clone()
+    better[:, 0] = q   # a candidate that is the query itself
+    assert (ends(better) < ends(c) - .1).all()
+    padded = c.clone()
+    padded[1:, 4] = q[1:]   # padding may hold anything
+    close(ends(padded), ends(c))
+    with torch.no_grad(): m.stop.weight.normal_()
+    assert ends(c).std() > .1
+    g = torch.autograd.grad(ends(c).sum(), [m.stop.weight, m.stop.worth, m.stop.bias])
+    assert all(x.isfinite().all() and x.abs().sum() > 0 for x in g)
 
 def test_stop_samples_have_the_policys_lengths():
     m = selector(18, stop=True, max_shots=3, prior_scale=2., temp=1.)
@@ -585,15 +658,24 @@ def test_stop_samples_have_the_policys_lengths():
     with torch.no_grad():
         m.stop.bias.zero_()
         m.stop.weight.zero_()
+        m.stop.worth.zero_()
     n = 4000
     enc = m.encode(q.expand(n, -1), c.expand(n, -1, -1))
     g = torch.Generator().manual_seed(0)
     for distinct in (True, False):
         real = m.sample(enc, None, 3 if distinct else 1, 1., distinct, g)[2][:, 0].sum(-1)
-        close(torch.bincount(real, minlength=4)[1:] / n, torch.tensor([.5, .25, .25]), .04)
-    with torch.no_grad(): m.stop.bias[:] = torch.tensor([-3., 3.])
-    seqs, real = m.greedy(enc.rows(slice(0, 2)), None)
-    assert real.sum(-1).tolist() == [2, 2] and torch.equal(seqs[:, :2], m.greedy(enc.rows(slice(0, 2)), 2))
+        close(torch.bincount(real, minlength=4) / n, torch.tensor([.5, .25, .125, .125]), .04)
+    few = enc.rows(slice(0, 2))
+    for shots in range(4):   # where STOP is likely, greedy ends: also before the first pick
+        with torch.no_grad(): m.stop.bias[:] = torch.where(torch.arange(3) < shots, -3., 3.)
+        seqs, real = m.greedy(few, None)
+        assert real.sum(-1).tolist() == [shots, shots]
+        assert torch.equal(seqs[:, :shots], m.greedy(few, shots))
+    with torch.no_grad(): m.stop.bias[:] = 3.
+    g = torch.Generator().manual_seed(0)
+    for seqs, lp, real in (m.beam(few, None, 1), m.sample(few, None, 1, generator=g)):
+        assert not real.any()
+        close(lp, m.logp(few, seqs, real))
     plain = selector(18)
     for f in (
         lambda: plain.greedy(plain.encode(q, c), None),
@@ -635,7 +717,7 @@ def test_logp_set_is_the_sum_over_orders(stop):
             (
                 m(q[b : b + 1], c[b : b + 1], mask[b : b + 1], orders[None])[0].logsumexp(-1)
                 if k
-                else torch.tensor(0.0)
+                else m(q[b : b + 1], c[b : b + 1], mask[b : b + 1], orders.view(1, 1, 0))[0, 0]
             ),
         )
     # any order
@@ -691,7 +773,10 @@ def test_shapes_are_refused_with_a_sentence():
         (lambda: PointerSelector(4, diversity="x"), "'coverage'"),
         (lambda: PointerSelector(4, match="x"), "'heads'"),
         (lambda: PointerSelector(4, prior="match"), "wanted match='heads'"),
-        (lambda: PointerSelector(4, stop=True, max_shots=1), "max_shots >= 2"),
+        (lambda: PointerSelector(4, max_shots=0), "max_shots 0"),
+        (lambda: PointerSelector(4, stop=True, min_shots=4), "min_shots < max_shots"),
+        (lambda: PointerSelector(4, stop=True, min_shots=-1), "min_shots < max_shots"),
+        (lambda: PointerSelector(4, min_shots=1), "without stop=True"),
         (lambda: m.encode(q, c, mask, top_m=0), "top_m 0"),
         (lambda: m.encode(q, Shared(c[0], torch.tensor([[0, 5]] * 3))), r"index 0\.\.5 into 5 vecs"),
     ):
@@ -765,6 +850,14 @@ def test_a_checkpoint_that_says_temperature_loads(ckpt):
     assert PointerSelector.from_pretrained(d, temp=.5).pointer_temp == .5
     back.save_pretrained(d)
     assert json.loads((d/"config.json").read_text())["temp"] == .3
+
+def test_a_checkpoint_from_before_the_empty_sequence(ckpt):
+    m, d = ckpt
+    edit_config(d, min_shots="DROP")
+    assert PointerSelector.from_pretrained(d).config == m.config   # without STOP it means the same
+    edit_config(d, stop=True)   # STOP was another one
+    with pytest.raises(ValueError, match="config.json: a selector with stop=True from before.*train it again"):
+        PointerSelector.from_pretrained(d)
 
 def test_incomplete_and_odd(ckpt):
     m, d = ckpt
