@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['History', 'plot_history', 'valid_loss', 'regrets', 'missed', 'evaluating', 'Best', 'promotion_p', 'Resume',
-           'same_draws', 'is_logger', 'stage_settings', 'data_prints', 'stored_mass', 'drawn_before', 'sureness',
-           'greedy_picks', 'candidate_ids', 'gradient_shares', 'RLStats']
+           'same_draws', 'is_logger', 'stage_settings', 'data_prints', 'KeptFit', 'stored_mass', 'drawn_before',
+           'sureness', 'greedy_picks', 'candidate_ids', 'gradient_shares', 'RLStats']
 
 # %% ../nbs/66_callback_track.ipynb #74d10a84
 import inspect, math, random, time
@@ -704,6 +704,24 @@ def restore(self:Resume):
     if "scaler" in state: self.scaler().load_state_dict(state["scaler"])
     _set_rng_state(self.dls, state["rng"])
 
+# %% ../nbs/66_callback_track.ipynb #510d6c69
+class KeptFit(Resume):
+    "A `Resume` among many in one folder: fits that are equal in all that decides them share what was trained"
+    def __init__(self,
+        root, # folder; every fit has its own below it, named by its content; made if needed
+    ):
+        super().__init__(root)
+        self.root = Path(root)
+
+@patch
+def open(self:KeptFit):
+    "Find the folder of this very fit, and open it"
+    prints = data_prints(self.dls) | dict(start=policy_fingerprint(self.model))
+    seed = getattr(self.learn, "seed", 0)
+    name = fingerprint(stage_settings(self.learn), seed, prints, _rng_state(self.dls))
+    self.folder = self.root/name
+    Resume.open(self)
+
 # %% ../nbs/66_callback_track.ipynb #b23d25bd
 def stored_mass(
     logp:Tensor, # [B,N]
@@ -978,8 +996,10 @@ def find_parts(self:RLStats):
 
 @patch
 def log_mass(self:RLStats):
-    "Mass of the stored sequences that are in the loss"
-    mass = stored_mass(self.pred.detach(), self.seqs, self.seq_mask, self.mask)
+    "Mass of the stored sequences that are in the loss; groups that are not cost nothing"
+    some = self.mask.any(-1)
+    if not some.any(): return
+    mass = stored_mass(self.pred.detach()[some], self.seqs[some], self.seq_mask[some], self.mask[some])
     self.log((~mass.isnan()).sum(), mass=mass.nanmean())
 
 @patch

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DATA', 'RECIPES', 'STAGES', 'CALLBACKS', 'FILTERS', 'check_recipe', 'recipe', 'save_recipe', 'load_recipe',
-           'recipes_table', 'recipe_learner', 'run_stage']
+           'recipes_table', 'recipe_learner', 'run_stage', 'fit_ensemble', 'plan_recipe']
 
 # %% ../nbs/71_recipes.ipynb #250c593f
 import difflib, inspect, warnings
@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 import pandas as pd
 from fastcore.basics import patch
-from .core import read_json, write_json
+from .core import read_json, rng, write_json
 from .runs import plain
 from .items import as_items
 from .groups import RECORD, RLData
@@ -28,6 +28,7 @@ from .callback_kl import AdaptiveKL, EntropyFloor, KLToRef
 from .callback_schedule import Freeze, NoDropout, Phases, SplitShots, TempSchedule, TopKCurriculum
 from .callback_listwise import SFT, Listwise
 from .learner import MODEL, selector_learner
+from .warmup import LIVE, live_share
 from fastai.learner import Learner
 
 # %% ../nbs/71_recipes.ipynb #c8f63909
@@ -47,11 +48,13 @@ def _own(title, stages, model=None):
 
 _WARMUP = dict(fit="warmup", n_epoch=15, lr=1e-2, temp=.1, best=False)
 _LISTWISE = dict(fit="listwise", n_epoch=20, lr=3e-3, temp=.2)
+_SHARE = dict(needs=dict(live=LIVE))   # of groups with any difference of reward, of those that the stage trains on
+_SOME = dict(needs=dict(groups=1))   # as many groups with a difference
 _SHARP_RCE = dict(fit="rce", n_epoch=10, lr=3e-3, temp=.1)
 _GRPO = dict(fit="grpo", n_epoch=10, lr=1e-3)
 
 RECIPES = {
-    "ours": _own("Warm-up without the LVLM, then listwise", [_WARMUP, _LISTWISE], MODEL),
+    "ours": _own("Warm-up without the LVLM, then listwise", [_WARMUP | _SHARE, _LISTWISE | _SOME], MODEL),
     "listwise": _own("Listwise alone", [_LISTWISE]),
     "corrected": _own("RCE, then GRPO, as they were meant", [_SHARP_RCE, _GRPO]),
 }
@@ -63,7 +66,8 @@ def _warmup(learn, n_epoch, **kw):
             "a warm-up needs the training items and their embeddings: pass items= to `recipe_learner`, or set"
             " learn.warmup_from = (items, store)"
         )
-    return learn.fit_warmup(*learn.warmup_from, n_epoch, **kw)
+    if n_epoch == 0: kw["sampler"] = "random"   # settings are tried: nothing need be measured
+    return learn.fit_warmup(*learn.warmup_from, n_epoch, answers=getattr(learn, "warmup_answers", None), **kw)
 
 STAGES = dict(
     rce=Learner.fit_rce,
@@ -71,6 +75,7 @@ STAGES = dict(
     sft=Learner.fit_sft,
     listwise=Learner.fit_listwise,
     warmup=_warmup,
+    distill=Learner.fit_distill,
     stage=Learner.fit_stage,
 )
 
@@ -132,12 +137,17 @@ def _check_stage(stage, where):
         raise ValueError(f"{where}: fit {stage.get('fit')!r}, wanted one of {', '.join(STAGES)}")
     if "n_epoch" not in stage: raise ValueError(f"{where} ({stage['fit']}) has no n_epoch")
     for spec in stage.get("cbs", ()): _named(spec, CALLBACKS, f"{where}: callback")
+    for i, inner in enumerate(stage.get("stages", ()), 1): _check_stage(inner, f"{where}, its stage {i}")
+    needs = stage.get("needs", {})
+    if not isinstance(needs, dict) or not set(needs) <= {"live", "groups"}:
+        raise ValueError(f"{where}: needs {needs!r}, wanted a dict with live (0..1) and groups (a number)")
+    if not 0 <= needs.get("live", 0) <= 1: raise ValueError(f"{where}: needs live {needs['live']}, wanted 0..1")
 
 # %% ../nbs/71_recipes.ipynb #735a2d93
 def recipe(
     name:str|dict="ours", # a key of `among`, or a recipe, which stays as it is
     among:dict|None=None, # name -> recipe; default `RECIPES`
-    **changes, # by part: `model`, `data`, or the `fit` of stages, each a dict that is merged into what is there
+    **changes, # by part, each a dict that is merged: `model`, `data`, the `fit` of stages; None and `stages`: see above
 )->dict: # a copy; `changes` in it says what was changed
     "A recipe by name, with changes"
     among = RECIPES if among is None else among
@@ -146,22 +156,46 @@ def recipe(
         r = deepcopy({"name": name, **among[name]})
     else: r = deepcopy(name)
     changes = plain(changes, "changes")
-    for part, change in changes.items(): _merge(r, part, change)
+    if "stages" in changes: r["stages"] = _in_order(r, changes["stages"])
+    for part, change in changes.items():
+        if part != "stages": _merge(r, part, change)
     if changes: r["changes"] = r.get("changes", {}) | changes
     return check_recipe(r)
 
 def _merge(r, part, change):
-    "Merge a change into the model, the data, or all stages of one kind"
+    "Merge a change into the model, the data, or all stages of one kind; None leaves these stages out"
     if part in ("model", "data"): targets = [r.setdefault(part, {})]
     else: targets = [s for s in r["stages"] if s["fit"] == part]
-    if not targets or not isinstance(change, dict):
-        fits = ", ".join(dict.fromkeys(s["fit"] for s in r["stages"]))
+    out = change is None and part not in ("model", "data")
+    if not targets or not (out or isinstance(change, dict)):
         raise ValueError(
-            f"recipe {r.get('name')}: change {part}={change!r}; wanted a dict for one of model, data, {fits}"
+            f"recipe {r.get('name')}: change {part}={change!r}; wanted a dict for one of model, data,"
+            f" {_fits(r)}; None leaves stages out, and `stages` is a list of them"
         )
+    if out:
+        r["stages"] = [s for s in r["stages"] if s["fit"] != part]
+        return
     mode = targets[0].get("reward")
     if part == "data" and change.get("reward", mode) != mode: change = {"weights": {}} | change
     for t in targets: t.update(deepcopy(change))
+
+def _fits(r): return ", ".join(dict.fromkeys(s["fit"] for s in r["stages"]))
+
+def _in_order(r, wanted):
+    "Stages by name, the second of a name the second of its kind if there is one; and stages that are given"
+    if not isinstance(wanted, list):
+        raise ValueError(f"recipe {r.get('name')}: stages {wanted!r}, wanted a list")
+    out = []
+    for i, stage in enumerate(wanted):
+        own = [s for s in r["stages"] if s["fit"] == stage]
+        if not own and not isinstance(stage, dict):
+            raise ValueError(
+                f"recipe {r.get('name')}: stage {stage!r}; wanted one of {_fits(r)}, or a dict with `fit` and"
+                " `n_epoch`"
+            )
+        nth = min(wanted[:i].count(stage), len(own) - 1)
+        out.append(deepcopy(own[nth] if own else stage))
+    return out
 
 def _check_known(name, among):
     if name in among: return
@@ -252,7 +286,8 @@ def recipe_learner(
     start=None, # a selector to start from, e.g. of `load_selector`; default a new one as the recipe wants it
     zero:dict|None=None, # {question_id: `vqa_gt_prob` of the zero-shot prompt}: for rewards with InfoScore
     device=None, # where batches go
-    items:pd.DataFrame|None=None, # training items for a warm-up: `question_id, image_id, answer`
+    items:pd.DataFrame|None=None, # training items for a warm-up: `question_id, image_id, answer`, maybe `answers`
+    answers=None, # for a warm-up that is rewarded by cosine: a store of vectors of `items`' answers
     choose_by=None, # score by which stages choose their epoch, see `selector_learner`
     **changes, # as in `recipe`
 )->Learner: # `dls.info` records the filters, `recipe` is the recipe with its changes; ready for `fit_recipe`
@@ -274,6 +309,7 @@ def recipe_learner(
     learn = selector_learner(dls, start, seed=seed, choose_by=choose_by, **model)
     learn.recipe = r
     if items is not None: learn.warmup_from = items, store
+    learn.warmup_answers = answers
     return learn
 
 def _all_settings(model):
@@ -348,6 +384,7 @@ def run_stage(
     learn:Learner, # any whose model has what the stage freezes
     stage:dict, # of a recipe
     resume=None, # folder of this stage
+    keep=None, # folder of many stages, see `KeptFit`
     dry:bool=False, # try the settings, train nothing
 )->Learner: # the Learner itself
     "Run one stage"
@@ -357,6 +394,7 @@ def run_stage(
     freeze = settings.pop("freeze", None)
     queries = settings.pop("queries", None)
     specs = settings.pop("cbs", None) or ()
+    settings.pop("needs", None) # `plan_recipe` has looked at them
     if anchor and not dry: set_anchor(learn, anchor)
     makers = [_named(spec, CALLBACKS, "callback") for spec in specs]
     for arguments in (settings, *(make.keywords for make in makers)): _find_old(learn, arguments, dry)
@@ -366,14 +404,136 @@ def run_stage(
     if queries is not None:
         ids = _chosen(learn, queries)
         if settings["n_epoch"] > 0: cbs.append(Phases({"some": (ids, settings["n_epoch"])}))
-    fit(learn, cbs=cbs, resume=resume, **settings)
+    fit(learn, cbs=cbs, **_folder(resume, keep), **settings)
     return learn
+
+def _folder(resume, keep):
+    "Who remembers the fit; stages of one's own need not know `keep`"
+    return dict(resume=resume) if keep is None else dict(keep=keep)
 
 def _find_old(learn, arguments, dry):
     "Put the policy where the arguments have the name of one"
     name = arguments.get("old")
     if not isinstance(name, str): return
     arguments["old"] = learn.model if dry else find_reference(learn, name, "GRPO")
+
+# %% ../nbs/71_recipes.ipynb #b3aca6df
+def fit_ensemble(
+    learn:Learner, # whose selector follows the mean, on its own training groups
+    n_epoch:int=10, # epochs of `fit_distill`, see there
+    lr:float=3e-3, # peak learning rate of `fit_distill`
+    stages=(), # what each member is trained by: stages of a recipe
+    members:int=3, # how many
+    folds:bool=False, # members leave out a part of the training questions each, and choose their epochs by it
+    resume=None, # folder: members and mean each in one of their own
+    keep=None, # folder of many stages, see `KeptFit`
+    **kwargs, # of `fit_distill`
+)->Learner: # the Learner itself
+    "Train several selectors, then one towards their mean"
+    if members < 1 or not stages:
+        raise ValueError(f"ensemble: {members} members, stages {stages!r}: wanted some of both")
+    if folds and members < 2: raise ValueError("ensemble: one member with folds; wanted two or more")
+    for i, stage in enumerate(stages, 1): _check_stage(stage, f"ensemble, stage {i}")
+    if n_epoch == 0:
+        for stage in stages: run_stage(learn, stage, dry=True)
+        return learn.fit_distill([learn.model], 0, lr, **kwargs)
+    parts = _folds(learn, members) if folds else [None] * members
+    teachers = []
+    for i, part in enumerate(parts, 1):
+        member = _member(learn, i, part)
+        for j, stage in enumerate(stages, 1):
+            folder = None if resume is None else Path(resume) / f"member-{i}" / f"{j}-{stage['fit']}"
+            run_stage(member, stage, folder, keep)
+        teachers.append(member.model)
+    last = None if resume is None else Path(resume) / "mean"
+    return learn.fit_distill(teachers, n_epoch, lr, **_folder(last, keep), **kwargs)
+
+def _member(learn, i, part):
+    "A Learner like this one, with a new selector and another seed; the questions of `part` are held out and choose"
+    seed = getattr(learn, "seed", 0) + 1000*i
+    own, dev = learn.dls.train, learn.dls.valid
+    train, valid = own.dataset, dev.dataset
+    if part is not None:
+        train = own.dataset.select([q for q in own.dataset.items if q not in part])
+        valid = own.dataset.select(sorted(part))
+    loaders = own.new(train, seed=seed), dev.new(valid)
+    dls = type(learn.dls)(*loaders, info=learn.dls.info, device=learn.dls.device)
+    new = {name: value for name, value in learn.model.config.items() if name != "d_in"}
+    member = selector_learner(dls, seed=seed, wd=learn.wd, **new)
+    member.logger = learn.logger
+    member.warmup_answers = getattr(learn, "warmup_answers", None)
+    if hasattr(learn, "warmup_from"): member.warmup_from = _without(*learn.warmup_from, part)
+    return member
+
+def _without(items, store, part):
+    "Items of a warm-up that have no picture of these questions"
+    if part is None: return items, store
+    left_out = items.image_id[items.question_id.isin(part)]
+    return items[~items.question_id.isin(part) & ~items.image_id.isin(left_out)], store
+
+def _folds(learn, n):
+    "`n` disjoint sets of training questions of about one size; a picture's questions stay together"
+    queries = pd.Series(list(learn.dls.train_ds.items))
+    picture = queries.astype(str)
+    if hasattr(learn, "warmup_from"):
+        items, _ = learn.warmup_from
+        of_query = dict(zip(items.question_id, items.image_id))
+        picture = pd.Series([str(of_query.get(q, f"question {q}")) for q in queries])
+    order = rng("folds", getattr(learn, "seed", 0)).permutation(sorted(set(picture)))
+    if len(order) < n:
+        raise ValueError(f"ensemble: {n} folds, but the training questions have {len(order)} pictures")
+    fold = {name: i % n for i, name in enumerate(order)}
+    return [set(queries[picture.map(fold) == i]) for i in range(n)]
+
+STAGES["ensemble"] = fit_ensemble
+
+# %% ../nbs/71_recipes.ipynb #80b23cce
+def plan_recipe(
+    r:dict, # a recipe
+    learn:Learner, # of `recipe_learner`: its groups, and the items of a warm-up
+)->tuple: # (the recipe with the stages that can teach; a sentence for each stage that has `needs`)
+    "Choose the stages of a recipe by what there is to learn from"
+    stages = []
+    said = []
+    for stage in r["stages"]:
+        if not stage.get("needs") or not stage["n_epoch"]:
+            stages.append(stage)
+            continue
+        look = _fresh_groups if stage["fit"] == "warmup" else _stored_groups
+        stage, live, n, which = look(learn, stage)
+        lacks = _lacks(stage["needs"], live, n)
+        measured = f"{100*live:.3g} % of {n} {which}"
+        said.append(f"{stage['fit']} {'left out' if lacks else 'runs'}: {measured}{lacks}.")
+        if not lacks: stages.append(stage)
+    return r | dict(stages=stages), said
+
+def _lacks(needs, live, n):
+    "What there is too little of, in words; empty if nothing is"
+    if live < needs.get("live", 0): return f"; wanted {100*needs['live']:.3g} %"
+    if round(live * n) < needs.get("groups", 0): return f"; wanted {needs['groups']} groups with one"
+    return ""
+
+def _stored_groups(learn, stage):
+    "(the stage, share of live groups, how many there are, which) where it trains on stored groups"
+    dataset = learn.dls.train_ds
+    queries = stage.get("queries")
+    chosen = None if queries is None else set(_chosen(learn, queries))
+    rewards = [dataset[i][3] for i in range(len(dataset)) if chosen is None or dataset.items[i] in chosen]
+    live = [float(max(group)) - float(min(group)) > 1e-6 for group in rewards]
+    return stage, sum(live) / max(len(live), 1), len(live), "stored groups have a difference of reward"
+
+def _fresh_groups(learn, stage):
+    "(the stage with the sampler that was chosen, share of live groups, how many were drawn, which) of a warm-up"
+    names = "K", "shots", "n", "reward", "sampler"
+    dls = learn.warmup_dls(
+        *learn.warmup_from,
+        answers=getattr(learn, "warmup_answers", None),
+        **{name: stage[name] for name in names if name in stage},
+    )
+    drawn = dls.train_ds
+    which = f"fresh groups have a difference of reward; {dls.info['warmup_pools']}"
+    stage = stage | dict(sampler=dls.info["warmup"]["sampler"])
+    return stage, live_share(drawn), min(512, len(drawn.question_ids)), which
 
 # %% ../nbs/71_recipes.ipynb #cae97cbb
 def _full_reward(mode, **weights):
@@ -414,7 +574,7 @@ def _references(stage):
     calls = [stage]
     for spec in stage.get("cbs") or ():
         if not isinstance(spec, str) and isinstance(spec[1], dict): calls.append(spec[1])
-    named = [call.get(key) for call in calls for key in ("ref", "old")]
+    named = [call.get(key) for call in calls for key in ("ref", "old")] + list(stage.get("teachers", ()))
     return [ref for ref in named if isinstance(ref, str)]
 
 def _unknown_reference(learn, stages):
@@ -460,10 +620,13 @@ def _check_settings(learn, r, title):
 def fit_recipe(self:Learner,
     name:str|dict|None=None, # of a recipe, or one; None = that of `recipe_learner`, or of the last call, else "ours"
     resume=None, # folder: each stage writes into its own below it, and goes on from there when called again
+    keep=None, # folder that many trainings share: what an equal stage has trained is taken from it, see `KeptFit`
     check:str|None="raise", # a Learner that is not what the recipe wants: "raise" | "warn" | None = do not look
     **changes, # as in `recipe`
-)->Learner: # the Learner itself; `learn.recipe` is the recipe with its changes
-    "Run the stages of a recipe, in order"
+)->Learner: # itself; `recipe` is the recipe with its changes, `plan` says what the data decided about its stages
+    "Run the stages of a recipe that can teach, in order"
+    if resume is not None and keep is not None:
+        raise ValueError("fit_recipe: resume beside keep; what is kept goes on after a kill, too: name one of them")
     if name is None: name = vars(self).get("recipe", "ours")
     r = recipe(name, **changes)
     title = f"recipe {r.get('name', 'without a name')}"
@@ -472,11 +635,24 @@ def fit_recipe(self:Learner,
     _check_settings(self, r, title)
     self.recipe = r
     _warn_idle_choice(self, r, title)
-    for i, stage in enumerate(r["stages"], 1):
-        keeps = resume is not None and stage["n_epoch"] > 0
-        folder = Path(resume) / f"{i}-{stage['fit']}" if keeps else None
-        run_stage(self, stage, folder)
+    planned = self.planned(r, title, resume)
+    _check_references(self, planned, f"{title}, without the stages that cannot teach")
+    for i, stage in enumerate(planned["stages"], 1):
+        trains = stage["n_epoch"] > 0
+        folder = Path(resume) / f"{i}-{stage['fit']}" if resume is not None and trains else None
+        run_stage(self, stage, folder, keep if trains else None)
     return self
+
+@patch
+def planned(self:Learner, r, title, folder=None):
+    "The recipe with the stages that can teach; says why on the Learner, for checkpoints, and in a folder"
+    planned, said = plan_recipe(r, self)
+    self.plan = said
+    if not said: return planned
+    if hasattr(self.dls, "info"): self.dls.info["plan"] = said
+    if folder is not None: write_json(Path(folder)/"plan.json", said, indent=2)
+    if len(planned["stages"]) < len(r["stages"]): warnings.warn(f"{title}: {' '.join(said)}")
+    return planned
 
 def _warn_idle_choice(learn, r, title):
     keeps_last = all(s.get("best") is False for s in r["stages"])

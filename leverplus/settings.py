@@ -451,6 +451,7 @@ class Teaching:
     lr:Annotated[Positive|None, flag("the objective's own", metavar="X")]=None # its peak learning rate
     set:ExtraSettings=None # more arguments of it, or changes to the recipe
     start:Annotated[str|None, flag("a new selector", metavar="DIR")]=None # selector to start from
+    keep:Annotated[str|None, flag("none", metavar="DIR")]=None # folder of stages that runs share: equal ones train once
     new:NewSelector=None # arguments of a new one, such as '{"d_hidden": 256}'
     kind:StoreKind=None # embeddings that it reads
     bs:Annotated[Count|None, flag(BATCH, metavar="N")]=None # questions per batch of the objective

@@ -12,8 +12,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 import pandas as pd
-from .core import fingerprint
-from .settings import BATCH, EPOCHS, Asking, Choosing, Job, Rewarding, Teaching, plain_settings, several
+from .core import fingerprint, write_json
+from leverplus.settings import (
+    BATCH, EPOCHS, Asking, Choosing, Job, Rewarding, Teaching, plain_settings, several,
+)
 from .runs import Run
 from .embed import EmbedStore
 from .pools import image_groups
@@ -22,7 +24,6 @@ from .rewards import reward_facts
 from .rldata_ask import FactCache, check_contents, same_scorer
 from .rldata_generate import policy_fingerprint, run_lock, with_text
 from .rldata_merge import merge, split
-import leverplus.rldata_scale # teaches `Job` to read items and embeddings
 from .dls import group_dls
 from .callback_onpolicy import Feedback, GreedyLoss
 from .learner import load_selector, selector_learner
@@ -123,7 +124,7 @@ def learner_of(
         data.train, data.dev, data.store, r, teaching.seed, start, device=data.job.model.device,
         items=data.warmup_items(),
     )
-    def fit(folder): return learn.fit_recipe(resume=folder)
+    def fit(folder): return learn.fit_recipe(**_states(folder, teaching))
     return learn, fit
 
 def _learner_of_objective(data, teaching, rewarding, start):
@@ -136,11 +137,16 @@ def _learner_of_objective(data, teaching, rewarding, start):
     more = dict(teaching.set or {})
     if teaching.lr is not None: more["lr"] = teaching.lr
     stage = getattr(learn, FIT_METHODS[teaching.objective])
-    def fit(folder, epochs=epochs_of(teaching)): return stage(epochs, resume=folder/teaching.objective, **more)
+    def fit(folder, epochs=epochs_of(teaching)):
+        return stage(epochs, **_states(folder/teaching.objective, teaching), **more)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         fit(Path("nowhere"), 0)
     return learn, fit
+
+def _states(folder, teaching):
+    "Where the states of stages go: into the run, or where other runs find them, too"
+    return dict(resume=folder) if teaching.keep is None else dict(keep=Path(teaching.keep).expanduser())
 
 def epochs_of(
     teaching:Teaching, # of a single objective
@@ -193,7 +199,7 @@ def training_settings(
 )->dict: # settings of the run, as JSON has them
     "What a training run is known by"
     own = plain_settings(teaching)
-    for name in ("start", "seed"): del own[name]
+    for name in ("start", "seed", "keep"): del own[name]
     own["recipe"] = None if teaching.objective else teaching.name
     mode, weights = reward_of(teaching, rewarding, among)
     return dict(teaching=own, rewarding=dict(reward=mode, weights=weights or None), choose=choosing.choose)
@@ -254,11 +260,18 @@ def _prints(data, learn, r):
     )
     if r is None: return prints
     prints["recipe"] = fingerprint({part: r.get(part) for part in ("model", "data", "stages")})
-    if any(stage["fit"] == "warmup" for stage in r["stages"]):
+    warmups = _warmups(r["stages"])
+    if warmups:
         items = data.warmup_items()
         read = {name: column_content(items[name]) for name in ("image_id", "answer")}   # what a warm-up reads of them
+        if any(stage.get("reward") == "soft" for stage in warmups): read["answers"] = list(map(list, items.answers))
         prints["warmup items"] = fingerprint(items.index.tolist(), read)
     return prints
+
+def _warmups(stages):
+    "Stages that are warm-ups, those inside of others too"
+    own = [stage for stage in stages if stage["fit"] == "warmup"]
+    return own + [stage for outer in stages for stage in _warmups(outer.get("stages", ()))]
 
 def _check_looks(teaching, choosing, among):
     if looks_at_dev(teaching, choosing, among): return
@@ -275,6 +288,7 @@ def _kept(run, learn, teaching, by_accuracy):
     if by_accuracy: accuracy["dev_accuracy"] = 1 - float(learn.choose_by(learn).mean())
     what = dict(objective=teaching.objective) if teaching.objective else dict(recipe=teaching.name)
     run.save_history(history)
+    if getattr(learn, "plan", None): write_json(run.path/"plan.json", learn.plan, indent=2)
     info = learn.dls.info | dict(seed=teaching.seed, **what)
     if by_accuracy: info["choose"] = "accuracy"
     learn.save_selector(run.checkpoint, info=info)

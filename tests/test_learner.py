@@ -17,7 +17,7 @@ from leverplus.callback_rce import RCE
 from leverplus.callback_schedule import Freeze, Phases, TopKCurriculum
 from leverplus.callback_schedule import TempSchedule
 from leverplus.callback_track import (
-    Best, Resume, _describe, _memory, _remember, data_prints, missed, regrets, valid_loss,
+    Best, KeptFit, Resume, _describe, _memory, _remember, data_prints, missed, regrets, valid_loss,
 )
 from leverplus.checkpoints import read_state
 from leverplus.core import read_json, rng, write_json
@@ -25,7 +25,7 @@ from leverplus.diagnose import data_facts
 from leverplus.dls import GroupDataset, group_dls
 from leverplus.embed import EmbedStore
 from leverplus.groups import RLData
-from leverplus.learner import Stage, load_selector, selector_learner
+from leverplus.learner import Distill, Stage, load_selector, mean_logp, selector_learner
 from leverplus.synth import quiet
 from leverplus.losses import kl_exact, regret
 from leverplus.pools import Pool
@@ -888,3 +888,101 @@ def test_a_policy_that_stops_is_watched_and_shown(likely):
     assert 0 < f.unique.iloc[-1] <= 1 and f.agreement.iloc[-1] == 1
     named, places, p = learn.predict(learn.dls.valid_ds.items[0], shots=2)
     assert len(named) == len(places) == n and 0 < p <= 1
+
+# --- equal fits, kept by content ----------------------------------------------------------------------------
+class KillOnce(StageCallback):
+    at = None
+    def after_backward(self):
+        if self.train_iter == KillOnce.at: raise KeyboardInterrupt
+
+def test_a_kept_fit_goes_on_after_a_kill_and_is_found_again(tmp_path):
+    def run(keep=None, **kw):
+        learn = learner(dropout=.3)
+        learn.add_cb(KillOnce())
+        with quiet(learn): learn.fit_rce(3, 1e-2, keep=keep, **kw)
+        return learn
+    KillOnce.at = 5
+    with pytest.raises(KeyboardInterrupt): run(tmp_path)
+    KillOnce.at = None
+    assert len(list(tmp_path.iterdir())) == 1
+    whole = run()
+    again = run(tmp_path)
+    found = run(tmp_path)
+    assert same(weights(whole), weights(again)) and same(weights(whole), weights(found))
+    assert len(list(tmp_path.iterdir())) == 1
+    assert found.history.frame.seconds.tolist() == again.history.frame.seconds.tolist()
+    run(tmp_path, temp=.3)
+    assert len(list(tmp_path.iterdir())) == 2
+    with pytest.raises(ValueError, match="resume beside keep"): run(tmp_path, resume=tmp_path/"x")
+    assert isinstance(KeptFit(tmp_path), Resume)
+
+@pytest.mark.parametrize("change", ["seed", "chance", "reward", "weight"])
+def test_what_a_kept_fit_is_known_by(tmp_path, change):
+    "Seed, sources of chance, data and weights: any difference is another fit"
+    def run(change=None):
+        learn = learner(seed=1 if change == "seed" else 0)
+        if change == "chance": torch.rand(1)
+        if change == "reward": learn.dls.train_ds.rows[0][3].add_(.01)
+        if change == "weight": next(learn.model.parameters()).data.view(-1)[0] += 1
+        with quiet(learn): learn.fit_rce(1, 1e-2, keep=tmp_path)
+        return len(list(tmp_path.iterdir()))
+    assert run() == run() == 1
+    assert run(change) == 2
+
+# --- several selectors, one after them ----------------------------------------------------------------------
+def test_the_distance_to_a_mean_is_brute_force():
+    learn = selector_learner(synth_dls(24, 8, 8, K=(4, 6), N=(2, 4), shots=(1, 2)), d_hidden=12)
+    d = learn.dls.train.one_batch()[0].shape[-1]
+    teachers = []
+    for seed in (1, 2, 3):
+        torch.manual_seed(seed)
+        teachers.append(PointerSelector(d, d_hidden=12).eval())
+    learn.model.eval()
+    b = learn.dls.train.one_batch()
+    for over in ("probability", "logp"):
+        cb = Distill(teachers, over)
+        with learn.added_cbs([cb]):
+            learn.xb, learn.yb = tuple(b[:5]), tuple(b[5:])
+            cb.policies = teachers
+            for S in (1, 2):
+                got = cb.kl(S).detach()
+                for i in range(len(got)):
+                    K = int(b[2][i].sum())
+                    one = [x[i:i+1, :K] if x.dim() > 1 and j else x[i:i+1] for j, x in enumerate(b[:3])]
+                    def probs(model):
+                        enc = model.encode(*one)
+                        return model.enumerate(enc, S)[1][0].exp().detach()
+                    each = torch.stack([probs(t) for t in teachers])
+                    mean = each.mean(0) if over == "probability" else each.log().mean(0).softmax(-1)
+                    want = (mean * (mean / probs(learn.model)).log()).sum()
+                    assert float(got[i]) == pytest.approx(float(want), rel=1e-3, abs=1e-5)
+
+def test_one_teacher_is_copied_and_the_same_policy_is_at_rest():
+    learn = learner(n=128)
+    teacher = learner(n=128, seed=5)
+    with quiet(learn):
+        learn.fit_distill([learn.model], 1, 1e-2, watch=None, best=False)
+    assert learn.history.frame.distance.iloc[-1] < 1e-4
+    with quiet(learn): learn.fit_distill([teacher.model], 12, 2e-2, watch=None, best=False)
+    f = learn.history.frame.iloc[1:]
+    assert f.distance.iloc[-1] < .2*f.distance.iloc[0]
+    assert [type(cb).__name__ for cb in learn.cbs if isinstance(cb, Distill)] == []
+
+def test_distill_refuses_what_it_cannot_do(tmp_path):
+    with pytest.raises(ValueError, match="no teachers"): Distill([])
+    with pytest.raises(ValueError, match="mean over 'rank'"): Distill(["start"], "rank")
+    learn = learner()
+    with quiet(learn), pytest.raises(ValueError, match="Distill: ref 'sft' is neither"): learn.fit_distill("sft", 1)
+    cb = Distill([learn.model], limit=3)
+    with quiet(learn), pytest.raises(ValueError, match="more than the limit of 3"): learn.fit(1, 1e-3, cbs=cb)
+    x = torch.randn(3, 2, 5).log_softmax(-1)
+    for over in ("probability", "logp"):
+        assert torch.allclose(mean_logp(x, over).exp().sum(-1), torch.ones(2))
+        assert torch.allclose(mean_logp(x[:1], over), x[0], atol=1e-6)
+    # a teacher of another size, kept and found again
+    big = learner(d_hidden=32)
+    def run():
+        student = learner()
+        with quiet(student): student.fit_distill([big.model], 2, 1e-2, resume=tmp_path, watch=None)
+        return weights(student)
+    assert same(run(), run())

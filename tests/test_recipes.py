@@ -383,3 +383,161 @@ def test_a_later_page_can_add_a_stage_and_a_recipe(monkeypatch):
     assert learn.history.frame.stage.tolist() == ["listwise"]
     assert learn.dls.info["reward"]["mode"] == "gtprob"
     assert same(weights(make("new", start=learn.model)), weights(learn))
+
+# --- stages left out, added, in another order ---------------------------------------------------------------
+def fits(r): return [stage["fit"] for stage in r["stages"]]
+
+def test_stages_are_left_out_and_reordered_by_data(tmp_path):
+    r = recipe("ours", warmup=None)
+    assert fits(r) == ["listwise"] and r["changes"] == dict(warmup=None)
+    assert r["stages"][0] == RECIPES["ours"]["stages"][1]
+    assert load_recipe(save_recipe(r, tmp_path/"r.json")) == r
+    assert recipes_table({"mine": r}).stages["mine"].startswith("listwise 20")
+    two = dict(RECIPES["corrected"], stages=[dict(fit="rce", n_epoch=1), dict(fit="rce", n_epoch=2)])
+    assert [s["n_epoch"] for s in recipe(two, stages=["rce", "rce"])["stages"]] == [1, 2]
+    assert [s["n_epoch"] for s in recipe(two, stages=["rce", dict(fit="sft", n_epoch=9), "rce", "rce"])["stages"]] == [
+        1, 9, 2, 2
+    ]
+    changed = recipe("corrected", grpo=dict(lr=.5), stages=["grpo"])
+    assert fits(changed) == ["grpo"] and changed["stages"][0]["lr"] == .5
+    assert fits(RECIPES["corrected"]) == ["rce", "grpo"] and ALL == BEFORE
+    learn = fit(make(small("corrected"), items=None), small("corrected"), rce=None)
+    assert learn.history.frame.stage.tolist() == ["grpo"]
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        (dict(warmup=None, listwise=None), "recipe ours has no stages"),
+        (dict(sft=None), "change sft=None; wanted a dict for one of model, data, warmup, listwise"),
+        (dict(model=None), "change model=None"),
+        (dict(stages=["warmup", "sft"]), "stage 'sft'; wanted one of warmup, listwise, or a dict"),
+        (dict(stages="warmup"), "stages 'warmup', wanted a list"),
+        (dict(stages=[dict(fit="rce")]), "stage 1 .rce. has no n_epoch"),
+        (dict(stages=["warmup"], listwise=dict(n_epoch=1)), "change listwise="),
+        (dict(warmup=dict(needs=dict(luck=1))), "needs .*luck.*wanted a dict with live"),
+        (dict(warmup=dict(needs=dict(live=7))), "needs live 7, wanted 0..1"),
+        (dict(stages=[dict(fit="ensemble", n_epoch=1, stages=[dict(fit="ppo")])]), "its stage 1: fit 'ppo'"),
+    ],
+)
+def test_stages_that_cannot_be_meant(changes, said):
+    with pytest.raises(ValueError, match=said): recipe("ours", **changes)
+
+# --- what can teach -----------------------------------------------------------------------------------------
+def ours(**more): return small("ours", **{"warmup": dict(steps=2, bs=8), **more})
+
+UNLIKE = ITEMS.assign(answer=[f"word{i}" for i in range(40)])
+FLAT = groups("train", 14, 1000, live=0.)
+
+@pytest.mark.parametrize(
+    "items, train, run, said",
+    [
+        (ITEMS, TRAIN, ["warmup", "listwise"], ["warmup runs", "listwise runs"]),
+        (UNLIKE, TRAIN, ["listwise"], ["warmup left out: 0 % of 40 fresh groups", "listwise runs"]),
+        (ITEMS, FLAT, ["warmup"], ["warmup runs", "listwise left out: 0 % of 14 stored groups"]),
+        (UNLIKE, FLAT, [], ["warmup left out", "listwise left out"]),
+    ],
+)
+def test_stages_that_cannot_teach_are_left_out(tmp_path, items, train, run, said):
+    r = ours()
+    learn = make(r, train, items=items)
+    w = weights(learn)
+    with quiet(learn), warnings.catch_warnings(record=True) as ws:
+        warnings.simplefilter("always")
+        learn.fit_recipe(r, resume=tmp_path)
+    assert len(learn.plan) == 2
+    for has, want in zip(learn.plan, said): assert want in has
+    assert learn.recipe == r   # as it was asked for
+    assert learn.dls.info["plan"] == json.loads((tmp_path/"plan.json").read_text()) == learn.plan
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == [f"{i}-{f}" for i, f in enumerate(run, 1)]
+    told = [str(x.message) for x in ws if "left out" in str(x.message)]
+    assert len(told) == (len(run) < 2)
+    assert len(learn.history.rows) == len(run)
+    if not run: assert same(w, weights(learn))
+
+def test_what_a_stage_needs_is_measured_on_what_it_trains_on():
+    r = ours(listwise=dict(needs=dict(groups=99)))
+    plan, said = R.plan_recipe(r, make(r))
+    assert fits(plan) == ["warmup"] and "wanted 99 groups with one" in said[1]
+    # pools that were asked for stay, and are judged
+    asked = ours(warmup=dict(sampler="text", needs=dict(live=1.)))
+    plan, said = R.plan_recipe(asked, make(asked))
+    assert "text pools, as asked" in said[0]
+    plain = small("corrected")
+    assert R.plan_recipe(plain, make(plain)) == (plain, [])
+    # of the tiers that a stage trains on
+    some = small("corrected", rce=dict(queries="positive", needs=dict(groups=1)))
+    learn = make(some)
+    _, said = R.plan_recipe(some, learn)
+    assert f"of {len(R._chosen(learn, 'positive'))} stored groups" in said[0]
+
+def test_a_policy_of_a_stage_that_is_left_out_is_missed():
+    r = ours(stages=["warmup", "listwise"])
+    r["stages"][0]["anchor"] = "start of all"
+    r["stages"][1]["ref"] = "start of all"
+    with pytest.raises(ValueError, match="without the stages that cannot teach, stage 1: no policy is called"):
+        fit(make(r, items=UNLIKE), r)
+
+# --- equal stages train once --------------------------------------------------------------------------------
+def test_one_warm_up_serves_several_rows(tmp_path):
+    trained = []
+    class Count(StageCallback):
+        def after_backward(self): trained.append(type(self).__name__)
+    def run(seed=0, **more):
+        r = ours(**more)
+        learn = make(r, seed=seed)
+        learn.add_cb(Count())
+        n = len(trained)
+        fit(learn, r, keep=tmp_path)
+        return len(trained) - n, weights(learn)
+    both, first = run()
+    assert both > 0
+    none, found = run()
+    assert none == 0 and same(found, first)
+    again, other = run(listwise=dict(lr=.1))
+    assert 0 < again < both and not same(first, other)
+    alone, _ = run(warmup=dict(steps=2, bs=8, temp=.3))
+    assert alone == both
+    seeds, _ = run(seed=1)
+    assert seeds == both
+    with pytest.raises(ValueError, match="resume beside keep"):
+        fit(make(ours()), ours(), keep=tmp_path, resume=tmp_path)
+    r = ours()
+    plain = fit(make(r), r)
+    assert same(weights(plain), first)
+
+# --- members and their mean ---------------------------------------------------------------------------------
+def ensemble(**kw):
+    stages = [dict(fit="warmup", n_epoch=1, lr=1e-2, steps=2, bs=8, best=False), dict(fit="rce", n_epoch=1, lr=1e-2)]
+    return recipe(small("ours"), stages=[dict(fit="ensemble", n_epoch=2, lr=1e-2, stages=stages, **kw)])
+
+@pytest.mark.parametrize("folds", [False, True])
+def test_an_ensemble_goes_on_and_ends_alike(tmp_path, folds):
+    r = ensemble(folds=folds, members=2)
+    items = pd.concat([ITEMS, pd.DataFrame(dict(question_id=TRAIN.queries, image_id=range(900, 914), answer="bus"))])
+    a = fit(make(r, items=items), r, resume=tmp_path/"a")
+    assert a.history.frame.stage.tolist() == ["distill"] * 2
+    names = sorted(str(p.parent.relative_to(tmp_path/"a")) for p in (tmp_path/"a").rglob("state.pt"))
+    inside = ["mean", *(f"member-{i}/{s}" for i in (1, 2) for s in ("1-warmup", "2-rce"))]
+    assert names == [f"1-ensemble/{name}" for name in inside]
+    states = [torch.load(tmp_path/"a"/"1-ensemble"/f"member-{i}"/"2-rce"/"state.pt")["model"] for i in (1, 2)]
+    assert not same(*states)
+    assert same(weights(fit(make(r, items=items), r, resume=tmp_path/"a")), weights(a))
+    assert same(weights(fit(make(r, items=items), r)), weights(a))
+    for bad, said in ((dict(members=0), "0 members"), (dict(folds=True, members=1), "one member with folds")):
+        with pytest.raises(ValueError, match=said): fit(make(ensemble(**bad)), ensemble(**bad))
+
+def test_folds_keep_pictures_together_and_members_do_not_see_theirs():
+    r = ensemble(folds=True, members=3)
+    items = pd.DataFrame(dict(question_id=TRAIN.queries, image_id=np.arange(14) // 2, answer="bus"))
+    learn = make(r, items=items)
+    parts = R._folds(learn, 3)
+    assert sorted(q for part in parts for q in part) == sorted(learn.dls.train_ds.items)
+    image = dict(zip(items.question_id, items.image_id))
+    images = [{image[q] for q in part} for part in parts]
+    assert not images[0] & images[1] and not images[0] & images[2] and not images[1] & images[2]
+    member = R._member(learn, 1, parts[0])
+    assert set(member.dls.valid_ds.items) == parts[0]
+    assert not set(member.dls.train_ds.items) & parts[0]
+    assert not set(member.warmup_from[0].image_id) & images[0]
+    assert len(learn.dls.train_ds.items) == len(member.dls.train_ds.items) + len(parts[0])
+    with pytest.raises(ValueError, match="9 folds, but the training questions have 7 pictures"): R._folds(learn, 9)

@@ -2,6 +2,7 @@
 from types import SimpleNamespace
 import pytest, torch
 from fastcore.basics import noop
+from leverplus.core import read_json
 from leverplus.groups import RLData
 from leverplus.learner import load_selector
 from leverplus.recipes import RECIPES
@@ -75,6 +76,25 @@ def test_a_recipe_is_the_default_and_brings_its_reward(place, tmp_path):
     pictures = set(data.items.image_id.loc[data.dev.queries])
     assert not set(data.warmup_items().image_id) & pictures
     assert len(data.warmup_items()) > 0
+
+def test_runs_share_what_they_begin_with(place, tmp_path):
+    "One warm-up for two runs; what the data decided is in each; where states lie is no setting of a run"
+    def go(name, epochs, keep=str(tmp_path/"kept")):
+        stages = dict(warmup=dict(n_epoch=1, steps=2), listwise=dict(n_epoch=epochs, watch=None))
+        short = Teaching(set=stages, keep=keep)
+        return train_run(tmp_path/name, data_of(place, short), short, say=noop)
+    first = go("a", 1)
+    assert len(list((tmp_path/"kept").iterdir())) == 2
+    second = go("b", 2)
+    assert len(list((tmp_path/"kept").iterdir())) == 3
+    assert second.history.seconds.iloc[0] == first.history.seconds.iloc[0]
+    plan = read_json(first.path/"plan.json")
+    assert len(plan) == 2 and load_selector(first.checkpoint).info["plan"] == plan
+    assert "keep" not in first.settings["teaching"]
+    alone = go("c", 1, None)
+    assert (alone.path/"state").is_dir() and not (first.path/"state").exists()
+    a, c = (load_selector(run.checkpoint).state_dict() for run in (first, alone))
+    assert all(torch.equal(a[name], c[name]) for name in a)
 
 def test_a_selector_to_start_from_is_known_by_its_weights(place, tmp_path):
     moving = change(SHORT, lr=.05, set=dict(watch=None, best=False))

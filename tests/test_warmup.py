@@ -6,7 +6,11 @@ from leverplus.all import *
 from leverplus.dls import GroupDL, GroupDataset
 from leverplus.pools import make_pool
 from leverplus.selector import check_seqs
-from leverplus.warmup import AnswerGroups, contained, word_ids
+from leverplus.vqa import token_f1, vqa_accuracy
+from leverplus.warmup import (
+    AnswerGroups, vector_cosines, answer_scores, best_shown, choose_sampler, contained, live_share, soft_scores,
+    token_f1s, warmup_dls, warmup_parts, warmup_shares, word_ids,
+)
 
 def world(n=40, D=6, images=20, seed=0):
     g = np.random.default_rng(seed)
@@ -156,3 +160,143 @@ def test_a_stage_learns_what_answers_share_and_puts_everything_back(tmp_path):
                 learn.fit_warmup(rest, store, 1, resume=tmp_path / "warm", **other, **few)
         with pytest.raises(ValueError, match=f"question_id {valid[0]}"): learn.fit_warmup(items, store, 1)
         assert learn.dls is dls
+
+# --- graded rewards -----------------------------------------------------------------------------------------
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10**6), B=st.integers(1, 4))
+def test_f1_is_that_of_distinct_words(seed, B):
+    g = np.random.default_rng(seed)
+    def text(): return " ".join(g.choice(list("bcdef"), g.integers(1, 4), replace=False))
+    want = [text() for _ in range(B)]
+    have = [[text() for _ in range(5)] for _ in range(B)]
+    ids, _ = word_ids(want + sum(have, []))
+    f1 = token_f1s(ids[:B], ids[B:].view(B, 5, -1))
+    for b in range(B): assert f1[b].tolist() == pytest.approx([token_f1(a, want[b]) for a in have[b]])
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10**6))
+def test_soft_scores_are_vqa_accuracies(seed):
+    "Of every answer for every question; spelling, articles and unanimous people included"
+    g = np.random.default_rng(seed)
+    words = ["bus", "Bus", "a bus", "coach", "two", "2", "cat!", "van"]
+    shown = g.choice(words, 6).tolist()
+    said = [g.choice(words[:g.integers(1, 9)], g.integers(1, 11)).tolist() for _ in range(6)]
+    number, which, worth = answer_scores(shown, said)
+    soft = soft_scores(which, worth, number.expand(6, -1))
+    want = [[vqa_accuracy(text, answers) for text in shown] for answers in said]
+    assert soft.tolist() == [pytest.approx(row) for row in want]
+
+def test_cosines_and_the_best_shown():
+    x = torch.nn.functional.normalize(torch.randn(7, 5, generator=rng_()), dim=-1)
+    cos = vector_cosines(x[:2], x[2:].expand(2, -1, -1))
+    assert torch.allclose(cos, (x[:2] @ x[2:].T).clamp(min=0), atol=1e-6)
+    seqs = torch.tensor([[[0, 1], [4, 2]], [[3, 3], [1, 0]]])
+    best = best_shown(cos, seqs)
+    for b in range(2):
+        for i in range(2): assert best[b, i] == max(cos[b, k] for k in seqs[b, i].tolist())
+
+def with_answers(n=40):
+    items, store = world(n)
+    g = np.random.default_rng(5)
+    items["answers"] = [[a] * 6 + g.choice(items.answer, 4).tolist() for a in items.answer]
+    x = torch.tensor(g.normal(size=(n, 5))).float()
+    return items, store, EmbedStore(items.question_id.tolist(), x, x)
+
+@pytest.mark.parametrize("reward", ["f1", "soft", "cosine"])
+def test_a_sequence_is_worth_its_best_demonstration(reward):
+    items, store, answers = with_answers()
+    ds = AnswerGroups(items, store, 6, 2, reward=reward, answers=answers)
+    where = {tuple(v.tolist()): q for q, v in zip(items.question_id, store.get(items.question_id, "mixed"))}
+    _, cands, _, seqs, _, rewards, _ = ds.batch(range(40), rng_())
+    v = {q: x for q, x in zip(items.question_id, answers.get(items.question_id, "text"))}
+    grade = dict(
+        f1=lambda q, c: token_f1(items.answer[c], items.answer[q]),
+        soft=lambda q, c: vqa_accuracy(items.answer[c], items.answers[q]),
+        cosine=lambda q, c: max(0., float(v[q] @ v[c])),
+    )[reward]
+    for b, q in enumerate(items.question_id):
+        pool = [where[tuple(x.tolist())] for x in cands[b]]
+        want = [max(grade(q, pool[k]) for k in s) for s in seqs[b].tolist()]
+        assert rewards[b].tolist() == pytest.approx(want, abs=1e-6)
+
+def test_what_a_reward_compares_is_part_of_what_groups_are():
+    items, store, answers = with_answers()
+    prints = {r: str(AnswerGroups(items, store, 6, 2, reward=r, answers=answers).content()["rewards"])
+              for r in ("contained", "f1", "soft", "cosine")}
+    assert len(set(prints.values())) == 4
+    with pytest.raises(ValueError, match="wants a column `answers`"):
+        AnswerGroups(items.drop(columns="answers"), store, 6, 2, reward="soft")
+    with pytest.raises(ValueError, match="wants vectors of the answers"):
+        AnswerGroups(items, store, 6, 2, reward="cosine")
+
+# --- pools that follow the data -----------------------------------------------------------------------------
+def test_pools_of_answers_hold_the_best_graded():
+    "No candidate outside has a better grade than the worst of those that were taken for their grade"
+    items, store, answers = with_answers()
+    ds = AnswerGroups(items, store, 8, 2, reward="soft", sampler=dict(answers=.25, text=.25))
+    assert ds.parts == dict(answers=2, text=2, random=4)
+    i = torch.arange(40)
+    every = ds.grades(i, torch.arange(40).expand(40, -1))
+    barred = (ds.image[:, None] == ds.image) | ds.twin
+    every = every.masked_fill(barred, -1)
+    pool = ds.pools(i, rng_())
+    best = every.topk(2).values
+    assert torch.allclose(every.gather(1, pool[:, :2]).sort(descending=True).values, best)
+    assert not barred.gather(1, pool).any()
+    with pytest.raises(ValueError, match="at most 1 in all"): warmup_parts(dict(answers=.7, text=.5), 8)
+
+def test_live_shares_are_those_of_the_groups():
+    items, store = world()
+    items["answer"] = [f"word{i}" for i in range(40)]
+    assert live_share(AnswerGroups(items, store, 6, 2)) == 0
+    items.loc[items.index[:20], "answer"] = "bus"
+    items["image_id"] = range(40)
+    ds = AnswerGroups(items, store, 39, 1)
+    # the 20 that say bus find each other among all, and nobody finds the others
+    assert live_share(ds) == .5
+    shares = warmup_shares(items, store, K=6, shots=2)
+    assert list(shares) == ["random", "text", "image", "mixed"]
+
+@pytest.mark.parametrize(
+    "shares, own, want, said",
+    [
+        (dict(random=.5, text=.6, mixed=.6), "random", "random", "random pools, as the stored groups have them"),
+        (dict(random=.01, text=.4, mixed=.3), "random", "mixed", "the nearest to random ones"),
+        (dict(random=.01, text=.4, mixed=.05), "random", "text", "text pools, the nearest"),
+        (dict(random=.01, text=.4, mixed=.3), "text", "text", "as the stored groups"),
+        (dict(random=.01, text=.4), "given", "text", "text pools"),
+        (dict(random=.01, text=.02), "random", "text", "no pools have 10 % live groups"),
+    ],
+)
+def test_the_nearest_pools_with_enough_live_groups(shares, own, want, said):
+    got, why = choose_sampler(shares, own)
+    assert got == want and said in why
+
+def test_loaders_draw_where_answers_meet():
+    "Equal words only among neighbours: random pools are flat, and the loaders of random groups say what they take"
+    items, _ = world(400, images=400)
+    items["answer"] = [f"word{i // 4}" for i in range(400)]
+    x = torch.eye(100).repeat_interleave(4, 0) + .01 * torch.randn(400, 100, generator=rng_())
+    store = EmbedStore(items.question_id.tolist(), x, x)
+    own = synth_dls(16)
+    for pool in (dict(sampler="random"), dict(sampler="text"), None):
+        own.info = dict(pool=pool)
+        dls = warmup_dls(own, items, store, K=4, shots=1, bs=8, steps=4)
+        want = dict(random="mixed", text="text").get((pool or {}).get("sampler"), "text")
+        assert dls.info["warmup"]["sampler"] == want and want in dls.info["warmup_pools"]
+        assert live_share(dls.train_ds) > .9
+    asked = warmup_dls(own, items, store, K=4, shots=1, bs=8, steps=4, sampler="random")
+    assert asked.info["warmup_pools"] == "random pools, as asked" and live_share(asked.train_ds) < .1
+
+def test_real_questions_want_similar_pools(okvqa):
+    "OKVQA's answers hardly repeat: what is measured there decides, within seconds"
+    file = okvqa.parent/"blind_okvqa"/"minilm.npz"
+    if not file.is_file(): pytest.skip(f"no vectors of questions in {file}")
+    items = read_soft_labels(okvqa, "train")[:4000]
+    z = np.load(file)
+    vectors = pd.Series(range(len(z["question_id"])), index=z["question_id"])
+    x = torch.tensor(z["text"][vectors[items.question_id]]).float()
+    store = EmbedStore(items.question_id.tolist(), x, x)
+    shares = warmup_shares(items, store, n=256, K=16, shots=2, kind="text")
+    assert shares["random"] < .05 < .2 < shares["text"]
+    assert choose_sampler(shares, "random")[0] == "mixed"
