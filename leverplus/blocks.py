@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STATES', 'SCORERS', 'MATCHES', 'DIVERSITY', 'dots', 'picked', 'near_identity', 'attend', 'CrossAttend', 'SelfAttend',
-           'Scalar', 'Gate', 'Recurrent', 'Cosine', 'Bilinear', 'Additive', 'Heads', 'soft_and', 'MatchNet', 'MMR',
-           'Coverage', 'DPP', 'best_and_mean', 'Stop', 'with_stop']
+           'Scalar', 'Gate', 'Recurrent', 'Cosine', 'Bilinear', 'Additive', 'Heads', 'soft_and', 'MatchNet', 'in_pool',
+           'EvidenceNet', 'MMR', 'Coverage', 'DPP', 'best_and_mean', 'Stop', 'with_stop']
 
 # %% ../nbs/49_blocks.ipynb #ccf561b0
 import contextlib, math
@@ -310,6 +310,49 @@ class MatchNet(nn.Module):
 
 # choices of `match`
 MATCHES = {"none": None, "heads": Heads, "net": MatchNet, "and": soft_and}
+
+# %% ../nbs/49_blocks.ipynb #1f9c8de9
+def in_pool(
+    x:torch.Tensor, # [B,K,F] numbers of candidates
+    mask:torch.Tensor, # bool [B,K], True = a real candidate
+)->torch.Tensor: # [B,K,F], mean 0 and deviation 1 over the real candidates of each pool; 0 where all are alike
+    "Compare numbers with those of the other candidates"
+    real = mask[..., None].to(x)
+    n = real.sum(1, keepdim=True).clamp(min=1)
+    x = x * real
+    centred = (x - x.sum(1, keepdim=True) / n) * real
+    spread = (centred.square().sum(1, keepdim=True) / n).sqrt()
+    return centred / (spread + 1e-4)
+
+class EvidenceNet(nn.Module):
+    "A small network that reads numbers of candidates, and those of the picks"
+    def __init__(self,
+        n:int, # F, numbers of a candidate
+        hidden:int=64, # width of the network
+        dropout:float=.3, # of its hidden layers, 0..1: few questions teach it
+    ):
+        super().__init__()
+        self.base = nn.Linear(2*n, hidden)
+        self.past = nn.Linear(2*n, hidden, bias=False)
+        self.deep = nn.Linear(hidden, hidden)
+        self.out = nn.Linear(hidden, 1, bias=False)
+        self.drop = nn.Dropout(dropout)
+        nn.init.zeros_(self.out.weight)
+
+    def read(self, numbers, mask): return torch.cat([numbers, in_pool(numbers, mask)], -1)
+
+    def forward(self, memory, seen):
+        "Memory of `update`, or () before the first pick, and what `read` gave [B,K,2F] -> [B,1,K] or [B,P,K]"
+        h = self.base(seen)[:, None]
+        if memory: h = h + self.past(memory[0])[:, :, None]
+        h = self.drop(F.gelu(h))
+        h = self.drop(F.gelu(self.deep(h)))
+        return self.out(h)[..., 0]
+
+    def update(self, memory, seen, pick):
+        "Memory after `pick` [B,P]: the sum over the picks [B,P,2F]"
+        new = picked(seen, pick)
+        return (memory[0] + new,) if memory else (new,)
 
 # %% ../nbs/49_blocks.ipynb #f84e6e10
 class MMR(nn.Module):

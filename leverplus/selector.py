@@ -24,7 +24,7 @@ from leverplus.decode import (
     beam_search, enumerate_all, greedy_search, may_be_empty, sample_distinct, sample_plain,
 )
 from leverplus.blocks import (
-    STATES, SCORERS, MATCHES, DIVERSITY, CrossAttend, Heads, MatchNet, SelfAttend, Stop, dots,
+    STATES, SCORERS, MATCHES, DIVERSITY, CrossAttend, EvidenceNet, Heads, MatchNet, SelfAttend, Stop, dots,
     near_identity, picked, with_stop,
 )
 
@@ -70,8 +70,8 @@ class PointerParts(nn.Module):
     fold = False   # multiply matrices beforehand for pools [B,K,D], too: faster, equal up to rounding
 
     def __init__(self,
-        d_in:int, # D, width of the embeddings
-        d_hidden:int=128, # H; equal to `d_in`, the input projection is absent
+        d_in:int, # D + F, width of what it is given for a query or a candidate; F is `n_evidence`
+        d_hidden:int=128, # H; equal to D, the input projection is absent
         n_layers:int=1, # rounds of query -> candidates attention, >= 0
         n_heads:int=1, # attention heads; divides `d_hidden`
         dropout:float=.1, # in `encode` only, 0..1: decoding and `logp` share one encoding
@@ -88,16 +88,19 @@ class PointerParts(nn.Module):
         diversity_weight:float=0., # where its learned weight starts; 0 keeps the untrained policy as it is
         stop:bool=False, # may the policy end before max_shots?
         min_shots:int=0, # but not before so many picks, < max_shots; 0 = it may show nothing at all
+        n_evidence:int=0, # F: of `d_in`, so many at the end are no embedding but numbers about a candidate
     ):
         super().__init__()
         self.config = dict(
             d_in=d_in, d_hidden=d_hidden, n_layers=n_layers, n_heads=n_heads, dropout=dropout,
             temp=temp, state=state, prior=prior, prior_scale=prior_scale, max_shots=max_shots,
             scorer=scorer, cand_layers=cand_layers, match=match, n_match=n_match, diversity=diversity,
-            diversity_weight=diversity_weight, stop=stop, min_shots=min_shots)
+            diversity_weight=diversity_weight, stop=stop, min_shots=min_shots, n_evidence=n_evidence)
         self.info = {}   # what a checkpoint says about itself
         make_state, make_scorer, make_match, make_diversity = check_settings(self.config)
         self.d_in = d_in
+        self.n_evidence = n_evidence
+        self.width = width = d_in - n_evidence   # D, of the embeddings themselves
         self.pointer_temp = temp   # not `temp`: callbacks that have one look for it on the model, too
         self.prior = prior
         self.prior_scale = prior_scale
@@ -105,8 +108,8 @@ class PointerParts(nn.Module):
         self.max_shots = max_shots
 
         # the encoder and the pointer
-        self.input_proj = nn.Identity() if d_in == d_hidden else nn.Linear(d_in, d_hidden)
-        if d_in != d_hidden:
+        self.input_proj = nn.Identity() if width == d_hidden else nn.Linear(width, d_hidden)
+        if width != d_hidden:
             nn.init.orthogonal_(self.input_proj.weight)
             nn.init.zeros_(self.input_proj.bias)
         self.layers = nn.ModuleList(CrossAttend(d_hidden, n_heads, dropout) for _ in range(n_layers))
@@ -122,11 +125,12 @@ class PointerParts(nn.Module):
         self.gains = nn.Parameter(torch.tensor([float(prior is True), 0.])) if prior else None
         self.scorer = make_scorer(d_hidden)
         self.mixers = nn.ModuleList(SelfAttend(d_hidden, n_heads, dropout) for _ in range(cand_layers))
-        self.match = make_match(d_in, n_match) if make_match else None
+        self.match = make_match(width, n_match) if make_match else None
         has_gain = make_match not in (None, MatchNet)
         self.match_gain = nn.Parameter(torch.tensor(float(prior is not True))) if has_gain else None
 
-        self.diversity = make_diversity(d_in, d_hidden, diversity_weight) if make_diversity else None
+        self.evidence = EvidenceNet(n_evidence) if n_evidence else None
+        self.diversity = make_diversity(width, d_hidden, diversity_weight) if make_diversity else None
         self.stop = Stop(d_hidden, max_shots, min_shots) if stop else None
 
 # %% ../nbs/50_selector.ipynb #d02861c4
@@ -135,9 +139,12 @@ class Shared:
     "Pools with common members: candidate k of query b is `vecs[index[b, k]]`"
     vecs:torch.Tensor # [U,D] embeddings on any device; rows that no pool uses cost nothing
     index:torch.Tensor # int [B,K], 0..U-1; anything in range where `cand_mask` is False
+    evidence:torch.Tensor|None=None # [B,K,F] numbers about each candidate and query, for a selector with `n_evidence`
 
     @property
-    def shape(self): return (*self.index.shape, self.vecs.shape[-1])
+    def shape(self):
+        F = 0 if self.evidence is None else self.evidence.shape[-1]
+        return (*self.index.shape, self.vecs.shape[-1] + F)
 
 def distinct_units(
     cands, # [B,K,D] | [K,D] | `Shared`
@@ -226,6 +233,7 @@ class Encoded:
     match:torch.Tensor|None=None # [B,K] attribute-wise match; [B,K,n] what `MatchNet` knows before the first pick
     traits:torch.Tensor|None=None # [B,K,n] what it remembers of a pick
     views:torch.Tensor|None=None # [B,K,n] what it compares with picks
+    evidence:torch.Tensor|None=None # [B,K,2F] what `EvidenceNet` reads
     index:torch.Tensor|None=None # int [B,K] places in the pool, if `top_m` left candidates out
     size:int|None=None # the pool's own K in that case
 
@@ -254,7 +262,7 @@ class PointerCandidates(PointerParts):
     def _projected(self, query, x, index, mask):
         "Candidates after the input projection and a look at each other"
         sim = cosines(query, x, index)
-        c = self.drop(self.input_proj(x * self.d_in**.5))
+        c = self.drop(self.input_proj(x * self.width**.5))
         if self.mixers:
             c = self._mixed(look_up(c, index), mask)
             index = None
@@ -274,11 +282,11 @@ class PointerCandidates(PointerParts):
         "Are there only linear maps up to the last projection, and is it worth multiplying those first?"
         linear = isinstance(self.input_proj, nn.Linear) and not self.mixers
         drops = self.training and self.drop.p
-        return linear and not drops and x[..., 0].numel() > self.d_in
+        return linear and not drops and x[..., 0].numel() > self.width
 
     def _folded(self, query, x, index):
         "Candidates for whom the two projections are one matrix product"
-        weight = self.input_proj.weight * self.d_in**.5
+        weight = self.input_proj.weight * self.width**.5
         bias = self.input_proj.bias
         last = self.cand_proj.weight
         hat = F.linear(x, last @ weight, last @ bias + self.cand_proj.bias)
@@ -296,14 +304,15 @@ class PointerEncoder(PointerCandidates):
     )->Encoded: # what every step, sequence and decoder of these queries shares
         "Everything that does not depend on the picks"
         mask = check_cands(query, cands, cand_mask, self.d_in)
-        query = F.normalize(query, dim=-1)
         if top_m is not None and top_m < mask.shape[1]: return self._nearest(query, cands, mask, top_m)
+        query = F.normalize(query[:, :self.width], dim=-1)
+        cands, numbers = self.apart(cands)
         x, index = distinct_units(cands, query.device)
         fold = self.fold or index is not None or len(x) != len(query)
         match = self._matched(query, x, index)
         feats = None if self.diversity is None else look_up(self.diversity.prepare(x), index)
 
-        q = self.drop(self.input_proj(query * self.d_in**.5))
+        q = self.drop(self.input_proj(query * self.width**.5))
         if fold and self._may_fold(x): c = self._folded(query, x, index)
         else: c = self._projected(query, x, index, mask)
         for layer in self.layers: q = layer(q, c.seen, mask, fold, c.before)
@@ -315,7 +324,18 @@ class PointerEncoder(PointerCandidates):
         keys_are_hat = keys is hat
         hat = look_up(hat, c.index)
         keys = hat if keys_are_hat else look_up(keys, c.index)
-        return Encoded(q, hat, c.sim, mask, keys, feats, **match)
+        seen = None if numbers is None else self.evidence.read(numbers.to(query), mask)
+        return Encoded(q, hat, c.sim, mask, keys, feats, **match, evidence=seen)
+
+    def apart(self, cands):
+        "Embeddings of the candidates, and the numbers behind them [B,K,F], None without `n_evidence`"
+        n = self.n_evidence
+        if not n: return cands, None
+        if isinstance(cands, Shared): return Shared(cands.vecs, cands.index), cands.evidence
+        if cands.ndim == 3: return cands[..., :-n], cands[..., -n:]
+        raise ValueError(
+            f"cands {list(cands.shape)}: one pool for all queries, but this selector reads {n} numbers about each"
+            " candidate *and* query: wanted [B,K,D+F], or `Shared` with evidence [B,K,F]")
 
     def _matched(self, query, x, index):
         "`match, traits, views` of `Encoded`, as far as there are any"
@@ -330,10 +350,14 @@ class PointerEncoder(PointerCandidates):
     def _nearest(self, query, cands, mask, M):
         "`encode` of the M most similar candidates of each pool, in the pool's order"
         if M < 1: raise ValueError(f"top_m {M}: wanted 1..K or None")
-        x, index = distinct_units(cands, query.device)
-        sim = cosines(query, x, index).masked_fill(~mask, -torch.inf)
+        x, index = distinct_units(self.apart(cands)[0], query.device)
+        unit = F.normalize(query[:, :self.width], dim=-1)
+        sim = cosines(unit, x, index).masked_fill(~mask, -torch.inf)
         top = sim.topk(M, -1).indices.sort(-1).values
-        if isinstance(cands, Shared): few = Shared(cands.vecs, cands.index.to(top.device).gather(1, top))
+        if isinstance(cands, Shared):
+            numbers = cands.evidence
+            if numbers is not None: numbers = picked(numbers, top.to(numbers.device))
+            few = Shared(cands.vecs, cands.index.to(top.device).gather(1, top), numbers)
         elif cands.ndim == 2: few = Shared(cands, top)
         else: few = picked(cands, top)
         return replace(self.encode(query, few, mask.gather(1, top)), index=top, size=mask.shape[1])
@@ -344,7 +368,7 @@ class State:
     "Where `P` prefixes per query stand"
     query:torch.Tensor # [B,P,H] unit norm
     free:torch.Tensor # bool [B,P,K], True = may be picked
-    memory:tuple=() # of `MatchNet`, then of the diversity term: tensors [B,P,...]; empty before the first pick
+    memory:tuple=() # of `MatchNet`, `EvidenceNet`, the diversity term: tensors [B,P,...]; empty before the first pick
     done:torch.Tensor|None=None # bool [B,P], True = has stopped; None where that is not offered
 
     def at(self, parent:torch.Tensor):
@@ -373,9 +397,11 @@ class PointerLogits(PointerEncoder):
         return F.normalize(state.query + self.step_emb[t], dim=-1)
 
     def memories(self, state):
-        "(what the match remembers, what the diversity term remembers)"
+        "(what the match remembers, what the evidence does, what the diversity term does)"
+        if not state.memory: return (), (), ()
         n = 2 if isinstance(self.match, MatchNet) else 0
-        return state.memory[:n], state.memory[n:]
+        m = n + (self.evidence is not None)
+        return state.memory[:n], state.memory[n:m], state.memory[m:]
 
     def terms(self, enc, state, t):
         "Logits of step `t` by source, name -> [B,1,K] or [B,P,K]; they add up"
@@ -383,9 +409,10 @@ class PointerLogits(PointerEncoder):
         f = self.scorer(self.asking(state, t), enc.keys) / self.pointer_temp
         if self.prior: out["prior"] = self.gains[0] * self.prior_scale * enc.sim[:, None]
         out["pointer"] = self.gains[1] * f if self.prior else f
-        seen, kept = self.memories(state)
+        seen, heard, kept = self.memories(state)
         if self.match_gain is not None: out["match"] = self.match_gain * self.prior_scale * enc.match[:, None]
         elif self.match is not None: out["match"] = self.match(seen, enc.match)
+        if self.evidence is not None: out["evidence"] = self.evidence(heard, enc.evidence)
         if kept: out["diversity"] = self.diversity(kept, enc.feats, enc.query)
         return out
 
@@ -427,10 +454,11 @@ class PointerNet(PointerLogits):
         else: left = ~real[..., None] & state.free.gather(-1, place)
         free = state.free.scatter(-1, place, left)
         q = state.query if self.update is None else self.update(state.query, picked(enc.cands, pick))
-        seen, kept = self.memories(state)
+        seen, heard, kept = self.memories(state)
         if isinstance(self.match, MatchNet): seen = self.match.update(seen, enc.views, enc.traits, pick)
+        if self.evidence is not None: heard = self.evidence.update(heard, enc.evidence, pick)
         if self.diversity is not None: kept = self.diversity.update(kept, enc.feats, pick)
-        return State(q, free, (*seen, *kept), done)
+        return State(q, free, (*seen, *heard, *kept), done)
 
 # %% ../nbs/50_selector.ipynb #973bb209
 def check_seqs(
