@@ -23,6 +23,7 @@ from leverplus.decode import (
     Stepwise, best_sequences, deciding, device_of, independent, rooted, stored_noise, tree_search,
 )
 from .pools import check_encoder, encoder_of
+from .evidence import inputs, kind_for
 from .groups import FACT_COLUMNS, TEXT_FACTS, RLData, as_record, column_content
 from .rewards import reward as reward_of, reward_facts
 from .rldata_generate import TooManyFailures
@@ -55,7 +56,7 @@ def draw_groups(
     T = policy.max_shots if shots is None else shots
     noise = _noise(queries, sizes, T, G + distinct, key)
     with deciding(policy):
-        query, cands, cand_mask = _inputs(pool, store, queries, kind)
+        query, cands, cand_mask = _inputs(pool, store, queries, kind_for(policy, store, kind))
         device = device_of(policy)
         enc = policy.encode(query.to(device), cands.to(device), cand_mask.to(device))
         steps = Stepwise(policy, B)
@@ -101,10 +102,11 @@ def check_draw(
 
 # %% ../nbs/68_callback_onpolicy.ipynb #8d6f4b0c
 def _inputs(pool, store, queries, kind):
-    "Query [B,D], candidates [B,K,D], mask [B,K]"
-    flat = store.get([i for q in queries for i in pool[q]], kind)
-    cands, mask = pad_rows(list(flat.split([len(pool[q]) for q in queries])), 0.)
-    return store.get(queries, kind), cands, mask
+    "Query [B,D+F], candidates [B,K,D+F], mask [B,K]"
+    ids, mask = pad_rows([torch.tensor(pool[q]) for q in queries], 0)
+    ids = ids.where(mask, ids[:, :1])
+    query, cands = inputs(store, queries, ids.numpy(), mask, kind)
+    return query, cands * mask[..., None], mask
 
 def _noise(queries, sizes, T, width, key):
     "Standard Gumbel draws [B,T,width,K+1], the last for STOP; each query draws for its own pool size"

@@ -10,12 +10,14 @@ __all__ = ['usable_rows', 'check_local', 'pool_rows', 'GroupDataset', 'check_cho
 import random, textwrap
 import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
+from torch.nn import functional as F
 from .core import pad_rows
 from .pictures import open_image
 from .synth import GroupLoader
 from .items import as_ids, as_items
 from .groups import RLData
 from .pools import Pool, encoder_of
+from .evidence import n_evidence
 from .decode import may_be_empty
 from .rewards import reward as reward_of
 from fastai.data.core import DataLoaders
@@ -101,6 +103,7 @@ class GroupDataset:
         self.first = self.n.cumsum(0) - self.n                                            # where each group begins
         self.seqs = self._sequences()
         self.query, self.vecs, self.cands = self._vectors(store)
+        self.evidence = self._evidence(store)
 
     def _sequences(self):
         "Local indices [rows, S], -1 = padding"
@@ -121,8 +124,24 @@ class GroupDataset:
             raise ValueError(f"the store has {self.kind} vectors that are not finite: embed again")
         return query, torch.cat([vecs, torch.zeros_like(vecs[:1])]), torch.as_tensor(cands)
 
+    def _evidence(self, store):
+        "Numbers about the candidates of each query [Q,K,F], behind their vectors; F = 0 for a kind without answers"
+        F = n_evidence(self.kind)
+        if not F: return torch.zeros(*self.cands.shape, 0)
+        real = self.cands < len(self.demos)
+        cands = self.demos[self.cands.where(real, 0)]
+        return store.evidence(self.question_ids.tolist(), cands, real)
+
+    def shown(self,
+        i, # numbers of queries, or one of them
+    )->tuple: # (query [...,D+F], candidates [...,K,D+F])
+        "What a selector is shown of queries and their pools"
+        seen = self.evidence[i]
+        query = F.pad(self.query[i], (0, seen.shape[-1]))
+        return query, torch.cat([self.vecs[self.cands[i]], seen], -1)
+
     @property
-    def d(self): return self.query.shape[-1] # D, the selector's `d_in`
+    def d(self): return self.query.shape[-1] + self.evidence.shape[-1] # D + F, the selector's `d_in`
     def __len__(self): return len(self.question_ids)
     def __repr__(self):
         shots = sorted(set((self.seqs >= 0).sum(-1).tolist()))
@@ -164,7 +183,8 @@ def __getitem__(self:GroupDataset,
     cands = self.cands[i]
     real = cands < len(self.vecs) - 1
     seqs = [tuple(s[s >= 0].tolist()) for s in self.seqs[here]]
-    return self.query[i], self.vecs[cands[real]], seqs, self.rewards[here]
+    query, shown = self.shown(i)
+    return query, shown[real], seqs, self.rewards[here]
 
 # %% ../nbs/40_dls.ipynb #c9a1dd6e
 @patch(as_prop=True)
@@ -184,7 +204,7 @@ def select(self:GroupDataset,
     some = object.__new__(type(self))
     vars(some).update(vars(self))
     some.question_ids = self.question_ids[at]
-    for part in ("n", "first", "query", "cands"): setattr(some, part, getattr(self, part)[at])
+    for part in ("n", "first", "query", "cands", "evidence"): setattr(some, part, getattr(self, part)[at])
     return some
 
 @patch
@@ -213,7 +233,7 @@ def like(self:GroupDataset,
     query:torch.Tensor, # [D]
 )->list: # row numbers
     "Which queries have this vector"
-    return (self.query == query).all(-1).nonzero()[:, 0].tolist()
+    return (self.query == query[..., :self.query.shape[-1]]).all(-1).nonzero()[:, 0].tolist()
 
 # %% ../nbs/40_dls.ipynb #88bbcd3a
 @patch(as_prop=True)
@@ -252,12 +272,14 @@ def batch(self:GroupDataset,
     S = max(1, int(seq_mask.sum(-1).max()))   # a batch of empty sequences has one padded pick
     seqs = seqs.masked_fill(~seq_mask, 0)
     rewards = self.rewards[row].masked_fill(~mask, 0.)
-    inputs = self.query[i], self.vecs[cands[:, :K]], cand_mask[:, :K], seqs[..., :S], seq_mask[..., :S]
+    query, shown = self.shown(i)
+    inputs = query, shown[:, :K], cand_mask[:, :K], seqs[..., :S], seq_mask[..., :S]
     return *inputs, rewards, mask
 
 # %% ../nbs/40_dls.ipynb #8f64c0f7
 # attributes of a dataset: those that stand in the parts below (`demos` and `cands` are the pool) ...
-_IN_PARTS = {"question_ids", "n", "first", "seqs", "pool", "demos", "cands", "kind", "query", "vecs", "rewards"}
+_IN_PARTS = {"question_ids", "n", "first", "seqs", "pool", "demos", "cands", "kind", "query", "vecs", "rewards",
+             "evidence"}
 _LOOKS = {"about", "rows", "lost", "n_failed"} # ... and those for people, in no batch
 
 @patch
@@ -267,7 +289,7 @@ def content(self:GroupDataset)->dict: # {part: what `fingerprint` takes}
         queries=self.question_ids.tolist(),
         rows=[self.n, self.first, self.seqs],
         pools=[self.demos, self.cands],
-        embeddings=[self.kind, self.query, self.vecs],
+        embeddings=[self.kind, self.query, self.vecs, self.evidence],
         rewards=self.rewards,
     )
     more = {name: value for name, value in vars(self).items() if name not in _IN_PARTS | _LOOKS}

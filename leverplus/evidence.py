@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WIDTH', 'OPINIONS', 'NAMES', 'WITH', 'letter_groups', 'answer_vectors', 'Opinion', 'Evidence', 'plain_kind',
-           'BankStore', 'inputs', 'n_evidence']
+           'BankStore', 'inputs', 'n_evidence', 'kind_for']
 
 # %% ../nbs/16_evidence.ipynb #072bf42b
 import zlib
@@ -50,7 +50,7 @@ def _directions(groups, width):
     seeds = [zlib.crc32(group.encode()) for group in groups]
     return [torch.from_numpy(np.random.default_rng(seed).standard_normal(width)) for seed in seeds]
 
-# %% ../nbs/16_evidence.ipynb #a721e9fa
+# %% ../nbs/16_evidence.ipynb #29f8f3a8
 OPINIONS = ("near", "wide", "ridge")
 NAMES = ("similar", *(f"{what}_{o}" for what in ("votes", "agrees") for o in OPINIONS), "words", "letters", "same")
 
@@ -80,7 +80,7 @@ class Evidence:
         self.ids = pd.Index(bank.index)
         self.near = min(near, len(bank))
         self.vecs = store.get(self.ids, self.kind)
-        self.bank_group = torch.as_tensor(self.group.loc[self.ids].to_numpy())
+        self.bank_group = torch.tensor(self.group.loc[self.ids].tolist())
         self._read(bank)
         self._known = {}   # query -> (rows of its neighbours, their weights): they do not depend on a pool
 
@@ -129,7 +129,7 @@ def _worth(answers):
     "Normalised answer -> what it is worth, 0..1"
     return {normalise(text): weight for text, weight in zip(*answer_targets(answers))}
 
-# %% ../nbs/16_evidence.ipynb #73951812
+# %% ../nbs/16_evidence.ipynb #0acfd65c
 @patch
 def _neighbours(self:Evidence, queries):
     "Rows of the nearest questions of other pictures [B,n], nearest first, and their weights [3,B,n]"
@@ -153,7 +153,7 @@ def _cosines(self:Evidence, queries):
     if unknown:
         raise KeyError(f"question_id {', '.join(map(str, unknown[:5]))}: not among the {len(self.group)} items that this"
                        " evidence knows, so nobody can say which questions share its picture: make it with these items too")
-    group = torch.as_tensor(self.group.loc[queries].to_numpy())
+    group = torch.tensor(self.group.loc[queries].tolist())
     cos = self.store.get(queries, self.kind) @ self.vecs.T
     return cos.masked_fill(group[:, None] == self.bank_group, -3.)
 
@@ -235,7 +235,7 @@ def _length(self:Evidence, answer, size):
     sizes = torch.tensor([float(size(text)) for text in self.texts])
     return sizes.log1p()[answer]
 
-# %% ../nbs/16_evidence.ipynb #45cd734a
+# %% ../nbs/16_evidence.ipynb #fd9dbc5e
 WITH = "+answers"
 
 def plain_kind(
@@ -292,3 +292,16 @@ def n_evidence(
 )->int: # F, 0..10
     "Count the numbers that stand behind each vector of a kind"
     return len(NAMES) if kind.endswith(WITH) else 0
+
+def kind_for(
+    policy, # who is shown it: a selector with `n_evidence`, or anything that reads vectors alone
+    store:EmbedStore,
+    kind:str|None=None, # of the store; None: its own choice
+)->str: # with answers for who reads evidence, without for others; ValueError where there is no bank to ask
+    "Say which kind of inputs a policy reads"
+    kind = store.kind(kind)
+    if not getattr(policy, "n_evidence", 0): return plain_kind(kind)
+    if kind.endswith(WITH): return kind
+    raise ValueError(
+        f"this selector reads what a bank of answered questions says ({policy.n_evidence} numbers), and kind {kind!r} has"
+        " nothing of it: pass store = BankStore(store, items)")

@@ -23,6 +23,7 @@ from .settings import Asking, Picker, Picking, plain_settings
 from .items import as_id, as_ids, as_items, given_ids
 from .pools import check_encoder, check_pool, encoder_of, image_groups
 from .vqa import normalise
+from .evidence import inputs, kind_for
 from .decode import best_sequences
 from .lvlm import Scored, Targets
 from .groups import check_shard, shard_tag
@@ -164,11 +165,11 @@ def pick_fixed(
 
 # %% ../nbs/80_infer.ipynb #6fd82717
 def _batch(pool, store, qs, kind, device):
-    "Query [B,D], candidates [B,K,D] and mask [B,K] of queries `qs`"
-    candidates = [pool[q] for q in qs]
-    flat = store.get([i for c in candidates for i in c], kind)
-    cands, mask = pad_rows(list(flat.split([len(c) for c in candidates])))
-    query = store.get(list(qs), kind)
+    "Query [B,D+F], candidates [B,K,D+F] and mask [B,K] of queries `qs`"
+    ids, mask = pad_rows([torch.tensor(pool[q]) for q in qs], 0)
+    ids = ids.where(mask, ids[:, :1])
+    query, cands = inputs(store, qs, ids.numpy(), mask, kind)
+    cands = cands * mask[..., None]
     return query.to(device), cands.to(device), mask.to(device)
 
 @contextmanager
@@ -189,7 +190,7 @@ def _encoded(model, pool, store, S, kind, bs):
     with _only_asked(model):
         for i in range(0, len(queries), bs):
             qs = queries[i : i + bs]
-            yield qs, model.encode(*_batch(pool, store, qs, kind, device))
+            yield qs, model.encode(*_batch(pool, store, qs, kind_for(model, store, kind), device))
 
 # %% ../nbs/80_infer.ipynb #ba49a025
 def pick_model(

@@ -20,6 +20,7 @@ from .core import frozen, reproducible, seed_all
 from .pools import check_encoder
 from .synth import ShownGroups
 from .items import as_items
+from .evidence import n_evidence
 from .dls import check_choice
 from .warmup import warmup_dls
 from .selector import PointerSelector
@@ -72,7 +73,7 @@ def selector_learner(
     _check_learner(dls, model, model_kw)
     check_encoder(model, getattr(dls, "info", {}).get("encoder"))
     seed_all(seed)
-    if model is None: model = PointerSelector(dls.valid.one_batch()[0].shape[-1], **model_kw or MODEL)
+    if model is None: model = _new_selector(dls, model_kw or MODEL)
     check_choice(model, *(dl.dataset for dl in dls.loaders))
     stats = RLStats()
     learn = SelectorLearner(
@@ -84,6 +85,12 @@ def selector_learner(
     learn.seed = seed
     learn.choose_by = choose_by
     return learn
+
+def _new_selector(dls, settings):
+    "A selector that reads what the batches hold: embeddings, and evidence behind them where its kind says so"
+    kind = getattr(dls, "info", {}).get("kind") or ""
+    width = dls.valid.one_batch()[0].shape[-1]
+    return PointerSelector(width, **dict(n_evidence=n_evidence(kind)) | settings)
 
 def _check_learner(dls, model, model_kw):
     "Refuse a model with settings for another, and batches that are no groups"

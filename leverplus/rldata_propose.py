@@ -14,6 +14,7 @@ import numpy as np, pandas as pd, torch
 from .core import fingerprint, rng
 from .settings import Proposing
 from .items import as_ids
+from .evidence import inputs, kind_for
 from .decode import best_sequences, deciding, device_of
 from .groups import PROPOSAL_COLUMNS
 
@@ -91,7 +92,7 @@ def pool_batch(
     padded = [pool[q] + (pool[q][0],) * (K - k) for q, k in zip(queries, sizes)]
     ids = np.array(padded, dtype=np.int64)
     mask = torch.arange(K) < torch.tensor(sizes)[:, None]
-    return PoolBatch(queries, sizes, ids, mask, store.get(queries, kind), store.get(ids, kind))
+    return PoolBatch(queries, sizes, ids, mask, *inputs(store, queries, ids, mask, kind))
 
 # %% ../nbs/32_rldata_propose.ipynb #80453d97
 def named_noise(
@@ -264,10 +265,11 @@ def propose(
     check_queries(queries, S)
     if S == 0: return zero_shot_rows(list(pool.only(queries)))
     if policy is None: policy = SimilarityPrior(proposing.scale)
+    kind = kind_for(policy, store, proposing.kind)
     parts = []
     with deciding(policy):
         for i in range(0, len(queries), batch_size):
-            batch = pool_batch(pool, store, queries[i:i+batch_size], S, proposing.kind)
+            batch = pool_batch(pool, store, queries[i:i+batch_size], S, kind)
             parts.append(_propose_batch(batch, S, policy, proposing.counts, proposing.seed))
     return pd.concat(parts, ignore_index=True)
 

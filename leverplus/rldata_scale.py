@@ -302,6 +302,7 @@ def check_policy(self:Job,
             f"the selector reads embeddings of kind {kind!r}, this job has {own!r}: take"
             f" change(job, kind={kind!r})"
         )
+    if width is not None: width -= getattr(policy, "n_evidence", 0)
     if width not in (None, store.dim(own)):
         raise ValueError(
             f"the selector reads vectors of {width} numbers, {own!r} ones of {Path(self.data.clip).name}"

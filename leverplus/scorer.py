@@ -291,18 +291,13 @@ def _token_ids(self:SharedScorer, text):
     return self._ids[text]
 
 @patch
-def _said_ids(self:SharedScorer, answer):
-    "Tokens of an answer, with the blank that the chat template writes before it"
-    return self._token_ids(self.lvlm.blank + answer)
-
-@patch
 def _answer_ids(self:SharedScorer, answer, tail):
-    "The same; they must be those that it has behind `tail`, the last piece of the prompt"
+    "Tokens of an answer and the blank before it; they must be those behind `tail`, the last piece of the prompt"
     if len(self._answers) >= KEPT: self._answers.clear()
     if (answer, tail) not in self._answers:
-        ids = self._said_ids(answer)
-        whole = tail + self.lvlm.blank + answer
-        joint = self.lvlm.tokenizer(whole, add_special_tokens=False)["input_ids"]
+        said = self.lvlm.blank + answer
+        ids = self._token_ids(said)
+        joint = self.lvlm.tokenizer(tail + said, add_special_tokens=False)["input_ids"]
         if joint != self._token_ids(tail) + ids:
             raise ValueError(f"answer {answer!r} is tokenised differently behind the prompt")
         self._answers[answer, tail] = ids
@@ -319,15 +314,19 @@ def last_piece(
 @patch
 def _row(self:SharedScorer, prompt, target, features):
     "Make a prompt ready; `features` are those of `VisionEncoder`, and an image that has an error raises it"
+    blank = self.lvlm.blank
+    def said(answer): return self._token_ids(blank + answer)
     text = self.lvlm.render(prompt)
-    target = checked_targets(self.lvlm, prompt, target, self._said_ids)
+    target = checked_targets(self.lvlm, prompt, target, said)
     images = [features[image] for image in prompt.images]
     for found in images:
         if isinstance(found, Exception): raise found
-    ids, places = self._read(text, prompt_cuts(prompt, text), images)
+    cuts = prompt_cuts(prompt, text)
+    ids, places = self._read(text, cuts, images)
     pos, next_pos = rope_positions(ids, [grid for _, grid, _ in images], self.lvlm.image_id)
-    tree, answers = self._answer_tree(target.texts, last_piece(text, self.lvlm.control_tokens))
-    shown = [self._said_ids(demo.answer) for demo in prompt.demos]
+    query = text[cuts[-1]:] if places else text
+    tree, answers = self._answer_tree(target.texts, last_piece(query, self.lvlm.control_tokens))
+    shown = [said(demo.answer) for demo in prompt.demos]
     drafts = [tokens for tokens in shown if tokens]
     seen = [found for found, _, _ in images]
     self.stats.tokens += len(ids)

@@ -767,7 +767,7 @@ _GROUPS = dict( # what a parameter does, by the first part of its name
     input_proj="encoder", mixers="encoder", layers="attention",
     query_proj="head", cand_proj="head", scorer="head",
     update="state", step_emb="state", gains="prior", match="match", match_gain="match",
-    diversity="diversity", stop="stop")
+    evidence="evidence", diversity="diversity", stop="stop")
 
 class PointerSelector(PointerSets, Checkpoint, library_name="leverplus"):
     "Policy over sequences of demonstrations: encode once, then `logp`, `greedy`, `beam`, `sample`, `enumerate`"

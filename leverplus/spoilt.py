@@ -13,7 +13,7 @@ from .core import read_json, rng, world_path
 from .toy import ASKS, DATASET, ISLANDS, Scene, episode, helps, random_dictionary, say
 from .items import as_items
 from .tiny import Stage, draw_lessons, item_lesson
-from .world import K, SPLITS, World, load_world
+from .world import K, SPLITS, WORLDS, Stored, World, islands_world
 from .statistics import Bootstrap, seeds_bootstrap
 
 # %% ../nbs/93_spoilt.ipynb #fe3b3067
@@ -123,12 +123,16 @@ def spoilt_world(
     dtype=None, # number format of the LVLM; None: float32, as it is stored
 )->World: # with the reader that believes what it is shown; its pools are those of `spoilt_questions`
     "Read the spoilt islands"
-    world = load_world(seed, K, lvlm=CREDULOUS, sampler=sampler, device=device, dtype=dtype)
+    world = islands_world(sampler, seed, K, lvlm=CREDULOUS, device=device, dtype=dtype)
+    world.name = "spoilt"
+    world.stored = Stored()
     truth = read_json(world_path(DATASET, "truth.json"))
     world.items = spoil(world.items, truth, seed)
     for split in SPLITS:
         world.pools[split] = world.pools[split].only(spoilt_questions(world.items, truth, split, seed))
     return world
+
+WORLDS["spoilt"] = spoilt_world
 
 # %% ../nbs/93_spoilt.ipynb #ac475b6b
 SPOILT_PICKS = "data/spoilt/picks.parquet" # selector, seed, split, question_id, image_id, shown, acc

@@ -12,10 +12,12 @@ import math, random
 from itertools import permutations
 import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
+from torch.nn import functional as F
 from .core import fingerprint
 from .items import as_items
 from .pools import SAMPLERS, draw_block, encoder_of, image_groups, sampler_parts
 from .vqa import normalise, vqa_accuracy
+from .evidence import n_evidence
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 
@@ -148,6 +150,7 @@ class AnswerGroups:
         self.parts = warmup_parts(sampler, K)
         kept = self.set_items(as_items(items, need=("image_id", "answer"), what="AnswerGroups, items"))
         self.set_rewards(kept, answers)
+        self.store = store
         self.query = store.get(self.question_ids, self.kind)
         kinds = [k for k in self.parts if k not in ("random", "answers")]
         self.near = {k: store.get(self.question_ids, k).double() for k in kinds}
@@ -222,7 +225,16 @@ def batch(self:AnswerGroups,
     if self.reward == "contained": rewards = contained(self.words[i], self.words[pool], seqs)
     else: rewards = best_shown(self.grades(i, pool), seqs)
     def every(x): return torch.ones(x.shape, dtype=torch.bool)
-    return self.query[i], self.query[pool], every(pool), seqs, every(seqs), rewards, every(rewards)
+    query, cands = self.shown(i, pool)
+    return query, cands, every(pool), seqs, every(seqs), rewards, every(rewards)
+
+@patch
+def shown(self:AnswerGroups, i, pool):
+    "What a selector is shown of queries `i` [B,D+F] and their candidates [B,K,D+F]"
+    query, cands = self.query[i], self.query[pool]
+    if not n_evidence(self.kind): return query, cands
+    seen = self.store.evidence(self.question_ids[i].tolist(), self.question_ids[pool])
+    return F.pad(query, (0, seen.shape[-1])), torch.cat([cands, seen], -1)
 
 @patch
 def grades(self:AnswerGroups, i, pool):
@@ -251,13 +263,18 @@ def sequences(self:AnswerGroups, S, g):
     return torch.rand(self.n, self.K, generator=g).topk(S, -1).indices.unique(dim=0)
 
 # %% ../nbs/51_warmup.ipynb #730fd78b
+@patch(as_prop=True)
+def asked(self:AnswerGroups):
+    "What is asked about candidates, for `content`: nobody, or a bank"
+    return [self.store.evidence.fingerprint] if n_evidence(self.kind) else []
+
 @patch
 def content(self:AnswerGroups)->dict: # {part: what `fingerprint` takes}
     "All that groups are drawn from, in parts with a name"
     return dict(
         queries=self.question_ids.tolist(),
         rewards=[self.reward, self.words, self.image, self.twin, self.text, self.facts],
-        embeddings=[self.kind, self.query, self.near],
+        embeddings=[self.kind, self.query, self.near, *self.asked],
         draws=dict(K=self.K, shots=list(self.shots), n=self.n, rounds=self.rounds, parts=self.parts),
     )
 
