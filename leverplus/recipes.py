@@ -116,7 +116,7 @@ def check_recipe(
     model = r.get("model", {})
     data = r.get("data", {})
     _check_keys(name, "part", r, _KEYS)
-    args = set(inspect.signature(PointerSelector).parameters) - {"d_in"}
+    args = set(inspect.signature(PointerSelector).parameters) - {"d_in", "n_evidence"}
     _check_keys(name, "setting of the model", model, args)
     _check_keys(name, "setting of the data", data, DATA)
     if not r.get("stages"): raise ValueError(f"recipe {name} has no stages")
@@ -315,7 +315,7 @@ def recipe_learner(
 def _all_settings(model):
     "Settings of a `PointerSelector`, those of its own defaults too"
     params = inspect.signature(PointerSelector).parameters
-    return {k: p.default for k, p in params.items() if k != "d_in"} | model
+    return {k: p.default for k, p in params.items() if k not in ("d_in", "n_evidence")} | model
 
 def _filtered(data, filters):
     for spec in filters: data = _named(spec, FILTERS, "filter")(data)
