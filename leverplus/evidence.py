@@ -166,7 +166,8 @@ def _nadaraya(cos, there, scale):
 @patch
 def _ridge(self:Evidence, cos, rows, there):
     vecs = self.vecs[rows].double()
-    alike = torch.exp(6 * (vecs @ vecs.mT - 1))
+    both = there[:, None] & there[..., None]   # who is left out changes no other's weight
+    alike = torch.exp(6 * (vecs @ vecs.mT - 1)) * both
     asked = torch.exp(6 * (cos.double() - 1)) * there
     eye = torch.eye(self.near, dtype=torch.float64)
     return torch.linalg.solve(alike + eye, asked[..., None])[..., 0].float() * there
@@ -304,9 +305,9 @@ def kind_for(
     kind:str|None=None, # of the store; None: its own choice
 )->str: # with answers for who reads evidence, without for others; ValueError where there is no bank to ask
     "Say which kind of inputs a policy reads"
-    kind = store.kind(kind)
-    if not getattr(policy, "n_evidence", 0): return plain_kind(kind)
-    if kind.endswith(WITH): return kind
+    kind = plain_kind(store.kind(kind))
+    if not getattr(policy, "n_evidence", 0): return kind
+    if kind + WITH in store.kinds: return kind + WITH
     raise ValueError(
         f"this selector reads what a bank of answered questions says ({policy.n_evidence} numbers), and kind"
         f" {kind!r} has nothing of it: pass store = BankStore(store, items)")
