@@ -14,6 +14,7 @@ from leverplus.data import check_splits, read_okvqa, read_soft_labels, read_vqav
 from leverplus.vqa import vqa_accuracies, vqa_accuracy
 from leverplus.embed import EmbedStore, embed_items, load_clip, show_neighbours
 from leverplus.pools import Pool, make_pool, plot_pools
+from leverplus.evidence import BankStore
 from leverplus.prompt import Demo, Prompt, make_prompt
 from leverplus.lvlm import MockScorer, NaiveScorer, load_lvlm
 from leverplus.scorer import SharedScorer
@@ -22,7 +23,7 @@ from leverplus.rewards import REWARDS, plot_rewards
 from leverplus.rldata_propose import SimilarityPrior, plot_proposals, propose
 from leverplus.rldata_ask import FactCache, self_test
 from leverplus.rldata_generate import generate
-from leverplus.world import WORLDS, World, world
+from leverplus.world import World, world
 from leverplus.rldata_check import Health, health
 from leverplus.rldata_merge import by_gap, drop_failed, plot_balance
 from leverplus.rldata_scale import generate_ray, plan_run
@@ -56,3 +57,4 @@ from leverplus.sweep import plot_sweep, sweep_table
 from leverplus.report import (
     Cases, Findings, pick_cases, plot_curves, plot_examples, plot_gap, plot_shots, report, write_report,
 )
+from leverplus.controls import pool_shift

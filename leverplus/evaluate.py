@@ -23,6 +23,7 @@ from .items import as_ids, as_items
 from .embed import KINDS
 from .pools import image_groups
 from .vqa import normalise, vqa_accuracies
+from .evidence import plain_kind
 from .baselines import best_last, query_cosines
 from leverplus.infer import (
     PICKS, as_pointer, pick_fixed, pick_mmr, pick_random, pick_rule, pick_similar, pick_zero, picks_frame,
@@ -54,7 +55,7 @@ def pick_baselines(
 )->pd.DataFrame: # picks of zero_shot, random, similarity in both orders, mmr, and what `items` and `groups` allow
     "Picks of every baseline that needs no training of ours"
     if items is not None: items = as_items(items, need=("image_id",))
-    kind = store.kind(None)
+    kind = plain_kind(store.kind(None))
     kinds = [k for k in KINDS if k in store.kinds]
     rules = _rules(store, items, groups, kind)
     out = [pick_zero(pool)]

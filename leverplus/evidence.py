@@ -57,7 +57,7 @@ NAMES = ("similar", *(f"{what}_{o}" for what in ("votes", "agrees") for o in OPI
 @dataclass
 class Opinion:
     "What the bank says about some queries"
-    similar:torch.Tensor # [B,N] cosines with the N questions of the bank
+    similar:torch.Tensor # [B,N] cosines with the N questions of the bank; -3 where they have the query's picture
     weight:torch.Tensor # [3,B,N] weights of `OPINIONS`; 0 for what is not near, or has the query's picture
     votes:torch.Tensor # [3,B,V] for each of the V answers
     answer:torch.Tensor # [3,B,A] mean answers, not normalised
@@ -87,10 +87,9 @@ class Evidence:
     def _read(self, bank):
         "Number the answers; note what each is worth to each question"
         number, ids, worth = {}, [], []
-        given = bank.answers if "answers" in bank else bank.answer.map(lambda a: [a])
-        for shown, answers in zip(bank.answer, given):
-            own = _worth(answers)
-            own.setdefault(normalise(shown), 0.)
+        everybody = bank.answers if "answers" in bank else [None] * len(bank)
+        for shown, said in zip(bank.answer, everybody):
+            own = _worth(shown, said)
             ids.append([number.setdefault(text, len(number)) for text in own])
             worth.append(list(own.values()))
         width = max(map(len, ids))
@@ -125,9 +124,12 @@ def _bank_ids(items, demos):
     if "split" not in items: return items.index
     return items.index[items.split == "train"]
 
-def _worth(answers):
-    "Normalised answer -> what it is worth, 0..1"
-    return {normalise(text): weight for text, weight in zip(*answer_targets(answers))}
+def _worth(shown, said):
+    "Normalised answer -> what it is worth, 0..1; the shown one is right where nobody says what people answered"
+    if not any(said or ()): return {normalise(shown): 1.}
+    out = {normalise(text): weight for text, weight in zip(*answer_targets(said))}
+    out.setdefault(normalise(shown), 0.)
+    return out
 
 # %% ../nbs/16_evidence.ipynb #0acfd65c
 @patch
@@ -151,19 +153,21 @@ def _cosines(self:Evidence, queries):
     "Cosines with the bank [B,N]; -3 for what has the query's picture, the query itself among them"
     unknown = [q for q in queries if q not in self.group.index]
     if unknown:
-        raise KeyError(f"question_id {', '.join(map(str, unknown[:5]))}: not among the {len(self.group)} items that this"
-                       " evidence knows, so nobody can say which questions share its picture: make it with these items too")
+        raise KeyError(
+            f"question_id {', '.join(map(str, unknown[:5]))}: not among the {len(self.group)} items that this evidence"
+            " knows, so nobody can say which questions share its picture: make it with these items too")
     group = torch.tensor(self.group.loc[queries].tolist())
     cos = self.store.get(queries, self.kind) @ self.vecs.T
     return cos.masked_fill(group[:, None] == self.bank_group, -3.)
 
 def _nadaraya(cos, there, scale):
-    return (cos / scale).masked_fill(~there, -torch.inf).softmax(-1)
+    return (cos / scale).masked_fill(~there, -1e9).softmax(-1) * there   # 0 where nobody is left
 
 @patch
 def _ridge(self:Evidence, cos, rows, there):
     vecs = self.vecs[rows].double()
-    alike = torch.exp(6 * (vecs @ vecs.mT - 1))
+    both = there[:, None] & there[..., None]   # who is left out changes no other's weight
+    alike = torch.exp(6 * (vecs @ vecs.mT - 1)) * both
     asked = torch.exp(6 * (cos.double() - 1)) * there
     eye = torch.eye(self.near, dtype=torch.float64)
     return torch.linalg.solve(alike + eye, asked[..., None])[..., 0].float() * there
@@ -202,8 +206,9 @@ def _rows(self:Evidence, cands):
     rows = self.ids.get_indexer(cands.ravel())
     if (rows < 0).any():
         unknown = np.unique(cands.ravel()[rows < 0])
-        raise KeyError(f"question_id {', '.join(map(str, unknown[:5]))}: candidates that are not in the bank of {len(self)}"
-                       " answered questions: add them to it")
+        raise KeyError(
+            f"question_id {', '.join(map(str, unknown[:5]))}: candidates that are not in the bank of"
+            f" {len(self)} answered questions: add them to it")
     return rows.reshape(cands.shape)
 
 @patch
@@ -252,6 +257,7 @@ class BankStore(EmbedStore):
         demos=None, # question_ids of the bank; None: split `train`, or all where there are no splits
         near:int=200, # neighbours that vote, at most
     ):
+        items = as_items(items, need=("image_id", "answer"), what="BankStore, items")
         vars(self).update(vars(store))
         kind = "text" if "text" in store.kinds else None
         self.plain = store
@@ -299,9 +305,9 @@ def kind_for(
     kind:str|None=None, # of the store; None: its own choice
 )->str: # with answers for who reads evidence, without for others; ValueError where there is no bank to ask
     "Say which kind of inputs a policy reads"
-    kind = store.kind(kind)
-    if not getattr(policy, "n_evidence", 0): return plain_kind(kind)
-    if kind.endswith(WITH): return kind
+    kind = plain_kind(store.kind(kind))
+    if not getattr(policy, "n_evidence", 0): return kind
+    if kind + WITH in store.kinds: return kind + WITH
     raise ValueError(
-        f"this selector reads what a bank of answered questions says ({policy.n_evidence} numbers), and kind {kind!r} has"
-        " nothing of it: pass store = BankStore(store, items)")
+        f"this selector reads what a bank of answered questions says ({policy.n_evidence} numbers), and kind"
+        f" {kind!r} has nothing of it: pass store = BankStore(store, items)")

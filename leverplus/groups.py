@@ -24,7 +24,9 @@ from .pools import Pool
 
 # %% ../nbs/30_groups.ipynb #8c3a3c61
 SCHEMA = 1 # of the directory
-METHODS = ("beam", "retrieval", "sample", "random", "policy", "mined", "exhaustive", "zero_shot") # values of `gen_method`
+METHODS = ( # values of `gen_method`
+    "beam", "retrieval", "sample", "random", "policy", "mined", "exhaustive", "zero_shot",
+)
 
 # who was proposed, how
 PROPOSAL_COLUMNS = dict(

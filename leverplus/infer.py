@@ -23,7 +23,7 @@ from .settings import Asking, Picker, Picking, plain_settings
 from .items import as_id, as_ids, as_items, given_ids
 from .pools import check_encoder, check_pool, encoder_of, image_groups
 from .vqa import normalise
-from .evidence import inputs, kind_for
+from .evidence import inputs, kind_for, plain_kind
 from .decode import best_sequences
 from .lvlm import Scored, Targets
 from .groups import check_shard, shard_tag
@@ -102,7 +102,7 @@ def pick_similar(
     first:bool=False, # the most similar one first, farthest from the query?
 )->pd.DataFrame: # picks with selector "similar_<kind>", or "similar_<kind>_first"
     "The S most similar candidates, most similar last"
-    kind = store.kind(kind)
+    kind = plain_kind(store.kind(kind))
     pointers = {}
     for q, c in _with_room(pool, S):
         nearest_last = best_last(query_cosines(store, q, c, kind), c, S)

@@ -22,6 +22,7 @@ from .settings import TWO_STAGE, Asking, Guarding, Job, Proposing, check_two_sta
 from .core import ask_for_a_folder, fingerprint, leftovers, read_json, rng, stable_hash, write_json
 from .runs import Busy, Run, empty_folder
 from .items import as_ids, as_items
+from .evidence import plain_kind
 from .lvlm import Scored, compare
 from leverplus.groups import (
     CONTENTS, FACT_COLUMNS, PROPOSAL_COLUMNS, RECORD, SCHEMA, TEXT_FACTS, OtherContents, RLData,
@@ -116,7 +117,7 @@ def with_kind(
     store, # `EmbedStore`
 )->Proposing: # that names the kind of embeddings; ValueError if the store has none of that kind
     "Settings that say which embeddings of a store are read"
-    return replace(proposing, kind=store.kind(proposing.kind))
+    return replace(proposing, kind=plain_kind(store.kind(proposing.kind)))
 
 def run_settings(
     queries:list, # question_ids

@@ -28,6 +28,7 @@ from .data import check_splits, items_fingerprint, read_okvqa, read_soft_labels,
 from .embed import EmbedStore, embed_items, gather_stores, load_clip
 from .pools import Pool, check_encoder, check_pool, encoder_of, make_pool
 from .vqa import answer_targets
+from .evidence import kind_for, plain_kind
 from .cost import PEAKS, prompt_flops, qwen_config
 from .scorer import SharedScorer
 from .lvlm import MockScorer, load_lvlm
@@ -292,8 +293,9 @@ def check_policy(self:Job,
     other_pool:bool=False, # see `check_pool`
 )->None: # ValueError says what does not fit
     "Refuse a selector that reads other embeddings, was trained on other pools, or picks fewer demonstrations"
-    own = store.kind(self.proposing.kind)
+    own = plain_kind(kind_for(policy, store, self.proposing.kind))
     kind = (getattr(policy, "info", None) or {}).get("kind")
+    if kind is not None: kind = plain_kind(kind)
     most = getattr(policy, "max_shots", None)
     width = getattr(policy, "d_in", None)
     shots = max(self.proposing.shots)

@@ -106,6 +106,7 @@ def spoilt_questions(
     seed:int=0, # decides which questions of the other islands stay
 )->list: # question_ids in the order of the items: all of Albion, and twice as many of the others
     "Choose the questions, a third of them about Albion"
+    items = as_items(items, need=("image_id",), columns=("split",))
     own = items[items.split == split]
     island = own.image_id.map(lambda i: truth["scenes"][str(i)][0])
     home = own.index[island == HOME].tolist()

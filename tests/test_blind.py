@@ -121,7 +121,7 @@ def test_a_selector_learns_from_texts_and_says_so(data, items, store, pool, tmp_
 
 def test_baselines_are_those_that_there_are(items, store, pool):
     names = set(pick_baselines(pool, store, (1, 2), draws=1).selector)
-    assert names == {"zero_shot", "random", "similar_text", "mmr"}
+    assert names == {"zero_shot", "random", "similar_text", "similar_text_first", "mmr"}
     assert set(pick_similar(pool, store, 2).selector) == {"similar_text"}
     assert len(propose(pool, store, list(pool)[:3])) > 0
 
