@@ -145,11 +145,10 @@ def pools(place, names, seeds):
         models, asked, place.bank, w.store, w.scorer, SIZES, S, place.sampler, None, w.asking, place.cache, place.draws,
     )
 
-def controls(place, names, seeds, which=CONTROLS):
+def controls(place, picks):
     "The same demonstrations with one thing changed"
     w = place.world
-    picks = place.picks(names, seeds)
-    return ask_controls(picks, w.scorer, w.items, place.pool, w.store, which, w.asking, place.cache)
+    return ask_controls(picks, w.scorer, w.items, place.pool, w.store, CONTROLS, w.asking, place.cache)
 
 def order(place, names, seeds):
     "As shown and reversed, of all questions of which every pair is stored"
@@ -196,7 +195,7 @@ def run_islands(a):
     place = Islands(a.out)
     def keep(name, scored): save(name, place.world, "islands", scored)
     if "pools" in a.parts: keep("shift", pools(place, list(SELECTORS), a.seeds))
-    if "controls" in a.parts: keep("controls", controls(place, ["warm-up, listwise"], a.seeds))
+    if "controls" in a.parts: keep("controls", controls(place, place.picks(["warm-up, listwise"], a.seeds)))
     if "transfer" in a.parts:
         places = {reader: Islands(a.out, reader, 300) for reader in READERS}
         keep("transfer", transfer(places, "listwise", a.seeds))
@@ -208,7 +207,9 @@ def run_blind(a):
     names = ["listwise"]
     if "order" in a.parts: keep("order", order(place, names, a.seeds))
     if {"controls", "pools"} & set(a.parts): place = with_smol(place)
-    if "controls" in a.parts: keep("controls", controls(place, names, a.seeds[:1]))
+    if "controls" in a.parts:
+        picks = place.picks([], [])
+        keep("controls", controls(place, picks[picks.selector == "similar"]))
     if "pools" in a.parts: keep("shift", pools(place, names, a.seeds[:1]))
 
 def main():
