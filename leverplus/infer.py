@@ -767,6 +767,7 @@ def _settings(work, split):
         label=_label(work.picking, work.judge),
         judge=None if work.judge is None else work.judge.__name__,
         picking=plain_settings(work.picking),
+        kind=None if work.store is None else kind_of(work.model, work.picking.kind, work.store),
         asking=plain_settings(work.asking),
     )
 

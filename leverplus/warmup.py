@@ -287,8 +287,11 @@ def live_share(
     "Share of fresh groups with any difference between their rewards"
     g = torch.Generator().manual_seed(seed)
     some = torch.randperm(len(ds.question_ids), generator=g)[:n]
-    rewards = torch.cat([ds.batch(part, g)[5] for part in some.split(64)])
-    return float((rewards.amax(1) - rewards.amin(1) > 1e-6).float().mean())
+    live = []
+    for part in some.split(64): # each draws its own number of demonstrations
+        rewards = ds.batch(part, g)[5]
+        live.append(rewards.amax(1) - rewards.amin(1) > 1e-6)
+    return float(torch.cat(live).float().mean())
 
 # %% ../nbs/51_warmup.ipynb #81b68c6d
 LIVE = .1 # share of live groups from which on a warm-up teaches
