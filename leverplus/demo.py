@@ -198,9 +198,10 @@ def _groups(world, path, cfg, seed, progress):
     wanted = {k: cfg[k] for k in ("train_queries", "dev_queries", "shots", "counts")}
     return make_groups(world, path, **wanted, seed=seed, progress=progress)
 
-def _free(world, path, groups, cfg, seed, progress):
-    "{row: the selector that chooses its number}; None where none is wanted"
-    if cfg["free"] is None: return None
+def _free(world, path, groups, facts, cfg, seed, progress):
+    "{row: the selector that chooses its number}; None where none is wanted, or nobody says what showing nothing brings"
+    known = world.can_ask or (facts.pointer.map(len) == 0).any()
+    if cfg["free"] is None or not known: return None
     n = {k: cfg[k] for k in ("train_queries", "dev_queries")}
     more = dict(shots=cfg["free_shots"], counts=cfg["free_counts"], seed=seed, progress=progress)
     wider = free_groups(world, path, groups, **n, **more)
@@ -245,7 +246,7 @@ def run_demo(
     learn.save_selector(run.checkpoint, info=learn.dls.info | dict(seed=seed, recipe=best))
     cache = FactCache(run.path/"facts")
     fixed = _fixed(world, cfg, cache)
-    free = _free(world, run.path/"groups-free", groups, cfg, seed, progress)
+    free = _free(world, run.path/"groups-free", groups, facts, cfg, seed, progress)
     picks = pick_all(world, _models(learners), facts, cfg["table_shots"], fixed=fixed, split=split, free=free)
     scored = score_all(world, picks, facts, cache)
     table = _write(run, world, split, scored, learn, groups, cfg)
@@ -332,7 +333,7 @@ def run_seeds(
     for seed in seeds:
         groups = _groups(world, folder/f"seed-{seed}", cfg, seed, progress)
         models = _models(train_recipes(world, groups, cfg["recipes"], seed))
-        free = _free(world, folder/f"seed-{seed}-free", groups, cfg, seed, progress)
+        free = _free(world, folder/f"seed-{seed}-free", groups, facts, cfg, seed, progress)
         first = not picks # the rows without training are picked once
         shots = cfg["table_shots"]
         own = pick_all(world, models, facts, shots, seed, fixed, first, split, free)
