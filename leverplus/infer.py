@@ -525,11 +525,11 @@ def kind_of(
     model, # a selector, whose `info["kind"]` says what it was trained on; None: nobody
     kind:str|None=None, # "image" | "text" | "mixed" decides; None: as it was trained, or what the store has
     store=None, # `EmbedStore` that is read; None: one with pictures
-)->str: # "image" | "text" | "mixed"; ValueError if the store has none of that kind
+)->str: # "image" | "text" | "mixed", "+answers" for who reads evidence; ValueError if the store has none of that kind
     "Which embeddings are read"
     info = getattr(model, "info", None) or {}
     kind = kind or info.get("kind")
-    return (kind or "mixed") if store is None else store.kind(kind)
+    return (kind or "mixed") if store is None else kind_for(model, store, kind)
 
 # %% ../nbs/80_infer.ipynb #71530e36
 def _counts(picking):
