@@ -25,7 +25,7 @@ from .pools import Pool
 from .groups import RLData
 from .rewards import live_parts
 from .rldata_generate import policy_fingerprint
-from .losses import entropy_steps, group_mass, live_groups, regret
+from .losses import entropy_steps, group_mass, live_groups, regret, shot_chances
 from .callback_core import FitOnly, StageCallback, Objective, Stats, active_dropout
 from .callback_kl import AdaptiveKL
 from .callback_schedule import SplitShots
@@ -728,12 +728,14 @@ def stored_mass(
     seqs:Tensor, # int [B,N,S] local indices
     seq_mask:Tensor, # bool [B,N,S], True = a real pick
     mask:Tensor, # bool [B,N], True = counts
+    together:bool=False, # do lengths share one mass, as they do for a policy with STOP?
 )->Tensor: # [B] 0..1, nan for a group without a sequence that counts
-    "Probability that the policy gives to the sequences of each group, averaged over their lengths"
+    "Probability that the policy gives to the sequences of each group: in all, or averaged over their lengths"
     mask = mask & ~drawn_before(seqs.masked_fill(~seq_mask, -1))
     n = seq_mask.sum(-1)
     lengths = n[mask].unique()
     if not len(lengths): return logp.new_full(logp.shape[:1], torch.nan)
+    if together: return group_mass(logp, mask).masked_fill(~mask.any(-1), torch.nan)
     def mass_of(length):
         these = mask & (n == length)
         return group_mass(logp, these).masked_fill(~these.any(-1), torch.nan)
@@ -760,16 +762,29 @@ def sureness(
     "How sure the policy is on a batch, without dropout"
     cand_mask = xb[2]
     K = cand_mask.shape[1]
-    n = cand_mask.sum(-1, keepdim=True)
-    most = (n - torch.arange(shots, device=n.device)).clamp(min=1).log()   # [B,S] of a uniform policy
+    ends = getattr(model, "stop", None) is not None
+    most = _options(cand_mask, shots, model.min_shots if ends else shots).log()   # [B,S] of a uniform policy
     cheap = [s for s in range(1, shots+1) if K**(s-1) <= 1000][-1]
     with evaluating(model):
         enc = model.encode(*xb[:3])
         def step(prefix): return model.step_logp(enc, prefix)
         h = entropy_steps(step, cand_mask, cheap)
         share = entropy_steps(step, cand_mask, cheap, normed=True)
-    above = (most[:, :cheap] - h).sum(-1)
+        reached = _reached(step, cand_mask, cheap) if ends else torch.ones_like(h)
+    above = (reached * most[:, :cheap] - h).sum(-1)
     return dict(entropy=share.mean(), above_uniform=above.mean(), kl_bound=most.sum(-1).mean())
+
+def _options(cand_mask, shots, offered):
+    "How many options each step has [B,S]; STOP is one of them from step `offered` on"
+    step = torch.arange(shots, device=cand_mask.device)
+    left = cand_mask.sum(-1, keepdim=True) - step
+    return (left + (step >= offered)).clamp(min=1)
+
+def _reached(step, cand_mask, shots):
+    "Probability [B,S] that a policy with STOP gets to each step"
+    chances = shot_chances(step, cand_mask, shots)   # [B,S+1] of 0..S picks
+    at_least = chances.flip(-1).cumsum(-1).flip(-1)
+    return at_least[:, :shots]
 
 # %% ../nbs/66_callback_track.ipynb #f859ea86
 @torch.no_grad()
@@ -999,7 +1014,8 @@ def log_mass(self:RLStats):
     "Mass of the stored sequences that are in the loss; groups that are not cost nothing"
     some = self.mask.any(-1)
     if not some.any(): return
-    mass = stored_mass(self.pred.detach()[some], self.seqs[some], self.seq_mask[some], self.mask[some])
+    stored = self.pred.detach()[some], self.seqs[some], self.seq_mask[some], self.mask[some]
+    mass = stored_mass(*stored, together=getattr(self.model, "stop", None) is not None)
     self.log((~mass.isnan()).sum(), mass=mass.nanmean())
 
 @patch

@@ -6,8 +6,9 @@
 __all__ = ['Bad', 'Failed', 'status_of', 'one_line', 'carry_out', 'print_plan', 'job_of', 'costs_of', 'open_selector',
            'load_models', 'splits_of', 'do_embed', 'plan_embed', 'do_pools', 'plan_pools', 'do_generate',
            'plan_generate', 'do_check', 'judged', 'do_mine', 'plan_mine', 'do_merge', 'plan_merge', 'do_train',
-           'plan_train', 'asked_of', 'do_infer', 'plan_infer', 'do_eval', 'plan_eval', 'do_report', 'SweepPlan',
-           'sweep_plan', 'do_sweep', 'plan_sweep', 'demo_settings', 'do_demo', 'plan_demo', 'enter', 'main']
+           'plan_train', 'learned_from', 'asked_of', 'do_infer', 'plan_infer', 'do_eval', 'plan_eval', 'do_report',
+           'SweepPlan', 'sweep_plan', 'do_sweep', 'plan_sweep', 'demo_settings', 'do_demo', 'plan_demo', 'enter',
+           'main']
 
 # %% ../nbs/95_cli.ipynb #740b8ff7
 import math, sys, traceback, warnings
@@ -426,6 +427,23 @@ def _check_selector_given(door, model):
     picking = door.picking
     if picking.picker in ("greedy", "beam", "samples") and model is None and picking.shots != (0,):
         raise Bad(f"--picker {picking.picker} wants --selector DIR (a run of train)")
+    if picking.picker in ("knn_facts", "logistic") and not door.groups:
+        raise Bad(f"--picker {picking.picker} learns from stored groups: wanted --groups RUN (a run of generate)")
+
+def learned_from(
+    door, # with `groups`
+    items, # of the job
+): # `RLData`, or None where no run is named; `Bad` or ValueError for runs of other items
+    "Read the stored groups that rules learn from"
+    if not door.groups: return None
+    from leverplus.rldata_merge import merge
+    runs = [RLData.load(path) for path in door.groups]
+    data = merge(*runs) if len(runs) > 1 else runs[0]
+    unknown = [q for q in data.queries if q not in items.index]
+    if unknown:
+        raise Bad(f"--groups: {len(unknown)} questions are of another split than the candidates, first {unknown[0]}")
+    check_contents(data.rows, items, "--groups")
+    return data
 
 def asked_of(
     door, # with `limit`
@@ -446,6 +464,7 @@ def do_infer(door:Infer):
     picking = door.picking
     if picking.name is None and model is not None and not picking.by: picking = change(picking, name=next(iter(models)))
     how = dict(model=model, split=job.split, shard=door.shard, blank=door.blank, overwrite=door.overwrite)
+    how["groups"] = learned_from(door, items)
     try: run = predict(door.out, pool, items, job.scorer(), store, picking, door.asking, **how,
                        progress=not door.running.quiet)
     except Unanswered as e:
@@ -493,8 +512,9 @@ def do_eval(door:Eval):
     _to_resume(door, "settings.json")
     scorer = job.scorer()
     other = _judges_split(door)
+    asked = _asked(door, job, scorer)
     table = full_table(
-        door.out, _asked(door, job, scorer), models, door.rows, door.asking,
+        door.out, asked, models, door.rows, door.asking, groups=learned_from(door, asked.items),
         judges=None if other is None else _asked(door, job_of(door, other), scorer),
         facts=facts_beside(door.data.folder) if door.facts is None else door.facts,
         looks=None if job.data.store is None else Path(job.data.store)/"looks.json",
@@ -619,12 +639,10 @@ def demo_settings(door:Demo)->tuple: # (all settings of the demo, those that are
 
 def do_demo(door:Demo):
     "Run the demo"
-    from leverplus.demo import run_demo
-    from leverplus.evaluate import table_text
+    from leverplus.demo import demo_text, run_demo
     _, changed = demo_settings(door)
     table = run_demo(door.out, door.seed, door.overwrite, not door.running.quiet, **changed)
-    print(table_text(table, table.attrs.get("looks")))
-    print(f"report: {Path(door.out)/'report.html'}")
+    print(demo_text(door.out, table))
 
 def plan_demo(door:Demo)->dict: # lines of the plan
     "What the demo costs"
@@ -633,6 +651,9 @@ def plan_demo(door:Demo)->dict: # lines of the plan
     shots = np.atleast_1d(settings["shots"]).tolist()
     job = Job(proposing=Proposing(counts=settings["counts"], shots=shots))
     each = sequences_of(job)
+    if settings["free"] is not None:
+        free = Proposing(counts=settings["free_counts"], shots=settings["free_shots"])
+        each += sequences_of(Job(proposing=free))
     return dict(
         questions=f"{n:,}, {each} sequences each, then training and the table of the test split, whose facts are there",
         **costs_of(door, job, n*each),

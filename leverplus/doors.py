@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['STATUS', 'Shard', 'Rate', 'Selectors', 'Selector', 'Runs', 'OneRun', 'RunDir', 'Split', 'Splits', 'Limit',
-           'MoreSettings', 'Store', 'Facts', 'GroupRuns', 'PictureSplits', 'Base', 'DOORS', 'ROAD', 'NUMBERS', 'Around',
-           'Running', 'shard_of', 'named', 'Door', 'Embed', 'DrawPools', 'Spread', 'Generate', 'Check', 'Mine',
-           'Merging', 'Keeping', 'Merge', 'Train', 'Infer', 'facts_paths', 'Eval', 'Report', 'Sweep', 'Demo',
-           'read_config', 'explained', 'one_or_none', 'one_sentence', 'read_door', 'command_settings', 'first_page',
-           'answer']
+           'MoreSettings', 'Store', 'LearnedFrom', 'Facts', 'GroupRuns', 'PictureSplits', 'Base', 'DOORS', 'ROAD',
+           'NUMBERS', 'Around', 'Running', 'shard_of', 'named', 'Door', 'Embed', 'DrawPools', 'Spread', 'Generate',
+           'Check', 'Mine', 'Merging', 'Keeping', 'Merge', 'Train', 'Infer', 'facts_paths', 'Eval', 'Report', 'Sweep',
+           'Demo', 'read_config', 'explained', 'one_or_none', 'one_sentence', 'read_door', 'command_settings',
+           'first_page', 'answer']
 
 # %% ../nbs/94_doors.ipynb #fba18050
 import contextlib, io, re, sys, textwrap
@@ -89,6 +89,7 @@ Splits = Annotated[tuple[str, ...], BeforeValidator(several), MinLen(1), arg(met
 Limit = Annotated[Count|None, flag("all", "--n", metavar="N")]
 MoreSettings = Annotated[JsonOrNone, flag("none", metavar="JSON")]
 Store = Data(store="runs/store")
+LearnedFrom = Annotated[tuple[str, ...], BeforeValidator(several), flag("none", metavar="RUN ...")]
 
 # %% ../nbs/94_doors.ipynb #a3271734
 class Door:
@@ -161,6 +162,7 @@ class Generate(Door):
         "generate --data ~/okvqa --clip openai/clip-vit-large-patch14 --lvlm Qwen/Qwen2.5-VL-3B-Instruct --K 64"
         " --verify 8 --shard 0/4 --out runs/okvqa",
         "generate --selector runs/rce --limit 100 --out runs/groups/second",
+        "generate --shots 0 1 2 --limit 100 --out runs/groups/free",
     )
     out:Folder # directory of the run; continued if it is there
     split:Split="train" # whose questions are asked
@@ -275,6 +277,7 @@ class Train(Door):
         "train runs/groups/train --dev runs/groups/dev --objective rce --out runs/rce",
         "train runs/groups/train --dev runs/groups/dev --objective grpo --start runs/rce --out runs/grpo",
         "train runs/groups/train --dev runs/groups/dev --objective sft --choose accuracy --out runs/sft",
+        "train runs/groups/free --recipe free --out runs/free",
         "train runs/okvqa --dev-share 0.1 --data ~/okvqa --clip openai/clip-vit-large-patch14 --out runs/okvqa-ours",
     )
     runs:Runs # training data; several are merged
@@ -305,11 +308,14 @@ class Infer(Door):
     examples = (
         "infer --picker similar_mixed --limit 50 --out runs/similar",
         "infer --selector runs/ours --out runs/ours-dev",
+        "infer --selector runs/free --shots stop --out runs/free-dev",
+        "infer --picker knn_facts --groups runs/groups/train --out runs/knn-dev",
         "infer --selector runs/ours --picker beam --width 5 --by vote --data ~/okvqa --split val"
         " --lvlm Qwen/Qwen2.5-VL-3B-Instruct --shard 0/4 --out runs/val",
     )
     out:Folder # folder of the run; continued if it is there
     selector:Selector=None # run of train, or a checkpoint
+    groups:LearnedFrom=() # runs of generate on training questions, which --picker knn_facts and logistic learn from
     split:Split="dev" # whose questions are asked
     limit:Limit=None # at most so many questions, the first of the split
     blank:bool=False # write "" for questions whose evaluation failed
@@ -340,12 +346,14 @@ class Eval(Door):
     comes = "selectors (runs of train), a data set, a model"
     goes = (
         "the table on the screen, with what must be read beside it; predictions.parquet, results.csv and tests.csv"
-        " in --out. Choose on dev; name test once, at the end: every look at a split is counted"
+        " in --out, and counts.csv where a selector may stop. Choose on dev; name test once, at the end: every look at a"
+        " split is counted"
     )
     examples = (
         "eval --limit 50 --out runs/eval",
         "eval --selector runs/ours --selector grpo=runs/grpo --shots 1 2 --out runs/eval-dev",
         "eval --selector runs/ours --split test --out runs/eval-test",
+        "eval --selector runs/free --groups runs/groups/train --price 0.01 --out runs/eval-free",
         "eval --selector runs/okvqa-ours --data ~/okvqa --split val --fixed 0 --lvlm Qwen/Qwen2.5-VL-3B-Instruct --K 64"
         " --out runs/val",
     )
@@ -354,6 +362,7 @@ class Eval(Door):
     split:Split="dev" # whose questions are asked
     limit:Limit=None # at most so many questions, the first of the split
     facts:Facts=None # what is known: parquet files, runs of generate
+    groups:LearnedFrom=() # runs of generate on training questions, for the rows knn_facts and logistic
     resume:bool=False # go on, and refuse to begin: a run must be there
     overwrite:bool=False # empty a folder with other settings
     rate:Rate=None # prompts per second, for the plan

@@ -494,7 +494,7 @@ _V4 = {
         "STOP",
         "Idea: the policy ends by itself."
         " Code: STOP was never a positive label.",
-        state="gru", stop=True,
+        state="gru", stop=True, min_shots=1,
     ),
 }
 

@@ -732,7 +732,7 @@ def chosen_counts(
 def counts_table(
     scored:pd.DataFrame, # from `score_picks`: zero_shot, random, selectors <name> and <name>_free, oracle_free
     items:pd.DataFrame|None=None, # items by question_id, for clustering
-    tokens:dict|None=None, # {(question_id, pointer): tokens of the prompt}; None: demonstrations are counted
+    tokens:dict|None=None, # {(question_id, pointer): tokens of the prompt}, of some questions at least; None: no tokens
     bootstrap:Bootstrap=Bootstrap(), # resamples, and the coverage of intervals
 )->pd.DataFrame: # selector, shots, n, acc, lo, hi, gap_closed, over, over_lo, over_hi, verdict, cost, acc_per_cost
     "Fixed and free numbers of demonstrations"
@@ -762,7 +762,10 @@ def counts_table(
 def _cost(rows, tokens):
     "Mean tokens of the prompts of some rows, or their mean number of demonstrations"
     if tokens is None: return float(rows.pointer.map(len).mean())
-    return float(np.mean([tokens[q, as_pointer(p)] for q, p in zip(rows.question_id, rows.pointer)]))
+    prompts = [(q, as_pointer(p)) for q, p in zip(rows.question_id, rows.pointer)]
+    counted = [tokens[prompt] for prompt in prompts if prompt in tokens]
+    if not counted: raise ValueError(f"tokens of none of the {len(prompts)} prompts of {rows.selector.iloc[0]!r}: count some")
+    return float(np.mean(counted))
 
 def _free_gap(x, mixed, matrix):
     "Share of the way from random demonstrations in a random number to the oracle over numbers"

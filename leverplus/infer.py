@@ -215,7 +215,7 @@ def pick_model(
     bs:int=256, # queries per batch; changes no pick
     other_pool:bool=False, # take a pool of another kind than the checkpoint says?
 )->pd.DataFrame: # picks
-    "What a selector picks greedily"
+    "What a selector picks: greedily, or the likeliest sequence of any number"
     kind = kind_of(model, kind, store)
     check_pool(model, pool, other_pool)
     check_encoder(model, encoder_of(store))
@@ -228,9 +228,9 @@ def pick_model(
     return picks_frame(name, pointers, most, draw, fewer=S is None)
 
 def _greedy(model, enc, S):
-    "Greedy picks [B,S] as places in the pool, and how many of each row are real"
+    "Picks [B,S] as places in the pool, and how many of each row are real"
     if S is None:
-        picked, real = model.greedy(enc, None)
+        picked, real = model.likeliest(enc)
         return picked, real.sum(-1).tolist()
     picked = model.greedy(enc, S)
     return picked, [S]*len(picked)
@@ -768,6 +768,7 @@ def _settings(work, split):
         label=_label(work.picking, work.judge),
         judge=None if work.judge is None else work.judge.__name__,
         picking=plain_settings(work.picking),
+        kind=None if work.store is None else kind_of(work.model, work.picking.kind, work.store),
         asking=plain_settings(work.asking),
     )
 

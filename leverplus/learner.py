@@ -302,7 +302,7 @@ def fit_warmup(self:Learner,
     sampler:str|dict="auto", # how pools are drawn, see `warmup_parts`; auto: as `choose_sampler` says
     reward:str="contained", # what is compared of two answers: contained | f1 | soft | cosine, see `AnswerGroups`
     answers=None, # vectors of answers, for `cosine`
-    shots=None, # shot counts of the drawn sequences; None = those of the training groups
+    shots=None, # shot counts of the drawn sequences; None = those of the training groups above 0
     n:int=256, # sequences per group at most
     bs:int=64, # queries per batch
     steps:int=100, # batches per epoch, about
@@ -322,14 +322,14 @@ def warmup_dls(self:Learner,
     items, # training items, as in `fit_warmup`
     store, # their embeddings
     K:int|None=None, # pool size; None = that of the training groups
-    shots=None, # shot counts; None = those of the training groups
+    shots=None, # shot counts; None = those of the training groups above 0
     seed:int|None=None, # of pools and order; None = the Learner's
     **kwargs, # of `warmup_dls`
 )->DataLoaders: # fresh groups, and the Learner's validation groups
     "The loaders that a warm-up of this Learner has"
     items = as_items(items, need=("image_id", "answer"))
     groups = self.dls.train_ds
-    if shots is None: shots = sorted(set((groups.seqs >= 0).sum(-1).tolist()))
+    if shots is None: shots = sorted(set((groups.seqs >= 0).sum(-1).tolist()) - {0})   # nothing shown has no answer
     if seed is None: seed = getattr(self, "seed", 0)
     return warmup_dls(self.dls, items, store, K or groups.cands.shape[1], shots, seed=seed, **kwargs)
 

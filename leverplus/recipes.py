@@ -52,11 +52,13 @@ _SHARE = dict(needs=dict(live=LIVE))   # of groups with any difference of reward
 _SOME = dict(needs=dict(groups=1))   # as many groups with a difference
 _SHARP_RCE = dict(fit="rce", n_epoch=10, lr=3e-3, temp=.1)
 _GRPO = dict(fit="grpo", n_epoch=10, lr=1e-3)
+_FREE = MODEL | dict(stop=True, max_shots=2)   # learns from groups of 0, 1 and 2 demonstrations
 
 RECIPES = {
     "ours": _own("Warm-up without the LVLM, then listwise", [_WARMUP | _SHARE, _LISTWISE | _SOME], MODEL),
     "listwise": _own("Listwise alone", [_LISTWISE]),
     "corrected": _own("RCE, then GRPO, as they were meant", [_SHARP_RCE, _GRPO]),
+    "free": _own("As many demonstrations as help, or none", [_WARMUP | _SHARE, _LISTWISE | _SOME], _FREE),
 }
 
 # %% ../nbs/71_recipes.ipynb #fec8b4db

@@ -29,11 +29,11 @@ from .rldata_check import Health, health, teaches
 from .diagnose import Diagnosis, PANELS, diagnose, plot_rl
 from .infer import as_pointer
 from leverplus.statistics import (
-    NO_DIFFERENCE, Bootstrap, Interval, claim, detectable, difference_text, holm, verdict,
+    NO_DIFFERENCE, Bootstrap, Interval, claim, detectable, difference_text, holm, power_note, verdict,
 )
 from leverplus.evaluate import (
-    BASELINES, behaviour, compare_runs, compare_seeds, gap_table, level_text, mode_table, paired_tests,
-    plot_results, result_table, size_table, subsets, table_text, type_table,
+    BASELINES, behaviour, chosen_counts, compare_runs, compare_seeds, gap_table, level_text, mode_table, named,
+    paired_tests, plot_results, result_table, similar_row, size_table, subsets, table_text, type_table,
 )
 
 # %% ../nbs/90_report.ipynb #24fc0e23
@@ -166,9 +166,9 @@ def plot_shots(
     table:pd.DataFrame, # from `evaluate.result_table`; ValueError without a row of one shot or more
     ax=None, # matplotlib axes; None makes new ones
 ):# the axes
-    "Accuracy by number of demonstrations with intervals; zero-shot is the dotted line"
+    "Accuracy by number of demonstrations with intervals; zero-shot is the dotted line, free numbers have no place here"
     import matplotlib.pyplot as plt
-    rows = table[table.shots > 0]
+    rows = table[(table.shots > 0) & ~table.selector.str.endswith("_free")]
     if not len(rows): raise ValueError("plot_shots: no row with a demonstration; zero-shot alone is no curve")
     if ax is None: ax = plt.subplots(figsize=(5, 3.4), layout="constrained")[1]
     names = list(dict.fromkeys(rows.selector))
@@ -563,6 +563,8 @@ def _difference(r):
     said = difference_text(Interval(r.delta, r.lo, r.hi), r.mde, r.selector, r.against)
     if hasattr(r, "p_holm"):
         said += f"; {r.better} queries up, {r.worse} down, p {_p(r.p_holm)} after Holm"
+    note = "" if r.verdict == NO_DIFFERENCE else power_note(Interval(r.delta, r.lo, r.hi), r.mde)
+    if note: said += f" ({note})"
     return f"S = {r.shots}, {r.n} queries: {said}"
 
 def _p(p): return "below .0001" if p < 1e-4 else f"{p:.2g}"
@@ -633,6 +635,8 @@ def case_block(
     )
 
 # %% ../nbs/90_report.ipynb #0fee02d4
+_ORACLES = "oracle", "oracle_free" # the last rows of every table
+
 @dataclass(frozen=True, kw_only=True)
 class Cases:
     "Which cases a page shows"
@@ -640,11 +644,11 @@ class Cases:
     shots:int|None = None # its shot count; default the most that it has
     n:int = 40 # how many, all runs of a page together
     seed:int = 0 # of the choice
-    against:tuple = ("random", "similar_mixed", "zero_shot") # the filter's selectors, at most 4, where they are scored
+    against:tuple = ("random", "similar", "zero_shot") # the filter's selectors, at most 4, where they are scored
 
 def _whose(scored, cases):
     "(selector, shots) of the cases"
-    names = [s for s in dict.fromkeys(scored.selector) if s != "oracle"]
+    names = [s for s in dict.fromkeys(scored.selector) if s not in _ORACLES]
     trained = [s for s in names if s not in BASELINES]
     selector = cases.selector or (trained or names)[-1]
     if cases.shots is not None: return selector, cases.shots
@@ -659,9 +663,9 @@ def _tally(selector, against, went):
     return f"{selector} against {against}, first draws, {len(went)} queries: {said}"
 
 def _in_order(rows, names):
-    "Rows as tables have them: baselines, then other selectors in the order of `names`, the oracle last"
-    first = [b for b in BASELINES if b != "oracle"]
-    order = [*first, *(s for s in names if s not in (*first, "oracle")), "oracle"]
+    "Rows as tables have them: baselines, then other selectors in the order of `names`, oracles last"
+    first = [b for b in BASELINES if b not in _ORACLES]
+    order = [*first, *(s for s in names if s not in (*first, *_ORACLES)), *_ORACLES]
     return rows.sort_values("selector", key=lambda s: s.map(order.index), kind="stable")
 
 # %% ../nbs/90_report.ipynb #a7114caf
@@ -680,7 +684,7 @@ def browser_block(
     selector, shots = _whose(scored, cases)
     same = scored[(scored.shots == shots) | ((scored.shots == 0) & (scored.selector == "zero_shot"))]
     there = [s for s in dict.fromkeys(same.selector) if s != selector]
-    against = [s for s in cases.against if s in there][:_MOST]
+    against = [s for s in named(cases.against, same) if s in there][:_MOST]
     went = {a: query_outcomes(scored, selector, shots, a) for a in against} # of all queries
     first = against[0] if against else None
     rows = pick_cases(scored, cases.n, selector, shots, seed=cases.seed, against=first)
@@ -869,7 +873,9 @@ class Findings:
     items:pd.DataFrame|None = None # queries and demonstrations by question_id
     history:pd.DataFrame|None = None # one row per epoch -> curves.png, rl.png, the diagnosis
     paired:pd.DataFrame|None = None # from `evaluate.paired_table` -> verdicts without correction
-    tests:pd.DataFrame|None = None # from `evaluate.paired_tests`; default: trained ones against random, similar_mixed
+    tests:pd.DataFrame|None = None # from `evaluate.paired_tests`; default: trained ones against random and similarity
+    counts:pd.DataFrame|None = None # of `table.by_number`: fixed and free numbers of demonstrations
+    chosen:dict|None = None # of `table.by_number`; default: of the scored picks
     facts:dict|None = None # of `diagnose.data_facts`, for the diagnosis
     data:object = None # `Health`; RLData or {name: RLData}, examined with the reward hard_plus_soft; a sentence
     looks:int|None = None # at the split; default what the run counted (looks.json, or its metric `looks`)
@@ -937,9 +943,39 @@ def _family(known, bootstrap):
     "Trained selectors against random and similarity; None where there are none"
     if known.scored is None: return None
     there = set(known.scored.selector)
-    against = [s for s in ("random", "similar_mixed") if s in there]
+    against = [s for s in named(("random", "similar"), known.scored) if s in there]
     if not against or not there - set(BASELINES): return None
     return paired_tests(known.scored, known.items, against=against, bootstrap=bootstrap)
+
+# %% ../nbs/90_report.ipynb #b3215355
+def _add_numbers(page, known):
+    "Free numbers of demonstrations against fixed ones; nothing where no selector chooses its number"
+    chosen = _chosen_numbers(known) if known.chosen is None else known.chosen
+    if known.counts is None and not chosen: return
+    page.head("How many demonstrations")
+    if known.counts is not None:
+        page.add(Sentences(_over_both(known.counts)))
+    for name, numbers in chosen.items():
+        page.add(Paragraph(f"{name}, by the number that it shows:"), frame_table(numbers, f"numbers of {name}"))
+    if known.counts is not None:
+        page.add(Fold("each way and its cost", frame_table(known.counts, "fixed and free numbers")))
+
+def _chosen_numbers(known):
+    "{<name>_free: how often each number was chosen}, of the scored picks"
+    if known.scored is None: return {}
+    names = dict.fromkeys(known.scored.selector)
+    free = [s for s in names if s.endswith("_free") and s not in BASELINES]
+    beside = {s: [b for b in ("zero_shot", s.removesuffix("_free")) if b in names] for s in free}
+    return {s: chosen_counts(known.scored, s, beside[s]) for s in free}
+
+def _over_both(counts):
+    "A sentence for each selector that chooses its number"
+    lines = []
+    for r in counts[counts.verdict.notna()].itertuples():
+        lead, lo, hi = (round(100*x, 1) + 0. for x in (r.over, r.over_lo, r.over_hi))
+        said = f"{lead:+.1f} points, {r.verdict} [{lo:+.1f}, {hi:+.1f}]"
+        lines.append(f"{r.selector} against the better of always and never: {said}")
+    return lines
 
 # %% ../nbs/90_report.ipynb #0de86626
 def _add_details(page, known):
@@ -1017,6 +1053,7 @@ def _add_run(page, run_dir, known, cases, bootstrap):
     figures = {}
     if known.table is not None: figures |= _add_results(page, known, bootstrap)
     _add_differences(page, known, bootstrap)
+    _add_numbers(page, known)
     if known.has_cases: _add_details(page, known)
     if known.history is not None and len(known.history): figures |= _add_training(page, known)
     if known.data is not None: _add_data(page, known.data)
@@ -1130,6 +1167,7 @@ def _read(run, findings, bootstrap):
     if findings.data is None: found["data"] = _found_data(run)
     if "history.csv" in files: found["history"] = run.frame("history.csv")
     if "tests.csv" in files: found["tests"] = run.frame("tests.csv")
+    if "counts.csv" in files: found["counts"] = run.frame("counts.csv")
     if "predictions.parquet" in files:
         found["scored"] = read_scored(run)
         found["items"] = described_items(found["scored"])
@@ -1142,7 +1180,7 @@ def _table_of(known, bootstrap):
     there = set(known.scored.selector)
     reference = "random" if "random" in there else None
     oracle = "oracle" if "oracle" in there else None
-    changed_from = next((s for s in ("similar_mixed", "random") if s in there), None)
+    changed_from = similar_row(there) or reference
     zero_at = int(known.scored.shots.max()) if reference else None
     names = dict(reference=reference, oracle=oracle, changed_from=changed_from, zero_at=zero_at)
     return result_table(known.scored, known.items, **names, bootstrap=bootstrap)
@@ -1270,7 +1308,7 @@ def _over_seeds(held, items, bootstrap):
     for selector in names:
         for shots in sorted(set(every.shots[every.selector == selector]) - {0}):
             lines.append(_mean_over_seeds(every, selector, shots))
-            for b in ("random", "similar_mixed"):
+            for b in named(("random", "similar"), every):
                 if b not in set(every.selector[every.shots == shots]): continue
                 difference = compare_seeds(every, selector, b, shots, items=items, bootstrap=bootstrap)
                 found = detectable(difference, level=bootstrap.level)

@@ -60,7 +60,7 @@ def _stage_takes(name, stages):
 
 # %% ../nbs/85_sweep.ipynb #8cc1082c
 # what a combination has where neither grid nor base says otherwise
-FIXED = dict(objective="rce", reward="hard_plus_soft", kind="mixed", bs=32)
+FIXED = dict(objective="rce", reward="hard_plus_soft", kind=None, bs=32)
 
 def _stages(objective):
     "Names of the stages, one after the other"
@@ -263,18 +263,18 @@ def run_cell(
         warnings.simplefilter("always")
         try:
             learn, regret = train_cell(settings, seed, shared)
-            row |= _numbers(learn, regret, _judged(learn, settings, seed, shared))
+            row |= dict(kind=learn.dls.info["kind"]) | _numbers(learn, regret, _judged(learn, seed, shared))
         except Exception as e:
             row |= dict(error=f"{type(e).__name__}: {e}"[:1000], traceback=traceback.format_exc()[-3000:])
     row["warned"] = sorted({str(w.message)[:300] for w in said if w.category is UserWarning})
     row["seconds"] = round(time.perf_counter() - start, 3)
     return row
 
-def _judged(learn, settings, seed, shared):
+def _judged(learn, seed, shared):
     "What the selector picks for the development questions, and what came of it"
     dev = shared.groups["dev"]
     pool = dev.pool.only(dev.queries)
-    picks = pick_model(learn.model, pool, shared.world.store, shared.shots, settings["kind"], draw=seed)
+    picks = pick_model(learn.model, pool, shared.world.store, shared.shots, learn.dls.info["kind"], draw=seed)
     check_picks(picks, shared.world.items)
     return score_picks(picks, shared.ask(picks))
 

@@ -287,8 +287,11 @@ def live_share(
     "Share of fresh groups with any difference between their rewards"
     g = torch.Generator().manual_seed(seed)
     some = torch.randperm(len(ds.question_ids), generator=g)[:n]
-    rewards = torch.cat([ds.batch(part, g)[5] for part in some.split(64)])
-    return float((rewards.amax(1) - rewards.amin(1) > 1e-6).float().mean())
+    spreads = []
+    for part in some.split(64):
+        rewards = ds.batch(part, g)[5] # [B,N]; batches of drawn sequences differ in N
+        spreads.append(rewards.amax(1) - rewards.amin(1))
+    return float((torch.cat(spreads) > 1e-6).float().mean())
 
 # %% ../nbs/51_warmup.ipynb #81b68c6d
 LIVE = .1 # share of live groups from which on a warm-up teaches

@@ -131,6 +131,49 @@ def test_all_doors_on_the_embedded_world(there, road):
     assert "won" in Path("runs/eval/report.html").read_text()
     assert said["report"].strip().endswith("runs/eval/report.html")
 
+FREE = (
+    "generate --n 12 --shots 0 1 2 --counts {\"random\":2,\"retrieval\":2} --test 0 --quiet --out runs/counts",
+    "train runs/counts --dev-share .25 --recipe free --set"
+    " {\"warmup\":null,\"listwise\":{\"n_epoch\":2},\"data\":{\"bs\":4,\"weights\":{\"price\":0.02}}}"
+    " --quiet --out runs/free",
+    "infer --selector runs/free --shots stop --n 12 --quiet --out runs/free-answers",
+    "infer --picker knn_facts --groups runs/counts --n 12 --quiet --out runs/knn-answers",
+    "eval --selector runs/free --shots 1 2 --draws 1 --fixed 0 --groups runs/counts --price 0.05 --n 12"
+    " --quiet --out runs/free-eval",
+    "report runs/free-eval --cases 2",
+)
+
+def test_a_free_number_of_demonstrations_from_the_shell(there):
+    "Nothing, one or two: tried, trained with a price, picked, and held against fixed numbers, rules among them"
+    from leverplus.learner import load_selector
+    said = [go(line) for line in FREE]
+    data = RLData.load("runs/counts")
+    assert data.shots == (0, 1, 2) and (data.rows.pointer.map(len) == 0).sum() == 12
+    made = load_selector("runs/free/checkpoint")
+    assert made.config["stop"] and made.config["min_shots"] == 0
+    assert made.info["reward"]["price"] == .02
+    shown = pd.read_parquet("runs/free-answers/predictions.parquet").pointer.map(len)
+    assert len(shown) == 12 and shown.max() <= 2
+    assert Run("runs/free-answers").settings["kind"] == "mixed"
+    assert Run("runs/knn-answers").fingerprints["groups"] == data.fingerprint
+    counts = pd.read_csv("runs/free-eval/counts.csv").set_index(["selector", "shots"])
+    scored = pd.read_parquet("runs/free-eval/predictions.parquet")
+    assert {"knn_facts", "logistic", "free", "free_free", "oracle_free"} <= set(scored.selector)
+    two = counts.loc[("free", 2)]
+    assert two.after_price == pytest.approx(two.acc - .1)
+    free = scored[scored.selector == "free_free"]
+    assert counts.loc[("free_free", 2)].after_price == pytest.approx(
+        (free.vqa_acc_score - .05*free.pointer.map(len)).mean()
+    )
+    assert Run("runs/free-eval").settings["kinds"] == dict(free="mixed")
+    assert "free_free" in said[4]
+    assert "How many demonstrations" in Path("runs/free-eval/report.html").read_text()
+
+def test_rules_that_learn_want_groups_of_candidates(there):
+    assert "wanted --groups RUN" in go("infer --how logistic --n 4 --out runs/x", 2)
+    said = go("infer --how knn_facts --groups runs/dev --split train --n 4 --quiet --out runs/x", 2)
+    assert "--groups: 12 questions are of another split" in said
+
 def test_what_others_asked_is_not_asked_again(there, monkeypatch):
     "The oracle of the table knows the sequences of `--facts`; a second run asks nothing, and is no second look"
     scored = pd.read_parquet("runs/eval/predictions.parquet")

@@ -1,8 +1,8 @@
 "What a lead is made of, with models whose habits are known: one copies what it reads last, one reads nothing"
 import numpy as np, pandas as pd, pytest, torch
 from leverplus.controls import (
-    CONTROLS, _nearest_wrong_answer, ask_controls, controls_table, copied, copied_lead, copy_table, order_table,
-    pool_shift, whole_bank,
+    CONTROLS, _nearest_wrong_answer, ask_controls, ask_shift, controls_table, copied, copied_lead, copy_table,
+    order_lead, order_table, pool_shift, shift_table, transfer_table, whole_bank,
 )
 from leverplus.baselines import Vote, best_last, query_cosines
 from leverplus.core import rng
@@ -91,6 +91,30 @@ def test_order_counts_for_a_copycat_only():
     assert (order_table(PICKS, some, ITEMS, Bootstrap(50)).n == 23).all()
     with pytest.raises(LookupError, match="all orders of none"): order_table(PICKS, facts[:0], ITEMS)
 
+def test_a_lead_is_split_into_the_set_and_its_order():
+    "A copycat says the last answer: two picks that show the same demonstrations differ by their order alone"
+    near = PICKS[PICKS.selector == "similar_text"]
+    turned = near.assign(pointer=[p[::-1] for p in near.pointer], selector="turned")
+    both = pd.concat([near, turned], ignore_index=True)
+    asked = ask_controls(both, copycat(), ITEMS, POOL, STORE, ["as_shown", "reversed"])
+    lead = order_lead(asked, "similar_text", "turned", ITEMS, Bootstrap(200))
+    acc = asked[asked.control == "as_shown"].groupby("selector").vqa_acc_score.mean()
+    assert lead.delta["all"] == pytest.approx(acc["similar_text"] - acc["turned"]) and lead.delta["all"] != 0
+    assert lead.delta["set"] == 0 and lead.delta["order"] == pytest.approx(lead.delta["all"])
+    asked = ask_controls(PICKS, deaf(), ITEMS, POOL, STORE, ["as_shown", "reversed"])
+    assert (order_lead(asked, "similar_text", "random", ITEMS, Bootstrap(200)).delta == 0).all()
+    with pytest.raises(ValueError, match="more than two orders"):
+        order_lead(asked.assign(shots=3), "similar_text", "random", ITEMS)
+
+def test_stored_copies_are_taken_as_they_are():
+    s = scored_by(copycat())
+    stored = s.assign(copied=copied(s, ITEMS)).drop(columns=["pointer", "vqa_pred_answer"])
+    stored["pointer"] = [(0, 0)]*len(stored)
+    pd.testing.assert_frame_equal(copy_table(stored), copy_table(s, ITEMS))
+    by_picture = ITEMS[["question_id", "image_id"]]
+    told = copied_lead(stored, "similar_text", "random", 2, by_picture, Bootstrap(200))
+    pd.testing.assert_frame_equal(told, copied_lead(s, "similar_text", "random", 2, ITEMS, Bootstrap(200)))
+
 # ---- what is shown, changed --------------------------------------------------------------------------------
 
 def test_each_control_changes_one_thing():
@@ -167,3 +191,59 @@ def test_a_lead_is_followed_over_pool_sizes():
     assert whole.acc["similar"] == pytest.approx(want)
     assert whole.delta["vote"] == pytest.approx(whole.acc["vote"] - want) and np.isnan(whole.delta["similar"])
     assert ((t.lo <= t.acc) & (t.acc <= t.hi)).all()
+
+def selector_of(seed):
+    "One with random weights (a new one would be similarity)"
+    torch.manual_seed(seed)
+    model = PointerSelector(STORE.dim("text"), d_hidden=8)
+    with torch.no_grad():
+        for weight in model.parameters(): weight.normal_()
+    model.info = dict(kind="text", pool=dict(sampler="random", K=4))
+    return model
+
+def test_selectors_of_several_seeds_are_averaged():
+    queries, demos = ITEMS.loc[list(QS)], ITEMS.loc[list(DEMOS)]
+    own = [selector_of(seed) for seed in (0, 1)]
+    s = ask_shift(dict(ours=own), queries, demos, STORE, copycat(), (4, 20), 1, draws=2)
+    of = s[(s.selector == "ours") & (s.K == 20)]
+    assert sorted(of.draw.unique()) == [0, 1]
+    assert len(of.drop_duplicates(["question_id", "pointer"])) > len(QS) # the two differ
+    table = shift_table(s, ITEMS, Bootstrap(100)).set_index(["K", "selector"])
+    for K, selector in table.index:
+        rows = s[(s.K == K) & (s.selector == selector)]
+        assert table.acc[K, selector] == pytest.approx(rows.vqa_acc_score.mean())
+        assert table.n[K, selector] == len(QS)
+    alone = pool_shift(own[1], queries, demos, STORE, copycat(), (20,), 1, bootstrap=Bootstrap(100))
+    second = of[of.draw == 1].vqa_acc_score.mean()
+    assert alone.set_index("selector").acc["selector"] == pytest.approx(second)
+    assert s.copied.all()
+
+# ---- another reader ----------------------------------------------------------------------------------------
+
+def answered(asked, trained_on, right, selector="ours", draw=0):
+    "What a reader said to the picks for the first questions"
+    ids = list(QS)[:len(right)]
+    return pd.DataFrame(dict(
+        selector=selector, shots=1, draw=draw, question_id=ids, vqa_acc_score=right, eval_failed=False,
+        trained_on=trained_on, asked=asked,
+    ))
+
+def test_transfer_is_compared_with_the_diagonal():
+    rows = [
+        answered("a", None, [0., 0., 1., 0.], "similar"),
+        answered("a", "a", [1., 1., 1., 0.]), answered("a", "a", [1., 1., 0., 0.], draw=1),
+        answered("a", "b", [0., 0., 1., 0.]),
+        answered("b", "b", [1., 0., 0., 0.]), answered("b", "a", [1., 0., 0., 0.]),
+    ]
+    t = transfer_table(pd.concat(rows), ITEMS, Bootstrap(200))
+    assert t.asked.tolist() == ["a", "a", "a", "b", "b"]
+    assert t.selector.tolist() == ["similar", *["ours"]*4]
+    by = t[t.selector == "ours"].set_index(["asked", "trained_on"])
+    assert by.acc["a", "a"] == .625 and by.acc["a", "b"] == .25 and by.delta["a", "b"] == pytest.approx(-.375)
+    assert np.isnan(by.delta["a", "a"]) and by.delta["b", "a"] == 0 and by.lo["b", "a"] == by.hi["b", "a"] == 0
+    assert by.lo["a", "b"] <= -.375 <= by.hi["a", "b"]
+    assert t.acc[0] == .25
+    failed = pd.concat([*rows, answered("a", "b", [1.]*4, draw=2).assign(eval_failed=True)])
+    pd.testing.assert_frame_equal(transfer_table(failed, ITEMS, Bootstrap(200)), t)
+    with pytest.raises(ValueError, match="no row was trained on b, which is asked"):
+        transfer_table(answered("b", "a", [1., 0.]), ITEMS)

@@ -1,7 +1,8 @@
 "End to end on the embedded world: the demo's files, its rows, and that a second run changes nothing"
 import pandas as pd, pytest
 from leverplus.core import read_json
-from leverplus.demo import run_demo
+from leverplus.demo import demo_text, run_demo
+from leverplus.groups import RLData
 from leverplus.learner import load_selector
 from leverplus.world import all_pointers, world
 
@@ -14,6 +15,7 @@ SMALL = dict(
     recipes=dict(
         sft=dict(sft=dict(n_epoch=1)), ours=dict(warmup=dict(n_epoch=1, steps=14), listwise=dict(n_epoch=1))
     ),
+    free=dict(warmup=dict(n_epoch=1, steps=14), listwise=dict(n_epoch=1)),
 )
 
 @pytest.fixture(scope="module")
@@ -30,14 +32,33 @@ def test_files_and_rows(demo):
     assert {
         "zero_shot", "random", "similar_image", "similar_text", "similar_mixed", "similar_mixed_first", "mmr",
         "vote", "majority_vote",
-        "fixed", "sft", "ours", "oracle"
+        "fixed", "sft", "ours", "ours_free", "oracle", "oracle_free"
     } == set(on_disk.selector)
     assert set(on_disk.shots) == {0, 2} and (on_disk.n == 1000).all()
     assert (
         (on_disk.lo <= on_disk.acc) & (on_disk.acc <= on_disk.hi) & (on_disk.lo >= 0) & (on_disk.hi <= 1)
     ).all()
     two = on_disk[on_disk.shots == 2].set_index("selector")
-    assert two.gap_closed["oracle"] == 1 and two.gap_closed["random"] == 0 and two.acc.idxmax() == "oracle"
+    assert two.gap_closed["oracle"] == 1 and two.gap_closed["random"] == 0 and two.acc.idxmax() == "oracle_free"
+    assert two.acc["oracle_free"] >= max(two.acc["oracle"], on_disk.acc[on_disk.selector == "zero_shot"].item())
+
+def test_a_free_number_of_demonstrations_has_its_table(demo):
+    "Never, always and as many as it likes, with tokens; what was chosen adds up to all questions; the page tells it"
+    path, table = demo
+    counts = pd.read_csv(path/"counts.csv").set_index("selector")
+    assert set(counts.index) == {"zero_shot", "random", "ours", "ours_free", "oracle_free"}
+    assert counts.verdict.notna()["ours_free"]
+    assert counts.cost["zero_shot"] < counts.cost["ours"] # tokens
+    assert (counts.acc_per_cost - counts.acc/counts.cost*1000).abs().max() < 1e-9
+    picks = pd.read_parquet(path/"predictions.parquet")
+    shown = picks[picks.selector == "ours_free"].pointer.map(len)
+    assert len(shown) == 1000 and set(shown) <= {0, 1, 2}
+    told = demo_text(path, table)
+    assert "how many demonstrations" in told and "ours_free" in told
+    page = (path/"report.html").read_text()
+    assert "How many demonstrations" in page and "the better of always and never" in page
+    train = RLData.load(path/"groups-free"/"train")
+    assert set(train.rows.pointer.map(len)) == {0, 1} and len(train) == 24*(1 + 3 + 4)
 
 def test_run_explains_itself(demo):
     path, table = demo

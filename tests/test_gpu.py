@@ -367,7 +367,7 @@ def test_the_demo(tmp_path, islands):
     facts = islands.facts()
     zero = facts[facts.pointer.map(len) == 0]
     assert table["zero_shot", 0] == pytest.approx(zero.vqa_acc_score.mean())
-    assert table["oracle", 2] == table.max()
+    assert table["oracle_free", 2] == table.max()
     assert (tmp_path/"demo"/"report.html").exists()
 
 def test_readme_code(tmp_path): run_blocks(tmp_path)

@@ -12,7 +12,8 @@ from leverplus.callback_schedule import (
     Freeze, NoDropout, Phases, SplitShots, TempSchedule, TopKCurriculum, keep_k, part_of, phase_rows,
 )
 from leverplus.callback_track import (
-    Best, History, RLStats, candidate_ids, greedy_picks, missed, promotion_p, regrets, stage_settings, valid_loss,
+    Best, History, RLStats, candidate_ids, greedy_picks, missed, promotion_p, regrets, stage_settings, stored_mass,
+    sureness, valid_loss,
 )
 from leverplus.core import gini
 from leverplus.dls import group_dls
@@ -499,3 +500,30 @@ def test_t13_a_quiet_fit_writes_nothing(capsys):
     learn = fit(learner(cbs=[RLStats(), History()]), 1, [RCE(), Best(), Phases(dict(a=(range(9), 1)))])
     out = capsys.readouterr()
     assert out.out == out.err == ""
+
+def test_a_policy_with_stop_shares_one_mass_and_counts_stop_among_its_options():
+    "Brute force: all sequences of 0, 1 and 2 of four candidates, one of them padding in the second row"
+    from itertools import permutations
+    from leverplus.selector import PointerSelector
+    torch.manual_seed(0)
+    model = PointerSelector(6, 6, max_shots=2, stop=True).eval()
+    for p in model.parameters(): nn.init.normal_(p, std=.3)
+    mask = torch.tensor([[True]*4, [True, True, True, False]])
+    xb = torch.randn(2, 6), torch.randn(2, 4, 6), mask
+    seqs = [[*s, *[-1]*(2 - len(s))] for n in range(3) for s in permutations(range(4), n)]
+    seqs = torch.tensor(seqs).expand(2, -1, -1)
+    there = seqs >= 0
+    real = (~there | mask[:, None].expand(-1, len(seqs[0]), -1).gather(2, seqs.clamp(min=0))).all(-1)
+    with torch.no_grad():
+        logp = model(*xb, seqs.clamp(min=0), there)
+        seen = sureness(model, xb, 2)
+    assert stored_mass(logp, seqs.clamp(min=0), there, real, together=True).tolist() == pytest.approx([1, 1], abs=1e-5)
+    apart = stored_mass(logp, seqs.clamp(min=0), there, real)
+    assert apart.tolist() == pytest.approx([1/3, 1/3], abs=1e-5)
+    picks = there.sum(-1)
+    uniform = torch.zeros_like(logp)
+    for b, n in enumerate((4, 3)): # n candidates and STOP, then one fewer; after two picks nobody chooses
+        uniform[b] = -math.log(n + 1) - (picks[b] > 0)*math.log(n)
+    kl = (logp.exp() * (logp - uniform)).masked_fill(~real, 0.).sum(-1)
+    assert seen["above_uniform"].item() == pytest.approx(kl.mean().item(), abs=1e-5)
+    assert seen["kl_bound"].item() == pytest.approx((math.log(20) + math.log(12))/2, abs=1e-5)

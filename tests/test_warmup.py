@@ -257,6 +257,15 @@ def test_live_shares_are_those_of_the_groups():
     shares = warmup_shares(items, store, K=6, shots=2)
     assert list(shares) == ["random", "text", "image", "mixed"]
 
+def test_live_shares_where_batches_differ_in_the_number_of_sequences():
+    items, store = world(n=200)
+    items["answer"] = ["bus" if i < 100 else f"word{i}" for i in range(200)]
+    items["image_id"] = range(200)
+    ds = AnswerGroups(items, store, 30, 2, n=256)
+    numbers = {len(ds.sequences(2, rng_(seed))) for seed in range(8)}
+    assert len(numbers) > 1 # of 870, some are drawn twice
+    assert live_share(ds) == .5
+
 @pytest.mark.parametrize(
     "shares, own, want, said",
     [

@@ -1,0 +1,230 @@
+"""Does a lead hold beyond where it was learned, and what is it made of? Larger pools, another reader, controls.
+
+`python bench/shift.py OUT --world islands [--parts pools transfer controls] [--seeds 0 1 2]`, or
+`--world blind_okvqa --root DIR` with the parts `order`, `controls` and `pools`, trains selectors on stored groups and
+asks about what they pick. The answers go into small files beside the world's other results: `shift.parquet`,
+`transfer.parquet`, `controls.parquet` and `order.parquet`. `tutorials/07_beyond` shows them as tables. OUT keeps
+groups and answers, so a run that was stopped goes on.
+
+Islands: 600 training questions with random pools of 16, six pairs of the similarity prior and six random ones each,
+and as many of 100 dev questions, by which epochs are chosen; 200 test questions are asked about. `transfer` trains on
+300 of these questions, on the answers of either reader.
+
+Blind OKVQA: the stored pairs of 1,140 training questions, a tenth of which choose epochs; nothing is asked for
+them. `order` takes what is stored of all dev questions. For the rest SmolLM2 (the extra `smol`) is asked about the
+first `--questions` dev questions, in float32, which takes a second or two a prompt on two cores.
+
+Every selector is the default model, trained listwise on accuracy (20 epochs, 3e-3, temp .2), after a warm-up (15
+epochs) where its name says so. Nothing here was tuned.
+"""
+import argparse
+from dataclasses import replace
+from pathlib import Path
+import pandas as pd, torch
+from leverplus.controls import CONTROLS, ask_controls, ask_shift, copied
+from leverplus.core import atomic_path, repo_path
+from leverplus.dls import group_dls
+from leverplus.evaluate import score_picks
+from leverplus.infer import pick_model, pick_random, pick_similar
+from leverplus.learner import selector_learner
+from leverplus.rldata_ask import FactCache, ask
+from leverplus.rldata_generate import generate
+from leverplus.rldata_merge import split
+from leverplus.settings import Guarding, Proposing
+from leverplus.world import world
+
+S = 2
+SIZES = (16, 64, 256, "all")
+# row: pool size of its warm-up; None: no warm-up
+SELECTORS = {"listwise": None, "warm-up, listwise": 16, "warm-up of 64, listwise": 64}
+READERS = dict(tiny="models/tiny-qwen2.5-vl", credulous="models/tiny-qwen2.5-vl-credulous")
+COUNTS = dict(temperature={1.: 6}, random=6)
+
+# ---- the two worlds ----------------------------------------------------------------------------------------
+
+class Place:
+    "A world, what was asked there, and selectors that are trained once"
+    def __init__(self, world, out, split, questions):
+        self.world = world
+        self.out = out
+        self.split = split
+        self.cache = FactCache(out/"facts")
+        self.asked = world.ids(split)[:questions]
+        self.made = {}
+
+    @property
+    def pool(self): return self.world.pools[self.split].only(self.asked)
+
+    @property
+    def bank(self): return self.world.items[self.world.items.split == "train"]
+
+    def selector(self, name, seed):
+        "Trained once"
+        if (name, seed) not in self.made:
+            self.made[name, seed] = self.train(name, seed)
+            print(f"{self.world.name}, {self.out.name}: {name}, seed {seed} is trained", flush=True)
+        return self.made[name, seed]
+
+    def train(self, name, seed):
+        "The default model, listwise, after a warm-up if there is one"
+        train, choose = self.groups(seed)
+        w = self.world
+        dls = group_dls(train, choose, w.store, "soft_only", kind=self.kind, bs=64, seed=seed, device="cpu")
+        learn = selector_learner(dls, seed=seed)
+        bank = self.bank[~self.bank.question_id.isin(choose.queries)]
+        warm = SELECTORS[name]
+        with learn.no_bar(), learn.no_logging():
+            if warm is not None: learn.fit_warmup(bank, w.store, 15, best=False, K=warm)
+            learn.fit_listwise(20, 3e-3, temp=.2)
+        return learn.model.eval()
+
+    def picks(self, names, seeds, ids=None):
+        "What random, similarity and selectors pick out of the pools that they were trained for"
+        pool = self.pool if ids is None else self.world.pools[self.split].only(ids)
+        near = pick_similar(pool, self.world.store, S, self.kind).assign(selector="similar")
+        picks = [pick_random(pool, S, self.draws), near]
+        for name in names:
+            for seed in seeds:
+                model = self.selector(name, seed)
+                picks.append(pick_model(model, pool, self.world.store, S, self.kind, name, seed))
+        return pd.concat(picks, ignore_index=True)
+
+class Islands(Place):
+    "The embedded world with one of its readers"
+    sampler = "random"
+    kind = "mixed"
+    draws = 3
+
+    def __init__(self, out, reader="tiny", n_train=600):
+        super().__init__(world("islands", lvlm=READERS[reader], device="cpu"), out/reader, "test", 200)
+        self.n_train = n_train
+
+    def groups(self, seed):
+        "Training groups, and those by which epochs are chosen; asked for once"
+        return self.proposed("train", self.n_train, seed), self.proposed("dev", 100, seed)
+
+    def proposed(self, split, n, seed):
+        "Groups of the first n questions of a split"
+        w = self.world
+        return generate(
+            self.out/"groups"/f"{split}-{n}-{seed}", w.ids(split)[:n], w.items, w.pools[split], w.scorer, w.store,
+            proposing=Proposing(shots=(S,), counts=COUNTS, seed=seed), guarding=Guarding(test=0), cache=self.cache,
+            progress=False,
+        )
+
+class Blind(Place):
+    "Real questions, with stored answers"
+    sampler = "text"
+    kind = "text"
+    draws = 1
+
+    def __init__(self, out, root, questions):
+        super().__init__(world("blind_okvqa", root=root, pools="text"), out, "dev", questions)
+        self.stored = self.world.known()
+
+    def groups(self, seed):
+        "Training groups, and a tenth by which epochs are chosen"
+        every = self.world.groups("train", shots=(S,))
+        return split(every, (.9, .1), seed, self.world.items)
+
+def with_smol(place):
+    "The same, with SmolLM2 to be asked"
+    from leverplus.scorer import SharedScorer
+    from leverplus.smol import load_smol
+    place.world = replace(place.world, scorer=SharedScorer(load_smol(device="cpu")))
+    return place
+
+# ---- what is asked -----------------------------------------------------------------------------------------
+
+def pools(place, names, seeds):
+    "The same selectors with larger pools"
+    w = place.world
+    models = {name: [place.selector(name, seed) for seed in seeds] for name in names}
+    asked = w.items.loc[place.asked]
+    return ask_shift(
+        models, asked, place.bank, w.store, w.scorer, SIZES, S, place.sampler, None, w.asking, place.cache, place.draws,
+    )
+
+def controls(place, picks):
+    "The same demonstrations with one thing changed"
+    w = place.world
+    return ask_controls(picks, w.scorer, w.items, place.pool, w.store, CONTROLS, w.asking, place.cache)
+
+def order(place, names, seeds):
+    "As shown and reversed, of all questions of which every pair is stored"
+    w = place.world
+    picks = place.picks(names, seeds, w.ids(place.split))
+    both = "as_shown", "reversed"
+    return ask_controls(picks, None, w.items, w.pools[place.split], w.store, both, w.asking, place.stored)
+
+def transfer(places, name, seeds):
+    "Each reader about what was picked by selectors of both"
+    rows = []
+    for reader, place in places.items():
+        w = place.world
+        for teacher, other in places.items():
+            picks = other.picks([name], seeds)
+            if teacher != reader: picks = picks[picks.selector == name]
+            facts = ask(picks, w.scorer, w.items, place.cache, w.asking)
+            scored = score_picks(picks, facts.drop_duplicates(["question_id", "pointer"]))
+            trained_on = scored.selector.map({name: teacher})
+            scored = scored.assign(asked=reader, trained_on=trained_on, copied=copied(scored, w.items))
+            rows.append(scored)
+    return pd.concat(rows, ignore_index=True)
+
+# ---- the door ----------------------------------------------------------------------------------------------
+
+KEPT = (
+    "selector", "shots", "draw", "question_id", "K", "control", "asked", "trained_on", "vqa_acc_score", "copied",
+    "eval_failed",
+)
+
+def save(name, world, folder, scored):
+    "What the tables need, small enough to be kept beside the pages"
+    kept = scored[[column for column in KEPT if column in scored]]
+    kept = kept.assign(image_id=world.items.image_id.loc[kept.question_id].to_numpy())
+    if "K" in kept: kept["K"] = kept.K.astype(str)
+    texts = {c: "category" for c in ("selector", "K", "control", "asked", "trained_on") if c in kept}
+    small = kept.astype(texts | dict(shots="int8", draw="int8", vqa_acc_score="float32"))
+    file = repo_path("data", folder)/f"{name}.parquet"
+    with atomic_path(file) as tmp: small.to_parquet(tmp, compression="zstd")
+    print(f"{file.name}: {len(small)} rows of {small.question_id.nunique()} questions", flush=True)
+
+def run_islands(a):
+    "All parts of the embedded world"
+    place = Islands(a.out)
+    def keep(name, scored): save(name, place.world, "islands", scored)
+    if "pools" in a.parts: keep("shift", pools(place, list(SELECTORS), a.seeds))
+    if "controls" in a.parts: keep("controls", controls(place, place.picks(["warm-up, listwise"], a.seeds)))
+    if "transfer" in a.parts:
+        places = {reader: Islands(a.out, reader, 300) for reader in READERS}
+        keep("transfer", transfer(places, "listwise", a.seeds))
+
+def run_blind(a):
+    "All parts of the second world; only `order` asks nobody"
+    place = Blind(a.out, a.root, a.questions)
+    def keep(name, scored): save(name, place.world, "blind_okvqa_results", scored)
+    names = ["listwise"]
+    if "order" in a.parts: keep("order", order(place, names, a.seeds))
+    if {"controls", "pools"} & set(a.parts): place = with_smol(place)
+    if "controls" in a.parts:
+        picks = place.picks([], [])
+        keep("controls", controls(place, picks[picks.selector == "similar"]))
+    if "pools" in a.parts: keep("shift", pools(place, names, a.seeds[:1]))
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("out", type=Path)
+    p.add_argument("--world", default="islands", choices=["islands", "blind_okvqa"])
+    p.add_argument("--root", type=Path, help="folder of the second world")
+    p.add_argument("--parts", nargs="+", choices=["pools", "controls", "transfer", "order"], help="default: all")
+    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    p.add_argument("--questions", type=int, default=40, help="questions of the second world that SmolLM2 is asked")
+    a = p.parse_args()
+    torch.set_num_threads(1)
+    a.parts = a.parts or ["order", "pools", "controls", "transfer"]
+    if a.world == "islands": return run_islands(a)
+    if a.root is None: p.error("--world blind_okvqa needs --root")
+    run_blind(a)
+
+if __name__ == "__main__": main()
