@@ -4,7 +4,8 @@
 0, 1 and 2 demonstrations; a selector that must show S of them learns from the rows that do) and asks the
 reader about what they pick on dev and on test. The two that choose their number are also asked step by step
 (the rows "..., stepwise"): is the likeliest sequence as a whole the better answer? OUT/groups keeps the groups
-and OUT/facts all answers, so a run that was stopped goes on. The answers are written to `data/spoilt/picks.parquet`; `--table` prints the
+and OUT/facts all answers, so a run that was stopped goes on. The answers are written to
+`data/spoilt/picks.parquet`; `--table` prints the
 table of page `93_spoilt` from there.
 
 Epochs and rate are those of the recipe `listwise`, for every row, and so is the objective but for "free, rce";
