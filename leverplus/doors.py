@@ -346,8 +346,8 @@ class Eval(Door):
     comes = "selectors (runs of train), a data set, a model"
     goes = (
         "the table on the screen, with what must be read beside it; predictions.parquet, results.csv and tests.csv"
-        " in --out, and counts.csv where a selector may stop. Choose on dev; name test once, at the end: every look at a"
-        " split is counted"
+        " in --out, and counts.csv where a selector may stop. Choose on dev; name test once, at the end: every"
+        " look at a split is counted"
     )
     examples = (
         "eval --limit 50 --out runs/eval",

@@ -319,6 +319,7 @@ def kind_for(
     kind:str|None=None, # of the store; None: its own choice
 )->str: # with answers for who reads evidence, without for others; ValueError where there is no bank to ask
     "Say which kind of inputs a policy reads"
+    if kind is not None: kind = plain_kind(kind)
     kind = plain_kind(store.kind(kind))
     if not getattr(policy, "n_evidence", 0): return kind
     if kind + WITH in store.kinds: return kind + WITH

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PICKS', 'TRUTH', 'PICKERS', 'RULE_NAMES', 'as_pointer', 'picks_frame', 'pick_zero', 'pick_random', 'pick_similar',
-           'pick_mmr', 'pick_rule', 'pick_fixed', 'pick_model', 'candidates', 'OwnAnswer', 'confidence', 'rerank',
-           'adaptive_shots', 'Unanswered', 'check_results', 'write_results', 'kind_of', 'rule_of', 'pick',
-           'check_picks', 'Prediction', 'plan_prediction', 'predict']
+           'pick_mmr', 'pick_rule', 'pick_fixed', 'kind_of', 'pick_model', 'candidates', 'OwnAnswer', 'confidence',
+           'rerank', 'adaptive_shots', 'Unanswered', 'check_results', 'write_results', 'rule_of', 'pick', 'check_picks',
+           'Prediction', 'plan_prediction', 'predict']
 
 # %% ../nbs/80_infer.ipynb #7ed8ca85
 import json, math
@@ -191,6 +191,17 @@ def _encoded(model, pool, store, S, kind, bs):
         for i in range(0, len(queries), bs):
             qs = queries[i : i + bs]
             yield qs, model.encode(*_batch(pool, store, qs, kind_for(model, store, kind), device))
+
+# %% ../nbs/80_infer.ipynb #d8475bba
+def kind_of(
+    model, # a selector, whose `info["kind"]` says what it was trained on; None: nobody
+    kind:str|None=None, # "image" | "text" | "mixed" decides; None: as it was trained, or what the store has
+    store=None, # `EmbedStore` that is read; None: one with pictures
+)->str: # "image" | "text" | "mixed", "+answers" for who reads evidence; ValueError if the store has none of that kind
+    "Which embeddings are read"
+    info = getattr(model, "info", None) or {}
+    kind = kind or info.get("kind")
+    return (kind or "mixed") if store is None else kind_for(model, store, kind)
 
 # %% ../nbs/80_infer.ipynb #ba49a025
 def pick_model(
@@ -520,16 +531,6 @@ def _check_entry(i, r, kinds):
 
 # %% ../nbs/80_infer.ipynb #b1c90456
 PICKERS = get_args(Picker)
-
-def kind_of(
-    model, # a selector, whose `info["kind"]` says what it was trained on; None: nobody
-    kind:str|None=None, # "image" | "text" | "mixed" decides; None: as it was trained, or what the store has
-    store=None, # `EmbedStore` that is read; None: one with pictures
-)->str: # "image" | "text" | "mixed"; ValueError if the store has none of that kind
-    "Which embeddings are read"
-    info = getattr(model, "info", None) or {}
-    kind = kind or info.get("kind")
-    return (kind or "mixed") if store is None else store.kind(kind)
 
 # %% ../nbs/80_infer.ipynb #71530e36
 def _counts(picking):

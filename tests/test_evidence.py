@@ -1,5 +1,6 @@
 "Evidence: ten numbers against a slow reference, own pictures left out, and who reads a store with a bank"
 import math
+from copy import deepcopy
 import numpy as np, pandas as pd, pytest, torch
 from leverplus.callback_onpolicy import draw_groups
 from leverplus.core import fingerprint, seed_all
@@ -310,8 +311,10 @@ def test_proposals_picks_and_draws_show_a_selector_its_evidence(bank):
         assert list(map(tuple, propose(pool, store, dev, 2, model, proposing).pointer)) == wanted
 
 def test_a_selector_that_reads_evidence_refuses_a_store_without(bank):
-    model, pool, plain = bank["model"], bank["pool"], bank["plain"]
+    model, pool, plain = deepcopy(bank["model"]), bank["pool"], bank["plain"]
+    model.info = dict(kind="text+answers")   # as a checkpoint says
     asked = dict(
+        as_trained=lambda: pick_model(model, pool, plain, 2),
         pick=lambda: pick_model(model, pool, plain, 2, kind="text"),
         propose=lambda: propose(pool, plain, list(pool), 2, model),
         draw=lambda: draw_groups(model, pool, plain, list(pool), 2, 3),
