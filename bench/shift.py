@@ -122,11 +122,11 @@ class Blind(Place):
     def __init__(self, out, root, questions):
         super().__init__(world("blind_okvqa", root=root, pools="text"), out, "dev", questions)
         self.stored = self.world.known()
+        self.pairs = self.world.groups("train", shots=(S,))
 
     def groups(self, seed):
         "Training groups, and a tenth by which epochs are chosen"
-        every = self.world.groups("train", shots=(S,))
-        return split(every, (.9, .1), seed, self.world.items)
+        return split(self.pairs, (.9, .1), seed, self.world.items)
 
 def with_smol(place):
     "The same, with SmolLM2 to be asked"
