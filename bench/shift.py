@@ -4,7 +4,8 @@
 `--world blind_okvqa --root DIR` with the parts `order`, `controls` and `pools`, trains selectors on stored groups and
 asks about what they pick. The answers go into small files beside the world's other results: `shift.parquet` (pools),
 `transfer.parquet`, `controls.parquet` and `order.parquet`; `formats.json` says how far float32 and bfloat16 agree.
-`tutorials/07_beyond` shows them as tables. OUT keeps groups and answers, so a run that was stopped goes on.
+`tutorials/07_beyond` shows them as tables. OUT keeps groups and answers, so a run that was stopped goes on; files keep
+the rows of other selectors.
 
 Islands: 600 training questions with random pools of 16, six pairs of the similarity prior and six random ones each,
 and as many of 100 dev questions, by which epochs are chosen; 200 test questions are asked about. `transfer` trains on
@@ -37,7 +38,6 @@ S = 2
 SIZES = (16, 64, 256, "all")
 # row: pool size of its warm-up; None: no warm-up
 SELECTORS = {"listwise": None, "warm-up, listwise": 16, "warm-up of 64, listwise": 64}
-WARM = [name for name, K in SELECTORS.items() if K is not None]
 READERS = dict(tiny="models/tiny-qwen2.5-vl", credulous="models/tiny-qwen2.5-vl-credulous")
 COUNTS = dict(temperature={1.: 6}, random=6)
 
@@ -196,14 +196,21 @@ KEPT = (
     "eval_failed",
 )
 
+def before(file, scored):
+    "Rows of other selectors that were asked before"
+    if not file.exists(): return scored[:0]
+    there = pd.read_parquet(file)
+    return there[~there.selector.isin(scored.selector)]
+
 def save(name, world, folder, scored):
-    "What the tables need, small enough to be kept beside the pages"
+    "What the tables need, small enough to be kept beside the pages; other selectors' rows stay"
     kept = scored[[column for column in KEPT if column in scored]]
     kept = kept.assign(image_id=world.items.image_id.loc[kept.question_id].to_numpy())
     if "K" in kept: kept["K"] = kept.K.astype(str)
+    file = repo_path("data", folder)/f"{name}.parquet"
+    kept = pd.concat([kept, before(file, kept)], ignore_index=True)
     texts = {c: "category" for c in ("selector", "K", "control", "asked", "trained_on") if c in kept}
     small = kept.astype(texts | dict(shots="int8", draw="int8", vqa_acc_score="float32"))
-    file = repo_path("data", folder)/f"{name}.parquet"
     with atomic_path(file) as tmp: small.to_parquet(tmp, compression="zstd")
     print(f"{file.name}: {len(small)} rows of {small.question_id.nunique()} questions", flush=True)
 
@@ -215,8 +222,8 @@ def run_islands(a):
     "All parts of the embedded world"
     place = Islands(a.out)
     def keep(name, scored): save(name, place.world, "islands", scored)
-    if "pools" in a.parts: keep("shift", pools(place, WARM, a.seeds))
-    if "controls" in a.parts: keep("controls", controls(place, few(place.picks(["warm-up, listwise"], a.seeds))))
+    if "pools" in a.parts: keep("shift", pools(place, a.selectors, a.seeds))
+    if "controls" in a.parts: keep("controls", controls(place, few(place.picks(a.selectors, a.seeds))))
     if "formats" in a.parts:
         half = world("islands", device="cpu", dtype=torch.bfloat16)
         told = formats(place, lambda picks: ask(picks, half.scorer, half.items, None, half.asking))
@@ -229,7 +236,7 @@ def run_blind(a):
     "All parts of the second world; only `order` asks nobody"
     place = Blind(a.out, a.root, a.questions)
     def keep(name, scored): save(name, place.world, "blind_okvqa_results", scored)
-    names = ["listwise"]
+    names = a.selectors
     if "order" in a.parts: keep("order", order(place, names, a.seeds))
     if {"controls", "formats", "pools"} & set(a.parts): place = with_smol(place)
     if "controls" in a.parts:
@@ -249,6 +256,7 @@ def main():
     p.add_argument("--root", type=Path, help="folder of the second world")
     p.add_argument("--parts", nargs="+", choices=PARTS, help="default: all")
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    p.add_argument("--selectors", nargs="+", choices=list(SELECTORS), default=["listwise"])
     p.add_argument("--questions", type=int, default=40, help="questions of the second world that SmolLM2 is asked")
     a = p.parse_args()
     torch.set_num_threads(1)
