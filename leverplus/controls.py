@@ -37,12 +37,16 @@ def _copies(scored, items):
     if "copied" in scored: return scored.copied.to_numpy(dtype=bool)
     return copied(scored, items)
 
+def _shows_some(scored):
+    "Which rows show a demonstration; without pointers `shots` says it"
+    return scored.pointer.map(len) > 0 if "pointer" in scored else scored.shots > 0
+
 def copy_table(
     scored:pd.DataFrame, # from `score_picks`; a column `copied` is taken as it is
     items:pd.DataFrame|None=None, # demonstrations by question_id: `answer`; None: there is a column `copied`
 )->pd.DataFrame: # by selector and shots: acc, copy rate, accuracy of copies and of other answers, share copied wrong
     "How often an answer repeats one that was shown, and how good these answers are"
-    good = scored[~scored.eval_failed & (scored.pointer.map(len) > 0)]
+    good = scored[~scored.eval_failed & _shows_some(scored)]
     good = good.assign(copied=_copies(good, items))
     rows = []
     for (selector, shots), g in good.groupby(["selector", "shots"], sort=False):
