@@ -143,7 +143,8 @@ def pools(place, names, seeds):
     models = {name: [place.selector(name, seed) for seed in seeds] for name in names}
     asked = w.items.loc[place.asked]
     return ask_shift(
-        models, asked, place.bank, w.store, w.scorer, SIZES, S, place.sampler, None, w.asking, place.cache, place.draws,
+        models, asked, place.bank, w.store, w.scorer, SIZES, S, place.sampler, asking=w.asking, cache=place.cache,
+        draws=place.draws, kind=place.kind,
     )
 
 def controls(place, picks):

@@ -216,6 +216,9 @@ def test_selectors_of_several_seeds_are_averaged():
     second = of[of.draw == 1].vqa_acc_score.mean()
     assert alone.set_index("selector").acc["selector"] == pytest.approx(second)
     assert s.copied.all()
+    for model in own: del model.info # as they come out of a training
+    told = ask_shift(dict(ours=own), queries, demos, STORE, copycat(), (4, 20), 1, draws=2, kind="text")
+    pd.testing.assert_frame_equal(told, s)
 
 # ---- another reader ----------------------------------------------------------------------------------------
 
