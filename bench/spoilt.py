@@ -3,9 +3,9 @@
 `python bench/spoilt.py OUT [--seeds 0 1 2 3 4]` trains five selectors on the same stored groups (sequences of
 0, 1 and 2 demonstrations; a selector that must show S of them learns from the rows that do) and asks the
 reader about what they pick on dev and on test. The two that choose their number are also asked step by step
-(the rows "..., stepwise"): is the likeliest sequence as a whole the better answer? OUT/groups keeps the groups and OUT/facts all answers, so a
-run that was stopped goes on. The answers are written to `data/spoilt/picks.parquet`; `--table` prints the
-table of page `93_spoilt` from there.
+(the rows "..., stepwise"): is the likeliest sequence as a whole the better answer? OUT/groups keeps the groups
+and OUT/facts all answers, so a run that was stopped goes on. The answers are written to `data/spoilt/picks.parquet`;
+`--table` prints the table of page `93_spoilt` from there.
 
 Epochs and rate are those of the recipe `listwise`, for every row, and so is the objective but for "free, rce";
 nothing was chosen on test.

@@ -21,8 +21,9 @@ from pydantic import BeforeValidator
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, UseAppendAction, arg
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec
 from leverplus.settings import (
-    Amount, Asking, Choosing, Count, Data, Folder, Guarding, JsonOrNone, Mining, Model, Natural, Picking, Pools,
-    Positive, Proposing, Rewarding, Rows, Share, Teaching, draft, flag, group, plain_settings, several,
+    Amount, Asking, Choosing, Count, Data, Folder, Guarding, JsonOrNone, Mining, Model, Natural, Picking,
+    Pools, Positive, Proposing, Rewarding, Rows, Share, Teaching, draft, flag, group, plain_settings,
+    several,
 )
 
 # %% ../nbs/94_doors.ipynb #bd457666
@@ -346,8 +347,8 @@ class Eval(Door):
     comes = "selectors (runs of train), a data set, a model"
     goes = (
         "the table on the screen, with what must be read beside it; predictions.parquet, results.csv and tests.csv"
-        " in --out, and counts.csv where a selector may stop. Choose on dev; name test once, at the end: every look at a"
-        " split is counted"
+        " in --out, and counts.csv where a selector may stop. Choose on dev; name test once, at the end: every look at"
+        " a split is counted"
     )
     examples = (
         "eval --limit 50 --out runs/eval",

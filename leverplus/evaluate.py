@@ -763,7 +763,8 @@ def _cost(rows, tokens):
     if tokens is None: return float(rows.pointer.map(len).mean())
     prompts = [(q, as_pointer(p)) for q, p in zip(rows.question_id, rows.pointer)]
     counted = [tokens[prompt] for prompt in prompts if prompt in tokens]
-    if not counted: raise ValueError(f"tokens of none of the {len(prompts)} prompts of {rows.selector.iloc[0]!r}: count some")
+    if not counted:
+        raise ValueError(f"none of the {len(prompts)} prompts of {rows.selector.iloc[0]!r} has its tokens counted")
     return float(np.mean(counted))
 
 def _free_gap(x, mixed, matrix):

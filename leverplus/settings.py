@@ -507,7 +507,7 @@ class Rows:
     sizes:Annotated[Sizes, flag("none", metavar="N")]=() # also a table by number of questions, such as 100 200 all
     kind:Kind=None # embeddings that selectors read
     other_pool:bool=False # take pools of another kind than a selector was trained on
-    price:Amount=0. # of each demonstration, in units of accuracy, where a selector chooses its number; the oracle pays it
+    price:Amount=0. # of each demonstration, in units of accuracy, where a selector chooses how many
     seed:Natural=0 # of random draws, fixed sequences and sizes
 
     def __post_init__(self):
