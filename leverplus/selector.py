@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from .core import atomic_path, masked_log_softmax, write_json
 from .checkpoints import check_checkpoint, read_weights
 from leverplus.decode import (
-    beam_search, enumerate_all, greedy_search, likeliest_search, may_be_empty, sample_distinct, sample_plain,
+    beam_search, enumerate_all, greedy_search, may_be_empty, sample_distinct, sample_plain,
 )
 from leverplus.blocks import (
     STATES, SCORERS, MATCHES, DIVERSITY, CrossAttend, EvidenceNet, Heads, MatchNet, SelfAttend, Stop, dots,
@@ -794,11 +794,6 @@ class PointerSelector(PointerSets, Checkpoint, library_name="leverplus"):
         "`greedy_search`, the most probable pick at each step: [B,S]; for S = None (seqs [B,max_shots], seq_mask)"
         self._check_shots(S)
         return greedy_search(self, enc, S)
-
-    def likeliest(self, enc, width=16):
-        "`likeliest_search`, the most probable sequence of any number of shots: (seqs [B,max_shots], seq_mask)"
-        self._check_shots(None)
-        return likeliest_search(self, enc, width)
 
     def beam(self, enc, S, width):
         "`beam_search`: (seqs [B,W,S], logp [B,W]), best first; for S = None also seq_mask"
