@@ -36,7 +36,7 @@ from leverplus.core import atomic_path, read_json, rng, write_json
 from leverplus.dls import group_dls
 from leverplus.evaluate import count_look, majority_vote, pick_oracle, score_picks, seeds_table
 from leverplus.groups import RLData
-from leverplus.infer import pick_mmr, pick_model, pick_random, pick_similar
+from leverplus.infer import pick_mmr, pick_model, pick_random, pick_rule, pick_similar, rule_of
 from leverplus.learner import selector_learner
 from leverplus.recipes import RECIPES, recipe, recipe_learner
 from leverplus.earlier_recipes import EARLIER
@@ -209,6 +209,7 @@ class Trial:
     def __init__(self, bench, name, seed):
         self.bench = bench
         self.world = bench.world
+        self.plain = getattr(self.world.store, "plain", self.world.store)  # evidence is read by recipes alone
         self.name = name
         self.seed = seed
         self.shots = SUITES[name].shots
@@ -239,23 +240,24 @@ class Trial:
         return GreedyLoss(self.feedback, self.world.pools["dev"], self.world.store, self.shots)
 
     def learner(self, mode=None, **model):
-        dls = group_dls(self.train, self.dev, self.world.store, mode or self.mode, bs=64, seed=self.seed)
+        dls = group_dls(self.train, self.dev, self.plain, mode or self.mode, bs=64, seed=self.seed)
         return selector_learner(dls, seed=self.seed, wd=.05, choose_by=self.choose_by, **model or PLAIN)
 
     def recipe(self, name, **changes):
         "A recipe by its name; with `keep`, stages that others have trained alike are not trained again"
         r = recipe(name, RECIPES | EARLIER, data=dict(reward=self.mode), **changes)
+        store = self.world.store if name in ("ours", "evidence") else self.plain
         learn = recipe_learner(
-            self.train, self.dev, self.world.store, r, self.seed, choose_by=self.choose_by, items=self.bench.bank
+            self.train, self.dev, store, r, self.seed, choose_by=self.choose_by, items=self.bench.bank
         )
-        return learn.fit_recipe(keep=self.keep)
+        return learn.fit_recipe(kept=self.keep)
 
     def warm(self, sampler="random"):
         "A learner after the warm-up, which knows nothing of the groups but their shot counts; made once per seed"
         learn = self.learner(**NET)
         n = 64 if len(self.shots) > 1 else 256
         return learn.fit_warmup(
-            self.bench.bank, self.world.store, 15, best=False, n=n, sampler=sampler, keep=self.keep
+            self.bench.bank, self.plain, 15, best=False, n=n, sampler=sampler, kept=self.keep
         )
 
 def warm_alike(t): return t.warm(t.world.pools["train"].recipe["sampler"])
@@ -361,6 +363,10 @@ def untrained(bench, split, S):
     pool = w.pools[split]
     near = [pick_similar(pool, w.store, S, kind) for kind in bench.kinds]
     picks = [*near, pick_mmr(pool, w.store, S, bench.kinds[-1])]
+    picks.append(pick_rule(rule_of("vote", w.store, w.items, kind=bench.kinds[-1]), pool, S, "vote"))
+    if not w.can_ask:  # a regression wants stored groups that all seeds share
+        rule = rule_of("logistic", w.store, w.items, w.groups("train", (1, 2)), bench.kinds[-1])
+        picks.append(pick_rule(rule, pool, S, "logistic"))
     rows = [bench.judge(split, f) for f in picks]
     rows.append(majority_vote(near[-1], w.items).assign(split=split))
     if S <= 2:

@@ -50,7 +50,7 @@ _WARMUP = dict(fit="warmup", n_epoch=15, lr=1e-2, temp=.1, best=False, sampler="
 _LISTWISE = dict(fit="listwise", n_epoch=20, lr=3e-3, temp=.2)
 _SHARE = dict(needs=dict(live=LIVE))   # of groups with any difference of reward, of those that the stage trains on
 _SOME = dict(needs=dict(groups=1))   # as many groups with a difference
-_REGRESS = dict(fit="regress", n_epoch=12, lr=3e-3, freeze=["encoder", "head", "match"])
+_REGRESS = dict(fit="regress", n_epoch=12, lr=3e-3, best=False, freeze=["encoder", "head", "match"])
 _READS = dict(needs=dict(groups=1, evidence=True, without=["warmup"]))   # a selector that reads evidence; no warm-up ran
 _ELSE = dict(needs=dict(groups=1, without=["regress"]))
 _SHARP_RCE = dict(fit="rce", n_epoch=10, lr=3e-3, temp=.1)
