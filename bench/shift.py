@@ -2,9 +2,10 @@
 
 `python bench/shift.py OUT --world islands [--parts pools transfer controls] [--seeds 0 1 2]`, or
 `--world blind_okvqa --root DIR` with the parts `order`, `controls` and `pools`, trains selectors on stored groups and
-asks about what they pick. The answers go into small files beside the world's other results: `shift.parquet`,
-`transfer.parquet`, `controls.parquet` and `order.parquet`. `tutorials/07_beyond` shows them as tables. OUT keeps
-groups and answers, so a run that was stopped goes on.
+asks about what they pick. The answers go into small files beside the world's other results: `shift.parquet` (pools),
+`transfer.parquet`, `controls.parquet` and `order.parquet`; `formats.json` says how far float32 and bfloat16 agree.
+`tutorials/07_beyond` shows them as tables. OUT keeps groups and answers, so a run that was stopped goes on; files keep
+the rows of other selectors.
 
 Islands: 600 training questions with random pools of 16, six pairs of the similarity prior and six random ones each,
 and as many of 100 dev questions, by which epochs are chosen; 200 test questions are asked about. `transfer` trains on
@@ -15,14 +16,14 @@ them. `order` takes what is stored of all dev questions. For the rest SmolLM2 (t
 first `--questions` dev questions, in float32, which takes a second or two a prompt on two cores.
 
 Every selector is the default model, trained listwise on accuracy (20 epochs, 3e-3, temp .2), after a warm-up (15
-epochs) where its name says so. Nothing here was tuned.
+epochs, 64 sequences a query) where its name says so. Nothing here was tuned.
 """
 import argparse
 from dataclasses import replace
 from pathlib import Path
 import pandas as pd, torch
 from leverplus.controls import CONTROLS, ask_controls, ask_shift, copied
-from leverplus.core import atomic_path, repo_path
+from leverplus.core import atomic_path, repo_path, write_json
 from leverplus.dls import group_dls
 from leverplus.evaluate import score_picks
 from leverplus.infer import pick_model, pick_random, pick_similar
@@ -74,7 +75,7 @@ class Place:
         bank = self.bank[~self.bank.question_id.isin(choose.queries)]
         warm = SELECTORS[name]
         with learn.no_bar(), learn.no_logging():
-            if warm is not None: learn.fit_warmup(bank, w.store, 15, best=False, K=warm)
+            if warm is not None: learn.fit_warmup(bank, w.store, 15, best=False, K=warm, n=64)
             learn.fit_listwise(20, 3e-3, temp=.2)
         return learn.model.eval()
 
@@ -121,11 +122,11 @@ class Blind(Place):
     def __init__(self, out, root, questions):
         super().__init__(world("blind_okvqa", root=root, pools="text"), out, "dev", questions)
         self.stored = self.world.known()
+        self.pairs = self.world.groups("train", shots=(S,))
 
     def groups(self, seed):
         "Training groups, and a tenth by which epochs are chosen"
-        every = self.world.groups("train", shots=(S,))
-        return split(every, (.9, .1), seed, self.world.items)
+        return split(self.pairs, (.9, .1), seed, self.world.items)
 
 def with_smol(place):
     "The same, with SmolLM2 to be asked"
@@ -142,7 +143,8 @@ def pools(place, names, seeds):
     models = {name: [place.selector(name, seed) for seed in seeds] for name in names}
     asked = w.items.loc[place.asked]
     return ask_shift(
-        models, asked, place.bank, w.store, w.scorer, SIZES, S, place.sampler, None, w.asking, place.cache, place.draws,
+        models, asked, place.bank, w.store, w.scorer, SIZES, S, place.sampler, asking=w.asking, cache=place.cache,
+        draws=place.draws, kind=place.kind,
     )
 
 def controls(place, picks):
@@ -172,6 +174,22 @@ def transfer(places, name, seeds):
             rows.append(scored)
     return pd.concat(rows, ignore_index=True)
 
+def agreement(one, other):
+    "How alike two frames of facts about the same rows are"
+    same_text = one.vqa_pred_answer.to_numpy() == other.vqa_pred_answer.to_numpy()
+    same_score = one.vqa_acc_score.to_numpy() == other.vqa_acc_score.to_numpy()
+    ranks = pd.Series(one.vqa_gt_prob.to_numpy()).corr(pd.Series(other.vqa_gt_prob.to_numpy()), method="spearman")
+    return dict(prompts=len(one), text=same_text.mean(), accuracy=same_score.mean(), probability=ranks)
+
+def formats(place, other):
+    "The same prompts in float32 and in bfloat16, which `other` knows or can be asked"
+    w = place.world
+    picks = place.picks([], [])
+    if w.name != "islands": picks = picks[picks.selector == "similar"]
+    ours = ask(picks, w.scorer, w.items, place.cache, w.asking)
+    theirs = other(picks)
+    return {name: round(float(value), 4) for name, value in agreement(ours, theirs).items()}
+
 # ---- the door ----------------------------------------------------------------------------------------------
 
 KEPT = (
@@ -179,23 +197,38 @@ KEPT = (
     "eval_failed",
 )
 
+def before(file, scored):
+    "Rows of other selectors that were asked before"
+    if not file.exists(): return scored[:0]
+    there = pd.read_parquet(file)
+    return there[~there.selector.isin(scored.selector)]
+
 def save(name, world, folder, scored):
-    "What the tables need, small enough to be kept beside the pages"
+    "What the tables need, small enough to be kept beside the pages; other selectors' rows stay"
     kept = scored[[column for column in KEPT if column in scored]]
     kept = kept.assign(image_id=world.items.image_id.loc[kept.question_id].to_numpy())
     if "K" in kept: kept["K"] = kept.K.astype(str)
+    file = repo_path("data", folder)/f"{name}.parquet"
+    kept = pd.concat([kept, before(file, kept)], ignore_index=True)
     texts = {c: "category" for c in ("selector", "K", "control", "asked", "trained_on") if c in kept}
     small = kept.astype(texts | dict(shots="int8", draw="int8", vqa_acc_score="float32"))
-    file = repo_path("data", folder)/f"{name}.parquet"
     with atomic_path(file) as tmp: small.to_parquet(tmp, compression="zstd")
     print(f"{file.name}: {len(small)} rows of {small.question_id.nunique()} questions", flush=True)
+
+def few(picks):
+    "Without the second and third draw of random demonstrations"
+    return picks[(picks.selector != "random") | (picks.draw == 0)]
 
 def run_islands(a):
     "All parts of the embedded world"
     place = Islands(a.out)
     def keep(name, scored): save(name, place.world, "islands", scored)
-    if "pools" in a.parts: keep("shift", pools(place, list(SELECTORS), a.seeds))
-    if "controls" in a.parts: keep("controls", controls(place, place.picks(["warm-up, listwise"], a.seeds)))
+    if "pools" in a.parts: keep("shift", pools(place, a.selectors, a.seeds))
+    if "controls" in a.parts: keep("controls", controls(place, few(place.picks(a.selectors, a.seeds))))
+    if "formats" in a.parts:
+        half = world("islands", device="cpu", dtype=torch.bfloat16)
+        told = formats(place, lambda picks: ask(picks, half.scorer, half.items, None, half.asking))
+        write_json(repo_path("data", "islands", "formats.json"), told, indent=1)
     if "transfer" in a.parts:
         places = {reader: Islands(a.out, reader, 300) for reader in READERS}
         keep("transfer", transfer(places, "listwise", a.seeds))
@@ -204,25 +237,31 @@ def run_blind(a):
     "All parts of the second world; only `order` asks nobody"
     place = Blind(a.out, a.root, a.questions)
     def keep(name, scored): save(name, place.world, "blind_okvqa_results", scored)
-    names = ["listwise"]
+    names = a.selectors
     if "order" in a.parts: keep("order", order(place, names, a.seeds))
-    if {"controls", "pools"} & set(a.parts): place = with_smol(place)
+    if {"controls", "formats", "pools"} & set(a.parts): place = with_smol(place)
     if "controls" in a.parts:
         picks = place.picks([], [])
         keep("controls", controls(place, picks[picks.selector == "similar"]))
+    if "formats" in a.parts:
+        told = formats(place, lambda picks: ask(picks, None, place.world.items, place.stored))
+        write_json(repo_path("data", "blind_okvqa_results", "formats.json"), told, indent=1)
     if "pools" in a.parts: keep("shift", pools(place, names, a.seeds[:1]))
+
+PARTS = ["order", "controls", "formats", "pools", "transfer"]
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("out", type=Path)
     p.add_argument("--world", default="islands", choices=["islands", "blind_okvqa"])
     p.add_argument("--root", type=Path, help="folder of the second world")
-    p.add_argument("--parts", nargs="+", choices=["pools", "controls", "transfer", "order"], help="default: all")
+    p.add_argument("--parts", nargs="+", choices=PARTS, help="default: all")
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    p.add_argument("--selectors", nargs="+", choices=list(SELECTORS), default=["listwise"])
     p.add_argument("--questions", type=int, default=40, help="questions of the second world that SmolLM2 is asked")
     a = p.parse_args()
     torch.set_num_threads(1)
-    a.parts = a.parts or ["order", "pools", "controls", "transfer"]
+    a.parts = a.parts or PARTS
     if a.world == "islands": return run_islands(a)
     if a.root is None: p.error("--world blind_okvqa needs --root")
     run_blind(a)

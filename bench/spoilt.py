@@ -1,15 +1,12 @@
 """Is a selector that may show nothing better than always showing something, and than never? The spoilt islands.
 
-`python bench/spoilt.py OUT [--seeds 0 1 2 3 4]` trains five selectors on the same stored groups (sequences of
+`python bench/spoilt.py OUT [--seeds 0 1 2 3 4]` trains four selectors on the same stored groups (sequences of
 0, 1 and 2 demonstrations; a selector that must show S of them learns from the rows that do) and asks the
-reader about what they pick on dev and on test. The two that choose their number are also asked step by step
-(the rows "..., stepwise"): is the likeliest sequence as a whole the better answer? OUT/groups keeps the groups
-and OUT/facts all answers, so a run that was stopped goes on. The answers are written to
-`data/spoilt/picks.parquet`; `--table` prints the
+reader about what they pick on dev and on test. OUT/groups keeps the groups and OUT/facts all answers, so a
+run that was stopped goes on. The answers are written to `data/spoilt/picks.parquet`; `--table` prints the
 table of page `93_spoilt` from there.
 
-Epochs and rate are those of the recipe `listwise`, for every row, and so is the objective but for "free, rce";
-nothing was chosen on test.
+Objective, epochs and rate are those of the recipe `listwise`, for every row; nothing was chosen on test.
 """
 import argparse
 from pathlib import Path
@@ -25,17 +22,14 @@ from leverplus.settings import Guarding, Proposing
 from leverplus.spoilt import SPOILT_PICKS, free_count_table, spoilt_world
 
 COUNTS = dict(temperature={1.: 6}, random=6)
-FREE = dict(max_shots=2, stop=True, min_shots=0)
-# row: (shots of the rows that it learns from, shots that it picks, settings of the model, objective)
+# row: (shots of the rows that it learns from, shots that it picks, settings of the model)
 # None shots: as many as it likes
 SELECTORS = {
-    "always one": ((1,), 1, dict(max_shots=1), "listwise"),
-    "always two": ((2,), 2, dict(max_shots=2), "listwise"),
-    "one or two": ((1, 2), None, FREE | dict(min_shots=1), "listwise"),
-    "free": ((0, 1, 2), None, FREE, "listwise"),
-    "free, rce": ((0, 1, 2), None, FREE, "rce"),
+    "always one": ((1,), 1, dict(max_shots=1)),
+    "always two": ((2,), 2, dict(max_shots=2)),
+    "one or two": ((1, 2), None, dict(max_shots=2, stop=True, min_shots=1)),
+    "free": ((0, 1, 2), None, dict(max_shots=2, stop=True, min_shots=0)),
 }
-STEPWISE = "free", "free, rce" # also asked step by step
 
 def stored_groups(world, out, split, seed, cache):
     "Groups of a split, the same for all selectors of a seed"
@@ -47,26 +41,14 @@ def stored_groups(world, out, split, seed, cache):
     )
 
 def trained(world, groups, name, seed):
-    "A selector, trained on the rows that it can choose"
-    shots, _, model, objective = SELECTORS[name]
+    "A selector, trained listwise on the rows that it can choose"
+    shots, _, model = SELECTORS[name]
     train = by_shots(groups["train"], shots)
     dev = by_shots(groups["dev"], shots)
     dls = group_dls(train, dev, world.store, reward="soft_only", bs=64, seed=seed, device="cpu")
     learn = selector_learner(dls, seed=seed, **(MODEL | model))
-    fit = learn.fit_listwise if objective == "listwise" else learn.fit_rce
-    with learn.no_bar(), learn.no_logging(): fit(20, 3e-3, temp=.2)
+    with learn.no_bar(), learn.no_logging(): learn.fit_listwise(20, 3e-3, temp=.2)
     return learn.model
-
-class Stepwise:
-    "A selector that ends as soon as STOP is more probable than all else"
-    def __init__(self, model):
-        self.model = model
-        self.config = model.config
-        self.info = model.info
-        self.max_shots = model.max_shots
-
-    def encode(self, *xb): return self.model.encode(*xb)
-    def likeliest(self, enc): return self.model.greedy(enc, None)
 
 def judged(world, picks, split, cache):
     "What came of picks: a row per question"
@@ -92,19 +74,6 @@ def baselines(world, split, seeds):
         picks.append(pick_similar(pool, world.store, S, "mixed").assign(selector=f"similar, {S}"))
     return pd.concat(picks, ignore_index=True)
 
-JUDGED = "dev", "test"
-
-def chosen(world, policy, row, name, split, seed):
-    "What a selector picks"
-    S = SELECTORS[name][1]
-    return pick_model(policy, world.pools[split], world.store, S, name=row, draw=seed, other_pool=True)
-
-def told(rows, seed, name):
-    "Say how it went"
-    for split, here in zip(JUDGED, rows):
-        shown = here.shown.value_counts().to_dict()
-        print(seed, name, split, f"{here.acc.mean():.3f}", shown, flush=True)
-
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("out", type=Path)
@@ -117,16 +86,19 @@ def main():
     torch.set_num_threads(1)
     world = spoilt_world(device="cpu")
     cache = FactCache(args.out/"facts")
-    rows = [judged(world, baselines(world, split, args.seeds), split, cache) for split in JUDGED]
+    rows = [judged(world, baselines(world, split, args.seeds), split, cache) for split in ("dev", "test")]
     for seed in args.seeds:
         groups = {split: stored_groups(world, args.out, split, seed, cache) for split in ("train", "dev")}
         for name in SELECTORS:
-            model = trained(world, groups, name, seed).eval()
-            policies = {name: model}
-            if name in STEPWISE: policies[f"{name}, stepwise"] = Stepwise(model)
-            for row, policy in policies.items():
-                rows += [judged(world, chosen(world, policy, row, name, split, seed), split, cache) for split in JUDGED]
-                told(rows[-len(JUDGED):], seed, row)
+            model = trained(world, groups, name, seed)
+            for split in ("dev", "test"):
+                pool = world.pools[split]
+                S = SELECTORS[name][1]
+                picks = pick_model(model, pool, world.store, S, name=name, draw=seed, other_pool=True)
+                rows.append(judged(world, picks, split, cache))
+                here = rows[-1]
+                shown = here.shown.value_counts().to_dict()
+                print(seed, name, split, f"{here.acc.mean():.3f}", shown, flush=True)
     every = pd.concat(rows, ignore_index=True)
     with atomic_path(repo_path(SPOILT_PICKS)) as tmp: every.to_parquet(tmp, index=False)
 

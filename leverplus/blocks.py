@@ -333,7 +333,7 @@ class EvidenceNet(nn.Module):
     ):
         super().__init__()
         self.base = nn.Linear(2*n, hidden)
-        self.past = nn.Linear(2*n, hidden, bias=False)
+        self.past = nn.Linear(2*n, hidden)   # its bias says that something was picked before
         self.deep = nn.Linear(hidden, hidden)
         self.out = nn.Linear(hidden, 1, bias=False)
         self.drop = nn.Dropout(dropout)

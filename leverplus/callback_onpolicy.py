@@ -128,8 +128,8 @@ def _distinct(steps, enc, noise, root):
     return seqs[:, :width-1], logp[:, :width-1], kappa
 
 def _greedy(policy, enc, B, S):
-    "Greedy sequences, or the likeliest of any number, and which picks are real [B,T], on the CPU"
-    if S is None: return tuple(x.cpu() for x in policy.likeliest(enc))
+    "Greedy sequences and which picks are real [B,T], on the CPU"
+    if S is None: return tuple(x.cpu() for x in policy.greedy(enc, None))
     seqs = best_sequences(policy, enc, B, S, 1)[0][:, 0]
     return seqs, torch.ones_like(seqs, dtype=torch.bool)
 

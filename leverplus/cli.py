@@ -28,12 +28,12 @@ from leverplus.rldata_generate import (
     NotVerified, TooManyFailures, run_lock, shard_queries, summary_text, verified_text, with_text,
 )
 from leverplus.rldata_scale import (
-    ROW_BYTES, Splits, asking_costs, embed_plan, embed_splits, generate_plan, generate_ray, rate_of, sequences_of,
-    size_text, time_text,
+    ROW_BYTES, Splits, asking_costs, embed_plan, embed_splits, generate_plan, generate_ray, rate_of,
+    sequences_of, size_text, time_text,
 )
 from leverplus.doors import (
-    DOORS, Check, Demo, DrawPools, Embed, Eval, Generate, Infer, Merge, Mine, Report, Sweep, Train, answer,
-    command_settings, named, read_door,
+    DOORS, Check, Demo, DrawPools, Embed, Eval, Generate, Infer, Merge, Mine, Report, Sweep, Train,
+    answer, command_settings, named, read_door,
 )
 
 # %% ../nbs/95_cli.ipynb #c097c7b1

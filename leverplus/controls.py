@@ -37,12 +37,16 @@ def _copies(scored, items):
     if "copied" in scored: return scored.copied.to_numpy(dtype=bool)
     return copied(scored, items)
 
+def _shows_some(scored):
+    "Which rows show a demonstration; without pointers `shots` says it"
+    return scored.pointer.map(len) > 0 if "pointer" in scored else scored.shots > 0
+
 def copy_table(
     scored:pd.DataFrame, # from `score_picks`; a column `copied` is taken as it is
     items:pd.DataFrame|None=None, # demonstrations by question_id: `answer`; None: there is a column `copied`
 )->pd.DataFrame: # by selector and shots: acc, copy rate, accuracy of copies and of other answers, share copied wrong
     "How often an answer repeats one that was shown, and how good these answers are"
-    good = scored[~scored.eval_failed & (scored.pointer.map(len) > 0)]
+    good = scored[~scored.eval_failed & _shows_some(scored)]
     good = good.assign(copied=_copies(good, items))
     rows = []
     for (selector, shots), g in good.groupby(["selector", "shots"], sort=False):
@@ -276,6 +280,7 @@ def ask_shift(
     cache:FactCache|None=None, # facts that are known, added to; None: none
     draws:int=3, # of random demonstrations
     seed:int=0, # of pools and random draws
+    kind:str|None=None, # embeddings that selectors read and similarity goes by; None: as they were trained
     progress:bool=False, # show bars?
 )->pd.DataFrame: # as `score_picks`, + `K` and `copied`; `draw` counts the selectors of a name
     "Ask what selectors, similarity and random pick out of pools of several sizes"
@@ -289,22 +294,23 @@ def ask_shift(
     for K in Ks:
         if K == "all": pool = whole_bank(queries, demos)
         else: pool = make_pool(queries, demos, K, sampler, store, seed)
-        picks = _shift_picks(models, pool, store, S, rules, draws, seed)
+        picks = _shift_picks(models, pool, store, S, rules, draws, seed, kind)
         facts = ask(picks, scorer, items, cache, asking, progress=progress)
         scored = score_picks(picks, facts.drop_duplicates(["question_id", "pointer"]))
         parts.append(scored.assign(K=K, copied=copied(scored, items)))
     return pd.concat(parts, ignore_index=True)
 
-def _shift_picks(models, pool, store, S, rules, draws, seed):
+def _shift_picks(models, pool, store, S, rules, draws, seed, kind):
     "Picks of random, similarity, rules and selectors"
     named = {name: own if isinstance(own, (list, tuple)) else [own] for name, own in models.items()}
-    kind = kind_of(next(iter(named.values()))[0])
+    first = next(iter(named.values()))[0]
+    similarity = kind_of(first, kind)
     bs = max(1, 200_000//pool.K) # so many vectors at a time
-    picks = [pick_random(pool, S, draws, seed), pick_similar(pool, store, S, kind).assign(selector="similar")]
+    picks = [pick_random(pool, S, draws, seed), pick_similar(pool, store, S, similarity).assign(selector="similar")]
     picks += [pick_rule(rule, pool, S, called) for called, rule in (rules or {}).items()]
     for name, own in named.items():
         for draw, model in enumerate(own):
-            picks.append(pick_model(model, pool, store, S, kind_of(model), name, draw, bs=bs, other_pool=True))
+            picks.append(pick_model(model, pool, store, S, kind_of(model, kind), name, draw, bs, other_pool=True))
     return pd.concat(picks, ignore_index=True)
 
 # %% ../nbs/91_controls.ipynb #8e417d4a

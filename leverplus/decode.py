@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['device_of', 'Prefixes', 'Stepwise', 'tree_search', 'gumbel_given_max', 'fresh_noise', 'stored_noise', 'rooted',
            'best_sequences', 'independent', 'check_room', 'SequenceLength', 'sequence_length', 'may_be_empty',
-           'beam_search', 'greedy_search', 'sample_distinct', 'sample_plain', 'enumerate_all', 'likeliest_search',
-           'deciding']
+           'beam_search', 'greedy_search', 'sample_distinct', 'sample_plain', 'enumerate_all', 'deciding']
 
 # %% ../nbs/14_decode.ipynb #87f0d6b9
 import contextlib, math
@@ -350,53 +349,6 @@ def enumerate_all(
         seqs = torch.cat([seqs[parent], pick[:, None]], 1)
         if t < length.steps - 1: state = policy.take(enc, state.at(parent), pick.expand(B, -1))
     return _as_asked(enc, seqs.expand(B, -1, -1), logp, S)
-
-# %% ../nbs/14_decode.ipynb #acfe5b5b
-@torch.no_grad()
-def likeliest_search(
-    policy, # ends by itself; has `start`, `point` and `take`
-    enc, # B queries, with `mask`
-    width:int=16, # prefixes per query that go on
-    room:int=2**20, # as in `beam_search`
-)->tuple: # (seqs int [B,max_shots], seq_mask), as of `greedy_search`
-    "The most probable of the best sequences of each number of picks"
-    length = sequence_length(policy, None)
-    check_room(enc.mask, length.least)
-    B, K = enc.mask.shape
-    at_once = max(1, room // (width*K))
-    if B > at_once:
-        parts = [slice(i, i + at_once) for i in range(0, B, at_once)]
-        found = [likeliest_search(policy, enc.rows(part), width, room) for part in parts]
-        return tuple(torch.cat(x) for x in zip(*found))
-    best = [_best_prefix(*ended, length.steps, K) for ended in _grown(policy, enc, length, width)]
-    seqs = torch.stack([seq for seq, _ in best], 1) # [B,max_shots+1,max_shots]
-    which = torch.stack([logp for _, logp in best], 1).argmax(1, keepdim=True)
-    seqs, _, real = _as_asked(enc, _rows(seqs, which), None, None)
-    return seqs[:, 0], real[:, 0]
-
-def _grown(policy, enc, length, width):
-    "Yield (sequences [B,P,t], log-probability [B,P] of ending there) for t = 0..max_shots"
-    state = policy.start(enc)
-    logp = torch.zeros(len(enc.mask), 1, device=enc.mask.device)
-    seqs = torch.zeros(len(enc.mask), 1, 0, dtype=torch.long, device=enc.mask.device)
-    for t in range(length.steps):
-        step = policy.point(enc, state, t, **length.offer)
-        yield seqs, logp + step[..., -1]
-        n = step.shape[-1] - 1
-        child = (logp[..., None] + step[..., :n]).flatten(1)
-        logp, place = child.topk(min(width, child.shape[-1]), -1)
-        parent = place // n
-        pick = place % n
-        seqs = torch.cat([_rows(seqs, parent), pick[..., None]], -1)
-        if t < length.steps - 1: state = policy.take(enc, state.at(parent), pick)
-    yield seqs, logp
-
-def _best_prefix(seqs, logp, steps, stop):
-    "The most probable of some sequences [B,steps], filled up with STOP, and its log-probability [B]"
-    best, which = logp.max(-1)
-    seq = _rows(seqs, which[:, None])[:, 0]
-    end = seq.new_full((len(seq), steps - seq.shape[1]), stop)
-    return torch.cat([seq, end], -1), best
 
 # %% ../nbs/14_decode.ipynb #aa7bbefc
 @contextlib.contextmanager

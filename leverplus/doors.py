@@ -21,8 +21,9 @@ from pydantic import BeforeValidator
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, UseAppendAction, arg
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec
 from leverplus.settings import (
-    Amount, Asking, Choosing, Count, Data, Folder, Guarding, JsonOrNone, Mining, Model, Natural, Picking, Pools,
-    Positive, Proposing, Rewarding, Rows, Share, Teaching, draft, flag, group, plain_settings, several,
+    Amount, Asking, Choosing, Count, Data, Folder, Guarding, JsonOrNone, Mining, Model, Natural, Picking,
+    Pools, Positive, Proposing, Rewarding, Rows, Share, Teaching, draft, flag, group, plain_settings,
+    several,
 )
 
 # %% ../nbs/94_doors.ipynb #bd457666

@@ -52,7 +52,10 @@ def _directions(groups, width):
 
 # %% ../nbs/16_evidence.ipynb #29f8f3a8
 OPINIONS = ("near", "wide", "ridge")
-NAMES = ("similar", *(f"{what}_{o}" for what in ("votes", "agrees") for o in OPINIONS), "words", "letters", "same")
+NAMES = (
+    "similar", *(f"{what}_{o}" for what in ("votes", "agrees") for o in OPINIONS), "votes_pool",
+    "words", "letters", "same",
+)
 
 @dataclass
 class Opinion:
@@ -193,7 +196,7 @@ def __call__(self:Evidence,
     queries, # B question_ids, among the items
     cands, # int [B,K] question_ids of the candidates, all of them in the bank
     mask:torch.Tensor|None=None, # bool [B,K], True = a real candidate; None: all
-)->torch.Tensor: # [B,K,10], `names`; 0 where it is no candidate
+)->torch.Tensor: # [B,K,11], `names`; 0 where it is no candidate
     "Evidence about candidates"
     rows = torch.as_tensor(self._rows(cands))
     there = torch.ones(rows.shape, dtype=torch.bool) if mask is None else mask.cpu()
@@ -227,8 +230,18 @@ def _about(self:Evidence, queries, rows, there):
         same.sum(-1).clamp(min=1).float().log(),
     ]
     similar = self._own_similar(queries, rows)
-    out = torch.stack([similar, *votes.clamp(min=0).sqrt(), *agrees, *alone], -1)
+    among = self._pool_votes(similar, rows, there).clamp(min=0).sqrt()
+    out = torch.stack([similar, *votes.clamp(min=0).sqrt(), *agrees, among, *alone], -1)
     return out * there[..., None]
+
+@patch
+def _pool_votes(self:Evidence, similar, rows, there):
+    "Votes of the candidates themselves for each one's answer, its own among them [B,K]"
+    weight = (similar / .05).masked_fill(~there, -torch.inf).softmax(-1).nan_to_num()
+    cast = (self.worth[rows] * weight[..., None]).flatten(1)
+    which = self.answer_ids[rows].flatten(1)
+    votes = torch.zeros(len(rows), len(self.texts)).scatter_add(-1, which, cast)
+    return votes.gather(-1, self.shown[rows])
 
 @patch
 def _own_similar(self:Evidence, queries, rows):
@@ -237,8 +250,9 @@ def _own_similar(self:Evidence, queries, rows):
 
 @patch
 def _length(self:Evidence, answer, size):
-    sizes = torch.tensor([float(size(text)) for text in self.texts])
-    return sizes.log1p()[answer]
+    texts, place = answer.unique(return_inverse=True)
+    sizes = torch.tensor([float(size(self.texts[i])) for i in texts.tolist()])
+    return sizes.log1p()[place]
 
 # %% ../nbs/16_evidence.ipynb #fd9dbc5e
 WITH = "+answers"
@@ -284,7 +298,7 @@ def inputs(
     cands, # int [B,K] question_ids; anything in the store where `mask` is False
     mask:torch.Tensor|None=None, # bool [B,K], True = a real candidate; None: all
     kind:str|None=None, # of the store
-)->tuple: # (query [B,D+F], candidates [B,K,D+F]); F = 10 for a kind with answers, else 0
+)->tuple: # (query [B,D+F], candidates [B,K,D+F]); F = 11 for a kind with answers, else 0
     "What a selector is shown"
     kind = store.kind(kind)
     query = store.get(list(queries), kind)
@@ -295,7 +309,7 @@ def inputs(
 
 def n_evidence(
     kind:str, # of a store
-)->int: # F, 0..10
+)->int: # F, 0 or 11
     "Count the numbers that stand behind each vector of a kind"
     return len(NAMES) if kind.endswith(WITH) else 0
 

@@ -34,7 +34,7 @@ from leverplus.callback_track import (
     History, KeptFit, RLStats, Best, Resume, evaluating, greedy_picks, is_logger, same_draws,
     stage_settings, valid_loss,
 )
-from .callback_listwise import Listwise, SFT
+from .callback_listwise import Listwise, Regress, SFT
 from .callback_onpolicy import DistinctPG, Drawing, Feedback, OnPolicy
 from .diagnose import Watch
 from fastai.data.core import DataLoaders
@@ -287,6 +287,18 @@ def fit_sft(self:Learner,
 )->Learner:
     "Stage of supervised imitation of the best stored sequences"
     return self.fit_stage(n_epoch, lr, [SFT(top, temp, min_score), *L(cbs)], **kwargs)
+
+# %% ../nbs/70_learner.ipynb #6798510f
+@patch
+@delegates(Stage)
+def fit_regress(self:Learner,
+    n_epoch:int=5, # epochs
+    lr:float=1e-3, # peak learning rate
+    cbs=(), # more callbacks of this stage
+    **kwargs, # of `Stage`
+)->Learner:
+    "Stage that fits the reward of every stored sequence, see `Regress`"
+    return self.fit_stage(n_epoch, lr, [Regress(), *L(cbs)], **kwargs)
 
 # %% ../nbs/70_learner.ipynb #1305f410
 @patch

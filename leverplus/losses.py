@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['ADVANTAGES', 'SCALES', 'live_groups', 'group_mean', 'group_mass', 'regret', 'rce_loss', 'imitation_loss',
            'rce_weights', 'ess', 'top_weights', 'listwise_loss', 'listwise_target', 'group_kl', 'solve_temp',
-           'merge_orders', 'advantage', 'clipped_surrogate', 'log_ratio', 'policy_gradient', 'clip_shares',
-           'walk_prefixes', 'kl_exact', 'kl_steps', 'entropy_exact', 'entropy_steps', 'shot_chances', 'inclusion_logp',
-           'kl_k3', 'random_logp', 'tempered_logp', 'mixture_logp', 'OffPolicy', 'off_policy_value']
+           'merge_orders', 'level_of', 'reward_loss', 'advantage', 'clipped_surrogate', 'log_ratio', 'policy_gradient',
+           'clip_shares', 'walk_prefixes', 'kl_exact', 'kl_steps', 'entropy_exact', 'entropy_steps', 'shot_chances',
+           'inclusion_logp', 'kl_k3', 'random_logp', 'tempered_logp', 'mixture_logp', 'OffPolicy', 'off_policy_value']
 
 # %% ../nbs/60_losses.ipynb #d607edc5
 import math
 from typing import NamedTuple
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from .core import masked_mean, masked_log_softmax, masked_softmax, spread
 
 # %% ../nbs/60_losses.ipynb #9843461e
@@ -232,6 +233,41 @@ def merge_orders(
     merged = masked_mean(rewards[:, None].expand_as(same), same, -1)
     earlier = torch.ones_like(same[0]).tril(-1)
     return merged, mask & ~(same & earlier).any(-1)
+
+# %% ../nbs/60_losses.ipynb #8711aa43
+def level_of(
+    worth:Tensor, # [n] log-odds
+    rewards:Tensor, # [n], 0..1
+    steps:int=60, # bisections of an interval of 80
+)->Tensor: # scalar, no gradient, -40..40 from the mean of `worth`; the ends if all rewards are 0 or 1
+    "Level at which the mean prediction is the mean reward"
+    worth = worth.detach().double()
+    want = rewards.double().mean()
+    low = -40 - worth.mean()
+    high = 40 - worth.mean()
+    for _ in range(steps):
+        middle = (low + high) / 2
+        much = torch.sigmoid(worth + middle).mean() > want
+        low, high = torch.where(much, low, middle), torch.where(much, middle, high)
+    return ((low + high) / 2).float()
+
+def reward_loss(
+    worth:Tensor, # [B,N] log-odds of sequences, up to a level of their number of shots
+    rewards:Tensor, # [B,N] rewards, 0..1; ValueError for others
+    mask:Tensor, # bool [B,N], True = real
+    shots:Tensor, # int [B,N] how many demonstrations each shows
+)->Tensor: # scalar, in nats, >= 0: a mean over all real sequences
+    "Cross-entropy of rewards and predicted rewards"
+    real = rewards[mask]
+    if real.numel() and not (0 <= real.min() and real.max() <= 1):
+        raise ValueError(f"rewards {real.min():.3g}..{real.max():.3g}: wanted 0..1, such as `soft_only`")
+    total = worth.new_zeros(())
+    for S in shots[mask].unique():
+        own = mask & (shots == S)
+        level = level_of(worth[own], rewards[own])
+        loss = F.binary_cross_entropy_with_logits(worth[own] + level, rewards[own], reduction="sum")
+        total = total + loss
+    return total / mask.sum().clamp(min=1)
 
 # %% ../nbs/60_losses.ipynb #e610e3d8
 def advantage(

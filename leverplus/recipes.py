@@ -27,7 +27,7 @@ from .callback_rce import RCE
 from .callback_grpo import GRPO, RLOO
 from .callback_kl import AdaptiveKL, EntropyFloor, KLToRef
 from .callback_schedule import Freeze, NoDropout, Phases, SplitShots, TempSchedule, TopKCurriculum
-from .callback_listwise import SFT, Listwise
+from .callback_listwise import SFT, Listwise, Regress
 from .learner import MODEL, selector_learner
 from fastai.learner import Learner
 
@@ -46,16 +46,24 @@ def _own(title, stages, model=None):
         not_done="",
     )
 
-_WARMUP = dict(fit="warmup", n_epoch=15, lr=1e-2, temp=.1, best=False)
+_WARMUP = dict(fit="warmup", n_epoch=15, lr=1e-2, temp=.1, best=False, sampler="random", freeze=["evidence"])
 _LISTWISE = dict(fit="listwise", n_epoch=20, lr=3e-3, temp=.2)
 _SHARE = dict(needs=dict(live=LIVE))   # of groups with any difference of reward, of those that the stage trains on
 _SOME = dict(needs=dict(groups=1))   # as many groups with a difference
+_REGRESS = dict(fit="regress", n_epoch=12, lr=3e-3, freeze=["encoder", "head", "match"])
+_READS = dict(needs=dict(groups=1, evidence=True, without=["warmup"]))   # a selector that reads evidence; no warm-up ran
+_ELSE = dict(needs=dict(groups=1, without=["regress"]))
 _SHARP_RCE = dict(fit="rce", n_epoch=10, lr=3e-3, temp=.1)
 _GRPO = dict(fit="grpo", n_epoch=10, lr=1e-3)
 _FREE = MODEL | dict(stop=True, max_shots=2)   # learns from groups of 0, 1 and 2 demonstrations
 
 RECIPES = {
-    "ours": _own("Warm-up without the LVLM, then listwise", [_WARMUP | _SHARE, _LISTWISE | _SOME], MODEL),
+    "ours": _own(
+        "Warm-up and listwise where answers repeat, else a regression on evidence",
+        [_WARMUP | _SHARE, _REGRESS | _READS, _LISTWISE | _ELSE],
+        MODEL,
+    ),
+    "evidence": _own("A regression on evidence", [_REGRESS], MODEL),
     "listwise": _own("Listwise alone", [_LISTWISE]),
     "corrected": _own("RCE, then GRPO, as they were meant", [_SHARP_RCE, _GRPO]),
     "free": _own("As many demonstrations as help, or none", [_WARMUP | _SHARE, _LISTWISE | _SOME], _FREE),
@@ -76,6 +84,7 @@ STAGES = dict(
     grpo=Learner.fit_grpo,
     sft=Learner.fit_sft,
     listwise=Learner.fit_listwise,
+    regress=Learner.fit_regress,
     warmup=_warmup,
     distill=Learner.fit_distill,
     stage=Learner.fit_stage,
@@ -83,7 +92,7 @@ STAGES = dict(
 
 # %% ../nbs/71_recipes.ipynb #505686eb
 _PARTS = (
-    RCE, GRPO, RLOO, SFT, Listwise, KLToRef, AdaptiveKL, EntropyFloor, TempSchedule, NoDropout, Freeze,
+    RCE, GRPO, RLOO, SFT, Listwise, Regress, KLToRef, AdaptiveKL, EntropyFloor, TempSchedule, NoDropout, Freeze,
     Phases, SplitShots, SkipFlat, TopKCurriculum,
 )
 CALLBACKS = {c.__name__: c for c in _PARTS}
@@ -141,8 +150,12 @@ def _check_stage(stage, where):
     for spec in stage.get("cbs", ()): _named(spec, CALLBACKS, f"{where}: callback")
     for i, inner in enumerate(stage.get("stages", ()), 1): _check_stage(inner, f"{where}, its stage {i}")
     needs = stage.get("needs", {})
-    if not isinstance(needs, dict) or not set(needs) <= {"live", "groups"}:
-        raise ValueError(f"{where}: needs {needs!r}, wanted a dict with live (0..1) and groups (a number)")
+    if not isinstance(needs, dict) or not set(needs) <= {"live", "groups", "evidence", "without"}:
+        raise ValueError(
+            f"{where}: needs {needs!r}, wanted a dict with live (0..1), groups (a number), evidence (true or false) and"
+            " without (names of stages)")
+    odd = set(needs.get("without", ())) - set(STAGES)
+    if odd: raise ValueError(f"{where}: needs without {', '.join(odd)}, wanted names of {', '.join(STAGES)}")
     if not 0 <= needs.get("live", 0) <= 1: raise ValueError(f"{where}: needs live {needs['live']}, wanted 0..1")
 
 # %% ../nbs/71_recipes.ipynb #735a2d93
@@ -501,6 +514,10 @@ def plan_recipe(
         if not stage.get("needs") or not stage["n_epoch"]:
             stages.append(stage)
             continue
+        bars = _bars(stage["needs"], learn, [s["fit"] for s in stages])
+        if bars:
+            said.append(f"{stage['fit']} left out: {bars}.")
+            continue
         look = _fresh_groups if stage["fit"] == "warmup" else _stored_groups
         stage, live, n, which = look(learn, stage)
         lacks = _lacks(stage["needs"], live, n)
@@ -508,6 +525,14 @@ def plan_recipe(
         said.append(f"{stage['fit']} {'left out' if lacks else 'runs'}: {measured}{lacks}.")
         if not lacks: stages.append(stage)
     return r | dict(stages=stages), said
+
+def _bars(needs, learn, run):
+    "What keeps a stage out before anything is measured, in words; empty if nothing does"
+    ran = [fit for fit in needs.get("without", ()) if fit in run]
+    if ran: return f"{ran[0]} runs, and it is one or the other"
+    if needs.get("evidence") and not getattr(learn.model, "n_evidence", 0):
+        return "this selector reads no evidence; a `BankStore` has some"
+    return ""
 
 def _lacks(needs, live, n):
     "What there is too little of, in words; empty if nothing is"

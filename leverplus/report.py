@@ -32,8 +32,9 @@ from leverplus.statistics import (
     NO_DIFFERENCE, Bootstrap, Interval, claim, detectable, difference_text, holm, power_note, verdict,
 )
 from leverplus.evaluate import (
-    BASELINES, behaviour, chosen_counts, compare_runs, compare_seeds, gap_table, level_text, mode_table, named,
-    paired_tests, plot_results, result_table, similar_row, size_table, subsets, table_text, type_table,
+    BASELINES, behaviour, chosen_counts, compare_runs, compare_seeds, gap_table, level_text, mode_table,
+    named, paired_tests, plot_results, result_table, similar_row, size_table, subsets, table_text,
+    type_table,
 )
 
 # %% ../nbs/90_report.ipynb #24fc0e23

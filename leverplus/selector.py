@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from .core import atomic_path, masked_log_softmax, write_json
 from .checkpoints import check_checkpoint, read_weights
 from leverplus.decode import (
-    beam_search, enumerate_all, greedy_search, likeliest_search, may_be_empty, sample_distinct, sample_plain,
+    beam_search, enumerate_all, greedy_search, may_be_empty, sample_distinct, sample_plain,
 )
 from leverplus.blocks import (
     STATES, SCORERS, MATCHES, DIVERSITY, CrossAttend, EvidenceNet, Heads, MatchNet, SelfAttend, Stop, dots,
@@ -620,6 +620,23 @@ class PointerPolicy(PointerNet):
         if seq_mask is not None: lp = lp.masked_fill(~seq_mask, 0.)
         return lp.sum(-1)
 
+    def worth(self,
+        enc:Encoded, # from `encode`
+        seqs:torch.Tensor, # int [B,N,S], checked by `check_seqs`
+        seq_mask:torch.Tensor|None=None, # bool [B,N,S]; default all
+    )->torch.Tensor: # [B,N], any real number; 0 for a row without a pick
+        "Sum of the picks' logits, before those of a step are made to sum to 1: `Regress` reads it as log-odds"
+        seqs = places_among(enc, seqs, seq_mask)
+        state = self.start(enc, seqs.shape[1])
+        total = enc.sim.new_zeros(seqs.shape[:2])
+        for t in range(seqs.shape[-1]):
+            logits = sum(self.terms(enc, state, t).values()).expand(-1, seqs.shape[1], -1)
+            own = logits.gather(-1, seqs[..., t:t+1])[..., 0]
+            real = None if seq_mask is None else seq_mask[..., t]
+            total = total + (own if real is None else own.masked_fill(~real, 0.))
+            state = self.take(enc, state, seqs[..., t], real)
+        return total
+
     def forward(self, query, cands, cand_mask, seqs, seq_mask=None):
         "Log-probabilities [B,N] of a batch of groups: `logp` of `encode`"
         return self.logp(self.encode(query, cands, cand_mask), seqs, seq_mask)
@@ -777,11 +794,6 @@ class PointerSelector(PointerSets, Checkpoint, library_name="leverplus"):
         "`greedy_search`, the most probable pick at each step: [B,S]; for S = None (seqs [B,max_shots], seq_mask)"
         self._check_shots(S)
         return greedy_search(self, enc, S)
-
-    def likeliest(self, enc, width=16):
-        "`likeliest_search`, the most probable sequence of any number of shots: (seqs [B,max_shots], seq_mask)"
-        self._check_shots(None)
-        return likeliest_search(self, enc, width)
 
     def beam(self, enc, S, width):
         "`beam_search`: (seqs [B,W,S], logp [B,W]), best first; for S = None also seq_mask"

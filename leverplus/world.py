@@ -20,6 +20,7 @@ from .toy import DATASET
 from .items import as_ids, as_items
 from .data import check_splits, items_fingerprint, read_okvqa, read_soft_labels
 from .embed import EmbedStore, embed_items
+from .evidence import BankStore
 from .pools import Pool, make_pool
 from .scorer import SharedScorer
 from .lvlm import load_lvlm
@@ -105,7 +106,8 @@ def islands_world(
 )->World: # FileNotFoundError says where to get the embedded world
     "Read the embedded world, embed it, draw its pools, load its LVLM"
     items = read_islands()
-    store = embed_items(items, world_path(clip), device=device, progress=False)
+    plain = embed_items(items, world_path(clip), device=device, progress=False)
+    store = BankStore(plain, items)
     train = items[items.split == "train"]
     drawn = {s: make_pool(items[items.split == s], train, K, pools, store, seed) for s in SPLITS}
     scorer = SharedScorer(load_lvlm(str(world_path(lvlm)), dtype, device), prefix_cache="global")
@@ -304,7 +306,7 @@ def most_similar(
     pool:Pool, # who may be picked
     store:EmbedStore, # embeddings of queries and candidates
     S:int=2, # demonstrations
-    kind:str="mixed", # image | text | mixed
+    kind:str|None=None, # image | text | mixed
 )->dict: # {question: the S candidates that are most similar to it, the most similar last}
     "Pick the nearest candidates; of those that are equally near, the smaller id counts"
     picks = {}
@@ -338,14 +340,15 @@ def okvqa_splits(
 def question_store(
     file, # .npz with `question_id` [n] and `text` [n, D]; FileNotFoundError if it is not there
     ids, # question_ids that are wanted; KeyError names one without a vector
-)->EmbedStore: # the question's vector stands for both kinds, there are no pictures
+)->EmbedStore: # of text alone
     "Read sentence vectors of questions"
     with np.load(file) as z: known, text = as_ids(z["question_id"]), z["text"]
     row = pd.Index(known).get_indexer(ids)
     lost = np.asarray(ids)[row < 0]
     if len(lost): raise KeyError(f"{file}: no vector of question_id {lost[0]} ({len(lost)} such questions)")
     vectors = torch.from_numpy(text[row].astype(np.float32))
-    return EmbedStore(ids, vectors, vectors, dict(image="the question's vector again"))
+    source = dict(clip="all-MiniLM-L6-v2", items="questions of OKVQA", vectors_of=fingerprint(text[row]))
+    return EmbedStore.from_vectors(ids, vectors, source=source)
 
 # %% ../nbs/35_world.ipynb #d2cd4d91
 def blind_okvqa_world(
@@ -365,7 +368,7 @@ def blind_okvqa_world(
     if "test" not in drawn: size["n_test"] = 0
     items = okvqa_splits(okvqa, **size)
     _check_pools(root/"pools.parquet", drawn, items)
-    store = question_store(root/"minilm.npz", items.question_id.tolist())
+    store = BankStore(question_store(root/"minilm.npz", items.question_id.tolist()), items)
     if scorer is None: scorer = Nobody(_NOBODY)
     return World(items, store, drawn, scorer, _blind_files(root, pools), "blind_okvqa", Asking(style="chat"))
 
@@ -421,7 +424,7 @@ def world_numbers(
     split:str, # of which they are
     proposals:pd.DataFrame, # record frame of groups of S sequences, of any split; and of none, if the facts lack them
     S:int=2, # demonstrations
-    kind:str="mixed", # embeddings by which similarity picks
+    kind:str|None=None, # embeddings by which similarity picks; None: as the store says
 )->dict: # questions, bank, zero_shot, random, similar, best (accuracies), live (share of the groups); JSON-ready
     "What choosing is worth in a world"
     facts = world.facts(split)

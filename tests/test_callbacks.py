@@ -1324,3 +1324,20 @@ def test_spread_of_regret_is_that_of_the_epoch(bs):
     row = learn.history.frame.iloc[0]
     assert row.regret_sd == pytest.approx(each.std().item(), rel=1e-4)
     assert row.regret_train == pytest.approx(each.mean().item(), rel=1e-4)
+
+def test_rce_counts_each_number_of_demonstrations_alike_for_a_policy_with_stop():
+    "By hand: softmax(r/temp - ln n), n = how many of the group are as long; without STOP, or of one length, as it was"
+    from leverplus.callback_rce import numbers_alike
+    from leverplus.losses import rce_weights
+    torch.manual_seed(0)
+    rewards = torch.rand(2, 6)
+    mask = torch.ones(2, 6, dtype=torch.bool)
+    mask[1, 4:] = False
+    lengths = torch.tensor([[0, 1, 1, 2, 2, 2], [0, 2, 2, 2, 2, 2]])
+    seq_mask = torch.arange(2) < lengths[..., None]
+    n = torch.tensor([[1, 2, 2, 3, 3, 3], [1, 3, 3, 3, 1, 1]])
+    want = (rewards/.3 - n.log()).masked_fill(~mask, -torch.inf).softmax(-1)
+    got = numbers_alike(rce_weights(rewards, mask, .3), seq_mask, mask)
+    torch.testing.assert_close(got, want)
+    pairs = torch.ones(2, 6, 2, dtype=torch.bool)
+    torch.testing.assert_close(numbers_alike(want, pairs, mask), want)

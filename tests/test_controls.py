@@ -109,7 +109,6 @@ def test_a_lead_is_split_into_the_set_and_its_order():
 def test_stored_copies_are_taken_as_they_are():
     s = scored_by(copycat())
     stored = s.assign(copied=copied(s, ITEMS)).drop(columns=["pointer", "vqa_pred_answer"])
-    stored["pointer"] = [(0, 0)]*len(stored)
     pd.testing.assert_frame_equal(copy_table(stored), copy_table(s, ITEMS))
     by_picture = ITEMS[["question_id", "image_id"]]
     told = copied_lead(stored, "similar_text", "random", 2, by_picture, Bootstrap(200))
@@ -217,6 +216,9 @@ def test_selectors_of_several_seeds_are_averaged():
     second = of[of.draw == 1].vqa_acc_score.mean()
     assert alone.set_index("selector").acc["selector"] == pytest.approx(second)
     assert s.copied.all()
+    for model in own: del model.info # as they come out of a training
+    told = ask_shift(dict(ours=own), queries, demos, STORE, copycat(), (4, 20), 1, draws=2, kind="text")
+    pd.testing.assert_frame_equal(told, s)
 
 # ---- another reader ----------------------------------------------------------------------------------------
 
