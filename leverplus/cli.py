@@ -20,6 +20,7 @@ from fastcore.basics import noop
 from .core import write_json
 from .settings import Job, Model, Proposing, change, plain_settings
 from .runs import Busy, by_command, present_command
+from .items import as_items
 from .pools import check_encoder, encoder_of
 from .groups import RLData, shard_tag
 from .rewards import reward
@@ -436,6 +437,7 @@ def learned_from(
 ): # `RLData`, or None where no run is named; `Bad` or ValueError for runs of other items
     "Read the stored groups that rules learn from"
     if not door.groups: return None
+    items = as_items(items)
     from leverplus.rldata_merge import merge
     runs = [RLData.load(path) for path in door.groups]
     data = merge(*runs) if len(runs) > 1 else runs[0]

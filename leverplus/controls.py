@@ -354,6 +354,8 @@ def pool_shift(
     **kwargs, # of `ask_shift`
 )->pd.DataFrame: # as `shift_table`
     "The same selector with pools of other sizes: does its lead hold?"
+    queries = as_items(queries)
+    demos = as_items(demos)
     scored = ask_shift({name: model}, queries, demos, store, scorer, *args, **kwargs)
     return shift_table(scored, pd.concat([queries, demos]).drop_duplicates("question_id"), bootstrap)
 

@@ -269,6 +269,32 @@ def _own_pools(f):
         out[q] = pool
     return out
 
+# %% ../nbs/87_earlier_json.ipynb #b77244cf
+def _absent(v): return v is None or (isinstance(v, float) and v != v)
+
+def _numbers(f, field, scale=1.):
+    "Float column; NaN where the file has null or nothing"
+    out = np.full(len(f), np.nan)
+    for i, v in enumerate(f.of(field)):
+        if _absent(v): continue
+        if isinstance(v, _Odd) or not isinstance(v, (int, float)):
+            raise ValueError(f"{f.place(i)}: {field} is {v!s}, wanted a number or null")
+        out[i] = v * scale
+    return out
+
+def _texts(f, *fields):
+    "Column of texts or None, from the first field that has one; fields that disagree are refused"
+    out = [None] * len(f)
+    for field in fields:
+        for i, v in enumerate(f.of(field)):
+            if _absent(v): continue
+            if not isinstance(v, str) or isinstance(v, _Odd):
+                raise ValueError(f"{f.place(i)}: {field} is {v!r}, wanted text or null")
+            if out[i] is not None and out[i] != v:
+                raise ValueError(f"{f.place(i)}: {' and '.join(fields)} disagree: {out[i]!r} / {v!r}")
+            out[i] = v
+    return out
+
 # %% ../nbs/87_earlier_json.ipynb #95292e42
 def _id_lists(f, field):
     values = f.of(field)
@@ -332,32 +358,6 @@ def _given_pool(f, pool, queries, pointers):
     used = tuple(sorted({i for p in pointers for i in p}))
     recipe = dict(sampler="used", K=len(used), file=f.fingerprint)
     return _pool_without_queries(dict.fromkeys(queries, used), recipe)
-
-# %% ../nbs/87_earlier_json.ipynb #b77244cf
-def _absent(v): return v is None or (isinstance(v, float) and v != v)
-
-def _numbers(f, field, scale=1.):
-    "Float column; NaN where the file has null or nothing"
-    out = np.full(len(f), np.nan)
-    for i, v in enumerate(f.of(field)):
-        if _absent(v): continue
-        if isinstance(v, _Odd) or not isinstance(v, (int, float)):
-            raise ValueError(f"{f.place(i)}: {field} is {v!s}, wanted a number or null")
-        out[i] = v * scale
-    return out
-
-def _texts(f, *fields):
-    "Column of texts or None, from the first field that has one; fields that disagree are refused"
-    out = [None] * len(f)
-    for field in fields:
-        for i, v in enumerate(f.of(field)):
-            if _absent(v): continue
-            if not isinstance(v, str) or isinstance(v, _Odd):
-                raise ValueError(f"{f.place(i)}: {field} is {v!r}, wanted text or null")
-            if out[i] is not None and out[i] != v:
-                raise ValueError(f"{f.place(i)}: {' and '.join(fields)} disagree: {out[i]!r} / {v!r}")
-            out[i] = v
-    return out
 
 # %% ../nbs/87_earlier_json.ipynb #6d84bcef
 def _accuracy(f, scale):

@@ -258,7 +258,9 @@ def frame(self:Run,
     path = _table_path(self, name)
     if not path.exists():
         raise FileNotFoundError(f"run {self.path.name!r} has no {name}; it has {self.files()}")
-    return pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
+    if path.suffix == ".parquet": return pd.read_parquet(path)
+    if not path.read_text().strip(): return pd.DataFrame()   # a table without columns, such as a history of no stage
+    return pd.read_csv(path)
 
 @patch
 def files(self:Run)->list:

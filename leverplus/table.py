@@ -202,6 +202,7 @@ def by_number(
     some:int|None=None, # count the prompts of so many questions; None: of all
 )->tuple: # (`counts_table`, {<name>_free: `chosen_counts`}); (None, None): no selector chooses its number
     "Hold free numbers of demonstrations against fixed ones"
+    items = as_items(items)
     free = [s for s in dict.fromkeys(scored.selector) if s.endswith("_free") and s not in BASELINES]
     if not free: return None, None
     bases = [name.removesuffix("_free") for name in free]
@@ -308,7 +309,8 @@ def _keep_curve(run, trained):
     "Copy the training curve of a selector, for the report"
     if trained is None: return
     history = Path(trained)/"history.csv"
-    if history.exists(): run.save_history(pd.read_csv(history))
+    if history.exists() and history.read_text().strip():   # where no stage ran there is no curve
+        run.save_history(pd.read_csv(history))
 
 # %% ../nbs/83_table.ipynb #86add334
 _UNLEARNED = "knn_facts, logistic: no rows, they learn from stored groups (groups=)"

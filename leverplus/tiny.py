@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SPECIALS', 'CHAT_TEMPLATE', 'HEAD', 'TURN', 'IMAGE', 'WORDS', 'CURRICULUM', 'tiny_tokenizer', 'tiny_config',
-           'tiny_qwen', 'save_lvlm', 'known', 'stream', 'Part', 'Lesson', 'copy_lesson', 'in_english', 'pair_lesson',
+           'tiny_qwen', 'save_lvlm', 'in_english', 'known', 'stream', 'Part', 'Lesson', 'copy_lesson', 'pair_lesson',
            'look_lesson', 'item_lesson', 'all_scenes', 'image_bank', 'lesson_tokens', 'collate_lessons', 'teach',
            'Stage', 'draw_lessons', 'stage_rate', 'train_lvlm', 'in_context_accuracy', 'clip_texts', 'clip_tokenizer',
            'tiny_clip', 'train_clip', 'save_clip']
@@ -156,6 +156,14 @@ def save_lvlm(
     lvlm.tokenizer.save_pretrained(folder)
     return Path(folder)
 
+# %% ../nbs/23_tiny.ipynb #eb7c8396
+def in_english(
+    scene:Scene, # what is seen
+    ask:str, # shape | colour | both
+)->str: # one word, or two for `both`
+    "What is asked about a scene, in English"
+    return f"{scene.colour} {scene.shape}" if ask == "both" else getattr(scene, ask)
+
 # %% ../nbs/23_tiny.ipynb #604c876e
 def known(
     item, # a `Shown`
@@ -217,14 +225,6 @@ def copy_lesson(
     parts = [Part([key, value]) for key, value in zip(keys, values)]
     for i in again: parts += [Part([keys[i]]), Part([values[i]], learn=True)]
     return Lesson(parts, [])
-
-# %% ../nbs/23_tiny.ipynb #eb7c8396
-def in_english(
-    scene:Scene, # what is seen
-    ask:str, # shape | colour | both
-)->str: # one word, or two for `both`
-    "What is asked about a scene, in English"
-    return f"{scene.colour} {scene.shape}" if ask == "both" else getattr(scene, ask)
 
 # %% ../nbs/23_tiny.ipynb #6577403d
 def pair_lesson(

@@ -1,4 +1,4 @@
-"Evidence: ten numbers against a slow reference, own pictures left out, and who reads a store with a bank"
+"Evidence: its numbers against a slow reference, own pictures left out, and who reads a store with a bank"
 import math
 from copy import deepcopy
 import numpy as np, pandas as pd, pytest, torch
@@ -19,6 +19,7 @@ from leverplus.settings import Proposing
 from leverplus.synth import quiet
 
 # ---- a bank of five questions --------------------------------------------------------------------------
+F = len(NAMES)
 QUERY = 9
 BANK = [1, 2, 3, 4, 5]
 ANSWERS = ["dog", "dog", "cat", "hot dog", "cat"]
@@ -95,6 +96,15 @@ def test_a_candidate_that_has_no_vote_gets_all_the_votes_for_its_answer():
     assert about.votes_near[1] == pytest.approx(math.sqrt(e4 / (1 + e4)), rel=1e-4)
     assert about.votes_near[2] == pytest.approx(math.sqrt(1 / (1 + e4)), rel=1e-4)
 
+def test_the_pool_votes_with_its_own_answers():
+    "By cosine/.05, the candidate itself and who shares the query's picture among them"
+    w = np.exp(np.array([.8, .6, 0, 1, -.6])/.05)
+    wanted = np.sqrt(np.array([w[0] + w[1], w[0] + w[1], w[2] + w[4], w[3], w[2] + w[4]]) / w.sum())
+    assert numbers(evidence_of()).votes_pool.to_numpy() == pytest.approx(wanted, rel=1e-4)
+    one, two = math.exp(.6/.05), 1.
+    wanted = np.sqrt(np.array([one, two]) / (one + two))
+    assert numbers(evidence_of(), [2, 3]).votes_pool.to_numpy() == pytest.approx(wanted, rel=1e-4)
+
 @pytest.mark.parametrize("opinion", OPINIONS)
 def test_agreement_is_the_cosine_with_the_mean_answer_of_others(opinion):
     w = OPINIONS[opinion]
@@ -130,7 +140,7 @@ def test_nothing_of_the_query_is_in_its_evidence():
     about = numbers(evidence_of())
     pd.testing.assert_frame_equal(numbers(evidence_of(own="dog")), about)
     other = numbers(evidence_of(["dog", "dog", "cat", "cat", "cat"]), [1, 2, 3, 5])
-    votes = [n for n in NAMES if n.startswith("votes")]
+    votes = ["votes_" + opinion for opinion in OPINIONS]
     pd.testing.assert_frame_equal(other[votes], about.loc[[1, 2, 3, 5], votes])
 
 def test_a_question_of_the_bank_does_not_vote_about_itself():
@@ -148,7 +158,7 @@ def test_where_nobody_is_left_nobody_votes():
     items = five().assign(image_id=90)
     about = numbers(Evidence(items, store_of()))
     assert np.isfinite(about.to_numpy()).all()
-    assert not about[[n for n in NAMES if n.startswith("votes")]].to_numpy().any()
+    assert not about[["votes_" + opinion for opinion in OPINIONS]].to_numpy().any()
 
 def test_the_bank_is_the_training_split_or_what_is_named():
     assert evidence_of().ids.tolist() == BANK
@@ -251,12 +261,12 @@ def test_kinds_of_a_store_with_a_bank(bank):
     pictured = EmbedStore(plain.ids, image=plain.text, text=plain.text)
     assert BankStore(pictured, bank["items"]).kinds == ("mixed+answers", "text+answers", "image", "text", "mixed")
     with pytest.raises(ValueError, match="image"): store.kind("image+answers")
-    assert [n_evidence(kind) for kind in ("text+answers", "text")] == [10, 0]
+    assert [n_evidence(kind) for kind in ("text+answers", "text")] == [F, 0]
 
 def test_inputs_have_evidence_behind_the_candidates_and_zeros_behind_the_query(bank):
     cands = [[100, 101, 102]]
     query, shown = inputs(bank["store"], [142], cands)
-    assert query.shape == (1, 14) and shown.shape == (1, 3, 14)
+    assert query.shape == (1, 4 + F) and shown.shape == (1, 3, 4 + F)
     assert not query[:, 4:].any()
     torch.testing.assert_close(shown[..., 4:], bank["store"].evidence([142], cands))
     for plain in (inputs(bank["store"], [142], cands, kind="text"), inputs(bank["plain"], [142], cands)):
@@ -280,12 +290,12 @@ def test_batches_hold_the_evidence_of_each_query(bank):
 
 def test_a_learner_of_such_batches_has_a_selector_that_reads_evidence(bank):
     model = bank["model"]
-    assert model.n_evidence == 10 and model.d_in == 14 and model.width == 4
+    assert model.n_evidence == F and model.d_in == 4 + F and model.width == 4
     assert selector_learner(loaders(bank, bank["plain"]), d_hidden=8).model.n_evidence == 0
 
 def test_a_warm_up_teaches_what_evidence_is_worth(bank):
     "The part that reads evidence starts with zeros, and the warm-up moves it"
-    assert PointerSelector(14, 8, n_evidence=10).evidence.out.weight.abs().sum() == 0
+    assert PointerSelector(4 + F, 8, n_evidence=F).evidence.out.weight.abs().sum() == 0
     assert bank["model"].evidence.out.weight.abs().sum() > 0
     picks = pick_model(bank["model"], bank["pool"], bank["store"], 1, kind="text+answers")
     answer = bank["items"].answer
@@ -339,7 +349,7 @@ def test_who_reads_vectors_alone_is_shown_no_evidence(bank):
 def reader():
     "A selector whose part for evidence says something"
     seed_all(1)
-    model = PointerSelector(14, 8, n_evidence=10).eval()
+    model = PointerSelector(4 + F, 8, n_evidence=F).eval()
     torch.nn.init.normal_(model.evidence.out.weight)
     return model
 
@@ -388,7 +398,7 @@ def test_the_nearest_of_a_pool_keep_their_evidence(bank, form):
     query, cands, mask, ids = batch_of(bank)
     sim = torch.nn.functional.cosine_similarity(query[:, None, :4], cands[..., :4], dim=-1)
     few = sim.topk(5, -1).indices.sort(-1).values
-    wanted = model.encode(query, cands.gather(1, few[..., None].expand(-1, -1, 14)), mask[:, :5])
+    wanted = model.encode(query, cands.gather(1, few[..., None].expand(-1, -1, 4 + F)), mask[:, :5])
     shown = cands
     if form == "shared":
         used, index = ids.unique(return_inverse=True)
@@ -400,5 +410,5 @@ def test_the_nearest_of_a_pool_keep_their_evidence(bank, form):
 
 def test_one_pool_for_all_has_no_room_for_evidence(bank):
     query, cands, mask, _ = batch_of(bank)
-    with pytest.raises(ValueError, match="one pool for all queries, but this selector reads 10 numbers"):
+    with pytest.raises(ValueError, match=f"one pool for all queries, but this selector reads {F} numbers"):
         reader().encode(query, cands[0], mask)
