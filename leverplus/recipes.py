@@ -46,12 +46,15 @@ def _own(title, stages, model=None):
         not_done="",
     )
 
-_WARMUP = dict(fit="warmup", n_epoch=15, lr=1e-2, temp=.1, best=False, sampler="random", freeze=["evidence"])
+_WARMUP = dict(
+    fit="warmup", n_epoch=15, lr=1e-2, temp=.1, best=False, sampler="random",
+)
 _LISTWISE = dict(fit="listwise", n_epoch=20, lr=3e-3, temp=.2)
+_STILL = dict(freeze=["evidence?"])   # where there is any: a selector that reads none learns the same
 _SHARE = dict(needs=dict(live=LIVE))   # of groups with any difference of reward, of those that the stage trains on
 _SOME = dict(needs=dict(groups=1))   # as many groups with a difference
-_REGRESS = dict(fit="regress", n_epoch=12, lr=3e-3, best=False, freeze=["encoder", "head", "match"])
-_READS = dict(needs=dict(groups=1, evidence=True, without=["warmup"]))   # a selector that reads evidence; no warm-up ran
+_REGRESS = dict(fit="regress", n_epoch=12, lr=3e-3, best=False, freeze=["encoder?", "head", "match?"])
+_READS = dict(needs=dict(groups=1, evidence=True, without=["warmup"]))   # it reads evidence, and no warm-up runs
 _ELSE = dict(needs=dict(groups=1, without=["regress"]))
 _SHARP_RCE = dict(fit="rce", n_epoch=10, lr=3e-3, temp=.1)
 _GRPO = dict(fit="grpo", n_epoch=10, lr=1e-3)
@@ -60,13 +63,17 @@ _FREE = MODEL | dict(stop=True, max_shots=2)   # learns from groups of 0, 1 and 
 RECIPES = {
     "ours": _own(
         "Warm-up and listwise where answers repeat, else a regression on evidence",
-        [_WARMUP | _SHARE, _REGRESS | _READS, _LISTWISE | _ELSE],
+        [_WARMUP | _SHARE | _STILL, _REGRESS | _READS, _LISTWISE | _ELSE | _STILL],
         MODEL,
     ),
     "evidence": _own("A regression on evidence", [_REGRESS], MODEL),
     "listwise": _own("Listwise alone", [_LISTWISE]),
     "corrected": _own("RCE, then GRPO, as they were meant", [_SHARP_RCE, _GRPO]),
-    "free": _own("As many demonstrations as help, or none", [_WARMUP | _SHARE, _LISTWISE | _SOME], _FREE),
+    "free": _own(
+        "As many demonstrations as help, or none",
+        [_WARMUP | _SHARE | _STILL, _LISTWISE | _SOME | _STILL],
+        _FREE,
+    ),
 }
 
 # %% ../nbs/71_recipes.ipynb #fec8b4db
@@ -384,15 +391,17 @@ def _chosen(learn, which):
 
 # %% ../nbs/71_recipes.ipynb #e57af0ae
 def _frozen(learn, groups):
-    "Callback that holds groups of parameters still"
+    "Callbacks that hold groups of parameters still: one, or none where there is nothing to hold"
     have = learn.model.groups() if hasattr(learn.model, "groups") else {}
+    optional = [g[:-1] for g in groups if g.endswith("?")]
+    groups = [g for g in groups if not g.endswith("?")] + [g for g in optional if g in have]
     odd = [g for g in groups if g not in have]
     if odd:
         raise ValueError(
             f"freeze {', '.join(odd)}: this {type(learn.model).__name__} has {', '.join(have) or 'no groups'}"
             " (no encoder where its width is that of the embeddings)"
         )
-    return Freeze(*(name for g in groups for name in have[g]))
+    return [Freeze(*(name for g in groups for name in have[g]))] if groups else []
 
 # %% ../nbs/71_recipes.ipynb #9d3e7170
 def run_stage(
@@ -414,7 +423,7 @@ def run_stage(
     makers = [_named(spec, CALLBACKS, "callback") for spec in specs]
     for arguments in (settings, *(make.keywords for make in makers)): _find_old(learn, arguments, dry)
     cbs = [make() for make in makers]
-    if freeze: cbs.append(_frozen(learn, freeze))
+    if freeze: cbs += _frozen(learn, freeze)
     if dry: settings["n_epoch"] = 0
     if queries is not None:
         ids = _chosen(learn, queries)
