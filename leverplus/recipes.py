@@ -525,7 +525,7 @@ def plan_recipe(
             continue
         bars = _bars(stage["needs"], learn, [s["fit"] for s in stages])
         if bars:
-            said.append(f"{stage['fit']} left out: {bars}.")
+            said.append(f"{stage['fit']} not taken: {bars}.")
             continue
         look = _fresh_groups if stage["fit"] == "warmup" else _stored_groups
         stage, live, n, which = look(learn, stage)

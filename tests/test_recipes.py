@@ -8,6 +8,7 @@ from leverplus.earlier_recipes import EARLIER
 from leverplus.callback_core import StageCallback
 from leverplus.core import rng
 from leverplus.embed import EmbedStore
+from leverplus.evidence import BankStore
 from leverplus.groups import RLData
 from leverplus.synth import quiet
 from leverplus.learner import MODEL, selector_learner
@@ -83,10 +84,10 @@ def test_every_recipe_runs_and_stays_as_it_is(name):
     was = deepcopy(r)
     learn = fit(make(r), r)
     kinds = dict(rce="rce", grpo="grpo", sft="sft", listwise="listwise", warmup="listwise", stage="grpo", regress="regress")
-    left_out = [said.split(" left out")[0] for said in learn.plan if " left out" in said]
-    ran = [s["fit"] for s in r["stages"] if s["n_epoch"] and s["fit"] not in left_out]
+    other = [said.split(" not taken")[0] for said in learn.plan if " not taken" in said]
+    ran = [s["fit"] for s in r["stages"] if s["n_epoch"] and s["fit"] not in other]
     assert learn.history.frame.stage.tolist() == [kinds[fit] for fit in ran]
-    assert ("regress" in left_out) == (name == "ours") # one or the other
+    assert ("regress" in other) == (name == "ours") # one or the other
     assert learn.history.frame.train_loss.notna().all()
     assert learn.recipe == r == was
     assert ALL == BEFORE
@@ -392,10 +393,10 @@ def fits(r): return [stage["fit"] for stage in r["stages"]]
 
 def test_stages_are_left_out_and_reordered_by_data(tmp_path):
     r = recipe("ours", warmup=None)
-    assert fits(r) == ["listwise"] and r["changes"] == dict(warmup=None)
-    assert r["stages"][0] == RECIPES["ours"]["stages"][1]
+    assert fits(r) == ["regress", "listwise"] and r["changes"] == dict(warmup=None)
+    assert r["stages"] == RECIPES["ours"]["stages"][1:]
     assert load_recipe(save_recipe(r, tmp_path/"r.json")) == r
-    assert recipes_table({"mine": r}).stages["mine"].startswith("listwise 20")
+    assert recipes_table({"mine": r}).stages["mine"].startswith("regress 12")
     two = dict(RECIPES["corrected"], stages=[dict(fit="rce", n_epoch=1), dict(fit="rce", n_epoch=2)])
     assert [s["n_epoch"] for s in recipe(two, stages=["rce", "rce"])["stages"]] == [1, 2]
     assert [s["n_epoch"] for s in recipe(two, stages=["rce", dict(fit="sft", n_epoch=9), "rce", "rce"])["stages"]] == [
@@ -410,10 +411,10 @@ def test_stages_are_left_out_and_reordered_by_data(tmp_path):
 @pytest.mark.parametrize(
     "changes, said",
     [
-        (dict(warmup=None, listwise=None), "recipe ours has no stages"),
-        (dict(sft=None), "change sft=None; wanted a dict for one of model, data, warmup, listwise"),
+        (dict(warmup=None, regress=None, listwise=None), "recipe ours has no stages"),
+        (dict(sft=None), "change sft=None; wanted a dict for one of model, data, warmup, regress, listwise"),
         (dict(model=None), "change model=None"),
-        (dict(stages=["warmup", "sft"]), "stage 'sft'; wanted one of warmup, listwise, or a dict"),
+        (dict(stages=["warmup", "sft"]), "stage 'sft'; wanted one of warmup, regress, listwise, or a dict"),
         (dict(stages="warmup"), "stages 'warmup', wanted a list"),
         (dict(stages=[dict(fit="rce")]), "stage 1 .rce. has no n_epoch"),
         (dict(stages=["warmup"], listwise=dict(n_epoch=1)), "change listwise="),
@@ -426,7 +427,10 @@ def test_stages_that_cannot_be_meant(changes, said):
     with pytest.raises(ValueError, match=said): recipe("ours", **changes)
 
 # --- what can teach -----------------------------------------------------------------------------------------
-def ours(**more): return small("ours", **{"warmup": dict(steps=2, bs=8), **more})
+def ours(**more):
+    "The two stages of `ours` for a selector that reads no evidence"
+    stages = {} if "stages" in more else {"regress": None}
+    return small("ours", **{"warmup": dict(steps=2, bs=8), **stages, **more})
 
 UNLIKE = ITEMS.assign(answer=[f"word{i}" for i in range(40)])
 FLAT = groups("train", 14, 1000, live=0.)
@@ -456,6 +460,28 @@ def test_stages_that_cannot_teach_are_left_out(tmp_path, items, train, run, said
     assert len(told) == (len(run) < 2)
     assert len(learn.history.rows) == len(run)
     if not run: assert same(w, weights(learn))
+
+@pytest.mark.parametrize("items, run", [(ITEMS, ["warmup", "listwise"]), (UNLIKE, ["regress"])])
+def test_a_selector_that_reads_evidence_learns_from_it_where_no_warm_up_can_teach(items, run):
+    "Where answers repeat nothing changes, and evidence is not touched"
+    known = items.assign(question="?", split="train")
+    dev = pd.DataFrame(dict(question_id=DEV.queries, image_id=DEV.queries, answer="dog", question="?", split="dev"))
+    pools = [*TRAIN.pool.ids.values(), *DEV.pool.ids.values()]
+    every = dict.fromkeys([*TRAIN.queries, *DEV.queries, *(d for pool in pools for d in pool)])
+    rest = [q for q in every if q not in set(known.question_id) | set(dev.question_id)]
+    more = pd.DataFrame(dict(question_id=rest, image_id=rest, answer="word", question="?", split="train"))
+    table = pd.concat([known, dev, more]).drop_duplicates("question_id")
+    bank = BankStore(STORE, table, demos=[*known.question_id, *rest])
+    r = small("ours", warmup=dict(steps=2, bs=8))
+    learn = recipe_learner(TRAIN, DEV, bank, r, items=items)
+    before = weights(learn)
+    fit(learn, r)
+    after = weights(learn)
+    moved = {name.split(".")[0] for name in after if not torch.equal(before[name], after[name])}
+    assert [said.split()[0] for said in learn.plan if " runs:" in said] == run
+    assert ("evidence" in moved) == (run == ["regress"])
+    assert ("match" in moved) == ("warmup" in run)
+    assert learn.model.n_evidence == 11 and learn.dls.info["kind"].endswith("+answers")
 
 def test_what_a_stage_needs_is_measured_on_what_it_trains_on():
     r = ours(listwise=dict(needs=dict(groups=99)))
