@@ -119,6 +119,11 @@ class SFT(Objective):
 class Regress(Objective):
     "Cross-entropy of rewards and what the picks' logits say of them"
     skip_flat = False   # that nothing helps is learnt, too
+    def before_fit(self):
+        super().before_fit()
+        if not callable(getattr(self.model, "worth", None)):
+            raise ValueError(f"Regress: needs a model with `worth`; {type(self.model).__name__} has none")
+
     def objective(self, logp, rewards, mask):
         model = self.model
         worth = model.worth(model.encode(*self.xb[:3]), self.seqs, self.seq_mask)
