@@ -687,7 +687,7 @@ def planned(self:Learner, r, title, folder=None):
     if not said: return planned
     if hasattr(self.dls, "info"): self.dls.info["plan"] = said
     if folder is not None: write_json(Path(folder)/"plan.json", said, indent=2)
-    if len(planned["stages"]) < len(r["stages"]): warnings.warn(f"{title}: {' '.join(said)}")
+    if any(" left out: " in sentence for sentence in said): warnings.warn(f"{title}: {' '.join(said)}")
     return planned
 
 def _warn_idle_choice(learn, r, title):
