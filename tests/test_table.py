@@ -287,7 +287,7 @@ def test_facts_beside_a_data_set(tmp_path):
 # ---- settings ----------------------------------------------------------------------------------------------
 
 OTHERS = dict(
-    shots=(2,), draws=1, fixed=2, fixed_from="test", exact_oracle=True, kind="mixed", other_pool=True, seed=4,
+    shots=(2,), draws=1, fixed=2, fixed_from="test", exact_oracle=True, kind="mixed", other_pool=True, seed=4, price=.1,
 )
 
 def test_settings_lie_in_the_run_as_they_are_and_come_back(tmp_path):
