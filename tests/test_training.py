@@ -89,7 +89,7 @@ def test_runs_share_what_they_begin_with(place, tmp_path):
     assert len(list((tmp_path/"kept").iterdir())) == 3
     assert second.history.seconds.iloc[0] == first.history.seconds.iloc[0]
     plan = read_json(first.path/"plan.json")
-    assert len(plan) == 2 and load_selector(first.checkpoint).info["plan"] == plan
+    assert len(plan) == 3 and load_selector(first.checkpoint).info["plan"] == plan
     assert "kept" not in first.settings["teaching"]
     alone = go("c", 1, None)
     assert (alone.path/"state").is_dir() and not (first.path/"state").exists()
