@@ -325,34 +325,32 @@ def in_pool(
     return centred / (spread + 1e-4)
 
 class EvidenceNet(nn.Module):
-    "A small network that reads numbers of candidates, and those of the picks"
+    "A small network that reads numbers of candidates"
     def __init__(self,
         n:int, # F, numbers of a candidate
+        reads=None, # places of those it looks at, 0..F-1; None: all
         hidden:int=64, # width of the network
-        dropout:float=.3, # of its hidden layers, 0..1: few questions teach it
+        dropout:float=.3, # of its hidden layer, 0..1: few questions teach it
     ):
         super().__init__()
-        self.base = nn.Linear(2*n, hidden)
-        self.past = nn.Linear(2*n, hidden)   # its bias says that something was picked before
-        self.deep = nn.Linear(hidden, hidden)
-        self.out = nn.Linear(hidden, 1, bias=False)
+        self.reads = list(range(n)) if reads is None else list(reads)
+        self.base = nn.Linear(2 * len(self.reads), hidden)
+        self.later = nn.Parameter(torch.zeros(hidden))   # says that something was picked before
         self.drop = nn.Dropout(dropout)
+        self.out = nn.Linear(hidden, 1, bias=False)
         nn.init.zeros_(self.out.weight)
 
-    def read(self, numbers, mask): return torch.cat([numbers, in_pool(numbers, mask)], -1)
+    def read(self, numbers, mask):
+        "What it looks at [B,K,2R] of numbers [B,K,F]"
+        own = numbers[..., self.reads]
+        return torch.cat([own, in_pool(own, mask)], -1)
 
-    def forward(self, memory, seen):
-        "Memory of `update`, or () before the first pick, and what `read` gave [B,K,2F] -> [B,1,K] or [B,P,K]"
-        h = self.base(seen)[:, None]
-        if memory: h = h + self.past(memory[0])[:, :, None]
-        h = self.drop(F.gelu(h))
-        h = self.drop(F.gelu(self.deep(h)))
-        return self.out(h)[..., 0]
+    def forward(self, seen, step):
+        "What `read` gave [B,K,2R], number of the pick from 0 -> logits [B,1,K]"
+        h = self.base(seen)
+        if step > 0: h = h + self.later
+        return self.out(self.drop(F.gelu(h)))[:, None, :, 0]
 
-    def update(self, memory, seen, pick):
-        "Memory after `pick` [B,P]: the sum over the picks [B,P,2F]"
-        new = picked(seen, pick)
-        return (memory[0] + new,) if memory else (new,)
 
 # %% ../nbs/49_blocks.ipynb #f84e6e10
 class MMR(nn.Module):

@@ -20,7 +20,7 @@ from .core import frozen, reproducible, seed_all
 from .pools import check_encoder
 from .synth import ShownGroups
 from .items import as_items
-from .evidence import n_evidence
+from .evidence import READS, n_evidence
 from .dls import check_choice
 from .warmup import warmup_dls
 from .selector import PointerSelector
@@ -34,7 +34,7 @@ from leverplus.callback_track import (
     History, KeptFit, RLStats, Best, Resume, evaluating, greedy_picks, is_logger, same_draws,
     stage_settings, valid_loss,
 )
-from .callback_listwise import Listwise, Regress, SFT
+from .callback_listwise import EvidenceAlone, Listwise, Regress, SFT
 from .callback_onpolicy import DistinctPG, Drawing, Feedback, OnPolicy
 from .diagnose import Watch
 from fastai.data.core import DataLoaders
@@ -56,7 +56,7 @@ class SelectorLearner(Learner):
             super().fit(n_epoch, lr, wd, cbs, reset_opt, start_epoch)
 
 # of a new selector: what the recipe `ours` has
-MODEL = dict(d_hidden=64, n_layers=0, state="none", match="net", n_match=8)
+MODEL = dict(d_hidden=64, n_layers=0, state="none", match="net", n_match=8, reads=READS)
 
 def selector_learner(
     dls, # DataLoaders of `group_dls` or `synth_dls`
@@ -294,11 +294,13 @@ def fit_sft(self:Learner,
 def fit_regress(self:Learner,
     n_epoch:int=5, # epochs
     lr:float=1e-3, # peak learning rate
+    alone:bool=False, # by the evidence alone, see `EvidenceAlone`
     cbs=(), # more callbacks of this stage
     **kwargs, # of `Stage`
 )->Learner:
     "Stage that fits the reward of every stored sequence, see `Regress`"
-    return self.fit_stage(n_epoch, lr, [Regress(), *L(cbs)], **kwargs)
+    own = [Regress(), EvidenceAlone()] if alone else [Regress()]
+    return self.fit_stage(n_epoch, lr, [*own, *L(cbs)], **kwargs)
 
 # %% ../nbs/70_learner.ipynb #1305f410
 @patch

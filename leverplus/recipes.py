@@ -27,7 +27,7 @@ from .callback_rce import RCE
 from .callback_grpo import GRPO, RLOO
 from .callback_kl import AdaptiveKL, EntropyFloor, KLToRef
 from .callback_schedule import Freeze, NoDropout, Phases, SplitShots, TempSchedule, TopKCurriculum
-from .callback_listwise import SFT, Listwise, Regress
+from .callback_listwise import SFT, EvidenceAlone, Listwise, Regress
 from .learner import MODEL, selector_learner
 from fastai.learner import Learner
 
@@ -53,7 +53,7 @@ _LISTWISE = dict(fit="listwise", n_epoch=20, lr=3e-3, temp=.2)
 _STILL = dict(freeze=["evidence?"])   # where there is any: a selector that reads none learns the same
 _SHARE = dict(needs=dict(live=LIVE))   # of groups with any difference of reward, of those that the stage trains on
 _SOME = dict(needs=dict(groups=1))   # as many groups with a difference
-_REGRESS = dict(fit="regress", n_epoch=12, lr=3e-3, best=False, freeze=["encoder?", "head", "match?"])
+_REGRESS = dict(fit="regress", n_epoch=20, lr=3e-3, best=False, alone=True)
 _READS = dict(needs=dict(groups=1, evidence=True, without=["warmup"]))   # it reads evidence, and no warm-up runs
 _ELSE = dict(needs=dict(groups=1, without=["regress"]))
 _SHARP_RCE = dict(fit="rce", n_epoch=10, lr=3e-3, temp=.1)
@@ -100,7 +100,7 @@ STAGES = dict(
 # %% ../nbs/71_recipes.ipynb #505686eb
 _PARTS = (
     RCE, GRPO, RLOO, SFT, Listwise, Regress, KLToRef, AdaptiveKL, EntropyFloor, TempSchedule, NoDropout, Freeze,
-    Phases, SplitShots, SkipFlat, TopKCurriculum,
+    EvidenceAlone, Phases, SplitShots, SkipFlat, TopKCurriculum,
 )
 CALLBACKS = {c.__name__: c for c in _PARTS}
 FILTERS = {f.__name__: f for f in (skip_fallback, require_positive_query, by_gap, by_counts)}

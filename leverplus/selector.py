@@ -23,6 +23,7 @@ from .checkpoints import check_checkpoint, read_weights
 from leverplus.decode import (
     beam_search, enumerate_all, greedy_search, may_be_empty, sample_distinct, sample_plain,
 )
+from .evidence import NAMES
 from leverplus.blocks import (
     STATES, SCORERS, MATCHES, DIVERSITY, CrossAttend, EvidenceNet, Heads, MatchNet, SelfAttend, Stop, dots,
     near_identity, picked, with_stop,
@@ -48,6 +49,16 @@ def check_settings(
     if temp <= 0: raise ValueError(f"temp {temp}: wanted > 0")
     _check_counts(config["stop"], config["min_shots"], config["max_shots"])
     return state, scorer, match, diversity
+
+def _places(reads, n):
+    "Where the numbers stand that are to be read; None for all"
+    if reads is None: return None
+    odd = [name for name in reads if name not in NAMES]
+    if odd or not reads or n != len(NAMES):
+        raise ValueError(
+            f"reads {reads!r} of {n} numbers: wanted names among {', '.join(NAMES)}, which are {len(NAMES)}; or None, for"
+            " all there are")
+    return [NAMES.index(name) for name in reads]
 
 def _check_counts(stop, min_shots, max_shots):
     "Refuse numbers of shots among which there is nothing to choose"
@@ -89,13 +100,14 @@ class PointerParts(nn.Module):
         stop:bool=False, # may the policy end before max_shots?
         min_shots:int=0, # but not before so many picks, < max_shots; 0 = it may show nothing at all
         n_evidence:int=0, # F: of `d_in`, so many at the end are no embedding but numbers about a candidate
+        reads:list|None=None, # which of them it looks at, names of `evidence.NAMES`; None: all
     ):
         super().__init__()
         self.config = dict(
             d_in=d_in, d_hidden=d_hidden, n_layers=n_layers, n_heads=n_heads, dropout=dropout,
             temp=temp, state=state, prior=prior, prior_scale=prior_scale, max_shots=max_shots,
             scorer=scorer, cand_layers=cand_layers, match=match, n_match=n_match, diversity=diversity,
-            diversity_weight=diversity_weight, stop=stop, min_shots=min_shots, n_evidence=n_evidence)
+            diversity_weight=diversity_weight, stop=stop, min_shots=min_shots, n_evidence=n_evidence, reads=reads)
         self.info = {}   # what a checkpoint says about itself
         make_state, make_scorer, make_match, make_diversity = check_settings(self.config)
         self.d_in = d_in
@@ -129,7 +141,7 @@ class PointerParts(nn.Module):
         has_gain = make_match not in (None, MatchNet)
         self.match_gain = nn.Parameter(torch.tensor(float(prior is not True))) if has_gain else None
 
-        self.evidence = EvidenceNet(n_evidence) if n_evidence else None
+        self.evidence = EvidenceNet(n_evidence, _places(reads, n_evidence)) if n_evidence else None
         self.diversity = make_diversity(width, d_hidden, diversity_weight) if make_diversity else None
         self.stop = Stop(d_hidden, max_shots, min_shots) if stop else None
 
@@ -233,7 +245,7 @@ class Encoded:
     match:torch.Tensor|None=None # [B,K] attribute-wise match; [B,K,n] what `MatchNet` knows before the first pick
     traits:torch.Tensor|None=None # [B,K,n] what it remembers of a pick
     views:torch.Tensor|None=None # [B,K,n] what it compares with picks
-    evidence:torch.Tensor|None=None # [B,K,2F] what `EvidenceNet` reads
+    evidence:torch.Tensor|None=None # [B,K,2R] what `EvidenceNet` looks at
     index:torch.Tensor|None=None # int [B,K] places in the pool, if `top_m` left candidates out
     size:int|None=None # the pool's own K in that case
 
@@ -368,7 +380,7 @@ class State:
     "Where `P` prefixes per query stand"
     query:torch.Tensor # [B,P,H] unit norm
     free:torch.Tensor # bool [B,P,K], True = may be picked
-    memory:tuple=() # of `MatchNet`, `EvidenceNet`, the diversity term: tensors [B,P,...]; empty before the first pick
+    memory:tuple=() # of `MatchNet`, the diversity term: tensors [B,P,...]; empty before the first pick
     done:torch.Tensor|None=None # bool [B,P], True = has stopped; None where that is not offered
 
     def at(self, parent:torch.Tensor):
@@ -397,11 +409,9 @@ class PointerLogits(PointerEncoder):
         return F.normalize(state.query + self.step_emb[t], dim=-1)
 
     def memories(self, state):
-        "(what the match remembers, what the evidence does, what the diversity term does)"
-        if not state.memory: return (), (), ()
+        "(what the match remembers, what the diversity term does)"
         n = 2 if isinstance(self.match, MatchNet) else 0
-        m = n + (self.evidence is not None)
-        return state.memory[:n], state.memory[n:m], state.memory[m:]
+        return state.memory[:n], state.memory[n:]
 
     def terms(self, enc, state, t):
         "Logits of step `t` by source, name -> [B,1,K] or [B,P,K]; they add up"
@@ -409,10 +419,10 @@ class PointerLogits(PointerEncoder):
         f = self.scorer(self.asking(state, t), enc.keys) / self.pointer_temp
         if self.prior: out["prior"] = self.gains[0] * self.prior_scale * enc.sim[:, None]
         out["pointer"] = self.gains[1] * f if self.prior else f
-        seen, heard, kept = self.memories(state)
+        seen, kept = self.memories(state)
         if self.match_gain is not None: out["match"] = self.match_gain * self.prior_scale * enc.match[:, None]
         elif self.match is not None: out["match"] = self.match(seen, enc.match)
-        if self.evidence is not None: out["evidence"] = self.evidence(heard, enc.evidence)
+        if self.evidence is not None: out["evidence"] = self.evidence(enc.evidence, t)
         if kept: out["diversity"] = self.diversity(kept, enc.feats, enc.query)
         return out
 
@@ -454,11 +464,10 @@ class PointerNet(PointerLogits):
         else: left = ~real[..., None] & state.free.gather(-1, place)
         free = state.free.scatter(-1, place, left)
         q = state.query if self.update is None else self.update(state.query, picked(enc.cands, pick))
-        seen, heard, kept = self.memories(state)
+        seen, kept = self.memories(state)
         if isinstance(self.match, MatchNet): seen = self.match.update(seen, enc.views, enc.traits, pick)
-        if self.evidence is not None: heard = self.evidence.update(heard, enc.evidence, pick)
         if self.diversity is not None: kept = self.diversity.update(kept, enc.feats, pick)
-        return State(q, free, (*seen, *heard, *kept), done)
+        return State(q, free, (*seen, *kept), done)
 
 # %% ../nbs/50_selector.ipynb #973bb209
 def check_seqs(
