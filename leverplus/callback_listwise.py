@@ -144,6 +144,7 @@ class EvidenceAlone(Freeze):
             raise ValueError(
                 "EvidenceAlone: wanted a selector with evidence that starts as similarity; make it with a `BankStore`"
                 " (it has n_evidence then) and a prior")
-        self.parts = tuple(name for name, _ in model.named_parameters() if name.split(".")[0] not in ("evidence", "stop"))
+        learns = ("evidence", "stop")
+        self.parts = tuple(name for name, _ in model.named_parameters() if name.split(".")[0] not in learns)
         with torch.no_grad(): model.gains.zero_()
         super().before_fit()

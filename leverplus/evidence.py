@@ -56,7 +56,8 @@ NAMES = (
     "similar", *(f"{what}_{o}" for what in ("votes", "agrees") for o in OPINIONS), "votes_pool",
     "words", "letters", "same", "rank", "asked", "shared",
 )
-READS = ["similar", "rank", "votes_pool", "votes_ridge", "asked", "shared"] # enough for a selector, see `71_recipes`
+# places of those that are enough for a selector, see `71_recipes`
+READS = [NAMES.index(n) for n in ("similar", "rank", "votes_pool", "votes_ridge", "asked", "shared")]
 
 @dataclass
 class Opinion:
@@ -117,7 +118,7 @@ class Evidence:
         self.question_words = _numbered(questions, number)
         self.answer_words = _numbered(answers, number)
         self.row_of = pd.Series(range(len(items)), index=items.index)
-        self.bank_words = self.question_words[self.row_of.loc[self.ids].to_numpy()]
+        self.bank_words = self.question_words[self.row_of.loc[self.ids].tolist()]
 
     def _answer_vectors(self):
         "Vectors of `texts` [V,A]: of the store if it has them, else of letters"
@@ -274,7 +275,7 @@ def _rank(self:Evidence, similar, rows, there):
 def _spoken(self:Evidence, queries, rows):
     "Share of the answers' words that are asked about, and of the questions' words that are shared, each [B,K]"
     there = torch.zeros(len(queries), self.n_words + 1)
-    own = self.question_words[self.row_of.loc[list(queries)].to_numpy()]
+    own = self.question_words[self.row_of.loc[list(queries)].tolist()]
     there.scatter_(1, own, 1.)
     there[:, 0] = 0
     answer, n_answer = _common(there, self.answer_words[self.shown[rows]])

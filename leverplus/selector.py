@@ -23,7 +23,6 @@ from .checkpoints import check_checkpoint, read_weights
 from leverplus.decode import (
     beam_search, enumerate_all, greedy_search, may_be_empty, sample_distinct, sample_plain,
 )
-from .evidence import NAMES
 from leverplus.blocks import (
     STATES, SCORERS, MATCHES, DIVERSITY, CrossAttend, EvidenceNet, Heads, MatchNet, SelfAttend, Stop, dots,
     near_identity, picked, with_stop,
@@ -48,17 +47,14 @@ def check_settings(
     temp = config["temp"]
     if temp <= 0: raise ValueError(f"temp {temp}: wanted > 0")
     _check_counts(config["stop"], config["min_shots"], config["max_shots"])
+    _check_places(config["reads"], config["n_evidence"])
     return state, scorer, match, diversity
 
-def _places(reads, n):
-    "Where the numbers stand that are to be read; None for all"
-    if reads is None: return None
-    odd = [name for name in reads if name not in NAMES]
-    if odd or not reads or n != len(NAMES):
-        raise ValueError(
-            f"reads {reads!r} of {n} numbers: wanted names among {', '.join(NAMES)}, which are {len(NAMES)}; or None, for"
-            " all there are")
-    return [NAMES.index(name) for name in reads]
+def _check_places(reads, n):
+    "Refuse places at which no number stands"
+    if reads is None or not n: return
+    if not reads or len(set(reads)) < len(reads) or not set(reads) <= set(range(n)):
+        raise ValueError(f"reads {reads!r}: wanted different places among 0..{n-1}, or None for all {n}")
 
 def _check_counts(stop, min_shots, max_shots):
     "Refuse numbers of shots among which there is nothing to choose"
@@ -100,7 +96,7 @@ class PointerParts(nn.Module):
         stop:bool=False, # may the policy end before max_shots?
         min_shots:int=0, # but not before so many picks, < max_shots; 0 = it may show nothing at all
         n_evidence:int=0, # F: of `d_in`, so many at the end are no embedding but numbers about a candidate
-        reads:list|None=None, # which of them it looks at, names of `evidence.NAMES`; None: all
+        reads:list|None=None, # places of those it looks at, 0..F-1, e.g. `READS` of `16_evidence`; None: all
     ):
         super().__init__()
         self.config = dict(
@@ -141,7 +137,7 @@ class PointerParts(nn.Module):
         has_gain = make_match not in (None, MatchNet)
         self.match_gain = nn.Parameter(torch.tensor(float(prior is not True))) if has_gain else None
 
-        self.evidence = EvidenceNet(n_evidence, _places(reads, n_evidence)) if n_evidence else None
+        self.evidence = EvidenceNet(n_evidence, reads) if n_evidence else None
         self.diversity = make_diversity(width, d_hidden, diversity_weight) if make_diversity else None
         self.stop = Stop(d_hidden, max_shots, min_shots) if stop else None
 

@@ -31,12 +31,13 @@ VECTORS = torch.tensor([   # cosines with the query: .8, .6, 0, 1 (its own pictu
     [-.6, 0., .8],
     [1., 0., 0.],
 ])
+QUESTIONS = ["What is it?", "A dog or a cat?", "Which cat is it?", "hot?", "what is it", "Is it a dog or a hot cat?"]
 OF_ANSWER = {"dog": [1., 0.], "cat": [0., 1.], "hot dog": [.8, .6]}
 
 def five(answers=ANSWERS, own="no idea"):
     "Five questions and the query, which has the picture of the fourth"
     return pd.DataFrame(dict(
-        question_id=[*BANK, QUERY], image_id=[11, 12, 13, 90, 15, 90], answer=[*answers, own],
+        question_id=[*BANK, QUERY], image_id=[11, 12, 13, 90, 15, 90], question=QUESTIONS, answer=[*answers, own],
         split=["train"]*5 + ["dev"]))
 
 def store_of(answers=ANSWERS):
@@ -69,6 +70,34 @@ def test_what_is_known_of_an_answer_alone():
     about = numbers(evidence_of())
     assert about.words.tolist() == pytest.approx(np.log1p([1, 1, 1, 2, 1]))
     assert about.letters.tolist() == pytest.approx(np.log1p([3, 3, 3, 7, 3]))
+
+def test_rank_is_one_over_the_place():
+    about = numbers(evidence_of())
+    assert about["rank"].tolist() == pytest.approx([1/2, 1/3, 1/4, 1, 1/5])
+    assert numbers(evidence_of(), [5, 3])["rank"].tolist() == pytest.approx([1/2, 1])
+
+def test_of_candidates_alike_the_smaller_id_comes_first():
+    alike = torch.tensor([[.6, .8, 0.]]).repeat(6, 1)
+    same = Evidence(five(), EmbedStore([*BANK, QUERY], text=alike))
+    assert numbers(same, [3, 1, 2])["rank"].tolist() == pytest.approx([1/3, 1, 1/2])
+
+def test_rank_counts_real_candidates_only():
+    "Padding may stand anywhere, and look like anybody"
+    evidence = evidence_of()
+    told = evidence([QUERY], [[4, 3, 1]], torch.tensor([[False, True, True]]))[0, :, NAMES.index("rank")]
+    assert told.tolist() == pytest.approx([0, 1/2, 1])
+
+def test_words_that_are_asked_about_and_shared():
+    "The query: is, it, a, dog, or, hot, cat"
+    about = numbers(evidence_of())
+    assert about.asked.tolist() == [1, 1, 1, 1, 1]
+    assert about.shared.tolist() == pytest.approx([2/8, 4/7, 3/8, 1/7, 2/8])
+    other = numbers(evidence_of(), query=1)   # what, is, it
+    assert other.asked.tolist() == [0, 0, 0, 0, 0]
+    assert other.shared[5] == 1 and other.shared[2] == 0
+    plain = EmbedStore([*BANK, QUERY], text=VECTORS)
+    half = numbers(Evidence(five(["dog", "blue dog", "cat", "hot dog", "cat"]), plain))
+    assert half.asked[2] == pytest.approx(1/2)
 
 def test_same_counts_the_pool_and_not_the_bank():
     ln2, ln3 = math.log(2), math.log(3)
@@ -249,7 +278,7 @@ def bank():
     seed_all(0)
     learn = selector_learner(loaders(out, store), d_hidden=8)
     with quiet(learn):
-        learn.fit_warmup(demos, store, 3, sampler="random", steps=5, bs=20)
+        learn.fit_warmup(demos, store, 5, sampler="random", steps=12, bs=20, best=False)
     return out | dict(learn=learn, model=learn.model)
 
 def test_kinds_of_a_store_with_a_bank(bank):

@@ -74,6 +74,17 @@ def fit(learn, r, **kw):
 def weights(learn): return {k: v.detach().clone() for k, v in learn.model.state_dict().items()}
 def same(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
+def bank_of(items):
+    "The store with a bank: these items, and all other demonstrations, which have the same answer"
+    known = items.assign(question="?", split="train")
+    dev = pd.DataFrame(dict(question_id=DEV.queries, image_id=DEV.queries, answer="dog", question="?", split="dev"))
+    pools = [*TRAIN.pool.ids.values(), *DEV.pool.ids.values()]
+    every = dict.fromkeys([*TRAIN.queries, *DEV.queries, *(d for pool in pools for d in pool)])
+    rest = [q for q in every if q not in set(known.question_id) | set(dev.question_id)]
+    more = pd.DataFrame(dict(question_id=rest, image_id=rest, answer="word", question="?", split="train"))
+    table = pd.concat([known, dev, more]).drop_duplicates("question_id")
+    return BankStore(STORE, table, demos=[*known.question_id, *rest])
+
 # --- the data -----------------------------------------------------------------------------------------------
 def content(name): return json.dumps([small(name)[k] for k in ("model", "data", "stages")])
 
@@ -82,7 +93,11 @@ def content(name): return json.dumps([small(name)[k] for k in ("model", "data", 
 def test_every_recipe_runs_and_stays_as_it_is(name):
     r = small(name)
     was = deepcopy(r)
-    learn = fit(make(r), r)
+    learn = make(r)
+    if name == "evidence":
+        with pytest.raises(ValueError, match="EvidenceAlone: wanted a selector with evidence"): fit(learn, r)
+        learn = recipe_learner(TRAIN, DEV, bank_of(ITEMS), r)
+    fit(learn, r)
     kinds = dict(rce="rce", grpo="grpo", sft="sft", listwise="listwise", warmup="listwise")
     kinds |= dict(stage="grpo", regress="regress")
     other = [said.split(" not taken")[0] for said in learn.plan if " not taken" in said]
@@ -397,7 +412,7 @@ def test_stages_are_left_out_and_reordered_by_data(tmp_path):
     assert fits(r) == ["regress", "listwise"] and r["changes"] == dict(warmup=None)
     assert r["stages"] == RECIPES["ours"]["stages"][1:]
     assert load_recipe(save_recipe(r, tmp_path/"r.json")) == r
-    assert recipes_table({"mine": r}).stages["mine"].startswith("regress 12")
+    assert recipes_table({"mine": r}).stages["mine"].startswith("regress 20")
     two = dict(RECIPES["corrected"], stages=[dict(fit="rce", n_epoch=1), dict(fit="rce", n_epoch=2)])
     assert [s["n_epoch"] for s in recipe(two, stages=["rce", "rce"])["stages"]] == [1, 2]
     assert [s["n_epoch"] for s in recipe(two, stages=["rce", dict(fit="sft", n_epoch=9), "rce", "rce"])["stages"]] == [
@@ -465,14 +480,7 @@ def test_stages_that_cannot_teach_are_left_out(tmp_path, items, train, run, said
 @pytest.mark.parametrize("items, run", [(ITEMS, ["warmup", "listwise"]), (UNLIKE, ["regress"])])
 def test_a_selector_that_reads_evidence_learns_from_it_where_no_warm_up_can_teach(items, run):
     "Where answers repeat nothing changes, and evidence is not touched"
-    known = items.assign(question="?", split="train")
-    dev = pd.DataFrame(dict(question_id=DEV.queries, image_id=DEV.queries, answer="dog", question="?", split="dev"))
-    pools = [*TRAIN.pool.ids.values(), *DEV.pool.ids.values()]
-    every = dict.fromkeys([*TRAIN.queries, *DEV.queries, *(d for pool in pools for d in pool)])
-    rest = [q for q in every if q not in set(known.question_id) | set(dev.question_id)]
-    more = pd.DataFrame(dict(question_id=rest, image_id=rest, answer="word", question="?", split="train"))
-    table = pd.concat([known, dev, more]).drop_duplicates("question_id")
-    bank = BankStore(STORE, table, demos=[*known.question_id, *rest])
+    bank = bank_of(items)
     r = small("ours", warmup=dict(steps=2, bs=8))
     learn = recipe_learner(TRAIN, DEV, bank, r, items=items)
     before = weights(learn)
@@ -482,7 +490,7 @@ def test_a_selector_that_reads_evidence_learns_from_it_where_no_warm_up_can_teac
     assert [said.split()[0] for said in learn.plan if " runs:" in said] == run
     assert ("evidence" in moved) == (run == ["regress"])
     assert ("match" in moved) == ("warmup" in run)
-    assert learn.model.n_evidence == 11 and learn.dls.info["kind"].endswith("+answers")
+    assert learn.model.n_evidence == 14 and learn.dls.info["kind"].endswith("+answers")
 
 def test_what_a_stage_needs_is_measured_on_what_it_trains_on():
     r = ours(listwise=dict(needs=dict(groups=99)))
