@@ -278,7 +278,7 @@ def bank():
     seed_all(0)
     learn = selector_learner(loaders(out, store), d_hidden=8)
     with quiet(learn):
-        learn.fit_warmup(demos, store, 5, sampler="random", steps=12, bs=20, best=False)
+        learn.fit_warmup(demos, store, 5, sampler="random", steps=30, bs=20, best=False)
     return out | dict(learn=learn, model=learn.model)
 
 def test_kinds_of_a_store_with_a_bank(bank):
