@@ -368,13 +368,17 @@ def make_pool(
     ids = _draw(asked, offered[~twin], parts, store, seed)
     recipe = dict(
         sampler=sampler, K=K, parts=parts, seed=seed, order="shuffled",
-        clip=encoder_of(store) if similar else None,
+        clip=_encoder(store.source) if similar else None,
         store=store.fingerprint if similar else None,
         queries=items_fingerprint(asked), demos=items_fingerprint(offered),
         n_queries=len(asked), n_demos=len(offered),
         excluded=_excluded(asked, offered) | {"twin_demos": int(twin.sum())},
     )
     return Pool({query: ids[query] for query in queries.question_id}, recipe)
+
+def _encoder(source):
+    "Who made vectors: a CLIP, or what the source of others calls `encoder`; None: it does not say"
+    return source.get("clip", source.get("encoder"))
 
 def _in_order(items, what): # by ascending question_id
     if not len(items): raise ValueError(f"{what} is empty")
@@ -458,8 +462,7 @@ def encoder_of(
     store, # `EmbedStore`
 )->str|None: # fingerprint of a CLIP, or what `source` of a store of other vectors calls `encoder`; None: not known
     "Say who made a store's vectors"
-    source = getattr(store, "meta", {}).get("source", {})
-    return source.get("clip", source.get("encoder"))
+    return _encoder(getattr(store, "meta", {}).get("source", {}))
 
 def check_encoder(
     model, # a selector; its `info["encoder"]`, if any, is who made the vectors that it was trained on
