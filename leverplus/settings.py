@@ -229,7 +229,7 @@ def settings_of(
     return change(cls(), **flat)
 
 # %% ../nbs/04_settings.ipynb #3fead3dd
-def _images_word(words): return "none" if words[0].lower() == "none" else words[0]
+def _images_word(words): return "none" if words[0].lower() == "none" else words[0]   # a word, not the default
 def _is_text(value): return value is None or isinstance(value, str)
 def _as_word(value): return [str(value)]
 
