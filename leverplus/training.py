@@ -262,12 +262,13 @@ def train_run(
         return _kept(run, learn, teaching, by_accuracy)
 
 def _asks_bank(teaching, start, among):
-    "Does a selector read evidence: the one to start from, or a new one whose recipe names no embeddings without?"
+    "Does a selector read evidence: the one to start from, or a new one whose recipe can learn from it?"
     if start is not None: return reads_evidence(start)
     r = recipe_of(teaching, among)
     if r is None: return False
     kind = r.get("data", {}).get("kind")
-    return kind is None or n_evidence(kind) > 0
+    if kind is not None: return n_evidence(kind) > 0
+    return any("evidence?" not in (stage.get("freeze") or ()) for stage in r["stages"])
 
 def _prints(data, learn, r):
     "Fingerprints of what goes into a training run"
