@@ -162,6 +162,17 @@ def test_training_goes_on_with_it(there):
        " --start runs/rce --out runs/on")
     assert load_selector("runs/on/checkpoint").n_evidence == 0
 
+def test_an_epoch_is_chosen_by_what_it_picks(there):
+    changes = '{"listwise":{"n_epoch":1}}'
+    go(f"train groups/train --dev groups/dev --data texts --images none --recipe listwise --set {changes} --lvlm mock"
+       " --choose accuracy --quiet --out runs/chosen")
+    picks = greedy("runs/chosen", *opened())
+    dev = RLData.load("groups/dev").rows
+    said = dict(zip(zip(dev.question_id, dev.pointer), dev.vqa_acc_score))
+    asked = pd.concat(map(pd.read_parquet, Path("runs/chosen/facts").glob("*.parquet")), ignore_index=True)
+    said |= dict(zip(zip(asked.question_id, map(tuple, asked.pointer)), asked.vqa_acc_score))
+    assert sum(said[pair] for pair in picks.items())/12 == pytest.approx(Run("runs/chosen").metrics["dev_accuracy"])
+
 def test_who_reads_no_evidence_is_shown_what_it_was(there):
     "A single objective from the shell is the one that embeddings alone give, bit by bit"
     go("train groups/train --dev groups/dev --data texts --images none --objective rce --epochs 1 --quiet"
