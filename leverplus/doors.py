@@ -270,8 +270,8 @@ class Merge(Door):
 class Train(Door):
     "Train a selector on tried sequences"
     comes = (
-        "runs of generate, mine or merge, and the data set that they were made from: its embeddings, and for a recipe"
-        " the answers of its demonstrations, too"
+        "runs of generate, mine or merge, and the data set that they were made from: its embeddings, and for a"
+        " recipe the answers of its demonstrations, too"
     )
     goes = (
         "a run in --out: settings, history, checkpoint, a state after every epoch; started again with the same"

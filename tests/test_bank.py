@@ -1,5 +1,5 @@
-"""A bank of answered questions at the doors of the shell: questions without pictures, whose answers do not repeat,
-so that no warm-up can teach and the default recipe reads evidence
+"""A bank of answered questions at the doors of the shell: questions without pictures, whose answers do not
+repeat, so that no warm-up can teach and the default recipe reads evidence
 """
 import contextlib, io, json, os, subprocess, sys, warnings
 from pathlib import Path
@@ -21,7 +21,9 @@ from leverplus.training import training_data
 
 ROOT = Path(__file__).resolve().parent.parent
 SHORT = dict(regress=dict(n_epoch=2))
-TEXTS = "--data texts --images none --K 8"
+DATA = "--data texts --images none"
+TEXTS = f"{DATA} --K 8"
+TRAIN = f"train groups/train --dev groups/dev {DATA} --quiet"
 
 def write_texts(folder):
     "A data set in OKVQA's format; two questions about each picture, no answer twice, and no picture anywhere"
@@ -54,22 +56,24 @@ def elsewhere(line):
     "The same in another process"
     code = "import sys; from leverplus.cli import main; sys.exit(main())"
     env = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
-    done = subprocess.run([sys.executable, "-c", code, *line.split()], capture_output=True, text=True, env=env)
+    words = [sys.executable, "-c", code, *line.split()]
+    done = subprocess.run(words, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    "A folder with the data set, its groups, and a selector that was trained from the shell; what training said"
+    "(folder with the data set, its groups, and a selector trained from the shell; what training said)"
     folder = tmp_path_factory.mktemp("bank")
     was = os.getcwd()
     os.chdir(folder)
     try:
         write_texts(folder/"texts")
         for split, n in dict(train=40, dev=12).items():
-            go(f"generate {TEXTS} --split {split} --lvlm mock --limit {n} --test 0 --quiet --out groups/{split}")
+            some = f"--split {split} --limit {n} --test 0"
+            go(f"generate {TEXTS} {some} --lvlm mock --quiet --out groups/{split}")
         short = json.dumps(SHORT).replace(" ", "")
-        said = go(f"train groups/train --dev groups/dev --data texts --images none --set {short} --out runs/ours")
+        said = go(f"{TRAIN} --set {short} --out runs/ours")
     finally: os.chdir(was)
     return folder, said
 
@@ -78,8 +82,8 @@ def there(home, monkeypatch):
     monkeypatch.chdir(home[0])
     return home[0]
 
-def job(split="dev", **more):
-    return settings_of(Job, data="texts", images="none", K=8, split=split, store="runs/store", lvlm="mock", **more)
+def job(split="dev"):
+    return settings_of(Job, data="texts", images="none", K=8, split=split, store="runs/store", lvlm="mock")
 
 def opened(split="dev", n=12):
     "(items, plain store, pool of the first questions)"
@@ -110,7 +114,7 @@ def test_it_trains_what_fit_recipe_trains_with_a_bank(there):
         warnings.simplefilter("ignore")
         learn.fit_recipe(**SHORT)
     made = load_selector("runs/ours/checkpoint").state_dict()
-    for name, weight in learn.model.state_dict().items(): torch.testing.assert_close(weight, made[name], rtol=0, atol=0)
+    for name, weight in learn.model.state_dict().items(): assert torch.equal(weight, made[name]), name
     assert learn.model.info["kind"] == "text+answers"   # a selector that was never saved says so, too
 
 def test_no_answer_of_an_evaluated_question_is_in_the_bank(there):
@@ -129,27 +133,28 @@ def test_another_process_predicts_with_it(there):
     assert "questions 12, failed 0" in go(line)   # goes on here
 
 def test_the_table_has_its_row(there):
-    said = go(f"eval --selector runs/ours {TEXTS} --lvlm mock --limit 12 --fixed 0 --draws 1 --quiet --out runs/eval")
+    rows = "--fixed 0 --draws 1"
+    said = go(f"eval --selector runs/ours {TEXTS} --lvlm mock --limit 12 {rows} --quiet --out runs/eval")
     rows = pd.read_parquet("runs/eval/predictions.parquet").query("selector == 'ours'")
     assert dict(zip(rows.question_id, map(tuple, rows.pointer))) == greedy("runs/ours", *opened())
     assert Run("runs/eval").settings["kinds"] == dict(ours="text+answers") and "ours" in said
     assert go("report runs/eval --cases 2").strip().endswith("runs/eval/report.html")
 
 def test_it_proposes_and_is_judged(there):
-    go(f"generate --selector runs/ours {TEXTS} --split train --lvlm mock --limit 8 --test 0 --quiet"
-       ' --counts {"beam":4} --out groups/second')
+    how = '--split train --limit 8 --test 0 --counts {"beam":4}'
+    go(f"generate --selector runs/ours {TEXTS} {how} --lvlm mock --quiet --out groups/second")
     second = RLData.load("groups/second")
     items, store, pool = opened("train", 8)
     model = load_selector("runs/ours/checkpoint")
     want = propose(pool, BankStore(store, items), list(pool), 2, model, Proposing(counts=dict(beam=4)))
     assert second.rows.pointer.tolist() == want.pointer.tolist()
     assert second.manifest["settings"]["bank"] == Run("runs/ours").fingerprints["bank"]
-    said = go("check groups/dev --selector runs/ours --split dev --data texts --images none")
+    said = go(f"check groups/dev --selector runs/ours --split dev {DATA}")
     assert "groups/dev, judging ours" in said
 
 def test_training_goes_on_with_it(there):
     "A single objective, which trains on embeddings alone by itself, shows a selector what it was trained on"
-    line = "train groups/train --dev groups/dev --data texts --images none --objective rce --epochs 1 --quiet"
+    line = f"{TRAIN} --objective rce --epochs 1"
     go(f"{line} --start runs/ours --out runs/next")
     after = load_selector("runs/next/checkpoint")
     assert after.n_evidence == 11 and after.info["kind"] == "text+answers"
@@ -158,25 +163,23 @@ def test_training_goes_on_with_it(there):
     assert alone.n_evidence == 0 and alone.info["kind"] == "text"
     assert "bank" not in Run("runs/rce").fingerprints
     changes = '{"listwise":{"n_epoch":1}}'
-    go(f"train groups/train --dev groups/dev --data texts --images none --recipe listwise --set {changes} --quiet"
-       " --start runs/rce --out runs/on")
+    go(f"{TRAIN} --recipe listwise --set {changes} --start runs/rce --out runs/on")
     assert load_selector("runs/on/checkpoint").n_evidence == 0
 
 def test_an_epoch_is_chosen_by_what_it_picks(there):
     changes = '{"listwise":{"n_epoch":1}}'
-    go(f"train groups/train --dev groups/dev --data texts --images none --recipe listwise --set {changes} --lvlm mock"
-       " --choose accuracy --quiet --out runs/chosen")
+    go(f"{TRAIN} --recipe listwise --set {changes} --lvlm mock --choose accuracy --out runs/chosen")
     picks = greedy("runs/chosen", *opened())
     dev = RLData.load("groups/dev").rows
     said = dict(zip(zip(dev.question_id, dev.pointer), dev.vqa_acc_score))
     asked = pd.concat(map(pd.read_parquet, Path("runs/chosen/facts").glob("*.parquet")), ignore_index=True)
     said |= dict(zip(zip(asked.question_id, map(tuple, asked.pointer)), asked.vqa_acc_score))
-    assert sum(said[pair] for pair in picks.items())/12 == pytest.approx(Run("runs/chosen").metrics["dev_accuracy"])
+    accuracy = sum(said[pair] for pair in picks.items())/12
+    assert accuracy == pytest.approx(Run("runs/chosen").metrics["dev_accuracy"])
 
 def test_who_reads_no_evidence_is_shown_what_it_was(there):
     "A single objective from the shell is the one that embeddings alone give, bit by bit"
-    go("train groups/train --dev groups/dev --data texts --images none --objective rce --epochs 1 --quiet"
-       " --out runs/alone")
+    go(f"{TRAIN} --objective rce --epochs 1 --out runs/alone")
     asked = training_data(["groups/train"], job(), Teaching(objective="rce"), Choosing(dev="groups/dev"))
     _, store, _ = job().inputs()
     learn = selector_learner(group_dls(asked.train, asked.dev, store))
@@ -184,12 +187,13 @@ def test_who_reads_no_evidence_is_shown_what_it_was(there):
         warnings.simplefilter("ignore")
         learn.fit_rce(1)
     made = load_selector("runs/alone/checkpoint").state_dict()
-    for name, weight in learn.model.state_dict().items(): torch.testing.assert_close(weight, made[name], rtol=0, atol=0)
+    for name, weight in learn.model.state_dict().items(): assert torch.equal(weight, made[name]), name
 
 def test_a_sweep_reads_evidence_where_a_combination_says_so(there):
-    line = "sweep groups/train --dev groups/dev --data texts --images none --lvlm mock --seeds 0 --quiet"
+    line = f"sweep groups/train --dev groups/dev {DATA} --lvlm mock --seeds 0 --quiet"
     base = "--base objective=sft sft.n_epoch=1"
-    def kinds(folder): return [row["kind"] for file in Path(folder).glob("cells*.jsonl") for row in read_rows(file)]
+    def kinds(folder):
+        return [row["kind"] for file in Path(folder).glob("cells*.jsonl") for row in read_rows(file)]
     go(f"{line} --grid kind=text,text+answers {base} --out runs/sweep")
     assert kinds("runs/sweep") == ["text", "text+answers"]
     go(f"{line} --grid sft.lr=0.001 {base} --out runs/swept")
@@ -208,7 +212,8 @@ def test_another_bank_is_another_run(there, tmp_path):
         return predict(tmp_path/picking.get("picker", "ours"), pool, items, MockScorer(), bank, **how)
     def tabled(items):
         asked = Asked(items, BankStore(store, items), pool, MockScorer())
-        return full_table(tmp_path/"table", asked, dict(ours=model), settings_of(Rows, fixed=0, draws=1), progress=False)
+        few = settings_of(Rows, fixed=0, draws=1)
+        return full_table(tmp_path/"table", asked, dict(ours=model), few, progress=False)
     predicted(items, model)
     tabled(items)
     for again in (lambda: predicted(other, model), lambda: tabled(other)):

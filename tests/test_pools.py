@@ -7,7 +7,8 @@ from leverplus.core import repo_path
 from leverplus.embed import EmbedStore
 from leverplus.evidence import BankStore
 from leverplus.pools import (
-    Pool, SAMPLERS, check_encoder, encoder_of, image_groups, make_pool, plot_pools, pool_similarity, sampler_parts,
+    Pool, SAMPLERS, check_encoder, encoder_of, image_groups, make_pool, plot_pools, pool_similarity,
+    sampler_parts,
 )
 
 def frame(n, per=2, start=0, **kw):
