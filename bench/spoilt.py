@@ -45,7 +45,7 @@ def trained(world, groups, name, seed):
     shots, _, model = SELECTORS[name]
     train = by_shots(groups["train"], shots)
     dev = by_shots(groups["dev"], shots)
-    dls = group_dls(train, dev, world.store, reward="soft_only", bs=64, seed=seed, device="cpu")
+    dls = group_dls(train, dev, world.store, "soft_only", "mixed", bs=64, seed=seed, device="cpu")
     learn = selector_learner(dls, seed=seed, **(MODEL | model))
     with learn.no_bar(), learn.no_logging(): learn.fit_listwise(20, 3e-3, temp=.2)
     return learn.model

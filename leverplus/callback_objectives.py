@@ -146,14 +146,14 @@ class GDPO(GRPO):
         if not parts: raise ValueError("GDPO: no parts, wanted {mode of reward: weight}")
         for name in parts: facts_of(name)   # refuses here what it would there
         super().__init__("center", "none", **kwargs)
-        self.parts = dict(parts)
+        self.weighed = dict(parts)
         self.facts = None   # the rows that `values` are of
         self.values = None  # [rows,P]
         self.now = None     # [B,N,P] of this batch
 
     def before_fit(self):
         super().before_fit()
-        check_columns(self, [fact for name in self.parts for fact in facts_of(name)])
+        check_columns(self, [fact for name in self.weighed for fact in facts_of(name)])
 
     def before_batch(self):
         ds = self.dl.dataset
@@ -162,7 +162,7 @@ class GDPO(GRPO):
         super().before_batch()
 
     def advantages(self, rewards, mask):
-        return parts_advantage(self.now, mask, self.parts.values(), clip=self.adv_kw["clip"])
+        return parts_advantage(self.now, mask, self.weighed.values(), clip=self.adv_kw["clip"])
 
 def facts_of(
     name:str, # mode of `rewards.reward`, or "price"
@@ -181,19 +181,19 @@ def reward_part(
 @patch
 def read(self:GDPO, rows):
     "Compute the parts of all rows"
-    self.values = torch.stack([reward_part(name, rows) for name in self.parts], -1)
+    self.values = torch.stack([reward_part(name, rows) for name in self.weighed], -1)
     self.facts = rows
 
 @patch
 def drop_flat(self:GDPO):
     "Take groups in which no part differs out of the mask; log the share `live` of the others"
     mask = self.mask
-    each = [live_groups(self.now[..., i], mask, self.eps) for i in range(len(self.parts))]
+    each = [live_groups(self.now[..., i], mask, self.eps) for i in range(len(self.weighed))]
     live = torch.stack(each).any(0)
     self.n += len(live)
     self.n_live += int(live.sum())
     self.log(len(live), live=live.double().mean())
-    self.log(len(live), **{f"live_{mode}": x.double().mean() for mode, x in zip(self.parts, each)})
+    self.log(len(live), **{f"live_{mode}": x.double().mean() for mode, x in zip(self.weighed, each)})
     self.learn.yb = self.rewards, mask & live[:, None]
 
 # %% ../nbs/76_callback_objectives.ipynb #b3bfc0a5

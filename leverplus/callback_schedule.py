@@ -62,7 +62,7 @@ class Freeze(StageCallback):
     def __init__(self,
         *parts:str, # names of submodules or parameters as in `named_parameters`, e.g. "input_proj", "layers.0.attn"
     ):
-        self.parts = parts
+        self.named = parts
         self.held = []
 
     def before_fit(self):
@@ -79,7 +79,7 @@ class Freeze(StageCallback):
         params = dict(self.model.named_parameters())
         held = {}
         empty = []
-        for part in self.parts:
+        for part in self.named:
             names = [n for n in params if n == part or n.startswith(part + ".")]
             if not names: empty.append(part)
             held.update({n: params[n] for n in names})

@@ -22,6 +22,7 @@ from .settings import Job, Model, Proposing, change, plain_settings
 from .runs import Busy, by_command, present_command
 from .items import as_items
 from .pools import check_encoder, encoder_of
+from .evidence import n_evidence, plain_kind
 from .groups import RLData, shard_tag
 from .rewards import reward
 from .rldata_ask import FactCache, check_contents, same_scorer
@@ -30,7 +31,7 @@ from leverplus.rldata_generate import (
 )
 from leverplus.rldata_scale import (
     ROW_BYTES, Splits, asking_costs, embed_plan, embed_splits, generate_plan, generate_ray, rate_of,
-    sequences_of, size_text, time_text,
+    reads_evidence, sequences_of, size_text, time_text,
 )
 from leverplus.doors import (
     DOORS, Check, Demo, DrawPools, Embed, Eval, Generate, Infer, Merge, Mine, Report, Sweep, Train,
@@ -226,8 +227,9 @@ def _proposer(door):
     job = job_of(door)
     if door.selector is None: return job, None
     model = open_selector(door.selector)
-    kind = (model.info or {}).get("kind") or job.proposing.kind
-    return change(job, kind=kind), model
+    kind = (model.info or {}).get("kind")
+    if kind is None: return job, model
+    return change(job, kind=plain_kind(kind)), model
 
 def do_generate(door:Generate):
     "Make the job and run it"
@@ -264,12 +266,13 @@ def do_check(door:Check):
 def judged(door:Check)->list: # of texts, one per run and selector
     "What selectors would earn on runs, from the stored rows alone"
     from leverplus.dls import GroupDataset
+    from leverplus.infer import kind_of
     from leverplus.offpolicy import off_policy, summarise
     from leverplus.training import weights_of
     models = load_models(door.selector)
     mode = door.rewarding.reward
     weights = weights_of(door.rewarding)
-    items, store, _ = job_of(door).inputs()
+    items, store, _ = job_of(door).inputs(bank=reads_evidence(*models.values()))
     for model in models.values(): check_encoder(model, encoder_of(store))
     out = []
     for path in door.runs:
@@ -277,7 +280,7 @@ def judged(door:Check)->list: # of texts, one per run and selector
         check_contents(data.rows, items, path)
         rewards = reward(data.rows, mode, **weights)
         for name, model in models.items():
-            groups = GroupDataset(data.rows, data.pool, store, rewards, model.info.get("kind"))
+            groups = GroupDataset(data.rows, data.pool, store, rewards, kind_of(model, store=store))
             table = summarise(off_policy(model, groups)).round(3).to_string()
             out.append(f"\n{path}, judging {name}{_flatters(model, data)}\n{table}")
     return out
@@ -450,9 +453,10 @@ def learned_from(
 def asked_of(
     door, # with `limit`
     job:Job, # for data, pools, and the split
+    *models, # selectors that pick; for those that read evidence the store has a bank
 )->tuple: # (items, store, pool of the first `--limit` questions)
     "Questions with all they need but the model"
-    items, store, pool = job.inputs()
+    items, store, pool = job.inputs(bank=reads_evidence(*models))
     return items, store, pool.only(job.questions(items))
 
 def do_infer(door:Infer):
@@ -462,7 +466,7 @@ def do_infer(door:Infer):
     job = job_of(door)
     models, model = _open_one(door.selector)
     _check_selector_given(door, model)
-    items, store, pool = asked_of(door, job)
+    items, store, pool = asked_of(door, job, model)
     picking = door.picking
     if picking.name is None and model is not None and not picking.by: picking = change(picking, name=next(iter(models)))
     how = dict(model=model, split=job.split, shard=door.shard, blank=door.blank, overwrite=door.overwrite)
@@ -494,10 +498,10 @@ def plan_infer(door:Infer)->dict: # lines of the plan
     return lines
 
 # %% ../nbs/95_cli.ipynb #c87a405d
-def _asked(door, job, scorer=None):
+def _asked(door, job, scorer=None, models=()):
     "What `full_table` asks about"
     from leverplus.table import Asked
-    items, store, pool = asked_of(door, job)
+    items, store, pool = asked_of(door, job, *models)
     return Asked(items, store, pool, scorer, job.split, job.data.candidates, Path(job.data.folder).name)
 
 def _judges_split(door):
@@ -514,7 +518,7 @@ def do_eval(door:Eval):
     _to_resume(door, "settings.json")
     scorer = job.scorer()
     other = _judges_split(door)
-    asked = _asked(door, job, scorer)
+    asked = _asked(door, job, scorer, models.values())
     table = full_table(
         door.out, asked, models, door.rows, door.asking, groups=learned_from(door, asked.items),
         judges=None if other is None else _asked(door, job_of(door, other), scorer),
@@ -568,6 +572,12 @@ class SweepPlan:
     combinations:int # of the grid
     groups:dict # {"train", "dev", maybe "valid": RLData}
 
+    @property
+    def names_answers(self)->bool:
+        "Does a combination read what a bank says, such as kind=mixed+answers?"
+        kinds = [*self.grid.get("kind", ()), self.base.get("kind")]
+        return any(kind is not None and n_evidence(kind) for kind in kinds)
+
 def sweep_plan(door:Sweep)->SweepPlan: # `Bad` or an error that names what is wrong
     "Read grid and groups"
     from leverplus.sweep import expand_grid, read_grid
@@ -584,7 +594,7 @@ def do_sweep(door:Sweep):
     from leverplus.sweep import sweep
     s = sweep_plan(door)
     job = job_of(door)
-    items, store, _ = job.inputs()
+    items, store, _ = job.inputs(bank=s.names_answers)
     for data in s.groups.values(): data.validate(items)
     world = SimpleNamespace(items=items, store=store, scorer=job.scorer())
     cells = sweep(door.out, s.grid, s.groups, world, door.seeds, s.base, shots=door.shots, shard=door.shard,

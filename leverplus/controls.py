@@ -304,13 +304,13 @@ def _shift_picks(models, pool, store, S, rules, draws, seed, kind):
     "Picks of random, similarity, rules and selectors"
     named = {name: own if isinstance(own, (list, tuple)) else [own] for name, own in models.items()}
     first = next(iter(named.values()))[0]
-    similarity = kind_of(first, kind)
+    similarity = kind_of(first, kind, store)
     bs = max(1, 200_000//pool.K) # so many vectors at a time
     picks = [pick_random(pool, S, draws, seed), pick_similar(pool, store, S, similarity).assign(selector="similar")]
     picks += [pick_rule(rule, pool, S, called) for called, rule in (rules or {}).items()]
     for name, own in named.items():
         for draw, model in enumerate(own):
-            picks.append(pick_model(model, pool, store, S, kind_of(model, kind), name, draw, bs, other_pool=True))
+            picks.append(pick_model(model, pool, store, S, kind, name, draw, bs, other_pool=True))
     return pd.concat(picks, ignore_index=True)
 
 # %% ../nbs/91_controls.ipynb #8e417d4a

@@ -164,6 +164,7 @@ class Generate(Door):
         " --verify 8 --shard 0/4 --out runs/okvqa",
         "generate --selector runs/rce --limit 100 --out runs/groups/second",
         "generate --shots 0 1 2 --limit 100 --out runs/groups/free",
+        "generate --images none --sampler text --limit 100 --out runs/groups/texts",
     )
     out:Folder # directory of the run; continued if it is there
     split:Split="train" # whose questions are asked
@@ -268,7 +269,10 @@ class Merge(Door):
 @group
 class Train(Door):
     "Train a selector on tried sequences"
-    comes = "runs of generate, mine or merge, and the data set that they were made from (for its embeddings)"
+    comes = (
+        "runs of generate, mine or merge, and the data set that they were made from: its embeddings, and for a"
+        " recipe the answers of its demonstrations, too"
+    )
     goes = (
         "a run in --out: settings, history, checkpoint, a state after every epoch; started again with the same"
         " flags it goes on, bit by bit as if it had not been stopped"

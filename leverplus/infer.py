@@ -28,7 +28,9 @@ from .decode import best_sequences
 from .lvlm import Scored, Targets
 from .groups import check_shard, shard_tag
 from .rldata_ask import FactCache, ask, facts_fingerprint, text_hashes
-from .rldata_generate import Contents, begin_run, policy_fingerprint, run_lock, shard_queries
+from leverplus.rldata_generate import (
+    Contents, bank_print, begin_run, policy_fingerprint, run_lock, shard_queries,
+)
 from .baselines import FactsNearby, Logistic, Vote, best_last, query_cosines
 
 # %% ../nbs/80_infer.ipynb #0fa208f5
@@ -783,7 +785,9 @@ def _prints(work):
         items=fingerprint(ids, text_hashes(work.items, ids)),
     )
     if work.store is not None: prints["store"] = work.store.fingerprint
-    if work.model is not None: prints["selector"] = policy_fingerprint(work.model)
+    if work.model is not None:
+        prints["selector"] = policy_fingerprint(work.model)
+        prints |= bank_print(work.model, work.store)
     if work.groups is not None: prints["groups"] = work.groups.fingerprint
     return prints
 

@@ -74,6 +74,7 @@ def selector_learner(
     check_encoder(model, getattr(dls, "info", {}).get("encoder"))
     seed_all(seed)
     if model is None: model = _new_selector(dls, model_kw or MODEL)
+    _note_kind(model, dls)
     check_choice(model, *(dl.dataset for dl in dls.loaders))
     stats = RLStats()
     learn = SelectorLearner(
@@ -91,6 +92,11 @@ def _new_selector(dls, settings):
     kind = getattr(dls, "info", {}).get("kind") or ""
     width = dls.valid.one_batch()[0].shape[-1]
     return PointerSelector(width, **dict(n_evidence=n_evidence(kind)) | settings)
+
+def _note_kind(model, dls):
+    "Let a selector say which vectors it is trained on, so that whoever uses it shows it the same"
+    kind = getattr(dls, "info", {}).get("kind")
+    if kind is not None and hasattr(model, "info"): model.info = dict(model.info or {}, kind=kind)
 
 def _check_learner(dls, model, model_kw):
     "Refuse a model with settings for another, and batches that are no groups"

@@ -27,10 +27,11 @@ from .synth import quiet
 from .markup import Blocks, Heading, Paragraph, frame_table
 from .items import as_items
 from .pools import image_groups
+from .evidence import BankStore, kind_for
 from .groups import RLData
 from .rldata_propose import SimilarityPrior
 from .rldata_ask import FactCache, ask, facts_fingerprint, text_hashes
-from .rldata_generate import begin_run, evaluated, generate, policy_fingerprint
+from .rldata_generate import bank_fingerprint, begin_run, evaluated, generate, policy_fingerprint
 from .rldata_check import health, wilson
 from .rldata_mine import mine
 from .rldata_merge import merge
@@ -94,6 +95,7 @@ def oracle_ranks(
             f"oracle_ranks: sequences of {data.shots} shots have no common ranking: pass one shot count"
         )
     rows = data.rows[data.rows.eval_failed | data.rows[by].notna()].reset_index(drop=True)
+    kind = kind_for(policy, store, kind)
     groups = GroupDataset(rows, data.pool, store, rows[by].to_numpy(float), kind)
     ranked = [_ranks(*batch) for batch in batch_logp(policy, groups, bs=bs)]
     n, best, rank = torch.cat(ranked, 1).numpy().astype(int)
@@ -123,7 +125,7 @@ def loop_prints(
     queries:dict, # {part: question_ids}, of `loop_queries`
     split:dict, # {part: name of its split}
     asking:Asking=Asking(), # how the scorer is asked
-)->dict: # {what: fingerprint} of scorer, store, items, and the pool of each split
+)->dict: # {what: fingerprint} of scorer, store, items, the pool of each split, and the bank if the store has one
     "Fingerprints of what goes into a loop"
     pools = _loop_pools(world, queries, split)
     ids = _loop_ids(queries, pools)
@@ -132,6 +134,7 @@ def loop_prints(
         store=world.store.fingerprint,
         items=fingerprint(ids, text_hashes(world.items, ids)),
     )
+    if isinstance(world.store, BankStore): prints["bank"] = bank_fingerprint(world.store)
     return prints | {f"pool_{name}": pool.fingerprint for name, pool in pools.items()}
 
 def _loop_pools(world, queries, split):

@@ -368,13 +368,17 @@ def make_pool(
     ids = _draw(asked, offered[~twin], parts, store, seed)
     recipe = dict(
         sampler=sampler, K=K, parts=parts, seed=seed, order="shuffled",
-        clip=store.source.get("clip") if similar else None,
+        clip=_encoder(store.source) if similar else None,
         store=store.fingerprint if similar else None,
         queries=items_fingerprint(asked), demos=items_fingerprint(offered),
         n_queries=len(asked), n_demos=len(offered),
         excluded=_excluded(asked, offered) | {"twin_demos": int(twin.sum())},
     )
     return Pool({query: ids[query] for query in queries.question_id}, recipe)
+
+def _encoder(source):
+    "Who made vectors: a CLIP, or what the source of others calls `encoder`; None: it does not say"
+    return source.get("clip", source.get("encoder"))
 
 def _in_order(items, what): # by ascending question_id
     if not len(items): raise ValueError(f"{what} is empty")
@@ -456,15 +460,15 @@ def check_pool(
 # %% ../nbs/13_pools.ipynb #cb9f1c3c
 def encoder_of(
     store, # `EmbedStore`
-)->str|None: # None: its vectors came from elsewhere
-    "Fingerprint of the CLIP that made a store's vectors"
-    return getattr(store, "meta", {}).get("source", {}).get("clip")
+)->str|None: # fingerprint of a CLIP, or what `source` of a store of other vectors calls `encoder`; None: not known
+    "Say who made a store's vectors"
+    return _encoder(getattr(store, "meta", {}).get("source", {}))
 
 def check_encoder(
-    model, # a selector; its `info["encoder"]`, if any, is the CLIP whose vectors it was trained on
+    model, # a selector; its `info["encoder"]`, if any, is who made the vectors that it was trained on
     encoder:str|None, # of `encoder_of`
 )->None: # ValueError names both
-    "Refuse vectors of another CLIP than the selector was trained on"
+    "Refuse vectors of another encoder than the selector was trained on"
     trained_on = (getattr(model, "info", None) or {}).get("encoder")
     if None in (trained_on, encoder) or trained_on == encoder: return
     raise ValueError(
@@ -493,8 +497,9 @@ def plot_pools(
     "Box plot of candidate-query cosines, a box per pool (whiskers: 5 % and 95 %)"
     import matplotlib.pyplot as plt
     ax = plt.subplots(figsize=(5, 3))[1] if ax is None else ax
-    kind = store.kind(kind)
-    cosines = [pool_similarity(pool, store, kind) for pool in pools.values()]
+    vectors = getattr(store, "plain", store)   # of a store with a bank
+    kind = vectors.kind(kind)
+    cosines = [pool_similarity(pool, vectors, kind) for pool in pools.values()]
     ax.boxplot(cosines, whis=(5, 95), showfliers=False, tick_labels=list(pools))
     ax.set(xlabel="sampler", ylabel=f"cosine to the query ({kind})")
     return ax

@@ -16,6 +16,7 @@ from .identity import named_settings, tokenizer_fingerprint, weights_fingerprint
 from .items import as_items
 from .embed import EmbedStore, unit
 from .lvlm import LVLM
+from .tiny import small_config
 
 # %% ../nbs/24_smol.ipynb #240319cc
 VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|video_pad|>", "<|image_pad|>")
@@ -91,7 +92,6 @@ def llama_as_qwen(
 
 def _qwen_settings(config, tokenizer):
     "Configuration of the Qwen2.5-VL that holds a Llama"
-    from transformers import Qwen2_5_VLConfig
     token = tokenizer.convert_tokens_to_ids
     half = config.head_dim//2
     time, height = half//4, (half - half//4)//2
@@ -108,27 +108,8 @@ def _qwen_settings(config, tokenizer):
         eos_token_id=token("<|im_end|>"),
         pad_token_id=tokenizer.pad_token_id,
     )
-    vision = dict(
-        depth=1,
-        hidden_size=32,
-        num_heads=2,
-        intermediate_size=64,
-        out_hidden_size=config.hidden_size,
-        window_size=56,
-        fullatt_block_indexes=[0],
-        patch_size=14,
-        spatial_merge_size=2,
-        temporal_patch_size=2,
-    )
-    return Qwen2_5_VLConfig(
-        text_config=text,
-        vision_config=vision,
-        image_token_id=token("<|image_pad|>"),
-        video_token_id=token("<|video_pad|>"),
-        vision_start_token_id=token("<|vision_start|>"),
-        vision_end_token_id=token("<|vision_end|>"),
-        tie_word_embeddings=config.tie_word_embeddings,
-    )
+    vision = dict(depth=1, hidden_size=32, num_heads=2, intermediate_size=64)
+    return small_config(text, vision, tokenizer, tie_word_embeddings=config.tie_word_embeddings)
 
 def _check_llama(config):
     "ValueError for what the text model of Qwen2.5-VL cannot be set to"

@@ -12,8 +12,9 @@ import numpy as np, pandas as pd
 from .core import read_json, rng, world_path
 from .toy import ASKS, DATASET, ISLANDS, Scene, episode, helps, random_dictionary, say
 from .items import as_items
+from .evidence import BankStore
 from .tiny import Stage, draw_lessons, item_lesson
-from .world import K, SPLITS, WORLDS, Stored, World, islands_world
+from .world import K, SPLITS, Stored, World, islands_world
 from .statistics import Bootstrap, seeds_bootstrap
 
 # %% ../nbs/93_spoilt.ipynb #fe3b3067
@@ -119,21 +120,20 @@ def spoilt_questions(
 def spoilt_world(
     seed:int=0, # of visitors, questions and pools
     K:int=K, # pool size
-    sampler:str="mixed", # of the pools: random | text | image | mixed
+    pools:str="mixed", # how they are drawn: random | text | image | mixed
     device:str|None=None, # of the LVLM and the CLIP; None: the GPU if there is one
     dtype=None, # number format of the LVLM; None: float32, as it is stored
 )->World: # with the reader that believes what it is shown; its pools are those of `spoilt_questions`
     "Read the spoilt islands"
-    world = islands_world(sampler, seed, K, lvlm=CREDULOUS, device=device, dtype=dtype)
+    world = islands_world(pools, seed, K, lvlm=CREDULOUS, device=device, dtype=dtype)
     world.name = "spoilt"
     world.stored = Stored()
     truth = read_json(world_path(DATASET, "truth.json"))
     world.items = spoil(world.items, truth, seed)
+    world.store = BankStore(world.store.plain, world.items)   # whose answers are the visitors', too
     for split in SPLITS:
         world.pools[split] = world.pools[split].only(spoilt_questions(world.items, truth, split, seed))
     return world
-
-WORLDS["spoilt"] = spoilt_world
 
 # %% ../nbs/93_spoilt.ipynb #ac475b6b
 SPOILT_PICKS = "data/spoilt/picks.parquet" # selector, seed, split, question_id, image_id, shown, acc

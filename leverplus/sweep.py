@@ -20,10 +20,11 @@ from .identity import code_fingerprint
 from .runs import git_state, library_versions, plain
 from .synth import quiet
 from .items import as_items
+from .evidence import BankStore
 from .groups import check_shard, shard_tag
 from .rewards import info_score, reward_facts
 from .rldata_ask import FactCache, ask, check_contents, facts_fingerprint, item_hashes
-from .rldata_generate import Contents, evaluated, run_lock
+from .rldata_generate import Contents, bank_fingerprint, evaluated, run_lock
 from .dls import group_dls
 from .callback_grpo import GRPO, PolicyGradient
 from .callback_track import valid_loss
@@ -177,7 +178,8 @@ def data_fingerprint(
     stored = {k: d.fingerprint for k, d in groups.items()}
     items = item_hashes(world.items, _item_ids(groups))
     who = "stored answers" if _scorer(world) is None else facts_fingerprint(world.scorer, asking)
-    return fingerprint("sweep", stored, items, world.store.fingerprint, who)
+    bank = [bank_fingerprint(world.store)] if isinstance(world.store, BankStore) else []
+    return fingerprint("sweep", stored, items, world.store.fingerprint, who, *bank)
 
 def _scorer(world):
     "Who can be asked; None in a world of stored answers alone"

@@ -17,7 +17,7 @@ from .items import as_items
 from leverplus.rldata_ask import (
     FactCache, about_items, ask_around, facts_fingerprint, known_facts, text_hashes,
 )
-from .rldata_generate import begin_run, policy_fingerprint, run_lock
+from .rldata_generate import bank_print, begin_run, policy_fingerprint, run_lock
 from .world import all_pointers
 from .prompt import prompter
 from .lvlm import official_inputs, prompt_images
@@ -280,6 +280,7 @@ def _begin(path, asked, judges, models, rows, asking, overwrite, groups=None):
         store=asked.store.fingerprint,
         items=fingerprint(ids, text_hashes(items, ids)),
     )
+    for model in models.values(): prints |= bank_print(model, asked.store)
     if groups is not None: prints["groups"] = groups.fingerprint
     def create(): return Run.create(path, settings, rows.seed, prints, overwrite)
     run = begin_run(create, path, items, ids, overwrite, asked.store)

@@ -17,12 +17,13 @@ from .settings import BATCH, EPOCHS, Asking, Choosing, Job, Rewarding, Teaching,
 from .runs import Run
 from .embed import EmbedStore
 from .pools import image_groups
+from .evidence import kind_for, n_evidence
 from .groups import FACT_COLUMNS, RLData, column_content
 from .rewards import reward_facts
 from .rldata_ask import FactCache, check_contents, same_scorer
-from .rldata_generate import policy_fingerprint, run_lock, with_text
+from .rldata_generate import bank_print, policy_fingerprint, run_lock, with_text
 from .rldata_merge import merge, split
-import leverplus.rldata_scale # teaches `Job` to read items and embeddings
+from .rldata_scale import reads_evidence # that page also teaches `Job` to read items and embeddings
 from .dls import group_dls
 from .callback_onpolicy import Feedback, GreedyLoss
 from .learner import load_selector, selector_learner
@@ -36,11 +37,13 @@ class TrainingData:
     train:RLData # to learn from
     dev:RLData # choose the epoch
     items:pd.DataFrame=None # questions and demonstrations, after `open`
-    store:EmbedStore=None # their embeddings, after `open`
+    store:EmbedStore=None # their embeddings, after `open`; with a bank, a `BankStore`
 
-    def open(self):
+    def open(self,
+        bank:bool=True, # also what the demonstrations' answers say, for selectors that read it
+    ):
         "Read items and embeddings; ValueError if the groups are of other items"
-        self.items, self.store, _ = self.job.inputs()
+        self.items, self.store, _ = self.job.inputs(bank)
         for name, groups in dict(train=self.train, dev=self.dev).items():
             groups.validate(self.items)
             check_contents(groups.rows, self.items, f"the groups of {name}")
@@ -114,21 +117,29 @@ def learner_of(
     among:dict=RECIPES, # recipes by name
 )->tuple: # (a Learner, the function of a folder of states that fits it); TypeError or ValueError for odd settings
     "Make a Learner ready"
-    if start is None and teaching.start is not None:
-        run = Path(teaching.start).expanduser()/"checkpoint"
-        start = load_selector(run if run.is_dir() else teaching.start)
+    start = _opened(teaching, start)
     r = recipe_of(teaching, among)
     if r is None: return _learner_of_objective(data, teaching, rewarding, start)
+    store = data.store
+    if start is not None and not reads_evidence(start): store = getattr(store, "plain", store)
     learn = recipe_learner(
-        data.train, data.dev, data.store, r, teaching.seed, start, device=data.job.model.device,
+        data.train, data.dev, store, r, teaching.seed, start, device=data.job.model.device,
         items=data.warmup_items(),
     )
     def fit(folder): return learn.fit_recipe(**_states(folder, teaching))
     return learn, fit
 
+def _opened(teaching, start):
+    "The selector that training starts from; None: a new one"
+    if start is not None or teaching.start is None: return start
+    run = Path(teaching.start).expanduser()/"checkpoint"
+    return load_selector(run if run.is_dir() else teaching.start)
+
 def _learner_of_objective(data, teaching, rewarding, start):
+    trained_on = (getattr(start, "info", None) or {}).get("kind")
+    kind = kind_for(start, data.store, teaching.kind or trained_on)
     how = dict(
-        reward=rewarding.reward, kind=teaching.kind, bs=teaching.bs or BATCH, seed=teaching.seed,
+        reward=rewarding.reward, kind=kind, bs=teaching.bs or BATCH, seed=teaching.seed,
     )
     dls = group_dls(data.train, data.dev, data.store, **how, device=data.job.model.device, **weights_of(rewarding))
     new = dict(teaching.new or {}) if start is None else {}
@@ -237,7 +248,8 @@ def train_run(
     settings = training_settings(teaching, choosing, rewarding, among)
     by_accuracy = choosing.choose == "accuracy"
     if by_accuracy: _check_looks(teaching, choosing, among)
-    data.open()
+    start = _opened(teaching, start)
+    data.open(bank=_asks_bank(teaching, start, among))
     learn, fit = learner_of(data, teaching, rewarding, start, among)
     prints = _prints(data, learn, recipe_of(teaching, among))
     if by_accuracy:
@@ -249,6 +261,15 @@ def train_run(
         with epoch_lines(learn, say): fit(Path(path)/"state")
         return _kept(run, learn, teaching, by_accuracy)
 
+def _asks_bank(teaching, start, among):
+    "Does a selector read evidence: the one to start from, or a new one whose recipe can learn from it?"
+    if start is not None: return reads_evidence(start)
+    r = recipe_of(teaching, among)
+    if r is None: return False
+    kind = r.get("data", {}).get("kind")
+    if kind is not None: return n_evidence(kind) > 0
+    return any("evidence?" not in (stage.get("freeze") or ()) for stage in r["stages"])
+
 def _prints(data, learn, r):
     "Fingerprints of what goes into a training run"
     prints = dict(
@@ -256,6 +277,7 @@ def _prints(data, learn, r):
         dev=data.dev.fingerprint,
         store=data.store.fingerprint,
         start=policy_fingerprint(learn.model),
+        **bank_print(learn.model, data.store),
     )
     if r is None: return prints
     prints["recipe"] = fingerprint({part: r.get(part) for part in ("model", "data", "stages")})

@@ -10,6 +10,7 @@ __all__ = ['K', 'SPLITS', 'WORLDS', 'Stored', 'NoScorer', 'Nobody', 'World', 'is
 # %% ../nbs/35_world.ipynb #0fe07cb7
 import math
 from dataclasses import dataclass, field
+from importlib import import_module
 from itertools import permutations
 from pathlib import Path
 import numpy as np, pandas as pd, torch
@@ -347,7 +348,7 @@ def question_store(
     lost = np.asarray(ids)[row < 0]
     if len(lost): raise KeyError(f"{file}: no vector of question_id {lost[0]} ({len(lost)} such questions)")
     vectors = torch.from_numpy(text[row].astype(np.float32))
-    source = dict(clip="all-MiniLM-L6-v2", items="questions of OKVQA", vectors_of=fingerprint(text[row]))
+    source = dict(encoder="all-MiniLM-L6-v2", items="questions of OKVQA", vectors_of=fingerprint(text[row]))
     return EmbedStore.from_vectors(ids, vectors, source=source)
 
 # %% ../nbs/35_world.ipynb #d2cd4d91
@@ -408,15 +409,23 @@ def _check_pools(file, drawn, items):
         pool.validate(bank, items[items.split == split])
 
 # %% ../nbs/35_world.ipynb #c6c385cd
-WORLDS = dict(islands=islands_world, blind_okvqa=blind_okvqa_world)
+# {name: its reader, or the place of one on a later page, module:function}
+WORLDS = dict(islands=islands_world, blind_okvqa=blind_okvqa_world, spoilt="leverplus.spoilt:spoilt_world")
 
 def world(
     name:str="islands", # a key of `WORLDS`; ValueError names them
-    **options, # of its reader: `pools`, which both have, and others, see `islands_world` and `blind_okvqa_world`
+    **options, # of its reader: `pools`, which all have, and others, see `islands_world` and `blind_okvqa_world`
 )->World: # ready for use
     "Read a world by its name"
     if name not in WORLDS: raise ValueError(f"no world {name!r}; there are {', '.join(WORLDS)}")
-    return WORLDS[name](**options)
+    reader = WORLDS[name]
+    if isinstance(reader, str): reader = _reader_at(reader)
+    return reader(**options)
+
+def _reader_at(place):
+    "The reader at module:function"
+    module, _, function = place.partition(":")
+    return getattr(import_module(module), function)
 
 # %% ../nbs/35_world.ipynb #99867af9
 def world_numbers(

@@ -220,6 +220,15 @@ def test_selectors_of_several_seeds_are_averaged():
     told = ask_shift(dict(ours=own), queries, demos, STORE, copycat(), (4, 20), 1, draws=2, kind="text")
     pd.testing.assert_frame_equal(told, s)
 
+def test_a_world_of_texts_needs_no_kind():
+    queries, demos = ITEMS.loc[list(QS)], ITEMS.loc[list(DEMOS)]
+    texts = EmbedStore(STORE.ids, text=STORE.text)
+    new = selector_of(0)
+    new.info = {}
+    told = ask_shift(dict(ours=new), queries, demos, texts, copycat(), (4,), 1, draws=2)
+    same = ask_shift(dict(ours=new), queries, demos, texts, copycat(), (4,), 1, draws=2, kind="text")
+    pd.testing.assert_frame_equal(told, same)
+
 # ---- another reader ----------------------------------------------------------------------------------------
 
 def answered(asked, trained_on, right, selector="ours", draw=0):

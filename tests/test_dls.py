@@ -6,6 +6,7 @@ from leverplus.core import fingerprint, rng
 from leverplus.dls import GroupDataset, GroupDL, check_choice, group_dls, show_group
 from leverplus.embed import EmbedStore
 from leverplus.groups import RLData
+from leverplus.infer import pick_model
 from leverplus.learner import selector_learner
 from leverplus.pools import Pool
 from leverplus.selector import PointerSelector, check_seqs
@@ -202,6 +203,17 @@ def test_info_names_where_it_came_from():
     assert dls.info["pool"]["sampler"] == "random"
     assert dls.info["kind"] == "text"
     assert dls.info["reward"] == dict(mode="hard_plus_soft", hard_weight=2.)
+
+def test_a_selector_says_what_it_is_trained_on():
+    "So nobody who uses it need say so; what it says else stays"
+    trn, val = records()
+    dls = group_dls(trn, val, STORE, kind="text", device="cpu")
+    model = selector_learner(dls, d_hidden=8).model
+    assert model.info == dict(kind="text")
+    picks = pick_model(model, val.pool, STORE, 2)
+    pd.testing.assert_frame_equal(picks, pick_model(model, val.pool, STORE, 2, "text"))
+    model.info = dict(kind="image", seed=3)
+    assert selector_learner(dls, model).model.info == dict(kind="text", seed=3)
 
 def test_info_knows_whose_vectors_these_are():
     trn, val = records()

@@ -1,4 +1,5 @@
 "The empty sequence in the data: proposed, asked about, kept, merged, examined; and a world where it is best"
+import subprocess, sys
 from itertools import product
 import numpy as np, pandas as pd, pytest
 import leverplus.earlier_json
@@ -18,6 +19,7 @@ from leverplus.settings import Guarding, Proposing, Rewarding
 from leverplus.spoilt import HOME, free_count_table, lead, spoil, spoilt_questions, visited_episode
 from leverplus.toy import DATASET, Scene, helps, say
 from leverplus.world import read_islands
+from conftest import ROOT
 
 QUERIES = list(range(6))
 DEMOS = list(range(100, 112))
@@ -167,6 +169,22 @@ def test_the_spoilt_islands_are_the_islands_but_for_what_visitors_said():
         chosen = spoilt_questions(items, truth, split)
         assert len(chosen) == len(set(chosen)) == 3 * (island[chosen] == HOME).sum()
         assert set(items.split[chosen]) == {split}
+
+BY_NAME = """
+import sys
+from leverplus.world import world
+assert "leverplus.spoilt" not in sys.modules
+w = world("spoilt", pools="random", device="cpu")
+bank = w.store.evidence
+assert [bank.texts[i] for i in bank.shown.tolist()] == w.items.answer[bank.ids].tolist()
+print(w.name, w.pools["dev"].recipe["sampler"], len(bank))
+"""
+
+def test_the_spoilt_islands_are_read_by_their_name_alone():
+    "In a process that has imported nothing else; what the bank shows is what the visitors said"
+    done = subprocess.run([sys.executable, "-c", BY_NAME], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["spoilt", "random", "900"]
 
 def test_a_lead_is_paired_and_has_the_sign_of_its_name():
     rows = []

@@ -1,10 +1,15 @@
 "Pools: what is in them, what must not be, and that nothing but seed and query decides"
 import json, time
+from types import SimpleNamespace
 import numpy as np, pandas as pd, pytest, torch
 from hypothesis import given, settings, strategies as st
 from leverplus.core import repo_path
 from leverplus.embed import EmbedStore
-from leverplus.pools import Pool, SAMPLERS, image_groups, make_pool, pool_similarity, sampler_parts
+from leverplus.evidence import BankStore
+from leverplus.pools import (
+    Pool, SAMPLERS, check_encoder, encoder_of, image_groups, make_pool, plot_pools, pool_similarity,
+    sampler_parts,
+)
 
 def frame(n, per=2, start=0, **kw):
     i = np.arange(n) + start
@@ -256,3 +261,22 @@ def test_an_id_is_one_question(column, value):
     with pytest.raises(ValueError, match="question_id 5 has"): pool.validate(other, queries=items[3:7])
     assert make_pool(items[:5], other, 3).validate(other, queries=items[:5])      # 5 is no query
     assert make_pool(items.assign(question=items.question + " "), items, 3).ids == make_pool(items, items, 3).ids
+
+def test_a_plot_of_pools_names_the_vectors_that_it_compares():
+    items = frame(24).assign(answer="a word")
+    store = vectors(items)
+    pools = dict(random=make_pool(items[:8], items[8:], 6))
+    bank = BankStore(store, items, items.question_id[8:])
+    assert [plot_pools(pools, s).get_ylabel() for s in (store, bank)] == ["cosine to the query (mixed)"]*2
+    assert plot_pools(pools, bank, "text").get_ylabel() == "cosine to the query (text)"
+
+def test_vectors_of_no_clip_are_known_by_their_encoder():
+    items = frame(24)
+    def of(**source): return EmbedStore.from_vectors(items.question_id, vectors(items).text, source=source)
+    one, other = of(encoder="one", items="these"), of(encoder="other", items="these")
+    assert [encoder_of(s) for s in (one, of(clip="a CLIP"), vectors(items))] == ["one", "a CLIP", None]
+    assert make_pool(items[:8], items[8:], 6, "text", one).recipe["clip"] == "one"
+    trained = SimpleNamespace(info=dict(encoder="one"))
+    check_encoder(trained, encoder_of(one))
+    with pytest.raises(ValueError, match="vectors of CLIP one, these are of CLIP other"):
+        check_encoder(trained, encoder_of(other))

@@ -123,11 +123,11 @@ def test_a_recipe_is_known_by_its_content_and_a_warmup_by_its_items(place, tmp_p
     go(dict(short, title="another title"))
     def other_answer(data):
         inputs = data.job.inputs
-        def changed():
-            items, *rest = inputs()
+        def changed(bank):
+            items, *rest = inputs(bank)
             last = items.index[items.split == "train"][-1]
             return items.assign(answer=items.answer.where(items.index != last, "another")), *rest
-        data.open = lambda: TrainingData.open(data)
+        data.open = lambda bank: TrainingData.open(data, bank)
         data.job = SimpleNamespace(inputs=changed, data=data.job.data, model=data.job.model, guarding=data.job.guarding)
     with pytest.raises(ValueError, match="fingerprint of warmup items"): go(change=other_answer)
     go()

@@ -11,7 +11,7 @@ from leverplus.groups import METHODS, RLData, name_exhaustive
 from leverplus.infer import pick_similar
 from leverplus.lvlm import MockScorer
 from leverplus.offpolicy import off_policy, stored_logp
-from leverplus.pools import Pool, make_pool
+from leverplus.pools import Pool, encoder_of, make_pool
 from leverplus.rewards import reward
 from leverplus.rldata_ask import FactCache
 from leverplus.rldata_check import health
@@ -139,7 +139,12 @@ def test_other_pools_and_splits_are_named(folder):
     with pytest.raises(ValueError, match="no pools of split 'test'; it has train, dev"): w.ids("test")
     with pytest.raises(ValueError, match="no exhaustive facts of split 'train'; it has dev"): w.facts("train")
     with pytest.raises(ValueError, match="no stored groups of split 'test'"): w.groups("test")
-    with pytest.raises(ValueError, match="no world 'okvqa'; there are islands, blind_okvqa"): world("okvqa")
+    with pytest.raises(ValueError, match="no world 'okvqa'; there are islands, blind_okvqa, spoilt"):
+        world("okvqa")
+
+def test_vectors_of_questions_say_who_made_them(folder):
+    store = blind_okvqa_world(folder).store
+    assert encoder_of(store) == store.source["encoder"] == "all-MiniLM-L6-v2" and "clip" not in store.source
 
 def test_test_questions_that_somebody_puts_there_are_read(folder):
     "Pools, questions and answers of a held-out split, dropped into the folder"
