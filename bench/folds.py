@@ -2,18 +2,18 @@
 
 `python bench/folds.py OUT [--world islands] [--recipes ...] [--methods ...] [--rules ...] [--folds 5]` divides the
 training questions of a world into folds that share no picture, trains each method on all folds but one, and lets it
-pick among the stored sequences of each question of the fold that was left out. Everything was asked before, so
-that a few hundred dev questions, on which choices are made, are joined by the whole training split at no price. The
-table says which share of the way from the mean to the best stored sequence the picks close, with its standard error
-over questions (clustered by picture). `bench/learning.py` says what methods, recipes, OUT, `--root` and `--pools` are.
+pick among the stored sequences of each question of the fold that was left out. All of them were asked before, so this
+needs nobody who answers, and it judges by more questions than a small dev split has. The table says which share of
+the way from the mean to the best stored sequence is closed, with its standard error over questions (clustered by
+picture). `bench/learning.py` says what methods, recipes, OUT, `--root` and `--pools` are.
 
 Groups are those of `--suite`; the default is `pairs and singles` where groups lie in the world, and `dense-soft`
 on the islands. Sequences of the largest shot count of the suite are picked. A method that chooses its epochs does so
 on the world's dev split. The questions that are left out are in no warm-up; they stay demonstrations of the others.
-Rules need no training, or hardly any (`logistic`, `knn_facts`): page 79 says what they are.
+Rules need little training or none (page 79): `similar`, `vote`, `logistic`, `knn_facts`.
 
-Picks lie in OUT/folds, and what is there is not done again. `--store FILE` adds them, small, to a parquet file, in
-which other selectors keep their rows: `data/blind_okvqa_results/folds.parquet` was made by
+Picks lie in OUT/folds, and what is there is not done again. `--store FILE` adds them, small, to a parquet file in
+which other selectors keep their rows. `data/blind_okvqa_results/folds.parquet` was made by
 `python bench/folds.py OUT --world blind_okvqa --root DIR --pools text --recipes evidence --store FILE`.
 """
 import time
@@ -42,7 +42,7 @@ class FoldTrial(Trial):
         self.held = cut(longest, ~longest.rows.eval_failed)
 
 def liked_most(rows, *values):
-    "The row of each question with the largest value; of equal ones that with the largest next value, or the first"
+    "The row of each question with the largest value; of equals that with the largest next value, or the first"
     columns = {f"value {i}": np.round(value, 9) for i, value in enumerate(values)}
     order = rows[["question_id"]].assign(**columns)
     order = order.sort_values(list(columns), ascending=False, kind="stable")
@@ -152,7 +152,8 @@ def folds_table(
 ):
     "Accuracy, share of the gap, its standard error and interval, spread over seeds, leads"
     there = set(frame.selector)
-    table = seeds_table(frame, S, items, [name for name in against if name in there], bootstrap=Bootstrap(2000))
+    others = [name for name in against if name in there]
+    table = seeds_table(frame, S, items, others, bootstrap=Bootstrap(2000))
     errors = [gap_error(frame, name, S, items) for name in table.index]
     table.insert(3, "se", errors)
     return table
@@ -176,8 +177,8 @@ def main():
     a = p.parse_args()
     torch.set_num_threads(a.threads)
     bench = opened(p, a)
-    suite = a.suite or ("pairs and singles" if "pairs and singles" in bench.suites else "dense-soft")
-    if suite not in bench.suites: p.error(f"--suite {suite}: world {bench.world.name} has {', '.join(bench.suites)}")
+    suite = a.suite or next(name for name in ("pairs and singles", "dense-soft") if name in bench.suites)
+    if suite not in bench.suites: p.error(f"--suite {suite}: choose one of {', '.join(bench.suites)}")
     names = ["bounds", *a.rules, *wanted_methods(p, a, bench)]
     files = []
     for seed in a.seeds:

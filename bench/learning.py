@@ -5,7 +5,8 @@ trains every method on every suite of a world and appends what it picks on dev a
 model's verdicts, to OUT/picks/*.parquet, one file per (suite, method, seed); what is there is not done again, so
 several processes may share OUT once the groups of a seed are made. `--table dev` prints the gap closed on dev with
 intervals over queries and seeds; `--table test` the same on test, and counts the look; `--store FILE` writes what
-the tables need. Settings of the methods were chosen on dev.
+the tables need. Settings of the methods were chosen on dev. `bench/folds.py` judges the same methods on training
+questions that they have not seen.
 
 A method is one of METHODS, or with `--recipes` a recipe by its name (page 71), called `recipe NAME` in the table. A
 name with ", by accuracy" behind it (`--methods "sft, by accuracy"`) chooses its epochs by the accuracy of greedy

@@ -79,11 +79,9 @@ def table_of(folds, own, pictures):
     n = len(own)
     scores = dict(ours=own, random=[0.]*n, oracle=[1.]*n)
     frame = pd.concat([
-        pd.DataFrame(dict(
-            question_id=range(n), vqa_acc_score=score, selector=name, shots=2, draw=0, fold=0, eval_failed=False
-        ))
+        pd.DataFrame(dict(question_id=range(n), vqa_acc_score=score, selector=name))
         for name, score in scores.items()
-    ])
+    ]).assign(shots=2, draw=0, fold=0, eval_failed=False)
     items = pd.DataFrame(dict(question_id=range(n), image_id=pictures), index=range(n))
     return folds.folds_table(frame, 2, items).loc["ours"]
 
