@@ -5,11 +5,13 @@ trains every method on every suite of a world and appends what it picks on dev a
 model's verdicts, to OUT/picks/*.parquet, one file per (suite, method, seed); what is there is not done again, so
 several processes may share OUT once the groups of a seed are made. `--table dev` prints the gap closed on dev with
 intervals over queries and seeds; `--table test` the same on test, and counts the look; `--store FILE` writes what
-the tables need. Settings of the methods were chosen on dev.
+the tables need. Settings of the methods were chosen on dev. `bench/folds.py` judges the same methods on training
+questions that they have not seen.
 
 A method is one of METHODS, or with `--recipes` a recipe by its name (page 71), called `recipe NAME` in the table. A
 name with ", by accuracy" behind it (`--methods "sft, by accuracy"`) chooses its epochs by the accuracy of greedy
-picks on dev. What several rows begin with, such as a warm-up, is trained once per seed and kept in OUT/kept.
+picks on dev. Where neither methods nor recipes are named, all methods are trained. What several rows begin with,
+such as a warm-up, is trained once per seed and kept in OUT/kept.
 
 Suites of the islands, 900 training and 250 dev queries, K = 16, S = 2: `dense-soft` 12 sequences per query, half of
 the similarity prior, half random, reward = VQA accuracy with its parts; `sparse-hard` 12 drawn uniformly, reward
@@ -215,6 +217,7 @@ class Trial:
         self.shots = SUITES[name].shots
         self.mode = SUITES[name].reward
         self.keep = bench.out/"kept"
+        self.bank = bench.bank  # answered questions of which a warm-up makes pools
         self.choose_by = None
         self.train, self.dev = bench.groups(name, seed)
         several = len(self.shots) > 1
@@ -248,7 +251,7 @@ class Trial:
         r = recipe(name, RECIPES | EARLIER, data=dict(reward=self.mode), **changes)
         store = self.world.store if name in ("ours", "evidence") else self.plain
         learn = recipe_learner(
-            self.train, self.dev, store, r, self.seed, choose_by=self.choose_by, items=self.bench.bank
+            self.train, self.dev, store, r, self.seed, choose_by=self.choose_by, items=self.bank
         )
         return learn.fit_recipe(kept=self.keep)
 
@@ -256,9 +259,7 @@ class Trial:
         "A learner after the warm-up, which knows nothing of the groups but their shot counts; made once per seed"
         learn = self.learner(**NET)
         n = 64 if len(self.shots) > 1 else 256
-        return learn.fit_warmup(
-            self.bench.bank, self.plain, 15, best=False, n=n, sampler=sampler, kept=self.keep
-        )
+        return learn.fit_warmup(self.bank, self.plain, 15, best=False, n=n, sampler=sampler, kept=self.keep)
 
 def warm_alike(t): return t.warm(t.world.pools["train"].recipe["sampler"])
 def listwise(t, learn): return learn.fit_listwise(t.epochs, 3e-3, temp=.2, **t.split)
@@ -456,17 +457,22 @@ def print_tables(bench, split, suites):
 
 # ---- the door ----------------------------------------------------------------------------------------------
 
-def parser():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def new_parser(doc):
+    "A parser with what any program asks for that trains methods in a world"
+    p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("out", type=Path)
     p.add_argument("--world", default="islands", choices=list(WORLDS))
     p.add_argument("--root", type=Path, help="folder of a world that is not embedded")
     p.add_argument("--pools", help="random | text | image | mixed; default: those that the world has by itself")
     p.add_argument("--seeds", type=int, nargs="+", default=list(range(5)))
     p.add_argument("--threads", type=int, default=1)
-    p.add_argument("--suites", nargs="+", choices=list(SUITES), help="default: those of one shot count, of this world")
-    p.add_argument("--methods", nargs="*", choices=[*METHODS, *(m + ACC for m in METHODS)], help="default: all")
+    p.add_argument("--methods", nargs="*", choices=[*METHODS, *(m + ACC for m in METHODS)], help="by name, see METHODS")
     p.add_argument("--recipes", nargs="+", default=[], choices=[*RECIPES, *EARLIER], help="recipes of page 71, by name")
+    return p
+
+def parser():
+    p = new_parser(__doc__)
+    p.add_argument("--suites", nargs="+", choices=list(SUITES), help="default: those of one shot count, of this world")
     p.add_argument("--store", type=Path, help="write what the tables need into this parquet file, and stop")
     p.add_argument("--numbers", type=Path, help="write the row of page 35 into this JSON file, and stop")
     p.add_argument("--table", choices=["dev", "test"])

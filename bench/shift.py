@@ -4,8 +4,8 @@
 `--world blind_okvqa --root DIR` with the parts `order`, `controls` and `pools`, trains selectors on stored groups and
 asks about what they pick. The answers go into small files beside the world's other results: `shift.parquet` (pools),
 `transfer.parquet`, `controls.parquet` and `order.parquet`; `formats.json` says how far float32 and bfloat16 agree.
-`tutorials/07_beyond` shows them as tables. OUT keeps groups and answers, so a run that was stopped goes on; files keep
-the rows of other selectors.
+`tutorials/07_beyond` shows them as tables. OUT keeps groups, answers and what was trained, so a run that was stopped
+goes on; files keep the rows of other selectors.
 
 Islands: 600 training questions with random pools of 16, six pairs of the similarity prior and six random ones each,
 and as many of 100 dev questions, by which epochs are chosen; 200 test questions are asked about. `transfer` trains on
@@ -75,8 +75,9 @@ class Place:
         bank = self.bank[~self.bank.question_id.isin(choose.queries)]
         warm = SELECTORS[name]
         with learn.no_bar(), learn.no_logging():
-            if warm is not None: learn.fit_warmup(bank, w.store, 15, best=False, K=warm, n=64)
-            learn.fit_listwise(20, 3e-3, temp=.2)
+            kept = self.out/"kept"
+            if warm is not None: learn.fit_warmup(bank, w.store, 15, best=False, K=warm, n=64, kept=kept)
+            learn.fit_listwise(20, 3e-3, temp=.2, kept=kept)
         return learn.model.eval()
 
     def picks(self, names, seeds, ids=None):
