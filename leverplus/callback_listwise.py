@@ -145,6 +145,6 @@ class EvidenceAlone(Freeze):
                 "EvidenceAlone: wanted a selector with evidence that starts as similarity; make it with a `BankStore`"
                 " (it has n_evidence then) and a prior")
         learns = ("evidence", "stop")
-        self.parts = tuple(name for name, _ in model.named_parameters() if name.split(".")[0] not in learns)
+        self.named = tuple(name for name, _ in model.named_parameters() if name.split(".")[0] not in learns)
         with torch.no_grad(): model.gains.zero_()
         super().before_fit()

@@ -490,6 +490,8 @@ def test_a_selector_that_reads_evidence_learns_from_it_where_no_warm_up_can_teac
     assert [said.split()[0] for said in learn.plan if " runs:" in said] == run
     assert ("evidence" in moved) == (run == ["regress"])
     assert ("match" in moved) == ("warmup" in run)
+    assert moved == {"evidence", "gains"} or "warmup" in run
+    assert (learn.model.gains == 0).all() == (run == ["regress"])   # nobody else is heard
     assert learn.model.n_evidence == 14 and learn.dls.info["kind"].endswith("+answers")
 
 def test_what_a_stage_needs_is_measured_on_what_it_trains_on():
