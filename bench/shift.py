@@ -15,8 +15,9 @@ Blind OKVQA: the stored pairs of 1,140 training questions, a tenth of which choo
 them. `order` takes what is stored of all dev questions. For the rest SmolLM2 (the extra `smol`) is asked about the
 first `--questions` dev questions, in float32, which takes a second or two a prompt on two cores.
 
-Every selector is the default model, trained listwise on accuracy (20 epochs, 3e-3, temp .2), after a warm-up (15
-epochs, 64 sequences a query) where its name says so. Nothing here was tuned.
+Most selectors are the default model, trained listwise on accuracy (20 epochs, 3e-3, temp .2), after a warm-up (15
+epochs, 64 sequences a query) where its name says so. `ours` is the default recipe; in `ours, pools of 64` it learns
+from the same stored sequences, but sees them in the pools of 64 that it is meant for. Nothing here was tuned.
 """
 import argparse
 from dataclasses import replace
@@ -26,8 +27,11 @@ from leverplus.controls import CONTROLS, ask_controls, ask_shift, copied
 from leverplus.core import atomic_path, repo_path, write_json
 from leverplus.dls import group_dls
 from leverplus.evaluate import score_picks
+from leverplus.groups import RLData
 from leverplus.infer import pick_model, pick_random, pick_similar
 from leverplus.learner import selector_learner
+from leverplus.pools import Pool, make_pool
+from leverplus.recipes import recipe_learner
 from leverplus.rldata_ask import FactCache, ask
 from leverplus.rldata_generate import generate
 from leverplus.rldata_merge import split
@@ -38,6 +42,8 @@ S = 2
 SIZES = (16, 64, 256, "all")
 # row: pool size of its warm-up; None: no warm-up
 SELECTORS = {"listwise": None, "warm-up, listwise": 16, "warm-up of 64, listwise": 64}
+# row: size of the pools in which the default recipe sees stored sequences; None: those that they were drawn from
+OURS = {"ours": None, "ours, pools of 64": 64}
 READERS = dict(tiny="models/tiny-qwen2.5-vl", credulous="models/tiny-qwen2.5-vl-credulous")
 COUNTS = dict(temperature={1.: 6}, random=6)
 
@@ -67,13 +73,31 @@ class Place:
         return self.made[name, seed]
 
     def train(self, name, seed):
-        "The default model, listwise, after a warm-up if there is one"
+        "A selector by its name"
         train, choose = self.groups(seed)
+        bank = self.bank[~self.bank.question_id.isin(choose.queries)]
+        if name in OURS: return self.by_recipe(train, choose, bank, seed, OURS[name])
+        return self.listwise(train, choose, bank, seed, SELECTORS[name])
+
+    def by_recipe(self, train, choose, bank, seed, K):
+        "The default recipe, on pools of K if that is said"
+        if K is not None: train, choose = (self.widened(groups, K) for groups in (train, choose))
+        learn = recipe_learner(train, choose, self.world.store, "ours", seed, items=bank)
+        with learn.no_bar(), learn.no_logging(): learn.fit_recipe()
+        return learn.model.eval()
+
+    def widened(self, groups, K):
+        "The same sequences in pools of K"
+        asked = self.world.items.loc[groups.queries]
+        wide = make_pool(asked, self.bank, K, self.sampler, self.world.store)
+        ids = {q: tuple(dict.fromkeys([*groups.pool[q], *wide[q]]))[:K] for q in groups.queries}
+        return RLData(groups.rows, Pool(ids, wide.recipe), groups.manifest)
+
+    def listwise(self, train, choose, bank, seed, warm):
+        "The default model, listwise, after a warm-up in pools of `warm` if that is said"
         w = self.world
         dls = group_dls(train, choose, w.store, "soft_only", kind=self.kind, bs=64, seed=seed, device="cpu")
         learn = selector_learner(dls, seed=seed)
-        bank = self.bank[~self.bank.question_id.isin(choose.queries)]
-        warm = SELECTORS[name]
         with learn.no_bar(), learn.no_logging():
             kept = self.out/"kept"
             if warm is not None: learn.fit_warmup(bank, w.store, 15, best=False, K=warm, n=64, kept=kept)
@@ -258,7 +282,7 @@ def main():
     p.add_argument("--root", type=Path, help="folder of the second world")
     p.add_argument("--parts", nargs="+", choices=PARTS, help="default: all")
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    p.add_argument("--selectors", nargs="+", choices=list(SELECTORS), default=["listwise"])
+    p.add_argument("--selectors", nargs="+", choices=[*SELECTORS, *OURS], default=["listwise"])
     p.add_argument("--questions", type=int, default=40, help="questions of the second world that SmolLM2 is asked")
     a = p.parse_args()
     torch.set_num_threads(1)
