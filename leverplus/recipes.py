@@ -16,6 +16,7 @@ from fastcore.basics import patch
 from .core import read_json, rng, write_json
 from .runs import plain
 from .items import as_items
+from .evidence import kind_for
 from .groups import RECORD, RLData
 from .rewards import info_score, reward_facts
 from .rldata_merge import by_counts, by_gap, require_positive_query, skip_fallback, tiers
@@ -325,7 +326,8 @@ def recipe_learner(
         _check_zero(r, mode, zero)
         train = _with_info(train, zero)
         dev = _with_info(dev, zero)
-    dls = group_dls(train, dev, store, mode, data["kind"], data["bs"], seed, device, **weights)
+    kind = data["kind"] if start is None else kind_for(start, store, data["kind"])
+    dls = group_dls(train, dev, store, mode, kind, data["bs"], seed, device, **weights)
     dls.info["filters"] = data["filters"]
     model = _all_settings(r.get("model", {})) if start is None else {}
     learn = selector_learner(dls, start, seed=seed, choose_by=choose_by, **model)

@@ -477,6 +477,17 @@ def test_stages_that_cannot_teach_are_left_out(tmp_path, items, train, run, said
     assert len(learn.history.rows) == len(run)
     if not run: assert same(w, weights(learn))
 
+def test_a_start_is_shown_what_it_reads():
+    "A plain selector goes on in a store with a bank, and one that reads evidence needs such a store"
+    bank = bank_of(ITEMS)
+    plain = recipe_learner(TRAIN, DEV, STORE, small("listwise")).model
+    learn = fit(recipe_learner(TRAIN, DEV, bank, small("listwise"), start=plain), small("listwise"))
+    assert learn.model is plain and learn.dls.info["kind"] == "mixed"
+    reader = recipe_learner(TRAIN, DEV, bank, small("listwise")).model
+    assert recipe_learner(TRAIN, DEV, bank, small("listwise"), start=reader).dls.info["kind"] == "mixed+answers"
+    with pytest.raises(ValueError, match=r"pass store = BankStore\(store, items\)"):
+        recipe_learner(TRAIN, DEV, STORE, small("listwise"), start=reader)
+
 @pytest.mark.parametrize("items, run", [(ITEMS, ["warmup", "listwise"]), (UNLIKE, ["regress"])])
 def test_a_selector_that_reads_evidence_learns_from_it_where_no_warm_up_can_teach(items, run):
     "Where answers repeat nothing changes, and evidence is not touched"
