@@ -62,8 +62,7 @@ READS = [NAMES.index(n) for n in ("similar", "rank", "votes_pool", "votes_ridge"
 @dataclass
 class Opinion:
     "What the bank says about some queries"
-    similar:torch.Tensor # [B,N] cosines with the N questions of the bank; -3 where they have the query's picture
-    weight:torch.Tensor # [3,B,N] weights of `OPINIONS`; 0 for what is not near, or has the query's picture
+    weight:torch.Tensor # [3,B,N] of the bank's questions, by `OPINIONS`; 0 for what is not near or has the query's picture
     votes:torch.Tensor # [3,B,V] for each of the V answers
     answer:torch.Tensor # [3,B,A] mean answers, not normalised
 
@@ -215,7 +214,7 @@ def opinion(self:Evidence,
     which = self.answer_ids[rows].flatten(1).expand_as(cast)
     votes = torch.zeros(len(OPINIONS), B, len(self.texts)).scatter_add(-1, which, cast)
     answer = torch.einsum("obn,bna->oba", near, self.means[rows])
-    return Opinion(self._cosines(queries), weight, votes, answer)
+    return Opinion(weight, votes, answer)
 
 # %% ../nbs/16_evidence.ipynb #957474f1
 @patch

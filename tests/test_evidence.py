@@ -178,7 +178,6 @@ def test_a_question_of_the_bank_does_not_vote_about_itself():
         evidence = evidence_of([first, "dog", "cat", "hot dog", "cat"])
         said = evidence.opinion([1])
         assert said.weight[:, 0, 0].tolist() == [0, 0, 0]
-        assert said.similar[0, 0] == -3
         assert said.votes[0, 0].sum() == pytest.approx(1, abs=1e-5)
         about = numbers(evidence, [2, 3, 4, 5], 1)
         assert about.votes_near[3] < 1e-2 and about.votes_near[4] == 0
