@@ -107,6 +107,8 @@ class Evidence:
         mean = torch.einsum("nm,nma->na", self.worth, self.vectors[self.answer_ids])
         self.usual = mean.mean(0)   # answers are told by how they differ from the usual one
         self.means = mean - self.usual
+        self.squares = self.means.square().sum(-1)
+        self.self_said = (self.means * self.vectors[self.shown]).sum(-1)
 
     def _spell(self, items):
         "Number the words of all questions and of the bank's answers"
@@ -247,13 +249,11 @@ def _about(self:Evidence, queries, rows, there):
     every = rows.expand(len(OPINIONS), -1, -1)
     own = said.weight.gather(-1, every)   # of the candidate's vote for itself
     votes = said.votes.gather(-1, answer.expand(len(OPINIONS), -1, -1)) - own * self.own_worth[rows]
-    others = said.answer[:, :, None] - own[..., None] * self.means[rows] + self.usual
-    agrees = torch.einsum("obka,bka->obk", F.normalize(others, dim=-1), self.vectors[answer])
-    same = (answer[:, :, None] == answer[:, None]) & there[:, None]
+    agrees = self._agreement(said.answer + self.usual, own, every, answer)
     alone = [
         self._length(answer, lambda text: len(text.split())),
         self._length(answer, len),
-        same.sum(-1).clamp(min=1).float().log(),
+        self._as_often(answer, there).clamp(min=1).log(),
     ]
     similar = self._own_similar(queries, rows)
     among = self._pool_votes(similar, rows, there).clamp(min=0).sqrt()
@@ -261,6 +261,20 @@ def _about(self:Evidence, queries, rows, there):
     spoken = self._spoken(queries, rows)
     out = torch.stack([similar, *votes.clamp(min=0).sqrt(), *agrees, among, *alone, rank, *spoken], -1)
     return out * there[..., None]
+
+@patch
+def _agreement(self:Evidence, mean, own, rows, answer):
+    "Cosine [3,B,K] of each answer with the mean answer [3,B,A] without the candidate's own part in it"
+    said = (mean @ self.vectors.T).gather(-1, answer.expand_as(own)) - own * self.self_said[rows]
+    crossed = (mean @ self.means.T).gather(-1, rows)
+    squared = mean.square().sum(-1, keepdim=True) - 2 * own * crossed + own.square() * self.squares[rows]
+    return said / squared.clamp(min=1e-12).sqrt()
+
+@patch
+def _as_often(self:Evidence, answer, there):
+    "How many candidates have the same answer, the candidate among them [B,K]"
+    counts = torch.zeros(len(answer), len(self.texts)).scatter_add(-1, answer, there.float())
+    return counts.gather(-1, answer)
 
 @patch
 def _rank(self:Evidence, similar, rows, there):
