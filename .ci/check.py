@@ -20,7 +20,8 @@ CORES = min(8, os.cpu_count() or 1)
 # two processes with two threads each on two cores wait for each other: ten times slower
 if CORES > 1:
     ENV["OMP_NUM_THREADS"] = "1"
-SPREAD = ["-n", str(CORES), "--dist", "loadfile"] if CORES > 1 else []
+# in the order of tests/conftest.py
+SPREAD = ["-n", str(CORES), "--dist", "loadfile", "--no-loadscope-reorder"] if CORES > 1 else []
 REMEDY = "run `make export`, look at the change, commit it (edit the notebook, never the generated file)"
 
 STEPS = {

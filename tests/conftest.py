@@ -28,11 +28,15 @@ settings.register_profile(
 )
 settings.load_profile("leverplus")
 
-FIRST = "test_rules.py", "test_nbs.py", "test_tutorials.py"
+# what takes longest begins first, so that no process waits for it at the end
+FIRST = (
+    "test_rules.py", "test_readme.py", "test_nbs.py", "test_tutorials.py", "test_demo.py", "test_callbacks.py",
+    "test_cli.py", "test_loops.py", "test_generate.py", "test_training.py", "test_exactness.py",
+)
 
 def pytest_collection_modifyitems(items):
-    """Cheap rules first, then the notebooks, then the rest, whatever order they were collected in; no GPU, no
-    `gpu` tests
+    """Cheap rules first, then what takes longest, then the rest, whatever order they were collected in; no GPU,
+    no `gpu` tests
     """
     if not ON_GPU:
         asleep = pytest.mark.skip(reason="needs a GPU: run `make gpu`")

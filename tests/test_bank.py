@@ -101,7 +101,7 @@ def test_the_default_recipe_reads_evidence_from_the_shell(there, home):
     assert plan[0].startswith("warmup left out: ") and plan[1].startswith("regress runs: ")
     assert "warmup left out" in home[1] and "shadowing" not in home[1]
     model = load_selector("runs/ours/checkpoint")
-    assert model.n_evidence == 11 and model.info["kind"] == "text+answers"
+    assert model.n_evidence == 14 and model.info["kind"] == "text+answers"
     assert Run("runs/ours").fingerprints["bank"]
 
 def test_it_trains_what_fit_recipe_trains_with_a_bank(there):
@@ -157,7 +157,7 @@ def test_training_goes_on_with_it(there):
     line = f"{TRAIN} --objective rce --epochs 1"
     go(f"{line} --start runs/ours --out runs/next")
     after = load_selector("runs/next/checkpoint")
-    assert after.n_evidence == 11 and after.info["kind"] == "text+answers"
+    assert after.n_evidence == 14 and after.info["kind"] == "text+answers"
     go(f"{line} --out runs/rce")
     alone = load_selector("runs/rce/checkpoint")
     assert alone.n_evidence == 0 and alone.info["kind"] == "text"
