@@ -243,7 +243,7 @@ def run_demo(
     learners = train_recipes(world, groups, cfg["recipes"], seed)
     learn = learners[best]
     run.save_history(learn.history.frame)
-    learn.save_selector(run.checkpoint, info=learn.dls.info | dict(seed=seed, recipe=best))
+    learn.save_selector(run.checkpoint)
     cache = FactCache(run.path/"facts")
     fixed = _fixed(world, cfg, cache)
     free = _free(world, run.path/"groups-free", groups, facts, cfg, seed, progress)
