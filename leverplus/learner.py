@@ -482,7 +482,7 @@ def mean_interval(
 # %% ../nbs/70_learner.ipynb #b045a7ef
 @patch
 def about(self:Learner)->dict: # as JSON has it; see `passport` of `05_checkpoints`
-    "What is known of the selector: vectors, pools, data, who was asked, recipe, stages, metrics of the validation groups"
+    "What is known of the selector: vectors, pools, data, who was asked, recipe, stages, metrics of validation groups"
     known = dict(getattr(self.dls, "info", {}))
     own = vars(self)
     if "ran" in own:   # by `fit_recipe`
@@ -497,10 +497,10 @@ def about(self:Learner)->dict: # as JSON has it; see `passport` of `05_checkpoin
 
 def _stages(ran, history):
     "What was trained, in words: of a recipe its stages, else what the history has"
-    if ran is not None: return [f"{stage['fit']}, {stage['n_epoch']} epochs" for stage in ran if stage["n_epoch"]]
-    if not len(history): return []
-    fits = history.groupby("fit", sort=False).stage
-    return [f"{fit.iloc[0]}, {len(fit)} epochs" for _, fit in fits]
+    if ran is not None: trained = [(stage["fit"], stage["n_epoch"]) for stage in ran if stage["n_epoch"]]
+    elif len(history): trained = [(fit.iloc[0], len(fit)) for _, fit in history.groupby("fit", sort=False).stage]
+    else: trained = []
+    return [f"{name}, {n} epoch{'s' * (n > 1)}" for name, n in trained]
 
 # %% ../nbs/70_learner.ipynb #c0a39c76
 @patch
@@ -518,7 +518,7 @@ def save_selector(self:Learner,
     return path
 
 def load_selector(
-    path, # folder of `save_selector`, or of a run; "owner/name" on the hub; see `find_checkpoint` of `05_checkpoints`
+    path, # folder of `save_selector`, or of a run; or "owner/name" on the hub; see `find_checkpoint`
 )->PointerSelector: # in eval mode, with what was saved as `info` in `.info`, and all that is known in `.passport`
     "Load a selector, strictly"
     return PointerSelector.from_pretrained(path)

@@ -11,7 +11,7 @@ import math, warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-import numpy as np, pandas as pd
+import pandas as pd
 from .core import fingerprint, write_json
 from .settings import BATCH, EPOCHS, Asking, Choosing, Job, Rewarding, Teaching, plain_settings, several
 from .runs import Run
@@ -320,9 +320,9 @@ def _kept(run, learn, info):
     regret = float(history.valid_loss.min()) if len(history) else math.nan      # the smallest of all epochs
     accuracy = {}
     if "choose" in info:
-        right = 1 - np.asarray(learn.choose_by(learn))   # [development questions], 0..1
-        accuracy["dev_accuracy"] = float(right.mean())
-        info = info | dict(metrics=dict(accuracy=mean_interval(right)))
+        wrong = learn.choose_by(learn)   # [development questions], 0..1
+        accuracy["dev_accuracy"] = 1 - float(wrong.mean())
+        info = info | dict(metrics=dict(accuracy=mean_interval(1 - wrong)))
     run.save_history(history)
     if getattr(learn, "plan", None): write_json(run.path/"plan.json", learn.plan, indent=2)
     learn.save_selector(run.checkpoint, info=info)
