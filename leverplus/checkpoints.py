@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SETTINGS_FILES', 'TEXT_FILES', 'SELECTOR_SCHEMA', 'STAMP', 'MEASURES', 'check_weights', 'read_weights', 'read_state',
-           'check_checkpoint', 'find_checkpoint', 'stamp', 'check_schema', 'check_digests', 'passport', 'model_card',
-           'write_card']
+           'check_checkpoint', 'find_checkpoint', 'is_checkpoint', 'stamp', 'check_schema', 'check_digests', 'passport',
+           'model_card', 'write_card']
 
 # %% ../nbs/05_checkpoints.ipynb #d6752287
 import codecs, json, pickle, re
@@ -118,13 +118,23 @@ def find_checkpoint(
     "Say where a selector lies: in a folder, or on the hub"
     if str(path).startswith(_ON_HUB): return str(path).removeprefix(_ON_HUB)
     folder = Path(path).expanduser()
-    for place in (folder/"checkpoint", folder):
-        if (place/"config.json").is_file(): return place
+    if _place(folder): return _place(folder)
     if folder.is_dir(): raise FileNotFoundError(_what_lacks(folder))
     if folder.exists(): raise NotADirectoryError(f"{path}: a file; wanted the folder of a checkpoint, or of a run")
     is_name = isinstance(path, str) and _HUB_NAME.fullmatch(path)
     if is_name and not folder.parent.is_dir(): return path
     raise FileNotFoundError(f"{path}: no such folder; wanted a checkpoint, a run, or 'hf://owner/name' for the hub")
+
+def is_checkpoint(
+    path, # a folder, or the name of something else
+)->bool:
+    "Does a selector lie in this folder, or in this run?"
+    return _place(Path(path).expanduser()) is not None
+
+def _place(folder):
+    "Where the files are: in the checkpoint of a run, or here; None: neither"
+    places = folder/"checkpoint", folder
+    return next((place for place in places if (place/"config.json").is_file()), None)
 
 def _what_lacks(folder):
     "What is missing in a folder without a selector"

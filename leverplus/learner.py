@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MODEL', 'INSTEAD', 'SelectorLearner', 'selector_learner', 'Stage', 'mean_logp', 'Distill', 'group_rewards',
-           'mean_interval', 'load_selector']
+           'mean_interval', 'load_selector', 'note_metrics']
 
 # %% ../nbs/70_learner.ipynb #4dbabef8
 import json, math, random, sys, warnings
@@ -19,6 +19,7 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 from fastcore.meta import delegates
 from .core import frozen, masked_mean, reproducible, seed_all
+from .checkpoints import find_checkpoint
 from .pools import check_encoder
 from .synth import ShownGroups
 from .items import as_items
@@ -522,6 +523,18 @@ def load_selector(
 )->PointerSelector: # in eval mode, with what was saved as `info` in `.info`, and all that is known in `.passport`
     "Load a selector, strictly"
     return PointerSelector.from_pretrained(path)
+
+# %% ../nbs/70_learner.ipynb #dda8f252
+def note_metrics(
+    path, # folder of a checkpoint, or of a run; ValueError for a name on the hub
+    metrics:dict, # {name: number, or dict(value, low, high, n, split)}
+)->PointerSelector: # with them in its `.passport`
+    "Add numbers to a checkpoint"
+    folder = find_checkpoint(path)
+    if isinstance(folder, str): raise ValueError(f"{path}: on the hub; load it, save it in a folder, and push that")
+    selector = load_selector(folder)
+    selector.save_pretrained(folder, info=selector.info | dict(metrics=selector.info.get("metrics", {}) | metrics))
+    return selector
 
 # %% ../nbs/70_learner.ipynb #224b2be7
 @patch

@@ -15,6 +15,7 @@ import pandas as pd
 from fastcore.basics import patch
 from .core import read_json, rng, write_json
 from .runs import plain
+from .checkpoints import is_checkpoint
 from .items import as_items
 from .evidence import kind_for
 from .groups import RECORD, RLData
@@ -621,7 +622,7 @@ def _unknown_reference(learn, stages):
     for i, stage in enumerate(stages, 1):
         if stage.get("anchor"): known.add(stage["anchor"])
         for ref in _references(stage):
-            if ref not in known and not (Path(ref) / "config.json").is_file(): return i, ref
+            if ref not in known and not is_checkpoint(ref): return i, ref
 
 # %% ../nbs/71_recipes.ipynb #d8d5cbe7
 def _check_fits(learn, r, title, check):

@@ -6,11 +6,12 @@ from fastcore.basics import noop
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 import leverplus.rldata_scale, leverplus.selector # the first teaches `Job` to run
+from leverplus.callback_core import find_reference
 from leverplus.checkpoints import SELECTOR_SCHEMA, STAMP, find_checkpoint, model_card, passport, write_card
 from leverplus.core import read_json, world_path, write_json
 from leverplus.dls import who_was_asked
 from leverplus.groups import RLData
-from leverplus.learner import group_rewards, load_selector, mean_interval, selector_learner
+from leverplus.learner import group_rewards, load_selector, mean_interval, note_metrics, selector_learner
 from leverplus.pools import Pool
 from leverplus.rldata_generate import answerer
 from leverplus.selector import PointerSelector
@@ -31,6 +32,8 @@ def edit(folder, **changes):
     before = read_json(folder/"config.json")
     write_json(folder/"config.json", before | changes)
     return before
+
+def same(a, b): return a.keys() == b.keys() and all(torch.equal(x, b[name]) for name, x in a.items())
 
 def not_asked(*args, **kwargs): pytest.fail("the hub was asked")
 
@@ -70,7 +73,7 @@ def test_one_of_the_first_schema_says_what_it_knows_and_is_written_as_the_presen
     assert list(read_json(tmp_path/"old"/"config.json"))[:3] == list(STAMP)
     again = load_selector(tmp_path/"old")
     assert again.passport == says | dict(schema=SELECTOR_SCHEMA, leverplus=leverplus.__version__)
-    assert all(torch.equal(x, again.state_dict()[name]) for name, x in model.state_dict().items())
+    assert same(model.state_dict(), again.state_dict())
 
 # ---- nobody has changed it
 
@@ -311,6 +314,23 @@ def test_saving_draws_nothing_and_info_that_is_given_wins(tmp_path):
     assert says["seed"] == 7 and says["stages"] == ["rce, 1 epoch"]
     assert says["metrics"].keys() == {"reward", "reward_of_any", "reward_of_best", "regret", "accuracy"}
     assert says["metrics"]["regret"]["value"] == pytest.approx(group_rewards(learn).regret.mean())
+
+def test_numbers_that_come_later_are_added(ckpt):
+    later = dict(accuracy=dict(value=.5, low=.4, high=.6, n=100, split="test"))
+    model = note_metrics(ckpt, later)
+    again = load_selector(ckpt)
+    assert again.passport == model.passport and again.passport["metrics"].keys() == {"regret", "accuracy"}
+    assert "| test | 0.5 | 0.4 to 0.6 | 100 |" in (ckpt/"README.md").read_text()
+    with pytest.raises(ValueError, match="on the hub"): note_metrics("hf://me/selector", later)
+
+def test_a_run_is_a_reference_too(ckpt, tmp_path):
+    shutil.copytree(ckpt, tmp_path/"run"/"checkpoint")
+    learn = selector_learner(synth_dls(8, 8), d_hidden=8)
+    for ref in (tmp_path/"run", str(tmp_path/"run"/"checkpoint"), ckpt):
+        found = find_reference(learn, ref, "KLToRef")
+        assert same(found.state_dict(), load_selector(ckpt).state_dict())
+    with pytest.raises(ValueError, match="nor the folder of a checkpoint"):
+        find_reference(learn, str(tmp_path/"runs"), "KLToRef")
 
 # ---- a run fills it in
 
