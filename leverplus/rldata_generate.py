@@ -415,9 +415,7 @@ def begin(self:Generation,
     self.contents.compare(self.items, ids)
     self.manifest = begin_manifest(self.path, self.settings, self.shard)
     self.contents.hold(self.items, ids, begun=self.has_parts())
-    if self.job is not None: self.manifest["job"] = plain_settings(self.job)
-    if self.scorer is not None: self.manifest["lvlm"] = answerer(self.scorer)
-    write_json(self.file, self.manifest)
+    self.note_makers()
     test = self.guarding.test
     if test and "self_test" not in self.manifest:
         shots = _tested_shots(self.proposing.shots)
@@ -427,6 +425,17 @@ def begin(self:Generation,
         )
         write_json(self.file, self.manifest)
     return self
+
+@patch
+def note_makers(self:Generation):
+    "Write into the manifest which job this is, and which model answers"
+    makers = {}
+    if self.job is not None: makers["job"] = plain_settings(self.job)
+    lvlm = answerer(self.scorer)
+    if lvlm["name"] is not None: makers["lvlm"] = lvlm
+    if makers == {name: self.manifest.get(name) for name in makers}: return
+    self.manifest |= makers
+    write_json(self.file, self.manifest)
 
 def _tested_shots(shots):
     "The smallest shot count that shows something, or 0 where none does"
