@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from fastcore.basics import camel2snake, patch
 from .core import frozen, masked_mean
+from .checkpoints import is_checkpoint
 from .dls import check_choice
 from .losses import live_groups
 from fastai.callback.core import Callback, CancelBatchException
@@ -414,7 +415,7 @@ def set_anchor(
 # %% ../nbs/61_callback_core.ipynb #eb00dd5c
 def find_reference(
     learn, # the Learner of the fit
-    ref, # "start" | the name of an anchor | a module | folder of a checkpoint (str or Path)
+    ref, # "start" | the name of an anchor | a module | folder of a checkpoint or of a run (str or Path)
     asker:str, # who asks, for the message
 )->nn.Module|None: # frozen, on the Learner's device; None for "start": the asker copies the policy when training begins
     "The policy that `ref` stands for"
@@ -422,7 +423,7 @@ def find_reference(
     anchors = vars(learn).get("anchors", {})
     if isinstance(ref, nn.Module): found = ref
     elif isinstance(ref, str) and ref in anchors: found = anchors[ref]
-    elif isinstance(ref, (str, Path)) and (Path(ref) / "config.json").is_file():
+    elif isinstance(ref, (str, Path)) and is_checkpoint(ref):
         found = type(learn.model).from_pretrained(ref)
     else:
         raise ValueError(

@@ -162,9 +162,7 @@ def open_selector(
         raise Bad(f"{path}: no selector lies there (config.json is missing); has its training ended?")
     try: return load_selector(places[0] if places else path)
     except OSError as e:
-        raise Bad(
-            f"{path}: no such folder, and no selector of that name on the hub ({type(e).__name__})"
-        ) from e
+        raise Bad(str(e)) from e
 
 def load_models(
     texts, # each "NAME=DIR" or "DIR"

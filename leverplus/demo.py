@@ -20,6 +20,7 @@ from .rldata_generate import generate
 from .rldata_merge import merge
 from .rldata_check import health
 from .diagnose import data_facts
+from .learner import note_metrics
 from .recipes import RECIPES, recipe, recipe_learner
 from .earlier_recipes import EARLIER
 from .infer import pick_model
@@ -215,6 +216,14 @@ def _fixed(world, cfg, cache):
 
 def _models(learners): return {name: learn.model.eval() for name, learn in learners.items()}
 
+def _measured(table, best, split):
+    "The rows of a selector as `metrics` of its checkpoint"
+    rows = table[table.selector == best]
+    return {
+        f"accuracy, {row.shots} shown": dict(value=row.acc, low=row.lo, high=row.hi, n=row.n, split=split)
+        for row in rows.itertuples()
+    }
+
 def _prints(world, facts):
     "Fingerprints of what goes into a run; where nobody can be asked, that of who gave the stored answers"
     pools = {f"pool_{split}": pool.fingerprint for split, pool in world.pools.items()}
@@ -243,7 +252,7 @@ def run_demo(
     learners = train_recipes(world, groups, cfg["recipes"], seed)
     learn = learners[best]
     run.save_history(learn.history.frame)
-    learn.save_selector(run.checkpoint, info=learn.dls.info | dict(seed=seed, recipe=best))
+    learn.save_selector(run.checkpoint)
     cache = FactCache(run.path/"facts")
     fixed = _fixed(world, cfg, cache)
     free = _free(world, run.path/"groups-free", groups, facts, cfg, seed, progress)
@@ -251,6 +260,7 @@ def run_demo(
     scored = score_all(world, picks, facts, cache)
     table = _write(run, world, split, scored, learn, groups, cfg)
     acc = table.set_index(["selector", "shots"]).acc
+    note_metrics(run.checkpoint, _measured(table, best, split))
     run.finish(acc=float(acc[best, max(cfg["table_shots"])]))
     return table
 

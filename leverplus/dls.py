@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['usable_rows', 'check_local', 'pool_rows', 'GroupDataset', 'check_choice', 'show_group', 'show_prompts', 'GroupDL',
-           'GroupDataLoaders', 'group_dls']
+           'who_was_asked', 'GroupDataLoaders', 'group_dls']
 
 # %% ../nbs/40_dls.ipynb #cd415fdd
 import random, textwrap
@@ -401,6 +401,32 @@ def one_batch(self:GroupDL)->tuple: # a batch
     self.walk = walk
     return batch
 
+# %% ../nbs/40_dls.ipynb #6108a124
+def who_was_asked(
+    data:RLData, # groups
+)->dict: # {lvlm: {name, dtype, fingerprint}, asking: {style, evaluator, answer_weight}, facts: fingerprint}
+    "Say who gave the facts of a record, and how they were asked"
+    known = data.manifest.get("sources") or [data.manifest]
+    models = [_model_of(source) for source in known]
+    asking = [source.get("settings", {}).get("asking", {}) for source in known]
+    return dict(
+        lvlm={key: _joined(models, key) for key in ("name", "dtype", "fingerprint")},
+        asking={key: _joined(asking, key) for key in ("style", "evaluator", "answer_weight")},
+        facts=" and ".join(sorted(data.rows.scorer.dropna().unique())) or None,
+    )
+
+def _model_of(source):
+    "What a generation notes of its model; a job knows the name by which it can be loaded"
+    named = source.get("job", {}).get("model", {}).get("lvlm")
+    said = source.get("lvlm", {})
+    return said | dict(name=named or said.get("name"))
+
+def _joined(tables, key):
+    "What tables have under a key: its value, several of them as a text; None if one of them does not say"
+    values = list(dict.fromkeys(table.get(key) for table in tables))
+    if None in values or not values: return None
+    return values[0] if len(values) == 1 else " and ".join(map(str, values))
+
 # %% ../nbs/40_dls.ipynb #efac38d9
 class GroupDataLoaders(DataLoaders):
     "Loaders of groups, and what a checkpoint should record of them"
@@ -430,7 +456,7 @@ def group_dls(
     any_pool:bool=False, # allow pools of different rules
     items:pd.DataFrame|None=None, # `question, answer, image_path` by question_id: what is shown is drawn
     **weights, # arguments of the reward mode
-)->DataLoaders: # its `info` is what a checkpoint should record: fingerprints, pool rule, reward, kind, encoder
+)->DataLoaders: # `info`: what a checkpoint should record of data, pools, vectors, reward, and who was asked
     "DataLoaders of two records"
     if items is not None: items = as_items(items, need=("question", "answer"))
     def dataset(data):
@@ -445,8 +471,11 @@ def group_dls(
         data=dict(train=train.fingerprint, valid=valid.fingerprint),
         store=store.fingerprint,
         encoder=encoder_of(store),
+        encoder_name=getattr(store, "meta", {}).get("model"),
         kind=trn.kind,
         reward=dict(mode=reward, **weights),
+        shots=list(train.shots),
+        **who_was_asked(train),
     )
     loaders = GroupDL(trn, bs, shuffle=True, seed=seed), GroupDL(val, 4 * bs)
     return GroupDataLoaders(*loaders, info=info, device=device)

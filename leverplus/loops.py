@@ -372,7 +372,7 @@ def fit(self:Loop, k, data):
         start = dict(model=self.proposer(k)) if training.warm and k else training.model
         learn = selector_learner(dls, seed=seed, path=folder, **start)
         with quiet(learn): self.train(learn)
-        learn.save_selector(folder/"checkpoint", info=dls.info | dict(seed=seed, round=k))
+        learn.save_selector(folder/"checkpoint", info=dict(round=k))
         made = dict(
             epochs=len(learn.history.frame),
             selector=policy_fingerprint(load_selector(folder/"checkpoint")),

@@ -15,6 +15,7 @@ import pandas as pd
 from fastcore.basics import patch
 from .core import read_json, rng, write_json
 from .runs import plain
+from .checkpoints import is_checkpoint
 from .items import as_items
 from .evidence import kind_for
 from .groups import RECORD, RLData
@@ -621,7 +622,7 @@ def _unknown_reference(learn, stages):
     for i, stage in enumerate(stages, 1):
         if stage.get("anchor"): known.add(stage["anchor"])
         for ref in _references(stage):
-            if ref not in known and not (Path(ref) / "config.json").is_file(): return i, ref
+            if ref not in known and not is_checkpoint(ref): return i, ref
 
 # %% ../nbs/71_recipes.ipynb #d8d5cbe7
 def _check_fits(learn, r, title, check):
@@ -661,7 +662,7 @@ def fit_recipe(self:Learner,
     kept=None, # folder that many trainings share: what an equal stage has trained is taken from it, see `KeptFit`
     check:str|None="raise", # a Learner that is not what the recipe wants: "raise" | "warn" | None = do not look
     **changes, # as in `recipe`
-)->Learner: # itself; `recipe` is the recipe with its changes, `plan` says what the data decided about its stages
+)->Learner: # itself; `recipe` has its changes, `plan` says what the data decided about stages, `ran` are those that ran
     "Run the stages of a recipe that can teach, in order"
     if resume is not None and kept is not None:
         raise ValueError("fit_recipe: resume beside kept; what is kept goes on after a kill, too: name one of them")
@@ -679,6 +680,7 @@ def fit_recipe(self:Learner,
         trains = stage["n_epoch"] > 0
         folder = Path(resume) / f"{i}-{stage['fit']}" if resume is not None and trains else None
         run_stage(self, stage, folder, kept if trains else None)
+    self.ran = planned["stages"]
     return self
 
 @patch

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['EXACT', 'choose', 'evaluated', 'with_text', 'policy_fingerprint', 'proposer_settings', 'bank_fingerprint',
            'bank_print', 'with_kind', 'run_settings', 'shard_queries', 'run_lock', 'begin_manifest', 'Contents',
-           'begin_run', 'Generation', 'tally', 'flat_queries', 'NotVerified', 'hold', 'TimeLimit', 'TooManyFailures',
-           'generate_together', 'summary_text', 'verified_text', 'generate']
+           'begin_run', 'Generation', 'answerer', 'tally', 'flat_queries', 'NotVerified', 'hold', 'TimeLimit',
+           'TooManyFailures', 'generate_together', 'summary_text', 'verified_text', 'generate']
 
 # %% ../nbs/34_rldata_generate.ipynb #3a6f44c7
 import contextlib, inspect, json, os, platform, re, time
@@ -394,6 +394,17 @@ class Generation:
         return run_settings(self.queries, self.items, self.pool, self.store, self.scorer, self.policy,
                             self.proposing, self.asking, self.guarding.window)
 
+# %% ../nbs/34_rldata_generate.ipynb #25e32dd2
+def answerer(
+    scorer, # see `ask`
+)->dict: # {name, dtype, fingerprint} of its model; all None for one without a model, such as `MockScorer`
+    "Say which model answers"
+    lvlm = getattr(scorer, "lvlm", None)
+    if lvlm is None: return dict(name=None, dtype=None, fingerprint=None)
+    folder = Path(lvlm.name)
+    name = folder.name if folder.is_absolute() else lvlm.name   # where it lies on this machine is nobody's business
+    return dict(name=name, dtype=str(lvlm.model.dtype).removeprefix("torch."), fingerprint=lvlm.fingerprint)
+
 # %% ../nbs/34_rldata_generate.ipynb #13a2de7c
 @patch
 def begin(self:Generation,
@@ -404,9 +415,7 @@ def begin(self:Generation,
     self.contents.compare(self.items, ids)
     self.manifest = begin_manifest(self.path, self.settings, self.shard)
     self.contents.hold(self.items, ids, begun=self.has_parts())
-    if self.job is not None:
-        self.manifest["job"] = plain_settings(self.job)
-        write_json(self.file, self.manifest)
+    self.note_makers()
     test = self.guarding.test
     if test and "self_test" not in self.manifest:
         shots = _tested_shots(self.proposing.shots)
@@ -416,6 +425,17 @@ def begin(self:Generation,
         )
         write_json(self.file, self.manifest)
     return self
+
+@patch
+def note_makers(self:Generation):
+    "Write into the manifest which job this is, and which model answers"
+    makers = {}
+    if self.job is not None: makers["job"] = plain_settings(self.job)
+    lvlm = answerer(self.scorer)
+    if lvlm["name"] is not None: makers["lvlm"] = lvlm
+    if makers == {name: self.manifest.get(name) for name in makers}: return
+    self.manifest |= makers
+    write_json(self.file, self.manifest)
 
 def _tested_shots(shots):
     "The smallest shot count that shows something, or 0 where none does"

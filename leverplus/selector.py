@@ -9,17 +9,20 @@ __all__ = ['check_settings', 'PointerParts', 'Shared', 'distinct_units', 'look_u
            'load_strict', 'check_config', 'Checkpoint', 'PointerSelector', 'plot_steps']
 
 # %% ../nbs/50_selector.ipynb #1db16602
-import inspect, json, math
+import inspect, json, math, warnings
 from dataclasses import dataclass, fields, replace
 from itertools import permutations
 from pathlib import Path
 import torch
 from torch import nn
 from torch.nn import functional as F
-from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
+from huggingface_hub import HfApi, ModelCard, PyTorchModelHubMixin, hf_hub_download
 from safetensors.torch import save_file
 from .core import atomic_path, masked_log_softmax, write_json
-from .checkpoints import check_checkpoint, read_weights
+from leverplus.checkpoints import (
+    STAMP, check_checkpoint, check_digests, check_schema, find_checkpoint, model_card, passport, read_weights, stamp,
+    write_card,
+)
 from leverplus.decode import (
     beam_search, enumerate_all, greedy_search, may_be_empty, sample_distinct, sample_plain,
 )
@@ -712,14 +715,15 @@ def check_config(
     where, # what the message calls it, e.g. the file
 )->tuple: # (settings, info); ValueError for another class, and for settings that are missing or unknown
     "Take a config.json apart"
-    config = dict(config)
+    config = {name: value for name, value in config.items() if name not in STAMP}
     for old, new in _EARLIER_NAMES.items():
         if old in config and new not in config: config[new] = config.pop(old)
     name = config.pop("class", None)
-    info = config.pop("info", {})
+    info = config.pop("info", None) or {}
     if name != cls.__name__:
         raise ValueError(
             f"{where}: a checkpoint of {name!r}, not of {cls.__name__}; load it with its own class")
+    if not isinstance(info, dict): raise ValueError(f"{where}: info is a {type(info).__name__}, wanted an object")
     known = set(inspect.signature(cls.__init__).parameters) - {"self"}
     if "min_shots" in known - config.keys() and config.get("stop"):
         raise ValueError(
@@ -732,57 +736,96 @@ def check_config(
 
 # %% ../nbs/50_selector.ipynb #31860fac
 # arguments of `from_pretrained` that are for the hub
-_HUB = {"revision", "cache_dir", "force_download", "proxies", "resume_download", "token", "local_files_only"}
+_HUB = {"revision", "cache_dir", "force_download", "token", "local_files_only"}
 
 class Checkpoint(PyTorchModelHubMixin):
-    "Save and load a module whose `config` holds its arguments and whose `info` is for its readers"
+    "Save and load a selector whose `config` holds its arguments and whose `info` is for its readers"
+    made = None   # schema and version of the file that it was loaded from; None: it was not loaded
+
+    @property
+    def passport(self)->dict: # {name: value}, always the same names; None: not known
+        "What it is for, and what it was made with; see `05_checkpoints`"
+        return passport({**(self.made or stamp({}, {})), **self._about()})
+
+    def _about(self): return {"class": type(self).__name__, **self.config, "info": self.info}
+
     def save_pretrained(self,
         path, # folder; made if needed
-        info:dict|None=None, # for its readers, as JSON: pool recipe, data fingerprint, metrics; default `self.info`
+        info:dict|None=None, # for its readers, as JSON, see `passport`; default `self.info`
+        *,
+        model_card_kwargs:dict|None=None, # of `model_card`: the name of the checkpoint; default that of the folder
         **kwargs, # for PyTorchModelHubMixin, e.g. `push_to_hub=True, repo_id="me/selector"`
     ):
-        "Write weights, settings and `info`"
+        "Write weights, settings and `info`, and a card that says them; a card that was edited is kept, with a warning"
         # what is not JSON is refused before a file is touched
         if info is not None: self.info = json.loads(json.dumps(info))
+        self.made = None
+        readme = Path(path).absolute()/"README.md"
+        named = dict(name=readme.parent.name) | (model_card_kwargs or {})
+        if not write_card(readme, model_card(self.passport, **named)):
+            warnings.warn(f"{readme}: somebody has edited this card, so it is kept; remove it for a new one")
         return super().save_pretrained(path, **kwargs)
 
     def _save_pretrained(self, save_directory):
         weights = {k: v.contiguous() for k, v in self.state_dict().items()}
         with atomic_path(save_directory/"model.safetensors") as tmp: save_file(weights, tmp)
-        about = {"class": type(self).__name__, **self.config, "info": self.info}
-        write_json(save_directory/"config.json", about, indent=2)
+        write_json(save_directory/"config.json", stamp(self._about(), weights), indent=2)
+
+    def push_to_hub(self,
+        repo_id:str, # "owner/name"; without an owner it is yours
+        *,
+        model_card_kwargs:dict|None=None, # as in `save_pretrained`; default the name on the hub
+        **kwargs, # for PyTorchModelHubMixin
+    )->str: # address of the commit
+        "Upload what `save_pretrained` writes"
+        if "/" not in repo_id: repo_id = f"{HfApi(token=kwargs.get('token')).whoami()['name']}/{repo_id}"
+        named = dict(name=repo_id) | (model_card_kwargs or {})
+        return super().push_to_hub(repo_id, model_card_kwargs=named, **kwargs)
+
+    def generate_model_card(self, **kwargs): return ModelCard(model_card(self.passport, **kwargs))
 
     @classmethod
     def from_pretrained(cls,
-        path, # folder of `save_pretrained`, or a name on the hub; ValueError names a file that is broken
+        path, # a checkpoint, a run, or a name on the hub, see `find_checkpoint`
         **kwargs, # for PyTorchModelHubMixin, and settings that are to differ from the stored ones
     ):
-        "Load what `save_pretrained` wrote, strictly"
-        check_checkpoint(path)
-        return super().from_pretrained(path, **kwargs)
+        "Load what `save_pretrained` wrote, strictly; ValueError names a file that is broken, changed or another's"
+        folder = find_checkpoint(path)
+        if isinstance(folder, str): folder = _download(folder, {k: v for k, v in kwargs.items() if k in _HUB})
+        check_checkpoint(folder)
+        return super().from_pretrained(folder, **kwargs)
 
     @classmethod
-    def _from_pretrained(cls, *, model_id, config=None, map_location="cpu", **kwargs):
+    def _from_pretrained(cls, *, model_id, config, map_location="cpu", **kwargs):
         where = Path(model_id)/"config.json"
         file = Path(model_id)/"model.safetensors"
-        if config is None:
-            raise FileNotFoundError(
-                f"{where}: no such file; a checkpoint is a folder with config.json and model.safetensors")
+        schema = check_schema(config, where)
         settings, info = check_config(cls, config, where)
-        hub = {k: v for k, v in kwargs.items() if k not in settings}
-        odd = hub.keys() - _HUB
+        odd = kwargs.keys() - settings.keys() - _HUB
         if odd:
             raise TypeError(
                 f"from_pretrained got {', '.join(sorted(odd))}: neither a setting of {cls.__name__} nor of"
                 " the hub")
-        model = cls(**{k: kwargs.get(k, v) for k, v in settings.items()})
-        here = Path(model_id).is_dir()
-        if not here: file = Path(hf_hub_download(model_id, file.name, **hub))
-        if here and not file.exists():
-            raise FileNotFoundError(f"{file}: no such file; was the checkpoint copied whole?")
-        load_strict(model, read_weights(file), file)
+        model = _made_of(cls, {k: kwargs.get(k, v) for k, v in settings.items()}, where)
+        weights = read_weights(file)
+        load_strict(model, weights, file)
+        check_digests(config, weights, where, file)
         model.info = info
+        model.made = dict(schema=schema, leverplus=config.get("leverplus"))
         return model.to(map_location).eval()
+
+def _download(name, how):
+    "Folder of a selector that lies on the hub"
+    try: files = [hf_hub_download(name, file, **how) for file in ("config.json", "model.safetensors")]
+    except OSError as e:
+        raise FileNotFoundError(f"{name}: no such folder, and no such selector on the hub: {e}") from e
+    return Path(files[0]).parent
+
+def _made_of(cls, settings, where):
+    "A module of these settings"
+    try: return cls(**settings)
+    except (AssertionError, RuntimeError, TypeError, ValueError) as e:
+        raise ValueError(f"{where}: no {cls.__name__} can be made of its settings: {e}") from e
 
 # %% ../nbs/50_selector.ipynb #c88fa2f3
 _GROUPS = dict( # what a parameter does, by the first part of its name

@@ -21,12 +21,12 @@ from .evidence import kind_for, n_evidence
 from .groups import FACT_COLUMNS, RLData, column_content
 from .rewards import reward_facts
 from .rldata_ask import FactCache, check_contents, same_scorer
-from .rldata_generate import bank_print, policy_fingerprint, run_lock, with_text
+from .rldata_generate import answerer, bank_print, policy_fingerprint, run_lock, with_text
 from .rldata_merge import merge, split
 from .rldata_scale import reads_evidence # that page also teaches `Job` to read items and embeddings
 from .dls import group_dls
 from .callback_onpolicy import Feedback, GreedyLoss
-from .learner import load_selector, selector_learner
+from .learner import load_selector, mean_interval, selector_learner
 from .recipes import DATA, RECIPES, recipe, recipe_learner
 
 # %% ../nbs/74_training.ipynb #d8b7c687
@@ -132,8 +132,7 @@ def learner_of(
 def _opened(teaching, start):
     "The selector that training starts from; None: a new one"
     if start is not None or teaching.start is None: return start
-    run = Path(teaching.start).expanduser()/"checkpoint"
-    return load_selector(run if run.is_dir() else teaching.start)
+    return load_selector(teaching.start)
 
 def _learner_of_objective(data, teaching, rewarding, start):
     trained_on = (getattr(start, "info", None) or {}).get("kind")
@@ -259,7 +258,9 @@ def train_run(
         run = Run.create(path, settings, teaching.seed, prints, overwrite=overwrite)
         if by_accuracy: learn.choose_by = accuracy_chooser(path, data, scorer, learn, asking, progress=say is None)
         with epoch_lines(learn, say): fit(Path(path)/"state")
-        return _kept(run, learn, teaching, by_accuracy)
+        info = _more_known(data, teaching, start, prints)
+        if by_accuracy: info |= _who_chose(scorer, data.job.model, asking)
+        return _kept(run, learn, info)
 
 def _asks_bank(teaching, start, among):
     "Does a selector read evidence: the one to start from, or a new one whose recipe can learn from it?"
@@ -301,16 +302,28 @@ def _check_looks(teaching, choosing, among):
         " keep its best"
     )
 
-def _kept(run, learn, teaching, by_accuracy):
+def _more_known(data, teaching, start, prints):
+    "What the checkpoint of a run can say that its Learner does not know"
+    known = dict(recipe=teaching.name)
+    if teaching.objective: known = dict(objective=teaching.objective, changes=dict(teaching.set or {}))
+    if start is not None: known["start"] = prints["start"]
+    return known | dict(seed=teaching.seed, encoder_name=data.job.data.clip)
+
+def _who_chose(scorer, model, asking):
+    "Whoever chose the epoch by accuracy is who gave the facts: `same_scorer` has seen to it"
+    lvlm = answerer(scorer) | dict(name=model.lvlm)
+    return dict(choose="accuracy", lvlm=lvlm, asking=plain_settings(asking))
+
+def _kept(run, learn, info):
     "Write history and checkpoint, and how good they are"
     history = learn.history.frame
     regret = float(history.valid_loss.min()) if len(history) else math.nan      # the smallest of all epochs
     accuracy = {}
-    if by_accuracy: accuracy["dev_accuracy"] = 1 - float(learn.choose_by(learn).mean())
-    what = dict(objective=teaching.objective) if teaching.objective else dict(recipe=teaching.name)
+    if "choose" in info:
+        wrong = learn.choose_by(learn)   # [development questions], 0..1
+        accuracy["dev_accuracy"] = 1 - float(wrong.mean())
+        info = info | dict(metrics=dict(accuracy=mean_interval(1 - wrong)))
     run.save_history(history)
     if getattr(learn, "plan", None): write_json(run.path/"plan.json", learn.plan, indent=2)
-    info = learn.dls.info | dict(seed=teaching.seed, **what)
-    if by_accuracy: info["choose"] = "accuracy"
     learn.save_selector(run.checkpoint, info=info)
     return run.finish(smallest_regret=regret, epochs_done=len(history), **accuracy)

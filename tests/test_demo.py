@@ -68,6 +68,12 @@ def test_run_explains_itself(demo):
     assert settings["finished"]
     assert load_selector(path / "checkpoint").info["pool"]["K"] == 16
     assert load_selector(path / "checkpoint").info["recipe"] == "ours"
+    says = load_selector(path).passport
+    mine = table[table.selector == "ours"].set_index("shots")
+    known = says["metrics"]["accuracy, 2 shown"]
+    assert (known["value"], known["low"], known["high"]) == tuple(mine.loc[2, ["acc", "lo", "hi"]])
+    assert says["metrics"]["regret"]["n"] == len(RLData.load(path/"groups"/"dev").queries)
+    assert says["lvlm"] == "tiny-qwen2.5-vl" and says["lvlm_fingerprint"] and says["dtype"] == "float32"
     assert len(read_json(path/"looks.json")) == 1
 
 def test_second_run_changes_nothing(demo):

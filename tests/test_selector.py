@@ -3,6 +3,7 @@ import itertools, json, math, subprocess, sys
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file, save_file
+from leverplus.checkpoints import STAMP
 from leverplus.core import frozen
 from leverplus.decode import check_room, gumbel_given_max
 from leverplus.losses import entropy_steps, kl_exact
@@ -842,9 +843,11 @@ def test_strict_config(ckpt):
     (d/"config.json").unlink()
     with pytest.raises(FileNotFoundError, match="config.json"): PointerSelector.from_pretrained(d)
 
+UNSTAMPED = dict.fromkeys(STAMP, "DROP") # as checkpoints were before they had a stamp
+
 def test_a_checkpoint_that_says_temperature_loads(ckpt):
     m, d = ckpt
-    edit_config(d, temp="DROP", temperature=.3)
+    edit_config(d, temp="DROP", temperature=.3, **UNSTAMPED)
     back = PointerSelector.from_pretrained(d)
     assert back.pointer_temp == back.config["temp"] == .3 and "temperature" not in back.config
     assert PointerSelector.from_pretrained(d, temp=.5).pointer_temp == .5
@@ -853,7 +856,7 @@ def test_a_checkpoint_that_says_temperature_loads(ckpt):
 
 def test_a_checkpoint_from_before_the_empty_sequence(ckpt):
     m, d = ckpt
-    edit_config(d, min_shots="DROP")
+    edit_config(d, min_shots="DROP", **UNSTAMPED)
     assert PointerSelector.from_pretrained(d).config == m.config   # without STOP it means the same
     edit_config(d, stop=True)   # STOP was another one
     with pytest.raises(ValueError, match="config.json: a selector with stop=True from before.*train it again"):
