@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FIELDS', 'SCHEMA', 'keep_picture', 'solved_items', 'read_solved', 'DemoBank']
 
-# %% ../nbs/25_bank.ipynb #e7f5c942
+# %% ../nbs/25_bank.ipynb #916061d3
 import io, re, shutil
 from functools import cached_property
 from pathlib import Path
@@ -55,7 +55,7 @@ def _written(data, folder):
         with atomic_path(path) as tmp: tmp.write_bytes(data)
     return str(path)
 
-# %% ../nbs/25_bank.ipynb #931409c9
+# %% ../nbs/25_bank.ipynb #76e27c10
 FIELDS = ("question_id", "image", "image_id", "question", "answer", "answers") # what a column may be
 
 def solved_items(
@@ -77,10 +77,10 @@ def _renamed(table, columns):
     lost = [name for name in columns.values() if name not in table]
     there = ", ".join(map(str, table.columns))
     if lost: raise ValueError(f"columns: there is no column {lost[0]!r}; there are {there}")
+    own = {name: field for field, name in columns.items()}
     known = {"image_path": "image", "direct_answers": "answers"}
-    names = {name: field for name, field in known.items() if name in table and field not in table}
-    names = {name: field for name, field in names.items() if field not in columns}
-    table = table.rename(columns=names | {name: field for field, name in columns.items()})
+    names = {name: field for name, field in known.items() if field not in table and field not in columns}
+    table = table.rename(columns=names | own)
     if "question" in table: return table
     raise ValueError(
         f"no column question; there are {there}: say columns=dict(question=..., answer=..., image=...)")
@@ -326,7 +326,7 @@ def _check_free(folder):
     if not (folder/"bank.json").exists(): return
     raise ValueError(f"{folder}: holds a bank; open it with DemoBank.open and `append`, or name another folder")
 
-# %% ../nbs/25_bank.ipynb #e5562b4f
+# %% ../nbs/25_bank.ipynb #2d91de33
 SCHEMA = 1 # of `bank.json`; a larger one is of a later version of this package
 
 @patch
@@ -371,7 +371,7 @@ def open(cls:DemoBank,
     file = part/"items.parquet"
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file, though bank.json names it; copy the folder whole")
-    items = pd.read_parquet(file)
+    items = _with_lists(pd.read_parquet(file))
     paths = [None if path is None else str(folder/path) for path in picture_paths(items)]
     items = items.assign(image_path=_objects(paths, items))
     bank = cls(items, EmbedStore.load(part), encoder, about["info"])
@@ -380,6 +380,11 @@ def open(cls:DemoBank,
             f"{folder}: bank.json says {about['fingerprint']}, the content gives {bank.fingerprint}: was it edited?")
     bank.folder = folder
     return bank
+
+def _with_lists(frame):
+    "Lists as they were saved, which parquet gives back as arrays"
+    def plain(x): return x.tolist() if isinstance(x, np.ndarray) else x
+    return frame.assign(**{c: frame[c].map(plain) for c in frame if frame[c].map(type).eq(np.ndarray).any()})
 
 def _check_about(about, file):
     "Refuse what is no head of a bank, or one of a later version"
