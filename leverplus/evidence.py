@@ -181,8 +181,9 @@ def _meet(self:Evidence, queries):
 @patch
 def _cosines(self:Evidence, queries):
     "Cosines with the bank [B,N]; -3 for what has the query's picture, the query itself among them"
+    same = self.same_picture(queries)
     cos = self.store.get(queries, self.kind) @ self.vecs.T
-    return cos.masked_fill(self.same_picture(queries), -3.)
+    return cos.masked_fill(same, -3.)
 
 @patch
 def same_picture(self:Evidence,
@@ -257,11 +258,11 @@ def _about(self:Evidence, queries, rows, there):
     votes = said.votes.gather(-1, answer.expand(len(OPINIONS), -1, -1)) - own * self.own_worth[rows]
     others = said.answer[:, :, None] - own[..., None] * self.means[rows] + self.usual
     agrees = torch.einsum("obka,bka->obk", F.normalize(others, dim=-1), self.vectors[answer])
-    same = (answer[:, :, None] == answer[:, None]) & there[:, None]
+    often = torch.zeros(len(answer), len(self.texts)).scatter_add(1, answer, there.float())
     alone = [
         self._length(answer, lambda text: len(text.split())),
         self._length(answer, len),
-        same.sum(-1).clamp(min=1).float().log(),
+        often.gather(1, answer).clamp(min=1).log(),   # of those who show the same
     ]
     similar = self._own_similar(queries, rows)
     among = self._pool_votes(similar, rows, there).clamp(min=0).sqrt()
