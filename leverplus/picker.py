@@ -22,13 +22,13 @@ from .prompt import STYLES, Demo, Prompt, messages
 from .bank import DemoBank, SettledClip, asked_items
 from .learner import load_selector
 
-# %% ../nbs/78_picker.ipynb #29036d81
+# %% ../nbs/78_picker.ipynb #0011b585
 _SENT_AS_THEY_ARE = ("JPEG", "PNG", "WEBP", "GIF") # what such servers read
 
 def data_url(
     path, # a picture file; `BadPicture` names it if it cannot be read
 )->str: # "data:image/png;base64,..."
-    "Put a picture into a data URL: as it is, or as PNG where others might read it otherwise than `open_image`"
+    "Put a picture into a data URL: as it is, or as PNG where others might read it otherwise than we do"
     data = read_picture(path)
     seen = open_image(data, path)
     with Image.open(io.BytesIO(data)) as image:
@@ -46,7 +46,9 @@ def openai_messages(
 )->list: # chat messages with `image_url`
     "Chat messages of a prompt, as OpenAI-compatible servers take them"
     def url(path): return data_url(path) if data else Path(path).resolve().as_uri()
-    def part(x): return x if x["type"] == "text" else dict(type="image_url", image_url=dict(url=url(x["image"])))
+    def part(x):
+        if x["type"] == "text": return x
+        return dict(type="image_url", image_url=dict(url=url(x["image"])))
     return [dict(role=turn["role"], content=[part(x) for x in turn["content"]]) for turn in messages(prompt)]
 
 # %% ../nbs/78_picker.ipynb #74cf0370
@@ -109,7 +111,7 @@ def show(self:Picked,
         ax.set_xlabel(answer, fontsize=9)
     return axes
 
-# %% ../nbs/78_picker.ipynb #aabbec03
+# %% ../nbs/78_picker.ipynb #4474e1c9
 class Picks(list):
     "A list of `Picked`"
     def frame(self)->pd.DataFrame: # a row per question: question_id, question, pointer, ids, answers, logp, candidates
@@ -123,7 +125,8 @@ class Picks(list):
         "Write what was picked"
         if messages not in (None, "qwen", "openai"):
             raise ValueError(f"messages {messages!r}: wanted 'qwen', 'openai' or None")
-        with atomic_path(path) as tmp: tmp.write_text("".join(_line(one, messages) for one in self), encoding="utf8")
+        lines = "".join(_line(one, messages) for one in self)
+        with atomic_path(path) as tmp: tmp.write_text(lines, encoding="utf8")
         return Path(path)
 
 def _line(picked, form):
@@ -133,7 +136,7 @@ def _line(picked, form):
     if form == "openai": row["messages"] = picked.openai()
     return json.dumps(row, ensure_ascii=False) + "\n"
 
-# %% ../nbs/78_picker.ipynb #3bfba210
+# %% ../nbs/78_picker.ipynb #d874d108
 class Picker:
     "A trained selector that picks demonstrations for new questions"
     def __init__(self,
@@ -150,7 +153,8 @@ class Picker:
         if self.encoder is not None: check_encoder(model, self.encoder.fingerprint)
         self.sampler = sampler
         self.style = style or (info.get("asking") or {}).get("style") or "interleaved"
-        if self.style not in STYLES: raise ValueError(f"style {self.style!r}: wanted one of {', '.join(STYLES)}")
+        if self.style not in STYLES:
+            raise ValueError(f"style {self.style!r}: wanted one of {', '.join(STYLES)}")
         self._temporary = tempfile.TemporaryDirectory() if keep is None else None
         self.keep = Path(keep or self._temporary.name)
 
@@ -178,7 +182,7 @@ class Picker:
         "Does the selector read what the answers of the bank say?"
         return getattr(self.model, "n_evidence", 0) > 0
 
-# %% ../nbs/78_picker.ipynb #084f4f6f
+# %% ../nbs/78_picker.ipynb #be55d82a
 @patch
 def check_bank(self:Picker,
     bank:DemoBank, # examples to pick from
@@ -188,8 +192,8 @@ def check_bank(self:Picker,
     if self.encoder is not None: bank.encoder = self.encoder
     elif self.info.get("encoder") is None:
         raise ValueError(
-            "the checkpoint does not say which encoder made the vectors that it was trained on: if you know, say"
-            " encoder=")
+            "the checkpoint does not say which encoder made the vectors that it was trained on: if you know, "
+            "say encoder=")
     return bank.encoder
 
 # %% ../nbs/78_picker.ipynb #98eb107b
@@ -240,7 +244,7 @@ class _Work:
         drawn = draw_block(keys, sims, barred, self.parts).numpy()
         return offered[drawn], torch.ones(drawn.shape, dtype=torch.bool)
 
-# %% ../nbs/78_picker.ipynb #286d03dc
+# %% ../nbs/78_picker.ipynb #e18ffb04
 @patch
 def batch(self:Picker,
     questions, # DataFrame with question and maybe image, a Dataset, a file: what `asked_items` takes; no answers needed
@@ -276,8 +280,8 @@ def _check_free(questions, free, shots):
     few = free < max(shots, 1)
     if not few.any(): return
     i = few.argmax()
-    raise ValueError(
-        f"question {questions.question.iloc[i]!r}: {free[i]} examples of the bank may be shown, {shots} are asked for")
+    asked = questions.question.iloc[i]
+    raise ValueError(f"question {asked!r}: {free[i]} examples of the bank may be shown, {shots} are asked for")
 
 @patch
 def _asked(self:Picker, bank, questions, same):
@@ -318,8 +322,9 @@ def _shown(self:Picker, work, b, pointer, logp, candidates):
     items = work.bank.items.loc[pointer]
     shown = zip(pointer, picture_paths(items), items.question, items.answer)
     demos = tuple(Demo(*one) for one in shown)
-    question = work.questions.iloc[[b]]
-    prompt = Prompt(question.index[0].item(), picture_paths(question)[0], question.question.iloc[0], demos, self.style)
+    asked = work.questions.iloc[[b]]
+    image = picture_paths(asked)[0]
+    prompt = Prompt(asked.index[0].item(), image, asked.question.iloc[0], demos, self.style)
     return Picked(prompt, items, work.bank.given(pointer), logp, candidates)
 
 # %% ../nbs/78_picker.ipynb #d1b77275

@@ -146,7 +146,7 @@ def test_what_cannot_be_used_is_named(frame, columns, says):
     with pytest.raises(ValueError, match=says): solved_items(frame, columns)
 
 def test_other_sources_are_refused(tmp_path):
-    with pytest.raises(TypeError, match="solved examples are a int"): solved_items(3)
+    with pytest.raises(TypeError, match="examples are a int"): solved_items(3)
     with pytest.raises(FileNotFoundError, match="nowhere"): solved_items(tmp_path/"nowhere")
     with pytest.raises(ValueError, match="there is none"): solved_items(tmp_path)
     rows().to_csv(tmp_path/"a.csv")
