@@ -62,7 +62,7 @@ READS = [NAMES.index(n) for n in ("similar", "rank", "votes_pool", "votes_ridge"
 @dataclass
 class Opinion:
     "What the bank says about some queries"
-    weight:torch.Tensor # [3,B,N] of the bank's questions, by `OPINIONS`; 0 for what is not near or has the query's picture
+    weight:torch.Tensor # [3,B,N] of the bank's questions, by `OPINIONS`; 0 for what is far or has the query's picture
     votes:torch.Tensor # [3,B,V] for each of the V answers
     answer:torch.Tensor # [3,B,A] mean answers, not normalised
 
