@@ -3,6 +3,7 @@ import base64, io, json
 import numpy as np, pandas as pd, pytest, torch
 from PIL import Image
 from leverplus.bank import DemoBank
+from leverplus.cli import main
 from leverplus.core import repo_path
 from leverplus.data import read_okvqa
 from leverplus.embed import EmbedStore, embed_items, load_clip
@@ -249,3 +250,31 @@ def test_real_questions(okvqa):
     asked = read_soft_labels(okvqa, "val").iloc[:20]
     picks = Picker(selector("text+answers")).batch(asked.drop(columns=["answer", "answers"]), real, 3, K=64)
     assert all(len(set(p.pointer)) == 3 and set(p.pointer) <= set(p.candidates) for p in picks)
+
+# ---- from a shell --------------------------------------------------------------------------------------------
+
+def shell(words, capsys, status=0):
+    assert main(words.split()) == status
+    said = capsys.readouterr()
+    return said.out if status == 0 else said.err
+
+def test_a_bank_and_a_pick_from_a_shell(tmp_path, capsys, monkeypatch):
+    "Two files of examples, one after the other; then a question about a picture"
+    monkeypatch.chdir(tmp_path)
+    for name, colour in dict(a="red", b="blue").items():
+        Image.new("RGB", (32, 32), colour).save(f"{name}.png")
+        pd.DataFrame(dict(q=["What colour?", f"Which {name}?"], said=[colour, name], photo=[f"{name}.png", ""])).to_csv(
+            f"{name}.csv", index=False)
+    make = "bank --columns question=q answer=said image=photo --quiet --out bank --source"
+    assert "examples" in shell(f"{make} a.csv --dry-run", capsys) and not (tmp_path/"bank").exists()
+    assert "DemoBank(2 examples" in shell(f"{make} a.csv", capsys)
+    assert "DemoBank(4 examples" in shell(f"{make} b.csv", capsys)
+    assert "DemoBank(4 examples" in shell(f"{make} a.csv", capsys)
+    selector().save_pretrained(tmp_path/"selector")
+    ask = "pick --question What colour is it? --image a.png --bank bank --selector selector --candidates all"
+    want = Picker.from_pretrained(tmp_path/"selector")("a.png", "What colour is it?", DemoBank.open("bank"), K="all")
+    assert json.loads(shell(ask, capsys)) == want.messages()
+    assert json.loads(shell(f"{ask} --openai", capsys)) == want.openai()
+    assert "the whole bank" in shell(f"{ask} --dry-run", capsys)
+    assert "wanted FIELD=NAME" in shell("bank --columns question --out bank --source a.csv", capsys, 2)
+    assert "bank.json: no such file" in shell("pick --question x --bank nowhere --selector selector", capsys, 2)
