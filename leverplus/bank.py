@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FIELDS', 'BANK_SCHEMA', 'keep_picture', 'solved_items', 'asked_items', 'read_solved', 'SettledClip', 'DemoBank']
 
-# %% ../nbs/25_bank.ipynb #1bc3562e
+# %% ../nbs/25_bank.ipynb #1bba0ebb
 import io, re, shutil
 from functools import cached_property
 from pathlib import Path
@@ -14,20 +14,16 @@ from urllib.request import url2pathname
 import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
 from PIL import Image, ImageOps
-from leverplus.core import (
-    ask_for_a_folder, atomic_path, fingerprint, parse_json, read_json, world_path, write_json,
-)
+from .core import ask_for_a_folder, atomic_path, fingerprint, parse_json, read_json, world_path, write_json
 from .runs import library_versions
 from .pictures import BadPicture, content_hash, picture_fault, picture_key
 from .items import as_id, as_image_id, as_items, given_ids, picture_paths
-from leverplus.data import (
-    PictureFolder, items_fingerprint, majority, read_okvqa, read_soft_labels, read_vqav2,
-)
+from .data import PictureFolder, items_fingerprint, majority, read_okvqa, read_soft_labels, read_vqav2
 from .embed import Clip, EmbedStore, embed_items, gather_stores, load_clip
 from .pools import encoder_of, image_groups
 from .evidence import BankStore, plain_kind
 
-# %% ../nbs/25_bank.ipynb #7b0b4429
+# %% ../nbs/25_bank.ipynb #3b909f53
 def keep_picture(
     picture, # path, bytes, an image of Pillow, {"bytes", "path"} as datasets have it; None, nan or "": there is none
     folder=None, # where what is no file yet is written to; made if absent; None: such a picture is a ValueError
@@ -36,9 +32,12 @@ def keep_picture(
     if isinstance(picture, dict): picture = picture.get("bytes") or picture.get("path")
     if isinstance(picture, (bytes, bytearray)): return _written(bytes(picture), folder)
     if isinstance(picture, Image.Image): return _written(_as_png(picture), folder)
-    if picture is None or picture is pd.NA or picture != picture or str(picture).strip() == "": return None
-    is_url = str(picture).lower().startswith("file:")
-    return url2pathname(urlparse(str(picture)).path) if is_url else str(picture)
+    if picture is None or picture is pd.NA or isinstance(picture, float): return None
+    if not isinstance(picture, (str, Path)):
+        raise ValueError(f"a picture is a {type(picture).__name__}, wanted a path, bytes, or an image of Pillow")
+    path = str(picture).strip()
+    if path.lower().startswith("file:"): return url2pathname(urlparse(path).path)
+    return path or None
 
 def _as_png(image):
     "Bytes of a PNG file that shows what an image of Pillow shows"
@@ -331,7 +330,7 @@ def _source(clip):
     source = clip.model.name_or_path
     return None if source == str(world_path("models", "tiny-clip")) else source
 
-# %% ../nbs/25_bank.ipynb #27ff42ad
+# %% ../nbs/25_bank.ipynb #fe0a4309
 @patch(cls_method=True)
 def build(cls:DemoBank,
     source, # whatever holds solved examples, see `solved_items`
@@ -342,21 +341,21 @@ def build(cls:DemoBank,
     images=None, # folder of pictures, see `solved_items`
 )->DemoBank: # a missing or broken picture is a `BadPicture` that names it
     "Make a bank"
-    if folder is not None: _check_free(ask_for_a_folder(folder))
+    if folder is not None: folder = _free(ask_for_a_folder(folder).expanduser())
     items = solved_items(source, columns, images, _pictures_of(folder))
     clip = SettledClip(load_clip(encoder))
     bank = cls(items, embed_items(items, clip, progress=progress), clip)
     if folder is not None: bank.save(folder)
     return bank
 
-def _pictures_of(folder): return None if folder is None else Path(folder)/"pictures"
+def _pictures_of(folder): return None if folder is None else folder/"pictures"
 
-def _check_free(folder):
-    "Refuse a folder that holds a bank"
-    if not (folder/"bank.json").exists(): return
+def _free(folder):
+    "The folder, if it holds no bank"
+    if not (folder/"bank.json").exists(): return folder
     raise ValueError(f"{folder}: holds a bank: DemoBank.open it and append, or name another folder")
 
-# %% ../nbs/25_bank.ipynb #cc95ab0c
+# %% ../nbs/25_bank.ipynb #dda75ec5
 BANK_SCHEMA = 1 # of `bank.json`; a larger one is of a later version of this package
 
 @patch
@@ -364,7 +363,7 @@ def save(self:DemoBank,
     folder=None, # made if absent; None: where the bank was opened, or saved before
 )->Path: # the folder
     "Write the bank; whoever opens it meanwhile finds the old one or the new one"
-    folder = self.folder if folder is None else ask_for_a_folder(folder)
+    folder = self.folder if folder is None else ask_for_a_folder(folder).expanduser()
     if folder is None: raise ValueError("this bank has no folder yet: say folder=")
     part = folder/self.fingerprint
     self.store.save(part)
