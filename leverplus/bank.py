@@ -14,11 +14,15 @@ from urllib.request import url2pathname
 import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
 from PIL import Image, ImageOps
-from .core import ask_for_a_folder, atomic_path, fingerprint, parse_json, read_json, world_path, write_json
+from leverplus.core import (
+    ask_for_a_folder, atomic_path, fingerprint, parse_json, read_json, world_path, write_json,
+)
 from .runs import library_versions
 from .pictures import BadPicture, content_hash, picture_fault, picture_key
 from .items import as_id, as_image_id, as_items, given_ids, picture_paths
-from .data import PictureFolder, items_fingerprint, majority, read_okvqa, read_soft_labels, read_vqav2
+from leverplus.data import (
+    PictureFolder, items_fingerprint, majority, read_okvqa, read_soft_labels, read_vqav2,
+)
 from .embed import Clip, EmbedStore, embed_items, gather_stores, load_clip
 from .pools import encoder_of, image_groups
 from .evidence import BankStore, plain_kind

@@ -51,7 +51,7 @@ def openai_messages(
         return dict(type="image_url", image_url=dict(url=url(x["image"])))
     return [dict(role=turn["role"], content=[part(x) for x in turn["content"]]) for turn in messages(prompt)]
 
-# %% ../nbs/78_picker.ipynb #74cf0370
+# %% ../nbs/78_picker.ipynb #b829c734
 @dataclass(repr=False)
 class Picked:
     "Demonstrations for a question"
@@ -60,6 +60,7 @@ class Picked:
     ids:list # their ids as they were given
     logp:float # log-probability of the sequence; 0 where there was nothing to choose
     candidates:list # question_ids that the bank was narrowed to
+    held:object=None # what keeps a picture from memory on disk, see `keep` of `Picker`
 
     @property
     def pointer(self)->tuple:
@@ -136,7 +137,7 @@ def _line(picked, form):
     if form == "openai": row["messages"] = picked.openai()
     return json.dumps(row, ensure_ascii=False) + "\n"
 
-# %% ../nbs/78_picker.ipynb #d874d108
+# %% ../nbs/78_picker.ipynb #64801088
 class Picker:
     "A trained selector that picks demonstrations for new questions"
     def __init__(self,
@@ -144,7 +145,7 @@ class Picker:
         encoder=None, # what `load_clip` takes; ValueError if the selector was trained with another; None: the bank's
         sampler:str|None=None, # text | image | mixed: how the bank is narrowed; None: see `narrowing`
         style:str|None=None, # of the prompt, one of STYLES; None: what the checkpoint says, or interleaved
-        keep=None, # folder for pictures that are no files; None: a temporary one, there as long as the picker is
+        keep=None, # folder for pictures that are no files; None: a temporary one, as long as picker or picks are there
     ):
         self.model = model.eval()
         info = getattr(model, "info", None) or {}
@@ -196,7 +197,7 @@ def check_bank(self:Picker,
             "say encoder=")
     return bank.encoder
 
-# %% ../nbs/78_picker.ipynb #98eb107b
+# %% ../nbs/78_picker.ipynb #7c97f1c7
 @patch
 def narrowing(self:Picker,
     bank:DemoBank, # examples to pick from
@@ -210,7 +211,7 @@ def narrowing(self:Picker,
     trained_on = rule.get("sampler")
     if self.sampler is not None: return sampler_parts(self.sampler, K)
     if trained_on in ("text", "image", "mixed"): return sampler_parts(trained_on, K)
-    return {plain_kind(bank.store.kind(self._kind(bank))): K}
+    return {self._kind(bank): K}
 
 @patch
 def _kind(self:Picker, bank):
@@ -244,7 +245,7 @@ class _Work:
         drawn = draw_block(keys, sims, barred, self.parts).numpy()
         return offered[drawn], torch.ones(drawn.shape, dtype=torch.bool)
 
-# %% ../nbs/78_picker.ipynb #e18ffb04
+# %% ../nbs/78_picker.ipynb #61573271
 @patch
 def batch(self:Picker,
     questions, # DataFrame with question and maybe image, a Dataset, a file: what `asked_items` takes; no answers needed
@@ -325,7 +326,7 @@ def _shown(self:Picker, work, b, pointer, logp, candidates):
     asked = work.questions.iloc[[b]]
     image = picture_paths(asked)[0]
     prompt = Prompt(asked.index[0].item(), image, asked.question.iloc[0], demos, self.style)
-    return Picked(prompt, items, work.bank.given(pointer), logp, candidates)
+    return Picked(prompt, items, work.bank.given(pointer), logp, candidates, self._temporary)
 
 # %% ../nbs/78_picker.ipynb #d1b77275
 @patch

@@ -1,5 +1,6 @@
 "A picker: narrowing, picking, prompts, and what it refuses"
-import base64, io, json
+import base64, gc, io, json
+from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from PIL import Image
 from leverplus.bank import DemoBank
@@ -111,6 +112,16 @@ def test_pictures_from_memory_are_the_same(bank, questions):
     path = questions.image_path.iloc[0]
     forms = [path, open(path, "rb").read(), Image.open(path), open_image(path)]
     assert len({pick(form, "What is it?", bank).pointer for form in forms}) == 1
+
+def test_a_pick_outlives_its_picker(bank, questions):
+    "The picture from memory lies on disk as long as somebody may want it"
+    picked = Picker(selector())(open_image(questions.image_path.iloc[0]), "What is it?", bank)
+    gc.collect()
+    assert picked.openai()[0]["content"][-2]["image_url"]["url"].startswith("data:image/png")
+    path = Path(picked.prompt.image)
+    del picked
+    gc.collect()
+    assert not path.exists()
 
 # ---- how many ------------------------------------------------------------------------------------------------
 
