@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['data_url', 'openai_messages', 'Picked', 'Picks', 'Picker']
 
-# %% ../nbs/78_picker.ipynb #77985536
-import base64, io, json, tempfile, textwrap
+# %% ../nbs/78_picker.ipynb #b00c91cf
+import base64, io, json, shutil, tempfile, textwrap, weakref
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, pandas as pd, torch
@@ -137,7 +137,13 @@ def _line(picked, form):
     if form == "openai": row["messages"] = picked.openai()
     return json.dumps(row, ensure_ascii=False) + "\n"
 
-# %% ../nbs/78_picker.ipynb #64801088
+# %% ../nbs/78_picker.ipynb #a6250adb
+class _Temporary:
+    "A folder that is there as long as this object"
+    def __init__(self):
+        self.name = tempfile.mkdtemp()
+        weakref.finalize(self, shutil.rmtree, self.name, ignore_errors=True)
+
 class Picker:
     "A trained selector that picks demonstrations for new questions"
     def __init__(self,
@@ -156,7 +162,7 @@ class Picker:
         self.style = style or (info.get("asking") or {}).get("style") or "interleaved"
         if self.style not in STYLES:
             raise ValueError(f"style {self.style!r}: wanted one of {', '.join(STYLES)}")
-        self._temporary = tempfile.TemporaryDirectory() if keep is None else None
+        self._temporary = _Temporary() if keep is None else None
         self.keep = Path(keep or self._temporary.name)
 
     @classmethod
