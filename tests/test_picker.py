@@ -110,7 +110,7 @@ def test_one_is_as_many(bank, questions):
 def test_pictures_from_memory_are_the_same(bank, questions):
     pick = Picker(selector())
     path = questions.image_path.iloc[0]
-    forms = [path, open(path, "rb").read(), Image.open(path), open_image(path)]
+    forms = [path, Path(path).read_bytes(), open_image(path)]
     assert len({pick(form, "What is it?", bank).pointer for form in forms}) == 1
 
 def test_a_pick_outlives_its_picker(bank, questions):
