@@ -18,6 +18,7 @@ from leverplus.evidence import BankStore
 from leverplus.prompt import Demo, Prompt, make_prompt
 from leverplus.lvlm import MockScorer, NaiveScorer, load_lvlm
 from leverplus.scorer import SharedScorer
+from leverplus.bank import DemoBank
 from leverplus.groups import RLData
 from leverplus.rewards import REWARDS, plot_rewards
 from leverplus.rldata_propose import SimilarityPrior, plot_proposals, propose
@@ -44,6 +45,7 @@ from leverplus.recipes import RECIPES, load_recipe, recipe, recipe_learner, reci
 from leverplus.offpolicy import OffPolicyStats, off_policy
 from leverplus.verbs import verbs
 from leverplus.training import train_run, training_data
+from leverplus.picker import Picker
 from leverplus.infer import pick_mmr, pick_model, pick_random, pick_similar, pick_zero, predict, rerank
 from leverplus.statistics import Bootstrap, Interval, holm, paired_bootstrap
 from leverplus.evaluate import (

@@ -7,11 +7,11 @@ __all__ = ['Bad', 'Failed', 'status_of', 'one_line', 'carry_out', 'print_plan', 
            'load_models', 'splits_of', 'do_embed', 'plan_embed', 'do_pools', 'plan_pools', 'do_generate',
            'plan_generate', 'do_check', 'judged', 'do_mine', 'plan_mine', 'do_merge', 'plan_merge', 'do_train',
            'plan_train', 'learned_from', 'asked_of', 'do_infer', 'plan_infer', 'do_eval', 'plan_eval', 'do_report',
-           'SweepPlan', 'sweep_plan', 'do_sweep', 'plan_sweep', 'demo_settings', 'do_demo', 'plan_demo', 'enter',
-           'main']
+           'SweepPlan', 'sweep_plan', 'do_sweep', 'plan_sweep', 'demo_settings', 'do_demo', 'plan_demo', 'do_bank',
+           'plan_bank', 'do_pick', 'plan_pick', 'enter', 'main']
 
 # %% ../nbs/95_cli.ipynb #740b8ff7
-import math, sys, traceback, warnings
+import json, math, sys, traceback, warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,9 +20,10 @@ from fastcore.basics import noop
 from .core import write_json
 from .settings import Job, Model, Proposing, change, plain_settings
 from .runs import Busy, by_command, present_command
-from .items import as_items
+from .items import as_items, picture_paths
 from .pools import check_encoder, encoder_of
 from .evidence import n_evidence, plain_kind
+from .bank import DemoBank, solved_items
 from .groups import RLData, shard_tag
 from .rewards import reward
 from .rldata_ask import FactCache, check_contents, same_scorer
@@ -33,9 +34,10 @@ from leverplus.rldata_scale import (
     ROW_BYTES, Splits, asking_costs, embed_plan, embed_splits, generate_plan, generate_ray, rate_of,
     reads_evidence, sequences_of, size_text, time_text,
 )
+from .picker import Picker
 from leverplus.doors import (
-    DOORS, Check, Demo, DrawPools, Embed, Eval, Generate, Infer, Merge, Mine, Report, Sweep, Train,
-    answer, command_settings, named, read_door,
+    DOORS, Bank, Check, Demo, DrawPools, Embed, Eval, Generate, Infer, Merge, Mine, Pick, Report, Sweep,
+    Train, answer, command_settings, named, read_door,
 )
 
 # %% ../nbs/95_cli.ipynb #c097c7b1
@@ -668,6 +670,43 @@ def plan_demo(door:Demo)->dict: # lines of the plan
         questions=f"{n:,}, {each} sequences each, then training and the table of the test split, whose facts are there",
         **costs_of(door, job, n*each),
     )
+
+# %% ../nbs/95_cli.ipynb #c63299fc
+def _columns(door):
+    "Names of columns, by field"
+    odd = [pair for pair in door.columns if "=" not in pair]
+    if odd: raise Bad(f"--columns {odd[0]!r}: wanted FIELD=NAME, such as question=q")
+    return dict(pair.split("=", 1) for pair in door.columns)
+
+def do_bank(door:Bank):
+    "Make a bank, or add to one"
+    out = Path(door.out)
+    how = dict(columns=_columns(door), images=door.images, progress=not door.running.quiet)
+    if (out/"bank.json").is_file(): bank = DemoBank.open(out, door.clip).append(door.source, **how)
+    else: bank = DemoBank.build(door.source, door.clip, folder=out, **how)
+    print(bank)
+
+def plan_bank(door:Bank)->dict: # lines of the plan
+    "What a bank would hold"
+    items = solved_items(door.source, _columns(door), door.images)
+    pictures = len(set(picture_paths(items)) - {None})
+    return dict(examples=f"{len(items):,}", pictures=f"{pictures:,}", bank=door.out)
+
+def do_pick(door:Pick):
+    "Print the prompt of a question"
+    pick = Picker(open_selector(door.selector), door.clip)
+    bank = DemoBank.open(door.bank)
+    picked = pick(door.image, " ".join(door.question), bank, door.shots, door.candidates)
+    said = picked.openai() if door.openai else picked.messages()
+    print(json.dumps(said, ensure_ascii=False, indent=1))
+
+def plan_pick(door:Pick)->dict: # lines of the plan
+    "What would be picked from"
+    pick = Picker(open_selector(door.selector), door.clip)
+    bank = DemoBank.open(door.bank)
+    parts = pick.narrowing(bank, door.candidates)
+    candidates = "the whole bank" if parts is None else ", ".join(f"{n} {kind}" for kind, n in parts.items())
+    return dict(bank=str(bank), candidates=candidates, shots=door.shots, LVLM_calls=0)
 
 # %% ../nbs/95_cli.ipynb #4fb49214
 def enter(

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['STATUS', 'Shard', 'Rate', 'Selectors', 'Selector', 'Runs', 'OneRun', 'RunDir', 'Split', 'Splits', 'Limit',
-           'MoreSettings', 'Store', 'LearnedFrom', 'Facts', 'GroupRuns', 'PictureSplits', 'Base', 'DOORS', 'ROAD',
-           'NUMBERS', 'Around', 'Running', 'shard_of', 'named', 'Door', 'Embed', 'DrawPools', 'Spread', 'Generate',
-           'Check', 'Mine', 'Merging', 'Keeping', 'Merge', 'Train', 'Infer', 'facts_paths', 'Eval', 'Report', 'Sweep',
-           'Demo', 'read_config', 'explained', 'one_or_none', 'one_sentence', 'read_door', 'command_settings',
-           'first_page', 'answer']
+           'MoreSettings', 'Store', 'LearnedFrom', 'Facts', 'GroupRuns', 'PictureSplits', 'Base', 'Columns',
+           'Narrowing', 'DOORS', 'ROAD', 'NUMBERS', 'Around', 'Running', 'shard_of', 'named', 'Door', 'Embed',
+           'DrawPools', 'Spread', 'Generate', 'Check', 'Mine', 'Merging', 'Keeping', 'Merge', 'Train', 'Infer',
+           'facts_paths', 'Eval', 'Report', 'Sweep', 'Demo', 'Bank', 'Pick', 'read_config', 'explained', 'one_or_none',
+           'one_sentence', 'read_door', 'command_settings', 'first_page', 'answer']
 
 # %% ../nbs/94_doors.ipynb #fba18050
 import contextlib, io, re, sys, textwrap
@@ -456,10 +456,53 @@ class Demo(Door):
     running:Running=Running()
     around:Around=Around()
 
+# %% ../nbs/94_doors.ipynb #9ee4e994
+Columns = Annotated[tuple[str, ...], BeforeValidator(several), flag("as they are", metavar="FIELD=NAME ...")]
+Narrowing = Annotated[Count|Literal["all"]|None, flag("as in training", metavar="K")]
+
+@group
+class Bank(Door):
+    "Make a bank of solved examples, or add to one"
+    comes = "solved examples (--source), as a CSV, JSONL, JSON or Parquet file with pictures beside it; a CLIP (--clip)"
+    goes = "a bank in --out: examples, vectors and a card; to a bank that is there, what it lacks is added"
+    examples = (
+        "bank --source data/islands --out runs/bank",
+        "bank --source ~/mine/solved.csv --columns question=q answer=said image=photo"
+        " --clip openai/clip-vit-large-patch14 --out runs/mine",
+    )
+    source:Annotated[Folder, arg(metavar="PATH")] # a file, or a folder that holds one
+    out:Folder # folder of the bank
+    columns:Columns=() # names of columns: question, answer, answers, image, image_id, question_id
+    images:Annotated[Folder|None, flag("beside the file", metavar="DIR")]=None # folder of pictures
+    clip:Annotated[str|None, flag("models/tiny-clip", metavar="MODEL")]=None # folder or hub name of the embedder
+    running:Running=Running()
+    around:Around=Around()
+
+@group
+class Pick(Door):
+    "Pick demonstrations for a question, and print its prompt"
+    comes = "a question, maybe with a picture; a bank (--bank) and a selector (--selector)"
+    goes = "chat messages on stdout, as JSON: pictures by their paths, or with --openai in data URLs"
+    examples = (
+        "pick --question What is it? --bank runs/bank --selector runs/ours",
+        "pick --question What is it? --image photo.jpg --bank runs/mine --selector me/selector --candidates all"
+        " --openai",
+    )
+    question:Annotated[tuple[str, ...], MinLen(1), arg(metavar="WORD ...")] # what is asked
+    bank:Folder # folder of a bank
+    selector:Annotated[str, arg(metavar="DIR")] # run of train, a checkpoint, or a name on the hub
+    image:Annotated[Folder|None, flag("none", metavar="FILE")]=None # its picture
+    shots:Count=2 # demonstrations
+    candidates:Narrowing=None # so many of the bank, or "all"
+    clip:Annotated[str|None, flag("the bank's", metavar="MODEL")]=None # folder or hub name of the embedder
+    openai:bool=False # messages for OpenAI-compatible servers
+    running:Running=Running()
+    around:Around=Around()
+
 # %% ../nbs/94_doors.ipynb #bc22b52d
 DOORS = dict(
     demo=Demo, embed=Embed, pools=DrawPools, generate=Generate, check=Check, mine=Mine, merge=Merge, train=Train,
-    infer=Infer, eval=Eval, report=Report, sweep=Sweep,
+    infer=Infer, eval=Eval, report=Report, sweep=Sweep, bank=Bank, pick=Pick,
 )
 ROAD = "embed - pools - generate - check - mine - merge - train - infer - eval - report; sweep for many settings"
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WIDTH', 'OPINIONS', 'NAMES', 'READS', 'WITH', 'letter_groups', 'answer_vectors', 'Opinion', 'Evidence', 'words_of',
-           'plain_kind', 'BankStore', 'inputs', 'n_evidence', 'kind_for']
+           'plain_kind', 'BankStore', 'inputs', 'n_evidence', 'kind_for', 'NewQuestions']
 
 # %% ../nbs/16_evidence.ipynb #072bf42b
 import re, zlib
@@ -115,6 +115,7 @@ class Evidence:
         questions = [words_of(text) for text in items.question]
         answers = [words_of(text) for text in self.texts]
         number = {word: i for i, word in enumerate(sorted(set().union(*questions, *answers)), 1)}
+        self.word_numbers = number
         self.n_words = len(number)
         self.question_words = _numbered(questions, number)
         self.answer_words = _numbered(answers, number)
@@ -182,14 +183,22 @@ def _meet(self:Evidence, queries):
 @patch
 def _cosines(self:Evidence, queries):
     "Cosines with the bank [B,N]; -3 for what has the query's picture, the query itself among them"
+    same = self.same_picture(queries)
+    cos = self.store.get(queries, self.kind) @ self.vecs.T
+    return cos.masked_fill(same, -3.)
+
+@patch
+def same_picture(self:Evidence,
+    queries, # B question_ids, among the items; KeyError names one that is not
+)->torch.Tensor: # bool [B,N] of the bank
+    "Say who has the queries' pictures"
     unknown = [q for q in queries if q not in self.group.index]
     if unknown:
         raise KeyError(
             f"question_id {', '.join(map(str, unknown[:5]))}: not among the {len(self.group)} items that this evidence"
             " knows, so nobody can say which questions share its picture: make it with these items too")
     group = torch.tensor(self.group.loc[queries].tolist())
-    cos = self.store.get(queries, self.kind) @ self.vecs.T
-    return cos.masked_fill(group[:, None] == self.bank_group, -3.)
+    return group[:, None] == self.bank_group
 
 def _nadaraya(cos, there, scale):
     return (cos / scale).masked_fill(~there, -1e9).softmax(-1) * there   # 0 where nobody is left
@@ -365,13 +374,15 @@ def inputs(
     cands, # int [B,K] question_ids; anything in the store where `mask` is False
     mask:torch.Tensor|None=None, # bool [B,K], True = a real candidate; None: all
     kind:str|None=None, # of the store
+    asked:EmbedStore|None=None, # vectors of the queries, where `store` has the candidates alone, see `NewQuestions`
 )->tuple: # (query [B,D+F], candidates [B,K,D+F]); F = 14 for a kind with answers, else 0
     "What a selector is shown"
     kind = store.kind(kind)
-    query = store.get(list(queries), kind)
+    asked = store if asked is None else asked
+    query = asked.get(list(queries), kind)
     vecs = store.get(cands, kind)
     if not kind.endswith(WITH): return query, vecs
-    seen = store.evidence(queries, cands, mask)
+    seen = asked.evidence(queries, cands, mask)
     return F.pad(query, (0, seen.shape[-1])), torch.cat([vecs, seen.to(vecs)], -1)
 
 def n_evidence(
@@ -393,3 +404,42 @@ def kind_for(
     raise ValueError(
         f"this selector reads what a bank of answered questions says ({policy.n_evidence} numbers), and kind"
         f" {kind!r} has nothing of it: pass store = BankStore(store, items)")
+
+# %% ../nbs/16_evidence.ipynb #bc474f07
+class NewQuestions(Evidence):
+    "A bank that is asked about questions that it was not made with"
+    def __init__(self,
+        evidence:Evidence, # of the bank
+        items:pd.DataFrame, # the questions: question_id, question; they need no answer
+        store:EmbedStore, # their vectors
+        same, # bool [B,N], True = an example of `evidence.ids` is the question itself, or shows its picture
+    ):
+        items = as_items(items, need=("question",), what="NewQuestions, items")
+        vars(self).update(vars(evidence))
+        self.store = store
+        self.group = pd.Series(range(len(items)), index=items.index)
+        self.same = torch.as_tensor(same)
+        self._known = {}
+        questions = [words_of(text) for text in items.question]
+        new = sorted(set().union(*questions) - self.word_numbers.keys())
+        self.word_numbers = self.word_numbers | {word: self.n_words + i for i, word in enumerate(new, 1)}
+        self.n_words = len(self.word_numbers)
+        self.question_words = _numbered(questions, self.word_numbers)
+        self.row_of = self.group
+
+    def same_picture(self, queries):
+        "Say who has the queries' pictures"
+        return self.same[self.group.loc[list(queries)].tolist()]
+
+@patch
+def asking(self:BankStore,
+    items:pd.DataFrame, # the questions, see `NewQuestions`
+    store:EmbedStore, # their vectors
+    same, # bool [B,N], see `NewQuestions`
+)->BankStore: # for `inputs(asked=...)`
+    "Ask the bank of a store about new questions"
+    out = BankStore.__new__(BankStore)
+    vars(out).update(vars(store))
+    out.plain = store
+    out.evidence = NewQuestions(self.evidence, items, store, same)
+    return out

@@ -19,7 +19,7 @@ from fastcore.basics import patch
 from filelock import FileLock
 from .core import ask_for_a_folder, atomic_path, fingerprint, pad_rows, read_json, rng
 from .runs import Run, settings_diff
-from .settings import Asking, Picker, Picking, plain_settings
+from .settings import Asking, PickerName, Picking, plain_settings
 from .items import as_id, as_ids, as_items, given_ids
 from .pools import check_encoder, check_pool, encoder_of, image_groups
 from .vqa import normalise
@@ -532,7 +532,7 @@ def _check_entry(i, r, kinds):
         raise ValueError(f"entry {i} is {r!r}: wanted {kind} and a string answer")
 
 # %% ../nbs/80_infer.ipynb #b1c90456
-PICKERS = get_args(Picker)
+PICKERS = get_args(PickerName)
 
 # %% ../nbs/80_infer.ipynb #71530e36
 def _counts(picking):

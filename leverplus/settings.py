@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHECKS', 'Count', 'Natural', 'Share', 'Amount', 'Positive', 'Folder', 'Images', 'Json', 'JsonOrNone', 'Evaluator',
-           'COUNTS', 'TWO_STAGE', 'Counts', 'TwoStage', 'StoreKind', 'Picker', 'Shots', 'Ids', 'Judge', 'Kind',
+           'COUNTS', 'TWO_STAGE', 'Counts', 'TwoStage', 'StoreKind', 'PickerName', 'Shots', 'Ids', 'Judge', 'Kind',
            'Reward', 'ObjectiveName', 'ExtraSettings', 'EPOCHS', 'BATCH', 'NewSelector', 'Sizes', 'group', 'no_switch',
            'folder_name', 'flag', 'in_words', 'plain_settings', 'read_settings', 'draft', 'flat_names', 'change',
            'settings_of', 'Data', 'Pools', 'json_object', 'json_value', 'Model', 'Asking', 'check_counts', 'several',
@@ -404,7 +404,7 @@ class Job:
             raise ValueError(f"shots {self.proposing.shots}, K {self.pools.K}: wanted 0 <= shots < K")
 
 # %% ../nbs/04_settings.ipynb #e5114a5f
-Picker = Literal[
+PickerName = Literal[
     "greedy", "beam", "samples", "zero_shot", "random", "similar_image", "similar_text", "similar_mixed",
     "similar_image_first", "similar_text_first", "similar_mixed_first", "mmr", "vote", "knn_facts", "logistic",
     "fixed",
@@ -417,7 +417,7 @@ Kind = Annotated[Literal["image", "text", "mixed"]|None, flag("as the selector w
 @group
 class Picking:
     "Who picks"
-    picker:Annotated[Picker, flag(None, "--how")]="greedy" # how demonstrations are picked
+    picker:Annotated[PickerName, flag(None, "--how")]="greedy" # how demonstrations are picked
     shots:Shots=(2,) # demonstrations; several numbers choose per question; 'stop': the selector decides
     width:Count=5 # sequences per question of beam and samples
     temp:Annotated[Positive, flag(None, "--temperature", metavar="X")]=1. # of samples

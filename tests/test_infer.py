@@ -15,7 +15,7 @@ from leverplus.infer import (
 from leverplus.items import as_items
 from leverplus.pools import check_pool, make_pool
 from leverplus.runs import Busy, Run
-from leverplus.settings import Asking, Picker, Picking, change, read_settings
+from leverplus.settings import Asking, PickerName, Picking, change, read_settings
 from leverplus.groups import OtherContents, RLData
 from leverplus.rldata_generate import run_lock, shard_queries
 from leverplus.lvlm import MockScorer, Scored, Targets
@@ -416,7 +416,7 @@ def test_every_setting_tells_runs_apart(tmp_path, name):
     with pytest.raises(ValueError, match=name): go(Picking(**{name: OTHERS[name]}))
 
 def test_the_names_of_pickers_are_those_of_the_settings():
-    assert PICKERS == get_args(Picker)
+    assert PICKERS == get_args(PickerName)
     for picker in PICKERS:
         picks = pick(POOL, Picking(picker=picker, fixed=(129,)), MODEL, STORE, ITEMS, groups=GROUPS)
         assert set(picks.question_id) == set(QS)
