@@ -1,7 +1,7 @@
 """Every notebook runs from top to bottom: nbdev's runner, one process, without the cells flagged in
 settings.ini (`test_tutorials.py`: the long ones)
 """
-import configparser, os, signal, sys
+import configparser, importlib, os, pkgutil, signal, sys
 from pathlib import Path
 import pytest
 
@@ -26,16 +26,31 @@ def flags():
     cfg.read(ROOT / "settings.ini", encoding="utf8")
     return sorted(flags_off(cfg["DEFAULT"]["tst_flags"].split()))
 
+def patched_classes():
+    "Classes of the package and of fastai that its pages may add methods to, with all modules loaded"
+    import leverplus
+    names = [f"leverplus.{module.name}" for module in pkgutil.iter_modules(leverplus.__path__)]
+    found = [value for name in names for value in vars(importlib.import_module(name)).values()]
+    return {cls for cls in found if isinstance(cls, type) and cls.__module__.split(".")[0] in ("leverplus", "fastai")}
+
+def put_back(cls, had):
+    "The attributes that a class had: a page patches its own methods in, which look for names in the page"
+    for name, value in list(vars(cls).items()):
+        if name.startswith("__"): continue   # Python's own notes
+        if name not in had: delattr(cls, name)
+        elif value is not had[name]: setattr(cls, name, had[name])
+
 @pytest.fixture
 def clean_process():
     """Put back what a notebook run changes in this process: main module, paths, environment, plot backend,
-    torch's switches
+    torch's switches, methods of classes
     """
     # it patches torch.Tensor (test_eq on tensors!), so have it there for every notebook, in any order
     import fastai.basics
     import matplotlib, torch
     from IPython.core.interactiveshell import InteractiveShell
     main = sys.modules["__main__"]
+    methods = {cls: dict(vars(cls)) for cls in patched_classes()}
     path = list(sys.path)
     env = dict(os.environ)
     instance = InteractiveShell._instance
@@ -48,6 +63,7 @@ def clean_process():
     signal.signal(signal.SIGINT, on_ctrl_c)
     InteractiveShell._instance = instance
     sys.modules["__main__"] = main
+    for cls, had in methods.items(): put_back(cls, had)
     sys.path[:] = path
     sys.displayhook, sys.excepthook = hooks
     os.environ.clear()
@@ -61,6 +77,15 @@ def walk(path, capsys):
     from nbdev.test import test_nb
     ok, _ = test_nb(path, skip_flags=flags(), basepath=ROOT)
     assert ok, f"{path.relative_to(ROOT)} failed:\n{capsys.readouterr().err[-6000:]}"
+
+def test_methods_of_a_page_do_not_stay(clean_process):
+    "As after a page that patches what the package patches, too"
+    from fastai.learner import Learner
+    had = dict(vars(Learner))
+    Learner.fit_recipe = lambda self: "of a page"
+    Learner.only_of_a_page = None
+    put_back(Learner, had)
+    assert Learner.fit_recipe is had["fit_recipe"] and not hasattr(Learner, "only_of_a_page")
 
 @pytest.mark.parametrize("path", [p for p in NOTEBOOKS if p not in LONG], ids=page)
 def test_notebook(path, clean_process, capsys): walk(path, capsys)
