@@ -18,7 +18,7 @@ from leverplus.core import (
     ask_for_a_folder, atomic_path, fingerprint, parse_json, read_json, world_path, write_json,
 )
 from .runs import library_versions
-from .pictures import BadPicture, content_hash, picture_fault, picture_key
+from .pictures import BadPicture, content_hash, picture_fault, picture_format, picture_key
 from .items import as_id, as_image_id, as_items, given_ids, picture_paths
 from leverplus.data import (
     PictureFolder, items_fingerprint, majority, read_okvqa, read_soft_labels, read_vqav2,
@@ -56,8 +56,8 @@ def _written(data, folder):
     if folder is None: raise ValueError("a picture that is no file needs a folder to be kept in: say folder=")
     fault = picture_fault(data, pixels=False)
     if fault: raise BadPicture(f"picture of {len(data)} bytes: it {fault}")
-    with Image.open(io.BytesIO(data)) as image: ending = image.format.lower()
-    path = Path(folder)/f"{content_hash(data)}.{ending.replace('jpeg', 'jpg')}"
+    ending = picture_format(data).lower().replace("jpeg", "jpg")
+    path = Path(folder)/f"{content_hash(data)}.{ending}"
     if not path.exists():
         with atomic_path(path) as tmp: tmp.write_bytes(data)
     return str(path)

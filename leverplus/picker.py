@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
-from PIL import Image
 from .core import atomic_path, rng
-from .pictures import open_image, read_picture
+from .pictures import looks_alike, open_image, picture_format, read_picture
 from .items import picture_paths
 from .embed import Clip, load_clip
 from .pools import check_encoder, draw_block, encoder_of, sampler_parts
@@ -31,10 +30,8 @@ def data_url(
     "Put a picture into a data URL: as it is, or as PNG where others might read it otherwise than we do"
     data = read_picture(path)
     seen = open_image(data, path)
-    with Image.open(io.BytesIO(data)) as image:
-        kind = image.format
-        is_plain = kind in _SENT_AS_THEY_ARE and np.array_equal(image.convert("RGB"), seen)
-    if not is_plain:
+    kind = picture_format(data)
+    if kind not in _SENT_AS_THEY_ARE or not looks_alike(data, seen):
         out = io.BytesIO()
         seen.save(out, "PNG")
         kind, data = "PNG", out.getvalue()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DECODING', 'ASPECT_LIMIT', 'TOKEN_SIDES', 'BadPicture', 'NoPicture', 'picture_file', 'content_hash', 'picture_key',
-           'read_picture', 'open_image', 'picture_fault', 'picture_size']
+           'read_picture', 'open_image', 'picture_fault', 'picture_size', 'picture_format', 'looks_alike']
 
 # %% ../nbs/08_pictures.ipynb #9d2264db
 import contextlib, hashlib, io, math, os, re, struct, threading, time, warnings
@@ -364,3 +364,17 @@ def picture_size(
     with _named(source, name, question_id), _opened(source) as image:
         if image.format == "TIFF": return image.size                # turned already, by Pillow
         return image.size[::-1] if _orientation(image) in (5, 6, 7, 8) else image.size
+
+# %% ../nbs/08_pictures.ipynb #6853cb25
+def picture_format(
+    data:bytes, # content of a picture file
+)->str: # as Pillow calls it: "JPEG", "PNG", ...
+    "Name the format of a picture"
+    with Image.open(io.BytesIO(data)) as image: return image.format
+
+def looks_alike(
+    data:bytes, # content of a picture file
+    seen, # what `open_image` made of it
+)->bool:
+    "Will a program that simply decodes it see the same pixels?"
+    with Image.open(io.BytesIO(data)) as image: return np.array_equal(image.convert("RGB"), seen)
