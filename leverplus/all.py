@@ -21,12 +21,12 @@ from leverplus.scorer import SharedScorer
 from leverplus.bank import DemoBank
 from leverplus.groups import RLData
 from leverplus.rewards import REWARDS, plot_rewards
-from leverplus.rldata_propose import SimilarityPrior, plot_proposals, propose
+from leverplus.rldata_propose import SimilarityPrior, propose
 from leverplus.rldata_ask import FactCache, self_test
 from leverplus.rldata_generate import generate
 from leverplus.world import World, world
 from leverplus.rldata_check import Health, health
-from leverplus.rldata_merge import by_gap, drop_failed, plot_balance
+from leverplus.rldata_merge import by_gap, drop_failed
 from leverplus.rldata_scale import generate_ray, plan_run
 from leverplus.dls import GroupDataset, group_dls
 from leverplus.selector import PointerSelector

@@ -147,45 +147,45 @@ SELECTOR_SCHEMA = 2 # of config.json; 1 had no stamp
 STAMP = ("schema", "leverplus", "digests") # keys of a stamp
 
 def stamp(
-    about:dict, # what config.json is to hold: class, settings, info; TypeError for what is not JSON
+    config:dict, # what config.json is to hold: class, settings, info; TypeError for what is not JSON
     weights:dict, # name -> tensor: what lies beside it
 )->dict: # the same behind `schema`, `leverplus` (the version) and `digests` (of what it holds, of the weights)
     "Mark what is written, so that a change is noticed"
     import leverplus
     head = dict(schema=SELECTOR_SCHEMA, leverplus=leverplus.__version__)
-    about = json.loads(json.dumps({**head, **about}))   # as it will be read
-    digests = dict(config=fingerprint(about), weights=tensors_fingerprint(weights))
-    return {**head, "digests": digests, **about}
+    config = json.loads(json.dumps({**head, **config}))   # as it will be read
+    digests = dict(config=fingerprint(config), weights=tensors_fingerprint(weights))
+    return {**head, "digests": digests, **config}
 
 def check_schema(
-    about:dict, # content of config.json
+    config:dict, # content of config.json
     where, # what the message calls it, e.g. the file
 )->int: # its schema; ValueError if it is a later one than this version knows
     "Refuse a checkpoint that this version cannot know"
     import leverplus
-    schema = about.get("schema", 1)
+    schema = config.get("schema", 1)
     if type(schema) is not int or schema < 1:
         raise ValueError(f"{where}: schema {schema!r}, wanted a whole number from 1 on; was the file edited?")
     if schema > SELECTOR_SCHEMA:
         raise ValueError(
-            f"{where}: schema {schema}, of leverplus {about.get('leverplus')}; this is {leverplus.__version__} and"
+            f"{where}: schema {schema}, of leverplus {config.get('leverplus')}; this is {leverplus.__version__} and"
             f" knows up to {SELECTOR_SCHEMA}: update leverplus"
         )
     return schema
 
 # %% ../nbs/05_checkpoints.ipynb #877fd4a3
 def check_digests(
-    about:dict, # content of config.json; one of schema 1 passes
+    config:dict, # content of config.json; one of schema 1 passes
     weights:dict, # name -> tensor
     where, # config.json
     file, # where the weights come from
 ): # ValueError names the file that is not as it was written
     "Refuse a checkpoint that was changed after it was written"
-    if check_schema(about, where) == 1: return
-    digests = about.get("digests")
+    if check_schema(config, where) == 1: return
+    digests = config.get("digests")
     if not isinstance(digests, dict) or digests.keys() != {"config", "weights"}:
-        raise ValueError(f"{where}: schema {about['schema']} without digests of config and weights; was it edited?")
-    found = fingerprint({name: value for name, value in about.items() if name != "digests"})
+        raise ValueError(f"{where}: schema {config['schema']} without digests of config and weights; was it edited?")
+    found = fingerprint({name: value for name, value in config.items() if name != "digests"})
     if found != digests["config"]:
         raise ValueError(
             f"{where}: changed after it was written (digest {digests['config']}, its content gives {found}): copy it"
@@ -200,23 +200,23 @@ def check_digests(
 
 # %% ../nbs/05_checkpoints.ipynb #4fa2f9d9
 def passport(
-    about:dict, # content of a selector's config.json: settings and `info`, maybe with a stamp
+    config:dict, # content of a selector's config.json: settings and `info`, maybe with a stamp
 )->dict: # {name: value}, always the same names; None: not known
     "Say what a selector is for, and what it was made with"
-    info = about.get("info") or {}
+    info = config.get("info") or {}
     lvlm = _table_of(info, "lvlm")
     asking = _table_of(info, "asking")
     pool = _table_of(info, "pool")
     data = _table_of(info, "data")
     return dict(
-        selector=about.get("class"),
-        schema=about.get("schema", 1),
-        leverplus=about.get("leverplus"),
+        selector=config.get("class"),
+        schema=config.get("schema", 1),
+        leverplus=config.get("leverplus"),
         # what it is shown
         encoder=info.get("encoder_name"),
         encoder_fingerprint=info.get("encoder"),
         kind=info.get("kind"),
-        reads_evidence=about.get("n_evidence", 0) > 0,
+        reads_evidence=config.get("n_evidence", 0) > 0,
         # whom it picks for
         lvlm=lvlm.get("name"),
         lvlm_fingerprint=lvlm.get("fingerprint"),
@@ -227,9 +227,9 @@ def passport(
         facts=info.get("facts"),
         # how many demonstrations, out of what
         shots=info.get("shots"),
-        least=about.get("min_shots"),
-        most=about.get("max_shots"),
-        stops=about.get("stop"),
+        least=config.get("min_shots"),
+        most=config.get("max_shots"),
+        stops=config.get("stop"),
         sampler=pool.get("sampler"),
         K=pool.get("K"),
         # how it was made

@@ -313,7 +313,6 @@ OTHERS = {
     "rldata_check.Health.__init__", "rldata_check.count_metrics", "rldata_check.file_metrics",
     "rldata_check.headroom_metrics", "rldata_check.positive_metrics", "rldata_check.teaching_metrics",
     "warmup.AnswerGroups.set_items", "warmup.AnswerGroups.check_pools", "training.TrainingData.__init__",
-    "checkpoints.stamp", "checkpoints.check_schema", "checkpoints.check_digests", "checkpoints.passport",
     "picker.Picked.__init__",
 }
 
