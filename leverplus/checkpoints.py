@@ -221,6 +221,8 @@ def passport(
         lvlm=lvlm.get("name"),
         lvlm_fingerprint=lvlm.get("fingerprint"),
         dtype=lvlm.get("dtype"),
+        min_pixels=lvlm.get("min_pixels"),
+        max_pixels=lvlm.get("max_pixels"),
         style=asking.get("style"),
         evaluator=asking.get("evaluator"),
         answer_weight=asking.get("answer_weight"),
@@ -279,6 +281,7 @@ def _made_for(says):
         "encoder of questions and pictures": _who(says["encoder"], says["encoder_fingerprint"]),
         "kind of vectors": _vectors(says),
         "vision-language model": _who(says["lvlm"], says["lvlm_fingerprint"]),
+        "pixels of a picture": _pixels(says),
         "style of the prompt": _cell(says["style"]),
         "judge of answers": _cell(says["evaluator"]),
         "demonstrations": _shots(says),
@@ -286,6 +289,10 @@ def _made_for(says):
     })
 
 def _who(name, fingerprint): return f"{_code(name)}, fingerprint {_code(fingerprint)}"
+
+def _pixels(says):
+    if says["max_pixels"] is None: return _UNKNOWN
+    return f"{_cell(says['min_pixels'])} to {_cell(says['max_pixels'])}"
 
 def _vectors(says):
     if not says["reads_evidence"]: return _cell(says["kind"])

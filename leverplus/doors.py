@@ -420,7 +420,7 @@ class Sweep(Door):
     run:OneRun # training data
     dev:RunDir # data whose questions judge
     # key=a,b or a JSON file {key: [a, b]} or the name of a grid of page 85; keys are objective, reward, kind, bs,
-    # reward.WEIGHT, model.ARGUMENT, STAGE.ARGUMENT; the first value of each is the default
+    # reward.WEIGHT, model.ARGUMENT, STAGE.ARGUMENT, lvlm.min_pixels, lvlm.max_pixels; the first value is the default
     grid:Annotated[tuple[str, ...], BeforeValidator(several), MinLen(1), arg(metavar="GRID ...")]
     out:Folder # folder of the sweep; continued if it is there
     valid:Annotated[str|None, flag("those of --dev", metavar="RUN")]=None # data that choose the epoch

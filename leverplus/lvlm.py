@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['PROCESSORS', 'VIDEO_PROCESSORS', 'FAMILY', 'TEXT_SETTINGS', 'ROPE_SETTINGS', 'VISION_SETTINGS', 'MAX_NEW_TOKENS',
            'NOT_FINITE', 'AnswerPlace', 'answer_place', 'control_tokens_of', 'render_chat', 'LVLM', 'load_lvlm',
-           'vision_parts', 'model_parts', 'Targets', 'checked_targets', 'weights_once', 'Scored', 'scored_prompt',
-           'failed_prompt', 'official_inputs', 'prompt_images', 'greedy_texts', 'read_texts', 'answer_logprobs',
-           'targets_of', 'prompt_bar', 'scorer_fingerprint', 'NaiveScorer', 'compare', 'MockScorer']
+           'pixel_limits', 'with_pixels', 'vision_parts', 'model_parts', 'Targets', 'checked_targets', 'weights_once',
+           'Scored', 'scored_prompt', 'failed_prompt', 'official_inputs', 'prompt_images', 'greedy_texts', 'read_texts',
+           'answer_logprobs', 'targets_of', 'prompt_bar', 'scorer_fingerprint', 'NaiveScorer', 'compare', 'MockScorer']
 
 # %% ../nbs/21_lvlm.ipynb #b8dffa05
 import contextlib, math, os
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import takewhile
@@ -23,7 +24,7 @@ from leverplus.identity import (
 )
 from .pictures import DECODING
 from .text import control_token, text_fault
-from .vision import open_resized, patch_side
+from .vision import most_pixels, open_resized, patch_side, token_side
 from .prompt import Prompt, check_prompt, messages
 
 # %% ../nbs/21_lvlm.ipynb #bd2afbb9
@@ -178,8 +179,10 @@ def load_lvlm(
     dtype:torch.dtype|None=None, # number format; None: the one that the checkpoint is stored in, on every device
     device:str|None=None, # default the GPU if there is one
     attn:str="sdpa", # sdpa | eager
+    min_pixels:int|None=None, # a smaller picture is enlarged to so many pixels; None: as the checkpoint says
+    max_pixels:int|None=None, # a larger picture is reduced to so many pixels; None: as the checkpoint says
     progress:bool=False, # show the bar of transformers while weights load?
-)->LVLM: # in eval mode, no gradients; TypeError: another kind of model; ValueError: attention, template, broken file
+)->LVLM: # in eval mode, no gradients; TypeError: another model; ValueError: attention, template, pixels, broken file
     "Load a Qwen-VL checkpoint"
     from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -193,7 +196,8 @@ def load_lvlm(
     model = model.to(device).eval().requires_grad_(False)
     tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
     _check_template(name, tokenizer)
-    return LVLM(model, tokenizer, AutoImageProcessor.from_pretrained(name), name)
+    lvlm = LVLM(model, tokenizer, AutoImageProcessor.from_pretrained(name), name)
+    return with_pixels(lvlm, min_pixels, max_pixels)
 
 def _check_template(name, tokenizer):
     "ValueError for a chat template whose answers cannot be placed"
@@ -223,6 +227,39 @@ def _check_model(name, config, attn):
             f"{name}: layers of type {sorted(sliding)}; wanted full attention in every layer: set"
             " use_sliding_window=False in its config"
         )
+
+# %% ../nbs/21_lvlm.ipynb #0a123d07
+def pixel_limits(
+    image_processor, # of a Qwen-VL model
+)->tuple: # (least, most) pixels of a picture, as the processor uses them now
+    "Read the image budget"
+    size = image_settings(image_processor)[1]["size"]
+    return int(size["shortest_edge"]), int(size["longest_edge"])
+
+def with_pixels(
+    lvlm:LVLM, # whose weights are shared
+    min_pixels:int|None=None, # least pixels of a picture, >= the square of a token; None: as now
+    max_pixels:int|None=None, # most pixels of a picture, >= `min_pixels`; None: as now
+)->LVLM: # the same where nothing is said; ValueError for limits that cannot be kept
+    "The same model with another image budget"
+    if min_pixels is None and max_pixels is None: return lvlm
+    least, most = pixel_limits(lvlm.image_processor)
+    least = least if min_pixels is None else int(min_pixels)
+    most = most if max_pixels is None else int(max_pixels)
+    _check_pixels(lvlm, least, most)
+    image_processor = copy(lvlm.image_processor)
+    image_processor.size = dict(shortest_edge=least, longest_edge=most)
+    return replace(lvlm, image_processor=image_processor)
+
+def _check_pixels(lvlm, least, most):
+    "ValueError unless token <= least <= most <= what pictures are read with"
+    square = token_side(lvlm.image_processor)**2
+    largest = most_pixels(patch_side(lvlm.image_processor))
+    if square <= least <= most <= largest: return
+    raise ValueError(
+        f"{lvlm.name}: min_pixels {least:,}, max_pixels {most:,}: wanted {square:,} (one visual token) <= min_pixels"
+        f" <= max_pixels <= {largest:,} (the largest picture that qwen-vl-utils hands on)"
+    )
 
 # %% ../nbs/21_lvlm.ipynb #d4ee5d18
 TEXT_SETTINGS = (
@@ -505,6 +542,12 @@ class NaiveScorer:
     def reference(self):
         "Who is asked when facts are checked: itself"
         return self
+
+    def around(self,
+        lvlm:LVLM, # another model
+    ):
+        "The same scorer of another model"
+        return NaiveScorer(lvlm, self.batch_size, self.max_new_tokens)
 
     def run(self,
         prompts, # list of n Prompt

@@ -23,7 +23,7 @@ from .core import ask_for_a_folder, fingerprint, leftovers, read_json, rng, stab
 from .runs import Busy, Run, empty_folder
 from .items import as_ids, as_items
 from .evidence import kind_for, plain_kind
-from .lvlm import Scored, compare
+from .lvlm import Scored, compare, pixel_limits
 from leverplus.groups import (
     CONTENTS, FACT_COLUMNS, PROPOSAL_COLUMNS, RECORD, SCHEMA, TEXT_FACTS, OtherContents, RLData,
     as_record, check_shard, differing, finish_manifest, known_contents, other_items, read_contents,
@@ -397,13 +397,17 @@ class Generation:
 # %% ../nbs/34_rldata_generate.ipynb #25e32dd2
 def answerer(
     scorer, # see `ask`
-)->dict: # {name, dtype, fingerprint} of its model; all None for one without a model, such as `MockScorer`
+)->dict: # {name, dtype, min_pixels, max_pixels, fingerprint} of its model; all None without one, as for `MockScorer`
     "Say which model answers"
     lvlm = getattr(scorer, "lvlm", None)
-    if lvlm is None: return dict(name=None, dtype=None, fingerprint=None)
+    if lvlm is None: return dict.fromkeys(("name", "dtype", "min_pixels", "max_pixels", "fingerprint"))
     folder = Path(lvlm.name)
     name = folder.name if folder.is_absolute() else lvlm.name   # where it lies on this machine is nobody's business
-    return dict(name=name, dtype=str(lvlm.model.dtype).removeprefix("torch."), fingerprint=lvlm.fingerprint)
+    least, most = pixel_limits(lvlm.image_processor)
+    return dict(
+        name=name, dtype=str(lvlm.model.dtype).removeprefix("torch."), min_pixels=least, max_pixels=most,
+        fingerprint=lvlm.fingerprint,
+    )
 
 # %% ../nbs/34_rldata_generate.ipynb #13a2de7c
 @patch

@@ -293,7 +293,7 @@ def scorer(self:Job):
     m = self.model
     if m.lvlm == "mock": return MockScorer()
     dtype = None if m.dtype is None else getattr(torch, m.dtype)
-    lvlm = load_lvlm(m.lvlm, dtype, m.device, m.attn)
+    lvlm = load_lvlm(m.lvlm, dtype, m.device, m.attn, m.min_pixels, m.max_pixels)
     return SharedScorer(lvlm, m.batch_tokens, vision_dir=m.vision_dir, prefix_cache=m.prefix_cache)
 
 # %% ../nbs/39_rldata_scale.ipynb #128eb8e3

@@ -204,6 +204,11 @@ class SharedScorer:
     ):
         _check_settings(prefix_cache, batch_tokens, max_new_tokens, window)
         self.lvlm = lvlm
+        self._made_with = dict(
+            batch_tokens=batch_tokens, max_new_tokens=max_new_tokens, cache_bytes=cache_bytes, vision_dir=vision_dir,
+            prefix_cache=prefix_cache, prefix_bytes=prefix_bytes, prefix_depth=prefix_depth,
+            group_windows=group_windows, equal_lengths=equal_lengths, window=window,
+        )
         self.batch_tokens = batch_tokens
         self.max_new_tokens = max_new_tokens
         self.window = window
@@ -234,6 +239,12 @@ class SharedScorer:
     def reference(self)->NaiveScorer:
         "The reference scorer of the same model"
         return NaiveScorer(self.lvlm, max_new_tokens=self.max_new_tokens)
+
+    def around(self,
+        lvlm:LVLM, # another model, or this one with another image budget (`with_pixels`)
+    ):
+        "The same scorer of another model; nothing that is kept is shared"
+        return SharedScorer(lvlm, **self._made_with)
 
     def _feature_cache(self, owner):
         "An empty memory for image features, in front of the folder of their owner"

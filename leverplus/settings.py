@@ -290,9 +290,15 @@ class Model:
     dtype:Annotated[Literal["float32", "bfloat16", "float16"]|None, flag("that of the checkpoint")]=None # number format
     device:Annotated[str|None, flag("a GPU if there is one", metavar="NAME")]=None # torch device
     attn:Literal["sdpa", "eager"]="sdpa" # attention
+    min_pixels:Annotated[Count|None, flag("as the checkpoint says", metavar="N")]=None # smaller pictures are enlarged
+    max_pixels:Annotated[Count|None, flag("as the checkpoint says", metavar="N")]=None # larger pictures are reduced
     batch_tokens:Count=8192 # prompt tokens per batch, 65536 suits a large GPU
     prefix_cache:Literal["off", "query", "global"]="off" # whose first demonstrations are kept
     vision_dir:Annotated[Folder|None, flag("memory only", metavar="DIR")]=None # image features, shared by processes
+
+    def __post_init__(self):
+        if None in (self.min_pixels, self.max_pixels) or self.min_pixels <= self.max_pixels: return
+        raise ValueError(f"min_pixels {self.min_pixels}, max_pixels {self.max_pixels}: wanted min <= max")
 
 Evaluator = Literal["official", "lmms", "openflamingo", "lmms_vqav2"]
 

@@ -9,7 +9,7 @@ __all__ = ['FIXED', 'GRIDS', 'expand_grid', 'read_grid', 'data_fingerprint', 'ce
 # %% ../nbs/85_sweep.ipynb #ae1f33a0
 import inspect, itertools, json, math, os, time, traceback, warnings
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import NormalDist
 import numpy as np, pandas as pd
@@ -21,6 +21,7 @@ from .runs import git_state, library_versions, plain
 from .synth import quiet
 from .items import as_items
 from .evidence import BankStore
+from .lvlm import with_pixels
 from .groups import check_shard, shard_tag
 from .rewards import info_score, reward_facts
 from .rldata_ask import FactCache, ask, check_contents, facts_fingerprint, item_hashes
@@ -78,6 +79,7 @@ def _uses(settings, stages):
     takes = {name: _stage_takes(name, stages) for name in _stages(settings["objective"])}
     takes["reward"] = set(weights) - set(own)
     takes["model"] = _takes(PointerSelector.__init__) - {"d_in"}
+    takes["lvlm"] = {"min_pixels", "max_pixels"}
     def used(key):
         where, dot, argument = key.partition(".")
         if not dot or not argument: return key in FIXED
@@ -100,7 +102,7 @@ def expand_grid(
     if idle:
         raise ValueError(
             f"{idle}: no combination uses them; names are {sorted(FIXED)}, reward.WEIGHT, model.ARGUMENT,"
-            " STAGE.ARGUMENT of its objectives"
+            " STAGE.ARGUMENT of its objectives, lvlm.min_pixels, lvlm.max_pixels"
         )
     plains = [plain(s) for s in out]
     return [s for i, s in enumerate(out) if plains[i] not in plains[:i]]
@@ -211,9 +213,25 @@ class SweepData:
     stages:dict # {name: function of a Learner and its arguments}: objectives of your own
     asking:Asking=Asking() # how picks are asked about
 
-    def ask(self, pairs):
+    scorers:dict=field(default_factory=dict) # {limits of pixels: who is asked with them}
+
+    def ask(self,
+        pairs, # question_id, pointer
+        settings=None, # a combination; its `lvlm.` settings are those of the model that is asked. None: none
+    ):
         "Facts about (query, pointer) pairs"
-        return ask(pairs, _scorer(self.world), self.world.items, self.cache, self.asking)
+        limits = _section(settings or {}, "lvlm")
+        scorer = _scorer(self.world)
+        if limits: scorer = self._resized(scorer, limits)
+        return ask(pairs, scorer, self.world.items, self.cache, self.asking)
+
+    def _resized(self, scorer, limits):
+        "The scorer with another image budget; made once, since it keeps image features"
+        if getattr(scorer, "lvlm", None) is None:
+            raise ValueError(f"{limits}: wanted a world with a vision-language model that can be asked")
+        key = tuple(sorted(limits.items()))
+        if key not in self.scorers: self.scorers[key] = scorer.around(with_pixels(scorer.lvlm, **limits))
+        return self.scorers[key]
 
 def train_cell(
     settings:dict, # a combination of `expand_grid`
@@ -265,20 +283,20 @@ def run_cell(
         warnings.simplefilter("always")
         try:
             learn, regret = train_cell(settings, seed, shared)
-            row |= dict(kind=learn.dls.info["kind"]) | _numbers(learn, regret, _judged(learn, seed, shared))
+            row |= dict(kind=learn.dls.info["kind"]) | _numbers(learn, regret, _judged(learn, settings, seed, shared))
         except Exception as e:
             row |= dict(error=f"{type(e).__name__}: {e}"[:1000], traceback=traceback.format_exc()[-3000:])
     row["warned"] = sorted({str(w.message)[:300] for w in said if w.category is UserWarning})
     row["seconds"] = round(time.perf_counter() - start, 3)
     return row
 
-def _judged(learn, seed, shared):
+def _judged(learn, settings, seed, shared):
     "What the selector picks for the development questions, and what came of it"
     dev = shared.groups["dev"]
     pool = dev.pool.only(dev.queries)
     picks = pick_model(learn.model, pool, shared.world.store, shared.shots, learn.dls.info["kind"], draw=seed)
     check_picks(picks, shared.world.items)
-    return score_picks(picks, shared.ask(picks))
+    return score_picks(picks, shared.ask(picks, settings))
 
 def _numbers(learn, regret, scored):
     "What a row says of a cell that is done"

@@ -4,7 +4,10 @@ from dataclasses import replace
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from PIL import Image
-from leverplus.lvlm import MockScorer, NaiveScorer, Scored, Targets, answer_place, load_lvlm
+from leverplus.lvlm import (
+    MockScorer, NaiveScorer, Scored, Targets, answer_place, load_lvlm, official_inputs, pixel_limits,
+    prompt_images, with_pixels,
+)
 from leverplus.scorer import SharedScorer, Trie, rope_positions
 from leverplus.prompt import Demo, Prompt
 from leverplus.tiny import save_lvlm, tiny_qwen
@@ -374,3 +377,63 @@ def test_what_is_remembered_of_texts_is_bounded(lvlm, images, monkeypatch):
         assert len(scorer._ids) <= 10 and 0 < len(scorer._answers) <= 10
     monkeypatch.undo()
     assert_same(out, SharedScorer(lvlm).run(ps, ts))
+
+# ---- the image budget --------------------------------------------------------------------------------------
+
+def visual_tokens(lv, path):
+    one = Prompt(7, path, "Name the colour.", (), "interleaved")
+    inputs = official_inputs(lv, [lv.render(one)], [prompt_images(lv, one)])
+    assert (inputs["input_ids"] == lv.image_id).sum() == inputs["image_grid_thw"].prod()//4
+    return int(inputs["image_grid_thw"].prod())//4
+
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory):
+    "A picture of 12 x 16 visual tokens"
+    path = tmp_path_factory.mktemp("photo")/"photo.png"
+    pixels = np.random.default_rng(1).integers(256, size=(12*28, 16*28, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return str(path)
+
+@pytest.mark.parametrize("budget, tokens", [
+    (dict(max_pixels=10**6), 192), (dict(max_pixels=48*784), 48), (dict(min_pixels=784, max_pixels=784), 1),
+    (dict(min_pixels=10*784, max_pixels=12*784), 12), (dict(min_pixels=300*784, max_pixels=500*784), 300),
+])
+def test_a_picture_has_as_many_tokens_as_its_budget_allows(lvlm, photo, budget, tokens):
+    "Both scorers, loaded with the budget or given it later"
+    loaded = load_lvlm(lvlm.name, **budget)
+    later = with_pixels(lvlm, **budget)
+    assert loaded.fingerprint == later.fingerprint != lvlm.fingerprint
+    assert later.model is lvlm.model
+    assert pixel_limits(lvlm.image_processor) == pixel_limits(load_lvlm(lvlm.name).image_processor) # left alone
+    seen = visual_tokens(later, photo)
+    assert seen == visual_tokens(loaded, photo)
+    assert .8*tokens <= seen <= 1.25*tokens and seen <= budget["max_pixels"]/784
+    ps = [Prompt(7, photo, "Name the colour.", (Demo(8, photo, "What is it?", "dax"),), "interleaved")]
+    ts = [Targets(("yes", "dax"), (1., 1.))]
+    reference = NaiveScorer(loaded).run(ps, ts)
+    assert_same(SharedScorer(lvlm).around(later).run(ps, ts), reference)
+    assert_same(SharedScorer(later, prefix_cache="global").run(ps, ts), reference)
+
+def test_a_scorer_around_another_model_keeps_its_settings(lvlm, tmp_path):
+    small = with_pixels(lvlm, max_pixels=56*56)
+    one = SharedScorer(lvlm, 77, 3, vision_dir=tmp_path, prefix_cache="query", window=5)
+    other = one.around(small)
+    assert other.lvlm is small and other.fingerprint != one.fingerprint
+    for name in ("batch_tokens", "max_new_tokens", "window", "prefix_cache", "equal_lengths"):
+        assert getattr(other, name) == getattr(one, name)
+    assert other.prefixes is not one.prefixes and other.vision is not one.vision
+    naive = NaiveScorer(lvlm, 3, 4).around(small)
+    assert (naive.batch_size, naive.max_new_tokens) == (3, 4) and naive.lvlm is small
+
+@pytest.mark.parametrize("budget", [
+    dict(min_pixels=783), dict(max_pixels=783), dict(min_pixels=2000, max_pixels=1999), dict(max_pixels=16385*784),
+    dict(min_pixels=-1), dict(min_pixels=10**6),
+])
+def test_a_budget_that_cannot_be_kept_is_refused(lvlm, budget):
+    with pytest.raises(ValueError, match="min_pixels .*, max_pixels .*: wanted 784 "): with_pixels(lvlm, **budget)
+    with pytest.raises(ValueError, match="wanted 784 "): load_lvlm(lvlm.name, **budget)
+
+def test_no_budget_is_that_of_the_checkpoint(lvlm):
+    assert with_pixels(lvlm) is lvlm
+    least, most = pixel_limits(lvlm.image_processor)
+    assert with_pixels(lvlm, least, most).fingerprint == lvlm.fingerprint

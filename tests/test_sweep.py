@@ -343,3 +343,39 @@ def test_other_settings_are_averaged_within_a_seed():
     with pytest.raises(ValueError, match="scored=sweep_scores"): sweep_table(f, "x")
     with pytest.raises(ValueError, match="wanted columns"): sweep_table(f, "z", scored=s)
     with pytest.raises(ValueError, match="no cells of the default"): sweep_table(f, "x", dict(x=9), s)
+
+# ---- image budgets -----------------------------------------------------------------------------------------
+
+def test_picks_are_asked_at_each_image_budget(tmp_path):
+    "Selectors are the same, facts are those of the budget, and stored groups keep theirs"
+    from leverplus.lvlm import NaiveScorer, with_pixels
+    from leverplus.rldata_ask import ask
+    from leverplus.world import world
+    islands = world("islands")
+    few = {s: islands.items.index[islands.items.split == s][:6].tolist() for s in ("train", "dev")}
+    how = dict(proposing=Proposing(counts=dict(beam=2, random=3)), guarding=Guarding(test=0), progress=False)
+    groups = {
+        s: generate(tmp_path/s, q, islands.items, islands.pools[s].only(q), islands.scorer, islands.store, **how)
+        for s, q in few.items()
+    }
+    grid = {"lvlm.max_pixels": [50176, 784]}
+    base = {"lvlm.min_pixels": 784, "model.d_hidden": 8, "bs": 6, "rce.n_epoch": 1, "rce.watch": None}
+    cells = sweep(tmp_path/"sweep", grid, groups, islands, [0], base)
+    assert cells.status.tolist() == ["done"]*2 and cells["lvlm.max_pixels"].tolist() == [50176, 784]
+    usual, small = read_rows(tmp_path/"sweep"/"cells.jsonl")
+    assert usual["regret"] == small["regret"] # on stored groups
+    assert usual["scored"]["pointer"] == small["scored"]["pointer"]
+    assert usual["scored"]["vqa_gt_prob"] != small["scored"]["vqa_gt_prob"]
+    pairs = pd.DataFrame(dict(
+        question_id=small["scored"]["question_id"], pointer=[tuple(p) for p in small["scored"]["pointer"]],
+    ))
+    tiny = NaiveScorer(with_pixels(islands.scorer.lvlm, 784, 784))
+    facts = ask(pairs, tiny, islands.items, FactCache())
+    np.testing.assert_allclose(facts.vqa_gt_prob, small["scored"]["vqa_gt_prob"], atol=1e-5)
+
+def test_an_image_budget_wants_a_model(data, tmp_path):
+    w, groups = data
+    cells = sweep(tmp_path, {"lvlm.max_pixels": [784]}, groups, w, [0], BASE)
+    assert cells.status.tolist() == ["failed"] and "vision-language model" in cells.error[0]
+    with pytest.raises(ValueError, match="lvlm.pixels.*lvlm.max_pixels"): expand_grid({"lvlm.pixels": [784]})
+
