@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['STATUS', 'Shard', 'Rate', 'Selectors', 'Selector', 'Runs', 'OneRun', 'RunDir', 'Split', 'Splits', 'Limit',
            'MoreSettings', 'Store', 'LearnedFrom', 'Facts', 'GroupRuns', 'PictureSplits', 'Base', 'Columns',
-           'Narrowing', 'DOORS', 'ROAD', 'NUMBERS', 'Around', 'Running', 'shard_of', 'named', 'Door', 'Embed',
-           'DrawPools', 'Spread', 'Generate', 'Check', 'Mine', 'Merging', 'Keeping', 'Merge', 'Train', 'Infer',
-           'facts_paths', 'Eval', 'Report', 'Sweep', 'Demo', 'Bank', 'Pick', 'read_config', 'explained', 'one_or_none',
-           'one_sentence', 'read_door', 'command_settings', 'first_page', 'answer']
+           'Narrowing', 'DOORS', 'ROAD', 'REMEMBERED', 'NUMBERS', 'Around', 'Running', 'shard_of', 'named', 'Door',
+           'Embed', 'DrawPools', 'Spread', 'Generate', 'Check', 'Mine', 'Merging', 'Keeping', 'Merge', 'Train', 'Infer',
+           'facts_paths', 'Eval', 'Report', 'Sweep', 'Demo', 'Bank', 'Pick', 'read_config', 'remembered', 'runs_of',
+           'handed_on', 'handed_text', 'explained', 'one_or_none', 'one_sentence', 'read_door', 'command_settings',
+           'first_page', 'answer']
 
 # %% ../nbs/94_doors.ipynb #fba18050
-import contextlib, io, re, sys, textwrap
-from dataclasses import is_dataclass
+import contextlib, io, json, re, sys, textwrap
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, get_args, get_origin
 import tyro, yaml
@@ -22,8 +23,8 @@ from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, UseAppend
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec
 from leverplus.settings import (
     Amount, Asking, Choosing, Count, Data, Folder, Guarding, JsonOrNone, Mining, Model, Natural, Picking,
-    Pools, Positive, Proposing, Rewarding, Rows, Share, Teaching, draft, flag, group, plain_settings,
-    several,
+    Pools, Positive, Proposing, Rewarding, Rows, Share, Teaching, draft, flag, flat_names, group,
+    plain_settings, read_settings, several,
 )
 
 # %% ../nbs/94_doors.ipynb #bd457666
@@ -545,29 +546,125 @@ def _config_file(path):
 
 def _command_of(values, file):
     "What a run keeps about the command that made it; a file of one's own is all settings"
-    starts = values.get("starts")
-    kept = [start.get("command") for start in starts if isinstance(start, dict)] if isinstance(starts, list) else []
-    kept = [command for command in [*kept, values.get("command")] if isinstance(command, dict)]
+    kept = _kept_commands(values)
     if kept: return kept[-1]
-    if starts is None and "schema" not in values: return values
+    if "starts" not in values and "schema" not in values: return values
     raise ValueError(f"{file}: a function made this run, no command: write what it was given into a file of your own")
 
-def _default(name, words):
-    "(the door by default, with its config file; words without --config); `tyro.MISSING` where it must still be told"
-    path, words = _config_of(words)
-    values = {} if path is None else read_config(path, name)
-    if any(word.split("=")[0] == "--selector" for word in words): values.pop("selector", None)   # it would be added to
-    try: door = draft(DOORS[name], values, tyro.MISSING)
-    except ValueError as e: raise ValueError(f"{path}: {e}") from None
-    said_already = _switched_on(door)
-    return door, [word for word in words if word not in said_already]
+def _kept_commands(values):
+    "Commands that a run's file names, oldest first"
+    starts = values.get("starts")
+    kept = [start.get("command") for start in starts if isinstance(start, dict)] if isinstance(starts, list) else []
+    return [command for command in [*kept, values.get("command")] if isinstance(command, dict)]
 
-def _switched_on(door):
-    "Flags of switches that a config file has switched on: saying so again changes nothing"
-    on = {f"--{name.replace('_', '-')}" for name, value in vars(door).items() if value is True}
-    for below in vars(door).values():
-        if is_dataclass(below): on |= _switched_on(below)
-    return on
+# %% ../nbs/94_doors.ipynb #883044e2
+REMEMBERED = dict(data=Data, pools=Pools, model=Model, asking=Asking) # groups that a run hands on
+_FORGOTTEN = dict(model=("device", "vision_dir"), pools=("seed",)) # settings that are about one machine, or one run
+_BELONG = dict( # {group: (setting, those that are about it: where another is named, they are not handed on)}
+    data=("folder", ("reader", "candidates", "images", "check")),
+    model=("lvlm", ("dtype", "min_pixels", "max_pixels")),
+)
+
+def remembered(
+    path, # folder of a run or of a checkpoint; anything else remembers nothing
+)->dict: # {group of `REMEMBERED`: {setting: value}}
+    "What a run says about data and models"
+    return _remembered(Path(path).expanduser(), set())
+
+def _remembered(folder, seen):
+    "The same; no run is asked twice"
+    if folder.resolve() in seen or not folder.is_dir(): return {}
+    seen.add(folder.resolve())
+    records = [record for record in map(_record, _records(folder)) if record]
+    out = {}
+    for record in records:
+        command = dict((_kept_commands(record) or [{}])[-1])
+        for groups in (command, record.get("job") or {}): out = _known_groups(groups) | out
+        for source in _sources(command): out = _remembered(Path(source).expanduser(), seen) | out
+    if not records and (folder.parent/"settings.json").is_file(): out = _remembered(folder.parent, seen)
+    return _of_passport(folder) | out
+
+def _records(folder):
+    "Files in which runs keep how they were made"
+    kept = "settings.json", "manifest.json", "manifest-*.json", "command.json"
+    return [file for name in kept for file in sorted(folder.glob(name))[:1]]
+
+def _record(file):
+    "A run's own record; what is no JSON object is somebody else's file"
+    try: record = json.loads(file.read_text(encoding="utf8"))
+    except (ValueError, OSError): return None
+    return record if isinstance(record, dict) else None
+
+def _known_groups(values):
+    "The groups that are handed on, without what is forgotten and what no setting of today is called"
+    out = {}
+    for name, cls in REMEMBERED.items():
+        if not isinstance(values.get(name), dict): continue
+        known = {f.name for f in fields(cls)} - set(_FORGOTTEN.get(name, ()))
+        out[name] = {key: value for key, value in values[name].items() if key in known}
+    return out
+
+def _sources(command):
+    "Runs that a command was given, the data first"
+    teaching = command.get("teaching") or {}
+    named_there = [command.get("run"), command.get("runs"), command.get("selector"), teaching.get("start")]
+    return [named(path)[1] for some in named_there for path in _all_of(some)]
+
+def _all_of(value):
+    "One path, several, or none"
+    if not value: return ()
+    return (value,) if isinstance(value, str) else value
+
+def _of_passport(folder):
+    "What a checkpoint says by itself"
+    files = [p/"config.json" for p in (folder/"checkpoint", folder) if (p/"config.json").is_file()]
+    config = _record(files[0]) if files else None
+    info = (config or {}).get("info")
+    if not isinstance(info, dict): return {}
+    lvlm, pool, asking = (info[k] if isinstance(info.get(k), dict) else {} for k in ("lvlm", "pool", "asking"))
+    says = dict(
+        data=dict(clip=info.get("encoder_name")),
+        pools=dict(K=pool.get("K"), sampler=pool.get("sampler")),
+        model=dict(lvlm=lvlm.get("name")),
+        asking=asking,
+    )
+    said = {name: {k: v for k, v in values.items() if v is not None} for name, values in says.items()}
+    return {name: values for name, values in _known_groups(said).items() if values}
+
+# %% ../nbs/94_doors.ipynb #568ac2f2
+def runs_of(
+    door, # of `read_door`
+)->list: # folders, as they were named; the first one that remembers a group decides it
+    "Runs that a door was given"
+    plain = plain_settings(door)
+    choosing = plain.get("choosing") or {}
+    places = [*_sources(plain), *_all_of(plain.get("dev")), *_all_of(choosing.get("dev")), *_all_of(plain.get("groups"))]
+    return list(dict.fromkeys(places))
+
+def handed_on(
+    door, # of `read_door`
+)->dict: # {group: {setting: value}}, of the groups that the door has
+    "What the runs of a door remember"
+    out = {}
+    for path in runs_of(door): out = remembered(path) | out
+    return {name: values for name, values in out.items() if hasattr(door, name)}
+
+def handed_text(
+    door, # made with what was handed on
+    handed:dict, # of `handed_on`
+)->str: # "--data ~/okvqa --K 64 (as in runs/a)"; empty if all that is what the door would have said anyway
+    "Say what is used because a run remembers it"
+    usual = {f.name: f.default for f in fields(DOORS[_name_of(door)])}
+    words = []
+    for group, values in handed.items():
+        kept = plain_settings(read_settings(REMEMBERED[group], values))
+        now, default = plain_settings(getattr(door, group)), plain_settings(usual[group])
+        flags = {at[0]: name for name, at in flat_names(REMEMBERED[group]).items()}
+        used = {k: now[k] for k in values if now[k] == kept[k] != default[k]}
+        words += [f"--{flags[k].replace('_', '-')} {value}" for k, value in used.items()]
+    return f"{' '.join(words)} (as in {', '.join(runs_of(door))})" if words else ""
+
+def _name_of(door): return next(name for name, cls in DOORS.items() if type(door) is cls)
 
 # %% ../nbs/94_doors.ipynb #59aa1cd0
 def explained(
@@ -645,12 +742,55 @@ def _in_one_line(name):
         print(f"leverplus {name}: {e}", file=sys.stderr)
         raise SystemExit(2) from None
 
+def _default(name, words, handed=None):
+    "(the door by default, with its config file; words without --config); `tyro.MISSING` where it must still be told"
+    path, words = _config_of(words)
+    values = {} if path is None else read_config(path, name)
+    values = _above(values, _about_the_same(handed or {}, values, words))
+    if any(word.split("=")[0] == "--selector" for word in words): values.pop("selector", None)   # it would be added to
+    try: door = draft(DOORS[name], values, tyro.MISSING)
+    except ValueError as e: raise ValueError(f"{path or 'a run that was named'}: {e}") from None
+    said_already = _switched_on(door)
+    return door, [word for word in words if word not in said_already]
+
+def _about_the_same(handed, values, words):
+    "What was handed on, without what belongs to another data set or model than the one that is named now"
+    out = dict(handed)
+    for group, (name, belong) in _BELONG.items():
+        if group not in out: continue
+        flag = {at[0]: flat for flat, at in flat_names(REMEMBERED[group]).items()}[name]
+        told = any(word.split("=")[0] == f"--{flag}" for word in words) or name in (values.get(group) or {})
+        if told: out[group] = {key: value for key, value in out[group].items() if key not in belong}
+    return out
+
+def _above(values, handed):
+    "Settings of a file over those that were handed on, group by group"
+    return handed | {name: handed.get(name, {}) | v if isinstance(v, dict) else v for name, v in values.items()}
+
+def _switched_on(door):
+    "Flags of switches that a config file has switched on: saying so again changes nothing"
+    on = {f"--{name.replace('_', '-')}" for name, value in vars(door).items() if value is True}
+    for below in vars(door).values():
+        if is_dataclass(below): on |= _switched_on(below)
+    return on
+
 def read_door(
     words:list, # of a command line, the command first
 ): # the door; SystemExit 0 after help, 2 with a line on stderr for words that make none
     "Make a door of words"
     name, *words = words
-    try: default, words = _default(name, words)
+    door = _door_of(name, words)
+    handed = handed_on(door)
+    if not handed: return door
+    door = _door_of(name, words, handed)
+    said = handed_text(door, handed)
+    quiet = hasattr(door, "running") and door.running.quiet
+    if said and not quiet: print(f"leverplus {name}: {said}", file=sys.stderr)
+    return door
+
+def _door_of(name, words, handed=None):
+    "The door, with what runs remember in place of its defaults"
+    try: default, words = _default(name, words, handed)
     except (ValueError, OSError) as e:
         print(f"leverplus {name}: {e}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -665,10 +805,9 @@ def command_settings(
     door, # of `read_door`
 )->dict: # "door" and its settings, as JSON has them
     "What a run keeps of the command that made it"
-    name = next(name for name, cls in DOORS.items() if type(door) is cls)
     values = plain_settings(door)
     for key in ("running", "around", "resume", "overwrite", "rate", "progress", "shard"): values.pop(key, None)
-    return dict(door=name, **values)
+    return dict(door=_name_of(door), **values)
 
 # %% ../nbs/94_doors.ipynb #2d8c4141
 def first_page()->str: # help of `leverplus` itself

@@ -1,14 +1,16 @@
 "The command line: words in, files and an exit status out"
 import contextlib, io, json, os, re, subprocess, sys, warnings
+from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 import pandas as pd, pytest
 import own_warnings
 from leverplus import cli
-from leverplus.doors import DOORS, STATUS, command_settings, read_door
+from leverplus.doors import DOORS, STATUS, command_settings, read_door, remembered
 from leverplus.groups import RLData
 from leverplus.rldata_scale import measured_rate
 from leverplus.runs import Run
-from leverplus.settings import Proposing, change, flat_names, settings_of
+from leverplus.settings import Proposing, change, flat_names, plain_settings, settings_of
 from leverplus.sweep import read_grid
 from leverplus.settings import Job
 
@@ -783,3 +785,121 @@ def test_a_selector_is_judged_by_stored_rows(there):
     assert "forgets its threshold" in go("check runs/all --selector runs/rce", 2)
     assert "judging" not in go("check runs/dev")
     assert go("check runs/dev --selector runs/none --split dev", 2).startswith("leverplus check: runs/none")
+
+# ---- what runs remember ------------------------------------------------------------------------------------
+
+def record(folder, name="manifest.json", **content):
+    folder.mkdir(parents=True)
+    (folder/name).write_text(json.dumps(content))
+    return str(folder)
+
+DATA = dict(folder="~/mine", reader="vqav2", candidates="val", images="none", clip="some/clip", store="runs/mine")
+MODEL = dict(lvlm="some/lvlm", dtype="bfloat16", device="cuda", attn="eager", max_pixels=10**5)
+
+@pytest.fixture
+def family(tmp_path):
+    "Groups, mined groups, a training on them, and a second training on top"
+    groups = record(tmp_path/"groups", command=dict(
+        door="generate", data=DATA, model=MODEL, pools=dict(K=64, sampler="text", seed=3), asking=dict(style="chat"),
+    ))
+    mined = record(tmp_path/"mined", command=dict(door="mine", run=groups, data=DATA))
+    ours = record(tmp_path/"ours", "settings.json", starts=[
+        {}, dict(command=dict(door="train", runs=[mined], data=DATA, model=dict(lvlm="some/lvlm"))),
+    ])
+    again = record(tmp_path/"again", "settings.json", starts=[
+        dict(command=dict(door="train", runs=["nowhere"], teaching=dict(start=ours))),
+    ])
+    return SimpleNamespace(groups=groups, mined=mined, ours=ours, again=again)
+
+def doors_of(family):
+    "Every door that takes a run, with words that name one"
+    return {
+        "check": ["check", family.groups],
+        "mine": ["mine", family.groups, "--out", "x"],
+        "train": ["train", family.groups, "--out", "x"],
+        "train --dev": ["train", "nowhere", "--dev", family.groups, "--out", "x"],
+        "train --start": ["train", "nowhere", "--start", family.ours, "--objective", "rce", "--out", "x"],
+        "infer": ["infer", "--selector", family.ours, "--out", "x"],
+        "infer by name": ["infer", "--selector", f"us={family.ours}", "--out", "x"],
+        "infer --groups": ["infer", "--picker", "knn_facts", "--groups", family.groups, "--out", "x"],
+        "eval": ["eval", "--selector", family.again, "--out", "x"],
+        "report": ["report", family.ours],
+        "sweep": ["sweep", family.mined, "--dev", "nowhere", "--grid", "bs=4", "--out", "x"],
+        "generate": ["generate", "--selector", family.again, "--out", "x"],
+    }
+
+def test_later_doors_know_data_and_models(family, capsys):
+    for name, words in doors_of(family).items():
+        door = read_door(words)
+        err = capsys.readouterr().err
+        data = plain_settings(door.data)
+        assert {k: data[k] for k in DATA} == DATA | dict(folder=str(Path("~/mine").expanduser())), name
+        assert "--data" in err and "--clip some/clip" in err and "(as in " in err, (name, err)
+        if hasattr(door, "model"):
+            assert (door.model.lvlm, door.model.device) == ("some/lvlm", None), name
+        if hasattr(door, "pools"): assert (door.pools.K, door.pools.sampler, door.pools.seed) == (64, "text", 0), name
+        if hasattr(door, "asking"): assert door.asking.style == "chat", name
+
+def test_no_door_that_takes_runs_is_forgotten(family):
+    "Every door with a data set and a field for runs is in the table above"
+    takes = {
+        name for name, cls in DOORS.items()
+        if {"data"} <= {f.name for f in fields(cls)} and {"run", "runs", "selector"} & {f.name for f in fields(cls)}
+    }
+    assert takes == {name.split()[0] for name in doors_of(family)}
+
+def test_flags_and_files_win_over_what_runs_remember(family, tmp_path, capsys):
+    door = read_door(["eval", "--selector", family.ours, "--K", "8", "--clip", "other/clip", "--out", "x"])
+    assert (door.pools.K, door.pools.sampler, door.data.clip) == (8, "text", "other/clip")
+    assert "--K" not in capsys.readouterr().err
+    file = tmp_path/"a.yaml"
+    file.write_text("pools: {K: 32}\nmodel: {lvlm: mock}\n")
+    door = read_door(["eval", "--selector", family.ours, "--config", str(file), "--sampler", "image", "--out", "x"])
+    assert (door.pools.K, door.pools.sampler, door.model.lvlm) == (32, "image", "mock")
+    assert door.data.clip == "some/clip"
+
+def test_another_data_set_brings_its_own_reader_and_pictures(family):
+    door = read_door(["infer", "--selector", family.ours, "--data", "~/other", "--out", "x"])
+    usual = read_door(["infer", "--out", "x"])
+    assert door.data.clip == "some/clip" and door.data.store == "runs/mine"
+    for name in ("reader", "candidates", "images", "check"):
+        assert getattr(door.data, name) == getattr(usual.data, name), name
+    door = read_door(["mine", family.groups, "--lvlm=mock", "--out", "x"])
+    assert (door.model.max_pixels, door.model.dtype, door.model.attn) == (None, None, "eager")
+
+def test_runs_that_python_made_and_checkpoints_remember_too(tmp_path):
+    job = settings_of(Job, lvlm="some/lvlm", K=8, clip="some/clip", sampler="image")
+    made = record(tmp_path/"made", job=plain_settings(job))
+    door = read_door(["mine", made, "--out", "x"])
+    assert (door.model.lvlm, door.data.clip) == ("some/lvlm", "some/clip")
+    info = dict(encoder_name="a/clip", pool=dict(K=64, sampler="mixed"), lvlm=dict(name="a/lvlm"),
+                asking=dict(style="chat", evaluator="lmms"))
+    bare = record(tmp_path/"copied", "config.json", info=info)
+    door = read_door(["eval", "--selector", bare, "--out", "x"])
+    assert (door.data.clip, door.pools.K, door.pools.sampler) == ("a/clip", 64, "mixed")
+    assert (door.model.lvlm, door.asking.style, door.asking.evaluator) == ("a/lvlm", "chat", "lmms")
+
+@pytest.mark.parametrize("content", ["", "[1]", "{", '{"command": 3, "starts": 4}', '{"command": {"data": [1]}}'])
+def test_other_files_remember_nothing(tmp_path, content):
+    (tmp_path/"manifest.json").write_text(content)
+    assert remembered(tmp_path) == remembered(tmp_path/"nowhere") == {}
+    assert read_door(["check", str(tmp_path)]).data == read_door(["check", "nowhere"]).data
+
+def test_a_setting_of_another_version_is_left_out_and_a_wrong_one_is_named(tmp_path, capsys):
+    old = record(tmp_path/"old", command=dict(data=dict(clip="some/clip", speed=3)))
+    assert read_door(["check", old]).data.clip == "some/clip"
+    wrong = record(tmp_path/"wrong", command=dict(data=dict(reader="nobody")))
+    with pytest.raises(SystemExit): read_door(["check", wrong])
+    assert "reader 'nobody': choose one of" in capsys.readouterr().err
+
+def test_runs_that_name_each_other_end(tmp_path):
+    a, b = tmp_path/"a", tmp_path/"b"
+    record(a, command=dict(runs=[str(b)], data=dict(clip="some/clip")))
+    record(b, command=dict(runs=[str(a)], pools=dict(K=8)))
+    assert remembered(a) == remembered(b) == dict(data=dict(clip="some/clip"), pools=dict(K=8))
+
+def test_doors_say_what_they_took_from_a_run_unless_they_are_to_be_quiet(family, capsys):
+    read_door(["infer", "--selector", family.ours, "--out", "x", "--quiet"])
+    assert capsys.readouterr().err == ""
+    read_door(["infer", "--out", "x", "--picker", "mmr"])
+    assert capsys.readouterr().err == ""
