@@ -27,8 +27,9 @@ from leverplus.rldata_generate import generate
 from leverplus.world import World, world
 from leverplus.rldata_check import Health, health
 from leverplus.rldata_merge import by_gap, drop_failed
-from leverplus.rldata_scale import generate_ray, plan_run
+from leverplus.rldata_scale import generate_ray
 from leverplus.dls import GroupDataset, group_dls
+from leverplus.plan import plan_run
 from leverplus.selector import PointerSelector
 from leverplus.losses import kl_exact, regret
 from leverplus.callback_core import Objective, SkipFlat, StageCallback, set_anchor

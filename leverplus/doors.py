@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['STATUS', 'Shard', 'Rate', 'Selectors', 'Selector', 'Runs', 'OneRun', 'RunDir', 'Split', 'Splits', 'Limit',
            'MoreSettings', 'Store', 'LearnedFrom', 'Facts', 'GroupRuns', 'PictureSplits', 'Base', 'Columns',
-           'Narrowing', 'DOORS', 'ROAD', 'REMEMBERED', 'NUMBERS', 'Around', 'Running', 'shard_of', 'named', 'Door',
-           'Embed', 'DrawPools', 'Spread', 'Generate', 'Check', 'Mine', 'Merging', 'Keeping', 'Merge', 'Train', 'Infer',
-           'facts_paths', 'Eval', 'Report', 'Sweep', 'Demo', 'Bank', 'Pick', 'read_config', 'remembered', 'runs_of',
-           'handed_on', 'handed_text', 'explained', 'one_or_none', 'one_sentence', 'read_door', 'command_settings',
-           'first_page', 'answer']
+           'Narrowing', 'DOORS', 'ROAD', 'REMEMBERED', 'NUMBERS', 'Around', 'Running', 'shard_of', 'rate_of', 'named',
+           'Door', 'Embed', 'DrawPools', 'Spread', 'Generate', 'Check', 'Mine', 'Merging', 'Keeping', 'Merge', 'Train',
+           'Infer', 'facts_paths', 'Eval', 'Report', 'Sweep', 'Demo', 'Bank', 'Pick', 'read_config', 'remembered',
+           'runs_of', 'handed_on', 'handed_text', 'explained', 'one_or_none', 'one_sentence', 'read_door',
+           'command_settings', 'first_page', 'answer']
 
 # %% ../nbs/94_doors.ipynb #fba18050
-import contextlib, io, json, re, sys, textwrap
+import contextlib, io, json, math, re, sys, textwrap
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, get_args, get_origin
@@ -69,7 +69,30 @@ Shard = Annotated[
     PrimitiveConstructorSpec(1, "I/N", _shard_word, _is_shard, _shard_text),
 ]
 
-Rate = Annotated[Positive|None, flag("measured in DIR, or what is known of the model", metavar="X")]
+def rate_of(
+    value, # 62, "62", or "measure"
+): # a number > 0, "measure", or None
+    "Read a rate"
+    if value in (None, "none", "None"): return None
+    if value == "measure": return value
+    try: rate = float(value)
+    except (TypeError, ValueError): raise ValueError(f"{value!r}: wanted a number or 'measure'") from None
+    if not math.isfinite(rate): raise ValueError(f"{rate}: wanted a finite number")
+    if rate <= 0: raise ValueError(f"{rate}: wanted a number > 0")
+    return rate
+
+def _rate_word(words):
+    if words[0] in ("none", "measure"): return rate_of(words[0])
+    try: return float(words[0])
+    except ValueError: raise ValueError(f"{words[0]!r}: wanted a number or 'measure'") from None
+
+def _is_rate(value): return value is None or isinstance(value, (int, float, str))
+def _rate_text(value): return [str(value)]
+
+Rate = Annotated[
+    float|str|None, BeforeValidator(rate_of), flag("what is known of DIR or the model"),
+    PrimitiveConstructorSpec(1, "X|measure", _rate_word, _is_rate, _rate_text),
+]
 
 # %% ../nbs/94_doors.ipynb #032c34a1
 def named(
@@ -174,7 +197,7 @@ class Generate(Door):
     other_pool:bool=False # take pools of another kind than the selector was trained on
     resume:bool=False # go on, and refuse to begin: a run must be there
     shard:Shard=None # only part I of N; copy the directories of all parts into one
-    rate:Rate=None # prompts per second, for the plan
+    rate:Rate=None # prompts per second, for the plan; "measure" asks the model for ten seconds
     proposing:Proposing=Proposing()
     pools:Pools=Pools()
     data:Data=Store
@@ -224,7 +247,7 @@ class Mine(Door):
     out:Folder # folder of the new run
     split:Split="train" # whose questions the rows are about
     resume:bool=False # go on, and refuse to begin: facts of a search must be there
-    rate:Rate=None # prompts per second, for the plan
+    rate:Rate=None # prompts per second, for the plan; "measure" asks the model for ten seconds
     mining:Mining=Mining()
     data:Data=Store
     model:Model=Model()
@@ -328,7 +351,7 @@ class Infer(Door):
     resume:bool=False # go on, and refuse to begin: a run must be there
     overwrite:bool=False # empty a folder with other settings
     shard:Shard=None # only part I of N; the last one to finish writes the union; give all the same --out
-    rate:Rate=None # prompts per second, for the plan
+    rate:Rate=None # prompts per second, for the plan; "measure" asks the model for ten seconds
     picking:Picking=Picking()
     pools:Pools=Pools()
     data:Data=Store
@@ -371,7 +394,7 @@ class Eval(Door):
     groups:LearnedFrom=() # runs of generate on training questions, for the rows knn_facts and logistic
     resume:bool=False # go on, and refuse to begin: a run must be there
     overwrite:bool=False # empty a folder with other settings
-    rate:Rate=None # prompts per second, for the plan
+    rate:Rate=None # prompts per second, for the plan; "measure" asks the model for ten seconds
     rows:Rows=Rows()
     pools:Pools=Pools()
     data:Data=Store
@@ -431,7 +454,7 @@ class Sweep(Door):
     split:Split="dev" # of the questions of --dev
     resume:bool=False # go on, and refuse to begin: a sweep must be there
     shard:Shard=None # only part I of N; give all the same --out; the last one prints the table
-    rate:Rate=None # prompts per second, for the plan
+    rate:Rate=None # prompts per second, for the plan; "measure" asks the model for ten seconds
     data:Data=Store
     model:Model=Model()
     asking:Asking=Asking()
@@ -453,7 +476,7 @@ class Demo(Door):
     dev_queries:Annotated[Count|None, flag(250, metavar="N")]=None # dev questions that get a group
     set:MoreSettings=None # other settings of the demo, such as '{"counts": {"beam": 5}}'
     overwrite:bool=False # empty a folder with other settings
-    rate:Rate=None # prompts per second, for the plan
+    rate:Rate=None # prompts per second, for the plan; "measure" asks the model for ten seconds
     running:Running=Running()
     around:Around=Around()
 
@@ -638,7 +661,8 @@ def runs_of(
     "Runs that a door was given"
     plain = plain_settings(door)
     choosing = plain.get("choosing") or {}
-    places = [*_sources(plain), *_all_of(plain.get("dev")), *_all_of(choosing.get("dev")), *_all_of(plain.get("groups"))]
+    more = [plain.get("dev"), choosing.get("dev"), plain.get("groups")]
+    places = [*_sources(plain), *(path for some in more for path in _all_of(some))]
     return list(dict.fromkeys(places))
 
 def handed_on(

@@ -8,7 +8,7 @@ import own_warnings
 from leverplus import cli
 from leverplus.doors import DOORS, STATUS, command_settings, read_door, remembered
 from leverplus.groups import RLData
-from leverplus.rldata_scale import measured_rate
+from leverplus.plan import measured_rate
 from leverplus.runs import Run
 from leverplus.settings import Proposing, change, flat_names, plain_settings, settings_of
 from leverplus.sweep import read_grid
@@ -218,14 +218,23 @@ def test_dry_runs_ask_nothing_and_write_nothing(there, monkeypatch):
     slow = go("generate --out runs/x --rate 0.5 --dry-run --shard 0/3")
     assert "h at 0.5 prompts/s (given)" in slow
     assert "part 0 of 3" in slow
-    assert "not known: give --rate" in go("generate --out runs/x --lvlm somebody/else --dry-run")
+    unknown = go("generate --out runs/x --lvlm somebody/else --dry-run")
+    assert "not known: --rate measure asks for ten seconds, --rate X says it" in unknown
+    assert "somebody/else, size not known" in unknown
     big = go("generate --out runs/x --lvlm Qwen/Qwen2.5-VL-7B-Instruct --dry-run")
-    assert (
-        "prompts/s (ASSUMED, not measured: 35% of a H100's peak, images of 4 tokens, encoded before, 1."
-        in big
-    ), big
+    assert "(EXPECTED, not measured: one H100 at 19% of its peak for text and 8% for images" in big, big
+    assert "images of 4 tokens" in big and "download     Qwen/Qwen2.5-VL-7B-Instruct, 17 GB" in big, big
+    assert "memory       at most 19 GB: weights 17 GB" in big, big
     assert measured_rate("runs/x") is None
     assert measured_rate("runs/nowhere") is None
+
+def test_a_rate_is_measured_on_the_spot(there):
+    before = snapshot()
+    measured = go("generate --out runs/x --rate measure --n 12 --dry-run")
+    assert "the model was asked for some seconds, to measure, nothing was written" in measured, measured
+    assert re.search(r"time +[\d.]+ (s|min) at [\d.e+]+ prompts/s.*\(measured just now: ", measured), measured
+    assert snapshot() == before
+    assert "--rate: 'fast': wanted a number or 'measure'" in go("generate --out runs/x --rate fast --dry-run", 2)
 
 def test_the_rate_of_a_run_is_measured(tmp_path):
     part = RLData.load(go_mock(tmp_path, "--window 2 --n 8"))

@@ -1,6 +1,7 @@
 "Tables of items: one door, and every function that takes items goes through it"
 import importlib, inspect, pkgutil
 from decimal import Decimal
+from itertools import islice
 from types import SimpleNamespace
 from uuid import UUID
 import numpy as np, pandas as pd, pyarrow as pa, pytest, torch
@@ -36,8 +37,10 @@ from leverplus.rldata_generate import generate, run_settings, shard_queries
 from leverplus.rldata_merge import split
 from leverplus.rldata_mine import mine, reask
 from leverplus.rldata_propose import propose
-from leverplus.rldata_scale import expected_rate
-from leverplus.settings import Guarding, Mining, Picking, Proposing
+from leverplus.plan import (
+    asking_costs, distinct_images, expected_speed, image_tokens, measure_speed, some_pairs, speed_of,
+)
+from leverplus.settings import Guarding, Job, Mining, Picking, Proposing, settings_of
 from leverplus.statistics import Bootstrap
 from leverplus.table import Asked
 from leverplus.warmup import AnswerGroups, warmup_dls
@@ -289,7 +292,7 @@ HAND_ON = {
     "infer.check_results": "_ids_of_results",
     "infer.write_results": "_ids_of_results",
     "rldata_generate.generate": "Generation",
-    "rldata_scale.questions_there": "job.questions",
+    "plan.questions_there": "job.questions",
     "report.report": "Findings",
     "runs.Run.show_results": "plot_examples",
     "rldata_ask.check_contents": "content_keys",
@@ -418,7 +421,13 @@ CALLS = {
     )[0].rows,
     "reask": lambda w, f: reask(w.data, f, w.scorer, progress=False).rows,
     "split": lambda w, f: [part.queries for part in split(w.data, (.5, .5), items=f)],
-    "expected_rate": lambda w, f: expected_rate(f, n=4),
+    "expected_speed": lambda w, f: expected_speed(f, n=4),
+    "image_tokens": lambda w, f: image_tokens(f, n=4),
+    "distinct_images": lambda w, f: distinct_images(f, 10**6, (2,)),
+    "asking_costs": lambda w, f: asking_costs(settings_of(Job, lvlm="Qwen/Qwen2.5-VL-3B-Instruct"), 9, items=f),
+    "some_pairs": lambda w, f: list(islice(some_pairs(f, settings_of(Job, K=4), (2,)), 20)),
+    "measure_speed": lambda w, f: measure_speed(settings_of(Job, lvlm="mock", K=4), seconds=0, items=f).why,
+    "speed_of": lambda w, f: speed_of(settings_of(Job, lvlm="Qwen/Qwen2.5-VL-3B-Instruct"), items=f),
     "show_group": lambda w, f: show_group(w.dls.valid_ds, w.dls.valid_ds.question_ids[0], f),
     "show_prompts": lambda w, f: titles(show_prompts(pd.DataFrame(dict(query=[0], picks=[(3, 5)])), f)),
     "group_dls": lambda w, f: group_dls(w.train, w.valid, w.store, items=f).valid_ds.about,

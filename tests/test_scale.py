@@ -1,8 +1,7 @@
-"Jobs: the same rows from paths, in one process, in shards, and on Ray actors; kills; plans"
+"Jobs: the same rows from paths, in one process, in shards, and on Ray actors; kills"
 import json, os, pickle, shutil, signal, subprocess, sys, textwrap, time
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
-from hypothesis import given, settings, strategies as st
 from leverplus.core import read_json, repo_path
 from leverplus.data import BadItems
 from leverplus.groups import RLData
@@ -10,10 +9,8 @@ from leverplus.runs import Busy
 from leverplus.embed import EmbedStore
 from leverplus.pools import encoder_of
 from leverplus.rldata_ask import FactCache, ask
-from leverplus.rldata_scale import (
-    ROW_BYTES, RayWorker, Splits, asking_costs, embed_plan, embed_splits, expected_rate, generate_plan,
-    generate_ray, measured_rate, plan_run, questions_there, rate_of, sequences_of, size_text, time_text,
-)
+from leverplus.rldata_scale import RayWorker, Splits, embed_splits, generate_ray
+from leverplus.plan import embed_plan, expected_speed, generate_plan
 from leverplus.settings import Job, change, plain_settings, read_settings, settings_of
 
 SOFT = ["vqa_gt_prob", "vqa_gt_logprobs"]
@@ -80,10 +77,10 @@ def test_a_data_set_can_be_read_without_its_pictures(tmp_path):
     data = job.run(tmp_path/"run", progress=False)
     assert data.manifest["settings"]["proposing"]["kind"] == "text"
     assert data.manifest["job"]["data"]["images"] == "none"
-    blind = expected_rate(items[:20])
-    pictured = expected_rate(settings_of(Job, split="dev").items()[:20])
-    assert blind["image_tokens"] == 0 < pictured["image_tokens"]
-    assert blind["prompts_per_second"] > pictured["prompts_per_second"]
+    blind = expected_speed(items[:20])
+    pictured = expected_speed(settings_of(Job, split="dev").items()[:20])
+    assert blind.images is None and "images of 0 tokens" in blind.why and pictured.images > 0
+    assert blind.prompts > pictured.prompts
     with pytest.raises(ValueError, match="kind 'mixed' is not in this store"):
         change(job, kind="mixed").run(tmp_path/"mixed")
 
@@ -566,131 +563,3 @@ def test_kill_9_of_the_ray_driver(tmp_path, mock):
     pd.testing.assert_frame_equal(data.rows, job.run(tmp_path / "one", progress=False).rows)
     assert all(f.stat().st_mtime_ns == t for f, t in stamps.items())
     assert not list((tmp_path / "r").rglob(".*.tmp"))
-
-# ---- plans -------------------------------------------------------------------------------------------------
-
-def test_a_plan_by_hand():
-    p = plan_run(100., 1000, 36, (1, 2), bytes_per_row=50, images=10, feature_bytes=1e8)
-    assert p.hours[1] == 0.1
-    assert 0.05 < p.hours[2] < 0.06
-    assert (p.gpu_hours == 0.1).all()
-    assert (p.rows_gb == 1000 * 36 * 50 / 1e9).all()
-    assert (p.features_gb == 1.0).all()
-    with pytest.raises(ValueError, match="prompts_per_second"): plan_run(0.)
-
-def test_how_long_and_how_large_in_words():
-    assert time_text(3600*62, 62.) == "1 h at 62 prompts/s (given)"
-    assert time_text(90, 1., "images", "measured") == "1.5 min at 1 images/s (measured)"
-    assert time_text(0, 5.) == time_text(0, None) == "none: everything is there"
-    assert "not known" in time_text(1, None)
-    assert [size_text(n) for n in (2e9, 3e6, 4e3)] == ["2 GB", "3 MB", "4 kB"]
-
-def test_the_rate_of_a_run_is_measured(tmp_path, mock):
-    job = change(mock, limit=8)
-    job.run(tmp_path/"run", progress=False)
-    parts = sorted(tmp_path.glob("run/part-*.parquet"))
-    assert len(parts) == 4
-    for i, p in enumerate(parts): os.utime(p, (1000 + 10*i, 1000 + 10*i))
-    assert measured_rate(tmp_path/"run") == 2*15/10
-    assert rate_of(job, tmp_path/"run") == (3., f"measured in {tmp_path/'run'}")
-    for p in parts[:2]: p.unlink()
-    assert measured_rate(tmp_path/"run") is measured_rate(tmp_path/"nowhere") is None
-
-def test_a_rate_is_given_measured_known_expected_or_not_known(tmp_path, mock):
-    assert rate_of(mock, tmp_path, 7.) == (7., "given")
-    assert rate_of(Job())[0] == 320
-    assert rate_of(change(mock, lvlm="somebody/else"), tmp_path) == (None, "")
-    big = change(mock, lvlm="Qwen/Qwen2.5-VL-7B-Instruct")
-    rate, why = rate_of(big)
-    assert "ASSUMED, not measured: 35% of a H100's peak, images of 4 tokens, encoded before, 1." in why
-    slower, _ = rate_of(big, shots=(8,))
-    faster, _ = rate_of(change(big, lvlm="Qwen/Qwen2.5-VL-3B-Instruct"))
-    assert slower < rate < faster
-
-def test_sequences_of_a_question():
-    assert sequences_of(Job()) == 5 + 1 + 5 + 2 + 2
-    assert sequences_of(settings_of(Job, shots=(1, 2))) == 30
-    assert sequences_of(settings_of(Job, K=3)) == 3*2
-    assert sequences_of(settings_of(Job, counts=dict(random=9), K=4, shots=(1, 2))) == 4 + 9
-
-def test_the_plan_of_a_job_is_what_it_then_asks(tmp_path, mock):
-    job = change(mock, limit=9, window=2, test=4, verify=0, max_failed=1.)
-    path = tmp_path/"r"
-    def calls(**kw): return generate_plan(job, path, **kw)["LVLM calls"]
-    assert calls() == f"at most {9*15 + 4}"
-    assert not path.exists()
-    assert generate_plan(job, path, rate=.5)["time"].endswith("at 0.5 prompts/s (given)")
-    job.run(path, progress=False)
-    assert calls() == "0" and generate_plan(job, path)["time"] == "none: everything is there"
-    assert generate_plan(job, path)["questions"] == "9 of data/islands, split train; 9 are there already"
-    (path/"part-00004.parquet").unlink() # one question
-    (path/"part-00001.parquet").unlink() # two
-    assert questions_there(job, path) == 6 and calls() == f"at most {3*15 + 4}"
-    own = change(job, limit=None)
-    plan = generate_plan(own, path, shard=(0, 3))
-    assert "900 of data/islands, split train, part 0 of 3: " in plan["questions"]
-    assert "; 0 are there already" in plan["questions"]
-    two = generate_plan(change(job, two_stage=dict(top=2, random=1)), path)
-    assert two["sequences"] == "15 per question (shots 2; pools of 16); of each shot count at most 3 get a text"
-
-def test_costs_of_asking():
-    costs = asking_costs(1000, 10., "measured", 500, "runs/x")
-    assert list(costs) == ["LVLM calls", "time", "disk"]
-    assert costs["LVLM calls"] == "at most 1,000"
-    assert costs["time"] == "1.7 min at 10 prompts/s (measured)"
-    assert costs["disk"] == f"about {size_text(500*ROW_BYTES)} in runs/x"
-    assert asking_costs(1000, None)["disk"] == f"about {size_text(1000*ROW_BYTES)} in "
-
-def test_the_plan_of_embedding(dev):
-    splits = Splits(dev, ["dev"])
-    plan = embed_plan(splits, rate=50.)
-    assert plan["to do"] == "dev"
-    assert plan["images"] == "125 to encode"
-    assert plan["time"] == "2.5 s at 50 images/s (given)"
-    assert embed_plan(splits, (0, 5))["images"] == "25 to encode"
-    assert plan["disk"] == f"about {size_text(2*250*64*4)} in {dev.data.store}"
-    embed_splits(splits, (0, 2), progress=False)
-    assert embed_plan(splits)["images"].endswith("some of them in 1 parts that are there")
-    embed_splits(splits, (1, 2), progress=False)
-    assert embed_plan(splits)["to do"] == "nothing, all is there"
-    assert "768 numbers" in embed_plan(Splits(change(dev, clip="somebody/clip"), ["dev"]))["disk"]
-
-@given(st.floats(1, 1e4), st.integers(1, 10**7), st.integers(1, 64))
-def test_more_gpus_never_take_longer_and_never_less_than_their_share(rate, queries, sequences):
-    h = plan_run(rate, queries, sequences, (1, 2, 8, 64)).hours
-    assert (h.diff().dropna() <= 1e-9 * h[1]).all() and (h * h.index >= h[1] * (1 - 1e-9)).all()
-
-# ---- a rate before there is one ----------------------------------------------------------------------------
-
-def test_a_rate_from_sizes_and_answers(tmp_path):
-    from PIL import Image
-    from leverplus.cost import PEAKS, prompt_flops, qwen_config
-    from leverplus.rldata_scale import visual_tokens
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-    made = Qwen2VLImageProcessorPil(
-        patch_size=14, merge_size=2, size=dict(shortest_edge=3136, longest_edge=12_845_056)
-    )
-    for size in ((640, 480), (37, 200), (56, 56), (1200, 801)): # as the processor has it
-        assert (
-            visual_tokens(*size)
-            == int(made(Image.new("RGB", size), return_tensors="pt")["image_grid_thw"].prod()) // 4
-        )
-    for q, size in enumerate(((640, 480), (480, 640))): Image.new("RGB", size).save(tmp_path/f"{q}.png")
-    items = pd.DataFrame(
-        dict(
-            question_id=[0, 1],
-            image_path=[str(tmp_path / f"{q}.png") for q in (0, 1)],
-            answers=[["a", "a", "b"], ["a", "b", "c", "d"]],
-        )
-    )
-    e = expected_rate(items, (1, 3), "7b", "A100", 0.5)
-    cost = lambda S: prompt_flops(
-        qwen_config("7b"), [391] * (S + 1), 20 * (S + 1), answers=3, known_images=1.0
-    ).total
-    assert e["image_tokens"] == 391
-    assert e["answers"] == 3
-    assert e["prompts_per_second"] == pytest.approx(0.5 * PEAKS["A100"] * 2 / (cost(1) + cost(3)))
-    (tmp_path/"1.png").write_bytes(b"no image")
-    with pytest.raises(ValueError, match="question_id 1: image .*1.png cannot be opened"):
-        expected_rate(items)
-    with pytest.raises(ValueError, match="no items"): expected_rate(items[:0])

@@ -98,7 +98,7 @@ NOT_THE_DEFAULT = dict(
     kind="text", scale=2.5, seed=4, window=5, test=0, verify=2, max_failed=.5, tries=2, top=1, rounds=9, budget=10,
     split="dev", limit=6, picker="beam", width=2, temp=.5, by="vote", weight="confidence", threshold=.1,
     fixed=(3, 1), name="mine", other_pool=True, seconds=5.5, reward="gtprob", weights=dict(alpha=2.),
-    price=.25, zero_shot=True,
+    price=.25, zero_shot=True, min_pixels=784, max_pixels=7840,
 )
 
 @pytest.mark.parametrize("cls", GROUPS)
