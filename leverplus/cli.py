@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import numpy as np
 from fastcore.basics import noop
 from .core import write_json
-from .settings import Job, Model, Proposing, change, plain_settings
+from .settings import Job, Model, Proposing, change, columns_of, plain_settings
 from .runs import Busy, by_command, present_command
 from .items import as_items, picture_paths
 from .pools import check_encoder, encoder_of
@@ -678,23 +678,17 @@ def plan_demo(door:Demo)->dict: # lines of the plan
     )
 
 # %% ../nbs/95_cli.ipynb #c63299fc
-def _columns(door):
-    "Names of columns, by field"
-    odd = [pair for pair in door.columns if "=" not in pair]
-    if odd: raise Bad(f"--columns {odd[0]!r}: wanted FIELD=NAME, such as question=q")
-    return dict(pair.split("=", 1) for pair in door.columns)
-
 def do_bank(door:Bank):
     "Make a bank, or add to one"
     out = Path(door.out)
-    how = dict(columns=_columns(door), images=door.images, progress=not door.running.quiet)
+    how = dict(columns=columns_of(door.columns), images=door.images, progress=not door.running.quiet)
     if (out/"bank.json").is_file(): bank = DemoBank.open(out, door.clip).append(door.source, **how)
     else: bank = DemoBank.build(door.source, door.clip, folder=out, **how)
     print(bank)
 
 def plan_bank(door:Bank)->dict: # lines of the plan
     "What a bank would hold"
-    items = solved_items(door.source, _columns(door), door.images)
+    items = solved_items(door.source, columns_of(door.columns), door.images)
     pictures = len(set(picture_paths(items)) - {None})
     return dict(examples=f"{len(items):,}", pictures=f"{pictures:,}", bank=door.out)
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ENDINGS', 'VERIFY', 'COLUMNS', 'EXTRAS', 'majority', 'expand_labels', 'PictureFolder', 'find_image', 'image_fault',
-           'BadItems', 'read_items', 'left_out', 'read_okvqa', 'read_vqav2', 'read_soft_labels', 'check_splits',
-           'items_fingerprint', 'show_items', 'plot_people']
+           'BadItems', 'check_choices', 'read_items', 'left_out', 'read_okvqa', 'read_vqav2', 'read_soft_labels',
+           'check_splits', 'items_fingerprint', 'show_items', 'plot_people']
 
 # %% ../nbs/10_data.ipynb #e8adfbb0
 import json, os
@@ -285,7 +285,11 @@ def _look_at(folder, image_id, verify): # (path, what is wrong with it)
     return path, image_fault(path, verify)
 
 # %% ../nbs/10_data.ipynb #3b5a93cd
-def _check_choices(on_bad, verify):
+def check_choices(
+    on_bad:str, # raise | skip
+    verify:str, # one of VERIFY
+): # ValueError for another word
+    "Check how a reader is to read"
     if on_bad not in ("raise", "skip"): raise ValueError(f"on_bad {on_bad!r}: pass 'raise' or 'skip'")
     if verify not in VERIFY: raise ValueError(f"verify {verify!r}: pass one of {', '.join(VERIFY)}")
 
@@ -323,7 +327,7 @@ def read_items(
     parse=_okvqa, # entry of `annotations` -> dict with `answers`, `answer`; ValueError with the reason if it cannot
 )->pd.DataFrame: # `COLUMNS`, those of `EXTRAS` that all have, `split`; index = question_id, order of the questions file
     "Join a questions file, its answers, and its images"
-    _check_choices(on_bad, verify)
+    check_choices(on_bad, verify)
     q_file = _existing(questions, f"the questions of split '{split}'")
     a_file = _existing(annotations, f"the answers of split '{split}'")
     report = _Report()

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['STATUS', 'Shard', 'Rate', 'Selectors', 'Selector', 'Runs', 'OneRun', 'RunDir', 'Split', 'Splits', 'Limit',
-           'MoreSettings', 'Store', 'LearnedFrom', 'Facts', 'GroupRuns', 'PictureSplits', 'Base', 'Columns',
-           'Narrowing', 'DOORS', 'ROAD', 'REMEMBERED', 'NUMBERS', 'Around', 'Running', 'shard_of', 'rate_of', 'named',
-           'Door', 'Embed', 'DrawPools', 'Spread', 'Generate', 'Check', 'Mine', 'Merging', 'Keeping', 'Merge', 'Train',
-           'Infer', 'facts_paths', 'Eval', 'Report', 'Sweep', 'Demo', 'Bank', 'Pick', 'read_config', 'remembered',
-           'runs_of', 'handed_on', 'handed_text', 'explained', 'one_or_none', 'one_sentence', 'read_door',
-           'command_settings', 'first_page', 'answer']
+           'MoreSettings', 'Store', 'LearnedFrom', 'Facts', 'GroupRuns', 'PictureSplits', 'Base', 'Narrowing', 'DOORS',
+           'ROAD', 'REMEMBERED', 'NUMBERS', 'Around', 'Running', 'shard_of', 'rate_of', 'named', 'Door', 'Embed',
+           'DrawPools', 'Spread', 'Generate', 'Check', 'Mine', 'Merging', 'Keeping', 'Merge', 'Train', 'Infer',
+           'facts_paths', 'Eval', 'Report', 'Sweep', 'Demo', 'Bank', 'Pick', 'read_config', 'remembered', 'runs_of',
+           'handed_on', 'handed_text', 'explained', 'one_or_none', 'one_sentence', 'read_door', 'command_settings',
+           'first_page', 'answer']
 
 # %% ../nbs/94_doors.ipynb #fba18050
 import contextlib, io, json, math, re, sys, textwrap
@@ -22,7 +22,7 @@ from pydantic import BeforeValidator
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, UseAppendAction, arg
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec
 from leverplus.settings import (
-    Amount, Asking, Choosing, Count, Data, Folder, Guarding, JsonOrNone, Mining, Model, Natural, Picking,
+    Amount, Asking, Choosing, Columns, Count, Data, Folder, Guarding, JsonOrNone, Mining, Model, Natural, Picking,
     Pools, Positive, Proposing, Rewarding, Rows, Share, Teaching, draft, flag, flat_names, group,
     plain_settings, read_settings, several,
 )
@@ -481,7 +481,6 @@ class Demo(Door):
     around:Around=Around()
 
 # %% ../nbs/94_doors.ipynb #9ee4e994
-Columns = Annotated[tuple[str, ...], BeforeValidator(several), flag("as they are", metavar="FIELD=NAME ...")]
 Narrowing = Annotated[Count|Literal["all"]|None, flag("as in training", metavar="K")]
 
 @group
@@ -584,7 +583,7 @@ def _kept_commands(values):
 REMEMBERED = dict(data=Data, pools=Pools, model=Model, asking=Asking) # groups that a run hands on
 _FORGOTTEN = dict(model=("device", "vision_dir"), pools=("seed",)) # settings that are about one machine, or one run
 _BELONG = dict( # {group: (setting, those that are about it: where another is named, they are not handed on)}
-    data=("folder", ("reader", "candidates", "images", "check")),
+    data=("folder", ("reader", "columns", "candidates", "images", "check")),
     model=("lvlm", ("dtype", "min_pixels", "max_pixels")),
 )
 

@@ -10,7 +10,7 @@ import json, os, platform, time, traceback
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from importlib import import_module
 from pathlib import Path
 import numpy as np, pandas as pd, torch
@@ -19,7 +19,7 @@ from filelock import FileLock
 from huggingface_hub import try_to_load_from_cache
 from .core import fingerprint, repo_path
 from .runs import empty_folder
-from .settings import Job, change
+from .settings import Job, change, columns_of
 from .items import as_items
 from .data import check_splits, items_fingerprint, read_okvqa, read_soft_labels, read_vqav2
 from .embed import EmbedStore, embed_items, gather_stores, load_clip
@@ -27,12 +27,13 @@ from .pools import Pool, check_encoder, check_pool, encoder_of, make_pool
 from .evidence import BankStore, kind_for, plain_kind
 from .scorer import SharedScorer
 from .lvlm import MockScorer, load_lvlm
+from .bank import read_table
 from .groups import RLData, shard_tag
 from .rldata_ask import item_contents
 from .rldata_generate import Generation, TimeLimit, run_lock, shard_queries, tally
 
 # %% ../nbs/39_rldata_scale.ipynb #b9b89fca
-READERS = dict(okvqa=read_okvqa, vqav2=read_vqav2, soft_labels=read_soft_labels)
+READERS = dict(okvqa=read_okvqa, vqav2=read_vqav2, soft_labels=read_soft_labels, table=read_table)
 
 def found_folder(
     path, # as somebody wrote it
@@ -42,9 +43,17 @@ def found_folder(
     return p if p.exists() or not repo_path(path).exists() else repo_path(path)
 
 def _images_of(data, folder):
-    "The folder of the images of a data set; None: it is read without"
-    if data.images is None: return folder/"images"
-    return None if data.images == "none" else found_folder(data.images)
+    "The folder of the images of a data set; None: it is read without; of a table, None: beside it, False: without"
+    is_table = data.reader == "table"
+    if data.images is None: return None if is_table else folder/"images"
+    if data.images == "none": return False if is_table else None
+    return found_folder(data.images)
+
+def _with_columns(data):
+    "The reader, which must know names of one's own"
+    if data.reader == "table": return READERS[data.reader]
+    raise ValueError(f"columns {data.columns} beside reader {data.reader!r}: its files have names of their own; wanted"
+                     " reader 'table'")
 
 @patch
 def items(self:Job)->pd.DataFrame: # by question_id; FileNotFoundError, `BadItems`, ValueError name what is wrong
@@ -53,6 +62,7 @@ def items(self:Job)->pd.DataFrame: # by question_id; FileNotFoundError, `BadItem
     folder = found_folder(data.folder)
     images = _images_of(data, folder)
     read = READERS[data.reader]
+    if data.columns: read = partial(_with_columns(data), columns=columns_of(data.columns))
     splits = dict.fromkeys((data.candidates, self.split))
     frames = {s: read(folder, s, images=images, verify=data.check) for s in splits}
     if len(frames) > 1: check_splits(**frames)

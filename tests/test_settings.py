@@ -99,6 +99,7 @@ NOT_THE_DEFAULT = dict(
     split="dev", limit=6, picker="beam", width=2, temp=.5, by="vote", weight="confidence", threshold=.1,
     fixed=(3, 1), name="mine", other_pool=True, seconds=5.5, reward="gtprob", weights=dict(alpha=2.),
     price=.25, zero_shot=True, min_pixels=784, max_pixels=7840,
+    columns=("question=q",),
 )
 
 @pytest.mark.parametrize("cls", GROUPS)
