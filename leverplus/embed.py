@@ -12,7 +12,7 @@ import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
 from .checkpoints import check_checkpoint, read_weights
 from leverplus.core import (
-    atomic_path, exact_float32, fingerprint, loading_bar, read_json, tensors_fingerprint, world_path,
+    atomic_path, exact_float32, fingerprint, loading_bar, read_json, tensors_fingerprint, repo_path, world_path,
     write_json,
 )
 from leverplus.identity import (
@@ -330,7 +330,7 @@ class Clip:
 
 # %% ../nbs/12_embed.ipynb #e596a3db
 def load_clip(
-    model=None, # folder or hub name of a transformers CLIPModel, or a `Clip`; None: models/tiny-clip of the checkout
+    model=None, # `Clip`, folder (absolute, or below working folder or checkout), or hub name; None: models/tiny-clip
     device=None, # torch device; None: cuda if there is one, else cpu
     progress:bool=False, # show the bar of transformers while weights load?
 )->Clip: # float32, eval mode, no gradients; ValueError names a file that is broken
@@ -338,6 +338,7 @@ def load_clip(
     if isinstance(model, Clip): return model
     from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
     name = str(world_path("models", "tiny-clip") if model is None else model)
+    if not Path(name).is_dir() and repo_path(name).is_dir(): name = str(repo_path(name))
     folder = Path(name)
     if folder.is_absolute() and not (folder/"config.json").exists():
         raise FileNotFoundError(f"{name}: no CLIP here (config.json is missing)")

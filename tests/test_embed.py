@@ -335,3 +335,12 @@ def test_show_neighbours_takes_and_returns_axes(world, store):
     blind = embed_items(world["items"].drop(columns="image_path"), world["path"], device="cpu", progress=False)
     assert show_neighbours(blind, world["items"].drop(columns="image_path"), 500, 2).shape == (1, 3)
     plt.close("all")
+
+def test_a_clip_of_the_checkout_is_found_from_anywhere(tmp_path, monkeypatch):
+    "As a language model is; a folder of that name where one stands comes first"
+    from leverplus.core import repo_path
+    usual = load_clip(repo_path("models", "tiny-clip"))
+    monkeypatch.chdir(tmp_path)
+    assert load_clip("models/tiny-clip").fingerprint == usual.fingerprint == load_clip().fingerprint
+    (tmp_path/"models"/"tiny-clip").mkdir(parents=True)
+    with pytest.raises(OSError): load_clip("models/tiny-clip")
