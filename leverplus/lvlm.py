@@ -4,14 +4,13 @@
 
 # %% auto #0
 __all__ = ['PROCESSORS', 'VIDEO_PROCESSORS', 'FAMILY', 'TEXT_SETTINGS', 'ROPE_SETTINGS', 'VISION_SETTINGS', 'MAX_NEW_TOKENS',
-           'NOT_FINITE', 'AnswerPlace', 'answer_place', 'control_tokens_of', 'render_chat', 'LVLM', 'load_lvlm',
-           'pixel_limits', 'with_pixels', 'vision_parts', 'model_parts', 'Targets', 'checked_targets', 'weights_once',
+           'NOT_FINITE', 'AnswerPlace', 'answer_place', 'control_tokens_of', 'render_chat', 'LVLM', 'pixel_limits',
+           'with_pixels', 'load_lvlm', 'vision_parts', 'model_parts', 'Targets', 'checked_targets', 'weights_once',
            'Scored', 'scored_prompt', 'failed_prompt', 'official_inputs', 'prompt_images', 'greedy_texts', 'read_texts',
            'answer_logprobs', 'targets_of', 'prompt_bar', 'scorer_fingerprint', 'NaiveScorer', 'compare', 'MockScorer']
 
 # %% ../nbs/21_lvlm.ipynb #b8dffa05
-import contextlib, math, os
-from copy import copy
+import contextlib, copy, math, os
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import takewhile
@@ -173,6 +172,39 @@ class LVLM:
         text = render_chat(self.tokenizer, messages(prompt), place.parts) + place.opening
         return check_prompt(prompt, text.rstrip(" "), self.control_tokens)
 
+# %% ../nbs/21_lvlm.ipynb #0a123d07
+def pixel_limits(
+    image_processor, # of a Qwen-VL model
+)->tuple: # (least, most) pixels of a picture, as the processor uses them now
+    "Read the image budget"
+    size = image_settings(image_processor)[1]["size"]
+    return int(size["shortest_edge"]), int(size["longest_edge"])
+
+def with_pixels(
+    lvlm:LVLM, # whose weights are shared
+    min_pixels:int|None=None, # least pixels of a picture, >= the square of a token; None: as now
+    max_pixels:int|None=None, # most pixels of a picture, >= `min_pixels`; None: as now
+)->LVLM: # the same where nothing is said; ValueError for limits that cannot be kept
+    "The same model with another image budget"
+    if min_pixels is None and max_pixels is None: return lvlm
+    least, most = pixel_limits(lvlm.image_processor)
+    least = least if min_pixels is None else int(min_pixels)
+    most = most if max_pixels is None else int(max_pixels)
+    _check_pixels(lvlm, least, most)
+    image_processor = copy.copy(lvlm.image_processor)
+    image_processor.size = dict(shortest_edge=least, longest_edge=most)
+    return replace(lvlm, image_processor=image_processor)
+
+def _check_pixels(lvlm, least, most):
+    "ValueError unless token <= least <= most <= what pictures are read with"
+    square = token_side(lvlm.image_processor)**2
+    largest = most_pixels(patch_side(lvlm.image_processor))
+    if square <= least <= most <= largest: return
+    raise ValueError(
+        f"{lvlm.name}: min_pixels {least:,}, max_pixels {most:,}: wanted {square:,} (one visual token) <= min_pixels"
+        f" <= max_pixels <= {largest:,} (the largest picture that qwen-vl-utils hands on)"
+    )
+
 # %% ../nbs/21_lvlm.ipynb #f37db97b
 def load_lvlm(
     path_or_name:str="models/tiny-qwen2.5-vl", # folder (absolute, or below working folder or checkout) or hub name
@@ -227,39 +259,6 @@ def _check_model(name, config, attn):
             f"{name}: layers of type {sorted(sliding)}; wanted full attention in every layer: set"
             " use_sliding_window=False in its config"
         )
-
-# %% ../nbs/21_lvlm.ipynb #0a123d07
-def pixel_limits(
-    image_processor, # of a Qwen-VL model
-)->tuple: # (least, most) pixels of a picture, as the processor uses them now
-    "Read the image budget"
-    size = image_settings(image_processor)[1]["size"]
-    return int(size["shortest_edge"]), int(size["longest_edge"])
-
-def with_pixels(
-    lvlm:LVLM, # whose weights are shared
-    min_pixels:int|None=None, # least pixels of a picture, >= the square of a token; None: as now
-    max_pixels:int|None=None, # most pixels of a picture, >= `min_pixels`; None: as now
-)->LVLM: # the same where nothing is said; ValueError for limits that cannot be kept
-    "The same model with another image budget"
-    if min_pixels is None and max_pixels is None: return lvlm
-    least, most = pixel_limits(lvlm.image_processor)
-    least = least if min_pixels is None else int(min_pixels)
-    most = most if max_pixels is None else int(max_pixels)
-    _check_pixels(lvlm, least, most)
-    image_processor = copy(lvlm.image_processor)
-    image_processor.size = dict(shortest_edge=least, longest_edge=most)
-    return replace(lvlm, image_processor=image_processor)
-
-def _check_pixels(lvlm, least, most):
-    "ValueError unless token <= least <= most <= what pictures are read with"
-    square = token_side(lvlm.image_processor)**2
-    largest = most_pixels(patch_side(lvlm.image_processor))
-    if square <= least <= most <= largest: return
-    raise ValueError(
-        f"{lvlm.name}: min_pixels {least:,}, max_pixels {most:,}: wanted {square:,} (one visual token) <= min_pixels"
-        f" <= max_pixels <= {largest:,} (the largest picture that qwen-vl-utils hands on)"
-    )
 
 # %% ../nbs/21_lvlm.ipynb #d4ee5d18
 TEXT_SETTINGS = (
