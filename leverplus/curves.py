@@ -41,15 +41,21 @@ class _Line(NamedTuple):
 
 def _lines(history):
     "The trainings of a history: one for each run and seed"
-    if "stage" not in history: history = history.assign(stage="training")
+    history = _with_stages(history)
     names = [c for c in ("run", "seed") if c in history]
-    parts = [part for _, part in history.groupby(names, sort=False)] if names else [history]
+    parts = [part for _, part in history.groupby(names, sort=False, dropna=False)] if names else [history]
     return [_Line(part.run.iloc[0] if "run" in part else None, _counted(part)) for part in parts]
+
+def _with_stages(history):
+    "A history whose every epoch is of a stage"
+    if "stage" not in history: return history.assign(stage="training")
+    return history.assign(stage=history.stage.fillna("training"))
 
 def _counted(rows):
     "One training with its epochs and fits counted"
     rows = rows.assign(step=range(1, len(rows) + 1))
-    return rows if "fit" in rows else rows.assign(fit=_count_stages(rows))
+    numbered = "fit" in rows and rows.fit.notna().all()
+    return rows if numbered else rows.assign(fit=_count_stages(rows))
 
 def _count_stages(rows):
     "A number per row that goes up where the stage changes"
@@ -78,13 +84,16 @@ def mark_stages(
     starts = stage_starts(history)
     if len(starts) < 2: return ax
     lo, hi = ax.get_xlim()
-    names = {step: _short(name) for step, name in starts.items()}
-    for (step, name), level in zip(names.items(), _levels(names, hi - lo)):
+    names = {step: _short(name) for step, name in starts.items() if step < hi}
+    levels = _levels(names, hi - lo)
+    for (step, name), level in zip(names.items(), levels):
         start = max(step - .5, lo)
         if step > 1: ax.axvline(start, color="grey", ls=":", lw=.8)
         at = dict(xy=(start, 1), xycoords=("data", "axes fraction"), textcoords="offset points")
         ax.annotate(name, **at, xytext=(1, 2 + 8*level), fontsize=7, color=".35", parse_math=False)
     ax.set_xlim(lo, hi)
+    title = ax.get_title()
+    if title: ax.set_title(title, fontsize=ax.title.get_fontsize(), pad=14 + 8*max(levels))
     return ax
 
 def _short(name): return name if len(name) <= _NAME else name[:_NAME - 1] + "…"

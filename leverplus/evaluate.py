@@ -1039,9 +1039,10 @@ def plot_results(
     ax=None, # matplotlib axes; None makes new ones
     reference:str|None="random", # a dotted line at this selector's accuracy, if there is one shot count; None: no line
 ):# the axes
-    "Accuracy with interval per selector, a colour per shot count"
+    "Accuracy with interval per selector, the highest first and oracles last, a colour per shot count"
     import matplotlib.pyplot as plt
-    names = _order(list(dict.fromkeys(table.selector)))
+    highest = table.groupby("selector", sort=False).acc.max().sort_values(ascending=False, kind="stable")
+    names = sorted(highest.index, key=lambda name: name in ("oracle", "oracle_free"))
     shots = [S for S in sorted(table.shots.unique()) if S] or [0]
     if ax is None: ax = plt.subplots(figsize=(5, max(3, .3*len(names) + .8)), layout="constrained")[1]
     for i, S in enumerate(shots):
@@ -1058,5 +1059,5 @@ def plot_results(
     ax.set_xlabel(f"VQA accuracy ({level_text(table)} interval)")
     ax.grid(axis="x", alpha=.3)
     ax.spines[["top", "right"]].set_visible(False)
-    if len(shots) > 1: ax.legend(frameon=False)
+    if len(shots) > 1: ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     return ax
