@@ -45,6 +45,7 @@ from leverplus.recipes import RECIPES, load_recipe, recipe, recipe_learner, reci
 from leverplus.offpolicy import OffPolicyStats, off_policy
 from leverplus.verbs import verbs
 from leverplus.training import train_run, training_data
+from leverplus.curves import plot_curves
 from leverplus.picker import Picker
 from leverplus.infer import pick_mmr, pick_model, pick_random, pick_similar, pick_zero, predict, rerank
 from leverplus.statistics import Bootstrap, Interval, holm, paired_bootstrap
@@ -57,6 +58,6 @@ from leverplus.table import Asked, full_table
 from leverplus.loops import closed_loop, plot_rounds
 from leverplus.sweep import plot_sweep, sweep_table
 from leverplus.report import (
-    Cases, Findings, pick_cases, plot_curves, plot_examples, plot_gap, plot_shots, report, write_report,
+    Cases, Findings, pick_cases, plot_examples, plot_gap, plot_shots, report, write_report,
 )
 from leverplus.controls import pool_shift

@@ -124,7 +124,7 @@ def _curve(ax, history, col):
             style = styles[part.stage.iloc[0] if run is None else run]
             ax.plot(part.step, part[col], **style, **look, label=run)
     ax.set_xlabel("epoch, all stages")
-    ax.set_ylabel(CURVES[col])
+    ax.set_ylabel(CURVES[col], wrap=True) # a long one takes two lines, not the panel above
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(alpha=.3)
     ax.xaxis.get_major_locator().set_params(integer=True)

@@ -186,5 +186,5 @@ class Glossary(Block):
 
     def _shown(self):
         "What the template is given: the words that were used, in the order of `meanings`"
-        words = [word for word in self.meanings if word in self.used]
-        return dict(entries=[dict(id=self._id(word), word=word, meaning=self.meanings[word]) for word in words])
+        used = [(word, meaning) for word, meaning in self.meanings.items() if word in self.used]
+        return dict(entries=[dict(id=self._id(word), word=word, meaning=meaning) for word, meaning in used])

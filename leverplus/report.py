@@ -38,7 +38,7 @@ from leverplus.evaluate import (
     type_table,
 )
 
-# %% ../nbs/90_report.ipynb #aa9f6a22
+# %% ../nbs/90_report.ipynb #44a8ea96
 _ORACLES = "oracle", "oracle_free" # bounds, no selectors
 _NOBODY_ASKED = "majority_vote", "majority_vote_all" # votes, which no LVLM answers
 
@@ -60,7 +60,7 @@ def _row_name(selector, shots):
     upto = "up to " if str(selector).endswith("_free") else ""
     return f"{selector} ({upto}{shots} shot{'' if shots == 1 else 's'})"
 
-# %% ../nbs/90_report.ipynb #d43d6c64
+# %% ../nbs/90_report.ipynb #c3595539
 def zero_tests(
     scored:pd.DataFrame, # from `evaluate.score_picks`
     items:pd.DataFrame|None=None, # items by question_id, for clustering
@@ -70,11 +70,11 @@ def zero_tests(
     zero = scored[(scored.selector == "zero_shot") & ~scored.eval_failed]
     shown = scored[(scored.shots > 0) & ~scored.selector.isin([*_ORACLES, *_NOBODY_ASKED])]
     if not len(zero) or not len(shown): return None
-    beside = [zero.assign(shots=S) for S in sorted(set(shown.shots))] # it is the same at every number of shots
+    beside = [zero.assign(shots=S) for S in sorted(set(shown.shots))] # it is the same for all of them
     pairs = [(selector, "zero_shot") for selector in dict.fromkeys(shown.selector)]
     return paired_tests(pd.concat([shown, *beside], ignore_index=True), items, pairs, bootstrap=bootstrap)
 
-# %% ../nbs/90_report.ipynb #c6f6ff92
+# %% ../nbs/90_report.ipynb #e249945f
 def _claimed(r):
     "What may be said of a tested difference: `better`, `worse`, or that none is shown"
     if r.verdict not in ("better", "worse"): return NO_DIFFERENCE
@@ -103,14 +103,15 @@ def _difference_words(r, table):
     name = _row_name(r.selector, r.shots)
     numbers = _numbers_of(r, table)
     claimed = _claimed(r)
-    if claimed == NO_DIFFERENCE: return f"No difference shown between {name} and {r.against}: {numbers}{_why_not(r)}."
+    if claimed == NO_DIFFERENCE:
+        return f"No difference shown between {name} and {r.against}: {numbers}{_why_not(r)}."
     return f"{name} is {claimed} than {r.against}: {numbers}."
 
 def _num(x, scale=100, digits=1):
     "A share in percent, or a number in another unit; a dash for NaN"
     return "–" if pd.isna(x) else f"{scale*x:.{digits}f}"
 
-# %% ../nbs/90_report.ipynb #552cbebb
+# %% ../nbs/90_report.ipynb #7599572c
 def headline(
     table:pd.DataFrame, # from `evaluate.result_table`
     tests:pd.DataFrame|None=None, # from `evaluate.paired_tests`; None: trained selectors were not tested
@@ -145,7 +146,7 @@ def _with_accuracy(row):
     "A row of the table in words, with its accuracy"
     return f"{_row_name(row.selector, row.shots)}, {_num(row.acc)} % [{_num(row.lo)}, {_num(row.hi)}]"
 
-# %% ../nbs/90_report.ipynb #df8f27a3
+# %% ../nbs/90_report.ipynb #7b5006de
 def _zero_words(table, over_zero):
     "Whether showing demonstrations is better than showing none"
     if over_zero is None: return []
@@ -167,7 +168,7 @@ def _all_wrong(table):
         lines.append("Not even the oracle is above 0 %: no sequence that was asked brought a right answer.")
     return [*lines, "Look at the answers of the cases, at the prompt, and at how answers are scored."]
 
-# %% ../nbs/90_report.ipynb #7f582fc3
+# %% ../nbs/90_report.ipynb #eb7e56e5
 def _headline_note(table, tests, over_zero):
     "What must be read with a headline"
     notes = []
@@ -177,8 +178,8 @@ def _headline_note(table, tests, over_zero):
         notes.append(f"What is claimed survives Holm's correction over {' and over '.join(families)}.")
     bound = table[table.selector.isin(_ORACLES)]
     if len(bound):
-        best = bound.loc[bound.acc.idxmax()]
-        notes.append(f"A bound, not a selector: {_row_name(best.selector, best.shots)} reaches {_num(best.acc)} %.")
+        most = bound.loc[bound.acc.idxmax()]
+        notes.append(f"A bound, not a selector: {_row_name(most.selector, most.shots)} reaches {_num(most.acc)} %.")
     return " ".join(notes)
 
 def headline_block(
@@ -258,7 +259,8 @@ def plot_gap(
     "Share of the gap that each selector closes, with intervals, a colour per shot count"
     import matplotlib.pyplot as plt
     _check_gaps(gaps)
-    names = list(gaps.groupby("selector", sort=False).gap.max().sort_values(ascending=False, kind="stable").index)
+    longest = gaps.groupby("selector", sort=False).gap.max()
+    names = list(longest.sort_values(ascending=False, kind="stable").index)
     shots = sorted(gaps.shots.unique())
     height = .8/len(shots) # of a bar
     if ax is None: ax = plt.subplots(figsize=(5, max(2.2, .42*len(names) + 1)), layout="constrained")[1]
@@ -573,7 +575,7 @@ def _symbol(kept, uri):
     width, height = kept.image.size
     return dict(number=kept.number, width=width, height=height, uri=uri, drawing=kept.drawing)
 
-# %% ../nbs/90_report.ipynb #9a5ec50f
+# %% ../nbs/90_report.ipynb #29da27e6
 _OF_TABLES = {
     "selector": (
         "Who chooses the demonstrations: a trained selector, or a baseline that follows a plain rule."
@@ -581,8 +583,8 @@ _OF_TABLES = {
     "shots": "How many demonstrations are shown before the question.",
     "accuracy": (
         "VQA accuracy in percent: an answer that three or more annotators gave counts in full, one that "
-        "fewer gave in part. In brackets the interval: in so many of a hundred such experiments it holds "
-        "the true accuracy."
+        "fewer gave in part. In brackets the interval; its level, such as 95 %, is how often such an "
+        "interval holds the true accuracy."
     ),
     "gap closed": (
         "How far a row goes from random demonstrations, which is 0, to the oracle, which is 1; below 0 it "
@@ -593,10 +595,13 @@ _OF_TABLES = {
         "where there is no such row."
     ),
     "queries": "Questions that were scored in this row.",
-    "bound": "What no selector can pass: it was chosen by looking at the answers.",
+    "bound": (
+        "No selector, but what one could reach at most: it was chosen by looking at the answers. The small "
+        "print says whether everything was tried."
+    ),
     "difference": (
-        "Accuracy of the first minus accuracy of the second on the same questions, in points of a percent. "
-        "In brackets its interval."
+        "Accuracy of the first minus accuracy of the second on the same questions, in percentage points. In "
+        "brackets its interval."
     ),
     "no difference shown": (
         "The interval holds 0, or Holm's correction took the claim back, or the questions are too few. It "
@@ -676,7 +681,7 @@ _OF_PANELS = {
 }
 GLOSSARY = _OF_TABLES | _OF_ROWS | _OF_PANELS # word of a page -> what it means
 
-# %% ../nbs/90_report.ipynb #e9c5af06
+# %% ../nbs/90_report.ipynb #fd4c0eb1
 def _row_term(selector, glossary):
     "The name of a row, which explains itself"
     if selector in GLOSSARY: return glossary.term(selector)
@@ -723,7 +728,8 @@ def _columns(table, gaps):
         between = _gap_intervals(gaps)
         head = f"gap closed [{level_text(gaps)}]" if between else "gap closed"
         columns.append(_Column("gap closed", head, lambda r: _gap_text(r, between)))
-    if table.changed.notna().any(): columns.append(_Column("changed", "changed, %", lambda r: _num(r.changed)))
+    if table.changed.notna().any():
+        columns.append(_Column("changed", "changed, %", lambda r: _num(r.changed)))
     columns.append(_Column("queries", "queries", lambda r: str(r.n)))
     return columns
 
@@ -744,8 +750,8 @@ def _highest_first(table):
     return [(selector, table[table.selector == selector].sort_values("shots")) for selector in order]
 
 def _shown_row(r, columns, highest):
-    "A row as the template shows it"
-    best = highest is not None and (r.selector, r.shots) == (highest.selector, highest.shots)
+    "A row as the template shows it; the best is the highest, or as high as that, and not at 0"
+    best = highest is not None and r.selector not in _ORACLES and 0 < highest.acc <= r.acc
     return dict(best=best, cells=[column.text(r) for column in columns])
 
 # %% ../nbs/90_report.ipynb #ce931083
@@ -767,7 +773,7 @@ def _difference(r):
 
 def _p(p): return "below .0001" if p < 1e-4 else f"{p:.2g}"
 
-# %% ../nbs/90_report.ipynb #f04d677f
+# %% ../nbs/90_report.ipynb #dfa3027f
 def differences_block(
     *families, # of `paired_tests`, `zero_tests`, `compare_many`; None is left out
     level:str="95 %", # coverage of the intervals, as `evaluate.level_text` says it
@@ -778,7 +784,10 @@ def differences_block(
     tests = pd.concat([family for family in families if family is not None], ignore_index=True)
     scale = _Scale.of(tests)
     groups = [
-        dict(against=_row_term(against, words), rows=[_interval_row(r, scale, words) for r in rows.itertuples()])
+        dict(
+            against=_row_term(against, words),
+            rows=[_interval_row(r, scale, words) for r in rows.itertuples()],
+        )
         for against, rows in _largest_first(tests).groupby("against", sort=False)
     ]
     return Filled(
@@ -1074,11 +1083,10 @@ def _rl_figure(rows):
 def _legend_off(ax):
     "Move the legend of a panel below it"
     from matplotlib.transforms import ScaledTranslation
-    below = ax.transAxes + ScaledTranslation(0, -20/72, ax.figure.dpi_scale_trans) # under the name of the axis
+    points = ScaledTranslation(0, -20/72, ax.figure.dpi_scale_trans) # 20 below: under the name of the axis
     legend = ax.get_legend()
     legend.set_loc("upper left")
-    legend.set_ncols(3)
-    legend.set_bbox_to_anchor((0, 0), transform=below)
+    legend.set_bbox_to_anchor((0, 0), transform=ax.transAxes + points)
 
 def _small_axes(n):
     "Axes in a figure each, small enough for a phone"
@@ -1247,7 +1255,8 @@ def _add_differences(page, known, tests, over_zero):
     if not shown and known.paired is None: return
     page.head("Differences")
     if shown:
-        page.add(_comparisons_text([len(family) for family in (tests, over_zero) if family is not None], page.glossary))
+        counts = [len(family) for family in (tests, over_zero) if family is not None]
+        page.add(_comparisons_text(counts, page.glossary))
         page.add(differences_block(*shown, level=_level_of(known), glossary=page.glossary))
         both = pd.concat(shown, ignore_index=True)
         page.add(Fold("in words", comparisons_block(both)), Fold("numbers", frame_table(both, "differences")))
@@ -1258,7 +1267,8 @@ def _comparisons_text(counts, glossary):
     "How many comparisons, and what was done about it"
     said = " and ".join(str(n) for n in counts)
     before = f"{said} comparisons; what is claimed survives the correction over its family. Words:"
-    return Filled("terms.html", before=before, terms=[glossary.term("Holm's correction"), glossary.term("detectable")])
+    terms = [glossary.term("Holm's correction"), glossary.term("detectable")]
+    return Filled("terms.html", before=before, terms=terms)
 
 def _level_of(known): return "95 %" if known.table is None else level_text(known.table)
 
@@ -1612,10 +1622,11 @@ def _add_comparisons(page, tests, refused, level="95 %"):
         count = f"{len(tests)} comparisons, Holm's correction over all of them"
         page.add(Paragraph(f"Each against the first, {count}:"))
         page.add(differences_block(tests, level=level, glossary=page.glossary))
-        page.add(Fold("in words", comparisons_block(tests)), Fold("numbers", frame_table(tests, "run against run")))
+        page.add(Fold("in words", comparisons_block(tests)))
+        page.add(Fold("numbers", frame_table(tests, "run against run")))
     if refused: page.add(Paragraph("Not compared:"), Sentences(refused))
 
-# %% ../nbs/90_report.ipynb #25ed8bc3
+# %% ../nbs/90_report.ipynb #11b846b9
 _MOST_SENTENCES = 3 # on differences, on top of a page
 
 def _headline_of_runs(side, tests, refused):
@@ -1633,11 +1644,12 @@ def _highest_words(side):
 def _runs_differ_words(side, tests):
     "The largest differences that may be claimed, or that there are none"
     found = [r for r in tests.itertuples() if _claimed(r) != NO_DIFFERENCE]
-    if not found: return [f"No difference shown between the runs, in {_count(tests, 'comparison')} with the first."]
+    family = _count(tests, "comparison")
+    if not found: return [f"No difference shown between the runs, in {family} with the first."]
     found.sort(key=lambda r: -abs(r.delta))
     lines = [_difference_words(r, side) for r in found[:_MOST_SENTENCES]]
     more = len(found) - len(lines)
-    if more: lines.append(f"{more} more of {len(tests)} comparisons show a difference.")
+    if more: lines.append(f"{more} more of {family} show a difference.")
     return lines
 
 def _count(things, name): return f"{len(things)} {name}{'' if len(things) == 1 else 's'}"
@@ -1698,7 +1710,7 @@ def _add_all_together(page, runs, reads, bootstrap):
         page.add(Paragraph("Intervals over queries and seeds, without correction:"), Sentences(lines))
     return side
 
-# %% ../nbs/90_report.ipynb #14b99bc0
+# %% ../nbs/90_report.ipynb #3fa71587
 def _add_curves_together(page, runs, reads):
     "The training curves of the runs in one figure; nothing where fewer than two have any"
     named = zip(_names(runs), reads)
@@ -1751,7 +1763,8 @@ def report(
     _add_comparisons(page, tests, refused, f"{100*bootstrap.level:g} %")
     side = _add_all_together(page, runs, reads, bootstrap)
     _add_curves_together(page, runs, reads)
-    page.lead = headline_block(_headline_of_runs(side, tests, refused), _headline_note_of_runs(tests, bootstrap))
+    note = _headline_note_of_runs(tests, bootstrap)
+    page.lead = headline_block(_headline_of_runs(side, tests, refused), note)
     each = replace(cases, n=max(1, cases.n // len(runs)))
     for name, run, known in zip(_names(runs), runs, reads):
         page.top = 2
@@ -1763,9 +1776,8 @@ def report(
 def _headline_note_of_runs(tests, bootstrap):
     "What must be read with a headline on several runs"
     if tests is None: return ""
-    level = f"{100*bootstrap.level:g} %"
-    family = _count(tests, "comparison")
-    return f"Differences are paired by question, with {level} intervals, after Holm's correction over {family}."
+    paired = f"Differences are paired by question, with {100*bootstrap.level:g} % intervals"
+    return f"{paired}, after Holm's correction over {_count(tests, 'comparison')}."
 
 def _report_one(page, run, known, cases, path, bootstrap):
     "The page of one run; table and figures go into its folder, wherever the page goes"
