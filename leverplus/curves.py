@@ -88,7 +88,7 @@ def mark_stages(
     levels = _levels(names, hi - lo)
     for (step, name), level in zip(names.items(), levels):
         start = max(step - .5, lo)
-        if step > 1: ax.axvline(start, color="grey", ls=":", lw=.8)
+        if step > 1: ax.vlines(start, 0, 1, transform=ax.get_xaxis_transform(), color="grey", ls=":", lw=.8)
         at = dict(xy=(start, 1), xycoords=("data", "axes fraction"), textcoords="offset points")
         ax.annotate(name, **at, xytext=(1, 2 + 8*level), fontsize=7, color=".35", parse_math=False)
     ax.set_xlim(lo, hi)

@@ -583,8 +583,8 @@ _OF_TABLES = {
     "shots": "How many demonstrations are shown before the question.",
     "accuracy": (
         "VQA accuracy in percent: an answer that three or more annotators gave counts in full, one that "
-        "fewer gave in part. In brackets the interval; its level, such as 95 %, is how often such an "
-        "interval holds the true accuracy."
+        "fewer gave in part. In brackets the interval; its level says how often such an interval holds the "
+        "true accuracy."
     ),
     "gap closed": (
         "How far a row goes from random demonstrations, which is 0, to the oracle, which is 1; below 0 it "
