@@ -1038,11 +1038,11 @@ def plot_results(
     table:pd.DataFrame, # from `result_table`
     ax=None, # matplotlib axes; None makes new ones
     reference:str|None="random", # a dotted line at this selector's accuracy, if there is one shot count; None: no line
+    names=None, # all selectors, the upper ones first; None: baselines, what was trained, oracles
 ):# the axes
-    "Accuracy with interval per selector, the highest first and oracles last, a colour per shot count"
+    "Accuracy with interval per selector, a colour per shot count"
     import matplotlib.pyplot as plt
-    highest = table.groupby("selector", sort=False).acc.max().sort_values(ascending=False, kind="stable")
-    names = sorted(highest.index, key=lambda name: name in ("oracle", "oracle_free"))
+    if names is None: names = _order(list(dict.fromkeys(table.selector)))
     shots = [S for S in sorted(table.shots.unique()) if S] or [0]
     if ax is None: ax = plt.subplots(figsize=(5, max(3, .3*len(names) + .8)), layout="constrained")[1]
     for i, S in enumerate(shots):

@@ -67,6 +67,7 @@ def zero_tests(
     bootstrap:Bootstrap=Bootstrap(), # resamples, and the coverage of intervals
 )->pd.DataFrame|None: # as `paired_tests`, Holm over all of them; None: no zero-shot row, or none to compare with it
     "Hold every row with demonstrations against zero-shot; oracles and votes are left out"
+    if items is not None: items = as_items(items, need=("image_id",))
     zero = scored[(scored.selector == "zero_shot") & ~scored.eval_failed]
     shown = scored[(scored.shots > 0) & ~scored.selector.isin([*_ORACLES, *_NOBODY_ASKED])]
     if not len(zero) or not len(shown): return None
@@ -1233,7 +1234,8 @@ def _gaps(known, bootstrap):
 
 def _result_figures(table, gaps):
     "Those figures that the table has something for"
-    figures = {"results.png": lambda: plot_results(table)}
+    names = [selector for selector, _ in _highest_first(table)]
+    figures = {"results.png": lambda: plot_results(table, names=names)}
     if len(set(table.shots) - {0}) > 1: figures["shots.png"] = lambda: plot_shots(table)
     if gaps is not None and len(gaps): figures["gap.png"] = lambda: plot_gap(gaps)
     return figures
@@ -1667,7 +1669,9 @@ def _side_by_side(held, items, bootstrap):
 def _add_side_by_side(page, table):
     page.head("Side by side")
     alt = "Accuracy with interval by run; the numbers stand in the table above"
-    page.add(results_block(table, glossary=page.glossary), _svg(plot_results(table, reference=None), alt))
+    names = [selector for selector, _ in _highest_first(table)]
+    figure = _svg(plot_results(table, reference=None, names=names), alt)
+    page.add(results_block(table, glossary=page.glossary), figure)
 
 # %% ../nbs/90_report.ipynb #b1005bd2
 def _over_seeds(held, items, bootstrap):

@@ -7,9 +7,9 @@ matplotlib.use("Agg")
 import leverplus, matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest
 from matplotlib.colors import to_hex
 from PIL import Image
-from leverplus.curves import CURVES, curves_in, diagnoses, mark_stages, plot_curves, stage_starts
-from leverplus.diagnose import PANELS, plot_rl
-from leverplus.evaluate import BASELINES, count_look, paired_table, paired_tests, plot_results, result_table, score_picks
+from leverplus.curves import CURVES, curves_in, diagnoses, plot_curves, stage_starts
+from leverplus.diagnose import PANELS
+from leverplus.evaluate import BASELINES, count_look, paired_table, plot_results, result_table, score_picks
 from leverplus.infer import pick_zero, picks_frame
 from leverplus.items import given_ids
 from leverplus.markup import Figure, Paragraph
@@ -97,7 +97,8 @@ def test_curves_take_axes_and_seeds():
 def test_stages_are_named_where_they_begin():
     h = history()
     assert stage_starts(h) == {1: "rce", 4: "grpo"}
-    assert stage_starts(h.assign(stage="rce", fit=[1, 1, 1, 2, 2, 2])) == {1: "rce", 4: "rce"} # a fit is a stage
+    one_name = h.assign(stage="rce", fit=[1, 1, 1, 2, 2, 2])
+    assert stage_starts(one_name) == {1: "rce", 4: "rce"} # a fit is a stage
     assert stage_starts(pd.concat([h.assign(seed=0), h.assign(seed=1)])) == {1: "rce", 4: "grpo"}
     short = h[1:].assign(run="b", fit=np.nan) # a run whose fits nobody numbered
     both = pd.concat([h.assign(run="a", fit=[1]*3 + [2]*3), short])
@@ -135,7 +136,7 @@ def test_runs_lie_over_each_other():
     several = pd.concat([h.assign(run="a run"), h[1:].assign(run="another $run$"), h[:4].assign(run="third")])
     axs = plot_curves(several)
     fig = axs[0].figure
-    assert [ax.get_ylabel() for ax in axs] == [CURVES[c] for c in curves_in(h)] # a panel each, not one per run
+    assert [ax.get_ylabel() for ax in axs] == [CURVES[c] for c in curves_in(h)] # not a panel per run
     by_run = {}
     for line in axs[0].get_lines(): by_run.setdefault(line.get_label(), set()).add(line.get_color())
     assert list(by_run) == ["a run", "another $run$", "third"]
@@ -156,8 +157,7 @@ def test_no_legend_lies_on_a_curve(tmp_path):
         assert all(off_the_curves(legend, axs) for legend in legends)
     drawn = _rl_figure(rl)
     assert len(drawn) > 3 and all(ax.get_legend() and len(ax.texts) == 2 for ax in drawn)
-    rows = pd.DataFrame([("rce", S, .3 + S/10, .2, .6) for S in (1, 2, 3)], columns="selector shots acc lo hi".split())
-    ax = plot_results(rows)
+    ax = plot_results(table_of(rce_1=.3, rce_2=.4, rce_3=.5))
     assert off_the_curves(ax.get_legend(), [ax])
     small = plot_curves(history()[["stage", "train_loss"]], _small_axes(1))
     assert inside(small[0].figure)
@@ -173,8 +173,8 @@ def table_of(**acc):
     return pd.DataFrame(rows).assign(gap_closed=np.nan, changed=np.nan)
 
 def test_of(against="random", shots=2, lo=.05, hi=.15, verdict="better", selector="rce", mde=.04):
-    told = dict(selector=selector, against=against, shots=shots, n=100, delta=(lo + hi)/2, lo=lo, hi=hi, mde=mde)
-    return pd.DataFrame([told | dict(verdict=verdict)])
+    pair = dict(selector=selector, against=against, shots=shots, n=100)
+    return pd.DataFrame([pair | dict(delta=(lo + hi)/2, lo=lo, hi=hi, mde=mde, verdict=verdict)])
 test_of.__test__ = False # a maker of rows
 
 ROWS = dict(zero_shot_0=.2, random_2=.3, similar_mixed_2=.35, rce_1=.3, rce_2=.4, oracle_2=.6)
@@ -185,15 +185,16 @@ def claims(lines): return [line for line in lines if "better" in line or "worse"
 def test_a_difference_is_told_in_the_first_sentence():
     tests = pd.concat([test_of(), test_of("similar_mixed", lo=.01, hi=.09), test_of(shots=1, selector="rce")])
     first, second = headline(table_of(**ROWS), tests)
+    better = "rce (2 shots) is better than "
     # similarity before random, of the best row
-    assert first == "rce (2 shots) is better than similar_mixed: 40.0 % against 35.0 %, +5.0 points [+1.0, +9.0]."
-    assert second == "rce (2 shots) is better than random: 40.0 % against 30.0 %, +10.0 points [+5.0, +15.0]."
+    assert first == better + "similar_mixed: 40.0 % against 35.0 %, +5.0 points [+1.0, +9.0]."
+    assert second == better + "random: 40.0 % against 30.0 %, +10.0 points [+5.0, +15.0]."
     worse, = headline(table_of(**ROWS), test_of(lo=-.15, hi=-.05, verdict="worse"))
     assert worse.startswith("rce (2 shots) is worse than random: ") and "-10.0 points [-15.0, -5.0]" in worse
 
 UNCLAIMED = [
     (dict(lo=-.01, hi=.05, verdict=NOTHING), "."),
-    (dict(lo=-.01, hi=.05, verdict="better"), "."),                # a verdict that its interval does not bear out
+    (dict(lo=-.01, hi=.05, verdict="better"), "."), # a verdict that its interval does not bear out
     (dict(lo=0., hi=.05, verdict="better"), "."),
     (dict(lo=.01, hi=.05, verdict=NOTHING), ", not after Holm's correction."),
     (dict(lo=.01, hi=.05, verdict="better", mde=np.inf), ", too few questions to show anything."),
@@ -206,24 +207,27 @@ def test_nothing_is_claimed_whose_interval_holds_0(told, end):
     assert line.startswith("No difference shown between rce (2 shots) and random: 40.0 % against 30.0 %, ")
     assert line.endswith("]" + end) and not claims([line])
     _, zero = headline(table_of(**ROWS), None, test_of("zero_shot", **told))
-    assert zero.startswith("Few-shot is not shown to beat zero-shot: rce (2 shots), ") and zero.endswith("]" + end)
+    assert zero.startswith("Few-shot is not shown to beat zero-shot: rce (2 shots), ")
+    assert zero.endswith("]" + end)
     row = differences_block(test_of(**told)).html()
     assert NOTHING in row and 'class="none"' in row and "better" not in row
 
 def test_zero_shot_has_a_sentence():
     table = table_of(**ROWS)
-    three = pd.concat([test_of("zero_shot"), test_of("zero_shot", 1, .01, .02), test_of("zero_shot", lo=-.3, hi=-.2)])
-    lead = headline(table, None, three)[-1]
-    assert lead == "Few-shot beats zero-shot: rce (2 shots), 40.0 % against 20.0 %, +10.0 points [+5.0, +15.0]."
-    below = headline(table, None, test_of("zero_shot", lo=-.3, hi=-.2, verdict="worse"))[-1]
+    worse = test_of("zero_shot", lo=-.3, hi=-.2, verdict="worse")
+    lead = headline(table, None, pd.concat([worse, test_of("zero_shot"), test_of("zero_shot", 1, .01, .02)]))[-1]
+    numbers = "40.0 % against 20.0 %, +10.0 points [+5.0, +15.0]"
+    assert lead == f"Few-shot beats zero-shot: rce (2 shots), {numbers}."
+    below = headline(table, None, worse)[-1]
     assert below.startswith("Few-shot does not beat zero-shot here: even rce (2 shots) is worse, ")
 
 def test_a_headline_says_only_what_it_knows():
     untested, = headline(table_of(**ROWS))
-    assert untested == "The best trained selector is rce (2 shots), 40.0 % [39.0, 41.0]; its lead was not tested."
+    best = "The best trained selector is rce (2 shots), 40.0 % [39.0, 41.0]"
+    assert untested == f"{best}; its lead was not tested."
     none = {k: v for k, v in ROWS.items() if not k.startswith("rce")}
     plain, = headline(table_of(**none))
-    assert plain.startswith("No trained selector took part. The highest row is similar_mixed (2 shots), 35.0 %")
+    assert plain.startswith("No trained selector took part. The highest row is similar_mixed (2 shots), 35.0")
     lines = headline(table_of(**ROWS | dict(mmr_2=.5)), test_of())
     assert lines[1] == "A baseline is higher: mmr (2 shots), 50.0 % [49.0, 51.0]; the two were not tested."
     tested = headline(table_of(**ROWS | dict(random_2=.5)), test_of(lo=-.2, hi=-.1, verdict="worse"))
@@ -264,12 +268,16 @@ def test_rows_are_sorted_and_the_best_is_marked():
     rows = dict(oracle_1=.5, zero_shot_0=.2, rce_2=.4, similar_mixed_1=.35, oracle_2=.6, rce_1=.3)
     groups = rows_of(results_block(table_of(**rows)))
     assert [name for name, *_ in groups] == ["rce", "similar_mixed", "zero_shot", "oracle"]
-    assert [[cells[0] for _, cells in lines] for *_, lines in groups] == [["1", "2"], ["1"], ["0"], ["1", "2"]]
+    shots = [[cells[0] for _, cells in lines] for *_, lines in groups]
+    assert shots == [["1", "2"], ["1"], ["0"], ["1", "2"]]
     marked = [(name, cells[0]) for name, _, lines in groups for mark, cells in lines if mark == "best"]
     assert marked == [("rce", "2")]
     assert [kind for _, kind, _ in groups] == ["", "", "", "bound"]
-    drawn = [t.get_text() for t in plot_results(table_of(**rows)).get_yticklabels()]
-    assert drawn == ["rce", "similar_mixed", "zero_shot", "oracle"] # the figure is in the table's order
+    page = Page(results_block(table_of(**rows)).html())
+    assert "highest" in page.words and page.words.count("bound") == 2 # its name, and what it means
+    from leverplus.report import _result_figures
+    drawn = _result_figures(table_of(**rows), None)["results.png"]().get_yticklabels()
+    assert [t.get_text() for t in drawn] == ["rce", "similar_mixed", "zero_shot", "oracle"] # as in the table
 
 def test_zero_shot_is_compared_at_every_number_of_shots(world):
     items, s = world
@@ -279,20 +287,24 @@ def test_zero_shot_is_compared_at_every_number_of_shots(world):
     assert set(tests.against) == {"zero_shot"} and (tests.p_holm >= tests.p).all()
     by_hand = s[(s.selector == "rce") & ~s.eval_failed].vqa_acc_score.mean() # zero-shot is at 0 here
     assert np.allclose(tests.delta[tests.selector == "rce"], by_hand)
-    assert zero_tests(s[s.selector != "zero_shot"]) is None and zero_tests(s[s.selector == "zero_shot"]) is None
+    is_zero = s.selector == "zero_shot"
+    assert zero_tests(s[~is_zero]) is None and zero_tests(s[is_zero]) is None
 
 def test_differences_are_one_figure():
-    tests = pd.concat([test_of(lo=-.3, hi=-.1, verdict="worse"), test_of("similar_mixed"), test_of(shots=1, hi=.5)])
+    worse = test_of(lo=-.3, hi=-.1, verdict="worse")
+    tests = pd.concat([worse, test_of("similar_mixed"), test_of(shots=1, hi=.5)])
     block = differences_block(tests, test_of("zero_shot", lo=-.1, hi=.1, verdict=NOTHING), None)
     html = block.html()
     svgs = re.findall(r"<svg role=\"img\" aria-label=\"(.*?)\"(.*?)</svg>", html, re.S)
-    assert len(svgs) == 4 and svgs[-1][0] == "rce (2 shots) against zero_shot: +0.0 points [-10.0, +10.0], " + NOTHING
+    last = f"rce (2 shots) against zero_shot: +0.0 points [-10.0, +10.0], {NOTHING}"
+    assert len(svgs) == 4 and svgs[-1][0] == last
     places = [[float(x) for x in re.findall(r"(?:x1|x2|cx)=\"([\d.-]+)%\"", svg)] for _, svg in svgs]
     zero = {line[0] for line in places}
     assert len(zero) == 1 # one line at 0
     for (label, _), (at_zero, _, lo, hi, middle) in zip(svgs, places):
         assert 0 <= lo <= middle <= hi <= 100
-        assert {"better": lo > at_zero, "worse": hi < at_zero}.get(label.split(", ")[-1], lo < at_zero < hi), label
+        said = {"better": lo > at_zero, "worse": hi < at_zero, NOTHING: lo < at_zero < hi}
+        assert said[label.split(", ")[-1]], label
     # those of a selector together, the largest difference first
     assert re.findall(r"<th scope=\"row\">(.*?)</th>", html)[:2] == ["rce (1 shot)", "rce (2 shots)"]
 
@@ -315,7 +327,8 @@ def test_cases_are_those_of_the_best_selector(world, tmp_path, quick):
     late = rce.assign(selector="late", vqa_acc_score=0.)                # trained last, and worst
     one = rce.assign(shots=1, pointer=rce.pointer.map(lambda p: p[:1]), vqa_acc_score=1., eval_failed=False)
     def heading(scored, cases=Cases(n=2)):
-        page = report(make_run(tmp_path/f"r{len(list(tmp_path.iterdir()))}", scored), items, cases=cases, bootstrap=FEW)
+        folder = tmp_path/f"r{len(list(tmp_path.iterdir()))}"
+        page = report(make_run(folder, scored), items, cases=cases, bootstrap=FEW)
         return re.search(r"Cases: [^<]*", page.read_text())[0]
     assert heading(pd.concat([s, late])) == "Cases: rce, 2 shots"
     assert heading(pd.concat([s, late, one])) == "Cases: rce, 1 shot"     # where it is best
@@ -805,7 +818,8 @@ ASK = """<script>onload = () => { document.title = JSON.stringify([...document.q
   const out = e => !e.closest('.wide') && e.getBoundingClientRect().right > f.clientWidth + 1;
   return {width: d.documentElement.scrollWidth, room: d.documentElement.clientWidth,
           ink: d.body.innerText.length, all: seen(),
-          cut: [...d.querySelectorAll('h1,h2,h3,p,li,figure,img,fieldset,summary,.forest td,dd')].filter(out).length,
+          cut: [...d.querySelectorAll('h1,h2,h3,p,li,dd,figure,img,fieldset,summary,.forest td')]
+            .filter(out).length,
           forest: [...d.querySelectorAll('.forest svg[role]')].map(e => e.getBoundingClientRect().width),
           word: pop('.results .term'),
           won: click('.f-won-0'), lost: click('.f-lost-0'), unchanged: click('.f-unchanged-0'),
