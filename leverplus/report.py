@@ -190,6 +190,13 @@ def headline_block(
     "The result in words for the top of a page"
     return Filled("headline.html", lines=lines, note=note)
 
+# %% ../nbs/90_report.ipynb #d6810a2f
+def _wrap(text, width=26, lines=4):
+    "Lines of text for a figure; a dollar stays a dollar"
+    return "\n".join(textwrap.wrap(str(text), width, max_lines=lines, placeholder=" …")).replace("$", r"\$")
+
+def _short_names(names): return [_wrap(name, 24, 2) for name in names]
+
 # %% ../nbs/90_report.ipynb #18155421
 class _End(NamedTuple):
     "Last point of a line, and what is written beside it"
@@ -206,7 +213,7 @@ def _names_at_end(ax, ends, x):
     hair = dict(arrowstyle="-", lw=.4, color=".7", shrinkA=0, shrinkB=3)
     look = dict(fontsize=8, va="center", arrowprops=hair, annotation_clip=False)
     for end, height in zip(ends, heights):
-        ax.annotate(end.name, (end.x, end.y), (x, height), color=end.colour, **look)
+        ax.annotate(_wrap(end.name, 30, 1), (end.x, end.y), (x, height), color=end.colour, **look)
 
 def _apart(heights, gap):
     "Rising heights, moved up and down until they are `gap` apart"
@@ -274,7 +281,7 @@ def plot_gap(
         look = dict(color=f"C{i}", alpha=.75, label=f"S = {n}")
         ax.barh(y, rows.gap, .9*height, xerr=err, error_kw=whisker, **look)
     for x in (0, 1): ax.axvline(x, lw=.8, color=".4")
-    ax.set_yticks(range(len(names)), names)
+    ax.set_yticks(range(len(names)), _short_names(names))
     ax.invert_yaxis()
     ax.set_xlabel(f"gap closed: 0 = random, 1 = oracle ({level_text(gaps)} interval)")
     ax.spines[["top", "right"]].set_visible(False)
@@ -422,9 +429,6 @@ def _draw_item(ax, items, question_id, head, answer, edge="#b0b7bf"):
     ax.set_yticks([])
     ax.spines[:].set(color=edge, linewidth=1.5)
 
-def _wrap(text, width=26, lines=4):
-    "Lines of text for a figure; a dollar stays a dollar"
-    return "\n".join(textwrap.wrap(str(text), width, max_lines=lines, placeholder=" …")).replace("$", r"\$")
 
 # %% ../nbs/90_report.ipynb #556fd97c
 def plot_examples(
@@ -1234,11 +1238,17 @@ def _gaps(known, bootstrap):
 
 def _result_figures(table, gaps):
     "Those figures that the table has something for"
-    names = [selector for selector, _ in _highest_first(table)]
-    figures = {"results.png": lambda: plot_results(table, names=names)}
+    figures = {"results.png": lambda: _results_figure(table)}
     if len(set(table.shots) - {0}) > 1: figures["shots.png"] = lambda: plot_shots(table)
     if gaps is not None and len(gaps): figures["gap.png"] = lambda: plot_gap(gaps)
     return figures
+
+def _results_figure(table, **kwargs):
+    "Accuracies in the order of the table"
+    names = [selector for selector, _ in _highest_first(table)]
+    ax = plot_results(table, names=names, **kwargs)
+    ax.set_yticks(range(len(names)), _short_names(names))
+    return ax
 
 _RESULT_ALTS = {
     "results.png": "Accuracy with interval by selector",
@@ -1669,8 +1679,7 @@ def _side_by_side(held, items, bootstrap):
 def _add_side_by_side(page, table):
     page.head("Side by side")
     alt = "Accuracy with interval by run; the numbers stand in the table above"
-    names = [selector for selector, _ in _highest_first(table)]
-    figure = _svg(plot_results(table, reference=None, names=names), alt)
+    figure = _svg(_results_figure(table, reference=None), alt)
     page.add(results_block(table, glossary=page.glossary), figure)
 
 # %% ../nbs/90_report.ipynb #b1005bd2
