@@ -132,8 +132,8 @@ def _best_words(table, tests):
     told = _tests_of(best, tests)
     lines = [_difference_words(r, table) for r in told]
     if not told: lines = [f"The best trained selector is {_with_accuracy(best)}; its lead was not tested."]
-    seen = [(best.selector, best.shots), *((r.against, r.shots) for r in told)]
-    if highest.acc > best.acc and (highest.selector, highest.shots) not in seen:
+    spoken_of = [(best.selector, best.shots), *((r.against, r.shots) for r in told)]
+    if highest.acc > max(r.acc for r in table.itertuples() if (r.selector, r.shots) in spoken_of):
         lines.append(f"A baseline is higher: {_with_accuracy(highest)}; the two were not tested.")
     return lines
 
@@ -829,8 +829,8 @@ class _Scale(NamedTuple):
         "[(percent, points in words)] of round numbers"
         from matplotlib.ticker import MaxNLocator
         found = MaxNLocator(4).tick_values(100*self.lo, 100*self.hi)
-        inside = [x for x in found if self.percent(x/100) > 4 and self.percent(x/100) < 96]
-        return [(self.percent(x/100), f"{x:+g}" if x else "0") for x in inside]
+        places = [(self.percent(x/100), f"{x:+g}" if x else "0") for x in found]
+        return [(place, points) for place, points in places if 9 < place < 91] # room for their letters
 
 def _interval_row(r, scale, words):
     "A difference as the template shows it"
@@ -1105,8 +1105,16 @@ def health_block(
     h:Health, # of `rldata_check.health`
 )->Blocks: # verdict, figure, and the whole of it folded
     "The data's health for a page"
-    figure = Scroll(_svg(h.plot(), _HEALTH_ALT), "figures of the data's health")
+    figure = Scroll(_svg(_health_figure(h), _HEALTH_ALT), "figures of the data's health")
     return Blocks([Sentences(_health_words(h)), figure, Fold("all numbers", h.block())])
+
+def _health_figure(h):
+    "The figures of the data's health, their legend above the lines"
+    axs = h.plot()
+    middle = axs[0, 1]
+    above = dict(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
+    if middle.get_legend(): middle.legend(frameon=False, fontsize=6, **above)
+    return axs
 
 _HEALTH_ALT = (
     "Per file: queries by number of positives; probability of the right answer where it was right and wrong;"

@@ -232,6 +232,8 @@ def test_a_headline_says_only_what_it_knows():
     assert lines[1] == "A baseline is higher: mmr (2 shots), 50.0 % [49.0, 51.0]; the two were not tested."
     tested = headline(table_of(**ROWS | dict(random_2=.5)), test_of(lo=-.2, hi=-.1, verdict="worse"))
     assert len(tested) == 1 # that a row is higher is said by the test
+    as_high = headline(table_of(**ROWS | dict(mmr_2=.5, random_2=.5)), test_of(lo=-.2, hi=-.1, verdict="worse"))
+    assert as_high == tested # no row is higher than the one that the test speaks of
     assert headline(table_of(oracle_2=.6)) == ["No row but oracles: nothing was evaluated."]
     assert not claims([untested, plain, lines[1]])
 
