@@ -19,6 +19,7 @@ from leverplus.prompt import Demo, Prompt, make_prompt
 from leverplus.lvlm import MockScorer, NaiveScorer, load_lvlm
 from leverplus.scorer import SharedScorer
 from leverplus.bank import DemoBank
+from leverplus.cases import pick_cases, plot_examples
 from leverplus.groups import RLData
 from leverplus.rewards import REWARDS, plot_rewards
 from leverplus.rldata_propose import SimilarityPrior, propose
@@ -57,7 +58,5 @@ from leverplus.evaluate import (
 from leverplus.table import Asked, full_table
 from leverplus.loops import closed_loop, plot_rounds
 from leverplus.sweep import plot_sweep, sweep_table
-from leverplus.report import (
-    Cases, Findings, pick_cases, plot_examples, plot_gap, plot_shots, report, write_report,
-)
+from leverplus.report import Cases, Findings, plot_gap, plot_shots, report, write_report
 from leverplus.controls import pool_shift

@@ -14,11 +14,13 @@ from leverplus.infer import pick_zero, picks_frame
 from leverplus.items import given_ids
 from leverplus.markup import Figure, Paragraph
 from leverplus.pools import Pool
+from leverplus.cases import (
+    MARKS, OUTCOMES, Pictures, case_block, data_uri, item_picture, mark_of, pick_cases, plot_examples,
+    query_outcomes, truth_text,
+)
 from leverplus.report import (
-    GLOSSARY, MARKS, OUTCOMES, Cases, Findings, Pictures, best_row, case_block, compare_many, data_uri,
-    described_items, differences_block, headline, item_picture, mark_of, pick_cases, plot_examples, plot_gap,
-    plot_shots, query_outcomes, read_scored, report, results_block, runs_differ, truth_text, write_report,
-    zero_tests,
+    GLOSSARY, Cases, Findings, best_row, compare_many, described_items, differences_block, headline, plot_gap,
+    plot_shots, read_scored, report, results_block, runs_differ, write_report, zero_tests,
 )
 from leverplus.runs import Run
 from leverplus.statistics import Bootstrap
