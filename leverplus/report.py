@@ -18,12 +18,13 @@ from fastcore.basics import patch
 from .core import atomic_path, read_json
 from .runs import ABSENT, Run, settings_diff
 from leverplus.markup import (
-    Block, Blocks, Figure, Filled, Fold, Glossary, Heading, Paragraph, Preformatted, Scroll, Sentences, Strip,
-    frame_table,
+    Block, Blocks, Figure, Filled, Fold, Glossary, Heading, Paragraph, Preformatted, Scroll, Sentences,
+    Strip, frame_table,
 )
 from .items import as_id, as_items
 from leverplus.cases import (
-    MARKS, OUTCOMES, Pictures, case_block, data_uri, figure_text, pick_cases, plot_examples, query_outcomes,
+    MARKS, OUTCOMES, Pictures, case_block, data_uri, figure_text, pick_cases, plot_examples,
+    query_outcomes,
 )
 from .groups import RLData, shard_files
 from .rldata_check import Health, health, teaches
