@@ -1050,7 +1050,7 @@ def plot_results(
         t = table[table.shots.isin(shown)]
         beside = (i - (len(shots) - 1)/2)*.18
         y = [names.index(n) + beside for n in t.selector]
-        reach = [t.acc - t.lo, t.hi - t.acc]
+        reach = np.array([t.acc - t.lo, t.hi - t.acc])
         ax.errorbar(t.acc, y, xerr=reach, fmt="o", ms=5, capsize=2, lw=1.5, color=f"C{i}", label=f"S = {S}")
     line = table.acc[(table.selector == reference) & table.shots.isin([0, *shots])]
     if len(shots) == 1 and len(line): ax.axvline(line.iloc[0], ls=":", lw=1, color="grey", zorder=0)

@@ -140,9 +140,10 @@ def _best_words(table, tests):
     return lines
 
 def _tests_of(row, tests):
-    "Tests of a row of the table, that against similarity first"
+    "Tests of a row of the table, that against similarity first; an oracle is no rival"
     if tests is None: return []
-    own = tests[(tests.selector == row.selector) & (tests.shots == row.shots)]
+    rivals = tests[~tests.against.isin(_ORACLES)]
+    own = rivals[(rivals.selector == row.selector) & (rivals.shots == row.shots)]
     return sorted(own.itertuples(), key=lambda r: r.against == "random")
 
 def _with_accuracy(row):
@@ -153,7 +154,9 @@ def _with_accuracy(row):
 def _zero_words(table, over_zero):
     "Whether showing demonstrations is better than showing none"
     if over_zero is None: return []
-    best = max(over_zero.itertuples(), key=lambda r: r.delta)
+    rows = list(over_zero.itertuples())
+    better = [r for r in rows if _claimed(r) == "better"]
+    best = max(better or rows, key=lambda r: r.delta)
     name = _row_name(best.selector, best.shots)
     numbers = _numbers_of(best, table)
     claimed = _claimed(best)
@@ -410,8 +413,8 @@ _OF_PANELS = {
     "policy mass on the group": "Probability that the policy gives to the stored sequences together.",
     "share of live groups": "Questions whose sequences differ in reward. Only these can teach.",
     "share of clipped ratios": "Terms of the loss without a gradient, since the policy moved past the clip.",
-    "clipped, advantage > 0": "The same, of sequences that are better than their group.",
-    "clipped, advantage < 0": "The same, of sequences that are worse than their group.",
+    "clipped, advantage > 0": "Clipped ratios of sequences that are better than their group: these are not pushed up.",
+    "clipped, advantage < 0": "Clipped ratios of sequences that are worse than their group: these are not pushed down.",
     "temperature": "How sharply better sequences are preferred: low is sharp.",
     "KL weight beta": "How strongly the policy is held to its reference.",
     "regret (reward)": "Best reward of a group minus the reward that the policy expects: smaller is better.",
@@ -434,7 +437,7 @@ GLOSSARY = _OF_TABLES | _OF_ROWS | _OF_PANELS # word of a page -> what it means
 # %% ../nbs/90_report.ipynb #fd4c0eb1
 def _row_term(selector, glossary):
     "The name of a row, which explains itself"
-    if selector in GLOSSARY: return glossary.term(selector)
+    if selector in _OF_ROWS: return glossary.term(selector)
     kind = "free number" if str(selector).endswith("_free") else "trained selector"
     return glossary.term(kind, str(selector))
 
@@ -553,8 +556,8 @@ def _largest_first(tests):
     "Tests by what they are held against, those of a selector together, the largest difference first"
     highest = tests.groupby(["against", "selector"]).delta.transform("max")
     first = {against: i for i, against in enumerate(dict.fromkeys(tests.against))}
-    keys = tests.assign(_against=tests.against.map(first), _highest=-highest)
-    return keys.sort_values(["_against", "_highest", "selector", "shots"], kind="stable")
+    keys = tests[["selector", "shots"]].assign(against=tests.against.map(first), highest=-highest)
+    return tests.loc[keys.sort_values(["against", "highest", "selector", "shots"], kind="stable").index]
 
 class _Scale(NamedTuple):
     "Where a difference stands in the figure"
@@ -564,7 +567,8 @@ class _Scale(NamedTuple):
     @classmethod
     def of(cls, tests):
         "A scale for these intervals and 0"
-        lo, hi = min(0, tests.lo.min()), max(0, tests.hi.max())
+        lo = min(0, tests.lo.min())
+        hi = max(0, tests.hi.max())
         room = .08*(hi - lo) or .01
         return cls(lo - room, hi + room)
 
@@ -972,7 +976,7 @@ def _add_differences(page, known, tests, over_zero):
 def _comparisons_text(counts, glossary):
     "How many comparisons, and what was done about it"
     said = " and ".join(str(n) for n in counts)
-    before = f"{said} comparisons; what is claimed survives the correction over its family. Words:"
+    before = f"{said} comparisons; what is claimed survives the correction over its family. To look up:"
     terms = [glossary.term("Holm's correction"), glossary.term("detectable")]
     return Filled("terms.html", before=before, terms=terms)
 

@@ -191,6 +191,8 @@ def test_a_difference_is_told_in_the_first_sentence():
     # similarity before random, of the best row
     assert first == better + "similar_mixed: 40.0 % against 35.0 %, +5.0 points [+1.0, +9.0]."
     assert second == better + "random: 40.0 % against 30.0 %, +10.0 points [+5.0, +15.0]."
+    bounded = pd.concat([tests, test_of("oracle", lo=-.3, hi=-.1, verdict="worse")])
+    assert headline(table_of(**ROWS), bounded) == [first, second] # an oracle is no rival
     worse, = headline(table_of(**ROWS), test_of(lo=-.15, hi=-.05, verdict="worse"))
     assert worse.startswith("rce (2 shots) is worse than random: ") and "-10.0 points [-15.0, -5.0]" in worse
 
@@ -220,6 +222,8 @@ def test_zero_shot_has_a_sentence():
     lead = headline(table, None, pd.concat([worse, test_of("zero_shot"), test_of("zero_shot", 1, .01, .02)]))[-1]
     numbers = "40.0 % against 20.0 %, +10.0 points [+5.0, +15.0]"
     assert lead == f"Few-shot beats zero-shot: rce (2 shots), {numbers}."
+    unsure = test_of("zero_shot", 1, -.1, .9, NOTHING) # leads by more, perhaps
+    assert headline(table, None, pd.concat([unsure, test_of("zero_shot")]))[-1] == lead
     below = headline(table, None, worse)[-1]
     assert below.startswith("Few-shot does not beat zero-shot here: even rce (2 shots) is worse, ")
 
