@@ -935,10 +935,11 @@ def _gaps(known, bootstrap):
     return gap_table(known.scored, known.items, bootstrap)
 
 def _result_figures(table, gaps):
-    "Those figures that the table has something for"
+    "Those figures that the table has something for; none where all rows are at 0"
+    if not table.acc.max() > 0: return {}
     figures = {"results.png": lambda: _results_figure(table)}
     if len(set(table.shots) - {0}) > 1: figures["shots.png"] = lambda: plot_shots(table)
-    if gaps is not None and len(gaps): figures["gap.png"] = lambda: plot_gap(gaps)
+    if gaps is not None and gaps.gap.notna().any(): figures["gap.png"] = lambda: plot_gap(gaps)
     return figures
 
 def _results_figure(table, **kwargs):

@@ -163,6 +163,9 @@ def test_no_legend_lies_on_a_curve(tmp_path):
     assert off_the_curves(ax.get_legend(), [ax])
     small = plot_curves(history()[["stage", "train_loss"]], _small_axes(1))
     assert inside(small[0].figure)
+    names = [f"a_rather_long_name_of_a_selector_{i}" for i in range(12)]
+    many = table_of(**{f"{name}_{S}": .3 for name in names for S in (1, 2)})
+    assert inside(plot_shots(many).figure) and inside(plot_results(many).figure)
 
 # ---- the result in words --------------------------------------------------------------------------------------------
 
@@ -251,6 +254,16 @@ def test_a_table_of_zeros_says_so():
     assert "oracle" not in " ".join(headline(table_of(random_2=0., rce_2=0.)))
     block = results_block(table_of(random_2=0., rce_2=0.)).html()
     assert "highest" not in block and 'class="best"' not in block
+
+def test_a_page_of_zeros_says_so_and_draws_nothing(world, tmp_path):
+    items, s = world
+    zeros = s.assign(vqa_acc_score=s.vqa_acc_score*0)
+    table = result_table(zeros, items, changed_from="random", bootstrap=FEW)
+    page = write_report(tmp_path/"r", Findings(table=table, scored=zeros, items=items), Cases(n=2), bootstrap=FEW)
+    p = sound(page.read_text())
+    said = "".join(p.words)
+    assert said.index("All rows are at 0 %") < said.index("Results") and "highest" not in said
+    assert not p.all("img") and not (tmp_path/"r"/"results.png").exists()
 
 def test_the_best_row_is_never_an_oracle():
     table = table_of(**ROWS | dict(oracle_free_2=.7))
