@@ -62,6 +62,8 @@ def _row_name(selector, shots):
     upto = "up to " if str(selector).endswith("_free") else ""
     return f"{selector} ({upto}{shots} shot{'' if shots == 1 else 's'})"
 
+def _count(things, name): return f"{len(things)} {name}{'' if len(things) == 1 else 's'}"
+
 # %% ../nbs/90_report.ipynb #c3595539
 def zero_tests(
     scored:pd.DataFrame, # from `evaluate.score_picks`
@@ -178,7 +180,7 @@ def _all_wrong(table):
 def _headline_note(table, tests, over_zero):
     "What must be read with a headline"
     notes = []
-    families = [f"{len(t)} comparisons" for t in (tests, over_zero) if t is not None]
+    families = [_count(family, "comparison") for family in (tests, over_zero) if family is not None]
     if families:
         notes.append(f"Differences are paired by question, with {level_text(table)} intervals.")
         notes.append(f"What is claimed survives Holm's correction over {' and over '.join(families)}.")
@@ -539,7 +541,7 @@ def differences_block(
     groups = [
         dict(
             against=_row_term(against, words),
-            rows=[_interval_row(r, scale, words) for r in rows.itertuples()],
+            rows=[_interval_row(r, scale) for r in rows.itertuples()],
         )
         for against, rows in _largest_first(tests).groupby("against", sort=False)
     ]
@@ -556,7 +558,8 @@ def _largest_first(tests):
     "Tests by what they are held against, those of a selector together, the largest difference first"
     highest = tests.groupby(["against", "selector"]).delta.transform("max")
     first = {against: i for i, against in enumerate(dict.fromkeys(tests.against))}
-    keys = tests[["selector", "shots"]].assign(against=tests.against.map(first), highest=-highest)
+    shots = tests.shots.astype(str).str.rjust(3) # numbers, or "own" where runs share none
+    keys = tests[["selector"]].assign(against=tests.against.map(first), highest=-highest, shots=shots)
     return tests.loc[keys.sort_values(["against", "highest", "selector", "shots"], kind="stable").index]
 
 class _Scale(NamedTuple):
@@ -581,14 +584,14 @@ class _Scale(NamedTuple):
         places = [(self.percent(x/100), f"{x:+g}" if x else "0") for x in found]
         return [(place, points) for place, points in places if 9 < place < 91] # room for their letters
 
-def _interval_row(r, scale, words):
+def _interval_row(r, scale):
     "A difference as the template shows it"
     claimed = _claimed(r)
     name = _row_name(r.selector, r.shots)
     return dict(
         name=name,
         kind="none" if claimed == NO_DIFFERENCE else claimed,
-        claimed=words.term(claimed) if claimed == NO_DIFFERENCE else claimed,
+        claimed=claimed,
         numbers=_numbers(r),
         said=f"{name} against {r.against}: {_points(r)}, {claimed}",
         lo=scale.percent(r.lo),
@@ -966,20 +969,19 @@ def _add_differences(page, known, tests, over_zero):
     if not shown and known.paired is None: return
     page.head("Differences")
     if shown:
-        counts = [len(family) for family in (tests, over_zero) if family is not None]
-        page.add(_comparisons_text(counts, page.glossary))
+        counts = " and ".join(str(len(family)) for family in (tests, over_zero) if family is not None)
+        said = f"{counts} comparisons; what is claimed survives the correction over its family."
+        page.add(_to_look_up(said, page.glossary))
         page.add(differences_block(*shown, level=_level_of(known), glossary=page.glossary))
         both = pd.concat(shown, ignore_index=True)
         page.add(Fold("in words", comparisons_block(both)), Fold("numbers", frame_table(both, "differences")))
     if known.paired is not None:
         page.add(Fold("all pairs, without correction", comparisons_block(known.paired)))
 
-def _comparisons_text(counts, glossary):
-    "How many comparisons, and what was done about it"
-    said = " and ".join(str(n) for n in counts)
-    before = f"{said} comparisons; what is claimed survives the correction over its family. To look up:"
-    terms = [glossary.term("Holm's correction"), glossary.term("detectable")]
-    return Filled("terms.html", before=before, terms=terms)
+def _to_look_up(said, glossary):
+    "A sentence on comparisons, and the words that they need"
+    terms = [glossary.term(word) for word in ("Holm's correction", NO_DIFFERENCE, "detectable")]
+    return Filled("terms.html", before=f"{said} To look up:", terms=terms)
 
 def _level_of(known): return "95 %" if known.table is None else level_text(known.table)
 
@@ -1330,8 +1332,8 @@ def _add_comparisons(page, tests, refused, level="95 %"):
     "Run against run, from `compare_many`"
     page.head("Run against run")
     if tests is not None:
-        count = f"{len(tests)} comparisons, Holm's correction over all of them"
-        page.add(Paragraph(f"Each against the first, {count}:"))
+        count = f"{_count(tests, 'comparison')}, Holm's correction over all of them"
+        page.add(_to_look_up(f"Each against the first, {count}.", page.glossary))
         page.add(differences_block(tests, level=level, glossary=page.glossary))
         page.add(Fold("in words", comparisons_block(tests)))
         page.add(Fold("numbers", frame_table(tests, "run against run")))
@@ -1362,8 +1364,6 @@ def _runs_differ_words(side, tests):
     more = len(found) - len(lines)
     if more: lines.append(f"{more} more of {family} show a difference.")
     return lines
-
-def _count(things, name): return f"{len(things)} {name}{'' if len(things) == 1 else 's'}"
 
 # %% ../nbs/90_report.ipynb #4fa10bd1
 def _side_by_side(held, items, bootstrap):

@@ -326,6 +326,8 @@ def test_differences_are_one_figure():
         assert 0 <= lo <= middle <= hi <= 100
         said = {"better": lo > at_zero, "worse": hi < at_zero, NOTHING: lo < at_zero < hi}
         assert said[label.split(", ")[-1]], label
+    own = differences_block(pd.concat([test_of(), test_of(shots="own", selector="a: rce", against="b: rce")]))
+    assert "a: rce (own shots)" in own.html() # runs that have no number in common
     # those of a selector together, the largest difference first
     assert re.findall(r"<th scope=\"row\">(.*?)</th>", html)[:2] == ["rce (1 shot)", "rce (2 shots)"]
 
