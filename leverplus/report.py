@@ -270,8 +270,8 @@ def plot_gap(
     "Share of the gap that each selector closes, with intervals, a colour per shot count"
     import matplotlib.pyplot as plt
     _check_gaps(gaps)
-    longest = gaps.groupby("selector", sort=False).gap.max()
-    names = list(longest.sort_values(ascending=False, kind="stable").index)
+    longest = gaps.groupby("selector", sort=False).gap.max().sort_values(ascending=False, kind="stable")
+    names = sorted(longest.index, key=lambda name: name in _ORACLES)
     shots = sorted(gaps.shots.unique())
     height = .8/len(shots) # of a bar
     if ax is None: ax = plt.subplots(figsize=(5, max(2.2, .42*len(names) + 1)), layout="constrained")[1]
@@ -572,7 +572,7 @@ class _Scale(NamedTuple):
         "A scale for these intervals and 0"
         lo = min(0, tests.lo.min())
         hi = max(0, tests.hi.max())
-        room = .08*(hi - lo) or .01
+        room = .12*(hi - lo) or .01
         return cls(lo - room, hi + room)
 
     def percent(self, x): return round(100*(x - self.lo)/(self.hi - self.lo), 2)

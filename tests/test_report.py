@@ -326,6 +326,8 @@ def test_differences_are_one_figure():
         assert 0 <= lo <= middle <= hi <= 100
         said = {"better": lo > at_zero, "worse": hi < at_zero, NOTHING: lo < at_zero < hi}
         assert said[label.split(", ")[-1]], label
+    one_sided = differences_block(test_of()).html() # 0 is named, wherever it lies
+    assert all(">0</text>" in shown for shown in (html, one_sided, differences_block(worse).html()))
     own = differences_block(pd.concat([test_of(), test_of(shots="own", selector="a: rce", against="b: rce")]))
     assert "a: rce (own shots)" in own.html() # runs that have no number in common
     # those of a selector together, the largest difference first
@@ -454,6 +456,8 @@ def test_shots_and_gap_figures():
     closed = [("rce", 1, .5, .4, .6), ("rce", 2, -.1, -.3, .2)]
     g = pd.DataFrame(closed, columns=["selector", "shots", "gap", "lo", "hi"])
     assert sorted(b.get_width() for b in plot_gap(g).patches if b.get_height() < .5) == [-.1, .5]
+    bounded = pd.concat([g, g.assign(selector="oracle_free", gap=1.), g.assign(selector="grpo", gap=.8)])
+    assert [t.get_text() for t in plot_gap(bounded).get_yticklabels()] == ["grpo", "rce", "oracle_free"]
     with pytest.raises(ValueError, match="no rows"): plot_gap(g[:0])
 
 def test_diagnoses_go_by_fit_and_seed():
