@@ -19,6 +19,7 @@ from leverplus.prompt import Demo, Prompt, make_prompt
 from leverplus.lvlm import MockScorer, NaiveScorer, load_lvlm
 from leverplus.scorer import SharedScorer
 from leverplus.bank import DemoBank
+from leverplus.cases import pick_cases, plot_examples
 from leverplus.groups import RLData
 from leverplus.rewards import REWARDS, plot_rewards
 from leverplus.rldata_propose import SimilarityPrior, propose
@@ -46,6 +47,7 @@ from leverplus.recipes import RECIPES, load_recipe, recipe, recipe_learner, reci
 from leverplus.offpolicy import OffPolicyStats, off_policy
 from leverplus.verbs import verbs
 from leverplus.training import train_run, training_data
+from leverplus.curves import plot_curves
 from leverplus.picker import Picker
 from leverplus.infer import pick_mmr, pick_model, pick_random, pick_similar, pick_zero, predict, rerank
 from leverplus.statistics import Bootstrap, Interval, holm, paired_bootstrap
@@ -57,7 +59,5 @@ from leverplus.evaluate import (
 from leverplus.table import Asked, full_table
 from leverplus.loops import closed_loop, plot_rounds
 from leverplus.sweep import plot_sweep, sweep_table
-from leverplus.report import (
-    Cases, Findings, pick_cases, plot_curves, plot_examples, plot_gap, plot_shots, report, write_report,
-)
+from leverplus.report import Cases, Findings, plot_gap, plot_shots, report, write_report
 from leverplus.controls import pool_shift

@@ -294,8 +294,8 @@ def _write(run, world, split, scored, learn, groups, cfg):
         counts=counts,
         chosen=chosen,
     )
-    cases = Cases(selector=cfg["best"], shots=max(cfg["table_shots"]), n=cfg["cases"])
     of_split = "" if split == "test" else f", {split} split"
+    cases = Cases(n=cfg["cases"]) # of the best row
     write_report(run.path, findings, cases, title=f"leverplus on {_TITLES.get(world.name, world.name)}{of_split}")
     return table
 

@@ -1038,10 +1038,11 @@ def plot_results(
     table:pd.DataFrame, # from `result_table`
     ax=None, # matplotlib axes; None makes new ones
     reference:str|None="random", # a dotted line at this selector's accuracy, if there is one shot count; None: no line
+    names=None, # all selectors, the upper ones first; None: baselines, what was trained, oracles
 ):# the axes
     "Accuracy with interval per selector, a colour per shot count"
     import matplotlib.pyplot as plt
-    names = _order(list(dict.fromkeys(table.selector)))
+    if names is None: names = _order(list(dict.fromkeys(table.selector)))
     shots = [S for S in sorted(table.shots.unique()) if S] or [0]
     if ax is None: ax = plt.subplots(figsize=(5, max(3, .3*len(names) + .8)), layout="constrained")[1]
     for i, S in enumerate(shots):
@@ -1049,7 +1050,7 @@ def plot_results(
         t = table[table.shots.isin(shown)]
         beside = (i - (len(shots) - 1)/2)*.18
         y = [names.index(n) + beside for n in t.selector]
-        reach = [t.acc - t.lo, t.hi - t.acc]
+        reach = np.array([t.acc - t.lo, t.hi - t.acc])
         ax.errorbar(t.acc, y, xerr=reach, fmt="o", ms=5, capsize=2, lw=1.5, color=f"C{i}", label=f"S = {S}")
     line = table.acc[(table.selector == reference) & table.shots.isin([0, *shots])]
     if len(shots) == 1 and len(line): ax.axvline(line.iloc[0], ls=":", lw=1, color="grey", zorder=0)
@@ -1058,5 +1059,5 @@ def plot_results(
     ax.set_xlabel(f"VQA accuracy ({level_text(table)} interval)")
     ax.grid(axis="x", alpha=.3)
     ax.spines[["top", "right"]].set_visible(False)
-    if len(shots) > 1: ax.legend(frameon=False)
+    if len(shots) > 1: ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     return ax

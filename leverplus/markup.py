@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['fill_template', 'Block', 'Heading', 'Paragraph', 'Sentences', 'Preformatted', 'Blocks', 'Strip', 'Fold', 'Scroll',
-           'Figure', 'Cell', 'Table', 'as_cell', 'frame_table', 'Filled']
+           'Figure', 'Cell', 'Table', 'as_cell', 'frame_table', 'Filled', 'Glossary']
 
 # %% ../nbs/15_markup.ipynb #be769672
 from dataclasses import dataclass, fields
@@ -161,3 +161,30 @@ class Filled(Block):
         self.data = data
 
     def _shown(self): return self.data
+
+# %% ../nbs/15_markup.ipynb #d72c0fea
+class Glossary(Block):
+    "What words mean: one tap away from where they stand, and in a list of those that were used"
+    template = "glossary.html"
+
+    def __init__(self,
+        meanings:dict, # {word: what it means}, more than a page uses
+    ):
+        self.meanings = meanings
+        self.used = set()
+
+    def term(self,
+        word:str, # one of `meanings`; ValueError names one that has no meaning
+        text:str|None=None, # what stands in the page; None: the word
+    )->Block:
+        "A word of a page that explains itself"
+        if word not in self.meanings: raise ValueError(f"glossary: no meaning of {word!r}")
+        self.used.add(word)
+        return Filled("term.html", id=self._id(word), text=word if text is None else text)
+
+    def _id(self, word): return f"word{list(self.meanings).index(word)}"
+
+    def _shown(self):
+        "What the template is given: the words that were used, in the order of `meanings`"
+        used = [(word, meaning) for word, meaning in self.meanings.items() if word in self.used]
+        return dict(entries=[dict(id=self._id(word), word=word, meaning=meaning) for word, meaning in used])

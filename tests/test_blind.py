@@ -10,7 +10,7 @@ from leverplus.infer import kind_of, pick, pick_model, pick_similar
 from leverplus.learner import load_selector, selector_learner
 from leverplus.lvlm import compare, load_lvlm
 from leverplus.pools import make_pool, pool_similarity
-from leverplus.report import case_block, pick_cases, plot_examples
+from leverplus.cases import case_block, pick_cases, plot_examples
 from leverplus.rldata_ask import FactCache, ask, item_contents, score_pairs, self_test
 from leverplus.rldata_generate import generate
 from leverplus.rldata_propose import propose

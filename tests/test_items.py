@@ -30,7 +30,8 @@ from leverplus.loops import Questions, loop_queries
 from leverplus.pools import Pool, image_groups, make_pool
 from leverplus.prompt import make_prompt, prompter
 from leverplus.recipes import recipe_learner
-from leverplus.report import Findings, browser_block, item_picture, pick_cases, plot_examples
+from leverplus.cases import item_picture, pick_cases, plot_examples
+from leverplus.report import Findings, browser_block
 from leverplus.rewards import reweigh
 from leverplus.rldata_ask import FactCache, ask, ask_around, content_keys, item_hashes, score_pairs, self_test
 from leverplus.rldata_generate import generate, run_settings, shard_queries

@@ -29,7 +29,7 @@ from leverplus.learner import Distill, Stage, load_selector, mean_logp, selector
 from leverplus.synth import quiet
 from leverplus.losses import kl_exact, regret
 from leverplus.pools import Pool
-from leverplus.report import diagnoses
+from leverplus.curves import diagnoses
 from leverplus.selector import PointerSelector
 from leverplus.synth import ToySelector, synth_dls
 

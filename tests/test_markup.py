@@ -5,8 +5,8 @@ import numpy as np, pandas as pd, pytest
 from jinja2.exceptions import TemplateNotFound, UndefinedError
 import leverplus
 from leverplus.markup import (
-    Block, Blocks, Cell, Figure, Filled, Fold, Heading, Paragraph, Preformatted, Scroll, Sentences, Strip,
-    Table, as_cell, fill_template, frame_table,
+    Block, Blocks, Cell, Figure, Filled, Fold, Glossary, Heading, Paragraph, Preformatted, Scroll, Sentences,
+    Strip, Table, as_cell, fill_template, frame_table,
 )
 
 NASTY = "<b onclick='x'>&amp;\"</div>"
@@ -51,6 +51,19 @@ def test_blocks_are_html_once():
     assert deep.html().count("1 &lt; 2") == 1 and "&amp;lt;" not in deep.html()
     assert deep._repr_html_() == deep.__html__() == deep.html()
     assert Read(deep.html()).tags == ["details", "summary", "div", "div", "p"]
+
+def test_a_word_points_to_its_meaning():
+    "Words and meanings are text; what was used is listed, in the order of the meanings, by the id of its button"
+    words = Glossary({"a": "first", NASTY: NASTY, "c": "third"})
+    buttons = [words.term("c", NASTY), words.term(NASTY), words.term("c")]
+    read = Read(Blocks([*buttons, words]).html())
+    assert read.tags == ["button"]*3 + ["dl"] + ["div", "dt", "dd"]*2
+    assert read.text.count(NASTY) == 4 and "first" not in read.text and "third" in read.text
+    ids = re.findall(r'id="(\w+)" popover', words.html())
+    targets = [re.search(r'popovertarget="(\w+)"', button.html())[1] for button in buttons]
+    assert targets == [ids[1], ids[0], ids[1]]
+    with pytest.raises(ValueError, match="no meaning of 'd'"): words.term("d")
+    assert "<div" not in Glossary(dict(a="b")).html()
 
 def test_what_is_missing_is_an_error():
     with pytest.raises(UndefinedError, match="'lines' is undefined"): fill_template("sentences.html")

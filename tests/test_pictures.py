@@ -14,7 +14,7 @@ from leverplus.pictures import (
     picture_size, read_picture,
 )
 from leverplus.prompt import Demo, Prompt
-from leverplus.report import item_picture
+from leverplus.cases import item_picture
 from leverplus.scorer import SharedScorer
 from leverplus.vision import VisionCache, VisionEncoder, open_resized
 

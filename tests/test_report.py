@@ -7,15 +7,20 @@ matplotlib.use("Agg")
 import leverplus, matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest
 from matplotlib.colors import to_hex
 from PIL import Image
-from leverplus.evaluate import count_look, paired_table, result_table, score_picks
+from leverplus.curves import CURVES, curves_in, diagnoses, plot_curves, stage_starts
+from leverplus.diagnose import PANELS
+from leverplus.evaluate import BASELINES, count_look, paired_table, plot_results, result_table, score_picks
 from leverplus.infer import pick_zero, picks_frame
 from leverplus.items import given_ids
 from leverplus.markup import Figure, Paragraph
 from leverplus.pools import Pool
+from leverplus.cases import (
+    MARKS, OUTCOMES, Pictures, case_block, data_uri, item_picture, mark_of, pick_cases, plot_examples,
+    query_outcomes, truth_text,
+)
 from leverplus.report import (
-    CURVES, MARKS, OUTCOMES, Cases, Findings, Pictures, case_block, compare_many, curves_in,
-    data_uri, described_items, diagnoses, item_picture, mark_of, pick_cases, plot_curves, plot_examples,
-    plot_gap, plot_shots, query_outcomes, read_scored, report, runs_differ, truth_text, write_report,
+    GLOSSARY, Cases, Findings, best_row, compare_many, described_items, differences_block, headline, plot_gap,
+    plot_shots, read_scored, report, results_block, runs_differ, write_report, zero_tests,
 )
 from leverplus.runs import Run
 from leverplus.statistics import Bootstrap
@@ -78,7 +83,7 @@ def test_curves_draw_what_there_is():
     assert a.get_xdata().tolist() == [1, 2, 3]
     assert b.get_xdata().tolist() == c.get_xdata().tolist() == [4, 5, 6]
     assert a.get_color() != b.get_color() == c.get_color()
-    assert [t.get_text() for t in axs[0].get_legend().get_texts()] == ["rce", "grpo"]
+    assert [t.get_text() for t in axs[0].texts] == ["rce", "grpo"] # named where they begin, not in a legend
 
 def test_curves_take_axes_and_seeds():
     mine = plt.subplots(1, 3)[1]
@@ -86,12 +91,274 @@ def test_curves_take_axes_and_seeds():
     got = plot_curves(h, mine)
     assert all(a is b for a, b in zip(got, mine))
     assert len(mine[1].get_lines()) == 4
-    assert len(mine[0].get_legend().get_texts()) == 2
+    assert len(mine[0].texts) == 2
     with pytest.raises(ValueError, match="2 axes"): plot_curves(h, mine[:2])
     with pytest.raises(ValueError, match="nothing of"): plot_curves(h[["epoch"]])
     assert len(plot_curves(h[["train_loss"]])) == 1 # a history without stages is one stage
 
+def test_stages_are_named_where_they_begin():
+    h = history()
+    assert stage_starts(h) == {1: "rce", 4: "grpo"}
+    one_name = h.assign(stage="rce", fit=[1, 1, 1, 2, 2, 2])
+    assert stage_starts(one_name) == {1: "rce", 4: "rce"} # a fit is a stage
+    assert stage_starts(pd.concat([h.assign(seed=0), h.assign(seed=1)])) == {1: "rce", 4: "grpo"}
+    short = h[1:].assign(run="b", fit=np.nan) # a run whose fits nobody numbered
+    both = pd.concat([h.assign(run="a", fit=[1]*3 + [2]*3), short])
+    assert stage_starts(both) == {1: "rce", 3: "grpo", 4: "grpo"}
+    ax = plot_curves(h[["stage", "train_loss"]])[0]
+    assert [(t.get_text(), t.xy[0]) for t in ax.texts] == [("rce", ax.get_xlim()[0]), ("grpo", 3.5)]
+    assert not plot_curves(h[:3])[0].texts # one stage needs no name
+    nasty_name = plot_curves(h.assign(stage="a $stage$ " * 9 + h.stage))[0].texts[0]
+    assert len(nasty_name.get_text()) == 16 and not nasty_name.get_parse_math()
+
+def test_names_of_stages_do_not_cover_each_other():
+    h = history(2)
+    h = pd.concat([h, h.assign(stage="listwise"), history(20)], ignore_index=True)
+    for stage in ("rce", "listwise"): h.loc[h.stage == stage, "stage"] = f"a long {stage}"
+    ax = plot_curves(h[["stage", "train_loss"]])[0]
+    ax.figure.canvas.draw()
+    boxes = [t.get_window_extent() for t in ax.texts]
+    assert len(boxes) > 4
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+
+def inside(fig):
+    "Nothing of a figure runs out of it"
+    fig.canvas.draw()
+    drawn = fig.get_tightbbox() # in inches
+    width, height = fig.get_size_inches()
+    return min(drawn.x0, drawn.y0, width - drawn.x1, height - drawn.y1) > -.01
+
+def off_the_curves(legend, axs):
+    legend.figure.canvas.draw()
+    box = legend.get_window_extent()
+    return not any(box.overlaps(ax.get_window_extent()) for ax in axs)
+
+def test_runs_lie_over_each_other():
+    h = history()
+    several = pd.concat([h.assign(run="a run"), h[1:].assign(run="another $run$"), h[:4].assign(run="third")])
+    axs = plot_curves(several)
+    fig = axs[0].figure
+    assert [ax.get_ylabel() for ax in axs] == [CURVES[c] for c in curves_in(h)] # not a panel per run
+    by_run = {}
+    for line in axs[0].get_lines(): by_run.setdefault(line.get_label(), set()).add(line.get_color())
+    assert list(by_run) == ["a run", "another $run$", "third"]
+    assert len(set().union(*by_run.values())) == 3 and all(len(colours) == 1 for colours in by_run.values())
+    legend, = fig.legends
+    assert [t.get_text() for t in legend.get_texts()] == list(by_run)
+    assert not any(ax.get_legend() for ax in axs) and off_the_curves(legend, axs) and inside(fig)
+    many = pd.concat([h.assign(run=f"run {i}") for i in range(12)])
+    looks = {(line.get_color(), line.get_linestyle()) for line in plot_curves(many)[0].get_lines()}
+    assert len(looks) == 12 # more runs than colours
+
+def test_no_legend_lies_on_a_curve(tmp_path):
+    from leverplus.report import _rl_figure, _small_axes
+    rl = history(20, regret_train=.2, live_before=.6, live_after=.5, entropy=.4, unique=.3, gini=.2)
+    for axs in (_rl_figure(rl), plot_curves(history())):
+        assert inside(axs[0].figure)
+        legends = [ax.get_legend() for ax in axs if ax.get_legend()]
+        assert all(off_the_curves(legend, axs) for legend in legends)
+    drawn = _rl_figure(rl)
+    assert len(drawn) > 3 and all(ax.get_legend() and len(ax.texts) == 2 for ax in drawn)
+    ax = plot_results(table_of(rce_1=.3, rce_2=.4, rce_3=.5))
+    assert off_the_curves(ax.get_legend(), [ax])
+    small = plot_curves(history()[["stage", "train_loss"]], _small_axes(1))
+    assert inside(small[0].figure)
+    names = [f"a_rather_long_name_of_a_selector_{i}" for i in range(12)]
+    many = table_of(**{f"{name}_{S}": .3 for name in names for S in (1, 2)})
+    assert inside(plot_shots(many).figure) and inside(plot_results(many).figure)
+
+# ---- the result in words --------------------------------------------------------------------------------------------
+
+def table_of(**acc):
+    "A table: {row: accuracy}, where `rce_2` has two shots"
+    rows = []
+    for name, a in acc.items():
+        selector, shots = name.rsplit("_", 1)
+        rows.append(dict(selector=selector, shots=int(shots), n=100, acc=a, lo=a - .01, hi=a + .01))
+    return pd.DataFrame(rows).assign(gap_closed=np.nan, changed=np.nan)
+
+def test_of(against="random", shots=2, lo=.05, hi=.15, verdict="better", selector="rce", mde=.04):
+    pair = dict(selector=selector, against=against, shots=shots, n=100)
+    return pd.DataFrame([pair | dict(delta=(lo + hi)/2, lo=lo, hi=hi, mde=mde, verdict=verdict)])
+test_of.__test__ = False # a maker of rows
+
+ROWS = dict(zero_shot_0=.2, random_2=.3, similar_mixed_2=.35, rce_1=.3, rce_2=.4, oracle_2=.6)
+NOTHING = "no difference shown"
+
+def claims(lines): return [line for line in lines if "better" in line or "worse" in line or "beats" in line]
+
+def test_a_difference_is_told_in_the_first_sentence():
+    tests = pd.concat([test_of(), test_of("similar_mixed", lo=.01, hi=.09), test_of(shots=1, selector="rce")])
+    first, second = headline(table_of(**ROWS), tests)
+    better = "rce (2 shots) is better than "
+    # similarity before random, of the best row
+    assert first == better + "similar_mixed: 40.0 % against 35.0 %, +5.0 points [+1.0, +9.0]."
+    assert second == better + "random: 40.0 % against 30.0 %, +10.0 points [+5.0, +15.0]."
+    bounded = pd.concat([tests, test_of("oracle", lo=-.3, hi=-.1, verdict="worse")])
+    assert headline(table_of(**ROWS), bounded) == [first, second] # an oracle is no rival
+    worse, = headline(table_of(**ROWS), test_of(lo=-.15, hi=-.05, verdict="worse"))
+    assert worse.startswith("rce (2 shots) is worse than random: ") and "-10.0 points [-15.0, -5.0]" in worse
+
+UNCLAIMED = [
+    (dict(lo=-.01, hi=.05, verdict=NOTHING), "."),
+    (dict(lo=-.01, hi=.05, verdict="better"), "."), # a verdict that its interval does not bear out
+    (dict(lo=0., hi=.05, verdict="better"), "."),
+    (dict(lo=.01, hi=.05, verdict=NOTHING), ", not after Holm's correction."),
+    (dict(lo=.01, hi=.05, verdict="better", mde=np.inf), ", too few questions to show anything."),
+    (dict(lo=.01, hi=.05, verdict="anything else"), ", not after Holm's correction."),
+]
+
+@pytest.mark.parametrize("told,end", UNCLAIMED)
+def test_nothing_is_claimed_whose_interval_holds_0(told, end):
+    line, = headline(table_of(**ROWS), test_of(**told))
+    assert line.startswith("No difference shown between rce (2 shots) and random: 40.0 % against 30.0 %, ")
+    assert line.endswith("]" + end) and not claims([line])
+    _, zero = headline(table_of(**ROWS), None, test_of("zero_shot", **told))
+    assert zero.startswith("Few-shot is not shown to beat zero-shot: rce (2 shots), ")
+    assert zero.endswith("]" + end)
+    row = differences_block(test_of(**told)).html()
+    assert NOTHING in row and 'class="none"' in row and "better" not in row
+
+def test_zero_shot_has_a_sentence():
+    table = table_of(**ROWS)
+    worse = test_of("zero_shot", lo=-.3, hi=-.2, verdict="worse")
+    lead = headline(table, None, pd.concat([worse, test_of("zero_shot"), test_of("zero_shot", 1, .01, .02)]))[-1]
+    numbers = "40.0 % against 20.0 %, +10.0 points [+5.0, +15.0]"
+    assert lead == f"Few-shot beats zero-shot: rce (2 shots), {numbers}."
+    unsure = test_of("zero_shot", 1, -.1, .9, NOTHING) # leads by more, perhaps
+    assert headline(table, None, pd.concat([unsure, test_of("zero_shot")]))[-1] == lead
+    below = headline(table, None, worse)[-1]
+    assert below.startswith("Few-shot does not beat zero-shot here: even rce (2 shots) is worse, ")
+
+def test_a_headline_says_only_what_it_knows():
+    untested, = headline(table_of(**ROWS))
+    best = "The best trained selector is rce (2 shots), 40.0 % [39.0, 41.0]"
+    assert untested == f"{best}; its lead was not tested."
+    none = {k: v for k, v in ROWS.items() if not k.startswith("rce")}
+    plain, = headline(table_of(**none))
+    assert plain.startswith("No trained selector took part. The highest row is similar_mixed (2 shots), 35.0")
+    lines = headline(table_of(**ROWS | dict(mmr_2=.5)), test_of())
+    assert lines[1] == "A baseline is higher: mmr (2 shots), 50.0 % [49.0, 51.0]; the two were not tested."
+    tested = headline(table_of(**ROWS | dict(random_2=.5)), test_of(lo=-.2, hi=-.1, verdict="worse"))
+    assert len(tested) == 1 # that a row is higher is said by the test
+    as_high = headline(table_of(**ROWS | dict(mmr_2=.5, random_2=.5)), test_of(lo=-.2, hi=-.1, verdict="worse"))
+    assert as_high == tested # no row is higher than the one that the test speaks of
+    assert headline(table_of(oracle_2=.6)) == ["No row but oracles: nothing was evaluated."]
+    assert not claims([untested, plain, lines[1]])
+
+def test_a_table_of_zeros_says_so():
+    nobody = headline(table_of(zero_shot_0=0., random_2=0., rce_2=0., oracle_2=.12), test_of(lo=0., hi=0.))
+    assert nobody[0].startswith("All rows are at 0 %") and "The oracle reaches 12.0 %" in nobody[1]
+    assert not claims(nobody) and "Look at" in nobody[-1]
+    assert "Not even the oracle" in headline(table_of(random_2=0., oracle_2=0.))[1]
+    assert "oracle" not in " ".join(headline(table_of(random_2=0., rce_2=0.)))
+    block = results_block(table_of(random_2=0., rce_2=0.)).html()
+    assert "highest" not in block and 'class="best"' not in block
+
+def test_a_page_of_zeros_says_so_and_draws_nothing(world, tmp_path):
+    items, s = world
+    zeros = s.assign(vqa_acc_score=s.vqa_acc_score*0)
+    table = result_table(zeros, items, changed_from="random", bootstrap=FEW)
+    page = write_report(tmp_path/"r", Findings(table=table, scored=zeros, items=items), Cases(n=2), bootstrap=FEW)
+    p = sound(page.read_text())
+    said = "".join(p.words)
+    assert said.index("All rows are at 0 %") < said.index("Results") and "highest" not in said
+    assert not p.all("img") and not (tmp_path/"r"/"results.png").exists()
+
+def test_the_best_row_is_never_an_oracle():
+    table = table_of(**ROWS | dict(oracle_free_2=.7))
+    table.loc[table.selector == "oracle_free", "selector"] = "oracle_free"
+    assert (best_row(table).selector, best_row(table).shots) == ("rce", 2)
+    assert best_row(table[table.selector.isin(["random", "oracle"])]).selector == "random"
+    assert best_row(table[table.selector == "oracle"]) is None
+    assert best_row(table_of(a_2=.4, a_1=.4)).shots == 1 # of equals, the cheaper one
+    assert best_row(table_of(**ROWS | dict(mmr_2=.5))).selector == "mmr"
+    assert best_row(table_of(**ROWS | dict(mmr_2=.5)), trained=True).selector == "rce"
+
+def rows_of(block):
+    "[(name, class of its group, [(class of a row, its cells)])] of a result table"
+    groups = re.findall(r"<tbody(?: class=\"(\w+)\")?>(.*?)</tbody>", block.html(), re.S)
+    found = []
+    for kind, body in groups:
+        name = re.search(r"<th scope=\"rowgroup\".*?>([^<>]+)</button>", body, re.S)[1]
+        rows = re.findall(r"<tr(?: class=\"(\w+)\")?>(.*?)</tr>", body, re.S)
+        found.append((name, kind, [(mark, re.findall(r"<td>(.*?)<", cells)) for mark, cells in rows]))
+    return found
+
+def test_rows_are_sorted_and_the_best_is_marked():
+    rows = dict(oracle_1=.5, zero_shot_0=.2, rce_2=.4, similar_mixed_1=.35, oracle_2=.6, rce_1=.3)
+    groups = rows_of(results_block(table_of(**rows)))
+    assert [name for name, *_ in groups] == ["rce", "similar_mixed", "zero_shot", "oracle"]
+    shots = [[cells[0] for _, cells in lines] for *_, lines in groups]
+    assert shots == [["1", "2"], ["1"], ["0"], ["1", "2"]]
+    marked = [(name, cells[0]) for name, _, lines in groups for mark, cells in lines if mark == "best"]
+    assert marked == [("rce", "2")]
+    assert [kind for _, kind, _ in groups] == ["", "", "", "bound"]
+    page = Page(results_block(table_of(**rows)).html())
+    assert "highest" in page.words and page.words.count("bound") == 2 # its name, and what it means
+    from leverplus.report import _result_figures
+    drawn = _result_figures(table_of(**rows), None)["results.png"]().get_yticklabels()
+    assert [t.get_text() for t in drawn] == ["rce", "similar_mixed", "zero_shot", "oracle"] # as in the table
+
+def test_zero_shot_is_compared_at_every_number_of_shots(world):
+    items, s = world
+    votes = s[s.selector == "random"].assign(selector="majority_vote", vqa_acc_score=0.)
+    tests = zero_tests(pd.concat([s, votes, s[s.selector == "rce"].assign(shots=1)]), items, FEW)
+    assert set(zip(tests.selector, tests.shots)) == {("random", 2), ("rce", 1), ("rce", 2)}
+    assert set(tests.against) == {"zero_shot"} and (tests.p_holm >= tests.p).all()
+    by_hand = s[(s.selector == "rce") & ~s.eval_failed].vqa_acc_score.mean() # zero-shot is at 0 here
+    assert np.allclose(tests.delta[tests.selector == "rce"], by_hand)
+    is_zero = s.selector == "zero_shot"
+    assert zero_tests(s[~is_zero]) is None and zero_tests(s[is_zero]) is None
+
+def test_differences_are_one_figure():
+    worse = test_of(lo=-.3, hi=-.1, verdict="worse")
+    tests = pd.concat([worse, test_of("similar_mixed"), test_of(shots=1, hi=.5)])
+    block = differences_block(tests, test_of("zero_shot", lo=-.1, hi=.1, verdict=NOTHING), None)
+    html = block.html()
+    svgs = re.findall(r"<svg role=\"img\" aria-label=\"(.*?)\"(.*?)</svg>", html, re.S)
+    last = f"rce (2 shots) against zero_shot: +0.0 points [-10.0, +10.0], {NOTHING}"
+    assert len(svgs) == 4 and svgs[-1][0] == last
+    places = [[float(x) for x in re.findall(r"(?:x1|x2|cx)=\"([\d.-]+)%\"", svg)] for _, svg in svgs]
+    zero = {line[0] for line in places}
+    assert len(zero) == 1 # one line at 0
+    for (label, _), (at_zero, _, lo, hi, middle) in zip(svgs, places):
+        assert 0 <= lo <= middle <= hi <= 100
+        said = {"better": lo > at_zero, "worse": hi < at_zero, NOTHING: lo < at_zero < hi}
+        assert said[label.split(", ")[-1]], label
+    one_sided = differences_block(test_of()).html() # 0 is named, wherever it lies
+    assert all(">0</text>" in shown for shown in (html, one_sided, differences_block(worse).html()))
+    own = differences_block(pd.concat([test_of(), test_of(shots="own", selector="a: rce", against="b: rce")]))
+    assert "a: rce (own shots)" in own.html() # runs that have no number in common
+    # those of a selector together, the largest difference first
+    assert re.findall(r"<th scope=\"row\">(.*?)</th>", html)[:2] == ["rce (1 shot)", "rce (2 shots)"]
+
+def test_words_of_the_page_have_meanings(run):
+    p = Page(run[2].read_text())
+    buttons = [a for a in p.all("button") if "popovertarget" in a]
+    entries = {a["id"] for a in p.all("div") if "popover" in a}
+    assert {a["popovertarget"] for a in buttons} == entries and len(entries) > 15
+    heads = re.findall(r"<table class=\"results\">.*?</table>", run[2].read_text(), re.S)[0]
+    cells = re.findall(r"<th scope=\"(?:col|rowgroup)\".*?>(.*?)</th>", heads, re.S)
+    assert len(cells) == 6 + 4 and all("popovertarget" in cell for cell in cells)
+    assert not set(BASELINES) - set(GLOSSARY) and not (set(CURVES.values()) | set(PANELS)) - set(GLOSSARY)
+    assert all(len(meaning) > 20 and meaning.endswith(".") for meaning in GLOSSARY.values())
+
 # ---- cases ----------------------------------------------------------------------------------------------------------
+
+def test_cases_are_those_of_the_best_selector(world, tmp_path, quick):
+    items, s = world
+    rce = s[s.selector == "rce"]
+    late = rce.assign(selector="late", vqa_acc_score=0.)                # trained last, and worst
+    one = rce.assign(shots=1, pointer=rce.pointer.map(lambda p: p[:1]), vqa_acc_score=1., eval_failed=False)
+    def heading(scored, cases=Cases(n=2)):
+        folder = tmp_path/f"r{len(list(tmp_path.iterdir()))}"
+        page = report(make_run(folder, scored), items, cases=cases, bootstrap=FEW)
+        return re.search(r"Cases: [^<]*", page.read_text())[0]
+    assert heading(pd.concat([s, late])) == "Cases: rce, 2 shots"
+    assert heading(pd.concat([s, late, one])) == "Cases: rce, 1 shot"     # where it is best
+    assert heading(pd.concat([s, late]), Cases(n=2, selector="late")) == "Cases: late, 2 shots"
+    assert heading(s[s.selector != "rce"]) == "Cases: random, 2 shots"      # never an oracle
 
 def test_cases_take_right_and_wrong_in_turn(world):
     _, s = world
@@ -189,6 +456,8 @@ def test_shots_and_gap_figures():
     closed = [("rce", 1, .5, .4, .6), ("rce", 2, -.1, -.3, .2)]
     g = pd.DataFrame(closed, columns=["selector", "shots", "gap", "lo", "hi"])
     assert sorted(b.get_width() for b in plot_gap(g).patches if b.get_height() < .5) == [-.1, .5]
+    bounded = pd.concat([g, g.assign(selector="oracle_free", gap=1.), g.assign(selector="grpo", gap=.8)])
+    assert [t.get_text() for t in plot_gap(bounded).get_yticklabels()] == ["grpo", "rce", "oracle_free"]
     with pytest.raises(ValueError, match="no rows"): plot_gap(g[:0])
 
 def test_diagnoses_go_by_fit_and_seed():
@@ -414,10 +683,14 @@ def test_several_runs_are_compared_or_refused_in_words(world, tmp_path, quick):
     words = "".join(sound(report(runs, items, cases=Cases(n=4), bootstrap=FEW).read_text()).words)
     assert "c against a: run 'c' has no predictions.parquet" in words
     assert "b: rce - a: rce: +0.0 points" in words
+    assert "The highest row is a: rce (2 shots)" in words and "No difference shown between the runs" in words
+    assert "1 run could not be compared with the first" in words
+    assert "Training curves together" not in words # no run has any
     assert (tmp_path/"report.html").exists()
     assert "Over seeds" not in words
+    for r in runs[:2]: r.save_history(history())
     two = report(runs[:2], items, tmp_path/"two.html", Cases(n=2), bootstrap=FEW)
-    assert "Over seeds" in two.read_text()
+    assert "Over seeds" in two.read_text() and "Training curves together" in two.read_text()
     (tmp_path / "x").rename(runs[2].path / "predictions.parquet")
     tests, refused = compare_many(runs, items=items, bootstrap=FEW)
     assert len(refused) == 1 and "not comparable: pool" in refused[0]
@@ -478,8 +751,14 @@ def test_a_run_of_markup_is_text_everywhere(marked, tmp_path):
         "verdict", "tests column", "tests value", "selector", "question 3", "question 103", "answer 103",
         "annotator 4", "said 5", "type",
     ])
-    words = " ".join(Page(page.read_text()).words)
+    text = page.read_text()
+    words = " ".join(Page(text).words)
     assert "<u>train was not read" in words
+    # the headline and what the figure of differences says aloud
+    said, = re.findall("<section class=\"headline\".*?</section>", text, re.S)
+    assert nasty("selector") in " ".join(Page(said).words)
+    labels = [a["aria-label"] for a in Page(text).all("svg") if a.get("role") == "img"]
+    assert any(nasty("tested") in label and nasty("rival") in label for label in labels)
 
 def test_names_and_differences_of_runs_are_text(marked, tmp_path, quick):
     items, s = marked
@@ -492,6 +771,8 @@ def test_names_and_differences_of_runs_are_text(marked, tmp_path, quick):
     shown_as_text(page, ["note", "mine", "yours", "other pool", "selector"])
     words = " ".join(Page(page.read_text()).words)
     for name in ("Run <b>a", "<i>b: selector", "<s>c against <b>a: "): assert name in words
+    said = re.findall("<section class=\"headline\".*?</section>", page.read_text(), re.S)
+    assert len(said) == 4 and "No difference shown between the runs" in said[0] # on top, and of each run
 
 def test_a_bare_folder_of_markup_is_text(world, tmp_path, quick):
     d = tmp_path/"<b>bare"
@@ -556,10 +837,18 @@ ASK = """<script>onload = () => { document.title = JSON.stringify([...document.q
   const d = f.contentDocument;
   const seen = () => [...d.querySelectorAll('.case')].filter(c => c.getClientRects().length).length;
   const click = c => { const b = d.querySelector(c); if (b) b.checked = true; return seen() };
+  const pop = c => { const b = d.querySelector(c); b.click(); const open = d.querySelector(':popover-open');
+    const box = open.getBoundingClientRect();
+    const said = {text: open.innerText, right: box.right, bottom: box.bottom, left: box.left,
+                  id: open.id, wanted: b.getAttribute('popovertarget')};
+    open.hidePopover(); return {...said, shut: d.querySelectorAll(':popover-open').length} };
   const out = e => !e.closest('.wide') && e.getBoundingClientRect().right > f.clientWidth + 1;
   return {width: d.documentElement.scrollWidth, room: d.documentElement.clientWidth,
           ink: d.body.innerText.length, all: seen(),
-          cut: [...d.querySelectorAll('h1,h2,h3,p,li,figure,img,fieldset,summary')].filter(out).length,
+          cut: [...d.querySelectorAll('h1,h2,h3,p,li,dd,figure,img,fieldset,summary,.forest td')]
+            .filter(out).length,
+          forest: [...d.querySelectorAll('.forest svg[role]')].map(e => e.getBoundingClientRect().width),
+          word: pop('.results .term'),
           won: click('.f-won-0'), lost: click('.f-lost-0'), unchanged: click('.f-unchanged-0'),
           back: click('.f-all')} })) }</script>"""
 
@@ -581,6 +870,10 @@ def test_a_browser_shows_the_page(run, world, tmp_path):
     o = query_outcomes(world[1], "rce", 2, "random").value_counts()
     for w, t in zip(WIDTHS, told):
         assert t["room"] == w and t["width"] <= w and t["cut"] == 0 and t["ink"] > 1000, t
+        word = t["word"] # one tap away, within the screen, and gone again
+        assert word["id"] == word["wanted"] and word["text"].startswith("selector") and word["shut"] == 0, t
+        assert 0 <= word["left"] and word["right"] <= w and word["bottom"] <= 900, t
+        assert len(t["forest"]) == 2 and min(t["forest"]) > 60, t # against random, and against zero-shot
         assert t["all"] == t["back"] == 8 and [t[k] for k in OUTCOMES[:3]] == [o[k] for k in OUTCOMES[:3]], t
     shot = tmp_path / "phone.png"
     browse(tmp_path, run[2], "--window-size=500,3000", f"--screenshot={shot}")
