@@ -437,3 +437,21 @@ def test_no_budget_is_that_of_the_checkpoint(lvlm):
     assert with_pixels(lvlm) is lvlm
     least, most = pixel_limits(lvlm.image_processor)
     assert with_pixels(lvlm, least, most).fingerprint == lvlm.fingerprint
+
+def test_the_budget_of_a_job_is_in_its_facts_and_in_what_a_run_says(tmp_path):
+    from leverplus.checkpoints import passport
+    from leverplus.settings import Job, Model, change, settings_of
+    job = settings_of(Job, limit=2, test=0, counts=dict(random=2), store=str(tmp_path/"store"))
+    usual = job.run(tmp_path/"usual", progress=False)
+    small = change(job, min_pixels=784, max_pixels=784).run(tmp_path/"small", progress=False)
+    assert usual.rows.pointer.tolist() == small.rows.pointer.tolist()
+    assert not set(usual.rows.scorer) & set(small.rows.scorer)
+    assert (usual.rows.vqa_gt_prob - small.rows.vqa_gt_prob).abs().max() > 1e-4
+    assert (small.manifest["lvlm"]["min_pixels"], small.manifest["lvlm"]["max_pixels"]) == (784, 784)
+    assert usual.manifest["lvlm"]["max_pixels"] == 50176
+    says = passport(dict(info=dict(lvlm=small.manifest["lvlm"])))
+    assert (says["min_pixels"], says["max_pixels"]) == (784, 784)
+    assert passport({})["max_pixels"] is None
+    with pytest.raises(ValueError, match="belong to other settings"):
+        change(job, min_pixels=784, max_pixels=784).run(tmp_path/"usual", progress=False)
+    with pytest.raises(ValueError, match="min_pixels 9, max_pixels 8: wanted min <= max"): Model(min_pixels=9, max_pixels=8)
