@@ -441,6 +441,7 @@ def test_no_budget_is_that_of_the_checkpoint(lvlm):
 def test_the_budget_of_a_job_is_in_its_facts_and_in_what_a_run_says(tmp_path):
     from leverplus.checkpoints import passport
     from leverplus.settings import Job, Model, change, settings_of
+    import leverplus.rldata_scale # teaches jobs to run
     job = settings_of(Job, limit=2, test=0, counts=dict(random=2), store=str(tmp_path/"store"))
     usual = job.run(tmp_path/"usual", progress=False)
     small = change(job, min_pixels=784, max_pixels=784).run(tmp_path/"small", progress=False)
@@ -454,4 +455,5 @@ def test_the_budget_of_a_job_is_in_its_facts_and_in_what_a_run_says(tmp_path):
     assert passport({})["max_pixels"] is None
     with pytest.raises(ValueError, match="belong to other settings"):
         change(job, min_pixels=784, max_pixels=784).run(tmp_path/"usual", progress=False)
-    with pytest.raises(ValueError, match="min_pixels 9, max_pixels 8: wanted min <= max"): Model(min_pixels=9, max_pixels=8)
+    with pytest.raises(ValueError, match="min_pixels 9, max_pixels 8: wanted min <= max"):
+        Model(min_pixels=9, max_pixels=8)
