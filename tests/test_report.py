@@ -20,7 +20,7 @@ from leverplus.cases import (
 )
 from leverplus.report import (
     GLOSSARY, Cases, Findings, best_row, compare_many, described_items, differences_block, headline, plot_gap,
-    plot_shots, read_scored, report, results_block, runs_differ, write_report, zero_tests,
+    plot_shots, read_scored, report, results_block, rival_tests, runs_differ, write_report, zero_tests,
 )
 from leverplus.runs import Run
 from leverplus.statistics import Bootstrap
@@ -879,3 +879,30 @@ def test_a_browser_shows_the_page(run, world, tmp_path):
     browse(tmp_path, run[2], "--window-size=500,3000", f"--screenshot={shot}")
     im = np.asarray(Image.open(shot).convert("L"))
     assert im.shape == (3000, 500) and .01 < (im < 128).mean() < .5 and (im[:, -6:] > 250).all()
+
+# ---- rivals at their best ------------------------------------------------------------------------------------
+
+def test_a_headline_holds_each_rival_at_its_best_number_of_demonstrations():
+    "A selector that is best with one demonstration is not held against rivals that are good with two"
+    n = 200
+    shares = { # of the questions, with one and with two demonstrations
+        "rce": (.9, .3), "similar_mixed": (.2, .6), "random": (.12, .1), "oracle": (1., 1.),
+    }
+    rows = [
+        dict(selector=selector, shots=S, draw=0, question_id=q, pointer=tuple(range(1000, 1000 + S)),
+             vqa_acc_score=float(q < share*n), vqa_gt_prob=.5, vqa_pred_answer="so", eval_failed=False)
+        for selector, both in shares.items() for S, share in zip((1, 2), both) for q in range(n)
+    ]
+    scored = pd.DataFrame(rows)
+    table = result_table(scored, bootstrap=FEW)
+    tests = rival_tests(scored, table, bootstrap=FEW)
+    assert dict(zip(tests.against, tests.against_shots)) == dict(random=1, similar_mixed=2)
+    assert set(tests.shots) == {1} and set(tests.selector) == {"rce"}
+    assert dict(zip(tests.against, tests.delta.round(2))) == dict(similar_mixed=.3, random=.78)
+    first, second = headline(table, tests)
+    assert first.startswith("rce (1 shot) is better than similar_mixed (2 shots): 90.0 % against 60.0 %, +30.0 points [")
+    assert second.startswith("rce (1 shot) is better than random: 90.0 % against 12.0 %, +78.0 points [")
+    nobody = scored.selector != "rce"
+    assert rival_tests(scored[nobody], table[table.selector != "rce"], bootstrap=FEW) is None
+    alone = table[table.selector.isin(["rce", "oracle"])]
+    assert rival_tests(scored[scored.selector.isin(["rce", "oracle"])], alone, bootstrap=FEW) is None
