@@ -29,6 +29,7 @@ from fastai.torch_core import find_bs
 class StageCallback(Callback):
     "Base of all callbacks here: a checked name, train batches only, and `log`"
     run_valid = False
+    decides = True   # can it change what a fit ends with? If not, a fit with it is the same fit without
     def __init_subclass__(cls, **kw):
         super().__init_subclass__(**kw)
         own = cls.name if isinstance(cls.name, str) else None
@@ -113,6 +114,7 @@ def so_far(self:StageCallback):
 class Stats(StageCallback):
     "Collect train-time scalars; `mean(k)` of the epoch, `metrics(*ks)` as columns"
     order, name = -9, "stats"   # the epoch begins anew before anybody logs
+    decides = False
     def __init__(self): self.buf = defaultdict(list)
     def before_train(self): self.buf.clear()
 
@@ -122,14 +124,23 @@ class Stats(StageCallback):
             pair = [_number(value), _number(n)]
             self.buf[k].append(torch.tensor(pair, dtype=torch.float64))
 
-    def mean(self, k):
-        "Mean of `k` over this epoch's training batches; nan where nobody logged it"
-        if not self.buf.get(k): return float("nan")
-        value, n = torch.stack(self.buf[k]).T
+    def mean(self, k, start=0):
+        "Mean of `k` over this epoch's training batches, from its entry `start` on; nan where nobody logged it"
+        entries = self.buf.get(k, [])[start:]
+        if not entries: return float("nan")
+        value, n = torch.stack(entries).T
         ok = (n > 0) & ~value.isnan()
         return ((value * n)[ok].sum() / n[ok].sum()).item()
 
     def means(self): return {k: self.mean(k) for k in self.buf}
+
+    def sizes(self):
+        "How many entries each name has by now; for `since`"
+        return {k: len(entries) for k, entries in self.buf.items()}
+
+    def since(self, sizes):
+        "Means of what was logged after `sizes` was taken"
+        return {k: self.mean(k, sizes.get(k, 0)) for k in self.buf}
     def metrics(self, *ks): return [ValueMetric(partial(self.mean, k), k) for k in ks]
 
 def _number(x): return x.item() if isinstance(x, torch.Tensor) else float(x)

@@ -473,7 +473,8 @@ def fit_ensemble(
             run_stage(member, stage, folder, kept)
         teachers.append(member.model)
     last = None if resume is None else Path(resume) / "mean"
-    return learn.fit_distill(teachers, n_epoch, lr, **_folder(last, kept), **kwargs)
+    named = dict(name="ensemble") | kwargs
+    return learn.fit_distill(teachers, n_epoch, lr, **_folder(last, kept), **named)
 
 def _member(learn, i, part):
     "A Learner like this one, with a new selector and another seed; the questions of `part` are held out and choose"

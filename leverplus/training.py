@@ -25,6 +25,7 @@ from .rldata_generate import answerer, bank_print, policy_fingerprint, run_lock,
 from .rldata_merge import merge, split
 from .rldata_scale import reads_evidence # that page also teaches `Job` to read items and embeddings
 from .dls import group_dls
+from .callback_track import JSONLines, stage_name
 from .callback_onpolicy import Feedback, GreedyLoss
 from .learner import load_selector, mean_interval, selector_learner
 from .recipes import DATA, RECIPES, recipe, recipe_learner
@@ -223,7 +224,7 @@ def epoch_lines(
         yield
         return
     def said(name, value): return f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
-    def log(values): say("  ".join(map(said, learn.recorder.metric_names, values)))
+    def log(values): say("  ".join([stage_name(learn), *map(said, learn.recorder.metric_names, values)]))
     was = learn.logger
     learn.logger = log
     try:
@@ -257,7 +258,7 @@ def train_run(
     with run_lock(path):
         run = Run.create(path, settings, teaching.seed, prints, overwrite=overwrite)
         if by_accuracy: learn.choose_by = accuracy_chooser(path, data, scorer, learn, asking, progress=say is None)
-        with epoch_lines(learn, say): fit(Path(path)/"state")
+        with epoch_lines(learn, say), learn.added_cbs(JSONLines(run.path/"metrics.jsonl")): fit(Path(path)/"state")
         info = _more_known(data, teaching, start, prints)
         if by_accuracy: info |= _who_chose(scorer, data.job.model, asking)
         return _kept(run, learn, info)
