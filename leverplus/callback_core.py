@@ -175,11 +175,13 @@ class LiveOnly(Term):
     warn = .05        # warn after an epoch with a smaller share of live groups
     n = 0             # groups of this epoch
     n_live = 0        # those with different rewards
+    some_live = False # has any epoch had one?
     def before_fit(self):
         super().before_fit()
         check_choice(self.model, *(dl.dataset for dl in self.dls.loaders))
         self.n = 0
         self.n_live = 0
+        self.some_live = False
 
     def before_train(self):
         self.n = 0
@@ -200,11 +202,25 @@ class LiveOnly(Term):
         elif not self.mask.any(): raise CancelBatchException()
 
     def after_train(self):
-        if too_few(self.n_live, self.warn, self.n) and not looks_for_lr(self.learn):
+        if looks_for_lr(self.learn): return
+        self.some_live = self.some_live or self.n_live > 0
+        self.refuse_flat()
+        if too_few(self.n_live, self.warn, self.n):
             warnings.warn(
                 f"{type(self).__name__}: {self.n_live} of {self.n} groups have any reward difference; "
                 "little or nothing can be learned. Use a softer reward, or collect sequences that differ."
             )
+
+    def refuse_flat(self):
+        "An error where no group can teach, unless groups of other epochs may: drawn ones, or of another phase"
+        if self.some_live or not self.n: return
+        if any(getattr(cb, "draws", False) for cb in self.learn.cbs): return
+        others_come = self.dl is not self.dls.train and self.epoch + 1 < self.n_epoch
+        if others_come: return
+        raise ValueError(
+            f"{type(self).__name__}: none of {self.n} groups has any reward difference: nothing can be learned, and"
+            " nothing has been. Collect sequences that differ, or use a softer reward (skip_flat=False keeps flat groups)"
+        )
 
 def too_few(
     n:int, # how many there are

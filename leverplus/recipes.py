@@ -676,6 +676,7 @@ def fit_recipe(self:Learner,
     self.recipe = r
     _warn_idle_choice(self, r, title)
     planned = self.planned(r, title, resume)
+    _check_some_left(r, planned, title, self.plan)
     _check_references(self, planned, f"{title}, without the stages that cannot teach")
     for i, stage in enumerate(planned["stages"], 1):
         trains = stage["n_epoch"] > 0
@@ -694,6 +695,16 @@ def planned(self:Learner, r, title, folder=None):
     if folder is not None: write_json(Path(folder)/"plan.json", said, indent=2)
     if any(" left out: " in sentence for sentence in said): warnings.warn(f"{title}: {' '.join(said)}")
     return planned
+
+def _check_some_left(r, planned, title, said):
+    "Refuse to train nothing at all where training was asked for"
+    if _trains(planned) or not _trains(r): return
+    raise ValueError(
+        f"{title}: no stage can teach, and nothing was trained. {' '.join(said)} Collect sequences that differ, use a"
+        " softer reward, or take a stage without conditions (needs=None)"
+    )
+
+def _trains(r): return any(stage["n_epoch"] > 0 for stage in r["stages"])
 
 def _warn_idle_choice(learn, r, title):
     keeps_last = all(s.get("best") is False for s in r["stages"])
