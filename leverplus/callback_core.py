@@ -219,7 +219,8 @@ class LiveOnly(Term):
         if others_come: return
         raise ValueError(
             f"{type(self).__name__}: none of {self.n} groups has any reward difference: nothing can be learned, and"
-            " nothing has been. Collect sequences that differ, or use a softer reward (skip_flat=False keeps flat groups)"
+            " nothing has been. Collect sequences that differ, or use a softer reward (skip_flat=False keeps flat"
+            " groups)"
         )
 
 def too_few(

@@ -1206,7 +1206,7 @@ class Trackers(EpochNotes):
             if name not in shown: writer.add_scalar(name, value, self.train_iter)
 
     def log_to_wandb(self, values):
-        import wandb
+        from fastai.callback.wandb import wandb
         wandb.log(dict(values, stage=stage_name(self.learn)), commit=False)   # to the step of `WandbCallback`
 
 # %% ../nbs/66_callback_track.ipynb #e544b4cf

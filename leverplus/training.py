@@ -275,7 +275,9 @@ def epoch_lines(
         yield
         return
     def said(name, value): return f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
-    def log(values): say("  ".join([stage_name(learn), *map(said, learn.recorder.metric_names, values)]))
+    def log(values):
+        epoch, *numbers = map(said, learn.recorder.metric_names, values)
+        say("  ".join([epoch, said("stage", stage_name(learn)), *numbers]))
     was = learn.logger
     learn.logger = log
     try:
@@ -294,7 +296,7 @@ def train_run(
     among:dict=RECIPES, # recipes by name
     say=None, # called with a line per epoch; None: tables and bars
     overwrite:bool=False, # empty a folder with other settings
-)->Run: # history, metrics.jsonl, checkpoint, states; its metrics: `smallest_regret`, `epochs_done`, maybe `dev_accuracy`
+)->Run: # history, metrics.jsonl, checkpoint, states; its metrics: `smallest_regret, epochs_done`, maybe `dev_accuracy`
     "Train a selector in a run folder"
     settings = training_settings(teaching, choosing, rewarding, among)
     by_accuracy = choosing.choose == "accuracy"

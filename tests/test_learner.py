@@ -723,7 +723,7 @@ def test_a_stage_without_a_live_group_is_refused():
     learn = learner(64)
     learn.dls.train_ds.rows = [(*row, torch.zeros_like(r)) for *row, r in learn.dls.train_ds.rows]
     w = weights(learn)
-    for stage in ("fit_rce", "fit_listwise", "fit_sft", "fit_regress"):
+    for stage in ("fit_rce", "fit_listwise", "fit_sft"):
         with quiet(learn), pytest.raises(ValueError, match="none of 64 groups has any reward difference"):
             getattr(learn, stage)(2)
     with quiet(learn), pytest.raises(ValueError, match="0 of 64 groups have any reward difference"): learn.fit_grpo(2)
