@@ -1213,7 +1213,7 @@ class Trackers(EpochNotes):
 class JSONLines(EpochNotes):
     "Write what trackers are told into a file, a line per epoch"
     order = History.order + 2
-    transient = ("path", "every", "trained", "ready", "earlier", "before", "n_fit", "stage", "whose", "sizes")
+    transient = ("path", "every", "trained", "ready", "earlier", "before", "n_closed", "stage", "whose", "sizes")
     def __init__(self,
         path, # the file; made if needed. ValueError if it holds lines of another training, or something else
         every:int=0, # batches between two lines of their own; 0 = a line per epoch is enough
@@ -1225,21 +1225,25 @@ class JSONLines(EpochNotes):
         self.lines = []      # of this fit, as dicts; a `Resume` remembers them
         self.n_done = 0      # batches of this fit
         self.before = 0      # batches of earlier fits
-        self.n_fit = 0       # number of this fit, from 1
-        self.stage = None    # its name
+        self.n_closed = 0    # fits that have left lines
+        self.stage = None    # name of this fit
         self.whose = None    # fingerprint of the fit, where a `Resume` knows it
         self.ready = False   # does the file hold what it should before anything is added?
         self.sizes = {}      # of what `Stats` had at the last line
 
     def before_fit(self):
-        self.earlier += [self.text(line) for line in self.lines]
-        self.before += self.n_done
-        self.lines = []
-        self.n_done = 0
-        self.n_fit += 1
+        self.close()
         self.stage = stage_name(self.learn)
         self.whose = None
         self.ready = False
+
+    def close(self):
+        "Leave the last fit behind"
+        self.earlier += [self.text(line) for line in self.lines]
+        self.before += self.n_done
+        self.n_closed += len(self.lines) > 0
+        self.lines = []
+        self.n_done = 0
 
     def before_train(self):
         super().before_train()
@@ -1277,7 +1281,8 @@ def add(self:JSONLines, per, values):
 @patch
 def text(self:JSONLines, line):
     "A line of this fit as JSON; numbers that JSON does not know are null"
-    where = dict(step=self.before + line["step"], epoch=line["epoch"], stage=self.stage, fit=self.n_fit)
+    numbers = [cb.n_fit for cb in self.learn.cbs if isinstance(cb, History)] or [self.n_closed + 1]
+    where = dict(step=self.before + line["step"], epoch=line["epoch"], stage=self.stage, fit=numbers[0])
     if self.whose: where["training"] = self.whose
     values = {name: _finite(value) for name, value in line.items() if name not in where}
     return json.dumps(where | values)
@@ -1303,6 +1308,7 @@ def open(self:JSONLines, trains):
     behind = there[both:]
     own = self.whose is not None and all(_training_of(line) == self.whose for line in behind)
     if there[:both] != wanted[:both] or (behind and trains and not own): self.refuse(len(there))
+    self.path.parent.mkdir(parents=True, exist_ok=True)
     if torn or len(there) < len(wanted) or (behind and trains): self.rewrite(wanted)
 
 @patch
