@@ -34,8 +34,8 @@ from .callback_grpo import GRPO, RLOO
 from .callback_kl import KLToRef
 from .callback_schedule import SplitShots
 from leverplus.callback_track import (
-    Best, History, KeptFit, Resume, RLStats, StageName, Trackers, evaluating, greedy_picks, is_logger, same_draws,
-    stage_settings, valid_loss,
+    Best, History, KeptFit, Resume, RLStats, StageName, Trackers, evaluating, greedy_picks, is_logger,
+    same_draws, stage_settings, valid_loss,
 )
 from .callback_listwise import EvidenceAlone, Listwise, Regress, SFT
 from .callback_onpolicy import DistinctPG, Drawing, Feedback, OnPolicy

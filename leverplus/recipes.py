@@ -29,6 +29,7 @@ from .callback_rce import RCE
 from .callback_grpo import GRPO, RLOO
 from .callback_kl import AdaptiveKL, EntropyFloor, KLToRef
 from .callback_schedule import Freeze, NoDropout, Phases, SplitShots, TempSchedule, TopKCurriculum
+from .callback_track import StageName
 from .callback_listwise import SFT, EvidenceAlone, Listwise, Regress
 from .learner import MODEL, selector_learner
 from fastai.learner import Learner
@@ -416,6 +417,7 @@ def run_stage(
 )->Learner: # the Learner itself
     "Run one stage"
     settings = dict(stage)
+    name = settings.pop("name", stage["fit"] if stage["fit"] != "stage" else None)
     fit = STAGES[settings.pop("fit")]
     anchor = settings.pop("anchor", None)
     freeze = settings.pop("freeze", None)
@@ -431,6 +433,7 @@ def run_stage(
     if queries is not None:
         ids = _chosen(learn, queries)
         if settings["n_epoch"] > 0: cbs.append(Phases({"some": (ids, settings["n_epoch"])}))
+    if name and settings["n_epoch"] > 0: cbs.append(StageName(name))
     fit(learn, cbs=cbs, **_folder(resume, kept), **settings)
     return learn
 
@@ -473,8 +476,7 @@ def fit_ensemble(
             run_stage(member, stage, folder, kept)
         teachers.append(member.model)
     last = None if resume is None else Path(resume) / "mean"
-    named = dict(name="ensemble") | kwargs
-    return learn.fit_distill(teachers, n_epoch, lr, **_folder(last, kept), **named)
+    return learn.fit_distill(teachers, n_epoch, lr, **_folder(last, kept), **kwargs)
 
 def _member(learn, i, part):
     "A Learner like this one, with a new selector and another seed; the questions of `part` are held out and choose"
