@@ -256,14 +256,10 @@ def check_refresh(self:GRPO):
 
 @patch
 def record_clip(self:GRPO, logp, old, mask):
-    "Log clip shares by sign of the advantage: of those with this sign, and (high, low) of all in the loss"
+    "Log clip shares by sign of the advantage"
     pos, neg = clip_shares(logp, old, self.adv, mask, dual=self.dual, **self.clip_kw)
-    n_pos = (mask & (self.adv > 0)).sum()
-    n_neg = (mask & (self.adv < 0)).sum()
-    n = mask.sum()
-    self.log(n_pos, clip_pos=pos)
-    self.log(n_neg, clip_neg=neg)
-    self.log(n, clip_high=pos.nan_to_num() * n_pos / n, clip_low=neg.nan_to_num() * n_neg / n)
+    self.log((mask & (self.adv > 0)).sum(), clip_pos=pos)
+    self.log((mask & (self.adv < 0)).sum(), clip_neg=neg)
 
 # %% ../nbs/63_callback_grpo.ipynb #df0e716f
 @patch

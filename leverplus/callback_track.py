@@ -28,7 +28,7 @@ from .pools import Pool
 from .groups import RLData
 from .rewards import live_parts, parts_of
 from .rldata_generate import policy_fingerprint
-from .losses import entropy_steps, group_mass, live_groups, regret, shot_chances
+from .losses import entropy_steps, group_mass, live_groups, log_ratio, regret, shot_chances
 from .callback_core import FitOnly, StageCallback, Objective, Stats, active_dropout
 from .callback_kl import AdaptiveKL
 from .callback_schedule import SplitShots
@@ -954,6 +954,7 @@ class RLStats(FitOnly, Stats):
         self.log_rewards()
         self.log_mass()
         if isinstance(getattr(self.obj, "adv", None), Tensor): self.log_advantages()
+        if isinstance(getattr(self.obj, "old_logp", None), Tensor): self.log_clips()
         if self.iter == 0: self.log_model()
         if self.every and self.iter % self.every == 0: self.log_shares()
 
@@ -1104,6 +1105,17 @@ def log_advantages(self:RLStats):
     self.log(len(n), adv_std_all=std.mean())
 
 @patch
+def log_clips(self:RLStats):
+    "Shares of ALL sequences, of flat groups too, that are silent below the band of GRPO, and above it"
+    _, mask = self.raw
+    band = self.obj.clip_kw
+    ratio = log_ratio(self.pred.detach(), self.obj.old_logp, mask).exp()
+    low = mask & (ratio < 1 - band["clip_low"]) & (self.obj.adv < 0)
+    high = mask & (ratio > 1 + band["clip_high"]) & (self.obj.adv > 0)
+    n = mask.sum()
+    self.log(n, clip_low=low.sum() / n, clip_high=high.sum() / n)
+
+@patch
 def log_model(self:RLStats):
     "Active dropout, and how sure the policy is"
     self.log(dropout=len(active_dropout(self.model)))
@@ -1136,9 +1148,12 @@ TRL_NAMES = (
     TrackerName("frac_reward_zero_std", ("live_before",), "of groups; differences below 1e-6 are none", _rest),
     TrackerName("kl", ("kl",), "exact, summed over the picks of a sequence; there k3 per token"),
     TrackerName("entropy", ("entropy_nats",), "per pick, nats; of the first batch of the epoch, without dropout"),
-    TrackerName("clip_ratio/low_mean", ("clip_low",), "of whole sequences in the loss; the dual clip counts, too"),
-    TrackerName("clip_ratio/high_mean", ("clip_high",), "of whole sequences in the loss"),
+    TrackerName("clip_ratio/low_mean", ("clip_low",), "of whole sequences, not of tokens"),
+    TrackerName("clip_ratio/high_mean", ("clip_high",), "of whole sequences, not of tokens"),
     TrackerName("clip_ratio/region_mean", ("clip_low", "clip_high"), "the sum of these two", _sum),
+    TrackerName("sampling/importance_sampling_ratio/min", ("weight_min",), "of the old policy to who proposed"),
+    TrackerName("sampling/importance_sampling_ratio/mean", ("weight_mean",), "of the old policy to who proposed"),
+    TrackerName("sampling/importance_sampling_ratio/max", ("weight_max",), "of the old policy to who proposed"),
 )
 PART_NAMES = {   # beginning of our column, which ends in the fact that the reward depends on -> TRL's name
     "part_mean_": "rewards/{}/mean",
