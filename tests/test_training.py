@@ -3,6 +3,7 @@ import json
 from types import SimpleNamespace
 import pytest, torch
 from fastcore.basics import noop
+from leverplus.__main__ import main
 from leverplus.callback_track import Resume
 from leverplus.core import read_json
 from leverplus.groups import RLData
@@ -205,7 +206,7 @@ def test_a_run_has_a_line_per_epoch_under_the_names_of_its_stages(place, tmp_pat
     stages = ["warmup"]*2 + ["listwise"]*2
     assert [line["stage"] for line in lines_of(tmp_path/"a")] == stages == run.history.stage.tolist()
     assert [line.split("  ")[1] for line in said] == [f"stage {name}" for name in stages]
-    assert [line["reward"] for line in lines_of(tmp_path/"a")] == run.history.reward.tolist()
+    assert [line["reward"] for line in lines_of(tmp_path/"a")] == pytest.approx(run.history.reward.tolist())
     assert "metrics.jsonl" in run.files()
     parts = {name for name in lines_of(tmp_path/"a")[-1] if name.startswith("rewards/")}
     assert parts == {"rewards/vqa_acc_score/mean", "rewards/vqa_acc_score/std"}
@@ -233,7 +234,7 @@ def test_a_killed_run_has_no_line_twice(place, tmp_path, monkeypatch, after, kep
     run = train_run(tmp_path/"a", data_of(place, teaching), teaching, say=noop)
     stages = ["warmup"]*2 + ["listwise"]*2
     assert [line["stage"] for line in lines_of(tmp_path/"a")] == stages == run.history.stage.tolist()
-    assert [line["eval_loss"] for line in lines_of(tmp_path/"a")] == run.history.valid_loss.tolist()
+    assert [line["eval_loss"] for line in lines_of(tmp_path/"a")] == pytest.approx(run.history.valid_loss.tolist())
     other = train_run(tmp_path/"b", data_of(place, teaching), teaching, say=noop)   # with `kept`, nothing is trained
     assert lines_of(tmp_path/"b") == lines_of(tmp_path/"a") and same(weights(run), weights(other))
 
@@ -295,3 +296,17 @@ def test_a_run_in_which_every_stage_was_skipped_keeps_nothing(place, tmp_path):
     with pytest.warns(UserWarning, match="the stage is skipped"), refused:
         train_run(tmp_path/"a", bad, skipping, say=noop)
     assert not (tmp_path/"a"/"checkpoint").exists()
+
+def test_the_door_refuses_them_with_status_2(place, tmp_path, capsys):
+    flat(RLData.load(place/"train")).save(tmp_path/"flat")
+    common = ["--lvlm", "mock", "--store", str(place/"store"), "--quiet"]
+    for out in ("a", "b"):
+        words = ["train", str(tmp_path/"flat"), "--dev", str(place/"dev"), "--out", str(tmp_path/out), *common]
+        assert main(words if out == "a" else [*words, "--objective", "rce"]) == 2
+        said = capsys.readouterr().err
+        assert "none of 16 groups has any difference of reward" in said and "16 all wrong" in said
+        assert said.count("\n") == 1 and not (tmp_path/out).exists()
+    assert main(["check", str(tmp_path/"flat"), str(place/"train")]) == 0
+    said = capsys.readouterr().out
+    assert f"{place/'train'}: fit to train on" in said or f"{place/'train'}: not fit to train on: " in said
+    assert f"{tmp_path/'flat'}: not fit to train on: " in said
