@@ -1239,8 +1239,8 @@ class JSONLines(EpochNotes):
         self.earlier = []    # texts of earlier fits
         self.lines = []      # of this fit, as dicts; a `Resume` remembers them
         self.n_done = 0      # batches of this fit
-        self.before = 0      # batches of earlier fits
-        self.n_closed = 0    # fits that have left lines
+        self.before = 0      # batches before this fit, by the last line of earlier ones
+        self.n_closed = 0    # number of the fit that this line is of
         self.stage = None    # name of this fit
         self.whose = None    # fingerprint of the fit, where a `Resume` knows it
         self.ready = False   # does the file hold what it should before anything is added?
@@ -1255,10 +1255,15 @@ class JSONLines(EpochNotes):
     def close(self):
         "Leave the last fit behind"
         self.earlier += [self.text(line) for line in self.lines]
-        self.before += self.n_done
-        self.n_closed += len(self.lines) > 0
         self.lines = []
         self.n_done = 0
+        self.count()
+
+    def count(self):
+        "Find out where this fit begins"
+        last = json.loads(self.earlier[-1]) if self.earlier else dict(step=0, fit=0)
+        self.before = last["step"]
+        self.n_closed = last["fit"]
 
     def before_train(self):
         super().before_train()
@@ -1317,6 +1322,9 @@ def open(self:JSONLines, trains):
     "Let the file hold what was written so far, or refuse it; a fit that trains takes out what it will make again"
     self.ready = True
     self.whose = next((cb.of for cb in self.learn.cbs if isinstance(cb, Resume)), None)
+    if self.whose is not None:   # what was interrupted in this process: the `Resume` remembers which lines it has left
+        self.earlier = [line for line in self.earlier if _training_of(line) != self.whose]
+        self.count()
     wanted = self.earlier + [self.text(line) for line in self.lines]
     there, torn = self.found()
     both = min(len(there), len(wanted))

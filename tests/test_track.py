@@ -690,3 +690,35 @@ def test_every_name_of_trl_has_a_column_that_somebody_logs(tmp_path):
     assert not {c for known in TRL_NAMES for c in known.columns} & {n.removeprefix("own/") for n in names if "/" in n}
     some = dict(accuracy=.5, train_loss=math.nan, mass=math.nan, note="a", yes=True)
     assert tracked(some).keys() == {"loss", "own/accuracy"}
+
+@pytest.mark.parametrize("every", [0, 3])
+@pytest.mark.parametrize("at", [2, 6, 9])
+def test_an_interrupted_fit_goes_on_in_the_same_process(tmp_path, every, at):
+    "The callback stays on the Learner, which gets its weights back before the same call is made again"
+    noted(tmp_path/"whole", *FITS, every=every)
+    learn = learner(cbs=[RLStats(), History(), JSONLines(tmp_path/"metrics.jsonl", every)])
+    stop = Stop(None)
+    def go(i):
+        name, n_epoch, lr = FITS[i]
+        named = [] if name is None else [StageName(name)]
+        with quiet(learn): learn.fit(n_epoch, lr, cbs=[RCE(.5), *named, stop, Resume(tmp_path/f"{i}")], reset_opt=True)
+    go(0)
+    start = weights(learn)
+    stop.at = at
+    with pytest.raises(KeyboardInterrupt): go(1)
+    stop.at = None
+    learn.model.load_state_dict(start)   # or the state would be refused
+    go(1)
+    def where(folder): return [[line[k] for k in ("step", "per", "epoch", "stage")] for line in lines_of(folder)]
+    assert where(tmp_path) == where(tmp_path/"whole")
+    fits = [line["fit"] for line in lines_of(tmp_path) if line["per"] == "epoch"]
+    assert fits == learn.history.frame.fit.tolist()
+
+def test_without_a_resume_lines_of_an_interrupted_fit_stay(tmp_path):
+    learn = learner(cbs=[RLStats(), JSONLines(tmp_path/"metrics.jsonl")])
+    with quiet(learn):
+        with pytest.raises(KeyboardInterrupt): learn.fit(3, cbs=[RCE(.5), Stop(6)])
+        learn.validate()
+        learn.fit(1, cbs=RCE(.5))
+    got = [(line["fit"], line["epoch"], line["step"]) for line in lines_of(tmp_path)]
+    assert got == [(1, 0, 4), (2, 0, 8)]
