@@ -1166,6 +1166,7 @@ def tracked(
     values:dict, # {our name: number}, such as a row of the history
 )->dict: # {TRL's name: number}, then {"own/" + our name: number}
     "Numbers under the names that trackers know"
+    values = {name: _plain(value) for name, value in values.items()}
     measured = {name: value for name, value in values.items() if _is_measured(name, value)}
     out = {}
     for known in TRL_NAMES:
@@ -1175,6 +1176,10 @@ def tracked(
     for name, value in measured.items():
         if name not in translated: out[_part_name(name) or OWN + name] = value
     return out
+
+def _plain(value):
+    "A number of numpy or torch as one of Python; anything else as it is"
+    return value.item() if getattr(value, "ndim", None) == 0 else value
 
 def _is_measured(name, value):
     "Is there such a number? A loss is one, even if it is nan"

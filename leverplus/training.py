@@ -217,7 +217,7 @@ def refuse_flat(
     rewarding:Rewarding=Rewarding(), # where no recipe says
     among:dict=RECIPES, # recipes by name
 ): # ValueError says how many groups there are, why they are flat, and what to do
-    "Refuse groups of which nothing can be learned, or by which no epoch can be chosen"
+    "Refuse groups of which nothing can be learned; warn of those by which no epoch can be chosen"
     stages = [stage for stage in stages_of(teaching, among) if _needs_groups(stage)]
     if not stages: return
     reward = reward_of(teaching, rewarding, among)
@@ -226,7 +226,11 @@ def refuse_flat(
         raise ValueError(f"training data: {flat}: nothing can be learned. {_REMEDY}{_alone(teaching, among)}")
     chooses = choosing.choose == "regret" and any(stage.get("best") is not False for stage in stages)
     flat = _flat(data.dev, *reward) if chooses else ""
-    if flat: raise ValueError(f"development data: {flat}: no epoch can be chosen by their regret. {_REMEDY}")
+    if flat:
+        warnings.warn(
+            f"development data: {flat}: no epoch can be chosen by their regret, and a stage that keeps its best keeps what"
+            f" it began with. {_REMEDY}"
+        )
 
 _REMEDY = (
     "Mine what groups lack (leverplus mine), try more or other sequences, or choose a softer reward such as"

@@ -690,6 +690,8 @@ def test_every_name_of_trl_has_a_column_that_somebody_logs(tmp_path):
     assert not {c for known in TRL_NAMES for c in known.columns} & {n.removeprefix("own/") for n in names if "/" in n}
     some = dict(accuracy=.5, train_loss=math.nan, mass=math.nan, note="a", yes=True)
     assert tracked(some).keys() == {"loss", "own/accuracy"}
+    others = dict(a=np.float32(.5), b=np.int64(3), c=torch.tensor(.25), train_loss=torch.tensor(2.))
+    assert json.loads(json.dumps(tracked(others))) == {"loss": 2., "own/a": .5, "own/b": 3, "own/c": .25}
 
 @pytest.mark.parametrize("every", [0, 3])
 @pytest.mark.parametrize("at", [2, 6, 9])
