@@ -15,6 +15,7 @@ from sklearn.linear_model import LogisticRegression
 from .items import as_items
 from .vqa import normalise
 from .rewards import reward
+from .rldata_generate import evaluated, with_text
 
 # %% ../nbs/79_baselines.ipynb #8592efba
 @dataclass
@@ -109,7 +110,8 @@ def effects(
     mode:str="hard_plus_soft", # reward, see `31_rewards`
 )->pd.DataFrame: # question_id, demo, effect: a row per question and demonstration that it was shown
     "How much better a question was answered with a demonstration than on average"
-    rows = groups.rows[~groups.rows.eval_failed]
+    rows = with_text(groups, mode).rows
+    rows = rows[~rows.eval_failed]
     value = pd.Series(reward(rows, mode), rows.index)
     better = value - value.groupby(rows.question_id).transform("mean")
     pairs = [(q, d, e) for q, p, e in zip(rows.question_id, rows.pointer, better) for d in p]
@@ -220,7 +222,7 @@ class Logistic:
 
     def _stored(self):
         "Features [n, 10] and accuracies [n] of all stored sequences that show something"
-        rows = self.groups.rows
+        rows = evaluated(self.groups).rows
         rows = rows[~rows.eval_failed & (rows.pointer.map(len) > 0)]
         x = []
         for q, group in rows.groupby("question_id", sort=False):

@@ -29,6 +29,7 @@ from fastai.torch_core import find_bs
 class StageCallback(Callback):
     "Base of all callbacks here: a checked name, train batches only, and `log`"
     run_valid = False
+    decides = True   # can it change what a fit ends with? If not, a fit with it is the same fit without
     def __init_subclass__(cls, **kw):
         super().__init_subclass__(**kw)
         own = cls.name if isinstance(cls.name, str) else None
@@ -113,6 +114,7 @@ def so_far(self:StageCallback):
 class Stats(StageCallback):
     "Collect train-time scalars; `mean(k)` of the epoch, `metrics(*ks)` as columns"
     order, name = -9, "stats"   # the epoch begins anew before anybody logs
+    decides = False
     def __init__(self): self.buf = defaultdict(list)
     def before_train(self): self.buf.clear()
 
@@ -122,14 +124,23 @@ class Stats(StageCallback):
             pair = [_number(value), _number(n)]
             self.buf[k].append(torch.tensor(pair, dtype=torch.float64))
 
-    def mean(self, k):
-        "Mean of `k` over this epoch's training batches; nan where nobody logged it"
-        if not self.buf.get(k): return float("nan")
-        value, n = torch.stack(self.buf[k]).T
+    def mean(self, k, start=0):
+        "Mean of `k` over this epoch's training batches, from its entry `start` on; nan where nobody logged it"
+        entries = self.buf.get(k, [])[start:]
+        if not entries: return float("nan")
+        value, n = torch.stack(entries).T
         ok = (n > 0) & ~value.isnan()
         return ((value * n)[ok].sum() / n[ok].sum()).item()
 
     def means(self): return {k: self.mean(k) for k in self.buf}
+
+    def sizes(self):
+        "How many entries each name has by now; for `since`"
+        return {k: len(entries) for k, entries in self.buf.items()}
+
+    def since(self, sizes):
+        "Means of what was logged after `sizes` was taken"
+        return {k: self.mean(k, sizes.get(k, 0)) for k in self.buf}
     def metrics(self, *ks): return [ValueMetric(partial(self.mean, k), k) for k in ks]
 
 def _number(x): return x.item() if isinstance(x, torch.Tensor) else float(x)
@@ -164,11 +175,13 @@ class LiveOnly(Term):
     warn = .05        # warn after an epoch with a smaller share of live groups
     n = 0             # groups of this epoch
     n_live = 0        # those with different rewards
+    some_live = False # has any epoch had one?
     def before_fit(self):
         super().before_fit()
         check_choice(self.model, *(dl.dataset for dl in self.dls.loaders))
         self.n = 0
         self.n_live = 0
+        self.some_live = False
 
     def before_train(self):
         self.n = 0
@@ -189,11 +202,26 @@ class LiveOnly(Term):
         elif not self.mask.any(): raise CancelBatchException()
 
     def after_train(self):
-        if too_few(self.n_live, self.warn, self.n) and not looks_for_lr(self.learn):
+        if looks_for_lr(self.learn): return
+        self.some_live = self.some_live or self.n_live > 0
+        self.refuse_flat()
+        if too_few(self.n_live, self.warn, self.n):
             warnings.warn(
                 f"{type(self).__name__}: {self.n_live} of {self.n} groups have any reward difference; "
                 "little or nothing can be learned. Use a softer reward, or collect sequences that differ."
             )
+
+    def refuse_flat(self):
+        "An error where no group can teach, unless groups of other epochs may: drawn ones, or of another phase"
+        if self.some_live or not self.n: return
+        if any(getattr(cb, "draws", False) for cb in self.learn.cbs): return
+        others_come = self.dl is not self.dls.train and self.epoch + 1 < self.n_epoch
+        if others_come: return
+        raise ValueError(
+            f"{type(self).__name__}: none of {self.n} groups has any reward difference: nothing can be learned, and"
+            " nothing has been. Collect sequences that differ, or use a softer reward (skip_flat=False keeps flat"
+            " groups)"
+        )
 
 def too_few(
     n:int, # how many there are

@@ -20,6 +20,7 @@ from .pools import Pool, encoder_of
 from .evidence import n_evidence
 from .decode import may_be_empty
 from .rewards import reward as reward_of
+from .rldata_generate import with_text
 from fastai.data.core import DataLoaders
 from fastai.torch_core import default_device
 
@@ -459,6 +460,7 @@ def group_dls(
 )->DataLoaders: # `info`: what a checkpoint should record of data, pools, vectors, reward, and who was asked
     "DataLoaders of two records"
     if items is not None: items = as_items(items, need=("question", "answer"))
+    train, valid = (_judged(data, reward, weights) for data in (train, valid))
     def dataset(data):
         rewards = reward_of(data.rows, reward, **weights)
         return GroupDataset(data.rows, data.pool, store, rewards, kind, about=items)
@@ -479,6 +481,11 @@ def group_dls(
     )
     loaders = GroupDL(trn, bs, shuffle=True, seed=seed), GroupDL(val, 4 * bs)
     return GroupDataLoaders(*loaders, info=info, device=device)
+
+def _judged(data, reward, weights):
+    "Without the rows of which no text was wanted, such as two stages leave them, where the reward needs one"
+    untexted = data.rows.vqa_acc_score.isna() & data.rows.vqa_gt_prob.notna()
+    return with_text(data, reward, weights) if untexted.any() else data
 
 def _check_pair(train, valid, any_pool):
     "Refuse datasets that share a query, and pools made by different rules"

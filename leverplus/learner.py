@@ -34,8 +34,8 @@ from .callback_grpo import GRPO, RLOO
 from .callback_kl import KLToRef
 from .callback_schedule import SplitShots
 from leverplus.callback_track import (
-    History, KeptFit, RLStats, Best, Resume, evaluating, greedy_picks, is_logger, same_draws,
-    stage_settings, valid_loss,
+    Best, History, KeptFit, Resume, RLStats, StageName, Trackers, evaluating, greedy_picks, is_logger,
+    same_draws, stage_settings, valid_loss,
 )
 from .callback_listwise import EvidenceAlone, Listwise, Regress, SFT
 from .callback_onpolicy import DistinctPG, Drawing, Feedback, OnPolicy
@@ -82,7 +82,7 @@ def selector_learner(
     stats = RLStats()
     learn = SelectorLearner(
         dls, model, loss_func=regret, wd=wd, train_bn=False, path=path,
-        cbs=[stats, History(), *L(cbs)],
+        cbs=[stats, History(), Trackers(), *L(cbs)],
         metrics=[*L(metrics), *stats.metrics("live", "mass", "kl")],
     )
     learn.recorder.add_time = False   # `History` keeps the seconds; a table without them is the same every time
@@ -135,6 +135,7 @@ class Stage:
     resume:str|Path|None=None # folder of this stage: written after every epoch, continued after a kill; see `Resume`
     kept:str|Path|None=None # folder of many fits, by content: what an equal fit has trained is taken; see `KeptFit`
     split_shots:bool=False # sequences of different lengths are groups of their own, see `SplitShots`
+    name:str|None=None # what the history and trackers call it; None = as its objective is called
 
     def callbacks(self,
         learn:Learner, # whose fit it will be
@@ -142,6 +143,7 @@ class Stage:
     )->list:
         "The callbacks that these settings ask for; the objective is told whether flat groups leave"
         out = []
+        if self.name is not None: out.append(StageName(self.name))
         if self.split_shots: out.append(SplitShots())
         if self.max_norm is not None: out.append(GradientClip(self.max_norm))
         out += _skip_flat(self.skip_flat, [*learn.cbs, *cbs])
@@ -337,7 +339,7 @@ def fit_warmup(self:Learner,
     how = dict(sampler=sampler, reward=reward, answers=answers, n=n, bs=bs, steps=steps, seed=seed)
     own = self.dls
     self.dls = self.warmup_dls(items, store, K, shots, **how)
-    try: return self.fit_listwise(n_epoch, lr, "none", temp, cbs=cbs, **kwargs)
+    try: return self.fit_listwise(n_epoch, lr, "none", temp, cbs=cbs, **dict(name="warmup") | kwargs)
     finally: self.dls = own
 
 @patch
@@ -438,7 +440,8 @@ def fit_onpolicy(self:Learner,
     "Stage of rounds: draw groups from the policy as it is, ask the scorer, update; ends early without less headroom"
     if isinstance(objective, str): objective = _drawn_objective(objective, drawing.every)
     self.onpolicy = OnPolicy(feedback, store, drawing, pool, queries, tolerance)
-    return self.fit_stage(rounds, lr, [objective, self.onpolicy, *_kl(beta, ref), *L(cbs)], **kwargs)
+    own = [objective, self.onpolicy, *_kl(beta, ref)]
+    return self.fit_stage(rounds, lr, [*own, *L(cbs)], **dict(name="onpolicy") | kwargs)
 
 def _drawn_objective(name, every):
     "Objective for groups that the policy has drawn; `every` says how often, if it was said"
@@ -491,16 +494,15 @@ def about(self:Learner)->dict: # as JSON has it; see `passport` of `05_checkpoin
         parts = {name: recipe[name] for name in ("model", "data", "stages") if name in recipe}
         known |= dict(recipe=recipe.get("name"), changes=recipe.get("changes", {}), recipe_parts=parts)
     if "seed" in own: known["seed"] = self.seed
-    known["stages"] = _stages(own.get("ran"), self.history.frame)
+    known["stages"] = _stages(self.history.frame)
     earned = group_rewards(self)
     if len(earned): known["metrics"] = {name: mean_interval(earned[name]) for name in earned}
     return json.loads(json.dumps(known))
 
-def _stages(ran, history):
-    "What was trained, in words: of a recipe its stages, else what the history has"
-    if ran is not None: trained = [(stage["fit"], stage["n_epoch"]) for stage in ran if stage["n_epoch"]]
-    elif len(history): trained = [(fit.iloc[0], len(fit)) for _, fit in history.groupby("fit", sort=False).stage]
-    else: trained = []
+def _stages(history):
+    "What was trained, in words"
+    if not len(history): return []
+    trained = [(fit.iloc[0], len(fit)) for _, fit in history.groupby("fit", sort=False).stage]
     return [f"{name}, {n} epoch{'s' * (n > 1)}" for name, n in trained]
 
 # %% ../nbs/70_learner.ipynb #c0a39c76

@@ -29,6 +29,7 @@ from .callback_rce import RCE
 from .callback_grpo import GRPO, RLOO
 from .callback_kl import AdaptiveKL, EntropyFloor, KLToRef
 from .callback_schedule import Freeze, NoDropout, Phases, SplitShots, TempSchedule, TopKCurriculum
+from .callback_track import StageName
 from .callback_listwise import SFT, EvidenceAlone, Listwise, Regress
 from .learner import MODEL, selector_learner
 from fastai.learner import Learner
@@ -416,6 +417,7 @@ def run_stage(
 )->Learner: # the Learner itself
     "Run one stage"
     settings = dict(stage)
+    name = settings.pop("name", stage["fit"] if stage["fit"] != "stage" else None)
     fit = STAGES[settings.pop("fit")]
     anchor = settings.pop("anchor", None)
     freeze = settings.pop("freeze", None)
@@ -431,6 +433,7 @@ def run_stage(
     if queries is not None:
         ids = _chosen(learn, queries)
         if settings["n_epoch"] > 0: cbs.append(Phases({"some": (ids, settings["n_epoch"])}))
+    if name and settings["n_epoch"] > 0: cbs.append(StageName(name))
     fit(learn, cbs=cbs, **_folder(resume, kept), **settings)
     return learn
 
@@ -675,6 +678,7 @@ def fit_recipe(self:Learner,
     self.recipe = r
     _warn_idle_choice(self, r, title)
     planned = self.planned(r, title, resume)
+    _check_some_left(r, planned, title, self.plan)
     _check_references(self, planned, f"{title}, without the stages that cannot teach")
     for i, stage in enumerate(planned["stages"], 1):
         trains = stage["n_epoch"] > 0
@@ -693,6 +697,16 @@ def planned(self:Learner, r, title, folder=None):
     if folder is not None: write_json(Path(folder)/"plan.json", said, indent=2)
     if any(" left out: " in sentence for sentence in said): warnings.warn(f"{title}: {' '.join(said)}")
     return planned
+
+def _check_some_left(r, planned, title, said):
+    "Refuse to train nothing at all where training was asked for"
+    if _trains(planned) or not _trains(r): return
+    raise ValueError(
+        f"{title}: no stage can teach, and nothing was trained. {' '.join(said)} Collect sequences that differ, use a"
+        " softer reward, or take a stage without conditions (needs=None)"
+    )
+
+def _trains(r): return any(stage["n_epoch"] > 0 for stage in r["stages"])
 
 def _warn_idle_choice(learn, r, title):
     keeps_last = all(s.get("best") is False for s in r["stages"])

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['FIT_METHODS', 'TrainingData', 'recipe_of', 'weights_of', 'reward_of', 'training_data', 'learner_of', 'epochs_of',
-           'looks_at_dev', 'accuracy_chooser', 'training_settings', 'epoch_lines', 'train_run']
+           'stages_of', 'looks_at_dev', 'accuracy_chooser', 'refuse_flat', 'training_settings', 'epoch_lines',
+           'train_run']
 
 # %% ../nbs/74_training.ipynb #a93c10fc
 import math, warnings
@@ -23,8 +24,10 @@ from .rewards import reward_facts
 from .rldata_ask import FactCache, check_contents, same_scorer
 from .rldata_generate import answerer, bank_print, policy_fingerprint, run_lock, with_text
 from .rldata_merge import merge, split
+from .rldata_check import flat_causes, query_facts, row_facts
 from .rldata_scale import reads_evidence # that page also teaches `Job` to read items and embeddings
 from .dls import group_dls
+from .callback_track import JSONLines, stage_name
 from .callback_onpolicy import Feedback, GreedyLoss
 from .learner import load_selector, mean_interval, selector_learner
 from .recipes import DATA, RECIPES, recipe, recipe_learner
@@ -163,6 +166,15 @@ def epochs_of(
     "How long an objective trains"
     return EPOCHS if teaching.epochs is None else teaching.epochs
 
+def stages_of(
+    teaching:Teaching, # what is trained
+    among:dict=RECIPES, # recipes by name
+)->list: # of dicts with `fit`, `n_epoch` and what else a stage has
+    "Stages of a recipe, or the one of an objective"
+    r = recipe_of(teaching, among)
+    if r is not None: return r["stages"]
+    return [dict(fit=teaching.objective, n_epoch=epochs_of(teaching)) | dict(teaching.set or {})]
+
 # %% ../nbs/74_training.ipynb #5b47c336
 def looks_at_dev(
     teaching:Teaching, # what is trained
@@ -171,9 +183,7 @@ def looks_at_dev(
 )->int: # times that every question of dev is asked about, at most
     "How often choosing by accuracy looks at dev"
     if choosing.choose == "regret": return 0
-    r = recipe_of(teaching, among)
-    if r is None: stages = [dict(n_epoch=epochs_of(teaching)) | dict(teaching.set or {})]
-    else: stages = r["stages"]
+    stages = stages_of(teaching, among)
     looking = [s for s in stages if s.get("best") is not False and s["n_epoch"]]
     n = sum(1 + s["n_epoch"] for s in looking)
     at_the_end = n > 0 and stages[-1].get("best") is False
@@ -199,6 +209,52 @@ def accuracy_chooser(
     kind = learn.dls.info["kind"]
     return GreedyLoss(feedback, dev.pool, data.store, shots, dev.queries, kind, max_failed=most)
 
+# %% ../nbs/74_training.ipynb #82f7fb7c
+def refuse_flat(
+    data:TrainingData, # groups
+    teaching:Teaching=Teaching(), # what is trained
+    choosing:Choosing=Choosing(), # who chooses the epoch
+    rewarding:Rewarding=Rewarding(), # where no recipe says
+    among:dict=RECIPES, # recipes by name
+): # ValueError says how many groups there are, why they are flat, and what to do
+    "Refuse groups of which nothing can be learned; warn of those by which no epoch can be chosen"
+    stages = [stage for stage in stages_of(teaching, among) if _needs_groups(stage)]
+    if not stages: return
+    reward = reward_of(teaching, rewarding, among)
+    flat = _flat(data.train, *reward)
+    if flat:
+        raise ValueError(f"training data: {flat}: nothing can be learned. {_REMEDY}{_alone(teaching, among)}")
+    chooses = choosing.choose == "regret" and any(stage.get("best") is not False for stage in stages)
+    flat = _flat(data.dev, *reward) if chooses else ""
+    if flat:
+        warnings.warn(
+            f"development data: {flat}: no epoch can be chosen by their regret, and a stage that keeps its best keeps what"
+            f" it began with. {_REMEDY}"
+        )
+
+_REMEDY = (
+    "Mine what groups lack (leverplus mine), try more or other sequences, or choose a softer reward such as"
+    " hard01_plus_gtprob"
+)
+
+def _needs_groups(stage):
+    "Does a stage learn from differences of stored groups? A warm-up draws its own; teachers are asked about pools"
+    if stage.get("stages"): return any(map(_needs_groups, stage["stages"]))
+    return stage["n_epoch"] > 0 and stage["fit"] not in ("warmup", "distill")
+
+def _flat(groups, mode, weights):
+    "\"none of 40 groups has ...: 30 all wrong, 10 all right\"; empty if one of them has a difference"
+    queries = query_facts(groups, row_facts(groups.rows, mode, **weights))
+    if queries.live.any(): return ""
+    why = ", ".join(f"{n} {cause}" for cause, n in flat_causes(queries).items())
+    n = int((queries.rewarded > 0).sum())
+    return f"none of {n} groups has any difference of reward ({mode}): {why}"
+
+def _alone(teaching, among):
+    "How to ask for the warm-up of a recipe alone, if it has one"
+    if not any(stage["fit"] == "warmup" for stage in stages_of(teaching, among)): return ""
+    return '; or ask for the warm-up alone, with {"stages": ["warmup"]} in `set`'
+
 # %% ../nbs/74_training.ipynb #71a983ab
 def training_settings(
     teaching:Teaching, # what is trained
@@ -223,7 +279,9 @@ def epoch_lines(
         yield
         return
     def said(name, value): return f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
-    def log(values): say("  ".join(map(said, learn.recorder.metric_names, values)))
+    def log(values):
+        epoch, *numbers = map(said, learn.recorder.metric_names, values)
+        say("  ".join([epoch, said("stage", stage_name(learn)), *numbers]))
     was = learn.logger
     learn.logger = log
     try:
@@ -242,7 +300,7 @@ def train_run(
     among:dict=RECIPES, # recipes by name
     say=None, # called with a line per epoch; None: tables and bars
     overwrite:bool=False, # empty a folder with other settings
-)->Run: # with history, checkpoint, states; its metrics: `smallest_regret`, `epochs_done`, maybe `dev_accuracy`
+)->Run: # history, metrics.jsonl, checkpoint, states; its metrics: `smallest_regret, epochs_done`, maybe `dev_accuracy`
     "Train a selector in a run folder"
     settings = training_settings(teaching, choosing, rewarding, among)
     by_accuracy = choosing.choose == "accuracy"
@@ -250,6 +308,7 @@ def train_run(
     start = _opened(teaching, start)
     data.open(bank=_asks_bank(teaching, start, among))
     learn, fit = learner_of(data, teaching, rewarding, start, among)
+    refuse_flat(data, teaching, choosing, rewarding, among)
     prints = _prints(data, learn, recipe_of(teaching, among))
     if by_accuracy:
         scorer = data.job.scorer()
@@ -257,7 +316,8 @@ def train_run(
     with run_lock(path):
         run = Run.create(path, settings, teaching.seed, prints, overwrite=overwrite)
         if by_accuracy: learn.choose_by = accuracy_chooser(path, data, scorer, learn, asking, progress=say is None)
-        with epoch_lines(learn, say): fit(Path(path)/"state")
+        with epoch_lines(learn, say), learn.added_cbs(JSONLines(run.path/"metrics.jsonl")): fit(Path(path)/"state")
+        _check_trained(learn, teaching, among)
         info = _more_known(data, teaching, start, prints)
         if by_accuracy: info |= _who_chose(scorer, data.job.model, asking)
         return _kept(run, learn, info)
@@ -300,6 +360,14 @@ def _check_looks(teaching, choosing, among):
     raise ValueError(
         "accuracy is to choose the epoch, but no stage chooses one (best is false): let regret choose, or let a stage"
         " keep its best"
+    )
+
+def _check_trained(learn, teaching, among):
+    "Refuse to keep what nothing has trained, if training was asked for"
+    if len(learn.history.rows) or not any(stage["n_epoch"] for stage in stages_of(teaching, among)): return
+    raise ValueError(
+        "no stage has trained: each was skipped (too_few='skip'). Collect sequences that differ, or leave that setting"
+        " out"
     )
 
 def _more_known(data, teaching, start, prints):

@@ -24,7 +24,8 @@ VERBS = {   # names -> what they do here: "work", or "use ...", what there is in
         "work: on `valid_loss`, which is regret, and on any column that `fit` shows",
     "GradientAccumulation GradientClip ShortEpochCallback TerminateOnNaNCallback BnFreeze": "work",
     "CSVLogger ShowGraphCallback ProgressCallback FetchPredsCallback MCDropoutCallback": "work",
-    "TensorBoardCallback WandbCallback": "work: with their defaults; they log the table of `show_results`",
+    "TensorBoardCallback WandbCallback":
+        "work: with their defaults; they log the table of `show_results`, and numbers under the names of TRL",
     "Interpretation": "works: `top_losses(k, items=True)` are the questions of most regret",
     "unfreeze": "works",
     "freeze": "use `Freeze(*parts)` in `cbs`: all weights are in one parameter group",

@@ -170,10 +170,10 @@ def test_all_flat_batch_moves_nothing_even_with_momentum():
     rows = learn.dls.train_ds.rows
     learn.dls.train_ds.rows = [(*row, torch.ones_like(r)) for *row, r in rows]
     w = weights(learn)
-    with pytest.warns(UserWarning, match="0 of 64 groups"): fit(learn, 1, [RCE(), SkipFlat(), KLToRef()])
+    none = pytest.raises(ValueError, match="none of 64 groups has any reward difference")
+    with none: fit(learn, 1, [RCE(), SkipFlat(), KLToRef()])
     assert same(w, weights(learn))
-    with pytest.warns(UserWarning):
-        fit(learn, 1, [NoDropout(), GRPO(min_live=0.0), SkipFlat()], reset_opt=True)
+    with none: fit(learn, 1, [NoDropout(), GRPO(min_live=0.0), SkipFlat()], reset_opt=True)
     assert same(w, weights(learn))
 
 def test_zero_variance_gives_zero_grpo_gradient_without_skipping():
@@ -221,11 +221,27 @@ def test_a_skip_flat_with_settings_of_its_own_wins():
     assert alone.n == 64 and alone.n_live > wide.n_live
 
 def test_dead_groups_are_told_without_skip_flat():
+    "A few live groups are worth a warning; where there is none a fit ends with an error, and nothing has moved"
+    few = relabel(learner(), lambda r, i: torch.arange(len(r)).float() if i < 2 else 0*r)
+    with pytest.warns(UserWarning, match="RCE: 2 of 64 groups have any reward difference"): fit(few, 1, RCE())
     learn = relabel(learner(), lambda r, i: 0*r)
     w = weights(learn)
-    with pytest.warns(UserWarning, match="RCE: 0 of 64 groups have any reward difference"):
-        fit(learn, 1, RCE())
-    assert same(w, weights(learn))
+    history = History()
+    learn.add_cb(history)
+    with pytest.raises(ValueError, match="RCE: none of 64 groups has any reward difference.*skip_flat=False"):
+        fit(learn, 3, RCE())
+    assert same(w, weights(learn)) and not history.rows
+    with pytest.raises(ValueError, match="SkipFlat: none of 64"): fit(learn, 1, SkipFlat())   # the Learner's own loss
+    fit(learn, 1, RCE(skip_flat=False))
+    fit(learn, 1, KLToRef())   # nobody asks for differences
+
+def test_a_phase_of_flat_groups_may_come_before_live_ones():
+    def phased(n_live):
+        learn = relabel(learner(), lambda r, i: r if i >= 64 - n_live else 0*r)
+        plan = {"first": (list(range(32)), 1), "then": (list(range(32, 64)), 1)}
+        return fit(learn, 2, [RCE(), Phases(plan)])
+    with pytest.warns(UserWarning, match="RCE: 0 of 32"): phased(32)
+    with pytest.warns(UserWarning, match="RCE: 0 of 32"), pytest.raises(ValueError, match="none of 32"): phased(0)
 
 def test_flat_are_the_groups_of_the_data_not_those_of_a_cut():
     "A cut before the advantages makes groups flat; they stay in the mean over groups, as with `SkipFlat`"
@@ -392,9 +408,11 @@ def test_a_step_of_empty_batches_alone_moves_nothing():
     assert at == [1, 5]                       # batches 2 and 3 take no step
     assert same(seen[-1], seen[-2]) and not same(seen[-1], weights(learn))
     assert run(())[1] == [1, 3, 5]
-    with pytest.warns(UserWarning, match="0 of 96"):
-        learn, at, _ = run(range(6))
-    assert at == []
+    learn = dead_batches(range(6), n=96)
+    before = weights(learn)
+    with pytest.raises(ValueError, match="none of 96 groups"):
+        fit(learn, 1, [RCE(.3), KLToRef(beta=1.), GradientAccumulation(32), steps := Steps()])
+    assert steps.at == [] and same(before, weights(learn))
 
 @pytest.mark.parametrize("n_acc", [0, 32])
 def test_an_empty_batch_in_mixed_precision(n_acc):
@@ -830,10 +848,13 @@ def test_every_objective_learns_from_groups_with_the_empty_sequence(name):
             pays = torch.tensor([float(query[0] > 0) if not s else .5 for s in seqs])
             rows[i] = (query, cands, seqs, pays)
     with learn.no_bar(): before = learn.validate()[0]
+    if name == "split":   # an empty sequence is alone in its group there, so nothing compares it
+        none = pytest.raises(ValueError, match="none of .* groups has any reward difference")
+        with none: fit(learn, 15, STAGES[name]())
+        return
     fit(learn, 15, STAGES[name]())
     assert all(p.isfinite().all() for p in learn.model.parameters())
     with learn.no_bar(): after = learn.validate()[0]
-    if name == "split": return   # an empty sequence is alone in its group there, so nothing compares it
     assert after < .85 * before, (before, after)
     q, c, mask = learn.dls.valid.one_batch()[:3]
     real = learn.model.eval().greedy(learn.model.encode(q, c, mask), None)[1]

@@ -256,10 +256,10 @@ def half_right(q): return [(0., .1 + .001*q), (1., .9), (.6, .7), (0., .2), (0.,
 
 def test_a_healthy_file_is_to_be_trained_on():
     h = health(healthy())
-    assert h.advice == {"data": "train"}
+    assert h.advice == {"data": "fit to train on"}
     assert h.verdict == []
     assert h.frame.adv_std["data"] == 1.0
-    assert "data: train" in repr(h)
+    assert "data: fit to train on" in repr(h)
     assert "40 of 40 groups can teach" in h._repr_html_()
     assert "40 of 40 groups can teach" in h._repr_markdown_()
 
@@ -308,7 +308,7 @@ def test_prompts_and_pools_are_told_apart():
     assert health(made(low)).advice == {"data": "pool or prompts"}
     assert health(made(low, vqa_pred_answer="dax")).advice == {"data": "prompts"}
     # one answer to everything is no fault where it is right
-    assert health(healthy(vqa_pred_answer="yes")).advice == {"data": "train"}
+    assert health(healthy(vqa_pred_answer="yes")).advice == {"data": "fit to train on"}
 
 def test_a_soft_reward_that_knows_nothing():
     rows = healthy(60)
@@ -363,10 +363,16 @@ def test_mixed_scorers_and_missing_facts_come_first():
     text = ["vqa_pred_answer", "vqa_raw_generation", "vqa_correct", "vqa_acc_score", "vqa_eval_mode"]
     part = rows.rows.copy()
     part.loc[part.index % 6 == 0, text] = np.nan
+    h = health(RLData(part, rows.pool))   # as the first of two stages leaves them: nothing is wrong
+    assert h.advice == {"data": "fit to train on"} and not h.verdict
+    assert h.frame.untexted["data"] == 40 and h.frame.unrewarded["data"] == 0
+    assert h.frame.failed["data"] == 0
+    part.loc[part.index % 6 == 0, ["vqa_gt_prob", "vqa_gt_logprobs"]] = None   # now nothing is known of them
     h = health(RLData(part, rows.pool))
     assert h.advice == {"data": "labels"}
-    assert h.frame.unrewarded["data"] == 40
+    assert h.frame.unrewarded["data"] == 40 and h.frame.untexted["data"] == 0
     assert h.frame.failed["data"] == 0
+    assert "not fit to train on: labels" in repr(h)
     only = health(RLData(rows.rows.assign(**{c: np.nan for c in text}), rows.pool), "gtprob")
     assert only.advice == {"data": "labels"}
     assert only.verdict[0].seen == "no row has an accuracy"
@@ -422,7 +428,7 @@ def test_planted_faults_on_the_embedded_world(tmp_path):
             return [moved(s, o) for s, o in zip(said, other)]
     scorers = dict(good=w.scorer, unfilled=Unfilled(), shuffled=Shuffled())
     files = {name: generate(tmp_path/name, *world, s, w.store, **kw) for name, s in scorers.items()}
-    assert health(files).advice == dict(good="train", unfilled="prompts", shuffled="soft reward")
+    assert health(files).advice == dict(good="fit to train on", unfilled="prompts", shuffled="soft reward")
 
 # ---- what comes out ----------------------------------------------------------------------------------------
 
@@ -489,7 +495,7 @@ def test_plot():
 def test_without_a_soft_reward_it_says_so():
     d = healthy()
     h = health(RLData(d.rows.assign(vqa_gt_prob=np.nan, vqa_gt_logprobs=None), d.pool))
-    assert h.advice == {"data": "train"}
+    assert h.advice == {"data": "fit to train on"}
     assert "vqa_gt_prob was not measured" in repr(h)
 
 def test_files_that_cannot_be_judged():

@@ -249,7 +249,7 @@ def test_best_of_a_stage_and_its_watch():
     with quiet(learn): learn.fit(2, 1e-2, cbs=Worse(.1))
     assert not same(start, weights(learn))
     dead = learner()
-    dead.dls.train_ds.rows = [(*row, torch.zeros_like(r)) for *row, r in dead.dls.train_ds.rows]
+    dead.dls.train_ds.rows = nearly_flat(dead)
     def said(verb, *args, **kw):
         with quiet(dead), warnings.catch_warnings(record=True) as ws:
             warnings.simplefilter("always")
@@ -713,9 +713,26 @@ def test_two_stages_go_on(tmp_path):
         and again.history.frame.fit.tolist() == [1, 1, 2, 2]
     )
 
-def test_a_stage_is_watched():
+def nearly_flat(learn):
+    "Training rows of which one alone has a difference of reward"
+    rows = [(*row, torch.zeros_like(r)) for *row, r in learn.dls.train_ds.rows]
+    *row, r = rows[0]
+    return [(*row, torch.arange(len(r)).float()), *rows[1:]]
+
+def test_a_stage_without_a_live_group_is_refused():
     learn = learner(64)
     learn.dls.train_ds.rows = [(*row, torch.zeros_like(r)) for *row, r in learn.dls.train_ds.rows]
+    w = weights(learn)
+    for stage in ("fit_rce", "fit_listwise", "fit_sft"):
+        with quiet(learn), pytest.raises(ValueError, match="none of 64 groups has any reward difference"):
+            getattr(learn, stage)(2)
+    with quiet(learn), pytest.raises(ValueError, match="0 of 64 groups have any reward difference"): learn.fit_grpo(2)
+    with quiet(learn), pytest.raises(ValueError, match="none of 64 groups"): learn.fit_grpo(2, min_live=0.)
+    assert same(w, weights(learn)) and not learn.history.rows
+
+def test_a_stage_is_watched():
+    learn = learner(64)
+    learn.dls.train_ds.rows = nearly_flat(learn)
     with quiet(learn), pytest.warns(UserWarning, match="after one epoch: Few groups can teach"):
         learn.fit_rce(1)
     with quiet(learn), pytest.raises(ValueError, match="Few groups"): learn.fit_rce(3, watch="raise")

@@ -9,9 +9,10 @@ from leverplus.callback_core import StageCallback, Stats
 from leverplus.callback_grpo import GRPO
 from leverplus.callback_kl import KLToRef
 from leverplus.callback_objectives import (
-    CISPO, GDPO, SAPO, BestOfK, CorrectedGRPO, KnownNames, PassK, group_std, of_batch, reward_part,
+    CISPO, GDPO, SAPO, BestOfK, CorrectedGRPO, PassK, of_batch, reward_part,
 )
 from leverplus.callback_schedule import NoDropout, SplitShots
+from leverplus.callback_track import group_earnings, tracked
 from leverplus.core import masked_softmax
 from leverplus.dls import GroupDataset, GroupDL, group_dls
 from leverplus.embed import EmbedStore
@@ -446,15 +447,16 @@ def test_a_small_effective_share_is_told_once():
 def test_known_names_are_what_they_are_elsewhere():
     r = torch.tensor([[0., 1., .5], [1., 1., torch.nan]])
     mask = torch.tensor([[True]*3, [True, True, False]])
-    assert group_std(r.nan_to_num(), mask).tolist() == pytest.approx([.5, 0.])
-    stats = Stats()
-    learn = learner(cbs=stats)
-    with quiet(learn): learn.fit(2, 5e-2, cbs=[CorrectedGRPO(floor=0.), KnownNames()])
-    m = stats.means()
-    assert m["frac_reward_zero_std"] == pytest.approx(1 - m["live"])
+    mean, std = group_earnings(torch.zeros(2, 3), r, mask)
+    assert mean.tolist() == pytest.approx([.5, 1.]) and std.tolist() == pytest.approx([.5, 0.])
+    learn = learner()
+    with quiet(learn): learn.fit(2, 5e-2, cbs=CorrectedGRPO(floor=0.))
+    m = tracked(learn.history.rows[-1])
+    assert m["frac_reward_zero_std"] == pytest.approx(1 - learn.history.rows[-1]["live"])
     rows = learn.dls.train_ds.rows
     by_query = rows.groupby("question_id").vqa_acc_score
-    assert m["reward"] == pytest.approx(by_query.mean().mean(), abs=1e-5)
+    # what the policy earns in its groups: the best less the regret
+    assert m["reward"] == pytest.approx(by_query.max().mean() - learn.history.rows[-1]["regret_train"], abs=1e-5)
     assert m["reward_std"] == pytest.approx(by_query.std().mean(), abs=1e-5)
     clips = [m[f"clip_ratio/{name}"] for name in ("low_mean", "high_mean", "region_mean")]
     assert clips[0] + clips[1] == pytest.approx(clips[2]) and clips[2] > 0

@@ -1,8 +1,9 @@
 "Curricula, the best weights and what is watched: each does what it says; the traps of the loop stay shut"
-import math, random, warnings
+import json, math, random, warnings
 import numpy as np, pandas as pd, pytest, torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
+from fastai.callback.schedule import LRFinder
 from fastai.learner import Learner
 from leverplus.callback_core import SCHEDULES, Objective, SkipFlat, StageCallback, Stats, as_schedule
 from leverplus.callback_grpo import GRPO
@@ -12,8 +13,8 @@ from leverplus.callback_schedule import (
     Freeze, NoDropout, Phases, SplitShots, TempSchedule, TopKCurriculum, keep_k, part_of, phase_rows,
 )
 from leverplus.callback_track import (
-    Best, History, RLStats, candidate_ids, greedy_picks, missed, promotion_p, regrets, stage_settings, stored_mass,
-    sureness, valid_loss,
+    TRL_NAMES, Best, History, JSONLines, KeptFit, Resume, RLStats, StageName, Trackers, candidate_ids, greedy_picks,
+    group_earnings, missed, promotion_p, regrets, stage_settings, stored_mass, sureness, tracked, valid_loss,
 )
 from leverplus.core import gini
 from leverplus.dls import group_dls
@@ -527,3 +528,199 @@ def test_a_policy_with_stop_shares_one_mass_and_counts_stop_among_its_options():
     kl = (logp.exp() * (logp - uniform)).masked_fill(~real, 0.).sum(-1)
     assert seen["above_uniform"].item() == pytest.approx(kl.mean().item(), abs=1e-5)
     assert seen["kl_bound"].item() == pytest.approx((math.log(20) + math.log(12))/2, abs=1e-5)
+
+# --- names of stages, and of trackers -----------------------------------------------------------------------
+class Stop(StageCallback):
+    "Killed in batch `at` of the fit"
+    order, decides, transient = 99, False, ("at",)
+    def __init__(self, at): self.at = at
+    def after_backward(self):
+        if self.train_iter == self.at: raise KeyboardInterrupt
+
+def noted(folder, *fits, at=None, every=0, resume=Resume, seed=0):
+    "Fits of (name or None, epochs, lr), each with a state, in one file; killed in batch `at` of the last"
+    learn = learner(seed=seed, cbs=[RLStats(), History(), JSONLines(folder/"metrics.jsonl", every)])
+    for i, (name, n_epoch, lr) in enumerate(fits):
+        named = [] if name is None else [StageName(name)]
+        stop = [Stop(at)] if at is not None and i == len(fits) - 1 else []
+        with quiet(learn): learn.fit(n_epoch, lr, cbs=[RCE(.5), *named, *stop, resume(folder/f"{i}")], reset_opt=True)
+    return learn
+
+def lines_of(folder): return [json.loads(line) for line in (folder/"metrics.jsonl").read_text().splitlines()]
+
+FITS = ("warmup", 2, 1e-2), (None, 3, 3e-3)
+
+def test_a_stage_has_the_name_it_was_given(tmp_path):
+    whole = noted(tmp_path/"a", *FITS)
+    assert whole.history.frame.stage.tolist() == ["warmup"]*2 + ["rce"]*3
+    for at in (1, 6, 9):
+        with pytest.raises(KeyboardInterrupt): noted(tmp_path/f"{at}", *FITS, at=at)
+        again = noted(tmp_path/f"{at}", *FITS)
+        assert again.history.frame.stage.tolist() == ["warmup"]*2 + ["rce"]*3
+    # a name decides nothing: with another one the same fit is found, and has that name
+    renamed = noted(tmp_path/"b", ("first", 2, 1e-2))
+    (tmp_path/"b"/"metrics.jsonl").unlink()
+    assert same(weights(noted(tmp_path/"b", ("second", 2, 1e-2))), weights(renamed))
+    kept = [noted(tmp_path/name, (name, 2, 1e-2), resume=lambda _: KeptFit(tmp_path/"kept")) for name in "cd"]
+    assert [k.history.frame.stage.tolist() for k in kept] == [["c"]*2, ["d"]*2]
+    assert len(list((tmp_path/"kept").iterdir())) == 1
+
+@pytest.mark.parametrize("every", [0, 3])
+@pytest.mark.parametrize("at", [0, 3, 4, 11])
+def test_no_line_is_there_twice_after_a_kill(tmp_path, every, at):
+    noted(tmp_path/"whole", *FITS, every=every)
+    with pytest.raises(KeyboardInterrupt): noted(tmp_path/"killed", *FITS, every=every, at=at)
+    before = (tmp_path/"killed"/"metrics.jsonl").read_text()
+    with open(tmp_path/"killed"/"metrics.jsonl", "a") as f: f.write('{"step": 9')   # half a line: a power cut
+    noted(tmp_path/"killed", *FITS, every=every)
+    assert lines_of(tmp_path/"killed") == lines_of(tmp_path/"whole")
+    assert before.count("\n") <= len(lines_of(tmp_path/"killed"))
+    noted(tmp_path/"killed", *FITS, every=every)   # all is done: nothing changes
+    assert lines_of(tmp_path/"killed") == lines_of(tmp_path/"whole")
+
+def test_lines_say_where_they_stand_and_what_was_measured(tmp_path):
+    learn = noted(tmp_path, *FITS, every=2)
+    lines = lines_of(tmp_path)
+    epochs = [line for line in lines if line["per"] == "epoch"]
+    assert [line["step"] for line in epochs] == [4, 8, 12, 16, 20]
+    assert [line["epoch"] for line in epochs] == [0, 1, 0, 1, 2] and [line["fit"] for line in epochs] == [1, 1, 2, 2, 2]
+    assert [line["step"] for line in lines if line["per"] == "batches"] == list(range(2, 21, 2))
+    assert [line["step"] for line in lines] == sorted(line["step"] for line in lines)
+    rows = learn.history.frame
+    for line, (_, row) in zip(epochs, rows.iterrows(), strict=True):
+        assert line["stage"] == row.stage and line["loss"] == row.train_loss and line["eval_loss"] == row.valid_loss
+        assert line["frac_reward_zero_std"] == 1 - row.live_before and line["reward"] == row.reward
+        assert line["entropy"] == row.entropy_nats and line["own/entropy"] == row.entropy
+        assert not {name for name in line if "clip" in name or name.startswith("kl")}   # RCE has none: absent, not 0
+    # the batches of an epoch together are the epoch
+    first = [line["reward"] for line in lines if line["per"] == "batches" and line["epoch"] == 0 and line["fit"] == 1]
+    assert sum(first) / 2 == pytest.approx(rows.reward[0])
+
+def test_fits_that_are_found_leave_their_lines_too(tmp_path):
+    def go(name): noted(tmp_path/name, *FITS, resume=lambda _: KeptFit(tmp_path/"kept"))
+    go("first")
+    go("second")   # trains nothing
+    assert lines_of(tmp_path/"first") == lines_of(tmp_path/"second") and len(lines_of(tmp_path/"second")) == 5
+
+def test_a_file_of_others_is_refused_before_anything_trains(tmp_path):
+    def go(file, **kw):
+        learn = learner(cbs=[RLStats(), History()], **kw)
+        with quiet(learn): learn.fit(1, cbs=[RCE(.5), JSONLines(file)])
+    for i, text in enumerate(("my notes\n", "my notes", '{"step": 3}\n', '{"epoch": 1}\n[]\n')):
+        file = tmp_path/f"{i}"
+        file.write_text(text)
+        with pytest.raises(ValueError, match=f"{i}: . lines of another training, or of another program"): go(file)
+        assert file.read_text() == text
+    go(tmp_path/"a.jsonl")
+    was = (tmp_path/"a.jsonl").read_text()
+    for seed in (0, 1):   # another fit, though it may be an equal one: nobody says that it goes on
+        with pytest.raises(ValueError, match="1 lines of another training"): go(tmp_path/"a.jsonl", seed=seed)
+    assert (tmp_path/"a.jsonl").read_text() == was
+    with pytest.raises(ValueError, match="every -1"): JSONLines(tmp_path/"b", -1)
+    # lines of another fit are not those of this one, though a `Resume` is there
+    noted(tmp_path/"run", ("warmup", 1, 1e-2))
+    for state in (tmp_path/"run"/"0").iterdir(): state.unlink()
+    with pytest.raises(ValueError, match="1 lines of another training"): noted(tmp_path/"run", ("warmup", 1, 2e-2))
+
+def test_mock_fits_and_validation_leave_no_line(tmp_path):
+    told = []
+    learn = learner(cbs=[JSONLines(tmp_path/"a"), Trackers(lambda values, step: told.append(step))], path=tmp_path)
+    with quiet(learn):
+        learn.fit(1, cbs=LRFinder(num_it=3))
+        learn.validate()
+        assert not (tmp_path/"a").exists() and not told
+        learn.fit(1)   # without `Stats`, `History` or an objective, too
+        learn.validate()
+        learn.get_preds()
+    line = json.loads((tmp_path/"a").read_text())
+    assert line["stage"] == "fit" and line["eval_loss"] > 0 and told == [4]
+    learn.dls.train_ds.rows = [(*row, r * math.nan) for *row, r in learn.dls.train_ds.rows]
+    with quiet(learn): learn.fit(1)
+    last = json.loads((tmp_path/"a").read_text().splitlines()[-1])
+    assert last["loss"] is None and last["fit"] == 2 and last["step"] == 8   # measured, and no number
+
+def test_numbers_are_those_of_trl():
+    "Against a plain reading of what `GRPOTrainer` logs of groups that the policy has drawn"
+    g = torch.Generator().manual_seed(0)
+    rewards = torch.randint(0, 3, (32, 6), generator=g) / 2.
+    rewards[:5] = 1.
+    mask = torch.ones(32, 6, dtype=torch.bool)
+    mean, std = group_earnings(torch.zeros(32, 6), rewards, mask, drawn=True)
+    torch.testing.assert_close(mean, rewards.mean(1))
+    torch.testing.assert_close(std, rewards.std(1))
+    flat = torch.isclose(rewards.std(1), torch.zeros(32)).float().mean().item()
+    live = live_groups(rewards, mask).double().mean().item()
+    assert tracked(dict(live_before=live))["frac_reward_zero_std"] == pytest.approx(flat)
+    # padding and groups without a sequence change nothing; stored groups count by the policy
+    wide = torch.cat([rewards, torch.full((32, 2), 9.)], 1)
+    some = torch.cat([mask, torch.zeros(32, 2, dtype=torch.bool)], 1)
+    some[-1] = False
+    for drawn in (True, False):
+        logp = torch.randn(32, 8, generator=g)
+        got = group_earnings(logp, wide, some, drawn)
+        want = group_earnings(logp[:-1, :6], rewards[:-1], mask[:-1], drawn)
+        for a, b in zip(got, want): torch.testing.assert_close(a, b)
+    torch.testing.assert_close(
+        group_earnings(logp, wide, some)[0], rewards[:-1].amax(1) - regret(logp, wide, some, "none")[:-1]
+    )
+    assert group_earnings(torch.zeros(1, 1), torch.ones(1, 1), torch.ones(1, 1).bool()) == (1, 0)   # not nan
+
+def test_clip_ratios_are_shares_of_all_sequences(tmp_path):
+    learn = learner(cbs=[RLStats(), History()])
+    seen = []
+    def look(s):
+        a, m = s.grpo.adv, s.seq_mask.any(-1)   # of all sequences, those of flat groups too
+        ratio = (s.pred - s.grpo.old_logp).exp()
+        seen.append((int((m & (a < 0) & (ratio < .98)).sum()), int((m & (a > 0) & (ratio > 1.02)).sum()), int(m.sum())))
+    fit(learn, 2, [GRPO(clip_low=.02, clip_high=.02, dual=None), Spy(look)], lr=3e-2)
+    row = tracked(learn.history.rows[-1])
+    low, high, n = map(sum, zip(*seen[4:]))   # of the second epoch
+    assert low and high
+    assert row["clip_ratio/low_mean"] == pytest.approx(low/n) and row["clip_ratio/high_mean"] == pytest.approx(high/n)
+    assert row["clip_ratio/region_mean"] == pytest.approx((low + high)/n)
+
+def test_every_name_of_trl_has_a_column_that_somebody_logs(tmp_path):
+    learn = learner(cbs=[RLStats(), History()])
+    fit(learn, 1, [GRPO(), KLToRef()])
+    row = learn.history.rows[-1]
+    here = [known for known in TRL_NAMES if not known.name.startswith("sampling/")]   # those of `CorrectedGRPO`
+    for known in here: assert all(math.isfinite(row[column]) for column in known.columns), known.name
+    names = tracked(row)
+    assert list(names)[:len(here)] == [known.name for known in here]
+    assert not {c for known in TRL_NAMES for c in known.columns} & {n.removeprefix("own/") for n in names if "/" in n}
+    some = dict(accuracy=.5, train_loss=math.nan, mass=math.nan, note="a", yes=True)
+    assert tracked(some).keys() == {"loss", "own/accuracy"}
+    others = dict(a=np.float32(.5), b=np.int64(3), c=torch.tensor(.25), train_loss=torch.tensor(2.))
+    assert json.loads(json.dumps(tracked(others))) == {"loss": 2., "own/a": .5, "own/b": 3, "own/c": .25}
+
+@pytest.mark.parametrize("every", [0, 3])
+@pytest.mark.parametrize("at", [2, 6, 9])
+def test_an_interrupted_fit_goes_on_in_the_same_process(tmp_path, every, at):
+    "The callback stays on the Learner, which gets its weights back before the same call is made again"
+    noted(tmp_path/"whole", *FITS, every=every)
+    learn = learner(cbs=[RLStats(), History(), JSONLines(tmp_path/"metrics.jsonl", every)])
+    stop = Stop(None)
+    def go(i):
+        name, n_epoch, lr = FITS[i]
+        named = [] if name is None else [StageName(name)]
+        with quiet(learn): learn.fit(n_epoch, lr, cbs=[RCE(.5), *named, stop, Resume(tmp_path/f"{i}")], reset_opt=True)
+    go(0)
+    start = weights(learn)
+    stop.at = at
+    with pytest.raises(KeyboardInterrupt): go(1)
+    stop.at = None
+    learn.model.load_state_dict(start)   # or the state would be refused
+    go(1)
+    def where(folder): return [[line[k] for k in ("step", "per", "epoch", "stage")] for line in lines_of(folder)]
+    assert where(tmp_path) == where(tmp_path/"whole")
+    fits = [line["fit"] for line in lines_of(tmp_path) if line["per"] == "epoch"]
+    assert fits == learn.history.frame.fit.tolist()
+
+def test_without_a_resume_lines_of_an_interrupted_fit_stay(tmp_path):
+    learn = learner(cbs=[RLStats(), JSONLines(tmp_path/"metrics.jsonl")])
+    with quiet(learn):
+        with pytest.raises(KeyboardInterrupt): learn.fit(3, cbs=[RCE(.5), Stop(6)])
+        learn.validate()
+        learn.fit(1, cbs=RCE(.5))
+    got = [(line["fit"], line["epoch"], line["step"]) for line in lines_of(tmp_path)]
+    assert got == [(1, 0, 4), (2, 0, 8)]

@@ -1,7 +1,10 @@
 "Training runs: from groups to a checkpoint, and on from there"
+import json, warnings
 from types import SimpleNamespace
 import pytest, torch
 from fastcore.basics import noop
+from leverplus.__main__ import main
+from leverplus.callback_track import Resume
 from leverplus.core import read_json
 from leverplus.groups import RLData
 from leverplus.learner import load_selector
@@ -191,3 +194,121 @@ def test_a_reward_beside_a_recipe_is_refused_before_anything_is_written(place, t
     with pytest.raises(ValueError, match="reward, weights beside recipe ours"):
         data_of(place, Teaching(), rewarding=other)
     assert not (tmp_path/"a").exists()
+
+# --- what a tracker reads, and what cannot teach --------------------------------------------------------------------
+def lines_of(folder): return [json.loads(line) for line in (folder/"metrics.jsonl").read_text().splitlines()]
+
+OURS = Teaching(set=dict(warmup=dict(n_epoch=2, steps=2), listwise=dict(n_epoch=2, watch=None)))
+
+def test_a_run_has_a_line_per_epoch_under_the_names_of_its_stages(place, tmp_path):
+    said = []
+    run = train_run(tmp_path/"a", data_of(place, OURS), OURS, say=said.append)
+    stages = ["warmup"]*2 + ["listwise"]*2
+    assert [line["stage"] for line in lines_of(tmp_path/"a")] == stages == run.history.stage.tolist()
+    assert [line.split("  ")[1] for line in said] == [f"stage {name}" for name in stages]
+    assert [line["reward"] for line in lines_of(tmp_path/"a")] == pytest.approx(run.history.reward.tolist())
+    assert "metrics.jsonl" in run.files()
+    parts = {name for name in lines_of(tmp_path/"a")[-1] if name.startswith("rewards/")}
+    assert parts == {"rewards/vqa_acc_score/mean", "rewards/vqa_acc_score/std"}
+    rows = data_of(place, OURS).train.rows
+    assert lines_of(tmp_path/"a")[-1]["rewards/vqa_acc_score/mean"] == pytest.approx(rows.vqa_acc_score.mean())
+    was = lines_of(tmp_path/"a")
+    train_run(tmp_path/"a", data_of(place, OURS), OURS, say=noop)
+    assert lines_of(tmp_path/"a") == was
+    card = load_selector(run.checkpoint).passport["stages"]
+    assert card == ["warmup, 2 epochs", "listwise, 2 epochs"]
+
+@pytest.mark.parametrize("after, kept", [(1, False), (3, False), (3, True)])
+def test_a_killed_run_has_no_line_twice(place, tmp_path, monkeypatch, after, kept):
+    teaching = change(OURS, kept=str(tmp_path/"kept")) if kept else OURS
+    saved = []
+    save = Resume.save
+    def tired(self, *args, **kw):
+        saved.append(self)
+        if len(saved) == after: raise KeyboardInterrupt   # the line is written, its state is not
+        save(self, *args, **kw)
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(Resume, "save", tired)
+        train_run(tmp_path/"a", data_of(place, teaching), teaching, say=noop)
+    assert len(lines_of(tmp_path/"a")) == after
+    run = train_run(tmp_path/"a", data_of(place, teaching), teaching, say=noop)
+    stages = ["warmup"]*2 + ["listwise"]*2
+    assert [line["stage"] for line in lines_of(tmp_path/"a")] == stages == run.history.stage.tolist()
+    assert [line["eval_loss"] for line in lines_of(tmp_path/"a")] == pytest.approx(run.history.valid_loss.tolist())
+    other = train_run(tmp_path/"b", data_of(place, teaching), teaching, say=noop)   # with `kept`, nothing is trained
+    assert lines_of(tmp_path/"b") == lines_of(tmp_path/"a") and same(weights(run), weights(other))
+
+def flat(data, acc=0.):
+    "The same groups, where every answer is right, or wrong"
+    return RLData(data.rows.assign(vqa_correct=float(acc > 0), vqa_acc_score=acc), data.pool, data.manifest)
+
+def alone(data):
+    "The first sequence of every group"
+    return RLData(data.rows.drop_duplicates("question_id").reset_index(drop=True), data.pool, data.manifest)
+
+def test_groups_that_cannot_teach_are_refused_before_anything_trains(place, tmp_path):
+    data = data_of(place)
+    grpo = Teaching(objective="grpo", set=dict(min_live=0.))
+    skipping = Teaching(objective="grpo", set=dict(too_few="skip"))
+    for teaching in (SHORT, Teaching(objective="sft"), grpo, skipping, Teaching()):
+        for train, why in ((flat(data.train), "16 all wrong"), (flat(data.train, 1.), "16 all right"),
+                           (alone(data.train), "16 one sequence")):
+            bad = TrainingData(data.job, train, data.dev)
+            with pytest.raises(ValueError, match=f"training data: none of 16 groups has any difference.*{why}.*mine"):
+                train_run(tmp_path/"a", bad, teaching, say=noop)
+            assert not (tmp_path/"a").exists()
+    with pytest.raises(ValueError, match=r"warm-up alone, with ..stages.: .*warmup"):
+        train_run(tmp_path/"a", TrainingData(data.job, flat(data.train), data.dev), Teaching(), say=noop)
+    # half of them may be flat, and 0 epochs ask for nothing
+    rows = data.train.rows
+    half = rows.question_id.isin(data.train.queries[:8])
+    some = rows.assign(vqa_correct=rows.vqa_correct.where(half, 0.), vqa_acc_score=rows.vqa_acc_score.where(half, 0.))
+    enough = TrainingData(data.job, RLData(some, data.train.pool, {}), data.dev)
+    run = train_run(tmp_path/"some", enough, SHORT, say=noop)
+    assert run.metrics["epochs_done"] == 2
+    nothing = TrainingData(data.job, flat(data.train), data.dev)
+    with pytest.warns(UserWarning, match="0 epochs asked"):
+        train_run(tmp_path/"none", nothing, change(SHORT, epochs=0), say=noop)
+
+def test_development_groups_that_cannot_choose_are_told(place, tmp_path):
+    data = data_of(place)
+    undecided = TrainingData(data.job, data.train, flat(data.dev))
+    with pytest.warns(UserWarning, match="development data: none of 8 groups .*8 all wrong: no epoch can be chosen"):
+        train_run(tmp_path/"a", undecided, SHORT, say=noop)
+    last = change(SHORT, set=dict(watch=None, best=False))   # nobody chooses
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert train_run(tmp_path/"b", undecided, last, say=noop).metrics["smallest_regret"] == 0
+
+def test_a_warm_up_alone_trains_whatever_the_groups_are(place, tmp_path):
+    data = data_of(place)
+    flat_ones = TrainingData(data.job, flat(data.train), flat(data.dev))
+    warm = Teaching(set=dict(stages=["warmup"], warmup=dict(n_epoch=1, steps=2)))
+    run = train_run(tmp_path/"a", flat_ones, warm, say=noop)
+    assert run.history.stage.tolist() == ["warmup"] and run.checkpoint.exists()
+
+def test_a_run_in_which_every_stage_was_skipped_keeps_nothing(place, tmp_path):
+    data = data_of(place)
+    rows = data.train.rows
+    one = rows.question_id == data.train.queries[0]
+    few = rows.assign(vqa_correct=rows.vqa_correct.where(one, 0.), vqa_acc_score=rows.vqa_acc_score.where(one, 0.))
+    bad = TrainingData(data.job, RLData(few, data.train.pool, {}), data.dev)
+    skipping = Teaching(objective="grpo", set=dict(too_few="skip", min_live=.5))
+    refused = pytest.raises(ValueError, match="no stage has trained")
+    with pytest.warns(UserWarning, match="the stage is skipped"), refused:
+        train_run(tmp_path/"a", bad, skipping, say=noop)
+    assert not (tmp_path/"a"/"checkpoint").exists()
+
+def test_the_door_refuses_them_with_status_2(place, tmp_path, capsys):
+    flat(RLData.load(place/"train")).save(tmp_path/"flat")
+    common = ["--lvlm", "mock", "--store", str(place/"store"), "--quiet"]
+    for out in ("a", "b"):
+        words = ["train", str(tmp_path/"flat"), "--dev", str(place/"dev"), "--out", str(tmp_path/out), *common]
+        assert main(words if out == "a" else [*words, "--objective", "rce"]) == 2
+        said = capsys.readouterr().err
+        assert "none of 16 groups has any difference of reward" in said and "16 all wrong" in said
+        assert said.count("\n") == 1 and not (tmp_path/out).exists()
+    assert main(["check", str(tmp_path/"flat"), str(place/"train")]) == 0
+    said = capsys.readouterr().out
+    assert f"{place/'train'}: fit to train on" in said or f"{place/'train'}: not fit to train on: " in said
+    assert f"{tmp_path/'flat'}: not fit to train on: " in said

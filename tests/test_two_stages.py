@@ -3,7 +3,10 @@ import math
 from dataclasses import replace
 import numpy as np, pandas as pd, pytest
 from hypothesis import assume, given, settings, strategies as st
+from leverplus.baselines import Logistic, effects
+from leverplus.dls import group_dls
 from leverplus.groups import RLData
+from leverplus.rldata_check import health
 from leverplus.core import read_json
 from leverplus.rldata_generate import TooManyFailures, choose, evaluated, tally, with_text
 from leverplus.settings import TWO_STAGE, Proposing, check_two_stage
@@ -167,3 +170,50 @@ def test_tally():
         )
     )
     assert tally(f) == dict(rows=5, failed=2, error="a", flat=1, positive=2)
+
+# ---- rows of the first stage are normal --------------------------------------------------------------------
+
+def test_health_knows_rows_that_were_never_to_have_a_text(tmp_path):
+    data = run(tmp_path/"two", Scripted())
+    texts = evaluated(data)
+    h, only = health(data), health(texts)
+    assert not any(alarm.cause == "labels" for alarm in h.verdict)
+    assert [a.cause for a in h.verdict if a.cause != "soft reward"] == [
+        a.cause for a in only.verdict if a.cause != "soft reward"]
+    n = len(data) - len(texts)
+    assert h.frame.untexted["two"] == n > 0 and h.frame.unrewarded["two"] == 0 and h.frame.failed["two"] == 0
+    same = ["groups", "live_groups", "adv_std", "reward_mean", "positive_rate", "oracle_in_data", "mean_in_data"]
+    np.testing.assert_allclose(h.frame[same].astype(float), only.frame[same].astype(float))
+    note = f"{n} of {len(data)} rows have probabilities alone"
+    for text in (repr(h), h._repr_markdown_(), h.block().html()): assert note in text and "untexted" in text
+    for text in (repr(only), only._repr_markdown_()): assert "untexted" not in text and "alone" not in text
+    assert h.plot().shape == (1, 3)
+    h.to_csv(tmp_path/"csv")
+    # a row that lacks more than a text is still told
+    rows = data.rows.copy()
+    rows.loc[rows.index[rows.vqa_acc_score.isna()][:3], "vqa_gt_prob"] = math.nan
+    broken = health(RLData(rows, data.pool))
+    assert broken.frame.unrewarded["data"] == 3 and broken.verdict[0].cause == "labels"
+
+def test_the_report_words_of_such_data_speak_of_no_fault(tmp_path):
+    from leverplus.report import health_block
+    data = run(tmp_path/"two", Scripted())
+    html = health_block(health(data)).html()
+    assert "lack a fact" not in html.replace("rows that did not fail, but lack a fact that the reward needs", "")
+    assert "have probabilities alone" in html
+
+def test_loaders_and_rules_leave_them_out(tmp_path):
+    data = run(tmp_path/"two", Scripted())
+    texts = evaluated(data)
+    half = len(data.queries) // 2
+    def part(d, queries): return RLData(d.rows[d.rows.question_id.isin(queries)].reset_index(drop=True), d.pool)
+    def loaders(d, **kw):
+        train, dev = part(d, d.queries[:half]), part(d, d.queries[half:])
+        return group_dls(train, dev, STORE, device="cpu", bs=2, **kw)
+    whole, some = loaders(data), loaders(texts)
+    assert whole.info == some.info
+    for a, b in zip(whole.valid.one_batch(), some.valid.one_batch()): assert a.equal(b)
+    assert len(loaders(data, reward="gtprob").train_ds.rows) == len(part(data, data.queries[:half]).rows)
+    pd.testing.assert_frame_equal(effects(data), effects(texts))
+    assert len(effects(data, "gtprob")) >= len(effects(texts, "gtprob"))
+    pd.testing.assert_frame_equal(Logistic(data, STORE, ITEMS).table(), Logistic(texts, STORE, ITEMS).table())

@@ -356,7 +356,7 @@ def fake_wandb():
     fake.logged, fake.settings = [], {}
     fake.run = Run(step=0, summary={}, id="1")
     fake.config = Run(update=lambda values, **kw: fake.settings.update(json.loads(json.dumps(values))))
-    fake.log = lambda values, step=None: fake.logged.append(values)
+    fake.log = lambda values, step=None, commit=None: fake.logged.append(values)
     fake.Table = lambda dataframe=None, **kw: dataframe
     fake.Image = lambda figure, **kw: figure
     fake.watch = lambda *args, **kw: None
@@ -402,6 +402,12 @@ def test_tensorboard_with_its_defaults(learn, tensorboard):
     assert "PointerSelector" in seen["text model"][0]
     assert len(seen["text picks"]) == 2 and "likeliest" in seen["text picks"][1]
     assert "figure prompts" not in seen and "closed " in seen
+    rows = learn.history.frame
+    assert seen["scalar eval_loss"] == pytest.approx(rows.valid_loss.tolist())
+    assert seen["scalar reward"] == pytest.approx(rows.reward.tolist())
+    assert seen["scalar frac_reward_zero_std"] == pytest.approx((1 - rows.live_before).tolist())
+    assert seen["scalar own/mass"] == pytest.approx(rows.mass.tolist())
+    assert not any("kl" == name.split()[-1] or "clip_ratio" in name for name in seen)   # RCE has none
     learn.add_cb(tensorboard.TensorBoardCallback())
     learn.validate()   # opens no writer
     refuses("leave it out", learn.fit, 1, cbs=tensorboard.TensorBoardProjectorCallback())
@@ -416,6 +422,8 @@ def test_wandb_with_its_defaults(learn, wandb, capsys):
     assert {"train_loss", "valid_loss", "mass", "lr_0", "picks"} <= keys and "prompts" not in keys
     table = next(values["picks"] for values in fake.logged if "picks" in values)
     assert len(table) == len(learn.dls.valid_ds) and set(table["query"]) == set(learn.dls.valid_ds.items)
+    assert {"reward", "reward_std", "frac_reward_zero_std", "entropy", "eval_loss", "own/mass", "stage"} <= keys
+    assert "kl" not in {key for values in fake.logged if "stage" in values for key in values}   # RCE has none
 
 def test_loggers_are_given_pictures(tensorboard, wandb, tmp_path):
     learn = learner(real(islands()), tmp_path)
@@ -439,7 +447,11 @@ def test_the_real_tensorboard(learn, tmp_path):
     pytest.importorskip("tensorboard")
     from fastai.callback.tensorboard import TensorBoardCallback
     learn.fit(1, cbs=[RCE(), TensorBoardCallback(tmp_path/"tb")])
-    assert list((tmp_path/"tb").iterdir())
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    seen = EventAccumulator(str(tmp_path/"tb")).Reload()
+    assert {"reward", "reward_std", "frac_reward_zero_std", "entropy"} <= set(seen.Tags()["scalars"])
+    last = seen.Scalars("reward")[-1]
+    assert last.value == pytest.approx(learn.history.frame.reward.iloc[-1]) and last.step == len(learn.dls.train)
 
 def test_the_real_wandb(learn, tmp_path, monkeypatch, capsys):
     wandb = pytest.importorskip("wandb")
@@ -451,6 +463,8 @@ def test_the_real_wandb(learn, tmp_path, monkeypatch, capsys):
     assert "not able" not in capsys.readouterr().out
     assert dict(run.config)["callbacks"]["rce"]["temp"] == .5
     assert run.summary["picks"]["nrows"] == len(learn.dls.valid_ds)
+    assert run.summary["reward"] == pytest.approx(learn.history.frame.reward.iloc[-1])
+    assert run.summary["stage"] == "rce"
     wandb.finish()
 
 # --- the table and what is tried ---------------------------------------------------------------------------
