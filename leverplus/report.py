@@ -79,6 +79,7 @@ def zero_tests(
     pairs = [(selector, "zero_shot") for selector in dict.fromkeys(shown.selector)]
     return paired_tests(pd.concat([shown, *beside], ignore_index=True), items, pairs, bootstrap=bootstrap)
 
+# %% ../nbs/90_report.ipynb #b9d2a4c5
 def rival_tests(
     scored:pd.DataFrame, # from `evaluate.score_picks`
     table:pd.DataFrame, # from `evaluate.result_table` of it
