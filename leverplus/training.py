@@ -228,8 +228,8 @@ def refuse_flat(
     flat = _flat(data.dev, *reward) if chooses else ""
     if flat:
         warnings.warn(
-            f"development data: {flat}: no epoch can be chosen by their regret, and a stage that keeps its best keeps what"
-            f" it began with. {_REMEDY}"
+            f"development data: {flat}: no epoch can be chosen by their regret, and a stage that keeps its best keeps"
+            f" what it began with. {_REMEDY}"
         )
 
 _REMEDY = (
