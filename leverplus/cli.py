@@ -406,10 +406,11 @@ def do_train(door:Train):
 
 def plan_train(door:Train)->dict: # lines of the plan
     "What training costs"
-    from leverplus.training import epochs_of, looks_at_dev
+    from leverplus.training import epochs_of, looks_at_dev, refuse_flat
     data = _training_data(door)
     dev = data.dev
     t = door.teaching
+    refuse_flat(data, t, door.choosing, door.rewarding, _recipes())
     n = len(data.train.queries)
     looks = looks_at_dev(t, door.choosing, _recipes()) * len(dev.queries) * len(dev.shots)
     if t.objective is None: time = "not known for a recipe"

@@ -298,8 +298,9 @@ class Train(Door):
         " recipe the answers of its demonstrations, too"
     )
     goes = (
-        "a run in --out: settings, history, checkpoint, a state after every epoch; started again with the same"
-        " flags it goes on, bit by bit as if it had not been stopped"
+        "a run in --out: settings, history, metrics.jsonl that can be followed, checkpoint, a state after every epoch;"
+        " started again with the same flags it goes on, bit by bit as if it had not been stopped. Groups that can teach"
+        " nothing are refused (status 2)"
     )
     examples = (
         "train runs/groups/train --dev runs/groups/dev --out runs/ours",
@@ -410,7 +411,7 @@ PictureSplits = Annotated[tuple[str, ...], BeforeValidator(several), flag("none,
 class Report(Door):
     "Write one self-contained page about a run, or about several side by side"
     comes = "runs of train, infer, eval or the demo; the data set, for pictures"
-    goes = "report.html: a table, curves, the data's health, a browser of cases"
+    goes = "report.html: the result in words, a table, curves, the data's health, a browser of cases"
     examples = (
         "report runs/eval",
         "report runs/eval-dev --split dev --groups runs/groups/train",
@@ -601,10 +602,17 @@ def _remembered(folder, seen):
     out = {}
     for record in records:
         command = dict((_kept_commands(record) or [{}])[-1])
-        for groups in (command, record.get("job") or {}): out = _known_groups(groups) | out
+        for groups in (command, _job_of(record)): out = _known_groups(groups) | out
         for source in _sources(command): out = _remembered(Path(source).expanduser(), seen) | out
     if not records and (folder.parent/"settings.json").is_file(): out = _remembered(folder.parent, seen)
     return _of_passport(folder) | out
+
+def _job_of(record):
+    "The job of a run that a function made"
+    starts = record.get("starts")
+    last = starts[-1] if isinstance(starts, list) and starts and isinstance(starts[-1], dict) else {}
+    job = record.get("job") or last.get("job")
+    return job if isinstance(job, dict) else {}
 
 def _records(folder):
     "Files in which runs keep how they were made"

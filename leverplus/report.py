@@ -27,7 +27,7 @@ from leverplus.cases import (
     query_outcomes,
 )
 from .groups import RLData, shard_files
-from .rldata_check import Health, health, teaches
+from .rldata_check import FIT, Health, health, teaches, two_stages
 from .diagnose import PANELS, plot_rl
 from .curves import CURVES, curves_in, diagnoses, mark_stages, plot_curves
 from .infer import as_pointer
@@ -85,7 +85,7 @@ def rival_tests(
     table:pd.DataFrame, # from `evaluate.result_table` of it
     items:pd.DataFrame|None=None, # items by question_id, for clustering
     bootstrap:Bootstrap=Bootstrap(), # resamples, and the coverage of intervals
-)->pd.DataFrame|None: # as `paired_tests`, and `against_shots`; Holm over all of them; None: nobody was trained, or no rival
+)->pd.DataFrame|None: # as `paired_tests`, with `against_shots`, Holm over all; None: nobody trained, or no rival
     "Hold the best trained row against similarity and random, each at the number of demonstrations that suits it best"
     if items is not None: items = as_items(items, need=("image_id",))
     best = best_row(table, trained=True)
@@ -842,8 +842,9 @@ def _health_words(h):
     "What each file is good for, and what is wrong with it"
     lines = []
     for file, advice in h.advice.items():
-        fit = "fit to train on" if advice == "train" else advice
-        lines.append(f"{file}: {fit}. {teaches(h.frame.loc[file])}.")
+        fit = advice if advice == FIT else f"not {FIT}: {advice}"
+        m = h.frame.loc[file]
+        lines.append(f"{file}: {fit}. " + " ".join(f"{told}." for told in (teaches(m), two_stages(m)) if told))
     for alarm in h.verdict:
         seen = f"{alarm.seen} (wanted: {alarm.wanted})"
         lines.append(f"{alarm.file}: {alarm.cause}: {seen}. {alarm.remedy}")

@@ -315,12 +315,20 @@ def train_run(
         prints["scorer"] = same_scorer(data.dev, scorer, asking)
     with run_lock(path):
         run = Run.create(path, settings, teaching.seed, prints, overwrite=overwrite)
+        _note_job(run, data.job)
         if by_accuracy: learn.choose_by = accuracy_chooser(path, data, scorer, learn, asking, progress=say is None)
         with epoch_lines(learn, say), learn.added_cbs(JSONLines(run.path/"metrics.jsonl")): fit(Path(path)/"state")
         _check_trained(learn, teaching, among)
         info = _more_known(data, teaching, start, prints)
         if by_accuracy: info |= _who_chose(scorer, data.job.model, asking)
         return _kept(run, learn, info)
+
+def _note_job(run, job):
+    "Let a run that a function started say where its data lie; one that a command started knows by the command"
+    if "command" in run.starts[-1]: return
+    parts = dict(data=job.data, pools=job.pools, model=job.model, asking=job.asking)
+    run.starts[-1]["job"] = {name: plain_settings(part) for name, part in parts.items()}
+    run.save_settings()
 
 def _asks_bank(teaching, start, among):
     "Does a selector read evidence: the one to start from, or a new one whose recipe can learn from it?"

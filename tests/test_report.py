@@ -900,8 +900,9 @@ def test_a_headline_holds_each_rival_at_its_best_number_of_demonstrations():
     assert set(tests.shots) == {1} and set(tests.selector) == {"rce"}
     assert dict(zip(tests.against, tests.delta.round(2))) == dict(similar_mixed=.3, random=.78)
     first, second = headline(table, tests)
-    assert first.startswith("rce (1 shot) is better than similar_mixed (2 shots): 90.0 % against 60.0 %, +30.0 points [")
-    assert second.startswith("rce (1 shot) is better than random: 90.0 % against 12.0 %, +78.0 points [")
+    better = "rce (1 shot) is better than "
+    assert first.startswith(better + "similar_mixed (2 shots): 90.0 % against 60.0 %, +30.0 points [")
+    assert second.startswith(better + "random: 90.0 % against 12.0 %, +78.0 points [")
     nobody = scored.selector != "rce"
     assert rival_tests(scored[nobody], table[table.selector != "rce"], bootstrap=FEW) is None
     alone = table[table.selector.isin(["rce", "oracle"])]

@@ -61,6 +61,15 @@ def test_a_run_is_known_by_its_settings_and_data(place, tmp_path):
     other = train_run(tmp_path/"a", data_of(place), change(SHORT, lr=.1), say=noop, overwrite=True)
     assert not same(before, weights(other))
 
+def test_a_run_that_a_function_made_says_where_its_data_lie(place, tmp_path):
+    "A later door has the data, the models and the pools from it, as from one that a command made"
+    from leverplus.doors import read_door, remembered
+    run = train_run(tmp_path/"a", data_of(place), SHORT, say=noop)
+    assert remembered(run.path)["data"]["store"] == str(place/"store")
+    door = read_door(["eval", "--selector", str(run.path), "--out", "x", "--quiet"])
+    assert (door.model.lvlm, door.data.store, door.pools.K) == ("mock", str(place/"store"), 16)
+    assert read_door(["infer", "--selector", str(run.checkpoint), "--out", "x", "--quiet"]).model.lvlm == "mock"
+
 def test_lines_or_a_table(place, tmp_path, capsys):
     said = []
     train_run(tmp_path/"a", data_of(place), SHORT, say=said.append)
