@@ -18,7 +18,7 @@ from leverplus.core import (
     ask_for_a_folder, atomic_path, fingerprint, parse_json, read_json, world_path, write_json,
 )
 from .runs import library_versions
-from .pictures import BadPicture, content_hash, picture_fault, picture_format, picture_key
+from .pictures import BadPicture, content_hash, open_image, picture_fault, picture_format, picture_key
 from .items import as_id, as_image_id, as_items, given_ids, picture_paths
 from leverplus.data import (
     PictureFolder, items_fingerprint, majority, read_okvqa, read_soft_labels, read_vqav2,
@@ -559,19 +559,50 @@ def search(self:DemoBank,
 # %% ../nbs/25_bank.ipynb #f2ead552
 @patch
 def same_picture(self:DemoBank,
-    questions:pd.DataFrame, # items: question_id, image_path or image_id, or both
+    questions:pd.DataFrame, # items: question_id, question, image_path or image_id or both, or neither
+    store:EmbedStore|None=None, # their vectors, of `embed`; None: only files with the same bytes are the same picture
 )->np.ndarray: # bool [B,N], in the order of `items`
     "Say which examples are a question itself, or show its picture"
     questions = as_items(questions)
     group = self._groups
     image_ids = self.items.image_id.to_numpy()
     barred = np.zeros((len(questions), len(self)), dtype=bool)
+    paths = picture_paths(questions)
     asked_ids = questions.image_id if "image_id" in questions else [None]*len(questions)
-    for i, (q, path, image_id) in enumerate(zip(questions.index, picture_paths(questions), asked_ids)):
+    for i, (q, path, image_id) in enumerate(zip(questions.index, paths, asked_ids)):
         same = (self.items.index.to_numpy() == q) | (image_ids == image_id)
         if path is not None: same |= self._keys == picture_key(path, q)[:16]
         barred[i] = np.isin(group, group[same])
+    if store is not None: barred |= self._look_the_same(questions, paths, store, barred)
+    if "image_id" not in questions: barred |= self._same_words(questions, paths)
     return barred
+
+_AS_GOOD_AS_ONE = 1 - 1e-5   # cosine of two pictures, from which on their pixels are compared
+
+@patch
+def _look_the_same(self:DemoBank, questions, paths, store, known):
+    "Pictures with the same pixels, bool [B,N], beside those that are `known`: the same file may be packed otherwise"
+    out = np.zeros((len(questions), len(self)), dtype=bool)
+    if store.image is None or self.store.image is None: return out
+    here = picture_paths(self.items)
+    near = self.cosines(store.get(questions.index, "image"), "image") > _AS_GOOD_AS_ONE
+    for i, j in zip(*np.nonzero(near.numpy() & ~known)):
+        if paths[i] is not None and here[j] is not None: out[i, j] = _same_pixels(paths[i], here[j])
+    return np.array([np.isin(self._groups, self._groups[same]) for same in out])
+
+def _same_pixels(path, other):
+    one, two = open_image(path), open_image(other)
+    return one.size == two.size and one.tobytes() == two.tobytes()
+
+@patch
+def _same_words(self:DemoBank, questions, paths):
+    "Examples without a picture that ask what a question without one asks, bool [B,N]"
+    out = np.zeros((len(questions), len(self)), dtype=bool)
+    bare = np.array([path is None for path in picture_paths(self.items)])
+    words = self.items.question.to_numpy(object)
+    for i, (path, question) in enumerate(zip(paths, questions.question)):
+        if path is None: out[i] = bare & (words == question)
+    return out
 
 # %% ../nbs/25_bank.ipynb #0567ae4d
 @patch

@@ -263,11 +263,12 @@ def batch(self:Picker,
     if shots is None and not self.model.config["stop"]:
         raise ValueError("shots=None, but this selector has no STOP: say how many shots")
     questions = asked_items(questions, columns, images, self.keep)
-    same = bank.same_picture(questions)
+    store = bank.embed(questions)
+    same = bank.same_picture(questions, store)
     parts = self.narrowing(bank, K)
     free = (~same[:, bank.offered]).sum(1)
     _check_free(questions, free, shots or 0)
-    work = _Work(bank, questions, self._asked(bank, questions, same), same, parts)
+    work = _Work(bank, questions, self._asked(bank, questions, store, same), same, parts)
     n = len(bank) if parts is None else sum(parts.values())
     found = {}
     for rows, how, width in ((free <= n, None, len(bank)), (free > n, parts, n)):
@@ -288,9 +289,8 @@ def _check_free(questions, free, shots):
     raise ValueError(f"question {asked!r}: {free[i]} examples of the bank may be shown, {shots} are asked for")
 
 @patch
-def _asked(self:Picker, bank, questions, same):
+def _asked(self:Picker, bank, questions, store, same):
     "Vectors of the questions, for a selector that reads evidence with the bank's opinion"
-    store = bank.embed(questions)
     return bank.with_answers.asking(questions, store, same) if self.reads_evidence else store
 
 @patch
