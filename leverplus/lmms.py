@@ -9,12 +9,14 @@ __all__ = ['BENCHMARKS', 'lmms_messages', 'TheirWords', 'FewShot', 'few_shot', '
 
 # %% ../nbs/96_lmms.ipynb #9b3faaad
 import json, tempfile, threading
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
 import numpy as np, pandas as pd
 import pyarrow as pa, pyarrow.parquet as pq
 import yaml
+from PIL import ImageFile
 from . import __version__
 from .core import ask_for_a_folder, atomic_path, fingerprint, parse_json
 from .pictures import open_image, read_picture
@@ -101,7 +103,7 @@ def few_shot(
 
 # %% ../nbs/96_lmms.ipynb #76dbe375
 _SHOWN = {}   # (task, question_id) -> record of what was picked
-_OPENING = threading.Lock()
+_ONE_AT_A_TIME = threading.Lock()
 
 @lru_cache(maxsize=4)
 def _tools(few):
@@ -117,11 +119,19 @@ def _print_of(picker, bank): return fingerprint("few shot", bank.fingerprint, po
 
 def _pick(doc, few):
     "(record of the pick, messages) of a document"
-    with _OPENING: picker, bank = _tools(few)
-    with tempfile.TemporaryDirectory() as keep:
+    with _ONE_AT_A_TIME, _whole_files_only(), tempfile.TemporaryDirectory() as keep:
+        picker, bank = _tools(few)
         asked = dict(question_id=_id_of(doc), image=keep_picture(doc.get("image"), keep), question=doc["question"])
         picked = picker.batch([asked], bank, few.shots, few.K)[0]
         return picked.record(), lmms_messages(picked.prompt, few.wording)
+
+@contextmanager
+def _whole_files_only():
+    "lmms-eval lets files pass that were cut short; the files of a bank are whole"
+    lax = ImageFile.LOAD_TRUNCATED_IMAGES
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
+    try: yield
+    finally: ImageFile.LOAD_TRUNCATED_IMAGES = lax
 
 def _id_of(doc):
     if doc.get("question_id") is None:
@@ -283,10 +293,10 @@ def scoring_of(
     path, # YAML file of `write_task`
 ): # function (doc, results) -> dict, see `score`
     "Make the function that lmms-eval calls with answers"
-    def process_results(doc, results): return score(doc, results, read_task(path))
+    few = read_task(path)
+    def process_results(doc, results): return score(doc, results, few)
     return process_results
 
-@lru_cache(maxsize=64)
 def read_task(
     path, # YAML file of `write_task`
 )->FewShot:
