@@ -8,7 +8,7 @@ __all__ = ['BENCHMARKS', 'lmms_messages', 'TheirWords', 'FewShot', 'few_shot', '
            'read_samples', 'write_docs']
 
 # %% ../nbs/96_lmms.ipynb #9b3faaad
-import json, tempfile, threading
+import json, tempfile, textwrap, threading
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
@@ -97,7 +97,7 @@ def few_shot(
     known = [field.name for field in fields(FewShot)]
     lost = [name for name in ("task", "bank", "selector") if name not in given]
     odd = [name for name in given if name not in known]
-    if lost: raise ValueError(f"lmms_eval_specific_kwargs has no {lost[0]}: wanted what `write_task` wrote there")
+    if lost: raise ValueError(f"lmms_eval_specific_kwargs has no {lost[0]}: wanted what `write_task` writes")
     if odd: raise ValueError(f"lmms_eval_specific_kwargs: {odd[0]!r} is none of {', '.join(known)}")
     return FewShot(**given)
 
@@ -112,16 +112,18 @@ def _tools(few):
     bank = DemoBank.open(few.bank)
     picker.check_bank(bank)
     if few.made_of not in (None, _print_of(picker, bank)):
-        raise ValueError(f"task {few.task}: bank or selector have changed since it was written: write it again")
+        raise ValueError(f"task {few.task}: bank or selector have changed since it was written: write it anew")
     return picker, bank
 
-def _print_of(picker, bank): return fingerprint("few shot", bank.fingerprint, policy_fingerprint(picker.model))
+def _print_of(picker, bank):
+    return fingerprint("few shot", bank.fingerprint, policy_fingerprint(picker.model))
 
 def _pick(doc, few):
     "(record of the pick, messages) of a document"
     with _ONE_AT_A_TIME, _whole_files_only(), tempfile.TemporaryDirectory() as keep:
         picker, bank = _tools(few)
-        asked = dict(question_id=_id_of(doc), image=keep_picture(doc.get("image"), keep), question=doc["question"])
+        image = keep_picture(doc.get("image"), keep)
+        asked = dict(question_id=_id_of(doc), image=image, question=doc["question"])
         picked = picker.batch([asked], bank, few.shots, few.K)[0]
         return picked.record(), lmms_messages(picked.prompt, few.wording)
 
@@ -135,7 +137,7 @@ def _whole_files_only():
 
 def _id_of(doc):
     if doc.get("question_id") is None:
-        raise ValueError(f"a document without question_id, of {', '.join(doc)}: `process_docs` of a task can add it")
+        raise ValueError(f"a document without question_id, of {', '.join(doc)}: `process_docs` can add one")
     return doc["question_id"]
 
 def doc_to_messages(
@@ -163,7 +165,8 @@ def show_messages(
     for ax, i, end in zip(axes, at, [*at[1:], len(parts)], strict=True):
         ax.imshow(parts[i]["url"])
         ax.set(xticks=[], yticks=[])
-        ax.set_xlabel("\n".join(part["text"].strip() for part in parts[i+1:end]), fontsize=7, wrap=True)
+        lines = [line for part in parts[i+1:end] for line in part["text"].strip().splitlines()]
+        ax.set_xlabel("\n".join(textwrap.fill(line, 34) for line in lines), fontsize=7)
     return axes
 
 # %% ../nbs/96_lmms.ipynb #1d58959a
@@ -179,8 +182,8 @@ def doc_to_visual(
 )->None: # always ValueError
     "Refuse a model that is not shown messages; lmms-eval calls it"
     raise ValueError(
-        "this task shows demonstrations by doc_to_messages, which this model does not read: take a chat model, one"
-        " of lmms_eval.models.chat, without --force_simple")
+        "this task shows demonstrations by doc_to_messages, which this model does not read: take a chat model,"
+        " one of lmms_eval.models.chat, without --force_simple")
 
 def doc_to_target(
     doc:dict, # maybe with answers
@@ -207,7 +210,8 @@ BENCHMARKS = dict(
     ok_vqa=Benchmark(
         dict(dataset_path="lmms-lab-encoder/OK-VQA", test_split="val2014"),
         "\nWhen the provided information is insufficient, respond with 'Unanswerable'." + _SHORT, "lmms"),
-    vqav2=Benchmark(dict(dataset_path="lmms-lab-encoder/VQAv2", test_split="validation"), _SHORT, "lmms_vqav2"),
+    vqav2=Benchmark(
+        dict(dataset_path="lmms-lab-encoder/VQAv2", test_split="validation"), _SHORT, "lmms_vqav2"),
 )
 
 # %% ../nbs/96_lmms.ipynb #2887a590
@@ -263,7 +267,7 @@ def _task_text(few, dataset):
     def lines(part): return yaml.safe_dump(part, sort_keys=False, allow_unicode=True, width=110)
     return "".join([lines(what), *functions, lines(how)])
 
-_MODULE = '''"What lmms-eval calls for {task}; the settings are in {task}.yaml, under lmms_eval_specific_kwargs"
+_MODULE = '''"What lmms-eval calls for {task}; the settings are in {task}.yaml, lmms_eval_specific_kwargs"
 from pathlib import Path
 from leverplus.lmms import doc_to_messages, doc_to_target, doc_to_text, doc_to_visual, scoring_of
 
@@ -336,8 +340,9 @@ def _row(sample, where):
         selector=record["task"], shots=shots, draw=0, question_id=record["question_id"], pointer=tuple(shown),
         logp=record["logp"], vqa_raw_generation=record["said"], vqa_pred_answer=postprocess(record["said"]),
         vqa_acc_score=sample.get("vqa_accuracy", np.nan), lmms_acc_score=sample.get("exact_match", np.nan),
-        vqa_eval_mode="official", eval_failed=False, question=record["question"], answers=record["people"] or [],
-        demo_answers=record["answers"], ids=record["ids"], prompt=record["prompt"], style=record["style"])
+        vqa_eval_mode="official", eval_failed=False, question=record["question"],
+        answers=record["people"] or [], demo_answers=record["answers"], ids=record["ids"],
+        prompt=record["prompt"], style=record["style"])
 
 # %% ../nbs/96_lmms.ipynb #faecc55f
 def write_docs(
@@ -349,7 +354,8 @@ def write_docs(
     items = as_items(items, need=("question",))
     path = Path(path)
     if path.suffix != ".parquet": raise ValueError(f"{path}: wanted a .parquet file")
-    if path.exists() and not overwrite: raise ValueError(f"{path} is there: say overwrite=True, or name another")
+    if path.exists() and not overwrite:
+        raise ValueError(f"{path} is there: say overwrite=True, or name another file")
     names = list(map(str, given_ids(items, items.index)))
     columns = dict(question_id=pa.array(names), question=pa.array(items.question.tolist()))
     if "image_path" in items: columns["image"] = pa.array(_pictures(items), pa.struct(_PICTURE))
