@@ -26,7 +26,7 @@ from .prompt import Prompt, ask_text
 from .lvlm import MAX_NEW_TOKENS
 from .bank import DemoBank, keep_picture
 from .rldata_generate import policy_fingerprint
-from .picker import Picker
+from .picker import Picker, check_new_file
 
 # %% ../nbs/96_lmms.ipynb #38700c90
 def lmms_messages(
@@ -223,13 +223,13 @@ def write_task(
     benchmark:str="ok_vqa", # one of BENCHMARKS
     dataset:dict|None=None, # what replaces `dataset` of the benchmark, by its names in a YAML
     overwrite:bool=False, # replace a task of this name?
-)->Path: # the YAML file; ValueError if bank and selector do not fit, or a task of this name is there
+)->Path: # the YAML file; ValueError if bank and selector do not fit, FileExistsError if the task is there
     "Write a task with picked demonstrations"
     if benchmark not in BENCHMARKS:
         raise ValueError(f"benchmark {benchmark!r}: wanted one of {', '.join(BENCHMARKS)}")
     path = ask_for_a_folder(folder)/f"{few.task}.yaml"
     if path.exists() and not overwrite:
-        raise ValueError(f"{path} is there: say overwrite=True, or give the task another name")
+        raise FileExistsError(f"{path} is there: say overwrite=True, or give the task another name")
     few = _whole(few, BENCHMARKS[benchmark])
     text = _task_text(few, BENCHMARKS[benchmark].dataset if dataset is None else dataset)
     module = _MODULE.format(task=few.task)
@@ -287,7 +287,7 @@ def score(
     answers = _said_by_people(doc)
     names = "task", "shots", "prompt", "style", "metric"
     about = {name: getattr(few, name) for name in names}
-    record = dict(said=said, people=answers) | shown | about | dict(question_id=doc["question_id"])
+    record = dict(said=said, answers=answers) | shown | about | dict(question_id=doc["question_id"])
     if answers is None: return dict(leverplus=record)
     theirs = vqa_accuracy(said, list(doc["answers"]), few.metric)
     ours = vqa_accuracy(postprocess(said), answers)
@@ -341,7 +341,7 @@ def _row(sample, where):
         logp=record["logp"], vqa_raw_generation=record["said"], vqa_pred_answer=postprocess(record["said"]),
         vqa_acc_score=sample.get("vqa_accuracy", np.nan), lmms_acc_score=sample.get("exact_match", np.nan),
         vqa_eval_mode="official", eval_failed=False, question=record["question"],
-        answers=record["people"] or [], demo_answers=record["answers"], ids=record["ids"],
+        answers=record["answers"] or [], demo_answers=record["demo_answers"], ids=record["ids"],
         prompt=record["prompt"], style=record["style"])
 
 # %% ../nbs/96_lmms.ipynb #faecc55f
@@ -349,13 +349,10 @@ def write_docs(
     path, # a .parquet file
     items:pd.DataFrame, # question_id, question; image_path and answers where there are some
     overwrite:bool=False, # replace a file that is there?
-)->dict: # what `dataset` of `write_task` takes; ValueError if there is a file
+)->dict: # what `dataset` of `write_task` takes; FileExistsError if there is a file
     "Write items as documents for lmms-eval, with their pictures"
     items = as_items(items, need=("question",))
-    path = Path(path)
-    if path.suffix != ".parquet": raise ValueError(f"{path}: wanted a .parquet file")
-    if path.exists() and not overwrite:
-        raise ValueError(f"{path} is there: say overwrite=True, or name another file")
+    path = check_new_file(path, (".parquet",), overwrite)
     names = list(map(str, given_ids(items, items.index)))
     columns = dict(question_id=pa.array(names), question=pa.array(items.question.tolist()))
     if "image_path" in items: columns["image"] = pa.array(_pictures(items), pa.struct(_PICTURE))

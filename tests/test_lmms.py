@@ -146,7 +146,7 @@ def test_a_task_says_all_of_its_settings(few, tmp_path):
     names = {}
     exec(compile(path.with_suffix(".py").read_text(), path.with_suffix(".py"), "exec"), dict(__file__=path.with_suffix(".py")), names)
     assert {task[f].split(".")[1] for f in task if isinstance(task[f], str) and task[f].startswith("picked.")} <= set(names)
-    with pytest.raises(ValueError, match="picked.yaml is there"): write_task(tmp_path/"tasks", few)
+    with pytest.raises(FileExistsError, match="picked.yaml is there"): write_task(tmp_path/"tasks", few)
     write_task(tmp_path/"tasks", replace(few, shots=3), overwrite=True)
     assert read_task(path).shots == 3
 
@@ -179,7 +179,7 @@ def test_scores_are_theirs_and_ours(few, dev):
     people = [dict(answer=a, answer_id=i+1, answer_confidence="yes") for i, a in enumerate(doc["answers"])]
     vqav2 = score(doc | dict(answers=people), [right], replace(few, metric="lmms_vqav2"))
     assert vqav2["exact_match"] == vqa_accuracy(right, people, "lmms_vqav2")
-    assert vqav2["leverplus"]["people"] == doc["answers"] == doc_to_target(doc | dict(answers=people))
+    assert vqav2["leverplus"]["answers"] == doc["answers"] == doc_to_target(doc | dict(answers=people))
 
 def log_of(docs, few, answers, path, **more):
     lines = [dict(doc_id=i, target=str(doc_to_target(doc)), filtered_resps=a, **score(doc, [a], few)) | more
@@ -244,8 +244,8 @@ def test_items_become_documents(dev, tmp_path):
     docs = pd.read_parquet(place["dataset_kwargs"]["data_files"]["test"])
     assert docs.question_id.tolist() == named.question_id.tolist() and docs.image[0] is None and docs.answers[0] is None
     assert docs.image[1]["bytes"] == Path(dev.image_path.iloc[1]).read_bytes()
-    with pytest.raises(ValueError, match="is there: say overwrite=True"): write_docs(tmp_path/"docs.parquet", named)
-    with pytest.raises(ValueError, match="wanted a .parquet file"): write_docs(tmp_path/"docs.csv", named)
+    with pytest.raises(FileExistsError, match="is there: say overwrite=True"): write_docs(tmp_path/"docs.parquet", named)
+    with pytest.raises(ValueError, match="ends in .parquet"): write_docs(tmp_path/"docs.csv", named)
 
 # ---- the other side ------------------------------------------------------------------------------------------
 
