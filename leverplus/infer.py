@@ -21,7 +21,7 @@ from filelock import FileLock
 from .core import ask_for_a_folder, atomic_path, fingerprint, pad_rows, read_json, rng
 from .runs import Run, settings_diff
 from .settings import Asking, PickerName, Picking, plain_settings
-from .items import as_id, as_ids, as_items, given_ids
+from .items import answered, as_asked, as_id, as_ids, as_items, check_answered, given_ids
 from .pools import check_encoder, check_pool, encoder_of, image_groups
 from .vqa import normalise
 from .evidence import inputs, kind_for, plain_kind
@@ -402,7 +402,7 @@ def confidence(
     **kwargs, # `asking`, `window` and `progress` of `ask`, as they were for `facts`
 )->np.ndarray: # [n] P(greedy text, end), 0..1; NaN where it failed
     "How sure the LVLM is of its own answer"
-    items = as_items(items, need=("question", "answer", "answers"))
+    items = as_asked(items)
     own = scorer if isinstance(scorer, OwnAnswer) else OwnAnswer(scorer, facts)
     return ask(pairs, own, items, cache, **kwargs).vqa_gt_prob.to_numpy(float)
 
@@ -761,12 +761,14 @@ def _finish(run, rows, work, blank, prompts):
     "Results file and metrics of a table of predictions"
     answers = dict(zip(rows.question_id, rows.vqa_pred_answer.mask(rows.eval_failed, None)))
     write_results(run.path/"predictions.json", answers, work.pool.ids, blank, work.items)
-    return run.finish(
-        acc=float(rows.vqa_acc_score.mean()),
-        n=len(rows),
-        failed=int(rows.eval_failed.sum()),
-        prompts=prompts,
-    )
+    return run.finish(**_accuracy(rows, work), n=len(rows), failed=int(rows.eval_failed.sum()), prompts=prompts)
+
+def _accuracy(rows, work):
+    "Accuracy of what people have answered, and how many questions nobody has; nothing is no accuracy"
+    unlabelled = int((~answered(work.items.loc[rows.question_id])).sum())
+    if unlabelled == 0: return dict(acc=float(rows.vqa_acc_score.mean()))
+    if unlabelled == len(rows): return dict(unlabelled=unlabelled)
+    return dict(acc=float(rows.vqa_acc_score.mean()), unlabelled=unlabelled)
 
 # %% ../nbs/80_infer.ipynb #d92d3d38
 def _label(picking, judge=None):
@@ -819,7 +821,10 @@ class Prediction(Run):
             return f"shard {i}/{n} is done; still to come: {', '.join(self.left)}"
         m = self.metrics
         split = self.settings["split"]
-        return f"questions {m['n']}, failed {m['failed']}, accuracy {m['acc']:.4f} ({split})"
+        n = m.get("unlabelled", 0)
+        if "acc" not in m: accuracy = "no accuracy, as nobody has answered them"
+        else: accuracy = f"accuracy {m['acc']:.4f}" + (f" of the {m['n'] - n} that people have answered" if n else "")
+        return f"questions {m['n']}, failed {m['failed']}, {accuracy} ({split})"
 
 # %% ../nbs/80_infer.ipynb #617196ed
 @dataclass
@@ -943,7 +948,7 @@ def predict(
     progress:bool=True, # show bars?
 )->Prediction: # with predictions.json, predictions.parquet (a row per query), candidates.parquet if there were several
     "Predict a split: pick, ask, choose, write; `Unanswered` names questions without an answer"
-    items = as_items(items, need=("image_id", "question", "answer", "answers"))
+    items = as_asked(items, need=("image_id",))
     path = ask_for_a_folder(path)
     shard = check_shard(shard)
     _check_prediction(pool, picking, model, store, judge, items, groups)
@@ -962,6 +967,8 @@ def _check_prediction(pool, picking, model, store, judge, items, groups):
     picker = "zero_shot" if most == 0 else picking.picker
     _check_means(picking, picker, most, model, store, items, groups)
     if most == "stop": _most_shots(model, None)
+    truths = {picking.by, picking.weight} & set(TRUTH)
+    if truths: check_answered(items, list(pool), f"choosing by {min(truths)}")
     if judge is None: return
     if picking.by: raise ValueError(f"by {picking.by!r}, and a judge: one of them decides, leave one out")
     if not callable(judge) or getattr(judge, "__name__", "<lambda>") == "<lambda>":
@@ -1032,6 +1039,7 @@ def export_groups(
     overwrite:bool=False, # replace a file that is there?
 )->Path: # the file, a row per sequence, with `GROUP_COLUMNS`
     "Write stored groups for others"
+    if items is not None: items = as_items(items)
     rows = data.rows
     asked, shown = _given(items, rows)
     rows = rows.assign(question_id=asked, ids=shown)

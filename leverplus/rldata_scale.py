@@ -22,7 +22,7 @@ from huggingface_hub import try_to_load_from_cache
 from .core import fingerprint, read_json, repo_path, rng
 from .runs import empty_folder
 from .settings import Job, change
-from .items import as_items, picture_paths
+from .items import as_asked, as_items, check_answered, picture_paths
 from .pictures import BadPicture, picture_size
 from .data import check_splits, items_fingerprint, read_okvqa, read_soft_labels, read_vqav2
 from .embed import EmbedStore, embed_items, gather_stores, load_clip
@@ -57,7 +57,8 @@ def items(self:Job)->pd.DataFrame: # by question_id; FileNotFoundError, `BadItem
     images = _images_of(data, folder)
     read = READERS[data.reader]
     splits = dict.fromkeys((data.candidates, self.split))
-    frames = {s: read(folder, s, images=images, verify=data.check) for s in splits}
+    def answers(split): return True if split == data.candidates else None   # of a test split nobody may have them
+    frames = {s: read(folder, s, images=images, verify=data.check, answers=answers(s)) for s in splits}
     if len(frames) > 1: check_splits(**frames)
     return as_items(pd.concat(frames.values()))
 
@@ -138,11 +139,13 @@ def _store_of(job):
 @patch
 def inputs(self:Job,
     bank:bool=False, # also what the demonstrations' answers say? Takes seconds, and only some selectors read it
+    answers:bool=True, # must people have answered the questions? ValueError if not, before anything is made
 )->tuple: # (items, `EmbedStore`, or `BankStore` with a bank, Pool of the whole split)
     "Everything but the model"
     data = self.data
     pools = self.pools
     items = self.items()
+    if answers: check_answered(items, self.questions(items), f"what split {self.split!r} is for")
     of_items = items_fingerprint(items)
     queries = items[items.split == self.split]
     candidates = items[items.split == data.candidates]
@@ -528,12 +531,12 @@ def expected_rate(
     seed:int=0, # of their draw
 )->dict: # prompts_per_second; tflop of a prompt; image_tokens, answers: means; why, in words
     "Prompts per second that a GPU would answer about such items: assumed, not measured"
-    items = as_items(items, need=("answers",))
+    items = as_asked(items)
     if not len(items): raise ValueError("expected_rate: no items")
     some = items.iloc[rng("expected rate", seed).permutation(len(items))[:n]]
     tokens = [_tokens_of(q, path) for q, path in zip(some.question_id, picture_paths(some))]
     image = sum(tokens)/len(tokens)
-    answers = sum(len(answer_targets(a)[0]) for a in some.answers)/len(some)
+    answers = sum(len(answer_targets(a)[0]) for a in some.answers if len(a))/len(some)
     costs = []
     for S in shots:
         parts = S + 1 # demonstrations and the query
