@@ -23,8 +23,8 @@ from .vqa import answer_targets, postprocess, relevances, vqa_accuracies
 from .prompt import prompter
 from .lvlm import Targets
 from leverplus.groups import (
-    CONTENTS, FACT_COLUMNS, PROPOSAL_COLUMNS, SOURCE_FACTS, UNREADABLE, RLData, as_record, pointer_matrix,
-    read_part, shard_files, write_part,
+    CONTENTS, FACT_COLUMNS, PROPOSAL_COLUMNS, SOURCE_FACTS, UNREADABLE, RLData, as_record, not_judged,
+    pointer_matrix, read_part, shard_files, write_part,
 )
 
 # %% ../nbs/33_rldata_ask.ipynb #ef57e002
@@ -343,14 +343,10 @@ def found(self:FactCache, pairs, scorer, need):
         at = index.get_indexer(keys[missing])
         rows = frame.iloc[at[at >= 0]].set_axis(missing[at >= 0])
         asked_for = _belongs(rows, query, pointer) & (rows.scorer == scorer).to_numpy()
-        rows = rows[asked_for & (rows[need].notna() | _not_judged(rows)).to_numpy()]
+        rows = rows[asked_for & (rows[need].notna() | not_judged(rows)).to_numpy()]
         found.append(rows)
         missing = np.setdiff1d(missing, rows.index, assume_unique=True)
     return pd.concat(found).sort_index() if found else self.to_frame()
-
-def _not_judged(rows):
-    "Is there a text, which no evaluator has judged, as nobody has answered the question?"
-    return rows.vqa_pred_answer.notna() & rows.vqa_eval_mode.isna()
 
 def _belongs(rows, query, pointer):
     "Is each row the fact of that query and pointer that its index says?"

@@ -739,6 +739,23 @@ def test_accuracy_is_of_those_that_have_answers(tmp_path):
     for i in range(2): union = predict(tmp_path/"union", POOL, some, Says(), shard=(i, 2), **how)
     assert union.metrics == run.metrics
 
+def test_what_judges_says_that_nobody_has_answered():
+    "Rewards, groups, comparisons; and who wants a probability alone is not asked"
+    from leverplus.evaluate import check_facts
+    from leverplus.rewards import reward
+    pairs = pd.DataFrame([dict(question_id=q, pointer=(d,)) for q in QS for d in POOL[q]])
+    facts = ask(pairs, Says(), SECRET).assign(gen_method="random")
+    says = "needs people's answers, and 10 of 10 questions have none, first 0"
+    for mode in ("hard_plus_soft", "gtprob", "hard_only"):
+        with pytest.raises(ValueError, match=f"reward '{mode}' {says}"): reward(facts, mode)
+    with pytest.raises(ValueError, match=says): RLData.from_frame(facts, POOL)
+    with pytest.raises(ValueError, match=says): check_facts(facts)
+    scorer = Says()
+    with pytest.raises(ValueError, match=f"a probability {says}"): ask(pairs, scorer, SECRET, generate=False)
+    assert scorer.asked == []
+    mixed = pd.concat([ask(pairs, Says(), ITEMS)[5:], facts[:5]])
+    with pytest.raises(ValueError, match="and [12] of 10 questions have none, first 0"): reward(mixed)
+
 def test_nothing_that_needs_the_truth_may_choose(tmp_path):
     with pytest.raises(ValueError, match="choosing by vqa_gt_prob needs people's answers, and 10 of 10 questions have none"):
         predict(tmp_path/"x", POOL, SECRET, Says(), STORE, Picking(picker="beam", by="vqa_gt_prob"), model=MODEL)
