@@ -18,7 +18,9 @@ from leverplus.core import (
     ask_for_a_folder, atomic_path, fingerprint, parse_json, read_json, world_path, write_json,
 )
 from .runs import library_versions
-from .pictures import BadPicture, content_hash, open_image, picture_fault, picture_format, picture_key
+from leverplus.pictures import (
+    BadPicture, content_hash, open_image, picture_fault, picture_format, picture_key,
+)
 from .items import as_id, as_image_id, as_items, given_ids, picture_paths
 from leverplus.data import (
     PictureFolder, items_fingerprint, majority, read_okvqa, read_soft_labels, read_vqav2,
@@ -581,7 +583,7 @@ _AS_GOOD_AS_ONE = 1 - 1e-5   # cosine of two pictures, from which on their pixel
 
 @patch
 def _look_the_same(self:DemoBank, questions, paths, store, known):
-    "Pictures with the same pixels, bool [B,N], beside those that are `known`: the same file may be packed otherwise"
+    "Pictures with the same pixels, bool [B,N], beside those that are `known`"
     out = np.zeros((len(questions), len(self)), dtype=bool)
     if store.image is None or self.store.image is None: return out
     here = picture_paths(self.items)

@@ -393,9 +393,10 @@ def check_judged(
     "Refuse facts about questions that nobody has answered"
     without = rows.question_id[not_judged(rows)].unique()
     if not len(without): return
+    n = rows.question_id.nunique()
     raise ValueError(
-        f"{what} needs people's answers, and {len(without)} of {rows.question_id.nunique()} questions have none,"
-        f" first {without[0]}: a split like that can be answered (`predict`, leverplus infer), not judged")
+        f"{what} needs people's answers, and {len(without)} of {n} questions have none, first {without[0]}:"
+        " a split like that can be answered (`predict`, leverplus infer), not judged")
 
 def fact_problems(
     rows:pd.DataFrame, # record frame

@@ -761,7 +761,8 @@ def _finish(run, rows, work, blank, prompts):
     "Results file and metrics of a table of predictions"
     answers = dict(zip(rows.question_id, rows.vqa_pred_answer.mask(rows.eval_failed, None)))
     write_results(run.path/"predictions.json", answers, work.pool.ids, blank, work.items)
-    return run.finish(**_accuracy(rows, work), n=len(rows), failed=int(rows.eval_failed.sum()), prompts=prompts)
+    failed = int(rows.eval_failed.sum())
+    return run.finish(**_accuracy(rows, work), n=len(rows), failed=failed, prompts=prompts)
 
 def _accuracy(rows, work):
     "Accuracy of what people have answered, and how many questions nobody has; nothing is no accuracy"
@@ -821,10 +822,14 @@ class Prediction(Run):
             return f"shard {i}/{n} is done; still to come: {', '.join(self.left)}"
         m = self.metrics
         split = self.settings["split"]
-        n = m.get("unlabelled", 0)
-        if "acc" not in m: accuracy = "no accuracy, as nobody has answered them"
-        else: accuracy = f"accuracy {m['acc']:.4f}" + (f" of the {m['n'] - n} that people have answered" if n else "")
-        return f"questions {m['n']}, failed {m['failed']}, {accuracy} ({split})"
+        return f"questions {m['n']}, failed {m['failed']}, {self._how_good()} ({split})"
+
+    def _how_good(self):
+        m = self.metrics
+        if "acc" not in m: return "no accuracy, as nobody has answered them"
+        accuracy = f"accuracy {m['acc']:.4f}"
+        if "unlabelled" not in m: return accuracy
+        return f"{accuracy} of the {m['n'] - m['unlabelled']} that people have answered"
 
 # %% ../nbs/80_infer.ipynb #617196ed
 @dataclass
@@ -976,10 +981,10 @@ def _check_prediction(pool, picking, model, store, judge, items, groups):
 
 # %% ../nbs/80_infer.ipynb #73835230
 _SAID = dict(
-    vqa_pred_answer=Column("text", "the answer, one line; missing: the evaluation failed, or no text was asked for"),
+    vqa_pred_answer=Column("text", "the answer, one line; missing: it failed, or no text was asked for"),
     vqa_raw_generation=Column("text", "what the model wrote"),
     vqa_acc_score=Column("number", "accuracy, 0..1; missing: nobody has answered the question, or it failed"),
-    vqa_gt_prob=Column("number", "probability of the true answers, 0..1; missing: as accuracy, or not asked for"),
+    vqa_gt_prob=Column("number", "probability of the true answers, 0..1; missing: as accuracy, or not asked"),
     vqa_eval_mode=Column("text", "how accuracy was counted, one of MODES in `11_vqa`; missing: it was not"),
     eval_failed=Column("flag", "did the evaluation fail? Then nothing is known of the answer"),
 )
@@ -1004,7 +1009,7 @@ GROUP_COLUMNS = dict(
     gen_method=Column("text", "how the sequence was found, see `32_rldata_propose`"),
     temperature=Column("number", "of a draw; missing: it was none"),
     logprob_score=Column("number", "log-probability with who proposed it, in nats; missing: it has none"),
-    similarity_score=Column("number", "mean cosine of question and demonstrations, -1..1; missing: not computed"),
+    similarity_score=Column("number", "mean cosine of question and demonstrations, -1..1; missing: unknown"),
     **_SAID,
 )
 

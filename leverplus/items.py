@@ -363,7 +363,8 @@ def as_asked(
     shown = frame.answer.tolist() if "answer" in frame else [None]*len(frame)
     made = {}
     if "answer" not in frame or not _types(shown) <= {str, type(None)}:
-        made["answer"] = pd.Series([x if isinstance(x, str) else None for x in shown], frame.index, dtype=object)
+        shown = [x if isinstance(x, str) else None for x in shown]
+        made["answer"] = pd.Series(shown, frame.index, dtype=object)
     if "answers" not in frame:
         made["answers"] = pd.Series([[] for _ in range(len(frame))], frame.index, dtype=object)
     return frame.assign(**made) if made else frame
@@ -386,7 +387,7 @@ def check_answered(
     ids = as_ids(ids)
     without = items.index[~answered(items)].intersection(ids)
     if not len(without): return
+    first = given_ids(items, without[:1])[0]
     raise ValueError(
-        f"{what} needs people's answers, and {len(without)} of {len(ids)} questions have none, first"
-        f" {given_ids(items, without[:1])[0]!r}: a split like that can be answered (`predict`, leverplus infer),"
-        " not judged")
+        f"{what} needs people's answers, and {len(without)} of {len(ids)} questions have none, first {first!r}:"
+        " a split like that can be answered (`predict`, leverplus infer), not judged")

@@ -112,7 +112,7 @@ def _tools(few):
     bank = DemoBank.open(few.bank)
     picker.check_bank(bank)
     if few.made_of not in (None, _print_of(picker, bank)):
-        raise ValueError(f"task {few.task}: bank or selector have changed since it was written: write it anew")
+        raise ValueError(f"task {few.task}: bank or selector is not what it was made for: write it anew")
     return picker, bank
 
 def _print_of(picker, bank):
@@ -182,8 +182,8 @@ def doc_to_visual(
 )->None: # always ValueError
     "Refuse a model that is not shown messages; lmms-eval calls it"
     raise ValueError(
-        "this task shows demonstrations by doc_to_messages, which this model does not read: take a chat model,"
-        " one of lmms_eval.models.chat, without --force_simple")
+        "this task shows demonstrations by doc_to_messages, which this model does not read: take a chat"
+        " model, one of lmms_eval.models.chat, without --force_simple")
 
 def doc_to_target(
     doc:dict, # maybe with answers

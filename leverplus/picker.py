@@ -127,7 +127,8 @@ def check_new_file(
 )->Path: # ValueError for another ending, FileExistsError if it is there
     "Refuse a file of an unknown kind, or to replace one"
     path = Path(path).expanduser()
-    if path.suffix not in endings: raise ValueError(f"{path}: wanted a file that ends in {' or '.join(endings)}")
+    if path.suffix not in endings:
+        raise ValueError(f"{path}: wanted a file that ends in {' or '.join(endings)}")
     if overwrite or not path.exists(): return path
     raise FileExistsError(f"{path} is there: say overwrite=True to replace it, or name another file")
 
@@ -141,7 +142,8 @@ def write_rows(
     "Write a table for others"
     path = check_new_file(path, (".jsonl", ".parquet"), overwrite)
     lost = [name for name in columns if name not in rows]
-    if lost: raise ValueError(f"{path.name}: the table has no column {lost[0]}, it has {', '.join(rows.columns)}")
+    if lost:
+        raise ValueError(f"{path.name}: the table has no column {lost[0]}, it has {', '.join(rows.columns)}")
     table = pa.table({name: _values(rows[name], columns[name].kind) for name in columns})
     with atomic_path(path) as tmp:
         if path.suffix == ".parquet": pq.write_table(table, tmp)
@@ -184,7 +186,8 @@ def _line(row): return json.dumps(_without_none(row), ensure_ascii=False) + "\n"
 def _without_none(row):
     "A row whose messages have only what they say"
     if "messages" not in row: return row
-    return row | dict(messages=[turn | dict(content=list(map(_said, turn["content"]))) for turn in row["messages"]])
+    turns = [turn | dict(content=list(map(_said, turn["content"]))) for turn in row["messages"]]
+    return row | dict(messages=turns)
 
 def _said(part): return {name: value for name, value in part.items() if value is not None}
 
@@ -195,7 +198,9 @@ def read_rows(
     "Read a table that was written for others"
     path = Path(path).expanduser()
     if path.suffix == ".parquet": rows = pq.read_table(path).to_pylist()
-    elif path.suffix == ".jsonl": rows = [parse_json(line, f"{path}") for line in path.read_bytes().splitlines()]
+    elif path.suffix == ".jsonl":
+        lines = enumerate(path.read_bytes().splitlines(), 1)
+        rows = [parse_json(line, f"{path}, line {i}") for i, line in lines]
     else: raise ValueError(f"{path}: wanted a file that ends in .jsonl or .parquet")
     frame = pd.DataFrame({name: [row[name] for row in rows] for name in (rows[0] if rows else ())})
     if "messages" in frame: frame["messages"] = [_without_none(row)["messages"] for row in rows]
@@ -205,7 +210,7 @@ def read_rows(
 PICK_COLUMNS = dict(
     question_id=Column("id", "the question, as its id was given"),
     question=Column("text", "what is asked"),
-    pointer=Column("ints", "demonstrations by number, in prompt order: the first is farthest from the question"),
+    pointer=Column("ints", "demonstrations by number, in prompt order: the first stands farthest away"),
     ids=Column("ids", "the same, as their ids were given"),
     demo_answers=Column("texts", "answers that are shown, in prompt order"),
     logp=Column("number", "log-probability of the sequence, in nats; 0: there was nothing to choose"),

@@ -165,7 +165,7 @@ def test_a_bank_that_has_changed_is_another_task(few, train, tmp_path):
     DemoBank.open(tmp_path/"bank").append(train.iloc[40:44], progress=False)
     from leverplus.lmms import _tools
     _tools.cache_clear()
-    with pytest.raises(ValueError, match="have changed since it was written"):
+    with pytest.raises(ValueError, match="is not what it was made for"):
         doc_to_messages(dict(question_id=1, question="What is it?"), asdict(read_task(path)))
 
 # ---- scores and logs -----------------------------------------------------------------------------------------
