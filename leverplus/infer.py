@@ -32,7 +32,7 @@ from .rldata_ask import FactCache, ask, facts_fingerprint, text_hashes
 from leverplus.rldata_generate import (
     Contents, bank_print, begin_run, policy_fingerprint, run_lock, shard_queries,
 )
-from .picker import PICK_COLUMNS, Column, check_new_file, write_rows
+from .picker import PICK_COLUMNS, Column, check_new_file, export_rows
 from .baselines import FactsNearby, Logistic, Vote, best_last, query_cosines
 
 # %% ../nbs/80_infer.ipynb #0fa208f5
@@ -1022,7 +1022,7 @@ def export_predictions(
     given = rows.given_id if "given_id" in rows else rows.question_id
     people = [said if len(said) else None for said in rows.answers]
     rows = rows.assign(question_id=given, answers=pd.Series(people, rows.index, dtype=object))
-    return write_rows(path, rows.reindex(columns=list(PREDICTION_COLUMNS)), PREDICTION_COLUMNS, overwrite)
+    return export_rows(path, rows.reindex(columns=list(PREDICTION_COLUMNS)), PREDICTION_COLUMNS, overwrite)
 
 @patch
 def export(self:Prediction,
@@ -1048,4 +1048,4 @@ def export_groups(
     rows = data.rows
     asked, shown = _given(items, rows)
     rows = rows.assign(question_id=asked, ids=shown)
-    return write_rows(path, rows, GROUP_COLUMNS, overwrite)
+    return export_rows(path, rows, GROUP_COLUMNS, overwrite)

@@ -17,8 +17,8 @@ import numpy as np, pandas as pd
 import pyarrow as pa, pyarrow.parquet as pq
 import yaml
 from PIL import ImageFile
-from . import __version__
 from .core import ask_for_a_folder, atomic_path, fingerprint, parse_json
+from .runs import library_versions
 from .pictures import open_image, read_picture
 from .items import as_id, as_items, given_ids, picture_paths
 from .vqa import postprocess, vqa_accuracy
@@ -263,7 +263,7 @@ def _task_text(few, dataset):
         generation_kwargs=dict(max_new_tokens=MAX_NEW_TOKENS, temperature=0, do_sample=False),
         metric_list=[dict(metric=name, **mean) for name in ("exact_match", "vqa_accuracy")],
         lmms_eval_specific_kwargs=dict(default=asdict(few)),
-        metadata=dict(version=1., leverplus=__version__))
+        metadata=dict(version=1.) | library_versions(["leverplus"]))
     def lines(part): return yaml.safe_dump(part, sort_keys=False, allow_unicode=True, width=110)
     return "".join([lines(what), *functions, lines(how)])
 

@@ -191,7 +191,8 @@ def test_a_split_without_answers(tmp_path):
     for q in qs: q["question_id"] = f"q-{q['question_id']}"
     (tmp_path/"v2_OpenEnded_mscoco_test-dev2015_questions.json").write_text(json.dumps(dict(questions=qs)))
     (tmp_path/"test2015").mkdir()
-    for i in range(len(qs)): Image.new("RGB", (8, 8), (20*i, 0, 0)).save(tmp_path/f"test2015/COCO_test2015_{i:012d}.jpg")
+    for i in range(len(qs)):
+        Image.new("RGB", (8, 8), (20*i, 0, 0)).save(tmp_path/f"test2015/COCO_test2015_{i:012d}.jpg")
     with pytest.raises(FileNotFoundError, match="v2_mscoco_test-dev2015_annotations.json"):
         read_vqav2(tmp_path, "test-dev")
     for answers in (False, None):

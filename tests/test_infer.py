@@ -10,12 +10,12 @@ from hypothesis import given, settings, strategies as st
 from leverplus.core import rng
 from leverplus.embed import EmbedStore
 from leverplus.infer import (
-    GROUP_COLUMNS, PICKERS, PREDICTION_COLUMNS, TRUTH, OwnAnswer, Unanswered, adaptive_shots, candidates, check_picks, check_results,
-    confidence, export_groups, kind_of, pick, pick_fixed, pick_mmr, pick_model, plan_prediction, predict, rerank,
-    write_results,
+    GROUP_COLUMNS, PICKERS, PREDICTION_COLUMNS, TRUTH, OwnAnswer, Unanswered, adaptive_shots, candidates,
+    check_picks, check_results, confidence, export_groups, kind_of, pick, pick_fixed, pick_mmr, pick_model,
+    plan_prediction, predict, rerank, write_results,
 )
 from leverplus.items import as_id, as_items
-from leverplus.picker import PICK_COLUMNS, read_rows, write_rows
+from leverplus.picker import PICK_COLUMNS, read_export, export_rows
 from leverplus.pools import check_pool, make_pool
 from leverplus.runs import Busy, Run
 from leverplus.settings import Asking, PickerName, Picking, change, read_settings
@@ -727,7 +727,7 @@ def test_they_are_answered_like_others_and_not_judged(picking, tmp_path):
     assert "no accuracy, as nobody has answered them" in open_one.sentence()
     again = Says()
     assert predict(tmp_path/"open", POOL, SECRET, again, STORE, **how).metrics == open_one.metrics
-    assert again.asked == []                                     # the facts are found, though nothing is known of them
+    assert again.asked == []   # the facts are found, though nobody judged them
 
 def test_accuracy_is_of_those_that_have_answers(tmp_path):
     some = ITEMS.assign(answers=[[] if q < 4 else said for q, said in zip(IDS, ITEMS.answers)])
@@ -757,8 +757,9 @@ def test_what_judges_says_that_nobody_has_answered():
     with pytest.raises(ValueError, match="and [12] of 10 questions have none, first 0"): reward(mixed)
 
 def test_nothing_that_needs_the_truth_may_choose(tmp_path):
-    with pytest.raises(ValueError, match="choosing by vqa_gt_prob needs people's answers, and 10 of 10 questions have none"):
-        predict(tmp_path/"x", POOL, SECRET, Says(), STORE, Picking(picker="beam", by="vqa_gt_prob"), model=MODEL)
+    oracle = Picking(picker="beam", by="vqa_gt_prob")
+    with pytest.raises(ValueError, match="choosing by vqa_gt_prob needs people's answers, and 10 of 10 questions"):
+        predict(tmp_path/"x", POOL, SECRET, Says(), STORE, oracle, model=MODEL)
     assert not (tmp_path/"x").exists()
 
 @pytest.mark.parametrize("scorer", ["naive", "shared"])
@@ -789,7 +790,7 @@ FILES = dict(picks=PICK_COLUMNS, predictions=PREDICTION_COLUMNS, groups=GROUP_CO
 @pytest.mark.parametrize("name", FILES)
 def test_files_of_this_version_are_read_for_ever(name, ending):
     "Names, order and kinds: who reads them is not asked"
-    told = read_rows(TABLES/f"{name}.{ending}")
+    told = read_export(TABLES/f"{name}.{ending}")
     assert list(told.columns) == list(FILES[name]) and len(told) == 2
     kinds = dict(
         id=(int, str), int=int, number=float, text=str, flag=bool, ids=list, ints=list, numbers=list, texts=list)
@@ -803,9 +804,9 @@ def test_files_of_this_version_are_read_for_ever(name, ending):
 def test_what_is_written_now_is_what_was_written(tmp_path):
     for name, columns in FILES.items():
         for ending in ("jsonl", "parquet"):
-            told = read_rows(TABLES/f"{name}.{ending}")
-            again = write_rows(tmp_path/f"{name}.{ending}", told, columns)
-            pd.testing.assert_frame_equal(read_rows(again), told)
+            told = read_export(TABLES/f"{name}.{ending}")
+            again = export_rows(tmp_path/f"{name}.{ending}", told, columns)
+            pd.testing.assert_frame_equal(read_export(again), told)
             if ending == "jsonl": assert again.read_text() == (TABLES/f"{name}.jsonl").read_text()
 
 def exported(folder):
@@ -815,22 +816,24 @@ def exported(folder):
         question_id=names, image_id=range(6), question=[f"what is {n}?" for n in names],
         answer=["dax", None, "a", "b", "c", "d"], answers=[["dax"]*10, [], *([x]*10 for x in "abcd")])))
     pool = Pool({items.index[i]: tuple(items.index[2:].tolist()) for i in (0, 1)}, {"sampler": "random", "K": 4})
-    run = predict(folder/"run", pool, items, Says(), picking=Picking(picker="fixed", fixed=tuple(items.index[2:4].tolist())), progress=False)
+    same = Picking(picker="fixed", fixed=tuple(items.index[2:4].tolist()))
+    run = predict(folder/"run", pool, items, Says(), picking=same, progress=False)
     rows = [dict(question_id=q, pointer=p[:2], gen_method="random") for q, p in pool.ids.items()]
     return run, RLData(ask(pd.DataFrame(rows), Says(), items).assign(gen_method="random"), pool), items
 
 @pytest.mark.parametrize("ending", ["jsonl", "parquet"])
 def test_predictions_and_groups_go_out_with_the_ids_that_came_in(ending, tmp_path):
     run, data, items = exported(tmp_path)
-    told = read_rows(run.export(tmp_path/f"p.{ending}"))
+    told = read_export(run.export(tmp_path/f"p.{ending}"))
     assert told.question_id.tolist() == ["q 0", "q 1"] and told.ids.tolist() == [["demo 1", "demo 2"]]*2
     assert told.demo_answers.tolist() == [["a", "b"]]*2 and told.answers.tolist() == [["dax"]*10, None]
     assert told.vqa_acc_score.isna().tolist() == [False, True] and told.vqa_pred_answer.notna().all()
-    told = read_rows(export_groups(tmp_path/f"g.{ending}", data, items))
+    told = read_export(export_groups(tmp_path/f"g.{ending}", data, items))
     assert told.question_id.tolist() == ["q 0", "q 1"] and told.ids.tolist() == [["demo 1", "demo 2"]]*2
     assert told.pointer.map(tuple).tolist() == data.rows.pointer.tolist()
-    numbers = read_rows(export_groups(tmp_path/f"n.{ending}", data))
-    assert numbers.question_id.tolist() == data.rows.question_id.tolist() and numbers.ids.tolist() == numbers.pointer.tolist()
+    numbers = read_export(export_groups(tmp_path/f"n.{ending}", data))
+    assert numbers.question_id.tolist() == data.rows.question_id.tolist()
+    assert numbers.ids.tolist() == numbers.pointer.tolist()
     for write in (run.export, lambda path: export_groups(path, data)):
         with pytest.raises(FileExistsError, match="overwrite=True"): write(tmp_path/f"p.{ending}")
 

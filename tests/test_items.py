@@ -196,10 +196,11 @@ def test_questions_that_nobody_has_answered(missing):
     both = as_asked(pd.concat([known, new]))
     assert answered(both).tolist() == [True]*4 + [False]*4
     assert both.answers.tolist()[4:] == [[]]*4 and both.answer.tolist()[4:] == [None]*4
-    assert as_asked(both) is both and as_asked(known.set_index(known.question_id)).answers.tolist() == known.answers.tolist()
+    assert as_asked(both) is both and as_asked(known).answers.tolist() == known.answers.tolist()
     assert not answered(as_asked(new)).any() and len(as_asked(new.iloc[:0]))  == 0
     check_answered(both, known.question_id, "accuracy")
-    with pytest.raises(ValueError, match="accuracy needs people's answers, and 3 of 4 questions have none, first 1[0-3]"):
+    says = "accuracy needs people's answers, and 3 of 4 questions have none, first 1[0-3]"
+    with pytest.raises(ValueError, match=says):
         check_answered(both, [0, *new.question_id[:3]], "accuracy")
     with pytest.raises(ValueError, match="answers is empty, wanted at least one. 4 of 8 items have no answers"):
         as_items(both, need=("question", "answer", "answers"))
@@ -342,7 +343,8 @@ def test_every_function_that_takes_items_opens_the_door():
         if name in OTHERS: continue
         code = inspect.getsource(dataclass_of(name).__post_init__ if HAND_ON.get(name) == "" else f)
         wanted = [HAND_ON[name]] if HAND_ON.get(name) else ["as_items(", "as_asked("]
-        assert any(door in code for door in wanted), f"{name} takes items: begin with `items = as_items(items)`, or say who does"
+        assert any(door in code for door in wanted), (
+            f"{name} takes items: begin with `items = as_items(items)`, or say who does")
 
 def dataclass_of(name):
     module, cls, _ = name.split(".")

@@ -24,8 +24,10 @@ WHOLE = importlib.util.find_spec("lmms_eval") is not None
 needs_lmms_eval = pytest.mark.skipif(not WHOLE, reason="lmms-eval is not installed")
 
 def some(split, n): return read_okvqa(ISLANDS, split, images=ISLANDS/"images").iloc[:n]
-def as_doc(item, **more): return dict(question_id=item.question_id, question=item.question, answers=list(item.answers),
-                                      image=open_image(item.image_path)) | more
+
+def as_doc(item, **more):
+    told = dict(question_id=item.question_id, question=item.question, answers=list(item.answers))
+    return told | dict(image=open_image(item.image_path)) | more
 
 @pytest.fixture(scope="module")
 def train(): return some("train", 120)
@@ -98,7 +100,8 @@ def test_other_pictures_that_look_nearly_the_same_may_be_shown(home, train):
 
 def test_documents_without_a_picture(home):
     "In a bank of texts, too, where the same words are the same question"
-    known = pd.DataFrame(dict(question=[f"What is {i} and {i}?" for i in range(12)], answer=[str(2*i) for i in range(12)]))
+    sums = [dict(question=f"What is {i} and {i}?", answer=str(2*i)) for i in range(12)]
+    known = pd.DataFrame(sums)
     bank = DemoBank.build(known, folder=home/"texts", progress=False)
     model = PointerSelector(bank.store.dim("text"), d_hidden=16)
     model.save_pretrained(home/"reader", info=dict(kind="text", encoder=load_clip().fingerprint))
@@ -144,8 +147,10 @@ def test_a_task_says_all_of_its_settings(few, tmp_path):
     assert task["dataset_path"] == "lmms-lab-encoder/VQAv2" and task["test_split"] == "validation"
     assert task["doc_to_messages"] == "picked.doc_to_messages"
     names = {}
-    exec(compile(path.with_suffix(".py").read_text(), path.with_suffix(".py"), "exec"), dict(__file__=path.with_suffix(".py")), names)
-    assert {task[f].split(".")[1] for f in task if isinstance(task[f], str) and task[f].startswith("picked.")} <= set(names)
+    module = path.with_suffix(".py")
+    exec(compile(module.read_text(), module, "exec"), dict(__file__=module), names)
+    named = [value for value in task.values() if isinstance(value, str) and value.startswith("picked.")]
+    assert len(named) == 5 and {name.split(".")[1] for name in named} <= set(names)
     with pytest.raises(FileExistsError, match="picked.yaml is there"): write_task(tmp_path/"tasks", few)
     write_task(tmp_path/"tasks", replace(few, shots=3), overwrite=True)
     assert read_task(path).shots == 3
@@ -200,8 +205,7 @@ def test_a_log_is_a_table_of_predictions(few, dev, train, tmp_path):
         assert frames[-1].pointer.map(len).eq(shots).all() and frames[-1].shots.eq(shots).all()
         assert frames[-1].demo_answers.tolist() == [train.answer.loc[list(p)].tolist() for p in frames[-1].pointer]
         assert frames[-1].vqa_acc_score.tolist() == [vqa_accuracy(a, d["answers"]) for a, d in zip(said, docs)]
-    tests = paired_tests(pd.concat([f.assign(selector=f.selector) for f in frames]).assign(shots=1), dev,
-                         [("shots1", "shots2")])
+    tests = paired_tests(pd.concat(frames).assign(shots=1), dev, [("shots1", "shots2")])
     assert tests.delta[0] > 0
     answers = dict(zip(frames[0].question_id, frames[0].vqa_pred_answer))
     check_results(write_results(tmp_path/"r.json", answers, dev.index), dev.index)
@@ -242,9 +246,10 @@ def test_items_become_documents(dev, tmp_path):
                        answers=[[], *dev.answers[1:]]).reset_index(drop=True)
     place = write_docs(tmp_path/"docs.parquet", named)
     docs = pd.read_parquet(place["dataset_kwargs"]["data_files"]["test"])
-    assert docs.question_id.tolist() == named.question_id.tolist() and docs.image[0] is None and docs.answers[0] is None
+    assert docs.question_id.tolist() == named.question_id.tolist()
+    assert docs.image[0] is None and docs.answers[0] is None
     assert docs.image[1]["bytes"] == Path(dev.image_path.iloc[1]).read_bytes()
-    with pytest.raises(FileExistsError, match="is there: say overwrite=True"): write_docs(tmp_path/"docs.parquet", named)
+    with pytest.raises(FileExistsError, match="overwrite=True"): write_docs(tmp_path/"docs.parquet", named)
     with pytest.raises(ValueError, match="ends in .parquet"): write_docs(tmp_path/"docs.csv", named)
 
 # ---- the other side ------------------------------------------------------------------------------------------
@@ -330,9 +335,10 @@ def test_a_whole_evaluation(task_folder, few, dev, tmp_path):
             return out
     tracker = EvaluationTracker(output_path=str(tmp_path/"out"))
     model = Echo()
+    manager = TaskManager(include_path=str(task_folder), include_defaults=False)
     results = simple_evaluate(
-        model, tasks=["picked_theirs", "picked_ours"], task_manager=TaskManager(include_path=str(task_folder), include_defaults=False),
-        evaluation_tracker=tracker, batch_size=1, bootstrap_iters=0)
+        model, tasks=["picked_theirs", "picked_ours"], task_manager=manager, evaluation_tracker=tracker, batch_size=1,
+        bootstrap_iters=0)
     samples = results.pop("samples")
     tracker.save_results_aggregated(results, samples, "20260101_000000")
     assert set(model.seen) == {("picked_theirs", 3), ("picked_ours", 3)}

@@ -12,7 +12,7 @@ from leverplus.embed import EmbedStore, embed_items, load_clip
 from leverplus.evidence import READS, BankStore, Evidence, NewQuestions, inputs, n_evidence
 from leverplus.infer import pick_model
 from leverplus.items import as_items
-from leverplus.picker import PICK_COLUMNS, Picker, Picks, data_url, openai_messages, read_rows
+from leverplus.picker import PICK_COLUMNS, Picker, Picks, data_url, openai_messages, read_export
 from leverplus.pictures import open_image
 from leverplus.pools import Pool, make_pool
 from leverplus.prompt import Demo, Prompt, make_prompt, messages
@@ -254,8 +254,8 @@ def test_picks_as_a_table_and_as_lines(bank, questions, tmp_path):
         assert ("messages" in lines[0]) == (form is not None)
         if form: assert [line["messages"] for line in lines] == [
             p.messages() if form == "qwen" else p.openai() for p in picks]
-        kept = read_rows(picks.write(tmp_path/"p.parquet", form, overwrite=True))
-        pd.testing.assert_frame_equal(kept, read_rows(file))
+        kept = read_export(picks.write(tmp_path/"p.parquet", form, overwrite=True))
+        pd.testing.assert_frame_equal(kept, read_export(file))
         assert kept.drop(columns="messages", errors="ignore").to_dict("list") == picks.frame().to_dict("list")
     with pytest.raises(ValueError, match="wanted 'qwen', 'openai' or None"): picks.write(tmp_path/"q.jsonl", "other")
     assert len(picks[0].show()) == 3 and "🖼" in picks[0]._repr_markdown_()
@@ -281,11 +281,11 @@ def test_ids_come_back_as_they_were_given(kind, ending, train, questions, tmp_pa
     "Of questions and of demonstrations, in pandas and, where it is there, in `datasets`"
     given = IDS[kind]
     named = train.assign(question_id=[f"demo {i}" for i in range(len(train))]).reset_index(drop=True)
-    asked = questions.iloc[:2].assign(question_id=pd.Series(given, questions.index[:2], dtype=object)).reset_index(drop=True)
+    asked = questions.iloc[:2].reset_index(drop=True).assign(question_id=pd.Series(given, dtype=object))
     picks = Picker(selector()).batch(asked, DemoBank.build(named, progress=False))
     file = picks.write(tmp_path/f"p.{ending}", "qwen")
     want = given if kind != "mixed" else ["7", "b 8"]
-    whole = read_rows(file)
+    whole = read_export(file)
     plain = pd.read_parquet(file) if ending == "parquet" else pd.read_json(file, lines=True, dtype=False)
     for table in (whole, plain):
         assert table.question_id.tolist() == want
@@ -299,7 +299,7 @@ def test_ids_come_back_as_they_were_given(kind, ending, train, questions, tmp_pa
 
 def test_no_picks_are_a_table_too(tmp_path):
     assert list(Picks().frame().columns) == list(PICK_COLUMNS)
-    assert len(read_rows(Picks().write(tmp_path/"p.parquet"))) == len(read_rows(Picks().write(tmp_path/"p.jsonl"))) == 0
+    for ending in ("parquet", "jsonl"): assert len(read_export(Picks().write(tmp_path/f"p.{ending}"))) == 0
 
 # ---- the second world ----------------------------------------------------------------------------------------
 
