@@ -22,7 +22,7 @@ from huggingface_hub import try_to_load_from_cache
 from .core import fingerprint, read_json, repo_path, rng
 from .runs import empty_folder
 from .settings import Job, change
-from .items import as_asked, as_items, check_answered, picture_paths
+from .items import as_items, check_answered, picture_paths
 from .pictures import BadPicture, picture_size
 from .data import check_splits, items_fingerprint, read_okvqa, read_soft_labels, read_vqav2
 from .embed import EmbedStore, embed_items, gather_stores, load_clip
@@ -531,7 +531,7 @@ def expected_rate(
     seed:int=0, # of their draw
 )->dict: # prompts_per_second; tflop of a prompt; image_tokens, answers: means; why, in words
     "Prompts per second that a GPU would answer about such items: assumed, not measured"
-    items = as_asked(items)
+    items = as_items(items, columns=("answers",))
     if not len(items): raise ValueError("expected_rate: no items")
     some = items.iloc[rng("expected rate", seed).permutation(len(items))[:n]]
     tokens = [_tokens_of(q, path) for q, path in zip(some.question_id, picture_paths(some))]

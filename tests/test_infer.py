@@ -15,7 +15,7 @@ from leverplus.infer import (
     plan_prediction, predict, rerank, write_results,
 )
 from leverplus.items import as_id, as_items
-from leverplus.picker import PICK_COLUMNS, read_export, export_rows
+from leverplus.picker import PICK_COLUMNS, export_rows, read_export
 from leverplus.pools import check_pool, make_pool
 from leverplus.runs import Busy, Run
 from leverplus.settings import Asking, PickerName, Picking, change, read_settings
