@@ -67,7 +67,7 @@ class TheirWords:
 @dataclass(frozen=True)
 class FewShot:
     "A task of lmms-eval with picked demonstrations"
-    task:str # its name in lmms-eval
+    task:str # its name, one that lmms-eval does not have: of two tasks of one name its own is run
     bank:str # folder of a `DemoBank`
     selector:str # what `load_selector` takes: a folder, or a name on the hub
     shots:int|None=2 # demonstrations, 0..`max_shots`; None: as many as a selector with STOP wants
@@ -211,7 +211,8 @@ BENCHMARKS = dict(
         dict(dataset_path="lmms-lab-encoder/OK-VQA", test_split="val2014"),
         "\nWhen the provided information is insufficient, respond with 'Unanswerable'." + _SHORT, "lmms"),
     vqav2=Benchmark(
-        dict(dataset_path="lmms-lab-encoder/VQAv2", test_split="validation"), _SHORT, "lmms_vqav2"),
+        dict(dataset_path="lmms-lab-encoder/VQAv2", dataset_kwargs=dict(token=True), test_split="validation"),
+        _SHORT, "lmms_vqav2"),
 )
 
 # %% ../nbs/96_lmms.ipynb #2887a590
@@ -242,7 +243,7 @@ def _whole(few, benchmark):
     if not few.task.isidentifier(): raise ValueError(f"task {few.task!r}: wanted letters, digits and _ alone")
     few = replace(few, bank=_place(few.bank), selector=_place(few.selector), made_of=None)
     picker, bank = _tools(few)
-    picker.narrowing(bank, few.K)
+    _pick(dict(question_id=0, question="What is it?"), few)
     return replace(
         few, made_of=_print_of(picker, bank), style=picker.style,
         before="" if few.before is None else few.before,

@@ -432,7 +432,7 @@ def _shown(self:Picker, work, b, pointer, logp, candidates):
     demos = tuple(Demo(*one) for one in shown)
     asked = work.questions.iloc[[b]]
     image = picture_paths(asked)[0]
-    prompt = Prompt(asked.index[0].item(), image, asked.question.iloc[0], demos, self.style)
+    prompt = Prompt(int(asked.index[0]), image, asked.question.iloc[0], demos, self.style)
     given = given_ids(asked, asked.index)[0]
     return Picked(prompt, items, work.bank.given(pointer), logp, candidates, given, self._temporary)
 

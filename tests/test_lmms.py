@@ -1,10 +1,10 @@
 "Tasks for lmms-eval: what it is handed, what it logs, and where it is installed, it itself"
-import importlib.util, json
+import importlib.util, json, shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch, yaml
-from PIL import Image
-from leverplus.bank import DemoBank
+from PIL import Image, ImageFile, ImageOps
+from leverplus.bank import DemoBank, asked_items
 from leverplus.core import repo_path
 from leverplus.data import read_okvqa
 from leverplus.embed import load_clip
@@ -14,7 +14,7 @@ from leverplus.lmms import (
     read_samples, read_task, score, scoring_of, write_docs, write_task,
 )
 from leverplus.picker import Picker
-from leverplus.pictures import open_image
+from leverplus.pictures import BadPicture, open_image
 from leverplus.prompt import Demo, Prompt, messages
 from leverplus.selector import PointerSelector
 from leverplus.vqa import vqa_accuracy
@@ -28,6 +28,13 @@ def some(split, n): return read_okvqa(ISLANDS, split, images=ISLANDS/"images").i
 def as_doc(item, **more):
     told = dict(question_id=item.question_id, question=item.question, answers=list(item.answers))
     return told | dict(image=open_image(item.image_path)) | more
+
+@pytest.fixture(autouse=True)
+def its_switch_is_turned_back():
+    "lmms-eval turns a switch of Pillow for the whole process when it is loaded"
+    was = ImageFile.LOAD_TRUNCATED_IMAGES
+    yield
+    ImageFile.LOAD_TRUNCATED_IMAGES = was
 
 @pytest.fixture(scope="module")
 def train(): return some("train", 120)
@@ -86,6 +93,19 @@ def test_a_document_is_never_its_own_demonstration(few, home, train):
                 ids = score(doc, ["x"], at)["leverplus"]["pointer"]
                 assert not set(train.image_id.loc[ids]) & {item.image_id}
 
+def test_a_photograph_out_of_memory_is_known_by_its_pixels(tmp_path):
+    "A JPEG file of the bank that lies on its side, as `datasets` hands it on: decoded, turned upright or not"
+    noise = np.random.default_rng(0).integers(255, size=(5, 40, 64, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for i, pixels in enumerate(noise): Image.fromarray(pixels).save(tmp_path/f"{i}.jpg", exif=exif)
+    known = pd.DataFrame(dict(image=[str(tmp_path/f"{i}.jpg") for i in range(5)], question="What?", answer="it"))
+    bank = DemoBank.build(known, progress=False)
+    as_it_lies = Image.open(tmp_path/"3.jpg")
+    for image in (as_it_lies, ImageOps.exif_transpose(as_it_lies), (tmp_path/"3.jpg").read_bytes()):
+        asked = asked_items([dict(question_id="new", image=image, question="Which?")], keep=tmp_path/"kept")
+        assert bank.same_picture(asked, bank.embed(asked)).tolist() == [[False, False, False, True, False]]
+
 def test_other_pictures_that_look_nearly_the_same_may_be_shown(home, train):
     "The rule is about the same picture, not about a similar one"
     bank = DemoBank.open(home/"bank")
@@ -93,7 +113,6 @@ def test_other_pictures_that_look_nearly_the_same_may_be_shown(home, train):
     asked = [dict(question_id="same", image=Image.fromarray(pixels), question="What is it?")]
     pixels[0, 0] = 255 - pixels[0, 0]
     asked.append(dict(question_id="near", image=Image.fromarray(pixels), question="What is it?"))
-    from leverplus.bank import asked_items
     asked = asked_items(asked, keep=home/"kept")
     same = bank.same_picture(asked, bank.embed(asked))
     assert same.sum(1).tolist() == [2, 0]                            # two questions of the islands share a picture
@@ -113,6 +132,25 @@ def test_documents_without_a_picture(home):
 def test_a_document_without_a_picture_before_a_bank_with(few):
     said = doc_to_messages(dict(question_id=1, question="What is it?"), asdict(few))
     assert len(pictures(said)) == 2 and [part["type"] for part in said[0]["content"]][-1] == "text"
+
+def test_files_that_were_cut_short_pass_there_and_not_here(few, train, dev, tmp_path, monkeypatch):
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    assert len(pictures(doc_to_messages(as_cut(dev.iloc[0]), asdict(few)))) == 3
+    assert ImageFile.LOAD_TRUNCATED_IMAGES
+    place = tmp_path/"pictures"
+    place.mkdir()
+    moved = [shutil.copy(path, place) for path in train.image_path[:40]]
+    with monkeypatch.context() as strict:
+        strict.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", False)
+        DemoBank.build(train[:40].assign(image_path=moved), folder=tmp_path/"bank", progress=False)
+    for path in set(moved): Path(path).write_bytes(Path(path).read_bytes()[:-40])
+    spoilt = replace(few, bank=str(tmp_path/"bank"))
+    with pytest.raises(BadPicture): doc_to_messages(as_cut(dev.iloc[0]), asdict(spoilt))
+    assert ImageFile.LOAD_TRUNCATED_IMAGES
+
+def as_cut(item):
+    "A document whose picture another library has read already"
+    return dict(question_id=item.question_id, question=item.question, image=Image.new("RGB", (20, 20), "red"))
 
 def test_no_demonstrations(few, dev):
     said = doc_to_messages(as_doc(dev.iloc[0]), asdict(replace(few, shots=0)))
@@ -159,6 +197,7 @@ def test_what_cannot_run_is_not_written(few, home, tmp_path):
     for wrong, words in [
         (replace(few, bank=str(tmp_path/"nowhere")), "bank.json: no such file"),
         (replace(few, K=0), "K=0"), (replace(few, task="two words"), "letters, digits"),
+        (replace(few, shots=9), "9"), (replace(few, shots=None), "no STOP"),
     ]:
         with pytest.raises((ValueError, OSError), match=words): write_task(tmp_path/"tasks", wrong)
     with pytest.raises(ValueError, match="benchmark 'gqa'"): write_task(tmp_path/"tasks", few, "gqa")
@@ -308,7 +347,8 @@ def test_their_prompt_and_places_are_those_of_their_tasks():
     for ours, theirs in dict(ok_vqa="ok_vqa_val2014", vqav2="vqav2_val").items():
         task = manager._get_config(theirs)
         assert BENCHMARKS[ours].after == task["lmms_eval_specific_kwargs"]["default"]["post_prompt"]
-        assert BENCHMARKS[ours].dataset == {name: task[name] for name in ("dataset_path", "test_split")}
+        where = ("dataset_path", "dataset_name", "dataset_kwargs", "test_split")
+        assert BENCHMARKS[ours].dataset == {name: task[name] for name in where if name in task}
 
 @needs_lmms_eval
 def test_a_whole_evaluation(task_folder, few, dev, tmp_path):

@@ -297,6 +297,10 @@ def test_ids_come_back_as_they_were_given(kind, ending, train, questions, tmp_pa
     assert loaded["question_id"][:] == want and loaded["ids"][:] == [p.ids for p in picks]
     assert loaded.column_names == list(whole.columns)
 
+def test_questions_numbered_from_zero(bank):
+    picks = Picker(selector()).batch(pd.DataFrame(dict(question_id=[0, 1], question=["What is it?", "Who?"])), bank)
+    assert picks.frame().question_id.tolist() == [0, 1] and [p.prompt.question_id for p in picks] == [0, 1]
+
 def test_no_picks_are_a_table_too(tmp_path):
     assert list(Picks().frame().columns) == list(PICK_COLUMNS)
     for ending in ("parquet", "jsonl"): assert len(read_export(Picks().write(tmp_path/f"p.{ending}"))) == 0
