@@ -420,6 +420,7 @@ def score_matrix(
     metric:str="vqa_acc_score", # any numeric column of `scored`
 )->pd.DataFrame: # [queries, selectors]; index question_id; NaN where a selector has no good row
     "Mean score over draws, per query and selector"
+    check_judged(scored, "a table")
     s = scored[(scored.shots == shots) & ~scored.eval_failed]
     if not len(s):
         raise ValueError(f"no good rows with {shots} shots; there are shots {sorted(scored.shots.unique())}")

@@ -396,7 +396,7 @@ def check_judged(
     n = rows.question_id.nunique()
     raise ValueError(
         f"{what} needs people's answers, and {len(without)} of {n} questions have none, first {without[0]}:"
-        " a split like that can be answered (`predict`, leverplus infer), not judged")
+        " such questions can be answered (`predict`, leverplus infer), not judged")
 
 def fact_problems(
     rows:pd.DataFrame, # record frame

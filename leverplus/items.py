@@ -390,4 +390,4 @@ def check_answered(
     first = given_ids(items, without[:1])[0]
     raise ValueError(
         f"{what} needs people's answers, and {len(without)} of {len(ids)} questions have none, first {first!r}:"
-        " a split like that can be answered (`predict`, leverplus infer), not judged")
+        " such questions can be answered (`predict`, leverplus infer), not judged")

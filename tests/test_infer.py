@@ -756,6 +756,21 @@ def test_what_judges_says_that_nobody_has_answered():
     mixed = pd.concat([ask(pairs, Says(), ITEMS)[5:], facts[:5]])
     with pytest.raises(ValueError, match="and [12] of 10 questions have none, first 0"): reward(mixed)
 
+def test_no_table_is_made_over_questions_without_answers(tmp_path):
+    "Not of all of them, and not silently of those that have some"
+    from leverplus.evaluate import compare_runs, paired_tests, result_table
+    some = ITEMS.assign(answers=[[] if q < 4 else said for q, said in zip(IDS, ITEMS.answers)])
+    for n, items in dict(secret=SECRET, some=some).items():
+        runs = [predict(tmp_path/n/picker, POOL, items, Says(), STORE, Picking(picker=picker), progress=False)
+                for picker in ("random", "similar_mixed")]
+        rows = pd.concat([run.frame("predictions.parquet") for run in runs])
+        says = f"a table needs people's answers, and {10 if n == 'secret' else 4} of 10 questions have none"
+        with pytest.raises(ValueError, match=says): compare_runs(*runs)
+        with pytest.raises(ValueError, match=says): paired_tests(rows, None, [("random", "similar_mixed")])
+        with pytest.raises(ValueError, match=says): result_table(rows, None, None, None, None)
+    judged = rows[rows.question_id >= 4]
+    assert paired_tests(judged, None, [("random", "similar_mixed")]).n.tolist() == [6]
+
 def test_nothing_that_needs_the_truth_may_choose(tmp_path):
     oracle = Picking(picker="beam", by="vqa_gt_prob")
     with pytest.raises(ValueError, match="choosing by vqa_gt_prob needs people's answers, and 10 of 10 questions"):
