@@ -350,45 +350,56 @@ def test_their_prompt_and_places_are_those_of_their_tasks():
         where = ("dataset_path", "dataset_name", "dataset_kwargs", "test_split")
         assert BENCHMARKS[ours].dataset == {name: task[name] for name in where if name in task}
 
-@needs_lmms_eval
-def test_a_whole_evaluation(task_folder, few, dev, tmp_path):
-    "A model that says the answer which stands before the question"
+def evaluated(folder, names, out):
+    "(results, {task: table read from its log}, [(task, pictures shown)]), with a model that says the last answer shown"
     pytest.importorskip("filelock._api", reason="lmms-eval 0.7.3 wants a filelock that has this part")
     from lmms_eval.api.model import lmms
     from lmms_eval.evaluator import simple_evaluate
     from lmms_eval.loggers import EvaluationTracker
     from lmms_eval.tasks import TaskManager
+    seen = []
     class Echo(lmms):
         is_simple = False
-        seen = []
         def loglikelihood(self, requests): raise NotImplementedError
         def generate_until_multi_round(self, requests): raise NotImplementedError
-        def generate_until(self, requests):
-            out = []
-            for request in requests:
-                _, to_messages, how, doc_id, task, split = request.args
-                said = to_messages(self.task_dict[task][split][doc_id])
-                assert how["max_new_tokens"] == 10
-                self.seen.append((task, len(pictures(said))))
-                line = texts(said)[-2].strip().splitlines()[-1]
-                out.append(line.split("Short answer:")[-1].strip())
-            return out
-    tracker = EvaluationTracker(output_path=str(tmp_path/"out"))
-    model = Echo()
-    manager = TaskManager(include_path=str(task_folder), include_defaults=False)
+        def generate_until(self, requests): return [self.said(*request.args) for request in requests]
+        def said(self, _, to_messages, how, doc_id, task, split):
+            said = to_messages(self.task_dict[task][split][doc_id])
+            seen.append((task, len(pictures(said)), how["max_new_tokens"]))
+            return texts(said)[-2].strip().splitlines()[-1].split("Short answer:")[-1].strip()
+    tracker = EvaluationTracker(output_path=str(out))
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
     results = simple_evaluate(
-        model, tasks=["picked_theirs", "picked_ours"], task_manager=manager, evaluation_tracker=tracker, batch_size=1,
-        bootstrap_iters=0)
+        Echo(), tasks=names, task_manager=manager, evaluation_tracker=tracker, batch_size=1, bootstrap_iters=0)
     samples = results.pop("samples")
     tracker.save_results_aggregated(results, samples, "20260101_000000")
-    assert set(model.seen) == {("picked_theirs", 3), ("picked_ours", 3)}
-    for name in ("picked_theirs", "picked_ours"):
-        tracker.save_results_samples(name, samples[name])
-        table = read_samples(next((tmp_path/"out").rglob(f"*_samples_{name}.jsonl")))
+    for name in names: tracker.save_results_samples(name, samples[name])
+    tables = {name: read_samples(next(out.rglob(f"*_samples_{name}.jsonl"))) for name in names}
+    return results["results"], tables, seen
+
+@needs_lmms_eval
+def test_a_whole_evaluation(task_folder, dev, tmp_path):
+    names = ["picked_theirs", "picked_ours"]
+    results, tables, seen = evaluated(task_folder, names, tmp_path/"out")
+    assert set(seen) == {("picked_theirs", 3, 10), ("picked_ours", 3, 10)}
+    for name, table in tables.items():
         assert table.question_id.tolist() == dev.index.tolist()
         assert table.vqa_pred_answer.tolist() == [said[-1] for said in table.demo_answers]
         assert table.vqa_acc_score.isna().tolist() == [True] + [False]*(len(dev) - 1)
-        their = results["results"][name]
-        assert their["exact_match,none"] == pytest.approx(table.lmms_acc_score.mean())
-        assert their["vqa_accuracy,none"] == pytest.approx(table.vqa_acc_score.mean())
+        assert results[name]["exact_match,none"] == pytest.approx(table.lmms_acc_score.mean())
+        assert results[name]["vqa_accuracy,none"] == pytest.approx(table.vqa_acc_score.mean())
         assert table.prompt.unique().tolist() == [name.removeprefix("picked_")]
+
+@needs_lmms_eval
+def test_a_whole_split_that_nobody_has_answered(few, dev, tmp_path, monkeypatch):
+    "From documents without answers to the official results, and no accuracy anywhere"
+    from leverplus.infer import check_results, write_results
+    monkeypatch.setenv("LMMS_EVAL_DATASETS_CACHE", str(tmp_path/"cache"))
+    place = write_docs(tmp_path/"docs.parquet", dev.drop(columns=["answers", "answer"]))
+    write_task(tmp_path/"tasks", replace(few, task="secret"), "vqav2", place)
+    results, tables, _ = evaluated(tmp_path/"tasks", ["secret"], tmp_path/"out")
+    assert not {"exact_match,none", "vqa_accuracy,none"} & set(results["secret"])
+    table = tables["secret"]
+    assert table.vqa_acc_score.isna().all() and table.lmms_acc_score.isna().all()
+    said = dict(zip(table.question_id, table.vqa_pred_answer))
+    assert len(check_results(write_results(tmp_path/"r.json", said, dev.index), dev.index)) == len(dev)
