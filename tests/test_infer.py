@@ -9,6 +9,7 @@ import numpy as np, pandas as pd, pytest, torch
 from hypothesis import given, settings, strategies as st
 from leverplus.core import rng
 from leverplus.embed import EmbedStore
+from leverplus.evidence import READS, BankStore, n_evidence
 from leverplus.infer import (
     GROUP_COLUMNS, PICKERS, PREDICTION_COLUMNS, TRUTH, OwnAnswer, Unanswered, adaptive_shots, candidates,
     check_picks, check_results, confidence, export_groups, kind_of, pick, pick_fixed, pick_mmr, pick_model,
@@ -728,6 +729,17 @@ def test_they_are_answered_like_others_and_not_judged(picking, tmp_path):
     again = Says()
     assert predict(tmp_path/"open", POOL, SECRET, again, STORE, **how).metrics == open_one.metrics
     assert again.asked == []   # the facts are found, though nobody judged them
+
+def test_who_reads_evidence_picks_for_them_alike():
+    "What the bank says is what its own people say; the answers of questions are not looked at"
+    banks = [BankStore(STORE, items, list(DEMOS)) for items in (ITEMS, SECRET)]
+    F = n_evidence("mixed+answers")
+    model = PointerSelector(STORE.dim("mixed") + F, d_hidden=8, n_evidence=F, reads=READS)
+    known, open_ones = (pick_model(model, POOL, bank, 2) for bank in banks)
+    pd.testing.assert_frame_equal(known, open_ones)
+    assert banks[0].evidence.fingerprint == banks[1].evidence.fingerprint
+    with pytest.raises(ValueError, match="Evidence, items, question_id 0: answer is n"):
+        BankStore(STORE, SECRET.assign(answer=SECRET.answer.where(SECRET.answer.notna(), np.nan)), IDS)
 
 def test_accuracy_is_of_those_that_have_answers(tmp_path):
     some = ITEMS.assign(answers=[[] if q < 4 else said for q, said in zip(IDS, ITEMS.answers)])
