@@ -305,6 +305,11 @@ class DemoBank:
         return np.array([None if key is None else key[:16] for key in self.picture_keys()], dtype=object)
 
     @cached_property
+    def _paths(self):
+        "Paths of pictures, None where there is none"
+        return picture_paths(self.items)
+
+    @cached_property
     def _groups(self):
         "Labels of pictures [N]: equal for one image id, or for the same bytes when they were embedded"
         return image_groups(self.items.drop(columns="image_path", errors="ignore"), self.store)
@@ -586,7 +591,7 @@ def _look_the_same(self:DemoBank, questions, paths, store, known):
     "Pictures with the same pixels, bool [B,N], beside those that are `known`"
     out = np.zeros((len(questions), len(self)), dtype=bool)
     if store.image is None or self.store.image is None: return out
-    here = picture_paths(self.items)
+    here = self._paths
     near = self.cosines(store.get(questions.index, "image"), "image") > _AS_GOOD_AS_ONE
     for i, j in zip(*np.nonzero(near.numpy() & ~known)):
         if paths[i] is not None and here[j] is not None: out[i, j] = _same_pixels(paths[i], here[j])
@@ -600,7 +605,7 @@ def _same_pixels(path, other):
 def _same_words(self:DemoBank, questions, paths):
     "Examples without a picture that ask what a question without one asks, bool [B,N]"
     out = np.zeros((len(questions), len(self)), dtype=bool)
-    bare = np.array([path is None for path in picture_paths(self.items)])
+    bare = np.array([path is None for path in self._paths])
     words = self.items.question.to_numpy(object)
     for i, (path, question) in enumerate(zip(paths, questions.question)):
         if path is None: out[i] = bare & (words == question)
