@@ -19,7 +19,9 @@ from leverplus.core import (
     ask_for_a_folder, atomic_path, fingerprint, parse_json, read_json, world_path, write_json,
 )
 from .runs import library_versions
-from .pictures import BadPicture, content_hash, picture_fault, picture_format, picture_key
+from leverplus.pictures import (
+    BadPicture, content_hash, open_image, picture_fault, picture_format, picture_key,
+)
 from .items import as_id, as_image_id, as_items, given_ids, picture_paths
 from leverplus.data import (
     BadItems, PictureFolder, check_choices, image_fault, items_fingerprint, majority, read_okvqa, read_soft_labels,
@@ -75,12 +77,15 @@ def solved_items(
 )->pd.DataFrame: # question_id, image_id, image_path, question, answer, maybe answers, and all other columns
     "Make a table of solved examples; ValueError names the column or the row that cannot be used"
     frame = _with_answers(_pictured(source, columns, images, keep))
-    frame, keys = _identified(frame, "solved", ("question", "answer"))
-    if "image_id" not in frame:
-        ids = as_items(frame).question_id.tolist()
-        made = [as_image_id(("no picture", q) if key is None else key) for key, q in zip(keys, ids)]
-        frame = frame.assign(image_id=made)
+    frame = _with_image_ids(*_identified(frame, "solved", ("question", "answer")))
     return as_items(frame, need=("image_id", "question", "answer"), what="solved examples")
+
+def _with_image_ids(frame, keys):
+    "The frame with `image_id`: of the picture's content where none is given, of the question where there is no picture"
+    if "image_id" in frame: return frame
+    ids = as_items(frame).question_id.tolist()
+    made = [as_image_id(("no picture", q) if key is None else key) for key, q in zip(keys, ids)]
+    return frame.assign(image_id=made)
 
 def asked_items(
     source, # as for `solved_items`
@@ -250,22 +255,39 @@ def read_table(
     on_bad:str="raise", # raise: any bad picture is a `BadItems` error | skip: leave its questions out, see `left_out`
     verify:str="decode", # how hard pictures are looked at, see `image_fault`
     columns:dict|None=None, # names of one's own, see `solved_items`
+    answers:bool|None=True, # False: the questions alone; None: with answers, if any of them has one
 )->pd.DataFrame: # `COLUMNS` of `10_data`, `split`, and all other columns; index = question_id
     "Read a split of a table of one's own"
     check_choices(on_bad, verify)
     path, table = _rows_of_split(Path(root).expanduser(), split)
-    frame = _renamed(table, columns or {})
+    columns = dict(columns or {})
+    if not answers: columns = {field: name for field, name in columns.items() if field not in _SAID or name in table}
+    frame = _renamed(table, columns)
     if images is False: frame = frame.drop(columns=["image"], errors="ignore")
     folder = Path(images).expanduser() if images else None
     frame = _with_pictures(frame, folder or path.parent, folder, split, None)
     frame, faults = _sound(frame, verify)
     if faults and (on_bad == "raise" or not len(frame)):
         raise BadItems(f"{path}: {len(faults)} bad item(s) in split '{split}'\n" + "\n".join(faults[:5]))
-    items = solved_items(frame.rename(columns={"image_path": "image"}))
-    if "answers" not in items: items = items.assign(answers=[[answer]*PEOPLE for answer in items.answer])
-    items = items.assign(split=split)
+    items = _with_what_was_said(frame, answers).assign(split=split)
     items.attrs["left_out"] = faults
     return items
+
+_SAID = "answer", "answers"
+
+def _with_what_was_said(frame, answers):
+    "Items with a list of answers each, or questions alone"
+    frame = frame.rename(columns={"image_path": "image"})
+    said = [name for name in _SAID if name in frame]
+    if answers is None: answers = any(_is_said(x) for name in said for x in frame[name])
+    if not answers:
+        pictured = _pictured(frame.drop(columns=said), None, None, None)
+        return as_items(_with_image_ids(*_identified(pictured, "asked", ("question",))), need=("question",))
+    items = solved_items(frame)
+    if "answers" in items: return items
+    return items.assign(answers=[[answer]*PEOPLE for answer in items.answer])
+
+def _is_said(x): return bool(x.strip()) if isinstance(x, str) else isinstance(x, (list, tuple, np.ndarray)) and len(x) > 0
 
 def _rows_of_split(root, split):
     "(file, its rows of a split)"
@@ -351,6 +373,11 @@ class DemoBank:
     def _keys(self):
         "Contents of pictures [N], by their first half: older stores keep no more"
         return np.array([None if key is None else key[:16] for key in self.picture_keys()], dtype=object)
+
+    @cached_property
+    def _paths(self):
+        "Paths of pictures, None where there is none"
+        return picture_paths(self.items)
 
     @cached_property
     def _groups(self):
@@ -609,19 +636,50 @@ def search(self:DemoBank,
 # %% ../nbs/25_bank.ipynb #f2ead552
 @patch
 def same_picture(self:DemoBank,
-    questions:pd.DataFrame, # items: question_id, image_path or image_id, or both
+    questions:pd.DataFrame, # items: question_id, question, image_path or image_id or both, or neither
+    store:EmbedStore|None=None, # their vectors, of `embed`; None: only files with the same bytes are the same picture
 )->np.ndarray: # bool [B,N], in the order of `items`
     "Say which examples are a question itself, or show its picture"
     questions = as_items(questions)
     group = self._groups
     image_ids = self.items.image_id.to_numpy()
     barred = np.zeros((len(questions), len(self)), dtype=bool)
+    paths = picture_paths(questions)
     asked_ids = questions.image_id if "image_id" in questions else [None]*len(questions)
-    for i, (q, path, image_id) in enumerate(zip(questions.index, picture_paths(questions), asked_ids)):
+    for i, (q, path, image_id) in enumerate(zip(questions.index, paths, asked_ids)):
         same = (self.items.index.to_numpy() == q) | (image_ids == image_id)
         if path is not None: same |= self._keys == picture_key(path, q)[:16]
         barred[i] = np.isin(group, group[same])
+    if store is not None: barred |= self._look_the_same(questions, paths, store, barred)
+    if "image_id" not in questions: barred |= self._same_words(questions, paths)
     return barred
+
+_AS_GOOD_AS_ONE = 1 - 1e-5   # cosine of two pictures, from which on their pixels are compared
+
+@patch
+def _look_the_same(self:DemoBank, questions, paths, store, known):
+    "Pictures with the same pixels, bool [B,N], beside those that are `known`"
+    out = np.zeros((len(questions), len(self)), dtype=bool)
+    if store.image is None or self.store.image is None: return out
+    here = self._paths
+    near = self.cosines(store.get(questions.index, "image"), "image") > _AS_GOOD_AS_ONE
+    for i, j in zip(*np.nonzero(near.numpy() & ~known)):
+        if paths[i] is not None and here[j] is not None: out[i, j] = _same_pixels(paths[i], here[j])
+    return np.array([np.isin(self._groups, self._groups[same]) for same in out])
+
+def _same_pixels(path, other):
+    one, two = open_image(path), open_image(other)
+    return one.size == two.size and one.tobytes() == two.tobytes()
+
+@patch
+def _same_words(self:DemoBank, questions, paths):
+    "Examples without a picture that ask what a question without one asks, bool [B,N]"
+    out = np.zeros((len(questions), len(self)), dtype=bool)
+    bare = np.array([path is None for path in self._paths])
+    words = self.items.question.to_numpy(object)
+    for i, (path, question) in enumerate(zip(paths, questions.question)):
+        if path is None: out[i] = bare & (words == question)
+    return out
 
 # %% ../nbs/25_bank.ipynb #0567ae4d
 @patch

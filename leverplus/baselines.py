@@ -25,7 +25,7 @@ class Answers:
     _shown:dict = field(default_factory=dict, repr=False)
     _right:dict = field(default_factory=dict, repr=False)
 
-    def __post_init__(self): self.items = as_items(self.items, need=("answer", "answers"))
+    def __post_init__(self): self.items = as_items(self.items, columns=("answer", "answers"))
 
     def shown(self, question_id)->str:
         "The answer of a demonstration, rewritten"
@@ -90,7 +90,7 @@ class Vote:
     width:float = .05 # of a voter's weight, see `vote_scores`
 
     def __post_init__(self):
-        self.items = as_items(self.items, need=("answer", "answers"))
+        self.items = as_items(self.items, columns=("answer", "answers"))
         self.answers = Answers(self.items)
 
     def scores(self, query, candidates)->np.ndarray:
@@ -202,7 +202,7 @@ class Logistic:
     kind:str = "mixed" # which embeddings
 
     def __post_init__(self):
-        self.items = as_items(self.items, need=("question", "answer", "answers"))
+        self.items = as_items(self.items, need=("question",), columns=("answer", "answers"))
         self.answers = Answers(self.items)
         x, right = self._stored()
         if not 0 < right.sum() < len(right):

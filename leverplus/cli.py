@@ -202,7 +202,7 @@ def plan_embed(door:Embed)->dict: # lines of the plan
 def do_pools(door:DrawPools):
     "Draw the pools of all splits"
     for split, job in splits_of(door).jobs.items():
-        _, _, pool = job.inputs()
+        _, _, pool = job.inputs(answers=False)
         print(f"{split}: {_pool_text(pool)}")
 
 def _pool_text(pool):
@@ -461,9 +461,10 @@ def asked_of(
     door, # with `limit`
     job:Job, # for data, pools, and the split
     *models, # selectors that pick; for those that read evidence the store has a bank
+    answers:bool=True, # must people have answered them?
 )->tuple: # (items, store, pool of the first `--limit` questions)
     "Questions with all they need but the model"
-    items, store, pool = job.inputs(bank=reads_evidence(*models))
+    items, store, pool = job.inputs(reads_evidence(*models), answers)
     return items, store, pool.only(job.questions(items))
 
 def do_infer(door:Infer):
@@ -473,7 +474,7 @@ def do_infer(door:Infer):
     job = job_of(door)
     models, model = _open_one(door.selector)
     _check_selector_given(door, model)
-    items, store, pool = asked_of(door, job, model)
+    items, store, pool = asked_of(door, job, model, answers=False)
     picking = door.picking
     if picking.name is None and model is not None and not picking.by: picking = change(picking, name=next(iter(models)))
     how = dict(model=model, split=job.split, shard=door.shard, blank=door.blank, overwrite=door.overwrite)

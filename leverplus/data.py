@@ -115,8 +115,8 @@ class PictureFolder:
         split:str, # "train", "val", ..., part of the names
     ):
         self.images = Path(images)
-        self.split = split
-        own = [f"{split}{year}" for year in (2014, 2015, 2017)]
+        self.split = split.removesuffix("-dev")   # a part of the questions about the same pictures
+        own = [f"{self.split}{year}" for year in (2014, 2015, 2017)]
         anew = ["train2017", "val2017"]   # hold the pictures of 2014 in another division
         places = ["", *dict.fromkeys([*own, *anew])]
         self.places = {place: _files(self.images/place) for place in places if (self.images/place).is_dir()}
@@ -318,7 +318,7 @@ EXTRAS = ["question_type", "answer_type", "raw_answers"] # where the files have 
 
 def read_items(
     questions, # path of a questions file: {"questions": [...]}
-    annotations, # path of the file with the answers
+    annotations, # path of the file with the answers; None: nobody has answered, and there are no such columns
     split:str, # name of the split, part of the image file names
     images=None, # folder of images; None: do not look for files, `image_path` is None
     on_bad:str="raise", # raise: any bad item is a `BadItems` error | skip: leave it out, see `left_out`
@@ -329,19 +329,20 @@ def read_items(
     "Join a questions file, its answers, and its images"
     check_choices(on_bad, verify)
     q_file = _existing(questions, f"the questions of split '{split}'")
-    a_file = _existing(annotations, f"the answers of split '{split}'")
+    if annotations is not None: a_file = _existing(annotations, f"the answers of split '{split}'")
     report = _Report()
     q = _read_table(q_file, "questions", _question, report)
-    a = _read_table(a_file, field, parse, report)
-    rows = _join(q, a, report)
+    if annotations is None: rows = {i: dict(question_id=q.name(i)) | row for i, row in q.rows.items()}
+    else: rows = _join(q, _read_table(a_file, field, parse, report), report)
     if images is not None: _add_images(rows, images, split, verify, report)
     _check_report(report, rows, q_file, split, on_bad)
-    frame = _frame(list(rows.values()), split)
+    frame = _frame(list(rows.values()), split, annotations is not None)
     frame.attrs["left_out"] = report.rows
     return frame
 
-def _frame(rows, split):
-    columns = COLUMNS + [c for c in EXTRAS if all(c in row for row in rows)]
+def _frame(rows, split, has_answers):
+    known = COLUMNS if has_answers else [c for c in COLUMNS if c not in ("answers", "answer")]
+    columns = known + [c for c in EXTRAS if all(c in row for row in rows)]
     frame = pd.DataFrame({c: [row.get(c) for row in rows] for c in columns} | {"split": split})
     return as_items(frame)
 
@@ -363,35 +364,52 @@ def read_okvqa(
     images=None, # folder of images, or None
     on_bad:str="raise", # raise | skip
     verify:str="decode", # decode | header | exists
+    answers:bool|None=True, # False: the questions alone; None: with answers, if their file is there
 )->pd.DataFrame: # see `read_items`; `answer` is the majority's
     "Read a split of OKVQA, or of a dataset in its format such as `data/islands`"
-    questions = Path(root)/f"OpenEnded_mscoco_{split}2014_questions.json"
-    annotations = Path(root)/f"mscoco_{split}2014_annotations.json"
-    return read_items(questions, annotations, split, images, on_bad, verify)
+    year = _year(root, "OpenEnded_mscoco_", split)
+    questions = Path(root)/f"OpenEnded_mscoco_{split}{year}_questions.json"
+    said = _annotations(Path(root)/f"mscoco_{split}{year}_annotations.json", answers)
+    return read_items(questions, said, split, images, on_bad, verify)
 
 def read_vqav2(
     root, # folder with `v2_OpenEnded_mscoco_{split}2014_questions.json` and `v2_mscoco_{split}2014_annotations.json`
-    split:str, # "train" or "val"
+    split:str, # "train", "val", or one without answers: "test", "test-dev"
     images=None, # folder of images, or None
     on_bad:str="raise", # raise | skip
     verify:str="decode", # decode | header | exists
+    answers:bool|None=True, # False: the questions alone, as of "test-dev"; None: with answers, if their file is there
 )->pd.DataFrame: # see `read_items`; `answer` is `multiple_choice_answer`
     "Read a split of VQAv2"
-    questions = Path(root)/f"v2_OpenEnded_mscoco_{split}2014_questions.json"
-    annotations = Path(root)/f"v2_mscoco_{split}2014_annotations.json"
-    return read_items(questions, annotations, split, images, on_bad, verify, parse=_vqav2)
+    year = _year(root, "v2_OpenEnded_mscoco_", split)
+    questions = Path(root)/f"v2_OpenEnded_mscoco_{split}{year}_questions.json"
+    said = _annotations(Path(root)/f"v2_mscoco_{split}{year}_annotations.json", answers)
+    return read_items(questions, said, split, images, on_bad, verify, parse=_vqav2)
 
 def read_soft_labels(
     root, # folder with `OpenEnded_mscoco_{split}2014_questions.json` and `{split}_soft_labels.json`
-    split:str, # "train" or "val"
+    split:str, # "train", "val", or one without answers: "test", "test-dev"
     images=None, # folder of images, or None
     on_bad:str="raise", # raise | skip
     verify:str="decode", # decode | header | exists
+    answers:bool|None=True, # False: the questions alone; None: with answers, if their file is there
 )->pd.DataFrame: # see `read_items`; `answers` are ten that have these labels, see `expand_labels`
     "Read a split of OKVQA whose answers are soft labels"
-    questions = Path(root)/f"OpenEnded_mscoco_{split}2014_questions.json"
-    labels = Path(root)/f"{split}_soft_labels.json"
+    year = _year(root, "OpenEnded_mscoco_", split)
+    questions = Path(root)/f"OpenEnded_mscoco_{split}{year}_questions.json"
+    labels = _annotations(Path(root)/f"{split}_soft_labels.json", answers)
     return read_items(questions, labels, split, images, on_bad, verify, field=None, parse=_soft)
+
+def _year(root, name, split):
+    "The year in the names of files: test splits of VQAv2 are of 2015"
+    file = Path(root).expanduser()/f"{name}{split}2015_questions.json"
+    return 2015 if file.is_file() or file.with_name(file.name + ".gz").is_file() else 2014
+
+def _annotations(path, answers):
+    "The file with the answers, or None"
+    there = path.expanduser()
+    is_there = there.is_file() or there.with_name(there.name + ".gz").is_file()
+    return path if answers or (answers is None and is_there) else None
 
 # %% ../nbs/10_data.ipynb #38b8ba4f
 def check_splits(

@@ -24,6 +24,7 @@ from .embed import KINDS
 from .pools import image_groups
 from .vqa import normalise, vqa_accuracies
 from .evidence import plain_kind
+from .groups import check_judged
 from .baselines import best_last, query_cosines
 from leverplus.infer import (
     PICKS, as_pointer, pick_fixed, pick_mmr, pick_random, pick_rule, pick_similar, pick_zero, picks_frame,
@@ -110,6 +111,7 @@ def check_facts(
             f"facts contradict each other on {_how_many(f, twice)}: keep one scorer's, and the newest try of a"
             " failed row"
         )
+    check_judged(facts, "a comparison")
     holes = f[numbers].isna().any(axis=1) & ~f.eval_failed
     if holes.any():
         raise ValueError(
@@ -418,6 +420,7 @@ def score_matrix(
     metric:str="vqa_acc_score", # any numeric column of `scored`
 )->pd.DataFrame: # [queries, selectors]; index question_id; NaN where a selector has no good row
     "Mean score over draws, per query and selector"
+    check_judged(scored, "a table")
     s = scored[(scored.shots == shots) & ~scored.eval_failed]
     if not len(s):
         raise ValueError(f"no good rows with {shots} shots; there are shots {sorted(scored.shots.unique())}")

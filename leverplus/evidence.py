@@ -70,17 +70,18 @@ class Evidence:
     "A bank of answered questions that is asked about candidates"
     names = NAMES
     def __init__(self,
-        items:pd.DataFrame, # `question_id, image_id, question, answer`; votes go by `answers` if there are any
+        items:pd.DataFrame, # `question_id, image_id, question`, of the bank `answer`; votes go by its `answers`, if any
         store:EmbedStore, # vectors of these questions; its kind `answer`, if there is one, has vectors of answers
         demos=None, # question_ids of the bank; None: the items of split `train`, or all where there are no splits
         kind:str="text", # which vectors say how near two questions are
         near:int=200, # neighbours that vote, at most
     ):
-        items = as_items(items, need=("image_id", "question", "answer"), what="Evidence, items")
+        what = "Evidence, items"
+        items = as_items(items, need=("image_id", "question"), columns=("answer",), what=what)
         self.kind = store.kind(kind)
         self.store = store
         self.group = pd.Series(image_groups(items, strict=False), index=items.index)
-        bank = items.loc[_bank_ids(items, demos)]
+        bank = as_items(items.loc[_bank_ids(items, demos)], need=("answer",), what=what)
         self.ids = pd.Index(bank.index)
         self.near = min(near, len(bank))
         self.vecs = store.get(self.ids, self.kind)
@@ -347,7 +348,7 @@ class BankStore(EmbedStore):
         demos=None, # question_ids of the bank; None: split `train`, or all where there are no splits
         near:int=200, # neighbours that vote, at most
     ):
-        items = as_items(items, need=("image_id", "answer"), what="BankStore, items")
+        items = as_items(items, need=("image_id",), columns=("answer",), what="BankStore, items")
         vars(self).update(vars(store))
         kind = "text" if "text" in store.kinds else None
         self.plain = store

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SCHEMA', 'METHODS', 'PROPOSAL_COLUMNS', 'LATER', 'TEXT_FACTS', 'PROB_FACTS', 'SOURCE_FACTS', 'FACT_COLUMNS', 'RECORD',
            'UNREADABLE', 'CONTENTS', 'as_record', 'pointer_matrix', 'column_content', 'RLData', 'count_rows', 'Group',
-           'pointer_problems', 'fact_problems', 'whole_draws', 'name_exhaustive', 'pack', 'unpack', 'write_part',
-           'read_part', 'check_shard', 'shard_tag', 'shard_files', 'finish_manifest', 'differing', 'other_items',
-           'OtherContents', 'read_contents', 'known_contents']
+           'pointer_problems', 'not_judged', 'check_judged', 'fact_problems', 'whole_draws', 'name_exhaustive', 'pack',
+           'unpack', 'write_part', 'read_part', 'check_shard', 'shard_tag', 'shard_files', 'finish_manifest',
+           'differing', 'other_items', 'OtherContents', 'read_contents', 'known_contents']
 
 # %% ../nbs/30_groups.ipynb #d8fbe2b0
 import math, re, shutil
@@ -378,6 +378,26 @@ def _outside(query, pointers, real, pool):
     return out.any(1)
 
 # %% ../nbs/30_groups.ipynb #74ce9811
+def not_judged(
+    rows:pd.DataFrame, # with facts
+)->pd.Series: # bool; False where nobody was asked for a text, or the evaluation failed
+    "Say which rows have a text that nobody could judge, as nobody has answered the question"
+    judged = [rows[c].notna() for c in ("vqa_acc_score", "vqa_eval_mode") if c in rows]
+    if len(judged) < 2 or "vqa_pred_answer" not in rows: return pd.Series(False, rows.index)
+    return rows.vqa_pred_answer.notna() & ~judged[0] & ~judged[1]
+
+def check_judged(
+    rows:pd.DataFrame, # with facts
+    what:str, # what needs accuracies, for the error
+)->None: # ValueError says of how many questions there are none
+    "Refuse facts about questions that nobody has answered"
+    without = rows.question_id[not_judged(rows)].unique()
+    if not len(without): return
+    n = rows.question_id.nunique()
+    raise ValueError(
+        f"{what} needs people's answers, and {len(without)} of {n} questions have none, first {without[0]}:"
+        " such questions can be answered (`predict`, leverplus infer), not judged")
+
 def fact_problems(
     rows:pd.DataFrame, # record frame
 ): # yields (bool [n] rows, what is wrong with them)
@@ -413,6 +433,7 @@ def validate(self:RLData,
     "Return self if every row holds; ValueError that names file, question_id and what is wrong with it if not"
     if items is not None: items = as_items(items)
     if items is not None: _check_ids(self, items)
+    check_judged(self.rows, "a record of groups")
     for bad, what in chain(pointer_problems(self.rows, self.pool), fact_problems(self.rows)):
         if not bad.any(): continue
         i = int(bad.argmax())

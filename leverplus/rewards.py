@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np, pandas as pd
 from .items import as_items
 from .vqa import answer_targets
+from .groups import check_judged
 
 # %% ../nbs/31_rewards.ipynb #7059b528
 REWARDS = {} # {name: mode}
@@ -133,6 +134,7 @@ def _fact(frame, name, failed, mode):
     x = frame[name].to_numpy(dtype=float, na_value=np.nan)
     bad = np.isnan(x) & ~failed
     if bad.any():
+        check_judged(frame, f"reward {mode!r}")
         query = frame["question_id"].iloc[int(bad.argmax())]
         raise ValueError(f"reward {mode!r}: {name!r} is missing for question_id {query} "
                          f"({int(bad.sum())} rows that did not fail): {hint}")

@@ -17,14 +17,14 @@ from fastcore.basics import patch
 from tqdm import tqdm
 from .core import fingerprint, rng, scramble, stable_hash
 from .settings import Asking
-from .items import as_items
+from .items import as_asked, as_items, check_answered
 from .pictures import picture_key
 from .vqa import answer_targets, postprocess, relevances, vqa_accuracies
 from .prompt import prompter
 from .lvlm import Targets
 from leverplus.groups import (
-    CONTENTS, FACT_COLUMNS, PROPOSAL_COLUMNS, SOURCE_FACTS, UNREADABLE, RLData, as_record, pointer_matrix,
-    read_part, shard_files, write_part,
+    CONTENTS, FACT_COLUMNS, PROPOSAL_COLUMNS, SOURCE_FACTS, UNREADABLE, RLData, as_record, not_judged,
+    pointer_matrix, read_part, shard_files, write_part,
 )
 
 # %% ../nbs/33_rldata_ask.ipynb #ef57e002
@@ -36,7 +36,7 @@ def score_pairs(
     generate:bool=True, # False: probabilities only, no text
 )->list: # of `Scored`, one per pair, in order; ValueError if the scorer answers something else
     "Ask a scorer about pairs, in one call"
-    items = as_items(items, need=("question", "answer", "answers"))
+    items = as_asked(items)
     make = prompter(_needed(items, pairs), asking.style)
     prompts = [make(q, p) for q, p in zip(pairs.question_id, pairs.pointer)]
     targets = [_targets(items, q, asking.answer_weight) for q in pairs.question_id]
@@ -45,7 +45,8 @@ def score_pairs(
     return scored
 
 def _targets(items, q, weight):
-    "The true answers of a question; errors name it"
+    "The true answers of a question, none where nobody has answered; errors name it"
+    if not items.at[q, "answers"]: return Targets()
     try: return Targets(*answer_targets(items.at[q, "answers"], weight))
     except ValueError as e: raise ValueError(f"question {q}: {e}") from e
 
@@ -74,38 +75,42 @@ def facts_frame(
     content=0, # [n] or one: hash of what it was said about, see `content_keys`; 0: unknown
 )->pd.DataFrame: # question_id, pointer and the columns of FACT_COLUMNS; same rows and order as `pairs`
     "What was said, as facts"
-    items = as_items(items, need=("answers",))
-    errors = [_error(s, generate) for s in scored]
+    truth = as_asked(items).answers.loc[pairs.question_id].tolist()
+    errors = [_error(s, generate, len(answers) > 0) for s, answers in zip(scored, truth)]
     ok = np.array([e is None for e in errors], dtype=bool)
     good = [s for s, is_good in zip(scored, ok) if is_good]
-    facts = dict(vqa_gt_prob=[s.gt_prob for s in good], vqa_gt_logprobs=[tuple(s.logprobs) for s in good])
+    truth = [answers for answers, is_good in zip(truth, ok) if is_good]
+    facts = pd.DataFrame(dict(
+        vqa_gt_prob=[_gt_prob(s, answers) for s, answers in zip(good, truth)],
+        vqa_gt_logprobs=[tuple(s.logprobs) for s in good]), index=np.flatnonzero(ok))
     if generate and good:
-        truth = items.answers.loc[pairs.question_id[ok]].tolist()
-        facts |= _text_facts([s.text for s in good], truth, evaluator)
+        facts = facts.join(_text_facts([s.text for s in good], truth, evaluator).set_axis(facts.index))
     keys = pairs[["question_id", "pointer"]].reset_index(drop=True)
-    rows = keys.join(pd.DataFrame(facts, index=np.flatnonzero(ok)))
+    rows = keys.join(facts)
     rows = rows.assign(eval_failed=~ok, error=errors, scorer=scorer, content=content)
     return as_record(rows, {"question_id": "int", "pointer": "ints", **FACT_COLUMNS})
 
-def _error(s, generate):
+def _gt_prob(s, answers):
+    "Probability of the answers that were asked about; nan where there were none"
+    return s.gt_prob if len(answers) or len(s.logprobs) else math.nan
+
+def _error(s, generate, has_answers):
     "Why this is no answer; None if it is one"
     if s.error is not None: return s.error
-    if not math.isfinite(s.gt_prob): return f"vqa_gt_prob is {s.gt_prob}"
+    if has_answers and not math.isfinite(s.gt_prob): return f"vqa_gt_prob is {s.gt_prob}"
     if generate and s.text is None: return "no text was generated"
     return None
 
 def _text_facts(texts, truth, evaluator):
-    "{column: values} of generated texts"
-    said = [postprocess(t) for t in texts]
-    acc = vqa_accuracies(said, truth, evaluator)
-    facts = dict(
-        vqa_raw_generation=texts,
-        vqa_pred_answer=said,
-        vqa_acc_score=acc,
-        vqa_correct=(acc > 0) * 1.0,
-        vqa_eval_mode=evaluator,
-    )
-    return facts | {c: x.to_numpy() for c, x in relevances(said, truth).items()}
+    "Facts of generated texts; judged are those of questions that people have answered"
+    said = pd.DataFrame(dict(vqa_raw_generation=texts, vqa_pred_answer=list(map(postprocess, texts))))
+    judged = [i for i, answers in enumerate(truth) if len(answers)]
+    if not judged: return said
+    answers = said.vqa_pred_answer[judged].tolist()
+    truth = [truth[i] for i in judged]
+    acc = vqa_accuracies(answers, truth, evaluator)
+    facts = dict(vqa_acc_score=acc, vqa_correct=(acc > 0) * 1.0, vqa_eval_mode=evaluator)
+    return said.join(relevances(answers, truth).assign(**facts).set_axis(judged))
 
 # %% ../nbs/33_rldata_ask.ipynb #c747b8cf
 def facts_fingerprint(
@@ -144,7 +149,7 @@ def item_contents(
     ids, # question_ids; KeyError names one that `items` lacks
 )->pd.DataFrame: # by question_id: text (a hash), picture (its content, "unreadable", or missing: it has none)
     "What items are made of, a row per id"
-    items = as_items(items, need=("question", "answer", "answers"))
+    items = as_asked(items)
     pictures = list(map(_picture, _column(_rows_of(items, ids), "image_path")))
     out = pd.DataFrame(dict(question_id=ids, text=text_hashes(items, ids), picture=pictures))
     return as_record(out, CONTENTS).set_index("question_id")
@@ -154,7 +159,7 @@ def text_hashes(
     ids, # question_ids; KeyError names one that `items` lacks
 )->np.ndarray: # int64, one per id
     "Hash the texts of each item"
-    items = as_items(items, need=("question", "answer", "answers"))
+    items = as_asked(items)
     rows = _rows_of(items, ids)
     hashes = map(stable_hash, rows.question, rows.answer, map(_texts, rows.answers))
     return np.array(list(hashes), dtype=np.int64)
@@ -188,7 +193,7 @@ def item_hashes(
     ids, # question_ids; KeyError names one that `items` lacks
 )->np.ndarray: # uint64, one per id
     "Hash what a prompt takes from each item, picture included, and its ground truth"
-    return _item_hashes(as_items(items, need=("question", "answer", "answers")), ids)
+    return _item_hashes(as_asked(items), ids)
 
 def _item_hashes(items, ids):
     "The same, of items that are in order"
@@ -214,7 +219,7 @@ def content_keys(
     pointers, # n tuples of ints
 )->np.ndarray: # int64 [n], never 0
     "Hash the items behind each (query, pointer)"
-    return _content_keys(as_items(items, need=("question", "answer", "answers")), question_ids, pointers)
+    return _content_keys(as_asked(items), question_ids, pointers)
 
 def _content_keys(items, question_ids, pointers):
     "The same, of items that are in order"
@@ -314,7 +319,7 @@ def lookup(self:FactCache,
     pairs:pd.DataFrame, # question_id, pointer
     scorer:str, # fingerprint, see `facts_fingerprint`
     content:np.ndarray|None=None, # int64 [n] from `content_keys`; None: not compared
-    need:str="vqa_acc_score", # a fact that must be there, else the row counts as not found
+    need:str="vqa_acc_score", # a fact that must be there, or a text about a question that has no answers
 )->pd.DataFrame: # the facts found; its index says which rows of `pairs` (0..n-1) they belong to, ascending
     "Find facts; those of another content count as not there"
     found = self.found(pairs, scorer, need)
@@ -338,7 +343,7 @@ def found(self:FactCache, pairs, scorer, need):
         at = index.get_indexer(keys[missing])
         rows = frame.iloc[at[at >= 0]].set_axis(missing[at >= 0])
         asked_for = _belongs(rows, query, pointer) & (rows.scorer == scorer).to_numpy()
-        rows = rows[asked_for & rows[need].notna().to_numpy()]
+        rows = rows[asked_for & (rows[need].notna() | not_judged(rows)).to_numpy()]
         found.append(rows)
         missing = np.setdiff1d(missing, rows.index, assume_unique=True)
     return pd.concat(found).sort_index() if found else self.to_frame()
@@ -395,8 +400,9 @@ def ask(
     progress:bool=False, # show a bar over prompts
 )->pd.DataFrame: # question_id, pointer and the columns of FACT_COLUMNS; same rows and order as `pairs`
     "Turn (query, pointer) pairs into facts"
-    if items is not None: items = as_items(items, need=("question", "answer", "answers"))
+    if items is not None: items = as_asked(items)
     pairs = as_record(pairs[["question_id", "pointer"]], {"question_id": "int", "pointer": "ints"})
+    if items is not None and not generate: check_answered(items, pairs.question_id.unique(), "a probability")
     need = "vqa_acc_score" if generate else "vqa_gt_prob"
     if scorer is None: return _all_known(pairs, items, cache, need)
     own = facts_fingerprint(scorer, asking)
@@ -451,7 +457,7 @@ def about_items(
     items:pd.DataFrame, # by question_id, see `item_hashes`
 )->np.ndarray: # bool [n]; False too where an item of the fact is not among `items`
     "Which facts are about these items, as they are now? Those whose content nobody knows are taken"
-    items = as_items(items, need=("question", "answer", "answers"))
+    items = as_asked(items)
     pointer, size = pointer_matrix(facts.pointer.to_numpy())
     ids = np.column_stack([facts.question_id.to_numpy(), pointer])
     out = (np.isin(ids, items.index.to_numpy()) | (np.arange(ids.shape[1]) > size[:, None])).all(axis=1)
@@ -466,7 +472,7 @@ def check_contents(
     what:str="facts", # how the error calls them
 )->None: # ValueError names the first that is about something else
     "Refuse facts about other questions, answers or pictures than those that have these ids now"
-    items = as_items(items, need=("question", "answer", "answers"))
+    items = as_asked(items)
     other = ~same_content(facts.content, content_keys(items, facts.question_id, facts.pointer.to_numpy()))
     if "eval_failed" in facts: other &= ~facts.eval_failed.to_numpy()
     if other.any():
@@ -522,7 +528,7 @@ def ask_around(
     progress:bool=False, # show a bar over prompts
 )->pd.DataFrame: # question_id, pointer and the columns of FACT_COLUMNS; same rows and order as `pairs`
     "Ask only what nobody knows"
-    items = as_items(items, need=("question", "answer", "answers"))
+    items = as_asked(items)
     pairs = pairs[["question_id", "pointer"]].reset_index(drop=True)
     content = content_keys(items, pairs.question_id, pairs.pointer.to_numpy())
     known = extra.lookup(pairs, facts_fingerprint(scorer, asking), content)

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from .settings import TWO_STAGE, Asking, Guarding, Job, Proposing, check_two_stage, plain_settings
 from .core import ask_for_a_folder, fingerprint, leftovers, read_json, rng, stable_hash, write_json
 from .runs import Busy, Run, empty_folder
-from .items import as_ids, as_items
+from .items import as_asked, as_ids, as_items
 from .evidence import kind_for, plain_kind
 from .lvlm import Scored, compare, pixel_limits
 from leverplus.groups import (
@@ -264,7 +264,7 @@ class Contents:
         ids, # question_ids that matter
     )->None: # `OtherContents` names those that have changed; without a table there is nothing to compare
         "Hold items against those that the run began with, and against those that were embedded"
-        items = as_items(items, need=("question", "answer", "answers"))
+        items = as_asked(items)
         now = item_contents(items, ids)
         self._compare(now, read_contents(self.folder))
         self._check_embedded(items, now)
@@ -275,7 +275,7 @@ class Contents:
         begun:bool=False, # do results lie there already? Then there must be a table
     )->None: # `OtherContents` if there is none, or as `compare` says
         "Compare items, and write down those that are new"
-        items = as_items(items, need=("question", "answer", "answers"))
+        items = as_asked(items)
         now = item_contents(items, ids)
         if self.table is not None and now.equals(self.table.reindex(now.index)): return   # nothing new
         with FileLock(self.folder/".contents.lock"):
@@ -321,7 +321,7 @@ def begin_run(
     store=None, # `EmbedStore` that is used beside the items, see `Contents`
 )->Run: # `OtherContents` names items that have changed since the run began
     "Start a run with its table of contents, or continue it with the same items"
-    items = as_items(items, need=("question", "answer", "answers"))
+    items = as_asked(items)
     contents = Contents(path, store=store)
     if not overwrite: contents.compare(items, ids)
     run = create()

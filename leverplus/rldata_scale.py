@@ -20,7 +20,7 @@ from huggingface_hub import try_to_load_from_cache
 from .core import fingerprint, repo_path
 from .runs import empty_folder
 from .settings import Job, change, columns_of
-from .items import as_items
+from .items import as_items, check_answered
 from .data import check_splits, items_fingerprint, read_okvqa, read_soft_labels, read_vqav2
 from .embed import EmbedStore, embed_items, gather_stores, load_clip
 from .pools import Pool, check_encoder, check_pool, encoder_of, make_pool
@@ -64,7 +64,8 @@ def items(self:Job)->pd.DataFrame: # by question_id; FileNotFoundError, `BadItem
     read = READERS[data.reader]
     if data.columns: read = partial(_with_columns(data), columns=columns_of(data.columns))
     splits = dict.fromkeys((data.candidates, self.split))
-    frames = {s: read(folder, s, images=images, verify=data.check) for s in splits}
+    def answers(split): return True if split == data.candidates else None   # of a test split nobody may have them
+    frames = {s: read(folder, s, images=images, verify=data.check, answers=answers(s)) for s in splits}
     if len(frames) > 1: check_splits(**frames)
     return as_items(pd.concat(frames.values()))
 
@@ -145,11 +146,13 @@ def _store_of(job):
 @patch
 def inputs(self:Job,
     bank:bool=False, # also what the demonstrations' answers say? Takes seconds, and only some selectors read it
+    answers:bool=True, # must people have answered the questions? ValueError if not, before anything is made
 )->tuple: # (items, `EmbedStore`, or `BankStore` with a bank, Pool of the whole split)
     "Everything but the model"
     data = self.data
     pools = self.pools
     items = self.items()
+    if answers: check_answered(items, self.questions(items), f"what split {self.split!r} is for")
     of_items = items_fingerprint(items)
     queries = items[items.split == self.split]
     candidates = items[items.split == data.candidates]

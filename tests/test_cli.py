@@ -912,3 +912,41 @@ def test_doors_say_what_they_took_from_a_run_unless_they_are_to_be_quiet(family,
     assert capsys.readouterr().err == ""
     read_door(["infer", "--out", "x", "--picker", "mmr"])
     assert capsys.readouterr().err == ""
+
+# ---- a split whose answers are kept secret -------------------------------------------------------------------
+
+@pytest.fixture
+def secret(tmp_path, monkeypatch):
+    "The embedded world without the answers of its development split"
+    monkeypatch.chdir(tmp_path)
+    world = ROOT/"data"/"islands"
+    (tmp_path/"data").mkdir()
+    kept = ("images", "OpenEnded_mscoco_train2014_questions.json", "mscoco_train2014_annotations.json",
+            "OpenEnded_mscoco_dev2014_questions.json")
+    for name in kept:
+        there = world/name if (world/name).exists() else world/f"{name}.gz"
+        (tmp_path/"data"/there.name).symlink_to(there)
+    return tmp_path
+
+def test_a_split_without_answers_is_answered_from_the_shell(secret):
+    from leverplus.infer import Prediction, check_results
+    line = "infer --data data --split dev --picker similar_mixed --shots 1 --limit 6 --quiet --out runs/secret"
+    assert "6 of" in go(f"{line} --dry-run") and not (secret/"runs").exists()
+    assert "questions 6, failed 0, no accuracy, as nobody has answered them (dev)" in go(line)
+    asked = Job(split="dev").items().query("split == 'dev'").question_id[:6].tolist()
+    said = check_results("runs/secret/predictions.json", asked)
+    assert go(line) and check_results("runs/secret/predictions.json", asked) == said
+    known = "infer --split dev --picker similar_mixed --shots 1 --limit 6 --quiet --out runs/known --store runs/other"
+    assert "accuracy" in go(known) and check_results("runs/known/predictions.json", asked) == said
+    told = pd.read_json(Prediction("runs/secret").export("told.jsonl"), lines=True)
+    assert told.vqa_acc_score.isna().all() and told.answers.isna().all() and told.vqa_pred_answer.notna().all()
+
+@pytest.mark.parametrize("line", [
+    "generate --data data --split dev --limit 3 --test 0 --quiet --out runs/groups",
+    "generate --data data --split dev --limit 3 --test 0 --shard 0/2 --quiet --out runs/groups",
+    "eval --data data --split dev --limit 3 --quiet --out runs/eval",
+])
+def test_where_an_accuracy_is_wanted_it_says_that_there_is_none(line, secret):
+    said = go(line, 2)
+    assert re.search("needs people's answers, and [0-9]+ of [0-9]+ questions have none, first [0-9]+", said), said
+    assert not (secret/"runs").exists(), list((secret/"runs").rglob("*"))

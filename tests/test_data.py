@@ -10,7 +10,7 @@ from leverplus.data import (
     BadItems, check_splits, expand_labels, image_fault, items_fingerprint, left_out, majority, read_okvqa,
     read_soft_labels, read_vqav2, show_items,
 )
-from leverplus.items import as_id, as_image_id, given_ids
+from leverplus.items import answered, as_id, as_image_id, as_items, given_ids
 from leverplus.vqa import answer_targets
 
 Q, A = "OpenEnded_mscoco_train2014_questions.json", "mscoco_train2014_annotations.json"
@@ -184,6 +184,27 @@ def test_files_that_are_missing_or_broken(tmp_path):
         read_okvqa(tmp_path, "train")
     (tmp_path/A).unlink()
     with pytest.raises(FileNotFoundError, match=f"{A}: no such file"): read_okvqa(tmp_path, "train")
+
+def test_a_split_without_answers(tmp_path):
+    "Questions alone, asked for; their file may be of 2015, and its pictures those of the whole test split"
+    qs, an = world()
+    for q in qs: q["question_id"] = f"q-{q['question_id']}"
+    (tmp_path/"v2_OpenEnded_mscoco_test-dev2015_questions.json").write_text(json.dumps(dict(questions=qs)))
+    (tmp_path/"test2015").mkdir()
+    for i in range(len(qs)):
+        Image.new("RGB", (8, 8), (20*i, 0, 0)).save(tmp_path/f"test2015/COCO_test2015_{i:012d}.jpg")
+    with pytest.raises(FileNotFoundError, match="v2_mscoco_test-dev2015_annotations.json"):
+        read_vqav2(tmp_path, "test-dev")
+    for answers in (False, None):
+        f = read_vqav2(tmp_path, "test-dev", images=tmp_path, answers=answers)
+        assert list(f.columns) == ["question_id", "image_id", "image_path", "question", "split", "given_id"]
+        assert f.given_id.tolist() == [q["question_id"] for q in qs] and Path(f.image_path.iloc[0]).is_file()
+        assert as_items(f) is f and not answered(f).any() and len(left_out(f)) == 0
+    put(tmp_path, *world())
+    assert "answers" in read_okvqa(tmp_path, "train", answers=None)
+    assert "answers" not in read_okvqa(tmp_path, "train", answers=False)
+    with pytest.raises(FileNotFoundError, match="train_soft_labels.json"): read_soft_labels(tmp_path, "train")
+    assert len(read_soft_labels(tmp_path, "train", answers=None)) == 6
 
 def test_nothing_left_is_an_error_even_when_skipping(tmp_path):
     qs, _ = world()

@@ -3,16 +3,20 @@ import copy, json, math
 from dataclasses import fields
 from functools import partial
 from itertools import permutations
+from pathlib import Path
 from typing import get_args
 import numpy as np, pandas as pd, pytest, torch
 from hypothesis import given, settings, strategies as st
 from leverplus.core import rng
 from leverplus.embed import EmbedStore
+from leverplus.evidence import READS, BankStore, n_evidence
 from leverplus.infer import (
-    PICKERS, TRUTH, OwnAnswer, Unanswered, adaptive_shots, candidates, check_picks, check_results,
-    confidence, kind_of, pick, pick_fixed, pick_mmr, pick_model, plan_prediction, predict, rerank, write_results,
+    GROUP_COLUMNS, PICKERS, PREDICTION_COLUMNS, TRUTH, OwnAnswer, Unanswered, adaptive_shots, candidates,
+    check_picks, check_results, confidence, export_groups, kind_of, pick, pick_fixed, pick_mmr, pick_model,
+    plan_prediction, predict, rerank, write_results,
 )
-from leverplus.items import as_items
+from leverplus.items import as_id, as_items
+from leverplus.picker import PICK_COLUMNS, export_rows, read_export
 from leverplus.pools import check_pool, make_pool
 from leverplus.runs import Busy, Run
 from leverplus.settings import Asking, PickerName, Picking, change, read_settings
@@ -699,3 +703,170 @@ def test_results_survive_the_file(tmp_path):
     with pytest.raises(ValueError, match=r"1 questions have no answer, first \[3\]"):
         write_results(tmp_path / "x.json", {1: "a"}, [1, 3])
     assert not (tmp_path/"x.json").exists()
+
+# ---- questions that nobody has answered ----------------------------------------------------------------------
+
+SECRET = ITEMS.assign(answers=[[] if q in QS else said for q, said in zip(IDS, ITEMS.answers)],
+                      answer=[None if q in QS else said for q, said in zip(IDS, ITEMS.answer)])
+
+@pytest.mark.parametrize("picking", [
+    Picking(picker="random"), Picking(picker="zero_shot"), Picking(picker="vote"), Picking(picker="beam", by="vote"),
+    Picking(picker="beam", by="confidence"), Picking(shots=(0, 1, 2), threshold=.6),
+    Picking(picker="logistic", shots=(1,)), Picking(picker="knn_facts", shots=(1,)),
+], ids=lambda p: f"{p.picker}-{p.by}-{p.shots}")
+def test_they_are_answered_like_others_and_not_judged(picking, tmp_path):
+    how = dict(picking=picking, model=MODEL, groups=GROUPS, progress=False)
+    known = predict(tmp_path/"known", POOL, ITEMS, Says(), STORE, **how)
+    open_one = predict(tmp_path/"open", POOL, SECRET, Says(), STORE, **how)
+    said = json.loads((open_one.path/"predictions.json").read_text())
+    assert said == json.loads((known.path/"predictions.json").read_text()) and len(said) == len(QS)
+    rows = open_one.frame("predictions.parquet")
+    for column in ("vqa_acc_score", "vqa_correct", "vqa_gt_prob", "vqa_rel_score", "vqa_eval_mode"):
+        assert rows[column].isna().all(), column
+    assert not rows.eval_failed.any() and all(len(said) == 0 for said in rows.answers)
+    assert open_one.metrics == dict(n=10, failed=0, prompts=known.metrics["prompts"], unlabelled=10)
+    assert "no accuracy, as nobody has answered them" in open_one.sentence()
+    again = Says()
+    assert predict(tmp_path/"open", POOL, SECRET, again, STORE, **how).metrics == open_one.metrics
+    assert again.asked == []   # the facts are found, though nobody judged them
+
+def test_who_reads_evidence_picks_for_them_alike():
+    "What the bank says is what its own people say; the answers of questions are not looked at"
+    banks = [BankStore(STORE, items, list(DEMOS)) for items in (ITEMS, SECRET)]
+    F = n_evidence("mixed+answers")
+    model = PointerSelector(STORE.dim("mixed") + F, d_hidden=8, n_evidence=F, reads=READS)
+    known, open_ones = (pick_model(model, POOL, bank, 2) for bank in banks)
+    pd.testing.assert_frame_equal(known, open_ones)
+    assert banks[0].evidence.fingerprint == banks[1].evidence.fingerprint
+    with pytest.raises(ValueError, match="Evidence, items, question_id 0: answer is n"):
+        BankStore(STORE, SECRET.assign(answer=SECRET.answer.where(SECRET.answer.notna(), np.nan)), IDS)
+
+def test_accuracy_is_of_those_that_have_answers(tmp_path):
+    some = ITEMS.assign(answers=[[] if q < 4 else said for q, said in zip(IDS, ITEMS.answers)])
+    how = dict(picking=Picking(picker="random"), progress=False)
+    run = predict(tmp_path/"some", POOL, some, Says(), **how)
+    whole = predict(tmp_path/"whole", POOL, ITEMS, Says(), **how).frame("predictions.parquet")
+    assert run.metrics["acc"] == whole.vqa_acc_score[whole.question_id >= 4].mean() and run.metrics["unlabelled"] == 4
+    assert "of the 6 that people have answered" in run.sentence()
+    for i in range(2): union = predict(tmp_path/"union", POOL, some, Says(), shard=(i, 2), **how)
+    assert union.metrics == run.metrics
+
+def test_what_judges_says_that_nobody_has_answered():
+    "Rewards, groups, comparisons; and who wants a probability alone is not asked"
+    from leverplus.evaluate import check_facts
+    from leverplus.rewards import reward
+    pairs = pd.DataFrame([dict(question_id=q, pointer=(d,)) for q in QS for d in POOL[q]])
+    facts = ask(pairs, Says(), SECRET).assign(gen_method="random")
+    says = "needs people's answers, and 10 of 10 questions have none, first 0"
+    for mode in ("hard_plus_soft", "gtprob", "hard_only"):
+        with pytest.raises(ValueError, match=f"reward '{mode}' {says}"): reward(facts, mode)
+    with pytest.raises(ValueError, match=says): RLData.from_frame(facts, POOL)
+    with pytest.raises(ValueError, match=says): check_facts(facts)
+    scorer = Says()
+    with pytest.raises(ValueError, match=f"a probability {says}"): ask(pairs, scorer, SECRET, generate=False)
+    assert scorer.asked == []
+    mixed = pd.concat([ask(pairs, Says(), ITEMS)[5:], facts[:5]])
+    with pytest.raises(ValueError, match="and [12] of 10 questions have none, first 0"): reward(mixed)
+
+def test_no_table_is_made_over_questions_without_answers(tmp_path):
+    "Not of all of them, and not silently of those that have some"
+    from leverplus.evaluate import compare_runs, paired_tests, result_table
+    some = ITEMS.assign(answers=[[] if q < 4 else said for q, said in zip(IDS, ITEMS.answers)])
+    for n, items in dict(secret=SECRET, some=some).items():
+        runs = [predict(tmp_path/n/picker, POOL, items, Says(), STORE, Picking(picker=picker), progress=False)
+                for picker in ("random", "similar_mixed")]
+        rows = pd.concat([run.frame("predictions.parquet") for run in runs])
+        says = f"a table needs people's answers, and {10 if n == 'secret' else 4} of 10 questions have none"
+        with pytest.raises(ValueError, match=says): compare_runs(*runs)
+        with pytest.raises(ValueError, match=says): paired_tests(rows, None, [("random", "similar_mixed")])
+        with pytest.raises(ValueError, match=says): result_table(rows, None, None, None, None)
+    judged = rows[rows.question_id >= 4]
+    assert paired_tests(judged, None, [("random", "similar_mixed")]).n.tolist() == [6]
+
+def test_nothing_that_needs_the_truth_may_choose(tmp_path):
+    oracle = Picking(picker="beam", by="vqa_gt_prob")
+    with pytest.raises(ValueError, match="choosing by vqa_gt_prob needs people's answers, and 10 of 10 questions"):
+        predict(tmp_path/"x", POOL, SECRET, Says(), STORE, oracle, model=MODEL)
+    assert not (tmp_path/"x").exists()
+
+@pytest.mark.parametrize("scorer", ["naive", "shared"])
+def test_the_model_says_the_same_to_a_question_without_answers(scorer, tmp_path):
+    from leverplus.core import repo_path
+    from leverplus.data import read_okvqa
+    from leverplus.lvlm import NaiveScorer, load_lvlm
+    from leverplus.scorer import SharedScorer
+    lvlm = load_lvlm("models/tiny-qwen2.5-vl")
+    ask_it = NaiveScorer(lvlm) if scorer == "naive" else SharedScorer(lvlm)
+    folder = repo_path("data", "islands")
+    dev, train = (read_okvqa(folder, s, images=folder/"images").iloc[:8] for s in ("dev", "train"))
+    pairs = pd.DataFrame(dict(question_id=dev.index, pointer=[tuple(train.index[:i % 3]) for i in range(8)]))
+    known = ask(pairs, ask_it, pd.concat([dev, train]))
+    open_ones = ask(pairs, ask_it, pd.concat([dev.drop(columns=["answers", "answer"]), train]))
+    assert open_ones.vqa_raw_generation.tolist() == known.vqa_raw_generation.tolist()
+    assert open_ones.vqa_gt_prob.isna().all() and not open_ones.eval_failed.any()
+    mixed = ask(pairs, ask_it, pd.concat([dev.assign(answers=[*dev.answers[:4], [], [], [], []]), train]))
+    pd.testing.assert_frame_equal(mixed[:4].drop(columns="content"), known[:4].drop(columns="content"))
+    assert mixed.vqa_acc_score[4:].isna().all() and mixed.vqa_pred_answer.tolist() == known.vqa_pred_answer.tolist()
+
+# ---- files for others ----------------------------------------------------------------------------------------
+
+TABLES = Path(__file__).parent/"tables"
+FILES = dict(picks=PICK_COLUMNS, predictions=PREDICTION_COLUMNS, groups=GROUP_COLUMNS)
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+@pytest.mark.parametrize("name", FILES)
+def test_files_of_this_version_are_read_for_ever(name, ending):
+    "Names, order and kinds: who reads them is not asked"
+    told = read_export(TABLES/f"{name}.{ending}")
+    assert list(told.columns) == list(FILES[name]) and len(told) == 2
+    kinds = dict(
+        id=(int, str), int=int, number=float, text=str, flag=bool, ids=list, ints=list, numbers=list, texts=list)
+    for column, what in FILES[name].items():
+        for value in told[column]:
+            missing = value is None or (isinstance(value, float) and math.isnan(value))
+            assert missing or isinstance(value, kinds[what.kind]), (column, value)
+    assert told.question_id.tolist() == ["q 0", "q 1"] and told.ids.map(list).tolist()[0][0] == "demo 1"
+    assert as_items(told[["question_id"]]).index.tolist() == [as_id("q 0"), as_id("q 1")]
+
+def test_what_is_written_now_is_what_was_written(tmp_path):
+    for name, columns in FILES.items():
+        for ending in ("jsonl", "parquet"):
+            told = read_export(TABLES/f"{name}.{ending}")
+            again = export_rows(tmp_path/f"{name}.{ending}", told, columns)
+            pd.testing.assert_frame_equal(read_export(again), told)
+            if ending == "jsonl": assert again.read_text() == (TABLES/f"{name}.jsonl").read_text()
+
+def exported(folder):
+    "A prediction and groups about items whose ids are texts, one question of which has no answers"
+    names = ["q 0", "q 1", *(f"demo {i}" for i in range(1, 5))]
+    items = as_items(pd.DataFrame(dict(
+        question_id=names, image_id=range(6), question=[f"what is {n}?" for n in names],
+        answer=["dax", None, "a", "b", "c", "d"], answers=[["dax"]*10, [], *([x]*10 for x in "abcd")])))
+    pool = Pool({items.index[i]: tuple(items.index[2:].tolist()) for i in (0, 1)}, {"sampler": "random", "K": 4})
+    same = Picking(picker="fixed", fixed=tuple(items.index[2:4].tolist()))
+    run = predict(folder/"run", pool, items, Says(), picking=same, progress=False)
+    rows = [dict(question_id=q, pointer=p[:2], gen_method="random") for q, p in pool.ids.items()]
+    return run, RLData(ask(pd.DataFrame(rows), Says(), items).assign(gen_method="random"), pool), items
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_predictions_and_groups_go_out_with_the_ids_that_came_in(ending, tmp_path):
+    run, data, items = exported(tmp_path)
+    told = read_export(run.export(tmp_path/f"p.{ending}"))
+    assert told.question_id.tolist() == ["q 0", "q 1"] and told.ids.tolist() == [["demo 1", "demo 2"]]*2
+    assert told.demo_answers.tolist() == [["a", "b"]]*2 and told.answers.tolist() == [["dax"]*10, None]
+    assert told.vqa_acc_score.isna().tolist() == [False, True] and told.vqa_pred_answer.notna().all()
+    told = read_export(export_groups(tmp_path/f"g.{ending}", data, items))
+    assert told.question_id.tolist() == ["q 0", "q 1"] and told.ids.tolist() == [["demo 1", "demo 2"]]*2
+    assert told.pointer.map(tuple).tolist() == data.rows.pointer.tolist()
+    numbers = read_export(export_groups(tmp_path/f"n.{ending}", data))
+    assert numbers.question_id.tolist() == data.rows.question_id.tolist()
+    assert numbers.ids.tolist() == numbers.pointer.tolist()
+    for write in (run.export, lambda path: export_groups(path, data)):
+        with pytest.raises(FileExistsError, match="overwrite=True"): write(tmp_path/f"p.{ending}")
+
+def test_the_official_file_goes_out_whole(tmp_path):
+    run, _, items = exported(tmp_path)
+    assert check_results(run.export(tmp_path/"r.json"), ["q 0", "q 1"], items)
+    with pytest.raises(FileExistsError, match="overwrite=True"): run.export(tmp_path/"r.json")
+    assert run.export(tmp_path/"r.json", overwrite=True).read_bytes() == (run.path/"predictions.json").read_bytes()
+    with pytest.raises(ValueError, match="ends in .jsonl or .parquet or .json"): run.export(tmp_path/"r.csv")

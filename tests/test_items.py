@@ -24,7 +24,7 @@ from leverplus.evaluate import (
     type_table, vote_of_all,
 )
 from leverplus.infer import check_picks, confidence, pick, pick_fixed, pick_rule, predict
-from leverplus.items import as_id, as_ids, as_image_id, as_items, given_ids
+from leverplus.items import answered, as_asked, as_id, as_ids, as_image_id, as_items, check_answered, given_ids
 from leverplus.lvlm import MockScorer
 from leverplus.loops import Questions, loop_queries
 from leverplus.pools import Pool, image_groups, make_pool
@@ -191,6 +191,25 @@ def test_what_nobody_needs_may_be_missing():
     assert as_items(unknown) is unknown
     assert items_fingerprint(frame()[["question_id", "image_id", "question"]]) != items_fingerprint(frame())
 
+@pytest.mark.parametrize("missing", [None, np.nan, pd.NA, "absent"])
+def test_questions_that_nobody_has_answered(missing):
+    "A table of both: missing answers are an empty list, however they are missing, and are never made up"
+    known = frame()
+    new = known.assign(question_id=known.question_id + 10).drop(columns=["answers", "answer"])
+    if not isinstance(missing, str): new = new.assign(answers=pd.Series([missing]*4, dtype=object), answer=missing)
+    both = as_asked(pd.concat([known, new]))
+    assert answered(both).tolist() == [True]*4 + [False]*4
+    assert both.answers.tolist()[4:] == [[]]*4 and both.answer.tolist()[4:] == [None]*4
+    assert as_asked(both) is both and as_asked(known).answers.tolist() == known.answers.tolist()
+    assert not answered(as_asked(new)).any() and len(as_asked(new.iloc[:0]))  == 0
+    check_answered(both, known.question_id, "accuracy")
+    says = "accuracy needs people's answers, and 3 of 4 questions have none, first 1[0-3]"
+    with pytest.raises(ValueError, match=says):
+        check_answered(both, [0, *new.question_id[:3]], "accuracy")
+    with pytest.raises(ValueError, match="answers is empty, wanted at least one. 4 of 8 items have no answers"):
+        as_items(both, need=("question", "answer", "answers"))
+    assert items_fingerprint(both) == items_fingerprint(both.drop(columns="answer"))
+
 def test_no_items_and_one_are_tables():
     for none in (frame()[:0], pd.DataFrame(columns=frame().columns)):
         ready = as_items(none, need=("question", "answers", "image_id"))
@@ -327,8 +346,9 @@ def test_every_function_that_takes_items_opens_the_door():
     for name, f in found.items():
         if name in OTHERS: continue
         code = inspect.getsource(dataclass_of(name).__post_init__ if HAND_ON.get(name) == "" else f)
-        wanted = HAND_ON.get(name) or "as_items("
-        assert wanted in code, f"{name} takes items: begin with `items = as_items(items)`, or say who does"
+        wanted = [HAND_ON[name]] if HAND_ON.get(name) else ["as_items(", "as_asked("]
+        assert any(door in code for door in wanted), (
+            f"{name} takes items: begin with `items = as_items(items)`, or say who does")
 
 def dataclass_of(name):
     module, cls, _ = name.split(".")

@@ -83,6 +83,28 @@ def test_what_is_wrong_with_a_table_is_said(folder):
     with pytest.raises(ValueError, match="no column split: wanted one that says 'dev', or a file dev.csv"):
         read_table(folder, "dev", columns=OWN)
 
+@pytest.mark.parametrize("how", ["blank", "absent", "own file"])
+def test_a_split_that_nobody_has_answered(folder, how):
+    "A test split beside the others: its questions are read, and whoever needs answers says so"
+    table = pd.read_csv(folder/"mine.csv").fillna("")
+    secret = table[table.split == "dev"].drop(columns="said").assign(split="test")
+    if how == "own file": secret.drop(columns="split").to_csv(folder/"test.csv", index=False)
+    elif how == "blank": pd.concat([table, secret.assign(said="")]).to_csv(folder/"mine.csv", index=False)
+    else: secret.to_csv(folder/"mine.csv", index=False)
+    if how == "own file": (folder/"mine.csv").unlink()
+    test = read_table(folder, "test", columns=OWN, answers=None)
+    assert len(test) == 10 and not {"answer", "answers"} & set(test)
+    assert test.image_id.nunique() == 5 and test.question.tolist() == secret.q.tolist()
+    alone = read_table(folder, "test", columns=OWN, answers=False)
+    pd.testing.assert_frame_equal(alone, test)
+    with pytest.raises(ValueError): read_table(folder, "test", columns=OWN)
+
+def test_questions_alone_of_a_split_with_answers(folder):
+    dev = read_table(folder, "dev", columns=OWN, answers=False)
+    assert not {"answer", "answers"} & set(dev) and len(dev) == 10
+    both = read_table(folder, "dev", columns=OWN, answers=None)
+    assert both.answers.map(len).tolist() == [PEOPLE]*10
+
 # ---- as a job ----------------------------------------------------------------------------------------------
 
 def test_columns_are_settings(folder):

@@ -2,6 +2,7 @@
 import base64, gc, io, json
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
+import pyarrow.parquet as pq
 from PIL import Image
 from leverplus.bank import DemoBank
 from leverplus.cli import main
@@ -10,7 +11,8 @@ from leverplus.data import read_okvqa
 from leverplus.embed import EmbedStore, embed_items, load_clip
 from leverplus.evidence import READS, BankStore, Evidence, NewQuestions, inputs, n_evidence
 from leverplus.infer import pick_model
-from leverplus.picker import Picker, data_url, openai_messages
+from leverplus.items import as_items
+from leverplus.picker import PICK_COLUMNS, Picker, Picks, data_url, openai_messages, read_export
 from leverplus.pictures import open_image
 from leverplus.pools import Pool, make_pool
 from leverplus.prompt import Demo, Prompt, make_prompt, messages
@@ -246,11 +248,62 @@ def test_picks_as_a_table_and_as_lines(bank, questions, tmp_path):
     picks = Picker(selector()).batch(questions, bank)
     assert picks.frame().question_id.tolist() == questions.index.tolist()
     for form in (None, "qwen", "openai"):
-        lines = [json.loads(line) for line in picks.write(tmp_path/"p.jsonl", form).read_text().splitlines()]
+        file = picks.write(tmp_path/"p.jsonl", form, overwrite=True)
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
         assert [line["ids"] for line in lines] == [p.ids for p in picks]
         assert ("messages" in lines[0]) == (form is not None)
-    with pytest.raises(ValueError, match="wanted 'qwen', 'openai' or None"): picks.write(tmp_path/"p.jsonl", "other")
+        if form: assert [line["messages"] for line in lines] == [
+            p.messages() if form == "qwen" else p.openai() for p in picks]
+        kept = read_export(picks.write(tmp_path/"p.parquet", form, overwrite=True))
+        pd.testing.assert_frame_equal(kept, read_export(file))
+        assert kept.drop(columns="messages", errors="ignore").to_dict("list") == picks.frame().to_dict("list")
+    with pytest.raises(ValueError, match="wanted 'qwen', 'openai' or None"): picks.write(tmp_path/"q.jsonl", "other")
     assert len(picks[0].show()) == 3 and "🖼" in picks[0]._repr_markdown_()
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_a_file_is_not_replaced_unasked_nor_half_written(ending, bank, questions, tmp_path, monkeypatch):
+    picks = Picker(selector()).batch(questions, bank)
+    file = picks.write(tmp_path/f"p.{ending}")
+    before = file.read_bytes()
+    with pytest.raises(FileExistsError, match="overwrite=True"): picks.write(file)
+    def breaks(*args, **kwargs): raise OSError("disk full")
+    monkeypatch.setattr(pq, "write_table", breaks)
+    monkeypatch.setattr(Path, "write_text", breaks)
+    with pytest.raises(OSError, match="disk full"): picks.write(file, overwrite=True)
+    assert file.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == [file.name]
+    with pytest.raises(ValueError, match="ends in .jsonl or .parquet"): picks.write(tmp_path/"p.csv")
+
+IDS = dict(numbers=[7, 8], texts=["007", "a b"], mixed=[7, "b 8"])
+
+@pytest.mark.parametrize("kind", IDS)
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_ids_come_back_as_they_were_given(kind, ending, train, questions, tmp_path):
+    "Of questions and of demonstrations, in pandas and, where it is there, in `datasets`"
+    given = IDS[kind]
+    named = train.assign(question_id=[f"demo {i}" for i in range(len(train))]).reset_index(drop=True)
+    asked = questions.iloc[:2].reset_index(drop=True).assign(question_id=pd.Series(given, dtype=object))
+    picks = Picker(selector()).batch(asked, DemoBank.build(named, progress=False))
+    file = picks.write(tmp_path/f"p.{ending}", "qwen")
+    want = given if kind != "mixed" else ["7", "b 8"]
+    whole = read_export(file)
+    plain = pd.read_parquet(file) if ending == "parquet" else pd.read_json(file, lines=True, dtype=False)
+    for table in (whole, plain):
+        assert table.question_id.tolist() == want
+        assert [list(ids) for ids in table.ids] == [p.ids for p in picks] and str(table.ids[0][0]).startswith("demo ")
+        assert as_items(table).index.tolist() == [p.prompt.question_id for p in picks]
+    datasets = pytest.importorskip("datasets")
+    loaded = datasets.Dataset.from_parquet(str(file), cache_dir=str(tmp_path/"cache")) if ending == "parquet" else (
+        datasets.Dataset.from_json(str(file), cache_dir=str(tmp_path/"cache")))
+    assert loaded["question_id"][:] == want and loaded["ids"][:] == [p.ids for p in picks]
+    assert loaded.column_names == list(whole.columns)
+
+def test_questions_numbered_from_zero(bank):
+    picks = Picker(selector()).batch(pd.DataFrame(dict(question_id=[0, 1], question=["What is it?", "Who?"])), bank)
+    assert picks.frame().question_id.tolist() == [0, 1] and [p.prompt.question_id for p in picks] == [0, 1]
+
+def test_no_picks_are_a_table_too(tmp_path):
+    assert list(Picks().frame().columns) == list(PICK_COLUMNS)
+    for ending in ("parquet", "jsonl"): assert len(read_export(Picks().write(tmp_path/f"p.{ending}"))) == 0
 
 # ---- the second world ----------------------------------------------------------------------------------------
 
