@@ -287,7 +287,10 @@ def _with_what_was_said(frame, answers):
     if "answers" in items: return items
     return items.assign(answers=[[answer]*PEOPLE for answer in items.answer])
 
-def _is_said(x): return bool(x.strip()) if isinstance(x, str) else isinstance(x, (list, tuple, np.ndarray)) and len(x) > 0
+def _is_said(x):
+    "Is there an answer in a cell?"
+    if isinstance(x, str): return x.strip() != ""
+    return isinstance(x, (list, tuple, np.ndarray)) and len(x) > 0
 
 def _rows_of_split(root, split):
     "(file, its rows of a split)"

@@ -20,7 +20,7 @@ from fastcore.basics import noop
 from .core import write_json
 from .settings import Job, Model, Proposing, change, columns_of, plain_settings
 from .runs import Busy, by_command, present_command
-from .items import as_items, picture_paths
+from .items import as_items, check_answered, picture_paths
 from .pools import check_encoder, encoder_of
 from .evidence import n_evidence, plain_kind
 from .bank import DemoBank, solved_items
@@ -543,7 +543,10 @@ def plan_eval(door:Eval)->dict: # lines of the plan
     models = load_models(door.selector)
     job = job_of(door)
     _to_resume(door, "settings.json")
-    n = len(job.questions(job.items()))
+    items = job.items()
+    every = job.questions(items)
+    check_answered(items, every, f"what split {job.split!r} is for")
+    n = len(every)
     other = _judges_split(door)
     if other: judges = len(job_of(door, other).questions())
     else: judges = n if door.rows.fixed_from == door.split else 0

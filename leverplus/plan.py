@@ -17,7 +17,7 @@ import numpy as np, pandas as pd, torch
 from huggingface_hub import try_to_load_from_cache
 from .core import read_json, rng
 from .settings import Job, change
-from .items import as_items, picture_paths
+from .items import as_items, check_answered, picture_paths
 from .pictures import BadPicture, picture_size
 from .vqa import answer_targets
 from leverplus.cost import (
@@ -471,6 +471,7 @@ def generate_plan(
     "Say what a job asks, how long that takes and how much it leaves"
     items = job.items()
     every = job.questions(items)
+    check_answered(items, every, f"what split {job.split!r} is for")
     own = shard_queries(every, shard)
     there = questions_there(job, path, shard, items)
     left = len(own) - there

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['GLOSSARY', 'best_row', 'zero_tests', 'rival_tests', 'headline', 'headline_block', 'plot_shots', 'plot_gap',
-           'read_scored', 'results_block', 'comparisons_block', 'differences_block', 'Cases', 'browser_block',
-           'diagnosis_block', 'health_block', 'settings_block', 'Findings', 'write_report', 'described_items',
-           'runs_differ', 'compare_many', 'report']
+           'read_scored', 'is_judged', 'results_block', 'comparisons_block', 'differences_block', 'Cases',
+           'browser_block', 'diagnosis_block', 'health_block', 'settings_block', 'Findings', 'write_report',
+           'described_items', 'runs_differ', 'compare_many', 'report']
 
 # %% ../nbs/90_report.ipynb #bf531454
 import io, json, math
@@ -328,6 +328,12 @@ def read_scored(
     rows = run.frame("predictions.parquet")
     pointers = [as_pointer(p) for p in rows.pointer]
     return rows.assign(pointer=pointers, eval_failed=rows.eval_failed.astype(bool))
+
+def is_judged(
+    scored:pd.DataFrame, # of `read_scored`
+)->pd.Series: # bool; False where nobody has answered the question. A prediction that failed counts as judged
+    "Say which predictions have an accuracy"
+    return scored.vqa_acc_score.notna() | scored.eval_failed
 
 @patch
 def show_results(self:Run,
@@ -925,6 +931,7 @@ class Findings:
     data:object = None # `Health`; RLData or {name: RLData}, examined with the reward hard_plus_soft; a sentence
     looks:int|None = None # at the split; default what the run counted (looks.json, or its metric `looks`)
     split:str|None = None # of the scores; default "test", in `report` the run's setting of that name
+    unjudged:int|None = None # questions that nobody has answered: they have predictions, and no accuracy
 
     def __post_init__(self):
         if self.items is not None: object.__setattr__(self, "items", as_items(self.items))
@@ -941,9 +948,13 @@ class Findings:
 # %% ../nbs/90_report.ipynb #867bb2c7
 def _add_headline(page, known, tests, over_zero):
     "The result in words: on top of the page, or of its part where the page is about several runs"
-    if known.table is None: return
-    note = _headline_note(known.table, tests, over_zero)
-    said = headline_block(headline(known.table, tests, over_zero), note)
+    without = _count(range(known.unjudged or 0), "question")
+    if known.table is None and not known.unjudged: return
+    if known.table is None: said = headline_block([f"{without}, predicted and not judged: nobody has answered them."])
+    else:
+        note = _headline_note(known.table, tests, over_zero)
+        if known.unjudged: note += f" {without} that nobody has answered are not in these numbers."
+        said = headline_block(headline(known.table, tests, over_zero), note)
     if page.lead is None: page.lead = said
     else: page.add(said)
 
@@ -1208,7 +1219,7 @@ def described_items(
             rows[d] = dict(question=question, answer=answer, answers=[answer], image_id=unknown)
     for r in scored.itertuples(): # queries after demonstrations: where one is both, its own answers count
         answers = list(r.answers)
-        most = pd.Series(answers).mode()[0]
+        most = pd.Series(answers).mode()[0] if answers else None   # None: nobody has answered
         rows[r.question_id] = dict(question=r.question, answer=most, answers=answers, image_id=r.image_id)
     out = pd.DataFrame.from_dict(rows, orient="index").rename_axis("question_id")
     if "given_id" in scored:
@@ -1252,12 +1263,19 @@ def _read(run, findings, bootstrap):
     if "history.csv" in files: found["history"] = run.frame("history.csv")
     if "tests.csv" in files: found["tests"] = run.frame("tests.csv")
     if "counts.csv" in files: found["counts"] = run.frame("counts.csv")
-    if "predictions.parquet" in files:
-        found["scored"] = read_scored(run)
-        found["items"] = described_items(found["scored"])
+    if "predictions.parquet" in files: found |= _found_predictions(run)
     known = Findings(**found | findings._known())
     if known.table is not None or known.scored is None: return known
     return replace(known, table=_table_of(known, bootstrap))
+
+def _found_predictions(run):
+    "Predictions that people's answers judge, and how many questions nobody has answered"
+    scored = read_scored(run)
+    judged = is_judged(scored)
+    unjudged = scored.question_id[~judged].nunique()
+    if not judged.any(): return dict(unjudged=unjudged)
+    scored = scored[judged]
+    return dict(scored=scored, items=described_items(scored), unjudged=unjudged)
 
 def _table_of(known, bootstrap):
     "The result table, with what it needs where the predictions hold it"

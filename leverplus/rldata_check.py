@@ -535,10 +535,10 @@ def teaches(
 
 # %% ../nbs/36_rldata_check.ipynb #2f3764e6
 def flat_causes(
-    queries:pd.DataFrame, # of `query_facts`
+    facts:pd.DataFrame, # of `query_facts`
 )->dict: # {cause: how many groups}, for those that cannot teach; a cause that no group has is not there
     "Count why groups are flat"
-    flat = queries[(queries.rewarded > 0) & ~queries.live]
+    flat = facts[(facts.rewarded > 0) & ~facts.live]
     alone = flat.rewarded == 1
     judged = (flat.judged > 0) & ~alone
     wrong = judged & (flat.positives == 0)

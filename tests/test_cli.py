@@ -940,9 +940,15 @@ def test_a_split_without_answers_is_answered_from_the_shell(secret):
     assert "accuracy" in go(known) and check_results("runs/known/predictions.json", asked) == said
     told = pd.read_json(Prediction("runs/secret").export("told.jsonl"), lines=True)
     assert told.vqa_acc_score.isna().all() and told.answers.isna().all() and told.vqa_pred_answer.notna().all()
+    page = Path(go("report runs/secret").strip()).read_text()
+    assert "6 questions, predicted and not judged: nobody has answered them." in page
+    both = Path(go("report runs/secret runs/known --out runs/both.html").strip()).read_text()
+    assert "not judged" in both
 
 @pytest.mark.parametrize("line", [
     "generate --data data --split dev --limit 3 --test 0 --quiet --out runs/groups",
+    "generate --data data --split dev --limit 3 --dry-run --out runs/groups",
+    "eval --data data --split dev --limit 3 --dry-run --out runs/eval",
     "generate --data data --split dev --limit 3 --test 0 --shard 0/2 --quiet --out runs/groups",
     "eval --data data --split dev --limit 3 --quiet --out runs/eval",
 ])
