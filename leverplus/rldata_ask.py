@@ -48,7 +48,7 @@ def _targets(items, q, weight):
     "The true answers of a question, none where nobody has answered; errors name it"
     if not items.at[q, "answers"]: return Targets()
     try: return Targets(*answer_targets(items.at[q, "answers"], weight))
-    except ValueError as e: raise ValueError(f"question {q}: {e}") from e
+    except ValueError as e: raise ValueError(f"question_id {q}: {e}") from e
 
 def _needed(items, pairs):
     "The items that `pairs` mention"

@@ -5,10 +5,11 @@ import pandas as pd, pytest, torch
 from fastcore.basics import noop
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
+from transformers import AutoImageProcessor
 import leverplus.rldata_scale, leverplus.selector # the first teaches `Job` to run
 from leverplus.callback_core import find_reference
 from leverplus.checkpoints import SELECTOR_SCHEMA, STAMP, find_checkpoint, model_card, passport, write_card
-from leverplus.core import read_json, world_path, write_json
+from leverplus.core import read_json, repo_path, world_path, write_json
 from leverplus.dls import who_was_asked
 from leverplus.groups import RLData
 from leverplus.learner import group_rewards, load_selector, mean_interval, note_metrics, selector_learner
@@ -274,8 +275,11 @@ def test_who_answers_is_no_path_of_this_machine(tmp_path):
         model = torch.nn.Linear(1, 1)
         model.dtype = torch.bfloat16
         fingerprint = "ab"
+        image_processor = AutoImageProcessor.from_pretrained(repo_path("models", "tiny-qwen2.5-vl"))
     class Scorer: lvlm = Lvlm
-    assert answerer(Scorer) == dict(name="tiny", dtype="bfloat16", fingerprint="ab")
+    assert answerer(Scorer) == dict(
+        name="tiny", dtype="bfloat16", min_pixels=3136, max_pixels=50176, fingerprint="ab",
+    )
     Lvlm.name = "Qwen/Qwen2.5-VL-3B-Instruct"
     assert answerer(Scorer)["name"] == Lvlm.name
 
@@ -366,7 +370,8 @@ def test_a_run_says_everything_that_somebody_needs(place, tmp_path):
     assert (says["train"], says["dev"]) == (data.train.fingerprint, data.dev.fingerprint)
     assert says["metrics"]["regret"]["n"] == 6 and says["metrics"]["regret"]["split"] == "dev"
     # a mock has no weights, and nobody has stated a licence: all else is known
-    assert {name for name, value in says.items() if value is None} == {"lvlm_fingerprint", "dtype", "license"}
+    unknown = {name for name, value in says.items() if value is None}
+    assert unknown == {"lvlm_fingerprint", "dtype", "min_pixels", "max_pixels", "license"}
 
 def test_a_run_of_one_objective_chosen_by_accuracy(place, tmp_path):
     by_accuracy = Choosing(dev=str(place/"dev"), choose="accuracy")

@@ -59,7 +59,11 @@ def test_the_steps_run_on_okvqa(okvqa, tmp_path):
         mine=dict(tries=1, top=1, rounds=1),
         verify=1,
         counts=dict(beam=3, random=3, retrieval=2),
-        changes=dict(warmup=dict(n_epoch=1, steps=2, bs=8), listwise=dict(n_epoch=1)),
+        # a model that knows nothing is never right: only probabilities of 1e-22 tell sequences apart
+        changes=dict(
+            data=dict(reward="hard01_plus_gtprob", weights=dict(soft_weight=1e22)),
+            warmup=dict(n_epoch=1, steps=2, bs=8), listwise=dict(n_epoch=1),
+        ),
         bars=False,
     )
     tiny = {k: page["islands"][k] for k in ("clip", "lvlm", "asking", "K")}
