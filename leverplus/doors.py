@@ -141,7 +141,7 @@ class Embed(Door):
     device:Annotated[str|None, flag("a GPU if there is one", metavar="NAME")]=None # torch device
     data:Data=Store
     shard:Shard=None # only part I of N; the last one to finish puts all together; give all the same --store
-    rate:Annotated[Positive|None, flag("not known", metavar="X")]=None # images per second, for the plan
+    rate:Rate=None # images per second, for the plan; "measure" asks the CLIP for ten seconds
     running:Running=Running()
     around:Around=Around()
 

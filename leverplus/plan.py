@@ -7,7 +7,7 @@ __all__ = ['KEPT_FEATURES', 'DOWNLOADS', 'ROW_BYTES', 'plan_run', 'largest_shard
            'time_text', 'size_text', 'Speed', 'some_pairs', 'measure_speed', 'measured_rate', 'visual_tokens',
            'image_tokens', 'card_speed', 'expected_speed', 'speed_of', 'released_size', 'is_here', 'config_of',
            'dtype_of', 'batch_bytes', 'memory_text', 'download_text', 'asking_time', 'distinct_images', 'asking_costs',
-           'generate_plan', 'embed_plan']
+           'generate_plan', 'measure_embedding', 'embed_plan']
 
 # %% ../nbs/41_plan.ipynb #16f67a87
 import math, platform, re, time
@@ -19,6 +19,7 @@ from .core import read_json, rng
 from .settings import Job, change
 from .items import as_items, check_answered, picture_paths
 from .pictures import BadPicture, picture_size
+from .embed import embed_items
 from .vqa import answer_targets
 from leverplus.cost import (
     PEAKS, feature_bytes, kv_bytes, parameters, prompt_flops, qwen_config, reached, text_sizes, tower_sizes,
@@ -488,14 +489,34 @@ def generate_plan(
     )
 
 # %% ../nbs/41_plan.ipynb #61f61450
+def measure_embedding(
+    splits:Splits, # whose items are embedded
+    seconds:float=10., # about so long, loading aside; one item at least
+)->float: # distinct images per second, with the questions about them; questions per second where there are no images
+    "Embed for some seconds; nothing is kept"
+    every = splits.every.iloc[rng("measure embedding", 0).permutation(len(splits.every))]
+    clip = splits.clip
+    began = time.perf_counter()
+    n = 1
+    while True:
+        start = time.perf_counter()
+        embed_items(every.iloc[:n], clip, progress=False)
+        now = time.perf_counter()
+        if n == len(every) or now - began + 4*(now - start) > seconds: break
+        n = min(4*n, len(every))
+    images = set(picture_paths(every.iloc[:n])) - {None}
+    return (len(images) or n)/(now - start)
+
 def embed_plan(
     splits:Splits, # what is to be embedded
     shard:tuple|None=None, # (i, n): only part i of n
-    rate:float|None=None, # images per second
+    rate:float|str|None=None, # images per second; "measure": ask the CLIP for some seconds
 )->dict: # {name of the line: text}
     "Say what embedding takes and leaves"
     data = splits.job.data
     todo = splits.to_do()
+    why = "given"
+    if rate == "measure": rate, why = (measure_embedding(splits) if todo else None), "measured just now"
     config = found_folder(data.clip)/"config.json"
     width = read_json(config).get("projection_dim", 512) if config.is_file() else 768
     doubt = "" if config.is_file() else ", if its vectors have 768 numbers"
@@ -510,7 +531,7 @@ def embed_plan(
         "to do": ", ".join(todo) or "nothing, all is there",
         "images": f"{images:,.0f} to encode{begun}",
         "LVLM calls": "0",
-        "time": time_text(images, rate, "images"),
+        "time": time_text(images, rate, "images", why),
         "download": download_text(splits.job, asks=False),
         "disk": f"about {size_text(vectors*width*4)} in {data.store}{doubt}",
     }

@@ -6,9 +6,9 @@ from leverplus.core import repo_path
 from leverplus.cost import PEAKS, REACHED, kv_bytes, parameters, prompt_flops, qwen_config, reached, vision_flops
 from leverplus.plan import (
     KEPT_FEATURES, ROW_BYTES, Speed, asking_costs, asking_time, batch_bytes, config_of, distinct_images,
-    download_text, dtype_of, embed_plan, expected_speed, generate_plan, image_tokens, is_here, measure_speed,
-    measured_rate, memory_text, plan_run, questions_there, released_size, sequences_of, size_text, some_pairs,
-    speed_of, time_text, visual_tokens,
+    download_text, dtype_of, embed_plan, expected_speed, generate_plan, image_tokens, is_here, measure_embedding,
+    measure_speed, measured_rate, memory_text, plan_run, questions_there, released_size, sequences_of, size_text,
+    some_pairs, speed_of, time_text, visual_tokens,
 )
 from leverplus.rldata_scale import Splits, embed_splits
 from leverplus.settings import Job, change, settings_of
@@ -307,3 +307,20 @@ def test_the_plan_of_embedding(tmp_path):
     embed_splits(splits, (1, 2), progress=False)
     assert embed_plan(splits)["to do"] == "nothing, all is there"
     assert "768 numbers" in embed_plan(Splits(change(dev, clip="somebody/clip"), ["dev"]))["disk"]
+
+def test_embedding_is_measured(tmp_path, monkeypatch):
+    "A CLIP that takes a second for a picture; nothing is kept, and nothing is measured where nothing is to be done"
+    dev = settings_of(Job, split="dev", candidates="dev", store=str(tmp_path/"store"))
+    now = [0.]
+    def embed(items, clip, progress): now[0] += items.image_path.nunique()
+    monkeypatch.setattr("leverplus.plan.embed_items", embed)
+    monkeypatch.setattr("leverplus.plan.time.perf_counter", lambda: now[0])
+    assert measure_embedding(Splits(dev, ["dev"]), 100.) == 1. and now[0] <= 100
+    assert measure_embedding(Splits(dev, ["dev"]), 0.) == 1.
+    assert measure_embedding(Splits(dev, ["dev"]), 1e9) == 1. # all items are the most that can be measured
+    plan = embed_plan(Splits(dev, ["dev"]), rate="measure")
+    assert plan["time"] == "2.1 min at 1 images/s (measured just now)"
+    assert not (tmp_path/"store").exists()
+    monkeypatch.undo()
+    embed_splits(Splits(dev, ["dev"]), progress=False)
+    assert embed_plan(Splits(dev, ["dev"]), rate="measure")["time"] == "none: everything is there"
