@@ -649,17 +649,17 @@ def _of_passport(folder):
     "What a checkpoint says by itself"
     files = [p/"config.json" for p in (folder/"checkpoint", folder) if (p/"config.json").is_file()]
     config = _record(files[0]) if files else None
-    info = (config or {}).get("info")
-    if not isinstance(info, dict): return {}
-    lvlm, pool, asking = (info[k] if isinstance(info.get(k), dict) else {} for k in ("lvlm", "pool", "asking"))
-    says = dict(
-        data=dict(clip=info.get("encoder_name")),
-        pools=dict(K=pool.get("K"), sampler=pool.get("sampler")),
-        model=dict(lvlm=lvlm.get("name")),
-        asking=asking,
+    if config is None or not isinstance(config.get("info"), dict): return {}
+    from leverplus.checkpoints import passport # it imports torch, which help can do without
+    says = passport(config)
+    groups = dict(
+        data=dict(clip=says["encoder"]),
+        pools={name: says[name] for name in ("K", "sampler")},
+        model={name: says[name] for name in ("lvlm", "min_pixels", "max_pixels")},
+        asking={name: says[name] for name in ("style", "evaluator", "answer_weight")},
     )
-    said = {name: {k: v for k, v in values.items() if v is not None} for name, values in says.items()}
-    return {name: values for name, values in _known_groups(said).items() if values}
+    known = {name: {k: v for k, v in values.items() if v is not None} for name, values in groups.items()}
+    return {name: values for name, values in known.items() if values}
 
 # %% ../nbs/94_doors.ipynb #568ac2f2
 def runs_of(

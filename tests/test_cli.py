@@ -881,12 +881,14 @@ def test_runs_that_python_made_and_checkpoints_remember_too(tmp_path):
     made = record(tmp_path/"made", job=plain_settings(job))
     door = read_door(["mine", made, "--out", "x"])
     assert (door.model.lvlm, door.data.clip) == ("some/lvlm", "some/clip")
-    info = dict(encoder_name="a/clip", pool=dict(K=64, sampler="mixed"), lvlm=dict(name="a/lvlm"),
+    lvlm = dict(name="a/lvlm", min_pixels=784, max_pixels=7840)
+    info = dict(encoder_name="a/clip", pool=dict(K=64, sampler="mixed"), lvlm=lvlm,
                 asking=dict(style="chat", evaluator="lmms"))
     bare = record(tmp_path/"copied", "config.json", info=info)
     door = read_door(["eval", "--selector", bare, "--out", "x"])
     assert (door.data.clip, door.pools.K, door.pools.sampler) == ("a/clip", 64, "mixed")
     assert (door.model.lvlm, door.asking.style, door.asking.evaluator) == ("a/lvlm", "chat", "lmms")
+    assert (door.model.min_pixels, door.model.max_pixels) == (784, 7840)
 
 @pytest.mark.parametrize("content", ["", "[1]", "{", '{"command": 3, "starts": 4}', '{"command": {"data": [1]}}'])
 def test_other_files_remember_nothing(tmp_path, content):
