@@ -17,7 +17,7 @@ from pydantic import BeforeValidator
 from torch import Tensor
 from fastcore.basics import patch
 from .settings import Asking, Count, Natural, Rewarding, change, group
-from .core import fingerprint, masked_mean, pad_rows, rng
+from .core import fingerprint, masked_mean, pad_rows, read_json, rng, write_json
 from .items import as_ids, as_items
 from leverplus.decode import (
     Stepwise, best_sequences, deciding, device_of, independent, rooted, stored_noise, tree_search,
@@ -32,6 +32,7 @@ from .losses import inclusion_logp, live_groups
 from .callback_core import FitOnly, Objective, looks_for_lr
 from .callback_grpo import GRPO, RLOO
 from .callback_schedule import Phases, SplitShots
+from .callback_track import Resume
 from fastai.callback.core import CancelFitException
 from fastai.data.load import DataLoader
 
@@ -201,11 +202,14 @@ class Feedback:
         return 0 if self.scorer is None else self.scorer.prompts
 
     @property
+    def scorer_print(self):
+        "Whose facts count"
+        return self.cache.scorers[0] if self.scorer is None else facts_fingerprint(self.scorer, self.asking)
+
+    @property
     def fingerprint(self):
         "Who judges, and by which reward"
-        if self.scorer is None: scorer = self.cache.scorers[0]
-        else: scorer = facts_fingerprint(self.scorer, self.asking)
-        return fingerprint("feedback", scorer, self.rewarding.reward, self.weights)
+        return fingerprint("feedback", self.scorer_print, self.rewarding.reward, self.weights)
 
 # %% ../nbs/68_callback_onpolicy.ipynb #ab161a65
 class NoReward(TooManyFailures):
@@ -312,7 +316,7 @@ def _these(*x): return x
 class OnPolicy(FitOnly):
     "Groups drawn by the policy of the moment, in rounds of one epoch"
     order = Objective.order-9.5   # before everything that reads a batch or a loader, after `Resume`
-    transient = ("acc", "now", "drawn", "kappa")
+    transient = ("acc", "now", "drawn", "kappa", "paid")
     draws = True   # tells `GRPO` and `RLOO` that the stored groups are not what is learned from
 
     def __init__(self,
@@ -336,6 +340,8 @@ class OnPolicy(FitOnly):
         self.tried = []
         self.seen = {}
         self.stale = 0
+        # pairs that an earlier start of this fit has asked about, in the round in which it was killed
+        self.paid = None
         # of this round: its account, its groups; of this batch: log-probabilities and thresholds of the draw
         self.acc = None
         self.now = None
@@ -419,6 +425,9 @@ def collect(self:OnPolicy, qs):
     rewards = torch.from_numpy(self.feedback(pd.DataFrame(pairs, columns=["question_id", "pointer"])))
     none = torch.zeros(d["mask"].shape, dtype=torch.float64)
     d["rewards"] = none.masked_scatter(d["mask"], rewards).float()
+    again = self.paid & set(pairs)
+    self.paid -= again
+    self.acc["again"] += len(again)
     self.note(d, drawn, greedy)
     self.account(d, pairs, rewards, len(greedy))
     return d
@@ -506,6 +515,20 @@ def batch(self:OnPolicy, queries, rows):
     self.kappa = d["kappa"]
     return tuple(d[k] for k in ("query", "cands", "cand_mask", "seqs", "seq_mask", "rewards", "mask"))
 
+# %% ../nbs/68_callback_onpolicy.ipynb #739a38d7
+@patch
+def asked_before_a_kill(self:OnPolicy):
+    "Pairs that an earlier start of this fit has asked about, in no round that it finished: a set"
+    resume = next((cb for cb in self.learn.cbs if isinstance(cb, Resume)), None)
+    cache = self.feedback.cache
+    if resume is None or cache.path is None or cache.readonly: return set()
+    file = resume.folder/"facts_before.json"
+    if not file.exists(): write_json(file, cache.files)
+    facts = cache.since(read_json(file))
+    facts = facts[facts.scorer == self.feedback.scorer_print]
+    in_rounds = {(q, tuple(p)) for _, _, q, p, *_ in self.tried}
+    return set(zip(facts.question_id.tolist(), map(tuple, facts.pointer))) - in_rounds
+
 # %% ../nbs/68_callback_onpolicy.ipynb #abf08c8a
 @patch
 def before_fit(self:OnPolicy):
@@ -526,6 +549,7 @@ def before_fit(self:OnPolicy):
     self.tried = []
     self.seen = {}
     self.stale = 0
+    self.paid = None
     self.drawing = drawing_for(self.learner_of_groups(), self.given_drawing)
     self.check()
 
@@ -536,7 +560,9 @@ def before_train(self:OnPolicy):
         self.model.eval()
         self.learn.training = False
         raise CancelFitException
-    self.acc = dict(reward=[], greedy=[], best=[], live=[], new=self.feedback.new, known=self.feedback.known)
+    if self.paid is None: self.paid = self.asked_before_a_kill()
+    prompts = dict(new=self.feedback.new, known=self.feedback.known, again=0)
+    self.acc = dict(reward=[], greedy=[], best=[], live=[], **prompts)
     queries = self.round_queries(self.epoch)
     self.now = self.collect(queries) if self.drawing.every == "round" else None
     self.learn.dl = DataLoader(
@@ -571,8 +597,8 @@ def after_train(self:OnPolicy):
         round=self.epoch,
         queries=len(acc["greedy"]) // len(self.drawing.shots),
         reward=reward, greedy=greedy, best=best, headroom=headroom, live=live,
-        new=self.feedback.new - acc["new"],
-        known=self.feedback.known - acc["known"],
+        new=self.feedback.new - acc["new"] + acc["again"],
+        known=self.feedback.known - acc["known"] - acc["again"],
         pairs=len({(q, p) for _, _, q, p, _, _ in self.tried}))
     smallest = min((earlier["headroom"] for earlier in self.trace), default=np.inf)
     progress = headroom < smallest - self.drawing.min_delta

@@ -380,6 +380,7 @@ class Resume(FitOnly):
             self.model.eval()
             self.learn.training = False
         if self.dirty or not self.finished: self.save(finished=True)
+        elif self.run_dir.finished is None: self.write_beside()   # an earlier start was killed before this
 
 # %% ../nbs/66_callback_track.ipynb #df93d8fd
 class _Skip: "Stands for what cannot be kept"
@@ -692,11 +693,16 @@ def save(self:Resume, finished=False):
     scaler = self.scaler()
     if scaler is not None: state["scaler"] = scaler.state_dict()
     with atomic_path(self.file) as tmp: torch.save(state, tmp)
-    for cb in self.learn.cbs:
-        if isinstance(cb, History) and cb.rows: self.run_dir.save_history(cb.frame)
     self.state = state
     self.dirty = False
-    if finished: self.run_dir.finish(epochs=self.done)
+    self.write_beside()
+
+@patch
+def write_beside(self:Resume):
+    "Write what people read beside the state: the history, and at the end that the fit has finished"
+    for cb in self.learn.cbs:
+        if isinstance(cb, History) and cb.rows: self.run_dir.save_history(cb.frame)
+    if self.finished: self.run_dir.finish(epochs=self.done)
 
 @patch
 def cbs_by_name(self:Resume):

@@ -369,6 +369,19 @@ def _about_others(facts, other):
         " answers or pictures than those that have these ids now"
     )
 
+@patch(as_prop=True)
+def files(self:FactCache)->list: # names, sorted; empty where facts are in memory only
+    "Files of facts that lie in the folder now"
+    return [] if self.path is None or self.readonly else sorted(f.name for f in self.path.glob("facts-*.parquet"))
+
+@patch
+def since(self:FactCache,
+    names:list, # of `files`, at an earlier time
+)->pd.DataFrame: # with the columns of CACHE_COLUMNS
+    "Facts of the files that have come since"
+    later = [_read_facts(self.path/name) for name in self.files if name not in set(names)]
+    return pd.concat(later, ignore_index=True) if later else FactCache().to_frame()
+
 @patch
 def to_frame(self:FactCache):
     "All facts: frame with the columns of CACHE_COLUMNS"
