@@ -1,5 +1,5 @@
 """What `test_kills.py` and `bench/faults.py` share: commands that are killed, or find their disk full, and go on"""
-import contextlib, ctypes, io, json, os, random, resource, shutil, signal, sys, time, traceback
+import contextlib, ctypes, json, os, random, shutil, signal, sys, time, traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 import pandas as pd
@@ -225,28 +225,31 @@ class Trial:
     problems: list = field(default_factory=list)
 
 def kill_trial(job, base, folder, seed, most=3):
-    "Kill a job up to `most` times, at file operations or at any moment, start it again each time, and compare"
+    "Kill a job up to `most` times, start it again each time, and compare"
     lots = random.Random(f"{job.name} {seed}")
     here = Path(folder)/f"{slug(job.name)}-{seed}"
     shutil.copytree(base, here)
     trial = Trial(job.name)
     for _ in range(lots.randint(1, most)):
         ended = _killed_once(job, here, lots)
-        if ended.status is not None: break
+        if ended.status == 0: break
         trial.blows += 1
-    last = in_child(here, job.lines)
-    trial.problems = _problems(job, here, last)
+        if ended.status not in (None, INTERRUPTED): trial.problems.append(f"status {ended.status}: {ended.said[-300:]}")
+    trial.problems += _problems(job, here, in_child(here, job.lines))
     if not trial.problems: shutil.rmtree(here)
     return trial
 
+INTERRUPTED = 130                                               # the exit status after Ctrl-C
+SIGNALS = signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT
+
 def _killed_once(job, here, lots):
-    "One start that is killed, if it is not through before"
+    "One start that is killed at some operation on a file, or gets a signal at some moment, if it is not through before"
     if lots.random() < .7:
         n = lots.randint(1, max(job.operations, 1))
         return in_child(here, job.lines, lambda: die_at(here, n, lots))
     def after(pid):
         time.sleep(lots.random()*job.seconds)
-        with contextlib.suppress(ProcessLookupError): os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError): os.kill(pid, lots.choice(SIGNALS))
     return in_child(here, job.lines, after=after)
 
 def _problems(job, here, last):
