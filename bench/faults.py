@@ -56,8 +56,8 @@ def under_force(args, folder):
     import leverplus.callback_onpolicy, leverplus.cli, leverplus.learner   # once, before the forks
     import torch
     torch.set_num_threads(1)
-    base = force.make_base(folder/"base")
     names = args.jobs or list(force.JOBS)
+    base = force.make_base(folder/"base", names)
     jobs = [force.Job.measured(name, base, folder) for name in names]
     wrong = 0
     if args.kills: wrong += show_trials("kill", trials_of(force.kill_trial, jobs, base, folder, args.kills, args.seed, args.workers))

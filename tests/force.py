@@ -8,7 +8,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # ---- jobs --------------------------------------------------------------------------------------------------
 
-BASE = (   # what the jobs find when they begin
+BASE = (   # what jobs find when they begin; the last three are for those that name `runs/all`, `runs/rce`, `runs/eval`
     "embed --split train dev --quiet",
     "generate --n 8 --test 0 --window 2 --quiet --out runs/train",
     "generate --n 6 --split dev --test 0 --window 2 --quiet --out runs/dev",
@@ -76,15 +76,27 @@ def _on_policy_or_status():
     except OSError as e: print(f"OSError: {e}")
     return 1
 
-def make_base(folder):
-    "Do the commands of BASE in a new folder; an AssertionError shows what they said"
+def make_base(folder, names=tuple(JOBS)):
+    "Do those commands of BASE that some jobs need in a new folder; an AssertionError shows what they said"
     folder = Path(folder)
     folder.mkdir(parents=True)
     _solved(folder/"bank-source")
-    for line in BASE:
+    for line in _needed(names):
         ended = in_child(folder, [line])
         assert ended.status == 0, f"{line}: {ended}"
     return folder
+
+def _needed(names):
+    "Commands of BASE whose runs some jobs name, and what these need themselves"
+    wanted = [line for name in names for line in JOBS[name]]
+    wanted += ["runs/train"] if "on-policy" in names else []
+    kept = []
+    for line in reversed(BASE):
+        made = line.split(" --out ")[-1].split()[0] if " --out " in line else ""
+        if made and not any(made in other for other in wanted): continue
+        kept.insert(0, line)
+        wanted.append(line)
+    return kept
 
 def _solved(source):
     "Ten solved examples with pictures, for a bank"
