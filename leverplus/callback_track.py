@@ -21,7 +21,7 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 from torch import Tensor, nn
 from .core import atomic_path, fingerprint, frozen, gini, masked_mean, masked_softmax, rng
-from .checkpoints import read_state
+from .checkpoints import read_state, write_state
 from .runs import Run
 from .embed import EmbedStore
 from .pools import Pool
@@ -691,7 +691,7 @@ def save(self:Resume, finished=False):
     )
     scaler = self.scaler()
     if scaler is not None: state["scaler"] = scaler.state_dict()
-    with atomic_path(self.file) as tmp: torch.save(state, tmp)
+    write_state(self.file, state)
     for cb in self.learn.cbs:
         if isinstance(cb, History) and cb.rows: self.run_dir.save_history(cb.frame)
     self.state = state

@@ -15,8 +15,8 @@ from huggingface_hub import ModelCardData
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from leverplus.core import (
-    BLANK_SEAL, Damaged, atomic_path, check_seal, fingerprint, parse_json, sealed_path, tensors_fingerprint,
-    what_instead,
+    BLANK_SEAL, Damaged, atomic_path, check_seal, fingerprint, parse_json, sealed_path,
+    tensors_fingerprint, what_instead,
 )
 
 # %% ../nbs/05_checkpoints.ipynb #58eb9adc

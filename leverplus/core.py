@@ -7,7 +7,7 @@ __all__ = ['SEAL', 'BLANK_SEAL', 'masked_mean', 'masked_log_softmax', 'masked_so
            'stable_hash', 'rng', 'seed_all', 'scramble', 'fingerprint', 'tensor_hash', 'tensors_fingerprint',
            'atomic_path', 'Damaged', 'put_seal', 'look_at_seal', 'sealed_path', 'seal_file', 'checked_bytes',
            'check_seal', 'write_json', 'sealed_json', 'file_bytes', 'what_instead', 'parse_json', 'read_json',
-           'read_sealed_json', 'write_parquet', 'read_arrow', 'read_frame', 'leftovers', 'ask_for_a_folder',
+           'read_sealed_json', 'write_parquet', 'read_arrow', 'read_parquet', 'leftovers', 'ask_for_a_folder',
            'repo_path', 'world_path', 'exact_float32', 'reproducible', 'loading_bar']
 
 # %% ../nbs/00_core.ipynb #f91ab82d
@@ -543,7 +543,7 @@ def read_arrow(
     import pyarrow.parquet as pq
     with _parquet_of(path) as content: return pq.ParquetFile(content).read()
 
-def read_frame(
+def read_parquet(
     path, # as for `read_arrow`
 ): # DataFrame, as pandas reads it
     "Read a Parquet file as a frame, with errors that name the file"

@@ -12,7 +12,7 @@ from itertools import chain
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
-from .core import fingerprint, read_frame, read_json, rng, write_json, write_parquet
+from .core import fingerprint, read_json, read_parquet, rng, write_json, write_parquet
 from .runs import plain, settings_diff
 from .items import as_id, as_ids, as_items, given_ids
 from .pictures import picture_key
@@ -201,7 +201,7 @@ def load(cls:Pool,
     head = read_json(path/"pool.json")
     if not (path/"pool.parquet").exists():
         raise FileNotFoundError(f"{path/'pool.parquet'}: no such file, though pool.json is there")
-    table = read_frame(path/"pool.parquet")
+    table = read_parquet(path/"pool.parquet")
     pool = cls(dict(zip(table.question_id.tolist(), table.candidates)), head["recipe"])
     if pool.fingerprint != head["fingerprint"]:
         raise ValueError(

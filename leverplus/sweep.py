@@ -15,7 +15,7 @@ from statistics import NormalDist
 import numpy as np, pandas as pd
 from tqdm import tqdm
 from .settings import Asking
-from .core import fingerprint, read_json
+from .core import fingerprint, read_json, read_sealed_json, sealed_json
 from .identity import code_fingerprint
 from .runs import git_state, library_versions, plain
 from .synth import quiet
@@ -317,10 +317,10 @@ def append_row(
     file, # a .jsonl file; made if absent
     row:dict, # JSON-ready
 )->Path: # `file`
-    "Append a line, whole or not at all for whoever reads it with `read_rows`"
+    "Append a line with its seal, whole or not at all for whoever reads it with `read_rows`"
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
-    line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
+    line = sealed_json(row)
     with open(file, "ab") as f:
         if f.tell():
             whole = _whole(file)
@@ -337,13 +337,9 @@ def read_rows(
     file = Path(file)
     if not file.exists(): return []
     rows = []
-    for i, line in enumerate(file.read_bytes()[:_whole(file)].splitlines(), 1):
-        try: rows.append(json.loads(line))
-        except ValueError as e:
-            raise ValueError(
-                f"{file} line {i}: not JSON ({e}); was it edited? Take the line out, its cell is trained"
-                " again"
-            ) from e
+    for i, line in enumerate(file.read_bytes()[:_whole(file)].splitlines(keepends=True), 1):
+        try: rows.append(read_sealed_json(line, f"{file} line {i}"))
+        except ValueError as e: raise type(e)(f"{e}. Without this line its cell is trained again") from e
     return rows
 
 def _whole(file):
