@@ -402,10 +402,12 @@ def write_json(
     seal:bool=True, # is it read again here?
 )->Path: # `path`
     "Write `obj` as JSON, atomically"
-    has_room = seal and isinstance(obj, dict)
-    raw = sealed_json(obj, indent) if has_room else _as_json(obj, indent)
-    write = sealed_path(path, beside=True) if seal and not has_room else atomic_path(path)
-    with write as tmp: tmp.write_bytes(raw)
+    has_room = isinstance(obj, dict)
+    raw = sealed_json(obj, indent) if seal and has_room else _as_json(obj, indent)
+    if seal and not has_room:
+        with sealed_path(path, beside=True) as tmp: tmp.write_bytes(raw)
+    else:
+        with atomic_path(path) as tmp: tmp.write_bytes(raw)
     return Path(path)
 
 def sealed_json(

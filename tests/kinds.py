@@ -3,12 +3,12 @@
 `KINDS` is the table: a name, a function that makes the file in an empty folder, and a function that reads it back as
 something that can be compared. No pytest here, so that `bench/faults.py` can use it, too.
 """
-import contextlib, json, warnings
+import json, warnings
 from pathlib import Path
 from typing import Callable, NamedTuple
 import numpy as np, pandas as pd, torch
 from leverplus.bank import DemoBank
-from leverplus.core import fingerprint, put_seal, read_json, repo_path, rng, write_json
+from leverplus.core import read_json, repo_path, rng
 from leverplus.data import read_okvqa
 from leverplus.embed import EmbedStore
 from leverplus.evaluate import count_look
@@ -57,13 +57,13 @@ def store():
     draws = torch.Generator().manual_seed(0)
     return EmbedStore(ids, torch.randn(len(ids), 6, generator=draws), torch.randn(len(ids), 6, generator=draws))
 
-def generated(folder):
+def generated(folder, quiet=True):
     how = dict(
         proposing=Proposing(shots=(2,), counts=dict(beam=4, random=2), seed=0),
         guarding=Guarding(window=2, test=0),
     )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")                # the pictures of this world are names alone
+        if quiet: warnings.simplefilter("ignore")      # the pictures of this world are names alone
         return generate(folder, range(N_QUERIES), items(), pool(), MockScorer(), store(), progress=False, **how)
 
 def of_frame(frame): return frame.to_json(orient="split", default_handler=str, double_precision=15)
