@@ -20,7 +20,7 @@ import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
 from fastcore.foundation import L
 from torch import Tensor, nn
-from .core import atomic_path, fingerprint, frozen, gini, masked_mean, masked_softmax, rng
+from .core import atomic_path, fingerprint, frozen, gini, masked_mean, masked_softmax, rng, room_for
 from .checkpoints import read_state, write_state
 from .runs import Run
 from .embed import EmbedStore
@@ -1317,7 +1317,7 @@ def _finite(value): return None if isinstance(value, float) and not math.isfinit
 @patch
 def append(self:JSONLines, text):
     "Add a line to the file in one piece"
-    with open(self.path, "ab", buffering=0) as f:
+    with room_for(self.path), open(self.path, "ab", buffering=0) as f:
         f.write(f"{text}\n".encode())
         os.fsync(f.fileno())
 

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['SEAL', 'BLANK_SEAL', 'masked_mean', 'masked_log_softmax', 'masked_softmax', 'spread', 'pad_rows', 'frozen', 'gini',
            'stable_hash', 'rng', 'seed_all', 'scramble', 'fingerprint', 'tensor_hash', 'tensors_fingerprint',
-           'atomic_path', 'Damaged', 'put_seal', 'look_at_seal', 'sealed_path', 'seal_file', 'checked_bytes',
-           'check_seal', 'write_json', 'sealed_json', 'file_bytes', 'what_instead', 'parse_json', 'read_json',
-           'read_sealed_json', 'write_parquet', 'read_arrow', 'read_parquet', 'leftovers', 'ask_for_a_folder',
-           'repo_path', 'world_path', 'exact_float32', 'reproducible', 'loading_bar']
+           'room_for', 'atomic_path', 'Damaged', 'put_seal', 'look_at_seal', 'sealed_path', 'seal_file',
+           'checked_bytes', 'check_seal', 'write_json', 'sealed_json', 'file_bytes', 'what_instead', 'parse_json',
+           'read_json', 'read_sealed_json', 'write_parquet', 'read_arrow', 'read_parquet', 'leftovers',
+           'ask_for_a_folder', 'repo_path', 'world_path', 'exact_float32', 'reproducible', 'loading_bar']
 
 # %% ../nbs/00_core.ipynb #f91ab82d
 import codecs, contextlib, errno, gzip, hashlib, io, json, mmap, os, random, re, shutil, uuid, warnings, zlib
@@ -244,38 +244,33 @@ def _to_host(scalars):
     home = scalars[0].device
     return torch.stack([s.to(home) for s in scalars]).tolist()
 
-# %% ../nbs/00_core.ipynb #b34cd3c2
+# %% ../nbs/00_core.ipynb #dae661bc
 @contextlib.contextmanager
-def atomic_path(
-    path, # the file that is to exist afterwards; its folder is made. OSError says if there is no room for it
+def room_for(
+    path, # what is to be written
+    tmp=None, # a temporary file, which may be used up to try whether there is room; None: there is none
 ):
-    "Write to the yielded temporary path; it replaces `path` if the block ends well and vanishes if not"
-    path = Path(path)
-    tmp = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield tmp
-        with open(tmp, "rb+") as f: os.fsync(f.fileno())
-        os.replace(tmp, path)
+    "Inside, any error that means a full disk becomes an OSError that says so, and what to do"
+    try: yield
     except Exception as e:
         code = _no_room(e, tmp)
         if code is None: raise
-        raise OSError(code, _says_no_room(code, path)) from e
-    finally:
-        if tmp.exists(): tmp.unlink()
+        raise OSError(code, _says_no_room(code, Path(path))) from e
 
-_NO_ROOM = { # numbers of errors, and what they mean for a file
-    errno.ENOSPC: "no space left for",
-    errno.EDQUOT: "no more space is granted for",
-    errno.EFBIG: "larger than files may be here:",
-    errno.EROFS: "the disk is read-only, so there is no place for",
+_NO_ROOM = { # numbers of errors: what they mean for a file, and what to do
+    errno.ENOSPC: ("no space left for", "make room and start again"),
+    errno.EDQUOT: ("your share of the disk is used up, no space left for", "make room and start again"),
+    errno.EFBIG: ("larger than a file may be here:", "raise the limit (ulimit -f), or write to another disk"),
+    errno.EROFS: ("the disk is read-only, no place for", "write to another disk"),
 }
 
 def _no_room(e, tmp):
     "Number of the error, if it is that there is no room; None: it is another"
     if isinstance(e, OSError) and e.errno is not None: return e.errno if e.errno in _NO_ROOM else None
     if isinstance(e.__cause__, OSError): return _no_room(e.__cause__, tmp)
-    return _no_more(tmp) if tmp.exists() else None
+    said = re.search(r"\(os error (\d+)\)", str(e))   # as Rust says it, in which safetensors is written
+    if said and int(said[1]) in _NO_ROOM: return int(said[1])
+    return _no_more(tmp) if tmp is not None and tmp.exists() else None
 
 def _no_more(tmp):
     "The same by trial, since the writers of some libraries do not say it: can anything be added to the file?"
@@ -289,10 +284,26 @@ def _no_more(tmp):
 def _says_no_room(code, path):
     there = next(folder for folder in (path.parent, *path.parent.absolute().parents) if folder.is_dir())
     free = shutil.disk_usage(there).free
-    return (
-        f"{_NO_ROOM[code]} {path} ({free:,} bytes free on its disk): make room and start again; what was there is"
-        " as it was"
-    )
+    says, do = _NO_ROOM[code]
+    return f"{says} {path} ({free:,} bytes free on its disk): {do}; what was there is as it was"
+
+# %% ../nbs/00_core.ipynb #b34cd3c2
+@contextlib.contextmanager
+def atomic_path(
+    path, # the file that is to exist afterwards; its folder is made. OSError says if there is no room for it
+):
+    "Write to the yielded temporary path; it replaces `path` if the block ends well and vanishes if not"
+    path = Path(path)
+    tmp = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        with room_for(path, tmp):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield tmp
+            with open(tmp, "rb+") as f: os.fsync(f.fileno())
+            os.replace(tmp, path)
+    finally:
+        if tmp.exists(): tmp.unlink()
+
 
 # %% ../nbs/00_core.ipynb #7ea9b48b
 SEAL = "leverplus-sha256:" # how a seal begins; 64 hexadecimal digits follow

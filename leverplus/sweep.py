@@ -15,7 +15,7 @@ from statistics import NormalDist
 import numpy as np, pandas as pd
 from tqdm import tqdm
 from .settings import Asking
-from .core import SEAL, fingerprint, read_json, read_sealed_json, sealed_json
+from .core import SEAL, fingerprint, read_json, read_sealed_json, room_for, sealed_json
 from .identity import code_fingerprint
 from .runs import git_state, library_versions, plain
 from .synth import quiet
@@ -321,7 +321,7 @@ def append_row(
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
     line = sealed_json(row)
-    with open(file, "ab") as f:
+    with room_for(file), open(file, "ab") as f:
         if f.tell():
             whole = _whole(file)
             if whole < f.tell(): f.truncate(whole)
