@@ -11,7 +11,7 @@ __all__ = ['SEAL', 'BLANK_SEAL', 'masked_mean', 'masked_log_softmax', 'masked_so
            'ask_for_a_folder', 'repo_path', 'world_path', 'exact_float32', 'reproducible', 'loading_bar']
 
 # %% ../nbs/00_core.ipynb #f91ab82d
-import codecs, contextlib, errno, gzip, hashlib, io, json, mmap, os, random, re, shutil, uuid, warnings, zlib
+import codecs, contextlib, errno, gzip, hashlib, json, mmap, os, random, re, shutil, uuid, warnings, zlib
 from copy import deepcopy
 from functools import lru_cache
 from pathlib import Path
@@ -566,7 +566,7 @@ def _parquet_of(path):
     "Content of a Parquet file, and errors about it inside"
     import pyarrow as pa
     raw = checked_bytes(path)
-    try: yield io.BytesIO(raw)
+    try: yield pa.BufferReader(raw)
     except (pa.ArrowException, OSError) as e:
         says = what_instead(raw) if not raw.startswith(b"PAR1") else ""
         says = says or f"{e}; was the copy cut short? Copy it again, or remove it and make it again"

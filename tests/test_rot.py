@@ -284,3 +284,71 @@ def test_a_damaged_shard_of_features_is_made_again(tmp_path):
     with pytest.warns(UserWarning, match=f"{shard.name}: damaged.* encoded again"): assert shards.get("b") is None
     assert not shard.exists() and shards.get("a") is None
     assert put().get("b")[0].tolist() == torch.zeros(2, 4).tolist()
+
+# ---- full disks ----------------------------------------------------------------------------------------------
+
+FULL = """
+    import resource, signal, sys, torch, pandas as pd
+    from pathlib import Path
+    from leverplus.checkpoints import write_state, write_weights
+    from leverplus.core import write_json, write_parquet
+    from leverplus.runs import write_frame
+    folder = Path(sys.argv[1])
+    x = torch.randn(100_000)
+    frame = pd.DataFrame(dict(x=x.numpy()))
+    writers = {
+        "a.parquet": lambda file: write_parquet(file, frame),
+        "a.safetensors": lambda file: write_weights(file, dict(x=x)),
+        "a.pt": lambda file: write_state(file, dict(x=x)),
+        "a.csv": lambda file: write_frame(file, frame),
+        "a.json": lambda file: write_json(file, dict(x=x.tolist())),
+    }
+    for name in writers: (folder/name).write_text("old")
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+    for name, write in writers.items():
+        try: write(folder/name)
+        except OSError as e: print(e)
+"""
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no such limits")
+def test_all_writers_speak_alike_of_a_full_disk(tmp_path):
+    "Whatever the library says, which is sometimes no more than 'unexpected pos'"
+    out = subprocess.run([sys.executable, "-c", textwrap.dedent(FULL), tmp_path], cwd=ROOT, capture_output=True, text=True)
+    names = ["a.parquet", "a.safetensors", "a.pt", "a.csv", "a.json"]
+    said = out.stdout.splitlines()
+    assert len(said) == len(names), out.stdout + out.stderr
+    for line, name in zip(said, names):
+        assert re.search(rf"^\[Errno 27\] larger than a file may be here: .*/{name} \([\d,]+ bytes free", line), line
+        assert line.endswith("or write to another disk; what was there is as it was")
+        assert (tmp_path/name).read_text() == "old"
+    assert not list(tmp_path.glob(".*.tmp"))
+
+class NoMore:
+    "A file to which nothing can be added"
+    def __enter__(self): return self
+    def __exit__(self, *_): pass
+    def write(self, _): raise OSError(28, "No space left on device")
+
+@pytest.mark.parametrize("error", [RuntimeError("unexpected pos 64 vs 0"), OSError("no number"), OSError(28, "full")])
+def test_a_full_disk_is_found_behind_any_error(tmp_path, monkeypatch, error):
+    import leverplus.core
+    def full(*_): return NoMore()
+    with pytest.raises(OSError, match="no space left for .*/a.json .*make room and start again") as e:
+        with leverplus.core.atomic_path(tmp_path/"a.json") as tmp:
+            tmp.touch()
+            monkeypatch.setattr(leverplus.core, "open", full, raising=False)
+            raise error
+    assert e.value.errno == 28 and e.value.__cause__ is error
+
+def test_other_errors_are_left_as_they_are(tmp_path):
+    from leverplus.core import atomic_path, room_for
+    for error in (RuntimeError("unexpected pos"), PermissionError(13, "no"), KeyError("x")):
+        with pytest.raises(type(error)) as e:
+            with atomic_path(tmp_path/"a.json") as tmp:
+                tmp.touch()
+                raise error
+        assert e.value is error
+    with pytest.raises(RuntimeError, match="odd"):
+        with room_for(tmp_path/"lines.jsonl"): raise RuntimeError("odd")
+    assert not list(tmp_path.iterdir())
