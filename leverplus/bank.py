@@ -16,7 +16,8 @@ import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
 from PIL import Image, ImageOps
 from leverplus.core import (
-    ask_for_a_folder, atomic_path, fingerprint, parse_json, read_json, world_path, write_json,
+    ask_for_a_folder, atomic_path, fingerprint, parse_json, read_json, read_parquet, world_path,
+    write_json, write_parquet,
 )
 from .runs import library_versions
 from leverplus.pictures import (
@@ -24,8 +25,8 @@ from leverplus.pictures import (
 )
 from .items import as_id, as_image_id, as_items, given_ids, picture_paths
 from leverplus.data import (
-    BadItems, PictureFolder, check_choices, image_fault, items_fingerprint, majority, read_okvqa, read_soft_labels,
-    read_vqav2,
+    BadItems, PictureFolder, check_choices, image_fault, items_fingerprint, majority, read_okvqa,
+    read_soft_labels, read_vqav2,
 )
 from .embed import Clip, EmbedStore, embed_items, gather_stores, load_clip
 from .pools import encoder_of, image_groups
@@ -452,7 +453,7 @@ def save(self:DemoBank,
     part = folder/self.fingerprint
     self.store.save(part)
     items = _with_near_paths(self.items, folder)
-    with atomic_path(part/"items.parquet") as tmp: items.to_parquet(tmp, index=False)
+    write_parquet(part/"items.parquet", items)
     with atomic_path(folder/"README.md") as tmp: tmp.write_text(self.card(), encoding="utf8")
     about = dict(schema=BANK_SCHEMA, fingerprint=self.fingerprint, examples=len(self), info=self.info)
     write_json(folder/"bank.json", about | library_versions(["leverplus"]))
@@ -485,7 +486,7 @@ def open(cls:DemoBank,
     file = part/"items.parquet"
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file, though bank.json names it; copy the folder whole")
-    items = _with_lists(pd.read_parquet(file))
+    items = _with_lists(read_parquet(file))
     paths = [None if path is None else str(folder/path) for path in picture_paths(items)]
     items = items.assign(image_path=_objects(paths, items))
     bank = cls(items, EmbedStore.load(part), encoder, about["info"])

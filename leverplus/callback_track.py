@@ -20,8 +20,8 @@ import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
 from fastcore.foundation import L
 from torch import Tensor, nn
-from .core import atomic_path, fingerprint, frozen, gini, masked_mean, masked_softmax, rng
-from .checkpoints import read_state
+from .core import atomic_path, fingerprint, frozen, gini, masked_mean, masked_softmax, rng, room_for
+from .checkpoints import read_state, write_state
 from .runs import Run
 from .embed import EmbedStore
 from .pools import Pool
@@ -692,7 +692,7 @@ def save(self:Resume, finished=False):
     )
     scaler = self.scaler()
     if scaler is not None: state["scaler"] = scaler.state_dict()
-    with atomic_path(self.file) as tmp: torch.save(state, tmp)
+    write_state(self.file, state)
     self.state = state
     self.dirty = False
     self.write_beside()
@@ -1323,7 +1323,7 @@ def _finite(value): return None if isinstance(value, float) and not math.isfinit
 @patch
 def append(self:JSONLines, text):
     "Add a line to the file in one piece"
-    with open(self.path, "ab", buffering=0) as f:
+    with room_for(self.path), open(self.path, "ab", buffering=0) as f:
         f.write(f"{text}\n".encode())
         os.fsync(f.fileno())
 

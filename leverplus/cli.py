@@ -17,9 +17,9 @@ from pathlib import Path
 from types import SimpleNamespace
 import numpy as np
 from fastcore.basics import noop
-from .core import write_json
+from .core import atomic_path, write_json
 from .settings import Job, Model, Proposing, change, columns_of, plain_settings
-from .runs import Busy, by_command, present_command
+from .runs import Busy, by_command, present_command, write_frame
 from .items import as_items, check_answered, picture_paths
 from .pools import check_encoder, encoder_of
 from .evidence import n_evidence, plain_kind
@@ -31,7 +31,9 @@ from leverplus.rldata_generate import (
     NotVerified, TooManyFailures, run_lock, shard_queries, summary_text, verified_text, with_text,
 )
 from .rldata_scale import Splits, embed_splits, generate_ray, reads_evidence
-from .plan import ROW_BYTES, asking_costs, embed_plan, generate_plan, sequences_of, size_text, time_text
+from leverplus.plan import (
+    ROW_BYTES, asking_costs, embed_plan, generate_plan, sequences_of, size_text, time_text,
+)
 from .picker import Picker
 from leverplus.doors import (
     DOORS, Bank, Check, Demo, DrawPools, Embed, Eval, Generate, Infer, Merge, Mine, Pick, Report, Sweep,
@@ -622,13 +624,14 @@ def do_sweep(door:Sweep):
 def _swept(out, cells, items):
     "Write what is there of a sweep; the text of its table"
     from leverplus.sweep import plot_sweep, sweep_table, sweep_text
-    cells.to_csv(out/"cells.csv", index=False)
+    write_frame(out/"cells.csv", cells)
     left = int((cells.status == "not run").sum())
     if left: return f"{out}: {len(cells) - left} of {len(cells)} cells are there, {left} still to come"
     if not cells.attrs["by"]: return cells.drop(columns=["error", "cell"]).round(3).to_string(index=False)
     table = sweep_table(cells, items=items)
-    table.to_csv(out/"table.csv", index=False)
-    plot_sweep(cells, items=items).figure.savefig(out/"sweep.png", dpi=110)
+    write_frame(out/"table.csv", table)
+    figure = plot_sweep(cells, items=items).figure
+    with atomic_path(out/"sweep.png") as tmp: figure.savefig(tmp, format="png", dpi=110)
     return sweep_text(table)
 
 def plan_sweep(door:Sweep)->dict: # lines of the plan

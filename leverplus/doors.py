@@ -12,7 +12,7 @@ __all__ = ['STATUS', 'Shard', 'Rate', 'Selectors', 'Selector', 'Runs', 'OneRun',
            'first_page', 'answer']
 
 # %% ../nbs/94_doors.ipynb #fba18050
-import contextlib, io, json, math, re, sys, textwrap
+import contextlib, io, math, re, sys, textwrap
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, get_args, get_origin
@@ -22,8 +22,8 @@ from pydantic import BeforeValidator
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, UseAppendAction, arg
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec
 from leverplus.settings import (
-    Amount, Asking, Choosing, Columns, Count, Data, Folder, Guarding, JsonOrNone, Mining, Model, Natural, Picking,
-    Pools, Positive, Proposing, Rewarding, Rows, Share, Teaching, draft, flag, flat_names, group,
+    Amount, Asking, Choosing, Columns, Count, Data, Folder, Guarding, JsonOrNone, Mining, Model, Natural,
+    Picking, Pools, Positive, Proposing, Rewarding, Rows, Share, Teaching, draft, flag, flat_names, group,
     plain_settings, read_settings, several,
 )
 
@@ -621,7 +621,9 @@ def _records(folder):
 
 def _record(file):
     "A run's own record; what is no JSON object is somebody else's file"
-    try: record = json.loads(file.read_text(encoding="utf8"))
+    from leverplus.core import Damaged, read_json   # it imports torch, which help can do without
+    try: record = read_json(file)
+    except Damaged: raise
     except (ValueError, OSError): return None
     return record if isinstance(record, dict) else None
 

@@ -208,4 +208,4 @@ def write_beams(
         entry["id_list"].append([*pointer, q])
         entry["score_list"].append(by_shot[-1])
         entry["shot_scores"].append(list(by_shot))
-    write_json(path, whole)
+    write_json(path, whole, seal=False)

@@ -875,7 +875,7 @@ def to_json(self:RLData,
         real_places = [int(i) for i in at if i >= 0]
         entry = whole[str(name(row["question_id"]))]
         entry["pointer_candidates"].append(_candidate(dialect, row, ids, real_places))
-    write_json(path, whole)
+    write_json(path, whole, seal=False)
     return lost
 
 # %% ../nbs/87_earlier_json.ipynb #02acda09

@@ -10,10 +10,10 @@ import re, textwrap
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
-from .checkpoints import check_checkpoint, read_weights
+from .checkpoints import check_checkpoint, read_weights, write_weights
 from leverplus.core import (
-    atomic_path, exact_float32, fingerprint, loading_bar, read_json, tensors_fingerprint, repo_path, world_path,
-    write_json,
+    Damaged, exact_float32, fingerprint, loading_bar, read_json, tensors_fingerprint, repo_path,
+    world_path, write_json,
 )
 from leverplus.identity import (
     image_settings, named_settings, tokenizer_fingerprint, unlike_config, weights_fingerprint,
@@ -226,12 +226,11 @@ def from_vectors(cls:EmbedStore,
 def save(self:EmbedStore,
     path, # folder, made if absent
 )->Path: # the folder
-    "Write `embed.safetensors` and `embed.json`, atomically"
-    from safetensors.torch import save_file
+    "Write `embed.safetensors` and `embed.json`, atomically and with seals"
     path = Path(path)
     vectors = {name: x.contiguous() for name, x in self.vectors.items()}
     meta = self.meta | dict(source=self.source)
-    with atomic_path(path/"embed.safetensors") as tmp: save_file(vectors, tmp)
+    write_weights(path/"embed.safetensors", vectors)
     head = dict(fingerprint=self.fingerprint, digest=self._digest(), meta=meta, ids=self.ids.tolist())
     write_json(path/"embed.json", head, indent=None)
     return path
@@ -256,7 +255,7 @@ def load(cls:EmbedStore,
 
 def _check_head(store, head, path):
     if store._digest() != head["digest"]:
-        raise ValueError(
+        raise Damaged(
             f"{path}: embed.safetensors and embed.json are of different stores; write the store again"
         )
     if store.fingerprint != head["fingerprint"]:

@@ -14,9 +14,9 @@ import math, re, shutil
 from collections import Counter
 from itertools import chain
 from pathlib import Path
-import numpy as np, pandas as pd, pyarrow as pa, pyarrow.parquet as pq
+import numpy as np, pandas as pd, pyarrow as pa
 from fastcore.basics import patch
-from .core import fingerprint, atomic_path, write_json, read_json
+from .core import fingerprint, read_arrow, read_json, write_json, write_parquet
 from .runs import present_command
 from .markup import Blocks, Paragraph, frame_table
 from .items import as_id, as_items
@@ -547,12 +547,11 @@ def write_part(
     frame:pd.DataFrame, # as `as_record` makes it
     columns:dict=RECORD, # {name: kind}
 )->Path: # `path`
-    "Write one part, atomically"
-    with atomic_path(path) as tmp: pq.write_table(pack(frame, columns), tmp, compression="zstd")
-    return Path(path)
+    "Write one part, atomically and with a seal"
+    return write_parquet(path, pack(frame, columns))
 
 def read_part(
-    path, # a parquet file; FileNotFoundError if absent, ValueError if it is no parquet or has other columns
+    path, # FileNotFoundError if absent, `Damaged` if not as it was written, ValueError if it has other columns
     columns:dict=RECORD, # {name: kind} that must be there
     optional:tuple=LATER, # names out of `columns` that may be absent; they come back as missing, or 0, or False
     ignore:tuple=(), # other columns that may be there
@@ -561,9 +560,7 @@ def read_part(
     "Read one part with errors that name the file"
     path = Path(path)
     if not path.exists(): raise FileNotFoundError(f"{path}: no such part; was the directory copied whole?")
-    try: table = pq.ParquetFile(path).read()
-    except (pa.ArrowInvalid, pa.ArrowException, OSError) as e:
-        raise ValueError(f"{path}: not a readable parquet file ({e})") from e
+    table = read_arrow(path)
     _check_part(path, table, columns, optional, ignore, rows)
     for name, kind in columns.items():
         if name in table.column_names: continue

@@ -10,7 +10,7 @@ __all__ = ['PICKS', 'TRUTH', 'PICKERS', 'RULE_NAMES', 'PREDICTION_COLUMNS', 'GRO
            'export_predictions', 'export_groups']
 
 # %% ../nbs/80_infer.ipynb #7ed8ca85
-import json, math
+import math
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +18,9 @@ from typing import get_args
 import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
 from filelock import FileLock
-from .core import ask_for_a_folder, atomic_path, fingerprint, pad_rows, read_json, rng
+from leverplus.core import (
+    ask_for_a_folder, atomic_path, checked_bytes, fingerprint, pad_rows, read_json, rng, write_json,
+)
 from .runs import Run, settings_diff
 from .settings import Asking, PickerName, Picking, plain_settings
 from .items import answered, as_asked, as_id, as_ids, as_items, check_answered, given_ids
@@ -515,9 +517,7 @@ def write_results(
     said = dict(sorted(said.items()))
     names = _ids_of_results(said, items)
     results = [dict(question_id=q, answer=a) for q, a in zip(names, said.values())]
-    text = json.dumps(check_results(results, question_ids, items), ensure_ascii=False)
-    with atomic_path(path) as tmp: Path(tmp).write_text(text, encoding="utf8")
-    return Path(path)
+    return write_json(path, check_results(results, question_ids, items), indent=None)
 
 def _ids_of_results(question_ids, items):
     "Ids as the questions file has them"
@@ -1032,8 +1032,8 @@ def export(self:Prediction,
     "Write the predictions for others"
     path = check_new_file(path, (".jsonl", ".parquet", ".json"), overwrite)
     if path.suffix != ".json": return export_predictions(path, self.frame("predictions.parquet"), overwrite)
-    text = (self.path/"predictions.json").read_text(encoding="utf8")
-    with atomic_path(path) as tmp: tmp.write_text(text, encoding="utf8")
+    results = checked_bytes(self.path/"predictions.json")
+    with atomic_path(path) as tmp: tmp.write_bytes(results)
     return path
 
 # %% ../nbs/80_infer.ipynb #558e05e7

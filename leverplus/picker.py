@@ -11,9 +11,9 @@ import base64, io, json, shutil, tempfile, textwrap, weakref
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, pandas as pd, torch
-import pyarrow as pa, pyarrow.parquet as pq
+import pyarrow as pa
 from fastcore.basics import patch
-from .core import atomic_path, parse_json, rng
+from .core import checked_bytes, parse_json, read_arrow, rng, sealed_path, write_parquet
 from .pictures import looks_alike, open_image, picture_format, read_picture
 from .items import given_ids, picture_paths
 from .embed import Clip, load_clip
@@ -145,9 +145,9 @@ def export_rows(
     if lost:
         raise ValueError(f"{path.name}: the table has no column {lost[0]}, it has {', '.join(rows.columns)}")
     table = pa.table({name: _values(rows[name], columns[name].kind) for name in columns})
-    with atomic_path(path) as tmp:
-        if path.suffix == ".parquet": pq.write_table(table, tmp)
-        else: tmp.write_text("".join(map(_line, table.to_pylist())), encoding="utf8")
+    if path.suffix == ".parquet": return write_parquet(path, table)
+    lines = "".join(map(_line, table.to_pylist()))
+    with sealed_path(path, beside=True) as tmp: tmp.write_text(lines, encoding="utf8")
     return path
 
 _TEXTS = dict(type=pa.string(), text=pa.string(), image=pa.string())
@@ -197,9 +197,9 @@ def read_export(
 )->pd.DataFrame: # its columns, ids as they were given, lists as lists, what is missing as None or nan
     "Read a table that was written for others"
     path = Path(path).expanduser()
-    if path.suffix == ".parquet": rows = pq.read_table(path).to_pylist()
+    if path.suffix == ".parquet": rows = read_arrow(path).to_pylist()
     elif path.suffix == ".jsonl":
-        lines = enumerate(path.read_bytes().splitlines(), 1)
+        lines = enumerate(checked_bytes(path).splitlines(), 1)
         rows = [parse_json(line, f"{path}, line {i}") for i, line in lines]
     else: raise ValueError(f"{path}: wanted a file that ends in .jsonl or .parquet")
     frame = pd.DataFrame({name: [row[name] for row in rows] for name in (rows[0] if rows else ())})

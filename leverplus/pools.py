@@ -12,7 +12,7 @@ from itertools import chain
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
-from .core import atomic_path, fingerprint, read_json, rng, write_json
+from .core import fingerprint, read_json, read_parquet, rng, write_json, write_parquet
 from .runs import plain, settings_diff
 from .items import as_id, as_ids, as_items, given_ids
 from .pictures import picture_key
@@ -184,10 +184,10 @@ def only(self:Pool,
 def save(self:Pool,
     path, # folder, made if absent; it may hold other things
 )->Path: # the folder
-    "Write `pool.parquet` and `pool.json`, atomically"
+    "Write `pool.parquet` and `pool.json`, atomically and with seals"
     path = Path(path)
     table = pd.DataFrame({"question_id": list(self.ids), "candidates": [list(c) for c in self.ids.values()]})
-    with atomic_path(path/"pool.parquet") as tmp: table.to_parquet(tmp, index=False)
+    write_parquet(path/"pool.parquet", table)
     head = dict(fingerprint=self.fingerprint, queries=len(self), K=self.K, recipe=self.recipe)
     write_json(path/"pool.json", head)
     return path
@@ -201,7 +201,7 @@ def load(cls:Pool,
     head = read_json(path/"pool.json")
     if not (path/"pool.parquet").exists():
         raise FileNotFoundError(f"{path/'pool.parquet'}: no such file, though pool.json is there")
-    table = pd.read_parquet(path/"pool.parquet")
+    table = read_parquet(path/"pool.parquet")
     pool = cls(dict(zip(table.question_id.tolist(), table.candidates)), head["recipe"])
     if pool.fingerprint != head["fingerprint"]:
         raise ValueError(

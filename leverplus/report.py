@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 import numpy as np, pandas as pd
 from fastcore.basics import patch
-from .core import atomic_path, read_json
+from .core import atomic_path, read_json, sealed_path
 from .runs import ABSENT, Run, settings_diff
 from leverplus.markup import (
     Block, Blocks, Figure, Filled, Fold, Glossary, Heading, Paragraph, Preformatted, Scroll, Sentences,
@@ -1204,7 +1204,7 @@ def _check_findings(findings):
     )
 
 def _save_table(path, table):
-    with atomic_path(path) as tmp: table.to_csv(tmp, index=False, float_format="%.6g")
+    with sealed_path(path, beside=True) as tmp: table.to_csv(tmp, index=False, float_format="%.6g")
 
 # %% ../nbs/90_report.ipynb #a41acd06
 def described_items(

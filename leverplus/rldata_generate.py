@@ -9,7 +9,7 @@ __all__ = ['EXACT', 'choose', 'evaluated', 'with_text', 'policy_fingerprint', 'p
            'TooManyFailures', 'generate_together', 'summary_text', 'verified_text', 'generate']
 
 # %% ../nbs/34_rldata_generate.ipynb #3a6f44c7
-import contextlib, inspect, json, os, platform, re, time
+import contextlib, inspect, json, os, platform, re, time, warnings
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +19,10 @@ from fastcore.meta import delegates
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 from .settings import TWO_STAGE, Asking, Guarding, Job, Proposing, check_two_stage, plain_settings
-from .core import ask_for_a_folder, fingerprint, leftovers, read_json, rng, stable_hash, write_json
+from leverplus.core import (
+    Damaged, ask_for_a_folder, atomic_path, fingerprint, leftovers, read_json, rng, stable_hash,
+    write_json,
+)
 from .runs import Busy, Run, empty_folder
 from .items import as_asked, as_ids, as_items
 from .evidence import kind_for, plain_kind
@@ -194,7 +197,8 @@ def run_lock(
         what = "run" if shard is None else f"shard, {shard[0]}/{shard[1]}"
         raise Busy(f"{path}: {holder} is writing this {what}; wait until it is done, or end it") from None
     try:
-        owner.write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf8")
+        me = f"process {os.getpid()} on {platform.node()}"
+        with atomic_path(owner) as tmp: tmp.write_text(me, encoding="utf8")
         yield
     finally:
         owner.unlink(missing_ok=True)
@@ -455,17 +459,24 @@ def has_parts(self:Generation)->bool:
 @patch
 def rows_of(self:Generation, i):
     "(rows of window i, are any of them new?)"
-    if not self.part(i).exists():
+    rows = self.sound(i)
+    if rows is None:
         new = self.proposed(self.windows[i])
         return as_record(new.join(self.facts_of(new))), True
-    rows = self.read(i)
+    self.check_own(i, rows)
     if not rows.eval_failed.any(): return rows, False
     return self.mended(rows), True
 
 @patch
-def read(self:Generation, i):
-    "Rows of window i as they lie there; ValueError if they were copied there from another run"
-    rows = read_part(self.part(i))
+def sound(self:Generation, i):
+    "Rows of window i as they lie there; None if there are none, or damaged ones, so that they must be made"
+    if not self.part(i).exists(): return None
+    try: return read_part(self.part(i))
+    except Damaged as e: warnings.warn(f"{e}. Its {len(self.windows[i])} questions are asked again")
+
+@patch
+def check_own(self:Generation, i, rows):
+    "ValueError if the rows of window i were copied there from another run"
     strangers = set(rows.question_id) - set(self.windows[i])
     others = set(rows.scorer.dropna()) - {self.manifest["settings"]["scorer"]}
     if strangers or others:
@@ -473,7 +484,6 @@ def read(self:Generation, i):
         raise ValueError(
             f"{self.part(i)}: holds {what}, not of this run: remove the file, and its window is made again"
         )
-    return rows
 
 @patch
 def proposed(self:Generation, queries):
@@ -652,7 +662,8 @@ def todo(self:Generation)->list: # window numbers
 @patch
 def is_whole(self:Generation, i)->bool:
     "Does window i lie there, without a failed row?"
-    return self.part(i).exists() and not read_part(self.part(i)).eval_failed.any()
+    rows = self.sound(i)
+    return rows is not None and not rows.eval_failed.any()
 
 @patch
 def look(self:Generation):
@@ -680,7 +691,7 @@ def lock(self:Generation):
 def _sweep(path, shard):
     "Remove temporary files of parts, manifest, contents and pool"
     tag = re.escape(shard_tag(shard))
-    found = leftovers(path, rf"(part{tag}-\d+\.parquet|manifest{tag}\.json|contents{tag}\.parquet)")
+    found = leftovers(path, rf"(part{tag}-\d+\.parquet|manifest{tag}\.json|contents{tag}\.parquet|\.owner{tag})")
     for pool in path.glob("pool-*"): found += leftovers(pool, r"pool\.(parquet|json)")
     for file in found: file.unlink(missing_ok=True)
 
@@ -743,10 +754,11 @@ class _Step:
 @patch
 def finish(self:Generation)->RLData: # what lies in `path`; with a shard, the rows of that shard
     "Write the manifest from the parts that lie there; it is complete if they are all"
-    there = [i for i in range(len(self.windows)) if self.part(i).exists()]
-    done = [self.read(i) for i in there]
-    parts = [dict(file=self.part(i).name, rows=len(rows)) for i, rows in zip(there, done)]
-    if done: rows = pd.concat(done, ignore_index=True)
+    found = [(i, self.sound(i)) for i in range(len(self.windows))]
+    there = [(i, rows) for i, rows in found if rows is not None]
+    for i, rows in there: self.check_own(i, rows)
+    parts = [dict(file=self.part(i).name, rows=len(rows)) for i, rows in there]
+    if there: rows = pd.concat([rows for _, rows in there], ignore_index=True)
     else: rows = as_record(pd.DataFrame(dict(question_id=[], pointer=[]))) # a shard may have no queries
     whole = len(there) == len(self.windows)
     self.manifest = finish_manifest(self.path, self.manifest, parts, rows, self.pool, self.shard, whole)

@@ -6,7 +6,7 @@
 __all__ = ['READERS', 'found_folder', 'reads_evidence', 'Splits', 'Embedded', 'embed_splits', 'RayWorker', 'generate_ray']
 
 # %% ../nbs/39_rldata_scale.ipynb #a5a273f5
-import json, os, platform, time, traceback
+import json, os, platform, time, traceback, warnings
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
 from filelock import FileLock
 from huggingface_hub import try_to_load_from_cache
-from .core import fingerprint, repo_path
+from .core import Damaged, checked_bytes, fingerprint, repo_path, sealed_path
 from .runs import empty_folder
 from .settings import Job, change, columns_of
 from .items import as_items, check_answered
@@ -90,7 +90,9 @@ def kept(self:Job,
     place = folder/name
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder/f".{name}.lock"):
-        if _is_there(place): return _as_kept(load(place), place)
+        if _is_there(place):
+            try: return _as_kept(load(place), place)
+            except Damaged as e: warnings.warn(f"{e}. It is made again")
         made = make()
         _keep(made, place)
         return made
@@ -100,11 +102,11 @@ def _is_there(place): return (place/"done").exists()
 def _keep(made, place):
     "Save something whole, and note what it is"
     made.save(place)
-    (place/"done").write_text(made.fingerprint, encoding="utf8")
+    with sealed_path(place/"done", beside=True) as tmp: tmp.write_text(made.fingerprint, encoding="utf8")
 
 def _as_kept(found, place):
     "The same; ValueError if it is not what was saved there"
-    note = (place/"done").read_text(encoding="utf8")      # earlier versions wrote none
+    note = checked_bytes(place/"done").decode()            # earlier versions wrote none
     if note in ("", found.fingerprint): return found
     raise ValueError(
         f"{place}: holds {found}, but {note} was saved there, so it was copied from elsewhere: remove the"

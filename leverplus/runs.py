@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['ABSENT', 'LIBRARIES', 'RESERVED', 'plain', 'settings_diff', 'library_versions', 'git_state', 'environment',
-           'by_command', 'present_command', 'Run', 'runs_frame', 'Busy', 'is_lock', 'empty_folder']
+           'by_command', 'present_command', 'Run', 'write_frame', 'read_frame', 'runs_frame', 'Busy', 'is_lock',
+           'empty_folder']
 
 # %% ../nbs/01_runs.ipynb #eb592546
-import json, os, platform, re, shutil, subprocess
+import io, json, os, platform, re, shutil, subprocess
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import datetime, timezone
@@ -16,7 +17,10 @@ from pathlib import Path
 import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
 from filelock import FileLock, Timeout
-from .core import ask_for_a_folder, atomic_path, read_json, repo_path, write_json
+from leverplus.core import (
+    ask_for_a_folder, checked_bytes, read_json, read_parquet, repo_path, sealed_path, write_json,
+    write_parquet,
+)
 
 # %% ../nbs/01_runs.ipynb #c67042ba
 def plain(
@@ -235,6 +239,28 @@ def _differs(run, wanted): # {name: (there, now)}; a fingerprint that only one s
 
 def _now(): return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
+# %% ../nbs/01_runs.ipynb #6a73a25a
+def write_frame(
+    path, # ends in .csv or .parquet
+    df:pd.DataFrame, # a named index is stored as a column, an unnamed one is not stored
+)->Path: # the file
+    "Write a table, atomically and with a seal"
+    path = Path(path)
+    named = [n for n in df.index.names if n is not None]
+    if named: df = df.reset_index(level=named)
+    if path.suffix == ".parquet": return write_parquet(path, df)
+    with sealed_path(path, beside=True) as tmp: df.to_csv(tmp, index=False)
+    return path
+
+def read_frame(
+    path, # of `write_frame`; FileNotFoundError if it is absent, `Damaged` if it is not as it was written
+)->pd.DataFrame:
+    "Read a table"
+    if Path(path).suffix == ".parquet": return read_parquet(path)
+    raw = checked_bytes(path)
+    if not raw.strip(): return pd.DataFrame()   # a table without columns, such as a history of no stage
+    return pd.read_csv(io.BytesIO(raw))
+
 # %% ../nbs/01_runs.ipynb #64a05053
 @patch
 def save_frame(self:Run,
@@ -242,13 +268,7 @@ def save_frame(self:Run,
     df:pd.DataFrame, # a named index is stored as a column, an unnamed one is not stored
 )->Path: # the file
     "Write a table into the run folder, atomically"
-    path = _table_path(self, name)
-    named = [n for n in df.index.names if n is not None]
-    if named: df = df.reset_index(level=named)
-    with atomic_path(path) as tmp:
-        if path.suffix == ".csv": df.to_csv(tmp, index=False)
-        else: df.reset_index(drop=True).to_parquet(tmp)
-    return path
+    return write_frame(_table_path(self, name), df)
 
 @patch
 def frame(self:Run,
@@ -258,9 +278,7 @@ def frame(self:Run,
     path = _table_path(self, name)
     if not path.exists():
         raise FileNotFoundError(f"run {self.path.name!r} has no {name}; it has {self.files()}")
-    if path.suffix == ".parquet": return pd.read_parquet(path)
-    if not path.read_text().strip(): return pd.DataFrame()   # a table without columns, such as a history of no stage
-    return pd.read_csv(path)
+    return read_frame(path)
 
 @patch
 def files(self:Run)->list:

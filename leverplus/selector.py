@@ -17,18 +17,17 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from huggingface_hub import HfApi, ModelCard, PyTorchModelHubMixin, hf_hub_download
-from safetensors.torch import save_file
-from .core import atomic_path, masked_log_softmax, write_json
+from .core import masked_log_softmax, write_json
 from leverplus.checkpoints import (
-    STAMP, check_checkpoint, check_digests, check_schema, find_checkpoint, model_card, passport, read_weights, stamp,
-    write_card,
+    STAMP, check_checkpoint, check_digests, check_schema, find_checkpoint, model_card, passport,
+    read_weights, stamp, write_card, write_weights,
 )
 from leverplus.decode import (
     beam_search, enumerate_all, greedy_search, may_be_empty, sample_distinct, sample_plain,
 )
 from leverplus.blocks import (
-    STATES, SCORERS, MATCHES, DIVERSITY, CrossAttend, EvidenceNet, Heads, MatchNet, SelfAttend, Stop, dots,
-    near_identity, picked, with_stop,
+    STATES, SCORERS, MATCHES, DIVERSITY, CrossAttend, EvidenceNet, Heads, MatchNet, SelfAttend, Stop,
+    dots, near_identity, picked, with_stop,
 )
 
 # %% ../nbs/50_selector.ipynb #9d2949b6
@@ -768,8 +767,9 @@ class Checkpoint(PyTorchModelHubMixin):
 
     def _save_pretrained(self, save_directory):
         weights = {k: v.contiguous() for k, v in self.state_dict().items()}
-        with atomic_path(save_directory/"model.safetensors") as tmp: save_file(weights, tmp)
-        write_json(save_directory/"config.json", stamp(self._about(), weights), indent=2)
+        write_weights(save_directory/"model.safetensors", weights)
+        about = stamp(self._about(), weights)             # its digests are its seal
+        write_json(save_directory/"config.json", about, indent=2, seal=False)
 
     def push_to_hub(self,
         repo_id:str, # "owner/name"; without an owner it is yours

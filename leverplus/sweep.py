@@ -7,7 +7,7 @@ __all__ = ['FIXED', 'GRIDS', 'expand_grid', 'read_grid', 'data_fingerprint', 'ce
            'append_row', 'read_rows', 'sweep', 'sweep_scores', 'sweep_table', 'sweep_text', 'plot_sweep']
 
 # %% ../nbs/85_sweep.ipynb #ae1f33a0
-import inspect, itertools, json, math, os, time, traceback, warnings
+import inspect, itertools, json, math, os, re, time, traceback, warnings
 from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +15,7 @@ from statistics import NormalDist
 import numpy as np, pandas as pd
 from tqdm import tqdm
 from .settings import Asking
-from .core import fingerprint, read_json
+from .core import SEAL, fingerprint, read_json, read_sealed_json, room_for, sealed_json
 from .identity import code_fingerprint
 from .runs import git_state, library_versions, plain
 from .synth import quiet
@@ -317,11 +317,11 @@ def append_row(
     file, # a .jsonl file; made if absent
     row:dict, # JSON-ready
 )->Path: # `file`
-    "Append a line, whole or not at all for whoever reads it with `read_rows`"
+    "Append a line with its seal, whole or not at all for whoever reads it with `read_rows`"
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
-    line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
-    with open(file, "ab") as f:
+    line = sealed_json(row)
+    with room_for(file), open(file, "ab") as f:
         if f.tell():
             whole = _whole(file)
             if whole < f.tell(): f.truncate(whole)
@@ -336,15 +336,20 @@ def read_rows(
     "Read the lines of a file that may still grow"
     file = Path(file)
     if not file.exists(): return []
+    lines = file.read_bytes().splitlines(keepends=True)
+    if lines and _is_cut_short(lines[-1]): lines.pop()
     rows = []
-    for i, line in enumerate(file.read_bytes()[:_whole(file)].splitlines(), 1):
-        try: rows.append(json.loads(line))
-        except ValueError as e:
-            raise ValueError(
-                f"{file} line {i}: not JSON ({e}); was it edited? Take the line out, its cell is trained"
-                " again"
-            ) from e
+    for i, line in enumerate(lines, 1):
+        try: rows.append(read_sealed_json(line, f"{file} line {i}"))
+        except ValueError as e: raise type(e)(f"{e}. Without this line its cell is trained again") from e
     return rows
+
+def _is_cut_short(line):
+    "Is this the beginning of a line, as a kill leaves it? Then nothing stands behind its last brace"
+    whole = _SEALED.search(line)
+    return not line.endswith(b"\n") and (whole is None or whole.end() == len(line))
+
+_SEALED = re.compile(SEAL.encode() + b'[0-9a-f]{64}"}')
 
 def _whole(file):
     "Bytes up to the end of the last whole line"

@@ -241,5 +241,6 @@ def _write_files(folder, split, questions, annotations):
     )
     asked = head | dict(task_type="Open-Ended", questions=questions)
     said = head | dict(annotations=annotations)
-    write_json(folder/f"OpenEnded_mscoco_{split}2014_questions.json", asked, indent=None)
-    write_json(folder/f"mscoco_{split}2014_annotations.json", said, indent=None)
+    as_published = dict(indent=None, seal=False)          # the format is that of VQA
+    write_json(folder/f"OpenEnded_mscoco_{split}2014_questions.json", asked, **as_published)
+    write_json(folder/f"mscoco_{split}2014_annotations.json", said, **as_published)

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 import torch
-from .core import atomic_path, exact_float32, fingerprint
+from .core import Damaged, atomic_path, exact_float32, fingerprint, tensors_fingerprint
 from .pictures import open_image, picture_key, read_picture
 
 # %% ../nbs/17_vision.ipynb #dd6ccf6a
@@ -127,7 +127,7 @@ class FeatureShards:
     ):
         self.folder = None if folder is None else Path(folder)
         self.shard_bytes = shard_bytes
-        self.places = {} # key -> (file, grid)
+        self.places = {} # key -> (file, grid, digest)
         self._new = {} # key -> (features, grid), not written yet
         self._files = set()
         self.refresh()
@@ -136,21 +136,31 @@ class FeatureShards:
         "Look for files that other processes have written"
         if self.folder is None or not self.folder.is_dir(): return
         for file in sorted(set(self.folder.glob("features-*.safetensors")) - self._files):
-            with _open_shard(file) as shard: grids = json.loads(shard.metadata()["grids"])
-            self.places.update({key: (file, tuple(grid)) for key, grid in grids.items()})
             self._files.add(file)
+            try: self.places.update(_places_in(file))
+            except Damaged as e: self._give_up(file, e)
 
     def get(self,
         key:str, # content key
     ): # (features [n, D] on the CPU, (t, h, w) in visual tokens), or None
         "Look an image up"
         if key not in self.places: return None
-        file, grid = self.places[key]
+        file, grid, digest = self.places[key]
         if not file.exists(): # somebody deleted it meanwhile
-            self.places = {k: place for k, place in self.places.items() if place[0] != file}
+            self._forget(file)
             self._files.discard(file)
             return None
-        with _open_shard(file) as shard: return shard.get_tensor(key), grid
+        try: return _features_in(file, key, grid, digest), grid
+        except Damaged as e: self._give_up(file, e)
+
+    def _forget(self, file):
+        self.places = {key: place for key, place in self.places.items() if place[0] != file}
+
+    def _give_up(self, file, e):
+        "Warn of a damaged file and remove it, where that can be done: all that it holds can be made again"
+        warnings.warn(f"{e}. Its images are encoded again")
+        self._forget(file)
+        if os.access(self.folder, os.W_OK): file.unlink(missing_ok=True)
 
     def put(self,
         key:str, # content key
@@ -169,25 +179,46 @@ class FeatureShards:
         file = self.folder/f"features-{fingerprint(sorted(self._new))}.safetensors"
         tensors = {}
         grids = {}
+        digests = {}
         for key, (features, grid) in self._new.items():
             tensors[key] = features.contiguous()
             grids[key] = grid
-        with atomic_path(file) as tmp: save_file(tensors, tmp, {"grids": json.dumps(grids)})
-        self.places.update({key: (file, grid) for key, grid in grids.items()})
+            digests[key] = _digest(features, grid)
+        notes = dict(grids=json.dumps(grids), digests=json.dumps(digests))
+        with atomic_path(file) as tmp: save_file(tensors, tmp, notes)
+        self.places.update({key: (file, grid, digests[key]) for key, grid in grids.items()})
         self._files.add(file)
         self._new = {}
 
 @contextlib.contextmanager
 def _open_shard(file):
-    "Open a safetensors file to read from it; ValueError names one that cannot be read"
-    from safetensors import safe_open
-    try: shard = safe_open(file, "pt")
-    except Exception as e:
-        raise ValueError(
-            f"{file}: not a readable shard of image features ({e}); delete it, its images will be encoded"
-            " again"
-        ) from e
-    with shard: yield shard
+    "Open a safetensors file to read from it; `Damaged` names one that cannot be read"
+    from safetensors import SafetensorError, safe_open
+    try:
+        with safe_open(file, "pt") as shard: yield shard
+    except SafetensorError as e: raise Damaged(f"{file}: not a readable shard of image features ({e})") from e
+
+def _places_in(file):
+    "{key: (file, grid, digest)} of a shard; earlier versions noted no digests"
+    with _open_shard(file) as shard:
+        notes = shard.metadata()
+        keys = set(shard.keys())
+    try:
+        grids = json.loads(notes["grids"])
+        digests = json.loads(notes["digests"]) if "digests" in notes else dict.fromkeys(keys)
+        places = {key: (file, tuple(grid), digests[key]) for key, grid in grids.items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as e:
+        raise Damaged(f"{file}: damaged, since its notes cannot be read ({e!r})") from e
+    if keys != places.keys(): raise Damaged(f"{file}: damaged, since its notes are of other images than it holds")
+    return places
+
+def _features_in(file, key, grid, digest):
+    "Features of an image; `Damaged` if they are not as they were written"
+    with _open_shard(file) as shard: features = shard.get_tensor(key)
+    if digest in (None, _digest(features, grid)): return features
+    raise Damaged(f"{file}: damaged, since the features of image {key} are not those that were written")
+
+def _digest(features, grid): return fingerprint(tensors_fingerprint(dict(features=features)), grid)
 
 # %% ../nbs/17_vision.ipynb #9deea9e3
 class VisionCache:

@@ -3,7 +3,7 @@ import io, json, shutil
 import numpy as np, pandas as pd, pytest, torch
 from PIL import Image
 from leverplus.bank import DemoBank, keep_picture, solved_items
-from leverplus.core import repo_path
+from leverplus.core import read_json, repo_path
 from leverplus.data import read_okvqa, read_soft_labels
 from leverplus.embed import Clip, EmbedStore, embed_items, load_clip, nearest
 from leverplus.evidence import Evidence
@@ -172,7 +172,7 @@ def test_a_broken_bank_is_named(bank, tmp_path):
     (folder/"bank.json").write_text("{}")
     with pytest.raises(ValueError, match="not the head of a bank"): DemoBank.open(folder)
     bank.save(folder)
-    about = json.loads((folder/"bank.json").read_text())
+    about = read_json(folder/"bank.json")
     (folder/"bank.json").write_text(json.dumps(about | dict(schema=99)))
     with pytest.raises(ValueError, match="later version"): DemoBank.open(folder)
     bank.save(folder)

@@ -31,7 +31,7 @@ def ckpt(tmp_path):
 def edit(folder, **changes):
     "Change keys of config.json; the content of before is returned"
     before = read_json(folder/"config.json")
-    write_json(folder/"config.json", before | changes)
+    write_json(folder/"config.json", before | changes, seal=False)
     return before
 
 def same(a, b): return a.keys() == b.keys() and all(torch.equal(x, b[name]) for name, x in a.items())
@@ -89,7 +89,7 @@ def test_a_changed_entry_of_config_json_is_an_error_that_names_a_file(ckpt, name
     table, key = (about, name) if isinstance(name, str) else (about["info"], name[1])
     for value in [v for v in ("other", None, 3, []) if v != table[key]]:
         table[key] = value
-        write_json(ckpt/"config.json", about)
+        write_json(ckpt/"config.json", about, seal=False)
         with pytest.raises(ValueError) as e: load_selector(ckpt)
         assert str(e.value).startswith((f"{ckpt/'config.json'}: ", f"{ckpt/'model.safetensors'}: ")), e.value
 
@@ -114,7 +114,8 @@ def test_a_later_schema_and_a_stamp_that_was_taken_off(ckpt):
     before = edit(ckpt, schema=SELECTOR_SCHEMA + 1, leverplus="9.9")
     with pytest.raises(ValueError, match="config.json: schema 3, of leverplus 9.9; .* update leverplus"):
         load_selector(ckpt)
-    write_json(ckpt/"config.json", {name: value for name, value in before.items() if name != "digests"})
+    rest = {name: value for name, value in before.items() if name != "digests"}
+    write_json(ckpt/"config.json", rest, seal=False)
     with pytest.raises(ValueError, match="config.json: schema 2 without digests"): load_selector(ckpt)
 
 def test_files_of_others_are_named(tmp_path):
@@ -131,7 +132,7 @@ def test_odd_settings_of_an_old_checkpoint_name_its_file(tmp_path):
         before = edit(folder, **odd)
         with pytest.raises(ValueError, match="old/config.json: no PointerSelector can be made of its settings"):
             load_selector(folder)
-        write_json(folder/"config.json", before)
+        write_json(folder/"config.json", before, seal=False)
     edit(folder, info="nothing")
     with pytest.raises(ValueError, match="config.json: info is a str"): load_selector(folder)
 

@@ -2,6 +2,7 @@
 import json, shutil
 import numpy as np, pandas as pd, pytest
 from hypothesis import given, strategies as st
+from leverplus.core import read_json
 from leverplus.groups import (
     FACT_COLUMNS, PROB_FACTS, RECORD, TEXT_FACTS, RLData, as_record, check_shard, differing,
     finish_manifest, pack, pointer_matrix, read_part, shard_files, shard_tag, unpack, write_part,
@@ -210,7 +211,7 @@ def test_load_errors_name_the_file(tmp_path):
     part.write_bytes(whole)
     m = d / "manifest.json"
     text = m.read_text()
-    old = json.loads(text)
+    old = read_json(m)
     m.write_text(json.dumps(old | dict(schema=99)))
     fails("schema 99")
     m.write_text(json.dumps(old | dict(complete=False)))

@@ -5,7 +5,7 @@ import numpy as np, pandas as pd, pytest, torch
 from hypothesis import given, settings, strategies as st
 from transformers import AutoImageProcessor
 from leverplus import core, lvlm as lvlm_page, embed as embed_page
-from leverplus.core import fingerprint, repo_path, tensor_hash, tensors_fingerprint
+from leverplus.core import fingerprint, read_json, repo_path, tensor_hash, tensors_fingerprint
 from leverplus.data import read_okvqa
 from leverplus.embed import EmbedStore, embed_items, gather_stores, load_clip
 from leverplus.identity import image_settings, tokenizer_fingerprint, unlike_config, weights_fingerprint
@@ -461,7 +461,7 @@ def test_a_source_that_is_written_to_is_none(embedded):
 
 def test_a_store_that_was_saved_before_is_read(embedded, tmp_path):
     "Files say the same as they did: head, digest, source inside meta"
-    head = json.loads((embedded.save(tmp_path/"s")/"embed.json").read_text())
+    head = read_json(embedded.save(tmp_path/"s")/"embed.json")
     assert head["meta"]["source"] == embedded.source and head["fingerprint"] == embedded.fingerprint
     head["meta"]["source"]["clip"] = "d22dd57d79c3bbd6" # as an earlier version fingerprinted this CLIP
     head["fingerprint"] = fingerprint("embed", embedded.ids.to_numpy(), head["meta"]["source"])

@@ -87,7 +87,7 @@ def demo_picture(w):
 def edited(file, change):
     content = read_json(file)
     change(content)
-    write_json(file, content)
+    write_json(file, content, seal=False)
 
 def question(w):
     def change(c): c["questions"][0]["question"] = "Which thing is that?"

@@ -267,10 +267,10 @@ def test_a_file_is_not_replaced_unasked_nor_half_written(ending, bank, questions
     before = file.read_bytes()
     with pytest.raises(FileExistsError, match="overwrite=True"): picks.write(file)
     def breaks(*args, **kwargs): raise OSError("disk full")
-    monkeypatch.setattr(pq, "write_table", breaks)
+    monkeypatch.setattr(pq.ParquetWriter, "write_table", breaks)
     monkeypatch.setattr(Path, "write_text", breaks)
     with pytest.raises(OSError, match="disk full"): picks.write(file, overwrite=True)
-    assert file.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == [file.name]
+    assert file.read_bytes() == before and {p.name for p in tmp_path.iterdir()} <= {file.name, seal_file(file).name}
     with pytest.raises(ValueError, match="ends in .jsonl or .parquet"): picks.write(tmp_path/"p.csv")
 
 IDS = dict(numbers=[7, 8], texts=["007", "a b"], mixed=[7, "b 8"])
