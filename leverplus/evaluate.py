@@ -31,8 +31,9 @@ from leverplus.infer import (
     rule_of,
 )
 from leverplus.statistics import (
-    NO_DIFFERENCE, Bootstrap, Interval, alike_columns, boot_means, bootstrap_mean, bounds, claim, count_clusters,
-    holm, mcnemar, mde, paired_bootstraps, paired_p, seed_weights, seeds_bootstrap, standard_error,
+    NO_DIFFERENCE, Bootstrap, Interval, alike_columns, boot_means, bootstrap_mean, bounds, claim,
+    count_clusters, holm, mcnemar, mde, paired_bootstraps, paired_p, seed_weights, seeds_bootstrap,
+    standard_error,
 )
 
 # %% ../nbs/82_evaluate.ipynb #8e88dbb0
