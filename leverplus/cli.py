@@ -19,7 +19,7 @@ import numpy as np
 from fastcore.basics import noop
 from .core import write_json
 from .settings import Job, Model, Proposing, change, columns_of, plain_settings
-from .runs import Busy, by_command, present_command
+from .runs import Busy, by_command, present_command, write_csv
 from .items import as_items, check_answered, picture_paths
 from .pools import check_encoder, encoder_of
 from .evidence import n_evidence, plain_kind
@@ -622,12 +622,12 @@ def do_sweep(door:Sweep):
 def _swept(out, cells, items):
     "Write what is there of a sweep; the text of its table"
     from leverplus.sweep import plot_sweep, sweep_table, sweep_text
-    cells.to_csv(out/"cells.csv", index=False)
+    write_csv(out/"cells.csv", cells)
     left = int((cells.status == "not run").sum())
     if left: return f"{out}: {len(cells) - left} of {len(cells)} cells are there, {left} still to come"
     if not cells.attrs["by"]: return cells.drop(columns=["error", "cell"]).round(3).to_string(index=False)
     table = sweep_table(cells, items=items)
-    table.to_csv(out/"table.csv", index=False)
+    write_csv(out/"table.csv", table)
     plot_sweep(cells, items=items).figure.savefig(out/"sweep.png", dpi=110)
     return sweep_text(table)
 

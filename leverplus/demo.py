@@ -10,7 +10,7 @@ __all__ = ['SETTINGS', 'make_groups', 'stored_groups', 'free_groups', 'train_rec
 import tempfile
 from pathlib import Path
 import pandas as pd
-from .runs import Run
+from .runs import Run, read_csv
 from .synth import quiet
 from .settings import COUNTS, Proposing
 from .items import as_items
@@ -309,7 +309,7 @@ def demo_text(
     counts = Path(path)/"counts.csv"
     if counts.is_file():
         out += ["", "how many demonstrations; cost in tokens, accuracy per 1,000 of them:"]
-        out.append(pd.read_csv(counts).round(3).to_string(index=False))
+        out.append(read_csv(counts).round(3).to_string(index=False))
     return "\n".join([*out, f"report: {Path(path)/'report.html'}"])
 
 def main():

@@ -19,6 +19,7 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 from fastcore.meta import delegates
 from .core import frozen, masked_mean, reproducible, seed_all
+from .runs import write_csv
 from .checkpoints import find_checkpoint
 from .pools import check_encoder
 from .synth import ShownGroups
@@ -517,7 +518,7 @@ def save_selector(self:Learner,
     info = dict(info or {})
     if "metrics" in info: info["metrics"] = known.get("metrics", {}) | info["metrics"]
     self.model.save_pretrained(path, info=known | info)
-    self.history.frame.to_csv(path/"history.csv", index=False)
+    write_csv(path/"history.csv", self.history.frame)
     return path
 
 def load_selector(

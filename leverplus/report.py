@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np, pandas as pd
 from fastcore.basics import patch
 from .core import atomic_path, read_json
-from .runs import ABSENT, Run, settings_diff
+from .runs import ABSENT, Run, settings_diff, write_csv
 from leverplus.markup import (
     Block, Blocks, Figure, Filled, Fold, Glossary, Heading, Paragraph, Preformatted, Scroll, Sentences,
     Strip, frame_table,
@@ -1189,7 +1189,7 @@ def write_report(
     run_dir = Path(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     if findings.looks is None: findings = replace(findings, looks=_looks(run_dir, findings.split or "test"))
-    if findings.table is not None: _save_table(run_dir/"results.csv", findings.table)
+    if findings.table is not None: write_csv(run_dir/"results.csv", findings.table, digits=6)
     page = _Page(title or run_dir.name)
     page.say(notes)
     figures = _add_run(page, run_dir, findings, cases, bootstrap)
@@ -1202,9 +1202,6 @@ def _check_findings(findings):
         f"write_report: findings are a {type(findings).__name__}, wanted Findings, as"
         " write_report(run_dir, Findings(table=table))"
     )
-
-def _save_table(path, table):
-    with atomic_path(path) as tmp: table.to_csv(tmp, index=False, float_format="%.6g")
 
 # %% ../nbs/90_report.ipynb #a41acd06
 def described_items(

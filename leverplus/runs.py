@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ABSENT', 'LIBRARIES', 'RESERVED', 'plain', 'settings_diff', 'library_versions', 'git_state', 'environment',
-           'by_command', 'present_command', 'Run', 'runs_frame', 'Busy', 'is_lock', 'empty_folder']
+           'by_command', 'present_command', 'Run', 'write_csv', 'read_csv', 'runs_frame', 'Busy', 'is_lock',
+           'empty_folder']
 
 # %% ../nbs/01_runs.ipynb #eb592546
 import json, os, platform, re, shutil, subprocess
@@ -16,7 +17,7 @@ from pathlib import Path
 import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
 from filelock import FileLock, Timeout
-from .core import ask_for_a_folder, atomic_path, read_json, repo_path, write_json
+from .core import ask_for_a_folder, atomic_path, markdown_text, read_json, repo_path, write_json
 
 # %% ../nbs/01_runs.ipynb #c67042ba
 def plain(
@@ -245,9 +246,8 @@ def save_frame(self:Run,
     path = _table_path(self, name)
     named = [n for n in df.index.names if n is not None]
     if named: df = df.reset_index(level=named)
-    with atomic_path(path) as tmp:
-        if path.suffix == ".csv": df.to_csv(tmp, index=False)
-        else: df.reset_index(drop=True).to_parquet(tmp)
+    if path.suffix == ".csv": return write_csv(path, df)
+    with atomic_path(path) as tmp: df.reset_index(drop=True).to_parquet(tmp)
     return path
 
 @patch
@@ -259,8 +259,7 @@ def frame(self:Run,
     if not path.exists():
         raise FileNotFoundError(f"run {self.path.name!r} has no {name}; it has {self.files()}")
     if path.suffix == ".parquet": return pd.read_parquet(path)
-    if not path.read_text().strip(): return pd.DataFrame()   # a table without columns, such as a history of no stage
-    return pd.read_csv(path)
+    return read_csv(path)
 
 @patch
 def files(self:Run)->list:
@@ -271,6 +270,46 @@ def _table_path(run, name):
     if Path(name).name != name or name.startswith(".") or Path(name).suffix not in (".csv", ".parquet"):
         raise ValueError(f"frame name {name!r}: wanted a plain file name that ends in .csv or .parquet")
     return run.path/name
+
+# %% ../nbs/01_runs.ipynb #fec07bc8
+_FORMULA = re.compile(r"'*[=+\-@\t\r\n]") # how a text begins that is written with an apostrophe more
+
+def write_csv(
+    path, # where to
+    df:pd.DataFrame, # the index is not written
+    digits:int|None=None, # significant digits of fractions; None: all that there are
+)->Path: # `path`
+    "Write a table for people and their spreadsheets, atomically; text that would be a formula gets an apostrophe"
+    fractions = None if digits is None else f"%.{digits}g"
+    with atomic_path(path) as tmp:
+        _each_text(df, _no_formula).to_csv(tmp, index=False, float_format=fractions, lineterminator="\r\n")
+    return Path(path)
+
+def read_csv(
+    path, # a file of `write_csv`
+)->pd.DataFrame: # one without columns where the file is empty, such as a history of no stage
+    "Read a table as it was before `write_csv`: the apostrophe that a formula was given is taken away"
+    try: df = pd.read_csv(path)
+    except pd.errors.EmptyDataError: return pd.DataFrame()
+    return _each_text(df, _as_it_was)
+
+def _each_text(df, change):
+    "A table whose texts, names of columns included, are changed"
+    out = df.copy()
+    out.columns = [change(name) for name in df.columns]
+    for i, kind in enumerate(df.dtypes):
+        named = isinstance(kind, pd.CategoricalDtype)
+        if named or pd.api.types.is_string_dtype(kind):
+            column = [change(value) for value in df.iloc[:, i]]
+            out.isetitem(i, pd.Series(column, index=df.index, dtype=object if named else kind))
+    return out
+
+def _no_formula(value):
+    text = os.fspath(value) if isinstance(value, os.PathLike) else value
+    return f"'{text}" if isinstance(text, str) and _FORMULA.match(text) else value
+
+def _as_it_was(value):
+    return value[1:] if isinstance(value, str) and value[:1] == "'" and _FORMULA.match(value) else value
 
 # %% ../nbs/01_runs.ipynb #0b02c2a8
 @patch
@@ -321,7 +360,7 @@ def _repr_markdown_(self:Run):
         "metrics": _listed(self.metrics),
         "files": ", ".join(self.files()),
     }
-    lines = ["| {} | {} |".format(name, str(value).replace("|", "\\|")) for name, value in rows.items()]
+    lines = [f"| {name} | {markdown_text(value)} |" for name, value in rows.items()]
     return "\n".join([lines[0], "|---|---|", *lines[1:]])
 
 def _listed(values): return ", ".join(f"{name} = {value}" for name, value in values.items()) or "none"

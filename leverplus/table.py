@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 import pandas as pd
 from .core import ask_for_a_folder, fingerprint, repo_path
-from .runs import Run
+from .runs import Run, read_csv
 from .settings import Asking, Rows, plain_settings
 from .items import as_items
 from leverplus.rldata_ask import (
@@ -310,8 +310,8 @@ def _keep_curve(run, trained):
     "Copy the training curve of a selector, for the report"
     if trained is None: return
     history = Path(trained)/"history.csv"
-    if history.exists() and history.read_text().strip():   # where no stage ran there is no curve
-        run.save_history(pd.read_csv(history))
+    curve = read_csv(history) if history.exists() else pd.DataFrame()
+    if len(curve): run.save_history(curve)   # where no stage ran there is none
 
 # %% ../nbs/83_table.ipynb #86add334
 _UNLEARNED = "knn_facts, logistic: no rows, they learn from stored groups (groups=)"
