@@ -16,8 +16,8 @@ import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
 from PIL import Image, ImageOps
 from leverplus.core import (
-    ask_for_a_folder, atomic_path, fingerprint, markdown_code, markdown_text, parse_json, read_json, world_path,
-    write_json,
+    ask_for_a_folder, atomic_path, fingerprint, markdown_code, markdown_text, parse_json, printable,
+    read_json, world_path, write_json,
 )
 from .runs import library_versions
 from leverplus.pictures import (
@@ -25,8 +25,8 @@ from leverplus.pictures import (
 )
 from .items import as_id, as_image_id, as_items, given_ids, picture_paths
 from leverplus.data import (
-    BadItems, PictureFolder, check_choices, image_fault, items_fingerprint, majority, read_okvqa, read_soft_labels,
-    read_vqav2,
+    BadItems, PictureFolder, check_choices, image_fault, items_fingerprint, majority, read_okvqa,
+    read_soft_labels, read_vqav2,
 )
 from .embed import Clip, EmbedStore, embed_items, gather_stores, load_clip
 from .pools import encoder_of, image_groups
@@ -348,7 +348,7 @@ class DemoBank:
     def __contains__(self, question_id): return as_id(question_id) in self.items.index
     def __repr__(self):
         widths = ", ".join(f"{name} {x.shape[1]}" for name, x in self.store.vectors.items())
-        return f"DemoBank({len(self)} examples, {widths}, by {self.encoder_name}, {self.fingerprint})"
+        return f"DemoBank({len(self)} examples, {widths}, by {printable(self.encoder_name)}, {self.fingerprint})"
 
     @property
     def encoder_name(self)->str:

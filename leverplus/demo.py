@@ -10,6 +10,7 @@ __all__ = ['SETTINGS', 'make_groups', 'stored_groups', 'free_groups', 'train_rec
 import tempfile
 from pathlib import Path
 import pandas as pd
+from .core import printable
 from .runs import Run, read_csv
 from .synth import quiet
 from .settings import COUNTS, Proposing
@@ -321,7 +322,7 @@ def main():
     p.add_argument("--overwrite", action="store_true", help="empty the folder of a run with other settings")
     args = p.parse_args()
     table = run_demo(args.path, args.seed, args.overwrite)
-    print(demo_text(args.path, table))
+    print(printable(demo_text(args.path, table)))
 
 # %% ../nbs/92_demo.ipynb #321af6ee
 def run_seeds(

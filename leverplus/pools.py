@@ -12,7 +12,7 @@ from itertools import chain
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
-from .core import atomic_path, fingerprint, read_json, rng, write_json
+from .core import atomic_path, fingerprint, printable, read_json, rng, write_json
 from .runs import plain, settings_diff
 from .items import as_id, as_ids, as_items, given_ids
 from .pictures import picture_key
@@ -46,7 +46,7 @@ class Pool:
     __hash__ = None
     def __repr__(self):
         sampler = self.recipe.get("sampler")
-        return f"Pool({len(self)} queries, K={self.K}, sampler {sampler}, {self.fingerprint})"
+        return f"Pool({len(self)} queries, K={self.K}, sampler {printable(sampler)}, {self.fingerprint})"
 
     @property
     def K(self)->int:

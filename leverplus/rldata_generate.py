@@ -19,7 +19,9 @@ from fastcore.meta import delegates
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 from .settings import TWO_STAGE, Asking, Guarding, Job, Proposing, check_two_stage, plain_settings
-from .core import ask_for_a_folder, fingerprint, leftovers, read_json, rng, stable_hash, write_json
+from leverplus.core import (
+    ask_for_a_folder, fingerprint, leftovers, printable, read_json, rng, stable_hash, write_json,
+)
 from .runs import Busy, Run, empty_folder
 from .items import as_asked, as_ids, as_items
 from .evidence import kind_for, plain_kind
@@ -698,7 +700,7 @@ def bar(self:Generation,
     total = sum(len(w) for w in self.windows)
     there = sum(len(self.windows[i]) for i in skip)
     name = self.path.name + shard_tag(self.shard)
-    with tqdm(total=total, initial=there, disable=not progress, desc=name, unit="query") as t:
+    with tqdm(total=total, initial=there, disable=not progress, desc=printable(name), unit="query") as t:
         yield _Step(self, t)
 
 class _Step:
