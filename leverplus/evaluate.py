@@ -407,10 +407,11 @@ def behaviour(
     items = as_items(items, need=("answer",))
     s = scored[scored.pointer.map(len) > 0]
     could_be = {d for c in (s.pointer if pool is None else pool.ids.values()) for d in c}
+    answers = dict(zip(items.index, items.answer))
     rows = []
     for (selector, shots), g in s.groupby(["selector", "shots"], sort=False):
         good = g[~g.eval_failed]
-        copies = _copies(good, items)
+        copies = _copies(good, answers)
         wrong = (good.vqa_acc_score == 0).to_numpy()
         shown = Counter(d for p in g.pointer for d in p)
         rows.append(dict(
@@ -423,9 +424,9 @@ def behaviour(
         ))
     return pd.DataFrame(rows, columns=["selector", "shots", "copy", "copy_wrong", "unique", "gini"])
 
-def _copies(rows, items):
-    "Whether each answer repeats the last demonstration's [n], as 0 or 1"
-    last = [items.at[p[-1], "answer"] for p in rows.pointer]
+def _copies(rows, answers):
+    "Whether each answer repeats the last demonstration's [n], as 0 or 1; `answers`: {question_id: answer}"
+    last = [answers[p[-1]] for p in rows.pointer]
     same = [normalise(said) == normalise(shown) for said, shown in zip(rows.vqa_pred_answer, last)]
     return np.array(same, dtype=float)
 
@@ -889,8 +890,11 @@ def mode_table(
     "The same answers under several evaluators"
     items = as_items(items, need=("answers",))
     s = scored[~scored.eval_failed]
-    truth = [items.at[q, "answers"] for q in s.question_id]
-    s = s.assign(**{mode: vqa_accuracies(s.vqa_pred_answer, truth, mode) for mode in _EVALUATORS})
+    answers = dict(zip(items.index, items.answers))
+    said = s[["question_id", "vqa_pred_answer"]].drop_duplicates()
+    truth = [answers[q] for q in said.question_id]
+    said = said.assign(**{mode: vqa_accuracies(said.vqa_pred_answer, truth, mode) for mode in _EVALUATORS})
+    s = s.merge(said, on=["question_id", "vqa_pred_answer"], how="left")
     by_mode = s[list(_EVALUATORS)]
     s["disagree"] = (by_mode.max(axis=1) - by_mode.min(axis=1) > 1e-9).astype(float)
     columns = [*_EVALUATORS, "disagree"]
