@@ -16,8 +16,8 @@ import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
 from PIL import Image, ImageOps
 from leverplus.core import (
-    ask_for_a_folder, atomic_path, fingerprint, parse_json, read_json, read_parquet, world_path,
-    write_json, write_parquet,
+    ask_for_a_folder, atomic_path, fingerprint, markdown_code, markdown_text, parse_json, printable,
+    read_json, read_parquet, world_path, write_json, write_parquet,
 )
 from .runs import library_versions
 from leverplus.pictures import (
@@ -348,7 +348,7 @@ class DemoBank:
     def __contains__(self, question_id): return as_id(question_id) in self.items.index
     def __repr__(self):
         widths = ", ".join(f"{name} {x.shape[1]}" for name, x in self.store.vectors.items())
-        return f"DemoBank({len(self)} examples, {widths}, by {self.encoder_name}, {self.fingerprint})"
+        return f"DemoBank({len(self)} examples, {widths}, by {printable(self.encoder_name)}, {self.fingerprint})"
 
     @property
     def encoder_name(self)->str:
@@ -515,9 +515,11 @@ def _check_about(about, file):
 def card(self:DemoBank)->str:
     "What the folder is, in Markdown"
     pictured = sum(path is not None for path in picture_paths(self.items))
-    others = ", ".join(f"`{column}`" for column in self.items.columns)
-    return _CARD.format(n=len(self), pictured=pictured, columns=others, encoder=self.encoder_name,
-                        made_by=encoder_of(self.store), fingerprint=self.fingerprint)
+    others = ", ".join(map(markdown_code, self.items.columns))
+    encoder = markdown_text(self.encoder_name)
+    made_by = markdown_text(encoder_of(self.store))
+    return _CARD.format(n=len(self), pictured=pictured, columns=others, encoder=encoder, made_by=made_by,
+                        fingerprint=self.fingerprint)
 
 _CARD = """---
 tags: [leverplus, demonstrations]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OUTCOMES', 'MARKS', 'query_outcomes', 'pick_cases', 'mark_of', 'truth_text', 'item_picture', 'figure_text',
-           'plot_examples', 'data_uri', 'Pictures', 'case_block']
+           'plot_examples', 'data_uri', 'Pictures', 'case_block', 'Thumbnails', 'case_data']
 
 # %% ../nbs/26_cases.ipynb #0c619a04
 import base64, io, math, textwrap
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np, pandas as pd
 from fastcore.basics import patch
 from .core import rng
-from .items import as_id, as_ids, as_items, given_ids, picture_paths
+from .items import as_id, as_ids, as_items
 from .pictures import open_image
 from .markup import Block, Filled
 
@@ -126,16 +126,28 @@ def item_picture(
     size:int=320, # longest side in pixels; smaller images stay as they are
 ):# PIL image in RGB, or None where the item has no picture; FileNotFoundError names file and question
     "The image of an item, small enough to show"
-    items = as_items(items)
-    question_id = as_id(question_id)
-    if question_id not in items.index:
-        raise KeyError(f"question {question_id} is not in items: pass queries and demonstrations together")
-    path, = picture_paths(items.loc[[question_id]])
+    return _picture(as_items(items), as_id(question_id), size)
+
+def _picture(items, question_id, size):
+    "The same, of items that were put in order"
+    path = _path(items, question_id)
     if path is None: return None
     if not Path(path).exists(): raise FileNotFoundError(f"image of question {question_id} is not at {path}")
     image = open_image(path, question_id=question_id)
     image.thumbnail((size, size))
     return image
+
+def _path(items, question_id):
+    "File of an item's picture, None where it has none"
+    if question_id not in items.index:
+        raise KeyError(f"question {question_id} is not in items: pass queries and demonstrations together")
+    path = items.image_path[question_id] if "image_path" in items else None
+    return path if isinstance(path, str) else None
+
+def _given(items, question_id):
+    "An id as it was given, a text or a number"
+    text = items.given_id[question_id] if "given_id" in items else None
+    return text if isinstance(text, str) else question_id
 
 # %% ../nbs/26_cases.ipynb #40ac9fe6
 def figure_text(
@@ -231,6 +243,7 @@ class Pictures(Block):
     ):
         self.budget = budget
         self.kept = {} # path -> _Kept
+        self.asked = {} # (path, size) -> (number, width, height)
 
     def show(self,
         items:pd.DataFrame, # items by question_id
@@ -238,13 +251,18 @@ class Pictures(Block):
         size:int=224, # longest side in pixels
     )->Block: # points to the picture; says so where there is none
         "A picture in a page, by reference"
-        items = as_items(items)
-        image = item_picture(items, question_id, size)
-        if image is None: return Filled("picture.html", number=None)
-        n = self._keep(str(items.image_path[as_id(question_id)]), image, size)
-        width, height = image.size
-        shown = given_ids(items, [question_id])[0]
-        return Filled("picture.html", number=n, question_id=shown, width=width, height=height)
+        return self._show(as_items(items), as_id(question_id), size)
+
+    def _show(self, items, question_id, size):
+        "The same, of items that were put in order; a file is read once for each size"
+        path = _path(items, question_id)
+        if path is None: return Filled("picture.html", number=None)
+        if (path, size) not in self.asked:
+            image = _picture(items, question_id, size)
+            self.asked[path, size] = (self._keep(path, image, size), *image.size)
+        number, width, height = self.asked[path, size]
+        who = _given(items, question_id)
+        return Filled("picture.html", number=number, question_id=who, width=width, height=height)
 
     def _keep(self, path, image, size):
         "Keep the largest version of an image that was asked for; gives its number"
@@ -298,7 +316,7 @@ def _number(row, name):
 # %% ../nbs/26_cases.ipynb #c632cb10
 def _item(items, question_id, answer, pics, size=224):
     "An item of a prompt, with this answer"
-    picture = pics.show(items, question_id, size)
+    picture = pics._show(items, int(question_id), size)
     return dict(picture=picture, question=items.question[question_id], answer=answer)
 
 def _demos(items, row, pics, size=224):
@@ -333,7 +351,7 @@ def case_block(
     q = int(row.question_id)
     return Filled(
         "case.html",
-        question_id=given_ids(items, [q])[0],
+        question_id=_given(items, q),
         question=items.question[q],
         prompt=_prompt(items, row, pics),
         told=_told(row),
@@ -343,3 +361,113 @@ def case_block(
         level=level,
         pictures=None if pictures else pics,
     )
+
+# %% ../nbs/26_cases.ipynb #c1e272ba
+_NO_PICTURE, _LEFT_OUT = -1, -2
+_SMALL = 112 # longest side of a small picture, in pixels
+
+class Thumbnails:
+    "Small pictures for a script, each once"
+    def __init__(self,
+        pictures:Pictures, # those of the page, all of them
+        room:int=6_000_000, # bytes of the others as text
+    ):
+        self.page = pictures
+        self.room = room
+        self.list = [] # [address, width, height, whether it is a drawing]
+        self.places = {} # path -> place in the list
+
+    def place(self,
+        items:pd.DataFrame, # see `as_items`, put in order
+        question_id:int, # whose picture
+        new:bool=True, # may it take room?
+    )->int: # its place in `list`; -1: it has none, -2: it is left out
+        "Where the picture of an item is"
+        path = _path(items, question_id)
+        if path is None: return _NO_PICTURE
+        if path not in self.places:
+            picture = self._made(items, question_id, path, new)
+            if picture is None: return _LEFT_OUT
+            self.places[path] = len(self.list)
+            self.list.append(picture)
+        return self.places[path]
+
+    def _made(self, items, question_id, path, new):
+        "Address, width, height, and whether it is a drawing; None: no room for it"
+        kept = self.page.kept.get(path)
+        if kept is not None: return [f"#im{kept.number}", *kept.image.size, kept.drawing]
+        if not new or self.room <= 0: return None
+        image = _picture(items, question_id, _SMALL)
+        address = data_uri(image)
+        self.room -= len(address)
+        return [address, *image.size, max(image.size) < _SMALL]
+
+# %% ../nbs/26_cases.ipynb #fb342f66
+def case_data(
+    items:pd.DataFrame, # queries and demonstrations by question_id
+    rows:pd.DataFrame, # of `pick_cases`
+    others:pd.DataFrame, # rows of `scored` for these queries: what other selectors would have chosen, in order
+    went:dict, # {other selector: Series by question_id}, of `query_outcomes`
+    pictures:Pictures, # those of the page
+    level:int=3, # of a case's heading
+    at_once:int=40, # cases that are shown together
+)->dict: # what `browser.js` wants, JSON-able
+    "Cases as data for a script"
+    items = as_items(items, need=("question", "answer", "answers"))
+    made = _Numbered(items, Thumbnails(pictures))
+    prompts = [made.prompt(q, pointer, True) for q, pointer in zip(rows.question_id, rows.pointer)]
+    outcomes = [[OUTCOMES.index(o[q]) for o in went.values()] for q in rows.question_id]
+    chosen = {}
+    selectors = list(dict.fromkeys(others.selector))
+    for q, selector, pointer, told in zip(others.question_id, others.selector, others.pointer, made.told(others)):
+        demos = [made.item(d, False) for d in pointer]
+        chosen.setdefault(q, []).append([selectors.index(selector), demos, told])
+    truths = [made.text(truth_text(items.answers[q])) for q in rows.question_id]
+    parts = zip(rows.question_id, prompts, made.told(rows), truths, outcomes)
+    cases = [[query, demos, told, truth, o, chosen.get(q, [])] for q, (query, demos), told, truth, o in parts]
+    return dict(
+        texts=list(made.texts), pictures=made.pictures.list, items=list(made.items.values()), cases=cases,
+        selectors=[str(s) for s in selectors], against=[str(a) for a in went], outcomes=OUTCOMES, kinds=list(MARKS),
+        level=level, at_once=at_once,
+    )
+
+class _Numbered:
+    "Texts and items, each once, by their place"
+    def __init__(self, frame, pictures):
+        self.frame = frame
+        self.words = dict(zip(frame.index, zip(frame.question, frame.answer)))
+        self.pictures = pictures
+        self.texts = {} # text -> place
+        self.items = {} # question_id -> [id, question, answer, picture]; their order is their place
+        self.places = {} # question_id -> place
+        self.marks = {} # (accuracy, failed) -> (kind, word)
+
+    def text(self, text): return self.texts.setdefault(str(text), len(self.texts))
+
+    def item(self, question_id, new):
+        "Place of an item; `new`: may its picture take room?"
+        if question_id not in self.places:
+            picture = self.pictures.place(self.frame, question_id, new)   # KeyError if it is none of the items
+            words = _given(self.frame, question_id), *self.words[question_id]
+            self.places[question_id] = len(self.places)
+            self.items[question_id] = [*map(self.text, words), picture]
+        return self.places[question_id]
+
+    def prompt(self, question_id, pointer, new):
+        return self.item(question_id, new), [self.item(d, new) for d in pointer]
+
+    def told(self, rows):
+        "[kind, word, what was said, its probability, confidence] of each row"
+        numbers = [self._numbers(rows, name) for name in ("vqa_gt_prob", "confidence")]
+        columns = rows.vqa_acc_score, rows.eval_failed, rows.vqa_pred_answer, *numbers
+        return [self._told(*values) for values in zip(*columns)]
+
+    def _told(self, acc, failed, said, prob, confidence):
+        if (acc, failed) not in self.marks:
+            row = dict(vqa_acc_score=acc, eval_failed=failed)
+            self.marks[acc, failed] = list(MARKS).index(_kind(row)), self.text(mark_of(row)[0])
+        return [*self.marks[acc, failed], None if failed else self.text(said), prob, confidence]
+
+    def _numbers(self, rows, name):
+        if name not in rows: return [None]*len(rows)
+        return [None if pd.isna(x) else round(float(x), 3) for x in rows[name]]

@@ -15,7 +15,7 @@ from huggingface_hub import ModelCardData
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from leverplus.core import (
-    BLANK_SEAL, Damaged, atomic_path, check_seal, fingerprint, parse_json, sealed_path,
+    BLANK_SEAL, Damaged, atomic_path, check_seal, fingerprint, markdown_code, markdown_text, parse_json, sealed_path,
     tensors_fingerprint, what_instead,
 )
 
@@ -291,10 +291,9 @@ _UNKNOWN = "not known"
 def _cell(value):
     "A value as text that does not break a table"
     if value is None: return _UNKNOWN
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return " ".join(text.replace("|", "\\|").split())
+    return markdown_text(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
 
-def _code(value): return _UNKNOWN if value is None else f"`{_cell(value)}`"
+def _code(value): return _UNKNOWN if value is None else markdown_code(value)
 
 def _listed(value, between=", "):
     "A list as text"
@@ -369,7 +368,7 @@ of solved examples, and points at those that a vision-language model should see 
 
 _LOAD = """```python
 from leverplus.learner import load_selector
-selector = load_selector("{name}")
+selector = load_selector({name})
 selector.passport
 ```"""
 
@@ -389,12 +388,12 @@ def model_card(
     sections = {
         "What it is made for": _made_for(says),
         "How good it was": _how_good(says["metrics"]),
-        "How to load it": _LOAD.format(name=name),
+        "How to load it": _LOAD.format(name=json.dumps(name)),
         "How it was trained": _trained(says),
         "Limits": _LIMITS,
         "Licence": _NOT_STATED if says["license"] is None else _cell(says["license"]),
     }
-    parts = [_front_matter(says), _PURPOSE.format(name=name)]
+    parts = [_front_matter(says), _PURPOSE.format(name=markdown_text(name))]
     return "\n\n".join([*parts, *(f"## {title}\n\n{text}" for title, text in sections.items())]) + "\n"
 
 def _front_matter(says):

@@ -37,7 +37,7 @@ from leverplus.plan import (
 from .picker import Picker
 from leverplus.doors import (
     DOORS, Bank, Check, Demo, DrawPools, Embed, Eval, Generate, Infer, Merge, Mine, Pick, Report, Sweep,
-    Train, answer, command_settings, named, read_door,
+    Train, answer, command_settings, named, read_door, say,
 )
 
 # %% ../nbs/95_cli.ipynb #c097c7b1
@@ -95,14 +95,14 @@ def carry_out(
             else: do(door)
             return 0
     except (Exception, KeyboardInterrupt) as e:
-        if door.around.debug: traceback.print_exc()
-        print(f"leverplus {command['door']}: {one_line(e)}", file=sys.stderr)
+        if door.around.debug: say(traceback.format_exc(), error=True)
+        say(f"leverplus {command['door']}: {one_line(e)}", error=True)
         return status_of(e)
 
 def _warn(name):
     "What shows a warning of this command"
     def show(text, *rest, **kw):
-        print(f"leverplus {name}: warning: {one_line(ValueError(text))}", file=sys.stderr)
+        say(f"leverplus {name}: warning: {one_line(ValueError(text))}", error=True)
     return show
 
 def measured(
@@ -118,8 +118,8 @@ def print_plan(
 ):
     "Print what a command would do"
     asked = "the model was asked for some seconds, to measure" if measured else "nothing was asked"
-    print(f"plan of leverplus {name}; {asked}, nothing was written")
-    for what, text in lines.items(): print(f"  {what.replace('_', ' '):12} {text}")
+    say(f"plan of leverplus {name}; {asked}, nothing was written")
+    for what, text in lines.items(): say(f"  {what.replace('_', ' '):12} {text}")
 
 # %% ../nbs/95_cli.ipynb #d5e5188e
 def job_of(
@@ -194,7 +194,7 @@ def splits_of(
 def do_embed(door:Embed):
     "Embed all splits, whole or in parts"
     made = embed_splits(splits_of(door), door.shard, door.parts, not door.running.quiet)
-    print(*made.lines(), sep="\n")
+    say(*made.lines())
 
 def plan_embed(door:Embed)->dict: # lines of the plan
     "What embedding costs"
@@ -205,7 +205,7 @@ def do_pools(door:DrawPools):
     "Draw the pools of all splits"
     for split, job in splits_of(door).jobs.items():
         _, _, pool = job.inputs(answers=False)
-        print(f"{split}: {_pool_text(pool)}")
+        say(f"{split}: {_pool_text(pool)}")
 
 def _pool_text(pool):
     "What a pool is, and which pairs were kept out of it"
@@ -248,7 +248,7 @@ def do_generate(door:Generate):
     if ray.ray is None: data = job.run(door.out, **how)
     else: data = generate_ray(job, door.out, ray.ray, ray.threads, ray.gpus, **how)
     said = [summary_text(data), verified_text(data)]
-    print(f"{door.out}: {', '.join(filter(None, said))}")
+    say(f"{door.out}: {', '.join(filter(None, said))}")
 
 # %% ../nbs/95_cli.ipynb #6d933ad9
 def plan_generate(door:Generate)->dict: # lines of the plan
@@ -264,9 +264,9 @@ def do_check(door:Check):
     from leverplus.training import weights_of
     runs = {path: RLData.load(path) for path in door.runs}
     seen = health(runs, door.rewarding.reward, weights_of(door.rewarding))
-    print(seen)
-    if door.csv: print(f"tables: {seen.to_csv(door.csv)}")
-    if door.selector: print(*judged(door), sep="\n")
+    say(seen)
+    if door.csv: say(f"tables: {seen.to_csv(door.csv)}")
+    if door.selector: say(*judged(door))
     if door.strict and seen.verdict:
         alarms = ", ".join(f"{a.file}: {a.cause}" for a in seen.verdict)
         raise Failed(f"{len(seen.verdict)} alarms: {alarms}")
@@ -315,9 +315,9 @@ def do_mine(door:Mine):
         more, log = mine(data, items, scorer, store, mining=door.mining, asking=door.asking, cache=cache,
                          progress=not door.running.quiet)
         more.save(door.out)
-    if len(log): print(log.to_string(index=False))
+    if len(log): say(log.to_string(index=False))
     still = int((lacking(more) != "").sum())
-    print(f"{door.out}: rows {len(more)} (were {len(data)}), questions that lack something {still}"
+    say(f"{door.out}: rows {len(more)} (were {len(data)}), questions that lack something {still}"
           f" (were {len(lacks)}), fingerprint {more.fingerprint}")
 
 def _to_mine(door):
@@ -354,14 +354,14 @@ def _merged(door):
     if keep.min_gap is not None: data = by_gap(data, keep.min_gap, reward=mode, **weights_of(door.rewarding))
     if keep.positive_share is not None: data = balance(data, keep.positive_share, seed=keep.seed)
     if keep.sample is not None: data = sample_queries(data, keep.sample, keep.seed)
-    print("\n".join(data.log))
+    say("\n".join(data.log))
     return data
 
 def do_merge(door:Merge):
     "Merge runs, then keep what is asked for"
     _check_other_folder(door.out, door.runs, "one of the runs")
     data = _merged(door)
-    print(f"{data.save(door.out)}: {summary_text(data)}")
+    say(f"{data.save(door.out)}: {summary_text(data)}")
 
 def plan_merge(door:Merge)->dict: # lines of the plan
     "What merging costs"
@@ -389,7 +389,7 @@ def _training_data(door):
     job = job_of(door, door.split or default)
     return training_data(door.runs, job, door.teaching, door.choosing, door.rewarding, _recipes())
 
-def _line(text): print(text, flush=True)
+def _line(text): say(text)
 
 def do_train(door:Train):
     "Train a selector in a run folder"
@@ -404,7 +404,7 @@ def do_train(door:Train):
     m = run.metrics
     kept = f"smallest dev regret {m['smallest_regret']:.4g}"
     if "dev_accuracy" in m: kept = f"dev accuracy {m['dev_accuracy']:.4f} (of what is kept)"
-    print(f"{door.out}: epochs {m['epochs_done']}, {kept}, checkpoint {run.checkpoint}")
+    say(f"{door.out}: epochs {m['epochs_done']}, {kept}, checkpoint {run.checkpoint}")
 
 def plan_train(door:Train)->dict: # lines of the plan
     "What training costs"
@@ -486,7 +486,7 @@ def do_infer(door:Infer):
     except Unanswered as e:
         raise Failed(f"{door.out}: {e}; the same command asks them again, --blank writes \"\" for them") from e
     where = "" if run.left else f", {run.path/'predictions.json'}"
-    print(f"{door.out}: {run.sentence()}{where}")
+    say(f"{door.out}: {run.sentence()}{where}")
 
 def plan_infer(door:Infer)->dict: # lines of the plan
     "What predicting costs"
@@ -537,7 +537,7 @@ def do_eval(door:Eval):
         trained=named(door.selector[0])[1] if len(door.selector) == 1 else None,
         overwrite=door.overwrite, progress=not door.running.quiet,
     )
-    print(table)
+    say(table)
 
 def plan_eval(door:Eval)->dict: # lines of the plan
     "What the table costs"
@@ -574,7 +574,7 @@ def do_report(door:Report):
     runs = door.runs if len(door.runs) > 1 else door.runs[0]
     page = report(runs, items, door.out, Cases(n=door.cases, seed=door.seed), Findings(data=groups), door.title,
                   bootstrap=Bootstrap(seed=door.seed))
-    print(page)
+    say(page)
 
 # %% ../nbs/95_cli.ipynb #172a7558
 @dataclass
@@ -613,7 +613,7 @@ def do_sweep(door:Sweep):
     cells = sweep(door.out, s.grid, s.groups, world, door.seeds, s.base, shots=door.shots, shard=door.shard,
                   asking=door.asking, progress=not door.running.quiet)
     write_json(Path(door.out)/"command.json", present_command())
-    print(_swept(Path(door.out), cells, items))
+    say(_swept(Path(door.out), cells, items))
     bad = cells[cells.status == "failed"]
     if len(bad):
         raise Failed(
@@ -668,7 +668,7 @@ def do_demo(door:Demo):
     from leverplus.demo import demo_text, run_demo
     _, changed = demo_settings(door)
     table = run_demo(door.out, door.seed, door.overwrite, not door.running.quiet, **changed)
-    print(demo_text(door.out, table))
+    say(demo_text(door.out, table))
 
 def plan_demo(door:Demo)->dict: # lines of the plan
     "What the demo costs"
@@ -692,7 +692,7 @@ def do_bank(door:Bank):
     how = dict(columns=columns_of(door.columns), images=door.images, progress=not door.running.quiet)
     if (out/"bank.json").is_file(): bank = DemoBank.open(out, door.clip).append(door.source, **how)
     else: bank = DemoBank.build(door.source, door.clip, folder=out, **how)
-    print(bank)
+    say(bank)
 
 def plan_bank(door:Bank)->dict: # lines of the plan
     "What a bank would hold"
@@ -706,7 +706,7 @@ def do_pick(door:Pick):
     bank = DemoBank.open(door.bank)
     picked = pick(door.image, " ".join(door.question), bank, door.shots, door.candidates)
     said = picked.openai() if door.openai else picked.messages()
-    print(json.dumps(said, ensure_ascii=False, indent=1))
+    say(json.dumps(said, ensure_ascii=False, indent=1))
 
 def plan_pick(door:Pick)->dict: # lines of the plan
     "What would be picked from"

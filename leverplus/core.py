@@ -8,7 +8,8 @@ __all__ = ['SEAL', 'BLANK_SEAL', 'masked_mean', 'masked_log_softmax', 'masked_so
            'room_for', 'atomic_path', 'Damaged', 'put_seal', 'look_at_seal', 'sealed_path', 'seal_file',
            'checked_bytes', 'check_seal', 'write_json', 'sealed_json', 'file_bytes', 'what_instead', 'parse_json',
            'read_json', 'read_sealed_json', 'write_parquet', 'read_arrow', 'read_parquet', 'leftovers',
-           'ask_for_a_folder', 'repo_path', 'world_path', 'exact_float32', 'reproducible', 'loading_bar']
+           'ask_for_a_folder', 'printable', 'markdown_text', 'markdown_code', 'repo_path', 'world_path',
+           'exact_float32', 'reproducible', 'loading_bar']
 
 # %% ../nbs/00_core.ipynb #f91ab82d
 import codecs, contextlib, errno, gzip, hashlib, json, mmap, os, random, re, shutil, uuid, warnings, zlib
@@ -597,6 +598,41 @@ def ask_for_a_folder(
             " mean it"
         )
     return Path(path)
+
+# %% ../nbs/00_core.ipynb #1408ecbe
+_OBEYED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+def printable(
+    text, # anything with a `str`
+)->str: # the same where nothing is hidden in it; within JSON still JSON
+    "Write out what a terminal would obey"
+    return _OBEYED.sub(lambda found: f"\\u{ord(found[0]):04x}", str(text))
+
+# %% ../nbs/00_core.ipynb #41967e23
+_IN_MARKDOWN = str.maketrans({
+    **{sign: f"\\{sign}" for sign in "`*[]|~"},
+    **{"&": "&amp;", "<": "&lt;", ">": "&gt;"},
+    **{sign: f"<span>&#{ord(sign)};</span>" for sign in "\\$"},   # alone, so that no formula begins
+})
+
+def markdown_text(
+    text, # anything with a `str`
+)->str: # one line, for the middle of a line or a cell of a table
+    "Write text so that Markdown shows it as it is"
+    shown = _one_line(text).translate(_IN_MARKDOWN)
+    return re.sub(r"(?<!\w)_|_(?!\w)", r"\\_", shown)
+
+def markdown_code(
+    text, # anything with a `str`
+)->str: # one line, with backticks; a vertical line has a backslash before it, as tables want it
+    "Write text as code in Markdown"
+    shown = _one_line(text).replace("|", "\\|")
+    longest = max((len(run) for run in re.findall("`+", shown)), default=0)
+    fence = "`" * (longest + 1)
+    room = " " if shown[:1] in ("", "`") or shown[-1] == "`" else ""
+    return f"{fence}{room}{shown}{room}{fence}"
+
+def _one_line(text): return " ".join(printable(text).split())
 
 # %% ../nbs/00_core.ipynb #14b342f0
 def repo_path(

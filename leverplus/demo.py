@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 import pandas as pd
 from .runs import Run, read_frame
+from .core import printable
 from .synth import quiet
 from .settings import COUNTS, Proposing
 from .items import as_items
@@ -321,7 +322,7 @@ def main():
     p.add_argument("--overwrite", action="store_true", help="empty the folder of a run with other settings")
     args = p.parse_args()
     table = run_demo(args.path, args.seed, args.overwrite)
-    print(demo_text(args.path, table))
+    print(printable(demo_text(args.path, table)))
 
 # %% ../nbs/92_demo.ipynb #321af6ee
 def run_seeds(

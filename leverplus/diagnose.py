@@ -9,6 +9,7 @@ __all__ = ['PANELS', 'RULES', 'EARLY', 'plot_rl', 'data_facts', 'Rule', 'Diagnos
 import math, random, warnings
 from typing import NamedTuple
 import numpy as np, pandas as pd, torch
+from .core import markdown_text, printable
 from .losses import live_groups
 from .rewards import spearman
 from .callback_core import FitOnly, Stats
@@ -411,21 +412,21 @@ class Diagnosis:
 
     def __bool__(self): return bool(self.alarms)
 
-    def _lines(self):
+    def _lines(self, shown):
         n = len(self.alarms)
         head = f"{self.stage}: {n} alarm{'s'*(n != 1)} of {len(self.frame)} things checked"
-        return [head, *(f"- {s}" for s in self.sentences)]
+        return [shown(head), *(f"- {shown(sentence)}" for sentence in self.sentences)]
 
-    def __repr__(self): return "\n".join(self._lines())
+    def __repr__(self): return "\n".join(self._lines(printable))
 
     def _repr_markdown_(self):
         rows = []
         for r in self.frame.itertuples():
             mark = "**alarm**" if r.alarm else "ok"
-            value = f"{r.value:.3g}".replace("|", "\\|")
-            rows.append(f"| {mark} | {r.Index} | {r.symptom} | {value} | {r.wanted} |")
+            told = map(markdown_text, (r.Index, r.symptom, f"{r.value:.3g}", r.wanted))
+            rows.append(f"| {mark} | {' | '.join(told)} |")
         table = ["| | rule | symptom | value | wanted |", "|---|---|---|---|---|", *rows]
-        return "\n".join([*self._lines(), "", *table])
+        return "\n".join([*self._lines(markdown_text), "", *table])
 
 # %% ../nbs/69_diagnose.ipynb #ebc619e4
 def _one_fit(f, fit):

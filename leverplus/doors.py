@@ -8,8 +8,8 @@ __all__ = ['STATUS', 'Shard', 'Rate', 'Selectors', 'Selector', 'Runs', 'OneRun',
            'ROAD', 'REMEMBERED', 'NUMBERS', 'Around', 'Running', 'shard_of', 'rate_of', 'named', 'Door', 'Embed',
            'DrawPools', 'Spread', 'Generate', 'Check', 'Mine', 'Merging', 'Keeping', 'Merge', 'Train', 'Infer',
            'facts_paths', 'Eval', 'Report', 'Sweep', 'Demo', 'Bank', 'Pick', 'read_config', 'remembered', 'runs_of',
-           'handed_on', 'handed_text', 'explained', 'one_or_none', 'one_sentence', 'read_door', 'command_settings',
-           'first_page', 'answer']
+           'handed_on', 'handed_text', 'explained', 'one_or_none', 'say', 'one_sentence', 'read_door',
+           'command_settings', 'first_page', 'answer']
 
 # %% ../nbs/94_doors.ipynb #fba18050
 import contextlib, io, math, re, sys, textwrap
@@ -749,6 +749,20 @@ def _word_or_none(choices):
     def is_one(value): return value is None or value in choices
     return PrimitiveConstructorSpec(1, "{" + ",".join(choices) + "}", read, is_one, lambda value: [str(value)])
 
+# %% ../nbs/94_doors.ipynb #c4bbda8b
+def say(
+    *texts, # one line each, or several
+    error:bool=False, # on stderr?
+):
+    "Print lines for people"
+    text = "\n".join(map(str, texts))
+    if not text.replace("\n", "").replace("\t", "").isprintable(): text = _written_out(text)
+    print(text, file=sys.stderr if error else sys.stdout, flush=True)
+
+def _written_out(text):
+    from leverplus.core import printable   # torch comes with it; help and plain errors do not wait for that
+    return printable(text)
+
 # %% ../nbs/94_doors.ipynb #12e18545
 def one_sentence(
     box:str, # what tyro wrote
@@ -769,10 +783,10 @@ def _in_one_line(name):
         with contextlib.redirect_stderr(said): yield
     except SystemExit as e:
         if not e.code: raise
-        print(f"leverplus {name}: {one_sentence(said.getvalue())}", file=sys.stderr)
+        say(f"leverplus {name}: {one_sentence(said.getvalue())}", error=True)
         raise SystemExit(2) from None
     except ValueError as e: # of the door as a whole; an older tyro lets it pass
-        print(f"leverplus {name}: {e}", file=sys.stderr)
+        say(f"leverplus {name}: {e}", error=True)
         raise SystemExit(2) from None
 
 def _default(name, words, handed=None):
@@ -818,14 +832,14 @@ def read_door(
     door = _door_of(name, words, handed)
     said = handed_text(door, handed)
     quiet = hasattr(door, "running") and door.running.quiet
-    if said and not quiet: print(f"leverplus {name}: {said}", file=sys.stderr)
+    if said and not quiet: say(f"leverplus {name}: {said}", error=True)
     return door
 
 def _door_of(name, words, handed=None):
     "The door, with what runs remember in place of its defaults"
     try: default, words = _default(name, words, handed)
     except (ValueError, OSError) as e:
-        print(f"leverplus {name}: {e}", file=sys.stderr)
+        say(f"leverplus {name}: {e}", error=True)
         raise SystemExit(2) from None
     with _in_one_line(name):
         return tyro.cli(
@@ -863,10 +877,10 @@ def answer(
 ): # SystemExit, always: 0 after help or a version, 2 after words that are no command
     "Say help, the version, or what is wrong"
     import leverplus
-    if words[:1] in (["-h"], ["--help"]): print(first_page())
-    elif words[:1] == ["--version"]: print(f"leverplus {leverplus.__version__}")
+    if words[:1] in (["-h"], ["--help"]): say(first_page())
+    elif words[:1] == ["--version"]: say(f"leverplus {leverplus.__version__}")
     else:
         wrong = f"{words[0]!r} is no command" if words else "wanted a COMMAND"
-        print(f"leverplus: {wrong}: one of {', '.join(DOORS)} ('leverplus --help' says more)", file=sys.stderr)
+        say(f"leverplus: {wrong}: one of {', '.join(DOORS)} ('leverplus --help' says more)", error=True)
         raise SystemExit(2)
     raise SystemExit(0)

@@ -31,8 +31,9 @@ from leverplus.infer import (
     rule_of,
 )
 from leverplus.statistics import (
-    NO_DIFFERENCE, Bootstrap, Interval, boot_means, bootstrap_mean, bounds, claim, count_clusters, holm,
-    mcnemar, mde, paired_bootstrap, paired_p, seed_weights, seeds_bootstrap, standard_error,
+    NO_DIFFERENCE, Bootstrap, Interval, alike_columns, boot_means, bootstrap_mean, bounds, claim,
+    count_clusters, holm, mcnemar, mde, paired_bootstraps, paired_p, seed_weights, seeds_bootstrap,
+    standard_error,
 )
 
 # %% ../nbs/82_evaluate.ipynb #8e88dbb0
@@ -89,7 +90,7 @@ def named(
     scored:pd.DataFrame, # or picks: who is there
 )->list: # the same, with "similar" as `similar_row` says
     "Say which row is meant by `similar`"
-    there = similar_row(scored.selector)
+    there = similar_row(scored.selector.unique())
     return [there or name if name == "similar" else name for name in names]
 
 # %% ../nbs/82_evaluate.ipynb #7a49af27
@@ -322,19 +323,34 @@ def gap_closed(
     bootstrap:Bootstrap=Bootstrap(), # resamples, and coverage; `Bootstrap(0)` gives the value alone, with NaN bounds
 )->Interval: # 0 = random, 1 = oracle; may be negative; all NaN if oracle <= random
     "Share of the gap between random and oracle that a selector closes"
-    x = np.stack([np.asarray(v, dtype=float) for v in (policy, random, oracle)], 1)
-    all_three = ~np.isnan(x).any(1)
-    if not all_three.any():
-        raise ValueError("gap_closed: no query has a policy, a random and an oracle score")
-    x = x[all_three]
-    value = float(_share(*x.mean(0)))
-    unknown = Interval(value, math.nan, math.nan)
-    if not bootstrap.n or math.isnan(value): return unknown
-    clusters = None if cluster is None else np.asarray(cluster)[all_three]
-    policies, randoms, oracles = boot_means(x, clusters, bootstrap).T
-    how_sure = bootstrap.level, count_clusters(clusters, len(x))
+    gap, = _gaps_closed(np.asarray(policy, dtype=float)[:, None], random, oracle, cluster, bootstrap)
+    return gap
+
+def _gaps_closed(policies, random, oracle, cluster, bootstrap):
+    "`gap_closed` of each column [n,k]; columns that miss the same queries share their resamples"
+    ends = np.stack([np.asarray(v, dtype=float) for v in (random, oracle)], 1)
+    known = ~np.isnan(policies) & ~np.isnan(ends).any(1, keepdims=True)
+    out = [None]*policies.shape[1]
+    for columns, rows in alike_columns(known):
+        if not rows.any(): raise ValueError("gap_closed: no query has a policy, a random and an oracle score")
+        scores = np.concatenate([policies[rows][:, columns], ends[rows]], 1)
+        clusters = None if cluster is None else np.asarray(cluster)[rows]
+        for j, gap in zip(columns, _gaps_of(scores, clusters, bootstrap)): out[j] = gap
+    return out
+
+def _gaps_of(scores, clusters, bootstrap):
+    "Gaps closed by the columns [n,k+2]; the last two are random and oracle; none is missing"
+    *policies, random, oracle = scores.mean(0)
+    values = [float(_share(policy, random, oracle)) for policy in policies]
+    unknown = [Interval(value, math.nan, math.nan) for value in values]
+    if not bootstrap.n or math.isnan(values[0]): return unknown
+    *policies, randoms, oracles = boot_means(scores, clusters, bootstrap).T
+    how_sure = bootstrap.level, count_clusters(clusters, len(scores))
     if not _sure_gap(randoms, oracles, *how_sure): return unknown
-    return Interval(value, *bounds(_share(policies, randoms, oracles), *how_sure))
+    return [
+        Interval(value, *bounds(_share(policy, randoms, oracles), *how_sure))
+        for value, policy in zip(values, policies)
+    ]
 
 def _sure_gap(randoms, oracles, level, clusters=None):
     "Is the oracle better than random in (nearly) all resamples? A share of a gap that may be none has no interval"
@@ -391,10 +407,11 @@ def behaviour(
     items = as_items(items, need=("answer",))
     s = scored[scored.pointer.map(len) > 0]
     could_be = {d for c in (s.pointer if pool is None else pool.ids.values()) for d in c}
+    answers = dict(zip(items.index, items.answer))
     rows = []
     for (selector, shots), g in s.groupby(["selector", "shots"], sort=False):
         good = g[~g.eval_failed]
-        copies = _copies(good, items)
+        copies = _copies(good, answers)
         wrong = (good.vqa_acc_score == 0).to_numpy()
         shown = Counter(d for p in g.pointer for d in p)
         rows.append(dict(
@@ -407,9 +424,9 @@ def behaviour(
         ))
     return pd.DataFrame(rows, columns=["selector", "shots", "copy", "copy_wrong", "unique", "gini"])
 
-def _copies(rows, items):
-    "Whether each answer repeats the last demonstration's [n], as 0 or 1"
-    last = [items.at[p[-1], "answer"] for p in rows.pointer]
+def _copies(rows, answers):
+    "Whether each answer repeats the last demonstration's [n], as 0 or 1; `answers`: {question_id: answer}"
+    last = [answers[p[-1]] for p in rows.pointer]
     same = [normalise(said) == normalise(shown) for said, shown in zip(rows.vqa_pred_answer, last)]
     return np.array(same, dtype=float)
 
@@ -527,10 +544,10 @@ def gap_table(
         m = score_matrix(scored, S)
         if not {"random", "oracle"} <= set(m): continue
         pictures = _pictures(items, m.index)
-        for selector in _order(list(m)):
-            if selector in ("random", "oracle"): continue
-            gap = gap_closed(m[selector], m["random"], m["oracle"], pictures, bootstrap)
-            rows.append((selector, S, *gap))
+        names = [name for name in _order(list(m)) if name not in ("random", "oracle")]
+        if not names: continue
+        gaps = _gaps_closed(m[names].to_numpy(), m["random"], m["oracle"], pictures, bootstrap)
+        rows += [(name, S, *gap) for name, gap in zip(names, gaps)]
     out = pd.DataFrame(rows, columns=["selector", "shots", "gap", "lo", "hi"])
     out.attrs["level"] = bootstrap.level
     return out
@@ -549,13 +566,19 @@ def paired_table(
     for S in sorted(set(scored.shots) - {0}):
         m = score_matrix(scored, S)
         pairs = [(a, b) for b in against if b in m for a in _order(list(m)) if a != b]
-        for a, b in pairs:
+        for (a, b), est in zip(pairs, _differences(m, pairs, items, bootstrap)):
             pair = _pair(m, a, b, items)
-            est = paired_bootstrap(*pair, bootstrap)
             found = mde(*pair, level=bootstrap.level)
             rows.append((a, b, S, len(pair[0]), *est, found, claim(est, found)))
     columns = ["selector", "against", "shots", "n", "delta", "lo", "hi", "mde", "verdict"]
     return pd.DataFrame(rows, columns=columns)
+
+def _differences(matrix, pairs, items, bootstrap):
+    "Mean difference of each pair of columns, with its interval"
+    if not pairs: return []
+    scores = {name: matrix[name].to_numpy() for name in dict.fromkeys(name for pair in pairs for name in pair)}
+    differences = np.stack([scores[a] - scores[b] for a, b in pairs], 1)
+    return paired_bootstraps(differences, _pictures(items, matrix.index), bootstrap)
 
 def _pair(matrix, a, b, items):
     "Scores of `a`, scores of `b`, and pictures, of the queries that both have"
@@ -563,14 +586,13 @@ def _pair(matrix, a, b, items):
     return both[a], both[b], _pictures(items, both.index)
 
 # %% ../nbs/82_evaluate.ipynb #3218ae78
-def _compared(scored, matrix, a, b, S, items, bootstrap):
-    "Everything about one pair but what depends on the others"
+def _compared(scored, matrix, a, b, S, items, est, level):
+    "Everything about one pair but what depends on the others; `est` is its difference with its interval"
     pair = _pair(matrix, a, b, items)
-    est = paired_bootstrap(*pair, bootstrap)
     signs = mcnemar(*pair[:2])
     return dict(
         selector=a, against=b, shots=S, n=len(pair[0]),
-        delta=est.value, lo=est.lo, hi=est.hi, mde=mde(*pair, level=bootstrap.level),
+        delta=est.value, lo=est.lo, hi=est.hi, mde=mde(*pair, level=level),
         better=signs.better, worse=signs.worse, p_changed=signs.p,
         changed=changed(scored, a, S, b), agree=agreement(scored, a, b, S),
         p=paired_p(*pair),
@@ -590,9 +612,9 @@ def paired_tests(
     rows = []
     for S in sorted(set(scored.shots) - {0}):
         m = score_matrix(scored, S)
-        for a, b in pairs:
-            if not {a, b} <= set(m): continue
-            rows.append(_compared(scored, m, a, b, S, items, bootstrap))
+        there = [pair for pair in pairs if set(pair) <= set(m)]
+        for (a, b), est in zip(there, _differences(m, there, items, bootstrap)):
+            rows.append(_compared(scored, m, a, b, S, items, est, bootstrap.level))
     if not rows: raise ValueError(f"no pair of {pairs} has a shot count in common")
     t = pd.DataFrame(rows)
     t["p_holm"] = holm(t.p)
@@ -868,8 +890,11 @@ def mode_table(
     "The same answers under several evaluators"
     items = as_items(items, need=("answers",))
     s = scored[~scored.eval_failed]
-    truth = [items.at[q, "answers"] for q in s.question_id]
-    s = s.assign(**{mode: vqa_accuracies(s.vqa_pred_answer, truth, mode) for mode in _EVALUATORS})
+    answers = dict(zip(items.index, items.answers))
+    said = s[["question_id", "vqa_pred_answer"]].drop_duplicates()
+    truth = [answers[q] for q in said.question_id]
+    said = said.assign(**{mode: vqa_accuracies(said.vqa_pred_answer, truth, mode) for mode in _EVALUATORS})
+    s = s.merge(said, on=["question_id", "vqa_pred_answer"], how="left")
     by_mode = s[list(_EVALUATORS)]
     s["disagree"] = (by_mode.max(axis=1) - by_mode.min(axis=1) > 1e-9).astype(float)
     columns = [*_EVALUATORS, "disagree"]

@@ -16,7 +16,7 @@ from itertools import chain
 from pathlib import Path
 import numpy as np, pandas as pd, pyarrow as pa
 from fastcore.basics import patch
-from .core import fingerprint, read_arrow, read_json, write_json, write_parquet
+from .core import fingerprint, printable, read_arrow, read_json, write_json, write_parquet
 from .runs import present_command
 from .markup import Blocks, Paragraph, frame_table
 from .items import as_id, as_items
@@ -269,7 +269,7 @@ def summary(self:RLData):
     return pd.Series(said, name="RLData", dtype=object)
 
 @patch
-def __repr__(self:RLData): return "RLData\n" + self.summary().to_string()
+def __repr__(self:RLData): return printable("RLData\n" + self.summary().to_string())
 
 @patch
 def _repr_html_(self:RLData): return self._table().html()
@@ -323,7 +323,9 @@ class Group:
         if rows.eval_failed.any(): out["error"] = rows.error.fillna("")
         return out
 
-    def __repr__(self): return f"{self.title}\n{self.frame().to_string(float_format='%.2f', na_rep='-')}"
+    def __repr__(self):
+        table = self.frame().to_string(float_format="%.2f", na_rep="-")
+        return printable(f"{self.title}\n{table}")
     def _repr_html_(self):
         return Blocks([Paragraph(self.title), frame_table(self.frame(), "sequences")]).html()
 

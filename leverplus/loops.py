@@ -20,7 +20,7 @@ from leverplus.settings import (
     Asking, Count, Counts, Guarding, Json, Mining, Natural, Proposing, Rewarding, change, check_counts,
     group, plain_settings, read_settings,
 )
-from .core import fingerprint, read_json, rng, write_json
+from .core import fingerprint, printable, read_json, rng, write_json
 from .identity import code_fingerprint
 from .runs import Run, plain, settings_diff
 from .synth import quiet
@@ -722,7 +722,7 @@ class ClosedLoop:
 
     def __repr__(self):
         frames = [f.round(3).to_string(index=False) for f in (self.frame, self.table)]
-        return "\n".join([*self.lines, "", frames[0], "", frames[1]])
+        return printable("\n".join([*self.lines, "", frames[0], "", frames[1]]))
     def _repr_html_(self):
         first, *rest = self.lines
         tables = [frame_table(self.frame, "conditions"), frame_table(self.table, "picks against the oracle")]
@@ -855,7 +855,7 @@ class Rounds:
     def plot(self, ax=None):
         "See `plot_rounds`"
         return plot_rounds(self.frame, ax)
-    def __repr__(self): return "\n".join([*self.said, "", self.frame.round(3).to_string(index=False)])
+    def __repr__(self): return printable("\n".join([*self.said, "", self.frame.round(3).to_string(index=False)]))
     def _repr_html_(self):
         return Blocks([*map(Paragraph, self.said), frame_table(self.frame, "rounds")]).html()
 
@@ -875,7 +875,7 @@ def rounds(
     loop = Loop(world, path, settings, **kwargs)
     played = []
     stop = "as many as were asked for"
-    with tqdm(total=most, disable=not loop.progress, desc=loop.path.name, unit="round") as bar:
+    with tqdm(total=most, disable=not loop.progress, desc=printable(loop.path.name), unit="round") as bar:
         for k in range(most):
             played.append(loop.play(k))
             headrooms = loop.headrooms(played)

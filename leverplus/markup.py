@@ -16,13 +16,15 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 # %% ../nbs/15_markup.ipynb #b2c51961
 @lru_cache(maxsize=1)
 def _templates():
-    return Environment(
+    made = Environment(
         loader=PackageLoader("leverplus", "templates"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    made.policies["json.dumps_kwargs"] = dict(separators=(",", ":"), allow_nan=False)   # of data for a script
+    return made
 
 def fill_template(
     template:str, # file in `leverplus/templates`; jinja2's TemplateNotFound names one that is not there

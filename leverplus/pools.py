@@ -12,7 +12,7 @@ from itertools import chain
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
-from .core import fingerprint, read_json, read_parquet, rng, write_json, write_parquet
+from .core import fingerprint, printable, read_json, read_parquet, rng, write_json, write_parquet
 from .runs import plain, settings_diff
 from .items import as_id, as_ids, as_items, given_ids
 from .pictures import picture_key
@@ -46,7 +46,7 @@ class Pool:
     __hash__ = None
     def __repr__(self):
         sampler = self.recipe.get("sampler")
-        return f"Pool({len(self)} queries, K={self.K}, sampler {sampler}, {self.fingerprint})"
+        return f"Pool({len(self)} queries, K={self.K}, sampler {printable(sampler)}, {self.fingerprint})"
 
     @property
     def K(self)->int:

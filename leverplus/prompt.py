@@ -8,6 +8,7 @@ __all__ = ['STYLES', 'IMAGE_MARK', 'Demo', 'Prompt', 'ask_text', 'messages', 'pr
 
 # %% ../nbs/20_prompt.ipynb #5915289e
 from dataclasses import dataclass
+from .core import markdown_code, markdown_text
 from .text import text_fault
 
 # %% ../nbs/20_prompt.ipynb #b0cd764b
@@ -49,8 +50,9 @@ class Prompt:
         answers = [demo.answer for demo in self.demos] + ["?"]
         lines = []
         for i, (item, answer) in enumerate(zip(self.items, answers), 1):
-            file = "" if item.image is None else f"🖼 `{item.image.split('/')[-1]}` "
-            lines.append(f"{i}. {file}Question: {item.question} Short answer: **{answer}**")
+            file = "" if item.image is None else f"🖼 {markdown_code(item.image.split('/')[-1])} "
+            asked = markdown_text(item.question)
+            lines.append(f"{i}. {file}Question: {asked} Short answer: **{markdown_text(answer)}**")
         return f"query {self.question_id}, {self.style}\n\n" + "\n".join(lines)
 
 # %% ../nbs/20_prompt.ipynb #f1821320

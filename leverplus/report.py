@@ -9,21 +9,21 @@ __all__ = ['GLOSSARY', 'best_row', 'zero_tests', 'rival_tests', 'headline', 'hea
            'described_items', 'runs_differ', 'compare_many', 'report']
 
 # %% ../nbs/90_report.ipynb #bf531454
-import io, json, math
+import base64, hashlib, io, json, math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np, pandas as pd
 from fastcore.basics import patch
-from .core import atomic_path, read_json, sealed_path
-from .runs import ABSENT, Run, settings_diff
+from .core import atomic_path, read_json
+from .runs import ABSENT, Run, settings_diff, write_csv
 from leverplus.markup import (
     Block, Blocks, Figure, Filled, Fold, Glossary, Heading, Paragraph, Preformatted, Scroll, Sentences,
-    Strip, frame_table,
+    Strip, fill_template, frame_table,
 )
 from .items import as_id, as_items
 from leverplus.cases import (
-    MARKS, OUTCOMES, Pictures, case_block, data_uri, figure_text, pick_cases, plot_examples,
+    MARKS, OUTCOMES, Pictures, case_block, case_data, data_uri, figure_text, pick_cases, plot_examples,
     query_outcomes,
 )
 from .groups import RLData, shard_files
@@ -678,6 +678,9 @@ def _in_order(rows, names):
     return rows.sort_values("selector", key=lambda s: s.map(order.index), kind="stable")
 
 # %% ../nbs/90_report.ipynb #a7114caf
+_WHOLE = 100 # cases that a page has as they are
+_AT_ONCE = 40 # cases that are shown together where there are more
+
 def browser_block(
     items:pd.DataFrame, # queries and demonstrations by question_id
     scored:pd.DataFrame, # from `evaluate.score_picks`
@@ -686,7 +689,7 @@ def browser_block(
     pictures:Pictures|None=None, # those of the page; None: it carries its own
     level:int=3, # of the headings
     name:str="show", # of the filter, unique in a page
-)->Block:
+)->Block: # more than a hundred cases are shown some at a time, by a script
     "Cases that can be filtered by won, lost and unchanged"
     items = as_items(items, need=("question", "answer", "answers"))
     pics = pictures or Pictures()
@@ -697,28 +700,40 @@ def browser_block(
     went = {a: query_outcomes(scored, selector, shots, a) for a in against} # of all queries
     first = against[0] if against else None
     rows = pick_cases(scored, cases.n, selector, shots, seed=cases.seed, against=first)
-    chosen = _chosen_by(same, there if others is None else others, selector)
-    shown = []
-    for _, row in rows.iterrows():
-        q = row.question_id
-        shown.append(case_block(items, row, chosen.get(q), {a: o[q] for a, o in went.items()}, pics, level))
+    chosen = _chosen_by(same[same.question_id.isin(rows.question_id)], there if others is None else others, selector)
+    shown = rows if len(rows) <= _WHOLE else rows[:_AT_ONCE]
+    blocks = _case_blocks(items, shown, chosen, went, pics, level)
+    data = None
+    if len(shown) < len(rows): data = case_data(items, rows, chosen, went, pics, level, _AT_ONCE)
     return Filled(
         "browser.html",
         name=name, # of the filter
+        n=len(rows),
         filter={a: _count_outcomes(o.loc[rows.question_id]) for a, o in went.items()},
         tallies=Sentences([_tally(selector, a, o) for a, o in went.items()]),
-        cases=shown,
+        cases=blocks,
+        data=data,
         pictures=None if pictures else pics,
     )
+
+def _case_blocks(items, rows, chosen, went, pics, level):
+    "A block for each case"
+    by_query = dict(iter(chosen[chosen.question_id.isin(rows.question_id)].groupby("question_id")))
+    blocks = []
+    for _, row in rows.iterrows():
+        q = row.question_id
+        outcomes = {a: o[q] for a, o in went.items()}
+        blocks.append(case_block(items, row, by_query.get(q), outcomes, pics, level))
+    return blocks
 
 def _count_outcomes(went): return {outcome: int((went == outcome).sum()) for outcome in OUTCOMES[:3]}
 
 def _chosen_by(scored, names, selector):
-    "{question_id: what other selectors chose for it, in order}"
+    "What other selectors chose for these queries, in order"
     there = set(scored.selector) - {selector, "majority_vote"}
     names = [s for s in names if s in there]
     rows = scored[scored.selector.isin(names)].drop_duplicates(["selector", "question_id"])
-    return {q: _in_order(part, names) for q, part in rows.groupby("question_id")}
+    return _in_order(rows, names)
 
 # %% ../nbs/90_report.ipynb #e1a36f78
 def diagnosis_block(
@@ -908,12 +923,22 @@ class _Page(Block):
     def _shown(self):
         "What the template is given"
         shown = dict(title=self.title, lead=self.lead, contents=self.headings, parts=self.parts)
-        return shown | dict(pictures=self.pictures, glossary=self.glossary) | _STYLE
+        return shown | dict(pictures=self.pictures, glossary=self.glossary, policy=_policy()) | _STYLE
 
     def write(self, path):
         "Write the page atomically; gives the path"
-        with atomic_path(path) as tmp: Path(tmp).write_text(self.html(), encoding="utf8")
+        text = self.html().encode("utf8", "xmlcharrefreplace")   # half a character is a number then
+        with atomic_path(path) as tmp: Path(tmp).write_bytes(text)
         return Path(path)
+
+def _policy():
+    "What a browser may do on a page: show its own pictures, and run the one script that is ours"
+    script = hashlib.sha256(fill_template("browser.js").encode()).digest()
+    ours = f"'sha256-{base64.b64encode(script).decode()}'"
+    return (
+        f"default-src 'none'; script-src {ours}; style-src 'unsafe-inline'; img-src data:; base-uri 'none';"
+        " form-action 'none'"
+    )
 
 # %% ../nbs/90_report.ipynb #c7ce7b6b
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -1189,7 +1214,7 @@ def write_report(
     run_dir = Path(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     if findings.looks is None: findings = replace(findings, looks=_looks(run_dir, findings.split or "test"))
-    if findings.table is not None: _save_table(run_dir/"results.csv", findings.table)
+    if findings.table is not None: write_csv(run_dir/"results.csv", findings.table, digits=6)
     page = _Page(title or run_dir.name)
     page.say(notes)
     figures = _add_run(page, run_dir, findings, cases, bootstrap)
@@ -1202,9 +1227,6 @@ def _check_findings(findings):
         f"write_report: findings are a {type(findings).__name__}, wanted Findings, as"
         " write_report(run_dir, Findings(table=table))"
     )
-
-def _save_table(path, table):
-    with sealed_path(path, beside=True) as tmp: table.to_csv(tmp, index=False, float_format="%.6g")
 
 # %% ../nbs/90_report.ipynb #a41acd06
 def described_items(

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np, pandas as pd
 from fastcore.basics import patch
 from tqdm import tqdm
-from .core import fingerprint, rng, scramble, stable_hash
+from .core import fingerprint, printable, rng, scramble, stable_hash
 from .settings import Asking
 from .items import as_asked, as_items, check_answered
 from .pictures import picture_key
@@ -260,7 +260,7 @@ class FactCache:
     def __repr__(self):
         where = "memory" if self.path is None else self.path.name
         state = ", read-only" if self.readonly else ""
-        return f"FactCache({where}{state}): {len(self)} facts, scorers {self.scorers}"
+        return f"FactCache({printable(where)}{state}): {len(self)} facts, scorers {self.scorers}"
 
     @property
     def scorers(self):

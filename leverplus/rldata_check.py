@@ -17,7 +17,8 @@ from typing import NamedTuple
 import numpy as np, pandas as pd
 from fastcore.basics import patch
 from fastcore.meta import delegates
-from .core import atomic_path
+from .core import markdown_code, markdown_text, printable
+from .runs import write_csv
 from .markup import Block, Cell, Filled, Table
 from .groups import METHODS, RLData, pointer_matrix
 from .rewards import group_stats, parts_of, reward as reward_of, reward_facts, spearman
@@ -872,12 +873,12 @@ def __repr__(self:Health):
     lines = [f"{file}: {advice}. {taught}." for file, advice, taught in self._lines()]
     alarms = [f"- {a.file}: {a.cause}: {a.seen} (wanted: {a.wanted}). {a.remedy}" for a in self.verdict]
     table = self.table().iloc[:, 1:-1].to_string(index=False)
-    return "\n".join([f"Health, reward {self.reward}", *lines, *alarms, table])
+    return printable("\n".join([f"Health, reward {self.reward}", *lines, *alarms, table]))
 
 # %% ../nbs/36_rldata_check.ipynb #4f23cdcf
 def _cells(df): return [[_say(v) for v in row] for row in df.itertuples(index=False)]
 
-def _md_line(cells): return "| " + " | ".join(str(c).replace("|", "\\|") for c in cells) + " |"
+def _md_line(cells): return "| " + " | ".join(map(markdown_text, cells)) + " |"
 def _md(df):
     head = [_md_line(df.columns), _md_line(["---"] * df.shape[1])]
     return "\n".join(head + [_md_line(row) for row in _cells(df)])
@@ -895,9 +896,10 @@ def _parts(self:Health):
 
 @patch
 def _repr_markdown_(self:Health):
-    lines = [f"- **{file}: {advice}.** {taught}." for file, advice, taught in self._lines()]
+    told = [map(markdown_text, line) for line in self._lines()]
+    lines = [f"- **{file}: {advice}.** {taught}." for file, advice, taught in told]
     tables = [f"\n**{title}**\n\n{_md(df)}" for title, df in self._parts()]
-    return "\n".join([f"Health, reward `{self.reward}`", "", *lines, *tables])
+    return "\n".join([f"Health, reward {markdown_code(self.reward)}", "", *lines, *tables])
 
 @patch
 def block(self:Health)->Block: # verdicts and all tables
@@ -986,5 +988,5 @@ def to_csv(self:Health,
         verdict=self.alarms,
     )
     for name, df in frames.items():
-        with atomic_path(folder/f"{name}.csv") as tmp: df.to_csv(tmp, index=False)
+        write_csv(folder/f"{name}.csv", df)
     return folder

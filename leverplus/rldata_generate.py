@@ -20,8 +20,8 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 from .settings import TWO_STAGE, Asking, Guarding, Job, Proposing, check_two_stage, plain_settings
 from leverplus.core import (
-    Damaged, ask_for_a_folder, atomic_path, fingerprint, leftovers, read_json, rng, stable_hash,
-    write_json,
+    Damaged, ask_for_a_folder, atomic_path, fingerprint, leftovers, printable, read_json, rng,
+    stable_hash, write_json,
 )
 from .runs import Busy, Run, empty_folder
 from .items import as_asked, as_ids, as_items
@@ -709,7 +709,7 @@ def bar(self:Generation,
     total = sum(len(w) for w in self.windows)
     there = sum(len(self.windows[i]) for i in skip)
     name = self.path.name + shard_tag(self.shard)
-    with tqdm(total=total, initial=there, disable=not progress, desc=name, unit="query") as t:
+    with tqdm(total=total, initial=there, disable=not progress, desc=printable(name), unit="query") as t:
         yield _Step(self, t)
 
 class _Step:

@@ -13,7 +13,7 @@ import inspect
 from copy import copy
 import numpy as np, pandas as pd
 from fastcore.basics import patch
-from .core import scramble, stable_hash
+from .core import printable, scramble, stable_hash
 from .markup import Blocks, Paragraph
 from .items import as_items
 from .groups import PROB_FACTS, RECORD, TEXT_FACTS, RLData, pointer_matrix, whole_draws
@@ -81,7 +81,7 @@ def log(self:RLData):
     return lines
 
 @patch
-def __repr__(self:RLData): return "\n".join(["RLData", self.summary().to_string(), *self.log])
+def __repr__(self:RLData): return printable("\n".join(["RLData", self.summary().to_string(), *self.log]))
 
 @patch
 def _repr_html_(self:RLData):

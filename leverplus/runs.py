@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ABSENT', 'LIBRARIES', 'RESERVED', 'plain', 'settings_diff', 'library_versions', 'git_state', 'environment',
-           'by_command', 'present_command', 'Run', 'write_frame', 'read_frame', 'runs_frame', 'Busy', 'is_lock',
-           'empty_folder']
+           'by_command', 'present_command', 'Run', 'write_csv', 'read_csv', 'write_frame', 'read_frame', 'runs_frame',
+           'Busy', 'is_lock', 'empty_folder']
 
 # %% ../nbs/01_runs.ipynb #eb592546
 import io, json, os, platform, re, shutil, subprocess
@@ -18,8 +18,8 @@ import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
 from filelock import FileLock, Timeout
 from leverplus.core import (
-    ask_for_a_folder, checked_bytes, read_json, read_parquet, repo_path, sealed_path, write_json,
-    write_parquet,
+    ask_for_a_folder, checked_bytes, markdown_text, read_json, read_parquet, repo_path, sealed_path,
+    write_json, write_parquet,
 )
 
 # %% ../nbs/01_runs.ipynb #c67042ba
@@ -239,6 +239,46 @@ def _differs(run, wanted): # {name: (there, now)}; a fingerprint that only one s
 
 def _now(): return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
+# %% ../nbs/01_runs.ipynb #fec07bc8
+_FORMULA = re.compile(r"'*[=+\-@\t\r\n]") # how a text begins that is written with an apostrophe more
+
+def write_csv(
+    path, # where to
+    df:pd.DataFrame, # the index is not written
+    digits:int|None=None, # significant digits of fractions; None: all that there are
+)->Path: # `path`
+    "Write a table for people and their spreadsheets, atomically; text that would be a formula gets an apostrophe"
+    fractions = None if digits is None else f"%.{digits}g"
+    with sealed_path(path, beside=True) as tmp:
+        _each_text(df, _no_formula).to_csv(tmp, index=False, float_format=fractions, lineterminator="\r\n")
+    return Path(path)
+
+def read_csv(
+    path, # a file of `write_csv`
+)->pd.DataFrame: # one without columns where the file is empty, such as a history of no stage
+    "Read a table as it was before `write_csv`: the apostrophe that a formula was given is taken away"
+    raw = checked_bytes(path)
+    if not raw.strip(): return pd.DataFrame()
+    return _each_text(pd.read_csv(io.BytesIO(raw)), _as_it_was)
+
+def _each_text(df, change):
+    "A table whose texts, names of columns included, are changed"
+    out = df.copy()
+    out.columns = [change(name) for name in df.columns]
+    for i, kind in enumerate(df.dtypes):
+        named = isinstance(kind, pd.CategoricalDtype)
+        if named or pd.api.types.is_string_dtype(kind):
+            column = [change(value) for value in df.iloc[:, i]]
+            out.isetitem(i, pd.Series(column, index=df.index, dtype=object if named else kind))
+    return out
+
+def _no_formula(value):
+    text = os.fspath(value) if isinstance(value, os.PathLike) else value
+    return f"'{text}" if isinstance(text, str) and _FORMULA.match(text) else value
+
+def _as_it_was(value):
+    return value[1:] if isinstance(value, str) and value[:1] == "'" and _FORMULA.match(value) else value
+
 # %% ../nbs/01_runs.ipynb #6a73a25a
 def write_frame(
     path, # ends in .csv or .parquet
@@ -249,17 +289,14 @@ def write_frame(
     named = [n for n in df.index.names if n is not None]
     if named: df = df.reset_index(level=named)
     if path.suffix == ".parquet": return write_parquet(path, df)
-    with sealed_path(path, beside=True) as tmp: df.to_csv(tmp, index=False)
-    return path
+    return write_csv(path, df)
 
 def read_frame(
     path, # of `write_frame`; FileNotFoundError if it is absent, `Damaged` if it is not as it was written
 )->pd.DataFrame:
     "Read a table"
     if Path(path).suffix == ".parquet": return read_parquet(path)
-    raw = checked_bytes(path)
-    if not raw.strip(): return pd.DataFrame()   # a table without columns, such as a history of no stage
-    return pd.read_csv(io.BytesIO(raw))
+    return read_csv(path)
 
 # %% ../nbs/01_runs.ipynb #64a05053
 @patch
@@ -339,7 +376,7 @@ def _repr_markdown_(self:Run):
         "metrics": _listed(self.metrics),
         "files": ", ".join(self.files()),
     }
-    lines = ["| {} | {} |".format(name, str(value).replace("|", "\\|")) for name, value in rows.items()]
+    lines = [f"| {name} | {markdown_text(value)} |" for name, value in rows.items()]
     return "\n".join([lines[0], "|---|---|", *lines[1:]])
 
 def _listed(values): return ", ".join(f"{name} = {value}" for name, value in values.items()) or "none"

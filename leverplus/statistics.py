@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['NO_DIFFERENCE', 'Bootstrap', 'resamples', 'boot_means', 'Interval', 'tail', 'bounds', 'count_clusters',
-           'bootstrap_mean', 'paired_bootstrap', 'standard_error', 'mde', 'plan_mde', 'plan_power', 'detectable',
-           'differs', 'claim', 'difference_text', 'power_note', 'verdict', 'Signs', 'mcnemar', 'paired_p', 'holm',
-           'seed_weights', 'seeds_bootstrap']
+           'bootstrap_mean', 'paired_bootstrap', 'alike_columns', 'paired_bootstraps', 'standard_error', 'mde',
+           'plan_mde', 'plan_power', 'detectable', 'differs', 'claim', 'difference_text', 'power_note', 'verdict',
+           'Signs', 'mcnemar', 'paired_p', 'holm', 'seed_weights', 'seeds_bootstrap']
 
 # %% ../nbs/81_statistics.ipynb #3b01e85a
 import math
@@ -15,6 +15,7 @@ from functools import lru_cache
 from statistics import NormalDist
 from typing import NamedTuple
 import numpy as np, pandas as pd
+from scipy.stats import binom
 from scipy.stats import t as student
 from .core import rng
 
@@ -165,6 +166,33 @@ def _diff(a, b, cluster):
     if not both.any(): raise ValueError("the two have no query in common")
     return d[both], None if cluster is None else np.asarray(cluster)[both]
 
+# %% ../nbs/81_statistics.ipynb #e80f59f1
+def alike_columns(
+    known:np.ndarray, # bool [n, k]: which query has a score in which column
+)->list: # of (list of columns, bool [n] rows that all of these have)
+    "Columns that know the same queries"
+    patterns = {}
+    for j, rows in enumerate(known.T): patterns.setdefault(rows.tobytes(), (rows, []))[1].append(j)
+    return [(columns, rows) for rows, columns in patterns.values()]
+
+def paired_bootstraps(
+    differences, # [n, k], a column per pair; NaN where one of the two has no score
+    cluster=None, # [n] cluster of each query, e.g. image_id
+    bootstrap:Bootstrap=Bootstrap(), # resamples, and the coverage of the intervals
+)->list: # of `Interval`, one per column; ValueError for a column without a number
+    "Mean paired differences of many pairs, each with a bootstrap interval"
+    d = np.asarray(differences, dtype=float)
+    out = [None]*d.shape[1]
+    for columns, rows in alike_columns(~np.isnan(d)):
+        if not rows.any(): raise ValueError(f"the two of pair {columns[0]} have no query in common")
+        known = d[rows][:, columns]
+        c = None if cluster is None else np.asarray(cluster)[rows]
+        clusters = count_clusters(c, len(known))
+        means = boot_means(known, c, bootstrap)
+        for j, value, resampled in zip(columns, known.mean(0), means.T):
+            out[j] = Interval(float(value), *bounds(resampled, bootstrap.level, clusters))
+    return out
+
 # %% ../nbs/81_statistics.ipynb #9aa31f43
 def standard_error(
     d, # [n] numbers, none missing
@@ -296,7 +324,7 @@ def mcnemar(
     up = int((d > 1e-12).sum())
     down = int((d < -1e-12).sum())
     moved = up + down
-    tail = sum(math.comb(moved, i) for i in range(min(up, down) + 1)) / 2**moved
+    tail = float(binom.cdf(min(up, down), moved, .5))
     return Signs(up, down, len(d) - moved, min(1., 2*tail))
 
 # %% ../nbs/81_statistics.ipynb #e0cbb9c8

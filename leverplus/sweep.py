@@ -15,7 +15,7 @@ from statistics import NormalDist
 import numpy as np, pandas as pd
 from tqdm import tqdm
 from .settings import Asking
-from .core import SEAL, fingerprint, read_json, read_sealed_json, room_for, sealed_json
+from .core import SEAL, fingerprint, printable, read_json, read_sealed_json, room_for, sealed_json
 from .identity import code_fingerprint
 from .runs import git_state, library_versions, plain
 from .synth import quiet
@@ -445,7 +445,7 @@ def sweep(
         shared = SweepData(groups, world, shots, cache, stages, asking)
         have = _cells(path)
         made = dict(versions=library_versions(("leverplus", "torch")), git=git_state())
-        for k in tqdm(_left(cells, have, shard), disable=not progress, desc=path.name, unit="cell"):
+        for k in tqdm(_left(cells, have, shard), disable=not progress, desc=printable(path.name), unit="cell"):
             settings, seed = cells[k]
             have[k] = dict(cell=k, data=data, made=made) | run_cell(settings, seed, shared)
             append_row(file, have[k])

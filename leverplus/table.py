@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 import pandas as pd
-from .core import ask_for_a_folder, fingerprint, repo_path
+from .core import ask_for_a_folder, fingerprint, printable, repo_path
 from .runs import Run, read_frame
 from .settings import Asking, Rows, plain_settings
 from .items import as_items
@@ -248,7 +248,7 @@ class FullTable:
         if self.sizes is not None: out += ["", self.sizes.round(3).to_string()]
         return "\n".join(out)
 
-    def __repr__(self): return self.text()
+    def __repr__(self): return printable(self.text())
 
 def _tested(scored, items, models):
     "Selectors against two baselines, question by question; None: no selector"

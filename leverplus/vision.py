@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 import torch
-from .core import Damaged, atomic_path, exact_float32, fingerprint, tensors_fingerprint
+from .core import Damaged, atomic_path, exact_float32, fingerprint, printable, tensors_fingerprint
 from .pictures import open_image, picture_key, read_picture
 
 # %% ../nbs/17_vision.ipynb #dd6ccf6a
@@ -240,7 +240,7 @@ class VisionCache:
     def __len__(self): return len(self._memory.keys() | self.disk.places.keys())
     def __repr__(self):
         memory = f"{len(self._memory)} images in memory ({self._bytes/1e3:,.0f} kB)"
-        return f"VisionCache({self.owner}): {memory}, {len(self.disk.places)} on disk"
+        return f"VisionCache({printable(self.owner)}): {memory}, {len(self.disk.places)} on disk"
 
     def get(self,
         key:str, # content key

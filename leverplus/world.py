@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
 from .settings import Asking
-from .core import fingerprint, read_json, world_path
+from .core import fingerprint, printable, read_json, world_path
 from .toy import DATASET
 from .items import as_ids, as_items
 from .data import check_splits, items_fingerprint, read_okvqa, read_soft_labels
@@ -70,7 +70,7 @@ class World:
 
     def __repr__(self):
         sizes = ", ".join(f"{split} {len(pool)}" for split, pool in self.pools.items())
-        return f"World({self.name}: {len(self.items)} items; questions: {sizes}; {self.fingerprint})"
+        return f"World({printable(self.name)}: {len(self.items)} items; questions: {sizes}; {self.fingerprint})"
 
     @property
     def can_ask(self)->bool:

@@ -446,7 +446,7 @@ def test_files_side_by_side_are_as_alone():
         assert [x for x in both.verdict if x.file == name] == alone.verdict
     assert "b|&lt;b&gt;" in both._repr_html_()
     assert "<b>b|<b>" not in both._repr_html_()
-    assert "b\\|<b>" in both._repr_markdown_()
+    assert "b\\|&lt;b&gt;" in both._repr_markdown_()
 
 def test_a_file_from_disk_has_its_name(tmp_path):
     healthy(5).save(tmp_path / "mine")

@@ -88,7 +88,7 @@ def test_every_template_is_used():
     package = pathlib.Path(leverplus.__file__).parent
     files = [*package.glob("*.py"), *(package/"templates").iterdir()]
     used = set()
-    for path in files: used |= set(re.findall(r'"([\w.]+\.(?:html|css))"', path.read_text()))
+    for path in files: used |= set(re.findall(r'"([\w.]+\.(?:html|css|js))"', path.read_text()))
     assert {p.name for p in (package/"templates").iterdir()} <= used
     assert all(kind.template in used for kind in Block.__subclasses__() if hasattr(kind, "template"))
 

@@ -353,6 +353,7 @@ REFUSED = { # name -> (file, words, seen from the header alone?)
     "601 x 3": (saved(Image.new("L", (601, 3))), "is 601 x 3 pixels", True),
     "41 x 8200": (saved(Image.new("L", (41, 8200))), "become 1 x 293 visual tokens", True),
     "bomb": (b"P6 20000 20000 255 ", "is too large", True),
+    "large": (b"P6 9000 9000 255 ", "is too large: 9000 x 9000 pixels, of which at most 64,000,000", True),
     "not a number": (saved(np.float32([[0, np.nan]]), "TIFF"), "not finite", False),
     "infinite": (saved(np.float32([[0, np.inf]]), "TIFF"), "not finite", False),
     "16 bits, one clear": (png(DEEP_RGB, 16, 2, b"\0"*6), "save it with an alpha channel", False),
@@ -536,6 +537,17 @@ def test_a_picture_that_became_a_text_file(tmp_path):
     told = "a.png: image of question_id 17 "
     with pytest.raises(BadPicture, match=told + "changed"): read_picture(path, before, 17)
     with pytest.raises(BadPicture, match=told + "is broken"): open_image(path, question_id=17)
+
+def test_deep_pictures_take_few_bytes_a_pixel():
+    "What Pillow holds aside; a picture of 64 million pixels is read in a gigabyte"
+    import tracemalloc
+    side = 1500
+    deep = saved(np.linspace(-1, 1, side*side, dtype=np.float32).reshape(side, side), "TIFF")
+    tracemalloc.start()
+    open_image(deep)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 12*side*side
 
 def premultiplied(mode, colour):
     "A TIFF file whose colours are multiplied by their alpha, which one tag says"
