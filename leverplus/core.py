@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['masked_mean', 'masked_log_softmax', 'masked_softmax', 'spread', 'pad_rows', 'frozen', 'gini', 'stable_hash', 'rng',
            'seed_all', 'scramble', 'fingerprint', 'tensor_hash', 'tensors_fingerprint', 'atomic_path', 'write_json',
-           'file_bytes', 'what_instead', 'parse_json', 'read_json', 'leftovers', 'ask_for_a_folder', 'repo_path',
-           'world_path', 'exact_float32', 'reproducible', 'loading_bar']
+           'check_file', 'file_bytes', 'what_instead', 'parse_json', 'read_json', 'check_object', 'read_object',
+           'parse_lines', 'read_yaml', 'read_csv', 'leftovers', 'ask_for_a_folder', 'repo_path', 'world_path',
+           'exact_float32', 'reproducible', 'loading_bar']
 
 # %% ../nbs/00_core.ipynb #f91ab82d
-import codecs, contextlib, gzip, hashlib, json, os, random, re, uuid, warnings, zlib
+import codecs, contextlib, csv, gzip, hashlib, io, json, os, random, re, sys, uuid, warnings, zlib
 from copy import deepcopy
 from functools import lru_cache
 from pathlib import Path
-import numpy as np, torch
+import numpy as np, pandas as pd, torch, yaml
 
 # %% ../nbs/00_core.ipynb #a96e81d0
 def masked_mean(
@@ -269,13 +270,20 @@ def write_json(
     return Path(path)
 
 # %% ../nbs/00_core.ipynb #95b2852b
+def check_file(
+    path, # what should be a file; FileNotFoundError names it if it is absent
+)->Path: # the same; ValueError if it is a folder
+    "Check that a file is there"
+    path = Path(path)
+    if path.is_dir(): raise ValueError(f"{path}: a folder, wanted a file: name the file in it")
+    if not path.exists(): raise FileNotFoundError(f"{path}: no such file")
+    return path
+
 def file_bytes(
-    path, # a file; FileNotFoundError names it if it is absent
+    path, # a file, see `check_file`
 )->bytes: # what it holds, unpacked if it is packed by gzip; ValueError if it is packed and broken
     "Read a file, packed or not"
-    path = Path(path)
-    if not path.exists(): raise FileNotFoundError(f"{path}: no such file")
-    raw = path.read_bytes()
+    raw = check_file(path).read_bytes()
     if not raw.startswith(_GZIP): return raw
     try: return gzip.decompress(raw)
     except (EOFError, OSError, zlib.error) as e:
@@ -327,6 +335,17 @@ def parse_json(
             f"{where}: key {e.args[0]!r} occurs twice in one object; a reader would keep one and lose the"
             " other. Join them first"
         ) from e
+    except RecursionError as e:
+        says = "its brackets are nested deeper than can be read; was it made by a program that went wrong?"
+        raise ValueError(f"{where}: not valid JSON: {says}") from e
+    except ValueError as e: raise ValueError(f"{where}: not valid JSON: {_long_number(text)}") from e
+
+def _long_number(text):
+    "Where a number stands that has more digits than Python turns into a number"
+    most = sys.get_int_max_str_digits()
+    found = re.search(rf"[0-9]{{{most + 1}}}", text)
+    line = text.count("\n", 0, found.start()) + 1
+    return f"a number of more than {most} digits in line {line}: if it is an id, put it between quotes"
 
 def _once(pairs):
     "An object whose keys are all different"
@@ -352,6 +371,105 @@ def read_json(
 ): # what it holds; ValueError says what the file is instead, or where it is broken
     "Read a JSON file with errors that name the file"
     return parse_json(file_bytes(path), path)
+
+# %% ../nbs/00_core.ipynb #7cfd71de
+def check_object(
+    content, # what a JSON file holds
+    where, # what errors call it, e.g. its path
+    names=(), # what must be in it
+    what="an object", # what was wanted, e.g. "the head of a pool"
+)->dict: # the same; ValueError says what came instead, or what it lacks
+    "Check that JSON is an object with these names"
+    if not isinstance(content, dict):
+        raise ValueError(f"{where}: holds a {type(content).__name__}, wanted {what}: is it the right file?")
+    lacks = [name for name in names if name not in content]
+    if lacks: raise ValueError(f"{where}: lacks {', '.join(lacks)}, wanted {what}: is it the right file?")
+    return content
+
+# %% ../nbs/00_core.ipynb #425613a4
+def read_object(
+    path, # a JSON file, see `read_json`
+    names=(), # see `check_object`
+    what="an object", # see `check_object`
+)->dict: # ValueError says what the file is instead, where it is broken, or what it lacks
+    "Read a JSON file that is to hold an object with these names"
+    return check_object(read_json(path), path, names, what)
+
+def parse_lines(
+    raw:bytes, # content of a file with a JSON object on each line; blank lines are passed over
+    where, # what errors call it, e.g. its path
+    names=(), # what must be in each, see `check_object`
+)->list: # of dicts; ValueError names file and line
+    "Parse JSON lines with errors that name file and line"
+    lines = [(f"{where}, line {i}", line) for i, line in enumerate(raw.splitlines(), 1) if line.strip()]
+    return [check_object(parse_json(line, place), place, names, "an object on each line") for place, line in lines]
+
+# %% ../nbs/00_core.ipynb #66dfd7e0
+def read_yaml(
+    path, # a YAML file in UTF-8; FileNotFoundError names it if it is absent
+    what="settings by name", # what was wanted, see `check_object`
+    mark="", # a text that is taken out first, such as "!function "
+)->dict: # ValueError says what the file is instead, or where it is broken
+    "Read a YAML file with errors that name the file"
+    raw = file_bytes(path)
+    other = what_instead(raw)
+    if other: raise ValueError(f"{path}: no YAML: {other}")
+    try: content = _OnceLoader(raw.decode("utf-8-sig").replace(mark, "")).get_single_data()
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise ValueError(f"{path}: no YAML ({' '.join(str(e).split())})") from None
+    except RecursionError:
+        raise ValueError(f"{path}: no YAML: its brackets are nested deeper than can be read") from None
+    return check_object(content, path, what=what)
+
+class _OnceLoader(yaml.SafeLoader):
+    "YAML's safe loader; a key that stands twice, and a number that Python cannot read, are errors with their place"
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key, _ in node.value]
+        twice = next((key for key in keys if keys.count(key) > 1), None)
+        if twice is not None: raise yaml.MarkedYAMLError(None, None, f"key {twice!r} occurs twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+    def construct_object(self, node, deep=False):
+        try: return super().construct_object(node, deep)
+        except ValueError as e: raise yaml.MarkedYAMLError(None, None, str(e), node.start_mark) from None
+
+# %% ../nbs/00_core.ipynb #a3a90853
+def read_csv(
+    path, # a CSV file in UTF-8, packed by gzip or not; FileNotFoundError names it if it is absent
+    **options, # of `pandas.read_csv`, such as `dtype=str`
+)->pd.DataFrame: # ValueError says what the file is instead, or which line is broken
+    "Read a CSV file with errors that name the file"
+    raw = file_bytes(path)
+    other = what_instead(raw)
+    if other: raise ValueError(f"{path}: no CSV table: {other}")
+    if b"\0" in raw: raise ValueError(f"{path}: no CSV table: it holds NUL bytes; if it is UTF-16, save it as UTF-8")
+    try: text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path}: byte {e.start} is not UTF-8: save the file as UTF-8") from e
+    _check_lines(text, path)
+    return pd.read_csv(io.StringIO(text), **options)
+
+def _check_lines(text, where):
+    "Refuse a table whose lines have not as many cells as its first line, or names that stand there twice"
+    lines = csv.reader(io.StringIO(text, newline=""), strict=True)
+    names = []
+    try:
+        for cells in filter(None, lines):
+            if not names: names = _column_names(cells, where)
+            if len(cells) == len(names): continue
+            raise ValueError(
+                f"{where}, line {lines.line_num}: {len(cells)} cells, and {len(names)} names in the first line: a cell"
+                " with a comma in it stands between quotes")
+    except csv.Error as e:
+        raise ValueError(f"{where}, line {lines.line_num}: {e}; was a quote left open, or the file cut short?") from e
+
+def _column_names(cells, where):
+    "Names of columns; ValueError for one that stands there twice, and for other marks than commas between them"
+    twice = [name for name in cells if name and cells.count(name) > 1]
+    if twice: raise ValueError(f"{where}: {twice[0]!r} names two columns: rename or drop one")
+    other = next((mark for mark in ";\t|" if len(cells) == 1 and mark in cells[0]), None)
+    if other: raise ValueError(f"{where}: {other!r} stands between the names {cells[0][:60]!r}, wanted commas")
+    return cells
 
 # %% ../nbs/00_core.ipynb #635e3bb1
 _TEMPORARY = re.compile(r"\.(?P<final>.+)\.\d+-[0-9a-f]{8}\.tmp") # as `atomic_path` names them

@@ -10,6 +10,7 @@ __all__ = ['SETTINGS', 'make_groups', 'stored_groups', 'free_groups', 'train_rec
 import tempfile
 from pathlib import Path
 import pandas as pd
+from .core import read_csv
 from .runs import Run
 from .synth import quiet
 from .settings import COUNTS, Proposing
@@ -309,7 +310,7 @@ def demo_text(
     counts = Path(path)/"counts.csv"
     if counts.is_file():
         out += ["", "how many demonstrations; cost in tokens, accuracy per 1,000 of them:"]
-        out.append(pd.read_csv(counts).round(3).to_string(index=False))
+        out.append(read_csv(counts).round(3).to_string(index=False))
     return "\n".join([*out, f"report: {Path(path)/'report.html'}"])
 
 def main():

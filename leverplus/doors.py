@@ -12,15 +12,16 @@ __all__ = ['STATUS', 'Shard', 'Rate', 'Selectors', 'Selector', 'Runs', 'OneRun',
            'first_page', 'answer']
 
 # %% ../nbs/94_doors.ipynb #fba18050
-import contextlib, io, json, math, re, sys, textwrap
+import contextlib, io, math, re, sys, textwrap
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, get_args, get_origin
-import tyro, yaml
+import tyro
 from annotated_types import MinLen
 from pydantic import BeforeValidator
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, UseAppendAction, arg
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec
+from .core import read_json, read_yaml
 from leverplus.settings import (
     Amount, Asking, Choosing, Columns, Count, Data, Folder, Guarding, JsonOrNone, Mining, Model, Natural, Picking,
     Pools, Positive, Proposing, Rewarding, Rows, Share, Teaching, draft, flag, flat_names, group,
@@ -549,10 +550,7 @@ def read_config(
 )->dict: # fields and groups of the door; ValueError or OSError names what is wrong
     "Read settings from a file"
     file = _config_file(Path(path).expanduser())
-    try: values = yaml.safe_load(file.read_text(encoding="utf8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise ValueError(f"{file}: no YAML ({' '.join(str(e).split())})") from None
-    if not isinstance(values, dict): raise ValueError(f"{file}: wanted settings by name")
+    values = read_yaml(file)
     command = dict(_command_of(values, file))
     made_by = command.pop("door", name)
     if made_by != name: raise ValueError(f"{file}: these are settings of leverplus {made_by}, wanted leverplus {name}")
@@ -621,7 +619,7 @@ def _records(folder):
 
 def _record(file):
     "A run's own record; what is no JSON object is somebody else's file"
-    try: record = json.loads(file.read_text(encoding="utf8"))
+    try: record = read_json(file)
     except (ValueError, OSError): return None
     return record if isinstance(record, dict) else None
 

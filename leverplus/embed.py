@@ -12,7 +12,7 @@ import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
 from .checkpoints import check_checkpoint, read_weights
 from leverplus.core import (
-    atomic_path, exact_float32, fingerprint, loading_bar, read_json, tensors_fingerprint, repo_path, world_path,
+    atomic_path, exact_float32, fingerprint, loading_bar, read_object, tensors_fingerprint, repo_path, world_path,
     write_json,
 )
 from leverplus.identity import (
@@ -242,7 +242,7 @@ def load(cls:EmbedStore,
 )->EmbedStore: # equal vectors, equal fingerprint
     "Read a saved store and check that its two files belong together"
     path = Path(path)
-    head = read_json(path/"embed.json")
+    head = read_object(path/"embed.json", ("ids", "digest", "fingerprint", "meta"), "the head of a store")
     if not (path/"embed.safetensors").exists():
         raise FileNotFoundError(f"{path/'embed.safetensors'}: no such file, though embed.json is there")
     vectors = read_weights(path/"embed.safetensors")

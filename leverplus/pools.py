@@ -12,7 +12,7 @@ from itertools import chain
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
-from .core import atomic_path, fingerprint, read_json, rng, write_json
+from .core import atomic_path, check_file, fingerprint, read_object, rng, write_json
 from .runs import plain, settings_diff
 from .items import as_id, as_ids, as_items, given_ids
 from .pictures import picture_key
@@ -198,10 +198,12 @@ def load(cls:Pool,
 )->Pool: # equal ids, recipe and fingerprint
     "Read a saved pool and check its fingerprint"
     path = Path(path)
-    head = read_json(path/"pool.json")
+    head = read_object(path/"pool.json", ("recipe", "fingerprint"), "the head of a pool")
     if not (path/"pool.parquet").exists():
         raise FileNotFoundError(f"{path/'pool.parquet'}: no such file, though pool.json is there")
-    table = pd.read_parquet(path/"pool.parquet")
+    table = pd.read_parquet(check_file(path/"pool.parquet"))
+    lacks = {"question_id", "candidates"} - set(table)
+    if lacks: raise ValueError(f"{path/'pool.parquet'}: no column {min(lacks)}; is it the file of a pool?")
     pool = cls(dict(zip(table.question_id.tolist(), table.candidates)), head["recipe"])
     if pool.fingerprint != head["fingerprint"]:
         raise ValueError(

@@ -16,7 +16,9 @@ from pathlib import Path
 import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
 from filelock import FileLock, Timeout
-from .core import ask_for_a_folder, atomic_path, read_json, repo_path, write_json
+from leverplus.core import (
+    ask_for_a_folder, atomic_path, check_file, read_csv, read_json, repo_path, write_json,
+)
 
 # %% ../nbs/01_runs.ipynb #c67042ba
 def plain(
@@ -258,9 +260,9 @@ def frame(self:Run,
     path = _table_path(self, name)
     if not path.exists():
         raise FileNotFoundError(f"run {self.path.name!r} has no {name}; it has {self.files()}")
-    if path.suffix == ".parquet": return pd.read_parquet(path)
-    if not path.read_text().strip(): return pd.DataFrame()   # a table without columns, such as a history of no stage
-    return pd.read_csv(path)
+    if path.suffix == ".parquet": return pd.read_parquet(check_file(path))
+    if not check_file(path).read_bytes().strip(): return pd.DataFrame()   # a table without columns, such as a history of no stage
+    return read_csv(path)
 
 @patch
 def files(self:Run)->list:

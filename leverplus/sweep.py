@@ -15,7 +15,7 @@ from statistics import NormalDist
 import numpy as np, pandas as pd
 from tqdm import tqdm
 from .settings import Asking
-from .core import fingerprint, read_json
+from .core import check_file, check_object, fingerprint, parse_json, read_object
 from .identity import code_fingerprint
 from .runs import git_state, library_versions, plain
 from .synth import quiet
@@ -157,8 +157,15 @@ def read_grid(
         key, equals, values = text.partition("=")
         if text in GRIDS: out |= GRIDS[text]
         elif equals: out[key] = _values(values)
-        else: out |= read_json(Path(text).expanduser())
+        else: out |= _grid_file(Path(text).expanduser())
     return out
+
+def _grid_file(path):
+    "A grid in a file: {key: values}"
+    grid = read_object(path, what="a grid, {key: values}")
+    odd = next((key for key, values in grid.items() if not isinstance(values, list)), None)
+    if odd is not None: raise ValueError(f"{path}: {odd}: a {type(grid[odd]).__name__}, wanted a list of values")
+    return grid
 
 def _values(text):
     "Values between commas: JSON as a whole, or each by itself"
@@ -337,13 +344,10 @@ def read_rows(
     file = Path(file)
     if not file.exists(): return []
     rows = []
-    for i, line in enumerate(file.read_bytes()[:_whole(file)].splitlines(), 1):
-        try: rows.append(json.loads(line))
-        except ValueError as e:
-            raise ValueError(
-                f"{file} line {i}: not JSON ({e}); was it edited? Take the line out, its cell is trained"
-                " again"
-            ) from e
+    for i, line in enumerate(check_file(file).read_bytes()[:_whole(file)].splitlines(), 1):
+        where = f"{file} line {i}"
+        try: rows.append(check_object(parse_json(line, where), where, what="a row"))
+        except ValueError as e: raise ValueError(f"{e}; take the line out, its cell is trained again") from e
     return rows
 
 def _whole(file):

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 import pandas as pd
-from .core import ask_for_a_folder, fingerprint, repo_path
+from .core import ask_for_a_folder, fingerprint, read_csv, repo_path
 from .runs import Run
 from .settings import Asking, Rows, plain_settings
 from .items import as_items
@@ -311,7 +311,7 @@ def _keep_curve(run, trained):
     if trained is None: return
     history = Path(trained)/"history.csv"
     if history.exists() and history.read_text().strip():   # where no stage ran there is no curve
-        run.save_history(pd.read_csv(history))
+        run.save_history(read_csv(history))
 
 # %% ../nbs/83_table.ipynb #86add334
 _UNLEARNED = "knn_facts, logistic: no rows, they learn from stored groups (groups=)"
