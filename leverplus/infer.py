@@ -487,16 +487,16 @@ def check_results(
     items:pd.DataFrame|None=None, # the questions; where their ids were texts, the results have those
 )->list: # the list; ValueError says what is wrong with it, `Unanswered` that answers are missing
     "Hold predictions against the official results format"
-    if not isinstance(results, (str, Path)): return _check_results(results, question_ids, items)
+    wanted = _ids_of_results(question_ids, items)
+    if not isinstance(results, (str, Path)): return _check_list(results, wanted)
     content = read_json(results)
-    try: return _check_results(content, question_ids, items)
+    try: return _check_list(content, wanted)
     except ValueError as e: raise type(e)(f"{results}: {e}") from None
 
-def _check_results(results, question_ids, items):
+def _check_list(results, wanted):
     "The same, of a list"
     if not isinstance(results, list):
         raise ValueError(f"results are a {type(results).__name__}: wanted a list")
-    wanted = _ids_of_results(question_ids, items)
     kinds = {int, *map(type, wanted)}
     for i, r in enumerate(results): _check_entry(i, r, kinds)
     ids = [r["question_id"] for r in results]

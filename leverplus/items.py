@@ -203,7 +203,11 @@ def _types(values): return set(map(type, values))
 def _are_paths(values):
     "Are all of them paths as texts, or missing?"
     are_known = _types(values) <= {str, type(None)} or all(map(_is_path, values))
-    return are_known and not character_fault("\n".join(x for x in values if isinstance(x, str)))
+    return are_known and not _path_fault("\n".join(x for x in values if isinstance(x, str)))
+
+def _path_fault(path):
+    "What is wrong with a path that no file can have"
+    return "holds a NUL character, which no path may" if "\0" in path else character_fault(path)
 
 def _are_answers(values):
     "Are all of them lists of texts, as readers make them? One text that is none, and they cannot be joined"
@@ -222,7 +226,7 @@ def _as_path(x):
     "A path as text; what is missing stays missing"
     path = fspath(x) if isinstance(x, PathLike) else x
     if not _is_path(path): raise ValueError(f"image_path is a {type(x).__name__}, wanted the path of a file")
-    fault = character_fault(path) if isinstance(path, str) else ""
+    fault = _path_fault(path) if isinstance(path, str) else ""
     if fault: raise ValueError(f"image_path {path!r} {fault}")
     return path
 

@@ -32,7 +32,6 @@ def character_fault(
     text:str, # a text, an id, or a path
 )->str: # "" if it can be written into a file, else what is wrong, to be read after "the question"
     "Say what in a text is no character"
-    if "\0" in text: return "holds a NUL character: was a file damaged, or read as what it is not?"
     try: text.encode("utf8")
     except UnicodeEncodeError as e:
         return f"holds half a character ({text[e.start]!r}): was it cut inside an emoji? Mend it"
