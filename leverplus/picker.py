@@ -17,7 +17,7 @@ from .core import atomic_path, check_file, file_bytes, parse_lines, rng
 from .pictures import looks_alike, open_image, picture_format, read_picture
 from .items import given_ids, picture_paths
 from .embed import Clip, load_clip
-from .pools import check_encoder, draw_block, encoder_of, sampler_parts
+from .pools import check_encoder, check_vectors, draw_block, sampler_parts
 from .evidence import inputs, kind_for, plain_kind
 from .prompt import STYLES, Demo, Prompt, messages
 from .bank import DemoBank, SettledClip, asked_items
@@ -263,7 +263,7 @@ class Picker:
         info = getattr(model, "info", None) or {}
         self.info = info
         self.encoder = None if encoder is None else SettledClip(load_clip(encoder))
-        if self.encoder is not None: check_encoder(model, self.encoder.fingerprint)
+        if self.encoder is not None: check_encoder(model, self.encoder.fingerprint, self.encoder.name)
         self.sampler = sampler
         self.style = style or (info.get("asking") or {}).get("style") or "interleaved"
         if self.style not in STYLES:
@@ -301,7 +301,7 @@ def check_bank(self:Picker,
     bank:DemoBank, # examples to pick from
 )->Clip: # the encoder; ValueError if the bank's vectors are not of the selector's encoder, or that is not known
     "Hold a bank against the selector"
-    check_encoder(self.model, encoder_of(bank.store))
+    check_vectors(self.model, bank.store)
     if self.encoder is not None: bank.encoder = self.encoder
     elif self.info.get("encoder") is None:
         raise ValueError(
