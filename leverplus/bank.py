@@ -8,6 +8,7 @@ __all__ = ['FIELDS', 'PEOPLE', 'BANK_SCHEMA', 'keep_picture', 'solved_items', 'a
 
 # %% ../nbs/25_bank.ipynb #1bba0ebb
 import io, re, shutil
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from urllib.parse import urlparse
@@ -16,8 +17,9 @@ import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
 from PIL import Image, ImageOps
 from leverplus.core import (
-    ask_for_a_folder, atomic_path, fingerprint, markdown_code, markdown_text, parse_json, printable,
-    read_json, read_parquet, world_path, write_json, write_parquet,
+    ask_for_a_folder, atomic_path, check_file, file_bytes, fingerprint, markdown_code, markdown_text,
+    parse_json, parse_lines, printable, read_csv, read_json, read_parquet, world_path, write_json,
+    write_parquet,
 )
 from .runs import library_versions
 from leverplus.pictures import (
@@ -77,9 +79,19 @@ def solved_items(
     keep=None, # folder for pictures that are no files, see `keep_picture`
 )->pd.DataFrame: # question_id, image_id, image_path, question, answer, maybe answers, and all other columns
     "Make a table of solved examples; ValueError names the column or the row that cannot be used"
-    frame = _with_answers(_pictured(source, columns, images, keep))
-    frame = _with_image_ids(*_identified(frame, "solved", ("question", "answer")))
-    return as_items(frame, need=("image_id", "question", "answer"), what="solved examples")
+    with _naming(source):
+        frame = _with_answers(_pictured(source, columns, images, keep))
+        frame = _with_image_ids(*_identified(frame, "solved", ("question", "answer")))
+        return as_items(frame, need=("image_id", "question", "answer"), what="solved examples")
+
+@contextmanager
+def _naming(source):
+    "Put the name of the file before what is wrong with its content"
+    try: yield
+    except ValueError as e:
+        is_named = not isinstance(source, (str, Path)) or str(source) in str(e)
+        if is_named or type(e) is not ValueError: raise   # a `BadPicture` names the picture
+        raise ValueError(f"{source}: {e}") from e
 
 def _with_image_ids(frame, keys):
     "The frame with `image_id`: of the picture's content where none is given, of the question where there is no picture"
@@ -95,8 +107,9 @@ def asked_items(
     keep=None, # as for `solved_items`
 )->pd.DataFrame: # question_id, image_path, question, and all other columns
     "Make a table of questions that need no answer"
-    frame, _ = _identified(_pictured(source, columns, images, keep), "asked", ("question",))
-    return as_items(frame, need=("question",), what="questions")
+    with _naming(source):
+        frame, _ = _identified(_pictured(source, columns, images, keep), "asked", ("question",))
+        return as_items(frame, need=("question",), what="questions")
 
 def _pictured(source, columns, images, keep):
     "The source as a table with the names of this page, and pictures as files"
@@ -210,7 +223,9 @@ def read_solved(
         path = _only_table(path)
     if not path.is_file(): raise FileNotFoundError(f"{path}: no such file or folder of solved examples")
     split = re.search("train|val|test", path.name)
-    return _read_table(path), path.parent, split[0] if split else ""
+    table = _read_table(path)
+    if not len(table): raise ValueError(f"{path}: no rows, wanted at least one")
+    return table, path.parent, split[0] if split else ""
 
 def _is_there(file): return file.is_file() or file.with_name(file.name + ".gz").is_file()
 
@@ -227,16 +242,11 @@ def _only_table(folder):
 
 def _read_table(path):
     ending = path.suffix.lower()
-    if ending == ".csv": return pd.read_csv(path, dtype=str, keep_default_na=False)
-    if ending == ".parquet": return pd.read_parquet(path)
+    if ending == ".csv": return read_csv(path, dtype=str, keep_default_na=False)
+    if ending == ".parquet": return pd.read_parquet(check_file(path))
     if ending == ".json": return pd.DataFrame(_list_in(read_json(path), path))
-    if ending == ".jsonl": return pd.DataFrame(_lines(path))
+    if ending == ".jsonl": return pd.DataFrame(parse_lines(file_bytes(path), path))
     raise ValueError(f"{path}: a file {ending or 'without ending'}, wanted one of {', '.join(_TABLES)}")
-
-def _lines(path):
-    "Objects of a file with one per line"
-    rows = path.read_bytes().splitlines()
-    return [parse_json(row, f"{path}, line {i}") for i, row in enumerate(rows, 1) if row.strip()]
 
 def _list_in(content, path):
     "The list of objects in a JSON file"
@@ -263,14 +273,14 @@ def read_table(
     path, table = _rows_of_split(Path(root).expanduser(), split)
     columns = dict(columns or {})
     if not answers: columns = {field: name for field, name in columns.items() if field not in _SAID or name in table}
-    frame = _renamed(table, columns)
+    with _naming(path): frame = _renamed(table, columns)
     if images is False: frame = frame.drop(columns=["image"], errors="ignore")
     folder = Path(images).expanduser() if images else None
     frame = _with_pictures(frame, folder or path.parent, folder, split, None)
     frame, faults = _sound(frame, verify)
     if faults and (on_bad == "raise" or not len(frame)):
         raise BadItems(f"{path}: {len(faults)} bad item(s) in split '{split}'\n" + "\n".join(faults[:5]))
-    items = _with_what_was_said(frame, answers).assign(split=split)
+    with _naming(path): items = _with_what_was_said(frame, answers).assign(split=split)
     items.attrs["left_out"] = faults
     return items
 

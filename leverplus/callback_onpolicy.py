@@ -22,7 +22,7 @@ from .items import as_ids, as_items
 from leverplus.decode import (
     Stepwise, best_sequences, deciding, device_of, independent, rooted, stored_noise, tree_search,
 )
-from .pools import check_encoder, encoder_of
+from .pools import check_vectors
 from .evidence import inputs, kind_for
 from .groups import FACT_COLUMNS, TEXT_FACTS, RLData, as_record, column_content
 from .rewards import reward as reward_of, reward_facts
@@ -94,6 +94,9 @@ def check_draw(
         raise ValueError(
             f"draw_groups: G {G}, shots {shots}: wanted >= 1; of 0 shots there is one sequence alone, and a policy with"
             " STOP draws it among the others (shots=None)")
+    most = getattr(policy, "max_shots", None)
+    if shots is not None and most is not None and shots > most:
+        raise ValueError(f"draw_groups: {shots} shots, the selector picks at most {most} (max_shots)")
     picks = policy.min_shots if shots is None else shots
     for q, k in zip(queries, sizes):
         if k <= picks:
@@ -540,7 +543,7 @@ def before_fit(self:OnPolicy):
     if pool is None: raise ValueError("OnPolicy: the training data have no `pool`: pass pool=")
     if queries is None: queries = ds.question_ids if pool is own else pool
     queries = as_ids(queries).tolist()
-    for trained in (self.model, self.dls): check_encoder(trained, encoder_of(store))
+    for trained in (self.model, self.dls): check_vectors(trained, store)
     self.world = partial(_these, store, pool, queries)
     asked = pool.only(queries)
     self.fingerprint = fingerprint(

@@ -4,19 +4,21 @@
 
 # %% auto #0
 __all__ = ['SETTINGS_FILES', 'TEXT_FILES', 'SELECTOR_SCHEMA', 'STAMP', 'MEASURES', 'check_weights', 'read_weights',
-           'write_weights', 'read_state', 'write_state', 'check_checkpoint', 'find_checkpoint', 'is_checkpoint',
-           'stamp', 'check_schema', 'check_digests', 'passport', 'model_card', 'write_card']
+           'write_weights', 'read_state', 'write_state', 'check_checkpoint', 'check_model', 'load_part', 'load_model',
+           'check_vocabulary', 'find_checkpoint', 'is_checkpoint', 'stamp', 'check_schema', 'check_digests', 'passport',
+           'model_card', 'write_card']
 
 # %% ../nbs/05_checkpoints.ipynb #d6752287
 import codecs, json, os, pickle, re
 from pathlib import Path
 import torch
 from huggingface_hub import ModelCardData
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from leverplus.core import (
-    BLANK_SEAL, Damaged, atomic_path, check_seal, fingerprint, markdown_code, markdown_text, parse_json, sealed_path,
-    tensors_fingerprint, what_instead,
+    BLANK_SEAL, Damaged, atomic_path, check_object, check_seal, fingerprint, markdown_code, markdown_text,
+    parse_json, read_object, sealed_path, tensors_fingerprint, what_instead,
 )
 
 # %% ../nbs/05_checkpoints.ipynb #58eb9adc
@@ -129,14 +131,90 @@ def _check_text(path, check):
         )
     check(raw, path)
 
-def _is_object(raw, path):
-    settings = parse_json(raw, path)
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path}: holds a {type(settings).__name__}, wanted an object with settings")
+def _is_object(raw, path): check_object(parse_json(raw, path), path, what="an object with settings")
 
 def _is_text(raw, path):
     other = what_instead(raw)
     if other: raise ValueError(f"{path}: not a text but {other}")
+
+# %% ../nbs/05_checkpoints.ipynb #284d8cd1
+_TOGETHER = ( # what a folder of a model holds: one of these files each
+    ("weights", ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")),
+    ("tokenizer", ("tokenizer.json", "vocab.json", "vocab.txt")),
+    ("image processor", ("preprocessor_config.json", "processor_config.json")),
+)
+_NAMES = { # what stands in these files
+    "config.json": ("model_type",),
+    "tokenizer.json": ("model",),
+    "preprocessor_config.json": ("image_mean",),
+}
+
+def check_model(
+    name, # folder of a model, or its name on the hub; a name that was not downloaded yet passes
+    pictures:bool=True, # does it see pictures, so that it has an image processor?
+): # FileNotFoundError names what is missing in a folder, ValueError a file that is broken or another's
+    "Look at the files of a model before it is loaded"
+    check_checkpoint(name)
+    folder = _folder(name)
+    if folder is None: return
+    for file, names in _NAMES.items():
+        if (folder/file).exists(): read_object(folder/file, names, f"the {file} of a model")
+    if not Path(name).is_dir(): return   # of a model on the hub, the rest may come later
+    for part, files in _TOGETHER if pictures else _TOGETHER[:-1]:
+        if any((folder/file).is_file() for file in files): continue
+        raise FileNotFoundError(f"{folder}: no {part} ({files[0]}); was the model copied whole?")
+
+_OWN_CODE = "this model brings its own code, which is never run here: take a model that transformers knows by itself"
+_BROKEN = AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError, StrictDataclassError # by transformers
+
+def load_part(
+    loader, # a class of transformers with `from_pretrained`: AutoTokenizer, AutoConfig, ...
+    name, # folder of a model, or its name on the hub
+    **options, # of `from_pretrained`
+): # what it makes; ValueError for what cannot be read, and for a model that brings its own code
+    "Load a part of a model without running code that comes with it"
+    try: return loader.from_pretrained(name, trust_remote_code=False, **options)
+    except torch.OutOfMemoryError: raise
+    except _BROKEN as e:
+        if "trust_remote_code" in str(e): raise ValueError(f"{name}: {_OWN_CODE}") from e
+        if not Path(name).is_dir(): raise   # of the hub, and of the way there
+        says = " ".join(str(e).split())
+        raise ValueError(
+            f"{name}: transformers cannot read its {_part_of(loader)} ({type(e).__name__}: {says[:300]}); are the files of"
+            " one model, and whole? Copy or download it again"
+        ) from e
+
+def _part_of(loader):
+    "What a class loads, as people call it"
+    kinds = dict(Config="settings", Tokenizer="tokenizer", ImageProcessor="image processor")
+    return next((says for kind, says in kinds.items() if loader.__name__.endswith(kind)), "weights")
+
+def load_model(
+    loader, # a class of transformers that makes a model
+    name, # folder of a model, or its name on the hub
+    **options, # of `from_pretrained`
+)->torch.nn.Module: # ValueError names a weight that is not in the files, or of another shape
+    "Load a model whose weights are all there"
+    model, report = load_part(loader, name, output_loading_info=True, **options)
+    lacks = sorted([*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])])
+    if not lacks: return model
+    raise ValueError(
+        f"{name}: its weights are not those of its config.json: {len(lacks)} are missing or of another shape, such as"
+        f" {lacks[0]}; transformers would take random numbers. Copy or download the model again"
+    )
+
+def check_vocabulary(
+    tokenizer, # of a model
+    n:int, # tokens that the model has vectors of
+    name, # of the model, for the error
+): # ValueError for a tokenizer that cannot be the model's
+    "Refuse a tokenizer of another model"
+    known = len(tokenizer)
+    if n/2 < known and max(tokenizer.get_vocab().values()) < n: return
+    raise ValueError(
+        f"{name}: its tokenizer has {known} tokens, and the model vectors of {n}: is tokenizer.json of another model, or"
+        " missing? Copy or download the model again"
+    )
 
 # %% ../nbs/05_checkpoints.ipynb #4ba52a31
 _HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+")

@@ -21,7 +21,7 @@ from .core import atomic_path, write_json
 from .settings import Job, Model, Proposing, change, columns_of, plain_settings
 from .runs import Busy, by_command, present_command, write_frame
 from .items import as_items, check_answered, picture_paths
-from .pools import check_encoder, encoder_of
+from .pools import check_vectors
 from .evidence import n_evidence, plain_kind
 from .bank import DemoBank, solved_items
 from .groups import RLData, shard_tag
@@ -281,7 +281,7 @@ def judged(door:Check)->list: # of texts, one per run and selector
     mode = door.rewarding.reward
     weights = weights_of(door.rewarding)
     items, store, _ = job_of(door).inputs(bank=reads_evidence(*models.values()))
-    for model in models.values(): check_encoder(model, encoder_of(store))
+    for model in models.values(): check_vectors(model, store)
     out = []
     for path in door.runs:
         data = with_text(RLData.load(path), mode, weights)

@@ -5,18 +5,18 @@
 # %% auto #0
 __all__ = ['SEAL', 'BLANK_SEAL', 'masked_mean', 'masked_log_softmax', 'masked_softmax', 'spread', 'pad_rows', 'frozen', 'gini',
            'stable_hash', 'rng', 'seed_all', 'scramble', 'fingerprint', 'tensor_hash', 'tensors_fingerprint',
-           'room_for', 'atomic_path', 'Damaged', 'put_seal', 'look_at_seal', 'sealed_path', 'seal_file',
+           'room_for', 'atomic_path', 'Damaged', 'put_seal', 'look_at_seal', 'sealed_path', 'seal_file', 'check_file',
            'checked_bytes', 'check_seal', 'write_json', 'sealed_json', 'file_bytes', 'what_instead', 'parse_json',
-           'read_json', 'read_sealed_json', 'write_parquet', 'read_arrow', 'read_parquet', 'leftovers',
-           'ask_for_a_folder', 'printable', 'markdown_text', 'markdown_code', 'repo_path', 'world_path',
-           'exact_float32', 'reproducible', 'loading_bar']
+           'read_json', 'read_sealed_json', 'check_object', 'read_object', 'parse_lines', 'read_yaml', 'read_csv',
+           'write_parquet', 'read_arrow', 'read_parquet', 'leftovers', 'ask_for_a_folder', 'printable', 'markdown_text',
+           'markdown_code', 'repo_path', 'world_path', 'exact_float32', 'reproducible', 'loading_bar']
 
 # %% ../nbs/00_core.ipynb #f91ab82d
-import codecs, contextlib, errno, gzip, hashlib, json, mmap, os, random, re, shutil, uuid, warnings, zlib
+import codecs, contextlib, csv, errno, gzip, hashlib, io, json, mmap, os, random, re, shutil, sys, uuid, warnings, zlib
 from copy import deepcopy
 from functools import lru_cache
 from pathlib import Path
-import numpy as np, torch
+import numpy as np, pandas as pd, torch, yaml
 
 # %% ../nbs/00_core.ipynb #a96e81d0
 def masked_mean(
@@ -377,12 +377,20 @@ def _note_seal(path, tmp):
 def _digest(path): return _sha256(Path(path).read_bytes())
 
 # %% ../nbs/00_core.ipynb #e93c1996
+def check_file(
+    path, # what should be a file; FileNotFoundError names it if it is absent
+)->Path: # the same; ValueError if it is a folder
+    "Check that a file is there"
+    path = Path(path)
+    if path.is_dir(): raise ValueError(f"{path}: a folder, wanted a file: name the file in it")
+    if not path.exists(): raise FileNotFoundError(f"{path}: no such file")
+    return path
+
 def checked_bytes(
-    path, # a file; FileNotFoundError names it if it is absent
+    path, # a file, see `check_file`
 )->bytes: # `Damaged` if it is not as it was written; a file without a seal is taken as it is
     "Read a file, and hold it against its seal"
-    path = Path(path)
-    if not path.exists(): raise FileNotFoundError(f"{path}: no such file")
+    path = check_file(path)
     while True:
         raw = path.read_bytes()
         if _is_noted(path, raw): break
@@ -398,10 +406,10 @@ def _is_noted(path, raw):
     return _sha256(raw) in file.read_text(encoding="ascii", errors="replace").split()
 
 def check_seal(
-    path, # a file of any size; FileNotFoundError if it is absent
+    path, # a file of any size, see `check_file`
 ): # `Damaged` if it is not as it was written
     "Hold a file against the seal in it, without reading it into memory"
-    path = Path(path)
+    path = check_file(path)
     if not path.stat().st_size: return
     with open(path, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as content:
         look_at_seal(content, path)
@@ -493,6 +501,17 @@ def parse_json(
             f"{where}: key {e.args[0]!r} occurs twice in one object; a reader would keep one and lose the"
             " other. Join them first"
         ) from e
+    except RecursionError as e:
+        says = "its brackets are nested deeper than can be read; was it made by a program that went wrong?"
+        raise ValueError(f"{where}: not valid JSON: {says}") from e
+    except ValueError as e: raise ValueError(f"{where}: not valid JSON: {_long_number(text)}") from e
+
+def _long_number(text):
+    "Where a number stands that has more digits than Python turns into a number"
+    most = sys.get_int_max_str_digits()
+    found = re.search(rf"[0-9]{{{most + 1}}}", text)
+    line = text.count("\n", 0, found.start()) + 1
+    return f"a number of more than {most} digits in line {line}: if it is an id, put it between quotes"
 
 def _once(pairs):
     "An object whose keys are all different"
@@ -533,6 +552,105 @@ def _without_seal(obj, where):
     if not isinstance(seal, str) or len(seal) != len(BLANK_SEAL): return obj
     if not seal.startswith(SEAL): raise Damaged(_says_damaged(where, "take out its seal"))
     return {key: value for key, value in obj.items() if key != "seal"}
+
+# %% ../nbs/00_core.ipynb #7cfd71de
+def check_object(
+    content, # what a JSON file holds
+    where, # what errors call it, e.g. its path
+    names=(), # what must be in it
+    what="an object", # what was wanted, e.g. "the head of a pool"
+)->dict: # the same; ValueError says what came instead, or what it lacks
+    "Check that JSON is an object with these names"
+    if not isinstance(content, dict):
+        raise ValueError(f"{where}: holds a {type(content).__name__}, wanted {what}: is it the right file?")
+    lacks = [name for name in names if name not in content]
+    if lacks: raise ValueError(f"{where}: lacks {', '.join(lacks)}, wanted {what}: is it the right file?")
+    return content
+
+# %% ../nbs/00_core.ipynb #425613a4
+def read_object(
+    path, # a JSON file, see `read_json`
+    names=(), # see `check_object`
+    what="an object", # see `check_object`
+)->dict: # ValueError says what the file is instead, where it is broken, or what it lacks
+    "Read a JSON file that is to hold an object with these names"
+    return check_object(read_json(path), path, names, what)
+
+def parse_lines(
+    raw:bytes, # content of a file with a JSON object on each line; blank lines are passed over
+    where, # what errors call it, e.g. its path
+    names=(), # what must be in each, see `check_object`
+)->list: # of dicts; ValueError names file and line
+    "Parse JSON lines with errors that name file and line"
+    lines = [(f"{where}, line {i}", line) for i, line in enumerate(raw.splitlines(), 1) if line.strip()]
+    return [check_object(parse_json(line, place), place, names, "an object on each line") for place, line in lines]
+
+# %% ../nbs/00_core.ipynb #66dfd7e0
+def read_yaml(
+    path, # a YAML file in UTF-8; FileNotFoundError names it if it is absent
+    what="settings by name", # what was wanted, see `check_object`
+    mark="", # a text that is taken out first, such as "!function "
+)->dict: # ValueError says what the file is instead, or where it is broken
+    "Read a YAML file with errors that name the file"
+    raw = file_bytes(path)
+    other = what_instead(raw)
+    if other: raise ValueError(f"{path}: no YAML: {other}")
+    try: content = _OnceLoader(raw.decode("utf-8-sig").replace(mark, "")).get_single_data()
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise ValueError(f"{path}: no YAML ({' '.join(str(e).split())})") from None
+    except RecursionError:
+        raise ValueError(f"{path}: no YAML: its brackets are nested deeper than can be read") from None
+    return check_object(content, path, what=what)
+
+class _OnceLoader(yaml.SafeLoader):
+    "YAML's safe loader; a key that stands twice, and a number that Python cannot read, are errors with their place"
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key, _ in node.value]
+        twice = next((key for key in keys if keys.count(key) > 1), None)
+        if twice is not None: raise yaml.MarkedYAMLError(None, None, f"key {twice!r} occurs twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+    def construct_object(self, node, deep=False):
+        try: return super().construct_object(node, deep)
+        except ValueError as e: raise yaml.MarkedYAMLError(None, None, str(e), node.start_mark) from None
+
+# %% ../nbs/00_core.ipynb #a3a90853
+def read_csv(
+    path, # a CSV file in UTF-8, packed by gzip or not; FileNotFoundError names it if it is absent
+    **options, # of `pandas.read_csv`, such as `dtype=str`
+)->pd.DataFrame: # ValueError says what the file is instead, or which line is broken
+    "Read a CSV file with errors that name the file"
+    raw = file_bytes(path)
+    other = what_instead(raw)
+    if other: raise ValueError(f"{path}: no CSV table: {other}")
+    if b"\0" in raw: raise ValueError(f"{path}: no CSV table: it holds NUL bytes; if it is UTF-16, save it as UTF-8")
+    try: text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path}: byte {e.start} is not UTF-8: save the file as UTF-8") from e
+    _check_lines(text, path)
+    return pd.read_csv(io.StringIO(text), **options)
+
+def _check_lines(text, where):
+    "Refuse a table whose lines have not as many cells as its first line, or names that stand there twice"
+    lines = csv.reader(io.StringIO(text, newline=""), strict=True)
+    names = []
+    try:
+        for cells in filter(None, lines):
+            if not names: names = _column_names(cells, where)
+            if len(cells) == len(names): continue
+            raise ValueError(
+                f"{where}, line {lines.line_num}: {len(cells)} cells, and {len(names)} names in the first line: a cell"
+                " with a comma in it stands between quotes")
+    except csv.Error as e:
+        raise ValueError(f"{where}, line {lines.line_num}: {e}; was a quote left open, or the file cut short?") from e
+
+def _column_names(cells, where):
+    "Names of columns; ValueError for one that stands there twice, and for other marks than commas between them"
+    twice = [name for name in cells if name and cells.count(name) > 1]
+    if twice: raise ValueError(f"{where}: {twice[0]!r} names two columns: rename or drop one")
+    other = next((mark for mark in ";\t|" if len(cells) == 1 and mark in cells[0]), None)
+    if other: raise ValueError(f"{where}: {other!r} stands between the names {cells[0][:60]!r}, wanted commas")
+    return cells
 
 # %% ../nbs/00_core.ipynb #a75b0118
 def write_parquet(

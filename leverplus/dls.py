@@ -243,16 +243,56 @@ def n_empty(self:GroupDataset):
     empty = (self.seqs < 0).all(-1)
     return int(empty[self.row_numbers()].sum())
 
+@patch(as_prop=True)
+def lengths(self:GroupDataset)->dict: # {number of demonstrations: question_id of a query with such a sequence}
+    "How long sequences are"
+    rows = self.row_numbers()
+    sizes = (self.seqs[rows] >= 0).sum(-1).numpy()
+    some, first = np.unique(sizes, return_index=True)
+    queries = self.rows.question_id.to_numpy()[rows]
+    return {int(S): int(queries[i]) for S, i in zip(some, first)}
+
 def check_choice(
     policy, # that is to learn from, or is judged by, stored groups
-    *datasets, # that say by `n_empty` how many of their sequences are empty
-)->None: # ValueError if there is one, and the policy cannot choose it
-    "Refuse empty sequences where a policy cannot show nothing"
+    *datasets, # what they are in; `n_empty`, `lengths` and `d` of `GroupDataset` are looked at, where there are such
+)->None: # ValueError if a policy cannot choose a sequence, or reads other inputs
+    "Refuse groups that are not for this policy"
     n = sum(getattr(ds, "n_empty", 0) for ds in datasets)
-    if not n or may_be_empty(policy): return
+    if n and not may_be_empty(policy):
+        raise ValueError(
+            f"{n} stored sequence{'s' * (n > 1)} without a demonstration, and a {type(policy).__name__} that cannot choose"
+            " to show nothing: make it with stop=True and min_shots=0, or leave the rows of 0 shots out of the data")
+    for ds in datasets:
+        _check_width(policy, ds)
+        _check_lengths(policy, getattr(ds, "lengths", {}))
+
+def _check_width(policy, ds):
+    "Refuse inputs of another width"
+    reads = getattr(policy, "d_in", None)
+    gets = getattr(ds, "d", None)
+    if None in (reads, gets) or reads == gets: return
+    F = getattr(policy, "n_evidence", 0)
+    evidence = f", {F} of them what a bank of answers says" if F else ""
     raise ValueError(
-        f"{n} stored sequence{'s' * (n > 1)} without a demonstration, and a {type(policy).__name__} that cannot choose"
-        " to show nothing: make it with stop=True and min_shots=0, or leave the rows of 0 shots out of the data")
+        f"the groups hold vectors of {gets} numbers (kind {getattr(ds, 'kind', None)!r}), the selector reads {reads}{evidence}:"
+        " take the store and the kind that it was made for, or make a new one"
+    )
+
+def _check_lengths(policy, lengths):
+    "Refuse sequences that are longer, or shorter, than a policy picks"
+    if not lengths: return
+    longest = max(lengths)
+    most = getattr(policy, "max_shots", None)
+    if most is not None and longest > most:
+        raise ValueError(
+            f"the group of question_id {lengths[longest]} shows {longest} demonstrations, the selector at most {most}"
+            f" (max_shots): make it with max_shots={longest}, or leave such rows out of the data")
+    shortest = min(lengths)
+    least = getattr(policy, "min_shots", 0)
+    if shortest < least:
+        raise ValueError(
+            f"the group of question_id {lengths[shortest]} shows {shortest} demonstration{'s' * (shortest != 1)}, the selector at"
+            f" least {least} (min_shots): make it with min_shots={shortest}, or leave such rows out of the data")
 
 # %% ../nbs/40_dls.ipynb #2797fbdd
 @patch

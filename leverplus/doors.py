@@ -16,7 +16,7 @@ import contextlib, io, math, re, sys, textwrap
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, get_args, get_origin
-import tyro, yaml
+import tyro
 from annotated_types import MinLen
 from pydantic import BeforeValidator
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, UseAppendAction, arg
@@ -549,10 +549,8 @@ def read_config(
 )->dict: # fields and groups of the door; ValueError or OSError names what is wrong
     "Read settings from a file"
     file = _config_file(Path(path).expanduser())
-    try: values = yaml.safe_load(file.read_text(encoding="utf8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise ValueError(f"{file}: no YAML ({' '.join(str(e).split())})") from None
-    if not isinstance(values, dict): raise ValueError(f"{file}: wanted settings by name")
+    from leverplus.core import read_yaml   # it imports torch, which help can do without
+    values = read_yaml(file)
     command = dict(_command_of(values, file))
     made_by = command.pop("door", name)
     if made_by != name: raise ValueError(f"{file}: these are settings of leverplus {made_by}, wanted leverplus {name}")

@@ -10,9 +10,11 @@ import re, textwrap
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
-from .checkpoints import check_checkpoint, read_weights, write_weights
+from leverplus.checkpoints import (
+    check_model, check_vocabulary, load_model, load_part, read_weights, write_weights,
+)
 from leverplus.core import (
-    Damaged, exact_float32, fingerprint, loading_bar, read_json, tensors_fingerprint, repo_path,
+    Damaged, exact_float32, fingerprint, loading_bar, read_object, tensors_fingerprint, repo_path,
     world_path, write_json,
 )
 from leverplus.identity import (
@@ -241,7 +243,7 @@ def load(cls:EmbedStore,
 )->EmbedStore: # equal vectors, equal fingerprint
     "Read a saved store and check that its two files belong together"
     path = Path(path)
-    head = read_json(path/"embed.json")
+    head = read_object(path/"embed.json", ("ids", "digest", "fingerprint", "meta"), "the head of a store")
     if not (path/"embed.safetensors").exists():
         raise FileNotFoundError(f"{path/'embed.safetensors'}: no such file, though embed.json is there")
     vectors = read_weights(path/"embed.safetensors")
@@ -341,11 +343,12 @@ def load_clip(
     folder = Path(name)
     if folder.is_absolute() and not (folder/"config.json").exists():
         raise FileNotFoundError(f"{name}: no CLIP here (config.json is missing)")
-    check_checkpoint(name)
+    check_model(name)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    with loading_bar(progress): net = CLIPModel.from_pretrained(name, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    image_processor = AutoImageProcessor.from_pretrained(name)
+    with loading_bar(progress): net = load_model(CLIPModel, name, dtype=torch.float32)
+    tokenizer = load_part(AutoTokenizer, name)
+    check_vocabulary(tokenizer, net.config.text_config.vocab_size, name)
+    image_processor = load_part(AutoImageProcessor, name)
     return Clip(net.to(device), tokenizer, image_processor, folder.name if folder.exists() else name)
 
 # %% ../nbs/12_embed.ipynb #bf1597ea

@@ -17,7 +17,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from statistics import NormalDist
 import numpy as np, pandas as pd
-from .core import fingerprint, gini, read_json, rng, write_json
+from .core import fingerprint, gini, read_json, read_object, rng, write_json
 from .runs import Run
 from .items import as_ids, as_items
 from .embed import KINDS
@@ -848,7 +848,9 @@ def load_subsets(
     path, # a file of `save_subsets`
 )->dict: # {size: tuple of ids}
     "Read recorded subsets"
-    recorded = read_json(path)["subsets"]
+    recorded = read_object(path, ("subsets",), "a file of `save_subsets`")["subsets"]
+    if not isinstance(recorded, dict) or not all(isinstance(ids, list) for ids in recorded.values()):
+        raise ValueError(f"{path}: subsets are no lists of ids by size; wanted a file of `save_subsets`")
     return {k if k == "all" else int(k): tuple(v) for k, v in recorded.items()}
 
 # %% ../nbs/82_evaluate.ipynb #053a6bbd

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from .core import fingerprint
 from .embed import EmbedStore
 from .items import as_ids, as_items
-from .pools import image_groups
+from .pools import check_vectors, image_groups
 from .vqa import answer_targets, normalise
 
 # %% ../nbs/16_evidence.ipynb #e33ff3ec
@@ -396,8 +396,9 @@ def kind_for(
     policy, # who is shown it: a selector with `n_evidence`, or anything that reads vectors alone
     store:EmbedStore,
     kind:str|None=None, # of the store; None: its own choice
-)->str: # with answers for who reads evidence, without for others; ValueError where there is no bank to ask
+)->str: # with answers for who reads evidence, without for others; ValueError: no bank to ask, or another's vectors
     "Say which kind of inputs a policy reads"
+    check_vectors(policy, store)
     if kind is not None: kind = plain_kind(kind)
     kind = plain_kind(store.kind(kind))
     if not getattr(policy, "n_evidence", 0): return kind

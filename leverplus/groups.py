@@ -16,7 +16,7 @@ from itertools import chain
 from pathlib import Path
 import numpy as np, pandas as pd, pyarrow as pa
 from fastcore.basics import patch
-from .core import fingerprint, printable, read_arrow, read_json, write_json, write_parquet
+from .core import fingerprint, printable, read_arrow, read_object, write_json, write_parquet
 from .runs import present_command
 from .markup import Blocks, Paragraph, frame_table
 from .items import as_id, as_items
@@ -682,7 +682,7 @@ def save(self:RLData,
 def _check_free(path):
     "ValueError if something lies in a directory that must not be replaced"
     manifest = path/"manifest.json"
-    if manifest.exists() and not read_json(manifest).get("complete", True):
+    if manifest.exists() and not read_object(manifest, what="the manifest of data").get("complete", True):
         raise ValueError(f"{path}: an unfinished generation lies here; finish it, or save elsewhere")
     shards = ", ".join(p.name for p in shard_files(path).values())
     if shards: raise ValueError(f"{path}: shards lie here ({shards}); save elsewhere")
@@ -720,7 +720,7 @@ def _check_finished(path, manifest, unfinished):
     )
 
 def _read_manifest(file):
-    m = read_json(file)
+    m = read_object(file, what="the manifest of data")
     if m.get("schema") != SCHEMA:
         raise ValueError(f"{file}: schema {m.get('schema')}, this version reads {SCHEMA}")
     return m

@@ -24,7 +24,7 @@ from leverplus.core import (
 from .runs import Run, settings_diff
 from .settings import Asking, PickerName, Picking, plain_settings
 from .items import answered, as_asked, as_id, as_ids, as_items, check_answered, given_ids
-from .pools import check_encoder, check_pool, encoder_of, image_groups
+from .pools import check_pool, check_vectors, image_groups
 from .vqa import normalise
 from .evidence import inputs, kind_for, plain_kind
 from .decode import best_sequences
@@ -159,6 +159,7 @@ def pick_fixed(
     "The same demonstrations for every query"
     items = as_items(items, need=("image_id",))
     p = as_pointer(pointer)
+    _check_known(p, items, "fixed")
     known = items[items.index.isin([*pool.ids, *p])]
     picture = pd.Series(image_groups(known, strict=False), index=known.index)
     clash = [q for q in pool.ids if q in p or picture[q] in set(picture.loc[list(p)])]
@@ -168,6 +169,14 @@ def pick_fixed(
             " or leave the query out"
         )
     return picks_frame("fixed", {q: p for q in pool.ids}, len(p))
+
+def _check_known(ids, items, what):
+    "ValueError for an id that is not among the items"
+    unknown = sorted(set(ids) - set(items.index))
+    if not unknown: return
+    raise ValueError(
+        f"{what}: question_id {unknown[0]} is not among the {len(items)} items: pass the questions and demonstrations that"
+        " are meant")
 
 # %% ../nbs/80_infer.ipynb #6fd82717
 def _batch(pool, store, qs, kind, device):
@@ -224,7 +233,7 @@ def pick_model(
     "What a selector picks greedily"
     kind = kind_of(model, kind, store)
     check_pool(model, pool, other_pool)
-    check_encoder(model, encoder_of(store))
+    check_vectors(model, store)
     most = _most_shots(model, S)
     pointers = {}
     for qs, enc in _encoded(model, pool, store, S, kind, bs):
@@ -242,11 +251,14 @@ def _greedy(model, enc, S):
     return picked, [S]*len(picked)
 
 def _most_shots(model, S):
-    "Shots that are shown at most; ValueError for S = None and a selector without STOP"
+    "Shots that are shown at most; ValueError for more than the selector picks, and for S = None and one without STOP"
     config = getattr(model, "config", None) or {}
     if S is None and not config.get("stop"):
         raise ValueError("S=None, but this selector has no STOP (config['stop']): say how many shots")
-    return model.max_shots if S is None else S
+    most = getattr(model, "max_shots", None)
+    if S is not None and most is not None and S > most:
+        raise ValueError(f"{S} shots: this selector was made for 0..{most} (max_shots)")
+    return most if S is None else S
 
 # %% ../nbs/80_infer.ipynb #fa4e11f8
 @dataclass
@@ -287,7 +299,7 @@ def candidates(
     if search not in ("beam", "samples") or width < 1:
         raise ValueError(f"search={search!r}, width={width}: wanted 'beam' or 'samples', and a width >= 1")
     check_pool(model, pool, other_pool)
-    check_encoder(model, encoder_of(store))
+    check_vectors(model, store)
     _most_shots(model, S)
     looked_for = _Search(S, width, search, temp, seed)
     find = _until_stop if S is None else _of_length
@@ -489,10 +501,16 @@ def check_results(
     items:pd.DataFrame|None=None, # the questions; where their ids were texts, the results have those
 )->list: # the list; ValueError says what is wrong with it, `Unanswered` that answers are missing
     "Hold predictions against the official results format"
-    if isinstance(results, (str, Path)): results = read_json(results)
+    wanted = _ids_of_results(question_ids, items)
+    if not isinstance(results, (str, Path)): return _check_list(results, wanted)
+    content = read_json(results)
+    try: return _check_list(content, wanted)
+    except ValueError as e: raise type(e)(f"{results}: {e}") from None
+
+def _check_list(results, wanted):
+    "The same, of a list"
     if not isinstance(results, list):
         raise ValueError(f"results are a {type(results).__name__}: wanted a list")
-    wanted = _ids_of_results(question_ids, items)
     kinds = {int, *map(type, wanted)}
     for i, r in enumerate(results): _check_entry(i, r, kinds)
     ids = [r["question_id"] for r in results]
@@ -562,6 +580,7 @@ def _check_means(picking, picker, S, model, store, items=None, groups=None):
         raise ValueError(f"picker {picker!r} needs a store")
     if picker in _NEEDS_ITEMS and items is None:
         raise ValueError(f"picker {picker!r} looks at answers: pass items=")
+    if picker == "fixed" and items is None: raise ValueError("picker 'fixed' compares pictures: pass items=")
     if picker in _NEEDS_GROUPS and groups is None:
         raise ValueError(f"picker {picker!r} learns from stored groups: pass groups=RLData.load(...)")
     if picker == "fixed" and not picking.fixed:
@@ -626,6 +645,7 @@ def check_picks(
     items = as_items(items, need=("image_id",))
     q = np.repeat(picks.question_id.to_numpy(), picks.pointer.map(len))
     d = np.array([i for p in picks.pointer for i in p], dtype=np.int64)
+    _check_known([*q, *d], items, "picks")
     if not len(d): return
     known = items[items.index.isin([*q, *d])]
     picture = pd.Series(image_groups(known, strict=False), index=known.index)
@@ -967,11 +987,11 @@ def _check_prediction(pool, picking, model, store, judge, items, groups):
     "Refuse what cannot end well, before anything is written"
     if model is not None:
         check_pool(model, pool, picking.other_pool)
-        check_encoder(model, encoder_of(store))
+        check_vectors(model, store)
     most = _counts(picking)[-1]
     picker = "zero_shot" if most == 0 else picking.picker
     _check_means(picking, picker, most, model, store, items, groups)
-    if most == "stop": _most_shots(model, None)
+    if picker in _SELECTS: _most_shots(model, None if most == "stop" else most)
     truths = {picking.by, picking.weight} & set(TRUTH)
     if truths: check_answered(items, list(pool), f"choosing by {min(truths)}")
     if judge is None: return

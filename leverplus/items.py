@@ -13,7 +13,7 @@ from os import PathLike, fspath
 from uuid import UUID
 import numpy as np, pandas as pd
 from .core import stable_hash
-from .text import are_sound, compose, sound_text
+from .text import are_sound, character_fault, compose, sound_text
 
 # %% ../nbs/09_items.ipynb #d6e3d61a
 def as_id(
@@ -66,13 +66,17 @@ def _whole(x, name, digits=53):
     if isinstance(x, bool): raise ValueError(f"{name} {x!r} is a truth value, wanted an id")
     if isinstance(x, float) and not (x.is_integer() and abs(x) < 2**digits):
         raise ValueError(f"{name} {x!r} is a float that may have lost digits: wanted a whole number")
-    if x < 0: raise ValueError(f"{name} {int(x)} is negative, wanted a whole number >= 0")
-    if x >= 2**63: raise ValueError(f"{name} {x} does not fit into 64 bits: put a letter before it")
-    return int(x)
+    x = int(x)
+    if x < 0: raise ValueError(f"{name} {_short(x)} is negative, wanted a whole number >= 0")
+    if x >= 2**63: raise ValueError(f"{name} {_short(x)} does not fit into 64 bits: put a letter before it")
+    return x
+
+def _short(x): return str(x) if abs(x) < 10**40 else f"of {x.bit_length()} binary digits" # Python writes no number of 5000
 
 def _check_kind(x, name):
     parts = x if isinstance(x, tuple) else (x,)
     for part in parts:
+        if isinstance(part, str) and character_fault(part): raise ValueError(f"{name} {x!r} {character_fault(part)}")
         if isinstance(part, tuple): _check_kind(part, name)
         elif isinstance(part, bool): raise ValueError(f"{name} {x!r} holds a truth value, wanted an id")
         elif not isinstance(part, (str, int, float)):
@@ -196,7 +200,15 @@ def _is_packed(dtype):
     return isinstance(dtype, (pd.CategoricalDtype, pd.ArrowDtype))
 
 def _types(values): return set(map(type, values))
-def _are_paths(values): return _types(values) <= {str, type(None)} or all(map(_is_path, values))
+def _are_paths(values):
+    "Are all of them paths as texts, or missing?"
+    are_known = _types(values) <= {str, type(None)} or all(map(_is_path, values))
+    return are_known and not _path_fault("\n".join(x for x in values if isinstance(x, str)))
+
+def _path_fault(path):
+    "What is wrong with a path that no file can have"
+    return "holds a NUL character, which no path may" if "\0" in path else character_fault(path)
+
 def _are_answers(values):
     "Are all of them lists of texts, as readers make them? One text that is none, and they cannot be joined"
     if not (_types(values) <= {list} and _types([answers[0] for answers in values if answers]) <= {str}): return False
@@ -212,9 +224,11 @@ def _is_path(x): return isinstance(x, str) or x is None or x is pd.NA or x != x
 
 def _as_path(x):
     "A path as text; what is missing stays missing"
-    if _is_path(x): return x
-    if isinstance(x, PathLike): return fspath(x)
-    raise ValueError(f"image_path is a {type(x).__name__}, wanted the path of a file")
+    path = fspath(x) if isinstance(x, PathLike) else x
+    if not _is_path(path): raise ValueError(f"image_path is a {type(x).__name__}, wanted the path of a file")
+    fault = _path_fault(path) if isinstance(path, str) else ""
+    if fault: raise ValueError(f"image_path {path!r} {fault}")
+    return path
 
 def _as_answers(x):
     "Answers as a list of texts, whether texts came or what annotation files hold"

@@ -75,10 +75,11 @@ def selector_learner(
 )->SelectorLearner:
     "Learner of a pointer selector whose loss is regret"
     _check_learner(dls, model, model_kw)
-    check_encoder(model, getattr(dls, "info", {}).get("encoder"))
+    seen = getattr(dls, "info", {})
+    check_encoder(model, seen.get("encoder"), seen.get("encoder_name"))
     seed_all(seed)
     if model is None: model = _new_selector(dls, model_kw or MODEL)
-    _note_kind(model, dls)
+    _note_vectors(model, dls)
     check_choice(model, *(dl.dataset for dl in dls.loaders))
     stats = RLStats()
     learn = SelectorLearner(
@@ -97,10 +98,11 @@ def _new_selector(dls, settings):
     width = dls.valid.one_batch()[0].shape[-1]
     return PointerSelector(width, **dict(n_evidence=n_evidence(kind)) | settings)
 
-def _note_kind(model, dls):
+def _note_vectors(model, dls):
     "Let a selector say which vectors it is trained on, so that whoever uses it shows it the same"
-    kind = getattr(dls, "info", {}).get("kind")
-    if kind is not None and hasattr(model, "info"): model.info = dict(model.info or {}, kind=kind)
+    seen = getattr(dls, "info", {})
+    known = {name: seen[name] for name in ("kind", "encoder", "encoder_name") if seen.get(name) is not None}
+    if known and hasattr(model, "info"): model.info = dict(model.info or {}, **known)
 
 def _check_learner(dls, model, model_kw):
     "Refuse a model with settings for another, and batches that are no groups"

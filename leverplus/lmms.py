@@ -17,7 +17,9 @@ import numpy as np, pandas as pd
 import pyarrow as pa, pyarrow.parquet as pq
 import yaml
 from PIL import ImageFile
-from .core import ask_for_a_folder, atomic_path, fingerprint, parse_json
+from leverplus.core import (
+    ask_for_a_folder, atomic_path, check_object, file_bytes, fingerprint, parse_lines, read_yaml,
+)
 from .runs import library_versions
 from .pictures import open_image, read_picture
 from .items import as_id, as_items, given_ids, picture_paths
@@ -93,6 +95,7 @@ def few_shot(
     settings:dict|None, # `lmms_eval_specific_kwargs`; tables in it are those of single models
 )->FewShot: # ValueError names what is missing, or is none of its settings
     "Read the settings of a task"
+    check_object({} if settings is None else settings, "lmms_eval_specific_kwargs", what="settings by name")
     given = {name: value for name, value in (settings or {}).items() if not isinstance(value, dict)}
     known = [field.name for field in fields(FewShot)]
     lost = [name for name in ("task", "bank", "selector") if name not in given]
@@ -306,9 +309,10 @@ def read_task(
     path, # YAML file of `write_task`
 )->FewShot:
     "Read the settings of a task"
-    text = Path(path).read_text(encoding="utf8")
-    task = yaml.safe_load(text.replace("!function ", ""))   # names of functions stay texts
-    return few_shot(task["lmms_eval_specific_kwargs"]["default"])
+    task = read_yaml(path, "a task of `write_task`", mark="!function ")   # names of functions stay texts
+    settings = check_object(task.get("lmms_eval_specific_kwargs"), path, ["default"], "a task of `write_task`")
+    try: return few_shot(settings["default"])
+    except ValueError as e: raise ValueError(f"{path}: {e}") from e
 
 # %% ../nbs/96_lmms.ipynb #d7b276b7
 def read_samples(
@@ -316,8 +320,7 @@ def read_samples(
 )->pd.DataFrame: # a row per document: as predictions, see `80_infer`, + lmms_acc_score, ids, prompt, style
     "Read what lmms-eval logged of a task that `write_task` wrote"
     file = _one_log(Path(path).expanduser())
-    lines = file.read_bytes().splitlines()
-    samples = [parse_json(line, f"{file}, line {i}") for i, line in enumerate(lines, 1) if line.strip()]
+    samples = parse_lines(file_bytes(file), file)
     rows = [_row(sample, f"{file}, line {i}") for i, sample in enumerate(samples, 1)]
     if not rows: raise ValueError(f"{file}: no samples")
     return as_items(pd.DataFrame(rows), what=str(file)).reset_index(drop=True)
@@ -330,11 +333,17 @@ def _one_log(path):
     there = ", ".join(str(file.relative_to(path)) for file in files) or "none"
     raise FileNotFoundError(f"{path}: wanted a file of --log_samples, or a folder with one, found {there}")
 
+_RECORD = ( # what is read of a pick
+    "task", "question_id", "shots", "pointer", "logp", "said", "question", "answers", "demo_answers", "ids", "prompt",
+    "style",
+)
+
 def _row(sample, where):
     "What a line says, as a prediction"
-    record = sample.get("leverplus") if isinstance(sample, dict) else None
+    record = sample.get("leverplus")
     if not isinstance(record, dict):
         raise ValueError(f"{where}: nothing of leverplus; is it the log of a task that `write_task` wrote?")
+    check_object(record, where, _RECORD, "a record of `doc_to_messages`")
     shown = record["pointer"]
     shots = len(shown) if record["shots"] is None else record["shots"]
     return dict(

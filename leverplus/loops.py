@@ -20,7 +20,7 @@ from leverplus.settings import (
     Asking, Count, Counts, Guarding, Json, Mining, Natural, Proposing, Rewarding, change, check_counts,
     group, plain_settings, read_settings,
 )
-from .core import fingerprint, printable, read_json, rng, write_json
+from .core import fingerprint, printable, read_object, rng, write_json
 from .identity import code_fingerprint
 from .runs import Run, plain, settings_diff
 from .synth import quiet
@@ -312,7 +312,7 @@ def groups_after(self:Loop, k):
 def check_trained(self:Loop, k, name, **prints):
     "Hold what lies in a round's folder against what the round has noted; earlier versions noted nothing"
     folder = self.folder(k)
-    noted = read_json(folder/"trained.json") if (folder/"trained.json").exists() else {}
+    noted = read_object(folder/"trained.json", what="notes of a round") if (folder/"trained.json").exists() else {}
     if all(noted.get(what, now) == now for what, now in prints.items()): return
     raise ValueError(
         f"{folder/name}: not what this round has trained, and what is judged here: put it back, or remove"

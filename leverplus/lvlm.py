@@ -17,7 +17,7 @@ from itertools import takewhile
 from typing import NamedTuple
 import numpy as np, torch
 from .core import exact_float32, fingerprint, loading_bar, repo_path, stable_hash
-from .checkpoints import check_checkpoint
+from .checkpoints import check_model, check_vocabulary, load_model, load_part
 from leverplus.identity import (
     image_settings, named_settings, tokenizer_fingerprint, unlike_config, weights_fingerprint,
 )
@@ -220,21 +220,30 @@ def load_lvlm(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     name = str(path_or_name)
     if not os.path.isdir(name) and repo_path(name).is_dir(): name = str(repo_path(name))
-    check_checkpoint(name)
-    _check_model(path_or_name, AutoConfig.from_pretrained(name), attn)
+    check_model(name)
+    _check_model(path_or_name, load_part(AutoConfig, name), attn)
     with loading_bar(progress):
-        load = AutoModelForImageTextToText.from_pretrained
-        model = load(name, dtype=dtype or "auto", attn_implementation=attn)
+        how = dict(dtype=dtype or "auto", attn_implementation=attn)
+        model = load_model(AutoModelForImageTextToText, name, **how)
     model = model.to(device).eval().requires_grad_(False)
-    tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
-    _check_template(name, tokenizer)
-    lvlm = LVLM(model, tokenizer, AutoImageProcessor.from_pretrained(name), name)
+    tokenizer = load_part(AutoTokenizer, name, padding_side="left")
+    _check_tokenizer(name, tokenizer, model.config)
+    lvlm = LVLM(model, tokenizer, load_part(AutoImageProcessor, name), name)
     return with_pixels(lvlm, min_pixels, max_pixels)
 
-def _check_template(name, tokenizer):
-    "ValueError for a chat template whose answers cannot be placed"
+def _check_tokenizer(name, tokenizer, config):
+    "ValueError for a tokenizer of another model, and for a chat template whose answers cannot be placed"
+    from jinja2 import TemplateError
+    check_vocabulary(tokenizer, config.get_text_config().vocab_size, name)
+    picture = tokenizer.convert_ids_to_tokens(config.image_token_id)
+    if picture not in control_tokens_of(tokenizer):
+        raise ValueError(
+            f"{name}: config.json puts token {config.image_token_id} where a picture is, and the tokenizer calls it"
+            f" {picture!r}: is tokenizer.json of another model? Copy or download the model again"
+        )
     try: answer_place(tokenizer)
-    except ValueError as e: raise ValueError(f"{name}: {e}; set another chat_template in this folder") from None
+    except (ValueError, TemplateError) as e:
+        raise ValueError(f"{name}: {e}; set another chat_template in this folder") from None
 
 def _check_attention(attn):
     "The same; ValueError for attention that takes no mask of our own"

@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np, pandas as pd, torch
 import pyarrow as pa
 from fastcore.basics import patch
-from .core import checked_bytes, parse_json, read_arrow, rng, sealed_path, write_parquet
+from .core import file_bytes, parse_lines, read_arrow, rng, sealed_path, write_parquet
 from .pictures import looks_alike, open_image, picture_format, read_picture
 from .items import given_ids, picture_paths
 from .embed import Clip, load_clip
-from .pools import check_encoder, draw_block, encoder_of, sampler_parts
+from .pools import check_encoder, check_vectors, draw_block, sampler_parts
 from .evidence import inputs, kind_for, plain_kind
 from .prompt import STYLES, Demo, Prompt, messages
 from .bank import DemoBank, SettledClip, asked_items
@@ -198,13 +198,18 @@ def read_export(
     "Read a table that was written for others"
     path = Path(path).expanduser()
     if path.suffix == ".parquet": rows = read_arrow(path).to_pylist()
-    elif path.suffix == ".jsonl":
-        lines = enumerate(checked_bytes(path).splitlines(), 1)
-        rows = [parse_json(line, f"{path}, line {i}") for i, line in lines]
+    elif path.suffix == ".jsonl": rows = _same_columns(parse_lines(file_bytes(path), path), path)
     else: raise ValueError(f"{path}: wanted a file that ends in .jsonl or .parquet")
     frame = pd.DataFrame({name: [row[name] for row in rows] for name in (rows[0] if rows else ())})
     if "messages" in frame: frame["messages"] = [_without_none(row)["messages"] for row in rows]
     return frame
+
+def _same_columns(rows, path):
+    "The rows; ValueError for one that has other columns than the first"
+    for i, row in enumerate(rows):
+        differ = set(row) ^ set(rows[0])
+        if differ: raise ValueError(f"{path}: row {i} and row 0 differ in their columns ({', '.join(sorted(differ))})")
+    return rows
 
 # %% ../nbs/78_picker.ipynb #4474e1c9
 PICK_COLUMNS = dict(
@@ -258,7 +263,7 @@ class Picker:
         info = getattr(model, "info", None) or {}
         self.info = info
         self.encoder = None if encoder is None else SettledClip(load_clip(encoder))
-        if self.encoder is not None: check_encoder(model, self.encoder.fingerprint)
+        if self.encoder is not None: check_encoder(model, self.encoder.fingerprint, self.encoder.name)
         self.sampler = sampler
         self.style = style or (info.get("asking") or {}).get("style") or "interleaved"
         if self.style not in STYLES:
@@ -296,7 +301,7 @@ def check_bank(self:Picker,
     bank:DemoBank, # examples to pick from
 )->Clip: # the encoder; ValueError if the bank's vectors are not of the selector's encoder, or that is not known
     "Hold a bank against the selector"
-    check_encoder(self.model, encoder_of(bank.store))
+    check_vectors(self.model, bank.store)
     if self.encoder is not None: bank.encoder = self.encoder
     elif self.info.get("encoder") is None:
         raise ValueError(

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np, pandas as pd, torch
 from huggingface_hub import try_to_load_from_cache
 from .core import read_json, rng
+from .checkpoints import load_part
 from .settings import Job, change
 from .items import as_items, check_answered, picture_paths
 from .pictures import BadPicture, picture_size
@@ -357,8 +358,8 @@ def config_of(
     from transformers import AutoConfig
     name = job.model.lvlm
     if name == "mock": return None
-    if found_folder(name).is_dir(): return AutoConfig.from_pretrained(found_folder(name))
-    if is_here(name): return AutoConfig.from_pretrained(name, local_files_only=True)
+    if found_folder(name).is_dir(): return load_part(AutoConfig, found_folder(name))
+    if is_here(name): return load_part(AutoConfig, name, local_files_only=True)
     size = released_size(name)
     return None if size is None else qwen_config(size)
 

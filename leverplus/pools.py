@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['SAMPLERS', 'Pool', 'image_groups', 'sampler_parts', 'draw_block', 'make_pool', 'check_pool', 'encoder_of',
-           'check_encoder', 'pool_similarity', 'plot_pools']
+           'check_encoder', 'check_vectors', 'pool_similarity', 'plot_pools']
 
 # %% ../nbs/13_pools.ipynb #78d81950
-import os
+import os, warnings
 from itertools import chain
 from pathlib import Path
+from weakref import WeakSet
 import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
-from .core import fingerprint, printable, read_json, read_parquet, rng, write_json, write_parquet
+from .core import fingerprint, printable, read_object, read_parquet, rng, write_json, write_parquet
 from .runs import plain, settings_diff
 from .items import as_id, as_ids, as_items, given_ids
 from .pictures import picture_key
@@ -198,10 +199,12 @@ def load(cls:Pool,
 )->Pool: # equal ids, recipe and fingerprint
     "Read a saved pool and check its fingerprint"
     path = Path(path)
-    head = read_json(path/"pool.json")
+    head = read_object(path/"pool.json", ("recipe", "fingerprint"), "the head of a pool")
     if not (path/"pool.parquet").exists():
         raise FileNotFoundError(f"{path/'pool.parquet'}: no such file, though pool.json is there")
     table = read_parquet(path/"pool.parquet")
+    lacks = {"question_id", "candidates"} - set(table)
+    if lacks: raise ValueError(f"{path/'pool.parquet'}: no column {min(lacks)}; is it the file of a pool?")
     pool = cls(dict(zip(table.question_id.tolist(), table.candidates)), head["recipe"])
     if pool.fingerprint != head["fingerprint"]:
         raise ValueError(
@@ -467,14 +470,38 @@ def encoder_of(
 def check_encoder(
     model, # a selector; its `info["encoder"]`, if any, is who made the vectors that it was trained on
     encoder:str|None, # of `encoder_of`
-)->None: # ValueError names both
+    name:str|None=None, # what people call that encoder; None: not known
+)->None: # ValueError names both; a warning, once, for a checkpoint that does not say its encoder
     "Refuse vectors of another encoder than the selector was trained on"
-    trained_on = (getattr(model, "info", None) or {}).get("encoder")
-    if None in (trained_on, encoder) or trained_on == encoder: return
+    info = getattr(model, "info", None) or {}
+    trained_on = info.get("encoder")
+    if encoder is None or trained_on == encoder: return
+    if trained_on is None: return _warn_of(model, encoder)
+    own = info.get("encoder_name")
     raise ValueError(
-        f"the selector was trained on vectors of CLIP {trained_on}, these are of CLIP {encoder}: take the embedder"
-        " (clip) that it was trained with, or clear its info[\"encoder\"] and say so in the report"
+        f"the selector was trained on vectors of {_called(trained_on, own)}, these are of {_called(encoder, name)}: take the"
+        " embedder (clip) that it was trained with, or clear its info[\"encoder\"] and say so in the report"
     )
+
+def _called(encoder, name): return f"CLIP {encoder}" + (f" ({name})" if name else "")
+
+_WARNED = WeakSet() # checkpoints that somebody was warned of
+
+def _warn_of(model, encoder):
+    "Say that nobody can tell whose vectors a checkpoint was trained on; a selector that was not loaded knows its own"
+    if getattr(model, "made", None) is None or model in _WARNED: return
+    _WARNED.add(model)
+    warnings.warn(
+        f"this selector does not say which encoder made the vectors that it was trained on, as earlier versions did not:"
+        f" whether it was CLIP {encoder}, nobody can tell. If you know, set its info[\"encoder\"] and save it again",
+        stacklevel=3)
+
+def check_vectors(
+    model, # a selector, see `check_encoder`
+    store, # `EmbedStore` that it is to read
+)->None: # see `check_encoder`
+    "Refuse stored vectors of another encoder than the selector was trained on"
+    check_encoder(model, encoder_of(store), getattr(store, "meta", {}).get("model"))
 
 # %% ../nbs/13_pools.ipynb #96f788fe
 def pool_similarity(

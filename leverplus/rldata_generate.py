@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 from .settings import TWO_STAGE, Asking, Guarding, Job, Proposing, check_two_stage, plain_settings
 from leverplus.core import (
-    Damaged, ask_for_a_folder, atomic_path, fingerprint, leftovers, printable, read_json, rng,
+    Damaged, ask_for_a_folder, atomic_path, fingerprint, leftovers, printable, read_object, rng,
     stable_hash, write_json,
 )
 from .runs import Busy, Run, empty_folder
@@ -222,7 +222,9 @@ def begin_manifest(
         new = dict(schema=SCHEMA, complete=False, settings=settings, seed=settings["proposing"]["seed"])
         if shard: new["shard"] = list(shard)
         write_json(file, new)
-    return read_json(file)
+    return read_object(file, what=_A_MANIFEST)
+
+_A_MANIFEST = "the manifest of a generation"
 
 def _check_division(path, shard, others):
     if shard is None and others:
@@ -243,7 +245,7 @@ def _check_division(path, shard, others):
 
 def _check_settings(path, settings, manifests):
     for file in manifests:
-        differs = differing(read_json(file).get("settings", {}), settings)
+        differs = differing(read_object(file, what=_A_MANIFEST).get("settings", {}), settings)
         if differs:
             raise ValueError(
                 f"{path}: the rows in {file.name} belong to other settings ({differs}). Generate elsewhere,"
@@ -668,14 +670,14 @@ def is_whole(self:Generation, i)->bool:
 @patch
 def look(self:Generation):
     "Take the manifest as it lies in the directory"
-    self.manifest = read_json(self.file)
+    self.manifest = read_object(self.file, what=_A_MANIFEST)
     return self
 
 @patch
 def is_here(self:Generation)->bool: # False also where another run, or another program's manifest, lies there
     "Does the directory hold this run: of these queries, this pool and this seed? It asks no scorer"
     if not self.file.exists(): return False
-    settings = read_json(self.file).get("settings", {})
+    settings = read_object(self.file, what=_A_MANIFEST).get("settings", {})
     there = [settings.get("query_ids"), settings.get("pool"), settings.get("proposing", {}).get("seed")]
     return there == [fingerprint(self.queries), self.pool.fingerprint, self.proposing.seed]
 

@@ -23,7 +23,7 @@ from .settings import Job, change, columns_of
 from .items import as_items, check_answered
 from .data import check_splits, items_fingerprint, read_okvqa, read_soft_labels, read_vqav2
 from .embed import EmbedStore, embed_items, gather_stores, load_clip
-from .pools import Pool, check_encoder, check_pool, encoder_of, make_pool
+from .pools import Pool, check_pool, check_vectors, make_pool
 from .evidence import BankStore, kind_for, plain_kind
 from .scorer import SharedScorer
 from .lvlm import MockScorer, load_lvlm
@@ -336,7 +336,7 @@ def check_policy(self:Job,
     if most is not None and shots > most:
         raise ValueError(f"{shots} shots: the selector picks at most {most} (max_shots)")
     check_pool(policy, pool, other_pool)
-    check_encoder(policy, encoder_of(store))
+    check_vectors(policy, store)
 
 # %% ../nbs/39_rldata_scale.ipynb #6b62b65c
 @patch

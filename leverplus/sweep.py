@@ -15,7 +15,10 @@ from statistics import NormalDist
 import numpy as np, pandas as pd
 from tqdm import tqdm
 from .settings import Asking
-from .core import SEAL, fingerprint, printable, read_json, read_sealed_json, room_for, sealed_json
+from leverplus.core import (
+    SEAL, check_file, check_object, fingerprint, printable, read_object, read_sealed_json, room_for,
+    sealed_json,
+)
 from .identity import code_fingerprint
 from .runs import git_state, library_versions, plain
 from .synth import quiet
@@ -157,8 +160,15 @@ def read_grid(
         key, equals, values = text.partition("=")
         if text in GRIDS: out |= GRIDS[text]
         elif equals: out[key] = _values(values)
-        else: out |= read_json(Path(text).expanduser())
+        else: out |= _grid_file(Path(text).expanduser())
     return out
+
+def _grid_file(path):
+    "A grid in a file: {key: values}"
+    grid = read_object(path, what="a grid, {key: values}")
+    odd = next((key for key, values in grid.items() if not isinstance(values, list)), None)
+    if odd is not None: raise ValueError(f"{path}: {odd}: a {type(grid[odd]).__name__}, wanted a list of values")
+    return grid
 
 def _values(text):
     "Values between commas: JSON as a whole, or each by itself"
@@ -336,11 +346,12 @@ def read_rows(
     "Read the lines of a file that may still grow"
     file = Path(file)
     if not file.exists(): return []
-    lines = file.read_bytes().splitlines(keepends=True)
+    lines = check_file(file).read_bytes().splitlines(keepends=True)
     if lines and _is_cut_short(lines[-1]): lines.pop()
     rows = []
     for i, line in enumerate(lines, 1):
-        try: rows.append(read_sealed_json(line, f"{file} line {i}"))
+        where = f"{file} line {i}"
+        try: rows.append(check_object(read_sealed_json(line, where), where, what="a row"))
         except ValueError as e: raise type(e)(f"{e}. Without this line its cell is trained again") from e
     return rows
 

@@ -195,6 +195,11 @@ class AnswerGroups:
             self.facts = dict(which=which, worth=worth)
         if self.reward == "cosine": self.facts = dict(vectors=answers.get(self.question_ids, "text"))
 
+    @property
+    def lengths(self)->dict: # {number of demonstrations: question_id of a query that gets such sequences}
+        "How long sequences are"
+        return dict.fromkeys(self.shots, int(self.question_ids[0]))
+
     def check_shots(self):
         "Refuse shot counts that no pool can serve"
         if not 0 < min(self.shots) <= max(self.shots) < self.K:

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
 from .settings import Asking
-from .core import fingerprint, printable, read_json, world_path
+from .core import fingerprint, printable, read_object, world_path
 from .toy import DATASET
 from .items import as_ids, as_items
 from .data import check_splits, items_fingerprint, read_okvqa, read_soft_labels
@@ -363,7 +363,7 @@ def blind_okvqa_world(
     for name in ("pools.parquet", "info.json", "minilm.npz"): _must_be(root/name, "copy the folder whole")
     okvqa = root.parent/"okvqa" if okvqa is None else Path(okvqa).expanduser()
     _must_be(okvqa, "pass okvqa=, the folder with the text files of OKVQA")
-    info = read_json(root/"info.json")
+    info = read_object(root/"info.json", ("recipes", "settings"), "what the world says of itself")
     drawn = _read_pools(root/"pools.parquet", info["recipes"], pools)
     size = {name: int(info["settings"][name]) for name in ("n_dev", "n_test", "seed")}
     if "test" not in drawn: size["n_test"] = 0

@@ -254,6 +254,56 @@ def test_no_print_in_library_code(path):
              if isinstance(n, ast.Call) and isinstance(n.func, ast.Name) and n.func.id == "print"]
     assert not lines, f"{path.name}: print on lines {lines}; return the value, let the notebook show it"
 
+@each_module
+def test_nothing_that_is_read_runs_code(path):
+    "Models of transformers come through `load_part`; no pickles, no `eval`"
+    tree = ast.parse(path.read_text(encoding="utf8"))
+    inside = {n for f in ast.walk(tree) if getattr(f, "name", "") == "load_part" for n in ast.walk(f)}
+    theirs = of_transformers(tree)
+    calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and n not in inside]
+    wrong = [f"line {n.lineno}: {ast.unparse(n)[:80]}" for n in calls if runs_code(n, theirs)]
+    assert not wrong, f"{path.name}: {wrong}"
+
+def of_transformers(tree):
+    "Names that a module imports from transformers"
+    imports = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and (n.module or "").startswith("transformers")]
+    return {a.asname or a.name for n in imports for a in n.names} | {"transformers"}
+
+def runs_code(call, theirs):
+    "May this call run what lies in a file?"
+    said = ast.unparse(call.func)
+    given = {k.arg: ast.unparse(k.value) for k in call.keywords}
+    if said.split(".")[0] in theirs and said.endswith((".from_pretrained", ".from_config")): return True
+    if said == "torch.load": return given.get("weights_only") != "True"
+    if said in ("np.load", "numpy.load"): return "allow_pickle" in given
+    reads = re.fullmatch(r"(pickle|yaml|joblib|dill)\.(load|loads|load_all|full_load|unsafe_load|Unpickler)", said)
+    return bool(reads) or said in ("eval", "exec", "pd.read_pickle", "load_learner")
+
+@pytest.mark.parametrize("code, wrong", [
+    ("from transformers import AutoModel\nAutoModel.from_pretrained('a')", True),
+    ("import transformers\ntransformers.AutoConfig.from_pretrained('a', trust_remote_code=False)", True),
+    ("Picker.from_pretrained('a')", False),
+    ("torch.load('a')", True),
+    ("torch.load('a', weights_only=True)", False),
+    ("np.load('a', allow_pickle=True)", True),
+    ("np.load('a')", False),
+    ("yaml.load('a', Loader)", True),
+    ("yaml.safe_load('a')", False),
+    ("model.eval()", False),
+    ("eval('a')", True),
+])
+def test_what_runs_code_is_known(code, wrong):
+    tree = ast.parse(code)
+    theirs = of_transformers(tree)
+    assert any(runs_code(n, theirs) for n in ast.walk(tree) if isinstance(n, ast.Call)) == wrong
+
+def test_code_of_models_is_never_trusted():
+    "The one call by which models come in says so"
+    tree = ast.parse((LIB/"checkpoints.py").read_text(encoding="utf8"))
+    load_part = next(n for n in tree.body if getattr(n, "name", "") == "load_part")
+    calls = [n for n in ast.walk(load_part) if isinstance(n, ast.Call) and ast.unparse(n.func).endswith(".from_pretrained")]
+    assert [{k.arg: ast.unparse(k.value) for k in n.keywords}["trust_remote_code"] for n in calls] == ["False"]
+
 def test_settings_list_every_import():
     norm = lambda s: re.sub(r"[-_.]+", "-", s).lower()
     listed = {norm(re.split(r"[<>=!~\[; ]", r)[0]) for r in wanted_anywhere()}
