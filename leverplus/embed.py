@@ -10,9 +10,9 @@ import re, textwrap
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
-from .checkpoints import check_checkpoint, read_weights
+from .checkpoints import check_checkpoint, check_on_hub, folder_or_name, read_weights
 from leverplus.core import (
-    atomic_path, exact_float32, fingerprint, loading_bar, read_json, tensors_fingerprint, repo_path, world_path,
+    atomic_path, exact_float32, fingerprint, loading_bar, read_json, tensors_fingerprint, world_path,
     write_json,
 )
 from leverplus.identity import (
@@ -337,10 +337,10 @@ def load_clip(
     "Load a CLIP by path or hub name"
     if isinstance(model, Clip): return model
     from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
-    name = str(world_path("models", "tiny-clip") if model is None else model)
-    if not Path(name).is_dir() and repo_path(name).is_dir(): name = str(repo_path(name))
+    name = folder_or_name(world_path("models", "tiny-clip") if model is None else model, "a CLIP")
+    check_on_hub(name)
     folder = Path(name)
-    if folder.is_absolute() and not (folder/"config.json").exists():
+    if folder.is_dir() and not (folder/"config.json").exists():
         raise FileNotFoundError(f"{name}: no CLIP here (config.json is missing)")
     check_checkpoint(name)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")

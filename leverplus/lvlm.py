@@ -16,8 +16,8 @@ from functools import lru_cache
 from itertools import takewhile
 from typing import NamedTuple
 import numpy as np, torch
-from .core import exact_float32, fingerprint, loading_bar, repo_path, stable_hash
-from .checkpoints import check_checkpoint
+from .core import exact_float32, fingerprint, loading_bar, stable_hash
+from .checkpoints import check_checkpoint, check_on_hub, folder_or_name
 from leverplus.identity import (
     image_settings, named_settings, tokenizer_fingerprint, unlike_config, weights_fingerprint,
 )
@@ -218,8 +218,10 @@ def load_lvlm(
     "Load a Qwen-VL checkpoint"
     from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    name = str(path_or_name)
-    if not os.path.isdir(name) and repo_path(name).is_dir(): name = str(repo_path(name))
+    name = folder_or_name(path_or_name, "an LVLM")
+    check_on_hub(name)
+    if os.path.isdir(name) and not os.path.isfile(os.path.join(name, "config.json")):
+        raise FileNotFoundError(f"{name}: no LVLM here (config.json is missing)")
     check_checkpoint(name)
     _check_model(path_or_name, AutoConfig.from_pretrained(name), attn)
     with loading_bar(progress):

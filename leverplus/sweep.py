@@ -17,7 +17,7 @@ from tqdm import tqdm
 from .settings import Asking
 from .core import fingerprint, read_json
 from .identity import code_fingerprint
-from .runs import git_state, library_versions, plain
+from .runs import check_place, git_state, library_versions, plain
 from .synth import quiet
 from .items import as_items
 from .evidence import BankStore
@@ -418,7 +418,7 @@ def sweep(
     asking:Asking|None=None, # how picks are asked about; None: as the world says
 )->pd.DataFrame: # a row per cell, default first: config, settings, seed, status, numbers, error, cell
     "Train every combination with every seed on the same groups, and judge it on the development questions"
-    path = Path(path)
+    path = check_place(path, "a sweep")
     if asking is None: asking = getattr(world, "asking", Asking())
     for name, data in groups.items(): check_contents(data.rows, world.items, f"sweep: the groups of {name}")
     seeds = [int(s) for s in seeds]

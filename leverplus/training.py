@@ -15,7 +15,7 @@ from pathlib import Path
 import pandas as pd
 from .core import fingerprint, write_json
 from .settings import BATCH, EPOCHS, Asking, Choosing, Job, Rewarding, Teaching, plain_settings, several
-from .runs import Run
+from .runs import Run, check_place
 from .embed import EmbedStore
 from .pools import image_groups
 from .evidence import kind_for, n_evidence
@@ -313,6 +313,8 @@ def train_run(
     if by_accuracy:
         scorer = data.job.scorer()
         prints["scorer"] = same_scorer(data.dev, scorer, asking)
+    if teaching.kept is not None: check_place(Path(teaching.kept).expanduser())
+    Run.check(path, settings, teaching.seed, prints, overwrite)
     with run_lock(path):
         run = Run.create(path, settings, teaching.seed, prints, overwrite=overwrite)
         _note_job(run, data.job)
