@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 import pandas as pd
 from .core import fingerprint, write_json
-from .settings import BATCH, EPOCHS, Asking, Choosing, Job, Rewarding, Teaching, plain_settings, several
+from leverplus.settings import (
+    BATCH, EPOCHS, Asking, Choosing, Job, Rewarding, Teaching, plain_settings, several,
+)
 from .runs import Run, check_place
 from .embed import EmbedStore
 from .pools import image_groups
@@ -25,7 +27,7 @@ from .rldata_ask import FactCache, check_contents, same_scorer
 from .rldata_generate import answerer, bank_print, policy_fingerprint, run_lock, with_text
 from .rldata_merge import merge, split
 from .rldata_check import flat_causes, query_facts, row_facts
-from .rldata_scale import reads_evidence # that page also teaches `Job` to read items and embeddings
+from .rldata_scale import reads_evidence
 from .dls import group_dls
 from .callback_track import JSONLines, stage_name
 from .callback_onpolicy import Feedback, GreedyLoss
