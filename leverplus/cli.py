@@ -11,7 +11,7 @@ __all__ = ['Bad', 'Failed', 'status_of', 'one_line', 'check_door', 'carry_out', 
            'do_bank', 'plan_bank', 'do_pick', 'plan_pick', 'enter', 'main']
 
 # %% ../nbs/95_cli.ipynb #740b8ff7
-import errno, json, math, sys, traceback, warnings
+import errno, json, math, os, sys, traceback, warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -306,7 +306,9 @@ def _proposer(door):
     model = open_selector(door.selector)
     kind = (model.info or {}).get("kind")
     if kind is None: return job, model
-    return change(job, kind=plain_kind(kind)), model
+    kind, asked = plain_kind(kind), door.proposing.kind
+    if asked not in (None, kind): raise Bad(f"--kind {asked}: the selector reads embeddings of kind {kind}, leave it out")
+    return change(job, kind=kind), model
 
 def do_generate(door:Generate):
     "Make the job and run it"

@@ -7,7 +7,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Literal, get_args, get_origin, get_type_hints
-from annotated_types import Ge, Gt, Interval, MinLen
+from annotated_types import MinLen
 from leverplus.core import repo_path
 from leverplus.doors import DOORS
 
@@ -69,7 +69,7 @@ def flags_of(cls):
     for f in fields(cls):
         hint = hints[f.name]
         if is_dataclass(hint): yield from flags_of(hint)
-        elif not is_positional(hint): yield flag_name(f.name, hint), hint
+        elif not is_positional(hint) and f.name not in ("shard", "rate"): yield flag_name(f.name, hint), hint
 
 def extras(hint):
     "What an annotation says beside the type"
@@ -94,9 +94,9 @@ def bad_values(hint):
     "Words that this annotation cannot take"
     kind = bare(hint)
     if kind is bool: return [["=maybe"]]
-    if kind is int: return [["abc"], ["nan"], ["2.5"], ["1e30"], [""], *bounds(hint)]
-    if kind is float: return [["abc"], ["nan"], ["inf"], [""], *bounds(hint)]
-    if kind is dict: return [["{"], ["[1]"], ['{"a":NaN}'], ["abc"], ['{"nonsense":1}']]
+    if kind is int: return [["abc"], *bounds(hint), ["nan"], ["2.5"], ["1e30"], [""]]
+    if kind is float: return [["abc"], *bounds(hint), ["nan"], ["inf"], [""]]
+    if kind is dict: return [["{"], ["[1]"], ['{"a":NaN}'], ["abc"]]
     if get_origin(kind) is Literal: return [["nonsense"], [""]]
     if get_origin(kind) is tuple: return bad_tuples(hint, get_args(kind)[0])
     return []
@@ -104,9 +104,10 @@ def bad_values(hint):
 def bounds(hint):
     "Numbers beyond the bounds of an annotation"
     for bound in extras(hint):
-        if isinstance(bound, Ge): yield [str(bound.ge - 1)]
-        if isinstance(bound, Gt): yield [str(bound.gt)]
-        if isinstance(bound, Interval): yield from ([str(bound.ge - 1)], [str(bound.le + 1)])
+        least, above, most = (getattr(bound, name, None) for name in ("ge", "gt", "le"))
+        if least is not None: yield [str(least - 1)]
+        if above is not None: yield [str(above)]
+        if most is not None: yield [str(most + 1)]
 
 def bad_tuples(hint, inner):
     "A bad value among good ones, a good one twice, none where one is wanted"
@@ -118,12 +119,16 @@ def bad_tuples(hint, inner):
     return [[], [good, good], *bad, *([good, *value] for value in bad[:3])]
 
 def flag_lines():
-    "A line for every flag and bad value"
-    for name, door in DOORS.items():
+    "Two bad values for every flag, others for each command"
+    for i, (name, door) in enumerate(DOORS.items()):
         for flag, hint in flags_of(door):
-            for value in bad_values(hint):
+            for value in some(bad_values(hint), 2, i):
                 words = [flag + value[0]] if value[:1] == ["=maybe"] else [flag, *value]
-                yield [*GOOD[name].split(), *words], flag.removeprefix("--")
+                yield [*GOOD[name].split(), *words], "seed" if flag == "--pool-seed" else flag.removeprefix("--")
+
+def some(values, n, turn):
+    "So many of some values, each turn others"
+    return [values[(turn + k*len(values)//n) % len(values)] for k in range(min(n, len(values)))]
 
 # ---- shards, rates, folders, names -------------------------------------------------------------------------
 
@@ -134,23 +139,23 @@ def one_by_one(text):
         yield words.replace("ISLANDS", ISLANDS).split(), named.strip()
 
 def shard_lines():
-    for name in ("embed", "generate", "infer", "sweep"):
-        for shard in ("2/2", "-1/2", "0/0", "a", "1", "1/2/3", "nan/2", "0.5/2"):
+    for i, name in enumerate(("embed", "generate", "infer", "sweep")):
+        for shard in some(("2/2", "-1/2", "0/0", "a", "1", "1/2/3", "nan/2", "0.5/2"), 2, i):
             yield [*GOOD[name].split(), "--shard", shard], "shard"
 
 def rate_lines():
-    for name in ("embed", "generate", "mine", "infer", "eval", "sweep", "demo"):
-        for rate in ("0", "-1", "nan", "inf", "fast"): yield [*GOOD[name].split(), "--rate", rate], "rate"
+    for i, name in enumerate(("embed", "generate", "mine", "infer", "eval", "sweep", "demo")):
+        for rate in some(("0", "-1", "nan", "inf", "fast"), 2, i): yield [*GOOD[name].split(), "--rate", rate], "rate"
 
 OUT_OF_PLACE = {"": "working directory", "a-file": "a-file", "dangling": "dangling", "loop": "loop",
-                "a-file/below": "a-file", "foreign": "foreign", "n" * 300: "n" * 300}
+                "a-file/below": "a-file", "n" * 300: "n" * 300}
 
 def out_lines():
     "Folders that results cannot go to"
     for name in ("generate", "mine", "merge", "train", "infer", "eval", "sweep", "demo", "bank"):
         for out, named in OUT_OF_PLACE.items(): yield [*GOOD[name].split(), "--out", out], named
-    for name in ("generate", "infer", "eval", "train", "mine"):
-        for store in ("", "a-file", "dangling", "loop"):
+    for i, name in enumerate(("generate", "infer", "eval", "train", "mine")):
+        for store in some(("", "a-file", "dangling", "loop"), 2, i):
             yield [*GOOD[name].split(), "--store", store], OUT_OF_PLACE[store]
     for out in ("", "a-file", "dangling", "loop"):
         yield [*GOOD["check"].split(), "--csv", out], OUT_OF_PLACE[out]
@@ -159,17 +164,13 @@ def run_lines():
     "Runs that are none, or of another kind"
     no_groups = ("nowhere", "a-file", "empty", "foreign", "dangling", "loop", "runs/trian", "runs/rce", "runs/eval",
                  "runs/bank")
-    for run in no_groups:
-        yield ["check", run], run
-        yield ["check", "runs/train", run], run
-        yield ["mine", run, *"--lvlm mock --quiet --out new".split()], run
-        yield ["merge", "runs/train", run, "--out", "new"], run
-        yield ["train", run, *"--objective rce --epochs 1 --quiet --out new".split()], run
-        yield [*GOOD["train"].split(), "--dev", run], run
-        yield [*GOOD["sweep"].split(), "--dev", run], run
-        yield [*GOOD["sweep"].split(), "--valid", run], run
-        yield [*GOOD["infer"].split(), "--picker", "knn_facts", "--groups", run], run
-        yield [*GOOD["eval"].split(), "--groups", run], run
+    places = (
+        "check RUN", "check runs/train RUN", "mine RUN --lvlm mock --quiet --out new", "merge runs/train RUN --out new",
+        "train RUN --objective rce --epochs 1 --quiet --out new", f"{GOOD['train']} --dev RUN", f"{GOOD['sweep']} --dev RUN",
+        f"{GOOD['sweep']} --valid RUN", f"{GOOD['infer']} --picker knn_facts --groups RUN", f"{GOOD['eval']} --groups RUN",
+    )
+    for i, line in enumerate(places):
+        for run in some(no_groups, 4, i): yield line.replace("RUN", run).split(), run
     for run in ("nowhere", "a-file", "empty", "foreign", "dangling", "loop", "runs/evil", "runs/bank"):
         yield ["report", run], run
         yield ["report", "runs/eval", run, "--out", "new.html"], run
@@ -178,26 +179,25 @@ def selector_lines():
     "Selectors that are none"
     none = ("./nowhere", "nowhere", "a-file", "empty", "foreign", "dangling", "loop", "runs/rcee", "runs/train",
             "runs/hollow", "a/b/c", "~/none/x", "runs\\rce", "/none", "runs/rce/checkpont")
-    for path in none:
-        yield [*GOOD["generate"].split(), "--selector", path], path
-        yield [*GOOD["infer"].split(), "--picker", "greedy", "--selector", path], path
-        yield [*GOOD["eval"].split(), "--selector", path], path
-        yield [*GOOD["check"].split(), "--selector", path], path
-        yield [*GOOD["train"].split(), "--start", path], path
-        yield [*GOOD["pick"].split(), "--selector", path], path
+    fronts = (
+        f"{GOOD['generate']} --selector", f"{GOOD['infer']} --picker greedy --selector", f"{GOOD['eval']} --selector",
+        f"{GOOD['check']} --selector", f"{GOOD['train']} --start", f"{GOOD['pick']} --selector",
+    )
+    for i, front in enumerate(fronts):
+        for path in some(none, 5, i): yield [*front.split(), path], path
 
 def model_lines():
     "Models that are none: nothing is asked of the hub for what looks like a path"
-    for path in ("./nowhere", "runs/x", "a/b/c", "~/none", "/none", "runs\\x", "empty", "a-file", "dangling", "loop"):
-        for name in ("generate", "mine", "infer", "eval", "sweep"):
-            yield [*GOOD[name].split(), "--lvlm", path], path
-        for name in ("embed", "pools", "generate", "infer", "eval", "bank"):
-            yield [*GOOD[name].split(), "--clip", path], path
+    none = ("./nowhere", "runs/x", "a/b/c", "~/none", "/none", "runs\\x", "empty", "a-file", "dangling", "loop")
+    for i, name in enumerate(("generate", "mine", "infer", "eval", "sweep")):
+        for path in some(none, 4, i): yield [*GOOD[name].split(), "--lvlm", path], path
+    for i, name in enumerate(("embed", "pools", "generate", "infer", "eval", "bank")):
+        for path in some(none, 4, i): yield [*GOOD[name].split(), "--clip", path], path
 
 def data_lines():
     "Data sets and pictures that are none"
-    for name in ("embed", "pools", "generate", "infer", "eval", "train", "mine", "sweep"):
-        for data in ("nowhere", "a-file", "empty", "foreign", "dangling", "loop"):
+    for i, name in enumerate(("embed", "pools", "generate", "infer", "eval", "train", "mine", "sweep")):
+        for data in some(("nowhere", "a-file", "empty", "foreign", "dangling", "loop"), 3, i):
             yield [*GOOD[name].split(), "--data", data], data
     for path in ("nowhere", "a-file", "empty", "dangling", "loop"):
         yield ["bank", "--source", path, "--out", "new"], path
@@ -233,7 +233,7 @@ generate --lvlm mock --test 0 --quiet --out new --second {"top":0} | top
 generate --lvlm mock --test 0 --quiet --out new --min-pixels 9 --max-pixels 3 | max_pixels
 generate --lvlm mock --test 0 --quiet --out new --threads 2 | threads
 generate --lvlm mock --test 0 --quiet --out new --columns question=q | columns
-generate --lvlm mock --test 0 --quiet --out new --reader table | table
+generate --lvlm mock --test 0 --quiet --out new --reader table | data/islands
 generate --lvlm mock --test 0 --quiet --out new --device tpu:9 | tpu:9
 generate --lvlm mock --test 0 --quiet --out new --config nowhere.yaml | nowhere.yaml
 generate --lvlm mock --test 0 --quiet --out new --config a-file | a-file
@@ -414,14 +414,19 @@ def bad_lines():
 # ---- trying one --------------------------------------------------------------------------------------------
 
 def snapshot(folder="."):
-    "{path: what can be seen of it without reading} of everything below a folder"
+    "{path: size and time of a file, nothing of a folder}; what a store keeps for whoever comes next is left out"
     out = {}
     for here, folders, files in os.walk(folder):
-        for name in [*folders, *files]:
-            path = os.path.join(here, name)
-            seen = os.lstat(path)
-            out[path] = seen.st_size, seen.st_mtime_ns, seen.st_mode
-    return out
+        for name in folders: out[os.path.join(here, name)] = None
+        for name in files:
+            seen = os.lstat(os.path.join(here, name))
+            out[os.path.join(here, name)] = seen.st_size, seen.st_mtime_ns
+    kept = "embed-", "pool-", ".embed-", ".pool-"
+    return {path: seen for path, seen in out.items() if not is_kept(path, kept)}
+
+def is_kept(path, begins):
+    "Does a path lie in the store, below one of its entries that begin so?"
+    return any(path.startswith(os.path.join(".", "runs", "store", begin)) for begin in begins)
 
 def attempt(words):
     "(exit status, what was said on stderr) of a command line, in this process"
