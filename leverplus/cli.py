@@ -524,7 +524,8 @@ def learned_from(
     from leverplus.rldata_merge import merge
     runs = [RLData.load(path) for path in door.groups]
     data = merge(*runs) if len(runs) > 1 else runs[0]
-    unknown = [q for q in data.queries if q not in items.index]
+    candidates = items.index[items.split == door.data.candidates]
+    unknown = [q for q in data.queries if q not in candidates]
     if unknown:
         raise Bad(f"--groups: {len(unknown)} questions are of another split than the candidates, first {unknown[0]}")
     check_contents(data.rows, items, "--groups")
@@ -666,7 +667,10 @@ def sweep_plan(door:Sweep)->SweepPlan: # `Bad` or an error that names what is wr
     "Read grid and groups"
     from leverplus.sweep import expand_grid, read_grid
     grid = read_grid(door.grid)
-    base = {k: values[0] for k, values in read_grid(door.base).items()}
+    base = read_grid(door.base)
+    several = [key for key, values in base.items() if len(values) != 1]
+    if several: raise Bad(f"--base {several[0]}: {len(base[several[0]])} values, wanted one; several go into --grid")
+    base = {key: values[0] for key, values in base.items()}
     n = len(expand_grid(grid, base))
     _to_resume(door, "cells*.jsonl")
     groups = dict(train=RLData.load(door.run), dev=RLData.load(door.dev))

@@ -107,6 +107,8 @@ def training_data(
     train = merge(*opened) if len(opened) > 1 else opened[0]
     if choosing.dev: dev = RLData.load(choosing.dev)
     else:
+        if not 0 < choosing.dev_share < 1:
+            raise ValueError(f"dev_share {choosing.dev_share:g}: wanted a share between 0 and 1, or groups that are dev")
         shares = 1 - choosing.dev_share, choosing.dev_share
         train, dev = split(train, shares, teaching.seed, job.items())
     return TrainingData(job, with_text(train, mode, weights), with_text(dev, mode, weights))

@@ -250,7 +250,6 @@ pools --images none --sampler mixed | mixed
 check runs/train runs/train | runs/train
 check runs/train --weights {"speed":9} | weights
 check runs/train --weights {"price":1} | price
-check runs/train --reward legacy --weights {"alpha":"x"} | alpha
 check runs/train --selector runs/rce --selector runs/rce | twice
 check runs/train --selector runs/rce --split nowhere | nowhere
 mine runs/train --lvlm mock --quiet --out runs/train | runs/train
@@ -310,7 +309,7 @@ infer --lvlm mock --quiet --out new --picker fixed --fixed 1 2 | fixed
 infer --lvlm mock --quiet --out new --picker fixed --fixed 10 10 | fixed
 infer --lvlm mock --quiet --out new --picker mmr --fixed 10 | fixed
 infer --lvlm mock --quiet --out new --picker knn_facts | groups
-infer --lvlm mock --quiet --out new --picker knn_facts --groups runs/dev | runs/dev
+infer --lvlm mock --quiet --out new --picker knn_facts --groups runs/dev | groups
 infer --lvlm mock --quiet --out new --picker similar_image --images none --sampler text | image
 infer --lvlm mock --quiet --out runs/answers --picker mmr --limit 6 --shots 1 | shots
 infer --lvlm mock --quiet --out runs/answers --picker mmr --limit 6 --shard 0/2 | runs/answers
@@ -337,7 +336,7 @@ eval --lvlm mock --quiet --out new --fixed 4 --fixed-from nowhere | nowhere
 eval --lvlm mock --quiet --out new --fixed 0 --facts nowhere | nowhere
 eval --lvlm mock --quiet --out new --fixed 0 --facts a-file | a-file
 eval --lvlm mock --quiet --out new --fixed 0 --facts empty | empty
-eval --lvlm mock --quiet --out new --fixed 0 --groups runs/dev | runs/dev
+eval --lvlm mock --quiet --out new --fixed 0 --groups runs/dev | groups
 eval --lvlm mock --quiet --out new --fixed 0 --split nowhere | nowhere
 eval --lvlm mock --quiet --out runs/eval --fixed 0 --limit 6 --draws 2 | draws
 eval --lvlm mock --quiet --out runs/rce --fixed 0 | runs/rce
@@ -371,7 +370,7 @@ sweep runs/train --dev runs/dev --lvlm mock --quiet --out new --grid objective=r
 sweep runs/train --dev runs/dev --lvlm mock --quiet --out new --grid objective=rce --seeds 0 0 | seeds
 sweep runs/train --dev runs/dev --lvlm mock --quiet --out new --grid objective=rce --shots 9 | shots
 sweep runs/train --dev runs/dev --lvlm mock --quiet --out new --grid objective=rce --split nowhere | nowhere
-sweep runs/train --dev runs/train --lvlm mock --quiet --out new --grid objective=rce | runs/train
+sweep runs/train --dev runs/train --lvlm mock --quiet --out new --grid objective=rce | question_id
 sweep runs/train --dev runs/dev --lvlm mock --quiet --out runs/train --grid objective=rce | runs/train
 sweep runs/train --dev runs/dev --lvlm mock --quiet --out runs/rce --grid objective=rce | runs/rce
 sweep runs/train --dev runs/dev --lvlm mock --quiet --out new --grid objective=rce --resume | resume
@@ -380,7 +379,6 @@ demo --out new --set {"speed":9} | speed
 demo --out new --set {"shots":[2,2]} | shots
 demo --out new --set {"shots":-1} | shots
 demo --out new --set {"counts":{"beams":1}} | counts
-demo --out new --train-queries 100000 | train_queries
 demo --out new --set {"train_queries":"x"} | train_queries
 demo --out runs/train | runs/train
 bank --source ISLANDS --out runs/train | runs/train
@@ -391,7 +389,6 @@ bank --source ISLANDS --out new --images nowhere | nowhere
 bank --source ISLANDS --out runs/bank --clip runs/x | runs/x
 pick --question What --bank runs/bank --selector runs/rce --shots 9 | max_shots
 pick --question What --bank runs/bank --selector runs/rce --shots 100 --candidates 5 | shots
-pick --question What --bank runs/bank --selector runs/rce --candidates 100000 | candidates
 pick --question What --bank runs/bank --selector runs/rce --candidates 0 | candidates
 pick --question What --bank runs/bank --selector runs/rce --candidates some | candidates
 pick --question What --bank runs/train --selector runs/rce | runs/train
