@@ -5,20 +5,21 @@
 # %% auto #0
 __all__ = ['SETTINGS_FILES', 'TEXT_FILES', 'SELECTOR_SCHEMA', 'STAMP', 'MEASURES', 'check_weights', 'read_weights',
            'write_weights', 'read_state', 'write_state', 'check_checkpoint', 'check_model', 'load_part', 'load_model',
-           'check_vocabulary', 'find_checkpoint', 'is_checkpoint', 'stamp', 'check_schema', 'check_digests', 'passport',
-           'model_card', 'write_card']
+           'check_vocabulary', 'folder_or_name', 'check_on_hub', 'find_checkpoint', 'is_checkpoint', 'stamp',
+           'check_schema', 'check_digests', 'passport', 'model_card', 'write_card']
 
 # %% ../nbs/05_checkpoints.ipynb #d6752287
 import codecs, json, os, pickle, re
+from difflib import get_close_matches
 from pathlib import Path
 import torch
-from huggingface_hub import ModelCardData
+from huggingface_hub import ModelCardData, hf_hub_download
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from leverplus.core import (
     BLANK_SEAL, Damaged, atomic_path, check_object, check_seal, fingerprint, markdown_code, markdown_text,
-    parse_json, read_object, sealed_path, tensors_fingerprint, what_instead,
+    parse_json, read_object, repo_path, sealed_path, tensors_fingerprint, what_instead,
 )
 
 # %% ../nbs/05_checkpoints.ipynb #58eb9adc
@@ -216,22 +217,56 @@ def check_vocabulary(
         " missing? Copy or download the model again"
     )
 
-# %% ../nbs/05_checkpoints.ipynb #4ba52a31
+# %% ../nbs/05_checkpoints.ipynb #bc132b9f
 _HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+")
 _ON_HUB = "hf://" # in front of a name that is meant to be on the hub, whatever lies here
 
+def folder_or_name(
+    path, # a folder, as it is given or below the checkout; "owner/name" or "hf://owner/name" on the hub
+    wanted:str="a model", # what lies in such a folder, for the error
+)->str: # the folder, or the name on the hub; FileNotFoundError or NotADirectoryError for what can be neither
+    "Tell a folder from a name on the hub: what looks like a path is never looked up there"
+    if str(path).startswith(_ON_HUB): return str(path).removeprefix(_ON_HUB)
+    places = Path(path).expanduser(), repo_path(path)
+    for place in places:
+        if os.path.isdir(place): return str(place)
+    if os.path.exists(places[0]): raise NotADirectoryError(f"{path}: a file; wanted the folder of {wanted}")
+    if os.path.islink(places[0]): raise FileNotFoundError(f"{path}: a link to {os.readlink(places[0])}, which is not there")
+    names_a_folder = any(os.path.isdir(place.parent) for place in places)
+    if isinstance(path, str) and _HUB_NAME.fullmatch(path) and not names_a_folder: return path
+    hub = "" if _HUB_NAME.fullmatch(str(path)) is None else f", or 'hf://{path}' if it is on the hub"
+    raise FileNotFoundError(f"{path}: no such folder{_did_you_mean(path, places)}; wanted the folder of {wanted}{hub}")
+
+def _did_you_mean(path, places):
+    "The neighbour that is called almost the same, if there is one"
+    for place in places:
+        there = [p.name for p in place.parent.iterdir() if p.is_dir()] if os.path.isdir(place.parent) else []
+        near = get_close_matches(place.name, there, 1)
+        if near: return f"; did you mean {Path(path).parent/near[0]}?"
+    return ""
+
+def check_on_hub(
+    name:str, # of `folder_or_name`; a folder passes
+): # FileNotFoundError if it is on no disk here, and the hub does not give it
+    "Refuse a name that nobody knows, or that cannot be reached"
+    if os.path.isdir(name): return
+    try: hf_hub_download(name, "config.json")
+    except OSError as e:
+        if e.errno is not None: raise    # the disk's own: full, or forbidden
+        raise FileNotFoundError(
+            f"{name}: no folder of that name, and not on the hub, or the hub cannot be reached ({type(e).__name__})"
+        ) from e
+
+# %% ../nbs/05_checkpoints.ipynb #4ba52a31
 def find_checkpoint(
     path, # folder of a checkpoint, or of a run that has one; "owner/name" or "hf://owner/name" on the hub
 )->Path|str: # the folder, or the name on the hub; FileNotFoundError or NotADirectoryError names a path without one
     "Say where a selector lies: in a folder, or on the hub"
     if str(path).startswith(_ON_HUB): return str(path).removeprefix(_ON_HUB)
-    folder = Path(path).expanduser()
-    if _place(folder): return _place(folder)
-    if folder.is_dir(): raise FileNotFoundError(_what_lacks(folder))
-    if folder.exists(): raise NotADirectoryError(f"{path}: a file; wanted the folder of a checkpoint, or of a run")
-    is_name = isinstance(path, str) and _HUB_NAME.fullmatch(path)
-    if is_name and not folder.parent.is_dir(): return path
-    raise FileNotFoundError(f"{path}: no such folder; wanted a checkpoint, a run, or 'hf://owner/name' for the hub")
+    name = folder_or_name(path, "a checkpoint, or a run")
+    if not os.path.isdir(name): return name
+    if _place(Path(name)) is None: raise FileNotFoundError(_what_lacks(Path(name)))
+    return _place(Path(name))
 
 def is_checkpoint(
     path, # a folder, or the name of something else

@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['SEAL', 'BLANK_SEAL', 'masked_mean', 'masked_log_softmax', 'masked_softmax', 'spread', 'pad_rows', 'frozen', 'gini',
            'stable_hash', 'rng', 'seed_all', 'scramble', 'fingerprint', 'tensor_hash', 'tensors_fingerprint',
-           'room_for', 'atomic_path', 'Damaged', 'put_seal', 'look_at_seal', 'sealed_path', 'seal_file', 'check_file',
-           'checked_bytes', 'check_seal', 'write_json', 'sealed_json', 'file_bytes', 'what_instead', 'parse_json',
-           'read_json', 'read_sealed_json', 'check_object', 'read_object', 'parse_lines', 'read_yaml', 'read_csv',
-           'write_parquet', 'read_arrow', 'read_parquet', 'leftovers', 'ask_for_a_folder', 'printable', 'markdown_text',
-           'markdown_code', 'repo_path', 'world_path', 'exact_float32', 'reproducible', 'loading_bar']
+           'room_for', 'atomic_path', 'process_is_alive', 'Damaged', 'put_seal', 'look_at_seal', 'sealed_path',
+           'seal_file', 'check_file', 'checked_bytes', 'check_seal', 'write_json', 'sealed_json', 'file_bytes',
+           'what_instead', 'parse_json', 'read_json', 'read_sealed_json', 'check_object', 'read_object', 'parse_lines',
+           'read_yaml', 'read_csv', 'write_parquet', 'read_arrow', 'read_parquet', 'leftovers', 'ask_for_a_folder',
+           'printable', 'markdown_text', 'markdown_code', 'repo_path', 'world_path', 'exact_float32', 'reproducible',
+           'loading_bar']
 
 # %% ../nbs/00_core.ipynb #f91ab82d
-import codecs, contextlib, csv, errno, gzip, hashlib, io, json, mmap, os, random, re, shutil, sys, uuid, warnings, zlib
+import codecs, contextlib, csv, errno, gzip, hashlib, io, json, mmap, os, platform, random, re, shutil, sys, uuid, warnings, zlib
 from copy import deepcopy
 from functools import lru_cache
 from pathlib import Path
@@ -295,7 +296,7 @@ def atomic_path(
 ):
     "Write to the yielded temporary path; it replaces `path` if the block ends well and vanishes if not"
     path = Path(path)
-    tmp = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
+    tmp = path.with_name(f".{path.name}.{os.getpid()}-{_machine()}{uuid.uuid4().hex[:8]}.tmp")
     try:
         with room_for(path, tmp):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -304,7 +305,32 @@ def atomic_path(
             os.replace(tmp, path)
     finally:
         if tmp.exists(): tmp.unlink()
+    for old in _left_by_the_dead(path.parent, os.getpid()).pop(path.name, ()): old.unlink(missing_ok=True)
 
+_TEMPORARY = re.compile(r"\.(?P<final>.+)\.(?P<process>\d+)-(?P<machine>[0-9a-f]{4})?[0-9a-f]{8}\.tmp")
+
+@lru_cache(maxsize=1)
+def _machine(): return _sha256(platform.node().encode())[:4]
+
+@lru_cache(maxsize=64)
+def _left_by_the_dead(folder, process):
+    "{name of a file: temporary files of writers of this machine that are gone}, as `process` finds them first"
+    found = {}
+    for path in folder.glob(".*.tmp"):
+        ours = _TEMPORARY.fullmatch(path.name)
+        if ours is None or ours["machine"] != _machine() or process_is_alive(int(ours["process"])): continue
+        found.setdefault(ours["final"], []).append(path)
+    return found
+
+def process_is_alive(
+    process:int, # number of a process of this machine
+)->bool: # True where nobody can tell
+    "Is a process there?"
+    if os.name != "posix": return True    # elsewhere signal 0 is no question
+    try: os.kill(process, 0)
+    except ProcessLookupError: return False
+    except PermissionError: return True   # somebody else's
+    return True
 
 # %% ../nbs/00_core.ipynb #7ea9b48b
 SEAL = "leverplus-sha256:" # how a seal begins; 64 hexadecimal digits follow
@@ -692,8 +718,6 @@ def _parquet_of(path):
         raise Damaged(f"{path}: not a readable Parquet file: {says}") from e
 
 # %% ../nbs/00_core.ipynb #635e3bb1
-_TEMPORARY = re.compile(r"\.(?P<final>.+)\.\d+-[0-9a-f]{8}\.tmp") # as `atomic_path` names them
-
 def leftovers(
     folder, # where to look; folders below it are not entered
     final:str, # regular expression of the whole names of the files that were to be written

@@ -13,7 +13,7 @@ import pandas as pd
 from .runs import Run, read_frame
 from .core import printable
 from .synth import quiet
-from .settings import COUNTS, Proposing
+from .settings import COUNTS, Proposing, Rows
 from .items import as_items
 from .groups import RLData
 from .rldata_ask import FactCache, ask
@@ -246,6 +246,7 @@ def run_demo(
     if best not in cfg["recipes"]:
         raise ValueError(f"best {best!r} is not among the recipes {', '.join(cfg['recipes'])}")
     if isinstance(world, str): world = read_world(world)
+    _check_settings(cfg)
     split = _judged(world)
     facts = world.facts(split)
     run = Run.create(path, cfg, seed, _prints(world, facts), overwrite=overwrite)
@@ -266,6 +267,14 @@ def run_demo(
     return table
 
 _TITLES = dict(islands="the embedded world", blind_okvqa="OKVQA without pictures")
+
+def _check_settings(cfg):
+    "Refuse, before a run begins, what its steps would refuse later"
+    for name in ("train_queries", "dev_queries"):
+        if not isinstance(cfg[name], int) or cfg[name] < 1: raise ValueError(f"{name} {cfg[name]!r}: wanted a number >= 1")
+    Proposing(shots=cfg["shots"], counts=cfg["counts"])
+    Rows(shots=cfg["table_shots"], fixed=cfg["fixed"])
+    if cfg["free"] is not None: Proposing(shots=cfg["free_shots"], counts=cfg["free_counts"])
 
 def _judged(world):
     "The split of the table: test, or dev where test was not asked exhaustively"

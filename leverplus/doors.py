@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['STATUS', 'Shard', 'Rate', 'Selectors', 'Selector', 'Runs', 'OneRun', 'RunDir', 'Split', 'Splits', 'Limit',
            'MoreSettings', 'Store', 'LearnedFrom', 'Facts', 'GroupRuns', 'PictureSplits', 'Base', 'Narrowing', 'DOORS',
-           'ROAD', 'REMEMBERED', 'NUMBERS', 'Around', 'Running', 'shard_of', 'rate_of', 'named', 'Door', 'Embed',
-           'DrawPools', 'Spread', 'Generate', 'Check', 'Mine', 'Merging', 'Keeping', 'Merge', 'Train', 'Infer',
-           'facts_paths', 'Eval', 'Report', 'Sweep', 'Demo', 'Bank', 'Pick', 'read_config', 'remembered', 'runs_of',
-           'handed_on', 'handed_text', 'explained', 'one_or_none', 'say', 'one_sentence', 'read_door',
-           'command_settings', 'first_page', 'answer']
+           'ROAD', 'REMEMBERED', 'NUMBERS', 'Around', 'Running', 'shard_of', 'rate_of', 'named', 'selector_words',
+           'Door', 'Embed', 'DrawPools', 'Spread', 'Generate', 'Check', 'Mine', 'Merging', 'Keeping', 'Merge', 'Train',
+           'check_shown', 'Infer', 'facts_paths', 'Eval', 'Report', 'Sweep', 'Demo', 'Bank', 'Pick', 'read_config',
+           'remembered', 'runs_of', 'handed_on', 'handed_text', 'explained', 'one_or_none', 'say', 'one_sentence',
+           'read_door', 'command_settings', 'first_page', 'answer']
 
 # %% ../nbs/94_doors.ipynb #fba18050
-import contextlib, io, math, re, sys, textwrap
+import contextlib, io, math, os, re, sys, textwrap
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, get_args, get_origin
+from typing import Annotated, ClassVar, Literal, get_args, get_origin, get_type_hints
 import tyro
 from annotated_types import MinLen
 from pydantic import BeforeValidator
@@ -104,8 +104,16 @@ def named(
     if not name or not path: raise ValueError(f"{text!r}: wanted NAME=DIR or DIR")
     return name, path
 
-Selectors = Annotated[UseAppendAction[tuple[str, ...]], BeforeValidator(several), arg(metavar="[NAME=]DIR")]
-Selector = Annotated[str|None, flag("none", metavar="[NAME=]DIR")]
+def selector_words(
+    value, # a text as `named` reads it, several, or None
+): # the same; ValueError for another text, and for one that occurs twice
+    "Look at words that name selectors"
+    for text in several(value):
+        if isinstance(text, str): named(text)
+    return value if isinstance(value, str) or value is None else several(value)
+
+Selectors = Annotated[UseAppendAction[tuple[str, ...]], BeforeValidator(selector_words), arg(metavar="[NAME=]DIR")]
+Selector = Annotated[str|None, BeforeValidator(selector_words), flag("none", metavar="[NAME=]DIR")]
 Runs = Annotated[tuple[Folder, ...], BeforeValidator(several), MinLen(1), Positional, arg(metavar="RUN")]
 OneRun = Annotated[Folder, Positional, arg(metavar="RUN")]
 RunDir = Annotated[Folder, arg(metavar="RUN")]
@@ -144,6 +152,10 @@ class Embed(Door):
     rate:Rate=None # images per second, for the plan; "measure" asks the CLIP for ten seconds
     running:Running=Running()
     around:Around=Around()
+
+    def __post_init__(self):
+        if self.shard is not None and self.parts > 1:
+            raise ValueError(f"parts {self.parts} beside shard {self.shard[0]}/{self.shard[1]}: name one of them")
 
 @group
 class DrawPools(Door):
@@ -327,6 +339,14 @@ class Train(Door):
     around:Around=Around()
 
 # %% ../nbs/94_doors.ipynb #17dab7da
+def check_shown(
+    shots, # numbers of demonstrations, or "stop"
+    K:int, # pool size
+): # ValueError if a pool does not hold more than are shown
+    "Refuse to show a whole pool"
+    most = max([n for n in shots if n != "stop"], default=0)
+    if most >= K: raise ValueError(f"shots {most}, K {K}: wanted shots < K")
+
 @group
 class Infer(Door):
     "Answer the questions of a split, with demonstrations that a selector picks"
@@ -361,6 +381,10 @@ class Infer(Door):
     running:Running=Running()
     around:Around=Around()
 
+    def __post_init__(self):
+        check_shown(self.picking.shots, self.pools.K)
+        if self.picking.fixed and self.picking.picker != "fixed":
+            raise ValueError(f"fixed {self.picking.fixed} beside picker {self.picking.picker}: wanted picker fixed")
 
 def facts_paths(value):
     "Several paths, or None"
@@ -403,6 +427,8 @@ class Eval(Door):
     asking:Asking=Asking()
     running:Running=Running()
     around:Around=Around()
+
+    def __post_init__(self): check_shown(self.rows.shots, self.pools.K)
 
 GroupRuns = Annotated[tuple[str, ...], BeforeValidator(several), flag("those in the run", metavar="RUN ...")]
 PictureSplits = Annotated[tuple[str, ...], BeforeValidator(several), flag("none, cases in words", metavar="NAME ...")]
@@ -594,8 +620,9 @@ def remembered(
 
 def _remembered(folder, seen):
     "The same; no run is asked twice"
-    if folder.resolve() in seen or not folder.is_dir(): return {}
-    seen.add(folder.resolve())
+    place = os.path.realpath(folder)
+    if place in seen or not os.path.isdir(folder): return {}
+    seen.add(place)
     records = [record for record in map(_record, _records(folder)) if record]
     out = {}
     for record in records:
@@ -783,7 +810,7 @@ def _in_one_line(name):
         if not e.code: raise
         say(f"leverplus {name}: {one_sentence(said.getvalue())}", error=True)
         raise SystemExit(2) from None
-    except ValueError as e: # of the door as a whole; an older tyro lets it pass
+    except (ValueError, OSError) as e: # of the door as a whole, which an older tyro lets pass; of a run that was named
         say(f"leverplus {name}: {e}", error=True)
         raise SystemExit(2) from None
 
@@ -824,14 +851,27 @@ def read_door(
 ): # the door; SystemExit 0 after help, 2 with a line on stderr for words that make none
     "Make a door of words"
     name, *words = words
+    with _in_one_line(name): _check_switches(DOORS[name], words)
     door = _door_of(name, words)
-    handed = handed_on(door)
+    with _in_one_line(name): handed = handed_on(door)
     if not handed: return door
     door = _door_of(name, words, handed)
     said = handed_text(door, handed)
     quiet = hasattr(door, "running") and door.running.quiet
     if said and not quiet: say(f"leverplus {name}: {said}", error=True)
     return door
+
+def _check_switches(cls, words):
+    "ValueError for a switch that is given a value"
+    switches = {f"--{flat.replace('_', '-')}" for flat, at in flat_names(cls).items() if _kind_at(cls, at) is bool}
+    for word in words:
+        switch, equals, value = word.partition("=")
+        if equals and switch in switches: raise ValueError(f"{word}: {switch} takes no value, leave out ={value}")
+
+def _kind_at(cls, path):
+    "The type of a field of a group, or of a group below"
+    for name in path: cls = get_type_hints(cls)[name]
+    return cls
 
 def _door_of(name, words, handed=None):
     "The door, with what runs remember in place of its defaults"

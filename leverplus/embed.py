@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
 from leverplus.checkpoints import (
-    check_model, check_vocabulary, load_model, load_part, read_weights, write_weights,
+    check_model, check_on_hub, check_vocabulary, folder_or_name, load_model, load_part, read_weights,
+    write_weights,
 )
 from leverplus.core import (
-    Damaged, exact_float32, fingerprint, loading_bar, read_object, tensors_fingerprint, repo_path,
-    world_path, write_json,
+    Damaged, exact_float32, fingerprint, loading_bar, read_object, tensors_fingerprint, world_path,
+    write_json,
 )
 from leverplus.identity import (
     image_settings, named_settings, tokenizer_fingerprint, unlike_config, weights_fingerprint,
@@ -338,10 +339,10 @@ def load_clip(
     "Load a CLIP by path or hub name"
     if isinstance(model, Clip): return model
     from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
-    name = str(world_path("models", "tiny-clip") if model is None else model)
-    if not Path(name).is_dir() and repo_path(name).is_dir(): name = str(repo_path(name))
+    name = folder_or_name(world_path("models", "tiny-clip") if model is None else model, "a CLIP")
+    check_on_hub(name)
     folder = Path(name)
-    if folder.is_absolute() and not (folder/"config.json").exists():
+    if folder.is_dir() and not (folder/"config.json").exists():
         raise FileNotFoundError(f"{name}: no CLIP here (config.json is missing)")
     check_model(name)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")

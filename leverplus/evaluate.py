@@ -8,7 +8,8 @@ __all__ = ['BASELINES', 'TABLE', 'pick_baselines', 'similar_row', 'named', 'chec
            'gap_closed', 'changed', 'agreement', 'behaviour', 'score_matrix', 'result_table', 'shots_table',
            'gap_table', 'paired_table', 'paired_tests', 'over_shots', 'seed_matrix', 'compare_seeds', 'seeds_table',
            'chosen_counts', 'counts_table', 'subsets', 'save_subsets', 'load_subsets', 'size_table', 'mode_table',
-           'type_table', 'count_look', 'expected_best', 'table_text', 'compare_runs', 'level_text', 'plot_results']
+           'type_table', 'count_look', 'looks_file', 'expected_best', 'table_text', 'compare_runs', 'level_text',
+           'plot_results']
 
 # %% ../nbs/82_evaluate.ipynb #291d6c92
 import math
@@ -18,7 +19,7 @@ from pathlib import Path
 from statistics import NormalDist
 import numpy as np, pandas as pd
 from .core import fingerprint, gini, read_json, read_object, rng, write_json
-from .runs import Run
+from .runs import Run, hold_lock
 from .items import as_ids, as_items
 from .embed import KINDS
 from .pools import image_groups
@@ -839,9 +840,10 @@ def save_subsets(
     "Record which queries each size means"
     path = Path(path)
     new = dict(seed=seed, subsets={str(k): list(v) for k, v in subs.items()})
-    if path.exists() and read_json(path) != new:
-        raise ValueError(f"{path}: other subsets lie there; use those (`load_subsets`), or another file")
-    write_json(path, new)
+    with hold_lock(path.with_name(f".{path.name}.lock"), "the subsets"):
+        if path.exists() and read_json(path) != new:
+            raise ValueError(f"{path}: other subsets lie there; use those (`load_subsets`), or another file")
+        write_json(path, new)
     return path
 
 def load_subsets(
@@ -927,21 +929,47 @@ def count_look(
     scored:pd.DataFrame, # what was looked at
     split:str="test", # which split
 )->int: # how many different results have been looked at on this split, this one included
-    "Count a look at a split"
-    path = Path(path)
-    if path.suffix != ".json": path = path/"looks.json"
-    seen = read_json(path) if path.exists() else []
+    "Count a look at a split; several processes may do so at once"
+    path = looks_file(path)
+    seen = _looks(path)
     result = _result_fingerprint(scored, split)
     if result not in {e["result"] for e in seen}:
-        seen.append(dict(
+        look = dict(
             split=split,
             result=result,
             time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             selectors=sorted(set(scored.selector)),
             queries=int(scored.question_id.nunique()),
-        ))
-        write_json(path, seen)
+        )
+        seen = _one_more(path, look)
     return sum(e["split"] == split for e in seen)
+
+def _one_more(path, look):
+    "Looks that were counted, after one more; OSError where nothing can be written"
+    try:
+        with hold_lock(path.with_name(f".{path.name}.lock"), "the looks at this data"):
+            seen = [e for e in _looks(path) if e["result"] != look["result"]] + [look]
+            write_json(path, seen)
+            return seen
+    except OSError as e:
+        why = f"{e.strerror}: this look cannot be counted, and what is not counted is not shown; count it in another file"
+        raise OSError(e.errno, why, str(path)) from e
+
+def looks_file(
+    path, # a .json file, or a run folder
+)->Path: # the file; ValueError names one that holds something else
+    "Where looks are counted"
+    path = Path(path)
+    if path.suffix != ".json": path = path/"looks.json"
+    _looks(path)
+    return path
+
+def _looks(path):
+    "Looks that were counted, oldest first"
+    seen = read_json(path) if path.exists() else []
+    if not isinstance(seen, list) or not all(isinstance(e, dict) and {"split", "result"} <= e.keys() for e in seen):
+        raise ValueError(f"{path}: not a list of looks; was it edited? Put it back, or move it away to count anew")
+    return seen
 
 def _result_fingerprint(scored, split):
     "Who picked what, and what came of it"

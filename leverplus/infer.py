@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import get_args
 import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
-from filelock import FileLock
 from leverplus.core import (
     ask_for_a_folder, atomic_path, checked_bytes, fingerprint, pad_rows, read_json, rng, write_json,
 )
-from .runs import Run, settings_diff
+from .runs import Run, hold_lock, settings_diff
 from .settings import Asking, PickerName, Picking, plain_settings
 from .items import answered, as_asked, as_id, as_ids, as_items, check_answered, given_ids
 from .pools import check_pool, check_vectors, image_groups
@@ -863,14 +862,22 @@ class _Place:
 
     def begin(self, work, pool=None, **more):
         "Start a prediction, or continue it with the same items, those of `pool`"
-        settings = _settings(work, self.split) | more
-        prints = _prints(work)
-        def create(): return Prediction.create(self.path, settings, work.picking.seed, prints, self.overwrite)
+        record = self._record(work, more)
+        def create(): return Prediction.create(self.path, *record)
         ids = (work.pool if pool is None else pool).item_ids
         return begin_run(create, self.path, work.items, ids, self.overwrite, work.store)
 
+    def check(self, work, **more):
+        "Refuse a folder where `begin` cannot be, before anything is written"
+        Prediction.check(self.path, *self._record(work, more))
+
+    def _record(self, work, more):
+        "What a run keeps, as `Run.create` takes it"
+        return _settings(work, self.split) | more, work.picking.seed, _prints(work), self.overwrite
+
 def _whole(work, place):
     "Predict all queries of `work`, in one folder"
+    place.check(work)
     with run_lock(place.path):
         run = place.begin(work)
         facts = FactCache(run.path/"facts") if place.cache is None else place.cache
@@ -893,15 +900,15 @@ def _sharded(work, place, shard):
     i, n = shard
     parts = [shard_queries(work.pool, (k, n)) for k in range(n)]
     folders = [place.path/f"shard{shard_tag((k, n))}" for k in range(n)]
-    place.path.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(place.path/".union.lock")
     own = work.pool.only(parts[i])
-    with lock: run = place.begin(work, own, shards=n)
+    place.check(work, shards=n)
+    def lock(): return hold_lock(place.path/".union.lock", "the shards of this prediction")
+    with lock(): run = place.begin(work, own, shards=n)
     if parts[i]: run = _whole(replace(work, pool=own), replace(place, path=folders[i]))
     run.shard = shard
     run.left = tuple(f"{k}/{n}" for k in range(n) if parts[k] and not _has_ended(folders[k]))
     if run.left: return run
-    with lock:
+    with lock():
         union = place.begin(work, shards=n)
         done = [Run(folder) for k, folder in enumerate(folders) if parts[k]]
         for part, queries in zip(done, filter(None, parts)): _check_part(union, part, work, queries)
@@ -979,12 +986,23 @@ def predict(
     _check_prediction(pool, picking, model, store, judge, items, groups)
     how_often = dict(window=window, progress=progress)
     work = _Work(pool, items, scorer, store, picking, asking, model, groups, judge, **how_often)
+    _rehearse(work)
     place = _Place(path, split, cache, blank, overwrite)
     if shard is None: return _whole(work, place)
     return _sharded(work, place, shard)
 
+def _rehearse(work):
+    "Pick for the question with the fewest candidates: what cannot be picked is refused before anything is written"
+    if not len(work.pool): return
+    fewest = min(work.pool, key=lambda q: len(work.pool.ids[q]))
+    one = work.pool.only([fewest])
+    for shots in _counts(work.picking):
+        check_picks(pick(one, work.picking, work.model, work.store, work.items, shots, work.groups), work.items)
+
 def _check_prediction(pool, picking, model, store, judge, items, groups):
     "Refuse what cannot end well, before anything is written"
+    unknown = [i for i in picking.fixed if i not in items.index]
+    if unknown: raise ValueError(f"fixed {unknown[0]}: no such question_id among the items")
     if model is not None:
         check_pool(model, pool, picking.other_pool)
         check_vectors(model, store)

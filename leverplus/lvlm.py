@@ -10,14 +10,16 @@ __all__ = ['PROCESSORS', 'VIDEO_PROCESSORS', 'FAMILY', 'TEXT_SETTINGS', 'ROPE_SE
            'answer_logprobs', 'targets_of', 'prompt_bar', 'scorer_fingerprint', 'NaiveScorer', 'compare', 'MockScorer']
 
 # %% ../nbs/21_lvlm.ipynb #b8dffa05
-import contextlib, copy, math, os
+import contextlib, copy, math
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import takewhile
 from typing import NamedTuple
 import numpy as np, torch
-from .core import exact_float32, fingerprint, loading_bar, repo_path, stable_hash
-from .checkpoints import check_model, check_vocabulary, load_model, load_part
+from .core import exact_float32, fingerprint, loading_bar, stable_hash
+from leverplus.checkpoints import (
+    check_model, check_on_hub, check_vocabulary, folder_or_name, load_model, load_part,
+)
 from leverplus.identity import (
     image_settings, named_settings, tokenizer_fingerprint, unlike_config, weights_fingerprint,
 )
@@ -218,8 +220,8 @@ def load_lvlm(
     "Load a Qwen-VL checkpoint"
     from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    name = str(path_or_name)
-    if not os.path.isdir(name) and repo_path(name).is_dir(): name = str(repo_path(name))
+    name = folder_or_name(path_or_name, "an LVLM")
+    check_on_hub(name)
     check_model(name)
     _check_model(path_or_name, load_part(AutoConfig, name), attn)
     with loading_bar(progress):

@@ -10,7 +10,7 @@ __all__ = ['KEPT_FEATURES', 'DOWNLOADS', 'ROW_BYTES', 'plan_run', 'largest_shard
            'generate_plan', 'measure_embedding', 'embed_plan']
 
 # %% ../nbs/41_plan.ipynb #16f67a87
-import math, platform, re, time
+import math, os, platform, re, time
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, pandas as pd, torch
@@ -20,11 +20,12 @@ from .checkpoints import load_part
 from .settings import Job, change
 from .items import as_items, check_answered, picture_paths
 from .pictures import BadPicture, picture_size
+from .checkpoints import folder_or_name
 from .embed import embed_items
 from .vqa import answer_targets
 from leverplus.cost import (
-    PEAKS, feature_bytes, kv_bytes, parameters, prompt_flops, qwen_config, reached, text_sizes, tower_sizes,
-    vision_flops,
+    PEAKS, feature_bytes, kv_bytes, parameters, prompt_flops, qwen_config, reached, text_sizes,
+    tower_sizes, vision_flops,
 )
 from .groups import shard_tag
 from .rldata_ask import ask
@@ -349,7 +350,8 @@ def is_here(
     name:str, # folder or hub name of a model
 )->bool: # also if only its config was downloaded
     "Is a model on this machine?"
-    return found_folder(name).is_dir() or isinstance(try_to_load_from_cache(name, "config.json"), str)
+    name = folder_or_name(name)
+    return os.path.isdir(name) or isinstance(try_to_load_from_cache(name, "config.json"), str)
 
 def config_of(
     job:Job, # whose model

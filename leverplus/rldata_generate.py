@@ -4,26 +4,25 @@
 
 # %% auto #0
 __all__ = ['EXACT', 'choose', 'evaluated', 'with_text', 'policy_fingerprint', 'proposer_settings', 'bank_fingerprint',
-           'bank_print', 'with_kind', 'run_settings', 'shard_queries', 'run_lock', 'begin_manifest', 'Contents',
-           'begin_run', 'Generation', 'answerer', 'tally', 'flat_queries', 'NotVerified', 'hold', 'TimeLimit',
-           'TooManyFailures', 'generate_together', 'summary_text', 'verified_text', 'generate']
+           'bank_print', 'with_kind', 'run_settings', 'shard_queries', 'run_lock', 'begin_manifest', 'check_manifest',
+           'Contents', 'begin_run', 'Generation', 'answerer', 'tally', 'flat_queries', 'NotVerified', 'hold',
+           'TimeLimit', 'TooManyFailures', 'generate_together', 'summary_text', 'verified_text', 'generate']
 
 # %% ../nbs/34_rldata_generate.ipynb #3a6f44c7
-import contextlib, inspect, json, os, platform, re, time, warnings
+import contextlib, inspect, json, re, time, warnings
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
 from fastcore.meta import delegates
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 from .settings import TWO_STAGE, Asking, Guarding, Job, Proposing, check_two_stage, plain_settings
 from leverplus.core import (
-    Damaged, ask_for_a_folder, atomic_path, fingerprint, leftovers, printable, read_object, rng,
-    stable_hash, write_json,
+    Damaged, ask_for_a_folder, fingerprint, leftovers, printable, read_object, rng, stable_hash,
+    write_json,
 )
-from .runs import Busy, Run, empty_folder
+from .runs import Run, check_place, empty_folder, hold_lock
 from .items import as_asked, as_ids, as_items
 from .evidence import kind_for, plain_kind
 from .lvlm import Scored, compare, pixel_limits
@@ -186,23 +185,9 @@ def run_lock(
     shard:tuple|None=None, # (i, n): only this shard
 ):
     "Hold a run, or a shard of it, as long as the block lasts; `Busy` names process and host that hold it"
-    path = ask_for_a_folder(path)
-    tag = shard_tag(shard)
-    owner = path/f".owner{tag}"
-    lock = FileLock(path/f".lock{tag}", timeout=0)
-    path.mkdir(parents=True, exist_ok=True)
-    try: lock.acquire()
-    except Timeout:
-        holder = owner.read_text(encoding="utf8") if owner.exists() else "another process"
-        what = "run" if shard is None else f"shard, {shard[0]}/{shard[1]}"
-        raise Busy(f"{path}: {holder} is writing this {what}; wait until it is done, or end it") from None
-    try:
-        me = f"process {os.getpid()} on {platform.node()}"
-        with atomic_path(owner) as tmp: tmp.write_text(me, encoding="utf8")
-        yield
-    finally:
-        owner.unlink(missing_ok=True)
-        lock.release()
+    path = check_place(path)
+    what = "this run" if shard is None else f"this shard, {shard[0]}/{shard[1]}"
+    with hold_lock(path/f".lock{shard_tag(shard)}", what, wait=False): yield
 
 # %% ../nbs/34_rldata_generate.ipynb #ffd860f3
 def begin_manifest(
@@ -211,13 +196,8 @@ def begin_manifest(
     shard:tuple|None=None, # (i, n), or None
 )->dict: # the manifest that lies there now; ValueError if what lies there does not belong to these settings
     "Find or write the manifest of a run"
+    check_manifest(path, settings, shard)
     file = path/f"manifest{shard_tag(shard)}.json"
-    others = {k: p for k, p in shard_files(path).items() if k != shard}
-    _check_division(path, shard, others)
-    if not file.exists() and any(path.glob(f"part{shard_tag(shard)}-*.parquet")):
-        raise ValueError(f"{path}: parts without a {file.name}; generate into an empty directory")
-    own = [file] if file.exists() else []
-    _check_settings(path, settings, [*own, *others.values()])
     if not file.exists():
         new = dict(schema=SCHEMA, complete=False, settings=settings, seed=settings["proposing"]["seed"])
         if shard: new["shard"] = list(shard)
@@ -225,6 +205,21 @@ def begin_manifest(
     return read_object(file, what=_A_MANIFEST)
 
 _A_MANIFEST = "the manifest of a generation"
+
+def check_manifest(
+    path:Path, # directory of the run; it need not be there
+    settings:dict, # of `run_settings`
+    shard:tuple|None=None, # (i, n), or None
+)->None: # ValueError or OSError says what lies there that does not belong to these settings
+    "Refuse a directory where a run cannot begin or go on, before anything is written"
+    check_place(path, "groups")
+    file = path/f"manifest{shard_tag(shard)}.json"
+    others = {k: p for k, p in shard_files(path).items() if k != shard}
+    _check_division(path, shard, others)
+    if not file.exists() and any(path.glob(f"part{shard_tag(shard)}-*.parquet")):
+        raise ValueError(f"{path}: parts without a {file.name}; generate into an empty directory")
+    own = [file] if file.exists() else []
+    _check_settings(path, settings, [*own, *others.values()])
 
 def _check_division(path, shard, others):
     if shard is None and others:
@@ -284,7 +279,7 @@ class Contents:
         items = as_asked(items)
         now = item_contents(items, ids)
         if self.table is not None and now.equals(self.table.reindex(now.index)): return   # nothing new
-        with FileLock(self.folder/".contents.lock"):
+        with hold_lock(self.folder/".contents.lock", "what the items are made of"):
             there = read_contents(self.folder)
             if begun and not self.file.exists(): raise OtherContents(self._unknown())
             self._compare(now, there)
@@ -787,6 +782,7 @@ def generate_together(
 )->dict: # {name: RLData}, see `Generation.finish`
     "Make the windows of several runs, each run as far as the others, so that the end of time finds them alike"
     if limit is None: limit = TimeLimit()
+    for run in runs.values(): check_manifest(run.path, run.settings, run.shard)
     with contextlib.ExitStack() as held:
         for run in runs.values(): held.enter_context(run.lock())
         steps = {name: held.enter_context(run.bar(progress)) for name, run in runs.items()}

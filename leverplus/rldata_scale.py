@@ -15,12 +15,12 @@ from importlib import import_module
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
-from filelock import FileLock
 from huggingface_hub import try_to_load_from_cache
 from .core import Damaged, checked_bytes, fingerprint, repo_path, sealed_path
-from .runs import empty_folder
+from .runs import check_place, empty_folder, hold_lock
+from .checkpoints import folder_or_name
 from .settings import Job, change, columns_of
-from .items import as_items, check_answered
+from .items import as_items, check_answered, picture_paths
 from .data import check_splits, items_fingerprint, read_okvqa, read_soft_labels, read_vqav2
 from .embed import EmbedStore, embed_items, gather_stores, load_clip
 from .pools import Pool, check_pool, check_vectors, make_pool
@@ -86,10 +86,12 @@ def kept(self:Job,
 ):
     "What `make` gives; kept in the job's store folder, if it has one, and loaded from there"
     if self.data.store is None: return make()
-    folder = Path(self.data.store).expanduser()
+    folder = check_place(Path(self.data.store).expanduser())
     place = folder/name
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder/f".{name}.lock"):
+    if _is_there(place):
+        try: return _as_kept(load(place), place)   # without a lock: the folder may be read-only
+        except Damaged: pass                       # looked at again below, where nobody else is
+    with hold_lock(folder/f".{name}.lock", f"{name} of this store"):
         if _is_there(place):
             try: return _as_kept(load(place), place)
             except Damaged as e: warnings.warn(f"{e}. It is made again")
@@ -116,7 +118,7 @@ def _as_kept(found, place):
 @patch
 def clip(self:Job): # `Clip`; an error names a folder that holds none
     "Load the CLIP"
-    return load_clip(str(found_folder(self.data.clip)), self.model.device)
+    return load_clip(self.data.clip, self.model.device)
 
 def _pictures(items):
     "Contents of the pictures, by question_id"
@@ -158,6 +160,7 @@ def inputs(self:Job,
     of_items = items_fingerprint(items)
     queries = items[items.split == self.split]
     candidates = items[items.split == data.candidates]
+    _check_possible(self, items, len(candidates))
 
     clip = self.clip()
     pictures = _pictures(items)
@@ -172,6 +175,14 @@ def inputs(self:Job,
     pool = self.kept(f"pool-{name}", Pool.load, draw)
     if bank: return items, BankStore(store, items, candidates.index), pool
     return items, store, pool
+
+def _check_possible(job, items, n):
+    "ValueError for pools that `n` demonstrations cannot fill, and for looking at pictures where there are none"
+    if job.pools.K > n:
+        raise ValueError(f"K {job.pools.K}: split {job.data.candidates!r} has {n} demonstrations; choose a smaller K")
+    if any(path is not None for path in picture_paths(items)): return
+    for name, kind in dict(sampler=job.pools.sampler, kind=job.proposing.kind).items():
+        if kind in ("image", "mixed"): raise ValueError(f"{name} {kind!r}: these items have no pictures; choose 'text'")
 
 def _embed(items, clip, pictures, progress=False):
     "Embeddings of items; ValueError if pictures were replaced meanwhile"
@@ -224,8 +235,8 @@ class Splits:
 
     def has_clip(self)->bool: # False for a name on the hub that was never loaded: nothing of it can be there
         "Is the CLIP on this machine?"
-        name = self.job.data.clip
-        return found_folder(name).exists() or isinstance(try_to_load_from_cache(name, "config.json"), str)
+        name = folder_or_name(self.job.data.clip, "a CLIP")
+        return os.path.isdir(name) or isinstance(try_to_load_from_cache(name, "config.json"), str)
 
     def places(self)->dict: # {split: folder}
         "Where the embeddings of each split lie, or will"
@@ -289,7 +300,7 @@ def _embed_part(splits, shard, folder, progress):
 def _put_together(splits, folders, todo):
     "Make the embeddings of each split out of all parts, and remove the parts"
     places = splits.places()
-    with FileLock(_store_of(splits.job)/".embed.lock"):
+    with hold_lock(_store_of(splits.job)/".embed.lock", "the embeddings of this store"):
         stores = [EmbedStore.load(f) for f in folders if (f/"embed.json").exists()]
         for s in todo:
             if _is_there(places[s]): continue          # somebody else was faster
@@ -381,10 +392,9 @@ class RayWorker:
         try:
             torch.set_num_threads(threads)
             self.run = job.generation(path, **kw)
-            self.run.path.mkdir(parents=True, exist_ok=True) # an older filelock does not make it
+            lock = self.run.path/f".begin{shard_tag(self.run.shard)}.lock"
             # the first one writes the manifest, the others compare
-            lock = FileLock(self.run.path/f".begin{shard_tag(self.run.shard)}.lock")
-            with lock: self.run.begin(whole=False)
+            with hold_lock(lock, "the manifest of this run"): self.run.begin(whole=False)
         except Exception: self.error = traceback.format_exc()
 
     def __call__(self,

@@ -14,16 +14,16 @@ from pathlib import Path
 from statistics import NormalDist
 import numpy as np, pandas as pd
 from tqdm import tqdm
-from .settings import Asking
+from .settings import Asking, json_value
 from leverplus.core import (
     SEAL, check_file, check_object, fingerprint, printable, read_object, read_sealed_json, room_for,
     sealed_json,
 )
 from .identity import code_fingerprint
-from .runs import git_state, library_versions, plain
+from .runs import check_place, git_state, library_versions, plain
 from .synth import quiet
 from .items import as_items
-from .evidence import BankStore
+from .evidence import BankStore, plain_kind
 from .lvlm import with_pixels
 from .groups import check_shard, shard_tag
 from .rewards import info_score, reward_facts
@@ -118,6 +118,11 @@ def _check_lists(grid, base):
             f"grid {k!r} is {v!r}: wanted a list of values, e.g. [{v!r}]; what is the same for all goes into"
             " base"
         )
+    for k, values in grid.items():
+        texts = [json.dumps(value, sort_keys=True) for value in json_value(values)]
+        twice = [value for i, value in enumerate(values) if texts[i] in texts[:i]]
+        if twice: raise ValueError(f"grid {k!r}: {twice[0]!r} stands there twice, wanted each once")
+    json_value(base)
     both = sorted(grid.keys() & base.keys())
     if both: raise ValueError(f"{both} stand in grid and base: keep one")
 
@@ -237,8 +242,7 @@ class SweepData:
 
     def _resized(self, scorer, limits):
         "The scorer with another image budget; made once, since it keeps image features"
-        if getattr(scorer, "lvlm", None) is None:
-            raise ValueError(f"{limits}: wanted a world with a vision-language model that can be asked")
+        if getattr(scorer, "lvlm", None) is None: raise ValueError(_no_lvlm(limits))
         key = tuple(sorted(limits.items()))
         if key not in self.scorers: self.scorers[key] = scorer.around(with_pixels(scorer.lvlm, **limits))
         return self.scorers[key]
@@ -377,6 +381,26 @@ def _cells(path):
     return rows
 
 # %% ../nbs/85_sweep.ipynb #16c9c431
+def _check_configs(configs, groups, world, shots):
+    "Refuse combinations whose cells could not be trained, before any is"
+    both = sorted(set(groups["train"].queries) & set(groups["dev"].queries))
+    if both:
+        raise ValueError(f"question_id {both[0]}: in the groups of train and of dev ({len(both)} questions), wanted others")
+    for settings in configs:
+        if settings["kind"] is not None: world.store.kind(plain_kind(settings["kind"]))
+        bs = settings["bs"]
+        if not isinstance(bs, int) or isinstance(bs, bool) or bs < 1: raise ValueError(f"bs {bs!r}: wanted a number >= 1")
+        most = settings.get("model.max_shots", _MOST_SHOTS)
+        if shots > most: raise ValueError(f"shots {shots}: these selectors are made for 0..{most} (model.max_shots)")
+        limits = _section(settings, "lvlm")
+        if limits and getattr(_scorer(world), "lvlm", None) is None: raise ValueError(_no_lvlm(limits))
+
+_MOST_SHOTS = inspect.signature(PointerSelector.__init__).parameters["max_shots"].default
+
+def _no_lvlm(limits):
+    names = ", ".join(f"lvlm.{name}" for name in limits)
+    return f"{names}: wanted a world with a vision-language model that can be asked"
+
 def _check_sweep(groups, seeds, shots):
     "Refuse groups, seeds and shots that make no sweep"
     if not {"train", "dev"} <= groups.keys() <= {"train", "dev", "valid"}:
@@ -434,7 +458,7 @@ def sweep(
     asking:Asking|None=None, # how picks are asked about; None: as the world says
 )->pd.DataFrame: # a row per cell, default first: config, settings, seed, status, numbers, error, cell
     "Train every combination with every seed on the same groups, and judge it on the development questions"
-    path = Path(path)
+    path = check_place(path, "a sweep")
     if asking is None: asking = getattr(world, "asking", Asking())
     for name, data in groups.items(): check_contents(data.rows, world.items, f"sweep: the groups of {name}")
     seeds = [int(s) for s in seeds]
@@ -443,6 +467,7 @@ def sweep(
     _check_sweep(groups, seeds, shots)
     configs = expand_grid(grid, base, stages)
     shots = shots or groups["train"].shots[0]
+    _check_configs(configs, groups, world, shots)
     data = data_fingerprint(groups, world, asking)
     cells = {}
     for settings, seed in itertools.product(configs, seeds):

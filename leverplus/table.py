@@ -23,9 +23,9 @@ from .prompt import prompter
 from .lvlm import official_inputs, prompt_images
 from .infer import as_pointer, kind_of, pick_model
 from leverplus.evaluate import (
-    BASELINES, best_fixed, chosen_counts, count_look, counts_table, fixed_pairs, majority_vote, named,
-    paired_tests, pick_baselines, pick_oracle, result_table, score_picks, similar_row, size_table,
-    subsets, table_text, vote_of_all,
+    BASELINES, best_fixed, chosen_counts, count_look, counts_table, fixed_pairs, looks_file,
+    majority_vote, named, paired_tests, pick_baselines, pick_oracle, result_table, score_picks,
+    similar_row, size_table, subsets, table_text, vote_of_all,
 )
 
 # %% ../nbs/83_table.ipynb #859cff74
@@ -82,13 +82,13 @@ def facts_beside(
 # %% ../nbs/83_table.ipynb #2d60c070
 class _Known:
     "Facts known elsewhere (`extra`), those of this run (`own`), and a scorer for the rest"
-    def __init__(self, scorer, asking, paths, folder, progress=False):
+    def __init__(self, scorer, asking, paths, progress=False):
         self.scorer = scorer
         self.asking = asking
         self.progress = progress
         self.whose = facts_fingerprint(scorer, asking)
         self.extra = known_facts(paths, self.whose)
-        self.own = FactCache(folder)
+        self.own = FactCache() # in memory, until the run has a folder
 
     def ask(self, pairs, items):
         "Facts about pairs, those first that are known elsewhere"
@@ -263,8 +263,8 @@ def _by_size(asked, rows, scored):
     return size_table(scored, some, _shots_above_zero(rows)[-1], asked.items)
 
 # %% ../nbs/83_table.ipynb #eed8570c
-def _begin(path, asked, judges, models, rows, asking, overwrite, groups=None):
-    "Start the run of a table, or continue it"
+def _record(path, asked, judges, models, rows, asking, groups=None):
+    "(settings, seed, fingerprints) of the run of a table"
     items, ids = _table_items(asked, judges)
     settings = dict(
         split=asked.split,
@@ -282,7 +282,12 @@ def _begin(path, asked, judges, models, rows, asking, overwrite, groups=None):
     )
     for model in models.values(): prints |= bank_print(model, asked.store)
     if groups is not None: prints["groups"] = groups.fingerprint
-    def create(): return Run.create(path, settings, rows.seed, prints, overwrite)
+    return settings, rows.seed, prints
+
+def _begin(path, asked, judges, rows, record, overwrite):
+    "Start the run of a table, or continue it"
+    items, ids = _table_items(asked, judges)
+    def create(): return Run.create(path, *record, overwrite)
     run = begin_run(create, path, items, ids, overwrite, asked.store)
     run.settings["rows"] = plain_settings(rows)
     return run.save_settings()
@@ -305,6 +310,12 @@ def _check_table(asked, models, rows):
     odd = [name for name in models if name in BASELINES or name.endswith("_free")]
     if odd: raise ValueError(f"selector {odd[0]!r}: the name of a baseline, or of a free row; take another")
     subsets(asked.pool, rows.sizes, rows.seed) # refuses more questions than there are
+
+def _rehearse(asked, models, rows, groups):
+    "Pick for the question with the fewest candidates: what cannot be picked is refused before anything is asked"
+    if not len(asked.pool): return
+    fewest = min(asked.pool, key=lambda q: len(asked.pool.ids[q]))
+    _picks(replace(asked, pool=asked.pool.only([fewest])), models, rows, {}, groups)
 
 def _keep_curve(run, trained):
     "Copy the training curve of a selector, for the report"
@@ -338,12 +349,16 @@ def full_table(
     _check_table(asked, models, rows)
     judges, notes = _judges(asked, rows, judges)
     if groups is None: notes = [*notes, _UNLEARNED]
+    _rehearse(asked, models, rows, groups)
+    record = _record(path, asked, judges, models, rows, asking, groups)
+    Run.check(path, *record, overwrite)
+    counted = looks_file(path if looks is None else looks)
+    known = _Known(asked.scorer, asking, facts, progress)
     with run_lock(path):
-        run = _begin(path, asked, judges, models, rows, asking, overwrite, groups)
-        known = _Known(asked.scorer, asking, facts, run.path/"facts", progress)
+        run = _begin(path, asked, judges, rows, record, overwrite)
+        known.own = FactCache(run.path/"facts")
         fixed, chosen = _fixed(asked, rows, judges, known)
         scored = _scored(asked, _picks(asked, models, rows, fixed, groups), rows, known)
-        counted = run.path if looks is None else looks
         made = _tables(run, asked, models, rows, scored, counted, [*notes, *chosen], asking)
         _keep_curve(run, trained)
         run.finish(looks=made.looks, questions=len(asked.pool), failed=int(scored.eval_failed.sum()))

@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 import pandas as pd
 from .core import fingerprint, write_json
-from .settings import BATCH, EPOCHS, Asking, Choosing, Job, Rewarding, Teaching, plain_settings, several
-from .runs import Run
+from leverplus.settings import (
+    BATCH, EPOCHS, Asking, Choosing, Job, Rewarding, Teaching, plain_settings, several,
+)
+from .runs import Run, check_place
 from .embed import EmbedStore
 from .pools import image_groups
 from .evidence import kind_for, n_evidence
@@ -25,7 +27,7 @@ from .rldata_ask import FactCache, check_contents, same_scorer
 from .rldata_generate import answerer, bank_print, policy_fingerprint, run_lock, with_text
 from .rldata_merge import merge, split
 from .rldata_check import flat_causes, query_facts, row_facts
-from .rldata_scale import reads_evidence # that page also teaches `Job` to read items and embeddings
+from .rldata_scale import reads_evidence
 from .dls import group_dls
 from .callback_track import JSONLines, stage_name
 from .callback_onpolicy import Feedback, GreedyLoss
@@ -105,6 +107,8 @@ def training_data(
     train = merge(*opened) if len(opened) > 1 else opened[0]
     if choosing.dev: dev = RLData.load(choosing.dev)
     else:
+        if not 0 < choosing.dev_share < 1:
+            raise ValueError(f"dev_share {choosing.dev_share:g}: wanted a share between 0 and 1, or groups that are dev")
         shares = 1 - choosing.dev_share, choosing.dev_share
         train, dev = split(train, shares, teaching.seed, job.items())
     return TrainingData(job, with_text(train, mode, weights), with_text(dev, mode, weights))
@@ -313,6 +317,8 @@ def train_run(
     if by_accuracy:
         scorer = data.job.scorer()
         prints["scorer"] = same_scorer(data.dev, scorer, asking)
+    if teaching.kept is not None: check_place(Path(teaching.kept).expanduser())
+    Run.check(path, settings, teaching.seed, prints, overwrite)
     with run_lock(path):
         run = Run.create(path, settings, teaching.seed, prints, overwrite=overwrite)
         _note_job(run, data.job)
