@@ -12,6 +12,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 import numpy as np, pandas as pd
 from sklearn.linear_model import LogisticRegression
+from .settings import Natural, Positive, guarded
 from .items import as_items
 from .vqa import normalise
 from .rewards import reward
@@ -51,10 +52,11 @@ def query_cosines(
     vectors = store.get(list(candidates), kind).double().cpu().numpy()
     return np.round(vectors @ store.get([query], kind)[0].double().cpu().numpy(), 6)
 
+@guarded
 def best_last(
     score, # [K], larger is better
     candidates, # question_ids [K]
-    S:int, # how many, <= K
+    S:Natural, # how many, <= K
     then=None, # [K] what breaks ties, larger is better; then the smaller question_id
 )->tuple: # of S question_ids, the best last
     "The S candidates of the highest score, in prompt order"
@@ -64,12 +66,13 @@ def best_last(
     return tuple(int(candidates[i]) for i in best_first[::-1])
 
 # %% ../nbs/79_baselines.ipynb #f8a2c93d
+@guarded
 def vote_scores(
     answers:Answers, # of all items
     candidates, # question_ids [K] whose answers are voted on
     voters, # question_ids [V] that vote
     near, # [V] cosines of the voters with the query
-    width:float=.05, # a cosine that is so much lower weighs 1/e
+    width:Positive=.05, # a cosine that is so much lower weighs 1/e
     own:bool=True, # does a candidate among the voters vote for itself?
 )->np.ndarray: # [K], 0..1: share of the weight that agrees
     "How far the answers of nearby questions agree with each candidate's"
@@ -178,11 +181,12 @@ def features(
     return np.stack([near, 1/(1 + place), votes, in_question, shared], 1)
 
 # %% ../nbs/79_baselines.ipynb #bbf7d5cc
+@guarded
 def best_linear(
     inner, # [K] worth of a candidate anywhere
     last, # [K] what it is worth beside that as the last one
     candidates, # question_ids [K]
-    S:int, # shots, 1..K
+    S:Natural, # shots, 1..K
 )->tuple: # S question_ids in prompt order; ties go to the smaller ids
     "The ordered sequence with the largest sum of `inner` over all, and `last` of the last"
     order = np.lexsort((np.asarray(candidates), -np.round(inner, 9)))

@@ -18,6 +18,7 @@ import numpy as np, pandas as pd, pyarrow as pa, pyarrow.parquet as pq
 from fastcore.basics import patch
 from .core import fingerprint, atomic_path, write_json, read_json
 from .runs import present_command
+from .settings import Count, Natural, guarded
 from .markup import Blocks, Paragraph, frame_table
 from .items import as_id, as_items
 from .pools import Pool
@@ -551,12 +552,13 @@ def write_part(
     with atomic_path(path) as tmp: pq.write_table(pack(frame, columns), tmp, compression="zstd")
     return Path(path)
 
+@guarded
 def read_part(
     path, # a parquet file; FileNotFoundError if absent, ValueError if it is no parquet or has other columns
     columns:dict=RECORD, # {name: kind} that must be there
     optional:tuple=LATER, # names out of `columns` that may be absent; they come back as missing, or 0, or False
     ignore:tuple=(), # other columns that may be there
-    rows:int|None=None, # how many rows it must have; None = any
+    rows:Natural|None=None, # how many rows it must have; None = any
 )->pd.DataFrame: # as `as_record` makes it
     "Read one part with errors that name the file"
     path = Path(path)
@@ -663,9 +665,10 @@ def _own_parts(path, tag):
 
 # %% ../nbs/30_groups.ipynb #37f77ddb
 @patch
+@guarded
 def save(self:RLData,
     path, # directory; made if absent. Data that lie there are replaced, an unfinished or divided generation is refused
-    part_rows:int=250_000, # rows per part, > 0
+    part_rows:Count=250_000, # rows per part, > 0
 )->Path: # `path`
     "Write parts, pool and manifest; a kill at any moment leaves the old or the new content, never a mixture"
     path = Path(path)

@@ -15,6 +15,7 @@ import pandas as pd
 from fastcore.basics import patch
 from .core import read_json, rng, write_json
 from .runs import plain
+from .settings import Count, LearningRate, Natural, guarded
 from .checkpoints import is_checkpoint
 from .items import as_items
 from .evidence import kind_for
@@ -302,12 +303,13 @@ def _reward_words(data):
     return f"{reward} ({_words(weights, {})})" if weights else reward
 
 # %% ../nbs/71_recipes.ipynb #9e7e65cd
+@guarded
 def recipe_learner(
     train:RLData, # groups to learn from
     dev:RLData, # groups to judge by; never filtered
     store, # `EmbedStore` that knows all queries and demonstrations
     name:str|dict="ours", # of a recipe, or one
-    seed:int=0, # of weights, dropout and the order of batches
+    seed:Natural=0, # of weights, dropout and the order of batches
     start=None, # a selector to start from, e.g. of `load_selector`; default a new one as the recipe wants it
     zero:dict|None=None, # {question_id: `vqa_gt_prob` of the zero-shot prompt}: for rewards with InfoScore
     device=None, # where batches go
@@ -448,12 +450,13 @@ def _find_old(learn, arguments, dry):
     arguments["old"] = learn.model if dry else find_reference(learn, name, "GRPO")
 
 # %% ../nbs/71_recipes.ipynb #b3aca6df
+@guarded
 def fit_ensemble(
     learn:Learner, # whose selector follows the mean, on its own training groups
-    n_epoch:int=10, # epochs of `fit_distill`, see there
-    lr:float=3e-3, # peak learning rate of `fit_distill`
+    n_epoch:Natural=10, # epochs of `fit_distill`, see there
+    lr:LearningRate=3e-3, # peak learning rate of `fit_distill`
     stages=(), # what each member is trained by: stages of a recipe
-    members:int=3, # how many
+    members:Count=3, # how many
     folds:bool=False, # members leave out a part of the training questions each, and choose their epochs by it
     resume=None, # folder: members and mean each in one of their own
     kept=None, # folder of many stages, see `KeptFit`

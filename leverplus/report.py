@@ -17,6 +17,7 @@ import numpy as np, pandas as pd
 from fastcore.basics import patch
 from .core import atomic_path, read_json
 from .runs import ABSENT, Run, settings_diff
+from .settings import Count, Natural, guarded
 from leverplus.markup import (
     Block, Blocks, Figure, Filled, Fold, Glossary, Heading, Paragraph, Preformatted, Scroll, Sentences,
     Strip, frame_table,
@@ -336,10 +337,11 @@ def is_judged(
     return scored.vqa_acc_score.notna() | scored.eval_failed
 
 @patch
+@guarded
 def show_results(self:Run,
     items:pd.DataFrame, # queries and demonstrations by question_id
-    n:int=4, # cases
-    selector:str|None=None, shots:int|None=None, # whose, and with how many shots; None if there is only one
+    n:Count=4, # cases
+    selector:str|None=None, shots:Natural|None=None, # whose, and with how many shots; None if there is only one
     **kwargs, # `ids, seed, axs` of `plot_examples`
 ):# [cases, shots + 2] array of axes
     "A few cases of a run, right and wrong in turn"
@@ -678,13 +680,14 @@ def _in_order(rows, names):
     return rows.sort_values("selector", key=lambda s: s.map(order.index), kind="stable")
 
 # %% ../nbs/90_report.ipynb #a7114caf
+@guarded
 def browser_block(
     items:pd.DataFrame, # queries and demonstrations by question_id
     scored:pd.DataFrame, # from `evaluate.score_picks`
     cases:Cases=Cases(), # which
     others=None, # what else is shown: default baselines but votes, other trained selectors, the oracle
     pictures:Pictures|None=None, # those of the page; None: it carries its own
-    level:int=3, # of the headings
+    level:Count=3, # of the headings
     name:str="show", # of the filter, unique in a page
 )->Block:
     "Cases that can be filtered by won, lost and unchanged"

@@ -239,7 +239,8 @@ def _kind_in_words(hint):
     wanted = _interval(hint)
     signs = {">=": wanted.ge, ">": wanted.gt, "<=": wanted.le, "<": wanted.lt}
     bounds = [f"{sign} {bound:g}" for sign, bound in signs.items() if bound is not None and abs(bound) < LARGEST]
-    if not bounds: return "a whole number of at most 64 bits" if whole else "a finite number"
+    if not bounds: return "a whole number" if whole else "a finite number"
+    if wanted.gt is not None and wanted.lt is not None: bounds = [f"between {wanted.gt:g} and {wanted.lt:g}"]
     return f"a {'whole ' if whole else ''}number {' and '.join(bounds)}"
 
 def _short(value):

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 import pandas as pd, torch
 from .core import exact_float32, fingerprint, loading_bar, read_json
+from .settings import Count, guarded
 from .identity import named_settings, tokenizer_fingerprint, weights_fingerprint
 from .items import as_items
 from .embed import EmbedStore, unit
@@ -191,9 +192,10 @@ class SentenceEncoder:
         reads = [tokenizer_fingerprint(self.tokenizer), self.max_length]
         return fingerprint("sentences", weights_fingerprint(self.model), settings, *reads)
 
+    @guarded
     def texts(self,
         texts, # n str
-        batch_size:int=64, # sentences per forward
+        batch_size:Count=64, # sentences per forward
     )->torch.Tensor: # [n, D] float32, length 1
         "Encode sentences, those of like length together"
         texts = list(texts)

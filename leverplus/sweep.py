@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import NormalDist
 import numpy as np, pandas as pd
 from tqdm import tqdm
-from .settings import Asking
+from .settings import Asking, Natural, guarded
 from .core import fingerprint, read_json
 from .identity import code_fingerprint
 from .runs import git_state, library_versions, plain
@@ -191,9 +191,10 @@ def _item_ids(groups):
     "Queries and candidates of all groups, ascending"
     return sorted(set().union(*(data.pool.item_ids for data in groups.values())))
 
+@guarded
 def cell_id(
     settings:dict, # a combination of `expand_grid`
-    seed:int, # of weights and batches
+    seed:Natural, # of weights and batches
     data:str, # `data_fingerprint`
     stages:dict|None=None, # objectives of your own; their code counts
 )->str: # 16 hexadecimal digits
@@ -233,9 +234,10 @@ class SweepData:
         if key not in self.scorers: self.scorers[key] = scorer.around(with_pixels(scorer.lvlm, **limits))
         return self.scorers[key]
 
+@guarded
 def train_cell(
     settings:dict, # a combination of `expand_grid`
-    seed:int, # of weights and batches
+    seed:Natural, # of weights and batches
     shared:SweepData, # groups, world, facts
 )->tuple: # (Learner, its regret on the groups that choose, in units of its reward)
     "Train one cell"
@@ -271,9 +273,10 @@ def _with_info(groups, shared):
 # %% ../nbs/85_sweep.ipynb #1eba979c
 _SCORED = ["question_id", "pointer", "vqa_acc_score", "vqa_gt_prob", "vqa_pred_answer", "eval_failed"]
 
+@guarded
 def run_cell(
     settings:dict, # a combination of `expand_grid`
-    seed:int, # of weights and batches
+    seed:Natural, # of weights and batches
     shared:SweepData, # groups, world, facts
 )->dict: # a row, JSON-ready; an exception of the cell is part of it
     "Train and judge one cell, whatever happens"
@@ -403,15 +406,16 @@ def _row(settings, seed, cell, r, columns):
     )
 
 # %% ../nbs/85_sweep.ipynb #955aa4cc
+@guarded
 def sweep(
     path, # folder of the sweep; cells that are there are reused, whatever grid they came from
     grid:dict, # {name: list of values}, see `expand_grid`; the first of each is the default
     groups:dict, # {"train": RLData, "dev": RLData}; "valid", if there is one, chooses epochs, and dev only judges
     world, # `World`, or anything with `items, store, scorer`
-    seeds=range(3), # of weights and batches
+    seeds:tuple[Natural, ...]|range=range(3), # of weights and batches
     base:dict|None=None, # {name: value} for all combinations
     stages:dict|None=None, # {name: function of a Learner and its arguments}: objectives of your own
-    shots:int|None=None, # S of the picks that are judged; None: that of the stored sequences
+    shots:Natural|None=None, # S of the picks that are judged; None: that of the stored sequences
     cache:FactCache|None=None, # shared facts; None: those in the folder, or what a world of stored answers knows
     shard:tuple|None=None, # (i, n): only part i of n
     progress:bool=False, # show a bar over cells?
