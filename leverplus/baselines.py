@@ -12,7 +12,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 import numpy as np, pandas as pd
 from sklearn.linear_model import LogisticRegression
-from .settings import Natural, Positive, guarded
+from .settings import Count, Natural, Positive, guarded
 from .items import as_items
 from .vqa import normalise
 from .rewards import reward
@@ -83,6 +83,7 @@ def vote_scores(
         agree[:, j] = [right.get(answers.shown(c), 0.) if own or c != voter else 0. for c in candidates]
     return np.round(agree @ weights / weights.sum(), 9)
 
+@guarded
 @dataclass
 class Vote:
     "Rule: show the demonstrations whose answers nearby questions agree with; ties go to the more similar one"
@@ -90,7 +91,7 @@ class Vote:
     items:pd.DataFrame # by question_id: `answer`, `answers`
     kind:str = "mixed" # which embeddings
     voters:object = None # `Pool` of those who vote, such as the 60 nearest of the bank; None: the candidates
-    width:float = .05 # of a voter's weight, see `vote_scores`
+    width:Positive = .05 # of a voter's weight, see `vote_scores`
 
     def __post_init__(self):
         self.items = as_items(self.items, columns=("answer", "answers"))
@@ -122,14 +123,15 @@ def effects(
     return frame.groupby(["question_id", "demo"], sort=False).effect.mean().reset_index()
 
 # %% ../nbs/79_baselines.ipynb #112a3edc
+@guarded
 @dataclass
 class FactsNearby:
     "Rule: show demonstrations like those that helped the nearest questions (nearest neighbours over facts)"
     groups:object # `RLData` with facts
     store:object # `EmbedStore`
     kind:str = "mixed" # which embeddings
-    nearest:int = 60 # stored questions that are looked at
-    width:float = .1 # of the kernel: a cosine that is so much lower counts 1/e
+    nearest:Count = 60 # stored questions that are looked at
+    width:Positive = .1 # of the kernel: a cosine that is so much lower counts 1/e
     mode:str = "hard_plus_soft" # reward, see `31_rewards`
 
     def __post_init__(self):

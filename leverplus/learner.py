@@ -135,10 +135,11 @@ def _check_monitors(learn, cbs):
         )
 
 # %% ../nbs/70_learner.ipynb #7221d35b
+@guarded
 @dataclass(frozen=True, kw_only=True)
 class Stage:
     "What a stage adds to a fit, besides its schedule"
-    max_norm:float|None=1. # gradients are clipped to this norm; None = not
+    max_norm:Positive|None=1. # gradients are clipped to this norm; None = not
     skip_flat:bool|None=None # leave groups without reward differences out? None = as the objective says
     best:bool|dict|Best=True # keep the best weights; a dict has settings of `Best`; or your own; False = keep the last
     watch:str|Watch|None="warn" # after the first epoch: "warn" | "raise" if nothing can be learned; None = not

@@ -122,11 +122,12 @@ def size_text(
     return f"{digits(n/1e3)} kB"
 
 # %% ../nbs/41_plan.ipynb #f3ef091f
+@guarded
 @dataclass(frozen=True)
 class Speed:
     "How fast a model answers"
-    prompts:float|None=None # per second, with images that are known; None: not known
-    images:float|None=None # new images per second; None: they are counted in the prompts
+    prompts:Positive|None=None # per second, with images that are known; None: not known
+    images:Amount|None=None # new images per second; None: they are counted in the prompts
     why:str="" # where the numbers come from
 
     @guarded

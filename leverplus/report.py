@@ -634,13 +634,14 @@ def _interval_row(r, scale):
 def _numbers(r): return _points(r).replace(" points", "")
 
 # %% ../nbs/90_report.ipynb #0fee02d4
+@guarded
 @dataclass(frozen=True, kw_only=True)
 class Cases:
     "Which cases a page shows"
     selector:str|None = None # whose; default the best trained one
-    shots:int|None = None # its shot count; default where it is best
-    n:int = 40 # how many, all runs of a page together
-    seed:int = 0 # of the choice
+    shots:Natural|None = None # its shot count; default where it is best
+    n:Natural = 40 # how many, all runs of a page together
+    seed:Natural = 0 # of the choice
     against:tuple = ("random", "similar", "zero_shot") # the filter's selectors, at most 4, where they are scored
 
 def _whose(scored, cases):

@@ -60,6 +60,7 @@ def mined_shots(
     return tuple(sorted({*data.shots, *([0] if mining.zero_shot else [])}))
 
 # %% ../nbs/37_rldata_mine.ipynb #eb5aeaba
+@guarded
 @dataclass
 class Search:
     "A search for what flat groups lack; see `mine`, which runs it"
@@ -69,7 +70,7 @@ class Search:
     store:object # `EmbedStore` of queries and demonstrations
     policy:object=None # that samples; None: the similarity prior
     mining:Mining=Mining() # how far to look; its `seed` orders neighbours and draws samples
-    positive:float=0. # accuracy above which an answer counts as positive
+    positive:Finite=0. # accuracy above which an answer counts as positive
     proposing:Proposing=Proposing() # `kind` of embeddings that the policy reads, `scale` of the prior
     asking:Asking=Asking() # see `ask`
     cache:FactCache|None=None # shared facts

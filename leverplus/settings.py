@@ -221,6 +221,7 @@ def _is_of(value, hint):
 
 def _inside(value, kind, wanted):
     "Is a number, finite unless infinity belongs to them, one of those that are wanted?"
+    value = int(value) if isinstance(value, Integral) else float(value)
     finite = -sys.float_info.max <= value <= sys.float_info.max
     if not finite and wanted.le != value: return False
     if kind is int and value != int(value): return False
@@ -245,15 +246,18 @@ def _kind_in_words(hint):
 
 def _short(value):
     "What came, in at most a line"
-    if isinstance(value, Integral) and abs(value) > LARGEST: return f"of {int(value).bit_length()} bits, more than 63"
+    if isinstance(value, Integral) and abs(int(value)) > LARGEST: return f"of {int(value).bit_length()} bits, more than 63"
     text = repr(value)
     return text if len(text) < 100 else f"{text[:97]}..."
 
 # %% ../nbs/04_settings.ipynb #8ecefc20
 def guarded(
-    fn, # a function, or `__init__`, some of whose annotations are the number types of this page, or hold them
+    fn, # a function, `__init__`, or a dataclass, some of whose annotations are the number types of this page
 ): # the same, but a call with another number is a ValueError before it begins; a whole float for `int` becomes one
     "Check the numbers of every call"
+    if isinstance(fn, type):
+        fn.__init__ = guarded(fn.__init__)
+        return fn
     guards = {}
     places = {}
     for place, parameter in enumerate(signature(fn).parameters.values()):

@@ -177,13 +177,14 @@ def load_smol(
 # %% ../nbs/24_smol.ipynb #ab9a7980
 _BERT_SETTINGS = ("hidden_act", "layer_norm_eps", "num_attention_heads", "max_position_embeddings")
 
+@guarded
 @dataclass
 class SentenceEncoder:
     "A BERT that makes vectors of sentences, with its tokenizer"
     model:torch.nn.Module # `BertModel` of transformers, float32, in eval mode
     tokenizer:object # its tokenizer
     name:str # what the vectors are called
-    max_length:int=256 # tokens; what is longer is cut off
+    max_length:Count=256 # tokens; what is longer is cut off
 
     @property
     def fingerprint(self)->str:

@@ -20,18 +20,14 @@ from .core import rng
 from .settings import Count, Level, Limit, Natural, Positive, Share, guarded
 
 # %% ../nbs/81_statistics.ipynb #f617e41f
+@guarded
 @dataclass(frozen=True)
 class Bootstrap:
     "How often to resample, with which seed, and the coverage of intervals"
-    n:int = 10_000 # resamples, >= 0; 0 where a value alone will do
+    n:Natural = 10_000 # resamples; 0 where a value alone will do
     _: KW_ONLY
-    seed:int = 0 # equal seed and number of clusters, equal resamples
-    level:float = .95 # coverage of intervals, between 0 and 1
-
-    def __post_init__(self):
-        if self.n < 0: raise ValueError(f"Bootstrap of {self.n} resamples: wanted 0 or more")
-        if not 0 < self.level < 1:
-            raise ValueError(f"Bootstrap with level {self.level}: wanted a coverage between 0 and 1, as .95")
+    seed:Natural = 0 # equal seed and number of clusters, equal resamples
+    level:Level = .95 # coverage of intervals
 
 # %% ../nbs/81_statistics.ipynb #88fbe24f
 def _drawn(seed, clusters, n):

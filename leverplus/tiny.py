@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 import numpy as np, pandas as pd, torch
 from .core import rng, seed_all
-from .settings import Count, LearningRate, Natural, Share, guarded
+from .settings import Amount, Count, LearningRate, Natural, Share, guarded
 from .lvlm import LVLM
 from .scorer import embed_prompts, rope_positions
 from leverplus.toy import (
@@ -386,23 +386,24 @@ def _features(lvlm, lessons, g, bank):
     return lvlm.model.model.get_image_features(pixels, grids, return_dict=True).pooler_output
 
 # %% ../nbs/23_tiny.ipynb #12d491c4
+@guarded
 @dataclass
 class Stage:
     "A stage of the curriculum"
     name:str # of the stage; names its random numbers, too
     lesson:str # copy | pairs | items
-    steps:int # batches
-    batch:int # lessons in each
-    end:float # learning rate at its end, as a share of the full one
-    n:int=0 # items shown in a small universe
-    size:int=2 # shapes, colours and islands there
+    steps:Count # batches
+    batch:Count # lessons in each
+    end:Amount # learning rate at its end, as a share of the full one
+    n:Natural=0 # items shown in a small universe
+    size:Count=2 # shapes, colours and islands there
     asks:tuple=ASKS # what may be asked
-    p_stream:float=1. # share of batches from small universes; the others are episodes as the task has them
+    p_stream:Share=1. # share of batches from small universes; the others are episodes as the task has them
     demos:tuple=(2,) # numbers of demonstrations of an episode, drawn alike
-    p_look:float=0. # share of batches that only look
-    images:float=0. # chance that an item shows its image and not the words for it
-    echo:float=0. # share of batches with the English word behind answers
-    p_chat:float=0. # share of lessons in the chat style
+    p_look:Share=0. # share of batches that only look
+    images:Share=0. # chance that an item shows its image and not the words for it
+    echo:Share=0. # share of batches with the English word behind answers
+    p_chat:Share=0. # share of lessons in the chat style
 
 WORDS = ("shape", "colour") # what is asked while answers have one word
 CURRICULUM = [
