@@ -15,7 +15,7 @@ import pandas as pd
 from fastcore.basics import patch
 from .core import read_json, rng, write_json
 from .runs import plain
-from .settings import Count, LearningRate, Natural, guarded
+from .settings import Count, LearningRate, Natural, check_numbers, guarded
 from .checkpoints import is_checkpoint
 from .items import as_items
 from .evidence import kind_for
@@ -32,7 +32,7 @@ from .callback_kl import AdaptiveKL, EntropyFloor, KLToRef
 from .callback_schedule import Freeze, NoDropout, Phases, SplitShots, TempSchedule, TopKCurriculum
 from .callback_track import StageName
 from .callback_listwise import SFT, EvidenceAlone, Listwise, Regress
-from .learner import MODEL, selector_learner
+from .learner import MODEL, Stage, selector_learner
 from fastai.learner import Learner
 
 # %% ../nbs/71_recipes.ipynb #c8f63909
@@ -117,7 +117,9 @@ def _named(spec, known, what):
             f"{what} {spec!r}: wanted a name or [name, arguments], the name one of {', '.join(known)}"
         )
     name, arguments = pair
-    if isinstance(arguments, dict): return partial(known[name], **arguments)
+    if isinstance(arguments, dict):
+        check_numbers(f"{what} {name}", arguments, known[name])
+        return partial(known[name], **arguments)
     return partial(known[name], *arguments)
 
 def _is_call(pair, known):
@@ -141,6 +143,8 @@ def check_recipe(
     args = set(inspect.signature(PointerSelector).parameters) - {"d_in", "n_evidence"}
     _check_keys(name, "setting of the model", model, args)
     _check_keys(name, "setting of the data", data, DATA)
+    check_numbers(f"recipe {name}, model", model, PointerSelector)
+    check_numbers(f"recipe {name}, data", data, group_dls)
     if not r.get("stages"): raise ValueError(f"recipe {name} has no stages")
     for i, stage in enumerate(r["stages"], 1): _check_stage(stage, f"recipe {name}, stage {i}")
     if "reward" in data: reward_facts(data["reward"], **data.get("weights", {}))
@@ -158,6 +162,7 @@ def _check_stage(stage, where):
     if stage.get("fit") not in STAGES:
         raise ValueError(f"{where}: fit {stage.get('fit')!r}, wanted one of {', '.join(STAGES)}")
     if "n_epoch" not in stage: raise ValueError(f"{where} ({stage['fit']}) has no n_epoch")
+    check_numbers(f"{where} ({stage['fit']})", stage, *_takers(stage["fit"]))
     for spec in stage.get("cbs", ()): _named(spec, CALLBACKS, f"{where}: callback")
     for i, inner in enumerate(stage.get("stages", ()), 1): _check_stage(inner, f"{where}, its stage {i}")
     needs = stage.get("needs", {})
@@ -168,6 +173,11 @@ def _check_stage(stage, where):
     odd = set(needs.get("without", ())) - set(STAGES)
     if odd: raise ValueError(f"{where}: needs without {', '.join(odd)}, wanted names of {', '.join(STAGES)}")
     if not 0 <= needs.get("live", 0) <= 1: raise ValueError(f"{where}: needs live {needs['live']}, wanted 0..1")
+
+def _takers(fit):
+    "Who is given the settings of a stage"
+    own = Learner.fit_warmup if fit == "warmup" else STAGES[fit]
+    return [own, Stage, GRPO] if fit == "grpo" else [own, Stage]
 
 # %% ../nbs/71_recipes.ipynb #735a2d93
 def recipe(

@@ -15,7 +15,7 @@ from itertools import chain, product
 from statistics import NormalDist
 from typing import NamedTuple
 import numpy as np, pandas as pd
-from .settings import Amount, Count, Finite, Natural, Positive, Share, guarded
+from .settings import Amount, Count, Finite, Natural, Positive, Share, check_numbers, guarded
 from .items import as_items
 from .vqa import answer_targets
 from .groups import check_judged
@@ -88,6 +88,7 @@ def reward_facts(
     knobs = {a.name: a.default for a in arguments if a.default is not a.empty}
     odd = sorted(set(weights) - set(knobs))
     if odd: raise TypeError(f"reward {mode!r} has no {odd}; its weights are {knobs}")
+    check_numbers(f"reward {mode!r}", weights, REWARDS[mode])
     weight, fact = _IDLE.get(mode, (None, None))
     if fact and weights.get(weight, knobs[weight]) == 0: needs.remove(fact)
     if check_price(price): needs.append("pointer")

@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['CHECKS', 'LARGEST', 'FASTEST', 'Whole', 'Natural', 'Count', 'Finite', 'Amount', 'Positive', 'Share', 'Level',
-           'Factor', 'Limit', 'LearningRate', 'NUMBERS', 'Folder', 'Columns', 'Images', 'Json', 'JsonOrNone',
+           'Factor', 'Limit', 'LearningRate', 'NUMBER_TYPES', 'Folder', 'Columns', 'Images', 'Json', 'JsonOrNone',
            'Evaluator', 'COUNTS', 'TWO_STAGE', 'Counts', 'TwoStage', 'StoreKind', 'PickerName', 'Shots', 'Ids', 'Judge',
            'Kind', 'Reward', 'ObjectiveName', 'ExtraSettings', 'EPOCHS', 'BATCH', 'NewSelector', 'Sizes', 'group',
            'no_switch', 'folder_name', 'flag', 'in_words', 'Guard', 'has_numbers', 'is_number', 'in_range', 'guarded',
-           'check_call', 'plain_settings', 'read_settings', 'draft', 'flat_names', 'change', 'settings_of', 'several',
-           'column_words', 'columns_of', 'Data', 'Pools', 'json_object', 'json_value', 'Model', 'Asking',
+           'check_numbers', 'plain_settings', 'read_settings', 'draft', 'flat_names', 'change', 'settings_of',
+           'several', 'column_words', 'columns_of', 'Data', 'Pools', 'json_object', 'json_value', 'Model', 'Asking',
            'check_counts', 'check_two_stage', 'Proposing', 'Guarding', 'Mining', 'Job', 'Picking', 'Rewarding',
            'Teaching', 'Choosing', 'Rows']
 
 # %% ../nbs/04_settings.ipynb #3f8a0936
 import json, math, sys
+from collections.abc import Callable
 from dataclasses import MISSING, field, fields, is_dataclass, replace
 from difflib import get_close_matches
 from functools import wraps
@@ -76,7 +77,7 @@ Level = Annotated[float, BeforeValidator(no_switch), Interval(gt=0, lt=1), arg(m
 Factor = Annotated[float, BeforeValidator(no_switch), Interval(gt=1), arg(metavar="X")]
 Limit = Annotated[float, BeforeValidator(no_switch), Interval(ge=0, le=math.inf), arg(metavar="X")]
 LearningRate = Annotated[float, BeforeValidator(no_switch), Interval(gt=0, le=FASTEST), arg(metavar="X")]
-NUMBERS = dict(
+NUMBER_TYPES = dict(
     Whole=Whole, Natural=Natural, Count=Count, Finite=Finite, Amount=Amount, Positive=Positive, Share=Share,
     Level=Level, Factor=Factor, Limit=Limit, LearningRate=LearningRate,
 )
@@ -230,12 +231,16 @@ def _inside(value, kind, wanted):
     if wanted.le is not None and value > wanted.le: return False
     return wanted.lt is None or value < wanted.lt
 
+_OTHERS = {str: "a name", Callable: "a function"}
+
 def _kind_in_words(hint):
     "One kind of value"
     if hint is NoneType: return "None"
     if get_origin(hint) is Literal: return " or ".join(map(repr, get_args(hint)))
-    if _holds(hint): return f"several, each {in_range(get_args(hint)[-1 if get_origin(hint) is dict else 0])}"
-    if not is_number(hint): return f"a {getattr(get_origin(hint) or hint, '__name__', hint)}"
+    if _holds(hint):
+        inner = in_range(get_args(hint)[1 if get_origin(hint) is dict else 0])
+        return f"several {inner.removeprefix('a ').replace('number', 'numbers', 1)}"
+    if not is_number(hint): return _OTHERS.get(get_origin(hint) or hint, f"a {getattr(hint, '__name__', hint)}")
     whole = get_args(hint)[0] is int
     wanted = _interval(hint)
     signs = {">=": wanted.ge, ">": wanted.gt, "<=": wanted.le, "<": wanted.lt}
@@ -246,7 +251,9 @@ def _kind_in_words(hint):
 
 def _short(value):
     "What came, in at most a line"
-    if isinstance(value, Integral) and abs(int(value)) > LARGEST: return f"of {int(value).bit_length()} bits, more than 63"
+    if isinstance(value, Integral):
+        value = int(value)
+        if abs(value) > LARGEST: return f"of {value.bit_length()} bits, more than 63"
     text = repr(value)
     return text if len(text) < 100 else f"{text[:97]}..."
 
@@ -295,24 +302,26 @@ def _name_of(hint):
 
 def _kind_name(hint):
     "One kind of value, as the source says it"
-    if is_number(hint): return next((name for name, kind in NUMBERS.items() if kind == hint), in_range(hint))
+    if is_number(hint): return next((name for name, kind in NUMBER_TYPES.items() if kind == hint), in_range(hint))
     if _holds(hint): return f"{get_origin(hint).__name__}[{', '.join(map(_kind_name, get_args(hint)))}]"
     if hint is ...: return "..."
     return "None" if hint is NoneType else formatannotation(hint)
 
 # %% ../nbs/04_settings.ipynb #289347bc
-def check_call(
-    fn, # a function or a class, guarded or not
-    *args, # what it would be called with
-    **kw, # likewise; what is still missing may come later
-)->None: # ValueError says what a call would refuse: a number, or a name that nobody knows
-    "Look at arguments before anything is done"
-    try: given = signature(fn).bind_partial(*args, **kw).arguments
-    except TypeError as e: raise ValueError(f"{fn.__name__}: {e}") from None
-    guards = getattr(fn.__init__ if isinstance(fn, type) else fn, "guards", {})
+def check_numbers(
+    who:str, # begins the sentence of an error
+    arguments:dict, # {name: value} of a call to come; what nobody guards passes
+    *functions, # that will be given them: functions, and classes with all that they inherit from
+)->None: # ValueError says what one of them would refuse
+    "Look at numbers before anything is done"
+    guards = {}
+    for fn in functions:
+        makers = [cls.__init__ for cls in fn.__mro__] if isinstance(fn, type) else [fn]
+        for maker in makers: guards = getattr(maker, "guards", {}) | guards
     try:
-        for name in guards.keys() & given.keys(): guards[name](given[name])
-    except ValueError as e: raise ValueError(f"{fn.__name__}: {e}") from None
+        for name, value in arguments.items():
+            if name in guards: guards[name](value)
+    except ValueError as e: raise ValueError(f"{who}: {e}") from None
 
 # %% ../nbs/04_settings.ipynb #74e239b3
 def plain_settings(
