@@ -6,12 +6,12 @@
 __all__ = ['CHECKS', 'LARGEST', 'FASTEST', 'Whole', 'Natural', 'Count', 'Finite', 'Amount', 'Positive', 'Share', 'Level',
            'Factor', 'Limit', 'LearningRate', 'NUMBER_TYPES', 'Folder', 'Columns', 'Images', 'Json', 'JsonOrNone',
            'Evaluator', 'COUNTS', 'TWO_STAGE', 'Counts', 'TwoStage', 'StoreKind', 'PickerName', 'Shots', 'Ids', 'Judge',
-           'Kind', 'Reward', 'ObjectiveName', 'ExtraSettings', 'EPOCHS', 'BATCH', 'NewSelector', 'Sizes', 'group',
-           'no_switch', 'folder_name', 'flag', 'in_words', 'Guard', 'has_numbers', 'is_number', 'in_range', 'guarded',
-           'check_numbers', 'plain_settings', 'read_settings', 'draft', 'flat_names', 'change', 'settings_of',
-           'several', 'column_words', 'columns_of', 'Data', 'Pools', 'json_object', 'json_value', 'Model', 'Asking',
-           'check_counts', 'check_two_stage', 'Proposing', 'Guarding', 'Mining', 'Job', 'Picking', 'Rewarding',
-           'Teaching', 'Choosing', 'Rows']
+           'Kind', 'Reward', 'ObjectiveName', 'ExtraSettings', 'EPOCHS', 'BATCH', 'NewSelector', 'PeakRate', 'Sizes',
+           'group', 'no_switch', 'folder_name', 'flag', 'in_words', 'Guard', 'has_numbers', 'is_number', 'in_range',
+           'guarded', 'check_numbers', 'plain_settings', 'read_settings', 'draft', 'flat_names', 'change',
+           'settings_of', 'several', 'column_words', 'columns_of', 'Data', 'Pools', 'json_object', 'json_value',
+           'Model', 'Asking', 'check_counts', 'check_two_stage', 'Proposing', 'Guarding', 'Mining', 'Job', 'Picking',
+           'Rewarding', 'Teaching', 'Choosing', 'Rows']
 
 # %% ../nbs/04_settings.ipynb #3f8a0936
 import json, math, sys
@@ -25,7 +25,7 @@ from os import PathLike
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
-from annotated_types import Interval
+from annotated_types import Gt, Interval
 from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 from tyro.conf import arg
@@ -76,7 +76,7 @@ Share = Annotated[float, BeforeValidator(no_switch), Interval(ge=0, le=1), arg(m
 Level = Annotated[float, BeforeValidator(no_switch), Interval(gt=0, lt=1), arg(metavar="X")]
 Factor = Annotated[float, BeforeValidator(no_switch), Interval(gt=1), arg(metavar="X")]
 Limit = Annotated[float, BeforeValidator(no_switch), Interval(ge=0, le=math.inf), arg(metavar="X")]
-LearningRate = Annotated[float, BeforeValidator(no_switch), Interval(gt=0, le=FASTEST), arg(metavar="X")]
+LearningRate = Annotated[float, BeforeValidator(no_switch), Interval(ge=0, le=FASTEST), arg(metavar="X")]
 NUMBER_TYPES = dict(
     Whole=Whole, Natural=Natural, Count=Count, Finite=Finite, Amount=Amount, Positive=Positive, Share=Share,
     Level=Level, Factor=Factor, Limit=Limit, LearningRate=LearningRate,
@@ -254,7 +254,8 @@ def _short(value):
     if isinstance(value, Integral):
         value = int(value)
         if abs(value) > LARGEST: return f"of {value.bit_length()} bits, more than 63"
-    text = repr(value)
+    try: text = repr(value)
+    except ValueError: text = f"a {type(value).__name__}" # of numbers with more digits than Python writes
     return text if len(text) < 100 else f"{text[:97]}..."
 
 # %% ../nbs/04_settings.ipynb #8ecefc20
@@ -668,6 +669,7 @@ EPOCHS = 5 # of an objective, if nothing is said
 BATCH = 32 # questions, likewise
 
 NewSelector = Annotated[JsonOrNone, flag("its own", name="model", metavar="JSON")]
+PeakRate = Annotated[Annotated[LearningRate, Gt(0)]|None, flag("the objective's own", metavar="X")]
 
 @group
 class Teaching:
@@ -675,7 +677,7 @@ class Teaching:
     recipe:Annotated[str|None, flag("ours", metavar="NAME")]=None # stages and settings by name
     objective:Annotated[ObjectiveName|None, flag("none")]=None # a single stage, instead
     epochs:Annotated[Natural|None, flag(EPOCHS, metavar="N")]=None # of the objective
-    lr:Annotated[LearningRate|None, flag("the objective's own", metavar="X")]=None # its peak learning rate
+    lr:PeakRate=None # its peak learning rate
     set:ExtraSettings=None # more arguments of it, or changes to the recipe
     start:Annotated[str|None, flag("a new selector", metavar="DIR")]=None # selector to start from
     kept:Annotated[str|None, flag("none", metavar="DIR")]=None # folder of stages that runs share: equal ones train once
