@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import NormalDist
 import numpy as np, pandas as pd
 from tqdm import tqdm
-from .settings import Asking, Natural, guarded
+from .settings import Asking, Natural, check_numbers, guarded
 from .core import fingerprint, read_json
 from .identity import code_fingerprint
 from .runs import git_state, library_versions, plain
@@ -104,8 +104,24 @@ def expand_grid(
             f"{idle}: no combination uses them; names are {sorted(FIXED)}, reward.WEIGHT, model.ARGUMENT,"
             " STAGE.ARGUMENT of its objectives, lvlm.min_pixels, lvlm.max_pixels"
         )
+    for settings in out: _check_numbers(settings, stages or {})
     plains = [plain(s) for s in out]
     return [s for i, s in enumerate(out) if plains[i] not in plains[:i]]
+
+def _check_numbers(settings, stages):
+    "Refuse numbers that no cell could train with, before the first one trains"
+    mode, own = _reward(settings["reward"])
+    reward_facts(mode, **own | _section(settings, "reward"))
+    check_numbers("grid", settings, group_dls)
+    check_numbers("grid, lvlm", _section(settings, "lvlm"), with_pixels)
+    check_numbers("grid, model", _section(settings, "model"), PointerSelector)
+    for name in _stages(settings["objective"]):
+        own_stage = [stages[name]] if name in stages else [getattr(SelectorLearner, f"fit_{name}"), Stage]
+        check_numbers(f"grid, {name}", _section(settings, name), *own_stage, *([GRPO] if name == "grpo" else []))
+
+def _section(settings, name):
+    "The settings of one section, e.g. {norm: raw} of rce.norm"
+    return {k.partition(".")[2]: v for k, v in settings.items() if k.startswith(f"{name}.")}
 
 def _check_lists(grid, base):
     "Refuse a grid whose values are no lists, or that says again what base says"
@@ -256,10 +272,6 @@ def train_cell(
             if own_stage is None: getattr(learn, f"fit_{name}")(**arguments)
             else: own_stage(learn, **arguments)
     return learn, float(valid_loss(learn))
-
-def _section(settings, name):
-    "The settings of one section, e.g. {norm: raw} of rce.norm"
-    return {k.partition(".")[2]: v for k, v in settings.items() if k.startswith(f"{name}.")}
 
 def _with_info(groups, shared):
     "Groups with the column `info_score`, which only some rewards need"
