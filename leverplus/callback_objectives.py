@@ -12,7 +12,7 @@ from fastcore.basics import patch
 from fastcore.meta import delegates
 from torch import Tensor
 from .core import masked_mean
-from .settings import Count, Positive, Share, guarded
+from .settings import Count, Finite, Positive, Share, guarded
 from .rewards import reward as reward_of, reward_facts
 from .losses import ess, clipped_surrogate, live_groups
 from .callback_core import Objective, StageCallback, looks_for_lr
@@ -143,8 +143,9 @@ class GDPO(GRPO):
     "GRPO with each part of the reward standardised in its group before they are added"
     transient = ("facts", "values", "now")
     @delegates(GRPO.__init__, but=["baseline", "scale", "min_std"])
+    @guarded
     def __init__(self,
-        parts:dict, # {mode of `rewards.reward`, or "price": weight}, e.g. `dict(soft_only=1., gtprob=.5, price=.1)`
+        parts:dict[str, Finite], # {mode of `rewards.reward`, or "price": weight}, e.g. `dict(soft_only=1., gtprob=.5, price=.1)`
         **kwargs, # of `GRPO`
     ):
         if not parts: raise ValueError("GDPO: no parts, wanted {mode of reward: weight}")
@@ -166,7 +167,7 @@ class GDPO(GRPO):
         super().before_batch()
 
     def advantages(self, rewards, mask):
-        return parts_advantage(self.now, mask, self.weighed.values(), clip=self.adv_kw["clip"])
+        return parts_advantage(self.now, mask, list(self.weighed.values()), clip=self.adv_kw["clip"])
 
 def facts_of(
     name:str, # mode of `rewards.reward`, or "price"

@@ -17,7 +17,7 @@ from typing import Literal
 import numpy as np, pandas as pd, torch
 from huggingface_hub import try_to_load_from_cache
 from .core import read_json, rng
-from .settings import Amount, Count, Finite, Job, Limit, Natural, Positive, change, guarded
+from .settings import Amount, Bound, Count, Finite, Job, Natural, Positive, change, guarded
 from .items import as_items, check_answered, picture_paths
 from .pictures import BadPicture, picture_size
 from .embed import embed_items
@@ -96,7 +96,7 @@ def digits(
 
 @guarded
 def time_text(
-    n:Limit, # things to do
+    n:Bound, # things to do
     rate:Positive|None, # per second; None: not known
     what:str="prompts", # the things
     why:str="given", # where the rate comes from

@@ -8,7 +8,7 @@ __all__ = ['plan_prefixes', 'plan_rounds', 'PrefixStore']
 # %% ../nbs/18_prefix.ipynb #e926c432
 from collections import Counter, OrderedDict
 import torch
-from .settings import Limit, Natural, guarded
+from .settings import Bound, Natural, guarded
 
 # %% ../nbs/18_prefix.ipynb #fb702fc6
 def _longest(path, have):
@@ -21,7 +21,7 @@ def plan_prefixes(
     sizes, # {key: tokens of that beginning}
     stored=(), # keys that are there already
     keep:Natural=0, # beginnings of 1..keep demonstrations are computed even if nothing branches behind them
-    room:Limit=float("inf"), # tokens that may be stored anew; the shortest and most shared come first
+    room:Bound=float("inf"), # tokens that may be stored anew; the shortest and most shared come first
 )->tuple: # (plan: [(key, key it continues or None)], in order; n keys or None: where each prompt continues)
     "Choose the beginnings that are computed on their own, and a place for every prompt to continue from"
     after = {} # key -> what comes behind it; behind its last beginning every prompt goes its own way

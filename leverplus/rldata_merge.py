@@ -14,7 +14,7 @@ from copy import copy
 import numpy as np, pandas as pd
 from fastcore.basics import patch
 from .core import scramble, stable_hash
-from .settings import Amount, Count, Finite, Level, Limit, Natural, Positive, Share, guarded
+from .settings import Amount, Bound, Count, Finite, Level, Natural, Positive, Share, guarded
 from .markup import Blocks, Paragraph
 from .items import as_items
 from .groups import PROB_FACTS, RECORD, TEXT_FACTS, RLData, pointer_matrix, whole_draws
@@ -219,7 +219,7 @@ def keep_queries(
 def by_gap(
     data:RLData, # a record
     lo:Amount=0., # smallest gap, included; anything above 0 drops flat queries
-    hi:Limit=np.inf, # largest gap, not included
+    hi:Bound=np.inf, # largest gap, not included
     reward:str="hard_plus_soft", # what the gap is measured in, see `row_reward`
     **weights, # arguments of the reward mode
 )->RLData: # the queries with lo <= best - worst reward < hi, whole

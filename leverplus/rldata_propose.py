@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import combinations
 import numpy as np, pandas as pd, torch
 from .core import fingerprint, rng
-from .settings import Amount, Count, Natural, Proposing, guarded
+from .settings import Count, Finite, Natural, Proposing, guarded
 from .items import as_ids
 from .evidence import inputs, kind_for
 from .decode import best_sequences, deciding, device_of
@@ -23,7 +23,7 @@ class SimilarityPrior:
     "Policy that prefers similar candidates: step logits are `scale` x cos(query, candidate), without repeats"
     @guarded
     def __init__(self,
-        scale:Amount=10., # sharpness, >= 0; 0 is the uniform policy
+        scale:Finite=10., # sharpness; 0 is the uniform policy, below it the least similar come first
     ):
         self.scale = scale
 

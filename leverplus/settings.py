@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHECKS', 'LARGEST', 'FASTEST', 'Whole', 'Natural', 'Count', 'Finite', 'Amount', 'Positive', 'Share', 'Level',
-           'Factor', 'Limit', 'LearningRate', 'NUMBER_TYPES', 'Folder', 'Columns', 'Images', 'Json', 'JsonOrNone',
+           'Factor', 'Bound', 'LearningRate', 'NUMBER_TYPES', 'Folder', 'Columns', 'Images', 'Json', 'JsonOrNone',
            'Evaluator', 'COUNTS', 'TWO_STAGE', 'Counts', 'TwoStage', 'StoreKind', 'PickerName', 'Shots', 'Ids', 'Judge',
            'Kind', 'Reward', 'ObjectiveName', 'ExtraSettings', 'EPOCHS', 'BATCH', 'NewSelector', 'PeakRate', 'Sizes',
            'group', 'no_switch', 'folder_name', 'flag', 'in_words', 'Guard', 'has_numbers', 'is_number', 'in_range',
@@ -75,11 +75,11 @@ Positive = Annotated[float, BeforeValidator(no_switch), Interval(gt=0), arg(meta
 Share = Annotated[float, BeforeValidator(no_switch), Interval(ge=0, le=1), arg(metavar="X")]
 Level = Annotated[float, BeforeValidator(no_switch), Interval(gt=0, lt=1), arg(metavar="X")]
 Factor = Annotated[float, BeforeValidator(no_switch), Interval(gt=1), arg(metavar="X")]
-Limit = Annotated[float, BeforeValidator(no_switch), Interval(ge=0, le=math.inf), arg(metavar="X")]
+Bound = Annotated[float, BeforeValidator(no_switch), Interval(ge=0, le=math.inf), arg(metavar="X")]
 LearningRate = Annotated[float, BeforeValidator(no_switch), Interval(ge=0, le=FASTEST), arg(metavar="X")]
 NUMBER_TYPES = dict(
     Whole=Whole, Natural=Natural, Count=Count, Finite=Finite, Amount=Amount, Positive=Positive, Share=Share,
-    Level=Level, Factor=Factor, Limit=Limit, LearningRate=LearningRate,
+    Level=Level, Factor=Factor, Bound=Bound, LearningRate=LearningRate,
 )
 
 def folder_name(

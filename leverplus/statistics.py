@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np, pandas as pd
 from scipy.stats import t as student
 from .core import rng
-from .settings import Count, Level, Limit, Natural, Positive, Share, guarded
+from .settings import Bound, Count, Level, Natural, Positive, Share, guarded
 
 # %% ../nbs/81_statistics.ipynb #f617e41f
 @guarded
@@ -234,7 +234,7 @@ def detectable(
 @guarded
 def differs(
     est:Interval, # a difference
-    mde:Limit=0., # its detectable effect; inf: so few clusters that nothing may be claimed, see `mde`
+    mde:Bound=0., # its detectable effect; inf: so few clusters that nothing may be claimed, see `mde`
 )->bool: # whether a difference may be claimed; False for an unknown interval
     "True if the interval leaves out 0"
     return (est.lo > 0 or est.hi < 0) and not math.isinf(mde)
@@ -244,7 +244,7 @@ NO_DIFFERENCE = "no difference shown"
 @guarded
 def claim(
     est:Interval, # a difference
-    mde:Limit=0., # as in `differs`
+    mde:Bound=0., # as in `differs`
 )->str: # "better" | "worse" | NO_DIFFERENCE
     "What may be said of a difference"
     if not differs(est, mde): return NO_DIFFERENCE
@@ -255,7 +255,7 @@ def claim(
 @guarded
 def difference_text(
     est:Interval, # difference a - b, in 0..1 units
-    mde:Limit, # detectable effect
+    mde:Bound, # detectable effect
     a:str="a", # name of the first
     b:str="b", # name of the second
     said:str="", # what is claimed, before the interval
@@ -268,7 +268,7 @@ def difference_text(
 @guarded
 def power_note(
     est:Interval, # a difference
-    mde:Limit, # its detectable effect
+    mde:Bound, # its detectable effect
     power:Level=.8, # as in `mde`
 )->str: # "" where nothing is claimed, or the difference is as large as what can be detected
     "Warn of a study that is small for the difference that it claims"
@@ -279,7 +279,7 @@ def power_note(
 @guarded
 def verdict(
     est:Interval, # difference a - b, from `paired_bootstrap` or `compare_seeds`, in 0..1 units
-    mde:Limit|None=None, # detectable effect; None: `detectable(est)`, from the width of a 95 % interval
+    mde:Bound|None=None, # detectable effect; None: `detectable(est)`, from the width of a 95 % interval
     a:str="a", # name of the first
     b:str="b", # name of the second
 )->str: # e.g. "rce - random: +4.1 points, better [+2.0, +6.2], detectable 3.0"

@@ -135,7 +135,7 @@ class AnswerGroups:
         items:pd.DataFrame, # training items, see above: distinct `question_id`, `image_id, answer`
         store, # embeddings: `get(ids, kind) -> [n,D]`
         K:Count=16, # pool size, > every shot count
-        shots:tuple[Natural, ...]=(2,), # shot counts, one drawn per batch
+        shots:Natural|tuple[Natural, ...]=(2,), # shot counts, one drawn per batch
         kind:str|None=None, # which embedding, see `EmbedStore.kind`
         n:Count=256, # sequences per group at most
         rounds:Count=1, # how often every query comes in an epoch
@@ -345,7 +345,7 @@ def warmup_dls(
     items:pd.DataFrame, # training items, see `AnswerGroups`; none of them a validation query
     store, # embeddings of `items`
     K:Count=16, # pool size
-    shots:tuple[Natural, ...]=(2,), # shot counts, one drawn per batch
+    shots:Natural|tuple[Natural, ...]=(2,), # shot counts, one drawn per batch
     n:Count=256, # sequences per group at most
     bs:Count=64, # queries per batch, at most the number of draws in an epoch
     steps:Count=100, # batches per epoch, about: queries come in whole rounds

@@ -63,8 +63,10 @@ def good_values(hint):
             base, wanted = number_of(kind)
             yield from inside(base, wanted)
         elif direct(kind) and has_numbers(kind):
-            inner = get_args(kind)[0]
-            yield tuple(list(good_values(inner))[:2])
+            yield from (holding(kind, value) for value in good_values(part_of(kind)))
+
+def part_of(kind): return get_args(kind)[1 if get_origin(kind) is dict else 0]
+def holding(kind, value): return {"gtprob": value} if get_origin(kind) is dict else (value,)
 
 def inside(base, wanted):
     "Numbers of a range, as Python and as numpy have them"
@@ -111,8 +113,9 @@ def bad_numbers():
         for value in bad_values(hint): yield name, argument, value, call_with(f, argument, value)
         for kind in kinds(hint):
             if is_number(kind) or not has_numbers(kind): continue
-            for value in bad_values(get_args(kind)[0]):
-                yield name, argument, (value,), call_with(f, argument, (value,))
+            for value in bad_values(part_of(kind)):
+                held = holding(kind, value)
+                yield name, argument, held, call_with(f, argument, held)
 
 def call_with(f, argument, value):
     "A call with nothing but this argument: the body would be a TypeError for what is missing, and must not begin"

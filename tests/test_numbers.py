@@ -13,7 +13,7 @@ from leverplus.rewards import reward, reward_facts
 from leverplus.rldata_merge import by_gap
 from leverplus.selector import PointerSelector
 from leverplus.settings import (
-    Count, Guard, LearningRate, Limit, Natural, Positive, Share, Teaching, Whole, check_numbers, guarded,
+    Count, Guard, LearningRate, Bound, Natural, Positive, Share, Teaching, Whole, check_numbers, guarded,
     has_numbers,
 )
 from leverplus.statistics import Bootstrap
@@ -151,7 +151,7 @@ def test_settings_of_grpo_are_looked_at_before_the_stage_before_it():
 # ---- how the guard behaves ---------------------------------------------------------------------------------
 
 @guarded
-def told(n:Natural, share:Share=.5, *, limit:Limit=math.inf, how:Count|Literal["all"]|None=None):
+def told(n:Natural, share:Share=.5, *, limit:Bound=math.inf, how:Count|Literal["all"]|None=None):
     "Say what came"
     return n, share, limit, how
 
@@ -200,7 +200,7 @@ def test_parts_are_looked_at():
 def test_a_guarded_function_is_still_itself():
     assert pickle.loads(pickle.dumps(told)) is told and copy.deepcopy(told) is told
     assert told.__doc__ == "Say what came" and inspect.getsource(told).startswith("@guarded\ndef told(n:Natural")
-    assert str(inspect.signature(told)).startswith("(n: 'Natural', share: 'Share' = 0.5, *, limit: 'Limit' = inf")
+    assert str(inspect.signature(told)).startswith("(n: 'Natural', share: 'Share' = 0.5, *, limit: 'Bound' = inf")
     assert pickle.loads(pickle.dumps(Record(2))) == Record(2)
 
 def test_patch_delegates_and_dataclasses_are_guarded():
@@ -221,7 +221,7 @@ def test_check_numbers_looks_at_what_a_class_inherits():
         check_numbers("stage 1", dict(min_live=2), GRPO)
 
 def test_infinity_belongs_only_where_it_is_named():
-    assert Guard("hi", Limit)(math.inf) == math.inf
+    assert Guard("hi", Bound)(math.inf) == math.inf
     for hint in (Positive, Share, Whole, LearningRate):
         for value in (math.inf, -math.inf, math.nan, 10**400):
             with pytest.raises(ValueError, match="^x "): Guard("x", hint)(value)
