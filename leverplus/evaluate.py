@@ -16,6 +16,7 @@ from collections import Counter
 from datetime import datetime, timezone
 from pathlib import Path
 from statistics import NormalDist
+from typing import Literal
 import numpy as np, pandas as pd
 from .core import fingerprint, gini, read_json, rng, write_json
 from .runs import Run
@@ -355,9 +356,9 @@ def _share(policy, random, oracle):
 def changed(
     scored:pd.DataFrame, # from `score_picks`
     selector:str, # whose answers
-    shots:Natural, # its shots
+    shots:Natural|Literal["mean"], # its shots
     reference:str="similar", # compared with; "similar": see `similar_row`
-    reference_shots:Natural|None=None, # default: the same shots
+    reference_shots:Natural|Literal["mean"]|None=None, # default: the same shots
 )->float: # 0..1, on the queries that both answered; 0 for the reference itself, NaN without a common query
     "Share of queries answered differently than with the reference's demonstrations"
     reference, = named([reference], scored)
@@ -377,7 +378,7 @@ def _good(scored, selector, shots):
 def agreement(
     scored:pd.DataFrame, # picks or scored picks
     a:str, b:str, # two selectors
-    shots:Natural, # shots of both
+    shots:Natural|Literal["mean"], # shots of both
     order:bool=True, # must the order be the same too?
 )->float: # 0..1, over queries and pairs of draws; NaN without a common query
     "Share of queries for which two selectors pick the same demonstrations"
@@ -424,7 +425,7 @@ def _copies(rows, items):
 @guarded
 def score_matrix(
     scored:pd.DataFrame, # from `score_picks`
-    shots:Natural, # one shot count
+    shots:Natural|Literal["mean"], # one shot count
     metric:str="vqa_acc_score", # any numeric column of `scored`
 )->pd.DataFrame: # [queries, selectors]; index question_id; NaN where a selector has no good row
     "Mean score over draws, per query and selector"
@@ -641,7 +642,7 @@ def over_shots(
 def seed_matrix(
     scored:pd.DataFrame, # from `score_picks`
     selector:str, # whose draws
-    shots:Natural, # one shot count
+    shots:Natural|Literal["mean"], # one shot count
 )->pd.DataFrame: # [queries, draws]
     "Scores of one selector, a column per draw or training seed"
     s = _good(scored, selector, shots)
@@ -653,7 +654,7 @@ def compare_seeds(
     scored:pd.DataFrame, # from `score_picks`; `draw` is the training seed
     a:str, # selector
     b:str, # selector it is compared with; one that has a single draw counts as fixed
-    shots:Natural, # shot count of both
+    shots:Natural|Literal["mean"], # shot count of both
     paired:bool=False, # seeds belong together (b continues a's checkpoint of the same seed); needs equal draws
     items:pd.DataFrame|None=None, # items by question_id, for clustering
     bootstrap:Bootstrap=Bootstrap(), # resamples, and the coverage of intervals
@@ -694,7 +695,7 @@ def _gap_over_seeds(x, low, high, items, bootstrap):
 @guarded
 def seeds_table(
     scored:pd.DataFrame, # from `score_picks`; `draw` is the training seed
-    shots:Natural, # one shot count
+    shots:Natural|Literal["mean"], # one shot count
     items:pd.DataFrame|None=None, # items by question_id, for clustering
     against=(), # selectors over which a lead is wanted
     reference:str="random", oracle:str="oracle", # gap 0 and gap 1
@@ -848,7 +849,7 @@ def load_subsets(
 def size_table(
     scored:pd.DataFrame, # from `score_picks`
     subs:dict, # {size: ids} from `subsets` or `load_subsets`
-    shots:Natural, # one shot count (zero-shot rows are shown too)
+    shots:Natural|Literal["mean"], # one shot count (zero-shot rows are shown too)
     items:pd.DataFrame|None=None, # items by question_id, for clustering
 )->pd.DataFrame: # by size: a column per selector, then `half_width` of random, and the median `mde` against it
     "Accuracy by the number of queries, with what that number can show"

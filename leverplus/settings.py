@@ -205,7 +205,8 @@ def in_range(
     hint, # an annotation
 )->str: # such as "a whole number >= 1 or None"
     "What it allows, in words"
-    return " or ".join(map(_kind_in_words, _kinds(hint)))
+    *others, last = map(_kind_in_words, _kinds(hint))
+    return f"{', '.join(others)} or {last}" if others else last
 
 # %% ../nbs/04_settings.ipynb #675a3af0
 def _kinds(hint): return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
