@@ -17,7 +17,6 @@ from leverplus.settings import (
     has_numbers,
 )
 from leverplus.statistics import Bootstrap
-from leverplus.sweep import expand_grid
 from leverplus.training import recipe_of
 
 # ---- who must be guarded -----------------------------------------------------------------------------------
@@ -183,7 +182,7 @@ def test_what_is_no_such_number_is_refused_wherever_it_stands(value):
     with pytest.raises(ValueError, match="^told: n "): told(n=value)
 
 def test_words_beside_numbers_are_those_that_are_named():
-    with pytest.raises(ValueError, match="how 'some': wanted a whole number >= 1 or 'all' or None"): told(1, how="some")
+    with pytest.raises(ValueError, match="how 'some': wanted a whole number >= 1, 'all' or None"): told(1, how="some")
 
 def test_a_tensor_passes_only_where_the_annotation_has_it():
     one = torch.tensor(1.)
