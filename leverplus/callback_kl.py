@@ -217,7 +217,7 @@ class AdaptiveKL(FitOnly):
         low:Amount=.05, # below this many nats beta falls
         high:Positive=.5, # above this many nats beta rises
         factor:Factor=1.5, # by what, > 1
-        limits:tuple=(1e-4, 1.), # smallest and largest beta
+        limits:tuple[Amount, ...]=(1e-4, 1.), # smallest and largest beta
     ):
         if not 0 <= low < high: raise ValueError(f"AdaptiveKL: band {low}..{high}, wanted 0 <= low < high")
         if factor <= 1: raise ValueError(f"AdaptiveKL: factor {factor}, wanted > 1")
@@ -265,7 +265,7 @@ class AdaptiveKL(FitOnly):
 @guarded
 def within(
     x:Finite, # any number
-    limits:tuple, # (smallest, largest)
+    limits:tuple[Amount, ...], # (smallest, largest)
 )->float: # inside the limits
     "The nearest number that the limits allow"
     return min(max(x, limits[0]), limits[1])
@@ -279,7 +279,7 @@ class EntropyFloor(StepTerm):
         alpha:Amount=.1, # weight to begin with, loss units per unit of normalised entropy
         adaptive:bool=True, # move alpha once per epoch
         factor:Factor=1.5, # by what, > 1
-        limits:tuple=(1e-3, 10.), # smallest and largest alpha
+        limits:tuple[Amount, ...]=(1e-3, 10.), # smallest and largest alpha
         shots:Natural|None=None, # steps that count; None = as many as the batch's sequences have, and one more for STOP
         limit:Count=256, # most prefixes per query and step, as in `KLToRef`
     ):

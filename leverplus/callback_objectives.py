@@ -145,7 +145,7 @@ class GDPO(GRPO):
     @delegates(GRPO.__init__, but=["baseline", "scale", "min_std"])
     @guarded
     def __init__(self,
-        parts:dict[str, Finite], # {mode of `rewards.reward`, or "price": weight}, e.g. `dict(soft_only=1., gtprob=.5, price=.1)`
+        parts:dict[str, Finite], # {mode of `rewards.reward`, or "price": weight}, e.g. `dict(soft_only=1., price=.1)`
         **kwargs, # of `GRPO`
     ):
         if not parts: raise ValueError("GDPO: no parts, wanted {mode of reward: weight}")

@@ -481,7 +481,7 @@ def diagnose(
     ratio:Amount=1e-4, # largest distance of the first ratio from 1
     clip:Share=.5, # largest share of clipped terms with A > 0
     penalty:Share=.5, # largest share of the gradient that is not the policy term's, mean over the fit
-    beta:tuple|None=None, # limits of beta; default those that `AdaptiveKL` had
+    beta:tuple[Amount, ...]|None=None, # limits of beta; default those that `AdaptiveKL` had
     ess:tuple[Share, ...]=(.1, .95), # effective sample size of weights, as a share of a group
     soft:Finite=.3, # least rank correlation of soft reward and accuracy
     uniform:Amount=.1, # least distance from a uniform policy, nats

@@ -299,11 +299,12 @@ def majority_vote(
         eval_failed=False,
     )
 
+@guarded
 def vote_of_all(
     pool, # `Pool`, all of whose candidates vote
     store, # `EmbedStore`: ties go to the nearest
     items:pd.DataFrame, # as in `majority_vote`
-    shots=(2,), # shot counts of the rows that it stands beside; the answers are the same
+    shots:tuple[Natural, ...]=(2,), # shot counts of the rows that it stands beside; the answers are the same
 )->pd.DataFrame: # scored rows "majority_vote_all"; no LVLM is asked
     "What all candidates' answers together would score"
     kind = store.kind(None)
@@ -812,7 +813,7 @@ def _over_both(matrix, row, items, bootstrap):
 @guarded
 def subsets(
     ids, # question_ids, in any order, distinct
-    sizes=(100, 200, 400, 800, "all"), # int <= len(ids), or "all"; ValueError for a larger one
+    sizes:tuple[Count|Literal["all"], ...]=(100, 200, 400, 800, "all"), # ValueError for one > len(ids)
     seed:Natural=0, # of the permutation
 )->dict: # {size: sorted tuple of ids}, nested
     "Nested random subsets of queries"

@@ -346,7 +346,7 @@ def fit_warmup(self:Learner,
     sampler:str|dict="auto", # how pools are drawn, see `warmup_parts`; auto: as `choose_sampler` says
     reward:str="contained", # what is compared of two answers: contained | f1 | soft | cosine, see `AnswerGroups`
     answers=None, # vectors of answers, for `cosine`
-    shots:Natural|tuple[Natural, ...]|None=None, # counts of drawn sequences; None = those of the training groups above 0
+    shots:Natural|tuple[Natural, ...]|None=None, # of drawn sequences; None = those of the training groups above 0
     n:Count=256, # sequences per group at most
     bs:Count=64, # queries per batch
     steps:Count=100, # batches per epoch, about

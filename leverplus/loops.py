@@ -17,8 +17,8 @@ from fastcore.basics import patch
 from fastcore.meta import delegates
 from tqdm import tqdm
 from leverplus.settings import (
-    Amount, Asking, Count, Counts, Guarding, Json, Mining, Natural, Positive, Proposing, Rewarding, Whole,
-    change, check_counts, group, guarded, plain_settings, read_settings,
+    Amount, Asking, Count, Counts, Finite, Guarding, Json, Mining, Natural, Positive, Proposing, Rewarding,
+    Whole, change, check_counts, group, guarded, plain_settings, read_settings,
 )
 from .core import fingerprint, read_json, rng, write_json
 from .identity import code_fingerprint
@@ -548,9 +548,10 @@ LIMITS = dict(
     wanted=.02, # the gain that is worth showing, in accuracy
 )
 
+@guarded
 def data_checks(
     h, # `Health` of one file
-    limits:dict=LIMITS, # like LIMITS
+    limits:dict[str, Finite]=LIMITS, # like LIMITS
 )->list: # of Check: failed rows, questions without a positive, live groups, rank correlation
     "What the data must be like before anything is trained"
     m = h.frame.iloc[0]
@@ -735,11 +736,12 @@ class ClosedLoop:
         return Blocks([Heading(first, 4), *map(Paragraph, rest), *tables]).html()
 
 @delegates(Loop, keep=True)
+@guarded
 def closed_loop(
     world, # `World`, or anything with `items, store, pools, scorer`
     path, # folder of the loop; continued if its settings are the same
     settings:LoopSettings|None=None, # None: the defaults
-    limits:dict|None=None, # instead of those in LIMITS
+    limits:dict[str, Finite]|None=None, # instead of those in LIMITS
     **kwargs, # `train, cache, progress` of `Loop`, and settings by flat names: n, dev, shots, counts, reward, seed, ...
 )->ClosedLoop: # shows itself in a notebook
     "Generate, check, train, compare with the oracle, and say whether to scale"

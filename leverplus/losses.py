@@ -154,7 +154,7 @@ def listwise_loss(
     ref:Tensor|None=None, # [B,N] under the reference; None = all alike
     temp:Positive|None=None, # as in `listwise_target`
     ess:Level=.35, # as in `listwise_target`
-    limits:tuple=(.02, 1.), # as in `listwise_target`
+    limits:tuple[Positive, ...]=(.02, 1.), # as in `listwise_target`
 )->Tensor: # scalar, nats, 0 where the target is met; mean over queries with a sequence
     "KL between the listwise target and the policy, inside each group"
     target, _ = listwise_target(rewards, mask, ref, temp, ess, limits)
