@@ -333,7 +333,7 @@ def main():
 # %% ../nbs/92_demo.ipynb #321af6ee
 @guarded
 def run_seeds(
-    seeds:tuple[Natural, ...]|range=range(5), # seeds of proposals, weights and batches
+    seeds:tuple[Natural, ...]=range(5), # seeds of proposals, weights and batches
     folder=None, # where groups are kept and continued; None: a temporary folder
     progress:bool=True, # show bars?
     world:World|str="islands", # or its name, as in `run_demo`

@@ -9,7 +9,7 @@ __all__ = ['PANELS', 'RULES', 'EARLY', 'plot_rl', 'data_facts', 'Rule', 'Diagnos
 import math, random, warnings
 from typing import NamedTuple
 import numpy as np, pandas as pd, torch
-from .settings import Amount, Finite, Natural, Share, guarded
+from .settings import Amount, Finite, Natural, guarded
 from .losses import live_groups
 from .rewards import spearman
 from .callback_core import FitOnly, Stats
@@ -472,24 +472,24 @@ def diagnose(
     source, # a Learner with `RLStats` and `History`, a `History`, or its frame (a row per epoch)
     facts:dict|None=None, # of `data_facts`; default: read off the loaders if `source` is a Learner
     fit:Natural|None=None, # which fit, as counted in the column `fit`; default the last
-    live:Share=.3, # least share of live groups
-    start:Share=.05, # share of live groups below which RL should not start
-    cancel:Share=.05, # largest share of groups that differ in parts of the reward, though not in the reward
-    filter:Share=.1, # largest part of the live groups that filters may make flat
-    kl:Amount=.5, # largest exact KL to the reference, nats
-    k3:Amount=5., # largest k3, in exact KLs
-    ratio:Amount=1e-4, # largest distance of the first ratio from 1
-    clip:Share=.5, # largest share of clipped terms with A > 0
-    penalty:Share=.5, # largest share of the gradient that is not the policy term's, mean over the fit
+    live:Finite=.3, # least share of live groups
+    start:Finite=.05, # share of live groups below which RL should not start
+    cancel:Finite=.05, # largest share of groups that differ in parts of the reward, though not in the reward
+    filter:Finite=.1, # largest part of the live groups that filters may make flat
+    kl:Finite=.5, # largest exact KL to the reference, nats
+    k3:Finite=5., # largest k3, in exact KLs
+    ratio:Finite=1e-4, # largest distance of the first ratio from 1
+    clip:Finite=.5, # largest share of clipped terms with A > 0
+    penalty:Finite=.5, # largest share of the gradient that is not the policy term's, mean over the fit
     beta:tuple[Amount, ...]|None=None, # limits of beta; default those that `AdaptiveKL` had
-    ess:tuple[Share, ...]=(.1, .95), # effective sample size of weights, as a share of a group
+    ess:tuple[Finite, ...]=(.1, .95), # effective sample size of weights, as a share of a group
     soft:Finite=.3, # least rank correlation of soft reward and accuracy
-    uniform:Amount=.1, # least distance from a uniform policy, nats
-    unchanged:Share=.98, # largest share of picks that are those of the start
-    overfit:Amount=2., # largest gap of validation over training regret, standard errors
-    entropy:Share=.1, # least normalised entropy
-    unique:Share=.1, # least share of different picks
-    mass:Share=.5, # least mass of the stored sequences, relative to the first epoch
+    uniform:Finite=.1, # least distance from a uniform policy, nats
+    unchanged:Finite=.98, # largest share of picks that are those of the start
+    overfit:Finite=2., # largest gap of validation over training regret, standard errors
+    entropy:Finite=.1, # least normalised entropy
+    unique:Finite=.1, # least share of different picks
+    mass:Finite=.5, # least mass of the stored sequences, relative to the first epoch
 )->Diagnosis: # shows itself in a notebook; ValueError if there is no epoch
     "Say why a fit did not learn, or that nothing speaks against it"
     t = dict(

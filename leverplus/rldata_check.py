@@ -18,7 +18,7 @@ import numpy as np, pandas as pd
 from fastcore.basics import patch
 from fastcore.meta import delegates
 from .core import atomic_path
-from .settings import Amount, Count, Share, guarded
+from .settings import Amount, Count, Finite, guarded
 from .markup import Block, Cell, Filled, Table
 from .groups import METHODS, RLData, pointer_matrix
 from .rewards import group_stats, parts_of, reward as reward_of, reward_facts, spearman
@@ -608,7 +608,7 @@ REMEDIES = dict(
 @guarded
 def label_alarms(
     m, # metrics of a file, see METRICS
-    failed:Share=.01, # largest share of failed rows, 0..1
+    failed:Finite=.01, # largest share of failed rows, 0..1
 ): # yields (cause, seen, wanted, remedy)
     "Ask whether the labels can be trusted"
     if m["scorers"] > 1:
@@ -626,8 +626,8 @@ def label_alarms(
 @guarded
 def oracle_alarms(
     m, # metrics of a file
-    oracle:Share=.5, # least oracle_in_data, 0..1
-    same_answer:Share=.25, # how often answers to different queries may agree, 0..1
+    oracle:Finite=.5, # least oracle_in_data, 0..1
+    same_answer:Finite=.25, # how often answers to different queries may agree, 0..1
 ): # yields (cause, seen, wanted, remedy)
     "Ask whether there is anything good in the data; if not, tell prompts from pools"
     if not m["oracle_in_data"] < oracle: return
@@ -643,10 +643,10 @@ def oracle_alarms(
 @guarded
 def group_alarms(
     m, # metrics of a file
-    zero_positive:Share=.5, # largest share of queries without a positive, 0..1
-    live:Share=.3, # least share of groups that can teach, 0..1
-    start:Share=.05, # share of live groups below which GRPO should not begin, 0..1
-    cancelled:Share=.05, # largest share of groups in which parts of the reward cancel, 0..1
+    zero_positive:Finite=.5, # largest share of queries without a positive, 0..1
+    live:Finite=.3, # least share of groups that can teach, 0..1
+    start:Finite=.05, # share of live groups below which GRPO should not begin, 0..1
+    cancelled:Finite=.05, # largest share of groups in which parts of the reward cancel, 0..1
 ): # yields (cause, seen, wanted, remedy)
     "Ask whether queries have positives, and whether groups differ"
     zero = m["pct_zero_positive_query"]
@@ -666,9 +666,9 @@ def group_alarms(
 @guarded
 def headroom_alarms(
     m, # metrics of a file
-    headroom:Share=.02, # least mean gap between oracle and model pick, 0..1
-    live:Share=.3, # with fewer live groups this is not asked: flat groups have no gap, and an alarm of their own
-    nothing:Share=.95, # largest share of queries that no sequence makes better than nothing shown, 0..1
+    headroom:Finite=.02, # least mean gap between oracle and model pick, 0..1
+    live:Finite=.3, # with fewer live groups this is not asked: flat groups have no gap, and an alarm of their own
+    nothing:Finite=.95, # largest share of queries that no sequence makes better than nothing shown, 0..1
 ): # yields (cause, seen, wanted, remedy)
     "Ask whether the best rows lie above the proposer's choice, and above showing nothing"
     if m["pct_nothing_helps"] > 100 * nothing:
@@ -684,7 +684,7 @@ def headroom_alarms(
 @guarded
 def soft_alarms(
     m, # metrics of a file
-    spearman:Share=.3, # least rank correlation of vqa_gt_prob and accuracy, as a share of `spearman_reach`
+    spearman:Finite=.3, # least rank correlation of vqa_gt_prob and accuracy, as a share of `spearman_reach`
 ): # yields (cause, seen, wanted, remedy)
     "Ask whether vqa_gt_prob goes along with accuracy"
     measured = m["gt_prob_max"] >= 0 and m["positive_rate"] >= 0
@@ -713,16 +713,16 @@ class Alarm(NamedTuple):
 def judge(
     metrics, # of one file: a row of `Health.frame`, or a dict with the keys of METRICS
     file:str="data", # its name
-    oracle:Share=.5, # least oracle_in_data, 0..1
-    headroom:Share=.02, # least mean gap between oracle and model pick, 0..1
-    zero_positive:Share=.5, # largest share of queries without a positive, 0..1
-    live:Share=.3, # least share of groups that can teach, 0..1
-    start:Share=.05, # share of live groups below which GRPO should not begin, 0..1
-    cancelled:Share=.05, # largest share of groups in which parts of the reward cancel, 0..1
-    spearman:Share=.3, # least rank correlation of vqa_gt_prob and accuracy, as a share of `spearman_reach`
-    same_answer:Share=.25, # how often answers to different queries may agree when the oracle is low, 0..1
-    failed:Share=.01, # largest share of failed rows, 0..1
-    nothing:Share=.95, # largest share of queries that no sequence makes better than nothing shown, 0..1
+    oracle:Finite=.5, # least oracle_in_data, 0..1
+    headroom:Finite=.02, # least mean gap between oracle and model pick, 0..1
+    zero_positive:Finite=.5, # largest share of queries without a positive, 0..1
+    live:Finite=.3, # least share of groups that can teach, 0..1
+    start:Finite=.05, # share of live groups below which GRPO should not begin, 0..1
+    cancelled:Finite=.05, # largest share of groups in which parts of the reward cancel, 0..1
+    spearman:Finite=.3, # least rank correlation of vqa_gt_prob and accuracy, as a share of `spearman_reach`
+    same_answer:Finite=.25, # how often answers to different queries may agree when the oracle is low, 0..1
+    failed:Finite=.01, # largest share of failed rows, 0..1
+    nothing:Finite=.95, # largest share of queries that no sequence makes better than nothing shown, 0..1
 )->list: # of Alarm, in the order in which to act; empty: train
     "Compare metrics with thresholds"
     found = [

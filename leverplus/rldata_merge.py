@@ -141,7 +141,7 @@ def skip_fallback(
 @guarded
 def by_shots(
     data:RLData, # a record
-    shots:Natural|tuple[Natural, ...]|set, # numbers of demonstrations that stay; 0: rows that show nothing
+    shots:Natural|tuple[Natural, ...], # numbers of demonstrations that stay; 0: rows that show nothing
 )->RLData: # without rows of other lengths
     "Keep rows with so many demonstrations"
     wanted = {shots} if isinstance(shots, int) else set(shots)

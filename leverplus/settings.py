@@ -15,7 +15,7 @@ __all__ = ['CHECKS', 'LARGEST', 'FASTEST', 'Whole', 'Natural', 'Count', 'Finite'
 
 # %% ../nbs/04_settings.ipynb #3f8a0936
 import json, math, sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import MISSING, field, fields, is_dataclass, replace
 from difflib import get_close_matches
 from functools import wraps
@@ -185,7 +185,9 @@ class Guard:
             if holder is dict and isinstance(value, dict):
                 key, each = guards
                 return {key(k): each(v) for k, v in value.items()}
-            if holder is not dict and isinstance(value, (tuple, list)): return type(value)(map(guards[0], value))
+            if holder is not dict and _is_several(value):
+                several = [guards[0](v) for v in value]
+                return type(value)(several) if isinstance(value, (tuple, list)) else value
         if any(_is_of(value, kind) for kind in self.others): return value
         raise ValueError(f"{self.name} {_short(value)}: wanted {self.wanted}")
 
@@ -214,6 +216,10 @@ def _interval(hint): return next((m for m in get_args(hint)[1:] if isinstance(m,
 def _holds(hint): return get_origin(hint) in (tuple, list, dict) and any(map(has_numbers, get_args(hint)))
 
 def _guards_of(name, hint): return [Guard(name, part) for part in get_args(hint) if part is not ...]
+
+def _is_several(value):
+    "A range, a set and an array do as well as a tuple"
+    return isinstance(value, Collection) and not isinstance(value, (str, bytes, dict))
 
 def _is_of(value, hint):
     "Is a value, which is no number, of a kind? Of what is no class the function itself must know"

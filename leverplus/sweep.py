@@ -424,7 +424,7 @@ def sweep(
     grid:dict, # {name: list of values}, see `expand_grid`; the first of each is the default
     groups:dict, # {"train": RLData, "dev": RLData}; "valid", if there is one, chooses epochs, and dev only judges
     world, # `World`, or anything with `items, store, scorer`
-    seeds:tuple[Natural, ...]|range=range(3), # of weights and batches
+    seeds:tuple[Natural, ...]=range(3), # of weights and batches
     base:dict|None=None, # {name: value} for all combinations
     stages:dict|None=None, # {name: function of a Learner and its arguments}: objectives of your own
     shots:Natural|None=None, # S of the picks that are judged; None: that of the stored sequences
