@@ -147,6 +147,15 @@ def test_settings_of_grpo_are_looked_at_before_the_stage_before_it():
     with pytest.raises(ValueError, match="stage 2 .grpo.: clip_low -1"): recipe("corrected", grpo=dict(clip_low=-1))
     with pytest.raises(ValueError, match="stage 2 .grpo.: min_live 2"): recipe("corrected", grpo=dict(min_live=2))
 
+@pytest.mark.parametrize("teaching, says", [
+    (dict(objective="rce", set=dict(temp=0)), "objective rce .rce.: temp 0: wanted a number > 0"),
+    (dict(objective="rce", set=dict(max_norm=-1)), "max_norm -1: wanted"),
+    (dict(objective="grpo", set=dict(min_live=2)), "objective grpo .grpo.: min_live 2: wanted"),
+    (dict(objective="sft", new=dict(dropout=2)), "model: dropout 2: wanted"),
+])
+def test_an_objective_is_refused_before_data_are_opened(teaching, says):
+    with pytest.raises(ValueError, match=says): recipe_of(Teaching(**teaching))
+
 # ---- how the guard behaves ---------------------------------------------------------------------------------
 
 @guarded
