@@ -242,8 +242,8 @@ WAYS = ("naive", "naive_logits", "naive_vision", "shared")
 def prompt_flops(
     config, # as for `text_flops`
     image_tokens, # visual tokens (four patches each) of each image: a list, or one number for one image
-    text_tokens:Natural, # all other tokens of the prompt
-    answers:Natural=10, # A, true answers to score
+    text_tokens:Amount, # all other tokens of the prompt
+    answers:Amount=10, # A, true answers to score
     answer_tokens:Amount=2, # tokens per answer that no other answer shares, end token not counted
     new_tokens:Natural=3, # length of the greedy text, end token included; 0: no generation
     way:str="shared", # one of WAYS; ValueError for another

@@ -19,7 +19,7 @@ from fastcore.meta import delegates
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 from leverplus.settings import (
-    TWO_STAGE, Amount, Asking, Count, Guarding, Job, Natural, Proposing, check_two_stage, guarded,
+    TWO_STAGE, Amount, Asking, Count, Finite, Guarding, Job, Natural, Proposing, check_two_stage, guarded,
     plain_settings,
 )
 from .core import ask_for_a_folder, fingerprint, leftovers, read_json, rng, stable_hash, write_json
@@ -630,7 +630,7 @@ class TimeLimit:
     "How long a run may last"
     @guarded
     def __init__(self,
-        seconds:Amount|None=None, # from now on; None: no limit
+        seconds:Finite|None=None, # from now on; below 0: it is over; None: no limit
         clock=time.monotonic, # what says the time, in seconds
     ):
         self.seconds = seconds
