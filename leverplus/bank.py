@@ -623,7 +623,7 @@ def cosines(self:DemoBank,
 @guarded
 def search(self:DemoBank,
     vectors:torch.Tensor, # [B,D] of length 1, as of `embed`
-    K:Count, # how many, >= 1; at most as many as there are
+    K:Count, # how many; at most as many as there are
     kind:str|None=None, # see `EmbedStore.kind`
     barred=None, # bool [B,N], in the order of `items`: who may not be found, see `same_picture`
 )->tuple: # (int [B,K] question_ids, float64 [B,K] cosines), equal ones by id; -1, -inf: nobody is left

@@ -36,7 +36,7 @@ def picked(
 @guarded
 def near_identity(
     n:Count, # width
-    noise:Amount=.01, # standard deviation of what is added to the identity, >= 0
+    noise:Amount=.01, # standard deviation of what is added to the identity
 )->nn.Linear: # `n` -> `n`, bias 0
     "Linear layer that starts as identity plus a little noise"
     lin = nn.Linear(n, n)
@@ -63,7 +63,7 @@ class CrossAttend(nn.Module):
     def __init__(self,
         n:Count, # width
         n_heads:Count=1, # attention heads; divides `n`
-        dropout:Share=0., # of attention weights and of what they bring, 0..1
+        dropout:Share=0., # of attention weights and of what they bring
     ):
         super().__init__()
         self.attn = nn.MultiheadAttention(n, n_heads, dropout=dropout, batch_first=True)
@@ -127,7 +127,7 @@ class Scalar(nn.Module):
     @guarded
     def __init__(self,
         n:Count, # width; not used
-        start:Level=.6, # share of the query at the start, 0 < start < 1
+        start:Level=.6, # share of the query at the start
     ):
         super().__init__()
         self.mix = nn.Parameter(torch.tensor(math.log(start / (1-start))))
@@ -185,7 +185,7 @@ class Bilinear(nn.Module):
     @guarded
     def __init__(self,
         n:Count, # width
-        noise:Amount=.01, # standard deviation of what is added to the identity, >= 0
+        noise:Amount=.01, # standard deviation of what is added to the identity
     ):
         super().__init__()
         self.w = nn.Parameter(torch.eye(n) + noise*torch.randn(n, n))
@@ -200,7 +200,7 @@ class Additive(nn.Module):
     @guarded
     def __init__(self,
         n:Count, # width
-        room:Count=2**22, # candidates are taken in parts of at most so many numbers at once, >= 1
+        room:Count=2**22, # candidates are taken in parts of at most so many numbers at once
     ):
         super().__init__()
         self.wq = near_identity(n)
@@ -222,7 +222,7 @@ class Heads(nn.Module):
         n:Count, # width of what is compared
         n_heads:Count=8, # subspaces, each of n/n_heads dimensions (at least 1)
         soft_and:bool=False, # every attribute must agree, instead of their sum
-        temp:Positive=.1, # softness of the `and` in units of cosine, > 0
+        temp:Positive=.1, # softness of the `and` in units of cosine
     ):
         super().__init__()
         self.n_heads = n_heads
@@ -271,7 +271,7 @@ class MatchNet(nn.Module):
         width:Count=16, # dimensions of each
         about:Count=16, # size of the summaries of query and candidate
         hidden:Count=64, # width of the network
-        dropout:Share=.1, # of the embeddings it reads, 0..1
+        dropout:Share=.1, # of the embeddings it reads
     ):
         super().__init__()
         self.n_heads = n_heads
@@ -344,7 +344,7 @@ class EvidenceNet(nn.Module):
         n:Count, # F, numbers of a candidate
         reads=None, # places of those it looks at, 0..F-1; None: all
         hidden:Count=64, # width of the network
-        dropout:Share=.3, # of its hidden layer, 0..1: few questions teach it
+        dropout:Share=.3, # of its hidden layer: few questions teach it
     ):
         super().__init__()
         self.reads = list(range(n)) if reads is None else list(reads)
@@ -422,7 +422,7 @@ class DPP(nn.Module):
         d:Count, # D, width of the raw embeddings; not used
         n:Count, # H, width of the query's state; not used
         start:Finite=0., # weight at the start
-        ridge:Positive=1e-3, # share of the identity in the kernel, > 0: a twin's gain is about log(2*ridge), not -inf
+        ridge:Positive=1e-3, # share of the identity in the kernel: a twin's gain is about log(2*ridge), not -inf
     ):
         super().__init__()
         self.weight = nn.Parameter(torch.tensor(float(start)))

@@ -228,7 +228,7 @@ class LiveOnly(Term):
 @guarded
 def too_few(
     n:Natural, # how many there are
-    share:Share, # that is wanted, 0..1
+    share:Share, # that is wanted
     of:Natural, # of how many
 )->bool: # 7 of 100 are not too few for .07, though .07 * 100 is a little more than 7 in floating point
     "Is `n` less than a share of a number, by more than rounding?"

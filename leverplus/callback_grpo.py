@@ -29,7 +29,7 @@ class PolicyGradient(Objective):
         min_std:Amount=.1, # smallest divisor, in units of reward
         adv_clip:Positive|None=5., # advantages are cut to +-adv_clip
         min_live:Share=.05, # smallest share of groups that can teach; 0 starts on any data
-        min_positive:Share=0., # groups with a smaller share of positive sequences leave the loss, 0..1
+        min_positive:Share=0., # groups with a smaller share of positive sequences leave the loss
         positive:Finite=0., # a sequence with a reward above this is positive
         too_few:str="raise", # below `min_live`: "raise" an error | "skip" the stage with a warning
         strict:bool=True, # errors for what spoils log-probabilities; False makes them warnings
@@ -201,7 +201,7 @@ class GRPO(PolicyGradient):
         adv_clip:Positive|None=5., # advantages are cut to +-adv_clip
         clip_low:Amount=.2, # ratios below 1 - clip_low stop pulling
         clip_high:Amount=.28, # ratios above 1 + clip_high stop pulling
-        dual:Factor|None=3., # bound of the dual clip, > 1; None = off
+        dual:Factor|None=3., # bound of the dual clip; None = off
         refresh:Count|str="epoch", # when the old policy is renewed: "epoch" | "never" | every so many batches
         old=None, # an old policy to begin with instead of the current one (module); makes sense with refresh="never"
         strict:bool=True, # errors for active dropout and ratios off 1; False makes them warnings

@@ -106,7 +106,7 @@ class KLToRef(StepTerm):
     @guarded
     def __init__(self,
         ref="start", # "start" | the name of an anchor, e.g. "sft" | a module, which is copied | folder of a checkpoint
-        beta:Amount=.02, # weight, >= 0, loss units per nat; `AdaptiveKL` or `TempSchedule` may move it
+        beta:Amount=.02, # weight, loss units per nat; `AdaptiveKL` or `TempSchedule` may move it
         on:str="all", # mean over "all" queries of the batch | "live" ones, whose group is in the loss
         estimator:str="exact", # what is added: "exact" KL | "k3" over stored sequences; both are logged
         shots:Natural|None=None, # steps that count; None = as many as the batch's sequences have, and one more for STOP
@@ -216,7 +216,7 @@ class AdaptiveKL(FitOnly):
     def __init__(self,
         low:Amount=.05, # below this many nats beta falls
         high:Positive=.5, # above this many nats beta rises
-        factor:Factor=1.5, # by what, > 1
+        factor:Factor=1.5, # by what
         limits:tuple[Amount, ...]=(1e-4, 1.), # smallest and largest beta
     ):
         if not 0 <= low < high: raise ValueError(f"AdaptiveKL: band {low}..{high}, wanted 0 <= low < high")
@@ -275,10 +275,10 @@ class EntropyFloor(StepTerm):
     "Penalise a mean normalised entropy of the step distributions below `floor`"
     @guarded
     def __init__(self,
-        floor:Share=.25, # wanted entropy per step as a share of its maximum, 0..1
+        floor:Share=.25, # wanted entropy per step as a share of its maximum
         alpha:Amount=.1, # weight to begin with, loss units per unit of normalised entropy
         adaptive:bool=True, # move alpha once per epoch
-        factor:Factor=1.5, # by what, > 1
+        factor:Factor=1.5, # by what
         limits:tuple[Amount, ...]=(1e-3, 10.), # smallest and largest alpha
         shots:Natural|None=None, # steps that count; None = as many as the batch's sequences have, and one more for STOP
         limit:Count=256, # most prefixes per query and step, as in `KLToRef`

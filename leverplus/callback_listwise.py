@@ -25,7 +25,7 @@ class Listwise(Objective):
     def __init__(self,
         ref="start", # "start" | "none" | an anchor's name, a module or a checkpoint's folder, see `find_reference`
         temp:Schedule|None=None, # in units of reward; None = solved per query, for `ess`
-        ess:Level=.35, # share of the reference's effective sample size that the target keeps, in (0,1)
+        ess:Level=.35, # share of the reference's effective sample size that the target keeps
         limits:tuple[Positive, ...]=(.02, 1.), # smallest and largest temperature that is solved for
         over:str="sequence", # what is compared: "sequence" | "set", whose model needs `logp_set`
         skip_flat:bool=True, # groups without reward differences leave the loss

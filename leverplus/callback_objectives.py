@@ -31,7 +31,7 @@ class CISPO(GRPO):
     @guarded
     def __init__(self,
         *args, # of `GRPO`
-        cap:Positive=5., # > 0, largest weight of a sequence
+        cap:Positive=5., # largest weight of a sequence
         **kwargs, # of `GRPO`
     ):
         super().__init__(*args, **kwargs)
@@ -47,8 +47,8 @@ class SAPO(GRPO):
     @guarded
     def __init__(self,
         *args, # of `GRPO`
-        temp_good:Positive=1., # > 0, of sequences with a positive advantage
-        temp_bad:Positive=1.05, # > 0, of the others
+        temp_good:Positive=1., # of sequences with a positive advantage
+        temp_bad:Positive=1.05, # of the others
         **kwargs, # of `GRPO`
     ):
         super().__init__(*args, **kwargs)
@@ -82,7 +82,7 @@ class BestOfK(Objective):
     "Minimise the group's best reward minus the expected best of k draws from the policy"
     @guarded
     def __init__(self,
-        k:Count=2, # independent tries, >= 1; 1 is regret itself
+        k:Count=2, # independent tries; 1 is regret itself
         skip_flat:bool=True, # groups without reward differences leave the loss
     ):
         one = torch.zeros(1, 2)
@@ -210,7 +210,7 @@ class CorrectedGRPO(GRPO):
     def __init__(self,
         *args, # of `GRPO`
         cut:Positive|None=5., # largest weight of a sequence, >= 1; None = no cut
-        floor:Share=.3, # warn after an epoch with a smaller effective share of groups, 0..1
+        floor:Share=.3, # warn after an epoch with a smaller effective share of groups
         **kwargs, # of `GRPO`
     ):
         super().__init__(*args, **kwargs)

@@ -45,7 +45,7 @@ def draw_groups(
     store, # `EmbedStore` of queries and candidates
     queries, # B question_ids
     shots:Natural|None=2, # S; None for a policy with STOP, and only for one
-    G:Count=8, # sequences per query, >= 1
+    G:Count=8, # sequences per query
     distinct:bool=False, # without replacement?
     key:tuple=(0,), # names the draw, e.g. (seed, round)
     kind:str|None=None, # embeddings that the policy reads, see `EmbedStore.kind`
@@ -354,7 +354,7 @@ class OnPolicy(FitOnly):
 @guarded
 def round_of(
     queries:list, # question_ids
-    k:Natural, # number of the round, >= 0
+    k:Natural, # number of the round
     most:Count|None, # queries of a round at most; None: all
     seed:Natural, # of the orders
 )->list: # question_ids
@@ -704,7 +704,7 @@ class GreedyLoss:
         queries=None, # question_ids; None: all of `pool`
         kind:str|None=None, # embeddings that the policy reads, see `EmbedStore.kind`
         top:Finite=1., # the best reward there is
-        max_failed:Share=0., # share of picks, 0..1, that may lack a reward; they count as 0, with a warning
+        max_failed:Share=0., # share of picks that may lack a reward; they count as 0, with a warning
     ):
         self.shots = shot_counts(shots, "GreedyLoss")
         self.kind = kind
@@ -745,7 +745,7 @@ class GreedyLoss:
 def check_lost(
     lost:np.ndarray, # bool [shots,queries], True = a pick without a reward
     queries:list, # question_ids
-    max_failed:Share, # share that is allowed, 0..1
+    max_failed:Share, # share that is allowed
 )->None: # `NoReward` if there are more, a warning if there are any
     "Warn of picks without a reward, or refuse them"
     if not lost.any(): return

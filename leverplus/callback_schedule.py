@@ -97,7 +97,7 @@ class Freeze(StageCallback):
 def keep_k(
     rewards:Tensor, # [B,N]
     mask:Tensor, # bool [B,N]
-    k:Count, # how many of each group, >= 1
+    k:Count, # how many of each group
     which:str="stratified", # "best" | "worst" by reward | "stratified": a third best, a third worst, the rest at random
     lots:Tensor|None=None, # [B,N] in 0..1, decides between equal rewards and what is drawn; default drawn here
 )->Tensor: # bool [B,N], at most k True per row; "stratified" with k >= 2 never makes a live group flat

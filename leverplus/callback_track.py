@@ -195,8 +195,8 @@ class Best(FitOnly):
         score=valid_loss, # function of the Learner -> number, or one per query; smaller is better; default: fit's own
         min_delta:Amount=0., # how much better a later epoch must be
         promote:str="mean", # "mean": a smaller mean is enough | "paired": and p < alpha in a paired test over queries
-        alpha:Level=.05, # of that test, 0..1
-        patience:Count|None=None, # stop after so many epochs in a row that were not kept, >= 1; None = never
+        alpha:Level=.05, # of that test
+        patience:Count|None=None, # stop after so many epochs in a row that were not kept; None = never
     ):
         if promote not in ("mean", "paired"):
             raise ValueError(f"Best: promote {promote!r}, wanted 'mean' or 'paired'")

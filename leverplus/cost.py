@@ -166,7 +166,7 @@ def _area(n): return n*n if isinstance(n, int) else n[0]*n[1]
 @guarded
 def text_flops(
     config, # of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL model; TypeError for another
-    tokens:Amount, # tokens of the pass, >= 0
+    tokens:Amount, # tokens of the pass
     past:Amount=0, # tokens before them whose keys and values are cached
     logits:Amount=1, # positions at which the head is evaluated; 0 leaves it out
     causal:bool=True, # count half the square of attention among `tokens`? else all of it
@@ -247,7 +247,7 @@ def prompt_flops(
     answer_tokens:Amount=2, # tokens per answer that no other answer shares, end token not counted
     new_tokens:Natural=3, # length of the greedy text, end token included; 0: no generation
     way:str="shared", # one of WAYS; ValueError for another
-    known_images:Share=0., # `shared`: share of the images whose features are cached, 0..1
+    known_images:Share=0., # `shared`: share of the images whose features are cached
     known_tokens:Natural=0, # `shared`: tokens at the prompt's start whose keys and values are cached
     causal:bool=True, # as for `text_flops`
 )->Cost: # FLOPs by part
@@ -350,8 +350,8 @@ def peak_flops(
 @guarded
 def mfu(
     flops:Amount, # FLOPs that had to be done
-    seconds:Positive, # time they took, > 0
-    peak:Positive, # FLOP/s the machine could do, > 0
+    seconds:Positive, # time they took
+    peak:Positive, # FLOP/s the machine could do
 )->float: # 0..1, unless a count or a time is wrong
     "Model FLOP utilisation"
     if not (seconds > 0 and peak > 0):

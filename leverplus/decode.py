@@ -139,7 +139,7 @@ def best_sequences(
     enc, # from `policy.encode`, B queries
     B:Natural, # queries
     S:Natural, # shots
-    width:Count, # sequences per query, > 0
+    width:Count, # sequences per query
     temp:Positive=1., # > 0; divides the step logits
     noise:torch.Tensor|None=None, # [B,S,width,K] Gumbel draws: sample without replacement; None: beam search
     root:torch.Tensor|None=None, # [B] Gumbel draws: return the `rooted` keys by which sequences were kept, too
@@ -206,7 +206,7 @@ class SequenceLength:
 @guarded
 def sequence_length(
     policy, # for S = None it has `stops`, `min_shots` and `max_shots`
-    S:Natural|None, # shots, >= 0; None = the policy ends by itself, ValueError if it cannot
+    S:Natural|None, # shots; None = the policy ends by itself, ValueError if it cannot
 )->SequenceLength: # see there
     "What a number of shots asks of a policy"
     if S is None:
@@ -264,7 +264,7 @@ def beam_search(
 def greedy_search(
     policy, # has `start`, `point` and `take`
     enc, # B queries, with `mask`
-    S:Natural|None, # shots, >= 0; None: until STOP is more probable than not
+    S:Natural|None, # shots; None: until STOP is more probable than not
 ): # int [B,S]; for S = None (seqs [B,max_shots], seq_mask)
     "The most probable pick at each step"
     if S is not None: return beam_search(policy, enc, S, 1)[0][:, 0]
@@ -340,7 +340,7 @@ def _who_may_follow(seqs, K, length):
 def enumerate_all(
     policy, # has `start`, `point` and `take`
     enc, # B queries with `mask`, pools padded to K
-    S:Natural|None, # shots, >= 0; None = whatever the policy may end with, min_shots..max_shots
+    S:Natural|None, # shots; None = whatever the policy may end with, min_shots..max_shots
     limit:Count=1_000_000, # refuse more sequences than this
 )->tuple: # (seqs int [B,M,S], logp [B,M]), M = K!/(K-S)!, -inf where padding is picked; for S = None also seq_mask
     "Every ordered sequence of `S` picks and its log-probability"

@@ -113,7 +113,7 @@ def infoscore_beams(
     pools:Pool, # who may be picked; each pool has more candidates than shots, else ValueError names the query
     scorer, # see `ask`; None: all facts are in `cache`, KeyError names one that is not
     shots:Natural=2, # S >= 1
-    beam:Count=5, # sequences that each query keeps, >= 1
+    beam:Count=5, # sequences that each query keeps
     candidates:Count|None=None, # M of each pool that are tried, > S; None: all
     cache:FactCache|pd.DataFrame|None=None, # facts, looked up first and added to; a frame of facts will do
     prob:str="credit", # see `truth_prob`

@@ -489,7 +489,7 @@ def _check_held(items, ids, n):
 def nearest(
     store:EmbedStore, # holds `question_id` and `among`
     question_id:int, # whose neighbours
-    k:Count=5, # how many, >= 1
+    k:Count=5, # how many
     kind:str|None=None, # see `EmbedStore.kind`
     among=None, # question_ids to choose from; default the whole store
 )->pd.Series: # cosines, largest first, indexed by question_id; equal ones by id

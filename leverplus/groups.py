@@ -668,7 +668,7 @@ def _own_parts(path, tag):
 @guarded
 def save(self:RLData,
     path, # directory; made if absent. Data that lie there are replaced, an unfinished or divided generation is refused
-    part_rows:Count=250_000, # rows per part, > 0
+    part_rows:Count=250_000, # rows per part
 )->Path: # `path`
     "Write parts, pool and manifest; a kill at any moment leaves the old or the new content, never a mixture"
     path = Path(path)

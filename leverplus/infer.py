@@ -51,7 +51,7 @@ def as_pointer(
 def picks_frame(
     selector:str, # the name that the row will have in the table
     pointers:dict, # {question_id: ids in prompt order}
-    shots:Natural, # demonstrations asked for, >= 0; every pointer must have that many distinct ids
+    shots:Natural, # demonstrations asked for; every pointer must have that many distinct ids
     draw:Natural=0, # which repetition: random draw or training seed
     fewer:bool=False, # may a pointer be shorter (a selector that stops)?
 )->pd.DataFrame: # columns `selector, shots, draw, question_id, pointer`
@@ -80,7 +80,7 @@ def pick_zero(
 def pick_random(
     pool, # `Pool`
     S:Natural, # shots, 1..K; ValueError names a query whose pool is smaller
-    draws:Count=5, # independent draws, >= 1
+    draws:Count=5, # independent draws
     seed:Natural=0, # equal seed, equal picks
 )->pd.DataFrame: # picks with selector "random" and draw 0..draws-1
     "Demonstrations drawn uniformly without replacement, in random order"
@@ -125,7 +125,7 @@ def pick_mmr(
     store, # `EmbedStore`
     S:Natural, # shots, 1..K
     kind:str|None=None, # see `EmbedStore.kind`
-    weight:Share=.5, # w, 0..1; 1 is similarity alone
+    weight:Share=.5, # w; 1 is similarity alone
 )->pd.DataFrame: # picks with selector "mmr"
     "Similar to the query, and not to each other"
     if not 0 <= weight <= 1: raise ValueError(f"weight={weight}: wanted 0..1")
@@ -283,7 +283,7 @@ def candidates(
     S:Natural|None, # shots, 1..K-1; None: the selector stops by itself
     width:Count=5, # sequences per query; fewer where a pool has fewer
     search:str="beam", # beam | samples
-    temp:Positive=1., # > 0, of samples
+    temp:Positive=1., # of samples
     kind:str|None=None, # embeddings that the selector reads; None: as it was trained, see `kind_of`
     seed:Natural=0, # of samples
     bs:Count=256, # queries per batch; changes nothing

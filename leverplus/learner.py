@@ -187,7 +187,7 @@ def _best(learn, best):
 @delegates(Stage)
 @guarded
 def fit_stage(self:Learner,
-    n_epoch:Natural, # epochs, >= 0; 0 says so and changes nothing
+    n_epoch:Natural, # epochs; 0 says so and changes nothing
     lr:LearningRate, # peak learning rate, falls to 0 along a cosine
     cbs, # what makes the stage: objective, penalties, schedules
     **kwargs, # of `Stage`

@@ -873,8 +873,8 @@ def rounds(
     world, # `World`, or anything with `items, store, pools, scorer`
     path, # folder of the loop, of `closed_loop` too; continued if its settings are the same
     settings:LoopSettings|None=None, # None: the defaults
-    most:Count=6, # rounds at most, >= 1; a later call may ask for more
-    patience:Count=2, # stop after so many rounds in which headroom did not shrink, >= 1
+    most:Count=6, # rounds at most; a later call may ask for more
+    patience:Count=2, # stop after so many rounds in which headroom did not shrink
     min_shrink:Amount=0., # by how much it must shrink to count, in accuracy
     **kwargs, # `train, cache, progress` of `Loop`, and settings by flat names: n, dev, policy_counts, warm, seed, ...
 )->Rounds: # shows itself in a notebook

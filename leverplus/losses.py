@@ -86,7 +86,7 @@ def imitation_loss(
 def rce_weights(
     rewards:Tensor, # [B,N]
     mask:Tensor, # bool [B,N]
-    temp:Positive=1., # > 0, in units of the (normalised) reward, or of ranks 0..1
+    temp:Positive=1., # in units of the (normalised) reward, or of ranks 0..1
     norm:str="raw", # "raw" | "zscore": rewards of each group standardised, as in `advantage`
     weights:str="softmax", # "softmax" of rewards | "rank": softmax of ranks 0..1 | "top1": the best alone
 )->Tensor: # [B,N] each row sums to 1 over its real entries, 0 elsewhere
@@ -120,7 +120,7 @@ def ess(
 def top_weights(
     rewards:Tensor, # [B,N]
     mask:Tensor, # bool [B,N]
-    top:Count|None=1, # how many are imitated, >= 1; None = all
+    top:Count|None=1, # how many are imitated; None = all
 )->Tensor: # [B,N] each row sums to 1 over its real entries, 0 elsewhere; those tied for the last places share them
     "Weights of the `top` best sequences of each group, all alike"
     if top is not None and top < 1: raise ValueError(f"top_weights: top {top}, wanted >= 1, or None for all")
@@ -206,7 +206,7 @@ def _check_listwise(temp, ess, limits):
 def solve_temp(
     lr:Tensor, # [B,N] log-probabilities of the reference over each group, -inf on padding
     rewards:Tensor, # [B,N] 0 on padding
-    ess:Level=.35, # wanted share, in (0,1)
+    ess:Level=.35, # wanted share
     limits:tuple[Positive, ...]=(.02, 1.), # smallest and largest temperature, in units of reward
     n_iter:Count=16, # halvings of the interval of its logarithm
 )->Tensor: # [B]; a group that cannot reach `ess` within the limits gets the nearer one, a flat group the largest

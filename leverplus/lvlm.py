@@ -529,7 +529,7 @@ class NaiveScorer:
     @guarded
     def __init__(self,
         lvlm:LVLM, # whom to ask
-        batch_size:Count=16, # rows per forward, >= 1
+        batch_size:Count=16, # rows per forward
         max_new_tokens:Count=MAX_NEW_TOKENS, # longest answer, end token included
     ):
         self.lvlm = lvlm

@@ -33,8 +33,8 @@ def sapo_loss(
     old:Tensor, # [B,N] the same under the policy that is compared with, no gradient
     adv:Tensor, # [B,N] advantages of the whole group
     mask:Tensor, # bool [B,N] what counts in the loss
-    temp_good:Positive=1., # > 0, of sequences with A > 0; a higher one narrows the band in which they pull
-    temp_bad:Positive=1.05, # > 0, of the others
+    temp_good:Positive=1., # of sequences with A > 0; a higher one narrows the band in which they pull
+    temp_bad:Positive=1.05, # of the others
 )->Tensor: # scalar to minimise; mean over the group, then over queries
     "Policy-gradient loss with a soft gate in place of the clip (SAPO)"
     if temp_good <= 0 or temp_bad <= 0:
@@ -49,7 +49,7 @@ def sapo_loss(
 def max_at_k(
     rewards:Tensor, # [B,N]
     mask:Tensor, # bool [B,N]
-    k:Count, # sequences that are tried, >= 1; a smaller group counts with its size
+    k:Count, # sequences that are tried; a smaller group counts with its size
 )->Tensor: # float64 [B], 0 for empty groups
     "Mean over all subsets of k of the best reward in them"
     order, r, n, k = _sorted(rewards, mask, k)
@@ -97,7 +97,7 @@ def best_of_k(
     logp:Tensor, # [B,N] log-probabilities of the stored sequences
     rewards:Tensor, # [B,N]
     mask:Tensor, # bool [B,N]
-    k:Count=2, # independent tries, >= 1
+    k:Count=2, # independent tries
 )->Tensor: # [B] in units of reward; 0 for empty groups
     "Expected best reward of k draws from the policy renormalised on the group"
     order, r, _, _ = _sorted(rewards, mask, k)
@@ -111,7 +111,7 @@ def best_of_k_regret(
     logp:Tensor, # [B,N] log-probabilities of the stored sequences
     rewards:Tensor, # [B,N]
     mask:Tensor, # bool [B,N]
-    k:Count=2, # independent tries, >= 1
+    k:Count=2, # independent tries
 )->Tensor: # [B] in units of reward, >= 0
     "Best reward of the group minus the expected best of k draws"
     best = rewards.masked_fill(~mask, -torch.inf).amax(-1).masked_fill(~mask.any(-1), 0.)

@@ -274,7 +274,7 @@ SAMPLERS = {"random": {}, "text": {"text": 1.}, "image": {"image": 1.}, "mixed":
 @guarded
 def sampler_parts(
     sampler:str, # random | text | image | mixed
-    K:Count, # pool size, >= 1
+    K:Count, # pool size
 )->dict: # {"text": n, "image": n, "random": n}, in the order of drawing; sums to K
     "How many of K candidates each way of drawing gives"
     if sampler not in SAMPLERS: raise ValueError(f"sampler {sampler!r}: choose one of {', '.join(SAMPLERS)}")
@@ -351,7 +351,7 @@ def _draw(queries, demos, parts, store, seed): # {question_id: its candidates, s
 def make_pool(
     queries:pd.DataFrame, # items to make pools for: question_id, image_id, question, image_path if there
     demos:pd.DataFrame, # items to choose from, same columns; may be the same frame
-    K:Count, # candidates per query, >= 1
+    K:Count, # candidates per query
     sampler:str="random", # random | text | image | mixed
     store:EmbedStore|None=None, # embeddings of queries and demos; needed by text, image, mixed
     seed:Natural=0, # names the draws together with the question_id

@@ -107,7 +107,7 @@ def check_price(
 def reward(
     frame:pd.DataFrame, # rows of the record; `eval_failed` marks failures (absent: none failed)
     mode:str="hard_plus_soft", # a name out of REWARDS
-    price:Amount=0., # what each demonstration costs, in units of the reward, >= 0
+    price:Amount=0., # what each demonstration costs, in units of the reward
     **weights, # arguments of that mode, e.g. `hard_weight=2.`; TypeError names one that it does not have
 )->np.ndarray: # [n] float64, the mode minus `price` times the number of demonstrations; NaN for rows that failed
     "Reward of each row; ValueError names column and question_id of a missing fact"
@@ -245,7 +245,7 @@ def hybrid(
     vqa_correct:np.ndarray, # [n] 0 or 1
     vqa_acc_score:np.ndarray, # [n] 0..1
     info_score:np.ndarray, # [n] -1..1, see the function `info_score`; not looked at while alpha is 0
-    alpha:Share=.5, # share of info, 0..1
+    alpha:Share=.5, # share of info
     info_scale:Positive=10., # info of 1/info_scale and above counts fully
 )->np.ndarray: # [n] 0..alpha+1.5(1-alpha)
     "Reward what the demonstrations added, and credit: alpha * clip(10 * info, 0, 1) + (1 - alpha)(h + .5 * a)"
@@ -483,7 +483,7 @@ def z_score(
 def z_score_clamp(
     reward, # [n]; NaN = failed
     question_id, # [n] query of each row
-    clip:Positive=3., # cut to -clip..clip, > 0
+    clip:Positive=3., # cut to -clip..clip
     min_std:Amount=.1, # smallest divisor, in units of reward
 )->np.ndarray: # [n] -clip..clip
     "`z_score`, cut off where it leaves -clip..clip"

@@ -351,7 +351,7 @@ def _nearest(n, other, share, min_kept):
 def counts_for_share(
     positives:np.ndarray, # int [queries]
     contrasts:np.ndarray, # int [queries]
-    share:Level, # wanted share of positives, 0 < share < 1
+    share:Level, # wanted share of positives
     min_positive:Natural=0, # never fewer, nor fewer than one
     min_contrast:Natural=0, # never fewer, nor fewer than one
 )->tuple: # (positives, contrasts) to keep, int [queries]
@@ -381,7 +381,7 @@ def stay_keys(
 @guarded
 def balance(
     data:RLData, # a record
-    positive_share:Level|None=None, # wanted share of positives where a query has both kinds, 0 < share < 1; None: any
+    positive_share:Level|None=None, # wanted share of positives where a query has both kinds; None: any
     min_positive:Natural=0, max_positive:Natural|None=None, # positives per query; None: no maximum
     min_contrast:Natural=0, max_contrast:Natural|None=None, # contrasts per query
     seed:Natural=0, # of the lots

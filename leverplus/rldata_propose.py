@@ -283,7 +283,7 @@ def propose(
 @guarded
 def check_queries(
     queries:list, # question_ids
-    S:Natural, # shots, >= 0
+    S:Natural, # shots
 )->None: # ValueError unless there are queries, each once, and a number of shots
     "Refuse a request that proposes nothing, or twice"
     named = pd.Series(queries)

@@ -193,7 +193,7 @@ class SharedScorer:
     @guarded
     def __init__(self,
         lvlm:LVLM, # whom to ask
-        batch_tokens:Count=8192, # padded prompt tokens per batch, > 0; 65536 suits a large GPU
+        batch_tokens:Count=8192, # padded prompt tokens per batch; 65536 suits a large GPU
         max_new_tokens:Count=MAX_NEW_TOKENS, # longest answer, end token included
         cache_bytes:Natural=1 << 30, # image features kept in memory, oldest leave first
         vision_dir=None, # folder for image features, shared by processes and runs; None: memory only
@@ -202,7 +202,7 @@ class SharedScorer:
         prefix_depth:Natural=1, # with global: beginnings of so many demonstrations are computed before they are shared
         group_windows:bool=True, # one attention call for windows of equal length in the vision tower
         equal_lengths:bool|None=None, # prefer batches without padding, which need no mask; default on a GPU
-        window:Count=2048, # prompts made ready at once, >= 1
+        window:Count=2048, # prompts made ready at once
     ):
         _check_settings(prefix_cache, batch_tokens, max_new_tokens, window)
         self.lvlm = lvlm

@@ -84,16 +84,16 @@ class PointerParts(nn.Module):
     def __init__(self,
         d_in:Count, # D + F, width of what it is given for a query or a candidate; F is `n_evidence`
         d_hidden:Count=128, # H; equal to D, the input projection is absent
-        n_layers:Natural=1, # rounds of query -> candidates attention, >= 0
+        n_layers:Natural=1, # rounds of query -> candidates attention
         n_heads:Count=1, # attention heads; divides `d_hidden`
-        dropout:Share=.1, # in `encode` only, 0..1: decoding and `logp` share one encoding
+        dropout:Share=.1, # in `encode` only: decoding and `logp` share one encoding
         temp:Positive=.1, # T > 0 of the pointer's cosine
         state:str="gate", # what a pick changes: none (only the mask) | scalar | gate | gru
         prior:bool|str=True, # start as retrieval; "match": by a match that learns; False: a plain pointer network
         prior_scale:Amount=10., # s, how sharply the prior prefers the more similar; 10 is the prior alone at T = .1
         max_shots:Count=4, # the longest sequence, S <= max_shots
         scorer:str="cosine", # state against candidate: cosine | additive | bilinear | heads | and
-        cand_layers:Natural=0, # rounds of self-attention among the candidates, >= 0
+        cand_layers:Natural=0, # rounds of self-attention among the candidates
         match:str="none", # attribute-wise match of raw embeddings: none | heads (a sum) | and | net (sees the picks)
         n_match:Count=8, # attributes of `match`, 1..D
         diversity:str="none", # what a pick takes from the others: none | mmr | coverage | dpp

@@ -49,7 +49,7 @@ def as_believed(
 @guarded
 def visited_episode(
     g:np.random.Generator, # decides everything
-    n_demos:Natural, # demonstrations, >= 0
+    n_demos:Natural, # demonstrations
     asks=ASKS, # questions that may occur
 )->tuple: # (demonstrations in prompt order, query), all `Shown`
     "An episode in which a visitor speaks for Albion, and the demonstrations are believed"

@@ -104,7 +104,7 @@ class Interval(NamedTuple):
 
 @guarded
 def tail(
-    level:Level, # coverage that is wanted, 0..1
+    level:Level, # coverage that is wanted
     clusters:Count|None=None, # C, independent clusters that were resampled; None: so many that it does not matter
 )->float: # 0..1
     "Share of the resamples that lies below an interval"
@@ -116,7 +116,7 @@ def tail(
 @guarded
 def bounds(
     x, # [resamples] resampled values; NaN are left out
-    level:Level, # coverage, 0..1
+    level:Level, # coverage
     clusters:Count|None=None, # as in `tail`
 )->list: # [lo, hi] in the unit of `x`
     "Bounds of resamples: percentiles, farther out where clusters are few"
@@ -182,8 +182,8 @@ def mde(
     a, # [n] scores of one selector
     b, # [n] scores of the other on the same queries
     cluster=None, # [n] cluster of each query
-    power:Level=.8, # chance to find an effect of that size, 0..1
-    level:Level=.95, # of the two-sided interval, 0..1
+    power:Level=.8, # chance to find an effect of that size
+    level:Level=.95, # of the two-sided interval
 )->float: # in the unit of the scores; inf with so few clusters that they may all go one way by luck: five at 95 %
     "Smallest true difference that a comparison of these two would find with `power`"
     d, c = _diff(a, b, cluster)
@@ -203,7 +203,7 @@ def _reach(power=.8, level=.95):
 @guarded
 def plan_mde(
     n:Count, # queries
-    changed:Share=.05, # f, share of queries whose score changes, 0..1; see `changed` of a first run
+    changed:Share=.05, # f, share of queries whose score changes; see `changed` of a first run
     d2:Positive=.72, # mean squared difference of those that change; 1 for scores in {0, 1}
     power:Level=.8, level:Level=.95, # as in `mde`
     design:Positive=1., # variance ratio by clustering, >= 1: (mde with clusters / mde without) squared
@@ -213,7 +213,7 @@ def plan_mde(
 
 @guarded
 def plan_power(
-    delta:Positive, # wanted true difference, in 0..1 units, > 0
+    delta:Positive, # wanted true difference, in 0..1 units
     changed:Share=.05, d2:Positive=.72, power:Level=.8, level:Level=.95, design:Positive=1., # as in `plan_mde`
 )->int: # queries
     "How many queries a wanted difference needs"
@@ -226,7 +226,7 @@ def plan_power(
 def detectable(
     est:Interval, # an estimate with its interval
     power:Level=.8, # as in `mde`
-    level:Level=.95, # coverage of the interval, between 0 and 1
+    level:Level=.95, # coverage of the interval
 )->float: # in the estimate's unit
     "Minimal detectable effect read off an interval's width"
     return (est.hi - est.lo)/2 * _reach(power, level) / NormalDist().inv_cdf((1 + level)/2)
@@ -339,7 +339,7 @@ def holm(
 def seed_weights(
     g:np.random.Generator, # draws them
     n:Count, # resamples
-    k:Count, # seeds, >= 1
+    k:Count, # seeds
 )->np.ndarray: # [n, k]; each row sums to 1
     "Weights of k-1 seeds drawn from k with replacement; 1 for a single seed"
     draws = max(k - 1, 1)

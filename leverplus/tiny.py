@@ -271,7 +271,7 @@ def item_lesson(
     g:np.random.Generator, # decides wordings, and which items show their image
     demos, # shown items
     query, # asked last
-    images:Share=1., # chance that an item shows its image and not the words for it, 0..1
+    images:Share=1., # chance that an item shows its image and not the words for it
     echo:bool=False, # add island and English word behind each answer?
     style:str="interleaved", # of the prompt, see `20_prompt`
 )->Lesson:
@@ -510,7 +510,7 @@ def _optimisers(model, lr):
 @guarded
 def in_context_accuracy(
     lvlm:LVLM, # the model
-    n_demos:Natural, # demonstrations, >= 0
+    n_demos:Natural, # demonstrations
     ask:str, # shape | colour | both
     p_help:Share=1., # do the demonstrations give the answer away? 1 yes, 0 only by chance
     n:Count=200, # episodes

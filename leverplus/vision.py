@@ -314,7 +314,7 @@ class VisionTower:
     def __init__(self,
         model, # whose vision tower
         image_processor, # its image processor
-        patches:Count=1 << 15, # patches per run of the tower, > 0; halved when memory runs out
+        patches:Count=1 << 15, # patches per run of the tower; halved when memory runs out
         group:bool=True, # put windows of equal length into one attention call? Tried and compared first
     ):
         self.model = model
@@ -422,7 +422,7 @@ class VisionEncoder(VisionTower):
         model, # whose vision tower
         image_processor, # its image processor
         cache:VisionCache, # of the same model and processor
-        patches:Count=1 << 15, # patches per run of the tower, > 0; halved when memory runs out
+        patches:Count=1 << 15, # patches per run of the tower; halved when memory runs out
         group:bool=True, # put windows of equal length into one attention call? Tried and compared first
         threads:Count|None=None, # that read and decode images; default the number of cores, at most 8
     ):

@@ -19,7 +19,7 @@ from .text import compose
 @guarded
 def match_accuracy(
     c:Natural, # people who gave the predicted answer, 0..n
-    n:Count=10, # people asked, >= 1; with one person nobody else can agree, so the accuracy is 0
+    n:Count=10, # people asked; with one person nobody else can agree, so the accuracy is 0
 )->float: # 0..1
     "Compute the leave-one-out accuracy of an answer that `c` of `n` people gave"
     if c == 0: return 0.
