@@ -7,6 +7,7 @@ from fastcore.basics import patch
 from fastcore.meta import delegates
 from bad_numbers import bad_numbers, callables, direct, good_values, guarded_arguments, modules
 from leverplus.callback_grpo import GRPO
+from leverplus.identity import code_fingerprint
 from leverplus.learner import Stage
 from leverplus.recipes import check_recipe, recipe
 from leverplus.rewards import reward, reward_facts
@@ -210,6 +211,10 @@ def test_a_guarded_function_is_still_itself():
     assert told.__doc__ == "Say what came" and inspect.getsource(told).startswith("@guarded\ndef told(n:Natural")
     assert str(inspect.signature(told)).startswith("(n: 'Natural', share: 'Share' = 0.5, *, limit: 'Bound' = inf")
     assert pickle.loads(pickle.dumps(Record(2))) == Record(2)
+
+def test_a_guard_does_not_change_what_code_is():
+    def plain(n:Natural): return n + 1
+    assert code_fingerprint(guarded(plain)) == code_fingerprint(plain)
 
 def test_patch_delegates_and_dataclasses_are_guarded():
     assert Holder().held(2) == 2 and more(share=.1) == (.1, (1, .1, math.inf, None))
