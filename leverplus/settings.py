@@ -170,7 +170,7 @@ class Guard:
         self.name = name
         self.wanted = in_range(hint)
         kinds = _kinds(hint)
-        self.numbers = [(get_args(kind)[0], _interval(kind)) for kind in kinds if is_number(kind)]
+        self.numbers = [(get_args(kind)[0], *_ends(_interval(kind))) for kind in kinds if is_number(kind)]
         self.holders = [(get_origin(kind), _guards_of(name, kind)) for kind in kinds if _holds(kind)]
         self.others = [kind for kind in kinds if not is_number(kind) and not _holds(kind)]
 
@@ -178,9 +178,12 @@ class Guard:
         value, # what was given
     ): # the same, a whole number as int; ValueError says what was wanted
         "Let a value pass, or refuse it"
-        if isinstance(value, Real) and not isinstance(value, bool):
-            for kind, wanted in self.numbers:
-                if _inside(value, kind, wanted): return int(value) if kind is int else value
+        number = _as_number(value)
+        if number is not None:
+            for kind, least, most in self.numbers:
+                if not least <= number <= most: continue
+                if kind is float: return value
+                if number == int(number): return int(number)
         for holder, guards in self.holders:
             if holder is dict and isinstance(value, dict):
                 key, each = guards
@@ -227,16 +230,21 @@ def _is_of(value, hint):
     kind = get_origin(hint) or hint
     return isinstance(value, kind) if isinstance(kind, type) else not isinstance(value, (Real, str))
 
-def _inside(value, kind, wanted):
-    "Is a number, finite unless infinity belongs to them, one of those that are wanted?"
-    value = int(value) if isinstance(value, Integral) else float(value)
-    finite = -sys.float_info.max <= value <= sys.float_info.max
-    if not finite and wanted.le != value: return False
-    if kind is int and value != int(value): return False
-    if wanted.ge is not None and value < wanted.ge: return False
-    if wanted.gt is not None and value <= wanted.gt: return False
-    if wanted.le is not None and value > wanted.le: return False
-    return wanted.lt is None or value < wanted.lt
+def _as_number(value):
+    "A number of Python; None for what is none, such as true, or larger than any of type float"
+    if type(value) is float: return value
+    if isinstance(value, bool) or not isinstance(value, Real): return None
+    if not isinstance(value, Integral): return float(value)
+    return int(value) if abs(int(value)) <= sys.float_info.max else None
+
+def _ends(wanted):
+    "The least and the largest number of an interval; infinity belongs to it only where it says so"
+    largest = sys.float_info.max
+    least = -largest if wanted.ge is None else wanted.ge
+    most = largest if wanted.le is None else wanted.le
+    if wanted.gt is not None: least = math.nextafter(wanted.gt, math.inf)
+    if wanted.lt is not None: most = math.nextafter(wanted.lt, -math.inf)
+    return least, most
 
 _OTHERS = {str: "a name", Callable: "a function"}
 
