@@ -434,8 +434,9 @@ def test_a_budget_that_cannot_be_kept_is_refused(lvlm, budget):
     with pytest.raises(ValueError, match="wanted 784 "): load_lvlm(lvlm.name, **budget)
 
 def test_a_budget_below_one_pixel_is_refused(lvlm):
-    with pytest.raises(ValueError, match="min_pixels -1: wanted a whole number >= 1"): with_pixels(lvlm, min_pixels=-1)
-    with pytest.raises(ValueError, match="min_pixels -1: wanted a whole number >= 1"): load_lvlm(lvlm.name, min_pixels=-1)
+    says = "min_pixels -1: wanted a whole number >= 1"
+    with pytest.raises(ValueError, match=says): with_pixels(lvlm, min_pixels=-1)
+    with pytest.raises(ValueError, match=says): load_lvlm(lvlm.name, min_pixels=-1)
 
 def test_no_budget_is_that_of_the_checkpoint(lvlm):
     assert with_pixels(lvlm) is lvlm
