@@ -22,6 +22,7 @@ from leverplus.core import (
     write_parquet,
 )
 from .runs import library_versions
+from .settings import Count, guarded
 from leverplus.pictures import (
     BadPicture, content_hash, open_image, picture_fault, picture_format, picture_key,
 )
@@ -632,9 +633,10 @@ def cosines(self:DemoBank,
     return vectors.double() @ self._matrices[kind].T
 
 @patch
+@guarded
 def search(self:DemoBank,
     vectors:torch.Tensor, # [B,D] of length 1, as of `embed`
-    K:int, # how many, >= 1; at most as many as there are
+    K:Count, # how many; at most as many as there are
     kind:str|None=None, # see `EmbedStore.kind`
     barred=None, # bool [B,N], in the order of `items`: who may not be found, see `same_picture`
 )->tuple: # (int [B,K] question_ids, float64 [B,K] cosines), equal ones by id; -1, -inf: nobody is left

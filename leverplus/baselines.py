@@ -12,6 +12,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 import numpy as np, pandas as pd
 from sklearn.linear_model import LogisticRegression
+from .settings import Count, Natural, Positive, guarded
 from .items import as_items
 from .vqa import normalise
 from .rewards import reward
@@ -51,10 +52,11 @@ def query_cosines(
     vectors = store.get(list(candidates), kind).double().cpu().numpy()
     return np.round(vectors @ store.get([query], kind)[0].double().cpu().numpy(), 6)
 
+@guarded
 def best_last(
     score, # [K], larger is better
     candidates, # question_ids [K]
-    S:int, # how many, <= K
+    S:Natural, # how many, <= K
     then=None, # [K] what breaks ties, larger is better; then the smaller question_id
 )->tuple: # of S question_ids, the best last
     "The S candidates of the highest score, in prompt order"
@@ -64,12 +66,13 @@ def best_last(
     return tuple(int(candidates[i]) for i in best_first[::-1])
 
 # %% ../nbs/79_baselines.ipynb #f8a2c93d
+@guarded
 def vote_scores(
     answers:Answers, # of all items
     candidates, # question_ids [K] whose answers are voted on
     voters, # question_ids [V] that vote
     near, # [V] cosines of the voters with the query
-    width:float=.05, # a cosine that is so much lower weighs 1/e
+    width:Positive=.05, # a cosine that is so much lower weighs 1/e
     own:bool=True, # does a candidate among the voters vote for itself?
 )->np.ndarray: # [K], 0..1: share of the weight that agrees
     "How far the answers of nearby questions agree with each candidate's"
@@ -80,6 +83,7 @@ def vote_scores(
         agree[:, j] = [right.get(answers.shown(c), 0.) if own or c != voter else 0. for c in candidates]
     return np.round(agree @ weights / weights.sum(), 9)
 
+@guarded
 @dataclass
 class Vote:
     "Rule: show the demonstrations whose answers nearby questions agree with; ties go to the more similar one"
@@ -87,7 +91,7 @@ class Vote:
     items:pd.DataFrame # by question_id: `answer`, `answers`
     kind:str = "mixed" # which embeddings
     voters:object = None # `Pool` of those who vote, such as the 60 nearest of the bank; None: the candidates
-    width:float = .05 # of a voter's weight, see `vote_scores`
+    width:Positive = .05 # of a voter's weight, see `vote_scores`
 
     def __post_init__(self):
         self.items = as_items(self.items, columns=("answer", "answers"))
@@ -119,14 +123,15 @@ def effects(
     return frame.groupby(["question_id", "demo"], sort=False).effect.mean().reset_index()
 
 # %% ../nbs/79_baselines.ipynb #112a3edc
+@guarded
 @dataclass
 class FactsNearby:
     "Rule: show demonstrations like those that helped the nearest questions (nearest neighbours over facts)"
     groups:object # `RLData` with facts
     store:object # `EmbedStore`
     kind:str = "mixed" # which embeddings
-    nearest:int = 60 # stored questions that are looked at
-    width:float = .1 # of the kernel: a cosine that is so much lower counts 1/e
+    nearest:Count = 60 # stored questions that are looked at
+    width:Positive = .1 # of the kernel: a cosine that is so much lower counts 1/e
     mode:str = "hard_plus_soft" # reward, see `31_rewards`
 
     def __post_init__(self):
@@ -178,11 +183,12 @@ def features(
     return np.stack([near, 1/(1 + place), votes, in_question, shared], 1)
 
 # %% ../nbs/79_baselines.ipynb #bbf7d5cc
+@guarded
 def best_linear(
     inner, # [K] worth of a candidate anywhere
     last, # [K] what it is worth beside that as the last one
     candidates, # question_ids [K]
-    S:int, # shots, 1..K
+    S:Natural, # shots, 1..K
 )->tuple: # S question_ids in prompt order; ties go to the smaller ids
     "The ordered sequence with the largest sum of `inner` over all, and `last` of the last"
     order = np.lexsort((np.asarray(candidates), -np.round(inner, 9)))

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from .core import masked_mean
+from .settings import Amount, Count, Finite, Level, Natural, Positive, Share, guarded
 
 # %% ../nbs/49_blocks.ipynb #237d98e7
 def dots(
@@ -32,9 +33,10 @@ def picked(
     return c[0][i] if len(c) < len(i) else c.gather(1, i[..., None].expand(*i.shape, c.shape[-1]))
 
 # %% ../nbs/49_blocks.ipynb #030fe689
+@guarded
 def near_identity(
-    n:int, # width
-    noise:float=.01, # standard deviation of what is added to the identity, >= 0
+    n:Count, # width
+    noise:Amount=.01, # standard deviation of what is added to the identity
 )->nn.Linear: # `n` -> `n`, bias 0
     "Linear layer that starts as identity plus a little noise"
     lin = nn.Linear(n, n)
@@ -57,10 +59,11 @@ def attend(
 
 class CrossAttend(nn.Module):
     "The query looks at its candidates: attention, residual, LayerNorm"
+    @guarded
     def __init__(self,
-        n:int, # width
-        n_heads:int=1, # attention heads; divides `n`
-        dropout:float=0., # of attention weights and of what they bring, 0..1
+        n:Count, # width
+        n_heads:Count=1, # attention heads; divides `n`
+        dropout:Share=0., # of attention weights and of what they bring
     ):
         super().__init__()
         self.attn = nn.MultiheadAttention(n, n_heads, dropout=dropout, batch_first=True)
@@ -99,10 +102,11 @@ class CrossAttend(nn.Module):
 # %% ../nbs/49_blocks.ipynb #92325185
 class SelfAttend(nn.Module):
     "The candidates look at each other: pre-norm attention and a small MLP, each with its residual"
+    @guarded
     def __init__(self,
-        n:int, # width
-        n_heads:int=1, # attention heads; divides `n`
-        dropout:float=0., # 0..1
+        n:Count, # width
+        n_heads:Count=1, # attention heads; divides `n`
+        dropout:Share=0., # 0..1
     ):
         super().__init__()
         self.norm1 = nn.LayerNorm(n)
@@ -120,9 +124,10 @@ class SelfAttend(nn.Module):
 # %% ../nbs/49_blocks.ipynb #6ccf6b06
 class Scalar(nn.Module):
     "State update with one mixing coefficient for all dimensions"
+    @guarded
     def __init__(self,
-        n:int, # width; not used
-        start:float=.6, # share of the query at the start, 0 < start < 1
+        n:Count, # width; not used
+        start:Level=.6, # share of the query at the start
     ):
         super().__init__()
         self.mix = nn.Parameter(torch.tensor(math.log(start / (1-start))))
@@ -134,8 +139,9 @@ class Scalar(nn.Module):
 # %% ../nbs/49_blocks.ipynb #b888c791
 class Gate(nn.Module):
     "Gated state update: how much of the query gives way to the picked candidate, per dimension"
+    @guarded
     def __init__(self,
-        n:int, # width
+        n:Count, # width
     ):
         super().__init__()
         self.mix = nn.Linear(2*n, n)
@@ -147,8 +153,9 @@ class Gate(nn.Module):
 
 class Recurrent(nn.Module):
     "State update by a GRU cell that reads the picks"
+    @guarded
     def __init__(self,
-        n:int, # width
+        n:Count, # width
     ):
         super().__init__()
         self.cell = nn.GRUCell(n, n)
@@ -164,8 +171,9 @@ STATES = dict(none=None, scalar=Scalar, gate=Gate, gru=Recurrent) # choices of `
 # %% ../nbs/49_blocks.ipynb #edc5130b
 class Cosine(nn.Module):
     "Dot product of unit vectors"
+    @guarded
     def __init__(self,
-        n:int, # width; not used
+        n:Count, # width; not used
     ): super().__init__()
     def keys(self, c): return c
     def forward(self, q, keys):
@@ -174,9 +182,10 @@ class Cosine(nn.Module):
 
 class Bilinear(nn.Module):
     "Dot product after a learned matrix"
+    @guarded
     def __init__(self,
-        n:int, # width
-        noise:float=.01, # standard deviation of what is added to the identity, >= 0
+        n:Count, # width
+        noise:Amount=.01, # standard deviation of what is added to the identity
     ):
         super().__init__()
         self.w = nn.Parameter(torch.eye(n) + noise*torch.randn(n, n))
@@ -188,9 +197,10 @@ class Bilinear(nn.Module):
 # %% ../nbs/49_blocks.ipynb #6c8b084d
 class Additive(nn.Module):
     "A one-layer network on state and candidate"
+    @guarded
     def __init__(self,
-        n:int, # width
-        room:int=2**22, # candidates are taken in parts of at most so many numbers at once, >= 1
+        n:Count, # width
+        room:Count=2**22, # candidates are taken in parts of at most so many numbers at once
     ):
         super().__init__()
         self.wq = near_identity(n)
@@ -207,11 +217,12 @@ class Additive(nn.Module):
 # %% ../nbs/49_blocks.ipynb #5e45e526
 class Heads(nn.Module):
     "Cosine in several learned subspaces, with weights >= 0: a sum, or a soft `and`"
+    @guarded
     def __init__(self,
-        n:int, # width of what is compared
-        n_heads:int=8, # subspaces, each of n/n_heads dimensions (at least 1)
+        n:Count, # width of what is compared
+        n_heads:Count=8, # subspaces, each of n/n_heads dimensions (at least 1)
         soft_and:bool=False, # every attribute must agree, instead of their sum
-        temp:float=.1, # softness of the `and` in units of cosine, > 0
+        temp:Positive=.1, # softness of the `and` in units of cosine
     ):
         super().__init__()
         self.n_heads = n_heads
@@ -239,8 +250,9 @@ class Heads(nn.Module):
             total = total + w * self.temp * F.logsigmoid((agree - b) / self.temp)
         return total
 
+@guarded
 def soft_and(
-    n:int, # width of what is compared
+    n:Count, # width of what is compared
     *args, # further arguments of `Heads`
 )->Heads: # with `soft_and=True`
     "Heads of which every one must agree"
@@ -252,13 +264,14 @@ SCORERS = {"cosine": Cosine, "additive": Additive, "bilinear": Bilinear, "heads"
 # %% ../nbs/49_blocks.ipynb #41fdd516
 class MatchNet(nn.Module):
     "Cosines with query and picks in learned subspaces, read by a small network"
+    @guarded
     def __init__(self,
-        d:int, # D, width of the raw embeddings
-        n_heads:int=8, # subspaces
-        width:int=16, # dimensions of each
-        about:int=16, # size of the summaries of query and candidate
-        hidden:int=64, # width of the network
-        dropout:float=.1, # of the embeddings it reads, 0..1
+        d:Count, # D, width of the raw embeddings
+        n_heads:Count=8, # subspaces
+        width:Count=16, # dimensions of each
+        about:Count=16, # size of the summaries of query and candidate
+        hidden:Count=64, # width of the network
+        dropout:Share=.1, # of the embeddings it reads
     ):
         super().__init__()
         self.n_heads = n_heads
@@ -326,11 +339,12 @@ def in_pool(
 
 class EvidenceNet(nn.Module):
     "A small network that reads numbers of candidates"
+    @guarded
     def __init__(self,
-        n:int, # F, numbers of a candidate
+        n:Count, # F, numbers of a candidate
         reads=None, # places of those it looks at, 0..F-1; None: all
-        hidden:int=64, # width of the network
-        dropout:float=.3, # of its hidden layer, 0..1: few questions teach it
+        hidden:Count=64, # width of the network
+        dropout:Share=.3, # of its hidden layer: few questions teach it
     ):
         super().__init__()
         self.reads = list(range(n)) if reads is None else list(reads)
@@ -355,10 +369,11 @@ class EvidenceNet(nn.Module):
 # %% ../nbs/49_blocks.ipynb #f84e6e10
 class MMR(nn.Module):
     "Maximal marginal relevance: stay away from the nearest pick"
+    @guarded
     def __init__(self,
-        d:int, # D, width of the raw embeddings; not used
-        n:int, # H, width of the query's state; not used
-        start:float=0., # weight at the start
+        d:Count, # D, width of the raw embeddings; not used
+        n:Count, # H, width of the query's state; not used
+        start:Finite=0., # weight at the start
     ):
         super().__init__()
         self.weight = nn.Parameter(torch.tensor(float(start)))
@@ -375,11 +390,12 @@ class MMR(nn.Module):
 # %% ../nbs/49_blocks.ipynb #e56560d9
 class Coverage(nn.Module):
     "Stay away from topics that the picks cover"
+    @guarded
     def __init__(self,
-        d:int, # D, width of the raw embeddings
-        n:int, # H, width of the query's state
-        start:float=0., # weight at the start
-        topics:int=16, # M
+        d:Count, # D, width of the raw embeddings
+        n:Count, # H, width of the query's state
+        start:Finite=0., # weight at the start
+        topics:Count=16, # M
     ):
         super().__init__()
         self.weight = nn.Parameter(torch.tensor(float(start)))
@@ -401,11 +417,12 @@ class Coverage(nn.Module):
 # %% ../nbs/49_blocks.ipynb #5fb38395
 class DPP(nn.Module):
     "Gain of the log determinant: what the picks do not explain of a candidate"
+    @guarded
     def __init__(self,
-        d:int, # D, width of the raw embeddings; not used
-        n:int, # H, width of the query's state; not used
-        start:float=0., # weight at the start
-        ridge:float=1e-3, # share of the identity in the kernel, > 0: a twin's gain is about log(2*ridge), not -inf
+        d:Count, # D, width of the raw embeddings; not used
+        n:Count, # H, width of the query's state; not used
+        start:Finite=0., # weight at the start
+        ridge:Positive=1e-3, # share of the identity in the kernel: a twin's gain is about log(2*ridge), not -inf
     ):
         super().__init__()
         self.weight = nn.Parameter(torch.tensor(float(start)))
@@ -443,10 +460,11 @@ def best_and_mean(
 # %% ../nbs/49_blocks.ipynb #d1e7d705
 class Stop(nn.Module):
     "Logit of ending here instead of picking one more"
+    @guarded
     def __init__(self,
-        n:int, # H, width of the state
-        max_shots:int, # T >= 1, most picks of a sequence
-        min_shots:int=0, # STOP is offered after so many picks, 0..T-1
+        n:Count, # H, width of the state
+        max_shots:Count, # T >= 1, most picks of a sequence
+        min_shots:Natural=0, # STOP is offered after so many picks, 0..T-1
     ):
         super().__init__()
         self.min_shots = min_shots

@@ -11,6 +11,7 @@ import torch
 from fastcore.basics import patch
 from fastcore.meta import delegates
 from .core import frozen
+from .settings import Amount, Count, Factor, Finite, Positive, Share, guarded
 from .losses import advantage, clipped_surrogate, clip_shares, log_ratio, policy_gradient
 from leverplus.callback_core import (
     Objective, accumulation, active_dropout, looks_for_lr, survey_groups, too_few,
@@ -21,14 +22,15 @@ from fastai.callback.core import CancelFitException
 class PolicyGradient(Objective):
     "Base of objectives that weight sequences by their advantage over the group"
     signed = True
+    @guarded
     def __init__(self,
         baseline:str="zscore", # of `advantage`: "zscore" | "center" | "rank" | "loo"
         scale:str|None=None, # "group" | "batch" | "none"; None = what goes with the baseline
-        min_std:float=.1, # smallest divisor, in units of reward
-        adv_clip:float|None=5., # advantages are cut to +-adv_clip
-        min_live:float=.05, # smallest share of groups that can teach; 0 starts on any data
-        min_positive:float=0., # groups with a smaller share of positive sequences leave the loss, 0..1
-        positive:float=0., # a sequence with a reward above this is positive
+        min_std:Amount=.1, # smallest divisor, in units of reward
+        adv_clip:Positive|None=5., # advantages are cut to +-adv_clip
+        min_live:Share=.05, # smallest share of groups that can teach; 0 starts on any data
+        min_positive:Share=0., # groups with a smaller share of positive sequences leave the loss
+        positive:Finite=0., # a sequence with a reward above this is positive
         too_few:str="raise", # below `min_live`: "raise" an error | "skip" the stage with a warning
         strict:bool=True, # errors for what spoils log-probabilities; False makes them warnings
         skip_flat:bool=True, # groups without reward differences leave the loss
@@ -87,10 +89,11 @@ class PolicyGradient(Objective):
 class RLOO(PolicyGradient):
     "Leave-one-out policy gradient `-A log pi`, for groups that the policy has drawn itself"
     @delegates(PolicyGradient.__init__, but=["baseline"])
+    @guarded
     def __init__(self,
         scale:str="batch", # "batch" | "group" | "none"
-        min_std:float=.1, # smallest divisor, in units of reward
-        adv_clip:float|None=5., # advantages are cut to +-adv_clip
+        min_std:Amount=.1, # smallest divisor, in units of reward
+        adv_clip:Positive|None=5., # advantages are cut to +-adv_clip
         **kwargs, # `min_live, min_positive, positive, too_few, strict, skip_flat, dropout` of `PolicyGradient`
     ): super().__init__("loo", scale, min_std, adv_clip, **kwargs)
 
@@ -190,15 +193,16 @@ class GRPO(PolicyGradient):
     "Group-relative policy optimisation: clipped sequence ratios times advantages over the whole group"
     _stateattrs = ("old",)
     @delegates(PolicyGradient.__init__)
+    @guarded
     def __init__(self,
         baseline:str="zscore", # of `advantage`: "zscore" | "center" | "rank" | "loo"
         scale:str|None=None, # "group" | "batch" | "none"; None = what goes with the baseline
-        min_std:float=.1, # smallest divisor, in units of reward
-        adv_clip:float|None=5., # advantages are cut to +-adv_clip
-        clip_low:float=.2, # ratios below 1 - clip_low stop pulling
-        clip_high:float=.28, # ratios above 1 + clip_high stop pulling
-        dual:float|None=3., # bound of the dual clip, > 1; None = off
-        refresh:str|int="epoch", # when the old policy is renewed: "epoch" | "never" | every so many batches
+        min_std:Amount=.1, # smallest divisor, in units of reward
+        adv_clip:Positive|None=5., # advantages are cut to +-adv_clip
+        clip_low:Amount=.2, # ratios below 1 - clip_low stop pulling
+        clip_high:Amount=.28, # ratios above 1 + clip_high stop pulling
+        dual:Factor|None=3., # bound of the dual clip; None = off
+        refresh:Count|str="epoch", # when the old policy is renewed: "epoch" | "never" | every so many batches
         old=None, # an old policy to begin with instead of the current one (module); makes sense with refresh="never"
         strict:bool=True, # errors for active dropout and ratios off 1; False makes them warnings
         **kwargs, # `min_live, min_positive, positive, too_few, skip_flat, dropout` of `PolicyGradient`

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
 from .core import frozen, masked_mean, rng
+from .settings import Amount, Count, Factor, Finite, Natural, Positive, Share, guarded
 from .losses import entropy_steps, kl_k3, kl_steps
 from .callback_core import FitOnly, Objective, Term, active_dropout, find_reference, looks_for_lr
 
@@ -102,13 +103,14 @@ class KLToRef(StepTerm):
     "Add `beta` times the KL to a reference policy to what is differentiated"
     _stateattrs = ("ref",)
     needs = ("encode", "step_logp", "logp")
+    @guarded
     def __init__(self,
         ref="start", # "start" | the name of an anchor, e.g. "sft" | a module, which is copied | folder of a checkpoint
-        beta:float=.02, # weight, >= 0, loss units per nat; `AdaptiveKL` or `TempSchedule` may move it
+        beta:Amount=.02, # weight, loss units per nat; `AdaptiveKL` or `TempSchedule` may move it
         on:str="all", # mean over "all" queries of the batch | "live" ones, whose group is in the loss
         estimator:str="exact", # what is added: "exact" KL | "k3" over stored sequences; both are logged
-        shots:int|None=None, # steps that count; None = as many as the batch's sequences have, and one more for STOP
-        limit:int=256, # most prefixes per query and step; where there are more, so many are drawn, see `kl_steps`
+        shots:Natural|None=None, # steps that count; None = as many as the batch's sequences have, and one more for STOP
+        limit:Count=256, # most prefixes per query and step; where there are more, so many are drawn, see `kl_steps`
     ):
         _check_kl(ref, beta, on, estimator, limit)
         self.beta = beta
@@ -210,11 +212,12 @@ def warn_of_dropout(self:KLToRef):
 class AdaptiveKL(FitOnly):
     "Move the `beta` of `KLToRef` once per epoch so that the mean KL stays in a band"
     order = KLToRef.order+1
+    @guarded
     def __init__(self,
-        low:float=.05, # below this many nats beta falls
-        high:float=.5, # above this many nats beta rises
-        factor:float=1.5, # by what, > 1
-        limits:tuple=(1e-4, 1.), # smallest and largest beta
+        low:Amount=.05, # below this many nats beta falls
+        high:Positive=.5, # above this many nats beta rises
+        factor:Factor=1.5, # by what
+        limits:tuple[Amount, ...]=(1e-4, 1.), # smallest and largest beta
     ):
         if not 0 <= low < high: raise ValueError(f"AdaptiveKL: band {low}..{high}, wanted 0 <= low < high")
         if factor <= 1: raise ValueError(f"AdaptiveKL: factor {factor}, wanted > 1")
@@ -259,9 +262,10 @@ class AdaptiveKL(FitOnly):
             f" its limit {beta:g}: the penalty no longer steers. {todo}"
         )
 
+@guarded
 def within(
-    x:float, # any number
-    limits:tuple, # (smallest, largest)
+    x:Finite, # any number
+    limits:tuple[Amount, ...], # (smallest, largest)
 )->float: # inside the limits
     "The nearest number that the limits allow"
     return min(max(x, limits[0]), limits[1])
@@ -269,14 +273,15 @@ def within(
 # %% ../nbs/64_callback_kl.ipynb #1811b557
 class EntropyFloor(StepTerm):
     "Penalise a mean normalised entropy of the step distributions below `floor`"
+    @guarded
     def __init__(self,
-        floor:float=.25, # wanted entropy per step as a share of its maximum, 0..1
-        alpha:float=.1, # weight to begin with, loss units per unit of normalised entropy
+        floor:Share=.25, # wanted entropy per step as a share of its maximum
+        alpha:Amount=.1, # weight to begin with, loss units per unit of normalised entropy
         adaptive:bool=True, # move alpha once per epoch
-        factor:float=1.5, # by what, > 1
-        limits:tuple=(1e-3, 10.), # smallest and largest alpha
-        shots:int|None=None, # steps that count; None = as many as the batch's sequences have, and one more for STOP
-        limit:int=256, # most prefixes per query and step, as in `KLToRef`
+        factor:Factor=1.5, # by what
+        limits:tuple[Amount, ...]=(1e-3, 10.), # smallest and largest alpha
+        shots:Natural|None=None, # steps that count; None = as many as the batch's sequences have, and one more for STOP
+        limit:Count=256, # most prefixes per query and step, as in `KLToRef`
     ):
         if limit < 2: raise ValueError(f"EntropyFloor: limit {limit} prefixes, wanted >= 2")
         if not 0 < floor <= 1: raise ValueError(f"EntropyFloor: floor {floor}, wanted a share in (0,1]")

@@ -10,21 +10,23 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 from .core import frozen, masked_mean, masked_softmax
+from .settings import Count, Finite, Level, Positive, guarded
 from leverplus.losses import (
     ess, group_kl, imitation_loss, listwise_target, merge_orders, reward_loss, top_weights,
 )
-from .callback_core import Objective, find_reference, start_of
+from .callback_core import Objective, Schedule, find_reference, start_of
 from .callback_schedule import Freeze
 
 # %% ../nbs/67_callback_listwise.ipynb #13b00936
 class Listwise(Objective):
     "KL from `softmax(log ref + r/temp)` to the policy, inside each group"
     _stateattrs = ("ref",)
+    @guarded
     def __init__(self,
         ref="start", # "start" | "none" | an anchor's name, a module or a checkpoint's folder, see `find_reference`
-        temp=None, # > 0, in units of reward; whatever `as_schedule` takes; None = solved per query, for `ess`
-        ess:float=.35, # share of the reference's effective sample size that the target keeps, in (0,1)
-        limits:tuple=(.02, 1.), # smallest and largest temperature that is solved for
+        temp:Schedule|None=None, # in units of reward; None = solved per query, for `ess`
+        ess:Level=.35, # share of the reference's effective sample size that the target keeps
+        limits:tuple[Positive, ...]=(.02, 1.), # smallest and largest temperature that is solved for
         over:str="sequence", # what is compared: "sequence" | "set", whose model needs `logp_set`
         skip_flat:bool=True, # groups without reward differences leave the loss
     ):
@@ -88,10 +90,11 @@ def check_sets(self:Listwise):
 # %% ../nbs/67_callback_listwise.ipynb #7c1e486d
 class SFT(Objective):
     "Cross-entropy on the best sequences of each group"
+    @guarded
     def __init__(self,
-        top:int|None=1, # how many of each group are imitated, those tied for the last place share it; None = all
-        temp:float|None=None, # > 0: weigh them by softmax(score / temp), in units of the score; None = alike
-        min_score:float|None=None, # sequences with a lower score leave; None = none do
+        top:Count|None=1, # how many of each group are imitated, those tied for the last place share it; None = all
+        temp:Positive|None=None, # > 0: weigh them by softmax(score / temp), in units of the score; None = alike
+        min_score:Finite|None=None, # sequences with a lower score leave; None = none do
         skip_flat:bool=True, # groups without reward differences leave the loss
     ):
         one_group = torch.zeros(1, 2)

@@ -12,6 +12,7 @@ from fastcore.basics import patch
 from fastcore.meta import delegates
 from torch import Tensor
 from .core import masked_mean
+from .settings import Count, Finite, Positive, Share, guarded
 from .rewards import reward as reward_of, reward_facts
 from .losses import ess, clipped_surrogate, live_groups
 from .callback_core import Objective, StageCallback, looks_for_lr
@@ -27,9 +28,10 @@ from leverplus.objectives import (
 class CISPO(GRPO):
     "GRPO whose ratios are bounded as weights and not clipped: every sequence keeps its gradient"
     @delegates(GRPO.__init__)
+    @guarded
     def __init__(self,
         *args, # of `GRPO`
-        cap:float=5., # > 0, largest weight of a sequence
+        cap:Positive=5., # largest weight of a sequence
         **kwargs, # of `GRPO`
     ):
         super().__init__(*args, **kwargs)
@@ -42,10 +44,11 @@ class CISPO(GRPO):
 class SAPO(GRPO):
     "GRPO with a soft gate in place of the clip"
     @delegates(GRPO.__init__)
+    @guarded
     def __init__(self,
         *args, # of `GRPO`
-        temp_good:float=1., # > 0, of sequences with a positive advantage
-        temp_bad:float=1.05, # > 0, of the others
+        temp_good:Positive=1., # of sequences with a positive advantage
+        temp_bad:Positive=1.05, # of the others
         **kwargs, # of `GRPO`
     ):
         super().__init__(*args, **kwargs)
@@ -61,8 +64,9 @@ class SAPO(GRPO):
 class PassK(GRPO):
     "GRPO for the best of k sequences: an advantage is what a sequence adds to it"
     @delegates(GRPO.__init__, but=["baseline", "scale", "min_std"])
+    @guarded
     def __init__(self,
-        k:int=2, # sequences that will be tried, >= 2
+        k:Count=2, # sequences that will be tried, >= 2
         **kwargs, # of `GRPO`
     ):
         super().__init__("center", "none", **kwargs)
@@ -76,8 +80,9 @@ class PassK(GRPO):
 
 class BestOfK(Objective):
     "Minimise the group's best reward minus the expected best of k draws from the policy"
+    @guarded
     def __init__(self,
-        k:int=2, # independent tries, >= 1; 1 is regret itself
+        k:Count=2, # independent tries; 1 is regret itself
         skip_flat:bool=True, # groups without reward differences leave the loss
     ):
         one = torch.zeros(1, 2)
@@ -138,8 +143,9 @@ class GDPO(GRPO):
     "GRPO with each part of the reward standardised in its group before they are added"
     transient = ("facts", "values", "now")
     @delegates(GRPO.__init__, but=["baseline", "scale", "min_std"])
+    @guarded
     def __init__(self,
-        parts:dict, # {mode of `rewards.reward`, or "price": weight}, e.g. `dict(soft_only=1., gtprob=.5, price=.1)`
+        parts:dict[str, Finite], # {mode of `rewards.reward`, or "price": weight}, e.g. `dict(soft_only=1., price=.1)`
         **kwargs, # of `GRPO`
     ):
         if not parts: raise ValueError("GDPO: no parts, wanted {mode of reward: weight}")
@@ -161,7 +167,7 @@ class GDPO(GRPO):
         super().before_batch()
 
     def advantages(self, rewards, mask):
-        return parts_advantage(self.now, mask, self.weighed.values(), clip=self.adv_kw["clip"])
+        return parts_advantage(self.now, mask, list(self.weighed.values()), clip=self.adv_kw["clip"])
 
 def facts_of(
     name:str, # mode of `rewards.reward`, or "price"
@@ -200,10 +206,11 @@ class CorrectedGRPO(GRPO):
     "GRPO weighted by how likely the old policy is to draw what another sampler has found"
     transient = ("rows", "found", "weights", "shares")
     @delegates(GRPO.__init__)
+    @guarded
     def __init__(self,
         *args, # of `GRPO`
-        cut:float|None=5., # largest weight of a sequence, >= 1; None = no cut
-        floor:float=.3, # warn after an epoch with a smaller effective share of groups, 0..1
+        cut:Positive|None=5., # largest weight of a sequence, >= 1; None = no cut
+        floor:Share=.3, # warn after an epoch with a smaller effective share of groups
         **kwargs, # of `GRPO`
     ):
         super().__init__(*args, **kwargs)

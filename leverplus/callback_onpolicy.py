@@ -16,7 +16,9 @@ import torch.nn.functional as F
 from pydantic import BeforeValidator
 from torch import Tensor
 from fastcore.basics import patch
-from .settings import Asking, Count, Natural, Rewarding, change, group
+from leverplus.settings import (
+    Amount, Asking, Count, Finite, Natural, Rewarding, Share, change, group, guarded,
+)
 from .core import fingerprint, masked_mean, pad_rows, read_json, rng, write_json
 from .items import as_ids, as_items
 from leverplus.decode import (
@@ -37,13 +39,14 @@ from fastai.callback.core import CancelFitException
 from fastai.data.load import DataLoader
 
 # %% ../nbs/68_callback_onpolicy.ipynb #901f8e7c
+@guarded
 def draw_groups(
     policy, # module with `encode` and `step_logp`; one with STOP ends its sequences itself
     pool, # `Pool`, more candidates than shots
     store, # `EmbedStore` of queries and candidates
     queries, # B question_ids
-    shots:int|None=2, # S; None for a policy with STOP, and only for one
-    G:int=8, # sequences per query, >= 1
+    shots:Natural|None=2, # S; None for a policy with STOP, and only for one
+    G:Count=8, # sequences per query
     distinct:bool=False, # without replacement?
     key:tuple=(0,), # names the draw, e.g. (seed, round)
     kind:str|None=None, # embeddings that the policy reads, see `EmbedStore.kind`
@@ -77,12 +80,13 @@ def draw_groups(
         logp=logp.masked_fill(~mask, 0.), kappa=kappa,
         greedy=greedy.masked_fill(~greedy_mask, 0), greedy_mask=greedy_mask)
 
+@guarded
 def check_draw(
     policy, # see `draw_groups`
     queries:list, # question_ids
     sizes:list, # numbers of candidates
-    shots:int|None, # S
-    G:int, # sequences per query
+    shots:Natural|None, # S
+    G:Count, # sequences per query
 )->None: # ValueError says what is wrong, with the question_id of a pool that is too small
     "Refuse draws that are not possible"
     ends = getattr(policy, "stop", None) is not None
@@ -170,13 +174,14 @@ class Feedback:
     # no `__dict__`: a run describes it by `fingerprint`
     __slots__ = "scorer", "items", "cache", "rewarding", "asking", "window", "progress", "generate", "known"
 
+    @guarded
     def __init__(self,
         scorer, # see `ask`; None: all facts are in `cache`
         items:pd.DataFrame, # queries and demonstrations, indexed by question_id
         cache=None, # `FactCache` (on disk, if a run is to be continued) or frame of facts: looked up first, added to
         rewarding:Rewarding=Rewarding(), # what counts as good
         asking:Asking=Asking(), # how the scorer is asked
-        window:int=256, # prompts per call of the scorer
+        window:Count=256, # prompts per call of the scorer
         progress:bool=False, # show a bar while the scorer is asked
     ):
         self.scorer = None if scorer is None else _Counted(scorer)
@@ -261,8 +266,9 @@ def _missing(facts, rewards, bad):
         " again")
 
 # %% ../nbs/68_callback_onpolicy.ipynb #ccad40fe
+@guarded
 def shot_counts(
-    shots, # one count >= 1, or several different ones; None for a policy with STOP, which chooses between them and none
+    shots:Count|tuple[Count, ...]|None, # one, or several different ones; None for a policy with STOP, which chooses
     asker:str, # whom the message names
 )->tuple: # of counts; (None,) for a policy with STOP; else ValueError
     "Shot counts as a tuple"
@@ -322,13 +328,14 @@ class OnPolicy(FitOnly):
     transient = ("acc", "now", "drawn", "kappa", "paid")
     draws = True   # tells `GRPO` and `RLOO` that the stored groups are not what is learned from
 
+    @guarded
     def __init__(self,
         feedback:Feedback, # who gives rewards
         store, # `EmbedStore` of queries and demonstrations
         drawing:Drawing=Drawing(), # how groups are drawn
         pool=None, # `Pool`; None: that of the training data
         queries=None, # question_ids; None: those of the training data, or of `pool`
-        tolerance:float=1e-3, # largest gap between log-probabilities of draw and first step; more for half precision
+        tolerance:Amount=1e-3, # largest gap between log-probabilities of draw and first step; more for half precision
     ):
         self.feedback = feedback
         self.tolerance = tolerance
@@ -351,13 +358,13 @@ class OnPolicy(FitOnly):
         self.drawn = None
         self.kappa = None
 
-
 # %% ../nbs/68_callback_onpolicy.ipynb #8c3e91ec
+@guarded
 def round_of(
     queries:list, # question_ids
-    k:int, # number of the round, >= 0
-    most:int|None, # queries of a round at most; None: all
-    seed:int, # of the orders
+    k:Natural, # number of the round
+    most:Count|None, # queries of a round at most; None: all
+    seed:Natural, # of the orders
 )->list: # question_ids
     "Queries of round `k`"
     n = len(queries)
@@ -692,15 +699,16 @@ def data(self:OnPolicy,
     return RLData(record, pool.only(dict.fromkeys(rows.question_id)), dict(onpolicy=drawn_by))
 
 # %% ../nbs/68_callback_onpolicy.ipynb #b4558adc
+@guarded
 def greedy_rewards(
     policy, # module with `encode` and `step_logp`
     pool, # `Pool`
     store, # `EmbedStore`
     feedback:Feedback, # who gives rewards
-    shots:int|None=2, # S; None for a policy with STOP
+    shots:Natural|None=2, # S; None for a policy with STOP
     queries=None, # question_ids; None: all of `pool`
     kind:str|None=None, # embeddings that the policy reads, see `EmbedStore.kind`
-    bs:int=256, # queries at once; changes no pick
+    bs:Count=256, # queries at once; changes no pick
     strict:bool=True, # `NoReward` for a pick that has none; False: NaN
 )->np.ndarray: # [n] rewards, in the order of the queries
     "Rewards of what the policy picks greedily"
@@ -715,15 +723,16 @@ def greedy_rewards(
 # %% ../nbs/68_callback_onpolicy.ipynb #4683e444
 class GreedyLoss:
     "What greedy picks miss on a split, by the LVLM: a score for `Best`"
+    @guarded
     def __init__(self,
         feedback:Feedback, # who gives rewards; `Rewarding(reward="soft_only")` is the VQA accuracy
         pool, # `Pool` of the queries that choose; never of test
         store, # `EmbedStore` of queries and candidates
-        shots=2, # S, or several, whose mean counts; None for a policy with STOP
+        shots:Natural|tuple[Natural, ...]|None=2, # S, or several, whose mean counts; None for a policy with STOP
         queries=None, # question_ids; None: all of `pool`
         kind:str|None=None, # embeddings that the policy reads, see `EmbedStore.kind`
-        top:float=1., # the best reward there is
-        max_failed:float=0., # share of picks, 0..1, that may lack a reward; they count as 0, with a warning
+        top:Finite=1., # the best reward there is
+        max_failed:Share=0., # share of picks that may lack a reward; they count as 0, with a warning
     ):
         self.shots = shot_counts(shots, "GreedyLoss")
         self.kind = kind
@@ -760,10 +769,11 @@ class GreedyLoss:
         check_lost(lost, queries, self.max_failed)
         return self.top - torch.as_tensor(np.where(lost, 0., rewards).mean(0), dtype=torch.float64)
 
+@guarded
 def check_lost(
     lost:np.ndarray, # bool [shots,queries], True = a pick without a reward
     queries:list, # question_ids
-    max_failed:float, # share that is allowed, 0..1
+    max_failed:Share, # share that is allowed
 )->None: # `NoReward` if there are more, a warning if there are any
     "Warn of picks without a reward, or refuse them"
     if not lost.any(): return

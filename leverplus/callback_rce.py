@@ -7,14 +7,16 @@ __all__ = ['RCE', 'numbers_alike']
 
 # %% ../nbs/62_callback_rce.ipynb #a6b8c058
 import torch
+from .settings import guarded
 from .losses import ess, imitation_loss, rce_weights
-from .callback_core import Objective, start_of
+from .callback_core import Objective, Schedule, start_of
 
 # %% ../nbs/62_callback_rce.ipynb #39f1321f
 class RCE(Objective):
     "Reward-conditioned estimation: `-sum softmax(r/temp) log pi` over each group"
+    @guarded
     def __init__(self,
-        temp=1., # > 0, in units of the (normalised) reward, or of ranks 0..1; whatever `as_schedule` takes
+        temp:Schedule=1., # in units of the (normalised) reward, or of ranks 0..1; whatever `as_schedule` takes
         norm:str="raw", # "raw" rewards | "zscore" within each group
         weights:str="softmax", # "softmax" of rewards | "rank" | "top1", see `rce_weights`
         skip_flat:bool=True, # groups without reward differences leave the loss

@@ -9,10 +9,12 @@ __all__ = ['TempSchedule', 'NoDropout', 'Freeze', 'keep_k', 'TopKCurriculum', 'P
 # %% ../nbs/65_callback_schedule.ipynb #e36adf67
 import math
 from bisect import bisect_right
+from collections.abc import Callable
 from itertools import accumulate
 import torch
 from fastcore.basics import patch
 from torch import Tensor
+from .settings import Count, guarded
 from .losses import live_groups
 from .callback_core import FitOnly, Objective, StageCallback, as_schedule, looks_for_lr
 
@@ -91,10 +93,11 @@ class Freeze(StageCallback):
         return list(held.values())
 
 # %% ../nbs/65_callback_schedule.ipynb #27a23f01
+@guarded
 def keep_k(
     rewards:Tensor, # [B,N]
     mask:Tensor, # bool [B,N]
-    k:int, # how many of each group, >= 1
+    k:Count, # how many of each group
     which:str="stratified", # "best" | "worst" by reward | "stratified": a third best, a third worst, the rest at random
     lots:Tensor|None=None, # [B,N] in 0..1, decides between equal rewards and what is drawn; default drawn here
 )->Tensor: # bool [B,N], at most k True per row; "stratified" with k >= 2 never makes a live group flat
@@ -123,8 +126,9 @@ def _places(x, lots):
 class TopKCurriculum(StageCallback):
     "Let only `k` sequences of each group into the loss; advantages stay those of the whole group"
     order = Objective.order+1
+    @guarded
     def __init__(self,
-        k=(3, 5), # sequences per group, >= 1: a number | by epoch, the last goes on | a function of progress 0..1
+        k:Count|tuple[Count, ...]|Callable=(3, 5), # sequences per group; by epoch, the last goes on; by progress 0..1
         which:str="stratified", # see `keep_k`; "best" and "worst" take one side away
         before:bool=False, # cut before the advantages are computed, so that they are those of the sequences kept
     ):

@@ -22,6 +22,7 @@ from fastcore.foundation import L
 from torch import Tensor, nn
 from .core import atomic_path, fingerprint, frozen, gini, masked_mean, masked_softmax, rng, room_for
 from .checkpoints import read_state, write_state
+from .settings import Amount, Count, Level, Natural, guarded
 from .runs import Run
 from .embed import EmbedStore
 from .pools import Pool
@@ -189,12 +190,13 @@ class Best(FitOnly):
     order = 61
     name = "best_weights"   # `learn.best` would be in the way of fastai's trackers, which keep a `best` themselves
     _stateattrs = ("weights",)
+    @guarded
     def __init__(self,
         score=valid_loss, # function of the Learner -> number, or one per query; smaller is better; default: fit's own
-        min_delta:float=0., # how much better a later epoch must be
+        min_delta:Amount=0., # how much better a later epoch must be
         promote:str="mean", # "mean": a smaller mean is enough | "paired": and p < alpha in a paired test over queries
-        alpha:float=.05, # of that test, 0..1
-        patience:int|None=None, # stop after so many epochs in a row that were not kept, >= 1; None = never
+        alpha:Level=.05, # of that test
+        patience:Count|None=None, # stop after so many epochs in a row that were not kept; None = never
     ):
         if promote not in ("mean", "paired"):
             raise ValueError(f"Best: promote {promote!r}, wanted 'mean' or 'paired'")
@@ -299,11 +301,12 @@ def stop(self:Best):
     raise CancelFitException
 
 # %% ../nbs/66_callback_track.ipynb #e998dac6
+@guarded
 def promotion_p(
     kept, # [n] loss per query of the checkpoint that is kept, smaller is better
     new, # [n] the same queries under the new one
-    n_boot:int=2000, # resamples of the queries
-    seed:int=0, # of the resamples
+    n_boot:Count=2000, # resamples of the queries
+    seed:Natural=0, # of the resamples
 )->float: # 0..1; small: the new one is better on more than these queries
     "One-sided p of \"the new one is not better\" by a paired bootstrap"
     gain = (torch.as_tensor(kept).cpu() - torch.as_tensor(new).cpu()).double().numpy()
@@ -793,10 +796,11 @@ def drawn_before(
 
 # %% ../nbs/66_callback_track.ipynb #464609e6
 @torch.no_grad()
+@guarded
 def sureness(
     model, # a policy with `encode` and `step_logp`
     xb, # inputs of a batch: query, cands, cand_mask, ...
-    shots:int, # S >= 1
+    shots:Count, # S >= 1
 )->dict: # scalars: entropy 0..1; entropy_nats per step, above_uniform and kl_bound in nats
     "How sure the policy is on a batch, without dropout"
     cand_mask = xb[2]
@@ -832,10 +836,11 @@ def _reached(step, cand_mask, shots):
 
 # %% ../nbs/66_callback_track.ipynb #f859ea86
 @torch.no_grad()
+@guarded
 def greedy_picks(
     model, # a policy with `encode` and `step_logp`
     xb, # inputs of a batch: query, cands, cand_mask, ...
-    shots:int, # S >= 1
+    shots:Count, # S >= 1
 )->Tensor: # [B,S] local indices; K where a policy with STOP has ended
     "The likeliest pick at each step, as `greedy_search` decides, without dropout"
     cand_mask = xb[2]
@@ -907,9 +912,10 @@ class RLStats(FitOnly, Stats):
     columns = ("live", "mass", "entropy", "kl", "clip_pos", "clip_neg")
     transient = ("by_term", "raw", "each", "obj", "probe", "ids")   # what nobody need keep between epochs
     _stateattrs = ("buf", "raw", "each", "obj", "probe", "ids")     # nor in a file: an export carries no data
+    @guarded
     def __init__(self,
-        every:int=10, # batches between two looks at the gradient of each term, from the first of each epoch; 0 = never
-        probe:int=128, # most validation queries whose greedy picks are followed
+        every:Natural=10, # batches between two looks at the gradient of each term, from an epoch's first on; 0 = never
+        probe:Natural=128, # most validation queries whose greedy picks are followed
     ):
         super().__init__()
         self.every = every
@@ -1240,9 +1246,10 @@ class JSONLines(EpochNotes):
     "Write what trackers are told into a file, a line per epoch"
     order = History.order + 2
     transient = ("path", "every", "trained", "ready", "earlier", "before", "n_closed", "stage", "whose", "sizes")
+    @guarded
     def __init__(self,
         path, # the file; made if needed. ValueError if it holds lines of another training, or something else
-        every:int=0, # batches between two lines of their own; 0 = a line per epoch is enough
+        every:Natural=0, # batches between two lines of their own; 0 = a line per epoch is enough
     ):
         if every < 0: raise ValueError(f"JSONLines: every {every}, wanted a number of batches, or 0 for none")
         self.path = Path(path)

@@ -14,16 +14,18 @@ import numpy as np, pandas as pd
 from fastcore.basics import patch
 from .core import rng
 from .items import as_id, as_ids, as_items
+from .settings import Count, Natural, guarded
 from .pictures import open_image
 from .markup import Block, Filled
 
 # %% ../nbs/26_cases.ipynb #84c43671
 OUTCOMES = ("won", "lost", "unchanged", "failed")
 
+@guarded
 def query_outcomes(
     scored:pd.DataFrame, # from `evaluate.score_picks`
     selector:str, # whose
-    shots:int, # its shot count
+    shots:Natural, # its shot count
     against:str, # whom it is compared with, at the same shots (zero_shot at 0)
 )->pd.Series: # by question_id: "won" | "lost" | "unchanged" | "failed" (one of the two has no score)
     "How each query went against another selector, first draw against first draw"
@@ -51,13 +53,14 @@ def _only(scored, col, value):
     return scored[scored[col] == value]
 
 # %% ../nbs/26_cases.ipynb #b6d8ec5f
+@guarded
 def pick_cases(
     scored:pd.DataFrame, # from `evaluate.score_picks`
-    n:int=4, # how many, fewer if there are fewer
+    n:Natural=4, # how many, fewer if there are fewer
     selector:str|None=None, # whose; None if `scored` holds one selector only
-    shots:int|None=None, # which shot count; None if there is one
+    shots:Natural|None=None, # which shot count; None if there is one
     ids=None, # these question_ids instead of a choice; KeyError names one that was not scored
-    seed:int=0, # of the choice
+    seed:Natural=0, # of the choice
     against:str|None=None, # None: right and wrong in turn | a selector: won, lost and unchanged against it in turn
 )->pd.DataFrame: # rows of `scored`, first draw of each query
     "Queries worth looking at"
@@ -110,9 +113,10 @@ def _kind(row):
     return "partly" if acc > 0 else "wrong"
 
 # %% ../nbs/26_cases.ipynb #2959dad7
+@guarded
 def truth_text(
     answers, # the annotators' answers of one question
-    n:int=3, # at most that many different ones
+    n:Count=3, # at most that many different ones
 )->str: # most frequent first, with counts: "tras ×9, trass ×1"
     "The annotators' answers in one line"
     counts = pd.Series(list(answers)).value_counts()
@@ -120,10 +124,11 @@ def truth_text(
     return ", ".join(f"{answer} ×{k}" for answer, k in counts[:n].items()) + more
 
 # %% ../nbs/26_cases.ipynb #4ac08f03
+@guarded
 def item_picture(
     items:pd.DataFrame, # items by question_id
     question_id:int, # whose image; KeyError if it is not in `items`
-    size:int=320, # longest side in pixels; smaller images stay as they are
+    size:Count=320, # longest side in pixels; smaller images stay as they are
 ):# PIL image in RGB, or None where the item has no picture; FileNotFoundError names file and question
     "The image of an item, small enough to show"
     return _picture(as_items(items), as_id(question_id), size)
@@ -150,10 +155,11 @@ def _given(items, question_id):
     return text if isinstance(text, str) else question_id
 
 # %% ../nbs/26_cases.ipynb #40ac9fe6
+@guarded
 def figure_text(
     text, # anything with a `str`
-    width:int=26, # letters of a line
-    lines:int=4, # at most so many
+    width:Count=26, # letters of a line
+    lines:Count=4, # at most so many
 )->str: # with line breaks; "…" where something is left out
     "Text for a figure, in lines; a dollar stays a dollar"
     return "\n".join(textwrap.wrap(str(text), width, max_lines=lines, placeholder=" …")).replace("$", r"\$")
@@ -177,14 +183,15 @@ def _draw_item(ax, items, question_id, head, answer, edge="#b0b7bf"):
 
 
 # %% ../nbs/26_cases.ipynb #556fd97c
+@guarded
 def plot_examples(
     items:pd.DataFrame, # queries and demonstrations by question_id: `question, answer, answers`, maybe `image_path`
     scored:pd.DataFrame, # from `evaluate.score_picks`
-    n:int=4, # cases
+    n:Natural=4, # cases
     selector:str|None=None, # whose; None if there is only one
-    shots:int|None=None, # which shot count; None if there is only one
+    shots:Natural|None=None, # which shot count; None if there is only one
     ids=None, # these queries instead of a choice
-    seed:int=0, # of the choice
+    seed:Natural=0, # of the choice
     axs=None, # [cases, shots + 2] axes; None makes them
 ):# [cases, shots + 2] array of axes
     "Cases in rows: demonstrations in prompt order, the query, the LVLM's answer with right or wrong"
@@ -238,17 +245,19 @@ class Pictures(Block):
     "The pictures of a page, each embedded once"
     template = "pictures.html"
 
+    @guarded
     def __init__(self,
-        budget:int=2_000_000, # bytes of all of them as text; where they need more, they get smaller
+        budget:Natural=2_000_000, # bytes of all of them as text; where they need more, they get smaller
     ):
         self.budget = budget
         self.kept = {} # path -> _Kept
         self.asked = {} # (path, size) -> (number, width, height)
 
+    @guarded
     def show(self,
         items:pd.DataFrame, # items by question_id
         question_id:int, # whose picture
-        size:int=224, # longest side in pixels
+        size:Count=224, # longest side in pixels
     )->Block: # points to the picture; says so where there is none
         "A picture in a page, by reference"
         return self._show(as_items(items), as_id(question_id), size)
@@ -337,13 +346,14 @@ def _others(items, others, pics):
     ]
 
 # %% ../nbs/26_cases.ipynb #8854203e
+@guarded
 def case_block(
     items:pd.DataFrame, # queries and demonstrations by question_id
     row:pd.Series, # a row of `pick_cases`
     others:pd.DataFrame|None=None, # rows of `scored` for the same query: what other selectors would have chosen
     went:dict|None=None, # {other selector: "won" | "lost" | "unchanged" | "failed"}, from `query_outcomes`
     pictures:Pictures|None=None, # those of the page; None: the case carries its own
-    level:int=3, # of its heading
+    level:Count=3, # of its heading
 )->Block:
     "One case for a page"
     items = as_items(items, need=("question", "answer", "answers"))

@@ -18,7 +18,9 @@ from types import SimpleNamespace
 import numpy as np, torch
 from fastcore.basics import noop
 from .core import atomic_path, read_json, write_json
-from .settings import Job, Model, Proposing, change, columns_of, flat_names, plain_settings
+from leverplus.settings import (
+    Job, Model, Natural, Proposing, change, columns_of, flat_names, guarded, plain_settings,
+)
 from .runs import Busy, by_command, check_place, present_command, write_frame
 from .checkpoints import folder_or_name
 from .items import as_items, check_answered, picture_paths
@@ -219,11 +221,12 @@ def _check_other_folder(out, runs, what):
         raise Bad(f"--out {out} is {what}: give it a folder of its own")
 
 # %% ../nbs/95_cli.ipynb #b5e5ada4
+@guarded
 def costs_of(
     door, # with `rate` and `out`
     job:Job, # whose model is asked
-    calls:int, # prompts at most
-    rows:int|None=None, # that are stored of them; None: all
+    calls:Natural, # prompts at most
+    rows:Natural|None=None, # that are stored of them; None: all
     shots=None, # shot counts; None: those of the job
 )->dict: # lines of a plan
     "What asking costs"

@@ -8,9 +8,10 @@ __all__ = ['CONTROLS', 'copied', 'copy_table', 'copied_lead', 'order_table', 'as
 
 # %% ../nbs/91_controls.ipynb #98759012
 import math
+from typing import Literal
 import numpy as np, pandas as pd
 from .core import rng
-from .settings import Asking
+from .settings import Asking, Count, Natural, guarded
 from .items import as_items
 from .pools import Pool, image_groups, make_pool
 from .vqa import normalise, vqa_accuracy
@@ -64,11 +65,12 @@ def copy_table(
     return pd.DataFrame(rows)
 
 # %% ../nbs/91_controls.ipynb #b21fc09d
+@guarded
 def copied_lead(
     scored:pd.DataFrame, # from `score_picks`; a column `copied` is taken as it is
     a:str, # selector
     b:str, # selector that it is compared with
-    shots:int, # of both
+    shots:Natural, # of both
     items:pd.DataFrame, # by question_id: `image_id`, and `answer` where `copied` has to be found out
     bootstrap:Bootstrap=Bootstrap(), # resamples, and the coverage of intervals
 )->pd.DataFrame: # rows `all`, `copied`, `other`: delta, lo, hi, verdict; the last two add up to the first
@@ -180,6 +182,7 @@ def _nearest_wrong_answer(query, candidates, store, items):
     raise ValueError(f"question {query}: the answers of all {len(candidates)} candidates are right")
 
 # %% ../nbs/91_controls.ipynb #678c04f2
+@guarded
 def ask_controls(
     picks:pd.DataFrame, # picks of one or many selectors
     scorer, # see `ask`
@@ -189,7 +192,7 @@ def ask_controls(
     controls=CONTROLS, # which
     asking:Asking=Asking(), # how it is asked
     cache:FactCache|None=None, # facts that are known, added to; None: none
-    seed:int=0, # of shuffled answers
+    seed:Natural=0, # of shuffled answers
     progress:bool=False, # show a bar?
 )->pd.DataFrame: # as `score_picks`, + `control` and `copied`; a row per pick and control
     "Ask about the same demonstrations with one thing changed"
@@ -266,20 +269,21 @@ def whole_bank(
     return Pool(ids, dict(sampler="all", K=max(map(len, ids.values()))))
 
 # %% ../nbs/91_controls.ipynb #52720966
+@guarded
 def ask_shift(
     models:dict, # {name: selector}, or {name: [a selector per training seed]}
     queries:pd.DataFrame, # items of the split that is asked
     demos:pd.DataFrame, # items to pick from
     store, # `EmbedStore` of both
     scorer, # see `ask`
-    Ks=(16, 64, 256, "all"), # pool sizes; "all": `whole_bank`
-    S:int=2, # shots
+    Ks:tuple[Count|Literal["all"], ...]=(16, 64, 256, "all"), # pool sizes; "all": `whole_bank`
+    S:Natural=2, # shots
     sampler:str="random", # of the pools, see `make_pool`
     rules:dict|None=None, # {name: rule} that stand beside the selectors, see `pick_rule`
     asking:Asking=Asking(), # how it is asked
     cache:FactCache|None=None, # facts that are known, added to; None: none
-    draws:int=3, # of random demonstrations
-    seed:int=0, # of pools and random draws
+    draws:Count=3, # of random demonstrations
+    seed:Natural=0, # of pools and random draws
     kind:str|None=None, # embeddings that selectors read and similarity goes by; None: as they were trained
     progress:bool=False, # show bars?
 )->pd.DataFrame: # as `score_picks`, + `K` and `copied`; `draw` counts the selectors of a name

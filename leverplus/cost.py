@@ -11,6 +11,7 @@ __all__ = ['QWEN_SIZES', 'WAYS', 'PEAKS', 'REACHED', 'REACHED_VISION', 'qwen_con
 import re
 from dataclasses import asdict, dataclass
 import torch
+from .settings import Amount, Count, Natural, Positive, Share, guarded
 
 # %% ../nbs/19_cost.ipynb #9cdd4395
 _VISION = dict(
@@ -162,11 +163,12 @@ def _first(n): return n if isinstance(n, int) else n[0]
 def _area(n): return n*n if isinstance(n, int) else n[0]*n[1]
 
 # %% ../nbs/19_cost.ipynb #2c3ee962
+@guarded
 def text_flops(
     config, # of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL model; TypeError for another
-    tokens:float, # tokens of the pass, >= 0
-    past:float=0, # tokens before them whose keys and values are cached
-    logits:float=1, # positions at which the head is evaluated; 0 leaves it out
+    tokens:Amount, # tokens of the pass
+    past:Amount=0, # tokens before them whose keys and values are cached
+    logits:Amount=1, # positions at which the head is evaluated; 0 leaves it out
     causal:bool=True, # count half the square of attention among `tokens`? else all of it
 )->float: # FLOPs of one row
     "Operations of the language model for `tokens` behind `past`"
@@ -236,16 +238,17 @@ class Cost:
 # %% ../nbs/19_cost.ipynb #7a7a1b75
 WAYS = ("naive", "naive_logits", "naive_vision", "shared")
 
+@guarded
 def prompt_flops(
     config, # as for `text_flops`
     image_tokens, # visual tokens (four patches each) of each image: a list, or one number for one image
-    text_tokens:int, # all other tokens of the prompt
-    answers:int=10, # A, true answers to score
-    answer_tokens:float=2, # tokens per answer that no other answer shares, end token not counted
-    new_tokens:int=3, # length of the greedy text, end token included; 0: no generation
+    text_tokens:Amount, # all other tokens of the prompt
+    answers:Amount=10, # A, true answers to score
+    answer_tokens:Amount=2, # tokens per answer that no other answer shares, end token not counted
+    new_tokens:Natural=3, # length of the greedy text, end token included; 0: no generation
     way:str="shared", # one of WAYS; ValueError for another
-    known_images:float=0., # `shared`: share of the images whose features are cached, 0..1
-    known_tokens:int=0, # `shared`: tokens at the prompt's start whose keys and values are cached
+    known_images:Share=0., # `shared`: share of the images whose features are cached
+    known_tokens:Natural=0, # `shared`: tokens at the prompt's start whose keys and values are cached
     causal:bool=True, # as for `text_flops`
 )->Cost: # FLOPs by part
     "Operations for the facts about one prompt"
@@ -307,9 +310,10 @@ def kv_bytes(
     s = text_sizes(config)
     return 2*s.layers*s.kv*dtype.itemsize
 
+@guarded
 def feature_bytes(
     config, # as for `text_flops`
-    tokens:float, # visual tokens of an image
+    tokens:Amount, # visual tokens of an image
     dtype:torch.dtype=torch.bfloat16, # of the features
 )->float: # bytes
     "Size of an image's features"
@@ -343,10 +347,11 @@ def peak_flops(
         if re.search(rf"\b{known}\b", words, re.I): return PEAKS[known]
     return None
 
+@guarded
 def mfu(
-    flops:float, # FLOPs that had to be done
-    seconds:float, # time they took, > 0
-    peak:float, # FLOP/s the machine could do, > 0
+    flops:Amount, # FLOPs that had to be done
+    seconds:Positive, # time they took
+    peak:Positive, # FLOP/s the machine could do
 )->float: # 0..1, unless a count or a time is wrong
     "Model FLOP utilisation"
     if not (seconds > 0 and peak > 0):
@@ -358,8 +363,9 @@ def mfu(
 REACHED = {8_192: .193, 32_768: .229, 65_536: .305}
 REACHED_VISION = .084
 
+@guarded
 def reached(
-    batch_tokens:int=65_536, # prompt tokens of a batch
+    batch_tokens:Count=65_536, # prompt tokens of a batch
 )->dict: # {"language", "vision"}: shares of the peak, 0..1
     "What share of its peak a card was seen to reach"
     smaller = [n for n in REACHED if n <= batch_tokens]

@@ -15,6 +15,7 @@ from itertools import combinations
 from pathlib import Path
 import numpy as np, pandas as pd
 from .core import fingerprint, read_json
+from .settings import Natural, guarded
 from .items import as_id, as_image_id, as_items, given_ids, picture_paths
 from .pictures import BadPicture, open_image, picture_fault, picture_file, picture_key
 from .text import compose, sound_text
@@ -446,9 +447,10 @@ def items_fingerprint(
     return fingerprint("items", json.dumps(rows, ensure_ascii=False))
 
 # %% ../nbs/10_data.ipynb #baac05a3
+@guarded
 def show_items(
     frame:pd.DataFrame, # what a reader returned, or rows of it
-    n:int=3, # how many, from the top; with fewer rows, all
+    n:Natural=3, # how many, from the top; with fewer rows, all
     axes=None, # n matplotlib axes; a new row of them if None
 )->np.ndarray: # the axes
     "Show items: question above, image, and the three most frequent answers with their counts below"

@@ -11,6 +11,7 @@ __all__ = ['device_of', 'Prefixes', 'Stepwise', 'tree_search', 'gumbel_given_max
 import contextlib, math
 from dataclasses import dataclass
 import torch
+from .settings import Count, Natural, Positive, guarded
 
 # %% ../nbs/14_decode.ipynb #2db9f623
 def device_of(
@@ -34,9 +35,10 @@ class Prefixes:
 
 class Stepwise:
     "A policy that has `step_logp`, made to say `start`, `point` and `take`; in double precision, on the CPU"
+    @guarded
     def __init__(self,
         policy, # has `step_logp(enc, prefix)`; with STOP also `step_logp(enc, prefix, stop=)`
-        B:int, # queries
+        B:Natural, # queries
     ):
         self.policy = policy
         self.B = B
@@ -65,11 +67,12 @@ def _largest(keys, n, stable):
     values, places = keys.sort(descending=True, stable=True)
     return values[:, :n], places[:, :n]
 
+@guarded
 def tree_search(
     policy, # has `start`, `point` and `take`
     enc, # B queries, as `policy.encode` made them
-    steps:int, # T, picks of a sequence
-    width:int, # W > 0, prefixes kept per query
+    steps:Natural, # T, picks of a sequence
+    width:Count, # W > 0, prefixes kept per query
     origin:torch.Tensor, # [B,1] zeros, the log-probability of nothing; its dtype and device are those of the sums
     noise=None, # (t, [B,P,K]) -> Gumbel noise of that shape: sample without replacement; None: beam search
     stable:bool=False, # of equal keys the first wins, on every machine; otherwise as `topk` likes, which is faster
@@ -130,13 +133,14 @@ def rooted(
     return keys - torch.log1p(torch.expm1(-root)[:, None] * keys.exp())
 
 # %% ../nbs/14_decode.ipynb #83e74677
+@guarded
 def best_sequences(
     policy, # has `step_logp`; its STOP, if it has one, is not offered
     enc, # from `policy.encode`, B queries
-    B:int, # queries
-    S:int, # shots
-    width:int, # sequences per query, > 0
-    temp:float=1., # > 0; divides the step logits
+    B:Natural, # queries
+    S:Natural, # shots
+    width:Count, # sequences per query
+    temp:Positive=1., # > 0; divides the step logits
     noise:torch.Tensor|None=None, # [B,S,width,K] Gumbel draws: sample without replacement; None: beam search
     root:torch.Tensor|None=None, # [B] Gumbel draws: return the `rooted` keys by which sequences were kept, too
 )->tuple: # (seqs [B,W,S], logp [B,W], -inf where a pool has fewer), best or first drawn first; keys [B,W]
@@ -149,11 +153,12 @@ def best_sequences(
     return seqs, logp, rooted(keys, root)
 
 # %% ../nbs/14_decode.ipynb #adcf308c
+@guarded
 def independent(
     policy, # has `start`, `point` and `take`
     enc, # B queries
-    steps:int, # T, picks of a sequence
-    n:int, # sequences per query
+    steps:Natural, # T, picks of a sequence
+    n:Count, # sequences per query
     origin:torch.Tensor, # [B,1] zeros, the log-probability of nothing, as in `tree_search`
     noise, # function (t, [B,n,K]) -> standard Gumbel noise of that shape
     **point_kw, # for `point`: temp, stop
@@ -171,9 +176,10 @@ def independent(
     return seqs, logp
 
 # %% ../nbs/14_decode.ipynb #33865da5
+@guarded
 def check_room(
     mask:torch.Tensor, # bool [B,K], True = a real candidate
-    S:int, # shots
+    S:Natural, # shots
 )->None: # ValueError unless every pool has more real candidates than S
     "Refuse pools that leave nothing to choose"
     n = mask.sum(-1)
@@ -197,9 +203,10 @@ class SequenceLength:
         "Number of sequences of a pool of `k`"
         return sum(math.perm(k, s) for s in range(self.least, self.steps + 1))
 
+@guarded
 def sequence_length(
     policy, # for S = None it has `stops`, `min_shots` and `max_shots`
-    S:int|None, # shots, >= 0; None = the policy ends by itself, ValueError if it cannot
+    S:Natural|None, # shots; None = the policy ends by itself, ValueError if it cannot
 )->SequenceLength: # see there
     "What a number of shots asks of a policy"
     if S is None:
@@ -226,12 +233,13 @@ def _as_asked(enc, seqs, logp, S):
 
 # %% ../nbs/14_decode.ipynb #702e290f
 @torch.no_grad()
+@guarded
 def beam_search(
     policy, # has `start`, `point` and `take`
     enc, # B queries, with `mask`
-    S:int|None, # shots, 0 or more and fewer than any pool has candidates; None = the policy ends by itself
-    width:int, # W >= 1 beams per query, at most K!/(K-S)!
-    room:int=2**20, # queries go in parts with at most so many scores at once; changes no result
+    S:Natural|None, # shots, 0 or more and fewer than any pool has candidates; None = the policy ends by itself
+    width:Count, # W >= 1 beams per query, at most K!/(K-S)!
+    room:Count=2**20, # queries go in parts with at most so many scores at once; changes no result
 )->tuple: # (seqs int [B,W,S], logp [B,W]) best first, -inf where a pool has fewer; for S = None also seq_mask
     "The `width` most probable sequences that a beam of that width finds"
     length = sequence_length(policy, S)
@@ -252,10 +260,11 @@ def beam_search(
 
 # %% ../nbs/14_decode.ipynb #641bcd8e
 @torch.no_grad()
+@guarded
 def greedy_search(
     policy, # has `start`, `point` and `take`
     enc, # B queries, with `mask`
-    S:int|None, # shots, >= 0; None: until STOP is more probable than not
+    S:Natural|None, # shots; None: until STOP is more probable than not
 ): # int [B,S]; for S = None (seqs [B,max_shots], seq_mask)
     "The most probable pick at each step"
     if S is not None: return beam_search(policy, enc, S, 1)[0][:, 0]
@@ -274,12 +283,13 @@ def greedy_search(
 
 # %% ../nbs/14_decode.ipynb #46c4a683
 @torch.no_grad()
+@guarded
 def sample_distinct(
     policy, # has `start`, `point` and `take`
     enc, # B queries, with `mask`
-    S:int|None, # shots, 0 or more and fewer than any pool has candidates; None = the policy ends by itself
-    n:int, # sequences per query; ValueError if a pool has fewer
-    temp:float=1., # > 0 divides the logits of every step; 1 = the policy itself
+    S:Natural|None, # shots, 0 or more and fewer than any pool has candidates; None = the policy ends by itself
+    n:Count, # sequences per query; ValueError if a pool has fewer
+    temp:Positive=1., # > 0 divides the logits of every step; 1 = the policy itself
     generator:torch.Generator|None=None, # source of randomness; default torch's own
 )->tuple: # (seqs int [B,n,S] all different, logp [B,n] float64, tempered); for S = None also seq_mask
     "Draw `n` different sequences per query, without replacement, by stochastic beam search"
@@ -298,12 +308,13 @@ def sample_distinct(
     return _as_asked(enc, seqs, logp, S)
 
 @torch.no_grad()
+@guarded
 def sample_plain(
     policy, # has `start`, `point` and `take`
     enc, # B queries, with `mask`
-    S:int|None, # shots, 0 or more and fewer than any pool has candidates; None = the policy ends by itself
-    n:int, # sequences per query
-    temp:float=1., # > 0 divides the logits of every step; 1 = the policy itself
+    S:Natural|None, # shots, 0 or more and fewer than any pool has candidates; None = the policy ends by itself
+    n:Count, # sequences per query
+    temp:Positive=1., # > 0 divides the logits of every step; 1 = the policy itself
     generator:torch.Generator|None=None, # source of randomness; default torch's own
 )->tuple: # (seqs int [B,n,S], logp [B,n]) as `sample_distinct`; for S = None also seq_mask
     "Draw `n` independent sequences per query, with replacement"
@@ -325,11 +336,12 @@ def _who_may_follow(seqs, K, length):
     return free
 
 # %% ../nbs/14_decode.ipynb #bc87e243
+@guarded
 def enumerate_all(
     policy, # has `start`, `point` and `take`
     enc, # B queries with `mask`, pools padded to K
-    S:int|None, # shots, >= 0; None = whatever the policy may end with, min_shots..max_shots
-    limit:int=1_000_000, # refuse more sequences than this
+    S:Natural|None, # shots; None = whatever the policy may end with, min_shots..max_shots
+    limit:Count=1_000_000, # refuse more sequences than this
 )->tuple: # (seqs int [B,M,S], logp [B,M]), M = K!/(K-S)!, -inf where padding is picked; for S = None also seq_mask
     "Every ordered sequence of `S` picks and its log-probability"
     B, K = enc.mask.shape

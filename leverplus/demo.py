@@ -13,7 +13,7 @@ import pandas as pd
 from .runs import Run, read_frame
 from .core import printable
 from .synth import quiet
-from .settings import COUNTS, Proposing, Rows
+from .settings import COUNTS, Count, Natural, Proposing, Rows, guarded
 from .items import as_items
 from .groups import RLData
 from .rldata_ask import FactCache, ask
@@ -49,13 +49,14 @@ SETTINGS = dict(
 )
 
 # %% ../nbs/92_demo.ipynb #71d5818b
+@guarded
 def make_groups(
     world:World, # items, pools, embeddings, LVLM
     path, # folder; `train` and `dev` are made in it, or continued
-    train_queries:int=600, dev_queries:int=250, # how many queries of each split
-    shots=(2,), # demonstrations per sequence
+    train_queries:Count=600, dev_queries:Count=250, # how many queries of each split
+    shots:tuple[Natural, ...]=(2,), # demonstrations per sequence
     counts=COUNTS, # proposals per query
-    seed:int=0, # of the proposals
+    seed:Natural=0, # of the proposals
     progress:bool=True, # show bars?
 )->dict: # {"train": RLData, "dev": RLData}
     "Propose sequences for training and development queries and ask the LVLM about them, or take what is stored"
@@ -80,14 +81,15 @@ def stored_groups(world, split, n, shots):
     return RLData(data.rows[data.rows.question_id.isin(pool.ids)], pool, data.manifest)
 
 # %% ../nbs/92_demo.ipynb #8ef6d0b9
+@guarded
 def free_groups(
     world:World, # as in `make_groups`
     path, # folder of the sequences of other numbers
     groups:dict, # of `make_groups`
-    train_queries:int=600, dev_queries:int=250, # as there
-    shots=(0, 1), # other shot counts than those of the groups
+    train_queries:Count=600, dev_queries:Count=250, # as there
+    shots:tuple[Natural, ...]=(0, 1), # other shot counts than those of the groups
     counts=SETTINGS["free_counts"], # proposals per query
-    seed:int=0, # of the proposals
+    seed:Natural=0, # of the proposals
     progress:bool=True, # show bars?
 )->dict: # {"train": RLData, "dev": RLData}
     "Groups that also hold other numbers of demonstrations"
@@ -97,11 +99,12 @@ def free_groups(
 # %% ../nbs/92_demo.ipynb #26882596
 _KNOWN = RECIPES | EARLIER
 
+@guarded
 def train_recipes(
     world:World, # for its items and embeddings
     groups:dict, # of `make_groups`
     recipes:dict, # recipe -> changes, e.g. {"ours": {"listwise": {"n_epoch": 5}}}
-    seed:int=0, # of weights and batches
+    seed:Natural=0, # of weights and batches
 )->dict: # recipe -> Learner
     "Train selectors by recipes"
     train_items = world.items[world.items.split == "train"]
@@ -113,11 +116,12 @@ def train_recipes(
     return learners
 
 # %% ../nbs/92_demo.ipynb #bcc6f7df
+@guarded
 def fixed_best(
     world:World, # its dev split is asked
-    shots=(1, 2), # shot counts
-    n:int=8, # sequences that are tried; 0: none
-    queries:int=250, # dev queries
+    shots:tuple[Natural, ...]=(1, 2), # shot counts
+    n:Natural=8, # sequences that are tried; 0: none
+    queries:Natural=250, # dev queries
     cache:FactCache|None=None, # shared facts
 )->dict: # {S: pointer}
     "The fixed demonstrations that do best on dev"
@@ -130,12 +134,13 @@ def fixed_best(
     return out
 
 # %% ../nbs/92_demo.ipynb #1335813d
+@guarded
 def pick_all(
     world:World, # pools and embeddings
     models:dict, # name -> selector
     facts:pd.DataFrame, # exhaustive facts of the split
-    shots=(1, 2), # shot counts of the table
-    draw:int=0, # training seed of the selectors
+    shots:tuple[Natural, ...]=(1, 2), # shot counts of the table
+    draw:Natural=0, # training seed of the selectors
     fixed:dict|None=None, # of `fixed_best`
     baselines:bool=True, # the rows without training, and the oracle
     split:str="test", # whose questions
@@ -185,10 +190,11 @@ def _nearest(picks):
     return shown[shown.selector == similar_row(shown.selector)]
 
 # %% ../nbs/92_demo.ipynb #c9ffddde
+@guarded
 def count_shots(
     world:World, # its LVLM says what tokens are; without one demonstrations are counted
     scored:pd.DataFrame, # of `score_all`
-    some:int=100, # count the prompts of so many questions
+    some:Natural=100, # count the prompts of so many questions
 )->tuple: # (`counts_table`, {<name>_free: `chosen_counts`}); (None, None): no selector chooses its number
     "Hold free numbers of demonstrations against fixed ones"
     lvlm = world.scorer.lvlm if world.can_ask else None
@@ -232,9 +238,10 @@ def _prints(world, facts):
     return dict(lvlm=lvlm, store=world.store.fingerprint, **pools)
 
 # %% ../nbs/92_demo.ipynb #c1757735
+@guarded
 def run_demo(
     path="runs/demo", # run folder; continued if its settings are the same
-    seed:int=0, # of proposals, weights and batches
+    seed:Natural=0, # of proposals, weights and batches
     overwrite:bool=False, # empty the folder of a run with other settings?
     progress:bool=True, # show bars?
     world:World|str="islands", # or its name; one with exhaustive facts of test, or else of dev
@@ -334,8 +341,9 @@ def main():
     print(printable(demo_text(args.path, table)))
 
 # %% ../nbs/92_demo.ipynb #321af6ee
+@guarded
 def run_seeds(
-    seeds=range(5), # seeds of proposals, weights and batches
+    seeds:tuple[Natural, ...]=range(5), # seeds of proposals, weights and batches
     folder=None, # where groups are kept and continued; None: a temporary folder
     progress:bool=True, # show bars?
     world:World|str="islands", # or its name, as in `run_demo`
@@ -360,10 +368,11 @@ def run_seeds(
         picks.append(own)
     return score_all(world, pd.concat(picks, ignore_index=True), facts, cache)
 
+@guarded
 def seeds_report(
     scored:pd.DataFrame, # of `run_seeds`
     items:pd.DataFrame, # for clustering by image
-    shots:int=2, # shot count
+    shots:Natural=2, # shot count
     against=("similar", "sft"), # over whom a lead is wanted; "similar": see `similar_row`
 )->pd.DataFrame: # of `seeds_table`
     "Gap closed and leads, with 95 % intervals over queries and seeds"

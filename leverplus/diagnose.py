@@ -10,6 +10,7 @@ import math, random, warnings
 from typing import NamedTuple
 import numpy as np, pandas as pd, torch
 from .core import markdown_text, printable
+from .settings import Amount, Finite, Natural, guarded
 from .losses import live_groups
 from .rewards import spearman
 from .callback_core import FitOnly, Stats
@@ -467,28 +468,29 @@ def _in_words(found, t):
     )
 
 # %% ../nbs/69_diagnose.ipynb #27bb5fa7
+@guarded
 def diagnose(
     source, # a Learner with `RLStats` and `History`, a `History`, or its frame (a row per epoch)
     facts:dict|None=None, # of `data_facts`; default: read off the loaders if `source` is a Learner
-    fit:int|None=None, # which fit, as counted in the column `fit`; default the last
-    live:float=.3, # least share of live groups
-    start:float=.05, # share of live groups below which RL should not start
-    cancel:float=.05, # largest share of groups that differ in parts of the reward, though not in the reward
-    filter:float=.1, # largest part of the live groups that filters may make flat
-    kl:float=.5, # largest exact KL to the reference, nats
-    k3:float=5., # largest k3, in exact KLs
-    ratio:float=1e-4, # largest distance of the first ratio from 1
-    clip:float=.5, # largest share of clipped terms with A > 0
-    penalty:float=.5, # largest share of the gradient that is not the policy term's, mean over the fit
-    beta:tuple|None=None, # limits of beta; default those that `AdaptiveKL` had
-    ess:tuple=(.1, .95), # effective sample size of weights, as a share of a group
-    soft:float=.3, # least rank correlation of soft reward and accuracy
-    uniform:float=.1, # least distance from a uniform policy, nats
-    unchanged:float=.98, # largest share of picks that are those of the start
-    overfit:float=2., # largest gap of validation over training regret, standard errors
-    entropy:float=.1, # least normalised entropy
-    unique:float=.1, # least share of different picks
-    mass:float=.5, # least mass of the stored sequences, relative to the first epoch
+    fit:Natural|None=None, # which fit, as counted in the column `fit`; default the last
+    live:Finite=.3, # least share of live groups
+    start:Finite=.05, # share of live groups below which RL should not start
+    cancel:Finite=.05, # largest share of groups that differ in parts of the reward, though not in the reward
+    filter:Finite=.1, # largest part of the live groups that filters may make flat
+    kl:Finite=.5, # largest exact KL to the reference, nats
+    k3:Finite=5., # largest k3, in exact KLs
+    ratio:Finite=1e-4, # largest distance of the first ratio from 1
+    clip:Finite=.5, # largest share of clipped terms with A > 0
+    penalty:Finite=.5, # largest share of the gradient that is not the policy term's, mean over the fit
+    beta:tuple[Amount, ...]|None=None, # limits of beta; default those that `AdaptiveKL` had
+    ess:tuple[Finite, ...]=(.1, .95), # effective sample size of weights, as a share of a group
+    soft:Finite=.3, # least rank correlation of soft reward and accuracy
+    uniform:Finite=.1, # least distance from a uniform policy, nats
+    unchanged:Finite=.98, # largest share of picks that are those of the start
+    overfit:Finite=2., # largest gap of validation over training regret, standard errors
+    entropy:Finite=.1, # least normalised entropy
+    unique:Finite=.1, # least share of different picks
+    mass:Finite=.5, # least mass of the stored sequences, relative to the first epoch
 )->Diagnosis: # shows itself in a notebook; ValueError if there is no epoch
     "Say why a fit did not learn, or that nothing speaks against it"
     t = dict(

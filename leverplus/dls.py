@@ -12,6 +12,7 @@ import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
 from torch.nn import functional as F
 from .core import pad_rows
+from .settings import Count, Natural, guarded
 from .pictures import open_image
 from .synth import GroupLoader
 from .items import as_ids, as_items
@@ -399,11 +400,12 @@ def _short(v):
 # %% ../nbs/40_dls.ipynb #7c348b3e
 class GroupDL(GroupLoader):
     "Batches of a `GroupDataset`; same seed, same order"
+    @guarded
     def __init__(self,
         dataset=None, # `GroupDataset`
-        bs:int=32, # B, queries per batch
+        bs:Count=32, # B, queries per batch
         shuffle:bool=False, # a new order every epoch
-        seed:int=0, # of the orders
+        seed:Natural=0, # of the orders
         **kwargs, # of fastai's `DataLoader`
     ):
         super().__init__(dataset, bs=bs, shuffle=shuffle, **kwargs)
@@ -428,8 +430,9 @@ def get_idxs(self:GroupDL)->list: # row numbers, in the order of the walk that b
     return self.walk
 
 @patch
+@guarded
 def batch_rows(self:GroupDL,
-    k:int, # which batch of the walk that began last, 0-based
+    k:Natural, # which batch of the walk that began last, 0-based
 )->list: # row numbers of its groups
     "Which groups a batch consists of"
     return self.walk[k*self.bs : (k+1)*self.bs]
@@ -485,14 +488,15 @@ class GroupDataLoaders(DataLoaders):
         empty.info = self.info
         return empty
 
+@guarded
 def group_dls(
     train:RLData, # groups to learn from
     valid:RLData, # groups to judge by; other queries, same pool rule
     store, # `EmbedStore` that knows all queries and demonstrations
     reward:str="hard_plus_soft", # mode of `rewards.reward`
     kind:str|None=None, # which embedding, see `EmbedStore.kind`
-    bs:int=32, # B, queries per batch (validation: 4 times as many)
-    seed:int=0, # of the order of training batches
+    bs:Count=32, # B, queries per batch (validation: 4 times as many)
+    seed:Natural=0, # of the order of training batches
     device=None, # where batches go; default fastai's default device
     any_pool:bool=False, # allow pools of different rules
     items:pd.DataFrame|None=None, # `question, answer, image_path` by question_id: what is shown is drawn

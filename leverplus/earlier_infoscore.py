@@ -9,7 +9,7 @@ __all__ = ['truth_prob', 'infoscore_beams', 'infoscores', 'write_beams']
 import numpy as np, pandas as pd
 from tqdm import tqdm
 from .core import rng, write_json
-from .settings import Asking
+from .settings import Asking, Count, Natural, guarded
 from .items import as_ids, as_items
 from .pools import Pool
 from .rldata_ask import FactCache, as_cache, ask
@@ -106,21 +106,22 @@ def _check_search(ids, pools, shots, beam, M, grow, order):
             )
 
 # %% ../nbs/89_earlier_infoscore.ipynb #d9995b44
+@guarded
 def infoscore_beams(
     ids, # question_ids, distinct
     items:pd.DataFrame, # queries and demonstrations, indexed by question_id
     pools:Pool, # who may be picked; each pool has more candidates than shots, else ValueError names the query
     scorer, # see `ask`; None: all facts are in `cache`, KeyError names one that is not
-    shots:int=2, # S >= 1
-    beam:int=5, # sequences that each query keeps, >= 1
-    candidates:int|None=None, # M of each pool that are tried, > S; None: all
+    shots:Natural=2, # S >= 1
+    beam:Count=5, # sequences that each query keeps
+    candidates:Count|None=None, # M of each pool that are tried, > S; None: all
     cache:FactCache|pd.DataFrame|None=None, # facts, looked up first and added to; a frame of facts will do
     prob:str="credit", # see `truth_prob`
     grow:str="left", # where a new demonstration goes: "left" | "right"
     order:str="total", # sequences are kept by p(s) - p(), "total", or by what came "last"
     text:bool=False, # ask the sequences that were found for a generated text, too; the search needs none
-    seed:int=0, # of the candidates that are drawn
-    window:int=1024, # prompts between two writes of the cache
+    seed:Natural=0, # of the candidates that are drawn
+    window:Count=1024, # prompts between two writes of the cache
     progress:bool=True, # show a bar over shots, with the prompts that were looked at
     asking:Asking=Asking(), # see `ask`
 )->RLData: # `beam` rows per query, best first; the manifest's "infoscore" has settings, `zero` (p() by query), `lost`

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np, pandas as pd
 from fastcore.basics import patch
 from .core import file_bytes, fingerprint, parse_json, write_json
+from .settings import Positive, guarded
 from .items import as_id, as_items
 from .text import compose
 from .vqa import MODES, relevances, vqa_accuracies
@@ -657,13 +658,14 @@ def _note_left_out(f, pools):
 
 # %% ../nbs/87_earlier_json.ipynb #d6277c7c
 @patch(cls_method=True)
+@guarded
 def from_json(cls:RLData,
     path, # the JSON file
     pool=None, # Pool of its queries; "used": all demonstrations of the file; None: the file has pools
     id_map=None, # {row number: question_id}, question_ids by row, or "question_id"; None: the file says it
     dialect:str|None=None, # one of `DIALECTS`, to settle what a file leaves open; None: find out
     items:pd.DataFrame|None=None, # question_id, question, answers: to check ids and labels, and for relevance
-    acc_scale:float=1., # what an accuracy of 1 is in the file; 100 for percent
+    acc_scale:Positive=1., # what an accuracy of 1 is in the file; 100 for percent
     duplicates:str="same", # repeats: "same" drops those that agree, refuses others; "first", "last": keep that one
     method:str|dict|None=None, # gen_method of rows without one, or {name in the file: one of METHODS}
 )->RLData: # validated; `.log` says what was detected, dropped and filled

@@ -13,6 +13,7 @@ import math
 from statistics import NormalDist
 from typing import NamedTuple
 import numpy as np, pandas as pd
+from .settings import Count, Finite, Level, Natural, Share, guarded
 from .statistics import Interval, claim, mcnemar, plan_mde, plan_power
 from .evaluate import expected_best
 
@@ -67,10 +68,11 @@ SCORE_SD = .4745
 
 def _paired_se(changed, n): return math.sqrt(.72*changed/n)
 
+@guarded
 def reported_difference(
-    delta:float, # reported difference, in points
-    n:int=800, # queries
-    changed:float|None=.10, # assumed share of changed scores; None: unpaired
+    delta:Finite, # reported difference, in points
+    n:Count=800, # queries
+    changed:Share|None=.10, # assumed share of changed scores; None: unpaired
 )->tuple: # (Interval, MDE), in 0..1 units
     "Interval and detectable effect of a reported difference"
     se = SCORE_SD * math.sqrt(2/n) if changed is None else _paired_se(changed, n)
@@ -96,9 +98,10 @@ def _replayed(plan, shots, acc, baseline, source, n, changed):
         source=source,
     )
 
+@guarded
 def replay_plans(
-    changed:float|None=.10, # assumed share of changed scores; None: unpaired
-    n:int=800, # queries
+    changed:Share|None=.10, # assumed share of changed scores; None: unpaired
+    n:Count=800, # queries
 )->pd.DataFrame: # plan, shots (1..4, "mean"), acc, delta, lo, hi, mde in points, z, verdict, source
     "Every reported variant against its baseline"
     rows = []
@@ -133,16 +136,18 @@ def plot_replays(
     return ax
 
 # %% ../nbs/88_earlier_replays.ipynb #9224e67a
+@guarded
 def least_changed(
-    delta:float, # reported difference, in points
-    n:int=800, # queries
+    delta:Finite, # reported difference, in points
+    n:Count=800, # queries
 )->float: # 0..1
     "The largest share of changed scores at which a difference would still reach its detectable effect"
     return n * (abs(delta)/100 / plan_mde(1, 1.))**2
 
 # %% ../nbs/88_earlier_replays.ipynb #a6028694
+@guarded
 def least_wins(
-    level:float=.05, # of the two-sided test
+    level:Level=.05, # of the two-sided test
 )->int: # queries
     "How many changed queries, all of them up, an exact test needs"
     n = 1
@@ -150,10 +155,11 @@ def least_wins(
     return n
 
 # %% ../nbs/88_earlier_replays.ipynb #d937ab67
+@guarded
 def best_of(
-    m:int, # variants, all equal in truth
-    changed:float=.10, # share of changed scores
-    n:int=800, # queries
+    m:Count, # variants, all equal in truth
+    changed:Share=.10, # share of changed scores
+    n:Count=800, # queries
 )->float: # points
     "How much better than it is the best of `m` equal variants is expected to look"
     return expected_best(m) * 100*_paired_se(changed, n)
@@ -191,8 +197,9 @@ def homogeneous_p(
     return math.erfc(math.sqrt(x/2)) + math.sqrt(2*x/math.pi)*math.exp(-x/2)
 
 # %% ../nbs/88_earlier_replays.ipynb #aadee1c6
+@guarded
 def plot_prefixes(
-    shot:int=1, # 1..4
+    shot:Count=1, # 1..4
     ax=None, # matplotlib axes; None makes new ones
 ): # the axes
     "Accuracy of the first n rows, and of the rows between"
@@ -228,9 +235,10 @@ REPORTED_LOG = dict(
 )
 
 # %% ../nbs/88_earlier_replays.ipynb #2dc7b9e1
+@guarded
 def logged_advantages(
     live, # for each live group, its rewards after the top-k cut
-    groups:int, # all groups
+    groups:Natural, # all groups
 )->tuple: # (mean standard deviation, mean largest |advantage|) of z-scored advantages
     "What a log of group statistics shows when all other groups are flat"
     std, largest = 0., 0.

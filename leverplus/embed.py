@@ -14,6 +14,7 @@ from leverplus.checkpoints import (
     check_model, check_on_hub, check_vocabulary, folder_or_name, load_model, load_part, read_weights,
     write_weights,
 )
+from .settings import Count, guarded
 from leverplus.core import (
     Damaged, exact_float32, fingerprint, loading_bar, read_object, tensors_fingerprint, world_path,
     write_json,
@@ -389,10 +390,11 @@ def _in_batches(todo, encode, batch_size, progress, desc): # [len(todo), D]
     return torch.cat([encode(batch) for batch in tqdm(batches, desc=desc, disable=not progress)])
 
 # %% ../nbs/12_embed.ipynb #94394d8c
+@guarded
 def embed_items(
     items:pd.DataFrame, # columns question_id (distinct), question, and image_path if there are pictures
     model=None, # folder or hub name of a CLIPModel, or a `Clip`; None: models/tiny-clip of the checkout
-    batch_size:int=64, # pictures or questions per forward
+    batch_size:Count=64, # pictures or questions per forward
     device=None, # torch device; None: cuda if there is one, else cpu
     progress:bool=True, # show a bar
 )->EmbedStore: # one row per item, in the order of `items`
@@ -486,10 +488,11 @@ def _check_held(items, ids, n):
         )
 
 # %% ../nbs/12_embed.ipynb #df5660b4
+@guarded
 def nearest(
     store:EmbedStore, # holds `question_id` and `among`
     question_id:int, # whose neighbours
-    k:int=5, # how many, >= 1
+    k:Count=5, # how many
     kind:str|None=None, # see `EmbedStore.kind`
     among=None, # question_ids to choose from; default the whole store
 )->pd.Series: # cosines, largest first, indexed by question_id; equal ones by id
@@ -501,11 +504,12 @@ def nearest(
     return cos.sort_values(ascending=False, kind="stable").head(k)
 
 # %% ../nbs/12_embed.ipynb #72543903
+@guarded
 def show_neighbours(
     store:EmbedStore, # embeddings of `items`
     items:pd.DataFrame, # columns question_id, question, answer, and image_path if there are pictures
     question_id:int, # the item on the left
-    k:int=4, # neighbours per row
+    k:Count=4, # neighbours per row
     axs=None, # [kinds, k+1] axes; None makes them
 ): # the axes
     "The item and its nearest neighbours, a row for each kind of embedding"

@@ -17,9 +17,11 @@ from collections import Counter
 from datetime import datetime, timezone
 from pathlib import Path
 from statistics import NormalDist
+from typing import Literal
 import numpy as np, pandas as pd
 from .core import fingerprint, gini, read_json, read_object, rng, write_json
 from .runs import Run, hold_lock
+from .settings import Amount, Count, Natural, guarded
 from .items import as_ids, as_items
 from .embed import KINDS
 from .pools import image_groups
@@ -46,14 +48,15 @@ BASELINES = (
     "oracle_free",
 )
 
+@guarded
 def pick_baselines(
     pool, # `Pool`
     store, # `EmbedStore`
-    shots=(1, 2, 3, 4), # shot counts
-    draws:int=5, # of random demonstrations
+    shots:tuple[Natural, ...]=(1, 2, 3, 4), # shot counts
+    draws:Count=5, # of random demonstrations
     fixed:dict|None=None, # {S: pointer} from `best_fixed`; None: no such row
     items:pd.DataFrame|None=None, # by question_id, for the rows fixed, vote and logistic; None: none of these
-    seed:int=0, # of the draws
+    seed:Natural=0, # of the draws
     groups=None, # `RLData` of training questions, for the rows knn_facts and logistic; None: none of these
 )->pd.DataFrame: # picks of zero_shot, random, similarity in both orders, mmr, and what `items` and `groups` allow
     "Picks of every baseline that needs no training of ours"
@@ -134,11 +137,12 @@ def _check_columns(facts):
     if len(scorers) > 1: raise ValueError(f"facts of {len(scorers)} scorers {scorers}: keep one")
 
 # %% ../nbs/82_evaluate.ipynb #726491de
+@guarded
 def fixed_pairs(
     pool, # `Pool` of the development split; the sequences are drawn from all its candidates
-    S:int, # shots
-    n:int=16, # sequences
-    seed:int=0, # of the draw
+    S:Natural, # shots
+    n:Natural=16, # sequences
+    seed:Natural=0, # of the draw
 )->pd.DataFrame: # question_id, pointer: what to ask the LVLM
     "Random fixed sequences, each for every query"
     demos = sorted({d for c in pool.ids.values() for d in c} - set(pool.ids))
@@ -151,9 +155,10 @@ def fixed_pairs(
     pairs = [(q, p) for p in dict.fromkeys(drawn) for q in pool.ids]
     return pd.DataFrame(pairs, columns=["question_id", "pointer"])
 
+@guarded
 def best_fixed(
     facts:pd.DataFrame, # facts of `fixed_pairs`
-    S:int, # shots
+    S:Natural, # shots
 )->tuple: # (pointer, mean accuracy on these queries, queries); ties go to the smaller pointer
     "The sequence that is best for everybody, among those that every query was asked with"
     f = check_facts(facts)
@@ -167,12 +172,13 @@ def best_fixed(
     return best, float(acc[best]), n
 
 # %% ../nbs/82_evaluate.ipynb #d96bf00b
+@guarded
 def pick_oracle(
     facts:pd.DataFrame, # see `check_facts`; rows of other lengths than S are ignored
-    S:int|None, # shots; None: any number that occurs in the facts, none included
+    S:Natural|None, # shots; None: any number that occurs in the facts, none included
     pool=None, # `Pool`: its queries only, sequences inside it only; None uses all facts and never claims to be exact
     by:str="vqa_acc_score", # what is maximised, or "vqa_gt_prob"; the other one breaks ties
-    price:float=0., # what a demonstration costs, in the unit of `by`
+    price:Amount=0., # what a demonstration costs, in the unit of `by`
 )->pd.DataFrame: # picks of "oracle" (S None: "oracle_free") and a bool column `exact`; ValueError without a fact
     "The best sequence of each query among the facts"
     f = check_facts(facts)
@@ -295,11 +301,12 @@ def majority_vote(
         eval_failed=False,
     )
 
+@guarded
 def vote_of_all(
     pool, # `Pool`, all of whose candidates vote
     store, # `EmbedStore`: ties go to the nearest
     items:pd.DataFrame, # as in `majority_vote`
-    shots=(2,), # shot counts of the rows that it stands beside; the answers are the same
+    shots:tuple[Natural, ...]=(2,), # shot counts of the rows that it stands beside; the answers are the same
 )->pd.DataFrame: # scored rows "majority_vote_all"; no LVLM is asked
     "What all candidates' answers together would score"
     kind = store.kind(None)
@@ -363,12 +370,13 @@ def _share(policy, random, oracle):
     return (policy - random) / np.where(gap > 1e-9, gap, np.nan)
 
 # %% ../nbs/82_evaluate.ipynb #2d41c047
+@guarded
 def changed(
     scored:pd.DataFrame, # from `score_picks`
     selector:str, # whose answers
-    shots:int, # its shots
+    shots:Natural|Literal["mean"], # its shots
     reference:str="similar", # compared with; "similar": see `similar_row`
-    reference_shots:int|None=None, # default: the same shots
+    reference_shots:Natural|Literal["mean"]|None=None, # default: the same shots
 )->float: # 0..1, on the queries that both answered; 0 for the reference itself, NaN without a common query
     "Share of queries answered differently than with the reference's demonstrations"
     reference, = named([reference], scored)
@@ -384,10 +392,11 @@ def _good(scored, selector, shots):
     return scored[(scored.selector == selector) & (scored.shots == shots) & ~scored.eval_failed]
 
 # %% ../nbs/82_evaluate.ipynb #ebbde58c
+@guarded
 def agreement(
     scored:pd.DataFrame, # picks or scored picks
     a:str, b:str, # two selectors
-    shots:int, # shots of both
+    shots:Natural|Literal["mean"], # shots of both
     order:bool=True, # must the order be the same too?
 )->float: # 0..1, over queries and pairs of draws; NaN without a common query
     "Share of queries for which two selectors pick the same demonstrations"
@@ -432,9 +441,10 @@ def _copies(rows, answers):
     return np.array(same, dtype=float)
 
 # %% ../nbs/82_evaluate.ipynb #f70fd05f
+@guarded
 def score_matrix(
     scored:pd.DataFrame, # from `score_picks`
-    shots:int, # one shot count
+    shots:Natural|Literal["mean"], # one shot count
     metric:str="vqa_acc_score", # any numeric column of `scored`
 )->pd.DataFrame: # [queries, selectors]; index question_id; NaN where a selector has no good row
     "Mean score over draws, per query and selector"
@@ -462,13 +472,14 @@ def _pictures(items, ids):
 # %% ../nbs/82_evaluate.ipynb #7a52588d
 TABLE = ["selector", "shots", "n", "acc", "lo", "hi", "gap_closed", "changed"]
 
+@guarded
 def result_table(
     scored:pd.DataFrame, # from `score_picks`, all selectors and shots together
     items:pd.DataFrame|None=None, # items by question_id, for clustering; None: every query for itself
     reference:str|None="random", # gap 0; None leaves gap_closed NaN
     oracle:str|None="oracle", # gap 1; None leaves gap_closed NaN
     changed_from:str|None="similar", # reference of `changed`, see `similar_row`; None leaves it NaN
-    zero_at:int|None=None, # shots whose random, oracle and reference rows zero_shot is measured against; None: NaN
+    zero_at:Natural|None=None, # shots whose random, oracle and reference rows zero_shot is measured against; None: NaN
     bootstrap:Bootstrap=Bootstrap(), # resamples, and the coverage of intervals
     metric:str="vqa_acc_score", # or "vqa_gt_prob"
 )->pd.DataFrame: # exactly `TABLE`, in 0..1; `.attrs`: `failed` evaluations left out, `oracle_note`, `level`
@@ -651,21 +662,23 @@ def over_shots(
     return s.assign(draw=[f"{S} shots, {draw}" for S, draw in zip(s.shots, s.draw)], shots="mean")
 
 # %% ../nbs/82_evaluate.ipynb #0ea56635
+@guarded
 def seed_matrix(
     scored:pd.DataFrame, # from `score_picks`
     selector:str, # whose draws
-    shots:int, # one shot count
+    shots:Natural|Literal["mean"], # one shot count
 )->pd.DataFrame: # [queries, draws]
     "Scores of one selector, a column per draw or training seed"
     s = _good(scored, selector, shots)
     if not len(s): raise ValueError(f"no good rows of {selector!r} with {shots} shots")
     return s.set_index(["question_id", "draw"]).vqa_acc_score.unstack()
 
+@guarded
 def compare_seeds(
     scored:pd.DataFrame, # from `score_picks`; `draw` is the training seed
     a:str, # selector
     b:str, # selector it is compared with; one that has a single draw counts as fixed
-    shots:int, # shot count of both
+    shots:Natural|Literal["mean"], # shot count of both
     paired:bool=False, # seeds belong together (b continues a's checkpoint of the same seed); needs equal draws
     items:pd.DataFrame|None=None, # items by question_id, for clustering
     bootstrap:Bootstrap=Bootstrap(), # resamples, and the coverage of intervals
@@ -703,9 +716,10 @@ def _gap_over_seeds(x, low, high, items, bootstrap):
     )
 
 # %% ../nbs/82_evaluate.ipynb #62600d32
+@guarded
 def seeds_table(
     scored:pd.DataFrame, # from `score_picks`; `draw` is the training seed
-    shots:int, # one shot count
+    shots:Natural|Literal["mean"], # one shot count
     items:pd.DataFrame|None=None, # items by question_id, for clustering
     against=(), # selectors over which a lead is wanted
     reference:str="random", oracle:str="oracle", # gap 0 and gap 1
@@ -819,10 +833,11 @@ def _over_both(matrix, row, items, bootstrap):
     return dict(over=lead.value, over_lo=lead.lo, over_hi=lead.hi, verdict=claim(lead, found))
 
 # %% ../nbs/82_evaluate.ipynb #ec48db73
+@guarded
 def subsets(
     ids, # question_ids, in any order, distinct
-    sizes=(100, 200, 400, 800, "all"), # int <= len(ids), or "all"; ValueError for a larger one
-    seed:int=0, # of the permutation
+    sizes:tuple[Count|Literal["all"], ...]=(100, 200, 400, 800, "all"), # ValueError for one > len(ids)
+    seed:Natural=0, # of the permutation
 )->dict: # {size: sorted tuple of ids}, nested
     "Nested random subsets of queries"
     ids = sorted(as_ids(ids).tolist())
@@ -832,10 +847,11 @@ def subsets(
     shuffled = [ids[i] for i in rng("subsets", seed).permutation(len(ids))]
     return {s: tuple(sorted(shuffled if s == "all" else shuffled[:s])) for s in sizes}
 
+@guarded
 def save_subsets(
     path, # a .json file; ValueError if other ids lie there
     subs:dict, # from `subsets`
-    seed:int=0, # the seed they were made with
+    seed:Natural=0, # the seed they were made with
 )->Path: # the file
     "Record which queries each size means"
     path = Path(path)
@@ -856,10 +872,11 @@ def load_subsets(
     return {k if k == "all" else int(k): tuple(v) for k, v in recorded.items()}
 
 # %% ../nbs/82_evaluate.ipynb #053a6bbd
+@guarded
 def size_table(
     scored:pd.DataFrame, # from `score_picks`
     subs:dict, # {size: ids} from `subsets` or `load_subsets`
-    shots:int, # one shot count (zero-shot rows are shown too)
+    shots:Natural|Literal["mean"], # one shot count (zero-shot rows are shown too)
     items:pd.DataFrame|None=None, # items by question_id, for clustering
 )->pd.DataFrame: # by size: a column per selector, then `half_width` of random, and the median `mde` against it
     "Accuracy by the number of queries, with what that number can show"
@@ -980,8 +997,9 @@ def _result_fingerprint(scored, split):
     )
 
 # %% ../nbs/82_evaluate.ipynb #b1d8a250
+@guarded
 def expected_best(
-    m:int, # selectors, all equal in truth, with independent errors
+    m:Count, # selectors, all equal in truth, with independent errors
 )->float: # in standard errors
     "How much better than it is the best of `m` equal selectors is expected to look"
     z = np.linspace(-8, 8, 8001)
@@ -990,9 +1008,10 @@ def expected_best(
     return float(np.trapezoid(z*density_of_best, z))
 
 # %% ../nbs/82_evaluate.ipynb #4c4b042e
+@guarded
 def table_text(
     table:pd.DataFrame, # from `result_table`
-    looks:int|None=None, # from `count_look`; None: nobody counted
+    looks:Natural|None=None, # from `count_look`; None: nobody counted
     split:str="test", # which split
 )->str: # the table and what must be read with it
     "A table with its small print"

@@ -13,6 +13,7 @@ import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
 from torch.nn import functional as F
 from .core import fingerprint
+from .settings import Count, guarded
 from .embed import EmbedStore
 from .items import as_ids, as_items
 from .pools import check_vectors, image_groups
@@ -29,9 +30,10 @@ def letter_groups(
     sizes = [n for n in (3, 4, 5) if n < len(bounded)]
     return [bounded] + [bounded[i:i+n] for n in sizes for i in range(len(bounded) - n + 1)]
 
+@guarded
 def answer_vectors(
     texts, # n normalised answers, distinct
-    width:int=WIDTH, # A
+    width:Count=WIDTH, # A
 )->torch.Tensor: # [n,A] of length 1; zeros for an answer without words
     "Vectors of answers, made of their letters"
     rows = [text.split() for text in texts]
@@ -69,12 +71,13 @@ class Opinion:
 class Evidence:
     "A bank of answered questions that is asked about candidates"
     names = NAMES
+    @guarded
     def __init__(self,
         items:pd.DataFrame, # `question_id, image_id, question`, of the bank `answer`; votes go by its `answers`, if any
         store:EmbedStore, # vectors of these questions; its kind `answer`, if there is one, has vectors of answers
         demos=None, # question_ids of the bank; None: the items of split `train`, or all where there are no splits
         kind:str="text", # which vectors say how near two questions are
-        near:int=200, # neighbours that vote, at most
+        near:Count=200, # neighbours that vote, at most
     ):
         what = "Evidence, items"
         items = as_items(items, need=("image_id", "question"), columns=("answer",), what=what)
@@ -342,11 +345,12 @@ def plain_kind(
 
 class BankStore(EmbedStore):
     "An `EmbedStore` that knows what a bank of answered questions says"
+    @guarded
     def __init__(self,
         store:EmbedStore, # vectors of all items
         items:pd.DataFrame, # all items, see `Evidence`
         demos=None, # question_ids of the bank; None: split `train`, or all where there are no splits
-        near:int=200, # neighbours that vote, at most
+        near:Count=200, # neighbours that vote, at most
     ):
         items = as_items(items, need=("image_id",), columns=("answer",), what="BankStore, items")
         vars(self).update(vars(store))

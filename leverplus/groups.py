@@ -18,6 +18,7 @@ import numpy as np, pandas as pd, pyarrow as pa
 from fastcore.basics import patch
 from .core import fingerprint, printable, read_arrow, read_object, write_json, write_parquet
 from .runs import present_command
+from .settings import Count, Natural, guarded
 from .markup import Blocks, Paragraph, frame_table
 from .items import as_id, as_items
 from .pools import Pool
@@ -552,12 +553,13 @@ def write_part(
     "Write one part, atomically and with a seal"
     return write_parquet(path, pack(frame, columns))
 
+@guarded
 def read_part(
     path, # FileNotFoundError if absent, `Damaged` if not as it was written, ValueError if it has other columns
     columns:dict=RECORD, # {name: kind} that must be there
     optional:tuple=LATER, # names out of `columns` that may be absent; they come back as missing, or 0, or False
     ignore:tuple=(), # other columns that may be there
-    rows:int|None=None, # how many rows it must have; None = any
+    rows:Natural|None=None, # how many rows it must have; None = any
 )->pd.DataFrame: # as `as_record` makes it
     "Read one part with errors that name the file"
     path = Path(path)
@@ -662,9 +664,10 @@ def _own_parts(path, tag):
 
 # %% ../nbs/30_groups.ipynb #37f77ddb
 @patch
+@guarded
 def save(self:RLData,
     path, # directory; made if absent. Data that lie there are replaced, an unfinished or divided generation is refused
-    part_rows:int=250_000, # rows per part, > 0
+    part_rows:Count=250_000, # rows per part
 )->Path: # `path`
     "Write parts, pool and manifest; a kill at any moment leaves the old or the new content, never a mixture"
     path = Path(path)

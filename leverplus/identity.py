@@ -29,6 +29,7 @@ def code_fingerprint(
     "Tell functions apart by what they do, as far as their own code shows"
     if isinstance(f, partial): return _of_partial(f)
     f = getattr(f, "__func__", f) # of a method
+    if hasattr(f, "guards"): f = f.__wrapped__ # a guard of its numbers does nothing else
     return _of_function(f) if hasattr(f, "__code__") else _of_object(f)
 
 def _of_function(f):

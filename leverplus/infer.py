@@ -14,14 +14,16 @@ import math
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import get_args
+from typing import Literal, get_args
 import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
 from leverplus.core import (
     ask_for_a_folder, atomic_path, checked_bytes, fingerprint, pad_rows, read_json, rng, write_json,
 )
 from .runs import Run, hold_lock, settings_diff
-from .settings import Asking, PickerName, Picking, plain_settings
+from leverplus.settings import (
+    Asking, Count, Finite, Natural, PickerName, Picking, Positive, Share, guarded, plain_settings,
+)
 from .items import answered, as_asked, as_id, as_ids, as_items, check_answered, given_ids
 from .pools import check_pool, check_vectors, image_groups
 from .vqa import normalise
@@ -46,11 +48,12 @@ def as_pointer(
     values = p.tolist() if hasattr(p, "tolist") else p
     return tuple(as_ids(values).tolist())
 
+@guarded
 def picks_frame(
     selector:str, # the name that the row will have in the table
     pointers:dict, # {question_id: ids in prompt order}
-    shots:int, # demonstrations asked for, >= 0; every pointer must have that many distinct ids
-    draw:int=0, # which repetition: random draw or training seed
+    shots:Natural, # demonstrations asked for; every pointer must have that many distinct ids
+    draw:Natural=0, # which repetition: random draw or training seed
     fewer:bool=False, # may a pointer be shorter (a selector that stops)?
 )->pd.DataFrame: # columns `selector, shots, draw, question_id, pointer`
     "Picks of one selector as a frame; ValueError names the first query whose pointer will not do"
@@ -74,11 +77,12 @@ def pick_zero(
     "No demonstration at all"
     return picks_frame("zero_shot", {q: () for q in pool.ids}, 0)
 
+@guarded
 def pick_random(
     pool, # `Pool`
-    S:int, # shots, 1..K; ValueError names a query whose pool is smaller
-    draws:int=5, # independent draws, >= 1
-    seed:int=0, # equal seed, equal picks
+    S:Natural, # shots, 1..K; ValueError names a query whose pool is smaller
+    draws:Count=5, # independent draws
+    seed:Natural=0, # equal seed, equal picks
 )->pd.DataFrame: # picks with selector "random" and draw 0..draws-1
     "Demonstrations drawn uniformly without replacement, in random order"
     drawn = [{} for _ in range(draws)]
@@ -99,10 +103,11 @@ def _with_room(pool, S):
     return pool.ids.items()
 
 # %% ../nbs/80_infer.ipynb #b7a2fd1a
+@guarded
 def pick_similar(
     pool, # `Pool`
     store, # `EmbedStore`: `get(ids, kind)` gives unit vectors [n, D]
-    S:int, # shots, 1..K
+    S:Natural, # shots, 1..K
     kind:str|None=None, # see `EmbedStore.kind`
     first:bool=False, # the most similar one first, farthest from the query?
 )->pd.DataFrame: # picks with selector "similar_<kind>", or "similar_<kind>_first"
@@ -115,12 +120,13 @@ def pick_similar(
     return picks_frame(f"similar_{kind}_first" if first else f"similar_{kind}", pointers, S)
 
 # %% ../nbs/80_infer.ipynb #e18748ef
+@guarded
 def pick_mmr(
     pool, # `Pool`
     store, # `EmbedStore`
-    S:int, # shots, 1..K
+    S:Natural, # shots, 1..K
     kind:str|None=None, # see `EmbedStore.kind`
-    weight:float=.5, # w, 0..1; 1 is similarity alone
+    weight:Share=.5, # w; 1 is similarity alone
 )->pd.DataFrame: # picks with selector "mmr"
     "Similar to the query, and not to each other"
     if not 0 <= weight <= 1: raise ValueError(f"weight={weight}: wanted 0..1")
@@ -140,10 +146,11 @@ def pick_mmr(
     return picks_frame("mmr", pointers, S)
 
 # %% ../nbs/80_infer.ipynb #a7dd5985
+@guarded
 def pick_rule(
     rule, # has `best(query, candidates, S)` -> ids in prompt order, as `Vote`, `FactsNearby`, `Logistic`
     pool, # `Pool`
-    S:int, # shots, 1..K
+    S:Natural, # shots, 1..K
     name:str, # its name in the table
 )->pd.DataFrame: # picks
     "What a rule shows"
@@ -218,15 +225,16 @@ def kind_of(
     return (kind or "mixed") if store is None else kind_for(model, store, kind)
 
 # %% ../nbs/80_infer.ipynb #ba49a025
+@guarded
 def pick_model(
     model, # `PointerSelector`, or any module with `encode(query, cands, cand_mask)` and `greedy(enc, S) -> [B,S]`
     pool, # `Pool`
     store, # `EmbedStore`
-    S:int|None, # shots, 1..K; None: as many as a selector with STOP wants, from its `min_shots` to its `max_shots`
+    S:Natural|None, # shots, 1..K; None: as many as a selector with STOP wants, from its `min_shots` to its `max_shots`
     kind:str|None=None, # embeddings that the selector reads; None: as it was trained, see `kind_of`
     name:str="selector", # its name in the table
-    draw:int=0, # its training seed, when several are compared
-    bs:int=256, # queries per batch; changes no pick
+    draw:Natural=0, # its training seed, when several are compared
+    bs:Count=256, # queries per batch; changes no pick
     other_pool:bool=False, # take a pool of another kind than the checkpoint says?
 )->pd.DataFrame: # picks
     "What a selector picks greedily"
@@ -280,17 +288,18 @@ def _noise(pool, qs, search):
     return out
 
 # %% ../nbs/80_infer.ipynb #bd8dc20e
+@guarded
 def candidates(
     model, # has `encode` and `step_logp(enc, prefix)`: a selector, or `SimilarityPrior`
     pool, # `Pool`
     store, # `EmbedStore`
-    S:int|None, # shots, 1..K-1; None: the selector stops by itself
-    width:int=5, # sequences per query; fewer where a pool has fewer
+    S:Natural|None, # shots, 1..K-1; None: the selector stops by itself
+    width:Count=5, # sequences per query; fewer where a pool has fewer
     search:str="beam", # beam | samples
-    temp:float=1., # > 0, of samples
+    temp:Positive=1., # of samples
     kind:str|None=None, # embeddings that the selector reads; None: as it was trained, see `kind_of`
-    seed:int=0, # of samples
-    bs:int=256, # queries per batch; changes nothing
+    seed:Natural=0, # of samples
+    bs:Count=256, # queries per batch; changes nothing
     other_pool:bool=False, # see `check_pool`
 )->pd.DataFrame: # question_id, pointer, rank (0 = first), logp; queries in the pool's order
     "Several sequences per query from one selector"
@@ -469,9 +478,10 @@ def _values(c, by):
     return score
 
 # %% ../nbs/80_infer.ipynb #1f611b7c
+@guarded
 def adaptive_shots(
     rows:pd.DataFrame, # question_id, pointer, confidence (NaN never wins); one row per query and pointer length
-    threshold:float|None=None, # stop at the first count that reaches it; None: take the best of all
+    threshold:Finite|None=None, # stop at the first count that reaches it; None: take the best of all
 )->pd.DataFrame: # one row per query, in order of appearance, + `asked`: prompts that asking from few to many takes
     "Choose the number of demonstrations per query"
     sure = rows.confidence.astype(float).fillna(-np.inf)
@@ -607,13 +617,14 @@ def _by_similarity(picker, pool, store, S):
     return pick_similar(pool, store, S, kind.removesuffix("_first"), first=kind.endswith("_first"))
 
 # %% ../nbs/80_infer.ipynb #44030446
+@guarded
 def pick(
     pool, # `Pool`
     picking:Picking=Picking(), # who picks; with one number of shots, unless `shots` says it
     model=None, # the selector of greedy, beam and samples
     store=None, # `EmbedStore`, where embeddings are needed
     items:pd.DataFrame|None=None, # for a fixed set, and for rules that look at answers
-    shots:int|str|None=None, # instead of those of `picking`; 0 shows none, "stop" leaves it to a selector with STOP
+    shots:Natural|Literal["stop"]|None=None, # instead of those of `picking`; 0 shows none; "stop": a selector with STOP
     groups=None, # `RLData`, for rules that learn from stored groups: knn_facts and logistic
 )->pd.DataFrame: # question_id, pointer, rank, logp (NaN where there is none)
     "Demonstrations for every query of a pool, by name"
@@ -946,9 +957,10 @@ def _joined_candidates(parts):
     return pd.concat([*frames, *(rows[list(frames[0])] for rows in lone)], ignore_index=True)
 
 # %% ../nbs/80_infer.ipynb #cdced1fa
+@guarded
 def plan_prediction(
     picking:Picking, # who picks
-    questions:int, # that are asked
+    questions:Natural, # that are asked
     judge=None, # see `predict`
 )->dict: # sequences per question, `answers` that are stored, `scorings` of them, and `prompts`: both together
     "Say what a prediction will ask"
@@ -959,6 +971,7 @@ def plan_prediction(
     return dict(sequences=sequences, answers=answers, scorings=scorings, prompts=answers + scorings)
 
 # %% ../nbs/80_infer.ipynb #1e6370ed
+@guarded
 def predict(
     path, # run folder; continued if its settings are the same
     pool, # `Pool` with the queries of the split
@@ -974,7 +987,7 @@ def predict(
     split:str="test", # how the split is called, for the record
     cache:FactCache|None=None, # facts shared with other runs; None: the run's own
     shard:tuple|None=None, # (i, n): only part i of n; the last one joins all
-    window:int=256, # prompts between two savings, what a kill can cost
+    window:Count=256, # prompts between two savings, what a kill can cost
     blank:bool=False, # write "" for questions whose evaluation failed, instead of refusing
     overwrite:bool=False, # empty a folder with other settings?
     progress:bool=True, # show bars?

@@ -19,6 +19,7 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 from fastcore.meta import delegates
 from .core import frozen, masked_mean, reproducible, seed_all
+from .settings import Amount, Count, Finite, LearningRate, Level, Natural, Positive, Share, guarded
 from .checkpoints import find_checkpoint
 from .runs import write_frame
 from .pools import check_encoder
@@ -29,7 +30,7 @@ from .dls import check_choice
 from .warmup import warmup_dls
 from .selector import PointerSelector
 from .losses import regret
-from .callback_core import Objective, SkipFlat, StageCallback, find_reference
+from .callback_core import Objective, Schedule, SkipFlat, StageCallback, find_reference
 from .callback_rce import RCE
 from .callback_grpo import GRPO, RLOO
 from .callback_kl import KLToRef
@@ -53,7 +54,15 @@ from fastai.torch_core import default_device
 # %% ../nbs/70_learner.ipynb #b70d46e0
 class SelectorLearner(Learner):
     "A `Learner` whose fits can be repeated on a GPU too, and whose verbs speak of groups and picks"
-    def fit(self, n_epoch, lr=None, wd=None, cbs=None, reset_opt=False, start_epoch=0):
+    @guarded
+    def fit(self,
+        n_epoch:Natural, # epochs
+        lr:LearningRate|slice|list|None=None, # learning rate, or one per group of parameters; None: the Learner's
+        wd:Amount|None=None, # weight decay; None: the Learner's
+        cbs=None, # more callbacks
+        reset_opt=False, # begin with a new optimiser
+        start_epoch:Natural=0, # epochs before it are skipped
+    ):
         "`Learner.fit`, with kernels that add in a fixed order: same seed, same weights"
         _check_monitors(self, cbs)
         with reproducible(self.dls.device or default_device()):
@@ -62,11 +71,12 @@ class SelectorLearner(Learner):
 # of a new selector: what the recipe `ours` has
 MODEL = dict(d_hidden=64, n_layers=0, state="none", match="net", n_match=8, reads=READS)
 
+@guarded
 def selector_learner(
     dls, # DataLoaders of `group_dls` or `synth_dls`
     model=None, # a policy, e.g. of `load_selector`; default a new `PointerSelector`
-    seed:int=0, # of the new weights, and of dropout and everything else random from here on
-    wd:float=.01, # weight decay of the matrices; biases and norms have none
+    seed:Natural=0, # of the new weights, and of dropout and everything else random from here on
+    wd:Amount=.01, # weight decay of the matrices; biases and norms have none
     metrics=(), # more columns on the validation split
     cbs=(), # more callbacks that stay on the Learner
     path=None, # folder of the Learner, as in fastai
@@ -128,10 +138,11 @@ def _check_monitors(learn, cbs):
         )
 
 # %% ../nbs/70_learner.ipynb #7221d35b
+@guarded
 @dataclass(frozen=True, kw_only=True)
 class Stage:
     "What a stage adds to a fit, besides its schedule"
-    max_norm:float|None=1. # gradients are clipped to this norm; None = not
+    max_norm:Positive|None=1. # gradients are clipped to this norm; None = not
     skip_flat:bool|None=None # leave groups without reward differences out? None = as the objective says
     best:bool|dict|Best=True # keep the best weights; a dict has settings of `Best`; or your own; False = keep the last
     watch:str|Watch|None="warn" # after the first epoch: "warn" | "raise" if nothing can be learned; None = not
@@ -177,9 +188,10 @@ def _best(learn, best):
 # %% ../nbs/70_learner.ipynb #891c1a11
 @patch
 @delegates(Stage)
+@guarded
 def fit_stage(self:Learner,
-    n_epoch:int, # epochs, >= 0; 0 says so and changes nothing
-    lr:float, # peak learning rate, falls to 0 along a cosine
+    n_epoch:Natural, # epochs; 0 says so and changes nothing
+    lr:LearningRate, # peak learning rate, falls to 0 along a cosine
     cbs, # what makes the stage: objective, penalties, schedules
     **kwargs, # of `Stage`
 )->Learner: # the Learner itself
@@ -199,10 +211,11 @@ def fit_stage(self:Learner,
 # %% ../nbs/70_learner.ipynb #0d4fadd3
 @patch
 @delegates(Stage)
+@guarded
 def fit_rce(self:Learner,
-    n_epoch:int=5, # epochs
-    lr:float=1e-3, # peak learning rate
-    temp=(2., .5), # temperature of RCE: a number, (first, last) along a line, or what else `as_schedule` takes
+    n_epoch:Natural=5, # epochs
+    lr:LearningRate=1e-3, # peak learning rate
+    temp:Schedule=(2., .5), # temperature of RCE: a number, (first, last) along a line, or what else `as_schedule` takes
     norm:str="raw", # "raw" rewards | "zscore" within each group
     cbs=(), # more callbacks of this stage, e.g. `KLToRef()`, `Freeze(...)`
     weights:str="softmax", # "softmax" | "rank" | "top1" of `RCE`
@@ -213,10 +226,11 @@ def fit_rce(self:Learner,
 
 @patch
 @delegates(Stage, keep=True)
+@guarded
 def fit_grpo(self:Learner,
-    n_epoch:int, # epochs; 0 says so and changes nothing
-    lr:float=3e-4, # peak learning rate
-    beta:float=.02, # weight of the KL to `ref`, loss units per nat; 0 = no KL
+    n_epoch:Natural, # epochs; 0 says so and changes nothing
+    lr:LearningRate=3e-4, # peak learning rate
+    beta:Amount=.02, # weight of the KL to `ref`, loss units per nat; 0 = no KL
     ref="start", # reference of the KL: "start" of this stage | an anchor's name, a module, a checkpoint's folder
     cbs=(), # more callbacks of this stage, e.g. `AdaptiveKL()`, `EntropyFloor()`, `TopKCurriculum()`
     **kwargs, # of `Stage`, and of `GRPO`: `baseline, scale, min_std, clip_low, clip_high, dual, refresh, ...`
@@ -238,11 +252,12 @@ def _kl(beta, ref):
 # %% ../nbs/70_learner.ipynb #512ae714
 @patch
 @torch.no_grad()
+@guarded
 def show_results(self:SelectorLearner,
-    ds_idx:int=1, # 0: training split | 1: validation split
+    ds_idx:Natural=1, # 0: training split | 1: validation split
     dl=None, # another loader
-    max_n:int=9, # most queries
-    shots:int|None=None, # S; default as many as the stored sequences have
+    max_n:Count=9, # most queries
+    shots:Natural|None=None, # S; default as many as the stored sequences have
     show:bool=True, # False: the table alone, without pictures
     ctxs=None, # axes to draw into, where pictures are known
 )->pd.DataFrame: # query, picks, and rewards: expected on the stored group, best in it, of the likeliest stored sequence
@@ -272,15 +287,16 @@ def _first_groups(dl, n):
 # %% ../nbs/70_learner.ipynb #59b50703
 @patch
 @delegates(Stage)
+@guarded
 def fit_listwise(self:Learner,
-    n_epoch:int=5, # epochs
-    lr:float=1e-3, # peak learning rate
+    n_epoch:Natural=5, # epochs
+    lr:LearningRate=1e-3, # peak learning rate
     ref="start", # reference of the target: "start" of this stage | "none" | an anchor's name, a module, a folder
-    temp=None, # temperature: None = per query, for `ess` | a number or what else `as_schedule` takes
-    ess:float=.35, # share of the group that the target keeps, where `temp` is None
-    beta:float=0., # weight of the KL to the start of the stage, loss units per nat; 0 = no KL
+    temp:Schedule|None=None, # temperature: None = per query, for `ess` | a number or what else `as_schedule` takes
+    ess:Level=.35, # share of the group that the target keeps, where `temp` is None
+    beta:Amount=0., # weight of the KL to the start of the stage, loss units per nat; 0 = no KL
     cbs=(), # more callbacks of this stage
-    limits:tuple=(.02, 1.), # smallest and largest temperature that is solved for
+    limits:tuple[Positive, ...]=(.02, 1.), # smallest and largest temperature that is solved for
     over:str="sequence", # what is compared: "sequence" | "set", see `Listwise`
     **kwargs, # of `Stage`
 )->Learner:
@@ -290,12 +306,13 @@ def fit_listwise(self:Learner,
 
 @patch
 @delegates(Stage)
+@guarded
 def fit_sft(self:Learner,
-    n_epoch:int=5, # epochs
-    lr:float=1e-3, # peak learning rate
-    top:int|None=1, # how many of each group are imitated; None = all
-    temp:float|None=None, # weigh them by softmax(score / temp); None = alike
-    min_score:float|None=None, # sequences with a lower score leave
+    n_epoch:Natural=5, # epochs
+    lr:LearningRate=1e-3, # peak learning rate
+    top:Count|None=1, # how many of each group are imitated; None = all
+    temp:Positive|None=None, # weigh them by softmax(score / temp); None = alike
+    min_score:Finite|None=None, # sequences with a lower score leave
     cbs=(), # more callbacks of this stage
     **kwargs, # of `Stage`
 )->Learner:
@@ -305,9 +322,10 @@ def fit_sft(self:Learner,
 # %% ../nbs/70_learner.ipynb #6798510f
 @patch
 @delegates(Stage)
+@guarded
 def fit_regress(self:Learner,
-    n_epoch:int=5, # epochs
-    lr:float=1e-3, # peak learning rate
+    n_epoch:Natural=5, # epochs
+    lr:LearningRate=1e-3, # peak learning rate
     alone:bool=False, # by the evidence alone, see `EvidenceAlone`
     cbs=(), # more callbacks of this stage
     **kwargs, # of `Stage`
@@ -319,22 +337,23 @@ def fit_regress(self:Learner,
 # %% ../nbs/70_learner.ipynb #1305f410
 @patch
 @delegates(Stage)
+@guarded
 def fit_warmup(self:Learner,
     items, # training items: frame with `question_id, image_id, answer`; no validation query among them
     store, # their embeddings
-    n_epoch:int=15, # epochs of about `steps` batches
-    lr:float=1e-2, # peak learning rate
-    temp=.1, # temperature of the target, in units of the reward
+    n_epoch:Natural=15, # epochs of about `steps` batches
+    lr:LearningRate=1e-2, # peak learning rate
+    temp:Schedule=.1, # temperature of the target, in units of the reward
     cbs=(), # more callbacks of this stage
-    K:int|None=None, # pool size; None = that of the training groups
+    K:Count|None=None, # pool size; None = that of the training groups
     sampler:str|dict="auto", # how pools are drawn, see `warmup_parts`; auto: as `choose_sampler` says
     reward:str="contained", # what is compared of two answers: contained | f1 | soft | cosine, see `AnswerGroups`
     answers=None, # vectors of answers, for `cosine`
-    shots=None, # shot counts of the drawn sequences; None = those of the training groups above 0
-    n:int=256, # sequences per group at most
-    bs:int=64, # queries per batch
-    steps:int=100, # batches per epoch, about
-    seed:int|None=None, # of pools and order; None = the Learner's
+    shots:Natural|tuple[Natural, ...]|None=None, # of drawn sequences; None = those of the training groups above 0
+    n:Count=256, # sequences per group at most
+    bs:Count=64, # queries per batch
+    steps:Count=100, # batches per epoch, about
+    seed:Natural|None=None, # of pools and order; None = the Learner's
     **kwargs, # of `Stage`
 )->Learner:
     "Stage without the LVLM: fresh pools of items, rewarded by what the picks' answers share with the true one"
@@ -346,12 +365,13 @@ def fit_warmup(self:Learner,
     finally: self.dls = own
 
 @patch
+@guarded
 def warmup_dls(self:Learner,
     items, # training items, as in `fit_warmup`
     store, # their embeddings
-    K:int|None=None, # pool size; None = that of the training groups
+    K:Count|None=None, # pool size; None = that of the training groups
     shots=None, # shot counts; None = those of the training groups above 0
-    seed:int|None=None, # of pools and order; None = the Learner's
+    seed:Natural|None=None, # of pools and order; None = the Learner's
     **kwargs, # of `warmup_dls`
 )->DataLoaders: # fresh groups, and the Learner's validation groups
     "The loaders that a warm-up of this Learner has"
@@ -376,10 +396,11 @@ class Distill(Objective):
     _stateattrs = ("policies",)
     transient = ("policies", "teachers")
     skip_flat = False   # a pool teaches whatever the rewards of its group are
+    @guarded
     def __init__(self,
         teachers, # policies: modules, names of anchors, or folders of checkpoints
         over:str="probability", # what their mean is taken of, see `mean_logp`
-        limit:int=10_000, # most sequences of a pool
+        limit:Count=10_000, # most sequences of a pool
     ):
         mean_logp(torch.zeros(1, 1, 1), over)   # refuses here what it would there
         if not len(L(teachers)): raise ValueError("Distill: no teachers; wanted one or more policies")
@@ -411,10 +432,11 @@ class Distill(Objective):
 
 @patch
 @delegates(Stage)
+@guarded
 def fit_distill(self:Learner,
     teachers, # policies: modules, names of anchors, or folders of checkpoints
-    n_epoch:int=10, # epochs
-    lr:float=3e-3, # peak learning rate
+    n_epoch:Natural=10, # epochs
+    lr:LearningRate=3e-3, # peak learning rate
     over:str="probability", # what their mean is taken of: "probability" | "logp"
     cbs=(), # more callbacks of this stage
     **kwargs, # of `Stage`
@@ -425,19 +447,20 @@ def fit_distill(self:Learner,
 # %% ../nbs/70_learner.ipynb #c785ee0a
 @patch
 @delegates(Stage)
+@guarded
 def fit_onpolicy(self:Learner,
     feedback:Feedback, # who gives rewards
     store, # `EmbedStore` of queries and demonstrations
-    rounds:int=10, # at most; an epoch each
-    lr:float=3e-4, # peak learning rate
+    rounds:Natural=10, # at most; an epoch each
+    lr:LearningRate=3e-4, # peak learning rate
     objective="rloo", # "rloo" | "grpo" | "distinct": drawn without replacement | an objective of your own
     drawing:Drawing=Drawing(), # how groups are drawn; what it leaves open goes with the objective
-    beta:float=0., # weight of the KL to `ref`, loss units per nat; 0 = no KL
+    beta:Amount=0., # weight of the KL to `ref`, loss units per nat; 0 = no KL
     ref="start", # reference of the KL, as in `fit_grpo`
     cbs=(), # more callbacks of this stage
     pool=None, # as in `OnPolicy`
     queries=None, # as in `OnPolicy`
-    tolerance:float=1e-3, # as in `OnPolicy`
+    tolerance:Amount=1e-3, # as in `OnPolicy`
     **kwargs, # of `Stage`
 )->Learner: # `learn.onpolicy` is its `OnPolicy`: the `table` of rounds, and `data()`, what was drawn
     "Stage of rounds: draw groups from the policy as it is, ask the scorer, update; ends early without less headroom"
@@ -544,9 +567,10 @@ def note_metrics(
 # %% ../nbs/70_learner.ipynb #224b2be7
 @patch
 @torch.no_grad()
+@guarded
 def predict(self:SelectorLearner,
     item, # question_id, looked up in the validation split first; or vectors: (query [D], candidates [K,D])
-    shots:int|None=None, # S < K; None: as many as the question's longest stored sequence has
+    shots:Natural|None=None, # S < K; None: as many as the question's longest stored sequence has
 )->tuple: # (picks in prompt order: ids, or places for vectors; their places [S]; probability of the sequence, 0..1)
     "What the policy picks for one question: the likeliest candidate at each step"
     if isinstance(item, (tuple, list)):
@@ -581,8 +605,9 @@ def _find_question(dls, question_id):
 # %% ../nbs/70_learner.ipynb #a7aab58b
 @patch
 @delegates(Learner.get_preds)
+@guarded
 def get_preds(self:SelectorLearner,
-    ds_idx=1, # 0: training split | 1: validation split
+    ds_idx:Natural=1, # 0: training split | 1: validation split
     dl=None, # another loader
     **kwargs,
 )->tuple: # (log-probabilities [n,N] of stored sequences, (rewards [n,N], mask [n,N])); more with `with_input`, ...
@@ -603,8 +628,9 @@ def _pad_all(parts):
     return out
 
 @patch
+@guarded
 def validate(self:SelectorLearner,
-    ds_idx=1, # 0: training split | 1: validation split
+    ds_idx:Natural=1, # 0: training split | 1: validation split
     dl=None, # another loader
     cbs=None, # more callbacks
 )->list: # regret, then the metrics
@@ -615,10 +641,11 @@ def validate(self:SelectorLearner,
 # %% ../nbs/70_learner.ipynb #d417cbf5
 @patch
 @delegates(Learner.lr_find)
+@guarded
 def lr_find(self:SelectorLearner,
-    start_lr=1e-7, # first learning rate
-    end_lr=10, # last learning rate
-    num_it=100, # batches
+    start_lr:LearningRate=1e-7, # first learning rate
+    end_lr:LearningRate=10, # last learning rate
+    num_it:Count=100, # batches
     cbs=(), # of the stage; without an objective among them the loss is regret
     **kwargs,
 )->tuple: # suggested rates by name, as fastai gives them
@@ -659,13 +686,14 @@ def freeze_to(self:SelectorLearner, n):
 
 @patch
 @delegates(Learner.fine_tune)
+@guarded
 def fine_tune(self:SelectorLearner,
-    epochs, # of the second cycle
-    base_lr=2e-3, # peak learning rate of the first cycle; the second has half of it
-    freeze_epochs=1, # of the first cycle
-    lr_mult=100, # how much slower the first of several parameter groups is
-    pct_start=.3, # share of the second cycle in which the rate rises
-    div=5., # how far below its peak it begins
+    epochs:Natural, # of the second cycle
+    base_lr:LearningRate=2e-3, # peak learning rate of the first cycle; the second has half of it
+    freeze_epochs:Natural=1, # of the first cycle
+    lr_mult:Positive=100, # how much slower the first of several parameter groups is
+    pct_start:Share=.3, # share of the second cycle in which the rate rises
+    div:Positive=5., # how far below its peak it begins
     **kwargs,
 ):
     "`Learner.fine_tune`; with one parameter group both of its cycles train all weights"

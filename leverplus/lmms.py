@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal
 import numpy as np, pandas as pd
 import pyarrow as pa, pyarrow.parquet as pq
 import yaml
@@ -21,6 +22,7 @@ from leverplus.core import (
     ask_for_a_folder, atomic_path, check_object, file_bytes, fingerprint, parse_lines, read_yaml,
 )
 from .runs import library_versions
+from .settings import Count, Natural, guarded
 from .pictures import open_image, read_picture
 from .items import as_id, as_items, given_ids, picture_paths
 from .vqa import postprocess, vqa_accuracy
@@ -66,14 +68,15 @@ class TheirWords:
         return asked if answer is None else f"{asked}\n{answer}\n"
 
 # %% ../nbs/96_lmms.ipynb #1829eee3
+@guarded
 @dataclass(frozen=True)
 class FewShot:
     "A task of lmms-eval with picked demonstrations"
     task:str # its name, one that lmms-eval does not have: of two tasks of one name its own is run
     bank:str # folder of a `DemoBank`
     selector:str # what `load_selector` takes: a folder, or a name on the hub
-    shots:int|None=2 # demonstrations, 0..`max_shots`; None: as many as a selector with STOP wants
-    K:int|str|None=None # candidates: a number, "all", or None, see `narrowing` of `Picker`
+    shots:Natural|None=2 # demonstrations, 0..`max_shots`; None: as many as a selector with STOP wants
+    K:Count|Literal["all"]|None=None # candidates: a number, "all", or None, see `narrowing` of `Picker`
     encoder:str|None=None # what `load_clip` takes; None: the bank's
     prompt:str="theirs" # "theirs": the question between `before` and `after` | "ours": see `ask_text`
     style:str|None=None # of STYLES; None: what the checkpoint says, or interleaved

@@ -17,8 +17,8 @@ from fastcore.basics import patch
 from fastcore.meta import delegates
 from tqdm import tqdm
 from leverplus.settings import (
-    Asking, Count, Counts, Guarding, Json, Mining, Natural, Proposing, Rewarding, change, check_counts,
-    group, plain_settings, read_settings,
+    Amount, Asking, Count, Counts, Finite, Guarding, Json, Mining, Natural, Positive, Proposing, Rewarding,
+    Whole, change, check_counts, group, guarded, plain_settings, read_settings,
 )
 from .core import fingerprint, printable, read_object, rng, write_json
 from .identity import code_fingerprint
@@ -51,10 +51,11 @@ class Questions:
     valid:Count=40 # development questions that may choose an epoch; no picture in common with those that judge
     splits:tuple[str, str]=("train", "dev") # names of the training and the development split
 
+@guarded
 def loop_queries(
     items:pd.DataFrame, # indexed by question_id, with `split` and `image_id`
     questions:Questions=Questions(), # how many, and from where
-    seed:int=0, # of the draw
+    seed:Natural=0, # of the draw
 )->dict: # {"train": ids, "valid": ids, "dev": ids}; ValueError if a split is too small
     "Draw the questions of a loop"
     items = as_items(items, need=("split", "image_id"))
@@ -81,13 +82,14 @@ def _check_size(name, found, wanted):
         )
 
 # %% ../nbs/84_loops.ipynb #a4e7c4e7
+@guarded
 def oracle_ranks(
     policy, # has `encode` and `step_logp`: a selector, or `SimilarityPrior`
     data:RLData, # groups of one shot count
     store, # `EmbedStore`
     kind:str|None=None, # the embeddings that the policy reads, see `EmbedStore.kind`
     by:str="vqa_acc_score", # what is best: a numeric fact
-    bs:int=256, # queries at once; changes nothing
+    bs:Count=256, # queries at once; changes nothing
 )->pd.DataFrame: # question_id, sequences, best (how many share the top), rank (1 = first), chance; live groups
     "Rank of each query's best stored sequence under a policy"
     if len(data.shots) > 1:
@@ -427,8 +429,9 @@ class Round:
     pairs:pd.DataFrame # what was proposed
 
 @patch
+@guarded
 def play(self:Loop,
-    k:int, # 0, 1, ...; the rounds before it must be there
+    k:Natural, # 0, 1, ...; the rounds before it must be there
 )->Round:
     "Make round k, or read what is there of it"
     folder = self.folder(k)
@@ -467,10 +470,11 @@ def oracle(self:Loop, part, played):
     return score_picks(pick_oracle(facts, self.shots, self.pool(part).only(answered)), facts)
 
 @patch
+@guarded
 def with_oracle(self:Loop,
     part:str, # "train" | "dev"
     played:list, # of Round
-    at:int=-1, # which of them is looked at
+    at:Whole=-1, # which of them is looked at
     best:pd.DataFrame|None=None, # `oracle(part, played)`, where it is at hand
 )->pd.DataFrame: # scored picks of that round, with the rows of the oracle
     "Scored picks of a round, beside the best that is known after the last of them"
@@ -479,11 +483,12 @@ def with_oracle(self:Loop,
     return pd.concat([own[own.part == part].drop(columns="part"), best], ignore_index=True)
 
 # %% ../nbs/84_loops.ipynb #b61e0cb9
+@guarded
 def compare_oracle(
     scored:pd.DataFrame, # from `Loop.with_oracle`: selectors "proposer", "selector", maybe "random", and "oracle"
     ranks:pd.DataFrame, # of the same part, see `oracle_ranks`, with `selector`
     items:pd.DataFrame, # by question_id, for clustering by picture
-    shots:int=2, # S
+    shots:Natural=2, # S
 )->pd.DataFrame: # selector, n, acc, lo, hi, headroom, headroom_lo, headroom_hi, as_good, same, rank, chance
     "How far picks are from the best known sequence"
     items = as_items(items, need=("image_id",))
@@ -543,9 +548,10 @@ LIMITS = dict(
     wanted=.02, # the gain that is worth showing, in accuracy
 )
 
+@guarded
 def data_checks(
     h, # `Health` of one file
-    limits:dict=LIMITS, # like LIMITS
+    limits:dict[str, Finite]=LIMITS, # like LIMITS
 )->list: # of Check: failed rows, questions without a positive, live groups, rank correlation
     "What the data must be like before anything is trained"
     m = h.frame.iloc[0]
@@ -618,11 +624,12 @@ def advise(
     return "ask more" if seen.outcome == "open" else "scale"
 
 # %% ../nbs/84_loops.ipynb #e738d038
+@guarded
 def needed(
     a, b, # [n] scores of two selectors on the same questions
     cluster=None, # [n] picture of each
-    wanted:float=LIMITS["wanted"], # the difference to show, in 0..1 units
-    min_moved:int=5, # scores that must differ, so that there is something to go by
+    wanted:Positive=LIMITS["wanted"], # the difference to show, in 0..1 units
+    min_moved:Natural=5, # scores that must differ, so that there is something to go by
 )->int|None: # questions; None if fewer than `min_moved` scores differ
     "How many questions a difference like this one would need to be shown, if it were `wanted`"
     d = np.asarray(a, float) - np.asarray(b, float)
@@ -729,11 +736,12 @@ class ClosedLoop:
         return Blocks([Heading(first, 4), *map(Paragraph, rest), *tables]).html()
 
 @delegates(Loop, keep=True)
+@guarded
 def closed_loop(
     world, # `World`, or anything with `items, store, pools, scorer`
     path, # folder of the loop; continued if its settings are the same
     settings:LoopSettings|None=None, # None: the defaults
-    limits:dict|None=None, # instead of those in LIMITS
+    limits:dict[str, Finite]|None=None, # instead of those in LIMITS
     **kwargs, # `train, cache, progress` of `Loop`, and settings by flat names: n, dev, shots, counts, reward, seed, ...
 )->ClosedLoop: # shows itself in a notebook
     "Generate, check, train, compare with the oracle, and say whether to scale"
@@ -860,13 +868,14 @@ class Rounds:
         return Blocks([*map(Paragraph, self.said), frame_table(self.frame, "rounds")]).html()
 
 @delegates(Loop, keep=True)
+@guarded
 def rounds(
     world, # `World`, or anything with `items, store, pools, scorer`
     path, # folder of the loop, of `closed_loop` too; continued if its settings are the same
     settings:LoopSettings|None=None, # None: the defaults
-    most:int=6, # rounds at most, >= 1; a later call may ask for more
-    patience:int=2, # stop after so many rounds in which headroom did not shrink, >= 1
-    min_shrink:float=0., # by how much it must shrink to count, in accuracy
+    most:Count=6, # rounds at most; a later call may ask for more
+    patience:Count=2, # stop after so many rounds in which headroom did not shrink
+    min_shrink:Amount=0., # by how much it must shrink to count, in accuracy
     **kwargs, # `train, cache, progress` of `Loop`, and settings by flat names: n, dev, policy_counts, warm, seed, ...
 )->Rounds: # shows itself in a notebook
     "Let the selector propose, ask, merge and retrain, until headroom stops shrinking"

@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from .core import masked_mean, masked_log_softmax, masked_softmax, spread
+from .settings import Amount, Count, Factor, Level, Natural, Positive, Share, guarded
 
 # %% ../nbs/60_losses.ipynb #9843461e
+@guarded
 def live_groups(
     rewards:Tensor, # [B,N]
     mask:Tensor, # bool [B,N], True = real
-    eps:float=1e-6, # rewards this close are equal
+    eps:Amount=1e-6, # rewards this close are equal
 )->Tensor: # bool [B]
     "Groups with at least two different rewards"
     return spread(rewards, mask) > eps
@@ -59,11 +61,12 @@ def regret(
     return gap if reduction == "none" else masked_mean(gap, some)
 
 # %% ../nbs/60_losses.ipynb #53c974cd
+@guarded
 def rce_loss(
     logp:Tensor, # [B,N]
     rewards:Tensor, # [B,N]
     mask:Tensor, # bool [B,N]; drop flat groups here if they are not to be imitated
-    temp:float=1., # > 0
+    temp:Positive=1., # > 0
     norm:str="raw", # see `rce_weights`
     weights:str="softmax", # see `rce_weights`
 )->Tensor: # scalar, nats
@@ -79,10 +82,11 @@ def imitation_loss(
     each = -(w * logp.masked_fill(~mask, 0.)).sum(-1)
     return masked_mean(each, mask.any(-1))
 
+@guarded
 def rce_weights(
     rewards:Tensor, # [B,N]
     mask:Tensor, # bool [B,N]
-    temp:float=1., # > 0, in units of the (normalised) reward, or of ranks 0..1
+    temp:Positive=1., # in units of the (normalised) reward, or of ranks 0..1
     norm:str="raw", # "raw" | "zscore": rewards of each group standardised, as in `advantage`
     weights:str="softmax", # "softmax" of rewards | "rank": softmax of ranks 0..1 | "top1": the best alone
 )->Tensor: # [B,N] each row sums to 1 over its real entries, 0 elsewhere
@@ -112,10 +116,11 @@ def ess(
     return size / mask.sum(-1).clamp(min=1)
 
 # %% ../nbs/60_losses.ipynb #12fa307e
+@guarded
 def top_weights(
     rewards:Tensor, # [B,N]
     mask:Tensor, # bool [B,N]
-    top:int|None=1, # how many are imitated, >= 1; None = all
+    top:Count|None=1, # how many are imitated; None = all
 )->Tensor: # [B,N] each row sums to 1 over its real entries, 0 elsewhere; those tied for the last places share them
     "Weights of the `top` best sequences of each group, all alike"
     if top is not None and top < 1: raise ValueError(f"top_weights: top {top}, wanted >= 1, or None for all")
@@ -141,26 +146,28 @@ def _rank(r, m):
     return (2*less + same - 1).to(r.dtype) / (n - 1).clamp(min=1) - 1
 
 # %% ../nbs/60_losses.ipynb #7f2746d2
+@guarded
 def listwise_loss(
     logp:Tensor, # [B,N] under the policy
     rewards:Tensor, # [B,N]
     mask:Tensor, # bool [B,N]
     ref:Tensor|None=None, # [B,N] under the reference; None = all alike
-    temp:float|None=None, # as in `listwise_target`
-    ess:float=.35, # as in `listwise_target`
-    limits:tuple=(.02, 1.), # as in `listwise_target`
+    temp:Positive|None=None, # as in `listwise_target`
+    ess:Level=.35, # as in `listwise_target`
+    limits:tuple[Positive, ...]=(.02, 1.), # as in `listwise_target`
 )->Tensor: # scalar, nats, 0 where the target is met; mean over queries with a sequence
     "KL between the listwise target and the policy, inside each group"
     target, _ = listwise_target(rewards, mask, ref, temp, ess, limits)
     return masked_mean(group_kl(target, logp, mask), mask.any(-1))
 
+@guarded
 def listwise_target(
     rewards:Tensor, # [B,N]
     mask:Tensor, # bool [B,N]
     ref:Tensor|None=None, # [B,N] log-probabilities under the reference; None = all sequences alike
-    temp:float|None=None, # temperature > 0 in units of reward, for all queries; None = solved for `ess`
-    ess:float=.35, # see `solve_temp`; not looked at if `temp` is given
-    limits:tuple=(.02, 1.), # see `solve_temp`
+    temp:Positive|None=None, # temperature > 0 in units of reward, for all queries; None = solved for `ess`
+    ess:Level=.35, # see `solve_temp`; not looked at if `temp` is given
+    limits:tuple[Positive, ...]=(.02, 1.), # see `solve_temp`
 )->tuple: # (log of the target [B,N], -inf on padding; temp [B])
     "Log of `softmax(log ref + r/temp)` over each group, and the temperature of each query"
     _check_listwise(temp, ess, limits)
@@ -195,12 +202,13 @@ def _check_listwise(temp, ess, limits):
 
 # %% ../nbs/60_losses.ipynb #f4519deb
 @torch.no_grad()
+@guarded
 def solve_temp(
     lr:Tensor, # [B,N] log-probabilities of the reference over each group, -inf on padding
     rewards:Tensor, # [B,N] 0 on padding
-    ess:float=.35, # wanted share, in (0,1)
-    limits:tuple=(.02, 1.), # smallest and largest temperature, in units of reward
-    n_iter:int=16, # halvings of the interval of its logarithm
+    ess:Level=.35, # wanted share
+    limits:tuple[Positive, ...]=(.02, 1.), # smallest and largest temperature, in units of reward
+    n_iter:Count=16, # halvings of the interval of its logarithm
 )->Tensor: # [B]; a group that cannot reach `ess` within the limits gets the nearer one, a flat group the largest
     "Temperature at which the target keeps a share `ess` of the reference's effective sample size"
     lo, hi = (torch.full_like(rewards[:, 0], math.log(t)) for t in limits)
@@ -235,10 +243,11 @@ def merge_orders(
     return merged, mask & ~(same & earlier).any(-1)
 
 # %% ../nbs/60_losses.ipynb #8711aa43
+@guarded
 def level_of(
     worth:Tensor, # [n] log-odds
     rewards:Tensor, # [n], 0..1
-    steps:int=60, # bisections of an interval of 80
+    steps:Count=60, # bisections of an interval of 80
 )->Tensor: # scalar, no gradient, -40..40 from the mean of `worth`; the ends if all rewards are 0 or 1
     "Level at which the mean prediction is the mean reward"
     worth = worth.detach().double()
@@ -270,14 +279,15 @@ def reward_loss(
     return total / mask.sum().clamp(min=1)
 
 # %% ../nbs/60_losses.ipynb #e610e3d8
+@guarded
 def advantage(
     rewards:Tensor, # [B,N] of the whole group
     mask:Tensor, # bool [B,N]
     baseline:str="zscore", # "zscore" | "center" | "rank" | "loo"
     scale:str|None=None, # "group" | "batch" | "none"; None = the first one in the table above
-    min_std:float=.1, # smallest divisor when scaled, in units of reward
-    clip:float|None=None, # cut to -clip..clip; None = no cut
-    eps:float=1e-6, # rewards this close are equal
+    min_std:Amount=.1, # smallest divisor when scaled, in units of reward
+    clip:Positive|None=None, # cut to -clip..clip; None = no cut
+    eps:Amount=1e-6, # rewards this close are equal
 )->Tensor: # [B,N]; 0 on padding and in flat groups; `scale="batch"` depends on the company of the batch
     "Advantage of each sequence over its group"
     _check_advantage(baseline, scale)
@@ -322,14 +332,15 @@ def _check_advantage(baseline, scale):
         )
 
 # %% ../nbs/60_losses.ipynb #0b87d8c0
+@guarded
 def clipped_surrogate(
     logp:Tensor, # [B,N] log-probabilities under the policy
     old:Tensor, # [B,N] the same under the policy that is compared with, no gradient
     adv:Tensor, # [B,N] advantages of the whole group
     mask:Tensor, # bool [B,N] what counts in the loss
-    clip_low:float=.2, # ratio is cut below 1 - clip_low
-    clip_high:float=.28, # and above 1 + clip_high
-    dual:float|None=3., # c > 1 of the dual clip; None = off
+    clip_low:Amount=.2, # ratio is cut below 1 - clip_low
+    clip_high:Amount=.28, # and above 1 + clip_high
+    dual:Factor|None=3., # c > 1 of the dual clip; None = off
     weights:Tensor|None=None, # [B,N] how much each sequence counts, no gradient; None = all alike
 )->Tensor: # scalar to minimise; mean over the group, then over queries
     "Clipped policy-gradient loss with sequence-level ratios"
@@ -340,11 +351,12 @@ def clipped_surrogate(
     if weights is not None: gain = weights * gain
     return -group_mean(gain, mask)
 
+@guarded
 def log_ratio(
     logp:Tensor, # [B,N] log-probabilities under the policy
     old:Tensor, # [B,N] the same under another
     mask:Tensor, # bool [B,N]
-    limit:float=20., # largest absolute value, so that `exp` stays finite
+    limit:Positive=20., # largest absolute value, so that `exp` stays finite
 )->Tensor: # [B,N] nats, 0 on padding
     "`log pi - log pi_old`"
     return (logp.masked_fill(~mask, 0.) - old.masked_fill(~mask, 0.)).clamp(-limit, limit)
@@ -358,14 +370,15 @@ def policy_gradient(
     return -group_mean(adv * logp.masked_fill(~mask, 0.), mask)
 
 # %% ../nbs/60_losses.ipynb #5a00deb9
+@guarded
 def clip_shares(
     logp:Tensor, # [B,N] log-probabilities under the policy
     old:Tensor, # [B,N] the same under the policy that is compared with
     adv:Tensor, # [B,N] advantages
     mask:Tensor, # bool [B,N] what counts in the loss
-    clip_low:float=.2, # as in `clipped_surrogate`
-    clip_high:float=.28, # as in `clipped_surrogate`
-    dual:float|None=3., # as in `clipped_surrogate`
+    clip_low:Amount=.2, # as in `clipped_surrogate`
+    clip_high:Amount=.28, # as in `clipped_surrogate`
+    dual:Factor|None=3., # as in `clipped_surrogate`
 )->tuple: # two scalars, 0..1
     "Shares of sequences without gradient: (of those with A > 0, of those with A < 0); nan where there are none"
     ratio = log_ratio(logp, old, mask).exp()
@@ -377,11 +390,12 @@ def clip_shares(
     return silent_good.sum() / good.sum(), silent_bad.sum() / bad.sum()
 
 # %% ../nbs/60_losses.ipynb #d6c5abe5
+@guarded
 def walk_prefixes(
     step, # `prefix [B,P,t] -> log-probabilities [B,P,K]` of the policy, -inf for picked and padded candidates
     cand_mask:Tensor, # bool [B,K], True = real candidates
-    shots:int, # S, steps of the walk
-    limit:int, # most prefixes per query and step, of K!/(K-S+1)! at the last one
+    shots:Natural, # S, steps of the walk
+    limit:Count, # most prefixes per query and step, of K!/(K-S+1)! at the last one
     draw=None, # numpy `Generator` that chooses `limit` prefixes where a step has more; None: that is a ValueError
 ): # yields per step: weight of each prefix [B,P], prefixes [B,P,t], log-probabilities of the next pick [B,P,K]
     "Visit the prefixes of every step"
@@ -427,12 +441,13 @@ def kl_exact(step_p, step_q, cand_mask, shots, limit=5000):
     "Exact KL [B] of whole sequences, in nats; arguments as in `kl_steps`, never drawn"
     return kl_steps(step_p, step_q, cand_mask, shots, limit).sum(-1)
 
+@guarded
 def kl_steps(
     step_p, # `prefix [B,P,t] -> log-probabilities [B,P,K]` of the policy, see `walk_prefixes`
     step_q, # the same for the reference
     cand_mask:Tensor, # bool [B,K], True = real candidates
-    shots:int, # S, picks counted
-    limit:int=5000, # most prefixes per query and step
+    shots:Natural, # S, picks counted
+    limit:Count=5000, # most prefixes per query and step
     draw=None, # numpy `Generator` that chooses `limit` prefixes where a step has more; None: that is a ValueError
 )->Tensor: # [B,S] expected KL of each step, unbiased where prefixes were drawn; sums to the KL of whole sequences
     "KL divergence, step by step; exact while no step has more than `limit` prefixes"
@@ -461,11 +476,12 @@ def entropy_exact(step_p, cand_mask, shots, limit=5000):
     "Exact entropy [B] of whole sequences, in nats; arguments as in `entropy_steps`"
     return entropy_steps(step_p, cand_mask, shots, limit).sum(-1)
 
+@guarded
 def entropy_steps(
     step_p, # `prefix [B,P,t] -> log-probabilities [B,P,K]`
     cand_mask:Tensor, # bool [B,K]
-    shots:int, # S
-    limit:int=5000, # as in `kl_steps`
+    shots:Natural, # S
+    limit:Count=5000, # as in `kl_steps`
     normed:bool=False, # each step over its maximum, ln(options left, STOP too) x share that gets there: 1 = uniform
     draw=None, # as in `kl_steps`; a normed step is then a ratio of two unbiased sums, whose bias falls with `limit`
 )->Tensor: # [B,S]
@@ -485,11 +501,12 @@ def entropy_steps(
     return torch.stack(out, -1)
 
 # %% ../nbs/60_losses.ipynb #38b8810b
+@guarded
 def shot_chances(
     step_p, # `prefix [B,P,t] -> log-probabilities [B,P,K+1]` of a policy with STOP, or [B,P,K] of one without
     cand_mask:Tensor, # bool [B,K]
-    shots:int, # S, most picks of a sequence
-    limit:int=5000, # as in `kl_steps`
+    shots:Natural, # S, most picks of a sequence
+    limit:Count=5000, # as in `kl_steps`
     draw=None, # as in `kl_steps`
 )->Tensor: # [B,S+1] probability of 0..S picks; unbiased where prefixes were drawn
     "How probable each number of picks is"
@@ -532,9 +549,10 @@ def kl_k3(
     return group_mean(x.exp() - 1 - x, mask)
 
 # %% ../nbs/60_losses.ipynb #fdae08c7
+@guarded
 def random_logp(
     cand_mask:Tensor, # bool [B,K], True = a real candidate
-    S:int, # shots, fewer than the real candidates
+    S:Natural, # shots, fewer than the real candidates
 )->Tensor: # [B]
     "Log-probability of each sequence of `S` different candidates, drawn evenly: log (K-S)!/K!"
     n = cand_mask.sum(-1).to(torch.get_default_dtype())
@@ -542,11 +560,12 @@ def random_logp(
         raise ValueError(f"random_logp: a pool of {int(n.min())} candidates has no sequence of {S}")
     return (n - S + 1).lgamma() - (n + 1).lgamma()
 
+@guarded
 def tempered_logp(
     steps:Tensor, # [B,N,S,K] log-probabilities at every step (`step_logps`), -inf for who cannot be picked
     seqs:Tensor, # int [B,N,S] local indices
     seq_mask:Tensor, # bool [B,N,S], True = a real pick
-    temp:float, # T > 0 that divides the logits of every step
+    temp:Positive, # T > 0 that divides the logits of every step
 )->Tensor: # [B,N]
     "Log-probability of sequences under the policy at another temperature"
     if temp <= 0: raise ValueError(f"tempered_logp: temp {temp}, wanted > 0")
@@ -574,14 +593,15 @@ class OffPolicy(NamedTuple):
     mass:Tensor # [B] 0..1 probability of the enumerated stratum
     trust:Tensor # bool [B] `ess` reaches the floor and there is a value
 
+@guarded
 def off_policy_value(
     logp:Tensor, # [B,N] log-probabilities under the policy that is judged
     rewards:Tensor, # [B,N]
     mask:Tensor, # bool [B,N]
     logmu:Tensor, # [B,N] log-probability under what drew them, up to a constant per query; not looked at where `det`
     det:Tensor|None=None, # bool [B,N]: distinct sequences found without chance; drop them from the stochastic draws
-    cut:float|None=5., # largest weight pi/mu, relative to the mean weight of the group; None = no cut
-    floor:float=.3, # smallest effective share that is trusted
+    cut:Positive|None=5., # largest weight pi/mu, relative to the mean weight of the group; None = no cut
+    floor:Share=.3, # smallest effective share that is trusted
 )->OffPolicy: # see there
     "Estimate the expected reward of a policy from what others drew"
     logp = logp.detach()

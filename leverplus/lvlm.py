@@ -20,6 +20,7 @@ from .core import exact_float32, fingerprint, loading_bar, stable_hash
 from leverplus.checkpoints import (
     check_model, check_on_hub, check_vocabulary, folder_or_name, load_model, load_part,
 )
+from .settings import Count, Natural, guarded
 from leverplus.identity import (
     image_settings, named_settings, tokenizer_fingerprint, unlike_config, weights_fingerprint,
 )
@@ -182,10 +183,11 @@ def pixel_limits(
     size = image_settings(image_processor)[1]["size"]
     return int(size["shortest_edge"]), int(size["longest_edge"])
 
+@guarded
 def with_pixels(
     lvlm:LVLM, # whose weights are shared
-    min_pixels:int|None=None, # least pixels of a picture, >= the square of a token; None: as now
-    max_pixels:int|None=None, # most pixels of a picture, >= `min_pixels`; None: as now
+    min_pixels:Count|None=None, # least pixels of a picture, >= the square of a token; None: as now
+    max_pixels:Count|None=None, # most pixels of a picture, >= `min_pixels`; None: as now
 )->LVLM: # the same where nothing is said; ValueError for limits that cannot be kept
     "The same model with another image budget"
     if min_pixels is None and max_pixels is None: return lvlm
@@ -208,13 +210,14 @@ def _check_pixels(lvlm, least, most):
     )
 
 # %% ../nbs/21_lvlm.ipynb #f37db97b
+@guarded
 def load_lvlm(
     path_or_name:str="models/tiny-qwen2.5-vl", # folder (absolute, or below working folder or checkout) or hub name
     dtype:torch.dtype|None=None, # number format; None: the one that the checkpoint is stored in, on every device
     device:str|None=None, # default the GPU if there is one
     attn:str="sdpa", # sdpa | eager
-    min_pixels:int|None=None, # a smaller picture is enlarged to so many pixels; None: as the checkpoint says
-    max_pixels:int|None=None, # a larger picture is reduced to so many pixels; None: as the checkpoint says
+    min_pixels:Count|None=None, # a smaller picture is enlarged to so many pixels; None: as the checkpoint says
+    max_pixels:Count|None=None, # a larger picture is reduced to so many pixels; None: as the checkpoint says
     progress:bool=False, # show the bar of transformers while weights load?
 )->LVLM: # in eval mode, no gradients; TypeError: another model; ValueError: attention, template, pixels, broken file
     "Load a Qwen-VL checkpoint"
@@ -382,12 +385,13 @@ class Scored:
     error:str|None=None # what went wrong; a failed prompt has no facts
     n_decode:int=0 # extra forward passes of its batch, if the greedy answer needed any
 
+@guarded
 def scored_prompt(
     prompt:Prompt, # what was shown
     target:Targets, # its true answers
     logprobs=(), # A log-probabilities, end token included
     text:str|None=None, # greedy answer
-    n_decode:int=0, # extra forward passes
+    n_decode:Natural=0, # extra forward passes
 )->Scored:
     "Make the result of a prompt"
     gt_prob = math.nan
@@ -427,11 +431,12 @@ def prompt_images(
     return [open_resized(item.image, patch, question_id=item.question_id) for item in pictured]
 
 @torch.no_grad()
+@guarded
 def greedy_texts(
     lvlm:LVLM, # whom to ask
     texts, # n rendered prompts
     images, # n lists of images
-    max_new_tokens:int=MAX_NEW_TOKENS, # longest answer, end token included
+    max_new_tokens:Count=MAX_NEW_TOKENS, # longest answer, end token included
 )->list: # n texts, see `read_texts`
     "Generate greedy answers"
     from transformers import GenerationConfig
@@ -510,8 +515,9 @@ def targets_of(
         raise ValueError(f"{len(prompts)} prompts but {len(targets)} targets; pass one Targets per prompt")
     return targets
 
+@guarded
 def prompt_bar(
-    total:int, # prompts
+    total:Natural, # prompts
     progress:bool, # show it?
     desc:str, # what is running
 ): # a bar of tqdm that counts prompts and leaves nothing behind
@@ -519,9 +525,10 @@ def prompt_bar(
     from tqdm.auto import tqdm
     return tqdm(total=total, desc=desc, unit="prompt", leave=False, disable=not progress)
 
+@guarded
 def scorer_fingerprint(
     lvlm:LVLM, # whom is asked
-    max_new_tokens:int=MAX_NEW_TOKENS, # longest answer
+    max_new_tokens:Count=MAX_NEW_TOKENS, # longest answer
 )->str: # 16 hexadecimal digits; the prompt's style is part of the prompt and not in it
     "What the facts of a model depend on: its own fingerprint and how it is asked"
     asking = ("greedy", "repetition_penalty", 1., "max_new_tokens", max_new_tokens, "end", lvlm.end_id)
@@ -530,10 +537,11 @@ def scorer_fingerprint(
 # %% ../nbs/21_lvlm.ipynb #425f7ead
 class NaiveScorer:
     "Reference scorer: the official processor, `generate`, and one forward per answer"
+    @guarded
     def __init__(self,
         lvlm:LVLM, # whom to ask
-        batch_size:int=16, # rows per forward, >= 1
-        max_new_tokens:int=MAX_NEW_TOKENS, # longest answer, end token included
+        batch_size:Count=16, # rows per forward
+        max_new_tokens:Count=MAX_NEW_TOKENS, # longest answer, end token included
     ):
         self.lvlm = lvlm
         self.batch_size = batch_size
@@ -631,8 +639,9 @@ def _check_same_prompts(a, b):
 # %% ../nbs/21_lvlm.ipynb #1b0cb6e6
 class MockScorer:
     "Scorer without a model: facts are a hash of query and pointer"
+    @guarded
     def __init__(self,
-        seed:int=0, # another seed, other facts
+        seed:Natural=0, # another seed, other facts
         fails=(), # `question_id`s whose prompts fail
     ):
         self.seed = seed

@@ -10,28 +10,31 @@ __all__ = ['cispo_loss', 'sapo_loss', 'max_at_k', 'passk_advantage', 'best_of_k'
 import torch
 from torch import Tensor
 from .core import masked_softmax
+from .settings import Amount, Count, Finite, Positive, guarded
 from .losses import advantage, group_mean, live_groups, log_ratio
 
 # %% ../nbs/75_objectives.ipynb #31c9bbc2
+@guarded
 def cispo_loss(
     logp:Tensor, # [B,N] log-probabilities under the policy
     old:Tensor, # [B,N] the same under the policy that is compared with, no gradient
     adv:Tensor, # [B,N] advantages of the whole group
     mask:Tensor, # bool [B,N] what counts in the loss
-    cap:float=5., # c > 0, largest weight of a sequence
+    cap:Positive=5., # c > 0, largest weight of a sequence
 )->Tensor: # scalar to minimise; mean over the group, then over queries
     "Policy gradient weighted by ratios that are bounded, not clipped (CISPO)"
     if cap <= 0: raise ValueError(f"cispo_loss: cap {cap}, wanted > 0")
     weight = log_ratio(logp, old, mask).exp().clamp(max=cap).detach()
     return -group_mean(weight * adv * logp.masked_fill(~mask, 0.), mask)
 
+@guarded
 def sapo_loss(
     logp:Tensor, # [B,N] log-probabilities under the policy
     old:Tensor, # [B,N] the same under the policy that is compared with, no gradient
     adv:Tensor, # [B,N] advantages of the whole group
     mask:Tensor, # bool [B,N] what counts in the loss
-    temp_good:float=1., # > 0, of sequences with A > 0; a higher one narrows the band in which they pull
-    temp_bad:float=1.05, # > 0, of the others
+    temp_good:Positive=1., # of sequences with A > 0; a higher one narrows the band in which they pull
+    temp_bad:Positive=1.05, # of the others
 )->Tensor: # scalar to minimise; mean over the group, then over queries
     "Policy-gradient loss with a soft gate in place of the clip (SAPO)"
     if temp_good <= 0 or temp_bad <= 0:
@@ -42,10 +45,11 @@ def sapo_loss(
     return -group_mean(gate * adv, mask)
 
 # %% ../nbs/75_objectives.ipynb #d065e94b
+@guarded
 def max_at_k(
     rewards:Tensor, # [B,N]
     mask:Tensor, # bool [B,N]
-    k:int, # sequences that are tried, >= 1; a smaller group counts with its size
+    k:Count, # sequences that are tried; a smaller group counts with its size
 )->Tensor: # float64 [B], 0 for empty groups
     "Mean over all subsets of k of the best reward in them"
     order, r, n, k = _sorted(rewards, mask, k)
@@ -72,10 +76,11 @@ def _choose(n, k):
     return logs.exp().where(can, 0.)
 
 # %% ../nbs/75_objectives.ipynb #3a2430db
+@guarded
 def passk_advantage(
     rewards:Tensor, # [B,N] of the whole group
     mask:Tensor, # bool [B,N]
-    k:int=2, # sequences that will be tried, >= 2; a smaller group counts with its size
+    k:Count=2, # sequences that will be tried, >= 2; a smaller group counts with its size
 )->Tensor: # [B,N] >= 0, times the group's size, as losses are means; 0 on padding and in flat groups
     "What a sequence adds to the best of k, over all subsets of its group"
     if k < 2: raise ValueError(f"passk_advantage: k {k}, wanted >= 2; the advantage of one try is `advantage`")
@@ -87,11 +92,12 @@ def passk_advantage(
     return torch.zeros_like(added).scatter(1, order, added).masked_fill(~mask, 0.).to(rewards)
 
 # %% ../nbs/75_objectives.ipynb #dd98717f
+@guarded
 def best_of_k(
     logp:Tensor, # [B,N] log-probabilities of the stored sequences
     rewards:Tensor, # [B,N]
     mask:Tensor, # bool [B,N]
-    k:int=2, # independent tries, >= 1
+    k:Count=2, # independent tries
 )->Tensor: # [B] in units of reward; 0 for empty groups
     "Expected best reward of k draws from the policy renormalised on the group"
     order, r, _, _ = _sorted(rewards, mask, k)
@@ -100,23 +106,25 @@ def best_of_k(
     before = torch.cat([torch.zeros_like(upto[:, :1]), upto[:, :-1]], -1)
     return (r.to(logp) * (upto**k - before**k)).sum(-1)
 
+@guarded
 def best_of_k_regret(
     logp:Tensor, # [B,N] log-probabilities of the stored sequences
     rewards:Tensor, # [B,N]
     mask:Tensor, # bool [B,N]
-    k:int=2, # independent tries, >= 1
+    k:Count=2, # independent tries
 )->Tensor: # [B] in units of reward, >= 0
     "Best reward of the group minus the expected best of k draws"
     best = rewards.masked_fill(~mask, -torch.inf).amax(-1).masked_fill(~mask.any(-1), 0.)
     return best - best_of_k(logp, rewards, mask, k)
 
 # %% ../nbs/75_objectives.ipynb #bcb78250
+@guarded
 def parts_advantage(
     parts:Tensor, # [B,N,P] rewards of each kind, of the whole group
     mask:Tensor, # bool [B,N]
-    weights=None, # P numbers; None = all 1
-    min_std:float=1e-4, # smallest divisor of each part, in its units
-    clip:float|None=5., # cut to -clip..clip; None = no cut
+    weights:tuple[Finite, ...]|None=None, # P numbers; None = all 1
+    min_std:Amount=1e-4, # smallest divisor of each part, in its units
+    clip:Positive|None=5., # cut to -clip..clip; None = no cut
 )->Tensor: # [B,N]; 0 on padding and where no part differs; depends on the company of the batch
     "Advantage over the group, each part standardised before they are added (GDPO)"
     P = parts.shape[-1]
@@ -130,11 +138,12 @@ def parts_advantage(
     return total if clip is None else total.clamp(-clip, clip)
 
 # %% ../nbs/75_objectives.ipynb #fca071c8
+@guarded
 def behaviour_weights(
     old:Tensor, # [B,N] log-probabilities under the old policy
     found:Tensor, # [B,N] log-probabilities to be found, 0 = enumerated, up to a constant per group
     mask:Tensor, # bool [B,N]
-    cut:float|None=5., # largest weight; None = no cut
+    cut:Positive|None=5., # largest weight; None = no cut
 )->Tensor: # [B,N] >= 0, mean 1 over each group before the cut; 0 on padding
     "Importance weights of stored sequences: the old policy against what found them"
     if cut is not None and cut < 1: raise ValueError(f"behaviour_weights: cut {cut}, wanted >= 1 or None")

@@ -9,6 +9,7 @@ __all__ = ['sequence_logp', 'batch_logp', 'stored_logp', 'off_policy', 'summaris
 # %% ../nbs/72_offpolicy.ipynb #498ff02a
 from dataclasses import dataclass
 import numpy as np, pandas as pd, torch
+from .settings import Amount, Count, Natural, Positive, Share, guarded
 from .losses import inclusion_logp, off_policy_value, shot_chances
 from .decode import deciding, device_of
 from .callback_core import FitOnly
@@ -34,11 +35,12 @@ def sequence_logp(
     return out
 
 # %% ../nbs/72_offpolicy.ipynb #22a272a8
+@guarded
 def batch_logp(
     policy, # see `sequence_logp`
     ds, # `GroupDataset`
     stop:bool|None=None, # see there
-    bs:int=256, # queries at once; changes nothing
+    bs:Count=256, # queries at once; changes nothing
 )->list: # of (log-probabilities float64 [B,N], rewards [B,N], mask [B,N]), on the CPU
     "What a policy thinks of all stored groups, without dropout"
     device = device_of(policy)
@@ -112,13 +114,14 @@ def _lines(draws, nothing_left):
     return _Lines(number, mask, mask & ((at < first) | whole))
 
 # %% ../nbs/72_offpolicy.ipynb #37358a42
+@guarded
 def off_policy(
     policy, # what is judged, see `sequence_logp`
     ds, # `GroupDataset` of groups as they were generated, not those that the policy was trained on
-    cut:float|None=5., # largest weight, relative to the mean weight of a draw; None = no cut
-    floor:float=.3, # smallest effective share that is trusted
-    min_ess:float=3., # smallest number of effective rows that is trusted
-    bs:int=256, # queries at once; changes nothing
+    cut:Positive|None=5., # largest weight, relative to the mean weight of a draw; None = no cut
+    floor:Share=.3, # smallest effective share that is trusted
+    min_ess:Amount=3., # smallest number of effective rows that is trusted
+    bs:Count=256, # queries at once; changes nothing
     chances:pd.DataFrame|None=None, # of `count_chances`: judge a selector that chooses its number; None: it is told
 )->pd.DataFrame: # per query, shot count and draw: question_id, shots, source, n, mass, ess, value, unbiased, trust
     "Expected reward of a policy per draw, from stored groups; ValueError if nothing was drawn with a known probability"
@@ -215,8 +218,9 @@ def _all_sources(f):
 class OffPolicyStats(FitOnly):
     "Estimate, after every epoch, what the policy would earn, from groups that it does not train on"
     order = 45   # before `Stats` and `History` close the epoch
+    @guarded
     def __init__(self,
-        every:int=1, # epochs between two looks, >= 1
+        every:Natural=1, # epochs between two looks, >= 1
     ): self.every = every
 
     def before_fit(self): _must_have_draws(self.dls.valid_ds.rows)
@@ -258,11 +262,12 @@ def found_logp(
     return -np.log(weight)
 
 # %% ../nbs/72_offpolicy.ipynb #29d79b03
+@guarded
 def count_chances(
     policy, # selector with STOP
     ds, # `GroupDataset`
-    bs:int=256, # queries at once; changes nothing
-    limit:int=5000, # most prefixes per query and step, see `shot_chances`
+    bs:Count=256, # queries at once; changes nothing
+    limit:Count=5000, # most prefixes per query and step, see `shot_chances`
 )->pd.DataFrame: # index question_id; columns 0, 1, ... shots: probabilities, each row sums to 1
     "How often a policy would choose each number of shots"
     device = device_of(policy)
@@ -278,11 +283,12 @@ def count_chances(
     return pd.concat(parts).fillna(0.).rename_axis("question_id")
 
 # %% ../nbs/72_offpolicy.ipynb #2b2da5bb
+@guarded
 def value_by_count(
     policy, # selector with STOP
     ds, # `GroupDataset` of groups as they were generated; a number of shots that they lack has no value
-    bs:int=256, # queries at once; changes nothing
-    limit:int=5000, # most prefixes per query and step, see `shot_chances`
+    bs:Count=256, # queries at once; changes nothing
+    limit:Count=5000, # most prefixes per query and step, see `shot_chances`
 )->pd.DataFrame: # question_id, shots, chance 0..1 and value, NaN where nothing is known: a row per query and number
     "How often a policy would choose each number of shots, and what it would earn by it"
     chances = count_chances(policy, ds, bs, limit)

@@ -10,10 +10,12 @@ __all__ = ['PICK_COLUMNS', 'data_url', 'openai_messages', 'Picked', 'Column', 'c
 import base64, io, json, shutil, tempfile, textwrap, weakref
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 import numpy as np, pandas as pd, torch
 import pyarrow as pa
 from fastcore.basics import patch
 from .core import file_bytes, parse_lines, read_arrow, rng, sealed_path, write_parquet
+from .settings import Count, Natural, guarded
 from .pictures import looks_alike, open_image, picture_format, read_picture
 from .items import given_ids, picture_paths
 from .embed import Clip, load_clip
@@ -311,9 +313,10 @@ def check_bank(self:Picker,
 
 # %% ../nbs/78_picker.ipynb #7c97f1c7
 @patch
+@guarded
 def narrowing(self:Picker,
     bank:DemoBank, # examples to pick from
-    K:int|str|None=None, # candidates, >= 1, or "all"; None: as many as in training, or 64
+    K:Count|Literal["all"]|None=None, # candidates, >= 1, or "all"; None: as many as in training, or 64
 )->dict|None: # {kind of vector, or "random": how many}, in the order of drawing; None: the whole bank
     "Say how a bank is narrowed"
     rule = self.info.get("pool") or {}
@@ -359,11 +362,12 @@ class _Work:
 
 # %% ../nbs/78_picker.ipynb #61573271
 @patch
+@guarded
 def batch(self:Picker,
     questions, # DataFrame with question and maybe image, a Dataset, a file: what `asked_items` takes; no answers needed
     bank:DemoBank, # examples to pick from
-    shots:int|None=2, # demonstrations each, 0..`max_shots`; None: as many as a selector with STOP wants
-    K:int|str|None=None, # candidates, see `narrowing`
+    shots:Natural|None=2, # demonstrations each, 0..`max_shots`; None: as many as a selector with STOP wants
+    K:Count|Literal["all"]|None=None, # candidates, see `narrowing`
     columns:dict|None=None, # names of one's own, see `solved_items`
     images=None, # folder of pictures, see `solved_items`
 )->Picks: # in the order of the questions; ValueError names a question for which too few examples are left
@@ -443,12 +447,13 @@ def _shown(self:Picker, work, b, pointer, logp, candidates):
 
 # %% ../nbs/78_picker.ipynb #d1b77275
 @patch
+@guarded
 def __call__(self:Picker,
     image, # path, bytes, an image of Pillow, see `keep_picture`; None: the question has no picture
     question:str, # what is asked
     bank:DemoBank, # examples to pick from
-    shots:int|None=2, # demonstrations, 0..`max_shots`; None: as many as a selector with STOP wants
-    K:int|str|None=None, # candidates, see `narrowing`
+    shots:Natural|None=2, # demonstrations, 0..`max_shots`; None: as many as a selector with STOP wants
+    K:Count|Literal["all"]|None=None, # candidates, see `narrowing`
 )->Picked:
     "Pick demonstrations for one question"
     return self.batch([dict(image=image, question=question)], bank, shots, K)[0]

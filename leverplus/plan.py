@@ -13,11 +13,12 @@ __all__ = ['KEPT_FEATURES', 'DOWNLOADS', 'ROW_BYTES', 'plan_run', 'largest_shard
 import math, os, platform, re, time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 import numpy as np, pandas as pd, torch
 from huggingface_hub import try_to_load_from_cache
 from .core import read_json, rng
 from .checkpoints import load_part
-from .settings import Job, change
+from .settings import Amount, Bound, Count, Finite, Job, Natural, Positive, change, guarded
 from .items import as_items, check_answered, picture_paths
 from .pictures import BadPicture, picture_size
 from .checkpoints import folder_or_name
@@ -33,14 +34,15 @@ from .rldata_generate import shard_queries
 from .rldata_scale import Splits, found_folder
 
 # %% ../nbs/41_plan.ipynb #abc7cc06
+@guarded
 def plan_run(
-    prompts_per_second:float, # of one GPU, in steady state
-    queries:int=1_000_000, # questions
-    sequences:int=16, # prompts per question
-    gpus=(1, 8, 64), # how many GPUs
-    bytes_per_row:float=0., # of a part on disk
-    images:int=0, # distinct images whose features are kept
-    feature_bytes:float=0., # of one image's features
+    prompts_per_second:Positive, # of one GPU, in steady state
+    queries:Natural=1_000_000, # questions
+    sequences:Natural=16, # prompts per question
+    gpus:tuple[Count, ...]=(1, 8, 64), # how many GPUs
+    bytes_per_row:Amount=0., # of a part on disk
+    images:Natural=0, # distinct images whose features are kept
+    feature_bytes:Amount=0., # of one image's features
 )->pd.DataFrame: # index gpus; hours (of the slowest shard), gpu_hours, rows_gb, features_gb
     "Time and disk of a generation in shards; start-up and failures are not in it"
     if not prompts_per_second > 0:
@@ -54,9 +56,10 @@ def plan_run(
     )
     return pd.DataFrame(plan, index=pd.Index(gpus, name="gpus"))
 
+@guarded
 def largest_shard(
-    queries:int, # questions
-    n:int, # shards
+    queries:Natural, # questions
+    n:Count, # shards
 )->float: # questions, about
     "The largest of `n` shards that are drawn by hash"
     m = queries/n
@@ -85,16 +88,18 @@ def questions_there(
     return sum(len(part) for i, part in enumerate(parts) if Path(path, f"part{tag}-{i:05d}.parquet").exists())
 
 # %% ../nbs/41_plan.ipynb #4e55f291
+@guarded
 def digits(
-    x:float, # a number
-    n:int=2, # digits that count
+    x:Finite, # a number
+    n:Count=2, # digits that count
 )->str: # "140", "1,400", "0.14"
     "Write a number that is roughly known"
     return f"{float(f'{x:.{n}g}'):,.15g}"
 
+@guarded
 def time_text(
-    n:float, # things to do
-    rate:float|None, # per second; None: not known
+    n:Bound, # things to do
+    rate:Positive|None, # per second; None: not known
     what:str="prompts", # the things
     why:str="given", # where the rate comes from
 )->str: # "2.3 h at 62 prompts/s (given)"
@@ -109,8 +114,9 @@ def _span(seconds):
     if hours >= 1/60: return f"{digits(60*hours)} min"
     return f"{digits(3600*hours)} s"
 
+@guarded
 def size_text(
-    n:float, # bytes
+    n:Amount, # bytes
 )->str: # "1 GB"
     "Say how large something is"
     if n >= 1e9: return f"{digits(n/1e9)} GB"
@@ -118,16 +124,18 @@ def size_text(
     return f"{digits(n/1e3)} kB"
 
 # %% ../nbs/41_plan.ipynb #f3ef091f
+@guarded
 @dataclass(frozen=True)
 class Speed:
     "How fast a model answers"
-    prompts:float|None=None # per second, with images that are known; None: not known
-    images:float|None=None # new images per second; None: they are counted in the prompts
+    prompts:Positive|None=None # per second, with images that are known; None: not known
+    images:Amount|None=None # new images per second; None: they are counted in the prompts
     why:str="" # where the numbers come from
 
+    @guarded
     def seconds(self,
-        prompts:float, # to be asked
-        images:float=0, # distinct ones among them that are new
+        prompts:Amount, # to be asked
+        images:Amount=0, # distinct ones among them that are new
     )->float|None: # None: not known
         "How long it takes"
         if self.prompts is None: return None
@@ -140,11 +148,12 @@ class Speed:
         return f"{digits(self.prompts, 3)} prompts/s{images} ({self.why})"
 
 # %% ../nbs/41_plan.ipynb #e1831971
+@guarded
 def some_pairs(
     items:pd.DataFrame, # of a job
     job:Job, # for its split, candidates, pool size and number of sequences
     shots, # shot counts
-    seed:int=0, # of the draw
+    seed:Natural=0, # of the draw
 ):
     "Yield (query, pointer, another pointer of the same examples) without end"
     items = as_items(items, need=("split",))
@@ -162,10 +171,11 @@ def some_pairs(
                     some = [int(c) for c in g.permutation(pool)[:S]]
                     yield int(query), tuple(some), tuple(some[::-1])
 
+@guarded
 def measure_speed(
     job:Job, # whose model is asked about whose items
     shots=None, # shot counts; None: those of the job
-    seconds:float=10., # about so long, loading aside; one prompt at least
+    seconds:Positive=10., # about so long, loading aside; one prompt at least
     items:pd.DataFrame|None=None, # of `Job.items`; None: they are read
 )->Speed:
     "Ask the model for some seconds"
@@ -228,10 +238,11 @@ def _parts_by_shard(path):
     return [sorted(path.glob(f"{tag}-*.parquet"), key=lambda p: p.stat().st_mtime) for tag in tags]
 
 # %% ../nbs/41_plan.ipynb #a58163b7
+@guarded
 def visual_tokens(
-    width:int, height:int, # pixels
-    side:int=28, # of the square that becomes one token: 28 for Qwen2-VL and Qwen2.5-VL
-    min_pixels:int|None=None, max_pixels:int|None=None, # the image budget; None: that of the released models
+    width:Count, height:Count, # pixels
+    side:Count=28, # of the square that becomes one token: 28 for Qwen2-VL and Qwen2.5-VL
+    min_pixels:Count|None=None, max_pixels:Count|None=None, # the image budget; None: that of the released models
 )->int: # tokens of the language model
     "Tokens that an image becomes, as the official processor resizes it"
     from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
@@ -239,11 +250,12 @@ def visual_tokens(
     return h*w // side**2
 
 # %% ../nbs/41_plan.ipynb #2cdaf171
+@guarded
 def image_tokens(
     items:pd.DataFrame, # queries and demonstrations; ValueError names an image that cannot be opened
-    n:int=200, # that are looked at
-    min_pixels:int|None=None, max_pixels:int|None=None, # see `visual_tokens`
-    seed:int=0, # of their draw
+    n:Count=200, # that are looked at
+    min_pixels:Count|None=None, max_pixels:Count|None=None, # see `visual_tokens`
+    seed:Natural=0, # of their draw
 )->float: # tokens, >= 0; an item without a picture has none
     "Visual tokens of an item's picture, on average"
     items = as_items(items)
@@ -263,14 +275,15 @@ def _tokens_of(question_id, path, min_pixels, max_pixels):
         ) from e
     return visual_tokens(*size, min_pixels=min_pixels, max_pixels=max_pixels)
 
+@guarded
 def card_speed(
-    image:float, # visual tokens of an image; 0: no images
-    answers:float, # different true answers of a question
-    shots=(2,), # shot counts, equally often
+    image:Amount, # visual tokens of an image; 0: no images
+    answers:Amount, # different true answers of a question
+    shots:tuple[Natural, ...]=(2,), # shot counts, equally often
     size:str="3b", # Qwen2.5-VL, see `qwen_config`
     gpu:str="H100", # of `PEAKS`
-    batch_tokens:int=65_536, # prompt tokens per batch, which decide what a card reaches
-    text_tokens:int=20, # of a question with its answer
+    batch_tokens:Count=65_536, # prompt tokens per batch, which decide what a card reaches
+    text_tokens:Natural=20, # of a question with its answer
 )->Speed: # prompts per second, and new images per second where there are pictures
     "How fast a card would answer: expected, not measured"
     config = qwen_config(size)
@@ -288,14 +301,15 @@ def card_speed(
     )
     return Speed(prompts, images, why)
 
+@guarded
 def expected_speed(
     items:pd.DataFrame, # queries and demonstrations; ValueError names an image that cannot be opened
-    shots=(2,), # as for `card_speed`
+    shots:tuple[Natural, ...]=(2,), # as for `card_speed`
     size:str="3b", # as for `card_speed`
     gpu:str="H100", # as for `card_speed`
-    batch_tokens:int=65_536, # as for `card_speed`
-    n:int=200, # images and questions that are looked at
-    min_pixels:int|None=None, max_pixels:int|None=None, # see `visual_tokens`
+    batch_tokens:Count=65_536, # as for `card_speed`
+    n:Count=200, # images and questions that are looked at
+    min_pixels:Count|None=None, max_pixels:Count|None=None, # see `visual_tokens`
 )->Speed: # see `card_speed`
     "How fast a card would answer about such items"
     items = as_items(items)
@@ -310,10 +324,11 @@ def _mean_answers(items, n):
     return sum(len(answer_targets(a)[0]) for a in known)/max(1, len(some))
 
 # %% ../nbs/41_plan.ipynb #a600b307
+@guarded
 def speed_of(
     job:Job, # whose model is asked about whose items
     path=None, # folder of the run, where it may have been measured
-    rate:float|str|None=None, # prompts per second that somebody gives; "measure": now; None: what is known
+    rate:Positive|Literal["measure"]|None=None, # prompts per second; "measure": now; None: what is known
     shots=None, # shot counts; None: those of the job
     items:pd.DataFrame|None=None, # of `Job.items`; None: they are read if they are needed
 )->Speed: # with `prompts` None where nobody knows
@@ -373,9 +388,10 @@ def dtype_of(
     named = job.model.dtype or getattr(config, "dtype", None) or torch.bfloat16
     return named if isinstance(named, torch.dtype) else getattr(torch, str(named).removeprefix("torch."))
 
+@guarded
 def batch_bytes(
     config, # of a Qwen-VL model
-    tokens:int, # prompt tokens of a batch
+    tokens:Natural, # prompt tokens of a batch
     dtype:torch.dtype=torch.bfloat16, # number format
 )->float: # bytes at most
     "Memory of a batch: keys and values of all layers, and the widest layer, of the language model or of the tower"
@@ -412,9 +428,10 @@ def download_text(
     return "; ".join(lines) or "none"
 
 # %% ../nbs/41_plan.ipynb #ce159b4f
+@guarded
 def asking_time(
-    prompts:float, # to be asked
-    images:float, # distinct ones that are new
+    prompts:Amount, # to be asked
+    images:Amount, # distinct ones that are new
     speed:Speed, # of the model
 )->str: # "2.3 h at 62 prompts/s (given)"
     "Say how long asking takes"
@@ -427,21 +444,23 @@ def asking_time(
 # %% ../nbs/41_plan.ipynb #bcb4a0ad
 ROW_BYTES = 78 # of a stored sequence, measured on page `39_rldata_scale`; real answers are longer
 
+@guarded
 def distinct_images(
     items:pd.DataFrame, # of a job
-    calls:int, # prompts
+    calls:Natural, # prompts
     shots, # shot counts
 )->int: # at most
     "How many different images so many prompts show"
     there = len(set(picture_paths(as_items(items))) - {None})
     return min(there, calls*(max(shots, default=0) + 1))
 
+@guarded
 def asking_costs(
     job:Job, # whose model is asked about whose items
-    calls:int, # prompts, at most
+    calls:Natural, # prompts, at most
     path="", # folder of the run
-    rate:float|str|None=None, # prompts per second, or "measure", see `speed_of`
-    rows:int|None=None, # sequences that are stored; None: one per prompt
+    rate:Positive|Literal["measure"]|None=None, # prompts per second, or "measure", see `speed_of`
+    rows:Natural|None=None, # sequences that are stored; None: one per prompt
     shots=None, # shot counts; None: those of the job
     items:pd.DataFrame|None=None, # of `Job.items`; None: they are read
 )->dict: # {"LVLM calls", "time", "memory", "download", "disk": text}
@@ -469,11 +488,12 @@ def _features_text(job, items, images):
     if m.vision_dir is None: return f"; image features in memory only (--vision-dir would keep {size})"
     return f"; features of {images:,} images {size} in {m.vision_dir}"
 
+@guarded
 def generate_plan(
     job:Job, # what is to be done
     path, # folder of the run
     shard:tuple|None=None, # (i, n): only part i of n
-    rate:float|str|None=None, # prompts per second, or "measure", see `speed_of`
+    rate:Positive|Literal["measure"]|None=None, # prompts per second, or "measure", see `speed_of`
 )->dict: # {name of the line: text}
     "Say what a job asks, how long that takes and how much it leaves"
     items = job.items()
@@ -495,9 +515,10 @@ def generate_plan(
     )
 
 # %% ../nbs/41_plan.ipynb #61f61450
+@guarded
 def measure_embedding(
     splits:Splits, # whose items are embedded
-    seconds:float=10., # about so long, loading aside; one item at least
+    seconds:Positive=10., # about so long, loading aside; one item at least
 )->float: # distinct images per second, with the questions about them; questions per second where there are no images
     "Embed for some seconds; nothing is kept"
     every = splits.every.iloc[rng("measure embedding", 0).permutation(len(splits.every))]
@@ -513,10 +534,11 @@ def measure_embedding(
     images = set(picture_paths(every.iloc[:n])) - {None}
     return (len(images) or n)/(now - start)
 
+@guarded
 def embed_plan(
     splits:Splits, # what is to be embedded
     shard:tuple|None=None, # (i, n): only part i of n
-    rate:float|str|None=None, # images per second; "measure": ask the CLIP for some seconds
+    rate:Positive|Literal["measure"]|None=None, # images per second; "measure": ask the CLIP for some seconds
 )->dict: # {name of the line: text}
     "Say what embedding takes and leaves"
     data = splits.job.data

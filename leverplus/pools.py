@@ -15,6 +15,7 @@ import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
 from .core import fingerprint, printable, read_object, read_parquet, rng, write_json, write_parquet
 from .runs import plain, settings_diff
+from .settings import Count, Natural, guarded
 from .items import as_id, as_ids, as_items, given_ids
 from .pictures import picture_key
 from .data import items_fingerprint
@@ -273,9 +274,10 @@ def _hash16(key): return key[:16]        # of sha256; older stores keep no more
 # %% ../nbs/13_pools.ipynb #b1c8dddd
 SAMPLERS = {"random": {}, "text": {"text": 1.}, "image": {"image": 1.}, "mixed": {"text": .25, "image": .25}}
 
+@guarded
 def sampler_parts(
     sampler:str, # random | text | image | mixed
-    K:int, # pool size, >= 1
+    K:Count, # pool size
 )->dict: # {"text": n, "image": n, "random": n}, in the order of drawing; sums to K
     "How many of K candidates each way of drawing gives"
     if sampler not in SAMPLERS: raise ValueError(f"sampler {sampler!r}: choose one of {', '.join(SAMPLERS)}")
@@ -348,13 +350,14 @@ def _draw(queries, demos, parts, store, seed): # {question_id: its candidates, s
     return out
 
 # %% ../nbs/13_pools.ipynb #b4750552
+@guarded
 def make_pool(
     queries:pd.DataFrame, # items to make pools for: question_id, image_id, question, image_path if there
     demos:pd.DataFrame, # items to choose from, same columns; may be the same frame
-    K:int, # candidates per query, >= 1
+    K:Count, # candidates per query
     sampler:str="random", # random | text | image | mixed
     store:EmbedStore|None=None, # embeddings of queries and demos; needed by text, image, mixed
-    seed:int=0, # names the draws together with the question_id
+    seed:Natural=0, # names the draws together with the question_id
 )->Pool: # K distinct candidates for every query; ValueError names a query with fewer than K left
     "Draw the candidates of every query; same seed and data, same pool"
     parts = sampler_parts(sampler, K)

@@ -8,18 +8,20 @@ __all__ = ['plan_prefixes', 'plan_rounds', 'PrefixStore']
 # %% ../nbs/18_prefix.ipynb #e926c432
 from collections import Counter, OrderedDict
 import torch
+from .settings import Bound, Natural, guarded
 
 # %% ../nbs/18_prefix.ipynb #fb702fc6
 def _longest(path, have):
     "The longest beginning of a path that is there, or None"
     return next((key for key in reversed(path) if key in have), None)
 
+@guarded
 def plan_prefixes(
     paths, # n lists of keys: the beginnings of a prompt after 0, 1, .. demonstrations, shortest first
     sizes, # {key: tokens of that beginning}
     stored=(), # keys that are there already
-    keep:int=0, # beginnings of 1..keep demonstrations are computed even if nothing branches behind them
-    room:float=float("inf"), # tokens that may be stored anew; the shortest and most shared come first
+    keep:Natural=0, # beginnings of 1..keep demonstrations are computed even if nothing branches behind them
+    room:Bound=float("inf"), # tokens that may be stored anew; the shortest and most shared come first
 )->tuple: # (plan: [(key, key it continues or None)], in order; n keys or None: where each prompt continues)
     "Choose the beginnings that are computed on their own, and a place for every prompt to continue from"
     after = {} # key -> what comes behind it; behind its last beginning every prompt goes its own way
@@ -59,8 +61,9 @@ def plan_rounds(
 # %% ../nbs/18_prefix.ipynb #1106a93a
 class PrefixStore:
     "Keys and values of prompt beginnings: a dictionary with a byte budget"
+    @guarded
     def __init__(self,
-        max_bytes:int=1 << 28, # budget; the least recently used leave first
+        max_bytes:Natural=1 << 28, # budget; the least recently used leave first
     ):
         self.max_bytes = max_bytes
         self.nbytes = 0

@@ -17,6 +17,7 @@ import numpy as np, pandas as pd
 from fastcore.basics import patch
 from .core import atomic_path, read_json
 from .runs import ABSENT, Run, settings_diff, write_csv
+from .settings import Count, Natural, guarded
 from leverplus.markup import (
     Block, Blocks, Figure, Filled, Fold, Glossary, Heading, Paragraph, Preformatted, Scroll, Sentences,
     Strip, fill_template, frame_table,
@@ -336,10 +337,11 @@ def is_judged(
     return scored.vqa_acc_score.notna() | scored.eval_failed
 
 @patch
+@guarded
 def show_results(self:Run,
     items:pd.DataFrame, # queries and demonstrations by question_id
-    n:int=4, # cases
-    selector:str|None=None, shots:int|None=None, # whose, and with how many shots; None if there is only one
+    n:Count=4, # cases
+    selector:str|None=None, shots:Natural|None=None, # whose, and with how many shots; None if there is only one
     **kwargs, # `ids, seed, axs` of `plot_examples`
 ):# [cases, shots + 2] array of axes
     "A few cases of a run, right and wrong in turn"
@@ -632,13 +634,14 @@ def _interval_row(r, scale):
 def _numbers(r): return _points(r).replace(" points", "")
 
 # %% ../nbs/90_report.ipynb #0fee02d4
+@guarded
 @dataclass(frozen=True, kw_only=True)
 class Cases:
     "Which cases a page shows"
     selector:str|None = None # whose; default the best trained one
-    shots:int|None = None # its shot count; default where it is best
-    n:int = 40 # how many, all runs of a page together
-    seed:int = 0 # of the choice
+    shots:Natural|None = None # its shot count; default where it is best
+    n:Natural = 40 # how many, all runs of a page together
+    seed:Natural = 0 # of the choice
     against:tuple = ("random", "similar", "zero_shot") # the filter's selectors, at most 4, where they are scored
 
 def _whose(scored, cases):
@@ -681,13 +684,14 @@ def _in_order(rows, names):
 _WHOLE = 100 # cases that a page has as they are
 _AT_ONCE = 40 # cases that are shown together where there are more
 
+@guarded
 def browser_block(
     items:pd.DataFrame, # queries and demonstrations by question_id
     scored:pd.DataFrame, # from `evaluate.score_picks`
     cases:Cases=Cases(), # which
     others=None, # what else is shown: default baselines but votes, other trained selectors, the oracle
     pictures:Pictures|None=None, # those of the page; None: it carries its own
-    level:int=3, # of the headings
+    level:Count=3, # of the headings
     name:str="show", # of the filter, unique in a page
 )->Block: # more than a hundred cases are shown some at a time, by a script
     "Cases that can be filtered by won, lost and unchanged"

@@ -15,6 +15,7 @@ from itertools import chain, product
 from statistics import NormalDist
 from typing import NamedTuple
 import numpy as np, pandas as pd
+from .settings import Amount, Count, Finite, Natural, Positive, Share, check_numbers, guarded
 from .items import as_items
 from .vqa import answer_targets
 from .groups import check_judged
@@ -33,35 +34,39 @@ def reward_mode(
     return f
 
 @reward_mode
+@guarded
 def hard_plus_soft(
     vqa_correct:np.ndarray, # [n] 0 or 1
     vqa_acc_score:np.ndarray, # [n] 0..1
-    hard_weight:float=1., # w_h
-    soft_weight:float=1., # w_s
+    hard_weight:Finite=1., # w_h
+    soft_weight:Finite=1., # w_s
 )->np.ndarray: # [n] 0..w_h+w_s
     "Reward credit and its amount: w_h * h + w_s * a"
     return hard_weight * vqa_correct + soft_weight * vqa_acc_score
 
 @reward_mode
+@guarded
 def gtprob(
     vqa_gt_prob:np.ndarray, # [n] 0..1
-    soft_weight:float=1., # w_s
+    soft_weight:Finite=1., # w_s
 )->np.ndarray: # [n] 0..w_s
     "Reward the weighted probability of the ground-truth answers: w_s * p"
     return soft_weight * vqa_gt_prob
 
 @reward_mode
+@guarded
 def hard_only(
     vqa_correct:np.ndarray, # [n] 0 or 1
-    hard_weight:float=1., # w_h
+    hard_weight:Finite=1., # w_h
 )->np.ndarray: # [n] 0 or w_h
     "Reward any credit at all: w_h * h"
     return hard_weight * vqa_correct
 
 @reward_mode
+@guarded
 def soft_only(
     vqa_acc_score:np.ndarray, # [n] 0..1
-    soft_weight:float=1., # w_s
+    soft_weight:Finite=1., # w_s
 )->np.ndarray: # [n] 0..w_s
     "Reward VQA accuracy: w_s * a"
     return soft_weight * vqa_acc_score
@@ -70,9 +75,10 @@ def soft_only(
 # mode -> (weight, the fact that is not looked at while it is 0)
 _IDLE = dict(legacy=("alpha", "logprob_score"), hybrid=("alpha", "info_score"))
 
+@guarded
 def reward_facts(
     mode:str, # a name out of REWARDS; ValueError lists them
-    price:float=0., # of each demonstration; above 0, `pointer` is needed too
+    price:Amount=0., # of each demonstration; above 0, `pointer` is needed too
     **weights, # weights that are not at their default; TypeError names one that the mode does not have
 )->tuple: # (columns needed, {weight: default})
     "What a mode needs and what can be weighted"
@@ -82,23 +88,26 @@ def reward_facts(
     knobs = {a.name: a.default for a in arguments if a.default is not a.empty}
     odd = sorted(set(weights) - set(knobs))
     if odd: raise TypeError(f"reward {mode!r} has no {odd}; its weights are {knobs}")
+    check_numbers(f"reward {mode!r}", weights, REWARDS[mode])
     weight, fact = _IDLE.get(mode, (None, None))
     if fact and weights.get(weight, knobs[weight]) == 0: needs.remove(fact)
     if check_price(price): needs.append("pointer")
     return tuple(needs), knobs
 
+@guarded
 def check_price(
-    price:float, # of each demonstration, in units of the reward
+    price:Amount, # of each demonstration, in units of the reward
 )->float: # `price`; ValueError unless it is finite and >= 0
     "Refuse a price that is none"
     if 0 <= price < np.inf: return price
     raise ValueError(f"price {price!r}: wanted a finite number >= 0, what each demonstration costs")
 
 # %% ../nbs/31_rewards.ipynb #502f52be
+@guarded
 def reward(
     frame:pd.DataFrame, # rows of the record; `eval_failed` marks failures (absent: none failed)
     mode:str="hard_plus_soft", # a name out of REWARDS
-    price:float=0., # what each demonstration costs, in units of the reward, >= 0
+    price:Amount=0., # what each demonstration costs, in units of the reward
     **weights, # arguments of that mode, e.g. `hard_weight=2.`; TypeError names one that it does not have
 )->np.ndarray: # [n] float64, the mode minus `price` times the number of demonstrations; NaN for rows that failed
     "Reward of each row; ValueError names column and question_id of a missing fact"
@@ -153,54 +162,59 @@ _SOURCES = dict( # where a fact comes from
 
 # %% ../nbs/31_rewards.ipynb #52669030
 @reward_mode
+@guarded
 def hard_plus_soft_v2(
     vqa_correct:np.ndarray, # [n] 0 or 1
     vqa_acc_score:np.ndarray, # [n] 0..1
-    hard_weight:float=1., # w_h
-    soft_weight:float=1., # w_s
+    hard_weight:Finite=1., # w_h
+    soft_weight:Finite=1., # w_s
 )->np.ndarray: # [n] 0..2w_h+w_s
     "Reward credit twice: 2 * w_h * h + w_s * a"
     return 2 * hard_weight * vqa_correct + soft_weight * vqa_acc_score
 
 @reward_mode
+@guarded
 def separated(
     vqa_correct:np.ndarray, # [n] 0 or 1
     vqa_acc_score:np.ndarray, # [n] 0..1
-    hard_weight:float=1., # w_h
-    soft_weight:float=1., # w_s
+    hard_weight:Finite=1., # w_h
+    soft_weight:Finite=1., # w_s
 )->np.ndarray: # [n] right: 2w_h..2w_h+w_s; wrong: 0..w_s
     "Reward in two bands: 2 * w_h + w_s * a where right, else w_s * a"
     return np.where(vqa_correct > 0, 2 * hard_weight, 0.) + soft_weight * vqa_acc_score
 
 # %% ../nbs/31_rewards.ipynb #1b8c60fa
 @reward_mode
+@guarded
 def hard01_plus_gtprob(
     vqa_correct:np.ndarray, # [n] 0 or 1
     vqa_gt_prob:np.ndarray, # [n] 0..1
-    hard_weight:float=2., # w_h
-    soft_weight:float=1., # w_s
+    hard_weight:Finite=2., # w_h
+    soft_weight:Finite=1., # w_s
 )->np.ndarray: # [n] right: w_h..w_h+w_s; wrong: 0..w_s
     "Reward credit and probability: w_h * h + w_s * p"
     return hard_weight * vqa_correct + soft_weight * vqa_gt_prob
 
 @reward_mode
+@guarded
 def hard01_plus_gtprob_separated(
     vqa_correct:np.ndarray, # [n] 0 or 1
     vqa_gt_prob:np.ndarray, # [n] 0..1
-    hard_weight:float=1., # w_h
-    soft_weight:float=1., # w_s
+    hard_weight:Finite=1., # w_h
+    soft_weight:Finite=1., # w_s
 )->np.ndarray: # [n] right: 2w_h..2w_h+w_s; wrong: 0..w_s
     "Reward probability in two bands: 2 * w_h + w_s * p where right, else w_s * p"
     return np.where(vqa_correct > 0, 2 * hard_weight, 0.) + soft_weight * vqa_gt_prob
 
 @reward_mode
+@guarded
 def hard_plus_gtprob_plus_rel(
     vqa_correct:np.ndarray, # [n] 0 or 1
     vqa_gt_prob:np.ndarray, # [n] 0..1
     vqa_rel_score:np.ndarray, # [n] 0..1
-    hard_weight:float=1., # w_h
-    soft_weight:float=.5, # w_s
-    rel_weight:float=.3, # w_r; while w_s + w_r < w_h, no wrong answer earns as much as a right one
+    hard_weight:Finite=1., # w_h
+    soft_weight:Finite=.5, # w_s
+    rel_weight:Finite=.3, # w_r; while w_s + w_r < w_h, no wrong answer earns as much as a right one
 )->np.ndarray: # [n] right: w_h..w_h+w_s; wrong: 0..w_s+w_r
     "Reward credit, probability, and the relevance of wrong answers: w_h * h + w_s * p + w_r * (1 - h) * rel"
     shaped = rel_weight * (1 - vqa_correct) * vqa_rel_score
@@ -208,11 +222,12 @@ def hard_plus_gtprob_plus_rel(
 
 # %% ../nbs/31_rewards.ipynb #59717bfc
 @reward_mode
+@guarded
 def legacy(
     vqa_correct:np.ndarray, # [n] 0 or 1
     logprob_score:np.ndarray, # [n] log-probability under the proposer, <= 0; not looked at while alpha is 0
-    alpha:float=0., # weight of quality
-    beta:float=1., # weight of correctness
+    alpha:Finite=0., # weight of quality
+    beta:Finite=1., # weight of correctness
     scale:str="01", # "01": right 1, wrong 0 | "pm1": right 1, wrong -1
 )->np.ndarray: # [n]
     "Reward the proposer's opinion and credit: alpha * quality + beta * c"
@@ -225,12 +240,13 @@ def legacy(
 
 # %% ../nbs/31_rewards.ipynb #1b87d17e
 @reward_mode
+@guarded
 def hybrid(
     vqa_correct:np.ndarray, # [n] 0 or 1
     vqa_acc_score:np.ndarray, # [n] 0..1
     info_score:np.ndarray, # [n] -1..1, see the function `info_score`; not looked at while alpha is 0
-    alpha:float=.5, # share of info, 0..1
-    info_scale:float=10., # info of 1/info_scale and above counts fully
+    alpha:Share=.5, # share of info
+    info_scale:Positive=10., # info of 1/info_scale and above counts fully
 )->np.ndarray: # [n] 0..alpha+1.5(1-alpha)
     "Reward what the demonstrations added, and credit: alpha * clip(10 * info, 0, 1) + (1 - alpha)(h + .5 * a)"
     added = np.clip(info_scale * info_score, 0, 1)
@@ -250,9 +266,10 @@ def info_score(
 
 # %% ../nbs/31_rewards.ipynb #85b0ef13
 @reward_mode
+@guarded
 def expected_acc(
     vqa_gt_prob:np.ndarray, # [n] 0..1, of the weight "official"
-    soft_weight:float=1., # w_s
+    soft_weight:Finite=1., # w_s
 )->np.ndarray: # [n] 0..w_s
     "Reward the expected VQA accuracy of an answer drawn from the model: w_s * sum over answers of P(answer) * accuracy"
     return soft_weight * vqa_gt_prob
@@ -296,9 +313,10 @@ def _check_fit(query, have, want):
                          "these are other items than those that were asked about")
 
 # %% ../nbs/31_rewards.ipynb #1459437c
+@guarded
 def plot_rewards(
     modes:tuple|None=None, # names out of REWARDS; None: all
-    cols:int=4, # panels per row
+    cols:Count=4, # panels per row
 ): # array of axes, one per mode
     "Draw reward against VQA accuracy for the values that ten annotators can give, from vqa_gt_prob 0 to 1"
     import matplotlib.pyplot as plt
@@ -380,12 +398,13 @@ def answer_cosines(
     return nearest
 
 # %% ../nbs/31_rewards.ipynb #fb1ad63f
+@guarded
 def semantic(
     frame:pd.DataFrame, # rows of the record, with `vqa_correct`
     cosine, # [n] -1..1, see `answer_cosines`; NaN only where the row failed
     shown:Correlation, # `spearman(cosine, accuracy, question_id)`, measured on these rows or on rows like them
     mode:str="hard01_plus_gtprob", # what is shaped: a name out of REWARDS
-    weight:float=.1, # of the cosine, where h = 0
+    weight:Finite=.1, # of the cosine, where h = 0
     **weights, # arguments of the mode
 )->np.ndarray: # [n] the mode's reward, plus weight * cosine where h = 0; NaN for rows that failed
     "Shape the reward of wrong answers by meaning; ValueError unless the cosine was shown to go along with accuracy"
@@ -416,10 +435,11 @@ def _check_cosines(cosine, frame, failed):
                          f"({int(bad.sum())} such rows): wanted -1..1")
 
 # %% ../nbs/31_rewards.ipynb #bce84080
+@guarded
 def group_stats(
     x, # [n] numbers; NaN = left out
     code:np.ndarray, # [n] group of each row, 0..groups-1
-    groups:int, # how many groups
+    groups:Natural, # how many groups
 )->pd.DataFrame: # count, mean, std (sample; 0 for fewer than two), min, max of each group; NaN where it is empty
     "Statistics of every group at once"
     x = np.asarray(x, dtype=float)
@@ -443,11 +463,12 @@ def group_stats(
     ))
 
 # %% ../nbs/31_rewards.ipynb #882ad111
+@guarded
 def z_score(
     reward, # [n]; NaN = failed
     question_id, # [n] query of each row
-    min_std:float=.1, # smallest divisor, in units of reward
-    eps:float=1e-6, # rewards this close are equal
+    min_std:Amount=.1, # smallest divisor, in units of reward
+    eps:Amount=1e-6, # rewards this close are equal
 )->np.ndarray: # [n] 0 in flat groups, NaN where the reward is
     "Reward minus the mean of its query, over max(sample std, min_std)"
     reward = np.asarray(reward, dtype=float)
@@ -458,11 +479,12 @@ def z_score(
     std = np.maximum(stats["std"].to_numpy(), min_std)
     return np.where(live[code] | np.isnan(reward), (reward - mean[code]) / std[code], 0.)
 
+@guarded
 def z_score_clamp(
     reward, # [n]; NaN = failed
     question_id, # [n] query of each row
-    clip:float=3., # cut to -clip..clip, > 0
-    min_std:float=.1, # smallest divisor, in units of reward
+    clip:Positive=3., # cut to -clip..clip
+    min_std:Amount=.1, # smallest divisor, in units of reward
 )->np.ndarray: # [n] -clip..clip
     "`z_score`, cut off where it leaves -clip..clip"
     return np.clip(z_score(reward, question_id, min_std), -clip, clip)
@@ -494,10 +516,11 @@ def parts_of(
         return (others.groupby(by).worth.nunique() > 1).any()
     return tuple(fact for k, fact in enumerate(needs) if matters(k))
 
+@guarded
 def live_parts(
     frame:pd.DataFrame, # rows of the record, with the facts of the mode
     mode:str="hard_plus_soft", # a name out of REWARDS
-    eps:float=1e-6, # values this close are equal
+    eps:Amount=1e-6, # values this close are equal
     **weights, # arguments of that mode
 )->dict: # {"reward", each of `parts_of`, "cancelled": share 0..1 of the groups with a row that did not fail}
     "Share of groups that differ in a reward, in its parts, and in a part though not in the reward"

@@ -16,7 +16,7 @@ import numpy as np, pandas as pd
 from fastcore.basics import patch
 from tqdm import tqdm
 from .core import fingerprint, printable, rng, scramble, stable_hash
-from .settings import Asking
+from .settings import Asking, Count, Natural, guarded
 from .items import as_asked, as_items, check_answered
 from .pictures import picture_key
 from .vqa import answer_targets, postprocess, relevances, vqa_accuracies
@@ -402,6 +402,7 @@ def save(self:FactCache,
     return write_part(path, rows, {c: kind for c, kind in CACHE_COLUMNS.items() if c not in drop})
 
 # %% ../nbs/33_rldata_ask.ipynb #c1d6765d
+@guarded
 def ask(
     pairs:pd.DataFrame, # question_id, pointer (ids in prompt order; empty = zero-shot); repeats are asked once
     scorer, # see `score_pairs`, and has `fingerprint`; None: the cache must know all, KeyError names what it lacks
@@ -409,7 +410,7 @@ def ask(
     cache:FactCache|None=None, # looked up first, added to after each window; None: none
     asking:Asking=Asking(), # how: prompt style, evaluator, weight of true answers
     generate:bool=True, # False: probabilities only, no text
-    window:int=256, # prompts per call of the scorer
+    window:Count=256, # prompts per call of the scorer
     progress:bool=False, # show a bar over prompts
 )->pd.DataFrame: # question_id, pointer and the columns of FACT_COLUMNS; same rows and order as `pairs`
     "Turn (query, pointer) pairs into facts"
@@ -579,13 +580,14 @@ def _other_text(said, seed):
     return out
 
 # %% ../nbs/33_rldata_ask.ipynb #b134a5ff
+@guarded
 def self_test(
     scorer, # see `ask`
     items:pd.DataFrame, # queries and demonstrations, indexed by question_id
     pool, # `Pool`; queries and demonstrations are drawn from it
-    n:int=32, # queries, >= 2
-    S:int=2, # shots
-    seed:int=0, # of the draw
+    n:Count=32, # queries, >= 2
+    S:Natural=2, # shots
+    seed:Natural=0, # of the draw
     asking:Asking=Asking(), # see `ask`
     cache:FactCache|None=None, # see `ask`
 )->dict: # asked, failed, compared, greedy_wins (0..1), spearman (-1..1), prompt; a number that cannot be had is None

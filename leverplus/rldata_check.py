@@ -19,6 +19,7 @@ from fastcore.basics import patch
 from fastcore.meta import delegates
 from .core import markdown_code, markdown_text, printable
 from .runs import write_csv
+from .settings import Amount, Count, Finite, guarded
 from .markup import Block, Cell, Filled, Table
 from .groups import METHODS, RLData, pointer_matrix
 from .rewards import group_stats, parts_of, reward as reward_of, reward_facts, spearman
@@ -353,11 +354,12 @@ def _pairs(sizes):
     "Ordered pairs of two rows of the same pile, over piles of these sizes"
     return float((sizes.astype(float) * (sizes - 1)).sum())
 
+@guarded
 def headroom_metrics(
     rows:pd.DataFrame, # record frame
     facts:RowFacts, # of the rows
     queries:pd.DataFrame, # of `query_facts`
-    clear:float=.2, # a gap above this is a clear one, in accuracy
+    clear:Amount=.2, # a gap above this is a clear one, in accuracy
 )->dict: # {metric: number}
     "Say how far the best rows lie above the proposer's choice"
     gap = queries.gap[queries.gap.notna()]
@@ -436,9 +438,10 @@ _SHOWN = dict(
     count_free="the same with the number that is best for each query: a bound for a free number",
 )
 
+@guarded
 def shown_metrics(
     facts:RowFacts, # of the rows
-    clear:float=.2, # a difference of this is a clear one, in accuracy
+    clear:Amount=.2, # a difference of this is a clear one, in accuracy
 )->dict: # {metric: number}
     "Say whether showing nothing would be better"
     q = shown_facts(facts)
@@ -464,11 +467,12 @@ _YARDSTICK = dict(
 )
 METRICS = _COUNTS | _POSITIVES | _TEACHING | _SOFT | _HEADROOM | _SHOWN | _YARDSTICK # {metric: what it says}
 
+@guarded
 def file_metrics(
     rows:pd.DataFrame, # record frame
     facts:RowFacts, # of the rows
     queries:pd.DataFrame, # of `query_facts`
-    clear:float=.2, # a gap above this is a clear one, in accuracy
+    clear:Amount=.2, # a gap above this is a clear one, in accuracy
 )->dict: # with the keys of METRICS
     "Compute every number of a file"
     return (count_metrics(rows, facts, queries)
@@ -602,9 +606,10 @@ REMEDIES = dict(
 )
 
 # %% ../nbs/36_rldata_check.ipynb #fb231ee1
+@guarded
 def label_alarms(
     m, # metrics of a file, see METRICS
-    failed:float=.01, # largest share of failed rows, 0..1
+    failed:Finite=.01, # largest share of failed rows, 0..1
 ): # yields (cause, seen, wanted, remedy)
     "Ask whether the labels can be trusted"
     if m["scorers"] > 1:
@@ -619,10 +624,11 @@ def label_alarms(
         yield "failures", seen, f"at most {failed:.0%}", REMEDIES["failures"]
 
 # %% ../nbs/36_rldata_check.ipynb #e2c75925
+@guarded
 def oracle_alarms(
     m, # metrics of a file
-    oracle:float=.5, # least oracle_in_data, 0..1
-    same_answer:float=.25, # how often answers to different queries may agree, 0..1
+    oracle:Finite=.5, # least oracle_in_data, 0..1
+    same_answer:Finite=.25, # how often answers to different queries may agree, 0..1
 ): # yields (cause, seen, wanted, remedy)
     "Ask whether there is anything good in the data; if not, tell prompts from pools"
     if not m["oracle_in_data"] < oracle: return
@@ -635,12 +641,13 @@ def oracle_alarms(
         seen = f"oracle_in_data {m['oracle_in_data']:.3f}, model_pick {m['model_pick']:.3f}"
         yield "pool or prompts", seen, f"{oracle:g} or more", REMEDIES["pools"]
 
+@guarded
 def group_alarms(
     m, # metrics of a file
-    zero_positive:float=.5, # largest share of queries without a positive, 0..1
-    live:float=.3, # least share of groups that can teach, 0..1
-    start:float=.05, # share of live groups below which GRPO should not begin, 0..1
-    cancelled:float=.05, # largest share of groups in which parts of the reward cancel, 0..1
+    zero_positive:Finite=.5, # largest share of queries without a positive, 0..1
+    live:Finite=.3, # least share of groups that can teach, 0..1
+    start:Finite=.05, # share of live groups below which GRPO should not begin, 0..1
+    cancelled:Finite=.05, # largest share of groups in which parts of the reward cancel, 0..1
 ): # yields (cause, seen, wanted, remedy)
     "Ask whether queries have positives, and whether groups differ"
     zero = m["pct_zero_positive_query"]
@@ -657,11 +664,12 @@ def group_alarms(
         yield "cancelling parts", seen, f"at most {cancelled:.0%}", REMEDIES["cancel"]
 
 # %% ../nbs/36_rldata_check.ipynb #c9a3ce80
+@guarded
 def headroom_alarms(
     m, # metrics of a file
-    headroom:float=.02, # least mean gap between oracle and model pick, 0..1
-    live:float=.3, # with fewer live groups this is not asked: flat groups have no gap, and an alarm of their own
-    nothing:float=.95, # largest share of queries that no sequence makes better than nothing shown, 0..1
+    headroom:Finite=.02, # least mean gap between oracle and model pick, 0..1
+    live:Finite=.3, # with fewer live groups this is not asked: flat groups have no gap, and an alarm of their own
+    nothing:Finite=.95, # largest share of queries that no sequence makes better than nothing shown, 0..1
 ): # yields (cause, seen, wanted, remedy)
     "Ask whether the best rows lie above the proposer's choice, and above showing nothing"
     if m["pct_nothing_helps"] > 100 * nothing:
@@ -674,9 +682,10 @@ def headroom_alarms(
             f"mean gap at as many shots {m['gap_mean']:.3f}")
     yield "headroom", seen, f"a gap of {headroom:g} or more", REMEDIES["headroom"]
 
+@guarded
 def soft_alarms(
     m, # metrics of a file
-    spearman:float=.3, # least rank correlation of vqa_gt_prob and accuracy, as a share of `spearman_reach`
+    spearman:Finite=.3, # least rank correlation of vqa_gt_prob and accuracy, as a share of `spearman_reach`
 ): # yields (cause, seen, wanted, remedy)
     "Ask whether vqa_gt_prob goes along with accuracy"
     measured = m["gt_prob_max"] >= 0 and m["positive_rate"] >= 0
@@ -701,19 +710,20 @@ class Alarm(NamedTuple):
     wanted:str # what was wanted
     remedy:str # what to do
 
+@guarded
 def judge(
     metrics, # of one file: a row of `Health.frame`, or a dict with the keys of METRICS
     file:str="data", # its name
-    oracle:float=.5, # least oracle_in_data, 0..1
-    headroom:float=.02, # least mean gap between oracle and model pick, 0..1
-    zero_positive:float=.5, # largest share of queries without a positive, 0..1
-    live:float=.3, # least share of groups that can teach, 0..1
-    start:float=.05, # share of live groups below which GRPO should not begin, 0..1
-    cancelled:float=.05, # largest share of groups in which parts of the reward cancel, 0..1
-    spearman:float=.3, # least rank correlation of vqa_gt_prob and accuracy, as a share of `spearman_reach`
-    same_answer:float=.25, # how often answers to different queries may agree when the oracle is low, 0..1
-    failed:float=.01, # largest share of failed rows, 0..1
-    nothing:float=.95, # largest share of queries that no sequence makes better than nothing shown, 0..1
+    oracle:Finite=.5, # least oracle_in_data, 0..1
+    headroom:Finite=.02, # least mean gap between oracle and model pick, 0..1
+    zero_positive:Finite=.5, # largest share of queries without a positive, 0..1
+    live:Finite=.3, # least share of groups that can teach, 0..1
+    start:Finite=.05, # share of live groups below which GRPO should not begin, 0..1
+    cancelled:Finite=.05, # largest share of groups in which parts of the reward cancel, 0..1
+    spearman:Finite=.3, # least rank correlation of vqa_gt_prob and accuracy, as a share of `spearman_reach`
+    same_answer:Finite=.25, # how often answers to different queries may agree when the oracle is low, 0..1
+    failed:Finite=.01, # largest share of failed rows, 0..1
+    nothing:Finite=.95, # largest share of queries that no sequence makes better than nothing shown, 0..1
 )->list: # of Alarm, in the order in which to act; empty: train
     "Compare metrics with thresholds"
     found = [
@@ -726,9 +736,10 @@ def judge(
     return [Alarm(file, *alarm) for alarm in found]
 
 # %% ../nbs/36_rldata_check.ipynb #022f7091
+@guarded
 def histograms(
     facts:RowFacts, # of the rows
-    bins:int=20, # of each
+    bins:Count=20, # of each
 )->pd.DataFrame: # fact, low, high, right, wrong, unjudged: one row per fact and bin
     "Count reward and vqa_gt_prob in bins, for answers that are right, wrong, and not judged"
     kinds = dict(right=facts.right, wrong=facts.judged & ~facts.right, unjudged=~facts.judged)
@@ -772,11 +783,12 @@ class Health:
 
 # %% ../nbs/36_rldata_check.ipynb #99e605c7
 @delegates(judge, but=["file"])
+@guarded
 def health(
     data, # RLData, or {name: RLData} for several side by side
     reward:str="hard_plus_soft", # what training will use: a name out of REWARDS
     weights:dict|None=None, # arguments of that reward, e.g. dict(hard_weight=2.)
-    clear:float=.2, # a gap above this is a clear one, in accuracy
+    clear:Amount=.2, # a gap above this is a clear one, in accuracy
     **kwargs, # thresholds of `judge`: oracle, headroom, zero_positive, live, start, cancelled, spearman, ...
 )->Health: # shows itself in a notebook
     "Examine files of tried sequences; ValueError for a file without rows, without labels, or without a needed fact"

@@ -17,7 +17,10 @@ import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
 from fastcore.meta import delegates
 from tqdm import tqdm
-from .settings import TWO_STAGE, Asking, Guarding, Job, Proposing, check_two_stage, plain_settings
+from leverplus.settings import (
+    TWO_STAGE, Amount, Asking, Count, Finite, Guarding, Job, Natural, Proposing, check_two_stage, guarded,
+    plain_settings,
+)
 from leverplus.core import (
     Damaged, ask_for_a_folder, fingerprint, leftovers, printable, read_object, rng, stable_hash,
     write_json,
@@ -38,10 +41,11 @@ from leverplus.rldata_ask import (
 )
 
 # %% ../nbs/34_rldata_generate.ipynb #ef804742
+@guarded
 def choose(
     rows:pd.DataFrame, # question_id, pointer, vqa_gt_prob, eval_failed
     two_stage:dict=TWO_STAGE, # of each query and shot count: `top` likeliest, `low` least likely, `random` by chance
-    seed:int=0, # of chance
+    seed:Natural=0, # of chance
 )->np.ndarray: # bool [n]; a row without vqa_gt_prob is never chosen
     "Choose the sequences that get a text"
     counts = check_two_stage(two_stage)
@@ -104,9 +108,10 @@ def _set_later(policy, config):
     ]
 
 # %% ../nbs/34_rldata_generate.ipynb #bd685df2
+@guarded
 def proposer_settings(
     policy, # who proposes; None: the similarity prior
-    scale:float=10., # sharpness of the prior
+    scale:Amount=10., # sharpness of the prior
 )->dict: # policy: a fingerprint, proposer: a name
     "Who proposes, as a run keeps it"
     name = "similarity prior" if policy is None else type(policy).__name__
@@ -139,13 +144,14 @@ def with_kind(
     "Settings that say which embeddings of a store are read"
     return replace(proposing, kind=plain_kind(store.kind(proposing.kind)))
 
+@guarded
 def run_settings(
     queries:list, # question_ids
     items:pd.DataFrame, # queries and demonstrations, indexed by question_id
     pool, store, scorer, policy, # of these queries, see `Generation`
     proposing:Proposing=Proposing(), # how proposals are made
     asking:Asking=Asking(), # how they are asked about
-    window:int=16, # whole queries per part
+    window:Count=16, # whole queries per part
 )->dict: # JSON-ready; `proposing`, `asking` and `guarding` are groups that `read_settings` reads
     "What the rows of a run depend on, as JSON would give it back"
     items = as_items(items, need=("question", "answer", "answers"))
@@ -542,10 +548,11 @@ class NotVerified(RuntimeError):
 
 EXACT = 1e-2 # scorers whose tolerance is not above this must agree in every greedy text
 
+@guarded
 def hold(
     mine:Scored, # what the scorer said
     ref:Scored, # what the reference says
-    tolerance:float, # of log-probabilities, nats
+    tolerance:Amount, # of log-probabilities, nats
     state:str, # what became of the row, for the message
 )->dict: # question_id, pointer, logprob (largest difference), text (1: another one), tolerance
     "Compare an answer with the reference's; `NotVerified` says how they differ"
@@ -613,8 +620,9 @@ def note(self:Generation,
 
 # %% ../nbs/34_rldata_generate.ipynb #4eab54a4
 @patch
+@guarded
 def window(self:Generation,
-    i:int, # 0 <= i < len(windows)
+    i:Natural, # 0 <= i < len(windows)
 )->tuple: # (rows, what was verified: list of dicts, see `note`)
     "Make a window, verify it, and only then write its part; `NotVerified` if the reference scorer disagrees"
     self.contents.hold(self.items, self.item_ids(self.windows[i]))
@@ -627,8 +635,9 @@ def window(self:Generation,
 # %% ../nbs/34_rldata_generate.ipynb #9a39fd50
 class TimeLimit:
     "How long a run may last"
+    @guarded
     def __init__(self,
-        seconds:float|None=None, # from now on; None: no limit
+        seconds:Finite|None=None, # from now on; below 0: it is over; None: no limit
         clock=time.monotonic, # what says the time, in seconds
     ):
         self.seconds = seconds

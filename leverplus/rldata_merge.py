@@ -14,6 +14,7 @@ from copy import copy
 import numpy as np, pandas as pd
 from fastcore.basics import patch
 from .core import printable, scramble, stable_hash
+from .settings import Amount, Bound, Count, Finite, Level, Natural, Positive, Share, guarded
 from .markup import Blocks, Paragraph
 from .items import as_items
 from .groups import PROB_FACTS, RECORD, TEXT_FACTS, RLData, pointer_matrix, whole_draws
@@ -137,9 +138,10 @@ def skip_fallback(
     return keep_rows(data, ~bad, step_text(skip_fallback, modes=modes), {why: bad})
 
 # %% ../nbs/38_rldata_merge.ipynb #300f270c
+@guarded
 def by_shots(
     data:RLData, # a record
-    shots, # numbers of demonstrations that stay, at least one of them; 0: rows that show nothing
+    shots:Natural|tuple[Natural, ...], # numbers of demonstrations that stay; 0: rows that show nothing
 )->RLData: # without rows of other lengths
     "Keep rows with so many demonstrations"
     wanted = {shots} if isinstance(shots, int) else set(shots)
@@ -170,10 +172,11 @@ def row_reward(
     out[some] = reward_of(rows[some], reward, **weights)
     return out
 
+@guarded
 def label_rows(
     rows:pd.DataFrame, # record frame
     positive:str="vqa_acc_score", # what decides, see `row_reward`
-    at:float=0., # a row is positive if its value is above this
+    at:Finite=0., # a row is positive if its value is above this
     **weights, # arguments of the reward mode
 )->np.ndarray: # [n] 1 positive, 0 contrast, NaN unknown
     "Tell positives from contrasts"
@@ -181,10 +184,11 @@ def label_rows(
     return np.where(np.isnan(value), np.nan, value > at)
 
 # %% ../nbs/38_rldata_merge.ipynb #776155d4
+@guarded
 def query_table(
     data:RLData, # a record
     reward:str="hard_plus_soft", # what the gap is measured in, see `row_reward`
-    positive:str="vqa_acc_score", at:float=0., # what counts as positive, see `label_rows`
+    positive:str="vqa_acc_score", at:Finite=0., # what counts as positive, see `label_rows`
     **weights, # arguments of the reward mode
 )->pd.DataFrame: # by question_id, in order: rows, positive, contrast, unknown, low, high, gap (NaN: no known row)
     "Count every query: how many rows of which kind, and how far apart its best and worst reward are"
@@ -211,10 +215,11 @@ def keep_queries(
     def of_rows(mark): return np.asarray(mark)[code]
     return keep_rows(data, of_rows(keep), step, {why: of_rows(mark) for why, mark in reasons.items()})
 
+@guarded
 def by_gap(
     data:RLData, # a record
-    lo:float=0., # smallest gap, included; anything above 0 drops flat queries
-    hi:float=np.inf, # largest gap, not included
+    lo:Amount=0., # smallest gap, included; anything above 0 drops flat queries
+    hi:Bound=np.inf, # largest gap, not included
     reward:str="hard_plus_soft", # what the gap is measured in, see `row_reward`
     **weights, # arguments of the reward mode
 )->RLData: # the queries with lo <= best - worst reward < hi, whole
@@ -232,11 +237,12 @@ def by_gap(
     return keep_queries(data, ~(unknown | low | high), step, reasons)
 
 # %% ../nbs/38_rldata_merge.ipynb #cf7c4694
+@guarded
 def by_counts(
     data:RLData, # a record
-    min_positive:int=0, max_positive:int|None=None, # positives of a query, both included; None: any number
-    min_contrast:int=0, max_contrast:int|None=None, # contrasts of a query
-    positive:str="vqa_acc_score", at:float=0., # what counts as positive, see `label_rows`
+    min_positive:Natural=0, max_positive:Natural|None=None, # positives of a query, both included; None: any number
+    min_contrast:Natural=0, max_contrast:Natural|None=None, # contrasts of a query
+    positive:str="vqa_acc_score", at:Finite=0., # what counts as positive, see `label_rows`
 )->RLData: # the queries that have that many, whole
     "Keep queries by the number of their positives and contrasts"
     table = query_table(data, positive, positive, at)
@@ -250,9 +256,10 @@ def by_counts(
                      min_contrast=min_contrast, max_contrast=max_contrast, positive=positive, at=at)
     return keep_queries(data, keep, step, reasons)
 
+@guarded
 def require_positive_query(
     data:RLData, # a record
-    positive:str="vqa_acc_score", at:float=0., # what counts as positive, see `label_rows`
+    positive:str="vqa_acc_score", at:Finite=0., # what counts as positive, see `label_rows`
 )->RLData: # without the queries that have none
     "Keep queries with at least one positive"
     return by_counts(data, min_positive=1, positive=positive, at=at)
@@ -260,12 +267,13 @@ def require_positive_query(
 # %% ../nbs/38_rldata_merge.ipynb #9a3f413c
 TIERS = dict(high=(1.5, 3, 3), medium=(1., 2, 2)) # {tier: (smallest gap, fewest positives, fewest contrasts)}
 
+@guarded
 def tiers(
     data:RLData, # a record
     levels:dict=TIERS, # as TIERS; the first that a query reaches is its tier
     rest:str="low", # name of the tier of all others
     reward:str="hard_plus_soft", # what the gap is measured in, see `row_reward`
-    positive:str="vqa_acc_score", at:float=0., # what counts as positive, see `label_rows`
+    positive:str="vqa_acc_score", at:Finite=0., # what counts as positive, see `label_rows`
     **weights, # arguments of the reward mode
 )->dict: # {name: RLData}, all of `levels` and `rest`; each query in exactly one
     "Divide queries by how much they can teach"
@@ -339,12 +347,13 @@ def _nearest(n, other, share, min_kept):
     def off(kept): return np.abs(kept / np.maximum(kept + other, 1) - share)
     return np.where(off(fewer) <= off(more), fewer, more)
 
+@guarded
 def counts_for_share(
     positives:np.ndarray, # int [queries]
     contrasts:np.ndarray, # int [queries]
-    share:float, # wanted share of positives, 0 < share < 1
-    min_positive:int=0, # never fewer, nor fewer than one
-    min_contrast:int=0, # never fewer, nor fewer than one
+    share:Level, # wanted share of positives
+    min_positive:Natural=0, # never fewer, nor fewer than one
+    min_contrast:Natural=0, # never fewer, nor fewer than one
 )->tuple: # (positives, contrasts) to keep, int [queries]
     "Take away from the kind that is too many, in queries that have both"
     both = (positives > 0) & (contrasts > 0)
@@ -356,10 +365,11 @@ def counts_for_share(
     return keep_positives, keep_contrasts
 
 # %% ../nbs/38_rldata_merge.ipynb #0e43f4cd
+@guarded
 def stay_keys(
     rows:pd.DataFrame, # record frame
     prefer:str|None=None, # column whose largest values come first; None: by lot alone
-    seed:int=0, # of the lots
+    seed:Natural=0, # of the lots
 )->list: # keys for `rank_within`
     "What decides which rows stay: the column, then the lot"
     pointers = pointer_matrix(rows.pointer.to_numpy())[0]
@@ -368,14 +378,15 @@ def stay_keys(
     return [-rows[prefer].fillna(-np.inf).to_numpy(float), lots]
 
 # %% ../nbs/38_rldata_merge.ipynb #1a37450c
+@guarded
 def balance(
     data:RLData, # a record
-    positive_share:float|None=None, # wanted share of positives where a query has both kinds, 0 < share < 1; None: any
-    min_positive:int=0, max_positive:int|None=None, # positives per query; None: no maximum
-    min_contrast:int=0, max_contrast:int|None=None, # contrasts per query
-    seed:int=0, # of the lots
+    positive_share:Level|None=None, # wanted share of positives where a query has both kinds; None: any
+    min_positive:Natural=0, max_positive:Natural|None=None, # positives per query; None: no maximum
+    min_contrast:Natural=0, max_contrast:Natural|None=None, # contrasts per query
+    seed:Natural=0, # of the lots
     prefer:str|None=None, # column whose largest values stay, for both kinds; None: by lot
-    positive:str="vqa_acc_score", at:float=0., # what counts as positive, see `label_rows`
+    positive:str="vqa_acc_score", at:Finite=0., # what counts as positive, see `label_rows`
 )->RLData: # fewer rows; its log names the share before and after
     "Bound the positives and contrasts of each query, and move its share of positives"
     limits = dict(positive=(min_positive, max_positive), contrast=(min_contrast, max_contrast))
@@ -427,10 +438,11 @@ def _check_balance(positive_share, limits):
 def _share(label): return f"{np.nanmean(label):.3f}" if (~np.isnan(label)).any() else "unknown"
 
 # %% ../nbs/38_rldata_merge.ipynb #abc4647f
+@guarded
 def split(
     data:RLData, # a record
-    fractions:tuple=(.8, .2), # of the queries, each > 0, sum 1; met on average
-    seed:int=0, # of the lots
+    fractions:tuple[Positive, ...]=(.8, .2), # of the queries, each > 0, sum 1; met on average
+    seed:Natural=0, # of the lots
     items:pd.DataFrame|None=None, # frame of items with question_id and image_id: parts are disjoint by picture
 )->list: # of RLData, one per fraction, in order; together all rows, no query (and no picture) in two
     "Divide into parts by query"
@@ -459,10 +471,11 @@ def _pictures(data, items):
     return pd.Series(first.to_numpy(), index=items.question_id.to_numpy()).reindex(queries).to_numpy()
 
 # %% ../nbs/38_rldata_merge.ipynb #c04f2dac
+@guarded
 def sample_queries(
     data:RLData, # a record
-    n:int|float, # how many queries, or their share if it is a float in (0, 1]
-    seed:int=0, # of the lots
+    n:Share|Count, # how many queries, or their share if it is a float in (0, 1]
+    seed:Natural=0, # of the lots
 )->RLData: # n whole queries, in the order of `data`
     "Draw queries; with the same seed, fewer are a part of more"
     queries = np.array(data.queries, np.int64)
@@ -632,10 +645,11 @@ def _common_facts(frames, facts):
     return [without(f) for f in frames], drop
 
 # %% ../nbs/38_rldata_merge.ipynb #8e592210
+@guarded
 def plot_balance(
     data:dict, # {name: RLData}, at most three
-    share:float|None=None, # draw the line of this share of positives
-    positive:str="vqa_acc_score", at:float=0., # what counts as positive, see `label_rows`
+    share:Level|None=None, # draw the line of this share of positives
+    positive:str="vqa_acc_score", at:Finite=0., # what counts as positive, see `label_rows`
     ax=None, # matplotlib axes; None makes them
 ): # the axes
     "Plot positives against contrasts, one dot per query (moved a little, so that equal ones show)"

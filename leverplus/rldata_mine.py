@@ -12,16 +12,17 @@ import numpy as np, pandas as pd
 from fastcore.basics import patch
 from tqdm import tqdm
 from .core import rng
-from .settings import Asking, Mining, Proposing, plain_settings
+from .settings import Asking, Finite, Mining, Natural, Proposing, guarded, plain_settings
 from .items import as_items
 from .groups import FACT_COLUMNS, PROPOSAL_COLUMNS, RLData, as_record
 from .rldata_propose import propose
 from .rldata_ask import FactCache, ask, check_contents
 
 # %% ../nbs/37_rldata_mine.ipynb #bc4aa9f3
+@guarded
 def lacking(
     data:RLData, # groups
-    positive:float=0., # accuracy above which an answer counts as positive
+    positive:Finite=0., # accuracy above which an answer counts as positive
 )->pd.Series: # "positive", "contrast" or "" by question_id, in the order of the data
     "What each query lacks in order to teach"
     answered = data.rows[~data.rows.eval_failed & data.rows.vqa_acc_score.notna()]
@@ -59,6 +60,7 @@ def mined_shots(
     return tuple(sorted({*data.shots, *([0] if mining.zero_shot else [])}))
 
 # %% ../nbs/37_rldata_mine.ipynb #eb5aeaba
+@guarded
 @dataclass
 class Search:
     "A search for what flat groups lack; see `mine`, which runs it"
@@ -68,7 +70,7 @@ class Search:
     store:object # `EmbedStore` of queries and demonstrations
     policy:object=None # that samples; None: the similarity prior
     mining:Mining=Mining() # how far to look; its `seed` orders neighbours and draws samples
-    positive:float=0. # accuracy above which an answer counts as positive
+    positive:Finite=0. # accuracy above which an answer counts as positive
     proposing:Proposing=Proposing() # `kind` of embeddings that the policy reads, `scale` of the prior
     asking:Asking=Asking() # see `ask`
     cache:FactCache|None=None # shared facts
@@ -115,9 +117,10 @@ def swaps(self:Search,
 
 # %% ../nbs/37_rldata_mine.ipynb #defeb2e3
 @patch
+@guarded
 def samples(self:Search,
     lacks:pd.Series, # of the queries to look at
-    k:int=0, # number of the round
+    k:Natural=0, # number of the round
 )->pd.DataFrame: # columns of proposals
     "Untried samples of the policy, `tries` for each query and shot count; of 0 shots there is one"
     most_tried = max(len(self.tried[q]) for q in lacks.index)
@@ -131,9 +134,10 @@ def samples(self:Search,
     return pd.concat(out, ignore_index=True)
 
 @patch
+@guarded
 def proposals(self:Search,
     lacks:pd.Series, # of the queries to look at
-    k:int=0, # number of the round
+    k:Natural=0, # number of the round
 )->pd.DataFrame: # PROPOSAL_COLUMNS, each sequence once
     "What to try next"
     new = pd.concat([self.swaps(lacks), self.samples(lacks, k)], ignore_index=True)
@@ -142,11 +146,12 @@ def proposals(self:Search,
     return new.assign(gen_method=method, kappa=np.nan).reindex(columns=list(PROPOSAL_COLUMNS))
 
 # %% ../nbs/37_rldata_mine.ipynb #66e89ce2
+@guarded
 def affordable(
     new:pd.DataFrame, # proposals
-    top:int, # texts per query
-    budget:int, # prompts that are left
-    seed:int=0, # of the choice
+    top:Natural, # texts per query
+    budget:Natural, # prompts that are left
+    seed:Natural=0, # of the choice
 )->pd.DataFrame: # some of `new`, in its order
     "Choose proposals that the budget allows, texts included"
     shuffled = new.sample(frac=1, random_state=seed)
@@ -176,6 +181,7 @@ def ask_about(self:Search,
     return dict(asked=len(new), texts=len(best), failed=int(rows.eval_failed.sum()), found=found)
 
 # %% ../nbs/37_rldata_mine.ipynb #4ad1ac0a
+@guarded
 def mine(
     data:RLData, # groups
     items:pd.DataFrame, # queries and demonstrations, indexed by question_id
@@ -184,7 +190,7 @@ def mine(
     policy=None, # that samples; None: the similarity prior
     mining:Mining=Mining(), # how far to look
     *,
-    positive:float=0., # accuracy above which an answer counts as positive
+    positive:Finite=0., # accuracy above which an answer counts as positive
     proposing:Proposing=Proposing(), # `kind` of embeddings that the policy reads, `scale` of the prior
     asking:Asking=Asking(), # see `ask`
     cache:FactCache|None=None, # shared facts
@@ -217,10 +223,11 @@ def mine(
 def _named(data): return "the data" if data.path is None else f"{data.path}"
 
 # %% ../nbs/37_rldata_mine.ipynb #65bb44ac
+@guarded
 def mining_calls(
     data:RLData, # groups
     mining:Mining=Mining(), # how far to look
-    positive:float=0., # accuracy above which an answer counts as positive
+    positive:Finite=0., # accuracy above which an answer counts as positive
 )->int: # prompts, texts included
     "Count the prompts that `mine` asks at most"
     lacks = int((lacking(data, positive) != "").sum())

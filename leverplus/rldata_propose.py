@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import combinations
 import numpy as np, pandas as pd, torch
 from .core import fingerprint, rng
-from .settings import Proposing
+from .settings import Count, Finite, Natural, Proposing, guarded
 from .items import as_ids
 from .evidence import inputs, kind_for
 from .decode import best_sequences, deciding, device_of
@@ -21,8 +21,9 @@ from .groups import PROPOSAL_COLUMNS
 # %% ../nbs/32_rldata_propose.ipynb #ba8332df
 class SimilarityPrior:
     "Policy that prefers similar candidates: step logits are `scale` x cos(query, candidate), without repeats"
+    @guarded
     def __init__(self,
-        scale:float=10., # sharpness, >= 0; 0 is the uniform policy
+        scale:Finite=10., # sharpness; 0 is the uniform policy, below it the least similar come first
     ):
         self.scale = scale
 
@@ -42,10 +43,11 @@ class SimilarityPrior:
         return logits.scatter(-1, prefix, -torch.inf).log_softmax(-1)
 
 # %% ../nbs/32_rldata_propose.ipynb #e72268b8
+@guarded
 def nearest_sets(
     cos:torch.Tensor, # [B,K] cosines, -inf in padding
-    S:int, # shots
-    n:int, # sets per query
+    S:Natural, # shots
+    n:Count, # sets per query
 )->tuple: # (local indices [B,n,S], most similar last; sum of cosines [B,n], -inf where there are fewer), best first
     "The `n` sets of `S` candidates with the highest total similarity"
     near, ranking = cos.sort(dim=-1, descending=True, stable=True)
@@ -74,11 +76,12 @@ class PoolBatch:
     query:torch.Tensor # [B,D]
     cands:torch.Tensor # [B,K,D]
 
+@guarded
 def pool_batch(
     pool, # `Pool`
     store, # `EmbedStore`
     queries, # B question_ids
-    S:int, # shots, fewer than the candidates of any pool; else ValueError names the query
+    S:Natural, # shots, fewer than the candidates of any pool; else ValueError names the query
     kind:str|None=None, # see `EmbedStore.kind`
 )->PoolBatch: # see there
     "Collect the pools of some queries"
@@ -95,10 +98,11 @@ def pool_batch(
     return PoolBatch(queries, sizes, ids, mask, *inputs(store, queries, ids, mask, kind))
 
 # %% ../nbs/32_rldata_propose.ipynb #80453d97
+@guarded
 def named_noise(
     batch:PoolBatch, # B queries
-    S:int, # shots
-    n:int, # sequences
+    S:Natural, # shots
+    n:Count, # sequences
     *name, # what the draw is for, e.g. (seed, "random")
 )->tuple: # (noise [B,S,n+1,K], root [B]), float64: standard Gumbel draws
     "Noise for `n` sequences per query and one more; a query draws for its own pool size"
@@ -113,9 +117,10 @@ def named_noise(
     return noise, root
 
 # %% ../nbs/32_rldata_propose.ipynb #827876a5
+@guarded
 def sequence_codes(
     seqs:torch.Tensor, # int [...,S] local indices below K
-    K:int, # candidates of the largest pool
+    K:Count, # candidates of the largest pool
 )->torch.Tensor: # int [...]
     "A number for every sequence"
     return (seqs * K ** torch.arange(seqs.shape[-1])).sum(-1)
@@ -168,9 +173,10 @@ def block_of(
 # %% ../nbs/32_rldata_propose.ipynb #26176568
 class Proposals:
     "Blocks of one batch, method after method"
+    @guarded
     def __init__(self,
         batch:PoolBatch, # queries and their pools
-        S:int, # shots
+        S:Natural, # shots
     ):
         self.batch = batch
         self.S = S
@@ -251,14 +257,15 @@ def zero_shot_rows(
     return rows[list(PROPOSAL_COLUMNS)]
 
 # %% ../nbs/32_rldata_propose.ipynb #378a5941
+@guarded
 def propose(
     pool, # `Pool`; more than S candidates for every query, else ValueError names the query
     store, # `EmbedStore` that holds queries and candidates; not looked at where S is 0
     queries, # question_ids, distinct
-    S:int=2, # shots; 0: one row per query, which shows nothing
+    S:Natural=2, # shots; 0: one row per query, which shows nothing
     policy=None, # has `encode` and `step_logp`; its STOP is not offered; None: `SimilarityPrior(scale)`
     proposing:Proposing=Proposing(), # counts, kind, scale, seed; how many shots says S, not its `shots`
-    batch_size:int=256, # queries at once; changes no proposal
+    batch_size:Count=256, # queries at once; changes no proposal
 )->pd.DataFrame: # columns of PROPOSAL_COLUMNS; distinct ordered sequences per query, queries in the given order
     "Choose the sequences that are to be tried"
     queries = as_ids(queries).tolist()
@@ -275,9 +282,10 @@ def propose(
             parts.append(_propose_batch(batch, S, policy, proposing.counts, proposing.seed))
     return pd.concat(parts, ignore_index=True)
 
+@guarded
 def check_queries(
     queries:list, # question_ids
-    S:int, # shots, >= 0
+    S:Natural, # shots
 )->None: # ValueError unless there are queries, each once, and a number of shots
     "Refuse a request that proposes nothing, or twice"
     named = pd.Series(queries)

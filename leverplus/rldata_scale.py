@@ -19,7 +19,7 @@ from huggingface_hub import try_to_load_from_cache
 from .core import Damaged, checked_bytes, fingerprint, repo_path, sealed_path
 from .runs import check_place, empty_folder, hold_lock
 from .checkpoints import folder_or_name
-from .settings import Job, change, columns_of
+from .settings import Amount, Count, Job, change, columns_of, guarded
 from .items import as_items, check_answered, picture_paths
 from .data import check_splits, items_fingerprint, read_okvqa, read_soft_labels, read_vqav2
 from .embed import EmbedStore, embed_items, gather_stores, load_clip
@@ -270,10 +270,11 @@ class Embedded:
             return f"{s}: {len(self.splits.items[s])} items with their candidates, {place}{was_there}"
         return [line(s, place) for s, place in self.splits.places().items()]
 
+@guarded
 def embed_splits(
     splits:Splits, # what to embed
     shard:tuple|None=None, # (i, n): only part i of n; the last one to finish puts all together
-    parts:int=1, # without `shard`: all parts of so many, one after the other
+    parts:Count=1, # without `shard`: all parts of so many, one after the other
     progress:bool=True, # show bars
 )->Embedded: # see there; `Busy` if somebody else is at a part
     "Embed splits in parts, and put them together when all are there"
@@ -379,11 +380,12 @@ def run(self:Job,
 # %% ../nbs/39_rldata_scale.ipynb #3d1b354c
 class RayWorker:
     "An actor: it opens the job once, then makes windows"
+    @guarded
     def __init__(self,
         job:Job, # what to open
         path, # directory of the run
-        threads:int=1, # of torch
-        until:float|None=None, # seconds since the epoch: no window is begun that would end later; None: no limit
+        threads:Count=1, # of torch
+        until:Amount|None=None, # seconds since the epoch: no window is begun that would end later; None: no limit
         **kw, # `shard`, `policy` and `other_pool` of `Job.generation`
     ):
         self.limit = TimeLimit(None if until is None else until - time.time())
@@ -442,12 +444,13 @@ def _check_room(have, cpus, gpus):
         )
 
 # %% ../nbs/39_rldata_scale.ipynb #ba912af9
+@guarded
 def generate_ray(
     job:Job, # what to do
     path, # directory of the run, on a file system that all machines see; continued if it is there
-    workers:int=2, # actors, each with a model of its own
-    threads:int=1, # CPU threads of an actor
-    gpus:float=0, # GPUs of an actor
+    workers:Count=2, # actors, each with a model of its own
+    threads:Count=1, # CPU threads of an actor
+    gpus:Amount=0, # GPUs of an actor
     shard:tuple|None=None, # (i, n): only this part
     progress:bool=True, # show a bar
     each=None, # called with the dict of every finished window, see `RayWorker`

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import NamedTuple
 import numpy as np, torch
+from .settings import Count, Natural, guarded
 from .vision import VisionCache, VisionEncoder, attempt, patch
 from .prefix import PrefixStore, plan_prefixes, plan_rounds
 from .cost import kv_bytes
@@ -189,18 +190,19 @@ KEPT = 200_000 # texts whose tokens are remembered: those of queries do not come
 
 class SharedScorer:
     "Fast scorer: images once, shared beginnings once, all answers and the greedy text from one prefill"
+    @guarded
     def __init__(self,
         lvlm:LVLM, # whom to ask
-        batch_tokens:int=8192, # padded prompt tokens per batch, > 0; 65536 suits a large GPU
-        max_new_tokens:int=MAX_NEW_TOKENS, # longest answer, end token included
-        cache_bytes:int=1 << 30, # image features kept in memory, oldest leave first
+        batch_tokens:Count=8192, # padded prompt tokens per batch; 65536 suits a large GPU
+        max_new_tokens:Count=MAX_NEW_TOKENS, # longest answer, end token included
+        cache_bytes:Natural=1 << 30, # image features kept in memory, oldest leave first
         vision_dir=None, # folder for image features, shared by processes and runs; None: memory only
         prefix_cache:str="off", # off | query | global
-        prefix_bytes:int=1 << 28, # keys and values of beginnings kept, oldest leave first
-        prefix_depth:int=1, # with global: beginnings of so many demonstrations are computed before anybody shares them
+        prefix_bytes:Natural=1 << 28, # keys and values of beginnings kept, oldest leave first
+        prefix_depth:Natural=1, # with global: beginnings of so many demonstrations are computed before they are shared
         group_windows:bool=True, # one attention call for windows of equal length in the vision tower
         equal_lengths:bool|None=None, # prefer batches without padding, which need no mask; default on a GPU
-        window:int=2048, # prompts made ready at once, >= 1
+        window:Count=2048, # prompts made ready at once
     ):
         _check_settings(prefix_cache, batch_tokens, max_new_tokens, window)
         self.lvlm = lvlm

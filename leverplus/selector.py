@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 from huggingface_hub import HfApi, ModelCard, PyTorchModelHubMixin, hf_hub_download
 from .core import masked_log_softmax, write_json
+from .settings import Amount, Count, Finite, Natural, Positive, Share, guarded
 from leverplus.checkpoints import (
     STAMP, check_checkpoint, check_digests, check_schema, find_checkpoint, model_card, passport,
     read_weights, stamp, write_card, write_weights,
@@ -78,26 +79,27 @@ class PointerParts(nn.Module):
     "The parts of the pointer selector, chosen by argument"
     fold = False   # multiply matrices beforehand for pools [B,K,D], too: faster, equal up to rounding
 
+    @guarded
     def __init__(self,
-        d_in:int, # D + F, width of what it is given for a query or a candidate; F is `n_evidence`
-        d_hidden:int=128, # H; equal to D, the input projection is absent
-        n_layers:int=1, # rounds of query -> candidates attention, >= 0
-        n_heads:int=1, # attention heads; divides `d_hidden`
-        dropout:float=.1, # in `encode` only, 0..1: decoding and `logp` share one encoding
-        temp:float=.1, # T > 0 of the pointer's cosine
+        d_in:Count, # D + F, width of what it is given for a query or a candidate; F is `n_evidence`
+        d_hidden:Count=128, # H; equal to D, the input projection is absent
+        n_layers:Natural=1, # rounds of query -> candidates attention
+        n_heads:Count=1, # attention heads; divides `d_hidden`
+        dropout:Share=.1, # in `encode` only: decoding and `logp` share one encoding
+        temp:Positive=.1, # T > 0 of the pointer's cosine
         state:str="gate", # what a pick changes: none (only the mask) | scalar | gate | gru
         prior:bool|str=True, # start as retrieval; "match": by a match that learns; False: a plain pointer network
-        prior_scale:float=10., # s, how sharply the prior prefers the more similar; 10 is the prior alone at T = .1
-        max_shots:int=4, # the longest sequence, S <= max_shots
+        prior_scale:Amount=10., # s, how sharply the prior prefers the more similar; 10 is the prior alone at T = .1
+        max_shots:Count=4, # the longest sequence, S <= max_shots
         scorer:str="cosine", # state against candidate: cosine | additive | bilinear | heads | and
-        cand_layers:int=0, # rounds of self-attention among the candidates, >= 0
+        cand_layers:Natural=0, # rounds of self-attention among the candidates
         match:str="none", # attribute-wise match of raw embeddings: none | heads (a sum) | and | net (sees the picks)
-        n_match:int=8, # attributes of `match`, 1..D
+        n_match:Count=8, # attributes of `match`, 1..D
         diversity:str="none", # what a pick takes from the others: none | mmr | coverage | dpp
-        diversity_weight:float=0., # where its learned weight starts; 0 keeps the untrained policy as it is
+        diversity_weight:Finite=0., # where its learned weight starts; 0 keeps the untrained policy as it is
         stop:bool=False, # may the policy end before max_shots?
-        min_shots:int=0, # but not before so many picks, < max_shots; 0 = it may show nothing at all
-        n_evidence:int=0, # F: of `d_in`, so many at the end are no embedding but numbers about a candidate
+        min_shots:Natural=0, # but not before so many picks, < max_shots; 0 = it may show nothing at all
+        n_evidence:Natural=0, # F: of `d_in`, so many at the end are no embedding but numbers about a candidate
         reads:list|None=None, # places of those it looks at, 0..F-1, e.g. `READS` of `16_evidence`; None: all
     ):
         super().__init__()
@@ -195,11 +197,12 @@ def cosines(
     return scores_of(dots(query[:, None], x), index)
 
 # %% ../nbs/50_selector.ipynb #19b581ea
+@guarded
 def check_cands(
     query:torch.Tensor, # [B,D]
     cands, # [B,K,D] | [K,D] | `Shared`
     mask:torch.Tensor|None, # bool [B,K], or [K] for one pool; None = all are real
-    d_in:int, # D
+    d_in:Count, # D
 )->torch.Tensor: # bool [B,K], True = a real candidate; ValueError for anything that cannot be encoded
     "Mask of the candidates, after a look at everything"
     shape = list(cands.shape)
@@ -306,11 +309,12 @@ class PointerCandidates(PointerParts):
 # %% ../nbs/50_selector.ipynb #f218ed69
 class PointerEncoder(PointerCandidates):
     "Adds `encode`"
+    @guarded
     def encode(self,
         query:torch.Tensor, # [B,D] embeddings; their norm does not matter
         cands:torch.Tensor|Shared, # embeddings of the pools: [B,K,D] | [K,D], one pool for all | `Shared`
         cand_mask:torch.Tensor|None=None, # bool [B,K], True = real; default all; also [K] for one pool
-        top_m:int|None=None, # only the M most similar candidates of each pool go on; None = all
+        top_m:Count|None=None, # only the M most similar candidates of each pool go on; None = all
     )->Encoded: # what every step, sequence and decoder of these queries shares
         "Everything that does not depend on the picks"
         mask = check_cands(query, cands, cand_mask, self.d_in)

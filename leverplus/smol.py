@@ -13,6 +13,7 @@ from pathlib import Path
 import pandas as pd, torch
 from .core import exact_float32, fingerprint, loading_bar, read_object
 from .checkpoints import check_model, check_vocabulary, load_model, load_part
+from .settings import Count, guarded
 from .identity import named_settings, tokenizer_fingerprint, weights_fingerprint
 from .items import as_items
 from .embed import EmbedStore, unit
@@ -177,13 +178,14 @@ def load_smol(
 # %% ../nbs/24_smol.ipynb #ab9a7980
 _BERT_SETTINGS = ("hidden_act", "layer_norm_eps", "num_attention_heads", "max_position_embeddings")
 
+@guarded
 @dataclass
 class SentenceEncoder:
     "A BERT that makes vectors of sentences, with its tokenizer"
     model:torch.nn.Module # `BertModel` of transformers, float32, in eval mode
     tokenizer:object # its tokenizer
     name:str # what the vectors are called
-    max_length:int=256 # tokens; what is longer is cut off
+    max_length:Count=256 # tokens; what is longer is cut off
 
     @property
     def fingerprint(self)->str:
@@ -192,9 +194,10 @@ class SentenceEncoder:
         reads = [tokenizer_fingerprint(self.tokenizer), self.max_length]
         return fingerprint("sentences", weights_fingerprint(self.model), settings, *reads)
 
+    @guarded
     def texts(self,
         texts, # n str
-        batch_size:int=64, # sentences per forward
+        batch_size:Count=64, # sentences per forward
     )->torch.Tensor: # [n, D] float32, length 1
         "Encode sentences, those of like length together"
         texts = list(texts)

@@ -11,6 +11,7 @@ from dataclasses import replace
 import numpy as np, pandas as pd
 from .core import read_json, rng, world_path
 from .toy import ASKS, DATASET, ISLANDS, Scene, episode, helps, random_dictionary, say
+from .settings import Count, Natural, guarded
 from .items import as_items
 from .evidence import BankStore
 from .tiny import Stage, draw_lessons, item_lesson
@@ -45,9 +46,10 @@ def as_believed(
         said[trait] = words[island][getattr(query.scene, trait)]
     return f"{said['colour']} {said['shape']}" if query.ask == "both" else said[query.ask]
 
+@guarded
 def visited_episode(
     g:np.random.Generator, # decides everything
-    n_demos:int, # demonstrations, >= 0
+    n_demos:Natural, # demonstrations
     asks=ASKS, # questions that may occur
 )->tuple: # (demonstrations in prompt order, query), all `Shown`
     "An episode in which a visitor speaks for Albion, and the demonstrations are believed"
@@ -85,10 +87,11 @@ def visited_lessons(
     return lessons
 
 # %% ../nbs/93_spoilt.ipynb #cb064e99
+@guarded
 def spoil(
     items:pd.DataFrame, # of the islands, with `image_id`, `question_type`, `answer`, `split`
     truth:dict, # `truth.json` of the data set: what the pictures show, and the dictionary
-    seed:int=0, # decides who visited which picture
+    seed:Natural=0, # decides who visited which picture
 )->pd.DataFrame: # items; `answer` is a visitor's for training items of Albion
     "Let visitors label Albion's training pictures"
     items = items.copy()
@@ -100,11 +103,12 @@ def spoil(
         items.at[q, "answer"] = as_a_visitor_says(scene, ask, truth["dictionary"], visitor)
     return as_items(items)
 
+@guarded
 def spoilt_questions(
     items:pd.DataFrame, # of the islands
     truth:dict, # `truth.json` of the data set
     split:str, # train | dev | test
-    seed:int=0, # decides which questions of the other islands stay
+    seed:Natural=0, # decides which questions of the other islands stay
 )->list: # question_ids in the order of the items: all of Albion, and twice as many of the others
     "Choose the questions, a third of them about Albion"
     items = as_items(items, need=("image_id",), columns=("split",))
@@ -117,9 +121,10 @@ def spoilt_questions(
     return [q for q in own.index if q in chosen]
 
 # %% ../nbs/93_spoilt.ipynb #b7c0ea77
+@guarded
 def spoilt_world(
-    seed:int=0, # of visitors, questions and pools
-    K:int=K, # pool size
+    seed:Natural=0, # of visitors, questions and pools
+    K:Count=K, # pool size
     pools:str="mixed", # how they are drawn: random | text | image | mixed
     device:str|None=None, # of the LVLM and the CLIP; None: the GPU if there is one
     dtype=None, # number format of the LVLM; None: float32, as it is stored

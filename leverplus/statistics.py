@@ -18,20 +18,17 @@ import numpy as np, pandas as pd
 from scipy.stats import binom
 from scipy.stats import t as student
 from .core import rng
+from .settings import Bound, Count, Level, Natural, Positive, Share, guarded
 
 # %% ../nbs/81_statistics.ipynb #f617e41f
+@guarded
 @dataclass(frozen=True)
 class Bootstrap:
     "How often to resample, with which seed, and the coverage of intervals"
-    n:int = 10_000 # resamples, >= 0; 0 where a value alone will do
+    n:Natural = 10_000 # resamples; 0 where a value alone will do
     _: KW_ONLY
-    seed:int = 0 # equal seed and number of clusters, equal resamples
-    level:float = .95 # coverage of intervals, between 0 and 1
-
-    def __post_init__(self):
-        if self.n < 0: raise ValueError(f"Bootstrap of {self.n} resamples: wanted 0 or more")
-        if not 0 < self.level < 1:
-            raise ValueError(f"Bootstrap with level {self.level}: wanted a coverage between 0 and 1, as .95")
+    seed:Natural = 0 # equal seed and number of clusters, equal resamples
+    level:Level = .95 # coverage of intervals
 
 # %% ../nbs/81_statistics.ipynb #88fbe24f
 def _drawn(seed, clusters, n):
@@ -50,8 +47,9 @@ def _kept(seed, clusters, n):
     "The same, remembered"
     return [block.astype(np.uint16) for block in _drawn(seed, clusters, n)]
 
+@guarded
 def resamples(
-    clusters:int, # C >= 1
+    clusters:Count, # C >= 1
     bootstrap:Bootstrap=Bootstrap(), # how many, and which
 ): # blocks [b,C] of counts, `bootstrap.n` rows in all; each row sums to C
     "How often each cluster is drawn in each bootstrap resample"
@@ -105,9 +103,10 @@ class Interval(NamedTuple):
     lo:float
     hi:float
 
+@guarded
 def tail(
-    level:float, # coverage that is wanted, 0..1
-    clusters:int|None=None, # C, independent clusters that were resampled; None: so many that it does not matter
+    level:Level, # coverage that is wanted
+    clusters:Count|None=None, # C, independent clusters that were resampled; None: so many that it does not matter
 )->float: # 0..1
     "Share of the resamples that lies below an interval"
     if clusters is None: return (1 - level)/2
@@ -115,18 +114,20 @@ def tail(
     reach = student.ppf((1 + level)/2, clusters - 1) * math.sqrt(clusters/(clusters - 1))
     return NormalDist().cdf(-reach)
 
+@guarded
 def bounds(
     x, # [resamples] resampled values; NaN are left out
-    level:float, # coverage, 0..1
-    clusters:int|None=None, # as in `tail`
+    level:Level, # coverage
+    clusters:Count|None=None, # as in `tail`
 )->list: # [lo, hi] in the unit of `x`
     "Bounds of resamples: percentiles, farther out where clusters are few"
     below = tail(level, clusters)
     return [float(v) for v in np.nanquantile(x, [below, 1 - below])]
 
+@guarded
 def count_clusters(
     cluster, # [n] cluster of each query; None: each for itself
-    n:int, # queries
+    n:Natural, # queries
 )->int:
     "How many independent clusters there are"
     return n if cluster is None else int(_numbered(cluster).max()) + 1
@@ -204,12 +205,13 @@ def standard_error(
     if len(t) < 2: return math.inf
     return math.sqrt((t**2).sum() * len(t)/(len(t) - 1)) / len(d)
 
+@guarded
 def mde(
     a, # [n] scores of one selector
     b, # [n] scores of the other on the same queries
     cluster=None, # [n] cluster of each query
-    power:float=.8, # chance to find an effect of that size, 0..1
-    level:float=.95, # of the two-sided interval, 0..1
+    power:Level=.8, # chance to find an effect of that size
+    level:Level=.95, # of the two-sided interval
 )->float: # in the unit of the scores; inf with so few clusters that they may all go one way by luck: five at 95 %
     "Smallest true difference that a comparison of these two would find with `power`"
     d, c = _diff(a, b, cluster)
@@ -226,19 +228,21 @@ def _reach(power=.8, level=.95):
     return z((1 + level)/2) + z(power)
 
 # %% ../nbs/81_statistics.ipynb #a5d93429
+@guarded
 def plan_mde(
-    n:int, # queries
-    changed:float=.05, # f, share of queries whose score changes, 0..1; see `changed` of a first run
-    d2:float=.72, # mean squared difference of those that change; 1 for scores in {0, 1}
-    power:float=.8, level:float=.95, # as in `mde`
-    design:float=1., # variance ratio by clustering, >= 1: (mde with clusters / mde without) squared
+    n:Count, # queries
+    changed:Share=.05, # f, share of queries whose score changes; see `changed` of a first run
+    d2:Positive=.72, # mean squared difference of those that change; 1 for scores in {0, 1}
+    power:Level=.8, level:Level=.95, # as in `mde`
+    design:Positive=1., # variance ratio by clustering, >= 1: (mde with clusters / mde without) squared
 )->float: # in 0..1 units
     "The smallest difference that `n` queries can show"
     return _reach(power, level) * math.sqrt(changed*d2*design/n)
 
+@guarded
 def plan_power(
-    delta:float, # wanted true difference, in 0..1 units, > 0
-    changed:float=.05, d2:float=.72, power:float=.8, level:float=.95, design:float=1., # as in `plan_mde`
+    delta:Positive, # wanted true difference, in 0..1 units
+    changed:Share=.05, d2:Positive=.72, power:Level=.8, level:Level=.95, design:Positive=1., # as in `plan_mde`
 )->int: # queries
     "How many queries a wanted difference needs"
     if delta <= 0 or not 0 < changed <= 1:
@@ -246,26 +250,29 @@ def plan_power(
     return math.ceil((_reach(power, level)/delta)**2 * changed * d2 * design)
 
 # %% ../nbs/81_statistics.ipynb #d36ec67f
+@guarded
 def detectable(
     est:Interval, # an estimate with its interval
-    power:float=.8, # as in `mde`
-    level:float=.95, # coverage of the interval, between 0 and 1
+    power:Level=.8, # as in `mde`
+    level:Level=.95, # coverage of the interval
 )->float: # in the estimate's unit
     "Minimal detectable effect read off an interval's width"
     return (est.hi - est.lo)/2 * _reach(power, level) / NormalDist().inv_cdf((1 + level)/2)
 
+@guarded
 def differs(
     est:Interval, # a difference
-    mde:float=0., # its detectable effect; inf: so few clusters that nothing may be claimed, see `mde`
+    mde:Bound=0., # its detectable effect; inf: so few clusters that nothing may be claimed, see `mde`
 )->bool: # whether a difference may be claimed; False for an unknown interval
     "True if the interval leaves out 0"
     return (est.lo > 0 or est.hi < 0) and not math.isinf(mde)
 
 NO_DIFFERENCE = "no difference shown"
 
+@guarded
 def claim(
     est:Interval, # a difference
-    mde:float=0., # as in `differs`
+    mde:Bound=0., # as in `differs`
 )->str: # "better" | "worse" | NO_DIFFERENCE
     "What may be said of a difference"
     if not differs(est, mde): return NO_DIFFERENCE
@@ -273,9 +280,10 @@ def claim(
 
 
 # %% ../nbs/81_statistics.ipynb #58c70acb
+@guarded
 def difference_text(
     est:Interval, # difference a - b, in 0..1 units
-    mde:float, # detectable effect
+    mde:Bound, # detectable effect
     a:str="a", # name of the first
     b:str="b", # name of the second
     said:str="", # what is claimed, before the interval
@@ -285,19 +293,21 @@ def difference_text(
     claimed = f", {said}" if said else ""
     return f"{a} - {b}: {value:+.1f} points{claimed} [{lo:+.1f}, {hi:+.1f}], detectable {100*mde:.1f}"
 
+@guarded
 def power_note(
     est:Interval, # a difference
-    mde:float, # its detectable effect
-    power:float=.8, # as in `mde`
+    mde:Bound, # its detectable effect
+    power:Level=.8, # as in `mde`
 )->str: # "" where nothing is claimed, or the difference is as large as what can be detected
     "Warn of a study that is small for the difference that it claims"
     if math.isinf(mde): return "too few questions to show anything"
     if not differs(est, mde) or abs(est.value) >= mde: return ""
     return f"small study: differences under {100*mde:.1f} are found less than {100*power:.0f} % of the time"
 
+@guarded
 def verdict(
     est:Interval, # difference a - b, from `paired_bootstrap` or `compare_seeds`, in 0..1 units
-    mde:float|None=None, # detectable effect; None: `detectable(est)`, from the width of a 95 % interval
+    mde:Bound|None=None, # detectable effect; None: `detectable(est)`, from the width of a 95 % interval
     a:str="a", # name of the first
     b:str="b", # name of the second
 )->str: # e.g. "rce - random: +4.1 points, better [+2.0, +6.2], detectable 3.0"
@@ -353,10 +363,11 @@ def holm(
     return out
 
 # %% ../nbs/81_statistics.ipynb #0e939b9d
+@guarded
 def seed_weights(
     g:np.random.Generator, # draws them
-    n:int, # resamples
-    k:int, # seeds, >= 1
+    n:Count, # resamples
+    k:Count, # seeds
 )->np.ndarray: # [n, k]; each row sums to 1
     "Weights of k-1 seeds drawn from k with replacement; 1 for a single seed"
     draws = max(k - 1, 1)

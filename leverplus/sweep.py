@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import NormalDist
 import numpy as np, pandas as pd
 from tqdm import tqdm
-from .settings import Asking, json_value
+from .settings import Asking, Natural, check_numbers, guarded, json_value
 from leverplus.core import (
     SEAL, check_file, check_object, fingerprint, printable, read_object, read_sealed_json, room_for,
     sealed_json,
@@ -107,8 +107,24 @@ def expand_grid(
             f"{idle}: no combination uses them; names are {sorted(FIXED)}, reward.WEIGHT, model.ARGUMENT,"
             " STAGE.ARGUMENT of its objectives, lvlm.min_pixels, lvlm.max_pixels"
         )
+    for settings in out: _check_numbers(settings, stages or {})
     plains = [plain(s) for s in out]
     return [s for i, s in enumerate(out) if plains[i] not in plains[:i]]
+
+def _check_numbers(settings, stages):
+    "Refuse numbers that no cell could train with, before the first one trains"
+    mode, own = _reward(settings["reward"])
+    reward_facts(mode, **own | _section(settings, "reward"))
+    check_numbers("grid", settings, group_dls)
+    check_numbers("grid, lvlm", _section(settings, "lvlm"), with_pixels)
+    check_numbers("grid, model", _section(settings, "model"), PointerSelector)
+    for name in _stages(settings["objective"]):
+        own_stage = [stages[name]] if name in stages else [getattr(SelectorLearner, f"fit_{name}"), Stage]
+        check_numbers(f"grid, {name}", _section(settings, name), *own_stage, *([GRPO] if name == "grpo" else []))
+
+def _section(settings, name):
+    "The settings of one section, e.g. {norm: raw} of rce.norm"
+    return {k.partition(".")[2]: v for k, v in settings.items() if k.startswith(f"{name}.")}
 
 def _check_lists(grid, base):
     "Refuse a grid whose values are no lists, or that says again what base says"
@@ -206,9 +222,10 @@ def _item_ids(groups):
     "Queries and candidates of all groups, ascending"
     return sorted(set().union(*(data.pool.item_ids for data in groups.values())))
 
+@guarded
 def cell_id(
     settings:dict, # a combination of `expand_grid`
-    seed:int, # of weights and batches
+    seed:Natural, # of weights and batches
     data:str, # `data_fingerprint`
     stages:dict|None=None, # objectives of your own; their code counts
 )->str: # 16 hexadecimal digits
@@ -247,9 +264,10 @@ class SweepData:
         if key not in self.scorers: self.scorers[key] = scorer.around(with_pixels(scorer.lvlm, **limits))
         return self.scorers[key]
 
+@guarded
 def train_cell(
     settings:dict, # a combination of `expand_grid`
-    seed:int, # of weights and batches
+    seed:Natural, # of weights and batches
     shared:SweepData, # groups, world, facts
 )->tuple: # (Learner, its regret on the groups that choose, in units of its reward)
     "Train one cell"
@@ -269,10 +287,6 @@ def train_cell(
             else: own_stage(learn, **arguments)
     return learn, float(valid_loss(learn))
 
-def _section(settings, name):
-    "The settings of one section, e.g. {norm: raw} of rce.norm"
-    return {k.partition(".")[2]: v for k, v in settings.items() if k.startswith(f"{name}.")}
-
 def _with_info(groups, shared):
     "Groups with the column `info_score`, which only some rewards need"
     nothing = pd.DataFrame(dict(question_id=groups.queries, pointer=[()] * len(groups.queries)))
@@ -285,9 +299,10 @@ def _with_info(groups, shared):
 # %% ../nbs/85_sweep.ipynb #1eba979c
 _SCORED = ["question_id", "pointer", "vqa_acc_score", "vqa_gt_prob", "vqa_pred_answer", "eval_failed"]
 
+@guarded
 def run_cell(
     settings:dict, # a combination of `expand_grid`
-    seed:int, # of weights and batches
+    seed:Natural, # of weights and batches
     shared:SweepData, # groups, world, facts
 )->dict: # a row, JSON-ready; an exception of the cell is part of it
     "Train and judge one cell, whatever happens"
@@ -443,15 +458,16 @@ def _row(settings, seed, cell, r, columns):
     )
 
 # %% ../nbs/85_sweep.ipynb #955aa4cc
+@guarded
 def sweep(
     path, # folder of the sweep; cells that are there are reused, whatever grid they came from
     grid:dict, # {name: list of values}, see `expand_grid`; the first of each is the default
     groups:dict, # {"train": RLData, "dev": RLData}; "valid", if there is one, chooses epochs, and dev only judges
     world, # `World`, or anything with `items, store, scorer`
-    seeds=range(3), # of weights and batches
+    seeds:tuple[Natural, ...]=range(3), # of weights and batches
     base:dict|None=None, # {name: value} for all combinations
     stages:dict|None=None, # {name: function of a Learner and its arguments}: objectives of your own
-    shots:int|None=None, # S of the picks that are judged; None: that of the stored sequences
+    shots:Natural|None=None, # S of the picks that are judged; None: that of the stored sequences
     cache:FactCache|None=None, # shared facts; None: those in the folder, or what a world of stored answers knows
     shard:tuple|None=None, # (i, n): only part i of n
     progress:bool=False, # show a bar over cells?

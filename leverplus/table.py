@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 from .core import ask_for_a_folder, fingerprint, printable, repo_path
 from .runs import Run, read_frame
-from .settings import Asking, Rows, plain_settings
+from .settings import Amount, Asking, Count, Natural, Rows, guarded, plain_settings
 from .items import as_items
 from leverplus.rldata_ask import (
     FactCache, about_items, ask_around, facts_fingerprint, known_facts, text_hashes,
@@ -46,12 +46,13 @@ class Asked:
 # %% ../nbs/83_table.ipynb #2e7f6769
 PLAIN = 8 # rows of a shot count that are made by plain rules: similarity four times, MMR, vote, knn_facts, logistic
 
+@guarded
 def plan_table(
     rows:Rows, # which rows
-    questions:int, # that are asked
-    selectors:int, # that take part
-    K:int, # pool size
-    judges:int=0, # questions on which the fixed sequence is chosen; 0: no such row
+    questions:Natural, # that are asked
+    selectors:Natural, # that take part
+    K:Count, # pool size
+    judges:Natural=0, # questions on which the fixed sequence is chosen; 0: no such row
 )->dict: # `rows` and `fixed` in words, and `prompts`, at most so many
     "Say what a table will ask"
     shots = _shots_above_zero(rows)
@@ -173,12 +174,13 @@ def _any_number(picks):
     return [None] if picks.selector.str.endswith("_free").any() else []
 
 # %% ../nbs/83_table.ipynb #cf10d806
+@guarded
 def prompt_tokens(
     pairs:pd.DataFrame, # question_id, pointer
     items:pd.DataFrame, # queries and demonstrations by question_id
     lvlm, # `LVLM`, whose tokens count
     asking:Asking=Asking(), # how it is asked
-    bs:int=16, # prompts at a time
+    bs:Count=16, # prompts at a time
 )->dict: # {(question_id, pointer): tokens}, those of the pictures included
     "Count the tokens of prompts"
     make = prompter(items, asking.style)
@@ -193,13 +195,14 @@ def prompt_tokens(
     return tokens
 
 # %% ../nbs/83_table.ipynb #cf5ccd08
+@guarded
 def by_number(
     scored:pd.DataFrame, # of `score_picks`: zero_shot, random, <name>_free, its fixed counts <name>, oracle_free
     items:pd.DataFrame, # queries and demonstrations by question_id
     lvlm=None, # `LVLM`, whose tokens are the cost; None: demonstrations are
     asking:Asking=Asking(), # how it is asked
-    price:float=0., # of each demonstration, in units of accuracy; 0: no column `after_price`
-    some:int|None=None, # count the prompts of so many questions; None: of all
+    price:Amount=0., # of each demonstration, in units of accuracy; 0: no column `after_price`
+    some:Natural|None=None, # count the prompts of so many questions; None: of all
 )->tuple: # (`counts_table`, {<name>_free: `chosen_counts`}); (None, None): no selector chooses its number
     "Hold free numbers of demonstrations against fixed ones"
     items = as_items(items)

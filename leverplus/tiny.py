@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 import numpy as np, pandas as pd, torch
 from .core import rng, seed_all
+from .settings import Amount, Count, LearningRate, Natural, Share, guarded
 from .lvlm import LVLM
 from .scorer import embed_prompts, rope_positions
 from leverplus.toy import (
@@ -132,8 +133,9 @@ def tiny_config(
     vision = dict(depth=2, hidden_size=64, num_heads=4, intermediate_size=160, initializer_range=start)
     return small_config(text, vision, tok, tie_word_embeddings=False, initializer_range=start)
 
+@guarded
 def tiny_qwen(
-    seed:int=0, # of the initial weights
+    seed:Natural=0, # of the initial weights
 )->LVLM: # untrained, in float32
     "Build an untrained tiny Qwen2.5-VL with tokenizer and image processor"
     from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessor
@@ -184,11 +186,12 @@ def known(
     return need <= told
 
 # %% ../nbs/23_tiny.ipynb #780008bf
+@guarded
 def stream(
     g:np.random.Generator, # decides everything
-    n:int, # items shown before the query
+    n:Natural, # items shown before the query
     asks=ASKS, # what may be asked
-    size:int=2, # shapes, colours and (at most) islands in this small universe
+    size:Count=2, # shapes, colours and (at most) islands in this small universe
 )->tuple: # (n items, query)
     "Items from a small universe with a dictionary of its own, so that most answers can be known"
     words = random_dictionary(g)
@@ -218,10 +221,11 @@ class Lesson:
     parts:list # of Part; the last is the answer that counts
     scenes:list # of Scene, one for each image
 
+@guarded
 def copy_lesson(
     g:np.random.Generator, # decides everything
     tok, # the world's tokenizer
-    n:int=8, # pairs
+    n:Count=8, # pairs
 )->Lesson:
     "n pairs of words, then the keys again in another order, each with its value to be said"
     words = np.array(tok.convert_tokens_to_ids(list(NONCE + SHAPES + COLOURS)))
@@ -246,9 +250,10 @@ def pair_lesson(
     return Lesson(parts, [])
 
 # %% ../nbs/23_tiny.ipynb #359c5b01
+@guarded
 def look_lesson(
     g:np.random.Generator, # decides everything
-    n:int=4, # images
+    n:Count=4, # images
 )->Lesson:
     "n images, each followed by what it shows"
     scenes = []
@@ -261,11 +266,12 @@ def look_lesson(
     return Lesson(parts, scenes)
 
 # %% ../nbs/23_tiny.ipynb #793aca8b
+@guarded
 def item_lesson(
     g:np.random.Generator, # decides wordings, and which items show their image
     demos, # shown items
     query, # asked last
-    images:float=1., # chance that an item shows its image and not the words for it, 0..1
+    images:Share=1., # chance that an item shows its image and not the words for it
     echo:bool=False, # add island and English word behind each answer?
     style:str="interleaved", # of the prompt, see `20_prompt`
 )->Lesson:
@@ -292,10 +298,11 @@ def all_scenes(
     "Every island, shape and colour"
     return [Scene(i, s, c) for i in ISLANDS for s in SHAPES for c in COLOURS]
 
+@guarded
 def image_bank(
     image_processor, # of the model that will look
-    per:int=40, # images per scene
-    seed:int=0, # decides them
+    per:Count=40, # images per scene
+    seed:Natural=0, # decides them
 )->dict: # {Scene: float tensor [per, 16, patch]} preprocessed images; of a CLIP [per, 3, height, width]
     "Render and preprocess images of every scene"
     g = rng("bank", seed)
@@ -379,23 +386,24 @@ def _features(lvlm, lessons, g, bank):
     return lvlm.model.model.get_image_features(pixels, grids, return_dict=True).pooler_output
 
 # %% ../nbs/23_tiny.ipynb #12d491c4
+@guarded
 @dataclass
 class Stage:
     "A stage of the curriculum"
     name:str # of the stage; names its random numbers, too
     lesson:str # copy | pairs | items
-    steps:int # batches
-    batch:int # lessons in each
-    end:float # learning rate at its end, as a share of the full one
-    n:int=0 # items shown in a small universe
-    size:int=2 # shapes, colours and islands there
+    steps:Count # batches
+    batch:Count # lessons in each
+    end:Amount # learning rate at its end, as a share of the full one
+    n:Natural=0 # items shown in a small universe
+    size:Count=2 # shapes, colours and islands there
     asks:tuple=ASKS # what may be asked
-    p_stream:float=1. # share of batches from small universes; the others are episodes as the task has them
+    p_stream:Share=1. # share of batches from small universes; the others are episodes as the task has them
     demos:tuple=(2,) # numbers of demonstrations of an episode, drawn alike
-    p_look:float=0. # share of batches that only look
-    images:float=0. # chance that an item shows its image and not the words for it
-    echo:float=0. # share of batches with the English word behind answers
-    p_chat:float=0. # share of lessons in the chat style
+    p_look:Share=0. # share of batches that only look
+    images:Share=0. # chance that an item shows its image and not the words for it
+    echo:Share=0. # share of batches with the English word behind answers
+    p_chat:Share=0. # share of lessons in the chat style
 
 WORDS = ("shape", "colour") # what is asked while answers have one word
 CURRICULUM = [
@@ -435,9 +443,10 @@ def draw_lessons(
     return lessons
 
 # %% ../nbs/23_tiny.ipynb #0e3da5ea
+@guarded
 def stage_rate(
     stage:Stage, # where we are
-    k:int, # step within it, from 0
+    k:Natural, # step within it, from 0
 )->float: # share of the full learning rate, 0..1
     "Learning rate of a step: up for 30 steps, then down to the stage's end"
     up = min(1., (k + 1)/30)
@@ -445,13 +454,14 @@ def stage_rate(
     return up*down
 
 # %% ../nbs/23_tiny.ipynb #1786319c
+@guarded
 def train_lvlm(
     lvlm:LVLM, # of `tiny_qwen`; trained in place
     curriculum=CURRICULUM, # list of stages
-    lr=(.01, 2e-3), # learning rates of Muon and AdamW
-    seed:int=0, # decides every lesson
+    lr:tuple[LearningRate, ...]=(.01, 2e-3), # learning rates of Muon and AdamW
+    seed:Natural=0, # decides every lesson
     draw=draw_lessons, # makes a batch of lessons: function of a generator, the tokenizer and the stage
-    every:int=50, # steps per row of the log
+    every:Natural=50, # steps per row of the log
     say=None, # function called with each row of the log, e.g. `print`
 )->pd.DataFrame: # log: step, stage, loss, acc (share of last answers right, knowable or not), seconds
     "Train the tiny Qwen2.5-VL from its curriculum"
@@ -497,13 +507,14 @@ def _optimisers(model, lr):
 
 # %% ../nbs/23_tiny.ipynb #da3be3c7
 @torch.no_grad()
+@guarded
 def in_context_accuracy(
     lvlm:LVLM, # the model
-    n_demos:int, # demonstrations, >= 0
+    n_demos:Natural, # demonstrations
     ask:str, # shape | colour | both
-    p_help:float=1., # do the demonstrations give the answer away? 1 yes, 0 only by chance
-    n:int=200, # episodes
-    seed:int=0, # decides them
+    p_help:Share=1., # do the demonstrations give the answer away? 1 yes, 0 only by chance
+    n:Count=200, # episodes
+    seed:Natural=0, # decides them
     style:str="interleaved", # of the prompt
 )->float: # share of exactly right answers, 0..1, teacher-forced
     "Accuracy on episodes with fresh dictionaries"
@@ -555,8 +566,9 @@ def clip_tokenizer():
         vocab.setdefault(token, len(vocab))
     return CLIPTokenizer(vocab=vocab, merges=[tuple(pair) for pair in bpe["merges"]])
 
+@guarded
 def tiny_clip(
-    seed:int=0, # of the initial weights
+    seed:Natural=0, # of the initial weights
 )->tuple: # (CLIPModel, CLIPTokenizer, CLIPImageProcessor), untrained
     "Build the tiny CLIP"
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
@@ -573,12 +585,13 @@ def tiny_clip(
     return CLIPModel(config), tok, processor
 
 # %% ../nbs/23_tiny.ipynb #3c6838b4
+@guarded
 def train_clip(
     model, tok, image_processor, # of `tiny_clip`; the model is trained in place
-    steps:int=2000, # batches of 64 scenes
-    per:int=300, # images per scene to draw them from; with 40 it learns them by heart
-    lr:float=1e-3, # peak, of AdamW under a one-cycle schedule
-    seed:int=0, # decides batches
+    steps:Count=2000, # batches of 64 scenes
+    per:Count=300, # images per scene to draw them from; with 40 it learns them by heart
+    lr:LearningRate=1e-3, # peak, of AdamW under a one-cycle schedule
+    seed:Natural=0, # decides batches
 )->pd.DataFrame: # log: step, loss above the best possible
     "Train the tiny CLIP"
     bank = image_bank(image_processor, per=per, seed=seed + 1)

@@ -15,7 +15,7 @@ from pathlib import Path
 import pandas as pd
 from .core import fingerprint, write_json
 from leverplus.settings import (
-    BATCH, EPOCHS, Asking, Choosing, Job, Rewarding, Teaching, plain_settings, several,
+    BATCH, EPOCHS, Asking, Choosing, Job, Rewarding, Teaching, check_numbers, plain_settings, several,
 )
 from .runs import Run, check_place
 from .embed import EmbedStore
@@ -29,10 +29,11 @@ from .rldata_merge import merge, split
 from .rldata_check import flat_causes, query_facts, row_facts
 from .rldata_scale import reads_evidence
 from .dls import group_dls
+from .selector import PointerSelector
 from .callback_track import JSONLines, stage_name
 from .callback_onpolicy import Feedback, GreedyLoss
 from .learner import load_selector, mean_interval, selector_learner
-from .recipes import DATA, RECIPES, recipe, recipe_learner
+from .recipes import DATA, RECIPES, check_stage, recipe, recipe_learner
 
 # %% ../nbs/74_training.ipynb #d8b7c687
 @dataclass
@@ -65,7 +66,10 @@ def recipe_of(
     among:dict=RECIPES, # recipes by name
 )->dict|None: # the recipe with its changes; None for a single objective
     "The recipe that is asked for"
-    if teaching.objective is not None: return None
+    if teaching.objective is not None:
+        check_stage(_only_stage(teaching), f"objective {teaching.objective}")
+        check_numbers("model", dict(teaching.new or {}), PointerSelector)
+        return None
     return recipe(teaching.name, among, **dict(teaching.set or {}))
 
 def weights_of(
@@ -177,7 +181,11 @@ def stages_of(
     "Stages of a recipe, or the one of an objective"
     r = recipe_of(teaching, among)
     if r is not None: return r["stages"]
-    return [dict(fit=teaching.objective, n_epoch=epochs_of(teaching)) | dict(teaching.set or {})]
+    return [_only_stage(teaching)]
+
+def _only_stage(teaching):
+    "The stage of a single objective"
+    return dict(fit=teaching.objective, n_epoch=epochs_of(teaching)) | dict(teaching.set or {})
 
 # %% ../nbs/74_training.ipynb #5b47c336
 def looks_at_dev(

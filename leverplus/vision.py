@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 import torch
 from .core import Damaged, atomic_path, exact_float32, fingerprint, printable, tensors_fingerprint
+from .settings import Count, Natural, guarded
 from .pictures import open_image, picture_key, read_picture
 
 # %% ../nbs/17_vision.ipynb #dd6ccf6a
@@ -31,16 +32,18 @@ def token_side(
     "Read the side of the square that becomes one visual token"
     return patch_side(image_processor) * int(image_processor.merge_size)
 
+@guarded
 def most_pixels(
-    patch:int=14, # side of a patch in pixels, see `patch_side`
+    patch:Count=14, # side of a patch in pixels, see `patch_side`
 )->int: # pixels
     "The largest picture that `open_resized` hands on"
     from qwen_vl_utils import vision_process
     return vision_process.IMAGE_MAX_TOKEN_NUM * (vision_process.SPATIAL_MERGE_SIZE*patch)**2
 
+@guarded
 def open_resized(
     source, # path of an image file, or its bytes
-    patch:int=14, # side of a patch in pixels, see `patch_side`
+    patch:Count=14, # side of a patch in pixels, see `patch_side`
     name=None, # what errors call it; None: the path
     question_id=None, # whose it is, for errors
 ): # PIL image, RGB, both sides multiples of 2*patch; `BadPicture` names the file
@@ -121,9 +124,10 @@ def grouped_windows(
 # %% ../nbs/17_vision.ipynb #479ba4bb
 class FeatureShards:
     "Image features in a folder: safetensors files that several processes may write and read"
+    @guarded
     def __init__(self,
         folder, # where the files are, or will be; None: nothing is kept
-        shard_bytes:int=1 << 28, # a file is written when so much is new, and at `flush`
+        shard_bytes:Natural=1 << 28, # a file is written when so much is new, and at `flush`
     ):
         self.folder = None if folder is None else Path(folder)
         self.shard_bytes = shard_bytes
@@ -223,11 +227,12 @@ def _digest(features, grid): return fingerprint(tensors_fingerprint(dict(feature
 # %% ../nbs/17_vision.ipynb #9deea9e3
 class VisionCache:
     "Image features by content key: a memory with a byte budget, and shards on disk if there is a folder"
+    @guarded
     def __init__(self,
         owner:str, # fingerprint of vision tower and image processor: whose features these are
-        max_bytes:int=1 << 30, # of the memory; the least recently used leave first
+        max_bytes:Natural=1 << 30, # of the memory; the least recently used leave first
         folder=None, # shards go to `folder/owner`; None: memory only
-        shard_bytes:int=1 << 28, # a shard is written when so much is new, and at `flush`
+        shard_bytes:Natural=1 << 28, # a shard is written when so much is new, and at `flush`
         device="cpu", # where features are wanted
     ):
         self.owner = owner
@@ -336,10 +341,11 @@ class Pixels:
 
 class VisionTower:
     "Pixels to features, as many images at once as fit"
+    @guarded
     def __init__(self,
         model, # whose vision tower
         image_processor, # its image processor
-        patches:int=1 << 15, # patches per run of the tower, > 0; halved when memory runs out
+        patches:Count=1 << 15, # patches per run of the tower; halved when memory runs out
         group:bool=True, # put windows of equal length into one attention call? Tried and compared first
     ):
         self.model = model
@@ -369,10 +375,11 @@ class VisionTower:
         return len(images)
 
 # %% ../nbs/17_vision.ipynb #346dc1dc
+@guarded
 def grouping_fault(
     model, # whose vision tower
     image_processor, # its image processor
-    width:int, # C, numbers per patch
+    width:Count, # C, numbers per patch
 )->str|None: # what is wrong; None: features are the same up to rounding
     "Try grouped attention on two made-up images, against the loop over windows"
     window = getattr(model.config.vision_config, "window_size", 0)//patch_side(image_processor)//2*2
@@ -441,13 +448,14 @@ def _failure(image, tried):
 # %% ../nbs/17_vision.ipynb #1f8da525
 class VisionEncoder(VisionTower):
     "Paths to features through a `VisionCache`"
+    @guarded
     def __init__(self,
         model, # whose vision tower
         image_processor, # its image processor
         cache:VisionCache, # of the same model and processor
-        patches:int=1 << 15, # patches per run of the tower, > 0; halved when memory runs out
+        patches:Count=1 << 15, # patches per run of the tower; halved when memory runs out
         group:bool=True, # put windows of equal length into one attention call? Tried and compared first
-        threads:int|None=None, # that read and decode images; default the number of cores, at most 8
+        threads:Count|None=None, # that read and decode images; default the number of cores, at most 8
     ):
         super().__init__(model, image_processor, patches, group)
         self.cache = cache

@@ -12,12 +12,14 @@ import re
 from collections import Counter
 from functools import lru_cache
 import numpy as np, pandas as pd
+from .settings import Count, Natural, guarded
 from .text import compose
 
 # %% ../nbs/11_vqa.ipynb #b809ff25
+@guarded
 def match_accuracy(
-    c:int, # people who gave the predicted answer, 0..n
-    n:int=10, # people asked, >= 1; with one person nobody else can agree, so the accuracy is 0
+    c:Natural, # people who gave the predicted answer, 0..n
+    n:Count=10, # people asked; with one person nobody else can agree, so the accuracy is 0
 )->float: # 0..1
     "Compute the leave-one-out accuracy of an answer that `c` of `n` people gave"
     if c == 0: return 0.

@@ -14,6 +14,7 @@ import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
 from torch.nn import functional as F
 from .core import fingerprint
+from .settings import Count, Natural, Share, guarded
 from .items import as_items
 from .pools import SAMPLERS, draw_block, encoder_of, image_groups, sampler_parts
 from .vqa import normalise, vqa_accuracy
@@ -111,9 +112,10 @@ def vector_cosines(
 # %% ../nbs/51_warmup.ipynb #a6f9cfa5
 ANSWER_REWARDS = "contained", "f1", "soft", "cosine"
 
+@guarded
 def warmup_parts(
     sampler:str|dict, # of `13_pools` | "answers" | shares of text, image, answers, such as {"answers": .25, "text": .5}
-    K:int, # pool size
+    K:Count, # pool size
 )->dict: # {kind: how many of K}, in the order of drawing
     "How many candidates of a warm-up's pool each way of drawing gives"
     if sampler == "answers": sampler = dict(answers=.25)
@@ -128,14 +130,15 @@ def warmup_parts(
 class AnswerGroups:
     "Training items as queries whose pools, sequences and rewards are drawn for every batch"
     n_inp = 5
+    @guarded
     def __init__(self,
         items:pd.DataFrame, # training items, see above: distinct `question_id`, `image_id, answer`
         store, # embeddings: `get(ids, kind) -> [n,D]`
-        K:int=16, # pool size, > every shot count
-        shots=(2,), # shot counts, one drawn per batch
+        K:Count=16, # pool size, > every shot count
+        shots:Natural|tuple[Natural, ...]=(2,), # shot counts, one drawn per batch
         kind:str|None=None, # which embedding, see `EmbedStore.kind`
-        n:int=256, # sequences per group at most
-        rounds:int=1, # how often every query comes in an epoch
+        n:Count=256, # sequences per group at most
+        rounds:Count=1, # how often every query comes in an epoch
         sampler:str|dict="random", # how pools are drawn, see `warmup_parts`
         reward:str="contained", # contained | f1 | soft | cosine; soft wants a column `answers`
         answers=None, # for cosine: an `EmbedStore` whose `text` vectors are those of the items' answers
@@ -284,10 +287,11 @@ def content(self:AnswerGroups)->dict: # {part: what `fingerprint` takes}
     )
 
 # %% ../nbs/51_warmup.ipynb #5441e00f
+@guarded
 def live_share(
     ds:AnswerGroups, # of the warm-up
-    n:int=512, # queries that are looked at, at most
-    seed:int=0, # of these queries and their pools
+    n:Count=512, # queries that are looked at, at most
+    seed:Natural=0, # of these queries and their pools
 )->float: # 0..1
     "Share of fresh groups with any difference between their rewards"
     g = torch.Generator().manual_seed(seed)
@@ -301,10 +305,11 @@ def live_share(
 # %% ../nbs/51_warmup.ipynb #81b68c6d
 LIVE = .1 # share of live groups from which on a warm-up teaches
 
+@guarded
 def choose_sampler(
     shares:dict, # {sampler: share of live groups}
     own:str|None=None, # sampler of the stored groups; None or a name that is not in `SAMPLERS`: nobody knows
-    least:float=LIVE, # share of live groups that is enough
+    least:Share=LIVE, # share of live groups that is enough
 )->tuple: # (sampler, why: a sentence)
     "Take the pools nearest to those of the stored groups in which enough groups have a difference"
     def alike(sampler): return _overlap(own, sampler) if own in SAMPLERS else 0.
@@ -324,11 +329,12 @@ def _overlap(one, other, K=16):
     return sum(min(a[kind], b.get(kind, 0)) for kind in a) / K
 
 # %% ../nbs/51_warmup.ipynb #440a869c
+@guarded
 def warmup_shares(
     items:pd.DataFrame, # training items, see `AnswerGroups`
     store, # embeddings of `items`
-    n:int=512, # queries that are looked at
-    seed:int=0, # of these queries and their pools
+    n:Count=512, # queries that are looked at
+    seed:Natural=0, # of these queries and their pools
     **kwargs, # of `AnswerGroups`, but for its sampler
 )->dict: # {sampler: share of live groups}
     "Share of live groups under each sampler"
@@ -338,16 +344,17 @@ def warmup_shares(
     return {name: live_share(AnswerGroups(items, store, sampler=name, **kwargs), n, seed) for name in able}
 
 # %% ../nbs/51_warmup.ipynb #a4d0845d
+@guarded
 def warmup_dls(
     dls:DataLoaders, # of `group_dls`: its validation groups, device and `info` are used
     items:pd.DataFrame, # training items, see `AnswerGroups`; none of them a validation query
     store, # embeddings of `items`
-    K:int=16, # pool size
-    shots=(2,), # shot counts, one drawn per batch
-    n:int=256, # sequences per group at most
-    bs:int=64, # queries per batch, at most the number of draws in an epoch
-    steps:int=100, # batches per epoch, about: queries come in whole rounds
-    seed:int=0, # of pools and order
+    K:Count=16, # pool size
+    shots:Natural|tuple[Natural, ...]=(2,), # shot counts, one drawn per batch
+    n:Count=256, # sequences per group at most
+    bs:Count=64, # queries per batch, at most the number of draws in an epoch
+    steps:Count=100, # batches per epoch, about: queries come in whole rounds
+    seed:Natural=0, # of pools and order
     sampler:str|dict="auto", # how pools are drawn, see `warmup_parts`; auto: as `choose_sampler` says
     **kwargs, # of `AnswerGroups`: `reward, answers`
 )->DataLoaders: # training: fresh groups; validation: that of `dls`; `info` says what is drawn: `warmup, warmup_pools`
@@ -373,7 +380,8 @@ def warmup_dls(
 
 class AnswerDL(DataLoader):
     "Batches of `AnswerGroups`; same seed, same batches"
-    def __init__(self, dataset=None, bs=64, shuffle=True, seed=0, **kwargs):
+    @guarded
+    def __init__(self, dataset=None, bs:Count=64, shuffle=True, seed:Natural=0, **kwargs):
         super().__init__(dataset, bs=bs, shuffle=shuffle, drop_last=True, **kwargs)
         self.seed = seed
         self.rng = random.Random(seed)

@@ -15,7 +15,7 @@ from itertools import permutations
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
-from .settings import Asking
+from .settings import Amount, Asking, Count, Natural, guarded
 from .core import fingerprint, printable, read_object, world_path
 from .toy import DATASET
 from .items import as_ids, as_items
@@ -97,10 +97,11 @@ class World:
         raise ValueError(f"world {self.name} has no {what} of split {split!r}; it has {has}")
 
 # %% ../nbs/35_world.ipynb #57c1b57a
+@guarded
 def islands_world(
     pools:str="random", # how pools are drawn, see `make_pool`; facts are of random ones, seed 0, K 16 alone
-    seed:int=0, # of the pools
-    K:int=K, # pool size
+    seed:Natural=0, # of the pools
+    K:Count=K, # pool size
     clip="models/tiny-clip", lvlm="models/tiny-qwen2.5-vl", # folders below the checkout
     device:str|None=None, # of the LVLM and the CLIP; None: the GPU if there is one
     dtype:torch.dtype|None=None, # number format of the LVLM; None: float32, as it is stored; facts are of float32
@@ -249,21 +250,23 @@ def known_or_asked(self:World,
     return ask(pairs, self.scorer if self.can_ask else None, self.items, cache, self.asking)
 
 # %% ../nbs/35_world.ipynb #a3ffedd6
+@guarded
 def all_pointers(
     pool:Pool, # pools of the queries
-    shots=(0, 1, 2), # shot counts
+    shots:tuple[Natural, ...]=(0, 1, 2), # shot counts
 )->pd.DataFrame: # question_id, pointer: every ordered sequence, K!/(K-S)! per query and shot count
     "Every ordered sequence of demonstrations"
     pairs = [(q, p) for q in pool for s in shots for p in permutations(pool[q], s)]
     return pd.DataFrame(pairs, columns=["question_id", "pointer"])
 
+@guarded
 def ask_everything(
     world:World, # whose scorer is asked
     splits=("test",), # whose questions; each split as far as the others, whenever the time is over
-    shots=(0, 1, 2), # shot counts
+    shots:tuple[Natural, ...]=(0, 1, 2), # shot counts
     cache:FactCache|None=None, # what is known already; one with a folder outlives a kill
     limit:TimeLimit|None=None, # no questions are begun that would end later; None: no limit
-    questions:int=16, # at once
+    questions:Natural=16, # at once
 )->dict: # {split: facts of the questions that have all of theirs}
     "Ask about every sequence of every pool"
     cache = FactCache() if cache is None else cache
@@ -284,11 +287,12 @@ def _in_turn(queries, size):
         places += [((i + .5)/len(parts), split, part) for i, part in enumerate(parts)]
     return [(split, part) for _, split, part in sorted(places)]
 
+@guarded
 def make_facts(
     world:World, # one with a scorer
     split:str="test", # whose questions
     folder=None, # where answers are kept on the way, and found again; None: in memory
-    seconds:float|None=None, # no questions are begun that would end later; None: no limit
+    seconds:Amount|None=None, # no questions are begun that would end later; None: no limit
 )->Path: # the facts file; TimeoutError if there is more to ask, which is asked by the next call with that folder
     "Ask about every sequence of every pool of a split, and store the facts"
     world.check_split(split, world.stored.facts, "file for exhaustive facts")
@@ -303,10 +307,11 @@ def make_facts(
     return own.save(world.stored.facts[split], drop=("vqa_gt_logprobs", *texts))
 
 # %% ../nbs/35_world.ipynb #1bc9163a
+@guarded
 def most_similar(
     pool:Pool, # who may be picked
     store:EmbedStore, # embeddings of queries and candidates
-    S:int=2, # demonstrations
+    S:Natural=2, # demonstrations
     kind:str|None=None, # image | text | mixed
 )->dict: # {question: the S candidates that are most similar to it, the most similar last}
     "Pick the nearest candidates; of those that are equally near, the smaller id counts"
@@ -319,11 +324,12 @@ def most_similar(
     return picks
 
 # %% ../nbs/35_world.ipynb #3393a12a
+@guarded
 def okvqa_splits(
     okvqa, # folder with the text files of OKVQA, see `read_soft_labels`
-    n_dev:int, # questions of its training split that are kept for development
-    n_test:int=0, # questions of its validation split
-    seed:int=0, # of the draw
+    n_dev:Natural, # questions of its training split that are kept for development
+    n_test:Natural=0, # questions of its validation split
+    seed:Natural=0, # of the draw
 )->pd.DataFrame: # items with split train | dev | test; no image in two splits
     "Draw development and test questions of OKVQA, and leave what shares an image with development out"
     draw = np.random.default_rng(seed)
@@ -428,11 +434,12 @@ def _reader_at(place):
     return getattr(import_module(module), function)
 
 # %% ../nbs/35_world.ipynb #99867af9
+@guarded
 def world_numbers(
     world:World, # one with exhaustive facts
     split:str, # of which they are
     proposals:pd.DataFrame, # record frame of groups of S sequences, of any split; and of none, if the facts lack them
-    S:int=2, # demonstrations
+    S:Natural=2, # demonstrations
     kind:str|None=None, # embeddings by which similarity picks; None: as the store says
 )->dict: # questions, bank, zero_shot, random, similar, best (accuracies), live (share of the groups); JSON-ready
     "What choosing is worth in a world"

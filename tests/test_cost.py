@@ -271,9 +271,9 @@ def test_refusals():
     with pytest.raises(ValueError, match="keeps nothing"):
         prompt_flops(c, 300, 60, way="naive_logits", known_tokens=5)
     for bad in (dict(known_images=1.5), dict(known_tokens=360), dict(known_tokens=-1)):
-        with pytest.raises(ValueError, match="wanted 0"): prompt_flops(c, 300, 60, **bad)
+        with pytest.raises(ValueError, match="wanted (0|a .*number >= 0)"): prompt_flops(c, 300, 60, **bad)
     for s, p in ((0, 1), (1, 0), (-1, 1)):
-        with pytest.raises(ValueError, match="wanted both > 0"): mfu(1, s, p)
+        with pytest.raises(ValueError, match="wanted a number > 0"): mfu(1, s, p)
 
 def test_every_known_gpu_is_found_by_its_own_name():
     assert {k: peak_flops(f"NVIDIA {k} 80GB") for k in PEAKS} == PEAKS

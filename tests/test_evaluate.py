@@ -231,7 +231,7 @@ def test_a_level_goes_through_everything():
     assert paired_tests(s, items, [("new", "old")], bootstrap=stricter).verdict[0] == "no difference shown"
 
 def test_settings_of_a_bootstrap_are_checked():
-    with pytest.raises(ValueError, match="-1 resamples"): Bootstrap(-1)
+    with pytest.raises(ValueError, match="n -1: wanted a whole number >= 0"): Bootstrap(-1)
     for level in (0, 1, 95):
         with pytest.raises(ValueError, match="between 0 and 1"): Bootstrap(level=level)
 
@@ -563,7 +563,7 @@ def test_planning_matches_the_planning_table(n, f, points):
     assert plan_power(0.01, f, design=2.0) == pytest.approx(2 * plan_power(0.01, f), abs=1)
     assert plan_power(0.0038, 0.05) == pytest.approx(19_500, rel=0.01)
     assert plan_power(0.0038, 0.10) == pytest.approx(39_000, rel=0.01)
-    with pytest.raises(ValueError, match="delta > 0"): plan_power(0, f)
+    with pytest.raises(ValueError, match="delta 0: wanted a number > 0"): plan_power(0, f)
 
 # ---- rows and behaviour ------------------------------------------------------------------------------------
 

@@ -290,7 +290,7 @@ def test_kappa_weighs_what_was_drawn():
         (lambda: propose(POOL, STORE, [0, 0]), "question_id 0 stands twice"),
         (lambda: propose(POOL, STORE, [77]), "77"),
         (lambda: propose(POOL, STORE, []), "0 queries"),
-        (lambda: propose(POOL, STORE, [0], S=-1), "S=-1"),
+        (lambda: propose(POOL, STORE, [0], S=-1), "S -1: wanted a whole number >= 0"),
         (lambda: check_counts(dict(beams=1)), "beams"),
         (lambda: check_counts(dict(beam=-1)), "integers >= 0"),
         (lambda: check_counts(dict(beam=0)), "at least one"),

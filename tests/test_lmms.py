@@ -196,10 +196,11 @@ def test_a_task_says_all_of_its_settings(few, tmp_path):
 def test_what_cannot_run_is_not_written(few, home, tmp_path):
     for wrong, words in [
         (replace(few, bank=str(tmp_path/"nowhere")), "bank.json: no such file"),
-        (replace(few, K=0), "K=0"), (replace(few, task="two words"), "letters, digits"),
+        (replace(few, task="two words"), "letters, digits"),
         (replace(few, shots=9), "9"), (replace(few, shots=None), "no STOP"),
     ]:
         with pytest.raises((ValueError, OSError), match=words): write_task(tmp_path/"tasks", wrong)
+    with pytest.raises(ValueError, match="K 0: wanted a whole number >= 1, 'all' or None"): replace(few, K=0)
     with pytest.raises(ValueError, match="benchmark 'gqa'"): write_task(tmp_path/"tasks", few, "gqa")
     assert not (tmp_path/"tasks").exists()
 

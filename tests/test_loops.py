@@ -333,7 +333,7 @@ def test_a_folder_refuses_what_is_not_its_own(tmp_path):
     with pytest.raises(ValueError, match="fingerprint of scorer"):
         Loop(make_world(Scripted(1)), tmp_path / "a", **KW)
     with pytest.raises(ValueError, match="valid=4, but 0"): Loop(w, tmp_path/"b", **KW | dict(dev=23))
-    with pytest.raises(ValueError, match="patience=0"): rounds(w, tmp_path/"b", patience=0)
+    with pytest.raises(ValueError, match="patience 0: wanted a whole number >= 1"): rounds(w, tmp_path/"b", patience=0)
 
 def test_other_ways_through(tmp_path):
     s = Scripted()

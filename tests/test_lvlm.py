@@ -427,11 +427,16 @@ def test_a_scorer_around_another_model_keeps_its_settings(lvlm, tmp_path):
 
 @pytest.mark.parametrize("budget", [
     dict(min_pixels=783), dict(max_pixels=783), dict(min_pixels=2000, max_pixels=1999), dict(max_pixels=16385*784),
-    dict(min_pixels=-1), dict(min_pixels=10**6),
+    dict(min_pixels=1), dict(min_pixels=10**6),
 ])
 def test_a_budget_that_cannot_be_kept_is_refused(lvlm, budget):
     with pytest.raises(ValueError, match="min_pixels .*, max_pixels .*: wanted 784 "): with_pixels(lvlm, **budget)
     with pytest.raises(ValueError, match="wanted 784 "): load_lvlm(lvlm.name, **budget)
+
+def test_a_budget_below_one_pixel_is_refused(lvlm):
+    says = "min_pixels -1: wanted a whole number >= 1"
+    with pytest.raises(ValueError, match=says): with_pixels(lvlm, min_pixels=-1)
+    with pytest.raises(ValueError, match=says): load_lvlm(lvlm.name, min_pixels=-1)
 
 def test_no_budget_is_that_of_the_checkpoint(lvlm):
     assert with_pixels(lvlm) is lvlm

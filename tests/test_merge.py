@@ -225,7 +225,7 @@ def test_balance_refuses():
         (dict(positive_share=0.0), "between 0 and 1"),
         (dict(min_positive=2, max_positive=1), "min_positive=2, max_positive=1"),
         (dict(max_contrast=0), "max_contrast=0"),
-        (dict(min_contrast=-1), "min_contrast=-1"),
+        (dict(min_contrast=-1), "min_contrast -1: wanted a whole number >= 0"),
     ):
         with pytest.raises(ValueError) as e: balance(d, **kw)
         assert says in str(e.value)

@@ -104,9 +104,9 @@ def test_settings_that_cannot_be_are_refused():
     mask = one == 0
     for f, says in (
         (lambda: cispo_loss(one, one, one, mask, 0.), "cap"),
-        (lambda: sapo_loss(one, one, one, mask, temp_bad=0.), "temperatures"),
+        (lambda: sapo_loss(one, one, one, mask, temp_bad=0.), "temp_bad 0.0: wanted a number > 0"),
         (lambda: passk_advantage(one, mask, 1), "k 1"),
-        (lambda: max_at_k(one, mask, 0), "best of 0"),
+        (lambda: max_at_k(one, mask, 0), "k 0: wanted a whole number >= 1"),
         (lambda: behaviour_weights(one, one, mask, .5), "cut"),
         (lambda: parts_advantage(one[..., None], mask, [1., 2.]), "2 weights for 1 parts"),
     ):

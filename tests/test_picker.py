@@ -158,7 +158,7 @@ def test_a_selector_that_stops(bank, questions):
 
 @pytest.mark.parametrize("K", [0, -1, 2.5, "some"])
 def test_odd_numbers_are_refused(K, bank, questions):
-    with pytest.raises(ValueError, match="wanted a number >= 1, 'all' or None"):
+    with pytest.raises(ValueError, match="wanted a whole number >= 1, 'all' or None"):
         Picker(selector()).batch(questions, bank, K=K)
 
 # ---- texts without pictures ----------------------------------------------------------------------------------

@@ -161,7 +161,7 @@ def test_errors_say_what_and_where():
     it = frame(10)
     store = vectors(it)
     with pytest.raises(ValueError, match="query 1000: 8 candidates .* K=9"): make_pool(it, it, 9)
-    with pytest.raises(ValueError, match="K=0"): make_pool(it, it, 0)
+    with pytest.raises(ValueError, match="K 0: wanted a whole number >= 1"): make_pool(it, it, 0)
     with pytest.raises(ValueError, match="needs `store`"): make_pool(it, it, 3, "image")
     with pytest.raises(ValueError, match="choose one of random"): make_pool(it, it, 3, "rnd")
     with pytest.raises(ValueError, match="queries is empty"): make_pool(it.head(0), it, 3)

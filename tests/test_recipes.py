@@ -220,10 +220,9 @@ def test_what_cannot_be_meant(change, said):
     ],
 )
 def test_settings_are_tried_before_anything_trains(stage, more, said):
-    r = small("plan5", **{stage: more})
     learn = make(small("plan5"))
     w = weights(learn)
-    with pytest.raises(ValueError, match=said): fit(learn, r)
+    with pytest.raises(ValueError, match=said): fit(learn, small("plan5", **{stage: more}))
     assert same(w, weights(learn))
     assert not learn.history.rows
     assert learn.recipe == small("plan5")
@@ -577,7 +576,10 @@ def test_an_ensemble_goes_on_and_ends_alike(tmp_path, folds):
     assert not same(*states)
     assert same(weights(fit(make(r, items=items), r, resume=tmp_path/"a")), weights(a))
     assert same(weights(fit(make(r, items=items), r)), weights(a))
-    for bad, said in ((dict(members=0), "0 members"), (dict(folds=True, members=1), "one member with folds")):
+    for bad, said in (
+        (dict(members=0), "members 0: wanted a whole number >= 1"),
+        (dict(folds=True, members=1), "one member with folds"),
+    ):
         with pytest.raises(ValueError, match=said): fit(make(ensemble(**bad)), ensemble(**bad))
 
 def test_folds_keep_pictures_together_and_members_do_not_see_theirs():

@@ -206,7 +206,7 @@ def test_a_price_is_asked_for_what_it_needs():
     assert reward_facts("hard_only", price=.1)[0] == ("vqa_correct", "pointer")
     with pytest.raises(ValueError, match="needs column 'pointer'"): reward(rows(), price=.1)
     for price in (-.1, np.inf, np.nan):
-        with pytest.raises(ValueError, match="wanted a finite number >= 0"): reward(shown, price=price)
+        with pytest.raises(ValueError, match="price .*: wanted a number >= 0"): reward(shown, price=price)
     def priced(vqa_correct, price=1.): return vqa_correct
     with pytest.raises(ValueError, match="argument 'price'"): reward_mode(priced)
 

@@ -776,7 +776,7 @@ def test_shapes_are_refused_with_a_sentence():
         (lambda: PointerSelector(4, prior="match"), "wanted match='heads'"),
         (lambda: PointerSelector(4, max_shots=0), "max_shots 0"),
         (lambda: PointerSelector(4, stop=True, min_shots=4), "min_shots < max_shots"),
-        (lambda: PointerSelector(4, stop=True, min_shots=-1), "min_shots < max_shots"),
+        (lambda: PointerSelector(4, stop=True, min_shots=-1), "min_shots -1: wanted a whole number >= 0"),
         (lambda: PointerSelector(4, min_shots=1), "without stop=True"),
         (lambda: m.encode(q, c, mask, top_m=0), "top_m 0"),
         (lambda: m.encode(q, Shared(c[0], torch.tensor([[0, 5]] * 3))), r"index 0\.\.5 into 5 vecs"),

@@ -85,7 +85,22 @@ def test_wrong_grids_are_refused_before_anything_is_trained(grid, base, what):
 
 @pytest.mark.parametrize("name", ["grpo.clip_low", "grpo.refresh", "grpo.baseline", "grpo.min_live", "grpo.beta"])
 def test_all_arguments_of_an_objective_can_be_tried(name):
-    assert len(expand_grid({"objective": [("rce", "grpo")], name: [1, 2]})) == 2
+    values = [.1, .2] if name == "grpo.min_live" else [1, 2]
+    assert len(expand_grid({"objective": [("rce", "grpo")], name: values})) == 2
+
+@pytest.mark.parametrize(
+    "grid, what", [
+        ({"rce.lr": [1e-3, -.1]}, "grid, rce: lr -0.1: wanted"),
+        ({"rce.temp": [math.nan]}, "grid, rce: temp nan: wanted"),
+        ({"rce.n_epoch": [2, -1]}, "grid, rce: n_epoch -1: wanted"),
+        ({"objective": [("rce", "grpo")], "grpo.min_live": [2]}, "grid, grpo: min_live 2: wanted"),
+        ({"bs": [32, 0]}, "grid: bs 0: wanted"), ({"model.dropout": [2]}, "grid, model: dropout 2: wanted"),
+        ({"reward.hard_weight": [math.nan]}, "reward 'hard_plus_soft': hard_weight nan: wanted"),
+        ({"lvlm.min_pixels": [-1]}, "grid, lvlm: min_pixels -1: wanted"),
+    ],
+)
+def test_numbers_of_a_grid_are_refused_before_anything_is_trained(grid, what):
+    with pytest.raises(ValueError, match=what): expand_grid(grid)
 
 def test_the_reports_grids_can_be_read():
     assert [len(expand_grid(g)) for g in GRIDS.values()] == [34, 4, 2, 4]
