@@ -71,7 +71,8 @@ def test_no_file_that_was_cut_short_is_believed(made, kind):
         with pytest.raises(AssertionError, match="though it is damaged"): one.with_content(one.whole[:-9])
         return
     for size in (0, 1, n//3, n//2, n - 9):
-        assert one.with_content(one.whole[:size]) == "named", size
+        came = one.with_content(one.whole[:size])
+        assert came == "named" or (size == 0 and kind.name == "note of what is kept"), size  # earlier ones were empty
 
 @each_kind
 def test_no_block_of_zeros_is_believed(made, kind):
