@@ -17,9 +17,9 @@ import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
 from PIL import Image, ImageOps
 from leverplus.core import (
-    ask_for_a_folder, atomic_path, check_file, file_bytes, fingerprint, markdown_code, markdown_text,
-    parse_json, parse_lines, printable, read_csv, read_json, read_parquet, world_path, write_json,
-    write_parquet,
+    Damaged, ask_for_a_folder, atomic_path, check_file, file_bytes, fingerprint, markdown_code,
+    markdown_text, parse_json, parse_lines, printable, read_csv, read_json, read_parquet, world_path,
+    write_json, write_parquet,
 )
 from .runs import library_versions
 from .settings import Count, guarded
@@ -607,6 +607,21 @@ def picture_keys(self:DemoBank,
     if known is None: known = [None]*len(self.store)
     rows = self.store.rows(self.items.index if ids is None else np.asarray(ids, dtype=np.int64))
     return [known[i] for i in rows]
+
+# %% ../nbs/25_bank.ipynb #f62d5d4f
+@patch
+def check_pictures(self:DemoBank,
+    ids, # question_ids of examples that are about to be shown
+)->None: # `Damaged` names a picture that is not the one that was embedded; a file that is not here is passed over
+    "Hold picture files against what was embedded"
+    paths = picture_paths(self.items.loc[ids])
+    for question_id, path, known in zip(ids, paths, self.picture_keys(ids)):
+        if path is None or known is None or not Path(path).is_file(): continue
+        if picture_key(path, question_id).startswith(known): continue
+        raise Damaged(
+            f"question_id {question_id}: {path} is not the picture that was embedded: copy it again, or build the"
+            " bank again if it was changed on purpose"
+        )
 
 # %% ../nbs/25_bank.ipynb #b6573a52
 @patch

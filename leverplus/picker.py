@@ -436,6 +436,7 @@ def _greedy(model, enc, shots):
 
 @patch
 def _shown(self:Picker, work, b, pointer, logp, candidates):
+    work.bank.check_pictures(pointer)
     items = work.bank.items.loc[pointer]
     shown = zip(pointer, picture_paths(items), items.question, items.answer)
     demos = tuple(Demo(*one) for one in shown)

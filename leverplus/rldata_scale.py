@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
 from huggingface_hub import try_to_load_from_cache
-from .core import Damaged, checked_bytes, fingerprint, repo_path, sealed_path
+from .core import Damaged, atomic_path, fingerprint, repo_path
 from .runs import check_place, empty_folder, hold_lock
 from .checkpoints import folder_or_name
 from .settings import Amount, Count, Job, change, columns_of, guarded
@@ -104,15 +104,15 @@ def _is_there(place): return (place/"done").exists()
 def _keep(made, place):
     "Save something whole, and note what it is"
     made.save(place)
-    with sealed_path(place/"done", beside=True) as tmp: tmp.write_text(made.fingerprint, encoding="utf8")
+    with atomic_path(place/"done") as tmp: tmp.write_text(made.fingerprint, encoding="utf8")
 
 def _as_kept(found, place):
     "The same; ValueError if it is not what was saved there"
-    note = checked_bytes(place/"done").decode()            # earlier versions wrote none
+    note = (place/"done").read_text(encoding="utf8", errors="replace")   # earlier versions wrote none
     if note in ("", found.fingerprint): return found
     raise ValueError(
-        f"{place}: holds {found}, but {note} was saved there, so it was copied from elsewhere: remove the"
-        " folder, and it is made again"
+        f"{place/'done'}: says that {note} was saved there, but there is {found}, copied from elsewhere: remove"
+        " the folder, and it is made again"
     )
 
 @patch

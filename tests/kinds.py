@@ -1,7 +1,7 @@
 """Every kind of file that this package writes and reads again, each made small
 
-`KINDS` is the table: a name, a function that makes the file in an empty folder, and a function that reads it back as
-something that can be compared. No pytest here, so that `bench/faults.py` can use it, too.
+`KINDS` is the table: a name, a function that makes the file in an empty folder, and a function that reads it
+back as something that can be compared. No pytest here, so that `bench/faults.py` can use it, too.
 """
 import json, warnings
 from pathlib import Path
@@ -35,7 +35,7 @@ class Kind(NamedTuple):
     make:Callable # function of an empty folder -> the file
     read:Callable # function of the folder -> what stands in the file, to be compared by ==
 
-# ---- a world of numbers --------------------------------------------------------------------------------------
+# ---- a world of numbers ------------------------------------------------------------------------------------
 
 N_QUERIES = 4
 DEMOS = np.arange(1000, 1012)
@@ -55,7 +55,8 @@ def pool(): return Pool({q: rng("kinds", q).choice(DEMOS, 6, replace=False) for 
 def store():
     ids = [*range(N_QUERIES), *DEMOS.tolist()]
     draws = torch.Generator().manual_seed(0)
-    return EmbedStore(ids, torch.randn(len(ids), 6, generator=draws), torch.randn(len(ids), 6, generator=draws))
+    image, text = torch.randn(2, len(ids), 6, generator=draws)
+    return EmbedStore(ids, image, text)
 
 def generated(folder, quiet=True):
     how = dict(
@@ -64,14 +65,16 @@ def generated(folder, quiet=True):
     )
     with warnings.catch_warnings():
         if quiet: warnings.simplefilter("ignore")      # the pictures of this world are names alone
-        return generate(folder, range(N_QUERIES), items(), pool(), MockScorer(), store(), progress=False, **how)
+        world = items(), pool(), MockScorer(), store()
+        return generate(folder, range(N_QUERIES), *world, progress=False, **how)
 
 def of_frame(frame): return frame.to_json(orient="split", default_handler=str, double_precision=15)
 
 def of_data(data):
-    return data.fingerprint, data.pool.fingerprint, of_frame(data.rows), json.dumps(data.manifest, sort_keys=True)
+    manifest = json.dumps(data.manifest, sort_keys=True)
+    return data.fingerprint, data.pool.fingerprint, of_frame(data.rows), manifest
 
-# ---- how each is made ----------------------------------------------------------------------------------------
+# ---- how each is made --------------------------------------------------------------------------------------
 
 def generated_file(pattern):
     def make(folder):
@@ -101,13 +104,14 @@ def read_store(folder):
 
 def vision_shard(folder):
     shards = FeatureShards(folder)
-    for i, key in enumerate("abc"): shards.put(key, torch.randn(4, 8, generator=torch.Generator().manual_seed(i)), (1, 2, 2))
+    draws = torch.Generator().manual_seed(0)
+    for key in "abc": shards.put(key, torch.randn(4, 8, generator=draws), (1, 2, 2))
     shards.flush()
     return next(folder.glob("*.safetensors"))
 
 def read_vision(folder):
     with warnings.catch_warnings():
-        warnings.simplefilter("error")                 # a damaged shard is told, and what it held is made again
+        warnings.simplefilter("error")                 # what is damaged is told, and made again
         shards = FeatureShards(folder)
         found = [shards.get(key) for key in "abc"]
     return [None if one is None else (one[0].tolist(), one[1]) for one in found]
@@ -142,7 +146,8 @@ def read_state(folder):
     weights = {name: x.tolist() for name, x in learn.model.state_dict().items()}
     return weights, of_frame(learn.history.frame), learn.resume.done
 
-def run_of(folder): return Run.create(folder/"run", dict(lr=1e-3, K=8), seed=3, fingerprints=dict(pool="77aa"))
+def run_of(folder):
+    return Run.create(folder/"run", dict(lr=1e-3, K=8), seed=3, fingerprints=dict(pool="77aa"))
 
 TABLE = pd.DataFrame(dict(selector=["greedy", "random"], acc=[.5, .25], n=[100, 100]))
 
@@ -166,7 +171,8 @@ def prediction_file(name):
     def make(folder):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            predict(folder/"run", pool(), items(), MockScorer(), store(), Picking(picker="random", shots=1), progress=False)
+            picking = Picking(picker="random", shots=1)
+            predict(folder/"run", pool(), items(), MockScorer(), store(), picking, progress=False)
         return folder/"run"/name
     return make
 
@@ -182,7 +188,8 @@ def bank_file(pattern):
 
 def read_bank(folder):
     bank = DemoBank.open(folder/"bank")
-    return bank.fingerprint, of_frame(bank.items), json.dumps(bank.info), read_store(next((folder/"bank").glob("*/embed.json")).parent)
+    vectors = read_store(folder/"bank"/bank.fingerprint)
+    return bank.fingerprint, of_frame(bank.items), json.dumps(bank.info), vectors
 
 def recipe_file(folder): return save_recipe(next(iter(RECIPES.values())), folder/"recipe.json")
 
@@ -193,10 +200,12 @@ def looks_file(folder):
     return folder/"looks.json"
 
 def lines_file(folder):
-    for cell in "ab": append_row(folder/"cells.jsonl", dict(cell=cell, status="done", acc=.5, scored=[.5, 1., 0.]))
+    for cell in "ab": append_row(folder/"cells.jsonl", dict(cell=cell, status="done", scored=[.5, 1., 0.]))
     return folder/"cells.jsonl"
 
-COLUMNS = dict(question_id=Column("id", "an id"), ids=Column("ids", "other ids"), score=Column("number", "0..1"))
+COLUMNS = dict(
+    question_id=Column("id", "an id"), ids=Column("ids", "other ids"), score=Column("number", "0..1"),
+)
 
 def export_file(name):
     def make(folder):

@@ -1,9 +1,10 @@
 "A bank of solved examples: whatever holds them, its folder, appending, searching"
 import io, json, shutil
+from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from PIL import Image
 from leverplus.bank import DemoBank, keep_picture, solved_items
-from leverplus.core import read_json, repo_path
+from leverplus.core import Damaged, read_json, repo_path
 from leverplus.data import read_okvqa, read_soft_labels
 from leverplus.embed import Clip, EmbedStore, embed_items, load_clip, nearest
 from leverplus.evidence import Evidence
@@ -273,3 +274,20 @@ def test_the_same_picture_by_id_by_bytes_and_by_both(bank, tmp_path):
 
 def test_what_answers_say_is_the_evidence_of_these_items(bank):
     assert bank.with_answers.evidence.fingerprint == Evidence(bank.items, bank.store, bank.items.index).fingerprint
+
+# ---- pictures that change -----------------------------------------------------------------------------------
+
+def test_a_damaged_picture_is_not_shown(tmp_path):
+    "One bit of a file in the bank's folder; a file that is not here is not asked for"
+    bank = DemoBank.build(rows(image=[square("red"), square("blue"), None]), folder=tmp_path/"b", progress=False)
+    ids = bank.items.index.tolist()
+    bank.check_pictures(ids)
+    file = Path(bank.items.image_path.iloc[0])
+    raw = bytearray(file.read_bytes())
+    raw[-20] ^= 1
+    file.write_bytes(raw)
+    with pytest.raises(Damaged, match=rf"question_id {ids[0]}: .*{file.name} is not the picture that was embedded"):
+        bank.check_pictures(ids)
+    bank.check_pictures(ids[1:])
+    file.unlink()
+    bank.check_pictures(ids)

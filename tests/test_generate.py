@@ -1159,18 +1159,18 @@ def test_missing_unfinished_and_foreign_shards(tmp_path):
     d = shards(tmp_path / "d")
     m = d / "manifest-001of003.json"
     text = m.read_text()
+    old = read_json(m)
     whole = RLData.load(d)
     def refused(*says):
         with pytest.raises(ValueError) as e: RLData.load(d)
         assert all(s in str(e.value) for s in says), str(e.value)
     m.unlink()
     refused("1 of 3 shards missing: 1/3")
-    m.write_text(json.dumps(json.loads(text) | dict(complete=False)))
+    m.write_text(json.dumps(old | dict(complete=False)))
     refused("1 of 3 shards not finished: 1/3")
-    m.write_text(json.dumps(json.loads(text) | dict(shard=[2, 3])))
+    m.write_text(json.dumps(old | dict(shard=[2, 3])))
     refused("manifest-001of003.json", "renamed", "[2, 3]")
-    old = json.loads(text)
-    other = json.loads(text)
+    other = read_json(m) | dict(shard=[1, 3])
     other["settings"]["proposing"]["seed"] = 4
     m.write_text(json.dumps(other))
     refused("1/3 (proposing.seed: there 0, here 4)", "not parts of one generation")

@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 from leverplus.bank import DemoBank
 from leverplus.cli import main
-from leverplus.core import repo_path
+from leverplus.core import repo_path, seal_file
 from leverplus.data import read_okvqa
 from leverplus.embed import EmbedStore, embed_items, load_clip
 from leverplus.evidence import READS, BankStore, Evidence, NewQuestions, inputs, n_evidence
