@@ -1,9 +1,10 @@
-"""A large evaluation: how long its tables take, how long its page of 5,000 cases, how large the page is, and how
-soon a browser shows it.
+"""A large evaluation: how long its tables and its page of 5,000 cases take, how large the page is, and how soon
+a browser shows it.
 
 `python bench/size.py [--questions 5046] [--selectors 20] [--cases 5000] [--pictures 2000] [--browser CHROME]`
-prints a table. The questions are those of OKVQA where its files lie in ../shared/data/okvqa, else made up.
-Pictures are drawn, as large as photographs of COCO. CHROME is a Chromium or Chrome; without one nothing is opened.
+prints a table. The questions are those of OKVQA where its files lie in ../shared/data/okvqa, else made up. The
+pictures are drawn, as large as photographs of COCO. CHROME is a Chromium or Chrome; without it nothing is
+opened.
 """
 import argparse, statistics, subprocess, tempfile, time
 from pathlib import Path

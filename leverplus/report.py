@@ -1105,9 +1105,11 @@ def _detail_tables(scored, items):
     if shots:
         name = "copying of the last demonstration's answer, variety of demonstrations"
         tables[name] = behaviour(scored, items)
-    sizes = _smaller_sizes(scored)
-    if sizes and "random" in set(scored.selector[scored.shots == shots]):
-        subs = subsets(scored.question_id.unique(), (*sizes, "all"))
+    good = scored[scored.shots.isin([0, shots]) & ~scored.eval_failed]
+    queries = good.question_id.unique() # without those that failed for everybody
+    sizes = _smaller_sizes(len(queries))
+    if sizes and "random" in set(good.selector[good.shots == shots]):
+        subs = subsets(queries, (*sizes, "all"))
         clusters = items if "image_id" in items else None
         tables[f"accuracy by number of queries, {shots} shots"] = size_table(scored, subs, shots, clusters)
     for kind in _kinds_of_question(scored, items):
@@ -1115,9 +1117,9 @@ def _detail_tables(scored, items):
     tables["the same answers under three evaluators"] = mode_table(scored, items)
     return tables
 
-def _smaller_sizes(scored):
+def _smaller_sizes(there_are):
     "Numbers of queries below what there is"
-    return [n for n in (100, 200, 400, 800) if n < scored.question_id.nunique()]
+    return [n for n in (100, 200, 400, 800) if n < there_are]
 
 def _kinds_of_question(scored, items):
     "Columns that divide the queries into 2 to 20 kinds"
