@@ -2,13 +2,15 @@
 import ast, csv, importlib, json, pathlib, pkgutil, re, warnings
 from html.parser import HTMLParser
 from types import SimpleNamespace
-import numpy as np, pandas as pd, pytest
+import matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest
 from hypothesis import given, strategies as st
 import leverplus
 from leverplus.bank import DemoBank
 from leverplus.checkpoints import model_card, passport
 from leverplus.core import markdown_code, markdown_text, printable
+from leverplus.data import show_items
 from leverplus.diagnose import Diagnosis
+from leverplus.evaluate import plot_results
 from leverplus.groups import Group, RLData
 from leverplus.loops import Check, ClosedLoop, Rounds
 from leverplus.markup import Block, Paragraph
@@ -253,3 +255,23 @@ def test_every_table_is_written_by_one_function():
         written = [name for name in names if name.endswith((".to_csv", "csv.writer", "csv.DictWriter"))]
         allowed = {"runs.py": 1, "cli.py": 1} # of cli: `Health.to_csv`
         assert len(written) == allowed.get(path.name, 0), path.name
+
+# ---- figures -----------------------------------------------------------------------------------------------
+
+FORMULA = r"what costs $\nothing_{} or 5 $?"
+
+def drawn(axes):
+    "Draw a figure, which reads its formulas"
+    np.ravel(axes)[0].figure.canvas.draw()
+
+def test_a_dollar_begins_no_formula_in_a_figure():
+    "Names, questions and answers hold what matplotlib would take for a formula, and a broken one"
+    told = items().assign(question=FORMULA, answer=FORMULA, answers=[[FORMULA]]*5, image_path=None)
+    drawn(show_items(told, 2))
+    prompt = Prompt(1, None, FORMULA, (Demo(2, None, FORMULA, FORMULA),))
+    demos = pd.DataFrame(dict(answer=[FORMULA]))
+    drawn(Picked(prompt, demos, [FORMULA], 0., []).show())
+    row = dict(selector=FORMULA, shots=2, n=9, acc=.3, lo=.2, hi=.4, gap_closed=np.nan, changed=np.nan)
+    drawn(plot_results(pd.DataFrame([row])))
+    drawn(health({FORMULA: groups()}).plot())
+    plt.close("all")
