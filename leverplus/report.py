@@ -678,7 +678,7 @@ def _in_order(rows, names):
     return rows.sort_values("selector", key=lambda s: s.map(order.index), kind="stable")
 
 # %% ../nbs/90_report.ipynb #a7114caf
-_WHOLE = 100 # cases that a page has as they are
+_WHOLE = 80 # cases that a page has as they are
 _AT_ONCE = 40 # cases that are shown together where there are more
 
 def browser_block(
@@ -689,7 +689,7 @@ def browser_block(
     pictures:Pictures|None=None, # those of the page; None: it carries its own
     level:int=3, # of the headings
     name:str="show", # of the filter, unique in a page
-)->Block: # more than a hundred cases are shown some at a time, by a script
+)->Block: # more than 80 cases are shown 40 at a time, by a script
     "Cases that can be filtered by won, lost and unchanged"
     items = as_items(items, need=("question", "answer", "answers"))
     pics = pictures or Pictures()

@@ -272,7 +272,7 @@ def _table_path(run, name):
     return run.path/name
 
 # %% ../nbs/01_runs.ipynb #fec07bc8
-_FORMULA = re.compile(r"'*[=+\-@\t\r\n]") # how a text begins that is written with an apostrophe more
+_FORMULA = re.compile(r"'*[=+\-@＝＋－＠\t\r\n]") # how a text begins that is written with an apostrophe more
 
 def write_csv(
     path, # where to

@@ -221,7 +221,7 @@ def test_only_say_prints():
 
 FORMULAS = (
     "=1+1", "+1", "-1", "@sum(a1)", "\t=1", "\r=1", "\n=1", "'=1", "''=1", "'", "it's", "a\r=1",
-    "=cmd|' /C calc'!A0",
+    "=cmd|' /C calc'!A0", "＝1+1", "＠sum(a1)",
 )
 
 def test_no_text_is_a_formula_and_all_come_back(tmp_path):
@@ -231,7 +231,7 @@ def test_no_text_is_a_formula_and_all_come_back(tmp_path):
     with open(path, newline="") as f: head, *rows = csv.reader(f)
     assert len(rows) == len(df)
     for cell in [*head, *(cell for row in rows for cell in row)]:
-        assert not cell or cell[0] not in "=+-@\t\r\n" or cell == "-1.5", cell
+        assert not cell or cell[0] not in "=+-@＝＠\t\r\n" or cell == "-1.5", cell
     back = read_csv(path)
     assert list(back) == list(df) and back["=name"].dtype == float and back.yes.dtype == bool
     assert back.text.tolist()[:-1] == list(FORMULAS) and back.text.isna().tolist()[-1]
