@@ -472,8 +472,8 @@ def _show_item(ax, item):
         ax.text(.5, .5, f"image {item.image_id}", ha="center", va="center", transform=ax.transAxes)
         ax.set_box_aspect(1)
     said = ", ".join(f"{answer}\u00a0({n})" for answer, n in Counter(item.answers).most_common(3))
-    ax.set_title(textwrap.fill(item.question, 22), fontsize=8)
-    ax.set_xlabel(textwrap.fill(said, 22), fontsize=8)
+    ax.set_title(textwrap.fill(item.question, 22), fontsize=8, parse_math=False)
+    ax.set_xlabel(textwrap.fill(said, 22), fontsize=8, parse_math=False)
 
 # %% ../nbs/10_data.ipynb #8a39b155
 def plot_people(

@@ -389,8 +389,8 @@ def _show_item(ax, item, below):
     else:
         ax.text(.5, .5, f"item {item.name}", ha="center", va="center", transform=ax.transAxes)
         ax.set_box_aspect(1)
-    ax.set_title(textwrap.fill(item.question, 20), fontsize=6)
-    ax.set_xlabel(below, fontsize=6)
+    ax.set_title(textwrap.fill(item.question, 20), fontsize=6, parse_math=False)
+    ax.set_xlabel(below, fontsize=6, parse_math=False)
 
 def _short(v):
     "A number or a list of numbers for a narrow column"

@@ -531,5 +531,5 @@ def _show_item(ax, item, title, with_question):
     if isinstance(item.image_path, str): ax.imshow(open_image(item.image_path, question_id=item.question_id))
     else: ax.set_box_aspect(1)
     ax.set(xticks=[], yticks=[])
-    ax.set_title(title, fontsize=6, pad=2)
-    if with_question: ax.set_xlabel(textwrap.fill(item.question, 24), fontsize=5)
+    ax.set_title(title, fontsize=6, pad=2, parse_math=False)
+    if with_question: ax.set_xlabel(textwrap.fill(item.question, 24), fontsize=5, parse_math=False)

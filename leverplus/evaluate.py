@@ -1131,7 +1131,7 @@ def plot_results(
         ax.errorbar(t.acc, y, xerr=reach, fmt="o", ms=5, capsize=2, lw=1.5, color=f"C{i}", label=f"S = {S}")
     line = table.acc[(table.selector == reference) & table.shots.isin([0, *shots])]
     if len(shots) == 1 and len(line): ax.axvline(line.iloc[0], ls=":", lw=1, color="grey", zorder=0)
-    ax.set_yticks(range(len(names)), names)
+    ax.set_yticks(range(len(names)), names, parse_math=False)
     ax.invert_yaxis()
     ax.set_xlabel(f"VQA accuracy ({level_text(table)} interval)")
     ax.grid(axis="x", alpha=.3)

@@ -172,7 +172,7 @@ def show_messages(
         ax.imshow(parts[i]["url"])
         ax.set(xticks=[], yticks=[])
         lines = [line for part in parts[i+1:end] for line in part["text"].strip().splitlines()]
-        ax.set_xlabel("\n".join(textwrap.fill(line, 34) for line in lines), fontsize=7)
+        ax.set_xlabel("\n".join(textwrap.fill(line, 34) for line in lines), fontsize=7, parse_math=False)
     return axes
 
 # %% ../nbs/96_lmms.ipynb #1d58959a

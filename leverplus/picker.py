@@ -111,8 +111,8 @@ def show(self:Picked,
         ax.set(xticks=[], yticks=[])
         if item.image is None: ax.set_box_aspect(1)
         else: ax.imshow(open_image(item.image, question_id=item.question_id))
-        ax.set_title(textwrap.fill(item.question, 22), fontsize=8)
-        ax.set_xlabel(answer, fontsize=9)
+        ax.set_title(textwrap.fill(item.question, 22), fontsize=8, parse_math=False)
+        ax.set_xlabel(answer, fontsize=9, parse_math=False)
     return axes
 
 # %% ../nbs/78_picker.ipynb #e50c7c11

@@ -681,7 +681,7 @@ def _in_order(rows, names):
     return rows.sort_values("selector", key=lambda s: s.map(order.index), kind="stable")
 
 # %% ../nbs/90_report.ipynb #a7114caf
-_WHOLE = 100 # cases that a page has as they are
+_WHOLE = 80 # cases that a page has as they are
 _AT_ONCE = 40 # cases that are shown together where there are more
 
 @guarded
@@ -693,7 +693,7 @@ def browser_block(
     pictures:Pictures|None=None, # those of the page; None: it carries its own
     level:Count=3, # of the headings
     name:str="show", # of the filter, unique in a page
-)->Block: # more than a hundred cases are shown some at a time, by a script
+)->Block: # more than 80 cases are shown 40 at a time, by a script
     "Cases that can be filtered by won, lost and unchanged"
     items = as_items(items, need=("question", "answer", "answers"))
     pics = pictures or Pictures()
@@ -1109,9 +1109,11 @@ def _detail_tables(scored, items):
     if shots:
         name = "copying of the last demonstration's answer, variety of demonstrations"
         tables[name] = behaviour(scored, items)
-    sizes = _smaller_sizes(scored)
-    if sizes and "random" in set(scored.selector[scored.shots == shots]):
-        subs = subsets(scored.question_id.unique(), (*sizes, "all"))
+    good = scored[scored.shots.isin([0, shots]) & ~scored.eval_failed]
+    queries = good.question_id.unique() # without those that failed for everybody
+    sizes = _smaller_sizes(len(queries))
+    if sizes and "random" in set(good.selector[good.shots == shots]):
+        subs = subsets(queries, (*sizes, "all"))
         clusters = items if "image_id" in items else None
         tables[f"accuracy by number of queries, {shots} shots"] = size_table(scored, subs, shots, clusters)
     for kind in _kinds_of_question(scored, items):
@@ -1119,9 +1121,9 @@ def _detail_tables(scored, items):
     tables["the same answers under three evaluators"] = mode_table(scored, items)
     return tables
 
-def _smaller_sizes(scored):
+def _smaller_sizes(there_are):
     "Numbers of queries below what there is"
-    return [n for n in (100, 200, 400, 800) if n < scored.question_id.nunique()]
+    return [n for n in (100, 200, 400, 800) if n < there_are]
 
 def _kinds_of_question(scored, items):
     "Columns that divide the queries into 2 to 20 kinds"

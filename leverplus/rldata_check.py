@@ -952,7 +952,7 @@ def plot(self:Health):
         _plot_positives(self.queries[self.queries.file == file], row[0])
         _plot_soft(self.spread[self.spread.file == file], row[1])
         _plot_sources(self.sources[self.sources.file == file], row[2])
-        row[0].set_ylabel(f"{file}\nqueries", fontsize=7)
+        row[0].set_ylabel(f"{file}\nqueries", fontsize=7, parse_math=False)
     for ax in axs.flat: ax.tick_params(labelsize=6)
     for ax in axs[:, :2].flat: ax.locator_params(nbins=3)
     for ax in axs[:-1, 1:].flat: ax.tick_params(labelbottom=False)

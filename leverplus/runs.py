@@ -287,7 +287,7 @@ def _differs(run, wanted): # {name: (there, now)}; a fingerprint that only one s
 def _now(): return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 # %% ../nbs/01_runs.ipynb #fec07bc8
-_FORMULA = re.compile(r"'*[=+\-@\t\r\n]") # how a text begins that is written with an apostrophe more
+_FORMULA = re.compile(r"'*[=+\-@＝＋－＠\t\r\n]") # how a text begins that is written with an apostrophe more
 
 def write_csv(
     path, # where to

@@ -689,7 +689,7 @@ def plot_sweep(
         ax.errorbar(r.acc, y, xerr=reach, fmt="o", ms=4, capsize=3, color=color)
     default = t.acc[t.verdict == "default"]
     if len(default): ax.axvline(default.iloc[0], ls=":", color="0.4", lw=1)
-    ax.set_yticks(range(len(t)), names, fontsize=8)
+    ax.set_yticks(range(len(t)), names, fontsize=8, parse_math=False)
     ax.set_ylim(len(t) - .5, -.5)
     ax.set(xlabel=f"accuracy, development questions ({level_text(t)})", ylabel=", ".join(by))
     return ax

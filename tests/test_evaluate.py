@@ -11,13 +11,13 @@ from leverplus.evaluate import (
     count_look, seeds_table, expected_best, failures, fixed_pairs, gap_closed, gap_table, load_subsets,
     majority_vote, mode_table, oracle_note, over_shots, paired_table, paired_tests, pick_baselines,
     pick_oracle, plot_results, result_table, save_subsets, score_picks, seed_matrix, shots_table,
-    size_table, subsets, table_text, type_table, unasked,
+    size_table, subsets, table_text, type_table, unasked, _gaps_closed,
 )
 from leverplus.core import gini
 from leverplus.infer import pick_model, pick_random, pick_similar, pick_zero, picks_frame
 from leverplus.statistics import (
-    NO_DIFFERENCE, Bootstrap, Interval, boot_means, bootstrap_mean, claim, detectable, differs, holm, mcnemar, mde,
-    paired_bootstrap, paired_p, plan_mde, plan_power, seeds_bootstrap, tail, verdict,
+    NO_DIFFERENCE, Bootstrap, Interval, alike_columns, boot_means, bootstrap_mean, claim, detectable, differs, holm,
+    mcnemar, mde, paired_bootstrap, paired_bootstraps, paired_p, plan_mde, plan_power, seeds_bootstrap, tail, verdict,
 )
 from leverplus.pools import Pool
 from leverplus.runs import Run
@@ -859,3 +859,73 @@ def test_one_picture_under_two_ids_is_one(tmp_path):
         return t.lo[0], t.hi[0]
     files = [str(tmp_path/f"{i}.png") for i in range(n)]
     assert table(range(n), files) == table(np.arange(n) % 12, None) != table(range(n), None)
+
+# ---- many at once ------------------------------------------------------------------------------------------
+
+def some_scores(n=60, k=6):
+    "[n, k] scores with holes: columns 0 and 1 know all queries, 2 and 3 miss the same, the others their own"
+    g = rng("many at once")
+    x = g.choice([0, .3, .6, 1.], (n, k))
+    x[:7, [2, 3]] = np.nan
+    for j in (4, 5): x[g.permutation(n)[:9], j] = np.nan
+    return x
+
+@pytest.mark.parametrize("cluster", [None, np.arange(60)//3], ids=["alone", "pictures"])
+def test_many_pairs_are_what_each_is_alone(cluster):
+    x = some_scores()
+    pairs = [(0, 1), (2, 3), (0, 4), (4, 5), (2, 1)]
+    few = Bootstrap(300, seed=4, level=.9)
+    together = paired_bootstraps(np.stack([x[:, a] - x[:, b] for a, b in pairs], 1), cluster, few)
+    for (a, b), got in zip(pairs, together):
+        assert got == pytest.approx(paired_bootstrap(x[:, a], x[:, b], cluster, few), abs=1e-12)
+    nothing = np.full((60, 1), np.nan)
+    with pytest.raises(ValueError, match="no query in common"): paired_bootstraps(nothing, cluster, few)
+
+@pytest.mark.parametrize("cluster", [None, np.arange(60)//3], ids=["alone", "pictures"])
+def test_many_gaps_are_what_each_is_alone(cluster):
+    x = some_scores()
+    low, high = x[:, 0]*.3, np.fmax(x[:, 1], .9)
+    few = Bootstrap(300)
+    together = _gaps_closed(x, low, high, cluster, few)
+    for j, got in enumerate(together):
+        assert got == pytest.approx(gap_closed(x[:, j], low, high, cluster, few), abs=1e-12, nan_ok=True)
+
+def test_columns_that_know_the_same_queries_stand_together():
+    groups = alike_columns(~np.isnan(some_scores()))
+    assert [columns for columns, _ in groups] == [[0, 1], [2, 3], [4], [5]]
+    assert [int(rows.sum()) for _, rows in groups] == [60, 53, 51, 51]
+
+def test_a_table_draws_its_resamples_once(monkeypatch):
+    "However many pairs there are, and in each of the tables"
+    import leverplus.statistics
+    drawn = []
+    def draw(*args):
+        drawn.append(args)
+        return as_before(*args)
+    as_before = leverplus.statistics.resamples
+    monkeypatch.setattr(leverplus.statistics, "resamples", draw)
+    g = rng("tables")
+    parts = [pd.DataFrame(dict(
+        selector=name, shots=2, question_id=range(50), draw=0, pointer=[(1, 2)]*50, vqa_gt_prob=.5,
+        vqa_acc_score=np.where(name == "oracle", 1., g.choice([0., 1.], 50)), vqa_pred_answer="so", eval_failed=False,
+    )) for name in ("random", "similar_text", "oracle", *(f"ours_{i}" for i in range(7)))]
+    scored = pd.concat(parts, ignore_index=True)
+    for table in (paired_table, paired_tests, gap_table):
+        drawn.clear()
+        assert len(table(scored, bootstrap=Bootstrap(50))) >= 8 and len(drawn) == 1, table.__name__
+
+def test_evaluators_judge_each_answer_once(monkeypatch):
+    import leverplus.evaluate
+    asked = []
+    def judge(said, truth, mode):
+        asked.append(len(said))
+        return as_before(said, truth, mode)
+    as_before = leverplus.evaluate.vqa_accuracies
+    monkeypatch.setattr(leverplus.evaluate, "vqa_accuracies", judge)
+    items = pd.DataFrame(dict(question_id=[1, 2], answers=[["a"]*10, ["b"]*10])).set_index("question_id")
+    rows = pd.DataFrame(dict(
+        selector=["x", "x", "y", "y", "z", "z"], shots=1, question_id=[1, 2]*3, draw=0, pointer=[(5,)]*6,
+        vqa_acc_score=0., vqa_gt_prob=0., vqa_pred_answer=["a", "c", "a", "b", "a", "c"], eval_failed=False,
+    ))
+    table = mode_table(rows, items)
+    assert asked == [3, 3, 3] and table.official.tolist() == [.5, 1., .5] and table.n.tolist() == [2, 2, 2]

@@ -1,5 +1,5 @@
 "Figures and the page: right words, right colours, nothing from outside, nothing unescaped"
-import base64, dataclasses, html, io, json, pathlib, re, shutil, subprocess
+import base64, dataclasses, hashlib, html, io, json, pathlib, re, shutil, subprocess
 from html.parser import HTMLParser
 import matplotlib
 
@@ -15,7 +15,7 @@ from leverplus.items import given_ids
 from leverplus.markup import Figure, Paragraph
 from leverplus.pools import Pool
 from leverplus.cases import (
-    MARKS, OUTCOMES, Pictures, case_block, data_uri, item_picture, mark_of, pick_cases, plot_examples,
+    MARKS, OUTCOMES, Pictures, Thumbnails, case_block, data_uri, item_picture, mark_of, pick_cases, plot_examples,
     query_outcomes, truth_text,
 )
 from leverplus.report import (
@@ -879,6 +879,140 @@ def test_a_browser_shows_the_page(run, world, tmp_path):
     browse(tmp_path, run[2], "--window-size=500,3000", f"--screenshot={shot}")
     im = np.asarray(Image.open(shot).convert("L"))
     assert im.shape == (3000, 500) and .01 < (im < 128).mean() < .5 and (im[:, -6:] > 250).all()
+
+# ---- thousands of cases ------------------------------------------------------------------------------------
+
+LARGE = 130 # questions: more than a page shows as they are
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    "Items, scored picks of four selectors, and the page of all their cases; every text holds markup"
+    d = tmp_path_factory.mktemp("large")
+    queries = list(range(LARGE))
+    demos = list(range(1000, 1020))
+    g = np.random.default_rng(0)
+    for i in range(60):
+        noise = g.integers(0, 256, (150, 200, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(d/f"{i}.jpg")
+    ids = queries + demos
+    items = pd.DataFrame(dict(
+        question_id=ids, image_id=ids, image_path=[str(d/f"{i % 60}.jpg") for i in ids],
+        question=[nasty(f"question {i}") for i in ids], answer=[nasty(f"answer {i}") for i in ids],
+        answers=[[nasty(f"annotator {i}")]*10 for i in ids],
+    ), index=ids)
+    parts = []
+    for name, S in (("zero_shot", 0), ("random", 2), (nasty("mine"), 2), ("oracle", 2)):
+        acc = g.choice([0., .6, 1.], LARGE)
+        parts.append(pd.DataFrame(dict(
+            selector=name, shots=S, question_id=queries, draw=0,
+            pointer=[tuple(g.choice(demos, S, replace=False).tolist()) for _ in queries],
+            vqa_acc_score=acc, vqa_gt_prob=acc/2, vqa_pred_answer=[nasty(f"said {q}") for q in queries],
+            eval_failed=[q == 7 for q in queries],
+        )))
+    scored = pd.concat(parts, ignore_index=True)
+    table = result_table(scored, items, changed_from=None, bootstrap=FEW)
+    findings = Findings(table=table, scored=scored, items=items)
+    return items, scored, write_report(d/"run", findings, Cases(n=LARGE), bootstrap=FEW)
+
+def data_of(page):
+    "What the script of a large page is given"
+    raw, = re.findall(r'<script type="application/json">(.*?)</script>', page.read_text(), re.S)
+    assert not set("<>&'") & set(raw)
+    return json.loads(raw)
+
+def test_a_large_page_has_the_first_cases_and_all_of_them_as_data(large):
+    items, scored, page = large
+    p = Page(page.read_text())
+    assert len(p.all("article")) == 40 and len(p.all("script")) == 2
+    data = data_of(page)
+    assert len(data["cases"]) == LARGE and len(set(data["texts"])) == len(data["texts"])
+    mine = scored[scored.selector == nasty("mine")].set_index("question_id")
+    went = query_outcomes(scored, nasty("mine"), 2, "random")
+    assert [data["against"][0], set(data["selectors"])] == ["random", {"random", "oracle", "zero_shot"}]
+    for query, demos, told, truth, outcomes, others in data["cases"]:
+        who, question, answer, _ = data["items"][query]
+        q = int(data["texts"][who])
+        row = mine.loc[q]
+        assert data["texts"][question] == items.question[q]
+        assert data["texts"][truth] == truth_text(items.answers[q])
+        assert [data["texts"][data["items"][d][2]] for d in demos] == items.answer[list(row.pointer)].tolist()
+        kind, word, said, prob, _ = told
+        assert data["texts"][word] == mark_of(row)[0] and prob == pytest.approx(row.vqa_gt_prob, abs=1e-3)
+        assert said is None if row.eval_failed else data["texts"][said] == row.vqa_pred_answer
+        assert data["outcomes"][outcomes[0]] == went[q] and len(others) == 3
+
+def test_pictures_of_a_large_page_are_there_once_and_within_bounds(large, monkeypatch):
+    import leverplus.cases
+    items, scored, page = large
+    text = page.read_text()
+    addresses = re.findall(r"data:image/jpeg;base64,[\w+/=]+", text)
+    data = data_of(page)
+    assert len(set(addresses)) == len(addresses)
+    on_top = {a["id"] for a in Page(text).all("symbol")}
+    pointed = {address[1:] for address, *_ in data["pictures"] if address[0] == "#"}
+    assert pointed <= on_top and len(data["pictures"]) == 60
+    opened = []
+    def look(path, **kw):
+        opened.append(path)
+        return Image.open(path)
+    monkeypatch.setattr(leverplus.cases, "open_image", look)
+    room = Thumbnails(Pictures(), room=20_000)
+    places = [room.place(items, q) for q in items.index]
+    assert 0 < len(room.list) < 20 and places.count(-2) > 60 and len(opened) == len(set(opened)) == len(room.list)
+
+def test_a_picture_of_a_page_is_read_once_for_each_size(world, monkeypatch):
+    import leverplus.cases
+    items, s = world
+    opened = []
+    def look(path, **kw):
+        opened.append(path)
+        return Image.open(path)
+    monkeypatch.setattr(leverplus.cases, "open_image", look)
+    pics = Pictures()
+    for _ in range(3):
+        for size in (224, 80): pics.show(items, 100, size)
+    assert len(opened) == 2 and len(pics.kept) == 1
+
+def test_only_the_script_of_the_page_may_run(large, run):
+    "The policy of a page names its script by its content, and nothing else"
+    for page in (large[2], run[2]):
+        metas = Page(page.read_text()).all("meta")
+        policy, = [m["content"] for m in metas if m.get("http-equiv") == "Content-Security-Policy"]
+        rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
+        assert rules["default-src"] == "'none'" and rules["img-src"] == "data:"
+        scripts = re.findall(r"<script>(.*?)</script>", page.read_text(), re.S)
+        digests = {base64.b64encode(hashlib.sha256(s.encode()).digest()).decode() for s in scripts}
+        assert all(rules["script-src"] == f"'sha256-{digest}'" for digest in digests)
+        assert len(scripts) == (page == large[2])
+
+def test_half_a_character_does_not_stop_a_page(world, tmp_path):
+    page = write_report(tmp_path/"r", Findings(table=table_of(random_2=.3, rce_2=.4)), title="a \ud800 b")
+    assert "a &#55296; b" in page.read_text()
+
+TURN = """<script>onload = () => { const d = document.querySelector('iframe').contentDocument;
+  const seen = () => [...d.querySelectorAll('.case')].filter(c => c.getClientRects().length).length;
+  const where = () => d.querySelector('.where').textContent;
+  const click = c => { d.querySelector(c).click(); return [seen(), where()] };
+  const first = [seen(), where()];
+  d.querySelectorAll('.turn button')[1].click();
+  document.title = JSON.stringify({first, on: [seen(), where()], head: d.querySelector('.case').innerText,
+    html: d.querySelectorAll('.case script, .case b b').length, won: click('.f-won-0'), all: click('.f-all'),
+    title: d.title}) }</script>"""
+
+@pytest.mark.skipif(not BROWSER, reason="no headless Chromium or Chrome on this machine")
+def test_a_browser_turns_the_pages_of_a_large_page(large, tmp_path):
+    items, scored, page = large
+    text = page.read_text().replace("<body>", "<body><script>document.title = 'run by somebody'</script>")
+    frame = f'<iframe srcdoc="{html.escape(text, quote=True)}" style="width:900px;height:900px"></iframe>'
+    outer = tmp_path/"outer.html"
+    outer.write_text(f"<!DOCTYPE html><meta charset=utf-8><title>-</title>{TURN}{frame}", encoding="utf8")
+    dump = browse(tmp_path, outer, "--virtual-time-budget=5000", "--dump-dom")
+    told = json.loads(html.unescape(re.search("<title>(.*?)</title>", dump)[1]))
+    won = int((query_outcomes(scored, nasty("mine"), 2, "random") == "won").sum())
+    assert told["first"] == [40, f"1 to 40 of {LARGE}"] and told["on"] == [40, f"41 to 80 of {LARGE}"]
+    assert told["won"] == [min(won, 40), f"1 to {min(won, 40)} of {won}"] and told["all"] == told["first"]
+    assert told["title"] == "run" and told["html"] == 0
+    assert "<b" in told["head"] and "question" in told["head"]
 
 # ---- rivals at their best ------------------------------------------------------------------------------------
 
