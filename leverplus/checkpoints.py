@@ -9,6 +9,7 @@ __all__ = ['SETTINGS_FILES', 'TEXT_FILES', 'SELECTOR_SCHEMA', 'STAMP', 'MEASURES
 
 # %% ../nbs/05_checkpoints.ipynb #d6752287
 import codecs, json, pickle, re
+from contextlib import contextmanager
 from pathlib import Path
 import torch
 from huggingface_hub import ModelCardData
@@ -166,13 +167,22 @@ def load_model(
     **options, # of `from_pretrained`
 )->torch.nn.Module: # ValueError names a weight that is not in the files, or of another shape
     "Load a model whose weights are all there"
-    model, report = load_part(loader, name, output_loading_info=True, **options)
+    with _silent(): model, report = load_part(loader, name, output_loading_info=True, **options)
     lacks = sorted([*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])])
     if not lacks: return model
     raise ValueError(
         f"{name}: its weights are not those of its config.json: {len(lacks)} are missing or of another shape, such as"
         f" {lacks[0]}; transformers would take random numbers. Copy or download the model again"
     )
+
+@contextmanager
+def _silent():
+    "Inside, transformers draws no table of the weights that it misses"
+    from transformers.utils import logging
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try: yield
+    finally: logging.set_verbosity(level)
 
 def check_vocabulary(
     tokenizer, # of a model

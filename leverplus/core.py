@@ -401,8 +401,17 @@ def parse_lines(
     names=(), # what must be in each, see `check_object`
 )->list: # of dicts; ValueError names file and line
     "Parse JSON lines with errors that name file and line"
-    lines = [(f"{where}, line {i}", line) for i, line in enumerate(raw.splitlines(), 1) if line.strip()]
-    return [check_object(parse_json(line, place), place, names, "an object on each line") for place, line in lines]
+    lines = enumerate(raw.splitlines(), 1)
+    return [_parse_line(line, f"{where}, line {i}", names) for i, line in lines if line.strip()]
+
+def _parse_line(line, where, names):
+    "The object on a line; ValueError also for half a character (a lone surrogate), which no table can hold"
+    out = check_object(parse_json(line, where), where, names, "an object on each line")
+    try: json.dumps(out, ensure_ascii=False).encode()
+    except UnicodeEncodeError as e:
+        half = e.object[e.start]
+        raise ValueError(f"{where}: holds half a character ({half!r}): was it cut inside an emoji? Mend it") from e
+    return out
 
 # %% ../nbs/00_core.ipynb #66dfd7e0
 def read_yaml(

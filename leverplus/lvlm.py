@@ -214,7 +214,7 @@ def load_lvlm(
     min_pixels:int|None=None, # a smaller picture is enlarged to so many pixels; None: as the checkpoint says
     max_pixels:int|None=None, # a larger picture is reduced to so many pixels; None: as the checkpoint says
     progress:bool=False, # show the bar of transformers while weights load?
-)->LVLM: # in eval mode, no gradients; TypeError: another model; ValueError: attention, template, pixels, broken file
+)->LVLM: # in eval mode, no gradients; ValueError: another model, attention, template, pixels, broken file
     "Load a Qwen-VL checkpoint"
     from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -254,10 +254,10 @@ def _check_attention(attn):
     )
 
 def _check_model(name, config, attn):
-    "TypeError for another kind of model, ValueError for sliding-window attention or another `attn`"
+    "ValueError for another kind of model, sliding-window attention or another `attn`"
     _check_attention(attn)
     if config.model_type not in FAMILY:
-        raise TypeError(
+        raise ValueError(
             f"{name}: a {config.model_type} model; leverplus asks Qwen2.5-VL, Qwen2-VL or Qwen3-VL"
             f" ({', '.join(FAMILY)})"
         )

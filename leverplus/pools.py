@@ -205,6 +205,8 @@ def load(cls:Pool,
     table = pd.read_parquet(check_file(path/"pool.parquet"))
     lacks = {"question_id", "candidates"} - set(table)
     if lacks: raise ValueError(f"{path/'pool.parquet'}: no column {min(lacks)}; is it the file of a pool?")
+    if not table.candidates.map(lambda ids: isinstance(ids, np.ndarray)).all():
+        raise ValueError(f"{path/'pool.parquet'}: candidates are no lists of ids; is it the file of a pool?")
     pool = cls(dict(zip(table.question_id.tolist(), table.candidates)), head["recipe"])
     if pool.fingerprint != head["fingerprint"]:
         raise ValueError(

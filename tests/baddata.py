@@ -16,7 +16,7 @@ from leverplus.embed import EmbedStore, load_clip
 from leverplus.evaluate import load_subsets
 from leverplus.groups import RLData
 from leverplus.infer import check_results
-from leverplus.items import as_id, as_image_id, as_items
+from leverplus.items import as_id, as_ids, as_image_id, as_items
 from leverplus.lmms import read_samples, read_task
 from leverplus.lvlm import load_lvlm
 from leverplus.picker import read_export
@@ -239,6 +239,143 @@ def spoil(folder, good, door, file, content, name):
         return door.open(home)
     return call
 
+# ---- ids and texts -----------------------------------------------------------------------------------------
+
+HALF, COMMAND = "a smile \ud83d", "cup<|im_end|>"
+BAD_IDS = (None, True, -1, -3., 1.5, 1e20, float("nan"), float("inf"), 2**63, 10**30, 10**5000, "", " ", "-3", HALF, b"17", [17],
+           {}, (), ("coco", None), ("coco", True), np.datetime64("2026-01-01"), np.uint64(2**63), np.float32(2**24))
+BAD_TEXTS = (None, 3, True, "", " \n", HALF, COMMAND, "<|image_pad|>", ["a"], {})
+BAD_ANSWERS = ("a cat", 3, [], [""], [" ", ""], [3], [None], [HALF], [COMMAND], [["a cat"]], {}, [{}], [dict(said="a cat")])
+BAD_PATHS = (3, True, b"a.png", ["a.png"], HALF, "a\0.png")
+
+def bad_ids():
+    "An id by itself, and among others"
+    for i, x in enumerate(BAD_IDS):
+        kind = f"{i}, {type(x).__name__}"
+        yield f"as_id {kind}", lambda x=x: as_id(x), ("question_id",)
+        yield f"as_ids {kind}", lambda x=x: as_ids([1, x]), ("row 1", "question_id")
+        yield f"as_image_id {kind}", lambda x=x: as_image_id(x), ("image_id",)
+
+def bad_items():
+    "A table in which one cell cannot be used"
+    items = world()[0].assign(image_path=None)
+    columns = dict(question=BAD_TEXTS, answer=BAD_TEXTS, answers=BAD_ANSWERS, image_path=BAD_PATHS, image_id=BAD_IDS,
+                   question_id=BAD_IDS)
+    for column, values in columns.items():
+        for i, x in enumerate(values):
+            def call(column=column, x=x):
+                own = np.empty(len(items), dtype=object)
+                own[:] = items[column].tolist()
+                own[3] = x
+                table = {name: items[name].tolist() for name in items} | {column: own}
+                return as_items(pd.DataFrame(table), ["question", "answer", "answers"])
+            names = ("row 3", "question_id") if column == "question_id" else ("question_id 3",)
+            yield f"as_items, {column} {i}, {type(x).__name__}", call, names
+
+def bad_tables(folder):
+    "A file of solved examples in which one cell cannot be used"
+    good = [dict(question_id=f"q{i}", question=f"what is {i}?", answer="a cat") for i in range(4)]
+    for column, values in dict(question=BAD_TEXTS, answer=BAD_TEXTS, question_id=(None, True, -1, 1.5, 1e20, 2**63, HALF)).items():
+        for i, x in enumerate(values):
+            rows = [dict(row) for row in good]
+            rows[2][column] = x
+            file = folder/f"{column}-{i}.jsonl"
+            def call(file=file, rows=rows):
+                write(file, "\n".join(map(json.dumps, rows)))
+                return solved_items(file)
+            names = (file.name, "row 2") if column == "question_id" else (file.name, "q2")
+            if x == HALF: names = (file.name, "line 3")
+            yield f"solved_items, {column} {i}, {type(x).__name__}", call, names
+    nested = dict(question=[["what?"], ["why?"]], answer=["a", "b"])
+    numbers = dict(question=[1., 2.], answer=["a", "b"])
+    for name, columns in dict(nested=nested, numbers=numbers, no_question=dict(answer=["a"])).items():
+        file = folder/f"{name}.parquet"
+        def call(file=file, columns=columns):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            pd.DataFrame(columns).to_parquet(file)
+            return solved_items(file)
+        yield f"solved_items, {name}", call, (file.name,)
+    for name, columns in dict(other=dict(a=[1]), texts=dict(question_id=["a"], candidates=["b"]),
+                              numbers=dict(question_id=[1], candidates=[2])).items():
+        home = folder/f"pool-{name}"
+        def call(home=home, columns=columns):
+            world()[1].save(home)
+            pd.DataFrame(columns).to_parquet(home/"pool.parquet")
+            return Pool.load(home)
+        yield f"Pool.load, {name}", call, ("pool.parquet",)
+
+# ---- questions and answers, at random ----------------------------------------------------------------------
+
+FIELDS = dict( # of an entry: what cannot stand there
+    question_id=(None, True, -1, 1.5, 1e20, 2**63, 10**30, "", HALF, [11], {}, float("nan")),
+    image_id=(None, True, -1, 1.5, 1e20, 2**63, "", HALF, [1], {}, float("inf")),
+    question=(None, 3, "", "  ", HALF, COMMAND, ["what?"], {}),
+    answers=(None, "a cat", {}, [], ["a cat"]*10, [{}]*10, [dict(answer=3)]*10, [dict(answer=HALF)]*10,
+             [dict(answer=COMMAND)]*10, [dict(answer=" ")]*10, [dict(answer="a")]*9),
+    multiple_choice_answer=(None, 3, "", HALF, COMMAND),
+    label=(None, {}, {"a": 2}, {"a": float("nan")}, {HALF: 1}, {COMMAND: 1}, "a", [1], {"a": True, "b": True, "c": True}),
+)
+
+def bad_entries(folder, seed=0, n=120):
+    "Files of questions and answers in which one field of one entry was replaced"
+    draw = random.Random(seed)
+    readers = dict(okvqa=(read_okvqa, ""), vqav2=(read_vqav2, "v2_"), soft_labels=(read_soft_labels, ""))
+    for i in range(n):
+        reader = draw.choice(sorted(readers))
+        own = dict(okvqa="answers", vqav2="multiple_choice_answer", soft_labels="label")[reader]
+        field = draw.choice(["question_id", "image_id", "question", own])
+        value = draw.choice(FIELDS[field])
+        yield bad_entry(folder/f"entry{i}", reader, *readers[reader], field, value)
+
+def bad_entry(folder, reader, read, prefix, field, value):
+    "One of them"
+    where = dict(answers="annotations", multiple_choice_answer="annotations", label="labels").get(field, "questions")
+    def call():
+        if reader == "soft_labels": make_soft(folder)
+        else: make_okvqa(folder, prefix)
+        file = next(folder.glob(f"*{where}.json"))
+        content = read_json(file)
+        entries = content if isinstance(content, list) else content[where]
+        entries[0][field] = value
+        write(file, json.dumps(content))
+        return read(folder, "train")
+    names = ("json",) if field == "question_id" else ("json", "11")
+    return f"{folder.name}, read_{reader}, {field} {type(value).__name__}", call, names
+
+# ---- models ------------------------------------------------------------------------------------------------
+
+def bad_models(folder):
+    "A model of which a file is broken, missing, or another model's"
+    loads = {"tiny-clip": load_clip, "tiny-qwen2.5-vl": load_lvlm}
+    for model, load in loads.items():
+        source = repo_path("models", model)
+        other = repo_path("models", next(name for name in loads if name != model))
+        files = sorted(p.name for p in source.iterdir() if p.name not in ("training.csv", "README.md"))
+        for file in files:
+            faults = dict(empty=b"", cut=cut(source/file), a_list=b"[]")
+            if file in ("config.json", "tokenizer.json", "model.safetensors"): faults |= dict(gone=None)
+            if file in ("config.json", "tokenizer.json", "preprocessor_config.json"): faults |= dict(an_object=b"{}")
+            if file in ("model.safetensors", "tokenizer.json", "config.json"): faults |= dict(swapped=(other/file).read_bytes())
+            for fault, content in faults.items():
+                place = folder/f"{model}-{file}-{fault}"
+                yield f"{model}, {file}, {fault}", bad_model(source, place, file, content, load), (place.name,)
+        place = folder/f"{model}-own-code"
+        own = json.dumps(dict(model_type="theirs", auto_map=dict(AutoConfig="code.Theirs", AutoModel="code.Theirs")))
+        yield f"{model}, config.json, own code", bad_model(source, place, "config.json", own.encode(), load), (place.name,)
+
+def bad_model(source, place, file, content, load):
+    "A call that loads a copy of a model in which one file was replaced"
+    def call():
+        shutil.rmtree(place, ignore_errors=True)
+        shutil.copytree(source, place)
+        write(place/"code.py", "raise SystemExit('code of a model was run')")
+        if content is None: (place/file).unlink()
+        else: (place/file).write_bytes(content)
+        return load(place)
+    return call
+
+# ---- all ---------------------------------------------------------------------------------------------------
+
 def bad_data(
     folder, # where files may be made
     seed=0, # of what is generated
@@ -246,6 +383,11 @@ def bad_data(
     "(name, call, what the error must name) of each case"
     folder = Path(folder)
     yield from spoilt_files(folder/"files")
+    yield from bad_ids()
+    yield from bad_items()
+    yield from bad_tables(folder/"tables")
+    yield from bad_entries(folder/"entries", seed)
+    yield from bad_models(folder/"models")
 
 if __name__ == "__main__":
     import sys, tempfile, time, warnings
