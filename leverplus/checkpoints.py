@@ -17,7 +17,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from leverplus.core import (
-    atomic_path, check_object, fingerprint, parse_json, read_object, tensors_fingerprint, what_instead,
+    atomic_path, check_file, check_object, fingerprint, parse_json, read_object, tensors_fingerprint, what_instead,
 )
 
 # %% ../nbs/05_checkpoints.ipynb #58eb9adc
@@ -46,11 +46,11 @@ def read_weights(
 
 # %% ../nbs/05_checkpoints.ipynb #79c94a6d
 def read_state(
-    path, # what `torch.save` wrote
+    path, # what `torch.save` wrote; FileNotFoundError names it if it is absent
     device="cpu", # where its tensors are to lie
 ): # what was saved; ValueError if the file is broken or something else
     "Read a saved state with errors that name the file"
-    front = _front(path)
+    front = _front(check_file(path))
     try: return torch.load(path, map_location=device, weights_only=True)
     except torch.OutOfMemoryError: raise
     # torch raises these for a broken file, by how much of it is there

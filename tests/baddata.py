@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from leverplus.bank import DemoBank, asked_items, read_table, solved_items
+from leverplus.checkpoints import read_state
 from leverplus.core import read_json, repo_path, write_json
 from leverplus.data import read_okvqa, read_soft_labels, read_vqav2
 from leverplus.doors import read_config
@@ -161,7 +162,8 @@ def alone(folder, name, read):
 def doors():
     "Every door that reads a file that people bring"
     beam = {"0": dict(id_list=[[2, 3, 0]], score_list=[.1], few_shot_num=2)}
-    old = {"0": dict(pointer_candidates=[dict(pointer=[2, 3], pred_answer="cat", vqa_acc_score=1.)])}
+    tried = [dict(pointer=[2, i], pred_answer="cat", vqa_acc_score=1.) for i in (3, 4)]
+    old = {"0": dict(pointer_candidates=tried)}
     numbers = {i: i + 100 for i in range(6)}
     jsons = JSON_FAULTS | dict(list_of_numbers=b"[1, 2]", empty_object=b"{}", empty_list=b"[]")
     out = [
@@ -182,6 +184,8 @@ def doors():
         Door("DemoBank.open", make_bank, DemoBank.open, ("bank.json",), jsons),
         Door("load_selector", lambda f: PointerSelector(4).save_pretrained(f), PointerSelector.from_pretrained,
              ("config.json", "model.safetensors"), jsons),
+        Door("read_state", lambda f: torch.save(dict(x=torch.ones(9)), f/"state.pt"), lambda f: read_state(f/"state.pt"),
+             ("state.pt",), {fault: jsons[fault] for fault in ("empty", "zeros", "html", "zip", "pointer", "number")}),
         Door("load_recipe", lambda f: save_recipe(RECIPES["ours"], f/"r.json"), lambda f: load_recipe(f/"r.json"),
              ("r.json",), jsons),
         Door("read_grid", lambda f: write_json(f/"g.json", {"lr": [1]}), lambda f: read_grid([str(f/"g.json")]),
@@ -267,7 +271,7 @@ def bad_items():
                 own = np.empty(len(items), dtype=object)
                 own[:] = items[column].tolist()
                 own[3] = x
-                table = {name: items[name].tolist() for name in items} | {column: own}
+                table = {name: items[name].tolist() for name in items} | {column: pd.Series(own, dtype=object)}
                 return as_items(pd.DataFrame(table), ["question", "answer", "answers"])
             names = ("row 3", "question_id") if column == "question_id" else ("question_id 3",)
             yield f"as_items, {column} {i}, {type(x).__name__}", call, names
