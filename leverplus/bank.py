@@ -17,8 +17,8 @@ import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
 from PIL import Image, ImageOps
 from leverplus.core import (
-    ask_for_a_folder, atomic_path, check_file, file_bytes, fingerprint, parse_json, parse_lines, read_csv, read_json,
-    world_path, write_json,
+    ask_for_a_folder, atomic_path, check_file, file_bytes, fingerprint, parse_json, parse_lines, read_csv,
+    read_json, world_path, write_json,
 )
 from .runs import library_versions
 from leverplus.pictures import (
@@ -145,7 +145,8 @@ def _table_of(source, images=None):
 def _frame_of(rows, where):
     "A table of dicts; ValueError names a text that no table can hold"
     for i, row in enumerate(rows):
-        if not isinstance(row, dict): raise ValueError(f"{where}: row {i} is a {type(row).__name__}, wanted a dict")
+        if not isinstance(row, dict):
+            raise ValueError(f"{where}: row {i} is a {type(row).__name__}, wanted a dict")
         faults = {name: character_fault(x) for name, x in row.items() if isinstance(x, str)}
         odd = next((name for name, fault in faults.items() if fault), None)
         if odd is not None: raise ValueError(f"{where}: row {i}: {odd} {faults[odd]}")

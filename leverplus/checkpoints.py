@@ -17,7 +17,8 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from leverplus.core import (
-    atomic_path, check_file, check_object, fingerprint, parse_json, read_object, tensors_fingerprint, what_instead,
+    atomic_path, check_file, check_object, fingerprint, parse_json, read_object, tensors_fingerprint,
+    what_instead,
 )
 
 # %% ../nbs/05_checkpoints.ipynb #58eb9adc
@@ -110,8 +111,11 @@ def _is_text(raw, path):
     if other: raise ValueError(f"{path}: not a text but {other}")
 
 # %% ../nbs/05_checkpoints.ipynb #284d8cd1
+_WEIGHTS = (
+    "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
+)
 _TOGETHER = ( # what a folder of a model holds: one of these files each
-    ("weights", ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")),
+    ("weights", _WEIGHTS),
     ("tokenizer", ("tokenizer.json", "vocab.json", "vocab.txt")),
     ("image processor", ("preprocessor_config.json", "processor_config.json")),
 )
@@ -136,8 +140,10 @@ def check_model(
         if any((folder/file).is_file() for file in files): continue
         raise FileNotFoundError(f"{folder}: no {part} ({files[0]}); was the model copied whole?")
 
-_OWN_CODE = "this model brings its own code, which is never run here: take a model that transformers knows by itself"
-_BROKEN = AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError, StrictDataclassError # by transformers
+_OWN_CODE = "this model brings its own code, which is never run here: take one that transformers knows by itself"
+_BROKEN = ( # what transformers raises for files that are not as it wants them
+    AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError, StrictDataclassError,
+)
 
 def load_part(
     loader, # a class of transformers with `from_pretrained`: AutoTokenizer, AutoConfig, ...
@@ -150,10 +156,10 @@ def load_part(
     except _BROKEN as e:
         if "trust_remote_code" in str(e): raise ValueError(f"{name}: {_OWN_CODE}") from e
         if not Path(name).is_dir(): raise   # of the hub, and of the way there
-        says = " ".join(str(e).split())
+        says = " ".join(str(e).split())[:300]
         raise ValueError(
-            f"{name}: transformers cannot read its {_part_of(loader)} ({type(e).__name__}: {says[:300]}); are the files of"
-            " one model, and whole? Copy or download it again"
+            f"{name}: transformers cannot read its {_part_of(loader)} ({type(e).__name__}: {says}); are the files"
+            " of one model, and whole? Copy or download it again"
         ) from e
 
 def _part_of(loader):
@@ -171,8 +177,8 @@ def load_model(
     lacks = sorted([*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])])
     if not lacks: return model
     raise ValueError(
-        f"{name}: its weights are not those of its config.json: {len(lacks)} are missing or of another shape, such as"
-        f" {lacks[0]}; transformers would take random numbers. Copy or download the model again"
+        f"{name}: its weights are not those of its config.json: {len(lacks)} are missing or of another shape,"
+        f" such as {lacks[0]}; transformers would take random numbers. Copy or download the model again"
     )
 
 @contextmanager
@@ -193,8 +199,8 @@ def check_vocabulary(
     known = len(tokenizer)
     if n/2 < known and max(tokenizer.get_vocab().values()) < n: return
     raise ValueError(
-        f"{name}: its tokenizer has {known} tokens, and the model vectors of {n}: is tokenizer.json of another model, or"
-        " missing? Copy or download the model again"
+        f"{name}: its tokenizer has {known} tokens, and the model vectors of {n}: is tokenizer.json of another"
+        " model, or missing? Copy or download the model again"
     )
 
 # %% ../nbs/05_checkpoints.ipynb #4ba52a31

@@ -12,8 +12,8 @@ import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
 from .checkpoints import check_model, check_vocabulary, load_model, load_part, read_weights
 from leverplus.core import (
-    atomic_path, exact_float32, fingerprint, loading_bar, read_object, tensors_fingerprint, repo_path, world_path,
-    write_json,
+    atomic_path, exact_float32, fingerprint, loading_bar, read_object, tensors_fingerprint, repo_path,
+    world_path, write_json,
 )
 from leverplus.identity import (
     image_settings, named_settings, tokenizer_fingerprint, unlike_config, weights_fingerprint,

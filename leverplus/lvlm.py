@@ -17,7 +17,7 @@ from itertools import takewhile
 from typing import NamedTuple
 import numpy as np, torch
 from .core import exact_float32, fingerprint, loading_bar, repo_path, stable_hash
-from .checkpoints import check_model, check_vocabulary, load_model, load_part
+from .checkpoints import check_checkpoint, check_model, check_vocabulary, load_model, load_part
 from leverplus.identity import (
     image_settings, named_settings, tokenizer_fingerprint, unlike_config, weights_fingerprint,
 )
@@ -220,8 +220,9 @@ def load_lvlm(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     name = str(path_or_name)
     if not os.path.isdir(name) and repo_path(name).is_dir(): name = str(repo_path(name))
-    check_model(name)
+    check_checkpoint(name)
     _check_model(path_or_name, load_part(AutoConfig, name), attn)
+    check_model(name)
     with loading_bar(progress):
         how = dict(dtype=dtype or "auto", attn_implementation=attn)
         model = load_model(AutoModelForImageTextToText, name, **how)
@@ -238,8 +239,8 @@ def _check_tokenizer(name, tokenizer, config):
     picture = tokenizer.convert_ids_to_tokens(config.image_token_id)
     if picture not in control_tokens_of(tokenizer):
         raise ValueError(
-            f"{name}: config.json puts token {config.image_token_id} where a picture is, and the tokenizer calls it"
-            f" {picture!r}: is tokenizer.json of another model? Copy or download the model again"
+            f"{name}: config.json puts token {config.image_token_id} where a picture is, and the tokenizer calls"
+            f" it {picture!r}: is tokenizer.json of another model? Copy or download the model again"
         )
     try: answer_place(tokenizer)
     except (ValueError, TemplateError) as e:

@@ -261,7 +261,8 @@ def frame(self:Run,
     if not path.exists():
         raise FileNotFoundError(f"run {self.path.name!r} has no {name}; it has {self.files()}")
     if path.suffix == ".parquet": return pd.read_parquet(check_file(path))
-    if not check_file(path).read_bytes().strip(): return pd.DataFrame()   # a table without columns, such as a history of no stage
+    is_empty = not check_file(path).read_bytes().strip()
+    if is_empty: return pd.DataFrame()   # a table without columns, such as a history of no stage
     return read_csv(path)
 
 @patch
