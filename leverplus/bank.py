@@ -27,6 +27,7 @@ from leverplus.pictures import (
     BadPicture, content_hash, open_image, picture_fault, picture_format, picture_key,
 )
 from .items import as_id, as_image_id, as_items, given_ids, picture_paths
+from .text import character_fault
 from leverplus.data import (
     BadItems, PictureFolder, check_choices, image_fault, items_fingerprint, majority, read_okvqa,
     read_soft_labels, read_vqav2,
@@ -137,11 +138,21 @@ def _renamed(table, columns):
 def _table_of(source, images=None):
     "(table, folder in which its pictures are looked for or None, split by the file's name)"
     if isinstance(source, pd.DataFrame): return source, None, ""
-    if isinstance(source, list): return pd.DataFrame(source), None, ""
+    if isinstance(source, list): return _frame_of(source, "examples"), None, ""
     if hasattr(source, "to_pandas"): return source.to_pandas(), None, ""
     if isinstance(source, (str, Path)): return read_solved(source, images)
     kind = type(source).__name__
     raise TypeError(f"examples are a {kind}, wanted a DataFrame, a Dataset, a list of dicts, or a path")
+
+def _frame_of(rows, where):
+    "A table of dicts; ValueError names a text that no table can hold"
+    for i, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise ValueError(f"{where}: row {i} is a {type(row).__name__}, wanted a dict")
+        faults = {name: character_fault(x) for name, x in row.items() if isinstance(x, str)}
+        odd = next((name for name, fault in faults.items() if fault), None)
+        if odd is not None: raise ValueError(f"{where}: row {i}: {odd} {faults[odd]}")
+    return pd.DataFrame(rows)
 
 # %% ../nbs/25_bank.ipynb #b8ceb054
 def _with_pictures(frame, base, images, split, keep):
@@ -245,8 +256,8 @@ def _read_table(path):
     ending = path.suffix.lower()
     if ending == ".csv": return read_csv(path, dtype=str, keep_default_na=False)
     if ending == ".parquet": return pd.read_parquet(check_file(path))
-    if ending == ".json": return pd.DataFrame(_list_in(read_json(path), path))
-    if ending == ".jsonl": return pd.DataFrame(parse_lines(file_bytes(path), path))
+    if ending == ".json": return _frame_of(_list_in(read_json(path), path), path)
+    if ending == ".jsonl": return _frame_of(parse_lines(file_bytes(path), path), path)
     raise ValueError(f"{path}: a file {ending or 'without ending'}, wanted one of {', '.join(_TABLES)}")
 
 def _list_in(content, path):

@@ -10,6 +10,7 @@ __all__ = ['SETTINGS_FILES', 'TEXT_FILES', 'SELECTOR_SCHEMA', 'STAMP', 'MEASURES
 
 # %% ../nbs/05_checkpoints.ipynb #d6752287
 import codecs, json, os, pickle, re
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 import torch
@@ -57,11 +58,11 @@ def write_weights(
 
 # %% ../nbs/05_checkpoints.ipynb #79c94a6d
 def read_state(
-    path, # what `write_state` or `torch.save` wrote
+    path, # what `write_state` or `torch.save` wrote; FileNotFoundError names it if it is absent
     device="cpu", # where its tensors are to lie
 ): # what was saved; `Damaged` if the file is not as it was written, or something else
     "Read a saved state with errors that name the file"
-    check_seal(path)
+    check_seal(path)   # which says if it is absent
     front = _front(path)
     try: return torch.load(path, map_location=device, weights_only=True)
     except torch.OutOfMemoryError: raise
@@ -139,8 +140,11 @@ def _is_text(raw, path):
     if other: raise ValueError(f"{path}: not a text but {other}")
 
 # %% ../nbs/05_checkpoints.ipynb #284d8cd1
+_WEIGHTS = (
+    "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
+)
 _TOGETHER = ( # what a folder of a model holds: one of these files each
-    ("weights", ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")),
+    ("weights", _WEIGHTS),
     ("tokenizer", ("tokenizer.json", "vocab.json", "vocab.txt")),
     ("image processor", ("preprocessor_config.json", "processor_config.json")),
 )
@@ -165,8 +169,10 @@ def check_model(
         if any((folder/file).is_file() for file in files): continue
         raise FileNotFoundError(f"{folder}: no {part} ({files[0]}); was the model copied whole?")
 
-_OWN_CODE = "this model brings its own code, which is never run here: take a model that transformers knows by itself"
-_BROKEN = AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError, StrictDataclassError # by transformers
+_OWN_CODE = "this model brings its own code, which is never run here: take one that transformers knows by itself"
+_BROKEN = ( # what transformers raises for files that are not as it wants them
+    AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError, StrictDataclassError,
+)
 
 def load_part(
     loader, # a class of transformers with `from_pretrained`: AutoTokenizer, AutoConfig, ...
@@ -179,10 +185,10 @@ def load_part(
     except _BROKEN as e:
         if "trust_remote_code" in str(e): raise ValueError(f"{name}: {_OWN_CODE}") from e
         if not Path(name).is_dir(): raise   # of the hub, and of the way there
-        says = " ".join(str(e).split())
+        says = " ".join(str(e).split())[:300]
         raise ValueError(
-            f"{name}: transformers cannot read its {_part_of(loader)} ({type(e).__name__}: {says[:300]}); are the files of"
-            " one model, and whole? Copy or download it again"
+            f"{name}: transformers cannot read its {_part_of(loader)} ({type(e).__name__}: {says}); are the files"
+            " of one model, and whole? Copy or download it again"
         ) from e
 
 def _part_of(loader):
@@ -196,13 +202,22 @@ def load_model(
     **options, # of `from_pretrained`
 )->torch.nn.Module: # ValueError names a weight that is not in the files, or of another shape
     "Load a model whose weights are all there"
-    model, report = load_part(loader, name, output_loading_info=True, **options)
+    with _silent(): model, report = load_part(loader, name, output_loading_info=True, **options)
     lacks = sorted([*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])])
     if not lacks: return model
     raise ValueError(
-        f"{name}: its weights are not those of its config.json: {len(lacks)} are missing or of another shape, such as"
-        f" {lacks[0]}; transformers would take random numbers. Copy or download the model again"
+        f"{name}: its weights are not those of its config.json: {len(lacks)} are missing or of another shape,"
+        f" such as {lacks[0]}; transformers would take random numbers. Copy or download the model again"
     )
+
+@contextmanager
+def _silent():
+    "Inside, transformers draws no table of the weights that it misses"
+    from transformers.utils import logging
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try: yield
+    finally: logging.set_verbosity(level)
 
 def check_vocabulary(
     tokenizer, # of a model
@@ -213,8 +228,8 @@ def check_vocabulary(
     known = len(tokenizer)
     if n/2 < known and max(tokenizer.get_vocab().values()) < n: return
     raise ValueError(
-        f"{name}: its tokenizer has {known} tokens, and the model vectors of {n}: is tokenizer.json of another model, or"
-        " missing? Copy or download the model again"
+        f"{name}: its tokenizer has {known} tokens, and the model vectors of {n}: is tokenizer.json of another"
+        " model, or missing? Copy or download the model again"
     )
 
 # %% ../nbs/05_checkpoints.ipynb #bc132b9f

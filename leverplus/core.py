@@ -608,8 +608,17 @@ def parse_lines(
     names=(), # what must be in each, see `check_object`
 )->list: # of dicts; ValueError names file and line
     "Parse JSON lines with errors that name file and line"
-    lines = [(f"{where}, line {i}", line) for i, line in enumerate(raw.splitlines(), 1) if line.strip()]
-    return [check_object(parse_json(line, place), place, names, "an object on each line") for place, line in lines]
+    lines = enumerate(raw.splitlines(), 1)
+    return [_parse_line(line, f"{where}, line {i}", names) for i, line in lines if line.strip()]
+
+def _parse_line(line, where, names):
+    "The object on a line; ValueError also for half a character (a lone surrogate), which no table can hold"
+    out = check_object(parse_json(line, where), where, names, "an object on each line")
+    try: json.dumps(out, ensure_ascii=False).encode()
+    except UnicodeEncodeError as e:
+        half = f"half a character ({e.object[e.start]!r})"
+        raise ValueError(f"{where}: holds {half}: was it cut inside an emoji? Mend it") from e
+    return out
 
 # %% ../nbs/00_core.ipynb #66dfd7e0
 def read_yaml(
@@ -629,16 +638,18 @@ def read_yaml(
     return check_object(content, path, what=what)
 
 class _OnceLoader(yaml.SafeLoader):
-    "YAML's safe loader; a key that stands twice, and a number that Python cannot read, are errors with their place"
+    "YAML's safe loader; a key that stands twice, and a value that Python cannot read, have a place in the error"
     def construct_mapping(self, node, deep=False):
         keys = [key.value for key, _ in node.value]
         twice = next((key for key in keys if keys.count(key) > 1), None)
-        if twice is not None: raise yaml.MarkedYAMLError(None, None, f"key {twice!r} occurs twice", node.start_mark)
+        if twice is not None: raise _at(node, f"key {twice!r} occurs twice")
         return super().construct_mapping(node, deep)
 
     def construct_object(self, node, deep=False):
         try: return super().construct_object(node, deep)
-        except ValueError as e: raise yaml.MarkedYAMLError(None, None, str(e), node.start_mark) from None
+        except ValueError as e: raise _at(node, str(e)) from None
+
+def _at(node, says): return yaml.MarkedYAMLError(None, None, says, node.start_mark)
 
 # %% ../nbs/00_core.ipynb #a3a90853
 def read_csv(
@@ -649,7 +660,7 @@ def read_csv(
     raw = file_bytes(path)
     other = what_instead(raw)
     if other: raise ValueError(f"{path}: no CSV table: {other}")
-    if b"\0" in raw: raise ValueError(f"{path}: no CSV table: it holds NUL bytes; if it is UTF-16, save it as UTF-8")
+    if b"\0" in raw: raise ValueError(f"{path}: no CSV table: it holds NUL bytes; of UTF-16, make UTF-8")
     try: text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as e:
         raise ValueError(f"{path}: byte {e.start} is not UTF-8: save the file as UTF-8") from e
@@ -665,17 +676,18 @@ def _check_lines(text, where):
             if not names: names = _column_names(cells, where)
             if len(cells) == len(names): continue
             raise ValueError(
-                f"{where}, line {lines.line_num}: {len(cells)} cells, and {len(names)} names in the first line: a cell"
-                " with a comma in it stands between quotes")
+                f"{where}, line {lines.line_num}: {len(cells)} cells, and {len(names)} names in the first line: a"
+                " cell with a comma in it stands between quotes")
     except csv.Error as e:
-        raise ValueError(f"{where}, line {lines.line_num}: {e}; was a quote left open, or the file cut short?") from e
+        says = f"{e}; was a quote left open, or the file cut short?"
+        raise ValueError(f"{where}, line {lines.line_num}: {says}") from e
 
 def _column_names(cells, where):
-    "Names of columns; ValueError for one that stands there twice, and for other marks than commas between them"
+    "Names of columns; ValueError for one that is there twice, and for other marks than commas between them"
     twice = [name for name in cells if name and cells.count(name) > 1]
     if twice: raise ValueError(f"{where}: {twice[0]!r} names two columns: rename or drop one")
     other = next((mark for mark in ";\t|" if len(cells) == 1 and mark in cells[0]), None)
-    if other: raise ValueError(f"{where}: {other!r} stands between the names {cells[0][:60]!r}, wanted commas")
+    if other: raise ValueError(f"{where}: {other!r} stands between the names {cells[0][:60]!r}, not commas")
     return cells
 
 # %% ../nbs/00_core.ipynb #a75b0118

@@ -71,7 +71,8 @@ def _texts(people, field): # what each of them says under `field`, composed; Non
     return [sound_text(text, f"an {field.replace('_', ' ')}") for text in out]
 
 def _extras(entry): # what some files have and others have not
-    out = {k: sound_text(entry[k], k) for k in ("question_type", "answer_type") if isinstance(entry.get(k), str)}
+    types = [k for k in ("question_type", "answer_type") if isinstance(entry.get(k), str)]
+    out = {k: sound_text(entry[k], k) for k in types}
     raw = _texts(entry["answers"], "raw_answer")
     if raw: out["raw_answers"] = raw
     if "image_id" in entry: out["image_id"] = _image_id(entry)

@@ -261,8 +261,9 @@ def check_choice(
     n = sum(getattr(ds, "n_empty", 0) for ds in datasets)
     if n and not may_be_empty(policy):
         raise ValueError(
-            f"{n} stored sequence{'s' * (n > 1)} without a demonstration, and a {type(policy).__name__} that cannot choose"
-            " to show nothing: make it with stop=True and min_shots=0, or leave the rows of 0 shots out of the data")
+            f"{n} stored sequence{'s' * (n > 1)} without a demonstration, and a {type(policy).__name__} that cannot"
+            " choose to show nothing: make it with stop=True and min_shots=0, or leave the rows of 0 shots out of"
+            " the data")
     for ds in datasets:
         _check_width(policy, ds)
         _check_lengths(policy, getattr(ds, "lengths", {}))
@@ -274,9 +275,10 @@ def _check_width(policy, ds):
     if None in (reads, gets) or reads == gets: return
     F = getattr(policy, "n_evidence", 0)
     evidence = f", {F} of them what a bank of answers says" if F else ""
+    kind = getattr(ds, "kind", None)
     raise ValueError(
-        f"the groups hold vectors of {gets} numbers (kind {getattr(ds, 'kind', None)!r}), the selector reads {reads}{evidence}:"
-        " take the store and the kind that it was made for, or make a new one"
+        f"the groups hold vectors of {gets} numbers (kind {kind!r}), the selector reads {reads}{evidence}: take the"
+        " store and the kind that it was made for, or make a new one"
     )
 
 def _check_lengths(policy, lengths):
@@ -286,14 +288,15 @@ def _check_lengths(policy, lengths):
     most = getattr(policy, "max_shots", None)
     if most is not None and longest > most:
         raise ValueError(
-            f"the group of question_id {lengths[longest]} shows {longest} demonstrations, the selector at most {most}"
-            f" (max_shots): make it with max_shots={longest}, or leave such rows out of the data")
+            f"the group of question_id {lengths[longest]} shows {longest} demonstrations, the selector at most"
+            f" {most} (max_shots): make it with max_shots={longest}, or leave such rows out of the data")
     shortest = min(lengths)
     least = getattr(policy, "min_shots", 0)
     if shortest < least:
+        shows = f"{shortest} demonstration{'s' * (shortest != 1)}"
         raise ValueError(
-            f"the group of question_id {lengths[shortest]} shows {shortest} demonstration{'s' * (shortest != 1)}, the selector at"
-            f" least {least} (min_shots): make it with min_shots={shortest}, or leave such rows out of the data")
+            f"the group of question_id {lengths[shortest]} shows {shows}, the selector at least {least}"
+            f" (min_shots): make it with min_shots={shortest}, or leave such rows out of the data")
 
 # %% ../nbs/40_dls.ipynb #2797fbdd
 @patch

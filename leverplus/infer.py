@@ -181,8 +181,8 @@ def _check_known(ids, items, what):
     unknown = sorted(set(ids) - set(items.index))
     if not unknown: return
     raise ValueError(
-        f"{what}: question_id {unknown[0]} is not among the {len(items)} items: pass the questions and demonstrations that"
-        " are meant")
+        f"{what}: question_id {unknown[0]} is not among the {len(items)} items: pass the questions and"
+        " demonstrations that are meant")
 
 # %% ../nbs/80_infer.ipynb #6fd82717
 def _batch(pool, store, qs, kind, device):
@@ -258,7 +258,7 @@ def _greedy(model, enc, S):
     return picked, [S]*len(picked)
 
 def _most_shots(model, S):
-    "Shots that are shown at most; ValueError for more than the selector picks, and for S = None and one without STOP"
+    "Shots that are shown at most; ValueError for more than the selector picks, and for None without STOP"
     config = getattr(model, "config", None) or {}
     if S is None and not config.get("stop"):
         raise ValueError("S=None, but this selector has no STOP (config['stop']): say how many shots")
@@ -1023,6 +1023,7 @@ def _check_prediction(pool, picking, model, store, judge, items, groups):
     picker = "zero_shot" if most == 0 else picking.picker
     _check_means(picking, picker, most, model, store, items, groups)
     if picker in _SELECTS: _most_shots(model, None if most == "stop" else most)
+    if picker == "fixed": _check_known(as_pointer(picking.fixed), items, "fixed")
     truths = {picking.by, picking.weight} & set(TRUTH)
     if truths: check_answered(items, list(pool), f"choosing by {min(truths)}")
     if judge is None: return

@@ -71,12 +71,15 @@ def _whole(x, name, digits=53):
     if x >= 2**63: raise ValueError(f"{name} {_short(x)} does not fit into 64 bits: put a letter before it")
     return x
 
-def _short(x): return str(x) if abs(x) < 10**40 else f"of {x.bit_length()} binary digits" # Python writes no number of 5000
+def _short(x):
+    "A whole number in words: Python writes none of 5,000 digits"
+    return str(x) if abs(x) < 10**40 else f"of {x.bit_length()} binary digits"
 
 def _check_kind(x, name):
     parts = x if isinstance(x, tuple) else (x,)
     for part in parts:
-        if isinstance(part, str) and character_fault(part): raise ValueError(f"{name} {x!r} {character_fault(part)}")
+        fault = character_fault(part) if isinstance(part, str) else ""
+        if fault: raise ValueError(f"{name} {x!r} {fault}")
         if isinstance(part, tuple): _check_kind(part, name)
         elif isinstance(part, bool): raise ValueError(f"{name} {x!r} holds a truth value, wanted an id")
         elif not isinstance(part, (str, int, float)):

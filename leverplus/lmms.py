@@ -313,7 +313,8 @@ def read_task(
 )->FewShot:
     "Read the settings of a task"
     task = read_yaml(path, "a task of `write_task`", mark="!function ")   # names of functions stay texts
-    settings = check_object(task.get("lmms_eval_specific_kwargs"), path, ["default"], "a task of `write_task`")
+    settings = task.get("lmms_eval_specific_kwargs")
+    check_object(settings, path, ["default"], "a task of `write_task`")
     try: return few_shot(settings["default"])
     except ValueError as e: raise ValueError(f"{path}: {e}") from e
 
@@ -337,8 +338,8 @@ def _one_log(path):
     raise FileNotFoundError(f"{path}: wanted a file of --log_samples, or a folder with one, found {there}")
 
 _RECORD = ( # what is read of a pick
-    "task", "question_id", "shots", "pointer", "logp", "said", "question", "answers", "demo_answers", "ids", "prompt",
-    "style",
+    "task", "question_id", "shots", "pointer", "logp", "said", "question", "answers", "demo_answers", "ids",
+    "prompt", "style",
 )
 
 def _row(sample, where):

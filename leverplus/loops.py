@@ -314,7 +314,8 @@ def groups_after(self:Loop, k):
 def check_trained(self:Loop, k, name, **prints):
     "Hold what lies in a round's folder against what the round has noted; earlier versions noted nothing"
     folder = self.folder(k)
-    noted = read_object(folder/"trained.json", what="notes of a round") if (folder/"trained.json").exists() else {}
+    file = folder/"trained.json"
+    noted = read_object(file, what="notes of a round") if file.exists() else {}
     if all(noted.get(what, now) == now for what, now in prints.items()): return
     raise ValueError(
         f"{folder/name}: not what this round has trained, and what is judged here: put it back, or remove"

@@ -10,7 +10,7 @@ __all__ = ['PROCESSORS', 'VIDEO_PROCESSORS', 'FAMILY', 'TEXT_SETTINGS', 'ROPE_SE
            'answer_logprobs', 'targets_of', 'prompt_bar', 'scorer_fingerprint', 'NaiveScorer', 'compare', 'MockScorer']
 
 # %% ../nbs/21_lvlm.ipynb #b8dffa05
-import contextlib, copy, math
+import contextlib, copy, math, os
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import takewhile
@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np, torch
 from .core import exact_float32, fingerprint, loading_bar, stable_hash
 from leverplus.checkpoints import (
-    check_model, check_on_hub, check_vocabulary, folder_or_name, load_model, load_part,
+    check_checkpoint, check_model, check_on_hub, check_vocabulary, folder_or_name, load_model, load_part,
 )
 from .settings import Count, Natural, guarded
 from leverplus.identity import (
@@ -219,14 +219,17 @@ def load_lvlm(
     min_pixels:Count|None=None, # a smaller picture is enlarged to so many pixels; None: as the checkpoint says
     max_pixels:Count|None=None, # a larger picture is reduced to so many pixels; None: as the checkpoint says
     progress:bool=False, # show the bar of transformers while weights load?
-)->LVLM: # in eval mode, no gradients; TypeError: another model; ValueError: attention, template, pixels, broken file
+)->LVLM: # in eval mode, no gradients; ValueError: another model, attention, template, pixels, broken file
     "Load a Qwen-VL checkpoint"
     from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     name = folder_or_name(path_or_name, "an LVLM")
     check_on_hub(name)
-    check_model(name)
+    if os.path.isdir(name) and not os.path.isfile(os.path.join(name, "config.json")):
+        raise FileNotFoundError(f"{name}: no LVLM here (config.json is missing)")
+    check_checkpoint(name)
     _check_model(path_or_name, load_part(AutoConfig, name), attn)
+    check_model(name)
     with loading_bar(progress):
         how = dict(dtype=dtype or "auto", attn_implementation=attn)
         model = load_model(AutoModelForImageTextToText, name, **how)
@@ -243,8 +246,8 @@ def _check_tokenizer(name, tokenizer, config):
     picture = tokenizer.convert_ids_to_tokens(config.image_token_id)
     if picture not in control_tokens_of(tokenizer):
         raise ValueError(
-            f"{name}: config.json puts token {config.image_token_id} where a picture is, and the tokenizer calls it"
-            f" {picture!r}: is tokenizer.json of another model? Copy or download the model again"
+            f"{name}: config.json puts token {config.image_token_id} where a picture is, and the tokenizer calls"
+            f" it {picture!r}: is tokenizer.json of another model? Copy or download the model again"
         )
     try: answer_place(tokenizer)
     except (ValueError, TemplateError) as e:
@@ -259,10 +262,10 @@ def _check_attention(attn):
     )
 
 def _check_model(name, config, attn):
-    "TypeError for another kind of model, ValueError for sliding-window attention or another `attn`"
+    "ValueError for another kind of model, sliding-window attention or another `attn`"
     _check_attention(attn)
     if config.model_type not in FAMILY:
-        raise TypeError(
+        raise ValueError(
             f"{name}: a {config.model_type} model; leverplus asks Qwen2.5-VL, Qwen2-VL or Qwen3-VL"
             f" ({', '.join(FAMILY)})"
         )

@@ -209,8 +209,8 @@ def read_export(
 def _same_columns(rows, path):
     "The rows; ValueError for one that has other columns than the first"
     for i, row in enumerate(rows):
-        differ = set(row) ^ set(rows[0])
-        if differ: raise ValueError(f"{path}: row {i} and row 0 differ in their columns ({', '.join(sorted(differ))})")
+        differ = ", ".join(sorted(set(row) ^ set(rows[0])))
+        if differ: raise ValueError(f"{path}: row {i} and row 0 differ in their columns ({differ})")
     return rows
 
 # %% ../nbs/78_picker.ipynb #4474e1c9

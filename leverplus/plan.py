@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 import numpy as np, pandas as pd, torch
 from huggingface_hub import try_to_load_from_cache
-from .core import read_json, rng
+from .core import read_object, rng
 from .checkpoints import load_part
 from .settings import Amount, Bound, Count, Finite, Job, Natural, Positive, change, guarded
 from .items import as_items, check_answered, picture_paths
@@ -546,7 +546,8 @@ def embed_plan(
     why = "given"
     if rate == "measure": rate, why = (measure_embedding(splits) if todo else None), "measured just now"
     config = found_folder(data.clip)/"config.json"
-    width = read_json(config).get("projection_dim", 512) if config.is_file() else 768
+    width = 768
+    if config.is_file(): width = read_object(config, what="settings of a CLIP").get("projection_dim", 512)
     doubt = "" if config.is_file() else ", if its vectors have 768 numbers"
     images = splits.every.image_path.nunique() if todo else 0
     if shard: images /= shard[1]

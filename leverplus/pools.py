@@ -206,6 +206,8 @@ def load(cls:Pool,
     table = read_parquet(path/"pool.parquet")
     lacks = {"question_id", "candidates"} - set(table)
     if lacks: raise ValueError(f"{path/'pool.parquet'}: no column {min(lacks)}; is it the file of a pool?")
+    if not table.candidates.map(lambda ids: isinstance(ids, np.ndarray)).all():
+        raise ValueError(f"{path/'pool.parquet'}: candidates are no lists of ids; is it the file of a pool?")
     pool = cls(dict(zip(table.question_id.tolist(), table.candidates)), head["recipe"])
     if pool.fingerprint != head["fingerprint"]:
         raise ValueError(
@@ -480,10 +482,10 @@ def check_encoder(
     trained_on = info.get("encoder")
     if encoder is None or trained_on == encoder: return
     if trained_on is None: return _warn_of(model, encoder)
-    own = info.get("encoder_name")
+    own = _called(trained_on, info.get("encoder_name"))
     raise ValueError(
-        f"the selector was trained on vectors of {_called(trained_on, own)}, these are of {_called(encoder, name)}: take the"
-        " embedder (clip) that it was trained with, or clear its info[\"encoder\"] and say so in the report"
+        f"the selector was trained on vectors of {own}, these are of {_called(encoder, name)}: take the embedder"
+        " (clip) that it was trained with, or clear its info[\"encoder\"] and say so in the report"
     )
 
 def _called(encoder, name): return f"CLIP {encoder}" + (f" ({name})" if name else "")
@@ -491,13 +493,13 @@ def _called(encoder, name): return f"CLIP {encoder}" + (f" ({name})" if name els
 _WARNED = WeakSet() # checkpoints that somebody was warned of
 
 def _warn_of(model, encoder):
-    "Say that nobody can tell whose vectors a checkpoint was trained on; a selector that was not loaded knows its own"
+    "Say that nobody can tell whose vectors a checkpoint was trained on; a selector of this process knows"
     if getattr(model, "made", None) is None or model in _WARNED: return
     _WARNED.add(model)
     warnings.warn(
-        f"this selector does not say which encoder made the vectors that it was trained on, as earlier versions did not:"
-        f" whether it was CLIP {encoder}, nobody can tell. If you know, set its info[\"encoder\"] and save it again",
-        stacklevel=3)
+        "this selector does not say which encoder made the vectors that it was trained on, as earlier versions"
+        f" did not: whether it was CLIP {encoder}, nobody can tell. If you know, set its info[\"encoder\"] and save"
+        " it again", stacklevel=3)
 
 def check_vectors(
     model, # a selector, see `check_encoder`

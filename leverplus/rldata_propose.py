@@ -273,7 +273,8 @@ def propose(
     if S == 0: return zero_shot_rows(list(pool.only(queries)))
     if policy is None: policy = SimilarityPrior(proposing.scale)
     most = getattr(policy, "max_shots", None)
-    if most is not None and S > most: raise ValueError(f"propose: {S} shots, the selector picks at most {most} (max_shots)")
+    if most is not None and S > most:
+        raise ValueError(f"propose: {S} shots, the selector picks at most {most} (max_shots)")
     kind = kind_for(policy, store, proposing.kind)
     parts = []
     with deciding(policy):

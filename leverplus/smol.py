@@ -250,7 +250,7 @@ def load_minilm(
     check_model(folder, pictures=False)
     with loading_bar(progress): model = load_model(AutoModel, folder, dtype=torch.float32)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    settings = read_object(folder/"sentence_bert_config.json", ("max_seq_length",), "settings of a sentence encoder")
+    settings = read_object(folder/"sentence_bert_config.json", ("max_seq_length",), "settings of an encoder")
     model = model.to(device).eval().requires_grad_(False)
     tokenizer = load_part(AutoTokenizer, folder)
     check_vocabulary(tokenizer, model.config.vocab_size, folder)

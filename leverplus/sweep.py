@@ -188,8 +188,8 @@ def _grid_file(path):
     "A grid in a file: {key: values}"
     grid = read_object(path, what="a grid, {key: values}")
     odd = next((key for key, values in grid.items() if not isinstance(values, list)), None)
-    if odd is not None: raise ValueError(f"{path}: {odd}: a {type(grid[odd]).__name__}, wanted a list of values")
-    return grid
+    if odd is None: return grid
+    raise ValueError(f"{path}: {odd}: a {type(grid[odd]).__name__}, wanted a list of values")
 
 def _values(text):
     "Values between commas: JSON as a whole, or each by itself"

@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from itertools import permutations
 from pathlib import Path
+from zipfile import BadZipFile
 import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
 from .settings import Amount, Asking, Count, Natural, guarded
-from .core import fingerprint, printable, read_object, world_path
+from .core import check_file, fingerprint, printable, read_object, world_path
 from .toy import DATASET
 from .items import as_ids, as_items
 from .data import check_splits, items_fingerprint, read_okvqa, read_soft_labels
@@ -349,7 +350,10 @@ def question_store(
     ids, # question_ids that are wanted; KeyError names one without a vector
 )->EmbedStore: # of text alone
     "Read sentence vectors of questions"
-    with np.load(file) as z: known, text = as_ids(z["question_id"]), z["text"]
+    try:
+        with np.load(check_file(file)) as z: known, text = as_ids(z["question_id"]), z["text"]
+    except (BadZipFile, EOFError, KeyError, ValueError) as e:
+        raise ValueError(f"{file}: not an .npz with question_id and text ({e}): copy it again") from e
     row = pd.Index(known).get_indexer(ids)
     lost = np.asarray(ids)[row < 0]
     if len(lost): raise KeyError(f"{file}: no vector of question_id {lost[0]} ({len(lost)} such questions)")

@@ -210,7 +210,7 @@ def test_fingerprint_ignores_settings_that_change_no_number():
 
 def test_other_models_are_refused(tmp_path):
     (tmp_path/"config.json").write_text('{"model_type": "clip"}')
-    with pytest.raises(TypeError, match="clip model"): load_lvlm(tmp_path)
+    with pytest.raises(ValueError, match="clip model"): load_lvlm(tmp_path)
 
 @pytest.mark.parametrize(
     "texts,weights,says",
