@@ -426,6 +426,7 @@ def _merged(door):
     if keep.positive_share is not None: data = balance(data, keep.positive_share, seed=keep.seed)
     if keep.sample is not None: data = sample_queries(data, keep.sample, keep.seed)
     print("\n".join(data.log))
+    if not len(data): raise Bad(f"nothing is left of {', '.join(door.runs)}: leave out a flag such as --min-gap")
     return data
 
 def do_merge(door:Merge):

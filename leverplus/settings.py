@@ -525,6 +525,8 @@ class Teaching:
                 f"{', '.join(own)} beside recipe {self.name}: name an objective, or change the recipe with `set`,"
                 " such as {\"listwise\": {\"n_epoch\": 2}} or {\"data\": {\"bs\": 16}}"
             )
+        if self.start is not None and self.new is not None:
+            raise ValueError(f"model beside start {self.start}: a selector is there already, leave out one of them")
         twice = [word for word, name in dict(epochs="n_epoch", lr="lr").items() if name in (self.set or {})]
         if self.objective is not None and twice:
             raise ValueError(f"{', '.join(twice)} in `set`: say it by its own name")

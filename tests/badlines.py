@@ -264,20 +264,18 @@ merge runs/train --out runs/eval | runs/eval
 merge runs/train --out new --weights {"speed":9} --min-gap 0.1 | weights
 merge runs/train --out new --reward gtprob | min-gap
 merge runs/train --out new --sample 100 | sample
-merge runs/train --out new --min-gap 1000 | min_gap
+merge runs/train --out new --min-gap 1000 | min-gap
 train runs/train --dev runs/dev --quiet --out new --objective rce --set {"speed":9} | speed
 train runs/train --dev runs/dev --quiet --out new --objective rce --set {"temp":-1} | temp
 train runs/train --dev runs/dev --quiet --out new --objective rce --set {"norm":"x"} | norm
 train runs/train --dev runs/dev --quiet --out new --objective grpo --set {"clip":-1} | clip
 train runs/train --dev runs/dev --quiet --out new --objective rce --model {"speed":9} | speed
-train runs/train --dev runs/dev --quiet --out new --objective rce --model {"d_hidden":-1} | d_hidden
 train runs/train --dev runs/dev --quiet --out new --objective rce --kind audio | kind
 train runs/train --dev runs/dev --quiet --out new --recipe nowhere | nowhere
 train runs/train --dev runs/dev --quiet --out new --set {"nowhere":{"n_epoch":2}} | nowhere
-train runs/train --dev runs/dev --quiet --out new --set {"listwise":{"n_epoch":-2}} | n_epoch
 train runs/train --dev runs/dev --quiet --out new --reward gtprob | reward
 train runs/train --dev runs/dev --quiet --out new --objective rce --reward gtprob --weights {"speed":9} | weights
-train runs/train --dev runs/train --quiet --out new --objective rce | runs/train
+train runs/train --dev runs/train --quiet --out new --objective rce | question_id
 train runs/train runs/train --dev runs/dev --quiet --out new --objective rce | runs/train
 train runs/train --quiet --out new --objective rce --dev-share 0 | dev_share
 train runs/train --quiet --out new --objective rce --dev-share 1 | dev_share
