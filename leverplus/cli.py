@@ -104,6 +104,7 @@ def check_door(
     name = command_settings(door)["door"]
     if name in _MAKES: check_place(door.out, _MAKES[name])
     if name in ("mine", "merge"): _check_not_asked(door.out)
+    if name == "sweep": _check_other_folder(door.out, [door.run, door.dev], "data of the sweep")
     if name == "report" and door.out is not None: _check_page(Path(door.out))
     folders = [_setting(door, flag) for flag in ("csv", "store", "vision_dir", "kept")]
     for folder in folders:
