@@ -32,7 +32,7 @@ from .groups import RLData
 from .rldata_propose import SimilarityPrior
 from .rldata_ask import FactCache, ask, facts_fingerprint, text_hashes
 from leverplus.rldata_generate import (
-    bank_fingerprint, begin_run, evaluated, generate, policy_fingerprint, run_lock,
+    bank_fingerprint, begin_run, check_run, evaluated, generate, policy_fingerprint, run_lock,
 )
 from .rldata_check import health, wilson
 from .rldata_mine import mine
@@ -218,7 +218,8 @@ class Loop:
         prints = loop_prints(world, self.queries, self.split, settings.asking)
         ids = _loop_ids(self.queries, _loop_pools(world, self.queries, self.split))
         def create(): return Run.create(self.path, self.run_settings, settings.seed, prints)
-        Run.check(self.path, self.run_settings, settings.seed, prints)
+        def look(): Run.check(self.path, self.run_settings, settings.seed, prints)
+        check_run(look, self.path, world.items, ids, store=world.store)
         with run_lock(self.path): self.run = begin_run(create, self.path, world.items, ids, store=world.store)
         self.cache = FactCache(self.path/"facts") if cache is None else cache
 
