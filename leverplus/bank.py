@@ -21,7 +21,7 @@ from leverplus.core import (
     markdown_text, parse_json, parse_lines, printable, read_csv, read_json, read_parquet, world_path,
     write_json, write_parquet,
 )
-from .runs import library_versions
+from .runs import hold_lock, library_versions
 from .settings import Count, guarded
 from leverplus.pictures import (
     BadPicture, content_hash, open_image, picture_fault, picture_format, picture_key,
@@ -573,8 +573,17 @@ def append(self:DemoBank,
     progress:bool=True, # show bars
     images=None, # folder of pictures, see `solved_items`
 )->DemoBank: # the bank itself, saved if it has a folder; ValueError names an id that stands for two contents
-    "Add examples"
+    "Add examples; what another process has added to the folder meanwhile is kept"
     more = solved_items(source, columns, images, _pictures_of(self.folder))
+    if self.folder is None: return self._grow(more, progress)
+    with hold_lock(self.folder/".bank.lock", "this bank"):
+        there = read_json(self.folder/"bank.json")["fingerprint"]
+        if there != self.fingerprint: self._become(type(self).open(self.folder, self.encoder))
+        return self._grow(more, progress)
+
+@patch
+def _grow(self:DemoBank, more, progress):
+    "The bank with the examples that it lacks"
     new = more[~more.index.isin(self.items.index)]
     self._check_same(more.drop(index=new.index))
     if not len(new): return self
@@ -582,8 +591,12 @@ def append(self:DemoBank,
     store = gather_stores(items, [self.store, embed_items(new, self.encoder, progress=progress)])
     grown = type(self)(items, store, self.encoder, self.info)
     if self.folder is not None: grown.save(self.folder)
+    return self._become(grown)
+
+@patch
+def _become(self:DemoBank, other):
     vars(self).clear()
-    vars(self).update(vars(grown))
+    vars(self).update(vars(other))
     return self
 
 def _joined(items, new):

@@ -106,6 +106,7 @@ def check_door(
     name = command_settings(door)["door"]
     if name in _MAKES: check_place(door.out, _MAKES[name])
     if name in ("mine", "merge"): _check_not_asked(door.out)
+    if name == "sweep": _check_other_folder(door.out, [door.run, door.dev], "data of the sweep")
     if name == "report" and door.out is not None: _check_page(Path(door.out))
     folders = [_setting(door, flag) for flag in ("csv", "store", "vision_dir", "kept")]
     for folder in folders:
@@ -429,6 +430,7 @@ def _merged(door):
     if keep.positive_share is not None: data = balance(data, keep.positive_share, seed=keep.seed)
     if keep.sample is not None: data = sample_queries(data, keep.sample, keep.seed)
     say("\n".join(data.log))
+    if not len(data): raise Bad(f"nothing is left of {', '.join(door.runs)}: leave out a flag such as --min-gap")
     return data
 
 def do_merge(door:Merge):

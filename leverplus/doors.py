@@ -301,6 +301,10 @@ class Merge(Door):
     running:Running=Running()
     around:Around=Around()
 
+    def __post_init__(self):
+        if self.keeping.min_gap is None and self.rewarding != Rewarding():
+            raise ValueError(f"reward {self.rewarding.reward}: rewards matter to --min-gap alone, which is not there")
+
 # %% ../nbs/94_doors.ipynb #5662dc14
 @group
 class Train(Door):

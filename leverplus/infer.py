@@ -33,7 +33,7 @@ from .lvlm import Scored, Targets
 from .groups import check_shard, shard_tag
 from .rldata_ask import FactCache, ask, facts_fingerprint, text_hashes
 from leverplus.rldata_generate import (
-    Contents, bank_print, begin_run, policy_fingerprint, run_lock, shard_queries,
+    Contents, bank_print, begin_run, check_run, policy_fingerprint, run_lock, shard_queries,
 )
 from .picker import PICK_COLUMNS, Column, check_new_file, export_rows
 from .baselines import FactsNearby, Logistic, Vote, best_last, query_cosines
@@ -878,9 +878,11 @@ class _Place:
         ids = (work.pool if pool is None else pool).item_ids
         return begin_run(create, self.path, work.items, ids, self.overwrite, work.store)
 
-    def check(self, work, **more):
+    def check(self, work, pool=None, **more):
         "Refuse a folder where `begin` cannot be, before anything is written"
-        Prediction.check(self.path, *self._record(work, more))
+        def look(): Prediction.check(self.path, *self._record(work, more))
+        ids = (work.pool if pool is None else pool).item_ids
+        check_run(look, self.path, work.items, ids, self.overwrite, work.store)
 
     def _record(self, work, more):
         "What a run keeps, as `Run.create` takes it"
@@ -912,7 +914,7 @@ def _sharded(work, place, shard):
     parts = [shard_queries(work.pool, (k, n)) for k in range(n)]
     folders = [place.path/f"shard{shard_tag((k, n))}" for k in range(n)]
     own = work.pool.only(parts[i])
-    place.check(work, shards=n)
+    place.check(work, own, shards=n)
     def lock(): return hold_lock(place.path/".union.lock", "the shards of this prediction")
     with lock(): run = place.begin(work, own, shards=n)
     if parts[i]: run = _whole(replace(work, pool=own), replace(place, path=folders[i]))
@@ -1012,8 +1014,19 @@ def _rehearse(work):
     for shots in _counts(work.picking):
         check_picks(pick(one, work.picking, work.model, work.store, work.items, shots, work.groups), work.items)
 
+def _check_idle(picking):
+    "Refuse settings that nothing of this prediction would look at"
+    idle = dict(
+        by=(picking.by is not None and picking.picker not in ("beam", "samples"), "picker beam or samples"),
+        weight=(picking.weight is not None and picking.by != "vote", "by vote"),
+        threshold=(picking.threshold is not None and len(picking.shots) < 2, "several shots"),
+    )
+    for name, (is_idle, beside) in idle.items():
+        if is_idle: raise ValueError(f"{name} {getattr(picking, name)}: wanted only beside {beside}")
+
 def _check_prediction(pool, picking, model, store, judge, items, groups):
     "Refuse what cannot end well, before anything is written"
+    _check_idle(picking)
     unknown = [i for i in picking.fixed if i not in items.index]
     if unknown: raise ValueError(f"fixed {unknown[0]}: no such question_id among the items")
     if model is not None:

@@ -31,7 +31,9 @@ from .evidence import BankStore, kind_for
 from .groups import RLData
 from .rldata_propose import SimilarityPrior
 from .rldata_ask import FactCache, ask, facts_fingerprint, text_hashes
-from .rldata_generate import bank_fingerprint, begin_run, evaluated, generate, policy_fingerprint
+from leverplus.rldata_generate import (
+    bank_fingerprint, begin_run, check_run, evaluated, generate, policy_fingerprint, run_lock,
+)
 from .rldata_check import health, wilson
 from .rldata_mine import mine
 from .rldata_merge import merge
@@ -218,7 +220,9 @@ class Loop:
         prints = loop_prints(world, self.queries, self.split, settings.asking)
         ids = _loop_ids(self.queries, _loop_pools(world, self.queries, self.split))
         def create(): return Run.create(self.path, self.run_settings, settings.seed, prints)
-        self.run = begin_run(create, self.path, world.items, ids, store=world.store)
+        def look(): Run.check(self.path, self.run_settings, settings.seed, prints)
+        check_run(look, self.path, world.items, ids, store=world.store)
+        with run_lock(self.path): self.run = begin_run(create, self.path, world.items, ids, store=world.store)
         self.cache = FactCache(self.path/"facts") if cache is None else cache
 
     @property
@@ -434,7 +438,12 @@ class Round:
 def play(self:Loop,
     k:Natural, # 0, 1, ...; the rounds before it must be there
 )->Round:
-    "Make round k, or read what is there of it"
+    "Make round k, or read what is there of it; `Busy` if another process plays this loop"
+    with run_lock(self.path): return self.played(k)
+
+@patch
+def played(self:Loop, k)->Round:
+    "Round k, by whoever holds the loop"
     folder = self.folder(k)
     if k: self.record(k-1)
     run = self.record(k)

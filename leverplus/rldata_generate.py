@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['EXACT', 'choose', 'evaluated', 'with_text', 'policy_fingerprint', 'proposer_settings', 'bank_fingerprint',
            'bank_print', 'with_kind', 'run_settings', 'shard_queries', 'run_lock', 'begin_manifest', 'check_manifest',
-           'Contents', 'begin_run', 'Generation', 'answerer', 'tally', 'flat_queries', 'NotVerified', 'hold',
-           'TimeLimit', 'TooManyFailures', 'generate_together', 'summary_text', 'verified_text', 'generate']
+           'Contents', 'check_run', 'begin_run', 'Generation', 'answerer', 'tally', 'flat_queries', 'NotVerified',
+           'hold', 'TimeLimit', 'TooManyFailures', 'generate_together', 'summary_text', 'verified_text', 'generate']
 
 # %% ../nbs/34_rldata_generate.ipynb #3a6f44c7
 import contextlib, inspect, json, re, time, warnings
@@ -319,6 +319,17 @@ class Contents:
         )
 
 # %% ../nbs/34_rldata_generate.ipynb #59071e5a
+def check_run(
+    check, # `Run.check` of the run in `path`; called without arguments
+    path, # as in `begin_run`, like all that follows
+    items:pd.DataFrame, ids, overwrite:bool=False, store=None,
+)->None: # what `begin_run` would raise about settings, or about items where those are the difference
+    "Refuse what `begin_run` would refuse, before anything is written"
+    try: check()
+    except ValueError:
+        if not overwrite: Contents(path, store=store).compare(as_asked(items), ids)
+        raise
+
 def begin_run(
     create, # starts or continues the `Run` in `path`; called without arguments
     path, # run folder

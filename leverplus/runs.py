@@ -174,6 +174,7 @@ RESULTS = { # kinds of results, and the file by which each is known
     "a sweep": "cells*.jsonl",
     "a bank": "bank.json",
 }
+_SIDE_BY_SIDE = {"groups", "a sweep"} # they touch none of each other's files
 
 def check_place(
     path, # a folder, which need not be there
@@ -183,7 +184,8 @@ def check_place(
     path = ask_for_a_folder(path)
     _check_reachable(path)
     if kind is None or not path.is_dir(): return path
-    others = [other for other, mark in RESULTS.items() if other != kind and any(path.glob(mark))]
+    there = [other for other, mark in RESULTS.items() if any(path.glob(mark))]
+    others = [other for other in there if other != kind and not {other, kind} <= _SIDE_BY_SIDE]
     if others: raise FileExistsError(f"{path} holds {others[0]}, no place for {kind}; choose another folder")
     return path
 

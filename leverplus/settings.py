@@ -660,15 +660,6 @@ class Picking:
     def __post_init__(self):
         if not self.shots or ("stop" in self.shots and len(self.shots) > 1):
             raise ValueError(f"shots {self.shots}: wanted one number, several, or 'stop' alone")
-        several_picks = self.picker in ("beam", "samples")
-        idle = dict(
-            by=self.by is not None and not several_picks,
-            weight=self.weight is not None and self.by != "vote",
-            threshold=self.threshold is not None and len(self.shots) < 2,
-        )
-        without = dict(by="beam or samples", weight="by vote", threshold="several shots")
-        for name in without:
-            if idle[name]: raise ValueError(f"{name} {getattr(self, name)}: wanted only with {without[name]}")
 
 Reward = Literal[
     "hard_plus_soft", "gtprob", "hard_only", "soft_only", "expected_acc", "hard_plus_soft_v2", "separated",
@@ -724,6 +715,8 @@ class Teaching:
                 f"{', '.join(own)} beside recipe {self.name}: name an objective, or change the recipe with `set`,"
                 " such as {\"listwise\": {\"n_epoch\": 2}} or {\"data\": {\"bs\": 16}}"
             )
+        if self.start is not None and self.new is not None:
+            raise ValueError(f"model beside start {self.start}: a selector is there already, leave out one of them")
         twice = [word for word, name in dict(epochs="n_epoch", lr="lr").items() if name in (self.set or {})]
         if self.objective is not None and twice:
             raise ValueError(f"{', '.join(twice)} in `set`: say it by its own name")

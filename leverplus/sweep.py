@@ -135,7 +135,8 @@ def _check_lists(grid, base):
             " base"
         )
     for k, values in grid.items():
-        texts = [json.dumps(value, sort_keys=True) for value in json_value(values)]
+        try: texts = [json.dumps(value, sort_keys=True) for value in json_value(values)]
+        except ValueError as e: raise ValueError(f"grid {k!r}: {e}") from None
         twice = [value for i, value in enumerate(values) if texts[i] in texts[:i]]
         if twice: raise ValueError(f"grid {k!r}: {twice[0]!r} stands there twice, wanted each once")
     json_value(base)

@@ -17,7 +17,7 @@ from .items import as_items
 from leverplus.rldata_ask import (
     FactCache, about_items, ask_around, facts_fingerprint, known_facts, text_hashes,
 )
-from .rldata_generate import bank_print, begin_run, policy_fingerprint, run_lock
+from .rldata_generate import bank_print, begin_run, check_run, policy_fingerprint, run_lock
 from .world import all_pointers
 from .prompt import prompter
 from .lvlm import official_inputs, prompt_images
@@ -354,7 +354,8 @@ def full_table(
     if groups is None: notes = [*notes, _UNLEARNED]
     _rehearse(asked, models, rows, groups)
     record = _record(path, asked, judges, models, rows, asking, groups)
-    Run.check(path, *record, overwrite)
+    def look(): Run.check(path, *record, overwrite)
+    check_run(look, path, *_table_items(asked, judges), overwrite, asked.store)
     counted = looks_file(path if looks is None else looks)
     known = _Known(asked.scorer, asking, facts, progress)
     with run_lock(path):

@@ -20,7 +20,7 @@ from leverplus.settings import (
 from .runs import Run, check_place
 from .embed import EmbedStore
 from .pools import image_groups
-from .evidence import kind_for, n_evidence
+from .evidence import kind_for, n_evidence, plain_kind
 from .groups import FACT_COLUMNS, RLData, column_content
 from .rewards import reward_facts
 from .rldata_ask import FactCache, check_contents, same_scorer
@@ -147,6 +147,8 @@ def _opened(teaching, start):
 
 def _learner_of_objective(data, teaching, rewarding, start):
     trained_on = (getattr(start, "info", None) or {}).get("kind")
+    if None not in (trained_on, teaching.kind) and plain_kind(trained_on) != teaching.kind:
+        raise ValueError(f"kind {teaching.kind!r}: the selector to start from reads {trained_on!r}, leave it out")
     kind = kind_for(start, data.store, teaching.kind or trained_on)
     how = dict(
         reward=rewarding.reward, kind=kind, bs=teaching.bs or BATCH, seed=teaching.seed,
