@@ -56,7 +56,7 @@ class SelectorLearner(Learner):
     @guarded
     def fit(self,
         n_epoch:Natural, # epochs
-        lr:LearningRate|slice|tuple[LearningRate, ...]|None=None, # one, or one per group of parameters; None: the Learner's
+        lr:LearningRate|slice|tuple[LearningRate, ...]|None=None, # one, or one per parameter group; None: the Learner's
         wd:Amount|None=None, # weight decay; None: the Learner's
         cbs=None, # more callbacks
         reset_opt=False, # begin with a new optimiser
