@@ -193,7 +193,6 @@ def fit_stage(self:Learner,
     **kwargs, # of `Stage`
 )->Learner: # the Learner itself
     "Train one stage with a fresh optimiser; leaves nothing behind but weights and history"
-    if n_epoch < 0: raise ValueError(f"fit_stage: {n_epoch} epochs, wanted 0 or more")
     cbs = L(cbs)
     more = Stage(**kwargs).callbacks(self, cbs)   # settings are refused with 0 epochs, too
     if n_epoch == 0:
