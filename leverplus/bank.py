@@ -680,7 +680,6 @@ def search(self:DemoBank,
     barred=None, # bool [B,N], in the order of `items`: who may not be found, see `same_picture`
 )->tuple: # (int [B,K] question_ids, float64 [B,K] cosines), equal ones by id; -1, -inf: nobody is left
     "Find the nearest examples, the nearest first"
-    if K < 1: raise ValueError(f"K={K}: wanted at least 1")
     cos = self.cosines(vectors, kind).round(decimals=6)
     if barred is not None: cos = cos.masked_fill(torch.as_tensor(barred), -torch.inf)
     ids = self.items.index.to_numpy()

@@ -220,7 +220,6 @@ class AdaptiveKL(FitOnly):
         limits:tuple[Amount, ...]=(1e-4, 1.), # smallest and largest beta
     ):
         if not 0 <= low < high: raise ValueError(f"AdaptiveKL: band {low}..{high}, wanted 0 <= low < high")
-        if factor <= 1: raise ValueError(f"AdaptiveKL: factor {factor}, wanted > 1")
         if not 0 < limits[0] <= limits[1]:
             raise ValueError(f"AdaptiveKL: limits {limits}, wanted 0 < smallest <= largest")
         self.low = low
@@ -287,7 +286,6 @@ class EntropyFloor(StepTerm):
         if not 0 < floor <= 1: raise ValueError(f"EntropyFloor: floor {floor}, wanted a share in (0,1]")
         if not limits[0] <= alpha <= limits[1]:
             raise ValueError(f"EntropyFloor: alpha {alpha:g} outside the limits {limits[0]:g}..{limits[1]:g}")
-        if factor <= 1: raise ValueError(f"EntropyFloor: factor {factor}, wanted > 1")
         self.floor = floor
         self.alpha = alpha
         self.adaptive = adaptive

@@ -99,7 +99,6 @@ class SFT(Objective):
     ):
         one_group = torch.zeros(1, 2)
         top_weights(one_group, one_group == 0, top)   # refuses here what it would there
-        if temp is not None and temp <= 0: raise ValueError(f"SFT: temp {temp}, wanted > 0 or None")
         self.top = top
         self.temp = temp
         self.min_score = min_score

@@ -102,7 +102,6 @@ def keep_k(
     lots:Tensor|None=None, # [B,N] in 0..1, decides between equal rewards and what is drawn; default drawn here
 )->Tensor: # bool [B,N], at most k True per row; "stratified" with k >= 2 never makes a live group flat
     "Choose `k` sequences of each group"
-    if k < 1: raise ValueError(f"keep_k: k {k}, wanted >= 1")
     if which not in ("best", "worst", "stratified"):
         raise ValueError(f"keep_k: which {which!r}, wanted 'best', 'worst' or 'stratified'")
     lots = torch.rand_like(rewards) if lots is None else lots

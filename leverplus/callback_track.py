@@ -200,8 +200,6 @@ class Best(FitOnly):
     ):
         if promote not in ("mean", "paired"):
             raise ValueError(f"Best: promote {promote!r}, wanted 'mean' or 'paired'")
-        if patience is not None and patience < 1:
-            raise ValueError(f"Best: patience {patience}, wanted >= 1, or None to never stop")
         self.score = score
         self.min_delta = min_delta
         self.promote = promote
@@ -1251,7 +1249,6 @@ class JSONLines(EpochNotes):
         path, # the file; made if needed. ValueError if it holds lines of another training, or something else
         every:Natural=0, # batches between two lines of their own; 0 = a line per epoch is enough
     ):
-        if every < 0: raise ValueError(f"JSONLines: every {every}, wanted a number of batches, or 0 for none")
         self.path = Path(path)
         self.every = every
         self.earlier = []    # texts of earlier fits

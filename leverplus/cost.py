@@ -354,8 +354,6 @@ def mfu(
     peak:Positive, # FLOP/s the machine could do
 )->float: # 0..1, unless a count or a time is wrong
     "Model FLOP utilisation"
-    if not (seconds > 0 and peak > 0):
-        raise ValueError(f"mfu: {seconds} s at a peak of {peak} FLOP/s, wanted both > 0")
     return flops/seconds/peak
 
 # %% ../nbs/19_cost.ipynb #960f3444

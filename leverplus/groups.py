@@ -18,7 +18,7 @@ import numpy as np, pandas as pd, pyarrow as pa
 from fastcore.basics import patch
 from .core import fingerprint, printable, read_arrow, read_object, write_json, write_parquet
 from .runs import present_command
-from .settings import Count, Natural, guarded
+from .settings import Count, Guard, Natural, Whole, guarded
 from .markup import Blocks, Paragraph, frame_table
 from .items import as_id, as_items
 from .pools import Pool
@@ -589,7 +589,7 @@ def check_shard(
     if shard is None: return None
     if not isinstance(shard, (tuple, list)) or len(shard) != 2:
         raise ValueError(f"shard {shard!r}: wanted (i, n), part i of n")
-    i, n = map(int, shard)
+    i, n = map(Guard("shard", Whole), shard)
     if not 0 <= i < n:
         raise ValueError(f"shard {i}/{n}: wanted 0 <= i < n; the first of {max(n, 1)} is 0/{max(n, 1)}")
     return i, n

@@ -129,7 +129,6 @@ def pick_mmr(
     weight:Share=.5, # w; 1 is similarity alone
 )->pd.DataFrame: # picks with selector "mmr"
     "Similar to the query, and not to each other"
-    if not 0 <= weight <= 1: raise ValueError(f"weight={weight}: wanted 0..1")
     pointers = {}
     for q, c in _with_room(pool, S):
         c = sorted(c) # argmax takes the first of a tie: the smaller id

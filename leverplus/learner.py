@@ -57,7 +57,7 @@ class SelectorLearner(Learner):
     @guarded
     def fit(self,
         n_epoch:Natural, # epochs
-        lr:LearningRate|slice|list|None=None, # learning rate, or one per group of parameters; None: the Learner's
+        lr:LearningRate|slice|tuple[LearningRate, ...]|None=None, # one, or one per parameter group; None: the Learner's
         wd:Amount|None=None, # weight decay; None: the Learner's
         cbs=None, # more callbacks
         reset_opt=False, # begin with a new optimiser
@@ -196,7 +196,6 @@ def fit_stage(self:Learner,
     **kwargs, # of `Stage`
 )->Learner: # the Learner itself
     "Train one stage with a fresh optimiser; leaves nothing behind but weights and history"
-    if n_epoch < 0: raise ValueError(f"fit_stage: {n_epoch} epochs, wanted 0 or more")
     cbs = L(cbs)
     more = Stage(**kwargs).callbacks(self, cbs)   # settings are refused with 0 epochs, too
     if n_epoch == 0:

@@ -889,8 +889,6 @@ def rounds(
     **kwargs, # `train, cache, progress` of `Loop`, and settings by flat names: n, dev, policy_counts, warm, seed, ...
 )->Rounds: # shows itself in a notebook
     "Let the selector propose, ask, merge and retrain, until headroom stops shrinking"
-    if most < 1 or patience < 1:
-        raise ValueError(f"rounds: most={most}, patience={patience}; wanted 1 or more of both")
     loop = Loop(world, path, settings, **kwargs)
     played = []
     stop = "as many as were asked for"

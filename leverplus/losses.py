@@ -123,7 +123,6 @@ def top_weights(
     top:Count|None=1, # how many are imitated; None = all
 )->Tensor: # [B,N] each row sums to 1 over its real entries, 0 elsewhere; those tied for the last places share them
     "Weights of the `top` best sequences of each group, all alike"
-    if top is not None and top < 1: raise ValueError(f"top_weights: top {top}, wanted >= 1, or None for all")
     w = mask.to(rewards.dtype) if top is None else _places_won(rewards, mask, top)
     return w / w.sum(-1, keepdim=True).clamp(min=1e-12)
 
@@ -344,7 +343,6 @@ def clipped_surrogate(
     weights:Tensor|None=None, # [B,N] how much each sequence counts, no gradient; None = all alike
 )->Tensor: # scalar to minimise; mean over the group, then over queries
     "Clipped policy-gradient loss with sequence-level ratios"
-    if dual is not None and dual <= 1: raise ValueError(f"clipped_surrogate: dual {dual}, wanted > 1 or None")
     ratio = log_ratio(logp, old, mask).exp()
     gain = torch.minimum(ratio*adv, ratio.clamp(1-clip_low, 1+clip_high)*adv)
     if dual is not None: gain = torch.where(adv < 0, torch.maximum(gain, dual*adv), gain)
@@ -568,7 +566,6 @@ def tempered_logp(
     temp:Positive, # T > 0 that divides the logits of every step
 )->Tensor: # [B,N]
     "Log-probability of sequences under the policy at another temperature"
-    if temp <= 0: raise ValueError(f"tempered_logp: temp {temp}, wanted > 0")
     can = steps > -torch.inf
     tempered = masked_log_softmax(steps.masked_fill(~can, 0.) / temp, can)
     lp = tempered.gather(-1, seqs[..., None])[..., 0]

@@ -23,7 +23,6 @@ def cispo_loss(
     cap:Positive=5., # c > 0, largest weight of a sequence
 )->Tensor: # scalar to minimise; mean over the group, then over queries
     "Policy gradient weighted by ratios that are bounded, not clipped (CISPO)"
-    if cap <= 0: raise ValueError(f"cispo_loss: cap {cap}, wanted > 0")
     weight = log_ratio(logp, old, mask).exp().clamp(max=cap).detach()
     return -group_mean(weight * adv * logp.masked_fill(~mask, 0.), mask)
 
@@ -37,8 +36,6 @@ def sapo_loss(
     temp_bad:Positive=1.05, # of the others
 )->Tensor: # scalar to minimise; mean over the group, then over queries
     "Policy-gradient loss with a soft gate in place of the clip (SAPO)"
-    if temp_good <= 0 or temp_bad <= 0:
-        raise ValueError(f"sapo_loss: temperatures {temp_good} and {temp_bad}, wanted > 0")
     ratio = log_ratio(logp, old, mask).exp()
     temp = torch.where(adv > 0, temp_good, temp_bad)
     gate = torch.sigmoid(temp * (ratio - 1)) * 4/temp

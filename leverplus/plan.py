@@ -45,8 +45,6 @@ def plan_run(
     feature_bytes:Amount=0., # of one image's features
 )->pd.DataFrame: # index gpus; hours (of the slowest shard), gpu_hours, rows_gb, features_gb
     "Time and disk of a generation in shards; start-up and failures are not in it"
-    if not prompts_per_second > 0:
-        raise ValueError(f"prompts_per_second {prompts_per_second}: wanted a number > 0")
     def hours(questions): return questions * sequences / prompts_per_second / 3600
     plan = dict(
         hours=[hours(largest_shard(queries, n)) for n in gpus],

@@ -283,7 +283,6 @@ def sampler_parts(
 )->dict: # {"text": n, "image": n, "random": n}, in the order of drawing; sums to K
     "How many of K candidates each way of drawing gives"
     if sampler not in SAMPLERS: raise ValueError(f"sampler {sampler!r}: choose one of {', '.join(SAMPLERS)}")
-    if K < 1: raise ValueError(f"K={K}: a pool needs at least one candidate")
     parts = {kind: int(share*K) for kind, share in SAMPLERS[sampler].items()}
     parts["random"] = K - sum(parts.values())
     return {kind: n for kind, n in parts.items() if n}

@@ -226,7 +226,7 @@ def _is_several(value):
 
 def _is_of(value, hint):
     "Is a value, which is no number, of a kind? Of what is no class the function itself must know"
-    if get_origin(hint) is Literal: return any(value is word or value == word for word in get_args(hint))
+    if get_origin(hint) is Literal: return any(type(value) is type(word) and value == word for word in get_args(hint))
     kind = get_origin(hint) or hint
     return isinstance(value, kind) if isinstance(kind, type) else not isinstance(value, (Real, str))
 
@@ -650,7 +650,7 @@ class Picking:
     temp:Annotated[Positive, flag(None, "--temperature", metavar="X")]=1. # of samples
     by:Annotated[Judge|None, flag("its first")]=None # what keeps one of several sequences; vqa_gt_prob is an oracle
     weight:Annotated[Literal["confidence"]|None, flag("all count 1")]=None # of votes
-    threshold:Annotated[float|None, flag("none", metavar="X")]=None # several shots: enough confidence to stop asking
+    threshold:Annotated[Finite|None, flag("none", metavar="X")]=None # several shots: enough confidence to stop asking
     fixed:Ids=() # question_ids shown with --picker fixed
     name:Annotated[str|None, flag("the selector's, or --picker", metavar="NAME")]=None # in tables
     kind:Kind=None # embeddings that the selector reads

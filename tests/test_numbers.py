@@ -7,6 +7,7 @@ from fastcore.basics import patch
 from fastcore.meta import delegates
 from bad_numbers import bad_numbers, callables, direct, good_values, guarded_arguments, modules
 from leverplus.callback_grpo import GRPO
+from leverplus.groups import check_shard
 from leverplus.identity import code_fingerprint
 from leverplus.learner import Stage
 from leverplus.recipes import check_recipe, recipe
@@ -144,6 +145,10 @@ def test_a_recipe_is_refused_as_a_whole_before_its_first_stage(changes, says):
     with pytest.raises(ValueError, match=says): recipe_of(Teaching(set=changes))
     assert check_recipe(recipe("ours"))
 
+@pytest.mark.parametrize("shard", [(1.5, 3), (math.nan, 3), ("1", "3"), (True, 3), (0, math.inf)])
+def test_a_shard_is_two_whole_numbers(shard):
+    with pytest.raises(ValueError, match="shard .*: wanted a whole number"): check_shard(shard)
+
 def test_settings_of_grpo_are_looked_at_before_the_stage_before_it():
     with pytest.raises(ValueError, match="stage 2 .grpo.: clip_low -1"): recipe("corrected", grpo=dict(clip_low=-1))
     with pytest.raises(ValueError, match="stage 2 .grpo.: min_live 2"): recipe("corrected", grpo=dict(min_live=2))
@@ -193,6 +198,8 @@ def test_what_is_no_such_number_is_refused_wherever_it_stands(value):
 
 def test_words_beside_numbers_are_those_that_are_named():
     with pytest.raises(ValueError, match="how 'some': wanted a whole number >= 1, 'all' or None"): told(1, how="some")
+    for odd in (np.array([1, 2]), torch.ones(2), ["all"], True, 0):
+        with pytest.raises(ValueError, match="^told: how .*: wanted a whole number >= 1, 'all'"): told(1, how=odd)
 
 def test_a_tensor_passes_only_where_the_annotation_has_it():
     one = torch.tensor(1.)
