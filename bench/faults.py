@@ -59,12 +59,13 @@ def under_force(args, folder):
     names = args.jobs or list(force.JOBS)
     base = force.make_base(folder/"base", names)
     jobs = [force.Job.measured(name, base, folder) for name in names]
-    wrong = 0
-    if args.kills: wrong += show_trials("kill", trials_of(force.kill_trial, jobs, base, folder, args.kills, args.seed, args.workers))
-    if args.disks and not force.disks_can_be_made(folder):
+    kinds = [("kill", force.kill_trial, args.kills), ("full disk", force.disk_trial, args.disks)]
+    if not force.disks_can_be_made(folder):
         print("full disk: not tried, small disks cannot be mounted here (needs the right to, on Linux)")
-        return wrong
-    if args.disks: wrong += show_trials("full disk", trials_of(force.disk_trial, jobs, base, folder, args.disks, args.seed, args.workers))
+        kinds.pop()
+    wrong = 0
+    for what, trial, n in kinds:
+        if n: wrong += show_trials(what, trials_of(trial, jobs, base, folder, n, args.seed, args.workers))
     return wrong
 
 # ---- damaged bits ------------------------------------------------------------------------------------------
@@ -166,7 +167,8 @@ def inputs(args, folder):
         for line in odd[:20]: print(line)
         every += came
         wrong += len(odd)
-    show("bad input: all", every.total(), "", every["named"], wrong, f"{every['named']/max(every.total(), 1):.1%} named")
+    named = f"{every['named']/max(every.total(), 1):.1%} named"
+    show("bad input: all", every.total(), "", every["named"], wrong, named)
     return wrong
 
 # ---- the table ---------------------------------------------------------------------------------------------

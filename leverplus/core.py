@@ -13,7 +13,8 @@ __all__ = ['SEAL', 'BLANK_SEAL', 'masked_mean', 'masked_log_softmax', 'masked_so
            'loading_bar']
 
 # %% ../nbs/00_core.ipynb #f91ab82d
-import codecs, contextlib, csv, errno, gzip, hashlib, io, json, mmap, os, platform, random, re, shutil, sys, uuid, warnings, zlib
+import codecs, contextlib, csv, errno, gzip, hashlib, io, json, mmap, os, platform, random, re, shutil, sys, uuid
+import warnings, zlib
 from copy import deepcopy
 from functools import lru_cache
 from pathlib import Path

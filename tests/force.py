@@ -325,7 +325,8 @@ def _on_a_disk(job, base, here, lots, answer):
         if ended.status:
             trial.blows = 1
             if "Traceback" in ended.said: trial.problems.append(f"a traceback: {ended.said.strip()[-300:]}")
-            if "no space left" not in ended.said.lower(): trial.problems.append(f"not named: {ended.said.strip()[-200:]}")
+            named = "no space left" in ended.said.lower()
+            if not named: trial.problems.append(f"not named: {ended.said.strip()[-200:]}")
         larger_disk(here, 1 << 30)
         trial.problems += _problems(job, here, in_child(here, job.lines))
     except BaseException: trial.problems.append(traceback.format_exc()[-500:])
@@ -359,7 +360,7 @@ def _content(path):
     kind = path.suffix
     if kind == ".json": return dict(_leaves(json.loads(path.read_text())))
     if kind == ".jsonl": return dict(_leaves([json.loads(line) for line in path.read_text().splitlines()]))
-    if kind == ".csv": return _cells(pd.read_csv(path, dtype=str, keep_default_na=False)) if path.stat().st_size > 1 else {}
+    if kind == ".csv": return _cells(_table(path))
     if kind == ".parquet": return _cells(pd.read_parquet(path))
     if kind == ".safetensors": return _tensors(path)
     if kind == ".pt": return _state(path)
@@ -371,6 +372,11 @@ def _leaves(value, above=""):
     elif isinstance(value, list): pairs = enumerate(value)
     else: return [(above, repr(value))]
     return [leaf for key, below in pairs for leaf in _leaves(below, f"{above}.{key}")]
+
+def _table(path):
+    "A table as it stands there; one without columns where it is empty, such as the history of no stage"
+    if path.stat().st_size < 2: return pd.DataFrame()
+    return pd.read_csv(path, dtype=str, keep_default_na=False)
 
 def _cells(frame):
     rows = frame.map(repr)

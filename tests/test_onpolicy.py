@@ -693,7 +693,8 @@ def test_a_killed_run_goes_on(tmp_path):
 def test_a_fit_that_was_killed_at_its_very_end_is_finished_by_the_next_start(tmp_path, monkeypatch):
     "The state says so already; history and settings.json are brought up to it"
     def run():
-        return fit(learner(), 2, [RLOO(), policy(feedback(Counting(), FactCache(tmp_path/"f"))), Resume(tmp_path/"run")])
+        cb = policy(feedback(Counting(), FactCache(tmp_path/"f")))
+        return fit(learner(), 2, [RLOO(), cb, Resume(tmp_path/"run")])
     def die(self): raise SystemExit("killed")
     kept = Resume.write_beside
     with monkeypatch.context() as m:
