@@ -465,17 +465,15 @@ def _training_data(door):
     job = job_of(door, door.split or default)
     return training_data(door.runs, job, door.teaching, door.choosing, door.rewarding, _recipes())
 
-def _line(text): say(text)
-
 def do_train(door:Train):
     "Train a selector in a run folder"
     from leverplus.training import train_run
     data = _training_data(door)
     t = door.teaching
     start = None if t.start is None else open_selector(t.start)
-    say = noop if door.running.quiet else _line
+    tell = noop if door.running.quiet else say
     try: run = train_run(door.out, data, t, door.choosing, door.rewarding, door.asking, start=start, among=_recipes(),
-                         say=None if door.progress else say, overwrite=door.overwrite)
+                         say=None if door.progress else tell, overwrite=door.overwrite)
     except TypeError as e: raise Bad(f"--set, --model or --weights: {e}") from e
     m = run.metrics
     kept = f"smallest dev regret {m['smallest_regret']:.4g}"
