@@ -17,8 +17,8 @@ import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
 from PIL import Image, ImageOps
 from leverplus.core import (
-    ask_for_a_folder, atomic_path, check_file, file_bytes, fingerprint, parse_json, parse_lines, read_csv,
-    read_json, world_path, write_json,
+    ask_for_a_folder, atomic_path, file_bytes, fingerprint, parse_json, parse_lines, read_csv, read_json,
+    read_parquet, world_path, write_json,
 )
 from .runs import library_versions
 from leverplus.pictures import (
@@ -253,7 +253,7 @@ def _only_table(folder):
 def _read_table(path):
     ending = path.suffix.lower()
     if ending == ".csv": return read_csv(path, dtype=str, keep_default_na=False)
-    if ending == ".parquet": return pd.read_parquet(check_file(path))
+    if ending == ".parquet": return read_parquet(path)
     if ending == ".json": return _frame_of(_list_in(read_json(path), path), path)
     if ending == ".jsonl": return _frame_of(parse_lines(file_bytes(path), path), path)
     raise ValueError(f"{path}: a file {ending or 'without ending'}, wanted one of {', '.join(_TABLES)}")
@@ -506,7 +506,7 @@ def open(cls:DemoBank,
     file = part/"items.parquet"
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file, though bank.json names it; copy the folder whole")
-    items = _with_lists(pd.read_parquet(file))
+    items = _with_lists(read_parquet(file))
     paths = [None if path is None else str(folder/path) for path in picture_paths(items)]
     items = items.assign(image_path=_objects(paths, items))
     bank = cls(items, EmbedStore.load(part), encoder, about["info"])

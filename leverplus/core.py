@@ -6,8 +6,8 @@
 __all__ = ['masked_mean', 'masked_log_softmax', 'masked_softmax', 'spread', 'pad_rows', 'frozen', 'gini', 'stable_hash', 'rng',
            'seed_all', 'scramble', 'fingerprint', 'tensor_hash', 'tensors_fingerprint', 'atomic_path', 'write_json',
            'check_file', 'file_bytes', 'what_instead', 'parse_json', 'read_json', 'check_object', 'read_object',
-           'parse_lines', 'read_yaml', 'read_csv', 'leftovers', 'ask_for_a_folder', 'repo_path', 'world_path',
-           'exact_float32', 'reproducible', 'loading_bar']
+           'parse_lines', 'read_arrow', 'read_parquet', 'read_yaml', 'read_csv', 'leftovers', 'ask_for_a_folder',
+           'repo_path', 'world_path', 'exact_float32', 'reproducible', 'loading_bar']
 
 # %% ../nbs/00_core.ipynb #f91ab82d
 import codecs, contextlib, csv, gzip, hashlib, io, json, os, random, re, sys, uuid, warnings, zlib
@@ -412,6 +412,31 @@ def _parse_line(line, where, names):
         half = f"half a character ({e.object[e.start]!r})"
         raise ValueError(f"{where}: holds {half}: was it cut inside an emoji? Mend it") from e
     return out
+
+# %% ../nbs/00_core.ipynb #54fc0acc
+def read_arrow(
+    path, # a Parquet file; FileNotFoundError if it is absent, ValueError if it is another file, or not whole
+): # `pyarrow.Table`
+    "Read a Parquet file with errors that name the file"
+    import pyarrow.parquet as pq
+    with _parquet_of(path) as content: return pq.ParquetFile(content).read()
+
+def read_parquet(
+    path, # as for `read_arrow`
+)->pd.DataFrame: # as pandas reads it
+    "Read a Parquet file as a frame, with errors that name the file"
+    with _parquet_of(path) as content: return pd.read_parquet(content)
+
+@contextlib.contextmanager
+def _parquet_of(path):
+    "Content of a Parquet file, and errors about it inside"
+    import pyarrow as pa
+    raw = check_file(path).read_bytes()
+    try: yield pa.BufferReader(raw)
+    except (pa.ArrowException, OSError) as e:
+        says = what_instead(raw) if not raw.startswith(b"PAR1") else ""
+        says = says or f"{e}; was the copy cut short? Copy it again, or remove it and make it again"
+        raise ValueError(f"{path}: not a readable Parquet file: {says}") from e
 
 # %% ../nbs/00_core.ipynb #66dfd7e0
 def read_yaml(

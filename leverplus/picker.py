@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np, pandas as pd, torch
 import pyarrow as pa, pyarrow.parquet as pq
 from fastcore.basics import patch
-from .core import atomic_path, check_file, file_bytes, parse_lines, rng
+from .core import atomic_path, file_bytes, parse_lines, read_arrow, rng
 from .pictures import looks_alike, open_image, picture_format, read_picture
 from .items import given_ids, picture_paths
 from .embed import Clip, load_clip
@@ -197,7 +197,7 @@ def read_export(
 )->pd.DataFrame: # its columns, ids as they were given, lists as lists, what is missing as None or nan
     "Read a table that was written for others"
     path = Path(path).expanduser()
-    if path.suffix == ".parquet": rows = pq.read_table(check_file(path)).to_pylist()
+    if path.suffix == ".parquet": rows = read_arrow(path).to_pylist()
     elif path.suffix == ".jsonl": rows = _same_columns(parse_lines(file_bytes(path), path), path)
     else: raise ValueError(f"{path}: wanted a file that ends in .jsonl or .parquet")
     frame = pd.DataFrame({name: [row[name] for row in rows] for name in (rows[0] if rows else ())})

@@ -13,7 +13,7 @@ from pathlib import Path
 from weakref import WeakSet
 import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
-from .core import atomic_path, check_file, fingerprint, read_object, rng, write_json
+from .core import atomic_path, fingerprint, read_object, read_parquet, rng, write_json
 from .runs import plain, settings_diff
 from .items import as_id, as_ids, as_items, given_ids
 from .pictures import picture_key
@@ -202,7 +202,7 @@ def load(cls:Pool,
     head = read_object(path/"pool.json", ("recipe", "fingerprint"), "the head of a pool")
     if not (path/"pool.parquet").exists():
         raise FileNotFoundError(f"{path/'pool.parquet'}: no such file, though pool.json is there")
-    table = pd.read_parquet(check_file(path/"pool.parquet"))
+    table = read_parquet(path/"pool.parquet")
     lacks = {"question_id", "candidates"} - set(table)
     if lacks: raise ValueError(f"{path/'pool.parquet'}: no column {min(lacks)}; is it the file of a pool?")
     if not table.candidates.map(lambda ids: isinstance(ids, np.ndarray)).all():

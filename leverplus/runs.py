@@ -17,7 +17,7 @@ import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
 from filelock import FileLock, Timeout
 from leverplus.core import (
-    ask_for_a_folder, atomic_path, check_file, read_csv, read_json, repo_path, write_json,
+    ask_for_a_folder, atomic_path, check_file, read_csv, read_json, read_parquet, repo_path, write_json,
 )
 
 # %% ../nbs/01_runs.ipynb #c67042ba
@@ -260,7 +260,7 @@ def frame(self:Run,
     path = _table_path(self, name)
     if not path.exists():
         raise FileNotFoundError(f"run {self.path.name!r} has no {name}; it has {self.files()}")
-    if path.suffix == ".parquet": return pd.read_parquet(check_file(path))
+    if path.suffix == ".parquet": return read_parquet(path)
     is_empty = not check_file(path).read_bytes().strip()
     if is_empty: return pd.DataFrame()   # a table without columns, such as a history of no stage
     return read_csv(path)
