@@ -17,9 +17,9 @@ import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
 from PIL import Image, ImageOps
 from leverplus.core import (
-    Damaged, ask_for_a_folder, atomic_path, check_file, file_bytes, fingerprint, markdown_code,
-    markdown_text, parse_json, parse_lines, printable, read_csv, read_json, read_parquet, world_path,
-    write_json, write_parquet,
+    Damaged, ask_for_a_folder, atomic_path, file_bytes, fingerprint, markdown_code, markdown_text,
+    parse_json, parse_lines, printable, read_csv, read_json, read_parquet, world_path, write_json,
+    write_parquet,
 )
 from .runs import hold_lock, library_versions
 from .settings import Count, guarded
@@ -255,7 +255,7 @@ def _only_table(folder):
 def _read_table(path):
     ending = path.suffix.lower()
     if ending == ".csv": return read_csv(path, dtype=str, keep_default_na=False)
-    if ending == ".parquet": return pd.read_parquet(check_file(path))
+    if ending == ".parquet": return read_parquet(path)
     if ending == ".json": return _frame_of(_list_in(read_json(path), path), path)
     if ending == ".jsonl": return _frame_of(parse_lines(file_bytes(path), path), path)
     raise ValueError(f"{path}: a file {ending or 'without ending'}, wanted one of {', '.join(_TABLES)}")

@@ -98,15 +98,15 @@ def check_draw(
         raise ValueError(
             f"draw_groups: G {G}, shots {shots}: wanted >= 1; of 0 shots there is one sequence alone, and a policy with"
             " STOP draws it among the others (shots=None)")
-    most = getattr(policy, "max_shots", None)
-    if shots is not None and most is not None and shots > most:
-        raise ValueError(f"draw_groups: {shots} shots, the selector picks at most {most} (max_shots)")
     picks = policy.min_shots if shots is None else shots
     for q, k in zip(queries, sizes):
         if k <= picks:
             raise ValueError(
                 f"question_id {q}: its pool has {k} candidates, {picks} shots need more: make a larger pool"
                 " (K > S)")
+    most = getattr(policy, "max_shots", None)
+    if most is not None and picks > most:
+        raise ValueError(f"draw_groups: {picks} shots, the selector picks at most {most} (max_shots)")
 
 # %% ../nbs/68_callback_onpolicy.ipynb #8d6f4b0c
 def _inputs(pool, store, queries, kind):

@@ -588,11 +588,11 @@ def _check_means(picking, picker, S, model, store, items=None, groups=None):
         raise ValueError(f"picker {picker!r} needs a store")
     if picker in _NEEDS_ITEMS and items is None:
         raise ValueError(f"picker {picker!r} looks at answers: pass items=")
-    if picker == "fixed" and items is None: raise ValueError("picker 'fixed' compares pictures: pass items=")
     if picker in _NEEDS_GROUPS and groups is None:
         raise ValueError(f"picker {picker!r} learns from stored groups: pass groups=RLData.load(...)")
     if picker == "fixed" and not picking.fixed:
         raise ValueError("picker 'fixed' needs question_ids: Picking(picker='fixed', fixed=(1, 2))")
+    if picker == "fixed" and items is None: raise ValueError("picker 'fixed' compares pictures: pass items=")
 
 # %% ../nbs/80_infer.ipynb #1de1ef91
 RULE_NAMES = ("vote", "knn_facts", "logistic")

@@ -17,7 +17,7 @@ from zipfile import BadZipFile
 import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
 from .settings import Amount, Asking, Count, Natural, guarded
-from .core import check_file, fingerprint, printable, read_object, world_path
+from .core import check_file, fingerprint, printable, read_object, read_parquet, world_path
 from .toy import DATASET
 from .items import as_ids, as_items
 from .data import check_splits, items_fingerprint, read_okvqa, read_soft_labels
@@ -399,7 +399,7 @@ def _blind_files(root, pools):
 
 def _read_pools(file, recipes, pools):
     "{split: Pool} of one kind"
-    table = pd.read_parquet(file)
+    table = read_parquet(file)
     if pools not in set(table.pool):
         raise ValueError(f"{file}: no pools {pools!r}; there are {', '.join(table.pool.unique())}")
     table = table[table.pool == pools]

@@ -19,7 +19,7 @@ from leverplus.pools import Pool
 from leverplus.prompt import Demo, Prompt
 from leverplus.rldata_check import Health, health
 from leverplus.rldata_merge import by_gap
-from leverplus.runs import Run, read_csv, write_csv
+from leverplus.runs import Run, read_own_csv, write_csv
 from leverplus.doors import read_door, say
 from leverplus.cli import carry_out, main
 
@@ -232,7 +232,7 @@ def test_no_text_is_a_formula_and_all_come_back(tmp_path):
     assert len(rows) == len(df)
     for cell in [*head, *(cell for row in rows for cell in row)]:
         assert not cell or cell[0] not in "=+-@＝＠\t\r\n" or cell == "-1.5", cell
-    back = read_csv(path)
+    back = read_own_csv(path)
     assert list(back) == list(df) and back["=name"].dtype == float and back.yes.dtype == bool
     assert back.text.tolist()[:-1] == list(FORMULAS) and back.text.isna().tolist()[-1]
     assert back.kind.tolist() == df.kind.tolist()
