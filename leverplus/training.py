@@ -108,7 +108,7 @@ def training_data(
     if choosing.dev: dev = RLData.load(choosing.dev)
     else:
         if not 0 < choosing.dev_share < 1:
-            raise ValueError(f"dev_share {choosing.dev_share:g}: wanted a share between 0 and 1, or groups that are dev")
+            raise ValueError(f"dev_share {choosing.dev_share:g}: wanted a share between 0 and 1, or groups for dev")
         shares = 1 - choosing.dev_share, choosing.dev_share
         train, dev = split(train, shares, teaching.seed, job.items())
     return TrainingData(job, with_text(train, mode, weights), with_text(dev, mode, weights))
