@@ -246,11 +246,13 @@ def folder_or_name(
     for place in places:
         if os.path.isdir(place): return str(place)
     if os.path.exists(places[0]): raise NotADirectoryError(f"{path}: a file; wanted the folder of {wanted}")
-    if os.path.islink(places[0]): raise FileNotFoundError(f"{path}: a link to {os.readlink(places[0])}, which is not there")
+    if os.path.islink(places[0]):
+        raise FileNotFoundError(f"{path}: a link to {os.readlink(places[0])}, which is not there")
     names_a_folder = any(os.path.isdir(place.parent) for place in places)
     if isinstance(path, str) and _HUB_NAME.fullmatch(path) and not names_a_folder: return path
     hub = "" if _HUB_NAME.fullmatch(str(path)) is None else f", or 'hf://{path}' if it is on the hub"
-    raise FileNotFoundError(f"{path}: no such folder{_did_you_mean(path, places)}; wanted the folder of {wanted}{hub}")
+    near = _did_you_mean(path, places)
+    raise FileNotFoundError(f"{path}: no such folder{near}; wanted the folder of {wanted}{hub}")
 
 def _did_you_mean(path, places):
     "The neighbour that is called almost the same, if there is one"

@@ -135,15 +135,17 @@ def _check_not_asked(out):
 def _check_page(path):
     "OSError or `Bad` for a page that cannot be written"
     if path.is_dir(): raise Bad(f"--out {path} is a folder: wanted a file, such as {path/'report.html'}")
-    if path.is_symlink() and not path.exists(): raise Bad(f"--out {path}: a link to {os.readlink(path)}, which is not there")
+    if path.is_symlink() and not path.exists():
+        raise Bad(f"--out {path}: a link to {os.readlink(path)}, which is not there")
     check_place(path.parent)
 
 def _check_device(name):
     "`Bad` for a device that there is not"
     if name is None: return
     try: device = torch.device(name)
-    except RuntimeError: raise Bad(f"--device {name}: wanted cpu, cuda, cuda:1, or another device of torch") from None
-    if device.type == "cuda" and not torch.cuda.is_available(): raise Bad(f"--device {name}: there is no GPU here")
+    except RuntimeError: raise Bad(f"--device {name}: wanted a device of torch: cpu, cuda, cuda:1, ...") from None
+    if device.type != "cuda" or torch.cuda.is_available(): return
+    raise Bad(f"--device {name}: there is no GPU here")
 
 def _check_once(flag, folders):
     "`Bad` for a folder that is named twice, by one path or by two"
@@ -311,7 +313,8 @@ def _proposer(door):
     kind = (model.info or {}).get("kind")
     if kind is None: return job, model
     kind, asked = plain_kind(kind), door.proposing.kind
-    if asked not in (None, kind): raise Bad(f"--kind {asked}: the selector reads embeddings of kind {kind}, leave it out")
+    if asked not in (None, kind):
+        raise Bad(f"--kind {asked}: the selector reads embeddings of kind {kind}, leave it out")
     return change(job, kind=kind), model
 
 def do_generate(door:Generate):
@@ -430,7 +433,8 @@ def _merged(door):
     if keep.positive_share is not None: data = balance(data, keep.positive_share, seed=keep.seed)
     if keep.sample is not None: data = sample_queries(data, keep.sample, keep.seed)
     say("\n".join(data.log))
-    if not len(data): raise Bad(f"nothing is left of {', '.join(door.runs)}: leave out a flag such as --min-gap")
+    if not len(data):
+        raise Bad(f"nothing is left of {', '.join(door.runs)}: leave out a flag such as --min-gap")
     return data
 
 def do_merge(door:Merge):
@@ -672,7 +676,9 @@ def sweep_plan(door:Sweep)->SweepPlan: # `Bad` or an error that names what is wr
     grid = read_grid(door.grid)
     base = read_grid(door.base)
     several = [key for key, values in base.items() if len(values) != 1]
-    if several: raise Bad(f"--base {several[0]}: {len(base[several[0]])} values, wanted one; several go into --grid")
+    if several:
+        n = len(base[several[0]])
+        raise Bad(f"--base {several[0]}: {n} values, wanted one; several go into --grid")
     base = {key: values[0] for key, values in base.items()}
     n = len(expand_grid(grid, base))
     _to_resume(door, "cells*.jsonl")

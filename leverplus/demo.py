@@ -278,7 +278,8 @@ _TITLES = dict(islands="the embedded world", blind_okvqa="OKVQA without pictures
 def _check_settings(cfg):
     "Refuse, before a run begins, what its steps would refuse later"
     for name in ("train_queries", "dev_queries"):
-        if not isinstance(cfg[name], int) or cfg[name] < 1: raise ValueError(f"{name} {cfg[name]!r}: wanted a number >= 1")
+        if not isinstance(cfg[name], int) or cfg[name] < 1:
+            raise ValueError(f"{name} {cfg[name]!r}: wanted a number >= 1")
     Proposing(shots=cfg["shots"], counts=cfg["counts"])
     Rows(shots=cfg["table_shots"], fixed=cfg["fixed"])
     if cfg["free"] is not None: Proposing(shots=cfg["free_shots"], counts=cfg["free_counts"])

@@ -969,8 +969,8 @@ def _one_more(path, look):
             write_json(path, seen)
             return seen
     except OSError as e:
-        why = f"{e.strerror}: this look cannot be counted, and what is not counted is not shown; count it in another file"
-        raise OSError(e.errno, why, str(path)) from e
+        why = "this look cannot be counted, and what is not counted is not shown; count it in another file"
+        raise OSError(e.errno, f"{e.strerror}: {why}", str(path)) from e
 
 def looks_file(
     path, # a .json file, or a run folder
@@ -984,9 +984,9 @@ def looks_file(
 def _looks(path):
     "Looks that were counted, oldest first"
     seen = read_json(path) if path.exists() else []
-    if not isinstance(seen, list) or not all(isinstance(e, dict) and {"split", "result"} <= e.keys() for e in seen):
-        raise ValueError(f"{path}: not a list of looks; was it edited? Put it back, or move it away to count anew")
-    return seen
+    def is_look(entry): return isinstance(entry, dict) and {"split", "result"} <= entry.keys()
+    if isinstance(seen, list) and all(map(is_look, seen)): return seen
+    raise ValueError(f"{path}: not a list of looks; was it edited? Put it back, or move it away to count anew")
 
 def _result_fingerprint(scored, split):
     "Who picked what, and what came of it"

@@ -33,7 +33,7 @@ from .lvlm import Scored, Targets
 from .groups import check_shard, shard_tag
 from .rldata_ask import FactCache, ask, facts_fingerprint, text_hashes
 from leverplus.rldata_generate import (
-    Contents, bank_print, begin_run, check_run, policy_fingerprint, run_lock, shard_queries,
+    Contents, bank_print, begin_run, never_held, policy_fingerprint, run_lock, shard_queries,
 )
 from .picker import PICK_COLUMNS, Column, check_new_file, export_rows
 from .baselines import FactsNearby, Logistic, Vote, best_last, query_cosines
@@ -877,11 +877,9 @@ class _Place:
         ids = (work.pool if pool is None else pool).item_ids
         return begin_run(create, self.path, work.items, ids, self.overwrite, work.store)
 
-    def check(self, work, pool=None, **more):
-        "Refuse a folder where `begin` cannot be, before anything is written"
-        def look(): Prediction.check(self.path, *self._record(work, more))
-        ids = (work.pool if pool is None else pool).item_ids
-        check_run(look, self.path, work.items, ids, self.overwrite, work.store)
+    def check(self, work, **more):
+        "Refuse a folder of another run, before anything is written"
+        Prediction.check(self.path, *self._record(work, more))
 
     def _record(self, work, more):
         "What a run keeps, as `Run.create` takes it"
@@ -889,7 +887,7 @@ class _Place:
 
 def _whole(work, place):
     "Predict all queries of `work`, in one folder"
-    place.check(work)
+    if never_held(place.path): place.check(work)
     with run_lock(place.path):
         run = place.begin(work)
         facts = FactCache(run.path/"facts") if place.cache is None else place.cache
@@ -913,8 +911,9 @@ def _sharded(work, place, shard):
     parts = [shard_queries(work.pool, (k, n)) for k in range(n)]
     folders = [place.path/f"shard{shard_tag((k, n))}" for k in range(n)]
     own = work.pool.only(parts[i])
-    place.check(work, own, shards=n)
-    def lock(): return hold_lock(place.path/".union.lock", "the shards of this prediction")
+    union_lock = place.path/".union.lock"
+    if not union_lock.exists(): place.check(work, shards=n)    # else it is looked at while it is held
+    def lock(): return hold_lock(union_lock, "the shards of this prediction")
     with lock(): run = place.begin(work, own, shards=n)
     if parts[i]: run = _whole(replace(work, pool=own), replace(place, path=folders[i]))
     run.shard = shard

@@ -518,7 +518,7 @@ def stored_facts(
         )
     is_run = (path/"manifest.json").exists() or shard_files(path)
     if path.is_dir() and not is_run and not any(path.glob("facts-*.parquet")):
-        raise FileNotFoundError(f"{path}: a folder without facts; wanted one with facts-*.parquet, or a run of generate")
+        raise FileNotFoundError(f"{path}: no facts in this folder; wanted facts-*.parquet, or a run of generate")
     return RLData.load(path).rows if is_run else FactCache(path).to_frame()
 
 def known_facts(

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['EXACT', 'choose', 'evaluated', 'with_text', 'policy_fingerprint', 'proposer_settings', 'bank_fingerprint',
-           'bank_print', 'with_kind', 'run_settings', 'shard_queries', 'run_lock', 'begin_manifest', 'check_manifest',
-           'Contents', 'check_run', 'begin_run', 'Generation', 'answerer', 'tally', 'flat_queries', 'NotVerified',
-           'hold', 'TimeLimit', 'TooManyFailures', 'generate_together', 'summary_text', 'verified_text', 'generate']
+           'bank_print', 'with_kind', 'run_settings', 'shard_queries', 'run_lock', 'never_held', 'begin_manifest',
+           'check_manifest', 'Contents', 'check_run', 'begin_run', 'Generation', 'answerer', 'tally', 'flat_queries',
+           'NotVerified', 'hold', 'TimeLimit', 'TooManyFailures', 'generate_together', 'summary_text', 'verified_text',
+           'generate']
 
 # %% ../nbs/34_rldata_generate.ipynb #3a6f44c7
 import contextlib, inspect, json, re, time, warnings
@@ -195,6 +196,13 @@ def run_lock(
     what = "this run" if shard is None else f"this shard, {shard[0]}/{shard[1]}"
     with hold_lock(path/f".lock{shard_tag(shard)}", what, wait=False): yield
 
+def never_held(
+    path, # directory of a run; it need not be there
+    shard:tuple|None=None, # as in `run_lock`
+)->bool: # then what is wrong with it must be found before it is held, which leaves a file
+    "Was this run, or shard, never held?"
+    return not (Path(path)/f".lock{shard_tag(shard)}").exists()
+
 # %% ../nbs/34_rldata_generate.ipynb #ffd860f3
 def begin_manifest(
     path:Path, # directory of the run
@@ -324,7 +332,8 @@ def check_run(
     path, # as in `begin_run`, like all that follows
     items:pd.DataFrame, ids, overwrite:bool=False, store=None,
 )->None: # what `begin_run` would raise about settings, or about items where those are the difference
-    "Refuse what `begin_run` would refuse, before anything is written"
+    "Refuse a folder that was never held and where `begin_run` cannot be, before anything is written"
+    if not never_held(path): return    # it is looked at while it is held
     try: check()
     except ValueError:
         if not overwrite: Contents(path, store=store).compare(as_asked(items), ids)
@@ -802,7 +811,8 @@ def generate_together(
 )->dict: # {name: RLData}, see `Generation.finish`
     "Make the windows of several runs, each run as far as the others, so that the end of time finds them alike"
     if limit is None: limit = TimeLimit()
-    for run in runs.values(): check_manifest(run.path, run.settings, run.shard)
+    for run in runs.values():
+        if never_held(run.path, run.shard): check_manifest(run.path, run.settings, run.shard)
     with contextlib.ExitStack() as held:
         for run in runs.values(): held.enter_context(run.lock())
         steps = {name: held.enter_context(run.bar(progress)) for name, run in runs.items()}

@@ -182,7 +182,8 @@ def _check_possible(job, items, n):
         raise ValueError(f"K {job.pools.K}: split {job.data.candidates!r} has {n} demonstrations; choose a smaller K")
     if any(path is not None for path in picture_paths(items)): return
     for name, kind in dict(sampler=job.pools.sampler, kind=job.proposing.kind).items():
-        if kind in ("image", "mixed"): raise ValueError(f"{name} {kind!r}: these items have no pictures; choose 'text'")
+        if kind in ("image", "mixed"):
+            raise ValueError(f"{name} {kind!r}: these items have no pictures; choose 'text'")
 
 def _embed(items, clip, pictures, progress=False):
     "Embeddings of items; ValueError if pictures were replaced meanwhile"

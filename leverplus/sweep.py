@@ -401,13 +401,15 @@ def _check_configs(configs, groups, world, shots):
     "Refuse combinations whose cells could not be trained, before any is"
     both = sorted(set(groups["train"].queries) & set(groups["dev"].queries))
     if both:
-        raise ValueError(f"question_id {both[0]}: in the groups of train and of dev ({len(both)} questions), wanted others")
+        raise ValueError(f"question_id {both[0]}: in the groups of train and of dev ({len(both)} such questions)")
     for settings in configs:
         if settings["kind"] is not None: world.store.kind(plain_kind(settings["kind"]))
         bs = settings["bs"]
-        if not isinstance(bs, int) or isinstance(bs, bool) or bs < 1: raise ValueError(f"bs {bs!r}: wanted a number >= 1")
+        if not isinstance(bs, int) or isinstance(bs, bool) or bs < 1:
+            raise ValueError(f"bs {bs!r}: wanted a number >= 1")
         most = settings.get("model.max_shots", _MOST_SHOTS)
-        if shots > most: raise ValueError(f"shots {shots}: these selectors are made for 0..{most} (model.max_shots)")
+        if shots > most:
+            raise ValueError(f"shots {shots}: these selectors are made for 0..{most} (model.max_shots)")
         limits = _section(settings, "lvlm")
         if limits and getattr(_scorer(world), "lvlm", None) is None: raise ValueError(_no_lvlm(limits))
 

@@ -24,7 +24,7 @@ from .evidence import kind_for, n_evidence, plain_kind
 from .groups import FACT_COLUMNS, RLData, column_content
 from .rewards import reward_facts
 from .rldata_ask import FactCache, check_contents, same_scorer
-from .rldata_generate import answerer, bank_print, policy_fingerprint, run_lock, with_text
+from .rldata_generate import answerer, bank_print, never_held, policy_fingerprint, run_lock, with_text
 from .rldata_merge import merge, split
 from .rldata_check import flat_causes, query_facts, row_facts
 from .rldata_scale import reads_evidence
@@ -112,7 +112,7 @@ def training_data(
     if choosing.dev: dev = RLData.load(choosing.dev)
     else:
         if not 0 < choosing.dev_share < 1:
-            raise ValueError(f"dev_share {choosing.dev_share:g}: wanted a share between 0 and 1, or groups that are dev")
+            raise ValueError(f"dev_share {choosing.dev_share:g}: wanted a share between 0 and 1, or groups for dev")
         shares = 1 - choosing.dev_share, choosing.dev_share
         train, dev = split(train, shares, teaching.seed, job.items())
     return TrainingData(job, with_text(train, mode, weights), with_text(dev, mode, weights))
@@ -328,7 +328,7 @@ def train_run(
         scorer = data.job.scorer()
         prints["scorer"] = same_scorer(data.dev, scorer, asking)
     if teaching.kept is not None: check_place(Path(teaching.kept).expanduser())
-    Run.check(path, settings, teaching.seed, prints, overwrite)
+    if never_held(path): Run.check(path, settings, teaching.seed, prints, overwrite)
     with run_lock(path):
         run = Run.create(path, settings, teaching.seed, prints, overwrite=overwrite)
         _note_job(run, data.job)

@@ -1,6 +1,6 @@
 """Command lines that must be refused: every flag with values that are not of its kind, and what does not go together
 
-`make_world` makes the runs, selectors and files that the lines name, in the working folder; `bad_lines` yields the lines.
+`make_world` makes the runs, selectors and files that the lines name, in the working folder.
 """
 import contextlib, io, os
 from dataclasses import fields, is_dataclass
@@ -169,8 +169,9 @@ def run_lines():
                  "runs/bank")
     places = (
         "check RUN", "check runs/train RUN", "mine RUN --lvlm mock --quiet --out new", "merge runs/train RUN --out new",
-        "train RUN --objective rce --epochs 1 --quiet --out new", f"{GOOD['train']} --dev RUN", f"{GOOD['sweep']} --dev RUN",
-        f"{GOOD['sweep']} --valid RUN", f"{GOOD['infer']} --picker knn_facts --groups RUN", f"{GOOD['eval']} --groups RUN",
+        "train RUN --objective rce --epochs 1 --quiet --out new", f"{GOOD['train']} --dev RUN",
+        f"{GOOD['sweep']} --dev RUN", f"{GOOD['sweep']} --valid RUN",
+        f"{GOOD['infer']} --picker knn_facts --groups RUN", f"{GOOD['eval']} --groups RUN",
     )
     for i, line in enumerate(places):
         for run in some(no_groups, 4, i): yield line.replace("RUN", run).split(), run

@@ -1,4 +1,4 @@
-"Many at once, and media that cannot be written: nothing is lost, whoever waits says for whom, what is whole can be read"
+"Many at once, and media that cannot be written: nothing is lost, and what is whole can be read"
 import errno, os, re, signal, subprocess, sys
 from pathlib import Path
 import pandas as pd, pytest
@@ -117,10 +117,11 @@ READ_ONLY = """
 import errno, os, sys
 from pathlib import Path
 top = os.path.realpath(sys.argv[1])
-CHANGES = "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "os.utime", "os.chmod", "os.link", "os.symlink"
+CHANGES = "os.mkdir os.rename os.remove os.rmdir os.truncate os.utime os.chmod os.link os.symlink".split()
+WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 def refuse(event, args):
     writes = event in CHANGES
-    if event == "open" and isinstance(args[2], int): writes = args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+    if event == "open" and isinstance(args[2], int): writes = args[2] & WRITES
     if not writes or not isinstance(args[0], (str, bytes, os.PathLike)): return
     path = os.path.abspath(os.fsdecode(args[0]))
     if path == top or path.startswith(top + os.sep): raise OSError(errno.EROFS, "Read-only file system", path)
@@ -178,10 +179,12 @@ def test_what_must_be_written_says_that_it_cannot(finished, tmp_path):
 
 # ---- what the operating system refuses ---------------------------------------------------------------------
 
+ROOM = "what is done is kept: make room, and the same command goes on"
+
 @pytest.mark.parametrize(
     "number,status,says",
     [
-        (errno.ENOSPC, 1, "runs/x: no space left on device; what is done is kept: make room, and the same command goes on"),
+        (errno.ENOSPC, 1, f"runs/x: no space left on device; {ROOM}"),
         (errno.EACCES, 2, "runs/x: permission denied"),
         (errno.EROFS, 2, "runs/x: read-only file system"),
         (errno.ENAMETOOLONG, 2, "runs/x: file name too long"),
@@ -217,7 +220,8 @@ def test_places_are_looked_at_without_a_trace(tmp_path):
     before = sorted(tmp_path.rglob("*"))
     assert check_place(tmp_path/"run", "a run") == tmp_path/"run"
     with pytest.raises(FileExistsError, match="holds a run, no place for groups"): check_place(tmp_path/"run", "groups")
-    with pytest.raises(NotADirectoryError, match="settings.json is a file"): check_place(tmp_path/"run"/"settings.json"/"x")
+    below = tmp_path/"run"/"settings.json"/"x"
+    with pytest.raises(NotADirectoryError, match="settings.json is a file"): check_place(below)
     with pytest.raises(OSError, match="more than 200 letters"): check_place(tmp_path/("n"*300))
     with pytest.raises(ValueError, match="other settings"): Run.check(tmp_path/"run", dict(lr=2))
     Run.check(tmp_path/"run", dict(lr=2), overwrite=True)

@@ -126,7 +126,7 @@ two_stage = st.none() | st.fixed_dictionaries(dict(top=st.integers(0, 9), low=st
 )
 
 @examples(max_examples=100)
-@given(st.lists(st.integers(0, 5), min_size=1, max_size=3), counts, two_stage, st.floats(1e-3, 99),
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=3, unique=True), counts, two_stage, st.floats(1e-3, 99),
        st.integers(0, 2**40), st.floats(0, 1), st.integers(6, 64))
 def test_any_job_is_saved_and_read_back(shots, counts, two_stage, scale, seed, share, K):
     job = settings_of(Job, shots=shots, counts=counts, two_stage=two_stage, scale=scale, seed=seed,
