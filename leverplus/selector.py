@@ -19,15 +19,15 @@ from torch.nn import functional as F
 from huggingface_hub import HfApi, ModelCard, PyTorchModelHubMixin, hf_hub_download
 from .core import masked_log_softmax, write_json
 from leverplus.checkpoints import (
-    STAMP, check_checkpoint, check_digests, check_schema, find_checkpoint, model_card, passport,
-    read_weights, stamp, write_card, write_weights,
+    STAMP, check_checkpoint, check_digests, check_schema, find_checkpoint, model_card, passport, read_weights, stamp,
+    write_card, write_weights,
 )
 from leverplus.decode import (
     beam_search, enumerate_all, greedy_search, may_be_empty, sample_distinct, sample_plain,
 )
 from leverplus.blocks import (
-    STATES, SCORERS, MATCHES, DIVERSITY, CrossAttend, EvidenceNet, Heads, MatchNet, SelfAttend, Stop,
-    dots, near_identity, picked, with_stop,
+    STATES, SCORERS, MATCHES, DIVERSITY, CrossAttend, EvidenceNet, Heads, MatchNet, SelfAttend, Stop, dots,
+    near_identity, picked, with_stop,
 )
 
 # %% ../nbs/50_selector.ipynb #9d2949b6
@@ -806,10 +806,10 @@ class Checkpoint(PyTorchModelHubMixin):
             raise TypeError(
                 f"from_pretrained got {', '.join(sorted(odd))}: neither a setting of {cls.__name__} nor of"
                 " the hub")
-        model = _made_of(cls, {k: kwargs.get(k, v) for k, v in settings.items()}, where)
         weights = read_weights(file)
-        load_strict(model, weights, file)
         check_digests(config, weights, where, file)
+        model = _made_of(cls, {k: kwargs.get(k, v) for k, v in settings.items()}, where)
+        load_strict(model, weights, file)
         model.info = info
         model.made = dict(schema=schema, leverplus=config.get("leverplus"))
         return model.to(map_location).eval()
