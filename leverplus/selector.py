@@ -714,7 +714,7 @@ def check_config(
     where, # what the message calls it, e.g. the file
 )->tuple: # (settings, info); ValueError for another class, and for settings that are missing or unknown
     "Take a config.json apart"
-    config = {name: value for name, value in config.items() if name not in STAMP}
+    config = {name: value for name, value in config.items() if name not in (*STAMP, "seal")}
     for old, new in _EARLIER_NAMES.items():
         if old in config and new not in config: config[new] = config.pop(old)
     name = config.pop("class", None)
@@ -806,10 +806,10 @@ class Checkpoint(PyTorchModelHubMixin):
             raise TypeError(
                 f"from_pretrained got {', '.join(sorted(odd))}: neither a setting of {cls.__name__} nor of"
                 " the hub")
-        weights = read_weights(file)
-        check_digests(config, weights, where, file)
         model = _made_of(cls, {k: kwargs.get(k, v) for k, v in settings.items()}, where)
+        weights = read_weights(file)
         load_strict(model, weights, file)
+        check_digests(config, weights, where, file)
         model.info = info
         model.made = dict(schema=schema, leverplus=config.get("leverplus"))
         return model.to(map_location).eval()
