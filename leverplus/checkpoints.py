@@ -19,8 +19,8 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from leverplus.core import (
-    BLANK_SEAL, Damaged, atomic_path, check_object, check_seal, fingerprint, markdown_code, markdown_text,
-    parse_json, read_object, repo_path, sealed_path, tensors_fingerprint, what_instead,
+    BLANK_SEAL, Damaged, atomic_path, check_object, check_seal, fingerprint, look_at_seal, markdown_code,
+    markdown_text, parse_json, read_object, repo_path, sealed_path, tensors_fingerprint, what_instead,
 )
 
 # %% ../nbs/05_checkpoints.ipynb #58eb9adc
@@ -131,6 +131,7 @@ def _check_text(path, check):
             f"{path}: begins with a byte order mark, which does not belong in a checkpoint; save it as"
             " UTF-8 without a mark, or copy it again"
         )
+    look_at_seal(raw, path)
     check(raw, path)
 
 def _is_object(raw, path): check_object(parse_json(raw, path), path, what="an object with settings")
@@ -345,7 +346,7 @@ def check_digests(
     digests = config.get("digests")
     if not isinstance(digests, dict) or digests.keys() != {"config", "weights"}:
         raise ValueError(f"{where}: schema {config['schema']} without digests of config and weights; was it edited?")
-    found = fingerprint({name: value for name, value in config.items() if name != "digests"})
+    found = fingerprint({name: value for name, value in config.items() if name not in ("digests", "seal")})
     if found != digests["config"]:
         raise Damaged(
             f"{where}: changed after it was written (digest {digests['config']}, its content gives {found}): copy it"

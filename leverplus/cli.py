@@ -34,9 +34,7 @@ from leverplus.rldata_generate import (
     NotVerified, TooManyFailures, run_lock, shard_queries, summary_text, verified_text, with_text,
 )
 from .rldata_scale import Splits, embed_splits, generate_ray, reads_evidence
-from leverplus.plan import (
-    ROW_BYTES, asking_costs, embed_plan, generate_plan, sequences_of, size_text, time_text,
-)
+from .plan import ROW_BYTES, asking_costs, embed_plan, generate_plan, sequences_of, size_text, time_text
 from .picker import Picker
 from leverplus.doors import (
     DOORS, Bank, Check, Demo, DrawPools, Embed, Eval, Generate, Infer, Merge, Mine, Pick, Report, Sweep,

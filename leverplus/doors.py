@@ -22,8 +22,8 @@ from pydantic import BeforeValidator
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, UseAppendAction, arg
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec
 from leverplus.settings import (
-    Amount, Asking, Choosing, Columns, Count, Data, Folder, Guarding, JsonOrNone, Mining, Model, Natural,
-    Picking, Pools, Positive, Proposing, Rewarding, Rows, Share, Teaching, draft, flag, flat_names, group,
+    Amount, Asking, Choosing, Columns, Count, Data, Folder, Guarding, JsonOrNone, Mining, Model, Natural, Picking,
+    Pools, Positive, Proposing, Rewarding, Rows, Share, Teaching, draft, flag, flat_names, group,
     plain_settings, read_settings, several,
 )
 

@@ -20,15 +20,15 @@ from huggingface_hub import HfApi, ModelCard, PyTorchModelHubMixin, hf_hub_downl
 from .core import masked_log_softmax, write_json
 from .settings import Amount, Count, Finite, Natural, Positive, Share, guarded
 from leverplus.checkpoints import (
-    STAMP, check_checkpoint, check_digests, check_schema, find_checkpoint, model_card, passport,
-    read_weights, stamp, write_card, write_weights,
+    STAMP, check_checkpoint, check_digests, check_schema, find_checkpoint, model_card, passport, read_weights, stamp,
+    write_card, write_weights,
 )
 from leverplus.decode import (
     beam_search, enumerate_all, greedy_search, may_be_empty, sample_distinct, sample_plain,
 )
 from leverplus.blocks import (
-    STATES, SCORERS, MATCHES, DIVERSITY, CrossAttend, EvidenceNet, Heads, MatchNet, SelfAttend, Stop,
-    dots, near_identity, picked, with_stop,
+    STATES, SCORERS, MATCHES, DIVERSITY, CrossAttend, EvidenceNet, Heads, MatchNet, SelfAttend, Stop, dots,
+    near_identity, picked, with_stop,
 )
 
 # %% ../nbs/50_selector.ipynb #9d2949b6
@@ -720,7 +720,7 @@ def check_config(
     where, # what the message calls it, e.g. the file
 )->tuple: # (settings, info); ValueError for another class, and for settings that are missing or unknown
     "Take a config.json apart"
-    config = {name: value for name, value in config.items() if name not in STAMP}
+    config = {name: value for name, value in config.items() if name not in (*STAMP, "seal")}
     for old, new in _EARLIER_NAMES.items():
         if old in config and new not in config: config[new] = config.pop(old)
     name = config.pop("class", None)
