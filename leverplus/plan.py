@@ -173,7 +173,7 @@ def some_pairs(
 def measure_speed(
     job:Job, # whose model is asked about whose items
     shots=None, # shot counts; None: those of the job
-    seconds:Positive=10., # about so long, loading aside; one prompt at least
+    seconds:Amount=10., # about so long, loading aside; one prompt at least
     items:pd.DataFrame|None=None, # of `Job.items`; None: they are read
 )->Speed:
     "Ask the model for some seconds"
@@ -516,7 +516,7 @@ def generate_plan(
 @guarded
 def measure_embedding(
     splits:Splits, # whose items are embedded
-    seconds:Positive=10., # about so long, loading aside; one item at least
+    seconds:Amount=10., # about so long, loading aside; one item at least
 )->float: # distinct images per second, with the questions about them; questions per second where there are no images
     "Embed for some seconds; nothing is kept"
     every = splits.every.iloc[rng("measure embedding", 0).permutation(len(splits.every))]

@@ -445,9 +445,9 @@ def test_sliding_windows_and_flash_are_refused(lvlm, tmp_path):
     "kw,says",
     [
         (dict(prefix_cache="on"), "off, query, global"),
-        (dict(batch_tokens=0), "at least 1"),
-        (dict(window=0), "at least 1"),
-        (dict(max_new_tokens=0), "at least 1"),
+        (dict(batch_tokens=0), "wanted a whole number >= 1"),
+        (dict(window=0), "wanted a whole number >= 1"),
+        (dict(max_new_tokens=0), "wanted a whole number >= 1"),
     ],
 )
 def test_bad_settings(lvlm, kw, says):

@@ -179,7 +179,7 @@ def test_supervised_training_takes_them():
     [
         (dict(shots=4), "question_id 0: its pool has 4"),
         (dict(candidates=2), "2 candidates for 2 shots"),
-        (dict(beam=0), "wanted >= 1"),
+        (dict(beam=0), "wanted a whole number >= 1"),
         (dict(grow="up"), "'left' or 'right'"),
         (dict(prob="p"), "'credit' or 'answer'"),
         (dict(cache=None), "pass a scorer"),

@@ -109,8 +109,8 @@ def test_top_k_is_refused_elsewhere():
         fit(learner(), 1, [RCE(), TopKCurriculum()])
     with pytest.raises(ValueError, match="not those of this batch"):
         fit(learner(), 1, [NoDropout(), Late(), TopKCurriculum()])
-    for bad in (dict(k=0), dict(which="top")):
-        with pytest.raises(ValueError, match="keep_k"):
+    for bad, says in ((dict(k=0), "TopKCurriculum: k 0: wanted"), (dict(which="top"), "keep_k")):
+        with pytest.raises(ValueError, match=says):
             fit(learner(), 1, [NoDropout(), GRPO(), TopKCurriculum(**bad)])
 
 def test_top_k_before_the_advantages_when_it_is_asked_for():
