@@ -521,7 +521,7 @@ def test_a_config_file_of_ones_own(tmp_path, monkeypatch):
         ("around: {debug: true}", "a.yaml: around: --config and --debug are words"),
         ("pools: {K: 0}", "a.yaml: pools.K 0: wanted a number >= 1"),
         ("pools: [", "a.yaml: no YAML"),
-        ("- 1", "a.yaml: wanted settings by name"),
+        ("- 1", "a.yaml: holds a list, wanted settings by name"),
     ]:
         Path("a.yaml").write_text(text)
         said = go("infer --config a.yaml --out x", 2)
