@@ -160,7 +160,6 @@ def test_what_is_whole_is_read_where_nothing_can_be_written(finished, tmp_path):
         f" --out {tmp_path}/rce",
         f"infer --lvlm mock --selector runs/rce --limit 4 --quiet --out {tmp_path}/answers",
         "pick --question What is it? --bank runs/bank --selector runs/rce",
-        f"report runs/rce --out {tmp_path}/page.html",
     )
     status, said = tried(finished, *lines)
     assert [int(code) for code, _ in status] == [0]*len(lines), said
