@@ -266,9 +266,8 @@ def _missing(facts, rewards, bad):
         " again")
 
 # %% ../nbs/68_callback_onpolicy.ipynb #ccad40fe
-@guarded
 def shot_counts(
-    shots:Count|tuple[Count, ...]|None, # one, or several different ones; None for a policy with STOP, which chooses
+    shots, # one count >= 1, or several different ones; None for a policy with STOP, which chooses
     asker:str, # whom the message names
 )->tuple: # of counts; (None,) for a policy with STOP; else ValueError
     "Shot counts as a tuple"

@@ -378,9 +378,10 @@ _SMALL = 112 # longest side of a small picture, in pixels
 
 class Thumbnails:
     "Small pictures for a script, each once"
+    @guarded
     def __init__(self,
         pictures:Pictures, # those of the page, all of them
-        room:int=6_000_000, # bytes of the others as text
+        room:Natural=6_000_000, # bytes of the others as text
     ):
         self.page = pictures
         self.room = room
@@ -388,15 +389,15 @@ class Thumbnails:
         self.places = {} # path -> place in the list
 
     def place(self,
-        items:pd.DataFrame, # see `as_items`, put in order
+        rows:pd.DataFrame, # items, see `as_items`, put in order
         question_id:int, # whose picture
         new:bool=True, # may it take room?
     )->int: # its place in `list`; -1: it has none, -2: it is left out
         "Where the picture of an item is"
-        path = _path(items, question_id)
+        path = _path(rows, question_id)
         if path is None: return _NO_PICTURE
         if path not in self.places:
-            picture = self._made(items, question_id, path, new)
+            picture = self._made(rows, question_id, path, new)
             if picture is None: return _LEFT_OUT
             self.places[path] = len(self.list)
             self.list.append(picture)
@@ -413,14 +414,15 @@ class Thumbnails:
         return [address, *image.size, max(image.size) < _SMALL]
 
 # %% ../nbs/26_cases.ipynb #fb342f66
+@guarded
 def case_data(
     items:pd.DataFrame, # queries and demonstrations by question_id
     rows:pd.DataFrame, # of `pick_cases`
     others:pd.DataFrame, # rows of `scored` for these queries: what other selectors would have chosen, in order
     went:dict, # {other selector: Series by question_id}, of `query_outcomes`
     pictures:Pictures, # those of the page
-    level:int=3, # of a case's heading
-    at_once:int=40, # cases that are shown together
+    level:Count=3, # of a case's heading
+    at_once:Count=40, # cases that are shown together
 )->dict: # what `browser.js` wants, JSON-able
     "Cases as data for a script"
     items = as_items(items, need=("question", "answer", "answers"))

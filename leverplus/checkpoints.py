@@ -22,6 +22,7 @@ from leverplus.core import (
     BLANK_SEAL, Damaged, atomic_path, check_object, check_seal, fingerprint, look_at_seal, markdown_code,
     markdown_text, parse_json, read_object, repo_path, sealed_path, tensors_fingerprint, what_instead,
 )
+from .settings import Count, guarded
 
 # %% ../nbs/05_checkpoints.ipynb #58eb9adc
 def check_weights(
@@ -220,9 +221,10 @@ def _silent():
     try: yield
     finally: logging.set_verbosity(level)
 
+@guarded
 def check_vocabulary(
     tokenizer, # of a model
-    n:int, # tokens that the model has vectors of
+    n:Count, # tokens that the model has vectors of
     name, # of the model, for the error
 ): # ValueError for a tokenizer that cannot be the model's
     "Refuse a tokenizer of another model"

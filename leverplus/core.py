@@ -18,7 +18,7 @@ import warnings, zlib
 from copy import deepcopy
 from functools import lru_cache
 from pathlib import Path
-import numpy as np, pandas as pd, torch, yaml
+import numpy as np, torch
 
 # %% ../nbs/00_core.ipynb #a96e81d0
 def masked_mean(
@@ -631,33 +631,38 @@ def read_yaml(
     raw = file_bytes(path)
     other = what_instead(raw)
     if other: raise ValueError(f"{path}: no YAML: {other}")
-    try: content = _OnceLoader(raw.decode("utf-8-sig").replace(mark, "")).get_single_data()
+    import yaml   # heavy, and seldom needed
+    try: content = _once_loader()(raw.decode("utf-8-sig").replace(mark, "")).get_single_data()
     except (yaml.YAMLError, UnicodeDecodeError) as e:
         raise ValueError(f"{path}: no YAML ({' '.join(str(e).split())})") from None
     except RecursionError:
         raise ValueError(f"{path}: no YAML: its brackets are nested deeper than can be read") from None
     return check_object(content, path, what=what)
 
-class _OnceLoader(yaml.SafeLoader):
+@lru_cache(maxsize=1)
+def _once_loader():
     "YAML's safe loader; a key that stands twice, and a value that Python cannot read, have a place in the error"
-    def construct_mapping(self, node, deep=False):
-        keys = [key.value for key, _ in node.value]
-        twice = next((key for key in keys if keys.count(key) > 1), None)
-        if twice is not None: raise _at(node, f"key {twice!r} occurs twice")
-        return super().construct_mapping(node, deep)
+    import yaml
+    def at(node, says): return yaml.MarkedYAMLError(None, None, says, node.start_mark)
+    class OnceLoader(yaml.SafeLoader):
+        def construct_mapping(self, node, deep=False):
+            keys = [key.value for key, _ in node.value]
+            twice = next((key for key in keys if keys.count(key) > 1), None)
+            if twice is not None: raise at(node, f"key {twice!r} occurs twice")
+            return super().construct_mapping(node, deep)
 
-    def construct_object(self, node, deep=False):
-        try: return super().construct_object(node, deep)
-        except ValueError as e: raise _at(node, str(e)) from None
-
-def _at(node, says): return yaml.MarkedYAMLError(None, None, says, node.start_mark)
+        def construct_object(self, node, deep=False):
+            try: return super().construct_object(node, deep)
+            except ValueError as e: raise at(node, str(e)) from None
+    return OnceLoader
 
 # %% ../nbs/00_core.ipynb #a3a90853
 def read_csv(
     path, # a CSV file in UTF-8, packed by gzip or not; FileNotFoundError names it if it is absent
     **options, # of `pandas.read_csv`, such as `dtype=str`
-)->pd.DataFrame: # ValueError says what the file is instead, or which line is broken
+): # DataFrame; ValueError says what the file is instead, or which line is broken
     "Read a CSV file with errors that name the file"
+    import pandas as pd
     raw = file_bytes(path)
     other = what_instead(raw)
     if other: raise ValueError(f"{path}: no CSV table: {other}")

@@ -248,7 +248,7 @@ def prompt_flops(
     new_tokens:Natural=3, # length of the greedy text, end token included; 0: no generation
     way:str="shared", # one of WAYS; ValueError for another
     known_images:Share=0., # `shared`: share of the images whose features are cached
-    known_tokens:Natural=0, # `shared`: tokens at the prompt's start whose keys and values are cached
+    known_tokens:Amount=0, # `shared`: tokens at the prompt's start whose keys and values are cached
     causal:bool=True, # as for `text_flops`
 )->Cost: # FLOPs by part
     "Operations for the facts about one prompt"

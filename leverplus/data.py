@@ -301,7 +301,7 @@ def _existing(file, wanted):
     if path.is_file(): return path
     if packed.is_file(): return packed
     if path.parent.is_dir():
-        near = sorted(p.name for p in path.parent.glob("*.json*"))
+        near = sorted(p.name for p in path.parent.glob("[!.]*.json*"))
         has = f"the folder holds {', '.join(near) or 'no .json files'}"
     else: has = "that folder does not exist"
     raise FileNotFoundError(f"{path}: no such file. Wanted {wanted}; {has}")

@@ -23,7 +23,7 @@ from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, UseAppend
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec
 from leverplus.settings import (
     Amount, Asking, Choosing, Columns, Count, Data, Folder, Guarding, JsonOrNone, Mining, Model, Natural, Picking,
-    Pools, Positive, Proposing, Rewarding, Rows, Share, Teaching, draft, flag, flat_names, group,
+    Pools, Positive, Proposing, Rewarding, Rows, Share, Teaching, draft, flag, flat_names, group, guarded,
     plain_settings, read_settings, several,
 )
 
@@ -343,9 +343,10 @@ class Train(Door):
     around:Around=Around()
 
 # %% ../nbs/94_doors.ipynb #17dab7da
+@guarded
 def check_shown(
     shots, # numbers of demonstrations, or "stop"
-    K:int, # pool size
+    K:Count, # pool size
 ): # ValueError if a pool does not hold more than are shown
     "Refuse to show a whole pool"
     most = max([n for n in shots if n != "stop"], default=0)

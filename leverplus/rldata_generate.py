@@ -458,6 +458,15 @@ def begin(self:Generation,
     return self
 
 @patch
+def check_place(self:Generation):
+    "Refuse a folder that was never held and where `begin` cannot be, before anything is written"
+    if not never_held(self.path, self.shard): return   # it is looked at while it is held
+    try: check_manifest(self.path, self.settings, self.shard)
+    except ValueError:
+        self.contents.compare(self.items, self.item_ids())   # which says more, where items are the difference
+        raise
+
+@patch
 def note_makers(self:Generation):
     "Write into the manifest which job this is, and which model answers"
     makers = {}
@@ -811,8 +820,7 @@ def generate_together(
 )->dict: # {name: RLData}, see `Generation.finish`
     "Make the windows of several runs, each run as far as the others, so that the end of time finds them alike"
     if limit is None: limit = TimeLimit()
-    for run in runs.values():
-        if never_held(run.path, run.shard): check_manifest(run.path, run.settings, run.shard)
+    for run in runs.values(): run.check_place()
     with contextlib.ExitStack() as held:
         for run in runs.values(): held.enter_context(run.lock())
         steps = {name: held.enter_context(run.bar(progress)) for name, run in runs.items()}

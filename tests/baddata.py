@@ -29,6 +29,10 @@ from leverplus.sweep import read_grid, read_rows
 
 # ---- files that are not what they should be ----------------------------------------------------------------
 
+def as_people_write(path, content):
+    "A JSON file without a seal"
+    return write_json(path, content, seal=False)
+
 def deep(open_, close, n=100_000): return (open_*n + "1" + close*n).encode()
 
 JSON_FAULTS = dict(
@@ -114,13 +118,13 @@ QUESTION = dict(question_id=11, image_id=1, question="what is it?")
 ANSWERED = dict(question_id=11, image_id=1, answers=[dict(answer="a cat")]*10)
 
 def make_okvqa(folder, prefix=""):
-    write_json(folder/f"{prefix}OpenEnded_mscoco_train2014_questions.json", dict(questions=[QUESTION]))
+    as_people_write(folder/f"{prefix}OpenEnded_mscoco_train2014_questions.json", dict(questions=[QUESTION]))
     said = ANSWERED | dict(multiple_choice_answer="a cat")
-    write_json(folder/f"{prefix}mscoco_train2014_annotations.json", dict(annotations=[said]))
+    as_people_write(folder/f"{prefix}mscoco_train2014_annotations.json", dict(annotations=[said]))
 
 def make_soft(folder):
     make_okvqa(folder)
-    write_json(folder/"train_soft_labels.json", [dict(question_id=11, img_id="COCO_1", label=dict(cat=1))])
+    as_people_write(folder/"train_soft_labels.json", [dict(question_id=11, img_id="COCO_1", label=dict(cat=1))])
 
 def make_groups(folder):
     _, pool, _ = world()
@@ -131,7 +135,7 @@ def make_groups(folder):
     kept = folder/head["pool"]["folder"]
     kept.rename(folder/"pool")
     head["pool"]["folder"] = "pool"
-    write_json(folder/"manifest.json", head)
+    as_people_write(folder/"manifest.json", head)
 
 def make_bank(folder):
     items, _, store = world()
@@ -153,7 +157,7 @@ def make_tables(folder):
     table = pd.DataFrame(dict(question=["what?"], answer=["cup"], split=["train"]))
     table.to_csv(folder/"train.csv", index=False)
     table.to_parquet(folder/"train.parquet")
-    write_json(folder/"train.json", table.to_dict("records"))
+    as_people_write(folder/"train.json", table.to_dict("records"))
     write(folder/"train.jsonl", "\n".join(json.dumps(row) for row in table.to_dict("records")))
 
 def alone(folder, name, read):
@@ -172,7 +176,7 @@ def doors():
     of_states = ("empty", "zeros", "html", "zip", "pointer", "number")
     lines = {fault: content + b"\n" for fault, content in jsons.items()}
     out = [
-        Door("read_json", lambda f: write_json(f/"a.json", {}), lambda f: read_json(f/"a.json"),
+        Door("read_json", lambda f: as_people_write(f/"a.json", {}), lambda f: read_json(f/"a.json"),
              ("a.json",), jsons, (*some_json, "cut")),
         Door("read_okvqa", make_okvqa, lambda f: read_okvqa(f, "train"),
              ("OpenEnded_mscoco_train2014_questions.json", "mscoco_train2014_annotations.json"), jsons),
@@ -182,9 +186,9 @@ def doors():
              ("train_soft_labels.json",), jsons),
         Door("RLData.load", make_groups, RLData.load, ("manifest.json", "pool/pool.json"), jsons),
         Door("RLData.load", make_groups, RLData.load, ("part.parquet", "pool/pool.parquet"), TABLE_FAULTS),
-        Door("RLData.from_json", lambda f: write_json(f/"old.json", old),
+        Door("RLData.from_json", lambda f: as_people_write(f/"old.json", old),
              lambda f: RLData.from_json(f/"old.json", "used", numbers), ("old.json",), jsons),
-        Door("read_beams", lambda f: write_json(f/"beams.json", beam),
+        Door("read_beams", lambda f: as_people_write(f/"beams.json", beam),
              lambda f: read_beams(f/"beams.json", numbers), ("beams.json",), jsons),
         Door("EmbedStore.load", lambda f: world()[2].save(f), EmbedStore.load,
              ("embed.json", "embed.safetensors"), jsons),
@@ -195,13 +199,13 @@ def doors():
              lambda f: read_state(f/"state.pt"), ("state.pt",), {fault: jsons[fault] for fault in of_states}),
         Door("load_recipe", lambda f: save_recipe(RECIPES["ours"], f/"r.json"),
              lambda f: load_recipe(f/"r.json"), ("r.json",), jsons),
-        Door("read_grid", lambda f: write_json(f/"g.json", {"lr": [1]}),
+        Door("read_grid", lambda f: as_people_write(f/"g.json", {"lr": [1]}),
              lambda f: read_grid([str(f/"g.json")]), ("g.json",), jsons, ("empty_object",)),
         Door("read_rows", lambda f: write(f/"cells.jsonl", "{}\n"), lambda f: read_rows(f/"cells.jsonl"),
              ("cells.jsonl",), lines, ("empty_object", "empty", "blank", "cut", "gone")),
-        Door("load_subsets", lambda f: write_json(f/"s.json", dict(seed=0, subsets={"1": [1]})),
+        Door("load_subsets", lambda f: as_people_write(f/"s.json", dict(seed=0, subsets={"1": [1]})),
              lambda f: load_subsets(f/"s.json"), ("s.json",), jsons),
-        Door("check_results", lambda f: write_json(f/"p.json", [dict(question_id=1, answer="a")]),
+        Door("check_results", lambda f: as_people_write(f/"p.json", [dict(question_id=1, answer="a")]),
              lambda f: check_results(f/"p.json", [1]), ("p.json",), jsons),
         Door("Run", make_run, Run, ("settings.json",), jsons),
         Door("Run.frame", make_run, lambda f: Run(f).frame("t.csv"), ("t.csv",),

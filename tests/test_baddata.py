@@ -204,7 +204,7 @@ def test_a_prediction_with_too_many_shots_leaves_nothing_behind(tmp_path):
     assert not (tmp_path/"run").exists()
 
 def test_ids_that_are_not_there_are_named(tmp_path):
-    with pytest.raises(ValueError, match="fixed: question_id 99 is not among the 42 items"):
+    with pytest.raises(ValueError, match="fixed 99: no such question_id among the items"):
         picking = Picking(picker="fixed", fixed=(99,), shots=(1,))
         predict(tmp_path/"run", POOL, ITEMS, MockScorer(), None, picking)
     assert not (tmp_path/"run").exists()

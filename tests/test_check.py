@@ -455,7 +455,7 @@ def test_a_file_from_disk_has_its_name(tmp_path):
 def test_csv_round_trip(tmp_path):
     h = health(dict(a=healthy(), b=sparse(2, 20)))
     folder = h.to_csv(tmp_path / "deep" / "health")
-    assert sorted(p.name for p in folder.iterdir()) == [
+    assert sorted(p.name for p in folder.glob("[!.]*")) == [
         "health.csv",
         "queries.csv",
         "sources.csv",

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pandas as pd, pytest
 import own_warnings
 from leverplus import cli
-from leverplus.doors import DOORS, STATUS, command_settings, read_door, remembered
+from leverplus.doors import DOORS, STATUS, command_settings, read_door, remembered, say
 from leverplus.groups import RLData
 from leverplus.plan import measured_rate
 from leverplus.runs import Run
@@ -344,11 +344,12 @@ def test_generation_goes_on_after_an_interrupt(tmp_path, monkeypatch):
 def test_training_goes_on_after_an_interrupt(there, monkeypatch):
     line = "train runs/all --dev runs/dev --epochs 3 --bs 4 --objective sft --out runs/"
     seen = []
-    def line_or_interrupt(text):
-        seen.append(text)
+    def line_or_interrupt(*lines, **kw):
+        if kw: return say(*lines, **kw)   # an error
+        seen.append(lines)
         if len(seen) == 2: raise KeyboardInterrupt
     with monkeypatch.context() as m:
-        m.setattr(cli, "_line", line_or_interrupt)
+        m.setattr(cli, "say", line_or_interrupt)
         assert go(line + "cut", 130).endswith("the same command goes on from here")
     assert (Path("runs/cut") / "state/sft/state.pt").exists()
     assert "no selector lies there" in go("infer --selector runs/cut --out runs/x", 2)
@@ -435,8 +436,12 @@ def test_sweeps_in_shards(there):
     assert read_grid(["a=x,1", "b=[1,2],[3]", "c=true"]) == dict(a=["x", 1], b=[[1, 2], [3]], c=[True])
     assert "speed" in go(line + "--grid speed=1,2", 2)
     assert "nowhere.json" in go(line + "--grid nowhere.json", 2)
-    bad = go(line + "--grid model.d_hidden=0", 1)
-    assert "1 of 1 cells failed" in bad
+    assert "d_hidden 0: wanted a whole number >= 1" in go(line + "--grid model.d_hidden=0", 2)
+    with monkeypatch.context() as m:
+        m.setattr("leverplus.sweep.train_cell", fails)
+        assert "1 of 1 cells failed" in go(line + "--grid model.d_hidden=8", 1)
+
+def fails(*args, **kw): raise RuntimeError("this cell fails")
 
 def test_the_demo_gets_its_words(monkeypatch, tmp_path):
     got = []

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch, yaml
 from PIL import Image, ImageFile, ImageOps
 from leverplus.bank import DemoBank, asked_items
-from leverplus.core import repo_path
+from leverplus.core import Damaged, repo_path
 from leverplus.data import read_okvqa
 from leverplus.embed import load_clip
 from leverplus.items import as_id
@@ -14,7 +14,7 @@ from leverplus.lmms import (
     read_samples, read_task, score, scoring_of, write_docs, write_task,
 )
 from leverplus.picker import Picker
-from leverplus.pictures import BadPicture, open_image
+from leverplus.pictures import open_image
 from leverplus.prompt import Demo, Prompt, messages
 from leverplus.selector import PointerSelector
 from leverplus.vqa import vqa_accuracy
@@ -145,7 +145,8 @@ def test_files_that_were_cut_short_pass_there_and_not_here(few, train, dev, tmp_
         DemoBank.build(train[:40].assign(image_path=moved), folder=tmp_path/"bank", progress=False)
     for path in set(moved): Path(path).write_bytes(Path(path).read_bytes()[:-40])
     spoilt = replace(few, bank=str(tmp_path/"bank"))
-    with pytest.raises(BadPicture): doc_to_messages(as_cut(dev.iloc[0]), asdict(spoilt))
+    with pytest.raises(Damaged, match="is not the picture that was embedded"):
+        doc_to_messages(as_cut(dev.iloc[0]), asdict(spoilt))
     assert ImageFile.LOAD_TRUNCATED_IMAGES
 
 def as_cut(item):

@@ -63,7 +63,8 @@ def test_two_who_add_to_a_bank_both_add(tmp_path):
 # ---- waiting -----------------------------------------------------------------------------------------------
 
 HOLD = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler) # a shell's background job is born deaf to it
 from leverplus.runs import hold_lock
 with hold_lock(sys.argv[1], "the pool"):
     print("held", flush=True)
@@ -90,12 +91,11 @@ def test_who_does_not_wait_says_nothing(tmp_path, capfd):
 
 def test_a_wait_ends_with_an_interrupt(tmp_path):
     lock = tmp_path/".pool.lock"
-    def interrupt(*_): raise KeyboardInterrupt
     with hold_lock(lock, "the pool"):
         waiting = child(HOLD, lock)
         assert "waiting for process" in waiting.stderr.readline()
         waiting.send_signal(signal.SIGINT)
-        said = waiting.communicate()
+        said = waiting.communicate(timeout=60)
         assert waiting.returncode and "KeyboardInterrupt" in said[1], said
 
 def test_the_note_of_a_killed_process_misleads_nobody(tmp_path):

@@ -81,7 +81,7 @@ def test_a_data_set_can_be_read_without_its_pictures(tmp_path):
     pictured = expected_speed(settings_of(Job, split="dev").items()[:20])
     assert blind.images is None and "images of 0 tokens" in blind.why and pictured.images > 0
     assert blind.prompts > pictured.prompts
-    with pytest.raises(ValueError, match="kind 'mixed' is not in this store"):
+    with pytest.raises(ValueError, match="kind 'mixed': these items have no pictures; choose 'text'"):
         change(job, kind="mixed").run(tmp_path/"mixed")
 
 def test_inputs_are_made_once_and_equal_when_made_again(tmp_path, monkeypatch):

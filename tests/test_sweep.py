@@ -91,11 +91,11 @@ def test_all_arguments_of_an_objective_can_be_tried(name):
 @pytest.mark.parametrize(
     "grid, what", [
         ({"rce.lr": [1e-3, -.1]}, "grid, rce: lr -0.1: wanted"),
-        ({"rce.temp": [math.nan]}, "grid, rce: temp nan: wanted"),
+        ({"rce.temp": [math.nan]}, "grid 'rce.temp': nan: wanted finite"),
         ({"rce.n_epoch": [2, -1]}, "grid, rce: n_epoch -1: wanted"),
         ({"objective": [("rce", "grpo")], "grpo.min_live": [2]}, "grid, grpo: min_live 2: wanted"),
         ({"bs": [32, 0]}, "grid: bs 0: wanted"), ({"model.dropout": [2]}, "grid, model: dropout 2: wanted"),
-        ({"reward.hard_weight": [math.nan]}, "reward 'hard_plus_soft': hard_weight nan: wanted"),
+        ({"reward.hard_weight": [math.nan]}, "grid 'reward.hard_weight': nan: wanted finite"),
         ({"lvlm.min_pixels": [-1]}, "grid, lvlm: min_pixels -1: wanted"),
     ],
 )
@@ -390,7 +390,8 @@ def test_picks_are_asked_at_each_image_budget(tmp_path):
 
 def test_an_image_budget_wants_a_model(data, tmp_path):
     w, groups = data
-    cells = sweep(tmp_path, {"lvlm.max_pixels": [784]}, groups, w, [0], BASE)
-    assert cells.status.tolist() == ["failed"] and "vision-language model" in cells.error[0]
+    with pytest.raises(ValueError, match="lvlm.max_pixels: wanted a world with a vision-language model"):
+        sweep(tmp_path/"sweep", {"lvlm.max_pixels": [784]}, groups, w, [0], BASE)
+    assert not (tmp_path/"sweep").exists()
     with pytest.raises(ValueError, match="lvlm.pixels.*lvlm.max_pixels"): expand_grid({"lvlm.pixels": [784]})
 
