@@ -422,7 +422,7 @@ def test_recipes_and_shares(there):
     go("train runs/all --dev runs/dev --objective grpo --epochs 1 --start runs/rce --quiet --out runs/grpo")
     assert not Path("runs/x").exists()
 
-def test_sweeps_in_shards(there):
+def test_sweeps_in_shards(there, monkeypatch):
     line = (
         "sweep runs/all --dev runs/dev --lvlm mock --base sft.n_epoch=1 objective=sft --seeds 0 --quiet --out"
         " runs/shards "
