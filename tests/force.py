@@ -112,6 +112,8 @@ def _solved(source):
 
 # ---- children ----------------------------------------------------------------------------------------------
 
+INTERRUPTED = 130 # the exit status after Ctrl-C
+
 @dataclass
 class Ended:
     "How a child ended"
@@ -139,6 +141,7 @@ def _live(folder, lines, said, before):
         os.chdir(folder)
         if before is not None: before()
         code = _all(lines)
+    except KeyboardInterrupt: code = INTERRUPTED   # before a door could say so
     except BaseException: traceback.print_exc()
     finally:
         with contextlib.suppress(BaseException):
@@ -251,7 +254,6 @@ def kill_trial(job, base, folder, seed, most=3):
     if not trial.problems: shutil.rmtree(here)
     return trial
 
-INTERRUPTED = 130                                               # the exit status after Ctrl-C
 SIGNALS = signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT
 
 def _killed_once(job, here, lots):
@@ -266,7 +268,7 @@ def _killed_once(job, here, lots):
 
 def _problems(job, here, last):
     "What is wrong after the last start"
-    if last.status != 0: return [f"status {last.status}: {last.said.strip()[-300:]}"]
+    if last.status != 0: return [f"status {last.status}: {last.said.strip()[-1500:]}"]
     left = [str(p.relative_to(here)) for p in here.rglob(".*.tmp")]
     return job.differences(here) + [f"{p} left behind" for p in left]
 
