@@ -346,7 +346,7 @@ def _used_by(folder):
 
 # ---- content -----------------------------------------------------------------------------------------------
 
-PASSING = {"starts", "seal", "time", "finished", "seconds"}   # of a record: when, how often and how long
+PASSING = {"starts", "seal", "time", "finished", "seconds", "git"}   # when, how often, how long, by which code
 
 def content(folder):
     "{name of a value: value} of all files that are not hidden; a table is taken apart, so that one cell is one value"
@@ -382,7 +382,7 @@ def _table(path):
 
 def _cells(frame):
     rows = frame.map(repr)
-    return {f"{name}[{i}]": value for name in rows for i, value in enumerate(rows[name])}
+    return {f"{name}[{i}]": value for name in rows for i, value in enumerate(rows[name]) if name not in PASSING}
 
 def _tensors(path):
     from safetensors.torch import load_file
