@@ -70,28 +70,9 @@ def under_force(args, folder):
 
 # ---- damaged bits ------------------------------------------------------------------------------------------
 
-class Written:
-    "A file of some kind, and what was read from it when it was whole"
-    def __init__(self, kind, folder):
-        folder.mkdir(parents=True)
-        self.kind = kind
-        self.folder = folder
-        self.file = Path(kind.make(folder))
-        self.whole = self.file.read_bytes()
-        self.truth = kind.read(folder)
-
-    def damaged(self, raw):
-        "named | equal | silent | unnamed: what comes of reading other bytes"
-        self.file.write_bytes(raw)
-        try: found = self.kind.read(self.folder)
-        except (ValueError, UserWarning) as e: return "named" if self.file.name in str(e) else "unnamed"
-        except Exception: return "unnamed"
-        finally: self.file.write_bytes(self.whole)
-        return "equal" if found == self.truth else "silent"
-
 def flips(args, folder):
     "Bits of every kind of file: how many were believed, or not named"
-    from kinds import KINDS
+    from kinds import KINDS, Written
     wrong = 0
     every = Counter()
     for i, kind in enumerate(KINDS):
@@ -103,8 +84,8 @@ def flips(args, folder):
             raw = bytearray(one.whole)
             place = lots.randrange(8*len(raw))
             raw[place//8] ^= 1 << place%8
-            came[one.damaged(raw)] += 1
-        lost = came["silent"] + came["unnamed"]
+            came[one.verdict(raw)] += 1
+        lost = came["believed"] + came["unnamed"]
         show(f"bit: {kind.name}", args.flips, "", came["named"] + came["equal"], lost, f"{came['equal']} harmless")
         every += came
         wrong += lost

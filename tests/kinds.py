@@ -259,3 +259,27 @@ KINDS = [
     Kind("table for others, Parquet", export_file("some.parquet"), read_exported("some.parquet")),
     Kind("note of what is kept", kept_note, read_kept),
 ]
+
+# ---- and what comes of damage --------------------------------------------------------------------------------
+
+class Written:
+    "A file of a kind, and what was read from it when it was whole"
+    def __init__(self, kind, folder):
+        self.kind = kind
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.file = Path(kind.make(self.folder))
+        self.whole = self.file.read_bytes()
+        self.truth = kind.read(self.folder)
+        self.error = None # the last one
+
+    def verdict(self, raw):
+        "What comes of reading other bytes: named | equal | believed | unnamed"
+        self.error = None
+        self.file.write_bytes(raw)
+        try: found = self.kind.read(self.folder)
+        except Exception as e: self.error = e
+        finally: self.file.write_bytes(self.whole)
+        if self.error is None: return "equal" if found == self.truth else "believed"
+        named = isinstance(self.error, (ValueError, UserWarning)) and self.file.name in str(self.error)
+        return "named" if named else "unnamed"

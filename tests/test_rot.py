@@ -2,7 +2,7 @@
 import random, re, subprocess, sys, textwrap, warnings
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
-from kinds import KINDS, TABLE, generated, of_data, store
+from kinds import KINDS, TABLE, Written, generated, of_data, store
 from leverplus.checkpoints import read_state, read_weights, write_state, write_weights
 from leverplus.core import (
     BLANK_SEAL, SEAL, Damaged, checked_bytes, look_at_seal, put_seal, read_json, read_parquet, seal_file,
@@ -15,26 +15,14 @@ FLIPS = 40
 ROOT = Path(__file__).resolve().parent.parent
 each_kind = pytest.mark.parametrize("kind", KINDS, ids=[kind.name for kind in KINDS])
 
-class Made:
+class Made(Written):
     "A file of a kind, what it held when it was whole, and what comes of it when it is not"
-    def __init__(self, kind, folder):
-        self.kind = kind
-        self.folder = folder
-        self.file = Path(kind.make(folder))
-        self.whole = self.file.read_bytes()
-        self.truth = kind.read(folder)
-
     def with_content(self, raw):
         "named | equal; whatever else comes of it is an error"
-        self.file.write_bytes(raw)
-        try: found = self.kind.read(self.folder)
-        except Exception as e:
-            assert self.file.name in str(e), f"{e!r} does not name {self.file.name}"
-            assert isinstance(e, (ValueError, UserWarning)), repr(e)
-            return "named"
-        finally: self.file.write_bytes(self.whole)
-        assert found == self.truth, "read, though it is damaged"
-        return "equal"
+        came = self.verdict(raw)
+        assert came != "believed", "read, though it is damaged"
+        assert came != "unnamed", f"{self.error!r} does not name {self.file.name}"
+        return came
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
