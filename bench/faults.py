@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT/"tests")]
 import force
 
-ROW = "{:28s} {:>6s} {:>6s} {:>8s} {:>6s}  {}"
+ROW = "{:34s} {:>6s} {:>6s} {:>8s} {:>6s}  {}"
 
 def show(name, tried, blows, well, lost, note=""):
     print(ROW.format(name, str(tried), str(blows), str(well), str(lost), note), flush=True)
