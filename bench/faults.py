@@ -15,6 +15,7 @@ import argparse, contextlib, io, multiprocessing, os, random, sys, tempfile, tim
 from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from tqdm import tqdm
 
 os.environ |= dict(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", TQDM_DISABLE="1")
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,10 +35,17 @@ def _trial(args):
     return trial(*rest)
 
 def trials_of(trial, jobs, base, folder, n, seed, workers):
-    "n trials, over all jobs in turn: list of `force.Trial`"
+    "n trials, over all jobs in turn: list of `force.Trial`; of those that are done, if it is interrupted"
     given = [(trial, jobs[i % len(jobs)], base, folder, seed*100_000 + i) for i in range(n)]
+    done = []
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork")) as pool:
-        return list(pool.map(_trial, given))
+        bar = tqdm(pool.map(_trial, given), total=n, unit="trial", disable=False)
+        try:
+            for one in bar:
+                done.append(one)
+                bar.set_postfix(blows=sum(t.blows for t in done), lost=sum(bool(t.problems) for t in done))
+        except KeyboardInterrupt: pool.shutdown(wait=False, cancel_futures=True)
+    return done
 
 def show_trials(what, trials):
     "A line per job and one for all; then what went wrong"
