@@ -17,7 +17,7 @@ import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
 from huggingface_hub import try_to_load_from_cache
 from .core import Damaged, atomic_path, fingerprint, repo_path
-from .runs import check_place, empty_folder, hold_lock
+from .runs import Busy, check_place, empty_folder, hold_lock, is_lock
 from .checkpoints import folder_or_name
 from .settings import Amount, Count, Job, change, columns_of, guarded
 from .items import as_items, check_answered, picture_paths
@@ -282,7 +282,9 @@ def embed_splits(
     todo = splits.to_do()
     n = shard[1] if shard else parts
     out = Embedded(splits, [s for s in splits.jobs if s not in todo], [], n)
-    if not todo: return out
+    if not todo:
+        _remove_what_was_left(splits)
+        return out
     folders = [splits.parts_folder()/f"{i:03d}of{n:03d}" for i in range(n)]
     for i in [shard[0]] if shard else range(n):
         if not _is_there(folders[i]): _embed_part(splits, (i, n), folders[i], progress)
@@ -310,6 +312,14 @@ def _put_together(splits, folders, todo):
             whole = gather_stores(items, stores)
             _keep(_checked(whole, items, splits.clip, splits.pictures, splits.parts_folder()), places[s])
         empty_folder(splits.parts_folder())
+
+def _remove_what_was_left(splits):
+    "Remove parts that were put together by a process which was killed before it could; not from a read-only disk"
+    folder = splits.parts_folder()
+    left = any(path.is_file() and not is_lock(path) for path in folder.rglob("*"))
+    if not left or not os.access(folder, os.W_OK): return
+    try: empty_folder(folder)
+    except Busy: return   # somebody is at a part, and will find that all is done
 
 # %% ../nbs/39_rldata_scale.ipynb #541e715e
 @patch

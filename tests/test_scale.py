@@ -243,6 +243,24 @@ def test_a_kill_costs_one_part(tmp_path, dev, monkeypatch):
     assert len(asked) == 4 and splits.to_do() == []
     assert EmbedStore.load(dev.embed_place()).fingerprint == dev.inputs()[1].fingerprint
 
+def test_parts_that_a_kill_left_beside_the_whole_are_removed_by_the_next_start(dev, monkeypatch):
+    "Not while somebody is at one of them, and not where nothing can be written"
+    from leverplus.rldata_generate import run_lock
+    splits = Splits(dev, ["dev"])
+    embed_splits(splits, progress=False)
+    def left(): return [p.name for p in splits.parts_folder().rglob("*") if p.is_file() and p.name[0] != "."]
+    def put(): (splits.parts_folder()/"000of001"/"embed.json").write_text("{}")
+    assert left() == []
+    put()
+    with run_lock(splits.parts_folder()/"000of001"): embed_splits(splits, progress=False)
+    assert left() == ["embed.json"]
+    with monkeypatch.context() as m:
+        m.setattr("leverplus.rldata_scale.os.access", lambda *_: False)
+        embed_splits(splits, progress=False)
+    assert left() == ["embed.json"]
+    embed_splits(splits, progress=False)
+    assert left() == []
+
 def test_a_part_that_somebody_makes_is_left_to_them(dev):
     from leverplus.rldata_generate import run_lock
     splits = Splits(dev, ["dev"])
