@@ -10,6 +10,7 @@ from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 from annotated_types import MinLen
 from leverplus.core import repo_path
 from leverplus.doors import DOORS
+from leverplus.runs import is_lock
 
 ISLANDS = str(repo_path("data", "islands"))
 
@@ -418,7 +419,9 @@ def snapshot(folder="."):
         for name in folders: out[os.path.join(here, name)] = None
         for name in files:
             seen = os.lstat(os.path.join(here, name))
-            out[os.path.join(here, name)] = seen.st_size, seen.st_mtime_ns
+            # a lock is taken to look at what it guards; older libraries touch its file then
+            touched = None if is_lock(name) else seen.st_mtime_ns
+            out[os.path.join(here, name)] = seen.st_size, touched
     kept = "embed-", "pool-", ".embed-", ".pool-"
     return {path: seen for path, seen in out.items() if not is_kept(path, kept)}
 
