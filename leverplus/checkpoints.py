@@ -159,6 +159,7 @@ _NAMES = { # what stands in these files
 def check_model(
     name, # folder of a model, or its name on the hub; a name that was not downloaded yet passes
     pictures:bool=True, # does it see pictures, so that it has an image processor?
+    weights:bool=True, # are its weights needed?
 ): # FileNotFoundError names what is missing in a folder, ValueError a file that is broken or another's
     "Look at the files of a model before it is loaded"
     check_checkpoint(name)
@@ -167,7 +168,10 @@ def check_model(
     for file, names in _NAMES.items():
         if (folder/file).exists(): read_object(folder/file, names, f"the {file} of a model")
     if not Path(name).is_dir(): return   # of a model on the hub, the rest may come later
-    for part, files in _TOGETHER if pictures else _TOGETHER[:-1]:
+    needed = dict(_TOGETHER)
+    if not pictures: del needed["image processor"]
+    if not weights: del needed["weights"]
+    for part, files in needed.items():
         if any((folder/file).is_file() for file in files): continue
         raise FileNotFoundError(f"{folder}: no {part} ({files[0]}); was the model copied whole?")
 

@@ -219,25 +219,38 @@ def load_lvlm(
     min_pixels:Count|None=None, # a smaller picture is enlarged to so many pixels; None: as the checkpoint says
     max_pixels:Count|None=None, # a larger picture is reduced to so many pixels; None: as the checkpoint says
     progress:bool=False, # show the bar of transformers while weights load?
+    weights:bool=True, # False: it makes prompts and counts their tokens, and cannot answer
 )->LVLM: # in eval mode, no gradients; ValueError: another model, attention, template, pixels, broken file
     "Load a Qwen-VL checkpoint"
-    from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+    from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     name = folder_or_name(path_or_name, "an LVLM")
     check_on_hub(name)
     if os.path.isdir(name) and not os.path.isfile(os.path.join(name, "config.json")):
         raise FileNotFoundError(f"{name}: no LVLM here (config.json is missing)")
     check_checkpoint(name)
-    _check_model(path_or_name, load_part(AutoConfig, name), attn)
-    check_model(name)
-    with loading_bar(progress):
-        how = dict(dtype=dtype or "auto", attn_implementation=attn)
-        model = load_model(AutoModelForImageTextToText, name, **how)
-    model = model.to(device).eval().requires_grad_(False)
+    config = load_part(AutoConfig, name)
+    _check_model(path_or_name, config, attn)
+    check_model(name, weights=weights)
+    if weights: model = _with_weights(name, dtype, attn, progress).to(device)
+    else: model = _without_weights(config, dtype)
+    model = model.eval().requires_grad_(False)
     tokenizer = load_part(AutoTokenizer, name, padding_side="left")
     _check_tokenizer(name, tokenizer, model.config)
     lvlm = LVLM(model, tokenizer, load_part(AutoImageProcessor, name), name)
     return with_pixels(lvlm, min_pixels, max_pixels)
+
+def _with_weights(name, dtype, attn, progress):
+    "The model, on the CPU"
+    from transformers import AutoModelForImageTextToText
+    how = dict(dtype=dtype or "auto", attn_implementation=attn)
+    with loading_bar(progress): return load_model(AutoModelForImageTextToText, name, **how)
+
+def _without_weights(config, dtype):
+    "The model's outline on torch's device `meta`, which takes no memory"
+    from transformers import AutoModelForImageTextToText
+    if dtype is not None: config.dtype = dtype
+    with torch.device("meta"): return AutoModelForImageTextToText.from_config(config)
 
 def _check_tokenizer(name, tokenizer, config):
     "ValueError for a tokenizer of another model, and for a chat template whose answers cannot be placed"
