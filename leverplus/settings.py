@@ -7,8 +7,8 @@ __all__ = ['CHECKS', 'LARGEST', 'FASTEST', 'Whole', 'Natural', 'Count', 'Finite'
            'Factor', 'Bound', 'LearningRate', 'NUMBER_TYPES', 'Folder', 'Columns', 'Images', 'Json', 'JsonOrNone',
            'Evaluator', 'COUNTS', 'TWO_STAGE', 'Counts', 'TwoStage', 'StoreKind', 'PickerName', 'Shots', 'Ids', 'Judge',
            'Kind', 'Reward', 'ObjectiveName', 'ExtraSettings', 'EPOCHS', 'BATCH', 'NewSelector', 'PeakRate', 'Sizes',
-           'group', 'no_switch', 'folder_name', 'flag', 'in_words', 'Guard', 'has_numbers', 'is_number', 'in_range',
-           'guarded', 'check_numbers', 'plain_settings', 'read_settings', 'draft', 'flat_names', 'change',
+           'group', 'no_switch', 'folder_name', 'flag', 'server_url', 'in_words', 'Guard', 'has_numbers', 'is_number',
+           'in_range', 'guarded', 'check_numbers', 'plain_settings', 'read_settings', 'draft', 'flat_names', 'change',
            'settings_of', 'several', 'column_words', 'columns_of', 'Data', 'Pools', 'json_object', 'json_value',
            'Model', 'Asking', 'check_counts', 'check_two_stage', 'Proposing', 'Guarding', 'Mining', 'Job', 'Picking',
            'Rewarding', 'Teaching', 'Choosing', 'Rows']
@@ -101,6 +101,12 @@ def flag(
     "How a field looks on the command line"
     def hint(default): return f"(default: {shown if default in ('None', 'null', '') else default})"
     return arg(help_behavior_hint=None if shown is None else hint, aliases=aliases or None, **kw)
+
+def server_url(
+    text, # "http://127.0.0.1:8000/v1"
+): # the same, without a "/" at its end
+    "Read the address of a server"
+    return str(text).rstrip("/")
 
 # %% ../nbs/04_settings.ipynb #dde39924
 def in_words(
