@@ -9,7 +9,7 @@ __all__ = ['PICTURES', 'WAYS', 'AWAY', 'TROUBLE', 'OURS', 'KEY', 'NEUTRAL', 'MOS
            'NoServer', 'OtherServer', 'Refused', 'Retrying', 'retry_after', 'server_words', 'AtOnce', 'ServedStats',
            'Connection', 'wait_for', 'Abilities', 'ServedScorer']
 
-# %% ../nbs/28_served.ipynb #d26b8d48
+# %% ../nbs/28_served.ipynb #f2b0f8ae
 import base64, io, json, math, os, random, time
 from collections import OrderedDict
 from contextlib import asynccontextmanager
@@ -31,7 +31,7 @@ from leverplus.lvlm import (
 )
 from .scorer import Trie, last_piece
 
-# %% ../nbs/28_served.ipynb #7d4f1d42
+# %% ../nbs/28_served.ipynb #310e0de1
 _SENT_AS_THEY_ARE = ("JPEG", "PNG", "WEBP", "GIF") # what such servers read
 
 def data_url(
@@ -76,7 +76,7 @@ def openai_messages(
         return dict(type="image_url", image_url=dict(url=picture_url(x["image"])))
     return [dict(role=turn["role"], content=[part(x) for x in turn["content"]]) for turn in messages(prompt)]
 
-# %% ../nbs/28_served.ipynb #175d8658
+# %% ../nbs/28_served.ipynb #c218b619
 @guarded
 def picture_tokens(
     image_processor, # of a Qwen-VL model
@@ -89,7 +89,7 @@ def picture_tokens(
     high, wide = smart_resize(height, width, side, least, most)
     return high*wide//side**2
 
-# %% ../nbs/28_served.ipynb #23c55727
+# %% ../nbs/28_served.ipynb #629901ed
 @dataclass
 class Sent:
     "A prompt as a server gets it"
@@ -154,7 +154,7 @@ class Urls:
             self.size -= len(url)
         return self.kept[key]
 
-# %% ../nbs/28_served.ipynb #a7b32251
+# %% ../nbs/28_served.ipynb #4f56c224
 PICTURES = ("exact", "files", "paths")
 
 class Sender:
@@ -228,7 +228,7 @@ class Sender:
             raise ValueError(f"answer {answer!r} is tokenised differently behind the prompt")
         return ids
 
-# %% ../nbs/28_served.ipynb #945cb1be
+# %% ../nbs/28_served.ipynb #db171639
 WAYS = ("steps", "prompt", "input")
 _NAMED = "token_id:" # how vLLM writes a token by its number
 
@@ -242,6 +242,10 @@ def _choice(reply):
         raise Missing(f"a reply without choices: {_short(reply)}")
     return choices[0]
 
+def _object(value): return value if isinstance(value, dict) else {}
+def _list(value): return value if isinstance(value, list) else []
+def _is_number(value): return isinstance(value, (int, float)) and not isinstance(value, bool)
+
 def read_said_tokens(
     reply:dict, # to a chat request with `return_token_ids`
 )->list|None: # token ids that were generated; None: the server does not say
@@ -253,8 +257,7 @@ def read_said_text(
     reply:dict, # to a chat request
 )->str: # `Missing` if there is none
     "Read the text of a reply"
-    message = _choice(reply).get("message")
-    text = message.get("content") if isinstance(message, dict) else None
+    text = _object(_choice(reply).get("message")).get("content")
     if not isinstance(text, str): raise Missing(f"a reply without a text: {_short(reply)}")
     return text
 
@@ -262,11 +265,15 @@ def read_next_logprobs(
     reply:dict, # to a chat request with `logprob_token_ids` and `return_tokens_as_token_ids`
 )->dict: # {token id: log-probability} of the first generated token
     "Read log-probabilities of the next token"
-    told = _choice(reply).get("logprobs")
-    first = ((told or {}).get("content") or [{}])[0]
-    named = [first, *first.get("top_logprobs", [])]
-    known = [entry for entry in named if str(entry.get("token", "")).startswith(_NAMED)]
-    return {int(entry["token"].removeprefix(_NAMED)): float(entry["logprob"]) for entry in known}
+    told = _list(_object(_choice(reply).get("logprobs")).get("content"))
+    first = _object(told[0] if told else None)
+    entries = [_object(entry) for entry in [first, *_list(first.get("top_logprobs"))]]
+    known = {str(entry.get("token")): entry.get("logprob") for entry in entries}
+    return {int(name.removeprefix(_NAMED)): float(logprob) for name, logprob in known.items() if _is_told(name, logprob)}
+
+def _is_told(name, logprob):
+    "Is a token named by its number, and is there a log-probability?"
+    return name.startswith(_NAMED) and name.removeprefix(_NAMED).isdecimal() and _is_number(logprob)
 
 @guarded
 def read_prompt_logprobs(
@@ -282,24 +289,24 @@ def read_prompt_logprobs(
 
 def _logprob_at(told, place, token):
     "Log-probability of the token at a place of a prompt"
-    entries = told[place] if isinstance(told[place], dict) else {}
-    entry = entries.get(str(token))
-    if not isinstance(entry, dict) or "logprob" not in entry:
-        raise Missing(f"token {place} of the prompt is one of {list(entries)}, wanted {token}")
-    return float(entry["logprob"])
+    entries = _object(told[place])
+    logprob = _object(entries.get(str(token))).get("logprob")
+    if not _is_number(logprob): raise Missing(f"token {place} of the prompt is one of {list(entries)}, wanted {token}")
+    return float(logprob)
 
 def read_input_logprobs(
     reply:dict, # of SGLang's /generate with `return_logprob`
     ids, # token ids at the end of what was sent
 )->list: # their log-probabilities; `Missing` as above
     "Read log-probabilities of the last tokens of an input"
-    told = (reply.get("meta_info") or {}).get("input_token_logprobs")
+    told = _object(reply.get("meta_info")).get("input_token_logprobs")
     if not isinstance(told, list): raise Missing(f"a reply without input_token_logprobs: {_short(reply)}")
-    last = told[-len(ids):]
-    seen = [entry[1] for entry in last]
+    last = [(_list(entry) + [None, None])[:2] for entry in told[-len(ids):]]
+    seen = [token for _, token in last]
     if seen != list(ids): raise Missing(f"the server sees the tokens {seen} at the end, wanted {list(ids)}")
-    if any(entry[0] is None for entry in last): raise Missing("the log-probability of an answer's first token is missing")
-    return [float(entry[0]) for entry in last]
+    if not all(_is_number(logprob) for logprob, _ in last):
+        raise Missing("the log-probability of a token is missing: of the first, if it was asked for from there on")
+    return [float(logprob) for logprob, _ in last]
 
 def _short(reply): return printable(json.dumps(reply, default=str))[:200]
 
@@ -312,7 +319,7 @@ def sum_logprobs(
     if not all(math.isfinite(l) and _FLOOR < l <= 1e-3 for l in logprobs): raise FloatingPointError(NOT_FINITE)
     return math.fsum(logprobs)
 
-# %% ../nbs/28_served.ipynb #0cf5ca4c
+# %% ../nbs/28_served.ipynb #e48fda6c
 class NoServer(RuntimeError):
     "A server that does not answer any more"
 
@@ -375,7 +382,7 @@ def server_words(
     if key: says = says.replace(key, "***")
     return f"{status}: {printable(' '.join(says.split()))[:400]}"
 
-# %% ../nbs/28_served.ipynb #2f1c4517
+# %% ../nbs/28_served.ipynb #50ec8f8c
 class AtOnce:
     "How many requests run at once: measured upwards until throughput stops growing"
     @guarded
@@ -417,7 +424,7 @@ class AtOnce:
         self.settled = True
         self.begin()
 
-# %% ../nbs/28_served.ipynb #d116338b
+# %% ../nbs/28_served.ipynb #fb3bcab8
 KEY = "LVLM_API_KEY" # environment variable; the key is never written anywhere
 
 @dataclass
@@ -435,12 +442,13 @@ class ServedStats:
         reply:dict, # of the server
     ):
         "Count what an answer took"
-        used = reply.get("usage") or {}
-        details = used.get("prompt_tokens_details") or {}
+        used = _object(reply.get("usage"))
+        details = _object(used.get("prompt_tokens_details"))
+        def number(value): return value if _is_number(value) else 0
         self.requests += 1
-        self.prompt_tokens += used.get("prompt_tokens") or 0
-        self.cached_tokens += details.get("cached_tokens") or 0
-        self.said_tokens += used.get("completion_tokens") or 0
+        self.prompt_tokens += number(used.get("prompt_tokens"))
+        self.cached_tokens += number(details.get("cached_tokens"))
+        self.said_tokens += number(used.get("completion_tokens"))
 
     def cost(self,
         prices, # per million prompt tokens, and per million generated tokens; one number: of both
@@ -494,7 +502,7 @@ class Connection:
         self._requests.total_tokens = self.at_once.now
         self.prompts.total_tokens = self.at_once.now
 
-# %% ../nbs/28_served.ipynb #dca25f1b
+# %% ../nbs/28_served.ipynb #a04bc480
 @patch
 async def _try(self:Connection, url, body):
     "Ask once; `Refused` or `OtherServer` for what no other try would change"
@@ -588,7 +596,7 @@ def wait_for(
     from anyio.from_thread import start_blocking_portal
     with start_blocking_portal() as portal: return portal.call(work)
 
-# %% ../nbs/28_served.ipynb #1e2ac1c4
+# %% ../nbs/28_served.ipynb #2d516d56
 @dataclass(frozen=True)
 class Abilities:
     "What a server can do, as it was found out"
@@ -666,7 +674,7 @@ class ServedScorer:
         who = f"{self.model} by {self.engine.get('engine')} {self.engine.get('version') or ''}"
         return f"ServedScorer({printable(who.strip())}: {ways})"
 
-# %% ../nbs/28_served.ipynb #1eb095d2
+# %% ../nbs/28_served.ipynb #79b57231
 NEUTRAL = dict(top_p=1., top_k=-1, min_p=0., presence_penalty=0., frequency_penalty=0., repetition_penalty=1., seed=0)
 _OPEN = dict(add_generation_prompt=False, continue_final_message=True) # the last turn is not closed
 _CLOSED = dict(add_generation_prompt=False) # the last turn is closed, and no other is opened
@@ -711,13 +719,13 @@ def _parts(said):
     "All parts of messages"
     return [part for turn in said if isinstance(turn["content"], list) for part in turn["content"]]
 
-# %% ../nbs/28_served.ipynb #de6ae440
+# %% ../nbs/28_served.ipynb #2a47fd7f
 MOST_TOKENS = 100 # log-probabilities that one request asks for
 
 @patch
 def _check_count(self:ServedScorer, reply, wanted):
     "`Refused` if the server saw another number of tokens than were sent"
-    seen = (reply.get("usage") or {}).get("prompt_tokens")
+    seen = _object(reply.get("usage")).get("prompt_tokens")
     if seen in (None, wanted): return
     raise Refused(
         f"the server sees {seen} tokens where {self.lvlm.name} makes {wanted}: another chat template, tokenizer or image budget"
@@ -786,7 +794,7 @@ async def _together(works):
     if failed: raise failed[0]
     return out
 
-# %% ../nbs/28_served.ipynb #d6508fd7
+# %% ../nbs/28_served.ipynb #8bcb0d92
 @patch
 async def _facts(self:ServedScorer, sent, generate, ways):
     "(greedy text or None, log-probabilities of the answers) of a prompt"
@@ -823,7 +831,7 @@ def _can_be_written(self:ServedScorer, sent, path):
     "Is every beginning of an answer a text of its own?"
     return all(self.sender.part_text(sent.part(node)) is not None for node in path)
 
-# %% ../nbs/28_served.ipynb #6138630a
+# %% ../nbs/28_served.ipynb #34d98fc4
 @patch
 async def _one(self:ServedScorer, ready, prompt, target, generate):
     "Scored of a prompt"
@@ -894,9 +902,9 @@ def _shown(self:ServedScorer):
     shown = dict(requests=self.stats.requests, at_once=self.connection.at_once.now, again=self.stats.retries)
     return shown | dict(cost=f"{self.stats.cost(self.prices):.2f}") if self.prices else shown
 
-# %% ../nbs/28_served.ipynb #b926dc71
+# %% ../nbs/28_served.ipynb #a3f83e72
 _PROBE = Prompt(0, None, "What swims?")
-_PROBE_TARGET = Targets(("a platypus",), (1.,))
+_PROBE_TARGET = Targets(("a cat",), (1.,))
 _FIRST_PATIENCE = 10. # seconds that a server may be away when it is first asked
 
 @patch
@@ -929,7 +937,7 @@ async def _told(self:ServedScorer, url, body=None):
 async def _find_model(self:ServedScorer):
     "The model's name; `OtherServer` if it is not served"
     listed = await self._told(self.url + "/models")
-    cards = {card.get("id"): card for card in (listed or {}).get("data", []) if isinstance(card, dict)}
+    cards = {card.get("id"): card for card in map(_object, _list(_object(listed).get("data")))}
     names = ", ".join(map(str, cards)) or "models that it does not name"
     if self.model is None and len(cards) == 1: (self.model,) = cards
     if self.model is None: raise OtherServer(f"{self.url} serves {names}: say which (--lvlm-name)")
@@ -1032,7 +1040,7 @@ async def _find_sight(self:ServedScorer):
     seen = [await self._facts(sent, False, self.abilities.ways) for sent in asked]
     if seen[0] == seen[1]: self.abilities = replace(self.abilities, pictures="alike")
 
-# %% ../nbs/28_served.ipynb #ec06563e
+# %% ../nbs/28_served.ipynb #02047f27
 @patch(as_prop=True)
 def identity(self:ServedScorer)->dict: # as JSON has it
     "Who answers: what the server says of itself, what is known of the model here, how pictures are sent"
@@ -1070,7 +1078,7 @@ def around(self:ServedScorer,
     "A scorer of the same server"
     return ServedScorer(self.url, self.model, lvlm, **self._made_with)
 
-# %% ../nbs/28_served.ipynb #1babcee6
+# %% ../nbs/28_served.ipynb #34df87bd
 @patch
 def prove_same(self:ServedScorer,
     prompts, # that both are asked, >= 1
