@@ -15,6 +15,7 @@ from leverplus.prompt import prompter
 ANSWERS = "kiv", "gorp okel", "mot"
 FLAT = tuple(1/len(ANSWERS) for _ in ANSWERS)
 GREEDY = dict(model="tiny", temperature=0, max_tokens=10)
+HELLO = GREEDY | dict(messages=[dict(role="user", content="a")])
 CHAT = "/v1/chat/completions"
 CLOSE = 1e-4 # the reference differs from itself by 1.5e-5 between batches of 1 and of 16
 
@@ -77,7 +78,7 @@ def send(url, body=None, headers=()):
         return answer.status, json.loads(answer.read()), dict(answer.getheaders())
     finally: connection.close()
 
-def chat(server, messages, **body): return good(server.url + "/chat/completions", GREEDY | dict(messages=messages) | body)
+def chat(server, messages, **body): return good(server.address + CHAT, GREEDY | dict(messages=messages) | body)
 
 def good(url, body=None):
     status, answer, _ = send(url, body)
@@ -86,7 +87,7 @@ def good(url, body=None):
 
 def refused(server, **body):
     "(status, message) of a request that must be refused"
-    status, answer, _ = send(server.url + "/chat/completions", GREEDY | dict(messages=[dict(role="user", content="a")]) | body)
+    status, answer, _ = send(server.address + CHAT, HELLO | body)
     error = answer["error"]
     assert status == error["code"] and error["type"].endswith("Error")
     return status, error["message"]
@@ -228,7 +229,8 @@ def test_what_it_says_of_itself(lvlm, server):
         assert good(odd.address + "/version") == dict(version="0.1")
         card, = good(odd.url + "/models")["data"]
         assert (card["id"], card["max_model_len"]) == ("other", 64)
-        assert chat(odd, [dict(role="user", content="a")], model="other")["system_fingerprint"].startswith("vllm-0.1-")
+        said = good(odd.address + CHAT, HELLO | dict(model="other"))
+        assert said["model"] == "other" and said["system_fingerprint"].startswith("vllm-0.1-")
 
 @pytest.mark.parametrize("body, status, says", [
     (dict(model="large"), 404, "The model `large` does not exist"),
@@ -268,8 +270,8 @@ def test_a_long_prompt_is_refused_with_both_lengths(server):
     assert n > 512
 
 def test_neutral_settings_and_unknown_ones_are_passed_over(server):
-    neutral = dict(n=1, repetition_penalty=1., frequency_penalty=0, seed=3, top_p=.5, nonsense=1, stream=False, stop=None)
-    assert chat(server, [dict(role="user", content="a")], **neutral)
+    neutral = dict(n=1, repetition_penalty=1., frequency_penalty=0, stream=False, stop=None)
+    assert good(server.address + CHAT, HELLO | neutral | dict(seed=3, top_p=.5, nonsense=1))
 
 def test_what_is_no_json_no_path_or_no_method(server):
     assert send(server.address + CHAT, b"{broken")[0] == 400
@@ -333,6 +335,13 @@ def test_sglang_speaks_and_names_tokens(lvlm, sglang, prompts, facts):
     nothing = generate(sglang, max_new_tokens=0, text=rendered, image_data=pictures)
     assert nothing["output_ids"] == [] and nothing["meta_info"]["finish_reason"] == dict(type="length", length=0)
 
+def test_sglang_takes_tokens_without_a_picture(lvlm, sglang):
+    ids = lvlm.tokenizer("Question: Name the colour. Short answer:")["input_ids"]
+    how = dict(return_logprob=True, logprob_start_len=0)
+    by_ids = generate(sglang, input_ids=ids, **how)["meta_info"]["input_token_logprobs"]
+    by_text = generate(sglang, text=lvlm.tokenizer.decode(ids), **how)["meta_info"]["input_token_logprobs"]
+    assert by_ids == by_text and [token for _, token, _ in by_ids] == ids
+
 def test_sglang_chats_without_the_prompts_own_logprobs(lvlm, sglang, prompts, facts):
     got = chat(sglang, chat_of(prompts[0]), logprobs=True, top_logprobs=2, prompt_logprobs=0)
     choice = got["choices"][0]
@@ -383,8 +392,6 @@ def test_a_plain_server_says_texts_and_counts_only(lvlm, prompts, facts):
     assert "root" not in models["data"][0] and "max_model_len" not in models["data"][0]
 
 # ---- faults ------------------------------------------------------------------------------------------------
-
-HELLO = GREEDY | dict(messages=[dict(role="user", content="a")])
 
 def with_fault(lvlm, fault, body=HELLO, **kw):
     "What a client gets from a server with this fault, and then without: the error's type if there is one"
@@ -499,10 +506,8 @@ def test_closing_leaves_neither_threads_nor_the_port(lvlm):
 
 def test_a_server_can_be_started_again_on_its_port(lvlm):
     with ChatServer(lvlm) as first: port = int(first.address.rpartition(":")[2])
-    with ChatServer(lvlm, port=port) as second: assert second.address == first_address(port)
+    with ChatServer(lvlm, port=port) as second: assert second.address == f"http://127.0.0.1:{port}"
     with first: assert good(first.url + "/models")
-
-def first_address(port): return f"http://127.0.0.1:{port}"
 
 def test_a_server_that_runs_is_not_started_twice(server):
     with pytest.raises(RuntimeError, match="runs already"): server.__enter__()
