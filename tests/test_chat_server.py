@@ -498,7 +498,7 @@ def test_closing_leaves_neither_threads_nor_the_port(lvlm):
         body = json.dumps(HELLO).encode()
         waiting.sendall(f"POST {CHAT} HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
         while len(server.requests) < 2: time.sleep(.005)
-    assert set(threading.enumerate()) == before
+    assert set(threading.enumerate()) <= before
     with pytest.raises(OSError): socket.create_connection(("127.0.0.1", port), timeout=5)
     idle.close()
     waiting.close()
@@ -516,7 +516,7 @@ def test_an_error_in_the_block_closes_it_too(lvlm):
     before = set(threading.enumerate())
     with pytest.raises(KeyboardInterrupt):
         with ChatServer(lvlm): raise KeyboardInterrupt
-    assert set(threading.enumerate()) == before
+    assert set(threading.enumerate()) <= before
 
 def test_wrong_settings_are_refused(lvlm):
     with pytest.raises(ValueError, match="wanted one of vllm, sglang, plain"): ChatServer(lvlm, dialect="tgi")
