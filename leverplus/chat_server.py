@@ -6,7 +6,7 @@
 __all__ = ['SERVER_VERSIONS', 'NEUTRAL_SAMPLING', 'read_chat', 'render_request', 'ids_inputs', 'Generated', 'next_logprobs',
            'greedy_tokens', 'Received', 'Fault', 'ChatServer', 'generated_entries', 'prompt_entries']
 
-# %% ../nbs/27_chat_server.ipynb #4b401539
+# %% ../nbs/27_chat_server.ipynb #83baf0a2
 import base64, binascii, json, socket, struct, sys, threading, time
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -21,7 +21,7 @@ from .settings import Amount, Count, Natural, guarded
 from .pictures import BadPicture, NoPicture, open_image
 from .lvlm import LVLM, NOT_FINITE, official_inputs, render_chat, with_pixels
 
-# %% ../nbs/27_chat_server.ipynb #030ec113
+# %% ../nbs/27_chat_server.ipynb #df04729f
 class _Refused(Exception):
     "A request that is not answered, and what its error says"
     def __init__(self, message, status=400, param=None):
@@ -79,7 +79,7 @@ def _open_file(path, local_files):
     except NoPicture: raise _Refused(f"[Errno 2] No such file or directory: '{path}'", 500) from None
     except BadPicture as e: raise _Refused(f"Failed to load image: {e}") from None
 
-# %% ../nbs/27_chat_server.ipynb #e4dc2376
+# %% ../nbs/27_chat_server.ipynb #5c7600b7
 def render_request(
     lvlm:LVLM, # whose chat template
     chat, # messages, see `read_chat`
@@ -120,7 +120,7 @@ def _with_ids(lvlm, x, ids):
     if kinds is not None: x["mm_token_type_ids"] = (ids == lvlm.image_id).to(kinds.dtype)
     return x
 
-# %% ../nbs/27_chat_server.ipynb #a3416043
+# %% ../nbs/27_chat_server.ipynb #9f634b15
 class Generated(NamedTuple):
     "What a model said"
     ids:list # n tokens, the one that ended it included
@@ -157,7 +157,7 @@ def greedy_tokens(
         x = _with_ids(lvlm, x, torch.cat([x["input_ids"], more], -1))
     return Generated(ids, logprobs, None)
 
-# %% ../nbs/27_chat_server.ipynb #6c2a1852
+# %% ../nbs/27_chat_server.ipynb #550647af
 @dataclass(frozen=True)
 class Received:
     "A request, as the server got it"
@@ -183,7 +183,7 @@ class Fault:
     def __post_init__(self):
         if self.cut not in _CUTS: raise ValueError(f"cut {self.cut!r}: wanted one of {_CUTS}")
 
-# %% ../nbs/27_chat_server.ipynb #40bce7d4
+# %% ../nbs/27_chat_server.ipynb #070ebfd9
 SERVER_VERSIONS = dict(vllm="0.32.0", sglang="0.5.23", plain="") # dialects, and the engines that were looked at
 
 class ChatServer:
@@ -265,7 +265,7 @@ class ChatServer:
         finally:
             with self._counting: self._at_once -= 1
 
-# %% ../nbs/27_chat_server.ipynb #f3eabc33
+# %% ../nbs/27_chat_server.ipynb #c39bd068
 class _Server(ThreadingHTTPServer):
     daemon_threads = False # `server_close` waits for them
     request_queue_size = 256 # connections that may wait to be taken
@@ -336,7 +336,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.connections.discard(self.connection)
         self.connection.close()
 
-# %% ../nbs/27_chat_server.ipynb #764c314b
+# %% ../nbs/27_chat_server.ipynb #c1d90ad3
 _ROUTES = {} # (dialect, path) -> (method, function (server, body) -> answer)
 _ALL = tuple(SERVER_VERSIONS)
 
@@ -381,6 +381,9 @@ def _is_locked(server, received):
 def _result(server, received, answer):
     "The body of an answer"
     if received.method == "GET": return answer(server, None)
+    kind = received.headers.get("content-type", "").split(";")[0]
+    if server.dialect == "vllm" and kind != "application/json":
+        raise _Refused("Unsupported Media Type: Only 'application/json' is allowed")
     if not isinstance(received.body, dict): raise _Refused("JSON decode error: wanted an object")
     if server.answers is not None: return server.answers(received.path, received.body)
     return answer(server, received.body)
@@ -409,7 +412,7 @@ def _models(server, body):
         card |= dict(root=root, parent=None, max_model_len=server.max_model_len)
     return dict(object="list", data=[card])
 
-# %% ../nbs/27_chat_server.ipynb #2befa2d3
+# %% ../nbs/27_chat_server.ipynb #c61cba00
 _FORWARD = threading.Lock() # a model keeps notes of a forward (rope deltas): one asks at a time
 
 # settings under which greedy decoding is no longer plain, and their neutral values
@@ -499,7 +502,7 @@ def _plain_chat(server, body):
     message = dict(role="assistant", content=_text(lvlm, said))
     return _completion(server, dict(message=message, finish_reason=_reason(said)), x, said)
 
-# %% ../nbs/27_chat_server.ipynb #36ae6dea
+# %% ../nbs/27_chat_server.ipynb #6b53e16b
 def _shown(lvlm, token, logprob, as_ids):
     "A token as OpenAI's logprobs have it"
     text = f"token_id:{token}" if as_ids else lvlm.tokenizer.decode([token])
@@ -529,7 +532,7 @@ def generated_entries(
         content.append(entry)
     return dict(content=content)
 
-# %% ../nbs/27_chat_server.ipynb #b0d87c25
+# %% ../nbs/27_chat_server.ipynb #e8d565d7
 @guarded
 def prompt_entries(
     lvlm:LVLM, # whom to ask
@@ -548,7 +551,7 @@ def _ranked(lvlm, logprobs, token):
     text = lvlm.tokenizer.decode([token])
     return dict(logprob=max(float(logprobs[token]), -9999.), rank=rank, decoded_token=text)
 
-# %% ../nbs/27_chat_server.ipynb #b223b59d
+# %% ../nbs/27_chat_server.ipynb #7bf89a07
 _MOST_LISTED = 20 # vLLM: `--max-logprobs`
 
 @_route("POST", "/v1/chat/completions", "vllm")
@@ -623,7 +626,7 @@ def _with_budget(server, body):
     try: return with_pixels(server.lvlm, least, budget.get("max_pixels", size.get("longest_edge")))
     except ValueError as e: raise _Refused(str(e), param="mm_processor_kwargs") from None
 
-# %% ../nbs/27_chat_server.ipynb #2e5a2d7d
+# %% ../nbs/27_chat_server.ipynb #38e3e29c
 def _triples(tokens, logprobs): return [[l, i, None] for i, l in zip(tokens, logprobs)]
 
 @_route("GET", "/get_model_info", "sglang")
