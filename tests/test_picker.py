@@ -12,7 +12,8 @@ from leverplus.embed import EmbedStore, embed_items, load_clip
 from leverplus.evidence import READS, BankStore, Evidence, NewQuestions, inputs, n_evidence
 from leverplus.infer import pick_model
 from leverplus.items import as_items
-from leverplus.picker import PICK_COLUMNS, Picker, Picks, data_url, openai_messages, read_export
+from leverplus.picker import PICK_COLUMNS, Picker, Picks, read_export
+from leverplus.served import data_url, file_url, openai_messages
 from leverplus.pictures import open_image
 from leverplus.pools import Pool, make_pool
 from leverplus.prompt import Demo, Prompt, make_prompt, messages
@@ -226,7 +227,7 @@ def test_openai_messages_show_the_same(style, tmp_path):
         p["text"] for t in messages(prompt) for p in t["content"] if p["type"] == "text"]
     urls = [p["image_url"]["url"] for p in parts if p["type"] == "image_url"]
     assert len(urls) == 2 and base64.b64decode(urls[0].split(",")[1]) == (tmp_path/"a b.png").read_bytes()
-    files = [p for turn in openai_messages(prompt, data=False) for p in turn["content"] if p["type"] == "image_url"]
+    files = [p for turn in openai_messages(prompt, file_url) for p in turn["content"] if p["type"] == "image_url"]
     assert [p["image_url"]["url"] for p in files] == [(tmp_path/"a b.png").as_uri()]*2
 
 def test_pictures_that_others_read_otherwise_are_sent_as_we_read_them(tmp_path):

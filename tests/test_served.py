@@ -1,7 +1,6 @@
 """A model that answers elsewhere: exact where the server can be, nothing lost, doubled or mislabelled where it cannot"""
-import json, os, signal, subprocess, sys, threading, time, warnings
+import json, os, signal, subprocess, sys, threading, time
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 import numpy as np, pandas as pd, pytest
 from hypothesis import given, strategies as st
@@ -10,13 +9,12 @@ from leverplus.core import printable
 from leverplus.lvlm import NaiveScorer, Targets, compare, load_lvlm, with_pixels
 from leverplus.prompt import Prompt, prompter
 from leverplus.rldata_ask import FactCache, ask
-from leverplus.settings import Asking
 from leverplus.vqa import answer_targets
 from leverplus.world import read_islands
 import leverplus.served as served_page
 from leverplus.served import (
-    KEY, WAYS, AtOnce, Missing, NoServer, OtherServer, Retrying, Sender, ServedScorer, read_input_logprobs, read_next_logprobs,
-    read_prompt_logprobs, read_said_text, retry_after, server_words, sum_logprobs,
+    KEY, AtOnce, Missing, NoServer, OtherServer, Retrying, Sender, ServedScorer, read_input_logprobs, read_next_logprobs,
+    read_prompt_logprobs, read_said_text, retry_after, server_words,
 )
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -1,7 +1,7 @@
 """A real server on the loopback gives the facts of the reference: `make served`. Skipped where its environment is not"""
 import json, os, random, subprocess, sys, threading, time
 from dataclasses import replace
-import numpy as np, pandas as pd, pytest
+import numpy as np, pytest
 from engine import ROOT, Engine, engine_python
 from leverplus.groups import RLData
 from leverplus.lvlm import NaiveScorer, Targets, compare, load_lvlm
