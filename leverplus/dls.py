@@ -452,7 +452,7 @@ def one_batch(self:GroupDL)->tuple: # a batch
 # %% ../nbs/40_dls.ipynb #6108a124
 def who_was_asked(
     data:RLData, # groups
-)->dict: # {lvlm: {name, dtype, fingerprint, maybe server}, asking: {style, evaluator, answer_weight}, facts: fingerprint}
+)->dict: # lvlm: {name, dtype, fingerprint, maybe server}, asking: {style, evaluator, answer_weight}, facts: fingerprint
     "Say who gave the facts of a record, and how they were asked"
     known = data.manifest.get("sources") or [data.manifest]
     models = [_model_of(source) for source in known]

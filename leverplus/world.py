@@ -175,8 +175,8 @@ def check_whose(self:World,
     want = facts_fingerprint(self.scorer, self.asking)
     if there in ([], [want]): return
     raise ValueError(
-        f"{name} holds what scorer {', '.join(there)} said, and this one is {want} ({_who(self.scorer)}): world({self.name!r}) as"
-        " it is reads them on any device; make_facts(world) asks another one"
+        f"{name} holds what scorer {', '.join(there)} said, and this one is {want} ({_who(self.scorer)}):"
+        f" world({self.name!r}) as it is reads them on any device; make_facts(world) asks another one"
     )
 
 def _who(scorer):
