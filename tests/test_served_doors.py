@@ -213,7 +213,8 @@ def test_a_checkpoint_trained_on_served_facts_says_so_and_names_no_address(go, s
     go("train runs/train --dev runs/dev --objective rce --epochs 1 --bs 4 --out runs/rce --quiet")
     assert not [s for s in served.made if s.how["at_once"] is None] # nobody was asked again
     selector = load_selector("runs/rce/checkpoint")
-    assert selector.info["lvlm"] == dict(name=TINY, dtype="float32", fingerprint="0123456789abcdef", server="vllm 0.11.0")
+    lvlm = dict(name=TINY, dtype="float32", fingerprint="0123456789abcdef", server="vllm 0.11.0")
+    assert selector.info["lvlm"] == lvlm
     config = Path("runs/rce/checkpoint/config.json").read_text()
     assert URL not in config
     bare = Path("elsewhere")
@@ -261,7 +262,9 @@ def model_of(*words): return read_door(["mine", *words, "--out", "x"]).model
 
 def test_the_same_server_is_asked_again(families, capsys):
     model = model_of(families.served, "--quiet")
-    assert model == Model(lvlm=TINY, lvlm_url=URL, lvlm_name="tiny", lvlm_pictures="paths", dtype="bfloat16", max_pixels=7840)
+    assert model == Model(
+        lvlm=TINY, lvlm_url=URL, lvlm_name="tiny", lvlm_pictures="paths", dtype="bfloat16", max_pixels=7840,
+    )
     assert f"--lvlm-url {URL} --lvlm-name tiny" in capsys.readouterr().err
 
 @pytest.mark.parametrize("flag", ["--lvlm", "--lvlm=", "config"])
