@@ -387,6 +387,7 @@ def passport(
         # whom it picks for
         lvlm=lvlm.get("name"),
         lvlm_fingerprint=lvlm.get("fingerprint"),
+        server=lvlm.get("server"),
         dtype=lvlm.get("dtype"),
         min_pixels=lvlm.get("min_pixels"),
         max_pixels=lvlm.get("max_pixels"),
@@ -446,7 +447,7 @@ def _made_for(says):
     return _two_columns({
         "encoder of questions and pictures": _who(says["encoder"], says["encoder_fingerprint"]),
         "kind of vectors": _vectors(says),
-        "vision-language model": _who(says["lvlm"], says["lvlm_fingerprint"]),
+        "vision-language model": _who(says["lvlm"], says["lvlm_fingerprint"]) + _served(says["server"]),
         "pixels of a picture": _pixels(says),
         "style of the prompt": _cell(says["style"]),
         "judge of answers": _cell(says["evaluator"]),
@@ -455,6 +456,8 @@ def _made_for(says):
     })
 
 def _who(name, fingerprint): return f"{_code(name)}, fingerprint {_code(fingerprint)}"
+
+def _served(server): return "" if server is None else f", served by {_cell(server)}"
 
 def _pixels(says):
     if says["max_pixels"] is None: return _UNKNOWN

@@ -34,7 +34,9 @@ from leverplus.rldata_generate import (
     NotVerified, TooManyFailures, run_lock, shard_queries, summary_text, verified_text, with_text,
 )
 from .rldata_scale import Splits, embed_splits, generate_ray, reads_evidence
-from .plan import ROW_BYTES, asking_costs, embed_plan, generate_plan, sequences_of, size_text, time_text
+from leverplus.plan import (
+    ROW_BYTES, asking_costs, embed_plan, generate_plan, sequences_of, size_text, time_text, weights_here,
+)
 from .picker import Picker
 from leverplus.doors import (
     DOORS, Bank, Check, Demo, DrawPools, Embed, Eval, Generate, Infer, Merge, Mine, Pick, Report, Sweep,
@@ -74,8 +76,15 @@ def one_line(
     message = e.args[0] if isinstance(e, KeyError) and e.args else e
     if isinstance(e, OSError) and e.errno is not None: message = _of_the_system(e)
     text = _joined(str(message))
-    if text and isinstance(e, _EXPECTED): return text
+    if text and _says_all(e): return text
     return f"{type(e).__name__}: {text} (--debug shows where)"
+
+def _says_all(e):
+    "Is it an error whose message is written for people? A server that stays away is one of those"
+    if isinstance(e, _EXPECTED): return True
+    if not isinstance(e, RuntimeError): return False
+    from leverplus.served import NoServer   # with it what asks a served model, which few commands do
+    return isinstance(e, NoServer)
 
 def _of_the_system(e):
     "What the operating system says, the file first, and what to do where the disk is full"
@@ -109,6 +118,7 @@ def check_door(
     folders = [_setting(door, flag) for flag in ("csv", "store", "vision_dir", "kept")]
     for folder in folders:
         if folder is not None: check_place(Path(folder).expanduser())
+    _check_verifiable(door)
     models = _setting(door, "lvlm"), _setting(door, "clip")
     for model, wanted in zip(models, ("an LVLM", "a CLIP")):
         if model not in (None, "mock"): folder_or_name(model, wanted)
@@ -144,6 +154,15 @@ def _check_device(name):
     except RuntimeError: raise Bad(f"--device {name}: wanted a device of torch: cpu, cuda, cuda:1, ...") from None
     if device.type != "cuda" or torch.cuda.is_available(): return
     raise Bad(f"--device {name}: there is no GPU here")
+
+def _check_verifiable(door):
+    "`Bad` if a served model is to be held against weights that are not here"
+    lvlm = _setting(door, "lvlm")
+    if _setting(door, "lvlm_url") is None or not _setting(door, "verify") or weights_here(lvlm): return
+    raise Bad(
+        f"--verify {_setting(door, 'verify')} asks {lvlm} itself what the server was asked, and its weights are not on"
+        " this machine: download them, name a folder that holds them, or leave --verify out"
+    )
 
 def _check_once(flag, folders):
     "`Bad` for a folder that is named twice, by one path or by two"
@@ -493,15 +512,18 @@ def plan_train(door:Train)->dict: # lines of the plan
     looks = looks_at_dev(t, door.choosing, _recipes()) * len(dev.queries) * len(dev.shots)
     if t.objective is None: time = "not known for a recipe"
     else: time = time_text(n*epochs_of(t), door.rate, "questions")
+    sent = {}
     if looks:
         unrated = replace(door, rate=None)       # --rate is of training
-        asking = costs_of(unrated, data.job, looks, shots=dev.shots)["time"]
-        time += f"; asking, at most: {asking}"
+        asking = costs_of(unrated, data.job, looks, shots=dev.shots)
+        time += f"; asking, at most: {asking['time']}"
+        sent = {name: asking[name] for name in ("tokens", "price") if name in asking}
     return dict(
         training=f"{n:,} questions, {len(data.train):,} sequences",
         development=f"{len(dev.queries):,} questions, {len(dev):,} sequences",
         stages=f"{t.objective}, {epochs_of(t)} epochs" if t.objective else f"recipe {t.name}",
         LVLM_calls=f"at most {looks:,}, one per question of dev, shot count and epoch" if looks else 0,
+        **sent,
         time=time,
         disk=f"weights and a state after every epoch in {door.out}",
     )

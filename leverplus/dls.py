@@ -21,6 +21,7 @@ from .pools import Pool, encoder_of
 from .evidence import n_evidence
 from .decode import may_be_empty
 from .rewards import reward as reward_of
+from .rldata_ask import engine_of
 from .rldata_generate import with_text
 from fastai.data.core import DataLoaders
 from fastai.torch_core import default_device
@@ -451,13 +452,13 @@ def one_batch(self:GroupDL)->tuple: # a batch
 # %% ../nbs/40_dls.ipynb #6108a124
 def who_was_asked(
     data:RLData, # groups
-)->dict: # {lvlm: {name, dtype, fingerprint}, asking: {style, evaluator, answer_weight}, facts: fingerprint}
+)->dict: # lvlm: {name, dtype, fingerprint, maybe server}, asking: {style, evaluator, answer_weight}, facts: fingerprint
     "Say who gave the facts of a record, and how they were asked"
     known = data.manifest.get("sources") or [data.manifest]
     models = [_model_of(source) for source in known]
     asking = [source.get("settings", {}).get("asking", {}) for source in known]
     return dict(
-        lvlm={key: _joined(models, key) for key in ("name", "dtype", "fingerprint")},
+        lvlm={key: _joined(models, key) for key in ("name", "dtype", "fingerprint")} | _servers_of(models),
         asking={key: _joined(asking, key) for key in ("style", "evaluator", "answer_weight")},
         facts=" and ".join(sorted(data.rows.scorer.dropna().unique())) or None,
     )
@@ -473,6 +474,12 @@ def _joined(tables, key):
     values = list(dict.fromkeys(table.get(key) for table in tables))
     if None in values or not values: return None
     return values[0] if len(values) == 1 else " and ".join(map(str, values))
+
+def _servers_of(models):
+    "{server: names of the engines}, where a model was served; its address and what else it says stay in the run"
+    servers = [model.get("server") for model in models]
+    if not any(servers): return {}
+    return dict(server=_joined([dict(server=engine_of(s) if s else "no server") for s in servers], "server"))
 
 # %% ../nbs/40_dls.ipynb #efac38d9
 class GroupDataLoaders(DataLoaders):

@@ -201,6 +201,8 @@ class Generate(Door):
         "generate --selector runs/rce --limit 100 --out runs/groups/second",
         "generate --shots 0 1 2 --limit 100 --out runs/groups/free",
         "generate --images none --sampler text --limit 100 --out runs/groups/texts",
+        "generate --data ~/okvqa --clip openai/clip-vit-large-patch14 --lvlm Qwen/Qwen2.5-VL-72B-Instruct"
+        " --lvlm-url http://127.0.0.1:8000/v1 --out runs/served",
     )
     out:Folder # directory of the run; continued if it is there
     split:Split="train" # whose questions are asked
@@ -611,10 +613,16 @@ def _kept_commands(values):
 
 # %% ../nbs/94_doors.ipynb #883044e2
 REMEMBERED = dict(data=Data, pools=Pools, model=Model, asking=Asking) # groups that a run hands on
-_FORGOTTEN = dict(model=("device", "vision_dir"), pools=("seed",)) # settings that are about one machine, or one run
-_BELONG = dict( # {group: (setting, those that are about it: where another is named, they are not handed on)}
-    data=("folder", ("reader", "columns", "candidates", "images", "check")),
-    model=("lvlm", ("dtype", "min_pixels", "max_pixels")),
+_FORGOTTEN = dict( # settings that are about one machine, or one run
+    model=("device", "vision_dir", "lvlm_at_once", "lvlm_timeout", "lvlm_patience", "lvlm_prices"),
+    pools=("seed",),
+)
+_BELONG = dict( # {group: {setting: those that are about it: where another is named, they are not handed on}}
+    data=dict(folder=("reader", "columns", "candidates", "images", "check")),
+    model=dict(
+        lvlm=("dtype", "min_pixels", "max_pixels", "lvlm_url", "lvlm_name", "lvlm_pictures"),
+        lvlm_url=("dtype", "attn", "batch_tokens", "prefix_cache", "lvlm_name", "lvlm_pictures"),
+    ),
 )
 
 def remembered(
@@ -833,12 +841,17 @@ def _default(name, words, handed=None):
 def _about_the_same(handed, values, words):
     "What was handed on, without what belongs to another data set or model than the one that is named now"
     out = dict(handed)
-    for group, (name, belong) in _BELONG.items():
+    for group, settings in _BELONG.items():
         if group not in out: continue
-        flag = {at[0]: flat for flat, at in flat_names(REMEMBERED[group]).items()}[name]
-        told = any(word.split("=")[0] == f"--{flag}" for word in words) or name in (values.get(group) or {})
-        if told: out[group] = {key: value for key, value in out[group].items() if key not in belong}
+        flags = {at[0]: flat.replace("_", "-") for flat, at in flat_names(REMEMBERED[group]).items()}
+        for name, belong in settings.items():
+            told = any(_flag_of(word) == flags[name] for word in words) or name in (values.get(group) or {})
+            if told: out[group] = {key: value for key, value in out[group].items() if key not in belong}
     return out
+
+def _flag_of(word):
+    "The name of a flag as help says it; underscores do as well"
+    return word.split("=")[0].removeprefix("--").replace("_", "-")
 
 def _above(values, handed):
     "Settings of a file over those that were handed on, group by group"
@@ -863,7 +876,7 @@ def read_door(
     door = _door_of(name, words, handed)
     said = handed_text(door, handed)
     quiet = hasattr(door, "running") and door.running.quiet
-    if said and not quiet: say(f"leverplus {name}: {said}", error=True)
+    if said and (not quiet or "--lvlm-url" in said): say(f"leverplus {name}: {said}", error=True)
     return door
 
 def _check_switches(cls, words):

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['KEPT_FEATURES', 'DOWNLOADS', 'ROW_BYTES', 'plan_run', 'largest_shard', 'sequences_of', 'questions_there', 'digits',
            'time_text', 'size_text', 'Speed', 'some_pairs', 'measure_speed', 'measured_rate', 'visual_tokens',
-           'image_tokens', 'card_speed', 'expected_speed', 'speed_of', 'released_size', 'is_here', 'config_of',
-           'dtype_of', 'batch_bytes', 'memory_text', 'download_text', 'asking_time', 'distinct_images', 'asking_costs',
-           'generate_plan', 'measure_embedding', 'embed_plan']
+           'image_tokens', 'card_speed', 'expected_speed', 'speed_of', 'released_size', 'is_here', 'weights_here',
+           'config_of', 'dtype_of', 'batch_bytes', 'memory_text', 'download_text', 'asking_time', 'Requests', 'many',
+           'requests_of', 'distinct_images', 'asking_costs', 'generate_plan', 'measure_embedding', 'embed_plan']
 
 # %% ../nbs/41_plan.ipynb #16f67a87
 import math, os, platform, re, time
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 import numpy as np, pandas as pd, torch
@@ -24,12 +25,15 @@ from .pictures import BadPicture, picture_size
 from .checkpoints import folder_or_name
 from .embed import embed_items
 from .vqa import answer_targets
+from .vision import token_side
+from .prompt import prompter
+from .lvlm import LVLM, MAX_NEW_TOKENS, pixel_limits, with_pixels
 from leverplus.cost import (
     PEAKS, feature_bytes, kv_bytes, parameters, prompt_flops, qwen_config, reached, text_sizes,
     tower_sizes, vision_flops,
 )
 from .groups import shard_tag
-from .rldata_ask import ask
+from .rldata_ask import ask, engine_of
 from .rldata_generate import shard_queries
 from .rldata_scale import Splits, found_folder
 
@@ -213,6 +217,8 @@ def _images(pairs, items):
 
 def _machine(scorer):
     "Where a model was asked"
+    server = getattr(scorer, "identity", None)
+    if server is not None: return f"{scorer.model}, served by {engine_of(server)}"
     lvlm = getattr(scorer, "lvlm", None)
     if lvlm is not None and lvlm.device.type == "cuda": return torch.cuda.get_device_name(lvlm.device)
     return f"{torch.get_num_threads()} threads of {platform.machine()}"
@@ -336,7 +342,7 @@ def speed_of(
     here = None if path is None else measured_rate(path)
     if here: return Speed(here, None, f"measured in {path}")
     size = released_size(job.model.lvlm)
-    if size is None: return Speed()
+    if size is None or job.model.lvlm_url is not None: return Speed()   # nobody knows what a server runs on
     items = job.items() if items is None else as_items(items)
     shots = job.proposing.shots if shots is None else shots
     m = job.model
@@ -363,8 +369,21 @@ def is_here(
     name:str, # folder or hub name of a model
 )->bool: # also if only its config was downloaded
     "Is a model on this machine?"
+    return _folder_of(name) is not None
+
+def weights_here(
+    name:str, # folder or hub name of a model
+)->bool:
+    "Are the weights of a model on this machine?"
+    folder = _folder_of(name)
+    return folder is not None and any(any(folder.glob(kind)) for kind in ("*.safetensors", "*.bin"))
+
+def _folder_of(name):
+    "Where the files of a model lie, or those of them that were downloaded; None: nowhere"
     name = folder_or_name(name)
-    return os.path.isdir(name) or isinstance(try_to_load_from_cache(name, "config.json"), str)
+    if os.path.isdir(name): return Path(name)
+    kept = try_to_load_from_cache(name, "config.json")
+    return Path(kept).parent if isinstance(kept, str) else None
 
 def config_of(
     job:Job, # whose model
@@ -403,6 +422,7 @@ def memory_text(
     job:Job, # whose model
 )->str: # "about 18 GB: weights 7.5 GB, ..."
     "Say how much memory a model takes"
+    if job.model.lvlm_url is not None: return f"none here: the model is served at {job.model.lvlm_url}"
     config = config_of(job)
     if config is None: return "not known" if job.model.lvlm != "mock" else "none for a mock"
     dtype = dtype_of(job, config)
@@ -420,6 +440,9 @@ def download_text(
     names = [job.model.lvlm, job.data.clip] if asks else [job.data.clip]
     for name in names:
         if name == "mock" or is_here(name): continue
+        if name == job.model.lvlm and job.model.lvlm_url is not None:
+            lines.append(f"{name}, tokenizer and image processor without the weights")
+            continue
         config = config_of(job) if name == job.model.lvlm else None
         size = DOWNLOADS.get(name) if config is None else 2*parameters(config)
         lines.append(f"{name}, {'size not known' if size is None else size_text(size)}")
@@ -438,6 +461,106 @@ def asking_time(
     if seconds is None: return speed.text()
     new = f" for {images:,.0f} images" if speed.images else ""
     return f"{_span(seconds)} at {speed.text()}{new}"
+
+# %% ../nbs/41_plan.ipynb #51f94189
+_SAMPLE = 400 # prompts whose tokens are counted
+
+@guarded
+@dataclass(frozen=True)
+class Requests:
+    "What a served model is sent"
+    prompts:Natural # at most
+    requests:Amount # about so many
+    answers:Amount # different true answers of a question
+    read:Amount|None=None # tokens of all requests; None: not known
+    written:Amount=0. # tokens, at most
+    why:str="" # why nobody knows how many are read
+    prices:tuple[Amount, ...]=() # of a million tokens that are read, and of a million that are written
+
+    @property
+    def price(self)->float|None: # None: not known
+        "What it costs, in the unit of the prices; what has no price costs nothing"
+        if self.read is None: return None
+        return sum(price*tokens/1e6 for price, tokens in zip(self.prices, (self.read, self.written)))
+
+    def lines(self)->dict: # {name of the line: text}
+        "Say it"
+        calls = f"at most {self.prompts:,} prompts, about {self.requests:,.0f} requests"
+        each = f"one for the text, one for each true answer, {digits(self.answers)} of a question"
+        out = {"LVLM calls": f"{calls}: {each}", "tokens": self._tokens()}
+        if self.prices: out["price"] = self._price()
+        return out
+
+    def _tokens(self):
+        if self.read is None: return f"not known: {self.why}; at most {many(self.written)} generated"
+        return f"about {many(self.read)} of prompts, at most {many(self.written)} generated"
+
+    def _price(self):
+        if self.read is None: return "not known, as the tokens are not"
+        cost = f"{self.price:,.2f}" if self.price >= .1 else digits(self.price)
+        if len(self.prices) == 1: return f"about {cost} for {many(self.read)} prompt tokens, at the price given"
+        return f"about {cost} for {many(self.read)} prompt tokens and {many(self.written)} others, at the prices given"
+
+@guarded
+def many(
+    n:Amount, # things
+)->str: # "4.1 million", "1,200"
+    "Say how many there are, roughly"
+    return f"{digits(n/1e6)} million" if n >= 1e6 else digits(n)
+
+@guarded
+def requests_of(
+    job:Job, # whose model is served
+    prompts:Natural, # at most
+    shots=None, # shot counts; None: those of the job
+    items:pd.DataFrame|None=None, # of `Job.items`; None: they are read
+    texts:Natural|None=None, # see `asking_costs`
+)->Requests: # nothing is asked, nothing is downloaded
+    "Count what a served model is sent"
+    items = job.items() if items is None else as_items(items)
+    questions = items[items.split == job.split]
+    answers = _mean_answers(questions, 200)
+    scored = prompts + (texts or 0)
+    said = prompts if texts is None else texts
+    size, extra, why = _sizes(job, items, job.proposing.shots if shots is None else shots)
+    read = None if size is None else (said + scored*answers)*size + scored*answers*extra
+    written = said*MAX_NEW_TOKENS + scored*answers
+    return Requests(prompts, said + scored*answers, answers, read, written, why, job.model.lvlm_prices)
+
+def _sizes(job, items, shots):
+    "(tokens of a prompt, tokens of an answer with its end, why they are not known)"
+    lvlm = _without_model(job)
+    if lvlm is None: return None, None, f"the tokenizer of {job.model.lvlm} is not on this machine"
+    if not (items.split == job.split).any(): return None, None, f"there are no questions of split {job.split!r}"
+    make = prompter(items, job.asking.style)
+    pairs = islice(some_pairs(items, job, shots), _SAMPLE)
+    prompts = [make(query, pointer) for query, pointer, _ in pairs]
+    size = np.mean([_size(lvlm, prompt) for prompt in prompts])
+    known = items.answer[items.split == job.data.candidates].iloc[:_SAMPLE]
+    extra = [1 + len(_ids(lvlm, answer)) for answer in known if answer]
+    return float(size), float(np.mean(extra or [1])), ""
+
+def _size(lvlm, prompt):
+    "Tokens of a prompt; each picture stands in the text as one of its own"
+    least, most = pixel_limits(lvlm.image_processor)
+    side = token_side(lvlm.image_processor)
+    pictures = [picture_size(item.image, question_id=item.question_id) for item in prompt.items if item.image]
+    more = [visual_tokens(*size, side, least, most) - 1 for size in pictures]
+    return len(_ids(lvlm, lvlm.render(prompt))) + sum(more)
+
+def _ids(lvlm, text): return lvlm.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.json"), ("preprocessor_config.json", "processor_config.json")
+
+def _without_model(job):
+    "An `LVLM` that renders and counts, and cannot be asked; None where its files are not on this machine"
+    from transformers import AutoImageProcessor, AutoTokenizer
+    name = job.model.lvlm
+    folder = _folder_of(name)
+    if folder is None: return None
+    if not all(any((folder/file).is_file() for file in files) for files in _TOKENIZER_FILES): return None
+    tokenizer, image_processor = (load_part(part, str(folder)) for part in (AutoTokenizer, AutoImageProcessor))
+    return with_pixels(LVLM(None, tokenizer, image_processor, name), job.model.min_pixels, job.model.max_pixels)
 
 # %% ../nbs/41_plan.ipynb #bcb4a0ad
 ROW_BYTES = 78 # of a stored sequence, measured on page `39_rldata_scale`; real answers are longer
@@ -461,15 +584,19 @@ def asking_costs(
     rows:Natural|None=None, # sequences that are stored; None: one per prompt
     shots=None, # shot counts; None: those of the job
     items:pd.DataFrame|None=None, # of `Job.items`; None: they are read
-)->dict: # {"LVLM calls", "time", "memory", "download", "disk": text}
+    texts:Natural|None=None, # prompts that are asked a second time, for a text; None: each is asked for all at once
+)->dict: # {"LVLM calls", "time", "memory", "download", "disk": text}; of a served model "tokens" and maybe "price", too
     "Say what asking costs, line by line"
     items = job.items() if items is None else as_items(items)
     shots = job.proposing.shots if shots is None else shots
     rows = calls if rows is None else rows
     images = distinct_images(items, calls, shots)
     speed = speed_of(job, path or None, rate, shots, items) if calls else Speed()
+    sent = {}
+    if calls and job.model.lvlm_url is not None: sent = requests_of(job, calls, shots, items, texts).lines()
     return {
         "LVLM calls": f"at most {calls:,}" if calls else "0",
+        **sent,
         "time": asking_time(calls, images, speed),
         "memory": memory_text(job) if calls else "none",
         "download": download_text(job, calls > 0),
@@ -478,6 +605,7 @@ def asking_costs(
 
 def _features_text(job, items, images):
     "What image features take on disk"
+    if job.model.lvlm_url is not None: return ""
     config = config_of(job)
     if config is None or not images: return ""
     m = job.model
@@ -506,10 +634,11 @@ def generate_plan(
     shots = ", ".join(map(str, job.proposing.shots))
     two_stage = job.proposing.two_stage
     texts = f"; of each shot count at most {sum(two_stage.values())} get a text" if two_stage else ""
+    again = left*len(job.proposing.shots)*sum(two_stage.values()) + tests if two_stage else None
     return dict(
         questions=f"{len(every):,} of {job.data.folder}, split {job.split}{part}; {there:,} are there already",
         sequences=f"{each} per question (shots {shots}; pools of {job.pools.K}){texts}",
-        **asking_costs(job, left*each + tests, path, rate, len(own)*each, items=items),
+        **asking_costs(job, left*each + tests, path, rate, len(own)*each, items=items, texts=again),
     )
 
 # %% ../nbs/41_plan.ipynb #61f61450

@@ -884,9 +884,9 @@ def settings_block(
     if not file.exists(): return Blocks([])
     try: run = Run(run_dir)
     except ValueError:
-        text = json.dumps(read_json(file), indent=1, ensure_ascii=False)
+        text = json.dumps(_without_address(read_json(file)), indent=1, ensure_ascii=False)
         return Blocks([Fold("settings.json", Preformatted(text))])
-    parts = _made_with(run)
+    parts = _without_address(_made_with(run))
     return Blocks([Fold(name, frame_table(_flat(d), name)) for name, d in parts.items() if d])
 
 def _made_with(run):
@@ -896,6 +896,13 @@ def _made_with(run):
     for i, start in enumerate(run.starts):
         parts[f"start {i + 1} of {len(run.starts)}: versions, device, git"] = start
     return parts
+
+def _without_address(record):
+    "A record without the addresses of servers"
+    if isinstance(record, list): return [_without_address(part) for part in record]
+    if not isinstance(record, dict): return record
+    hidden = {"lvlm_url": "kept in the run's folder"} if record.get("lvlm_url") else {}
+    return {name: _without_address(value) for name, value in record.items()} | hidden
 
 def _flat(nested):
     "Nested settings as a table of dotted names and values"
@@ -1331,7 +1338,7 @@ def _record(run):
     "What may differ between runs, in the order in which it is told"
     code = dict(run.starts[-1]) if run.starts else {}
     code.pop("time", None)
-    return dict(seed=run.seed, setting=run.settings, fingerprint=run.fingerprints, code=code)
+    return _without_address(dict(seed=run.seed, setting=run.settings, fingerprint=run.fingerprints, code=code))
 
 def _values(record, keys):
     "The values of these dotted names as text"

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['CACHE_COLUMNS', 'score_pairs', 'facts_frame', 'facts_fingerprint', 'pair_keys', 'item_contents', 'text_hashes',
            'item_hashes', 'content_keys', 'FactCache', 'same_content', 'ask', 'about_items', 'check_contents',
-           'as_cache', 'stored_facts', 'known_facts', 'ask_around', 'same_scorer', 'self_test']
+           'as_cache', 'stored_facts', 'known_facts', 'ask_around', 'engine_of', 'servers_apart', 'same_scorer',
+           'self_test']
 
 # %% ../nbs/33_rldata_ask.ipynb #107e6c80
 import math, warnings
@@ -23,7 +24,7 @@ from .vqa import answer_targets, postprocess, relevances, vqa_accuracies
 from .prompt import prompter
 from .lvlm import Targets
 from leverplus.groups import (
-    CONTENTS, FACT_COLUMNS, PROPOSAL_COLUMNS, SOURCE_FACTS, UNREADABLE, RLData, as_record, not_judged,
+    CONTENTS, FACT_COLUMNS, PROPOSAL_COLUMNS, SOURCE_FACTS, UNREADABLE, RLData, as_record, differing, not_judged,
     pointer_matrix, read_part, shard_files, write_part,
 )
 
@@ -554,6 +555,26 @@ def ask_around(
     if not len(known): return new.reset_index(drop=True)
     return pd.concat([known, new]).sort_index().reset_index(drop=True)
 
+# %% ../nbs/33_rldata_ask.ipynb #8b946c98
+def engine_of(
+    server:dict, # identity of a served model: engine, version, model, ...
+)->str: # "vllm 0.11.0"
+    "Name a serving engine"
+    known = [str(server[key]) for key in ("engine", "version") if server.get(key)]
+    return " ".join(known) or "an engine that does not say its name"
+
+def servers_apart(
+    there:dict|None, here:dict|None, # identities of served models; None: no server
+)->str: # "version: there 0.10.2, here 0.11.0"; empty where they are the same, or neither is served
+    "Say in what two servers differ"
+    if there and here: return differing(there, here)
+    if not there and not here: return ""
+    return f"there {_server_text(there)}, here {_server_text(here)}"
+
+def _server_text(server):
+    "Which engine serves which model"
+    return f"{engine_of(server)} serving {server.get('model')}" if server else "no server"
+
 # %% ../nbs/33_rldata_ask.ipynb #551ca21b
 def same_scorer(
     data:RLData, # facts that are there
@@ -566,10 +587,18 @@ def same_scorer(
     if there not in ([], [own]):
         raise ValueError(
             f"{data.path}: its facts are of scorer {', '.join(there)}; the model and the way of asking that"
-            f" are named here (lvlm, dtype, style, evaluator, answer_weight) make {own}: name those that it was"
-            " made with"
+            f" are named here (lvlm, lvlm_url, dtype, style, evaluator, answer_weight) make {own}: name those that it"
+            f" was made with{_other_servers(data, scorer)}"
         )
     return own
+
+def _other_servers(data, scorer):
+    "What is different about the servers, where a model was served, or is"
+    makers = [source.get("lvlm") or {} for source in data.manifest.get("sources") or [data.manifest]]
+    now = getattr(scorer, "identity", None)
+    apart = [servers_apart(maker.get("server"), now) for maker in makers]
+    said = " and ".join(dict.fromkeys(filter(None, apart)))
+    return f" ({said})" if said else ""
 
 # %% ../nbs/33_rldata_ask.ipynb #09a04913
 def _other_text(said, seed):

@@ -20,7 +20,7 @@ from fastcore.meta import delegates
 from tqdm import tqdm
 from leverplus.settings import (
     TWO_STAGE, Amount, Asking, Count, Finite, Guarding, Job, Natural, Proposing, check_two_stage, guarded,
-    plain_settings,
+    json_value, plain_settings,
 )
 from leverplus.core import (
     Damaged, ask_for_a_folder, fingerprint, leftovers, printable, read_object, rng, stable_hash,
@@ -38,7 +38,8 @@ from leverplus.groups import (
 from .rewards import reward_facts
 from .rldata_propose import SimilarityPrior, propose
 from leverplus.rldata_ask import (
-    FactCache, ask, facts_fingerprint, item_contents, pair_keys, score_pairs, self_test, text_hashes,
+    FactCache, ask, facts_fingerprint, item_contents, pair_keys, score_pairs, self_test, servers_apart,
+    text_hashes,
 )
 
 # %% ../nbs/34_rldata_generate.ipynb #ef804742
@@ -208,9 +209,10 @@ def begin_manifest(
     path:Path, # directory of the run
     settings:dict, # of `run_settings`
     shard:tuple|None=None, # (i, n), or None
+    scorer=None, # who is asked; an error names its server, where that is what differs
 )->dict: # the manifest that lies there now; ValueError if what lies there does not belong to these settings
     "Find or write the manifest of a run"
-    check_manifest(path, settings, shard)
+    check_manifest(path, settings, shard, scorer)
     file = path/f"manifest{shard_tag(shard)}.json"
     if not file.exists():
         new = dict(schema=SCHEMA, complete=False, settings=settings, seed=settings["proposing"]["seed"])
@@ -224,6 +226,7 @@ def check_manifest(
     path:Path, # directory of the run; it need not be there
     settings:dict, # of `run_settings`
     shard:tuple|None=None, # (i, n), or None
+    scorer=None, # as in `begin_manifest`
 )->None: # ValueError or OSError says what lies there that does not belong to these settings
     "Refuse a directory where a run cannot begin or go on, before anything is written"
     check_place(path, "groups")
@@ -233,7 +236,7 @@ def check_manifest(
     if not file.exists() and any(path.glob(f"part{shard_tag(shard)}-*.parquet")):
         raise ValueError(f"{path}: parts without a {file.name}; generate into an empty directory")
     own = [file] if file.exists() else []
-    _check_settings(path, settings, [*own, *others.values()])
+    _check_settings(path, settings, [*own, *others.values()], scorer)
 
 def _check_division(path, shard, others):
     if shard is None and others:
@@ -252,14 +255,17 @@ def _check_division(path, shard, others):
             " per directory"
         )
 
-def _check_settings(path, settings, manifests):
+def _check_settings(path, settings, manifests, scorer):
     for file in manifests:
-        differs = differing(read_object(file, what=_A_MANIFEST).get("settings", {}), settings)
-        if differs:
-            raise ValueError(
-                f"{path}: the rows in {file.name} belong to other settings ({differs}). Generate elsewhere,"
-                " or continue with the same settings"
-            )
+        there = read_object(file, what=_A_MANIFEST)
+        differs = differing(there.get("settings", {}), settings)
+        if not differs: continue
+        served = servers_apart((there.get("lvlm") or {}).get("server"), getattr(scorer, "identity", None))
+        about = f"; the server: {served}" if served else ""
+        raise ValueError(
+            f"{path}: the rows in {file.name} belong to other settings ({differs}{about}). Generate elsewhere,"
+            " or continue with the same settings"
+        )
 
 # %% ../nbs/34_rldata_generate.ipynb #8008df2d
 class Contents:
@@ -425,16 +431,25 @@ class Generation:
 def answerer(
     scorer, # see `ask`
 )->dict: # {name, dtype, min_pixels, max_pixels, fingerprint} of its model; all None without one, as for `MockScorer`
-    "Say which model answers"
+    "Say which model answers; of a served one there is also `server`: who serves it, and how"
     lvlm = getattr(scorer, "lvlm", None)
     if lvlm is None: return dict.fromkeys(("name", "dtype", "min_pixels", "max_pixels", "fingerprint"))
-    folder = Path(lvlm.name)
-    name = folder.name if folder.is_absolute() else lvlm.name   # where it lies on this machine is nobody's business
     least, most = pixel_limits(lvlm.image_processor)
+    server = getattr(scorer, "identity", None)
+    if server is not None:
+        return dict(
+            name=_without_place(scorer.model), dtype=server.get("dtype"), min_pixels=least, max_pixels=most,
+            fingerprint=scorer.model_fingerprint, server=json_value(server),
+        )
     return dict(
-        name=name, dtype=str(lvlm.model.dtype).removeprefix("torch."), min_pixels=least, max_pixels=most,
-        fingerprint=lvlm.fingerprint,
+        name=_without_place(lvlm.name), dtype=str(lvlm.model.dtype).removeprefix("torch."), min_pixels=least,
+        max_pixels=most, fingerprint=lvlm.fingerprint,
     )
+
+def _without_place(name):
+    "A model's name; where it lies on a machine is nobody's business"
+    folder = Path(name)
+    return folder.name if folder.is_absolute() else name
 
 # %% ../nbs/34_rldata_generate.ipynb #13a2de7c
 @patch
@@ -444,7 +459,7 @@ def begin(self:Generation,
     "Find or write the manifest and the table of contents, and run the self-test"
     ids = self.item_ids() if whole else []
     self.contents.compare(self.items, ids)
-    self.manifest = begin_manifest(self.path, self.settings, self.shard)
+    self.manifest = begin_manifest(self.path, self.settings, self.shard, self.scorer)
     self.contents.hold(self.items, ids, begun=self.has_parts())
     self.note_makers()
     test = self.guarding.test
@@ -461,7 +476,7 @@ def begin(self:Generation,
 def check_place(self:Generation):
     "Refuse a folder that was never held and where `begin` cannot be, before anything is written"
     if not never_held(self.path, self.shard): return   # it is looked at while it is held
-    try: check_manifest(self.path, self.settings, self.shard)
+    try: check_manifest(self.path, self.settings, self.shard, self.scorer)
     except ValueError:
         self.contents.compare(self.items, self.item_ids())   # which says more, where items are the difference
         raise
@@ -485,7 +500,6 @@ def _tested_shots(shots):
 def has_parts(self:Generation)->bool:
     "Is any window there?"
     return any(self.part(i).exists() for i in range(len(self.windows)))
-
 
 # %% ../nbs/34_rldata_generate.ipynb #72e8066c
 @patch

@@ -324,12 +324,22 @@ def _remove_what_was_left(splits):
 # %% ../nbs/39_rldata_scale.ipynb #541e715e
 @patch
 def scorer(self:Job):
-    "Load the model"
+    "Load the model, or reach the server that has it"
     m = self.model
     if m.lvlm == "mock": return MockScorer()
+    if m.lvlm_url is not None: return _served(m)
     dtype = None if m.dtype is None else getattr(torch, m.dtype)
     lvlm = load_lvlm(m.lvlm, dtype, m.device, m.attn, m.min_pixels, m.max_pixels)
     return SharedScorer(lvlm, m.batch_tokens, vision_dir=m.vision_dir, prefix_cache=m.prefix_cache)
+
+def _served(m):
+    "Who asks a served model; what renders its prompts is here, its weights are not"
+    from leverplus.served import ServedScorer   # with it a client of HTTP
+    lvlm = load_lvlm(m.lvlm, min_pixels=m.min_pixels, max_pixels=m.max_pixels, weights=False)
+    return ServedScorer(
+        m.lvlm_url, m.lvlm_name, lvlm, dtype=m.dtype, at_once=m.lvlm_at_once, timeout=m.lvlm_timeout,
+        patience=m.lvlm_patience, pictures=m.lvlm_pictures, prices=m.lvlm_prices,
+    )
 
 # %% ../nbs/39_rldata_scale.ipynb #128eb8e3
 @patch

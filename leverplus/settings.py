@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['CHECKS', 'LARGEST', 'FASTEST', 'Whole', 'Natural', 'Count', 'Finite', 'Amount', 'Positive', 'Share', 'Level',
            'Factor', 'Bound', 'LearningRate', 'NUMBER_TYPES', 'Folder', 'Columns', 'Images', 'Json', 'JsonOrNone',
-           'Evaluator', 'COUNTS', 'TWO_STAGE', 'Counts', 'TwoStage', 'StoreKind', 'PickerName', 'Shots', 'Ids', 'Judge',
-           'Kind', 'Reward', 'ObjectiveName', 'ExtraSettings', 'EPOCHS', 'BATCH', 'NewSelector', 'PeakRate', 'Sizes',
-           'group', 'no_switch', 'folder_name', 'flag', 'server_url', 'in_words', 'Guard', 'has_numbers', 'is_number',
-           'in_range', 'guarded', 'check_numbers', 'plain_settings', 'read_settings', 'draft', 'flat_names', 'change',
-           'settings_of', 'several', 'column_words', 'columns_of', 'Data', 'Pools', 'json_object', 'json_value',
-           'Model', 'Asking', 'check_counts', 'check_two_stage', 'Proposing', 'Guarding', 'Mining', 'Job', 'Picking',
-           'Rewarding', 'Teaching', 'Choosing', 'Rows']
+           'ServerUrl', 'Prices', 'ModelName', 'NumberFormat', 'Evaluator', 'COUNTS', 'TWO_STAGE', 'Counts', 'TwoStage',
+           'StoreKind', 'PickerName', 'Shots', 'Ids', 'Judge', 'Kind', 'Reward', 'ObjectiveName', 'ExtraSettings',
+           'EPOCHS', 'BATCH', 'NewSelector', 'PeakRate', 'Sizes', 'group', 'no_switch', 'folder_name', 'flag',
+           'in_words', 'Guard', 'has_numbers', 'is_number', 'in_range', 'guarded', 'check_numbers', 'plain_settings',
+           'read_settings', 'draft', 'flat_names', 'change', 'settings_of', 'several', 'column_words', 'columns_of',
+           'Data', 'Pools', 'json_object', 'json_value', 'server_url', 'price_list', 'Model', 'Asking', 'check_counts',
+           'check_two_stage', 'Proposing', 'Guarding', 'Mining', 'Job', 'Picking', 'Rewarding', 'Teaching', 'Choosing',
+           'Rows']
 
 # %% ../nbs/04_settings.ipynb #3f8a0936
-import json, math, sys
+import json, math, re, sys
 from collections.abc import Callable, Collection
 from dataclasses import MISSING, field, fields, is_dataclass, replace
 from difflib import get_close_matches
@@ -25,6 +26,8 @@ from os import PathLike
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from unicodedata import normalize
+from urllib.parse import urlsplit
 from annotated_types import Gt, Interval
 from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
@@ -50,10 +53,14 @@ def group(
 
 def _what_is_not_default(settings):
     "A group as one would type it: settings that are their defaults are left out"
+    odd = [f"{name}={value!r}" for name, value in _told(settings).items()]
+    return f"{type(settings).__name__}({', '.join(odd)})"
+
+def _told(settings):
+    "{name: value} of what is not its default"
     def default(f): return f.default if f.default_factory is MISSING else f.default_factory()
     values = {f.name: getattr(settings, f.name) for f in fields(settings)}
-    odd = [f"{f.name}={values[f.name]!r}" for f in fields(settings) if values[f.name] != default(f)]
-    return f"{type(settings).__name__}({', '.join(odd)})"
+    return {f.name: values[f.name] for f in fields(settings) if values[f.name] != default(f)}
 
 # %% ../nbs/04_settings.ipynb #dced5607
 def no_switch(
@@ -101,12 +108,6 @@ def flag(
     "How a field looks on the command line"
     def hint(default): return f"(default: {shown if default in ('None', 'null', '') else default})"
     return arg(help_behavior_hint=None if shown is None else hint, aliases=aliases or None, **kw)
-
-def server_url(
-    text, # "http://127.0.0.1:8000/v1"
-): # the same, without a "/" at its end
-    "Read the address of a server"
-    return str(text).rstrip("/")
 
 # %% ../nbs/04_settings.ipynb #dde39924
 def in_words(
@@ -516,11 +517,51 @@ _AS_JSON = PrimitiveConstructorSpec(1, "JSON", _json_words, _is_json, lambda val
 Json = Annotated[dict[Any, Any], BeforeValidator(json_value), _AS_JSON]
 JsonOrNone = Annotated[dict[Any, Any]|None, BeforeValidator(json_value), _AS_JSON]
 
+# %% ../nbs/04_settings.ipynb #3967956f
+def server_url(
+    text:str|None, # such as "http://127.0.0.1:8000/v1"; None: no server
+): # the same without the "/" at its end; ValueError for another text, which never repeats a password
+    "Read the address of a served model"
+    if text is None: return None
+    if not isinstance(text, str): raise ValueError(f"{type(text).__name__}: {_AN_ADDRESS}")
+    if "@" in normalize("NFKC", text): raise ValueError(_NO_PASSWORD)
+    if set(text) & set("?#"): raise ValueError(_NO_QUERY)
+    wrong = ValueError(f"{text[:200]!r}: {_AN_ADDRESS}")
+    try:
+        address = urlsplit(text)
+        port = address.port
+    except ValueError: raise wrong from None
+    known = address.scheme in ("http", "https") and _HOST.fullmatch(address.hostname or "")
+    if not known or not text.isprintable() or " " in text or port == 0 or address.netloc.endswith(":"): raise wrong
+    return f"{address.scheme}://{address.netloc}{address.path.rstrip('/')}"
+
+_HOST = re.compile(r"[\w.-]+|[0-9a-fA-F:.]+")
+_AN_ADDRESS = "wanted the address of a server, such as http://127.0.0.1:8000/v1"
+_NO_PASSWORD = (
+    "the address of the server holds a user or a password (what stands before @): leave it out, it would be written"
+    " into runs; a key is read from the environment variable LVLM_API_KEY alone"
+)
+_NO_QUERY = "the address of the server holds ? or #: wanted host and path alone, such as http://127.0.0.1:8000/v1"
+
+def price_list(
+    value, # a price, or up to two
+): # a tuple, or what it was; ValueError for more than two
+    "Let one price stand for a tuple of one"
+    if not isinstance(value, (tuple, list)): return (value,)
+    if len(value) <= 2: return value
+    raise ValueError(f"lvlm_prices {list(value)}: wanted one of a million prompt tokens, and one of generated ones")
+
+ServerUrl = Annotated[str|None, BeforeValidator(server_url), flag("none, it is loaded here", metavar="URL")]
+Prices = Annotated[tuple[Amount, ...], BeforeValidator(price_list), flag("none", metavar="X")]
+ModelName = Annotated[str, arg(metavar="MODEL")]
+NumberFormat = Annotated[Literal["float32", "bfloat16", "float16"]|None, flag("that of the checkpoint")]
+
+# %% ../nbs/04_settings.ipynb #689d0b32
 @group
 class Model:
     "Who is asked"
-    lvlm:Annotated[str, arg(metavar="MODEL")]="models/tiny-qwen2.5-vl" # folder or hub name; 'mock' draws facts by hash
-    dtype:Annotated[Literal["float32", "bfloat16", "float16"]|None, flag("that of the checkpoint")]=None # number format
+    lvlm:ModelName="models/tiny-qwen2.5-vl" # folder or hub name; 'mock' draws facts by hash; with --lvlm-url no weights
+    dtype:NumberFormat=None # number format; with --lvlm-url what the server runs in, where it does not say
     device:Annotated[str|None, flag("a GPU if there is one", metavar="NAME")]=None # torch device
     attn:Literal["sdpa", "eager"]="sdpa" # attention
     min_pixels:Annotated[Count|None, flag("as the checkpoint says", metavar="N")]=None # smaller pictures are enlarged
@@ -528,10 +569,40 @@ class Model:
     batch_tokens:Count=8192 # prompt tokens per batch, 65536 suits a large GPU
     prefix_cache:Literal["off", "query", "global"]="off" # whose first demonstrations are kept
     vision_dir:Annotated[Folder|None, flag("memory only", metavar="DIR")]=None # image features, shared by processes
+    lvlm_url:ServerUrl=None # ask the model that a server serves there (vLLM, SGLang, ...); its key: LVLM_API_KEY
+    lvlm_name:Annotated[str|None, flag("the only one there", metavar="NAME")]=None # what the server calls it
+    lvlm_at_once:Annotated[Count|None, flag("measured upwards", metavar="N")]=None # requests at once
+    lvlm_timeout:Positive=120. # seconds that a request may take
+    lvlm_patience:Amount=600. # seconds that a server may be away before the run stops
+    lvlm_pictures:Literal["exact", "files", "paths"]="exact" # resized as here; as they are; by paths the server reads
+    lvlm_prices:Prices=() # what a million prompt tokens cost, and a million generated ones, for the plan
 
     def __post_init__(self):
-        if None in (self.min_pixels, self.max_pixels) or self.min_pixels <= self.max_pixels: return
-        raise ValueError(f"min_pixels {self.min_pixels}, max_pixels {self.max_pixels}: wanted min <= max")
+        if None not in (self.min_pixels, self.max_pixels) and self.min_pixels > self.max_pixels:
+            raise ValueError(f"min_pixels {self.min_pixels}, max_pixels {self.max_pixels}: wanted min <= max")
+        told = _told(self)
+        served = _in_a_row({name: told[name] for name in _OF_A_SERVER if name in told})
+        ours = _in_a_row({name: told[name] for name in _OF_OUR_ENGINE if name in told})
+        if self.lvlm_url is None:
+            if served: raise ValueError(f"{served} without lvlm_url: about a served model, wanted its address, too")
+            return
+        if self.lvlm == "mock":
+            raise ValueError(
+                f"lvlm 'mock' beside lvlm_url {self.lvlm_url}: wanted the folder or the hub name of the model that is"
+                " served there, for its tokenizer and its image processor"
+            )
+        if ours:
+            raise ValueError(
+                f"{ours} beside lvlm_url {self.lvlm_url}: about the engine of this package, a server has its own:"
+                " leave it out, or lvlm_url"
+            )
+        if self.lvlm_name is not None and not self.lvlm_name.strip():
+            raise ValueError("lvlm_name is empty: wanted what the server calls the model, or None")
+
+_OF_A_SERVER = "lvlm_name", "lvlm_at_once", "lvlm_timeout", "lvlm_patience", "lvlm_pictures", "lvlm_prices"
+_OF_OUR_ENGINE = "attn", "batch_tokens", "prefix_cache", "vision_dir"
+
+def _in_a_row(values): return ", ".join(f"{name} {value!r}" for name, value in values.items())
 
 Evaluator = Literal["official", "lmms", "openflamingo", "lmms_vqav2"]
 

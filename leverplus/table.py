@@ -20,7 +20,7 @@ from leverplus.rldata_ask import (
 from .rldata_generate import bank_print, begin_run, check_run, policy_fingerprint, run_lock
 from .world import all_pointers
 from .prompt import prompter
-from .lvlm import official_inputs, prompt_images
+from .lvlm import prompt_images
 from .infer import as_pointer, kind_of, pick_model
 from leverplus.evaluate import (
     BASELINES, best_fixed, chosen_counts, count_look, counts_table, fixed_pairs, looks_file,
@@ -190,8 +190,9 @@ def prompt_tokens(
         part = wanted[i:i + bs]
         prompts = [make(*pair) for pair in part]
         texts = [lvlm.render(p) for p in prompts]
-        inputs = official_inputs(lvlm, texts, [prompt_images(lvlm, p) for p in prompts])
-        tokens |= zip(part, inputs["attention_mask"].sum(1).tolist())
+        images = [image for p in prompts for image in prompt_images(lvlm, p)]
+        inputs = lvlm.processor(text=texts, images=images or None, add_special_tokens=False)   # without its weights
+        tokens |= zip(part, map(len, inputs["input_ids"]))
     return tokens
 
 # %% ../nbs/83_table.ipynb #cf5ccd08

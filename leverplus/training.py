@@ -23,7 +23,7 @@ from .pools import image_groups
 from .evidence import kind_for, n_evidence, plain_kind
 from .groups import FACT_COLUMNS, RLData, column_content
 from .rewards import reward_facts
-from .rldata_ask import FactCache, check_contents, same_scorer
+from .rldata_ask import FactCache, check_contents, engine_of, same_scorer
 from .rldata_generate import answerer, bank_print, never_held, policy_fingerprint, run_lock, with_text
 from .rldata_merge import merge, split
 from .rldata_check import flat_causes, query_facts, row_facts
@@ -404,6 +404,7 @@ def _more_known(data, teaching, start, prints):
 def _who_chose(scorer, model, asking):
     "Whoever chose the epoch by accuracy is who gave the facts: `same_scorer` has seen to it"
     lvlm = answerer(scorer) | dict(name=model.lvlm)
+    if "server" in lvlm: lvlm["server"] = engine_of(lvlm["server"])   # the rest is nobody's business
     return dict(choose="accuracy", lvlm=lvlm, asking=plain_settings(asking))
 
 def _kept(run, learn, info):

@@ -27,7 +27,7 @@ from .pools import Pool, make_pool
 from .scorer import SharedScorer
 from .lvlm import load_lvlm
 from .groups import FACT_COLUMNS, RECORD, RLData, name_exhaustive, pointer_problems, read_part
-from .rldata_ask import FactCache, ask, check_contents, facts_fingerprint
+from .rldata_ask import FactCache, ask, check_contents, engine_of, facts_fingerprint
 from .rldata_generate import TimeLimit, flat_queries
 
 # %% ../nbs/35_world.ipynb #9bef0202
@@ -174,12 +174,17 @@ def check_whose(self:World,
         raise ValueError(f"{name} holds what {len(there)} scorers said ({', '.join(there)}): keep one")
     want = facts_fingerprint(self.scorer, self.asking)
     if there in ([], [want]): return
-    lvlm = getattr(self.scorer, "lvlm", None)
-    which = f"{lvlm.name}, {lvlm.model.dtype}, {lvlm.attn}" if lvlm else type(self.scorer).__name__
     raise ValueError(
-        f"{name} holds what scorer {', '.join(there)} said, and this one is {want} ({which}): world({self.name!r}) as"
-        " it is reads them on any device; make_facts(world) asks another one"
+        f"{name} holds what scorer {', '.join(there)} said, and this one is {want} ({_who(self.scorer)}):"
+        f" world({self.name!r}) as it is reads them on any device; make_facts(world) asks another one"
     )
+
+def _who(scorer):
+    "A scorer in words"
+    server = getattr(scorer, "identity", None)
+    if server is not None: return f"{scorer.model}, served by {engine_of(server)}"
+    lvlm = getattr(scorer, "lvlm", None)
+    return type(scorer).__name__ if lvlm is None else f"{lvlm.name}, {lvlm.model.dtype}, {lvlm.attn}"
 
 # %% ../nbs/35_world.ipynb #99070d58
 @patch(as_prop=True)

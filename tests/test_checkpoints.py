@@ -372,7 +372,7 @@ def test_a_run_says_everything_that_somebody_needs(place, tmp_path):
     assert says["metrics"]["regret"]["n"] == 6 and says["metrics"]["regret"]["split"] == "dev"
     # a mock has no weights, and nobody has stated a licence: all else is known
     unknown = {name for name, value in says.items() if value is None}
-    assert unknown == {"lvlm_fingerprint", "dtype", "min_pixels", "max_pixels", "license"}
+    assert unknown == {"lvlm_fingerprint", "server", "dtype", "min_pixels", "max_pixels", "license"}
 
 def test_a_run_of_one_objective_chosen_by_accuracy(place, tmp_path):
     by_accuracy = Choosing(dev=str(place/"dev"), choose="accuracy")

@@ -100,20 +100,32 @@ NOT_THE_DEFAULT = dict(
     fixed=(3, 1), name="mine", other_pool=True, seconds=5.5, reward="gtprob", weights=dict(alpha=2.),
     price=.25, zero_shot=True, min_pixels=784, max_pixels=7840,
     columns=("question=q",),
+    lvlm_url="http://127.0.0.1:8000/v1", lvlm_name="tiny", lvlm_at_once=4, lvlm_timeout=5.5, lvlm_patience=0.,
+    lvlm_pictures="files", lvlm_prices=(.5, 1.5),
 )
+SERVED = "lvlm_name", "lvlm_at_once", "lvlm_timeout", "lvlm_patience", "lvlm_pictures", "lvlm_prices"
+OUR_ENGINE = "attn", "batch_tokens", "prefix_cache", "vision_dir" # none of these beside an address
+
+URL = NOT_THE_DEFAULT["lvlm_url"]
+
+def beside(flat):
+    "What must be said together with a setting"
+    return dict(lvlm_url=URL) if flat in SERVED else {}
 
 @pytest.mark.parametrize("cls", GROUPS)
 def test_a_flat_name_changes_its_setting_and_no_other(cls):
     for flat, path in flat_names(cls).items():
-        changed = settings_of(cls, **{flat: NOT_THE_DEFAULT[flat]})
-        differ = [p for p, _ in leaves(cls) if at(changed, p) != at(cls(), p)]
+        before = settings_of(cls, **beside(flat))
+        changed = change(before, **{flat: NOT_THE_DEFAULT[flat]})
+        differ = [p for p, _ in leaves(cls) if at(changed, p) != at(before, p)]
         assert differ == [path], flat
         assert at(changed, path) == NOT_THE_DEFAULT[flat]
-        assert change(changed, **{flat: at(cls(), path)}) == cls()
+        assert change(changed, **{flat: at(cls(), path)}) == before
 
+@pytest.mark.parametrize("without", [("lvlm_url", *SERVED), ("lvlm", *OUR_ENGINE)])
 @pytest.mark.parametrize("cls", GROUPS)
-def test_what_is_not_the_default_is_saved_and_read_back(cls):
-    every = settings_of(cls, **{flat: NOT_THE_DEFAULT[flat] for flat in flat_names(cls)})
+def test_what_is_not_the_default_is_saved_and_read_back(cls, without):
+    every = settings_of(cls, **{flat: NOT_THE_DEFAULT[flat] for flat in flat_names(cls) if flat not in without})
     assert read_settings(cls, json.loads(json.dumps(plain_settings(every)))) == every
     assert read_settings(cls, {}) == cls()
 
@@ -145,6 +157,18 @@ def test_any_job_is_saved_and_read_back(shots, counts, two_stage, scale, seed, s
         (Pools, dict(pool_seed=-1), "seed -1: wanted a number >= 0"),
         (Model, dict(dtype="int8"), "choose one of 'float32', 'bfloat16', 'float16'"),
         (Model, dict(batch_tokens=0), "batch_tokens 0"),
+        (Model, dict(lvlm_url="127.0.0.1:8000"), "lvlm_url '127.0.0.1:8000': wanted the address of a server"),
+        (Model, dict(lvlm_url=URL, lvlm_at_once=0), "lvlm_at_once 0: wanted a number >= 1"),
+        (Model, dict(lvlm_url=URL, lvlm_timeout=0), "lvlm_timeout 0: wanted a number > 0"),
+        (Model, dict(lvlm_url=URL, lvlm_patience=-1), "lvlm_patience -1: wanted a number >= 0"),
+        (Model, dict(lvlm_url=URL, lvlm_pictures="small"), "choose one of 'exact', 'files', 'paths'"),
+        (Model, dict(lvlm_url=URL, lvlm_prices=(1, 2, 3)), "lvlm_prices .*: wanted one of a million prompt tokens"),
+        (Model, dict(lvlm_url=URL, lvlm_prices=-1), "lvlm_prices -1: wanted a number >= 0"),
+        (Model, dict(lvlm_url=URL, lvlm_name=" "), "lvlm_name is empty"),
+        (Model, dict(lvlm_url=URL, lvlm="mock"), "lvlm 'mock' beside lvlm_url .*: wanted the folder or the hub name"),
+        (Model, dict(lvlm_name="tiny", lvlm_timeout=9), "lvlm_name 'tiny', lvlm_timeout 9.0 without lvlm_url"),
+        *[(Model, {"lvlm_url": URL, n: NOT_THE_DEFAULT[n]}, f"{n} .* beside lvlm_url .*: about the engine of this")
+          for n in OUR_ENGINE],
         (Proposing, dict(two_stage=dict(top=0)), "two stages"),
         (Asking, dict(evaluator="mine"), "evaluator 'mine'"),
         (Proposing, dict(shots=()), "wanted at least one number"),
