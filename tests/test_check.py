@@ -496,7 +496,7 @@ def test_without_a_soft_reward_it_says_so():
     d = healthy()
     h = health(RLData(d.rows.assign(vqa_gt_prob=np.nan, vqa_gt_logprobs=None), d.pool))
     assert h.advice == {"data": "fit to train on"}
-    assert "vqa_gt_prob was not measured" in repr(h)
+    assert "(no probabilities: rewards of texts alone)" in repr(h)
 
 def test_files_that_cannot_be_judged():
     d = healthy(5)
