@@ -424,8 +424,7 @@ def fact_problems(
     yield (~failed & some_text & ~text.all(0),
            "{lacks} missing beside other facts of the generated text: score the row again")
     yield ~failed & ~some_text & ~prob, "not failed, but without facts: score the row, or mark it eval_failed"
-    lost = ~failed & ~prob & _gives_probabilities(rows.scorer, prob)
-    yield lost, "vqa_gt_prob missing, though other rows of its scorer have it: score the row again"
+    yield ~failed & ~prob & prob.any(), "vqa_gt_prob missing, though other rows have it: score the row again"
     yield ~failed & ~has["scorer"], "facts without the fingerprint of their scorer"
     for c in ("vqa_acc_score", "vqa_gt_prob", "vqa_correct", "vqa_rel_score"):
         yield ((rows[c] < 0) | (rows[c] > 1 + 1e-6)).to_numpy(), f"{c} {{{c}}} is not within 0..1"
@@ -434,10 +433,6 @@ def fact_problems(
     of_no_draw = rows.kappa.notna() & (rows.logprob_score.isna() | (rows.kappa == np.inf))
     yield (of_no_draw.to_numpy(), "kappa {kappa} beside logprob_score {logprob_score}: "
            "a threshold is finite or -inf, and belongs to a draw of known probability")
-def _gives_probabilities(scorers, prob):
-    "Which rows are of a scorer that has given a probability to any of them? [n]"
-    of_scorer = pd.Series(prob).groupby(scorers.fillna("").to_numpy())
-    return of_scorer.transform("any").to_numpy(dtype=bool)
 
 # %% ../nbs/30_groups.ipynb #dfe4bbc9
 @patch

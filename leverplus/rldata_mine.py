@@ -213,6 +213,7 @@ def mine(
     "Look for what flat groups lack, by swaps and samples"
     items = as_items(items, need=("question", "answer", "answers"))
     check_contents(data.rows, items, "mine: " + _named(data))
+    _check_same_facts(data, scorer)
     cache = FactCache() if cache is None else cache
     search = Search(data, items, scorer, store, policy, mining, positive, proposing, asking, cache)
     budget = mining.budget
@@ -236,6 +237,17 @@ def mine(
     return out, pd.DataFrame(log, columns=["round", "lacking", "asked", "texts", "failed", "found"])
 
 def _named(data): return "the data" if data.path is None else f"{data.path}"
+
+def _check_same_facts(data, scorer):
+    "Refuse data with probabilities and a scorer without, or the other way round, before anybody is asked"
+    good = data.rows[~data.rows.eval_failed]
+    here, there = gives_probabilities(scorer), bool(good.vqa_gt_prob.notna().any())
+    if here == there or not len(good): return
+    has = {True: "have probabilities of answers", False: "are texts alone"}
+    raise ValueError(
+        f"mine: the facts of {_named(data)} {has[there]}, those of the scorer that is asked ({type(scorer).__name__})"
+        f" {has[here]}: ask who gave the facts, or ask this one again about all of them (`reask`)"
+    )
 
 # %% ../nbs/37_rldata_mine.ipynb #65bb44ac
 @guarded

@@ -118,7 +118,7 @@ BAD = dict(
     half=(dict(vqa_acc_score=[1.0, None, 0.6, None]), "question_id 7: vqa_acc_score missing"),
     some_prob=(
         dict(vqa_gt_prob=[0.8, None, 0.1, None], vqa_gt_logprobs=None),
-        "question_id 7: vqa_gt_prob missing, though other rows of its scorer have it",
+        "question_id 7: vqa_gt_prob missing, though other rows have it",
     ),
     no_facts=(dict.fromkeys([*TEXT_FACTS, *PROB_FACTS]), "question_id 7: not failed, but without facts"),
     no_scorer=(dict(scorer=None), "question_id 7: facts without the fingerprint"),
