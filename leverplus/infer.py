@@ -1060,7 +1060,7 @@ _SAID = dict(
     vqa_pred_answer=Column("text", "the answer, one line; missing: it failed, or no text was asked for"),
     vqa_raw_generation=Column("text", "what the model wrote"),
     vqa_acc_score=Column("number", "accuracy, 0..1; missing: nobody has answered the question, or it failed"),
-    vqa_gt_prob=Column("number", "probability of the true answers, 0..1; missing: as accuracy, or not asked"),
+    vqa_gt_prob=Column("number", "probability of the true answers, 0..1; missing: as accuracy, or not given"),
     vqa_eval_mode=Column("text", "how accuracy was counted, one of MODES in `11_vqa`; missing: it was not"),
     eval_failed=Column("flag", "did the evaluation fail? Then nothing is known of the answer"),
 )

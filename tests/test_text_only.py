@@ -1,7 +1,6 @@
 "A scorer that gives texts and no probabilities: the whole road works, and what needs a probability is refused by name"
 import math, os
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 import numpy as np, pandas as pd, pytest
 from leverplus.callback_onpolicy import Feedback
@@ -12,7 +11,7 @@ from leverplus.evaluate import pick_oracle, result_table, score_picks
 from leverplus.groups import RLData
 from leverplus.infer import OwnAnswer, confidence, predict
 from leverplus.learner import selector_learner
-from leverplus.loops import Loop, closed_loop, data_checks
+from leverplus.loops import Loop, data_checks
 from leverplus.lvlm import MockScorer, Scored
 from leverplus.rewards import REWARDS, check_probable, reward, text_rewards
 from leverplus.rldata_ask import (
@@ -129,7 +128,7 @@ def test_the_self_test_has_nothing_to_compare(tmp_path):
 
 def test_two_stages_are_refused_before_anything_is_written(tmp_path):
     scorer = TextOnly()
-    with pytest.raises(ValueError, match="two_stage needs probabilities .*leave it out, so that every sequence gets a text"):
+    with pytest.raises(ValueError, match="two_stage .--second. needs probabilities .*leave it out, so that every sequence gets a text"):
         run(tmp_path/"two", scorer, two_stage=TWO_STAGE)
     assert not scorer.asked and not (tmp_path/"two").exists()
 
@@ -295,7 +294,7 @@ def test_comparisons_are_of_accuracy(texts):
 def test_loops_and_searches_are_refused_before_anything_is_written(tmp_path, texts):
     scorer = TextOnly()
     world = SimpleNamespace(items=ITEMS, store=STORE, scorer=scorer, pools=dict(train=POOL, dev=POOL))
-    for what, changes in (("reward 'gtprob'", dict(reward="gtprob")), ("two_stage", dict(two_stage=TWO_STAGE))):
+    for what, changes in (("reward 'gtprob'", dict(reward="gtprob")), ("two_stage .--second.", dict(two_stage=TWO_STAGE))):
         with pytest.raises(ValueError, match=f"{what} needs probabilities"):
             Loop(world, tmp_path/"loop", n=4, dev=4, **changes)
     with pytest.raises(ValueError, match="a search by InfoScore needs probabilities"):
@@ -364,7 +363,7 @@ def test_the_road_through_the_doors(road):
         "sweep runs/all --dev runs/dev --grid reward=gtprob --base objective=rce --seeds 0 --out runs/no",
         "reward 'gtprob' needs 'vqa_gt_prob'",
     ),
-    ('generate --n 12 --second {"top":2} --out runs/no', "two_stage needs probabilities"),
+    ('generate --n 12 --second {"top":2} --out runs/no', "two_stage (--second) needs probabilities"),
     ("infer --selector runs/rce --n 12 --how beam --by confidence --out runs/no", "choosing by confidence needs"),
     ("infer --selector runs/rce --n 12 --how beam --by vqa_gt_prob --out runs/no", "choosing by vqa_gt_prob needs"),
     ("infer --selector runs/rce --n 12 --shots 0 1 2 --out runs/no", "choosing among shots (0, 1, 2) by confidence"),
