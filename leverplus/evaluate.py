@@ -457,7 +457,8 @@ def score_matrix(
     if not len(s):
         raise ValueError(f"no good rows with {shots} shots; there are shots {sorted(scored.shots.unique())}")
     order = list(dict.fromkeys(s.selector))
-    if metric == "vqa_gt_prob" and s[metric].isna().all(): raise ValueError(f"a table of {metric}: {_TEXTS_ALONE}")
+    if metric == "vqa_gt_prob" and s[metric].isna().all():
+        raise ValueError(f"a table of {metric}: {_TEXTS_ALONE}")
     matrix = s.groupby(["question_id", "selector"])[metric].mean().unstack()[order]
     return matrix.dropna(axis=1, how="all") # a vote has no probability
 

@@ -1031,9 +1031,11 @@ def _check_idle(picking):
 def _check_texts_alone(picking, scorer):
     "Refuse to choose by a probability, of a scorer that gives none; what a judge looks at is its own affair"
     for choice in (picking.by, picking.weight):
-        if choice in ("confidence", "vqa_gt_prob"): check_gives_probabilities(scorer, f"choosing by {choice}", _BY_TEXTS)
+        if choice not in ("confidence", "vqa_gt_prob"): continue
+        check_gives_probabilities(scorer, f"choosing by {choice}", _BY_TEXTS)
     counts = _counts(picking)
-    if len(counts) > 1: check_gives_probabilities(scorer, f"choosing among shots {counts} by confidence", _BY_TEXTS)
+    if len(counts) == 1: return
+    check_gives_probabilities(scorer, f"choosing among shots {counts} by confidence", _BY_TEXTS)
 
 def _check_prediction(pool, picking, model, store, judge, items, groups):
     "Refuse what cannot end well, before anything is written"

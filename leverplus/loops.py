@@ -264,7 +264,7 @@ def _check_scorer(world, settings):
     rewarding = settings.rewarding
     check_reward_scorer(scorer, rewarding.reward, **rewarding.arguments)
     if settings.proposing.two_stage is not None:
-        check_gives_probabilities(scorer, "two_stage (--second)", "leave it out, so that every sequence gets a text")
+        check_gives_probabilities(scorer, "two_stage (--second)", "leave it out: every sequence gets a text")
 
 # %% ../nbs/84_loops.ipynb #bc0c9811
 @patch

@@ -144,7 +144,8 @@ def _fact(frame, name, failed, mode):
     bad = np.isnan(x) & ~failed
     if bad.any():
         check_judged(frame, f"reward {mode!r}")
-        if name in PROB_FACTS and (failed | bad).all(): raise ValueError(f"reward {mode!r} {_texts_alone(name)}")
+        nobody_has_it = (failed | bad).all()
+        if name in PROB_FACTS and nobody_has_it: raise ValueError(f"reward {mode!r} {_texts_alone(name)}")
         query = frame["question_id"].iloc[int(bad.argmax())]
         raise ValueError(f"reward {mode!r}: {name!r} is missing for question_id {query} "
                          f"({int(bad.sum())} rows that did not fail): {hint}")

@@ -389,7 +389,7 @@ class Generation:
         self.path = ask_for_a_folder(path)
         self.shard = check_shard(shard)
         if proposing.two_stage is not None:
-            check_gives_probabilities(scorer, "two_stage (--second)", "leave it out, so that every sequence gets a text")
+            check_gives_probabilities(scorer, "two_stage (--second)", "leave it out: every sequence gets a text")
         self.queries = as_ids(queries).tolist()
         self.items = as_items(items, need=("question", "answer", "answers"))
         self.pool = pool.only(self.queries)
