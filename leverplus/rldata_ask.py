@@ -151,7 +151,9 @@ def facts_fingerprint(
     asking:Asking=Asking(), # how it is asked; who gets a text changes no fact
 )->str: # 16 hexadecimal digits: the column `scorer`
     "Fingerprint of everything that turns a (query, pointer) into facts, the texts aside"
-    return fingerprint("facts", scorer.fingerprint, asking.style, asking.evaluator, asking.answer_weight)
+    how = asking.style, asking.evaluator, asking.answer_weight
+    kind = "facts" if gives_probabilities(scorer) else "texts alone"
+    return fingerprint(kind, scorer.fingerprint, *how)
 
 # %% ../nbs/33_rldata_ask.ipynb #a292e762
 def pair_keys(

@@ -3,29 +3,32 @@ import math, os
 from dataclasses import replace
 from types import SimpleNamespace
 import numpy as np, pandas as pd, pytest
-from leverplus.callback_onpolicy import Feedback
+from leverplus.callback_onpolicy import Drawing, Feedback
 from leverplus.core import read_json
 from leverplus.dls import group_dls
 from leverplus.earlier_infoscore import infoscore_beams
+from leverplus.earlier_json import HOLDS
 from leverplus.evaluate import pick_oracle, result_table, score_picks
 from leverplus.groups import RLData
 from leverplus.infer import OwnAnswer, confidence, predict
 from leverplus.learner import selector_learner
-from leverplus.loops import Loop, data_checks
+from leverplus.loops import Loop, closed_loop, data_checks
 from leverplus.lvlm import MockScorer, Scored
 from leverplus.rewards import REWARDS, check_probable, reward, text_rewards
 from leverplus.rldata_ask import (
-    FactCache, ask, check_reward_scorer, facts_fingerprint, facts_frame, gives_probabilities, self_test,
+    FactCache, ask, check_reward_scorer, facts_fingerprint, facts_frame, gives_probabilities, same_scorer,
+    self_test,
 )
 from leverplus.rldata_check import health
 from leverplus.rldata_generate import NotVerified, hold, verified_text
 from leverplus.rldata_merge import by_gap, merge
-from leverplus.rldata_mine import Search, lacking, mine
+from leverplus.rldata_mine import Search, lacking, mine, reask
 from leverplus.settings import TWO_STAGE, Job, Mining, Picking, Rewarding
 from leverplus.sweep import sweep
 from leverplus.synth import quiet
 from test_cli import go
 from test_generate import ITEMS, POOL, QS, STORE, made
+from test_loops import KW as LOOP, make_world
 
 FEW = dict(counts=dict(beam=2, random=4), progress=False, window=4)
 
@@ -37,8 +40,6 @@ class TextOnly(MockScorer):
         self.asked = []
         self.held_to = MockScorer(seed) if reference is None else reference
 
-    @property
-    def fingerprint(self): return f"texts alone {self.seed}"
     def reference(self): return self.held_to
     def run(self, prompts, targets=None, generate=True, progress=False):
         assert generate, "a probability was asked for"
@@ -83,6 +84,8 @@ def test_facts_with_and_without_lie_in_one_cache_and_do_not_mix(tmp_path):
     again = FactCache(tmp_path/"facts")
     for asked, was in ((MockScorer(fails=QS), first), (TextOnly(fails=QS), second)):
         pd.testing.assert_frame_equal(ask(PAIRS, asked, ITEMS, again), was)   # nobody is asked
+    # the fingerprint of the scorer is the same, the kind of its facts is not
+    assert scorer.fingerprint == MockScorer().fingerprint
     assert set(first.scorer) != set(second.scorer) == {facts_fingerprint(scorer)}
     one = FactCache(again.save(tmp_path/"all.parquet", drop=("vqa_gt_logprobs",)))
     pd.testing.assert_frame_equal(ask(PAIRS, TextOnly(fails=QS), ITEMS, one), second)
@@ -227,6 +230,27 @@ def test_mining_does_not_mix(texts, full):
         mine(texts, ITEMS, MockScorer(), STORE, progress=False)
     assert not scorer.asked
 
+def test_old_sequences_are_asked_again(full, texts):
+    again = reask(full, ITEMS, TextOnly(), progress=False)
+    assert again.rows.vqa_gt_prob.isna().all()
+    pd.testing.assert_frame_equal(again.rows[TEXTS], full.rows[TEXTS])
+    with pytest.raises(ValueError, match="its facts are of scorer"): same_scorer(full, TextOnly())
+    assert same_scorer(texts, TextOnly())
+
+def test_a_run_does_not_go_on_with_another_kind_of_facts(tmp_path):
+    run(tmp_path/"run")
+    with pytest.raises(ValueError, match="scorer"): run(tmp_path/"run", MockScorer())
+
+@pytest.mark.parametrize("dialect", sorted(HOLDS))
+def test_earlier_files_hold_them(tmp_path, texts, dialect):
+    file = tmp_path/"texts.json"
+    texts.to_json(file, dialect, "question_id", ITEMS)
+    back = RLData.from_json(file, None if dialect == "k64" else POOL, "question_id", dialect, ITEMS)
+    assert back.rows.vqa_gt_prob.isna().all() and not back.rows.eval_failed.any()
+    key = ["question_id", "pointer"]
+    both = texts.rows.merge(back.rows, on=key, suffixes=("", "_back"))
+    assert len(both) == len(texts) and (both.vqa_acc_score - both.vqa_acc_score_back).abs().max() < 1e-9
+
 # ---- training and after -----------------------------------------------------------------------------------
 
 def halves(data):
@@ -249,6 +273,13 @@ def test_rounds_on_policy():
     with pytest.raises(ValueError, match="reward 'hard01_plus_gtprob' needs 'vqa_gt_prob', and no row has it"):
         Feedback(None, ITEMS, facts, Rewarding(reward="hard01_plus_gtprob"))
     assert len(Feedback(None, ITEMS, facts, Rewarding(reward="soft_only"))(PAIRS)) == 3
+
+def test_a_fit_on_policy(texts):
+    scorer = TextOnly()
+    learn = selector_learner(group_dls(*halves(texts), STORE, "hard_only", bs=4), seed=0)
+    feedback = Feedback(scorer, ITEMS, rewarding=Rewarding(reward="hard_only"))
+    with quiet(learn): learn.fit_onpolicy(feedback, STORE, 1, 1e-2, "grpo", Drawing(G=4, bs=4), watch=None)
+    assert len(scorer.asked) == feedback.new > 0
 
 @pytest.mark.parametrize("picking, what", [
     (dict(picker="samples", by="confidence"), "choosing by confidence"),
@@ -292,6 +323,11 @@ def test_comparisons_are_of_accuracy(texts):
         pick_oracle(facts, 2, by="vqa_gt_prob")
     with pytest.raises(ValueError, match="a table of vqa_gt_prob: .*gives no probabilities"):
         result_table(scored, changed_from=None, metric="vqa_gt_prob")
+
+def test_a_closed_loop(tmp_path):
+    c = closed_loop(make_world(TextOnly()), tmp_path/"loop", **LOOP)
+    assert "nan" not in "".join(c.lines) and not any("rank correlation" in name for name in c.frame.what)
+    assert any(line.startswith("GRPO:") for line in c.lines)
 
 def test_loops_and_searches_are_refused_before_anything_is_written(tmp_path, texts):
     scorer = TextOnly()
