@@ -27,9 +27,9 @@ from leverplus.decode import (
 from .pools import check_vectors
 from .evidence import inputs, kind_for
 from .groups import FACT_COLUMNS, TEXT_FACTS, RLData, as_record, column_content
-from .rewards import reward as reward_of, reward_facts
+from .rewards import check_probable, reward as reward_of, reward_facts
 from .rldata_generate import TooManyFailures
-from .rldata_ask import as_cache, ask, facts_fingerprint, item_hashes
+from .rldata_ask import as_cache, ask, check_reward_scorer, facts_fingerprint, item_hashes
 from .losses import inclusion_logp, live_groups
 from .callback_core import FitOnly, Objective, looks_for_lr
 from .callback_grpo import GRPO, RLOO
@@ -198,6 +198,8 @@ class Feedback:
             raise ValueError(
                 f"Feedback: no scorer, and facts of {len(self.cache.scorers)} scorers in {self.cache}: pass a"
                 " scorer, or cache= with the facts of one")
+        check_reward_scorer(scorer, rewarding.reward, **self.weights)
+        if scorer is None: check_probable(self.cache.to_frame(), rewarding.reward, **self.weights)
 
     @property
     def weights(self):

@@ -12,7 +12,7 @@ from .core import rng, write_json
 from .settings import Asking, Count, Natural, guarded
 from .items import as_ids, as_items
 from .pools import Pool
-from .rldata_ask import FactCache, as_cache, ask
+from .rldata_ask import FactCache, as_cache, ask, check_gives_probabilities
 from .groups import FACT_COLUMNS, RLData, as_record
 
 # %% ../nbs/89_earlier_infoscore.ipynb #8e84abb8
@@ -130,6 +130,7 @@ def infoscore_beams(
     ids = as_ids(ids).tolist()
     cache = as_cache(cache)
     _check_search(ids, pools, shots, beam, candidates, grow, order)
+    check_gives_probabilities(scorer, "a search by InfoScore", "propose with `generate`, and mine")
     tried = _candidates(ids, pools, candidates, seed)
     def facts_of(pairs):
         f = ask(pairs, scorer, items, cache, asking=asking, generate=False, window=window)

@@ -117,6 +117,7 @@ def check_facts(
             " failed row"
         )
     check_judged(facts, "a comparison")
+    if f.vqa_gt_prob.isna().all(): numbers = ["vqa_acc_score"] # the scorer gives texts alone
     holes = f[numbers].isna().any(axis=1) & ~f.eval_failed
     if holes.any():
         raise ValueError(
@@ -186,6 +187,7 @@ def pick_oracle(
     if S is not None: f = f[f.pointer.map(len) == S]
     if pool is not None: f = f[_inside(f, pool)]
     _check_asked(f, S, pool)
+    if by == "vqa_gt_prob" and f[by].isna().all(): raise ValueError(f"oracle by {by}: {_TEXTS_ALONE}")
     by_query = f.iloc[_best_first(f, by, price)].groupby("question_id")
     counts = sorted(set(f.pointer.map(len)))
     name = "oracle_free" if S is None else "oracle"
@@ -200,6 +202,8 @@ def _inside(f, pool):
     allowed = {q: frozenset(c) for q, c in pool.ids.items()}
     inside = [allowed.get(q, frozenset()).issuperset(p) for q, p in zip(f.question_id, f.pointer)]
     return np.array(inside, dtype=bool)
+
+_TEXTS_ALONE = "no row has it, as the model that was asked gives no probabilities: take vqa_acc_score"
 
 def _check_asked(f, S, pool):
     "Refuse a pool with a query that no good fact is known of"
@@ -453,6 +457,8 @@ def score_matrix(
     if not len(s):
         raise ValueError(f"no good rows with {shots} shots; there are shots {sorted(scored.shots.unique())}")
     order = list(dict.fromkeys(s.selector))
+    if metric == "vqa_gt_prob" and s[metric].isna().all():
+        raise ValueError(f"a table of {metric}: {_TEXTS_ALONE}")
     matrix = s.groupby(["question_id", "selector"])[metric].mean().unstack()[order]
     return matrix.dropna(axis=1, how="all") # a vote has no probability
 

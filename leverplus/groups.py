@@ -263,7 +263,7 @@ def summary(self:RLData):
         "pool size": _sizes([len(self.pool[q]) for q in self.queries]),
         "failed": c["failed"],
         "mean accuracy": f"{self.rows.vqa_acc_score.mean():.3f}",
-        "mean gt_prob": f"{self.rows.vqa_gt_prob.mean():.3f}",
+        "mean gt_prob": _mean_prob(self.rows),
         "scorer": ", ".join(sorted(self.rows.scorer.dropna().unique())),
         "fingerprint": self.fingerprint,
     }
@@ -279,6 +279,11 @@ def _repr_html_(self:RLData): return self._table().html()
 def _table(self:RLData):
     "The summary as a table of a page"
     return frame_table(self.summary().rename_axis("").to_frame(), "summary of the data")
+
+def _mean_prob(rows):
+    "The mean of what is known; where nothing is, that its scorer gave texts alone"
+    if len(rows) and rows.vqa_gt_prob.isna().all(): return "no probabilities"
+    return f"{rows.vqa_gt_prob.mean():.3f}"
 
 def _sizes(sizes):
     "\"4\" or \"2 to 4\""
@@ -321,6 +326,7 @@ class Group:
             acc=rows.vqa_acc_score,
             gt_prob=rows.vqa_gt_prob,
         ))
+        if rows.vqa_gt_prob.isna().all(): out = out.drop(columns="gt_prob")   # of a scorer that gives none
         if rows.eval_failed.any(): out["error"] = rows.error.fillna("")
         return out
 
@@ -863,10 +869,11 @@ def _join_checks(checks):
     "One `verify` entry (see `34_rldata_generate`) out of several: counts added, differences the largest"
     def total(k): return sum(c[k] for c in checks)
     def most(k): return max(c[k] for c in checks)
+    texts_alone = any(c["logprob"] is None for c in checks)   # of a scorer that gives no probabilities
     return dict(
         drawn=total("drawn"),
         asked=total("asked"),
-        logprob=most("logprob"),
+        logprob=None if texts_alone else most("logprob"),
         text=total("text"),
         tolerance=most("tolerance"),
         rows=[row for c in checks for row in c["rows"]],

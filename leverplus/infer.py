@@ -31,7 +31,9 @@ from .evidence import inputs, kind_for, plain_kind
 from .decode import best_sequences
 from .lvlm import Scored, Targets
 from .groups import check_shard, shard_tag
-from .rldata_ask import FactCache, ask, facts_fingerprint, text_hashes
+from leverplus.rldata_ask import (
+    FactCache, ask, check_gives_probabilities, facts_fingerprint, gives_probabilities, text_hashes,
+)
 from leverplus.rldata_generate import (
     Contents, bank_print, begin_run, never_held, policy_fingerprint, run_lock, shard_queries,
 )
@@ -360,6 +362,7 @@ class OwnAnswer:
         scorer, # whom to ask
         facts:pd.DataFrame|None=None, # what `ask` said about the same prompts; its texts are taken from there
     ):
+        check_gives_probabilities(scorer, "confidence", _BY_TEXTS)
         self.scorer = scorer
         self.known = _known_texts(facts)
         self.prompts = 0 # asked about
@@ -372,6 +375,8 @@ class OwnAnswer:
     def reference(self):
         "The same with the reference scorer"
         return OwnAnswer(self.scorer.reference())
+
+_BY_TEXTS = "choose by vote or logp, and show one number of demonstrations"
 
 def _known_texts(facts):
     "{(question, pointer): (greedy text, log-probabilities of the true answers)}"
@@ -691,8 +696,8 @@ class _Work:
 
     @property
     def sure(self):
-        "Does anything ask how sure the LVLM is of its own answers?"
-        return _wants_confidence(self.picking, self.judge)
+        "Does anything ask how sure the LVLM is of its own answers, and can it say so?"
+        return _wants_confidence(self.picking, self.judge) and gives_probabilities(self.scorer)
 
     def rows(self, shots, queries=None):
         "Picks of so many shots and what the LVLM said to them, a row per sequence"
@@ -997,6 +1002,7 @@ def predict(
     path = ask_for_a_folder(path)
     shard = check_shard(shard)
     _check_prediction(pool, picking, model, store, judge, items, groups)
+    _check_texts_alone(picking, scorer)
     how_often = dict(window=window, progress=progress)
     work = _Work(pool, items, scorer, store, picking, asking, model, groups, judge, **how_often)
     _rehearse(work)
@@ -1021,6 +1027,15 @@ def _check_idle(picking):
     )
     for name, (is_idle, beside) in idle.items():
         if is_idle: raise ValueError(f"{name} {getattr(picking, name)}: wanted only beside {beside}")
+
+def _check_texts_alone(picking, scorer):
+    "Refuse to choose by a probability, of a scorer that gives none; what a judge looks at is its own affair"
+    for choice in (picking.by, picking.weight):
+        if choice not in ("confidence", "vqa_gt_prob"): continue
+        check_gives_probabilities(scorer, f"choosing by {choice}", _BY_TEXTS)
+    counts = _counts(picking)
+    if len(counts) == 1: return
+    check_gives_probabilities(scorer, f"choosing among shots {counts} by confidence", _BY_TEXTS)
 
 def _check_prediction(pool, picking, model, store, judge, items, groups):
     "Refuse what cannot end well, before anything is written"
@@ -1047,7 +1062,7 @@ _SAID = dict(
     vqa_pred_answer=Column("text", "the answer, one line; missing: it failed, or no text was asked for"),
     vqa_raw_generation=Column("text", "what the model wrote"),
     vqa_acc_score=Column("number", "accuracy, 0..1; missing: nobody has answered the question, or it failed"),
-    vqa_gt_prob=Column("number", "probability of the true answers, 0..1; missing: as accuracy, or not asked"),
+    vqa_gt_prob=Column("number", "probability of the true answers, 0..1; missing: as accuracy, or not given"),
     vqa_eval_mode=Column("text", "how accuracy was counted, one of MODES in `11_vqa`; missing: it was not"),
     eval_failed=Column("flag", "did the evaluation fail? Then nothing is known of the answer"),
 )

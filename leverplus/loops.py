@@ -30,11 +30,13 @@ from .pools import image_groups
 from .evidence import BankStore, kind_for
 from .groups import RLData
 from .rldata_propose import SimilarityPrior
-from .rldata_ask import FactCache, ask, facts_fingerprint, text_hashes
+from leverplus.rldata_ask import (
+    FactCache, ask, check_gives_probabilities, check_reward_scorer, facts_fingerprint, text_hashes,
+)
 from leverplus.rldata_generate import (
     bank_fingerprint, begin_run, check_run, evaluated, generate, policy_fingerprint, run_lock,
 )
-from .rldata_check import health, wilson
+from .rldata_check import has_probabilities, health, wilson
 from .rldata_mine import mine
 from .rldata_merge import merge
 from .dls import GroupDataset, group_dls
@@ -208,6 +210,7 @@ class Loop:
         if settings is None: settings = LoopSettings(asking=getattr(world, "asking", Asking()))
         settings = changed_settings(settings, **changes)
         train_split, dev_split = settings.questions.splits
+        _check_scorer(world, settings)
         self.world = world
         self.path = Path(path)
         self.settings = settings
@@ -255,6 +258,13 @@ def loop_settings(
         raise ValueError(f"{path} is no folder of a loop: its settings are {', '.join(settings)}")
     return read_settings(LoopSettings, settings["loop"])
 
+def _check_scorer(world, settings):
+    "Refuse a world whose scorer gives texts alone, where probabilities are wanted; before anything is written"
+    scorer = getattr(world, "scorer", None)
+    rewarding = settings.rewarding
+    check_reward_scorer(scorer, rewarding.reward, **rewarding.arguments)
+    if settings.proposing.two_stage is not None:
+        check_gives_probabilities(scorer, "two_stage (--second)", "leave it out: every sequence gets a text")
 
 # %% ../nbs/84_loops.ipynb #bc0c9811
 @patch
@@ -562,7 +572,7 @@ LIMITS = dict(
 def data_checks(
     h, # `Health` of one file
     limits:dict[str, Finite]=LIMITS, # like LIMITS
-)->list: # of Check: failed rows, questions without a positive, live groups, rank correlation
+)->list: # of Check: failed rows, questions without a positive, live groups, rank correlation where it is known
     "What the data must be like before anything is trained"
     m = h.frame.iloc[0]
     judged = h.queries[h.queries.judged > 0]
@@ -570,12 +580,15 @@ def data_checks(
     no_positive = _share(int((judged.positives == 0).sum()), len(judged))
     live = _share(m["live_groups"], m["groups"])
     spearman = (m["spearman"], m["spearman_low"], m["spearman_high"])
-    return [
+    checks = [
         _held("rows that failed", (failed, failed, failed), limits["failed"], "an error is no negative",
               at_least=False),
         _held("questions without a positive", no_positive, limits["no_positive"], "else mend sampling first",
               at_least=False),
         _held("groups that can teach", live, limits["live"], "flat groups move no weights"),
+    ]
+    if not has_probabilities(m): return checks   # of a scorer that gives texts alone
+    return checks + [
         _held("rank correlation of vqa_gt_prob and accuracy", spearman,
               limits["spearman"] * m["spearman_reach"], "else the soft reward leads astray"),
     ]
@@ -670,8 +683,8 @@ def _advice_lines(advice, checks, n, against, wanted):
 def _grpo_line(examined, limits):
     "Is it time for GRPO?"
     most = limits["grpo_no_positive"]
-    _, no_positive, _, spearman = data_checks(examined, limits | dict(no_positive=most))
-    outcomes = {no_positive.outcome, spearman.outcome}
+    _, no_positive, _, *soft = data_checks(examined, limits | dict(no_positive=most))
+    outcomes = {check.outcome for check in (no_positive, *soft)}
     state = "not yet shown to be ready"
     if outcomes == {"met"}: state = "ready"
     if "not met" in outcomes: state = "not ready"

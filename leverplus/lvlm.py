@@ -396,8 +396,8 @@ class Scored:
     question_id:int # the query
     pointer:tuple # the demonstrations, in prompt order
     text:str|None=None # greedy answer; None if it was not asked for or failed
-    logprobs:tuple=() # A log-probabilities of the targets, end token included
-    gt_prob:float=math.nan # weighted probability of the true answers, 0..1; nan without targets
+    logprobs:tuple=() # A log-probabilities of the targets, end token included; () of a scorer that gives none
+    gt_prob:float=math.nan # weighted probability of the true answers, 0..1; nan without targets, or without logprobs
     error:str|None=None # what went wrong; a failed prompt has no facts
     n_decode:int=0 # extra forward passes of its batch, if the greedy answer needed any
 

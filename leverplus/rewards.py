@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['REWARDS', 'reward_mode', 'hard_plus_soft', 'gtprob', 'hard_only', 'soft_only', 'reward_facts', 'check_price',
-           'reward', 'hard_plus_soft_v2', 'separated', 'hard01_plus_gtprob', 'hard01_plus_gtprob_separated',
-           'hard_plus_gtprob_plus_rel', 'legacy', 'hybrid', 'info_score', 'expected_acc', 'reweigh', 'plot_rewards',
-           'Correlation', 'spearman', 'answer_cosines', 'semantic', 'group_stats', 'z_score', 'z_score_clamp',
-           'rank_normalise', 'parts_of', 'live_parts']
+           'reward', 'text_rewards', 'check_probable', 'hard_plus_soft_v2', 'separated', 'hard01_plus_gtprob',
+           'hard01_plus_gtprob_separated', 'hard_plus_gtprob_plus_rel', 'legacy', 'hybrid', 'info_score',
+           'expected_acc', 'reweigh', 'plot_rewards', 'Correlation', 'spearman', 'answer_cosines', 'semantic',
+           'group_stats', 'z_score', 'z_score_clamp', 'rank_normalise', 'parts_of', 'live_parts']
 
 # %% ../nbs/31_rewards.ipynb #675bd03b
 import inspect
@@ -18,7 +18,7 @@ import numpy as np, pandas as pd
 from .settings import Amount, Count, Finite, Natural, Positive, Share, check_numbers, guarded
 from .items import as_items
 from .vqa import answer_targets
-from .groups import check_judged
+from .groups import PROB_FACTS, TEXT_FACTS, check_judged
 
 # %% ../nbs/31_rewards.ipynb #7059b528
 REWARDS = {} # {name: mode}
@@ -144,10 +144,23 @@ def _fact(frame, name, failed, mode):
     bad = np.isnan(x) & ~failed
     if bad.any():
         check_judged(frame, f"reward {mode!r}")
+        nobody_has_it = (failed | bad).all()
+        if name in PROB_FACTS and nobody_has_it: raise ValueError(f"reward {mode!r} {_texts_alone(name)}")
         query = frame["question_id"].iloc[int(bad.argmax())]
         raise ValueError(f"reward {mode!r}: {name!r} is missing for question_id {query} "
                          f"({int(bad.sum())} rows that did not fail): {hint}")
     return np.where(failed, np.nan, x)
+
+def _texts_alone(name):
+    "Why no row has a probability, and what to do"
+    return (
+        f"needs {name!r}, and no row has it: the model that was asked gives no probabilities, or they were not kept."
+        f" Take a reward of texts alone ({', '.join(text_rewards())}), or a model that gives probabilities"
+    )
+
+def text_rewards()->tuple: # of names out of REWARDS
+    "Modes that need the generated text and nothing else, as they are weighted by default"
+    return tuple(mode for mode in REWARDS if set(reward_facts(mode)[0]) <= set(TEXT_FACTS))
 
 _SCORER = "run the scorer with {}, or choose another reward"
 _GENERATED = _SCORER.format("generate=True") + " (of data made in two stages keep `evaluated(data)`)"
@@ -159,6 +172,21 @@ _SOURCES = dict( # where a fact comes from
     logprob_score="only beam, sample and random rows have it; keep those, or set alpha=0",
     info_score="add it with `frame.assign(info_score=info_score(frame, zero))`, or set alpha=0",
 )
+
+# %% ../nbs/31_rewards.ipynb #b930b912
+def check_probable(
+    frame:pd.DataFrame, # rows of the record
+    mode:str, # a name out of REWARDS
+    **weights, # arguments of that mode, and `price`
+)->None: # ValueError names the mode, what is missing, and what to take instead
+    "Refuse a reward that needs a probability, on rows none of which has it"
+    needs, _ = reward_facts(mode, **weights)
+    probable = {"vqa_gt_prob", "info_score"} & set(needs)   # InfoScore is a difference of probabilities
+    if not probable or "info_score" in frame: return
+    good = frame[~_failed(frame)]
+    if len(good) and good["vqa_gt_prob"].isna().all():
+        check_judged(good, f"reward {mode!r}")
+        raise ValueError(f"reward {mode!r} {_texts_alone('vqa_gt_prob')}")
 
 # %% ../nbs/31_rewards.ipynb #52669030
 @reward_mode
@@ -257,6 +285,7 @@ def info_score(
     zero, # {question_id: `vqa_gt_prob` of the zero-shot prompt}: `ask` with empty pointers; KeyError if it lacks an id
 )->np.ndarray: # [n] -1..1: what all demonstrations of a row added together
     "InfoScore of each row: probability of the truth with the demonstrations minus without"
+    check_probable(frame, "hybrid")
     base = frame["question_id"].map(pd.Series(zero, dtype=float))
     lost = base.isna()
     if lost.any():

@@ -38,8 +38,8 @@ from leverplus.groups import (
 from .rewards import reward_facts
 from .rldata_propose import SimilarityPrior, propose
 from leverplus.rldata_ask import (
-    FactCache, ask, facts_fingerprint, item_contents, pair_keys, score_pairs, self_test, servers_apart,
-    text_hashes,
+    FactCache, ask, check_gives_probabilities, facts_fingerprint, gives_probabilities, item_contents, pair_keys,
+    score_pairs, self_test, servers_apart, text_hashes,
 )
 
 # %% ../nbs/34_rldata_generate.ipynb #ef804742
@@ -393,6 +393,8 @@ class Generation:
     ):
         self.path = ask_for_a_folder(path)
         self.shard = check_shard(shard)
+        if proposing.two_stage is not None:
+            check_gives_probabilities(scorer, "two_stage (--second)", "leave it out: every sequence gets a text")
         self.queries = as_ids(queries).tolist()
         self.items = as_items(items, need=("question", "answer", "answers"))
         self.pool = pool.only(self.queries)
@@ -597,24 +599,29 @@ def hold(
     ref:Scored, # what the reference says
     tolerance:Amount, # of log-probabilities, nats
     state:str, # what became of the row, for the message
-)->dict: # question_id, pointer, logprob (largest difference), text (1: another one), tolerance
+)->dict: # question_id, pointer, logprob (largest difference; None: texts alone), text (1: another one), tolerance
     "Compare an answer with the reference's; `NotVerified` says how they differ"
     c = compare([mine], [ref])
     other_text = c["text"] and tolerance <= EXACT
     if c["failed"] or not c["logprob"] <= tolerance or other_text:
         raise NotVerified(_disagreement(mine, ref, tolerance, state))
     return dict(
-        question_id=mine.question_id, pointer=list(mine.pointer), logprob=float(c["logprob"]),
+        question_id=mine.question_id, pointer=list(mine.pointer),
+        logprob=None if _texts_alone(mine, ref) else float(c["logprob"]),
         text=int(c["text"]), tolerance=float(tolerance),
     )
+
+def _texts_alone(*said): return not any(s.logprobs for s in said)
 
 def _disagreement(mine, ref, tolerance, state):
     gaps = [abs(a - b) for a, b in zip(mine.logprobs, ref.logprobs)]
     worst = int(np.argmax(gaps)) if gaps else 0
     and_text = " and the text not at all" if tolerance <= EXACT else ""
+    may = f"log P may differ by {tolerance:g}{and_text}"
+    if _texts_alone(mine, ref): may = "texts alone are compared, and they may not differ"
     return (
         f"question_id {mine.question_id}, pointer {mine.pointer}: the scorer says {_say(mine, worst)}, the"
-        f" reference {_say(ref, worst)}; log P may differ by {tolerance:g}{and_text}. {state}."
+        f" reference {_say(ref, worst)}; {may}. {state}."
         " Either the scorer is wrong here, or its tolerance is too small"
     )
 
@@ -631,7 +638,9 @@ def unverified(self:Generation)->set:
 @patch
 def verify(self:Generation, rows, state):
     "Ask one row of each drawn query again, of the reference scorer; list of what `hold` returns"
-    known = ~rows.eval_failed & rows.vqa_gt_logprobs.notna() & rows.vqa_raw_generation.notna()
+    probable = gives_probabilities(self.scorer)
+    known = ~rows.eval_failed & rows.vqa_raw_generation.notna()
+    if probable: known &= rows.vqa_gt_logprobs.notna()
     rows = rows[known & rows.question_id.isin(self.unverified())]
     if not len(rows): return []
     picks = []
@@ -639,22 +648,23 @@ def verify(self:Generation, rows, state):
         at = rng("verify", self.proposing.seed, q).integers(len(own))
         picks.append(own.iloc[[at]])
     picks = pd.concat(picks)
-    mine = [Scored(r.question_id, r.pointer, r.vqa_raw_generation, r.vqa_gt_logprobs, r.vqa_gt_prob)
+    mine = [Scored(r.question_id, r.pointer, r.vqa_raw_generation, r.vqa_gt_logprobs or (), r.vqa_gt_prob)
             for r in picks.itertuples()]
     refs = score_pairs(picks, self.scorer.reference(), self.items, self.asking)
+    if not probable: refs = [replace(ref, logprobs=(), gt_prob=np.nan) for ref in refs]
     return [hold(a, b, self.scorer.tolerance, state) for a, b in zip(mine, refs)]
 
 @patch
 def note(self:Generation,
     seen:list, # of what `window` verified
 ):
-    "Keep what was verified in the manifest: `asked` of `drawn`, the largest |d log P|, how many texts differ"
+    "Keep what was verified in the manifest: `asked` of `drawn`, the largest |d log P| if any, how many texts differ"
     if not seen: return
     rows = [*self.manifest.get("verify", {}).get("rows", []), *seen]
     self.manifest["verify"] = dict(
         drawn=max(len(self.drawn), len(rows)),
         asked=len(rows),
-        logprob=max(r["logprob"] for r in rows),
+        logprob=None if any(r["logprob"] is None for r in rows) else max(r["logprob"] for r in rows),
         text=sum(r["text"] for r in rows),
         tolerance=max(r["tolerance"] for r in rows),
         rows=rows,
@@ -783,8 +793,10 @@ class _Step:
         shown = dict(failed=sums["failed"], positive=f"{sums['positive']/self.queries:.0%}",
                      flat=f"{sums['flat']/self.queries:.0%}")
         v = self.run.manifest.get("verify")
-        if v: shown |= dict(verified=f"{v['asked']}/{v['drawn']}", off=f"{v['logprob']:.0e}")
-        return shown
+        if not v: return shown
+        shown["verified"] = f"{v['asked']}/{v['drawn']}"
+        if v["logprob"] is None: return shown | dict(other_texts=v["text"])
+        return shown | dict(off=f"{v['logprob']:.0e}")
 
     def check(self, i, error):
         "Stop past the budget of failures"
@@ -864,7 +876,8 @@ def verified_text(
     "Say how far the reference scorer agreed"
     v = data.manifest.get("verify")
     if not v: return ""
-    distance = f"log P within {v['logprob']:.1g} (allowed {v['tolerance']:g})"
+    if v["logprob"] is None: distance = "texts alone"
+    else: distance = f"log P within {v['logprob']:.1g} (allowed {v['tolerance']:g})"
     return f"verified {v['asked']} of {v['drawn']}, {distance}, {v['text']} other texts"
 
 # %% ../nbs/34_rldata_generate.ipynb #a2fa2066

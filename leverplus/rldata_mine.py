@@ -16,7 +16,7 @@ from .settings import Asking, Finite, Mining, Natural, Proposing, guarded, plain
 from .items import as_items
 from .groups import FACT_COLUMNS, PROPOSAL_COLUMNS, RLData, as_record
 from .rldata_propose import propose
-from .rldata_ask import FactCache, ask, check_contents
+from .rldata_ask import FactCache, ask, check_contents, gives_probabilities
 
 # %% ../nbs/37_rldata_mine.ipynb #bc4aa9f3
 @guarded
@@ -82,6 +82,12 @@ class Search:
         self.spent = 0
 
     @property
+    def by(self)->tuple:
+        "Facts that say which sequences are best: the first of them, ties go to the next"
+        if gives_probabilities(self.scorer): return ("vqa_gt_prob",)
+        return "vqa_acc_score", "vqa_rel_score"
+
+    @property
     def shots(self):
         "Lengths of the sequences that are tried: those of the data, and 0 if `mining` says so"
         return mined_shots(self.data, self.mining)
@@ -95,20 +101,21 @@ class Search:
 def best_first(
     rows:pd.DataFrame, # record frame
     lacks:pd.Series, # what each query lacks, by question_id
-)->pd.DataFrame: # by query; vqa_gt_prob falling for a positive, rising for a contrast
+    by:tuple=("vqa_gt_prob",), # numeric facts; the second decides where the first is the same
+)->pd.DataFrame: # by query; the facts falling for a positive, rising for a contrast
     "Put the rows that lie farthest in the direction of the search first"
     way = np.where(rows.question_id.map(lacks) == "positive", -1., 1.)
-    rows = rows.assign(key=way * rows.vqa_gt_prob.to_numpy())
-    return rows.sort_values(["question_id", "key"], kind="stable")
+    keys = {f"key{i}": way * rows[fact].to_numpy() for i, fact in enumerate(by)}
+    return rows.assign(**keys).sort_values(["question_id", *keys], kind="stable")
 
 @patch
 def swaps(self:Search,
     lacks:pd.Series, # of the queries to look at
 )->pd.DataFrame: # question_id, pointer
     "Untried neighbours of the two best sequences of each query, `tries` at most"
-    known = self.rows[self.rows.question_id.isin(lacks.index) & self.rows.vqa_gt_prob.notna()]
+    known = self.rows[self.rows.question_id.isin(lacks.index) & self.rows[self.by[0]].notna()]
     out = []
-    for q, rows in best_first(known, lacks).groupby("question_id", sort=False):
+    for q, rows in best_first(known, lacks, self.by).groupby("question_id", sort=False):
         near = [x for p in rows.pointer[:2] for x in neighbours(p, self.data.pool[q], self.shots)]
         near = [x for x in dict.fromkeys(near) if x not in self.tried[q]]
         order = rng("mine", self.mining.seed, q, len(self.tried[q])).permutation(len(near))
@@ -167,18 +174,25 @@ def ask_about(self:Search,
     new:pd.DataFrame, # proposals
     lacks:pd.Series, # what their queries lack
 )->dict: # asked, texts, failed, found: counts
-    "Ask for probabilities, then for texts of the best, and add the rows"
-    facts = ask(new, self.scorer, self.items, self.cache, self.asking, generate=False)
-    rows = _with_facts(new, facts)
-    ranked = best_first(rows[~rows.eval_failed], lacks)
-    best = ranked.groupby("question_id", sort=False).head(self.mining.top).sort_index()
-    full = _with_facts(new.loc[best.index], ask(best, self.scorer, self.items, self.cache, self.asking))
-    rows = pd.concat([rows.drop(best.index), full.set_axis(best.index)]).sort_index()
+    "Ask for probabilities, then for texts of the best, and add the rows; a scorer of texts alone, for all texts"
+    rows, asked, texts = self.asked_in_turn(new, lacks)
     self.rows = pd.concat([self.rows, rows], ignore_index=True)
-    self.spent += len(new) + len(best)
+    self.spent += asked + texts
     for q, p in zip(rows.question_id, rows.pointer): self.tried[q].add(p)
     found = len(lacks.index.difference(self.lacks().index))
-    return dict(asked=len(new), texts=len(best), failed=int(rows.eval_failed.sum()), found=found)
+    return dict(asked=asked, texts=texts, failed=int(rows.eval_failed.sum()), found=found)
+
+@patch
+def asked_in_turn(self:Search, new, lacks):
+    "(rows of the proposals with their facts, how many were asked for a probability, how many for a text)"
+    how = self.scorer, self.items, self.cache, self.asking
+    if not gives_probabilities(self.scorer): return _with_facts(new, ask(new, *how)), 0, len(new)
+    rows = _with_facts(new, ask(new, *how, generate=False))
+    ranked = best_first(rows[~rows.eval_failed], lacks)
+    best = ranked.groupby("question_id", sort=False).head(self.mining.top).sort_index()
+    full = _with_facts(new.loc[best.index], ask(best, *how))
+    rows = pd.concat([rows.drop(best.index), full.set_axis(best.index)]).sort_index()
+    return rows, len(new), len(best)
 
 # %% ../nbs/37_rldata_mine.ipynb #4ad1ac0a
 @guarded
@@ -199,9 +213,11 @@ def mine(
     "Look for what flat groups lack, by swaps and samples"
     items = as_items(items, need=("question", "answer", "answers"))
     check_contents(data.rows, items, "mine: " + _named(data))
+    _check_same_facts(data, scorer)
     cache = FactCache() if cache is None else cache
     search = Search(data, items, scorer, store, policy, mining, positive, proposing, asking, cache)
     budget = mining.budget
+    top = mining.top if gives_probabilities(scorer) else 0   # texts that are a second prompt
     start = search.lacks()
     log = []
     with tqdm(total=mining.rounds, disable=not progress, desc="mining", unit="round") as bar:
@@ -210,7 +226,7 @@ def mine(
             if not len(lacks): break
             if budget is not None and search.spent >= budget: break
             new = search.proposals(lacks, k)
-            if budget is not None: new = affordable(new, mining.top, budget - search.spent, mining.seed)
+            if budget is not None: new = affordable(new, top, budget - search.spent, mining.seed)
             if not len(new): break        # every sequence of these pools was tried, or the budget is spent
             log.append(dict(round=k + 1, lacking=len(lacks), **search.ask_about(new, lacks)))
             bar.update()
@@ -221,6 +237,17 @@ def mine(
     return out, pd.DataFrame(log, columns=["round", "lacking", "asked", "texts", "failed", "found"])
 
 def _named(data): return "the data" if data.path is None else f"{data.path}"
+
+def _check_same_facts(data, scorer):
+    "Refuse data with probabilities and a scorer without, or the other way round, before anybody is asked"
+    good = data.rows[~data.rows.eval_failed]
+    here, there = gives_probabilities(scorer), bool(good.vqa_gt_prob.notna().any())
+    if here == there or not len(good): return
+    has = {True: "have probabilities of answers", False: "are texts alone"}
+    raise ValueError(
+        f"mine: the facts of {_named(data)} {has[there]}, those of the scorer that is asked ({type(scorer).__name__})"
+        f" {has[here]}: ask who gave the facts, or ask this one again about all of them (`reask`)"
+    )
 
 # %% ../nbs/37_rldata_mine.ipynb #65bb44ac
 @guarded

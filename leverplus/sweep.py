@@ -26,8 +26,10 @@ from .items import as_items
 from .evidence import BankStore, plain_kind
 from .lvlm import with_pixels
 from .groups import check_shard, shard_tag
-from .rewards import info_score, reward_facts
-from .rldata_ask import FactCache, ask, check_contents, facts_fingerprint, item_hashes
+from .rewards import check_probable, info_score, reward_facts
+from leverplus.rldata_ask import (
+    FactCache, ask, check_contents, check_reward_scorer, facts_fingerprint, item_hashes,
+)
 from .rldata_generate import Contents, bank_fingerprint, evaluated, run_lock
 from .dls import group_dls
 from .callback_grpo import GRPO, PolicyGradient
@@ -412,6 +414,14 @@ def _check_configs(configs, groups, world, shots):
             raise ValueError(f"shots {shots}: these selectors are made for 0..{most} (model.max_shots)")
         limits = _section(settings, "lvlm")
         if limits and getattr(_scorer(world), "lvlm", None) is None: raise ValueError(_no_lvlm(limits))
+        _check_reward(settings, groups, _scorer(world))
+
+def _check_reward(settings, groups, scorer):
+    "Refuse a reward of probabilities where the groups are texts alone; InfoScore is asked for as well"
+    mode, own = _reward(settings["reward"])
+    weights = own | _section(settings, "reward")
+    for data in groups.values(): check_probable(data.rows, mode, **weights)
+    if "info_score" in reward_facts(mode, **weights)[0]: check_reward_scorer(scorer, mode, **weights)
 
 _MOST_SHOTS = inspect.signature(PointerSelector.__init__).parameters["max_shots"].default
 

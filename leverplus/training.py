@@ -22,7 +22,7 @@ from .embed import EmbedStore
 from .pools import image_groups
 from .evidence import kind_for, n_evidence, plain_kind
 from .groups import FACT_COLUMNS, RLData, column_content
-from .rewards import reward_facts
+from .rewards import check_probable, reward_facts
 from .rldata_ask import FactCache, check_contents, engine_of, same_scorer
 from .rldata_generate import answerer, bank_print, never_held, policy_fingerprint, run_lock, with_text
 from .rldata_merge import merge, split
@@ -115,7 +115,16 @@ def training_data(
             raise ValueError(f"dev_share {choosing.dev_share:g}: wanted a share between 0 and 1, or groups for dev")
         shares = 1 - choosing.dev_share, choosing.dev_share
         train, dev = split(train, shares, teaching.seed, job.items())
+    for groups in (train, dev): _check_probable(groups, mode, weights, recipe_of(teaching, among))
     return TrainingData(job, with_text(train, mode, weights), with_text(dev, mode, weights))
+
+def _check_probable(groups, mode, weights, recipe):
+    "Refuse a reward of probabilities on groups that are texts alone; ValueError says what to name instead"
+    try: check_probable(groups.rows, mode, **weights)
+    except ValueError as e:
+        if recipe is None: raise
+        change = "change the recipe with `set`, such as {\"data\": {\"reward\": \"soft_only\"}}"
+        raise ValueError(f"recipe {recipe.get('name')}: {e}: {change}") from e
 
 # %% ../nbs/74_training.ipynb #b4ca970c
 FIT_METHODS = dict(rce="fit_rce", listwise="fit_listwise", sft="fit_sft", grpo="fit_grpo")
@@ -237,19 +246,24 @@ def refuse_flat(
     reward = reward_of(teaching, rewarding, among)
     flat = _flat(data.train, *reward)
     if flat:
-        raise ValueError(f"training data: {flat}: nothing can be learned. {_REMEDY}{_alone(teaching, among)}")
+        what_to_do = f"{_remedy(data.train)}{_alone(teaching, among)}"
+        raise ValueError(f"training data: {flat}: nothing can be learned. {what_to_do}")
     chooses = choosing.choose == "regret" and any(stage.get("best") is not False for stage in stages)
     flat = _flat(data.dev, *reward) if chooses else ""
     if flat:
         warnings.warn(
             f"development data: {flat}: no epoch can be chosen by their regret, and a stage that keeps its best keeps"
-            f" what it began with. {_REMEDY}"
+            f" what it began with. {_remedy(data.dev)}"
         )
 
-_REMEDY = (
-    "Mine what groups lack (leverplus mine), try more or other sequences, or choose a softer reward such as"
-    " hard01_plus_gtprob"
-)
+def _remedy(groups):
+    "What makes groups differ; a softer reward needs probabilities"
+    if groups.rows.vqa_gt_prob.isna().all():
+        return "Mine what groups lack (leverplus mine), or try more or other sequences"
+    return (
+        "Mine what groups lack (leverplus mine), try more or other sequences, or choose a softer reward such as"
+        " hard01_plus_gtprob"
+    )
 
 def _needs_groups(stage):
     "Does a stage learn from differences of stored groups? A warm-up draws its own; teachers are asked about pools"

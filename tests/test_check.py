@@ -496,14 +496,14 @@ def test_without_a_soft_reward_it_says_so():
     d = healthy()
     h = health(RLData(d.rows.assign(vqa_gt_prob=np.nan, vqa_gt_logprobs=None), d.pool))
     assert h.advice == {"data": "fit to train on"}
-    assert "vqa_gt_prob was not measured" in repr(h)
+    assert "(no probabilities: rewards of texts alone)" in repr(h)
 
 def test_files_that_cannot_be_judged():
     d = healthy(5)
     with pytest.raises(ValueError, match="'mine' has no rows"): health({"mine": RLData(d.rows[:0], d.pool)})
     with pytest.raises(ValueError, match="all 4 rows of 'mine' failed .first: question_id 3: OSError"):
         health({"mine": made({3: [(None, 0.0)] * 2, 4: [(None, 0.0)] * 2})})
-    with pytest.raises(ValueError, match="Targets for each query"):
+    with pytest.raises(ValueError, match="no row has it: the model that was asked gives no prob"):
         health(RLData(d.rows.assign(vqa_gt_prob=np.nan), d.pool), "gtprob")
     with pytest.raises(ValueError, match="info_score"): health(d, "hybrid")
     with pytest.raises(ValueError, match="wanted one of"): health(d, "gtprop")
