@@ -1,8 +1,9 @@
-"""Our own engine against a served model, side by side: the same prompts, the same model, the same machine, equal answers asserted.
+"""Our own engine against a served model, side by side: the same prompts, model and machine, equal answers asserted.
 
-`LEVERPLUS_SERVED=.served python bench/served.py [prompts] [repeats]` (`make served` sets the environment up) prints prompts per second, texts
-alone and with all answers: medians, and ratios to the shared scorer of the same run. The model is the tiny one: what is compared here is how
-much work an answer takes (requests, passes), not how well an engine uses a card.
+`LEVERPLUS_SERVED=.served python bench/served.py [prompts] [repeats]` (`make served` sets the environment up)
+prints prompts per second, texts alone and with all answers: medians, and ratios to the shared scorer of the
+same run. The model is the tiny one: what is compared here is how much work an answer takes (requests, passes),
+not how well an engine uses a card.
 """
 import statistics, sys, tempfile, time
 from pathlib import Path
@@ -84,6 +85,7 @@ def main(n=200, repeats=3):
     with tempfile.TemporaryDirectory() as folder, Engine(Path(folder)/"log", threads=2) as engine:
         frame = table(engine.url, prompts, targets, int(repeats))
     said = frame.to_string(float_format=lambda x: f"{x:.2f}", na_rep="")
-    print(f"{n} prompts, two demonstrations, eight answers; medians of {repeats}; vLLM on the CPU, two threads each\n\n{said}")
+    what = f"{n} prompts, two demonstrations, eight answers; medians of {repeats}; vLLM on the CPU, two threads each"
+    print(f"{what}\n\n{said}")
 
 if __name__ == "__main__": main(*sys.argv[1:])

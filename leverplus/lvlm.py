@@ -248,9 +248,9 @@ def _with_weights(name, dtype, attn, progress):
 
 def _without_weights(config, dtype):
     "The model's outline on torch's device `meta`, which takes no memory"
-    from transformers import AutoModelForImageTextToText
+    from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     if dtype is not None: config.dtype = dtype
-    with torch.device("meta"): return AutoModelForImageTextToText.from_config(config)
+    with torch.device("meta"): return MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]._from_config(config)
 
 def _check_tokenizer(name, tokenizer, config):
     "ValueError for a tokenizer of another model, and for a chat template whose answers cannot be placed"

@@ -1,4 +1,4 @@
-"""A real server, vLLM on the CPU, that serves the embedded model on the loopback: for tests and the bench, where `make served` has set it up"""
+"""A real server, vLLM on the CPU, with the embedded model, on the loopback: where `make served` has set it up"""
 import os, signal, socket, subprocess, time, urllib.error, urllib.request
 from pathlib import Path
 
@@ -24,9 +24,9 @@ class Engine:
         self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}/v1"
         self.words = [
-            str(engine_python()), "-m", "vllm.entrypoints.openai.api_server", "--model", str(MODEL), "--served-model-name", name,
-            "--dtype", "float32", "--max-model-len", "512", "--enforce-eager", "--host", "127.0.0.1", "--port", str(self.port),
-            "--enable-prompt-tokens-details", *more,
+            str(engine_python()), "-m", "vllm.entrypoints.openai.api_server", "--model", str(MODEL),
+            "--served-model-name", name, "--dtype", "float32", "--max-model-len", "512", "--enforce-eager",
+            "--host", "127.0.0.1", "--port", str(self.port), "--enable-prompt-tokens-details", *more,
         ]
 
     def __enter__(self):
@@ -43,8 +43,9 @@ class Engine:
         )
         env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "CUDA_VISIBLE_DEVICES")} | own
         with open(self.log, "ab") as log:
+            quiet = dict(stdin=subprocess.DEVNULL, stdout=log, stderr=log)
             self.process = subprocess.Popen(
-                self.words, cwd=self.log.parent, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+                self.words, cwd=self.log.parent, env=env, start_new_session=True, **quiet,
             )
         end = time.monotonic() + seconds
         while time.monotonic() < end:

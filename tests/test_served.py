@@ -1,6 +1,7 @@
-"""A model that answers elsewhere: exact where the server can be, nothing lost, doubled or mislabelled where it cannot"""
+"""A model that answers elsewhere: exact where the server can be; nothing lost, doubled or mislabelled in any case"""
 import json, os, signal, subprocess, sys, threading, time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 import numpy as np, pandas as pd, pytest
 from hypothesis import given, strategies as st
@@ -13,8 +14,8 @@ from leverplus.vqa import answer_targets
 from leverplus.world import read_islands
 import leverplus.served as served_page
 from leverplus.served import (
-    KEY, AtOnce, Missing, NoServer, OtherServer, Retrying, Sender, ServedScorer, read_input_logprobs, read_next_logprobs,
-    read_prompt_logprobs, read_said_text, retry_after, server_words,
+    KEY, AtOnce, Missing, NoServer, OtherServer, Retrying, Sender, ServedScorer, read_input_logprobs,
+    read_next_logprobs, read_prompt_logprobs, read_said_text, retry_after, server_words,
 )
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -150,7 +151,8 @@ def test_texts_alone(lvlm, outline, work, naive, items):
         assert [s.text for s in said] == [s.text for s in naive]
         assert all(s.error is None and s.logprobs == () and np.isnan(s.gt_prob) for s in said)
         with pytest.raises(ValueError, match="gives no log-probabilities"): scorer.run(*work, generate=False)
-        with pytest.raises(ValueError, match="gives no log-probabilities by way='prompt'"): scorer_of(server, outline, way="prompt")
+        with pytest.raises(ValueError, match="gives no log-probabilities by way='prompt'"):
+            scorer_of(server, outline, way="prompt")
 
 def test_a_server_that_knows_no_field_of_others_is_asked_plainly(lvlm, outline, work, naive):
     "As `transformers serve`: 422 for what it does not know, and no list of models"
@@ -253,7 +255,7 @@ def _asks_about(body, prompt):
     return bool(texts) and prompt.question in texts[-1] and len(pictures) == len(prompt.images)
 
 def test_what_is_ours_is_not_tried_again(lvlm, outline, work, items):
-    "A prompt that is too long, a picture that is not there, an answer that cannot be asked for: failed rows with the reason"
+    "A prompt that is too long and a picture that is not there are failed rows with the reason"
     with ChatServer(lvlm, max_model_len=120) as server:
         scorer = scorer_of(server, outline)
         make = prompter(items)
@@ -360,7 +362,9 @@ def test_an_interrupt_ends_a_run_at_once(lvlm, outline, work, tmp_path):
     )
     with ChatServer(lvlm, faults=slow) as server:
         env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", code, server.url], env=env, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        words = [sys.executable, "-W", "ignore", "-c", code, server.url]
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(words, env=env, cwd=ROOT, **pipes)
         assert process.stdout.readline() == "ready\n"
         is_ready.set()
         before = len(server.requests)
@@ -445,16 +449,23 @@ def test_words_of_a_server_are_one_line_that_can_be_printed(status, text):
     words = server_words(status, text + " key-1", "key-1")
     assert printable(words) == words and "key-1" not in words and len(words) <= 410
 
+NAMES = (
+    "choices", "message", "content", "logprobs", "token", "logprob", "top_logprobs", "prompt_logprobs", "meta_info",
+    "input_token_logprobs", "token_ids", "7",
+)
 JSON = st.recursive(
     st.one_of(st.none(), st.booleans(), st.floats(), st.text(max_size=5)),
     lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(
-        st.sampled_from(["choices", "message", "content", "logprobs", "token", "logprob", "top_logprobs", "prompt_logprobs", "meta_info",
-                         "input_token_logprobs", "token_ids", "7"]), inner, max_size=4)),
+        st.sampled_from(NAMES), inner, max_size=4)),
     max_leaves=12)
 
 @given(st.dictionaries(st.sampled_from(["choices", "prompt_logprobs", "meta_info", "usage"]), JSON, max_size=4))
 def test_any_reply_is_read_or_lacks_something(reply):
-    for read in (read_said_text, read_next_logprobs, lambda r: read_prompt_logprobs(r, 1, [7]), lambda r: read_input_logprobs(r, [7])):
+    reads = (
+        read_said_text, read_next_logprobs,
+        partial(read_prompt_logprobs, at=1, ids=[7]), partial(read_input_logprobs, ids=[7]),
+    )
+    for read in reads:
         try: read(reply)
         except Missing: pass
 

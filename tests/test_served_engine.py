@@ -1,4 +1,4 @@
-"""A real server on the loopback gives the facts of the reference: `make served`. Skipped where its environment is not"""
+"""A real server on the loopback gives the facts of the reference: `make served`. Skipped where it is not set up"""
 import json, os, random, subprocess, sys, threading, time
 from dataclasses import replace
 import numpy as np, pytest
@@ -76,7 +76,8 @@ def test_the_same_words_with_another_picture_give_other_numbers(engine, items, w
 def test_another_model_is_refused(engine):
     with pytest.raises(OtherServer, match="sees other tokens|sees .* tokens where"):
         lvlm = load_lvlm(weights=False)
-        lvlm.tokenizer.chat_template = lvlm.tokenizer.chat_template.replace("You are a helpful assistant", "You are a parrot")
+        template = lvlm.tokenizer.chat_template
+        lvlm.tokenizer.chat_template = template.replace("helpful assistant", "parrot")
         ServedScorer(engine.url, lvlm=lvlm)
     with pytest.raises(OtherServer, match="tokens where"):
         ServedScorer(engine.url, lvlm=load_lvlm(weights=False, max_pixels=56*56))
@@ -90,7 +91,8 @@ def test_it_proves_to_be_the_model_that_lies_here(engine, asked):
 
 def leverplus(*words, **kw):
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, "-m", "leverplus", *map(str, words)], env=env, cwd=ROOT, capture_output=True, text=True, **kw)
+    command = [sys.executable, "-m", "leverplus", *map(str, words)]
+    return subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, **kw)
 
 def same_facts(a, b):
     a, b = (x.rows.set_index(["question_id", x.rows.pointer.map(tuple)]).sort_index() for x in (a, b))
@@ -113,7 +115,8 @@ def test_the_command_line_makes_a_run_that_passes_the_health_check(engine, tmp_p
     assert manifest["lvlm"]["name"] == "tiny" and engine.url not in json.dumps(manifest["lvlm"])
 
 def test_a_server_that_is_killed_and_started_again_loses_nothing(engine, tmp_path):
-    more = ("--limit", 40, "--window", 4, "--store", tmp_path/"store", "--lvlm-url", engine.url, "--dtype", "float32", "--test", 0)
+    at = ("--lvlm-url", engine.url, "--dtype", "float32")
+    more = ("--limit", 40, "--window", 4, "--test", 0, "--store", tmp_path/"store", *at)
     def disturb():
         while not list((tmp_path/"killed").glob("part-*.parquet")): time.sleep(.05)
         engine.stop()
