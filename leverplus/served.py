@@ -9,7 +9,7 @@ __all__ = ['PICTURES', 'LOGPROB_WAYS', 'AWAY', 'TROUBLE', 'OURS', 'KEY', 'NEUTRA
            'NoServer', 'OtherServer', 'Refused', 'Retrying', 'retry_after', 'server_words', 'AtOnce', 'ServedStats',
            'Connection', 'wait_for', 'Abilities', 'ServedScorer']
 
-# %% ../nbs/28_served.ipynb #f65205a5
+# %% ../nbs/28_served.ipynb #71bbe595
 import base64, io, json, math, os, random, time
 from collections import OrderedDict
 from contextlib import asynccontextmanager
@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from fastcore.basics import patch
 from .core import fingerprint, printable
-from .settings import Amount, Count, Natural, Positive, guarded, server_url
+from .settings import Amount, Count, Natural, Positive, Whole, guarded, server_url
 from .identity import image_settings, tokenizer_fingerprint
 from leverplus.pictures import (
     DECODING, looks_alike, open_image, picture_format, picture_key, picture_size, read_picture,
@@ -33,7 +33,7 @@ from leverplus.lvlm import (
 )
 from .scorer import Trie, last_piece
 
-# %% ../nbs/28_served.ipynb #a7588964
+# %% ../nbs/28_served.ipynb #dfc45458
 _SENT_AS_THEY_ARE = ("JPEG", "PNG", "WEBP", "GIF") # what such servers read
 
 def data_url(
@@ -78,7 +78,7 @@ def openai_messages(
         return dict(type="image_url", image_url=dict(url=picture_url(x["image"])))
     return [dict(role=turn["role"], content=[part(x) for x in turn["content"]]) for turn in messages(prompt)]
 
-# %% ../nbs/28_served.ipynb #a0afca60
+# %% ../nbs/28_served.ipynb #48fa755c
 @guarded
 def picture_tokens(
     image_processor, # of a Qwen-VL model
@@ -91,7 +91,7 @@ def picture_tokens(
     high, wide = smart_resize(height, width, side, least, most)
     return high*wide//side**2
 
-# %% ../nbs/28_served.ipynb #8c4d707c
+# %% ../nbs/28_served.ipynb #ae84f842
 @dataclass
 class Sent:
     "A prompt as a server gets it"
@@ -102,8 +102,9 @@ class Sent:
     tree:Trie # of the true answers
     paths:list # nodes on the path of each answer
 
+    @guarded
     def part(self,
-        node:int, # of the tree; -1: the prompt
+        node:Whole, # of the tree; -1: the prompt
     )->tuple: # token ids from the prompt's end to the node, the node included
         "What has been said at a node"
         said = []
@@ -112,6 +113,7 @@ class Sent:
             node = self.tree.parent[node]
         return tuple(said[::-1])
 
+    @guarded
     def places(self,
         k:Natural, # which answer
         end:Natural, # the end token
@@ -120,6 +122,7 @@ class Sent:
         path = self.paths[k]
         return [(-1, self.tree.tokens[path[0]]), *self.tree.reads(path, end)]
 
+    @guarded
     def reads(self,
         which, # answers
         end:Natural, # the end token
@@ -156,7 +159,7 @@ class Urls:
             self.size -= len(url)
         return self.kept[key]
 
-# %% ../nbs/28_served.ipynb #b956972a
+# %% ../nbs/28_served.ipynb #a5e253d8
 PICTURES = ("exact", "files", "paths")
 
 class Sender:
@@ -230,7 +233,7 @@ class Sender:
             raise ValueError(f"answer {answer!r} is tokenised differently behind the prompt")
         return ids
 
-# %% ../nbs/28_served.ipynb #25839646
+# %% ../nbs/28_served.ipynb #f7d52e29
 LOGPROB_WAYS = ("steps", "prompt", "input")
 _NAMED = "token_id:" # how vLLM writes a token by its number
 
@@ -322,7 +325,7 @@ def sum_logprobs(
     if not all(math.isfinite(l) and _FLOOR < l <= 1e-3 for l in logprobs): raise FloatingPointError(NOT_FINITE)
     return math.fsum(logprobs)
 
-# %% ../nbs/28_served.ipynb #7f19df8a
+# %% ../nbs/28_served.ipynb #49276544
 class NoServer(RuntimeError):
     "A server that does not answer any more"
 
@@ -385,7 +388,7 @@ def server_words(
     if key: says = says.replace(key, "***")
     return f"{status}: {printable(' '.join(says.split()))[:400]}"
 
-# %% ../nbs/28_served.ipynb #4daef10d
+# %% ../nbs/28_served.ipynb #ac0746e8
 class AtOnce:
     "How many requests run at once: measured upwards until throughput stops growing"
     @guarded
@@ -427,7 +430,7 @@ class AtOnce:
         self.settled = True
         self.begin()
 
-# %% ../nbs/28_served.ipynb #848326a6
+# %% ../nbs/28_served.ipynb #414767b5
 KEY = "LVLM_API_KEY" # environment variable; the key is never written anywhere
 
 @dataclass
@@ -505,7 +508,7 @@ class Connection:
         self._requests.total_tokens = self.at_once.now
         self.prompts.total_tokens = self.at_once.now
 
-# %% ../nbs/28_served.ipynb #81712ff6
+# %% ../nbs/28_served.ipynb #2d57bcd8
 @patch
 async def _try(self:Connection, url, body):
     "Ask once; `Refused` or `OtherServer` for what no other try would change"
@@ -603,7 +606,7 @@ def wait_for(
     from anyio.from_thread import start_blocking_portal
     with start_blocking_portal() as portal: return portal.call(work)
 
-# %% ../nbs/28_served.ipynb #1c65bd24
+# %% ../nbs/28_served.ipynb #8581c9cf
 @dataclass(frozen=True)
 class Abilities:
     "What a server can do, as it was found out"
@@ -681,7 +684,7 @@ class ServedScorer:
         who = f"{self.model} by {self.engine.get('engine')} {self.engine.get('version') or ''}"
         return f"ServedScorer({printable(who.strip())}: {ways})"
 
-# %% ../nbs/28_served.ipynb #e09139e5
+# %% ../nbs/28_served.ipynb #bced0057
 NEUTRAL = dict(top_p=1., top_k=-1, min_p=0., presence_penalty=0., frequency_penalty=0., repetition_penalty=1., seed=0)
 _OPEN = dict(add_generation_prompt=False, continue_final_message=True) # the last turn is not closed
 _CLOSED = dict(add_generation_prompt=False) # the last turn is closed, and no other is opened
@@ -726,7 +729,7 @@ def _parts(said):
     "All parts of messages"
     return [part for turn in said if isinstance(turn["content"], list) for part in turn["content"]]
 
-# %% ../nbs/28_served.ipynb #b39d208b
+# %% ../nbs/28_served.ipynb #fd1e45ba
 MOST_TOKENS = 100 # log-probabilities that one request asks for
 
 @patch
@@ -802,7 +805,7 @@ async def _together(works):
     if failed: raise failed[0]
     return out
 
-# %% ../nbs/28_served.ipynb #b4ddc2e4
+# %% ../nbs/28_served.ipynb #8550afc6
 @patch
 async def _facts(self:ServedScorer, sent, generate, ways):
     "(greedy text or None, log-probabilities of the answers) of a prompt"
@@ -840,7 +843,7 @@ def _can_be_written(self:ServedScorer, sent, path):
     "Is every beginning of an answer a text of its own?"
     return all(self.sender.part_text(sent.part(node)) is not None for node in path)
 
-# %% ../nbs/28_served.ipynb #ca182631
+# %% ../nbs/28_served.ipynb #294d1a68
 @patch
 async def _one(self:ServedScorer, ready, prompt, target, generate):
     "Scored of a prompt"
@@ -911,7 +914,7 @@ def _shown(self:ServedScorer):
     shown = dict(requests=self.stats.requests, at_once=self.connection.at_once.now, again=self.stats.retries)
     return shown | dict(cost=f"{self.stats.cost(self.prices):.2f}") if self.prices else shown
 
-# %% ../nbs/28_served.ipynb #edddf405
+# %% ../nbs/28_served.ipynb #8f5742c2
 _PROBE = Prompt(0, None, "What swims?")
 _PROBE_TARGET = Targets(("a cat",), (1.,))
 _FIRST_PATIENCE = 10. # seconds that a server may be away when it is first asked
@@ -1051,7 +1054,7 @@ async def _find_sight(self:ServedScorer):
     seen = [await self._facts(sent, False, self.abilities.ways) for sent in asked]
     if seen[0] == seen[1]: self.abilities = replace(self.abilities, pictures="alike")
 
-# %% ../nbs/28_served.ipynb #01c82200
+# %% ../nbs/28_served.ipynb #13d973c3
 @patch(as_prop=True)
 def identity(self:ServedScorer)->dict: # as JSON has it
     "Who answers: what the server says of itself, what is known of the model here, how pictures are sent"
@@ -1089,7 +1092,7 @@ def around(self:ServedScorer,
     "A scorer of the same server"
     return ServedScorer(self.url, self.model, lvlm, **self._made_with)
 
-# %% ../nbs/28_served.ipynb #ef1255f3
+# %% ../nbs/28_served.ipynb #1ca56491
 @patch
 def prove_same(self:ServedScorer,
     prompts, # that both are asked, >= 1

@@ -32,7 +32,7 @@ RECORDS = {
     "cli.SweepPlan", "cost.TextSizes", "cost.TowerSizes", "cost.Cost", "decode.SequenceLength", "loops.Round",
     "loops.Rounds", "lvlm.Scored", "markup.Heading", "picker.Picked", "report.Findings",
     "rldata_propose.ProposalBlock", "rldata_scale.Embedded", "scorer.ScorerStats", "scorer.ReadyPrompt",
-    "scorer.PackedBatch", "selector.Encoded", "sweep.SweepData", "table.FullTable",
+    "scorer.PackedBatch", "selector.Encoded", "served.ServedStats", "sweep.SweepData", "table.FullTable",
 }
 # inner steps: places, tokens and temperatures that a guarded function hands down
 INSIDE = {
