@@ -31,7 +31,7 @@ from .evidence import inputs, kind_for, plain_kind
 from .decode import best_sequences
 from .lvlm import Scored, Targets
 from .groups import check_shard, shard_tag
-from .rldata_ask import FactCache, ask, facts_fingerprint, text_hashes
+from .rldata_ask import FactCache, ask, facts_fingerprint, server_print, text_hashes
 from leverplus.rldata_generate import (
     Contents, bank_print, begin_run, never_held, policy_fingerprint, run_lock, shard_queries,
 )
@@ -828,6 +828,7 @@ def _prints(work):
     prints = dict(
         pool=pool.fingerprint,
         scorer=facts_fingerprint(work.scorer, work.asking),
+        **server_print(work.scorer),
         queries=fingerprint("queries", sorted(pool.ids)),
         items=fingerprint(ids, text_hashes(work.items, ids)),
     )
