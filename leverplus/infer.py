@@ -32,7 +32,7 @@ from .decode import best_sequences
 from .lvlm import Scored, Targets
 from .groups import check_shard, shard_tag
 from leverplus.rldata_ask import (
-    FactCache, ask, check_gives_probabilities, facts_fingerprint, gives_probabilities, text_hashes,
+    FactCache, ask, check_gives_probabilities, facts_fingerprint, gives_probabilities, server_print, text_hashes,
 )
 from leverplus.rldata_generate import (
     Contents, bank_print, begin_run, never_held, policy_fingerprint, run_lock, shard_queries,
@@ -833,6 +833,7 @@ def _prints(work):
     prints = dict(
         pool=pool.fingerprint,
         scorer=facts_fingerprint(work.scorer, work.asking),
+        **server_print(work.scorer),
         queries=fingerprint("queries", sorted(pool.ids)),
         items=fingerprint(ids, text_hashes(work.items, ids)),
     )

@@ -6,7 +6,8 @@
 __all__ = ['CACHE_COLUMNS', 'score_pairs', 'facts_frame', 'gives_probabilities', 'check_gives_probabilities',
            'check_reward_scorer', 'facts_fingerprint', 'pair_keys', 'item_contents', 'text_hashes', 'item_hashes',
            'content_keys', 'FactCache', 'same_content', 'ask', 'about_items', 'check_contents', 'as_cache',
-           'stored_facts', 'known_facts', 'ask_around', 'engine_of', 'servers_apart', 'same_scorer', 'self_test']
+           'stored_facts', 'known_facts', 'ask_around', 'engine_of', 'servers_apart', 'server_print', 'same_scorer',
+           'self_test']
 
 # %% ../nbs/33_rldata_ask.ipynb #107e6c80
 import math, warnings
@@ -616,6 +617,13 @@ def servers_apart(
     if there and here: return differing(there, here)
     if not there and not here: return ""
     return f"there {_server_text(there)}, here {_server_text(here)}"
+
+def server_print(
+    scorer, # see `ask`
+)->dict: # {"server": "vllm 0.11.0"}; empty where no server is asked
+    "What a run notes of the server beside its fingerprints, so that a difference has a name"
+    server = getattr(scorer, "identity", None)
+    return {} if server is None else dict(server=engine_of(server))
 
 def _server_text(server):
     "Which engine serves which model"

@@ -15,7 +15,7 @@ from .runs import Run, read_frame
 from .settings import Amount, Asking, Count, Natural, Rows, guarded, plain_settings
 from .items import as_items
 from leverplus.rldata_ask import (
-    FactCache, about_items, ask_around, facts_fingerprint, known_facts, text_hashes,
+    FactCache, about_items, ask_around, facts_fingerprint, known_facts, server_print, text_hashes,
 )
 from .rldata_generate import bank_print, begin_run, check_run, policy_fingerprint, run_lock
 from .world import all_pointers
@@ -281,6 +281,7 @@ def _record(path, asked, judges, models, rows, asking, groups=None):
     prints = dict(
         pool=asked.pool.fingerprint,
         scorer=scorer,
+        **server_print(asked.scorer),
         store=asked.store.fingerprint,
         items=fingerprint(ids, text_hashes(items, ids)),
     )

@@ -233,7 +233,10 @@ def test_another_version_of_the_server_is_another_scorer(go, served, monkeypatch
     assert "(version: there 0.11.0, here 0.12.0)" in said
     said = go(f"mine runs/train --lvlm {TINY} --out runs/mined --quiet", 2)
     assert "there vllm 0.11.0 serving tiny, here no server" in said
+    line = f"infer --picker random --n 2 {ASK} --quiet --store store --out runs/answers"
+    go(line)
     monkeypatch.setattr(served, "version", "0.11.0")
+    assert "fingerprint of server: 'vllm 0.12.0' there, 'vllm 0.11.0' now" in go(line, 2)
     groups(go, "train") # and goes on with the one that was there
 
 def test_a_server_that_is_gone_is_one_clean_line(go, served, monkeypatch):
