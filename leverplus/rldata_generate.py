@@ -788,15 +788,20 @@ class _Step:
         if error: self.check(i, error)
 
     def shown(self):
-        "Failures, shares of queries with a positive and of flat ones, what was verified"
+        "Failures, shares of queries with a positive and of flat ones, what was verified, what a server took"
         sums = self.sums
         shown = dict(failed=sums["failed"], positive=f"{sums['positive']/self.queries:.0%}",
                      flat=f"{sums['flat']/self.queries:.0%}")
+        took = getattr(self.run.scorer, "shown", dict)
+        return shown | self.verified() | took()
+
+    def verified(self):
+        "How many rows the reference was asked about, and how far off it was"
         v = self.run.manifest.get("verify")
-        if not v: return shown
-        shown["verified"] = f"{v['asked']}/{v['drawn']}"
-        if v["logprob"] is None: return shown | dict(other_texts=v["text"])
-        return shown | dict(off=f"{v['logprob']:.0e}")
+        if not v: return {}
+        asked = dict(verified=f"{v['asked']}/{v['drawn']}")
+        if v["logprob"] is None: return asked | dict(other_texts=v["text"])
+        return asked | dict(off=f"{v['logprob']:.0e}")
 
     def check(self, i, error):
         "Stop past the budget of failures"

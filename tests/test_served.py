@@ -6,7 +6,9 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest
 from hypothesis import given, strategies as st
 from leverplus.chat_server import ChatServer, Fault
+from leverplus.cli import main
 from leverplus.core import printable
+from leverplus.groups import RLData
 from leverplus.lvlm import NaiveScorer, Targets, compare, load_lvlm, with_pixels
 from leverplus.prompt import Prompt, prompter
 from leverplus.rldata_ask import FactCache, ask
@@ -481,3 +483,43 @@ def test_throughput_decides_how_many_are_asked_at_once():
     at_once.too_many()
     assert at_once.now == 32
     assert AtOnce(7).now == 7 and AtOnce(7).settled
+
+# ---- kills -------------------------------------------------------------------------------------------------
+
+def leverplus(*words, **kw):
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", "-m", "leverplus", *map(str, words)]
+    return subprocess.Popen(command, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kw)
+
+def here(*words):
+    "The same in this process: its exit status"
+    return main([*map(str, words), "--quiet"])
+
+def rows_of(path):
+    rows = RLData.load(path).rows
+    return rows.set_index(["question_id", rows.pointer.map(tuple)]).sort_index().drop(columns="pointer")
+
+def test_a_client_that_is_killed_goes_on_where_it_was(lvlm, outline, tmp_path):
+    "Kill -9, an interrupt, a server with troubles, two shards: the same rows as of a calm run, each once"
+    some = ("--limit", 12, "--window", 2, "--test", 0, "--K", 8, "--counts", '{"beam": 3}', "--store", tmp_path/"store")
+    def trouble(n, path, body):
+        if path != CHAT or n%11: return None
+        return [Fault(status=429), Fault(cut="middle"), Fault(status=500), Fault(raw=b"{")][n//11%4]
+    with ChatServer(lvlm, faults=trouble) as server:
+        at = ("generate", "--lvlm-url", server.url, "--dtype", "float32", *some)
+        assert here(*at, "--out", tmp_path/"calm") == 0
+        for number in (signal.SIGKILL, signal.SIGINT):
+            running = leverplus(*at, "--out", tmp_path/"killed")
+            before = len(list((tmp_path/"killed").glob("part-*.parquet")))
+            while running.poll() is None and len(list((tmp_path/"killed").glob("part-*.parquet"))) <= before: time.sleep(.01)
+            running.send_signal(number)
+            running.communicate(timeout=60)
+        assert here(*at, "--out", tmp_path/"killed") == 0
+        for i in (0, 1): assert here(*at, "--out", tmp_path/"shards", "--shard", f"{i}/2") == 0
+    want = rows_of(tmp_path/"calm")
+    assert len(want) and want.index.is_unique and not want.eval_failed.any()
+    for name in ("killed", "shards"):
+        got = rows_of(tmp_path/name)
+        assert got.index.equals(want.index), name
+        assert (got.vqa_raw_generation == want.vqa_raw_generation).all() and (got.scorer == want.scorer).all()
+        assert np.allclose(got.vqa_gt_prob, want.vqa_gt_prob, atol=1e-6)
