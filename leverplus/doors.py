@@ -24,7 +24,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec
 from leverplus.settings import (
     Amount, Asking, Choosing, Columns, Count, Data, Folder, Guarding, JsonOrNone, Mining, Model, Natural, Picking,
     Pools, Positive, Proposing, Rewarding, Rows, Share, Teaching, draft, flag, flat_names, group, guarded,
-    plain_settings, read_settings, several,
+    is_loopback, plain_settings, read_settings, several,
 )
 
 # %% ../nbs/94_doors.ipynb #bd457666
@@ -874,10 +874,21 @@ def read_door(
     with _in_one_line(name): handed = handed_on(door)
     if not handed: return door
     door = _door_of(name, words, handed)
+    with _in_one_line(name): _check_address(door, words, handed)
     said = handed_text(door, handed)
     quiet = hasattr(door, "running") and door.running.quiet
     if said and (not quiet or "--lvlm-url" in said): say(f"leverplus {name}: {said}", error=True)
     return door
+
+def _check_address(door, words, handed):
+    "ValueError for a server elsewhere that a run names, and nobody here: a run may have come from anywhere"
+    address = handed.get("model", {}).get("lvlm_url")
+    named = any(_flag_of(word) == "lvlm-url" for word in words) or door.around.config is not None
+    if address is None or named or door.model.lvlm_url != address or is_loopback(address): return
+    raise ValueError(
+        f"{', '.join(runs_of(door))} asked the model that is served at {address}; questions, pictures and the key in"
+        f" LVLM_API_KEY are not sent there unless you say so: --lvlm-url {address}, or --lvlm-url none"
+    )
 
 def _check_switches(cls, words):
     "ValueError for a switch that is given a value"

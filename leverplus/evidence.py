@@ -214,7 +214,8 @@ def _ridge(self:Evidence, cos, rows, there):
     alike = torch.exp(6 * (vecs @ vecs.mT - 1)) * both
     asked = torch.exp(6 * (cos.double() - 1)) * there
     eye = torch.eye(self.near, dtype=torch.float64)
-    return torch.linalg.solve(alike + eye, asked[..., None])[..., 0].float() * there
+    root = torch.linalg.cholesky(alike + eye)   # a kernel and a ridge: positive definite
+    return torch.cholesky_solve(asked[..., None], root)[..., 0].float() * there
 
 @patch
 def opinion(self:Evidence,

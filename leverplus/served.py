@@ -9,7 +9,7 @@ __all__ = ['PICTURES', 'LOGPROB_WAYS', 'AWAY', 'TROUBLE', 'OURS', 'KEY', 'NEUTRA
            'NoServer', 'OtherServer', 'Refused', 'Retrying', 'retry_after', 'server_words', 'AtOnce', 'ServedStats',
            'Connection', 'wait_for', 'Abilities', 'ServedScorer']
 
-# %% ../nbs/28_served.ipynb #38382231
+# %% ../nbs/28_served.ipynb #13640565
 import base64, io, json, math, os, random, time
 from collections import OrderedDict
 from contextlib import asynccontextmanager
@@ -33,7 +33,7 @@ from leverplus.lvlm import (
 )
 from .scorer import Trie, last_piece
 
-# %% ../nbs/28_served.ipynb #8e1d805c
+# %% ../nbs/28_served.ipynb #0d96c200
 _SENT_AS_THEY_ARE = ("JPEG", "PNG", "WEBP", "GIF") # what such servers read
 
 def data_url(
@@ -78,7 +78,7 @@ def openai_messages(
         return dict(type="image_url", image_url=dict(url=picture_url(x["image"])))
     return [dict(role=turn["role"], content=[part(x) for x in turn["content"]]) for turn in messages(prompt)]
 
-# %% ../nbs/28_served.ipynb #5d542f1e
+# %% ../nbs/28_served.ipynb #4dacf20d
 @guarded
 def picture_tokens(
     image_processor, # of a Qwen-VL model
@@ -91,7 +91,7 @@ def picture_tokens(
     high, wide = smart_resize(height, width, side, least, most)
     return high*wide//side**2
 
-# %% ../nbs/28_served.ipynb #4de7f775
+# %% ../nbs/28_served.ipynb #99ce2bb7
 @dataclass
 class Sent:
     "A prompt as a server gets it"
@@ -159,7 +159,7 @@ class Urls:
             self.size -= len(url)
         return self.kept[key]
 
-# %% ../nbs/28_served.ipynb #dec9e055
+# %% ../nbs/28_served.ipynb #af10f8f5
 PICTURES = ("exact", "files", "paths")
 
 class Sender:
@@ -233,7 +233,7 @@ class Sender:
             raise ValueError(f"answer {answer!r} is tokenised differently behind the prompt")
         return ids
 
-# %% ../nbs/28_served.ipynb #625ef0ba
+# %% ../nbs/28_served.ipynb #fb862b9f
 LOGPROB_WAYS = ("steps", "prompt", "input")
 _NAMED = "token_id:" # how vLLM writes a token by its number
 
@@ -325,7 +325,7 @@ def sum_logprobs(
     if not all(math.isfinite(l) and _FLOOR < l <= 1e-3 for l in logprobs): raise FloatingPointError(NOT_FINITE)
     return math.fsum(logprobs)
 
-# %% ../nbs/28_served.ipynb #58cdc063
+# %% ../nbs/28_served.ipynb #1277c1db
 class NoServer(RuntimeError):
     "A server that does not answer any more"
 
@@ -388,7 +388,7 @@ def server_words(
     if key: says = says.replace(key, "***")
     return f"{status}: {printable(' '.join(says.split()))[:400]}"
 
-# %% ../nbs/28_served.ipynb #142480da
+# %% ../nbs/28_served.ipynb #ae3442b5
 class AtOnce:
     "How many requests run at once: measured upwards until throughput stops growing"
     @guarded
@@ -430,7 +430,7 @@ class AtOnce:
         self.settled = True
         self.begin()
 
-# %% ../nbs/28_served.ipynb #46a29cb4
+# %% ../nbs/28_served.ipynb #91b670b4
 KEY = "LVLM_API_KEY" # environment variable; the key is never written anywhere
 
 @dataclass
@@ -508,7 +508,7 @@ class Connection:
         self._requests.total_tokens = self.at_once.now
         self.prompts.total_tokens = self.at_once.now
 
-# %% ../nbs/28_served.ipynb #9ab0c1c2
+# %% ../nbs/28_served.ipynb #58347628
 @patch
 async def _try(self:Connection, url, body):
     "Ask once; `Refused` or `OtherServer` for what no other try would change"
@@ -606,7 +606,7 @@ def wait_for(
     from anyio.from_thread import start_blocking_portal
     with start_blocking_portal() as portal: return portal.call(work)
 
-# %% ../nbs/28_served.ipynb #63f1b671
+# %% ../nbs/28_served.ipynb #ee5f95a5
 @dataclass(frozen=True)
 class Abilities:
     "What a server can do, as it was found out"
@@ -684,7 +684,7 @@ class ServedScorer:
         who = f"{self.model} by {self.engine.get('engine')} {self.engine.get('version') or ''}"
         return f"ServedScorer({printable(who.strip())}: {ways})"
 
-# %% ../nbs/28_served.ipynb #03a3bf80
+# %% ../nbs/28_served.ipynb #df8cfa56
 NEUTRAL = dict(top_p=1., top_k=-1, min_p=0., presence_penalty=0., frequency_penalty=0., repetition_penalty=1., seed=0)
 _OPEN = dict(add_generation_prompt=False, continue_final_message=True) # the last turn is not closed
 _CLOSED = dict(add_generation_prompt=False) # the last turn is closed, and no other is opened
@@ -729,7 +729,7 @@ def _parts(said):
     "All parts of messages"
     return [part for turn in said if isinstance(turn["content"], list) for part in turn["content"]]
 
-# %% ../nbs/28_served.ipynb #4fbd79aa
+# %% ../nbs/28_served.ipynb #ed90d3a0
 MOST_TOKENS = 100 # log-probabilities that one request asks for
 
 @patch
@@ -805,7 +805,7 @@ async def _together(works):
     if failed: raise failed[0]
     return out
 
-# %% ../nbs/28_served.ipynb #324edd96
+# %% ../nbs/28_served.ipynb #86684d7a
 @patch
 async def _facts(self:ServedScorer, sent, generate, ways):
     "(greedy text or None, log-probabilities of the answers) of a prompt"
@@ -843,7 +843,7 @@ def _can_be_written(self:ServedScorer, sent, path):
     "Is every beginning of an answer a text of its own?"
     return all(self.sender.part_text(sent.part(node)) is not None for node in path)
 
-# %% ../nbs/28_served.ipynb #e2a8ae9e
+# %% ../nbs/28_served.ipynb #406e7a7a
 @patch
 async def _one(self:ServedScorer, ready, prompt, target, generate):
     "Scored of a prompt"
@@ -914,7 +914,7 @@ def shown(self:ServedScorer)->dict: # {name: value}
     shown = dict(requests=self.stats.requests, at_once=self.connection.at_once.now, again=self.stats.retries)
     return shown | dict(cost=f"{self.stats.cost(self.prices):.2f}") if self.prices else shown
 
-# %% ../nbs/28_served.ipynb #284dd693
+# %% ../nbs/28_served.ipynb #7c9dad5d
 _PROBE = Prompt(0, None, "What swims?")
 _PROBE_TARGET = Targets(("a cat",), (1.,))
 _FIRST_PATIENCE = 10. # seconds that a server may be away when it is first asked
@@ -1054,7 +1054,7 @@ async def _find_sight(self:ServedScorer):
     seen = [await self._facts(sent, False, self.abilities.ways) for sent in asked]
     if seen[0] == seen[1]: self.abilities = replace(self.abilities, pictures="alike")
 
-# %% ../nbs/28_served.ipynb #45865e96
+# %% ../nbs/28_served.ipynb #1656751f
 @patch(as_prop=True)
 def identity(self:ServedScorer)->dict: # as JSON has it
     "Who answers: what the server says of itself, what is known of the model here, how pictures are sent"
@@ -1092,7 +1092,7 @@ def around(self:ServedScorer,
     "A scorer of the same server"
     return ServedScorer(self.url, self.model, lvlm, **self._made_with)
 
-# %% ../nbs/28_served.ipynb #70476537
+# %% ../nbs/28_served.ipynb #c5c2e963
 @patch
 def prove_same(self:ServedScorer,
     prompts, # that both are asked, >= 1

@@ -10,9 +10,9 @@ __all__ = ['CHECKS', 'LARGEST', 'FASTEST', 'Whole', 'Natural', 'Count', 'Finite'
            'EPOCHS', 'BATCH', 'NewSelector', 'PeakRate', 'Sizes', 'group', 'no_switch', 'folder_name', 'flag',
            'in_words', 'Guard', 'has_numbers', 'is_number', 'in_range', 'guarded', 'check_numbers', 'plain_settings',
            'read_settings', 'draft', 'flat_names', 'change', 'settings_of', 'several', 'column_words', 'columns_of',
-           'Data', 'Pools', 'json_object', 'json_value', 'server_url', 'price_list', 'Model', 'Asking', 'check_counts',
-           'check_two_stage', 'Proposing', 'Guarding', 'Mining', 'Job', 'Picking', 'Rewarding', 'Teaching', 'Choosing',
-           'Rows']
+           'Data', 'Pools', 'json_object', 'json_value', 'server_url', 'is_loopback', 'price_list', 'Model', 'Asking',
+           'check_counts', 'check_two_stage', 'Proposing', 'Guarding', 'Mining', 'Job', 'Picking', 'Rewarding',
+           'Teaching', 'Choosing', 'Rows']
 
 # %% ../nbs/04_settings.ipynb #3f8a0936
 import json, math, re, sys
@@ -21,6 +21,7 @@ from dataclasses import MISSING, field, fields, is_dataclass, replace
 from difflib import get_close_matches
 from functools import wraps
 from inspect import Parameter, formatannotation, signature
+from ipaddress import ip_address
 from numbers import Integral, Real
 from os import PathLike
 from pathlib import Path
@@ -542,6 +543,14 @@ _NO_PASSWORD = (
     " into runs; a key is read from the environment variable LVLM_API_KEY alone"
 )
 _NO_QUERY = "the address of the server holds ? or #: wanted host and path alone, such as http://127.0.0.1:8000/v1"
+
+def is_loopback(
+    url:str, # of `server_url`
+)->bool: # of a machine elsewhere, False
+    "Does an address lead back to this machine?"
+    host = urlsplit(url).hostname or ""
+    try: return ip_address(host).is_loopback
+    except ValueError: return host == "localhost"
 
 def price_list(
     value, # a price, or up to two

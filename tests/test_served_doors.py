@@ -374,3 +374,13 @@ def test_a_world_names_the_server_whose_facts_are_not_its_own(served):
     rows = islands.facts("test").head(3)
     with pytest.raises(ValueError, match=r"\(tiny, served by vllm 0.11.0\)"):
         replace(islands, scorer=settings_of(Job, lvlm_url=URL).scorer()).check_whose(rows)
+
+def test_an_address_elsewhere_that_a_run_names_is_not_asked_until_it_is_named(tmp_path, capsys):
+    "A run may have come from anywhere, and with the address it would get pictures and the key"
+    elsewhere = "http://127.0.0.1.example.org/v1"
+    run = run_of(tmp_path/"received", lvlm=TINY, lvlm_url=elsewhere)
+    with pytest.raises(SystemExit) as e: model_of(run)
+    said = capsys.readouterr().err
+    assert e.value.code == 2 and f"--lvlm-url {elsewhere}, or --lvlm-url none" in said
+    assert model_of(run, "--lvlm-url", elsewhere) == Model(lvlm=TINY, lvlm_url=elsewhere)
+    assert model_of(run, "--lvlm-url", "none") == model_of(run, "--lvlm", TINY) == Model(lvlm=TINY)
