@@ -6,10 +6,10 @@
 __all__ = ['PICTURES', 'LOGPROB_WAYS', 'AWAY', 'TROUBLE', 'OURS', 'KEY', 'NEUTRAL', 'MOST_TOKENS', 'data_url', 'exact_url',
            'file_url', 'openai_messages', 'picture_tokens', 'Sent', 'Urls', 'Sender', 'Missing', 'read_said_tokens',
            'read_said_text', 'read_next_logprobs', 'read_prompt_logprobs', 'read_input_logprobs', 'sum_logprobs',
-           'NoServer', 'OtherServer', 'Refused', 'Retrying', 'retry_after', 'server_words', 'AtOnce', 'ServedStats',
-           'Connection', 'wait_for', 'Abilities', 'ServedScorer']
+           'NoServer', 'OtherServer', 'Refused', 'Unanswered', 'Retrying', 'retry_after', 'server_words', 'AtOnce',
+           'ServedStats', 'Connection', 'wait_for', 'Abilities', 'ServedScorer']
 
-# %% ../nbs/28_served.ipynb #13640565
+# %% ../nbs/28_served.ipynb #167fe46e
 import base64, io, json, math, os, random, time
 from collections import OrderedDict
 from contextlib import asynccontextmanager
@@ -33,7 +33,7 @@ from leverplus.lvlm import (
 )
 from .scorer import Trie, last_piece
 
-# %% ../nbs/28_served.ipynb #0d96c200
+# %% ../nbs/28_served.ipynb #f6541981
 _SENT_AS_THEY_ARE = ("JPEG", "PNG", "WEBP", "GIF") # what such servers read
 
 def data_url(
@@ -78,7 +78,7 @@ def openai_messages(
         return dict(type="image_url", image_url=dict(url=picture_url(x["image"])))
     return [dict(role=turn["role"], content=[part(x) for x in turn["content"]]) for turn in messages(prompt)]
 
-# %% ../nbs/28_served.ipynb #4dacf20d
+# %% ../nbs/28_served.ipynb #cde9b32b
 @guarded
 def picture_tokens(
     image_processor, # of a Qwen-VL model
@@ -91,7 +91,7 @@ def picture_tokens(
     high, wide = smart_resize(height, width, side, least, most)
     return high*wide//side**2
 
-# %% ../nbs/28_served.ipynb #99ce2bb7
+# %% ../nbs/28_served.ipynb #6093a991
 @dataclass
 class Sent:
     "A prompt as a server gets it"
@@ -159,7 +159,7 @@ class Urls:
             self.size -= len(url)
         return self.kept[key]
 
-# %% ../nbs/28_served.ipynb #af10f8f5
+# %% ../nbs/28_served.ipynb #a2c03f8c
 PICTURES = ("exact", "files", "paths")
 
 class Sender:
@@ -233,7 +233,7 @@ class Sender:
             raise ValueError(f"answer {answer!r} is tokenised differently behind the prompt")
         return ids
 
-# %% ../nbs/28_served.ipynb #fb862b9f
+# %% ../nbs/28_served.ipynb #776ddfab
 LOGPROB_WAYS = ("steps", "prompt", "input")
 _NAMED = "token_id:" # how vLLM writes a token by its number
 
@@ -325,7 +325,7 @@ def sum_logprobs(
     if not all(math.isfinite(l) and _FLOOR < l <= 1e-3 for l in logprobs): raise FloatingPointError(NOT_FINITE)
     return math.fsum(logprobs)
 
-# %% ../nbs/28_served.ipynb #1277c1db
+# %% ../nbs/28_served.ipynb #efb33356
 class NoServer(RuntimeError):
     "A server that does not answer any more"
 
@@ -335,13 +335,17 @@ class OtherServer(ValueError):
 class Refused(ValueError):
     "A request that a server refuses"
 
+class Unanswered(NoServer):
+    "A request that troubles a server which is there"
+
 @guarded
 @dataclass(frozen=True)
 class Retrying:
     "How long a request is tried"
     timeout:Positive=120. # seconds for one request
     patience:Amount=600. # seconds that a server may be away
-    tries:Count=6 # of a request that a server which is there cannot answer
+    tries:Count=6 # of a request that troubles a server which is there
+    incomplete:bool=True # is an answer that lacks something a trouble, too? Else it is all that the server has to say
     first:Positive=.5 # seconds before the second try; doubled with each
     longest:Positive=30. # seconds between two tries, unless the server says so
 
@@ -388,7 +392,7 @@ def server_words(
     if key: says = says.replace(key, "***")
     return f"{status}: {printable(' '.join(says.split()))[:400]}"
 
-# %% ../nbs/28_served.ipynb #ae3442b5
+# %% ../nbs/28_served.ipynb #6c51578e
 class AtOnce:
     "How many requests run at once: measured upwards until throughput stops growing"
     @guarded
@@ -430,7 +434,7 @@ class AtOnce:
         self.settled = True
         self.begin()
 
-# %% ../nbs/28_served.ipynb #91b670b4
+# %% ../nbs/28_served.ipynb #ea9e0ff0
 KEY = "LVLM_API_KEY" # environment variable; the key is never written anywhere
 
 @dataclass
@@ -508,7 +512,7 @@ class Connection:
         self._requests.total_tokens = self.at_once.now
         self.prompts.total_tokens = self.at_once.now
 
-# %% ../nbs/28_served.ipynb #58347628
+# %% ../nbs/28_served.ipynb #e8a1eb52
 @patch
 async def _try(self:Connection, url, body):
     "Ask once; `Refused` or `OtherServer` for what no other try would change"
@@ -545,13 +549,11 @@ def _as_object(content):
 async def ask(self:Connection,
     url:str, # whole
     body:dict|None=None, # sent as JSON; None: GET
-    read=None, # function of the answer: what is returned; `Missing`: ask again. None: the answer
-    patience=None, # seconds that the server may be away; None: that of `retrying`
-): # `NoServer` if the server stays away, `Refused` if it has no answer to this, `OtherServer` if it is not who it was
+    read=None, # function of the answer: what is returned; `Missing`: it lacks something. None: the answer
+): # `NoServer`: it stays away; `Unanswered`, `Refused`: it has no answer to this; `OtherServer`: it is not who it was
     "Ask until it is answered"
     import anyio
     began = time.monotonic()
-    patience = self.retrying.patience if patience is None else patience
     tries = 0
     troubles = 0
     while True:
@@ -559,14 +561,16 @@ async def ask(self:Connection,
         if tried.answer is not None:
             self._answered(tried.answer)
             try: return tried.answer if read is None else read(tried.answer)
-            except Missing as e: tried = _Try(why=str(e))
+            except Missing as e:
+                if not self.retrying.incomplete: raise
+                tried = _Try(why=str(e))
         tries += 1
         if tried.away: self._too_many()
         else: troubles += 1
-        if troubles >= self.retrying.tries: raise Refused(f"{tried.why} ({troubles} tries)")
+        if troubles >= self.retrying.tries: raise Unanswered(f"{tried.why} ({troubles} tries)")
         wait = self.retrying.wait(tries, tried.wait)
         waited = time.monotonic() - max(began, self._last)
-        if tried.away and waited + wait > patience: raise NoServer(self._gone(tried.why, waited))
+        if tried.away and waited + wait > self.retrying.patience: raise NoServer(self._gone(tried.why, waited))
         self.stats.retries += 1
         await anyio.sleep(wait)
 
@@ -606,7 +610,7 @@ def wait_for(
     from anyio.from_thread import start_blocking_portal
     with start_blocking_portal() as portal: return portal.call(work)
 
-# %% ../nbs/28_served.ipynb #ee5f95a5
+# %% ../nbs/28_served.ipynb #8ec60740
 @dataclass(frozen=True)
 class Abilities:
     "What a server can do, as it was found out"
@@ -684,7 +688,7 @@ class ServedScorer:
         who = f"{self.model} by {self.engine.get('engine')} {self.engine.get('version') or ''}"
         return f"ServedScorer({printable(who.strip())}: {ways})"
 
-# %% ../nbs/28_served.ipynb #df8cfa56
+# %% ../nbs/28_served.ipynb #0f6b0761
 NEUTRAL = dict(top_p=1., top_k=-1, min_p=0., presence_penalty=0., frequency_penalty=0., repetition_penalty=1., seed=0)
 _OPEN = dict(add_generation_prompt=False, continue_final_message=True) # the last turn is not closed
 _CLOSED = dict(add_generation_prompt=False) # the last turn is closed, and no other is opened
@@ -729,7 +733,7 @@ def _parts(said):
     "All parts of messages"
     return [part for turn in said if isinstance(turn["content"], list) for part in turn["content"]]
 
-# %% ../nbs/28_served.ipynb #ed90d3a0
+# %% ../nbs/28_served.ipynb #7bdb8ba5
 MOST_TOKENS = 100 # log-probabilities that one request asks for
 
 @patch
@@ -750,9 +754,9 @@ def _said(self:ServedScorer, reply):
     return read_said_text(reply).removeprefix(self.lvlm.blank)
 
 @patch
-async def _post(self:ServedScorer, body, read, patience=None):
+async def _post(self:ServedScorer, body, read):
     "Ask in the chat protocol"
-    return await self.connection.ask(self.url + "/chat/completions", body, read, patience)
+    return await self.connection.ask(self.url + "/chat/completions", body, read)
 
 @patch
 async def _text(self:ServedScorer, sent):
@@ -805,7 +809,7 @@ async def _together(works):
     if failed: raise failed[0]
     return out
 
-# %% ../nbs/28_served.ipynb #86684d7a
+# %% ../nbs/28_served.ipynb #e48195f5
 @patch
 async def _facts(self:ServedScorer, sent, generate, ways):
     "(greedy text or None, log-probabilities of the answers) of a prompt"
@@ -843,7 +847,7 @@ def _can_be_written(self:ServedScorer, sent, path):
     "Is every beginning of an answer a text of its own?"
     return all(self.sender.part_text(sent.part(node)) is not None for node in path)
 
-# %% ../nbs/28_served.ipynb #406e7a7a
+# %% ../nbs/28_served.ipynb #e053df49
 @patch
 async def _one(self:ServedScorer, ready, prompt, target, generate):
     "Scored of a prompt"
@@ -851,8 +855,8 @@ async def _one(self:ServedScorer, ready, prompt, target, generate):
     try:
         sent = await anyio.to_thread.run_sync(self.sender, prompt, target, limiter=ready)
         text, logprobs = await self._facts(sent, generate, self.abilities.ways)
+    except (Refused, Unanswered) as e: return failed_prompt(prompt, str(e))
     except (NoServer, OtherServer): raise
-    except Refused as e: return failed_prompt(prompt, str(e))
     except Exception as e: return failed_prompt(prompt, e)
     target = sent.target if self.probabilities else Targets()
     return scored_prompt(prompt, target, logprobs, text)
@@ -914,7 +918,7 @@ def shown(self:ServedScorer)->dict: # {name: value}
     shown = dict(requests=self.stats.requests, at_once=self.connection.at_once.now, again=self.stats.retries)
     return shown | dict(cost=f"{self.stats.cost(self.prices):.2f}") if self.prices else shown
 
-# %% ../nbs/28_served.ipynb #7c9dad5d
+# %% ../nbs/28_served.ipynb #68c3429d
 _PROBE = Prompt(0, None, "What swims?")
 _PROBE_TARGET = Targets(("a cat",), (1.,))
 _FIRST_PATIENCE = 10. # seconds that a server may be away when it is first asked
@@ -927,7 +931,11 @@ def _look(self:ServedScorer):
             f"{self.lvlm.name}: its chat template writes {self.sender.place.opening!r} before an answer, which no"
             " request can say"
         )
-    wait_for(self._look_around)
+    usual = self.connection.retrying
+    patience = min(_FIRST_PATIENCE, usual.patience)
+    self.connection.retrying = replace(usual, incomplete=False, patience=patience)
+    try: wait_for(self._look_around)
+    finally: self.connection.retrying = usual
 
 @patch
 async def _look_around(self:ServedScorer):
@@ -942,14 +950,14 @@ async def _look_around(self:ServedScorer):
 @patch
 async def _told(self:ServedScorer, url, body=None):
     "What a server says, or None where it has nothing to say to that"
-    patience = min(_FIRST_PATIENCE, self.connection.retrying.patience)
-    try: return await self.connection.ask(url, body, patience=patience)
+    try: return await self.connection.ask(url, body)
     except (OtherServer, Refused): return None
 
 @patch
 async def _find_model(self:ServedScorer):
     "The model's name; `OtherServer` if it is not served"
-    listed = await self._told(self.url + "/models")
+    try: listed = await self._told(self.url + "/models")
+    except Unanswered: listed = None # `transformers serve` has none where there is no hub
     cards = {card.get("id"): card for card in map(_object, _list(_object(listed).get("data")))}
     names = ", ".join(map(str, cards)) or "models that it does not name"
     if self.model is None and len(cards) == 1: (self.model,) = cards
@@ -1038,7 +1046,7 @@ async def _find_ways(self:ServedScorer):
     for way in LOGPROB_WAYS:
         if (way == "input") != (self.engine["engine"] == "sglang"): continue
         try: _, (told[way],) = await self._facts(sent, False, (way,))
-        except (OtherServer, Refused, FloatingPointError): continue
+        except (OtherServer, Refused, Missing, FloatingPointError): continue
     if self._way is not None and self._way not in told:
         raise ValueError(f"{self.url} gives no log-probabilities by way={self._way!r}; it does by {list(told)}")
     if told and max(told.values()) - min(told.values()) > self.tolerance:
@@ -1054,7 +1062,7 @@ async def _find_sight(self:ServedScorer):
     seen = [await self._facts(sent, False, self.abilities.ways) for sent in asked]
     if seen[0] == seen[1]: self.abilities = replace(self.abilities, pictures="alike")
 
-# %% ../nbs/28_served.ipynb #1656751f
+# %% ../nbs/28_served.ipynb #57358dec
 @patch(as_prop=True)
 def identity(self:ServedScorer)->dict: # as JSON has it
     "Who answers: what the server says of itself, what is known of the model here, how pictures are sent"
@@ -1067,8 +1075,14 @@ def identity(self:ServedScorer)->dict: # as JSON has it
         image_processor=image_settings(self.lvlm.image_processor),
         decoding=DECODING,
         pictures=self.sender.pictures,
-        penalties="none" if self.abilities.neutral else "as the server has them",
+        penalties=self._penalties(),
     )
+
+@patch
+def _penalties(self:ServedScorer):
+    "What is known of penalties that the server might add"
+    if not self.abilities.neutral: return "as the server has them"
+    return "none" if self.engine["engine"] in ("vllm", "sglang") else "none, if the server does as it is told"
 
 @patch(as_prop=True)
 def model_fingerprint(self:ServedScorer)->str: # 16 hexadecimal digits
@@ -1092,7 +1106,7 @@ def around(self:ServedScorer,
     "A scorer of the same server"
     return ServedScorer(self.url, self.model, lvlm, **self._made_with)
 
-# %% ../nbs/28_served.ipynb #c5c2e963
+# %% ../nbs/28_served.ipynb #b9ddc7c3
 @patch
 def prove_same(self:ServedScorer,
     prompts, # that both are asked, >= 1

@@ -16,7 +16,7 @@ from leverplus.vqa import answer_targets
 from leverplus.world import read_islands
 import leverplus.served as served_page
 from leverplus.served import (
-    KEY, AtOnce, Missing, NoServer, OtherServer, Retrying, Sender, ServedScorer, read_input_logprobs,
+    KEY, AtOnce, Missing, NoServer, OtherServer, Retrying, Sender, ServedScorer, Unanswered, read_input_logprobs,
     read_next_logprobs, read_prompt_logprobs, read_said_text, retry_after, server_words,
 )
 
@@ -181,6 +181,19 @@ def test_one_that_does_not_look_at_pictures_is_found_out(lvlm, outline, work):
         assert scorer.abilities.pictures == "alike"
         with pytest.raises(ValueError, match="says the same of two pictures"): scorer.run(*work)
         assert scorer.run([Prompt(1, None, "What?")])[0].error is None
+
+def test_trouble_at_the_start_is_not_taken_for_what_a_server_cannot(lvlm, outline):
+    "Else facts would have no probabilities because a connection was cut"
+    def cut(n, path, body): return Fault(cut="reset") if isinstance(body, dict) and body.get("logprobs") else None
+    with ChatServer(lvlm, faults=cut) as server:
+        with pytest.raises(Unanswered, match="the connection was cut"): scorer_of(server, outline)
+    once = []
+    def cut_once(n, path, body):
+        if isinstance(body, dict) and body.get("logprobs") and not once:
+            once.append(n)
+            return Fault(cut="reset")
+    with ChatServer(lvlm, faults=cut_once) as server:
+        assert scorer_of(server, outline).abilities.ways == ("steps", "prompt")
 
 def test_ways_that_disagree_are_found_out(lvlm, outline):
     def shifted(reply):
@@ -501,7 +514,7 @@ def rows_of(path):
 
 def test_a_client_that_is_killed_goes_on_where_it_was(lvlm, outline, tmp_path):
     "Kill -9, an interrupt, a server with troubles, two shards: the same rows as of a calm run, each once"
-    some = ("--limit", 12, "--window", 2, "--test", 0, "--K", 8, "--counts", '{"beam": 3}', "--store", tmp_path/"store")
+    some = ("--limit", 6, "--window", 1, "--test", 0, "--K", 8, "--counts", '{"beam": 3}', "--store", tmp_path/"store")
     def trouble(n, path, body):
         if path != CHAT or n%11: return None
         return [Fault(status=429), Fault(cut="middle"), Fault(status=500), Fault(raw=b"{")][n//11%4]
