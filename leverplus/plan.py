@@ -28,6 +28,7 @@ from .vqa import answer_targets
 from .vision import token_side
 from .prompt import prompter
 from .lvlm import LVLM, MAX_NEW_TOKENS, pixel_limits, with_pixels
+from .scorer import Trie
 from leverplus.cost import (
     PEAKS, feature_bytes, kv_bytes, parameters, prompt_flops, qwen_config, reached, text_sizes,
     tower_sizes, vision_flops,
@@ -322,10 +323,15 @@ def expected_speed(
 
 def _mean_answers(items, n):
     "Different true answers of a question, on average; 0 where nobody knows any"
-    if "answers" not in items: return 0
+    some = _some_answers(items, n)
+    return sum(map(len, some))/max(1, len(some))
+
+def _some_answers(items, n):
+    "Different true answers of some questions, a tuple each"
+    if "answers" not in items: return []
     some = items.answers.iloc[rng("expected answers", 0).permutation(len(items))[:n]]
-    known = [answers for answers in some if isinstance(answers, (list, tuple, np.ndarray)) and len(answers)]
-    return sum(len(answer_targets(a)[0]) for a in known)/max(1, len(some))
+    def is_answered(answers): return isinstance(answers, (list, tuple, np.ndarray)) and len(answers)
+    return [answer_targets(answers)[0] if is_answered(answers) else () for answers in some]
 
 # %% ../nbs/41_plan.ipynb #a600b307
 @guarded
@@ -475,6 +481,7 @@ class Requests:
     read:Amount|None=None # tokens of all requests; None: not known
     written:Amount=0. # tokens, at most
     why:str="" # why nobody knows how many are read
+    steps:Amount|None=None # requests, if every token of an answer is one, see `28_served`; None: not known
     prices:tuple[Amount, ...]=() # of a million tokens that are read, and of a million that are written
 
     @property
@@ -487,7 +494,8 @@ class Requests:
         "Say it"
         calls = f"at most {self.prompts:,} prompts, about {self.requests:,.0f} requests"
         each = f"one for the text, one for each true answer, {digits(self.answers)} of a question"
-        out = {"LVLM calls": f"{calls}: {each}", "tokens": self._tokens()}
+        steps = "" if self.steps is None else f"; token by token, as vLLM is asked: {self.steps:,.0f}, mostly cached"
+        out = {"LVLM calls": f"{calls}: {each}{steps}", "tokens": self._tokens()}
         if self.prices: out["price"] = self._price()
         return out
 
@@ -525,7 +533,22 @@ def requests_of(
     size, extra, why = _sizes(job, items, job.proposing.shots if shots is None else shots)
     read = None if size is None else (said + scored*answers)*size + scored*answers*extra
     written = said*MAX_NEW_TOKENS + scored*answers
-    return Requests(prompts, said + scored*answers, answers, read, written, why, job.model.lvlm_prices)
+    nodes = _mean_nodes(job, questions)
+    steps = None if nodes is None else prompts + scored*nodes
+    return Requests(prompts, said + scored*answers, answers, read, written, why, steps, job.model.lvlm_prices)
+
+def _mean_nodes(job, questions):
+    "Tokens in the tree of a question's true answers, on average; None: the tokenizer is not here"
+    lvlm = _without_model(job)
+    if lvlm is None: return None
+    some = _some_answers(questions, 200)
+    return sum(_nodes(lvlm, answers) for answers in some)/max(1, len(some))
+
+def _nodes(lvlm, answers):
+    "Tokens in the tree of some answers"
+    tree = Trie()
+    for text in answers: tree.add(_ids(lvlm, lvlm.blank + text))
+    return len(tree.tokens)
 
 def _sizes(job, items, shots):
     "(tokens of a prompt, tokens of an answer with its end, why they are not known)"

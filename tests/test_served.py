@@ -113,6 +113,13 @@ def test_answers_within_a_character_are_asked_for_whole(vllm, outline, lvlm, wor
     sent = scorer.sender(work[0][0], target)
     assert not scorer._can_be_written(sent, sent.paths[0]) and scorer._can_be_written(sent, sent.paths[3])
 
+def test_every_token_of_a_tree_is_one_request(vllm, outline, work):
+    scorer = scorer_of(vllm, outline, way="steps")
+    nodes = [len(scorer.sender(*asked).tree.tokens) for asked in zip(*work)]
+    before = scorer.stats.requests
+    scorer.run(*work)
+    assert scorer.stats.requests - before == len(nodes) + sum(nodes)
+
 def test_more_answers_than_one_request_asks_for(vllm, outline, lvlm, work, items, monkeypatch):
     monkeypatch.setattr(served_page, "MOST_TOKENS", 2)
     words = tuple(dict.fromkeys(items.answer))[:9]

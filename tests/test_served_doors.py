@@ -310,6 +310,7 @@ def test_a_plan_by_hand():
     whole = requests_of(job, 1000, items=items)
     assert whole.requests == 1000 + 1000*whole.answers and whole.written == 10*1000 + 1000*whole.answers
     assert whole.price == pytest.approx((3*whole.read + 10*whole.written)/1e6)
+    assert whole.steps > whole.requests and f"as vLLM is asked: {whole.steps:,.0f}" in whole.lines()["LVLM calls"]
     staged = requests_of(job, 1000, items=items, texts=100)
     assert staged.requests == 100 + 1100*whole.answers and staged.read < whole.read
     assert requests_of(change(job, lvlm_prices=3.), 1000, items=items).lines()["price"].endswith("at the price given")
@@ -318,7 +319,7 @@ def test_a_plan_by_hand():
     zero, two = (requests_of(job, 1000, shots, items).read for shots in ((0,), (2,)))
     assert 2*zero < two == whole.read
     unknown = requests_of(change(job, lvlm="somebody/else"), 1000, items=items)
-    assert unknown.read is unknown.price is None and "not known" in unknown.lines()["price"]
+    assert unknown.read is unknown.price is unknown.steps is None and "not known" in unknown.lines()["price"]
     unasked = items.assign(answers=[None]*len(items))
     assert requests_of(job, 1000, items=unasked).requests == 1000
 
