@@ -289,16 +289,19 @@ def test_what_is_ours_is_not_tried_again(lvlm, outline, work, items):
         assert "BadPicture" in said[1].error or "NoPicture" in said[1].error
         assert said[2].error is None and scorer.stats.retries == 0
 
-@pytest.mark.parametrize("fault, words", [
-    (Fault(status=401), "wants a key, in the environment variable LVLM_API_KEY"),
-    (Fault(status=403), "LVLM_API_KEY"),
-    (Fault(status=404), "refuses"),
-    (Fault(status=302, headers={"Location": "http://127.0.0.1:9/elsewhere"}), "sends on to another address"),
-    (Fault(status=308, headers={"Location": "http://example.org/"}), "none is followed"),
-    (Fault(change=lambda reply: reply | dict(model="other")), "something else is served there now"),
-    (Fault(change=lambda reply: reply | dict(system_fingerprint="vllm-0.33")), "something else is served there now"),
-], ids=str)
-def test_what_would_befall_every_prompt_ends_the_run(lvlm, outline, work, fault, words, monkeypatch):
+ENDING = {
+    "no key": (Fault(status=401), "wants a key, in the environment variable LVLM_API_KEY"),
+    "another key": (Fault(status=403), "LVLM_API_KEY"),
+    "no such path": (Fault(status=404), "refuses"),
+    "redirect": (Fault(status=302, headers={"Location": "http://127.0.0.1:9/elsewhere"}), "sends on to another address"),
+    "for good": (Fault(status=308, headers={"Location": "http://example.org/"}), "none is followed"),
+    "another model": (Fault(change=lambda reply: reply | dict(model="other")), "something else is served there now"),
+    "another engine": (Fault(change=lambda reply: reply | dict(system_fingerprint="vllm-0.33")), "something else"),
+}
+
+@pytest.mark.parametrize("name", ENDING)
+def test_what_would_befall_every_prompt_ends_the_run(lvlm, outline, work, name, monkeypatch):
+    fault, words = ENDING[name]
     monkeypatch.delenv(KEY, raising=False)
     with Troubled(lvlm) as server:
         scorer = scorer_of(server, outline)
