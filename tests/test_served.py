@@ -293,7 +293,7 @@ ENDING = {
     "no key": (Fault(status=401), "wants a key, in the environment variable LVLM_API_KEY"),
     "another key": (Fault(status=403), "LVLM_API_KEY"),
     "no such path": (Fault(status=404), "refuses"),
-    "redirect": (Fault(status=302, headers={"Location": "http://127.0.0.1:9/elsewhere"}), "sends on to another address"),
+    "redirect": (Fault(status=302, headers={"Location": "http://127.0.0.1:9/"}), "sends on to another address"),
     "for good": (Fault(status=308, headers={"Location": "http://example.org/"}), "none is followed"),
     "another model": (Fault(change=lambda reply: reply | dict(model="other")), "something else is served there now"),
     "another engine": (Fault(change=lambda reply: reply | dict(system_fingerprint="vllm-0.33")), "something else"),
@@ -518,6 +518,8 @@ def here(*words):
     "The same in this process: its exit status"
     return main([*map(str, words), "--quiet"])
 
+def parts_of(path): return list(path.glob("part-*.parquet"))
+
 def rows_of(path):
     rows = RLData.load(path).rows
     return rows.set_index(["question_id", rows.pointer.map(tuple)]).sort_index().drop(columns="pointer")
@@ -533,8 +535,8 @@ def test_a_client_that_is_killed_goes_on_where_it_was(lvlm, outline, tmp_path):
         assert here(*at, "--out", tmp_path/"calm") == 0
         for number in (signal.SIGKILL, signal.SIGINT):
             running = leverplus(*at, "--out", tmp_path/"killed")
-            before = len(list((tmp_path/"killed").glob("part-*.parquet")))
-            while running.poll() is None and len(list((tmp_path/"killed").glob("part-*.parquet"))) <= before: time.sleep(.01)
+            before = len(parts_of(tmp_path/"killed"))
+            while running.poll() is None and len(parts_of(tmp_path/"killed")) <= before: time.sleep(.01)
             running.send_signal(number)
             running.communicate(timeout=60)
         assert here(*at, "--out", tmp_path/"killed") == 0
