@@ -433,7 +433,7 @@ class Generation:
 def answerer(
     scorer, # see `ask`
 )->dict: # {name, dtype, min_pixels, max_pixels, fingerprint} of its model; all None without one, as for `MockScorer`
-    "Say which model answers; of a served one there is also `server`: who serves it, and how"
+    "Say which model answers; of a served one also `server`: who serves it, and how, and `probe`: what it said first"
     lvlm = getattr(scorer, "lvlm", None)
     if lvlm is None: return dict.fromkeys(("name", "dtype", "min_pixels", "max_pixels", "fingerprint"))
     least, most = pixel_limits(lvlm.image_processor)
@@ -442,6 +442,7 @@ def answerer(
         return dict(
             name=_without_place(scorer.model), dtype=server.get("dtype"), min_pixels=least, max_pixels=most,
             fingerprint=scorer.model_fingerprint, server=json_value(server),
+            probe=[round(logprob, 4) for logprob in getattr(scorer, "probe", ())],
         )
     return dict(
         name=_without_place(lvlm.name), dtype=str(lvlm.model.dtype).removeprefix("torch."), min_pixels=least,
@@ -489,6 +490,10 @@ def note_makers(self:Generation):
     makers = {}
     if self.job is not None: makers["job"] = plain_settings(self.job)
     lvlm = answerer(self.scorer)
+    probed = (self.manifest.get("lvlm") or {}).get("probe")
+    if probed and "probe" in lvlm:
+        self.scorer.check_probe(probed)
+        lvlm["probe"] = probed   # of the first start: what comes later is held against it
     if lvlm["name"] is not None: makers["lvlm"] = lvlm
     if makers == {name: self.manifest.get(name) for name in makers}: return
     self.manifest |= makers

@@ -16,8 +16,8 @@ from leverplus.vqa import answer_targets
 from leverplus.world import read_islands
 import leverplus.served as served_page
 from leverplus.served import (
-    KEY, AtOnce, Missing, NoServer, OtherServer, Retrying, Sender, ServedScorer, Unanswered, read_input_logprobs,
-    read_next_logprobs, read_prompt_logprobs, read_said_text, retry_after, server_words,
+    KEY_VARIABLE, AtOnce, Missing, NoServer, WrongServer, Retrying, Sender, ServedScorer, Unanswered,
+    read_input_logprobs, read_next_logprobs, read_prompt_logprobs, read_said_text, retry_after, server_words,
 )
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,7 +57,9 @@ class Troubled:
     def _next(self, n, path, body):
         with self._lock:
             if not self.faults: return None
-            fault = self.faults[0] if callable(self.faults[0]) else self.faults.pop(0)
+            once = not callable(self.faults[0])
+            if once and path != CHAT: return None   # whether it is there is asked in between
+            fault = self.faults.pop(0) if once else self.faults[0]
         return fault(n, path, body) if callable(fault) else fault
 
     def __enter__(self):
@@ -208,7 +210,7 @@ def test_ways_that_disagree_are_found_out(lvlm, outline):
             for told in (entry or {}).values(): told["logprob"] -= .02
         return reply
     with ChatServer(lvlm, faults=lambda n, path, body: Fault(change=shifted) if path == CHAT else None) as server:
-        with pytest.raises(OtherServer, match="depends on how it is asked for"): scorer_of(server, outline)
+        with pytest.raises(WrongServer, match="depends on how it is asked for"): scorer_of(server, outline)
         assert ServedScorer(server.url, lvlm=outline).tolerance == .5
 
 # ---- what goes wrong ---------------------------------------------------------------------------------------
@@ -302,13 +304,75 @@ ENDING = {
 @pytest.mark.parametrize("name", ENDING)
 def test_what_would_befall_every_prompt_ends_the_run(lvlm, outline, work, name, monkeypatch):
     fault, words = ENDING[name]
-    monkeypatch.delenv(KEY, raising=False)
+    monkeypatch.delenv(KEY_VARIABLE, raising=False)
     with Troubled(lvlm) as server:
         scorer = scorer_of(server, outline)
         before = len(server.server.requests)
         server.faults = [lambda n, path, body: fault]
-        with pytest.raises(OtherServer, match=words): scorer.run(*work)
+        with pytest.raises(WrongServer, match=words): scorer.run(*work)
         assert len(server.server.requests) - before <= 8
+
+def test_a_forwarder_in_front_of_nobody_is_away(lvlm, outline, work, naive):
+    "It takes connections and cuts them: the server behind restarts, and no row is lost"
+    with Troubled(lvlm) as server:
+        scorer = scorer_of(server, outline)
+        until = time.monotonic() + 1
+        server.faults = [lambda n, path, body: Fault(cut="reset") if time.monotonic() < until else None]
+        said = scorer.run(*work)
+        assert compare(said, naive)["failed"] == 0 and scorer.stats.retries > SOON.tries
+        server.faults = [lambda n, path, body: Fault(cut="before")]
+        scorer.connection.retrying = replace(SOON, patience=.3)
+        with pytest.raises(NoServer, match="the connection was cut"): scorer.run(*work)
+
+@pytest.mark.parametrize("status", [502, 504])
+def test_a_prompt_that_a_proxy_never_passes_on_is_a_failed_row(lvlm, outline, work, status):
+    bad = work[0][2]
+    with Troubled(lvlm) as server:
+        scorer = scorer_of(server, outline)
+        server.faults = [lambda n, path, body: Fault(status=status) if _asks_about(body, bad) else None]
+        said = scorer.run(*work)
+    assert said[2].error.startswith(f"{status}: ") and any(s.error is None for s in said)
+
+def test_two_runs_of_one_scorer_wait_for_each_other(vllm, outline, work, naive):
+    scorer = scorer_of(vllm, outline)
+    out = [None, None]
+    def run(k): out[k] = scorer.run(*work)
+    threads = [threading.Thread(target=run, args=(k,)) for k in (0, 1)]
+    for thread in threads: thread.start()
+    for thread in threads: thread.join(60)
+    for said in out: assert compare(said, naive)["failed"] == 0 and compare(said, naive)["logprob"] < 1e-3
+
+def test_other_tokens_of_the_same_number_are_noticed(lvlm, outline, work):
+    "In every reply, not only when the scorer is made"
+    def swapped(reply):
+        ids = reply.get("prompt_token_ids")
+        if ids: ids[-3], ids[-4] = ids[-4], ids[-3]
+        return reply
+    with Troubled(lvlm) as server:
+        scorer = scorer_of(server, outline)
+        server.faults = [lambda n, path, body: Fault(change=swapped)]
+        said = scorer.run(*[some[:2] for some in work])
+    assert all("sees other tokens" in s.error for s in said)
+
+def test_an_answer_that_ends_at_once_is_an_empty_text():
+    message = dict(role="assistant", content=None)
+    assert read_said_text(dict(choices=[dict(message=message, finish_reason="stop")])) == ""
+    with pytest.raises(Missing): read_said_text(dict(choices=[dict(message=message, finish_reason="length")]))
+
+def test_nothing_that_was_not_compared_shows_that_models_are_the_same(lvlm, outline, work):
+    with ChatServer(lvlm, dialect="plain") as plain:
+        with pytest.raises(ValueError, match="gives texts alone"): scorer_of(plain, outline).prove_same(*work)
+    def nonsense(reply):
+        for choice in reply.get("choices", []): choice |= dict(message=dict(content="nonsense"), token_ids=[336])
+        return reply
+    with Troubled(lvlm) as server:
+        scorer = scorer_of(server, outline, dtype=None)
+        own = scorer.fingerprint
+        with pytest.raises(ValueError, match="do not agree"): scorer.prove_same(work[0], None)
+        with pytest.raises(ValueError, match="do not agree"): scorer.prove_same([], [])
+        server.faults = [lambda n, path, body: Fault(change=nonsense)]
+        with pytest.raises(ValueError, match="do not agree"): scorer.prove_same(*work)
+    assert scorer.fingerprint == own
 
 def test_a_server_that_stays_away_ends_the_run(lvlm, outline, work):
     with ChatServer(lvlm) as server:
@@ -340,6 +404,22 @@ def test_a_server_that_restarts_is_waited_for(lvlm, outline, work, naive):
     assert compare(said, naive)["failed"] == 0 and compare(said, naive)["logprob"] < 1e-3
     assert scorer.stats.retries > 0 and again.requests
 
+def test_a_restart_does_not_slow_down_what_follows(lvlm, outline, work):
+    "A server that is not there says nothing about how much it can do"
+    server = ChatServer(lvlm)
+    server.__enter__()
+    port = int(server.url.split(":")[2].split("/")[0])
+    scorer = scorer_of(server, outline, at_once=None)
+    server.__exit__(None, None, None)
+    thread = threading.Timer(.3, server.__enter__)
+    server.port = port
+    thread.start()
+    try: said = scorer.run(*work)
+    finally:
+        thread.join()
+        server.__exit__(None, None, None)
+    assert not any(s.error for s in said) and scorer.connection.at_once.now >= 4
+
 def test_a_slow_answer_is_given_up_and_asked_for_again(lvlm, outline, work, naive):
     with Troubled(lvlm) as server:
         scorer = scorer_of(server, outline, retrying=replace(SOON, timeout=1.))
@@ -365,7 +445,7 @@ def test_a_stop_leaves_no_thread_and_no_connection(lvlm, outline, work):
         scorer = scorer_of(server, outline, at_once=8)
         before = threading.active_count()
         server.faults = [Fault(status=401)]
-        with pytest.raises(OtherServer): scorer.run(*work)
+        with pytest.raises(WrongServer): scorer.run(*work)
         deadline = time.monotonic() + 10
         while server.server._at_once and time.monotonic() < deadline: time.sleep(.01)
         mine = [t for t in threading.enumerate() if "portal" in t.name.lower()]
@@ -402,8 +482,24 @@ def test_an_interrupt_ends_a_run_at_once(lvlm, outline, work, tmp_path):
 
 # ---- the door ----------------------------------------------------------------------------------------------
 
+ECHOES = {
+    "refused": Fault(status=400, raw=b'{"error": {"message": "no room for sk-very-secret"}}'),
+    "text": Fault(raw=b"headers: Bearer sk-very-secret"),
+    "object": Fault(raw=b'{"echo": "Bearer sk-very-secret"}'),
+}
+
+@pytest.mark.parametrize("name", ECHOES)
+def test_a_key_that_a_server_repeats_is_not_written(lvlm, outline, work, monkeypatch, name):
+    monkeypatch.setenv(KEY_VARIABLE, "sk-very-secret")
+    with Troubled(lvlm) as server:
+        scorer = scorer_of(server, outline)
+        server.faults = [lambda n, path, body: ECHOES[name]]
+        said = scorer.run(*[some[:2] for some in work])
+    assert all("***" in s.error and "secret" not in s.error for s in said)
+    assert not hasattr(scorer.connection, "_client")
+
 def test_a_key_goes_to_the_server_and_nowhere_else(lvlm, outline, work, monkeypatch, tmp_path):
-    monkeypatch.setenv(KEY, "sk-very-secret")
+    monkeypatch.setenv(KEY_VARIABLE, "sk-very-secret")
     def leaks(n, path, body):
         return Fault(status=400, raw=b'{"error": {"message": "no room for sk-very-secret"}}') if n > 20 else None
     with ChatServer(lvlm, key="sk-very-secret", faults=leaks) as server:
@@ -412,9 +508,9 @@ def test_a_key_goes_to_the_server_and_nowhere_else(lvlm, outline, work, monkeypa
         assert all(r.headers["authorization"] == "Bearer sk-very-secret" for r in server.requests)
     told = repr(said) + repr(scorer) + json.dumps(scorer.identity) + scorer.fingerprint
     assert any(s.error and "***" in s.error for s in said) and "secret" not in told
-    monkeypatch.delenv(KEY)
+    monkeypatch.delenv(KEY_VARIABLE)
     with ChatServer(lvlm, key="sk-very-secret") as server:
-        with pytest.raises(OtherServer, match="wants a key"): scorer_of(server, outline, model="tiny")
+        with pytest.raises(WrongServer, match="wants a key"): scorer_of(server, outline, model="tiny")
 
 def test_proxies_of_the_environment_are_not_asked(vllm, outline, monkeypatch):
     for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"): monkeypatch.setenv(name, "http://127.0.0.1:9")
@@ -432,11 +528,12 @@ def test_who_answers_is_in_the_fingerprint(lvlm, outline):
     assert len({one, *others}) == len(others) + 1
 
 def test_another_model_is_refused_before_anything_is_asked(vllm, outline):
-    with pytest.raises(OtherServer, match="serves no 'nobody', but tiny"): scorer_of(vllm, outline, model="nobody")
+    with pytest.raises(WrongServer, match="serves no 'nobody', but tiny"): scorer_of(vllm, outline, model="nobody")
     parrot = load_lvlm(weights=False)
     parrot.tokenizer.chat_template = parrot.tokenizer.chat_template.replace("helpful assistant", "parrot")
-    with pytest.raises(OtherServer, match="sees other tokens than"): scorer_of(vllm, parrot)
-    with pytest.raises(OtherServer, match="image budget"): scorer_of(vllm, with_pixels(outline, max_pixels=56*56))
+    with pytest.raises(WrongServer, match="another chat template"): scorer_of(vllm, parrot)
+    small = with_pixels(outline, max_pixels=56*56)
+    with pytest.raises(WrongServer, match="image budget. vLLM is told"): scorer_of(vllm, small)
     for address in ("ftp://127.0.0.1/v1", "http://user:s3cret@127.0.0.1/v1", "127.0.0.1:8000", ""):
         with pytest.raises(ValueError) as e: ServedScorer(address, lvlm=outline)
         assert "s3cret" not in str(e.value)
@@ -463,6 +560,10 @@ def test_facts_do_not_mix_unless_the_models_are_shown_to_be_one(vllm, lvlm, outl
 
 # ---- parts -------------------------------------------------------------------------------------------------
 
+def test_waits_are_neither_nothing_nor_endless():
+    retrying = Retrying(patience=5.)
+    assert retrying.wait(3, 0.) > 0 and retrying.wait(1, 1e9) == 5 and 0 < retrying.wait(10_000) <= retrying.longest
+
 @given(st.one_of(st.none(), st.text(), st.floats().map(str), st.integers().map(str)))
 def test_any_retry_after_is_a_time_or_nothing(text):
     wait = retry_after(text)
@@ -471,7 +572,9 @@ def test_any_retry_after_is_a_time_or_nothing(text):
 
 @given(st.integers(400, 599), st.one_of(st.text(), st.binary().map(repr), st.just('{"error": {"message": ["x"]}}')))
 def test_words_of_a_server_are_one_line_that_can_be_printed(status, text):
-    words = server_words(status, text + " key-1", "key-1")
+    with pytest.MonkeyPatch.context() as m:
+        m.setenv(KEY_VARIABLE, "key-1")
+        words = server_words(status, text + " key-1")
     assert printable(words) == words and "key-1" not in words and len(words) <= 410
 
 NAMES = (
@@ -503,9 +606,15 @@ def test_throughput_decides_how_many_are_asked_at_once():
             now[0] += 1/min(at_once.now, most_that_helps)
             at_once.answered()
         assert at_once.settled and at_once.now == max(2, most_that_helps)
-    at_once.too_many()
-    assert at_once.now == 32
-    assert AtOnce(7).now == 7 and AtOnce(7).settled
+    for _ in range(20): at_once.too_many()   # all that were under way say so: it counts once
+    assert (at_once.now, at_once.most, at_once.settled) == (32, 48, False)
+    for _ in range(1000):
+        now[0] += 1/min(at_once.now, 64)
+        at_once.answered()
+    assert (at_once.now, at_once.settled) == (48, True)
+    fixed = AtOnce(7)
+    fixed.too_many()
+    assert fixed.now == 7 and fixed.settled
 
 # ---- kills -------------------------------------------------------------------------------------------------
 

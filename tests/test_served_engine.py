@@ -6,7 +6,7 @@ from engine import ROOT, Engine, engine_python
 from leverplus.groups import RLData
 from leverplus.lvlm import NaiveScorer, Targets, compare, load_lvlm
 from leverplus.prompt import prompter
-from leverplus.served import OtherServer, ServedScorer
+from leverplus.served import WrongServer, ServedScorer
 from leverplus.vqa import answer_targets
 from leverplus.world import read_islands
 
@@ -74,14 +74,14 @@ def test_the_same_words_with_another_picture_give_other_numbers(engine, items, w
     assert len({round(s.logprobs[0], 3) for s in said}) == len({round(s.logprobs[0], 3) for s in want}) > 1
 
 def test_another_model_is_refused(engine):
-    with pytest.raises(OtherServer, match="sees other tokens|sees .* tokens where"):
+    with pytest.raises(WrongServer, match="sees other tokens|sees .* tokens where"):
         lvlm = load_lvlm(weights=False)
         template = lvlm.tokenizer.chat_template
         lvlm.tokenizer.chat_template = template.replace("helpful assistant", "parrot")
         ServedScorer(engine.url, lvlm=lvlm)
-    with pytest.raises(OtherServer, match="tokens where"):
+    with pytest.raises(WrongServer, match="tokens where"):
         ServedScorer(engine.url, lvlm=load_lvlm(weights=False, max_pixels=56*56))
-    with pytest.raises(OtherServer, match="serves no 'nobody', but tiny"): ServedScorer(engine.url, "nobody")
+    with pytest.raises(WrongServer, match="serves no 'nobody', but tiny"): ServedScorer(engine.url, "nobody")
 
 def test_it_proves_to_be_the_model_that_lies_here(engine, asked):
     scorer = served(engine)
