@@ -482,11 +482,11 @@ class Requests:
     written:Amount=0. # tokens, at most
     why:str="" # why nobody knows how many are read
     steps:Amount|None=None # requests, if every token of an answer is one, see `28_served`; None: not known
-    prices:tuple[Amount, ...]=() # of a million tokens that are read, and of a million that are written
+    prices:tuple[Amount, ...]=() # of a million tokens that are read, and of a million that are written; (): not known
 
     @property
     def price(self)->float|None: # None: not known
-        "What it costs, in the unit of the prices; what has no price costs nothing"
+        "What it costs, in the unit of the prices"
         if self.read is None: return None
         return sum(price*tokens/1e6 for price, tokens in zip(self.prices, (self.read, self.written)))
 
@@ -506,7 +506,6 @@ class Requests:
     def _price(self):
         if self.read is None: return "not known, as the tokens are not"
         cost = f"{self.price:,.2f}" if self.price >= .1 else digits(self.price)
-        if len(self.prices) == 1: return f"about {cost} for {many(self.read)} prompt tokens, at the price given"
         return f"about {cost} for {many(self.read)} prompt tokens and {many(self.written)} others, at the prices given"
 
 @guarded
@@ -535,7 +534,7 @@ def requests_of(
     written = said*MAX_NEW_TOKENS + scored*answers
     nodes = _mean_nodes(job, questions)
     steps = None if nodes is None else prompts + scored*nodes
-    return Requests(prompts, said + scored*answers, answers, read, written, why, steps, job.model.lvlm_prices)
+    return Requests(prompts, said + scored*answers, answers, read, written, why, steps, job.model.prices)
 
 def _mean_nodes(job, questions):
     "Tokens in the tree of a question's true answers, on average; None: the tokenizer is not here"

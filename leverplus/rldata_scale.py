@@ -338,7 +338,7 @@ def _served(m):
     lvlm = load_lvlm(m.lvlm, min_pixels=m.min_pixels, max_pixels=m.max_pixels, weights=False)
     return ServedScorer(
         m.lvlm_url, m.lvlm_name, lvlm, dtype=m.dtype, at_once=m.lvlm_at_once, timeout=m.lvlm_timeout,
-        patience=m.lvlm_patience, pictures=m.lvlm_pictures, prices=m.lvlm_prices,
+        patience=m.lvlm_patience, pictures=m.lvlm_pictures, prices=m.prices,
     )
 
 # %% ../nbs/39_rldata_scale.ipynb #128eb8e3

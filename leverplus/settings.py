@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['CHECKS', 'LARGEST', 'FASTEST', 'Whole', 'Natural', 'Count', 'Finite', 'Amount', 'Positive', 'Share', 'Level',
            'Factor', 'Bound', 'LearningRate', 'NUMBER_TYPES', 'Folder', 'Columns', 'Images', 'Json', 'JsonOrNone',
-           'ServerUrl', 'Prices', 'ModelName', 'NumberFormat', 'Evaluator', 'COUNTS', 'TWO_STAGE', 'Counts', 'TwoStage',
+           'ServerUrl', 'Price', 'ModelName', 'NumberFormat', 'Evaluator', 'COUNTS', 'TWO_STAGE', 'Counts', 'TwoStage',
            'StoreKind', 'PickerName', 'Shots', 'Ids', 'Judge', 'Kind', 'Reward', 'ObjectiveName', 'ExtraSettings',
            'EPOCHS', 'BATCH', 'NewSelector', 'PeakRate', 'Sizes', 'group', 'no_switch', 'folder_name', 'flag',
            'in_words', 'Guard', 'has_numbers', 'is_number', 'in_range', 'guarded', 'check_numbers', 'plain_settings',
            'read_settings', 'draft', 'flat_names', 'change', 'settings_of', 'several', 'column_words', 'columns_of',
-           'Data', 'Pools', 'json_object', 'json_value', 'server_url', 'is_loopback', 'price_list', 'Model', 'Asking',
-           'check_counts', 'check_two_stage', 'Proposing', 'Guarding', 'Mining', 'Job', 'Picking', 'Rewarding',
-           'Teaching', 'Choosing', 'Rows']
+           'Data', 'Pools', 'json_object', 'json_value', 'server_url', 'is_loopback', 'Model', 'Asking', 'check_counts',
+           'check_two_stage', 'Proposing', 'Guarding', 'Mining', 'Job', 'Picking', 'Rewarding', 'Teaching', 'Choosing',
+           'Rows']
 
 # %% ../nbs/04_settings.ipynb #3f8a0936
 import json, math, re, sys
@@ -552,16 +552,8 @@ def is_loopback(
     try: return ip_address(host).is_loopback
     except ValueError: return host == "localhost"
 
-def price_list(
-    value, # a price, or up to two
-): # a tuple, or what it was; ValueError for more than two
-    "Let one price stand for a tuple of one"
-    if not isinstance(value, (tuple, list)): return (value,)
-    if len(value) <= 2: return value
-    raise ValueError(f"lvlm_prices {list(value)}: wanted one of a million prompt tokens, and one of generated ones")
-
 ServerUrl = Annotated[str|None, BeforeValidator(server_url), flag("none, it is loaded here", metavar="URL")]
-Prices = Annotated[tuple[Amount, ...], BeforeValidator(price_list), flag("none", metavar="X")]
+Price = Annotated[Amount|None, flag("none", metavar="X")]
 ModelName = Annotated[str, arg(metavar="MODEL")]
 NumberFormat = Annotated[Literal["float32", "bfloat16", "float16"]|None, flag("that of the checkpoint")]
 
@@ -584,7 +576,8 @@ class Model:
     lvlm_timeout:Positive=120. # seconds that a request may take
     lvlm_patience:Amount=600. # seconds that a server may be away before the run stops
     lvlm_pictures:Literal["exact", "files", "paths"]="exact" # resized as here; as they are; by paths the server reads
-    lvlm_prices:Prices=() # what a million prompt tokens cost, and a million generated ones, for the plan
+    lvlm_price:Price=None # what a million prompt tokens cost, for plans and bars, in any currency
+    lvlm_price_said:Annotated[Amount|None, flag("as prompt tokens", metavar="X")]=None # a million generated tokens
 
     def __post_init__(self):
         if None not in (self.min_pixels, self.max_pixels) and self.min_pixels > self.max_pixels:
@@ -608,7 +601,16 @@ class Model:
         if self.lvlm_name is not None and not self.lvlm_name.strip():
             raise ValueError("lvlm_name is empty: wanted what the server calls the model, or None")
 
-_OF_A_SERVER = "lvlm_name", "lvlm_at_once", "lvlm_timeout", "lvlm_patience", "lvlm_pictures", "lvlm_prices"
+    @property
+    def prices(self)->tuple: # of a million prompt tokens, and of a million generated ones; (): not known
+        "What a served model costs"
+        if self.lvlm_price is None and self.lvlm_price_said is None: return ()
+        read = self.lvlm_price or 0.
+        return read, read if self.lvlm_price_said is None else self.lvlm_price_said
+
+_OF_A_SERVER = (
+    "lvlm_name", "lvlm_at_once", "lvlm_timeout", "lvlm_patience", "lvlm_pictures", "lvlm_price", "lvlm_price_said",
+)
 _OF_OUR_ENGINE = "attn", "batch_tokens", "prefix_cache", "vision_dir"
 
 def _in_a_row(values): return ", ".join(f"{name} {value!r}" for name, value in values.items())

@@ -16,7 +16,7 @@ from leverplus.vqa import answer_targets
 from leverplus.world import read_islands
 import leverplus.served as served_page
 from leverplus.served import (
-    KEY_VARIABLE, AtOnce, Missing, NoServer, WrongServer, Retrying, Sender, ServedScorer, Unanswered,
+    KEY_VARIABLE, AtOnce, Missing, NoServer, WrongServer, Retrying, Sender, ServedScorer, NoAnswer,
     read_input_logprobs, read_next_logprobs, read_prompt_logprobs, read_said_text, retry_after, server_words,
 )
 
@@ -195,7 +195,7 @@ def test_trouble_at_the_start_is_not_taken_for_what_a_server_cannot(lvlm, outlin
     "Else facts would have no probabilities because a connection was cut"
     def cut(n, path, body): return Fault(cut="reset") if isinstance(body, dict) and body.get("logprobs") else None
     with ChatServer(lvlm, faults=cut) as server:
-        with pytest.raises(Unanswered, match="the connection was cut"): scorer_of(server, outline)
+        with pytest.raises(NoAnswer, match="the connection was cut"): scorer_of(server, outline)
     once = []
     def cut_once(n, path, body):
         if isinstance(body, dict) and body.get("logprobs") and not once:
@@ -456,7 +456,8 @@ def test_an_interrupt_ends_a_run_at_once(lvlm, outline, work, tmp_path):
     is_ready = threading.Event()
     def slow(n, path, body): return Fault(delay=30.) if is_ready.is_set() else None
     code = (
-        "import sys, leverplus.served as s\n"
+        "import signal, sys, leverplus.served as s\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from leverplus.lvlm import load_lvlm\n"
         "from leverplus.prompt import Prompt\n"
         "scorer = s.ServedScorer(sys.argv[1], lvlm=load_lvlm(weights=False))\n"

@@ -119,7 +119,7 @@ def test_a_secret_in_an_address_is_refused_and_not_repeated(text, go, tmp_path):
     ("--lvlm-name tiny", "lvlm_name 'tiny' without lvlm_url"),
     (f"--lvlm-url {URL} --lvlm mock", "lvlm 'mock' beside lvlm_url"),
     (f"--lvlm-url {URL} --attn eager --batch-tokens 9", "attn 'eager', batch_tokens 9 beside lvlm_url"),
-    (f"--lvlm-url {URL} --lvlm-prices 1 2 3", "wanted one of a million prompt tokens"),
+    (f"--lvlm-url {URL} --lvlm-price -3", "lvlm_price -3.0: wanted a number >= 0"),
     (f"--lvlm-url {URL} --lvlm-at-once 0", "lvlm_at_once|--lvlm-at-once"),
     (f"--lvlm-url {URL} --lvlm nowhere/at/all", "no such folder"),
     (f"--lvlm-url {URL} --lvlm somebody/else --verify 2", "its weights are not on this machine"),
@@ -141,11 +141,11 @@ def test_weights_are_here_or_not(tmp_path):
 def test_a_job_hands_its_settings_to_the_scorer(served):
     job = settings_of(
         Job, lvlm_url=URL + "/", lvlm_name="big", lvlm_at_once=3, lvlm_timeout=7, lvlm_patience=0,
-        lvlm_pictures="files", lvlm_prices=2, dtype="bfloat16", max_pixels=7840, device="cpu",
+        lvlm_pictures="files", lvlm_price=2, dtype="bfloat16", max_pixels=7840, device="cpu",
     )
     scorer = job.scorer()
     assert (scorer.url, scorer.model) == (URL, "big")
-    assert scorer.how == dict(dtype="bfloat16", at_once=3, timeout=7., patience=0., pictures="files", prices=(2.,))
+    assert scorer.how == dict(dtype="bfloat16", at_once=3, timeout=7., patience=0., pictures="files", prices=(2., 2.))
     assert scorer.lvlm.device.type == "meta" and pixel_limits(scorer.lvlm.image_processor)[1] == 7840
 
 def test_who_answers(served):
@@ -165,7 +165,7 @@ def test_servers_in_words():
 
 # ---- the road ----------------------------------------------------------------------------------------------
 
-ASK = f"--lvlm-url {URL} --lvlm-name tiny --lvlm-at-once 5 --lvlm-prices 1 2 --lvlm-pictures files"
+ASK = f"--lvlm-url {URL} --lvlm-name tiny --lvlm-at-once 5 --lvlm-price 1 --lvlm-price-said 2 --lvlm-pictures files"
 SMALL = "--test 0 --window 4 --quiet --store store"
 COUNTS = '--counts {"beam":4}'
 
@@ -180,7 +180,7 @@ def test_the_whole_road_with_a_served_model(go, served):
     assert manifest["lvlm"]["server"]["version"] == "0.11.0" and manifest["lvlm"]["name"] == "tiny"
     model = remembered("runs/train")["model"]
     assert (model["lvlm_url"], model["lvlm_name"], model["lvlm_pictures"]) == (URL, "tiny", "files")
-    assert not {"lvlm_at_once", "lvlm_timeout", "lvlm_patience", "lvlm_prices"} & set(model)
+    assert not {"lvlm_at_once", "lvlm_timeout", "lvlm_patience", "lvlm_price", "lvlm_price_said"} & set(model)
 
     def asks(line, *flags):
         "A command that goes on with the same server, and says so even with --quiet"
@@ -257,7 +257,7 @@ def run_of(folder, **model):
 @pytest.fixture
 def families(tmp_path):
     served = dict(lvlm=TINY, lvlm_url=URL, lvlm_name="tiny", lvlm_pictures="paths", dtype="bfloat16", max_pixels=7840,
-                  lvlm_at_once=9, lvlm_timeout=3., lvlm_prices=[1.])
+                  lvlm_at_once=9, lvlm_timeout=3., lvlm_price=1.)
     ours = dict(lvlm=TINY, dtype="bfloat16", attn="eager", batch_tokens=99, prefix_cache="query", max_pixels=7840)
     return SimpleNamespace(served=run_of(tmp_path/"served", **served), ours=run_of(tmp_path/"ours", **ours))
 
@@ -305,7 +305,7 @@ def test_a_rate_that_is_measured_asks_the_server(go, served):
     assert len(served.made) == 1 and "tiny, served by vllm 0.11.0" in said and "the model was asked" in said
 
 def test_a_plan_by_hand():
-    job = settings_of(Job, limit=10, lvlm_url=URL, lvlm_prices=(3., 10.))
+    job = settings_of(Job, limit=10, lvlm_url=URL, lvlm_price=3., lvlm_price_said=10.)
     items = job.items()
     whole = requests_of(job, 1000, items=items)
     assert whole.requests == 1000 + 1000*whole.answers and whole.written == 10*1000 + 1000*whole.answers
@@ -313,8 +313,9 @@ def test_a_plan_by_hand():
     assert whole.steps > whole.requests and f"as vLLM is asked: {whole.steps:,.0f}" in whole.lines()["LVLM calls"]
     staged = requests_of(job, 1000, items=items, texts=100)
     assert staged.requests == 100 + 1100*whole.answers and staged.read < whole.read
-    assert requests_of(change(job, lvlm_prices=3.), 1000, items=items).lines()["price"].endswith("at the price given")
-    free = requests_of(change(job, lvlm_prices=()), 1000, items=items)
+    same = requests_of(change(job, lvlm_price_said=None), 1000, items=items)
+    assert same.price == pytest.approx(3*(whole.read + whole.written)/1e6)
+    free = requests_of(change(job, lvlm_price=None, lvlm_price_said=None), 1000, items=items)
     assert "price" not in free.lines() and free.read == whole.read
     zero, two = (requests_of(job, 1000, shots, items).read for shots in ((0,), (2,)))
     assert 2*zero < two == whole.read

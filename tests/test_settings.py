@@ -101,9 +101,11 @@ NOT_THE_DEFAULT = dict(
     price=.25, zero_shot=True, min_pixels=784, max_pixels=7840,
     columns=("question=q",),
     lvlm_url="http://127.0.0.1:8000/v1", lvlm_name="tiny", lvlm_at_once=4, lvlm_timeout=5.5, lvlm_patience=0.,
-    lvlm_pictures="files", lvlm_prices=(.5, 1.5),
+    lvlm_pictures="files", lvlm_price=.5, lvlm_price_said=1.5,
 )
-SERVED = "lvlm_name", "lvlm_at_once", "lvlm_timeout", "lvlm_patience", "lvlm_pictures", "lvlm_prices"
+SERVED = (
+    "lvlm_name", "lvlm_at_once", "lvlm_timeout", "lvlm_patience", "lvlm_pictures", "lvlm_price", "lvlm_price_said",
+)
 OUR_ENGINE = "attn", "batch_tokens", "prefix_cache", "vision_dir" # none of these beside an address
 
 URL = NOT_THE_DEFAULT["lvlm_url"]
@@ -128,6 +130,11 @@ def test_what_is_not_the_default_is_saved_and_read_back(cls, without):
     every = settings_of(cls, **{flat: NOT_THE_DEFAULT[flat] for flat in flat_names(cls) if flat not in without})
     assert read_settings(cls, json.loads(json.dumps(plain_settings(every)))) == every
     assert read_settings(cls, {}) == cls()
+
+def test_prices_of_a_served_model():
+    def prices(**said): return Model(lvlm_url=URL, **said).prices
+    assert prices() == () and prices(lvlm_price=2) == (2, 2) and prices(lvlm_price_said=3) == (0, 3)
+    assert prices(lvlm_price=2, lvlm_price_said=3) == (2, 3)
 
 counts = st.fixed_dictionaries({}, optional=dict(
     beam=st.integers(0, 9), random=st.integers(0, 9), retrieval=st.integers(0, 9),
@@ -162,8 +169,7 @@ def test_any_job_is_saved_and_read_back(shots, counts, two_stage, scale, seed, s
         (Model, dict(lvlm_url=URL, lvlm_timeout=0), "lvlm_timeout 0: wanted a number > 0"),
         (Model, dict(lvlm_url=URL, lvlm_patience=-1), "lvlm_patience -1: wanted a number >= 0"),
         (Model, dict(lvlm_url=URL, lvlm_pictures="small"), "choose one of 'exact', 'files', 'paths'"),
-        (Model, dict(lvlm_url=URL, lvlm_prices=(1, 2, 3)), "lvlm_prices .*: wanted one of a million prompt tokens"),
-        (Model, dict(lvlm_url=URL, lvlm_prices=-1), "lvlm_prices -1: wanted a number >= 0"),
+        (Model, dict(lvlm_url=URL, lvlm_price=-1), "lvlm_price -1: wanted a number >= 0"),
         (Model, dict(lvlm_url=URL, lvlm_name=" "), "lvlm_name is empty"),
         (Model, dict(lvlm_url=URL, lvlm="mock"), "lvlm 'mock' beside lvlm_url .*: wanted the folder or the hub name"),
         (Model, dict(lvlm_name="tiny", lvlm_timeout=9), "lvlm_name 'tiny', lvlm_timeout 9.0 without lvlm_url"),
