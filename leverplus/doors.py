@@ -614,7 +614,8 @@ def _kept_commands(values):
 # %% ../nbs/94_doors.ipynb #883044e2
 REMEMBERED = dict(data=Data, pools=Pools, model=Model, asking=Asking) # groups that a run hands on
 _FORGOTTEN = dict( # settings that are about one machine, or one run
-    model=("device", "vision_dir", "lvlm_at_once", "lvlm_timeout", "lvlm_patience", "lvlm_price", "lvlm_price_said"),
+    model=("device", "vision_dir", "lvlm_at_once", "lvlm_timeout", "lvlm_patience", "lvlm_way", "lvlm_price",
+           "lvlm_price_said"),
     pools=("seed",),
 )
 _BELONG = dict( # {group: {setting: those that are about it: where another is named, they are not handed on}}

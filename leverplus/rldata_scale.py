@@ -339,6 +339,7 @@ def _served(m):
     return ServedScorer(
         m.lvlm_url, m.lvlm_name, lvlm, dtype=m.dtype, at_once=m.lvlm_at_once, timeout=m.lvlm_timeout,
         patience=m.lvlm_patience, pictures=m.lvlm_pictures, prices=m.prices,
+        way=m.lvlm_way,
     )
 
 # %% ../nbs/39_rldata_scale.ipynb #128eb8e3

@@ -10,7 +10,7 @@ __all__ = ['PICTURES', 'LOGPROB_WAYS', 'KEY_VARIABLE', 'BUSY', 'AWAY', 'TROUBLE'
            'retry_after', 'server_words', 'AtOnce', 'ServedStats', 'Connection', 'wait_for', 'Abilities',
            'ServedScorer']
 
-# %% ../nbs/28_served.ipynb #900531cd
+# %% ../nbs/28_served.ipynb #db47f928
 import base64, io, json, math, os, random, threading, time
 from collections import OrderedDict
 from contextlib import asynccontextmanager
@@ -34,7 +34,7 @@ from leverplus.lvlm import (
 )
 from .scorer import Trie, last_piece
 
-# %% ../nbs/28_served.ipynb #01f81c5e
+# %% ../nbs/28_served.ipynb #5cf745ea
 _SENT_AS_THEY_ARE = ("JPEG", "PNG", "WEBP", "GIF") # what such servers read
 
 def data_url(
@@ -79,7 +79,7 @@ def openai_messages(
         return dict(type="image_url", image_url=dict(url=picture_url(x["image"])))
     return [dict(role=turn["role"], content=[part(x) for x in turn["content"]]) for turn in messages(prompt)]
 
-# %% ../nbs/28_served.ipynb #c4dccc45
+# %% ../nbs/28_served.ipynb #c9c1e7d6
 class Urls:
     "What is sent for pictures, by their content; the oldest leave first"
     @guarded
@@ -108,7 +108,7 @@ class Urls:
             self.size -= len(url)
         return self.kept[key]
 
-# %% ../nbs/28_served.ipynb #0afc104f
+# %% ../nbs/28_served.ipynb #d291c6dd
 @guarded
 def picture_tokens(
     image_processor, # of a Qwen-VL model
@@ -121,7 +121,7 @@ def picture_tokens(
     high, wide = smart_resize(height, width, side, least, most)
     return high*wide//side**2
 
-# %% ../nbs/28_served.ipynb #6f01b913
+# %% ../nbs/28_served.ipynb #13cff364
 @dataclass
 class Sent:
     "A prompt as a server gets it"
@@ -163,7 +163,7 @@ class Sent:
             for node, token in self.places(k, end): asked.setdefault(node, set()).add(token)
         return {node: sorted(asked[node]) for node in sorted(asked)}
 
-# %% ../nbs/28_served.ipynb #aa0be54a
+# %% ../nbs/28_served.ipynb #794e2433
 PICTURES = ("exact", "files", "paths")
 
 class Sender:
@@ -237,7 +237,7 @@ class Sender:
             raise ValueError(f"answer {answer!r} is tokenised differently behind the prompt")
         return ids
 
-# %% ../nbs/28_served.ipynb #8f893267
+# %% ../nbs/28_served.ipynb #74a77605
 LOGPROB_WAYS = ("steps", "prompt", "input")
 _NAMED = "token_id:" # how vLLM writes a token by its number
 
@@ -300,7 +300,7 @@ def _token_number(name):
     digits = str(name).removeprefix(_NAMED)
     return int(digits) if str(name).startswith(_NAMED) and digits.isdecimal() else None
 
-# %% ../nbs/28_served.ipynb #6fba6d66
+# %% ../nbs/28_served.ipynb #925698fd
 @guarded
 def read_prompt_logprobs(
     reply:dict, # to a chat request with `prompt_logprobs`
@@ -343,7 +343,7 @@ def sum_logprobs(
     if not all(math.isfinite(l) and _FLOOR < l <= 1e-3 for l in logprobs): raise FloatingPointError(NOT_FINITE)
     return math.fsum(logprobs)
 
-# %% ../nbs/28_served.ipynb #a07514a2
+# %% ../nbs/28_served.ipynb #c3b32f3b
 class NoServer(RuntimeError):
     "A server that does not answer any more"
 
@@ -411,7 +411,7 @@ def server_words(
     says = says if isinstance(says, str) else json.dumps(says)
     return f"{status}: {printable(' '.join(without_key(says).split()))[:400]}"
 
-# %% ../nbs/28_served.ipynb #44ba2a5c
+# %% ../nbs/28_served.ipynb #8e7bd20e
 class AtOnce:
     "How many requests run at once: measured upwards until throughput stops growing"
     @guarded
@@ -460,7 +460,7 @@ class AtOnce:
         self._halved = True
         self.begin()
 
-# %% ../nbs/28_served.ipynb #aab2033d
+# %% ../nbs/28_served.ipynb #2e39ca1e
 @dataclass
 class ServedStats:
     "What a `ServedScorer` has done so far"
@@ -490,7 +490,7 @@ class ServedStats:
         "What was spent"
         return (prices[0]*self.prompt_tokens + prices[-1]*self.said_tokens)/1e6 if prices else 0.
 
-# %% ../nbs/28_served.ipynb #bcfc235e
+# %% ../nbs/28_served.ipynb #be1a9165
 @dataclass
 class _Try:
     "What came of a try: an answer, or why there is none"
@@ -539,7 +539,7 @@ class Connection:
         self._requests.total_tokens = self.at_once.now
         self.prompts.total_tokens = self.at_once.now
 
-# %% ../nbs/28_served.ipynb #5bb21b45
+# %% ../nbs/28_served.ipynb #a5be7f18
 @patch
 async def _try(self:Connection, url, body):
     "Ask once; `Refused` or `WrongServer` for what no other try would change"
@@ -653,7 +653,7 @@ def wait_for(
     from anyio.from_thread import start_blocking_portal
     with start_blocking_portal() as portal: return portal.call(work)
 
-# %% ../nbs/28_served.ipynb #3c35d5f2
+# %% ../nbs/28_served.ipynb #8bcbddb0
 @dataclass(frozen=True)
 class Abilities:
     "What a server can do, as it was found out"
@@ -734,7 +734,7 @@ class ServedScorer:
         who = f"{self.model} by {self.engine.get('engine')} {self.engine.get('version') or ''}"
         return f"ServedScorer({printable(who.strip())}: {ways})"
 
-# %% ../nbs/28_served.ipynb #8765d2a2
+# %% ../nbs/28_served.ipynb #b95a28ad
 NEUTRAL = dict(top_p=1., top_k=-1, min_p=0., presence_penalty=0., frequency_penalty=0., repetition_penalty=1., seed=0)
 _OPEN = dict(add_generation_prompt=False, continue_final_message=True) # the last turn is not closed
 _CLOSED = dict(add_generation_prompt=False) # the last turn is closed, and no other is opened
@@ -779,7 +779,7 @@ def _parts(said):
     "All parts of messages"
     return [part for turn in said if isinstance(turn["content"], list) for part in turn["content"]]
 
-# %% ../nbs/28_served.ipynb #44e87211
+# %% ../nbs/28_served.ipynb #76ecd2bc
 MOST_TOKENS = 100 # log-probabilities that one request asks for
 
 @patch
@@ -879,7 +879,7 @@ async def _together(works):
     if failed: raise failed[0]
     return out
 
-# %% ../nbs/28_served.ipynb #a975000b
+# %% ../nbs/28_served.ipynb #3cf52ff4
 @patch
 async def _facts(self:ServedScorer, sent, generate, ways):
     "(greedy text or None, log-probabilities of the answers) of a prompt"
@@ -917,7 +917,7 @@ def _can_be_written(self:ServedScorer, sent, path):
     "Is every beginning of an answer a text of its own?"
     return all(self.sender.part_text(sent.part(node)) is not None for node in path)
 
-# %% ../nbs/28_served.ipynb #31440857
+# %% ../nbs/28_served.ipynb #9f7237b8
 @patch
 async def _one(self:ServedScorer, ready, prompt, target, generate):
     "Scored of a prompt"
@@ -989,7 +989,7 @@ def shown(self:ServedScorer)->dict: # {name: value}
     shown = dict(requests=self.stats.requests, at_once=self.connection.at_once.now, again=self.stats.retries)
     return shown | dict(cost=f"{self.stats.cost(self.prices):.4g}") if self.prices else shown
 
-# %% ../nbs/28_served.ipynb #f8a3af43
+# %% ../nbs/28_served.ipynb #2216f9e3
 _PROBE = Prompt(0, None, "What swims?")
 _PROBE_TARGET = Targets(("a cat",), (1.,))
 _FIRST_PATIENCE = 10. # seconds that a server may be away when it is first asked
@@ -1128,7 +1128,7 @@ async def _find_sight(self:ServedScorer):
     if seen[0] == seen[1]: self.abilities = replace(self.abilities, pictures="alike")
     self.probe += [logprob for _, (logprob,) in seen]
 
-# %% ../nbs/28_served.ipynb #8cc4ce29
+# %% ../nbs/28_served.ipynb #0a74666f
 @patch(as_prop=True)
 def identity(self:ServedScorer)->dict: # as JSON has it
     "Who answers: what the server says of itself, what is known of the model here, how pictures are sent"
@@ -1186,7 +1186,7 @@ def around(self:ServedScorer,
     "A scorer of the same server"
     return ServedScorer(self.url, self.model, lvlm, **self._made_with)
 
-# %% ../nbs/28_served.ipynb #b88d446f
+# %% ../nbs/28_served.ipynb #2d66dff8
 @patch
 def prove_same(self:ServedScorer,
     prompts, # that both are asked, >= 1

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['CHECKS', 'LARGEST', 'FASTEST', 'Whole', 'Natural', 'Count', 'Finite', 'Amount', 'Positive', 'Share', 'Level',
            'Factor', 'Bound', 'LearningRate', 'NUMBER_TYPES', 'Folder', 'Columns', 'Images', 'Json', 'JsonOrNone',
-           'ServerUrl', 'Price', 'ModelName', 'NumberFormat', 'Evaluator', 'COUNTS', 'TWO_STAGE', 'Counts', 'TwoStage',
-           'StoreKind', 'PickerName', 'Shots', 'Ids', 'Judge', 'Kind', 'Reward', 'ObjectiveName', 'ExtraSettings',
-           'EPOCHS', 'BATCH', 'NewSelector', 'PeakRate', 'Sizes', 'group', 'no_switch', 'folder_name', 'flag',
-           'in_words', 'Guard', 'has_numbers', 'is_number', 'in_range', 'guarded', 'check_numbers', 'plain_settings',
-           'read_settings', 'draft', 'flat_names', 'change', 'settings_of', 'several', 'column_words', 'columns_of',
-           'Data', 'Pools', 'json_object', 'json_value', 'server_url', 'is_loopback', 'Model', 'Asking', 'check_counts',
-           'check_two_stage', 'Proposing', 'Guarding', 'Mining', 'Job', 'Picking', 'Rewarding', 'Teaching', 'Choosing',
-           'Rows']
+           'ServerUrl', 'Price', 'LogprobWay', 'ModelName', 'NumberFormat', 'Evaluator', 'COUNTS', 'TWO_STAGE',
+           'Counts', 'TwoStage', 'StoreKind', 'PickerName', 'Shots', 'Ids', 'Judge', 'Kind', 'Reward', 'ObjectiveName',
+           'ExtraSettings', 'EPOCHS', 'BATCH', 'NewSelector', 'PeakRate', 'Sizes', 'group', 'no_switch', 'folder_name',
+           'flag', 'in_words', 'Guard', 'has_numbers', 'is_number', 'in_range', 'guarded', 'check_numbers',
+           'plain_settings', 'read_settings', 'draft', 'flat_names', 'change', 'settings_of', 'several', 'column_words',
+           'columns_of', 'Data', 'Pools', 'json_object', 'json_value', 'server_url', 'is_loopback', 'Model', 'Asking',
+           'check_counts', 'check_two_stage', 'Proposing', 'Guarding', 'Mining', 'Job', 'Picking', 'Rewarding',
+           'Teaching', 'Choosing', 'Rows']
 
 # %% ../nbs/04_settings.ipynb #3f8a0936
 import json, math, re, sys
@@ -554,6 +554,7 @@ def is_loopback(
 
 ServerUrl = Annotated[str|None, BeforeValidator(server_url), flag("none, it is loaded here", metavar="URL")]
 Price = Annotated[Amount|None, flag("none", metavar="X")]
+LogprobWay = Annotated[Literal["steps", "prompt", "input"]|None, flag("the first that works")]
 ModelName = Annotated[str, arg(metavar="MODEL")]
 NumberFormat = Annotated[Literal["float32", "bfloat16", "float16"]|None, flag("that of the checkpoint")]
 
@@ -576,6 +577,7 @@ class Model:
     lvlm_timeout:Positive=120. # seconds that a request may take
     lvlm_patience:Amount=600. # seconds that a server may be away before the run stops
     lvlm_pictures:Literal["exact", "files", "paths"]="exact" # resized as here; as they are; by paths the server reads
+    lvlm_way:LogprobWay=None # how log-probabilities are asked for; 28_served says when which is faster
     lvlm_price:Price=None # what a million prompt tokens cost, for plans and bars, in any currency
     lvlm_price_said:Annotated[Amount|None, flag("as prompt tokens", metavar="X")]=None # a million generated tokens
 
@@ -609,7 +611,8 @@ class Model:
         return read, read if self.lvlm_price_said is None else self.lvlm_price_said
 
 _OF_A_SERVER = (
-    "lvlm_name", "lvlm_at_once", "lvlm_timeout", "lvlm_patience", "lvlm_pictures", "lvlm_price", "lvlm_price_said",
+    "lvlm_name", "lvlm_at_once", "lvlm_timeout", "lvlm_patience", "lvlm_pictures", "lvlm_way", "lvlm_price",
+    "lvlm_price_said",
 )
 _OF_OUR_ENGINE = "attn", "batch_tokens", "prefix_cache", "vision_dir"
 

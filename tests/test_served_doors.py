@@ -145,7 +145,7 @@ def test_a_job_hands_its_settings_to_the_scorer(served):
     )
     scorer = job.scorer()
     assert (scorer.url, scorer.model) == (URL, "big")
-    assert scorer.how == dict(dtype="bfloat16", at_once=3, timeout=7., patience=0., pictures="files", prices=(2., 2.))
+    assert scorer.how == dict(dtype="bfloat16", at_once=3, timeout=7., patience=0., pictures="files", prices=(2., 2.), way=None)
     assert scorer.lvlm.device.type == "meta" and pixel_limits(scorer.lvlm.image_processor)[1] == 7840
 
 def test_who_answers(served):

@@ -101,10 +101,11 @@ NOT_THE_DEFAULT = dict(
     price=.25, zero_shot=True, min_pixels=784, max_pixels=7840,
     columns=("question=q",),
     lvlm_url="http://127.0.0.1:8000/v1", lvlm_name="tiny", lvlm_at_once=4, lvlm_timeout=5.5, lvlm_patience=0.,
-    lvlm_pictures="files", lvlm_price=.5, lvlm_price_said=1.5,
+    lvlm_pictures="files", lvlm_way="prompt", lvlm_price=.5, lvlm_price_said=1.5,
 )
 SERVED = (
-    "lvlm_name", "lvlm_at_once", "lvlm_timeout", "lvlm_patience", "lvlm_pictures", "lvlm_price", "lvlm_price_said",
+    "lvlm_name", "lvlm_at_once", "lvlm_timeout", "lvlm_patience", "lvlm_pictures", "lvlm_way", "lvlm_price",
+    "lvlm_price_said",
 )
 OUR_ENGINE = "attn", "batch_tokens", "prefix_cache", "vision_dir" # none of these beside an address
 
