@@ -26,7 +26,8 @@ class Engine:
         self.words = [
             str(engine_python()), "-m", "vllm.entrypoints.openai.api_server", "--model", str(MODEL),
             "--served-model-name", name, "--dtype", "float32", "--max-model-len", "512", "--enforce-eager",
-            "--host", "127.0.0.1", "--port", str(self.port), "--enable-prompt-tokens-details", *more,
+            "--host", "127.0.0.1", "--port", str(self.port), "--enable-prompt-tokens-details",
+            "--allowed-local-media-path", str(ROOT), *more,
         ]
 
     def __enter__(self):

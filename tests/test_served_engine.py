@@ -37,7 +37,7 @@ def reference(asked): return NaiveScorer(load_lvlm(device="cpu")).run(*asked)
 def served(engine, **kw):
     return ServedScorer(engine.url, lvlm=load_lvlm(weights=False), dtype="float32", **kw)
 
-@pytest.mark.parametrize("pictures", ["exact", "files"])
+@pytest.mark.parametrize("pictures", ["exact", "files", "paths"])
 @pytest.mark.parametrize("way", ["steps", "prompt"])
 def test_facts_are_those_of_the_reference(engine, asked, reference, way, pictures):
     found = compare(served(engine, way=way, pictures=pictures).run(*asked), reference)
