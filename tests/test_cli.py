@@ -1,6 +1,7 @@
 "The command line: words in, files and an exit status out"
 import contextlib, io, json, os, re, subprocess, sys, warnings
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 import pandas as pd, pytest
@@ -8,7 +9,7 @@ import own_warnings
 from leverplus import cli
 from leverplus.doors import DOORS, STATUS, command_settings, read_door, remembered, say
 from leverplus.groups import RLData
-from leverplus.plan import measured_rate
+from leverplus.plan import measure_speed, measured_rate
 from leverplus.runs import Run
 from leverplus.settings import Proposing, change, flat_names, plain_settings, settings_of
 from leverplus.sweep import read_grid, read_rows
@@ -228,7 +229,8 @@ def test_dry_runs_ask_nothing_and_write_nothing(there, monkeypatch):
     assert measured_rate("runs/x") is None
     assert measured_rate("runs/nowhere") is None
 
-def test_a_rate_is_measured_on_the_spot(there):
+def test_a_rate_is_measured_on_the_spot(there, monkeypatch):
+    monkeypatch.setattr("leverplus.plan.measure_speed", partial(measure_speed, seconds=1.))
     before = snapshot()
     measured = go("generate --out runs/x --rate measure --n 12 --dry-run")
     assert "the model was asked for some seconds, to measure, nothing was written" in measured, measured

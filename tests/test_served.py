@@ -638,11 +638,13 @@ def test_a_client_that_is_killed_goes_on_where_it_was(lvlm, outline, tmp_path):
     "Kill -9, an interrupt, a server with troubles, two shards: the same rows as of a calm run, each once"
     some = ("--limit", 6, "--window", 1, "--test", 0, "--K", 8, "--counts", '{"beam": 3}', "--store", tmp_path/"store")
     def trouble(n, path, body):
-        if path != CHAT or n%11: return None
-        return [Fault(status=429), Fault(cut="middle"), Fault(status=500), Fault(raw=b"{")][n//11%4]
+        if path != CHAT or n%29 or not is_troubled.is_set(): return None
+        return [Fault(status=429), Fault(cut="middle"), Fault(status=500), Fault(raw=b"{")][n//29%4]
+    is_troubled = threading.Event()
     with ChatServer(lvlm, faults=trouble) as server:
         at = ("generate", "--lvlm-url", server.url, "--dtype", "float32", *some)
         assert here(*at, "--out", tmp_path/"calm") == 0
+        is_troubled.set()
         for number in (signal.SIGKILL, signal.SIGINT):
             running = leverplus(*at, "--out", tmp_path/"killed")
             before = len(parts_of(tmp_path/"killed"))

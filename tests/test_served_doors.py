@@ -1,5 +1,6 @@
 "A served model at the doors: addresses, settings, plans, records, and what runs hand on. Nothing here asks a server"
 import json, sys
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 import pytest, torch
@@ -300,7 +301,8 @@ def test_a_plan_asks_nobody(go, served):
     assert "at 40 prompts/s (given)" in go(f"generate {ASK} --n 8 --dry-run --rate 40 --out runs/train")
     assert "price" not in go(f"generate --lvlm-url {URL} --n 8 --dry-run --out runs/train")
 
-def test_a_rate_that_is_measured_asks_the_server(go, served):
+def test_a_rate_that_is_measured_asks_the_server(go, served, monkeypatch):
+    monkeypatch.setattr("leverplus.plan.measure_speed", partial(measure_speed, seconds=.5))
     said = go(f"generate {ASK} --n 8 --dry-run --rate measure --out runs/train")
     assert len(served.made) == 1 and "tiny, served by vllm 0.11.0" in said and "the model was asked" in said
 
