@@ -1,4 +1,4 @@
-"A served model at the doors: addresses, settings, plans, records, and what runs hand on. Nothing here asks a server"
+"A served model at the doors: addresses, settings, plans, records, what runs hand on. Nothing here asks a server"
 import json, sys
 from functools import partial
 from pathlib import Path
@@ -146,7 +146,9 @@ def test_a_job_hands_its_settings_to_the_scorer(served):
     )
     scorer = job.scorer()
     assert (scorer.url, scorer.model) == (URL, "big")
-    assert scorer.how == dict(dtype="bfloat16", at_once=3, timeout=7., patience=0., pictures="files", prices=(2., 2.), way=None)
+    assert scorer.how == dict(
+        dtype="bfloat16", at_once=3, timeout=7., patience=0., pictures="files", prices=(2., 2.), way=None,
+    )
     assert scorer.lvlm.device.type == "meta" and pixel_limits(scorer.lvlm.image_processor)[1] == 7840
 
 def test_who_answers(served):
