@@ -11,7 +11,7 @@ __all__ = ['EXACT', 'choose', 'evaluated', 'with_text', 'policy_fingerprint', 'p
 
 # %% ../nbs/34_rldata_generate.ipynb #3a6f44c7
 import contextlib, inspect, json, re, time, warnings
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 import numpy as np, pandas as pd, torch
@@ -433,7 +433,7 @@ class Generation:
 def answerer(
     scorer, # see `ask`
 )->dict: # {name, dtype, min_pixels, max_pixels, fingerprint} of its model; all None without one, as for `MockScorer`
-    "Say which model answers; of a served one also `server`: who serves it, and how, and `probe`: what it said first"
+    "Say which model answers; of a served one also `server`: who serves it, and how, and what was found out about it"
     lvlm = getattr(scorer, "lvlm", None)
     if lvlm is None: return dict.fromkeys(("name", "dtype", "min_pixels", "max_pixels", "fingerprint"))
     least, most = pixel_limits(lvlm.image_processor)
@@ -441,13 +441,17 @@ def answerer(
     if server is not None:
         return dict(
             name=_without_place(scorer.model), dtype=server.get("dtype"), min_pixels=least, max_pixels=most,
-            fingerprint=scorer.model_fingerprint, server=json_value(server),
-            probe=[round(logprob, 4) for logprob in getattr(scorer, "probe", ())],
+            fingerprint=scorer.model_fingerprint, server=json_value(server), **_found_out(scorer),
         )
     return dict(
         name=_without_place(lvlm.name), dtype=str(lvlm.model.dtype).removeprefix("torch."), min_pixels=least,
         max_pixels=most, fingerprint=lvlm.fingerprint,
     )
+
+def _found_out(scorer):
+    "What a served model can do, and what it said first"
+    if not hasattr(scorer, "abilities"): return {}
+    return dict(can=json_value(asdict(scorer.abilities)), probe=[round(logprob, 4) for logprob in scorer.probe])
 
 def _without_place(name):
     "A model's name; where it lies on a machine is nobody's business"

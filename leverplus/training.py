@@ -418,7 +418,8 @@ def _more_known(data, teaching, start, prints):
 def _who_chose(scorer, model, asking):
     "Whoever chose the epoch by accuracy is who gave the facts: `same_scorer` has seen to it"
     lvlm = answerer(scorer) | dict(name=model.lvlm)
-    if "server" in lvlm: lvlm |= dict(server=engine_of(lvlm["server"]), probe=None)   # the rest is nobody's business
+    if "server" in lvlm: lvlm["server"] = engine_of(lvlm["server"])   # the rest is nobody's business
+    for name in ("can", "probe"): lvlm.pop(name, None)
     return dict(choose="accuracy", lvlm=lvlm, asking=plain_settings(asking))
 
 def _kept(run, learn, info):

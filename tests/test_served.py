@@ -7,7 +7,7 @@ import numpy as np, pandas as pd, pytest
 from hypothesis import given, strategies as st
 from leverplus.chat_server import ChatServer, Fault
 from leverplus.cli import main
-from leverplus.core import printable
+from leverplus.core import printable, read_json
 from leverplus.groups import RLData
 from leverplus.lvlm import NaiveScorer, Targets, compare, load_lvlm, with_pixels
 from leverplus.prompt import Prompt, prompter
@@ -653,6 +653,9 @@ def test_a_client_that_is_killed_goes_on_where_it_was(lvlm, outline, tmp_path):
             running.communicate(timeout=60)
         assert here(*at, "--out", tmp_path/"killed") == 0
         for i in (0, 1): assert here(*at, "--out", tmp_path/"shards", "--shard", f"{i}/2") == 0
+    found = read_json(tmp_path/"calm/manifest.json")["lvlm"]
+    assert found["can"]["ways"] == ["steps", "prompt"] and found["server"]["engine"] == "vllm"
+    assert len(found["probe"]) == 3
     want = rows_of(tmp_path/"calm")
     assert len(want) and want.index.is_unique and not want.eval_failed.any()
     for name in ("killed", "shards"):
