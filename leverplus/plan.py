@@ -25,10 +25,10 @@ from .pictures import BadPicture, picture_size
 from .checkpoints import folder_or_name
 from .embed import embed_items
 from .vqa import answer_targets
-from .vision import token_side
 from .prompt import prompter
-from .lvlm import LVLM, MAX_NEW_TOKENS, pixel_limits, with_pixels
+from .lvlm import LVLM, MAX_NEW_TOKENS, with_pixels
 from .scorer import Trie
+from .served import picture_tokens
 from leverplus.cost import (
     PEAKS, feature_bytes, kv_bytes, parameters, prompt_flops, qwen_config, reached, text_sizes,
     tower_sizes, vision_flops,
@@ -529,17 +529,16 @@ def requests_of(
     answers = _mean_answers(questions, 200)
     scored = prompts + (texts or 0)
     said = prompts if texts is None else texts
-    size, extra, why = _sizes(job, items, job.proposing.shots if shots is None else shots)
+    lvlm = _without_model(job)
+    size, extra, why = _sizes(lvlm, job, items, job.proposing.shots if shots is None else shots)
     read = None if size is None else (said + scored*answers)*size + scored*answers*extra
     written = said*MAX_NEW_TOKENS + scored*answers
-    nodes = _mean_nodes(job, questions)
+    nodes = None if lvlm is None else _mean_nodes(lvlm, questions)
     steps = None if nodes is None else prompts + scored*nodes
     return Requests(prompts, said + scored*answers, answers, read, written, why, steps, job.model.prices)
 
-def _mean_nodes(job, questions):
-    "Tokens in the tree of a question's true answers, on average; None: the tokenizer is not here"
-    lvlm = _without_model(job)
-    if lvlm is None: return None
+def _mean_nodes(lvlm, questions):
+    "Tokens in the tree of a question's true answers, on average"
     some = _some_answers(questions, 200)
     return sum(_nodes(lvlm, answers) for answers in some)/max(1, len(some))
 
@@ -549,9 +548,8 @@ def _nodes(lvlm, answers):
     for text in answers: tree.add(_ids(lvlm, lvlm.blank + text))
     return len(tree.tokens)
 
-def _sizes(job, items, shots):
+def _sizes(lvlm, job, items, shots):
     "(tokens of a prompt, tokens of an answer with its end, why they are not known)"
-    lvlm = _without_model(job)
     if lvlm is None: return None, None, f"the tokenizer of {job.model.lvlm} is not on this machine"
     if not (items.split == job.split).any(): return None, None, f"there are no questions of split {job.split!r}"
     make = prompter(items, job.asking.style)
@@ -564,10 +562,8 @@ def _sizes(job, items, shots):
 
 def _size(lvlm, prompt):
     "Tokens of a prompt; each picture stands in the text as one of its own"
-    least, most = pixel_limits(lvlm.image_processor)
-    side = token_side(lvlm.image_processor)
     pictures = [picture_size(item.image, question_id=item.question_id) for item in prompt.items if item.image]
-    more = [visual_tokens(*size, side, least, most) - 1 for size in pictures]
+    more = [picture_tokens(lvlm.image_processor, *size) - 1 for size in pictures]
     return len(_ids(lvlm, lvlm.render(prompt))) + sum(more)
 
 def _ids(lvlm, text): return lvlm.tokenizer(text, add_special_tokens=False)["input_ids"]
